@@ -1,0 +1,182 @@
+"""ResNet: layers that learn what to add to their input (He et al. 2015, arXiv:1512.03385).
+
+New here: every block adds its result to its own input, so a deeper network is never harder to fit than a
+shallow one; that cured degradation, the rising training error of deep plain networks. The stride of a
+bottleneck sits on its 3x3 convolution (the "v1.5" of torchvision, timm and NVIDIA; in the paper, on the 1x1).
+
+Initialisation: He normal by fan-out for convolutions; the last normalisation of each block starts at zero, so
+that a block starts as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1); the head is uniform by
+fan-in.
+Shapes: B batch, C channels, H W height and width, D width of a level; level c2 is at H/4, c5 at H/32
+(H and H/8 with the 3x3 stem).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 1000
+    channels: int = 3                                    # C
+    block: str = "bottleneck"                            # or "basic"
+    depths: tuple[int, ...] = (3, 4, 6, 3)               # blocks a level
+    widths: tuple[int, ...] = (64, 128, 256, 512)        # inner width a level; bottlenecks give 4 times that
+    stem: str = "7x7-pool"                               # or "3x3", stride 1, for pictures below 64 pixels
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+
+
+def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    """A shortcut that changes the shape; None where the input can be added as it is."""
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(OrderedDict(conv=conv(inputs, outputs, 1, stride), norm=nn.BatchNorm2d(outputs)))
+
+
+class Basic(nn.Module):
+    """Two 3x3 convolutions."""
+
+    growth = 1
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = conv(inputs, width, 3, stride)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut = projection(inputs, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H/stride W/stride
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = self.norm2(self.conv2(y))
+        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1 down, 3x3, 1x1 up to four times the width."""
+
+    growth = 4
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = conv(inputs, width, 1)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3, stride)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv3 = conv(width, 4 * width, 1)
+        self.norm3 = nn.BatchNorm2d(4 * width)
+        self.shortcut = projection(inputs, 4 * width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H/stride W/stride
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = F.relu(self.norm2(self.conv2(y)), inplace=True)
+        y = self.norm3(self.conv3(y))
+        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
+
+
+BLOCKS = {"basic": Basic, "bottleneck": Bottleneck}
+STEMS = {"7x7-pool": (7, 2), "3x3": (3, 1)}              # kernel, stride
+
+
+class ResNet(nn.Module):
+    """A picture of any size -> class logits; `features` gives the levels c2, c3, ... for detection and masks.
+
+    Raises `SettingsError` for an unknown block or stem, or where depths and widths differ in number.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.block not in BLOCKS or config.stem not in STEMS:
+            raise SettingsError(f"block={config.block!r}, stem={config.stem!r}: known are "
+                                f"{', '.join(BLOCKS)} and {', '.join(STEMS)}")
+        if len(config.depths) != len(config.widths):
+            raise SettingsError(f"depths={config.depths} and widths={config.widths} name different levels")
+        self.config = config
+        block = BLOCKS[config.block]
+        kernel, stride = STEMS[config.stem]
+        dim = config.widths[0]
+        self.stem = nn.Sequential(OrderedDict(conv=conv(config.channels, dim, kernel, stride),
+                                              norm=nn.BatchNorm2d(dim)))
+        self.stages = nn.ModuleList()
+        for level, (depth, width) in enumerate(zip(config.depths, config.widths)):
+            stage = nn.Sequential()
+            for i in range(depth):
+                stage.append(block(dim, width, 2 if level and not i else 1))
+                dim = width * block.growth
+            self.stages.append(stage)
+        self.head = nn.Linear(dim, config.classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d | nn.Linear):
+                module.reset_parameters()
+        for block in (block for stage in self.stages for block in stage):
+            nn.init.zeros_((block.norm2 if isinstance(block, Basic) else block.norm3).weight)
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
+        x = F.relu(self.stem(x), inplace=True)
+        if self.config.stem == "7x7-pool":
+            x = F.max_pool2d(x, 3, 2, 1)
+        levels = {}
+        for i, stage in enumerate(self.stages):
+            levels[f"c{i + 2}"] = x = stage(x)
+        return levels
+
+    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+        *_, x = self.features(x).values()
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+TORCHVISION = {                                          # timm uses the same names
+    "conv1.weight":                       "stem.conv.weight",
+    "bn1.*":                              "stem.norm.*",
+    "layer{s+1}.{b}.conv{k}.weight":      "stages.{s}.{b}.conv{k}.weight",
+    "layer{s+1}.{b}.bn{k}.*":             "stages.{s}.{b}.norm{k}.*",
+    "layer{s+1}.{b}.downsample.0.weight": "stages.{s}.{b}.shortcut.conv.weight",
+    "layer{s+1}.{b}.downsample.1.*":      "stages.{s}.{b}.shortcut.norm.*",
+    "fc.*":                               "head.*",
+}
+HUGGINGFACE = {                                          # of ResNetForImageClassification
+    "resnet.embedder.embedder.convolution.weight":                     "stem.conv.weight",
+    "resnet.embedder.embedder.normalization.*":                        "stem.norm.*",
+    "resnet.encoder.stages.{s}.layers.{b}.layer.{k}.convolution.weight": "stages.{s}.{b}.conv{k+1}.weight",
+    "resnet.encoder.stages.{s}.layers.{b}.layer.{k}.normalization.*":  "stages.{s}.{b}.norm{k+1}.*",
+    "resnet.encoder.stages.{s}.layers.{b}.shortcut.convolution.weight": "stages.{s}.{b}.shortcut.conv.weight",
+    "resnet.encoder.stages.{s}.layers.{b}.shortcut.normalization.*":   "stages.{s}.{b}.shortcut.norm.*",
+    "classifier.1.*":                                                  "head.*",
+}
+
+CARD = Card(
+    name="resnet", model=ResNet, config=Config, paper="arXiv:1512.03385", year=2015,
+    takes="image", gives="label",
+    sizes={
+        "resnet18": Size(block="basic", depths=(2, 2, 2, 2), params=11_689_512, source="torchvision"),
+        "resnet34": Size(block="basic", depths=(3, 4, 6, 3), params=21_797_672, source="torchvision"),
+        "resnet50": Size(params=25_557_032, source="torchvision"),
+        "resnet101": Size(depths=(3, 4, 23, 3), params=44_549_160, source="torchvision"),
+        "resnet152": Size(depths=(3, 8, 36, 3), params=60_192_808, source="torchvision"),
+        # For small pictures. ResNet-20 is that of section 4.2 with projections in place of padded shortcuts,
+        # which is 2,752 parameters more.
+        "resnet20": Size(block="basic", depths=(3, 3, 3), widths=(16, 32, 64), stem="3x3", classes=10),
+        "resnet18-small": Size(block="basic", depths=(2, 2, 2, 2), stem="3x3", classes=10),
+        "resnet-test": Size(depths=(1, 2, 1), widths=(8, 16, 24), classes=5),
+    },
+    weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE},
+    # Batch normalisation bears high learning rates; the decay is what keeps small data sets from being learnt
+    # by heart.
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.05, "label_smoothing": 0.1},
+)

@@ -1,0 +1,138 @@
+"""TabM: many small networks for tables in one (Gorishniy et al. 2024, arXiv:2410.24210).
+
+New here: all members share every matrix and differ only in vectors that scale its inputs and outputs
+(BatchEnsemble, Wen et al. 2020, arXiv:2002.06715) and in their heads. Each member is trained on its own loss
+and the mean of their predictions is used, so an ensemble needs little more memory than one network. Numbers go
+in as piecewise-linear embeddings (arXiv:2203.05556).
+
+Initialisation (paper, section 3.3): matrices uniform by fan-in, the same bias for all members; the first
+input scale is normal, one draw a column and member; all other scales are 1, so that members differ only in how
+they weigh the columns; the heads are independent.
+Shapes: B batch, N number columns, K category columns, M members, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.table import CategoryEmbedding, OneHot, PiecewiseLinear
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    numbers: int = 8                     # N
+    categories: tuple[int, ...] = ()     # values of each category column, 0 (unseen) among them
+    classes: int = 2
+    members: int = 32                    # M
+    bins: int = 48                       # intervals a number column; the paper tunes 2 to 128
+    embedding: int = 16                  # width of a number's or a many-valued category's vector
+    one_hot: int = 64                    # categories with more values than this are embedded instead
+    dim: int = 512                       # D
+    depth: int = 2
+    dropout: float = 0.1
+
+
+def uniform_(tensor: Tensor, fan_in: int) -> Tensor:
+    return nn.init.uniform_(tensor, -fan_in ** -0.5, fan_in ** -0.5)
+
+
+class Shared(nn.Module):
+    """A linear layer whose matrix all members share; `r` scales what goes in, `s` what comes out."""
+
+    def __init__(self, inputs: int, outputs: int, members: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.r = nn.Parameter(torch.ones(members, inputs))
+        self.s = nn.Parameter(torch.ones(members, outputs))
+        self.bias = nn.Parameter(torch.empty(members, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:              # B M D -> B M D'
+        return torch.addcmul(self.bias, F.linear(x * self.r, self.weight), self.s)
+
+
+class Heads(nn.Module):
+    """A linear layer for each member."""
+
+    def __init__(self, inputs: int, outputs: int, members: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(members, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:              # B M D -> B M classes
+        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1) + self.bias
+
+
+class TabM(nn.Module):
+    """Numbers and categories -> class logits of every member. Raises `SettingsError` for an empty table."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if not config.numbers and not config.categories:
+            raise SettingsError("the table has no columns: numbers=0 and categories=()")
+        self.config = config
+        few = [i for i, size in enumerate(config.categories) if size <= config.one_hot]
+        many = [i for i, size in enumerate(config.categories) if size > config.one_hot]
+        self.register_buffer("few", torch.tensor(few, dtype=torch.int64), persistent=False)
+        self.register_buffer("many", torch.tensor(many, dtype=torch.int64), persistent=False)
+        self.numbers = (PiecewiseLinear(config.numbers, config.bins, config.embedding)
+                        if config.numbers else None)
+        self.one_hot = OneHot([config.categories[i] for i in few]) if few else None
+        self.embed = (CategoryEmbedding([config.categories[i] for i in many], config.embedding)
+                      if many else None)
+        # Places that each column takes in the row of all columns.
+        self.widths = ([config.embedding] * config.numbers + [config.categories[i] - 1 for i in few]
+                       + [config.embedding] * len(many))
+        self.layers = nn.ModuleList(Shared(config.dim if i else sum(self.widths), config.dim, config.members)
+                                    for i in range(config.depth))
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = Heads(config.dim, config.classes, config.members)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for layer in self.layers:
+            uniform_(layer.weight, layer.weight.shape[1])
+            layer.bias.copy_(uniform_(torch.empty_like(layer.bias[0]), layer.weight.shape[1]))
+            nn.init.ones_(layer.r)
+            nn.init.ones_(layer.s)
+        first = self.layers[0].r
+        scale = torch.randn(first.shape[0], len(self.widths), device=first.device, dtype=first.dtype)
+        widths = torch.tensor(self.widths, device=first.device)
+        first.copy_(scale.repeat_interleave(widths, 1, output_size=first.shape[1]))
+        uniform_(self.head.weight, self.config.dim)
+        uniform_(self.head.bias, self.config.dim)
+
+    def features(self, numbers: Tensor, categories: Tensor) -> Tensor:           # B N, B K -> B F
+        parts = []
+        if self.numbers is not None:
+            parts.append(self.numbers(numbers).flatten(1))
+        if self.one_hot is not None:
+            parts.append(self.one_hot(categories[:, self.few], self.head.weight.dtype))
+        if self.embed is not None:
+            parts.append(self.embed(categories[:, self.many]).flatten(1))
+        return torch.cat(parts, 1)
+
+    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:            # B N, B K -> B M classes
+        x = self.features(numbers, categories)[:, None]                          # B 1 F: the same for all
+        for layer in self.layers:
+            x = self.dropout(F.relu(layer(x)))
+        return self.head(x)
+
+
+CARD = Card(
+    name="tabm", model=TabM, config=Config, paper="arXiv:2410.24210", year=2024, takes="table", gives="label",
+    sizes={
+        "tabm-m": Size(),                                # the paper's default
+        "tabm-s": Size(dim=192, members=16, bins=24),
+        "tabm-test": Size(numbers=3, categories=(3, 5), classes=3, members=4, bins=5, embedding=4, dim=16,
+                          dropout=0.0),
+    },
+    # Learning rate and decay lie in the middle of the ranges that the paper tunes.
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 3e-4, "clip": 1.0},
+)
