@@ -1,0 +1,232 @@
+"""Delimited text: encoding, delimiter, header, and, when polars gives up, the line that is wrong and why."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from fieldguide.data.dataset import LINE, Finding
+from fieldguide.data.kinds import MISSING, as_numbers, blank_missing
+from fieldguide.errors import DataError
+
+DELIMITERS = ",\t;|"
+CHUNK = 1 << 22
+csv.field_size_limit(1 << 30)      # a novel in one cell is no error; the default of 128 KiB is
+
+
+@dataclass
+class Table:
+    """A delimited file as text columns, with the line each row begins on."""
+
+    rows: pl.DataFrame
+    findings: list[Finding] = field(default_factory=list)
+
+
+def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
+    """The content as UTF-8 without a byte order mark. Raises DataError for NUL bytes (a binary file)."""
+    for mark, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"),
+                           (codecs.BOM_UTF16_BE, "utf-16")):
+        if raw.startswith(mark):
+            try:
+                raw = raw[3:] if encoding == "utf-8" else raw.decode(encoding).encode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{name}: begins as {encoding} but byte {error.start} is not. "
+                                "Save the file again as UTF-8.") from error
+            break
+    if (at := raw.find(b"\0")) >= 0:
+        raise DataError(f"{name}:{raw.count(10, 0, at) + 1}: a NUL byte (byte {at}), which text never has. The file "
+                        "is binary or damaged, or is UTF-16 without its mark: save it again as UTF-8.")
+    at = first_not_utf8(raw)
+    if at is None:
+        return raw, []
+    line = raw.count(10, 0, at) + 1
+    try:
+        text, encoding = raw.decode("cp1252"), "Windows-1252"
+    except UnicodeDecodeError:
+        text, encoding = raw.decode("latin-1"), "Latin-1"
+    lines = sum(1 for l in raw.split(b"\n") if any(b > 127 for b in l)) if len(raw) < CHUNK else 1
+    return text.encode(), [Finding("encoding", "warning", f"{name} is not UTF-8: read as {encoding}",
+                                   (f"{name}:{line}",), lines, "Look at accented letters, or save it as UTF-8.")]
+
+
+def first_not_utf8(raw: bytes) -> int | None:
+    """Position of the first byte that is not UTF-8; checked in chunks, so without a copy of the whole."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    while start < len(raw):
+        stop = start + CHUNK
+        pending = len(decoder.getstate()[0])
+        try:
+            decoder.decode(raw[start:stop], final=stop >= len(raw))
+        except UnicodeDecodeError as error:
+            return start - pending + error.start
+        start = stop
+    return None
+
+
+def delimiter(raw: bytes) -> str:
+    """The delimiter that gives the most columns in the same number on each of the first lines."""
+    text = raw[:1 << 16].decode(errors="replace")
+    if len(raw) > 1 << 16:
+        text = text[:text.rfind("\n") + 1] or text
+    best, score = ",", (0.0, 0)
+    for mark in DELIMITERS:
+        widths = []
+        for row, _ in zip(csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True), range(50)):
+            widths.append(len(row))
+        widths = [w for w in widths if w]
+        if not widths or max(widths) < 2:
+            continue
+        common = max(set(widths), key=widths.count)
+        if common > 1 and (widths.count(common) / len(widths), common) > score:
+            best, score = mark, (widths.count(common) / len(widths), common)
+    return best
+
+
+def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] = (),
+          target: str | None = None) -> Table:
+    """Delimited UTF-8 text as a table of strings. `names` are the columns of a known schema, `target` one of them.
+
+    Raises DataError, naming the line, for broken quoting, lines of the wrong length, and bad column names.
+    """
+    if not raw.strip():
+        raise DataError(f"{name}: the file is empty.")
+    if name.lower().endswith((".tsv", ".tab")):
+        mark = "\t"
+    else:
+        mark = delimiter(raw)
+    rows = cells(raw, name, mark)
+    findings: list[Finding] = []
+    rows = rows.with_columns(line_numbers(rows, raw))
+    value_names = [c for c in rows.columns if c != LINE]
+    empty = rows.select(pl.all_horizontal(pl.col(value_names).is_null())).to_series()
+    if len(value_names) > 1 and empty.any():
+        rows = rows.filter(~empty)
+        if int(empty.sum()) > 1 or not raw.endswith(b"\n\n"):
+            findings.append(Finding("empty-lines", "note", f"{name}: {int(empty.sum())} empty lines left out",
+                                    (), int(empty.sum())))
+    first = ["" if v is None else v.strip() for v in rows.select(value_names).row(0)]
+    has = header if header is not None else has_header(rows.select(value_names), first, names)
+    if has:
+        columns, rows = first, rows[1:]
+        check_names(columns, name, int(rows[LINE][0]) - 1 if rows.height else 1)
+    else:
+        columns = headerless(len(value_names), names, target)
+        if header is None:
+            findings.append(Finding("no-header", "warning", f"{name}: the first line looks like data, so the columns "
+                                    f"are named {columns[0]} to {columns[-1]}", (f"{name}:1",), 1,
+                                    "Write a line of column names on top, or say header=True if it is one."))
+    if rows.height == 0:
+        raise DataError(f"{name}: column names but no rows.")
+    rows = rows.rename(dict(zip(value_names, columns)))
+    return Table(rows, findings)
+
+
+def cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
+    """Every cell as text, empty ones as null. A file that polars refuses is read line by line, to name the line."""
+    try:
+        rows = pl.read_csv(raw, infer_schema=False, has_header=False, separator=mark)
+    except pl.exceptions.PolarsError:
+        return slow_cells(raw, name, mark)
+    # Polars fills short lines with nulls and says nothing. The delimiters tell: outside of cells there must be
+    # one fewer than columns on every line.
+    quoted = b'"' in raw
+    inside = sum(rows[c].str.count_matches(mark, literal=True).sum() for c in rows.columns) if quoted else 0
+    blank = rows.select(pl.all_horizontal(pl.all().is_null())).to_series().sum() if rows.width > 1 else 0
+    marks = raw.count(mark.encode()) - inside
+    if not marks == (rows.width - 1) * rows.height and not marks == (rows.width - 1) * (rows.height - blank):
+        return slow_cells(raw, name, mark)
+    return rows
+
+
+def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
+    """Read by Python's csv module. Raises DataError listing the lines that are wrong; else the table it read."""
+    reader = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=mark, strict=True)
+    width, out, wrong, line = 0, [], [], 0
+    try:
+        for row in reader:
+            start, line = line + 1, reader.line_num
+            if not row:
+                out.append([None] * max(width, 1))
+                continue
+            width = width or len(row)
+            if len(row) != width:
+                wrong.append((start, len(row)))
+            else:
+                out.append([v or None for v in row])
+    except csv.Error as error:
+        ends = "end of data" in str(error)
+        what = "a quotation mark is opened and never closed" if ends else \
+            "text follows a closing quotation mark"
+        at = line + 1 if ends else reader.line_num
+        raise DataError(f"{name}:{at}: broken quoting: {what}. Close it, or write \"\" for a quotation mark "
+                        "inside a quoted cell.") from error
+    if wrong:
+        places = ", ".join(f"{name}:{l} has {n}" for l, n in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        raise DataError(f"{name}: {len(wrong)} of {len(out) + len(wrong)} lines do not have {width} cells like the "
+                        f"first: {places}. Quote cells that hold {mark!r}, or fill in the missing cells.")
+    return pl.DataFrame(out, schema={f"c{i}": pl.String for i in range(width)}, orient="row")
+
+
+def line_numbers(rows: pl.DataFrame, raw: bytes) -> pl.Series:
+    """The line each row begins on: cells may hold line breaks."""
+    first = pl.Series(LINE, range(1, rows.height + 1), dtype=pl.Int64)
+    if b'"' not in raw:
+        return first
+    breaks = sum((rows[c].str.count_matches("\n", literal=True).fill_null(0).cast(pl.Int64) for c in rows.columns),
+                 pl.Series([0] * rows.height, dtype=pl.Int64))
+    return (first + breaks.cum_sum().shift(1, fill_value=0)).rename(LINE)
+
+
+def has_header(rows: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> bool:
+    """Is the first line names? Not if it has numbers where the columns have numbers, or is a repeated value."""
+    if names:
+        known = sum(f in names for f in first)
+        return known > 0 or not len(names) - 1 <= len(first) <= len(names)
+    body = rows[1:1001]
+    if body.height == 0:
+        return not any(is_number(f) for f in first)
+    votes = []
+    for value, column in zip(first, body.columns):
+        text = blank_missing(body[column])
+        present = text.drop_nulls()
+        if present.len() and as_numbers(text).drop_nulls().len() >= 0.9 * present.len():
+            votes.append(is_number(value) or value.lower() in MISSING[1:])
+    if votes:
+        return not all(votes)
+    seen = [v in set(body[c].str.strip_chars().drop_nulls()) for v, c in zip(first, body.columns)]
+    return not any(seen)
+
+
+def headerless(width: int, names: tuple[str, ...], target: str | None) -> list[str]:
+    """Names for columns without any: those of the schema where their number fits, else c0, c1, ..."""
+    for known in (list(names), [n for n in names if n != target]):
+        if len(known) == width:
+            return known
+    return [f"c{i}" for i in range(width)]
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_names(columns: list[str], name: str, line: int) -> None:
+    empty = [i + 1 for i, c in enumerate(columns) if not c]
+    twice = {c: [i + 1 for i, d in enumerate(columns) if d == c] for c in columns if c and columns.count(c) > 1}
+    hidden = [c for c in columns if c.startswith("#") and c in (LINE, "#file", "#hash")]
+    problems = [f"column {', '.join(map(str, empty))} has no name"] if empty else []
+    problems += [f"{c!r} names columns {', '.join(map(str, at))}" for c, at in twice.items()]
+    problems += [f"{c!r} is a name kept for bookkeeping" for c in hidden]
+    if problems:
+        hint = " (An unnamed first column is often an index: write it with index=False.)" if empty == [1] else ""
+        raise DataError(f"{name}:{line}: {'; '.join(problems)}. Every column needs a name of its own.{hint}")
+
+

@@ -1,0 +1,248 @@
+"""Kinds: what a column of raw text holds. Everything is read as text first, then typed here, column by column."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import polars as pl
+
+from fieldguide.data.dataset import Column, Kind
+
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "#n/a")     # compared in lower case
+TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
+MOSTLY = 0.9               # a column is numeric (a date) when at least this share of its values is
+FEW_CLASSES = 20           # a target of at most so many different whole numbers is classes, not an amount
+IMAGE_NAME = r"(?i)\.(png|jpe?g|bmp|gif|webp|tiff?|pp?m|pgm|ico|jp2|avif)$"
+DATES = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f",
+         "%Y/%m/%d", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S",
+         "%d/%m/%Y", "%m/%d/%Y", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M:%S", "%m/%d/%Y %H:%M:%S",
+         "%d-%m-%Y", "%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%Y%m%dT%H%M%S")
+ZONED = r"(Z|[+-]\d\d:?\d\d)$"
+DATE = pl.Datetime("us")
+STORED: dict[Kind, pl.DataType] = {"number": pl.Float64(), "boolean": pl.Boolean(), "date": DATE}   # others: text
+
+
+@dataclass
+class Typed:
+    """A column after typing: its description, its values, and the rows whose value did not fit (now missing)."""
+
+    column: Column
+    values: pl.Series
+    misfits: dict[int, str] = field(default_factory=dict)     # row -> the text that stood there
+    infinite: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    expected: int = 0
+
+
+def blank_missing(series: pl.Series) -> pl.Series:
+    """Text without blanks at the ends; markers of missing values ("", NA, ?, ...) as null."""
+    text = series.str.strip_chars()
+    short = text.str.len_bytes() <= 4
+    gone = text.set(~short, "x").str.to_lowercase().is_in(MISSING)
+    return text.set(gone.fill_null(False), None)
+
+
+def type_column(series: pl.Series, *, kind: Kind | None = None, target: bool = False) -> Typed:
+    """Decide what a column holds, or convert it to `kind`. Values that do not fit become missing and are named."""
+    name = series.name
+    if series.dtype in (pl.Categorical, pl.Enum):
+        series = series.cast(pl.String)
+    if series.dtype == pl.String:
+        text = blank_missing(series)
+        return forced(name, text, kind) if kind else guessed(name, text, target)
+    return native(name, series, kind, target)
+
+
+def native(name: str, series: pl.Series, kind: Kind | None, target: bool) -> Typed:
+    """Columns that already have a type: Parquet, JSON, data frames."""
+    if series.dtype.is_numeric() and kind in (None, "number", "constant"):
+        typed = number(name, series.cast(pl.Float64), "stored as numbers")
+        return typed if kind else refine(typed, series, target)
+    if series.dtype == pl.Boolean and kind in (None, "boolean") and not target:
+        return done(name, series, "boolean", "stored as true and false")
+    if series.dtype.is_temporal() and series.dtype != pl.Duration and kind in (None, "date"):
+        if series.dtype == pl.Time:
+            return type_column(series.cast(pl.String), kind=kind, target=target)
+        if getattr(series.dtype, "time_zone", None):
+            series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        return done(name, series.cast(DATE), "date", "stored as dates")
+    if series.dtype.is_nested() or series.dtype in (pl.Binary, pl.Object, pl.Duration):
+        typed = done(name, series, "constant", f"stored as {series.dtype}, which is not understood")
+        typed.column.role = "ignored"
+        typed.notes.append(f"column {name!r} holds {series.dtype}, which is not understood; it is ignored")
+        return typed
+    return type_column(series.cast(pl.String), kind=kind, target=target)
+
+
+def guessed(name: str, text: pl.Series, target: bool) -> Typed:
+    present = text.drop_nulls()
+    n, distinct = present.len(), present.n_unique()
+    if n == 0:
+        return done(name, text, "constant", "every value is missing")
+    if distinct == 1 and n == text.len() and not target:
+        return done(name, text, "constant", f"every row holds {present[0]!r}")
+    numbers = as_numbers(text)
+    share = numbers.drop_nulls().len() / n
+    if share >= MOSTLY:
+        if present.str.contains(r"^-?0\d").any() and present.str.contains(r"^\d+$").all():
+            return done(name, text, "category", "digits with leading zeros: a code, not an amount")
+        typed = number(name, numbers, f"{percent(share)} of the values are numbers")
+        misfit(typed, text, numbers, n)
+        return refine(typed, text, target)
+    low = present.str.to_lowercase()
+    if not target and distinct <= 4 and low.is_in(TRUE + FALSE).all() and low.n_unique() == 2:
+        return done(name, truth(text), "boolean", f"two values: {', '.join(sorted(present.unique()))}")
+    if not target:
+        dates, form, other = as_dates(text)
+        if dates is not None:
+            typed = done(name, dates, "date", f"dates of the form {form}")
+            misfit(typed, text, dates, n)
+            if other:
+                typed.notes.append(f"column {name!r}: dates can be read as {form} or {other}; read as {form}")
+            return typed
+    return words(name, text, present, n, distinct, share, target)
+
+
+def words(name: str, text: pl.Series, present: pl.Series, n: int, distinct: int, share: float,
+          target: bool) -> Typed:
+    """Pictures, free text, identifiers or categories: what is left when it is no number, date or truth value."""
+    if not target and present.str.contains(IMAGE_NAME).mean() >= MOSTLY:
+        return done(name, text, "image", "the values are names of picture files")
+    if target:
+        return done(name, text, "category", f"the target has {distinct} classes")
+    length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()
+    foreign = (present.str.len_bytes() > 2 * present.str.len_chars()).mean()     # scripts without blanks
+    long = (length >= 20 and spaces >= 2) or (length >= 8 and foreign > 0.5) or (spaces >= 2 and distinct > 0.9 * n)
+    if long and (distinct > 0.5 * n or n < 20 or length >= 100):
+        return done(name, text, "text", f"{length:.0f} characters a value, {percent(distinct / n)} distinct")
+    if distinct >= 0.95 * n and n >= 20:
+        return done(name, text, "identifier", f"{percent(distinct / n)} of the values are distinct")
+    mixed = f"; {percent(share)} are numbers, too few for a number" if share >= 0.1 else ""
+    return done(name, text, "category", f"{distinct} different values{mixed}")
+
+
+def refine(typed: Typed, source: pl.Series, target: bool) -> Typed:
+    """A number may be a truth value, a row number, or, as a target, a class."""
+    column, name = typed.column, typed.column.name
+    present = typed.values.drop_nulls()
+    n, distinct = present.len(), present.n_unique()
+    whole = bool((present == present.round()).all())
+    if target:
+        if whole and distinct <= max(2, min(FEW_CLASSES, n // 4)):
+            text = source if source.dtype == pl.String else whole_text(typed.values)
+            text = text.set(typed.values.is_null(), None)
+            return Typed(column_of(name, text, "category", f"the target has {distinct} different whole numbers"),
+                         text, typed.misfits, typed.infinite, typed.notes, typed.expected)
+        return typed
+    if distinct == 1 and n == typed.values.len():
+        column.kind, column.why = "constant", f"every row holds {present[0]:g}"
+    elif whole and distinct == 2 and set(present.unique()) == {0, 1}:
+        return Typed(column_of(name, typed.values, "boolean", "two values: 0, 1"), typed.values.cast(pl.Boolean),
+                     typed.misfits, typed.infinite, typed.notes, typed.expected)
+    elif whole and distinct == n and n >= 20 and n == typed.values.len():
+        step = present.diff().drop_nulls()
+        if bool((step == 1).all()) or re.search(r"(?i)(^|[_\s])(id|index|key|uuid|nr|no)$|[a-z]I[Dd]$", name):
+            column.kind, column.why = "identifier", "a different whole number on every row"
+    return typed
+
+
+def forced(name: str, text: pl.Series, kind: Kind) -> Typed:
+    """Convert to a kind that is already known: from the user, or from the schema of a trained model."""
+    n = text.len() - text.null_count()
+    why = "as given"
+    if kind == "number":
+        values = as_numbers(text)
+    elif kind == "boolean":
+        values = truth(text)
+    elif kind == "date":
+        dates, form, _ = as_dates(text, least=0.0)
+        values = dates if dates is not None else pl.Series(name, [None] * text.len(), dtype=DATE)
+        why = f"as given; of the form {form}" if form else why
+    else:
+        return done(name, text, kind, why)
+    typed = number(name, values, why) if kind == "number" else done(name, values, kind, why)
+    misfit(typed, text, values, n)
+    return typed
+
+
+def number(name: str, values: pl.Series, why: str) -> Typed:
+    values = values.fill_nan(None)
+    infinite = values.is_infinite().fill_null(False)
+    places = infinite.arg_true().to_list()
+    if places:
+        values = values.set(infinite, None)
+    return Typed(column_of(name, values, "number", why), values.rename(name), infinite=places)
+
+
+def done(name: str, values: pl.Series, kind: Kind, why: str) -> Typed:
+    return Typed(column_of(name, values, kind, why), values.rename(name))
+
+
+def column_of(name: str, values: pl.Series, kind: Kind, why: str) -> Column:
+    nested = values.dtype.is_nested() or values.dtype == pl.Object
+    distinct = 0 if nested else values.drop_nulls().n_unique()
+    return Column(name, kind, why=why, missing=values.null_count(), distinct=distinct)
+
+
+def misfit(typed: Typed, text: pl.Series, values: pl.Series, expected: int) -> None:
+    """Note rows whose text is there but gave no value."""
+    wrong = (text.is_not_null() & values.is_null()).arg_true()
+    typed.misfits = dict(zip(wrong.to_list(), text[wrong].to_list())) if wrong.len() else {}
+    typed.expected = expected
+
+
+def as_numbers(text: pl.Series) -> pl.Series:
+    """Numbers from text; a decimal comma is understood where a column has nothing but them. NaN is missing."""
+    values = text.cast(pl.Float64, strict=False)
+    if values.null_count() > text.null_count() and bool(text.str.contains(r"^[+-]?\d+,\d+$").any()):
+        commas = text.str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)
+        if not bool(text.str.contains(".", literal=True).any()):
+            values = commas
+    return values.rename(text.name)
+
+
+def truth(text: pl.Series) -> pl.Series:
+    low = text.str.to_lowercase().str.strip_suffix(".0")
+    values = low.is_in(TRUE)
+    return values.set((~low.is_in(TRUE + FALSE)).fill_null(True), None).rename(text.name)
+
+
+def as_dates(text: pl.Series, least: float = MOSTLY) -> tuple[pl.Series | None, str, str]:
+    """Dates from text: the values, the form that fits best, and another form that fits as well (or "")."""
+    sample = text.drop_nulls()
+    if not bool(sample.head(200).str.contains(r"\d").any()):
+        return None, "", ""
+    few = sample.gather_every(max(1, sample.len() // 200))
+    if few.str.contains(ZONED).mean() > 0.5 and few.str.contains(r"\d:\d").mean() > 0.5:
+        values = zoned(text)
+        if values.drop_nulls().len() >= max(1, least * sample.len()):
+            return values, "ISO with a time zone (kept in UTC)", ""
+    fits = {f: parse(few, f).drop_nulls().len() / few.len() for f in DATES}
+    good = [f for f in DATES if fits[f] >= min(max(least, 1e-9), 0.5)]
+    whole = {f: parse(text, f) for f in good}
+    counts = {f: v.drop_nulls().len() for f, v in whole.items()}
+    best = max(counts, key=lambda f: counts[f], default=None)
+    if best is None or counts[best] < max(1, least * sample.len()):
+        return None, "", ""
+    other = next((f for f in good if f != best and counts[f] == counts[best]
+                  and not whole[f].equals(whole[best], check_names=False)), "")
+    return whole[best], best, other
+
+
+def parse(text: pl.Series, form: str) -> pl.Series:
+    return text.str.to_datetime(form, strict=False, time_unit="us")
+
+
+def zoned(text: pl.Series) -> pl.Series:
+    iso = text.str.replace(r"^(\S+) (\d)", "${1}T${2}").str.replace(r"([+-]\d\d)(\d\d)$", "${1}:${2}")
+    values = iso.str.to_datetime("%+", strict=False, time_unit="us", time_zone="UTC")
+    return values.dt.replace_time_zone(None)
+
+
+def whole_text(values: pl.Series) -> pl.Series:
+    return values.cast(pl.Int64).cast(pl.String)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share > 0.995 or share < 0.985 else f"{100 * share:.1f} %"

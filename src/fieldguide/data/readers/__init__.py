@@ -1,0 +1,1 @@
+"""One kind of source a file. `fieldguide.data.source` says what a reader is and finds them here."""

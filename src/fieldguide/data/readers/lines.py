@@ -1,0 +1,73 @@
+"""Labelled lines: a class, a blank, a text, on every line. One file, or a folder with one file a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from fieldguide.data import csvtext
+from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.readers.table import join
+from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
+from fieldguide.errors import DataError
+
+NAME = "lines"
+UNDERSTANDS = "labelled lines: a text file (.txt, .train, ...) with `class text` on every line"
+OTHER = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".zip", ".gz", ".py", ".md", ".html", ".xml")
+
+
+def accepts(source: Any, options: Options) -> int:
+    if not isinstance(source, Path):
+        return 0
+    files = [source] if source.is_file() else files_in(source)
+    return 4 if files and all(labelled(p) for p in files) else 0
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder whose names are splits; none if there is anything else in it."""
+    found = visible(folder)[0]
+    return found if found and all(p.is_file() and split_of(p.name) for p in found) else []
+
+
+def labelled(path: Path) -> bool:
+    """Do the first lines begin with few different words, each followed by more?"""
+    if path.suffix.lower() in OTHER or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    if b"\0" in head:
+        return False
+    lines = [l.split(None, 1) for l in head.split(b"\n")[:-1] if l.strip()]
+    firsts = {l[0] for l in lines}
+    return len(lines) >= 4 and all(len(l) == 2 for l in lines) and 2 <= len(firsts) <= max(2, len(lines) // 4)
+
+
+def load(source: Path, options: Options) -> Raw:
+    if source.is_file():
+        return one(source, source.parent)
+    parts = [(one(p, source), str(split_of(p.name))) for p in files_in(source)]
+    if len({s for _, s in parts}) < len(parts):
+        raise DataError(f"{source}: two files for one split: {', '.join(r.files[0].path for r, _ in parts)}.")
+    raw = join(parts, source)
+    raw.kinds, raw.target = {"text": "text"}, "label"
+    return raw
+
+
+def one(path: Path, root: Path) -> Raw:
+    name = relative(path, root)
+    content = path.read_bytes()
+    text, findings = csvtext.decode(content, name)
+    lines = pl.Series("line", text.decode().split("\n")).str.strip_chars()
+    rows = pl.DataFrame({LINE: pl.Series(range(1, lines.len() + 1), dtype=pl.Int64), "line": lines})
+    rows = rows.filter(pl.col("line") != "")
+    parts = pl.col("line").str.extract_groups(r"^(?P<label>\S+)\s+(?P<text>(?s:.+))$")
+    rows = rows.with_columns(parts.alias("parts")).unnest("parts").drop("line")
+    bad = rows.filter(pl.col("text").is_null())[LINE].to_list()
+    if bad:
+        findings.append(Finding("label-only", "warning", f"{name}: {len(bad)} lines have a class and no text",
+                                tuple(f"{name}:{l}" for l in bad[:5]), len(bad), "Add the text or remove the line."))
+    rows = rows.select("text", "label", pl.lit(0, pl.Int32).alias(FILE), LINE)
+    return Raw(rows, [FileEntry(name, len(content), sha256(content), rows=rows.height)], root, findings,
+               kinds={"text": "text"}, target="label")

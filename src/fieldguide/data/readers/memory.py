@@ -1,0 +1,56 @@
+"""Objects in memory: polars and pandas data frames, and dictionaries of arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data.dataset import FILE, LINE, FileEntry
+from fieldguide.data.source import Options, Raw, sha256
+from fieldguide.errors import DataError
+
+NAME = "memory"
+UNDERSTANDS = "in Python: a polars or pandas data frame, or a dictionary of arrays"
+
+
+def accepts(source: Any, options: Options) -> int:
+    return 10 if isinstance(source, pl.DataFrame | dict) or is_pandas(source) else 0
+
+
+def is_pandas(source: Any) -> bool:
+    return type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "to_dict")
+
+
+def load(source: Any, options: Options) -> Raw:
+    if isinstance(source, pl.DataFrame):
+        rows = source
+    else:
+        columns = {str(k): source[k] for k in source}
+        lengths = {k: len(v) for k, v in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"the arrays have different lengths: {lengths}.")
+        rows = pl.DataFrame([series(k, v) for k, v in columns.items()])
+    if rows.height == 0:
+        raise DataError("the table in memory has no rows.")
+    content = rows.write_ipc(None).getvalue() if not any(t == pl.Object for t in rows.dtypes) else b""
+    rows = rows.with_columns(pl.lit(0, pl.Int32).alias(FILE), pl.Series(LINE, range(1, rows.height + 1)))
+    return Raw(rows, [FileEntry("memory", len(content), sha256(content), rows=rows.height)], Path.cwd())
+
+
+def series(name: str, values: Any) -> pl.Series:
+    """A column from an array, list or pandas series; objects of mixed types become text."""
+    if isinstance(values, pl.Series):
+        return values.rename(name)
+    array = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+    if array.ndim != 1:
+        raise DataError(f"{name!r} has shape {array.shape}; a column has one dimension.")
+    if array.dtype != object:
+        return pl.Series(name, array)
+    cells = [None if v is None or v != v else v for v in array.tolist()]      # v != v: NaN and pandas' NaT
+    try:
+        return pl.Series(name, cells, strict=True)
+    except (TypeError, pl.exceptions.PolarsError):
+        return pl.Series(name, [None if v is None else str(v) for v in cells], dtype=pl.String)

@@ -1,0 +1,135 @@
+"""Tables: CSV, TSV, Parquet and JSON Lines; one file, or a folder with one file a split."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data import csvtext
+from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, split_of, visible
+from fieldguide.errors import DataError
+
+NAME = "table"
+UNDERSTANDS = ("a table: .csv, .tsv, .parquet or .jsonl; a folder with one such file, or with one for each of "
+               "train, val and test")
+DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab"), (".parquet", ".pq"), (".jsonl", ".ndjson")
+KNOWN = DELIMITED + PARQUET + JSON
+SPLIT_COLUMNS = ("split", "subset", "partition")
+
+
+def accepts(source: Any, options: Options) -> int:
+    if not isinstance(source, Path):
+        return 0
+    if source.is_file():
+        return 10 if source.suffix.lower() in KNOWN else 0
+    return 8 if tables_in(source) else 0
+
+
+def tables_in(folder: Path) -> list[Path]:
+    return [p for p in visible(folder)[0] if p.is_file() and p.suffix.lower() in KNOWN]
+
+
+def load(source: Path, options: Options) -> Raw:
+    if source.is_file():
+        raw = one(source, source.parent, options)
+        return by_column(raw)
+    files = tables_in(source)
+    if len(files) == 1:
+        return by_column(one(files[0], source, options))
+    named = {p: split_of(p.name) for p in files}
+    if None in named.values() or len(set(named.values())) < len(files):
+        listed = ", ".join(p.name for p in files)
+        raise DataError(f"{source}: holds several tables ({listed}). Name the one to read, or name them train, val "
+                        "and test, one file each.")
+    return join([(one(p, source, options), str(s)) for p, s in named.items()], source)
+
+
+def one(path: Path, root: Path, options: Options) -> Raw:
+    name, suffix = relative(path, root), path.suffix.lower()
+    if path.stat().st_size == 0:
+        raise DataError(f"{name}: the file is empty.")
+    content = path.read_bytes()
+    entry = (len(content), sha256(content))
+    findings: list[Finding] = []
+    if suffix in DELIMITED:
+        text, findings = csvtext.decode(content, name)
+        del content
+        table = csvtext.parse(text, name, header=options.header, names=options.names,
+                              target=options.target)
+        rows, findings = table.rows, findings + table.findings
+    elif suffix in PARQUET:
+        rows = parquet(content, name)
+    else:
+        content, findings = csvtext.decode(content, name)
+        rows = json_lines(content, name)
+    rows = rows.with_columns(pl.lit(0, pl.Int32).alias(FILE))
+    return Raw(rows, [FileEntry(name, *entry, rows=rows.height)], root, findings)
+
+
+def parquet(content: bytes, name: str) -> pl.DataFrame:
+    try:
+        rows = pl.read_parquet(io.BytesIO(content))
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{name}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
+    if rows.height == 0:
+        raise DataError(f"{name}: no rows.")
+    return rows.with_columns(pl.Series(LINE, range(1, rows.height + 1), dtype=pl.Int64))
+
+
+def json_lines(content: bytes, name: str) -> pl.DataFrame:
+    """One JSON object a line. Raises DataError for the first line that is none."""
+    lines = [i for i, l in enumerate(content.split(b"\n"), 1) if l.strip()]
+    try:
+        rows = pl.read_ndjson(io.BytesIO(content), infer_schema_length=None)
+    except (pl.exceptions.PolarsError, RuntimeError):
+        rows = None
+    if rows is None or rows.height != len(lines):
+        for number, line in enumerate(content.split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                ok = isinstance(json.loads(line), dict)
+            except ValueError:
+                ok = False
+            if not ok:
+                raise DataError(f"{name}:{number}: not a JSON object. JSON Lines has one {{...}} on every line.")
+        raise DataError(f"{name}: could not be read as JSON Lines.")
+    return rows.with_columns(pl.Series(LINE, lines, dtype=pl.Int64))
+
+
+def by_column(raw: Raw) -> Raw:
+    """A column named `split` that holds nothing but train, val and test gives the splits."""
+    for name in raw.rows.columns:
+        if name.lower() not in SPLIT_COLUMNS or raw.rows[name].dtype != pl.String:
+            continue
+        values = raw.rows[name].str.strip_chars().str.to_lowercase()
+        if values.null_count() == 0 and bool(values.is_in(list(SPLITS)).all()):
+            raw.splits = values.replace_strict(SPLITS).to_numpy().astype(object)
+            raw.kinds[name] = "category"
+            raw.split_column = name
+    return raw
+
+
+def join(parts: list[tuple[Raw, str]], root: Path) -> Raw:
+    """Several files of the same columns, one a split, as one table."""
+    order = {"train": 0, "val": 1, "test": 2}
+    parts = sorted(parts, key=lambda p: order[p[1]])
+    first = parts[0][0]
+    names = [c for c in first.rows.columns if c not in (FILE, LINE)]
+    for raw, _ in parts[1:]:
+        other = [c for c in raw.rows.columns if c not in (FILE, LINE)]
+        if set(other) != set(names):
+            lacks, extra = sorted(set(names) - set(other)), sorted(set(other) - set(names))
+            raise DataError(f"{raw.files[0].path} and {first.files[0].path} have different columns: the first lacks "
+                            f"{lacks or 'none'} and has {extra or 'none'} besides.")
+    tables = [raw.rows.with_columns(pl.lit(i, pl.Int32).alias(FILE)).select([*names, FILE, LINE])
+              for i, (raw, _) in enumerate(parts)]
+    rows = pl.concat(tables, how="vertical_relaxed")
+    splits = np.repeat(np.array([s for _, s in parts], dtype=object), [t.height for t in tables])
+    return Raw(rows, [raw.files[0] for raw, _ in parts], root, [f for raw, _ in parts for f in raw.findings], splits)

@@ -1,0 +1,292 @@
+"""`read`: any source as one `Data`. Find the reader, type its columns, give them roles, check, leave out, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data import doctor, images, kinds, source
+from fieldguide.data.dataset import (
+    CHANNELS,
+    FILE,
+    HASH,
+    HEIGHT,
+    LINE,
+    WIDTH,
+    Column,
+    Data,
+    FileEntry,
+    Finding,
+    Kind,
+    Manifest,
+)
+from fieldguide.errors import DataError, nearest
+
+TARGETS = ("target", "label", "labels", "class", "y", "sentiment", "category", "outcome", "species")
+BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS)
+
+
+def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | None = None,
+         schema: Sequence[Column | Mapping[str, Any]] | None = None, group: str | None = None,
+         time: str | None = None, header: bool | None = None, allow_bad: bool = False,
+         labels_optional: bool = False) -> Data:
+    """Read a table, a folder of pictures or texts, a data frame, or a sample by its name, and check it.
+
+    `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one whose rows
+    must stay on one side of a split; `time` one to split by. `kinds` overrules what columns hold. `schema` (from a
+    trained model) applies known columns exactly: the target may then be absent. With `labels_optional`, rows
+    without a target are kept. `header` says whether a CSV's first line is names; None looks.
+
+    Raises DataError, listing every problem with its places and remedy, if the data cannot be used, or if more than
+    1 % of the examples cannot and `allow_bad` is False. What is dropped below that is counted in the manifest.
+    """
+    known = [c if isinstance(c, Column) else Column(**c) for c in schema or ()]
+    if known:
+        target = next((c.name for c in known if c.role == "target"), None)
+    where, name = locate(source)
+    options = _options(target, header, known, labels_optional)
+    raw = _load(where, options)
+    return Reading(name, raw, options, allow_bad).run(dict(kinds or {}), known, group, time)
+
+
+def locate(source: Any) -> tuple[Any, str]:
+    """The path or object to read, and what to call it. Raises DataError for a path that is not there."""
+    if not isinstance(source, str | Path):
+        return source, "the table in memory"
+    path = Path(source).expanduser()
+    if path.exists():
+        return path.absolute(), str(source)
+    from fieldguide import samples
+
+    if isinstance(source, str) and source in samples.SAMPLES:
+        return samples.path(source), source
+    parent = path.absolute().parent
+    names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    hint = nearest(path.name, names) or nearest(str(source), samples.SAMPLES)
+    raise DataError(f"{source}: there is no such file, folder or sample.{hint} "
+                    f"The samples are: {', '.join(samples.SAMPLES)}.")
+
+
+def _options(target: str | None, header: bool | None, known: list[Column], optional: bool) -> source.Options:
+    return source.Options(target, header, tuple(c.name for c in known), optional)
+
+
+def _load(where: Any, options: source.Options) -> source.Raw:
+    return source.load(where, options)
+
+
+class Reading:
+    """One reading, from the raw table to `Data`; collects findings and the rows that cannot be used."""
+
+    def __init__(self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool) -> None:
+        self.name, self.raw, self.options, self.allow_bad = name, raw, options, allow_bad
+        self.findings = list(raw.findings)
+        self.names = [c for c in raw.rows.columns if c not in BOOKKEEPING]
+        self.bad = np.zeros(raw.rows.height, dtype=bool)
+
+    def run(self, overrides: dict[str, Kind], known: list[Column], group: str | None, time: str | None) -> Data:
+        if known:
+            roles = self.apply_schema(known)
+            overrides = {c.name: c.kind for c in known}
+        else:
+            roles = self.roles(group, time)
+            self.require(overrides, "kinds")
+            overrides = {**self.raw.kinds, **overrides}
+        columns = self.type_columns(overrides, roles)
+        if known:
+            columns = {c.name: c for c in known if c.name in columns}
+        self.data = Data(self.name, self.raw.rows, columns, Manifest(str(self.raw.root), self.raw.files),
+                         self.findings, self.raw.splits)
+        for column in columns.values():
+            if column.kind == "image" and column.role != "ignored":
+                self.check_pictures(column)
+        self.report_misfits()
+        self.merge_class_names()
+        self.check_target()
+        total = len(self.data) + self.raw.unusable
+        data = self.without_bad()
+        if not known:
+            data.findings += doctor.check(data)
+        doctor.enforce(data.findings, total, self.allow_bad, self.name)
+        return data
+
+    def require(self, wanted: Any, what: str) -> None:
+        for name in wanted:
+            if name not in self.names:
+                raise DataError(f"{self.name}: {what} names the column {name!r}, which is not there."
+                                f"{nearest(name, self.names)} The columns are: {', '.join(self.names)}.")
+
+    def roles(self, group: str | None, time: str | None) -> dict[str, str]:
+        roles = {}
+        for name, role in ((self.raw.split_column, "split"), (group, "group"), (time, "time")):
+            if name is not None:
+                self.require([name], role)
+                roles[name] = role
+        target = self.options.target
+        if target is not None:
+            self.require([target], "target")
+        elif self.raw.target in self.names:
+            target = self.raw.target
+        else:
+            target = self.choose_target([n for n in self.names if n not in roles])
+        if target is not None:
+            roles[target] = "target"
+        return roles
+
+    def choose_target(self, names: list[str]) -> str | None:
+        by_name = next((n for t in TARGETS for n in names if n.lower() == t), None)
+        if by_name is None and (self.options.labels_optional or len(names) < 2):
+            return None
+        target = by_name or names[-1]
+        why = "by its name" if by_name else "because it is the last"
+        self.findings.append(Finding("target-chosen", "note", f"no target was named: column {target!r} is taken, {why}",
+                                     (f"column {target!r}",), 1, "Name another with target=."))
+        return target
+
+    def apply_schema(self, known: list[Column]) -> dict[str, str]:
+        """Bring the table into the columns of a trained model."""
+        for media in (n for n, kind in self.raw.kinds.items() if kind in ("image", "text")):
+            ours = [c.name for c in known if c.role == "feature" and c.kind == self.raw.kinds[media]]
+            if len(ours) == 1 and media not in ours and ours[0] not in self.names:
+                self.rename(media, ours[0])
+        target = self.options.target
+        if self.raw.target in self.names and target and target not in self.names:
+            self.rename(str(self.raw.target), target)
+        needed = [c.name for c in known if c.role == "feature"]
+        lacking = [n for n in needed if n not in self.names]
+        if lacking:
+            listed = "\n".join(f"  - {n!r}.{nearest(n, [x for x in self.names if x not in needed])}" for n in lacking)
+            raise DataError(f"{self.name}: {len(lacking)} of the {len(needed)} columns that the model needs are "
+                            f"missing:\n{listed}\nThe columns are: {', '.join(self.names)}.")
+        wanted = {c.name for c in known}
+        extra = [n for n in self.names if n not in wanted]
+        if extra:
+            self.findings.append(Finding("extra-columns", "note", "columns that the model does not know are ignored: "
+                                         + ", ".join(extra[:10]), tuple(f"column {n!r}" for n in extra[:5]), len(extra)))
+            self.raw.rows = self.raw.rows.drop(extra)
+            self.names = [n for n in self.names if n in wanted]
+        return {c.name: c.role for c in known}
+
+    def rename(self, old: str, new: str) -> None:
+        self.raw.rows = self.raw.rows.rename({old: new})
+        self.raw.kinds = {new if n == old else n: k for n, k in self.raw.kinds.items()}
+        self.names = [new if n == old else n for n in self.names]
+
+    def type_columns(self, overrides: dict[str, Kind], roles: dict[str, Any]) -> dict[str, Column]:
+        """Type one column after the other, letting go of its text, so that memory holds the table about once."""
+        rows, columns, self.typed = self.raw.rows, {}, []
+        self.raw.rows = rows.select([c for c in rows.columns if c in BOOKKEEPING])
+        values = []
+        for name in self.names:
+            role = roles.get(name, "feature")
+            typed = kinds.type_column(rows.drop_in_place(name), kind=overrides.get(name), target=role == "target")
+            column = typed.column
+            if role != "feature":
+                column.role = role
+            elif column.kind in ("constant", "identifier"):
+                column.role = "ignored"
+            if column.kind == "image":
+                typed.values = self.absolute(typed.values)
+            columns[name] = column
+            values.append(typed.values)
+            typed.values = pl.Series()
+            self.typed.append(typed)
+        self.raw.rows = pl.DataFrame(values).hstack(self.raw.rows) if self.raw.rows.width else pl.DataFrame(values)
+        return columns
+
+    def absolute(self, paths: pl.Series) -> pl.Series:
+        root = self.raw.root.absolute()
+        unique = paths.drop_nulls().unique().to_list()
+        return paths.replace_strict(unique, [str(root / p) for p in unique], default=None, return_dtype=pl.String)
+
+    def check_pictures(self, column: Column) -> None:
+        """Decode every picture; note its size and digest, and the rows whose picture cannot be used."""
+        rows = self.data.rows
+        paths = rows[column.name].fill_null("").to_list()
+        unique = sorted(set(paths) - {""})
+        seen = dict(zip(unique, images.check(unique)))
+        gone = images.Picture("missing-file", "no path in this row")
+        checked = [seen.get(p, gone) for p in paths]
+        bad = np.array([bool(c.problem) for c in checked], dtype=bool)
+        files = self.data.manifest.files
+        own = FILE not in rows.columns                           # a folder of pictures: a file a row
+        entries = [FileEntry(source.relative(Path(p), self.raw.root.absolute()), seen[p].bytes, seen[p].sha256,
+                             rows=1 if own else 0) for p in unique]
+        if own:
+            index = {p: i + len(files) for i, p in enumerate(unique)}
+            rows = rows.with_columns(pl.Series(FILE, [index[p] for p in paths], dtype=pl.Int32),
+                                     pl.lit(None, pl.Int64).alias(LINE))
+        files += entries
+        if HASH not in rows.columns:
+            rows = rows.with_columns(
+                pl.Series(HASH, [c.pixels for c in checked], dtype=pl.String),
+                *(pl.Series(n, [getattr(c, a) for c in checked], dtype=pl.Int32)
+                  for n, a in ((WIDTH, "width"), (HEIGHT, "height"), (CHANNELS, "channels"))))
+        self.data.rows = rows
+        self.findings += doctor.picture_findings(self.data, column.name, checked, self.bad)
+        self.bad |= bad
+
+    def report_misfits(self) -> None:
+        for typed in self.typed:
+            self.findings += doctor.value_findings(self.data, typed)
+
+    def merge_class_names(self) -> None:
+        """Given splits may spell classes differently ("<=50K." for "<=50K"): bring them to the training spelling."""
+        data, target = self.data, self.data.target
+        if target is None or data.splits is None or target.kind != "category":
+            return
+        values = data.rows[target.name]
+        train = set(values.filter(pl.Series(data.splits == "train")).drop_nulls().unique())
+        if not train:
+            return
+        plain: dict[str, set[str]] = {}
+        for label in train:
+            plain.setdefault(doctor.simplified(label), set()).add(label)
+        other = sorted(set(values.drop_nulls().unique()) - train)
+        same = {o: next(iter(plain[doctor.simplified(o)])) for o in other
+                if len(plain.get(doctor.simplified(o), ())) == 1}
+        if same:
+            rows = values.is_in(list(same)).arg_true()
+            data.rows = data.rows.with_columns(values.replace(same))
+            target.distinct = data.rows[target.name].drop_nulls().n_unique()
+            shown = ", ".join(f"{a!r} as {b!r}" for a, b in list(same.items())[:5])
+            self.findings.append(Finding("class-spelling", "warning", f"classes are spelt differently in the splits: "
+                                         f"read {shown}", tuple(data.place(int(i)) for i in rows[:3]), len(rows),
+                                         "Spell them alike."))
+        unknown = values.is_in([o for o in other if o not in same]).fill_null(False).to_numpy()
+        new = unknown & ~self.bad
+        if new.any():
+            names = ", ".join(repr(o) for o in other if o not in same)
+            self.findings.append(Finding("class-not-in-train", "warning", f"classes of the other splits that train does "
+                                         f"not have: {names[:200]}", doctor.places(data, new), int(new.sum()),
+                                         "Add examples to train, or remove these.", int(new.sum())))
+            self.bad |= unknown
+
+    def check_target(self) -> None:
+        target = self.data.target
+        if target is None or self.options.labels_optional:
+            return
+        missing = self.data.rows[target.name].is_null().to_numpy() & ~self.bad
+        if missing.any():
+            count = int(missing.sum())
+            self.findings.append(Finding("target-missing", "warning", f"rows without a value of the target "
+                                         f"{target.name!r}", doctor.places(self.data, missing), count,
+                                         "Fill it in or remove the rows.", count))
+            self.bad |= missing
+
+    def without_bad(self) -> Data:
+        """The data without unusable rows, which the manifest counts, file by file."""
+        data, bad = self.data, self.bad
+        if not bad.any():
+            return data
+        lost = np.bincount(data.rows[FILE].to_numpy()[bad], minlength=len(data.manifest.files))
+        files = [dataclasses.replace(f, rows=f.rows - int(n), dropped=f.dropped + int(n)) if n else f
+                 for f, n in zip(data.manifest.files, lost)]
+        kept = data.take(np.flatnonzero(~bad))
+        kept.manifest = Manifest(data.manifest.root, files)
+        return kept

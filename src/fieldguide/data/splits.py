@@ -1,0 +1,171 @@
+"""Splits: which rows train, choose and test. Same data and seed, same split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data.dataset import HASH, Data
+from fieldguide.errors import DataError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Row indices, sorted, for training, validation and test, and in words how they were made."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    how: str
+
+
+def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | None = None) -> Splits:
+    """Split rows. Splits that the source names are kept; those it lacks are made from its training rows.
+
+    `test` and `validation` are shares of all rows; validation is by default 10 to 20 %, more for little data.
+    A column of role `time` puts the latest rows into test. A column of role `group`, and rows that are equal in
+    all features, are never on two sides. Otherwise classes keep their shares on every side, and a class with two
+    rows or more is always in train.
+    Raises DataError if there are too few rows to split.
+    """
+    n = len(data)
+    if validation is None:
+        validation = 0.2 if n < 2000 else 0.15 if n < 10_000 else 0.1
+    if not (0 <= test < 1 and 0 <= validation < 1 and test + validation < 1):
+        raise DataError(f"shares of {test} for test and {validation} for validation leave nothing to train on.")
+    side = np.zeros(n, dtype=np.int8)                      # 0 train, 1 validation, 2 test
+    said = []
+    if data.splits is not None:
+        side[data.splits == "val"], side[data.splits == "test"] = 1, 2
+        given = [name for name, code in (("train", 0), ("validation", 1), ("test", 2)) if (side == code).any()]
+        said.append(f"{' and '.join(given)} as the source gives them")
+        if not (side == 0).any():
+            raise DataError(f"{data.source}: the source names splits but no training rows.")
+    pool = np.flatnonzero(side == 0)
+    needed = pool.size
+    for name, code, share in (("test", 2, test), ("validation", 1, validation)):
+        if (side == code).any() or share == 0:
+            continue
+        want = max(1, round(share * needed))
+        pool = np.flatnonzero(side == 0)
+        if pool.size < 3 or want >= pool.size:
+            raise DataError(f"{data.source}: {n} usable rows are too few to split into training, validation and test.")
+        chosen, how = _choose(data, pool, want, seed + code)
+        side[chosen] = code
+        said.append(f"{name}: {chosen.size:,} rows, {how}")
+    parts = [np.flatnonzero(side == code) for code in (0, 1, 2)]
+    return Splits(*parts, how="; ".join(said) + f" (seed {seed})")
+
+
+def _choose(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndarray, str]:
+    """About `want` rows of `pool`, whole blocks only, and how they were chosen."""
+    if data.role("time"):
+        return _latest(data, pool, want)
+    blocks, why = _blocks(data)
+    blocks = np.unique(blocks[pool], return_inverse=True)[1]
+    sizes = np.bincount(blocks)
+    random = np.random.default_rng(seed)
+    order = random.permutation(sizes.size)
+    target = data.target
+    if target is not None and target.kind in ("category", "boolean"):
+        classes = data.rows[target.name].cast(pl.String).fill_null("").to_numpy()[pool]
+        codes = np.unique(classes, return_inverse=True)[1]
+        first = np.full(sizes.size, -1)
+        first[blocks[::-1]] = codes[::-1]                  # a block goes with the class of its first row
+        taken = _stratified(first[order], sizes[order], want / pool.size)
+        how = "the share of every class kept"
+    else:
+        filled = np.cumsum(sizes[order])
+        taken = filled <= max(want, filled[0] if filled[0] < pool.size else 0)
+        how = "at random"
+    chosen = np.zeros(sizes.size, dtype=bool)
+    chosen[order[taken]] = True
+    if not chosen.any():
+        raise DataError(f"{data.source}: cannot split: {why or 'too few rows'} leaves nothing for one side.")
+    return pool[chosen[blocks]], f"{how}{', ' + why if why else ''}"
+
+
+def _stratified(codes: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
+    """Which shuffled blocks to take: from every class its share by rows, rounded so that the sum is right too.
+
+    A class keeps at least one block behind; so classes of one block stay in train.
+    """
+    by_class = np.argsort(codes, kind="stable")
+    codes_sorted, sizes_sorted = codes[by_class], sizes[by_class].astype(np.float64)
+    starts = np.flatnonzero(np.r_[True, np.diff(codes_sorted) != 0])
+    counts = np.diff(np.r_[starts, codes_sorted.size])
+    filled = np.cumsum(sizes_sorted)
+    before = np.repeat(filled[starts] - sizes_sorted[starts], counts)
+    totals = np.repeat(np.add.reduceat(sizes_sorted, starts), counts)
+    # Carry the rounding from class to class: the k-th class ends where the share of all rows so far ends.
+    carried = np.floor(share * (before + totals) + 0.5) - np.floor(share * before + 0.5)
+    last = np.zeros(codes_sorted.size, dtype=bool)
+    last[starts + counts - 1] = True                       # the block that stays behind
+    taken = (filled - before <= np.maximum(carried, 0)) & ~last
+    out = np.zeros(codes.size, dtype=bool)
+    out[by_class[taken]] = True
+    return out
+
+
+def _blocks(data: Data) -> tuple[np.ndarray, str]:
+    """A number for each row; rows of one number stay on one side: equal groups, equal inputs, and chains of both."""
+    n = len(data)
+    groups = [data.rows[c.name].cast(pl.String) for c in data.role("group")]
+    same = _same_inputs(data)
+    labels, why = np.arange(n), []
+    if same is not None:
+        labels = same
+        count = n - np.unique(same).size
+        if count:
+            why.append(f"{count:,} duplicates kept with their originals")
+    for group in groups:
+        codes = np.unique(group.fill_null("").to_numpy(), return_inverse=True)[1]
+        labels = _join(labels, codes)
+        why.append(f"groups by {group.name!r} kept whole")
+    return labels, ", ".join(why)
+
+
+def _same_inputs(data: Data) -> np.ndarray | None:
+    """Rows that are equal in every feature get the same number (pictures by their pixels)."""
+    features = [c.name for c in data.features() if c.kind != "image"]
+    names = features + ([HASH] if HASH in data.rows.columns else [])
+    if not names:
+        return None
+    return data.rows.select(pl.struct(names).rank("dense")).to_series().to_numpy() \
+        if len(names) == 0 else _dense(data.rows.select(names))
+
+
+def _dense(rows: pl.DataFrame) -> np.ndarray:
+    """Numbers such that equal rows have equal numbers, by a 64-bit hash of the row."""
+    return np.unique(rows.hash_rows(seed=0).to_numpy(), return_inverse=True)[1]
+
+
+def _join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Connected components of rows that share a number in either labelling."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    shift = int(first.max()) + 1
+    size = shift + int(second.max()) + 1
+    graph = coo_matrix((np.ones(first.size, dtype=np.int8), (first, second + shift)), shape=(size, size))
+    return connected_components(graph, directed=False)[1][first]
+
+
+def _latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
+    """The rows with the latest times; rows of one time stay together."""
+    name = data.role("time")[0].name
+    times = data.rows[name][pool]
+    if times.dtype == pl.String:
+        raise DataError(f"{data.source}: column {name!r} is to be the time but holds {data.columns[name].kind}s, "
+                        "not dates or numbers.")
+    values = times.cast(pl.Float64) if times.dtype.is_numeric() else times.cast(pl.Int64).cast(pl.Float64)
+    values = values.fill_null(-np.inf).to_numpy()
+    cut = np.sort(values)[-want]
+    chosen = values >= cut
+    if chosen.all():
+        chosen = values > cut
+    if not chosen.any():
+        raise DataError(f"{data.source}: all rows have the same {name!r}: they cannot be split by time.")
+    return pool[chosen], f"the latest by {name!r}"
