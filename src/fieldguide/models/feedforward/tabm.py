@@ -2,12 +2,12 @@
 
 New here: all members share every matrix and differ only in vectors that scale its inputs and outputs
 (BatchEnsemble, Wen et al. 2020, arXiv:2002.06715) and in their heads. Each member is trained on its own loss
-and the mean of their predictions is used, so an ensemble needs little more memory than one network. Numbers go
-in as piecewise-linear embeddings (arXiv:2203.05556).
+and the mean of their predictions is used, so an ensemble needs little more memory than one network. Numbers
+go in as piecewise-linear embeddings (arXiv:2203.05556).
 
 Initialisation (paper, section 3.3): matrices uniform by fan-in, the same bias for all members; the first
-input scale is normal, one draw a column and member; all other scales are 1, so that members differ only in how
-they weigh the columns; the heads are independent.
+input scale is normal, one draw a column and member; all other scales are 1, so that members differ only in
+how they weigh the columns; the heads are independent.
 Shapes: B batch, N number columns, K category columns, M members, D width.
 """
 

@@ -1,8 +1,8 @@
 """GRU: one state, two gates (Cho et al. 2014, arXiv:1406.1078).
 
 New here: an update gate that keeps or replaces the state and a reset gate that forgets it; three quarters of
-an LSTM's parameters. The form is that of torch and cuDNN: the reset gate acts after the recurrent product, which
-has a bias of its own (the paper's first version applies it before).
+an LSTM's parameters. The form is that of torch and cuDNN: the reset gate acts after the recurrent product,
+which has a bias of its own (the paper's first version applies it before).
 
 Initialisation: that of `blocks.recurrent.Recurrent`; embeddings are normal with deviation 0.1, the head is
 uniform by fan-in.

@@ -1,0 +1,63 @@
+"""LeNet-5 as it is taught today: ReLU, max pooling and a plain linear head (after LeCun et al. 1998).
+
+New here: only simplifications: every map of the second convolution sees all of the first, pooling has no
+weights, and the head gives logits. Pictures of 28 x 28 are padded by 2, so the convolutions see 32 x 32.
+
+Initialisation: He uniform matrices (arXiv:1502.01852), zero biases.
+Shapes: B batch, C channels, S side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 10
+    channels: int = 1            # C
+    image: int = 28              # S, pixels a side
+
+
+class LeNet5(nn.Module):
+    """A picture of `image` pixels a side -> class logits. Raises `SettingsError` below 12 pixels."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        side = (config.image // 2 - 4) // 2
+        if side < 1:
+            raise SettingsError(f"image={config.image}: LeNet-5 needs at least 12 pixels a side")
+        self.config = config
+        self.conv1 = nn.Conv2d(config.channels, 6, 5, padding=2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * side ** 2, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.head = nn.Linear(84, config.classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in self.children():
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.head(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
+
+
+CARD = Card(
+    name="lenet5-modern", model=LeNet5, config=Config, paper="doi:10.1109/5.726791", year=1998,
+    takes="image", gives="label",
+    sizes={
+        "lenet5-modern": Size(params=61_706, source="counted by hand"),
+        "lenet5-modern-test": Size(classes=3, image=12),
+    },
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
+)

@@ -1,0 +1,70 @@
+"""SimpleCNN: the small convolutional network of the guide, after LeNet (LeCun et al. 1998).
+
+New here: two rounds of convolution, batch normalisation and pooling, then a classifier with dropout. A plain
+first network for small pictures.
+
+Initialisation: torch's defaults, as the guide's code has it.
+Shapes: B batch, C channels, S side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    num_classes: int = 10
+    channels: int = 3            # C
+    image: int = 32              # S, pixels a side
+
+
+class SimpleCNN(nn.Module):
+    """The guide's `SimpleCNN(num_classes)`, which fits pictures of 3 x 32 x 32; here `channels` and `image` can
+    be others. Raises `SettingsError` for pictures below 4 pixels a side.
+    """
+
+    def __init__(self, num_classes: int = 10, *, channels: int = 3, image: int = 32):
+        super().__init__()
+        if image < 4:
+            raise SettingsError(f"image={image}: two poolings need at least 4 pixels a side")
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(64 * (image // 4) ** 2, 256),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(256, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+        return self.classifier(self.features(x))
+
+
+def build(config: Config) -> SimpleCNN:
+    return SimpleCNN(config.num_classes, channels=config.channels, image=config.image)
+
+
+CARD = Card(
+    name="simplecnn", model=SimpleCNN, config=Config, build=build, paper="doi:10.1109/5.726791", year=1998,
+    takes="image", gives="label", names={"classes": "num_classes"},
+    sizes={
+        "simplecnn": Size(params=1_070_986, source="the guide's code"),
+        "simplecnn-test": Size(num_classes=3, channels=1, image=8),
+    },
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
+)

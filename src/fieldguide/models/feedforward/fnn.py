@@ -1,0 +1,51 @@
+"""FNN: the feedforward network of the guide, trained by backpropagation (Rumelhart et al. 1986).
+
+New here: layers of units between input and output, whose weights are learnt from the error by the chain rule.
+
+Initialisation: torch's default for linear layers, uniform by fan-in, as the guide's code has it.
+Shapes: B batch (any leading axes), F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    in_dim: int = 784            # F
+    hidden: int = 256
+    out_dim: int = 10            # classes
+
+
+class FNN(nn.Module):
+    """The guide's `FNN(in_dim, hidden, out_dim)`: two hidden layers with ReLU."""
+
+    def __init__(self, in_dim: int, hidden: int, out_dim: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(in_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, out_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:              # B ... F -> B ... classes
+        return self.net(x)
+
+
+CARD = Card(
+    name="fnn", model=FNN, config=Config, build=lambda config: FNN(**asdict(config)),
+    paper="doi:10.1038/323533a0", year=1986, takes="vector", gives="label",
+    names={"features": "in_dim", "classes": "out_dim"},
+    sizes={
+        "fnn": Size(params=269_322, source="the guide's code"),
+        "fnn-test": Size(in_dim=6, hidden=8, out_dim=3),
+    },
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
+)

@@ -1,0 +1,59 @@
+"""SelfAttention: the multi-head attention layer of the guide (Vaswani et al. 2017, arXiv:1706.03762).
+
+New here: every token asks all others (queries against keys) and takes a weighted mean of what they offer
+(values), in several heads at once. A layer, not a whole network: no positions, no mask.
+
+Initialisation: torch's default for linear layers, as the guide's code has it.
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    d_model: int = 512           # D
+    n_heads: int = 8
+
+
+class SelfAttention(nn.Module):
+    """The guide's `SelfAttention(d_model, n_heads)`, with torch's fused attention for its three lines.
+
+    Raises `SettingsError` where `n_heads` does not divide `d_model`.
+    """
+
+    def __init__(self, d_model: int, n_heads: int):
+        super().__init__()
+        if d_model % n_heads:
+            raise SettingsError(f"d_model={d_model} cannot be split among n_heads={n_heads}")
+        self.n_heads = n_heads
+        self.d_k = d_model // n_heads
+        self.W_q = nn.Linear(d_model, d_model)
+        self.W_k = nn.Linear(d_model, d_model)
+        self.W_v = nn.Linear(d_model, d_model)
+        self.W_o = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:              # B T D -> B T D
+        q, k, v = (matrix(x).unflatten(-1, (self.n_heads, self.d_k)).transpose(1, 2)
+                   for matrix in (self.W_q, self.W_k, self.W_v))                 # each B heads T d_k
+        return self.W_o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+CARD = Card(
+    name="self-attention", model=SelfAttention, config=Config,
+    build=lambda config: SelfAttention(**asdict(config)),
+    paper="arXiv:1706.03762", year=2017, takes="sequence", gives="sequence",
+    names={"dim": "d_model", "heads": "n_heads"},
+    sizes={
+        "self-attention": Size(params=1_050_624, source="torch.nn.MultiheadAttention(512, 8)"),
+        "self-attention-test": Size(d_model=8, n_heads=2),
+    },
+)
