@@ -1,0 +1,62 @@
+"""Pictures: one side, one number of channels, and pixel values with mean 0 and standard deviation 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fieldguide.data import images
+
+if TYPE_CHECKING:
+    import torch
+
+SIDES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
+ENOUGH = 5000              # pictures that mean and deviation are learnt on; more change them in the third digit
+
+
+def suggest_side(widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np.ndarray) -> int:
+    """The largest usual side that at least half of the pictures fill: 8 to 224 pixels."""
+    median = float(np.median(np.minimum(np.asarray(widths), np.asarray(heights))))
+    return max((s for s in SIDES if s <= median), default=SIDES[0])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How pictures become tensors: S pixels a side, 1 or 3 channels, `mean` and `std` of each (of values 0 to 1)."""
+
+    side: int
+    channels: int = 3
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    fit: images.Fit = "crop"
+
+    @classmethod
+    def learn(cls, pixels: torch.Tensor, fit: images.Fit = "crop") -> Pictures:
+        """From training pixels as `images.load` gives them: uint8, N C S S."""
+        some = pixels[:: max(1, len(pixels) // ENOUGH)].double() / 255      # evenly spread
+        mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0)
+        return cls(pixels.shape[-1], pixels.shape[1], tuple(mean.tolist()),
+                   tuple(max(s, 1e-3) for s in std.tolist()), fit)
+
+    def load(self, paths: Sequence[str | Path]) -> torch.Tensor:
+        """Files as uint8, N C S S. Raises DataError naming those that cannot be read."""
+        return images.load(paths, self.side, self.channels, fit=self.fit)
+
+    def apply(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 -> float32 with mean 0 and deviation 1, on the device of `pixels`; any leading dimensions, C S S."""
+        import torch
+
+        mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
+        return (pixels.float() / 255 - mean) / std
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Pictures:
+        return cls(saved["side"], saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["fit"])

@@ -1,0 +1,183 @@
+"""Tables: numbers as standard normals by training quantiles, categories as codes, dates as both.
+
+A number goes through the distribution function of its training values (piecewise linear between up to 1000
+quantiles; Gorishniy et al. 2021, arXiv:2106.11959, found it best for networks) and then to the normal, so it lies
+within about +-5.2 whatever comes. A missing number is 0, the median, and a category tells that it was missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from scipy.special import ndtri
+
+from fieldguide.data.dataset import Column
+
+QUANTILES = 1000
+EDGE = 1e-7                # probabilities are kept this far from 0 and 1: about +-5.2
+MANY = 20                  # of more values than these, those seen once in training are coded as unseen,
+LIMIT = 10_000             # and only the most frequent are kept: so the code for unseen values is trained too
+DAY = 86_400_000_000       # microseconds
+
+
+@dataclass(frozen=True)
+class Number:
+    """One input number: the column it is from, what of it, and the quantiles of its training values."""
+
+    column: str
+    part: str              # value | time | year-sin | year-cos | hour-sin | hour-cos
+    quantiles: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Category:
+    """One input code: 0 unseen, 1 ... the values in order, and one more for missing where training had it."""
+
+    column: str
+    part: str              # value | weekday | missing
+    values: tuple[str, ...]
+    missing: bool = False
+
+    @property
+    def size(self) -> int:
+        return 1 + len(self.values) + self.missing
+
+
+class TablePreparer:
+    """Turns rows into `numbers` (float32, N x n) and `categories` (int64 codes, N x k)."""
+
+    def __init__(self, numbers: Iterable[Number], categories: Iterable[Category]) -> None:
+        self.numbers, self.categories = tuple(numbers), tuple(categories)
+        self.unseen: dict[str, int] = {}      # by column: values of the last `apply` that training did not have
+
+    @classmethod
+    def learn(cls, rows: pl.DataFrame, columns: Iterable[Column]) -> TablePreparer:
+        """Learn from training rows. Columns of other kinds than number, boolean, category and date are passed over,
+        and so are columns that are constant in these rows."""
+        numbers: list[Number] = []
+        categories: list[Category] = []
+        for column in columns:
+            name, values = column.name, rows[column.name]
+            if column.kind in ("number", "date"):
+                parts = ["value"] if column.kind == "number" else ["time", "year-sin", "year-cos"]
+                if column.kind == "date" and hours(values).any():
+                    parts += ["hour-sin", "hour-cos"]
+                for part in parts:
+                    raw = extract(values, part)
+                    raw = raw[~np.isnan(raw)]
+                    if raw.size and raw.min() < raw.max():
+                        numbers.append(Number(name, part, quantiles(raw) if part in ("value", "time") else ()))
+                if column.kind == "date":
+                    categories += vocabulary(name, "weekday", codes_text(values, "weekday"))
+                if 0 < values.null_count() < values.len():
+                    categories.append(Category(name, "missing", ("no", "yes")))
+            elif column.kind in ("category", "boolean"):
+                categories += vocabulary(name, "value", codes_text(values, "value"))
+        return cls(numbers, categories)
+
+    @property
+    def cardinalities(self) -> list[int]:
+        """How many codes each category has, 0 included."""
+        return [c.size for c in self.categories]
+
+    @property
+    def width(self) -> int:
+        """Columns of `vector`."""
+        return len(self.numbers) + sum(c.size - 1 for c in self.categories)
+
+    def apply(self, rows: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """numbers (float32, N x n) and categories (int64, N x k). Counts unseen values in `unseen`."""
+        numbers = np.empty((rows.height, len(self.numbers)), dtype=np.float32)
+        codes = np.empty((rows.height, len(self.categories)), dtype=np.int64)
+        self.unseen = {}
+        for i, n in enumerate(self.numbers):
+            raw = extract(rows[n.column], n.part)
+            numbers[:, i] = np.nan_to_num(normal(raw, n.quantiles) if n.quantiles else raw)
+        for i, c in enumerate(self.categories):
+            text = codes_text(rows[c.column], c.part)
+            index = {v: k for k, v in enumerate(c.values, 1)}
+            code = text.replace_strict(index, default=0, return_dtype=pl.Int64)
+            codes[:, i] = code.set(text.is_null(), c.size - 1 if c.missing else 0).to_numpy()
+            if strange := int((code.filter(text.is_not_null()) == 0).sum()):
+                self.unseen[c.column] = strange
+        return numbers, codes
+
+    def vector(self, rows: pl.DataFrame) -> np.ndarray:
+        """Everything as one matrix for plain networks, float32, N x width: numbers, then categories one-hot (an
+        unseen value is all zeros)."""
+        numbers, codes = self.apply(rows)
+        return np.concatenate([numbers, self.one_hot(codes)], axis=1)
+
+    def one_hot(self, codes: np.ndarray) -> np.ndarray:
+        out = np.zeros((codes.shape[0], self.width - len(self.numbers)), dtype=np.float32)
+        start = -1
+        for i, c in enumerate(self.categories):
+            known = np.flatnonzero(codes[:, i])
+            out[known, start + codes[known, i]] = 1
+            start += c.size - 1
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": 1, "numbers": [asdict(n) for n in self.numbers],
+                "categories": [asdict(c) for c in self.categories]}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> TablePreparer:
+        return cls([Number(n["column"], n["part"], tuple(n["quantiles"])) for n in saved["numbers"]],
+                   [Category(c["column"], c["part"], tuple(c["values"]), c["missing"]) for c in saved["categories"]])
+
+
+def quantiles(values: np.ndarray) -> tuple[float, ...]:
+    """Quantiles of training values, evenly spaced in probability: one for every 30 values, 10 to 1000."""
+    count = max(10, min(values.size // 30, QUANTILES))
+    found = np.quantile(values, np.linspace(0, 1, count))
+    return tuple(np.maximum.accumulate(found).tolist())      # rounding may break the order by a hair
+
+
+def normal(values: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:
+    """Standard normal scores. A value that fills several quantiles gets the middle of their probabilities: hence
+    interpolation from both sides."""
+    at, p = np.array(knots), np.linspace(0, 1, len(knots))
+    below, above = np.interp(values, at, p), -np.interp(-values, -at[::-1], -p[::-1])
+    return ndtri(np.clip((below + above) / 2, EDGE, 1 - EDGE))
+
+
+def extract(values: pl.Series, part: str) -> np.ndarray:
+    """A number from each value of a column, float64, NaN where it is missing."""
+    if part == "value":
+        return values.cast(pl.Float64).fill_null(np.nan).to_numpy()
+    if part == "time":
+        return (values.cast(pl.Int64).cast(pl.Float64) / DAY).fill_null(np.nan).to_numpy()
+    turn = hours(values) / 24 if part.startswith("hour") else \
+        (values.dt.ordinal_day().cast(pl.Float64).fill_null(np.nan).to_numpy() - 1) / 365.25
+    return (np.sin if part.endswith("sin") else np.cos)(2 * np.pi * turn)
+
+
+def hours(values: pl.Series) -> np.ndarray:
+    """Hour of the day with its fraction; NaN is never true, so `.any()` tells if there are times at all."""
+    within = (values.cast(pl.Int64) % DAY).cast(pl.Float64) / (DAY / 24)
+    return within.fill_null(0.0).to_numpy()
+
+
+def codes_text(values: pl.Series, part: str) -> pl.Series:
+    if part == "missing":
+        return values.is_null().replace_strict({True: "yes", False: "no"}, return_dtype=pl.String)
+    if part == "weekday":
+        return values.dt.weekday().cast(pl.String)
+    return values.cast(pl.String)
+
+
+def vocabulary(column: str, part: str, text: pl.Series) -> list[Category]:
+    """The category for a column, or nothing where all rows agree."""
+    counts = text.drop_nulls().value_counts(sort=True)
+    names, seen = counts.get_column(text.name).to_list(), counts["count"].to_list()
+    if len(names) > MANY:
+        names = [n for n, s in zip(names, seen) if s > 1][:LIMIT]
+    missing = text.null_count() > 0
+    if len(names) + missing + (len(names) < len(seen)) < 2:
+        return []
+    return [Category(column, part, tuple(sorted(names)), missing)]

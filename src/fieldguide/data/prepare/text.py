@@ -1,0 +1,141 @@
+"""Text: a byte-level BPE tokenizer learnt on the training texts, so that no character is unknown; or a given one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fieldguide.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SPECIAL = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")      # indices 0 to 4
+ENOUGH = 20_000_000        # characters; more teach the tokenizer nothing and take minutes
+
+
+class Text:
+    """Texts as token indices. `size` tokens, padding `pad`; a text without tokens becomes the one token `unknown`."""
+
+    def __init__(self, tokenizer: Tokenizer, *, lower: bool = False, learnt_on: int = 0) -> None:
+        self.tokenizer, self.lower, self.learnt_on = tokenizer, lower, learnt_on
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.pad = self.token("<pad>", "[PAD]", "<|endoftext|>", default=0)
+        self.unknown = self.token("<unk>", "[UNK]", "<s>", "<|endoftext|>", default=self.pad)
+        self.cls = self.token("<cls>", "[CLS]", "<s>", default=self.unknown)
+
+    @classmethod
+    def learn(cls, texts: Iterable[str], *, size: int | None = None, lower: bool = True) -> Text:
+        """Learn from training texts; `size` of the vocabulary by the amount of text if None.
+
+        Learns on evenly spread texts of at most 20 million characters in all.
+        """
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+        texts = list(texts)
+        total = sum(map(len, texts))
+        if total > ENOUGH:
+            texts = texts[::math.ceil(total / ENOUGH)]
+        tokenizer = Tokenizer(models.BPE())
+        steps = [normalizers.NFC(), *([normalizers.Lowercase()] if lower else [])]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=size or suggest_size(total), special_tokens=list(SPECIAL),
+                                      min_frequency=2, show_progress=False,
+                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        tokenizer.train_from_iterator(chunks(texts), trainer, length=len(texts))
+        return cls(tokenizer, lower=lower, learnt_on=len(texts))
+
+    @property
+    def size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def token(self, *names: str, default: int) -> int:
+        found = (self.tokenizer.token_to_id(n) for n in names)
+        return next((i for i in found if i is not None), default)
+
+    def encode(self, texts: Sequence[str], length: int, *, cls: bool = False) -> tuple[list[np.ndarray], int]:
+        """Token indices of each text, int64, at most `length`, and how many texts were cut to it.
+
+        `cls` puts the class token first (unless the given tokenizer does that itself).
+        """
+        out, cut = [], 0
+        for some in batches(texts, 1000):
+            for encoding in self.tokenizer.encode_batch([t or "" for t in some]):
+                ids = encoding.ids or [self.unknown]
+                if cls and ids[0] != self.cls:
+                    ids = [self.cls, *ids]
+                cut += len(ids) > length
+                out.append(np.array(ids[:length], dtype=np.int64))
+        return out, cut
+
+    def apply(self, texts: Sequence[str], length: int, *, cls: bool = False) -> tuple[np.ndarray, np.ndarray, int]:
+        """Texts as one padded batch: indices (int64, N x L), mask (bool, N x L, True for tokens), texts cut.
+
+        L is the longest of these texts, at most `length`.
+        """
+        ids, cut = self.encode(texts, length, cls=cls)
+        return *self.batch(ids), cut
+
+    def batch(self, ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Pad token indices to the longest of them: indices (int64, N x L) and mask (bool, True for tokens)."""
+        sizes = np.array([len(i) for i in ids])
+        mask = np.arange(sizes.max(initial=1))[None] < sizes[:, None]
+        out = np.full(mask.shape, self.pad, dtype=np.int64)
+        if len(ids):
+            out[mask] = np.concatenate(list(ids))
+        return out, mask
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.tokenizer.decode([int(i) for i in ids])
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and text.json."""
+        folder = Path(folder)
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "text.json").write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"lower": self.lower, "learnt_on": self.learnt_on, "size": self.size}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Text:
+        """From a folder that `save` wrote, or from any tokenizer.json. Raises DataError if it is none."""
+        from tokenizers import Tokenizer
+
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.exists():
+            raise DataError(f"{file}: there is no such tokenizer.")
+        try:
+            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception as error:      # noqa: BLE001  (the library raises bare Exception)
+            raise DataError(f"{file}: not a tokenizer of the tokenizers library ({error}).") from error
+        settings = path / "text.json"
+        saved = json.loads(settings.read_text(encoding="utf-8")) if path.is_dir() and settings.exists() else {}
+        return cls(tokenizer, lower=saved.get("lower", False), learnt_on=saved.get("learnt_on", 0))
+
+
+def suggest_size(characters: int) -> int:
+    """Tokens for so much text: a power of two from 512 to 32,768, growing with the square root of the text."""
+    return 2 ** round(min(15.0, max(9.0, math.log2(4 * math.sqrt(max(characters, 1))))))
+
+
+def suggest_length(sizes: Sequence[int] | np.ndarray, most: int = 512) -> int:
+    """A length that 95 % of the texts fit in: a multiple of 8, at most `most`."""
+    return int(min(most, max(8, 8 * math.ceil(np.quantile(np.asarray(sizes), 0.95) / 8))))
+
+
+def chunks(texts: list[str]) -> Iterator[list[str]]:
+    return batches(texts, 1000)
+
+
+def batches(texts: Sequence[str], size: int) -> Iterator[Any]:
+    return (texts[i:i + size] for i in range(0, len(texts), size))
