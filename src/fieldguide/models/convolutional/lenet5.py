@@ -2,9 +2,9 @@
 
 New here: small receptive fields, whose weights are shared over the picture, alternate with subsampling; the
 features are learnt with the classifier. All parts of section II.B are kept: subsampling with a trainable
-coefficient and bias a map (S2, S4), a third layer whose maps see chosen maps only (C3, table I), the scaled tanh
-1.7159 tanh(2a/3), and an output that measures the squared distance from a fixed drawing of each class (7 x 12
-pixels, +1 and -1). The distances are penalties; their negatives are given as logits, so that cross-entropy is
+coefficient and bias a map (S2, S4), a third layer whose maps see chosen maps only (C3, table I), the scaled
+tanh 1.7159 tanh(2a/3), and an output that measures the squared distance from a fixed drawing of each class
+(7 x 12 pixels, +1 and -1). The distances are penalties; their negatives are given as logits, so that cross-entropy is
 the paper's discriminative criterion (equation 9) without its rubbish class.
 
 Initialisation: uniform in +-2.4 / fan-in (appendix A). The drawings of the ten digits are this project's own;
@@ -28,7 +28,7 @@ from fieldguide.card import Card, Size
 class Config:
     classes: int = 10
     channels: int = 1            # C
-    image: int = 32              # S, pixels a side; padded by its border to at least 32 and to a multiple of 4
+    image: int = 32              # S, pixels a side; its border pads it to at least 32, a multiple of 4
 
 
 # Table I: which of the six maps of S2 each of the sixteen maps of C3 sees.

@@ -25,8 +25,8 @@ class Config:
 
 
 class SimpleCNN(nn.Module):
-    """The guide's `SimpleCNN(num_classes)`, which fits pictures of 3 x 32 x 32; here `channels` and `image` can
-    be others. Raises `SettingsError` for pictures below 4 pixels a side.
+    """The guide's `SimpleCNN(num_classes)`, which fits pictures of 3 x 32 x 32; `channels` and `image` can be
+    others here. Raises `SettingsError` for pictures below 4 pixels a side.
     """
 
     def __init__(self, num_classes: int = 10, *, channels: int = 3, image: int = 32):

@@ -1,0 +1,35 @@
+"""Right-hand sides of a weights table whose tensors change on the way: plain data for `fieldguide.weights`.
+
+A table maps public names to ours, one row a name: `"layer{s+1}.{b}.bn{k}.*": "stages.{s}.{b}.norm{k}.*"`.
+`{s}` stands for a number, `{s+1}` for that number plus one, `*` for one part of a name without dots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The public tensor with its two axes swapped, such as the Conv1D of GPT-2."""
+
+    ours: str
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The public tensor is one of several equal parts that lie along the first axis of ours."""
+
+    ours: str
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The public tensor holds nothing that is needed, such as position ids."""
+
+    why: str
+
+
+Row = str | Transposed | Fused | Dropped
