@@ -1,0 +1,178 @@
+"""Samples: small real data for every task, made from what is installed, without a network.
+
+`path("digits")` makes a sample on first use in the user's cache folder and gives its path; `read("digits")` reads it.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import importlib.util
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fieldguide.errors import DataError, nearest
+
+VERSION = 1                # of what the makers below write; a change of it makes every sample anew
+EACH = 800                 # texts of every class of `docstrings`
+LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars": "polars", "torch": "torch"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample: what it is, the task it is for, its licence, and how it comes to be. `made`: derived by our code
+    from something that was not a data set."""
+
+    name: str
+    task: str
+    what: str
+    licence: str
+    source: str
+    made: bool
+    target: str
+    make: Callable[[Path], None]
+
+
+def path(name: str) -> Path:
+    """Where a sample is, after making it if it is not there yet. Raises DataError for an unknown name."""
+    if name not in SAMPLES:
+        raise DataError(f"{name!r} is no sample.{nearest(name, SAMPLES)} The samples are: {', '.join(SAMPLES)}.")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = cache / "fieldguide" / "samples" / f"{name}-v{VERSION}"
+    if not home.exists():
+        # Made beside its place and then renamed: whoever looks sees all of it or nothing.
+        home.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home.parent))
+        try:
+            SAMPLES[name].make(work)
+            work.chmod(0o755)
+            work.rename(home)
+        except OSError:
+            if not home.exists():              # else another process made it meanwhile
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    only = [p for p in home.iterdir()]
+    return only[0] if len(only) == 1 and only[0].is_file() else home
+
+
+def digits(folder: Path) -> None:
+    """1,797 handwritten digits of 8 x 8 pixels as PNG, a folder a class; 17 grey levels become 0 to 255."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    for digit in range(10):
+        (folder / str(digit)).mkdir()
+    for i, (pixels, digit) in enumerate(zip(data.images, data.target)):
+        grey = (pixels * (255 / 16)).round().astype("uint8")
+        Image.fromarray(grey).save(folder / str(digit) / f"{i:04d}.png")
+
+
+def classes(loader: str, target: str) -> Callable[[Path], None]:
+    """A classification table of scikit-learn as CSV, with class names instead of numbers."""
+    def make(folder: Path) -> None:
+        import sklearn.datasets
+
+        data = getattr(sklearn.datasets, loader)()
+        rows = ([*(f"{v:g}" for v in x), str(data.target_names[y])] for x, y in zip(data.data, data.target))
+        write(folder / "data.csv", [*(plain(n) for n in data.feature_names), target], rows)
+
+    return make
+
+
+def diabetes(folder: Path) -> None:
+    from sklearn.datasets import load_diabetes
+
+    names = ("age", "sex", "bmi", "blood_pressure", "cholesterol", "ldl", "hdl", "cholesterol_hdl_ratio",
+             "log_triglycerides", "blood_sugar")
+    data = load_diabetes(scaled=False)
+    rows = ([*(f"{v:.10g}" for v in x), f"{y:g}"] for x, y in zip(data.data, data.target))
+    write(folder / "data.csv", [*names, "progression"], rows)
+
+
+def docstrings(folder: Path) -> None:
+    """Which library does this sentence document? First paragraphs of docstrings, read from installed sources."""
+    taken: dict[str, str] = {}
+    for library, package in LIBRARIES.items():
+        texts: set[str] = set()
+        for text in paragraphs(library_folder(package)):
+            if text not in taken:
+                texts.add(text)
+            if len(texts) == EACH:
+                break
+        taken |= dict.fromkeys(texts, library)
+    order = sorted(taken, key=digest)
+    write(folder / "data.csv", ["text", "library"], ([t, taken[t]] for t in order))
+
+
+def library_folder(package: str) -> Path:
+    if not package:
+        return Path(sysconfig.get_paths()["stdlib"])
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None      # a dependency of ours
+    return Path(spec.origin).parent
+
+
+def paragraphs(folder: Path) -> Iterator[str]:
+    """First paragraphs of the docstrings of a package, 30 to 400 characters, without running any of its code.
+
+    In an order that is neither the alphabet's nor the file system's, so that the first few are a fair choice.
+    """
+    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_inductor", "onnx", "_vendor", "ensurepip",
+            "pydoc_data", "_numeric", "externals", "_dynamo", "turtledemo"}
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")]
+    for name in sorted((f for f in files if not skip & set(f.split("/"))), key=digest):
+        source = (folder / name).read_bytes()
+        if b'"""' not in source:
+            continue
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if 30 <= len(text) <= 400 and text.isascii():
+                    yield text
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def plain(name: str) -> str:
+    return name.replace(" (cm)", "_cm").replace(" ", "_").replace("/", "_")
+
+
+def write(file: Path, names: list[str], rows: Iterator[list[str]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows)
+
+
+BSD = "as distributed with scikit-learn (BSD-3-Clause)"
+SAMPLES: dict[str, Sample] = {s.name: s for s in (
+    Sample("digits", "image-classification", "1,797 handwritten digits, 8 x 8 grey pixels, 10 classes", BSD,
+           "scikit-learn load_digits (UCI optical recognition of handwritten digits, test part)", False, "label", digits),
+    Sample("iris", "tabular-classification", "150 irises, 4 measurements, 3 species", BSD,
+           "scikit-learn load_iris (Fisher 1936)", False, "species", classes("load_iris", "species")),
+    Sample("wine", "tabular-classification", "178 wines, 13 chemical measurements, 3 growers", BSD,
+           "scikit-learn load_wine (UCI)", False, "grower", classes("load_wine", "grower")),
+    Sample("breast-cancer", "tabular-classification", "569 tumours, 30 measurements, malignant or benign", BSD,
+           "scikit-learn load_breast_cancer (UCI, Wisconsin)", False, "diagnosis",
+           classes("load_breast_cancer", "diagnosis")),
+    Sample("diabetes", "tabular-regression", "442 patients, 10 measurements, progression of the disease in a year", BSD,
+           "scikit-learn load_diabetes, unscaled (Efron et al. 2004)", False, "progression", diabetes),
+    Sample("docstrings", "text-classification",
+           f"about {EACH * len(LIBRARIES):,} sentences from documentation; which of {len(LIBRARIES)} libraries is it of? "
+           "Depends a little on the installed versions", "each library's own; made on your machine, not distributed",
+           "docstrings in the installed sources of " + ", ".join(LIBRARIES), True, "library", docstrings),
+)}
