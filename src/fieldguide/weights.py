@@ -31,8 +31,8 @@ Table = Mapping[str, Row]
 
 OURS = "fieldguide"
 LISTED = 20                                                          # keys shown of each kind in an error
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")        # keys under which people keep the tensors
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")               # of DDP, torch.compile and wrapper classes
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")        # keys that hold the tensors
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")               # of DDP, torch.compile, wrappers
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 FILES = ("model.safetensors", "model.safetensors.index.json",        # what a folder of Hugging Face may hold
          "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -165,8 +165,9 @@ def _pickled(path: Path) -> object:
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         text = str(error) or type(error).__name__
         if "Unsupported" in text and ("GLOBAL" in text or "class" in text):
-            raise WeightsError(f"{path} holds pickled Python objects besides tensors, which could run any code, "
-                               "so it is not read. Where you trust it, save its state_dict as safetensors.\n"
+            raise WeightsError(f"{path} holds pickled Python objects besides tensors, which could run any "
+                               "code, so it is not read. Where you trust it, save its state_dict as "
+                               "safetensors.\n"
                                f"{text}") from None
         raise WeightsError(f"{path} is damaged, cut short or no file of torch.save: "
                            f"{text.splitlines()[0]}") from None
@@ -187,7 +188,7 @@ def _sharded(path: Path) -> dict[str, Tensor]:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: .safetensors, .pth/.pt/.bin/.ckpt, an index of shards, or a folder.
+    """The tensors of a checkpoint: .safetensors, .pth/.pt/.bin/.ckpt, an index of shards, or a folder.
 
     Raises `WeightsError` where nothing can be read, or only by running code that the file contains.
     """
@@ -260,7 +261,8 @@ def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str,
     if not score:
         raise WeightsError(f"no name in the checkpoint belongs to {type(model).__name__} "
                            f"(tried {', '.join((OURS, *known)) if origin is None else origin}). "
-                           f"It begins {', '.join(list(state)[:3])}, the network {', '.join(list(wanted)[:3])}.")
+                           f"It begins {', '.join(list(state)[:3])}; "
+                           f"the network {', '.join(list(wanted)[:3])}.")
     return best
 
 
@@ -288,7 +290,7 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
     found, done = _recognise(model, state, origin)
     wanted = model.state_dict()
     if any(tensor.is_meta for tensor in wanted.values()):
-        raise WeightsError("the network is on the meta device, which holds no numbers: create it on a real one")
+        raise WeightsError("the network is on the meta device and holds no numbers: create it on a real one")
 
     loaded = done.state.keys() & wanted.keys()
     filled = {_place(wanted[name]) for name in loaded}   # a tied tensor is filled by any of its names

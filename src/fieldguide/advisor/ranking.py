@@ -1,0 +1,151 @@
+"""The advisor: rules held as data, applied to facts about data and machine; every option gets its reasons."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import operator
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from fieldguide import measure, registry
+from fieldguide.card import Card
+from fieldguide.errors import SettingsError
+
+EPOCHS = 8            # a network that cannot see the data this often in the time given is ruled out
+EFFICIENCY = 0.15     # of the machine's matrix-product speed that training small networks reaches, about
+BYTES = 16            # a parameter in training: weight, gradient, two moments, in float32
+COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
+
+
+@dataclass
+class Option:
+    """One size of one architecture: its points, why, and what rules it out (empty where nothing does)."""
+
+    name: str
+    architecture: str
+    parameters: int = 0
+    multiply_adds: int = 0
+    points: float = 0.0
+    reasons: list[str] = field(default_factory=list)
+    against: list[str] = field(default_factory=list)
+    rejected: str = ""
+
+
+@dataclass
+class Advice:
+    """Options in order of preference, then those ruled out."""
+
+    options: list[Option]
+    rejected: list[Option]
+
+    @property
+    def best(self) -> Option:
+        if not self.options:
+            why = "; ".join(f"{o.name}: {o.rejected}" for o in self.rejected[:5])
+            raise SettingsError(f"no network suits this data and machine ({why}). Give more --minutes or name one "
+                                "with --model.")
+        return self.options[0]
+
+
+@functools.cache
+def rules() -> list[dict[str, Any]]:
+    return tomllib.loads(files(__package__).joinpath("rules.toml").read_text())["rule"]
+
+
+def holds(when: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
+    """Whether every condition holds: "<1000" and ">0.5" compare numbers, other text is a glob."""
+    for key, wanted in when.items():
+        fact = facts.get(key)
+        if fact is None:
+            return False
+        if wanted[0] in COMPARE:
+            if not COMPARE[wanted[0]](fact, float(wanted[1:])):
+                return False
+        elif not fnmatch.fnmatch(str(fact), wanted):
+            return False
+    return True
+
+
+def speaks_of(rule: Mapping[str, Any], card: Card) -> bool:
+    return any(fnmatch.fnmatch(card.family if kind == "family" else card.name, pattern)
+               for kind, _, pattern in ((p.partition(":") if ":" in p else ("name", "", p)) for p in rule["for"]))
+
+
+def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping[str, Any] = {}) -> Any:
+    """The config of a size for data with these needs, then the user's own changes. Raises `TypeError`."""
+    adapted = card.adapt(needs) if card.adapt else {}
+    return card.settle(size, **{k: v for k, v in needs.items() if card.accepts(k)}, **adapted | dict(changes))
+
+
+def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[str, ...], gives: tuple[str, ...],
+           minutes: float, machine: Mapping[str, Any] | None = None, model: str = "auto") -> Advice:
+    """Ranks every size of every architecture that can be fed (`takes`) and used (`gives`).
+
+    `facts` are what rules compare: task, rows, and the task's profile. `needs` are the sizes that the data demands.
+    `model` other than "auto" narrows the choice to one name or glob, and then nothing but impossibility rejects.
+    """
+    machine = machine or measure.machine()
+    speed = EFFICIENCY * max(machine["flops"].values())
+    options: list[Option] = []
+    for name in registry.names():
+        card, size = registry.find(name)
+        if card.takes not in takes or card.gives not in gives:
+            continue
+        option = Option(size, card.name)
+        options.append(option)
+        try:
+            config = configured(card, size, needs)
+            with torch.device("meta"):
+                option.parameters = measure.parameters(card.make(config))
+            option.multiply_adds = measure.multiply_adds(card.name, config, int(facts.get("tokens") or 64))
+        except (SettingsError, ValueError) as error:      # such as pictures too small for its pooling
+            option.rejected = str(error)
+            continue
+        for rule in rules():
+            if holds(rule["when"], facts) and speaks_of(rule, card):
+                option.points += rule["points"]
+                (option.reasons if rule["points"] > 0 else option.against).append(f"{rule['because']} [{rule['source']}]")
+        size_up(option, card, facts, speed, minutes, machine)
+    if model != "auto":
+        return named(options, model)
+    ranked = sorted(options, key=lambda o: (-o.points, o.parameters))
+    return Advice([o for o in ranked if not o.rejected], [o for o in ranked if o.rejected])
+
+
+def size_up(option: Option, card: Card, facts: Mapping[str, Any], speed: float, minutes: float,
+            machine: Mapping[str, Any]) -> None:
+    """Rules out what cannot fit or finish, and prefers sizes in proportion to the data."""
+    seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed      # backward costs twice forward
+    if option.parameters * BYTES > 0.8 * machine["memory"]:
+        option.rejected = (f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
+                           f"machine has {machine['memory'] / 2**30:.1f} GiB")
+    elif seconds > 60 * minutes:
+        option.rejected = (f"{EPOCHS} passes over the data would take about {seconds / 60:.0f} minutes of the "
+                           f"{minutes:g} given")
+    order = list(card.sizes).index(option.name)
+    if order:
+        option.points -= 0.25 * order
+        option.against.append("start small and scale up only if the scores ask for it "
+                              "[guide, FAQ 'How do I choose the right model size']")
+
+
+def named(options: list[Option], model: str) -> Advice:
+    """The one that the user asked for. Raises `SettingsError` where it cannot do this task."""
+    card, size = registry.find(model)
+    chosen = [o for o in options if o.name == size]
+    if not chosen:
+        able = sorted({o.architecture for o in options})
+        raise SettingsError(f"{model} takes {card.takes} and gives {card.gives}, which this task cannot use. Networks "
+                            f"that can: {', '.join(able)}.")
+    option = chosen[0]
+    option.reasons.insert(0, "you asked for it")
+    if option.rejected:
+        option.against.insert(0, option.rejected)
+        option.rejected = ""
+    return Advice(chosen, [o for o in options if o is not option])

@@ -1,0 +1,128 @@
+"""Card: what a model is, as plain data that the CLI, advisor, docs and tests read. Imports no torch.
+
+A model file ends with one `CARD`. Nothing else in the project knows an architecture by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# What a network takes -> the names of the batch tensors handed to `forward`, in order.
+TAKES: dict[str, tuple[str, ...]] = {
+    "image": ("image",),                    # B C H W float
+    "tokens": ("tokens", "mask"),           # B T int64, B T bool: True where a token is real, not padding
+    "table": ("numbers", "categories"),     # B N float, B K int64 (0 = unseen)
+    "vector": ("vector",),                  # B F float: one flat row of numbers
+    "sequence": ("sequence",),              # B T D float
+    "noise": ("noise",),                    # B Z float
+}
+
+# What it gives back.
+GIVES: dict[str, str] = {
+    "label": "logits B ... classes; axes between B and classes are members of an ensemble",
+    "sequence": "B T D float",
+    "vector": "B F float",
+    "score": "B 1 float: how real the input looks",
+}
+
+
+class Size:
+    """A named size: the config fields that differ from the default, and its exact parameter count.
+
+    `params` is what `sum(p.numel() for p in model.parameters())` must give; `source` says who published it.
+    """
+
+    def __init__(self, *, params: int | None = None, source: str = "", **overrides: Any):
+        self.params, self.source, self.overrides = params, source, overrides
+
+    def __repr__(self) -> str:
+        return f"Size(params={self.params}, {', '.join(f'{k}={v!r}' for k, v in self.overrides.items())})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One architecture.
+
+    `model` is an `nn.Module` class built from one `config` instance (`build` where a class keeps another
+    signature). `names` maps the project's vocabulary (classes, channels, image, vocab, length, numbers,
+    categories, features) to this config's own field names where they differ. `weights` holds the tables of
+    public parameter names, by origin. `recipe` holds training settings that suit the architecture and are
+    laid over the task's (see `fieldguide.train.settings.Settings`). `adapt` turns what the data needs (the same
+    vocabulary) into config fields that follow from it: a smaller stem for small pictures.
+    """
+
+    name: str
+    model: type
+    config: type
+    paper: str
+    year: int
+    takes: str
+    gives: str
+    sizes: Mapping[str, Size]
+    names: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    build: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.takes not in TAKES:
+            raise ValueError(f"card {self.name!r}: takes={self.takes!r} is none of {sorted(TAKES)}")
+        if self.gives not in GIVES:
+            raise ValueError(f"card {self.name!r}: gives={self.gives!r} is none of {sorted(GIVES)}")
+
+    @property
+    def family(self) -> str:
+        """The folder that the model file lies in."""
+        return self.model.__module__.split(".")[-2]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the batch tensors that `forward` takes, in order."""
+        return TAKES[self.takes]
+
+    @property
+    def tiny(self) -> str:
+        """The size that tests use."""
+        return f"{self.name}-test"
+
+    @property
+    def default(self) -> str:
+        """The size meant by the architecture's bare name: the first listed."""
+        return next(iter(self.sizes))
+
+    @property
+    def summary(self) -> str:
+        """First line of the model file's docstring."""
+        return (sys.modules[self.model.__module__].__doc__ or self.name).strip().splitlines()[0]
+
+    @property
+    def new(self) -> str:
+        """What the docstring says after `New here:`."""
+        text = sys.modules[self.model.__module__].__doc__ or ""
+        return " ".join(text.partition("New here:")[2].split("\n\n")[0].partition("Shapes:")[0].split())
+
+    def settle(self, size: str | None = None, **overrides: Any) -> Any:
+        """The config of a size with the project's vocabulary or the config's own names laid over it.
+
+        Raises `TypeError` naming the unknown field and those that exist.
+        """
+        values = dict(self.sizes[size or self.default].overrides)
+        known = {f.name for f in fields(self.config)}
+        for key, value in overrides.items():
+            name = self.names.get(key, key)
+            if name not in known:
+                raise TypeError(f"{self.name} has no field {key!r}; it has {', '.join(sorted(known))}")
+            values[name] = value
+        return self.config(**values)
+
+    def accepts(self, word: str) -> bool:
+        """Whether the config has a field for this word of the project's vocabulary."""
+        return self.names.get(word, word) in {f.name for f in fields(self.config)}
+
+    def make(self, config: Any) -> Any:
+        """A network with freshly initialised weights."""
+        return self.build(config) if self.build else self.model(config)

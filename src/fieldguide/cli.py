@@ -1,0 +1,167 @@
+"""The command line. Every verb imports what it needs when it runs: `--help` loads no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(name="fieldguide", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False,
+                  help="The field guide to neural networks that runs: from your data to the right network, trained, "
+                       "measured and ready to predict.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON Lines instead of a table.")]
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="A training setting, or model.FIELD, "
+                                                  "task.FIELD, column.NAME. May be given several times.")]
+AllowBad = Annotated[bool, typer.Option("--allow-bad", help="Go on though more than 1 % of the examples are unusable.")]
+
+
+@app.command()
+def fit(
+    data: Annotated[Optional[str], typer.Argument(help="A path, or the name of a sample (see `fieldguide samples`).")] = None,
+    target: Annotated[Optional[str], typer.Option(help="The column to predict.")] = None,
+    task: Annotated[Optional[str], typer.Option(help="The kind of problem, where the data leaves it open.")] = None,
+    model: Annotated[str, typer.Option(help="A name from `fieldguide models`, or auto.")] = "auto",
+    minutes: Annotated[Optional[float], typer.Option(help="Training time; 10 where nothing is said.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The run folder; runs/NAME-N where nothing is said.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the split, the first weights and every batch.")] = 0,
+    group: Annotated[Optional[str], typer.Option(help="A column whose rows must stay on one side of the split.")] = None,
+    time: Annotated[Optional[str], typer.Option(help="A column of time: the latest rows are the test.")] = None,
+    resume: Annotated[Optional[Path], typer.Option(help="A run folder to go on with.")] = None,
+    allow_bad: AllowBad = False,
+    changes: Set = None,
+) -> None:
+    """Read data, choose a network, train it, test it, and write a run folder."""
+    from fieldguide.errors import SettingsError
+    from fieldguide.progress import Progress
+    settings = pairs(changes)
+    if (data is None) == (resume is None):
+        raise SettingsError("say either what to train on (`fieldguide fit DATA`) or what to go on with "
+                            "(`fieldguide fit --resume RUN`).")
+    from fieldguide.fitting import Silent
+    from fieldguide.fitting import fit as run_fit
+    from fieldguide.fitting import resume as run_resume
+    watch = Progress() if int(os.environ.get("RANK", 0)) == 0 else Silent()
+    if resume is not None:
+        said = {"--target": target, "--task": task, "--out": out, "--group": group, "--time": time,
+                "--model": None if model == "auto" else model, "--seed": seed or None}
+        if given := [name for name, value in said.items() if value is not None]:
+            raise SettingsError(f"{', '.join(given)} cannot change when a run is resumed; start a new one.")
+        if minutes is not None:
+            settings["minutes"] = minutes
+        run_resume(resume, watch=watch, settings=settings)
+    else:
+        run_fit(data, target=target, task=task, model=model, minutes=minutes, out=out, seed=seed, group=group,
+                time_column=time, allow_bad=allow_bad, watch=watch, settings=settings)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, tables; for text tasks also the text itself.")],
+    as_json: Json = False,
+) -> None:
+    """Ask a trained network about raw inputs."""
+    from fieldguide.progress import print_answers
+    from fieldguide.run import open_run
+    print_answers(open_run(run).predict(list(inputs)), as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    data: Annotated[str, typer.Argument(help="Data with known answers.")],
+    as_json: Json = False,
+) -> None:
+    """Score a trained network on data with known answers."""
+    from fieldguide.progress import print_scores
+    from fieldguide.run import open_run
+    opened = open_run(run)
+    print_scores(opened, opened.evaluate(data), as_json)
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(help="A path, or the name of a sample.")],
+    target: Annotated[Optional[str], typer.Option(help="The column to predict.")] = None,
+    group: Annotated[Optional[str], typer.Option(help="A column whose rows must stay on one side of the split.")] = None,
+    time: Annotated[Optional[str], typer.Option(help="A column of time.")] = None,
+    allow_bad: AllowBad = False,
+    changes: Set = None,
+) -> None:
+    """Let the doctor look at data without training: what it is, and what is wrong with it."""
+    from fieldguide.data import read
+    from fieldguide.fitting import grouped
+    from fieldguide.progress import print_data
+    from fieldguide.tasks import infer
+    kinds = grouped(pairs(changes))[3]
+    found = read(data, target=target, kinds=kinds or None, group=group, time=time, allow_bad=allow_bad)
+    print_data(found, *infer(found))
+
+
+@app.command()
+def models(
+    glob: Annotated[str, typer.Argument(help="Which, such as 'resnet*'.")] = "*",
+    family: Annotated[Optional[str], typer.Option(help="feedforward, convolutional, recurrent, transformer, ...")] = None,
+    task: Annotated[Optional[str], typer.Option(help="Only those that can do this task.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List networks: sizes, parameters, papers."""
+    from fieldguide.progress import print_models
+    print_models(glob, family, task, as_json)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A name from `fieldguide models`.")],
+    as_json: Json = False,
+    changes: Annotated[Optional[list[str]], typer.Option("--set", metavar="FIELD=VALUE", help="Another value for one of "
+                                                         "the network's fields.")] = None,
+) -> None:
+    """Describe a network: what is new in it, sizes, parameters by part, layer by layer."""
+    from fieldguide.catalogue import show as describe
+    from fieldguide.fitting import literal
+    from fieldguide.progress import print_description
+    overrides = {k.removeprefix("model."): literal(v) for k, v in pairs(changes).items()}
+    print_description(describe(name, **overrides), as_json)
+
+
+@app.command()
+def samples() -> None:
+    """List the data that comes with fieldguide."""
+    from fieldguide.progress import print_samples
+    print_samples()
+
+
+def pairs(changes: list[str] | None) -> dict[str, Any]:
+    """`--set` arguments as a dictionary."""
+    from fieldguide.errors import SettingsError
+    out: dict[str, Any] = {}
+    for change in changes or []:
+        key, sign, value = change.partition("=")
+        if not sign or not key.strip():
+            raise SettingsError(f"--set {change}: write it as KEY=VALUE.")
+        out[key.strip()] = value.strip()
+    return out
+
+
+def main() -> None:
+    """Runs the command line. Errors that the user can act on are printed without a traceback, with exit code 1; a run
+    that was interrupted ends with 130."""
+    from fieldguide.errors import FieldguideError
+    try:
+        app()
+    except FieldguideError as error:
+        sys.stdout.flush()
+        print(f"fieldguide: {error}", file=sys.stderr)
+        raise SystemExit(130 if type(error).__name__ == "Interrupted" else 1) from None
+    except KeyboardInterrupt:
+        print("fieldguide: stopped at once; what the last checkpoint holds is safe.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:             # `fieldguide models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None

@@ -1,0 +1,37 @@
+"""Errors that a user can act on. The CLI prints their text alone, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FieldguideError(Exception):
+    """Something in the data, the settings or the machine that the user can mend."""
+
+
+class DataError(FieldguideError):
+    """The data cannot be used as it is; the text names the file, line or column and the remedy."""
+
+
+class SettingsError(FieldguideError):
+    """A setting is unknown or has a value that cannot work."""
+
+
+class WeightsError(FieldguideError):
+    """A checkpoint does not fit the network: every missing, unknown and misshaped key is listed."""
+
+
+class RunError(FieldguideError):
+    """A run folder is missing, damaged or of a schema that this version cannot read."""
+
+
+class TrainingError(FieldguideError):
+    """Training stopped: non-finite loss, full disk, damaged checkpoints. Nothing before it is lost."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the closest known word, or an empty string."""
+    match = difflib.get_close_matches(word.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.5)
+    names = {k.lower(): k for k in known}
+    return f" Did you mean {names[match[0]]!r}?" if match else ""

@@ -1,0 +1,304 @@
+"""fit: from data to a trained, tested network in a run folder. Each step here is one call into the parts below."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fieldguide
+from fieldguide import measure, registry
+from fieldguide.advisor import Advice, advise
+from fieldguide.advisor.ranking import configured
+from fieldguide.data import read
+from fieldguide.data.batches import Batches, steps_per_epoch
+from fieldguide.data.dataset import Data
+from fieldguide.data.splits import split
+from fieldguide.host import peak_memory
+from fieldguide.errors import RunError, SettingsError
+from fieldguide.objectives import Objective
+from fieldguide.run import SCHEMA, Run, open_run, write_record
+from fieldguide.tasks import Task, infer, task as task_named
+from fieldguide.tasks.base import intervals
+from fieldguide.train import distributed
+from fieldguide.train.checkpoint import separate, write_atomically
+from fieldguide.train.evaluate import collect
+from fieldguide.train.loop import State, Trainer
+from fieldguide.train.precision import fastest
+from fieldguide.train.settings import Settings
+
+BUDGET = 0.9            # part of the minutes that the planned steps take; the rest is for evaluations and surprises
+# Settings that may change when a run is resumed; all others would make it another run.
+CHANGEABLE = {"minutes", "lr", "weight_decay", "clip", "patience", "checkpoint", "workers", "precision"}
+
+
+class Silent:
+    """Sees everything, says nothing."""
+
+    def say(self, text: str) -> None: ...
+    def found(self, data: Data, task: type[Task], why: str) -> None: ...
+    def chose(self, advice: Advice, config: Any) -> None: ...
+    def begins(self, settings: Settings, done: int) -> None: ...
+    def step(self, step: int, losses: dict[str, float]) -> None: ...
+    def scores(self, step: int, scores: dict[str, float], best: bool) -> None: ...
+    def ends(self, run: Run) -> None: ...
+
+
+def fit(data: Any, *, target: str | None = None, task: str | None = None, model: str = "auto",
+        minutes: float | None = None, out: str | Path | None = None, seed: int = 0, group: str | None = None,
+        time_column: str | None = None, allow_bad: bool = False, watch: Any = None,
+        settings: Mapping[str, Any] | None = None) -> Run:
+    """Reads data, chooses a network, trains and tests it, and returns the run folder.
+
+    `data` is a path, the name of a sample, or a data frame. `settings` holds training settings by name, a network's
+    own fields as model.FIELD, the task's as task.FIELD, and kinds of columns as column.NAME. Raises `DataError` where
+    the data cannot be used and `SettingsError` where a setting cannot work; both say what to do.
+    """
+    watch = watch or Silent()
+    training, of_model, of_task, kinds = grouped(settings or {})
+    if minutes is not None:
+        training["minutes"] = minutes
+    training["seed"] = seed
+    Settings().with_(training)                                       # complain of settings before reading data
+    request = {"data": str(data) if isinstance(data, str | Path) else None, "target": target, "group": group,
+               "time": time_column, "allow_bad": allow_bad, "kinds": kinds}
+    with distributed.processes():
+        source = read_request(request, data)
+        kind, why = (task_named(task), "you asked for it") if task else infer(source)
+        watch.found(source, kind, why)
+        parts = split(source, seed=seed)
+        watch.say(f"split: {parts.how}")
+        learnt = kind.learn(source.take(parts.train), kind.options_from(of_task))
+        facts = {"task": kind.name, "rows": len(parts.train), **learnt.profile()}
+        machine = distributed.broadcast(measure.machine())
+        card_recipe = lambda card: {k: v for k, v in card.recipe.items()}                    # noqa: E731
+        budget = Settings().with_(training).minutes
+        advice = advise(facts=facts, needs=learnt.needs(), takes=kind.takes, gives=kind.gives, minutes=budget,
+                               machine=machine, model=model)
+        card, size = registry.find(advice.best.name)
+        try:
+            config = configured(card, size, learnt.needs(), of_model)
+        except TypeError as error:
+            raise SettingsError(f"--set model.…: {error}") from None
+        watch.chose(advice, config)
+        chosen = Settings().with_(kind.recipe).with_(card_recipe(card)).with_(training)
+        path = distributed.broadcast(new_folder(out, source) if distributed.rank() == 0 else None)
+        chosen = with_batch(chosen, len(parts.train))
+        train_batches = learnt.batches(source.take(parts.train), card, chosen)
+        validation = learnt.batches(source.take(parts.validation), card, chosen)
+        torch.manual_seed(seed)
+        objective = learnt.objective(card.make(config), card, chosen)
+        chosen, timed = distributed.broadcast(resolve(chosen, objective, train_batches, len(validation), watch))
+        record = {
+            "schema": SCHEMA, "status": "training", "task": kind.name, "request": request,
+            "model": {"architecture": card.name, "size": size, "config": asdict(config)},
+            "settings": chosen.to_dict(),
+            "choice": {"why": why, "reasons": advice.best.reasons, "against": advice.best.against,
+                       "others": [asdict(o) for o in (advice.options[1:] + advice.rejected)][:20]},
+            "data": {**source.manifest.summary(), "source": source.source, "rows": len(source),
+                     "columns": source.schema(), "findings": [asdict(f) for f in source.findings],
+                     "split": {"how": parts.how, "train": len(parts.train), "validation": len(parts.validation),
+                               "test": len(parts.test)}},
+            "cost": {"parameters": measure.parameters(objective.model), "multiply_adds": advice.best.multiply_adds,
+                     "seconds_a_step": timed, "processes": distributed.world()},
+            "machine": machine, "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+        if distributed.rank() == 0:
+            learnt.save(path / "preprocess")
+            np.savez(path / "splits.npz", train=parts.train, validation=parts.validation, test=parts.test)
+            (path / "manifest.json").write_text(json.dumps([asdict(f) for f in source.manifest.files]))
+            write_record(path, record)
+        return train_and_test(path, record, learnt, card, objective, source, parts.train, parts.validation, parts.test,
+                              train_batches, validation, watch, resume=False)
+
+
+def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: Mapping[str, Any] | None = None) -> Run:
+    """Goes on with a run that was stopped, as if it had never been.
+
+    Raises `RunError` where the data has changed since, and `SettingsError` for changes that would make another run.
+    """
+    watch = watch or Silent()
+    run = open_run(path)
+    if run.status == "done":
+        watch.say(f"{path} is finished already.")
+        return run
+    with distributed.processes():
+        chosen = run.settings
+        changed = {k: v for k, v in Settings().with_(settings or {}).to_dict().items()
+                   if k in (settings or {}) and v != getattr(chosen, k)} if settings else {}
+        if refused := set(changed) - CHANGEABLE:
+            raise SettingsError(f"{', '.join(sorted(refused))} cannot change when a run is resumed; it would be another "
+                                "run. Start one with `fieldguide fit`.")
+        for key, value in changed.items():
+            watch.say(f"changed on resume: {key} {getattr(chosen, key)} -> {value}; from here the run differs from one "
+                      "that was never stopped")
+        chosen = chosen.with_(changed)
+        if run.record["request"]["data"] is None and data is None:
+            raise RunError(f"{path} was trained from data in memory; hand the same data to resume(data=...).")
+        source = read_request(run.record["request"], data)
+        if source.manifest.digest != run.record["data"]["digest"]:
+            raise RunError(f"{source.source} has changed since {path} began (another digest); a resumed run must see the "
+                           "same data. Put it back, or start a new run.")
+        with np.load(run.path / "splits.npz", allow_pickle=False) as saved:
+            parts = [saved[name] for name in ("train", "validation", "test")]
+        learnt, card = run.task, run.card
+        watch.found(source, type(learnt), run.record["choice"]["why"])
+        train_batches = learnt.batches(source.take(parts[0]), card, chosen)
+        validation = learnt.batches(source.take(parts[1]), card, chosen)
+        torch.manual_seed(chosen.seed)
+        objective = learnt.objective(run.fresh(), card, chosen)
+        run.record["settings"] = chosen.to_dict()
+        return train_and_test(run.path, run.record, learnt, card, objective, source, *parts, train_batches, validation,
+                              watch, resume=True)
+
+
+def train_and_test(path: Path, record: dict[str, Any], task: Task, card: Any, objective: Objective, source: Data,
+                   train: np.ndarray, validation: np.ndarray, test: np.ndarray, batches: Batches,
+                   validation_batches: Batches, watch: Any, resume: bool) -> Run:
+    chosen, device = Settings(**record["settings"]), distributed.device()
+    answers = task.truth(source.take(validation))
+    metric = task.metrics[0]
+
+    def evaluate(objective: Objective) -> dict[str, float]:
+        return task.score(collect(objective, validation_batches, batch=max(64, chosen.batch), device=device,
+                                  precision=chosen.precision), answers)
+
+    trainer = Trainer(objective, batches, chosen, device=device, watch=watch, folder=path, evaluate=evaluate,
+                      metric=(metric.name, metric.better))
+    if resume and trainer.resume():
+        watch.say(f"resumed at step {trainer.state.step} of {chosen.steps}")
+    watch.begins(chosen, trainer.state.step)
+    state = trainer.train()
+    if state.stopped:
+        watch.say(f"stopped at step {state.step}: {state.stopped}")
+    finish(path, record, task, card, objective, source, train, test, state, watch)
+    run = open_run(path)
+    watch.ends(run)
+    return run
+
+
+def finish(path: Path, record: dict[str, Any], task: Task, card: Any, objective: Objective, source: Data,
+           train: np.ndarray, test: np.ndarray, state: State, watch: Any) -> None:
+    """Tests on rows never touched before, beside the baselines, and writes all that a finished run holds."""
+    from fieldguide.studio import pages
+    held = source.take(test)
+    watch.say(f"testing on {len(held)} rows that no step of training has seen")
+    chosen = Settings(**record["settings"])
+    outputs = collect(objective, task.batches(held, card), batch=max(64, chosen.batch), device=distributed.device())
+    if distributed.rank() == 0:
+        truth = task.truth(held)
+        record["scores"] = {
+            "test": task.score(outputs, truth), "intervals": intervals(task, outputs, truth),
+            "baselines": [{"name": b.name, "what": b.what, "scores": task.score(b.outputs, truth)}
+                          for b in task.baselines(source.take(train), held)]}
+        record["cost"] |= {"seconds": round(state.seconds, 2), "steps": state.step, "best_step": state.best_step,
+                           "stopped": state.stopped, "peak_memory": peak_memory()}
+        from safetensors.torch import save as pack
+        for name in objective.keep:
+            content = pack(separate(getattr(objective, name).state_dict()), metadata={"format": "pt"})
+            write_atomically(path / f"{name}.safetensors", content)
+        record["status"] = "done"
+        write_record(path, record)
+        pages.write(open_run(path), task.exhibits(held, outputs, truth))
+    if distributed.world() > 1:
+        torch.distributed.barrier()
+
+
+# Deciding what the user left open
+
+
+def grouped(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict]:
+    """Settings by where they belong: training, model.*, task.*, column.*"""
+    groups: dict[str, dict[str, Any]] = {"": {}, "model": {}, "task": {}, "column": {}}
+    for key, value in settings.items():
+        prefix, dot, rest = key.partition(".")
+        if dot and prefix not in groups:
+            raise SettingsError(f"--set {key}: there is no group {prefix!r}; groups are model., task. and column.")
+        groups[prefix if dot else ""][rest if dot else key] = value
+    return groups[""], {k: literal(v) for k, v in groups["model"].items()}, groups["task"], groups["column"]
+
+
+def literal(value: Any) -> Any:
+    """Text as the number, truth value or tuple it spells."""
+    import ast
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def read_request(request: Mapping[str, Any], data: Any) -> Data:
+    return read(data if data is not None else request["data"], target=request["target"], kinds=request["kinds"] or None,
+                group=request["group"], time=request["time"], allow_bad=request["allow_bad"])
+
+
+def new_folder(out: str | Path | None, source: Data) -> Path:
+    """The run folder, made: `out`, or the next free number under runs/. Raises `RunError` where it is taken."""
+    if out is not None:
+        path = Path(out)
+        if path.exists() and any(path.iterdir()):
+            raise RunError(f"{path} exists and is not empty. Choose another --out, or go on with it by "
+                           f"`fieldguide fit --resume {path}`.")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    name = Path(source.source).stem or "data"
+    for number in range(1, 1_000_000):
+        path = Path("runs") / f"{name}-{number}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+    raise RunError("no free name under runs/")
+
+
+def with_batch(settings: Settings, rows: int) -> Settings:
+    """A batch size: about forty steps an epoch, a power of two between 16 and 256, never more than there are rows."""
+    parts = settings.accumulate * distributed.world()
+    batch = settings.batch or 2 ** round(np.log2(np.clip(rows / 40, 16, 256)))
+    batch = max(min(batch, rows) // parts, 1) * parts
+    if batch > rows:
+        raise SettingsError(f"{rows} training rows are too few for {parts} parts a step.")
+    return settings.with_({"batch": batch})
+
+
+def resolve(settings: Settings, objective: Objective, batches: Batches, evaluated: int,
+            watch: Any) -> tuple[Settings, float]:
+    """Fills in precision, layout, steps and evaluations by timing real batches. Returns seconds a step too."""
+    part = settings.batch // (settings.accumulate * distributed.world())
+    index = np.arange(part)
+    started = time.perf_counter()
+    batch = batches.make(index, torch.Generator().manual_seed(0))
+    making = time.perf_counter() - started
+    precision, last, times = settings.precision, bool(settings.channels_last), {}
+    chosen, chosen_last, times = fastest(objective, batch, distributed.device(), watch.say)
+    if precision == "auto":
+        precision = chosen
+        last = chosen_last if settings.channels_last is None else last
+    step = times.get(f"{precision}{' channels-last' if last else ''}", min(times.values()))
+    seconds = (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1
+    watch.say("a step in " + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
+              + f": {precision}{', channels-last' if last else ''}")
+    each = steps_per_epoch(len(batches), settings.batch)
+    steps = settings.steps
+    if steps is None:
+        epochs = settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200))
+        checks = 40 * evaluated / settings.batch * step / 3             # forty evaluations, a third of a step each
+        affordable = max(1, int((60 * settings.minutes * BUDGET - checks) / seconds))
+        steps = max(1, min(round(epochs * each), affordable))
+    evaluate = settings.evaluate or max(1, min(steps, max(each, -(-steps // 40))))
+    return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), seconds
+
+
+def versions() -> dict[str, str]:
+    return {"fieldguide": fieldguide.__version__, "torch": torch.__version__, "numpy": np.__version__,
+            "python": platform.python_version()}

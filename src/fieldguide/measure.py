@@ -1,0 +1,100 @@
+"""What a network and a machine are, in numbers: parameters, multiply-adds, speed, memory."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fieldguide.card import Card
+from fieldguide.host import cores, ram
+
+
+def parameters(model: nn.Module) -> int:
+    """Parameters, buffers excluded, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def example(card: Card, config: Any, batch: int = 1, length: int = 64, device: str = "meta") -> tuple:
+    """Inputs of the shapes that a network of this config takes, for measuring: zeros."""
+    get = lambda word, default: getattr(config, card.names.get(word, word), default)       # noqa: E731
+    if card.takes == "image":
+        side = get("image", 224)
+        return (torch.zeros(batch, get("channels", 3), side, side, device=device),)
+    if card.takes == "tokens":
+        length = min(length, get("length", length))
+        return (torch.zeros(batch, length, dtype=torch.int64, device=device),
+                torch.ones(batch, length, dtype=torch.bool, device=device))
+    if card.takes == "table":
+        return (torch.zeros(batch, get("numbers", 8), device=device),
+                torch.zeros(batch, len(get("categories", ())), dtype=torch.int64, device=device))
+    if card.takes == "sequence":
+        return (torch.zeros(batch, length, get("dim", 64), device=device),)
+    width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.takes]
+    return (torch.zeros(batch, width, device=device),)
+
+
+class RecurrentFlops:
+    """torch's counter gives fused recurrent layers 0; this adds them by formula while they run."""
+
+    def __init__(self, model: nn.Module):
+        self.total, self.handles = 0, []
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                self.handles.append(module.register_forward_pre_hook(self.count))
+
+    def count(self, module: nn.RNNBase, inputs: tuple) -> None:
+        x = inputs[0]
+        positions = x.data.shape[0] if hasattr(x, "batch_sizes") else x.shape[0] * x.shape[1]
+        weights = sum(p.numel() for n, p in module.named_parameters() if n.startswith("weight"))
+        self.total += 2 * positions * weights
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@functools.cache
+def multiply_adds(card_name: str, config: Any, length: int = 64) -> int:
+    """Multiply-adds of one forward pass of one example: half of the floating-point operations."""
+    from fieldguide import registry
+    card = registry.cards()[card_name]
+    with torch.device("meta"):
+        model = card.make(config).eval()
+    recurrent = RecurrentFlops(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*example(card, config, length=length))
+    recurrent.remove()
+    return (counter.get_total_flops() + recurrent.total) // 2
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """This machine: device, cores, memory in bytes, and measured floating-point operations a second."""
+    from fieldguide.train import distributed
+    device = distributed.device()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+    else:
+        name, memory = platform.processor() or platform.machine(), ram()
+    return {"device": device.type, "name": name, "cores": cores(), "memory": memory,
+            "flops": {str(d)[6:]: flops(device, d) for d in (torch.float32, torch.bfloat16)}}
+
+
+def flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 3) -> float:
+    """Floating-point operations a second of a square matrix product, the best of a few."""
+    x = torch.randn(side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        x @ x
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * side ** 3 / best

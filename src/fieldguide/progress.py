@@ -1,0 +1,206 @@
+"""What the command line prints: findings, choices, progress, answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+# Into a pipe or a file, lines are as long as their content asks; on a terminal they fit it.
+console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console = Console(highlight=False, soft_wrap=True, width=200)
+MOST = 30          # columns of a table of data that are listed
+
+
+class Progress:
+    """Tells a person how `fit` goes: what was found and chosen, then a bar with loss, scores and time left."""
+
+    def __init__(self) -> None:
+        self.bar: Bar | None = None
+        self.best: str = ""
+
+    def say(self, text: str) -> None:
+        (self.bar.console if self.bar else console).print(escape(text))
+
+    def found(self, data: Any, task: Any, why: str) -> None:
+        print_data(data, task, why)
+
+    def chose(self, advice: Any, config: Any) -> None:
+        best = advice.best
+        console.print(f"\n[bold]{best.name}[/]: {best.parameters:,} parameters, {best.multiply_adds:,} multiply-adds "
+                      "an example")
+        for reason in best.reasons:
+            console.print(f"  + {escape(reason)}")
+        for reason in best.against:
+            console.print(f"  - {escape(reason)}")
+        others = list(dict.fromkeys(o.architecture for o in advice.options[1:] if o.architecture != best.architecture))
+        if others:
+            console.print(f"  next would be: {', '.join(others[:4])}")
+        ruled = list({o.architecture: o for o in advice.rejected}.values())
+        for option in ruled[:4]:
+            console.print(f"  [dim]ruled out: {option.name}: {escape(option.rejected)}[/]")
+        console.print()
+
+    def begins(self, settings: Any, done: int) -> None:
+        self.bar = Bar(TextColumn("training"), BarColumn(None), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                       TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[score]}"), TimeElapsedColumn(),
+                       TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.line = self.bar.add_task("", total=settings.steps, completed=done, loss="-", score="")
+        self.steps, self.told = settings.steps, 0
+        self.bar.start()
+        console.print(f"training {settings.steps:,} steps of {settings.batch} examples, {settings.optimizer} "
+                      f"lr {settings.lr:g}, {settings.precision}")
+
+    def step(self, step: int, losses: dict[str, float]) -> None:
+        text = " ".join(f"{v:.4g}" for k, v in losses.items() if k.endswith("loss"))
+        self.bar.update(self.line, completed=step, loss=text)
+
+    def scores(self, step: int, scores: dict[str, float], best: bool) -> None:
+        name, value = next(iter(scores.items()))
+        if best:
+            self.best = f"{value:.4g}"
+        self.bar.update(self.line, score=f"{name} {value:.4g} (best {self.best})")
+        # Without a terminal there is no bar: a line now and then instead.
+        if not console.is_terminal and (best or step == self.steps) and step - self.told >= self.steps / 20:
+            self.told = step
+            console.print(f"step {step:,} of {self.steps:,}: validation {name} {value:.4g}")
+
+    def ends(self, run: Any) -> None:
+        self.stop()
+        from fieldguide.studio.pages import clock, verdict
+        cost = run.record["cost"]
+        console.print(f"\n[bold]{escape(verdict(run.record, run.task.metrics[0]))}[/]")
+        console.print(f"Trained {cost['steps']:,} steps in {clock(cost['seconds'])}; peak memory "
+                      f"{cost['peak_memory'] / 2**20:,.0f} MiB.")
+        console.print(f"Report:  {escape(str(run.path / 'report.html'))}")
+        console.print(f"Predict: fieldguide predict {escape(str(run.path))} INPUT...")
+
+    def stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def __del__(self) -> None:
+        self.stop()
+
+
+def print_data(data: Any, task: Any, why: str) -> None:
+    summary = data.manifest.summary()
+    console.print(f"[bold]{escape(data.source)}[/]: {len(data):,} examples from {summary['files']:,} "
+                  f"file{'s' if summary['files'] != 1 else ''}"
+                  + (f", {summary['dropped']:,} dropped" if summary["dropped"] else ""))
+    shown = list(data.columns.values())
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
+    for name in ("column", "kind", "role", "how that was decided"):
+        table.add_column(name)
+    for column in shown[:MOST]:
+        table.add_row(escape(column.name), column.kind, column.role, escape(column.why))
+    console.print(table)
+    if len(shown) > MOST:
+        console.print(f"  and {len(shown) - MOST} more columns")
+    for finding in data.findings:
+        console.print(f"  {finding.severity}: {escape(str(finding))}" + (f" [{finding.count}x]" if finding.count > 1 else ""),
+                      markup=False)
+    console.print(f"task: {task.name} ({escape(why)})")
+
+
+def print_answers(answers: Sequence[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False))
+        return
+    shown = [k for k, v in answers[0].items() if not isinstance(v, dict | list)] if answers else []
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in shown:
+        table.add_column(name, justify="right" if isinstance(answers[0][name], float) else "left")
+    for answer in answers:
+        table.add_row(*(f"{answer[k]:.4g}" if isinstance(answer[k], float) else escape(str(answer[k])) for k in shown))
+    console.print(table)
+
+
+def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("metric", "value", "95 % interval", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for metric in run.task.metrics:
+        low, high = result["intervals"][metric.name]
+        table.add_row(metric.name, metric.text(result["scores"][metric.name]), f"{metric.text(low)} to {metric.text(high)}")
+    console.print(f"{result['rows']:,} examples")
+    console.print(table)
+
+
+def print_models(glob: str, family: str | None, task: str | None, as_json: bool) -> None:
+    from fieldguide import registry
+    from fieldguide.catalogue import list_models
+    from fieldguide.errors import SettingsError
+    names = list_models(glob, family=family, task=task)
+    if not names:
+        raise SettingsError(f"no model matches {glob!r}" + (f" in family {family!r}" if family else "")
+                            + (f" for task {task!r}" if task else "") + ". `fieldguide models` lists them all.")
+    rows = []
+    for name in names:
+        card, size = registry.find(name)
+        rows.append({"name": name, "parameters": card.sizes[size].params, "family": card.family, "takes": card.takes,
+                     "gives": card.gives, "year": card.year, "paper": card.paper, "summary": card.summary})
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("name", "parameters", "takes", "gives", "year", "what"):
+        table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=name != "what")
+    for row in rows:
+        table.add_row(row["name"], f"{row['parameters']:,}" if row["parameters"] else "by data", row["takes"], row["gives"],
+                      str(row["year"]), escape(row["summary"].split(" (")[0].rstrip(".")))
+    console.print(table)
+
+
+def print_description(d: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(d), default=str))
+        return
+    console.print(f"[bold]{d.name}[/]  {escape(d.summary)}")
+    console.print(f"new: {escape(d.new)}")
+    console.print(f"paper: {escape(d.paper)} ({d.year}); family: {d.family}; takes {d.takes}, gives {d.gives}"
+                  + (f"; tasks: {', '.join(d.tasks)}" if d.tasks else ""))
+    published = "" if d.published is None else (" (as published)" if d.published == d.parameters
+                                               else f" (published: {d.published:,})")
+    console.print(f"parameters: {d.parameters:,}{published}; multiply-adds: {d.multiply_adds:,} for input {d.inputs}")
+    console.print("fields: " + ", ".join(f"{k}={v}" for k, v in d.config.items()))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("size", "parameters"):
+        table.add_column(name, justify="right" if name == "parameters" else "left")
+    for size, count in d.sizes.items():
+        table.add_row(size, f"{count:,}")
+    console.print(table)
+    parts = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("part", "parameters", "share"):
+        parts.add_column(name, justify="left" if name == "part" else "right")
+    for part, count in d.parts.items():
+        parts.add_row(part, f"{count:,}", f"{100 * count / max(d.parameters, 1):.1f} %")
+    console.print(parts)
+    layers = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("layer", "kind", "parameters", "gives"):
+        layers.add_column(name, justify="right" if name == "parameters" else "left")
+    for layer in d.layers:
+        layers.add_row(layer.path, layer.kind, f"{layer.parameters:,}" if layer.parameters else "", layer.shape)
+    console.print(layers)
+
+
+def print_samples() -> None:
+    from fieldguide.samples import SAMPLES
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("name", "task", "what", "licence"):
+        table.add_column(name)
+    for name, sample in SAMPLES.items():
+        table.add_row(name, sample.task, escape(("made: " if sample.made else "") + sample.what), sample.licence)
+    console.print(table)

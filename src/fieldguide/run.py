@@ -1,0 +1,140 @@
+"""The run folder: the only border between training and everything after it.
+
+    run.json             schema, task, model and config, settings, data, versions, scores, cost
+    model.safetensors    the weights that predict (and one file for each further network that the objective keeps)
+    preprocess/          all that turns raw inputs into tensors
+    splits.npz           which rows were trained on, which were not
+    metrics.jsonl        losses and scores by step
+    report.html          one page for a person; README.md says the same in words
+    checkpoints/         what `fieldguide fit --resume` goes on from
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fieldguide import registry, weights
+from fieldguide.data.dataset import Data
+from fieldguide.errors import RunError
+from fieldguide.objectives import Objective
+from fieldguide.tasks import Task
+from fieldguide.tasks.base import intervals
+from fieldguide.train import distributed
+from fieldguide.train.checkpoint import write_atomically
+from fieldguide.train.evaluate import collect
+from fieldguide.train.settings import Settings
+
+SCHEMA = 1          # of run.json; every released schema stays readable
+
+
+class Run:
+    """A run folder, opened. Weights and preparation are read when first needed."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.record: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        except FileNotFoundError:
+            raise RunError(f"{self.path} is not a run folder: it has no run.json.") from None
+        except ValueError as error:
+            raise RunError(f"{self.path / 'run.json'} is damaged: {error}.") from None
+        if self.record.get("schema", 0) > SCHEMA:
+            raise RunError(f"{self.path} was written by a newer fieldguide (schema {self.record['schema']}, this version "
+                           f"reads up to {SCHEMA}). Update fieldguide.")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {self.record['model']['size']} for {self.record['task']}, {self.status})"
+
+    @property
+    def status(self) -> str:
+        """"training" until the network is tested, then "done"."""
+        return self.record["status"]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Scores on the test part, by metric."""
+        return self.record.get("scores", {}).get("test", {})
+
+    @functools.cached_property
+    def task(self) -> Task:
+        return Task.load(self.path / "preprocess")
+
+    @functools.cached_property
+    def card(self):
+        return registry.card(self.record["model"]["architecture"])
+
+    def fresh(self) -> torch.nn.Module:
+        """The run's network with new weights."""
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in self.record["model"]["config"].items()}
+        return self.card.make(self.card.config(**config))
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """The trained network inside its objective, ready to answer."""
+        if self.status != "done":
+            raise RunError(f"{self.path} is not finished. Go on with `fieldguide fit --resume {self.path}`.")
+        objective = self.task.objective(self.fresh(), self.card, self.settings)
+        for name in objective.keep:
+            weights.load(getattr(objective, name), self.path / f"{name}.safetensors")
+        return objective.to(distributed.device()).eval()
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The trained network."""
+        return self.objective.model
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**self.record["settings"])
+
+    def outputs(self, data: Data, watch=lambda done: None) -> dict[str, np.ndarray]:
+        batches = self.task.batches(data, self.card)
+        return collect(self.objective, batches, batch=max(64, self.settings.batch or 64), device=distributed.device(),
+                       watch=watch)
+
+    def predict(self, inputs: Any, watch=lambda done: None) -> list[dict[str, Any]]:
+        """One record for each raw input: where it came from, then what the task says of it.
+
+        `inputs` is a path, a data frame, or a list of those; folders and tables hold many inputs.
+        Raises `DataError` naming what cannot be read; nothing is left out in silence.
+        """
+        data = self.task.read(listed(inputs))
+        answers = self.task.answers(self.outputs(data, watch))
+        return [{"input": data.place(i), **answer} for i, answer in enumerate(answers)]
+
+    def evaluate(self, source: Any) -> dict[str, Any]:
+        """Scores, with 95 % intervals, on data with known answers: {"rows", "scores", "intervals"}."""
+        data = self.task.read(listed(source), answered=True)
+        outputs, truth = self.outputs(data), self.task.truth(data)
+        return {"rows": len(data), "scores": self.task.score(outputs, truth),
+                "intervals": intervals(self.task, outputs, truth)}
+
+    def update(self, **changes: Any) -> None:
+        """Lays changes over run.json and stores it."""
+        self.record |= changes
+        write_record(self.path, self.record)
+
+    def losses(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def listed(inputs: Any) -> Sequence[Any]:
+    return list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    write_atomically(path / "run.json", json.dumps(record, indent=1, ensure_ascii=False, default=str).encode())
+
+
+def open_run(path: str | Path) -> Run:
+    """Opens a run folder. Raises `RunError` where it is none, damaged, or newer than this version."""
+    return Run(path)

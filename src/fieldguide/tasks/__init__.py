@@ -1,0 +1,43 @@
+"""The kinds of problem, found by looking through this folder."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from fieldguide.data.dataset import Data
+from fieldguide.errors import DataError, SettingsError, nearest
+from fieldguide.tasks.base import Task
+
+
+@functools.cache
+def tasks() -> dict[str, type[Task]]:
+    """All tasks by name."""
+    found: list[type[Task]] = []
+    for module in pkgutil.iter_modules(__path__, __name__ + "."):
+        found += getattr(importlib.import_module(module.name), "TASKS", ())
+    return {t.name: t for t in found}
+
+
+def task(name: str) -> type[Task]:
+    """A task by name. Raises `SettingsError` with the nearest one."""
+    if name not in tasks():
+        raise SettingsError(f"there is no task {name!r}.{nearest(name, tasks())} Tasks are: {', '.join(tasks())}.")
+    return tasks()[name]
+
+
+def infer(data: Data) -> tuple[type[Task], str]:
+    """The one task that the data makes, and why. Raises `DataError` where none or several suit."""
+    suited = {kind: why for kind in tasks().values() if (why := kind.suits(data))}
+    if len(suited) == 1:
+        return next(iter(suited.items()))
+    seen = ", ".join(f"{c.name} ({c.kind}, {c.role})" for c in data.columns.values())
+    if suited:
+        raise DataError(f"{data.source} suits several tasks: {'; '.join(f'{k.name} ({w})' for k, w in suited.items())}. "
+                        "Say which with --task.")
+    raise DataError(f"{data.source} suits no task. It has: {seen}. Tasks read: "
+                    + "; ".join(f"{k.name}: {k.reads}" for k in tasks().values()))
+
+
+__all__ = ["Task", "infer", "task", "tasks"]

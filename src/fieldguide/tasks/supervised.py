@@ -1,0 +1,279 @@
+"""What all tasks with one known answer an example share: class labels or a number, their scores and pictures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import polars as pl
+import torch
+
+from fieldguide.card import Card
+from fieldguide.data import read
+from fieldguide.data.dataset import Column, Data
+from fieldguide.data.prepare import Labels, Standard
+from fieldguide.errors import DataError
+from fieldguide.exhibits import Bars, Exhibit, Lines, Matrix, Scatter, Table
+from fieldguide.objectives import Classification, Objective, Regression, Supervised
+from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
+from fieldguide.train.settings import Settings
+
+LINEAR_ROWS = 20_000          # the linear baseline learns from this many rows at most, and says so
+
+
+def discrete(column: Column) -> bool:
+    """Whether a target column names classes rather than measuring something."""
+    return column.kind not in ("number", "date")
+
+
+class Answered(Task):
+    """A task with a target column."""
+
+    gives = ("label",)
+
+    def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
+        data = [read(source, schema=self.columns, labels_optional=not answered) for source in sources]
+        if len(data) == 1:
+            return data[0]
+        rows = pl.concat([d.rows for d in data], how="diagonal_relaxed")
+        return Data(", ".join(d.source for d in data), rows, data[0].columns, data[0].manifest,
+                    [f for d in data for f in d.findings])
+
+    @property
+    def target(self) -> Column:
+        return next(c for c in self.columns if c.role == "target")
+
+    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
+        """Matrices for the linear baseline, learnt on the training rows."""
+        raise NotImplementedError
+
+
+class Labelled(Answered):
+    """Classification of anything."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("accuracy", "max", "right", percent=True),
+        Metric("balanced_accuracy", "max", "right, averaged over classes", percent=True),
+        Metric("macro_f1", "max", "F1 averaged over classes"),
+        Metric("log_loss", "min", "nats an example"),
+        Metric("auc", "max", "area under the ROC curve, one against rest"),
+        Metric("calibration_error", "min", "mean gap between confidence and accuracy"),
+    )
+
+    labels: list[str]
+    counts: list[int]               # of each class in the training rows
+
+    def learn_labels(self, data: Data) -> None:
+        learnt = Labels.learn(data.rows[self.target.name])
+        self.labels = list(learnt.names)
+        self.counts = np.bincount(learnt.apply(data.rows[self.target.name]), minlength=len(learnt)).tolist()
+        if len(self.labels) < 2:
+            raise DataError(f"{data.source}: the training rows hold one class only, {self.labels[0]!r} in column "
+                            f"{self.target.name!r}. Bring rows of another class.")
+
+    def truth(self, data: Data) -> Arrays:
+        values = data.rows[self.target.name]
+        codes = Labels(tuple(self.labels)).apply(values)
+        if (codes < 0).any():
+            strange = sorted({str(v) for v in values.filter(pl.Series(codes < 0)).to_list()})
+            raise DataError(f"{data.source}: column {self.target.name!r} has classes that were not in training: "
+                            f"{', '.join(map(repr, strange[:5]))}. Known are: {', '.join(self.labels[:20])}. Correct or "
+                            "remove those rows.")
+        return {"label": codes.copy()}        # polars lends its memory read-only
+
+    def objective(self, model: Any, card: Card, settings: Settings) -> Objective:
+        weights = None
+        if settings.class_weights:
+            inverse = sum(self.counts) / (len(self.counts) * np.maximum(np.array(self.counts), 1))
+            weights = inverse.tolist()
+        return Supervised(model, card.inputs, Classification(settings.smoothing, weights))
+
+    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+        p, y = outputs["probabilities"].astype(np.float64), truth["label"]
+        guess = p.argmax(1)
+        right = guess == y
+        present, f1, recall = np.unique(y), [], []
+        for c in present:
+            hits = np.sum(right & (y == c))
+            recall.append(hits / np.sum(y == c))
+            f1.append(2 * hits / (np.sum(y == c) + np.sum(guess == c)))
+        return {"accuracy": float(right.mean()), "balanced_accuracy": float(np.mean(recall)),
+                "macro_f1": float(np.mean(f1)),
+                "log_loss": float(-np.log(np.clip(p[np.arange(len(y)), y], 1e-12, 1)).mean()),
+                "auc": area(p, y, present), "calibration_error": calibration_error(p.max(1), right)}
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        p = outputs["probabilities"]
+        return [{"label": self.labels[row.argmax()], "probability": float(row.max()),
+                 "probabilities": dict(zip(self.labels, map(float, row)))} for row in p]
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        frequencies = np.array(self.counts, dtype=float) / sum(self.counts)
+        shown = np.tile(frequencies, (len(test), 1))
+        name = self.labels[int(frequencies.argmax())]
+        return [Baseline("majority class", f"always says {name!r}", {"probabilities": shown}),
+                self.logistic(train, test)]
+
+    def logistic(self, train: Data, test: Data) -> Baseline:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        learnt, note = some(train)
+        x, x_test = self.linear_features(learnt, test)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            y = self.truth(learnt)["label"]
+            fitted = LogisticRegression(max_iter=300).fit(x, y)
+        probabilities = np.zeros((len(test), len(self.labels)))
+        probabilities[:, fitted.classes_] = fitted.predict_proba(x_test)
+        return Baseline("logistic regression", f"a linear model of the same inputs{note}",
+                        {"probabilities": probabilities})
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
+        p, y = outputs["probabilities"], truth["label"]
+        guess, classes = p.argmax(1), len(self.labels)
+        counts = np.bincount(y * classes + guess, minlength=classes * classes).reshape(classes, classes)
+        rows = []
+        for c, label in enumerate(self.labels):
+            said, is_ = counts[:, c].sum(), counts[c].sum()
+            precision, recall = (counts[c, c] / said if said else float("nan")), (counts[c, c] / is_ if is_ else float("nan"))
+            rows.append((label, int(is_), precision, recall,
+                         2 * counts[c, c] / (said + is_) if said + is_ else float("nan")))
+        confidence, right = p.max(1), guess == y
+        edges = np.unique(np.quantile(confidence, np.linspace(0, 1, 11)))
+        bins = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, max(len(edges) - 2, 0))
+        groups = [bins == b for b in range(len(edges)) if (bins == b).any()]
+        calibration = Lines("Calibration", "When the network says 80 %, is it right 80 % of the time? The closer to the "
+                            "diagonal, the better. Each point is a tenth of the test examples.",
+                            x="confidence", y="share that is right", diagonal=True,
+                            lines={"this network": ([float(confidence[g].mean()) for g in groups],
+                                                    [float(right[g].mean()) for g in groups])})
+        return {"Errors": [Matrix("Confusion", "Rows are the truth, columns what the network said.", self.labels,
+                                  counts.tolist()),
+                           Table("By class", "Precision: of those it called so, how many were. Recall: of those that "
+                                 "were, how many it found.", ("class", "examples", "precision", "recall", "F1"), rows,
+                                 heat=("precision", "recall", "F1")),
+                           *self.worst(test, p, y)],
+                "Calibration": [calibration]}
+
+    def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+        """The most confident mistakes, as a person would want to see them."""
+        return []
+
+    def mistakes(self, probabilities: np.ndarray, truth: np.ndarray, most: int) -> list[tuple[int, str]]:
+        """Rows that were got wrong, most confident first, each with what to say of it."""
+        wrong = np.flatnonzero(probabilities.argmax(1) != truth)
+        order = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:most]
+        return [(int(i), f"is {self.labels[truth[i]]}, called {self.labels[probabilities[i].argmax()]} "
+                         f"({100 * probabilities[i].max():.0f} % sure)") for i in order]
+
+
+class Measured(Answered):
+    """Regression of anything. Targets are standardised for training; scores and answers are in the target's unit."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("rmse", "min", "root mean squared error"), Metric("mae", "min", "mean absolute error"),
+        Metric("r2", "max", "of the variance explained", percent=True))
+
+    standard: Standard
+
+    def learn_scale(self, data: Data) -> None:
+        self.standard = Standard.learn(self.values(data))
+
+    def values(self, data: Data) -> np.ndarray:
+        return data.rows[self.target.name].cast(pl.Float64).to_numpy()
+
+    def truth(self, data: Data) -> Arrays:
+        return {"value": self.values(data)}
+
+    def objective(self, model: Any, card: Card, settings: Settings) -> Objective:
+        return Supervised(model, card.inputs, Regression())
+
+    def natural(self, outputs: Arrays) -> np.ndarray:
+        return self.standard.inverse(outputs["values"][:, 0])
+
+    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+        guess, y = self.natural(outputs), truth["value"]
+        spread = float(np.mean((y - y.mean()) ** 2))
+        mse = float(np.mean((guess - y) ** 2))
+        return {"rmse": mse ** 0.5, "mae": float(np.abs(guess - y).mean()),
+                "r2": 1 - mse / spread if spread else float("nan")}
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        return [{self.target.name: float(v)} for v in self.natural(outputs)]
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        from sklearn.linear_model import Ridge
+
+        learnt, note = some(train)
+        x, x_test = self.linear_features(learnt, test)
+        fitted = Ridge().fit(x, self.standard.apply(self.values(learnt)))
+        return [Baseline("mean", f"always says {self.standard.mean:.4g}", {"values": np.zeros((len(test), 1))}),
+                Baseline("ridge regression", f"a linear model of the same inputs{note}",
+                         {"values": fitted.predict(x_test)[:, None]})]
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
+        guess, y = self.natural(outputs), truth["value"]
+        shown = np.random.default_rng(0).permutation(len(y))[:1500]
+        size = np.histogram(guess - y, bins=21)
+        centres = (size[1][1:] + size[1][:-1]) / 2
+        worst = np.argsort(-np.abs(guess - y))[:12]
+        columns = [c.name for c in self.columns if c.role == "feature"][:8]
+        rows = [(test.place(int(i)), *(test.rows[c][int(i)] for c in columns), float(y[i]), float(guess[i]),
+                 float(guess[i] - y[i])) for i in worst]
+        return {"Errors": [Scatter("Prediction against truth", "Each point is a test row; on the line it is exact.",
+                                   x=f"true {self.target.name}", y="predicted", diagonal=True,
+                                   points=[(float(y[i]), float(guess[i])) for i in shown]),
+                           Bars("Size of the errors", "How many test rows fall into each range of error.",
+                                {f"{c:.4g}": int(n) for c, n in zip(centres, size[0])}, unit="rows"),
+                           Table("Worst rows", "The largest errors of the test part.",
+                                 ("row", *columns, "truth", "predicted", "error"), rows)]}
+
+
+def some(data: Data) -> tuple[Data, str]:
+    """At most `LINEAR_ROWS` rows, and what to say about it."""
+    if len(data) <= LINEAR_ROWS:
+        return data, ""
+    rows = np.sort(np.random.default_rng(0).permutation(len(data))[:LINEAR_ROWS])
+    return data.take(rows), f", learnt from {LINEAR_ROWS:,} rows"
+
+
+def area(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
+    """Mean one-against-rest area under the ROC curve over the classes that occur, by ranks."""
+    if len(present) < 2:
+        return float("nan")
+    areas = []
+    for c in present:
+        order = p[:, c].argsort(kind="stable")
+        values, place, counts = np.unique(p[order, c], return_inverse=True, return_counts=True)
+        last = np.cumsum(counts)
+        ranks = ((last - counts + 1 + last) / 2)[place]          # ties share their mean rank
+        mine = (y == c)[order]
+        n = mine.sum()
+        areas.append((ranks[mine].sum() - n * (n + 1) / 2) / (n * (len(y) - n)))
+    return float(np.mean(areas))
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error over equal-width bins (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[which == b].sum() - right[which == b].sum()) for b in np.unique(which)]
+    return float(sum(gaps) / len(right))
+
+
+def mix_pairs(batch: dict[str, torch.Tensor], inputs: Sequence[str], classes: int, alpha: float,
+              generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Mixup (Zhang et al. 2018, arXiv:1710.09412, eq. 1): pairs of examples and their labels in one proportion."""
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    part, order = float(rng.beta(alpha, alpha)), torch.randperm(len(batch["target"]), generator=generator)
+    one_hot = torch.nn.functional.one_hot(batch["target"], classes).float()
+    mixed = {name: torch.lerp(batch[name][order], batch[name], part) for name in inputs}
+    return {**batch, **mixed, "target": torch.lerp(one_hot[order], one_hot, part)}
+
+
+def settled(options: Any, **values: Any) -> Any:
+    """Options with what was chosen from the data filled in where the user said nothing."""
+    from dataclasses import replace
+    return replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})

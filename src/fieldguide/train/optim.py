@@ -1,0 +1,83 @@
+"""Optimisers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide.train.settings import Settings
+
+
+def schedule(settings: Settings, step: int) -> float:
+    """Learning rate of a step as a part of the peak: linear warm-up, then cosine or linear to zero."""
+    warm = max(1, round(settings.warmup * settings.steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, settings.steps - warm)
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+
+
+def optimizers(objective: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]],
+               settings: Settings) -> list[torch.optim.Optimizer]:
+    """The optimiser(s) of one phase. Matrices and kernels decay; vectors, norms and embeddings do not."""
+    tables = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    matrices, vectors = [], []
+    for _, p in parameters:
+        (matrices if p.ndim >= 2 and id(p) not in tables else vectors).append(p)
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    if settings.optimizer == "sgd":
+        return [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum,
+                                nesterov=settings.momentum > 0, fused=True)]
+    made: list[torch.optim.Optimizer] = []
+    if settings.optimizer == "muon" and matrices:
+        made.append(Muon(matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay))
+        groups = [g for g in groups if g["params"] is vectors]
+    if groups:
+        made.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True))
+    return made
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Kernels are taken as matrices out x (in * height * width). The update is scaled by 0.2 sqrt(max(rows, columns)) so
+    that its size matches AdamW's and the same learning rate suits both (Liu et al. 2025, arXiv:2502.16982, eq. 4).
+    """
+
+    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    by_shape.setdefault(tuple(p.flatten(1).shape), []).append(p)
+            for (rows, columns), same in by_shape.items():
+                grads, moments = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
+                torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, moments, group["momentum"])
+                update = orthogonal(torch.stack([u.flatten(1) for u in nesterov]))
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                scale = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+                torch._foreach_add_(same, [u.view_as(p).to(p.dtype) for u, p in zip(update, same)], alpha=-scale)
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:                      # N R C -> N R C
+    """Nearest semi-orthogonal matrices, roughly, by the quintic Newton-Schulz iteration of Muon."""
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
