@@ -1,6 +1,7 @@
 """Samples: small real data for every task, made from what is installed, without a network.
 
-`path("digits")` makes a sample on first use in the user's cache folder and gives its path; `read("digits")` reads it.
+`path("digits")` makes a sample on first use in the user's cache folder and gives its path; `read("digits")`
+reads it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars"
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample: what it is, the task it is for, its licence, and how it comes to be. `made`: derived by our code
-    from something that was not a data set."""
+    """A sample: what it is, the task it is for, its licence, where it is from. `made`: our code derives it from
+    something that was not a data set."""
 
     name: str
     task: str
@@ -42,7 +43,8 @@ class Sample:
 def path(name: str) -> Path:
     """Where a sample is, after making it if it is not there yet. Raises DataError for an unknown name."""
     if name not in SAMPLES:
-        raise DataError(f"{name!r} is no sample.{nearest(name, SAMPLES)} The samples are: {', '.join(SAMPLES)}.")
+        names = ", ".join(SAMPLES)
+        raise DataError(f"{name!r} is no sample.{nearest(name, SAMPLES)} The samples are: {names}.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = cache / "fieldguide" / "samples" / f"{name}-v{VERSION}"
     if not home.exists():
@@ -58,7 +60,7 @@ def path(name: str) -> Path:
                 raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    only = [p for p in home.iterdir()]
+    only = list(home.iterdir())
     return only[0] if len(only) == 1 and only[0].is_file() else home
 
 
@@ -98,16 +100,17 @@ def diabetes(folder: Path) -> None:
 
 
 def docstrings(folder: Path) -> None:
-    """Which library does this sentence document? First paragraphs of docstrings, read from installed sources."""
+    """Which library does this sentence document? First paragraphs of docstrings in installed sources."""
     taken: dict[str, str] = {}
+    seen: set[str] = set()
     for library, package in LIBRARIES.items():
-        texts: set[str] = set()
+        before = len(taken)
         for text in paragraphs(library_folder(package)):
-            if text not in taken:
-                texts.add(text)
-            if len(texts) == EACH:
+            if text.lower() not in seen:
+                seen.add(text.lower())
+                taken[text] = library
+            if len(taken) == before + EACH:
                 break
-        taken |= dict.fromkeys(texts, library)
     order = sorted(taken, key=digest)
     write(folder / "data.csv", ["text", "library"], ([t, taken[t]] for t in order))
 
@@ -125,8 +128,8 @@ def paragraphs(folder: Path) -> Iterator[str]:
 
     In an order that is neither the alphabet's nor the file system's, so that the first few are a fair choice.
     """
-    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_inductor", "onnx", "_vendor", "ensurepip",
-            "pydoc_data", "_numeric", "externals", "_dynamo", "turtledemo"}
+    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "ensurepip", "externals",
+            "_inductor", "_dynamo", "onnx"}
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")]
     for name in sorted((f for f in files if not skip & set(f.split("/"))), key=digest):
         source = (folder / name).read_bytes()
@@ -161,18 +164,22 @@ def write(file: Path, names: list[str], rows: Iterator[list[str]]) -> None:
 BSD = "as distributed with scikit-learn (BSD-3-Clause)"
 SAMPLES: dict[str, Sample] = {s.name: s for s in (
     Sample("digits", "image-classification", "1,797 handwritten digits, 8 x 8 grey pixels, 10 classes", BSD,
-           "scikit-learn load_digits (UCI optical recognition of handwritten digits, test part)", False, "label", digits),
+           "scikit-learn load_digits (UCI optical recognition of handwritten digits, test part)", False, "label",
+           digits),
     Sample("iris", "tabular-classification", "150 irises, 4 measurements, 3 species", BSD,
            "scikit-learn load_iris (Fisher 1936)", False, "species", classes("load_iris", "species")),
     Sample("wine", "tabular-classification", "178 wines, 13 chemical measurements, 3 growers", BSD,
            "scikit-learn load_wine (UCI)", False, "grower", classes("load_wine", "grower")),
-    Sample("breast-cancer", "tabular-classification", "569 tumours, 30 measurements, malignant or benign", BSD,
+    Sample("breast-cancer", "tabular-classification", "569 tumours, 30 measurements, benign or malignant",
+           BSD,
            "scikit-learn load_breast_cancer (UCI, Wisconsin)", False, "diagnosis",
            classes("load_breast_cancer", "diagnosis")),
-    Sample("diabetes", "tabular-regression", "442 patients, 10 measurements, progression of the disease in a year", BSD,
+    Sample("diabetes", "tabular-regression", "442 patients, 10 measurements, progression of the disease in a year",
+           BSD,
            "scikit-learn load_diabetes, unscaled (Efron et al. 2004)", False, "progression", diabetes),
     Sample("docstrings", "text-classification",
-           f"about {EACH * len(LIBRARIES):,} sentences from documentation; which of {len(LIBRARIES)} libraries is it of? "
-           "Depends a little on the installed versions", "each library's own; made on your machine, not distributed",
+           f"about {EACH * len(LIBRARIES):,} sentences of documentation: of which of {len(LIBRARIES)} libraries? "
+           "Differs a little with the installed versions",
+           "each library's own; made on your machine, not distributed",
            "docstrings in the installed sources of " + ", ".join(LIBRARIES), True, "library", docstrings),
 )}

@@ -5,5 +5,5 @@ from fieldguide.data.doctor import BadData, check, enforce
 from fieldguide.data.reading import read
 from fieldguide.data.splits import Splits, split
 
-__all__ = ["BadData", "Column", "Data", "FileEntry", "Finding", "Kind", "Manifest", "Role", "Splits", "check", "enforce",
-           "read", "split"]
+__all__ = ["BadData", "Column", "Data", "FileEntry", "Finding", "Kind", "Manifest", "Role", "Splits", "check",
+           "enforce", "read", "split"]

@@ -6,11 +6,11 @@ import codecs
 import csv
 import io
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 
 import polars as pl
 
-from fieldguide.data.dataset import LINE, Finding
+from fieldguide.data.dataset import BOOKKEEPING, LINE, Finding
 from fieldguide.data.kinds import MISSING, as_numbers, blank_missing
 from fieldguide.errors import DataError
 
@@ -39,19 +39,23 @@ def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
                                 "Save the file again as UTF-8.") from error
             break
     if (at := raw.find(b"\0")) >= 0:
-        raise DataError(f"{name}:{raw.count(10, 0, at) + 1}: a NUL byte (byte {at}), which text never has. The file "
-                        "is binary or damaged, or is UTF-16 without its mark: save it again as UTF-8.")
+        raise DataError(f"{name}:{line_at(raw, at)}: a NUL byte (byte {at}), which text never has. The file is "
+                        "binary or damaged, or is UTF-16 without its mark: save it again as UTF-8.")
     at = first_not_utf8(raw)
     if at is None:
         return raw, []
-    line = raw.count(10, 0, at) + 1
     try:
         text, encoding = raw.decode("cp1252"), "Windows-1252"
     except UnicodeDecodeError:
         text, encoding = raw.decode("latin-1"), "Latin-1"
-    lines = sum(1 for l in raw.split(b"\n") if any(b > 127 for b in l)) if len(raw) < CHUNK else 1
-    return text.encode(), [Finding("encoding", "warning", f"{name} is not UTF-8: read as {encoding}",
-                                   (f"{name}:{line}",), lines, "Look at accented letters, or save it as UTF-8.")]
+    return text.encode(), [Finding(
+        "encoding", "warning", f"{name} is not UTF-8: read as {encoding}", (f"{name}:{line_at(raw, at)}, the first",),
+        1, "Look at accented letters, or save it as UTF-8.")]
+
+
+def line_at(raw: bytes, at: int) -> int:
+    """The line that byte `at` is on, from 1."""
+    return raw.count(b"\n", 0, at) + 1
 
 
 def first_not_utf8(raw: bytes) -> int | None:
@@ -75,10 +79,8 @@ def delimiter(raw: bytes) -> str:
         text = text[:text.rfind("\n") + 1] or text
     best, score = ",", (0.0, 0)
     for mark in DELIMITERS:
-        widths = []
-        for row, _ in zip(csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True), range(50)):
-            widths.append(len(row))
-        widths = [w for w in widths if w]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
+        widths = [len(row) for row in islice(reader, 50) if row]
         if not widths or max(widths) < 2:
             continue
         common = max(set(widths), key=widths.count)
@@ -89,7 +91,7 @@ def delimiter(raw: bytes) -> str:
 
 def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] = (),
           target: str | None = None) -> Table:
-    """Delimited UTF-8 text as a table of strings. `names` are the columns of a known schema, `target` one of them.
+    """Delimited UTF-8 text as a table of strings. `names` are the columns of a known schema, with `target`.
 
     Raises DataError, naming the line, for broken quoting, lines of the wrong length, and bad column names.
     """
@@ -107,8 +109,7 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     if len(value_names) > 1 and empty.any():
         rows = rows.filter(~empty)
         if int(empty.sum()) > 1 or not raw.endswith(b"\n\n"):
-            findings.append(Finding("empty-lines", "note", f"{name}: {int(empty.sum())} empty lines left out",
-                                    (), int(empty.sum())))
+            findings.append(Finding("empty-lines", "note", f"empty lines left out of {name}", (), int(empty.sum())))
     first = ["" if v is None else v.strip() for v in rows.select(value_names).row(0)]
     has = header if header is not None else has_header(rows.select(value_names), first, names)
     if has:
@@ -117,9 +118,10 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     else:
         columns = headerless(len(value_names), names, target)
         if header is None:
-            findings.append(Finding("no-header", "warning", f"{name}: the first line looks like data, so the columns "
-                                    f"are named {columns[0]} to {columns[-1]}", (f"{name}:1",), 1,
-                                    "Write a line of column names on top, or say header=True if it is one."))
+            findings.append(Finding(
+                "no-header", "warning", f"{name}: the first line looks like data, so the columns are named "
+                f"{columns[0]} to {columns[-1]}", (f"{name}:1",), 1,
+                "Write a line of column names on top, or say header=True if it is one."))
     if rows.height == 0:
         raise DataError(f"{name}: column names but no rows.")
     rows = rows.rename(dict(zip(value_names, columns)))
@@ -127,24 +129,23 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
 
 
 def cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
-    """Every cell as text, empty ones as null. A file that polars refuses is read line by line, to name the line."""
+    """Every cell as text, empty ones as null. What polars refuses is read line by line, to name the line."""
     try:
         rows = pl.read_csv(raw, infer_schema=False, has_header=False, separator=mark)
     except pl.exceptions.PolarsError:
         return slow_cells(raw, name, mark)
-    # Polars fills short lines with nulls and says nothing. The delimiters tell: outside of cells there must be
-    # one fewer than columns on every line.
+    # Polars fills short lines with nulls and says nothing. The delimiters tell: outside of cells there must
+    # be one fewer than columns on every line.
     quoted = b'"' in raw
     inside = sum(rows[c].str.count_matches(mark, literal=True).sum() for c in rows.columns) if quoted else 0
     blank = rows.select(pl.all_horizontal(pl.all().is_null())).to_series().sum() if rows.width > 1 else 0
     marks = raw.count(mark.encode()) - inside
-    if not marks == (rows.width - 1) * rows.height and not marks == (rows.width - 1) * (rows.height - blank):
-        return slow_cells(raw, name, mark)
-    return rows
+    full = ((rows.width - 1) * rows.height, (rows.width - 1) * (rows.height - blank))
+    return rows if marks in full else slow_cells(raw, name, mark)
 
 
 def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
-    """Read by Python's csv module. Raises DataError listing the lines that are wrong; else the table it read."""
+    """The table as Python's csv module reads it. Raises DataError listing the lines that are wrong."""
     reader = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=mark, strict=True)
     width, out, wrong, line = 0, [], [], 0
     try:
@@ -167,8 +168,8 @@ def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
                         "inside a quoted cell.") from error
     if wrong:
         places = ", ".join(f"{name}:{l} has {n}" for l, n in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-        raise DataError(f"{name}: {len(wrong)} of {len(out) + len(wrong)} lines do not have {width} cells like the "
-                        f"first: {places}. Quote cells that hold {mark!r}, or fill in the missing cells.")
+        raise DataError(f"{name}: {len(wrong)} of {len(out) + len(wrong)} lines do not have {width} cells like "
+                        f"the first: {places}. Quote cells that hold {mark!r}, or fill in the missing cells.")
     return pl.DataFrame(out, schema={f"c{i}": pl.String for i in range(width)}, orient="row")
 
 
@@ -177,13 +178,12 @@ def line_numbers(rows: pl.DataFrame, raw: bytes) -> pl.Series:
     first = pl.Series(LINE, range(1, rows.height + 1), dtype=pl.Int64)
     if b'"' not in raw:
         return first
-    breaks = sum((rows[c].str.count_matches("\n", literal=True).fill_null(0).cast(pl.Int64) for c in rows.columns),
-                 pl.Series([0] * rows.height, dtype=pl.Int64))
-    return (first + breaks.cum_sum().shift(1, fill_value=0)).rename(LINE)
+    breaks = rows.select(pl.sum_horizontal(pl.all().str.count_matches("\n", literal=True).fill_null(0)))
+    return (first + breaks.to_series().cast(pl.Int64).cum_sum().shift(1, fill_value=0)).rename(LINE)
 
 
 def has_header(rows: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> bool:
-    """Is the first line names? Not if it has numbers where the columns have numbers, or is a repeated value."""
+    """Is the first line names? Not if it has numbers where the columns have, or values that come again."""
     if names:
         known = sum(f in names for f in first)
         return known > 0 or not len(names) - 1 <= len(first) <= len(names)
@@ -220,13 +220,14 @@ def is_number(text: str) -> bool:
 
 def check_names(columns: list[str], name: str, line: int) -> None:
     empty = [i + 1 for i, c in enumerate(columns) if not c]
-    twice = {c: [i + 1 for i, d in enumerate(columns) if d == c] for c in columns if c and columns.count(c) > 1}
-    hidden = [c for c in columns if c.startswith("#") and c in (LINE, "#file", "#hash")]
+    at = {c: [i + 1 for i, d in enumerate(columns) if d == c] for c in columns if c}
+    twice = {c: where for c, where in at.items() if len(where) > 1}
+    hidden = [c for c in columns if c in BOOKKEEPING]
     problems = [f"column {', '.join(map(str, empty))} has no name"] if empty else []
-    problems += [f"{c!r} names columns {', '.join(map(str, at))}" for c, at in twice.items()]
+    problems += [f"{c!r} names columns {', '.join(map(str, where))}" for c, where in twice.items()]
     problems += [f"{c!r} is a name kept for bookkeeping" for c in hidden]
     if problems:
-        hint = " (An unnamed first column is often an index: write it with index=False.)" if empty == [1] else ""
+        hint = " (A first column without a name is often an index: write with index=False.)" if empty == [1] else ""
         raise DataError(f"{name}:{line}: {'; '.join(problems)}. Every column needs a name of its own.{hint}")
 
 

@@ -1,14 +1,13 @@
-"""Data: what every reader yields. One table with a row an example, typed columns, and a manifest of its files.
+"""Data: what every reader yields. One table with a row an example, typed columns, a manifest of its files.
 
-Media (pictures, sound) stand in the table as absolute paths; tasks open them. So a CSV, a folder of photos and a
-folder of recordings look alike to all that follows.
+Media (pictures, sound) stand in the table as absolute paths; tasks open them. So a CSV, a folder of photos
+and a folder of recordings look alike to all that follows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +20,8 @@ Severity = Literal["error", "warning", "note"]
 # Bookkeeping columns of `rows`, beside the typed ones of `columns`:
 FILE, LINE = "#file", "#line"                 # index into the manifest, line (or row number) there
 HASH = "#hash"                                # digest of a picture's pixels: equal pictures, equal digest
-WIDTH, HEIGHT, CHANNELS = "#width", "#height", "#channels"      # of a picture as it is shown; 1 grey, 3 colour
+WIDTH, HEIGHT, CHANNELS = "#width", "#height", "#channels"    # of a picture as shown; 1 grey, 3 colour
+BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS)
 
 
 @dataclass
@@ -54,12 +54,13 @@ class Finding:
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.places) else ""
         where = f" ({'; '.join(self.places)}{more})" if self.places else ""
-        return f"{self.what}{where}{'. ' + self.remedy if self.remedy else ''}"
+        times = f"{self.count:,} x " if self.count > 1 else ""
+        return f"{times}{self.what}{where}{'. ' + self.remedy if self.remedy else ''}"
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file that was read: path relative to the root, bytes, SHA-256 of its content, rows taken and dropped."""
+    """A file that was read: path from the root, bytes, SHA-256 of its content, rows taken and dropped."""
 
     path: str
     bytes: int
@@ -89,10 +90,10 @@ class Manifest:
 
 @dataclass
 class Data:
-    """Examples as a table (`rows`), their schema (`columns`), where they came from and what is wrong with them.
+    """Examples as a table (`rows`), their schema (`columns`), where they are from and what is wrong with them.
 
-    `splits`, where the source names them (folders train/ val/ test/, or a split column), holds "train", "val" or
-    "test" for each row; else it is None and `fieldguide.data.splits` makes them.
+    `splits`, where the source names them (folders train/ val/ test/, or a split column), holds "train", "val"
+    or "test" for each row; else it is None and `fieldguide.data.splits` makes them.
     """
 
     source: str

@@ -1,54 +1,38 @@
-"""The doctor: what is wrong with data, where, how often, and what to do. Nothing is dropped without a finding.
+"""The doctor: what is wrong with data, where, how often, what to do. Nothing is dropped without a finding.
 
-`check` looks at data that has been read; what only reading can see (encodings, corrupt pictures, values that do not
-fit) is reported by the readers in the same form. `enforce` turns what is too bad into one error.
+`check` looks at data that has been read; what only reading can see (encodings, corrupt pictures, values that do
+not fit) is in the same form, from `symptoms` and the readers. `enforce` makes one error of what is too bad.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import polars as pl
 
-from fieldguide.data.dataset import Data, Finding
-from fieldguide.data.images import PIXELS, Picture
-from fieldguide.data.kinds import Typed
+from fieldguide.data.dataset import Column, Data, Finding
+from fieldguide.data.duplicates import same_inputs
+from fieldguide.data.symptoms import SHOWN, places, simplified
 from fieldguide.errors import DataError
 
 TOLERATED = 0.01           # share of unusable examples above which reading is an error
-SHOWN = 5                  # places named in a finding
-
-PICTURE_PROBLEMS = {       # slug: what, remedy
-    "empty-file": ("empty files", "Copy them again or remove them."),
-    "missing-file": ("pictures that are not there", "Mend the paths: they start at the folder of the table."),
-    "unreadable-file": ("files that may not be read", "Change their permissions."),
-    "not-an-image": ("files that are no pictures", "Remove them."),
-    "corrupt-image": ("corrupt pictures", "Copy them again or remove them."),
-    "truncated-image": ("truncated pictures: the end of the file is missing", "Copy them again or remove them."),
-    "too-many-pixels": (f"pictures of more than {PIXELS:,} pixels, which are refused (a small file can be made to fill "
-                        "the memory)", "Scale them down or remove them."),
-}
-PICTURE_TRAITS = {
-    "wrong-extension": ("warning", "files whose name says another format than their content, which is used",
-                        "Rename them."),
-    "deep": ("note", "pictures of 16 or 32 bits a pixel are scaled to 8 bits by their range", ""),
-    "transparent": ("note", "transparent pictures are laid over white", ""),
-    "cmyk": ("note", "CMYK pictures are converted to RGB", ""),
-    "animated": ("note", "animations: only the first frame is used", ""),
-    "rotated": ("note", "pictures are turned as their EXIF says", ""),
-}
+LEAK = 0.99                # a single feature that tells so much of the target is a leak
+LINEAR = 0.9999            # ... or, for an amount, one that is so correlated with it
+ENOUGH = 50                # rows below which a perfect feature may be chance
+BINS = 64
 
 
 class BadData(DataError):
-    """The data cannot be used as it is; `findings` has every finding, also those that alone would not stop."""
+    """The data cannot be used as it is; `findings` has every finding, also what alone would not stop."""
 
     def __init__(self, message: str, findings: Sequence[Finding]) -> None:
         super().__init__(message)
         self.findings = tuple(findings)
 
 
-def enforce(findings: Sequence[Finding], rows: int, allow_bad: bool = False, source: str = "the data") -> None:
+def enforce(findings: Sequence[Finding], rows: int, allow_bad: bool = False,
+            source: str = "the data") -> None:
     """Raise BadData, listing all that is wrong, for any error or if over 1 % of `rows` examples are unusable.
 
     `rows` counts the examples before any was left out. `allow_bad` accepts unusable examples, never errors.
@@ -59,64 +43,170 @@ def enforce(findings: Sequence[Finding], rows: int, allow_bad: bool = False, sou
     if not errors and not too_many:
         return
     listed = errors + ([f for f in findings if f.unusable and f.severity != "error"] if too_many else [])
-    lines = [f"  {i}. [{f.check}] {f}" + (f" [{f.count}]" if f.count > 1 else "") for i, f in enumerate(listed, 1)]
     head = f"{source}: the data cannot be used as it is."
     if too_many:
-        head += (f" {unusable:,} of {rows:,} examples are unusable ({100 * unusable / max(rows, 1):.1f} %; up to "
-                 f"{100 * TOLERATED:.0f} % are left out and reported). Mend them, or leave them all out with "
-                 "allow_bad=True.")
+        share = 100 * unusable / max(rows, 1)
+        head += (f" {unusable:,} of {rows:,} examples are unusable ({share:.1f} %; up to {100 * TOLERATED:.0f} % "
+                 "would be left out and reported). Mend them, or leave them all out with allow_bad=True.")
+    lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed, 1)]
     raise BadData("\n".join([head, *lines]), findings)
 
 
-def places(data: Data, rows: np.ndarray | Iterable[int]) -> tuple[str, ...]:
-    """Where the first few rows of a mask or of a list of rows are."""
-    index = np.flatnonzero(rows) if isinstance(rows, np.ndarray) and rows.dtype == bool else list(rows)
-    return tuple(data.place(int(i)) for i in index[:SHOWN])
-
-
-def simplified(label: str) -> str:
-    """A class name without what people do not mean: case, blanks, a full stop at the end."""
-    return " ".join(label.replace("_", " ").casefold().split()).rstrip(".")
-
-
-def picture_findings(data: Data, column: str, checked: Sequence[Picture], bad: np.ndarray) -> list[Finding]:
-    """What the check of the pictures in a column saw. Rows in `bad` are counted as unusable already."""
-    findings = []
-    for slug, (what, remedy) in PICTURE_PROBLEMS.items():
-        rows = [i for i, c in enumerate(checked) if c.problem == slug]
-        if rows:
-            named = tuple(f"{data.place(i)} ({checked[i].detail})" if checked[i].detail else data.place(i)
-                          for i in rows[:SHOWN])
-            findings.append(Finding(slug, "warning", what, named, len(rows), remedy,
-                                    sum(1 for i in rows if not bad[i])))
-    for trait, (severity, what, remedy) in PICTURE_TRAITS.items():
-        rows = [i for i, c in enumerate(checked) if trait in c.traits]
-        if rows:
-            findings.append(Finding(trait if trait == "wrong-extension" else f"{trait}-image", severity, what,
-                                    places(data, rows), len(rows), remedy))
-    return findings
-
-
-def value_findings(data: Data, typed: Typed) -> list[Finding]:
-    """Values that did not fit the kind of their column, infinite numbers, and notes of typing."""
-    column, findings = typed.column, []
-    if typed.misfits:
-        counts = Counter(typed.misfits.values())
-        shown = ", ".join(repr(v[:30]) for v, _ in counts.most_common(3))
-        findings.append(Finding("mixed-types", "warning", f"column {column.name!r} holds {column.kind}s, but "
-                                f"{len(typed.misfits)} of {typed.expected} values are none ({shown}); they become missing",
-                                places(data, typed.misfits), len(typed.misfits),
-                                f"Mend them, or say kinds={{{column.name!r}: 'category'}}."))
-    if typed.infinite:
-        findings.append(Finding("infinite", "warning", f"column {column.name!r} has infinite values; they become missing",
-                                places(data, typed.infinite), len(typed.infinite), "Mend or remove them."))
-    findings += [Finding("reading", "note", note, (f"column {column.name!r}",)) for note in typed.notes]
-    return findings
-
-
 def check(data: Data) -> list[Finding]:
-    """Every finding about data that has been read; see CHECKS for what is looked at."""
+    """Every finding about data that has been read; CHECKS lists what is looked at."""
     return [finding for one in CHECKS for finding in one(data)]
 
 
-CHECKS: tuple[Callable[[Data], list[Finding]], ...] = ()
+def columns(data: Data) -> Iterator[Finding]:
+    """Columns that teach nothing."""
+    for column in data.columns.values():
+        where = (f"column {column.name!r}",)
+        if column.missing == len(data) and column.role != "target":
+            yield Finding("all-missing", "warning", f"column {column.name!r} has no values; it is ignored", where, 1,
+                          "Fill it or remove it.")
+        elif column.role == "ignored":
+            yield Finding(f"{column.kind}-column", "note", f"column {column.name!r} is ignored: {column.why}", where,
+                          1, f"To use it, say what it holds: kinds={{{column.name!r}: ...}}.")
+    if not data.features():
+        yield Finding("no-features", "error", "no column is left to learn from", (), 1,
+                      "Every column is the target, constant, empty or an identifier: look at the notes.")
+
+
+def target(data: Data) -> Iterator[Finding]:
+    """A target that cannot be learnt: one value, classes of one example, names that are nearly the same."""
+    column = data.target
+    if column is None or not len(data):
+        return
+    values, where = data.rows[column.name].drop_nulls(), (f"column {column.name!r}",)
+    counts = values.value_counts(sort=True).sort(column.name)
+    names, seen = counts[column.name].to_list(), counts["count"].to_numpy()
+    if len(names) == 1:
+        yield Finding("single-class", "error", f"the target {column.name!r} is {names[0]!r} on every row", where, 1,
+                      "There is nothing to learn: is it the right column?")
+    if column.kind != "category":
+        return
+    if len(names) > max(20, len(data) // 2):
+        yield Finding("many-classes", "warning", f"the target {column.name!r} has {len(names):,} classes for "
+                      f"{len(data):,} rows", where, 1, "Is it the right column? An amount needs numbers.")
+    single = [n for n, s in zip(names, seen) if s == 1]
+    if single and len(names) > 1:
+        rows = values.is_in(single[:SHOWN]).to_numpy() if values.len() == len(data) else np.zeros(0, dtype=bool)
+        shown = ", ".join(repr(n) for n in single[:SHOWN])
+        yield Finding("class-of-one", "warning", f"classes with a single example ({shown}): it can be learnt or "
+                      "tested, not both", places(data, rows), len(single), "Add examples or merge classes.")
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(simplified(str(name)), []).append(str(name))
+    for same in (a for a in alike.values() if len(a) > 1):
+        yield Finding("class-names-alike", "warning", "classes whose names differ by case, blanks or a full stop "
+                      f"only: {', '.join(map(repr, same))}", where, len(same), "Spell them alike if they are one.")
+
+
+def duplicates(data: Data) -> Iterator[Finding]:
+    """Equal inputs: in two given splits, with two answers, or simply twice."""
+    same = same_inputs(data)
+    if same is None or not len(data):
+        return
+    sizes = np.bincount(same)
+    twice = sizes[same] > 1
+    if not twice.any():
+        return
+    what = "pictures" if data.features("image") else "texts" if data.features("text") else "rows"
+    rows = np.flatnonzero(twice)
+    order = rows[np.argsort(same[rows], kind="stable")]              # duplicates side by side
+    heads = order[np.r_[True, np.diff(same[order]) != 0]]
+    first = np.zeros(sizes.size, dtype=np.int64)
+    first[same[heads]] = heads
+    if data.splits is not None:
+        train = np.zeros(sizes.size, dtype=bool)
+        train[same[data.splits == "train"]] = True
+        source = np.zeros(sizes.size, dtype=np.int64)
+        at = np.flatnonzero(data.splits == "train")[::-1]
+        source[same[at]] = at
+        over = np.flatnonzero((data.splits != "train") & train[same])
+        if over.size:
+            pairs = tuple(f"{data.place(int(i))} = {data.place(int(source[same[i]]))}" for i in over[:SHOWN])
+            yield Finding("duplicate-across-splits", "warning", f"{what} of val or test that are in train too: "
+                          "scores will be too good", pairs, int(over.size), "Remove them from one side.")
+    yield from conflicts(data, same, order, first, what)
+    extra = int(rows.size - heads.size)
+    pairs = tuple(f"{data.place(int(i))} = {data.place(int(first[same[i]]))}" for i in order if i != first[same[i]])
+    yield Finding("duplicate", "note", f"{what} that are there before with the same input; a split keeps them on "
+                  "one side", pairs[:SHOWN], extra)
+
+
+def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray, what: str) -> Iterator[Finding]:
+    column = data.target
+    if column is None or column.kind not in ("category", "boolean"):
+        return
+    codes = data.rows[column.name].cast(pl.String).fill_null("").rank("dense").to_numpy()
+    other = order[codes[order] != codes[first[same[order]]]]
+    if other.size:
+        label = data.rows[column.name]
+        pairs = tuple(f"{data.place(int(i))} is {label[int(i)]!r}, {data.place(int(first[same[i]]))} is "
+                      f"{label[int(first[same[i]])]!r}" for i in other[:SHOWN])
+        yield Finding("conflicting-duplicate", "warning", f"equal {what} with different classes", pairs,
+                      int(other.size), "Decide which is right.")
+
+
+def leaks(data: Data) -> Iterator[Finding]:
+    """Features that give the target away."""
+    column = data.target
+    if column is None or len(data) < ENOUGH:
+        return
+    others = [c for c in data.features("number", "category", "boolean") if c.distinct > 1]
+    for feature in others:
+        told = correlation(data, feature, column) if column.kind == "number" else mapping(data, feature, column)
+        if told:
+            exact = told == "exactly" and len(others) > 1
+            yield Finding("leak", "error" if exact else "warning", f"column {feature.name!r} tells the target "
+                          f"{column.name!r} {told}", (f"column {feature.name!r}",), 1,
+                          f"If it is not known before the target is, remove it, or ignore it with "
+                          f"kinds={{{feature.name!r}: 'identifier'}}.")
+    for feature in data.features("text"):
+        if column.kind != "category":
+            continue
+        text, label = pl.col(feature.name).str.to_lowercase(), pl.col(column.name).str.to_lowercase()
+        found = data.rows.select(text.str.contains(label, literal=True) & (label.str.len_chars() >= 3)).to_series()
+        if (found.mean() or 0) > 0.5:
+            yield Finding("label-in-text", "note", f"{100 * found.mean():.0f} % of the texts in {feature.name!r} "
+                          "contain the name of their class", places(data, found.fill_null(False).to_numpy()),
+                          int(found.sum()), "Is the class known when the text is?")
+
+
+def correlation(data: Data, feature: Column, column: Column) -> str:
+    if feature.kind != "number":
+        return ""
+    both = data.rows.select(feature.name, column.name).drop_nulls().to_numpy()
+    if len(both) < ENOUGH or not both.std(0).all():
+        return ""
+    r = abs(np.corrcoef(both.T)[0, 1])
+    return "exactly" if r > 1 - 1e-9 else f"(correlation {r:.5f})" if r > LINEAR else ""
+
+
+def mapping(data: Data, feature: Column, column: Column) -> str:
+    """How well the value of a feature tells the class: learnt on every other row, tried on the rest."""
+    values = data.rows[feature.name]
+    binned = feature.kind == "number" and feature.distinct > len(data) // 4
+    if binned:
+        x = values.fill_null(np.nan).to_numpy()
+        cuts = np.unique(np.nanquantile(x, np.linspace(0, 1, BINS + 1)[1:-1]))
+        codes = np.searchsorted(cuts, x)
+    else:
+        codes = np.unique(values.rank("dense").fill_null(0).to_numpy(), return_inverse=True)[1]
+    classes = np.unique(data.rows[column.name].cast(pl.String).fill_null("").to_numpy(), return_inverse=True)[1]
+    mixed = np.random.default_rng(0).permutation(len(data))
+    learn, tried = mixed[::2], mixed[1::2]
+    counted = pl.DataFrame({"x": codes[learn], "y": classes[learn]}).group_by("x", "y").len()
+    best = counted.sort("len", "y").group_by("x", maintain_order=True).last()
+    answer = np.full(codes.max() + 1, -1)
+    answer[best["x"].to_numpy()] = best["y"].to_numpy()
+    right = float((answer[codes[tried]] == classes[tried]).mean())
+    chance = float(np.bincount(classes[tried]).max() / tried.size)
+    if right < LEAK or 1 - right > 0.1 * (1 - chance) or chance == 1:
+        return ""
+    return "exactly" if right == 1 and not binned and feature.distinct == column.distinct else \
+        f"on {100 * right:.1f} % of the rows"
+
+
+CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (columns, target, duplicates, leaks)

@@ -1,7 +1,7 @@
 """Pictures: full checking and loading with Pillow, in threads (it decodes without Python's lock).
 
-What a network sees: pictures turned as their EXIF says; transparency over white; 16-bit and float greys scaled by
-their range; CMYK and palettes as RGB; the first frame of an animation. `check` counts each of these.
+What a network sees: pictures turned as their EXIF says; transparency over white; 16-bit and float greys scaled
+by their range; CMYK and palettes as RGB; the first frame of an animation. `check` counts each of these.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ PIXELS = 90_000_000            # larger is refused: a small file can hold a pict
 THREADS = min(16, (os.cpu_count() or 2) * 2)
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 GREY = ("1", "L", "LA", *DEEP)
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
-          MemoryError, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+          struct.error, MemoryError, Image.DecompressionBombError)
 SUFFIXES = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",),
-            "BMP": (".bmp", ".dib"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-            "ICO": (".ico",), "JPEG2000": (".jp2", ".j2k"), "AVIF": (".avif",), "MPO": (".jpg", ".jpeg", ".mpo")}
+            "BMP": (".bmp", ".dib"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "ICO": (".ico",),
+            "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "JPEG2000": (".jp2", ".j2k"), "AVIF": (".avif",),
+            "MPO": (".jpg", ".jpeg", ".mpo")}
 KNOWN = frozenset(s for suffixes in SUFFIXES.values() for s in suffixes)
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -65,7 +66,8 @@ def check_one(path: str | Path) -> Picture:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        return Picture("missing-file" if not os.path.exists(path) else "unreadable-file", error.strerror or str(error))
+        there = os.path.exists(path)
+        return Picture("unreadable-file" if there else "missing-file", error.strerror or str(error))
     sha = hashlib.sha256(content).hexdigest()
     size = len(content)
     if not content:
@@ -78,13 +80,14 @@ def check_one(path: str | Path) -> Picture:
             traits = traits_of(image, suffix)
             image.load()
             width, height, mode = *image.size, image.mode
-            pixels = hashlib.blake2b(repr((mode, image.size, image.getpalette())).encode() if mode == "P"
-                                     else repr((mode, image.size)).encode(), digest_size=16)
+            shape = (mode, image.size, image.getpalette() if mode == "P" else None)
+            pixels = hashlib.blake2b(repr(shape).encode(), digest_size=16)
             pixels.update(image.tobytes())
             if "rotated" in traits and image.getexif().get(0x0112, 1) >= 5:      # turned by a quarter
                 width, height = height, width
             channels = 1 if mode in GREY else 3
-            return Picture("", "", size, sha, pixels.hexdigest(), width, height, channels, image.format or "", traits)
+            return Picture("", "", size, sha, pixels.hexdigest(), width, height, channels, image.format or "",
+                           traits)
     except UnidentifiedImageError:
         known = suffix in KNOWN
         return Picture("corrupt-image" if known else "not-an-image", "no picture format begins so", size, sha)
@@ -145,7 +148,7 @@ def pixels(source: str | Path | Image.Image, side: int, channels: int = 3, fit: 
         return as_array(source, side, channels, fit)
     with open(source, "rb") as file, Image.open(file) as image:
         if image.width * image.height > PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels is more than the {PIXELS:,} that are opened")
+            raise ValueError(f"{image.width} x {image.height} pixels are more than the {PIXELS:,} allowed")
         if image.format == "JPEG" and min(image.size) >= 4 * side:
             image.draft(None, (2 * side, 2 * side))      # libjpeg decodes at a fraction: many times faster
         return as_array(image, side, channels, fit)
@@ -194,7 +197,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings from Pillow: what they would say is checked and reported here. Truncated files are refused."""
+    """No warnings from Pillow: what they would say is reported by `check`. Truncated files are refused."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with warnings.catch_warnings():

@@ -1,9 +1,9 @@
-"""Kinds: what a column of raw text holds. Everything is read as text first, then typed here, column by column."""
+"""Kinds: what a column of raw text holds. Everything is read as text first, then typed here by column."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import polars as pl
 
@@ -20,12 +20,11 @@ DATES = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S%.
          "%d-%m-%Y", "%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%Y%m%dT%H%M%S")
 ZONED = r"(Z|[+-]\d\d:?\d\d)$"
 DATE = pl.Datetime("us")
-STORED: dict[Kind, pl.DataType] = {"number": pl.Float64(), "boolean": pl.Boolean(), "date": DATE}   # others: text
 
 
 @dataclass
 class Typed:
-    """A column after typing: its description, its values, and the rows whose value did not fit (now missing)."""
+    """A column after typing: description, values, and the rows whose value did not fit (now missing)."""
 
     column: Column
     values: pl.Series
@@ -44,7 +43,8 @@ def blank_missing(series: pl.Series) -> pl.Series:
 
 
 def type_column(series: pl.Series, *, kind: Kind | None = None, target: bool = False) -> Typed:
-    """Decide what a column holds, or convert it to `kind`. Values that do not fit become missing and are named."""
+    """Decide what a column holds, or convert it to `kind`. Values that do not fit become missing and are kept
+    in `misfits`."""
     name = series.name
     if series.dtype in (pl.Categorical, pl.Enum):
         series = series.cast(pl.String)
@@ -106,14 +106,15 @@ def guessed(name: str, text: pl.Series, target: bool) -> Typed:
 
 def words(name: str, text: pl.Series, present: pl.Series, n: int, distinct: int, share: float,
           target: bool) -> Typed:
-    """Pictures, free text, identifiers or categories: what is left when it is no number, date or truth value."""
+    """Pictures, free text, identifiers or categories: all that is no number, date or truth value."""
     if not target and present.str.contains(IMAGE_NAME).mean() >= MOSTLY:
         return done(name, text, "image", "the values are names of picture files")
     if target:
         return done(name, text, "category", f"the target has {distinct} classes")
     length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()
     foreign = (present.str.len_bytes() > 2 * present.str.len_chars()).mean()     # scripts without blanks
-    long = (length >= 20 and spaces >= 2) or (length >= 8 and foreign > 0.5) or (spaces >= 2 and distinct > 0.9 * n)
+    long = (length >= 20 and spaces >= 2) or (length >= 8 and foreign > 0.5) or \
+        (spaces >= 2 and distinct > 0.9 * n)
     if long and (distinct > 0.5 * n or n < 20 or length >= 100):
         return done(name, text, "text", f"{length:.0f} characters a value, {percent(distinct / n)} distinct")
     if distinct >= 0.95 * n and n >= 20:
@@ -132,14 +133,14 @@ def refine(typed: Typed, source: pl.Series, target: bool) -> Typed:
         if whole and distinct <= max(2, min(FEW_CLASSES, n // 4)):
             text = source if source.dtype == pl.String else whole_text(typed.values)
             text = text.set(typed.values.is_null(), None)
-            return Typed(column_of(name, text, "category", f"the target has {distinct} different whole numbers"),
-                         text, typed.misfits, typed.infinite, typed.notes, typed.expected)
+            new = column_of(name, text, "category", f"the target has {distinct} different whole numbers")
+            return replace(typed, column=new, values=text)
         return typed
     if distinct == 1 and n == typed.values.len():
         column.kind, column.why = "constant", f"every row holds {present[0]:g}"
     elif whole and distinct == 2 and set(present.unique()) == {0, 1}:
-        return Typed(column_of(name, typed.values, "boolean", "two values: 0, 1"), typed.values.cast(pl.Boolean),
-                     typed.misfits, typed.infinite, typed.notes, typed.expected)
+        new = column_of(name, typed.values, "boolean", "two values: 0, 1")
+        return replace(typed, column=new, values=typed.values.cast(pl.Boolean))
     elif whole and distinct == n and n >= 20 and n == typed.values.len():
         step = present.diff().drop_nulls()
         if bool((step == 1).all()) or re.search(r"(?i)(^|[_\s])(id|index|key|uuid|nr|no)$|[a-z]I[Dd]$", name):
@@ -193,7 +194,7 @@ def misfit(typed: Typed, text: pl.Series, values: pl.Series, expected: int) -> N
 
 
 def as_numbers(text: pl.Series) -> pl.Series:
-    """Numbers from text; a decimal comma is understood where a column has nothing but them. NaN is missing."""
+    """Numbers from text; a decimal comma is understood where a column has no points. NaN is missing."""
     values = text.cast(pl.Float64, strict=False)
     if values.null_count() > text.null_count() and bool(text.str.contains(r"^[+-]?\d+,\d+$").any()):
         commas = text.str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)

@@ -1,4 +1,4 @@
-"""`read`: any source as one `Data`. Find the reader, type its columns, give them roles, check, leave out, report."""
+"""`read`: any source as one `Data`. Find the reader, type the columns, give them roles, check, report."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data import doctor, images, kinds, source
+from fieldguide.data import doctor, images, kinds, source, symptoms
 from fieldguide.data.dataset import (
+    BOOKKEEPING,
     CHANNELS,
     FILE,
     HASH,
@@ -28,7 +29,6 @@ from fieldguide.data.dataset import (
 from fieldguide.errors import DataError, nearest
 
 TARGETS = ("target", "label", "labels", "class", "y", "sentiment", "category", "outcome", "species")
-BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS)
 
 
 def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | None = None,
@@ -37,13 +37,14 @@ def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | 
          labels_optional: bool = False) -> Data:
     """Read a table, a folder of pictures or texts, a data frame, or a sample by its name, and check it.
 
-    `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one whose rows
-    must stay on one side of a split; `time` one to split by. `kinds` overrules what columns hold. `schema` (from a
-    trained model) applies known columns exactly: the target may then be absent. With `labels_optional`, rows
-    without a target are kept. `header` says whether a CSV's first line is names; None looks.
+    `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one whose
+    rows must stay on one side of a split; `time` one to split by. `kinds` overrules what columns hold. `schema`
+    (from a trained model) applies known columns exactly: the target may then be absent. With `labels_optional`
+    (to predict), rows are kept that have no target or no values. `header` says whether a CSV's first line is
+    names; None looks.
 
-    Raises DataError, listing every problem with its places and remedy, if the data cannot be used, or if more than
-    1 % of the examples cannot and `allow_bad` is False. What is dropped below that is counted in the manifest.
+    Raises DataError, listing every problem with its places and remedy, if the data cannot be used, or if over
+    1 % of the examples cannot and `allow_bad` is False. What is dropped below that the manifest counts.
     """
     known = [c if isinstance(c, Column) else Column(**c) for c in schema or ()]
     if known:
@@ -89,7 +90,8 @@ class Reading:
         self.names = [c for c in raw.rows.columns if c not in BOOKKEEPING]
         self.bad = np.zeros(raw.rows.height, dtype=bool)
 
-    def run(self, overrides: dict[str, Kind], known: list[Column], group: str | None, time: str | None) -> Data:
+    def run(self, overrides: dict[str, Kind], known: list[Column], group: str | None,
+            time: str | None) -> Data:
         if known:
             roles = self.apply_schema(known)
             overrides = {c.name: c.kind for c in known}
@@ -108,12 +110,16 @@ class Reading:
         self.report_misfits()
         self.merge_class_names()
         self.check_target()
+        self.check_inputs()
         total = len(self.data) + self.raw.unusable
         data = self.without_bad()
         if not known:
             data.findings += doctor.check(data)
         doctor.enforce(data.findings, total, self.allow_bad, self.name)
         return data
+
+    def find(self, *finding: Any) -> None:
+        self.findings.append(Finding(*finding))
 
     def require(self, wanted: Any, what: str) -> None:
         for name in wanted:
@@ -144,8 +150,8 @@ class Reading:
             return None
         target = by_name or names[-1]
         why = "by its name" if by_name else "because it is the last"
-        self.findings.append(Finding("target-chosen", "note", f"no target was named: column {target!r} is taken, {why}",
-                                     (f"column {target!r}",), 1, "Name another with target=."))
+        self.find("target-chosen", "note", f"no target was named: column {target!r} is taken, {why}",
+                  (f"column {target!r}",), 1, "Name another with target=.")
         return target
 
     def apply_schema(self, known: list[Column]) -> dict[str, str]:
@@ -160,14 +166,15 @@ class Reading:
         needed = [c.name for c in known if c.role == "feature"]
         lacking = [n for n in needed if n not in self.names]
         if lacking:
-            listed = "\n".join(f"  - {n!r}.{nearest(n, [x for x in self.names if x not in needed])}" for n in lacking)
-            raise DataError(f"{self.name}: {len(lacking)} of the {len(needed)} columns that the model needs are "
-                            f"missing:\n{listed}\nThe columns are: {', '.join(self.names)}.")
+            others = [n for n in self.names if n not in needed]
+            listed = "\n".join(f"  - {n!r}.{nearest(n, others)}" for n in lacking)
+            raise DataError(f"{self.name}: {len(lacking)} of the {len(needed)} columns that the model needs "
+                            f"are missing:\n{listed}\nThe columns are: {', '.join(self.names)}.")
         wanted = {c.name for c in known}
         extra = [n for n in self.names if n not in wanted]
         if extra:
-            self.findings.append(Finding("extra-columns", "note", "columns that the model does not know are ignored: "
-                                         + ", ".join(extra[:10]), tuple(f"column {n!r}" for n in extra[:5]), len(extra)))
+            self.find("extra-columns", "note", "columns ignored, because the model does not know them",
+                      tuple(f"column {n!r}" for n in extra[:5]), len(extra))
             self.raw.rows = self.raw.rows.drop(extra)
             self.names = [n for n in self.names if n in wanted]
         return {c.name: c.role for c in known}
@@ -178,13 +185,14 @@ class Reading:
         self.names = [new if n == old else n for n in self.names]
 
     def type_columns(self, overrides: dict[str, Kind], roles: dict[str, Any]) -> dict[str, Column]:
-        """Type one column after the other, letting go of its text, so that memory holds the table about once."""
+        """Type one column after the other, letting go of its text: memory holds the table about once."""
         rows, columns, self.typed = self.raw.rows, {}, []
         self.raw.rows = rows.select([c for c in rows.columns if c in BOOKKEEPING])
         values = []
         for name in self.names:
             role = roles.get(name, "feature")
-            typed = kinds.type_column(rows.drop_in_place(name), kind=overrides.get(name), target=role == "target")
+            text = rows.drop_in_place(name)
+            typed = kinds.type_column(text, kind=overrides.get(name), target=role == "target")
             column = typed.column
             if role != "feature":
                 column.role = role
@@ -196,13 +204,15 @@ class Reading:
             values.append(typed.values)
             typed.values = pl.Series()
             self.typed.append(typed)
-        self.raw.rows = pl.DataFrame(values).hstack(self.raw.rows) if self.raw.rows.width else pl.DataFrame(values)
+        table = pl.DataFrame(values)
+        self.raw.rows = table.hstack(self.raw.rows) if self.raw.rows.width else table
         return columns
 
     def absolute(self, paths: pl.Series) -> pl.Series:
         root = self.raw.root.absolute()
         unique = paths.drop_nulls().unique().to_list()
-        return paths.replace_strict(unique, [str(root / p) for p in unique], default=None, return_dtype=pl.String)
+        full = [str(root / p) for p in unique]
+        return paths.replace_strict(unique, full, default=None, return_dtype=pl.String)
 
     def check_pictures(self, column: Column) -> None:
         """Decode every picture; note its size and digest, and the rows whose picture cannot be used."""
@@ -215,8 +225,9 @@ class Reading:
         bad = np.array([bool(c.problem) for c in checked], dtype=bool)
         files = self.data.manifest.files
         own = FILE not in rows.columns                           # a folder of pictures: a file a row
-        entries = [FileEntry(source.relative(Path(p), self.raw.root.absolute()), seen[p].bytes, seen[p].sha256,
-                             rows=1 if own else 0) for p in unique]
+        root = self.raw.root.absolute()
+        entries = [FileEntry(source.relative(Path(p), root), seen[p].bytes, seen[p].sha256, rows=1 if own else 0)
+                   for p in unique]
         if own:
             index = {p: i + len(files) for i, p in enumerate(unique)}
             rows = rows.with_columns(pl.Series(FILE, [index[p] for p in paths], dtype=pl.Int32),
@@ -228,15 +239,15 @@ class Reading:
                 *(pl.Series(n, [getattr(c, a) for c in checked], dtype=pl.Int32)
                   for n, a in ((WIDTH, "width"), (HEIGHT, "height"), (CHANNELS, "channels"))))
         self.data.rows = rows
-        self.findings += doctor.picture_findings(self.data, column.name, checked, self.bad)
+        self.findings += symptoms.of_pictures(self.data, checked, self.bad)
         self.bad |= bad
 
     def report_misfits(self) -> None:
         for typed in self.typed:
-            self.findings += doctor.value_findings(self.data, typed)
+            self.findings += symptoms.of_values(self.data, typed)
 
     def merge_class_names(self) -> None:
-        """Given splits may spell classes differently ("<=50K." for "<=50K"): bring them to the training spelling."""
+        """Splits may spell classes differently ("<=50K." for "<=50K"): bring them to the training spelling."""
         data, target = self.data, self.data.target
         if target is None or data.splits is None or target.kind != "category":
             return
@@ -246,25 +257,25 @@ class Reading:
             return
         plain: dict[str, set[str]] = {}
         for label in train:
-            plain.setdefault(doctor.simplified(label), set()).add(label)
+            plain.setdefault(symptoms.simplified(label), set()).add(label)
         other = sorted(set(values.drop_nulls().unique()) - train)
-        same = {o: next(iter(plain[doctor.simplified(o)])) for o in other
-                if len(plain.get(doctor.simplified(o), ())) == 1}
+        same = {o: next(iter(plain[symptoms.simplified(o)])) for o in other
+                if len(plain.get(symptoms.simplified(o), ())) == 1}
         if same:
             rows = values.is_in(list(same)).arg_true()
             data.rows = data.rows.with_columns(values.replace(same))
             target.distinct = data.rows[target.name].drop_nulls().n_unique()
             shown = ", ".join(f"{a!r} as {b!r}" for a, b in list(same.items())[:5])
-            self.findings.append(Finding("class-spelling", "warning", f"classes are spelt differently in the splits: "
-                                         f"read {shown}", tuple(data.place(int(i)) for i in rows[:3]), len(rows),
-                                         "Spell them alike."))
+            target.why = f"the target has {target.distinct} classes"
+            self.find("class-spelling", "warning", f"rows whose class is spelt otherwise than in train: read {shown}",
+                      symptoms.places(data, rows.to_list()), len(rows), "Spell them alike.")
         unknown = values.is_in([o for o in other if o not in same]).fill_null(False).to_numpy()
         new = unknown & ~self.bad
         if new.any():
             names = ", ".join(repr(o) for o in other if o not in same)
-            self.findings.append(Finding("class-not-in-train", "warning", f"classes of the other splits that train does "
-                                         f"not have: {names[:200]}", doctor.places(data, new), int(new.sum()),
-                                         "Add examples to train, or remove these.", int(new.sum())))
+            self.find("class-not-in-train", "warning", f"rows of classes that train does not have: {names[:200]}",
+                      symptoms.places(data, new), int(new.sum()), "Add examples to train, or remove these.",
+                      int(new.sum()))
             self.bad |= unknown
 
     def check_target(self) -> None:
@@ -274,10 +285,22 @@ class Reading:
         missing = self.data.rows[target.name].is_null().to_numpy() & ~self.bad
         if missing.any():
             count = int(missing.sum())
-            self.findings.append(Finding("target-missing", "warning", f"rows without a value of the target "
-                                         f"{target.name!r}", doctor.places(self.data, missing), count,
-                                         "Fill it in or remove the rows.", count))
+            self.find("target-missing", "warning", f"rows without a value of the target {target.name!r}",
+                      symptoms.places(self.data, missing), count, "Fill it in or remove the rows.", count)
             self.bad |= missing
+
+    def check_inputs(self) -> None:
+        """Rows in which every feature is missing."""
+        features = [c.name for c in self.data.features()]
+        if not features or self.options.labels_optional:
+            return
+        empty = self.data.rows.select(pl.all_horizontal(pl.col(features).is_null())).to_series().to_numpy()
+        empty = empty & ~self.bad
+        if empty.any() and not empty.all():
+            count = int(empty.sum())
+            self.find("empty-input", "warning", "rows with nothing to learn from: every feature is missing",
+                      symptoms.places(self.data, empty), count, "Fill them in or remove the rows.", count)
+            self.bad |= empty
 
     def without_bad(self) -> Data:
         """The data without unusable rows, which the manifest counts, file by file."""

@@ -3,9 +3,9 @@
 A reader module has four names, and is found because its file is there:
 
     NAME         what messages call it: "table"
-    UNDERSTANDS  one line for the user who gave something unknown: "a CSV, TSV, Parquet or JSON Lines file ..."
+    UNDERSTANDS  for the user who gave something unknown: "a table: .csv, .tsv, .parquet or .jsonl; ..."
     accepts(source, options) -> int      0: not mine; the reader that answers highest reads it
-    load(source, options) -> Raw         rows as found: text or native types; typing comes after, for all alike
+    load(source, options) -> Raw         rows as found: text or native types; typing comes after, for all
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import polars as pl
 from fieldguide.data.dataset import FileEntry, Finding, Kind
 from fieldguide.errors import DataError
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-          "test": "test", "testing": "test"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+          "dev": "val", "test": "test", "testing": "test"}
 IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 
@@ -42,7 +42,7 @@ class Options:
 
 @dataclass
 class Raw:
-    """What a reader found: a table, its files, what was wrong, and what the form of the source says for certain."""
+    """What a reader found: a table, its files, what was wrong, and what the form of the source makes sure."""
 
     rows: pl.DataFrame
     files: list[FileEntry]
@@ -92,7 +92,7 @@ def visible(folder: Path) -> tuple[list[Path], int]:
 
 
 def split_of(name: str) -> str | None:
-    """"train", "val" or "test" if a file or folder name says so: `train`, `adult-test.csv`, `TREC.train.all`."""
+    """The split that a file or folder name says, or None: `train`, `adult-test.csv`, `TREC.train.all`."""
     words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
     found = {SPLITS[w] for w in words if w in SPLITS}
     return found.pop() if len(found) == 1 else None

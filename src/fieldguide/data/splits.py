@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from fieldguide.data.dataset import HASH, Data
+from fieldguide.data.dataset import Data
+from fieldguide.data.duplicates import same_inputs
 from fieldguide.errors import DataError
 
 
@@ -24,22 +25,22 @@ class Splits:
 def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | None = None) -> Splits:
     """Split rows. Splits that the source names are kept; those it lacks are made from its training rows.
 
-    `test` and `validation` are shares of all rows; validation is by default 10 to 20 %, more for little data.
-    A column of role `time` puts the latest rows into test. A column of role `group`, and rows that are equal in
-    all features, are never on two sides. Otherwise classes keep their shares on every side, and a class with two
-    rows or more is always in train.
+    `test` and `validation` are shares of the rows to split; validation is by default 10 to 20 %, more for little
+    data. A column of role `time` puts the latest rows into test. Rows of one `group`, and rows that are equal
+    in all features, are never on two sides. Otherwise classes keep their shares on every side, and a class with
+    two rows or more is always in train.
     Raises DataError if there are too few rows to split.
     """
     n = len(data)
     if validation is None:
         validation = 0.2 if n < 2000 else 0.15 if n < 10_000 else 0.1
     if not (0 <= test < 1 and 0 <= validation < 1 and test + validation < 1):
-        raise DataError(f"shares of {test} for test and {validation} for validation leave nothing to train on.")
+        raise DataError(f"{test} for test and {validation} for validation leave nothing to train on.")
     side = np.zeros(n, dtype=np.int8)                      # 0 train, 1 validation, 2 test
     said = []
     if data.splits is not None:
         side[data.splits == "val"], side[data.splits == "test"] = 1, 2
-        given = [name for name, code in (("train", 0), ("validation", 1), ("test", 2)) if (side == code).any()]
+        given = [name for code, name in enumerate(("train", "validation", "test")) if (side == code).any()]
         said.append(f"{' and '.join(given)} as the source gives them")
         if not (side == 0).any():
             raise DataError(f"{data.source}: the source names splits but no training rows.")
@@ -51,7 +52,7 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
         want = max(1, round(share * needed))
         pool = np.flatnonzero(side == 0)
         if pool.size < 3 or want >= pool.size:
-            raise DataError(f"{data.source}: {n} usable rows are too few to split into training, validation and test.")
+            raise DataError(f"{data.source}: {n} usable rows are too few for training, validation and test.")
         chosen, how = _choose(data, pool, want, seed + code)
         side[chosen] = code
         said.append(f"{name}: {chosen.size:,} rows, {how}")
@@ -88,7 +89,7 @@ def _choose(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndar
 
 
 def _stratified(codes: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
-    """Which shuffled blocks to take: from every class its share by rows, rounded so that the sum is right too.
+    """Which shuffled blocks to take: from every class its share by rows, rounded so that the sum is right.
 
     A class keeps at least one block behind; so classes of one block stay in train.
     """
@@ -110,10 +111,10 @@ def _stratified(codes: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarra
 
 
 def _blocks(data: Data) -> tuple[np.ndarray, str]:
-    """A number for each row; rows of one number stay on one side: equal groups, equal inputs, and chains of both."""
+    """A number for each row; rows of one number stay together: equal groups, equal inputs, chains of both."""
     n = len(data)
     groups = [data.rows[c.name].cast(pl.String) for c in data.role("group")]
-    same = _same_inputs(data)
+    same = same_inputs(data)
     labels, why = np.arange(n), []
     if same is not None:
         labels = same
@@ -125,21 +126,6 @@ def _blocks(data: Data) -> tuple[np.ndarray, str]:
         labels = _join(labels, codes)
         why.append(f"groups by {group.name!r} kept whole")
     return labels, ", ".join(why)
-
-
-def _same_inputs(data: Data) -> np.ndarray | None:
-    """Rows that are equal in every feature get the same number (pictures by their pixels)."""
-    features = [c.name for c in data.features() if c.kind != "image"]
-    names = features + ([HASH] if HASH in data.rows.columns else [])
-    if not names:
-        return None
-    return data.rows.select(pl.struct(names).rank("dense")).to_series().to_numpy() \
-        if len(names) == 0 else _dense(data.rows.select(names))
-
-
-def _dense(rows: pl.DataFrame) -> np.ndarray:
-    """Numbers such that equal rows have equal numbers, by a 64-bit hash of the row."""
-    return np.unique(rows.hash_rows(seed=0).to_numpy(), return_inverse=True)[1]
 
 
 def _join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -158,8 +144,8 @@ def _latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
     name = data.role("time")[0].name
     times = data.rows[name][pool]
     if times.dtype == pl.String:
-        raise DataError(f"{data.source}: column {name!r} is to be the time but holds {data.columns[name].kind}s, "
-                        "not dates or numbers.")
+        raise DataError(f"{data.source}: column {name!r} is to be the time, but it holds neither dates nor "
+                        "numbers.")
     values = times.cast(pl.Float64) if times.dtype.is_numeric() else times.cast(pl.Int64).cast(pl.Float64)
     values = values.fill_null(-np.inf).to_numpy()
     cut = np.sort(values)[-want]

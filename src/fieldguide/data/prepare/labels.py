@@ -31,7 +31,8 @@ class Labels:
         """Indices, int64; -1 for a missing value and for a class that was not in training."""
         series = pl.Series(values) if not isinstance(values, pl.Series) else values
         index = {n: i for i, n in enumerate(self.names)}
-        return series.cast(pl.String).replace_strict(index, default=-1, return_dtype=pl.Int64).fill_null(-1).to_numpy()
+        codes = series.cast(pl.String).replace_strict(index, default=-1, return_dtype=pl.Int64)
+        return codes.fill_null(-1).to_numpy()
 
     def inverse(self, index: Sequence[int] | np.ndarray) -> list[str]:
         return [self.names[i] for i in index]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 SIDES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
-ENOUGH = 5000              # pictures that mean and deviation are learnt on; more change them in the third digit
+ENOUGH = 5000              # pictures that mean and deviation are learnt on; more change the third digit
 
 
 def suggest_side(widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np.ndarray) -> int:
@@ -26,7 +26,7 @@ def suggest_side(widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np
 
 @dataclass(frozen=True)
 class Pictures:
-    """How pictures become tensors: S pixels a side, 1 or 3 channels, `mean` and `std` of each (of values 0 to 1)."""
+    """How pictures become tensors: S pixels a side, 1 or 3 channels, and of each `mean` and `std` (of 0 to 1)."""
 
     side: int
     channels: int = 3
@@ -47,7 +47,7 @@ class Pictures:
         return images.load(paths, self.side, self.channels, fit=self.fit)
 
     def apply(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 -> float32 with mean 0 and deviation 1, on the device of `pixels`; any leading dimensions, C S S."""
+        """uint8 ... C S S -> float32 with mean 0 and deviation 1, on the device of `pixels`."""
         import torch
 
         mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)

@@ -1,8 +1,8 @@
 """Tables: numbers as standard normals by training quantiles, categories as codes, dates as both.
 
 A number goes through the distribution function of its training values (piecewise linear between up to 1000
-quantiles; Gorishniy et al. 2021, arXiv:2106.11959, found it best for networks) and then to the normal, so it lies
-within about +-5.2 whatever comes. A missing number is 0, the median, and a category tells that it was missing.
+quantiles; Gorishniy et al. 2021, arXiv:2106.11959, found it best for networks) and then to the normal, so it
+lies within +-5.2 whatever comes. A missing number is 0, the median, and a category tells that it was missing.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class TablePreparer:
 
     def __init__(self, numbers: Iterable[Number], categories: Iterable[Category]) -> None:
         self.numbers, self.categories = tuple(numbers), tuple(categories)
-        self.unseen: dict[str, int] = {}      # by column: values of the last `apply` that training did not have
+        self.unseen: dict[str, int] = {}      # by column: values in the last `apply` that are new
 
     @classmethod
     def learn(cls, rows: pl.DataFrame, columns: Iterable[Column]) -> TablePreparer:
-        """Learn from training rows. Columns of other kinds than number, boolean, category and date are passed over,
-        and so are columns that are constant in these rows."""
+        """Learn from training rows. Passed over are columns that are constant in them, and columns that are no
+        number, boolean, category or date."""
         numbers: list[Number] = []
         categories: list[Category] = []
         for column in columns:
@@ -70,7 +70,8 @@ class TablePreparer:
                     raw = extract(values, part)
                     raw = raw[~np.isnan(raw)]
                     if raw.size and raw.min() < raw.max():
-                        numbers.append(Number(name, part, quantiles(raw) if part in ("value", "time") else ()))
+                        knots = quantiles(raw) if part in ("value", "time") else ()
+                        numbers.append(Number(name, part, knots))
                 if column.kind == "date":
                     categories += vocabulary(name, "weekday", codes_text(values, "weekday"))
                 if 0 < values.null_count() < values.len():
@@ -107,8 +108,8 @@ class TablePreparer:
         return numbers, codes
 
     def vector(self, rows: pl.DataFrame) -> np.ndarray:
-        """Everything as one matrix for plain networks, float32, N x width: numbers, then categories one-hot (an
-        unseen value is all zeros)."""
+        """Everything as one matrix for plain networks, float32, N x width: numbers, then categories one-hot;
+        an unseen value is all zeros."""
         numbers, codes = self.apply(rows)
         return np.concatenate([numbers, self.one_hot(codes)], axis=1)
 
@@ -128,7 +129,8 @@ class TablePreparer:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TablePreparer:
         return cls([Number(n["column"], n["part"], tuple(n["quantiles"])) for n in saved["numbers"]],
-                   [Category(c["column"], c["part"], tuple(c["values"]), c["missing"]) for c in saved["categories"]])
+                   [Category(c["column"], c["part"], tuple(c["values"]), c["missing"])
+                    for c in saved["categories"]])
 
 
 def quantiles(values: np.ndarray) -> tuple[float, ...]:
@@ -139,8 +141,8 @@ def quantiles(values: np.ndarray) -> tuple[float, ...]:
 
 
 def normal(values: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:
-    """Standard normal scores. A value that fills several quantiles gets the middle of their probabilities: hence
-    interpolation from both sides."""
+    """Standard normal scores. A value that fills several quantiles gets the middle of their probabilities:
+    hence interpolation from both sides."""
     at, p = np.array(knots), np.linspace(0, 1, len(knots))
     below, above = np.interp(values, at, p), -np.interp(-values, -at[::-1], -p[::-1])
     return ndtri(np.clip((below + above) / 2, EDGE, 1 - EDGE))

@@ -1,4 +1,4 @@
-"""Text: a byte-level BPE tokenizer learnt on the training texts, so that no character is unknown; or a given one."""
+"""Text: a byte-level BPE tokenizer learnt on the training texts, so no character is unknown; or a given one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENOUGH = 20_000_000        # characters; more teach the tokenizer nothing and ta
 
 
 class Text:
-    """Texts as token indices. `size` tokens, padding `pad`; a text without tokens becomes the one token `unknown`."""
+    """Texts as token indices below `size`, padded with `pad`; a text without tokens is the token `unknown`."""
 
     def __init__(self, tokenizer: Tokenizer, *, lower: bool = False, learnt_on: int = 0) -> None:
         self.tokenizer, self.lower, self.learnt_on = tokenizer, lower, learnt_on
@@ -50,7 +50,7 @@ class Text:
         trainer = trainers.BpeTrainer(vocab_size=size or suggest_size(total), special_tokens=list(SPECIAL),
                                       min_frequency=2, show_progress=False,
                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-        tokenizer.train_from_iterator(chunks(texts), trainer, length=len(texts))
+        tokenizer.train_from_iterator(batches(texts, 1000), trainer, length=len(texts))
         return cls(tokenizer, lower=lower, learnt_on=len(texts))
 
     @property
@@ -76,7 +76,8 @@ class Text:
                 out.append(np.array(ids[:length], dtype=np.int64))
         return out, cut
 
-    def apply(self, texts: Sequence[str], length: int, *, cls: bool = False) -> tuple[np.ndarray, np.ndarray, int]:
+    def apply(self, texts: Sequence[str], length: int, *,
+              cls: bool = False) -> tuple[np.ndarray, np.ndarray, int]:
         """Texts as one padded batch: indices (int64, N x L), mask (bool, N x L, True for tokens), texts cut.
 
         L is the longest of these texts, at most `length`.
@@ -85,7 +86,7 @@ class Text:
         return *self.batch(ids), cut
 
     def batch(self, ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Pad token indices to the longest of them: indices (int64, N x L) and mask (bool, True for tokens)."""
+        """Token indices padded to the longest: indices (int64, N x L) and mask (bool, True for tokens)."""
         sizes = np.array([len(i) for i in ids])
         mask = np.arange(sizes.max(initial=1))[None] < sizes[:, None]
         out = np.full(mask.shape, self.pad, dtype=np.int64)
@@ -116,25 +117,22 @@ class Text:
             raise DataError(f"{file}: there is no such tokenizer.")
         try:
             tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:      # noqa: BLE001  (the library raises bare Exception)
+        except Exception as error:
             raise DataError(f"{file}: not a tokenizer of the tokenizers library ({error}).") from error
         settings = path / "text.json"
-        saved = json.loads(settings.read_text(encoding="utf-8")) if path.is_dir() and settings.exists() else {}
+        ours = path.is_dir() and settings.exists()
+        saved = json.loads(settings.read_text(encoding="utf-8")) if ours else {}
         return cls(tokenizer, lower=saved.get("lower", False), learnt_on=saved.get("learnt_on", 0))
 
 
 def suggest_size(characters: int) -> int:
-    """Tokens for so much text: a power of two from 512 to 32,768, growing with the square root of the text."""
+    """Tokens for so much text: a power of two from 512 to 32,768, growing with the root of the text."""
     return 2 ** round(min(15.0, max(9.0, math.log2(4 * math.sqrt(max(characters, 1))))))
 
 
 def suggest_length(sizes: Sequence[int] | np.ndarray, most: int = 512) -> int:
     """A length that 95 % of the texts fit in: a multiple of 8, at most `most`."""
     return int(min(most, max(8, 8 * math.ceil(np.quantile(np.asarray(sizes), 0.95) / 8))))
-
-
-def chunks(texts: list[str]) -> Iterator[list[str]]:
-    return batches(texts, 1000)
 
 
 def batches(texts: Sequence[str], size: int) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Folders of pictures: a folder a class, maybe below train/ val/ test/; or pictures without classes; or one picture."""
+"""Folders of pictures: a folder a class, maybe below train/ val/ test/; or without classes; or one picture."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import polars as pl
 
 from fieldguide.data.dataset import Finding
 from fieldguide.data.images import KNOWN
-from fieldguide.data.source import IGNORED, Options, Raw, relative, split_of, visible
+from fieldguide.data.source import IGNORED, SPLITS, Options, Raw, relative, visible
 from fieldguide.errors import DataError
 
 NAME = "pictures"
-UNDERSTANDS = ("pictures: a folder with a folder of pictures for each class, maybe below train, val and test; to "
-               "predict, also a folder of pictures or one picture")
+UNDERSTANDS = ("pictures: a folder with a folder of pictures for each class, maybe below train, val and test; "
+               "to predict, also a folder of pictures or one picture")
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -51,13 +51,11 @@ def load_classes(source: Path, options: Options, suffixes: frozenset[str], media
     walk = Walk(source)
     tops, _ = visible(source)
     folders = [p for p in tops if p.is_dir() and not p.is_symlink()]
-    splits = {p: split_of(p.name) for p in folders if p.name.lower() == (split_of(p.name) and p.name.lower())}
-    splits = {p: s for p, s in splits.items() if s and p.name.lower() in ("train", "training", "val", "valid",
-              "validation", "dev", "test", "testing")}
+    splits = {p: SPLITS[p.name.lower()] for p in folders if p.name.lower() in SPLITS}
     if folders and len(splits) == len(folders):
         if len(set(splits.values())) < len(splits):
             raise DataError(f"{source}: several folders for one split: {', '.join(p.name for p in splits)}.")
-        layout = [(p, s) for p, s in splits.items()]
+        layout: list[tuple[Path, str | None]] = list(splits.items())
     else:
         layout = [(source, None)]
     found: list[tuple[Path, str | None, str | None]] = []
@@ -70,8 +68,10 @@ def load_classes(source: Path, options: Options, suffixes: frozenset[str], media
                 found += [(f, entry.name, split) for f in files]
                 if not any(f.suffix.lower() in suffixes for f in files):
                     empty.setdefault(entry.name, []).append(relative(entry, source))
+            elif entry.suffix.lower() in suffixes:
+                found.append((entry, None, split))
             else:
-                (found.append((entry, None, split)) if entry.suffix.lower() in suffixes else stray.append(entry))
+                stray.append(entry)
     if layout[0][0] != source:
         stray += [p for p in walk.entries(source) if p.is_file()]
     return table(found, source, findings_of(walk, source, found, stray, empty, media), options, media)
@@ -112,19 +112,19 @@ def findings_of(walk: Walk, root: Path, found: list, stray: list[Path], empty: d
     filled = Counter(label for _, label, _ in found)
     for name, places in empty.items():
         elsewhere = filled[name] > 0
-        findings.append(Finding("empty-class", "warning" if elsewhere else "error", f"class folder {name!r} holds no "
-                                f"{thing}", tuple(places), len(places),
-                                "Fill it (was a copy interrupted?) or remove the folder."))
+        findings.append(Finding(
+            "empty-class", "warning" if elsewhere else "error", f"class folder {name!r} holds no {thing}",
+            tuple(places), 1, "Fill it (was a copy interrupted?) or remove the folder."))
     if walk.links:
-        findings.append(Finding("link-outside", "warning", "links that lead out of the folder, or nowhere, are not "
-                                "followed", places_of(walk.links, root), len(walk.links),
-                                "Copy the files into the folder.", unusable=len(walk.links)))
+        findings.append(Finding(
+            "link-outside", "warning", "links that lead out of the folder, or nowhere; they are not followed",
+            places_of(walk.links, root), len(walk.links), "Copy the files into the folder.", len(walk.links)))
     if stray:
-        findings.append(Finding("other-files", "note", f"files that are no {thing}, outside of the class folders, "
-                                "left out", places_of(stray, root), len(stray)))
+        findings.append(Finding("other-files", "note", f"files left out: no {thing}, and in no class folder",
+                                places_of(stray, root), len(stray)))
     if walk.hidden:
-        findings.append(Finding("hidden-files", "note", "hidden files and folders (.*, __MACOSX, Thumbs.db) left out",
-                                (), walk.hidden))
+        findings.append(Finding("hidden-files", "note", "hidden files and folders left out (.*, __MACOSX, "
+                                "Thumbs.db)", (), walk.hidden))
     return findings
 
 
@@ -132,21 +132,21 @@ def places_of(paths: list[Path], root: Path) -> tuple[str, ...]:
     return tuple(relative(p, root) for p in paths[:5])
 
 
-def table(found: list[tuple[Path, str | None, str | None]], root: Path, findings: list[Finding], options: Options,
-          media: str = "image") -> Raw:
+def table(found: list[tuple[Path, str | None, str | None]], root: Path, findings: list[Finding],
+          options: Options, media: str = "image") -> Raw:
     labels = [label for _, label, _ in found]
     thing = "pictures" if media == "image" else "texts"
     if not found:
         raise DataError(f"{root}: no {thing} in it." + "".join(f"\n  - {f}" for f in findings))
     if not any(labels) and not options.labels_optional and not options.names:
-        raise DataError(f"{root}: {len(found)} {thing} without classes. To learn, put them in one folder for each class; "
-                        "to predict, a model is needed.")
+        raise DataError(f"{root}: {len(found)} {thing} without classes. To learn, put them in one folder for each "
+                        "class; to predict, a model is needed.")
     orphans = [p for p, label, _ in found if label is None]
     if any(labels) and orphans and not options.labels_optional:
         findings = [*findings, Finding("no-class", "warning", f"{thing} outside of any class folder",
                     places_of(orphans, root), len(orphans), "Move them into a class folder.", len(orphans))]
         found = [f for f in found if f[1] is not None]
-    rows = pl.DataFrame({media: [str(p.absolute()) for p, _, _ in found], "label": [label for _, label, _ in found]},
+    rows = pl.DataFrame({media: [str(p.absolute()) for p, _, _ in found], "label": [c for _, c, _ in found]},
                         schema={media: pl.String, "label": pl.String})
     splits = np.array([s for _, _, s in found], dtype=object) if any(s for _, _, s in found) else None
     return Raw(rows, [], root, findings, splits, {media: "image" if media == "image" else "text"}, "label",

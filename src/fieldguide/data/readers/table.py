@@ -16,8 +16,8 @@ from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, split
 from fieldguide.errors import DataError
 
 NAME = "table"
-UNDERSTANDS = ("a table: .csv, .tsv, .parquet or .jsonl; a folder with one such file, or with one for each of "
-               "train, val and test")
+UNDERSTANDS = ("a table: .csv, .tsv, .parquet or .jsonl; a folder with one such file, or with one for each "
+               "of train, val and test")
 DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab"), (".parquet", ".pq"), (".jsonl", ".ndjson")
 KNOWN = DELIMITED + PARQUET + JSON
 SPLIT_COLUMNS = ("split", "subset", "partition")
@@ -45,8 +45,8 @@ def load(source: Path, options: Options) -> Raw:
     named = {p: split_of(p.name) for p in files}
     if None in named.values() or len(set(named.values())) < len(files):
         listed = ", ".join(p.name for p in files)
-        raise DataError(f"{source}: holds several tables ({listed}). Name the one to read, or name them train, val "
-                        "and test, one file each.")
+        raise DataError(f"{source}: holds several tables ({listed}). Name the one to read, or name them train, "
+                        "val and test, one file each.")
     return join([(one(p, source, options), str(s)) for p, s in named.items()], source)
 
 
@@ -98,7 +98,7 @@ def json_lines(content: bytes, name: str) -> pl.DataFrame:
             except ValueError:
                 ok = False
             if not ok:
-                raise DataError(f"{name}:{number}: not a JSON object. JSON Lines has one {{...}} on every line.")
+                raise DataError(f"{name}:{number}: not a JSON object. JSON Lines has one {{...}} a line.")
         raise DataError(f"{name}: could not be read as JSON Lines.")
     return rows.with_columns(pl.Series(LINE, lines, dtype=pl.Int64))
 
@@ -126,10 +126,11 @@ def join(parts: list[tuple[Raw, str]], root: Path) -> Raw:
         other = [c for c in raw.rows.columns if c not in (FILE, LINE)]
         if set(other) != set(names):
             lacks, extra = sorted(set(names) - set(other)), sorted(set(other) - set(names))
-            raise DataError(f"{raw.files[0].path} and {first.files[0].path} have different columns: the first lacks "
-                            f"{lacks or 'none'} and has {extra or 'none'} besides.")
+            raise DataError(f"{raw.files[0].path} and {first.files[0].path} have different columns: the first "
+                            f"lacks {lacks or 'none'} and has {extra or 'none'} besides.")
     tables = [raw.rows.with_columns(pl.lit(i, pl.Int32).alias(FILE)).select([*names, FILE, LINE])
               for i, (raw, _) in enumerate(parts)]
     rows = pl.concat(tables, how="vertical_relaxed")
     splits = np.repeat(np.array([s for _, s in parts], dtype=object), [t.height for t in tables])
-    return Raw(rows, [raw.files[0] for raw, _ in parts], root, [f for raw, _ in parts for f in raw.findings], splits)
+    findings = [f for raw, _ in parts for f in raw.findings]
+    return Raw(rows, [raw.files[0] for raw, _ in parts], root, findings, splits)

@@ -24,7 +24,8 @@ def accepts(source: Any, options: Options) -> int:
         return 0
     for at, folders, files in os.walk(source):
         folders[:] = [f for f in folders if not hidden(f)]
-        if Path(at) != source and any(os.path.splitext(f)[1].lower() in SUFFIXES and not hidden(f) for f in files):
+        texts = [f for f in files if os.path.splitext(f)[1].lower() in SUFFIXES and not hidden(f)]
+        if texts and Path(at) != source:
             return 3
     return 0
 
@@ -47,8 +48,8 @@ def load(source: Path, options: Options) -> Raw:
                 raw.findings.append(Finding("unreadable-file", "warning", str(error), (name,), 1))
         raw.files.append(FileEntry(name, len(content), sha256(content)))
     if other:
-        raw.findings.append(Finding("not-a-text", "warning", "files in class folders that are no .txt", places_of(
-            other, source.absolute()), len(other), "Remove them."))
+        raw.findings.append(Finding("not-a-text", "warning", "files in class folders that are no .txt",
+                                    places_of(other, source.absolute()), len(other), "Remove them."))
     raw.rows = raw.rows.with_columns(pl.Series("text", texts, dtype=pl.String), pl.Series(
         FILE, range(len(texts)), dtype=pl.Int32), pl.lit(None, pl.Int64).alias(LINE))
     return raw
