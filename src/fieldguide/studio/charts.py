@@ -59,8 +59,10 @@ def join(parts: Iterable[Markup]) -> Markup:
 # -- figures -----------------------------------------------------------------------------------------------
 
 def plain(value: Any) -> Any:
-    """NumPy and tensor scalars as Python ones."""
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
+    """NumPy and tensor scalars as Python ones; integers beyond any float as text."""
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
+    return str(value) if isinstance(value, int) and value.bit_length() > 1000 else value
 
 
 def number(value: Any, decimals: int | None = None) -> str:
@@ -136,7 +138,9 @@ def tick_texts(values: Sequence[float]) -> list[str]:
     if len(values) < 2:
         return [number(v) for v in values]
     biggest, step = max(map(abs, values)), min(b - a for a, b in pairwise(values))
-    if biggest >= 1e15 or biggest < 1e-3 or step < biggest * 1e-6:
+    if step < biggest * 1e-4:          # far from zero and close together: every digit counts
+        return [f"{v:.15g}".replace("-", "−") for v in values]
+    if biggest >= 1e15 or biggest < 1e-3:
         return ["0" if v == 0 else ("−" if v < 0 else "") + power(abs(v)) for v in values]
     unit, name = next((u, n) for u, n in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k"), (0, ""))
                       if biggest >= u)
@@ -430,7 +434,8 @@ def draw_mark(frame: Frame, at: float) -> Markup:
 def mark_label(frame: Frame, name: str, at: float, row: int) -> Markup:
     text = shorten(name, 28)
     half = width_of(text) / 2
-    x, y = min(max(frame.x(at), half + 2), frame.width - half - 2), frame.top - 5 - 15 * row
+    x = min(max(frame.x(at), frame.left + half), frame.width - half - 2)
+    y = frame.top - 5 - 15 * row
     return el("text", text, class_="marked", x=f"{x:.1f}", y=f"{y:.1f}", text_anchor="middle")
 
 
@@ -440,7 +445,7 @@ def stagger(marks: dict[str, float], place, width: float, most: int = 4) -> dict
     ends = [-math.inf] * most
     for name, at in sorted(marks.items(), key=lambda pair: pair[1]):
         half = width_of(shorten(name, 28)) / 2
-        middle = min(max(float(place(at)), half), width - half)
+        middle = min(max(float(place(at)), 40 + half), width - half)
         row = next((r for r in range(most) if middle - half > ends[r] + 8), None)
         if row is not None:
             rows[name], ends[row] = row, middle + half
@@ -496,7 +501,7 @@ def scatter(exhibit: exhibits.Scatter, most: int = 1500) -> Markup:
         left_out(len(points) - len(good), "missing or not a number")])
 
 
-def bars(exhibit: exhibits.Bars, most: int = 30) -> Markup:
+def bars(exhibit: exhibits.Bars, most: int = 20) -> Markup:
     """Horizontal bars from zero. Labels and figures are text of the page, so that long names wrap."""
     if not exhibit.values:
         return NOTHING
@@ -510,8 +515,7 @@ def bars(exhibit: exhibits.Bars, most: int = 30) -> Markup:
         high = 100.0
     span = (high - low) or 1.0
 
-    finite = [float(v) for v in values.values() if v is not None and math.isfinite(v)]
-    digits = None if all(isinstance(v, int) for v in values.values()) else decimals_of(finite)
+    digits = None if (edges == np.round(edges)).all() else decimals_of(edges.tolist())
     if unit == "%" and digits:
         digits = 1
 

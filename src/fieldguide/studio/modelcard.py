@@ -18,11 +18,11 @@ WIDEST = 60                     # columns are padded to align, but one long cell
 
 def card(*, title: str, verdict: str, facts: Sequence[tuple[str, str]],
          sections: Sequence[tuple[str, str | Table]], front: dict) -> str:
-    """The card as Markdown: front matter, title, verdict, facts, then a heading and a text or table a section.
+    """The card as Markdown: front matter, title, verdict, facts, then each section under its heading.
 
     A section's text is Markdown and stays as it is; everything else is escaped. `front` becomes the front
     matter key by key. Where it has `task` and `metrics` but no `model-index`, these become one: `metrics` is
-    name -> value (or a list of {"type", "value", "name"}), `dataset` a name or the hub's {"name", "type", ...}.
+    name -> value or a list of {"type", "value", "name"}, `dataset` a name or the hub's {"name", "type"}.
     """
     lines = ["---", *yaml(metadata(title, front)), "---", ""]
     lines += [f"# {escape(title)}", "", f"**{escape(verdict)}**", ""]
@@ -113,7 +113,7 @@ def escape(text: Any) -> str:
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)       # inside a word an underscore means nothing
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     text = re.sub(r"(?i)\b(https?|ftp|mailto|www)([:.])(?=\S)", r"\1\\\2", text)     # no bare links
-    return re.sub(r"^(?=[#>+=-])|(?<=^\d)(?=[.)])", r"\\", text)                      # nor headings or lists
+    return re.sub(r"^(\d+(?=[.)])|(?=[#>+=-]))", r"\1\\", text)                      # nor headings or lists
 
 
 def markdown_table(table: Table) -> list[str]:

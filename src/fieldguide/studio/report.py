@@ -82,8 +82,12 @@ def templates() -> jinja2.Environment:
     made = jinja2.Environment(loader=jinja2.PackageLoader("fieldguide.studio"), autoescape=True,
                               finalize=clean, undefined=jinja2.StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True)
-    made.filters["tie"] = lambda text: UNIT.sub("\u00a0", str(text))
+    made.filters["tie"] = tie
     return made
+
+
+def tie(text: str) -> str:
+    return UNIT.sub("\u00a0", str(text))
 
 
 def anchors_for(titles: Sequence[str]) -> list[str]:
@@ -98,7 +102,7 @@ def anchors_for(titles: Sequence[str]) -> list[str]:
 
 
 def places(shown: Sequence[Exhibit]) -> list[str]:
-    """Where each exhibit stands on a wide screen: beside a neighbour, alone in its row, or beside its own text.
+    """Where each exhibit stands on a wide screen: beside a neighbour, in its own row, or beside its own text.
 
     Neighbours that need little width go two by two. Of an odd number one takes a whole row: the first that
     can use it, which a square chart cannot.
@@ -210,7 +214,7 @@ def cell(column: Column, i: int, *, first: bool) -> Markup:
     if column.numeric:
         return el("td", text, class_=column.look, title=column.full[i],
                   style=None if shade is None else f"--shade:{shade:.2f}")
-    kind = "long" if len(text) > 60 else "short" if first and len(text) <= 24 else None
+    kind = "long" if len(text) > 60 else "short" if len(text) <= (24 if first else 14) else None
     return el("th" if first else "td", text, scope="row" if first else None, class_=kind,
               title=column.full[i], dir="auto")
 
@@ -297,7 +301,7 @@ def gallery(exhibit: Gallery) -> Markup:
         image = show(picture, album)
         over += image is None
         if image is not None:
-            tiles.append(el("li", image, el("span", picture.caption, class_="caption", dir="auto"),
+            tiles.append(el("li", image, el("span", tie(picture.caption), class_="caption", dir="auto"),
                             class_="bad" if picture.bad else None))
     over += max(0, len(exhibit.pictures) - PICTURES)
     if not tiles and not over:
@@ -361,7 +365,7 @@ def quotes(exhibit: Quotes) -> Markup:
             more = el("span", f"all {number(len(quote.text))} characters", class_="more")
             summary = el("summary", el("span", start + " …", class_="text start", dir="auto"), more)
             body = el("details", summary, body)
-        items.append(el("li", body, remark(cut), el("span", quote.caption, class_="caption", dir="auto"),
+        items.append(el("li", body, remark(cut), el("span", tie(quote.caption), class_="caption", dir="auto"),
                         class_="bad" if quote.bad else None))
     if not items:
         return NOTHING
