@@ -4,8 +4,8 @@ New here: small receptive fields, whose weights are shared over the picture, alt
 features are learnt with the classifier. All parts of section II.B are kept: subsampling with a trainable
 coefficient and bias a map (S2, S4), a third layer whose maps see chosen maps only (C3, table I), the scaled
 tanh 1.7159 tanh(2a/3), and an output that measures the squared distance from a fixed drawing of each class
-(7 x 12 pixels, +1 and -1). The distances are penalties; their negatives are given as logits, so that cross-entropy is
-the paper's discriminative criterion (equation 9) without its rubbish class.
+(7 x 12 pixels, +1 and -1). The distances are penalties; their negatives are given as logits, so that
+cross-entropy is the paper's discriminative criterion (equation 9) without its rubbish class.
 
 Initialisation: uniform in +-2.4 / fan-in (appendix A). The drawings of the ten digits are this project's own;
 for other numbers of classes they are fixed random codes of +1 and -1.

@@ -163,6 +163,8 @@ HUGGINGFACE = {                                          # of ResNetForImageClas
 CARD = Card(
     name="resnet", model=ResNet, config=Config, paper="arXiv:1512.03385", year=2015,
     takes="image", gives="label",
+    # The first stem shrinks four times; pictures this small would have nothing left.
+    adapt=lambda need: {"stem": "3x3"} if need["image"] <= 64 else {},
     sizes={
         "resnet18": Size(block="basic", depths=(2, 2, 2, 2), params=11_689_512, source="torchvision"),
         "resnet34": Size(block="basic", depths=(3, 4, 6, 3), params=21_797_672, source="torchvision"),

@@ -38,8 +38,9 @@ class Config:
 
 def sinusoids(length: int, dim: int) -> Tensor:          # -> T D
     """Sines in the even columns, cosines in the odd, wavelengths from 2 pi to 10000 * 2 pi (section 3.5)."""
-    angle = torch.arange(length)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000) / dim))
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]
+    column = torch.arange(0, dim, 2, dtype=torch.float64)
+    angle = torch.arange(length)[:, None] * torch.exp(column * (-math.log(10_000) / dim))
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim].float()
 
 
 class Block(nn.Module):

@@ -1,0 +1,231 @@
+"""One row an architecture: what the tests feed it and the independent peer that it must equal.
+
+A peer is a pair: a module that takes the same inputs, and a function that turns tensors under our names into
+tensors under the peer's. That function carries gradients as well as weights, so both are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import guide
+import references
+import torch
+from references import Equations
+from torch import Tensor, nn
+
+from fieldguide.weights import translate
+
+State = Mapping[str, Tensor]
+Peer = tuple[nn.Module, Callable[[State], dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    inputs: Callable[[Any, int], tuple[Tensor, ...]]     # (config, rows) -> the inputs of forward
+    peer: Callable[[nn.Module], Peer]                    # our network -> its peer
+    lr: float = 1e-2                                     # that learns one batch
+    overrides: tuple[tuple[str, Any], ...] = ()          # laid over the tiny size where the peer is less general
+
+
+# ---------------------------------------------------------------------------------------------- inputs
+
+def image(config: Any, rows: int) -> tuple[Tensor, ...]:
+    side = getattr(config, "image", 33)                  # odd, so that every rounding matters
+    return (torch.randn(rows, config.channels, side, side),)
+
+
+def tokens(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Rows of every length from 1 to 9; what stands in the padding is arbitrary."""
+    vocab = getattr(config, "vocab", None) or config.vocab_size
+    length = 1 + torch.arange(rows) * 8 // max(rows - 1, 1)
+    length = length[torch.randperm(rows)]
+    return torch.randint(vocab, (rows, 9)), torch.arange(9) < length[:, None]
+
+
+def table(config: Any, rows: int) -> tuple[Tensor, ...]:
+    categories = [torch.randint(1, size, (rows,)) for size in config.categories]
+    return 2 * torch.randn(rows, config.numbers), torch.stack(categories, 1)
+
+
+def row(name: str) -> Callable[[Any, int], tuple[Tensor, ...]]:
+    return lambda config, rows: (torch.randn(rows, getattr(config, name)),)
+
+
+def sequence(config: Any, rows: int) -> tuple[Tensor, ...]:
+    return (torch.randn(rows, 5, config.d_model),)
+
+
+# ---------------------------------------------------------------------------------------------- peers
+
+def same(build: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], Peer]:
+    """The guide's class, whose names are ours."""
+    return lambda model: (build(model), dict)
+
+
+def equations(function: Callable[..., Tensor]) -> Callable[[nn.Module], Peer]:
+    return lambda model: (Equations(model, function), Equations.translate)
+
+
+class PackedReader(nn.Module):
+    """Tokens -> class logits through torch's own stack of layers and its packed sequences."""
+
+    def __init__(self, cell: type[nn.RNNBase], vocab: int, dim: int, hidden: int, depth: int, directions: int,
+                 classes: int):
+        super().__init__()
+        self.embed = nn.Embedding(vocab, dim)
+        self.rnn = cell(dim, hidden, depth, batch_first=True, bidirectional=directions == 2)
+        self.head = nn.Linear(directions * hidden, classes)
+        self.directions = directions
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.embed(tokens), mask.sum(1), batch_first=True,
+                                                   enforce_sorted=False)
+        _, state = self.rnn(packed)
+        state = state[0] if isinstance(state, tuple) else state                  # depth*directions B H
+        return self.head(torch.cat(list(state[-self.directions:]), -1))
+
+
+def packed(cell: type[nn.RNNBase]) -> Callable[[nn.Module], Peer]:
+    def build(model: nn.Module) -> Peer:
+        c = model.config
+
+        def rename(state: State) -> dict[str, Tensor]:
+            names = {}
+            for name, tensor in state.items():
+                if name.startswith("rnn."):
+                    _, _, layer, direction, part = name.split(".")
+                    name = "rnn." + part.replace("_l0", f"_l{layer}") + ("_reverse" if direction == "1" else "")
+                names[name] = tensor
+            return names
+        return PackedReader(cell, c.vocab, c.dim, c.hidden, c.depth, c.directions, c.classes), rename
+    return build
+
+
+class LastReal(guide.LSTMClassifier):
+    """The guide's classifier on each row alone, cut to its real tokens."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([super(LastReal, self).forward(one[real][None]) for one, real in zip(x, mask)])
+
+
+def last_real(model: nn.Module) -> Peer:
+    peer = LastReal(model.emb.num_embeddings, model.emb.embedding_dim, model.lstm.hidden_size,
+                    model.fc.out_features)
+    peer.lstm.dropout = model.lstm.dropout = 0.0         # rows alone draw other masks than rows together
+    return peer, dict
+
+
+class TorchEncoder(nn.Module):
+    """torch's own encoder between an embedding and a mean."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(config.dim, config.heads, 4 * config.dim, 0.0, "gelu",
+                                           batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(config.dim),
+                                             enable_nested_tensor=False)
+        self.embed = nn.Embedding(config.vocab, config.dim)
+        self.head = nn.Linear(config.dim, config.classes)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        dim = self.embed.embedding_dim
+        pos = torch.tensor([[references.sinusoid(t, d, dim) for d in range(dim)]
+                            for t in range(tokens.shape[1])], dtype=torch.float32)
+        x = self.encoder(self.embed(tokens) * dim ** 0.5 + pos, src_key_padding_mask=~mask)
+        return self.head(torch.stack([one[real].mean(0) for one, real in zip(x, mask)]))
+
+
+def torch_encoder(model: nn.Module) -> Peer:
+    from fieldguide.models.transformer.encoder_classifier import TORCH
+
+    def rename(state: State) -> dict[str, Tensor]:
+        inner = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("blocks", "norm")}
+        outer = {name: tensor for name, tensor in state.items() if name not in inner}
+        return outer | {f"encoder.{name}": tensor
+                        for name, tensor in translate(inner, TORCH, reverse=True).items()}
+    return TorchEncoder(model.config), rename
+
+
+def huggingface_resnet(model: nn.Module) -> Peer:
+    from tv import transformers
+
+    from fieldguide.models.convolutional.resnet import HUGGINGFACE
+    c = model.config
+    growth = 4 if c.block == "bottleneck" else 1
+    peer = transformers.ResNetForImageClassification(transformers.ResNetConfig(
+        num_channels=c.channels, embedding_size=c.widths[0], hidden_sizes=[growth * w for w in c.widths],
+        depths=list(c.depths), layer_type=c.block, num_labels=c.classes))
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.peer(x).logits
+    return Logits(), lambda state: {f"peer.{name}": tensor for name, tensor
+                                    in translate(state, HUGGINGFACE, reverse=True).items()}
+
+
+def tabm_package(model: nn.Module) -> Peer:
+    """The authors' package. It has no value for unseen categories: ours come in one lower."""
+    import tabm
+    from rtdl_num_embeddings import PiecewiseLinearEmbeddings
+    c = model.config
+    peer = tabm.TabM.make(
+        n_num_features=c.numbers, cat_cardinalities=[size - 1 for size in c.categories], d_out=c.classes,
+        num_embeddings=PiecewiseLinearEmbeddings(list(model.numbers.edges.float()), c.embedding,
+                                                 activation=False, version="B"),
+        n_blocks=c.depth, d_block=c.dim, dropout=c.dropout, k=c.members)
+    names = {"numbers.weight": "num_module.linear0.weight", "numbers.bias": "num_module.linear0.bias",
+             "numbers.curve": "num_module.linear.weight", "head.weight": "output.weight",
+             "head.bias": "output.bias"}
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:
+            return self.peer(numbers, categories - 1)
+
+    def rename(state: State) -> dict[str, Tensor]:
+        done = {}
+        for name, tensor in state.items():
+            if name == "numbers.edges":                  # there kept as the line of each interval
+                done["peer.num_module.impl.weight"] = 1 / tensor.diff(dim=1)
+                done["peer.num_module.impl.bias"] = -tensor[:, :-1] / tensor.diff(dim=1)
+            elif name.startswith("layers."):
+                _, layer, part = name.split(".")
+                done[f"peer.backbone.blocks.{layer}.0.{part}"] = tensor
+            else:
+                done[f"peer.{names[name]}"] = tensor
+        return done
+    return Shifted(), rename
+
+
+CASES = {
+    "fnn": Case(inputs=row("in_dim"), peer=same(
+        lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
+    "simplecnn": Case(inputs=image, peer=same(lambda m: guide.SimpleCNN(m.classifier[4].out_features)), lr=1e-3,
+                      overrides=(("channels", 3), ("image", 32))),
+    "lenet5-1998": Case(inputs=image, peer=equations(references.lenet5), lr=3e-3),
+    "lenet5-modern": Case(inputs=image, peer=equations(references.lenet5_modern), lr=3e-3),
+    "resnet": Case(inputs=image, peer=huggingface_resnet, lr=1e-2),
+    "lstm-classifier": Case(inputs=tokens, peer=last_real),
+    "rnn": Case(inputs=tokens, peer=packed(nn.RNN)),
+    "lstm": Case(inputs=tokens, peer=packed(nn.LSTM)),
+    "gru": Case(inputs=tokens, peer=packed(nn.GRU)),
+    "transformer-encoder": Case(inputs=tokens, peer=torch_encoder),
+    "self-attention": Case(inputs=sequence, peer=same(
+        lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
+    "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),
+    "tabm": Case(inputs=table, peer=tabm_package),
+    "simple-gan": Case(inputs=row("z_dim"), peer=same(
+        lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3),
+    "simple-gan-discriminator": Case(inputs=row("img_dim"), peer=same(
+        lambda m: guide.Discriminator(m.net[0].in_features)), lr=1e-3),
+}

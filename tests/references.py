@@ -1,0 +1,191 @@
+"""Slow references, written equation by equation from the papers, for what no package offers as it is here.
+
+They use no layer of torch: loops, sums, products and elementary functions only, so that they share no mistake
+with the networks. `Equations` gives a function of named tensors the face of a module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Equations(nn.Module):
+    """Holds parameters and buffers like those of a network, and applies a function `(tensors, *inputs)` to them."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+        self.flat = {name: self.rename(name) for name in model.state_dict()}
+        for name, parameter in model.named_parameters():
+            self.register_parameter(self.rename(name), nn.Parameter(torch.empty_like(parameter)))
+        for name in model.state_dict().keys() - dict(model.named_parameters()).keys():
+            self.register_buffer(self.rename(name), torch.empty_like(model.state_dict()[name]))
+
+    @staticmethod
+    def rename(name: str) -> str:
+        return name.replace(".", "__")                   # torch allows no dots in the name of a parameter
+
+    @classmethod
+    def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {cls.rename(name): tensor for name, tensor in state.items()}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function({name: getattr(self, flat) for name, flat in self.flat.items()}, *inputs)
+
+
+# ---------------------------------------------------------------------------------------------- recurrent
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def rnn_step(w: Tensor, u: Tensor, b: Tensor, c: Tensor, x: Tensor, state: tuple) -> tuple:
+    (h,) = state
+    return (torch.tanh(w @ x + b + u @ h + c),)
+
+
+def lstm_step(w: Tensor, u: Tensor, b: Tensor, c: Tensor, x: Tensor, state: tuple) -> tuple:
+    h, cell = state
+    i, f, g, o = ((w @ x + b) + (u @ h + c)).chunk(4)
+    cell = sigmoid(f) * cell + sigmoid(i) * torch.tanh(g)
+    return sigmoid(o) * torch.tanh(cell), cell
+
+
+def gru_step(w: Tensor, u: Tensor, b: Tensor, c: Tensor, x: Tensor, state: tuple) -> tuple:
+    (h,) = state
+    (ri, zi, ni), (rh, zh, nh) = (w @ x + b).chunk(3), (u @ h + c).chunk(3)
+    reset, update = sigmoid(ri + rh), sigmoid(zi + zh)
+    return ((1 - update) * torch.tanh(ni + reset * nh) + update * h,)
+
+
+def recurrent(step: Callable, states: int) -> Callable[..., Tensor]:
+    """A stack in as many directions as there are weights for, one row, one token at a time."""
+    def function(p: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
+        rows = []
+        for row, real in zip(tokens, mask):
+            xs = [p["embed.weight"][int(token)] for token in row[real]]
+            layer = 0
+            while f"rnn.layers.{layer}.0.weight_ih_l0" in p:
+                lanes = []
+                direction = 0
+                while (name := f"rnn.layers.{layer}.{direction}.weight_ih_l0") in p:
+                    w, u, b, c = (p[name.replace("weight_ih", part)]
+                                  for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+                    state = tuple(torch.zeros(u.shape[1], dtype=u.dtype) for _ in range(states))
+                    lane = []
+                    for x in xs if direction == 0 else xs[::-1]:
+                        state = step(w, u, b, c, x, state)
+                        lane.append(state[0])
+                    lanes.append(lane if direction == 0 else lane[::-1])
+                    direction += 1
+                xs = [torch.cat(parts) for parts in zip(*lanes)]
+                layer += 1
+            # Forwards the last state, backwards the state that read the first token last.
+            last = torch.cat([lanes[0][-1], *(lane[0] for lane in lanes[1:])])
+            rows.append(p["head.weight"] @ last + p["head.bias"])
+        return torch.stack(rows)
+    return function
+
+
+# ---------------------------------------------------------------------------------------------- LeNet-5
+
+TABLE_1 = """
+X...XXX..XXXX.XX
+XX...XXX..XXXX.X
+XXX...XXX..X.XXX
+.XXX..XXXX..X.XX
+..XXX..XXXX.XX.X
+...XXX..XXXX.XXX
+""".split()                                              # the paper's table I: a row a map of S2, a column one of C3
+
+
+def squash(x: Tensor) -> Tensor:
+    return 1.7159 * torch.tanh(2 / 3 * x)
+
+
+def lenet5(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
+    """LeNet-5 of 1998 by fields of the map below, as section II.B describes it."""
+    def field(maps: Tensor, side: int, step: int, rows: int) -> Tensor:          # -> B D rows rows side side
+        return torch.stack([torch.stack([maps[:, :, i * step:i * step + side, j * step:j * step + side]
+                                         for j in range(rows)], 2) for i in range(rows)], 2)
+
+    def subsample(maps: Tensor, name: str) -> Tensor:
+        total = field(maps, 2, 2, maps.shape[-1] // 2).sum((-1, -2))
+        return total * p[f"{name}.weight"].view(-1, 1, 1) + p[f"{name}.bias"].view(-1, 1, 1)
+
+    fields = field(pictures, 5, 1, 28)
+    c1 = torch.stack([(fields * p["c1.weight"][k][:, None, None]).sum((1, -1, -2)) + p["c1.bias"][k]
+                      for k in range(6)], 1)
+    s2 = squash(subsample(squash(c1), "s2"))
+    fields, c3, kernel = field(s2, 5, 1, 10), [], iter(p["c3.weight"])
+    for k in range(16):
+        seen = [m for m in range(6) if TABLE_1[m][k] == "X"]
+        c3.append(sum((fields[:, m] * next(kernel)).sum((-1, -2)) for m in seen) + p["c3.bias"][k])
+    s4 = squash(subsample(squash(torch.stack(c3, 1)), "s4"))                     # B 16 5 5
+    c5 = squash((s4[:, None] * p["c5.weight"]).sum((2, 3, 4)) + p["c5.bias"])
+    f6 = squash((c5[:, None] * p["f6.weight"]).sum(2) + p["f6.bias"])
+    return -torch.stack([((f6 - code) ** 2).sum(1) for code in p["codes"]], 1)
+
+
+def lenet5_modern(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
+    """The taught form by fields: pad by 2, convolve, clip at zero, take the largest of four."""
+    def layer(maps: Tensor, name: str) -> Tensor:
+        side = maps.shape[-1] - 4
+        weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
+        out = torch.stack([torch.stack([(maps[:, None, :, i:i + 5, j:j + 5] * weight).sum((2, 3, 4)) + bias
+                                        for j in range(side)], 2) for i in range(side)], 2)
+        out = out.clamp(min=0)
+        return torch.maximum(torch.maximum(out[..., 0::2, 0::2], out[..., 1::2, 0::2]),
+                             torch.maximum(out[..., 0::2, 1::2], out[..., 1::2, 1::2]))
+
+    padded = pictures.new_zeros(*pictures.shape[:2], pictures.shape[2] + 4, pictures.shape[3] + 4)
+    padded[..., 2:-2, 2:-2] = pictures
+    x = layer(layer(padded, "conv1"), "conv2").reshape(len(pictures), -1)
+    for name in ("fc1", "fc2"):
+        x = (x @ p[f"{name}.weight"].T + p[f"{name}.bias"]).clamp(min=0)
+    return x @ p["head.weight"].T + p["head.bias"]
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+def mlp(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
+    """An MLP whose embeddings are one table, the columns' parts one after another."""
+    def function(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
+        rows = []
+        for number, category in zip(numbers, categories):
+            x, start = [number], 0
+            for size, value in zip(sizes, category):
+                x.append(p["embed.weight"][start + int(value)])
+                start += size
+            x, layer = torch.cat(x), 0
+            while f"layers.{layer}.weight" in p:
+                x = (p[f"layers.{layer}.weight"] @ x + p[f"layers.{layer}.bias"]).clamp(min=0)
+                layer += 1
+            rows.append(p["head.weight"] @ x + p["head.bias"])
+        return torch.stack(rows)
+    return function
+
+
+def piecewise_linear(x: float, edges: list[float]) -> list[float]:
+    """Equation 1 of arXiv:2203.05556: full intervals below, a part of its own, empty ones above."""
+    last, out = len(edges) - 2, []
+    for t, (low, high) in enumerate(zip(edges, edges[1:])):
+        if x < low and t > 0:
+            out.append(0.0)
+        elif x >= high and t < last:
+            out.append(1.0)
+        else:
+            out.append((x - low) / (high - low))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- positions
+
+def sinusoid(position: int, column: int, dim: int) -> float:
+    """Section 3.5 of arXiv:1706.03762."""
+    angle = position / 10_000 ** (2 * (column // 2) / dim)
+    return math.sin(angle) if column % 2 == 0 else math.cos(angle)

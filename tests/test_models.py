@@ -1,0 +1,292 @@
+"""The contract that every architecture keeps, over all cards. A new one needs a row in cases.py and nothing here."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor, nn
+
+from fieldguide import weights
+from fieldguide.card import Card
+from fieldguide.errors import SettingsError
+from fieldguide.registry import cards, create, find, names
+
+EVERY = pytest.mark.parametrize("name", list(CASES))
+
+
+def case(name: str) -> tuple[Card, Case]:
+    return cards()[name], CASES[name]
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float64, **overrides) -> nn.Module:
+    """A tiny network whose every parameter and statistic is random, so that none hides behind a zero or a one."""
+    card, row = case(name)
+    torch.manual_seed(0)
+    model = create(card.tiny, **{**dict(row.overrides), **overrides}).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        for key, buffer in model.named_buffers():
+            if key.endswith("running_mean"):
+                buffer.normal_(0, 0.2)
+            if key.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def batch(name: str, rows: int = 5, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, ...]:
+    card, row = case(name)
+    torch.manual_seed(seed)
+    inputs = row.inputs(card.settle(card.tiny, **dict(row.overrides)), rows)
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+
+
+def gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output, and the gradient of every parameter for a fixed random weighting of the output."""
+    model.zero_grad()
+    torch.manual_seed(2)
+    output = model(*inputs)
+    torch.manual_seed(3)
+    (output * torch.randn(output.shape, dtype=output.dtype)).sum().backward()
+    return output.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def loss(gives: str, output: Tensor) -> Tensor:
+    """A loss on targets that are fixed by the output's shape."""
+    torch.manual_seed(4)
+    if gives == "label":
+        members = output if output.ndim == 3 else output[:, None]
+        target = torch.randint(output.shape[-1], (len(output), 1)).expand(-1, members.shape[1])
+        return nn.functional.cross_entropy(members.flatten(0, 1), target.flatten())
+    if gives == "score":
+        return nn.functional.binary_cross_entropy(output, torch.randint(2, output.shape).to(output.dtype))
+    return nn.functional.mse_loss(output, torch.rand(output.shape, dtype=output.dtype) - 0.5)
+
+
+def test_every_card_has_a_row():
+    assert list(cards()) and set(cards()) == set(CASES)
+
+
+@EVERY
+def test_docstring_says_what_it_is(name):
+    card = cards()[name]
+    text = sys.modules[card.model.__module__].__doc__
+    assert re.fullmatch(r"[^\n]{20,110}\.", text.splitlines()[0]), "a title line that ends with a full stop"
+    assert str(card.year) in text.splitlines()[0] and card.new.endswith(".") and len(card.new) > 40
+    assert "\nInitialisation" in text
+    assert re.search(r"^Shapes: .*B batch", text, re.M)
+    source = Path(sys.modules[card.model.__module__].__file__).read_text()
+    forwards = re.findall(r"def forward\(.*", source)
+    assert forwards and all("# " in line and "->" in line.split("#")[-1] for line in forwards)
+
+
+@EVERY
+def test_names_that_create_it(name):
+    card = cards()[name]
+    assert card.tiny in card.sizes and card.tiny not in names() and card.tiny in names(tests=True)
+    assert find(name) == (card, card.default) and card.default in names(family=card.family, takes=card.takes)
+    with pytest.raises(SettingsError, match="no field 'colour'"):
+        create(card.tiny, colour=1)
+
+
+@pytest.mark.parametrize("size", names(tests=True))
+def test_sizes_have_the_published_parameters(size):
+    with torch.device("meta"):
+        model = create(size)
+    expected = find(size)[0].sizes[size].params
+    assert expected in (None, sum(p.numel() for p in model.parameters()))
+
+
+@EVERY
+def test_recipe_names_known_settings(name):
+    known = {"lr", "weight_decay", "optimizer", "clip", "warmup", "label_smoothing", "ema"}
+    recipe = cards()[name].recipe
+    assert recipe.keys() <= known and recipe.get("optimizer", "adamw") in ("adamw", "sgd", "muon")
+
+
+@EVERY
+def test_output_has_the_promised_shape(name):
+    card, _ = case(name)
+    inputs = batch(name, 3)
+    assert len(inputs) == len(card.inputs)
+    output = tiny(name)(*inputs)
+    assert output.isfinite().all() and output.shape[0] == 3
+    if card.gives == "label":
+        config = card.settle(card.tiny)
+        assert output.shape[-1] == getattr(config, card.names.get("classes", "classes"))
+        assert tiny(name, classes=7)(*inputs).shape[-1] == 7
+    assert {"score": output.shape[1:] == (1,), "sequence": output.shape == inputs[0].shape,
+            "vector": output.ndim == 2, "label": output.ndim in (2, 3)}[card.gives]
+
+
+@EVERY
+def test_image_networks_take_other_pictures(name):
+    card, _ = case(name)
+    if card.takes != "image":
+        pytest.skip("takes no pictures")
+    for channels, side in ((1, 28), (3, 32), (4, 45)):
+        sizes = {"channels": channels, **({"image": side} if card.accepts("image") else {})}
+        assert create(card.tiny, **sizes).eval()(torch.randn(2, channels, side, side)).isfinite().all()
+
+
+@EVERY
+def test_initialisation_is_complete_and_repeats(name):
+    """Fresh memory is filled with NaN first, so a parameter that nobody initialised shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.manual_seed(5)
+        first = create(cards()[name].tiny).state_dict()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.manual_seed(5)
+    second = create(cards()[name].tiny).state_dict()
+    for key, tensor in first.items():
+        assert tensor.isfinite().all() and torch.equal(tensor, second[key]), key
+
+
+@EVERY
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_equals_its_peer(name, dtype, training):
+    """Outputs, gradients of every parameter, and what training leaves in buffers."""
+    model = tiny(name, dtype)
+    peer, rename = CASES[name].peer(model)
+    peer = peer.to(dtype)
+    peer.load_state_dict(rename({k: v.clone() for k, v in model.state_dict().items()}), strict=True)
+    inputs = batch(name, 4, dtype)
+    ours, our_grads = gradients(model.train(training), inputs)
+    theirs, their_grads = gradients(peer.train(training), inputs)
+    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-5}
+    torch.testing.assert_close(ours, theirs, **close)
+    renamed = rename(our_grads)
+    assert renamed.keys() == their_grads.keys()
+    for key, grad in renamed.items():
+        scale = their_grads[key].abs().max().clamp(min=1)
+        torch.testing.assert_close(grad / scale, their_grads[key] / scale, **close, msg=lambda m: f"{key}: {m}")
+    for key, tensor in rename(model.state_dict()).items():
+        torch.testing.assert_close(tensor, peer.state_dict()[key], **close)
+
+
+@EVERY
+def test_batch_equals_rows_alone(name):
+    """Neighbours and padding change nothing."""
+    card, _ = case(name)
+    model, inputs = tiny(name), batch(name)
+    together = model(*inputs)
+    for i in range(len(together)):
+        alone = [x[i:i + 1] for x in inputs]
+        if card.takes == "tokens":
+            length = int(inputs[1][i].sum())
+            alone = [x[:, :length] for x in alone]
+            torch.testing.assert_close(model(alone[0])[0], together[i], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(model(*alone)[0], together[i], rtol=1e-9, atol=1e-11)
+
+
+@EVERY
+def test_padding_content_is_never_read(name):
+    card, _ = case(name)
+    if card.takes != "tokens":
+        pytest.skip("takes no padded rows")
+    model, (tokens, mask) = tiny(name), batch(name)
+    other = torch.where(mask, tokens, (tokens + 1) % 30)
+    assert not torch.equal(other, tokens)
+    assert torch.equal(model(tokens, mask), model(other, mask))
+    empty = mask.clone()
+    empty[0] = False
+    assert model(tokens, empty).isfinite().all()
+
+
+@EVERY
+def test_gradient_reaches_every_parameter(name):
+    _, grads = gradients(tiny(name).train(), batch(name, 8))
+    dead = [key for key, grad in grads.items() if grad is None or not grad.isfinite().all() or not grad.any()]
+    assert not dead
+
+
+@EVERY
+def test_rows_are_not_mixed(name):
+    """The gradient of one row's output with respect to another row's input is zero."""
+    model, inputs = tiny(name), batch(name)
+    first, *rest = inputs
+    if not first.is_floating_point():
+        changed = first.clone()
+        changed[1] = (changed[1] + 1) % 30
+    else:
+        changed = first.clone()
+        changed[1] += 1
+    before, after = model(first, *rest), model(changed, *rest)
+    torch.testing.assert_close(before[[0, 2]], after[[0, 2]], rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(before[1], after[1])
+
+
+@EVERY
+def test_learns_one_batch(name):
+    card, row = case(name)
+    torch.manual_seed(0)
+    model = create(card.tiny, **dict(row.overrides)).train()
+    inputs = batch(name, 8, torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), row.lr)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        value = loss(card.gives, model(*inputs))
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert sum(losses[-5:]) / 5 < 0.3 * losses[0], losses[::10]
+
+
+@EVERY
+def test_saved_and_loaded_is_the_same(name, tmp_path):
+    model, inputs = tiny(name, torch.float32), batch(name, dtype=torch.float32)
+    path = weights.save(model, tmp_path / "model.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    torch.manual_seed(9)
+    other = create(cards()[name].tiny, **dict(CASES[name].overrides)).eval()
+    assert not torch.equal(other(*inputs), model(*inputs))
+    assert weights.load(other, path) == []
+    assert torch.equal(other(*inputs), model(*inputs))
+
+
+@EVERY
+# torch's own recurrent layers keep a second list of their weights, which its exporter remarks on.
+@pytest.mark.filterwarnings("ignore:The tensor attributes? .*_flat_weights:UserWarning")
+def test_exports_with_any_batch(name):
+    model = tiny(name, torch.float32)
+    batch_axis = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, batch(name, 4, torch.float32),
+                                  dynamic_shapes=tuple({0: batch_axis} for _ in batch(name)), strict=False)
+    for rows in (2, 7):
+        inputs = batch(name, rows, torch.float32, seed=rows)
+        torch.testing.assert_close(program.module()(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@EVERY
+def test_runs_in_bfloat16_autocast(name):
+    if name == "simple-gan-discriminator":
+        pytest.skip("its loss on probabilities is not made for autocast, see torch's binary_cross_entropy")
+    card, _ = case(name)
+    model, inputs = tiny(name, torch.float32), batch(name, dtype=torch.float32)
+    full = model(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(*inputs).float()
+        value = loss(card.gives, model.train()(*inputs).float())
+    assert (half - full).abs().max() < 0.05 * full.abs().max() + 0.05
+    value.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@EVERY
+def test_copies_do_not_share(name):
+    model = tiny(name)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert any(p.any() for p in model.parameters())
