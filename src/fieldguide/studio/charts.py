@@ -27,8 +27,8 @@ COLOURS = 6                 # .c0 ... .c5 in report.css; later series reuse them
 WIDE, NARROW = (860, 330), (400, 280)
 SQUARE = (400, 370)         # where y = x matters, both axes deserve the same length
 LEAF = frozenset({"path", "line", "rect", "circle", "image", "use", "img"})
-# Characters that HTML and XML forbid, and lone surrogates, which cannot be written as UTF-8.
-FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# What HTML and XML forbid, lone surrogates, which UTF-8 cannot hold, and the marks that turn all text around.
+FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff\ufffe\uffff]")
 
 
 # -- mark-up -----------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class Frame:
         return self.top + (1 - self.y_axis(value)) * self.h
 
     def grid(self, x_title: str, y_title: str) -> Markup:
-        base, parts = self.top + self.h, []
+        base, most, parts = self.top + self.h, int(self.w / 7), []
         start, end = f"{self.left:.1f}", f"{self.left + self.w:.1f}"
         for value, text in self.y_axis.ticks:
             at = f"{self.y(value):.1f}"
@@ -245,10 +245,10 @@ class Frame:
             parts.append(el("line", class_="axis", x1=f"{at:.1f}", x2=f"{at:.1f}", y1=base, y2=base + 4))
             parts.append(el("text", text, x=f"{min(at, self.width):.1f}", y=base + 18, text_anchor=anchor))
         if x_title:
-            parts.append(el("text", shorten(x_title, 60), class_="title", x=f"{self.left + self.w / 2:.1f}",
+            parts.append(el("text", shorten(x_title, most), class_="title", x=f"{self.left + self.w / 2:.1f}",
                             y=self.height - 6, text_anchor="middle"))
         if y_title:
-            parts.append(el("text", shorten(y_title, 60), class_="title", x=2, y=12))
+            parts.append(el("text", shorten(y_title, most), class_="title", x=2, y=12))
         return join(parts)
 
     def diagonal(self) -> Markup:
@@ -510,7 +510,7 @@ def bars(exhibit: exhibits.Bars, most: int = 20) -> Markup:
     edges = column([*values.values(), *(v for name in values if name in spans for v in spans[name])])
     edges = edges[np.isfinite(edges)]
     low, high = min(0.0, *edges, 0.0), max(0.0, *edges, 0.0)
-    unit = exhibit.unit.strip()
+    unit = shorten(exhibit.unit.strip(), 12)
     if unit == "%" and 50 < high <= 100:
         high = 100.0
     span = (high - low) or 1.0
