@@ -474,8 +474,9 @@ def scatter(exhibit: exhibits.Scatter, most: int = 1500) -> Markup:
     """Points; a very large cloud is thinned evenly, and the page says so."""
     points = column(exhibit.points).reshape(-1, 2) if len(exhibit.points) else np.empty((0, 2))
     good = points[np.isfinite(points).all(axis=1)]
+    lost = left_out(len(points) - len(good), "missing or not a number")
     if not len(good):
-        return NOTHING
+        return finish(NOTHING, remarks=[lost])
     shown = good[np.linspace(0, len(good) - 1, min(len(good), most)).astype(int)]
     xs, ys = good[:, 0], good[:, 1]
     if exhibit.diagonal:
@@ -497,8 +498,7 @@ def scatter(exhibit: exhibits.Scatter, most: int = 1500) -> Markup:
     fewer = f"{number(len(shown))} of {number(len(good))} points are drawn, evenly chosen."
     return finish(join(drawings), shape="square" if exhibit.diagonal else "", data=hover(
         [("", 0, shown[:, 0], shown[:, 1])], exhibit.x, exhibit.y), remarks=[
-        fewer if len(shown) < len(good) else "",
-        left_out(len(points) - len(good), "missing or not a number")])
+        fewer if len(shown) < len(good) else "", lost])
 
 
 def bars(exhibit: exhibits.Bars, most: int = 20) -> Markup:
@@ -546,7 +546,8 @@ def bars(exhibit: exhibits.Bars, most: int = 20) -> Markup:
 
     rows = [row(name, value) for name, value in values.items()]
     longest = max(len(name) for name in values)
-    style = f"--label:{min(max(longest * 0.56 + 0.5, 3), 15):.1f}em;--said:{10.5 if spans else 5}em"
+    said = max(len(number(v, digits)) for v in values.values()) + len(unit) + (12 if spans else 0)
+    style = f"--label:{min(max(longest * 0.56 + 0.5, 3), 15):.1f}em;--said:{said * 0.56 + 1:.1f}em"
     kind = "bars stacks" if longest > 12 or spans else "bars"      # in a narrow box, labels above their bars
     shown = [el("ul", *rows[:most], class_=kind, style=style)]
     if len(rows) > most:
