@@ -67,47 +67,32 @@ def _choose(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndar
     blocks, why = _blocks(data)
     blocks = np.unique(blocks[pool], return_inverse=True)[1]
     sizes = np.bincount(blocks)
-    random = np.random.default_rng(seed)
-    order = random.permutation(sizes.size)
+    codes, how = np.zeros(sizes.size, dtype=np.int64), "at random"
     target = data.target
     if target is not None and target.kind in ("category", "boolean"):
         classes = data.rows[target.name].cast(pl.String).fill_null("").to_numpy()[pool]
-        codes = np.unique(classes, return_inverse=True)[1]
-        first = np.full(sizes.size, -1)
-        first[blocks[::-1]] = codes[::-1]                  # a block goes with the class of its first row
-        taken = _stratified(first[order], sizes[order], want / pool.size)
+        # A block goes with the class of its first row: written last, it stays.
+        codes[blocks[::-1]] = np.unique(classes, return_inverse=True)[1][::-1]
         how = "the share of every class kept"
-    else:
-        filled = np.cumsum(sizes[order])
-        taken = filled <= max(want, filled[0] if filled[0] < pool.size else 0)
-        how = "at random"
-    chosen = np.zeros(sizes.size, dtype=bool)
-    chosen[order[taken]] = True
-    if not chosen.any():
+    taken = _systematic(codes, sizes, want, np.random.default_rng(seed))
+    if not taken.any():
         raise DataError(f"{data.source}: cannot split: {why or 'too few rows'} leaves nothing for one side.")
-    return pool[chosen[blocks]], f"{how}{', ' + why if why else ''}"
+    return pool[taken[blocks]], f"{how}{', ' + why if why else ''}"
 
 
-def _stratified(codes: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
-    """Which shuffled blocks to take: from every class its share by rows, rounded so that the sum is right.
+def _systematic(codes: np.ndarray, sizes: np.ndarray, want: int, random: np.random.Generator) -> np.ndarray:
+    """Which blocks to take for about `want` rows: every k-th of them, sorted by class and size, else shuffled.
 
-    A class keeps at least one block behind; so classes of one block stay in train.
+    So every class and every size of block gives its share. One block of each class stays behind, for training.
     """
-    by_class = np.argsort(codes, kind="stable")
-    codes_sorted, sizes_sorted = codes[by_class], sizes[by_class].astype(np.float64)
-    starts = np.flatnonzero(np.r_[True, np.diff(codes_sorted) != 0])
-    counts = np.diff(np.r_[starts, codes_sorted.size])
-    filled = np.cumsum(sizes_sorted)
-    before = np.repeat(filled[starts] - sizes_sorted[starts], counts)
-    totals = np.repeat(np.add.reduceat(sizes_sorted, starts), counts)
-    # Carry the rounding from class to class: the k-th class ends where the share of all rows so far ends.
-    carried = np.floor(share * (before + totals) + 0.5) - np.floor(share * before + 0.5)
-    last = np.zeros(codes_sorted.size, dtype=bool)
-    last[starts + counts - 1] = True                       # the block that stays behind
-    taken = (filled - before <= np.maximum(carried, 0)) & ~last
-    out = np.zeros(codes.size, dtype=bool)
-    out[by_class[taken]] = True
-    return out
+    order = np.lexsort((random.random(sizes.size), sizes, codes))
+    last = np.r_[np.diff(codes[order]) != 0, True]
+    order = order[~last]
+    share = min(1.0, want / max(1, int(sizes[order].sum())))
+    steps = np.floor(np.arange(order.size + 1) * share + random.random())
+    taken = np.zeros(sizes.size, dtype=bool)
+    taken[order[np.diff(steps) > 0]] = True
+    return taken
 
 
 def _blocks(data: Data) -> tuple[np.ndarray, str]:
