@@ -17,8 +17,9 @@ class Labels:
     names: tuple[str, ...]
 
     @classmethod
-    def learn(cls, values: Iterable[Any]) -> Labels:
-        names = {str(v) for v in values if v is not None}
+    def learn(cls, values: pl.Series | Iterable[Any]) -> Labels:
+        series = values if isinstance(values, pl.Series) else pl.Series(list(values))
+        names = series.drop_nulls().cast(pl.String).unique().to_list()
         try:
             return cls(tuple(sorted(names, key=lambda n: (int(n), n))))
         except ValueError:

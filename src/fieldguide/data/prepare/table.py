@@ -64,7 +64,7 @@ class TablePreparer:
             name, values = column.name, rows[column.name]
             if column.kind in ("number", "date"):
                 parts = ["value"] if column.kind == "number" else ["time", "year-sin", "year-cos"]
-                if column.kind == "date" and hours(values).any():
+                if column.kind == "date" and np.nansum(hours(values)) > 0:
                     parts += ["hour-sin", "hour-cos"]
                 for part in parts:
                     raw = extract(values, part)
@@ -160,9 +160,9 @@ def extract(values: pl.Series, part: str) -> np.ndarray:
 
 
 def hours(values: pl.Series) -> np.ndarray:
-    """Hour of the day with its fraction; NaN is never true, so `.any()` tells if there are times at all."""
+    """Hour of the day with its fraction, NaN where the date is missing."""
     within = (values.cast(pl.Int64) % DAY).cast(pl.Float64) / (DAY / 24)
-    return within.fill_null(0.0).to_numpy()
+    return within.fill_null(np.nan).to_numpy()
 
 
 def codes_text(values: pl.Series, part: str) -> pl.Series:

@@ -1,0 +1,84 @@
+"""Samples: real, small, made from what is installed, and made once."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from sklearn.datasets import load_diabetes, load_digits, load_wine
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import SGDClassifier
+
+from fieldguide import samples
+from fieldguide.data import images, read, split
+from fieldguide.errors import DataError
+
+
+def test_each_sample_reads_as_it_says():
+    for sample in samples.SAMPLES.values():
+        data = read(sample.name)
+        assert data.target.name == sample.target and sample.what and sample.licence and sample.source
+        kind = "number" if sample.task.endswith("regression") else "category"
+        assert data.target.kind == kind
+        assert bool(data.features("image")) == sample.task.startswith("image")
+        assert bool(data.features("text")) == sample.task.startswith("text")
+
+
+def test_values_are_those_of_scikit_learn():
+    digits = load_digits()
+    data = read("digits")
+    pixels = images.load(data.rows["image"].to_list(), 8, 1)[:, 0].numpy()
+    order = [int(os.path.basename(p)[:4]) for p in data.rows["image"]]
+    assert len(data) == 1797 and abs(pixels - digits.images[order] * 255 / 16).max() <= 0.5
+    assert [int(n) for n in data.rows["label"]] == digits.target[order].tolist()
+    wine = read("wine")
+    assert wine.rows["proline"].to_list() == load_wine().data[:, -1].tolist()
+    diabetes = read("diabetes").rows
+    assert diabetes["progression"].to_list() == load_diabetes().target.tolist()
+    assert diabetes["bmi"].mean() == pytest.approx(26.4, abs=0.1)
+
+
+def test_docstrings_can_be_learnt_and_are_not_trivial():
+    data = read("docstrings")
+    made = split(data)
+    counts = data.rows["library"].value_counts()["count"].to_list()
+    assert counts == [samples.EACH] * 5
+    text, label = data.rows["text"].to_numpy(), data.rows["library"].to_numpy()
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    linear = SGDClassifier(random_state=0).fit(words.fit_transform(text[made.train]), label[made.train])
+    assert 0.72 < linear.score(words.transform(text[made.test]), label[made.test]) < 0.95
+
+
+def test_made_once_in_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = samples.path("iris")
+    assert first == tmp_path / "fieldguide" / "samples" / "iris-v1" / "data.csv"
+    before = first.stat().st_mtime_ns
+    assert samples.path("iris") == first and first.stat().st_mtime_ns == before
+    assert [p.name for p in first.parent.parent.iterdir()] == ["iris-v1"]          # no half-made folder is left
+
+
+def test_a_maker_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def fail(folder):
+        (folder / "data.csv").write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setitem(samples.SAMPLES, "iris", samples.Sample("iris", "t", "w", "l", "s", False, "y", fail))
+    with pytest.raises(OSError, match="disk full"):
+        samples.path("iris")
+    assert list((tmp_path / "fieldguide" / "samples").iterdir()) == []
+
+
+def test_second_use_is_quick():
+    samples.path("digits")
+    start = time.perf_counter()
+    samples.path("digits")
+    assert time.perf_counter() - start < 0.1
+
+
+def test_unknown_sample():
+    with pytest.raises(DataError, match=r"'digit' is no sample. Did you mean 'digits'\?"):
+        samples.path("digit")
