@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import guide
-import references
 import torch
-from references import Equations
 from torch import Tensor, nn
 
+import guide
+import references
 from fieldguide.weights import translate
+from references import Equations
 
 State = Mapping[str, Tensor]
 Peer = tuple[nn.Module, Callable[[State], dict[str, Tensor]]]
@@ -27,7 +27,7 @@ class Case:
     inputs: Callable[[Any, int], tuple[Tensor, ...]]     # (config, rows) -> the inputs of forward
     peer: Callable[[nn.Module], Peer]                    # our network -> its peer
     lr: float = 1e-2                                     # that learns one batch
-    overrides: tuple[tuple[str, Any], ...] = ()          # laid over the tiny size where the peer is less general
+    overrides: tuple[tuple[str, Any], ...] = ()          # laid over the tiny size, for a less general peer
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -72,8 +72,8 @@ def equations(function: Callable[..., Tensor]) -> Callable[[nn.Module], Peer]:
 class PackedReader(nn.Module):
     """Tokens -> class logits through torch's own stack of layers and its packed sequences."""
 
-    def __init__(self, cell: type[nn.RNNBase], vocab: int, dim: int, hidden: int, depth: int, directions: int,
-                 classes: int):
+    def __init__(self, cell: type[nn.RNNBase], vocab: int, dim: int, hidden: int, depth: int,
+                 directions: int, classes: int):
         super().__init__()
         self.embed = nn.Embedding(vocab, dim)
         self.rnn = cell(dim, hidden, depth, batch_first=True, bidirectional=directions == 2)
@@ -132,7 +132,7 @@ class TorchEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         dim = self.embed.embedding_dim
-        pos = torch.tensor([[references.sinusoid(t, d, dim) for d in range(dim)]
+        pos = torch.tensor([[references.sinusoid(t, column, dim) for column in range(dim)]
                             for t in range(tokens.shape[1])], dtype=torch.float32)
         x = self.encoder(self.embed(tokens) * dim ** 0.5 + pos, src_key_padding_mask=~mask)
         return self.head(torch.stack([one[real].mean(0) for one, real in zip(x, mask)]))
@@ -150,9 +150,8 @@ def torch_encoder(model: nn.Module) -> Peer:
 
 
 def huggingface_resnet(model: nn.Module) -> Peer:
-    from tv import transformers
-
     from fieldguide.models.convolutional.resnet import HUGGINGFACE
+    from tv import transformers
     c = model.config
     growth = 4 if c.block == "bottleneck" else 1
     peer = transformers.ResNetForImageClassification(transformers.ResNetConfig(
@@ -210,8 +209,8 @@ def tabm_package(model: nn.Module) -> Peer:
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
-    "simplecnn": Case(inputs=image, peer=same(lambda m: guide.SimpleCNN(m.classifier[4].out_features)), lr=1e-3,
-                      overrides=(("channels", 3), ("image", 32))),
+    "simplecnn": Case(inputs=image, peer=same(lambda m: guide.SimpleCNN(m.classifier[4].out_features)),
+                      overrides=(("channels", 3), ("image", 32)), lr=1e-3),
     "lenet5-1998": Case(inputs=image, peer=equations(references.lenet5), lr=3e-3),
     "lenet5-modern": Case(inputs=image, peer=equations(references.lenet5_modern), lr=3e-3),
     "resnet": Case(inputs=image, peer=huggingface_resnet, lr=1e-2),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 
 class Equations(nn.Module):
-    """Holds parameters and buffers like those of a network, and applies a function `(tensors, *inputs)` to them."""
+    """Holds tensors like those of a network, and applies a function `(tensors, *inputs)` to them."""
 
     def __init__(self, model: nn.Module, function: Callable[..., Tensor]):
         super().__init__()
@@ -93,14 +94,15 @@ def recurrent(step: Callable, states: int) -> Callable[..., Tensor]:
 
 # ---------------------------------------------------------------------------------------------- LeNet-5
 
-TABLE_1 = """
-X...XXX..XXXX.XX
-XX...XXX..XXXX.X
-XXX...XXX..X.XXX
-.XXX..XXXX..X.XX
-..XXX..XXXX.XX.X
-...XXX..XXXX.XXX
-""".split()                                              # the paper's table I: a row a map of S2, a column one of C3
+# The paper's table I: a row a map of S2, a column a map of C3.
+TABLE_1 = (
+    "X...XXX..XXXX.XX",
+    "XX...XXX..XXXX.X",
+    "XXX...XXX..X.XXX",
+    ".XXX..XXXX..X.XX",
+    "..XXX..XXXX.XX.X",
+    "...XXX..XXXX.XXX",
+)
 
 
 def squash(x: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def mlp(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
 def piecewise_linear(x: float, edges: list[float]) -> list[float]:
     """Equation 1 of arXiv:2203.05556: full intervals below, a part of its own, empty ones above."""
     last, out = len(edges) - 2, []
-    for t, (low, high) in enumerate(zip(edges, edges[1:])):
+    for t, (low, high) in enumerate(pairwise(edges)):
         if x < low and t > 0:
             out.append(0.0)
         elif x >= high and t < last:

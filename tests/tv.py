@@ -1,4 +1,4 @@
-"""Import torchvision (and what needs it, such as timm) also where its compiled operators do not fit the torch.
+"""Import torchvision, and timm which needs it, also where its compiled operators do not fit the torch.
 
 Then `import torchvision` fails because it describes operators that nobody defined; defining their signatures
 is enough for the networks, which do not call them.
@@ -20,7 +20,7 @@ with warnings.catch_warnings():
             raise
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")                    # noqa: TOR901
+        library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -160,17 +161,18 @@ def translate(state: State, table: Table, reverse: bool = False) -> dict[str, Te
 def _pickled(path: Path) -> object:
     """A file of torch.save, read without running any code in it."""
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")              # remarks on the protocol of the pickle
+            # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         text = str(error) or type(error).__name__
-        if "Unsupported" in text and ("GLOBAL" in text or "class" in text):
-            raise WeightsError(f"{path} holds pickled Python objects besides tensors, which could run any "
-                               "code, so it is not read. Where you trust it, save its state_dict as "
-                               "safetensors.\n"
-                               f"{text}") from None
-        raise WeightsError(f"{path} is damaged, cut short or no file of torch.save: "
-                           f"{text.splitlines()[0]}") from None
+        reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()[0]
+        if "GLOBAL" in reason or "class" in reason:
+            raise WeightsError(f"{path} holds Python objects besides tensors ({reason}). Reading them could run "
+                               "any code, so it is not read. Where you trust the file, save its state_dict as "
+                               "safetensors and give that.") from None
+        raise WeightsError(f"{path} is damaged, cut short or no file of torch.save: {reason}") from None
 
 
 def _sharded(path: Path) -> dict[str, Tensor]:

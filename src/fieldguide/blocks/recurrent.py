@@ -28,6 +28,8 @@ class Recurrent(nn.Module):
         super().__init__()
         if directions not in (1, 2):
             raise SettingsError(f"directions={directions}: a row is read in 1 or 2 directions")
+        if depth < 1:
+            raise SettingsError(f"depth={depth}: a stack has at least one layer")
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
             nn.ModuleList(cell(hidden * directions if i else dim, hidden, batch_first=True)
@@ -48,13 +50,11 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:     # B T D, B T -> B directions*H
         length = x.new_full(x.shape[:1], x.shape[1], dtype=torch.int64) if mask is None else lengths(mask)
-        for i, layer in enumerate(self.layers):
-            x = self.dropout(x) if i else x
-            states = [layer[0](x)[0]]                    # B T H
-            if len(layer) == 2:
-                states.append(layer[1](reverse(x, length))[0])              # in reversed order
-            if i == len(self.layers) - 1:
-                # Either way of reading has seen the whole row at place length - 1.
-                return torch.cat([pick(state, length - 1) for state in states], -1)
-            x = torch.cat([states[0], *(reverse(state, length) for state in states[1:])], -1)
-        raise SettingsError("depth must be at least 1")
+        states = []                                      # of each direction, B T H
+        for forwards, *backwards in self.layers:
+            if states:
+                first, *others = states
+                x = self.dropout(torch.cat([first, *(reverse(state, length) for state in others)], -1))
+            states = [forwards(x)[0], *(rnn(reverse(x, length))[0] for rnn in backwards)]
+        # Each way of reading, the second in reversed order, has seen the whole row at place length - 1.
+        return torch.cat([pick(state, length - 1) for state in states], -1)

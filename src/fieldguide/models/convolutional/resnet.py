@@ -180,5 +180,5 @@ CARD = Card(
     weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE},
     # Batch normalisation bears high learning rates; the decay is what keeps small data sets from being learnt
     # by heart.
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.05, "label_smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.05, "smoothing": 0.1},
 )

@@ -1,0 +1,169 @@
+"""ResNet against torchvision, timm and transformers: their files in, equal numbers out, and the way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fieldguide import weights
+from fieldguide.registry import create
+from tv import timm, torchvision, transformers
+
+DEPTHS, CLASSES = (1, 2, 1, 1), 5
+
+
+def torchvision_resnet(block: str) -> tuple[nn.Module, dict]:
+    """Its levels have fixed widths."""
+    resnet = torchvision.models.resnet
+    kind = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}[block]
+    return resnet.ResNet(kind, list(DEPTHS), CLASSES), {"widths": (64, 128, 256, 512)}
+
+
+def timm_resnet(block: str) -> tuple[nn.Module, dict]:
+    """Its stem has a fixed width."""
+    resnet, widths = timm.models.resnet, (64, 8, 12, 16)
+    kind = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}[block]
+    return resnet.ResNet(kind, DEPTHS, CLASSES, channels=widths), {"widths": widths}
+
+
+def huggingface_resnet(block: str) -> tuple[nn.Module, dict]:
+    widths = (8, 12, 16, 20)
+    growth = 4 if block == "bottleneck" else 1
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[growth * w for w in widths],
+                                       depths=list(DEPTHS), layer_type=block, num_labels=CLASSES)
+    return transformers.ResNetForImageClassification(config), {"widths": widths}
+
+
+LIBRARIES = {"torchvision": torchvision_resnet, "timm": timm_resnet, "huggingface": huggingface_resnet}
+EACH = pytest.mark.parametrize("library", list(LIBRARIES))
+
+
+def origin(library: str) -> str:
+    return "torchvision" if library == "timm" else library             # timm kept torchvision's names
+
+
+def pair(library: str, block: str) -> tuple[nn.Module, nn.Module]:
+    """Their network with random weights and statistics, and ours, fresh."""
+    torch.manual_seed(0)
+    theirs, settings = LIBRARIES[library](block)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        for module in theirs.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+    ours = create("resnet50", block=block, depths=DEPTHS, classes=CLASSES, **settings)
+    return theirs.eval(), ours.eval()
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        output = model(x)
+    return getattr(output, "logits", output)
+
+
+def write(theirs: nn.Module, library: str, kind: str, folder) -> object:
+    """A checkpoint as people have it."""
+    if kind == "folder":
+        theirs.save_pretrained(folder)
+        return folder
+    path = folder / f"model.{kind}"
+    if kind == "safetensors":
+        from safetensors.torch import save_file
+        save_file(theirs.state_dict(), path)
+    elif kind == "pth":
+        torch.save(theirs.state_dict(), path)
+    else:
+        state = {f"module.{key}": tensor for key, tensor in theirs.state_dict().items()}
+        torch.save({"epoch": 3, "state_dict": state}, path)
+    return path
+
+
+@pytest.mark.parametrize("library, kind, block", [
+    ("torchvision", "pth", "bottleneck"), ("torchvision", "safetensors", "basic"),
+    ("timm", "pth", "bottleneck"), ("timm", "safetensors", "basic"), ("timm", "ckpt", "basic"),
+    ("huggingface", "pth", "bottleneck"), ("huggingface", "folder", "basic"),
+    ("huggingface", "folder", "bottleneck")])
+def test_reads_their_files_to_the_bit(library, kind, block, tmp_path):
+    """Same operations on the same layout, so the outputs are equal, not close."""
+    theirs, ours = pair(library, block)
+    x = torch.randn(2, 3, 48, 48)
+    assert not torch.equal(logits(ours, x), logits(theirs, x))
+    assert weights.load(ours, write(theirs, library, kind, tmp_path)) == []
+    assert torch.equal(logits(ours, x), logits(theirs, x))
+
+
+@EACH
+def test_gradients_equal(library):
+    theirs, ours = pair(library, "basic" if library == "torchvision" else "bottleneck")
+    weights.load(ours, theirs.state_dict(), origin=origin(library))
+    ours, theirs = ours.double().train(), theirs.double().train()
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    weighting = torch.randn(2, CLASSES, dtype=torch.float64)
+    for model in (ours, theirs):
+        output = model(x)
+        (getattr(output, "logits", output) * weighting).sum().backward()
+    grads = weights.translate({name: p.grad for name, p in theirs.named_parameters()},
+                              weights.tables(ours)[origin(library)])
+    for name, parameter in ours.named_parameters():
+        scale = grads[name].abs().max().clamp(min=1)
+        torch.testing.assert_close(parameter.grad / scale, grads[name] / scale, rtol=1e-9, atol=1e-11)
+
+
+@EACH
+def test_they_read_ours(library, tmp_path):
+    theirs, ours = pair(library, "basic")
+    weights.save(ours, tmp_path / "model.safetensors", format=origin(library))
+    theirs.load_state_dict(weights.read(tmp_path / "model.safetensors"), strict=True)
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(logits(ours, x), logits(theirs, x))
+
+
+def test_channels_last_is_close():
+    """Another memory layout picks other kernels, which add in another order: close, and its layout is kept."""
+    theirs, ours = pair("timm", "bottleneck")
+    weights.load(ours, theirs.state_dict())
+    x = torch.randn(2, 3, 48, 48)
+    plain = logits(ours, x)
+    ours = ours.to(memory_format=torch.channels_last)
+    levels = ours.features(x.to(memory_format=torch.channels_last))
+    assert all(level.is_contiguous(memory_format=torch.channels_last) for level in levels.values())
+    x = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(logits(ours, x), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_small_stem_equals_torchvision_without_its_own():
+    torch.manual_seed(0)
+    theirs, settings = torchvision_resnet("basic")
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    ours = create("resnet18", depths=DEPTHS, classes=CLASSES, stem="3x3", **settings).eval()
+    weights.load(ours, theirs.state_dict())
+    x = torch.randn(2, 3, 20, 20)
+    assert torch.equal(logits(ours, x), logits(theirs.eval(), x))
+
+
+def test_levels():
+    model = create("resnet18", depths=(1, 1, 1, 1), widths=(8, 12, 16, 20))
+    levels = model.features(torch.randn(1, 3, 64, 96))
+    assert {name: tuple(level.shape[1:]) for name, level in levels.items()} == {
+        "c2": (8, 16, 24), "c3": (12, 8, 12), "c4": (16, 4, 6), "c5": (20, 2, 3)}
+
+
+def test_blocks_start_as_the_identity():
+    model = create("resnet-test").eval()
+    block = model.stages[1][1]                           # without a projection
+    x = torch.rand(1, 64, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("name, parameters", [("resnet18", 11_689_512), ("resnet152", 60_192_808)])
+def test_counts_are_torchvisions(name, parameters):
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)()
+        ours = create(name)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == parameters
+    renamed = weights.translate(theirs.state_dict(), weights.tables(ours)["torchvision"])
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in ours.state_dict().items()}
