@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -15,23 +15,23 @@ app = typer.Typer(name="fieldguide", no_args_is_help=True, add_completion=False,
                        "measured and ready to predict.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON Lines instead of a table.")]
-Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="A training setting, or model.FIELD, "
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A training setting, or model.FIELD, "
                                                   "task.FIELD, column.NAME. May be given several times.")]
 AllowBad = Annotated[bool, typer.Option("--allow-bad", help="Go on though more than 1 % of the examples are unusable.")]
 
 
 @app.command()
 def fit(
-    data: Annotated[Optional[str], typer.Argument(help="A path, or the name of a sample (see `fieldguide samples`).")] = None,
-    target: Annotated[Optional[str], typer.Option(help="The column to predict.")] = None,
-    task: Annotated[Optional[str], typer.Option(help="The kind of problem, where the data leaves it open.")] = None,
+    data: Annotated[str | None, typer.Argument(help="A path, or the name of a sample (see `fieldguide samples`).")] = None,
+    target: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
+    task: Annotated[str | None, typer.Option(help="The kind of problem, where the data leaves it open.")] = None,
     model: Annotated[str, typer.Option(help="A name from `fieldguide models`, or auto.")] = "auto",
-    minutes: Annotated[Optional[float], typer.Option(help="Training time; 10 where nothing is said.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="The run folder; runs/NAME-N where nothing is said.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Training time; 10 where nothing is said.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME-N where nothing is said.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the split, the first weights and every batch.")] = 0,
-    group: Annotated[Optional[str], typer.Option(help="A column whose rows must stay on one side of the split.")] = None,
-    time: Annotated[Optional[str], typer.Option(help="A column of time: the latest rows are the test.")] = None,
-    resume: Annotated[Optional[Path], typer.Option(help="A run folder to go on with.")] = None,
+    group: Annotated[str | None, typer.Option(help="A column whose rows must stay on one side of the split.")] = None,
+    time: Annotated[str | None, typer.Option(help="A column of time: the latest rows are the test.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A run folder to go on with.")] = None,
     allow_bad: AllowBad = False,
     changes: Set = None,
 ) -> None:
@@ -87,9 +87,9 @@ def evaluate(
 @app.command()
 def check(
     data: Annotated[str, typer.Argument(help="A path, or the name of a sample.")],
-    target: Annotated[Optional[str], typer.Option(help="The column to predict.")] = None,
-    group: Annotated[Optional[str], typer.Option(help="A column whose rows must stay on one side of the split.")] = None,
-    time: Annotated[Optional[str], typer.Option(help="A column of time.")] = None,
+    target: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
+    group: Annotated[str | None, typer.Option(help="A column whose rows must stay on one side of the split.")] = None,
+    time: Annotated[str | None, typer.Option(help="A column of time.")] = None,
     allow_bad: AllowBad = False,
     changes: Set = None,
 ) -> None:
@@ -106,8 +106,8 @@ def check(
 @app.command()
 def models(
     glob: Annotated[str, typer.Argument(help="Which, such as 'resnet*'.")] = "*",
-    family: Annotated[Optional[str], typer.Option(help="feedforward, convolutional, recurrent, transformer, ...")] = None,
-    task: Annotated[Optional[str], typer.Option(help="Only those that can do this task.")] = None,
+    family: Annotated[str | None, typer.Option(help="feedforward, convolutional, recurrent, transformer, ...")] = None,
+    task: Annotated[str | None, typer.Option(help="Only those that can do this task.")] = None,
     as_json: Json = False,
 ) -> None:
     """List networks: sizes, parameters, papers."""
@@ -119,7 +119,7 @@ def models(
 def show(
     name: Annotated[str, typer.Argument(help="A name from `fieldguide models`.")],
     as_json: Json = False,
-    changes: Annotated[Optional[list[str]], typer.Option("--set", metavar="FIELD=VALUE", help="Another value for one of "
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value for one of "
                                                          "the network's fields.")] = None,
 ) -> None:
     """Describe a network: what is new in it, sizes, parameters by part, layer by layer."""

@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ import fieldguide
 from fieldguide import measure, registry
 from fieldguide.advisor import Advice, advise
 from fieldguide.advisor.ranking import configured
+from fieldguide.card import Card
 from fieldguide.data import read
 from fieldguide.data.batches import Batches, steps_per_epoch
 from fieldguide.data.dataset import Data
-from fieldguide.data.splits import split
-from fieldguide.host import peak_memory
+from fieldguide.data.splits import Splits, split
 from fieldguide.errors import RunError, SettingsError
+from fieldguide.host import peak_memory
 from fieldguide.objectives import Objective
 from fieldguide.run import SCHEMA, Run, open_run, write_record
-from fieldguide.tasks import Task, infer, task as task_named
+from fieldguide.tasks import Task, infer
+from fieldguide.tasks import task as task_named
 from fieldguide.tasks.base import intervals
 from fieldguide.train import distributed
 from fieldguide.train.checkpoint import separate, write_atomically
@@ -35,6 +37,7 @@ from fieldguide.train.precision import fastest
 from fieldguide.train.settings import Settings
 
 BUDGET = 0.9            # part of the minutes that the planned steps take; the rest is for evaluations and surprises
+CHECKS = 40             # evaluations in a whole run, at most
 # Settings that may change when a run is resumed; all others would make it another run.
 CHANGEABLE = {"minutes", "lr", "weight_decay", "clip", "patience", "checkpoint", "workers", "precision"}
 
@@ -51,6 +54,62 @@ class Silent:
     def ends(self, run: Run) -> None: ...
 
 
+@dataclass
+class Plan:
+    """Everything decided before the first step: what is trained, on what, and how."""
+
+    source: Data
+    task: Task
+    why: str                          # the reason that this is the task
+    parts: Splits
+    advice: Advice
+    card: Card
+    size: str
+    config: Any
+    settings: Settings
+    objective: Objective
+    batches: Batches                  # training examples
+    validation: Batches
+    seconds_a_step: float = 0.0
+
+
+def decide(source: Data, *, task: str | None = None, model: str = "auto", minutes: float | None = None, seed: int = 0,
+           settings: Mapping[str, Any] | None = None, parts: Splits | None = None, watch: Any = None) -> Plan:
+    """Chooses task, split, preparation, network and settings for data that is read; trains nothing.
+
+    Raises `DataError` and `SettingsError` as `fit` does.
+    """
+    watch = watch or Silent()
+    training, of_model, of_task, _ = grouped(settings or {})
+    if minutes is not None:
+        training["minutes"] = minutes
+    elif "steps" in training:
+        training.setdefault("minutes", 0)                            # the user counts steps, not time
+    training["seed"] = seed
+    budget = Settings().with_(training).minutes or float("inf")
+    kind, why = (task_named(task), "you asked for it") if task else infer(source)
+    watch.found(source, kind, why)
+    parts = parts or split(source, seed=seed)
+    watch.say(f"split: {parts.how}")
+    learnt = kind.learn(source.take(parts.train), kind.options_from(of_task))
+    advice = advise(facts={"task": kind.name, "rows": len(parts.train), **learnt.profile()}, needs=learnt.needs(),
+                    takes=kind.takes, gives=kind.gives, minutes=budget,
+                    machine=distributed.broadcast(measure.machine()), model=model)
+    card, size = registry.find(advice.best.name)
+    try:
+        config = configured(card, size, learnt.needs(), of_model)
+    except TypeError as error:
+        raise SettingsError(f"--set model.…: {error}") from None
+    watch.chose(advice, config)
+    chosen = with_batch(Settings().with_(kind.recipe).with_(card.recipe).with_(training), len(parts.train))
+    torch.manual_seed(seed)
+    objective = learnt.objective(card.make(config), card, chosen)
+    batches = learnt.batches(source.take(parts.train), card, chosen)
+    validation = learnt.batches(source.take(parts.validation), card, chosen)
+    chosen, seconds = distributed.broadcast(resolve(chosen, objective, batches, len(validation), watch))
+    return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, seconds)
+
+
 def fit(data: Any, *, target: str | None = None, task: str | None = None, model: str = "auto",
         minutes: float | None = None, out: str | Path | None = None, seed: int = 0, group: str | None = None,
         time_column: str | None = None, allow_bad: bool = False, watch: Any = None,
@@ -62,61 +121,41 @@ def fit(data: Any, *, target: str | None = None, task: str | None = None, model:
     the data cannot be used and `SettingsError` where a setting cannot work; both say what to do.
     """
     watch = watch or Silent()
-    training, of_model, of_task, kinds = grouped(settings or {})
-    if minutes is not None:
-        training["minutes"] = minutes
-    training["seed"] = seed
+    training, _, _, kinds = grouped(settings or {})
     Settings().with_(training)                                       # complain of settings before reading data
     request = {"data": str(data) if isinstance(data, str | Path) else None, "target": target, "group": group,
                "time": time_column, "allow_bad": allow_bad, "kinds": kinds}
     with distributed.processes():
         source = read_request(request, data)
-        kind, why = (task_named(task), "you asked for it") if task else infer(source)
-        watch.found(source, kind, why)
-        parts = split(source, seed=seed)
-        watch.say(f"split: {parts.how}")
-        learnt = kind.learn(source.take(parts.train), kind.options_from(of_task))
-        facts = {"task": kind.name, "rows": len(parts.train), **learnt.profile()}
-        machine = distributed.broadcast(measure.machine())
-        card_recipe = lambda card: {k: v for k, v in card.recipe.items()}                    # noqa: E731
-        budget = Settings().with_(training).minutes
-        advice = advise(facts=facts, needs=learnt.needs(), takes=kind.takes, gives=kind.gives, minutes=budget,
-                               machine=machine, model=model)
-        card, size = registry.find(advice.best.name)
-        try:
-            config = configured(card, size, learnt.needs(), of_model)
-        except TypeError as error:
-            raise SettingsError(f"--set model.…: {error}") from None
-        watch.chose(advice, config)
-        chosen = Settings().with_(kind.recipe).with_(card_recipe(card)).with_(training)
+        plan = decide(source, task=task, model=model, minutes=minutes, seed=seed, settings=settings, watch=watch)
         path = distributed.broadcast(new_folder(out, source) if distributed.rank() == 0 else None)
-        chosen = with_batch(chosen, len(parts.train))
-        train_batches = learnt.batches(source.take(parts.train), card, chosen)
-        validation = learnt.batches(source.take(parts.validation), card, chosen)
-        torch.manual_seed(seed)
-        objective = learnt.objective(card.make(config), card, chosen)
-        chosen, timed = distributed.broadcast(resolve(chosen, objective, train_batches, len(validation), watch))
-        record = {
-            "schema": SCHEMA, "status": "training", "task": kind.name, "request": request,
-            "model": {"architecture": card.name, "size": size, "config": asdict(config)},
-            "settings": chosen.to_dict(),
-            "choice": {"why": why, "reasons": advice.best.reasons, "against": advice.best.against,
-                       "others": [asdict(o) for o in (advice.options[1:] + advice.rejected)][:20]},
-            "data": {**source.manifest.summary(), "source": source.source, "rows": len(source),
-                     "columns": source.schema(), "findings": [asdict(f) for f in source.findings],
-                     "split": {"how": parts.how, "train": len(parts.train), "validation": len(parts.validation),
-                               "test": len(parts.test)}},
-            "cost": {"parameters": measure.parameters(objective.model), "multiply_adds": advice.best.multiply_adds,
-                     "seconds_a_step": timed, "processes": distributed.world()},
-            "machine": machine, "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        }
+        record = first_record(plan, request)
         if distributed.rank() == 0:
-            learnt.save(path / "preprocess")
+            parts = plan.parts
+            plan.task.save(path / "preprocess")
             np.savez(path / "splits.npz", train=parts.train, validation=parts.validation, test=parts.test)
             (path / "manifest.json").write_text(json.dumps([asdict(f) for f in source.manifest.files]))
             write_record(path, record)
-        return train_and_test(path, record, learnt, card, objective, source, parts.train, parts.validation, parts.test,
-                              train_batches, validation, watch, resume=False)
+        return train_and_test(path, record, plan, watch, resume=False)
+
+
+def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
+    """run.json before training."""
+    source, parts, best = plan.source, plan.parts, plan.advice.best
+    return {
+        "schema": SCHEMA, "status": "training", "task": plan.task.name, "request": request,
+        "model": {"architecture": plan.card.name, "size": plan.size, "config": asdict(plan.config)},
+        "settings": plan.settings.to_dict(),
+        "choice": {"why": plan.why, "reasons": best.reasons, "against": best.against,
+                   "others": [asdict(o) for o in (plan.advice.options[1:] + plan.advice.rejected)][:20]},
+        "data": {**source.manifest.summary(), "source": source.source, "rows": len(source), "columns": source.schema(),
+                 "findings": [asdict(f) for f in source.findings],
+                 "split": {"how": parts.how, "train": len(parts.train), "validation": len(parts.validation),
+                           "test": len(parts.test)}},
+        "cost": {"parameters": measure.parameters(plan.objective.model), "multiply_adds": best.multiply_adds,
+                 "seconds_a_step": plan.seconds_a_step, "processes": distributed.world()},
+        "machine": measure.machine(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
 
 
 def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: Mapping[str, Any] | None = None) -> Run:
@@ -147,62 +186,65 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
             raise RunError(f"{source.source} has changed since {path} began (another digest); a resumed run must see the "
                            "same data. Put it back, or start a new run.")
         with np.load(run.path / "splits.npz", allow_pickle=False) as saved:
-            parts = [saved[name] for name in ("train", "validation", "test")]
-        learnt, card = run.task, run.card
-        watch.found(source, type(learnt), run.record["choice"]["why"])
-        train_batches = learnt.batches(source.take(parts[0]), card, chosen)
-        validation = learnt.batches(source.take(parts[1]), card, chosen)
+            parts = Splits(saved["train"], saved["validation"], saved["test"], run.record["data"]["split"]["how"])
+        task, card = run.task, run.card
+        watch.found(source, type(task), run.record["choice"]["why"])
         torch.manual_seed(chosen.seed)
-        objective = learnt.objective(run.fresh(), card, chosen)
+        network = run.fresh()
+        plan = Plan(source, task, run.record["choice"]["why"], parts, Advice([], []), card, run.record["model"]["size"],
+                    network.config if hasattr(network, "config") else None, chosen,
+                    task.objective(network, card, chosen), task.batches(source.take(parts.train), card, chosen),
+                    task.batches(source.take(parts.validation), card, chosen))
         run.record["settings"] = chosen.to_dict()
-        return train_and_test(run.path, run.record, learnt, card, objective, source, *parts, train_batches, validation,
-                              watch, resume=True)
+        return train_and_test(run.path, run.record, plan, watch, resume=True)
 
 
-def train_and_test(path: Path, record: dict[str, Any], task: Task, card: Any, objective: Objective, source: Data,
-                   train: np.ndarray, validation: np.ndarray, test: np.ndarray, batches: Batches,
-                   validation_batches: Batches, watch: Any, resume: bool) -> Run:
-    chosen, device = Settings(**record["settings"]), distributed.device()
-    answers = task.truth(source.take(validation))
-    metric = task.metrics[0]
+def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
+    """The loop for a plan, scoring on its validation part."""
+    task, metric, device = plan.task, plan.task.metrics[0], distributed.device()
+    truth = task.truth(plan.source.take(plan.parts.validation))
 
     def evaluate(objective: Objective) -> dict[str, float]:
-        return task.score(collect(objective, validation_batches, batch=max(64, chosen.batch), device=device,
-                                  precision=chosen.precision), answers)
+        return task.score(collect(objective, plan.validation, batch=max(64, plan.settings.batch), device=device,
+                                  precision=plan.settings.precision), truth)
 
-    trainer = Trainer(objective, batches, chosen, device=device, watch=watch, folder=path, evaluate=evaluate,
-                      metric=(metric.name, metric.better))
-    if resume and trainer.resume():
-        watch.say(f"resumed at step {trainer.state.step} of {chosen.steps}")
-    watch.begins(chosen, trainer.state.step)
-    state = trainer.train()
+    return Trainer(plan.objective, plan.batches, plan.settings, device=device, watch=watch, folder=folder,
+                   evaluate=evaluate, metric=(metric.name, metric.better))
+
+
+def train_and_test(path: Path, record: dict[str, Any], plan: Plan, watch: Any, resume: bool) -> Run:
+    loop = trainer(plan, watch, path)
+    if resume and loop.resume():
+        watch.say(f"resumed at step {loop.state.step} of {plan.settings.steps}")
+    watch.begins(plan.settings, loop.state.step)
+    state = loop.train()
     if state.stopped:
         watch.say(f"stopped at step {state.step}: {state.stopped}")
-    finish(path, record, task, card, objective, source, train, test, state, watch)
+    finish(path, record, plan, state, watch)
     run = open_run(path)
     watch.ends(run)
     return run
 
 
-def finish(path: Path, record: dict[str, Any], task: Task, card: Any, objective: Objective, source: Data,
-           train: np.ndarray, test: np.ndarray, state: State, watch: Any) -> None:
+def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: Any) -> None:
     """Tests on rows never touched before, beside the baselines, and writes all that a finished run holds."""
+    from safetensors.torch import save as pack
+
     from fieldguide.studio import pages
-    held = source.take(test)
-    watch.say(f"testing on {len(held)} rows that no step of training has seen")
-    chosen = Settings(**record["settings"])
-    outputs = collect(objective, task.batches(held, card), batch=max(64, chosen.batch), device=distributed.device())
+    task, held = plan.task, plan.source.take(plan.parts.test)
+    watch.say(f"testing on {len(held):,} examples that no step of training has seen")
+    outputs = collect(plan.objective, task.batches(held, plan.card), batch=max(64, plan.settings.batch),
+                      device=distributed.device())
     if distributed.rank() == 0:
         truth = task.truth(held)
         record["scores"] = {
             "test": task.score(outputs, truth), "intervals": intervals(task, outputs, truth),
             "baselines": [{"name": b.name, "what": b.what, "scores": task.score(b.outputs, truth)}
-                          for b in task.baselines(source.take(train), held)]}
+                          for b in task.baselines(plan.source.take(plan.parts.train), held)]}
         record["cost"] |= {"seconds": round(state.seconds, 2), "steps": state.step, "best_step": state.best_step,
                            "stopped": state.stopped, "peak_memory": peak_memory()}
-        from safetensors.torch import save as pack
-        for name in objective.keep:
-            content = pack(separate(getattr(objective, name).state_dict()), metadata={"format": "pt"})
+        for name in plan.objective.keep:
+            content = pack(separate(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
             write_atomically(path / f"{name}.safetensors", content)
         record["status"] = "done"
         write_record(path, record)
@@ -274,8 +316,11 @@ def with_batch(settings: Settings, rows: int) -> Settings:
 def resolve(settings: Settings, objective: Objective, batches: Batches, evaluated: int,
             watch: Any) -> tuple[Settings, float]:
     """Fills in precision, layout, steps and evaluations by timing real batches. Returns seconds a step too."""
-    part = settings.batch // (settings.accumulate * distributed.world())
-    index = np.arange(part)
+    each = steps_per_epoch(len(batches), settings.batch)
+    if settings.steps and settings.precision != "auto":             # nothing is left to decide
+        return settings.with_({"channels_last": bool(settings.channels_last), "evaluate": settings.evaluate or max(
+            1, min(settings.steps, max(each, -(-settings.steps // CHECKS))))}), float("nan")
+    index = np.arange(settings.batch // (settings.accumulate * distributed.world()))
     started = time.perf_counter()
     batch = batches.make(index, torch.Generator().manual_seed(0))
     making = time.perf_counter() - started
@@ -288,14 +333,14 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
     seconds = (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1
     watch.say("a step in " + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
               + f": {precision}{', channels-last' if last else ''}")
-    each = steps_per_epoch(len(batches), settings.batch)
     steps = settings.steps
     if steps is None:
         epochs = settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200))
-        checks = 40 * evaluated / settings.batch * step / 3             # forty evaluations, a third of a step each
-        affordable = max(1, int((60 * settings.minutes * BUDGET - checks) / seconds))
+        checks = CHECKS * evaluated / settings.batch * step / 3         # an evaluation costs a third of a step an example
+        limit = 60 * settings.minutes * BUDGET if settings.minutes else float("inf")
+        affordable = max(1, int(min((limit - checks) / seconds, 1e12)))
         steps = max(1, min(round(epochs * each), affordable))
-    evaluate = settings.evaluate or max(1, min(steps, max(each, -(-steps // 40))))
+    evaluate = settings.evaluate or max(1, min(steps, max(each, -(-steps // CHECKS))))
     return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), seconds
 
 

@@ -20,11 +20,12 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def example(card: Card, config: Any, batch: int = 1, length: int = 64, device: str = "meta") -> tuple:
-    """Inputs of the shapes that a network of this config takes, for measuring: zeros."""
+def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int = 224, device: str = "meta") -> tuple:
+    """Inputs of the shapes that a network of this config takes, for measuring: zeros. `length` tokens and `side`
+    pixels hold where the config leaves them open."""
     get = lambda word, default: getattr(config, card.names.get(word, word), default)       # noqa: E731
     if card.takes == "image":
-        side = get("image", 224)
+        side = get("image", side)
         return (torch.zeros(batch, get("channels", 3), side, side, device=device),)
     if card.takes == "tokens":
         length = min(length, get("length", length))
@@ -60,7 +61,7 @@ class RecurrentFlops:
 
 
 @functools.cache
-def multiply_adds(card_name: str, config: Any, length: int = 64) -> int:
+def multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224) -> int:
     """Multiply-adds of one forward pass of one example: half of the floating-point operations."""
     from fieldguide import registry
     card = registry.cards()[card_name]
@@ -68,7 +69,7 @@ def multiply_adds(card_name: str, config: Any, length: int = 64) -> int:
         model = card.make(config).eval()
     recurrent = RecurrentFlops(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*example(card, config, length=length))
+        model(*example(card, config, length=length, side=side))
     recurrent.remove()
     return (counter.get_total_flops() + recurrent.total) // 2
 

@@ -134,7 +134,7 @@ def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
     for metric in run.task.metrics:
         low, high = result["intervals"][metric.name]
         table.add_row(metric.name, metric.text(result["scores"][metric.name]), f"{metric.text(low)} to {metric.text(high)}")
-    console.print(f"{result['rows']:,} examples")
+    console.print(f"{result['rows']:,} examples" + (f" ({result['note']})" if result["note"] else ""))
     console.print(table)
 
 

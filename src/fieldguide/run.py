@@ -110,11 +110,18 @@ class Run:
         return [{"input": data.place(i), **answer} for i, answer in enumerate(answers)]
 
     def evaluate(self, source: Any) -> dict[str, Any]:
-        """Scores, with 95 % intervals, on data with known answers: {"rows", "scores", "intervals"}."""
-        data = self.task.read(listed(source), answered=True)
+        """Scores, with 95 % intervals, on data with known answers: {"rows", "scores", "intervals", "note"}.
+
+        Of the data that the run was trained on, only the rows of its test part are scored.
+        """
+        data, note = self.task.read(listed(source), answered=True), ""
+        if data.manifest.digest == self.record["data"]["digest"] and len(data) == self.record["data"]["rows"]:
+            with np.load(self.path / "splits.npz", allow_pickle=False) as splits:
+                data = data.take(splits["test"])
+            note = "the run was trained on this data: scored on the test part, which no step of training has seen"
         outputs, truth = self.outputs(data), self.task.truth(data)
         return {"rows": len(data), "scores": self.task.score(outputs, truth),
-                "intervals": intervals(self.task, outputs, truth)}
+                "intervals": intervals(self.task, outputs, truth), "note": note}
 
     def update(self, **changes: Any) -> None:
         """Lays changes over run.json and stores it."""

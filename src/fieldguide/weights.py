@@ -167,11 +167,11 @@ def _pickled(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         text = str(error) or type(error).__name__
-        reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()[0]
-        if "GLOBAL" in reason or "class" in reason:
-            raise WeightsError(f"{path} holds Python objects besides tensors ({reason}). Reading them could run "
-                               "any code, so it is not read. Where you trust the file, save its state_dict as "
+        if found := re.search(r"GLOBAL ([\w.]+)", text):
+            raise WeightsError(f"{path} holds a Python object besides tensors: {found[1]}. Reading it could run "
+                               "any code, so the file is not read. Where you trust it, save its state_dict as "
                                "safetensors and give that.") from None
+        reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()[0]
         raise WeightsError(f"{path} is damaged, cut short or no file of torch.save: {reason}") from None
 
 

@@ -103,7 +103,8 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
             config = configured(card, size, needs)
             with torch.device("meta"):
                 option.parameters = measure.parameters(card.make(config))
-            option.multiply_adds = measure.multiply_adds(card.name, config, int(facts.get("tokens") or 64))
+            option.multiply_adds = measure.multiply_adds(card.name, config, length=facts.get("tokens", 64),
+                                                          side=facts.get("side", 224))
         except (SettingsError, ValueError) as error:      # such as pictures too small for its pooling
             option.rejected = str(error)
             continue

@@ -18,7 +18,6 @@ from fieldguide.exhibits import Exhibit, Quote, Quotes
 from fieldguide.tasks.supervised import Labelled, discrete, settled
 from fieldguide.train.settings import Settings
 
-
 SAMPLE = 5000         # texts whose lengths decide how many tokens are read
 MOST = 512            # tokens at most
 

@@ -32,6 +32,7 @@ from fieldguide.train.precision import autocast, deterministic_kernels, place
 from fieldguide.train.settings import Settings
 
 LOGGED = 400      # lines of losses that a whole run writes, about
+LATE = 1.05       # times the minutes given is when a run that is slower than planned ends
 
 
 class Interrupted(TrainingError):
@@ -159,6 +160,10 @@ class Trainer:
                     self.save()
                     raise Interrupted(f"stopped after step {state.step} of {settings.steps}; all is saved. Go on with "
                                       f"`fieldguide fit --resume {self.folder}`.")
+                if settings.minutes and self.agreed(state.seconds > LATE * 60 * settings.minutes) and not state.stopped:
+                    state.stopped = f"{settings.minutes:g} minutes are over"
+                    if self.evaluate and state.step % settings.evaluate:
+                        self.score()
                 if time.monotonic() - saved > settings.checkpoint:
                     self.save()
                     saved = time.monotonic()

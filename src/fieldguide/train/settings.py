@@ -13,7 +13,7 @@ from fieldguide.errors import SettingsError, nearest
 class Settings:
     steps: int | None = None            # optimiser steps in all
     epochs: float | None = None         # passes over the training part, where `steps` is not given
-    minutes: float = 10.0               # training time that `steps` must fit into
+    minutes: float = 10.0               # training time, which ends a run that turns out slower; 0 = no limit
     batch: int | None = None            # examples a step, over all processes and accumulations
     accumulate: int = 1                 # parts that a batch is worked through in, to save memory
     optimizer: str = "adamw"            # adamw | sgd | muon

@@ -1,0 +1,28 @@
+"""What all tests share: quiet threads, a cache of samples, and small trained runs."""
+
+from __future__ import annotations
+
+import pytest
+
+import fieldguide
+
+
+@pytest.fixture(scope="session")
+def iris_run(tmp_path_factory):
+    """A small network trained on iris, in a run folder."""
+    return fieldguide.fit("iris", model="mlp-s", out=tmp_path_factory.mktemp("runs") / "iris",
+                          settings={"steps": 60, "precision": "float32"})
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """A small network trained on digits, in a run folder."""
+    return fieldguide.fit("digits", model="simplecnn", out=tmp_path_factory.mktemp("runs") / "digits",
+                          settings={"steps": 120, "precision": "float32"})
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory):
+    """A small network trained on sentences of documentation, in a run folder."""
+    return fieldguide.fit("docstrings", model="gru-s", out=tmp_path_factory.mktemp("runs") / "text",
+                          settings={"steps": 60, "precision": "float32", "task.length": 24})

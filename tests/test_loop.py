@@ -1,0 +1,268 @@
+"""The loop: accumulation, several phases, averages, optimisers, schedules, early stopping, and what is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fieldguide.data.batches import Batches, generator, in_order, plan, steps_per_epoch
+from fieldguide.errors import SettingsError, TrainingError
+from fieldguide.fitting import Silent
+from fieldguide.objectives import Adversarial, Classification, Objective, Phase, Regression, Supervised
+from fieldguide.train.ema import Average
+from fieldguide.train.loop import Trainer
+from fieldguide.train.optim import Muon, optimizers, orthogonal, schedule
+from fieldguide.train.settings import Settings, parse
+
+
+def line(count: int = 64) -> Batches:
+    """Points on a plane, without noise."""
+    x = torch.randn(count, 3, generator=torch.Generator().manual_seed(1))
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]])
+    return Batches(count, lambda index, _: {"vector": x[index], "target": y[index]})
+
+
+def regression() -> Supervised:
+    torch.manual_seed(0)
+    return Supervised(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)), ("vector",), Regression())
+
+
+def settled(**changes) -> Settings:
+    return Settings().with_({"steps": 20, "batch": 16, "evaluate": 5, "precision": "float32", "channels_last": False,
+                             "minutes": 0} | changes)
+
+
+def trainer(objective, batches=None, folder=None, evaluate=None, **changes) -> Trainer:
+    return Trainer(objective, batches or line(), settled(**changes), device=torch.device("cpu"), watch=Silent(),
+                   folder=folder, evaluate=evaluate)
+
+
+def weights(objective) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in objective.parameters()])
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
+    whole, parts = regression().double(), regression().double()
+    batches = line()
+    double = Batches(64, lambda i, g: {k: t.double() for k, t in batches.make(i, g).items()})
+    trainer(whole, double, optimizer="sgd", lr=0.1).train()
+    trainer(parts, double, optimizer="sgd", lr=0.1, accumulate=accumulate).train()
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_every_optimizer_learns(optimizer):
+    objective = regression()
+    trainer(objective, optimizer=optimizer, lr=0.03, steps=300, weight_decay=0.0).train()
+    batch = line().make(np.arange(64), None)
+    assert objective(batch)["loss"] < 0.1 < regression()(batch)["loss"]
+
+
+def test_muon_equals_torchs():
+    torch.manual_seed(0)
+    start, grads = torch.randn(6, 4), [torch.randn(6, 4) for _ in range(4)]
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = Muon([ours], lr=0.02, momentum=0.9, weight_decay=0.1)
+    peer = torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for grad in grads:
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        mine.step()
+        peer.step()
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)      # both iterate in bfloat16
+
+
+def test_muon_takes_kernels_as_matrices_and_makes_updates_orthogonal():
+    singular = torch.linalg.svdvals(orthogonal(torch.randn(3, 16, 40)).float())
+    assert (singular > 0.5).all() and (singular < 1.4).all()
+    kernel = nn.Parameter(torch.randn(8, 3, 3, 3))
+    before, kernel.grad = kernel.detach().clone(), torch.randn(8, 3, 3, 3)
+    Muon([kernel], lr=0.1).step()
+    singular = torch.linalg.svdvals((before - kernel.detach()).flatten(1))
+    assert singular.min() > 0.5 * singular.max()
+
+
+def test_vectors_and_embeddings_do_not_decay():
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    made = optimizers(net, net.named_parameters(), settled(weight_decay=0.5))
+    decay = {id(p): g["weight_decay"] for o in made for g in o.param_groups for p in g["params"]}
+    assert {n: decay[id(p)] for n, p in net.named_parameters()} == {
+        "0.weight": 0, "1.weight": 0.5, "1.bias": 0, "2.weight": 0, "2.bias": 0}
+
+
+def test_schedule_rises_then_falls():
+    s = settled(steps=100, warmup=0.1)
+    rates = [schedule(s, i) for i in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:])) and rates[-1] < 0.001
+    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
+
+
+def test_the_average_follows_the_weights_and_gives_them_back():
+    net = nn.Linear(2, 2)
+    first = net.weight.detach().clone()
+    average = Average(net, decay=0.9)
+    with torch.no_grad():
+        net.weight += 1
+    average.update(1000)
+    with average.applied():
+        torch.testing.assert_close(net.weight.detach(), first + 0.1)
+    torch.testing.assert_close(net.weight.detach(), first + 1)
+
+
+def test_the_best_weights_are_kept_and_training_stops():
+    objective, seen = regression(), []
+
+    def evaluate(o):
+        seen.append(weights(o))
+        return {"loss": abs(len(seen) - 3)}             # the third evaluation is best
+
+    t = trainer(objective, evaluate=evaluate, steps=1000, patience=4)
+    state = t.train()
+    assert state.best_step == 15 and state.step == 35 and "no better loss" in state.stopped
+    torch.testing.assert_close(weights(objective), seen[2])
+
+
+def test_two_phases_two_optimisers_the_guides_gan_on_digits():
+    """The generator learns to fool a critic: its pictures come to share the digits' mean and spread."""
+    from sklearn.datasets import load_digits
+
+    from fieldguide import create
+
+    digits = torch.from_numpy(load_digits().data).float() / 8 - 1
+    data = Batches(len(digits), lambda index, _: {"vector": digits[index]})
+    torch.manual_seed(0)
+    objective = Adversarial(create("simple-gan", img_dim=64, z_dim=16),
+                            create("simple-gan-discriminator", img_dim=64),
+                            noise=16)
+    batch = data.make(np.arange(512), None)
+
+    def far(o) -> float:
+        torch.manual_seed(1)
+        fake = o.outputs(batch)["samples"].detach()
+        return float((fake.mean(0) - digits.mean(0)).abs().mean() + (fake.std(0) - digits.std(0)).abs().mean())
+
+    before = far(objective)
+    t = trainer(objective, data, steps=600, batch=64, lr=5e-4, weight_decay=0.0)
+    t.train()
+    assert [r.phase.name for r in t.runners] == ["critic", "generator"]
+    assert far(objective) < 0.35 * before
+
+
+def test_a_phase_trains_its_own_parameters_only():
+    class Two(Objective):
+        phases = (Phase("first", ("model",), times=2), Phase("second", ("other",), settings=(("lr", 0.5),)))
+        keep = ("model", "other")
+
+        def __init__(self):
+            super().__init__()
+            self.model, self.other, self.frozen = nn.Linear(3, 1), nn.Linear(3, 1), nn.Linear(3, 3)
+            self.frozen.requires_grad_(False)
+            self.calls = []
+
+        def forward(self, batch, phase="first"):
+            self.calls.append((phase, self.model.weight.requires_grad, self.other.weight.requires_grad))
+            x = self.frozen(batch["vector"])
+            return {"loss": (self.model(x) - self.other(x)).square().mean()}
+
+    torch.manual_seed(0)
+    objective = Two()
+    frozen = objective.frozen.weight.clone()
+    t = trainer(objective, steps=1, warmup=0.0, optimizer="sgd", lr=0.1)
+    t.train()
+    assert objective.calls == [("first", True, False)] * 2 + [("second", False, True)]
+    assert torch.equal(objective.frozen.weight, frozen)
+    assert t.runners[1].lr == pytest.approx(0.5) and t.runners[0].lr == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("where", ["batch", "weights"])
+def test_a_loss_that_is_not_finite_stops_with_its_batch(where, tmp_path):
+    batches, objective = line(), regression()
+
+    def make(index, rng):
+        batch = batches.make(index, rng)
+        make.calls += 1
+        if where == "batch" and make.calls == 8:
+            batch["vector"] = batch["vector"].clone()
+            batch["vector"][3, 1] = float("nan")
+        return batch
+
+    make.calls = 0
+    t = trainer(objective, Batches(64, make), folder=tmp_path)
+    if where == "weights":
+        objective.model.register_forward_hook(lambda m, a, out: out * (float("inf") if make.calls == 8 else 1))
+    with pytest.raises(TrainingError, match=r"at step 7.*(NaN or infinity in vector|batch is finite)"):
+        t.train()
+    from safetensors.torch import load_file
+    kept = load_file(next(tmp_path.glob("nonfinite-step-7*.safetensors")))
+    assert kept["0.vector"].shape == (16, 3)
+    assert bool(kept["0.vector"].isnan().any()) == (where == "batch")
+    again = trainer(regression(), folder=tmp_path)
+    assert again.resume() and again.state.step == 7
+    assert weights(again.objective).isfinite().all()
+
+
+def test_every_epoch_is_a_fresh_shuffle_and_any_step_can_be_begun_at():
+    whole = list(plan(50, 8, seed=3, stop=30))
+    each = steps_per_epoch(50, 8)
+    first = np.concatenate([i for s, i in whole[:each]])
+    assert len(set(first)) == len(first) == each * 8
+    assert not np.array_equal(whole[0][1], whole[each][1])
+    for start in (1, 6, 7, 17, 29):
+        for (s, i), (t, j) in zip(plan(50, 8, seed=3, start=start, stop=30), whole[start:], strict=True):
+            assert s == t and np.array_equal(i, j)
+
+
+def test_batches_hold_similar_lengths():
+    lengths = np.random.default_rng(0).integers(1, 500, 2000)
+    batches = [i for _, i in plan(2000, 16, seed=0, lengths=lengths, stop=125)]
+    assert np.mean([np.ptp(lengths[i]) for i in batches]) < 0.2 * np.ptp(lengths)
+    assert len(set(np.concatenate(batches))) == 2000
+    order = [lengths[i].mean() for i in batches]
+    assert np.corrcoef(order[:-1], order[1:])[0, 1] < 0.5      # long ones do not come all at once
+
+
+def test_workers_make_the_same_batches():
+    from fieldguide.data.batches import training
+    batches = Batches(40, lambda index, rng: {"x": torch.rand(len(index), generator=rng) + torch.from_numpy(index)})
+    alone, helped = ([b["x"] for _, b in training(batches, batch=8, seed=1, start=2, stop=9, workers=w)] for w in (0, 2))
+    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_in_order_gives_every_example_once():
+    lengths = np.array([5, 1, 4, 2, 3])
+    batches = Batches(5, lambda index, _: {"x": torch.from_numpy(index)}, lengths)
+    got = list(in_order(batches, 2))
+    assert [lengths[i].tolist() for i, _ in got] == [[1, 2], [3, 4], [5]]
+    assert all(np.array_equal(i, b["x"].numpy()) for i, b in got)
+
+
+def test_generators_depend_on_all_their_numbers():
+    draw = lambda *n: torch.rand(1, generator=generator(*n)).item()      # noqa: E731
+    assert len({draw(0, 1), draw(1, 0), draw(0, 0), draw(0, 1, 0)}) >= 3 and draw(5, 7) == draw(5, 7)
+
+
+def test_members_of_an_ensemble_are_trained_on_the_mean_of_their_losses():
+    logits, target = torch.randn(5, 4, 3), torch.tensor([0, 2, 1, 1, 0])
+    loss = Classification(smoothing=0.1)
+    apart = torch.stack([loss(logits[:, k], target)["loss"] for k in range(4)]).mean()
+    torch.testing.assert_close(loss(logits, target)["loss"], apart)
+    torch.testing.assert_close(loss.outputs(logits)["probabilities"], logits.softmax(-1).mean(1))
+
+
+@pytest.mark.parametrize(("key", "value", "complaint"), [
+    ("lrr", 1, "Did you mean 'lr'"), ("lr", "fast", "not a float"), ("batch", 2.5, "not an integer"),
+    ("optimizer", "adam", "none of adamw"), ("batch", 0, "at least 1"), ("smoothing", 1.0, r"lie in \[0, 1\)"),
+    ("class_weights", "maybe", "not a bool")])
+def test_settings_that_cannot_work_are_refused(key, value, complaint):
+    with pytest.raises(SettingsError, match=complaint):
+        parse(key, value)
+
+
+def test_settings_are_read_from_text():
+    s = Settings().with_({"lr": "1e-2", "steps": "50", "class_weights": "true", "batch": "auto"})
+    assert (s.lr, s.steps, s.class_weights, s.batch) == (0.01, 50, True, None)
