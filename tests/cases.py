@@ -97,7 +97,7 @@ def packed(cell: type[nn.RNNBase]) -> Callable[[nn.Module], Peer]:
             for name, tensor in state.items():
                 if name.startswith("rnn."):
                     _, _, layer, direction, part = name.split(".")
-                    name = "rnn." + part.replace("_l0", f"_l{layer}") + ("_reverse" if direction == "1" else "")
+                    name = f"rnn.{part.replace('_l0', f'_l{layer}')}{'_reverse' * int(direction)}"
                 names[name] = tensor
             return names
         return PackedReader(cell, c.vocab, c.dim, c.hidden, c.depth, c.directions, c.classes), rename

@@ -123,7 +123,7 @@ def test_they_read_ours(library, tmp_path):
 
 
 def test_channels_last_is_close():
-    """Another memory layout picks other kernels, which add in another order: close, and its layout is kept."""
+    """Another memory layout picks other kernels, which add in another order. The layout is kept."""
     theirs, ours = pair("timm", "bottleneck")
     weights.load(ours, theirs.state_dict())
     x = torch.randn(2, 3, 48, 48)
@@ -164,6 +164,6 @@ def test_counts_are_torchvisions(name, parameters):
     with torch.device("meta"):
         theirs = getattr(torchvision.models, name)()
         ours = create(name)
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == parameters
+    assert [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)] == [parameters] * 2
     renamed = weights.translate(theirs.state_dict(), weights.tables(ours)["torchvision"])
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in ours.state_dict().items()}

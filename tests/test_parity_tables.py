@@ -46,7 +46,7 @@ def test_edges_start_at_the_quantiles_of_the_normal():
     block = PiecewiseLinear(2, 4, 3)
     expected = [-3.0, NormalDist().inv_cdf(0.25), 0.0, NormalDist().inv_cdf(0.75), 3.0]
     torch.testing.assert_close(block.edges, torch.tensor([expected, expected]))
-    assert (PiecewiseLinear(1, 2000, 1).edges.diff(dim=1) > 0).all()             # also where the tail passes 3
+    assert (PiecewiseLinear(1, 2000, 1).edges.diff(dim=1) > 0).all()     # also where the tail passes 3
     assert "edges" in block.state_dict()
     share = torch.histogram(torch.randn(20_000), torch.tensor(expected)).hist / 20_000
     torch.testing.assert_close(share, torch.full((4,), 0.25), rtol=0, atol=0.02)

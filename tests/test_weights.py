@@ -64,7 +64,7 @@ def test_translate_in_and_out():
     assert torch.equal(ours["blocks.0.attn.weight"], theirs["h.0.c_attn.weight"].T)
     assert torch.equal(ours["blocks.12.qkv.weight"][3:6], theirs["h.12.key.weight"])
     back = weights.translate(ours, TABLE, reverse=True)
-    theirs["layer3.10.norm.gamma"] = theirs.pop("layer3.10.norm.weight")         # the first row for a name counts
+    theirs["layer3.10.norm.gamma"] = theirs.pop("layer3.10.norm.weight")     # the first row counts
     assert equal(back, theirs)
 
 
@@ -87,7 +87,7 @@ def test_translate_lists_all_that_it_does_not_know():
         weights.translate({**theirs, "one": torch.zeros(1), "two.weight": torch.zeros(1)}, TABLE)
     text = str(error.value)
     assert "2 of 11 names" in text and "unknown: one" in text and "unknown: two.weight" in text
-    assert "blocks.12.qkv.bias is made of 3 tensors, the file has only h.12.query.bias, h.12.value.bias" in text
+    assert "blocks.12.qkv.bias is made of 3 tensors, the file has only h.12.query.bias, h.12.value" in text
 
 
 def test_two_names_for_one_tensor_must_agree():
@@ -172,10 +172,10 @@ class Harmful:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pickle_is_refused(zipped, tmp_path):
     torch.save({"model": Harmful()}, tmp_path / "m.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match=r"posix.system.*could run any code, so it is not read.*safetensors"):
+    with pytest.raises(WeightsError, match=r"system\. Reading it could run any code.*safetensors"):
         weights.read(tmp_path / "m.pth")
     torch.save(nn.Linear(2, 2), tmp_path / "m.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match="could run any code"):
+    with pytest.raises(WeightsError, match=r"torch\.nn\.modules\.linear\.Linear\. Reading it"):
         weights.read(tmp_path / "m.pth")
 
 
@@ -189,7 +189,7 @@ def test_damaged_files(name, tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:len(whole) // 2], b"", b"no weights at all", struct.pack("<Q", 1 << 40) + b"{}"):
         path.write_bytes(damaged)
-        with pytest.raises(WeightsError, match="damaged, cut short|is damaged or cut short"):
+        with pytest.raises(WeightsError, match=r"is damaged(,| or) cut short"):
             weights.read(path)
 
 
@@ -224,7 +224,8 @@ def test_all_misfits_in_one_error_and_nothing_is_changed():
         weights.load(model, tensors)
     text = str(error.value)
     assert "(names read as those of torchvision): 2 missing, 1 unknown, 2 misshaped" in text
-    assert "missing: stages.0.0.conv2.weight (8x8x3x3)" in text and "missing: stem.norm.running_mean (8)" in text
+    assert "missing: stages.0.0.conv2.weight (8x8x3x3)" in text
+    assert "missing: stem.norm.running_mean (8)" in text
     assert "unknown: layer1.0.convv2.weight" in text
     assert ("misshaped: stages.1.1.norm1.weight: 3 float32 in the checkpoint as layer2.1.bn1.weight, "
             "16 float32 in the network") in text
@@ -276,7 +277,7 @@ def test_origin_can_be_named_and_must_be_known():
     assert weights.load(model, public(resnet()), origin="torchvision") == []
     with pytest.raises(WeightsError, match=r"no origin 'torchvison'\. Did you mean 'torchvision'"):
         weights.load(model, public(resnet()), origin="torchvison")
-    with pytest.raises(WeightsError, match=r"no name in the checkpoint belongs to ResNet \(tried fieldguide, "):
+    with pytest.raises(WeightsError, match=r"no name in the checkpoint belongs to ResNet \(tried field"):
         weights.load(model, {"a": torch.zeros(1)})
     with pytest.raises(WeightsError, match="tried huggingface"):
         weights.load(model, public(resnet()), origin="huggingface")

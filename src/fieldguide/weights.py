@@ -168,9 +168,9 @@ def _pickled(path: Path) -> object:
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         text = str(error) or type(error).__name__
         if found := re.search(r"GLOBAL ([\w.]+)", text):
-            raise WeightsError(f"{path} holds a Python object besides tensors: {found[1]}. Reading it could run "
-                               "any code, so the file is not read. Where you trust it, save its state_dict as "
-                               "safetensors and give that.") from None
+            raise WeightsError(f"{path} holds a Python object besides tensors: {found[1]}. Reading it could "
+                               "run any code, so the file is not read. Where you trust it, save its "
+                               "state_dict as safetensors and give that.") from None
         reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()[0]
         raise WeightsError(f"{path} is damaged, cut short or no file of torch.save: {reason}") from None
 
