@@ -214,7 +214,7 @@ CASES = {
     "lenet5-1998": Case(inputs=image, peer=equations(references.lenet5), lr=3e-3),
     "lenet5-modern": Case(inputs=image, peer=equations(references.lenet5_modern), lr=3e-3),
     "resnet": Case(inputs=image, peer=huggingface_resnet, lr=1e-2),
-    "lstm-classifier": Case(inputs=tokens, peer=last_real),
+    "lstm-classifier": Case(inputs=tokens, peer=last_real, lr=3e-2),
     "rnn": Case(inputs=tokens, peer=packed(nn.RNN)),
     "lstm": Case(inputs=tokens, peer=packed(nn.LSTM)),
     "gru": Case(inputs=tokens, peer=packed(nn.GRU)),

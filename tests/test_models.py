@@ -16,8 +16,20 @@ from fieldguide import weights
 from fieldguide.card import Card
 from fieldguide.errors import SettingsError
 from fieldguide.registry import cards, create, find, names
+from fieldguide.train.settings import Settings
 
 EVERY = pytest.mark.parametrize("name", list(CASES))
+IMAGES, TOKENS = (pytest.mark.parametrize("name", [name for name in CASES if cards()[name].takes == takes])
+                  for takes in ("image", "tokens"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small lose more to waking threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def case(name: str) -> tuple[Card, Case]:
@@ -105,9 +117,9 @@ def test_sizes_have_the_published_parameters(size):
 
 @EVERY
 def test_recipe_names_known_settings(name):
-    known = {"lr", "weight_decay", "optimizer", "clip", "warmup", "label_smoothing", "ema"}
     recipe = cards()[name].recipe
-    assert recipe.keys() <= known and recipe.get("optimizer", "adamw") in ("adamw", "sgd", "muon")
+    settled = Settings().with_(recipe)                   # raises for what it does not know
+    assert all(getattr(settled, key) == value for key, value in recipe.items())
 
 
 @EVERY
@@ -125,11 +137,9 @@ def test_output_has_the_promised_shape(name):
             "vector": output.ndim == 2, "label": output.ndim in (2, 3)}[card.gives]
 
 
-@EVERY
+@IMAGES
 def test_image_networks_take_other_pictures(name):
     card, _ = case(name)
-    if card.takes != "image":
-        pytest.skip("takes no pictures")
     for channels, side in ((1, 28), (3, 32), (4, 45)):
         sizes = {"channels": channels, **({"image": side} if card.accepts("image") else {})}
         assert create(card.tiny, **sizes).eval()(torch.randn(2, channels, side, side)).isfinite().all()
@@ -188,11 +198,8 @@ def test_batch_equals_rows_alone(name):
         torch.testing.assert_close(model(*alone)[0], together[i], rtol=1e-9, atol=1e-11)
 
 
-@EVERY
+@TOKENS
 def test_padding_content_is_never_read(name):
-    card, _ = case(name)
-    if card.takes != "tokens":
-        pytest.skip("takes no padded rows")
     model, (tokens, mask) = tiny(name), batch(name)
     other = torch.where(mask, tokens, (tokens + 1) % 30)
     assert not torch.equal(other, tokens)
@@ -233,13 +240,13 @@ def test_learns_one_batch(name):
     inputs = batch(name, 8, torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), row.lr)
     losses = []
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         value = loss(card.gives, model(*inputs))
         value.backward()
         optimizer.step()
         losses.append(value.item())
-    assert sum(losses[-5:]) / 5 < 0.3 * losses[0], losses[::10]
+    assert sum(losses[-5:]) / 5 < 0.4 * losses[0], losses[::10]
 
 
 @EVERY
