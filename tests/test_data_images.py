@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import checks, digits, finding, refused, write
 from PIL import Image
 
+from damage import checks, digits, finding, refused, write
 from fieldguide import samples
 from fieldguide.data import images, read
 from fieldguide.errors import DataError
@@ -199,7 +199,7 @@ def test_damaged_pictures_are_named_when_loading(tmp_path):
 def test_table_of_paths(tmp_path):
     digits(tmp_path / "img", each=60)
     files = [f for c in "012" for f in sorted((tmp_path / "img" / c).iterdir())]
-    rows = ["file,kind"] + [f"img/{f.parent.name}/{f.name},{'zero one two'.split()[int(f.parent.name)]}" for f in files]
+    rows = ["file,kind"] + [f"img/{f.parent.name}/{f.name},{['zero', 'one', 'two'][int(f.parent.name)]}" for f in files]
     rows[9] = "img/0/lost.png,zero"
     data = read(write(tmp_path / "t.csv", rows))
     assert data.columns["file"].kind == "image" and data.target.name == "kind" and len(data) == 179

@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from damage import digits
 from sklearn.preprocessing import QuantileTransformer
 
+from damage import digits
 from fieldguide.data import Column, read, split
 from fieldguide.data.prepare import Labels, Pictures, Standard, TablePreparer, Text, suggest_side
 from fieldguide.data.prepare.text import suggest_length, suggest_size

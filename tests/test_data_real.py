@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from damage import checks, finding
 
+from damage import checks, finding
 from fieldguide.data import read, split
 
 FOLDER = Path(os.environ.get("FIELDGUIDE_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -8,8 +8,8 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from damage import checks, finding, lines, refused, write
 
+from damage import checks, finding, lines, refused, write
 from fieldguide.data import Column, read
 from fieldguide.errors import DataError
 
@@ -300,7 +300,7 @@ def test_objects_in_memory():
 
 
 def test_labelled_lines(tmp_path):
-    rows = [f"{'DESC NUM LOC'.split()[i % 3]} what is thing number {i} ?" for i in range(60)]
+    rows = [f"{['DESC', 'NUM', 'LOC'][i % 3]} what is thing number {i} ?" for i in range(60)]
     path = write(tmp_path / "questions.txt", rows)
     data = read(path)
     assert data.target.name == "label" and data.target.distinct == 3 and data.columns["text"].kind == "text"

@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from damage import checks, digits, finding, lines, refused, write
 from PIL import Image
 
+from damage import checks, digits, finding, lines, refused, write
 from fieldguide.data import BadData, Finding, enforce, read
 
 

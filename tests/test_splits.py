@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from damage import digits, lines, write
 
+from damage import digits, lines, write
 from fieldguide.data import read, split
 from fieldguide.errors import DataError
 

@@ -103,20 +103,21 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
         mark = delimiter(raw)
     rows = cells(raw, name, mark)
     findings: list[Finding] = []
-    rows = rows.with_columns(line_numbers(rows, raw))
-    value_names = [c for c in rows.columns if c != LINE]
-    empty = rows.select(pl.all_horizontal(pl.col(value_names).is_null())).to_series()
-    if len(value_names) > 1 and empty.any():
+    lines = line_numbers(rows, raw)
+    width, empty = rows.width, blank(rows.get_columns())
+    # Put together without expressions: those would bring the chunks into line, a copy of the whole table.
+    rows = pl.DataFrame([*rows.get_columns(), lines])
+    if width > 1 and empty.any():
         rows = rows.filter(~empty)
         if int(empty.sum()) > 1 or not raw.endswith(b"\n\n"):
             findings.append(Finding("empty-lines", "note", f"empty lines left out of {name}", (), int(empty.sum())))
-    first = ["" if v is None else v.strip() for v in rows.select(value_names).row(0)]
-    has = header if header is not None else has_header(rows.select(value_names), first, names)
+    first = ["" if v is None else v.strip() for v in rows.row(0)[:width]]
+    has = header if header is not None else has_header(rows[1:1001].drop(LINE), first, names)
     if has:
         columns, rows = first, rows[1:]
         check_names(columns, name, int(rows[LINE][0]) - 1 if rows.height else 1)
     else:
-        columns = headerless(len(value_names), names, target)
+        columns = headerless(width, names, target)
         if header is None:
             findings.append(Finding(
                 "no-header", "warning", f"{name}: the first line looks like data, so the columns are named "
@@ -124,7 +125,7 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
                 "Write a line of column names on top, or say header=True if it is one."))
     if rows.height == 0:
         raise DataError(f"{name}: column names but no rows.")
-    rows = rows.rename(dict(zip(value_names, columns)))
+    rows.columns = [*columns, LINE]
     return Table(rows, findings)
 
 
@@ -138,10 +139,21 @@ def cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
     # be one fewer than columns on every line.
     quoted = b'"' in raw
     inside = sum(rows[c].str.count_matches(mark, literal=True).sum() for c in rows.columns) if quoted else 0
-    blank = rows.select(pl.all_horizontal(pl.all().is_null())).to_series().sum() if rows.width > 1 else 0
     marks = raw.count(mark.encode()) - inside
-    full = ((rows.width - 1) * rows.height, (rows.width - 1) * (rows.height - blank))
-    return rows if marks in full else slow_cells(raw, name, mark)
+    each = rows.width - 1
+    if marks != each * rows.height and marks != each * (rows.height - int(blank(rows.get_columns()).sum())):
+        return slow_cells(raw, name, mark)
+    return rows
+
+
+def blank(columns: list[pl.Series]) -> pl.Series:
+    """Which rows have no values at all. Column by column: an expression over all would copy the table."""
+    empty = pl.repeat(True, columns[0].len(), eager=True)
+    for column in columns:
+        if not empty.any():
+            break
+        empty = empty & column.is_null()
+    return empty
 
 
 def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
@@ -178,16 +190,17 @@ def line_numbers(rows: pl.DataFrame, raw: bytes) -> pl.Series:
     first = pl.Series(LINE, range(1, rows.height + 1), dtype=pl.Int64)
     if b'"' not in raw:
         return first
-    breaks = rows.select(pl.sum_horizontal(pl.all().str.count_matches("\n", literal=True).fill_null(0)))
-    return (first + breaks.to_series().cast(pl.Int64).cum_sum().shift(1, fill_value=0)).rename(LINE)
+    breaks = pl.repeat(0, rows.height, dtype=pl.Int64, eager=True)
+    for column in rows.get_columns():
+        breaks = breaks + column.str.count_matches("\n", literal=True).fill_null(0).cast(pl.Int64)
+    return (first + breaks.cum_sum().shift(1, fill_value=0)).rename(LINE)
 
 
-def has_header(rows: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> bool:
+def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> bool:
     """Is the first line names? Not if it has numbers where the columns have, or values that come again."""
     if names:
         known = sum(f in names for f in first)
         return known > 0 or not len(names) - 1 <= len(first) <= len(names)
-    body = rows[1:1001]
     if body.height == 0:
         return not any(is_number(f) for f in first)
     votes = []
@@ -198,8 +211,7 @@ def has_header(rows: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> 
             votes.append(is_number(value) or value.lower() in MISSING[1:])
     if votes:
         return not all(votes)
-    seen = [v in set(body[c].str.strip_chars().drop_nulls()) for v, c in zip(first, body.columns)]
-    return not any(seen)
+    return not any(v in set(body[c].str.strip_chars().drop_nulls()) for v, c in zip(first, body.columns))
 
 
 def headerless(width: int, names: tuple[str, ...], target: str | None) -> list[str]:

@@ -21,6 +21,7 @@ LEAK = 0.99                # a single feature that tells so much of the target i
 LINEAR = 0.9999            # ... or, for an amount, one that is so correlated with it
 ENOUGH = 50                # rows below which a perfect feature may be chance
 BINS = 64
+SAMPLE = 20_000            # rows that leaks are looked for in
 
 
 class BadData(DataError):
@@ -155,6 +156,8 @@ def leaks(data: Data) -> Iterator[Finding]:
     if column is None or len(data) < ENOUGH:
         return
     others = [c for c in data.features("number", "category", "boolean") if c.distinct > 1]
+    if len(data) > SAMPLE:
+        data = data.take(np.random.default_rng(0).choice(len(data), SAMPLE, replace=False))
     for feature in others:
         told = correlation(data, feature, column) if column.kind == "number" else mapping(data, feature, column)
         if told:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data import doctor, images, kinds, source, symptoms
+from fieldguide.data import csvtext, doctor, images, kinds, source, symptoms
 from fieldguide.data.dataset import (
     BOOKKEEPING,
     CHANNELS,
@@ -187,7 +187,7 @@ class Reading:
     def type_columns(self, overrides: dict[str, Kind], roles: dict[str, Any]) -> dict[str, Column]:
         """Type one column after the other, letting go of its text: memory holds the table about once."""
         rows, columns, self.typed = self.raw.rows, {}, []
-        self.raw.rows = rows.select([c for c in rows.columns if c in BOOKKEEPING])
+        self.raw.rows = pl.DataFrame([rows[c] for c in rows.columns if c in BOOKKEEPING])
         values = []
         for name in self.names:
             role = roles.get(name, "feature")
@@ -294,8 +294,7 @@ class Reading:
         features = [c.name for c in self.data.features()]
         if not features or self.options.labels_optional:
             return
-        empty = self.data.rows.select(pl.all_horizontal(pl.col(features).is_null())).to_series().to_numpy()
-        empty = empty & ~self.bad
+        empty = csvtext.blank([self.data.rows[c] for c in features]).to_numpy() & ~self.bad
         if empty.any() and not empty.all():
             count = int(empty.sum())
             self.find("empty-input", "warning", "rows with nothing to learn from: every feature is missing",

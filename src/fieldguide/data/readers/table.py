@@ -68,7 +68,7 @@ def one(path: Path, root: Path, options: Options) -> Raw:
     else:
         content, findings = csvtext.decode(content, name)
         rows = json_lines(content, name)
-    rows = rows.with_columns(pl.lit(0, pl.Int32).alias(FILE))
+    rows.insert_column(rows.width, pl.repeat(0, rows.height, dtype=pl.Int32, eager=True).alias(FILE))
     return Raw(rows, [FileEntry(name, *entry, rows=rows.height)], root, findings)
 
 
