@@ -1,4 +1,5 @@
-"""Pictures: damaged ones are found and named, odd ones are read as they look, and nothing is left out in silence."""
+"""Pictures: damaged ones are found and named, odd ones are read as they look, and nothing is left out in
+silence."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def test_folder_of_classes(tmp_path):
     assert all(os.path.isabs(p) and os.path.exists(p) for p in data.rows["image"])
     assert data.rows["#width"].unique().to_list() == [8] and data.rows["#channels"].unique().to_list() == [1]
     assert data.place(0).startswith("0/") and len(data.manifest.files) == 120
-    assert data.manifest.summary() | {"digest": ""} == {"root": str(tmp_path), "files": 120, "rows": 120, "dropped": 0,
-                                                        "bytes": data.manifest.summary()["bytes"], "digest": ""}
+    summary = data.manifest.summary()
+    assert [summary[k] for k in ("root", "files", "rows", "dropped")] == [str(tmp_path), 120, 120, 0]
 
 
 def test_splits_nesting_and_what_is_ignored(tmp_path):
@@ -128,7 +129,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     assert finding(data, "too-many-pixels").places == ("0/bomb.png (9000 x 11000)",) and len(data) == 180
     with pytest.raises(DataError, match="9000 x 11000 pixels"):
         images.load([tmp_path / "0" / "bomb.png"], 8)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)            # Pillow's own limit, an error of its own
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # Pillow's own limit, an error of its own
     assert finding(read(tmp_path), "too-many-pixels").count == 1
 
 
@@ -150,13 +151,15 @@ def test_modes_are_counted_and_look_right(tmp_path):
     exif[0x0112] = 6
     photo(b / "turned.jpg", exif=exif)
     data = read(tmp_path)
-    assert {"deep-image", "transparent-image", "cmyk-image", "animated-image", "rotated-image"} <= checks(data)
+    assert {"deep-image", "transparent-image", "cmyk-image", "animated-image",
+            "rotated-image"} <= checks(data)
     assert finding(data, "deep-image").places == ("b/deep.png",)
     size = {Path(r["image"]).name: (r["#width"], r["#height"]) for r in data.rows.to_dicts()}
     assert size["turned.jpg"] == (30, 40) and size["0.png"] == (40, 30)
     load = {p.name: images.load([p], 8, 3)[0].numpy() for p in b.iterdir()}
     assert abs(load["deep.png"][0].astype(int) - deep // 257).max() <= 1
-    assert load["clear.png"][:, 0, 0].tolist() == [0, 0, 255] and load["clear.png"][:, 5, 5].tolist() == [255] * 3
+    assert load["clear.png"][:, 0, 0].tolist() == [0, 0, 255]
+    assert load["clear.png"][:, 5, 5].tolist() == [255, 255, 255]
     assert (load["moving.gif"] == 10).all()
     upright = np.asarray(Image.open(b / "turned.jpg").rotate(-90, expand=True).convert("RGB"))
     assert np.abs(images.load([b / "turned.jpg"], 30, fit="crop")[0].numpy().transpose(1, 2, 0).astype(int)
@@ -173,15 +176,15 @@ def test_loading_gives_the_same_pixels():
     assert images.load(paths, 16, 3).shape == (50, 3, 16, 16)
 
 
-@pytest.mark.parametrize(("fit", "left", "middle"), [("crop", 10, 100), ("pad", 255, 100), ("stretch", 0, 100)])
-def test_fitting_of_wide_and_tall_pictures(tmp_path, fit, left, middle):
+@pytest.mark.parametrize(("fit", "left"), [("crop", 10), ("pad", 255), ("stretch", 0)])
+def test_fitting_of_wide_and_tall_pictures(tmp_path, fit, left):
     image = np.full((10, 30), 10, dtype=np.uint8)
     image[:, 10:20] = 100
     image[:, :3] = 0
     Image.fromarray(image).save(tmp_path / "wide.png")
     Image.fromarray(image.T).save(tmp_path / "tall.png")
     wide, tall = images.load([tmp_path / "wide.png", tmp_path / "tall.png"], 10, 1, fit=fit)[:, 0].numpy()
-    assert np.array_equal(wide, tall.T) and abs(int(wide[5, 5]) - middle) <= 6
+    assert np.array_equal(wide, tall.T) and abs(int(wide[5, 5]) - 100) <= 6
     if fit == "crop":
         assert (wide[:, 1:9] == 100).all()
     else:
@@ -199,7 +202,8 @@ def test_damaged_pictures_are_named_when_loading(tmp_path):
 def test_table_of_paths(tmp_path):
     digits(tmp_path / "img", each=60)
     files = [f for c in "012" for f in sorted((tmp_path / "img" / c).iterdir())]
-    rows = ["file,kind"] + [f"img/{f.parent.name}/{f.name},{['zero', 'one', 'two'][int(f.parent.name)]}" for f in files]
+    rows = ["file,kind"] + [f"img/{f.parent.name}/{f.name},{['zero', 'one', 'two'][int(f.parent.name)]}"
+                            for f in files]
     rows[9] = "img/0/lost.png,zero"
     data = read(write(tmp_path / "t.csv", rows))
     assert data.columns["file"].kind == "image" and data.target.name == "kind" and len(data) == 179

@@ -1,4 +1,5 @@
-"""Preparing: learnt on training rows only, the same after a round trip through JSON, and sane on what is new."""
+"""Preparing: learnt on training rows only, the same after a round trip through JSON, and sane on what is
+new."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def test_numbers_become_standard_normals():
     data = read("breast-cancer")
     train = data.rows[split(data).train]
     numbers, codes = TablePreparer.learn(train, data.features()).apply(train)
-    assert numbers.shape == (len(train), 30) and numbers.dtype == np.float32 and codes.shape == (len(train), 0)
+    assert numbers.shape == (len(train), 30) and numbers.dtype == np.float32
+    assert codes.shape == (len(train), 0)
     assert np.abs(numbers.mean(0)).max() < 0.1 and np.abs(numbers.std(0) - 1).max() < 0.3
     assert np.abs(numbers).max() < 5.3
 
@@ -35,16 +37,18 @@ def test_numbers_become_standard_normals():
 def test_numbers_agree_with_scikit_learn():
     x = np.random.default_rng(0).gamma(2, size=3000)
     x[:300] = 1.5                                                  # ties in the middle
-    preparer, data = learn({"x": x})
+    preparer, _ = learn({"x": x})
     new = np.linspace(-1, x.max() + 1, 500)
-    theirs = QuantileTransformer(n_quantiles=100, output_distribution="normal", subsample=None).fit(x[:, None])
+    theirs = QuantileTransformer(n_quantiles=100, output_distribution="normal",
+                                 subsample=None).fit(x[:, None])
     ours = preparer.apply(pl.DataFrame({"x": new}))[0][:, 0]
     assert np.abs(ours - theirs.transform(new[:, None])[:, 0]).max() < 1e-4
     assert len(preparer.numbers[0].quantiles) == 100
 
 
 def test_a_value_that_fills_the_lower_half_is_not_extreme():
-    """Where scikit-learn puts a tied minimum at -5.2, the middle of its probabilities is used here as elsewhere."""
+    """Where scikit-learn puts a tied minimum at -5.2, the middle of its probabilities is used here as
+    elsewhere."""
     x = np.maximum(np.random.default_rng(0).normal(size=2000), 0)
     numbers, _ = learn({"x": x})[0].apply(pl.DataFrame({"x": x}))
     assert -1 < numbers.min() < -0.5
@@ -55,14 +59,16 @@ def test_missing_unseen_and_json():
     x = [None if i % 10 == 0 else i * 0.37 for i in range(n)]
     c = [None if i % 7 == 0 else "uvw"[i % 3] for i in range(n)]
     preparer, data = learn({"x": x, "c": c, "b": [i % 3 == 0 for i in range(n)], "d": ["k", "l"] * (n // 2)})
-    assert [(f.column, f.part) for f in preparer.categories] == [("x", "missing"), ("c", "value"), ("b", "value"),
+    assert [(f.column, f.part) for f in preparer.categories] == [("x", "missing"), ("c", "value"),
+                                                                 ("b", "value"),
                                                                  ("d", "value")]
     assert preparer.cardinalities == [3, 5, 3, 3] and preparer.width == 1 + 2 + 4 + 2 + 2
     new = pl.DataFrame({"x": [None, 30.0], "c": ["new", None], "b": [None, True], "d": [None, "l"]})
     numbers, codes = preparer.apply(new)
-    assert numbers[0, 0] == 0 and codes.tolist() == [[2, 0, 0, 0], [1, 4, 2, 2]] and preparer.unseen == {"c": 1}
+    assert numbers[0, 0] == 0 and codes.tolist() == [[2, 0, 0, 0], [1, 4, 2, 2]]
+    assert preparer.unseen == {"c": 1}
     flat = preparer.vector(new)
-    assert flat.shape == (2, 11) and flat.dtype == np.float32 and flat[0, 1:].sum() == 1 and flat[1, 1:].sum() == 4
+    assert flat.shape == (2, 11) and flat.dtype == np.float32 and flat[:, 1:].sum(1).tolist() == [1, 4]
     again = TablePreparer.from_json(json.loads(json.dumps(preparer.to_json(), allow_nan=False)))
     assert np.array_equal(again.vector(data.rows), preparer.vector(data.rows))
     assert again.numbers == preparer.numbers and again.categories == preparer.categories
@@ -84,16 +90,18 @@ def test_constant_and_rare():
     constant = TablePreparer.learn(data.rows[:100], data.features())
     assert [f.column for f in constant.numbers] == []                     # constant in these rows
     town = next(f for f in preparer.categories if f.column == "town")
-    assert len(town.values) == 40 and preparer.unseen == {}                # 20 names that are there once: code 0
+    assert len(town.values) == 40 and preparer.unseen == {}  # 20 names that are there once: code 0
     codes = preparer.apply(data.rows)[1][:, 0]
     assert (codes[280:] == 0).all() and (codes[:280] > 0).all() and preparer.unseen == {"town": 20}
 
 
 def test_dates():
     when = [dt.datetime(2023, 1, 1) + dt.timedelta(days=i) for i in range(400)]
-    preparer, data = learn({"day": when, "time": [w + dt.timedelta(hours=i % 24) for i, w in enumerate(when)]})
+    times = [w + dt.timedelta(hours=i % 24) for i, w in enumerate(when)]
+    preparer, data = learn({"day": when, "time": times})
     parts = [(f.column, f.part) for f in preparer.numbers]
-    assert parts == [("day", "time"), ("day", "year-sin"), ("day", "year-cos"), ("time", "time"), ("time", "year-sin"),
+    assert parts == [("day", "time"), ("day", "year-sin"), ("day", "year-cos"), ("time", "time"),
+                     ("time", "year-sin"),
                      ("time", "year-cos"), ("time", "hour-sin"), ("time", "hour-cos")]
     numbers, codes = preparer.apply(data.rows)
     assert np.isfinite(numbers).all() and preparer.cardinalities == [8, 8]
@@ -160,8 +168,9 @@ def test_learning_text_is_deterministic():
 
 
 def test_sizes_of_text():
-    assert [suggest_size(n) for n in (0, 10_000, 270_000, 26_000_000, 10**10)] == [512, 512, 2048, 16384, 32768]
-    assert suggest_length([3, 4, 5, 90]) == 80 and suggest_length([5000] * 9) == 512 and suggest_length([1]) == 8
+    sizes = [suggest_size(n) for n in (0, 10_000, 270_000, 26_000_000, 10**10)]
+    assert sizes == [512, 512, 2048, 16384, 32768]
+    assert [suggest_length(s) for s in ([3, 4, 5, 90], [5000] * 9, [1])] == [80, 512, 8]
 
 
 def test_given_tokenizer_that_is_none(tmp_path):
@@ -185,7 +194,8 @@ def test_pictures(tmp_path):
 
 
 def test_suggested_side():
-    assert [suggest_side([s] * 5, [s + 10] * 5) for s in (5, 8, 28, 32, 50, 100, 500)] == [8, 8, 28, 32, 48, 96, 224]
+    sides = [suggest_side([s] * 5, [s + 10] * 5) for s in (5, 8, 28, 32, 50, 100, 500)]
+    assert sides == [8, 8, 28, 32, 48, 96, 224]
 
 
 def test_columns_of_other_kinds_are_passed_over():

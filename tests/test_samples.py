@@ -56,7 +56,7 @@ def test_made_once_in_the_cache_folder(tmp_path, monkeypatch):
     assert first == tmp_path / "fieldguide" / "samples" / "iris-v1" / "data.csv"
     before = first.stat().st_mtime_ns
     assert samples.path("iris") == first and first.stat().st_mtime_ns == before
-    assert [p.name for p in first.parent.parent.iterdir()] == ["iris-v1"]          # no half-made folder is left
+    assert [p.name for p in first.parent.parent.iterdir()] == ["iris-v1"]  # no half-made folder is left
 
 
 def test_a_maker_that_fails_leaves_nothing(tmp_path, monkeypatch):

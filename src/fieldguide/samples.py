@@ -27,8 +27,8 @@ LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars"
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample: what it is, the task it is for, its licence, where it is from. `made`: our code derives it from
-    something that was not a data set."""
+    """A sample: what it is, the task it is for, its licence, where it is from. `made`: our code derives it
+    from something that was not a data set."""
 
     name: str
     task: str
@@ -128,8 +128,8 @@ def paragraphs(folder: Path) -> Iterator[str]:
 
     In an order that is neither the alphabet's nor the file system's, so that the first few are a fair choice.
     """
-    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "ensurepip", "externals",
-            "_inductor", "_dynamo", "onnx"}
+    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "ensurepip",
+            "externals", "_inductor", "_dynamo", "onnx"}
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")]
     for name in sorted((f for f in files if not skip & set(f.split("/"))), key=digest):
         source = (folder / name).read_bytes()
@@ -164,8 +164,8 @@ def write(file: Path, names: list[str], rows: Iterator[list[str]]) -> None:
 BSD = "as distributed with scikit-learn (BSD-3-Clause)"
 SAMPLES: dict[str, Sample] = {s.name: s for s in (
     Sample("digits", "image-classification", "1,797 handwritten digits, 8 x 8 grey pixels, 10 classes", BSD,
-           "scikit-learn load_digits (UCI optical recognition of handwritten digits, test part)", False, "label",
-           digits),
+           "scikit-learn load_digits (UCI optical recognition of handwritten digits, test part)", False,
+           "label", digits),
     Sample("iris", "tabular-classification", "150 irises, 4 measurements, 3 species", BSD,
            "scikit-learn load_iris (Fisher 1936)", False, "species", classes("load_iris", "species")),
     Sample("wine", "tabular-classification", "178 wines, 13 chemical measurements, 3 growers", BSD,
@@ -174,12 +174,12 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
            BSD,
            "scikit-learn load_breast_cancer (UCI, Wisconsin)", False, "diagnosis",
            classes("load_breast_cancer", "diagnosis")),
-    Sample("diabetes", "tabular-regression", "442 patients, 10 measurements, progression of the disease in a year",
+    Sample("diabetes", "tabular-regression", "442 patients, 10 measurements, course of the disease in a year",
            BSD,
            "scikit-learn load_diabetes, unscaled (Efron et al. 2004)", False, "progression", diabetes),
     Sample("docstrings", "text-classification",
-           f"about {EACH * len(LIBRARIES):,} sentences of documentation: of which of {len(LIBRARIES)} libraries? "
-           "Differs a little with the installed versions",
+           f"about {EACH * len(LIBRARIES):,} sentences of documentation: of which of {len(LIBRARIES)} "
+           "libraries? Differs a little with the installed versions",
            "each library's own; made on your machine, not distributed",
            "docstrings in the installed sources of " + ", ".join(LIBRARIES), True, "library", docstrings),
 )}

@@ -39,8 +39,8 @@ def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
                                 "Save the file again as UTF-8.") from error
             break
     if (at := raw.find(b"\0")) >= 0:
-        raise DataError(f"{name}:{line_at(raw, at)}: a NUL byte (byte {at}), which text never has. The file is "
-                        "binary or damaged, or is UTF-16 without its mark: save it again as UTF-8.")
+        raise DataError(f"{name}:{line_at(raw, at)}: a NUL byte (byte {at}), which text never has. The file "
+                        "is binary or damaged, or is UTF-16 without its mark: save it again as UTF-8.")
     at = first_not_utf8(raw)
     if at is None:
         return raw, []
@@ -49,8 +49,8 @@ def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
     except UnicodeDecodeError:
         text, encoding = raw.decode("latin-1"), "Latin-1"
     return text.encode(), [Finding(
-        "encoding", "warning", f"{name} is not UTF-8: read as {encoding}", (f"{name}:{line_at(raw, at)}, the first",),
-        1, "Look at accented letters, or save it as UTF-8.")]
+        "encoding", "warning", f"{name} is not UTF-8: read as {encoding}",
+        (f"{name}:{line_at(raw, at)}, the first",), 1, "Look at accented letters, or save it as UTF-8.")]
 
 
 def line_at(raw: bytes, at: int) -> int:
@@ -110,7 +110,8 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     if width > 1 and empty.any():
         rows = rows.filter(~empty)
         if int(empty.sum()) > 1 or not raw.endswith(b"\n\n"):
-            findings.append(Finding("empty-lines", "note", f"empty lines left out of {name}", (), int(empty.sum())))
+            count = int(empty.sum())
+            findings.append(Finding("empty-lines", "note", f"empty lines left out of {name}", (), count))
     first = ["" if v is None else v.strip() for v in rows.row(0)[:width]]
     has = header if header is not None else has_header(rows[1:1001].drop(LINE), first, names)
     if has:
@@ -180,8 +181,8 @@ def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
                         "inside a quoted cell.") from error
     if wrong:
         places = ", ".join(f"{name}:{l} has {n}" for l, n in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-        raise DataError(f"{name}: {len(wrong)} of {len(out) + len(wrong)} lines do not have {width} cells like "
-                        f"the first: {places}. Quote cells that hold {mark!r}, or fill in the missing cells.")
+        raise DataError(f"{name}: {len(wrong)} of {len(out) + len(wrong)} lines do not have {width} cells "
+                        f"like the first: {places}. Quote cells that hold {mark!r}, or fill in the missing cells.")
     return pl.DataFrame(out, schema={f"c{i}": pl.String for i in range(width)}, orient="row")
 
 

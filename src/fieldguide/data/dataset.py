@@ -90,7 +90,7 @@ class Manifest:
 
 @dataclass
 class Data:
-    """Examples as a table (`rows`), their schema (`columns`), where they are from and what is wrong with them.
+    """Examples as a table (`rows`), their schema (`columns`), where they are from, what is wrong with them.
 
     `splits`, where the source names them (folders train/ val/ test/, or a split column), holds "train", "val"
     or "test" for each row; else it is None and `fieldguide.data.splits` makes them.

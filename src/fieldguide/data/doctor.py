@@ -1,7 +1,7 @@
 """The doctor: what is wrong with data, where, how often, what to do. Nothing is dropped without a finding.
 
-`check` looks at data that has been read; what only reading can see (encodings, corrupt pictures, values that do
-not fit) is in the same form, from `symptoms` and the readers. `enforce` makes one error of what is too bad.
+`check` looks at data that has been read; what only reading can see (encodings, corrupt pictures, values
+that do not fit) comes in the same form from `symptoms` and the readers. `enforce` makes one error of it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def enforce(findings: Sequence[Finding], rows: int, allow_bad: bool = False,
     head = f"{source}: the data cannot be used as it is."
     if too_many:
         share = 100 * unusable / max(rows, 1)
-        head += (f" {unusable:,} of {rows:,} examples are unusable ({share:.1f} %; up to {100 * TOLERATED:.0f} % "
-                 "would be left out and reported). Mend them, or leave them all out with allow_bad=True.")
+        head += (f" {unusable:,} of {rows:,} examples are unusable ({share:.1f} %; up to "
+                 f"{100 * TOLERATED:.0f} % would be left out and reported). Mend them, or leave them "
+                 "all out with allow_bad=True.")
     lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed, 1)]
     raise BadData("\n".join([head, *lines]), findings)
 
@@ -63,11 +64,11 @@ def columns(data: Data) -> Iterator[Finding]:
     for column in data.columns.values():
         where = (f"column {column.name!r}",)
         if column.missing == len(data) and column.role != "target":
-            yield Finding("all-missing", "warning", f"column {column.name!r} has no values; it is ignored", where, 1,
-                          "Fill it or remove it.")
+            yield Finding("all-missing", "warning", f"column {column.name!r} has no values; it is ignored",
+                          where, 1, "Fill it or remove it.")
         elif column.role == "ignored":
-            yield Finding(f"{column.kind}-column", "note", f"column {column.name!r} is ignored: {column.why}", where,
-                          1, f"To use it, say what it holds: kinds={{{column.name!r}: ...}}.")
+            yield Finding(f"{column.kind}-column", "note", f"column {column.name!r} is ignored: {column.why}",
+                          where, 1, f"To use it, say what it holds: kinds={{{column.name!r}: ...}}.")
     if not data.features():
         yield Finding("no-features", "error", "no column is left to learn from", (), 1,
                       "Every column is the target, constant, empty or an identifier: look at the notes.")
@@ -82,7 +83,8 @@ def target(data: Data) -> Iterator[Finding]:
     counts = values.value_counts(sort=True).sort(column.name)
     names, seen = counts[column.name].to_list(), counts["count"].to_numpy()
     if len(names) == 1:
-        yield Finding("single-class", "error", f"the target {column.name!r} is {names[0]!r} on every row", where, 1,
+        yield Finding("single-class", "error", f"the target {column.name!r} is {names[0]!r} on every row",
+                      where, 1,
                       "There is nothing to learn: is it the right column?")
     if column.kind != "category":
         return
@@ -91,16 +93,18 @@ def target(data: Data) -> Iterator[Finding]:
                       f"{len(data):,} rows", where, 1, "Is it the right column? An amount needs numbers.")
     single = [n for n, s in zip(names, seen) if s == 1]
     if single and len(names) > 1:
-        rows = values.is_in(single[:SHOWN]).to_numpy() if values.len() == len(data) else np.zeros(0, dtype=bool)
+        rows = data.rows[column.name].is_in(single[:SHOWN]).fill_null(False).to_numpy()
         shown = ", ".join(repr(n) for n in single[:SHOWN])
-        yield Finding("class-of-one", "warning", f"classes with a single example ({shown}): it can be learnt or "
-                      "tested, not both", places(data, rows), len(single), "Add examples or merge classes.")
+        yield Finding("class-of-one", "warning", f"classes with a single example ({shown}): one can "
+                      "be learnt or tested, not both", places(data, rows), len(single),
+                      "Add examples or merge classes.")
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(simplified(str(name)), []).append(str(name))
     for same in (a for a in alike.values() if len(a) > 1):
-        yield Finding("class-names-alike", "warning", "classes whose names differ by case, blanks or a full stop "
-                      f"only: {', '.join(map(repr, same))}", where, len(same), "Spell them alike if they are one.")
+        yield Finding("class-names-alike", "warning", "classes whose names differ only by case, "
+                      f"blanks or a full stop: {', '.join(map(repr, same))}", where, len(same),
+                      "Spell them alike if they are one.")
 
 
 def duplicates(data: Data) -> Iterator[Finding]:
@@ -127,16 +131,19 @@ def duplicates(data: Data) -> Iterator[Finding]:
         over = np.flatnonzero((data.splits != "train") & train[same])
         if over.size:
             pairs = tuple(f"{data.place(int(i))} = {data.place(int(source[same[i]]))}" for i in over[:SHOWN])
-            yield Finding("duplicate-across-splits", "warning", f"{what} of val or test that are in train too: "
+            yield Finding("duplicate-across-splits", "warning",
+                          f"{what} of val or test that are in train too: "
                           "scores will be too good", pairs, int(over.size), "Remove them from one side.")
     yield from conflicts(data, same, order, first, what)
     extra = int(rows.size - heads.size)
-    pairs = tuple(f"{data.place(int(i))} = {data.place(int(first[same[i]]))}" for i in order if i != first[same[i]])
-    yield Finding("duplicate", "note", f"{what} that are there before with the same input; a split keeps them on "
-                  "one side", pairs[:SHOWN], extra)
+    pairs = tuple(f"{data.place(int(i))} = {data.place(int(first[same[i]]))}" for i in order
+                  if i != first[same[i]])
+    yield Finding("duplicate", "note", f"{what} that are there before with the same input; a split keeps "
+                  "them on one side", pairs[:SHOWN], extra)
 
 
-def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray, what: str) -> Iterator[Finding]:
+def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray,
+              what: str) -> Iterator[Finding]:
     column = data.target
     if column is None or column.kind not in ("category", "boolean"):
         return
@@ -159,10 +166,12 @@ def leaks(data: Data) -> Iterator[Finding]:
     if len(data) > SAMPLE:
         data = data.take(np.random.default_rng(0).choice(len(data), SAMPLE, replace=False))
     for feature in others:
-        told = correlation(data, feature, column) if column.kind == "number" else mapping(data, feature, column)
+        tell = correlation if column.kind == "number" else mapping
+        told = tell(data, feature, column)
         if told:
             exact = told == "exactly" and len(others) > 1
-            yield Finding("leak", "error" if exact else "warning", f"column {feature.name!r} tells the target "
+            yield Finding("leak", "error" if exact else "warning",
+                          f"column {feature.name!r} tells the target "
                           f"{column.name!r} {told}", (f"column {feature.name!r}",), 1,
                           f"If it is not known before the target is, remove it, or ignore it with "
                           f"kinds={{{feature.name!r}: 'identifier'}}.")
@@ -170,11 +179,12 @@ def leaks(data: Data) -> Iterator[Finding]:
         if column.kind != "category":
             continue
         text, label = pl.col(feature.name).str.to_lowercase(), pl.col(column.name).str.to_lowercase()
-        found = data.rows.select(text.str.contains(label, literal=True) & (label.str.len_chars() >= 3)).to_series()
+        named = text.str.contains(label, literal=True) & (label.str.len_chars() >= 3)
+        found = data.rows.select(named).to_series()
         if (found.mean() or 0) > 0.5:
-            yield Finding("label-in-text", "note", f"{100 * found.mean():.0f} % of the texts in {feature.name!r} "
-                          "contain the name of their class", places(data, found.fill_null(False).to_numpy()),
-                          int(found.sum()), "Is the class known when the text is?")
+            yield Finding("label-in-text", "note", f"{100 * found.mean():.0f} % of the texts in "
+                          f"{feature.name!r} contain the name of their class",
+                          places(data, found.fill_null(False).to_numpy()), int(found.sum()), "Is the class known when the text is?")
 
 
 def correlation(data: Data, feature: Column, column: Column) -> str:
@@ -197,7 +207,8 @@ def mapping(data: Data, feature: Column, column: Column) -> str:
         codes = np.searchsorted(cuts, x)
     else:
         codes = np.unique(values.rank("dense").fill_null(0).to_numpy(), return_inverse=True)[1]
-    classes = np.unique(data.rows[column.name].cast(pl.String).fill_null("").to_numpy(), return_inverse=True)[1]
+    labels = data.rows[column.name].cast(pl.String).fill_null("").to_numpy()
+    classes = np.unique(labels, return_inverse=True)[1]
     mixed = np.random.default_rng(0).permutation(len(data))
     learn, tried = mixed[::2], mixed[1::2]
     counted = pl.DataFrame({"x": codes[learn], "y": classes[learn]}).group_by("x", "y").len()

@@ -1,7 +1,7 @@
 """Pictures: full checking and loading with Pillow, in threads (it decodes without Python's lock).
 
-What a network sees: pictures turned as their EXIF says; transparency over white; 16-bit and float greys scaled
-by their range; CMYK and palettes as RGB; the first frame of an animation. `check` counts each of these.
+What a network sees: pictures turned as their EXIF says; transparency over white; 16-bit and float greys
+scaled by their range; CMYK and palettes as RGB; the first frame of an animation. `check` notes each.
 """
 
 from __future__ import annotations

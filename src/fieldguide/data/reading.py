@@ -37,11 +37,11 @@ def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | 
          labels_optional: bool = False) -> Data:
     """Read a table, a folder of pictures or texts, a data frame, or a sample by its name, and check it.
 
-    `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one whose
-    rows must stay on one side of a split; `time` one to split by. `kinds` overrules what columns hold. `schema`
-    (from a trained model) applies known columns exactly: the target may then be absent. With `labels_optional`
-    (to predict), rows are kept that have no target or no values. `header` says whether a CSV's first line is
-    names; None looks.
+    `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one
+    whose rows must stay on one side of a split; `time` one to split by. `kinds` overrules what columns hold.
+    `schema` (from a trained model) applies known columns exactly: the target may then be absent. With
+    `labels_optional` (to predict), rows are kept that have no target or no values. `header` says whether a
+    CSV's first line is names; None looks.
 
     Raises DataError, listing every problem with its places and remedy, if the data cannot be used, or if over
     1 % of the examples cannot and `allow_bad` is False. What is dropped below that the manifest counts.
@@ -226,7 +226,8 @@ class Reading:
         files = self.data.manifest.files
         own = FILE not in rows.columns                           # a folder of pictures: a file a row
         root = self.raw.root.absolute()
-        entries = [FileEntry(source.relative(Path(p), root), seen[p].bytes, seen[p].sha256, rows=1 if own else 0)
+        entries = [FileEntry(source.relative(Path(p), root), seen[p].bytes, seen[p].sha256,
+                             rows=1 if own else 0)
                    for p in unique]
         if own:
             index = {p: i + len(files) for i, p in enumerate(unique)}
@@ -247,7 +248,7 @@ class Reading:
             self.findings += symptoms.of_values(self.data, typed)
 
     def merge_class_names(self) -> None:
-        """Splits may spell classes differently ("<=50K." for "<=50K"): bring them to the training spelling."""
+        """Splits may spell classes differently ("<=50K." for "<=50K"): spell them as train does."""
         data, target = self.data, self.data.target
         if target is None or data.splits is None or target.kind != "category":
             return
@@ -267,13 +268,15 @@ class Reading:
             target.distinct = data.rows[target.name].drop_nulls().n_unique()
             shown = ", ".join(f"{a!r} as {b!r}" for a, b in list(same.items())[:5])
             target.why = f"the target has {target.distinct} classes"
-            self.find("class-spelling", "warning", f"rows whose class is spelt otherwise than in train: read {shown}",
+            self.find("class-spelling", "warning",
+                      f"rows whose class is spelt otherwise than in train: read {shown}",
                       symptoms.places(data, rows.to_list()), len(rows), "Spell them alike.")
         unknown = values.is_in([o for o in other if o not in same]).fill_null(False).to_numpy()
         new = unknown & ~self.bad
         if new.any():
             names = ", ".join(repr(o) for o in other if o not in same)
-            self.find("class-not-in-train", "warning", f"rows of classes that train does not have: {names[:200]}",
+            self.find("class-not-in-train", "warning",
+                      f"rows of classes that train does not have: {names[:200]}",
                       symptoms.places(data, new), int(new.sum()), "Add examples to train, or remove these.",
                       int(new.sum()))
             self.bad |= unknown

@@ -25,10 +25,10 @@ class Splits:
 def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | None = None) -> Splits:
     """Split rows. Splits that the source names are kept; those it lacks are made from its training rows.
 
-    `test` and `validation` are shares of the rows to split; validation is by default 10 to 20 %, more for little
-    data. A column of role `time` puts the latest rows into test. Rows of one `group`, and rows that are equal
-    in all features, are never on two sides. Otherwise classes keep their shares on every side, and a class with
-    two rows or more is always in train.
+    `test` and `validation` are shares of the rows to split; validation is by default 10 to 20 %, more for
+    little data. A column of role `time` puts the latest rows into test. Rows of one `group`, and rows that
+    are equal in all features, are never on two sides. Otherwise classes keep their shares on every side, and
+    a class with two rows or more is always in train.
     Raises DataError if there are too few rows to split.
     """
     n = len(data)
@@ -81,9 +81,9 @@ def _choose(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndar
 
 
 def _systematic(codes: np.ndarray, sizes: np.ndarray, want: int, random: np.random.Generator) -> np.ndarray:
-    """Which blocks to take for about `want` rows: every k-th of them, sorted by class and size, else shuffled.
+    """Which blocks to take for about `want` rows: every k-th, sorted by class and size, else shuffled.
 
-    So every class and every size of block gives its share. One block of each class stays behind, for training.
+    So every class and every size of block gives its share. One block of each class is kept for training.
     """
     order = np.lexsort((random.random(sizes.size), sizes, codes))
     last = np.r_[np.diff(codes[order]) != 0, True]

@@ -19,14 +19,15 @@ PICTURE_PROBLEMS = {       # slug: what, remedy
     "unreadable-file": ("files that may not be read", "Change their permissions."),
     "not-an-image": ("files that are no pictures", "Remove them."),
     "corrupt-image": ("corrupt pictures", "Copy them again or remove them."),
-    "truncated-image": ("truncated pictures: the end of the file is missing", "Copy them again or remove them."),
-    "too-many-pixels": (f"pictures of more than {PIXELS:,} pixels, which are refused (a small file can be made "
-                        "to fill the memory)", "Scale them down or remove them."),
+    "truncated-image": ("truncated pictures: the end of the file is missing",
+                        "Copy them again or remove them."),
+    "too-many-pixels": (f"pictures of more than {PIXELS:,} pixels, which are refused (a small file can be "
+                        "made to fill the memory)", "Scale them down or remove them."),
 }
 PICTURE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {       # trait: slug, severity, what, remedy
-    "wrong-extension": ("wrong-extension", "warning", "files whose name says another format than their content, "
-                        "which is used", "Rename them."),
-    "deep": ("deep-image", "note", "pictures of 16 or 32 bits a pixel are scaled to 8 bits by their range", ""),
+    "wrong-extension": ("wrong-extension", "warning", "files whose name says another format than their "
+                        "content, which is used", "Rename them."),
+    "deep": ("deep-image", "note", "pictures of 16 or 32 bits are scaled to 8 bits by their range", ""),
     "transparent": ("transparent-image", "note", "transparent pictures are laid over white", ""),
     "cmyk": ("cmyk-image", "note", "CMYK pictures are converted to RGB", ""),
     "animated": ("animated-image", "note", "animations: only the first frame is used", ""),
@@ -69,8 +70,8 @@ def of_values(data: Data, typed: Typed) -> list[Finding]:
         shown = ", ".join(repr(v[:30]) for v, _ in common)
         findings.append(Finding(
             "mixed-types", "warning", f"values of column {name!r} (of {typed.expected:,}) that are no "
-            f"{typed.column.kind} as the others are: {shown}; they become missing", places(data, typed.misfits),
-            len(typed.misfits), f"Mend them, or say kinds={{{name!r}: 'category'}}."))
+            f"{typed.column.kind} as the others are: {shown}; they become missing",
+            places(data, typed.misfits), len(typed.misfits), f"Mend them, or say kinds={{{name!r}: 'category'}}."))
     if typed.infinite:
         findings.append(Finding(
             "infinite", "warning", f"infinite values in column {name!r}; they become missing",

@@ -1,4 +1,4 @@
-"""Preparing: from typed columns to what a network reads. Learnt on training rows only, saved as plain JSON."""
+"""Preparing: from typed columns to what a network reads. Learnt on training rows, saved as plain JSON."""
 
 from fieldguide.data.prepare.labels import Labels, Standard
 from fieldguide.data.prepare.pictures import Pictures, suggest_side

@@ -26,7 +26,7 @@ def suggest_side(widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np
 
 @dataclass(frozen=True)
 class Pictures:
-    """How pictures become tensors: S pixels a side, 1 or 3 channels, and of each `mean` and `std` (of 0 to 1)."""
+    """How pictures become tensors: S pixels a side, 1 or 3 channels, `mean` and `std` of each (0 to 1)."""
 
     side: int
     channels: int = 3

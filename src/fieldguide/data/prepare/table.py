@@ -56,8 +56,8 @@ class TablePreparer:
 
     @classmethod
     def learn(cls, rows: pl.DataFrame, columns: Iterable[Column]) -> TablePreparer:
-        """Learn from training rows. Passed over are columns that are constant in them, and columns that are no
-        number, boolean, category or date."""
+        """Learn from training rows. Passed over are columns that are constant in them, and columns of other
+        kinds than number, boolean, category and date."""
         numbers: list[Number] = []
         categories: list[Category] = []
         for column in columns:

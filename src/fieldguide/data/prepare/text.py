@@ -1,4 +1,4 @@
-"""Text: a byte-level BPE tokenizer learnt on the training texts, so no character is unknown; or a given one."""
+"""Text: a byte-level BPE tokenizer learnt on training texts, so no character is unknown; or a given one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENOUGH = 20_000_000        # characters; more teach the tokenizer nothing and ta
 
 
 class Text:
-    """Texts as token indices below `size`, padded with `pad`; a text without tokens is the token `unknown`."""
+    """Texts as token indices below `size`, padded with `pad`; an empty text is the one token `unknown`."""
 
     def __init__(self, tokenizer: Tokenizer, *, lower: bool = False, learnt_on: int = 0) -> None:
         self.tokenizer, self.lower, self.learnt_on = tokenizer, lower, learnt_on

@@ -1,4 +1,4 @@
-"""Folders of pictures: a folder a class, maybe below train/ val/ test/; or without classes; or one picture."""
+"""Folders of pictures: one for each class, maybe below train/ val/ test/; or no classes; or one picture."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fieldguide.data.source import IGNORED, SPLITS, Options, Raw, relative, visi
 from fieldguide.errors import DataError
 
 NAME = "pictures"
-UNDERSTANDS = ("pictures: a folder with a folder of pictures for each class, maybe below train, val and test; "
-               "to predict, also a folder of pictures or one picture")
+UNDERSTANDS = ("pictures: a folder with a folder of pictures for each class, maybe below train, val and "
+               "test; to predict, also a folder of pictures or one picture")
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -139,8 +139,8 @@ def table(found: list[tuple[Path, str | None, str | None]], root: Path, findings
     if not found:
         raise DataError(f"{root}: no {thing} in it." + "".join(f"\n  - {f}" for f in findings))
     if not any(labels) and not options.labels_optional and not options.names:
-        raise DataError(f"{root}: {len(found)} {thing} without classes. To learn, put them in one folder for each "
-                        "class; to predict, a model is needed.")
+        raise DataError(f"{root}: {len(found)} {thing} without classes. To learn, put them in one folder for "
+                        "each class; to predict, a model is needed.")
     orphans = [p for p, label, _ in found if label is None]
     if any(labels) and orphans and not options.labels_optional:
         findings = [*findings, Finding("no-class", "warning", f"{thing} outside of any class folder",

@@ -45,8 +45,8 @@ def load(source: Path, options: Options) -> Raw:
     named = {p: split_of(p.name) for p in files}
     if None in named.values() or len(set(named.values())) < len(files):
         listed = ", ".join(p.name for p in files)
-        raise DataError(f"{source}: holds several tables ({listed}). Name the one to read, or name them train, "
-                        "val and test, one file each.")
+        raise DataError(f"{source}: holds several tables ({listed}). Name the one to read, or name them "
+                        "train, val and test, one file each.")
     return join([(one(p, source, options), str(s)) for p, s in named.items()], source)
 
 
@@ -126,8 +126,8 @@ def join(parts: list[tuple[Raw, str]], root: Path) -> Raw:
         other = [c for c in raw.rows.columns if c not in (FILE, LINE)]
         if set(other) != set(names):
             lacks, extra = sorted(set(names) - set(other)), sorted(set(other) - set(names))
-            raise DataError(f"{raw.files[0].path} and {first.files[0].path} have different columns: the first "
-                            f"lacks {lacks or 'none'} and has {extra or 'none'} besides.")
+            raise DataError(f"{raw.files[0].path} and {first.files[0].path} have different columns: the "
+                            f"first lacks {lacks or 'none'} and has {extra or 'none'} besides.")
     tables = [raw.rows.with_columns(pl.lit(i, pl.Int32).alias(FILE)).select([*names, FILE, LINE])
               for i, (raw, _) in enumerate(parts)]
     rows = pl.concat(tables, how="vertical_relaxed")
