@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import fieldguide
+
+# The networks of tests are small: a second thread costs more than it brings, and the tests run side by side.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fieldguide.data.batches import Batches, generator, in_order, plan, steps_per_epoch
+from fieldguide.data.batches import Batches, generator, in_order, mix, plan, steps_per_epoch
 from fieldguide.errors import SettingsError, TrainingError
 from fieldguide.fitting import Silent
 from fieldguide.objectives import Adversarial, Classification, Objective, Phase, Regression, Supervised
@@ -98,7 +98,7 @@ def test_schedule_rises_then_falls():
     s = settled(steps=100, warmup=0.1)
     rates = [schedule(s, i) for i in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:])) and rates[-1] < 0.001
+    assert np.all(np.diff(rates[10:]) <= 0) and rates[-1] < 0.001
     assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
 
 
@@ -127,30 +127,55 @@ def test_the_best_weights_are_kept_and_training_stops():
     torch.testing.assert_close(weights(objective), seen[2])
 
 
-def test_two_phases_two_optimisers_the_guides_gan_on_digits():
-    """The generator learns to fool a critic: its pictures come to share the digits' mean and spread."""
-    from sklearn.datasets import load_digits
-
+def gan() -> Adversarial:
     from fieldguide import create
-
-    digits = torch.from_numpy(load_digits().data).float() / 8 - 1
-    data = Batches(len(digits), lambda index, _: {"vector": digits[index]})
     torch.manual_seed(0)
-    objective = Adversarial(create("simple-gan", img_dim=64, z_dim=16),
-                            create("simple-gan-discriminator", img_dim=64),
-                            noise=16)
+    return Adversarial(create("simple-gan", img_dim=64, z_dim=16), create("simple-gan-discriminator", img_dim=64),
+                       noise=16)
+
+
+def digits() -> tuple[torch.Tensor, Batches]:
+    from sklearn.datasets import load_digits
+    x = torch.from_numpy(load_digits().data).float() / 8 - 1
+    return x, Batches(len(x), lambda index, _: {"vector": x[index]})
+
+
+def test_two_phases_equal_a_gan_trained_by_hand():
+    """The guide's GAN in the loop, and in a plain loop with two optimisers: the same weights, step for step."""
+    pixels, data = digits()
+    ours, theirs = gan(), gan()
+    trainer(ours, data, steps=12, batch=32, lr=1e-3, schedule="constant", warmup=0.0, clip=0, weight_decay=0.0).train()
+    bce, adam = nn.functional.binary_cross_entropy, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0}
+    critic, generator_ = (torch.optim.AdamW(m.parameters(), **adam) for m in (theirs.critic, theirs.model))
+    for step, index in plan(len(pixels), 32, seed=0, stop=12):
+        torch.manual_seed(mix(0, step, 0))
+        real, one, zero = pixels[index], torch.ones(32, 1), torch.zeros(32, 1)
+        fake = theirs.model(torch.randn(32, 16))
+        critic.zero_grad()
+        (bce(theirs.critic(real), one) + bce(theirs.critic(fake.detach()), zero)).backward()
+        critic.step()
+        generator_.zero_grad()
+        bce(theirs.critic(theirs.model(torch.randn(32, 16))), one).backward()
+        generator_.step()
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-6)
+
+
+def test_the_guides_gan_learns_digits():
+    """The generated pictures come to share the mean and the spread of the real ones."""
+    pixels, data = digits()
+    objective = gan()
     batch = data.make(np.arange(512), None)
 
-    def far(o) -> float:
+    def gap() -> float:
         torch.manual_seed(1)
-        fake = o.outputs(batch)["samples"].detach()
-        return float((fake.mean(0) - digits.mean(0)).abs().mean() + (fake.std(0) - digits.std(0)).abs().mean())
+        fake = objective.outputs(batch)["samples"].detach()
+        return float((fake.mean(0) - pixels.mean(0)).abs().mean() + (fake.std(0) - pixels.std(0)).abs().mean())
 
-    before = far(objective)
-    t = trainer(objective, data, steps=600, batch=64, lr=5e-4, weight_decay=0.0)
+    before = gap()
+    t = trainer(objective, data, steps=600, batch=64, lr=2e-4, weight_decay=0.0, clip=0, schedule="constant")
     t.train()
     assert [r.phase.name for r in t.runners] == ["critic", "generator"]
-    assert far(objective) < 0.35 * before
+    assert gap() < 0.75 * before
 
 
 def test_a_phase_trains_its_own_parameters_only():

@@ -47,5 +47,4 @@ class Objective(nn.Module):
     def phase_parameters(self, phase: Phase) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that a phase trains."""
         for attribute in phase.trains:
-            for name, parameter in getattr(self, attribute).named_parameters(prefix=attribute):
-                yield name, parameter
+            yield from getattr(self, attribute).named_parameters(prefix=attribute)

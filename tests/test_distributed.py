@@ -1,0 +1,44 @@
+"""Two processes under torchrun train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def torchrun(processes: int, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                           str(processes), *arguments], capture_output=True, text=True, timeout=400, cwd=HERE,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", ["plain", "gan"])
+def test_gradients_of_two_processes_equal_those_of_one(kind, tmp_path):
+    """Eight SGD steps in float64: any difference between gradients would be a difference between weights."""
+    for processes in (1, 2):
+        torchrun(processes, str(HERE / "distributed_worker.py"), str(tmp_path / f"{processes}.pt"), kind)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    assert (one["world"], two["world"]) == (1, 2)
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-9, atol=1e-11)
+
+
+def test_fit_under_torchrun_scores_like_one_process(tmp_path, digits_run):
+    out = tmp_path / "two"
+    said = torchrun(2, "-m", "fieldguide", "fit", "digits", "--model", "simplecnn", "--set", "steps=120", "--set",
+                    "precision=float32", "--out", str(out))
+    record = json.loads((out / "run.json").read_text())
+    assert record["cost"]["processes"] == 2 and record["status"] == "done"
+    low, high = digits_run.record["scores"]["intervals"]["accuracy"]
+    assert low - 0.02 <= record["scores"]["test"]["accuracy"] <= high + 0.02
+    assert said.count("To beat:") == 1                       # one process speaks
+    assert (out / "report.html").exists()
