@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 import torch
-from test_loop import digits, gan, line, regression, trainer, weights
 
 from fieldguide.train import distributed
+from test_loop import digits, gan, line, regression, trainer, weights
 
 
 def main(path: str, kind: str) -> None:
