@@ -182,9 +182,10 @@ def leaks(data: Data) -> Iterator[Finding]:
         named = text.str.contains(label, literal=True) & (label.str.len_chars() >= 3)
         found = data.rows.select(named).to_series()
         if (found.mean() or 0) > 0.5:
-            yield Finding("label-in-text", "note", f"{100 * found.mean():.0f} % of the texts in "
-                          f"{feature.name!r} contain the name of their class",
-                          places(data, found.fill_null(False).to_numpy()), int(found.sum()), "Is the class known when the text is?")
+            rows = found.fill_null(False).to_numpy()
+            yield Finding("label-in-text", "note", f"{100 * found.mean():.0f} % of the texts in {feature.name!r} have "
+                          "the name of their class in them", places(data, rows), int(found.sum()),
+                          "Is the class known when the text is?")
 
 
 def correlation(data: Data, feature: Column, column: Column) -> str:
