@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import math
 import operator
 import tomllib
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from fieldguide.errors import SettingsError
 EPOCHS = 8            # a network that cannot see the data this often in the time given is ruled out
 EFFICIENCY = 0.15     # of the machine's matrix-product speed that training small networks reaches, about
 BYTES = 16            # a parameter in training: weight, gradient, two moments, in float32
+PARAMETERS = 200      # for each training example, that a network trained from nothing should have, about
 COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
 
 
@@ -112,14 +114,14 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
             if holds(rule["when"], facts) and speaks_of(rule, card):
                 option.points += rule["points"]
                 (option.reasons if rule["points"] > 0 else option.against).append(f"{rule['because']} [{rule['source']}]")
-        size_up(option, card, facts, speed, minutes, machine)
+        size_up(option, facts, speed, minutes, machine)
     if model != "auto":
         return named(options, model)
     ranked = sorted(options, key=lambda o: (-o.points, o.parameters))
     return Advice([o for o in ranked if not o.rejected], [o for o in ranked if o.rejected])
 
 
-def size_up(option: Option, card: Card, facts: Mapping[str, Any], speed: float, minutes: float,
+def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: float,
             machine: Mapping[str, Any]) -> None:
     """Rules out what cannot fit or finish, and prefers sizes in proportion to the data."""
     seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed      # backward costs twice forward
@@ -129,11 +131,12 @@ def size_up(option: Option, card: Card, facts: Mapping[str, Any], speed: float, 
     elif seconds > 60 * minutes:
         option.rejected = (f"{EPOCHS} passes over the data would take about {seconds / 60:.0f} minutes of the "
                            f"{minutes:g} given")
-    order = list(card.sizes).index(option.name)
-    if order:
-        option.points -= 0.25 * order
-        option.against.append("start small and scale up only if the scores ask for it "
-                              "[guide, FAQ 'How do I choose the right model size']")
+    # Ten times too large or too small for the data costs half a point.
+    wanted = min(max(PARAMETERS * facts["rows"], 1e5), 1e8)
+    option.points -= 0.5 * abs(math.log10(option.parameters / wanted))
+    if option.parameters > 10 * wanted:
+        option.against.append(f"{option.parameters:,} parameters are many for {facts['rows']:,} examples "
+                              "[guide, FAQ 'How do I choose the right model size': start small]")
 
 
 def named(options: list[Option], model: str) -> Advice:
