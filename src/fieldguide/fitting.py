@@ -212,18 +212,33 @@ def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
                    evaluate=evaluate, metric=(metric.name, metric.better))
 
 
+def train(plan: Plan, loop: Trainer) -> State:
+    """Trains, then calibrates on the validation part."""
+    state = loop.train()
+    rows = plan.source.take(plan.parts.validation)
+    plan.task.calibrate(answer(plan, rows), plan.task.truth(rows))
+    return state
+
+
 def train_and_test(path: Path, record: dict[str, Any], plan: Plan, watch: Any, resume: bool) -> Run:
     loop = trainer(plan, watch, path)
     if resume and loop.resume():
         watch.say(f"resumed at step {loop.state.step} of {plan.settings.steps}")
     watch.begins(plan.settings, loop.state.step)
-    state = loop.train()
+    state = train(plan, loop)
     if state.stopped:
         watch.say(f"stopped at step {state.step}: {state.stopped}")
     finish(path, record, plan, state, watch)
     run = open_run(path)
     watch.ends(run)
     return run
+
+
+def answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
+    """The trained network's outputs, in float32: the same on every machine."""
+    outputs = collect(plan.objective, plan.task.batches(rows, plan.card), batch=max(64, plan.settings.batch),
+                      device=distributed.device())
+    return plan.task.adjust(outputs)
 
 
 def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: Any) -> None:
@@ -233,8 +248,7 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     from fieldguide.studio import pages
     task, held = plan.task, plan.source.take(plan.parts.test)
     watch.say(f"testing on {len(held):,} examples that no step of training has seen")
-    outputs = collect(plan.objective, task.batches(held, plan.card), batch=max(64, plan.settings.batch),
-                      device=distributed.device())
+    outputs = answer(plan, held)
     if distributed.rank() == 0:
         truth = task.truth(held)
         record["scores"] = {
@@ -246,6 +260,7 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
         for name in plan.objective.keep:
             content = pack(separate(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
             write_atomically(path / f"{name}.safetensors", content)
+        task.save(path / "preprocess")
         record["status"] = "done"
         write_record(path, record)
         pages.write(open_run(path), task.exhibits(held, outputs, truth))

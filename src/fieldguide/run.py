@@ -96,8 +96,9 @@ class Run:
 
     def outputs(self, data: Data, watch=lambda done: None) -> dict[str, np.ndarray]:
         batches = self.task.batches(data, self.card)
-        return collect(self.objective, batches, batch=max(64, self.settings.batch or 64), device=distributed.device(),
-                       watch=watch)
+        outputs = collect(self.objective, batches, batch=max(64, self.settings.batch or 64),
+                          device=distributed.device(), watch=watch)
+        return self.task.adjust(outputs)
 
     def predict(self, inputs: Any, watch=lambda done: None) -> list[dict[str, Any]]:
         """One record for each raw input: where it came from, then what the task says of it.

@@ -111,6 +111,13 @@ class Task:
         """Every metric of `metrics`."""
         raise NotImplementedError
 
+    def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
+        """Learns, from the trained network's outputs on validation rows, what `adjust` shall do."""
+
+    def adjust(self, outputs: Arrays) -> Arrays:
+        """Outputs as they are scored and answered: what a network says, corrected for how it is wont to say it."""
+        return outputs
+
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         """One record an example: what a person or a program wants to know."""
         raise NotImplementedError

@@ -135,13 +135,13 @@ class ImageClassification(Labelled):
         return file.getvalue()
 
     def state(self) -> dict[str, Any]:
-        return {"pictures": self.pictures.to_json(), "labels": self.labels, "counts": self.counts}
+        return {"pictures": self.pictures.to_json(), **self.target_state()}
 
     @classmethod
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.pictures = Pictures.from_json(state["pictures"])
-        task.labels, task.counts = state["labels"], state["counts"]
+        task.restore_target(state)
         return task
 
 

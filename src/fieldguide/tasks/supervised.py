@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import polars as pl
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp, softmax
 
 from fieldguide.card import Card
 from fieldguide.data import read
@@ -41,6 +43,13 @@ class Answered(Task):
         return Data(", ".join(d.source for d in data), rows, data[0].columns, data[0].manifest,
                     [f for d in data for f in d.findings])
 
+    def target_state(self) -> dict[str, Any]:
+        """What is known of the target, as JSON values; `restore_target` takes it back."""
+        raise NotImplementedError
+
+    def restore_target(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
     @property
     def target(self) -> Column:
         return next(c for c in self.columns if c.role == "target")
@@ -64,6 +73,7 @@ class Labelled(Answered):
 
     labels: list[str]
     counts: list[int]               # of each class in the training rows
+    temperature: float = 1.0        # what the logits are divided by
 
     def learn_labels(self, data: Data) -> None:
         learnt = Labels.learn(data.rows[self.target.name])
@@ -89,6 +99,27 @@ class Labelled(Answered):
             inverse = sum(self.counts) / (len(self.counts) * np.maximum(np.array(self.counts), 1))
             weights = inverse.tolist()
         return Supervised(model, card.inputs, Classification(settings.smoothing, weights))
+
+    def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
+        """Temperature scaling (Guo et al. 2017, arXiv:1706.04599, section 4.2), held near 1 where rows are few."""
+        logits = np.log(np.clip(outputs["probabilities"].astype(np.float64), 1e-12, 1))
+        rows, y = np.arange(len(logits)), truth["label"]
+
+        def cost(log_temperature: float) -> float:
+            scaled = logits / np.exp(log_temperature)
+            return float((logsumexp(scaled, axis=1) - scaled[rows, y]).sum() + 4 * log_temperature ** 2)
+
+        self.temperature = float(np.exp(minimize_scalar(cost, bounds=(-1.5, 1.5), method="bounded").x))
+
+    def adjust(self, outputs: Arrays) -> Arrays:
+        logits = np.log(np.clip(outputs["probabilities"].astype(np.float64), 1e-30, 1)) / self.temperature
+        return {**outputs, "probabilities": softmax(logits, axis=1)}
+
+    def target_state(self) -> dict[str, Any]:
+        return {"labels": self.labels, "counts": self.counts, "temperature": self.temperature}
+
+    def restore_target(self, state: dict[str, Any]) -> None:
+        self.labels, self.counts, self.temperature = state["labels"], state["counts"], state["temperature"]
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         p, y = outputs["probabilities"].astype(np.float64), truth["label"]
@@ -190,6 +221,12 @@ class Measured(Answered):
 
     def objective(self, model: Any, card: Card, settings: Settings) -> Objective:
         return Supervised(model, card.inputs, Regression())
+
+    def target_state(self) -> dict[str, Any]:
+        return {"standard": self.standard.to_json()}
+
+    def restore_target(self, state: dict[str, Any]) -> None:
+        self.standard = Standard.from_json(state["standard"])
 
     def natural(self, outputs: Arrays) -> np.ndarray:
         return self.standard.inverse(outputs["values"][:, 0])

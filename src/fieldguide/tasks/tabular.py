@@ -12,7 +12,7 @@ import torch
 from fieldguide.card import Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import Column, Data
-from fieldguide.data.prepare import Standard, TablePreparer
+from fieldguide.data.prepare import TablePreparer
 from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit, Table
 from fieldguide.tasks.supervised import Answered, Labelled, Measured, discrete, mix_pairs
@@ -97,12 +97,6 @@ class Tabular(Answered):
     def state(self) -> dict[str, Any]:
         return {"preparer": self.preparer.to_json(), **self.target_state()}
 
-    def target_state(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def restore_target(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
-
     @classmethod
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
@@ -129,12 +123,6 @@ class TabularClassification(Tabular, Labelled):
 
     def target_tensor(self, data: Data) -> torch.Tensor:
         return torch.from_numpy(self.truth(data)["label"])
-
-    def target_state(self) -> dict[str, Any]:
-        return {"labels": self.labels, "counts": self.counts}
-
-    def restore_target(self, state: dict[str, Any]) -> None:
-        self.labels, self.counts = state["labels"], state["counts"]
 
     def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         columns = [c.name for c in self.inputs()][:10]
@@ -163,12 +151,6 @@ class TabularRegression(Tabular, Measured):
 
     def target_tensor(self, data: Data) -> torch.Tensor:
         return torch.from_numpy(self.standard.apply(self.values(data)))[:, None]
-
-    def target_state(self) -> dict[str, Any]:
-        return {"standard": self.standard.to_json()}
-
-    def restore_target(self, state: dict[str, Any]) -> None:
-        self.standard = Standard.from_json(state["standard"])
 
 
 TASKS = (TabularClassification, TabularRegression)

@@ -97,13 +97,13 @@ class TextClassification(Labelled):
         return [Quotes("Worst mistakes", "Test texts that were got wrong with most confidence.", quotes)] if quotes else []
 
     def state(self) -> dict[str, Any]:
-        return {"median": self.median, "labels": self.labels, "counts": self.counts}
+        return {"median": self.median, **self.target_state()}
 
     @classmethod
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text, task.median = Text.load(folder), state["median"]
-        task.labels, task.counts = state["labels"], state["counts"]
+        task.restore_target(state)
         return task
 
     def save(self, folder: Path) -> None:
