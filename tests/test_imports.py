@@ -1,0 +1,205 @@
+"""Who may import whom, what a start loads, and which names the package exports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fieldguide
+
+ROOT = Path(fieldguide.__file__).parent
+
+# A layer -> the layers that its files may import, at the top or inside a function. A layer is a file or folder of
+# src/fieldguide; `pkg` is fieldguide/__init__.py, for its version alone.
+GROUND = {"errors", "host", "exhibits", "card"}
+NETWORKS = GROUND | {"blocks", "models", "registry", "weights"}      # only for layers above weights
+MAY = {
+    "pkg": set(), "errors": set(), "host": set(), "exhibits": set(), "card": set(),
+    "blocks": GROUND,
+    "models": GROUND | {"blocks"},
+    "registry": GROUND | {"models"},
+    "weights": NETWORKS - {"weights"},
+    "samples": {"errors"},
+    "data": GROUND | {"samples"},                       # never models, tasks or training
+    "objectives": GROUND,
+    "train": GROUND | {"data", "objectives"},           # knows neither tasks nor architectures
+    "measure": NETWORKS | {"train"},
+    "tasks": GROUND | {"data", "objectives", "train"},  # of train its settings, checked below
+    "run": NETWORKS | {"data", "objectives", "tasks", "train"},
+    "advisor": NETWORKS | {"measure"},
+    "catalogue": NETWORKS | {"measure", "tasks"},
+    "studio": GROUND | {"pkg", "run", "tasks", "train"},
+    "fitting": NETWORKS | {"pkg", "advisor", "data", "measure", "objectives", "run", "studio", "tasks", "train"},
+    "progress": NETWORKS | {"catalogue", "run", "samples", "studio", "tasks"},
+    "estimators": NETWORKS | {"data", "fitting", "objectives", "progress", "run", "tasks", "train"},
+    "cli": GROUND | {"catalogue", "data", "fitting", "progress", "run", "samples", "tasks"},
+    "__main__": {"cli"},
+}
+# Between two layers where only one module of the lower may be used.
+ONLY = {("tasks", "train"): {"fieldguide.train.settings"}, ("train", "data"): {"fieldguide.data.batches"},
+        ("studio", "train"): {"fieldguide.train.checkpoint"}, ("measure", "train"): {"fieldguide.train.distributed"}}
+# Inside a function, where the arrow turns round for one call; each with its reason.
+TURNS = {("models", "pkg"): "fieldguide.models(...) is list_models: the folder and the function share a name"}
+# Oracles, and what only they or a user bring along.
+PEERS = {"timm", "transformers", "torchvision", "diffusers", "tabm", "rtdl_num_embeddings", "pandas", "torchmetrics",
+         "lightning", "keras", "jax", "datasets", "huggingface_hub", "requests", "httpx", "joblib", "dill", "shelve", "marshal"}
+LATER = {"sklearn", "tokenizers", "matplotlib"}      # at the top of a file: only in estimators
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def layer(module: str) -> str:
+    return (module.split(".") + ["pkg"])[1]
+
+
+def imports(file: Path):
+    """(line, module, at the top level) of every import that runs; those for type checkers alone do not."""
+    tree = ast.parse(file.read_text())
+    typing = {id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test)
+              for n in ast.walk(i)}
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name, node.col_offset == 0) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            for a in node.names:
+                inner = ROOT.parent / (node.module + "." + a.name).replace(".", "/")
+                deeper = inner.is_dir() or inner.with_suffix(".py").exists()
+                yield node.lineno, f"{node.module}.{a.name}" if deeper else node.module, node.col_offset == 0
+
+
+def own(file: Path) -> str:
+    first = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    return "pkg" if first == "__init__" else first
+
+
+def test_every_layer_is_in_the_table():
+    assert {own(f) for f in FILES} == set(MAY)
+
+
+def test_the_table_has_no_circle():
+    """Nothing reaches itself: so the table is an order."""
+    reached: dict[str, set[str]] = {}
+
+    def reach(name: str, path: tuple[str, ...]) -> set[str]:
+        assert name not in path, f"a circle: {' -> '.join((*path, name))}"
+        if name not in reached:
+            reached[name] = set().union(*({low} | reach(low, (*path, name)) for low in MAY[name]), set())
+        return reached[name]
+
+    for name in MAY:
+        reach(name, ())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_imports_point_one_way(file):
+    here = own(file)
+    for line, module, top in imports(file):
+        if module.split(".")[0] != "fieldguide":
+            continue
+        there = layer(module)
+        if there == here or (not top and (here, there) in TURNS):
+            continue
+        assert there in MAY[here], f"{file}:{line}: {here} may not import {module}"
+        allowed = ONLY.get((here, there))
+        assert allowed is None or module in allowed, f"{file}:{line}: {here} may use only {allowed} of {there}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_no_peers_and_heavy_packages_late(file):
+    for line, module, top in imports(file):
+        name = module.split(".")[0]
+        assert name not in PEERS, f"{file}:{line} imports {name}"
+        assert not (top and name in LATER) or own(file) == "estimators", f"{file}:{line} imports {name} at the top"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_nothing_is_pickled(file):
+    """Of pickle only the name of its error is used; torch.load reads weights only, and torch.save writes nothing."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            called = f"{node.value.id}.{node.attr}"
+            assert called == "pickle.UnpicklingError" or node.value.id != "pickle", f"{file}:{node.lineno}: {called}"
+            assert called != "torch.save", f"{file}:{node.lineno}: {called}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+            safe = {("weights_only", True), ("allow_pickle", False)}
+            said = {(k.arg, getattr(k.value, "value", None)) for k in node.keywords}
+            assert said & safe, f"{file}:{node.lineno}: {ast.unparse(node)} may unpickle"
+
+
+def test_networks_know_nothing_else():
+    """A network is plain torch: of the project it imports cards, errors and blocks, and of packages torch alone."""
+    for file in (ROOT / "models").glob("*/*.py"):
+        outside = {m.split(".")[0] for _, m, _ in imports(file)} - sys.stdlib_module_names - {"fieldguide", "__future__"}
+        assert outside <= {"torch"}, f"{file} imports {outside - {'torch'}}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_no_error_is_swallowed(file):
+    """No bare `except:`, and `except Exception` only where the error is raised again or its text is used."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        assert node.type is not None, f"{file}:{node.lineno}: a bare except"
+        caught = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+        if caught & {"Exception", "BaseException"}:
+            again = any(isinstance(n, ast.Raise) for n in ast.walk(node))
+            used = node.name and any(isinstance(n, ast.Name) and n.id == node.name for b in node.body for n in ast.walk(b))
+            assert again or used, f"{file}:{node.lineno}: a broad except that tells nobody"
+
+
+def loaded(code: str) -> set[str]:
+    """Packages in memory after running code in a process of its own."""
+    said = subprocess.run([sys.executable, "-c", code + "\nimport sys; print('|', *sys.modules)"], capture_output=True,
+                          text=True, check=True).stdout
+    return {name.split(".")[0] for name in said.rsplit("|", 1)[1].split()}
+
+
+HEAVY = {"torch", "polars", "sklearn", "numpy", "scipy", "PIL", "tokenizers", "safetensors", "jinja2"}
+
+
+def test_import_is_light():
+    assert not loaded("import fieldguide; dir(fieldguide); fieldguide.__version__") & (HEAVY | {"rich", "typer"})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["predict", "--help"], ["show", "--help"]])
+def test_help_is_light(arguments):
+    assert not loaded(f"""
+import sys
+sys.argv = ["fieldguide", *{arguments}]
+from fieldguide.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+""") & HEAVY
+
+
+def test_samples_are_listed_without_torch():
+    assert "torch" not in loaded("import sys\nsys.argv = ['fieldguide', 'samples']\nfrom fieldguide.cli import main\n"
+                                 "try: main()\nexcept SystemExit: pass")
+
+
+EXPORTED = {"__version__", "models", "fit", "resume", "open_run", "Run", "create", "list_models", "show", "load", "save",
+            "read", "advise", "FieldguideClassifier", "FieldguideRegressor", "FieldguideError", "DataError",
+            "SettingsError", "WeightsError", "RunError", "TrainingError"}
+
+
+def test_exported_names_are_frozen():
+    assert set(fieldguide.__all__) == EXPORTED == set(dir(fieldguide))
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTED))
+def test_exported_names_resolve(name):
+    assert getattr(fieldguide, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="fiit"):
+        fieldguide.fiit  # noqa: B018
