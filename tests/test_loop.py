@@ -291,3 +291,17 @@ def test_settings_that_cannot_work_are_refused(key, value, complaint):
 def test_settings_are_read_from_text():
     s = Settings().with_({"lr": "1e-2", "steps": "50", "class_weights": "true", "batch": "auto"})
     assert (s.lr, s.steps, s.class_weights, s.batch) == (0.01, 50, True, None)
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
+    import json
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    t = trainer(regression(), folder=tmp_path, track="tensorboard", evaluate=lambda o: {"loss": 0.5})
+    t.train()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(logged, rel=1e-6)
+    assert [e.step for e in events.Scalars("scores/loss")] == [5, 10, 15, 20]

@@ -39,7 +39,7 @@ from fieldguide.train.settings import Settings
 BUDGET = 0.9            # part of the minutes that the planned steps take; the rest is for evaluations and surprises
 CHECKS = 40             # evaluations in a whole run, at most
 # Settings that may change when a run is resumed; all others would make it another run.
-CHANGEABLE = {"minutes", "lr", "weight_decay", "clip", "patience", "checkpoint", "workers", "precision"}
+CHANGEABLE = {"minutes", "lr", "weight_decay", "clip", "patience", "checkpoint", "workers", "precision", "track"}
 
 
 class Silent:

@@ -30,6 +30,7 @@ from fieldguide.train.ema import Average
 from fieldguide.train.optim import optimizers, schedule
 from fieldguide.train.precision import autocast, deterministic_kernels, place
 from fieldguide.train.settings import Settings
+from fieldguide.train.tracking import TRACKERS
 
 LOGGED = 400      # lines of losses that a whole run writes, about
 LATE = 1.05       # times the minutes given is when a run that is slower than planned ends
@@ -128,7 +129,7 @@ class Trainer:
         self.draws = max(phase.times for phase in objective.phases)
         self.kept = nn.ModuleDict({name: getattr(self.objective, name) for name in objective.keep})
         self.average = Average(self.kept, settings.ema) if settings.ema else None
-        self.state, self.best = State(), None
+        self.state, self.best, self.tracker = State(), None, None
         self.stopping = False
 
     # What a run goes through
@@ -145,6 +146,8 @@ class Trainer:
                           mine=range(rank * settings.accumulate, (rank + 1) * settings.accumulate),
                           seed=settings.seed, start=state.step * self.draws, stop=settings.steps * self.draws,
                           workers=settings.workers, pin=self.device.type == "cuda")
+        if self.folder and rank == 0 and settings.track in TRACKERS:
+            self.tracker = TRACKERS[settings.track](self.folder, state.step)
         self.objective.train()
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
@@ -274,6 +277,8 @@ class Trainer:
             state.sums, state.summed = {}, 0
 
     def record(self, line: dict[str, Any]) -> None:
+        if self.tracker:
+            self.tracker.record(line)
         if self.folder and distributed.rank() == 0:
             try:
                 with open(self.folder / "metrics.jsonl", "a") as file:

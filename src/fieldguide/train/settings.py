@@ -35,6 +35,7 @@ class Settings:
     precision: str = "auto"             # auto | float32 | bfloat16
     channels_last: bool | None = None   # memory layout of pictures
     workers: int = 0                    # processes that prepare batches
+    track: str = "none"                 # none | tensorboard, beside metrics.jsonl
     seed: int = 0
 
     def with_(self, changes: Mapping[str, Any]) -> Settings:
@@ -46,7 +47,8 @@ class Settings:
 
 
 CHOICES = {"optimizer": ("adamw", "sgd", "muon"), "schedule": ("cosine", "linear", "constant"),
-           "precision": ("auto", "float32", "bfloat16"), "augment": ("none", "light", "standard")}
+           "precision": ("auto", "float32", "bfloat16"), "augment": ("none", "light", "standard"),
+           "track": ("none", "tensorboard")}
 AT_LEAST = {"steps": 1, "epochs": 0, "minutes": 0, "batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0, "clip": 0,
             "workers": 0, "patience": 0, "evaluate": 1, "checkpoint": 0, "mixup": 0, "seed": 0}
 BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta2": 1, "warmup": 1}     # these lie in [0, 1)
