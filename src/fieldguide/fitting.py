@@ -125,6 +125,8 @@ def fit(data: Any, *, target: str | None = None, task: str | None = None, model:
     Settings().with_(training)                                       # complain of settings before reading data
     request = {"data": str(data) if isinstance(data, str | Path) else None, "target": target, "group": group,
                "time": time_column, "allow_bad": allow_bad, "kinds": kinds}
+    if out is not None:
+        refuse_taken(Path(out))
     with distributed.processes():
         source = read_request(request, data)
         plan = decide(source, task=task, model=model, minutes=minutes, seed=seed, settings=settings, watch=watch)
@@ -298,13 +300,22 @@ def read_request(request: Mapping[str, Any], data: Any) -> Data:
                 group=request["group"], time=request["time"], allow_bad=request["allow_bad"])
 
 
+def refuse_taken(path: Path) -> None:
+    """Raises `RunError` where something is in the way of a new run folder."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if (path / "run.json").exists():
+        raise RunError(f"{path} exists and is not empty. Choose another --out, or go on with it by "
+                       f"`fieldguide fit --resume {path}`.")
+    if path.exists():
+        raise RunError(f"{path} exists and is {'not empty' if path.is_dir() else 'a file'}. Choose another --out.")
+
+
 def new_folder(out: str | Path | None, source: Data) -> Path:
     """The run folder, made: `out`, or the next free number under runs/. Raises `RunError` where it is taken."""
     if out is not None:
         path = Path(out)
-        if path.exists() and any(path.iterdir()):
-            raise RunError(f"{path} exists and is not empty. Choose another --out, or go on with it by "
-                           f"`fieldguide fit --resume {path}`.")
+        refuse_taken(path)
         path.mkdir(parents=True, exist_ok=True)
         return path
     name = Path(source.source).stem or "data"

@@ -86,7 +86,7 @@ def machine() -> dict[str, Any]:
             "flops": {str(d)[6:]: flops(device, d) for d in (torch.float32, torch.bfloat16)}}
 
 
-def flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 3) -> float:
+def flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 8) -> float:
     """Floating-point operations a second of a square matrix product, the best of a few."""
     x = torch.randn(side, side, device=device).to(dtype)
     best = float("inf")

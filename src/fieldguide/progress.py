@@ -107,8 +107,7 @@ def print_data(data: Any, task: Any, why: str) -> None:
     if len(shown) > MOST:
         console.print(f"  and {len(shown) - MOST} more columns")
     for finding in data.findings:
-        console.print(f"  {finding.severity}: {escape(str(finding))}" + (f" [{finding.count}x]" if finding.count > 1 else ""),
-                      markup=False)
+        console.print(f"  {finding.severity}: {finding}", markup=False)
     console.print(f"task: {task.name} ({escape(why)})")
 
 

@@ -19,7 +19,8 @@ from fieldguide.card import Card
 from fieldguide.errors import SettingsError
 
 EPOCHS = 8            # a network that cannot see the data this often in the time given is ruled out
-EFFICIENCY = 0.15     # of the machine's matrix-product speed that training small networks reaches, about
+# Of the machine's matrix-product speed that training reaches, about; less where products are so fast that memory waits.
+EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
 BYTES = 16            # a parameter in training: weight, gradient, two moments, in float32
 PARAMETERS = 200      # for each training example, that a network trained from nothing should have, about
 COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
@@ -37,6 +38,7 @@ class Option:
     reasons: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     rejected: str = ""
+    seconds: float = math.inf        # that `EPOCHS` passes over the data would take, roughly; infinite: impossible
 
 
 @dataclass
@@ -93,7 +95,7 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
     `model` other than "auto" narrows the choice to one name or glob, and then nothing but impossibility rejects.
     """
     machine = machine or measure.machine()
-    speed = EFFICIENCY * max(machine["flops"].values())
+    speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
     options: list[Option] = []
     for name in registry.names():
         card, size = registry.find(name)
@@ -117,6 +119,8 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
         size_up(option, facts, speed, minutes, machine)
     if model != "auto":
         return named(options, model)
+    if options and not any(not o.rejected for o in options):
+        hurried(options, minutes)
     ranked = sorted(options, key=lambda o: (-o.points, o.parameters))
     return Advice([o for o in ranked if not o.rejected], [o for o in ranked if o.rejected])
 
@@ -124,8 +128,9 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
 def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: float,
             machine: Mapping[str, Any]) -> None:
     """Rules out what cannot fit or finish, and prefers sizes in proportion to the data."""
-    seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed      # backward costs twice forward
+    option.seconds = seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed   # backward is twice forward
     if option.parameters * BYTES > 0.8 * machine["memory"]:
+        option.seconds = math.inf
         option.rejected = (f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
                            f"machine has {machine['memory'] / 2**30:.1f} GiB")
     elif seconds > 60 * minutes:
@@ -137,6 +142,15 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
     if option.parameters > 10 * wanted:
         option.against.append(f"{option.parameters:,} parameters are many for {facts['rows']:,} examples "
                               "[guide, FAQ 'How do I choose the right model size': start small]")
+
+
+def hurried(options: list[Option], minutes: float) -> None:
+    """Where no network can see the data often enough in the time given, lets the quickest one do what it can."""
+    quickest = min(options, key=lambda o: o.seconds)
+    if quickest.seconds < math.inf:
+        quickest.against.insert(0, f"{minutes:g} minutes are short for this much data: {quickest.rejected}. It is the "
+                                   "quickest; more --minutes will score better")
+        quickest.rejected = ""
 
 
 def named(options: list[Option], model: str) -> Advice:

@@ -113,7 +113,7 @@ def escape(text: Any) -> str:
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)       # inside a word an underscore means nothing
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     text = re.sub(r"(?i)\b(https?|ftp|mailto|www)([:.])(?=\S)", r"\1\\\2", text)     # no bare links
-    return re.sub(r"^(\d+(?=[.)])|(?=[#>+=-]))", r"\1\\", text)                      # nor headings or lists
+    return re.sub(r"^(\d+(?=[.)](?: |$))|(?=[#>+=-]))", r"\1\\", text)                      # nor headings or lists
 
 
 def markdown_table(table: Table) -> list[str]:

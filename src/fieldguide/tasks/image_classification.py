@@ -20,10 +20,12 @@ from fieldguide.data.prepare import Pictures, suggest_side
 from fieldguide.exhibits import Exhibit, Gallery, Picture
 from fieldguide.host import ram
 from fieldguide.tasks.supervised import Labelled, discrete, mix_pairs, settled
+from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
 
 LINEAR_SIDE = 16      # the linear baseline sees pictures of this side
 SAMPLE = 5000         # pictures that mean and deviation are learnt from
+MOST = {"cpu": 96, "mps": 160, "cuda": 224}     # pixels a side, where the user names none
 SHARE = 0.3           # of the memory that decoded pictures may fill; beyond it they are decoded batch by batch
 
 
@@ -50,7 +52,7 @@ class ImageClassification(Labelled):
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        side = options.side or suggest_side(data.rows[WIDTH], data.rows[HEIGHT])
+        side = options.side or min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[device().type])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         paths = data.rows[task.column].to_list()
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +16,9 @@ from scipy.special import logsumexp, softmax
 
 from fieldguide.card import Card
 from fieldguide.data import read
-from fieldguide.data.dataset import Column, Data
+from fieldguide.data.dataset import FILE, Column, Data, Manifest
 from fieldguide.data.prepare import Labels, Standard
-from fieldguide.errors import DataError
+from fieldguide.errors import DataError, nearest
 from fieldguide.exhibits import Bars, Exhibit, Lines, Matrix, Scatter, Table
 from fieldguide.objectives import Classification, Objective, Regression, Supervised
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
@@ -36,12 +38,23 @@ class Answered(Task):
     gives = ("label",)
 
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
-        data = [read(source, schema=self.columns, labels_optional=not answered) for source in sources]
+        data = [self.read_one(source, answered) for source in sources]
         if len(data) == 1:
             return data[0]
-        rows = pl.concat([d.rows for d in data], how="diagonal_relaxed")
-        return Data(", ".join(d.source for d in data), rows, data[0].columns, data[0].manifest,
-                    [f for d in data for f in d.findings])
+        files, rows = [], []
+        for d in data:               # each file is called as it was asked for: two folders may hold a 1.png each
+            rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
+            base = Path(d.source) if Path(d.source).is_dir() else Path(d.source).parent
+            files += [replace(f, path=str(base / f.path)) if Path(d.source).exists() else f for f in d.manifest.files]
+        return Data(", ".join(d.source for d in data), pl.concat(rows, how="diagonal_relaxed"), data[0].columns,
+                    Manifest("", files), [f for d in data for f in d.findings])
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        data = read(source, schema=self.columns, labels_optional=not answered)
+        if answered and self.target.name not in data.rows.columns:
+            raise DataError(f"{data.source}: the answers are to be in column {self.target.name!r}, which is not there."
+                            f"{nearest(self.target.name, data.rows.columns)} To ask for answers, use `fieldguide predict`.")
+        return data
 
     def target_state(self) -> dict[str, Any]:
         """What is known of the target, as JSON values; `restore_target` takes it back."""
@@ -312,5 +325,4 @@ def mix_pairs(batch: dict[str, torch.Tensor], inputs: Sequence[str], classes: in
 
 def settled(options: Any, **values: Any) -> Any:
     """Options with what was chosen from the data filled in where the user said nothing."""
-    from dataclasses import replace
     return replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import polars as pl
 import torch
 
 from fieldguide.card import Card
 from fieldguide.data.batches import Batches
-from fieldguide.data.dataset import Column, Data
+from fieldguide.data.dataset import LINE, Column, Data
 from fieldguide.data.prepare import Text
 from fieldguide.data.prepare.text import suggest_length
 from fieldguide.exhibits import Exhibit, Quote, Quotes
+from fieldguide.samples import SAMPLES
 from fieldguide.tasks.supervised import Labelled, discrete, settled
 from fieldguide.train.settings import Settings
 
@@ -61,6 +63,14 @@ class TextClassification(Labelled):
 
     def texts(self, data: Data) -> list[str]:
         return data.rows[self.column].fill_null("").to_list()
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        if answered or not isinstance(source, str) or path_like(source):
+            return super().read_one(source, answered)
+        data = super().read_one(pl.DataFrame({self.column: [source]}), answered)
+        data.manifest.files[0] = replace(data.manifest.files[0], path=source)      # it is called by what it says
+        data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
+        return data
 
     def needs(self) -> dict[str, Any]:
         return {"classes": len(self.labels), "vocab": self.text.size, "length": self.options.length}
@@ -109,6 +119,13 @@ class TextClassification(Labelled):
     def save(self, folder: Path) -> None:
         super().save(folder)
         self.text.save(folder)
+
+
+def path_like(text: str) -> bool:
+    """Whether a person who typed this means a file, a folder or a sample rather than a text to classify."""
+    if len(text.split()) == 1 and ("/" in text or Path(text).suffix):
+        return True
+    return text in SAMPLES or (0 < len(text) < 256 and Path(text).exists())
 
 
 TASKS = (TextClassification,)
