@@ -119,7 +119,7 @@ def test_leaks(tmp_path):
              "noisy": (y + (rng.random(400) < 0.2)) % 3,
              "grade": np.array(list("pqr"))[y]}
     with refused("leak", "column 'code' tells the target 'grade' exactly",
-                 "kinds={'code': 'identifier'}") as caught:
+                 "--set 'column.code=identifier'") as caught:
         read(table, target="grade")
     found = {f.places[0]: f.severity for f in caught.value.findings if f.check == "leak"}
     assert found == {"column 'code'": "error", "column 'almost'": "warning"}

@@ -53,7 +53,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 
 def layer(module: str) -> str:
-    return (module.split(".") + ["pkg"])[1]
+    return [*module.split("."), "pkg"][1]
 
 
 def imports(file: Path):

@@ -22,7 +22,8 @@ AllowBad = Annotated[bool, typer.Option("--allow-bad", help="Go on though more t
 
 @app.command()
 def fit(
-    data: Annotated[str | None, typer.Argument(help="A path, or the name of a sample (see `fieldguide samples`).")] = None,
+    data: Annotated[str | None, typer.Argument(metavar="DATA", help="A path, or the name of a sample (see `fieldguide "
+                                                                  "samples`).")] = None,
     target: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
     task: Annotated[str | None, typer.Option(help="The kind of problem, where the data leaves it open.")] = None,
     model: Annotated[str, typer.Option(help="A name from `fieldguide models`, or auto.")] = "auto",
@@ -61,8 +62,9 @@ def fit(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders, tables; for text tasks also the text itself.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="Files, folders, tables; for text tasks also the "
+                                                              "text itself.")],
     as_json: Json = False,
 ) -> None:
     """Ask a trained network about raw inputs."""
@@ -73,8 +75,8 @@ def predict(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    data: Annotated[str, typer.Argument(help="Data with known answers.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Data with known answers.")],
     as_json: Json = False,
 ) -> None:
     """Score a trained network on data with known answers."""
@@ -86,7 +88,7 @@ def evaluate(
 
 @app.command()
 def check(
-    data: Annotated[str, typer.Argument(help="A path, or the name of a sample.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A path, or the name of a sample.")],
     target: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
     group: Annotated[str | None, typer.Option(help="A column whose rows must stay on one side of the split.")] = None,
     time: Annotated[str | None, typer.Option(help="A column of time.")] = None,
@@ -105,7 +107,7 @@ def check(
 
 @app.command()
 def models(
-    glob: Annotated[str, typer.Argument(help="Which, such as 'resnet*'.")] = "*",
+    glob: Annotated[str, typer.Argument(metavar="GLOB", help="Which, such as 'resnet*'.")] = "*",
     family: Annotated[str | None, typer.Option(help="feedforward, convolutional, recurrent, transformer, ...")] = None,
     task: Annotated[str | None, typer.Option(help="Only those that can do this task.")] = None,
     as_json: Json = False,
@@ -117,7 +119,7 @@ def models(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A name from `fieldguide models`.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `fieldguide models`.")],
     as_json: Json = False,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value for one of "
                                                          "the network's fields.")] = None,
@@ -154,7 +156,10 @@ def main() -> None:
     that was interrupted ends with 130."""
     from fieldguide.errors import FieldguideError
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()          # here, where a broken pipe is caught, and not when the interpreter ends
     except FieldguideError as error:
         sys.stdout.flush()
         print(f"fieldguide: {error}", file=sys.stderr)

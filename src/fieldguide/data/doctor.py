@@ -49,7 +49,7 @@ def enforce(findings: Sequence[Finding], rows: int, allow_bad: bool = False,
         share = 100 * unusable / max(rows, 1)
         head += (f" {unusable:,} of {rows:,} examples are unusable ({share:.1f} %; up to "
                  f"{100 * TOLERATED:.0f} % would be left out and reported). Mend them, or leave them "
-                 "all out with allow_bad=True.")
+                 "all out with --allow-bad (in Python: allow_bad=True).")
     lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed, 1)]
     raise BadData("\n".join([head, *lines]), findings)
 
@@ -68,7 +68,8 @@ def columns(data: Data) -> Iterator[Finding]:
                           where, 1, "Fill it or remove it.")
         elif column.role == "ignored":
             yield Finding(f"{column.kind}-column", "note", f"column {column.name!r} is ignored: {column.why}",
-                          where, 1, f"To use it, say what it holds: kinds={{{column.name!r}: ...}}.")
+                          where, 1, f"To use it, say what it holds: --set 'column.{column.name}=category' (in Python: "
+                          "kinds=).")
     if not data.features():
         yield Finding("no-features", "error", "no column is left to learn from", (), 1,
                       "Every column is the target, constant, empty or an identifier: look at the notes.")
@@ -174,7 +175,7 @@ def leaks(data: Data) -> Iterator[Finding]:
                           f"column {feature.name!r} tells the target "
                           f"{column.name!r} {told}", (f"column {feature.name!r}",), 1,
                           f"If it is not known before the target is, remove it, or ignore it with "
-                          f"kinds={{{feature.name!r}: 'identifier'}}.")
+                          f"--set 'column.{feature.name}=identifier' (in Python: kinds=).")
     for feature in data.features("text"):
         if column.kind != "category":
             continue

@@ -68,7 +68,7 @@ def locate(source: Any) -> tuple[Any, str]:
         return samples.path(source), source
     parent = path.absolute().parent
     names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-    hint = nearest(path.name, names) or nearest(str(source), samples.SAMPLES)
+    hint = nearest(path.name, [*samples.SAMPLES, *names] if path.name == str(source) else names)
     raise DataError(f"{source}: there is no such file, folder or sample.{hint} "
                     f"The samples are: {', '.join(samples.SAMPLES)}.")
 
@@ -151,7 +151,7 @@ class Reading:
         target = by_name or names[-1]
         why = "by its name" if by_name else "because it is the last"
         self.find("target-chosen", "note", f"no target was named: column {target!r} is taken, {why}",
-                  (f"column {target!r}",), 1, "Name another with target=.")
+                  (f"column {target!r}",), 1, "Name another with --target (in Python: target=).")
         return target
 
     def apply_schema(self, known: list[Column]) -> dict[str, str]:

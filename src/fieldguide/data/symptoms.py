@@ -71,7 +71,8 @@ def of_values(data: Data, typed: Typed) -> list[Finding]:
         findings.append(Finding(
             "mixed-types", "warning", f"values of column {name!r} (of {typed.expected:,}) that are no "
             f"{typed.column.kind} as the others are: {shown}; they become missing",
-            places(data, typed.misfits), len(typed.misfits), f"Mend them, or say kinds={{{name!r}: 'category'}}."))
+            places(data, typed.misfits), len(typed.misfits),
+            f"Mend them, or say --set 'column.{name}=category' (in Python: kinds=)."))
     if typed.infinite:
         findings.append(Finding(
             "infinite", "warning", f"infinite values in column {name!r}; they become missing",

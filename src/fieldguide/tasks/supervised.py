@@ -297,7 +297,7 @@ def area(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
     areas = []
     for c in present:
         order = p[:, c].argsort(kind="stable")
-        values, place, counts = np.unique(p[order, c], return_inverse=True, return_counts=True)
+        _, place, counts = np.unique(p[order, c], return_inverse=True, return_counts=True)
         last = np.cumsum(counts)
         ranks = ((last - counts + 1 + last) / 2)[place]          # ties share their mean rank
         mine = (y == c)[order]
