@@ -70,7 +70,8 @@ def predict(
     """Ask a trained network about raw inputs."""
     from fieldguide.progress import print_answers
     from fieldguide.run import open_run
-    print_answers(open_run(run).predict(list(inputs)), as_json)
+    opened = open_run(run)
+    print_answers(opened.predict(list(inputs)), as_json, opened.task.notes)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from fieldguide.advisor import Advice, advise
 from fieldguide.advisor.ranking import configured
 from fieldguide.card import Card
 from fieldguide.data import read
-from fieldguide.data.batches import Batches, steps_per_epoch
+from fieldguide.data.batches import Batches, steps_per_epoch, typical
 from fieldguide.data.dataset import Data
 from fieldguide.data.splits import Splits, split
 from fieldguide.errors import RunError, SettingsError
@@ -92,6 +92,8 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     parts = parts or split(source, seed=seed)
     watch.say(f"split: {parts.how}")
     learnt = kind.learn(source.take(parts.train), kind.options_from(of_task))
+    for note in learnt.notes:
+        watch.say(f"note: {note}")
     advice = advise(facts={"task": kind.name, "rows": len(parts.train), **learnt.profile()}, needs=learnt.needs(),
                     takes=kind.takes, gives=kind.gives, minutes=budget,
                     machine=distributed.broadcast(measure.machine()), model=model)
@@ -101,7 +103,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     except TypeError as error:
         raise SettingsError(f"--set model.…: {error}") from None
     watch.chose(advice, config)
-    chosen = with_batch(Settings().with_(kind.recipe).with_(card.recipe).with_(training), len(parts.train))
+    chosen = with_batch(Settings().with_(kind.recipe).with_(card.recipe).with_(training), len(parts.train), learnt.most)
     torch.manual_seed(seed)
     objective = learnt.objective(card.make(config), card, chosen)
     batches = learnt.batches(source.take(parts.train), card, chosen)
@@ -151,7 +153,7 @@ def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
         "choice": {"why": plan.why, "reasons": best.reasons, "against": best.against,
                    "others": [asdict(o) for o in (plan.advice.options[1:] + plan.advice.rejected)][:20]},
         "data": {**source.manifest.summary(), "source": source.source, "rows": len(source), "columns": source.schema(),
-                 "findings": [asdict(f) for f in source.findings],
+                 "findings": [asdict(f) for f in source.findings], "notes": plan.task.notes,
                  "split": {"how": parts.how, "train": len(parts.train), "validation": len(parts.validation),
                            "test": len(parts.test)}},
         "cost": {"parameters": measure.parameters(plan.objective.model), "multiply_adds": best.multiply_adds,
@@ -329,10 +331,10 @@ def new_folder(out: str | Path | None, source: Data) -> Path:
     raise RunError("no free name under runs/")
 
 
-def with_batch(settings: Settings, rows: int) -> Settings:
-    """A batch size: about forty steps an epoch, a power of two between 16 and 256, never more than there are rows."""
+def with_batch(settings: Settings, rows: int, most: int) -> Settings:
+    """A batch size: about forty steps an epoch, a power of two from 16 to `most`, never more than there are rows."""
     parts = settings.accumulate * distributed.world()
-    batch = settings.batch or 2 ** round(np.log2(np.clip(rows / 40, 16, 256)))
+    batch = settings.batch or 2 ** round(np.log2(np.clip(rows / 40, 16, most)))
     batch = max(min(batch, rows) // parts, 1) * parts
     if batch > rows:
         raise SettingsError(f"{rows} training rows are too few for {parts} parts a step.")
@@ -346,7 +348,7 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
     if settings.steps and settings.precision != "auto":             # nothing is left to decide
         return settings.with_({"channels_last": bool(settings.channels_last), "evaluate": settings.evaluate or max(
             1, min(settings.steps, max(each, -(-settings.steps // CHECKS))))}), float("nan")
-    index = np.arange(settings.batch // (settings.accumulate * distributed.world()))
+    index = typical(batches, settings.batch // (settings.accumulate * distributed.world()))
     started = time.perf_counter()
     batch = batches.make(index, torch.Generator().manual_seed(0))
     making = time.perf_counter() - started

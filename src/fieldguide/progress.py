@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -111,7 +112,9 @@ def print_data(data: Any, task: Any, why: str) -> None:
     console.print(f"task: {task.name} ({escape(why)})")
 
 
-def print_answers(answers: Sequence[dict[str, Any]], as_json: bool) -> None:
+def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Sequence[str] = ()) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if as_json:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False))

@@ -18,11 +18,12 @@ from fieldguide import measure, registry
 from fieldguide.card import Card
 from fieldguide.errors import SettingsError
 
-EPOCHS = 8            # a network that cannot see the data this often in the time given is ruled out
+EPOCHS = 8            # passes over the data that a network should get in the time given; each halving costs a point
 # Of the machine's matrix-product speed that training reaches, about; less where products are so fast that memory waits.
 EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
 BYTES = 16            # a parameter in training: weight, gradient, two moments, in float32
 PARAMETERS = 200      # for each training example, that a network trained from nothing should have, about
+HURRY = 4             # times the quickest one's time that counts as quick, where time is short for all
 COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
 
 
@@ -133,9 +134,11 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
         option.seconds = math.inf
         option.rejected = (f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
                            f"machine has {machine['memory'] / 2**30:.1f} GiB")
+    elif seconds > EPOCHS * 60 * minutes:
+        option.rejected = f"one pass over the data would take about {seconds / EPOCHS / 60:.2g} minutes of the {minutes:g} given"
     elif seconds > 60 * minutes:
-        option.rejected = (f"{EPOCHS} passes over the data would take about {seconds / 60:.0f} minutes of the "
-                           f"{minutes:g} given")
+        option.points -= math.log2(seconds / (60 * minutes))
+        option.against.append(f"{minutes:g} minutes are about {60 * minutes * EPOCHS / seconds:.1f} passes over the data: few")
     # Ten times too large or too small for the data costs half a point.
     wanted = min(max(PARAMETERS * facts["rows"], 1e5), 1e8)
     option.points -= 0.5 * abs(math.log10(option.parameters / wanted))
@@ -145,12 +148,13 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
 
 
 def hurried(options: list[Option], minutes: float) -> None:
-    """Where no network can see the data often enough in the time given, lets the quickest one do what it can."""
-    quickest = min(options, key=lambda o: o.seconds)
-    if quickest.seconds < math.inf:
-        quickest.against.insert(0, f"{minutes:g} minutes are short for this much data: {quickest.rejected}. It is the "
-                                   "quickest; more --minutes will score better")
-        quickest.rejected = ""
+    """Where no network can see all of the data once in the time given, lets the best of the quick ones do what it can."""
+    quickest = min(o.seconds for o in options)
+    if quickest < math.inf:
+        best = max((o for o in options if o.seconds <= HURRY * quickest), key=lambda o: o.points)
+        best.against.insert(0, f"{minutes:g} minutes are short for this much data: {best.rejected}. More --minutes will "
+                               "score better")
+        best.rejected = ""
 
 
 def named(options: list[Option], model: str) -> Advice:

@@ -61,6 +61,14 @@ def similar(order: np.ndarray, lengths: np.ndarray, batch: int, rng: np.random.G
     return order.reshape(-1, batch)[rng.permutation(len(order) // batch)].ravel()
 
 
+def typical(batches: Batches, batch: int) -> np.ndarray:
+    """Rows of one batch as a step sees it: of similar length, and that the mean."""
+    rows = np.arange(len(batches))
+    if batches.lengths is not None:
+        rows = np.argsort(np.abs(batches.lengths - batches.lengths.mean()), kind="stable")
+    return rows[:batch]
+
+
 def share(index: np.ndarray, part: int, parts: int) -> np.ndarray:
     """The part of a batch that one process, or one accumulation, works through."""
     return np.array_split(index, parts)[part]

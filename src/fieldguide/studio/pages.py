@@ -101,7 +101,7 @@ def data(record: Mapping[str, Any]) -> Section:
     columns = [[c["name"], c["kind"], c["role"], c["distinct"], c["missing"], c["why"]] for c in d["columns"]]
     findings = [[f["severity"], f["what"], f["count"], ", ".join(f["places"]), f["remedy"]] for f in d["findings"]]
     lead = (f"{d['files']:,} file{'s' if d['files'] != 1 else ''}, {d['rows']:,} examples used, {d['dropped']:,} dropped. "
-            f"Split: {d['split']['how']}.")
+            f"Split: {d['split']['how']}. " + " ".join(f"{note[:1].upper()}{note[1:]}." for note in d.get("notes", ())))
     return Section("Data", lead, [
         Table("Columns", "", ("column", "kind", "role", "distinct", "missing", "how that was decided"), columns),
         Table("What the doctor found", "" if findings else "Nothing to complain of.",

@@ -61,8 +61,11 @@ class Task:
     class Options:
         """The task's own settings, written task.NAME; None means: chosen from the data."""
 
+    most = 256                                      # examples a step, where the user names no batch
+
     def __init__(self, columns: list[Column], options: Any):
         self.columns, self.options = columns, options
+        self.notes: list[str] = []                  # what was cut, clipped or guessed, for a person to read
 
     # Before training
 

@@ -48,6 +48,8 @@ class Tabular(Answered):
         if not task.preparer.width:
             raise DataError(f"{data.source}: no column is left to learn from: none varies and is a number, category, "
                             "truth value or date.")
+        if left := [c.name for c in task.columns if c.role == "feature" and c.kind not in USABLE and c.kind != "constant"]:
+            task.notes.append(f"not used, being neither number, category, truth value nor date: {', '.join(left)}")
         task.learn_target(data)
         return task
 
@@ -75,6 +77,8 @@ class Tabular(Answered):
         else:
             numbers, categories = self.preparer.apply(data.rows)
             tensors = {"numbers": torch.from_numpy(numbers), "categories": torch.from_numpy(categories)}
+        self.notes += [f"column {name!r}: {count} value{'s' if count > 1 else ''} that training did not have; taken as unknown"
+                       for name, count in self.preparer.unseen.items() if not settings]
         if settings:
             tensors["target"] = self.target_tensor(data)
 

@@ -18,10 +18,13 @@ from fieldguide.data.prepare.text import suggest_length
 from fieldguide.exhibits import Exhibit, Quote, Quotes
 from fieldguide.samples import SAMPLES
 from fieldguide.tasks.supervised import Labelled, discrete, settled
+from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
 
 SAMPLE = 5000         # texts whose lengths decide how many tokens are read
-MOST = 512            # tokens at most
+LONGEST = 100_000     # tokens of them that are counted
+MOST = {"cpu": 256, "mps": 512, "cuda": 512}     # tokens at most, where the user names no length
+TOKENS = 8192         # a step, about, where the user names no batch
 
 
 class TextClassification(Labelled):
@@ -51,10 +54,11 @@ class TextClassification(Labelled):
         task = cls(list(data.columns.values()), options)
         texts = task.texts(data)
         task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn(texts, size=options.vocab)
-        sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], MOST)[0]]
+        sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], LONGEST)[0]]
         task.median = int(np.median(sizes))
         task.learn_labels(data)
-        task.options = settled(options, length=suggest_length(sizes), vocab=task.text.size)
+        task.options = settled(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
+        task.note_cut(sum(s > task.options.length for s in sizes), len(sizes))
         return task
 
     @property
@@ -72,6 +76,16 @@ class TextClassification(Labelled):
         data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
         return data
 
+    @property
+    def most(self) -> int:
+        """Examples a step: fewer where texts are long."""
+        return int(np.clip(2 ** int(np.log2(TOKENS / max(self.median, 1))), 16, 256))
+
+    def note_cut(self, cut: int, texts: int) -> None:
+        if cut:
+            self.notes.append(f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
+                              "cut there (task.length=... changes that)")
+
     def needs(self) -> dict[str, Any]:
         return {"classes": len(self.labels), "vocab": self.text.size, "length": self.options.length}
 
@@ -80,7 +94,9 @@ class TextClassification(Labelled):
                 "classes": len(self.labels)}
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        tokens, self.cut = self.text.encode(self.texts(data), self.options.length)
+        tokens, cut = self.text.encode(self.texts(data), self.options.length)
+        if not settings:                       # of training texts it was said when the length was chosen
+            self.note_cut(cut, len(tokens))
         lengths = np.array([len(t) for t in tokens])
         target = torch.from_numpy(self.truth(data)["label"]) if settings else None
 
