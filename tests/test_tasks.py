@@ -1,0 +1,439 @@
+"""Tasks: scores equal scikit-learn's, preparation is learnt on training rows alone, raw inputs always get an answer."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics
+
+import fieldguide
+from fieldguide import registry, samples
+from fieldguide.data import read
+from fieldguide.data.prepare import Standard
+from fieldguide.data.splits import Splits
+from fieldguide.errors import DataError, SettingsError
+from fieldguide.fitting import decide
+from fieldguide.tasks import infer, task
+from fieldguide.tasks.base import intervals
+from fieldguide.tasks.image_classification import augment
+from fieldguide.tasks.supervised import area, calibration_error, mix_pairs
+from fieldguide.train.settings import Settings
+
+QUICK = {"steps": 8, "precision": "float32"}
+
+
+# Scores
+
+
+def answered(rows: int, classes: int, seed: int, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Truth, and probabilities that know something of it."""
+    rng = np.random.default_rng(seed)
+    y = np.r_[np.arange(classes), rng.integers(0, classes, rows - classes)]
+    logits = rng.normal(size=(rows, classes)) + 1.5 * np.eye(classes)[y]
+    if ties:
+        logits = np.round(logits)
+    p = np.exp(logits)
+    return y, p / p.sum(1, keepdims=True)
+
+
+def classifier(classes: int):
+    made = task("tabular-classification")([], None)
+    made.labels, made.counts = [f"c{i}" for i in range(classes)], [1] * classes
+    return made
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_scores_are_scikit_learns(classes, ties):
+    for seed in range(5):
+        y, p = answered(200, classes, seed, ties)
+        guess = p.argmax(1)
+        ours = classifier(classes).score({"probabilities": p}, {"label": y})
+        # As scikit-learn's one-against-rest: each class against the others, and the plain mean of those.
+        auc = np.mean([metrics.roc_auc_score(y == c, p[:, c]) for c in range(classes)])
+        wanted = {"accuracy": metrics.accuracy_score(y, guess),
+                  "balanced_accuracy": metrics.balanced_accuracy_score(y, guess),
+                  "macro_f1": metrics.f1_score(y, guess, average="macro"), "log_loss": metrics.log_loss(y, p), "auc": auc}
+        if classes > 2:
+            assert auc == pytest.approx(metrics.roc_auc_score(y, p, multi_class="ovr"))
+        for name, value in wanted.items():
+            assert ours[name] == pytest.approx(value, abs=1e-9), name
+        assert ours["calibration_error"] == pytest.approx(slow_calibration_error(p.max(1), guess == y), abs=1e-9)
+        assert set(ours) == {m.name for m in classifier(classes).metrics}
+
+
+def test_scores_over_the_classes_that_occur():
+    """A test part without some class is scored over those that it has, and one class alone has no ROC curve."""
+    y, p = answered(60, 3, 0)
+    two = y < 2
+    ours = classifier(3).score({"probabilities": p[two]}, {"label": y[two]})
+    guess = p[two].argmax(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                    # scikit-learn remarks on the class that does not occur
+        assert ours["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(y[two], guess))
+    assert ours["macro_f1"] == pytest.approx(metrics.f1_score(y[two], guess, labels=[0, 1], average="macro"))
+    assert ours["auc"] == pytest.approx(np.mean([metrics.roc_auc_score(y[two] == c, p[two, c]) for c in (0, 1)]))
+    assert np.isnan(area(p[y == 0], y[y == 0], np.array([0])))
+
+
+def test_a_sure_mistake_costs_a_finite_loss():
+    ours = classifier(2).score({"probabilities": np.array([[1.0, 0.0], [0.0, 1.0]])}, {"label": np.array([1, 1])})
+    assert ours["log_loss"] == pytest.approx(-np.log(1e-12) / 2)
+
+
+def slow_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Bin by bin, as the paper writes it: |B|/n times |mean confidence - accuracy|."""
+    total = 0.0
+    for b in range(bins):
+        inside = [i for i, c in enumerate(confidence) if b / bins <= c < (b + 1) / bins or (c == 1 and b == bins - 1)]
+        if inside:
+            total += len(inside) / len(right) * abs(np.mean(confidence[inside]) - np.mean(right[inside]))
+    return total
+
+
+def test_calibration_error_of_known_cases():
+    sure, right = np.full(100, 0.8), np.arange(100) < 80
+    assert calibration_error(sure, right) == pytest.approx(0, abs=1e-12)
+    assert calibration_error(sure, ~right) == pytest.approx(0.6)
+    assert calibration_error(np.ones(10), np.zeros(10, bool)) == pytest.approx(1)
+
+
+def test_temperature_mends_confidence_and_no_answer():
+    y, p = answered(3000, 3, 1)
+    sharp = p ** 3 / (p ** 3).sum(1, keepdims=True)                     # three times too sure
+    made = classifier(3)
+    made.calibrate({"probabilities": sharp[:1500]}, {"label": y[:1500]})
+    mended = made.adjust({"probabilities": sharp[1500:]})
+    before, after = (made.score(o, {"label": y[1500:]}) for o in ({"probabilities": sharp[1500:]}, mended))
+    assert after["accuracy"] == before["accuracy"]
+    assert after["log_loss"] < before["log_loss"] and after["calibration_error"] < 0.5 * before["calibration_error"]
+    assert np.allclose(mended["probabilities"].sum(1), 1)
+
+
+def test_regression_scores_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    y, guess = rng.normal(50, 9, 300), rng.normal(50, 9, 300)
+    made = task("tabular-regression")([], None)
+    made.standard = Standard(50.0, 9.0)
+    ours = made.score({"values": (guess[:, None] - 50) / 9}, {"value": y})
+    wanted = {"rmse": metrics.root_mean_squared_error(y, guess), "mae": metrics.mean_absolute_error(y, guess),
+              "r2": metrics.r2_score(y, guess)}
+    assert ours == pytest.approx(wanted)
+    assert np.isnan(made.score({"values": np.zeros((3, 1))}, {"value": np.full(3, 5.0)})["r2"])
+
+
+def test_intervals_hold_the_score_and_shrink():
+    made = classifier(3)
+    widths = []
+    for rows in (50, 200, 3200):
+        y, p = answered(rows, 3, 2)
+        found = intervals(made, {"probabilities": p}, {"label": y})
+        score = made.score({"probabilities": p}, {"label": y})
+        for name in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc"):
+            assert found[name][0] <= score[name] <= found[name][1], name
+        widths.append(found["accuracy"][1] - found["accuracy"][0])
+        assert found == intervals(made, {"probabilities": p}, {"label": y})
+    # The normal approximation: 2 x 1.96 x sqrt(p (1 - p) / n).
+    q = score["accuracy"]
+    assert widths[2] == pytest.approx(3.92 * np.sqrt(q * (1 - q) / 3200), rel=0.2)
+    assert widths[0] > widths[1] > widths[2]
+
+
+def test_intervals_cover():
+    """Of many samples of 150 rows, about 95 % have an interval that holds the true accuracy."""
+    y, p = answered(40_000, 3, 3)
+    true, made, rng = np.mean(p.argmax(1) == y), classifier(3), np.random.default_rng(0)
+    held = 0
+    for _ in range(60):
+        rows = rng.integers(0, len(y), 150)
+        low, high = intervals(made, {"probabilities": p[rows]}, {"label": y[rows]}, repeats=80)["accuracy"]
+        held += low <= true <= high
+    assert held >= 50
+
+
+# Preparation sees training rows alone
+
+
+def prepared(source, parts: Splits, model: str):
+    plan = decide(source, parts=parts, model=model, settings={**QUICK, "batch": 8})
+    batch = plan.batches.make(np.arange(len(parts.train)), None)
+    return plan, batch
+
+
+def poison_table(rows: pl.DataFrame, at: np.ndarray) -> pl.DataFrame:
+    """Absurd numbers, categories, dates and missing values in these rows."""
+    here = pl.Series(np.isin(np.arange(rows.height), at))
+    return rows.with_columns(
+        pl.when(here).then(pl.lit(1e9)).otherwise(pl.col("size")).alias("size"),
+        pl.when(here).then(None).otherwise(pl.col("weight")).alias("weight"),
+        pl.when(here).then(pl.lit("absurd")).otherwise(pl.col("colour")).alias("colour"),
+        pl.when(here).then(pl.lit("1066-10-14")).otherwise(pl.col("day")).alias("day"))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    n = 120
+    colour = rng.choice(["red", "green", "blue"], n)
+    size = rng.normal(10, 2, n)
+    return pl.DataFrame({
+        "size": size, "weight": rng.normal(3, 1, n), "colour": colour,
+        "day": [f"2024-{m:02d}-{d:02d}" for m, d in zip(rng.integers(1, 13, n), rng.integers(1, 29, n))],
+        "kind": np.where(size + (colour == "red") > 10.3, "big", "small")})
+
+
+@pytest.mark.parametrize("model", ["mlp-s", "fnn"])
+def test_a_table_is_prepared_from_training_rows(mixed, model, tmp_path):
+    parts = Splits(np.arange(0, 80), np.arange(80, 100), np.arange(100, 120), "by hand")
+    saved, batches = [], []
+    for name, rows in (("clean", mixed), ("poisoned", poison_table(mixed, np.arange(80, 120)))):
+        rows.write_csv(tmp_path / f"{name}.csv")
+        plan, batch = prepared(read(tmp_path / f"{name}.csv", target="kind"), parts, model)
+        plan.task.save(tmp_path / name)
+        record = json.loads((tmp_path / name / "task.json").read_text())
+        saved.append({**record, "columns": None})          # the schema tells of the whole file
+        batches.append(batch)
+    assert saved[0] == saved[1]
+    assert set(batches[0]) == set(batches[1])
+    for key, tensor in batches[0].items():
+        assert torch.equal(tensor, batches[1][key]), key
+
+
+def test_a_target_is_scaled_by_training_rows(tmp_path):
+    table = pl.read_csv(samples.path("diabetes"), infer_schema_length=None)
+    parts = Splits(np.arange(0, 300), np.arange(300, 370), np.arange(370, 442), "by hand")
+    here = pl.Series(np.arange(442) >= 300)
+    table.write_csv(tmp_path / "clean.csv")
+    table.with_columns(pl.when(here).then(1e6 + pl.col("progression")).otherwise(pl.col("progression")).alias("progression")
+                       ).write_csv(tmp_path / "poisoned.csv")
+    plans = [prepared(read(tmp_path / f"{n}.csv", target="progression"), parts, "mlp-s")[0] for n in ("clean", "poisoned")]
+    assert plans[0].task.standard == plans[1].task.standard
+    assert plans[0].task.standard.mean == pytest.approx(table["progression"][:300].mean())
+
+
+def test_texts_are_prepared_from_training_rows(tmp_path):
+    clean = pl.read_csv(samples.path("docstrings")).head(300)
+    parts = Splits(np.arange(0, 200), np.arange(200, 250), np.arange(250, 300), "by hand")
+    absurd = [t if i < 200 else f"Ωmega zzqx {i} " * 40 for i, t in enumerate(clean["text"])]
+    files, batches = [], []
+    for name, texts in (("clean", clean["text"].to_list()), ("poisoned", absurd)):
+        source = read(clean.with_columns(pl.Series("text", texts)), target="library", kinds={"text": "text"})
+        assert len(source) == 300
+        plan, batch = prepared(source, parts, "gru-s")
+        plan.task.save(tmp_path / name)
+        files.append({f.name: f.read_text() for f in (tmp_path / name).iterdir() if f.name != "task.json"})
+        batches.append(batch)
+        files[-1]["lengths"] = plan.task.options.length, plan.task.median
+    assert files[0] == files[1]
+    assert all(torch.equal(t, batches[1][k]) for k, t in batches[0].items())
+
+
+def test_pictures_are_prepared_from_training_rows(tmp_path):
+    home = samples.path("digits")
+    source = read(home)
+    rows = np.random.default_rng(0).permutation(len(source))[:160]
+    parts = Splits(np.sort(rows[:100]), np.sort(rows[100:130]), np.sort(rows[130:]), "by hand")
+    clean, batch = prepared(source, parts, "simplecnn")
+    # The others become huge, white and coloured.
+    Image.new("RGB", (300, 300), (255, 255, 254)).save(tmp_path / "white.png")
+    others = np.setdiff1d(np.arange(len(source)), parts.train)
+    here = pl.Series(np.isin(np.arange(len(source)), others))
+    source.rows = source.rows.with_columns(
+        pl.when(here).then(pl.lit(str(tmp_path / "white.png"))).otherwise(pl.col("image")).alias("image"),
+        *(pl.when(here).then(v).otherwise(pl.col(c)).alias(c) for c, v in (("#width", 300), ("#height", 300), ("#channels", 3))
+          if c in source.rows.columns))
+    poisoned, again = prepared(source, parts, "simplecnn")
+    assert clean.task.state() == poisoned.task.state() and clean.task.options == poisoned.task.options
+    assert all(torch.equal(t, again[k]) for k, t in batch.items())
+    assert clean.task.pictures.channels == 1 and clean.task.pictures.side == 8
+
+
+# Mixing and augmenting
+
+
+def test_mixup_is_one_proportion_of_inputs_and_labels():
+    x = torch.randn(32, 5)
+    y = torch.arange(32) % 4
+    batch = mix_pairs({"vector": x, "target": y}, ("vector",), 4, 0.4, torch.Generator().manual_seed(3))
+    again = mix_pairs({"vector": x, "target": y}, ("vector",), 4, 0.4, torch.Generator().manual_seed(3))
+    assert torch.equal(batch["vector"], again["vector"]) and torch.equal(batch["target"], again["target"])
+    one_hot = torch.nn.functional.one_hot(y, 4).float()
+    found = 0
+    for i in range(32):                     # each row is part * x_i + (1 - part) * x_j for some j, labels alike
+        for j in range(32):
+            if i == j:
+                continue
+            part = ((batch["vector"][i] - x[j]) @ (x[i] - x[j])) / ((x[i] - x[j]) @ (x[i] - x[j]))
+            if torch.allclose(batch["vector"][i], part * x[i] + (1 - part) * x[j], atol=1e-5):
+                assert 0 <= part <= 1
+                assert torch.allclose(batch["target"][i], part * one_hot[i] + (1 - part) * one_hot[j], atol=1e-4)
+                found += 1
+                break
+    assert found >= 28                      # those paired with themselves aside
+    assert torch.allclose(batch["target"].sum(1), torch.ones(32))
+
+
+@pytest.mark.parametrize("how", ["none", "light", "standard"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentation_keeps_shape_and_range(how, channels):
+    x = torch.randint(0, 256, (20, channels, 17, 17), dtype=torch.uint8)
+    out = augment(x, how, True, torch.Generator().manual_seed(1))
+    assert out.shape == x.shape and out.min() >= 0 and out.max() <= 255
+    assert torch.equal(out, augment(x, how, True, torch.Generator().manual_seed(1)))
+    if how == "none":
+        assert torch.equal(out, x)
+    else:
+        assert not torch.equal(out, augment(x, how, True, torch.Generator().manual_seed(2)))
+        assert not torch.equal(out.float(), x.float())
+        flat = torch.full_like(x, 77)       # what is even stays even, up to the border
+        assert torch.allclose(augment(flat, how, True, torch.Generator().manual_seed(1)).float(), flat.float(), atol=1e-3)
+
+
+def test_pictures_are_mirrored_only_where_allowed():
+    x = torch.zeros(200, 1, 16, 16, dtype=torch.uint8)
+    x[..., :4] = 255                                        # a bar on the left, wider than any shift
+    left = lambda out: (out[..., :8].float().mean((1, 2, 3)) > out[..., 8:].float().mean((1, 2, 3)))  # noqa: E731
+    for how in ("light", "standard"):
+        assert left(augment(x, how, False, torch.Generator().manual_seed(0))).all()
+        share = left(augment(x, how, True, torch.Generator().manual_seed(0))).float().mean()
+        assert 0.35 < share < 0.65
+    assert x[..., :4].eq(255).all() and x[..., 4:].eq(0).all()          # the stored pictures are untouched
+
+
+def test_digits_are_never_mirrored(digits_run):
+    assert digits_run.task.options.flip is False
+
+
+def test_symmetric_pictures_are_mirrored(tmp_path):
+    """Classes that differ by height of a bar and shade: a mirror changes neither."""
+    rng = np.random.default_rng(0)
+    for c, row in enumerate((2, 7, 12)):
+        (tmp_path / f"bar{c}").mkdir()
+        for i in range(25):
+            pixels = rng.integers(0, 90, (16, 16)).astype(np.uint8)
+            pixels[row:row + 3] = rng.integers(160, 255)
+            Image.fromarray(pixels).save(tmp_path / f"bar{c}" / f"{i}.png")
+    source = read(tmp_path)
+    kind, _ = infer(source)
+    assert kind.learn(source, kind.options_from({})).options.flip is True
+    assert kind.learn(source, kind.options_from({"flip": "false"})).options.flip is False
+
+
+# Raw inputs get a defined answer
+
+
+def probabilities(answers) -> np.ndarray:
+    return np.array([list(a["probabilities"].values()) for a in answers])
+
+
+@pytest.fixture(scope="module")
+def mixed_run(mixed, tmp_path_factory):
+    home = tmp_path_factory.mktemp("mixed")
+    mixed.write_csv(home / "mixed.csv")
+    return fieldguide.fit(home / "mixed.csv", target="kind", model="mlp-s", out=home / "run",
+                          settings={"steps": 40, "precision": "float32"})
+
+
+def test_unseen_categories_and_missing_values_have_an_answer(mixed_run, mixed):
+    rows = mixed.drop("kind").head(6).with_columns(
+        pl.Series("colour", ["red", "violet", None, "", "ROT", "red"]), pl.Series("size", [10.0, None, 1e12, -1e12, 9, 10.0]),
+        pl.Series("day", ["2024-02-03", "1900-01-01", "2999-12-31", None, "not a day", "2024-02-03"]))
+    found = probabilities(mixed_run.predict(rows))
+    assert found.shape == (6, 2) and np.isfinite(found).all() and np.allclose(found.sum(1), 1)
+    # Every unseen category is the same unknown one.
+    same = rows[[0, 0]].with_columns(pl.Series("colour", ["violet", "octarine"]))
+    a, b = probabilities(mixed_run.predict(same))
+    assert np.array_equal(a, b)
+
+
+def test_a_lacking_column_is_named(mixed_run, mixed):
+    with pytest.raises(DataError, match="'colour'"):
+        mixed_run.predict(mixed.drop("colour"))
+
+
+def test_unseen_characters_and_empty_texts_have_an_answer(text_run):
+    texts = ["", "   ", "日本語 😀", "\x00\x07", "a" * 5000, "Return the array."]
+    found = probabilities(text_run.predict(pl.DataFrame({"text": texts})))
+    assert found.shape == (6, 5) and np.isfinite(found).all() and np.allclose(found.sum(1), 1, atol=1e-5)
+
+
+def test_pictures_of_any_size_and_mode_have_an_answer(digits_run, tmp_path):
+    modes = {"L": 9, "RGB": (9, 8, 7), "RGBA": (9, 8, 7, 100), "1": 1, "P": 3, "I;16": 40_000, "CMYK": (1, 2, 3, 4)}
+    for i, (mode, colour) in enumerate(modes.items()):
+        suffix = "tif" if mode == "CMYK" else "png"
+        Image.new(mode, (3 + 40 * i, 200 - 27 * i), colour).save(tmp_path / f"{i}.{suffix}")
+    found = probabilities(digits_run.predict(tmp_path))
+    assert found.shape == (len(modes), 10) and np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("name", ["iris_run", "digits_run", "text_run"])
+def test_one_row_is_answered_as_in_a_batch(name, request):
+    run = request.getfixturevalue(name)
+    data = read(run.record["request"]["data"])
+    rows = np.random.default_rng(0).permutation(len(data))[:70]
+    together = run.outputs(data.take(rows))["probabilities"]
+    for i in (0, 17, 69):
+        alone = run.outputs(data.take(rows[[i]]))["probabilities"][0]
+        assert alone == pytest.approx(together[i], abs=2e-5)
+    turned = run.outputs(data.take(rows[::-1]))["probabilities"]
+    assert np.allclose(turned[::-1], together, atol=2e-5)
+
+
+# Through fit
+
+
+def test_class_weights_are_inverse_to_frequency(mixed):
+    made = classifier(3)
+    made.counts = [10, 30, 60]
+    objective = made.objective(torch.nn.Identity(), registry.card("mlp-s"), Settings(class_weights=True))
+    weights = [b for n, b in objective.named_buffers() if b.numel() == 3] or [torch.tensor(objective.loss.weights)]
+    assert weights[0].tolist() == pytest.approx([100 / 30, 100 / 90, 100 / 180])
+    assert sum(w * c for w, c in zip(weights[0].tolist(), made.counts)) == pytest.approx(100)
+
+
+def test_groups_stay_whole_and_time_goes_forward(mixed, tmp_path):
+    table = mixed.with_columns(pl.Series("patient", [f"p{i // 4}" for i in range(120)]))
+    table.write_csv(tmp_path / "table.csv")
+    run = fieldguide.fit(tmp_path / "table.csv", target="kind", model="mlp-s", group="patient", out=tmp_path / "group",
+                         settings=QUICK)
+    with np.load(run.path / "splits.npz") as parts:
+        sides = [set(table["patient"].gather(parts[p])) for p in ("train", "validation", "test")]
+        assert sum(len(parts[p]) for p in parts) == 120 and not sides[0] & sides[2] and not sides[0] & sides[1]
+        assert not sides[1] & sides[2]
+    assert "groups by 'patient' kept whole" in run.record["data"]["split"]["how"]
+    assert "patient" not in {c.name for c in run.task.inputs()}
+
+    run = fieldguide.fit(tmp_path / "table.csv", target="kind", model="mlp-s", time_column="day", out=tmp_path / "time",
+                         settings={**QUICK, "column.patient": "category"})
+    with np.load(run.path / "splits.npz") as parts:
+        days = [table["day"].gather(parts[p]) for p in ("train", "validation", "test")]
+    assert days[0].max() < days[1].min() and days[1].max() < days[2].min()
+    assert "the latest by 'day'" in run.record["data"]["split"]["how"]
+
+
+def test_a_kind_can_be_overruled(mixed, tmp_path):
+    mixed.write_csv(tmp_path / "m.csv")
+    run = fieldguide.fit(tmp_path / "m.csv", target="kind", model="mlp-s", out=tmp_path / "run",
+                         settings={**QUICK, "column.day": "identifier", "column.size": "category"})
+    assert {c.name: c.kind for c in run.task.inputs()} == {"size": "category", "weight": "number", "colour": "category"}
+
+
+def test_task_options(tmp_path):
+    with pytest.raises(SettingsError, match=r"task.sise.*Did you mean 'side'"):
+        task("image-classification").options_from({"sise": 3})
+    with pytest.raises(SettingsError, match="is not an integer"):
+        task("image-classification").options_from({"side": "large"})
+    with pytest.raises(SettingsError, match="Did you mean 'text-classification'"):
+        task("text-clasification")
+
+
+def test_a_class_that_was_not_in_training_is_refused(iris_run):
+    table = pl.read_csv(samples.path("iris")).with_columns(pl.lit("tulip").alias("species"))
+    with pytest.raises(DataError, match=r"'tulip'.*Known are: setosa, versicolor, virginica"):
+        iris_run.evaluate(table)
