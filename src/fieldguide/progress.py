@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -55,7 +56,7 @@ class Progress:
                        TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[score]}"), TimeElapsedColumn(),
                        TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         self.line = self.bar.add_task("", total=settings.steps, completed=done, loss="-", score="")
-        self.steps, self.told = settings.steps, 0
+        self.steps, self.told, self.done, self.began = settings.steps, done, done, time.monotonic()
         self.bar.start()
         console.print(f"training {settings.steps:,} steps of {settings.batch} examples, {settings.optimizer} "
                       f"lr {settings.lr:g}, {settings.precision}")
@@ -72,7 +73,8 @@ class Progress:
         # Without a terminal there is no bar: a line now and then instead.
         if not console.is_terminal and (best or step == self.steps) and step - self.told >= self.steps / 20:
             self.told = step
-            console.print(f"step {step:,} of {self.steps:,}: validation {name} {value:.4g}")
+            left = (time.monotonic() - self.began) / (step - self.done) * (self.steps - step)
+            console.print(f"step {step:,} of {self.steps:,}: validation {name} {value:.4g}; about {left:.0f} s left")
 
     def ends(self, run: Any) -> None:
         self.stop()

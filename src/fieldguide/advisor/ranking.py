@@ -135,7 +135,8 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
         option.rejected = (f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
                            f"machine has {machine['memory'] / 2**30:.1f} GiB")
     elif seconds > EPOCHS * 60 * minutes:
-        option.rejected = f"one pass over the data would take about {seconds / EPOCHS / 60:.2g} minutes of the {minutes:g} given"
+        option.rejected = (f"one pass over the data would take about {seconds / EPOCHS / 60:.2g} minutes of the "
+                           f"{minutes:g} given")
     elif seconds > 60 * minutes:
         option.points -= math.log2(seconds / (60 * minutes))
         option.against.append(f"{minutes:g} minutes are about {60 * minutes * EPOCHS / seconds:.1f} passes over the data: few")

@@ -252,9 +252,11 @@ class Trainer:
             with torch.inference_mode():
                 scores = self.evaluate(self.objective)
             value = scores[name]
-            better = state.best is None or (value > state.best if direction == "max" else value < state.best)
+            better = math.isfinite(value) and (state.best is None or (
+                value > state.best if direction == "max" else value < state.best))
             state.stale = 0 if better else state.stale + 1
-            if better:
+            # Accuracy on few rows often ties, most of all at its highest: then more training is the better bet.
+            if better or value == state.best:
                 state.best, state.best_step = value, state.step
                 self.best = {k: t.detach().clone() for k, t in self.kept.state_dict().items()}
         self.objective.train()
