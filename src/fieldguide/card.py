@@ -18,6 +18,10 @@ TAKES: dict[str, tuple[str, ...]] = {
     "vector": ("vector",),                  # B F float: one flat row of numbers
     "sequence": ("sequence",),              # B T D float
     "noise": ("noise",),                    # B Z float
+    "pair": ("source", "source_mask", "tokens", "mask"),     # two rows of tokens: what is read, what is said so far
+    "series": ("series",),                  # B T C float: C series side by side, T steps of the past
+    "noisy": ("image", "time", "label"),    # B C H W float, B float: noise level, B int64 (0 = no condition)
+    "items": ("items", "mask"),             # B T int64: what a user met, in order of time (0 = none), B T bool
 }
 
 # What it gives back.
@@ -26,6 +30,11 @@ GIVES: dict[str, str] = {
     "sequence": "B T D float",
     "vector": "B F float",
     "score": "B 1 float: how real the input looks",
+    "tokens": "logits B T vocab of the token that follows each",
+    "mask": "logits B classes H W of every pixel",
+    "image": "B C H W float",
+    "forecast": "B H C Q float: H steps of the future of C series, Q values each (a point, or quantiles)",
+    "items": "logits B T items of the item that follows each",
 }
 
 
