@@ -3,53 +3,26 @@
 New here: a cell state that is added to, not multiplied, so its gradient survives many steps; gates decide
 what is written, kept (the forget gate of Gers et al. 2000) and read.
 
-Initialisation: that of `blocks.recurrent.Recurrent`; embeddings are normal with deviation 0.1, the head is
-uniform by fan-in.
+Initialisation: that of `models.recurrent.reader`.
 Shapes: B batch, T tokens, D width of an embedding, H hidden units, directions 1 or 2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from torch import nn
 
-from torch import Tensor, nn
-
-from fieldguide.blocks.recurrent import Recurrent
 from fieldguide.card import Card, Size
+from fieldguide.models.recurrent.reader import Config, Reader
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    vocab: int = 16_000
-    classes: int = 2
-    dim: int = 128               # D
-    hidden: int = 256            # H
-    depth: int = 1               # layers
-    directions: int = 2          # 2 reads every row backwards too
-    dropout: float = 0.3         # on embeddings, between layers and before the head
-
-
-class LSTM(nn.Module):
+class LSTM(Reader):
     """Tokens -> class logits, read after the last real token of each row (and after the first, backwards)."""
 
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)
-        self.rnn = Recurrent(nn.LSTM, config.dim, config.hidden, config.depth, config.directions,
-                             config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.hidden * config.directions, config.classes)
-        nn.init.normal_(self.embed.weight, std=0.1)
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:     # B T, B T -> B classes
-        x = self.dropout(self.embed(tokens))                                     # B T D
-        return self.head(self.dropout(self.rnn(x, mask)))
+    cell = nn.LSTM
 
 
 CARD = Card(
-    name="lstm", model=LSTM, config=Config, paper="doi:10.1162/neco.1997.9.8.1735", year=1997,
-    takes="tokens", gives="label",
+    name="lstm", model=LSTM, config=Config, paper="doi:10.1162/neco.1997.9.8.1735", year=1997, takes="tokens", gives="label",
     sizes={
         "lstm-s": Size(),
         "lstm-m": Size(dim=256, hidden=512, depth=2),

@@ -3,56 +3,29 @@
 New here: the hidden state is fed back, so that what came before can matter. Its gradient shrinks or bursts
 with every step, which limits what it can remember; LSTM and GRU mend that.
 
-Initialisation: that of `blocks.recurrent.Recurrent`; embeddings are normal with deviation 0.1, the head is
-uniform by fan-in.
+Initialisation: that of `models.recurrent.reader`.
 Shapes: B batch, T tokens, D width of an embedding, H hidden units, directions 1 or 2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from torch import nn
 
-from torch import Tensor, nn
-
-from fieldguide.blocks.recurrent import Recurrent
 from fieldguide.card import Card, Size
+from fieldguide.models.recurrent.reader import Config, Reader
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    vocab: int = 16_000
-    classes: int = 2
-    dim: int = 128               # D
-    hidden: int = 256            # H
-    depth: int = 1               # layers
-    directions: int = 1          # 2 reads every row backwards too
-    dropout: float = 0.3         # on embeddings, between layers and before the head
-
-
-class RNN(nn.Module):
+class RNN(Reader):
     """Tokens -> class logits, read after the last real token of each row (and after the first, backwards)."""
 
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)
-        self.rnn = Recurrent(nn.RNN, config.dim, config.hidden, config.depth, config.directions,
-                             config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.hidden * config.directions, config.classes)
-        nn.init.normal_(self.embed.weight, std=0.1)
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:     # B T, B T -> B classes
-        x = self.dropout(self.embed(tokens))                                     # B T D
-        return self.head(self.dropout(self.rnn(x, mask)))
+    cell = nn.RNN
 
 
 CARD = Card(
-    name="rnn", model=RNN, config=Config, paper="doi:10.1207/s15516709cog1402_1", year=1990,
-    takes="tokens", gives="label",
+    name="rnn", model=RNN, config=Config, paper="doi:10.1207/s15516709cog1402_1", year=1990, takes="tokens", gives="label",
     sizes={
-        "rnn-s": Size(),
-        "rnn-m": Size(dim=256, hidden=512, depth=2),
+        "rnn-s": Size(directions=1),
+        "rnn-m": Size(dim=256, hidden=512, depth=2, directions=1),
         "rnn-test": Size(vocab=30, classes=3, dim=6, hidden=5, depth=2, directions=2, dropout=0.0),
     },
     # Recurrent gradients burst now and then, so they are clipped.
