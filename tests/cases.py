@@ -206,6 +206,37 @@ def tabm_package(model: nn.Module) -> Peer:
     return Shifted(), rename
 
 
+class Logits(nn.Module):
+    """A language model of transformers: padding on the right, positions from 0."""
+
+    def __init__(self, peer: nn.Module):
+        super().__init__()
+        self.peer = peer
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.peer(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits
+
+
+def huggingface_gpt2(model: nn.Module) -> Peer:
+    from fieldguide.models.transformer.gpt2 import HUGGINGFACE
+    from tv import transformers
+    c = model.config
+    peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab, n_positions=c.length, n_embd=c.dim, n_layer=c.depth, n_head=c.heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    peer.lm_head = nn.Linear(c.dim, c.vocab, bias=False)
+    peer.lm_head.weight = peer.transformer.wte.weight
+
+    class Tied(Logits):
+        """The head has the embedding's tensor, and one name."""
+
+        def load_state_dict(self, state, strict=True):
+            return super().load_state_dict(state | {"peer.lm_head.weight": state["peer.transformer.wte.weight"]}, strict)
+
+    return Tied(peer), lambda state: {f"peer.{name}": tensor for name, tensor
+                                      in translate(state, HUGGINGFACE, reverse=True).items()}
+
+
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
@@ -219,6 +250,7 @@ CASES = {
     "lstm": Case(inputs=tokens, peer=packed(nn.LSTM)),
     "gru": Case(inputs=tokens, peer=packed(nn.GRU)),
     "transformer-encoder": Case(inputs=tokens, peer=torch_encoder),
+    "gpt2": Case(inputs=tokens, peer=huggingface_gpt2, lr=3e-2),
     "self-attention": Case(inputs=sequence, peer=same(
         lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),

@@ -27,15 +27,22 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
     if card.takes == "image":
         side = get("image", side)
         return (torch.zeros(batch, get("channels", 3), side, side, device=device),)
-    if card.takes == "tokens":
-        length = min(length, get("length", length))
-        return (torch.zeros(batch, length, dtype=torch.int64, device=device),
-                torch.ones(batch, length, dtype=torch.bool, device=device))
     if card.takes == "table":
         return (torch.zeros(batch, get("numbers", 8), device=device),
                 torch.zeros(batch, len(get("categories", ())), dtype=torch.int64, device=device))
     if card.takes == "sequence":
         return (torch.zeros(batch, length, get("dim", 64), device=device),)
+    if card.takes in ("tokens", "pair", "items"):
+        length = min(length, get("length", length))
+        row = (torch.zeros(batch, length, dtype=torch.int64, device=device),
+               torch.ones(batch, length, dtype=torch.bool, device=device))
+        return row * 2 if card.takes == "pair" else row
+    if card.takes == "series":
+        return (torch.zeros(batch, get("length", length), get("channels", 1), device=device),)
+    if card.takes == "noisy":
+        side = get("image", side)
+        return (torch.zeros(batch, get("channels", 3), side, side, device=device), torch.zeros(batch, device=device),
+                torch.zeros(batch, dtype=torch.int64, device=device))
     width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.takes]
     return (torch.zeros(batch, width, device=device),)
 

@@ -1,0 +1,158 @@
+"""GPT-2: a Transformer decoder that does nothing but predict the next token (Radford et al. 2019, OpenAI).
+
+New here: one network and one aim, the next token, and every task is text to be continued. Layers normalise before
+they transform, with one more normalisation before the head; the head is the embedding itself. Positions are learned.
+
+Initialisation: N(0, 0.02), positions N(0, 0.01) as in the released code; what is added to the residual path is
+divided by the root of the number of such additions (section 2.3); zero biases.
+Shapes: B batch, T tokens, D width, K tokens seen so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.cache import Cache, causal, positions
+from fieldguide.blocks.renaming import Dropped, Transposed
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError, SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab: int = 50_257
+    length: int = 1024           # longest row, tokens
+    dim: int = 768               # D
+    depth: int = 12
+    heads: int = 12
+    dropout: float = 0.1
+
+
+class CausalAttention(nn.Module):
+    """Every token looks at itself and at what is before it."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        if dim % heads:
+            raise SettingsError(f"dim={dim} cannot be split among heads={heads}: choose a multiple")
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:    # B T D -> B T D
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # each B heads T d
+        if cache is not None:
+            k, v = cache.put(layer, k, v)                                                    # B heads K d
+        x = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0,
+                                           is_causal=seen is None and q.shape[2] == k.shape[2])
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer network with GELU in its tanh form; each normalises first and adds its result."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = CausalAttention(dim, heads, dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict({"up": nn.Linear(dim, 4 * dim), "down": nn.Linear(4 * dim, dim)})
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:    # B T D -> B T D
+        x = x + self.dropout(self.attn(self.norm1(x), seen, cache, layer))
+        y = F.gelu(self.mlp["up"](self.norm2(x)), approximate="tanh")
+        return x + self.dropout(self.mlp["down"](y))
+
+
+class GPT2(nn.Module):
+    """Tokens -> logits of the token that follows each. Raises `DataError` for rows longer than `length`.
+
+    Padding may stand on either side: positions count real tokens. With a `cache` (see `new_cache`) only the tokens
+    not yet read are given, and the result equals that of the whole row.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.dim)          # the head, too
+        self.pos = nn.Embedding(config.length, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                added = name.endswith(("proj", "down"))
+                nn.init.normal_(module.weight, std=0.02 * ((2 * self.config.depth) ** -0.5 if added else 1))
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.pos.weight, std=0.01)
+
+    def new_cache(self, rows: int, length: int | None = None) -> Cache:
+        """Room for `length` tokens a row, at most and by default the network's own."""
+        c, weight = self.config, self.embed.weight
+        return Cache(rows, min(length or c.length, c.length), c.depth, c.heads, c.dim // c.heads,
+                     dtype=weight.dtype, device=weight.device)
+
+    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
+        steps = tokens.shape[1]
+        if (total := steps + (cache.used if cache else 0)) > self.config.length:
+            raise DataError(f"a row of {total} tokens is longer than length={self.config.length}; "
+                            "cut the rows or create the network with a larger length")
+        if cache is not None:
+            cache.open(steps, mask)
+        seen = causal(steps, mask, cache, tokens.device)
+        x = self.dropout(self.embed(tokens) + self.pos(positions(steps, mask, cache, tokens.device)))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, seen, cache, layer)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # -> B T vocab
+        return F.linear(self.features(tokens, mask, cache), self.embed.weight)
+
+
+NAMES = {
+    "wte.weight":              "embed.weight",
+    "wpe.weight":              "pos.weight",
+    "h.{i}.ln_1.*":            "blocks.{i}.norm1.*",
+    "h.{i}.attn.c_attn.*":     "blocks.{i}.attn.qkv.*",
+    "h.{i}.attn.c_proj.*":     "blocks.{i}.attn.proj.*",
+    "h.{i}.ln_2.*":            "blocks.{i}.norm2.*",
+    "h.{i}.mlp.c_fc.*":        "blocks.{i}.mlp.up.*",
+    "h.{i}.mlp.c_proj.*":      "blocks.{i}.mlp.down.*",
+    "ln_f.*":                  "norm.*",
+}
+SHARED = {
+    "lm_head.weight":          "embed.weight",           # tied; absent from most files
+    "h.{i}.attn.bias":         Dropped("the causal mask"),
+    "h.{i}.attn.masked_bias":  Dropped("the value of what is masked"),
+    "transformer.h.{i}.attn.bias":        Dropped("the causal mask"),
+    "transformer.h.{i}.attn.masked_bias": Dropped("the value of what is masked"),
+}
+HUGGINGFACE = {                                          # its linear layers are Conv1D; the first files had no prefix
+    prefix + theirs: Transposed(ours) if ".c_" in theirs else ours
+    for prefix in ("transformer.", "") for theirs, ours in NAMES.items()
+} | SHARED
+# The same names for tensors that lie the other way: for such files say origin="nanogpt".
+NANOGPT = {f"transformer.{theirs}": ours for theirs, ours in NAMES.items()} | SHARED
+
+CARD = Card(
+    name="gpt2", model=GPT2, config=Config, year=2019,
+    paper="https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
+    takes="tokens", gives="tokens",
+    sizes={
+        "gpt2": Size(params=124_439_808, source="openai-community/gpt2"),
+        "gpt2-medium": Size(dim=1024, depth=24, heads=16, params=354_823_168, source="openai-community/gpt2-medium"),
+        "gpt2-large": Size(dim=1280, depth=36, heads=20, params=774_030_080, source="openai-community/gpt2-large"),
+        "gpt2-xl": Size(dim=1600, depth=48, heads=25, params=1_557_611_200, source="openai-community/gpt2-xl"),
+        "gpt2-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
+    },
+    weights={"huggingface": HUGGINGFACE, "nanogpt": NANOGPT},
+    recipe={"optimizer": "adamw", "lr": 6e-4, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.02},
+)
