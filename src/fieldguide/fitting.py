@@ -220,7 +220,7 @@ def train(plan: Plan, loop: Trainer) -> State:
     """Trains, then calibrates on the validation part."""
     state = loop.train()
     rows = plan.source.take(plan.parts.validation)
-    plan.task.calibrate(answer(plan, rows), plan.task.truth(rows))
+    plan.task.calibrate(raw_answer(plan, rows), plan.task.truth(rows))
     return state
 
 
@@ -238,11 +238,14 @@ def train_and_test(path: Path, record: dict[str, Any], plan: Plan, watch: Any, r
     return run
 
 
-def answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
+def raw_answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
     """The trained network's outputs, in float32: the same on every machine."""
-    outputs = collect(plan.objective, plan.task.batches(rows, plan.card), batch=max(64, plan.settings.batch),
-                      device=distributed.device())
-    return plan.task.adjust(outputs)
+    return collect(plan.objective, plan.task.batches(rows, plan.card), batch=max(64, plan.settings.batch),
+                   device=distributed.device())
+
+
+def answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
+    return plan.task.adjust(raw_answer(plan, rows))
 
 
 def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: Any) -> None:

@@ -45,9 +45,12 @@ class Run:
             raise RunError(f"{self.path} is not a run folder: it has no run.json.") from None
         except ValueError as error:
             raise RunError(f"{self.path / 'run.json'} is damaged: {error}.") from None
-        if self.record.get("schema", 0) > SCHEMA:
-            raise RunError(f"{self.path} was written by a newer fieldguide (schema {self.record['schema']}, this version "
-                           f"reads up to {SCHEMA}). Update fieldguide.")
+        schema = self.record.get("schema") if isinstance(self.record, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise RunError(f"{self.path} was written by a newer fieldguide (schema {schema}, this version reads up to "
+                           f"{SCHEMA}). Update fieldguide.")
+        if not isinstance(schema, int) or not {"status", "task", "model", "settings", "data"} <= self.record.keys():
+            raise RunError(f"{self.path / 'run.json'} is damaged or not of a run: its fields are missing.")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.record['model']['size']} for {self.record['task']}, {self.status})"
@@ -64,7 +67,13 @@ class Run:
 
     @functools.cached_property
     def task(self) -> Task:
-        return Task.load(self.path / "preprocess")
+        folder = self.path / "preprocess"
+        try:
+            return Task.load(folder)
+        except FileNotFoundError as error:
+            raise RunError(f"{error.filename} is missing: the run folder is not whole.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{folder / 'task.json'} is damaged: {error}.") from None
 
     @functools.cached_property
     def card(self):

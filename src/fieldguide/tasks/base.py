@@ -174,4 +174,6 @@ def intervals(task: Task, outputs: Arrays, truth: Arrays, *, repeats: int = 300,
                                       {k: v[rows] for k, v in truth.items()}).items():
             drawn.setdefault(name, []).append(value)
     tails = [50 * (1 - level), 50 * (1 + level)]
-    return {name: tuple(np.nanpercentile(values, tails).tolist()) for name, values in drawn.items()}
+    undefined = (float("nan"), float("nan"))         # such as an area under the curve of one class alone
+    return {name: undefined if np.isnan(values).all() else tuple(np.nanpercentile(values, tails).tolist())
+            for name, values in drawn.items()}

@@ -1,0 +1,299 @@
+"""The run folder: exactly the documented files, the same answers when it is opened again, old schemas readable."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from safetensors import safe_open
+
+import fieldguide
+from fieldguide import samples
+from fieldguide.data.splits import Splits
+from fieldguide.errors import DataError, RunError, SettingsError, WeightsError
+from fieldguide.run import SCHEMA
+from fieldguide.train.settings import Settings
+
+GOLDEN = Path(__file__).parent / "golden"
+RUNS = ("iris_run", "digits_run", "text_run")
+PREPROCESS = {"iris_run": {"task.json"}, "digits_run": {"task.json"},
+              "text_run": {"task.json", "text.json", "tokenizer.json"}}
+
+
+@pytest.fixture(params=RUNS)
+def run(request):
+    found = request.getfixturevalue(request.param)
+    found.kind = request.param
+    return found
+
+
+def copy(run, to: Path) -> Path:
+    shutil.copytree(run.path, to)
+    return to
+
+
+def rewrite(path: Path, **changes) -> None:
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(record | changes))
+
+
+# What is in it
+
+
+def test_a_run_folder_holds_what_is_documented(run):
+    top = {p.name for p in run.path.iterdir()}
+    assert top == {"run.json", "model.safetensors", "preprocess", "splits.npz", "manifest.json", "metrics.jsonl",
+                   "report.html", "README.md", "checkpoints"}
+    assert {p.name for p in (run.path / "preprocess").iterdir()} == PREPROCESS[run.kind]
+    kept = {p.suffix for p in (run.path / "checkpoints").iterdir()}
+    assert kept == {".json", ".safetensors"}
+
+
+def test_nothing_in_it_is_pickled(run):
+    """Each file is of the kind that its name says, none holds a pickle, and the arrays are plain numbers."""
+    for path in (p for p in run.path.rglob("*") if p.is_file()):
+        content = path.read_bytes()
+        assert not content.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")), path
+        if path.suffix == ".json":
+            json.loads(content)
+        elif path.suffix == ".jsonl":
+            assert all(isinstance(json.loads(line), dict) for line in content.splitlines())
+        elif path.suffix == ".safetensors":
+            (size,) = struct.unpack("<Q", content[:8])
+            json.loads(content[8:8 + size])
+            with safe_open(path, "pt") as file:
+                assert list(file.keys())
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                assert set(arrays) == {"train", "validation", "test"}
+                assert all(arrays[a].dtype.kind == "i" for a in arrays)
+        else:
+            assert path.suffix in (".html", ".md"), f"{path} is of no documented kind"
+            content.decode()
+
+
+def test_run_json(run):
+    record = json.loads((run.path / "run.json").read_text())
+    assert set(record) == {"schema", "status", "task", "request", "model", "settings", "choice", "data", "cost", "machine",
+                           "versions", "started", "scores"}
+    assert record["schema"] == SCHEMA == 1 and record["status"] == "done"
+    assert set(record["request"]) == {"data", "target", "group", "time", "allow_bad", "kinds"}
+    assert set(record["model"]) == {"architecture", "size", "config"}
+    assert set(record["settings"]) == set(Settings().to_dict())
+    assert None not in [record["settings"][k] for k in ("steps", "batch", "evaluate", "precision", "channels_last")]
+    assert {"parameters", "multiply_adds", "seconds", "steps", "best_step", "stopped", "peak_memory", "processes"} <= set(
+        record["cost"])
+    assert {"root", "files", "bytes", "rows", "dropped", "digest", "source", "columns", "findings", "notes", "split"} == set(
+        record["data"])
+    names = {m.name for m in run.task.metrics}
+    scores = record["scores"]
+    assert set(scores) == {"test", "intervals", "baselines"} and set(scores["test"]) == set(scores["intervals"]) == names
+    assert [set(b["scores"]) for b in scores["baselines"]] == [names, names]
+    for name, (low, high) in scores["intervals"].items():
+        assert low <= high, name
+    split = record["data"]["split"]
+    with np.load(run.path / "splits.npz") as parts:
+        assert {k: len(parts[k]) for k in parts} == {k: split[k] for k in ("train", "validation", "test")}
+        rows = np.concatenate([parts[k] for k in parts])
+    assert sorted(rows) == list(range(record["data"]["rows"]))
+    assert sum(p.numel() for p in run.model.parameters()) == record["cost"]["parameters"]
+
+
+def test_the_manifest_names_every_file(run):
+    entries = json.loads((run.path / "manifest.json").read_text())
+    home = samples.path(run.record["request"]["data"])
+    assert len(entries) == run.record["data"]["files"] and sum(e["rows"] for e in entries) == run.record["data"]["rows"]
+    first = home / entries[0]["path"] if home.is_dir() else home
+    assert entries[0]["sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+
+
+def test_losses_and_scores_by_step(run):
+    lines = run.losses()
+    steps = [x["step"] for x in lines if "loss" in x]
+    assert steps == sorted(steps) and steps[-1] == run.record["settings"]["steps"]
+    assert run.record["cost"]["best_step"] in [x["step"] for x in lines if "scores" in x]
+
+
+def test_report_and_card_tell_the_same(run):
+    value = run.task.metrics[0].text(run.scores[run.task.metrics[0].name])
+    page, card = ((run.path / n).read_text() for n in ("report.html", "README.md"))
+    plain = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
+    assert f"{value} of the held-out examples right" in plain
+    assert f"{value} of the held-out examples right" in card
+    for address in ("http://", "https://", "src=\"//", "@import"):
+        assert address not in page.replace("http://www.w3.org", ""), f"the report points to {address}"
+
+
+# Opened again
+
+
+def test_answers_are_the_same_when_opened_again(run, tmp_path):
+    moved = copy(run, tmp_path / "elsewhere" / "run")
+    again = fieldguide.open_run(moved)
+    source = samples.path(run.record["request"]["data"])
+    if source.is_dir():
+        source = source / "4"
+    first, second = run.predict(source), again.predict(source)
+    assert [a["probabilities"] for a in first] == [a["probabilities"] for a in second]
+    assert again.scores == run.scores and repr(again).endswith("done)")
+
+
+def test_training_data_is_scored_on_its_test_part(run):
+    found = run.evaluate(run.record["request"]["data"])
+    assert found["rows"] == run.record["data"]["split"]["test"] and "test part" in found["note"]
+    assert found["scores"] == pytest.approx(run.scores, abs=1e-6)
+    assert found["intervals"].keys() == run.record["scores"]["intervals"].keys()
+
+
+def test_other_data_is_scored_whole(iris_run):
+    table = pl.read_csv(samples.path("iris"))
+    found = iris_run.evaluate(table.head(149))
+    assert found["rows"] == 149 and not found["note"]
+    one = iris_run.evaluate(table.head(1))
+    assert one["rows"] == 1 and one["scores"]["accuracy"] in (0, 1) and np.isnan(one["scores"]["auc"])
+
+
+def test_data_without_answers_cannot_be_scored(iris_run):
+    with pytest.raises(DataError, match="answers are to be in column 'species'"):
+        iris_run.evaluate(pl.read_csv(samples.path("iris")).drop("species"))
+
+
+def test_inputs_of_several_sources_keep_their_names(iris_run, tmp_path):
+    table = pl.read_csv(samples.path("iris")).drop("species")
+    for name, rows in (("a", table[:2]), ("b", table[100:103])):
+        rows.write_csv(tmp_path / f"{name}.csv")
+    found = iris_run.predict([tmp_path / "a.csv", tmp_path / "b.csv", table[:1]])
+    assert [a["input"] for a in found] == [f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:3", f"{tmp_path}/b.csv:2",
+                                           f"{tmp_path}/b.csv:3", f"{tmp_path}/b.csv:4", "memory:1"]
+    alone = iris_run.predict(table[101:102])[0]
+    assert alone["probabilities"] == pytest.approx(found[3]["probabilities"], abs=1e-6)
+
+
+# What cannot be opened
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(RunError, match=r"not a run folder: it has no run\.json"):
+        fieldguide.open_run(tmp_path)
+    with pytest.raises(RunError, match=r"not a run folder"):
+        fieldguide.open_run(tmp_path / "nowhere")
+
+
+def test_a_damaged_record(iris_run, tmp_path):
+    path = copy(iris_run, tmp_path / "run")
+    text = (path / "run.json").read_text()
+    (path / "run.json").write_text(text[:300])
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        fieldguide.open_run(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", '{"schema": "one"}', '{"schema": null}'])
+def test_a_record_that_is_something_else(iris_run, tmp_path, content):
+    path = copy(iris_run, tmp_path / "run")
+    (path / "run.json").write_text(content)
+    with pytest.raises(RunError, match=r"run\.json"):
+        fieldguide.open_run(path)
+
+
+def test_a_newer_schema(iris_run, tmp_path):
+    path = copy(iris_run, tmp_path / "run")
+    rewrite(path, schema=SCHEMA + 1)
+    with pytest.raises(RunError, match=f"newer fieldguide .schema {SCHEMA + 1}, this version reads up to {SCHEMA}"):
+        fieldguide.open_run(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocess/task.json"])
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_damaged_part_is_named(iris_run, tmp_path, name, how):
+    path = copy(iris_run, tmp_path / "run")
+    content = (path / name).read_bytes()
+    (path / name).unlink()
+    if how == "cut":
+        (path / name).write_bytes(content[:len(content) // 2])
+    with pytest.raises((RunError, WeightsError), match=Path(name).name.replace(".", r"\.")):
+        fieldguide.open_run(path).predict(pl.read_csv(samples.path("iris")))
+
+
+def test_an_unfinished_run_says_how_to_go_on(iris_run, tmp_path):
+    path = copy(iris_run, tmp_path / "run")
+    rewrite(path, status="training")
+    with pytest.raises(RunError, match=r"not finished.*fit --resume"):
+        fieldguide.open_run(path).predict(pl.read_csv(samples.path("iris")))
+
+
+# Resumed after the last step
+
+
+def test_a_crash_before_the_last_write_changes_nothing(iris_run, tmp_path):
+    """All is trained and the calibration is stored, but run.json does not say so yet: going on gives the same run."""
+    path = copy(iris_run, tmp_path / "run")
+    rewrite(path, status="training")
+    again = fieldguide.resume(path)
+    assert again.status == "done" and again.task.temperature == iris_run.task.temperature
+    assert again.scores == iris_run.scores
+    assert (path / "model.safetensors").read_bytes() == (iris_run.path / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_change_on_resume(iris_run, tmp_path):
+    path = copy(iris_run, tmp_path / "run")
+    rewrite(path, status="training")
+    with pytest.raises(SettingsError, match="batch cannot change"):
+        fieldguide.resume(path, settings={"batch": 3})
+    rewrite(path, data=iris_run.record["data"] | {"digest": "0" * 64})
+    with pytest.raises(RunError, match="has changed since"):
+        fieldguide.resume(path)
+
+
+# Golden folders of every released schema
+
+
+def golden() -> list[Path]:
+    return sorted(p.parent for p in GOLDEN.glob("v*/run.json"))
+
+
+def test_every_schema_and_task_has_a_golden_folder():
+    names = {p.name for p in golden()}
+    for schema in range(1, SCHEMA + 1):
+        assert {f"v{schema}-{t}" for t in ("tabular-classification", "tabular-regression", "image-classification",
+                                           "text-classification")} <= names
+
+
+@pytest.mark.parametrize("path", golden(), ids=lambda p: p.name)
+def test_a_golden_folder_answers_as_it_did(path):
+    expected = json.loads((path / "expected.json").read_text())
+    found = fieldguide.open_run(path).predict([str(path / name) for name in expected["inputs"]])
+    assert len(found) == len(expected["answers"])
+    for answer, wanted in zip(found, expected["answers"]):
+        assert answer.keys() == wanted.keys() | {"input"}
+        for key, value in wanted.items():
+            assert answer[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-4)), key
+    assert fieldguide.open_run(path).losses() and fieldguide.open_run(path).scores
+
+
+@pytest.mark.parametrize("path", golden(), ids=lambda p: p.name)
+def test_a_golden_folder_is_small_and_names_no_machine(path):
+    files = [p for p in path.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 60_000
+    for file in files:
+        content = file.read_bytes()
+        assert not any(word in content for word in (b"/home/", b"/root/", b"/tmp/", b"/work/", b"/Users/")), file
+
+
+def test_golden_answers_are_of_trained_networks():
+    """Answers that are all alike would not notice a wrong preparation."""
+    for path in golden():
+        answers = json.loads((path / "expected.json").read_text())["answers"]
+        values = [next(iter(a.get("probabilities", a).values())) for a in answers]
+        assert np.std(values) > 0.02, path.name
+
+
+def test_splits_are_plain_arrays():
+    assert [f.name for f in Splits.__dataclass_fields__.values()] == ["train", "validation", "test", "how"]
