@@ -45,6 +45,11 @@ def tokens(config: Any, rows: int) -> tuple[Tensor, ...]:
     return torch.randint(vocab, (rows, 9)), torch.arange(9) < length[:, None]
 
 
+def pair(config: Any, rows: int) -> tuple[Tensor, ...]:
+    source, mask = tokens(config, rows)
+    return source[:, :7], mask[:, :7], *tokens(config, rows)
+
+
 def table(config: Any, rows: int) -> tuple[Tensor, ...]:
     categories = [torch.randint(1, size, (rows,)) for size in config.categories]
     return 2 * torch.randn(rows, config.numbers), torch.stack(categories, 1)
@@ -237,6 +242,40 @@ def huggingface_gpt2(model: nn.Module) -> Peer:
                                       in translate(state, HUGGINGFACE, reverse=True).items()}
 
 
+class TorchTransformer(nn.Module):
+    """torch's own encoder and decoder, without their final norms, between an embedding and itself."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.inner = nn.Transformer(config.dim, config.heads, config.depth, config.depth, config.hidden, 0.0,
+                                    batch_first=True)
+        self.inner.encoder.norm = self.inner.decoder.norm = None
+        self.inner.encoder.use_nested_tensor = False
+        self.embed = nn.Embedding(config.vocab, config.dim)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        dim = self.embed.embedding_dim
+        return self.embed(tokens) * dim ** 0.5 + torch.tensor(
+            [[references.sinusoid(t, column, dim) for column in range(dim)] for t in range(tokens.shape[1])],
+            dtype=torch.float32)
+
+    def forward(self, source: Tensor, source_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        later = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+        x = self.inner(self.read(source), self.read(tokens), tgt_mask=later, src_key_padding_mask=~source_mask,
+                       tgt_key_padding_mask=~mask, memory_key_padding_mask=~source_mask)
+        return x @ self.embed.weight.T
+
+
+def torch_transformer(model: nn.Module) -> Peer:
+    from fieldguide.models.transformer.seq2seq import TORCH
+
+    def rename(state: State) -> dict[str, Tensor]:
+        inner = {name: tensor for name, tensor in state.items() if name != "embed.weight"}
+        return {"embed.weight": state["embed.weight"]} | {
+            f"inner.{name}": tensor for name, tensor in translate(inner, TORCH, reverse=True).items()}
+    return TorchTransformer(model.config), rename
+
+
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
@@ -251,6 +290,7 @@ CASES = {
     "gru": Case(inputs=tokens, peer=packed(nn.GRU)),
     "transformer-encoder": Case(inputs=tokens, peer=torch_encoder),
     "gpt2": Case(inputs=tokens, peer=huggingface_gpt2, lr=3e-2),
+    "transformer": Case(inputs=pair, peer=torch_transformer, lr=2e-2),
     "self-attention": Case(inputs=sequence, peer=same(
         lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.blocks.cache import Cache, causal, positions
+from fieldguide.blocks.causal import CausalAttention
 from fieldguide.blocks.renaming import Dropped, Transposed
 from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,26 +30,6 @@ class Config:
     depth: int = 12
     heads: int = 12
     dropout: float = 0.1
-
-
-class CausalAttention(nn.Module):
-    """Every token looks at itself and at what is before it."""
-
-    def __init__(self, dim: int, heads: int, dropout: float):
-        super().__init__()
-        if dim % heads:
-            raise SettingsError(f"dim={dim} cannot be split among heads={heads}: choose a multiple")
-        self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:    # B T D -> B T D
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # each B heads T d
-        if cache is not None:
-            k, v = cache.put(layer, k, v)                                                    # B heads K d
-        x = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0,
-                                           is_causal=seen is None and q.shape[2] == k.shape[2])
-        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

@@ -1,0 +1,188 @@
+"""Transformer: attention alone reads one row and writes another (Vaswani et al. 2017, arXiv:1706.03762).
+
+New here: no recurrence and no convolution. The encoder's tokens look at each other; the decoder's look at what is
+said so far, then at the encoder's. Source, target and head share one embedding; layers add, then normalise, as in
+the paper, which needs a warm-up of the learning rate. Linear layers have biases, of which the paper says nothing.
+
+Initialisation: embeddings N(0, 1/D), scaled by sqrt(D) when read (section 3.4); Glorot uniform matrices, zero biases.
+Shapes: B batch, S source tokens, T target tokens, D width, K target tokens seen so far.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.cache import Cache, causal, positions
+from fieldguide.blocks.causal import CausalAttention
+from fieldguide.blocks.padding import at_least_one
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError
+from fieldguide.models.transformer.encoder_classifier import sinusoids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab: int = 37_000          # of both languages together
+    length: int = 512            # longest row, tokens
+    dim: int = 512               # D
+    depth: int = 6               # layers of the encoder, and of the decoder
+    heads: int = 8
+    hidden: int = 2048           # width inside the two-layer networks
+    dropout: float = 0.1
+
+
+class CrossAttention(nn.Module):
+    """Every target token looks at the real tokens of its source. `qkv` holds the three matrices of torch's layer."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def remember(self, source: Tensor) -> tuple[Tensor, Tensor]:                 # B S D -> keys, values B heads S d
+        dim = source.shape[-1]
+        k, v = F.linear(source, self.qkv.weight[dim:], self.qkv.bias[dim:]).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:      # B T D -> B T D
+        dim = x.shape[-1]
+        q = F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, *memory, None if mask is None else mask[:, None, None])
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Section 3.3."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:              # B T D -> B T D
+        return self.down(F.relu(self.up(x)))
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.attn, self.norm1 = Attention(c.dim, c.heads), nn.LayerNorm(c.dim)
+        self.mlp, self.norm2 = FeedForward(c.dim, c.hidden), nn.LayerNorm(c.dim)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # B S D -> B S D
+        x = self.norm1(x + self.dropout(self.attn(x, mask)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.attn, self.norm1 = CausalAttention(c.dim, c.heads), nn.LayerNorm(c.dim)
+        self.cross, self.norm2 = CrossAttention(c.dim, c.heads), nn.LayerNorm(c.dim)
+        self.mlp, self.norm3 = FeedForward(c.dim, c.hidden), nn.LayerNorm(c.dim)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, seen: Tensor | None, memory: tuple, mask, cache, layer: int) -> Tensor:     # B T D -> B T D
+        x = self.norm1(x + self.dropout(self.attn(x, seen, cache, layer)))
+        x = self.norm2(x + self.dropout(self.cross(x, memory, mask)))
+        return self.norm3(x + self.dropout(self.mlp(x)))
+
+
+class Transformer(nn.Module):
+    """Source and what is said so far -> logits of the token that follows each of the latter.
+
+    `tokens` begins with a token that means "begin". With a `cache` (see `new_cache`) the source is read once, after
+    which it may be None, and only the tokens not yet read are given. Raises `DataError` for rows longer than `length`.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.dim)          # of both languages, and the head
+        self.register_buffer("pos", sinusoids(config.length, config.dim), persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
+        self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                # Queries, keys and values are three square matrices that share a tensor.
+                for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
+                    nn.init.xavier_uniform_(part)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embed.weight, std=self.config.dim ** -0.5)
+
+    def new_cache(self, rows: int, length: int | None = None) -> Cache:
+        """Room for `length` target tokens a row, at most and by default the network's own."""
+        c, weight = self.config, self.embed.weight
+        return Cache(rows, min(length or c.length, c.length), c.depth, c.heads, c.dim // c.heads,
+                     dtype=weight.dtype, device=weight.device)
+
+    def _read(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:      # B T -> B T D
+        if (total := tokens.shape[1] + (cache.start if cache else 0)) > self.config.length:
+            raise DataError(f"a row of {total} tokens is longer than length={self.config.length}; "
+                            "cut the rows or create the network with a larger length")
+        place = positions(tokens.shape[1], mask, cache, tokens.device)
+        return self.dropout(self.embed(tokens) * math.sqrt(self.config.dim) + self.pos[place])
+
+    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:      # B S -> B S D
+        x = self._read(source, mask)
+        for block in self.encoder:
+            x = block(x, mask)
+        return x
+
+    def forward(self, source, source_mask, tokens: Tensor, mask=None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
+        if cache is not None and cache.cross is not None:
+            memory, source_mask = cache.cross
+        else:
+            source_mask = None if source_mask is None else at_least_one(source_mask)
+            encoded = self.encode(source, source_mask)
+            memory = [block.cross.remember(encoded) for block in self.decoder]
+        if cache is not None:
+            cache.cross = (memory, source_mask)
+            cache.open(tokens.shape[1], mask)
+        seen = causal(tokens.shape[1], mask, cache, tokens.device)
+        x = self._read(tokens, mask, cache)
+        for layer, block in enumerate(self.decoder):
+            x = block(x, seen, memory[layer], source_mask, cache, layer)
+        return F.linear(x, self.embed.weight)
+
+
+TORCH = {                                                # of nn.Transformer, which adds a norm after either stack
+    "encoder.layers.{i}.self_attn.in_proj_*":       "encoder.{i}.attn.qkv.*",
+    "encoder.layers.{i}.self_attn.out_proj.*":      "encoder.{i}.attn.proj.*",
+    "encoder.layers.{i}.linear1.*":                 "encoder.{i}.mlp.up.*",
+    "encoder.layers.{i}.linear2.*":                 "encoder.{i}.mlp.down.*",
+    "encoder.layers.{i}.norm{k}.*":                 "encoder.{i}.norm{k}.*",
+    "decoder.layers.{i}.self_attn.in_proj_*":       "decoder.{i}.attn.qkv.*",
+    "decoder.layers.{i}.self_attn.out_proj.*":      "decoder.{i}.attn.proj.*",
+    "decoder.layers.{i}.multihead_attn.in_proj_*":  "decoder.{i}.cross.qkv.*",
+    "decoder.layers.{i}.multihead_attn.out_proj.*": "decoder.{i}.cross.proj.*",
+    "decoder.layers.{i}.linear1.*":                 "decoder.{i}.mlp.up.*",
+    "decoder.layers.{i}.linear2.*":                 "decoder.{i}.mlp.down.*",
+    "decoder.layers.{i}.norm{k}.*":                 "decoder.{i}.norm{k}.*",
+}
+
+CARD = Card(
+    name="transformer", model=Transformer, config=Config, paper="arXiv:1706.03762", year=2017,
+    takes="pair", gives="tokens",
+    sizes={
+        # Layers 44,138,496: nn.Transformer's 44,140,544 less its two final norms. The paper says 65 and 213 million.
+        "transformer-base": Size(params=63_082_496, source="nn.Transformer without final norms, 37,000 embeddings"),
+        "transformer-big": Size(dim=1024, heads=16, hidden=4096, dropout=0.3, params=214_245_376,
+                                source="nn.Transformer without final norms, 37,000 embeddings"),
+        "transformer-test": Size(vocab=30, length=12, dim=16, depth=2, heads=2, hidden=24, dropout=0.0),
+    },
+    weights={"torch": TORCH},
+    recipe={"optimizer": "adamw", "lr": 7e-4, "weight_decay": 0.0, "beta2": 0.98, "clip": 1.0, "warmup": 0.04,
+            "smoothing": 0.1},
+)
