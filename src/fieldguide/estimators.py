@@ -76,7 +76,7 @@ class Tabular(BaseEstimator):
         loop = fitting.trainer(plan, watch)
         watch.begins(plan.settings, 0)
         try:
-            state = loop.train()
+            state = fitting.train(plan, loop)
         except Interrupted:
             raise KeyboardInterrupt from None                # nothing is stored that one could go on from
         finally:
@@ -120,7 +120,8 @@ class Tabular(BaseEstimator):
             def make(rows: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
                 return {k: t.double() if t.is_floating_point() else t for k, t in batches.make(rows, None).items()}
 
-            return collect(self.objective_, Batches(len(batches), make), batch=BATCH, device=torch.device("cpu"))
+            return self.task_.adjust(collect(self.objective_, Batches(len(batches), make), batch=BATCH,
+                                             device=torch.device("cpu")))
 
     # From what the user hands over to a table
 

@@ -161,8 +161,9 @@ class Trainer:
                     self.score()
                 if self.agreed(self.stopping):
                     self.save()
-                    raise Interrupted(f"stopped after step {state.step} of {settings.steps}; all is saved. Go on with "
-                                      f"`fieldguide fit --resume {self.folder}`.")
+                    raise Interrupted(f"stopped after step {state.step} of {settings.steps}; "
+                                      + (f"all is saved. Go on with `fieldguide fit --resume {self.folder}`."
+                                         if self.folder else "nothing is kept."))
                 if settings.minutes and self.agreed(state.seconds > LATE * 60 * settings.minutes) and not state.stopped:
                     state.stopped = f"{settings.minutes:g} minutes are over"
                     if self.evaluate and state.step % settings.evaluate:
