@@ -37,6 +37,11 @@ def image(config: Any, rows: int) -> tuple[Tensor, ...]:
     return (torch.randn(rows, config.channels, side, side),)
 
 
+def coarse(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Pictures of squares, for networks whose answer is less sharp than a pixel."""
+    return (torch.randn(rows, config.channels, 5, 5).repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :33, 1:],)
+
+
 def tokens(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Rows of every length from 1 to 9; what stands in the padding is arbitrary."""
     vocab = getattr(config, "vocab", None) or config.vocab_size
@@ -276,6 +281,39 @@ def torch_transformer(model: nn.Module) -> Peer:
     return TorchTransformer(model.config), rename
 
 
+def smp_unet(model: nn.Module) -> Peer:
+    """The decoder of segmentation-models-pytorch over the ResNet of transformers, whose widths are free."""
+    from fieldguide.models.convolutional.resnet import HUGGINGFACE
+    from fieldguide.models.convolutional.unet_resnet import SMP
+    from tv import smp, transformers
+    c = model.config
+    growth = 4 if c.block == "bottleneck" else 1
+    widths = [growth * width for width in c.widths]
+
+    class Composed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = transformers.ResNetModel(transformers.ResNetConfig(
+                num_channels=c.channels, embedding_size=c.widths[0], hidden_sizes=widths, depths=list(c.depths),
+                layer_type=c.block))
+            self.decoder = smp.decoders.unet.decoder.UnetDecoder((c.channels, c.widths[0], *widths), c.up, n_blocks=len(c.up))
+            self.segmentation_head = smp.base.SegmentationHead(c.up[-1], c.classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            stem = self.encoder.embedder.embedder(x)
+            levels, inner = [x, stem], self.encoder.embedder.pooler(stem)
+            for stage in self.encoder.encoder.stages:
+                levels.append(inner := stage(inner))
+            return self.segmentation_head(self.decoder(levels))
+
+    def rename(state: State) -> dict[str, Tensor]:
+        inner = {name.removeprefix("encoder."): x for name, x in state.items() if name.startswith("encoder.")}
+        outer = {name: x for name, x in state.items() if not name.startswith("encoder.")}
+        return translate(outer, SMP, reverse=True) | {
+            f"encoder.{name.removeprefix('resnet.')}": x for name, x in translate(inner, HUGGINGFACE, reverse=True).items()}
+    return Composed(), rename
+
+
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
@@ -284,6 +322,8 @@ CASES = {
     "lenet5-1998": Case(inputs=image, peer=equations(references.lenet5), lr=3e-3),
     "lenet5-modern": Case(inputs=image, peer=equations(references.lenet5_modern), lr=3e-3),
     "resnet": Case(inputs=image, peer=huggingface_resnet, lr=1e-2),
+    "unet": Case(inputs=image, peer=equations(references.unet("valid"))),
+    "unet-resnet": Case(inputs=coarse, peer=smp_unet),
     "lstm-classifier": Case(inputs=tokens, peer=last_real, lr=3e-2),
     "rnn": Case(inputs=tokens, peer=packed(nn.RNN)),
     "lstm": Case(inputs=tokens, peer=packed(nn.LSTM)),

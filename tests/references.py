@@ -191,3 +191,66 @@ def sinusoid(position: int, column: int, dim: int) -> float:
     """Section 3.5 of arXiv:1706.03762."""
     angle = position / 10_000 ** (2 * (column // 2) / dim)
     return math.sin(angle) if column % 2 == 0 else math.cos(angle)
+
+
+# ---------------------------------------------------------------------------------------------- maps
+
+def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, border: int = 0) -> Tensor:
+    """The sum over a kernel's places of the map shifted there, times the weight of that place."""
+    batch, _, height, width = maps.shape
+    wide = maps.new_zeros(batch, maps.shape[1], height + 2 * border, width + 2 * border)
+    wide[:, :, border:border + height, border:border + width] = maps
+    side = weight.shape[-1]
+    rows, columns = ((n + 2 * border - side) // stride + 1 for n in (height, width))
+    out = sum(torch.einsum("bchw,dc->bdhw", wide[:, :, i:i + (rows - 1) * stride + 1:stride,
+                                                 j:j + (columns - 1) * stride + 1:stride], weight[:, :, i, j])
+              for i in range(side) for j in range(side))
+    return out if bias is None else out + bias[:, None, None]
+
+
+def spread(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, border: int = 0) -> Tensor:
+    """The transposed convolution: every pixel lays its kernel down, what is laid on one place adds up."""
+    side = weight.shape[-1]
+    rows, columns = ((n - 1) * stride + side for n in maps.shape[2:])
+    out = maps.new_zeros(len(maps), weight.shape[1], rows, columns)
+    for y in range(maps.shape[2]):
+        for x in range(maps.shape[3]):
+            laid = torch.einsum("bc,cdij->bdij", maps[:, :, y, x], weight)
+            patch = torch.zeros_like(out)
+            patch[:, :, y * stride:y * stride + side, x * stride:x * stride + side] = laid
+            out = out + patch
+    out = out[:, :, border:rows - border, border:columns - border]
+    return out if bias is None else out + bias[:, None, None]
+
+
+def halve(maps: Tensor) -> Tensor:
+    """The largest of each four."""
+    rows, columns = (n // 2 * 2 for n in maps.shape[2:])
+    corners = [maps[:, :, i:rows:2, j:columns:2] for i in (0, 1) for j in (0, 1)]
+    return torch.stack(corners).amax(0)
+
+
+def unet(padding: str) -> Callable[..., Tensor]:
+    """Figure 1 of arXiv:1505.04597, from the left top to the right."""
+    border = 1 if padding == "same" else 0
+
+    def function(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
+        def twice(maps: Tensor, name: str) -> Tensor:
+            for conv in ("conv1", "conv2"):
+                maps = convolve(maps, p[f"{name}.{conv}.weight"], p[f"{name}.{conv}.bias"], border=border).clamp(min=0)
+            return maps
+
+        levels = [twice(pictures, "down.0")]
+        while f"down.{len(levels)}.conv1.weight" in p:
+            levels.append(twice(halve(levels[-1]), f"down.{len(levels)}"))
+        x = levels.pop()
+        for i, skip in enumerate(reversed(levels)):
+            x = spread(x, p[f"up.{i}.weight"], p[f"up.{i}.bias"], stride=2)
+            if padding == "same":                        # a last row and column of zeros where the size was odd
+                full = x.new_zeros(*x.shape[:2], *skip.shape[2:])
+                full[:, :, :x.shape[2], :x.shape[3]] = x
+                x = full
+            top, left = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
+            x = twice(torch.cat([skip[:, :, top:top + x.shape[2], left:left + x.shape[3]], x], 1), f"merge.{i}")
+        return convolve(x, p["head.weight"], p["head.bias"])
+    return function

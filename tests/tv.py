@@ -28,4 +28,18 @@ with warnings.catch_warnings():
     import timm
     import transformers
 
+
+def __getattr__(name: str):
+    """`smp` and `diffusers`, which also need torchvision, where they are asked for."""
+    if name not in ("smp", "diffusers"):
+        raise AttributeError(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name == "smp":
+            import segmentation_models_pytorch.decoders.unet.decoder
+            return segmentation_models_pytorch
+        import diffusers
+        return diffusers
+
+
 __all__ = ["timm", "torchvision", "transformers"]

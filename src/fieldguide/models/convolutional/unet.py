@@ -1,0 +1,118 @@
+"""U-Net: down to what is there, up again to where it is (Ronneberger et al. 2015, arXiv:1505.04597).
+
+New here: every level of the way up sees the maps of the same level on the way down, cut to its size, so that the
+answer for a pixel knows both context and detail; that learns from a few dozen pictures. As published, convolutions
+add no border and the answer is smaller than the picture (572 pixels give 388); with `padding="same"`, as it is
+mostly used today, it is as large. There is no normalisation.
+
+Initialisation: He normal by fan-in (section 3), zero biases.
+Shapes: B batch, C channels, H W height and width, D width of a level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError, SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 2
+    channels: int = 1                                    # C
+    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)  # of the levels
+    padding: str = "valid"                               # or "same"
+    dropout: float = 0.5                                 # at the end of the way down
+
+
+class Level(nn.Module):
+    """Two 3x3 convolutions."""
+
+    def __init__(self, inputs: int, width: int, padding: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, padding=padding)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H-4 W-4, or H W
+        return F.relu(self.conv2(F.relu(self.conv1(x))))
+
+
+def middle(x: Tensor, height: int, width: int) -> Tensor:
+    """The middle of a map."""
+    top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
+    return x[:, :, top:top + height, left:left + width]
+
+
+class UNet(nn.Module):
+    """A picture -> class logits of its pixels, or of those in its middle (`padding="valid"`).
+
+    Raises `DataError` for a picture too small to have an answer, `SettingsError` for an unknown padding.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.padding not in ("valid", "same"):
+            raise SettingsError(f"padding={config.padding!r}: known are valid and same")
+        self.config = config
+        pairs = list(pairwise(config.widths))
+        self.down = nn.ModuleList(Level(inputs, width, config.padding)
+                                  for inputs, width in pairwise((config.channels, *config.widths)))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(deep, width, 2, 2) for width, deep in reversed(pairs))
+        self.merge = nn.ModuleList(Level(2 * width, width, config.padding) for width, _ in reversed(pairs))
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Conv2d(config.widths[0], config.classes, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                # A pixel of a 2x2 transposed convolution with stride 2 is made of one pixel of each map.
+                inputs = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.in_channels
+                nn.init.normal_(module.weight, std=(2 / inputs) ** 0.5)
+                nn.init.zeros_(module.bias)
+
+    def _fits(self, height: int, width: int) -> bool:
+        """Whether a picture is large enough for every step."""
+        side, cut = min(height, width), 4 if self.config.padding == "valid" else 0
+        for _ in self.up:
+            side = (side - cut) // 2
+        side -= cut
+        for _ in self.up:
+            if side < 1:
+                return False
+            side = 2 * side - cut
+        return side >= 1
+
+    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes H W, or less of it
+        if not self._fits(*x.shape[2:]):
+            raise DataError(f"a picture of {x.shape[3]} x {x.shape[2]} pixels is too small for {len(self.up)} halvings "
+                            f"with padding={self.config.padding!r}: enlarge it, or name fewer widths")
+        seen = []
+        for level in self.down:
+            x = level(F.max_pool2d(x, 2) if seen else x)
+            seen.append(x)
+        x = self.dropout(seen.pop())
+        for up, merge in zip(self.up, self.merge):
+            x, skip = up(x), seen.pop()
+            if self.config.padding == "same":            # where a level had odd size, its last row is back as zeros
+                x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]))
+            x = merge(torch.cat([middle(skip, *x.shape[2:]), x], 1))
+        return self.head(x)
+
+
+CARD = Card(
+    name="unet", model=UNet, config=Config, paper="arXiv:1505.04597", year=2015, takes="image", gives="mask",
+    sizes={
+        "unet-2015": Size(params=31_030_658, source="the paper's figure 1, counted"),
+        "unet-same": Size(padding="same", params=31_030_658, source="the paper's figure 1, counted"),
+        "unet-small": Size(padding="same", widths=(32, 64, 128, 256), dropout=0.1),
+        "unet-test": Size(widths=(4, 6), classes=3, channels=2, dropout=0.0),
+    },
+    recipe={"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.05},
+)

@@ -1,0 +1,107 @@
+"""U-Net over a ResNet: a classifier's levels as the way down (Iakubovskii 2019, segmentation_models.pytorch).
+
+New here: the way down of U-Net (Ronneberger et al. 2015) is a ResNet, so it can start from weights trained to
+classify; the way up doubles each map by repetition and sees the ResNet's maps of that size. The answer is as large
+as the picture, of whatever size that is.
+
+Initialisation: the ResNet as it starts itself; the way up He uniform by fan-in, the head Glorot uniform.
+Shapes: B batch, C channels, H W height and width, D width of a level.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+from fieldguide.models.convolutional import resnet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 1
+    channels: int = 3                                    # C
+    block: str = "basic"                                 # of the ResNet, or "bottleneck"
+    depths: tuple[int, ...] = (3, 4, 6, 3)               # blocks a level of the ResNet
+    widths: tuple[int, ...] = (64, 128, 256, 512)        # inner width a level of the ResNet
+    up: tuple[int, ...] = (256, 128, 64, 32, 16)         # width a level on the way up
+
+
+def step(inputs: int, outputs: int) -> nn.Sequential:
+    """3x3 convolution, normalisation, clip at zero."""
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                                     norm=nn.BatchNorm2d(outputs), act=nn.ReLU()))
+
+
+class Up(nn.Module):
+    """Enlarge by repetition, see the maps of the way down, two convolutions."""
+
+    def __init__(self, inputs: int, skip: int, width: int):
+        super().__init__()
+        self.conv1, self.conv2 = step(inputs + skip, width), step(width, width)
+
+    def forward(self, x: Tensor, skip: Tensor | None, size) -> Tensor:           # B D H W -> B D' size
+        x = F.interpolate(x, size=size, mode="nearest")
+        return self.conv2(self.conv1(x if skip is None else torch.cat([x, skip], 1)))
+
+
+class UNetResNet(nn.Module):
+    """A picture of any size -> class logits of its pixels."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.encoder = resnet.ResNet(resnet.Config(channels=config.channels, block=config.block, depths=config.depths,
+                                                   widths=config.widths))
+        self.encoder.head = nn.Identity()                # the levels are read, not the classes
+        growth = resnet.BLOCKS[config.block].growth
+        *skips, dim = [config.widths[0], *(growth * width for width in config.widths)]
+        self.decoder = nn.ModuleList()
+        for skip, width in zip([*reversed(skips), 0], config.up, strict=True):
+            self.decoder.append(Up(dim, skip, width))
+            dim = width
+        self.head = nn.Conv2d(dim, config.classes, 3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
+        nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes H W
+        size, seen = x.shape[2:], [F.relu(self.encoder.stem(x))]
+        x = F.max_pool2d(seen[0], 3, 2, 1)
+        for stage in self.encoder.stages:
+            seen.append(x := stage(x))
+        skips = [*reversed(seen[:-1]), None]
+        for up, skip in zip(self.decoder, skips):
+            x = up(x, skip, size if skip is None else skip.shape[2:])
+        return self.head(x)
+
+
+SMP = {                                                  # of segmentation_models_pytorch.Unet("resnet34") and the like
+    **{f"encoder.{theirs}": f"encoder.{ours}" for theirs, ours in resnet.TORCHVISION.items() if "fc." not in theirs},
+    "decoder.blocks.{i}.conv{k}.0.weight": "decoder.{i}.conv{k}.conv.weight",
+    "decoder.blocks.{i}.conv{k}.1.*":      "decoder.{i}.conv{k}.norm.*",
+    "segmentation_head.0.*":               "head.*",
+}
+
+CARD = Card(
+    name="unet-resnet", model=UNetResNet, config=Config,
+    paper="https://github.com/qubvel-org/segmentation_models.pytorch", year=2019, takes="image", gives="mask",
+    sizes={
+        "unet-resnet34": Size(params=24_436_369, source="segmentation-models-pytorch"),
+        "unet-resnet18": Size(depths=(2, 2, 2, 2), params=14_328_209, source="segmentation-models-pytorch"),
+        "unet-resnet50": Size(block="bottleneck", params=32_521_105, source="segmentation-models-pytorch"),
+        "unet-resnet-test": Size(classes=3, block="bottleneck", depths=(1, 2, 1), widths=(4, 6, 8),
+                                 up=(10, 8, 6, 4)),
+    },
+    weights={"smp": SMP},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 0.05},
+)
