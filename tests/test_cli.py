@@ -92,6 +92,7 @@ def test_fit_predict_evaluate_on_files(good, flowers, tmp_path):
     said = good("fit", flowers, "--target", "species", "--out", run, "--seed", 3, *TINY)
     assert "150 examples from 1 file" in said and "tabular-classification" in said
     assert "4 columns of numbers and categories, and a target of 3 classes" in said
+    assert "ruled out" not in said                          # who asks for a network is not told of the others
     assert "you asked for it" in said and "of the held-out examples right" in said and "majority class" in said
     assert str(run / "report.html") in said and (run / "report.html").exists()
     assert json.loads((run / "run.json").read_text())["settings"]["seed"] == 3
@@ -174,6 +175,9 @@ def test_refusals(bad, iris_run, flowers, tmp_path):
     assert "KEY=VALUE" in bad("fit", "iris", "--set", "batch")
     assert "no group 'modell'" in bad("fit", "iris", "--set", "modell.dim=3")
     assert "model.dims" in bad("fit", "iris", "--model", "mlp-s", "--set", "model.dims=3").replace("'dims'", "model.dims")
+    assert "dim='wide' is not a whole number" in bad("fit", "iris", "--model", "mlp-s", "--set", "model.dim=wide")
+    assert "dim=-3 is not a whole number" in bad("show", "mlp-s", "--set", "dim=-3")
+    assert "depths=2 is not a list" in bad("show", "resnet18", "--set", "depths=2")
     assert "Did you mean 'species'?" in bad("fit", flowers, "--target", "specis")
     assert "Did you mean 'species'?" in bad("check", flowers, "--target", "specis")
     assert "Did you mean 'iris'?" in bad("fit", "irris")

@@ -28,7 +28,7 @@ MAY = {
     "objectives": GROUND,
     "train": GROUND | {"data", "objectives"},           # knows neither tasks nor architectures
     "measure": NETWORKS | {"train"},
-    "tasks": GROUND | {"data", "objectives", "train"},  # of train its settings, checked below
+    "tasks": GROUND | {"data", "objectives", "samples", "train"},       # of train a part, checked below
     "run": NETWORKS | {"data", "objectives", "tasks", "train"},
     "advisor": NETWORKS | {"measure"},
     "catalogue": NETWORKS | {"measure", "tasks"},
@@ -40,7 +40,8 @@ MAY = {
     "__main__": {"cli"},
 }
 # Between two layers where only one module of the lower may be used.
-ONLY = {("tasks", "train"): {"fieldguide.train.settings"}, ("train", "data"): {"fieldguide.data.batches"},
+ONLY = {("tasks", "train"): {"fieldguide.train.settings", "fieldguide.train.distributed"},
+        ("train", "data"): {"fieldguide.data.batches"},
         ("studio", "train"): {"fieldguide.train.checkpoint"}, ("measure", "train"): {"fieldguide.train.distributed"}}
 # Inside a function, where the arrow turns round for one call; each with its reason.
 TURNS = {("models", "pkg"): "fieldguide.models(...) is list_models: the folder and the function share a name"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 # What a network takes -> the names of the batch tensors handed to `forward`, in order.
@@ -49,6 +50,11 @@ class Size:
 
     def __repr__(self) -> str:
         return f"Size(params={self.params}, {', '.join(f'{k}={v!r}' for k, v in self.overrides.items())})"
+
+
+# The annotation of a config's field -> what its values are, in Python and in words.
+KINDS = {"int": (Integral, "a whole number from 0 up"), "float": (Real, "a number"), "bool": (bool, "True or False"),
+         "str": (str, "a word"), "tuple": ((tuple, list), "a list of values, such as (2, 2)")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +123,17 @@ class Card:
     def settle(self, size: str | None = None, **overrides: Any) -> Any:
         """The config of a size with the project's vocabulary or the config's own names laid over it.
 
-        Raises `TypeError` naming the unknown field and those that exist.
+        Raises `TypeError` naming the unknown field and those that exist, or the value that is of the wrong kind.
         """
         values = dict(self.sizes[size or self.default].overrides)
-        known = {f.name for f in fields(self.config)}
+        known = {f.name: str(f.type) for f in fields(self.config)}
         for key, value in overrides.items():
             name = self.names.get(key, key)
             if name not in known:
                 raise TypeError(f"{self.name} has no field {key!r}; it has {', '.join(sorted(known))}")
+            kind, words = KINDS.get(known[name].partition("[")[0], (object, ""))
+            if not isinstance(value, kind) or (kind is Integral and value < 0):
+                raise TypeError(f"{self.name}: {key}={value!r} is not {words}")
             values[name] = value
         return self.config(**values)
 

@@ -46,7 +46,7 @@ class Progress:
         others = list(dict.fromkeys(o.architecture for o in advice.options[1:] if o.architecture != best.architecture))
         if others:
             console.print(f"  next would be: {', '.join(others[:4])}")
-        ruled = list({o.architecture: o for o in advice.rejected}.values())
+        ruled = list({o.architecture: o for o in advice.rejected if o.rejected}.values())
         for option in ruled[:4]:
             console.print(f"  [dim]ruled out: {option.name}: {escape(option.rejected)}[/]")
         console.print()
