@@ -44,7 +44,7 @@ def coarse(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 def tokens(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Rows of every length from 1 to 9; what stands in the padding is arbitrary."""
-    vocab = getattr(config, "vocab", None) or config.vocab_size
+    vocab = getattr(config, "vocab", None) or getattr(config, "vocab_size", 30)
     length = 1 + torch.arange(rows) * 8 // max(rows - 1, 1)
     length = length[torch.randperm(rows)]
     return torch.randint(vocab, (rows, 9)), torch.arange(9) < length[:, None]
@@ -53,6 +53,15 @@ def tokens(config: Any, rows: int) -> tuple[Tensor, ...]:
 def pair(config: Any, rows: int) -> tuple[Tensor, ...]:
     source, mask = tokens(config, rows)
     return source[:, :7], mask[:, :7], *tokens(config, rows)
+
+
+def items(config: Any, rows: int) -> tuple[Tensor, ...]:
+    _, mask = tokens(config, rows)
+    return torch.randint(1, config.items, mask.shape), mask
+
+
+def series(config: Any, rows: int) -> tuple[Tensor, ...]:
+    return (torch.randn(rows, config.length, 3),)
 
 
 def table(config: Any, rows: int) -> tuple[Tensor, ...]:
@@ -331,6 +340,12 @@ CASES = {
     "transformer-encoder": Case(inputs=tokens, peer=torch_encoder),
     "gpt2": Case(inputs=tokens, peer=huggingface_gpt2, lr=3e-2),
     "transformer": Case(inputs=pair, peer=torch_transformer, lr=2e-2),
+    "sasrec": Case(inputs=items, lr=3e-2, peer=lambda model: equations(
+        references.sasrec(model.config.heads, model.config.length))(model)),
+    "patchtst": Case(inputs=series, lr=3e-2, peer=lambda model: equations(references.patchtst(
+        model.config.patch, model.config.stride, model.config.heads, model.config.values))(model)),
+    "dlinear": Case(inputs=series, lr=3e-2, peer=lambda model: equations(references.dlinear(
+        model.config.window, model.config.values))(model)),
     "self-attention": Case(inputs=sequence, peer=same(
         lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),

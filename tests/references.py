@@ -35,7 +35,8 @@ class Equations(nn.Module):
         return {cls.rename(name): tensor for name, tensor in state.items()}
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function({name: getattr(self, flat) for name, flat in self.flat.items()}, *inputs)
+        tensors = {name: getattr(self, flat) for name, flat in self.flat.items()}
+        return self.function(tensors | {"training": self.training}, *inputs)
 
 
 # ---------------------------------------------------------------------------------------------- recurrent
@@ -253,4 +254,124 @@ def unet(padding: str) -> Callable[..., Tensor]:
             top, left = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
             x = twice(torch.cat([skip[:, :, top:top + x.shape[2], left:left + x.shape[3]], x], 1), f"merge.{i}")
         return convolve(x, p["head.weight"], p["head.bias"])
+    return function
+
+
+def batch_normalise(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Over all but the second axis; in training by the batch's own statistics, which the kept ones follow."""
+    across = [axis for axis in range(x.ndim) if axis != 1]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    mean, var = p[f"{name}.running_mean"], p[f"{name}.running_var"]
+    if p["training"]:
+        kept, n = (mean, var), x.numel() // x.shape[1]
+        mean = x.sum(across) / n
+        var = ((x - mean.view(shape)) ** 2).sum(across) / n
+        with torch.no_grad():
+            kept[0].mul_(0.9).add_(0.1 * mean)
+            kept[1].mul_(0.9).add_(0.1 * var * n / (n - 1))
+            p[f"{name}.num_batches_tracked"] += 1
+    x = (x - mean.view(shape)) / (var.view(shape) + 1e-5) ** 0.5
+    return x * p[f"{name}.weight"].view(shape) + p[f"{name}.bias"].view(shape)
+
+
+def layer_normalise(p: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor:
+    """Of one vector."""
+    mean = x.sum() / len(x)
+    return (x - mean) / (((x - mean) ** 2).sum() / len(x) + eps) ** 0.5 * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def softmax(x: list[Tensor]) -> list[Tensor]:
+    top = max(float(value.detach()) for value in x)
+    powers = [torch.exp(value - top) for value in x]
+    return [power / sum(powers) for power in powers]
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / 2 ** 0.5)) / 2
+
+
+# ---------------------------------------------------------------------------------------------- recommendation
+
+def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
+    """The authors' code in their order, one history, one item, one head at a time; none stands before the first item."""
+    def function(p: dict[str, Tensor], items: Tensor, mask: Tensor) -> Tensor:
+        linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]             # noqa: E731
+        dim = p["embed.weight"].shape[1]
+        rows = []
+        for row, real in zip(items, mask):
+            history = row[real].tolist()
+            xs = [dim ** 0.5 * (p["embed.weight"][item] if item else torch.zeros(dim, dtype=p["pos.weight"].dtype))
+                  + p["pos.weight"][length - len(history) + t] for t, item in enumerate(history)]
+            block = 0
+            while f"blocks.{block}.norm1.weight" in p:
+                name, ys = f"blocks.{block}", []
+                queries = [layer_normalise(p, f"{name}.norm1", x, 1e-8) for x in xs]
+                for t, query in enumerate(queries):
+                    q, past = linear(f"{name}.query", query), xs[:t + 1]
+                    k, v = [linear(f"{name}.key", x) for x in past], [linear(f"{name}.value", x) for x in past]
+                    z = []
+                    for h in range(heads):
+                        part = slice(h * dim // heads, (h + 1) * dim // heads)
+                        weights = softmax([(q[part] * key[part]).sum() / (dim // heads) ** 0.5 for key in k])
+                        z.append(sum(w * value[part] for w, value in zip(weights, v)))
+                    y = layer_normalise(p, f"{name}.norm2", torch.cat(z) + query, 1e-8)
+                    ys.append(linear(f"{name}.down", linear(f"{name}.up", y).clamp(min=0)) + y)
+                xs, block = ys, block + 1
+            xs = [layer_normalise(p, "norm", x, 1e-8) for x in xs]
+            logits = torch.zeros(len(row), len(p["embed.weight"]), dtype=p["pos.weight"].dtype)
+            logits[real, 1:] = torch.stack([torch.stack([(item * x).sum() for item in p["embed.weight"][1:]]) for x in xs])
+            rows.append(logits)
+        return torch.stack(rows)
+    return function
+
+
+# ---------------------------------------------------------------------------------------------- forecasts
+
+def dlinear(window: int, values: int) -> Callable[..., Tensor]:
+    """Equations of section 4 of arXiv:2205.13504, one series and one moment at a time; ends are repeated."""
+    def function(p: dict[str, Tensor], series: Tensor) -> Tensor:
+        rows = []
+        for row in series:
+            columns = []
+            for x in row.T:
+                last = len(x) - 1
+                trend = torch.stack([sum(x[min(max(t + step, 0), last)] for step in range(-(window // 2), window // 2 + 1))
+                                     / window for t in range(len(x))])
+                y = p["seasonal.weight"] @ (x - trend) + p["seasonal.bias"] + p["trend.weight"] @ trend + p["trend.bias"]
+                columns.append(torch.stack([y[start:start + values] for start in range(0, len(y), values)]))
+            rows.append(torch.stack(columns, 1))
+        return torch.stack(rows)
+    return function
+
+
+def patchtst(patch: int, stride: int, heads: int, values: int) -> Callable[..., Tensor]:
+    """Section 3 of arXiv:2211.14730 with the choices of the authors' code; all series of a batch, one patch at a time."""
+    def function(p: dict[str, Tensor], series: Tensor) -> Tensor:
+        batch, steps, columns = series.shape
+        x = torch.stack([series[i, :, j] for i in range(batch) for j in range(columns)])
+        mean = sum(x[:, t] for t in range(steps)) / steps
+        deviation = (sum((x[:, t] - mean) ** 2 for t in range(steps)) / steps + 1e-5) ** 0.5
+        x = torch.stack([(x[:, min(t, steps - 1)] - mean) / deviation for t in range(steps + stride)], 1)
+        xs = [x[:, start:start + patch] @ p["embed.weight"].T + p["embed.bias"] + p["pos"][n]
+              for n, start in enumerate(range(0, steps + stride - patch + 1, stride))]
+        dim, before, block = p["pos"].shape[1], {}, 0
+        while f"blocks.{block}.proj.weight" in p:
+            name = f"blocks.{block}"
+            linear = lambda part, x, name=name: x @ p[f"{name}.{part}.weight"].T + p[f"{name}.{part}.bias"]  # noqa: E731
+            qkv, ys = [linear("qkv", x) for x in xs], []
+            for n in range(len(xs)):
+                z = []
+                for h in range(heads):
+                    q, k, v = (slice(i * dim + h * dim // heads, i * dim + (h + 1) * dim // heads) for i in range(3))
+                    scores = torch.stack([(qkv[n][:, q] * other[:, k]).sum(1) / (dim // heads) ** 0.5 for other in qkv], 1)
+                    before[n, h] = scores = scores + before.get((n, h), 0)
+                    powers = torch.exp(scores)
+                    z.append(sum((powers[:, m] / powers.sum(1))[:, None] * qkv[m][:, v] for m in range(len(xs))))
+                ys.append(xs[n] + linear("proj", torch.cat(z, 1)))
+            ys = batch_normalise(p, f"{name}.norm1", torch.stack(ys, 2)).unbind(2)
+            xs = [y + linear("down", gelu(linear("up", y))) for y in ys]
+            xs, block = list(batch_normalise(p, f"{name}.norm2", torch.stack(xs, 2)).unbind(2)), block + 1
+        flat = torch.stack([x[:, d] for d in range(dim) for x in xs], 1)         # first all patches of one number
+        y = (flat @ p["head.weight"].T + p["head.bias"]) * deviation[:, None] + mean[:, None]
+        return y.reshape(batch, columns, -1, values).transpose(1, 2)
     return function

@@ -1,0 +1,117 @@
+"""SASRec: what a user will want next, from what they met before (Kang and McAuley 2018, arXiv:1808.09781).
+
+New here: causal attention over a user's items in order of time; short histories are read as well as long ones. This is
+the authors' own form: of attention only the queries are normalised, and it is these normalised queries, not the
+input, that the result is added to; there is no output projection; the two-layer network is as narrow as its
+input; items are scored by the embedding that reads them. Ports that circulate differ in each of these points.
+
+Initialisation: Glorot uniform for all matrices and both embeddings, zero biases, as in the authors' code.
+Shapes: B batch, T items of a history, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.cache import causal
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError, SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    items: int = 3417            # with 0, which means none
+    length: int = 200            # longest history; of longer ones give the latest items
+    dim: int = 50                # D
+    depth: int = 2
+    heads: int = 1
+    dropout: float = 0.2
+
+
+class Block(nn.Module):
+    """Equations 2 to 6, with the residual paths of the authors' code."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.rate = heads, dropout
+        self.norm1 = nn.LayerNorm(dim, eps=1e-8)
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-8)
+        self.up = nn.Linear(dim, dim)
+        self.down = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:                 # B T D -> B T D
+        y = self.norm1(x)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(y), self.key(x), self.value(x)))
+        z = F.scaled_dot_product_attention(q, k, v, seen, self.rate if self.training else 0.0, is_causal=seen is None)
+        y = self.norm2(y + z.transpose(1, 2).flatten(2))
+        return y + self.dropout(self.down(self.dropout(F.relu(self.up(y)))))
+
+
+class SASRec(nn.Module):
+    """A history of items -> logits of the item that follows each. Raises `DataError` for one longer than `length`.
+
+    Places count back from the latest item, which always has the last. Item 0 is none: its embedding is zero whatever
+    the weights hold, and so is its logit, which should be left out where items are ranked.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.dim % config.heads:
+            raise SettingsError(f"dim={config.dim} cannot be split among heads={config.heads}: choose a multiple")
+        self.config = config
+        self.embed = nn.Embedding(config.items, config.dim)
+        self.pos = nn.Embedding(config.length, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-8)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def features(self, items: Tensor, mask: Tensor | None, table: Tensor) -> Tensor:     # B T -> B T D
+        steps, length = items.shape[1], self.config.length
+        if steps > length:
+            raise DataError(f"a history of {steps} items is longer than length={length}; give the latest "
+                            f"{length}, or create the network with a larger length")
+        if mask is None:
+            place, real = torch.arange(length - steps, length, device=items.device), 1.0
+        else:
+            place = (length - mask.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(0, length - 1)
+            real = mask[..., None].to(table.dtype)
+        x = self.dropout(F.embedding(items, table) * math.sqrt(self.config.dim) + self.pos(place)) * real
+        seen = causal(steps, mask, None, items.device)
+        for block in self.blocks:
+            x = block(x, seen) * real
+        return self.norm(x)
+
+    def forward(self, items: Tensor, mask: Tensor | None = None) -> Tensor:      # B T, B T -> B T items
+        table = F.pad(self.embed.weight[1:], (0, 0, 1, 0))
+        return F.linear(self.features(items, mask, table), table)
+
+
+CARD = Card(
+    name="sasrec", model=SASRec, config=Config, paper="arXiv:1808.09781", year=2018,
+    takes="items", gives="items",
+    sizes={
+        # MovieLens-1M: 3,416 items and none. The port of pmixer has 212,000: two output projections (5,100) and one
+        # more place (50).
+        "sasrec-ml1m": Size(params=206_850, source="the authors' code, counted"),
+        "sasrec-m": Size(dim=128, heads=2),
+        "sasrec-test": Size(items=30, length=12, dim=8, heads=2, dropout=0.0),
+    },
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "beta2": 0.98},
+)
