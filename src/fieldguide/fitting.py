@@ -28,7 +28,6 @@ from fieldguide.objectives import Objective
 from fieldguide.run import SCHEMA, Run, open_run, write_record
 from fieldguide.tasks import Task, infer
 from fieldguide.tasks import task as task_named
-from fieldguide.tasks.base import intervals
 from fieldguide.train import distributed
 from fieldguide.train.checkpoint import separate, write_atomically
 from fieldguide.train.evaluate import collect
@@ -259,7 +258,7 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     if distributed.rank() == 0:
         truth = task.truth(held)
         record["scores"] = {
-            "test": task.score(outputs, truth), "intervals": intervals(task, outputs, truth),
+            "test": task.score(outputs, truth), "intervals": task.intervals(outputs, truth),
             "baselines": [{"name": b.name, "what": b.what, "scores": task.score(b.outputs, truth)}
                           for b in task.baselines(plan.source.take(plan.parts.train), held)]}
         record["cost"] |= {"seconds": round(state.seconds, 2), "steps": state.step, "best_step": state.best_step,

@@ -132,7 +132,8 @@ def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Seque
 
 def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result))
+        from fieldguide.run import strict
+        print(json.dumps(strict(result), allow_nan=False))
         return
     table = Table("metric", "value", "95 % interval", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for metric in run.task.metrics:

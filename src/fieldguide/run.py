@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from fieldguide.data.dataset import Data
 from fieldguide.errors import RunError
 from fieldguide.objectives import Objective
 from fieldguide.tasks import Task
-from fieldguide.tasks.base import intervals
 from fieldguide.train import distributed
 from fieldguide.train.checkpoint import write_atomically
 from fieldguide.train.evaluate import collect
@@ -131,7 +131,7 @@ class Run:
             note = "the run was trained on this data: scored on the test part, which no step of training has seen"
         outputs, truth = self.outputs(data), self.task.truth(data)
         return {"rows": len(data), "scores": self.task.score(outputs, truth),
-                "intervals": intervals(self.task, outputs, truth), "note": note}
+                "intervals": self.task.intervals(outputs, truth), "note": note}
 
     def update(self, **changes: Any) -> None:
         """Lays changes over run.json and stores it."""
@@ -149,7 +149,17 @@ def listed(inputs: Any) -> Sequence[Any]:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    write_atomically(path / "run.json", json.dumps(record, indent=1, ensure_ascii=False, default=str).encode())
+    content = json.dumps(strict(record), indent=1, ensure_ascii=False, default=str, allow_nan=False)
+    write_atomically(path / "run.json", content.encode())
+
+
+def strict(value: Any) -> Any:
+    """The same value with null for what JSON has no number for: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_run(path: str | Path) -> Run:

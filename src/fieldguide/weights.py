@@ -167,7 +167,7 @@ def _pickled(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         text = str(error) or type(error).__name__
-        if found := re.search(r"GLOBAL ([\w.]+)", text):
+        if found := re.search(r"GLOBAL (\w+\.[\w.]+)", text):
             raise WeightsError(f"{path} holds a Python object besides tensors: {found[1]}. Reading it could "
                                "run any code, so the file is not read. Where you trust it, save its "
                                "state_dict as safetensors and give that.") from None
@@ -287,6 +287,9 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
     Raises one `WeightsError` with every missing, unknown and misshaped key; the network is then unchanged.
     Numbers are converted to the network's precision. Batch counters of normalisation may be missing.
     """
+    if not isinstance(model, nn.Module):
+        raise WeightsError(f"load fills a network, and {model!r} is none: make one first with "
+                           "fieldguide.create('resnet18').")
     where = "the checkpoint" if isinstance(source, Mapping) else str(source)
     state = _tensors(source, where) if isinstance(source, Mapping) else read(source)
     found, done = _recognise(model, state, origin)

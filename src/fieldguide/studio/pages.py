@@ -89,7 +89,7 @@ def choice(record: Mapping[str, Any]) -> Section:
     chosen = record["choice"]
     rows = [[record["model"]["size"], "chosen", r] for r in chosen["reasons"]]
     rows += [[record["model"]["size"], "against", r] for r in chosen["against"]]
-    others = [[o["name"], f"{o['parameters']:,}", o["rejected"] or f"{o['points']:g} points",
+    others = [[o["name"], f"{o['parameters']:,}", o["rejected"] or f"{o['points']:.1f} points",
                "; ".join(o["reasons"] + [f"but {a}" for a in o["against"]])] for o in chosen["others"]]
     return Section("Why this network", f"Task: {record['task']}, because of {chosen['why']}.",
                    [Table("Reasons", "Each rule names where it is written.", ("network", "", "reason"), rows),
@@ -128,10 +128,9 @@ def words(run: Run, title: str, metrics: Sequence[Metric]) -> str:
     return modelcard.card(
         title=title, verdict=verdict(record, metrics[0]), facts=facts(run), front=front,
         sections=[("Scores", table),
-                  ("How to use", f"fieldguide predict {run.path} INPUT...\n\nIn Python: "
-                                 f"fieldguide.open_run({str(run.path)!r}).predict([...])"),
-                  ("Network", f"{run.card.summary} {run.card.paper}, {run.card.year}. "
-                              + " ".join(record["choice"]["reasons"])),
+                  ("How to use", f"```\nfieldguide predict {run.path} INPUT...\n```\n\nor in Python:\n\n```python\n"
+                                 f"fieldguide.open_run({str(run.path)!r}).predict([...])\n```"),
+                  ("Network", f"{run.card.summary}\n\n" + "\n".join(f"- {r}" for r in record["choice"]["reasons"])),
                   ("Data", f"{d['rows']:,} examples of {d['source']}; split: {d['split']['how']}. "
                            f"{len(d['findings'])} findings of the doctor stand in report.html."),
                   ("Limits", "The scores hold for data like the test part. Inputs of another kind, another camera or "

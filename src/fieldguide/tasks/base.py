@@ -34,7 +34,9 @@ class Metric:
     words: str                      # "of held-out rows right"
     percent: bool = False
 
-    def text(self, value: float) -> str:
+    def text(self, value: float | None) -> str:
+        if value is None or value != value:
+            return "–"
         return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
 
 
@@ -120,6 +122,10 @@ class Task:
     def adjust(self, outputs: Arrays) -> Arrays:
         """Outputs as they are scored and answered: what a network says, corrected for how it is wont to say it."""
         return outputs
+
+    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+        """95 % intervals of every score over examples like these."""
+        return intervals(self, outputs, truth)
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         """One record an example: what a person or a program wants to know."""

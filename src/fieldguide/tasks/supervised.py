@@ -148,6 +148,10 @@ class Labelled(Answered):
                 "log_loss": float(-np.log(np.clip(p[np.arange(len(y)), y], 1e-12, 1)).mean()),
                 "auc": area(p, y, present), "calibration_error": calibration_error(p.max(1), right)}
 
+    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+        right = int((outputs["probabilities"].argmax(1) == truth["label"]).sum())
+        return {**super().intervals(outputs, truth), "accuracy": wilson(right, len(truth["label"]))}
+
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         p = outputs["probabilities"]
         return [{"label": self.labels[row.argmax()], "probability": float(row.max()),
@@ -288,6 +292,14 @@ def some(data: Data) -> tuple[Data, str]:
         return data, ""
     rows = np.sort(np.random.default_rng(0).permutation(len(data))[:LINEAR_ROWS])
     return data.take(rows), f", learnt from {LINEAR_ROWS:,} rows"
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953): honest where all are right, too."""
+    share, weight = right / count, z * z / count
+    centre = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * (share * (1 - share) / count + weight / (4 * count)) ** 0.5
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
 
 
 def area(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
