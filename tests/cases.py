@@ -350,6 +350,8 @@ CASES = {
         lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),
     "tabm": Case(inputs=table, peer=tabm_package),
+    "dcgan": Case(inputs=row("noise"), peer=equations(references.dcgan)),
+    "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "simple-gan": Case(inputs=row("z_dim"), peer=same(
         lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3),
     "simple-gan-discriminator": Case(inputs=row("img_dim"), peer=same(

@@ -375,3 +375,25 @@ def patchtst(patch: int, stride: int, heads: int, values: int) -> Callable[..., 
         y = (flat @ p["head.weight"].T + p["head.bias"]) * deviation[:, None] + mean[:, None]
         return y.reshape(batch, columns, -1, values).transpose(1, 2)
     return function
+
+
+# ---------------------------------------------------------------------------------------------- DCGAN
+
+def dcgan(p: dict[str, Tensor], noise: Tensor) -> Tensor:
+    """Project, then double and normalise until the layer that nothing follows."""
+    x, place = spread(noise[:, :, None, None], p["main.0.weight"]), 0
+    while f"main.{place + 3}.weight" in p:
+        x = batch_normalise(p, f"main.{place + 1}", x).clamp(min=0)
+        place += 3
+        x = spread(x, p[f"main.{place}.weight"], stride=2, border=1)
+    return torch.tanh(x)
+
+
+def dcgan_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
+    """Halve and normalise, but not first nor last."""
+    leak = lambda x: torch.where(x > 0, x, x / 5)                                # noqa: E731
+    x, place = leak(convolve(pictures, p["main.0.weight"], stride=2, border=1)), 2
+    while f"main.{place + 1}.weight" in p:
+        x = convolve(x, p[f"main.{place}.weight"], stride=2, border=1)
+        x, place = leak(batch_normalise(p, f"main.{place + 1}", x)), place + 3
+    return sigmoid(convolve(x, p[f"main.{place}.weight"])).flatten(1)

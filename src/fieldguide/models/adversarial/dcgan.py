@@ -1,0 +1,67 @@
+"""DCGAN: a generator of transposed convolutions, noise to picture (Radford et al. 2015, arXiv:1511.06434).
+
+New here: the noise is one pixel of many maps, and each layer doubles the side and halves the maps; batch
+normalisation and ReLU between, tanh at the end. Steps in the noise give steps in meaning. Its adversary is
+`dcgan-discriminator`.
+
+Initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of normalisation (section 4 and torch's example).
+Shapes: B batch, Z noise, C channels, S side of a picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+from fieldguide.models.adversarial.dcgan_discriminator import Discriminator, halvings, reset
+
+__all__ = ["CARD", "Config", "Discriminator", "Generator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    noise: int = 100             # Z
+    channels: int = 3            # C
+    image: int = 64              # S: 4 to 7 pixels, doubled a few times
+    dim: int = 64                # maps of the largest level
+
+
+class Generator(nn.Module):
+    """Noise -> pictures in -1 .. 1. Raises `SettingsError` for a side that doubling does not reach."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        count, first = halvings(config.image)
+        if not count or first << count != config.image:
+            raise SettingsError(f"image={config.image}: the side is 4, 5, 6 or 7 pixels doubled a few times; choose "
+                                f"{max(first << count, 8)} or {max(first + 1 << count, 8)}")
+        dim = config.dim << (count - 1)
+        layers: list[nn.Module] = [nn.ConvTranspose2d(config.noise, dim, first, bias=False), nn.BatchNorm2d(dim), nn.ReLU()]
+        for _ in range(count - 1):
+            layers += [nn.ConvTranspose2d(dim, dim // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(dim // 2), nn.ReLU()]
+            dim //= 2
+        self.main = nn.Sequential(*layers, nn.ConvTranspose2d(dim, config.channels, 4, 2, 1, bias=False), nn.Tanh())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        reset(self)
+
+    def forward(self, z: Tensor) -> Tensor:              # B Z -> B C S S
+        return self.main(z[:, :, None, None])
+
+
+CARD = Card(
+    name="dcgan", model=Generator, config=Config, paper="arXiv:1511.06434", year=2015, takes="noise", gives="image",
+    sizes={
+        "dcgan-64": Size(params=3_576_704, source="pytorch/examples, dcgan"),
+        # The widths of the paper's figure 1. Ports with a bias in the last layer have 3 more.
+        "dcgan-64-wide": Size(dim=128, params=12_658_432, source="the paper's figure 1, counted"),
+        "dcgan-32": Size(image=32),
+        "dcgan-test": Size(noise=6, image=20, dim=4, channels=2),
+    },
+    recipe={"optimizer": "adamw", "lr": 2e-4, "weight_decay": 0.0},
+)

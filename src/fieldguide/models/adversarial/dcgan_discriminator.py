@@ -1,0 +1,80 @@
+"""DCGAN discriminator: convolutions alone tell made from real (Radford et al. 2015, arXiv:1511.06434).
+
+New here: strides in place of pooling, batch normalisation everywhere but at the ends, and no hidden linear layers;
+with these rules a convolutional pair of networks trains. Widths as in torch's own example, from which names come.
+
+Initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of normalisation (section 4 and the example).
+Shapes: B batch, C channels, S side of a picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError, SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    channels: int = 3            # C
+    image: int = 64              # S
+    dim: int = 64                # maps of the largest level
+
+
+def halvings(side: int) -> tuple[int, int]:
+    """How often a side is halved, rounding down, until less than 8 pixels are left, and how many those are."""
+    count = 0
+    while side >= 8:
+        side, count = side // 2, count + 1
+    return count, side
+
+
+def reset(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+            nn.init.zeros_(module.bias)
+
+
+class Discriminator(nn.Module):
+    """A picture of side `image` -> the probability that it is real. Raises `DataError` for another side."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        count, last = halvings(config.image)
+        if not count:
+            raise SettingsError(f"image={config.image}: pictures need at least 8 pixels a side")
+        dim = config.dim
+        layers: list[nn.Module] = [nn.Conv2d(config.channels, dim, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+        for _ in range(count - 1):
+            layers += [nn.Conv2d(dim, 2 * dim, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * dim), nn.LeakyReLU(0.2)]
+            dim *= 2
+        self.main = nn.Sequential(*layers, nn.Conv2d(dim, 1, last, bias=False), nn.Sigmoid())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        reset(self)
+
+    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B 1
+        if x.shape[2:] != (self.config.image, self.config.image):
+            raise DataError(f"a picture has {x.shape[3]} x {x.shape[2]} pixels, the network was made for "
+                            f"image={self.config.image}")
+        return self.main(x).flatten(1)
+
+
+CARD = Card(
+    name="dcgan-discriminator", model=Discriminator, config=Config, paper="arXiv:1511.06434", year=2015,
+    takes="image", gives="score",
+    sizes={
+        "dcgan-discriminator-64": Size(params=2_765_568, source="pytorch/examples, dcgan"),
+        "dcgan-discriminator-32": Size(image=32),
+        "dcgan-discriminator-test": Size(image=17, dim=4, channels=2),
+    },
+    recipe={"optimizer": "adamw", "lr": 2e-4, "weight_decay": 0.0},
+)
