@@ -64,6 +64,12 @@ def series(config: Any, rows: int) -> tuple[Tensor, ...]:
     return (torch.randn(rows, config.length, 3),)
 
 
+def noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
+    side = config.image
+    return (torch.randn(rows, config.channels, side, side), torch.randint(1000, (rows,)).float(),
+            torch.arange(rows) % (config.classes + 1))
+
+
 def table(config: Any, rows: int) -> tuple[Tensor, ...]:
     categories = [torch.randint(1, size, (rows,)) for size in config.categories]
     return 2 * torch.randn(rows, config.numbers), torch.stack(categories, 1)
@@ -323,6 +329,32 @@ def smp_unet(model: nn.Module) -> Peer:
     return Composed(), rename
 
 
+def diffusers_unet(model: nn.Module) -> Peer:
+    """Set up as the authors' code is: its down- and upsampling, its sinusoids, its normalisation."""
+    from fieldguide.models.diffusion.ddpm_unet import DIFFUSERS
+    from tv import diffusers
+    c = model.config
+    attends = [c.image >> level in c.attend for level in range(len(c.growth))]
+    peer = diffusers.UNet2DModel(
+        sample_size=c.image, in_channels=c.channels, out_channels=c.channels, layers_per_block=c.depth,
+        block_out_channels=tuple(c.dim * growth for growth in c.growth), attention_head_dim=None,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, norm_num_groups=c.groups,
+        num_class_embeds=c.classes + 1 if c.classes else None)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor, time: Tensor, label: Tensor) -> Tensor:
+            return self.peer(image, time, label if c.classes else None).sample
+
+    return Sample(), lambda state: {f"peer.{name}": tensor for name, tensor
+                                    in translate(state, DIFFUSERS, reverse=True).items()}
+
+
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
@@ -352,6 +384,7 @@ CASES = {
     "tabm": Case(inputs=table, peer=tabm_package),
     "dcgan": Case(inputs=row("noise"), peer=equations(references.dcgan)),
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
+    "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
     "simple-gan": Case(inputs=row("z_dim"), peer=same(
         lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3),
     "simple-gan-discriminator": Case(inputs=row("img_dim"), peer=same(

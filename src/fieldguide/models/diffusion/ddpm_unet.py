@@ -1,0 +1,209 @@
+"""DDPM U-Net: names the noise in a picture, given how much there is (Ho et al. 2020, arXiv:2006.11239).
+
+New here: one network serves all noise levels, told by sinusoids of the time that enter every block; taking away a
+little of the named noise a thousand times turns noise into pictures. It is a U-Net of residual blocks with group
+normalisation, that looks across the whole picture where its side is 16. A label, if any, is added to the time.
+
+Initialisation: Glorot uniform, zero biases; what ends a residual path or the network starts near zero (appendix B's
+code); labels N(0, 0.02).
+Shapes: B batch, C channels, H W height and width, D width of a level, E = 4 * dim width of the time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.renaming import Fused, Row
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    channels: int = 3                                    # C
+    image: int = 32                                      # side of the pictures it is made for
+    classes: int = 0                                     # labels 1 .. classes; 0 means none
+    dim: int = 128
+    growth: tuple[int, ...] = (1, 2, 2, 2)               # width of each level, times dim
+    depth: int = 2                                       # blocks a level
+    attend: tuple[int, ...] = (16,)                      # sides that attention is used at
+    groups: int = 32                                     # of the normalisation
+    dropout: float = 0.1
+
+
+def norm(c: Config, dim: int) -> nn.GroupNorm:
+    return nn.GroupNorm(c.groups, dim, eps=1e-6)
+
+
+class Block(nn.Module):
+    """Normalise, bend, 3x3 convolution, twice; the time comes in between."""
+
+    def __init__(self, c: Config, inputs: int, dim: int):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c, inputs), nn.Conv2d(inputs, dim, 3, padding=1)
+        self.time = nn.Linear(4 * c.dim, dim)
+        self.norm2, self.conv2 = norm(c, dim), nn.Conv2d(dim, dim, 3, padding=1)
+        self.dropout = nn.Dropout(c.dropout)
+        self.shortcut = nn.Conv2d(inputs, dim, 1) if inputs != dim else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:                        # B D H W, B E -> B D' H W
+        y = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[:, :, None, None]
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(y))))
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every other, with one head, and adds what it sees."""
+
+    def __init__(self, c: Config, dim: int):
+        super().__init__()
+        self.norm, self.qkv, self.proj = norm(c, dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+        q, k, v = self.qkv(self.norm(x).flatten(2).mT).chunk(3, -1)              # each B H*W D
+        y = self.proj(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+        return x + y.mT.unflatten(2, x.shape[2:])
+
+
+class Level(nn.Module):
+    """Blocks, each followed by attention where there is any, and a convolution that goes to the next level's size."""
+
+    def __init__(self, c: Config, inputs: list[int], dim: int, attend: bool, resize: nn.Conv2d | None = None):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(c, n, dim) for n in inputs)
+        self.attns = nn.ModuleList(Attention(c, dim) for _ in inputs) if attend else None
+        self.resize = resize
+
+    def forward(self, i: int, x: Tensor, time: Tensor) -> Tensor:                # number of a block, B D H W -> B D' H W
+        x = self.blocks[i](x, time)
+        return x if self.attns is None else self.attns[i](x)
+
+
+class Middle(nn.Module):
+    """Block, attention, block."""
+
+    def __init__(self, c: Config, dim: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(c, dim, dim) for _ in range(2))
+        self.attns = nn.ModuleList([Attention(c, dim)])
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:                        # B D H W -> B D H W
+        return self.blocks[1](self.attns[0](self.blocks[0](x, time)), time)
+
+
+class DDPMUNet(nn.Module):
+    """A noisy picture, its time (0 .. 999 in the paper), its label -> the noise in it.
+
+    Raises `DataError` for a side that cannot be halved as often as there are levels less one.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        widths = [c.dim * growth for growth in c.growth]
+        self.time1, self.time2 = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, 4 * c.dim)
+        self.label = nn.Embedding(c.classes + 1, 4 * c.dim) if c.classes else None
+        self.conv_in = nn.Conv2d(c.channels, c.dim, 3, padding=1)
+        last, dim, skips = len(widths) - 1, c.dim, [c.dim]
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            resize = nn.Conv2d(width, width, 3, 2) if i < last else None
+            self.down.append(Level(c, [dim] + [width] * (c.depth - 1), width, c.image >> i in c.attend, resize))
+            skips += [width] * (c.depth + (i < last))
+            dim = width
+        self.mid = Middle(c, dim)
+        self.up = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            inputs = [(dim if j == 0 else width) + skips.pop() for j in range(c.depth + 1)]
+            resize = nn.Conv2d(width, width, 3, padding=1) if i else None
+            self.up.append(Level(c, inputs, width, c.image >> i in c.attend, resize))
+            dim = width
+        self.norm, self.conv_out = norm(c, dim), nn.Conv2d(dim, c.channels, 3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
+                    nn.init.xavier_uniform_(part, 1e-5 if name.endswith(("conv2", "proj", "conv_out")) else 1.0)
+                nn.init.zeros_(module.bias)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+
+    def condition(self, time: Tensor, label: Tensor | None) -> Tensor:           # B, B -> B E
+        half = self.config.dim // 2
+        rate = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1))
+        angle = time.float()[:, None] * rate             # in float32, as the weights have learnt them
+        x = torch.cat([angle.sin(), angle.cos()], 1).to(self.time1.weight.dtype)
+        x = self.time2(F.silu(self.time1(x)))
+        if self.label is None:
+            return x
+        return x + self.label(torch.zeros_like(time, dtype=torch.int64) if label is None else label)
+
+    def forward(self, image: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:   # B C H W, B, B -> B C H W
+        if any(side % (1 << len(self.down) - 1) for side in image.shape[2:]):
+            raise DataError(f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be halved "
+                            f"{len(self.down) - 1} times: choose multiples of {1 << len(self.down) - 1}")
+        time = self.condition(time, label)
+        x = self.conv_in(image)
+        seen = [x]
+        for level in self.down:
+            for i in range(len(level.blocks)):
+                seen.append(x := level(i, x, time))
+            if level.resize is not None:
+                seen.append(x := level.resize(F.pad(x, (0, 1, 0, 1))))
+        x = self.mid(x, time)
+        for level in self.up:
+            for i in range(len(level.blocks)):
+                x = level(i, torch.cat([x, seen.pop()], 1), time)
+            if level.resize is not None:
+                x = level.resize(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm(x)))
+
+
+def table(query: str, key: str, value: str, out: str) -> dict[str, Row]:
+    """Names of diffusers, whose attention has had two sets of them."""
+    names: dict[str, Row] = {
+        "time_embedding.linear_{k}.*": "time{k}.*",
+        "class_embedding.weight":      "label.weight",
+        "conv_in.*":                   "conv_in.*",
+        "down_blocks.{i}.downsamplers.0.conv.*": "down.{i}.resize.*",
+        "up_blocks.{i}.upsamplers.0.conv.*":     "up.{i}.resize.*",
+        "conv_norm_out.*":             "norm.*",
+        "conv_out.*":                  "conv_out.*",
+    }
+    for theirs, ours in (("down_blocks.{i}", "down.{i}"), ("mid_block", "mid"), ("up_blocks.{i}", "up.{i}")):
+        names |= {
+            f"{theirs}.resnets.{{j}}.norm{{k}}.*":       f"{ours}.blocks.{{j}}.norm{{k}}.*",
+            f"{theirs}.resnets.{{j}}.conv{{k}}.*":       f"{ours}.blocks.{{j}}.conv{{k}}.*",
+            f"{theirs}.resnets.{{j}}.time_emb_proj.*":   f"{ours}.blocks.{{j}}.time.*",
+            f"{theirs}.resnets.{{j}}.conv_shortcut.*":   f"{ours}.blocks.{{j}}.shortcut.*",
+            f"{theirs}.attentions.{{j}}.group_norm.*":   f"{ours}.attns.{{j}}.norm.*",
+            f"{theirs}.attentions.{{j}}.{query}.*":      Fused(f"{ours}.attns.{{j}}.qkv.*", 0, 3),
+            f"{theirs}.attentions.{{j}}.{key}.*":        Fused(f"{ours}.attns.{{j}}.qkv.*", 1, 3),
+            f"{theirs}.attentions.{{j}}.{value}.*":      Fused(f"{ours}.attns.{{j}}.qkv.*", 2, 3),
+            f"{theirs}.attentions.{{j}}.{out}.*":        f"{ours}.attns.{{j}}.proj.*",
+        }
+    return names
+
+
+DIFFUSERS = table("to_q", "to_k", "to_v", "to_out.0")
+DIFFUSERS_2022 = table("query", "key", "value", "proj_attn")                     # of google/ddpm-cifar10-32 and its kin
+
+CARD = Card(
+    name="ddpm-unet", model=DDPMUNet, config=Config, paper="arXiv:2006.11239", year=2020, takes="noisy", gives="image",
+    sizes={
+        "ddpm-cifar10": Size(params=35_746_307, source="google/ddpm-cifar10-32"),
+        "ddpm-256": Size(image=256, growth=(1, 1, 2, 2, 4, 4), dropout=0.0, params=113_673_219,
+                         source="google/ddpm-celebahq-256"),
+        "ddpm-28": Size(image=28, channels=1, dim=32, growth=(1, 2, 2), attend=(7,), groups=8),
+        "ddpm-unet-test": Size(image=8, channels=2, classes=3, dim=8, growth=(1, 2), depth=1, attend=(4,), groups=4,
+                               dropout=0.0),
+    },
+    weights={"diffusers": DIFFUSERS, "diffusers-2022": DIFFUSERS_2022},
+    recipe={"optimizer": "adamw", "lr": 2e-4, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
+)
