@@ -248,7 +248,7 @@ def huggingface_gpt2(model: nn.Module) -> Peer:
     c = model.config
     peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.vocab, n_positions=c.length, n_embd=c.dim, n_layer=c.depth, n_head=c.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None))
     peer.lm_head = nn.Linear(c.dim, c.vocab, bias=False)
     peer.lm_head.weight = peer.transformer.wte.weight
 

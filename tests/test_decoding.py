@@ -62,7 +62,8 @@ def test_gpt2_refuses_more_than_its_length():
 def test_gpt2_files_of_huggingface(tmp_path, bare):
     """The first files have no prefix and hold causal masks; no file holds the tied head."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=30, n_positions=12, n_embd=8, n_layer=2, n_head=2)
+    config = transformers.GPT2Config(vocab_size=30, n_positions=12, n_embd=8, n_layer=2, n_head=2,
+                                     bos_token_id=None, eos_token_id=None)
     theirs, ours, tokens = transformers.GPT2LMHeadModel(config).eval(), create("gpt2-test").eval(), torch.randint(30, (2, 9))
     theirs.save_pretrained(tmp_path)
     assert "lm_head.weight" not in weights.read(tmp_path)

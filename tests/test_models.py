@@ -244,7 +244,23 @@ def test_padding_content_is_never_read(name):
         assert model(*inputs[:place], empty, *inputs[place + 1:]).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if cards()[name].gives in ("tokens", "items")])
+NEXT = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].gives in ("tokens", "items")])
+
+
+@NEXT
+def test_padding_may_stand_on_either_side(name):
+    """Where every token has an answer, each row may also end, not begin, at the same place: for all rows of tokens."""
+    model, inputs = tiny(name), batch(name)
+    want, moved = meant(name, model(*inputs), inputs), list(inputs)
+    for place in [place for place, word in enumerate(cards()[name].inputs) if word.endswith("mask")]:
+        for part in (place - 1, place):
+            moved[part] = torch.stack([row.roll(int((~mask).sum())) for row, mask in zip(inputs[part], inputs[place])])
+    got = meant(name, model(*moved), tuple(moved))
+    got = torch.stack([row.roll(-int((~mask).sum()), 0) for row, mask in zip(got, inputs[-1])])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@NEXT
 def test_what_follows_is_never_read(name):
     model, inputs = tiny(name), batch(name)
     before = model(*inputs)
