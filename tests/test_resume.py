@@ -148,7 +148,7 @@ def test_changed_data_is_refused_on_resume(tmp_path):
     table, run = tmp_path / "wine.csv", tmp_path / "run"
     source = path("wine")
     table.write_bytes((source if source.is_file() else next(source.glob("*.csv"))).read_bytes())
-    process = start([str(table), *begin("tabular-classification", run)[1:]])
+    process = start([table.name, *begin("tabular-classification", run)[1:]], cwd=tmp_path)     # found again from elsewhere
     while step_of(run) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)

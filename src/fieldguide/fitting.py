@@ -124,8 +124,8 @@ def fit(data: Any, *, target: str | None = None, task: str | None = None, model:
     watch = watch or Silent()
     training, _, _, kinds = grouped(settings or {})
     Settings().with_(training)                                       # complain of settings before reading data
-    request = {"data": str(data) if isinstance(data, str | Path) else None, "target": target, "group": group,
-               "time": time_column, "allow_bad": allow_bad, "kinds": kinds}
+    request = {"data": address(data), "target": target, "group": group, "time": time_column, "allow_bad": allow_bad,
+               "kinds": kinds}
     if out is not None:
         refuse_taken(Path(out))
     with distributed.processes():
@@ -178,6 +178,9 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         if refused := set(changed) - CHANGEABLE:
             raise SettingsError(f"{', '.join(sorted(refused))} cannot change when a run is resumed; it would be another "
                                 "run. Start one with `fieldguide fit`.")
+        if (before := run.record["cost"]["processes"]) != distributed.world():
+            watch.say(f"begun with {before} processes, resumed with {distributed.world()}: the same examples a step, but "
+                      "chance falls otherwise")
         for key, value in changed.items():
             watch.say(f"changed on resume: {key} {getattr(chosen, key)} -> {value}; from here the run differs from one "
                       "that was never stopped")
@@ -299,8 +302,16 @@ def literal(value: Any) -> Any:
         return value
 
 
+def address(data: Any) -> str | None:
+    """Where data can be found again, from any folder; None for what is in memory."""
+    if not isinstance(data, str | Path):
+        return None
+    path = Path(data).expanduser()
+    return str(path.absolute()) if path.exists() else str(data)          # the name of a sample stays one
+
+
 def read_request(request: Mapping[str, Any], data: Any) -> Data:
-    return read(data if data is not None else request["data"], target=request["target"], kinds=request["kinds"] or None,
+    return read(request["data"] if data is None else data, target=request["target"], kinds=request["kinds"] or None,
                 group=request["group"], time=request["time"], allow_bad=request["allow_bad"])
 
 

@@ -98,10 +98,11 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
     machine = machine or measure.machine()
     speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
     options: list[Option] = []
-    for name in registry.names():
+    able = [n for n in registry.names() if registry.card(n).takes in takes and registry.card(n).gives in gives]
+    if model != "auto":
+        able = [refuse_unable(model, able)]
+    for name in able:
         card, size = registry.find(name)
-        if card.takes not in takes or card.gives not in gives:
-            continue
         option = Option(size, card.name)
         options.append(option)
         try:
@@ -119,7 +120,7 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
                 (option.reasons if rule["points"] > 0 else option.against).append(f"{rule['because']} [{rule['source']}]")
         size_up(option, facts, speed, minutes, machine)
     if model != "auto":
-        return named(options, model)
+        return asked_for(options[0])
     if options and not any(not o.rejected for o in options):
         hurried(options, minutes)
     ranked = sorted(options, key=lambda o: (-o.points, o.parameters))
@@ -158,17 +159,23 @@ def hurried(options: list[Option], minutes: float) -> None:
         best.rejected = ""
 
 
-def named(options: list[Option], model: str) -> Advice:
-    """The one that the user asked for. Raises `SettingsError` where it cannot do this task."""
+def refuse_unable(model: str, able: list[str]) -> str:
+    """The size that the user asked for. Raises `SettingsError` where it cannot do this task."""
     card, size = registry.find(model)
-    chosen = [o for o in options if o.name == size]
-    if not chosen:
-        able = sorted({o.architecture for o in options})
+    if size not in [*able, card.tiny]:
+        others = sorted({registry.card(n).name for n in able})
         raise SettingsError(f"{model} takes {card.takes} and gives {card.gives}, which this task cannot use. Networks "
-                            f"that can: {', '.join(able)}.")
-    option = chosen[0]
+                            f"that can: {', '.join(others)}.")
+    return size
+
+
+def asked_for(option: Option) -> Advice:
+    """The one that the user named: nothing but impossibility rejects it."""
     option.reasons.insert(0, "you asked for it")
+    if not option.parameters:
+        raise SettingsError(f"{option.name} cannot be made for this data: {option.rejected}. Sizes come from the data; "
+                            "--set task.NAME=... and model.NAME=... change them.")
     if option.rejected:
         option.against.insert(0, option.rejected)
         option.rejected = ""
-    return Advice(chosen, [o for o in options if o is not option])
+    return Advice([option], [])
