@@ -297,3 +297,15 @@ def test_golden_answers_are_of_trained_networks():
 
 def test_splits_are_plain_arrays():
     assert [f.name for f in Splits.__dataclass_fields__.values()] == ["train", "validation", "test", "how"]
+
+
+def test_a_verdict_says_where_a_baseline_is_better(iris_run):
+    import copy
+
+    from fieldguide.studio.pages import verdict
+    record, metric = copy.deepcopy(iris_run.record), iris_run.task.metrics[0]
+    record["scores"]["test"]["accuracy"] = 0.5
+    record["scores"]["baselines"][1]["scores"]["accuracy"] = 0.6
+    assert "does not beat logistic regression" in verdict(record, metric)
+    record["scores"]["baselines"][1]["scores"]["accuracy"] = 0.4
+    assert "does not beat" not in verdict(record, metric)

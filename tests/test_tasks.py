@@ -437,3 +437,19 @@ def test_a_class_that_was_not_in_training_is_refused(iris_run):
     table = pl.read_csv(samples.path("iris")).with_columns(pl.lit("tulip").alias("species"))
     with pytest.raises(DataError, match=r"'tulip'.*Known are: setosa, versicolor, virginica"):
         iris_run.evaluate(table)
+
+
+def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
+    """Large texts and few minutes: every network is too slow for eight passes, and the encoder still leads."""
+    from fieldguide.advisor import advise
+    from fieldguide.tasks import task
+    kind = task("text-classification")
+    machine = {"device": "cpu", "memory": 24e9, "flops": {"float32": 1.5e11, "bfloat16": 4e10}}
+
+    def best(minutes: float):
+        return advise(facts={"task": kind.name, "rows": 20_000, "tokens": 220}, minutes=minutes, machine=machine,
+                      needs={"classes": 2, "vocab": 16_000, "length": 256}, takes=kind.takes, gives=kind.gives).best
+
+    assert best(3).name == "transformer-encoder-s" and any("few" in a for a in best(3).against)
+    assert best(0.001).parameters > 0          # however short the time: something is advised, with its reason
+    assert "minutes are short" in best(0.001).against[0]

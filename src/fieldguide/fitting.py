@@ -37,6 +37,7 @@ from fieldguide.train.settings import Settings
 
 BUDGET = 0.9            # part of the minutes that the planned steps take; the rest is for evaluations and surprises
 CHECKS = 40             # evaluations in a whole run, at most
+CHECKED = 0.2           # part of the time that they may take
 # Settings that may change when a run is resumed; all others would make it another run.
 CHANGEABLE = {"minutes", "lr", "weight_decay", "clip", "patience", "checkpoint", "workers", "precision", "track"}
 
@@ -374,14 +375,15 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
     seconds = (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1
     watch.say("a step in " + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
               + f": {precision}{', channels-last' if last else ''}")
-    steps = settings.steps
+    steps, checks = settings.steps, CHECKS
     if steps is None:
-        epochs = settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200))
-        checks = CHECKS * evaluated / settings.batch * step / 3         # an evaluation costs a third of a step an example
-        limit = 60 * settings.minutes * BUDGET if settings.minutes else float("inf")
-        affordable = max(1, int(min((limit - checks) / seconds, 1e12)))
-        steps = max(1, min(round(epochs * each), affordable))
-    evaluate = settings.evaluate or max(1, min(steps, max(each, -(-steps // CHECKS))))
+        steps = max(1, round(each * (settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200)))))
+        if settings.minutes:
+            limit = 60 * settings.minutes * BUDGET
+            check = evaluated / settings.batch * step / 3               # an evaluation costs a third of a step an example
+            checks = int(np.clip(CHECKED * limit / check, 1, CHECKS))
+            steps = max(1, min(steps, int(max(limit - checks * check, limit / 2) / seconds)))
+    evaluate = settings.evaluate or max(1, min(steps, max(each, -(-steps // checks))))
     return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), seconds
 
 

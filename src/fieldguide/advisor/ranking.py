@@ -23,6 +23,7 @@ EPOCHS = 8            # passes over the data that a network should get in the ti
 EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
 BYTES = 16            # a parameter in training: weight, gradient, two moments, in float32
 PARAMETERS = 200      # for each training example, that a network trained from nothing should have, about
+LEAST = 0.2           # of one pass over the data: what can do less in the time given is ruled out
 HURRY = 4             # times the quickest one's time that counts as quick, where time is short for all
 COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
 
@@ -135,7 +136,7 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
         option.seconds = math.inf
         option.rejected = (f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
                            f"machine has {machine['memory'] / 2**30:.1f} GiB")
-    elif seconds > EPOCHS * 60 * minutes:
+    elif seconds > EPOCHS * 60 * minutes / LEAST:
         option.rejected = (f"one pass over the data would take about {seconds / EPOCHS / 60:.2g} minutes of the "
                            f"{minutes:g} given")
     elif seconds > 60 * minutes:
@@ -150,7 +151,7 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
 
 
 def hurried(options: list[Option], minutes: float) -> None:
-    """Where no network can see all of the data once in the time given, lets the best of the quick ones do what it can."""
+    """Where no network can see even a part of the data in the time given, lets the best of the quick ones do what it can."""
     quickest = min(o.seconds for o in options)
     if quickest < math.inf:
         best = max((o for o in options if o.seconds <= HURRY * quickest), key=lambda o: o.points)

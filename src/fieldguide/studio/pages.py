@@ -34,7 +34,12 @@ def verdict(record: Mapping[str, Any], metric: Metric) -> str:
     value = metric.text(scores["test"][metric.name])
     said = f"{value} of the held-out examples {metric.words}" if metric.words == "right" else \
         f"{value} {metric.words} on held-out examples"
-    return f"{said} (95 % interval {low} to {high}). To beat: {others}."
+    sign = 1 if metric.better == "max" else -1
+    better = [b["name"] for b in scores["baselines"]
+              if sign * b["scores"][metric.name] > sign * scores["test"][metric.name]]
+    advice = (f" The network does not beat {' and '.join(better)}: prefer that, or give it more minutes or data."
+              if better else "")
+    return f"{said} (95 % interval {low} to {high}). To beat: {others}.{advice}"
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
