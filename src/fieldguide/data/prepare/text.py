@@ -117,7 +117,7 @@ class Text:
             raise DataError(f"{file}: there is no such tokenizer.")
         try:
             tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:
+        except Exception as error:          # the library raises nothing narrower; it is passed on, not swallowed
             raise DataError(f"{file}: not a tokenizer of the tokenizers library ({error}).") from error
         settings = path / "text.json"
         ours = path.is_dir() and settings.exists()
