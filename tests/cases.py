@@ -70,6 +70,11 @@ def noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
             torch.arange(rows) % (config.classes + 1))
 
 
+def speech(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Recordings of 9 to 21 frames, the first the longest; what stands after their end is arbitrary."""
+    return torch.randn(rows, 21, config.features), torch.linspace(21, 9, rows).long()
+
+
 def table(config: Any, rows: int) -> tuple[Tensor, ...]:
     categories = [torch.randint(1, size, (rows,)) for size in config.categories]
     return 2 * torch.randn(rows, config.numbers), torch.stack(categories, 1)
@@ -355,6 +360,63 @@ def diffusers_unet(model: nn.Module) -> Peer:
                                     in translate(state, DIFFUSERS, reverse=True).items()}
 
 
+class PackedNorm(nn.BatchNorm1d):
+    """torch's batch normalisation of nothing but real frames, one after another."""
+
+    mask: Tensor | None = None                           # B S
+
+    def forward(self, x: Tensor) -> Tensor:              # B D S -> B D S
+        y = torch.zeros_like(x.mT)
+        y[self.mask] = super().forward(x.mT[self.mask])
+        return y.mT
+
+
+def conformer_layers(model: nn.Module) -> Peer:
+    """The layers of transformers, which know no padding in their convolutions, between slow equations."""
+    from fieldguide.models.transformer.conformer import HUGGINGFACE_LAYERS
+    from tv import transformers
+    c = model.config
+    config = transformers.Wav2Vec2ConformerConfig(
+        hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.growth * c.dim,
+        conv_depthwise_kernel_size=c.kernel, position_embeddings_type="relative", hidden_act="swish", hidden_dropout=0.0,
+        activation_dropout=0.0, attention_dropout=0.0, conformer_conv_dropout=0.0, attn_implementation="eager")
+    layer = transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer.Wav2Vec2ConformerEncoderLayer
+
+    class Composed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(layer(config) for _ in range(c.depth))
+            self.lm_head = nn.Linear(c.dim, c.vocab)
+            stem = {name: x for name, x in model.state_dict().items() if name.startswith("stem.")}
+            self.stem = nn.ParameterDict({name.replace(".", "__"): torch.empty_like(x) for name, x in stem.items()})
+            for one in self.layers:
+                one.conv_module.batch_norm = PackedNorm(c.dim)
+                one.conv_module.depthwise_conv.register_forward_pre_hook(lambda _, xs: (xs[0] * self.mask[:, None],))
+
+        def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+            stem = {name.replace("__", "."): x for name, x in self.stem.items()}
+            rows = [references.conformer_stem(stem, x[:n]) for x, n in zip(features, lengths.tolist())]
+            x = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            steps, dim = x.shape[1:]
+            self.mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+            hidden = torch.zeros(self.mask.shape, dtype=x.dtype).masked_fill(~self.mask, -torch.inf)[:, None, None]
+            pos = torch.tensor([[references.sinusoid(t, column, dim) for column in range(dim)]
+                                for t in range(steps - 1, -steps, -1)], dtype=x.dtype)[None]
+            for one in self.layers:
+                one.conv_module.batch_norm.mask = self.mask
+                x = one(x, attention_mask=hidden, relative_position_embeddings=pos)
+            x = self.lm_head(x)
+            longest = -(-features.shape[1] // 4)         # padding that all rows share is cut above
+            return torch.cat([x, x.new_zeros(len(x), longest - steps, x.shape[-1])], 1)
+
+    def rename(state: State) -> dict[str, Tensor]:
+        inner = {name: x for name, x in state.items() if not name.startswith("stem.")}
+        return {name.removeprefix("wav2vec2_conformer.encoder."): x
+                for name, x in translate(inner, HUGGINGFACE_LAYERS, reverse=True).items()} | {
+            f"stem.{name.replace('.', '__')}": x for name, x in state.items() if name.startswith("stem.")}
+    return Composed(), rename
+
+
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
@@ -378,6 +440,7 @@ CASES = {
         model.config.patch, model.config.stride, model.config.heads, model.config.values))(model)),
     "dlinear": Case(inputs=series, lr=3e-2, peer=lambda model: equations(references.dlinear(
         model.config.window, model.config.values))(model)),
+    "conformer": Case(inputs=speech, peer=conformer_layers, lr=2e-2),
     "self-attention": Case(inputs=sequence, peer=same(
         lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),

@@ -397,3 +397,26 @@ def dcgan_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
         x = convolve(x, p[f"main.{place}.weight"], stride=2, border=1)
         x, place = leak(batch_normalise(p, f"main.{place + 1}", x)), place + 3
     return sigmoid(convolve(x, p[f"main.{place}.weight"])).flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------- speech
+
+def conformer_stem(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """One spectrogram, T F: two 3x3 convolutions of stride 2, padded by one, each output value on its own."""
+    grid = x[None]                                                               # channels, T, F
+    for number in (1, 2):
+        w, b = p[f"stem.conv{number}.weight"], p[f"stem.conv{number}.bias"]
+        _, high, wide = grid.shape
+        rows = []
+        for t in range(0, high, 2):
+            columns = []
+            for f in range(0, wide, 2):
+                total = b
+                for dt in (-1, 0, 1):
+                    for df in (-1, 0, 1):
+                        if 0 <= t + dt < high and 0 <= f + df < wide:
+                            total = total + w[:, :, dt + 1, df + 1] @ grid[:, t + dt, f + df]
+                columns.append(torch.where(total > 0, total, torch.zeros_like(total)))
+            rows.append(torch.stack(columns, -1))                                # channels, F/2
+        grid = torch.stack(rows, 1)
+    return torch.stack([p["stem.proj.weight"] @ grid[:, t].flatten() + p["stem.proj.bias"] for t in range(grid.shape[1])])

@@ -63,6 +63,9 @@ def batch(name: str, rows: int = 5, dtype: torch.dtype = torch.float64, seed: in
 
 def meant(name: str, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """An answer for each token is meant for the real ones; what stands at padding is set to zero."""
+    if cards()[name].gives == "ctc":
+        real = torch.arange(output.shape[1]) < tiny(name).frames(inputs[-1])[:, None]
+        return output * real[..., None]
     return output * inputs[-1][..., None] if cards()[name].gives in ("tokens", "items") else output
 
 
@@ -87,6 +90,10 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
     if gives in ("tokens", "items"):                     # another target at every place, the same in all rows
         target = torch.randint(output.shape[-1], (1, output.shape[1])).expand(len(output), -1)
         return nn.functional.cross_entropy(output.transpose(1, 2), target)
+    if gives == "ctc":                                   # two symbols for each recording, somewhere in it
+        logs = output.float().log_softmax(-1).transpose(0, 1)
+        target = torch.randint(1, output.shape[-1], (len(output), 2))
+        return nn.functional.ctc_loss(logs, target, torch.full((len(output),), len(logs)), torch.full((len(output),), 2))
     if gives == "mask":                                  # bright or dark, under the middle of the picture
         top, left = ((a - b) // 2 for a, b in zip(first.shape[2:], output.shape[2:]))
         middle = first[:, 0, top:top + output.shape[2], left:left + output.shape[3]]
@@ -153,11 +160,12 @@ def test_output_has_the_promised_shape(name):
     if card.gives == "label":
         assert output.shape[-1] == getattr(config, card.names.get("classes", "classes"))
         assert tiny(name, classes=7)(*inputs).shape[-1] == 7
-    word = {"tokens": "vocab", "mask": "classes", "image": "channels", "items": "items"}.get(card.gives, "")
+    word = {"tokens": "vocab", "ctc": "vocab", "mask": "classes", "image": "channels", "items": "items"}.get(card.gives, "")
     width = getattr(config, card.names.get(word, word), None)
     assert {"score": output.shape[1:] == (1,), "sequence": output.shape == inputs[0].shape,
             "vector": output.ndim == 2, "label": output.ndim in (2, 3),
             "tokens": output.shape == (*inputs[-1].shape, width), "items": output.shape == (*inputs[-1].shape, width),
+            "ctc": output.ndim == 3 and output.shape[2] == width,
             "mask": output.ndim == 4 and output.shape[1] == width,
             "image": output.ndim == 4 and output.shape[1] == width,
             "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1]}[card.gives]

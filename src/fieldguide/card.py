@@ -23,6 +23,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "series": ("series",),                  # B T C float: C series side by side, T steps of the past
     "noisy": ("image", "time", "label"),    # B C H W float, B float: noise level, B int64 (0 = no condition)
     "items": ("items", "mask"),             # B T int64: what a user met, in order of time (0 = none), B T bool
+    "speech": ("features", "lengths"),      # B T F float: log-mel, B int64: real frames of each row
 }
 
 # What it gives back.
@@ -34,8 +35,12 @@ GIVES: dict[str, str] = {
     "tokens": "logits B T vocab of the token that follows each",
     "mask": "logits B classes H W of every pixel",
     "image": "B C H W float",
+    "boxes": "B A 4R+classes: at each of A points in the middle of grid cells, of the finest grid first, row by row, R "
+             "logits each for the distance to the left, top, right and bottom side (0 to R - 1 strides), then class "
+             "logits, each class for itself; `model.strides` are the cells' sides in pixels, `model.bins` the R distances",
     "forecast": "B H C Q float: H steps of the future of C series, Q values each (a point, or quantiles)",
     "items": "logits B T items of the item that follows each",
+    "ctc": "logits B S vocab of the symbol at each frame, 0 = blank; `model.frames(lengths)` of the S are real",
 }
 
 
@@ -66,7 +71,8 @@ class Card:
     categories, features) to this config's own field names where they differ. `weights` holds the tables of
     public parameter names, by origin. `recipe` holds training settings that suit the architecture and are
     laid over the task's (see `fieldguide.train.settings.Settings`). `adapt` turns what the data needs (the same
-    vocabulary) into config fields that follow from it: a smaller stem for small pictures.
+    vocabulary) into config fields that follow from it: a smaller stem for small pictures. `parts` names further
+    networks that training needs beside this one, by what the objective calls them: {"critic": "dcgan-discriminator"}.
     """
 
     name: str
@@ -82,6 +88,7 @@ class Card:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     build: Callable[[Any], Any] | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.takes not in TAKES:

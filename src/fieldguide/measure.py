@@ -39,6 +39,8 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
         return row * 2 if card.takes == "pair" else row
     if card.takes == "series":
         return (torch.zeros(batch, get("length", length), get("channels", 1), device=device),)
+    if card.takes == "speech":
+        return torch.zeros(batch, length, get("features", 80), device=device), torch.full((batch,), length, device=device)
     if card.takes == "noisy":
         side = get("image", side)
         return (torch.zeros(batch, get("channels", 3), side, side, device=device), torch.zeros(batch, device=device),
