@@ -18,9 +18,9 @@ from fieldguide import cli, samples
 VERBS = {
     "fit": {"DATA", "--target", "--task", "--model", "--minutes", "--out", "--seed", "--group", "--time", "--resume",
             "--allow-bad", "--set"},
-    "predict": {"RUN", "INPUTS", "--json"},
+    "predict": {"RUN", "INPUTS", "--out", "--json", "--set"},
     "evaluate": {"RUN", "DATA", "--json"},
-    "check": {"DATA", "--target", "--group", "--time", "--allow-bad", "--set"},
+    "check": {"DATA", "--target", "--task", "--group", "--time", "--allow-bad", "--set"},
     "models": {"GLOB", "--family", "--task", "--json"},
     "show": {"NAME", "--json", "--set"},
     "samples": set(),

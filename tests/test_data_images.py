@@ -16,6 +16,7 @@ from damage import checks, digits, finding, refused, write
 from fieldguide import samples
 from fieldguide.data import images, read
 from fieldguide.errors import DataError
+from fieldguide.tasks import infer
 
 
 def photo(path: Path, size=(40, 30), mode: str = "RGB", seed: int = 0, **options) -> Path:
@@ -113,8 +114,10 @@ def test_pictures_without_a_class(tmp_path):
     assert finding(data, "no-class").places == ("stray.png",) and len(data) == 119
     stray.unlink()
     flat = tmp_path / "0"
-    with pytest.raises(DataError, match="40 pictures without classes"):
-        read(flat)
+    bare = read(flat)
+    assert len(bare) == 40 and bare.target is None               # what can be learnt from it, the task has to say
+    with pytest.raises(DataError, match="does not say by itself what is to be learnt"):
+        infer(bare)
     data = read(flat, labels_optional=True)
     assert len(data) == 40 and data.rows["label"].null_count() == 40
     schema = read(tmp_path).schema()

@@ -42,7 +42,7 @@ MAY = {
 # Between two layers where only one module of the lower may be used.
 ONLY = {("tasks", "train"): {"fieldguide.train.settings", "fieldguide.train.distributed"},
         ("train", "data"): {"fieldguide.data.batches"},
-        ("studio", "train"): {"fieldguide.train.checkpoint"}, ("measure", "train"): {"fieldguide.train.distributed"}}
+        ("studio", "train"): {"fieldguide.train.checkpoint", "fieldguide.train.settings"}, ("measure", "train"): {"fieldguide.train.distributed"}}
 # Inside a function, where the arrow turns round for one call; each with its reason.
 TURNS = {("models", "pkg"): "fieldguide.models(...) is list_models: the folder and the function share a name"}
 # Oracles, and what only they or a user bring along.

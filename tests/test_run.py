@@ -85,8 +85,8 @@ def test_run_json(run):
     assert set(record) == {"schema", "status", "task", "request", "model", "settings", "choice", "data", "cost", "machine",
                            "versions", "started", "scores"}
     assert record["schema"] == SCHEMA == 1 and record["status"] == "done"
-    assert set(record["request"]) == {"data", "target", "group", "time", "allow_bad", "kinds"}
-    assert set(record["model"]) == {"architecture", "size", "config"}
+    assert set(record["request"]) == {"data", "target", "group", "time", "allow_bad", "kinds", "roles", "task"}
+    assert set(record["model"]) == {"architecture", "size", "config", "parts"}
     assert set(record["settings"]) == set(Settings().to_dict())
     assert None not in [record["settings"][k] for k in ("steps", "batch", "evaluate", "precision", "channels_last")]
     assert {"parameters", "multiply_adds", "seconds", "steps", "best_step", "stopped", "peak_memory", "processes"} <= set(
@@ -95,7 +95,7 @@ def test_run_json(run):
         record["data"])
     names = {m.name for m in run.task.metrics}
     scores = record["scores"]
-    assert set(scores) == {"test", "intervals", "baselines"} and set(scores["test"]) == set(scores["intervals"]) == names
+    assert set(scores) == {"test", "intervals", "baselines", "tested"} and set(scores["test"]) == set(scores["intervals"]) == names
     assert [set(b["scores"]) for b in scores["baselines"]] == [names, names]
     for name, (low, high) in scores["intervals"].items():
         assert low <= high, name

@@ -16,7 +16,7 @@ app = typer.Typer(name="fieldguide", no_args_is_help=True, add_completion=False,
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON Lines instead of a table.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A training setting, or model.FIELD, "
-                                                  "task.FIELD, column.NAME. May be given several times.")]
+                                                  "task.FIELD, column.NAME, role.ROLE. May be given several times.")]
 AllowBad = Annotated[bool, typer.Option("--allow-bad", help="Go on though more than 1 % of the examples are unusable.")]
 
 
@@ -63,15 +63,35 @@ def fit(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="Files, folders, tables; for text tasks also the "
-                                                              "text itself.")],
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="[INPUT]...", help="Files, folders, tables; for text tasks "
+                                                       "also the text itself; for some that generate, nothing.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for answers that are files: pictures, films.")] = None,
     as_json: Json = False,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="How to answer, in the task's own "
+                                                         "words: temperature, beams, threshold, ...")] = None,
 ) -> None:
     """Ask a trained network about raw inputs."""
-    from fieldguide.progress import print_answers
+    from fieldguide.progress import print_answers, print_stream
     from fieldguide.run import open_run
-    opened = open_run(run)
-    print_answers(opened.predict(list(inputs)), as_json, opened.task.notes)
+    opened, asked = open_run(run), pairs(changes)
+    if not as_json and len(inputs or ()) == 1 and (pieces := opened.stream(inputs[0], **asked)) is not None:
+        print_stream(pieces)
+        return
+    print_answers(stored(opened.predict(list(inputs or ()), **asked), out), as_json, opened.task.notes)
+
+
+def stored(answers: list[dict[str, Any]], folder: Path | None) -> list[dict[str, Any]]:
+    """Answers with the paths of the files that were written for what is one."""
+    from fieldguide.tasks.base import Media
+    folder = folder or Path("answers")
+    for number, answer in enumerate(answers, 1):
+        for name, value in answer.items():
+            if isinstance(value, Media):
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"{number:05d}-{name}{value.suffix}"
+                path.write_bytes(value.content)
+                answer[name] = str(path)
+    return answers
 
 
 @app.command()
@@ -93,17 +113,16 @@ def check(
     target: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
     group: Annotated[str | None, typer.Option(help="A column whose rows must stay on one side of the split.")] = None,
     time: Annotated[str | None, typer.Option(help="A column of time.")] = None,
+    task: Annotated[str | None, typer.Option(help="The kind of problem, where the data leaves it open.")] = None,
     allow_bad: AllowBad = False,
     changes: Set = None,
 ) -> None:
     """Let the doctor look at data without training: what it is, and what is wrong with it."""
-    from fieldguide.data import read
-    from fieldguide.fitting import grouped
+    from fieldguide.fitting import grouped, read_for
     from fieldguide.progress import print_data
-    from fieldguide.tasks import infer
-    kinds = grouped(pairs(changes))[3]
-    found = read(data, target=target, kinds=kinds or None, group=group, time=time, allow_bad=allow_bad)
-    print_data(found, *infer(found))
+    *_, kinds, roles = grouped(pairs(changes))
+    print_data(*read_for({"data": data, "target": target, "kinds": kinds, "roles": roles, "group": group, "time": time,
+                          "allow_bad": allow_bad, "task": task}))
 
 
 @app.command()

@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from fieldguide.card import Card
 from fieldguide.data import read
 from fieldguide.data.batches import Batches, steps_per_epoch, typical
 from fieldguide.data.dataset import Data
+from fieldguide.data.roles import Wants
 from fieldguide.data.splits import Splits, split
 from fieldguide.errors import RunError, SettingsError
 from fieldguide.host import peak_memory
 from fieldguide.objectives import Objective
 from fieldguide.run import SCHEMA, Run, open_run, write_record
-from fieldguide.tasks import Task, infer
+from fieldguide.tasks import Task, asked_for, infer
 from fieldguide.tasks import task as task_named
 from fieldguide.train import distributed
 from fieldguide.train.checkpoint import separate, write_atomically
@@ -71,6 +72,7 @@ class Plan:
     batches: Batches                  # training examples
     validation: Batches
     seconds_a_step: float = 0.0
+    further: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)      # networks beside the one that answers
 
 
 def decide(source: Data, *, task: str | None = None, model: str = "auto", minutes: float | None = None, seed: int = 0,
@@ -80,18 +82,20 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     Raises `DataError` and `SettingsError` as `fit` does.
     """
     watch = watch or Silent()
-    training, of_model, of_task, _ = grouped(settings or {})
+    training, of_model, of_task, *_ = grouped(settings or {})
     if minutes is not None:
         training["minutes"] = minutes
     elif "steps" in training:
         training.setdefault("minutes", 0)                            # the user counts steps, not time
     training["seed"] = seed
     budget = Settings().with_(training).minutes or float("inf")
-    kind, why = (task_named(task), "you asked for it") if task else infer(source)
+    kind, why = (asked_for(task, source), "you asked for it") if task else infer(source)
     watch.found(source, kind, why)
+    options = kind.options_from(of_task)
+    source = kind.examples(source, options)
     parts = parts or split(source, seed=seed)
     watch.say(f"split: {parts.how}")
-    learnt = kind.learn(source.take(parts.train), kind.options_from(of_task))
+    learnt = kind.learn(source.take(parts.train), options)
     for note in learnt.notes:
         watch.say(f"note: {note}")
     advice = advise(facts={"task": kind.name, "rows": len(parts.train), **learnt.profile()}, needs=learnt.needs(),
@@ -103,13 +107,23 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     except TypeError as error:
         raise SettingsError(f"--set model.…: {error}") from None
     watch.chose(advice, config)
-    chosen = with_batch(Settings().with_(kind.recipe).with_(card.recipe).with_(training), len(parts.train), learnt.most)
-    torch.manual_seed(seed)
-    objective = learnt.objective(card.make(config), card, chosen)
+    chosen = Settings().with_(kind.recipe).with_(card.recipe).with_(training)
     batches = learnt.batches(source.take(parts.train), card, chosen)
     validation = learnt.batches(source.take(parts.validation), card, chosen)
+    chosen = with_batch(chosen, len(batches), learnt.fewest, learnt.most)
+    torch.manual_seed(seed)
+    network = card.make(config)
+    further = {name: settled_part(part, learnt.needs()) for name, part in card.parts.items()}
+    objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
     chosen, seconds = distributed.broadcast(resolve(chosen, objective, batches, len(validation), watch))
-    return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, seconds)
+    return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, seconds,
+                further)
+
+
+def settled_part(name: str, needs: Mapping[str, Any]) -> tuple[Card, str, Any]:
+    """A further network that a card names, sized for the data: its card, size and config."""
+    card, size = registry.find(name)
+    return card, size, configured(card, size, needs)
 
 
 def fit(data: Any, *, target: str | None = None, task: str | None = None, model: str = "auto",
@@ -123,14 +137,14 @@ def fit(data: Any, *, target: str | None = None, task: str | None = None, model:
     the data cannot be used and `SettingsError` where a setting cannot work; both say what to do.
     """
     watch = watch or Silent()
-    training, _, _, kinds = grouped(settings or {})
+    training, _, _, kinds, roles = grouped(settings or {})
     Settings().with_(training)                                       # complain of settings before reading data
     request = {"data": address(data), "target": target, "group": group, "time": time_column, "allow_bad": allow_bad,
-               "kinds": kinds}
+               "kinds": kinds, "roles": roles, "task": task}
     if out is not None:
         refuse_taken(Path(out))
     with distributed.processes():
-        source = read_request(request, data)
+        source, _, _ = read_for(request, data)
         plan = decide(source, task=task, model=model, minutes=minutes, seed=seed, settings=settings, watch=watch)
         path = distributed.broadcast(new_folder(out, source) if distributed.rank() == 0 else None)
         record = first_record(plan, request)
@@ -148,7 +162,9 @@ def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
     source, parts, best = plan.source, plan.parts, plan.advice.best
     return {
         "schema": SCHEMA, "status": "training", "task": plan.task.name, "request": request,
-        "model": {"architecture": plan.card.name, "size": plan.size, "config": asdict(plan.config)},
+        "model": {"architecture": plan.card.name, "size": plan.size, "config": asdict(plan.config),
+                  "parts": {name: {"architecture": card.name, "size": size, "config": asdict(config)}
+                            for name, (card, size, config) in plan.further.items()}},
         "settings": plan.settings.to_dict(),
         "choice": {"why": plan.why, "reasons": best.reasons, "against": best.against,
                    "others": [asdict(o) for o in (plan.advice.options[1:] + plan.advice.rejected)][:20]},
@@ -195,12 +211,14 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         with np.load(run.path / "splits.npz", allow_pickle=False) as saved:
             parts = Splits(saved["train"], saved["validation"], saved["test"], run.record["data"]["split"]["how"])
         task, card = run.task, run.card
+        source = task.examples(source, task.options)
         watch.found(source, type(task), run.record["choice"]["why"])
         torch.manual_seed(chosen.seed)
         network = run.fresh()
         plan = Plan(source, task, run.record["choice"]["why"], parts, Advice([], []), card, run.record["model"]["size"],
                     network.config if hasattr(network, "config") else None, chosen,
-                    task.objective(network, card, chosen), task.batches(source.take(parts.train), card, chosen),
+                    task.objective(network, card, chosen, **run.fresh_parts()),
+                    task.batches(source.take(parts.train), card, chosen),
                     task.batches(source.take(parts.validation), card, chosen))
         run.record["settings"] = chosen.to_dict()
         return train_and_test(run.path, run.record, plan, watch, resume=True)
@@ -208,15 +226,19 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
 
 def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
     """The loop for a plan, scoring on its validation part."""
-    task, metric, device = plan.task, plan.task.metrics[0], distributed.device()
+    task, metric, device = plan.task, plan.task.deciding(), distributed.device()
     truth = task.truth(plan.source.take(plan.parts.validation))
 
     def evaluate(objective: Objective) -> dict[str, float]:
+        if folder and distributed.rank() == 0:
+            from fieldguide.studio.glimpses import Glimpses
+            Glimpses(folder).look(loop.state.step, plan.settings, lambda: task.glimpse(objective))
         return task.score(collect(objective, plan.validation, batch=max(64, plan.settings.batch), device=device,
                                   precision=plan.settings.precision), truth)
 
-    return Trainer(plan.objective, plan.batches, plan.settings, device=device, watch=watch, folder=folder,
+    loop = Trainer(plan.objective, plan.batches, plan.settings, device=device, watch=watch, folder=folder,
                    evaluate=evaluate, metric=(metric.name, metric.better))
+    return loop
 
 
 def train(plan: Plan, loop: Trainer) -> State:
@@ -248,7 +270,9 @@ def raw_answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
 
 
 def answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
-    return plan.task.adjust(raw_answer(plan, rows))
+    """What the network answers when it is asked as a user asks it."""
+    return plan.task.adjust(collect(plan.objective, plan.task.batches(rows, plan.card), ask=plan.task.ask(plan.objective),
+                                    batch=max(64, plan.settings.batch), device=distributed.device()))
 
 
 def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: Any) -> None:
@@ -256,15 +280,20 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     from safetensors.torch import save as pack
 
     from fieldguide.studio import pages
-    task, held = plan.task, plan.source.take(plan.parts.test)
-    watch.say(f"testing on {len(held):,} examples that no step of training has seen")
+    task, test = plan.task, plan.parts.test
+    if task.tested and len(test) > task.tested:
+        test = np.sort(np.random.default_rng(plan.settings.seed).permutation(test)[:task.tested])
+    held, rows = plan.source.take(test), plan.source.take(plan.parts.train)
+    share = "" if len(test) == len(plan.parts.test) else f" of {len(plan.parts.test):,}, drawn by chance"
+    watch.say(f"testing on {len(held):,} examples{share} that no step of training has seen")
+    task.before_test(rows)
     outputs = answer(plan, held)
     if distributed.rank() == 0:
         truth = task.truth(held)
         record["scores"] = {
             "test": task.score(outputs, truth), "intervals": task.intervals(outputs, truth),
             "baselines": [{"name": b.name, "what": b.what, "scores": task.score(b.outputs, truth)}
-                          for b in task.baselines(plan.source.take(plan.parts.train), held)]}
+                          for b in task.baselines(rows, held)], "tested": len(held)}
         record["cost"] |= {"seconds": round(state.seconds, 2), "steps": state.step, "best_step": state.best_step,
                            "stopped": state.stopped, "peak_memory": peak_memory()}
         for name in plan.objective.keep:
@@ -273,7 +302,7 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
         task.save(path / "preprocess")
         record["status"] = "done"
         write_record(path, record)
-        pages.write(open_run(path), task.exhibits(held, outputs, truth))
+        pages.write(open_run(path), task.exhibits(held, outputs, truth, plan.objective))
     if distributed.world() > 1:
         torch.distributed.barrier()
 
@@ -281,15 +310,15 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
 # Deciding what the user left open
 
 
-def grouped(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict]:
-    """Settings by where they belong: training, model.*, task.*, column.*"""
-    groups: dict[str, dict[str, Any]] = {"": {}, "model": {}, "task": {}, "column": {}}
+def grouped(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+    """Settings by where they belong: training, model.*, task.*, column.*, role.*"""
+    groups: dict[str, dict[str, Any]] = {"": {}, "model": {}, "task": {}, "column": {}, "role": {}}
     for key, value in settings.items():
         prefix, dot, rest = key.partition(".")
         if dot and prefix not in groups:
-            raise SettingsError(f"--set {key}: there is no group {prefix!r}; groups are model., task. and column.")
+            raise SettingsError(f"--set {key}: there is no group {prefix!r}; groups are model., task., column. and role.")
         groups[prefix if dot else ""][rest if dot else key] = value
-    return groups[""], {k: literal(v) for k, v in groups["model"].items()}, groups["task"], groups["column"]
+    return groups[""], {k: literal(v) for k, v in groups["model"].items()}, groups["task"], groups["column"], groups["role"]
 
 
 def literal(value: Any) -> Any:
@@ -312,8 +341,24 @@ def address(data: Any) -> str | None:
 
 
 def read_request(request: Mapping[str, Any], data: Any) -> Data:
+    """Reads data as it was asked for: with what the task wants of its columns, where a task is named."""
+    wants = task_named(request["task"]).wants if request.get("task") else Wants()
     return read(request["data"] if data is None else data, target=request["target"], kinds=request["kinds"] or None,
-                group=request["group"], time=request["time"], allow_bad=request["allow_bad"])
+                group=request["group"], time=request["time"], roles=request.get("roles"), wants=wants,
+                allow_bad=request["allow_bad"])
+
+
+def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task], str]:
+    """The data as the task wants it, the task, and why it is that. A task that is found to be the one is noted in the
+    request where it asks more of the columns, so that they are read so again."""
+    source = read_request(request, data)
+    if request["task"]:
+        return source, asked_for(request["task"], source), "you asked for it"
+    kind, why = infer(source)
+    if kind.wants != Wants():
+        request["task"] = kind.name
+        source = read_request(request, data)
+    return source, kind, why
 
 
 def refuse_taken(path: Path) -> None:
@@ -345,10 +390,10 @@ def new_folder(out: str | Path | None, source: Data) -> Path:
     raise RunError("no free name under runs/")
 
 
-def with_batch(settings: Settings, rows: int, most: int) -> Settings:
-    """A batch size: about forty steps an epoch, a power of two from 16 to `most`, never more than there are rows."""
+def with_batch(settings: Settings, rows: int, fewest: int, most: int) -> Settings:
+    """A batch size: about forty steps an epoch, a power of two from `fewest` to `most`, never more than there are rows."""
     parts = settings.accumulate * distributed.world()
-    batch = settings.batch or 2 ** round(np.log2(np.clip(rows / 40, 16, most)))
+    batch = settings.batch or 2 ** round(np.log2(np.clip(rows / 40, fewest, most)))
     batch = max(min(batch, rows) // parts, 1) * parts
     if batch > rows:
         raise SettingsError(f"{rows} training rows are too few for {parts} parts a step.")

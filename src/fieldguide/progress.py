@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -130,6 +130,13 @@ def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Seque
     console.print(table)
 
 
+def print_stream(pieces: Iterator[str]) -> None:
+    """Text as it comes into being."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
 def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         from fieldguide.run import strict
@@ -137,6 +144,8 @@ def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
         return
     table = Table("metric", "value", "95 % interval", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for metric in run.task.metrics:
+        if metric.name not in result["scores"]:
+            continue
         low, high = result["intervals"][metric.name]
         table.add_row(metric.name, metric.text(result["scores"][metric.name]), f"{metric.text(low)} to {metric.text(high)}")
     console.print(f"{result['rows']:,} examples" + (f" ({result['note']})" if result["note"] else ""))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from fieldguide import registry, weights
+from fieldguide.card import Card
 from fieldguide.data.dataset import Data
 from fieldguide.errors import RunError
 from fieldguide.objectives import Objective
@@ -81,15 +82,19 @@ class Run:
 
     def fresh(self) -> torch.nn.Module:
         """The run's network with new weights."""
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in self.record["model"]["config"].items()}
-        return self.card.make(self.card.config(**config))
+        return remade(self.card, self.record["model"]["config"])
+
+    def fresh_parts(self) -> dict[str, torch.nn.Module]:
+        """The networks beside it, such as a generator's critic, with new weights."""
+        return {name: remade(registry.card(part["architecture"]), part["config"])
+                for name, part in self.record["model"].get("parts", {}).items()}
 
     @functools.cached_property
     def objective(self) -> Objective:
         """The trained network inside its objective, ready to answer."""
         if self.status != "done":
             raise RunError(f"{self.path} is not finished. Go on with `fieldguide fit --resume {self.path}`.")
-        objective = self.task.objective(self.fresh(), self.card, self.settings)
+        objective = self.task.objective(self.fresh(), self.card, self.settings, **self.fresh_parts())
         for name in objective.keep:
             weights.load(getattr(objective, name), self.path / f"{name}.safetensors")
         return objective.to(distributed.device()).eval()
@@ -105,19 +110,26 @@ class Run:
 
     def outputs(self, data: Data, watch=lambda done: None) -> dict[str, np.ndarray]:
         batches = self.task.batches(data, self.card)
-        outputs = collect(self.objective, batches, batch=max(64, self.settings.batch or 64),
+        outputs = collect(self.objective, batches, ask=self.task.ask(self.objective), batch=max(64, self.settings.batch or 64),
                           device=distributed.device(), watch=watch)
         return self.task.adjust(outputs)
 
-    def predict(self, inputs: Any, watch=lambda done: None) -> list[dict[str, Any]]:
+    def predict(self, inputs: Any = (), watch=lambda done: None, **asked: Any) -> list[dict[str, Any]]:
         """One record for each raw input: where it came from, then what the task says of it.
 
-        `inputs` is a path, a data frame, or a list of those; folders and tables hold many inputs.
-        Raises `DataError` naming what cannot be read; nothing is left out in silence.
+        `inputs` is a path, a data frame, or a list of those; folders and tables hold many inputs. `asked` says how
+        to answer, in the task's own words (`task.Asking`): temperature, beams, threshold, ... Raises `DataError`
+        naming what cannot be read; nothing is left out in silence.
         """
+        self.task.asking = self.task.asking_from(asked)
         data = self.task.read(listed(inputs))
         answers = self.task.answers(self.outputs(data, watch))
         return [{"input": data.place(i), **answer} for i, answer in enumerate(answers)]
+
+    def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:
+        """The answer to one input piece by piece, where the task can; else None."""
+        self.task.asking = self.task.asking_from(asked)
+        return self.task.stream(self.objective, source)
 
     def evaluate(self, source: Any) -> dict[str, Any]:
         """Scores, with 95 % intervals, on data with known answers: {"rows", "scores", "intervals", "note"}.
@@ -142,6 +154,15 @@ class Run:
         """Every line of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def remade(card: Card, config: dict[str, Any]) -> torch.nn.Module:
+    """A network with new weights from its config as JSON holds it."""
+    return card.make(card.config(**{k: tupled(v) for k, v in config.items()}))
+
+
+def tupled(value: Any) -> Any:
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
 
 
 def listed(inputs: Any) -> Sequence[Any]:

@@ -13,15 +13,18 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-Kind = Literal["number", "category", "boolean", "date", "text", "image", "identifier", "constant"]
-Role = Literal["feature", "target", "group", "time", "split", "ignored"]
+Kind = Literal["number", "category", "boolean", "date", "text", "image", "identifier", "constant",
+               "mask", "boxes", "audio", "video", "messages", "list"]
+Role = Literal["feature", "target", "group", "time", "split", "ignored", "user", "item", "rating", "series"]
 Severity = Literal["error", "warning", "note"]
 
 # Bookkeeping columns of `rows`, beside the typed ones of `columns`:
 FILE, LINE = "#file", "#line"                 # index into the manifest, line (or row number) there
-HASH = "#hash"                                # digest of a picture's pixels: equal pictures, equal digest
+HASH = "#hash"                                # digest of a row's pixels or samples: equal pictures, equal digest
 WIDTH, HEIGHT, CHANNELS = "#width", "#height", "#channels"    # of a picture as shown; 1 grey, 3 colour
-BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS)
+SECONDS, RATE = "#seconds", "#rate"           # of a recording or a film: its length, its samples (frames) a second
+FRAMES = "#frames"                            # of a film
+BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS, SECONDS, RATE, FRAMES)
 
 
 @dataclass
@@ -93,7 +96,8 @@ class Data:
     """Examples as a table (`rows`), their schema (`columns`), where they are from, what is wrong with them.
 
     `splits`, where the source names them (folders train/ val/ test/, or a split column), holds "train", "val"
-    or "test" for each row; else it is None and `fieldguide.data.splits` makes them.
+    or "test" for each row; else it is None and `fieldguide.data.splits` makes them. `context` is what the rows of a
+    task's examples refer to beside themselves, such as the whole series of which they are windows.
     """
 
     source: str
@@ -102,6 +106,7 @@ class Data:
     manifest: Manifest
     findings: list[Finding] = field(default_factory=list)
     splits: np.ndarray | None = None
+    context: Any = None
 
     def __len__(self) -> int:
         return self.rows.height
@@ -127,7 +132,13 @@ class Data:
         """The same data with these rows only, in this order."""
         index = np.asarray(index)
         return Data(self.source, self.rows[index], self.columns, self.manifest, self.findings,
-                    None if self.splits is None else self.splits[index])
+                    None if self.splits is None else self.splits[index], self.context)
+
+    def only(self, role: Role) -> Column:
+        """The one column of a role. Raises `LookupError` where there is none."""
+        for column in self.role(role):
+            return column
+        raise LookupError(f"{self.source} has no column of the role {role!r}")
 
     def schema(self) -> list[dict[str, Any]]:
         return [asdict(c) for c in self.columns.values()]

@@ -22,6 +22,7 @@ LINEAR = 0.9999            # ... or, for an amount, one that is so correlated wi
 ENOUGH = 50                # rows below which a perfect feature may be chance
 BINS = 64
 SAMPLE = 20_000            # rows that leaks are looked for in
+ANSWERS = ("category", "boolean", "number", "date", "identifier")     # kinds of a target that is one of few, or an amount
 
 
 class BadData(DataError):
@@ -70,7 +71,7 @@ def columns(data: Data) -> Iterator[Finding]:
             yield Finding(f"{column.kind}-column", "note", f"column {column.name!r} is ignored: {column.why}",
                           where, 1, f"To use it, say what it holds: --set 'column.{column.name}=category' (in Python: "
                           "kinds=).")
-    if not data.features():
+    if not data.features() and not data.role("series") + data.role("item") + data.role("time"):
         yield Finding("no-features", "error", "no column is left to learn from", (), 1,
                       "Every column is the target, constant, empty or an identifier: look at the notes.")
 
@@ -78,7 +79,7 @@ def columns(data: Data) -> Iterator[Finding]:
 def target(data: Data) -> Iterator[Finding]:
     """A target that cannot be learnt: one value, classes of one example, names that are nearly the same."""
     column = data.target
-    if column is None or not len(data):
+    if column is None or column.kind not in ANSWERS or len(data.role("target")) > 1 or not len(data):
         return
     values, where = data.rows[column.name].drop_nulls(), (f"column {column.name!r}",)
     counts = values.value_counts(sort=True).sort(column.name)
@@ -161,7 +162,7 @@ def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray
 def leaks(data: Data) -> Iterator[Finding]:
     """Features that give the target away."""
     column = data.target
-    if column is None or len(data) < ENOUGH:
+    if column is None or column.kind not in ANSWERS or len(data.role("target")) > 1 or len(data) < ENOUGH:
         return
     others = [c for c in data.features("number", "category", "boolean") if c.distinct > 1]
     if len(data) > SAMPLE:

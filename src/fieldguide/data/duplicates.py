@@ -7,21 +7,25 @@ import polars as pl
 
 from fieldguide.data.dataset import HASH, Data
 
+MEDIA = ("image", "audio", "video")
+
 
 def same_inputs(data: Data) -> np.ndarray | None:
     """A number for each row, equal for rows with equal features; None if there is nothing to compare.
 
-    Pictures are compared by their pixels, texts without regard to case and blanks.
+    Pictures and recordings are compared by their content, texts without regard to case and blanks.
     """
     parts = []
     for column in data.features():
-        if column.kind == "image":
+        if column.kind in MEDIA:
             continue
         values = data.rows[column.name]
+        if values.dtype.is_nested():
+            values = pl.Series(column.name, [str(v) for v in values.to_list()])
         if column.kind == "text":
             values = values.str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
         parts.append(values)
-    if HASH in data.rows.columns and data.features("image"):
+    if HASH in data.rows.columns and data.features(*MEDIA):
         parts.append(data.rows[HASH])
     return dense(pl.DataFrame(parts)) if parts else None
 

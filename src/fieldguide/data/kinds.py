@@ -20,6 +20,7 @@ DATES = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S%.
          "%d-%m-%Y", "%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%Y%m%dT%H%M%S")
 ZONED = r"(Z|[+-]\d\d:?\d\d)$"
 DATE = pl.Datetime("us")
+NESTED = ("boxes", "messages", "list")     # kinds whose values are lists
 
 
 @dataclass
@@ -67,12 +68,20 @@ def native(name: str, series: pl.Series, kind: Kind | None, target: bool) -> Typ
         if getattr(series.dtype, "time_zone", None):
             series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
         return done(name, series.cast(DATE), "date", "stored as dates")
+    if series.dtype.is_nested() and (kind in NESTED or is_messages(series.dtype)):
+        return done(name, series, kind or "messages", "as given" if kind else "lists of who says what: a conversation each")
     if series.dtype.is_nested() or series.dtype in (pl.Binary, pl.Object, pl.Duration):
         typed = done(name, series, "constant", f"stored as {series.dtype}, which is not understood")
         typed.column.role = "ignored"
         typed.notes.append(f"column {name!r} holds {series.dtype}, which is not understood; it is ignored")
         return typed
     return type_column(series.cast(pl.String), kind=kind, target=target)
+
+
+def is_messages(dtype: pl.DataType) -> bool:
+    """Whether values are lists of {role, content}, as chat data is written."""
+    inner = getattr(dtype, "inner", None)
+    return isinstance(inner, pl.Struct) and {"role", "content"} <= {f.name for f in inner.fields}
 
 
 def guessed(name: str, text: pl.Series, target: bool) -> Typed:

@@ -10,35 +10,35 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data import csvtext, doctor, images, kinds, source, symptoms
+from fieldguide.data import csvtext, doctor, kinds, media, source, symptoms
 from fieldguide.data.dataset import (
     BOOKKEEPING,
-    CHANNELS,
     FILE,
-    HASH,
-    HEIGHT,
     LINE,
-    WIDTH,
     Column,
     Data,
     FileEntry,
     Finding,
     Kind,
     Manifest,
+    Role,
 )
+from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError, nearest
 
-TARGETS = ("target", "label", "labels", "class", "y", "sentiment", "category", "outcome", "species")
+LONE = ("image", "text", "audio", "video")      # a reader's own name for a column of these gives way to the model's
+NEEDED = ("feature", "user", "item", "series")  # roles without whose columns a model cannot predict
 
 
 def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | None = None,
          schema: Sequence[Column | Mapping[str, Any]] | None = None, group: str | None = None,
-         time: str | None = None, header: bool | None = None, allow_bad: bool = False,
-         labels_optional: bool = False) -> Data:
+         time: str | None = None, roles: Mapping[Role, str] | None = None, wants: Wants | None = None,
+         header: bool | None = None, allow_bad: bool = False, labels_optional: bool = False) -> Data:
     """Read a table, a folder of pictures or texts, a data frame, or a sample by its name, and check it.
 
     `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one
-    whose rows must stay on one side of a split; `time` one to split by. `kinds` overrules what columns hold.
+    whose rows must stay on one side of a split; `time` one to split by; `roles` columns for any role (user, item,
+    series, ...). `kinds` overrules what columns hold. `wants` is what a task asks of the columns.
     `schema` (from a trained model) applies known columns exactly: the target may then be absent. With
     `labels_optional` (to predict), rows are kept that have no target or no values. `header` says whether a
     CSV's first line is names; None looks.
@@ -52,7 +52,8 @@ def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | 
     where, name = locate(source)
     options = _options(target, header, known, labels_optional)
     raw = _load(where, options)
-    return Reading(name, raw, options, allow_bad).run(dict(kinds or {}), known, group, time)
+    asked = {role: column for role, column in {"group": group, "time": time, **(roles or {})}.items() if column}
+    return Reading(name, raw, options, allow_bad, wants or Wants()).run(dict(kinds or {}), known, asked)
 
 
 def locate(source: Any) -> tuple[Any, str]:
@@ -84,29 +85,33 @@ def _load(where: Any, options: source.Options) -> source.Raw:
 class Reading:
     """One reading, from the raw table to `Data`; collects findings and the rows that cannot be used."""
 
-    def __init__(self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool) -> None:
-        self.name, self.raw, self.options, self.allow_bad = name, raw, options, allow_bad
+    def __init__(self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool, wants: Wants) -> None:
+        self.name, self.raw, self.options, self.allow_bad, self.wants = name, raw, options, allow_bad, wants
         self.findings = list(raw.findings)
         self.names = [c for c in raw.rows.columns if c not in BOOKKEEPING]
         self.bad = np.zeros(raw.rows.height, dtype=bool)
 
-    def run(self, overrides: dict[str, Kind], known: list[Column], group: str | None,
-            time: str | None) -> Data:
+    def run(self, overrides: dict[str, Kind], known: list[Column], asked: dict[Role, str]) -> Data:
         if known:
             roles = self.apply_schema(known)
             overrides = {c.name: c.kind for c in known}
         else:
-            roles = self.roles(group, time)
+            roles = self.roles(asked)
             self.require(overrides, "kinds")
-            overrides = {**self.raw.kinds, **overrides}
+            wanted = {name: self.wants.kinds[role] for name, role in roles.items() if role in self.wants.kinds}
+            overrides = {**wanted, **self.raw.kinds, **overrides}
         columns = self.type_columns(overrides, roles)
         if known:
             columns = {c.name: c for c in known if c.name in columns}
+        elif self.wants.target == "numbers" and "target" not in roles.values():
+            for column in columns.values():
+                if column.role == "feature" and column.kind == "number":
+                    column.role = "target"
         self.data = Data(self.name, self.raw.rows, columns, Manifest(str(self.raw.root), self.raw.files),
                          self.findings, self.raw.splits)
         for column in columns.values():
-            if column.kind == "image" and column.role != "ignored":
-                self.check_pictures(column)
+            if column.kind in media.MEDIA and column.role != "ignored":
+                self.check_media(column)
         self.report_misfits()
         self.merge_class_names()
         self.check_target()
@@ -127,26 +132,48 @@ class Reading:
                 raise DataError(f"{self.name}: {what} names the column {name!r}, which is not there."
                                 f"{nearest(name, self.names)} The columns are: {', '.join(self.names)}.")
 
-    def roles(self, group: str | None, time: str | None) -> dict[str, str]:
-        roles = {}
-        for name, role in ((self.raw.split_column, "split"), (group, "group"), (time, "time")):
-            if name is not None:
-                self.require([name], role)
+    def roles(self, asked: dict[Role, str]) -> dict[str, Role]:
+        """Column -> role, for all that are no features: as asked, as the reader knows, as their names say."""
+        roles: dict[str, Role] = {}
+        for role, name in asked.items():
+            self.require([name], role)
+            roles[name] = role
+        if self.raw.split_column:
+            roles.setdefault(self.raw.split_column, "split")
+        for name, role in self.raw.roles.items():
+            if role not in roles.values():
+                roles.setdefault(name, role)
+        target = self.targets(roles)
+        roles |= dict.fromkeys(target, "target")
+        for role in self.wants.roles:
+            free = [n for n in self.names if n not in roles]
+            if role not in roles.values() and (name := self.wants.by_name(role, free)):
                 roles[name] = role
-        target = self.options.target
-        if target is not None:
-            self.require([target], "target")
-        elif self.raw.target in self.names:
-            target = self.raw.target
-        else:
-            target = self.choose_target([n for n in self.names if n not in roles])
-        if target is not None:
-            roles[target] = "target"
+        if not target and self.wants.target in ("last", "named"):
+            chosen = self.choose_target([n for n in self.names if n not in roles])
+            if chosen:
+                roles[chosen] = "target"
         return roles
 
+    def targets(self, roles: Mapping[str, Role]) -> list[str]:
+        """The targets that the user or the reader names; several are written with commas between."""
+        named = self.options.target
+        if named is not None:
+            several = [n.strip() for n in named.split(",")] if named not in self.names else [named]
+            self.require(several, "target")
+            return several
+        if self.wants.target == "none":
+            return []
+        if self.raw.target in self.names:
+            return [self.raw.target]
+        if self.wants.target == "numbers":
+            free = [n for n in self.names if n not in roles]
+            return [name] if (name := self.wants.by_name("target", free)) else []
+        return []
+
     def choose_target(self, names: list[str]) -> str | None:
-        by_name = next((n for t in TARGETS for n in names if n.lower() == t), None)
-        if by_name is None and (self.options.labels_optional or len(names) < 2):
+        by_name = self.wants.by_name("target", names)
+        if by_name is None and (self.options.labels_optional or len(names) < 2 or self.wants.target != "last"):
             return None
         target = by_name or names[-1]
         why = "by its name" if by_name else "because it is the last"
@@ -156,14 +183,14 @@ class Reading:
 
     def apply_schema(self, known: list[Column]) -> dict[str, str]:
         """Bring the table into the columns of a trained model."""
-        for media in (n for n, kind in self.raw.kinds.items() if kind in ("image", "text")):
-            ours = [c.name for c in known if c.role == "feature" and c.kind == self.raw.kinds[media]]
-            if len(ours) == 1 and media not in ours and ours[0] not in self.names:
-                self.rename(media, ours[0])
+        for found in (n for n, kind in self.raw.kinds.items() if kind in LONE):
+            ours = [c.name for c in known if c.role == "feature" and c.kind == self.raw.kinds[found]]
+            if len(ours) == 1 and found not in ours and ours[0] not in self.names:
+                self.rename(found, ours[0])
         target = self.options.target
         if self.raw.target in self.names and target and target not in self.names:
             self.rename(str(self.raw.target), target)
-        needed = [c.name for c in known if c.role == "feature"]
+        needed = [c.name for c in known if c.role in NEEDED]
         lacking = [n for n in needed if n not in self.names]
         if lacking:
             others = [n for n in self.names if n not in needed]
@@ -198,7 +225,7 @@ class Reading:
                 column.role = role
             elif column.kind in ("constant", "identifier"):
                 column.role = "ignored"
-            if column.kind == "image":
+            if column.kind in media.MEDIA:
                 typed.values = self.absolute(typed.values)
             columns[name] = column
             values.append(typed.values)
@@ -214,14 +241,14 @@ class Reading:
         full = [str(root / p) for p in unique]
         return paths.replace_strict(unique, full, default=None, return_dtype=pl.String)
 
-    def check_pictures(self, column: Column) -> None:
-        """Decode every picture; note its size and digest, and the rows whose picture cannot be used."""
+    def check_media(self, column: Column) -> None:
+        """Decode every file of a column; note what its medium notes, and the rows whose file cannot be used."""
+        medium = media.MEDIA[column.kind]
         rows = self.data.rows
         paths = rows[column.name].fill_null("").to_list()
         unique = sorted(set(paths) - {""})
-        seen = dict(zip(unique, images.check(unique)))
-        gone = images.Picture("missing-file", "no path in this row")
-        checked = [seen.get(p, gone) for p in paths]
+        seen = dict(zip(unique, medium.check(unique)))
+        checked = [seen.get(p, medium.missing) for p in paths]
         bad = np.array([bool(c.problem) for c in checked], dtype=bool)
         files = self.data.manifest.files
         own = FILE not in rows.columns                           # a folder of pictures: a file a row
@@ -234,13 +261,10 @@ class Reading:
             rows = rows.with_columns(pl.Series(FILE, [index[p] for p in paths], dtype=pl.Int32),
                                      pl.lit(None, pl.Int64).alias(LINE))
         files += entries
-        if HASH not in rows.columns:
-            rows = rows.with_columns(
-                pl.Series(HASH, [c.pixels for c in checked], dtype=pl.String),
-                *(pl.Series(n, [getattr(c, a) for c in checked], dtype=pl.Int32)
-                  for n, a in ((WIDTH, "width"), (HEIGHT, "height"), (CHANNELS, "channels"))))
+        rows = rows.with_columns(pl.Series(fact, [getattr(c, attribute) for c in checked], dtype=kind)
+                                 for fact, (attribute, kind) in medium.facts.items() if fact not in rows.columns)
         self.data.rows = rows
-        self.findings += symptoms.of_pictures(self.data, checked, self.bad)
+        self.findings += symptoms.of_media(self.data, medium, checked, self.bad)
         self.bad |= bad
 
     def report_misfits(self) -> None:
@@ -283,7 +307,7 @@ class Reading:
 
     def check_target(self) -> None:
         target = self.data.target
-        if target is None or self.options.labels_optional:
+        if target is None or self.options.labels_optional or self.wants.gaps:
             return
         missing = self.data.rows[target.name].is_null().to_numpy() & ~self.bad
         if missing.any():

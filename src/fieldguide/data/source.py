@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data.dataset import FileEntry, Finding, Kind
+from fieldguide.data.dataset import FileEntry, Finding, Kind, Role
 from fieldguide.errors import DataError
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -51,6 +51,7 @@ class Raw:
     splits: np.ndarray | None = None
     kinds: dict[str, Kind] = field(default_factory=dict)
     target: str | None = None
+    roles: dict[str, Role] = field(default_factory=dict)      # column -> role, beside the target
     split_column: str | None = None
     unusable: int = 0                    # examples the reader met and could not put in `rows`
 

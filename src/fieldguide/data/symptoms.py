@@ -7,33 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fieldguide.data.dataset import Data, Finding, Severity
-from fieldguide.data.images import PIXELS, Picture
+from fieldguide.data.dataset import Data, Finding
 from fieldguide.data.kinds import Typed
+from fieldguide.data.media import Checked, Medium
 
 SHOWN = 5                  # places named in a finding
-
-PICTURE_PROBLEMS = {       # slug: what, remedy
-    "empty-file": ("empty files", "Copy them again or remove them."),
-    "missing-file": ("pictures that are not there", "Mend the paths: they start at the folder of the table."),
-    "unreadable-file": ("files that may not be read", "Change their permissions."),
-    "not-an-image": ("files that are no pictures", "Remove them."),
-    "corrupt-image": ("corrupt pictures", "Copy them again or remove them."),
-    "truncated-image": ("truncated pictures: the end of the file is missing",
-                        "Copy them again or remove them."),
-    "too-many-pixels": (f"pictures of more than {PIXELS:,} pixels, which are refused (a small file can be "
-                        "made to fill the memory)", "Scale them down or remove them."),
-}
-PICTURE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {       # trait: slug, severity, what, remedy
-    "wrong-extension": ("wrong-extension", "warning", "files whose name says another format than their "
-                        "content, which is used", "Rename them."),
-    "deep": ("deep-image", "note", "pictures of 16 or 32 bits are scaled to 8 bits by their range", ""),
-    "transparent": ("transparent-image", "note", "transparent pictures are laid over white", ""),
-    "cmyk": ("cmyk-image", "note", "CMYK pictures are converted to RGB", ""),
-    "animated": ("animated-image", "note", "animations: only the first frame is used", ""),
-    "rotated": ("rotated-image", "note", "pictures are turned as their EXIF says", ""),
-}
-
 
 def places(data: Data, rows: np.ndarray | Iterable[int]) -> tuple[str, ...]:
     """Where the first few rows of a mask, or of a list of rows, are."""
@@ -46,16 +24,16 @@ def simplified(label: str) -> str:
     return " ".join(label.replace("_", " ").casefold().split()).rstrip(".")
 
 
-def of_pictures(data: Data, checked: Sequence[Picture], bad: np.ndarray) -> list[Finding]:
-    """What the check of one picture a row saw. Rows in `bad` are counted as unusable already."""
+def of_media(data: Data, medium: Medium, checked: Sequence[Checked], bad: np.ndarray) -> list[Finding]:
+    """What the check of one file a row saw. Rows in `bad` are counted as unusable already."""
     findings = []
-    for slug, (what, remedy) in PICTURE_PROBLEMS.items():
+    for slug, (what, remedy) in medium.problems.items():
         rows = [i for i, c in enumerate(checked) if c.problem == slug]
         if rows:
             named = tuple(f"{data.place(i)} ({checked[i].detail})" for i in rows[:SHOWN])
             unusable = sum(1 for i in rows if not bad[i])
             findings.append(Finding(slug, "warning", what, named, len(rows), remedy, unusable))
-    for trait, (slug, severity, what, remedy) in PICTURE_TRAITS.items():
+    for trait, (slug, severity, what, remedy) in medium.traits.items():
         rows = [i for i, c in enumerate(checked) if trait in c.traits]
         if rows:
             findings.append(Finding(slug, severity, what, places(data, rows), len(rows), remedy))

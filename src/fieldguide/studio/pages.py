@@ -8,6 +8,7 @@ from typing import Any
 from fieldguide.exhibits import Bars, Exhibit, Lines, Table
 from fieldguide.run import Run
 from fieldguide.studio import modelcard
+from fieldguide.studio.glimpses import Glimpses
 from fieldguide.studio.report import Section, render
 from fieldguide.tasks.base import Metric
 from fieldguide.train.checkpoint import write_atomically
@@ -15,10 +16,11 @@ from fieldguide.train.checkpoint import write_atomically
 
 def write(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> None:
     """Stores report.html and README.md in the run folder."""
-    record, metrics = run.record, run.task.metrics
+    record = run.record
+    metrics = [m for m in run.task.metrics if m.name in record["scores"]["test"]]
     title = f"{record['model']['size']} on {record['data']['source']}"
     sections = [results(run, metrics), *(Section(name, exhibits=shown) for name, shown in exhibits.items()),
-                training(run, metrics[0]), choice(record), data(record), settings(record)]
+                training(run, run.task.deciding()), choice(record), data(record), settings(record)]
     footer = (f"Made by fieldguide {record['versions']['fieldguide']} with torch {record['versions']['torch']}, "
               f"started {record['started']}.")
     page = render(title=title, verdict=verdict(record, metrics[0]), facts=facts(run), sections=sections, footer=footer)
@@ -30,13 +32,13 @@ def verdict(record: Mapping[str, Any], metric: Metric) -> str:
     """The result in one sentence, beside the baselines."""
     scores = record["scores"]
     low, high = (metric.text(v) for v in scores["intervals"][metric.name])
-    others = "; ".join(f"{b['name']} {metric.text(b['scores'][metric.name])}" for b in scores["baselines"])
+    others = "; ".join(f"{b['name']} {metric.text(b['scores'].get(metric.name))}" for b in scores["baselines"])
     value = metric.text(scores["test"][metric.name])
     said = f"{value} of the held-out examples {metric.words}" if metric.words == "right" else \
         f"{value} {metric.words} on held-out examples"
     sign = 1 if metric.better == "max" else -1
-    better = [b["name"] for b in scores["baselines"]
-              if sign * b["scores"][metric.name] > sign * scores["test"][metric.name]]
+    better = [b["name"] for b in scores["baselines"] if metric.name in b["scores"]
+              and sign * b["scores"][metric.name] > sign * scores["test"][metric.name]]
     advice = (f" The network does not beat {' and '.join(better)}: prefer that, or give it more minutes or data."
               if better else "")
     return f"{said} (95 % interval {low} to {high}). To beat: {others}.{advice}"
@@ -45,9 +47,10 @@ def verdict(record: Mapping[str, Any], metric: Metric) -> str:
 def facts(run: Run) -> list[tuple[str, str]]:
     record, cost = run.record, run.record["cost"]
     split = record["data"]["split"]
+    tested = record["scores"].get("tested", split["test"])
     return [("network", record["model"]["size"]), ("parameters", f"{cost['parameters']:,}"),
             ("multiply-adds", f"{cost['multiply_adds']:,}"),
-            ("trained on", f"{split['train']:,} examples"), ("tested on", f"{split['test']:,} examples"),
+            ("trained on", f"{split['train']:,} examples"), ("tested on", f"{tested:,} examples"),
             ("training", f"{clock(cost['seconds'])}, {record['settings']['precision']}"),
             ("peak memory", f"{cost['peak_memory'] / 2**20:,.0f} MiB"),
             ("machine", f"{record['machine']['cores']} cores, {record['machine']['device']}")]
@@ -59,11 +62,12 @@ def results(run: Run, metrics: Sequence[Metric]) -> Section:
     header = ["metric", "better", "this network", "95 % interval", *(b["name"] for b in scores["baselines"])]
     rows = [[f"{m.name.replace('_', ' ')} ({m.words})", {"max": "higher", "min": "lower"}[m.better],
              m.text(scores["test"][m.name]), " to ".join(m.text(v) for v in scores["intervals"][m.name]),
-             *(m.text(b["scores"][m.name]) for b in scores["baselines"])] for m in metrics]
+             *(m.text(b["scores"].get(m.name)) for b in scores["baselines"])] for m in metrics]
     factor = 100 if main.percent else 1
     bars = Bars(f"{main.name.replace('_', ' ').capitalize()} beside the baselines", "The whisker is the 95 % interval.",
                 {"this network": factor * scores["test"][main.name],
-                 **{f"{b['name']}: {b['what']}": factor * b["scores"][main.name] for b in scores["baselines"]}},
+                 **{f"{b['name']}: {b['what']}": factor * b["scores"][main.name] for b in scores["baselines"]
+                    if main.name in b["scores"]}},
                 {"this network": tuple(factor * v for v in scores["intervals"][main.name])}, "%" if main.percent else "")
     lead = ("Measured on examples that no step of training, choosing or stopping has seen; intervals by bootstrap over "
             "those examples.")
@@ -72,22 +76,32 @@ def results(run: Run, metrics: Sequence[Metric]) -> Section:
 
 def training(run: Run, metric: Metric) -> Section:
     lines = run.losses()
-    losses = [(r["step"], r["loss"]) for r in lines if "loss" in r]
+    losses, rates = curves(lines, "loss"), curves(lines, "lr")
     scored = [(r["step"], r["scores"]) for r in lines if "scores" in r]
-    rates = [(r["step"], r["lr"]) for r in lines if "lr" in r]
     exhibits: list[Exhibit] = []
     if losses:
-        exhibits.append(Lines("Training loss", "", x="step", y="loss", lines={"loss": tuple(zip(*losses))}))
+        exhibits.append(Lines("Training loss", "", x="step", y="loss", lines=losses))
     if scored:
         exhibits.append(Lines(f"Validation {metric.name.replace('_', ' ')}",
                               "On the validation part, which chose the weights that are kept.", x="step", y=metric.name,
                               lines={"validation": ([s for s, _ in scored], [v[metric.name] for _, v in scored])},
                               marks={"kept": run.record["cost"]["best_step"]}))
     if rates:
-        exhibits.append(Lines("Learning rate", "", x="step", y="rate", lines={"rate": tuple(zip(*rates))}))
+        exhibits.append(Lines("Learning rate", "", x="step", y="rate", lines=rates))
+    exhibits += Glimpses(run.path).together()
     cost = run.record["cost"]
     lead = f"{cost['steps']:,} steps in {clock(cost['seconds'])}; the weights of step {cost['best_step']:,} are kept."
     return Section("Training", lead + (f" Stopped early: {cost['stopped']}." if cost["stopped"] else ""), exhibits)
+
+
+def curves(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, tuple]:
+    """Logged values called `name`, of every phase: phase -> (steps, values)."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key == name or key.endswith("." + name):
+                found.setdefault(key, []).append((line["step"], value))
+    return {key: tuple(zip(*points)) for key, points in found.items()}
 
 
 def choice(record: Mapping[str, Any]) -> Section:
@@ -125,7 +139,7 @@ def words(run: Run, title: str, metrics: Sequence[Metric]) -> str:
     scores, d = record["scores"], record["data"]
     table = Table("", header=("metric", "this network", "95 % interval", *(b["name"] for b in scores["baselines"])),
                   rows=[[m.name, m.text(scores["test"][m.name]), " to ".join(m.text(v) for v in scores["intervals"][m.name]),
-                         *(m.text(b["scores"][m.name]) for b in scores["baselines"])] for m in metrics])
+                         *(m.text(b["scores"].get(m.name)) for b in scores["baselines"])] for m in metrics])
     front = {"library_name": "fieldguide", "pipeline_tag": record["task"], "tags": ["fieldguide", run.card.name],
              "model-index": [{"name": title, "results": [{
                  "task": {"type": record["task"]}, "dataset": {"name": d["source"], "type": "local"},

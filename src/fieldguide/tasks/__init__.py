@@ -28,7 +28,7 @@ def task(name: str) -> type[Task]:
 
 
 def infer(data: Data) -> tuple[type[Task], str]:
-    """The one task that the data makes, and why. Raises `DataError` where none or several suit."""
+    """The one task that the data makes before any other, and why. Raises `DataError` where none or several suit."""
     suited = {kind: why for kind in tasks().values() if (why := kind.suits(data))}
     if len(suited) == 1:
         return next(iter(suited.items()))
@@ -36,8 +36,19 @@ def infer(data: Data) -> tuple[type[Task], str]:
     if suited:
         raise DataError(f"{data.source} suits several tasks: {'; '.join(f'{k.name} ({w})' for k, w in suited.items())}. "
                         "Say which with --task.")
-    raise DataError(f"{data.source} suits no task. It has: {seen}. Tasks read: "
-                    + "; ".join(f"{k.name}: {k.reads}" for k in tasks().values()))
+    possible = [k.name for k in tasks().values() if not k.lacks(data)]
+    raise DataError(f"{data.source} does not say by itself what is to be learnt. It has: {seen}. "
+                    + (f"With --task it could be: {', '.join(possible)}. " if possible else "")
+                    + "Tasks read: " + "; ".join(f"{k.name}: {k.reads}" for k in tasks().values()))
 
 
-__all__ = ["Task", "infer", "task", "tasks"]
+def asked_for(name: str, data: Data) -> type[Task]:
+    """The task that the user named. Raises `DataError` where the data lacks what it needs."""
+    kind = task(name)
+    if lack := kind.lacks(data):
+        seen = ", ".join(f"{c.name} ({c.kind}, {c.role})" for c in data.columns.values())
+        raise DataError(f"{data.source} lacks what {name} needs: {lack}. It has: {seen}. {name} reads {kind.reads}.")
+    return kind
+
+
+__all__ = ["Task", "asked_for", "infer", "task", "tasks"]

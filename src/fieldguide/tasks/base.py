@@ -7,17 +7,20 @@ alone and saved with the run, so that prediction takes raw inputs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
+import polars as pl
 
 from fieldguide.card import Card
+from fieldguide.data import read
 from fieldguide.data.batches import Batches
-from fieldguide.data.dataset import Column, Data
-from fieldguide.errors import SettingsError, nearest
+from fieldguide.data.dataset import FILE, Column, Data, Manifest
+from fieldguide.data.roles import Wants
+from fieldguide.errors import DataError, SettingsError, nearest
 from fieldguide.exhibits import Exhibit
 from fieldguide.objectives import Objective
 from fieldguide.train.settings import Settings, from_text
@@ -41,6 +44,14 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Media:
+    """Part of an answer that is a file: its content, and the suffix that says what it is (".png", ".wav", ...)."""
+
+    content: bytes
+    suffix: str
+
+
+@dataclass(frozen=True)
 class Baseline:
     """An honest thing to beat: its outputs on the test rows, scored exactly as the network's are."""
 
@@ -56,40 +67,64 @@ class Task:
     reads: ClassVar[str]                            # in words, for error messages and docs
     takes: ClassVar[tuple[str, ...]]                # card.takes that it can feed
     gives: ClassVar[tuple[str, ...]]                # card.gives that it can use
-    metrics: ClassVar[tuple[Metric, ...]]           # the first decides which weights are best
+    metrics: ClassVar[tuple[Metric, ...]]           # the first is the one to judge a network by
+    decides: ClassVar[str] = ""                     # the metric by which training keeps its best weights, where another
     recipe: ClassVar[Mapping[str, Any]] = {}        # training settings laid over the general ones
+    wants: ClassVar[Wants] = Wants()                # what it asks of a table's columns
 
     @dataclass(frozen=True)
     class Options:
         """The task's own settings, written task.NAME; None means: chosen from the data."""
 
+    @dataclass(frozen=True)
+    class Asking:
+        """What a user may say when asking a trained network (`predict --set NAME=VALUE`)."""
+
     most = 256                                      # examples a step, where the user names no batch
+    fewest = 16                                     # and at least, where there are so many
+    tested: int | None = None                       # test rows that are asked at most, where answers take long
 
     def __init__(self, columns: list[Column], options: Any):
-        self.columns, self.options = columns, options
+        self.columns, self.options, self.asking = columns, options, self.Asking()
         self.notes: list[str] = []                  # what was cut, clipped or guessed, for a person to read
 
     # Before training
 
     @classmethod
     def suits(cls, data: Data) -> str | None:
-        """Why this data makes this task, in words; None where it does not."""
-        raise NotImplementedError
+        """Why this data makes this task before any other, in words; None where it does not, or only if asked for."""
+        return None
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        """What the data has not that this task cannot do without, in words; None where it can be done."""
+        return None
 
     @classmethod
     def options_from(cls, changes: Mapping[str, Any]) -> Any:
         """Options with changes laid over the defaults. Raises `SettingsError` for an unknown key."""
-        kinds, known = get_type_hints(cls.Options), {f.name for f in fields(cls.Options)}
-        for key in changes:
-            if key not in known:
-                raise SettingsError(f"{cls.name} has no option task.{key}.{nearest(key, known)} It has: "
-                                    f"{', '.join(f'task.{k}' for k in sorted(known)) or 'none'}.")
-        return replace(cls.Options(), **{k: from_text(f"task.{k}", v, kinds[k]) for k, v in changes.items()})
+        return laid_over(cls.Options(), changes, cls.name, "task.")
+
+    @classmethod
+    def asking_from(cls, changes: Mapping[str, Any]) -> Any:
+        """What is asked of a trained network, with changes laid over the defaults. Raises `SettingsError`."""
+        return laid_over(cls.Asking(), changes, cls.name, "")
+
+    @classmethod
+    def examples(cls, data: Data, options: Any) -> Data:
+        """The table as read made into one with a row an example: series into windows, interactions into users. Sets
+        `splits` where chance must not make them."""
+        return data
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
         """Prepares from training rows (`data` holds these alone)."""
         raise NotImplementedError
+
+    @classmethod
+    def deciding(cls) -> Metric:
+        """The metric by which training keeps its best weights."""
+        return next((m for m in cls.metrics if m.name == cls.decides), cls.metrics[0])
 
     def needs(self) -> dict[str, Any]:
         """Sizes that a network must have for this data, in the project's vocabulary: classes, channels, ..."""
@@ -99,8 +134,18 @@ class Task:
         """Plain facts about the data that the advisor's rules compare."""
         return {}
 
-    def objective(self, model: Any, card: Card, settings: Settings) -> Objective:
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        """`parts` are the further networks that `card.parts` names, such as a generator's critic."""
         raise NotImplementedError
+
+    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """How the trained network answers a batch when it is tested and used, following `asking`. While it trains,
+        `objective.outputs` does, which may be quicker and say less."""
+        return objective.outputs
+
+    def glimpse(self, objective: Objective) -> list[Exhibit]:
+        """What to look at now and then while training: a few samples. Must not depend on torch's global generator."""
+        return []
 
     # Data to tensors, tensors to answers
 
@@ -112,8 +157,11 @@ class Task:
         """The known answers of rows."""
         raise NotImplementedError
 
+    def before_test(self, train: Data) -> None:
+        """Learns from the training rows what scores and exhibits of the test need beside the truth."""
+
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        """Every metric of `metrics`."""
+        """Every metric of `metrics` that these outputs allow; while training, at least the one that decides."""
         raise NotImplementedError
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
@@ -128,20 +176,42 @@ class Task:
         return intervals(self, outputs, truth)
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
-        """One record an example: what a person or a program wants to know."""
+        """One record an example: what a person or a program wants to know. What is to become a file (a picture, a
+        sound) is a `Media`."""
         raise NotImplementedError
 
+    def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
+        """The answer to one input piece by piece, as it comes into being; None where answers come whole."""
+        return None
+
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
-        """Raw inputs for prediction or evaluation; `answered` where the target must be there."""
-        raise NotImplementedError
+        """Raw inputs for prediction, or for evaluation where the answers must be there too (`answered`)."""
+        data = [self.read_one(source, answered) for source in sources]
+        if not data:
+            raise DataError(f"say what to answer: {self.name} reads {self.reads}.")
+        if len(data) == 1:
+            return data[0]
+        files, rows = [], []
+        for d in data:               # each file is called as it was asked for: two folders may hold a 1.png each
+            rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
+            base = Path(d.source) if Path(d.source).is_dir() else Path(d.source).parent
+            files += [replace(f, path=str(base / f.path)) if Path(d.source).exists() else f for f in d.manifest.files]
+        return Data(", ".join(d.source for d in data), pl.concat(rows, how="diagonal_relaxed"), data[0].columns,
+                    Manifest("", files), [f for d in data for f in d.findings])
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        data = read(source, schema=self.columns, labels_optional=not answered)
+        return self.examples(data, self.options) if answered else data
 
     # Reporting
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         raise NotImplementedError
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
-        """Section title -> what to show of the results on test rows."""
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        """Section title -> what to show of the results on test rows. `objective` holds the trained network, for what
+        outputs do not tell: attention, samples with fewer steps."""
         return {}
 
     # Saved with the run
@@ -167,6 +237,16 @@ class Task:
         kind = task(record["task"])
         return kind.restore([Column(**c) for c in record["columns"]], kind.Options(**record["options"]),
                             record["state"], folder)
+
+
+def laid_over(defaults: Any, changes: Mapping[str, Any], task: str, prefix: str) -> Any:
+    """A dataclass with changes laid over it, read from text. Raises `SettingsError` for an unknown key."""
+    kinds, known = get_type_hints(type(defaults)), {f.name for f in fields(defaults)}
+    for key in changes:
+        if key not in known:
+            raise SettingsError(f"{task} has no option {prefix}{key}.{nearest(key, known)} It has: "
+                                f"{', '.join(f'{prefix}{k}' for k in sorted(known)) or 'none'}.")
+    return replace(defaults, **{k: from_text(f"{prefix}{k}", v, kinds[k]) for k, v in changes.items()})
 
 
 def intervals(task: Task, outputs: Arrays, truth: Arrays, *, repeats: int = 300, level: float = 0.95,

@@ -50,6 +50,10 @@ class ImageClassification(Labelled):
         return None
 
     @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        return super().lacks(data) if data.features("image") else "a column of pictures"
+
+    @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         side = options.side or min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[device().type])

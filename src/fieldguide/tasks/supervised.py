@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,8 +14,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
 from fieldguide.card import Card
-from fieldguide.data import read
-from fieldguide.data.dataset import FILE, Column, Data, Manifest
+from fieldguide.data.dataset import Column, Data
 from fieldguide.data.prepare import Labels, Standard
 from fieldguide.errors import DataError, nearest
 from fieldguide.exhibits import Bars, Exhibit, Lines, Matrix, Scatter, Table
@@ -37,20 +35,12 @@ class Answered(Task):
 
     gives = ("label",)
 
-    def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
-        data = [self.read_one(source, answered) for source in sources]
-        if len(data) == 1:
-            return data[0]
-        files, rows = [], []
-        for d in data:               # each file is called as it was asked for: two folders may hold a 1.png each
-            rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
-            base = Path(d.source) if Path(d.source).is_dir() else Path(d.source).parent
-            files += [replace(f, path=str(base / f.path)) if Path(d.source).exists() else f for f in d.manifest.files]
-        return Data(", ".join(d.source for d in data), pl.concat(rows, how="diagonal_relaxed"), data[0].columns,
-                    Manifest("", files), [f for d in data for f in d.findings])
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        return None if data.target else "a column of known answers (name it with --target)"
 
     def read_one(self, source: Any, answered: bool) -> Data:
-        data = read(source, schema=self.columns, labels_optional=not answered)
+        data = super().read_one(source, answered)
         if answered and self.target.name not in data.rows.columns:
             raise DataError(f"{data.source}: the answers are to be in column {self.target.name!r}, which is not there."
                             f"{nearest(self.target.name, data.rows.columns)} To ask for answers, use `fieldguide predict`.")
@@ -106,7 +96,7 @@ class Labelled(Answered):
                             "remove those rows.")
         return {"label": codes.copy()}        # polars lends its memory read-only
 
-    def objective(self, model: Any, card: Card, settings: Settings) -> Objective:
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         weights = None
         if settings.class_weights:
             inverse = sum(self.counts) / (len(self.counts) * np.maximum(np.array(self.counts), 1))
@@ -179,7 +169,8 @@ class Labelled(Answered):
         return Baseline("logistic regression", f"a linear model of the same inputs{note}",
                         {"probabilities": probabilities})
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
         p, y = outputs["probabilities"], truth["label"]
         guess, classes = p.argmax(1), len(self.labels)
         counts = np.bincount(y * classes + guess, minlength=classes * classes).reshape(classes, classes)
@@ -236,7 +227,7 @@ class Measured(Answered):
     def truth(self, data: Data) -> Arrays:
         return {"value": self.values(data)}
 
-    def objective(self, model: Any, card: Card, settings: Settings) -> Objective:
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Supervised(model, card.inputs, Regression())
 
     def target_state(self) -> dict[str, Any]:
@@ -268,7 +259,8 @@ class Measured(Answered):
                 Baseline("ridge regression", f"a linear model of the same inputs{note}",
                          {"values": fitted.predict(x_test)[:, None]})]
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
         guess, y = self.natural(outputs), truth["value"]
         shown = np.random.default_rng(0).permutation(len(y))[:1500]
         size = np.histogram(guess - y, bins=21)

@@ -42,6 +42,10 @@ class Tabular(Answered):
         return f"{len(usable)} column{'s' if len(usable) > 1 else ''} of numbers and categories"
 
     @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        return super().lacks(data) if data.features(*USABLE) else "columns of numbers, categories, truth values or dates"
+
+    @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         task.preparer = TablePreparer.learn(data.rows, task.inputs())

@@ -50,6 +50,10 @@ class TextClassification(Labelled):
         return None
 
     @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        return super().lacks(data) if data.features("text") else "a column of text"
+
+    @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         texts = task.texts(data)

@@ -138,9 +138,6 @@ def table(found: list[tuple[Path, str | None, str | None]], root: Path, findings
     thing = "pictures" if media == "image" else "texts"
     if not found:
         raise DataError(f"{root}: no {thing} in it." + "".join(f"\n  - {f}" for f in findings))
-    if not any(labels) and not options.labels_optional and not options.names:
-        raise DataError(f"{root}: {len(found)} {thing} without classes. To learn, put them in one folder for "
-                        "each class; to predict, a model is needed.")
     orphans = [p for p, label, _ in found if label is None]
     if any(labels) and orphans and not options.labels_optional:
         findings = [*findings, Finding("no-class", "warning", f"{thing} outside of any class folder",
@@ -148,6 +145,8 @@ def table(found: list[tuple[Path, str | None, str | None]], root: Path, findings
         found = [f for f in found if f[1] is not None]
     rows = pl.DataFrame({media: [str(p.absolute()) for p, _, _ in found], "label": [c for _, c, _ in found]},
                         schema={media: pl.String, "label": pl.String})
+    if not any(labels) and not options.labels_optional and not options.names:
+        rows = rows.drop("label")
     splits = np.array([s for _, _, s in found], dtype=object) if any(s for _, _, s in found) else None
     return Raw(rows, [], root, findings, splits, {media: "image" if media == "image" else "text"}, "label",
                unusable=sum(f.unusable for f in findings))
