@@ -25,7 +25,7 @@ MAY = {
     "weights": NETWORKS - {"weights"},
     "samples": {"errors"},
     "data": GROUND | {"samples"},                       # never models, tasks or training
-    "objectives": GROUND,
+    "objectives": GROUND | {"blocks", "data"},          # of data, only chance as a function of numbers
     "train": GROUND | {"data", "objectives"},           # knows neither tasks nor architectures
     "measure": NETWORKS | {"train"},
     "tasks": GROUND | {"data", "objectives", "samples", "train"},       # of train a part, checked below
@@ -42,7 +42,9 @@ MAY = {
 # Between two layers where only one module of the lower may be used.
 ONLY = {("tasks", "train"): {"fieldguide.train.settings", "fieldguide.train.distributed"},
         ("train", "data"): {"fieldguide.data.batches"},
-        ("studio", "train"): {"fieldguide.train.checkpoint", "fieldguide.train.settings"}, ("measure", "train"): {"fieldguide.train.distributed"}}
+        ("objectives", "data"): {"fieldguide.data.batches"},
+        ("studio", "train"): {"fieldguide.train.checkpoint", "fieldguide.train.settings"},
+        ("measure", "train"): {"fieldguide.train.distributed"}}
 # Inside a function, where the arrow turns round for one call; each with its reason.
 TURNS = {("models", "pkg"): "fieldguide.models(...) is list_models: the folder and the function share a name"}
 # Oracles, and what only they or a user bring along.

@@ -95,7 +95,8 @@ def test_run_json(run):
         record["data"])
     names = {m.name for m in run.task.metrics}
     scores = record["scores"]
-    assert set(scores) == {"test", "intervals", "baselines", "tested"} and set(scores["test"]) == set(scores["intervals"]) == names
+    assert set(scores) == {"test", "intervals", "baselines", "tested"}
+    assert set(scores["test"]) == set(scores["intervals"]) == names
     assert [set(b["scores"]) for b in scores["baselines"]] == [names, names]
     for name, (low, high) in scores["intervals"].items():
         assert low <= high, name
