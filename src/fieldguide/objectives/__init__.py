@@ -2,6 +2,10 @@
 
 from fieldguide.objectives.adversarial import Adversarial
 from fieldguide.objectives.base import Objective, Phase
+from fieldguide.objectives.ctc import CTC
+from fieldguide.objectives.diffusion import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
+from fieldguide.objectives.language import NextToken
 from fieldguide.objectives.supervised import Classification, Regression, Supervised
 
-__all__ = ["Adversarial", "Classification", "Objective", "Phase", "Regression", "Supervised"]
+__all__ = ["CTC", "DDIM", "DDPM", "Adversarial", "Classification", "Diffusion", "MinSNR", "NextToken", "Objective", "Phase",
+           "Process", "Regression", "Supervised", "Uniform"]
