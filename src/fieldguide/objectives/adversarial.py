@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective, Phase
+from fieldguide.objectives.noise import Noise
 
 
 class Adversarial(Objective):
@@ -38,6 +39,16 @@ class Adversarial(Objective):
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         noise = torch.randn(len(batch[self.real]), self.noise, device=batch[self.real].device)
         return {"samples": self.model(noise)}
+
+    @torch.no_grad()
+    def sample(self, count: int, *, seed: int = 0, first: int = 0) -> Tensor:    # -> B ...
+        """`count` examples. That of number first + i depends on the seed and that number alone, not on the batch."""
+        training, like = self.model.training, next(self.model.parameters())
+        self.model.eval()
+        try:
+            return self.model(Noise(seed, range(first, first + count), (self.noise,), like)())
+        finally:
+            self.model.train(training)
 
 
 def realness(probability: Tensor, target: float) -> Tensor:                      # B 1 -> scalar

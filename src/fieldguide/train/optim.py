@@ -39,7 +39,7 @@ def optimizers(objective: nn.Module, parameters: Iterable[tuple[str, nn.Paramete
         made.append(Muon(matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay))
         groups = [g for g in groups if g["params"] is vectors]
     if groups:
-        made.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True))
+        made.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True))
     return made
 
 
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:                      # N R C -> N R C
     """Nearest semi-orthogonal matrices, roughly, by the quintic Newton-Schulz iteration of Muon."""
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()      # not every CPU is quick in bfloat16
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -20,6 +20,7 @@ class Settings:
     lr: float = 1e-3                    # peak learning rate
     weight_decay: float = 0.01          # on matrices and kernels; never on biases, norms, embeddings
     momentum: float = 0.9               # of sgd and muon
+    beta1: float = 0.9                  # of adamw; 0.5 for GANs, whose aims move
     beta2: float = 0.999                # of adamw
     warmup: float = 0.05                # part of the steps over which the rate rises
     schedule: str = "cosine"            # cosine | linear | constant, after the warm-up
@@ -51,7 +52,7 @@ CHOICES = {"optimizer": ("adamw", "sgd", "muon"), "schedule": ("cosine", "linear
            "track": ("none", "tensorboard")}
 AT_LEAST = {"steps": 1, "epochs": 0, "minutes": 0, "batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0, "clip": 0,
             "workers": 0, "patience": 0, "evaluate": 1, "checkpoint": 0, "mixup": 0, "seed": 0}
-BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta2": 1, "warmup": 1}     # these lie in [0, 1)
+BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta1": 1, "beta2": 1, "warmup": 1}     # these lie in [0, 1)
 
 
 def parse(key: str, value: Any) -> Any:

@@ -63,5 +63,7 @@ CARD = Card(
         "dcgan-32": Size(image=32),
         "dcgan-test": Size(noise=6, image=20, dim=4, channels=2),
     },
-    recipe={"optimizer": "adamw", "lr": 2e-4, "weight_decay": 0.0},
+    recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0, "clip": 0.0, "warmup": 0.0,
+            "schedule": "constant", "ema": 0.999},       # section 4 of the paper, and an average of the generator
+    parts={"critic": "dcgan-discriminator"},
 )

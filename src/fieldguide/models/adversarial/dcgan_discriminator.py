@@ -76,5 +76,5 @@ CARD = Card(
         "dcgan-discriminator-32": Size(image=32),
         "dcgan-discriminator-test": Size(image=17, dim=4, channels=2),
     },
-    recipe={"optimizer": "adamw", "lr": 2e-4, "weight_decay": 0.0},
+    recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0},
 )
