@@ -26,9 +26,10 @@ MAY = {
     "samples": {"errors"},
     "data": GROUND | {"samples"},                       # never models, tasks or training
     "objectives": GROUND | {"blocks", "data"},          # of data, only chance as a function of numbers
+    "measures": {"errors"},                             # numbers in, numbers out
     "train": GROUND | {"data", "objectives"},           # knows neither tasks nor architectures
     "measure": NETWORKS | {"train"},
-    "tasks": GROUND | {"data", "objectives", "samples", "train"},       # of train a part, checked below
+    "tasks": GROUND | {"data", "measures", "objectives", "samples", "train"},       # of train a part, checked below
     "run": NETWORKS | {"data", "objectives", "tasks", "train"},
     "advisor": NETWORKS | {"measure"},
     "catalogue": NETWORKS | {"measure", "tasks"},
