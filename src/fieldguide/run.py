@@ -23,6 +23,7 @@ import torch
 
 from fieldguide import registry, weights
 from fieldguide.card import Card
+from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import Data
 from fieldguide.errors import RunError
 from fieldguide.objectives import Objective
@@ -108,8 +109,11 @@ class Run:
     def settings(self) -> Settings:
         return Settings(**self.record["settings"])
 
-    def outputs(self, data: Data, watch=lambda done: None) -> dict[str, np.ndarray]:
-        batches = self.task.batches(data, self.card)
+    def outputs(self, data: Data) -> dict[str, np.ndarray]:
+        """What the network says of examples, as scores take it."""
+        return self.respond(self.task.batches(data, self.card))
+
+    def respond(self, batches: Batches, watch=lambda done: None) -> dict[str, np.ndarray]:
         outputs = collect(self.objective, batches, ask=self.task.ask(self.objective), batch=max(64, self.settings.batch or 64),
                           device=distributed.device(), watch=watch)
         return self.task.adjust(outputs)
@@ -123,7 +127,7 @@ class Run:
         """
         self.task.asking = self.task.asking_from(asked)
         data = self.task.read(listed(inputs))
-        answers = self.task.answers(self.outputs(data, watch))
+        answers = self.task.answers(self.respond(self.task.questions(data, self.card), watch))
         return [{"input": data.place(i), **answer} for i, answer in enumerate(answers)]
 
     def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:

@@ -99,7 +99,11 @@ class Reading:
             roles = self.roles(asked)
             self.require(overrides, "kinds")
             wanted = {name: self.wants.kinds[role] for name, role in roles.items() if role in self.wants.kinds}
-            overrides = {**wanted, **self.raw.kinds, **overrides}
+            lone = [n for n in self.names if n not in roles]
+            if len(lone) == 1 and "feature" in self.wants.kinds:     # the one input of a task that has one
+                wanted[lone[0]] = self.wants.kinds["feature"]
+            known_by_name = {n: self.wants.columns[n] for n in self.names if n in self.wants.columns}
+            overrides = {**known_by_name, **wanted, **self.raw.kinds, **overrides}
         columns = self.type_columns(overrides, roles)
         if known:
             columns = {c.name: c for c in known if c.name in columns}

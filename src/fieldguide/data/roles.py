@@ -32,6 +32,7 @@ class Wants:
     names    further names by which a target is known, likeliest first
     roles    roles that are given to columns by their names
     kinds    role -> the kind that columns of this role hold, whatever they look like
+    columns  name -> kind, of columns that mean one thing by convention
     gaps     rows without a value of the target are kept: the task knows what to do with them
     """
 
@@ -39,6 +40,7 @@ class Wants:
     names: tuple[str, ...] = ()
     roles: tuple[Role, ...] = ()
     kinds: Mapping[Role, Kind] = field(default_factory=dict)
+    columns: Mapping[str, Kind] = field(default_factory=dict)
     gaps: bool = False
 
     def by_name(self, role: Role, columns: Sequence[str]) -> str | None:

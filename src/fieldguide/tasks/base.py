@@ -153,6 +153,10 @@ class Task:
         """Prepared examples; with `settings`, augmented as they say when a generator is handed to `make`."""
         raise NotImplementedError
 
+    def questions(self, data: Data, card: Card) -> Batches:
+        """Raw inputs as they are put to the network; where that is another thing than what it learnt from."""
+        return self.batches(data, card)
+
     def truth(self, data: Data) -> Arrays:
         """The known answers of rows."""
         raise NotImplementedError

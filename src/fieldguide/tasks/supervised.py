@@ -27,7 +27,7 @@ LINEAR_ROWS = 20_000          # the linear baseline learns from this many rows a
 
 def discrete(column: Column) -> bool:
     """Whether a target column names classes rather than measuring something."""
-    return column.kind not in ("number", "date")
+    return column.kind in ("category", "boolean", "identifier", "constant")
 
 
 class Answered(Task):

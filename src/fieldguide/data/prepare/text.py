@@ -15,6 +15,7 @@ from fieldguide.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+END = "<|endoftext|>"      # between texts that stand in one row
 SPECIAL = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")      # indices 0 to 4
 ENOUGH = 20_000_000        # characters; more teach the tokenizer nothing and take minutes
 
@@ -29,6 +30,7 @@ class Text:
         self.pad = self.token("<pad>", "[PAD]", "<|endoftext|>", default=0)
         self.unknown = self.token("<unk>", "[UNK]", "<s>", "<|endoftext|>", default=self.pad)
         self.cls = self.token("<cls>", "[CLS]", "<s>", default=self.unknown)
+        self.end = self.token(END, "</s>", "<sep>", "[SEP]", "<|end_of_text|>", default=self.pad)
 
     @classmethod
     def learn(cls, texts: Iterable[str], *, size: int | None = None, lower: bool = True) -> Text:
@@ -52,6 +54,50 @@ class Text:
                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
         tokenizer.train_from_iterator(batches(texts, 1000), trainer, length=len(texts))
         return cls(tokenizer, lower=lower, learnt_on=len(texts))
+
+    @classmethod
+    def learn_exact(cls, texts: Iterable[str], *, size: int | None = None, characters: bool = False,
+                    special: Sequence[str] = (END,)) -> Text:
+        """Learn tokens that spell texts back to the byte: byte-level BPE, or one token a character.
+
+        Tokens in `special` are never read out of texts, only put between them. Characters that the texts lack are
+        `END` tokens, which says that they cannot be read.
+        """
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        texts = list(texts)
+        total = sum(map(len, texts))
+        if characters:
+            found = sorted(set().union(*map(set, texts)) if texts else ())
+            tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *found])}, unk_token=END))
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+            tokenizer.decoder = decoders.Fuse()
+            tokenizer.add_special_tokens(list(special))
+        else:
+            if total > ENOUGH:
+                texts = texts[::math.ceil(total / ENOUGH)]
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(vocab_size=size or suggest_size(total), special_tokens=list(special),
+                                          min_frequency=2, show_progress=False,
+                                          initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+            tokenizer.train_from_iterator(batches(texts, 1000), trainer, length=len(texts))
+        return cls(tokenizer, learnt_on=len(texts))
+
+    def exactly(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token indices of each text, int64, all of it and nothing more: no token is put before or after, and special
+        tokens that are spelt out in a text are plain characters."""
+        self.tokenizer.encode_special_tokens = True
+        return [np.array(e.ids, dtype=np.int64) for some in batches(texts, 1000)
+                for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)]
+
+    def bytes_of(self) -> np.ndarray:
+        """UTF-8 bytes that each token stands for, int64; special tokens stand for none."""
+        special = self.tokenizer.get_added_tokens_decoder()
+        byte_level = "ByteLevel" in str(self.tokenizer.decoder)
+        words = [self.tokenizer.id_to_token(i) or "" for i in range(self.size)]
+        return np.array([0 if i in special else len(w) if byte_level else len(w.encode()) for i, w in enumerate(words)])
 
     @property
     def size(self) -> int:

@@ -132,8 +132,14 @@ CARD = Card(
         "gpt2-medium": Size(dim=1024, depth=24, heads=16, params=354_823_168, source="openai-community/gpt2-medium"),
         "gpt2-large": Size(dim=1280, depth=36, heads=20, params=774_030_080, source="openai-community/gpt2-large"),
         "gpt2-xl": Size(dim=1600, depth=48, heads=25, params=1_557_611_200, source="openai-community/gpt2-xl"),
+        # Small ones of the same form, to be trained from nothing: nanoGPT's for characters are the last two.
+        "gpt2-mini": Size(vocab=8192, length=256, dim=512, depth=8, heads=8, dropout=0.0),
+        "gpt2-baby": Size(vocab=65, length=256, dim=384, depth=6, heads=6, dropout=0.2),
+        "gpt2-micro": Size(vocab=65, length=256, dim=256, depth=4, heads=4, dropout=0.0),
+        "gpt2-nano": Size(vocab=65, length=64, dim=128, depth=4, heads=4, dropout=0.0),
         "gpt2-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
     },
     weights={"huggingface": HUGGINGFACE, "nanogpt": NANOGPT},
-    recipe={"optimizer": "adamw", "lr": 6e-4, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.02},
+    recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.05,
+            "schedule": "linear"},
 )

@@ -180,6 +180,9 @@ CARD = Card(
         "transformer-base": Size(params=63_082_496, source="nn.Transformer without final norms, 37,000 embeddings"),
         "transformer-big": Size(dim=1024, heads=16, hidden=4096, dropout=0.3, params=214_245_376,
                                 source="nn.Transformer without final norms, 37,000 embeddings"),
+        # Of the same form, for data and machines of every day.
+        "transformer-small": Size(vocab=8192, dim=256, depth=3, heads=4, hidden=1024, dropout=0.1),
+        "transformer-mini": Size(vocab=8192, dim=128, depth=3, heads=4, hidden=512, dropout=0.1),
         "transformer-test": Size(vocab=30, length=12, dim=16, depth=2, heads=2, hidden=24, dropout=0.0),
     },
     weights={"torch": TORCH},

@@ -1,0 +1,58 @@
+"""Plain texts: a .txt or .md file, or a folder of them; each file is one text, as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data import csvtext
+from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
+from fieldguide.errors import DataError
+
+NAME = "documents"
+UNDERSTANDS = "plain texts: a .txt or .md file, or a folder of them; files named train, val and test give the splits"
+SUFFIXES = (".txt", ".text", ".md")
+
+
+def accepts(source: Any, options: Options) -> int:
+    if not isinstance(source, Path):
+        return 0
+    return 2 if (source.suffix.lower() in SUFFIXES if source.is_file() else files_in(source)) else 0
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [p for p in visible(folder)[0] if p.is_file() and p.suffix.lower() in SUFFIXES]
+
+
+def load(source: Path, options: Options) -> Raw:
+    root = source if source.is_dir() else source.parent
+    paths = files_in(source) if source.is_dir() else [source]
+    texts, files, findings, kept, unusable = [], [], [], [], 0
+    for path in paths:
+        name, content = relative(path, root), path.read_bytes()
+        try:
+            decoded, found = csvtext.decode(content, name)
+            text, problem = decoded.decode(), None if content.strip() else "it is empty"
+            findings += found
+        except DataError as error:
+            problem = str(error)
+        if problem:
+            findings.append(Finding("unreadable-text", "warning", "files that cannot be read as text", (f"{name} ({problem})",),
+                                    1, "Save them again as UTF-8 text, or remove them.", 1))
+            unusable += 1
+        else:
+            texts.append(text)
+            kept.append(path)
+        files.append(FileEntry(name, len(content), sha256(content), rows=int(not problem), dropped=int(bool(problem))))
+    if not texts:
+        raise DataError(f"{source}: no text in it." + "".join(f"\n  - {f}" for f in findings))
+    index = [i for i, f in enumerate(files) if f.rows]
+    rows = pl.DataFrame({"text": texts, FILE: index, LINE: [1] * len(texts)},
+                        schema={"text": pl.String, FILE: pl.Int32, LINE: pl.Int64})
+    named = [split_of(p.name) for p in kept]
+    splits = np.array(named, dtype=object) if len(kept) > 1 and all(named) and len(set(named)) == len(named) else None
+    return Raw(rows, files, root, findings, splits, {"text": "text"}, unusable=unusable)

@@ -1,0 +1,83 @@
+"""Parallel texts: two files of lines that belong together, `train.de` and `train.en`; a pair, or a folder of pairs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data import csvtext
+from fieldguide.data.dataset import FILE, LINE, FileEntry
+from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
+from fieldguide.errors import DataError
+
+NAME = "pairs"
+UNDERSTANDS = ("parallel texts: a folder with two files of lines for each part, called by language (train.de, train.en, "
+               "test.de, test.en), or one of two such files")
+
+
+def accepts(source: Any, options: Options) -> int:
+    return 7 if isinstance(source, Path) and languages(source) else 0
+
+
+def languages(source: Path) -> list[str]:
+    """The two languages of a folder or file by their suffixes; none where there are not two, or files have no partner."""
+    folder = source if source.is_dir() else source.parent
+    files = [p for p in visible(folder)[0] if p.is_file() and language(p)]
+    if source.is_file():
+        files = [p for p in files if p.stem == source.stem] if language(source) else []
+    found = sorted({language(p) for p in files})
+    return found if len(found) == 2 and len(files) >= 2 else []
+
+
+def language(path: Path) -> str:
+    """`de` of train.de, `pt-br` of train.pt-br; nothing for a suffix that is no language's."""
+    suffix = path.suffix[1:].lower()
+    plain = suffix.replace("-", "").replace("_", "")
+    return suffix if 2 <= len(plain) <= 5 and plain.isalpha() and (len(suffix) <= 3 or len(plain) < len(suffix)) and \
+        suffix not in NO_LANGUAGE else ""
+
+
+NO_LANGUAGE = {"txt", "csv", "tsv", "tab", "md", "zip", "gz", "py", "xml", "htm", "pdf", "doc", "jpg", "png", "gif", "wav",
+               "mp", "ogg", "log", "cfg", "ini", "yml", "all", "dat", "bin", "json"}
+
+
+def load(source: Path, options: Options) -> Raw:
+    root = source if source.is_dir() else source.parent
+    first, second = languages(source)
+    pairs: dict[str, dict[str, Path]] = defaultdict(dict)
+    for path in visible(root)[0]:
+        if path.is_file() and language(path) and (source.is_dir() or path.stem == source.stem):
+            pairs[path.stem][language(path)] = path
+    parts, files, findings, splits = [], [], [], []
+    for stem, pair in pairs.items():
+        if len(pair) < 2:
+            lone = next(iter(pair.values()))
+            other = second if first in pair else first
+            raise DataError(f"{relative(lone, root)}: its partner {stem}.{other} is missing. Add it, or take this file away.")
+        columns, names = {}, {}
+        for code in (first, second):
+            content = pair[code].read_bytes()
+            names[code] = relative(pair[code], root)
+            text, found = csvtext.decode(content, names[code])
+            findings += found
+            columns[code] = text.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+            files.append(FileEntry(names[code], len(content), sha256(content), rows=0))
+        counts = {code: len(lines) for code, lines in columns.items()}
+        if counts[first] != counts[second]:
+            blank = {code: next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
+                     for code, lines in columns.items()}
+            hint = "".join(f" The first empty line of {names[c]} is {at}." for c, at in blank.items() if at)
+            raise DataError(f"{names[first]} has {counts[first]:,} lines and {names[second]} {counts[second]:,}: which belong "
+                            f"together cannot be known.{hint} Line n of one must translate line n of the other.")
+        rows = pl.DataFrame(columns, schema={first: pl.String, second: pl.String}).with_columns(
+            pl.lit(len(files) - 2, pl.Int32).alias(FILE), pl.Series(LINE, range(1, counts[first] + 1), dtype=pl.Int64))
+        files[-2] = FileEntry(files[-2].path, files[-2].bytes, files[-2].sha256, rows=counts[first])
+        parts.append(rows)
+        splits += [split_of(stem)] * counts[first]
+    named = np.array(splits, dtype=object)
+    return Raw(pl.concat(parts), files, root, findings, named if all(splits) and len(set(splits)) > 1 else None,
+               {first: "text", second: "text"})

@@ -1,0 +1,37 @@
+"""Next token: what follows each token, of a text or of an answer to a source (Bengio et al. 2003, JMLR 3:1137, eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.objectives.base import Objective
+
+
+class NextToken(Objective):
+    """Cross-entropy of `target` (B T int64, -1 = not to be learnt) under the network's logits B T V, mean over tokens.
+
+    `inputs` names the batch tensors that the network takes, in order; what a batch lacks (a mask where nothing is
+    padded) is None. `smoothing` is that of Szegedy et al. 2016, section 7.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str], smoothing: float = 0.0):
+        super().__init__()
+        self.model, self.inputs, self.smoothing = model, tuple(inputs), smoothing
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model(*(batch.get(name) for name in self.inputs))
+
+    def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
+        logits, target = self.logits(batch).flatten(0, 1).float(), batch["target"].flatten()
+        return {"loss": F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing)}
+
+    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Nats and tokens of each row: B, B."""
+        target = batch["target"]
+        logits = self.logits(batch).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none").view_as(target)
+        return {"nats": nats.sum(1, dtype=torch.float64).float(), "count": (target >= 0).sum(1)}

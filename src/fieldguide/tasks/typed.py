@@ -1,0 +1,39 @@
+"""What tasks share whose input a person may type: texts, prompts, questions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from fieldguide.data.dataset import LINE, Data
+from fieldguide.samples import SAMPLES
+from fieldguide.tasks.base import Task
+
+
+class Typed(Task):
+    """A task with one column of text as its input, which may also be given as the text itself."""
+
+    @property
+    def column(self) -> str:
+        return next(c.name for c in self.columns if c.kind == "text" and c.role == "feature")
+
+    def texts(self, data: Data) -> list[str]:
+        return data.rows[self.column].fill_null("").to_list()
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        if answered or not isinstance(source, str) or path_like(source):
+            return super().read_one(source, answered)
+        data = super().read_one(pl.DataFrame({self.column: [source]}), answered)
+        data.manifest.files[0] = replace(data.manifest.files[0], path=source)      # it is called by what it says
+        data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
+        return data
+
+
+def path_like(text: str) -> bool:
+    """Whether a person who typed this means a file, a folder or a sample rather than a text."""
+    if len(text.split()) == 1 and ("/" in text or Path(text).suffix):
+        return True
+    return text in SAMPLES or (0 < len(text) < 256 and Path(text).exists())
