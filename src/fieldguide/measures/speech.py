@@ -79,7 +79,7 @@ def levenshtein(said: Sequence[np.ndarray], heard: Sequence[np.ndarray]) -> tupl
     """
     n, m = np.array([len(s) for s in said], np.int64), np.array([len(h) for h in heard], np.int64)
     base = int(max(n.max(initial=0), m.max(initial=0))) + 1
-    across, down = filled(said, -1), filled(heard, -2)
+    across, down = filled(said), filled(heard)
     steps = base * np.arange(across.shape[1] + 1)
     row = np.broadcast_to(steps, (len(n), len(steps))).copy()                    # nothing heard yet: all deleted
     best = row.copy()                                                            # the row after the last word heard
@@ -94,10 +94,10 @@ def levenshtein(said: Sequence[np.ndarray], heard: Sequence[np.ndarray]) -> tupl
     return packed // base, packed % base
 
 
-def filled(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
-    """Rows as one table, filled up at the end."""
+def filled(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows as one table, filled up at the end with anything: what stands there is never looked at."""
     sizes = np.array([len(r) for r in rows])
-    table = np.full((len(rows), sizes.max(initial=0)), value, np.int64)
+    table = np.zeros((len(rows), sizes.max(initial=0)), np.int64)
     table[np.arange(table.shape[1]) < sizes[:, None]] = np.concatenate([*rows, np.empty(0, np.int64)])
     return table
 
