@@ -76,6 +76,20 @@ def speech(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 
 def table(config: Any, rows: int) -> tuple[Tensor, ...]:
+def captioned(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Texts whose last real token, and no other before it, is the one that ends a text, where there is such a token."""
+    text, mask = tokens(config, rows)
+    if (end := getattr(config, "end", None)) is not None:
+        text = torch.where(text == end, 0, text)
+        text[torch.arange(rows), mask.sum(1) - 1] = end
+    return *image(config, rows), text, mask
+
+
+def noisy_video(config: Any, rows: int) -> tuple[Tensor, ...]:
+    return (torch.randn(rows, config.frames, config.channels, config.image, config.image),
+            torch.randint(1000, (rows,)).float(), torch.arange(rows) % (config.classes + 1))
+
+
     categories = [torch.randint(1, size, (rows,)) for size in config.categories]
     return 2 * torch.randn(rows, config.numbers), torch.stack(categories, 1)
 
@@ -418,6 +432,33 @@ def conformer_layers(model: nn.Module) -> Peer:
 
 
 CASES = {
+def huggingface_clip(model: nn.Module) -> Peer:
+    from fieldguide.models.transformer.clip import HUGGINGFACE
+    from tv import transformers
+    c = model.config
+    act = "quick_gelu" if c.quick else "gelu"
+    peer = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config={"vocab_size": c.vocab, "hidden_size": c.text_dim, "intermediate_size": 4 * c.text_dim,
+                     "num_hidden_layers": c.text_depth, "num_attention_heads": c.text_heads, "hidden_act": act,
+                     "max_position_embeddings": c.length, "eos_token_id": c.end, "bos_token_id": 0, "pad_token_id": 1},
+        vision_config={"hidden_size": c.dim, "intermediate_size": 4 * c.dim, "num_hidden_layers": c.depth,
+                       "num_attention_heads": c.heads, "hidden_act": act, "image_size": c.image, "patch_size": c.patch,
+                       "num_channels": c.channels},
+        projection_dim=c.embed))
+
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+            found = self.peer(pixel_values=image, input_ids=tokens, attention_mask=mask.long())
+            return torch.stack([found.image_embeds, found.text_embeds], 1) * (self.peer.logit_scale / 2).exp()
+
+    return Pairs(), lambda state: {f"peer.{name}": tensor for name, tensor
+                                   in translate(state, HUGGINGFACE, reverse=True).items()}
+
+
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
     "simplecnn": Case(inputs=image, peer=same(lambda m: guide.SimpleCNN(m.classifier[4].out_features)),
@@ -449,6 +490,7 @@ CASES = {
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
     "simple-gan": Case(inputs=row("z_dim"), peer=same(
+    "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
         lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3),
     "simple-gan-discriminator": Case(inputs=row("img_dim"), peer=same(
         lambda m: guide.Discriminator(m.net[0].in_features)), lr=1e-3),

@@ -172,6 +172,8 @@ def test_output_has_the_promised_shape(name):
 
 
 @IMAGES
+            "embeddings": output.shape == (3, 2, getattr(config, "embed", None)),
+            "video": output.shape == inputs[0].shape,
 def test_image_networks_take_other_pictures(name):
     card, _ = case(name)
     for channels, side in ((1, 28), (3, 32), (4, 45)):

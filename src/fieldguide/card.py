@@ -22,6 +22,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     "pair": ("source", "source_mask", "tokens", "mask"),     # two rows of tokens: what is read, what is said so far
     "series": ("series",),                  # B T C float: C series side by side, T steps of the past
     "noisy": ("image", "time", "label"),    # B C H W float, B float: noise level, B int64 (0 = no condition)
+    "noisy-video": ("video", "time", "label"),               # B F C H W float: F frames; the others as for "noisy"
+    "captioned": ("image", "tokens", "mask"),                # B C H W float, and a text for each: B T int64, B T bool
     "items": ("items", "mask"),             # B T int64: what a user met, in order of time (0 = none), B T bool
     "speech": ("features", "lengths"),      # B T F float: log-mel, B int64: real frames of each row
 }
@@ -38,6 +40,8 @@ GIVES: dict[str, str] = {
     "boxes": "B A 4R+classes: at each of A points in the middle of grid cells, of the finest grid first, row by row, R "
              "logits each for the distance to the left, top, right and bottom side (0 to R - 1 strides), then class "
              "logits, each class for itself; `model.strides` are the cells' sides in pixels, `model.bins` the R distances",
+    "video": "B F C H W float: F frames",
+    "embeddings": "B 2 E: a vector of the picture and one of the text; products of all pictures' with all texts' are logits",
     "forecast": "B H C Q float: H steps of the future of C series, Q values each (a point, or quantiles)",
     "items": "logits B T items of the item that follows each",
     "ctc": "logits B S vocab of the symbol at each frame, 0 = blank; `model.frames(lengths)` of the S are real",

@@ -41,6 +41,15 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
         return (torch.zeros(batch, get("length", length), get("channels", 1), device=device),)
     if card.takes == "speech":
         return torch.zeros(batch, length, get("features", 80), device=device), torch.full((batch,), length, device=device)
+    if card.takes == "captioned":
+        side, length = get("image", side), min(length, get("length", length))
+        return (torch.zeros(batch, get("channels", 3), side, side, device=device),
+                torch.zeros(batch, length, dtype=torch.int64, device=device),
+                torch.ones(batch, length, dtype=torch.bool, device=device))
+    if card.takes == "noisy-video":
+        side = get("image", side)
+        return (torch.zeros(batch, get("frames", 16), get("channels", 3), side, side, device=device),
+                torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device))
     if card.takes == "noisy":
         side = get("image", side)
         return (torch.zeros(batch, get("channels", 3), side, side, device=device), torch.zeros(batch, device=device),

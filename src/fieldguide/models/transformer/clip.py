@@ -1,0 +1,285 @@
+"""CLIP: pictures and sentences as points of one space (Radford et al. 2021, arXiv:2103.00020).
+
+New here: nothing is labelled; of all pairings in a batch the network must find those that belong together, and any
+sentence becomes a class. A ViT with one more normalisation before its blocks reads the picture, a small GPT the text;
+what each says at one place, the class token and the end of the text, is turned into a vector of length 1.
+
+Initialisation: N(0, 0.02) for words, N(0, 0.01) for their places; matrices by width and depth as in the authors' code,
+there for the text alone, here for both; zero biases; the temperature starts at 0.07.
+Shapes: B batch, C channels, S side of a picture, N = 1 + (S/P)^2 places of it, T tokens, D width, E width of the vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.causal import CausalAttention
+from fieldguide.blocks.padding import lengths, pick
+from fieldguide.blocks.renaming import Dropped, Fused, Row, Transposed
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError, SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    channels: int = 3            # C
+    image: int = 224             # S
+    patch: int = 32              # P
+    dim: int = 768               # D of the picture's tower
+    depth: int = 12
+    heads: int = 12
+    vocab: int = 49_408
+    length: int = 77             # longest text, tokens
+    end: int = 49_407            # token that ends a text: where texts without a mask are read out
+    text_dim: int = 512          # D of the text's tower
+    text_depth: int = 12
+    text_heads: int = 8
+    embed: int = 512             # E
+    quick: bool = True           # x sigmoid(1.702 x) in place of GELU, as the authors have it; open_clip's own have GELU
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer network; each normalises its input and adds its result."""
+
+    def __init__(self, dim: int, heads: int, quick: bool, causal: bool):
+        super().__init__()
+        self.quick, self.causal = quick, causal
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = CausalAttention(dim, heads) if causal else Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict({"up": nn.Linear(dim, 4 * dim), "down": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:              # B T D -> B T D
+        y = self.norm1(x)
+        x = x + (self.attn(y, None, None, 0) if self.causal else self.attn(y))
+        y = self.mlp["up"](self.norm2(x))
+        return x + self.mlp["down"](y * torch.sigmoid(1.702 * y) if self.quick else F.gelu(y))
+
+
+class Vision(nn.Module):
+    """A picture -> its vector. Raises `DataError` for a picture of another side than the network was made for."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.side, self.patch_side = c.image, c.patch
+        self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch, bias=False)
+        self.cls = nn.Parameter(torch.empty(c.dim))
+        self.pos = nn.Embedding(1 + (c.image // c.patch) ** 2, c.dim)
+        self.norm_pre = nn.LayerNorm(c.dim)
+        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.quick, causal=False) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.dim)
+        self.proj = nn.Linear(c.dim, c.embed, bias=False)
+
+    def tokens(self, image: Tensor) -> Tensor:           # B C S S -> B N D, before the blocks
+        if image.shape[2:] != (self.side, self.side):
+            raise DataError(f"a picture has {image.shape[3]} x {image.shape[2]} pixels, the network was made for "
+                            f"image={self.side}")
+        x = self.patch(image).flatten(2).mT
+        x = torch.cat([self.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], 1)
+        return self.norm_pre(x + self.pos.weight)
+
+    def features(self, image: Tensor) -> Tensor:         # B C S S -> B N D, after the blocks
+        x = self.tokens(image)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, image: Tensor) -> Tensor:          # B C S S -> B E
+        return self.proj(self.norm(self.features(image)[:, 0]))
+
+    def attention(self, image: Tensor) -> Tensor:        # B C S S -> B depth heads N N
+        """How much each place (row) looks at each other (column), in every block: rows sum to 1.
+
+        Fused kernels never hold these weights, so they are computed anew here, and `forward` stays as fast as it is.
+        """
+        x, maps = self.tokens(image), []
+        for block in self.blocks:
+            qk = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1))[:, :, :2]
+            q, k = qk.permute(2, 0, 3, 1, 4)             # each B heads N d
+            maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
+            x = block(x)
+        return torch.stack(maps, 1)
+
+
+class Text(nn.Module):
+    """A text -> its vector. Padding stands on the right. Raises `DataError` for more tokens than `length`."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.end, self.length = c.end, c.length
+        self.embed, self.pos = nn.Embedding(c.vocab, c.text_dim), nn.Embedding(c.length, c.text_dim)
+        self.blocks = nn.ModuleList(Block(c.text_dim, c.text_heads, c.quick, causal=True) for _ in range(c.text_depth))
+        self.norm = nn.LayerNorm(c.text_dim)
+        self.proj = nn.Linear(c.text_dim, c.embed, bias=False)
+
+    def last(self, tokens: Tensor, mask: Tensor | None) -> Tensor:               # B T, B T -> B
+        """Where each text ends: at its last real token, or at its first `end` token where there is no mask."""
+        if mask is not None:
+            return lengths(mask) - 1
+        ends = tokens == self.end
+        return torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:     # B T, B T -> B E
+        if (steps := tokens.shape[1]) > self.length:
+            raise DataError(f"a text of {steps} tokens is longer than length={self.length}; cut the texts or create the "
+                            "network with a larger length")
+        x = self.embed(tokens) + self.pos.weight[:steps]
+        for block in self.blocks:
+            x = block(x)                                 # no token looks ahead, so none sees the padding that follows
+        return self.proj(self.norm(pick(x, self.last(tokens, mask))))
+
+
+def unit(x: Tensor) -> Tensor:                           # B E -> B E
+    """Vectors of length 1, in no less than float32."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+class CLIP(nn.Module):
+    """Pictures and texts -> two unit vectors each pair, both times the root of the scale exp(`logit_scale`).
+
+    So the products of all pictures' with all texts' vectors are the logits of the paper's figure 3.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        if c.image % c.patch:
+            raise SettingsError(f"image={c.image} cannot be cut into patches of patch={c.patch} pixels: choose a multiple")
+        self.vision, self.text = Vision(c), Text(c)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        c = self.config
+        for tower, dim, depth in ((self.vision, c.dim, c.depth), (self.text, c.text_dim, c.text_depth)):
+            for name, module in tower.named_modules():
+                if isinstance(module, nn.Linear):
+                    std = (2 * dim) ** -0.5 if name.endswith("up") else dim ** -0.5
+                    if name.endswith(("attn.proj", "down")):                     # added to the residual path
+                        std *= (2 * depth) ** -0.5
+                    nn.init.normal_(module.weight, std=std)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        for weight in (self.vision.cls, self.vision.pos.weight):
+            nn.init.normal_(weight, std=c.dim ** -0.5)
+        nn.init.normal_(self.text.embed.weight, std=0.02)
+        nn.init.normal_(self.text.pos.weight, std=0.01)
+        nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+
+    def encode_image(self, image: Tensor) -> Tensor:     # B C S S -> B E, of length 1
+        return unit(self.vision(image))
+
+    def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:     # B T, B T -> B E, of length 1
+        return unit(self.text(tokens, mask))
+
+    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B C S S, B T, B T -> B 2 E
+        return torch.stack([self.encode_image(image), self.encode_text(tokens, mask)], 1) * (self.logit_scale / 2).exp()
+
+    def attention(self, image: Tensor) -> Tensor:        # B C S S -> B S/P S/P
+        """How much each patch counts for the picture's vector, summing to 1: attention followed through the blocks.
+
+        Attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928, section 3): heads are averaged, the residual
+        path counts as much as attention, blocks are multiplied; read at the class token. `vision.attention` has the
+        weights themselves.
+        """
+        maps = self.vision.attention(image).mean(2)      # B depth N N
+        flow = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device).expand_as(maps[:, 0])
+        for layer in maps.unbind(1):
+            flow = (layer @ flow + flow) / 2
+        seen = flow[:, 0, 1:]
+        side = self.config.image // self.config.patch
+        return (seen / seen.sum(1, keepdim=True)).unflatten(1, (side, side))
+
+
+def huggingface() -> dict[str, Row]:
+    names: dict[str, Row] = {
+        "vision_model.embeddings.class_embedding":           "vision.cls",
+        "vision_model.embeddings.patch_embedding.weight":    "vision.patch.weight",
+        "vision_model.embeddings.position_embedding.weight": "vision.pos.weight",
+        "vision_model.embeddings.position_ids":              Dropped("0, 1, 2, ..."),
+        "vision_model.pre_layrnorm.*":                       "vision.norm_pre.*",            # thus spelt
+        "vision_model.post_layernorm.*":                     "vision.norm.*",
+        "visual_projection.weight":                          "vision.proj.weight",
+        "text_model.embeddings.token_embedding.weight":      "text.embed.weight",
+        "text_model.embeddings.position_embedding.weight":   "text.pos.weight",
+        "text_model.embeddings.position_ids":                Dropped("0, 1, 2, ..."),
+        "text_model.final_layer_norm.*":                     "text.norm.*",
+        "text_projection.weight":                            "text.proj.weight",
+        "logit_scale":                                       "logit_scale",
+    }
+    for theirs, ours in (("vision_model.encoder.layers.{i}", "vision.blocks.{i}"),
+                         ("text_model.encoder.layers.{i}", "text.blocks.{i}")):
+        names |= {f"{theirs}.self_attn.{part}_proj.*": Fused(f"{ours}.attn.qkv.*", i, 3) for i, part in enumerate("qkv")}
+        names |= {
+            f"{theirs}.self_attn.out_proj.*": f"{ours}.attn.proj.*",
+            f"{theirs}.layer_norm1.*":        f"{ours}.norm1.*",
+            f"{theirs}.layer_norm2.*":        f"{ours}.norm2.*",
+            f"{theirs}.mlp.fc1.*":            f"{ours}.mlp.up.*",
+            f"{theirs}.mlp.fc2.*":            f"{ours}.mlp.down.*",
+        }
+    return names
+
+
+def openai(text: str) -> dict[str, Row]:
+    """Names of OpenAI's files and of most of open_clip's; its files with a tower of their own say `text.` before."""
+    names: dict[str, Row] = {
+        "visual.class_embedding":       "vision.cls",
+        "visual.conv1.weight":          "vision.patch.weight",
+        "visual.positional_embedding":  "vision.pos.weight",
+        "visual.ln_pre.*":              "vision.norm_pre.*",
+        "visual.ln_post.*":             "vision.norm.*",
+        "visual.proj":                  Transposed("vision.proj.weight"),        # matrices that vectors stand before
+        text + "token_embedding.weight": "text.embed.weight",
+        text + "positional_embedding": "text.pos.weight",
+        text + "ln_final.*":           "text.norm.*",
+        text + "text_projection":      Transposed("text.proj.weight"),
+        text + "attn_mask":            Dropped("the causal mask"),
+        "logit_scale":                  "logit_scale",
+        "input_resolution":             Dropped("a number of the configuration"),
+        "context_length":               Dropped("a number of the configuration"),
+        "vocab_size":                   Dropped("a number of the configuration"),
+    }
+    for theirs, ours in (("visual.transformer.resblocks.{i}", "vision.blocks.{i}"),
+                         (text + "transformer.resblocks.{i}", "text.blocks.{i}")):
+        names |= {
+            f"{theirs}.attn.in_proj_weight": f"{ours}.attn.qkv.weight",
+            f"{theirs}.attn.in_proj_bias":   f"{ours}.attn.qkv.bias",
+            f"{theirs}.attn.out_proj.*":     f"{ours}.attn.proj.*",
+            f"{theirs}.ln_1.*":              f"{ours}.norm1.*",
+            f"{theirs}.ln_2.*":              f"{ours}.norm2.*",
+            f"{theirs}.mlp.c_fc.*":          f"{ours}.mlp.up.*",
+            f"{theirs}.mlp.c_proj.*":        f"{ours}.mlp.down.*",
+        }
+    return names
+
+
+HUGGINGFACE, OPENAI, OPENCLIP = huggingface(), openai(""), openai("text.")
+L14 = {"patch": 14, "dim": 1024, "depth": 24, "heads": 16, "text_dim": 768, "text_heads": 12, "embed": 768}
+
+CARD = Card(
+    name="clip", model=CLIP, config=Config, paper="arXiv:2103.00020", year=2021, takes="captioned", gives="embeddings",
+    sizes={
+        "clip-b32": Size(params=151_277_313, source="openai/clip-vit-base-patch32"),
+        "clip-b16": Size(patch=16, params=149_620_737, source="openai/clip-vit-base-patch16"),
+        "clip-l14": Size(**L14, params=427_616_513, source="openai/clip-vit-large-patch14"),
+        "clip-l14-336": Size(image=336, **L14, params=427_944_193, source="openai/clip-vit-large-patch14-336"),
+        "clip-b32-laion2b": Size(quick=False, params=151_277_313, source="laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+        "clip-h14-laion2b": Size(patch=14, dim=1280, depth=32, heads=16, text_dim=1024, text_depth=24, text_heads=16,
+                                 embed=1024, quick=False, params=986_109_441, source="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        # Small ones to be trained from nothing, on pictures of 96 and 64 pixels.
+        "clip-tiny": Size(image=96, patch=12, dim=192, depth=6, heads=3, vocab=8192, length=32, end=8191, text_dim=192,
+                          text_depth=4, text_heads=3, embed=192, quick=False),
+        "clip-mini": Size(image=64, patch=8, dim=128, depth=4, heads=2, vocab=4096, length=32, end=4095, text_dim=128,
+                          text_depth=2, text_heads=2, embed=128, quick=False),
+        "clip-test": Size(image=12, patch=4, channels=2, dim=16, depth=2, heads=2, vocab=30, length=12, end=29,
+                          text_dim=12, text_depth=2, text_heads=3, embed=8),
+    },
+    weights={"huggingface": HUGGINGFACE, "openai": OPENAI, "openclip": OPENCLIP},
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.2, "beta2": 0.98, "clip": 1.0, "warmup": 0.1},   # table 19
+)

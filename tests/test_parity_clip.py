@@ -1,0 +1,233 @@
+"""CLIP against transformers and against the authors' equations over torch's own attention; files of three origins."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cases import huggingface_clip
+from fieldguide import weights
+from fieldguide.errors import DataError, SettingsError
+from fieldguide.models.transformer.clip import HUGGINGFACE, OPENAI, OPENCLIP
+from fieldguide.registry import create
+from fieldguide.weights import translate
+from test_models import batch, tiny
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+class Quick(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    """Named as in OpenAI's file, over torch's fused attention, whose tokens come first."""
+
+    def __init__(self, dim: int, heads: int, quick: bool):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(dim, heads)
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(dim, 4 * dim), act=Quick() if quick else nn.GELU(),
+                                             c_proj=nn.Linear(4 * dim, dim)))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # T B D -> T B D
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Blocks(nn.Module):
+    def __init__(self, dim: int, heads: int, depth: int, quick: bool):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(dim, heads, quick) for _ in range(depth))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:          # B T D -> B T D
+        x = x.transpose(0, 1)
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x.transpose(0, 1)
+
+
+class Official(nn.Module):
+    """Figure 3 of the paper, with names and shapes of OpenAI's file: projections are matrices that vectors stand before."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.visual = nn.Module()
+        self.visual.conv1 = nn.Conv2d(c.channels, c.dim, c.patch, c.patch, bias=False)
+        self.visual.class_embedding = nn.Parameter(torch.zeros(c.dim))
+        self.visual.positional_embedding = nn.Parameter(torch.zeros((c.image // c.patch) ** 2 + 1, c.dim))
+        self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
+        self.visual.transformer = Blocks(c.dim, c.heads, c.depth, c.quick)
+        self.visual.proj = nn.Parameter(torch.zeros(c.dim, c.embed))
+        self.transformer = Blocks(c.text_dim, c.text_heads, c.text_depth, c.quick)
+        self.token_embedding = nn.Embedding(c.vocab, c.text_dim)
+        self.positional_embedding = nn.Parameter(torch.zeros(c.length, c.text_dim))
+        self.ln_final = nn.LayerNorm(c.text_dim)
+        self.text_projection = nn.Parameter(torch.zeros(c.text_dim, c.embed))
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:                  # B C S S, B T -> B B, pictures by texts
+        v = self.visual
+        x = v.conv1(image).flatten(2).permute(0, 2, 1)
+        x = torch.cat([v.class_embedding + torch.zeros_like(x[:, :1]), x], 1) + v.positional_embedding
+        pictures = v.ln_post(v.transformer(v.ln_pre(x))[:, 0]) @ v.proj
+        steps = tokens.shape[1]
+        ahead = torch.full((steps, steps), -torch.inf, dtype=x.dtype).triu(1)
+        x = self.ln_final(self.transformer(self.token_embedding(tokens) + self.positional_embedding[:steps], ahead))
+        texts = x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection        # the end has the highest number
+        pictures, texts = pictures / pictures.norm(dim=1, keepdim=True), texts / texts.norm(dim=1, keepdim=True)
+        return self.logit_scale.exp() * pictures @ texts.T
+
+
+def logits(pairs: Tensor) -> Tensor:                     # B 2 E -> B B
+    return pairs[:, 0] @ pairs[:, 1].T
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["quick gelu", "gelu"])
+def test_logits_and_gradients_equal_the_official_networks(quick):
+    ours = tiny("clip", quick=quick)
+    peer = Official(ours.config).double()
+    peer.load_state_dict(translate(ours.state_dict(), OPENAI, reverse=True))
+    image, tokens, mask = batch("clip")
+    tokens = torch.where(mask, tokens, 0)                # as its tokenizer pads
+    torch.manual_seed(0)
+    weight = torch.randn(5, 5, dtype=torch.float64)
+    found, want = logits(ours(image, tokens, mask)), peer(image, tokens)
+    torch.testing.assert_close(found, want, **EXACT)
+    torch.testing.assert_close(logits(ours(image, tokens)), want, **EXACT)       # ends are found without the mask too
+    (found * weight).sum().backward()
+    (want * weight).sum().backward()
+    grads = translate({name: p.grad for name, p in ours.named_parameters()}, OPENAI, reverse=True)
+    for name, p in peer.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, **EXACT)
+
+
+@torch.no_grad()
+def test_logits_equal_those_of_transformers():
+    ours = tiny("clip")
+    peer, rename = huggingface_clip(ours)
+    peer.double().load_state_dict(rename(ours.state_dict()))
+    image, tokens, mask = batch("clip")
+    found = peer.peer.eval()(pixel_values=image, input_ids=tokens, attention_mask=mask.long())
+    torch.testing.assert_close(logits(ours(image, tokens, mask)), found.logits_per_image, **EXACT)
+    torch.testing.assert_close(ours.encode_image(image), found.image_embeds, **EXACT)
+    torch.testing.assert_close(ours.encode_text(tokens, mask), found.text_embeds, **EXACT)
+
+
+@torch.no_grad()
+def test_attention_maps_equal_those_of_transformers():
+    ours = tiny("clip")
+    peer, rename = huggingface_clip(ours)
+    peer.double().load_state_dict(rename(ours.state_dict()))
+    image = batch("clip")[0]
+    vision = peer.peer.eval().vision_model
+    vision.set_attn_implementation("eager")
+    want = torch.stack(vision(image, output_attentions=True).attentions, 1)
+    found = ours.vision.attention(image)
+    assert found.shape == (5, 2, 2, 10, 10)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)                # there, softmax is in float32
+    flow = torch.eye(10, dtype=torch.float64).repeat(5, 1, 1)
+    for layer in range(2):
+        step = (found[:, layer].mean(1) + torch.eye(10)) / 2
+        flow = torch.stack([step[i] @ flow[i] for i in range(5)])
+    seen = ours.attention(image)
+    torch.testing.assert_close(seen, (flow[:, 0, 1:] / flow[:, 0, 1:].sum(1, keepdim=True)).view(5, 3, 3), **EXACT)
+    torch.testing.assert_close(seen.sum((1, 2)), torch.ones(5, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_a_picture_whose_meaning_is_in_one_patch_is_seen_there():
+    """Keys of one patch are made to answer every query: the map says so, at its row and column."""
+    model = tiny("clip")
+    for block in model.vision.blocks:
+        block.attn.qkv.weight.zero_()
+        block.attn.qkv.bias.zero_()
+        block.attn.qkv.bias[:16] = 1.0                   # every query is all ones
+    model.vision.pos.weight.zero_()
+    image = torch.zeros(1, 2, 12, 12, dtype=torch.float64)
+    image[:, :, 4:8, 8:] = 3.0                           # row 1, column 2
+    marked = model.vision.tokens(image)[0]
+    for block in model.vision.blocks:                    # keys point to what sets this patch apart
+        difference = block.norm1(marked[6]) - block.norm1(marked[1])
+        block.attn.qkv.weight[16:32] = 5 * torch.ones(16, 1, dtype=torch.float64) @ difference[None]
+    seen = model.attention(image)[0]
+    assert divmod(int(seen.argmax()), 3) == (1, 2) and seen.max() > 0.4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("origin", "table"), [("huggingface", HUGGINGFACE), ("openai", OPENAI), ("openclip", OPENCLIP)])
+def test_files_of_every_origin(tmp_path, origin, table):
+    """Found by their names, with the extra entries that such files have; written back to the bit."""
+    ours = tiny("clip", torch.float32)
+    state = translate(ours.state_dict(), table, reverse=True)
+    extra = {"huggingface": {"vision_model.embeddings.position_ids": torch.arange(10)[None],
+                             "text_model.embeddings.position_ids": torch.arange(12)[None]},
+             "openai": {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")},
+             "openclip": {"text.attn_mask": torch.zeros(12, 12)}}[origin]
+    other = create("clip-test")
+    assert weights.load(other, state | extra) == []
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), ours.state_dict().values()))
+    back = weights.read(weights.save(ours, tmp_path / "x.safetensors", origin))
+    assert back.keys() == state.keys() and all(torch.equal(back[key], x) for key, x in state.items())
+
+
+@pytest.mark.parametrize("size", ["clip-b32", "clip-b16", "clip-l14", "clip-l14-336"])
+def test_names_and_shapes_of_published_sizes(size):
+    with torch.device("meta"):
+        model = create(size)
+        peer, rename = huggingface_clip(model)
+        official = Official(model.config)
+    theirs = {key: x.shape for key, x in peer.state_dict().items() if not key.endswith("position_ids")}
+    assert {key: x.shape for key, x in rename(model.state_dict()).items()} == theirs
+    renamed = translate(model.state_dict(), OPENAI, reverse=True)
+    assert {key: x.shape for key, x in renamed.items()} == {key: x.shape for key, x in official.state_dict().items()}
+
+
+@torch.no_grad()
+def test_texts_are_read_at_their_end():
+    model = tiny("clip")
+    end = model.config.end
+    text = torch.tensor([[4, 5, end, 7, 8]])
+    short = model.encode_text(text[:, :3])
+    torch.testing.assert_close(model.encode_text(text), short, **EXACT)          # the first end counts
+    torch.testing.assert_close(model.encode_text(text, torch.tensor([[True, True, True, False, False]])), short, **EXACT)
+    assert not torch.allclose(model.encode_text(text, torch.ones(1, 5, dtype=torch.bool)), short)
+    no_end = torch.tensor([[4, 5, 6]])
+    torch.testing.assert_close(model.encode_text(no_end), model.encode_text(no_end, torch.ones(1, 3, dtype=torch.bool)))
+
+
+@torch.no_grad()
+def test_vectors_have_length_1_and_logits_the_scale():
+    model = tiny("clip", torch.float32)
+    model.logit_scale.fill_(3.0)
+    inputs = batch("clip", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.encode_image(inputs[0])
+    assert half.dtype == torch.float32
+    for vectors in (model.encode_image(inputs[0]), model.encode_text(*inputs[1:]), half):
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(model(*inputs).norm(dim=2), torch.full((5, 2), torch.tensor(1.5).exp()))
+    torch.testing.assert_close(logits(model(*inputs)),
+                               20.0855369 * F.linear(model.encode_image(inputs[0]), model.encode_text(*inputs[1:])))
+
+
+def test_starts_at_the_papers_temperature():
+    assert create("clip-test").logit_scale.exp().item() == pytest.approx(1 / 0.07)
+
+
+def test_refuses_what_does_not_fit():
+    model = create("clip-test")
+    with pytest.raises(DataError, match="image=12"):
+        model.encode_image(torch.zeros(1, 2, 12, 13))
+    with pytest.raises(DataError, match="length=12"):
+        model.encode_text(torch.zeros(1, 13, dtype=torch.int64))
+    with pytest.raises(SettingsError, match="patches"):
+        create("clip-test", image=13)
+    with pytest.raises(SettingsError, match="heads=5"):
+        create("clip-test", heads=5)
