@@ -166,14 +166,14 @@ def test_output_has_the_promised_shape(name):
             "vector": output.ndim == 2, "label": output.ndim in (2, 3),
             "tokens": output.shape == (*inputs[-1].shape, width), "items": output.shape == (*inputs[-1].shape, width),
             "ctc": output.ndim == 3 and output.shape[2] == width,
+            "embeddings": output.shape == (3, 2, getattr(config, "embed", None)),
+            "video": output.shape == inputs[0].shape,
             "mask": output.ndim == 4 and output.shape[1] == width,
             "image": output.ndim == 4 and output.shape[1] == width,
             "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1]}[card.gives]
 
 
 @IMAGES
-            "embeddings": output.shape == (3, 2, getattr(config, "embed", None)),
-            "video": output.shape == inputs[0].shape,
 def test_image_networks_take_other_pictures(name):
     card, _ = case(name)
     for channels, side in ((1, 28), (3, 32), (4, 45)):
@@ -208,7 +208,8 @@ def test_equals_its_peer(name, dtype, training):
     inputs = batch(name, 4, dtype)
     ours, our_grads = gradients(name, model.train(training), inputs)
     theirs, their_grads = gradients(name, peer.train(training), inputs)
-    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-5}
+    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {
+        "rtol": 2e-4 * CASES[name].slack, "atol": 2e-5 * CASES[name].slack}
     torch.testing.assert_close(ours, theirs, **close)
     renamed = rename(our_grads)
     assert renamed.keys() == their_grads.keys()
