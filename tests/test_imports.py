@@ -29,12 +29,13 @@ MAY = {
     "measures": {"errors"},                             # numbers in, numbers out
     "train": GROUND | {"data", "objectives"},           # knows neither tasks nor architectures
     "measure": NETWORKS | {"train"},
-    "tasks": GROUND | {"data", "measures", "objectives", "samples", "train"},       # of train a part, checked below
+    "generation": GROUND | {"blocks"},
+    "tasks": GROUND | {"data", "generation", "measures", "objectives", "samples", "train"},     # of train a part, checked below
     "run": NETWORKS | {"data", "objectives", "tasks", "train"},
     "advisor": NETWORKS | {"measure"},
     "catalogue": NETWORKS | {"measure", "tasks"},
     "studio": GROUND | {"pkg", "run", "tasks", "train"},
-    "fitting": NETWORKS | {"pkg", "advisor", "data", "measure", "objectives", "run", "studio", "tasks", "train"},
+    "fitting": NETWORKS | {"pkg", "advisor", "data", "measure", "objectives", "run", "samples", "studio", "tasks", "train"},
     "progress": NETWORKS | {"catalogue", "run", "samples", "studio", "tasks"},
     "estimators": NETWORKS | {"data", "fitting", "objectives", "progress", "run", "tasks", "train"},
     "cli": GROUND | {"catalogue", "data", "fitting", "progress", "run", "samples", "tasks"},

@@ -27,6 +27,7 @@ from fieldguide.errors import RunError, SettingsError
 from fieldguide.host import peak_memory
 from fieldguide.objectives import Objective
 from fieldguide.run import SCHEMA, Run, open_run, write_record
+from fieldguide.samples import SAMPLES
 from fieldguide.tasks import Task, asked_for, infer
 from fieldguide.tasks import task as task_named
 from fieldguide.train import distributed
@@ -145,7 +146,7 @@ def fit(data: Any, *, target: str | None = None, task: str | None = None, model:
         refuse_taken(Path(out))
     with distributed.processes():
         source, _, _ = read_for(request, data)
-        plan = decide(source, task=task, model=model, minutes=minutes, seed=seed, settings=settings, watch=watch)
+        plan = decide(source, task=request["task"], model=model, minutes=minutes, seed=seed, settings=settings, watch=watch)
         path = distributed.broadcast(new_folder(out, source) if distributed.rank() == 0 else None)
         record = first_record(plan, request)
         if distributed.rank() == 0:
@@ -351,6 +352,9 @@ def read_request(request: Mapping[str, Any], data: Any) -> Data:
 def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task], str]:
     """The data as the task wants it, the task, and why it is that. A task that is found to be the one is noted in the
     request where it asks more of the columns, so that they are read so again."""
+    known = SAMPLES.get(request["data"]) if isinstance(request["data"], str) else None
+    if known and not request["task"] and task_named(known.task).wants != Wants():
+        request["task"], request["target"] = known.task, request["target"] or known.target or None
     source = read_request(request, data)
     if request["task"]:
         return source, asked_for(request["task"], source), "you asked for it"

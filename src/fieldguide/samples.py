@@ -115,6 +115,56 @@ def docstrings(folder: Path) -> None:
     write(folder / "data.csv", ["text", "library"], ([t, taken[t]] for t in order))
 
 
+def manual(folder: Path) -> None:
+    """Python's own help on its language, a text a topic."""
+    from pydoc_data.topics import topics
+    for name, text in topics.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+NOUNS = ("man:Mann:m woman:Frau:f child:Kind:n dog:Hund:m cat:Katze:f horse:Pferd:n teacher:Lehrer:m girl:Mädchen:n "
+         "bird:Vogel:m doctor:Arzt:m book:Buch:n letter:Brief:m house:Haus:n apple:Apfel:m flower:Blume:f picture:Bild:n "
+         "bread:Brot:n bag:Tasche:f table:Tisch:m boat:Boot:n").split()
+VERBS = ("sees:sieht buys:kauft finds:findet paints:malt sells:verkauft takes:nimmt brings:bringt loves:liebt knows:kennt "
+         "hears:hört").split()
+ADJECTIVES = "old:alt young:jung small:klein big:groß red:rot green:grün good:gut new:neu quiet:leis beautiful:schön".split()
+TIMES = ("today:heute tomorrow:morgen now:jetzt often:oft never:nie in|the|morning:am|Morgen in|the|garden:im|Garten "
+         "in|summer:im|Sommer at|home:zu|Hause after|lunch:nach|dem|Essen").split()
+ARTICLES = {("the", "m", 0): "der", ("the", "f", 0): "die", ("the", "n", 0): "das", ("the", "m", 1): "den", ("the", "f", 1): "die",
+            ("the", "n", 1): "das", ("a", "m", 0): "ein", ("a", "f", 0): "eine", ("a", "n", 0): "ein", ("a", "m", 1): "einen",
+            ("a", "f", 1): "eine", ("a", "n", 1): "ein"}
+ENDINGS = {("the", "m", 0): "e", ("the", "f", 0): "e", ("the", "n", 0): "e", ("the", "m", 1): "en", ("the", "f", 1): "e",
+           ("the", "n", 1): "e", ("a", "m", 0): "er", ("a", "f", 0): "e", ("a", "n", 0): "es", ("a", "m", 1): "en",
+           ("a", "f", 1): "e", ("a", "n", 1): "es"}
+
+
+def phrases(folder: Path) -> None:
+    """Simple English sentences and their German, by rule: gender, case, endings, and the verb in second place."""
+    import random
+    rng, pairs = random.Random(0), {}
+
+    def noun(case: int) -> tuple[str, str]:
+        english, german, gender = rng.choice(NOUNS).split(":")
+        article, kind = rng.choice(("the", "a")), rng.choice((*ADJECTIVES, "", "", ""))
+        adjective, german_adjective = kind.split(":") if kind else ("", "")
+        key = (article, gender, case)
+        first = adjective or english
+        said = "an" if article == "a" and first[0] in "aeiou" else article
+        return " ".join(filter(None, (said, adjective, english))), " ".join(filter(None, (
+            ARTICLES[key], german_adjective and german_adjective + ENDINGS[key], german)))
+
+    while len(pairs) < 6000:
+        (subject, ours), (thing, unser) = noun(0), noun(1)
+        verb, german_verb = rng.choice(VERBS).split(":")
+        when, wann = rng.choice(TIMES).replace("|", " ").split(":")
+        if rng.random() < 0.5:
+            english, german = f"{when} {subject} {verb} {thing}", f"{wann} {german_verb} {ours} {unser}"
+        else:
+            english, german = f"{subject} {verb} {thing} {when}", f"{ours} {german_verb} {unser} {wann}"
+        pairs.setdefault(english[0].upper() + english[1:] + ".", german[0].upper() + german[1:] + ".")
+    write(folder / "data.csv", ["english", "german"], iter(map(list, pairs.items())))
+
+
 def library_folder(package: str) -> Path:
     if not package:
         return Path(sysconfig.get_paths()["stdlib"])
@@ -182,4 +232,9 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
            "libraries? Differs a little with the installed versions",
            "each library's own; made on your machine, not distributed",
            "docstrings in the installed sources of " + ", ".join(LIBRARIES), True, "library", docstrings),
+    Sample("manual", "text-generation", "79 chapters of help on the Python language, about 460,000 characters",
+           "Python's own (PSF-2.0)", "pydoc_data of the Python that runs", False, "", manual),
+    Sample("phrases", "translation", "6,000 simple sentences, English and German, made by rules of grammar",
+           "made by fieldguide (Apache-2.0)", "written by our code: 20 nouns, 10 verbs, gender, case and word order", True,
+           "german", phrases),
 )}

@@ -21,6 +21,7 @@ LEAK = 0.99                # a single feature that tells so much of the target i
 LINEAR = 0.9999            # ... or, for an amount, one that is so correlated with it
 ENOUGH = 50                # rows below which a perfect feature may be chance
 BINS = 64
+UNLIKE, LONGER = 8, 60     # a pair of texts is odd whose lengths are so many times, and so many characters, out of proportion
 SAMPLE = 20_000            # rows that leaks are looked for in
 ANSWERS = ("category", "boolean", "number", "date", "identifier")     # kinds of a target that is one of few, or an amount
 
@@ -226,4 +227,24 @@ def mapping(data: Data, feature: Column, column: Column) -> str:
         f"on {100 * right:.1f} % of the rows"
 
 
-CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (columns, target, duplicates, leaks)
+def pairs(data: Data) -> Iterator[Finding]:
+    """Texts that can hardly belong to their answers: lengths far from the usual proportion, or plain copies."""
+    answer, inputs = data.target, data.features("text")
+    if answer is None or answer.kind != "text" or len(inputs) != 1 or not len(data):
+        return
+    first, second = data.rows[inputs[0].name], data.rows[answer.name]
+    sizes = np.stack([c.str.len_chars().fill_null(0).to_numpy().astype(float) for c in (first, second)])
+    usual = np.median((sizes[1] + 1) / (sizes[0] + 1))
+    ratio = (sizes[1] + 1) / (sizes[0] + 1) / usual
+    odd = (np.maximum(ratio, 1 / ratio) > UNLIKE) & (np.abs(sizes[1] - usual * sizes[0]) > LONGER)
+    if odd.any():
+        yield Finding("unlike-lengths", "warning", f"texts in {inputs[0].name!r} and {answer.name!r} whose lengths are "
+                      f"more than {UNLIKE} times off the usual proportion: do they belong together?", places(data, odd),
+                      int(odd.sum()), "Look whether lines have slipped.")
+    same = (first == second).fill_null(False).to_numpy()
+    if same.mean() > 0.2:
+        yield Finding("copies", "warning", f"{100 * same.mean():.0f} % of the texts in {inputs[0].name!r} and "
+                      f"{answer.name!r} are the same", places(data, same), int(same.sum()), "Is it the right column?")
+
+
+CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (columns, target, duplicates, leaks, pairs)

@@ -201,6 +201,8 @@ class Translation(Typed):
                   for low, high in ((1, 5), (6, 10), (11, 15), (16, 20), (21, 30), (31, 1000))]
         order = np.argsort(each, kind="stable")
         row = lambda i: (test.place(int(i)), source[i], right[i], said[i], float(each[i]))       # noqa: E731
+        bleu.corpus_score(said, [right])                             # a signature needs to have seen references
+        chrf.corpus_score(said, [right])
         signatures = f"{bleu.get_signature()} and {chrf.get_signature()}"
         header = ("row", "source", "translation in the data", "of the network", "chrF")
         return {"Sentences": [

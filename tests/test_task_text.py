@@ -1,0 +1,231 @@
+"""Text generation and translation: from files to answers. Documents and paired files, whole and damaged."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from fieldguide import open_run
+from fieldguide.data import read
+from fieldguide.data.doctor import BadData
+from fieldguide.data.prepare import Text
+from fieldguide.data.splits import split
+from fieldguide.errors import DataError, SettingsError
+from fieldguide.fitting import fit, read_for
+from fieldguide.tasks.text_generation import PART, TextGeneration, passages
+from fieldguide.tasks.translation import Translation
+
+STORY = "\n".join(f"Line {i} says that {i * 7 % 13} birds sat on wall {i % 5}, and the {i * 3 % 11}th flew away." for i in range(2500))
+
+
+def asked(path, task=None, **more):
+    return read_for({"data": str(path), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
+                     "allow_bad": False, "task": task, **more})
+
+
+# Documents
+
+def test_a_long_text_is_tested_on_its_end(tmp_path):
+    (tmp_path / "story.txt").write_text(STORY)
+    data, kind, _ = asked(tmp_path / "story.txt")
+    assert kind is TextGeneration and len(data) == 1
+    rows = kind.examples(data, kind.Options())
+    assert "".join(rows.rows["text"]) == STORY                                  # nothing is lost
+    assert rows.rows[PART].to_list() == list(range(len(rows)))
+    parts = split(rows, seed=3)
+    assert [parts.train[-1] + 1, parts.validation[-1] + 1] == [parts.validation[0], parts.test[0]]
+    assert 0.08 < len(parts.test) / len(rows) < 0.12 and 0.03 < len(parts.validation) / len(rows) < 0.07
+    row = int(parts.test[0])                                                    # places are lines of the file
+    line = int(rows.place(row).split(":")[1])
+    assert STORY.split("\n")[line - 1] == rows.rows["text"][row].split("\n")[0]
+
+
+def test_a_folder_names_its_splits(tmp_path):
+    for name, text in {"train": STORY, "val": STORY[:5000], "test": STORY[-9000:]}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    rows = TextGeneration.examples(asked(tmp_path)[0], TextGeneration.Options())
+    for name, side in (("train", "train"), ("val", "val"), ("test", "test")):
+        assert "".join(rows.rows["text"].filter(pl.Series(rows.splits == side))) == (tmp_path / f"{name}.txt").read_text()
+    (tmp_path / "val.txt").unlink()                                             # made from the end of the training text
+    rows = TextGeneration.examples(asked(tmp_path)[0], TextGeneration.Options())
+    text = {s: "".join(rows.rows["text"].filter(pl.Series(rows.splits == s))) for s in ("train", "val", "test")}
+    assert text["test"] == STORY[-9000:] and text["train"] + text["val"] == STORY and len(text["val"]) > 2000
+
+
+def test_many_short_texts_are_split_by_chance(tmp_path):
+    file = tmp_path / "notes.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"note {i}: {i * i} and more words"}) for i in range(60)))
+    data, kind, _ = asked(file, "text-generation")
+    rows = kind.examples(data, kind.Options())
+    parts = split(rows)
+    assert len(rows) == 60 and rows.splits is None and sorted([*parts.train, *parts.validation, *parts.test]) == list(range(60))
+
+
+@pytest.mark.parametrize("text", ["", "a", "a\n" * 4000, "x" * 9000, "ä\r\n" * 3000, "\n\n\n" + "w " * 5000], ids=range(6))
+def test_passages_are_the_text(text):
+    assert "".join(passages(text)) == text
+
+
+def test_damaged_documents(tmp_path):
+    for i in range(300):
+        (tmp_path / f"note{i}.txt").write_text(f"note {i} with words")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"some\0thing")
+    (tmp_path / "old.txt").write_bytes("Wörter aus früher Zeit".encode("cp1252"))
+    data = read(tmp_path)
+    found = {f.check: f for f in data.findings}
+    places = [p for f in data.findings if f.check == "unreadable-text" for p in f.places]
+    assert len(data) == 301 and any("empty.txt" in p for p in places) and any("binary.txt" in p for p in places)
+    assert sum(f.unusable for f in data.findings) == 2 and "Wörter aus früher Zeit" in data.rows["text"].to_list()
+    assert any("old.txt" in str(f) for f in found.values())                     # another encoding is said
+    for i in range(8):
+        (tmp_path / f"note{i}.txt").write_text("  \n")
+    with pytest.raises(BadData, match="10 of 303"):
+        read(tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_text("")
+    with pytest.raises(DataError, match="no text in it"):
+        read(tmp_path)
+    with pytest.raises(DataError, match="no such tokenizer"):
+        TextGeneration.learn(asked_story(tmp_path), TextGeneration.Options(tokenizer=str(tmp_path / "none.json")))
+
+
+def asked_story(folder):
+    (folder / "story.md").write_text(STORY)
+    return asked(folder / "story.md")[0]
+
+
+def test_conversations(tmp_path):
+    file = tmp_path / "chat.jsonl"
+    rows = [{"messages": [{"role": "user", "content": f"What is {i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
+            for i in range(50)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data, kind, _ = asked(file)
+    assert kind is TextGeneration and data.columns["messages"].kind == "messages"
+    task = kind.learn(data, kind.Options(length=16))
+    tokens, learnt = task.stream_of(data)
+    said = task.text.decode(tokens[learnt])
+    assert said == "".join(f"{i + 1}." for i in range(50))                      # only what the assistant says
+    rows[7]["messages"][0]["role"] = "robot"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"chat.jsonl:8: .*'robot'"):
+        kind.learn(asked(file)[0], kind.Options())
+
+
+@pytest.mark.parametrize("characters", [False, True])
+def test_tokens_spell_texts_back(characters):
+    texts = ["Hello wörld\n\n  two  spaces", "日本 😀\r\n\t<|endoftext|> is a text here"]
+    text = Text.learn_exact(texts, size=300, characters=characters)
+    for ids, whole in zip(text.exactly(texts), texts):
+        assert text.decode(ids) == whole and text.end not in ids
+        assert text.bytes_of()[ids].sum() == len(whole.encode())
+
+
+def test_packed_rows_hold_every_token_once(tmp_path):
+    data = asked_story(tmp_path)
+    rows = TextGeneration.examples(data, TextGeneration.Options())
+    task = TextGeneration.learn(rows, TextGeneration.Options(length=32, tokenizer="characters"))
+    tokens, _ = task.stream_of(rows)
+    batches = task.batches(rows, None)
+    every = batches.make(np.arange(len(batches)), None)
+    target = every["target"].flatten()
+    assert target[target >= 0].tolist() == tokens[1:].tolist()
+    flat = every["tokens"].flatten()[:len(tokens) - 1]
+    assert flat.tolist() == tokens[:-1].tolist()
+    assert task.truth(rows)["bytes"].sum() == len(STORY.encode())
+
+
+# Paired files
+
+def pair(folder, rows=200):
+    (folder / "all.en").write_text("".join(f"the number {i}\n" for i in range(rows)))
+    (folder / "all.de").write_text("".join(f"die Zahl {i}\n" for i in range(rows)))
+    return folder
+
+
+def test_paired_files(tmp_path):
+    data, kind, _ = asked(pair(tmp_path), target="en")
+    assert kind is Translation and data.target.name == "en" and [c.name for c in data.features()] == ["de"]
+    assert data.rows["de"][7] == "die Zahl 7" and data.rows["en"][7] == "the number 7" and data.place(7).endswith(":8")
+    assert len(read(tmp_path / "all.de")) == 200                                # one of them is enough
+    for part in ("train", "dev", "test"):
+        for code in ("de", "en"):
+            (tmp_path / f"{part}.{code}").write_text((tmp_path / f"all.{code}").read_text())
+    for code in ("de", "en"):
+        (tmp_path / f"all.{code}").unlink()
+    assert [int((read(tmp_path).splits == s).sum()) for s in ("train", "val", "test")] == [200, 200, 200]
+
+
+def test_damaged_pairs(tmp_path):
+    pair(tmp_path)
+    lines = (tmp_path / "all.de").read_text().split("\n")
+    (tmp_path / "all.de").write_text("\n".join(lines[:50] + lines[51:]))
+    with pytest.raises(DataError, match="all.de has 199 lines and all.en 200"):
+        read(tmp_path)
+    pair(tmp_path)
+    (tmp_path / "more.de").write_text("allein\n")
+    with pytest.raises(DataError, match=r"more.de: its partner more.en is missing"):
+        read(tmp_path)
+    (tmp_path / "more.de").unlink()
+    blank = ["" if i == 20 else line for i, line in enumerate(lines)]
+    (tmp_path / "all.de").write_text("\n".join(blank))
+    data = read(tmp_path, target="en")
+    assert len(data) == 199 and any(f.unusable == 1 and ":21" in f.places[0] for f in data.findings)
+    (tmp_path / "all.de").write_bytes("\n".join(lines).replace("die Zahl 3\n", "Größe\n").encode("latin-1"))
+    data = read(tmp_path, target="en")
+    assert data.rows["de"][3] == "Größe" and any("1252" in f.what for f in data.findings)
+    (tmp_path / "all.de").write_text("\n".join(["kurz"] + lines[1:]))
+    (tmp_path / "all.en").write_text("\n".join(["w " * 400] + (tmp_path / "all.en").read_text().split("\n")[1:]))
+    data = read(tmp_path, target="en")
+    assert any(f.check == "unlike-lengths" and f.places == ("all.de:1",) for f in data.findings)
+
+
+def test_tables_of_pairs(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("en\tde\n" + "".join(f"number {i}\tZahl {i}\n" for i in range(90)))
+    data, kind, _ = asked(tmp_path / "pairs.tsv", "translation", target="de")
+    assert data.target.name == "de" and data.features()[0].kind == "text"
+    rows = [{"translation": {"en": f"number {i}", "de": f"Zahl {i}"}} for i in range(90)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data, *_ = asked(tmp_path / "pairs.jsonl", "translation", target="translation.de")
+    assert data.target.name == "translation.de" and data.rows["translation.en"][5] == "number 5"
+    (tmp_path / "lone.csv").write_text("en\n" + "".join(f"number {i}\n" for i in range(90)))
+    with pytest.raises(DataError, match="lacks what translation needs"):
+        asked(tmp_path / "lone.csv", "translation")
+
+
+# From data to answers
+
+def test_a_network_learns_to_write(tmp_path):
+    (tmp_path / "story.txt").write_text(STORY)
+    run = fit(tmp_path / "story.txt", task="text-generation", model="gpt2-nano", minutes=1, out=tmp_path / "run", settings={
+        "steps": 120, "batch": 16, "precision": "float32", "task.tokenizer": "characters", "task.length": 64, "evaluate": 40,
+        "model.dim": 96})
+    assert run.scores["loss"] < 1.0 and run.record["scores"]["baselines"][0]["scores"]["loss"] > 0
+    assert run.scores["perplexity"] == pytest.approx(np.exp(run.scores["loss"]))
+    assert run.scores["bits_per_byte"] == pytest.approx(run.scores["loss"] / np.log(2), rel=0.01)      # a byte a character
+    said = run.predict(["Line 12 says"], tokens=60, temperature=0.0)[0]["text"]
+    assert " that " in said and "birds" in said
+    assert said == "".join(run.stream("Line 12 says", tokens=60, temperature=0.0))
+    assert run.predict(["Line 12 says", "and"], tokens=40, seed=3)[0] == run.predict(["Line 12 says"], tokens=40, seed=3)[0]
+    assert run.predict(["Line 12 says"], tokens=60, temperature=0.0, stop="birds")[0]["text"] == said.partition("birds")[0]
+    with pytest.raises(SettingsError, match="temprature"):
+        run.predict(["x"], temprature=1)
+    page = (run.path / "report.html").read_text()
+    assert "Samples while it learnt" in page and "tokens a second" in page
+    again = open_run(tmp_path / "run").evaluate(tmp_path / "story.txt")
+    assert again["scores"] == pytest.approx(run.scores)
+
+
+def test_a_network_learns_to_translate(tmp_path):
+    run = fit("phrases", minutes=3, model="transformer-mini", out=tmp_path / "run", settings={
+        "steps": 150, "batch": 128, "precision": "float32", "evaluate": 75, "model.dim": 96, "model.depth": 2, "model.dropout": 0.0,
+        "lr": 3e-3})
+    assert run.scores["bleu"] > 60 and run.scores["chrf"] > 60
+    assert run.record["scores"]["baselines"][0]["scores"]["bleu"] < 20
+    answer = run.predict(["The man sees a dog today."], beams=2)[0]
+    assert set(answer) == {"input", "text"} and answer["text"].endswith(".")
+    page = (run.path / "report.html").read_text()
+    assert "Translations while it learnt" in page and "BLEU|nrefs:1" in page.replace("\u200b", "") or "nrefs:1" in page
