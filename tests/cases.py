@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import boxes
 import guide
 import references
 from fieldguide.weights import translate
@@ -468,6 +469,7 @@ CASES = {
     "lenet5-modern": Case(inputs=image, peer=equations(references.lenet5_modern), lr=3e-3),
     "resnet": Case(inputs=image, peer=huggingface_resnet, lr=1e-2),
     "unet": Case(inputs=image, peer=equations(references.unet("valid"))),
+    "yolov8": Case(inputs=image, peer=equations(boxes.yolov8), slack=10.0),
     "unet-resnet": Case(inputs=coarse, peer=smp_unet),
     "lstm-classifier": Case(inputs=tokens, peer=last_real, lr=3e-2),
     "rnn": Case(inputs=tokens, peer=packed(nn.RNN)),

@@ -1,0 +1,191 @@
+"""Slow references for detection: the network of the diagram, and loops over single boxes straight from the papers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from references import convolve, sigmoid
+
+# ---------------------------------------------------------------------------------------------- network
+
+
+def normalise(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Batch normalisation with the diagram's epsilon 0.001 and momentum 0.03."""
+    mean, var = p[f"{name}.running_mean"], p[f"{name}.running_var"]
+    if p["training"]:
+        kept, n = (mean, var), x.numel() // x.shape[1]
+        mean = x.sum((0, 2, 3)) / n
+        var = ((x - mean[:, None, None]) ** 2).sum((0, 2, 3)) / n
+        with torch.no_grad():
+            kept[0].mul_(0.97).add_(0.03 * mean)
+            kept[1].mul_(0.97).add_(0.03 * var * n / (n - 1))
+            p[f"{name}.num_batches_tracked"] += 1
+    x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-3) ** 0.5
+    return x * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None]
+
+
+def step(p: dict[str, Tensor], name: str, x: Tensor, stride: int = 1) -> Tensor:
+    weight = p[f"{name}.conv.weight"]
+    x = normalise(p, f"{name}.norm", convolve(x, weight, None, stride, (weight.shape[-1] - 1) // 2))
+    return x * sigmoid(x)
+
+
+def c2f(p: dict[str, Tensor], name: str, x: Tensor, residual: bool) -> Tensor:
+    x = step(p, f"{name}.conv1", x)
+    half = x.shape[1] // 2
+    maps = [x[:, :half], x[:, half:]]
+    i = 0
+    while f"{name}.blocks.{i}.conv1.conv.weight" in p:
+        y = step(p, f"{name}.blocks.{i}.conv2", step(p, f"{name}.blocks.{i}.conv1", maps[-1]))
+        maps.append(maps[-1] + y if residual else y)
+        i += 1
+    return step(p, f"{name}.conv2", torch.cat(maps, 1))
+
+
+def largest(maps: Tensor, reach: int) -> Tensor:
+    """The largest within `reach` pixels in each direction, as far as the map goes."""
+    out = torch.empty_like(maps)
+    rows, columns = maps.shape[2:]
+    for y in range(rows):
+        for x in range(columns):
+            out[:, :, y, x] = maps[:, :, max(0, y - reach):y + reach + 1, max(0, x - reach):x + reach + 1].amax((2, 3))
+    return out
+
+
+def twice(maps: Tensor, like: Tensor) -> Tensor:
+    """Every pixel as four; what is beyond the size of `like` is cut."""
+    return maps[:, :, torch.arange(like.shape[2]) // 2][..., torch.arange(like.shape[3]) // 2]
+
+
+def yolov8(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
+    """The modules of the diagram in their order, 0 to 22."""
+    x = step(p, "stem", pictures, 2)
+    x = c2f(p, "stages.0.mix", step(p, "stages.0.down", x, 2), True)
+    four = c2f(p, "stages.1.mix", step(p, "stages.1.down", x, 2), True)
+    six = c2f(p, "stages.2.mix", step(p, "stages.2.down", four, 2), True)
+    x = c2f(p, "stages.3.mix", step(p, "stages.3.down", six, 2), True)
+    x = step(p, "pool.conv1", x)
+    nine = step(p, "pool.conv2", torch.cat([x, largest(x, 2), largest(x, 4), largest(x, 6)], 1))
+    twelve = c2f(p, "up.0", torch.cat([twice(nine, six), six], 1), False)
+    fifteen = c2f(p, "up.1", torch.cat([twice(twelve, four), four], 1), False)
+    eighteen = c2f(p, "mix.0", torch.cat([step(p, "down.0", fifteen, 2), twelve], 1), False)
+    last = c2f(p, "mix.1", torch.cat([step(p, "down.1", eighteen, 2), nine], 1), False)
+    answers = []
+    for level, x in enumerate((fifteen, eighteen, last)):
+        parts = []
+        for part in ("box", "label"):
+            name = f"heads.{level}.{part}"
+            y = step(p, f"{name}.1", step(p, f"{name}.0", x))
+            parts.append(convolve(y, p[f"{name}.2.weight"], p[f"{name}.2.bias"]))
+        x = torch.cat(parts, 1)
+        answers += [x[:, :, row, column] for row in range(x.shape[2]) for column in range(x.shape[3])]
+    return torch.stack(answers, 1)
+
+
+# ---------------------------------------------------------------------------------------------- one box at a time
+
+def overlap(a, b) -> float:
+    """Intersection over union of two boxes."""
+    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if wide <= 0 or high <= 0:
+        return 0.0
+    both = wide * high
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def complete(a, b) -> float:
+    """Complete IoU (arXiv:1911.08287, eqs. 8 to 11)."""
+    u = overlap(a, b)
+    middles = [((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in (a, b)]
+    rho = (middles[0][0] - middles[1][0]) ** 2 + (middles[0][1] - middles[1][1]) ** 2
+    c = (max(a[2], b[2]) - min(a[0], b[0])) ** 2 + (max(a[3], b[3]) - min(a[1], b[1])) ** 2
+    angles = [math.atan((box[2] - box[0]) / (box[3] - box[1])) for box in (a, b)]
+    v = 4 / math.pi ** 2 * (angles[1] - angles[0]) ** 2
+    return u - rho / c - (v / (1 - u + v) * v if v else 0.0)
+
+
+def greedy(boxes, scores, labels, limit: float) -> list[int]:
+    """The textbook's sweep: take the best that is left, drop what overlaps it."""
+    order = sorted(range(len(boxes)), key=lambda i: (-scores[i], i))
+    kept = []
+    while order:
+        best = order.pop(0)
+        kept.append(best)
+        order = [i for i in order if labels[i] != labels[best] or not overlap(boxes[best], boxes[i]) > limit]
+    return kept
+
+
+def expected(logits) -> float:
+    powers = [math.exp(x) for x in logits]
+    return sum(i * power for i, power in enumerate(powers)) / sum(powers)
+
+
+def answers(raw, bins: int, height: int, width: int, strides=(8, 16, 32)):
+    """(x, y, stride, box, logits of four distances, class logits) of every point of one picture; `raw` A 4R+K lists."""
+    rows = iter(raw)
+    found = []
+    for stride in strides:
+        for row in range(math.ceil(height / stride)):
+            for column in range(math.ceil(width / stride)):
+                one = next(rows)
+                x, y = stride * (column + 0.5), stride * (row + 0.5)
+                sides = [one[i * bins:(i + 1) * bins] for i in range(4)]
+                left, top, right, bottom = (stride * expected(side) for side in sides)
+                found.append((x, y, stride, (x - left, y - top, x + right, y + bottom), sides, one[4 * bins:]))
+    assert next(rows, None) is None
+    return found
+
+
+def assigned(points, truth, labels, topk: int = 10, alpha: float = 0.5, beta: float = 6.0, smallest: float = 8.0):
+    """Owner and quality of each point of one picture (arXiv:2108.07755, section 3.2)."""
+    def score(point, label):
+        return 1 / (1 + math.exp(-point[5][label]))
+
+    wanted: dict[int, list[int]] = {}
+    for n, (box, label) in enumerate(zip(truth, labels)):
+        if label < 0:
+            continue
+        middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        half = max(box[2] - box[0], smallest) / 2, max(box[3] - box[1], smallest) / 2
+        rated = []
+        for a, point in enumerate(points):
+            if all(-half[i] <= point[i] - middle[i] < half[i] for i in (0, 1)):
+                t = score(point, label) ** alpha * overlap(point[3], box) ** beta
+                if t > 0:
+                    rated.append((-t, a))
+        for _, a in sorted(rated)[:topk]:
+            wanted.setdefault(a, []).append(n)
+    owner = [max(wanted[a], key=lambda n: overlap(points[a][3], truth[n])) if a in wanted else -1 for a in range(len(points))]
+    quality = [0.0] * len(points)
+    for n, (box, label) in enumerate(zip(truth, labels)):
+        mine = [a for a in range(len(points)) if owner[a] == n]
+        t = {a: score(points[a], label) ** alpha * overlap(points[a][3], box) ** beta for a in mine}
+        for a in mine:
+            quality[a] = t[a] / max(t.values()) * max(overlap(points[b][3], box) for b in mine)
+    return owner, quality
+
+
+def losses(pictures, truths, labels, classes: int) -> dict[str, float]:
+    """The three parts of the loss over several pictures, point by point."""
+    box = distance = label = total = 0.0
+    for points, truth, names in zip(pictures, truths, labels):
+        owner, quality = assigned(points, truth, names)
+        for (x, y, stride, predicted, sides, logits), n, q in zip(points, owner, quality):
+            total += q
+            for k in range(classes):
+                p, want = 1 / (1 + math.exp(-logits[k])), q if n >= 0 and names[n] == k else 0.0
+                label -= want * math.log(p) + (1 - want) * math.log(1 - p)
+            if n < 0:
+                continue
+            box += q * (1 - complete(predicted, truth[n]))
+            real = [x - truth[n][0], y - truth[n][1], truth[n][2] - x, truth[n][3] - y]
+            for side, d in zip(sides, real):
+                d = min(max(d / stride, 0.0), len(side) - 1.01)
+                low = math.floor(d)
+                logs = [s - math.log(sum(math.exp(z) for z in side)) for s in side]
+                distance -= q / 4 * ((low + 1 - d) * logs[low] + (d - low) * logs[low + 1])
+    total = max(total, 1.0)
+    return {"box": box / total, "label": label / total, "distance": distance / total}

@@ -1,0 +1,84 @@
+"""YOLOv8 of every published size against the original package, as a black box, and its files.
+
+That package is AGPL-3.0 and no dependency, so these tests run only where somebody installed it: nothing is read from
+it, networks are built by their public names and compared. Everywhere else test_models.py holds the network to an
+independent reference (boxes.py), and the counts to what is published.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from fieldguide import weights
+from fieldguide.errors import SettingsError
+from fieldguide.models.convolutional.yolov8 import table
+from fieldguide.objectives.detection import decode, grid
+from fieldguide.registry import create, find
+
+
+@pytest.fixture(scope="module")
+def ultralytics():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tasks = pytest.importorskip("ultralytics.nn.tasks", reason="ultralytics (AGPL-3.0) is not installed: no black box")
+    return lambda size, classes=80: tasks.DetectionModel(f"{size}.yaml", ch=3, nc=classes, verbose=False)
+
+
+@pytest.mark.parametrize("size", ["yolov8n", "yolov8s", "yolov8m", "yolov8l", "yolov8x"])
+@torch.no_grad()
+def test_equals_the_original(ultralytics, size, tmp_path):
+    """Boxes and class probabilities as that package decodes them, from one set of weights, and the way back."""
+    classes = 7 if size == "yolov8s" else 80
+    theirs, ours = ultralytics(size, classes).eval(), create(size, classes=classes).eval()
+    if classes == 80:
+        assert sum(p.numel() for p in theirs.parameters()) == find(size)[0].sizes[size].params + 16
+    torch.manual_seed(0)
+    for name, tensor in theirs.state_dict().items():
+        if name.endswith("running_mean"):
+            tensor.normal_(0, 0.2)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point() and "dfl" not in name:
+            tensor.add_(torch.randn_like(tensor) * 0.02)
+    assert weights.load(ours, theirs.state_dict()) == []
+    back = weights.read(weights.save(ours, tmp_path / "model.safetensors", "ultralytics"))
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in theirs.state_dict().items())
+    x = torch.rand(2, 3, 96, 160, dtype=torch.float64)
+    want, _ = theirs.double()(x)
+    boxes, _, logits = decode(ours.double()(x), ours.bins, *grid(96, 160, ours.strides, x.device))
+    torch.testing.assert_close(logits.sigmoid(), want[:, 4:].mT, rtol=1e-9, atol=1e-12)
+    middle, side = want[:, :4].mT.chunk(2, -1)
+    torch.testing.assert_close(boxes, torch.cat([middle - side / 2, middle + side / 2], -1), rtol=1e-9, atol=1e-9)
+
+
+def test_names_of_public_files():
+    """Those of the smallest network, as its files have them."""
+    with torch.device("meta"):
+        state = weights.translate(create("yolov8n").state_dict(), table(), reverse=True)
+    assert len(state) == 355 and sum(name.endswith("num_batches_tracked") for name in state) == 57
+    shapes = {"model.0.conv.weight": (16, 3, 3, 3), "model.0.bn.running_var": (16,), "model.2.cv2.conv.weight": (32, 48, 1, 1),
+              "model.4.m.1.cv2.conv.weight": (32, 32, 3, 3), "model.9.cv2.conv.weight": (256, 512, 1, 1),
+              "model.12.cv1.conv.weight": (128, 384, 1, 1), "model.15.m.0.cv1.bn.bias": (32,),
+              "model.16.conv.weight": (64, 64, 3, 3), "model.18.cv1.conv.weight": (128, 192, 1, 1),
+              "model.19.conv.weight": (128, 128, 3, 3), "model.21.cv1.conv.weight": (256, 384, 1, 1),
+              "model.22.cv2.0.2.bias": (64,), "model.22.cv2.2.0.conv.weight": (64, 256, 3, 3),
+              "model.22.cv3.1.1.conv.weight": (80, 80, 3, 3), "model.22.cv3.2.2.weight": (80, 80, 1, 1),
+              "model.22.dfl.conv.weight": (1, 16, 1, 1)}
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+
+
+def test_the_first_odds_of_classes():
+    """5 objects of a 640 pixel picture among a level's points, over 80 classes."""
+    for head, points in zip(create("yolov8n").heads, (6400, 1600, 400)):
+        torch.testing.assert_close(head.label[-1].bias.sigmoid(), torch.full((80,), 5 / 80 / points), rtol=1e-3, atol=0)
+
+
+def test_refuses_missing_levels():
+    with pytest.raises(SettingsError, match="five widths"):
+        create("yolov8-test", widths=(4, 8, 8, 8))
+    with pytest.raises(SettingsError, match="even"):
+        create("yolov8-test", widths=(4, 7, 8, 8, 8))
