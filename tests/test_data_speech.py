@@ -20,6 +20,7 @@ from fieldguide.data.prepare.speech import (
     perturb_speed,
     resample,
     stripes,
+    suggest_hop,
     suggest_rate,
 )
 from fieldguide.data.prepare.transcripts import Transcripts, normal
@@ -156,6 +157,16 @@ def test_rates_and_channels():
     assert mono(np.array([0.5, -1.0])).dtype == np.float32
     with pytest.raises(DataError, match="3 axes"):
         mono(np.zeros((2, 2, 2)))
+
+
+@pytest.mark.parametrize(("seconds", "hop"), [(0.186, 0.010), (0.184, 0.008), (0.154, 0.008), (0.152, 0.005), (0.01, 0.005)])
+def test_the_hop_leaves_frames_for_every_symbol(seconds, hop):
+    """5 symbols need 17 frames before the network halves them twice: a window and 16 hops."""
+    assert suggest_hop(np.array([seconds]), np.array([5])) == hop
+    assert suggest_hop(np.array([seconds] + [9.0] * 1_000), np.full(1_001, 5)) == 0.010          # one in a thousand
+    if seconds > 0.1:
+        fits = -(-LogMel(hop=hop).frames(round(seconds * 16_000)) // 4)
+        assert fits == 5
 
 
 def test_speed_changes_length_and_pitch():

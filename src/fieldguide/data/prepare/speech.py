@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RATES = (8_000, 16_000)    # samples a second that models hear; speech has little above 8 kHz
+HOPS = (0.010, 0.008, 0.005)
 # The power in a band that counts as silence. The rounding of 16-bit samples makes about as much in one bin, so
 # recordings with digital silence in them, whose logarithm would be infinite, look like those without.
 FLOOR = 1e-8
@@ -30,6 +31,16 @@ FLOOR = 1e-8
 def suggest_rate(rates: Sequence[int] | np.ndarray) -> int:
     """8 kHz where at least half of the recordings have no more (telephone), else 16 kHz."""
     return max((r for r in RATES if r <= np.median(np.asarray(rates))), default=RATES[0])
+
+
+def suggest_hop(seconds: np.ndarray, needed: np.ndarray, stride: int = 4) -> float:
+    """The longest usual hop, in seconds, at which all but one recording in a thousand have the frames that their
+    transcripts need (see `objectives.ctc.needed`) when the network keeps one of `stride`; else the shortest."""
+    for hop in HOPS:
+        frames = np.floor((np.asarray(seconds) - LogMel.window) / hop + 1e-6).clip(0) + 1
+        if (np.ceil(frames / stride) < needed).mean() <= 1e-3:
+            return hop
+    return HOPS[-1]
 
 
 def mono(wave: np.ndarray) -> np.ndarray:                # N | N C -> N
