@@ -43,7 +43,7 @@ GIVES: dict[str, str] = {
     "video": "B F C H W float: F frames",
     "embeddings": "B 2 E: a vector of the picture and one of the text; products of all pictures' with all texts' are logits",
     "forecast": "B H C Q float: H steps of the future of C series, Q values each (a point, or quantiles)",
-    "items": "logits B T items of the item that follows each",
+    "items": "logits B T items of the item that follows each; `model.features(...)` B T D times `model.table()` items D",
     "ctc": "logits B S vocab of the symbol at each frame, 0 = blank; `model.frames(lengths)` of the S are real",
 }
 

@@ -130,8 +130,8 @@ VERBS = ("sees:sieht buys:kauft finds:findet paints:malt sells:verkauft takes:ni
 ADJECTIVES = "old:alt young:jung small:klein big:groß red:rot green:grün good:gut new:neu quiet:leis beautiful:schön".split()
 TIMES = ("today:heute tomorrow:morgen now:jetzt often:oft never:nie in|the|morning:am|Morgen in|the|garden:im|Garten "
          "in|summer:im|Sommer at|home:zu|Hause after|lunch:nach|dem|Essen").split()
-ARTICLES = {("the", "m", 0): "der", ("the", "f", 0): "die", ("the", "n", 0): "das", ("the", "m", 1): "den", ("the", "f", 1): "die",
-            ("the", "n", 1): "das", ("a", "m", 0): "ein", ("a", "f", 0): "eine", ("a", "n", 0): "ein", ("a", "m", 1): "einen",
+ARTICLES = {("the", "m", 0): "der", ("the", "f", 0): "die", ("the", "n", 0): "das", ("the", "m", 1): "den",
+            ("the", "f", 1): "die", ("the", "n", 1): "das", ("a", "m", 0): "ein", ("a", "f", 0): "eine", ("a", "n", 0): "ein", ("a", "m", 1): "einen",
             ("a", "f", 1): "eine", ("a", "n", 1): "ein"}
 ENDINGS = {("the", "m", 0): "e", ("the", "f", 0): "e", ("the", "n", 0): "e", ("the", "m", 1): "en", ("the", "f", 1): "e",
            ("the", "n", 1): "e", ("a", "m", 0): "er", ("a", "f", 0): "e", ("a", "n", 0): "es", ("a", "m", 1): "en",
@@ -163,6 +163,32 @@ def phrases(folder: Path) -> None:
             english, german = f"{subject} {verb} {thing} {when}", f"{ours} {german_verb} {unser} {wann}"
         pairs.setdefault(english[0].upper() + english[1:] + ".", german[0].upper() + german[1:] + ".")
     write(folder / "data.csv", ["english", "german"], iter(map(list, pairs.items())))
+
+
+SHOWS = ("tides mines roofs wires salt lanterns orchards comets harbours clocks ravens ponds bridges maps glaciers stoves "
+         "violins deserts letters ferries").split()
+
+
+def episodes(folder: Path) -> None:
+    """Who watched which episode when: most go on with the next of a show, some begin another, popular ones first."""
+    import random
+    rng, rows = random.Random(0), []
+    for viewer in range(600):
+        shows = rng.sample(SHOWS, len(SHOWS), counts=[20 - i for i in range(20)])
+        shows = list(dict.fromkeys(shows))[:4]
+        at, day = dict.fromkeys(shows, 1), rng.randrange(200)
+        for show in shows:
+            at[show] = rng.randrange(1, 5)
+        show = shows[0]
+        for _ in range(rng.randrange(5, 16)):
+            if rng.random() < 0.25 or at[show] > 8:
+                show = rng.choice(shows)
+            if at[show] > 8:
+                continue
+            rows.append([f"viewer{viewer}", f"{show}-{at[show]}", str(day)])
+            at[show] += 1
+            day += rng.randrange(1, 4)
+    write(folder / "data.csv", ["user", "item", "time"], sorted(rows, key=lambda r: int(r[2])))
 
 
 def library_folder(package: str) -> Path:
@@ -237,4 +263,6 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
     Sample("phrases", "translation", "6,000 simple sentences, English and German, made by rules of grammar",
            "made by fieldguide (Apache-2.0)", "written by our code: 20 nouns, 10 verbs, gender, case and word order", True,
            "german", phrases),
+    Sample("series", "recommendation", "600 viewers of 20 shows with 8 episodes each, about 5,000 views: what do they watch "
+           "next?", "made by fieldguide (Apache-2.0)", "drawn by our code", True, "", episodes),
 )}

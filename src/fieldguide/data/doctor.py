@@ -247,4 +247,16 @@ def pairs(data: Data) -> Iterator[Finding]:
                       f"{answer.name!r} are the same", places(data, same), int(same.sum()), "Is it the right column?")
 
 
-CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (columns, target, duplicates, leaks, pairs)
+def events(data: Data) -> Iterator[Finding]:
+    """The same user, item and time twice."""
+    keys = [c.name for role in ("user", "item", "time") for c in data.role(role)]
+    if not (data.role("user") and data.role("item")) or len(keys) < 3:
+        return
+    rows = data.rows.select(pl.struct(keys).is_first_distinct()).to_series()
+    again = ~rows.to_numpy()
+    if again.any():
+        yield Finding("repeated-event", "warning", "events that are there before: the same user, item and time",
+                      places(data, again), int(again.sum()), "Remove them, if each is to count once.")
+
+
+CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (columns, target, duplicates, leaks, pairs, events)

@@ -27,6 +27,7 @@ from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError, nearest
 
 LONE = ("image", "text", "audio", "video")      # a reader's own name for a column of these gives way to the model's
+EVENTS = ("user", "item")                       # a table with columns so called tells who met what
 NEEDED = ("feature", "user", "item", "series")  # roles without whose columns a model cannot predict
 
 
@@ -119,6 +120,7 @@ class Reading:
         self.report_misfits()
         self.merge_class_names()
         self.check_target()
+        self.check_keys()
         self.check_inputs()
         total = len(self.data) + self.raw.unusable
         data = self.without_bad()
@@ -149,11 +151,15 @@ class Reading:
                 roles.setdefault(name, role)
         target = self.targets(roles)
         roles |= dict.fromkeys(target, "target")
-        for role in self.wants.roles:
+        wants = self.wants
+        if wants == Wants() and not target and not wants.by_name("target", self.names) and all(
+                wants.by_name(role, self.names) for role in EVENTS):
+            wants = Wants("none", roles=EVENTS)                     # who met what: no column of it is an answer
+        for role in wants.roles:
             free = [n for n in self.names if n not in roles]
-            if role not in roles.values() and (name := self.wants.by_name(role, free)):
+            if role not in roles.values() and (name := wants.by_name(role, free)):
                 roles[name] = role
-        if not target and self.wants.target in ("last", "named"):
+        if not target and wants.target in ("last", "named"):
             chosen = self.choose_target([n for n in self.names if n not in roles])
             if chosen:
                 roles[chosen] = "target"
@@ -227,6 +233,8 @@ class Reading:
             column = typed.column
             if role != "feature":
                 column.role = role
+                if role == "time" and column.kind in ("identifier", "constant") and typed.values.dtype.is_numeric():
+                    column.kind = "number"                           # a count of steps is a time, too
             elif column.kind in ("constant", "identifier"):
                 column.role = "ignored"
             if column.kind in media.MEDIA:
@@ -319,6 +327,20 @@ class Reading:
             self.find("target-missing", "warning", f"rows without a value of the target {target.name!r}",
                       symptoms.places(self.data, missing), count, "Fill it in or remove the rows.", count)
             self.bad |= missing
+
+    def check_keys(self) -> None:
+        """Rows that do not say whose they are."""
+        for role in ("user", "item", "series"):
+            for column in self.data.role(role):
+                if column.name not in self.data.rows.columns:
+                    continue
+                missing = self.data.rows[column.name].is_null().to_numpy() & ~self.bad
+                if missing.any():
+                    count = int(missing.sum())
+                    self.find("missing-key", "warning", f"rows that do not say which {role} they are of (column "
+                              f"{column.name!r})", symptoms.places(self.data, missing), count, "Fill it in or remove the rows.",
+                              count)
+                    self.bad |= missing
 
     def check_inputs(self) -> None:
         """Rows in which every feature is missing."""

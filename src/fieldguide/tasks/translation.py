@@ -80,8 +80,8 @@ class Translation(Typed):
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
         task.options = settled(options, vocab=task.text.size, length=min(LONGEST, int(1.5 * suggest_length(sizes, 10_000))))
         if cut := sum(s > task.options.length for s in sizes):
-            task.notes.append(f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and are "
-                              "cut there (task.length=... changes that)")
+            task.notes.append(f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and "
+                              "are cut there (task.length=... changes that)")
         return task
 
     @property
@@ -151,7 +151,8 @@ class Translation(Typed):
         cache = model.new_cache(len(source) * beams, int(limits.max()) + 1)
         source, mask = source.repeat_interleave(beams, 0), mask.repeat_interleave(beams, 0)
         said, _ = beam_search(lambda tokens: model(source, mask, tokens, cache=cache), cache, begin=self.text.cls,
-                              end=self.text.end, beams=beams, most=int(limits.max()), penalty=self.asking.penalty, limits=limits)
+                              end=self.text.end, beams=beams, most=int(limits.max()), penalty=self.asking.penalty,
+                              limits=limits)
         return said[:, 0]
 
     def adjust(self, outputs: Arrays) -> Arrays:

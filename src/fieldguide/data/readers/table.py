@@ -18,7 +18,7 @@ from fieldguide.errors import DataError
 NAME = "table"
 UNDERSTANDS = ("a table: .csv, .tsv, .parquet or .jsonl; a folder with one such file, or with one for each "
                "of train, val and test")
-DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab"), (".parquet", ".pq"), (".jsonl", ".ndjson")
+DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab", ".inter"), (".parquet", ".pq"), (".jsonl", ".ndjson")
 KNOWN = DELIMITED + PARQUET + JSON
 SPLIT_COLUMNS = ("split", "subset", "partition")
 

@@ -82,11 +82,17 @@ class SASRec(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def features(self, items: Tensor, mask: Tensor | None, table: Tensor) -> Tensor:     # B T -> B T D
+    def table(self) -> Tensor:                           # items D
+        """What items are, where they are read and where they are scored; item 0 is zero."""
+        return F.pad(self.embed.weight[1:], (0, 0, 1, 0))
+
+    def features(self, items: Tensor, mask: Tensor | None = None) -> Tensor:     # B T -> B T D
+        """What each history wants next: its product with a row of `table` is that item's logit."""
         steps, length = items.shape[1], self.config.length
         if steps > length:
             raise DataError(f"a history of {steps} items is longer than length={length}; give the latest "
                             f"{length}, or create the network with a larger length")
+        table = self.table()
         if mask is None:
             place, real = torch.arange(length - steps, length, device=items.device), 1.0
         else:
@@ -99,8 +105,7 @@ class SASRec(nn.Module):
         return self.norm(x)
 
     def forward(self, items: Tensor, mask: Tensor | None = None) -> Tensor:      # B T, B T -> B T items
-        table = F.pad(self.embed.weight[1:], (0, 0, 1, 0))
-        return F.linear(self.features(items, mask, table), table)
+        return F.linear(self.features(items, mask), self.table())
 
 
 CARD = Card(

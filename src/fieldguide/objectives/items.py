@@ -1,0 +1,72 @@
+"""Next item: what a user wants after each item of a history (Kang and McAuley 2018, section III.E, with a softmax)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.objectives.base import Objective
+
+TOP = 100          # items of an answer that are kept
+
+
+class NextItem(Objective):
+    """Cross-entropy of `target` (B T int64, 0 = none) over all items, or over `negatives` drawn ones.
+
+    Items are drawn as often as they occur, and what is drawn too easily is corrected for: each counts by 1 / (draws
+    times its probability), so that their sum is that over all items in expectation (Bengio and Senécal 2008,
+    doi:10.1109/TNN.2007.912312, equation 9). A drawn item that is a row's own target does not count: the target stands
+    beside the drawn ones once. `counts` are the items' occurrences, 0 first.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str], counts: Sequence[int] = (), negatives: int = 0,
+                 smoothing: float = 0.0, repeats: bool = False):
+        super().__init__()
+        self.model, self.inputs, self.negatives = model, tuple(inputs), negatives
+        self.smoothing, self.repeats = smoothing, repeats
+        weights = torch.tensor(counts or [0.0], dtype=torch.float64)
+        self.register_buffer("share", (weights / weights.sum().clamp(min=1)).float(), persistent=False)
+
+    def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
+        hidden, target = self.model.features(*(batch[name] for name in self.inputs)), batch["target"]
+        hidden, target = hidden[target > 0], target[target > 0]                  # N D, N: padding is no work
+        table = self.model.table()
+        if not self.negatives:
+            logits = F.linear(hidden, table).float()
+            logits[:, 0] = -torch.inf                                            # item 0 is none
+            if not self.smoothing:
+                return {"loss": F.cross_entropy(logits, target)}
+            logp = logits.log_softmax(-1)[:, 1:]
+            hit = logp.gather(1, target[:, None] - 1).mean()
+            return {"loss": -(1 - self.smoothing) * hit - self.smoothing * logp.mean()}
+        drawn = torch.multinomial(self.share, self.negatives, replacement=True)
+        right = (hidden * table[target]).sum(-1).float()
+        wrong = F.linear(hidden, table[drawn]).float() - (self.negatives * self.share[drawn]).log()
+        wrong = wrong.masked_fill(target[:, None] == drawn, -torch.inf)
+        logits = torch.cat([right[:, None], wrong], 1)
+        return {"loss": F.cross_entropy(logits, torch.zeros_like(target))}
+
+    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The best items of each row, best first, and their logits; with `asked` (B int64, 0 = unknown), its rank among
+        all items: 1 + those with a higher logit + half of those with the same."""
+        hidden = self.model.features(*(batch[name] for name in self.inputs))[:, -1]
+        scores = F.linear(hidden, self.model.table()).float()
+        return ranked(scores, batch["seen"], batch.get("asked"), self.repeats)
+
+
+def ranked(scores: Tensor, seen: Tensor, asked: Tensor | None, repeats: bool = False) -> dict[str, Tensor]:
+    """Scores B V of items, those of `seen` (B T, 0 = none) left out unless `repeats`, as `NextItem.outputs` gives them."""
+    scores = scores.clone()
+    if not repeats:
+        scores.scatter_(1, seen, -torch.inf)
+    scores[:, 0] = -torch.inf
+    best = scores.topk(min(TOP, scores.shape[1] - 1))
+    found = {"top": best.indices.masked_fill(best.values == -torch.inf, 0), "scores": best.values}
+    if asked is not None:
+        own = scores.gather(1, asked[:, None])
+        rank = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+        found["rank"] = rank.masked_fill((asked == 0) | (own[:, 0] == -torch.inf), torch.inf)
+    return found
