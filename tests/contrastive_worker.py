@@ -1,0 +1,40 @@
+"""Run by `torchrun` from test_contrastive: trains CLIP with SGD in every process; the first stores weights and losses.
+
+Arguments: the file to write, and `texts` where some examples have the same text.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from fieldguide import create
+from fieldguide.data.batches import Batches
+from fieldguide.objectives import Contrastive
+from fieldguide.train import distributed
+from test_loop import trainer, weights
+
+
+def main(path: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    with distributed.processes():
+        torch.manual_seed(0)
+        objective = Contrastive(create("clip-test")).double()
+        image, tokens = torch.randn(22, 2, 12, 12, dtype=torch.float64), torch.randint(29, (22, 6))
+        mask = torch.arange(6) < torch.randint(1, 7, (22, 1))
+        text = torch.arange(22) % (5 if kind == "texts" else 22)
+        data = Batches(22, lambda i, _: {"image": image[i], "tokens": tokens[i], "mask": mask[i], "text": text[i]})
+        seen = []
+        watch = type("Watch", (), {"step": lambda self, step, losses: seen.append(losses), "say": lambda self, text: None})()
+        t = trainer(objective, data, optimizer="sgd", lr=0.02, steps=6, batch=11)      # 6 and 5 rows for two processes
+        t.watch = watch
+        t.train()
+        alike = distributed.gather(weights(objective))
+        assert all(torch.equal(alike[0], w) for w in alike), "processes hold different weights"
+        if distributed.rank() == 0:
+            losses = torch.tensor([[step[name] for name in ("loss", "image", "text")] for step in seen])
+            torch.save({"weights": alike[0], "losses": losses, "world": distributed.world()}, path)
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,125 @@
+"""The contrastive objective: against its equations, over two processes, its temperature, and what it learns."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fieldguide import create
+from fieldguide.data.batches import Batches
+from fieldguide.errors import SettingsError
+from fieldguide.objectives import Contrastive
+from test_distributed import torchrun
+from test_loop import trainer
+from test_models import batch, tiny
+
+HERE = Path(__file__).parent
+
+
+def slow_loss(pictures: Tensor, texts: Tensor, scale: Tensor, same: list[int]) -> Tensor:
+    """One pair at a time, in both directions; the right answers of an example share it."""
+    total, count = 0.0, len(pictures)
+    for i in range(count):
+        right = [j for j in range(count) if same[j] == same[i]]
+        for one, all_ in ((pictures[i], texts), (texts[i], pictures)):
+            power = [torch.exp(scale * (one * other).sum()) for other in all_]
+            total = total - sum(torch.log(power[j] / sum(power)) for j in right) / len(right)
+    return total / (2 * count)
+
+
+@pytest.mark.parametrize("same", [[0, 1, 2, 3, 4], [0, 1, 0, 0, 1]], ids=["all differ", "equal texts"])
+def test_the_loss_is_the_papers(same):
+    model = tiny("clip")
+    inputs = dict(zip(("image", "tokens", "mask"), batch("clip")))
+    given = inputs if len(set(same)) == 5 else inputs | {"text": torch.tensor(same)}
+    parts = Contrastive(model)(given)
+    grads = torch.autograd.grad(parts["loss"], list(model.parameters()))
+    want = slow_loss(model.encode_image(inputs["image"]), model.encode_text(inputs["tokens"], inputs["mask"]),
+                     model.logit_scale.exp(), same)
+    torch.testing.assert_close(parts["loss"], want, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close((parts["image"] + parts["text"]) / 2, parts["loss"])
+    for ours, theirs in zip(grads, torch.autograd.grad(want, list(model.parameters()))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["plain", "texts"])
+def test_two_processes_equal_one(kind, tmp_path):
+    """Six SGD steps in float64, with 11 rows a step for two: losses and weights are those of the joined batch."""
+    for processes in (1, 2):
+        torchrun(processes, str(HERE / "contrastive_worker.py"), str(tmp_path / f"{processes}.pt"), kind)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    assert (one["world"], two["world"]) == (1, 2)
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)     # logged in float32
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-9, atol=1e-11)
+    assert (one["losses"][0] - one["losses"][-1]).abs().max() > 1e-3
+
+
+def test_the_scale_never_exceeds_100_and_comes_back():
+    model = tiny("clip", torch.float32)
+    objective, inputs = Contrastive(model), dict(zip(("image", "tokens", "mask"), batch("clip", dtype=torch.float32)))
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    parts = objective(inputs)
+    assert parts["scale"].item() == pytest.approx(100.0) and model.logit_scale.item() == pytest.approx(math.log(100))
+    parts["loss"].backward()
+    assert model.logit_scale.grad != 0                   # random pairs want a lower scale, and are heard
+    with torch.no_grad():
+        model.logit_scale.fill_(2.0)
+    objective(inputs)
+    assert model.logit_scale.item() == 2.0
+
+
+def test_half_precision_keeps_the_digits_of_logits():
+    model = tiny("clip", torch.float32)
+    objective, inputs = Contrastive(model), dict(zip(("image", "tokens", "mask"), batch("clip", dtype=torch.float32)))
+    pairs = model(*inputs.values()).detach() * 3
+
+    class Given(torch.nn.Module):
+        logit_scale = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, *_):
+            return pairs
+    objective.model = Given()
+    full = objective(inputs)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(objective(inputs)["loss"], full)
+
+
+@torch.no_grad()
+def test_outputs_are_unit_vectors_of_both():
+    model = tiny("clip")
+    inputs = dict(zip(("image", "tokens", "mask"), batch("clip")))
+    found = Contrastive(model).outputs(inputs)
+    assert set(found) == {"image", "text"}
+    torch.testing.assert_close(found["image"], model.encode_image(inputs["image"]))
+    torch.testing.assert_close(found["text"], model.encode_text(inputs["tokens"], inputs["mask"]))
+
+
+def test_refuses_a_batch_of_one():
+    inputs = {name: x[:1] for name, x in zip(("image", "tokens", "mask"), batch("clip"))}
+    with pytest.raises(SettingsError, match="batch=2"):
+        Contrastive(tiny("clip"))(inputs)
+
+
+def test_learns_which_digit_a_text_means():
+    """Digits and their names: pictures never seen find the right one among ten names."""
+    from sklearn.datasets import load_digits
+    found = load_digits()
+    x = torch.from_numpy(found.images).float()[:, None] / 8 - 1
+    y = torch.from_numpy(found.target)
+    names = torch.stack([torch.full((10,), 20), torch.arange(10), torch.full((10,), 29)], 1)     # "a", the digit, end
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    seen = np.arange(1400)
+    torch.manual_seed(0)
+    model = create("clip-test", image=8, patch=2, channels=1, dim=32, text_dim=32, text_heads=2, embed=16)
+    data = Batches(1400, lambda i, _: {"image": x[seen[i]], "tokens": names[y[seen[i]]], "mask": mask.expand(len(i), -1),
+                                       "text": y[seen[i]]})
+    trainer(Contrastive(model), data, steps=250, batch=64, lr=3e-3, weight_decay=0.0).train()
+    with torch.no_grad():
+        scores = model.encode_image(x[1400:]) @ model.encode_text(names, mask.expand(10, -1)).T
+    assert (scores.argmax(1) == y[1400:]).float().mean() > 0.8
