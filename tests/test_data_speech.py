@@ -166,7 +166,7 @@ def test_the_hop_leaves_frames_for_every_symbol(seconds, hop):
     assert suggest_hop(np.array([seconds] + [9.0] * 1_000), np.full(1_001, 5)) == 0.010          # one in a thousand
     if seconds > 0.1:
         fits = -(-LogMel(hop=hop).frames(round(seconds * 16_000)) // 4)
-        assert fits == 5
+        assert fits >= 5
 
 
 def test_speed_changes_length_and_pitch():
