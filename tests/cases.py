@@ -29,6 +29,7 @@ class Case:
     peer: Callable[[nn.Module], Peer]                    # our network -> its peer
     lr: float = 1e-2                                     # that learns one batch
     overrides: tuple[tuple[str, Any], ...] = ()          # laid over the tiny size, for a less general peer
+    classes: int = 7                                     # another number of classes that it can have
     slack: float = 1.0                                   # how much wider float32 may stray in a deep network
 
 
@@ -489,10 +490,12 @@ CASES = {
         lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),
     "tabm": Case(inputs=table, peer=tabm_package),
+    "deepfm": Case(inputs=table, classes=1, peer=lambda model: equations(references.deepfm(model.config.categories))(model)),
     "dcgan": Case(inputs=row("noise"), peer=equations(references.dcgan)),
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
+    "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(inputs=row("z_dim"), peer=same(
         lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3),
     "simple-gan-discriminator": Case(inputs=row("img_dim"), peer=same(

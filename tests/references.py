@@ -292,6 +292,32 @@ def gelu(x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- recommendation
 
+def deepfm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Equations 1 to 4 of Guo et al. 2017, row by row and pair by pair: one long vector x of all features, most of it 0."""
+    def function(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
+        rows = []
+        starts = [sum(sizes[:k]) for k in range(len(sizes))]
+        w = torch.cat([p["first_numbers"], p["first.weight"][:, 0]])
+        v = torch.cat([p["number_vectors"], p["vectors.weight"]])
+        for row, codes in zip(numbers, categories):
+            value = {i: x for i, x in enumerate(row)}
+            value |= {len(row) + starts[k] + int(code): torch.ones((), dtype=row.dtype) for k, code in enumerate(codes)}
+            fields = sorted(value)
+            y = p["bias"][0] + sum(w[i] * value[i] for i in fields)
+            for a in range(len(fields)):
+                for b in range(a + 1, len(fields)):
+                    i, j = fields[a], fields[b]
+                    y = y + (v[i] * v[j]).sum() * value[i] * value[j]
+            h = torch.cat([v[i] * value[i] for i in fields])
+            layers = sorted({int(name.split(".")[1]) for name in p if name.startswith("deep.")})
+            for layer in layers:
+                h = p[f"deep.{layer}.weight"] @ h + p[f"deep.{layer}.bias"]
+                h = h if layer == layers[-1] else h.clamp(min=0)
+            rows.append(torch.stack([torch.zeros_like(y), y + h[0]]))
+        return torch.stack(rows)
+    return function
+
+
 def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
     """The authors' code in their order, one history, one item, one head at a time; none stands before the first item."""
     def function(p: dict[str, Tensor], items: Tensor, mask: Tensor) -> Tensor:
@@ -420,3 +446,70 @@ def conformer_stem(p: dict[str, Tensor], x: Tensor) -> Tensor:
             rows.append(torch.stack(columns, -1))                                # channels, F/2
         grid = torch.stack(rows, 1)
     return torch.stack([p["stem.proj.weight"] @ grid[:, t].flatten() + p["stem.proj.bias"] for t in range(grid.shape[1])])
+
+
+# ---------------------------------------------------------------------------------------------- Latte
+
+def latte(c) -> Callable[..., Tensor]:
+    """Section 3.1, variant 1, of arXiv:2401.03048 with blocks of arXiv:2212.09748 (adaLN-Zero), one place at a time."""
+    side, dim, size = c.image // c.patch, c.dim, c.dim // c.heads
+
+    def waves(place: int, width: int) -> list[float]:
+        angles = [place / 10_000 ** (2 * i / width) for i in range(width // 2)]
+        return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+
+    def normalise(x: Tensor) -> Tensor:                  # B D, each row to mean 0 and variance 1
+        mean = x.sum(1, keepdim=True) / dim
+        return (x - mean) / (((x - mean) ** 2).sum(1, keepdim=True) / dim + 1e-6) ** 0.5
+
+    def gelu_tanh(x: Tensor) -> Tensor:
+        return x / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+
+    def function(p: dict[str, Tensor], video: Tensor, time: Tensor, label: Tensor) -> Tensor:
+        linear = lambda name, x: x @ p[f"{name}.weight"].T + p[f"{name}.bias"]           # noqa: E731
+        silu = lambda x: x * sigmoid(x)                                                  # noqa: E731
+        rate = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)       # in float32, as trained
+        angles = [time.float() * r for r in rate]
+        said = torch.stack([torch.cos(a) for a in angles] + [torch.sin(a) for a in angles], 1).to(video.dtype)
+        what = linear("time2", silu(linear("time1", said)))
+        what = what + torch.stack([p["label.weight"][int(one) - 1 if one else c.classes] for one in label])
+        xs = {}
+        for f in range(video.shape[1]):
+            for row in range(side):
+                for column in range(side):
+                    piece = video[:, f, :, row * c.patch:(row + 1) * c.patch, column * c.patch:(column + 1) * c.patch]
+                    x = torch.stack([(piece * kernel).sum((1, 2, 3)) for kernel in p["patch.weight"]], 1) + p["patch.bias"]
+                    place = torch.tensor(waves(column, dim // 2) + waves(row, dim // 2), dtype=torch.float32)
+                    xs[f, row, column] = x + place
+        for i in range(c.depth):
+            name = f"blocks.{i}"
+            if i == 1:
+                xs = {key: x + torch.tensor(waves(key[0], dim), dtype=torch.float32) for key, x in xs.items()}
+            shift1, scale1, gate1, shift2, scale2, gate2 = (
+                linear(f"{name}.condition", silu(what))[:, part * dim:(part + 1) * dim] for part in range(6))
+            qkv = {key: linear(f"{name}.attn.qkv", normalise(x) * (1 + scale1) + shift1) for key, x in xs.items()}
+            ys = {}
+            for key, x in xs.items():
+                near = [other for other in xs if (other[1:] == key[1:] if i % 2 else other[0] == key[0])]
+                heads = []
+                for h in range(c.heads):
+                    q, k, v = (slice(part * dim + h * size, part * dim + (h + 1) * size) for part in range(3))
+                    powers = [torch.exp((qkv[key][:, q] * qkv[other][:, k]).sum(1, keepdim=True) / size ** 0.5)
+                              for other in near]
+                    heads.append(sum(power * qkv[other][:, v] for power, other in zip(powers, near)) / sum(powers))
+                x = x + gate1 * linear(f"{name}.attn.proj", torch.cat(heads, 1))
+                y = gelu_tanh(linear(f"{name}.mlp.up", normalise(x) * (1 + scale2) + shift2))
+                ys[key] = x + gate2 * linear(f"{name}.mlp.down", y)
+            xs = ys
+        shift, scale = (linear("condition", silu(what))[:, part * dim:(part + 1) * dim] for part in range(2))
+        out = torch.zeros_like(video)
+        for (f, row, column), x in xs.items():
+            y = linear("head", normalise(x) * (1 + scale) + shift)
+            channels = y.shape[1] // c.patch ** 2
+            for i in range(c.patch):
+                for j in range(c.patch):
+                    for channel in range(c.channels):
+                        out[:, f, channel, row * c.patch + i, column * c.patch + j] = \
+                            y[:, (i * c.patch + j) * channels + channel]
+        return out
+    return function

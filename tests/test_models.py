@@ -101,9 +101,12 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
     if gives == "boxes":                                 # the same answer at every point
         wanted = torch.arange(output.shape[-1]) % 2
         return nn.functional.binary_cross_entropy_with_logits(output, wanted.to(output.dtype).expand_as(output))
+    if gives == "embeddings":                            # which belongs to which
+        logits, target = output[:, 0] @ output[:, 1].T, torch.arange(len(output))
+        return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
     if gives == "score":
         return nn.functional.binary_cross_entropy(output, torch.randint(2, output.shape).to(output.dtype))
-    if gives == "image":
+    if gives in ("image", "video"):
         wide = first if first.shape == output.shape else (torch.rand(len(output), 1, 1, 1) - 0.5).expand_as(output)
         return nn.functional.mse_loss(output, wide.to(output.dtype))
     if gives == "forecast":                              # the first value of each series goes on
@@ -162,7 +165,7 @@ def test_output_has_the_promised_shape(name):
     config = card.settle(card.tiny, **dict(CASES[name].overrides))
     if card.gives == "label":
         assert output.shape[-1] == getattr(config, card.names.get("classes", "classes"))
-        assert tiny(name, classes=7)(*inputs).shape[-1] == 7
+        assert tiny(name, classes=CASES[name].classes)(*inputs).shape[-1] == CASES[name].classes
     word = {"tokens": "vocab", "ctc": "vocab", "mask": "classes", "image": "channels", "items": "items"}.get(card.gives, "")
     width = getattr(config, card.names.get(word, word), None)
     assert {"score": output.shape[1:] == (1,), "sequence": output.shape == inputs[0].shape,

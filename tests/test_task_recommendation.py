@@ -204,3 +204,36 @@ def test_a_network_learns_what_follows(tmp_path):
     assert again["scores"] == pytest.approx(run.scores)
     page = (run.path / "report.html").read_text()
     assert "Does it recommend what all like?" in page and "Recommended" in page
+
+
+# Click prediction
+
+def clicks(path, rows=3000, seed=0):
+    """Users like items of their own kind; a click says so, mostly."""
+    rng = np.random.default_rng(seed)
+    user, item = rng.integers(0, 60, rows), rng.integers(0, 40, rows)
+    liked = rng.random(rows) < np.where(user % 4 == item % 4, 0.9, 0.1)
+    hour = rng.integers(0, 24, rows)
+    pl.DataFrame({"user_id": [f"u{u}" for u in user], "item_id": [f"i{i}" for i in item], "hour": hour,
+                  "rating": np.where(liked, 4 + hour % 2, 1 + hour % 3)}).write_csv(path)
+    return path
+
+
+def test_clicks_are_predicted_by_who_and_what(tmp_path):
+    run = fit(clicks(tmp_path / "clicks.csv"), task="click-prediction", target="rating", model="deepfm-s", out=tmp_path / "run",
+              settings={"task.positive": 4, "steps": 400, "batch": 128, "precision": "float32", "evaluate": 50, "lr": 3e-3})
+    others = {b["name"]: b["scores"]["auc"] for b in run.record["scores"]["baselines"]}
+    assert run.scores["auc"] > 0.8 and max(others.values()) < 0.65       # neither users nor items alone tell
+    rows = pl.DataFrame({"user_id": ["u1", "u1"], "item_id": ["i1", "i2"], "hour": [3, 3]})
+    yes = [a["probabilities"]["yes"] for a in run.predict(rows)]
+    assert yes[0] > 0.6 > 0.4 > yes[1]
+    assert run.evaluate(clicks(tmp_path / "later.csv", 400, 1))["scores"]["auc"] > 0.8
+
+
+def test_clicks_need_yes_or_no(tmp_path):
+    file = clicks(tmp_path / "clicks.csv", 300)
+    with pytest.raises(DataError, match=r"task\.positive=4"):
+        fit(file, task="click-prediction", target="rating", out=tmp_path / "run")
+    pl.read_csv(file).rename({"user_id": "who"}).write_csv(file)
+    with pytest.raises(DataError, match=r"role\.user=COLUMN"):
+        fit(file, task="click-prediction", target="rating", out=tmp_path / "run")

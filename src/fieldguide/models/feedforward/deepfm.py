@@ -1,0 +1,94 @@
+"""DeepFM: a factorisation machine and a network on the same vectors (Guo et al. 2017, arXiv:1703.04247).
+
+New here: what works in pairs is counted by the factorisation machine (products of vectors), what works in larger
+company by a network, and both read the same vectors, so nothing is engineered by hand. A number's vector is
+multiplied by the number, as equation 2 has it.
+
+Initialisation: vectors of categories uniform by their width, of unseen values zero; of numbers N(0, 0.01);
+first-order weights zero; the network as torch's linear layers.
+Shapes: B batch, N number columns, K category columns, F = N + K fields, D width of a vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide.blocks.table import CategoryEmbedding
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    numbers: int = 13                            # N
+    categories: tuple[int, ...] = (100,) * 26    # values of each category column, 0 (unseen) among them
+    classes: int = 2                             # 2: a click or none; 1: an amount
+    dim: int = 10                                # D
+    hidden: tuple[int, ...] = (400, 400, 400)
+    dropout: float = 0.5
+
+
+class DeepFM(nn.Module):
+    """Numbers and categories -> logits of no and yes, of which the first is always 0 (classes=2), or one value (classes=1).
+
+    Raises `SettingsError` for other numbers of classes and for an empty table.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        fields = config.numbers + len(config.categories)
+        if config.classes not in (1, 2):
+            raise SettingsError(f"DeepFM tells yes from no (classes=2) or gives an amount (classes=1), not {config.classes} "
+                                "classes")
+        if not fields:
+            raise SettingsError("DeepFM needs at least one column of numbers or categories")
+        self.config = config
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.first_numbers = nn.Parameter(torch.zeros(config.numbers))
+        self.number_vectors = nn.Parameter(torch.empty(config.numbers, config.dim))
+        self.first, self.vectors = None, None
+        if config.categories:
+            self.first = CategoryEmbedding(config.categories, 1)
+            self.vectors = CategoryEmbedding(config.categories, config.dim)
+        layers: list[nn.Module] = []
+        width = fields * config.dim
+        for hidden in config.hidden:
+            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(config.dropout)]
+            width = hidden
+        self.deep = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.number_vectors, std=0.01)
+        if self.first is not None:
+            self.first.weight.zero_()
+
+    def fields(self, numbers: Tensor, categories: Tensor) -> tuple[Tensor, Tensor]:      # -> B F D, B
+        """Each field's vector times its value, and the sum of the first-order weights times theirs."""
+        vectors, linear = numbers[..., None] * self.number_vectors, numbers @ self.first_numbers
+        if self.vectors is not None:
+            vectors = torch.cat([vectors, self.vectors(categories)], 1)
+            linear = linear + self.first(categories).sum((1, 2))
+        return vectors, linear
+
+    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:            # B N, B K -> B classes
+        vectors, linear = self.fields(numbers, categories)
+        # Equation 2: the sum over pairs of products is half of (square of the sum - sum of the squares).
+        pairs = (vectors.sum(1).square() - vectors.square().sum(1)).sum(-1) / 2
+        y = self.bias + linear + pairs + self.deep(vectors.flatten(1))[:, 0]
+        return y[:, None] if self.config.classes == 1 else torch.stack([torch.zeros_like(y), y], 1)
+
+
+CARD = Card(
+    name="deepfm", model=DeepFM, config=Config, paper="arXiv:1703.04247", year=2017, takes="table", gives="label",
+    sizes={
+        "deepfm": Size(),                                    # as the paper has it for Criteo: 10 wide, 400-400-400
+        "deepfm-s": Size(dim=16, hidden=(128, 64), dropout=0.3),
+        "deepfm-test": Size(numbers=3, categories=(4, 5, 3), dim=4, hidden=(8, 6), dropout=0.0),
+    },
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-4},
+)
