@@ -239,6 +239,7 @@ CARD = Card(
         "conformer-s": Size(params=8_850_112, source="table 1, without the transducer; counted"),
         "conformer-m": Size(dim=256, params=27_574_272, source="table 1, without the transducer; counted"),
         "conformer-l": Size(dim=512, depth=17, heads=8, params=115_601_920, source="table 1, without the transducer; counted"),
+        "conformer-xs": Size(dim=64, depth=4, kernel=15),            # ours, for an hour of speech or less
         "conformer-test": Size(vocab=7, features=6, dim=8, depth=2, heads=2, growth=2, kernel=3, dropout=0.0),
     },
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 0.1, "beta2": 0.98},
