@@ -114,13 +114,15 @@ def test_odd_numbers_of_bands():
     torch.testing.assert_close(model.stem(x, None)[0], conformer_stem(model.state_dict(), x[0]))
 
 
-@pytest.mark.parametrize("size", ["conformer-s", "conformer-m", "conformer-l"])
-def test_layers_have_the_shapes_of_transformers(size):
+@pytest.mark.parametrize(("size", "params"), [("conformer-s", 8_850_112), ("conformer-m", 27_574_272),
+                                              ("conformer-l", 115_601_920)])
+def test_layers_have_the_shapes_of_transformers(size, params):
     with torch.device("meta"):
         model = create(size)
         peer, rename = conformer_layers(model)
     renamed, theirs = rename(model.state_dict()), peer.state_dict()
     assert {key: x.shape for key, x in renamed.items()} == {key: x.shape for key, x in theirs.items()}
+    assert sum(p.numel() for p in model.parameters()) == params
     # torchaudio's blocks (counted from its wheel) have no relative positions, and a bias in each of three convolutions.
     c = model.config
     positions = c.depth * (c.dim ** 2 + 2 * c.dim)

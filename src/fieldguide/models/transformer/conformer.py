@@ -233,12 +233,13 @@ CARD = Card(
     name="conformer", model=Conformer, config=Config, paper="arXiv:2005.08100", year=2020,
     takes="speech", gives="ctc",
     sizes={
-        # Encoder and head of CTC. Table 1 has 10.3, 30.7 and 118.8 million with the transducer's LSTM and joint network, and
-        # kernels of 32. The blocks have 8,098,560, 25,407,488 and 107,468,288; those of torchaudio, without relative
-        # positions but with biases in their convolutions, 7,771,392, 24,367,104 and 103,029,248.
-        "conformer-s": Size(params=8_850_112, source="table 1, without the transducer; counted"),
-        "conformer-m": Size(dim=256, params=27_574_272, source="table 1, without the transducer; counted"),
-        "conformer-l": Size(dim=512, depth=17, heads=8, params=115_601_920, source="table 1, without the transducer; counted"),
+        # No count of these is published. Table 1 has 10.3, 30.7 and 118.8 million with a transducer's LSTM and joint network
+        # and kernels of 32; these have 8,850,112, 27,574,272 and 115,601,920, head included. The blocks alone have
+        # 8,098,560, 25,407,488 and 107,468,288; torchaudio's, without relative positions but with biases in their
+        # convolutions, 7,771,392, 24,367,104 and 103,029,248.
+        "conformer-s": Size(),
+        "conformer-m": Size(dim=256),
+        "conformer-l": Size(dim=512, depth=17, heads=8),
         "conformer-xs": Size(dim=64, depth=4, kernel=15),            # ours, for an hour of speech or less
         "conformer-test": Size(vocab=7, features=6, dim=8, depth=2, heads=2, growth=2, kernel=3, dropout=0.0),
     },
