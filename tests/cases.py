@@ -67,6 +67,12 @@ def series(config: Any, rows: int) -> tuple[Tensor, ...]:
     return (torch.randn(rows, config.length, 3),)
 
 
+def covariates(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Three series that share a window, what else was measured then, and what is known to the end of the horizon."""
+    return (torch.randn(rows, config.length, 3), torch.randn(rows, config.length, config.past),
+            torch.randn(rows, config.length + config.horizon, config.known))
+
+
 def noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
     side = config.image
     return (torch.randn(rows, config.channels, side, side), torch.randint(1000, (rows,)).float(),
@@ -483,6 +489,8 @@ CASES = {
         references.sasrec(model.config.heads, model.config.length))(model)),
     "patchtst": Case(inputs=series, lr=3e-2, peer=lambda model: equations(references.patchtst(
         model.config.patch, model.config.stride, model.config.heads, model.config.values))(model)),
+    "lstm-forecaster": Case(inputs=covariates, lr=3e-2, peer=lambda model: equations(
+        references.lstm_forecaster(model.config.horizon))(model)),
     "dlinear": Case(inputs=series, lr=3e-2, peer=lambda model: equations(references.dlinear(
         model.config.window, model.config.values))(model)),
     "conformer": Case(inputs=speech, peer=conformer_layers, lr=2e-2),

@@ -370,6 +370,33 @@ def dlinear(window: int, values: int) -> Callable[..., Tensor]:
     return function
 
 
+def lstm_forecaster(horizon: int) -> Callable[..., Tensor]:
+    """Sections 3.2 and 3.3 of arXiv:1711.11053: one window, one series, one moment of past and future at a time."""
+    def function(p: dict[str, Tensor], series: Tensor, past: Tensor, known: Tensor) -> Tensor:
+        linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]             # noqa: E731
+        rows = []
+        for row, beside, sure in zip(series, past, known):
+            columns = []
+            for x in row.T:
+                steps = len(x)
+                xs, layer = [torch.cat([x[t:t + 1], beside[t], sure[t]]) for t in range(steps)], 0
+                while f"rnn.layers.{layer}.0.weight_ih_l0" in p:
+                    w, u, b, c = (p[f"rnn.layers.{layer}.0.{kind}_l0"] for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+                    state, ys = (torch.zeros(u.shape[1], dtype=u.dtype),) * 2, []
+                    for value in xs:
+                        state = lstm_step(w, u, b, c, value, state)
+                        ys.append(state[0])
+                    xs, layer = ys, layer + 1
+                contexts = linear("down", linear("up", torch.cat([xs[-1], *sure[steps:]])).clamp(min=0))
+                size = len(contexts) // (horizon + 1)
+                parts = [contexts[k * size:(k + 1) * size] for k in range(horizon + 1)]
+                columns.append(torch.stack([linear("head", linear("local", torch.cat(
+                    [parts[k], parts[horizon], sure[steps + k]])).clamp(min=0)) for k in range(horizon)]))
+            rows.append(torch.stack(columns, 1))
+        return torch.stack(rows)
+    return function
+
+
 def patchtst(patch: int, stride: int, heads: int, values: int) -> Callable[..., Tensor]:
     """Section 3 of arXiv:2211.14730 with the choices of the authors' code; all series of a batch, one patch at a time."""
     def function(p: dict[str, Tensor], series: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     "noise": ("noise",),                    # B Z float
     "pair": ("source", "source_mask", "tokens", "mask"),     # two rows of tokens: what is read, what is said so far
     "series": ("series",),                  # B T C float: C series side by side, T steps of the past
+    "covariates": ("series", "past", "known"),               # B T C and beside it B T P float: what else was measured;
+                                            # B T+H K float: what is known ahead, of past and future
     "noisy": ("image", "time", "label"),    # B C H W float, B float: noise level, B int64 (0 = no condition)
     "noisy-video": ("video", "time", "label"),               # B F C H W float: F frames; the others as for "noisy"
     "captioned": ("image", "tokens", "mask"),                # B C H W float, and a text for each: B T int64, B T bool

@@ -39,6 +39,10 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
         return row * 2 if card.takes == "pair" else row
     if card.takes == "series":
         return (torch.zeros(batch, get("length", length), get("channels", 1), device=device),)
+    if card.takes == "covariates":
+        length = get("length", length)
+        widths = (length, get("channels", 1)), (length, get("past", 0)), (length + get("horizon", 1), get("known", 0))
+        return tuple(torch.zeros(batch, *width, device=device) for width in widths)
     if card.takes == "speech":
         return torch.zeros(batch, length, get("features", 80), device=device), torch.full((batch,), length, device=device)
     if card.takes == "captioned":
