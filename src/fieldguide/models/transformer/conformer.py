@@ -243,5 +243,5 @@ CARD = Card(
         "conformer-xs": Size(dim=64, depth=4, kernel=15),            # ours, for an hour of speech or less
         "conformer-test": Size(vocab=7, features=6, dim=8, depth=2, heads=2, growth=2, kernel=3, dropout=0.0),
     },
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 0.1, "beta2": 0.98},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "warmup": 0.1, "beta2": 0.98},
 )
