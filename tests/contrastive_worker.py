@@ -23,8 +23,10 @@ def main(path: str, kind: str) -> None:
         objective = Contrastive(create("clip-test")).double()
         image, tokens = torch.randn(22, 2, 12, 12, dtype=torch.float64), torch.randint(29, (22, 6))
         mask = torch.arange(6) < torch.randint(1, 7, (22, 1))
-        text = torch.arange(22) % (5 if kind == "texts" else 22)
-        data = Batches(22, lambda i, _: {"image": image[i], "tokens": tokens[i], "mask": mask[i], "text": text[i]})
+        columns = {"image": image, "tokens": tokens, "mask": mask}
+        if kind == "texts":
+            columns["text"] = torch.arange(22) % 5
+        data = Batches(22, lambda i, _: {name: x[i] for name, x in columns.items()})
         seen = []
         watch = type("Watch", (), {"step": lambda self, step, losses: seen.append(losses), "say": lambda self, text: None})()
         t = trainer(objective, data, optimizer="sgd", lr=0.02, steps=6, batch=11)      # 6 and 5 rows for two processes
