@@ -467,6 +467,27 @@ def huggingface_clip(model: nn.Module) -> Peer:
                                    in translate(state, HUGGINGFACE, reverse=True).items()}
 
 
+def huggingface_vilt(model: nn.Module) -> Peer:
+    from fieldguide.models.transformer.vilt import HUGGINGFACE
+    from tv import transformers
+    c = model.config
+    peer = transformers.ViltForQuestionAnswering(transformers.ViltConfig(
+        vocab_size=c.vocab, max_position_embeddings=c.length, hidden_size=c.dim, num_hidden_layers=c.depth,
+        num_attention_heads=c.heads, intermediate_size=4 * c.dim, image_size=c.image, patch_size=c.patch,
+        num_channels=c.channels, num_labels=c.classes, pad_token_id=None))
+
+    class Answers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+            return self.peer(pixel_values=image, input_ids=tokens, attention_mask=mask.long()).logits
+
+    return Answers(), lambda state: {f"peer.{name}": tensor for name, tensor
+                                     in translate(state, HUGGINGFACE, reverse=True).items()}
+
+
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
@@ -503,6 +524,7 @@ CASES = {
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
+    "vilt": Case(inputs=captioned, peer=huggingface_vilt, lr=3e-3),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(inputs=row("z_dim"), peer=same(
         lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3),

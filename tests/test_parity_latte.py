@@ -127,6 +127,8 @@ def test_no_label_is_label_zero_and_the_untrained_network_answers_zero():
     assert not torch.allclose(model(video, time, label), model(video, time + 1, label))
     fresh = create("latte-test")
     assert not fresh(video.float(), time.float(), label).any()
+    x = torch.randn(2, 3, 16, 16)
+    assert all(torch.equal(block(x, torch.randn(2, 16)), x) for block in fresh.blocks)       # "zero": blocks begin as nothing
     plain = create("latte-test", classes=0)
     assert plain(video.float(), time.float()).shape == video.shape
 

@@ -1,0 +1,195 @@
+"""ViLT: one Transformer reads a question and a picture together (Kim et al. 2021, arXiv:2102.03334), for answers.
+
+New here: patches of the picture stand in the same row as the words and go through the same blocks, without a network for
+pictures or detected objects before them. The answer is read at the question's first token: a class, one a frequent answer.
+
+Initialisation: N(0, 0.02) for matrices, embeddings and places at the paper's width of 768, wider by the root where D is
+less, or small networks hardly begin to learn; zero biases.
+Shapes: B batch, C channels, H W height and width of the picture, P side of a patch, N = 1 + H W / P^2 places of it,
+T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.mlp import Mlp
+from fieldguide.blocks.renaming import Dropped, Fused
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError, SettingsError
+
+EPS = 1e-12       # of the normalisations, as in BERT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 3129          # answers
+    channels: int = 3            # C
+    image: int = 384             # side of the pictures that places are learnt for; others may come
+    patch: int = 32              # P
+    vocab: int = 30_522
+    length: int = 40             # longest question, tokens
+    dim: int = 768               # D
+    depth: int = 12
+    heads: int = 12
+    dropout: float = 0.0
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer network; each normalises its input and adds its result."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.dim, eps=EPS)
+        self.attn = Attention(c.dim, c.heads, c.dropout)
+        self.norm2 = nn.LayerNorm(c.dim, eps=EPS)
+        self.mlp = Mlp(c.dim, 4 * c.dim)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # B T+N D, B T+N -> B T+N D
+        x = x + self.dropout(self.attn(self.norm1(x), mask))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class ViLT(nn.Module):
+    """Pictures and questions -> logits of the answers.
+
+    The first token of a question is where the answer is read: [CLS], or whatever the tokenizer begins rows with; padding
+    stands on the right. Raises `DataError` for a picture that patches do not fill, or a question longer than `length`.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        if c.image % c.patch:
+            raise SettingsError(f"image={c.image} cannot be cut into patches of patch={c.patch} pixels: choose a multiple")
+        self.word, self.place = nn.Embedding(c.vocab, c.dim), nn.Embedding(c.length, c.dim)
+        self.segment = nn.Embedding(2, c.dim)            # of BERT: a question is all in the first
+        self.norm_text = nn.LayerNorm(c.dim, eps=EPS)
+        self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
+        self.cls = nn.Parameter(torch.empty(1, 1, c.dim))
+        self.pos = nn.Parameter(torch.empty(1, 1 + (c.image // c.patch) ** 2, c.dim))
+        self.modality = nn.Embedding(2, c.dim)           # word, patch
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.dim, eps=EPS)
+        self.pool = nn.Linear(c.dim, c.dim)
+        self.up, self.norm_head = nn.Linear(c.dim, 2 * c.dim), nn.LayerNorm(2 * c.dim)
+        self.head = nn.Linear(2 * c.dim, c.classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        std = 0.02 * (768 / self.config.dim) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.zeros_(module.bias)
+        for parameter in (self.cls, self.pos):
+            nn.init.normal_(parameter, std=std)
+
+    def positions(self, rows: int, columns: int) -> Tensor:                      # -> 1 N D
+        """Those learnt, spread evenly over a picture of another size (section 3.2 of ViT, arXiv:2010.11929)."""
+        side = self.config.image // self.config.patch
+        if (rows, columns) == (side, side):
+            return self.pos
+        grid = self.pos[:, 1:].mT.unflatten(2, (side, side))
+        grid = F.interpolate(grid, (rows, columns), mode="bilinear", align_corners=True)
+        return torch.cat([self.pos[:, :1], grid.flatten(2).mT], 1)
+
+    def see(self, image: Tensor) -> Tensor:              # B C H W -> B N D
+        p = self.config.patch
+        if any(side % p or not side for side in image.shape[2:]):
+            raise DataError(f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be cut into patches of {p}: "
+                            f"choose multiples of {p}")
+        x = self.patch(image)
+        places = self.positions(*x.shape[2:])
+        x = x.flatten(2).mT
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1).to(x.dtype), x], 1) + places
+        return self.dropout(x) + self.modality.weight[1]
+
+    def read(self, tokens: Tensor) -> Tensor:            # B T -> B T D
+        if (steps := tokens.shape[1]) > self.config.length:
+            raise DataError(f"a question of {steps} tokens is longer than length={self.config.length}; cut the questions or "
+                            "create the network with a larger length")
+        x = self.norm_text(self.word(tokens) + self.segment.weight[0] + self.place.weight[:steps])
+        return self.dropout(x) + self.modality.weight[0]
+
+    def features(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:         # -> B T+N D
+        x, seen = self.read(tokens), self.see(image)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(seen.shape[:2])], 1)
+        x = torch.cat([x, seen], 1)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B C H W, B T, B T -> B classes
+        x = torch.tanh(self.pool(self.features(image, tokens, mask)[:, 0]))
+        return self.head(F.gelu(self.norm_head(self.up(x))))
+
+    def attention(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:        # -> B H/P W/P
+        """How much each patch counts for the answer, summing to 1: attention rollout (Abnar and Zuidema 2020,
+        arXiv:2005.00928, section 3) from the question's first token. `forward` keeps no weights and stays fast."""
+        x = torch.cat([self.read(tokens), self.see(image)], 1)
+        keys = None
+        if mask is not None:
+            keys = torch.cat([mask, mask.new_ones(x.shape[0], x.shape[1] - mask.shape[1])], 1)
+        flow = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)
+        for block in self.blocks:
+            qk = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1))[:, :, :2]
+            q, k = qk.permute(2, 0, 3, 1, 4)             # each B heads T+N d
+            scores = q @ k.mT * q.shape[-1] ** -0.5
+            if keys is not None:
+                scores = scores.masked_fill(~keys[:, None, None], -torch.inf)
+            flow = (scores.softmax(-1).mean(1) @ flow + flow) / 2
+            x = block(x, keys)
+        seen = flow[:, 0, tokens.shape[1] + 1:]
+        p = self.config.patch
+        return (seen / seen.sum(1, keepdim=True)).unflatten(1, (image.shape[2] // p, image.shape[3] // p))
+
+
+TEXT, LAYER = "vilt.embeddings.text_embeddings.", "vilt.encoder.layer.{i}."
+HUGGINGFACE = {
+    TEXT + "word_embeddings.weight":                         "word.weight",
+    TEXT + "position_embeddings.weight":                     "place.weight",
+    TEXT + "token_type_embeddings.weight":                   "segment.weight",
+    TEXT + "LayerNorm.*":                                    "norm_text.*",
+    TEXT + "position_ids":                                   Dropped("0, 1, 2, ..."),
+    "vilt.embeddings.cls_token":                             "cls",
+    "vilt.embeddings.position_embeddings":                   "pos",
+    "vilt.embeddings.patch_embeddings.projection.*":         "patch.*",
+    "vilt.embeddings.token_type_embeddings.weight":          "modality.weight",
+    LAYER + "attention.attention.query.*":                   Fused("blocks.{i}.attn.qkv.*", 0, 3),
+    LAYER + "attention.attention.key.*":                     Fused("blocks.{i}.attn.qkv.*", 1, 3),
+    LAYER + "attention.attention.value.*":                   Fused("blocks.{i}.attn.qkv.*", 2, 3),
+    LAYER + "attention.output.dense.*":                      "blocks.{i}.attn.proj.*",
+    LAYER + "layernorm_before.*":                            "blocks.{i}.norm1.*",
+    LAYER + "layernorm_after.*":                             "blocks.{i}.norm2.*",
+    LAYER + "intermediate.dense.*":                          "blocks.{i}.mlp.up.*",
+    LAYER + "output.dense.*":                                "blocks.{i}.mlp.down.*",
+    "vilt.layernorm.*":                                      "norm.*",
+    "vilt.pooler.dense.*":                                   "pool.*",
+    "classifier.0.*":                                        "up.*",
+    "classifier.1.*":                                        "norm_head.*",
+    "classifier.3.*":                                        "head.*",
+}
+
+CARD = Card(
+    name="vilt", model=ViLT, config=Config, paper="arXiv:2102.03334", year=2021, takes="captioned", gives="label",
+    sizes={
+        "vilt-b32-vqa": Size(params=117_588_537, source="dandelin/vilt-b32-finetuned-vqa"),
+        # Small ones to be trained from nothing, on pictures of 96 and 64 pixels.
+        "vilt-tiny": Size(classes=100, image=96, patch=12, vocab=8192, length=32, dim=192, depth=6, heads=3, dropout=0.1),
+        "vilt-mini": Size(classes=100, image=64, patch=8, vocab=4096, length=32, dim=128, depth=4, heads=2, dropout=0.1),
+        "vilt-test": Size(classes=4, channels=2, image=12, patch=4, vocab=30, length=12, dim=16, depth=2, heads=2),
+    },
+    weights={"huggingface": HUGGINGFACE},
+    recipe={"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.1,
+            "schedule": "linear"},                       # section 4.2, but for the rate, which is that of training from nothing
+)
