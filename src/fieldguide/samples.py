@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fieldguide.errors import DataError, nearest
 
@@ -130,12 +131,9 @@ VERBS = ("sees:sieht buys:kauft finds:findet paints:malt sells:verkauft takes:ni
 ADJECTIVES = "old:alt young:jung small:klein big:groß red:rot green:grün good:gut new:neu quiet:leis beautiful:schön".split()
 TIMES = ("today:heute tomorrow:morgen now:jetzt often:oft never:nie in|the|morning:am|Morgen in|the|garden:im|Garten "
          "in|summer:im|Sommer at|home:zu|Hause after|lunch:nach|dem|Essen").split()
-ARTICLES = {("the", "m", 0): "der", ("the", "f", 0): "die", ("the", "n", 0): "das", ("the", "m", 1): "den",
-            ("the", "f", 1): "die", ("the", "n", 1): "das", ("a", "m", 0): "ein", ("a", "f", 0): "eine", ("a", "n", 0): "ein", ("a", "m", 1): "einen",
-            ("a", "f", 1): "eine", ("a", "n", 1): "ein"}
-ENDINGS = {("the", "m", 0): "e", ("the", "f", 0): "e", ("the", "n", 0): "e", ("the", "m", 1): "en", ("the", "f", 1): "e",
-           ("the", "n", 1): "e", ("a", "m", 0): "er", ("a", "f", 0): "e", ("a", "n", 0): "es", ("a", "m", 1): "en",
-           ("a", "f", 1): "e", ("a", "n", 1): "es"}
+# German by gender and case: the, a, and what an adjective ends in after either.
+FORMS = {"m0": ("der", "ein", "e", "er"), "f0": ("die", "eine", "e", "e"), "n0": ("das", "ein", "e", "es"),
+         "m1": ("den", "einen", "en", "en"), "f1": ("die", "eine", "e", "e"), "n1": ("das", "ein", "e", "es")}
 
 
 def phrases(folder: Path) -> None:
@@ -147,11 +145,12 @@ def phrases(folder: Path) -> None:
         english, german, gender = rng.choice(NOUNS).split(":")
         article, kind = rng.choice(("the", "a")), rng.choice((*ADJECTIVES, "", "", ""))
         adjective, german_adjective = kind.split(":") if kind else ("", "")
-        key = (article, gender, case)
+        the, a, weak, strong = FORMS[f"{gender}{case}"]
+        german_article, ending = (the, weak) if article == "the" else (a, strong)
         first = adjective or english
         said = "an" if article == "a" and first[0] in "aeiou" else article
         return " ".join(filter(None, (said, adjective, english))), " ".join(filter(None, (
-            ARTICLES[key], german_adjective and german_adjective + ENDINGS[key], german)))
+            german_article, german_adjective and german_adjective + ending, german)))
 
     while len(pairs) < 6000:
         (subject, ours), (thing, unser) = noun(0), noun(1)
@@ -189,6 +188,53 @@ def episodes(folder: Path) -> None:
             at[show] += 1
             day += rng.randrange(1, 4)
     write(folder / "data.csv", ["user", "item", "time"], sorted(rows, key=lambda r: int(r[2])))
+
+
+def scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple[int, tuple[int, int, int, int], Any]]]:
+    """A grey picture (uint8, side x side) with one to `most` scanned digits of scikit-learn's on uneven ground, none over
+    another; and for each digit what it is, its box (left, top, right, bottom) and where its ink is (bool, side x side)."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    data = load_digits()
+    slope = rng.uniform(-30, 30, 2)
+    y, x = np.mgrid[0:side, 0:side] / side - 0.5
+    ground = np.clip(rng.uniform(90, 140) + slope[0] * x + slope[1] * y + rng.normal(0, 6, (side, side)), 0, 255)
+    taken, found = np.zeros((side, side), dtype=bool), []
+    for _ in range(int(rng.integers(1, most + 1))):
+        size, number = int(rng.integers(side // 5, side // 2 - 2)), int(rng.integers(len(data.images)))
+        ink = np.asarray(Image.fromarray((data.images[number] * 255 / 16).astype(np.uint8)).resize(
+            (size, size), Image.Resampling.BICUBIC)) / 255
+        left, top = (int(v) for v in rng.integers(0, side - size + 1, 2))
+        if taken[max(0, top - 2):top + size + 2, max(0, left - 2):left + size + 2].any():
+            continue
+        taken[top:top + size, left:left + size] = True
+        colour = 255 if rng.random() < 0.5 else 0
+        part = ground[top:top + size, left:left + size]
+        ground[top:top + size, left:left + size] = part + (colour - part) * ink
+        where = np.zeros((side, side), dtype=bool)
+        where[top:top + size, left:left + size] = ink > 0.4
+        rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        found.append((int(data.target[number]), box, where))
+    return ground.astype(np.uint8), found
+
+
+def inked(folder: Path) -> None:
+    """500 scenes with a mask each: ground, white ink, black ink."""
+    import numpy as np
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    (folder / "classes.txt").write_text("ground\nwhite ink\nblack ink\n")
+    for number in range(500):
+        picture, found = scene(rng)
+        mask = np.zeros(picture.shape, dtype=np.uint8)
+        for _, _, where in found:
+            mask[where] = 1 if picture[where].mean() > 128 else 2
+        Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{number:04d}.png")
 
 
 def library_folder(package: str) -> Path:
@@ -263,6 +309,9 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
     Sample("phrases", "translation", "6,000 simple sentences, English and German, made by rules of grammar",
            "made by fieldguide (Apache-2.0)", "written by our code: 20 nouns, 10 verbs, gender, case and word order", True,
            "german", phrases),
+    Sample("inked", "image-segmentation", "500 pictures of 64 x 64 with scanned digits on uneven ground: which pixels are "
+           "white ink, which black?", "scenes by fieldguide (Apache-2.0), digits " + BSD,
+           "composed by our code from scikit-learn's load_digits", True, "mask", inked),
     Sample("series", "recommendation", "600 viewers of 20 shows with 8 episodes each, about 5,000 views: what do they watch "
            "next?", "made by fieldguide (Apache-2.0)", "drawn by our code", True, "", episodes),
 )}

@@ -16,7 +16,7 @@ import torch
 
 from fieldguide import measure, registry
 from fieldguide.card import Card
-from fieldguide.errors import SettingsError
+from fieldguide.errors import DataError, SettingsError
 
 EPOCHS = 8            # passes over the data that a network should get in the time given; each halving costs a point
 # Of the machine's matrix-product speed that training reaches, about; less where products are so fast that memory waits.
@@ -112,7 +112,7 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
                 option.parameters = measure.parameters(card.make(config))
             option.multiply_adds = measure.multiply_adds(card.name, config, length=facts.get("tokens", 64),
                                                           side=facts.get("side", 224))
-        except (SettingsError, ValueError) as error:      # such as pictures too small for its pooling
+        except (DataError, SettingsError, ValueError) as error:      # such as pictures too small for its pooling
             option.rejected = str(error)
             continue
         for rule in rules():

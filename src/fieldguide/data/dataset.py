@@ -24,7 +24,9 @@ HASH = "#hash"                                # digest of a row's pixels or samp
 WIDTH, HEIGHT, CHANNELS = "#width", "#height", "#channels"    # of a picture as shown; 1 grey, 3 colour
 SECONDS, RATE = "#seconds", "#rate"           # of a recording or a film: its length, its samples (frames) a second
 FRAMES = "#frames"                            # of a film
-BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS, SECONDS, RATE, FRAMES)
+MASK_WIDTH, MASK_HEIGHT = "#mask_width", "#mask_height"
+BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS, SECONDS, RATE, FRAMES, MASK_WIDTH,
+               MASK_HEIGHT)
 
 
 @dataclass
@@ -97,7 +99,8 @@ class Data:
 
     `splits`, where the source names them (folders train/ val/ test/, or a split column), holds "train", "val"
     or "test" for each row; else it is None and `fieldguide.data.splits` makes them. `context` is what the rows of a
-    task's examples refer to beside themselves, such as the whole series of which they are windows.
+    task's examples refer to beside themselves, such as the whole series of which they are windows. `how` says in words how
+    `splits` came about, where not the source gave them.
     """
 
     source: str
@@ -107,6 +110,7 @@ class Data:
     findings: list[Finding] = field(default_factory=list)
     splits: np.ndarray | None = None
     context: Any = None
+    how: str = ""
 
     def __len__(self) -> int:
         return self.rows.height
@@ -132,7 +136,7 @@ class Data:
         """The same data with these rows only, in this order."""
         index = np.asarray(index)
         return Data(self.source, self.rows[index], self.columns, self.manifest, self.findings,
-                    None if self.splits is None else self.splits[index], self.context)
+                    None if self.splits is None else self.splits[index], self.context, self.how)
 
     def only(self, role: Role) -> Column:
         """The one column of a role. Raises `LookupError` where there is none."""

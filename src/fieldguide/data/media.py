@@ -12,8 +12,19 @@ from typing import Any, Protocol
 
 import polars as pl
 
-from fieldguide.data import images
-from fieldguide.data.dataset import CHANNELS, HASH, HEIGHT, WIDTH, Kind, Severity
+from fieldguide.data import audio, images
+from fieldguide.data.dataset import (
+    CHANNELS,
+    HASH,
+    HEIGHT,
+    MASK_HEIGHT,
+    MASK_WIDTH,
+    RATE,
+    SECONDS,
+    WIDTH,
+    Kind,
+    Severity,
+)
 
 
 class Checked(Protocol):
@@ -57,6 +68,24 @@ PICTURE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {       # trait: slu
     "animated": ("animated-image", "note", "animations: only the first frame is used", ""),
     "rotated": ("rotated-image", "note", "pictures are turned as their EXIF says", ""),
 }
+SOUND_PROBLEMS = {
+    "empty-file": ("empty files", "Copy them again or remove them."),
+    "missing-file": ("recordings that are not there", "Mend the paths: they start at the folder of the table."),
+    "unreadable-file": ("files that may not be read", "Change their permissions."),
+    "not-a-sound": ("files that are no sound, or of a format that is not read", "Convert them to FLAC or WAV, or remove them."),
+    "corrupt-sound": ("corrupt recordings", "Copy them again or remove them."),
+    "zero-length": ("recordings without a single sample", "Record them again or remove them."),
+    "truncated-sound": ("truncated recordings: the end is missing, or cannot be decoded", "Copy them again or remove them."),
+}
+SOUND_TRAITS: dict[str, tuple[str, Severity, str, str]] = {
+    "silent": ("silent-sound", "note", "recordings that are silent (no sample above -60 dB)",
+               "Was the microphone on? Where somebody speaks in the transcript, remove them."),
+    "clipped": ("clipped-sound", "note", "recordings that are clipped: over 0.1 % of the samples are at full scale",
+                "Record more softly."),
+    "stereo": ("stereo-sound", "note", "recordings of several channels: their mean is used", ""),
+    "wrong-extension": ("wrong-extension", "warning", "files whose name says another format than their content, which is "
+                        "used", "Rename them."),
+}
 
 MISSING = images.Picture("missing-file", "no path in this row")
 MEDIA: dict[Kind, Medium] = {
@@ -64,5 +93,9 @@ MEDIA: dict[Kind, Medium] = {
                     {HASH: ("pixels", pl.String), WIDTH: ("width", pl.Int32), HEIGHT: ("height", pl.Int32),
                      CHANNELS: ("channels", pl.Int32)}),
     # A mask's own form (palette, 16 bits, transparency) is read as it is, so its traits are no findings.
-    "mask": Medium(images.check, MISSING, PICTURE_PROBLEMS),
+    "mask": Medium(images.check, MISSING, {slug: (what.replace("pictures", "masks"), remedy)
+                                           for slug, (what, remedy) in PICTURE_PROBLEMS.items()},
+                   facts={MASK_WIDTH: ("width", pl.Int32), MASK_HEIGHT: ("height", pl.Int32)}),
+    "audio": Medium(audio.check, audio.Recording("missing-file", "no path in this row"), SOUND_PROBLEMS, SOUND_TRAITS,
+                    {HASH: ("samples", pl.String), SECONDS: ("seconds", pl.Float64), RATE: ("rate", pl.Int32)}),
 }

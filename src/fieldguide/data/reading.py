@@ -14,7 +14,11 @@ from fieldguide.data import csvtext, doctor, kinds, media, source, symptoms
 from fieldguide.data.dataset import (
     BOOKKEEPING,
     FILE,
+    HEIGHT,
     LINE,
+    MASK_HEIGHT,
+    MASK_WIDTH,
+    WIDTH,
     Column,
     Data,
     FileEntry,
@@ -39,7 +43,7 @@ def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | 
 
     `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one
     whose rows must stay on one side of a split; `time` one to split by; `roles` columns for any role (user, item,
-    series, ...). `kinds` overrules what columns hold. `wants` is what a task asks of the columns.
+    series, ...), several with commas between. `kinds` overrules what columns hold. `wants` is what a task asks of the columns.
     `schema` (from a trained model) applies known columns exactly: the target may then be absent. With
     `labels_optional` (to predict), rows are kept that have no target or no values. `header` says whether a
     CSV's first line is names; None looks.
@@ -113,10 +117,13 @@ class Reading:
                 if column.role == "feature" and column.kind == "number":
                     column.role = "target"
         self.data = Data(self.name, self.raw.rows, columns, Manifest(str(self.raw.root), self.raw.files),
-                         self.findings, self.raw.splits)
+                         self.findings, self.raw.splits, self.raw.context)
         for column in columns.values():
-            if column.kind in media.MEDIA and column.role != "ignored":
+            asked = column.role == "target" and self.options.labels_optional and column.name in self.data.rows.columns and \
+                self.data.rows[column.name].null_count() == len(self.data)
+            if column.kind in media.MEDIA and column.role != "ignored" and not asked:
                 self.check_media(column)
+        self.check_masks()
         self.report_misfits()
         self.merge_class_names()
         self.check_target()
@@ -125,7 +132,7 @@ class Reading:
         total = len(self.data) + self.raw.unusable
         data = self.without_bad()
         if not known:
-            data.findings += doctor.check(data)
+            data.findings += doctor.check(data, self.wants.checks)
         doctor.enforce(data.findings, total, self.allow_bad, self.name)
         return data
 
@@ -142,8 +149,9 @@ class Reading:
         """Column -> role, for all that are no features: as asked, as the reader knows, as their names say."""
         roles: dict[str, Role] = {}
         for role, name in asked.items():
-            self.require([name], role)
-            roles[name] = role
+            several = [name] if name in self.names else [n.strip() for n in name.split(",")]
+            self.require(several, role)
+            roles |= dict.fromkeys(several, role)
         if self.raw.split_column:
             roles.setdefault(self.raw.split_column, "split")
         for name, role in self.raw.roles.items():
@@ -278,6 +286,19 @@ class Reading:
         self.data.rows = rows
         self.findings += symptoms.of_media(self.data, medium, checked, self.bad)
         self.bad |= bad
+
+    def check_masks(self) -> None:
+        """Masks of another size than their picture."""
+        rows = self.data.rows
+        if not {WIDTH, MASK_WIDTH} <= set(rows.columns):
+            return
+        other = ((rows[WIDTH] != rows[MASK_WIDTH]) | (rows[HEIGHT] != rows[MASK_HEIGHT])).to_numpy() & ~self.bad
+        if other.any():
+            first = rows.row(int(np.flatnonzero(other)[0]), named=True)
+            self.find("mask-size", "warning", f"masks of another size than their picture (such as {first[MASK_WIDTH]} x "
+                      f"{first[MASK_HEIGHT]} for {first[WIDTH]} x {first[HEIGHT]})", symptoms.places(self.data, other),
+                      int(other.sum()), "Export them in the picture's size.", int(other.sum()))
+            self.bad |= other
 
     def report_misfits(self) -> None:
         for typed in self.typed:

@@ -53,6 +53,7 @@ class Raw:
     target: str | None = None
     roles: dict[str, Role] = field(default_factory=dict)      # column -> role, beside the target
     split_column: str | None = None
+    context: Any = None                  # what rows refer to beside themselves: names of classes, whole series
     unusable: int = 0                    # examples the reader met and could not put in `rows`
 
 

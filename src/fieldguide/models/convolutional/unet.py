@@ -112,6 +112,7 @@ CARD = Card(
         "unet-2015": Size(params=31_030_658, source="the paper's figure 1, counted"),
         "unet-same": Size(padding="same", params=31_030_658, source="the paper's figure 1, counted"),
         "unet-small": Size(padding="same", widths=(32, 64, 128, 256), dropout=0.1),
+        "unet-mini": Size(padding="same", widths=(16, 32, 64, 128), dropout=0.0),
         "unet-test": Size(widths=(4, 6), classes=3, channels=2, dropout=0.0),
     },
     recipe={"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.05},

@@ -1,0 +1,88 @@
+"""Pictures with masks: a folder `images` and a folder `masks`, maybe below train, val and test; partners share a name."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data.dataset import Finding
+from fieldguide.data.images import KNOWN
+from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
+from fieldguide.errors import DataError
+
+NAME = "masks"
+UNDERSTANDS = ("pictures with masks: a folder images and a folder masks (or labels, annotations) with files of the same names, "
+               "maybe below train, val and test; classes.txt or class_dict.csv may name the classes")
+IMAGES = ("images", "imgs", "image", "img", "jpegimages", "inputs", "photos")
+MASKS = ("masks", "mask", "labels", "annotations", "segmentationclass", "gt", "groundtruth", "targets", "labelimages")
+ENDINGS = ("", "_mask", "-mask", "_l", "_label", "_labels", "_gt", "_seg", "_labelids", "_gtfine_labelids")
+
+
+def accepts(source: Any, options: Options) -> int:
+    return 9 if isinstance(source, Path) and source.is_dir() and layout(source) else 0
+
+
+def layout(source: Path) -> list[tuple[Path, Path, str | None]]:
+    """(pictures, masks, split) of every part; nothing where this is no such folder."""
+    if own := pair(source):
+        return [(*own, None)]
+    parts = [(p, SPLITS[p.name.lower()]) for p in visible(source)[0] if p.is_dir() and p.name.lower() in SPLITS]
+    return [(*found, split) for p, split in parts if (found := pair(p))]
+
+
+def pair(folder: Path) -> tuple[Path, Path] | None:
+    named = {p.name.lower(): p for p in visible(folder)[0] if p.is_dir()}
+    first, second = (next((named[n] for n in names if n in named), None) for names in (IMAGES, MASKS))
+    if first is None or second is None or not any(p.suffix.lower() in KNOWN for p in second.iterdir()):
+        return None
+    return first, second
+
+
+def load(source: Path, options: Options) -> Raw:
+    rows, splits, findings = [], [], []
+    lone_images: list[Path] = []
+    lone_masks: list[Path] = []
+    for pictures, masks, split in layout(source):
+        files = [p for p in visible(pictures)[0] if p.is_file() and p.suffix.lower() in KNOWN]
+        partners = {p.stem.lower(): p for p in visible(masks)[0] if p.is_file() and p.suffix.lower() in KNOWN}
+        used = set()
+        for path in files:
+            stem = next((path.stem.lower() + e for e in ENDINGS if path.stem.lower() + e in partners), None)
+            if stem is None:
+                lone_images.append(path)
+                continue
+            used.add(stem)
+            rows.append((str(path.absolute()), str(partners[stem].absolute())))
+            splits.append(split)
+        lone_masks += [p for s, p in partners.items() if s not in used]
+    for lone, check, what, remedy in (
+            (lone_images, "no-mask", "pictures without a mask", "Add the mask or remove the picture."),
+            (lone_masks, "no-picture", "masks without a picture", "Add the picture or remove the mask.")):
+        if lone:
+            findings.append(Finding(check, "warning", what, tuple(relative(p, source) for p in lone[:5]), len(lone), remedy,
+                                    len(lone)))
+    if not rows:
+        raise DataError(f"{source}: no picture has a mask of its name." + "".join(f"\n  - {f}" for f in findings))
+    table = pl.DataFrame(rows, schema={"image": pl.String, "mask": pl.String}, orient="row")
+    named = np.array(splits, dtype=object) if all(splits) and len(set(splits)) > 1 else None
+    return Raw(table, [], source, findings, named, {"image": "image", "mask": "mask"}, "mask",
+               unusable=len(lone_images) + len(lone_masks), context=class_names(source))
+
+
+def class_names(source: Path) -> dict[str, Any]:
+    """{"classes": names} from classes.txt (a name a line), {"colours": {(r, g, b): name}} from class_dict.csv; or nothing."""
+    for name in ("classes.txt", "labels.txt", "codes.txt"):
+        if (file := source / name).is_file():
+            return {"classes": [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]}
+    if (file := source / "class_dict.csv").is_file():
+        with file.open(newline="", encoding="utf-8") as opened:
+            rows = list(csv.DictReader(opened))
+        try:
+            return {"colours": {tuple(int(row[c]) for c in "rgb"): row["name"] for row in rows}}
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{file}: needs the columns name, r, g, b with whole numbers from 0 to 255.") from None
+    return {}
