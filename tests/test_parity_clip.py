@@ -200,7 +200,7 @@ def test_texts_are_read_at_their_end():
     assert not torch.allclose(model.encode_text(text, torch.ones(1, 5, dtype=torch.bool)), short)
     other = tiny("clip", end=3)                          # an end that is not the highest token
     torch.testing.assert_close(other.encode_text(torch.tensor([[4, 9, 3, 3, 8]])),
-                               other.encode_text(torch.tensor([[4, 9, 3]])), **EXACT)
+                               other.encode_text(torch.tensor([[4, 9, 3]]), torch.ones(1, 3, dtype=torch.bool)), **EXACT)
     no_end = torch.tensor([[4, 5, 6]])
     torch.testing.assert_close(model.encode_text(no_end), model.encode_text(no_end, torch.ones(1, 3, dtype=torch.bool)))
 

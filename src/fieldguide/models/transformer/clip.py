@@ -22,6 +22,7 @@ from fieldguide.blocks.attention import Attention
 from fieldguide.blocks.causal import CausalAttention
 from fieldguide.blocks.padding import lengths, pick
 from fieldguide.blocks.renaming import Dropped, Fused, Row, Transposed
+from fieldguide.blocks.rollout import rollout, weights
 from fieldguide.card import Card, Size
 from fieldguide.errors import DataError, SettingsError
 
@@ -94,15 +95,10 @@ class Vision(nn.Module):
         return self.proj(self.norm(self.features(image)[:, 0]))
 
     def attention(self, image: Tensor) -> Tensor:        # B C S S -> B depth heads N N
-        """How much each place (row) looks at each other (column), in every block: rows sum to 1.
-
-        Fused kernels never hold these weights, so they are computed anew here, and `forward` stays as fast as it is.
-        """
+        """How much each place (row) looks at each other (column), in every block: rows sum to 1."""
         x, maps = self.tokens(image), []
         for block in self.blocks:
-            qk = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1))[:, :, :2]
-            q, k = qk.permute(2, 0, 3, 1, 4)             # each B heads N d
-            maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
+            maps.append(weights(block.attn, block.norm1(x)))
             x = block(x)
         return torch.stack(maps, 1)
 
@@ -182,46 +178,39 @@ class CLIP(nn.Module):
         return torch.stack([self.encode_image(image), self.encode_text(tokens, mask)], 1) * (self.logit_scale / 2).exp()
 
     def attention(self, image: Tensor) -> Tensor:        # B C S S -> B S/P S/P
-        """How much each patch counts for the picture's vector, summing to 1: attention followed through the blocks.
-
-        Attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928, section 3): heads are averaged, the residual
-        path counts as much as attention, blocks are multiplied; read at the class token. `vision.attention` has the
-        weights themselves.
-        """
-        maps = self.vision.attention(image).mean(2)      # B depth N N
-        flow = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device).expand_as(maps[:, 0])
-        for layer in maps.unbind(1):
-            flow = (layer @ flow + flow) / 2
-        seen = flow[:, 0, 1:]
+        """How much each patch counts for the picture's vector, summing to 1: rollout, read at the class token.
+        `vision.attention` has the weights themselves."""
+        seen = rollout(self.vision.attention(image).unbind(1))[:, 0, 1:]
         side = self.config.image // self.config.patch
         return (seen / seen.sum(1, keepdim=True)).unflatten(1, (side, side))
+
+
+TOWERS = (("vision_model.", "visual.", "vision."), ("text_model.", "", "text."))           # there, there, here
 
 
 def huggingface() -> dict[str, Row]:
     names: dict[str, Row] = {
         "vision_model.embeddings.class_embedding":           "vision.cls",
         "vision_model.embeddings.patch_embedding.weight":    "vision.patch.weight",
-        "vision_model.embeddings.position_embedding.weight": "vision.pos.weight",
-        "vision_model.embeddings.position_ids":              Dropped("0, 1, 2, ..."),
         "vision_model.pre_layrnorm.*":                       "vision.norm_pre.*",            # thus spelt
         "vision_model.post_layernorm.*":                     "vision.norm.*",
         "visual_projection.weight":                          "vision.proj.weight",
         "text_model.embeddings.token_embedding.weight":      "text.embed.weight",
-        "text_model.embeddings.position_embedding.weight":   "text.pos.weight",
-        "text_model.embeddings.position_ids":                Dropped("0, 1, 2, ..."),
         "text_model.final_layer_norm.*":                     "text.norm.*",
         "text_projection.weight":                            "text.proj.weight",
         "logit_scale":                                       "logit_scale",
     }
-    for theirs, ours in (("vision_model.encoder.layers.{i}", "vision.blocks.{i}"),
-                         ("text_model.encoder.layers.{i}", "text.blocks.{i}")):
-        names |= {f"{theirs}.self_attn.{part}_proj.*": Fused(f"{ours}.attn.qkv.*", i, 3) for i, part in enumerate("qkv")}
+    for theirs, _, ours in TOWERS:
+        layer, block = theirs + "encoder.layers.{i}.", ours + "blocks.{i}."
+        names |= {f"{layer}self_attn.{part}_proj.*": Fused(f"{block}attn.qkv.*", i, 3) for i, part in enumerate("qkv")}
         names |= {
-            f"{theirs}.self_attn.out_proj.*": f"{ours}.attn.proj.*",
-            f"{theirs}.layer_norm1.*":        f"{ours}.norm1.*",
-            f"{theirs}.layer_norm2.*":        f"{ours}.norm2.*",
-            f"{theirs}.mlp.fc1.*":            f"{ours}.mlp.up.*",
-            f"{theirs}.mlp.fc2.*":            f"{ours}.mlp.down.*",
+            theirs + "embeddings.position_embedding.weight": ours + "pos.weight",
+            theirs + "embeddings.position_ids": Dropped("0, 1, 2, ..."),
+            layer + "self_attn.out_proj.*": block + "attn.proj.*",
+            layer + "layer_norm1.*":        block + "norm1.*",
+            layer + "layer_norm2.*":        block + "norm2.*",
+            layer + "mlp.fc1.*":            block + "mlp.up.*",
+            layer + "mlp.fc2.*":            block + "mlp.down.*",
         }
     return names
 
@@ -229,32 +218,30 @@ def huggingface() -> dict[str, Row]:
 def openai(text: str) -> dict[str, Row]:
     """Names of OpenAI's files and of most of open_clip's; its files with a tower of their own say `text.` before."""
     names: dict[str, Row] = {
-        "visual.class_embedding":       "vision.cls",
-        "visual.conv1.weight":          "vision.patch.weight",
-        "visual.positional_embedding":  "vision.pos.weight",
-        "visual.ln_pre.*":              "vision.norm_pre.*",
-        "visual.ln_post.*":             "vision.norm.*",
-        "visual.proj":                  Transposed("vision.proj.weight"),        # matrices that vectors stand before
-        text + "token_embedding.weight": "text.embed.weight",
-        text + "positional_embedding": "text.pos.weight",
-        text + "ln_final.*":           "text.norm.*",
-        text + "text_projection":      Transposed("text.proj.weight"),
-        text + "attn_mask":            Dropped("the causal mask"),
-        "logit_scale":                  "logit_scale",
-        "input_resolution":             Dropped("a number of the configuration"),
-        "context_length":               Dropped("a number of the configuration"),
-        "vocab_size":                   Dropped("a number of the configuration"),
+        "visual.class_embedding":         "vision.cls",
+        "visual.conv1.weight":            "vision.patch.weight",
+        "visual.ln_pre.*":                "vision.norm_pre.*",
+        "visual.ln_post.*":               "vision.norm.*",
+        "visual.proj":                    Transposed("vision.proj.weight"),      # matrices that vectors stand before
+        text + "token_embedding.weight":  "text.embed.weight",
+        text + "ln_final.*":              "text.norm.*",
+        text + "text_projection":         Transposed("text.proj.weight"),
+        text + "attn_mask":               Dropped("the causal mask"),
+        "logit_scale":                    "logit_scale",
     }
-    for theirs, ours in (("visual.transformer.resblocks.{i}", "vision.blocks.{i}"),
-                         (text + "transformer.resblocks.{i}", "text.blocks.{i}")):
+    names |= {name: Dropped("a number of the configuration") for name in ("input_resolution", "context_length", "vocab_size")}
+    for _, theirs, ours in TOWERS:
+        theirs = theirs or text
+        layer, block = theirs + "transformer.resblocks.{i}.", ours + "blocks.{i}."
         names |= {
-            f"{theirs}.attn.in_proj_weight": f"{ours}.attn.qkv.weight",
-            f"{theirs}.attn.in_proj_bias":   f"{ours}.attn.qkv.bias",
-            f"{theirs}.attn.out_proj.*":     f"{ours}.attn.proj.*",
-            f"{theirs}.ln_1.*":              f"{ours}.norm1.*",
-            f"{theirs}.ln_2.*":              f"{ours}.norm2.*",
-            f"{theirs}.mlp.c_fc.*":          f"{ours}.mlp.up.*",
-            f"{theirs}.mlp.c_proj.*":        f"{ours}.mlp.down.*",
+            theirs + "positional_embedding": ours + "pos.weight",
+            layer + "attn.in_proj_weight": block + "attn.qkv.weight",
+            layer + "attn.in_proj_bias":   block + "attn.qkv.bias",
+            layer + "attn.out_proj.*":     block + "attn.proj.*",
+            layer + "ln_1.*":              block + "norm1.*",
+            layer + "ln_2.*":              block + "norm2.*",
+            layer + "mlp.c_fc.*":          block + "mlp.up.*",
+            layer + "mlp.c_proj.*":        block + "mlp.down.*",
         }
     return names
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fieldguide.blocks.attention import Attention
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.renaming import Dropped, Fused
+from fieldguide.blocks.rollout import rollout, weights
 from fieldguide.card import Card, Size
 from fieldguide.errors import DataError, SettingsError
 
@@ -134,22 +135,14 @@ class ViLT(nn.Module):
         return self.head(F.gelu(self.norm_head(self.up(x))))
 
     def attention(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:        # -> B H/P W/P
-        """How much each patch counts for the answer, summing to 1: attention rollout (Abnar and Zuidema 2020,
-        arXiv:2005.00928, section 3) from the question's first token. `forward` keeps no weights and stays fast."""
-        x = torch.cat([self.read(tokens), self.see(image)], 1)
-        keys = None
+        """How much each patch counts for the answer, summing to 1: rollout, read at the question's first token."""
+        x, maps = torch.cat([self.read(tokens), self.see(image)], 1), []
         if mask is not None:
-            keys = torch.cat([mask, mask.new_ones(x.shape[0], x.shape[1] - mask.shape[1])], 1)
-        flow = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)
+            mask = torch.cat([mask, mask.new_ones(x.shape[0], x.shape[1] - mask.shape[1])], 1)
         for block in self.blocks:
-            qk = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1))[:, :, :2]
-            q, k = qk.permute(2, 0, 3, 1, 4)             # each B heads T+N d
-            scores = q @ k.mT * q.shape[-1] ** -0.5
-            if keys is not None:
-                scores = scores.masked_fill(~keys[:, None, None], -torch.inf)
-            flow = (scores.softmax(-1).mean(1) @ flow + flow) / 2
-            x = block(x, keys)
-        seen = flow[:, 0, tokens.shape[1] + 1:]
+            maps.append(weights(block.attn, block.norm1(x), mask))
+            x = block(x, mask)
+        seen = rollout(maps)[:, 0, tokens.shape[1] + 1:]
         p = self.config.patch
         return (seen / seen.sum(1, keepdim=True)).unflatten(1, (image.shape[2] // p, image.shape[3] // p))
 
