@@ -1,0 +1,52 @@
+"""Every task that comes with a sample: stopped in the middle and resumed, a run ends as if it had never been."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from fieldguide import samples
+from fieldguide.fitting import Silent, fit, resume
+from fieldguide.tasks import task
+from fieldguide.train.loop import Interrupted
+
+TINY = {"tabular-classification": "mlp-test", "tabular-regression": "mlp-test", "image-classification": "resnet-test",
+        "text-classification": "lstm-classifier-test", "text-generation": "gpt2-test", "translation": "transformer-test",
+        "recommendation": "sasrec-test", "image-segmentation": "unet-mini"}
+SMALL = {"text-generation": {"task.vocab": "300"}, "translation": {"task.vocab": "300"}}
+ONE = {sample.task: name for name, sample in samples.SAMPLES.items()}           # a sample of each task
+
+
+class StopAt(Silent):
+    def __init__(self, at: int):
+        self.at = at
+
+    def step(self, step, losses):
+        if step == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+def log(run):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_stopped_and_resumed(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(task(name), "tested", 8)             # what is said of test rows is not what is looked at here
+    settings = {"steps": 6, "evaluate": 2, "batch": 8, "precision": "float32", **SMALL.get(name, {})}
+    arguments = {"model": TINY.get(name, "auto"), "settings": settings}
+    whole = fit(ONE[name], out=tmp_path / "whole", **arguments)
+    with pytest.raises(Interrupted, match="after step 3 of 6"):
+        fit(ONE[name], out=tmp_path / "stopped", watch=StopAt(3), **arguments)
+    again = resume(tmp_path / "stopped")
+    assert log(tmp_path / "whole") == log(tmp_path / "stopped") and len(log(tmp_path / "whole")) >= 6
+    for file in whole.path.glob("*.safetensors"):
+        assert file.read_bytes() == (again.path / file.name).read_bytes()
+    for key, value in whole.scores.items():
+        np.testing.assert_equal(again.scores[key], value)
+    first, second = (sorted(p.name for p in (run.path / "glimpses").glob("*")) for run in (whole, again))
+    assert first == second
