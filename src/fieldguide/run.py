@@ -119,7 +119,8 @@ class Run:
         return self.task.adjust(outputs)
 
     def predict(self, inputs: Any = (), watch=lambda done: None, **asked: Any) -> list[dict[str, Any]]:
-        """One record for each raw input: where it came from, then what the task says of it.
+        """One record for each raw input (or several: a forecast has one for each step): where it came from, then what the
+        task says of it.
 
         `inputs` is a path, a data frame, or a list of those; folders and tables hold many inputs. `asked` says how
         to answer, in the task's own words (`task.Asking`): temperature, beams, threshold, ... Raises `DataError`
@@ -128,7 +129,8 @@ class Run:
         self.task.asking = self.task.asking_from(asked)
         data = self.task.read(listed(inputs))
         answers = self.task.answers(self.respond(self.task.questions(data, self.card), watch))
-        return [{"input": data.place(i), **answer} for i, answer in enumerate(answers)]
+        return [{"input": data.place(i), **record} for i, answer in enumerate(answers)
+                for record in (answer if isinstance(answer, list) else [answer])]
 
     def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:
         """The answer to one input piece by piece, where the task can; else None."""

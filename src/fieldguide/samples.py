@@ -237,6 +237,41 @@ def inked(folder: Path) -> None:
         Image.fromarray(mask).save(folder / "masks" / f"{number:04d}.png")
 
 
+# Level in MW, share that rests at weekends, more for each degree below 16.
+SITES = {"homes-north": (0.9, 0.0, 0.055), "homes-south": (1.2, 0.0, 0.04), "offices": (2.1, 0.75, 0.02),
+         "school": (0.7, 0.9, 0.03), "shops": (1.5, 0.35, 0.015), "works": (3.0, 0.5, 0.005)}
+HOLIDAYS = (0, 88, 91, 120, 129, 140)                                 # days of 2024: new year, Easter, May, ...
+
+
+def demand(folder: Path) -> None:
+    """20 weeks of hourly electricity at six sites: two daily rhythms, weekends, holidays, weather and chance."""
+    import numpy as np
+    rng, hours = np.random.default_rng(0), np.arange(20 * 7 * 24)
+    day, hour = hours // 24, hours % 24
+    holiday = np.isin(day, HOLIDAYS)
+    rest = (day % 7 >= 5) | holiday                                   # 2024 began on a Monday
+    bump = lambda middle, width: np.exp(-0.5 * (((hour - middle + 12) % 24 - 12) / width) ** 2)      # noqa: E731
+
+    def wander(count: int, keep: float) -> Any:
+        steps = rng.normal(0, (1 - keep * keep) ** 0.5, count)
+        for i in range(1, count):
+            steps[i] += keep * steps[i - 1]
+        return steps
+
+    weather = 4 + 12 * day / 140 + 4 * wander(len(hours), 0.985)
+    rows = []
+    for name, (level, rests, degree) in SITES.items():
+        homely = bump(7.5, 1.5) * 0.35 + bump(19.5, 2.5) * 0.6 + 0.55
+        busy = np.clip(bump(13, 4) * 1.3, 0, 1) * np.where(rest, 1 - rests, 1) + 0.3
+        warmth = weather + 4 * bump(15, 4) - (2 if name.endswith("north") else 0) + 0.5 * wander(len(hours), 0.9)
+        shape = (busy if rests else homely * np.where(rest, 1.1, 1)) + degree * np.clip(16 - warmth, 0, None)
+        power = level * shape * (1 + 0.03 * wander(len(hours), 0.95) + 0.02 * rng.normal(size=len(hours)))
+        times = (np.datetime64("2024-01-01T00:00") + hours.astype("m8[h]")).astype(str)
+        rows += [[name, t.replace("T", " "), f"{p:.4f}", f"{w:.1f}", "yes" if h else "no"]
+                 for t, p, w, h in zip(times, power, warmth, holiday)]
+    write(folder / "data.csv", ["site", "time", "demand", "temperature", "holiday"], iter(rows))
+
+
 def library_folder(package: str) -> Path:
     if not package:
         return Path(sysconfig.get_paths()["stdlib"])
@@ -312,6 +347,9 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
     Sample("inked", "image-segmentation", "500 pictures of 64 x 64 with scanned digits on uneven ground: which pixels are "
            "white ink, which black?", "scenes by fieldguide (Apache-2.0), digits " + BSD,
            "composed by our code from scikit-learn's load_digits", True, "mask", inked),
+    Sample("demand", "time-series-forecasting", "20 weeks of hourly electricity at six sites, with temperature and holidays: "
+           "how much in the next 48 hours?", "made by fieldguide (Apache-2.0)",
+           "drawn by our code: rhythms of day and week, weather, chance", True, "demand", demand),
     Sample("series", "recommendation", "600 viewers of 20 shows with 8 episodes each, about 5,000 views: what do they watch "
            "next?", "made by fieldguide (Apache-2.0)", "drawn by our code", True, "", episodes),
 )}

@@ -6,11 +6,11 @@ task wants that role, from their names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fieldguide.data.dataset import Kind, Role
+from fieldguide.data.dataset import Data, Finding, Kind, Role
 
 TARGETS = ("target", "label", "labels", "class", "y", "sentiment", "category", "outcome", "species")
 NAMES: dict[Role, tuple[str, ...]] = {         # names that people give to columns of these roles, likeliest first
@@ -19,7 +19,8 @@ NAMES: dict[Role, tuple[str, ...]] = {         # names that people give to colum
              "song_id", "track_id", "article_id", "book_id"),
     "rating": ("rating", "ratings", "score", "stars", "overall"),
     "time": ("time", "timestamp", "date", "datetime", "ds", "unix_time", "date_time"),
-    "series": ("unique_id", "series", "series_id", "id", "item_id", "ts_id", "store", "sensor"),
+    "series": ("unique_id", "series", "series_id", "id", "item_id", "ts_id", "store", "sensor", "site", "station", "meter",
+               "region", "symbol", "ticker", "location"),
 }
 
 
@@ -34,6 +35,7 @@ class Wants:
     kinds    role -> the kind that columns of this role hold, whatever they look like
     columns  name -> kind, of columns that mean one thing by convention
     gaps     rows without a value of the target are kept: the task knows what to do with them
+    checks   what the doctor looks at in place of what it looks at in tables whose rows are examples
     """
 
     target: Literal["last", "named", "numbers", "none"] = "last"
@@ -42,6 +44,7 @@ class Wants:
     kinds: Mapping[Role, Kind] = field(default_factory=dict)
     columns: Mapping[str, Kind] = field(default_factory=dict)
     gaps: bool = False
+    checks: tuple[Callable[[Data], Iterator[Finding]], ...] | None = None
 
     def by_name(self, role: Role, columns: Sequence[str]) -> str | None:
         """The column whose name says that it has this role."""

@@ -41,7 +41,7 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
     if data.splits is not None:
         side[data.splits == "val"], side[data.splits == "test"] = 1, 2
         given = [name for code, name in enumerate(("train", "validation", "test")) if (side == code).any()]
-        said.append(f"{' and '.join(given)} as the source gives them")
+        said.append(data.how or f"{' and '.join(given)} as the source gives them")
         if not (side == 0).any():
             raise DataError(f"{data.source}: the source names splits but no training rows.")
     pool = np.flatnonzero(side == 0)
@@ -57,7 +57,8 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
         side[chosen] = code
         said.append(f"{name}: {chosen.size:,} rows, {how}")
     parts = [np.flatnonzero(side == code) for code in (0, 1, 2)]
-    return Splits(*parts, how="; ".join(said) + f" (seed {seed})")
+    by_chance = f" (seed {seed})" if len(said) > bool(data.how) else ""
+    return Splits(*parts, how="; ".join(said) + by_chance)
 
 
 def _choose(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndarray, str]:

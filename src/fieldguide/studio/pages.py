@@ -60,7 +60,7 @@ def results(run: Run, metrics: Sequence[Metric]) -> Section:
     record = run.record
     scores, main = record["scores"], metrics[0]
     header = ["metric", "better", "this network", "95 % interval", *(b["name"] for b in scores["baselines"])]
-    rows = [[f"{m.name.replace('_', ' ')} ({m.words})", {"max": "higher", "min": "lower"}[m.better],
+    rows = [[f"{m.name.replace('_', ' ')} ({m.words})", {"max": "higher", "min": "lower"}.get(m.better, m.better),
              m.text(scores["test"][m.name]), " to ".join(m.text(v) for v in scores["intervals"][m.name]),
              *(m.text(b["scores"].get(m.name)) for b in scores["baselines"])] for m in metrics]
     factor = 100 if main.percent else 1

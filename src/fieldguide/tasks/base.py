@@ -33,7 +33,7 @@ class Metric:
     """A score: its name, which direction is better, and how a person reads it."""
 
     name: str
-    better: str                     # max | min
+    better: str                     # max | min, or in words what it should be: near 80 %
     words: str                      # "of held-out rows right"
     percent: bool = False
 
@@ -179,9 +179,9 @@ class Task:
         """95 % intervals of every score over examples like these."""
         return intervals(self, outputs, truth)
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
-        """One record an example: what a person or a program wants to know. What is to become a file (a picture, a
-        sound) is a `Media`."""
+    def answers(self, outputs: Arrays) -> list[dict[str, Any] | list[dict[str, Any]]]:
+        """One record an example, or a list of them: what a person or a program wants to know. What is to become a file (a
+        picture, a sound) is a `Media`."""
         raise NotImplementedError
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:

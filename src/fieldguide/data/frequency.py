@@ -1,0 +1,136 @@
+"""Frequency: how far apart the moments of series are, as a clock or a calendar says it, and what season belongs to that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SECOND = 1_000_000                                   # in microseconds, as dates are held
+MINUTE, HOUR, DAY, WEEK = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND, 604_800 * SECOND
+UNITS = ((WEEK, "week"), (DAY, "day"), (HOUR, "hour"), (MINUTE, "minute"), (SECOND, "second"))
+MONTHS = {1: "month", 3: "quarter", 6: "half-year", 12: "year"}
+CALENDAR = {1: (28, 31), 3: (89, 92), 6: (181, 184), 12: (365, 366)}       # months -> days between two such dates
+SEASONS = {"day": 7, "business day": 5, "week": 52, "month": 12, "quarter": 4, "half-year": 2, "second": 60}
+# What the M4 competition asks (Makridakis et al. 2020, doi:10.1016/j.ijforecast.2019.04.014, table 1).
+HORIZONS = {"hour": 48, "day": 14, "business day": 14, "week": 13, "month": 18, "quarter": 8, "year": 6}
+LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)       # seasons that people meet, likeliest first
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """One step. `unit` is "clock" (`size` microseconds), "month" (`size` months), "business" (days without weekends)
+    or "number" (times are plain numbers, `size` apart)."""
+
+    unit: str
+    size: float
+    words: str
+
+    def position(self, times: np.ndarray) -> np.ndarray:
+        """Steps from an arbitrary origin, float64; whole numbers apart where times lie on one grid."""
+        if self.unit == "month":
+            return months(times) / self.size
+        if self.unit == "business":
+            return np.busday_count("1970-01-05", times.astype("M8[us]").astype("M8[D]")).astype(float)
+        first = times.min() if len(times) else 0
+        return (times - first) / self.size
+
+    def times(self, first: float, count: int) -> np.ndarray:
+        """`count` moments from `first` on: microseconds since 1970, or plain numbers."""
+        steps = np.arange(count)
+        if self.unit == "month":
+            day = (int(first) - int(first) // DAY * DAY, np.int64(first).astype("M8[us]").astype("M8[D]"))
+            month = day[1].astype("M8[M]")
+            last = (month + 1).astype("M8[D]") - 1 == day[1]                 # the end of a month stays one
+            then = month + (steps * int(self.size)).astype("m8[M]")
+            ends = (then + 1).astype("M8[D]") - np.timedelta64(1, "D")
+            found = np.minimum(then.astype("M8[D]") + (day[1] - month.astype("M8[D]")), ends)
+            return (ends if last else found).astype("M8[us]").astype(np.int64) + day[0]
+        if self.unit == "business":
+            date = np.int64(first).astype("M8[us]").astype("M8[D]")
+            return np.busday_offset(date, steps, roll="forward").astype("M8[us]").astype(np.int64) + int(first) % DAY
+        return (first + steps * self.size).astype(np.int64 if self.unit == "clock" else np.float64)
+
+    @property
+    def season(self) -> int | None:
+        """Steps of the season that such data usually has; None where only the data can tell."""
+        if self.unit == "number":
+            return None
+        if self.unit == "clock" and self.size < DAY and self.words not in SEASONS:
+            steps = DAY / self.size
+            return int(steps) if steps == int(steps) else 1
+        return SEASONS.get(self.words, 1)
+
+    @property
+    def article(self) -> str:
+        """"one hour", "15 minutes", "7.5"."""
+        if self.unit == "number":
+            return f"{self.size:.15g}"
+        return self.words if self.words[0].isdigit() else f"one {self.words}"
+
+    def label(self, time: float) -> str:
+        """A moment as a person writes it."""
+        if self.unit == "number":
+            return f"{time:.15g}"
+        text = str(np.int64(time).astype("M8[us]").astype("M8[s]")).replace("T", " ")
+        return text.removesuffix(" 00:00:00") if self.unit != "clock" or self.size % DAY == 0 else text
+
+
+def months(times: np.ndarray) -> np.ndarray:
+    """Whole months since 1970."""
+    return times.astype("M8[us]").astype("M8[M]").astype(np.int64)
+
+
+def infer(times: Sequence[np.ndarray], dates: bool) -> Frequency | None:
+    """The step that most neighbours in these sorted moments of several series are apart; None where nobody has one."""
+    gaps = np.concatenate([np.diff(t) for t in times] or [np.empty(0)])
+    gaps = gaps[gaps > 0]
+    if not len(gaps):
+        return None
+    values, counts = np.unique(gaps, return_counts=True)
+    size = values[counts.argmax()]
+    if not dates:
+        return Frequency("number", float(size), "step")
+    every = np.concatenate(times)
+    for count, (low, high) in CALENDAR.items():
+        if low * DAY <= size <= high * DAY and size % DAY == 0 and same_day(every):
+            return Frequency("month", count, MONTHS[count])
+    if size == DAY and np.ptp(every) >= 14 * DAY and np.is_busday(every.astype("M8[us]").astype("M8[D]")).all():
+        return Frequency("business", 1, "business day")
+    length, unit = next(((u, w) for u, w in UNITS if size % u == 0), (1, "microsecond"))
+    many = int(size // length)
+    return Frequency("clock", int(size), unit if many == 1 else f"{many} {unit}s")
+
+
+def same_day(times: np.ndarray) -> bool:
+    """Whether dates keep to one day of the month, or to its end."""
+    days = times.astype("M8[us]").astype("M8[D]")
+    first = days.astype("M8[M]").astype("M8[D]")
+    last = (days.astype("M8[M]") + 1).astype("M8[D]") - np.timedelta64(1, "D")
+    usual = np.unique(days - first, return_counts=True)
+    return bool(((days - first == usual[0][usual[1].argmax()]) | (days == last)).all())
+
+
+def season_of(series: Sequence[np.ndarray], most: int = 200) -> int:
+    """The season that the values themselves show: the shortest lag of `LAGS` at which the autocorrelation of differences,
+    averaged over up to `most` series, is about as high as anywhere, and at least 0.3; else 1."""
+    chosen = [series[i] for i in np.linspace(0, len(series) - 1, min(most, len(series))).astype(int)]
+    found: dict[int, list[float]] = {}
+    for values in chosen:
+        change = np.diff(values[np.isfinite(values)])
+        change = change - change.mean() if len(change) else change
+        power = float(change @ change)
+        for lag in LAGS:
+            if power > 0 and len(change) >= 3 * lag:
+                share = float(change[lag:] @ change[:-lag]) / power
+                found.setdefault(lag, []).append(share * len(change) / (len(change) - lag))
+    means = {lag: float(np.mean(v)) for lag, v in found.items() if len(v) >= len(chosen) / 2}
+    best = max(means.values(), default=0.0)
+    return min((lag for lag, mean in means.items() if mean >= 0.85 * best), default=1) if best >= 0.3 else 1
+
+
+def usual_horizon(frequency: Frequency, season: int) -> int:
+    """Steps ahead that are asked for where nobody says: M4's, else by the season."""
+    by_season = {24: 48, 7: 14, 52: 13, 12: 18, 4: 8}
+    return HORIZONS.get(frequency.words) or by_season.get(season) or (min(season, 96) if season > 1 else 12)
