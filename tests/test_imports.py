@@ -23,7 +23,8 @@ MAY = {
     "models": GROUND | {"blocks"},
     "registry": GROUND | {"models"},
     "weights": NETWORKS - {"weights"},
-    "samples": {"errors"},
+    "voice": set(),
+    "samples": {"errors", "voice"},
     "data": GROUND | {"samples"},                       # never models, tasks or training
     "objectives": GROUND | {"blocks", "data"},          # of data, only chance as a function of numbers
     "measures": {"errors"},                             # numbers in, numbers out

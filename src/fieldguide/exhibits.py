@@ -78,9 +78,26 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery(Exhibit):
-    """Pictures side by side."""
+    """Pictures side by side; `wide` ones in their own proportions, few in a row."""
 
     pictures: Sequence[Picture] = ()
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Sound:
+    """One sound of a list: MP3, Ogg, FLAC or WAV bytes, and what to say under it."""
+
+    sound: bytes
+    caption: str
+    bad: bool = False            # framed as an error
+
+
+@dataclass(frozen=True)
+class Sounds(Exhibit):
+    """Sounds to listen to, one below another."""
+
+    sounds: Sequence[Sound] = ()
 
 
 @dataclass(frozen=True)

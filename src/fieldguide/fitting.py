@@ -109,7 +109,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
         raise SettingsError(f"--set model.…: {error}") from None
     watch.chose(advice, config)
     chosen = Settings().with_(kind.recipe).with_(card.recipe).with_(training)
-    batches = learnt.batches(source.take(parts.train), card, chosen)
+    batches = learnt.lessons(source.take(parts.train), card, chosen)
     validation = learnt.batches(source.take(parts.validation), card, chosen)
     chosen = with_batch(chosen, len(batches), learnt.fewest, learnt.most)
     torch.manual_seed(seed)
@@ -219,7 +219,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         plan = Plan(source, task, run.record["choice"]["why"], parts, Advice([], []), card, run.record["model"]["size"],
                     network.config if hasattr(network, "config") else None, chosen,
                     task.objective(network, card, chosen, **run.fresh_parts()),
-                    task.batches(source.take(parts.train), card, chosen),
+                    task.lessons(source.take(parts.train), card, chosen),
                     task.batches(source.take(parts.validation), card, chosen))
         run.record["settings"] = chosen.to_dict()
         return train_and_test(run.path, run.record, plan, watch, resume=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import polars as pl
 
-from fieldguide.data.dataset import Column, Data, Finding
+from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding
 from fieldguide.data.duplicates import same_inputs
 from fieldguide.data.symptoms import SHOWN, places, simplified
 from fieldguide.errors import DataError
@@ -22,6 +22,8 @@ LINEAR = 0.9999            # ... or, for an amount, one that is so correlated wi
 ENOUGH = 50                # rows below which a perfect feature may be chance
 BINS = 64
 UNLIKE, LONGER = 8, 60     # a pair of texts is odd whose lengths are so many times, and so many characters, out of proportion
+FASTEST = 45               # characters that nobody speaks in a second
+THINGS = {"image": "pictures", "audio": "recordings", "text": "texts"}
 SAMPLE = 20_000            # rows that leaks are looked for in
 ANSWERS = ("category", "boolean", "number", "date", "identifier")     # kinds of a target that is one of few, or an amount
 
@@ -119,7 +121,7 @@ def duplicates(data: Data) -> Iterator[Finding]:
     twice = sizes[same] > 1
     if not twice.any():
         return
-    what = "pictures" if data.features("image") else "texts" if data.features("text") else "rows"
+    what = next((words for kind, words in THINGS.items() if data.features(kind)), "rows")
     rows = np.flatnonzero(twice)
     order = rows[np.argsort(same[rows], kind="stable")]              # duplicates side by side
     heads = order[np.r_[True, np.diff(same[order]) != 0]]
@@ -148,7 +150,8 @@ def duplicates(data: Data) -> Iterator[Finding]:
 def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray,
               what: str) -> Iterator[Finding]:
     column = data.target
-    if column is None or column.kind not in ("category", "boolean"):
+    heard = bool(data.features("audio"))                 # of a recording there is one transcript; of a text, translations
+    if column is None or column.kind not in ("category", "boolean", *(["text"] if heard else [])):
         return
     codes = data.rows[column.name].cast(pl.String).fill_null("").rank("dense").to_numpy()
     other = order[codes[order] != codes[first[same[order]]]]
@@ -156,7 +159,8 @@ def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray
         label = data.rows[column.name]
         pairs = tuple(f"{data.place(int(i))} is {label[int(i)]!r}, {data.place(int(first[same[i]]))} is "
                       f"{label[int(first[same[i]])]!r}" for i in other[:SHOWN])
-        yield Finding("conflicting-duplicate", "warning", f"equal {what} with different classes", pairs,
+        answers = "transcripts" if heard else "classes"
+        yield Finding("conflicting-duplicate", "warning", f"equal {what} with different {answers}", pairs,
                       int(other.size), "Decide which is right.")
 
 
@@ -247,6 +251,29 @@ def pairs(data: Data) -> Iterator[Finding]:
                       f"{answer.name!r} are the same", places(data, same), int(same.sum()), "Is it the right column?")
 
 
+def recordings(data: Data) -> Iterator[Finding]:
+    """Recordings of several rates, and those that can hardly belong to their transcripts."""
+    rows, answer = data.rows, data.target
+    if not data.features("audio"):
+        return
+    if RATE in rows.columns and rows[RATE].n_unique() > 1:
+        counts = rows[RATE].value_counts(sort=True).sort("count", descending=True)
+        listed = ", ".join(f"{rate:,} Hz ({count:,})" for rate, count in counts.head(SHOWN).rows())
+        few = (rows[RATE] != counts[RATE][0]).to_numpy()
+        yield Finding("mixed-rates", "note", f"recordings of another rate than most: {listed}; all are brought to one",
+                      places(data, few), int(few.sum()), "Are they of the same kind? Telephone lacks what is above 4 kHz.")
+    if SECONDS not in rows.columns or answer is None or answer.kind != "text" or not len(data):
+        return
+    seconds = rows[SECONDS].to_numpy()
+    pace = rows[answer.name].str.len_chars().fill_null(0).to_numpy() / np.maximum(seconds, 0.01)
+    usual = float(np.median(pace))
+    odd = (pace > FASTEST) | ((pace > UNLIKE * usual) | (pace < usual / UNLIKE)) & (seconds > 1)
+    if odd.any():
+        yield Finding("unlike-lengths", "warning", f"recordings whose transcript is more than {UNLIKE} times longer or shorter "
+                      f"than usual ({usual:.0f} characters a second), or cannot be spoken in their time (over {FASTEST} a "
+                      "second)", places(data, odd), int(odd.sum()), "Do they belong together? Look whether lines have slipped.")
+
+
 def events(data: Data) -> Iterator[Finding]:
     """The same user, item and time twice."""
     keys = [c.name for role in ("user", "item", "time") for c in data.role(role)]
@@ -259,4 +286,4 @@ def events(data: Data) -> Iterator[Finding]:
                       places(data, again), int(again.sum()), "Remove them, if each is to count once.")
 
 
-CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (columns, target, duplicates, leaks, pairs, events)
+CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (columns, target, duplicates, leaks, pairs, recordings, events)

@@ -14,6 +14,7 @@ TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "o
 MOSTLY = 0.9               # a column is numeric (a date) when at least this share of its values is
 FEW_CLASSES = 20           # a target of at most so many different whole numbers is classes, not an amount
 IMAGE_NAME = r"(?i)\.(png|jpe?g|bmp|gif|webp|tiff?|pp?m|pgm|ico|jp2|avif)$"
+AUDIO_NAME = r"(?i)\.(wave?|flac|og[ga]|opus|mp3|aiff?|au|m4a|aac|wma)$"
 DATES = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f",
          "%Y/%m/%d", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S",
          "%d/%m/%Y", "%m/%d/%Y", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M:%S", "%m/%d/%Y %H:%M:%S",
@@ -115,9 +116,11 @@ def guessed(name: str, text: pl.Series, target: bool) -> Typed:
 
 def words(name: str, text: pl.Series, present: pl.Series, n: int, distinct: int, share: float,
           target: bool) -> Typed:
-    """Pictures, free text, identifiers or categories: all that is no number, date or truth value."""
+    """Pictures, recordings, free text, identifiers or categories: all that is no number, date or truth value."""
     if not target and present.str.contains(IMAGE_NAME).mean() >= MOSTLY:
         return done(name, text, "image", "the values are names of picture files")
+    if not target and present.str.contains(AUDIO_NAME).mean() >= MOSTLY:
+        return done(name, text, "audio", "the values are names of sound files")
     if target:
         return done(name, text, "category", f"the target has {distinct} classes")
     length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()

@@ -30,13 +30,16 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from fieldguide.exhibits import Bars, Exhibit, Gallery, Lines, Matrix, Picture, Quotes, Scatter, Table
+from fieldguide.exhibits import Bars, Exhibit, Gallery, Lines, Matrix, Picture, Quotes, Scatter, Sounds, Table
 from fieldguide.studio import charts
 from fieldguide.studio.charts import NOTHING, clean, decimals_of, el, is_number, join, number, plain
 
 ROWS, QUOTES, PICTURES = 400, 50, 60      # the most of each that one exhibit shows; what is left out is said
 PICTURE_BYTES = 2_000_000                 # all pictures of a page together
 LARGEST = 384                             # pixels a side: twice what a tile shows, for dense screens
+WIDEST = 800                              # ... and of a tile of a wide gallery
+SOUND_BYTES = 3_000_000                   # all sounds of a page together
+SOUNDS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mpeg", b"\xff": "mpeg"}      # how a file of each begins
 CLASSES = 30                              # larger confusion matrices show their most confused classes
 UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMBT]|ms|s|min|h|[KMGT]i?B)(?!\w))")     # no line break before a unit
 
@@ -288,6 +291,7 @@ class Album:
     repeated: set[bytes] = field(default_factory=set)
     placed: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     spent: int = 0
+    heard: int = 0                            # bytes of sounds
 
 
 _album: ContextVar[Album] = ContextVar("album")
@@ -298,7 +302,7 @@ def gallery(exhibit: Gallery) -> Markup:
     album = _album.get(None) or Album()
     tiles, over = [], 0
     for picture in exhibit.pictures[:PICTURES]:
-        image = show(picture, album)
+        image = show(picture, album, WIDEST if exhibit.wide else LARGEST)
         over += image is None
         if image is not None:
             tiles.append(el("li", image, el("span", tie(picture.caption), class_="caption", dir="auto"),
@@ -306,7 +310,7 @@ def gallery(exhibit: Gallery) -> Markup:
     over += max(0, len(exhibit.pictures) - PICTURES)
     if not tiles and not over:
         return NOTHING
-    return join([el("ul", *tiles, class_="gallery"), left_out(over, "picture")])
+    return join([el("ul", *tiles, class_="gallery wide" if exhibit.wide else "gallery"), left_out(over, "picture")])
 
 
 def left_out(count: int, what: str) -> Markup:
@@ -314,13 +318,13 @@ def left_out(count: int, what: str) -> Markup:
     return remark(f"{number(count)} more {what}{be} left out to keep this page small." if count else "")
 
 
-def show(picture: Picture, album: Album) -> Markup | None:
+def show(picture: Picture, album: Album, largest: int = LARGEST) -> Markup | None:
     """The picture inside the page, or None where the page is full."""
     if picture.image in album.placed:
         name, view = album.placed[picture.image]
         return el("svg", el("use", href=f"#{name}"), viewBox=view, role="img", aria_label=picture.caption)
     try:
-        kind, data, (width, height) = embed(picture.image)
+        kind, data, (width, height) = embed(picture.image, largest)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):   # what Pillow raises
         return el("span", "This picture cannot be read.", class_="broken")
     if album.spent + len(data) > PICTURE_BYTES:
@@ -336,21 +340,43 @@ def show(picture: Picture, album: Album) -> Markup | None:
     return el("svg", image, viewBox=view, role="img", aria_label=picture.caption)
 
 
-def embed(data: bytes) -> tuple[str, bytes, tuple[int, int]]:
+def embed(data: bytes, largest: int = LARGEST) -> tuple[str, bytes, tuple[int, int]]:
     """Format, bytes and size of a picture as the page holds it: what is large is made smaller."""
     with Image.open(io.BytesIO(data)) as image:
         kind, size = (image.format or "").lower(), image.size
         if kind not in ("png", "jpeg", "webp", "gif"):
             raise ValueError(f"{kind or 'unknown'} is not PNG, JPEG, WebP or GIF")
-        if max(size) <= LARGEST or len(data) <= 24_000:
+        if max(size) <= largest or len(data) <= 24_000:
             return kind, data, size
-        image.draft("RGB", (LARGEST, LARGEST))               # lets JPEG decode at a fraction of its size
+        image.draft("RGB", (largest, largest))               # lets JPEG decode at a fraction of its size
         clear = "A" in image.getbands() or "transparency" in image.info
         image = image.convert("RGBA" if clear else "RGB")
-        image.thumbnail((LARGEST, LARGEST))
+        image.thumbnail((largest, largest))
         kind, out = "webp" if clear else "jpeg", io.BytesIO()      # JPEG is several times faster to write
         image.save(out, kind, quality=80)
         return kind, out.getvalue(), image.size
+
+
+@draw.register
+def sounds(exhibit: Sounds) -> Markup:
+    """Each with the browser's own player; what does not fit into the page is counted."""
+    album = _album.get(None) or Album()
+    items, over = [], 0
+    for sound in exhibit.sounds:
+        kind = next((kind for head, kind in SOUNDS.items() if sound.sound.startswith(head)), None)
+        if kind and album.heard + len(sound.sound) > SOUND_BYTES:
+            over += 1
+            continue
+        player = el("span", "This sound cannot be played.", class_="broken")
+        if kind:
+            album.heard += len(sound.sound)
+            source = f"data:audio/{kind};base64,{base64.b64encode(sound.sound).decode()}"
+            player = el("audio", src=source, controls="", preload="metadata", aria_label=sound.caption)
+        items.append(el("li", player, el("span", tie(sound.caption), class_="caption", dir="auto"),
+                        class_="bad" if sound.bad else None))
+    if not items and not over:
+        return NOTHING
+    return join([el("ul", *items, class_="sounds"), left_out(over, "sound")])
 
 
 @draw.register

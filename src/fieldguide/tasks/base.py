@@ -153,6 +153,10 @@ class Task:
         """Prepared examples; with `settings`, augmented as they say when a generator is handed to `make`."""
         raise NotImplementedError
 
+    def lessons(self, data: Data, card: Card, settings: Settings) -> Batches:
+        """The training rows as they are learnt from; where that is another thing than what is asked of them, or not all."""
+        return self.batches(data, card, settings)
+
     def questions(self, data: Data, card: Card) -> Batches:
         """Raw inputs as they are put to the network; where that is another thing than what it learnt from."""
         return self.batches(data, card)

@@ -1,0 +1,195 @@
+"""Recordings: a folder of them with a table of transcripts, or a text file beside each; to predict, recordings alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data import csvtext
+from fieldguide.data.audio import KNOWN, UNREAD
+from fieldguide.data.dataset import BOOKKEEPING, FILE, LINE, FileEntry, Finding
+from fieldguide.data.kinds import AUDIO_NAME
+from fieldguide.data.readers import table
+from fieldguide.data.readers.image_folder import hidden
+from fieldguide.data.roles import plain
+from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256
+from fieldguide.errors import DataError
+
+NAME = "recordings"
+UNDERSTANDS = ("recordings (.wav, .flac, .ogg, .mp3): a folder of them with a table of file names and transcripts, or with "
+               "x.txt beside each x.wav, maybe below train, val and test; to predict, recordings alone")
+SOUNDS = KNOWN.union(UNREAD)
+TRANSCRIPTS = ("transcript", "transcription", "sentence", "text", "normalized_text", "normalized_transcription", "normalized",
+               "utterance", "words")
+AUDIO, SAID = "audio", "transcript"      # what columns are called where no table names them
+SHOWN = 5
+
+
+def accepts(source: Any, options: Options) -> int:
+    if not isinstance(source, Path):
+        return 0
+    if source.is_file():
+        return 10 if source.suffix.lower() in SOUNDS else 0
+    if not any(True for _ in sounds(source)):
+        return 0
+    return 9 if table.tables_in(source) or any(p.with_suffix(".txt").is_file() for p in sounds(source)) else 7
+
+
+def sounds(folder: Path) -> Iterable[Path]:
+    """Recordings anywhere in a folder; links out of it are not followed."""
+    for at, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not hidden(f))
+        yield from (Path(at, f) for f in sorted(files) if os.path.splitext(f)[1].lower() in SOUNDS and not hidden(f))
+
+
+def load(source: Path, options: Options) -> Raw:
+    if source.is_file():
+        said = source.with_suffix(".txt")
+        return beside([source], source.parent, options) if said.is_file() else alone([source], source.parent)
+    paths = list(sounds(source))
+    if table.tables_in(source):
+        raw = table.load(source, options)
+        return named(raw, paths, source, options)
+    return beside(paths, source, options) if any(p.with_suffix(".txt").is_file() for p in paths) else alone(paths, source)
+
+
+def alone(paths: list[Path], root: Path) -> Raw:
+    """Recordings without a word of what is said in them."""
+    return Raw(pl.DataFrame({AUDIO: [str(p.absolute()) for p in paths]}), [], root, splits=split_by_folder(paths, root),
+               kinds={AUDIO: "audio"})
+
+
+def split_by_folder(paths: list[Path], root: Path) -> np.ndarray | None:
+    """Splits, where each recording lies below a folder called by one."""
+    found = [SPLITS.get(p.relative_to(root).parts[0].lower()) for p in paths]
+    return np.array(found, dtype=object) if all(found) and len(set(found)) > 1 else None
+
+
+# A text file beside each
+
+
+def beside(paths: list[Path], root: Path, options: Options) -> Raw:
+    rows, files, findings, kept = [], [], [], []
+    silent: list[Path] = []
+    damaged: list[str] = []
+    for path in paths:
+        said = path.with_suffix(".txt")
+        text, name = None, relative(said, root)
+        if said.is_file():
+            content = said.read_bytes()
+            try:
+                decoded, found = csvtext.decode(content, name)
+                text, findings = decoded.decode().strip(), findings + found
+            except DataError as error:
+                damaged.append(f"{name} ({str(error).partition(': ')[2]})")
+                continue
+            files.append(FileEntry(name, len(content), sha256(content), rows=0))
+        elif not options.labels_optional:
+            silent.append(path)
+            continue
+        kept.append(path)
+        rows.append((str(path.absolute()), text))
+    at = Counter(p.with_suffix("") for p in paths)
+    lone = [p for folder in {p.parent for p in paths} for p in sorted(folder.glob("*.txt")) if p.with_suffix("") not in at]
+    several = [p for p in paths if at[p.with_suffix("")] > 1]
+    for check, severity, what, places, remedy, unusable in (
+            ("no-transcript", "warning", "recordings without a transcript beside them", silent,
+             "Write what is said into a text file of the same name, or remove them.", len(silent)),
+            ("unreadable-text", "warning", "transcripts that cannot be read as text", damaged,
+             "Save them again as UTF-8 text.", len(damaged)),
+            ("shared-transcript", "warning", "recordings that share one transcript, as they differ by suffix alone", several,
+             "Keep one of each.", 0),
+            ("no-recording", "note", "transcripts without a recording", lone, "", 0)):
+        if places:
+            shown = tuple(p if isinstance(p, str) else relative(p, root) for p in places[:SHOWN])
+            findings.append(Finding(check, severity, what, shown, len(places), remedy, unusable))
+    if not rows:
+        raise DataError(f"{root}: no recording has a transcript that can be read." + "".join(f"\n  - {f}" for f in findings))
+    frame = pl.DataFrame(rows, schema={AUDIO: pl.String, SAID: pl.String}, orient="row")
+    return Raw(frame, files, root, findings, split_by_folder(kept, root), {AUDIO: "audio", SAID: "text"}, SAID,
+               unusable=sum(f.unusable for f in findings))
+
+
+# A table of file names and transcripts
+
+
+def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
+    """A table with its column of file names brought to the paths of recordings below `root`. The column is found by its
+    values, which may be paths from the folder, names alone, or names without suffix."""
+    where = Where(paths, root)
+    columns = [c for c in raw.rows.columns if c not in BOOKKEEPING and raw.rows[c].dtype == pl.String]
+    shares = {c: where.share(raw.rows[c]) for c in columns if c != options.target}
+    name = max(shares, key=shares.get, default=None)
+    if name is None or shares[name] < 0.5:
+        listed = ", ".join(columns)
+        raise DataError(f"{root}: none of the columns of {raw.files[0].path} ({listed}) names the recordings in the folder, "
+                        f"such as {relative(paths[0], root)}. One must hold their file names.")
+    rows = raw.rows
+    full = [where.find(v) or v for v in rows[name].to_list()]
+    raw.rows = rows.with_columns(pl.Series(name, full, dtype=pl.String))
+    raw.kinds[name] = "audio"
+    used = Counter(v for v in full if v)
+    place = lambda i: f"{raw.files[rows[FILE][i]].path}:{rows[LINE][i]}"         # noqa: E731
+    if again := [i for i, v in enumerate(full) if v and used[v] > 1]:
+        raw.findings.append(Finding("repeated-recording", "warning", "rows that name a recording that another row names, too",
+                                    tuple(f"{place(i)} ({rows[name][i]})" for i in again[:SHOWN]), len(again),
+                                    "Keep one row of each."))
+    if several := [i for i, v in enumerate(rows[name].to_list()) if v in where.ambiguous]:
+        raw.findings.append(Finding("ambiguous-name", "warning", "file names that several folders have",
+                                    tuple(f"{place(i)} ({rows[name][i]})" for i in several[:SHOWN]), len(several),
+                                    "Write the path from the folder of the table."))
+    unnamed(raw, [p for p in paths if relative(p, root) not in used])
+    if (said := next((c for n in TRANSCRIPTS for c in columns if plain(c) == n and c != name), None)) and not options.target:
+        raw.target, raw.kinds[said] = said, "text"
+    elif options.target in columns:
+        raw.kinds[options.target] = "text"
+    return raw
+
+
+def unnamed(raw: Raw, lone: list[Path]) -> None:
+    """Notes recordings that no row of the table names."""
+    if lone:
+        raw.findings.append(Finding("file-without-row", "note", "recordings that no row of the table names; they are left out",
+                                    tuple(relative(p, raw.root) for p in lone[:SHOWN]), len(lone)))
+
+
+class Where:
+    """The recordings of a folder by path, by name, and by name without suffix."""
+
+    def __init__(self, paths: list[Path], root: Path):
+        self.root, self.paths = root, {relative(p, root) for p in paths}
+        self.short: dict[str, str] = {}
+        self.ambiguous: set[str] = set()
+        for p in paths:
+            path = relative(p, root)
+            stems = {p.name, p.stem, path.removesuffix(p.suffix)} - {path}
+            for key in stems:
+                if key in self.short and self.short[key] != path:
+                    self.ambiguous.add(key)
+                self.short[key] = path
+
+    def find(self, value: str | None) -> str | None:
+        """The path from the root; absolute paths of files that are there stay as they are."""
+        value = (value or "").strip().replace("\\", "/").removeprefix("./")
+        if value in self.paths or not value:
+            return value or None
+        if value in self.ambiguous:
+            return None
+        if os.path.isabs(value) and os.path.exists(value):
+            return value
+        return self.short.get(value) or self.short.get(value.rsplit("/", 1)[-1])
+
+    def share(self, values: pl.Series) -> float:
+        """The part of some values that name recordings, or at least look as if they did."""
+        some = values.drop_nulls()
+        some = some.gather_every(max(1, some.len() // 500))
+        if not some.len():
+            return 0.0
+        found = sum(self.find(v) is not None or v in self.ambiguous for v in some.to_list()) / some.len()
+        return max(found, 0.9 * float(some.str.contains(AUDIO_NAME).mean()))
