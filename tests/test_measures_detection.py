@@ -58,6 +58,13 @@ def test_precision_by_hand():
     assert double["map50"] == pytest.approx(1) and double["class_map"][0] == pytest.approx((9 * 1 + 0.5) / 10)
 
 
+def test_one_overlap_at_a_time():
+    """IoU 0.72 is right at 0.7 and wrong at 0.75; 0.77 is right at both."""
+    for width, at75 in ((7.2, 0), (7.7, 1)):
+        got = score([[(0, (0, 0, width, 10), 0.9)]], [[(0, A)]], classes=1)
+        assert (got["map50"], got["map75"], got["map"]) == pytest.approx((1, at75, 0.5 + 0.1 * at75))
+
+
 def test_every_overlap_counts():
     """IoU 100/150: right at 0.5 to 0.65, wrong above; a class without boxes is left out."""
     got = score([[(0, (0, 0, 10, 15), 0.9), (1, A, 0.3)]], [[(0, A)]], classes=3)

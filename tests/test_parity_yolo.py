@@ -12,11 +12,14 @@ import warnings
 import pytest
 import torch
 
+import boxes
+from cases import equations
 from fieldguide import weights
 from fieldguide.errors import SettingsError
 from fieldguide.models.convolutional.yolov8 import table
 from fieldguide.objectives.detection import decode, grid
 from fieldguide.registry import create, find
+from test_models import tiny
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +52,28 @@ def test_equals_the_original(ultralytics, size, tmp_path):
     assert all(torch.equal(tensor, back[name]) for name, tensor in theirs.state_dict().items())
     x = torch.rand(2, 3, 96, 160, dtype=torch.float64)
     want, _ = theirs.double()(x)
-    boxes, _, logits = decode(ours.double()(x), ours.bins, *grid(96, 160, ours.strides, x.device))
+    found, _, logits = decode(ours.double()(x), ours.bins, *grid(96, 160, ours.strides, x.device))
     torch.testing.assert_close(logits.sigmoid(), want[:, 4:].mT, rtol=1e-9, atol=1e-12)
     middle, side = want[:, :4].mT.chunk(2, -1)
-    torch.testing.assert_close(boxes, torch.cat([middle - side / 2, middle + side / 2], -1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, torch.cat([middle - side / 2, middle + side / 2], -1), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_large_and_oblong_pictures_equal_the_equations():
+    """Large enough that pooling once, twice and three times see different things, and of no round size."""
+    model = tiny("yolov8")
+    peer, rename = equations(boxes.yolov8)(model)
+    peer.double().eval().load_state_dict(rename(model.state_dict()))
+    x = torch.randn(1, 3, 130, 300, dtype=torch.float64)
+    torch.testing.assert_close(model(x), peer(x), rtol=1e-9, atol=1e-11)
+
+
+def test_widths_of_heads():
+    """That of the classes' half grows with them to 100 only; that of the sides' half has four maps a bin at least."""
+    for classes, bins, label, side in ((10, 16, 64, 64), (90, 16, 90, 64), (365, 16, 100, 64), (80, 32, 80, 128)):
+        head = create("yolov8n", classes=classes, bins=bins).heads[0]
+        assert (head.label[0].conv.out_channels, head.box[0].conv.out_channels) == (label, side)
+        assert (head.label[-1].out_channels, head.box[-1].out_channels) == (classes, 4 * bins)
 
 
 def test_names_of_public_files():
