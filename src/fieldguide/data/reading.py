@@ -366,7 +366,7 @@ class Reading:
     def check_inputs(self) -> None:
         """Rows in which every feature is missing."""
         features = [c.name for c in self.data.features()]
-        if not features or self.options.labels_optional:
+        if not features or self.options.labels_optional or self.wants.gaps:
             return
         empty = csvtext.blank([self.data.rows[c] for c in features]).to_numpy() & ~self.bad
         if empty.any() and not empty.all():

@@ -26,6 +26,7 @@ from fieldguide.data.symptoms import SHOWN, places
 from fieldguide.errors import DataError
 
 STEP = Frequency("number", 1.0, "step")
+OWN = 0.9                  # of all rows: when so many have a name of their own, a row is a series
 HOLES = 0.5                # of all steps: with more missing, these are events and no series
 
 READ = "a network reads the last value before there, and they are neither learnt from nor scored"
@@ -33,10 +34,11 @@ BEFORE = "rows whose series and moment were there before"
 FOUND: dict[str, tuple[Severity, str, str]] = {       # slug: severity, what, remedy
     "layout": ("note", "read as one series a row: {name!r} names it, the {columns:,} columns of numbers are its values in "
                "their order; there is no time", ""),
+    "repeated-series": ("error", "rows whose {name!r} was there before, and no column says when: a row must be a whole series, "
+                        "or have a time", "Give each series a name of its own, or name the column of time with --time."),
     "no-time": ("note", "there is no column of time: rows are taken as equal steps, in their order", "Name it with --time."),
     "frequency": ("note", "a step is {step}", ""),
     "time-missing": ("warning", "rows without a moment", "Fill it in or remove the rows."),
-    "id-missing": ("warning", "rows that do not say of which series they are", "Fill it in or remove the rows."),
     "time-backwards": ("note", "the latest moments come first; they are sorted", ""),
     "time-order": ("warning", "timestamps out of order: rows that come after a later moment of their series; they are sorted",
                    "Look whether their times are right."),
@@ -57,9 +59,10 @@ FOUND: dict[str, tuple[Severity, str, str]] = {       # slug: severity, what, re
     "time-unreadable": ("error", "column {name!r} is to be the time, but holds neither dates nor numbers, such as {value!r}",
                         "Write dates as 2024-12-31 or 2024-12-31 18:00:00."),
     "irregular-steps": ("error", "the moments are irregular: with steps of {step}, most rows lie between them or more than "
-                        "half of them are missing", "Bring the data to equal steps first: add up or average by hour, day, ... {hint}"),
+                        "half of them are missing", "Bring the data to equal steps first: add up or average by hour, day, "
+                        "... {hint}"),
 }
-UNUSABLE = {"time-missing", "id-missing", "conflicting-time", "off-grid"}
+UNUSABLE = {"time-missing", "conflicting-time", "off-grid"}
 
 
 def found(data: Data, slug: str, rows: Any = (), count: int | None = None, shown: Sequence[str] = (), **words: Any) -> Finding:
@@ -148,10 +151,12 @@ def layout_of(data: Data) -> str:
 
 
 def names_of_rows(data: Data) -> str | None:
-    """The column that names whole series, where a row is one: the role says so, or it is the only one without numbers;
-    and no value of it comes twice."""
-    chosen = [c.name for c in data.role("series")] or [n for n in data.columns if data.rows[n].dtype == pl.String]
-    if len(chosen) == 1 and len(data) == data.rows[chosen[0]].n_unique() and len(numeric(data)) > 1:
+    """The column that names whole series, where a row is one: without time, the role says so, or it is the only one without
+    numbers and hardly a value of it comes twice."""
+    if data.role("series"):
+        return data.only("series").name
+    chosen = [n for n in data.columns if data.rows[n].dtype == pl.String]
+    if len(chosen) == 1 and data.rows[chosen[0]].n_unique() >= OWN * len(data) and len(numeric(data)) > 1:
         return chosen[0]
     return None
 
@@ -163,6 +168,9 @@ def numeric(data: Data) -> list[str]:
 def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
     """One series a row; blanks at its end are behind its end, blanks between are missing values."""
     name, columns = names_of_rows(data), numeric(data)
+    again = ~data.rows[name].is_first_distinct().to_numpy()
+    if again.any():
+        return None, [found(data, "repeated-series", again, name=name)]
     table = data.rows.select(pl.col(columns).cast(pl.Float64)).to_numpy()
     seen = np.isfinite(table)
     findings = [found(data, "layout", name=name, columns=len(columns))]
@@ -190,9 +198,8 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
     else:
         findings.append(found(data, "no-time"))
     frame = pl.DataFrame({"id": names_of_moments(data), "time": times, "row": np.arange(len(data))})
-    for name in ("time", "id"):
-        if (gone := frame[name].is_null()).any():
-            findings.append(found(data, f"{name}-missing", gone.to_numpy()))
+    if (gone := frame["time"].is_null()).any():              # rows of no series are left out when they are read
+        findings.append(found(data, "time-missing", gone.to_numpy()))
     frame = frame.drop_nulls()
     if not frame.height:
         return None, [*findings, found(data, "no-series")]

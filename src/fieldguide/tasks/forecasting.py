@@ -20,9 +20,10 @@ from fieldguide.data.frequency import Frequency
 from fieldguide.data.prepare.covariates import Covariates
 from fieldguide.data.roles import Wants
 from fieldguide.errors import SettingsError, nearest
-from fieldguide.exhibits import Exhibit, Lines, Table
+from fieldguide.exhibits import Exhibit
 from fieldguide.measures.forecasts import pinball, seasonal_scale, smape, widening
 from fieldguide.objectives import Forecast, Objective
+from fieldguide.tasks import forecast_exhibits
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.windows import CUT, SERIES, Windows, at_end, cut, everywhere
 from fieldguide.train.settings import Settings
@@ -30,7 +31,6 @@ from fieldguide.train.settings import Settings
 QUANTILES = (0.05, 0.1, 0.5, 0.9, 0.95)
 LEVELS = {0.8: (1, 3), 0.9: (0, 4)}              # coverage of an interval -> its ends among the quantiles
 EACH = 50                  # validation windows that intervals of one step are calibrated on at least; else all steps together
-SHOWN = 6                  # series drawn in the report
 
 
 class Forecasting(Task):
@@ -270,6 +270,9 @@ class Forecasting(Task):
             more = np.array(grow, dtype=np.float32)[:, None] * (high - low)
             values[..., 1 + a], values[..., 1 + b] = low - more, high + more
         values[..., 1:] = np.sort(values[..., 1:], -1)
+        for a, b in LEVELS.values():                     # and an interval holds the point that it belongs to
+            values[..., 1 + a] = np.minimum(values[..., 1 + a], values[..., 0])
+            values[..., 1 + b] = np.maximum(values[..., 1 + b], values[..., 0])
         return {**outputs, "values": values}
 
     def simple(self, test: Data) -> dict[str, tuple[str, np.ndarray]]:
@@ -351,52 +354,8 @@ class Forecasting(Task):
 
     def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
                  ) -> dict[str, list[Exhibit]]:
-        windows: Windows = test.context
-        found, values = windows.panel, outputs["values"][:, :, 0].astype(np.float64)
-        future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
-        series, at = test.rows[SERIES].to_numpy(), test.rows[CUT].to_numpy()
-        ahead = np.arange(1, values.shape[1] + 1)
-        forecasts = {"this network": values[..., 0], **{name: x for name, (_, x) in self.simple(test).items()}}
-        scaled = {name: abs(x - future) * (truth["std"] / truth["naive"])[:, None] for name, x in forecasts.items()}
-        by_step = Lines("Error by horizon", "MASE of each step ahead, over all test windows: 1 is the error that the seasonal "
-                        "naive forecast made in the past, one step at a time.", x="steps ahead", y="MASE",
-                        lines={name: (ahead, average(x, 0)) for name, x in scaled.items()})
-        inside = {f"{100 * level:.0f} %": (ahead, average(np.where(np.isfinite(future), (values[..., 1 + a] <= future)
-                                                                  & (future <= values[..., 1 + b]), np.nan), 0))
-                  for level, (a, b) in LEVELS.items()}
-        coverage = Lines("Coverage by horizon", "The share of outcomes inside each interval; it should be what the interval "
-                         "promises.", x="steps ahead", y="share inside", lines=inside)
-        each = average(scaled["this network"], 1)
-        per_series = np.array([average(each[series == s][None], 1)[0] for s in np.unique(series)])
-        order = np.argsort(-np.nan_to_num(per_series, nan=-1))
-        names = np.unique(series)
-        others = [name for name in forecasts if name != "this network"]
-        rows = [(found.names[names[i]], int((series == names[i]).sum()), float(per_series[i]),
-                 *(float(average(average(scaled[o][series == names[i]], 1)[None], 1)[0]) for o in others)) for i in order[:20]]
-        worst = Table("Worst series" if len(names) > 1 else "The series", "Mean MASE over the test windows of each.",
-                      ("series", "windows", "this network", *others), rows, heat=("this network",))
-        picked = order[np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int)]
-        drawn = []
-        for s in names[picked]:
-            mine = np.flatnonzero(series == s)
-            row = mine[np.argsort(each[mine], kind="stable")[len(mine) // 2]]            # its window of middling error
-            drawn.append(self.drawn(found, int(s), int(at[row]), values[row], truth["std"][row], truth["mean"][row], each[row]))
-        return {"Forecasts": drawn, "Errors": [by_step, worst, coverage]}
-
-    def drawn(self, found: panels.Panel, series: int, at: int, values: np.ndarray, std: float, mean: float, error: float
-              ) -> Lines:
-        """One window: the end of its past, what came, and what was forecast with its intervals."""
-        horizon, column = len(values), found.column[series]
-        begin = max(at - max(2 * horizon, 2 * self.options.season), int(found.low[series]), at - 400)
-        end = min(at + horizon, int(found.high[series]))
-        natural, ahead = values * std + mean, np.arange(horizon)
-        bands = {f"{100 * level:.0f} %": (ahead, natural[:, 1 + a], natural[:, 1 + b]) for level, (a, b) in
-                 sorted(LEVELS.items(), reverse=True)}
-        moment = found.frequency.label(found.times[at]) if found.layout != "rows" else f"step {at - int(found.low[series])}"
-        return Lines(f"{found.names[series]}, from {moment}", f"The test window of middling error of this series; MASE "
-                     f"{error:.3g}.", x=f"steps ({found.frequency.article})",
-                     y="", lines={"what was": (np.arange(begin, end) - at, found.values[begin:end, column]),
-                                  "forecast": (ahead, natural[:, 0])}, bands=bands, marks={"forecast begins": 0.0})
+        simple = {name: values for name, (_, values) in self.simple(test).items()}
+        return forecast_exhibits.of(test, outputs["values"][:, :, 0].astype(np.float64), truth, simple, LEVELS)
 
     # Saved with the run
 
@@ -419,13 +378,6 @@ def standard(values: np.ndarray) -> tuple[float, float]:
     """Mean and deviation of what is known; (0, 1) of nothing."""
     known = values[np.isfinite(values)]
     return (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
-
-
-def average(values: np.ndarray, axis: int) -> np.ndarray:
-    """The mean of what is finite; NaN where nothing is."""
-    real = np.isfinite(values)
-    count = real.sum(axis)
-    return np.where(count, np.where(real, values, 0).sum(axis) / np.maximum(count, 1), np.nan)
 
 
 TASKS = (Forecasting,)
