@@ -272,6 +272,27 @@ def demand(folder: Path) -> None:
     write(folder / "data.csv", ["site", "time", "demand", "temperature", "holiday"], iter(rows))
 
 
+def spoken(folder: Path) -> None:
+    """600 recordings of one to three digits that nobody spoke, each in a voice of its own, and a table of what they say."""
+    import wave
+
+    import numpy as np
+
+    from fieldguide import voice
+    rng, rows = np.random.default_rng(0), []
+    (folder / "recordings").mkdir()
+    for number in range(600):
+        words = [str(w) for w in rng.choice(list(voice.WORDS), rng.integers(1, 4))]
+        sound = voice.speak(words, voice.Voice.drawn(rng), rng)
+        with wave.open(str(folder / "recordings" / f"{number:04d}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(voice.RATE)
+            file.writeframes((sound * 32767).astype("<i2").tobytes())
+        rows.append([f"recordings/{number:04d}.wav", " ".join(words)])
+    write(folder / "transcripts.csv", ["file", "transcript"], iter(rows))
+
+
 def library_folder(package: str) -> Path:
     if not package:
         return Path(sysconfig.get_paths()["stdlib"])
@@ -352,4 +373,7 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
            "drawn by our code: rhythms of day and week, weather, chance", True, "demand", demand),
     Sample("series", "recommendation", "600 viewers of 20 shows with 8 episodes each, about 5,000 views: what do they watch "
            "next?", "made by fieldguide (Apache-2.0)", "drawn by our code", True, "", episodes),
+    Sample("spoken", "automatic-speech-recognition", "600 recordings of one to three English digits, 8 kHz, each in a voice of "
+           "its own", "made by fieldguide (Apache-2.0)", "synthesised by our code: formants, pitch, tempo, breath, noise", True,
+           "transcript", spoken),
 )}
