@@ -112,7 +112,7 @@ def raw_of(rows: list[tuple], root: Path, entry: FileEntry, findings: list[Findi
 def complete(raw: Raw, folder: Path) -> Raw:
     """Says which recordings are named twice, of which the first stays, and which are not named at all."""
     paths = raw.rows[AUDIO]
-    again = (~paths.is_first_distinct()).to_numpy()
+    again = (~paths.is_first_distinct() & paths.is_not_null()).to_numpy()
     if again.any():
         rows = np.flatnonzero(again)
         where = tuple(f"{raw.files[raw.rows[FILE][int(i)]].path}:{raw.rows[LINE][int(i)]} ({Path(paths[int(i)]).name})"
@@ -124,7 +124,7 @@ def complete(raw: Raw, folder: Path) -> Raw:
         raw.unusable += len(rows)
         counts = Counter(raw.rows[FILE].to_list())
         raw.files = [FileEntry(f.path, f.bytes, f.sha256, counts[i], f.rows - counts[i]) for i, f in enumerate(raw.files)]
-    named = {Path(p).name for p in paths.to_list()}
+    named = {Path(p).name for p in paths.drop_nulls().to_list()}
     unnamed(raw, [p for p in visible(folder)[0] if p.suffix.lower() in SOUNDS and p.name not in named])
     return raw
 
