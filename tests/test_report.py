@@ -17,7 +17,7 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from fieldguide.exhibits import Bars, Exhibit, Gallery, Lines, Matrix, Picture, Quote, Quotes, Scatter, Table
+from fieldguide.exhibits import Bars, Exhibit, Gallery, Lines, Matrix, Picture, Quote, Quotes, Scatter, Sound, Sounds, Table
 from fieldguide.studio import charts, modelcard, report
 from fieldguide.studio.charts import el, number
 from fieldguide.studio.report import Section, render
@@ -307,6 +307,30 @@ def test_pictures_are_embedded_once_shrunk_and_limited():
     many = [Picture(png(120, 120, seed=k), "noise") for k in range(70)]      # which PNG cannot make smaller
     html, page = page_of(*[Gallery("g", pictures=many[k:] + many[:k]) for k in (0, 10)])
     assert len(html) < 3_000_000 and "left out to keep this page small" in page.text()
+
+
+def tone(seconds=0.1, kind="WAV", seed=0):
+    import soundfile
+    out = io.BytesIO()
+    soundfile.write(out, np.random.default_rng(seed).normal(0, 0.1, int(8000 * seconds)), 8000, format=kind)
+    return out.getvalue()
+
+
+def test_sounds_play_inside_the_page_and_are_limited():
+    kinds = {"WAV": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mpeg"}
+    html, page = page_of(Sounds("s", sounds=[Sound(tone(kind=k), HOSTILE, bad=k == "WAV") for k in kinds]))
+    players = [a for tag, a, _ in page.elements if tag == "audio"]
+    assert [a["src"].partition(";")[0] for a in players] == [f"data:audio/{v}" for v in kinds.values()]
+    assert all("controls" in a for a in players) and page.count("li", class_="bad") == 1
+    policy = next(a["content"] for tag, a, _ in page.elements if tag == "meta" and a.get("http-equiv"))
+    assert "media-src data:" in policy and "default-src 'none'" in policy
+    _, page = page_of(Sounds("s", sounds=[Sound(b"MZ no sound", "c")]))
+    assert page.count("audio") == 0 and "cannot be played" in page.text()
+    many = [Sound(tone(10, seed=k), "c") for k in range(30)]                     # 160 kB each
+    html, page = page_of(*[Sounds("s", sounds=many[k:] + many[:k]) for k in (0, 10)])
+    assert page.count("audio") == 18 and len(html) < 4_200_000 and "12 more sounds are left out" in page.text()
+    wide, narrow = (report.draw(Gallery("g", pictures=[Picture(png(700, 100), "c")], wide=w)) for w in (True, False))
+    assert 'class="gallery wide"' in wide and 'width="700"' in wide and 'width="384"' in narrow
 
 
 def test_long_texts_are_folded_and_nothing_is_lost():

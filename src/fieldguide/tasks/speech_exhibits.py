@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WORST, DRAWN, PLAYED = 40, 8, 16           # rows of the table, spectrograms, recordings to listen to
 SECONDS_SHOWN = 15.0                       # of a recording in the report
-WIDTH, BAND, TEXT = 640, 3, 18             # pixels: of a spectrogram, of each band, of the line of symbols below
+WIDTH, BAND, TEXT = 640, 3, 26             # pixels: of a spectrogram, of each band, of the line of symbols below
 # Dark violet over teal to yellow: even steps of lightness, told apart by everybody (as matplotlib's viridis is).
 COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 
@@ -134,7 +134,7 @@ def drawn(loud: np.ndarray, letters: list[tuple[str, int, int]]) -> bytes:      
     height = BAND * min(bands, 48)
     picture = Image.new("RGB", (WIDTH, height + TEXT), "white")
     picture.paste(Image.fromarray(colour.astype(np.uint8)).resize((WIDTH, height), Image.Resampling.BILINEAR))
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(21)
     for letter, start, end in letters:
         left, right = (WIDTH * v / steps for v in (start, min(end, steps)))
         if letter.strip():
