@@ -293,7 +293,7 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
         truth = task.truth(held)
         record["scores"] = {
             "test": task.score(outputs, truth), "intervals": task.intervals(outputs, truth),
-            "baselines": [{"name": b.name, "what": b.what, "scores": task.score(b.outputs, truth)}
+            "baselines": [{"name": b.name, "what": b.what, "bound": b.bound, "scores": task.score(b.outputs, truth)}
                           for b in task.baselines(rows, held)], "tested": len(held)}
         record["cost"] |= {"seconds": round(state.seconds, 2), "steps": state.step, "best_step": state.best_step,
                            "stopped": state.stopped, "peak_memory": peak_memory()}

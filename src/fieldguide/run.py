@@ -142,6 +142,7 @@ class Run:
 
         Of the data that the run was trained on, only the rows of its test part are scored.
         """
+        self.task.asking = self.task.asking_from({})                 # as when it was tested
         data, note = self.task.read(listed(source), answered=True), ""
         if data.manifest.digest == self.record["data"]["digest"] and len(data) == self.record["data"]["rows"]:
             with np.load(self.path / "splits.npz", allow_pickle=False) as splits:

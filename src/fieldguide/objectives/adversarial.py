@@ -37,6 +37,10 @@ class Adversarial(Objective):
         return {"loss": on_real + on_fake, "real": on_real, "fake": on_fake}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As many samples as the batch has examples; where it numbers them (`row`), always the same."""
+        if "row" in batch:
+            noise = Noise(0, batch["row"].tolist(), (self.noise,), next(self.model.parameters()))()
+            return {"samples": self.model(noise)}
         noise = torch.randn(len(batch[self.real]), self.noise, device=batch[self.real].device)
         return {"samples": self.model(noise)}
 

@@ -32,16 +32,18 @@ def verdict(record: Mapping[str, Any], metric: Metric) -> str:
     """The result in one sentence, beside the baselines."""
     scores = record["scores"]
     low, high = (metric.text(v) for v in scores["intervals"][metric.name])
-    others = "; ".join(f"{b['name']} {metric.text(b['scores'].get(metric.name))}" for b in scores["baselines"])
+    beaten, bounds = ([b for b in scores["baselines"] if bool(b.get("bound")) == bound] for bound in (False, True))
+    listed = lambda some: "; ".join(f"{b['name']} {metric.text(b['scores'].get(metric.name))}" for b in some)    # noqa: E731
     value = metric.text(scores["test"][metric.name])
     said = f"{value} of the held-out examples {metric.words}" if metric.words == "right" else \
         f"{value} {metric.words} on held-out examples"
     sign = 1 if metric.better == "max" else -1
-    better = [b["name"] for b in scores["baselines"] if metric.name in b["scores"]
+    better = [b["name"] for b in beaten if metric.name in b["scores"]
               and sign * b["scores"][metric.name] > sign * scores["test"][metric.name]]
+    best = f" At best: {listed(bounds)}." if bounds else ""
     advice = (f" The network does not beat {' and '.join(better)}: prefer that, or give it more minutes or data."
               if better else "")
-    return f"{said} (95 % interval {low} to {high}). To beat: {others}.{advice}"
+    return f"{said} (95 % interval {low} to {high}). To beat: {listed(beaten)}.{best}{advice}"
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

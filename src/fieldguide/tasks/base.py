@@ -58,6 +58,7 @@ class Baseline:
     name: str
     what: str
     outputs: Arrays
+    bound: bool = False             # not to be beaten: the best that could be hoped for
 
 
 class Task:

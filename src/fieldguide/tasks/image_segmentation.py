@@ -298,7 +298,8 @@ class ImageSegmentation(Task):
             out = io.BytesIO()
             Image.fromarray(strip).save(out, "JPEG", quality=85)
             pictures.append(Picture(out.getvalue(), f"{Path(test.place(int(i))).name}: IoU {each[i]:.2f}"))
-        return Gallery(title, "The picture and its mask in the data; below, the network's mask and, in red, where it is wrong.", pictures)
+        return Gallery(title, "The picture and its mask in the data; below, the network's mask and, in red, where it is "
+                       "wrong.", pictures)
 
     def painted(self, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
         colours = np.array([*self.colours, (0, 0, 0)])[mask]         # -1, no class: dark

@@ -1,0 +1,97 @@
+"""Judges of made pictures: a small CNN that this data taught, what it sees in pictures, and distances in what it sees.
+
+These are not the scores that carry the names FID or Inception Score, for which a certain public network is needed; they
+compare runs on the same data.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIDE = 32              # larger pictures are judged at this side
+WIDTH = 64             # features of a picture
+BATCH = 64
+NEAREST = 3            # neighbours that span a picture's surroundings (Kynkäänniemi et al. 2019, section 3)
+
+
+class Judge(nn.Module):
+    """A small CNN: pictures B C S S in -1 .. 1 -> features B 64, and class logits."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, last in ((24, channels), (48, 24), (WIDTH, 48)):
+            layers += [nn.Conv2d(last, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(WIDTH, classes)
+
+    def features(self, x: Tensor) -> Tensor:             # B C S S -> B 64
+        return self.body(x).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+        return self.head(self.features(x))
+
+
+def small(x: Tensor) -> Tensor:                          # N C S S -> at most 32 pixels a side
+    side = min(SIDE, x.shape[-1])
+    return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="area")
+
+
+def taught(pictures: Tensor, label: Tensor | None, classes: int, *, steps: int = 400, seed: int = 0) -> Judge:
+    """A judge that learnt the classes (`label`: N int64); without any, which way up pictures are (Gidaris et al. 2018,
+    arXiv:1803.07728)."""
+    x = small(pictures)
+    with torch.random.fork_rng(), torch.enable_grad(), torch.inference_mode(False):
+        torch.manual_seed(seed)
+        x = x.clone()
+        judge = Judge(x.shape[1], classes if label is not None else 4)
+        optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
+        for _ in range(steps):
+            rows = torch.randint(len(x), (BATCH,))
+            shown, wanted = x[rows], label[rows].clone() if label is not None else torch.randint(4, (BATCH,))
+            if label is None:
+                shown = torch.stack([torch.rot90(p, int(k), (1, 2)) for p, k in zip(shown, wanted)])
+            shift = torch.randint(-1, 2, (2,)).tolist()
+            loss = F.cross_entropy(judge(shown.roll(shift, (2, 3))), wanted, label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return judge.eval()
+
+
+@torch.no_grad()
+def seen(judge: Judge, pictures: Tensor, answer: bool = False) -> np.ndarray:
+    """Features of pictures, N 64; or the classes that the judge takes them for, N."""
+    parts = [(judge(small(p)).argmax(1) if answer else judge.features(small(p))).numpy() for p in pictures.split(256)]
+    return np.concatenate(parts)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance of two clouds taken for Gaussian: |m - n|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017,
+    arXiv:1706.08500, equation 6)."""
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values = np.linalg.eigvals(first @ second)                       # of a product of two such: real and not negative
+    root = np.sqrt(np.maximum(values.real, 0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * root)
+
+
+def precision_recall(real: np.ndarray, made: np.ndarray) -> tuple[float, float]:
+    """Shares of made pictures that lie in the surroundings of real ones, and of real ones in those of made ones
+    (Kynkäänniemi et al. 2019, arXiv:1904.06991, equations 1 and 2)."""
+    return inside(made, real), inside(real, made)
+
+
+def inside(points: np.ndarray, cloud: np.ndarray) -> float:
+    """Share of points no farther from some point of a cloud than that point's third neighbour is."""
+    own = np.sort(distances(cloud, cloud), 1)[:, min(NEAREST, len(cloud) - 1)]
+    return float((distances(points, cloud) <= own[None]).any(1).mean())
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Euclidean, N M."""
+    return torch.cdist(torch.from_numpy(a).double(), torch.from_numpy(b).double(),
+                       compute_mode="donot_use_mm_for_euclid_dist").numpy()

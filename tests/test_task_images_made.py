@@ -1,0 +1,132 @@
+"""Image generation: judges against their definitions, samples that depend on seed and number alone, and whole runs."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+from fieldguide.data import read
+from fieldguide.errors import DataError, SettingsError
+from fieldguide.fitting import fit, read_for
+from fieldguide.tasks import infer, judges
+from fieldguide.tasks.base import Media
+from fieldguide.tasks.image_generation import ImageGeneration, png, sheet, thumbnails
+
+
+def test_frechet_distance_is_its_definition():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)), rng.normal(1, 2, size=(150, 6))
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(first @ second).real
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
+    assert judges.frechet(a, b) == pytest.approx(wanted, rel=1e-6)
+    assert abs(judges.frechet(a, a)) < 1e-9
+
+
+def test_precision_and_recall_are_their_definition():
+    rng = np.random.default_rng(1)
+    real, made = rng.normal(size=(40, 3)), rng.normal(0.7, 1, size=(30, 3))
+
+    def share(points, cloud):
+        hits = 0
+        for p in points:
+            for i, c in enumerate(cloud):
+                near = sorted(float(np.linalg.norm(c - o)) for j, o in enumerate(cloud) if j != i)
+                if np.linalg.norm(p - c) <= near[judges.NEAREST - 1] + 1e-12:
+                    hits += 1
+                    break
+        return hits / len(points)
+
+    assert judges.precision_recall(real, made) == pytest.approx((share(made, real), share(real, made)))
+    assert judges.precision_recall(real, real + 100) == (0, 0)
+
+
+def test_a_judge_learns_classes_and_leaves_chance_alone():
+    rng = torch.Generator().manual_seed(0)
+    label = torch.randint(2, (300,), generator=rng)
+    x = 0.3 * torch.randn(300, 1, 16, 16, generator=rng)
+    x[label == 1, :, 4:8] += 1
+    before = torch.random.get_rng_state()
+    judge = judges.taught(x, label, 2, steps=60)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert (judges.seen(judge, x, answer=True) == label.numpy()).mean() > 0.95 and judges.seen(judge, x).shape == (300, 64)
+    with torch.inference_mode():                             # as it is called when a run is tested
+        judges.taught(x, None, 0, steps=5)
+
+
+def test_pictures_are_written_as_they_are():
+    x = np.linspace(-1, 1, 3 * 5 * 5, dtype=np.float32).reshape(3, 5, 5)
+    back = np.asarray(Image.open(io.BytesIO(png(x)))).transpose(2, 0, 1)
+    assert np.abs(back - (x + 1) * 127.5).max() <= 0.51
+    whole = np.asarray(Image.open(io.BytesIO(sheet(np.stack([x] * 5)))))
+    assert whole.shape == (11, 17, 3) and (whole[:5, 6:11] == back.transpose(1, 2, 0)).all()
+    assert thumbnails(np.ones((2, 3, 16, 16), np.float32)).shape == (2, 192)
+
+
+def folder(root, classes=("a", "b")):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(60):
+            array = rng.integers(0, 80, (9, 9))
+            array[2:5, 3 * k:3 * k + 3] = 250
+            Image.fromarray(array.astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_what_it_reads(tmp_path):
+    request = {"data": str(folder(tmp_path / "two")), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
+               "allow_bad": False, "task": "image-generation"}
+    data, kind, _ = read_for(request)
+    task = kind.learn(data, kind.Options())
+    assert kind is ImageGeneration and task.labels == ["a", "b"] and task.pictures.side == 8
+    bare, *_ = read_for({**request, "data": str(tmp_path / "two" / "a")})
+    assert bare.target is None and kind.learn(bare, kind.Options()).labels == []
+    with pytest.raises(DataError, match="With --task it could be: .*image-generation"):
+        infer(bare)
+    with pytest.raises(DataError, match="lacks what image-generation needs: a column of pictures"):
+        read_for({**request, "data": "iris"})
+    good = (tmp_path / "two" / "a" / "1.png").read_bytes()
+    (tmp_path / "two" / "a" / "1.png").write_bytes(good[:40])
+    found = [f for f in read(tmp_path / "two").findings if f.unusable]
+    assert [f.places[0].split(" ")[0] for f in found] == ["a/1.png"]
+
+
+def test_a_diffusion_network_learns_to_draw(tmp_path):
+    run = fit(folder(tmp_path / "two"), task="image-generation", out=tmp_path / "run", settings={
+        "steps": 150, "batch": 32, "lr": 3e-3, "precision": "float32", "evaluate": 75, "ema": 0.95, "model.dim": 16})
+    scores = run.scores
+    noise, best = (b["scores"] for b in run.record["scores"]["baselines"])
+    assert scores["feature_distance"] < 0.5 * noise["feature_distance"] and best["classifier_accuracy"] > 0.9
+    assert scores["classifier_accuracy"] > 0.9               # what was asked for is what was drawn
+    first = run.predict(["b"], count=3, steps=5)
+    assert [a["class"] for a in first] == ["b"] * 3 and all(isinstance(a["image"], Media) for a in first)
+    again = run.predict(["b"], count=2, steps=5)             # a picture depends on the seed and its number alone
+    assert [a["image"] for a in again] == [a["image"] for a in first[:2]]
+    assert run.predict(["b"], count=1, steps=5, seed=1)[0]["image"] != first[0]["image"]
+    assert [a["class"] for a in run.predict(count=4, steps=2)] == ["a", "b", "a", "b"]
+    with pytest.raises(DataError, match="'c' is none of the classes"):
+        run.predict(["c"])
+    with pytest.raises(SettingsError, match="sampler='euler'"):
+        run.predict(["a"], sampler="euler")
+    page = (run.path / "report.html").read_text()
+    assert "Learnt by heart?" in page and "By steps of the sampler" in page and "Samples while it learnt" in page
+    later = run.evaluate(tmp_path / "two")["scores"]
+    assert later["held_out_loss"] == pytest.approx(scores["held_out_loss"]) and later["feature_distance"] > 0
+
+
+def test_a_gan_trains_and_is_resumed_with_its_critic(tmp_path):
+    run = fit(folder(tmp_path / "two") / "a", task="image-generation", model="dcgan-32", out=tmp_path / "run", settings={
+        "steps": 40, "batch": 16, "precision": "float32", "evaluate": 20, "model.dim": 8})
+    assert run.record["model"]["parts"]["critic"]["architecture"] == "dcgan-discriminator"
+    assert (run.path / "critic.safetensors").exists()
+    assert {"critic.loss", "generator.loss"} <= {k for line in run.losses() for k in line}
+    noise = run.record["scores"]["baselines"][0]["scores"]
+    assert run.scores["held_out_loss"] < noise["held_out_loss"] and "classifier_accuracy" not in run.scores
+    first, second = run.predict(count=2)
+    assert first["image"] != second["image"] and run.predict(count=1)[0] == first and "class" not in first
