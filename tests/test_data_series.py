@@ -69,6 +69,11 @@ def test_a_series_a_row(tmp_path):
     assert layout_of(data) == "rows" and found.names[3] == "H3" and len(found) == 40
     assert found.of(3).tolist() == [30 + t % 7 for t in range(33)] and "one series a row" in finding(data, "layout").what
     assert "missing-values" not in checks(data)
+    cells = [line.split(",") for line in rows()]
+    for row, line in enumerate(cells[1:]):
+        line[4], line[6], line[-1] = str(row % 2), "0", ""        # steps that look like truth values, a constant, nothing
+    odd = panel(got(write(tmp_path / "t.csv", [",".join(line) for line in cells])))
+    assert odd.names == found.names and odd.of(3)[:7].tolist() == [30, 31, 32, 1, 34, 0, 36]
 
 
 def test_numbers_and_other_frequencies_as_time(tmp_path):
@@ -138,6 +143,8 @@ def test_damaged_long_tables(tmp_path, suffix):
         stored([good[0], *(f"north,2024-03-{1 + i // 20:02d} {i % 20:02d}:{i * i * 7 % 60:02d},{i}.5" for i in range(300))])
     with refused("one-moment", "no series has two moments"):
         stored([good[0], *(f"s{i},2024-03-01 00:00,{i}.5" for i in range(50))])
+    with refused("nothing-changes", "one value from its beginning to its end"):
+        stored([good[0], *(f"{line_.rpartition(',')[0]},7.5" for line_ in good[1:])])
     with refused("no-target", "no column of numbers"):
         stored([line_.rpartition(",")[0] for line_ in good])
 

@@ -126,7 +126,8 @@ def test_mase_and_smape_are_those_of_m4():
     gap[20] = NAN
     kept = [abs(gap[t] - gap[t - 12]) for t in range(12, 50) if t not in (20, 32)]
     assert forecasts.seasonal_scale(gap, 12) == pytest.approx(np.mean(kept))
-    assert np.isnan(forecasts.seasonal_scale(np.ones(30), 7))
+    assert np.isnan(forecasts.seasonal_scale(np.ones(30), 7)) and np.isnan(forecasts.seasonal_scale(np.full(30, NAN), 7))
+    assert forecasts.seasonal_scale(np.tile([0.0, 1, 3], 9), 3) == pytest.approx(np.mean([1, 2, 3] * 8 + [1, 2]))
     assert forecasts.smape(said, future).mean() == pytest.approx(
         sum(200 * abs(y - f) / (abs(y) + abs(f)) for y, f in zip(future, said)) / 6)
     assert forecasts.smape(np.zeros(1), np.zeros(1)).tolist() == [0.0]

@@ -32,7 +32,7 @@ HOLES = 0.5                # of all steps: with more missing, these are events a
 READ = "a network reads the last value before there, and they are neither learnt from nor scored"
 BEFORE = "rows whose series and moment were there before"
 FOUND: dict[str, tuple[Severity, str, str]] = {       # slug: severity, what, remedy
-    "layout": ("note", "read as one series a row: {name!r} names it, the {columns:,} columns of numbers are its values in "
+    "layout": ("note", "read as one series a row: {name!r} names it, the {columns:,} other columns are its values in "
                "their order; there is no time", ""),
     "repeated-series": ("error", "rows whose {name!r} was there before, and no column says when: a row must be a whole series, "
                         "or have a time", "Give each series a name of its own, or name the column of time with --time."),
@@ -53,6 +53,7 @@ FOUND: dict[str, tuple[Severity, str, str]] = {       # slug: severity, what, re
                        "Fill them in where the values are known."),
     "empty-series": ("warning", "series without any value: {names}", "Fill them in or remove them."),
     "constant-series": ("note", "series that never change: {names}", ""),
+    "nothing-changes": ("error", "every series holds one value from its beginning to its end", "Are these the right columns?"),
     "no-target": ("error", "no column of numbers is to be forecast", "Name it with --target."),
     "no-series": ("error", "no row has a series, a moment and a value", "Look whether the columns are the right ones."),
     "one-moment": ("error", "no series has two moments, so there is nothing to forecast", "{hint}"),
@@ -155,25 +156,33 @@ def names_of_rows(data: Data) -> str | None:
     numbers and hardly a value of it comes twice."""
     if data.role("series"):
         return data.only("series").name
-    chosen = [n for n in data.columns if data.rows[n].dtype == pl.String]
-    if len(chosen) == 1 and data.rows[chosen[0]].n_unique() >= OWN * len(data) and len(numeric(data)) > 1:
+    chosen = [n for n in data.columns if worded(data.rows[n])]
+    if len(chosen) == 1 and len(data.columns) > 2 and data.rows[chosen[0]].n_unique() >= OWN * len(data):
         return chosen[0]
     return None
 
 
-def numeric(data: Data) -> list[str]:
-    return [n for n in data.columns if data.rows[n].dtype.is_numeric()]
+def worded(values: pl.Series) -> bool:
+    """Whether a column holds words: a step at which every series is 0, or has ended, was read as text without being any."""
+    return values.dtype == pl.String and kinds.as_numbers(values).null_count() > values.null_count()
+
+
+def steps_of_rows(data: Data, name: str) -> np.ndarray:
+    """Rows x steps, float64: every other column in its order, whatever kind it seemed to be."""
+    columns = [data.rows[n] for n in data.columns if n != name]
+    numbers = [kinds.as_numbers(c) if c.dtype == pl.String else c.cast(pl.Float64) for c in columns]
+    return pl.DataFrame(numbers).to_numpy().astype(float)
 
 
 def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
     """One series a row; blanks at its end are behind its end, blanks between are missing values."""
-    name, columns = names_of_rows(data), numeric(data)
+    name = names_of_rows(data)
     again = ~data.rows[name].is_first_distinct().to_numpy()
     if again.any():
         return None, [found(data, "repeated-series", again, name=name)]
-    table = data.rows.select(pl.col(columns).cast(pl.Float64)).to_numpy()
+    table = steps_of_rows(data, name)
     seen = np.isfinite(table)
-    findings = [found(data, "layout", name=name, columns=len(columns))]
+    findings = [found(data, "layout", name=name, columns=table.shape[1])]
     ends = np.where(seen.any(1), table.shape[1] - seen[:, ::-1].argmax(1), 0)
     ids = data.rows[name].cast(pl.String).to_list()
     start, inside = np.r_[0, ends.cumsum()], np.arange(table.shape[1]) < ends[:, None]
@@ -342,7 +351,7 @@ def finished(data: Data, layout: str, frequency: Frequency, targets: list[str], 
         if series:
             findings.append(found(data, slug, shown=[repr(n) for n in series[:SHOWN]], count=len(series),
                                   names=", ".join(map(repr, series[:SHOWN]))))
-    if not units:
-        return None, [*findings, found(data, "no-series")]
+    if not units or len(odd["constant-series"]) == len(units):
+        return None, [*findings, found(data, "nothing-changes" if units else "no-series")]
     group, column, low, high = (np.array(x) for x in zip(*units))
     return Panel(layout, frequency, targets, values, row, times, start, group, column, low, high, names, findings), findings

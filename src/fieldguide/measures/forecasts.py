@@ -7,12 +7,14 @@ import numpy as np
 
 def seasonal_scale(values: np.ndarray, season: int) -> float:
     """Mean absolute error of the seasonal naive forecast of one step within `values` (T): what MASE divides by (Hyndman and
-    Koehler 2006, doi:10.1016/j.ijforecast.2006.03.001). Of a series that is no longer than its season, that of the naive
-    forecast. NaN where nothing changes or nothing is known."""
-    lag = season if len(values) > season else 1
-    steps = np.abs(values[lag:] - values[:-lag])
-    steps = steps[np.isfinite(steps)]
-    return float(steps.mean()) if len(steps) and steps.any() else float("nan")
+    Koehler 2006, doi:10.1016/j.ijforecast.2006.03.001). Of a series that is no longer than its season, or repeats it exactly,
+    that of the naive forecast. NaN where nothing changes or nothing is known."""
+    for lag in (season, 1):
+        steps = np.abs(values[lag:] - values[:-lag])
+        steps = steps[np.isfinite(steps)]
+        if steps.any():
+            return float(steps.mean())
+    return float("nan")
 
 
 def smape(point: np.ndarray, future: np.ndarray) -> np.ndarray:
