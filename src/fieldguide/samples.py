@@ -237,6 +237,78 @@ def inked(folder: Path) -> None:
         Image.fromarray(mask).save(folder / "masks" / f"{number:04d}.png")
 
 
+def scattered(folder: Path) -> None:
+    """900 scenes of 96 x 96 with the boxes of their digits, as YOLO keeps them."""
+    import numpy as np
+    from PIL import Image
+    rng, side = np.random.default_rng(0), 96
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    (folder / "data.yaml").write_text(f"train: images\nnames: [{', '.join(map(repr, map(str, range(10))))}]\n")
+    for number in range(900):
+        picture, found = scene(rng, side, most=5)
+        Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
+        lines = [f"{digit} {(left + right) / 2 / side:.6f} {(top + bottom) / 2 / side:.6f} {(right - left) / side:.6f} "
+                 f"{(bottom - top) / side:.6f}\n" for digit, (left, top, right, bottom), _ in found]
+        (folder / "labels" / f"{number:04d}.txt").write_text("".join(lines))
+
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+SCENE = 32                 # pixels a side of scenes to be told or asked about
+
+
+def told(picture: Any, found: list[Any]) -> list[tuple[str, str, float, float, int]]:
+    """Of each digit in a scene its colour, its name, the middle of its box (from the left, from above), its area."""
+    return [("white" if picture[where].mean() > 128 else "black", DIGITS[digit], (box[0] + box[2]) / 2, (box[1] + box[3]) / 2,
+             (box[2] - box[0]) * (box[3] - box[1])) for digit, box, where in found]
+
+
+def captions(folder: Path) -> None:
+    """3,000 scenes of one or two digits, and where what stands: "a white three left of a black seven"."""
+    import numpy as np
+    from PIL import Image
+    rng, rows = np.random.default_rng(0), []
+    (folder / "images").mkdir()
+    for number in range(3000):
+        picture, found = scene(rng, SCENE, 2)
+        things = told(picture, found)
+        said = [f"a {colour} {digit}" for colour, digit, *_ in things]
+        (_, _, x, y, _), last = things[0], things[-1]
+        if len(things) == 1:
+            caption = f"{said[0]} {'on the left' if x < SCENE / 2 else 'on the right'}"
+        elif abs(x - last[2]) > abs(y - last[3]):
+            caption = f"{said[0]} {'left' if x < last[2] else 'right'} of {said[1]}"
+        else:
+            caption = f"{said[0]} {'above' if y < last[3] else 'below'} {said[1]}"
+        Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
+        rows.append([f"images/{number:04d}.png", caption])
+    write(folder / "captions.csv", ["image", "caption"], iter(rows))
+
+
+def questions(folder: Path) -> None:
+    """1,500 scenes of one to three digits and three questions about each."""
+    import numpy as np
+    from PIL import Image
+    rng, rows = np.random.default_rng(0), []
+    (folder / "images").mkdir()
+    for number in range(1500):
+        picture, found = scene(rng, SCENE, 3)
+        things = told(picture, found)
+        white = sum(colour == "white" for colour, *_ in things)
+        largest, leftmost = max(things, key=lambda t: t[4]), min(things, key=lambda t: t[2])
+        lowest = max(things, key=lambda t: t[3])
+        asked = [("how many digits are there?", len(things)), ("how many digits are white?", white),
+                 ("how many digits are black?", len(things) - white), ("is there a white digit?", "yes" if white else "no"),
+                 ("is there a black digit?", "yes" if white < len(things) else "no"),
+                 ("what colour is the largest digit?", largest[0]), ("what colour is the leftmost digit?", leftmost[0]),
+                 ("what colour is the lowest digit?", lowest[0]),
+                 ("on which side is the largest digit?", "left" if largest[2] < SCENE / 2 else "right")]
+        Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
+        for i in rng.choice(len(asked), 3, replace=False):
+            rows.append([f"images/{number:04d}.png", asked[i][0], str(asked[i][1])])
+    write(folder / "questions.csv", ["image", "question", "answer"], iter(rows))
+
+
 # Level in MW, share that rests at weekends, more for each degree below 16.
 SITES = {"homes-north": (0.9, 0.0, 0.055), "homes-south": (1.2, 0.0, 0.04), "offices": (2.1, 0.75, 0.02),
          "school": (0.7, 0.9, 0.03), "shops": (1.5, 0.35, 0.015), "works": (3.0, 0.5, 0.005)}
@@ -291,6 +363,24 @@ def spoken(folder: Path) -> None:
             file.writeframes((sound * 32767).astype("<i2").tobytes())
         rows.append([f"recordings/{number:04d}.wav", " ".join(words)])
     write(folder / "transcripts.csv", ["file", "transcript"], iter(rows))
+
+
+def moving(folder: Path) -> None:
+    """Digits that move one pixel a frame, in four directions, as strips of eight frames of 16 x 16 pixels."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    rng, data = np.random.default_rng(0), load_digits().images * 255 / 16
+    for name, (across, down) in {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.items():
+        (folder / name).mkdir()
+        for number in range(120):
+            digit = data[rng.integers(len(data))]
+            left, top = (int(rng.integers(0, 9)) if step == 0 else 8 if step < 0 else 0 for step in (across, down))
+            strip = np.zeros((16, 8 * 16), dtype=np.uint8)
+            for frame in range(8):
+                x, y = 16 * frame + left + across * frame, top + down * frame
+                strip[y:y + 8, x:x + 8] = digit
+            Image.fromarray(strip).save(folder / name / f"{number:03d}.png")
 
 
 def library_folder(package: str) -> Path:
@@ -368,12 +458,24 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
     Sample("inked", "image-segmentation", "500 pictures of 64 x 64 with scanned digits on uneven ground: which pixels are "
            "white ink, which black?", "scenes by fieldguide (Apache-2.0), digits " + BSD,
            "composed by our code from scikit-learn's load_digits", True, "mask", inked),
+    Sample("scattered", "object-detection", "900 pictures of 96 x 96 with one to five scanned digits on uneven ground, and a "
+           "box around each: where are they, and which?", "scenes by fieldguide (Apache-2.0), digits " + BSD,
+           "composed by our code from scikit-learn's load_digits", True, "objects", scattered),
     Sample("demand", "time-series-forecasting", "20 weeks of hourly electricity at six sites, with temperature and holidays: "
            "how much in the next 48 hours?", "made by fieldguide (Apache-2.0)",
            "drawn by our code: rhythms of day and week, weather, chance", True, "demand", demand),
+    Sample("moving", "video-generation", "480 films of 8 frames, 16 x 16 pixels: scanned digits that move left, right, up or down",
+           "films by fieldguide (Apache-2.0), digits " + BSD, "composed by our code from scikit-learn's load_digits", True,
+           "label", moving),
     Sample("series", "recommendation", "600 viewers of 20 shows with 8 episodes each, about 5,000 views: what do they watch "
            "next?", "made by fieldguide (Apache-2.0)", "drawn by our code", True, "", episodes),
     Sample("spoken", "automatic-speech-recognition", "600 recordings of one to three English digits, 8 kHz, each in a voice of "
            "its own", "made by fieldguide (Apache-2.0)", "synthesised by our code: formants, pitch, tempo, breath, noise", True,
            "transcript", spoken),
+    Sample("captions", "image-text", "3,000 pictures of 32 x 32 with one or two scanned digits, and a sentence on each: which "
+           "belongs to which?", "scenes by fieldguide (Apache-2.0), digits " + BSD,
+           "composed by our code from scikit-learn's load_digits", True, "caption", captions),
+    Sample("questions", "visual-question-answering", "4,500 questions about 1,500 pictures of 32 x 32 with up to three scanned "
+           "digits: how many, where, of what colour?", "scenes by fieldguide (Apache-2.0), digits " + BSD,
+           "composed by our code from scikit-learn's load_digits", True, "answer", questions),
 )}

@@ -194,6 +194,8 @@ CARD = Card(
                         source=SOURCE.format("43,691,520")),
         "yolov8x": Size(widths=(80, 160, 320, 640, 640), depths=(3, 6, 6, 3), neck=3, params=68_229_632,
                         source=SOURCE.format("68,229,648")),
+        # Ours, for CPUs: half of n's widths. A side is at most 7 strides away, so an object at most 448 pixels wide.
+        "yolov8-pico": Size(widths=(8, 16, 32, 64, 128), bins=8),
         "yolov8-test": Size(classes=3, image=33, widths=(4, 6, 8, 10, 12), depths=(1, 2, 1, 1), bins=4),
     },
     weights={"ultralytics": table()},

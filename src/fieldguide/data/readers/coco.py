@@ -1,0 +1,156 @@
+"""COCO: one JSON of images, annotations (bbox: left, top, width, height in pixels) and categories, maybe one for each split."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fieldguide.data.boxes import Notes, Shot, box, entry, finite, raw
+from fieldguide.data.source import Options, Raw, relative, split_of, visible
+from fieldguide.errors import DataError
+
+NAME = "COCO"
+UNDERSTANDS = ("pictures with boxes, COCO: instances .json (images, annotations, categories) in a folder annotations, one for "
+               "each of train, val and test or one for all, beside folders of pictures; or that file itself")
+HEAD = 1 << 16             # bytes of a file that tell whether it is one
+KEYS = (b'"images"', b'"annotations"', b'"categories"', b'"bbox"')
+
+
+def accepts(source: Any, options: Options) -> int:
+    if not isinstance(source, Path):
+        return 0
+    if source.is_file():
+        return 11 if source.suffix.lower() == ".json" and boxed(source) else 0
+    return 11 if documents(source) else 0
+
+
+def boxed(file: Path) -> bool:
+    """Whether a JSON file looks like boxes: its beginning or its end has two of their keys."""
+    with file.open("rb") as opened:
+        seen = opened.read(HEAD)
+        opened.seek(max(0, file.stat().st_size - HEAD))
+        seen += opened.read(HEAD)
+    begins = seen.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
+    return begins and sum(k in seen for k in KEYS) >= 2 and b'"caption"' not in seen
+
+
+def documents(root: Path) -> list[Path]:
+    """The JSON files of a folder: in `annotations`, in itself, or in its folders of splits; `instances*` before others."""
+    folders = [p for p in visible(root)[0] if p.is_dir()]
+    for places in ([p for p in folders if p.name.lower() == "annotations"], [root], [p for p in folders if split_of(p.name)]):
+        files = [f for p in places for f in visible(p)[0] if f.suffix.lower() == ".json" and f.is_file() and boxed(f)]
+        if files:
+            return [f for f in files if f.name.lower().startswith("instances")] or files
+    return []
+
+
+def load(source: Path, options: Options) -> Raw:
+    files, shots, notes = [], [], Notes()
+    if source.is_file():
+        found = [source]
+        root = source.parent.parent if source.parent.name.lower() == "annotations" else source.parent
+    else:
+        found, root = documents(source), source
+    splits = [part_of(f, root) for f in found]
+    categories: dict[int, str] = {}
+    for file, split in zip(found, splits):
+        content = file.read_bytes()
+        files.append(entry(file, content, root))
+        document = parsed(file, content)
+        theirs = named(document, file)
+        for number, name in theirs.items():
+            if categories.setdefault(number, name) != name:
+                raise DataError(f"{file}: category {number} is {name!r}, but {categories[number]!r} in another file. Export "
+                                "them together.")
+        shots += pictures(document, file, root, split if len(found) > 1 else None, theirs, notes)
+    return raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in sorted(categories.items()))))
+
+
+def part_of(file: Path, root: Path) -> str | None:
+    return split_of(file.stem) or (split_of(file.parent.name) if file.parent != root else None)
+
+
+def parsed(file: Path, content: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: is no UTF-8 text. Save it as UTF-8.") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{file}{line}: is no complete JSON ({error}). Was the file cut off? Copy it again.") from None
+    lacking = [k for k in ("images", "annotations", "categories")
+               if not isinstance(document, dict) or not isinstance(document.get(k), list)]
+    if lacking:
+        raise DataError(f"{file}: lacks {', '.join(lacking)} (each a list).")
+    return document
+
+
+def named(document: dict[str, Any], file: Path) -> dict[int, str]:
+    try:
+        names = [(int(c["id"]), str(c["name"])) for c in document["categories"]]
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{file}: each of its categories needs a whole number as id, and a name.") from None
+    twice = [str(n) for n, count in Counter(n for n, _ in names).items() if count > 1]
+    if twice:
+        raise DataError(f"{file}: several categories have the id {', '.join(twice[:5])}. Give each its own.")
+    return dict(names)
+
+
+def pictures(document: dict[str, Any], file: Path, root: Path, split: str | None, categories: dict[int, str],
+             notes: Notes) -> list[Shot]:
+    where, shots, by_id = relative(file, root), [], {}
+    places = folders(document["images"], file, root)
+    for number, image in enumerate(document["images"]):
+        if not isinstance(image, dict) or key(image.get("id")) is None or not isinstance(image.get("file_name"), str):
+            raise DataError(f"{file}: image {number} lacks its id or file_name.")
+        name = image["file_name"]
+        path = next((p / n for p in places for n in (name, Path(name).name) if (p / n).is_file()), places[0] / name)
+        said = finite((image.get("width"), image.get("height")), 2)
+        shot = Shot(path, f"{where}: {name}", split, size=tuple(said) if said else None)
+        shots.append(shot)
+        if image["id"] in by_id:
+            for one in (by_id[image["id"]], shot):
+                notes.spoil("duplicate-id", f"{one.place} (id {image['id']})", one)
+        by_id.setdefault(image["id"], shot)
+    for number, annotation in enumerate(document["annotations"]):
+        place = f"{where}: annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
+        shot = by_id.get(key(annotation.get("image_id"))) if isinstance(annotation, dict) else None
+        if shot is None:
+            notes.note("unknown-picture", place)
+            continue
+        values = finite(annotation["bbox"], 4) if isinstance(annotation.get("bbox"), list) else None
+        if key(annotation.get("category_id")) not in categories:
+            notes.spoil("unknown-category", f"{place} ({annotation.get('category_id')})", shot)
+        elif values is None:
+            notes.spoil("malformed-box", place, shot)
+        else:
+            left, top, width, height = values
+            shot.boxes.append(box(categories[annotation["category_id"]], left, top, left + width, top + height,
+                                  outline(annotation.get("segmentation")), bool(annotation.get("iscrowd"))))
+            shot.places.append(place)
+    return shots
+
+
+def key(value: Any) -> int | str | None:
+    return value if isinstance(value, int | str) else None
+
+
+def outline(segmentation: Any) -> list[list[float]] | None:
+    """Polygons of an object, its parts; None for run lengths (crowds) and where there is none."""
+    if not isinstance(segmentation, list):
+        return None
+    parts = [finite(p, len(p)) for p in segmentation if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+    return [p for p in parts if p] or None
+
+
+def folders(listed: list[Any], file: Path, root: Path) -> list[Path]:
+    """Where the pictures of a JSON may be, likeliest first: where most of the first fifty are."""
+    ending = file.stem.rpartition("_")[2]                                # instances_train2017 -> train2017
+    names = [d for d in (ending, file.stem, part_of(file, root) or "") if d]
+    tries = [file.parent, root, *(root / "images" / n for n in names), *(root / n for n in names), root / "images",
+             root / "JPEGImages", *(root / n / "images" for n in names), *(root / n / "data" for n in names), root / "data"]
+    some = [Path(i["file_name"]) for i in listed[:50] if isinstance(i, dict) and isinstance(i.get("file_name"), str)]
+    hits = {p: sum((p / n).is_file() or (p / n.name).is_file() for n in some) for p in dict.fromkeys(tries)}
+    return sorted(hits, key=lambda p: -hits[p])

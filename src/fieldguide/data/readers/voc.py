@@ -1,0 +1,148 @@
+"""Pascal VOC: Annotations/*.xml, JPEGImages, and lists of train, val and test in ImageSets/Main; or XML beside pictures.
+
+Coordinates are taken as they stand, xmin to left and xmax to right, as annotation tools write them; the challenge itself
+counted pixels from 1 and xmax as inside, which is one pixel off at most.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+from fieldguide.data.boxes import Notes, Shot, box, entry, finite, raw
+from fieldguide.data.images import KNOWN
+from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
+from fieldguide.errors import DataError
+
+NAME = "Pascal VOC"
+UNDERSTANDS = ("pictures with boxes, Pascal VOC: a folder with Annotations (an .xml for each picture), JPEGImages and maybe "
+               "ImageSets/Main/train.txt, val.txt, test.txt; or an .xml beside each picture, maybe below train, val and test")
+IMAGES = ("jpegimages", "images", "imgs", "image")
+LISTS = {"test": "test", "val": "val", "train": "train", "trainval": "train"}      # of two, the first holds
+
+
+class Refused(Exception):
+    """A document type, which may define entities."""
+
+
+def accepts(source: Any, options: Options) -> int:
+    return 9 if isinstance(source, Path) and source.is_dir() and layout(source) else 0
+
+
+def layout(source: Path) -> list[tuple[Path, list[Path], str | None]]:
+    """(folder of XML, folders of pictures, split) of each part; nothing where this is no such folder."""
+    folders = [p for p in visible(source)[0] if p.is_dir()]
+    if own := part(source, folders):
+        return [(*own, None)]
+    found = [(*own, SPLITS[p.name.lower()]) for p in folders if p.name.lower() in SPLITS and
+             (own := part(p, [f for f in visible(p)[0] if f.is_dir()]))]
+    if not found and len(folders) == 1:                                  # VOCdevkit/VOC2012
+        return layout(folders[0])
+    return found
+
+
+def part(folder: Path, folders: list[Path]) -> tuple[Path, list[Path]] | None:
+    named = {p.name.lower(): p for p in folders}
+    where = named.get("annotations", folder)
+    where = where / "xmls" if (where / "xmls").is_dir() else where
+    if not any(p.suffix.lower() == ".xml" for p in where.iterdir()):
+        return None
+    places = [named[n] for n in IMAGES if n in named]
+    if where == folder and not places and not any(p.suffix.lower() in KNOWN for p in folder.iterdir()):
+        return None
+    return where, [*places, where, folder]
+
+
+def load(source: Path, options: Options) -> Raw:
+    notes, shots, files, classes = Notes(), [], [], set()
+    for where, places, split in layout(source):
+        pictures = {p.name.lower(): p for place in reversed(places) for p in visible(place)[0] if p.suffix.lower() in KNOWN}
+        stems = {p.stem.lower(): p for p in pictures.values()}
+        listed = lists(where.parent / "ImageSets" / "Main", source, notes, files) if split is None else {}
+        xmls = {p.stem: p for p in visible(where)[0] if p.suffix.lower() == ".xml"}
+        for stem in sorted(set(listed) - set(xmls)):
+            notes.note("no-annotation", f"ImageSets/Main: {stem}", 1)
+        for stem, path in xmls.items():
+            place = relative(path, source)
+            if listed and stem not in listed:
+                notes.note("not-listed", place)
+                continue
+            content = path.read_bytes()
+            files.append(entry(path, content, source))
+            shot = Shot(path.with_suffix(".jpg"), place, listed.get(stem, split))
+            shots.append(shot)
+            named = understood(content, shot, notes)
+            picture = stems.get(stem.lower()) or pictures.get(named.lower())
+            if picture is None and not shot.bad:
+                notes.spoil("no-picture", f"{place}: {named or stem}", shot)
+            shot.path = picture or shot.path
+            classes |= {b["label"] for b in shot.boxes}
+    return raw(source, shots, files, notes, sorted(classes))
+
+
+def lists(folder: Path, source: Path, notes: Notes, files: list[Any]) -> dict[str, str]:
+    """Name of a picture -> its split."""
+    split: dict[str, str] = {}
+    for name, part in LISTS.items():
+        if (path := folder / f"{name}.txt").is_file():
+            content = path.read_bytes()
+            files.append(entry(path, content, source))
+            try:
+                lines = content.decode("utf-8-sig").splitlines()
+            except UnicodeDecodeError:
+                raise DataError(f"{path}: is no UTF-8 text. Save it as UTF-8.") from None
+            for number, line in enumerate(lines, 1):
+                if line.strip() and split.setdefault(line.split()[0], part) != part and name != "trainval":
+                    notes.note("listed-twice", f"{relative(path, source)}:{number}")
+    return split
+
+
+def understood(content: bytes, shot: Shot, notes: Notes) -> str:
+    """Fills in a picture's size and boxes; the file name that the annotation gives."""
+    if not content.strip():
+        notes.spoil("empty-annotation", shot.place, shot)
+        return ""
+    try:
+        root, lines = parsed(content)
+    except Refused:
+        notes.spoil("xml-doctype", shot.place, shot)
+        return ""
+    except (expat.ExpatError, AssertionError) as error:
+        wrong = "wrong-encoding" if isinstance(error, expat.ExpatError) and error.code in ENCODING else "malformed-xml"
+        notes.spoil(wrong, f"{shot.place}:{getattr(error, 'lineno', 1)}", shot)
+        return ""
+    text = lambda at, path: (at.findtext(path) or "").strip()            # noqa: E731
+    said = finite((text(root, "size/width"), text(root, "size/height")), 2)
+    shot.size = tuple(said) if said else None
+    for thing in root.findall("object"):
+        place, label = f"{shot.place}:{lines[thing]}", text(thing, "name")
+        sides = finite([text(thing, f"bndbox/{n}") for n in ("xmin", "ymin", "xmax", "ymax")], 4)
+        if sides is None or not label:
+            notes.spoil("malformed-box", place, shot)
+            continue
+        shot.boxes.append(box(label, *sides, crowd=text(thing, "difficult") == "1"))
+        shot.places.append(place)
+    return text(root, "filename")
+
+
+ENCODING = (expat.errors.codes[expat.errors.XML_ERROR_UNKNOWN_ENCODING],
+            expat.errors.codes[expat.errors.XML_ERROR_INCORRECT_ENCODING],
+            expat.errors.codes[expat.errors.XML_ERROR_INVALID_TOKEN])
+
+
+def parsed(content: bytes) -> tuple[Element, dict[Element, int]]:
+    """The tree and the line of each element. A document type is refused, so no entity is ever defined."""
+    builder, lines, parser = TreeBuilder(), {}, expat.ParserCreate()
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        lines[builder.start(tag, attributes)] = parser.CurrentLineNumber
+
+    def refuse(*_: Any) -> None:
+        raise Refused
+
+    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, builder.end, builder.data
+    parser.StartDoctypeDeclHandler = refuse
+    parser.Parse(content, True)
+    return builder.close(), lines

@@ -1,0 +1,194 @@
+"""YOLO: pictures in images/, a text file of the same name in labels/ with a line for each box, names in data.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fieldguide.data.boxes import Notes, Shot, box, decoded, entry, finite, raw
+from fieldguide.data.images import KNOWN
+from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
+from fieldguide.errors import DataError
+
+NAME = "YOLO"
+UNDERSTANDS = ("pictures with boxes, YOLO: data.yaml with the names of classes, and folders images and labels with train, val "
+               "and test below or above; in labels a .txt for each picture, its lines: class x y width height")
+FAR = 2.0                  # parts of a picture; what is larger is in pixels
+
+
+def accepts(source: Any, options: Options) -> int:
+    if not isinstance(source, Path):
+        return 0
+    if source.is_file():
+        return 9 if source.suffix.lower() in (".yaml", ".yml") else 0
+    if described(source):
+        return 9
+    return 9 if any(labelled(folder) for folder, _ in guessed(source)) else 0
+
+
+def described(folder: Path) -> Path | None:
+    """The YAML file of a folder that names classes."""
+    files = [p for p in visible(folder)[0] if p.suffix.lower() in (".yaml", ".yml") and p.is_file()]
+    files.sort(key=lambda p: (p.stem.lower() not in ("data", "dataset"), p.name))
+    return next((p for p in files if b"names" in p.read_bytes() and (p.stem.lower() in ("data", "dataset") or guessed(folder))),
+                None)
+
+
+def guessed(root: Path) -> list[tuple[Path, str | None]]:
+    """Folders of pictures and their splits, by the usual names."""
+    parts = [p for p in visible(root)[0] if p.is_dir() and p.name.lower() in SPLITS and (p / "images").is_dir()]
+    if parts:
+        return [(p / "images", SPLITS[p.name.lower()]) for p in parts]
+    images = root / "images"
+    if not images.is_dir():
+        return []
+    below = [p for p in visible(images)[0] if p.is_dir() and split_like(p.name)]
+    return [(p, split_like(p.name)) for p in below] or [(images, None)]
+
+
+def split_like(name: str) -> str | None:
+    return SPLITS.get(name.lower().rstrip("0123456789"))
+
+
+def labels_of(folder: Path) -> Path:
+    """Where the labels of a folder of pictures are: `images` in its path is `labels` there."""
+    parts = list(folder.parts)
+    for i in reversed(range(len(parts))):
+        if parts[i] == "images":
+            return Path(*parts[:i], "labels", *parts[i + 1:])
+    return folder
+
+
+def labelled(folder: Path) -> bool:
+    labels = labels_of(folder)
+    return labels != folder and labels.is_dir() and any(p.suffix == ".txt" for p in labels.iterdir())
+
+
+def load(source: Path, options: Options) -> Raw:
+    notes, files = Notes(), []
+    root, file = (source.parent, source) if source.is_file() else (source, described(source))
+    told = description(file, files, root) if file else {}
+    names, given = class_names(told, file) if told else listed_names(root, files), parts_of(told, root, file)
+    shots: list[Shot] = []
+    for where, split in given or guessed(root):
+        shots += pictures(where, split, root, names, notes, files)
+    if not shots:
+        raise DataError(f"{source}: no pictures were found in the folders that it names, or in images/.")
+    return raw(root, shots, files, notes, list(names.values()))
+
+
+def description(file: Path, files: list[Any], root: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    files.append(entry(file, content, root))
+    try:
+        told = yaml.safe_load(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: is no UTF-8 text. Save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise DataError(f"{file}{line}: is no YAML ({getattr(error, 'problem', None) or error}). Correct that line.") from None
+    if not isinstance(told, dict) or "names" not in told:
+        raise DataError(f"{file}: lacks the key names, the list of classes.")
+    return told
+
+
+def class_names(told: dict[str, Any], file: Path) -> dict[int, str]:
+    names = told["names"]
+    try:
+        named = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
+    except (TypeError, ValueError):
+        raise DataError(f"{file}: names is to be a list of classes, or a name for each number.") from None
+    count = told.get("nc")
+    if isinstance(count, int) and count != len(named):
+        raise DataError(f"{file}: nc says {count} classes, names lists {len(named)}. Which is right?")
+    twice = sorted({n for n in named.values() if list(named.values()).count(n) > 1})
+    if twice:
+        raise DataError(f"{file}: several classes are called {', '.join(map(repr, twice[:5]))}. Give each its own name.")
+    return dict(sorted(named.items()))
+
+
+def listed_names(root: Path, files: list[Any]) -> dict[int, str]:
+    for path in (root / "classes.txt", root / "labels" / "classes.txt"):
+        if path.is_file():
+            content = path.read_bytes()
+            files.append(entry(path, content, root))
+            names = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+            return dict(enumerate(names))
+    raise DataError(f"{root}: the classes have no names. Add data.yaml with `names: [first, second, ...]`, or classes.txt with "
+                    "a name a line.")
+
+
+def parts_of(told: dict[str, Any], root: Path, file: Path | None) -> list[tuple[Path, str | None]]:
+    """Folders, or lists of pictures, of each split, as the description names them."""
+    found: list[tuple[Path, str | None]] = []
+    bases = [root / str(told["path"]), root] if told.get("path") else [root]
+    for key in ("train", "val", "valid", "test"):
+        for name in told.get(key) if isinstance(told.get(key), list) else [told.get(key)]:
+            if not name:
+                continue
+            # Exported files often say ../train/images for train/images.
+            tries = [base / n for n in (str(name), str(name).removeprefix("../").removeprefix("./")) for base in bases]
+            where = next((p for p in tries if p.exists()), None)
+            if where is None:
+                raise DataError(f"{file}: {key} names {name!r}, which is not there (looked for {tries[0]}). Correct it, or "
+                                "remove the line.")
+            where = where / "images" if (where / "images").is_dir() else where
+            found.append((where, SPLITS[key]))
+    return found
+
+
+def pictures(where: Path, split: str | None, root: Path, names: dict[int, str], notes: Notes, files: list[Any]) -> list[Shot]:
+    if where.is_file():                                                  # a list of pictures
+        content = where.read_bytes()
+        files.append(entry(where, content, root))
+        lines = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+        paths = [next((base / x for base in (where.parent, root) if (base / x).exists()), where.parent / x) for x in lines]
+    else:
+        paths = sorted(p for p in where.rglob("*") if p.suffix.lower() in KNOWN and not p.name.startswith("."))
+    shots, used = [], set()
+    for path in paths:
+        file = labels_of(path.parent) / f"{path.stem}.txt"
+        used.add(file)
+        shot = Shot(path, relative(file, root), split, relative=True)
+        shots.append(shot)
+        if not file.is_file():
+            notes.note("no-label-file", relative(path, root))
+            continue
+        content = file.read_bytes()
+        files.append(entry(file, content, root))
+        text = decoded(content, shot.place, shot, notes)
+        if text is not None and not text.strip():
+            notes.note("empty-label-file", shot.place)
+        for number, line in enumerate((text or "").splitlines(), 1):
+            if line.strip():
+                understood(line, f"{shot.place}:{number}", shot, names, notes)
+    labels = labels_of(where)
+    if where.is_dir() and labels != where and labels.is_dir():
+        for lone in sorted(set(labels.rglob("*.txt")) - used):
+            if lone.name != "classes.txt":
+                notes.note("no-picture", relative(lone, root), 1)
+    return shots
+
+
+def understood(line: str, place: str, shot: Shot, names: dict[int, str], notes: Notes) -> None:
+    """A line: class, then middle and size of a box, or three points or more of an outline."""
+    words = line.split()
+    values = finite(words, len(words))
+    if values is None or values[0] != int(values[0]) or not (len(words) == 5 or (len(words) >= 7 and len(words) % 2)) or \
+            max(map(abs, values[1:])) > FAR:
+        notes.spoil("malformed-line", f"{place}: {line.strip()[:40]!r}", shot)
+        return
+    if int(values[0]) not in names:
+        notes.spoil("class-beyond-names", f"{place}: {words[0]}", shot)
+        return
+    label, points = names[int(values[0])], values[1:]
+    if len(points) == 4:
+        x, y, width, height = points
+        shot.boxes.append(box(label, x - width / 2, y - height / 2, x + width / 2, y + height / 2))
+    else:
+        xs, ys = points[::2], points[1::2]
+        shot.boxes.append(box(label, min(xs), min(ys), max(xs), max(ys), [points]))
+    shot.places.append(place)
