@@ -84,6 +84,9 @@ def test_numbers_and_other_frequencies_as_time(tmp_path):
     found = panel(data)
     assert found.frequency.words == "month" and len(found.values) == 50 and np.isnan(found.values[7, 0])
     assert found.frequency.label(found.times[7]) == "2010-08-01" and finding(data, "missing-steps").count == 1
+    twice = [*monthly[:20], monthly[20].replace("-01,", "-03,"), *monthly[20:]]       # two days of one month are one step
+    data = got(write(tmp_path / "m.csv", ["month,y", *twice]), time="month", allow_bad=True)
+    assert finding(data, "off-grid").places == ("m.csv:23",) and (panel(data).values[:21] == found.values[:21])[np.arange(21) != 7].all()
     days = [str(d) for d in np.busday_offset("2024-01-01", np.arange(60))]
     data = got(write(tmp_path / "b.csv", ["date,y", *(f"{d},{i}.5" for i, d in enumerate(days))]))
     assert panel(data).frequency.words == "business day" and "missing-steps" not in checks(data)
@@ -122,6 +125,8 @@ def test_damaged_long_tables(tmp_path, suffix):
     data = stored([*good[:10], good[10].replace(":00,", ":20,"), *good[11:]])   # between two steps
     found = finding(data, "off-grid")
     assert found.places == (line(11),) and found.unusable == 1 and np.isnan(panel(data).values[9, 0])
+    data = stored([good[0], good[1].replace(":00,", ":20,"), *good[2:]])        # and so is the first of all
+    assert finding(data, "off-grid").places == (line(2),) and panel(data).values[0, 0] == 1.5
     data = stored([*good[:10], good[10].rpartition(",")[0] + ",", *good[11:]])  # no value
     assert finding(data, "missing-values").places == (line(11),) and finding(data, "missing-values").count == 1
     data = stored([*good[:10], good[10].replace("north", ""), *good[11:]])      # of no series

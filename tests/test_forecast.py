@@ -220,6 +220,7 @@ def moments(*texts: str) -> np.ndarray:
     (np.arange(9) * 1_000_000, "second", 60, 60),
     (moments(*(f"20{y:02d}-{m:02d}-01" for y in range(3) for m in range(1, 13))), "month", 12, 18),
     (moments("2020-01-31", "2020-02-29", "2020-03-31", "2020-04-30", "2020-05-31"), "month", 12, 18),
+    (moments("2021-02-28", "2021-03-31", "2021-04-30", "2021-05-31"), "month", 12, 18),
     (moments("2020-03-31", "2020-06-30", "2020-09-30", "2020-12-31", "2021-03-31"), "quarter", 4, 8),
     (moments(*(f"{y}-07-01" for y in range(1990, 2020))), "year", 1, 6),
     (moments(*(str(d) for d in np.busday_offset("2024-01-01", np.arange(30)))), "business day", 5, 14)])
@@ -325,6 +326,17 @@ def test_the_standard_borders_of_ett():
     assert "6,040 steps behind the test unused" in made.how                    # of both series
     task = Forecasting.learn(made, Forecasting.Options())
     assert task.standards["a"] == pytest.approx((wave[:8640].mean(), wave[:8640].std()))
+
+
+def test_mase_is_scaled_by_what_was_before_the_part():
+    steps = np.r_[np.arange(70.0), 70 + 5 * np.arange(30.0)]                   # steeper from validation on
+    rows = table(100, series=1).with_columns(pl.Series("y", steps))
+    made = windows(rows, horizon=5, length=10, season=1)
+    task = Forecasting.learn(made, Forecasting.Options())
+    naive = task.truth(made)["naive"]
+    assert set(naive[made.splits != "test"]) == {1.0} and set(naive[made.splits == "test"]) == {np.diff(steps[:80]).mean()}
+    beyond = task.outcomes(made.context.panel, torch.tensor([0]), torch.tensor([[98, 99, 100, 101]]))[0]
+    assert beyond[:2].tolist() == [210, 215] and beyond[2:].isnan().all()      # nothing is known behind the end
 
 
 def test_many_series_are_tested_on_their_last_horizon():
