@@ -17,6 +17,7 @@ from fieldguide.data import images
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.prepare import Pictures, suggest_side
+from fieldguide.data.roles import plain
 from fieldguide.exhibits import Exhibit, Gallery, Picture
 from fieldguide.host import ram
 from fieldguide.tasks.supervised import Labelled, discrete, mix_pairs, settled
@@ -45,7 +46,8 @@ class ImageClassification(Labelled):
 
     @classmethod
     def suits(cls, data: Data) -> str | None:
-        if len(data.features("image")) == 1 and data.target and discrete(data.target):
+        asked = any(plain(c.name) == "question" for c in data.features())
+        if len(data.features("image")) == 1 and not asked and data.target and discrete(data.target):
             return f"pictures and {data.target.distinct} classes"
         return None
 
