@@ -216,7 +216,14 @@ class ImageText(Pictured):
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         """Over questions; what they are asked among stays, or a recall would rise with the pictures drawn twice."""
-        return {name: wilson(int(hit.sum()), len(hit)) for name, hit in self.hits(outputs, truth).items()}
+        hits = self.hits(outputs, truth)
+        between = {name: wilson(int(hit.sum()), len(hit)) for name, hit in hits.items()}
+        ways = [np.mean([hits[f"{way}_r{k}"] for k in AT], 0) for way in ("text", "image") if f"{way}_r{AT[0]}" in hits]
+        if ways:
+            mean = float(np.mean([each.mean() for each in ways]))
+            error = 1.96 / len(ways) * float(sum(each.var() / len(each) for each in ways)) ** 0.5
+            between["mean_recall"] = (max(0.0, mean - error), min(1.0, mean + error))
+        return between
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         from sklearn.feature_extraction.text import TfidfVectorizer
