@@ -38,7 +38,8 @@ def slow(logits: list[float], seen: set[int], s: Sampling) -> list[float]:
 
 
 @pytest.mark.parametrize("sampling", [
-    Sampling(), Sampling(0.5), Sampling(0), Sampling(top_k=2), Sampling(top_p=0.7), Sampling(min_p=0.2), Sampling(repetition=1.7),
+    Sampling(), Sampling(0.5), Sampling(0), Sampling(top_k=2), Sampling(top_p=0.7), Sampling(min_p=0.2),
+    Sampling(repetition=1.7),
     Sampling(0.8, 4, 0.9, 0.05, 1.3), Sampling(2.0, 3, 0.99, 0.3, 0.5)], ids=str)
 def test_probabilities(sampling):
     seen = torch.tensor([[0, 3, -1], [4, 4, 2]])
@@ -56,7 +57,8 @@ def test_choice_has_the_probabilities():
     torch.testing.assert_close(shares, sampling.probabilities(LOGITS[:1], NOTHING[:1])[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}, {"repetition": 0}])
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2},
+                                 {"repetition": 0}])
 def test_out_of_range_is_refused(bad):
     with pytest.raises(SettingsError, match=next(iter(bad))):
         Sampling(**bad)
@@ -106,7 +108,8 @@ class Chain(nn.Module):
 
     def __init__(self, inputs: int, vocab: int):
         super().__init__()
-        self.table = torch.randn(inputs, vocab, vocab, vocab, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
+        chance = torch.Generator().manual_seed(3)
+        self.table = torch.randn(inputs, vocab, vocab, vocab, generator=chance, dtype=torch.float64) * 2
 
     def logp(self, number: int, tokens: list[int]) -> float:
         before, total = [0, 0, *tokens], 0.0
@@ -119,7 +122,8 @@ class Memory:
     """What beam search asks of a cache, for `Chain`."""
 
     def __init__(self, numbers):
-        self.real, self.numbers, self.before = torch.zeros(len(numbers), 1), numbers, torch.zeros(len(numbers), dtype=torch.int64)
+        self.real, self.numbers = torch.zeros(len(numbers), 1), numbers
+        self.before = torch.zeros(len(numbers), dtype=torch.int64)
 
     def select(self, which):
         self.numbers, self.before = self.numbers[which], self.before[which]

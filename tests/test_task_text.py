@@ -18,7 +18,8 @@ from fieldguide.fitting import fit, read_for
 from fieldguide.tasks.text_generation import PART, TextGeneration, passages
 from fieldguide.tasks.translation import Translation
 
-STORY = "\n".join(f"Line {i} says that {i * 7 % 13} birds sat on wall {i % 5}, and the {i * 3 % 11}th flew away." for i in range(2500))
+STORY = "\n".join(f"Line {i} says that {i * 7 % 13} birds sat on wall {i % 5}, and the {i * 3 % 11}th flew away."
+                  for i in range(2500))
 
 
 def asked(path, task=None, **more):
@@ -221,8 +222,8 @@ def test_a_network_learns_to_write(tmp_path):
 
 def test_a_network_learns_to_translate(tmp_path):
     run = fit("phrases", minutes=3, model="transformer-mini", out=tmp_path / "run", settings={
-        "steps": 150, "batch": 128, "precision": "float32", "evaluate": 75, "model.dim": 96, "model.depth": 2, "model.dropout": 0.0,
-        "lr": 3e-3})
+        "steps": 150, "batch": 128, "precision": "float32", "evaluate": 75, "model.dim": 96, "model.depth": 2,
+        "model.dropout": 0.0, "lr": 3e-3})
     assert run.scores["bleu"] > 60 and run.scores["chrf"] > 60
     assert run.record["scores"]["baselines"][0]["scores"]["bleu"] < 20
     answer = run.predict(["The man sees a dog today."], beams=2)[0]

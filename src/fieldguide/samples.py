@@ -253,35 +253,27 @@ def scattered(folder: Path) -> None:
         (folder / "labels" / f"{number:04d}.txt").write_text("".join(lines))
 
 
-DIGITS = "zero one two three four five six seven eight nine".split()
 SCENE = 32                 # pixels a side of scenes to be told or asked about
 
 
-def told(picture: Any, found: list[Any]) -> list[tuple[str, str, float, float, int]]:
-    """Of each digit in a scene its colour, its name, the middle of its box (from the left, from above), its area."""
-    return [("white" if picture[where].mean() > 128 else "black", DIGITS[digit], (box[0] + box[2]) / 2, (box[1] + box[3]) / 2,
-             (box[2] - box[0]) * (box[3] - box[1])) for digit, box, where in found]
+def told(picture: Any, found: list[Any]) -> list[tuple[str, float, float, int]]:
+    """Of each digit in a scene its colour, the middle of its box (from the left, from above), its area."""
+    return [("white" if picture[where].mean() > 128 else "black", (box[0] + box[2]) / 2, (box[1] + box[3]) / 2,
+             (box[2] - box[0]) * (box[3] - box[1])) for _, box, where in found]
 
 
 def captions(folder: Path) -> None:
-    """3,000 scenes of one or two digits, and where what stands: "a white three left of a black seven"."""
+    """3,000 scenes of one or two digits, and where what stands: "a small white digit at the top left"."""
     import numpy as np
     from PIL import Image
     rng, rows = np.random.default_rng(0), []
     (folder / "images").mkdir()
     for number in range(3000):
         picture, found = scene(rng, SCENE, 2)
-        things = told(picture, found)
-        said = [f"a {colour} {digit}" for colour, digit, *_ in things]
-        (_, _, x, y, _), last = things[0], things[-1]
-        if len(things) == 1:
-            caption = f"{said[0]} {'on the left' if x < SCENE / 2 else 'on the right'}"
-        elif abs(x - last[2]) > abs(y - last[3]):
-            caption = f"{said[0]} {'left' if x < last[2] else 'right'} of {said[1]}"
-        else:
-            caption = f"{said[0]} {'above' if y < last[3] else 'below'} {said[1]}"
+        said = [f"a {'small' if area < SCENE ** 2 / 12 else 'large'} {colour} digit at the {'top' if y < SCENE / 2 else 'bottom'} "
+                f"{'left' if x < SCENE / 2 else 'right'}" for colour, x, y, area in sorted(told(picture, found), key=lambda t: t[1])]
         Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
-        rows.append([f"images/{number:04d}.png", caption])
+        rows.append([f"images/{number:04d}.png", " and ".join(said)])
     write(folder / "captions.csv", ["image", "caption"], iter(rows))
 
 
@@ -295,14 +287,14 @@ def questions(folder: Path) -> None:
         picture, found = scene(rng, SCENE, 3)
         things = told(picture, found)
         white = sum(colour == "white" for colour, *_ in things)
-        largest, leftmost = max(things, key=lambda t: t[4]), min(things, key=lambda t: t[2])
-        lowest = max(things, key=lambda t: t[3])
+        largest, leftmost = max(things, key=lambda t: t[3]), min(things, key=lambda t: t[1])
+        lowest = max(things, key=lambda t: t[2])
         asked = [("how many digits are there?", len(things)), ("how many digits are white?", white),
                  ("how many digits are black?", len(things) - white), ("is there a white digit?", "yes" if white else "no"),
                  ("is there a black digit?", "yes" if white < len(things) else "no"),
                  ("what colour is the largest digit?", largest[0]), ("what colour is the leftmost digit?", leftmost[0]),
                  ("what colour is the lowest digit?", lowest[0]),
-                 ("on which side is the largest digit?", "left" if largest[2] < SCENE / 2 else "right")]
+                 ("on which side is the largest digit?", "left" if largest[1] < SCENE / 2 else "right")]
         Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
         for i in rng.choice(len(asked), 3, replace=False):
             rows.append([f"images/{number:04d}.png", asked[i][0], str(asked[i][1])])
@@ -464,9 +456,9 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
     Sample("demand", "time-series-forecasting", "20 weeks of hourly electricity at six sites, with temperature and holidays: "
            "how much in the next 48 hours?", "made by fieldguide (Apache-2.0)",
            "drawn by our code: rhythms of day and week, weather, chance", True, "demand", demand),
-    Sample("moving", "video-generation", "480 films of 8 frames, 16 x 16 pixels: scanned digits that move left, right, up or down",
-           "films by fieldguide (Apache-2.0), digits " + BSD, "composed by our code from scikit-learn's load_digits", True,
-           "label", moving),
+    Sample("moving", "video-generation", "480 films of 8 frames, 16 x 16 pixels: scanned digits that move left, right, "
+           "up or down", "films by fieldguide (Apache-2.0), digits " + BSD,
+           "composed by our code from scikit-learn's load_digits", True, "label", moving),
     Sample("series", "recommendation", "600 viewers of 20 shows with 8 episodes each, about 5,000 views: what do they watch "
            "next?", "made by fieldguide (Apache-2.0)", "drawn by our code", True, "", episodes),
     Sample("spoken", "automatic-speech-recognition", "600 recordings of one to three English digits, 8 kHz, each in a voice of "

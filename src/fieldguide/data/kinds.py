@@ -14,6 +14,7 @@ TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "o
 MOSTLY = 0.9               # a column is numeric (a date) when at least this share of its values is
 FEW_CLASSES = 20           # a target of at most so many different whole numbers is classes, not an amount
 IMAGE_NAME = r"(?i)\.(png|jpe?g|bmp|gif|webp|tiff?|pp?m|pgm|ico|jp2|avif)$"
+VIDEO_NAME = r"(?i)\.(mp4|avi|mov|mkv|webm|m4v|mpe?g)$"
 AUDIO_NAME = r"(?i)\.(wave?|flac|og[ga]|opus|mp3|aiff?|au|m4a|aac|wma)$"
 DATES = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f",
          "%Y/%m/%d", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S",
@@ -119,6 +120,8 @@ def words(name: str, text: pl.Series, present: pl.Series, n: int, distinct: int,
     """Pictures, recordings, free text, identifiers or categories: all that is no number, date or truth value."""
     if not target and present.str.contains(IMAGE_NAME).mean() >= MOSTLY:
         return done(name, text, "image", "the values are names of picture files")
+    if not target and present.str.contains(VIDEO_NAME).mean() >= MOSTLY:
+        return done(name, text, "video", "the values are names of films")
     if not target and present.str.contains(AUDIO_NAME).mean() >= MOSTLY:
         return done(name, text, "audio", "the values are names of sound files")
     if target:

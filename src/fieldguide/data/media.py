@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import polars as pl
 
-from fieldguide.data import audio, images
+from fieldguide.data import audio, images, video
 from fieldguide.data.dataset import (
     CHANNELS,
+    FRAMES,
     HASH,
     HEIGHT,
     MASK_HEIGHT,
@@ -87,6 +88,16 @@ SOUND_TRAITS: dict[str, tuple[str, Severity, str, str]] = {
                         "used", "Rename them."),
 }
 
+FILM_PROBLEMS = {
+    "empty-file": ("empty files", "Copy them again or remove them."),
+    "missing-file": ("films that are not there", "Mend the paths: they start at the folder of the table."),
+    "unreadable-file": ("files that may not be read", "Change their permissions."),
+    "not-a-film": ("files that are no films", "Remove them."),
+    "truncated-film": ("films that cannot be decoded to their end", "Copy them again or remove them."),
+    "no-strip": ("pictures that do not move: neither animated nor a row of square frames", "Remove them, or export films."),
+    "single-frame": ("films of one frame", "Remove them."),
+    "uneven-frames": ("films whose frames differ in size", "Export them again in one size."),
+}
 MISSING = images.Picture("missing-file", "no path in this row")
 MEDIA: dict[Kind, Medium] = {
     "image": Medium(images.check, MISSING, PICTURE_PROBLEMS, PICTURE_TRAITS,
@@ -98,4 +109,7 @@ MEDIA: dict[Kind, Medium] = {
                    facts={MASK_WIDTH: ("width", pl.Int32), MASK_HEIGHT: ("height", pl.Int32)}),
     "audio": Medium(audio.check, audio.Recording("missing-file", "no path in this row"), SOUND_PROBLEMS, SOUND_TRAITS,
                     {HASH: ("samples", pl.String), SECONDS: ("seconds", pl.Float64), RATE: ("rate", pl.Int32)}),
+    "video": Medium(video.check, video.Film("missing-file", "no path in this row"), FILM_PROBLEMS, {},
+                    {HASH: ("pixels", pl.String), WIDTH: ("width", pl.Int32), HEIGHT: ("height", pl.Int32),
+                     CHANNELS: ("channels", pl.Int32), FRAMES: ("frames", pl.Int32)}),
 }

@@ -239,6 +239,7 @@ class Reading:
             text = rows.drop_in_place(name)
             typed = kinds.type_column(text, kind=overrides.get(name), target=role == "target")
             column = typed.column
+            column.kind = self.wants.media.get(column.kind, column.kind)
             if role != "feature":
                 column.role = role
                 if role == "time" and column.kind in ("identifier", "constant") and typed.values.dtype.is_numeric():

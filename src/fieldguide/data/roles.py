@@ -34,6 +34,7 @@ class Wants:
     roles    roles that are given to columns by their names
     kinds    role -> the kind that columns of this role hold, whatever they look like
     columns  name -> kind, of columns that mean one thing by convention
+    media    kind -> kind: pictures that are to be read as something else, such as strips of frames
     gaps     rows without a value of the target are kept: the task knows what to do with them
     checks   what the doctor looks at in place of what it looks at in tables whose rows are examples
     """
@@ -43,6 +44,7 @@ class Wants:
     roles: tuple[Role, ...] = ()
     kinds: Mapping[Role, Kind] = field(default_factory=dict)
     columns: Mapping[str, Kind] = field(default_factory=dict)
+    media: Mapping[Kind, Kind] = field(default_factory=dict)
     gaps: bool = False
     checks: tuple[Callable[[Data], Iterator[Finding]], ...] | None = None
 

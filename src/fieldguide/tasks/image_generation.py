@@ -35,6 +35,7 @@ SIDES = (8, 16, 24, 28, 32, 48, 64)              # sides that pictures are broug
 MOST = {"cpu": 32, "mps": 64, "cuda": 64}        # pixels a side, where the user names none
 MEMORY = 0.3                                     # of the machine's, that decoded pictures may fill
 NEEDED = 10_000                                  # training pictures that judges learn from, at most
+JUDGES = ("judge", "motion")
 GRID = 16                                        # pictures of a sheet
 
 
@@ -78,6 +79,7 @@ class ImageGeneration(Task):
     def __init__(self, columns: list[Column], options: Any):
         super().__init__(columns, options)
         self.judge: judges.Judge | None = None               # taught when the network is tested, and kept with the run
+        self.motion: judges.Judge | None = None              # of films
         self.memo: dict[int, dict[str, Any]] = {}
 
     @classmethod
@@ -301,15 +303,19 @@ class ImageGeneration(Task):
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.pictures, task.labels = Pictures.from_json(state["pictures"]), state["labels"]
-        if (folder / "judge.safetensors").exists():
-            task.judge = judges.Judge(task.pictures.channels, len(task.labels) or 4).eval()
-            task.judge.load_state_dict(load_file(folder / "judge.safetensors"))
+        for name in JUDGES:
+            if (folder / f"{name}.safetensors").exists():
+                tensors = load_file(folder / f"{name}.safetensors")
+                judge = judges.Judge(tensors["body.0.weight"].shape[1], len(tensors["head.weight"])).eval()
+                judge.load_state_dict(tensors)
+                setattr(task, name, judge)
         return task
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        if self.judge is not None:
-            save_file(self.judge.state_dict(), folder / "judge.safetensors")
+        for name in JUDGES:
+            if (judge := getattr(self, name)) is not None:
+                save_file(judge.state_dict(), folder / f"{name}.safetensors")
 
 
 def thumbnails(pictures: np.ndarray) -> np.ndarray:      # N C S S -> N C * 64

@@ -22,11 +22,11 @@ from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError, SettingsError
 from fieldguide.exhibits import Exhibit
 from fieldguide.host import ram
-from fieldguide.measures.detection import average_precision
+from fieldguide.measures.detection import average_precision, bootstrap
 from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
-from fieldguide.tasks.detection_exhibits import drawn, exhibits, opened
+from fieldguide.tasks.detection_exhibits import drawn, exhibits, matched, opened
 from fieldguide.tasks.supervised import settled
 from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
@@ -35,7 +35,7 @@ SIDE = {"cpu": 320, "mps": 640, "cuda": 640}     # pixels of the longer side, wh
 STEP = 32                                        # sides are multiples of it: the coarsest grid's cells
 SHARE = 0.3                                      # of the memory that decoded pictures may fill
 MOST = 100                                       # boxes that are kept of a picture, as COCO scores them
-REPEATS, ENOUGH = 20, 300                        # draws for an interval, and pictures above which none is made: it takes long
+REPEATS, ENOUGH = 30, 2000                       # draws for an interval, and pictures above which none is made: it takes long
 
 
 class Framed(Detection):
@@ -57,7 +57,7 @@ class ObjectDetection(Task):
     metrics = (Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True),
                Metric("map50", "max", "mean average precision at IoU 0.50", percent=True))
     decides = "map50"
-    recipe: ClassVar = {"augment": "standard"}
+    recipe: ClassVar = {"augment": "light"}     # in the minutes of a CPU mosaics cost more than they give: docs/log.md
     most, fewest = 32, 8
 
     @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ObjectDetection(Task):
         side: int | None = None          # pixels of the square that the network sees, a multiple of 32
         channels: int | None = None      # 1 grey, 3 colour
         classes: str = ""                # only these, with commas between
-        mosaic: float = 0.5              # share of training pictures made of four
+        mosaic: float = 0.5              # share of training pictures made of four, where augment=standard
         flip: float = 0.5                # share of them mirrored; 0 where left and right differ, as in writing
 
     @dataclass(frozen=True)
@@ -225,31 +225,29 @@ class ObjectDetection(Task):
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         """By few draws of pictures, and their normal spread; undefined for many pictures, as the evaluator takes long."""
-        count, rng, drawn = len(truth["labels"]), np.random.default_rng(0), []
-        if count > ENOUGH:
+        if len(truth["labels"]) > ENOUGH:
             return {m.name: (float("nan"), float("nan")) for m in self.metrics}
-        while len(drawn) < REPEATS:
-            rows = rng.integers(0, count, count)
-            if ((truth["labels"][rows] >= 0) & ~truth["crowd"][rows]).any():
-                drawn.append(self.score({k: v[rows] for k, v in outputs.items()}, {k: v[rows] for k, v in truth.items()}))
-        middle = self.score(outputs, truth)
+        drawn, middle = bootstrap(outputs, truth, len(self.names), repeats=REPEATS), self.score(outputs, truth)
         spread = {name: 1.96 * float(np.std([d[name] for d in drawn], ddof=1)) for name in middle}
         return {name: (max(0.0, middle[name] - spread[name]), min(1.0, middle[name] + spread[name])) for name in middle}
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
         """The score from which on an answer is given: where precision and recall are best together, over classes."""
-        curves = average_precision(outputs, truth, len(self.names))
-        grid, recall = np.linspace(0.01, 0.9, 90), curves["recall"]
-        best = np.zeros(len(grid))
-        for precision, confidence in zip(curves["precision"], curves["confidence"]):
-            if np.isnan(precision).any():
-                continue
-            f1 = np.where(precision > 0, 2 * precision * recall / np.maximum(precision + recall, 1e-9), 0)
-            # At a threshold, the recall reached is the last on the curve whose confidence is not below it.
-            reached = (confidence[None] >= grid[:, None]) & (precision > 0)
-            last = np.where(reached.any(1), len(recall) - 1 - reached[:, ::-1].argmax(1), 0)
-            best += np.where(reached.any(1), f1[last], 0)
-        self.threshold = float(grid[best.argmax()]) if best.any() else 0.25
+        classes, right, there = len(self.names), [], np.zeros(len(self.names))
+        real, known = outputs["labels"] >= 0, truth["labels"] >= 0
+        for i in range(len(known)):
+            crowd = truth["crowd"][i][known[i]]
+            is_ = truth["labels"][i][known[i]]
+            right.append(matched(outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], truth["boxes"][i][known[i]], is_,
+                                 crowd)[0])
+            there += np.bincount(is_[~crowd].astype(int), minlength=classes)
+        right, scores, labels = np.concatenate(right), outputs["scores"][real], outputs["labels"][real].astype(int)
+        grid, best = np.linspace(0.01, 0.9, 90), []
+        for least in grid:
+            taken = scores >= least
+            hits, said = (np.bincount(labels[some], minlength=classes) for some in (taken & right, taken))
+            best.append((2 * hits / np.maximum(said + there, 1))[there > 0].mean())
+        self.threshold = float(grid[int(np.argmax(best))]) if max(best) > 0 else 0.25
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         """Each class's mean box, in parts of the picture, as sure as the class is frequent; and of the most frequent alone."""

@@ -19,6 +19,8 @@ NAME = "pictures"
 UNDERSTANDS = ("pictures: a folder with a folder of pictures for each class, maybe below train, val and "
                "test; to predict, also a folder of pictures or one picture")
 
+THINGS = {"image": "pictures", "text": "texts", "video": "films"}
+
 
 def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
@@ -108,7 +110,7 @@ class Walk:
 def findings_of(walk: Walk, root: Path, found: list, stray: list[Path], empty: dict[str, list[str]],
                 media: str) -> list[Finding]:
     findings = []
-    thing = "pictures" if media == "image" else "texts"
+    thing = THINGS[media]
     filled = Counter(label for _, label, _ in found)
     for name, places in empty.items():
         elsewhere = filled[name] > 0
@@ -135,7 +137,7 @@ def places_of(paths: list[Path], root: Path) -> tuple[str, ...]:
 def table(found: list[tuple[Path, str | None, str | None]], root: Path, findings: list[Finding],
           options: Options, media: str = "image") -> Raw:
     labels = [label for _, label, _ in found]
-    thing = "pictures" if media == "image" else "texts"
+    thing = THINGS[media]
     if not found:
         raise DataError(f"{root}: no {thing} in it." + "".join(f"\n  - {f}" for f in findings))
     orphans = [p for p, label, _ in found if label is None]
@@ -148,5 +150,5 @@ def table(found: list[tuple[Path, str | None, str | None]], root: Path, findings
     if not any(labels) and not options.labels_optional and not options.names:
         rows = rows.drop("label")
     splits = np.array([s for _, _, s in found], dtype=object) if any(s for _, _, s in found) else None
-    return Raw(rows, [], root, findings, splits, {media: "image" if media == "image" else "text"}, "label",
+    return Raw(rows, [], root, findings, splits, {media: media}, "label",
                unusable=sum(f.unusable for f in findings))

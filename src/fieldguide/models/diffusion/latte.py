@@ -180,8 +180,9 @@ CARD = Card(
         # On pixels, to be trained from nothing: 16 frames of 64, 8 of 32.
         "latte-pixels-64": Size(channels=3, image=64, patch=8, classes=0, dim=256, depth=8, heads=4),
         "latte-pixels-32": Size(channels=3, image=32, patch=4, frames=8, classes=0, dim=128, depth=6, heads=2),
+        "latte-pixels-16": Size(channels=1, image=16, patch=4, frames=8, classes=0, dim=128, depth=4, heads=2),
         "latte-test": Size(frames=3, channels=2, image=8, patch=2, classes=3, dim=16, depth=4, heads=2),
     },
     weights={"official": OFFICIAL},
-    recipe={"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
 )
