@@ -300,7 +300,7 @@ def deepfm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
         w = torch.cat([p["first_numbers"], p["first.weight"][:, 0]])
         v = torch.cat([p["number_vectors"], p["vectors.weight"]])
         for row, codes in zip(numbers, categories):
-            value = {i: x for i, x in enumerate(row)}
+            value = dict(enumerate(row))
             value |= {len(row) + starts[k] + int(code): torch.ones((), dtype=row.dtype) for k, code in enumerate(codes)}
             fields = sorted(value)
             y = p["bias"][0] + sum(w[i] * value[i] for i in fields)
@@ -381,7 +381,8 @@ def lstm_forecaster(horizon: int) -> Callable[..., Tensor]:
                 steps = len(x)
                 xs, layer = [torch.cat([x[t:t + 1], beside[t], sure[t]]) for t in range(steps)], 0
                 while f"rnn.layers.{layer}.0.weight_ih_l0" in p:
-                    w, u, b, c = (p[f"rnn.layers.{layer}.0.{kind}_l0"] for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+                    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                    w, u, b, c = (p[f"rnn.layers.{layer}.0.{kind}_l0"] for kind in kinds)
                     state, ys = (torch.zeros(u.shape[1], dtype=u.dtype),) * 2, []
                     for value in xs:
                         state = lstm_step(w, u, b, c, value, state)

@@ -87,7 +87,7 @@ def test_what_it_reads(tmp_path):
     assert kind is ImageGeneration and task.labels == ["a", "b"] and task.pictures.side == 8
     bare, *_ = read_for({**request, "data": str(tmp_path / "two" / "a")})
     assert bare.target is None and kind.learn(bare, kind.Options()).labels == []
-    with pytest.raises(DataError, match="With --task it could be: .*image-generation"):
+    with pytest.raises(DataError, match=r"With --task it could be: .*image-generation"):
         infer(bare)
     with pytest.raises(DataError, match="lacks what image-generation needs: a column of pictures"):
         read_for({**request, "data": "iris"})

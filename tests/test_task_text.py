@@ -164,7 +164,7 @@ def test_damaged_pairs(tmp_path):
     pair(tmp_path)
     lines = (tmp_path / "all.de").read_text().split("\n")
     (tmp_path / "all.de").write_text("\n".join(lines[:50] + lines[51:]))
-    with pytest.raises(DataError, match="all.de has 199 lines and all.en 200"):
+    with pytest.raises(DataError, match=r"all\.de has 199 lines and all.en 200"):
         read(tmp_path)
     pair(tmp_path)
     (tmp_path / "more.de").write_text("allein\n")
@@ -178,15 +178,15 @@ def test_damaged_pairs(tmp_path):
     (tmp_path / "all.de").write_bytes("\n".join(lines).replace("die Zahl 3\n", "Größe\n").encode("latin-1"))
     data = read(tmp_path, target="en")
     assert data.rows["de"][3] == "Größe" and any("1252" in f.what for f in data.findings)
-    (tmp_path / "all.de").write_text("\n".join(["kurz"] + lines[1:]))
-    (tmp_path / "all.en").write_text("\n".join(["w " * 400] + (tmp_path / "all.en").read_text().split("\n")[1:]))
+    (tmp_path / "all.de").write_text("\n".join(["kurz", *lines[1:]]))
+    (tmp_path / "all.en").write_text("\n".join(["w " * 400, *(tmp_path / "all.en").read_text().split("\n")[1:]]))
     data = read(tmp_path, target="en")
     assert any(f.check == "unlike-lengths" and f.places == ("all.de:1",) for f in data.findings)
 
 
 def test_tables_of_pairs(tmp_path):
     (tmp_path / "pairs.tsv").write_text("en\tde\n" + "".join(f"number {i}\tZahl {i}\n" for i in range(90)))
-    data, kind, _ = asked(tmp_path / "pairs.tsv", "translation", target="de")
+    data, *_ = asked(tmp_path / "pairs.tsv", "translation", target="de")
     assert data.target.name == "de" and data.features()[0].kind == "text"
     rows = [{"translation": {"en": f"number {i}", "de": f"Zahl {i}"}} for i in range(90)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -229,4 +229,4 @@ def test_a_network_learns_to_translate(tmp_path):
     answer = run.predict(["The man sees a dog today."], beams=2)[0]
     assert set(answer) == {"input", "text"} and answer["text"].endswith(".")
     page = (run.path / "report.html").read_text()
-    assert "Translations while it learnt" in page and "BLEU|nrefs:1" in page.replace("\u200b", "") or "nrefs:1" in page
+    assert "Translations while it learnt" in page and "nrefs:1" in page
