@@ -270,8 +270,9 @@ def captions(folder: Path) -> None:
     (folder / "images").mkdir()
     for number in range(3000):
         picture, found = scene(rng, SCENE, 2)
-        said = [f"a {'small' if area < SCENE ** 2 / 12 else 'large'} {colour} digit at the {'top' if y < SCENE / 2 else 'bottom'} "
-                f"{'left' if x < SCENE / 2 else 'right'}" for colour, x, y, area in sorted(told(picture, found), key=lambda t: t[1])]
+        said = [f"a {'small' if area < SCENE ** 2 / 20 else 'large'} {colour} digit at the "
+                f"{'top' if y < SCENE / 2 else 'bottom'} {'left' if x < SCENE / 2 else 'right'}"
+                for colour, x, y, area in sorted(told(picture, found), key=lambda t: t[1])]
         Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
         rows.append([f"images/{number:04d}.png", " and ".join(said)])
     write(folder / "captions.csv", ["image", "caption"], iter(rows))
