@@ -15,7 +15,7 @@ from fieldguide.train.loop import Interrupted
 
 TINY = {"tabular-classification": "mlp-test", "tabular-regression": "mlp-test", "image-classification": "resnet-test",
         "text-classification": "lstm-classifier-test", "text-generation": "gpt2-test", "translation": "transformer-test",
-        "recommendation": "sasrec-test", "image-segmentation": "unet-mini",
+        "recommendation": "sasrec-test", "image-segmentation": "unet-mini", "object-detection": "yolov8-test",
         "automatic-speech-recognition": "conformer-test", "image-text": "clip-test",
         "visual-question-answering": "vilt-test"}
 SMALL = {"text-generation": {"task.vocab": "300"}, "translation": {"task.vocab": "300"}}

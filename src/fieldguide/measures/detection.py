@@ -33,6 +33,25 @@ def average_precision(found: Arrays, truth: Arrays, classes: int) -> dict[str, A
     class, boxes from this score up must be taken, and such a part of them is right (0 where it cannot be reached).
     Raises `DataError` for arrays that do not fit together, scores that are no numbers, or a truth without any box.
     """
+    return summed(evaluated(found, truth, classes))
+
+
+def bootstrap(found: Arrays, truth: Arrays, classes: int, *, repeats: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Scores of pictures drawn with replacement, as many as there are; boxes are matched once for all draws."""
+    evaluator, rng = evaluated(found, truth, classes), np.random.default_rng(seed)
+    count, each, drawn = len(truth["labels"]), np.empty(len(evaluator.evalImgs), dtype=object), []
+    each[:] = evaluator.evalImgs                                         # for each class, each picture
+    each = each.reshape(-1, count)
+    while len(drawn) < repeats:
+        evaluator.evalImgs = each[:, rng.integers(0, count, count)].ravel().tolist()
+        scores = summed(evaluator)
+        if not np.isnan(scores["class_map"]).all():
+            drawn.append(scores)
+    return drawn
+
+
+def evaluated(found: Arrays, truth: Arrays, classes: int) -> Any:
+    """COCO's evaluator with every picture's boxes matched."""
     check(found, truth, classes)
     from pycocotools.cocoeval import COCOeval
     with contextlib.redirect_stdout(io.StringIO()):      # it prints its progress
@@ -40,12 +59,19 @@ def average_precision(found: Arrays, truth: Arrays, classes: int) -> dict[str, A
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [list(span) for span in EVERY], ["all"]
         evaluator.params.maxDets = [MOST]
         evaluator.evaluate()
+    return evaluator
+
+
+def summed(evaluator: Any) -> dict[str, Any]:
+    """Scores over the pictures that `evaluator` holds matched."""
+    with contextlib.redirect_stdout(io.StringIO()):
         evaluator.accumulate()
     precision, scores = (evaluator.eval[name][..., 0, 0] for name in ("precision", "scores"))    # IoU, recall, K
     missing = (precision < 0).all((0, 1))
     by_iou = np.where(missing, np.nan, precision.mean(1))                                        # IoU, K
     curve = lambda x: np.where(missing, np.nan, np.maximum(x[0], 0)).T                           # noqa: E731
-    return {"map": float(np.nanmean(by_iou)), "map50": float(np.nanmean(by_iou[0])), "map75": float(np.nanmean(by_iou[5])),
+    mean = lambda x: float("nan") if np.isnan(x).all() else float(np.nanmean(x))                 # noqa: E731
+    return {"map": mean(by_iou), "map50": mean(by_iou[0]), "map75": mean(by_iou[5]),
             "class_map": by_iou.mean(0), "class_map50": by_iou[0],
             "recall": evaluator.params.recThrs.copy(), "precision": curve(precision), "confidence": curve(scores)}
 

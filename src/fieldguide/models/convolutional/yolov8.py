@@ -199,5 +199,5 @@ CARD = Card(
         "yolov8-test": Size(classes=3, image=33, widths=(4, 6, 8, 10, 12), depths=(1, 2, 1, 1), bins=4),
     },
     weights={"ultralytics": table()},
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 0.1, "ema": 0.99},
+    recipe={"optimizer": "adamw", "lr": 4e-3, "weight_decay": 0.01, "warmup": 0.1, "ema": 0.99},
 )
