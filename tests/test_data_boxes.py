@@ -244,11 +244,12 @@ def test_damaged_coco(tmp_path):
 
     def several(images, notes, categories):
         notes[0]["bbox"][2], notes[1]["bbox"][0], notes[3]["bbox"][3] = -3, 300, 99
+        notes[9]["bbox"][3] = 0
         notes.append(notes[5])
         notes.append({**notes[6], "image_id": 999})
 
     data = damaged(several)
-    assert len(data) == 240 and has(data, "degenerate-box", place="annotation 0")
+    assert len(data) == 240 and has(data, "degenerate-box", 2, place="annotation 9")
     assert has(data, "box-outside", place="annotation 1")
     assert has(data, "box-over-edge", place="annotation 3") and has(data, "duplicate-box") and has(data, "unknown-picture")
     for check, change, lost, place in (
