@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from fieldguide.data.batches import Batches
 from fieldguide.fitting import Silent
-from fieldguide.objectives import Classification, Supervised
+from fieldguide.objectives import Classification, Objective, Supervised
 from fieldguide.train import distributed
 from fieldguide.train.loop import Trainer
 from fieldguide.train.precision import fastest
 from fieldguide.train.settings import Settings
 
 
-def ours(model: nn.Module, inputs: tuple[str, ...], batches: Batches, batch: int, **settings) -> Callable[[int], None]:
-    """Runs so many steps of our loop, all of it: batching, schedule, clipping, checks of finiteness.
+def ours(model: nn.Module, inputs: tuple[str, ...], batches: Batches, batch: int, objective: Objective | None = None,
+         **settings) -> Callable[[int], None]:
+    """Runs so many steps of our loop, all of it: batching, schedule, clipping, checks of finiteness. The objective is
+    classification where none is given.
 
     precision="auto" chooses precision and layout by timing, as `fit` does.
     """
-    objective = Supervised(model, inputs, Classification())
+    objective = objective or Supervised(model, inputs, Classification())
     chosen = Settings().with_({"minutes": 0, "batch": batch, "channels_last": False, **settings})
     if chosen.precision == "auto":
         first = batches.make(torch.arange(batch).numpy(), None)
@@ -42,7 +44,7 @@ def ours(model: nn.Module, inputs: tuple[str, ...], batches: Batches, batch: int
 
 
 def plain(model: nn.Module, inputs: tuple[str, ...], batches: Sequence[dict[str, Tensor]], *, clip: float = 0.0,
-          **optimizer) -> Callable[[int], None]:
+          loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, **optimizer) -> Callable[[int], None]:
     """Runs so many steps as anyone writes them."""
     made = torch.optim.AdamW(model.parameters(), **optimizer)
 
@@ -50,12 +52,12 @@ def plain(model: nn.Module, inputs: tuple[str, ...], batches: Sequence[dict[str,
         model.train()
         for step in range(steps):
             batch = batches[step % len(batches)]
-            loss = F.cross_entropy(model(*(batch[name] for name in inputs)), batch["target"])
+            value = loss(model(*(batch[name] for name in inputs)), batch["target"])
             made.zero_grad()
-            loss.backward()
+            value.backward()
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             made.step()
-            loss.item()
+            value.item()
 
     return run
