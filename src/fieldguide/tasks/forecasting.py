@@ -113,6 +113,11 @@ class Forecasting(Task):
         season = f"a season of {options.season} steps" if options.season > 1 else "no season"
         task.notes.append(f"{len(found):,} series, a step is {found.frequency.article}, {season}; {options.length} steps are "
                           f"read, {options.horizon} forecast (task.season, task.length, task.horizon)")
+        for known, what in ((False, "measured beside the series, so not known ahead (task.known=NAME says which are)"),
+                            (True, "known ahead")):
+            names = list(dict.fromkeys(c.column for c in task.covariates.columns if c.ahead == known))
+            if names:
+                task.notes.append(f"{', '.join(names)}: {what}; networks that take series alone do not read them")
         return task
 
     def needs(self) -> dict[str, Any]:
@@ -146,7 +151,7 @@ class Forecasting(Task):
         mean, std = torch.from_numpy(mean), torch.from_numpy(std)
         gaps = bool((~found.observed).any()) or bool((at - found.low[series] < length).any())
         beside = self.beside(windows) if "known" in card.inputs else None
-        if beside is None and self.covariates.columns:
+        if beside is None and self.covariates.columns and settings:
             names = dict.fromkeys(c.column for c in self.covariates.columns)
             self.say(f"{card.name} reads series alone: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not used")
         past, future = torch.arange(-length, 0), torch.arange(horizon)
