@@ -258,7 +258,8 @@ def moments(data: Data) -> tuple[pl.Series, bool]:
 def order_of(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> list[Finding]:
     """Rows that come after a later moment of their series; a file that runs backwards throughout is merely said."""
     by = np.lexsort((row, codes))
-    same, steps, row = np.diff(codes[by]) == 0, np.diff(at[by]), row[by]
+    codes, at, row = codes[by], at[by], row[by]
+    same, steps = np.diff(codes) == 0, np.diff(at)
     back = same & (steps < 0)
     if not back.any():
         return []
@@ -266,8 +267,7 @@ def order_of(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> 
         return [found(data, "time-backwards", row[:1])]
     peak = np.zeros(len(by), dtype=bool)                     # late is what comes after the latest moment so far
     for a, b in pairwise(np.r_[0, np.flatnonzero(~same) + 1, len(by)]):
-        times = at[by][a:b]
-        peak[a:b] = times < np.maximum.accumulate(times)
+        peak[a:b] = at[a:b] < np.maximum.accumulate(at[a:b])
     return [found(data, "time-order", row[peak])]
 
 
