@@ -36,7 +36,10 @@ def log(run):
             for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ONE)
+QUICK = {"tabular-classification", "tabular-regression", "recommendation", "time-series-forecasting", "text-generation"}
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ONE])
 def test_stopped_and_resumed(name, tmp_path, monkeypatch):
     monkeypatch.setattr(task(name), "tested", 8)             # what is said of test rows is not what is looked at here
     settings = {"steps": 6, "evaluate": 2, "batch": 8, "precision": "float32", **SMALL.get(name, {})}
