@@ -163,7 +163,7 @@ class Tabular(BaseEstimator):
         target = self.target(table.columns)
         table = table.with_columns(pl.Series(target, y))
         if self.framed_:
-            _, _, _, kinds = fitting.grouped(self.settings or {})
+            *_, kinds, _ = fitting.grouped(self.settings or {})
             return read(table, target=target, kinds={**kinds, target: self.kind})
         columns = {n: Column(n, "number", "feature", "an array's column") for n in table.columns}
         columns[target] = Column(target, self.kind, "target", "y", distinct=table[target].n_unique())
