@@ -251,7 +251,7 @@ def test_covariates_of_columns_and_calendar():
     rows = pl.DataFrame({"price": [1.0, 3.0, None, 5.0], "promo": [True, False, True, None], "kind": ["a", "b", "a", None],
                          "same": [1.0] * 4})
     columns = [Column("price", "number"), Column("promo", "boolean"), Column("kind", "category"), Column("same", "number")]
-    made = Covariates.learn(rows, columns, ["kind"], infer([hours], True), True)
+    made = Covariates.learn(rows, columns, ["kind"], infer([hours], True), 2 * 365 * 24)
     assert (made.past, made.known) == (2, 2 + 2 * 4)                           # where in its day, week, month and year
     start = np.array([0, 4, 6])
     past = made.measured(rows, np.array([0, 1, 2, -1, 2, 3]), start)
@@ -263,8 +263,10 @@ def test_covariates_of_columns_and_calendar():
     assert known[0, 4:6] == pytest.approx([0, 1]) and known[3, 4:6] == pytest.approx([0, 1], abs=1e-6)   # Mondays
     again = Covariates.from_json(made.to_json())
     assert (again.measured(rows, np.array([0, 1]), np.array([0, 2])) == past[:2]).all()
-    monthly = Covariates.learn(rows, [], [], infer([moments("2020-01-01", "2020-02-01", "2020-03-01")], True), True)
+    monthly = Covariates.learn(rows, [], [], infer([moments("2020-01-01", "2020-02-01", "2020-03-01")], True), 25)
     assert monthly.turns == ["year"]
+    for weeks, turns in ((0, 0), (1, 1), (2, 2), (8, 2), (9, 3), (104, 3), (105, 4)):       # day, week, month, year: seen twice
+        assert len(Covariates.learn(rows, [], [], infer([hours], True), weeks * 7 * 24).turns) == turns
     assert monthly.ahead(rows, np.array([-1]), moments("2020-07-02"))[0] == pytest.approx([np.sin(np.pi), -1], abs=0.01)
 
 

@@ -109,7 +109,8 @@ class Forecasting(Task):
             if name not in names:
                 raise SettingsError(f"task.known names {name!r}, which is no covariate.{nearest(name, names)} Covariates are: "
                                     f"{', '.join(names) or 'none'}.")
-        task.covariates = Covariates.learn(windows.table[rows], columns, ahead, found.frequency, options.calendar)
+        steps = int((windows.train_end - found.low).max()) if options.calendar else 0
+        task.covariates = Covariates.learn(windows.table[rows], columns, ahead, found.frequency, steps)
         season = f"a season of {options.season} steps" if options.season > 1 else "no season"
         task.notes.append(f"{len(found):,} series, a step is {found.frequency.article}, {season}; {options.length} steps are "
                           f"read, {options.horizon} forecast (task.season, task.length, task.horizon)")

@@ -55,8 +55,9 @@ class Covariates:
 
     @classmethod
     def learn(cls, rows: pl.DataFrame, columns: Sequence[Column], ahead: Sequence[str], frequency: Frequency,
-              calendar: bool) -> Covariates:
-        """From training rows; what is constant there, or of another kind, is left out."""
+              steps: int = 0) -> Covariates:
+        """From training rows; what is constant there, or of another kind, is left out. `steps` is how long the longest
+        series is in training: a turn of the calendar that it did not see twice tells nothing but when that was."""
         found = []
         for column in columns:
             if column.kind not in KINDS:
@@ -68,7 +69,7 @@ class Covariates:
             elif values.n_unique() > 1:
                 numbers = values.cast(pl.Float64).to_numpy()
                 found.append(Covariate(column.name, known, float(numbers.mean()), float(numbers.std())))
-        return cls(found, turns_of(frequency) if calendar else [])
+        return cls(found, turns_of(frequency, steps))
 
     @property
     def past(self) -> int:
@@ -105,12 +106,13 @@ class Covariates:
         return cls([Covariate(**{**c, "values": tuple(c["values"])}) for c in saved["columns"]], saved["turns"])
 
 
-def turns_of(frequency: Frequency) -> list[Any]:
-    """The turns of the calendar that steps of this length go through."""
+def turns_of(frequency: Frequency, steps: int) -> list[Any]:
+    """The turns of the calendar that steps of this length go through, at least twice in so many of them."""
     if frequency.unit == "number":
         return []
-    step = {"business": DAY, "month": 28 * DAY * frequency.size}.get(frequency.unit, frequency.size)
-    return [turn for shorter, turn in TURNS if step < shorter]
+    step = {"business": 1.4 * DAY, "month": 30 * DAY * frequency.size}.get(frequency.unit, frequency.size)
+    days = {"month": 30 * DAY, "year": 365 * DAY}
+    return [turn for shorter, turn in TURNS if step < shorter and 2 * days.get(turn, turn) <= steps * step]
 
 
 def share_of(turn: Any, times: np.ndarray) -> np.ndarray:
