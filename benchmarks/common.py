@@ -1,24 +1,33 @@
-"""What all benchmarks share: the machine in words, timing side by side, tables, and the book of results.
+"""What all benchmarks share: the machine in words, timing side by side, memory, tables, and the book of results.
 
 Ours and the peer take turns in one process, so that a busy machine is unfair to both alike; each keeps its best round.
+Memory is measured of each side in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
+import multiprocessing
 import os
 import platform
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+
+Run = Callable[[int], object]          # does so many steps of something
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
+sys.path.append(str(HERE.parent / "tests"))              # its `tv` imports peers where torchvision is not whole
 
 
 def machine() -> str:
@@ -58,6 +67,96 @@ def ratio(times: Mapping[str, Sequence[float]], ours: str, peer: str) -> tuple[f
     return min(times[peer]) / min(times[ours]), pairs[0], pairs[-1]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """One line of a comparison. `ours` and `peer` make what they need and return what does so many steps; `amount` is the
+    work of one step, in the unit of the table; `steps` of a round, where the options' are too many."""
+
+    what: str
+    ours: Callable[[], Run]
+    peer: Callable[[], Run]
+    amount: float
+    steps: int | None = None
+
+
+def compare(title: str, unit: str, peer: str, pairs: Sequence[Pair], options: argparse.Namespace,
+            check: Callable[[], str] = str) -> None:
+    """Memory of each side, then `check` (raises where the two do not agree, else says how they do), then time.
+
+    Memory comes first: a child must begin before its parent has threads.
+    """
+    pairs = [pair for pair in pairs if options.only in pair.what]
+    memory = [(peak(pair.ours), peak(pair.peer)) for pair in pairs]
+    note = check()
+    print(note)
+    rows = []
+    for pair, (mine, theirs) in zip(pairs, memory):
+        steps = pair.steps or options.steps
+        runs = {"ours": pair.ours(), "peer": pair.peer()}
+        times = race({side: lambda run=run, steps=steps: run(steps) for side, run in runs.items()}, options.rounds)
+        best, low, high = ratio(times, "ours", "peer")
+        speed = [pair.amount * steps / min(times[side]) for side in ("ours", "peer")]
+        rows.append([pair.what, *map(figure, speed), f"{best:.2f}", f"{low:.2f} to {high:.2f}",
+                     f"{mine:.0f} / {theirs:.0f}", f"{theirs / mine:.2f}" if mine > 0 else "-"])
+        del runs
+        gc.collect()
+    report(title, ["", f"ours, {unit}/s", f"{peer}, {unit}/s", "ratio", "rounds", "MB, ours / peer", "ratio"], rows,
+           options.save, note)
+
+
+def figure(x: float) -> str:
+    """Three digits, thousands apart."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def peak(make: Callable[[], Run]) -> float:
+    """Megabytes that making something and two steps of it take at most, beyond what the imports of the script take; NaN
+    where the system does not say.
+
+    In a fork of this process, whose own peak the kernel counts anew (VmHWM; `ru_maxrss` would begin at the parent's).
+    """
+    if not Path("/proc/self/status").exists():
+        return float("nan")
+    import torch._dynamo  # noqa: F401   the first step of any optimiser imports it, in either side
+
+    def child(pipe) -> None:
+        before = resident()
+        make()(2)
+        pipe.send(resident() - before)
+
+    gc.collect()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit("a side failed while its memory was measured: see above") from None
+    finally:
+        process.join()
+
+
+def resident() -> float:
+    """Most megabytes that this process has held in memory."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def count(*models: nn.Module) -> str:
+    """Parameters of ours and of the peer."""
+    ours, peer = (sum(p.numel() for p in model.parameters()) for model in models)
+    return f"Parameters: {ours:,} ours, {peer:,} the peer's."
+
+
+def agree(what: str, ours: torch.Tensor, peer: torch.Tensor, within: float = 1e-4) -> str:
+    """Asserts that two answers are the same but for rounding, in parts of their deviation; says so."""
+    gap, size = (ours - peer).abs().max().item(), peer.std().item()
+    assert ours.shape == peer.shape and gap < within * size, f"{what} differ by {gap:.1e}, their deviation is {size:.1e}"
+    return f"Same weights, same {what}: largest difference {gap:.1e}, deviation {size:.2g}."
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table, its columns aligned."""
     cells = [[str(c) for c in row] for row in rows]
@@ -76,9 +175,13 @@ def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]],
             book.write(head + text + "\n")
 
 
-def arguments(about: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+def arguments(about: str, steps: int | None = None, rounds: int = 5) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes; with `steps`, also what `compare` does."""
     parser = argparse.ArgumentParser(description=about)
+    if steps:
+        parser.add_argument("--steps", type=int, default=steps, help="steps of a round")
+        parser.add_argument("--rounds", type=int, default=rounds)
+        parser.add_argument("--only", default="", help="lines with these words alone")
     parser.add_argument("--save", action="store_true", help="add the result to RESULTS.md")
     parser.add_argument("--threads", type=int, help="threads of torch; default: all cores")
     return parser

@@ -17,8 +17,8 @@ import logging
 
 import numpy as np
 import torch
-from common import arguments, begin, race, ratio, report
-from loops import ours, plain
+from common import Pair, Run, agree, arguments, begin, compare, count
+from loops import LIKE, answers, ours, plain, recipe
 from torch import Tensor, nn
 
 from fieldguide import create, weights
@@ -27,6 +27,8 @@ from fieldguide.objectives import Forecast
 from fieldguide.tasks.forecasting import QUANTILES
 
 LENGTH, HORIZON, BATCH, ROWS = 336, 96, 256, 2048
+PAST, FUTURE = (torch.from_numpy(np.random.default_rng(0).standard_normal((ROWS, steps, 1), np.float32))
+                for steps in (LENGTH, HORIZON))
 
 
 class Theirs(nn.Module):
@@ -43,59 +45,47 @@ class Theirs(nn.Module):
         return self.model(series.transpose(1, 2))[:, 0]
 
 
-def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = begin(parser)
-    logging.disable(logging.WARNING)
-    try:
-        theirs = Theirs()
-    except ImportError as error:
-        raise SystemExit(f"{error}: install neuralforecast first (see the top of this file)") from None
-    torch.manual_seed(0)
-    past, future = torch.randn(ROWS, LENGTH, 1), torch.randn(ROWS, HORIZON, 1)
+def make(rows: np.ndarray, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    index = torch.from_numpy(rows)
+    return {"series": PAST[index], "target": FUTURE[index]}
 
-    def make(rows: np.ndarray, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        index = torch.from_numpy(rows)
-        return {"series": past[index], "target": future[index]}
 
-    model = create("patchtst-etth1")
+def check() -> str:
+    theirs, model = Theirs(), create("patchtst-etth1")
     left = weights.load(model, {f"model.{name}": x for name, x in theirs.model.state_dict().items()})
     assert not left, left
     with torch.inference_mode():
-        said, other = model.eval()(past[:64])[:, :, 0, 0], theirs.eval()(past[:64])
-    gap, size = (said - other).abs().max().item(), other.std().item()
-    print(f"largest difference of the forecasts: {gap:.1e}, their deviation {size:.2f}")
-    assert gap < 1e-4 < size
+        said, other = model.eval()(PAST[:64])[:, :, 0, 0], theirs.eval()(PAST[:64])
+    return f"{count(model, theirs)} {agree('forecasts', said, other)}"
 
-    batches = Batches(ROWS, make)
-    fixed = [{**(b := make(np.arange(i, i + BATCH))), "target": b["target"][..., 0]} for i in range(0, ROWS, BATCH)]
-    inputs, l1 = ("series",), nn.functional.l1_loss
-    full = create("patchtst-etth1", values=1 + len(QUANTILES))
-    runs = {
-        "ours, float32": ours(model, inputs, batches, BATCH, Forecast(model, inputs, normalise=False), precision="float32"),
-        "theirs, float32": plain(theirs, inputs, fixed, loss=l1, lr=1e-3, fused=True, clip=1.0),
-        "ours, defaults": ours(full, inputs, batches, BATCH, Forecast(full, inputs, QUANTILES)),
-        "theirs, defaults": plain(Theirs(), inputs, fixed, loss=l1, lr=1e-3),
-    }
-    times = race({key: lambda run=run: run(options.steps) for key, run in runs.items()}, options.rounds)
 
-    def answer(network: nn.Module) -> None:
-        network.eval()
-        with torch.inference_mode():
-            for batch in fixed[:options.steps]:
-                network(batch["series"])
+def train(quantiles: tuple[float, ...] = (), **settings: object) -> Run:
+    model = create("patchtst-etth1", values=1 + len(quantiles))
+    objective = Forecast(model, ("series",), quantiles) if quantiles else Forecast(model, ("series",), normalise=False)
+    return ours(model, ("series",), Batches(ROWS, make), BATCH, objective, **settings)
 
-    times |= race({"ours, inference": lambda: answer(model), "theirs, inference": lambda: answer(theirs)}, options.rounds)
-    rows = []
-    for what, key in (("training, like for like", "float32"), ("training, defaults", "defaults"), ("inference", "inference")):
-        us, them = f"ours, {key}", f"theirs, {key}"
-        best, low, high = ratio(times, us, them)
-        speed = [options.steps * BATCH / min(times[name]) for name in (us, them)]
-        rows.append([what, *(f"{s:,.0f}" for s in speed), f"{best:.2f}", f"{low:.2f} to {high:.2f}"])
-    report("PatchTST, 336 steps read, 96 forecast, batch 256", ["", "ours, windows/s", "neuralforecast, windows/s", "ratio",
-                                                                "rounds"], rows, options.save)
+
+def peer(**settings: object) -> Run:
+    batches = [{**(b := make(np.arange(i, i + BATCH))), "target": b["target"][..., 0]} for i in range(0, ROWS, BATCH)]
+    return plain(Theirs(), ("series",), batches, loss=nn.functional.l1_loss, **settings)
+
+
+def answer(model: nn.Module) -> Run:
+    return answers(model, lambda: model(PAST[:BATCH]))
+
+
+def main() -> None:
+    options = begin(arguments(__doc__.splitlines()[0], steps=4))
+    logging.disable(logging.WARNING)
+    try:
+        Theirs()
+    except ImportError as error:
+        raise SystemExit(f"{error}: install neuralforecast first (see the top of this file)") from None
+    torch.manual_seed(0)
+    compare("PatchTST, 336 steps read, 96 forecast, batch 256", "windows", "neuralforecast", [
+        Pair("training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH),
+        Pair("training, defaults", lambda: train(QUANTILES, **recipe("patchtst-etth1")), lambda: peer(lr=1e-3), BATCH),
+        Pair("inference", lambda: answer(create("patchtst-etth1")), lambda: answer(Theirs()), BATCH)], options, check)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,38 @@
-"""What the training benchmarks share: our loop and a plain PyTorch loop over the same batches."""
+"""What the benchmarks share: our loop, a plain PyTorch loop over the same batches, and answers without gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import Run
 from torch import Tensor, nn
 
 from fieldguide.data.batches import Batches
 from fieldguide.fitting import Silent
 from fieldguide.objectives import Classification, Objective, Supervised
+from fieldguide.registry import find
 from fieldguide.train import distributed
 from fieldguide.train.loop import Trainer
 from fieldguide.train.precision import fastest
 from fieldguide.train.settings import Settings
 
+LIKE = {"lr": 1e-3, "clip": 1.0}           # of the runs like for like; both sides have fused AdamW in float32
 
-def ours(model: nn.Module, inputs: tuple[str, ...], batches: Batches, batch: int, objective: Objective | None = None,
-         **settings) -> Callable[[int], None]:
-    """Runs so many steps of our loop, all of it: batching, schedule, clipping, checks of finiteness. The objective is
-    classification where none is given.
+
+def trainer(objective: Objective, batches: Batches, batch: int, **settings: Any) -> Run:
+    """Runs so many steps of our loop, all of it: batching, schedule, clipping, checks of finiteness.
 
     precision="auto" chooses precision and layout by timing, as `fit` does.
     """
-    objective = objective or Supervised(model, inputs, Classification())
     chosen = Settings().with_({"minutes": 0, "batch": batch, "channels_last": False, **settings})
     if chosen.precision == "auto":
         first = batches.make(torch.arange(batch).numpy(), None)
         precision, last, _ = fastest(objective, first, distributed.device(), print)
         chosen = chosen.with_({"precision": precision, "channels_last": last})
-    print("our settings:", chosen.precision, "channels-last" if chosen.channels_last else "contiguous")
+    print("our settings:", chosen.optimizer, chosen.precision, "channels-last" if chosen.channels_last else "contiguous")
     trainers: dict[int, Trainer] = {}
 
     def run(steps: int) -> None:
@@ -43,21 +45,54 @@ def ours(model: nn.Module, inputs: tuple[str, ...], batches: Batches, batch: int
     return run
 
 
-def plain(model: nn.Module, inputs: tuple[str, ...], batches: Sequence[dict[str, Tensor]], *, clip: float = 0.0,
-          loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, **optimizer) -> Callable[[int], None]:
-    """Runs so many steps as anyone writes them."""
+def recipe(size: str) -> dict[str, Any]:
+    """The settings that `fit` takes from a model's card."""
+    return dict(find(size)[0].recipe)
+
+
+def ours(model: nn.Module, inputs: tuple[str, ...], batches: Batches, batch: int, objective: Objective | None = None,
+         **settings: Any) -> Run:
+    """`trainer` for a network; the objective is classification where none is given."""
+    return trainer(objective or Supervised(model, inputs, Classification()), batches, batch, **settings)
+
+
+def fixed(*batches: Mapping[str, Tensor]) -> Batches:
+    """Ready batches, one after another, for `trainer`: the first row of each asked for names it. For batch=1."""
+    return Batches(len(batches), lambda rows, generator=None: dict(batches[rows[0]]))
+
+
+def stepped(model: nn.Module, loss: Callable[[Any], Tensor], batches: Sequence[Any], *, clip: float = 0.0,
+            **optimizer: Any) -> Run:
+    """Runs so many training steps as anyone writes them, with AdamW; `loss` takes a batch."""
     made = torch.optim.AdamW(model.parameters(), **optimizer)
 
     def run(steps: int) -> None:
         model.train()
         for step in range(steps):
-            batch = batches[step % len(batches)]
-            value = loss(model(*(batch[name] for name in inputs)), batch["target"])
+            value = loss(batches[step % len(batches)])
             made.zero_grad()
             value.backward()
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             made.step()
             value.item()
+
+    return run
+
+
+def plain(model: nn.Module, inputs: tuple[str, ...], batches: Sequence[Mapping[str, Tensor]], *,
+          loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, **options: Any) -> Run:
+    """`stepped` for a network whose loss compares its answer with the target."""
+    return stepped(model, lambda b: loss(model(*(b[name] for name in inputs)), b["target"]), batches, **options)
+
+
+def answers(model: nn.Module, answer: Callable[[], object]) -> Run:
+    """Runs `answer` so many times, without dropout and gradients."""
+    model.eval()
+
+    def run(steps: int) -> None:
+        with torch.inference_mode():
+            for _ in range(steps):
+                answer()
 
     return run

@@ -9,17 +9,13 @@ against timm as its examples begin: float32, contiguous, plain AdamW.
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import torch
-from common import HERE, arguments, begin, race, ratio, report
+from common import arguments, begin, race, ratio, report
 from loops import ours, plain
 
 from fieldguide import create
 from fieldguide.data.batches import Batches
-
-sys.path.insert(0, str(HERE.parent / "tests"))
 from tv import timm
 
 BATCH, SIDE, CLASSES = 64, 64, 10

@@ -10,13 +10,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import arguments, begin, race, ratio, report
+from common import Pair, Run, arguments, begin, compare, count
+from loops import LIKE, answers, fixed, ours, stepped
 from torch import Tensor, nn
 
 from fieldguide import create
 from fieldguide.objectives.ctc import CTC
 
-VOCAB, BANDS, LONGEST = 32, 80, 800
+VOCAB, BANDS, LONGEST, BATCH = 32, 80, 800, 8
 
 
 class FeedForward(nn.Sequential):
@@ -96,56 +97,34 @@ def batch_of(rows: int, seed: int = 0) -> dict[str, Tensor]:
             "target": target, "target_lengths": torch.full((rows,), 60)}
 
 
-def trained(model: nn.Module, loss, batch: dict[str, Tensor], steps: int):
-    made = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def run() -> None:
-        model.train()
-        for _ in range(steps):
-            made.zero_grad()
-            loss(batch).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            made.step()
-    return run
+def train() -> Run:
+    model = create("conformer-s", vocab=VOCAB)
+    return ours(model, (), fixed(batch_of(BATCH)), 1, CTC(model), precision="float32", **LIKE)
 
 
-def answered(model: nn.Module, batch: dict[str, Tensor], steps: int):
-    def run() -> None:
-        model.eval()
-        with torch.inference_mode():
-            for _ in range(steps):
-                model(batch["features"], batch["lengths"])
-    return run
+def peer() -> Run:
+    model = Plain()
+
+    def loss(b: dict[str, Tensor]) -> Tensor:
+        logits = model(b["features"], b["lengths"]).log_softmax(-1)
+        return F.ctc_loss(logits.transpose(0, 1), b["target"], (b["lengths"] + 3) // 4, b["target_lengths"], zero_infinity=True)
+    return stepped(model, loss, [batch_of(BATCH)], fused=True, **LIKE)
+
+
+def answer(model: nn.Module) -> Run:
+    batch = batch_of(BATCH)
+    return answers(model, lambda: model(batch["features"], batch["lengths"]))
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=8)
-    options = begin(parser)
+    options = begin(arguments(__doc__.splitlines()[0], steps=2))
     torch.manual_seed(0)
-    ours, peer, batch = create("conformer-s", vocab=VOCAB), Plain(), batch_of(options.batch)
-    count = [sum(p.numel() for p in m.parameters()) for m in (ours, peer)]
-    objective = CTC(ours)
-
-    def plain_loss(b: dict[str, Tensor]) -> Tensor:
-        logits = peer(b["features"], b["lengths"]).log_softmax(-1)
-        return F.ctc_loss(logits.transpose(0, 1), b["target"], (b["lengths"] + 3) // 4, b["target_lengths"], zero_infinity=True)
-
-    rows, seconds = [], options.batch * options.steps * float(batch["lengths"].float().mean()) / 100
-    for what, runs in {
-        "training step": {"ours": trained(ours, lambda b: objective(b)["loss"], batch, options.steps),
-                          "plain": trained(peer, plain_loss, batch, options.steps)},
-        "answer": {"ours": answered(ours, batch, options.steps), "plain": answered(peer, batch, options.steps)},
-    }.items():
-        times = race(runs, options.rounds)
-        best, low, high = ratio(times, "ours", "plain")
-        rows.append([what, *(f"{seconds / min(times[k]):,.0f}" for k in ("ours", "plain")), f"{best:.2f}",
-                     f"{low:.2f} to {high:.2f}"])
-    report(f"Conformer-CTC, float32, batch {options.batch}, 6 to 8 s a recording",
-           ["", "ours, seconds of speech a second", "plain torch", "ratio", "rounds"], rows, options.save,
-           f"Parameters: {count[0]:,} ours, {count[1]:,} plain. Ours also keeps padding out of convolutions and statistics.")
+    seconds = float(batch_of(BATCH)["lengths"].sum()) / 100
+    compare(f"Conformer-CTC, float32, batch {BATCH}, 6 to 8 s a recording", "seconds of speech", "plain torch", [
+        Pair("training, like for like", train, peer, seconds),
+        Pair("answer", lambda: answer(create("conformer-s", vocab=VOCAB)), lambda: answer(Plain()), seconds),
+    ], options, lambda: f"{count(create('conformer-s', vocab=VOCAB), Plain())} Ours also keeps padding out of convolutions and "
+                        "statistics.")
 
 
 if __name__ == "__main__":
