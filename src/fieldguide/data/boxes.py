@@ -2,7 +2,8 @@
 
 Column `image` holds the path, `objects` a list of structs: `label`; `left`, `top`, `right`, `bottom` in pixels of the
 picture as it is shown, right and bottom outside the object; `outline`, null or a list of closed polygons (parts of the one
-object), each x1 y1 x2 y2 ...; `crowd`, true where the box is around many or is not to be judged. No objects: background.
+object), each x1 y1 x2 y2 ...; `runs`, null or the lengths of runs of pixels outside and inside by turns, column by column;
+`crowd`, true where the box is around many or is not to be judged. No objects: background.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fieldguide.errors import DataError
 
 SIDES = ("left", "top", "right", "bottom")
 OBJECT = pl.Struct({"label": pl.String, **dict.fromkeys(SIDES, pl.Float64), "outline": pl.List(pl.List(pl.Float64)),
-                    "crowd": pl.Boolean})
+                    "runs": pl.List(pl.Int32), "crowd": pl.Boolean})
 SLACK = 1.0                # pixels that a box may reach over the edge without a word: rounding
 SHOWN = 5
 CHECKS: dict[str, tuple[Severity, str, str]] = {       # slug: severity, what, remedy
@@ -43,6 +44,9 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {       # slug: severity, what, r
                            "class is 0)."),
     "unknown-category": ("warning", "boxes of a category that the file does not list", "Add it to its categories."),
     "malformed-box": ("warning", "boxes that are not numbers as they should be", "Correct or remove them."),
+    "malformed-outline": ("warning", "outlines that are none: fewer than three points, no numbers, or runs of pixels that do "
+                          "not fill the picture; their boxes are kept", "Export them again: whoever learns outlines cannot "
+                          "use these objects."),
     "unknown-picture": ("warning", "boxes of a picture that the file does not list; they are left out",
                         "Add the picture to its images, or remove them."),
     "duplicate-id": ("warning", "pictures with the number of one before; nobody knows whose boxes are whose",
@@ -101,8 +105,9 @@ class Notes:
 
 
 def box(label: str, left: float, top: float, right: float, bottom: float, outline: list[list[float]] | None = None,
-        crowd: bool = False) -> dict[str, Any]:
-    return {"label": label, "left": left, "top": top, "right": right, "bottom": bottom, "outline": outline, "crowd": crowd}
+        crowd: bool = False, runs: list[int] | None = None) -> dict[str, Any]:
+    return {"label": label, "left": left, "top": top, "right": right, "bottom": bottom, "outline": outline, "runs": runs,
+            "crowd": crowd}
 
 
 def header_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
@@ -162,6 +167,9 @@ def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
         if shot.relative:
             one |= {s: one[s] * (width, height)[i % 2] for i, s in enumerate(SIDES)}
             one["outline"] = one["outline"] and [[v * (width, height)[i % 2] for i, v in enumerate(p)] for p in one["outline"]]
+        if one["runs"] and sum(one["runs"]) != width * height:
+            notes.note("malformed-outline", place)
+            one["runs"] = None
         left, top, right, bottom = (one[s] for s in SIDES)
         key = (one["label"], round(left, 2), round(top, 2), round(right, 2), round(bottom, 2))
         if not (right > left and bottom > top):

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import colorsys
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import polars as pl
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from fieldguide.card import Card
+from fieldguide.data import doctor
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Finding
+from fieldguide.data.outlines import Drawing
 from fieldguide.data.prepare import masks
-from fieldguide.data.prepare.masks import Canvas
+from fieldguide.data.prepare.masks import Canvas, Mask
 from fieldguide.data.roles import Wants
-from fieldguide.errors import DataError
+from fieldguide.errors import DataError, SettingsError, nearest
 from fieldguide.exhibits import Exhibit, Gallery, Matrix, Picture, Table
 from fieldguide.host import ram
 from fieldguide.objectives import Objective
@@ -38,12 +42,29 @@ SHOWN = 24                                       # pictures in the report
 SAMPLE = 500                                     # pictures that mean and deviation are learnt from
 
 
+def outlined(data: Data) -> Iterator[Finding]:
+    """Where outlines are to be drawn: boxes that have none, and crowds."""
+    if data.target is None or data.target.kind != "boxes" or not data.rows[data.target.name].dtype.is_nested():
+        return
+    seen = objects(data)
+    nothing = "belong to no class, and are neither learnt nor scored"
+    for check, severity, which, what, remedy in (
+            ("box-without-outline", "warning", ~seen["drawn"] & ~seen["crowd"], "boxes without an outline: a box is no mask, "
+             f"so the pixels within it {nothing}", "Outline these objects, or remove their pictures."),
+            ("crowd-pixels", "note", seen["crowd"], f"crowds: their pixels {nothing}", "")):
+        if which.any():
+            some = seen.filter(which)
+            places = tuple(f"{data.place(row)}: {label}" for row, label in some.head(5).select("row", "label").rows())
+            yield Finding(check, severity, what, places, len(some), remedy)
+
+
 class ImageSegmentation(Task):
     name = "image-segmentation"
-    reads = "pictures with masks of the same name: folders images and masks, maybe below train, val and test"
+    reads = ("pictures with masks of the same name: folders images and masks, maybe below train, val and test; or pictures "
+             "with outlines of objects: COCO JSON or YOLO")
     takes = ("image",)
     gives = ("mask",)
-    wants = Wants("named", names=("mask", "segmentation"), kinds={"target": "mask"})
+    wants = Wants("named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*doctor.CHECKS, outlined))
     metrics = (Metric("miou", "max", "mean over classes of the intersection over union", percent=True),
                Metric("pixel_accuracy", "max", "of the pixels right", percent=True),
                Metric("mean_accuracy", "max", "of a class's pixels found, averaged over classes", percent=True))
@@ -55,7 +76,7 @@ class ImageSegmentation(Task):
         side: int | None = None          # pixels of the longer side that the network sees; pictures are made smaller
         crop: int | None = None          # pixels of the square that a step sees of each picture
         channels: int | None = None      # 1 grey, 3 colour
-        ignore: str = ""                 # values of the masks that are no class, with commas between: 11,255
+        ignore: str = ""                 # what is no class, with commas between: values of masks (11,255), names of objects
 
     @dataclass(frozen=True)
     class Asking:
@@ -77,14 +98,45 @@ class ImageSegmentation(Task):
     def lacks(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
             return "a column of pictures"
+        if data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested():
+            seen = objects(data)
+            if seen["drawn"].any():
+                return None
+            return (f"outlines of the objects: it has {len(seen):,} boxes without any, and a box is no mask. Export polygons "
+                    "or masks, or learn the boxes (--task object-detection)")
         return None if data.target and data.target.kind == "mask" else "a mask for each picture"
 
     @classmethod
     def examples(cls, data: Data, options: Any) -> Data:
-        """Looks through every mask for the values that are classes; keeps them in `context`."""
+        """Finds the classes, and keeps them in `context`: all values of masks, or all labels of outlined objects."""
+        return (cls.drawn if data.target.kind == "boxes" else cls.stored)(data, options)
+
+    @classmethod
+    def drawn(cls, data: Data, options: Any) -> Data:
+        seen, ignored = objects(data), named(options.ignore)
+        there = set(seen.filter(pl.col("drawn") & ~pl.col("crowd"))["label"])
+        listed = (data.context or {}).get("classes") or sorted(there)
+        if strange := [n for n in ignored if n not in listed]:
+            raise SettingsError(f"task.ignore names {strange[0]!r}, which {data.source} has not.{nearest(strange[0], listed)} "
+                                f"It has: {', '.join(listed)}.")
+        names = [n for n in listed if n in there and n not in ignored]
+        if not names:
+            raise DataError(f"{data.source}: no object with an outline is left to learn.")
+        if len(names) >= VOID:
+            raise DataError(f"{data.source}: has objects of {len(names):,} classes, and {VOID - 1} are the most. Leave some "
+                            "out with --set task.ignore=...")
+        return replace(data, context={
+            "values": list(range(len(names) + 1)), "names": ["background" if "background" not in names else "nothing", *names]})
+
+    @classmethod
+    def stored(cls, data: Data, options: Any) -> Data:
+        try:
+            ignored = {int(v) for v in named(options.ignore)}
+        except ValueError:
+            raise SettingsError(f"task.ignore={options.ignore!r}: for masks write values with commas between, such as 11,255."
+                                ) from None
         found = masks.values(data.rows[data.target.name].to_list())
         every = np.unique(np.concatenate(found))
-        ignored = {int(v) for v in options.ignore.split(",") if v.strip()}
         known = data.context or {}
         given: dict[int, str] = dict(enumerate(known.get("classes", ())))
         given |= {(r << 16) | (g << 8) | b: name for (r, g, b), name in known.get("colours", {}).items()}
@@ -150,6 +202,28 @@ class ImageSegmentation(Task):
     def files(self, data: Data) -> tuple[list[str], list[tuple[int, int]]]:
         return data.rows[self.column].to_list(), list(zip(data.rows[WIDTH].to_list(), data.rows[HEIGHT].to_list()))
 
+    def masks(self, data: Data) -> list[Mask]:
+        """Of each row its mask: a file, or what is to be drawn."""
+        column = data.rows[self.target]
+        if not column.dtype.is_nested():
+            return column.to_list()
+        values = {name: value for value, name in enumerate(self.names) if value}
+        return [Drawing(column, row, *size, values) for row, size in enumerate(self.files(data)[1])]
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        drawn = any(c.role == "target" and c.kind == "boxes" for c in self.columns)
+        data = super().read_one(source, answered and not drawn)
+        if not answered or not drawn:
+            return data
+        if self.target not in data.rows.columns or not data.rows[self.target].dtype.is_nested():
+            raise DataError(f"{data.source}: has no outlines to compare answers with. To ask for answers, use `fieldguide "
+                            "predict`.")
+        strange = sorted(set(objects(data).filter("drawn")["label"]) - {*self.names, *named(self.options.ignore)})
+        if strange:
+            raise DataError(f"{data.source}: has objects of {', '.join(map(repr, strange[:5]))}, which the network does not "
+                            f"know. It knows: {', '.join(self.names[1:20])}. Rename or remove them.")
+        return data
+
     def needs(self) -> dict[str, Any]:
         return {"classes": len(self.names), "channels": self.options.channels}
 
@@ -165,7 +239,7 @@ class ImageSegmentation(Task):
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, sizes = self.files(data)
-        truth = data.rows[self.target].to_list() if self.target in data.rows.columns else None
+        truth = self.masks(data) if self.target in data.rows.columns else None
         canvas = self.canvas.canvas(sizes)
         bytes_ = len(paths) * canvas[0] * canvas[1] * (self.options.channels + 2)
         kept = None
@@ -211,10 +285,9 @@ class ImageSegmentation(Task):
     def truth(self, data: Data) -> Arrays:
         """Pixels of each class in each picture, N classes."""
         paths, sizes = self.files(data)
-        truth = data.rows[self.target].to_list()
         counts = np.zeros((len(paths), len(self.names)), dtype=np.int64)
-        for i, path in enumerate(truth):
-            mask = self.canvas.masks([path], [sizes[i]], (sizes[i][1], sizes[i][0]), full=True)
+        for i, mask in enumerate(self.masks(data)):
+            mask = self.canvas.masks([mask], [sizes[i]], (sizes[i][1], sizes[i][0]), full=True)
             counts[i] = np.bincount(mask[mask >= 0].astype(np.int64), minlength=len(self.names))
         return {"pixels": counts}
 
@@ -279,7 +352,7 @@ class ImageSegmentation(Task):
 
     def gallery(self, title: str, test: Data, outputs: Arrays, rows: np.ndarray, each: np.ndarray) -> Exhibit:
         paths, sizes = self.files(test)
-        truth = test.rows[self.target].to_list()
+        truth = self.masks(test)
         pictures = []
         for i in rows:
             width, height = sizes[i]
@@ -316,6 +389,20 @@ class ImageSegmentation(Task):
         task.canvas, task.names = Canvas.from_json(state["canvas"]), state["names"]
         task.colours = [tuple(c) for c in state["colours"]]
         return task
+
+
+def objects(data: Data) -> pl.DataFrame:
+    """A row for each object of a column of boxes: `row` of its picture, `label`, whether it is a `crowd` and can be `drawn`."""
+    column = data.rows[data.target.name]
+    rows = pl.Series("row", np.repeat(np.arange(len(column)), column.list.len().fill_null(0).to_numpy()))
+    things = column.filter(column.list.len() > 0).explode()
+    part = things.struct.field
+    return pl.DataFrame([rows, part("label"), part("crowd"),
+                         ((part("outline").list.len() > 0) | (part("runs").list.len() > 0)).fill_null(False).alias("drawn")])
+
+
+def named(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def augmented(pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment: str,

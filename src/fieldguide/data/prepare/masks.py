@@ -1,4 +1,5 @@
-"""Masks: pictures whose pixels are classes, as numbers, palette places or colours; and pictures beside them on one canvas."""
+"""Masks: pictures whose pixels are classes, as numbers, palette places or colours, or drawings of outlines; and pictures
+beside them on one canvas."""
 
 from __future__ import annotations
 
@@ -12,12 +13,19 @@ import numpy as np
 from PIL import Image
 
 from fieldguide.data import images
+from fieldguide.data.outlines import Drawing
 
 STEP = 32              # canvases are multiples of it, as networks that halve five times like best
 
 
-def codes(path: str | Path) -> np.ndarray:
-    """The pixels of a mask as they are stored, int32 H W: grey values, places in the palette, or r * 65536 + g * 256 + b."""
+Mask = str | Path | Drawing
+
+
+def codes(path: Mask) -> np.ndarray:
+    """The pixels of a mask as they are stored, int32 H W: grey values, places in the palette, or r * 65536 + g * 256 + b.
+    A drawing is drawn."""
+    if isinstance(path, Drawing):
+        return path.codes()
     with images.quiet(), Image.open(path) as image:
         if image.mode in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N"):
             return np.asarray(image if image.mode != "1" else image.convert("L")).astype(np.int32)
@@ -70,7 +78,7 @@ class Canvas:
             list(pool.map(one, range(len(paths))))
         return out
 
-    def masks(self, paths: Sequence[str | Path], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], *,
+    def masks(self, paths: Sequence[Mask], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], *,
               full: bool = False) -> np.ndarray:
         """Classes of the pixels, int16 N H W, -1 where there is none; in the pictures' own size where `full`."""
         out = np.full((len(paths), *canvas), -1, dtype=np.int16)

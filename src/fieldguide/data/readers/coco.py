@@ -1,4 +1,5 @@
-"""COCO: one JSON of images, annotations (bbox: left, top, width, height in pixels) and categories, maybe one for each split."""
+"""COCO: one JSON of images, annotations (bbox: left, top, width, height in pixels; segmentation: outlines) and categories,
+maybe one for each split."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fieldguide.data.boxes import Notes, Shot, box, entry, finite, raw
+from fieldguide.data.outlines import run_lengths
 from fieldguide.data.source import Options, Raw, relative, split_of, visible
 from fieldguide.errors import DataError
 
 NAME = "COCO"
-UNDERSTANDS = ("pictures with boxes, COCO: instances .json (images, annotations, categories) in a folder annotations, one for "
-               "each of train, val and test or one for all, beside folders of pictures; or that file itself")
+UNDERSTANDS = ("pictures with boxes or outlines, COCO: instances .json (images, annotations, categories) in a folder "
+               "annotations, one for each of train, val and test or one for all, beside folders of pictures; or that file "
+               "itself")
 HEAD = 1 << 16             # bytes of a file that tell whether it is one
 KEYS = (b'"images"', b'"annotations"', b'"categories"', b'"bbox"')
 
@@ -120,7 +123,10 @@ def pictures(document: dict[str, Any], file: Path, root: Path, split: str | None
         if shot is None:
             notes.note("unknown-picture", place)
             continue
+        parts, runs, whole = outline(annotation.get("segmentation"), shot.size)
         values = finite(annotation["bbox"], 4) if isinstance(annotation.get("bbox"), list) else None
+        if annotation.get("bbox") is None and parts:                     # some export outlines alone
+            values = around(parts)
         if key(annotation.get("category_id")) not in categories:
             notes.spoil("unknown-category", f"{place} ({annotation.get('category_id')})", shot)
         elif values is None:
@@ -128,8 +134,10 @@ def pictures(document: dict[str, Any], file: Path, root: Path, split: str | None
         else:
             left, top, width, height = values
             shot.boxes.append(box(categories[annotation["category_id"]], left, top, left + width, top + height,
-                                  outline(annotation.get("segmentation")), bool(annotation.get("iscrowd"))))
+                                  parts, bool(annotation.get("iscrowd")), runs))
             shot.places.append(place)
+            if not whole:
+                notes.note("malformed-outline", place)
     return shots
 
 
@@ -137,12 +145,25 @@ def key(value: Any) -> int | str | None:
     return value if isinstance(value, int | str) else None
 
 
-def outline(segmentation: Any) -> list[list[float]] | None:
-    """Polygons of an object, its parts; None for run lengths (crowds) and where there is none."""
+def outline(segmentation: Any, size: tuple[float, float] | None) -> tuple[list[list[float]] | None, list[int] | None, bool]:
+    """Polygons of an object, its parts; or its run lengths, for a picture of (width, height); and whether all of what is
+    given was understood. Nothing, or an empty list, is an object without an outline."""
+    if isinstance(segmentation, dict):
+        runs, theirs = run_lengths(segmentation.get("counts")), segmentation.get("size")
+        fits = isinstance(theirs, list) and finite(theirs, 2) and runs and sum(runs) == theirs[0] * theirs[1]
+        if fits and size and all(size):
+            fits = (theirs[1], theirs[0]) == tuple(round(v) for v in size)
+        return (None, runs, True) if fits else (None, None, False)
     if not isinstance(segmentation, list):
-        return None
-    parts = [finite(p, len(p)) for p in segmentation if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
-    return [p for p in parts if p] or None
+        return None, None, segmentation is None
+    parts = [finite(p, len(p)) if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 else None for p in segmentation]
+    return [p for p in parts if p] or None, None, all(parts)
+
+
+def around(parts: list[list[float]]) -> list[float]:
+    """Left, top, width and height of all parts."""
+    xs, ys = ([v for p in parts for v in p[i::2]] for i in (0, 1))
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def folders(listed: list[Any], file: Path, root: Path) -> list[Path]:

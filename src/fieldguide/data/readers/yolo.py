@@ -13,8 +13,9 @@ from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
 from fieldguide.errors import DataError
 
 NAME = "YOLO"
-UNDERSTANDS = ("pictures with boxes, YOLO: data.yaml with the names of classes, and folders images and labels with train, val "
-               "and test below or above; in labels a .txt for each picture, its lines: class x y width height")
+UNDERSTANDS = ("pictures with boxes or outlines, YOLO: data.yaml with the names of classes, and folders images and labels with "
+               "train, val and test below or above; in labels a .txt for each picture, its lines: class x y width height, or "
+               "class and the points of an outline")
 FAR = 2.0                  # parts of a picture; what is larger is in pixels
 
 
