@@ -39,12 +39,16 @@ class Sampling:
             if not fine:
                 raise SettingsError(f"{name}={getattr(self, name)} must be {what}.")
 
-    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:             # B V, B T (-1 = nothing) -> B V
+    def punished(self, logits: Tensor, seen: Tensor) -> Tensor:                  # B V, B T (-1 = nothing) -> B V
+        """Logits with those of tokens that were there made worse."""
         logits = logits.float()
-        if self.repetition != 1:
-            there = occurs(seen, logits.shape[1])
-            punished = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
-            logits = torch.where(there, punished, logits)
+        if self.repetition == 1:
+            return logits
+        worse = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
+        return torch.where(occurs(seen, logits.shape[1]), worse, logits)
+
+    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:             # B V, B T (-1 = nothing) -> B V
+        logits = self.punished(logits, seen)
         if self.temperature == 0:
             return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
         logits = logits / self.temperature
@@ -61,6 +65,8 @@ class Sampling:
 
     def choose(self, logits: Tensor, seen: Tensor, uniform: Tensor) -> Tensor:   # B V, B T, B in [0, 1) -> B
         """The token at which the summed probability passes `uniform`: one number a row decides it."""
+        if self.temperature == 0:
+            return self.punished(logits, seen).argmax(-1)
         total = self.probabilities(logits, seen).double().cumsum(-1)
         return torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0].clamp(
             max=logits.shape[-1] - 1)
@@ -79,8 +85,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, *, s
 
     Rows end after one of the tokens `ends`, which is yielded, or after `most` tokens; all ended, so does the iterator.
     What chance does to a row depends on the seed and its number (`first` + its place), not on the rows beside it. Of
-    rows longer than the network's `length` the newest half is read again each time that it is full. Raises
-    `SettingsError` for an empty prompt.
+    rows longer than the network's `length` the newest half is read again each time that it is full. `model.last` gives
+    the logits of rows' last places. Raises `SettingsError` for an empty prompt.
     """
     if not all(len(p) for p in prompts):
         raise SettingsError("there is nothing to go on from: a prompt is empty.")
@@ -90,7 +96,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, *, s
     rows, mask = left_padded([list(p)[-(window - 1):] for p in prompts], device)
     history = torch.where(mask, rows, -1)
     cache = model.new_cache(len(rows), min(window, rows.shape[1] + most))
-    logits = model(rows, None if mask.all() else mask, cache)[:, -1]
+    logits = model.last(rows, None if mask.all() else mask, cache)
     over, ending = torch.zeros(len(rows), dtype=torch.bool, device=device), torch.tensor(list(ends), device=device)
     for step in range(most):
         token = sampling.choose(logits, history, chance[:, step])
@@ -102,9 +108,9 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, *, s
         if cache.used == cache.length:                       # full: begin again with the newest half
             rows, mask = left_padded([row[row >= 0][-(window // 2):].tolist() for row in history], device)
             cache = model.new_cache(len(rows), window)
-            logits = model(rows, None if mask.all() else mask, cache)[:, -1]
+            logits = model.last(rows, None if mask.all() else mask, cache)
         else:
-            logits = model(token[:, None], cache=cache)[:, -1]
+            logits = model.last(token[:, None], cache=cache)
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:      # -> B T, B T bool

@@ -97,6 +97,10 @@ class GPT2(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # -> B T vocab
         return F.linear(self.features(tokens, mask, cache), self.embed.weight)
 
+    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:       # -> B vocab
+        """The logits of each row's last place alone: generation asks for no others, and of a long prompt they cost most."""
+        return F.linear(self.features(tokens, mask, cache)[:, -1], self.embed.weight)
+
 
 NAMES = {
     "wte.weight":              "embed.weight",
