@@ -297,6 +297,10 @@ class ImageSegmentation(Task):
         return {"miou": float(np.nanmean(overlap)), "pixel_accuracy": float(np.trace(counts) / max(counts.sum(), 1)),
                 "mean_accuracy": float(np.nanmean(found))}
 
+    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+        """Over pictures drawn with replacement, of whose pixels the counts are all that is needed."""
+        return super().intervals({"counts": outputs["counts"]}, truth)
+
     @staticmethod
     def by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Intersection over union and share found, of each class; NaN of those that do not occur."""
