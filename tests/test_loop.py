@@ -140,6 +140,50 @@ def digits() -> tuple[torch.Tensor, Batches]:
     return x, Batches(len(x), lambda index, _: {"vector": x[index]})
 
 
+class Clock:
+    """Time that passes in steps alone: `seconds` each, whatever the machine does."""
+
+    def __init__(self, monkeypatch, seconds: float):
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr("fieldguide.train.loop.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def objective(self) -> Supervised:
+        made = regression()
+        made.register_forward_pre_hook(lambda *_: setattr(self, "now", self.now + self.seconds))
+        return made
+
+
+@pytest.mark.parametrize("planned", [30, 400, 4000])
+def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
+    clock = Clock(monkeypatch, 0.1)                                              # one minute holds 600 steps
+    loop = Trainer(clock.objective(), line(), settled(steps=planned, minutes=1, evaluate=25), device=torch.device("cpu"),
+                   watch=Silent(), evaluate=lambda _: {"loss": 1.0 - clock.now}, metric=("loss", "min"), most=5000)
+    state = loop.train()
+    assert 50 < clock.now < 62 and not state.stopped and state.step == loop.settings.steps
+    assert loop.runners[0].lr < 1e-3 * loop.settings.lr                          # the rate has come down
+
+
+def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_path):
+    clock = Clock(monkeypatch, 0.1)
+    make = lambda: Trainer(clock.objective(), line(), settled(steps=30, minutes=1, evaluate=25), device=torch.device("cpu"),  # noqa: E731, E501
+                           watch=Silent(), folder=tmp_path, most=5000)
+    first, second = make(), make()
+    first.train()
+    assert second.resume() and second.settings == first.settings and second.settings.steps > 400
+    assert second.runners[0].settings.steps == second.settings.steps
+
+
+@pytest.mark.parametrize("most, expected", [(0, 30), (100, 100)])
+def test_steps_stay_where_they_are_fixed_or_enough(most, expected, monkeypatch):
+    clock = Clock(monkeypatch, 0.1)
+    loop = Trainer(clock.objective(), line(), settled(steps=30, minutes=1), device=torch.device("cpu"), watch=Silent(),
+                   most=most)
+    assert loop.train().step == expected
+
+
 def test_two_phases_equal_a_gan_trained_by_hand():
     """The guide's GAN in the loop, and in a plain loop with two optimisers: the same weights, step for step."""
     pixels, data = digits()

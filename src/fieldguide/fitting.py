@@ -53,6 +53,7 @@ class Silent:
     def begins(self, settings: Settings, done: int) -> None: ...
     def step(self, step: int, losses: dict[str, float]) -> None: ...
     def scores(self, step: int, scores: dict[str, float], best: bool) -> None: ...
+    def replanned(self, steps: int) -> None: ...
     def ends(self, run: Run) -> None: ...
 
 
@@ -73,6 +74,7 @@ class Plan:
     batches: Batches                  # training examples
     validation: Batches
     seconds_a_step: float = 0.0
+    most: int = 0                     # where the minutes decide on the steps: so many are enough
     further: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)      # networks beside the one that answers
 
 
@@ -116,9 +118,9 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     network = card.make(config)
     further = {name: settled_part(part, learnt.needs()) for name, part in card.parts.items()}
     objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
-    chosen, seconds = distributed.broadcast(resolve(chosen, objective, batches, len(validation), watch))
+    chosen, seconds, enough = distributed.broadcast(resolve(chosen, objective, batches, len(validation), watch))
     return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, seconds,
-                further)
+                enough, further)
 
 
 def settled_part(name: str, needs: Mapping[str, Any]) -> tuple[Card, str, Any]:
@@ -174,7 +176,7 @@ def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
                  "split": {"how": parts.how, "train": len(parts.train), "validation": len(parts.validation),
                            "test": len(parts.test)}},
         "cost": {"parameters": measure.parameters(plan.objective.model), "multiply_adds": best.multiply_adds,
-                 "seconds_a_step": plan.seconds_a_step, "processes": distributed.world()},
+                 "seconds_a_step": plan.seconds_a_step, "most_steps": plan.most, "processes": distributed.world()},
         "machine": measure.machine(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
 
@@ -220,7 +222,8 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
                     network.config if hasattr(network, "config") else None, chosen,
                     task.objective(network, card, chosen, **run.fresh_parts()),
                     task.lessons(source.take(parts.train), card, chosen),
-                    task.batches(source.take(parts.validation), card, chosen))
+                    task.batches(source.take(parts.validation), card, chosen),
+                    most=run.record["cost"].get("most_steps", 0))
         run.record["settings"] = chosen.to_dict()
         return train_and_test(run.path, run.record, plan, watch, resume=True)
 
@@ -233,12 +236,12 @@ def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
     def evaluate(objective: Objective) -> dict[str, float]:
         if folder and distributed.rank() == 0:
             from fieldguide.studio.glimpses import Glimpses
-            Glimpses(folder).look(loop.state.step, plan.settings, lambda: task.glimpse(objective))
+            Glimpses(folder).look(loop.state.step, loop.settings, lambda: task.glimpse(objective))
         return task.score(collect(objective, plan.validation, batch=max(64, plan.settings.batch), device=device,
                                   precision=plan.settings.precision), truth)
 
     loop = Trainer(plan.objective, plan.batches, plan.settings, device=device, watch=watch, folder=folder,
-                   evaluate=evaluate, metric=(metric.name, metric.better))
+                   evaluate=evaluate, metric=(metric.name, metric.better), most=plan.most)
     return loop
 
 
@@ -253,9 +256,10 @@ def train(plan: Plan, loop: Trainer) -> State:
 def train_and_test(path: Path, record: dict[str, Any], plan: Plan, watch: Any, resume: bool) -> Run:
     loop = trainer(plan, watch, path)
     if resume and loop.resume():
-        watch.say(f"resumed at step {loop.state.step} of {plan.settings.steps}")
-    watch.begins(plan.settings, loop.state.step)
+        watch.say(f"resumed at step {loop.state.step} of {loop.settings.steps}")
+    watch.begins(loop.settings, loop.state.step)
     state = train(plan, loop)
+    record["settings"] = loop.settings.to_dict()         # the steps may have been counted anew
     if state.stopped:
         watch.say(f"stopped at step {state.step}: {state.stopped}")
     finish(path, record, plan, state, watch)
@@ -405,12 +409,16 @@ def with_batch(settings: Settings, rows: int, fewest: int, most: int) -> Setting
 
 
 def resolve(settings: Settings, objective: Objective, batches: Batches, evaluated: int,
-            watch: Any) -> tuple[Settings, float]:
-    """Fills in precision, layout, steps and evaluations by timing real batches. Returns seconds a step too."""
+            watch: Any) -> tuple[Settings, float, int]:
+    """Fills in precision, layout, steps and evaluations by timing real batches.
+
+    Returns seconds a step too and, where the minutes decide on the steps, the count that is enough however quick they
+    are; else 0.
+    """
     each = steps_per_epoch(len(batches), settings.batch)
     if settings.steps and settings.precision != "auto":             # nothing is left to decide
         return settings.with_({"channels_last": bool(settings.channels_last), "evaluate": settings.evaluate or max(
-            1, min(settings.steps, max(each, -(-settings.steps // CHECKS))))}), float("nan")
+            1, min(settings.steps, max(each, -(-settings.steps // CHECKS))))}), float("nan"), 0
     index = typical(batches, settings.batch // (settings.accumulate * distributed.world()))
     started = time.perf_counter()
     batch = batches.make(index, torch.Generator().manual_seed(0))
@@ -424,16 +432,17 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
     seconds = (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1
     watch.say("a step in " + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
               + f": {precision}{', channels-last' if last else ''}")
-    steps, checks = settings.steps, CHECKS
+    steps, checks, most = settings.steps, CHECKS, 0
     if steps is None:
         steps = max(1, round(each * (settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200)))))
         if settings.minutes:
+            most = steps
             limit = 60 * settings.minutes * BUDGET
             check = evaluated / settings.batch * step / 3               # an evaluation costs a third of a step an example
             checks = int(np.clip(CHECKED * limit / check, 1, CHECKS))
             steps = max(1, min(steps, int(max(limit - checks * check, limit / 2) / seconds)))
     evaluate = settings.evaluate or max(1, min(steps, max(each, -(-steps // checks))))
-    return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), seconds
+    return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), seconds, most
 
 
 def versions() -> dict[str, str]:

@@ -61,6 +61,11 @@ class Progress:
         console.print(f"training {settings.steps:,} steps of {settings.batch} examples, {settings.optimizer} "
                       f"lr {settings.lr:g}, {settings.precision}")
 
+    def replanned(self, steps: int) -> None:
+        self.steps = steps
+        if self.bar:
+            self.bar.update(self.line, total=steps)
+
     def step(self, step: int, losses: dict[str, float]) -> None:
         text = " ".join(f"{v:.4g}" for k, v in losses.items() if k.endswith("loss"))
         self.bar.update(self.line, completed=step, loss=text)

@@ -34,6 +34,8 @@ from fieldguide.train.tracking import TRACKERS
 
 LOGGED = 400      # lines of losses that a whole run writes, about
 LATE = 1.05       # times the minutes given is when a run that is slower than planned ends
+PACED = 20        # steps after which it is first seen how long a step really takes
+AIM, SLACK, TOLD = 0.97, 0.1, 0.3       # part of the minutes to fill; by which it may miss that; of which a line is worth
 
 
 class Interrupted(TrainingError):
@@ -46,6 +48,7 @@ class Watch(Protocol):
     def step(self, step: int, losses: dict[str, float]) -> None: ...
     def scores(self, step: int, scores: dict[str, float], best: bool) -> None: ...
     def say(self, text: str) -> None: ...
+    def replanned(self, steps: int) -> None: ...
 
 
 @dataclass
@@ -60,6 +63,9 @@ class State:
     sums: dict[str, float] = field(default_factory=dict)
     summed: int = 0
     stopped: str = ""                                # why training ended before its last step
+    most: int = 0                                    # where time decides: steps that are enough, however quick; else 0
+    steps: int = 0                                   # as counted anew while training; 0 = as the settings say
+    evaluate: int = 0                                # the same
 
 
 class Step(nn.Module):
@@ -114,12 +120,13 @@ class Trainer:
 
     `evaluate(objective)` returns scores, called every `settings.evaluate` steps with averaged weights in place;
     `metric` is the (name, "max" | "min") that decides which weights are best. `settings` must be resolved: steps,
-    batch, evaluate, precision and channels_last are numbers here, not None.
+    batch, evaluate, precision and channels_last are numbers here, not None. `most`: the steps follow from the minutes,
+    and are counted anew, up to so many, where this machine turns out quicker or slower than a trial said.
     """
 
     def __init__(self, objective: Objective, batches: Batches, settings: Settings, *, device: torch.device,
                  watch: Watch, folder: Path | None = None, evaluate: Callable[[Objective], dict[str, float]] | None = None,
-                 metric: tuple[str, str] = ("loss", "min")):
+                 metric: tuple[str, str] = ("loss", "min"), most: int = 0):
         self.settings, self.device, self.watch, self.folder = settings, device, watch, folder
         self.evaluate, self.metric, self.batches = evaluate, metric, batches
         self.objective = objective.to(device)
@@ -129,8 +136,9 @@ class Trainer:
         self.draws = max(phase.times for phase in objective.phases)
         self.kept = nn.ModuleDict({name: getattr(self.objective, name) for name in objective.keep})
         self.average = Average(self.kept, settings.ema) if settings.ema else None
-        self.state, self.best, self.tracker = State(), None, None
+        self.state, self.best, self.tracker = State(most=most), None, None
         self.stopping = False
+        self.seen = (0, 0.0)                             # step and seconds when the pace was last looked at
 
     # What a run goes through
 
@@ -141,32 +149,33 @@ class Trainer:
         before is saved in each case.
         """
         settings, state = self.settings, self.state
-        world, rank = distributed.world(), distributed.rank()
-        stream = training(self.batches, batch=settings.batch, parts=world * settings.accumulate,
-                          mine=range(rank * settings.accumulate, (rank + 1) * settings.accumulate),
-                          seed=settings.seed, start=state.step * self.draws, stop=settings.steps * self.draws,
-                          workers=settings.workers, pin=self.device.type == "cuda")
-        if self.folder and rank == 0 and settings.track in TRACKERS:
+        stream = self.stream()
+        if self.folder and distributed.rank() == 0 and settings.track in TRACKERS:
             self.tracker = TRACKERS[settings.track](self.folder, state.step)
         self.objective.train()
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
+        self.seen = (state.step, state.seconds)
         with self.signals(), deterministic_kernels():
-            while state.step < settings.steps and not state.stopped:
+            while state.step < self.settings.steps and not state.stopped:
                 losses = self.step(stream)
                 state.step += 1
                 state.seconds = before + time.monotonic() - started
                 self.log(losses)
-                if self.evaluate and (state.step % settings.evaluate == 0 or state.step == settings.steps):
+                scored = self.evaluate and (state.step % self.settings.evaluate == 0 or state.step == self.settings.steps)
+                if scored:
                     self.score()
+                    state.seconds = before + time.monotonic() - started
+                if state.most and (scored or state.step in (3, PACED)) and self.keep_pace(scored):
+                    stream = self.stream()
                 if self.agreed(self.stopping):
                     self.save()
-                    raise Interrupted(f"stopped after step {state.step} of {settings.steps}; "
+                    raise Interrupted(f"stopped after step {state.step} of {self.settings.steps}; "
                                       + (f"all is saved. Go on with `fieldguide fit --resume {self.folder}`."
                                          if self.folder else "nothing is kept."))
                 if settings.minutes and self.agreed(state.seconds > LATE * 60 * settings.minutes) and not state.stopped:
                     state.stopped = f"{settings.minutes:g} minutes are over"
-                    if self.evaluate and state.step % settings.evaluate:
+                    if self.evaluate and not scored:
                         self.score()
                 if time.monotonic() - saved > settings.checkpoint:
                     self.save()
@@ -178,6 +187,49 @@ class Trainer:
             self.average.swap()
         self.objective.eval()
         return state
+
+    def stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """This process's batches, from the next step to the last."""
+        settings, world, rank = self.settings, distributed.world(), distributed.rank()
+        return training(self.batches, batch=settings.batch, parts=world * settings.accumulate,
+                        mine=range(rank * settings.accumulate, (rank + 1) * settings.accumulate),
+                        seed=settings.seed, start=self.state.step * self.draws, stop=settings.steps * self.draws,
+                        workers=settings.workers, pin=self.device.type == "cuda")
+
+    def keep_pace(self, scored: bool) -> bool:
+        """Counts the steps anew, so that the rate has come down when the minutes are over, and the minutes are used.
+
+        True where the count has changed. The first look allows for evaluations, whose cost is not known yet; the next
+        ones are right after an evaluation and hold what it took.
+        """
+        settings, state = self.settings, self.state
+        steps, seconds = state.step - self.seen[0], state.seconds - self.seen[1]
+        first = self.seen[0] < PACED                     # of this run or of what is resumed
+        if first and not scored and state.step < PACED:
+            self.seen = (state.step, state.seconds)      # the first steps prepare kernels, and tell nothing
+            return False
+        if not steps or not settings.minutes:
+            return False
+        goal = (0.9 if not scored else 1.0) * (AIM * 60 * settings.minutes - state.seconds)
+        total = distributed.broadcast(min(state.most, state.step + max(1, int(goal / (seconds / steps)))))
+        left, planned = total - state.step, settings.steps - state.step
+        self.seen = (state.step, state.seconds)
+        if goal <= 0 or planned < 1 or abs(left - planned) <= SLACK * planned or planned < SLACK * settings.steps:
+            return False
+        if abs(left - planned) > TOLD * planned:
+            self.watch.say(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {settings.steps:,}")
+        evaluate = settings.evaluate if scored else max(1, round(settings.evaluate * total / settings.steps))
+        state.steps, state.evaluate = total, evaluate
+        self.replan()
+        return True
+
+    def replan(self) -> None:
+        """Takes steps and evaluations as they were counted anew into the settings, whose rates follow them."""
+        if counts := {k: v for k in ("steps", "evaluate") if (v := getattr(self.state, k))}:
+            self.settings = self.settings.with_(counts)
+            for runner in self.runners:
+                runner.settings = runner.settings.with_(counts)
+            self.watch.replanned(self.settings.steps)
 
     def step(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
         """One step of every phase, as often as the phase asks. Returns the losses by name."""
@@ -352,6 +404,7 @@ class Trainer:
             self.average.load(part("average."))
         self.best = {k: t.to(self.device) for k, t in part("best.").items()} or None
         self.state = State(**record["state"])
+        self.replan()
         if distributed.rank() == 0:
             truncate(self.folder / "metrics.jsonl", step)
         return True
