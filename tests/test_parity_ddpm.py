@@ -8,6 +8,7 @@ import torch
 from cases import diffusers_unet
 from fieldguide import weights
 from fieldguide.errors import DataError
+from fieldguide.models.transformer.encoder_classifier import TORCH
 from fieldguide.registry import create
 from test_models import batch, tiny
 
@@ -54,3 +55,68 @@ def test_no_label_is_label_zero():
 def test_refuses_sides_that_cannot_be_halved():
     with pytest.raises(DataError, match="multiples of 2"):
         tiny("ddpm-unet")(torch.zeros(1, 2, 8, 9, dtype=torch.float64), torch.zeros(1))
+
+
+# Captions
+
+CAPTIONED = {"classes": 0, "vocab": 30, "length": 9, "words": 16, "layers": 2}
+CAPTIONS = torch.tensor([[5, 7, 7, 0, 0], [1, 2, 3, 4, 29], [9, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+
+
+def torch_reader(model):
+    """torch's own encoder with our weights, read out token by token: the vector that is to be added to the time."""
+    ours, width = model.caption, model.config.words
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(
+        width, 4, 4 * width, 0.0, torch.nn.functional.gelu, batch_first=True, norm_first=True), 2, enable_nested_tensor=False)
+    state = {name.removeprefix("blocks."): x for name, x in ours.state_dict().items() if name.startswith("blocks.")}
+    theirs = weights.translate({f"blocks.{k}": x for k, x in state.items()}, {
+        k: v for k, v in TORCH.items() if k != "norm.*"}, reverse=True)
+    encoder.double().load_state_dict(theirs)
+
+    def read(tokens):
+        rows = []
+        for row in tokens:
+            real = row[:max(int((row > 0).sum()), 1)]            # none at all: the vector of token 0
+            places = torch.arange(len(real), dtype=torch.float64)
+            angle = places[:, None] * torch.tensor([10_000 ** (-2 * (i // 2) / width) for i in range(width)]).double()
+            pos = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
+            x = encoder((ours.embed.weight[real] * width ** 0.5 + pos)[None])[0].mean(0)
+            x = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * ours.norm.weight + ours.norm.bias
+            rows.append(ours.head.weight @ x + ours.head.bias)
+        return torch.stack(rows)
+    return read
+
+
+def test_captions_against_torch_and_diffusers():
+    """What torch's encoder reads goes into diffusers' network in the place of a label's vector; gradients agree, too."""
+    model = tiny("ddpm-unet", **CAPTIONED)
+    peer, rename = diffusers_unet(tiny("ddpm-unet", classes=0))
+    state = {name: x for name, x in model.state_dict().items() if not name.startswith("caption.")}
+    peer.double().eval().load_state_dict(rename(state))
+    peer.peer.class_embedding = torch.nn.Identity()
+    image, time = torch.randn(4, 2, 8, 8, dtype=torch.float64), torch.tensor([0.0, 999, 3, 500], dtype=torch.float64)
+    vector = torch_reader(model)(CAPTIONS)
+    ours, theirs = model(image, time, CAPTIONS), peer.peer(image, time, class_labels=vector).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)           # diffusers' sinusoids are of float32
+    wanted, got = (torch.autograd.grad((y ** 2).sum(), model.caption.embed.weight)[0] for y in (theirs, ours))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert got[[0, 1, 5, 7, 29]].abs().sum(1).min() > 0 and got[10:29].abs().max() == 0
+
+
+@torch.no_grad()
+def test_no_caption_is_nothing_but_zeros():
+    model = tiny("ddpm-unet", **CAPTIONED)
+    image, time = torch.randn(4, 2, 8, 8, dtype=torch.float64), torch.full((4,), 7.0, dtype=torch.float64)
+    torch.testing.assert_close(model(image, time), model(image, time, torch.zeros(4, 6, dtype=torch.int64)))
+    torch.testing.assert_close(model(image, time, CAPTIONS), model(image, time, torch.nn.functional.pad(CAPTIONS, (0, 3))))
+    assert not torch.allclose(model(image, time, CAPTIONS), model(image, time))
+    assert not torch.allclose(model(image, time, CAPTIONS), model(image, time, CAPTIONS.flip(1)))     # order matters
+    with pytest.raises(DataError, match="a caption of 10 tokens is longer than length=9"):
+        model(image, time, torch.ones(4, 10, dtype=torch.int64))
+
+
+def test_captions_begin_as_heavy_as_the_time():
+    torch.manual_seed(0)
+    model = create("ddpm-unet-test", **{**CAPTIONED, "dim": 32})
+    vector = model.caption(torch.randint(1, 30, (200, 6)))
+    assert 0.8 < vector.std() < 1.2 and vector.std(0).mean() > 0.2           # and captions differ

@@ -23,7 +23,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     "series": ("series",),                  # B T C float: C series side by side, T steps of the past
     "covariates": ("series", "past", "known"),               # B T C and beside it B T P float: what else was measured;
                                             # B T+H K float: what is known ahead, of past and future
-    "noisy": ("image", "time", "label"),    # B C H W float, B float: noise level, B int64 (0 = no condition)
+    "noisy": ("image", "time", "label"),    # B C H W float, B float: noise level, B int64 (0 = no condition), or where the
+                                            # config has a vocab B T int64: tokens of a caption (0 = none)
     "noisy-video": ("video", "time", "label"),               # B F C H W float: F frames; the others as for "noisy"
     "captioned": ("image", "tokens", "mask"),                # B C H W float, and a text for each: B T int64, B T bool
     "items": ("items", "mask"),             # B T int64: what a user met, in order of time (0 = none), B T bool

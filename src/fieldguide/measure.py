@@ -57,7 +57,8 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
     if card.takes == "noisy":
         side = get("image", side)
         return (torch.zeros(batch, get("channels", 3), side, side, device=device), torch.zeros(batch, device=device),
-                torch.zeros(batch, dtype=torch.int64, device=device))
+                torch.zeros(batch, *([min(length, get("length", length))] if get("vocab", 0) else []), dtype=torch.int64,
+                            device=device))
     width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.takes]
     return (torch.zeros(batch, width, device=device),)
 

@@ -191,7 +191,8 @@ def guided(model: nn.Module, x: Tensor, time: Tensor, label: Tensor, guidance: f
 @torch.no_grad()
 def sample(model: nn.Module, process: Process, sampler: Sampler, label: Tensor, shape: Sequence[int], *, seed: int = 0,
            first: int = 0, guidance: float = 1.0, watch: Callable[[int], None] = lambda done: None) -> Tensor:
-    """One example a label (B int64, 0 = none), each of `shape`: B x shape. `watch` hears of every step.
+    """One example a label (B int64, or B T tokens of captions; 0 = none), each of `shape`: B x shape. `watch` hears of
+    every step.
 
     The noise of example number first + i depends on the seed and that number alone: batches of any size agree.
     """
@@ -215,8 +216,8 @@ class Diffusion(Objective):
     """Squared error of what the network says of noisy data. The network takes (B ..., B float time, B int64 label).
 
     `data` names the batch tensor of clean examples, in -1 .. 1: pictures or videos. The batch may hold `label`, 1 and
-    up; in training each becomes 0, "none", with probability `drop`, so that one network learns both answers that
-    guidance needs (arXiv:2207.12598, algorithm 1).
+    up, or B T tokens of captions; in training each becomes 0, "none", with probability `drop`, so that one network learns
+    both answers that guidance needs (arXiv:2207.12598, algorithm 1).
     """
 
     def __init__(self, model: nn.Module, process: Process | None = None, weighting: Callable[..., Tensor] | None = None,
@@ -229,18 +230,19 @@ class Diffusion(Objective):
         clean, label = self.read(batch)
         time = torch.randint(self.process.steps, (len(clean),), device=clean.device)
         kept = torch.rand(len(clean), device=clean.device) >= self.drop
-        return {"loss": self.errors(clean, torch.randn_like(clean), time, label * kept).mean()}
+        label = label * kept.view(-1, *[1] * (label.ndim - 1))
+        return {"loss": self.errors(clean, torch.randn_like(clean), time, label).mean()}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of each example, at fixed times and noise, the same for all: repeatable in batches of any size."""
         clean, label = self.read(batch)
         draw, total = Noise(0, [0], clean.shape[1:], clean), 0.0
         for i in range(PROBES):
-            time = torch.full_like(label, (2 * i + 1) * self.process.steps // (2 * PROBES))
+            time = torch.full((len(clean),), (2 * i + 1) * self.process.steps // (2 * PROBES), device=clean.device)
             total = total + self.errors(clean, draw().expand_as(clean), time, label)
         return {"loss": total / PROBES}
 
-    def read(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:           # -> B ..., B int64
+    def read(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:           # -> B ..., B or B T int64
         clean = batch[self.data]
         none = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
         return clean, batch.get("label", none)

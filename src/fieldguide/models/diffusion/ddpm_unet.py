@@ -2,11 +2,13 @@
 
 New here: one network serves all noise levels, told by sinusoids of the time that enter every block; taking away a
 little of the named noise a thousand times turns noise into pictures. It is a U-Net of residual blocks with group
-normalisation, that looks across the whole picture where its side is 16. A label, if any, is added to the time.
+normalisation, that looks across the whole picture where its side is 16. A label, if any, is added to the time; so is
+what a small transformer reads in a caption, the mean over its tokens (as GLIDE adds its last token's, arXiv:2112.10741).
 
 Initialisation: Glorot uniform, zero biases; what ends a residual path or the network starts near zero (appendix B's
-code); labels N(0, 1), as heavy as the time, or they are learnt late.
-Shapes: B batch, C channels, H W height and width, D width of a level, E = 4 * dim width of the time.
+code); labels and captions N(0, 1), as heavy as the time, or they are learnt late.
+Shapes: B batch, C channels, H W height and width, D width of a level, E = 4 * dim width of the time, T tokens, W width of
+the caption's reader.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from fieldguide.blocks.renaming import Fused, Row
 from fieldguide.card import Card, Size
 from fieldguide.errors import DataError
+from fieldguide.models.diffusion.caption import Caption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,10 @@ class Config:
     attend: tuple[int, ...] = (16,)                      # sides that attention is used at
     groups: int = 32                                     # of the normalisation
     dropout: float = 0.1
+    vocab: int = 0                                       # tokens of captions, in the place of labels; 0 of them means none
+    length: int = 64                                     # longest caption, tokens
+    words: int = 128                                     # W
+    layers: int = 2                                      # of the caption's reader
 
 
 def norm(c: Config, dim: int) -> nn.GroupNorm:
@@ -96,7 +103,7 @@ class Middle(nn.Module):
 
 
 class DDPMUNet(nn.Module):
-    """A noisy picture, its time (0 .. 999 in the paper), its label -> the noise in it.
+    """A noisy picture, its time (0 .. 999 in the paper), its label or caption -> the noise in it.
 
     Raises `DataError` for a side that cannot be halved as often as there are levels less one.
     """
@@ -107,6 +114,7 @@ class DDPMUNet(nn.Module):
         widths = [c.dim * growth for growth in c.growth]
         self.time1, self.time2 = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, 4 * c.dim)
         self.label = nn.Embedding(c.classes + 1, 4 * c.dim) if c.classes else None
+        self.caption = Caption(c.vocab, c.length, c.words, c.layers, 4 * c.dim, c.dropout) if c.vocab else None
         self.conv_in = nn.Conv2d(c.channels, c.dim, 3, padding=1)
         last, dim, skips = len(widths) - 1, c.dim, [c.dim]
         self.down = nn.ModuleList()
@@ -127,24 +135,28 @@ class DDPMUNet(nn.Module):
 
     def reset_parameters(self) -> None:
         for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d | nn.Linear) and not name.startswith("caption."):
                 for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
                     nn.init.xavier_uniform_(part, 1e-5 if name.endswith(("conv2", "proj", "conv_out")) else 1.0)
                 nn.init.zeros_(module.bias)
         if self.label is not None:
             nn.init.normal_(self.label.weight)
+        if self.caption is not None:
+            self.caption.reset_parameters()
 
-    def condition(self, time: Tensor, label: Tensor | None) -> Tensor:           # B, B -> B E
+    def condition(self, time: Tensor, label: Tensor | None) -> Tensor:           # B, B or B T -> B E
         half = self.config.dim // 2
         rate = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1))
         angle = time.float()[:, None] * rate             # in float32, as the weights have learnt them
         x = torch.cat([angle.sin(), angle.cos()], 1).to(self.time1.weight.dtype)
         x = self.time2(F.silu(self.time1(x)))
+        if self.caption is not None:
+            return x + self.caption(torch.zeros_like(time, dtype=torch.int64)[:, None] if label is None else label)
         if self.label is None:
             return x
         return x + self.label(torch.zeros_like(time, dtype=torch.int64) if label is None else label)
 
-    def forward(self, image: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:   # B C H W, B, B -> B C H W
+    def forward(self, image: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:   # B C H W, B, B (T) -> B C H W
         if any(side % (1 << len(self.down) - 1) for side in image.shape[2:]):
             raise DataError(f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be halved "
                             f"{len(self.down) - 1} times: choose multiples of {1 << len(self.down) - 1}")
