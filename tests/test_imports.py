@@ -23,8 +23,7 @@ MAY = {
     "models": GROUND | {"blocks"},
     "registry": GROUND | {"models"},
     "weights": NETWORKS - {"weights"},
-    "voice": set(),
-    "samples": {"errors", "voice"},
+    "samples": {"errors"},
     "data": GROUND | {"samples"},                       # never models, tasks or training
     "objectives": GROUND | {"blocks", "data"},          # of data, only chance as a function of numbers
     "measures": {"errors"},                             # numbers in, numbers out

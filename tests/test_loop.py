@@ -168,7 +168,7 @@ def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
 
 def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, 0.1)
-    make = lambda: Trainer(clock.objective(), line(), settled(steps=30, minutes=1, evaluate=25), device=torch.device("cpu"),  # noqa: E731, E501
+    make = lambda: Trainer(clock.objective(), line(), settled(steps=30, minutes=1, evaluate=25), device=torch.device("cpu"),  # noqa: E731
                            watch=Silent(), folder=tmp_path, most=5000)
     first, second = make(), make()
     first.train()

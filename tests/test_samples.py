@@ -14,6 +14,7 @@ from fieldguide import samples
 from fieldguide.data import images, read, split
 from fieldguide.errors import DataError
 from fieldguide.fitting import read_for
+from fieldguide.samples.words import EACH
 
 
 @pytest.mark.parametrize("name", samples.SAMPLES)
@@ -44,7 +45,7 @@ def test_docstrings_can_be_learnt_and_are_not_trivial():
     data = read("docstrings")
     made = split(data)
     counts = data.rows["library"].value_counts()["count"].to_list()
-    assert counts == [samples.EACH] * 5
+    assert counts == [EACH] * 5
     text, label = data.rows["text"].to_numpy(), data.rows["library"].to_numpy()
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     linear = SGDClassifier(random_state=0).fit(words.fit_transform(text[made.train]), label[made.train])

@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from damage import checks, finding
-from fieldguide import open_run, samples, voice
+from fieldguide import open_run, samples
 from fieldguide.data import audio, read
 from fieldguide.data.dataset import HASH, RATE, SECONDS
 from fieldguide.data.doctor import BadData
@@ -22,6 +22,7 @@ from fieldguide.data.prepare.transcripts import normal
 from fieldguide.errors import DataError, SettingsError
 from fieldguide.exhibits import Sounds
 from fieldguide.fitting import Silent, decide, fit, read_for, trainer
+from fieldguide.samples import voice
 from fieldguide.tasks.speech_recognition import SpeechRecognition, batch_of
 from fieldguide.train.settings import Settings
 

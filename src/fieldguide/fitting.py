@@ -142,6 +142,8 @@ def fit(data: Any, *, target: str | None = None, task: str | None = None, model:
     watch = watch or Silent()
     training, _, _, kinds, roles = grouped(settings or {})
     Settings().with_(training)                                       # complain of settings before reading data
+    if minutes is None and not {"minutes", "steps"} & set(training) and isinstance(data, str) and data in SAMPLES:
+        minutes = SAMPLES[data].minutes
     request = {"data": address(data), "target": target, "group": group, "time": time_column, "allow_bad": allow_bad,
                "kinds": kinds, "roles": roles, "task": task}
     if out is not None:
