@@ -1,0 +1,109 @@
+"""Texts: of which library is this sentence, help on Python, and simple sentences in two languages."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from fieldguide.samples.files import digest, write
+
+EACH = 800                 # texts of every class of `docstrings`
+LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars": "polars", "torch": "torch"}
+
+
+def docstrings(folder: Path) -> None:
+    """Which library does this sentence document? First paragraphs of docstrings in installed sources."""
+    taken: dict[str, str] = {}
+    seen: set[str] = set()
+    for library, package in LIBRARIES.items():
+        before = len(taken)
+        for text in paragraphs(library_folder(package)):
+            if text.lower() not in seen:
+                seen.add(text.lower())
+                taken[text] = library
+            if len(taken) == before + EACH:
+                break
+    order = sorted(taken, key=digest)
+    write(folder / "data.csv", ["text", "library"], ([t, taken[t]] for t in order))
+
+
+def library_folder(package: str) -> Path:
+    if not package:
+        return Path(sysconfig.get_paths()["stdlib"])
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None      # a dependency of ours
+    return Path(spec.origin).parent
+
+
+def paragraphs(folder: Path) -> Iterator[str]:
+    """First paragraphs of the docstrings of a package, 30 to 400 characters, without running any of its code.
+
+    In an order that is neither the alphabet's nor the file system's, so that the first few are a fair choice.
+    """
+    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "ensurepip",
+            "externals", "_inductor", "_dynamo", "onnx"}
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")]
+    for name in sorted((f for f in files if not skip & set(f.split("/"))), key=digest):
+        source = (folder / name).read_bytes()
+        if b'"""' not in source:
+            continue
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if 30 <= len(text) <= 400 and text.isascii():
+                    yield text
+
+
+def manual(folder: Path) -> None:
+    """Python's own help on its language, a text a topic."""
+    from pydoc_data.topics import topics
+    for name, text in topics.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+NOUNS = ("man:Mann:m woman:Frau:f child:Kind:n dog:Hund:m cat:Katze:f horse:Pferd:n teacher:Lehrer:m girl:Mädchen:n "
+         "bird:Vogel:m doctor:Arzt:m book:Buch:n letter:Brief:m house:Haus:n apple:Apfel:m flower:Blume:f picture:Bild:n "
+         "bread:Brot:n bag:Tasche:f table:Tisch:m boat:Boot:n").split()
+VERBS = ("sees:sieht buys:kauft finds:findet paints:malt sells:verkauft takes:nimmt brings:bringt loves:liebt knows:kennt "
+         "hears:hört").split()
+ADJECTIVES = "old:alt young:jung small:klein big:groß red:rot green:grün good:gut new:neu quiet:leis beautiful:schön".split()
+TIMES = ("today:heute tomorrow:morgen now:jetzt often:oft never:nie in|the|morning:am|Morgen in|the|garden:im|Garten "
+         "in|summer:im|Sommer at|home:zu|Hause after|lunch:nach|dem|Essen").split()
+# German by gender and case: the, a, and what an adjective ends in after either.
+FORMS = {"m0": ("der", "ein", "e", "er"), "f0": ("die", "eine", "e", "e"), "n0": ("das", "ein", "e", "es"),
+         "m1": ("den", "einen", "en", "en"), "f1": ("die", "eine", "e", "e"), "n1": ("das", "ein", "e", "es")}
+
+
+def phrases(folder: Path) -> None:
+    """Simple English sentences and their German, by rule: gender, case, endings, and the verb in second place."""
+    import random
+    rng, pairs = random.Random(0), {}
+
+    def noun(case: int) -> tuple[str, str]:
+        english, german, gender = rng.choice(NOUNS).split(":")
+        article, kind = rng.choice(("the", "a")), rng.choice((*ADJECTIVES, "", "", ""))
+        adjective, german_adjective = kind.split(":") if kind else ("", "")
+        the, a, weak, strong = FORMS[f"{gender}{case}"]
+        german_article, ending = (the, weak) if article == "the" else (a, strong)
+        first = adjective or english
+        said = "an" if article == "a" and first[0] in "aeiou" else article
+        return " ".join(filter(None, (said, adjective, english))), " ".join(filter(None, (
+            german_article, german_adjective and german_adjective + ending, german)))
+
+    while len(pairs) < 6000:
+        (subject, ours), (thing, unser) = noun(0), noun(1)
+        verb, german_verb = rng.choice(VERBS).split(":")
+        when, wann = rng.choice(TIMES).replace("|", " ").split(":")
+        if rng.random() < 0.5:
+            english, german = f"{when} {subject} {verb} {thing}", f"{wann} {german_verb} {ours} {unser}"
+        else:
+            english, german = f"{subject} {verb} {thing} {when}", f"{ours} {german_verb} {unser} {wann}"
+        pairs.setdefault(english[0].upper() + english[1:] + ".", german[0].upper() + german[1:] + ".")
+    write(folder / "data.csv", ["english", "german"], iter(map(list, pairs.items())))
