@@ -70,12 +70,14 @@ def ratio(times: Mapping[str, Sequence[float]], ours: str, peer: str) -> tuple[f
 @dataclass(frozen=True)
 class Pair:
     """One line of a comparison. `ours` and `peer` make what they need and return what does so many steps; `amount` is the
-    work of one step, in the unit of the table; `steps` of a round, where the options' are too many."""
+    work of one step, in the unit of the table, `others` that of the peer's where it does less; `steps` of a round, where
+    the options' are too many or few."""
 
     what: str
     ours: Callable[[], Run]
     peer: Callable[[], Run]
     amount: float
+    others: float | None = None
     steps: int | None = None
 
 
@@ -94,8 +96,9 @@ def compare(title: str, unit: str, peer: str, pairs: Sequence[Pair], options: ar
         steps = pair.steps or options.steps
         runs = {"ours": pair.ours(), "peer": pair.peer()}
         times = race({side: lambda run=run, steps=steps: run(steps) for side, run in runs.items()}, options.rounds)
-        best, low, high = ratio(times, "ours", "peer")
-        speed = [pair.amount * steps / min(times[side]) for side in ("ours", "peer")]
+        amounts = (pair.amount, pair.others or pair.amount)
+        speed = [amount * steps / min(times[side]) for side, amount in zip(("ours", "peer"), amounts)]
+        best, low, high = (amounts[0] / amounts[1] * x for x in ratio(times, "ours", "peer"))
         rows.append([pair.what, *map(figure, speed), f"{best:.2f}", f"{low:.2f} to {high:.2f}",
                      f"{mine:.0f} / {theirs:.0f}", f"{theirs / mine:.2f}" if mine > 0 else "-"])
         del runs

@@ -1,0 +1,162 @@
+"""SASRec and DeepFM: training steps, and the ranking of all items, against RecBole's.
+
+    pip install --no-deps --target peers recbole colorlog thop texttable psutil
+    PYTHONPATH=peers python benchmarks/recommendation.py [--only SASRec] [--save]
+
+SASRec has the sizes of MovieLens-1M: 3,416 items, 64 histories of 50 to 200 of them, 50 wide. RecBole's differs in where it
+normalises and has output projections; it learns the last item of a history, and to learn all of them it reads every
+beginning of a history as a history. "like for like": ours learns the last item alone, too. "defaults": ours learns all of
+them in one go; counted are items learnt. DeepFM has 26 columns of 1,000 categories and the same weights.
+"like for like" is float32, clipped, fused AdamW; "defaults" plain AdamW against our recipe.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import torch
+from common import Pair, Run, agree, arguments, begin, compare, count
+from loops import LIKE, answers, fixed, recipe, stepped, trainer
+from torch import Tensor, nn
+
+from fieldguide import create
+from fieldguide.objectives import Classification, Supervised
+from fieldguide.objectives.items import NextItem
+
+try:
+    from recbole.model.context_aware_recommender.deepfm import DeepFM
+    from recbole.model.sequential_recommender.sasrec import SASRec
+    from recbole.utils import FeatureType
+except ImportError as error:
+    raise SystemExit(f"{error}: install RecBole first (see the top of this file)") from None
+
+ITEMS, LENGTH, HISTORIES, TOP = 3417, 200, 64, 100
+COLUMNS, VALUES, ROWS = 26, 1000, 2048
+INPUTS = ("items", "mask")
+
+
+def histories() -> dict[str, Tensor]:
+    """Padded on the left, as ours reads them; `target` is what follows each item."""
+    chance = torch.Generator().manual_seed(0)
+    items = torch.randint(1, ITEMS, (HISTORIES, LENGTH + 1), generator=chance)
+    lengths = torch.randint(50, LENGTH + 1, (HISTORIES, 1), generator=chance)
+    mask = torch.arange(LENGTH) >= LENGTH - lengths
+    read, target = items[:, :-1] * mask, items[:, 1:] * mask
+    return {"items": read, "mask": mask, "target": target, "seen": read, "asked": target[:, -1]}
+
+
+def right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Padded on the right, as RecBole reads them."""
+    lengths = batch["mask"].sum(1)
+    rows = torch.stack([row.roll(int(n)) for row, n in zip(batch["items"], lengths)])
+    return {"item_id_list": rows, "item_length": lengths, "item_id": batch["target"][:, -1]}
+
+
+def sasrec() -> nn.Module:
+    settings = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
+                "ITEM_LIST_LENGTH_FIELD": "item_length", "MAX_ITEM_LIST_LENGTH": LENGTH, "n_layers": 2, "n_heads": 1,
+                "hidden_size": 50, "inner_size": 50, "hidden_dropout_prob": 0.2, "attn_dropout_prob": 0.2,
+                "hidden_act": "relu", "layer_norm_eps": 1e-12, "initializer_range": 0.02, "loss_type": "CE", "device": "cpu"}
+    return SASRec(settings, SimpleNamespace(num=lambda field: ITEMS))
+
+
+def train(last: bool, **settings: object) -> Run:
+    model, batch = create("sasrec-ml1m"), histories()
+    if last:
+        batch["target"][:, :-1] = 0
+    return trainer(NextItem(model, INPUTS), fixed(batch), 1, **settings)
+
+
+def peer(**settings: object) -> Run:
+    model = sasrec()
+    return stepped(model, model.calculate_loss, [right(histories())], **settings)
+
+
+def rank() -> Run:
+    objective, batch = NextItem(create("sasrec-ml1m"), INPUTS), histories()
+    return answers(objective, lambda: objective.outputs(batch))
+
+
+def ranked() -> Run:
+    """The best items of each history, those in it left out."""
+    model, batch = sasrec(), right(histories())
+
+    def answer() -> Tensor:
+        scores = model.full_sort_predict(batch)
+        scores.scatter_(1, batch["item_id_list"], -torch.inf)
+        scores[:, 0] = -torch.inf
+        return scores.topk(TOP)
+    return answers(model, answer)
+
+
+def clicks() -> dict[str, Tensor]:
+    chance = torch.Generator().manual_seed(0)
+    return {"numbers": torch.zeros(ROWS, 0), "categories": torch.randint(VALUES, (ROWS, COLUMNS), generator=chance),
+            "target": torch.randint(2, (ROWS,), generator=chance)}
+
+
+def deepfm() -> nn.Module:
+    return create("deepfm", numbers=0, categories=(VALUES,) * COLUMNS)
+
+
+def theirs() -> nn.Module:
+    fields = [f"c{i}" for i in range(COLUMNS)]
+    settings = defaultdict(lambda: None, LABEL_FIELD="label", embedding_size=10, device="cpu", numerical_features=[],
+                           mlp_hidden_size=[400, 400, 400], dropout_prob=0.5)
+    return DeepFM(settings, SimpleNamespace(fields=lambda source: fields, num=lambda field: VALUES,
+                                            field2type=dict.fromkeys(fields, FeatureType.TOKEN)))
+
+
+def interaction(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"c{i}": column for i, column in enumerate(batch["categories"].unbind(1))} | {"label": batch["target"].float()}
+
+
+def train_clicks(**settings: object) -> Run:
+    return trainer(Supervised(deepfm(), ("numbers", "categories"), Classification()), fixed(clicks()), 1, **settings)
+
+
+def peer_clicks(**settings: object) -> Run:
+    model = theirs()
+    return stepped(model, model.calculate_loss, [interaction(clicks())], **settings)
+
+
+def answer_clicks() -> Run:
+    model, batch = deepfm(), clicks()
+    return answers(model, lambda: model(batch["numbers"], batch["categories"]).softmax(-1))
+
+
+def peer_answers_clicks() -> Run:
+    model, batch = theirs(), interaction(clicks())
+    return answers(model, lambda: model.predict(batch))
+
+
+@torch.inference_mode()
+def check() -> str:
+    ours, peer, batch = deepfm(), theirs(), clicks()
+    layers = [layer for layer in peer.mlp_layers.mlp_layers if isinstance(layer, nn.Linear)] + [peer.deep_predict_layer]
+    for mine, other in zip([layer for layer in ours.deep if isinstance(layer, nn.Linear)], layers, strict=True):
+        mine.load_state_dict(other.state_dict())
+    ours.vectors.weight.copy_(peer.token_embedding_table.embedding.weight)
+    ours.first.weight.copy_(peer.first_order_linear.token_embedding_table.embedding.weight)
+    ours.bias.copy_(peer.first_order_linear.bias)
+    same = agree("logits", ours.eval()(batch["numbers"], batch["categories"])[:, 1], peer.eval()(interaction(batch)))
+    return f"SASRec: {count(create('sasrec-ml1m'), sasrec())} DeepFM: {count(ours, peer)} {same}"
+
+
+def main() -> None:
+    options = begin(arguments(__doc__.splitlines()[0], steps=4))
+    torch.manual_seed(0)
+    like, items = {"precision": "float32", **LIKE}, int(histories()["mask"].sum())
+    compare("SASRec, 64 histories, and DeepFM, 2,048 rows", "items or rows", "RecBole", [
+        Pair("SASRec, training, like for like", lambda: train(True, **like), lambda: peer(fused=True, **LIKE), HISTORIES),
+        Pair("SASRec, training, defaults", lambda: train(False, **recipe("sasrec-ml1m")), lambda: peer(lr=1e-3), items,
+             others=HISTORIES),
+        Pair("SASRec, ranking of all items", rank, ranked, HISTORIES),
+        Pair("DeepFM, training, like for like", lambda: train_clicks(**like), lambda: peer_clicks(fused=True, **LIKE), ROWS),
+        Pair("DeepFM, training, defaults", lambda: train_clicks(**recipe("deepfm")), lambda: peer_clicks(lr=1e-3), ROWS),
+        Pair("DeepFM, answers", answer_clicks, peer_answers_clicks, ROWS)], options, check)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""U-Net over a ResNet-34 on 256 x 256 pictures: training steps and maps, against segmentation_models_pytorch.
+
+    python benchmarks/segmentation.py [--rounds 4] [--save]
+
+Five classes, cross-entropy and soft Dice together, the same weights. "like for like": float32, clipped, fused AdamW, the
+peer's DiceLoss beside torch's cross-entropy in a plain loop. "defaults": ours with its recipe and the precision and layout
+that `fit` chooses by timing, against plain AdamW.
+"""
+
+from __future__ import annotations
+
+import torch
+from common import Pair, Run, agree, arguments, begin, compare, count
+from loops import LIKE, answers, fixed, recipe, stepped, trainer
+from torch import Tensor, nn
+
+from fieldguide import create, weights
+from fieldguide.objectives import Segmentation
+from tv import smp
+
+SIDE, BATCH, CLASSES = 256, 4, 5
+
+
+def batch() -> dict[str, Tensor]:
+    chance = torch.Generator().manual_seed(0)
+    return {"image": torch.rand(BATCH, 3, SIDE, SIDE, generator=chance),
+            "target": torch.randint(CLASSES, (BATCH, SIDE, SIDE), generator=chance)}
+
+
+def new() -> nn.Module:
+    return create("unet-resnet34", classes=CLASSES)
+
+
+def theirs() -> nn.Module:
+    return smp.Unet("resnet34", encoder_weights=None, classes=CLASSES)
+
+
+def train(**settings: object) -> Run:
+    return trainer(Segmentation(new(), CLASSES), fixed(batch()), 1, **settings)
+
+
+def peer(**settings: object) -> Run:
+    model, dice = theirs(), smp.losses.DiceLoss("multiclass")
+
+    def loss(b: dict[str, Tensor]) -> Tensor:
+        logits = model(b["image"])
+        return nn.functional.cross_entropy(logits, b["target"]) + dice(logits, b["target"])
+    return stepped(model, loss, [batch()], **settings)
+
+
+def answer(model: nn.Module) -> Run:
+    x = batch()["image"]
+    return answers(model, lambda: model(x).argmax(1))
+
+
+def check() -> str:
+    model, peer, b = new(), theirs(), batch()
+    assert not weights.load(model, peer.state_dict())
+    with torch.inference_mode():
+        model.train()(b["image"]), peer.train()(b["image"])            # both take up the same statistics
+        notes = [count(model, peer), agree("logits", model.eval()(b["image"]), peer.eval()(b["image"]))]
+    return " ".join(notes)
+
+
+def main() -> None:
+    options = begin(arguments(__doc__.splitlines()[0], steps=1, rounds=4))
+    torch.manual_seed(0)
+    compare(f"U-Net over ResNet-34, {SIDE} x {SIDE}, batch {BATCH}", "pictures", "smp", [
+        Pair("training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH),
+        Pair("training, defaults", lambda: train(**recipe("unet-resnet34")), lambda: peer(lr=1e-3), BATCH),
+        Pair("maps", lambda: answer(new()), lambda: answer(theirs()), BATCH)], options, check)
+
+
+if __name__ == "__main__":
+    main()
