@@ -15,7 +15,7 @@ from loops import LIKE, answers, fixed, recipe, stepped, trainer
 from torch import Tensor, nn
 
 from fieldguide import create, weights
-from fieldguide.objectives import Segmentation
+from fieldguide.objectives.segmentation import Segmentation
 from tv import smp
 
 SIDE, BATCH, CLASSES = 256, 4, 5
