@@ -84,7 +84,10 @@ def speaks_of(rule: Mapping[str, Any], card: Card) -> bool:
 
 
 def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping[str, Any] = {}) -> Any:
-    """The config of a size for data with these needs, then the user's own changes. Raises `TypeError`."""
+    """The config of a size for data with these needs, then the user's own changes. Raises `TypeError`, and `SettingsError`
+    for a network that reads no text where the data has some."""
+    if needs.get("vocab") and not card.accepts("vocab"):
+        raise SettingsError(f"{card.name} reads no text, and this data has captions or the like")
     adapted = card.adapt(needs) if card.adapt else {}
     return card.settle(size, **{k: v for k, v in needs.items() if card.accepts(k)}, **adapted | dict(changes))
 

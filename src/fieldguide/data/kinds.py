@@ -124,18 +124,30 @@ def words(name: str, text: pl.Series, present: pl.Series, n: int, distinct: int,
         return done(name, text, "video", "the values are names of films")
     if not target and present.str.contains(AUDIO_NAME).mean() >= MOSTLY:
         return done(name, text, "audio", "the values are names of sound files")
-    if target:
-        return done(name, text, "category", f"the target has {distinct} classes")
     length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()
-    foreign = (present.str.len_bytes() > 2 * present.str.len_chars()).mean()     # scripts without blanks
-    long = (length >= 20 and spaces >= 2) or (length >= 8 and foreign > 0.5) or \
-        (spaces >= 2 and distinct > 0.9 * n)
+    long = spoken(present) or (spaces >= 2 and distinct > 0.9 * n)
+    if target and not (long and distinct > 0.5 * n and n >= 20):
+        return done(name, text, "category", f"the target has {distinct} classes")
     if long and (distinct > 0.5 * n or n < 20 or length >= 100):
         return done(name, text, "text", f"{length:.0f} characters a value, {percent(distinct / n)} distinct")
     if distinct >= 0.95 * n and n >= 20:
         return done(name, text, "identifier", f"{percent(distinct / n)} of the values are distinct")
     mixed = f"; {percent(share)} are numbers, too few for a number" if share >= 0.1 else ""
     return done(name, text, "category", f"{distinct} different values{mixed}")
+
+
+def spoken(present: pl.Series) -> bool:
+    """Whether values are phrases and sentences, by their mean length: names are shorter."""
+    length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()
+    foreign = (present.str.len_bytes() > 2 * present.str.len_chars()).mean()     # scripts without blanks
+    return bool((length >= 20 and spaces >= 2) or (length >= 8 and foreign > 0.5))
+
+
+def are_files(values: pl.Series) -> bool:
+    """Whether values are names of pictures, films or recordings."""
+    present = values.drop_nulls() if values.dtype == pl.String else pl.Series(dtype=pl.String)
+    return any((present.str.strip_chars().str.contains(name).mean() or 0) >= MOSTLY
+               for name in (IMAGE_NAME, VIDEO_NAME, AUDIO_NAME))
 
 
 def refine(typed: Typed, source: pl.Series, target: bool) -> Typed:

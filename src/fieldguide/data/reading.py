@@ -103,10 +103,9 @@ class Reading:
         else:
             roles = self.roles(asked)
             self.require(overrides, "kinds")
-            wanted = {name: self.wants.kinds[role] for name, role in roles.items() if role in self.wants.kinds}
             lone = [n for n in self.names if n not in roles]
-            if len(lone) == 1 and "feature" in self.wants.kinds:     # the one input of a task that has one
-                wanted[lone[0]] = self.wants.kinds["feature"]
+            asks = {**roles, **({lone[0]: "feature"} if len(lone) == 1 else {})}       # the one input of a task that has one
+            wanted = {name: kind for name, role in asks.items() if (kind := self.wants.kind(role, self.raw.rows[name]))}
             known_by_name = {n: self.wants.columns[n] for n in self.names if n in self.wants.columns}
             overrides = {**known_by_name, **wanted, **self.raw.kinds, **overrides}
         columns = self.type_columns(overrides, roles)
@@ -193,7 +192,7 @@ class Reading:
         by_name = self.wants.by_name("target", names)
         if by_name is None and (self.options.labels_optional or len(names) < 2 or self.wants.target != "last"):
             return None
-        target = by_name or names[-1]
+        target = by_name or next((n for n in reversed(names) if not kinds.are_files(self.raw.rows[n])), names[-1])
         why = "by its name" if by_name else "because it is the last"
         self.find("target-chosen", "note", f"no target was named: column {target!r} is taken, {why}",
                   (f"column {target!r}",), 1, "Name another with --target (in Python: target=).")

@@ -17,7 +17,7 @@ from fieldguide.data import images
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.prepare import Pictures, suggest_side
-from fieldguide.data.roles import plain
+from fieldguide.data.roles import CAPTIONS, plain
 from fieldguide.exhibits import Exhibit, Gallery, Picture
 from fieldguide.host import ram
 from fieldguide.tasks.supervised import Labelled, discrete, mix_pairs, settled
@@ -47,7 +47,8 @@ class ImageClassification(Labelled):
     @classmethod
     def suits(cls, data: Data) -> str | None:
         asked = any(plain(c.name) == "question" for c in data.features())
-        if len(data.features("image")) == 1 and not asked and data.target and discrete(data.target):
+        said = data.target and plain(data.target.name) in CAPTIONS
+        if len(data.features("image")) == 1 and not asked and not said and data.target and discrete(data.target):
             return f"pictures and {data.target.distinct} classes"
         return None
 

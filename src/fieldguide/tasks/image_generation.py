@@ -1,4 +1,4 @@
-"""Image generation: pictures like those of a folder, of a class that is asked for where it has classes."""
+"""Image generation: pictures like those of a folder, of a class or after a caption where it has such."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from fieldguide.card import Card
 from fieldguide.data.batches import Batches
-from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Manifest
-from fieldguide.data.prepare import Labels, Pictures, suggest_side
-from fieldguide.data.roles import Wants
+from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Kind, Manifest
+from fieldguide.data.kinds import blank_missing, spoken
+from fieldguide.data.prepare import Labels, Pictures, Text, suggest_side
+from fieldguide.data.prepare.text import suggest_length
+from fieldguide.data.roles import CAPTIONS, Wants
 from fieldguide.errors import DataError, SettingsError, nearest
 from fieldguide.exhibits import Exhibit, Gallery, Picture, Table
 from fieldguide.host import ram
@@ -35,21 +37,33 @@ SIDES = (8, 16, 24, 28, 32, 48, 64)              # sides that pictures are broug
 MOST = {"cpu": 32, "mps": 64, "cuda": 64}        # pixels a side, where the user names none
 MEMORY = 0.3                                     # of the machine's, that decoded pictures may fill
 NEEDED = 10_000                                  # training pictures that judges learn from, at most
-JUDGES = ("judge", "motion")
+JUDGES = ("judge", "motion", "matcher")
 GRID = 16                                        # pictures of a sheet
+LONGEST = 64                                     # tokens of a caption at most, where the user names no length
+KNOWN = 256                                      # training captions that are kept, for samples where nobody names any
+SENTENCES = 20                                   # fewer different texts are names of classes, however long they are
+
+
+def said(values: pl.Series) -> Kind | None:
+    """"text" where the values of a target are captions: many different phrases; None where they look like classes."""
+    present = blank_missing(values).drop_nulls() if values.dtype == pl.String else values.head(0)
+    return "text" if len(present) and present.n_unique() > SENTENCES and spoken(present) else None
 
 
 class ImageGeneration(Task):
     name = "image-generation"
-    reads = "a folder of pictures, maybe a folder per class; or a table of picture paths, maybe with labels"
+    reads = ("a folder of pictures, maybe a folder per class or a .txt with a caption beside each; or a table of picture "
+             "paths, maybe with labels or captions")
     takes = ("noisy", "noise")
     gives = ("image",)
-    wants = Wants("named")
+    wants = Wants("named", names=CAPTIONS, kinds={"target": said})
     metrics = (Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN that this data taught"),
                Metric("precision", "max", "of the made pictures look like real ones", percent=True),
                Metric("recall", "max", "of the real pictures look like made ones", percent=True),
                Metric("classifier_accuracy", "max", "of real test pictures right by a CNN that learnt from made ones alone",
                       percent=True),
+               Metric("caption_match", "max", "of the made pictures whose caption a judge that learnt from real pairs picks "
+                      "out of ten", percent=True),
                Metric("held_out_loss", "min", "on held-out pictures: error of the named noise; a GAN's distance of thumbnails"))
     decides = "held_out_loss"
     recipe: ClassVar = {"patience": 0}
@@ -61,16 +75,18 @@ class ImageGeneration(Task):
         side: int | None = None          # pixels a side
         channels: int | None = None      # 1 grey, 3 colour
         flip: bool = False               # mirrored pictures are as good as any
+        vocab: int | None = None         # tokens in the vocabulary learnt from captions
+        length: int | None = None        # tokens of a caption that are read; the rest is cut off, and counted
         schedule: str = "cosine"         # of the noise, for diffusion: cosine | linear
         predicts: str = "v"              # what a diffusion network names: eps | v
 
     @dataclass(frozen=True)
     class Asking:
-        count: int = 16                  # pictures, where no classes are named; else of each
+        count: int = 16                  # pictures, where no classes or captions are named; else of each
         steps: int = 20                  # of the sampler
         sampler: str = "ddim"            # ddim | ddpm
         eta: float = 0.0                 # noise that ddim adds at each step; 1 = as much as ddpm
-        guidance: float = 1.5            # how much a class is exaggerated; 1 = not
+        guidance: float = 1.5            # how much a class or caption is exaggerated; 1 = not
         seed: int = 0
 
     pictures: Pictures
@@ -80,6 +96,9 @@ class ImageGeneration(Task):
         super().__init__(columns, options)
         self.judge: judges.Judge | None = None               # taught when the network is tested, and kept with the run
         self.motion: judges.Judge | None = None              # of films
+        self.matcher: judges.Matcher | None = None           # of pictures and captions
+        self.text: Text | None = None                        # where the data has captions
+        self.captions: list[str] = []                        # some of the training part's
         self.memo: dict[int, dict[str, Any]] = {}
 
     @classmethod
@@ -89,29 +108,54 @@ class ImageGeneration(Task):
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        if data.target is not None and not discrete(data.target):
-            raise DataError(f"{data.source}: the label {data.target.name!r} is to be a class, but holds {data.target.kind}.")
+        captioned = data.target is not None and data.target.kind == "text"
+        if data.target is not None and not captioned and not discrete(data.target):
+            raise DataError(f"{data.source}: the label {data.target.name!r} is to be a class or a caption, but holds "
+                            f"{data.target.kind}.")
         fits = suggest_side(data.rows[WIDTH], data.rows[HEIGHT])
         side = options.side or max((s for s in SIDES if s <= min(fits, MOST[device().type])), default=SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)           # -1 .. 1
-        task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target else []
+        task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target and not captioned else []
         task.options = settled(options, side=side, channels=channels)
+        if captioned:
+            task.learn_captions(data.rows[data.target.name].fill_null("").to_list())
         return task
+
+    def learn_captions(self, texts: list[str]) -> None:
+        """Learns the vocabulary; settles its size and the length."""
+        self.text = Text.learn(texts, size=self.options.vocab)
+        sizes = [len(ids) for ids in self.text.encode(texts[:NEEDED], 100_000)[0]]
+        self.options = settled(self.options, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
+        if cut := sum(size > self.options.length for size in sizes):
+            self.notes.append(f"{100 * cut / len(sizes):.1f} % of the captions are longer than {self.options.length} tokens "
+                              "and are cut there (task.length=... changes that)")
+        different = list(dict.fromkeys(texts))
+        self.captions = [different[i] for i in np.random.default_rng(0).permutation(len(different))[:KNOWN]]
+
+    def tokens(self, texts: list[str]) -> np.ndarray:        # -> N T int64, 0 beyond a caption's end
+        out = np.zeros((len(texts), self.options.length), dtype=np.int64)
+        for row, ids in zip(out, self.text.encode(texts, self.options.length)[0]):
+            row[:len(ids)] = ids
+        return out
 
     @property
     def column(self) -> str:
         return next(c.name for c in self.columns if c.kind == "image" and c.role == "feature")
 
     def codes(self, data: Data) -> np.ndarray:
-        """Labels from 1 on; 0 where there is none."""
+        """Labels from 1 on, N; or the tokens of captions, N T. 0 where there is none."""
         target = next((c.name for c in self.columns if c.role == "target"), None)
+        if self.text is not None:
+            there = target in data.rows.columns
+            return self.tokens(data.rows[target].fill_null("").to_list() if there else [""] * len(data)) * there
         if not self.labels or target not in data.rows.columns:
             return np.zeros(len(data), dtype=np.int64)
         return Labels(tuple(self.labels)).apply(data.rows[target]) + 1
 
     def needs(self) -> dict[str, Any]:
-        return {"image": self.pictures.side, "channels": self.pictures.channels, "classes": len(self.labels)}
+        return {"image": self.pictures.side, "channels": self.pictures.channels, "classes": len(self.labels),
+                **({"vocab": self.text.size, "length": self.options.length} if self.text else {})}
 
     def profile(self) -> dict[str, Any]:
         return {"side": self.pictures.side, "classes": len(self.labels)}
@@ -138,7 +182,7 @@ class ImageGeneration(Task):
     # Making pictures
 
     def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], asking: Any) -> Tensor:
-        """Pictures of these labels (0 = none), B C S S in -1 .. 1; each a matter of the seed and its number alone."""
+        """Pictures of these labels or captions (0 = none), B C S S in -1 .. 1; each a matter of seed and number alone."""
         p = self.pictures
         if isinstance(objective, Adversarial):
             parts = [objective.sample(1, seed=asking.seed, first=int(n)) for n in numbers]
@@ -146,7 +190,7 @@ class ImageGeneration(Task):
         samplers = {"ddim": lambda: DDIM(steps=asking.steps, eta=asking.eta), "ddpm": lambda: DDPM(steps=asking.steps)}
         if asking.sampler not in samplers:
             raise SettingsError(f"sampler={asking.sampler!r} is none of {', '.join(samplers)}.")
-        guidance = asking.guidance if self.labels else 1.0
+        guidance = asking.guidance if self.labels or self.text else 1.0
         return objective.sample(label, (p.channels, p.side, p.side), samplers[asking.sampler](), seed=asking.seed,
                                 first=int(numbers[0]), guidance=guidance).clamp(-1, 1)
 
@@ -158,27 +202,39 @@ class ImageGeneration(Task):
         return answer
 
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
-        """Classes to make pictures of; nothing means all of them in turn."""
+        """Classes or captions to make pictures of; nothing means all classes, or some training captions, in turn."""
         if answered:
             return super().read(sources, answered=True)
+        if self.text is not None:
+            return self.wishes(list(map(str, sources)), self.captions)
         for name in sources:
             if name not in self.labels:
                 raise DataError(f"{name!r} is none of the classes of this model.{nearest(str(name), self.labels)} It has: "
                                 f"{', '.join(self.labels) or 'none, so name none'}.")
+        return self.wishes(sources, self.labels or [""])
+
+    def wishes(self, named: Sequence[str], others: Sequence[str]) -> Data:
+        """So many rows of each that is named, else of the others in turn."""
         count = self.asking.count
-        wanted = [n for name in sources for n in [name] * count] or [
-            self.labels[i % len(self.labels)] if self.labels else "" for i in range(count)]
+        wanted = [n for name in named for n in [name] * count] or [others[i % len(others)] for i in range(count)]
         return Data("made", pl.DataFrame({"wanted": wanted}), {}, Manifest(""))
 
     def questions(self, data: Data, card: Card) -> Batches:
-        known = {name: i for i, name in enumerate(self.labels, 1)}
-        label = torch.tensor([known.get(name, 0) for name in data.rows["wanted"].to_list()])
+        known, wanted = {name: i for i, name in enumerate(self.labels, 1)}, data.rows["wanted"].to_list()
+        label = torch.from_numpy(self.tokens(wanted)) if self.text else torch.tensor([known.get(name, 0) for name in wanted])
         return Batches(len(data), lambda index, _: {"label": label[torch.from_numpy(index)], "row": torch.from_numpy(index)})
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        if self.text is not None:
+            return [{"caption": self.said(label), "image": Media(png(x), ".png")}
+                    for x, label in zip(outputs["samples"], outputs["label"])]
         names = ["", *self.labels]
         return [{**({"class": names[int(label)]} if self.labels else {}), "image": Media(png(x), ".png")}
                 for x, label in zip(outputs["samples"], outputs["label"].astype(int))]
+
+    def said(self, tokens: np.ndarray) -> str:
+        """A caption as the network reads it."""
+        return self.text.decode(tokens[tokens > 0]).strip()
 
     # Judging them
 
@@ -186,7 +242,9 @@ class ImageGeneration(Task):
         rows = np.random.default_rng(0).permutation(len(train))[:NEEDED]
         some = train.take(np.sort(rows))
         self.known = self.pictures.apply(self.pictures.load(some.rows[self.column].to_list()))
-        self.known_labels = torch.from_numpy(self.codes(some)) - 1
+        codes = torch.from_numpy(self.codes(some))
+        self.known_labels = codes if self.text else codes - 1
+        self.matcher = judges.paired(self.known, codes, self.text.size) if self.text else None
         self.judge = judges.taught(self.known, self.known_labels if self.labels else None, len(self.labels))
 
     def truth(self, data: Data) -> Arrays:
@@ -203,6 +261,9 @@ class ImageGeneration(Task):
             if self.labels:
                 pupil = judges.taught(made, torch.from_numpy(outputs["label"].astype(np.int64)) - 1, len(self.labels))
                 found["right"] = judges.seen(pupil, real, answer=True) == truth["label"] - 1
+            if self.matcher is not None:
+                found["matched"] = judges.picked(self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)),
+                                                 torch.from_numpy(truth["label"]))
             self.memo[key] = found | {"kept": outputs["samples"]}          # so that the key stays its own
         return self.memo[key]
 
@@ -215,6 +276,8 @@ class ImageGeneration(Task):
                       "recall": recall}
             if "right" in found:
                 scores["classifier_accuracy"] = float(found["right"].mean())
+            if "matched" in found:
+                scores["caption_match"] = float(found["matched"].mean())
         if "loss" in outputs:
             scores["held_out_loss"] = float(outputs["loss"].mean())
         elif "samples" in outputs:
@@ -237,6 +300,8 @@ class ImageGeneration(Task):
                   for name, values in drawn.items()}
         if "right" in found:
             ranges["classifier_accuracy"] = wilson(int(found["right"].sum()), len(found["right"]))
+        if "matched" in found:
+            ranges["caption_match"] = wilson(int(found["matched"].sum()), len(found["matched"]))
         return ranges
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
@@ -249,28 +314,48 @@ class ImageGeneration(Task):
         else:
             rows = rng.permutation(len(self.known))[:len(test)]
         copies = self.known[rows].numpy()
-        return [Baseline("noise", "every pixel by chance", {"samples": noise, "label": label}),
+        shuffled = []
+        if self.text:
+            other = self.known[rng.permutation(len(self.known))[:len(test)]].numpy()
+            shuffled = [Baseline("shuffled captions", "training pictures under captions of other pictures",
+                                 {"samples": other, "label": label[:len(other)]})]
+            label = self.known_labels[rows].numpy()
+        return [Baseline("noise", "every pixel by chance", {"samples": noise, "label": self.codes(test)}), *shuffled,
                 Baseline("training pictures", "the data itself: what a maker of perfect pictures could reach",
                          {"samples": copies, "label": label[:len(copies)]}, bound=True)]
 
     # Report
 
+    def some(self, count: int) -> Tensor:
+        """So many classes, or training captions, in turn."""
+        if self.text is not None:
+            return torch.from_numpy(self.tokens([self.captions[i % len(self.captions)] for i in range(count)]))
+        return torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
+
     def glimpse(self, objective: Objective) -> list[Exhibit]:
-        label = torch.arange(2 * GRID) % max(len(self.labels), 1) + bool(self.labels)
+        label = self.some(2 * GRID)
         made = self.made(objective, label, range(len(label)), self.Asking())
         return [Gallery("Samples while it learnt", "The same noise each time.", [Picture(sheet(made.numpy()), "")])]
 
     def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
                  ) -> dict[str, list[Exhibit]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
+        if self.text is not None:
+            matched = self.judged(outputs, truth)["matched"]
+            pairs = [Picture(sheet(np.stack([samples[i], truth["real"][i]])), self.said(label[i]), bad=not matched[i])
+                     for i in range(min(3 * GRID, len(samples)))]
+            label = label[:, 0]
         order = np.argsort(label, kind="stable") if self.labels else np.arange(len(label))
         rows = []
         for k in range(1, len(self.labels) + 1):
             rows.append(Picture(sheet(samples[label == k][:GRID]), self.labels[k - 1]))
         shown: list[Exhibit] = [Gallery("Samples", "Made for the test, not chosen.",
                                         rows or [Picture(sheet(samples[order[:4 * GRID]]), "")])]
+        if self.text is not None:
+            shown.append(Gallery("After captions", "Left the picture that was made, right the test picture of that caption; "
+                                 "framed where the judge would pick another caption for the one made.", pairs))
         if objective is not None and isinstance(objective, Diffusion):
-            wanted = torch.arange(GRID) % max(len(self.labels), 1) + bool(self.labels)
+            wanted = self.some(GRID)
             few = "From the same noise: more steps cost more and add detail."
             by_steps = [Picture(sheet(self.made(objective, wanted, range(len(wanted)), self.Asking(steps=steps)).numpy()),
                                 f"{steps} steps") for steps in (2, 5, 10, 20, 50)]
@@ -297,22 +382,23 @@ class ImageGeneration(Task):
     # Saved with the run
 
     def state(self) -> dict[str, Any]:
-        return {"pictures": self.pictures.to_json(), "labels": self.labels}
+        return {"pictures": self.pictures.to_json(), "labels": self.labels, "captions": self.captions}
 
     @classmethod
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.pictures, task.labels = Pictures.from_json(state["pictures"]), state["labels"]
+        task.captions = state.get("captions", [])
+        task.text = Text.load(folder) if task.captions else None
         for name in JUDGES:
             if (folder / f"{name}.safetensors").exists():
-                tensors = load_file(folder / f"{name}.safetensors")
-                judge = judges.Judge(tensors["body.0.weight"].shape[1], len(tensors["head.weight"])).eval()
-                judge.load_state_dict(tensors)
-                setattr(task, name, judge)
+                setattr(task, name, judges.restored(load_file(folder / f"{name}.safetensors")))
         return task
 
     def save(self, folder: Path) -> None:
         super().save(folder)
+        if self.text is not None:
+            self.text.save(folder)
         for name in JUDGES:
             if (judge := getattr(self, name)) is not None:
                 save_file(judge.state_dict(), folder / f"{name}.safetensors")

@@ -19,7 +19,7 @@ from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import HASH, Column, Data, Finding
 from fieldguide.data.duplicates import dense
 from fieldguide.data.prepare import Labels
-from fieldguide.data.roles import TARGETS, Wants, plain
+from fieldguide.data.roles import CAPTIONS, TARGETS, Wants, plain
 from fieldguide.data.symptoms import places as first_places
 from fieldguide.errors import DataError, SettingsError
 from fieldguide.exhibits import Exhibit, Gallery, Picture, Table
@@ -66,7 +66,7 @@ class ImageText(Pictured):
     reads = "a table with a column of pictures and one of captions (--target), several captions of a picture in several rows"
     takes = ("captioned",)
     gives = ("embeddings",)
-    wants = Wants("last", names=("caption", "captions", "text", "sentence", "description", "title"),
+    wants = Wants("last", names=(*CAPTIONS, "text", "sentence", "description", "title"),
                   kinds={"target": "text"}, columns={"image": "image", "image_path": "image"},
                   checks=(*doctor.CHECKS, pairs))
     metrics = (Metric("mean_recall", "max", "mean of the six recalls below", percent=True),
@@ -91,6 +91,14 @@ class ImageText(Pictured):
 
     classes: list[str]                   # that pictures are tested on: of a class column, or few captions; or none
     known: list[str]                     # captions to choose from where nobody names others
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        asked = any(plain(c.name) == "question" for c in data.features())
+        if len(data.features("image")) != 1 or asked or data.target is None:
+            return None
+        said = data.target.kind == "text" or (data.target.kind == "category" and plain(data.target.name) in CAPTIONS)
+        return f"pictures and what is said of each in {data.target.name!r}" if said else None
 
     @classmethod
     def lacks(cls, data: Data) -> str | None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 SIDE = 32              # larger pictures are judged at this side
 WIDTH = 64             # features of a picture
 BATCH = 64
+CHOICES = 10           # captions that one is picked from
+PAIRS = 2 ** 13        # places that pairs of neighbouring tokens share
 NEAREST = 3            # neighbours that span a picture's surroundings (Kynkäänniemi et al. 2019, section 3)
 
 
@@ -60,6 +62,75 @@ def taught(pictures: Tensor, label: Tensor | None, classes: int, *, steps: int =
             loss.backward()
             optimizer.step()
             schedule.step()
+    return judge.eval()
+
+
+class Matcher(nn.Module):
+    """Pictures and captions as vectors of length 1: a CNN that knows where things are, and the captions' tokens and pairs
+    of neighbouring tokens, so that it matters what stands beside what. It was never told what a maker of pictures reads in
+    a caption."""
+
+    def __init__(self, channels: int, vocab: int):
+        super().__init__()
+        self.body, self.head = Judge(channels, 1).body, nn.Linear(16 * WIDTH, WIDTH)
+        self.words = nn.EmbeddingBag(vocab + PAIRS, 2 * WIDTH, mode="mean", padding_idx=0)
+        self.said = nn.Sequential(nn.LayerNorm(2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH))
+        self.vocab = vocab
+
+    def picture(self, x: Tensor) -> Tensor:              # B C S S in -1 .. 1 -> B 64
+        return F.normalize(self.head(F.adaptive_avg_pool2d(self.body(x), 4).flatten(1)), dim=1)
+
+    def caption(self, tokens: Tensor) -> Tensor:         # B T, 0 = none -> B 64
+        first, second = tokens[:, :-1], tokens[:, 1:]
+        pairs = self.vocab + (first * 1_000_003 + second) % PAIRS
+        return F.normalize(self.said(self.words(torch.cat([tokens, torch.where(second > 0, pairs, 0)], 1))), dim=1)
+
+
+def paired(pictures: Tensor, tokens: Tensor, vocab: int, *, steps: int = 600, seed: int = 0) -> Matcher:
+    """A matcher that learnt which caption (`tokens` N T, 0 = none) belongs to which picture, from real pairs: each finds the
+    other among those of its batch; equal captions are one (Radford et al. 2021, arXiv:2103.00020, figure 3)."""
+    x, same = small(pictures), torch.unique(tokens, dim=0, return_inverse=True)[1]
+    with torch.random.fork_rng(), torch.enable_grad(), torch.inference_mode(False):
+        torch.manual_seed(seed)
+        x, tokens, same = x.clone(), tokens.clone(), same.clone()
+        matcher = Matcher(x.shape[1], vocab)
+        optimizer = torch.optim.AdamW(matcher.parameters(), lr=3e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
+        for _ in range(steps):
+            rows = torch.randint(len(x), (min(2 * BATCH, len(x)),))
+            near = 10 * matcher.picture(x[rows]) @ matcher.caption(tokens[rows]).T
+            target = (same[rows][:, None] == same[rows]).float()
+            target /= target.sum(1, keepdim=True)
+            loss = F.cross_entropy(near, target) + F.cross_entropy(near.T, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return matcher.eval()
+
+
+@torch.no_grad()
+def picked(matcher: Matcher, pictures: Tensor, tokens: Tensor, pool: Tensor, seed: int = 0) -> np.ndarray:
+    """Of each picture, whether its own caption is nearer than all of nine others drawn from a pool; as good as another is
+    not enough. N bool."""
+    others = torch.unique(pool, dim=0)
+    near = torch.cat([matcher.picture(small(p)) for p in pictures.split(256)])
+    own = (near * matcher.caption(tokens)).sum(1)
+    rest = near @ matcher.caption(others).T                              # N M
+    rng, found = np.random.default_rng(seed), np.empty(len(own), dtype=bool)
+    for row in range(len(own)):
+        strange = torch.nonzero((others != tokens[row]).any(1))[:, 0].numpy()
+        drawn = rng.permutation(strange)[:CHOICES - 1]
+        found[row] = bool((own[row] > rest[row, drawn] + 1e-6).all())
+    return found
+
+
+def restored(tensors: dict[str, Tensor]) -> Judge | Matcher:
+    """A judge as it was saved."""
+    channels = tensors["body.0.weight"].shape[1]
+    judge = Matcher(channels, len(tensors["words.weight"]) - PAIRS) if "words.weight" in tensors else \
+        Judge(channels, len(tensors["head.weight"]))
+    judge.load_state_dict(tensors)
     return judge.eval()
 
 

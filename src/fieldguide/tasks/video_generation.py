@@ -18,6 +18,7 @@ from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import CHANNELS, FRAMES, HEIGHT, WIDTH, Data
 from fieldguide.data.prepare import Labels, Pictures, suggest_side
 from fieldguide.data.roles import Wants
+from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit, Gallery, Picture, Table
 from fieldguide.objectives import DDIM, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import guided
@@ -25,7 +26,7 @@ from fieldguide.objectives.noise import Noise
 from fieldguide.tasks import judges
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
 from fieldguide.tasks.image_generation import ImageGeneration, png
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import discrete, settled
 from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
 
@@ -66,6 +67,8 @@ class VideoGeneration(ImageGeneration):
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
+        if data.target is not None and not discrete(data.target):
+            raise DataError(f"{data.source}: the label {data.target.name!r} is to be a class, but holds {data.target.kind}.")
         kind, shortest = device().type, int(data.rows[FRAMES].min())
         most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[kind])
         side = options.side or max((s for s in SIDES if s <= most), default=SIDES[0])

@@ -41,12 +41,19 @@ class Config:
     bins: int = 16                                       # R: a side is at most R - 1 strides from its point
 
 
+class SiLU(nn.Module):
+    """In place where no gradient is asked for: what comes is the normalisation's own and needed by nobody else."""
+
+    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+        return F.silu(x, inplace=not x.requires_grad)
+
+
 class Step(nn.Sequential):
     """Convolution, normalisation, SiLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1):
         super().__init__(OrderedDict(conv=nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-                                     norm=nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.03), act=nn.SiLU()))
+                                     norm=nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.03), act=SiLU()))
 
 
 class Bottleneck(nn.Module):
