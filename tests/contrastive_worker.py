@@ -1,6 +1,6 @@
 """Run by `torchrun` from test_contrastive: trains CLIP with SGD in every process; the first stores weights and losses.
 
-Arguments: the file to write, and `texts` where some examples have the same text.
+Arguments: the file to write, and `texts` where some examples have the same text or picture.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(path: str, kind: str) -> None:
         mask = torch.arange(6) < torch.randint(1, 7, (22, 1))
         columns = {"image": image, "tokens": tokens, "mask": mask}
         if kind == "texts":
-            columns["text"] = torch.arange(22) % 5
+            columns |= {"text": torch.arange(22) % 5, "picture": torch.arange(22) // 3}
         data = Batches(22, lambda i, _: {name: x[i] for name, x in columns.items()})
         seen = []
         watch = type("Watch", (), {"step": lambda self, step, losses: seen.append(losses), "say": lambda self, text: None})()

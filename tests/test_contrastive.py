@@ -21,26 +21,28 @@ from test_models import batch, tiny
 HERE = Path(__file__).parent
 
 
-def slow_loss(pictures: Tensor, texts: Tensor, scale: Tensor, same: list[int]) -> Tensor:
-    """One pair at a time, in both directions; the right answers of an example share it."""
+def slow_loss(pictures: Tensor, texts: Tensor, scale: Tensor, same: list[int], shown: list[int]) -> Tensor:
+    """One pair at a time, in both directions; the right answers of an example, of equal text or picture, share it."""
     total, count = 0.0, len(pictures)
     for i in range(count):
-        right = [j for j in range(count) if same[j] == same[i]]
+        right = [j for j in range(count) if same[j] == same[i] or shown[j] == shown[i]]
         for one, all_ in ((pictures[i], texts), (texts[i], pictures)):
             power = [torch.exp(scale * (one * other).sum()) for other in all_]
             total = total - sum(torch.log(power[j] / sum(power)) for j in right) / len(right)
     return total / (2 * count)
 
 
-@pytest.mark.parametrize("same", [[0, 1, 2, 3, 4], [0, 1, 0, 0, 1]], ids=["all differ", "equal texts"])
-def test_the_loss_is_the_papers(same):
+@pytest.mark.parametrize(("same", "shown"), [
+    (range(5), range(5)), ([0, 1, 0, 0, 1], range(5)), (range(5), [0, 0, 1, 2, 2]), ([0, 1, 0, 2, 3], [0, 0, 1, 2, 2])],
+    ids=["all differ", "equal texts", "several texts of a picture", "both"])
+def test_the_loss_is_the_papers(same, shown):
     model = tiny("clip")
     inputs = dict(zip(("image", "tokens", "mask"), batch("clip")))
-    given = inputs if len(set(same)) == 5 else inputs | {"text": torch.tensor(same)}
+    given = inputs | {name: torch.tensor(x) for name, x in (("text", same), ("picture", shown)) if len(set(x)) < 5}
     parts = Contrastive(model)(given)
     grads = torch.autograd.grad(parts["loss"], list(model.parameters()))
     want = slow_loss(model.encode_image(inputs["image"]), model.encode_text(inputs["tokens"], inputs["mask"]),
-                     model.logit_scale.exp(), same)
+                     model.logit_scale.exp(), same, shown)
     torch.testing.assert_close(parts["loss"], want, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close((parts["image"] + parts["text"]) / 2, parts["loss"])
     for ours, theirs in zip(grads, torch.autograd.grad(want, list(model.parameters()))):

@@ -105,6 +105,7 @@ def test_equal_captions_have_one_number_in_a_batch(tmp_path):
     for i in range(20):
         for j in range(20):
             assert (batch["text"][i] == batch["text"][j]) == (said[i] == said[j])
+            assert (batch["picture"][i] == batch["picture"][j]) == (i // 2 == j // 2)        # two captions of each
     ends = batch["mask"].sum(1) - 1
     assert (batch["tokens"].gather(1, ends[:, None])[:, 0] == it.text.end).all()
     assert it.classes == sorted(set(said)) and it.needs()["end"] == it.text.end
@@ -132,6 +133,38 @@ def test_rare_answers_count_as_wrong(tmp_path):
     few = kind.learn(data, kind.options_from({"answers": "2"}))
     assert len(few.labels) == 2 and "5 of 7" in few.notes[0]
     assert few.exhibits(data, {"probabilities": np.tile([0.6, 0.4], (len(data), 1))}, few.truth(data))["Questions"]
+
+
+def test_the_first_right_answer_counts(tmp_path):
+    """Of five captions of a picture one is near: that is enough for the picture, and each caption is asked for itself."""
+    it, _ = learnt(tmp_path, "image-text")
+    picture, caption = np.repeat([0, 1], 5), np.arange(10)
+    image, text = np.repeat(np.eye(4)[:2], 5, 0), np.tile(np.eye(4)[3], (10, 1))
+    text[0], text[5], text[6] = np.eye(4)[0], 0.9 * np.eye(4)[1], np.eye(4)[0] + 0.5 * np.eye(4)[1]
+    truth = {"picture": picture, "caption": caption, "class": np.full(10, -1)}
+    hits = it.hits({"image": image, "text": text}, truth)
+    assert hits["text_r1"].tolist() == [False, True]         # caption 6, of picture 1, is as near to picture 0 as its own
+    assert hits["image_r1"].tolist() == [True, False, False, False, False, True, False, False, False, False]
+    assert hits["text_r5"].all() and len(hits["image_r1"]) == 10
+
+
+def test_a_table_of_captions_is_not_taken_for_classes(tmp_path):
+    request = {"target": None, "kinds": {}, "roles": {}, "group": None, "time": None, "allow_bad": False, "task": None}
+    table = album(tmp_path, 40)
+    first, kind, why = read_for({**request, "data": str(table)})
+    assert kind.name == "image-text" and "what is said of each in 'caption'" in why and first.target.kind == "text"
+    rows = table.read_text().splitlines()
+    turned = damage.write(tmp_path / "turned.csv", [",".join(row.split(",")[::-1]) for row in rows])
+    assert read_for({**request, "data": str(turned)})[1].name == "image-text"          # whichever column is the last
+    own = damage.write(tmp_path / "own.csv", ["photo,what", *[f"{row} of number {i}" for i, row in enumerate(rows[1:])]])
+    data, kind, _ = read_for({**request, "data": str(own)})                            # by its values, whatever its name
+    assert kind.name == "image-text" and data.target.name == "what"
+    classes = damage.write(tmp_path / "classes.csv", ["photo,what", *[f"{row.split(',')[0]},{i % 3}" for i, row in
+                                                                     enumerate(rows[1:])]])
+    assert read_for({**request, "data": str(classes)})[1].name == "image-classification"
+    two = damage.write(tmp_path / "two.csv", ["en,de", *[f"the number {i} is written here,die Zahl {i} steht hier geschrieben"
+                                                         for i in range(40)]])
+    assert read_for({**request, "data": str(two)})[1].name == "translation"
 
 
 def test_the_table_says_which_task_it_is(tmp_path):

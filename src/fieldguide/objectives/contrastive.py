@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fieldguide.errors import SettingsError
 from fieldguide.objectives.base import Objective
 
+SAME = ("text", "picture")        # numbers of a batch that say which examples are right answers for each other
 LARGEST = 100.0   # of the scale of the logits (section 2.5)
 
 
@@ -59,8 +60,9 @@ class Contrastive(Objective):
     processes' losses, and of their gradients, is that of the joined batch. The parts of a batch that accumulates do not
     meet; the loss is then that of smaller batches.
 
-    The batch may hold `text`, B int64: examples of one number have the same text, so none is a wrong answer for another
-    and they share the right one (Yang et al. 2022, arXiv:2204.03610, equations 2 and 3).
+    The batch may hold `text` and `picture`, B int64: examples of one number have the same text, or the same picture with
+    several texts, so none is a wrong answer for another and they share the right one (Yang et al. 2022, arXiv:2204.03610,
+    equations 2 and 3).
     Raises `SettingsError` for a batch of one, which has nothing to be told from.
     """
 
@@ -76,12 +78,11 @@ class Contrastive(Objective):
         if len(everyone) < 2:
             raise SettingsError("contrastive training compares the examples of a batch: set batch=2 or more")
         rows = torch.arange(first, first + len(own), device=own.device)
-        if "text" in batch:
-            text, _ = gather(batch["text"])
-            same = (batch["text"][:, None] == text).to(own.dtype)
-            target = same / same.sum(1, keepdim=True)                            # B N
-        else:
-            target = F.one_hot(rows, len(everyone)).to(own.dtype)
+        right = F.one_hot(rows, len(everyone)).bool()
+        for name in SAME:
+            if name in batch:
+                right |= batch[name][:, None] == gather(batch[name])[0]
+        target = right.to(own.dtype) / right.sum(1, keepdim=True)                # B N
         with torch.autocast(own.device.type, enabled=False):                     # logits up to 100 need their digits
             image = F.cross_entropy(own[:, 0] @ everyone[:, 1].T, target, reduction="sum")
             text = F.cross_entropy(own[:, 1] @ everyone[:, 0].T, target, reduction="sum")

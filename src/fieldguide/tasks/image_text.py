@@ -163,12 +163,13 @@ class ImageText(Pictured):
         pixels = self.pixels(data, settings)
         there = self.target.name in data.rows.columns and data.rows[self.target.name].null_count() < len(data)
         ids = self.tokens(self.captions(data)) if there else []
-        same = torch.from_numpy(dense(pl.DataFrame([simplified(data.rows[self.target.name])]))) if there else None
+        same = {name: torch.from_numpy(dense(pl.DataFrame([values]))) for name, values in (
+            ("text", simplified(data.rows[self.target.name])), ("picture", data.rows[HASH]))} if there else {}
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             batch = {"image": pixels(index, generator)}
-            if same is not None:
-                batch |= {**self.padded([ids[i] for i in index]), "text": same[torch.from_numpy(index)]}
+            if same:
+                batch |= {**self.padded([ids[i] for i in index]), **{n: x[torch.from_numpy(index)] for n, x in same.items()}}
             return batch
 
         return Batches(len(data), make)

@@ -1,0 +1,98 @@
+"""Pictures with captions: beside each picture a .txt of the same name that says what it shows; maybe below train, val, test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data import csvtext
+from fieldguide.data.dataset import FileEntry, Finding
+from fieldguide.data.images import KNOWN
+from fieldguide.data.readers.image_folder import places_of
+from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, visible
+from fieldguide.errors import DataError
+
+NAME = "captions"
+UNDERSTANDS = ("pictures with captions: a folder with a .txt of the same name beside each picture, maybe below train, val and "
+               "test")
+MOSTLY = 0.5               # of the pictures have a text: some may have lost theirs
+TRIED = 20                 # texts that are looked into before a folder is taken for one of captions
+NUMBERS = re.compile(r"[\d\s.,eE+-]*")
+
+
+def accepts(source: Any, options: Options) -> int:
+    return 7 if isinstance(source, Path) and source.is_dir() and layout(source) else 0
+
+
+def layout(source: Path) -> list[tuple[list[Path], dict[str, Path], str | None]]:
+    """(pictures, texts by stem, split) of every part; nothing where this is no such folder."""
+    if own := part(source):
+        return [(*own, None)]
+    return [(*found, SPLITS[p.name.lower()]) for p in visible(source)[0]
+            if p.is_dir() and p.name.lower() in SPLITS and (found := part(p))]
+
+
+def part(folder: Path) -> tuple[list[Path], dict[str, Path]] | None:
+    files = [p for p in visible(folder)[0] if p.is_file()]
+    pictures = [p for p in files if p.suffix.lower() in KNOWN]
+    stems = {p.stem for p in pictures}
+    texts = {p.stem: p for p in files if p.suffix.lower() == ".txt"}
+    both = [path for stem, path in texts.items() if stem in stems]
+    if not pictures or len(both) < MOSTLY * len(pictures):
+        return None
+    # Numbers alone are boxes, as some tools write them.
+    if all(NUMBERS.fullmatch(path.read_text(encoding="utf-8", errors="replace")) for path in both[:TRIED]):
+        return None
+    return pictures, texts
+
+
+def load(source: Path, options: Options) -> Raw:
+    rows: list[tuple[str, str | None]] = []
+    splits: list[str | None] = []
+    files: list[FileEntry] = []
+    findings: list[Finding] = []
+    bare: list[Path] = []
+    lone: list[Path] = []
+    unreadable: list[str] = []
+    odd: list[str] = []
+    for pictures, texts, split in layout(source):
+        used = set()
+        for path in pictures:
+            text = None
+            if path.stem in texts:
+                used.add(path.stem)
+                file = texts[path.stem]
+                name, content = relative(file, source), file.read_bytes()
+                files.append(FileEntry(name, len(content), sha256(content), rows=0))
+                try:
+                    decoded, more = csvtext.decode(content, name) if content else (b"", [])
+                    text = " ".join(decoded.decode().split()) or None
+                    odd += [place for one in more for place in one.places]
+                except DataError as error:
+                    unreadable.append(str(error))
+            elif not options.labels_optional:
+                bare.append(path)
+                continue
+            rows.append((str(path.absolute()), text))
+            splits.append(split)
+        lone += [p for stem, p in texts.items() if stem not in used]
+    if bare:
+        findings.append(Finding("no-caption", "warning", "pictures without a text beside them", places_of(bare, source),
+                                len(bare), "Add the text or remove the picture.", len(bare)))
+    if lone:
+        findings.append(Finding("no-picture", "warning", "texts without a picture beside them", places_of(lone, source),
+                                len(lone), "Add the picture or remove the text.", len(lone)))
+    if unreadable:                                       # without a caption their rows are no examples, which is found next
+        findings.append(Finding("unreadable-file", "warning", "captions that cannot be read", tuple(unreadable[:5]),
+                                len(unreadable), "Save them as UTF-8."))
+    if odd:
+        findings.append(Finding("encoding", "warning", "captions that are not UTF-8: read as Windows-1252 or Latin-1",
+                                tuple(odd[:5]), len(odd), "Look at accented letters, or save them as UTF-8."))
+    table = pl.DataFrame(rows, schema={"image": pl.String, "caption": pl.String}, orient="row")
+    named = np.array(splits, dtype=object) if all(splits) and len(set(splits)) > 1 else None
+    return Raw(table, files, source, findings, named, {"image": "image", "caption": "text"}, "caption",
+               unusable=len(bare) + len(lone))
