@@ -13,7 +13,8 @@ class Cache:
     which of them hold a token, not padding; `count` (B int64) how many do, which is the position of the next token
     of each row. A network calls `open` once a forward pass, then `put` once a layer; use under `torch.no_grad`.
 
-    `cross` holds what a decoder needs of its source once it is read: keys, values and mask.
+    `cross` holds what a decoder needs of its source once it is read: keys, values and mask. It may have fewer rows than
+    the rest: each source then stands for as many rows that follow one another, the beams of a search.
     """
 
     def __init__(self, rows: int, length: int, layers: int, heads: int, dim: int, *,
@@ -47,10 +48,14 @@ class Cache:
         return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, int64 of the same number: how a beam search keeps its best beams."""
-        for buffer in (*self.keys, *self.values, self.real, self.count):
-            buffer.copy_(buffer[rows])
-        if self.cross is not None:
+        """Go on with these rows, int64 of the same number: how a beam search keeps its best beams.
+
+        Where the source has fewer rows, each for as many beams in a row, beams must stay with their source.
+        """
+        for buffer in (*self.keys, *self.values):
+            buffer[:, :, :self.used] = buffer[rows, :, :self.used]
+        self.real, self.count = self.real[rows], self.count[rows]
+        if self.cross is not None and len(self.cross[0][0][0]) == len(rows):
             pairs, mask = self.cross
             self.cross = ([(key[rows], value[rows]) for key, value in pairs], None if mask is None else mask[rows])
 

@@ -37,7 +37,10 @@ class Config:
 
 
 class CrossAttention(nn.Module):
-    """Every target token looks at the real tokens of its source. `qkv` holds the three matrices of torch's layer."""
+    """Every target token looks at the real tokens of its source. `qkv` holds the three matrices of torch's layer.
+
+    The source may have fewer rows: each then serves as many rows of tokens that follow one another.
+    """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -52,9 +55,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:      # B T D -> B T D
         dim = x.shape[-1]
-        q = F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        x = F.scaled_dot_product_attention(q, *memory, None if mask is None else mask[:, None, None])
-        return self.proj(x.transpose(1, 2).flatten(2))
+        q = F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim]).reshape(memory[0].shape[0], -1, dim)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, *memory, None if mask is None else mask[:, None, None])
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
 class FeedForward(nn.Module):
@@ -99,7 +103,8 @@ class Transformer(nn.Module):
     """Source and what is said so far -> logits of the token that follows each of the latter.
 
     `tokens` begins with a token that means "begin". With a `cache` (see `new_cache`) the source is read once, after
-    which it may be None, and only the tokens not yet read are given. Raises `DataError` for rows longer than `length`.
+    which it may be None, and only the tokens not yet read are given; it may have a row for every several rows of
+    tokens, the beams of a search. Raises `DataError` for rows longer than `length`.
     """
 
     def __init__(self, config: Config):
