@@ -200,3 +200,11 @@ def test_ngram_equals_its_definition():
         np.testing.assert_allclose(got[i], -np.log(p(word, tuple(asked[max(0, i - 2):i]))), rtol=1e-10)
     total = sum(np.exp(-model.nats(np.array([1, 2, w]))[2]) for w in range(vocab))
     assert abs(total - 1) < 1e-9                              # a distribution
+
+
+@pytest.mark.parametrize("repetition, best", [(1.0, 0), (1.1, 1)])
+def test_greedy_choice_is_the_likeliest_and_heeds_repetition(repetition, best):
+    logits, seen = torch.tensor([[3.0, 2.9, -1.0], [-2.0, -2.1, -9.0]]), torch.tensor([[-1, 0], [0, 0]])
+    sampling = Sampling(temperature=0.0, repetition=repetition)
+    chosen = sampling.choose(logits, seen, torch.tensor([0.99, 0.0]))
+    assert chosen.tolist() == [best, best] == sampling.probabilities(logits, seen).argmax(-1).tolist()
