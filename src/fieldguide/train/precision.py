@@ -41,9 +41,9 @@ def deterministic_kernels() -> Iterator[None]:
 
 
 def seconds(objective: Objective, batch: dict[str, Tensor], precision: str, channels_last: bool,
-            device: torch.device, repeats: int = 3, enough: float = 0.3) -> float:
+            device: torch.device, limit: float = float("inf"), repeats: int = 3, enough: float = 0.3) -> float:
     """Fastest of a few forward and backward passes, through every phase, on a copy: at least `repeats`, and quick ones
-    for `enough` seconds, so that a moment's load of other work does not decide."""
+    for `enough` seconds, so that a moment's load of other work does not decide. Ends at once beyond `limit` seconds."""
     trial = copy.deepcopy(objective).train()
     if channels_last:
         trial = trial.to(memory_format=torch.channels_last)
@@ -57,7 +57,7 @@ def seconds(objective: Objective, batch: dict[str, Tensor], precision: str, chan
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken = time.perf_counter() - started
-        if taken > 20:                              # nobody waits for more of these
+        if taken > 20 or (turn and taken > limit):  # nobody waits for more of these
             return min(best, taken)
         if turn:
             best, total = min(best, taken), total + taken
@@ -76,7 +76,7 @@ def fastest(objective: Objective, batch: dict[str, Tensor], device: torch.device
     with torch.random.fork_rng():
         for choice in choices:
             try:
-                timed[choice] = seconds(objective, batch, *choice, device)
+                timed[choice] = seconds(objective, batch, *choice, device, limit=2 * min(timed.values(), default=float("inf")))
             except RuntimeError as error:
                 if choice == choices[0]:
                     raise
