@@ -17,6 +17,7 @@ app = typer.Typer(name="fieldguide", no_args_is_help=True, add_completion=False,
 Json = Annotated[bool, typer.Option("--json", help="Print JSON Lines instead of a table.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A training setting, or model.FIELD, "
                                                   "task.FIELD, column.NAME, role.ROLE. May be given several times.")]
+PARTLY = 3                 # exit code of `predict` where some inputs could not be read
 AllowBad = Annotated[bool, typer.Option("--allow-bad", help="Go on though more than 1 % of the examples are unusable.")]
 
 
@@ -70,14 +71,19 @@ def predict(
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="How to answer, in the task's own "
                                                          "words: temperature, beams, threshold, ...")] = None,
 ) -> None:
-    """Ask a trained network about raw inputs."""
+    """Ask a trained network about raw inputs. One that cannot be read is named on the error output, and the exit code is 3."""
     from fieldguide.progress import print_answers, print_stream
     from fieldguide.run import open_run
     opened, asked = open_run(run), pairs(changes)
     if not as_json and len(inputs or ()) == 1 and (pieces := opened.stream(inputs[0], **asked)) is not None:
         print_stream(pieces)
         return
-    print_answers(stored(opened.predict(list(inputs or ()), **asked), out), as_json, opened.task.notes)
+    answers = stored(opened.predict(list(inputs or ()), **asked), out)
+    print_answers(answers, as_json, opened.task.notes)
+    if wrong := sum("error" in answer for answer in answers):
+        sys.stdout.flush()
+        print(f"fieldguide: {wrong:,} of {len(answers):,} inputs could not be answered.", file=sys.stderr)
+        raise SystemExit(PARTLY)
 
 
 def stored(answers: list[dict[str, Any]], folder: Path | None) -> list[dict[str, Any]]:

@@ -126,6 +126,10 @@ def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Seque
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False))
         return
+    for answer in answers:
+        if "error" in answer:
+            print(f"not answered: {answer['input']}: {answer['error']}", file=sys.stderr)
+    answers = [answer for answer in answers if "error" not in answer]
     shown = [k for k, v in answers[0].items() if not isinstance(v, dict | list)] if answers else []
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in shown:

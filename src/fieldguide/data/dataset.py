@@ -93,6 +93,15 @@ class Manifest:
                 "digest": self.digest}
 
 
+@dataclass(frozen=True)
+class Unread:
+    """An input that cannot be used: how many usable rows stand before it, where it is, and why."""
+
+    before: int
+    place: str
+    why: str
+
+
 @dataclass
 class Data:
     """Examples as a table (`rows`), their schema (`columns`), where they are from, what is wrong with them.
@@ -100,7 +109,7 @@ class Data:
     `splits`, where the source names them (folders train/ val/ test/, or a split column), holds "train", "val"
     or "test" for each row; else it is None and `fieldguide.data.splits` makes them. `context` is what the rows of a
     task's examples refer to beside themselves, such as the whole series of which they are windows. `how` says in words how
-    `splits` came about, where not the source gave them.
+    `splits` came about, where not the source gave them. `unread` names what a lenient reading could not use.
     """
 
     source: str
@@ -111,6 +120,7 @@ class Data:
     splits: np.ndarray | None = None
     context: Any = None
     how: str = ""
+    unread: list[Unread] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.rows.height
@@ -136,7 +146,7 @@ class Data:
         """The same data with these rows only, in this order."""
         index = np.asarray(index)
         return Data(self.source, self.rows[index], self.columns, self.manifest, self.findings,
-                    None if self.splits is None else self.splits[index], self.context, self.how)
+                    None if self.splits is None else self.splits[index], self.context, self.how, self.unread)
 
     def only(self, role: Role) -> Column:
         """The one column of a role. Raises `LookupError` where there is none."""

@@ -37,10 +37,11 @@ class BadData(DataError):
 
 
 def enforce(findings: Sequence[Finding], rows: int, allow_bad: bool = False,
-            source: str = "the data") -> None:
+            source: str = "the data", offer: bool = True) -> None:
     """Raise BadData, listing all that is wrong, for any error or if over 1 % of `rows` examples are unusable.
 
-    `rows` counts the examples before any was left out. `allow_bad` accepts unusable examples, never errors.
+    `rows` counts the examples before any was left out. `allow_bad` accepts unusable examples, never errors; `offer` says
+    whether whoever reads the message can choose it.
     """
     errors = [f for f in findings if f.severity == "error"]
     unusable = sum(f.unusable for f in findings)
@@ -52,8 +53,8 @@ def enforce(findings: Sequence[Finding], rows: int, allow_bad: bool = False,
     if too_many:
         share = 100 * unusable / max(rows, 1)
         head += (f" {unusable:,} of {rows:,} examples are unusable ({share:.1f} %; up to "
-                 f"{100 * TOLERATED:.0f} % would be left out and reported). Mend them, or leave them "
-                 "all out with --allow-bad (in Python: allow_bad=True).")
+                 f"{100 * TOLERATED:.0f} % would be left out and reported). Mend them, or "
+                 + ("leave them all out with --allow-bad (in Python: allow_bad=True)." if offer else "remove them."))
     lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed, 1)]
     raise BadData("\n".join([head, *lines]), findings)
 

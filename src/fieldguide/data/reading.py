@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fieldguide.data.dataset import (
     Kind,
     Manifest,
     Role,
+    Unread,
 )
 from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError, nearest
@@ -38,7 +39,7 @@ NEEDED = ("feature", "user", "item", "series")  # roles without whose columns a 
 def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | None = None,
          schema: Sequence[Column | Mapping[str, Any]] | None = None, group: str | None = None,
          time: str | None = None, roles: Mapping[Role, str] | None = None, wants: Wants | None = None,
-         header: bool | None = None, allow_bad: bool = False, labels_optional: bool = False) -> Data:
+         header: bool | None = None, allow_bad: bool = False, labels_optional: bool = False, lenient: bool = False) -> Data:
     """Read a table, a folder of pictures or texts, a data frame, or a sample by its name, and check it.
 
     `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one
@@ -47,6 +48,8 @@ def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | 
     `schema` (from a trained model) applies known columns exactly: the target may then be absent. With
     `labels_optional` (to predict), rows are kept that have no target or no values. `header` says whether a
     CSV's first line is names; None looks.
+
+    Where it is `lenient`, inputs that cannot be used are named in `Data.unread`, and are an error only if none is left.
 
     Raises DataError, listing every problem with its places and remedy, if the data cannot be used, or if over
     1 % of the examples cannot and `allow_bad` is False. What is dropped below that the manifest counts.
@@ -58,7 +61,7 @@ def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | 
     options = _options(target, header, known, labels_optional)
     raw = _load(where, options)
     asked = {role: column for role, column in {"group": group, "time": time, **(roles or {})}.items() if column}
-    return Reading(name, raw, options, allow_bad, wants or Wants()).run(dict(kinds or {}), known, asked)
+    return Reading(name, raw, options, allow_bad, wants or Wants(), lenient).run(dict(kinds or {}), known, asked)
 
 
 def locate(source: Any) -> tuple[Any, str]:
@@ -90,7 +93,9 @@ def _load(where: Any, options: source.Options) -> source.Raw:
 class Reading:
     """One reading, from the raw table to `Data`; collects findings and the rows that cannot be used."""
 
-    def __init__(self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool, wants: Wants) -> None:
+    def __init__(self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool, wants: Wants,
+                 lenient: bool = False) -> None:
+        self.lenient, self.why = lenient, dict[int, str]()       # of a row that cannot be used
         self.name, self.raw, self.options, self.allow_bad, self.wants = name, raw, options, allow_bad, wants
         self.findings = list(raw.findings)
         self.names = [c for c in raw.rows.columns if c not in BOOKKEEPING]
@@ -132,8 +137,23 @@ class Reading:
         data = self.without_bad()
         if not known:
             data.findings += doctor.check(data, self.wants.checks)
-        doctor.enforce(data.findings, total, self.allow_bad, self.name)
+        doctor.enforce(data.findings, total, self.allow_bad or (self.lenient and len(data) > 0), self.name,
+                       offer=not known)
+        if self.lenient:
+            data.unread = self.unread()
         return data
+
+    def spoil(self, bad: np.ndarray, why: Callable[[int], str]) -> None:
+        """Marks rows as unusable; the first reason holds."""
+        self.why |= {int(i): why(int(i)) for i in np.flatnonzero(bad & ~self.bad)}
+        self.bad |= bad
+
+    def unread(self) -> list[Unread]:
+        """What was left out, in order; last what the reader could not make a row of."""
+        before = np.cumsum(~self.bad)
+        return [Unread(int(before[row]), self.data.place(row), self.why[row]) for row in sorted(self.why)] + [
+            Unread(int((~self.bad).sum()), ", ".join(f.places), f"{f.count:,} x {f.what}" if f.count > 1 else f.what)
+            for f in self.raw.findings if f.unusable]
 
     def find(self, *finding: Any) -> None:
         self.findings.append(Finding(*finding))
@@ -285,7 +305,7 @@ class Reading:
                                  for fact, (attribute, kind) in medium.facts.items() if fact not in rows.columns)
         self.data.rows = rows
         self.findings += symptoms.of_media(self.data, medium, checked, self.bad)
-        self.bad |= bad
+        self.spoil(bad, lambda i: f"{checked[i].problem.replace('-', ' ')} ({checked[i].detail})")
 
     def check_masks(self) -> None:
         """Masks of another size than their picture."""
@@ -298,7 +318,7 @@ class Reading:
             self.find("mask-size", "warning", f"masks of another size than their picture (such as {first[MASK_WIDTH]} x "
                       f"{first[MASK_HEIGHT]} for {first[WIDTH]} x {first[HEIGHT]})", symptoms.places(self.data, other),
                       int(other.sum()), "Export them in the picture's size.", int(other.sum()))
-            self.bad |= other
+            self.spoil(other, lambda i: "mask of another size than its picture")
 
     def report_misfits(self) -> None:
         for typed in self.typed:
@@ -336,7 +356,7 @@ class Reading:
                       f"rows of classes that train does not have: {names[:200]}",
                       symptoms.places(data, new), int(new.sum()), "Add examples to train, or remove these.",
                       int(new.sum()))
-            self.bad |= unknown
+            self.spoil(unknown, lambda i: "class that is not in train")
 
     def check_target(self) -> None:
         target = self.data.target
@@ -347,7 +367,7 @@ class Reading:
             count = int(missing.sum())
             self.find("target-missing", "warning", f"rows without a value of the target {target.name!r}",
                       symptoms.places(self.data, missing), count, "Fill it in or remove the rows.", count)
-            self.bad |= missing
+            self.spoil(missing, lambda i: f"no value of {target.name!r}")
 
     def check_keys(self) -> None:
         """Rows that do not say whose they are."""
@@ -361,7 +381,7 @@ class Reading:
                     self.find("missing-key", "warning", f"rows that do not say which {role} they are of (column "
                               f"{column.name!r})", symptoms.places(self.data, missing), count, "Fill it in or remove the rows.",
                               count)
-                    self.bad |= missing
+                    self.spoil(missing, lambda i, name=column.name: f"no value of {name!r}")
 
     def check_inputs(self) -> None:
         """Rows in which every feature is missing."""
@@ -373,7 +393,7 @@ class Reading:
             count = int(empty.sum())
             self.find("empty-input", "warning", "rows with nothing to learn from: every feature is missing",
                       symptoms.places(self.data, empty), count, "Fill them in or remove the rows.", count)
-            self.bad |= empty
+            self.spoil(empty, lambda i: "every feature is missing")
 
     def without_bad(self) -> Data:
         """The data without unusable rows, which the manifest counts, file by file."""

@@ -18,7 +18,7 @@ import polars as pl
 from fieldguide.card import Card
 from fieldguide.data import read
 from fieldguide.data.batches import Batches
-from fieldguide.data.dataset import FILE, Column, Data, Manifest
+from fieldguide.data.dataset import FILE, Column, Data, Manifest, Unread
 from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError, SettingsError, nearest
 from fieldguide.exhibits import Exhibit
@@ -194,22 +194,36 @@ class Task:
         return None
 
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
-        """Raw inputs for prediction, or for evaluation where the answers must be there too (`answered`)."""
-        data = [self.read_one(source, answered) for source in sources]
-        if not data:
+        """Raw inputs for prediction, or for evaluation where the answers must be there too (`answered`). To predict, one
+        of several sources that cannot be read is named in `Data.unread`."""
+        if not sources:
             raise DataError(f"say what to answer: {self.name} reads {self.reads}.")
+        data, unread, before = [], [], 0
+        for source in sources:
+            try:
+                one = self.read_one(source, answered)
+            except DataError as error:
+                if answered or len(sources) == 1:
+                    raise
+                unread.append(Unread(before, str(source), str(error)))
+                continue
+            unread += [replace(u, before=u.before + before, place=named(one, u.place) if len(sources) > 1 else u.place)
+                       for u in one.unread]
+            before += len(one)
+            data.append(one)
+        if not data:
+            raise DataError("none of these can be read:\n" + "\n".join(f"  - {u.why}" for u in unread))
         if len(data) == 1:
-            return data[0]
+            return replace(data[0], unread=unread)
         files, rows = [], []
         for d in data:               # each file is called as it was asked for: two folders may hold a 1.png each
             rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
-            base = Path(d.source) if Path(d.source).is_dir() else Path(d.source).parent
-            files += [replace(f, path=str(base / f.path)) if Path(d.source).exists() else f for f in d.manifest.files]
+            files += [replace(f, path=named(d, f.path)) for f in d.manifest.files]
         return Data(", ".join(d.source for d in data), pl.concat(rows, how="diagonal_relaxed"), data[0].columns,
-                    Manifest("", files), [f for d in data for f in d.findings])
+                    Manifest("", files), [f for d in data for f in d.findings], unread=unread)
 
     def read_one(self, source: Any, answered: bool) -> Data:
-        data = read(source, schema=self.columns, labels_optional=not answered)
+        data = read(source, schema=self.columns, labels_optional=not answered, lenient=not answered)
         return self.examples(data, self.options) if answered else data
 
     # Reporting
@@ -246,6 +260,12 @@ class Task:
         kind = task(record["task"])
         return kind.restore([Column(**c) for c in record["columns"]], kind.Options(**record["options"]),
                             record["state"], folder)
+
+
+def named(data: Data, place: str) -> str:
+    """A place in data as it is called from where the data was asked for."""
+    base = Path(data.source)
+    return str((base if base.is_dir() else base.parent) / place) if base.exists() else place
 
 
 def laid_over(defaults: Any, changes: Mapping[str, Any], task: str, prefix: str) -> Any:

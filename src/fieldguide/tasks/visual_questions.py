@@ -119,7 +119,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
             if isinstance(source, str | Path) and pl.Series([str(source)]).str.contains(IMAGE_NAME)[0]:
                 raise DataError(f'{source}: say what to ask of the picture: --set question="...".')
             return super().read_one(source, answered)
-        data = read(source, schema=[c for c in self.columns if c.name != self.asked], labels_optional=True)
+        data = read(source, schema=[c for c in self.columns if c.name != self.asked], labels_optional=True, lenient=True)
         data.rows = data.rows.with_columns(pl.lit(self.asking.question).alias(self.asked))
         return data
 

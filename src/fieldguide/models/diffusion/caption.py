@@ -1,6 +1,7 @@
 """Captions for networks that name noise: the layers of the transformer encoder, and one vector of what they read.
 
-Initialisation: as the encoder's; the last layer such that the vector is N(0, 1), as the time and labels beside it are.
+Initialisation: as the encoder's; the last layer 2.5 times as wide as keeps the variance. Captions share most of their words,
+so it is what they differ in that is then about N(0, 1), as the time and labels beside it are.
 Shapes: B batch, T tokens, W width, E width of the vector.
 """
 
@@ -15,6 +16,7 @@ from fieldguide.errors import DataError
 from fieldguide.models.transformer.encoder_classifier import Block, sinusoids
 
 HEADS = 4
+WIDER = 2.5
 
 
 class Caption(nn.Module):
@@ -35,7 +37,7 @@ class Caption(nn.Module):
                     nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.embed.weight, std=width ** -0.5)
-        nn.init.normal_(self.head.weight, std=width ** -0.5)
+        nn.init.normal_(self.head.weight, std=WIDER * width ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:         # B T -> B E
         if tokens.shape[1] > len(self.pos):
