@@ -68,7 +68,7 @@ class ImageSegmentation(Task):
     metrics = (Metric("miou", "max", "mean over classes of the intersection over union", percent=True),
                Metric("pixel_accuracy", "max", "of the pixels right", percent=True),
                Metric("mean_accuracy", "max", "of a class's pixels found, averaged over classes", percent=True))
-    recipe: ClassVar = {"augment": "standard", "weight_decay": 0.01, "ema": 0.99}
+    recipe: ClassVar = {"augment": "light", "weight_decay": 0.01, "ema": 0.99}
     most, fewest = 16, 4
 
     @dataclass(frozen=True)

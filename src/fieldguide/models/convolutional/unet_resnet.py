@@ -99,9 +99,12 @@ CARD = Card(
         "unet-resnet34": Size(params=24_436_369, source="segmentation-models-pytorch"),
         "unet-resnet18": Size(depths=(2, 2, 2, 2), params=14_328_209, source="segmentation-models-pytorch"),
         "unet-resnet50": Size(block="bottleneck", params=32_521_105, source="segmentation-models-pytorch"),
+        # Ours, for CPUs: one block a level of half the width.
+        "unet-resnet-mini": Size(depths=(1, 1, 1, 1), widths=(32, 64, 128, 256), up=(128, 64, 32, 16, 8)),
         "unet-resnet-test": Size(classes=3, block="bottleneck", depths=(1, 2, 1), widths=(4, 6, 8),
                                  up=(10, 8, 6, 4)),
     },
     weights={"smp": SMP},
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "warmup": 0.05},
+    # CamVid in 2.5 minutes of one core: 0.25 mIoU with adamw at 1e-3, 0.23 at 3e-3, 0.33 with muon.
+    recipe={"optimizer": "muon", "lr": 0.02, "momentum": 0.95, "weight_decay": 0.01, "warmup": 0.05},
 )
