@@ -126,6 +126,22 @@ def test_drawn_pictures_score_as_pictures_do():
     assert len({d["map"] for d in draws}) == 3
 
 
+def test_intervals_of_many_pictures_come_from_some(monkeypatch, tmp_path):
+    """Drawn from a quarter of the pictures and made half as wide, they are about as wide as drawn from all."""
+    kind, rng, count = ObjectDetection, np.random.default_rng(2), 240
+    data = kind.examples(read(folder(tmp_path)), kind.Options())
+    task = kind.learn(data, kind.Options())
+    corner = rng.uniform(0, 40, (count, 2, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(8, 30, (count, 2, 2))], -1)
+    truth = {"boxes": boxes, "labels": rng.integers(0, 3, (count, 2)), "crowd": np.zeros((count, 2), dtype=bool)}
+    found = {"boxes": boxes + rng.normal(0, 1.5, boxes.shape), "scores": rng.random((count, 2)),
+             "labels": np.where(rng.random((count, 2)) < 0.8, truth["labels"], rng.integers(0, 3, (count, 2)))}
+    low, high = task.intervals(found, truth)["map"]
+    monkeypatch.setattr("fieldguide.tasks.object_detection.ENOUGH", 60)
+    some = task.intervals(found, truth)["map"]
+    assert sum(some) == pytest.approx(low + high) and 0.6 < (some[1] - some[0]) / (high - low) < 1.6
+
+
 def test_matching_counts_each_once():
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60], [0, 0, 10, 10.0]])
     labels, true = np.array([0, 0, 0, 1]), np.array([[0, 0, 10, 10], [40, 40, 90, 90], [0, 0, 10, 10.0]])

@@ -13,7 +13,15 @@ from fieldguide.data import read, video
 from fieldguide.data.doctor import BadData
 from fieldguide.errors import DataError
 from fieldguide.fitting import fit, read_for
-from fieldguide.tasks.video_generation import VideoGeneration, animated, consistency, motion, psnr
+from fieldguide.tasks.video_generation import (
+    VideoGeneration,
+    animated,
+    around_gap,
+    consistency,
+    decibels,
+    motion,
+    psnr,
+)
 
 
 def strip(path, seed=0, frames=5, side=16, step=1):
@@ -107,6 +115,18 @@ def test_what_judges_see():
     assert psnr(np.zeros(4), np.full(4, 0.2)) == pytest.approx(-10 * np.log10(0.01))
     playing = Image.open(io.BytesIO(animated(np.random.default_rng(0).uniform(-1, 1, (4, 1, 16, 16)))))
     assert playing.n_frames == 4 and playing.format == "WEBP"
+
+
+def test_intervals_of_gaps_and_decibels():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.5, 0.1, 400), rng.normal(0.4, 0.1, 300)
+    low, high = around_gap(a, b)
+    wide = 1.96 * (0.01 / 400 + 0.01 / 300) ** 0.5
+    assert (high - low) / 2 == pytest.approx(wide, rel=0.15) and low < abs(a.mean() - b.mean()) < high
+    assert around_gap(b, a) == pytest.approx((low, high), abs=0.005) and low > 0
+    assert around_gap(a, a[::-1])[0] == 0 and around_gap(a, a[::-1])[1] < 0.02
+    x, y = rng.uniform(-1, 1, (2, 5, 1, 4, 4))
+    assert decibels(x, y) == pytest.approx([psnr(p, q) for p, q in zip(x, y)])
 
 
 def test_a_network_learns_to_film(tmp_path):

@@ -285,23 +285,15 @@ class ImageGeneration(Task):
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """From how scores of halves differ (the jackknife that leaves out half: Shao and Wu 1989): drawing with repeats
-        would put copies into neighbourhoods."""
-        found, rng, whole = self.judged(outputs, truth), np.random.default_rng(0), self.score(outputs, truth)
-        drawn: dict[str, list[float]] = {}
-        for _ in range(20):
-            rows, others = (rng.permutation(len(found[k]))[:len(found[k]) // 2] for k in ("made", "real"))
-            made, real = found["made"][rows], found["real"][others]
-            precision, recall = judges.precision_recall(real, made)
-            for name, value in (("feature_distance", judges.frechet(real, made)), ("precision", precision), ("recall", recall),
-                                ("held_out_loss", float(outputs["loss"][rows].mean()) if "loss" in outputs else np.nan)):
-                drawn.setdefault(name, []).append(value)
-        ranges = {name: (whole[name] - 1.96 * float(np.std(values)), whole[name] + 1.96 * float(np.std(values)))
-                  for name, values in drawn.items()}
-        if "right" in found:
-            ranges["classifier_accuracy"] = wilson(int(found["right"].sum()), len(found["right"]))
-        if "matched" in found:
-            ranges["caption_match"] = wilson(int(found["matched"].sum()), len(found["matched"]))
+        """Over pictures drawn with replacement; of precision and recall from halves."""
+        found = self.judged(outputs, truth)
+        ranges = {"feature_distance": judges.around_distance(found["real"], found["made"])}
+        ranges["precision"], ranges["recall"] = judges.around_precision_recall(found["real"], found["made"])
+        ranges["held_out_loss"] = judges.around_mean(outputs["loss"]) if "loss" in outputs else judges.around_distance(
+            thumbnails(outputs["samples"]), thumbnails(truth["real"]))
+        for name, metric in (("right", "classifier_accuracy"), ("matched", "caption_match")):
+            if name in found:
+                ranges[metric] = wilson(int(found[name].sum()), len(found[name]))
         return ranges
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:

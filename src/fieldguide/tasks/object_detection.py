@@ -35,7 +35,7 @@ SIDE = {"cpu": 320, "mps": 640, "cuda": 640}     # pixels of the longer side, wh
 STEP = 32                                        # sides are multiples of it: the coarsest grid's cells
 SHARE = 0.3                                      # of the memory that decoded pictures may fill
 MOST = 100                                       # boxes that are kept of a picture, as COCO scores them
-REPEATS, ENOUGH = 30, 2000                       # draws for an interval, and pictures above which none is made: it takes long
+REPEATS, ENOUGH = 30, 2000                       # draws for an interval, and pictures that they are made from at most
 
 
 class Framed(Detection):
@@ -224,11 +224,14 @@ class ObjectDetection(Task):
         return {"map": scores["map"], "map50": scores["map50"]}
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """By few draws of pictures, and their normal spread; undefined for many pictures, as the evaluator takes long."""
-        if len(truth["labels"]) > ENOUGH:
-            return {m.name: (float("nan"), float("nan")) for m in self.metrics}
-        drawn, middle = bootstrap(outputs, truth, len(self.names), repeats=REPEATS), self.score(outputs, truth)
-        spread = {name: 1.96 * float(np.std([d[name] for d in drawn], ddof=1)) for name in middle}
+        """By few draws of pictures, and their normal spread. The evaluator takes long, so of many pictures some are drawn from,
+        and the spread is made narrower by the root of how many more there are (the m out of n bootstrap)."""
+        middle, count = self.score(outputs, truth), len(truth["labels"])
+        some = np.sort(np.random.default_rng(0).permutation(count)[:ENOUGH])
+        drawn = bootstrap(*({k: v[some] for k, v in arrays.items()} for arrays in (outputs, truth)), len(self.names),
+                          repeats=REPEATS)
+        narrower = (len(some) / count) ** 0.5
+        spread = {name: 1.96 * narrower * float(np.std([d[name] for d in drawn], ddof=1)) for name in middle}
         return {name: (max(0.0, middle[name] - spread[name]), min(1.0, middle[name] + spread[name])) for name in middle}
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:

@@ -26,7 +26,7 @@ from fieldguide.objectives.noise import Noise
 from fieldguide.tasks import judges
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
 from fieldguide.tasks.image_generation import ImageGeneration, png
-from fieldguide.tasks.supervised import discrete, settled
+from fieldguide.tasks.supervised import discrete, settled, wilson
 from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
 
@@ -182,24 +182,23 @@ class VideoGeneration(ImageGeneration):
         if "samples" in outputs and self.judge is not None:
             scores |= judged_scores(self.judged(outputs, truth))
         if "next" in outputs:
-            error = ((outputs["next"] - truth["real"][:, -1]) ** 2).mean((1, 2, 3)) / 4          # of a range of 1
-            scores["next_frame_psnr"] = float(-10 * np.log10(np.maximum(error, 1e-10)).mean())
+            scores["next_frame_psnr"] = float(decibels(outputs["next"], truth["real"][:, -1]).mean())
         if "loss" in outputs:
             scores["held_out_loss"] = float(outputs["loss"].mean())
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """From how scores of halves differ, as for pictures."""
-        found, rng, whole = self.judged(outputs, truth), np.random.default_rng(0), self.score(outputs, truth)
-        drawn: dict[str, list[float]] = {}
-        for _ in range(20):
-            half = rng.permutation(len(truth["real"]))[:max(2, len(truth["real"]) // 2)]
-            parts = judged_scores({k: v[half] for k, v in found.items() if k != "kept"})
-            rest = {k: outputs[k][half] for k in ("next", "loss") if k in outputs}
-            for name, value in {**parts, **self.score(rest, {k: v[half] for k, v in truth.items()})}.items():
-                drawn.setdefault(name, []).append(value)
-        spread = {name: 1.96 * float(np.std(values)) for name, values in drawn.items()}
-        return {name: (whole[name] - wide, whole[name] + wide) for name, wide in spread.items()}
+        """Over films drawn with replacement."""
+        found, ranges = self.judged(outputs, truth), {}
+        ranges["frame_distance"] = judges.around_distance(found["real"], found["made"])
+        ranges["consistency_gap"] = around_gap(*(consistencies(found[k]) for k in ("made", "real")))
+        if "right" in found:
+            ranges["recognised"] = wilson(int(found["right"].sum()), len(found["right"]))
+        if "next" in outputs:
+            ranges["next_frame_psnr"] = judges.around_mean(decibels(outputs["next"], truth["real"][:, -1]))
+        if "loss" in outputs:
+            ranges["held_out_loss"] = judges.around_mean(outputs["loss"])
+        return ranges
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         rng, label, real = np.random.default_rng(0), self.codes(test), self.whole(test).numpy()
@@ -255,8 +254,26 @@ def judged_scores(found: dict[str, Any]) -> dict[str, float]:
 
 def consistency(features: np.ndarray) -> float:          # N F D
     """Mean cosine of neighbouring frames' features."""
+    return float(consistencies(features).mean())
+
+
+def consistencies(features: np.ndarray) -> np.ndarray:   # N F D -> N
     a, b = features[:, :-1], features[:, 1:]
-    return float(((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-9)).mean())
+    return ((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-9)).mean(1)
+
+
+def around_gap(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:       # N, M
+    """95 % interval of how far two means are apart; it begins at 0 where either may be the larger."""
+    rng = np.random.default_rng(0)
+    gaps = [made[rng.integers(0, len(made), len(made))].mean() - real[rng.integers(0, len(real), len(real))].mean()
+            for _ in range(judges.MEANS)]
+    low, high = np.percentile(gaps, (2.5, 97.5))
+    return 0.0 if low <= 0 <= high else float(min(abs(low), abs(high))), float(max(abs(low), abs(high)))
+
+
+def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:                        # N C S S in -1 .. 1 -> N
+    """Peak signal-to-noise ratio."""
+    return -10 * np.log10(np.maximum(((a - b) ** 2).mean((1, 2, 3)) / 4, 1e-10))
 
 
 def motion(films: Tensor) -> Tensor:                     # N F C S S -> N 3C S S
