@@ -1,5 +1,8 @@
 """Captions for networks that name noise: the layers of the transformer encoder, and one vector of what they read.
 
+The mean over the tokens is not normalised: what all captions share would grow, and what they differ in would be divided by
+it until nothing of it were left.
+
 Initialisation: as the encoder's; the last layer 2.5 times as wide as keeps the variance. Captions share most of their words,
 so it is what they differ in that is then about N(0, 1), as the time and labels beside it are.
 Shapes: B batch, T tokens, W width, E width of the vector.
@@ -27,7 +30,7 @@ class Caption(nn.Module):
         self.embed = nn.Embedding(vocab, dim)
         self.register_buffer("pos", sinusoids(length, dim), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, HEADS, dropout) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, out)
+        self.head = nn.Linear(dim, out)
 
     def reset_parameters(self) -> None:
         width = self.embed.embedding_dim
@@ -47,4 +50,4 @@ class Caption(nn.Module):
         x = self.embed(tokens) * math.sqrt(self.embed.embedding_dim) + self.pos[:tokens.shape[1]]
         for block in self.blocks:
             x = block(x, mask)
-        return self.head(self.norm(masked_mean(x, mask)))
+        return self.head(masked_mean(x, mask))
