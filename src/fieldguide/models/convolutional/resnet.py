@@ -60,7 +60,8 @@ class Basic(nn.Module):
     def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H/stride W/stride
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
+        y += x if self.shortcut is None else self.shortcut(x)        # the normalisation does not need it any more
+        return F.relu(y, inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -82,7 +83,8 @@ class Bottleneck(nn.Module):
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = F.relu(self.norm2(self.conv2(y)), inplace=True)
         y = self.norm3(self.conv3(y))
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
+        y += x if self.shortcut is None else self.shortcut(x)        # the normalisation does not need it any more
+        return F.relu(y, inplace=True)
 
 
 BLOCKS = {"basic": Basic, "bottleneck": Bottleneck}

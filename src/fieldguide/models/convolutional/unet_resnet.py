@@ -34,7 +34,7 @@ class Config:
 def step(inputs: int, outputs: int) -> nn.Sequential:
     """3x3 convolution, normalisation, clip at zero."""
     return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-                                     norm=nn.BatchNorm2d(outputs), act=nn.ReLU()))
+                                     norm=nn.BatchNorm2d(outputs), act=nn.ReLU(inplace=True)))
 
 
 class Up(nn.Module):
@@ -75,7 +75,7 @@ class UNetResNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes H W
-        size, seen = x.shape[2:], [F.relu(self.encoder.stem(x))]
+        size, seen = x.shape[2:], [F.relu(self.encoder.stem(x), inplace=True)]
         x = F.max_pool2d(seen[0], 3, 2, 1)
         for stage in self.encoder.stages:
             seen.append(x := stage(x))
