@@ -14,6 +14,7 @@ environment of its own, beside fieldguide.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class Theirs(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        with suppress(ImportError):
+            import tv  # noqa: F401   mends torchvision, which is asked for
         from neuralforecast.models import PatchTST
         self.model = PatchTST(h=HORIZON, input_size=LENGTH, encoder_layers=3, n_heads=4, hidden_size=16,
                               linear_hidden_size=128, dropout=0.3, fc_dropout=0.3, head_dropout=0.0, attn_dropout=0.0,
