@@ -46,7 +46,9 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None, size) -> Tensor:           # B D H W -> B D' size
         x = F.interpolate(x, size=size, mode="nearest")
-        return self.conv2(self.conv1(x if skip is None else torch.cat([x, skip], 1)))
+        x = x if skip is None else torch.cat([x, skip], 1)
+        x = self.conv1(x)                                # one name, so that no map outlives its use
+        return self.conv2(x)
 
 
 class UNetResNet(nn.Module):
