@@ -256,6 +256,12 @@ def test_a_network_learns_from_outlines(tmp_path):
     assert run.evaluate(str(tmp_path / "data"))["scores"] == pytest.approx(run.scores)
     other = run.evaluate(str(yolo(tmp_path / "other", 20)))                       # the same classes in another form
     assert other["rows"] == 20 and other["scores"]["miou"] > 0.75
+    good = (tmp_path / "other" / "images" / "p003.png").read_bytes()
+    (tmp_path / "other" / "images" / "p003.png").write_bytes(good[:60])
+    with pytest.raises(BadData, match=r"1 of 20 examples are unusable .* Mend them, or remove them"):
+        run.evaluate(str(tmp_path / "other"))
+    assert [("error" in answer) for answer in run.predict([str(tmp_path / "other")])] == [i == 3 for i in range(20)]
+    (tmp_path / "other" / "images" / "p003.png").write_bytes(good)
     (tmp_path / "other" / "data.yaml").write_text("train: images\nnames: [square, beam]\n")
     with pytest.raises(DataError, match="has objects of 'beam', which the network does not know"):
         run.evaluate(str(tmp_path / "other"))
