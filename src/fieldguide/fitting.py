@@ -34,11 +34,12 @@ from fieldguide.train import distributed
 from fieldguide.train.checkpoint import separate, write_atomically
 from fieldguide.train.evaluate import collect
 from fieldguide.train.loop import State, Trainer
-from fieldguide.train.precision import fastest
+from fieldguide.train.precision import fastest, seconds
 from fieldguide.train.settings import Settings
 
 BUDGET = 0.9            # part of the minutes that the planned steps take; the rest is for evaluations and surprises
 CHECKS = 40             # evaluations in a whole run, at most
+ENOUGH = 1000           # steps that a run should have: where time allows fewer, batches are made smaller
 CHECKED = 0.2           # part of the time that they may take
 # Settings that may change when a run is resumed; all others would make it another run.
 CHANGEABLE = {"minutes", "lr", "weight_decay", "clip", "patience", "checkpoint", "workers", "precision", "track"}
@@ -118,8 +119,9 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     network = card.make(config)
     further = {name: settled_part(part, learnt.needs()) for name, part in card.parts.items()}
     objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
-    chosen, seconds, enough = distributed.broadcast(resolve(chosen, objective, batches, len(validation), watch))
-    return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, seconds,
+    chosen, cost, enough = distributed.broadcast(resolve(
+        chosen, objective, batches, len(validation), watch, fewest=chosen.batch if "batch" in training else learnt.fewest))
+    return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, cost,
                 enough, further)
 
 
@@ -411,8 +413,9 @@ def with_batch(settings: Settings, rows: int, fewest: int, most: int) -> Setting
 
 
 def resolve(settings: Settings, objective: Objective, batches: Batches, evaluated: int,
-            watch: Any) -> tuple[Settings, float, int]:
-    """Fills in precision, layout, steps and evaluations by timing real batches.
+            watch: Any, fewest: int) -> tuple[Settings, float, int]:
+    """Fills in precision, layout, steps and evaluations by timing real batches; makes the batch smaller, down to `fewest`
+    examples, where the minutes would hold too few steps.
 
     Returns seconds a step too and, where the minutes decide on the steps, the count that is enough however quick they
     are; else 0.
@@ -421,30 +424,45 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
     if settings.steps and settings.precision != "auto":             # nothing is left to decide
         return settings.with_({"channels_last": bool(settings.channels_last), "evaluate": settings.evaluate or max(
             1, min(settings.steps, max(each, -(-settings.steps // CHECKS))))}), float("nan"), 0
-    index = typical(batches, settings.batch // (settings.accumulate * distributed.world()))
-    started = time.perf_counter()
-    batch = batches.make(index, torch.Generator().manual_seed(0))
-    making = time.perf_counter() - started
+    parts = settings.accumulate * distributed.world()
+    batch, making = timed_batch(batches, settings.batch // parts)
     precision, last, times = settings.precision, bool(settings.channels_last), {}
     chosen, chosen_last, times = fastest(objective, batch, distributed.device(), watch.say)
     if precision == "auto":
         precision = chosen
         last = chosen_last if settings.channels_last is None else last
     step = times.get(f"{precision}{' channels-last' if last else ''}", min(times.values()))
-    seconds = (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1
     watch.say("a step in " + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
               + f": {precision}{', channels-last' if last else ''}")
     steps, checks, most = settings.steps, CHECKS, 0
+    cost = lambda: (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1         # noqa: E731
     if steps is None:
-        steps = max(1, round(each * (settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200)))))
-        if settings.minutes:
-            most = steps
+        epochs = settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200))
+        while True:
+            each = steps_per_epoch(len(batches), settings.batch)
+            steps = most = max(1, round(each * epochs))
+            if not settings.minutes:
+                most = 0
+                break
             limit = 60 * settings.minutes * BUDGET
             check = evaluated / settings.batch * step / 3               # an evaluation costs a third of a step an example
             checks = int(np.clip(CHECKED * limit / check, 1, CHECKS))
-            steps = max(1, min(steps, int(max(limit - checks * check, limit / 2) / seconds)))
+            steps = max(1, min(steps, int(max(limit - checks * check, limit / 2) / cost())))
+            half = settings.batch // parts // 2
+            if steps >= min(ENOUGH, most) or half * parts < fewest:
+                break
+            settings = settings.with_({"batch": half * parts})
+            batch, making = timed_batch(batches, half)
+            step = seconds(objective, batch, precision, last, distributed.device())
     evaluate = settings.evaluate or max(1, min(steps, max(each, -(-steps // checks))))
-    return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), seconds, most
+    return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), cost(), most
+
+
+def timed_batch(batches: Batches, rows: int) -> tuple[dict[str, torch.Tensor], float]:
+    """A typical batch for training, and the seconds that making it took."""
+    index, started = typical(batches, rows), time.perf_counter()
+    batch = batches.make(index, torch.Generator().manual_seed(0))
+    return batch, time.perf_counter() - started
 
 
 def versions() -> dict[str, str]:

@@ -191,6 +191,7 @@ CARD = Card(
         "transformer-test": Size(vocab=30, length=12, dim=16, depth=2, heads=2, hidden=24, dropout=0.0),
     },
     weights={"torch": TORCH},
-    recipe={"optimizer": "adamw", "lr": 7e-4, "weight_decay": 0.0, "beta2": 0.98, "clip": 1.0, "warmup": 0.04,
+    # Multi30k in 2.5 minutes of one core, validation loss: adamw at the paper's rate 5.55, muon 3.62.
+    recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.0, "beta2": 0.98, "clip": 1.0, "warmup": 0.04,
             "smoothing": 0.1},
 )
