@@ -63,7 +63,7 @@ def check() -> str:
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=1, rounds=4))
+    options = begin(arguments(__doc__.splitlines()[0], steps=1, rounds=3))
     torch.manual_seed(0)
     compare(f"U-Net over ResNet-34, {SIDE} x {SIDE}, batch {BATCH}", "pictures", "smp", [
         Pair("training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH),
