@@ -87,7 +87,7 @@ class Matcher(nn.Module):
         return F.normalize(self.said(self.words(torch.cat([tokens, torch.where(second > 0, pairs, 0)], 1))), dim=1)
 
 
-def paired(pictures: Tensor, tokens: Tensor, vocab: int, *, steps: int = 600, seed: int = 0) -> Matcher:
+def paired(pictures: Tensor, tokens: Tensor, vocab: int, *, steps: int = 400, seed: int = 0) -> Matcher:
     """A matcher that learnt which caption (`tokens` N T, 0 = none) belongs to which picture, from real pairs: each finds the
     other among those of its batch; equal captions are one (Radford et al. 2021, arXiv:2103.00020, figure 3)."""
     x, same = small(pictures), torch.unique(tokens, dim=0, return_inverse=True)[1]
@@ -98,7 +98,7 @@ def paired(pictures: Tensor, tokens: Tensor, vocab: int, *, steps: int = 600, se
         optimizer = torch.optim.AdamW(matcher.parameters(), lr=3e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
         for _ in range(steps):
-            rows = torch.randint(len(x), (min(2 * BATCH, len(x)),))
+            rows = torch.randint(len(x), (min(BATCH, len(x)),))
             near = 10 * matcher.picture(x[rows]) @ matcher.caption(tokens[rows]).T
             target = (same[rows][:, None] == same[rows]).float()
             target /= target.sum(1, keepdim=True)
