@@ -144,6 +144,6 @@ CARD = Card(
         "gpt2-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
     },
     weights={"huggingface": HUGGINGFACE, "nanogpt": NANOGPT},
-    recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.05,
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.05,
             "schedule": "linear"},
 )
