@@ -158,6 +158,7 @@ def test_a_judge_of_pairs_learns_and_leaves_chance_alone():
     assert torch.equal(again.caption(tokens), judge.caption(tokens)) and again.vocab == 20
 
 
+@pytest.mark.slow
 def test_pictures_are_made_after_captions(tmp_path):
     run = fit(str(folder(tmp_path / "data", 7)), task="image-generation", out=tmp_path / "run", settings={
         "steps": 180, "batch": 32, "lr": 3e-3, "precision": "float32", "evaluate": 180, "ema": 0.95, "model.dim": 16,
