@@ -149,7 +149,6 @@ class Translation(Typed):
         beams = self.asking.beams
         limits = (mask.sum(1) * 3 // 2 + 10).clamp(max=self.options.length - 1)
         cache = model.new_cache(len(source) * beams, int(limits.max()) + 1)
-        source, mask = source.repeat_interleave(beams, 0), mask.repeat_interleave(beams, 0)
         said, _ = beam_search(lambda tokens: model(source, mask, tokens, cache=cache), cache, begin=self.text.cls,
                               end=self.text.end, beams=beams, most=int(limits.max()), penalty=self.asking.penalty,
                               limits=limits)
