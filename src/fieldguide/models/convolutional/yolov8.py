@@ -206,5 +206,6 @@ CARD = Card(
         "yolov8-test": Size(classes=3, image=33, widths=(4, 6, 8, 10, 12), depths=(1, 2, 1, 1), bins=4),
     },
     weights={"ultralytics": table()},
-    recipe={"optimizer": "adamw", "lr": 4e-3, "weight_decay": 0.01, "warmup": 0.1, "ema": 0.99},
+    # The sample `scattered` in 2.3 minutes: mAP50 .70 with adamw at 4e-3, .93 so.
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01, "warmup": 0.1, "ema": 0.99},
 )
