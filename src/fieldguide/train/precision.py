@@ -41,7 +41,7 @@ def deterministic_kernels() -> Iterator[None]:
 
 
 def seconds(objective: Objective, batch: dict[str, Tensor], precision: str, channels_last: bool,
-            device: torch.device, limit: float = float("inf"), repeats: int = 3, enough: float = 0.3) -> float:
+            device: torch.device, limit: float = float("inf"), repeats: int = 3, enough: float = 0.05) -> float:
     """Fastest of a few forward and backward passes, through every phase, on a copy: at least `repeats`, and quick ones
     for `enough` seconds, so that a moment's load of other work does not decide. Ends at once beyond `limit` seconds."""
     trial = copy.deepcopy(objective).train()
