@@ -167,7 +167,7 @@ def test_options_that_cannot_work(tmp_path):
 
 def test_a_network_learns_to_detect(tmp_path):
     run = fit("scattered", model="yolov8-pico", minutes=2, out=tmp_path / "run", settings={
-        "steps": 170, "precision": "float32", "channels_last": True, "evaluate": 170, "lr": 8e-3, "batch": 12, "ema": 0.9,
+        "steps": 250, "precision": "float32", "channels_last": True, "evaluate": 250, "lr": 0.02, "batch": 8, "ema": 0.9,
         "augment": "none", "model.widths": "(8, 16, 24, 32, 48)", "task.side": 64, "task.classes": "0,1,6"})
     assert run.scores["map50"] > FLOOR and run.scores["map"] > FLOOR / 3
     assert all(b["scores"]["map50"] < 0.05 for b in run.record["scores"]["baselines"])
@@ -179,4 +179,4 @@ def test_a_network_learns_to_detect(tmp_path):
     assert "Precision and recall" in (run.path / "report.html").read_text()
 
 
-FLOOR = 0.15              # mAP50 after a few seconds; the sample's default run reaches several times that
+FLOOR = 0.25              # mAP50 after a few seconds; the sample's default run reaches several times that

@@ -222,9 +222,9 @@ def test_a_network_learns_to_write(tmp_path):
 
 def test_a_network_learns_to_translate(tmp_path):
     run = fit("phrases", minutes=3, model="transformer-mini", out=tmp_path / "run", settings={
-        "steps": 150, "batch": 128, "precision": "float32", "evaluate": 75, "model.dim": 96, "model.depth": 2,
-        "model.dropout": 0.0, "lr": 3e-3})
-    assert run.scores["bleu"] > 60 and run.scores["chrf"] > 60
+        "steps": 90, "batch": 64, "precision": "float32", "evaluate": 45, "model.dim": 96, "model.depth": 2,
+        "model.dropout": 0.0, "lr": 6e-3})
+    assert run.scores["bleu"] > 85 and run.scores["chrf"] > 85
     assert run.record["scores"]["baselines"][0]["scores"]["bleu"] < 20
     answer = run.predict(["The man sees a dog today."], beams=2)[0]
     assert set(answer) == {"input", "text"} and answer["text"].endswith(".")
