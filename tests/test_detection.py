@@ -339,6 +339,7 @@ def learnt(size: str, side: int, steps: int, lr: float, augment: Augment | None 
     return average_precision(found, {"boxes": test[1].numpy(), "labels": test[2].numpy()}, 3)
 
 
+@pytest.mark.slow                                        # test_task_detection.py learns in `make test`
 def test_a_small_network_finds_digits():
     scores = learnt("yolov8n", 64, 150, 8e-3, widths=(8, 12, 24, 32, 48), depths=(1, 1, 1, 1), bins=8)
     assert scores["map50"] > 0.8 and scores["map"] > 0.5

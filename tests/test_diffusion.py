@@ -367,7 +367,8 @@ def digits(side: int) -> tuple[Tensor, Tensor]:
     return nn.functional.pad(x, (rim, rim, rim, rim), value=-1.0), torch.from_numpy(found.target) + 1
 
 
-@pytest.mark.parametrize(("side", "steps"), [(8, 300), pytest.param(16, 1500, marks=pytest.mark.slow)])
+@pytest.mark.slow                                        # test_task_images_made.py does so in `make test`, end to end
+@pytest.mark.parametrize(("side", "steps"), [(8, 300), (16, 1500)])
 def test_learns_to_draw_the_digit_that_is_asked_for(side, steps):
     """A linear classifier of real digits reads what was drawn in 20 steps."""
     from sklearn.linear_model import LogisticRegression

@@ -164,6 +164,7 @@ def centres(video: Tensor) -> Tensor:                    # B F 1 S S -> B F 2: r
     return torch.stack([(bright.sum(3) * place).sum(2) / total, (bright.sum(2) * place).sum(2) / total], -1)
 
 
+@pytest.mark.slow                                        # test_task_video.py films in `make test`
 def test_learns_to_move_the_way_that_is_asked_for():
     video, label = moving(512)
     torch.manual_seed(0)
