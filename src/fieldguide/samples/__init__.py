@@ -22,8 +22,7 @@ VERSION = 1                # of what the makers below write; a change of it make
 @dataclass(frozen=True)
 class Sample:
     """A sample: what it is, the task it is for, its licence, where it is from. `made`: our code derives it
-    from something that was not a data set. `reaches`: what training by itself reached on 2 cores without a GPU, seed 0;
-    `minutes`: how long it takes at most where the user does not say."""
+    from something that was not a data set. `minutes`: how long training takes at most where the user does not say."""
 
     name: str
     task: str
@@ -33,7 +32,6 @@ class Sample:
     made: bool
     target: str
     make: Callable[[Path], None]
-    reaches: str = ""
     minutes: float = 2.5
 
 
