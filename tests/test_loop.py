@@ -166,6 +166,18 @@ def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
     assert loop.runners[0].lr < 1e-3 * loop.settings.lr                          # the rate has come down
 
 
+def test_every_process_follows_the_first_ones_clock(monkeypatch):
+    clock = Clock(monkeypatch, 1.0)                                              # this one's minutes are nearly over
+    loop = Trainer(clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), watch=Silent(),
+                   most=5000)
+    loop.state.step, loop.state.seconds, loop.seen = 50, 59.0, (25, 34.0)
+    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (30.0, 300))
+    assert loop.keep_pace(scored=True) and loop.settings.steps == 300
+    loop.state.step, loop.seen = 75, (50, 59.0)
+    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (-1.0, 76))
+    assert not loop.keep_pace(scored=True) and loop.settings.steps == 300
+
+
 def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, 0.1)
     make = lambda: Trainer(clock.objective(), line(), settled(steps=30, minutes=1, evaluate=25), device=torch.device("cpu"),  # noqa: E731

@@ -211,7 +211,8 @@ class Trainer:
         if not steps or not settings.minutes:
             return False
         goal = (0.9 if not scored else 1.0) * (AIM * 60 * settings.minutes - state.seconds)
-        total = distributed.broadcast(min(state.most, state.step + max(1, int(goal / (seconds / steps)))))
+        total = min(state.most, state.step + max(1, int(goal / (seconds / steps))))
+        goal, total = distributed.broadcast((goal, total))           # clocks differ; all must come to the same
         left, planned = total - state.step, settings.steps - state.step
         self.seen = (state.step, state.seconds)
         if goal <= 0 or planned < 1 or abs(left - planned) <= SLACK * planned or planned < SLACK * settings.steps:
