@@ -173,7 +173,7 @@ def test_every_process_follows_the_first_ones_clock(monkeypatch):
     loop.state.step, loop.state.seconds, loop.seen = 50, 59.0, (25, 34.0)
     monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (30.0, 300))
     assert loop.keep_pace(scored=True) and loop.settings.steps == 300
-    loop.state.step, loop.seen = 75, (50, 59.0)
+    loop.state.step, loop.seen = 75, (50, 34.0)
     monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (-1.0, 76))
     assert not loop.keep_pace(scored=True) and loop.settings.steps == 300
 
