@@ -166,16 +166,31 @@ def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
     assert loop.runners[0].lr < 1e-3 * loop.settings.lr                          # the rate has come down
 
 
+def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and_again(monkeypatch):
+    clock = Clock(monkeypatch, 0.1)
+    objective, said = clock.objective(), []
+    pauses = torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.02     # one step in fifty takes 2.1 s
+    objective.register_forward_pre_hook(lambda *_: setattr(clock, "now", clock.now + 2.0 * bool(pauses[loop.state.step])))
+    watch = Silent()
+    watch.say, watch.replanned = lambda text: None, said.append
+    loop = Trainer(objective, line(), settled(steps=600, minutes=1, evaluate=10), device=torch.device("cpu"),
+                   watch=watch, evaluate=lambda _: {"loss": 1.0 - clock.now}, metric=("loss", "min"), most=5000)
+    state = loop.train()
+    assert 50 < clock.now < 64 and not state.stopped and state.step == loop.settings.steps
+    assert len(said) <= 4
+
+
 def test_every_process_follows_the_first_ones_clock(monkeypatch):
     clock = Clock(monkeypatch, 1.0)                                              # this one's minutes are nearly over
     loop = Trainer(clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), watch=Silent(),
                    most=5000)
-    loop.state.step, loop.state.seconds, loop.seen = 50, 59.0, (25, 34.0)
-    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (30.0, 300))
+    loop.state.step, loop.state.seconds, loop.since = 50, 59.0, (25, 34.0)
+    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (True, 30.0, 300))
     assert loop.keep_pace(scored=True) and loop.settings.steps == 300
-    loop.state.step, loop.seen = 75, (50, 34.0)
-    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (-1.0, 76))
-    assert not loop.keep_pace(scored=True) and loop.settings.steps == 300
+    loop.state.step = 75
+    for answer in ((True, -1.0, 76), (False, 30.0, 600)):
+        monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value, answer=answer: answer)
+        assert not loop.keep_pace(scored=True) and loop.settings.steps == 300
 
 
 def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_path):

@@ -138,7 +138,7 @@ class Trainer:
         self.average = Average(self.kept, settings.ema) if settings.ema else None
         self.state, self.best, self.tracker = State(most=most), None, None
         self.stopping = False
-        self.seen = (0, 0.0)                             # step and seconds when the pace was last looked at
+        self.since, self.looked = (0, 0.0), 0.0          # step and seconds that the pace counts from; seconds at the last look
 
     # What a run goes through
 
@@ -155,7 +155,7 @@ class Trainer:
         self.objective.train()
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
-        self.seen = (state.step, state.seconds)
+        self.since, self.looked = (state.step, state.seconds), 0.0
         with self.signals(), deterministic_kernels():
             while state.step < self.settings.steps and not state.stopped:
                 losses = self.step(stream)
@@ -166,7 +166,7 @@ class Trainer:
                 if scored:
                     self.score()
                     state.seconds = before + time.monotonic() - started
-                if state.most and (scored or state.step in (3, PACED)) and self.keep_pace(scored):
+                if state.most and settings.minutes and (scored or state.step in (3, PACED)) and self.keep_pace(scored):
                     stream = self.stream()
                 if self.agreed(self.stopping):
                     self.save()
@@ -199,28 +199,27 @@ class Trainer:
     def keep_pace(self, scored: bool) -> bool:
         """Counts the steps anew, so that the rate has come down when the minutes are over, and the minutes are used.
 
-        True where the count has changed. The first look allows for evaluations, whose cost is not known yet; the next
-        ones are right after an evaluation and hold what it took.
+        True where the count has changed. A step's time is the mean over all that this process has made, and it is looked
+        at once before the first evaluation, whose cost is not known yet, then whenever twice as much time has gone by
+        as at the last look: one busy moment of the machine changes little, and a few looks suffice.
         """
         settings, state = self.settings, self.state
-        steps, seconds = state.step - self.seen[0], state.seconds - self.seen[1]
-        first = self.seen[0] < PACED                     # of this run or of what is resumed
-        if first and not scored and state.step < PACED:
-            self.seen = (state.step, state.seconds)      # the first steps prepare kernels, and tell nothing
+        if not scored and state.step < PACED:
+            self.since = (state.step, state.seconds)     # the first steps prepare kernels, and tell nothing
             return False
-        if not steps or not settings.minutes:
+        steps, seconds = state.step - self.since[0], state.seconds - self.since[1]
+        goal = (1.0 if scored else 0.9) * (AIM * 60 * settings.minutes - state.seconds)
+        total = min(state.most, state.step + max(1, int(goal * steps / max(seconds, 1e-9))))
+        due, goal, total = distributed.broadcast((seconds >= 2 * self.looked, goal, total))   # clocks differ; all must
+        left, planned = total - state.step, settings.steps - state.step                       # come to the same
+        if not due:
             return False
-        goal = (0.9 if not scored else 1.0) * (AIM * 60 * settings.minutes - state.seconds)
-        total = min(state.most, state.step + max(1, int(goal / (seconds / steps))))
-        goal, total = distributed.broadcast((goal, total))           # clocks differ; all must come to the same
-        left, planned = total - state.step, settings.steps - state.step
-        self.seen = (state.step, state.seconds)
-        if goal <= 0 or planned < 1 or abs(left - planned) <= SLACK * planned or planned < SLACK * settings.steps:
+        self.looked = seconds
+        if goal <= 0 or planned < SLACK * settings.steps or abs(left - planned) <= SLACK * planned:
             return False
         if abs(left - planned) > TOLD * planned:
             self.watch.say(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {settings.steps:,}")
-        evaluate = settings.evaluate if scored else max(1, round(settings.evaluate * total / settings.steps))
-        state.steps, state.evaluate = total, evaluate
+        state.steps, state.evaluate = total, max(1, round(settings.evaluate * total / settings.steps))
         self.replan()
         return True
 
