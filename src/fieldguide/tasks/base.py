@@ -68,6 +68,7 @@ class Task:
     reads: ClassVar[str]                            # in words, for error messages and docs
     takes: ClassVar[tuple[str, ...]]                # card.takes that it can feed
     gives: ClassVar[tuple[str, ...]]                # card.gives that it can use
+    feature: ClassVar[tuple[str, ...]] = ()         # kinds of the one column that an example is, where it is one
     metrics: ClassVar[tuple[Metric, ...]]           # the first is the one to judge a network by
     decides: ClassVar[str] = ""                     # the metric by which training keeps its best weights, where another
     recipe: ClassVar[Mapping[str, Any]] = {}        # training settings laid over the general ones
@@ -88,6 +89,15 @@ class Task:
     def __init__(self, columns: list[Column], options: Any):
         self.columns, self.options, self.asking = columns, options, self.Asking()
         self.notes: list[str] = []                  # what was cut, clipped or guessed, for a person to read
+
+    @property
+    def column(self) -> str:
+        """Name of the one column that an example is."""
+        return next(c.name for c in self.columns if c.kind in self.feature and c.role == "feature")
+
+    @property
+    def target(self) -> Column:
+        return next(c for c in self.columns if c.role == "target")
 
     # Before training
 

@@ -34,6 +34,7 @@ class ImageClassification(Labelled):
     name = "image-classification"
     reads = "a folder of pictures per class, or a table of picture paths and labels"
     takes = ("image", "vector")
+    feature = ("image",)
     recipe: ClassVar = {"augment": "standard", "smoothing": 0.1, "weight_decay": 0.05, "ema": 0.998}
 
     @dataclass(frozen=True)
@@ -68,10 +69,6 @@ class ImageClassification(Labelled):
         flip = options.flip if options.flip is not None else task.mirrors(data)
         task.options = settled(options, side=task.pictures.side, channels=task.pictures.channels, flip=flip)
         return task
-
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind == "image" and c.role == "feature")
 
     def mirrors(self, data: Data, most: int = 1500) -> bool:
         """Whether mirrored pictures may stand for their class: their nearest neighbours must agree about as often as

@@ -55,6 +55,7 @@ class ImageGeneration(Task):
     reads = ("a folder of pictures, maybe a folder per class or a .txt with a caption beside each; or a table of picture "
              "paths, maybe with labels or captions")
     takes = ("noisy", "noise")
+    feature = ("image",)
     gives = ("image",)
     wants = Wants("named", names=CAPTIONS, kinds={"target": said})
     metrics = (Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN that this data taught"),
@@ -138,10 +139,6 @@ class ImageGeneration(Task):
         for row, ids in zip(out, self.text.encode(texts, self.options.length)[0]):
             row[:len(ids)] = ids
         return out
-
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind == "image" and c.role == "feature")
 
     def codes(self, data: Data) -> np.ndarray:
         """Labels from 1 on, N; or the tokens of captions, N T. 0 where there is none."""

@@ -63,6 +63,7 @@ class ImageSegmentation(Task):
     reads = ("pictures with masks of the same name: folders images and masks, maybe below train, val and test; or pictures "
              "with outlines of objects: COCO JSON or YOLO")
     takes = ("image",)
+    feature = ("image",)
     gives = ("mask",)
     wants = Wants("named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*doctor.CHECKS, outlined))
     metrics = (Metric("miou", "max", "mean over classes of the intersection over union", percent=True),
@@ -191,20 +192,12 @@ class ImageSegmentation(Task):
 
     # Pictures as tensors
 
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind == "image" and c.role == "feature")
-
-    @property
-    def target(self) -> str:
-        return next(c.name for c in self.columns if c.role == "target")
-
     def files(self, data: Data) -> tuple[list[str], list[tuple[int, int]]]:
         return data.rows[self.column].to_list(), list(zip(data.rows[WIDTH].to_list(), data.rows[HEIGHT].to_list()))
 
     def masks(self, data: Data) -> list[Mask]:
         """Of each row its mask: a file, or what is to be drawn."""
-        column = data.rows[self.target]
+        column = data.rows[self.target.name]
         if not column.dtype.is_nested():
             return column.to_list()
         values = {name: value for value, name in enumerate(self.names) if value}
@@ -215,7 +208,7 @@ class ImageSegmentation(Task):
         data = super().read_one(source, answered and not drawn)
         if not answered or not drawn:
             return data
-        if self.target not in data.rows.columns or not data.rows[self.target].dtype.is_nested():
+        if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
             raise DataError(f"{data.source}: has no outlines to compare answers with. To ask for answers, use `fieldguide "
                             "predict`.")
         strange = sorted(set(objects(data).filter("drawn")["label"]) - {*self.names, *named(self.options.ignore)})
@@ -239,7 +232,7 @@ class ImageSegmentation(Task):
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, sizes = self.files(data)
-        truth = self.masks(data) if self.target in data.rows.columns else None
+        truth = self.masks(data) if self.target.name in data.rows.columns else None
         canvas = self.canvas.canvas(sizes)
         bytes_ = len(paths) * canvas[0] * canvas[1] * (self.options.channels + 2)
         kept = None
@@ -274,7 +267,7 @@ class ImageSegmentation(Task):
         return Batches(len(paths), make)
 
     def questions(self, data: Data, card: Card) -> Batches:
-        return self.batches(replace(data, rows=data.rows.drop(self.target, strict=False)), card)
+        return self.batches(replace(data, rows=data.rows.drop(self.target.name, strict=False)), card)
 
     def normal(self, pixels: Tensor) -> Tensor:                                  # 0 to 255 -> mean 0, deviation 1
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.canvas.mean, self.canvas.std))

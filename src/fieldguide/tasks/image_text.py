@@ -127,10 +127,6 @@ class ImageText(Pictured):
         return task
 
     @property
-    def target(self) -> Column:
-        return next(c for c in self.columns if c.role == "target")
-
-    @property
     def class_column(self) -> str | None:
         return next((c.name for c in self.columns if c.role == "ignored" and c.kind in ("category", "boolean")
                      and plain(c.name) in TARGETS), None)

@@ -52,6 +52,7 @@ class ObjectDetection(Task):
     name = "object-detection"
     reads = "pictures with boxes: COCO JSON, YOLO (data.yaml, images, labels) or Pascal VOC (Annotations, JPEGImages)"
     takes = ("image",)
+    feature = ("image",)
     gives = ("boxes",)
     wants = Wants("named", names=("objects", "boxes"), kinds={"target": "boxes"})
     metrics = (Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True),
@@ -133,18 +134,10 @@ class ObjectDetection(Task):
 
     # Pictures and boxes as tensors
 
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind == "image" and c.role == "feature")
-
-    @property
-    def target(self) -> str:
-        return next(c.name for c in self.columns if c.role == "target")
-
     def known(self, data: Data) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
         """Of each picture the true boxes (M 4), labels and which are crowds."""
         place, boxes, labels, crowd = {n: i for i, n in enumerate(self.names)}, [], [], []
-        for objects in data.rows[self.target].to_list():
+        for objects in data.rows[self.target.name].to_list():
             objects = [o for o in objects or [] if o["label"] in place]
             boxes.append(np.array([[o[s] for s in SIDES] for o in objects], dtype=np.float32).reshape(-1, 4))
             labels.append(np.array([place[o["label"]] for o in objects], dtype=np.int64))
@@ -168,7 +161,7 @@ class ObjectDetection(Task):
         return self.prepared(data, settings, with_path=False)
 
     def questions(self, data: Data, card: Card) -> Batches:
-        return self.prepared(replace(data, rows=data.rows.drop(self.target, strict=False)), None, with_path=True)
+        return self.prepared(replace(data, rows=data.rows.drop(self.target.name, strict=False)), None, with_path=True)
 
     def prepared(self, data: Data, settings: Settings | None, with_path: bool) -> Batches:
         """`with_path`: the batch tells where its pictures are, so that answers can be drawn into them."""
@@ -176,7 +169,7 @@ class ObjectDetection(Task):
         frame = Letterbox.of(data.rows[WIDTH].to_numpy(), data.rows[HEIGHT].to_numpy(), side)
         kept = images.load(paths, side, channels, fit="pad") if len(paths) * channels * side ** 2 < SHARE * ram() else None
         truth = None
-        if self.target in data.rows.columns and settings is not None:
+        if self.target.name in data.rows.columns and settings is not None:
             boxes, labels, crowd = self.known(data)
             boxes, labels = pad([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
             truth = frame.into(boxes) * (labels >= 0)[..., None], labels
@@ -301,10 +294,10 @@ class ObjectDetection(Task):
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, False)
         if answered:
-            if self.target not in data.rows.columns or not data.rows[self.target].dtype.is_nested():
+            if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
                 raise DataError(f"{data.source}: has no boxes to compare answers with. To ask for answers, use `fieldguide "
                                 "predict`.")
-            seen = {o["label"] for objects in data.rows[self.target].to_list() for o in objects or []}
+            seen = {o["label"] for objects in data.rows[self.target.name].to_list() for o in objects or []}
             if (strange := sorted(seen - set(self.names))) and not self.options.classes:
                 raise DataError(f"{data.source}: has boxes of {', '.join(map(repr, strange[:5]))}, which the network does not "
                                 f"know. It knows: {', '.join(self.names[:20])}. Rename or remove them.")

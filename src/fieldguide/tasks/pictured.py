@@ -37,6 +37,7 @@ PICTURE = "picture"                              # the column that keeps rows of
 class Pictured(Task):
     """A task with one column of pictures and texts beside them."""
 
+    feature = ("image",)
     pictures: Pictures
     text: Text
     median: int                                  # tokens of a training text
@@ -49,10 +50,6 @@ class Pictured(Task):
         group = Column(PICTURE, "identifier", "group", "equal pictures have the same value")
         rows = data.rows.with_columns(pl.col(HASH).alias(PICTURE))
         return replace(data, rows=rows, columns={**data.columns, PICTURE: group})
-
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind == "image" and c.role == "feature")
 
     def learn_inputs(self, data: Data, texts: list[str], extra: int) -> None:
         """Learns pictures and vocabulary; `extra` tokens stand beside those of a text. Settles side, channels, vocab and

@@ -47,6 +47,7 @@ class SpeechRecognition(Task):
     reads = ("recordings with their transcripts: a folder of .wav, .flac, .ogg or .mp3 with a table of file names and "
              "transcripts, or with x.txt beside x.wav; LJ Speech and Common Voice as they are")
     takes = ("speech",)
+    feature = ("audio",)
     gives = ("ctc",)
     wants = Wants("last", names=TRANSCRIPTS, kinds={"target": "text", "feature": "audio"})
     metrics = (Metric("wer", "min", "of the words wrong", percent=True),
@@ -141,14 +142,6 @@ class SpeechRecognition(Task):
             self.notes.append(f"{tight.sum():,} recordings have fewer frames than their transcripts need (such as "
                               f"{data.place(int(np.flatnonzero(tight)[0]))}): they teach nothing (a smaller task.hop, or "
                               "task.pieces=..., makes them fit)")
-
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind == "audio" and c.role == "feature")
-
-    @property
-    def target(self) -> Column:
-        return next(c for c in self.columns if c.role == "target")
 
     def said(self, data: Data) -> list[str]:
         return data.rows[self.target.name].fill_null("").to_list()

@@ -53,10 +53,6 @@ class Answered(Task):
     def restore_target(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    @property
-    def target(self) -> Column:
-        return next(c for c in self.columns if c.role == "target")
-
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
         """Matrices for the linear baseline, learnt on the training rows."""
         raise NotImplementedError

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import polars as pl
 import torch
 
 from fieldguide.card import Card
 from fieldguide.data.batches import Batches
-from fieldguide.data.dataset import LINE, Column, Data
+from fieldguide.data.dataset import Column, Data
 from fieldguide.data.prepare import Text
 from fieldguide.data.prepare.text import suggest_length
 from fieldguide.exhibits import Exhibit, Quote, Quotes
-from fieldguide.samples import SAMPLES
 from fieldguide.tasks.supervised import Labelled, discrete, settled
+from fieldguide.tasks.typed import Typed
 from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
 
@@ -27,7 +26,7 @@ MOST = {"cpu": 256, "mps": 512, "cuda": 512}     # tokens at most, where the use
 TOKENS = 8192         # a step, about, where the user names no batch
 
 
-class TextClassification(Labelled):
+class TextClassification(Typed, Labelled):
     name = "text-classification"
     reads = "a table (CSV, JSON Lines) with a column of text and one of labels, or a folder of .txt files per class"
     takes = ("tokens",)
@@ -64,21 +63,6 @@ class TextClassification(Labelled):
         task.options = settled(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
         task.note_cut(sum(s > task.options.length for s in sizes), len(sizes))
         return task
-
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind == "text" and c.role == "feature")
-
-    def texts(self, data: Data) -> list[str]:
-        return data.rows[self.column].fill_null("").to_list()
-
-    def read_one(self, source: Any, answered: bool) -> Data:
-        if answered or not isinstance(source, str) or path_like(source):
-            return super().read_one(source, answered)
-        data = super().read_one(pl.DataFrame({self.column: [source]}), answered)
-        data.manifest.files[0] = replace(data.manifest.files[0], path=source)      # it is called by what it says
-        data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
-        return data
 
     @property
     def most(self) -> int:
@@ -139,13 +123,6 @@ class TextClassification(Labelled):
     def save(self, folder: Path) -> None:
         super().save(folder)
         self.text.save(folder)
-
-
-def path_like(text: str) -> bool:
-    """Whether a person who typed this means a file, a folder or a sample rather than a text to classify."""
-    if len(text.split()) == 1 and ("/" in text or Path(text).suffix):
-        return True
-    return text in SAMPLES or (0 < len(text) < 256 and Path(text).exists())
 
 
 TASKS = (TextClassification,)

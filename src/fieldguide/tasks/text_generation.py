@@ -46,6 +46,7 @@ class TextGeneration(Typed):
     reads = ("text files, or a table (CSV, JSON Lines) with a column of text, or JSON Lines with conversations "
              "(`messages` of role and content)")
     takes = ("tokens",)
+    feature = ("text", "messages")
     gives = ("tokens",)
     wants = Wants("none", columns={"text": "text"})
     metrics = (Metric("loss", "min", "nats a token"), Metric("perplexity", "min", "tokens to choose among, in effect"),
@@ -131,10 +132,6 @@ class TextGeneration(Typed):
         return task
 
     # Rows as tokens
-
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind in ("text", "messages") and c.role == "feature")
 
     def turns(self, data: Data) -> list[list[tuple[str, str]]]:
         """Each row as (speaker, text) pairs; a plain text has one, of nobody."""

@@ -84,10 +84,6 @@ class Translation(Typed):
                               "are cut there (task.length=... changes that)")
         return task
 
-    @property
-    def target(self) -> Column:
-        return next(c for c in self.columns if c.role == "target")
-
     def translations(self, data: Data) -> list[str]:
         return data.rows[self.target.name].fill_null("").to_list()
 

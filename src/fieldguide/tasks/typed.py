@@ -16,9 +16,7 @@ from fieldguide.tasks.base import Task
 class Typed(Task):
     """A task with one column of text as its input, which may also be given as the text itself."""
 
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind == "text" and c.role == "feature")
+    feature = ("text",)
 
     def texts(self, data: Data) -> list[str]:
         return data.rows[self.column].fill_null("").to_list()

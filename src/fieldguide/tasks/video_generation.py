@@ -42,6 +42,7 @@ class VideoGeneration(ImageGeneration):
     reads = ("a folder of films, maybe a folder per class: MP4 and the like, GIF or WebP, or strips with square frames side by "
              "side; or a table of their paths")
     takes = ("noisy-video",)
+    feature = ("video",)
     gives = ("video",)
     wants = Wants("named", media={"image": "video"})
     metrics = (Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN of this data"),
@@ -80,10 +81,6 @@ class VideoGeneration(ImageGeneration):
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
             task.notes.append(f"{short} films are shorter than {frames} frames: their last frame is repeated")
         return task
-
-    @property
-    def column(self) -> str:
-        return next(c.name for c in self.columns if c.kind == "video" and c.role == "feature")
 
     def needs(self) -> dict[str, Any]:
         return {**super().needs(), "frames": self.options.frames}

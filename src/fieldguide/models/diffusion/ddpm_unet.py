@@ -213,6 +213,7 @@ CARD = Card(
         "ddpm-256": Size(image=256, growth=(1, 1, 2, 2, 4, 4), dropout=0.0, params=113_673_219,
                          source="google/ddpm-celebahq-256"),
         "ddpm-28": Size(image=28, channels=1, dim=32, growth=(1, 2, 2), attend=(7,), groups=8),
+        "ddpm-mini": Size(image=28, channels=1, dim=16, growth=(1, 2, 4), depth=1, attend=(7,), groups=8, dropout=0.0),
         "ddpm-8": Size(image=8, channels=1, dim=32, growth=(1, 2), attend=(4,), groups=8, dropout=0.0),
         "ddpm-unet-test": Size(image=8, channels=2, classes=3, dim=8, growth=(1, 2), depth=1, attend=(4,), groups=4,
                                dropout=0.0),
