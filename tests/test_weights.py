@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fieldguide import weights
-from fieldguide.blocks.renaming import Dropped, Fused, Transposed
+from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Transposed
 from fieldguide.errors import WeightsError
 from fieldguide.registry import cards, create
 
@@ -25,11 +25,12 @@ TABLE = {
     "h.{i}.query.*":             Fused("blocks.{i}.qkv.*", 0, 3),
     "h.{i}.key.*":               Fused("blocks.{i}.qkv.*", 1, 3),
     "h.{i}.value.*":             Fused("blocks.{i}.qkv.*", 2, 3),
+    "scale.{i}":                 Reshaped("blocks.{i}.gamma", here=(-1,), there=(-1, 1, 1)),
     "position_ids":              Dropped("a count from zero"),
 }
 PUBLIC = {
     "wte.weight": (5, 2), "layer3.10.norm.weight": (4,),
-    "h.0.c_attn.weight": (2, 6), "h.0.c_attn.bias": (6,),
+    "h.0.c_attn.weight": (2, 6), "h.0.c_attn.bias": (6,), "scale.1": (4, 1, 1),
     **{f"h.12.{part}.{kind}": shape for part in ("query", "key", "value")
        for kind, shape in (("weight", (3, 2)), ("bias", (3,)))},
 }
@@ -59,13 +60,21 @@ def test_translate_in_and_out():
     theirs = state(PUBLIC)
     ours = weights.translate({**theirs, "position_ids": torch.arange(3)}, TABLE)
     assert ours.keys() == {"embed.weight", "blocks.2.10.norm.weight", "blocks.0.attn.weight",
-                           "blocks.0.attn.bias", "blocks.12.qkv.weight", "blocks.12.qkv.bias"}
+                           "blocks.0.attn.bias", "blocks.1.gamma", "blocks.12.qkv.weight", "blocks.12.qkv.bias"}
     assert torch.equal(ours["blocks.2.10.norm.weight"], theirs["layer3.10.norm.weight"])
     assert torch.equal(ours["blocks.0.attn.weight"], theirs["h.0.c_attn.weight"].T)
     assert torch.equal(ours["blocks.12.qkv.weight"][3:6], theirs["h.12.key.weight"])
+    assert torch.equal(ours["blocks.1.gamma"], theirs["scale.1"].flatten())
     back = weights.translate(ours, TABLE, reverse=True)
     theirs["layer3.10.norm.gamma"] = theirs.pop("layer3.10.norm.weight")     # the first row counts
     assert equal(back, theirs)
+
+
+def test_a_tensor_that_has_no_room_in_the_shape_is_said():
+    table = {"a": Reshaped("b", here=(3, -1), there=(3, -1, 1))}
+    assert weights.translate({"a": torch.zeros(3, 2, 1)}, table)["b"].shape == (3, 2)
+    with pytest.raises(WeightsError, match=r"a \(4\) cannot be read in the shape \(3, -1\) of b"):
+        weights.translate({"a": torch.zeros(4)}, table)
 
 
 def test_numbers_below_zero_do_not_match():
@@ -86,7 +95,7 @@ def test_translate_lists_all_that_it_does_not_know():
     with pytest.raises(WeightsError) as error:
         weights.translate({**theirs, "one": torch.zeros(1), "two.weight": torch.zeros(1)}, TABLE)
     text = str(error.value)
-    assert "2 of 11 names" in text and "unknown: one" in text and "unknown: two.weight" in text
+    assert "2 of 12 names" in text and "unknown: one" in text and "unknown: two.weight" in text
     assert "blocks.12.qkv.bias is made of 3 tensors, the file has only h.12.query.bias, h.12.value" in text
 
 
@@ -103,7 +112,7 @@ def test_two_names_for_one_tensor_must_agree():
 def test_every_table_covers_its_network_both_ways(name, origin):
     model = create(cards()[name].tiny)
     theirs = public(model, origin)
-    assert equal(weights.translate(theirs, cards()[name].weights[origin]), model.state_dict())
+    assert equal(weights.translate(theirs, weights.tables(model)[origin]), model.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------ files

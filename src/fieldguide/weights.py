@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fieldguide.blocks.renaming import Dropped, Fused, Row, Transposed
+from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Row, Transposed
 from fieldguide.errors import WeightsError, nearest
 
 State = Mapping[str, Tensor]
@@ -84,6 +85,19 @@ def _ours(row: Row) -> str | None:
     return row if isinstance(row, str) else getattr(row, "ours", None)
 
 
+def _turned(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
+    """The tensor as it lies on our side or on theirs."""
+    if isinstance(row, Reshaped):
+        return tensor.reshape(getattr(row, side))
+    return tensor.mT if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
+
+
+def _holds(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a shape, in which one length may be open, has room for exactly this tensor."""
+    known = math.prod(length for length in shape if length != -1)
+    return tensor.numel() % known == 0 if -1 in shape else tensor.numel() == known
+
+
 @dataclass
 class _Translated:
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -112,8 +126,10 @@ def _inwards(state: State, table: Table) -> _Translated:
         ours = _fill(_ours(row), values)
         if isinstance(row, Fused):
             parts.setdefault((ours, row.parts), {})[row.part] = (name, tensor)
+        elif isinstance(row, Reshaped) and not _holds(tensor, row.here):
+            done.faults.append(f"{name} ({_shape(tensor)}) cannot be read in the shape {row.here} of {ours}")
         else:
-            done.put(ours, tensor.mT if isinstance(row, Transposed) and tensor.ndim == 2 else tensor, name)
+            done.put(ours, _turned(tensor, row, "here"), name)
     for (ours, count), found in parts.items():
         names = ", ".join(found[i][0] for i in sorted(found))
         tensors = [found[i][1] for i in sorted(found)]
@@ -139,8 +155,7 @@ def _outwards(state: State, table: Table) -> _Translated:
                 done.put(_fill(public, values), tensor.chunk(row.parts)[row.part], name)
         else:
             public, row, values = hits[0]
-            done.put(_fill(public, values), tensor.mT if isinstance(row, Transposed) and tensor.ndim == 2
-                     else tensor, name)
+            done.put(_fill(public, values), _turned(tensor, row, "there"), name)
     return done
 
 
@@ -233,7 +248,8 @@ def _tensors(content: object, where: str) -> dict[str, Tensor]:
 def tables(model: nn.Module) -> dict[str, Table]:
     """The tables of public names of a network's card, by origin."""
     from fieldguide.registry import cards
-    return dict(next((card.weights for card in cards().values() if card.model is type(model)), {}))
+    found = next((card.weights for card in cards().values() if card.model is type(model)), {})
+    return {origin: table(model.config) if callable(table) else table for origin, table in found.items()}
 
 
 def _prefixed(state: State) -> list[State]:

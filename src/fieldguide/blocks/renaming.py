@@ -2,6 +2,7 @@
 
 A table maps public names to ours, one row a name: `"layer{s+1}.{b}.bn{k}.*": "stages.{s}.{b}.norm{k}.*"`.
 `{s}` stands for a number, `{s+1}` for that number plus one, `*` for one part of a name without dots.
+Where public names count layers in a way that depends on depths, a card holds a function from its config to the table.
 """
 
 from __future__ import annotations
@@ -14,6 +15,15 @@ class Transposed:
     """The public tensor with its two axes swapped, such as the Conv1D of GPT-2."""
 
     ours: str
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """The public tensor holds the same numbers in the same order in another shape; one length of each may be -1."""
+
+    ours: str
+    here: tuple[int, ...]                                # shape of ours
+    there: tuple[int, ...]                               # shape of the public tensor
 
 
 @dataclass(frozen=True)
@@ -32,4 +42,4 @@ class Dropped:
     why: str
 
 
-Row = str | Transposed | Fused | Dropped
+Row = str | Transposed | Reshaped | Fused | Dropped
