@@ -31,6 +31,11 @@ TAKES: dict[str, tuple[str, ...]] = {
     "speech": ("features", "lengths"),      # B T F float: log-mel, B int64: real frames of each row
 }
 
+# What it may take after that, or do without: `forward` has None for it.
+ALSO: dict[str, str] = {
+    "segments": "B T int64: 0 for tokens of a first text, 1 for those of a second in the same row",
+}
+
 # What it gives back.
 GIVES: dict[str, str] = {
     "label": "logits B ... classes; axes between B and classes are members of an ensemble",
@@ -38,6 +43,10 @@ GIVES: dict[str, str] = {
     "vector": "B F float",
     "score": "B 1 float: how real the input looks",
     "tokens": "logits B T vocab of the token that follows each",
+    "words": "logits B T vocab of the token AT each place, for tokens that are hidden; `model.features(...)` B T D then "
+             "`model.say(...)` ... D are its two halves, so that nothing is said of places where nobody asks",
+    "labels": "logits B T classes of every token",
+    "span": "logits B T 2: of each token as the first of an answer, and as its last",
     "mask": "logits B classes H W of every pixel",
     "image": "B C H W float",
     "boxes": "B A 4R+classes: at each of A points in the middle of grid cells, of the finest grid first, row by row, R "
@@ -89,7 +98,7 @@ class Card:
     paper: str
     year: int
     takes: str
-    gives: str
+    gives: str | tuple[str, ...]
     sizes: Mapping[str, Size]
     names: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]] = field(default_factory=dict)
@@ -97,12 +106,17 @@ class Card:
     adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     build: Callable[[Any], Any] | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.takes not in TAKES:
             raise ValueError(f"card {self.name!r}: takes={self.takes!r} is none of {sorted(TAKES)}")
-        if self.gives not in GIVES:
-            raise ValueError(f"card {self.name!r}: gives={self.gives!r} is none of {sorted(GIVES)}")
+        if strange := [given for given in self.answers if given not in GIVES]:
+            raise ValueError(f"card {self.name!r}: gives={strange[0]!r} is none of {sorted(GIVES)}")
+        if strange := [name for name in self.also if name not in ALSO]:
+            raise ValueError(f"card {self.name!r}: also={strange[0]!r} is none of {sorted(ALSO)}")
+        if len(self.answers) > 1 and not self.accepts("gives"):
+            raise ValueError(f"card {self.name!r} gives several things, so its config must have a field `gives`")
 
     @property
     def family(self) -> str:
@@ -113,6 +127,16 @@ class Card:
     def inputs(self) -> tuple[str, ...]:
         """Names of the batch tensors that `forward` takes, in order."""
         return TAKES[self.takes]
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All that it can give, one at a time; the first is what its bare name gives."""
+        return (self.gives,) if isinstance(self.gives, str) else tuple(self.gives)
+
+    @property
+    def framed(self) -> bool:
+        """Whether rows of tokens begin with a class token and each text in them ends with a separator, as BERT's do."""
+        return "words" in self.answers
 
     @property
     def tiny(self) -> str:
@@ -149,6 +173,8 @@ class Card:
             kind, words = KINDS.get(known[name].partition("[")[0], (object, ""))
             if not isinstance(value, kind) or (kind is Integral and value < 0):
                 raise TypeError(f"{self.name}: {key}={value!r} is not {words}")
+            if name == "gives" and value not in self.answers:
+                raise TypeError(f"{self.name} cannot give {value!r}; it gives {', '.join(self.answers)}")
             values[name] = value
         return self.config(**values)
 

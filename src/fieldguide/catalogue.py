@@ -19,13 +19,13 @@ def list_models(glob: str = "*", *, family: str | None = None, task: str | None 
     if task is None:
         return names
     kind = task_named(task)
-    return [n for n in names if registry.card(n).takes in kind.takes and registry.card(n).gives in kind.gives]
+    return [n for n in names if registry.card(n).takes in kind.takes and set(registry.card(n).answers) & set(kind.gives)]
 
 
 def tasks_of(name: str) -> list[str]:
     """Tasks that a model can be trained for here."""
     card = registry.card(name)
-    return [t.name for t in tasks().values() if card.takes in t.takes and card.gives in t.gives]
+    return [t.name for t in tasks().values() if card.takes in t.takes and set(card.answers) & set(t.gives)]
 
 
 @dataclass
@@ -73,7 +73,7 @@ def show(name: str, **overrides: Any) -> Description:
     own = measure.parameters(model) - sum(parts.values())
     return Description(
         name=size, architecture=card.name, family=card.family, summary=card.summary, new=card.new, paper=card.paper,
-        year=card.year, takes=card.takes, gives=card.gives, tasks=tasks_of(name), config=asdict(config),
+        year=card.year, takes=card.takes, gives=" or ".join(card.answers), tasks=tasks_of(name), config=asdict(config),
         parameters=measure.parameters(model), published=None if overrides else card.sizes[size].params,
         multiply_adds=measure.multiply_adds(card.name, config), inputs=", ".join(shape(x) for x in inputs),
         sizes=sizes(card), parts=parts | ({"(own)": own} if own > 0 else {}), layers=layers(model, inputs))

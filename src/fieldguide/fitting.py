@@ -107,7 +107,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
                     machine=distributed.broadcast(measure.machine()), model=model)
     card, size = registry.find(advice.best.name)
     try:
-        config = configured(card, size, learnt.needs(), of_model)
+        config = configured(card, size, {"gives": kind.gives, **learnt.needs()}, of_model)
     except TypeError as error:
         raise SettingsError(f"--set model.…: {error}") from None
     watch.chose(advice, config)

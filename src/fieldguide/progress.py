@@ -173,7 +173,7 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
     for name in names:
         card, size = registry.find(name)
         rows.append({"name": name, "parameters": card.sizes[size].params, "family": card.family, "takes": card.takes,
-                     "gives": card.gives, "year": card.year, "paper": card.paper, "summary": card.summary})
+                     "gives": " or ".join(card.answers), "year": card.year, "paper": card.paper, "summary": card.summary})
     if as_json:
         for row in rows:
             print(json.dumps(row))

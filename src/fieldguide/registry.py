@@ -58,7 +58,7 @@ def names(glob: str = "*", *, family: str | None = None, takes: str | None = Non
     return [size for c in cards().values() for size in c.sizes
             if fnmatch.fnmatch(size, glob)
             and (tests or size != c.tiny)
-            and family in (None, c.family) and takes in (None, c.takes) and gives in (None, c.gives)]
+            and family in (None, c.family) and takes in (None, c.takes) and gives in (None, *c.answers)]
 
 
 def create(name: str, **overrides: Any):

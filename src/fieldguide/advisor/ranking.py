@@ -84,12 +84,16 @@ def speaks_of(rule: Mapping[str, Any], card: Card) -> bool:
 
 
 def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping[str, Any] = {}) -> Any:
-    """The config of a size for data with these needs, then the user's own changes. Raises `TypeError`, and `SettingsError`
-    for a network that reads no text where the data has some."""
+    """The config of a size for data with these needs, then the user's own changes. Of what a task can use (`gives`, names
+    in the order of its liking), a network with several heads gets the first that it can give. Raises `TypeError`, and
+    `SettingsError` for a network that reads no text where the data has some."""
     if needs.get("vocab") and not card.accepts("vocab"):
         raise SettingsError(f"{card.name} reads no text, and this data has captions or the like")
     adapted = card.adapt(needs) if card.adapt else {}
-    return card.settle(size, **{k: v for k, v in needs.items() if card.accepts(k)}, **adapted | dict(changes))
+    needs = {k: v for k, v in needs.items() if card.accepts(k)}
+    if "gives" in needs:
+        needs["gives"] = next(given for given in needs["gives"] if given in card.answers)
+    return card.settle(size, **needs | dict(adapted) | dict(changes))
 
 
 def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[str, ...], gives: tuple[str, ...],
@@ -102,7 +106,7 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
     machine = machine or measure.machine()
     speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
     options: list[Option] = []
-    able = [n for n in registry.names() if registry.card(n).takes in takes and registry.card(n).gives in gives]
+    able = [n for n in registry.names() if registry.card(n).takes in takes and set(registry.card(n).answers) & set(gives)]
     if model != "auto":
         able = [refuse_unable(model, able)]
     for name in able:
@@ -110,7 +114,7 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
         option = Option(size, card.name)
         options.append(option)
         try:
-            config = configured(card, size, needs)
+            config = configured(card, size, {"gives": gives, **needs})
             with torch.device("meta"):
                 option.parameters = measure.parameters(card.make(config))
             option.multiply_adds = measure.multiply_adds(card.name, config, length=facts.get("tokens", 64),
@@ -168,7 +172,7 @@ def refuse_unable(model: str, able: list[str]) -> str:
     card, size = registry.find(model)
     if size not in [*able, card.tiny]:
         others = sorted({registry.card(n).name for n in able})
-        raise SettingsError(f"{model} takes {card.takes} and gives {card.gives}, which this task cannot use. Networks "
+        raise SettingsError(f"{model} takes {card.takes} and gives {' or '.join(card.answers)}, which this task cannot use. Networks "
                             f"that can: {', '.join(others)}.")
     return size
 
