@@ -74,6 +74,7 @@ class Plan:
     objective: Objective
     batches: Batches                  # training examples
     validation: Batches
+    scored: np.ndarray                # validation rows that these are
     seconds_a_step: float = 0.0
     most: int = 0                     # where the minutes decide on the steps: so many are enough
     further: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)      # networks beside the one that answers
@@ -113,7 +114,10 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     watch.chose(advice, config)
     chosen = Settings().with_(kind.recipe).with_(card.recipe).with_(training)
     batches = learnt.lessons(source.take(parts.train), card, chosen)
-    validation = learnt.batches(source.take(parts.validation), card, chosen)
+    scored = drawn(parts.validation, learnt.validated, seed)
+    if len(scored) < len(parts.validation):
+        watch.say(f"scored while it learns: {len(scored):,} of the {len(parts.validation):,} validation rows, drawn by chance")
+    validation = learnt.batches(source.take(scored), card, chosen)
     chosen = with_batch(chosen, len(batches), learnt.fewest, learnt.most)
     torch.manual_seed(seed)
     network = card.make(config)
@@ -121,8 +125,8 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
     chosen, cost, enough = distributed.broadcast(resolve(
         chosen, objective, batches, len(validation), watch, fewest=chosen.batch if "batch" in training else learnt.fewest))
-    return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, cost,
-                enough, further)
+    return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, scored,
+                cost, enough, further)
 
 
 def settled_part(name: str, needs: Mapping[str, Any]) -> tuple[Card, str, Any]:
@@ -219,6 +223,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
             parts = Splits(saved["train"], saved["validation"], saved["test"], run.record["data"]["split"]["how"])
         task, card = run.task, run.card
         source = task.examples(source, task.options)
+        scored = drawn(parts.validation, task.validated, chosen.seed)
         watch.found(source, type(task), run.record["choice"]["why"])
         torch.manual_seed(chosen.seed)
         network = run.fresh()
@@ -226,7 +231,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
                     network.config if hasattr(network, "config") else None, chosen,
                     task.objective(network, card, chosen, **run.fresh_parts()),
                     task.lessons(source.take(parts.train), card, chosen),
-                    task.batches(source.take(parts.validation), card, chosen),
+                    task.batches(source.take(scored), card, chosen), scored,
                     most=run.record["cost"].get("most_steps", 0))
         run.record["settings"] = chosen.to_dict()
         return train_and_test(run.path, run.record, plan, watch, resume=True)
@@ -235,7 +240,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
 def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
     """The loop for a plan, scoring on its validation part."""
     task, metric, device = plan.task, plan.task.deciding(), distributed.device()
-    truth = task.truth(plan.source.take(plan.parts.validation))
+    truth = task.truth(plan.source.take(plan.scored))
 
     def evaluate(objective: Objective) -> dict[str, float]:
         if folder and distributed.rank() == 0:
@@ -252,7 +257,7 @@ def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
 def train(plan: Plan, loop: Trainer) -> State:
     """Trains, then calibrates on the validation part."""
     state = loop.train()
-    rows = plan.source.take(plan.parts.validation)
+    rows = plan.source.take(plan.scored)
     plan.task.calibrate(raw_answer(plan, rows), plan.task.truth(rows))
     return state
 
@@ -289,9 +294,8 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     from safetensors.torch import save as pack
 
     from fieldguide.studio import pages
-    task, test = plan.task, plan.parts.test
-    if task.tested and len(test) > task.tested:
-        test = np.sort(np.random.default_rng(plan.settings.seed).permutation(test)[:task.tested])
+    task = plan.task
+    test = drawn(plan.parts.test, task.tested, plan.settings.seed)
     held, rows = plan.source.take(test), plan.source.take(plan.parts.train)
     share = "" if len(test) == len(plan.parts.test) else f" of {len(plan.parts.test):,}, drawn by chance"
     watch.say(f"testing on {len(held):,} examples{share} that no step of training has seen")
@@ -456,6 +460,11 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
             step = seconds(objective, batch, precision, last, distributed.device())
     evaluate = settings.evaluate or max(1, min(steps, max(each, -(-steps // checks))))
     return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), cost(), most
+
+
+def drawn(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    """At most so many rows, drawn by chance; all where `most` is None."""
+    return rows if most is None or len(rows) <= most else np.sort(np.random.default_rng(seed).permutation(rows)[:most])
 
 
 def timed_batch(batches: Batches, rows: int) -> tuple[dict[str, torch.Tensor], float]:

@@ -84,6 +84,7 @@ class Task:
 
     most = 256                                      # examples a step, where the user names no batch
     fewest = 16                                     # and at least, where there are so many
+    validated: int | None = None                    # validation rows that are scored while training, where that takes long
     tested: int | None = None                       # test rows that are asked at most, where answers take long
 
     def __init__(self, columns: list[Column], options: Any):

@@ -37,6 +37,7 @@ SIDES = (8, 16, 24, 28, 32, 48, 64)              # sides that pictures are broug
 MOST = {"cpu": 32, "mps": 64, "cuda": 64}        # pixels a side, where the user names none
 MEMORY = 0.3                                     # of the machine's, that decoded pictures may fill
 NEEDED = 10_000                                  # training pictures that judges learn from, at most
+LESSONS = 800                                    # steps of the CNN that learns from made pictures alone
 JUDGES = ("judge", "motion", "matcher")
 GRID = 16                                        # pictures of a sheet
 LONGEST = 64                                     # tokens of a caption at most, where the user names no length
@@ -68,7 +69,7 @@ class ImageGeneration(Task):
                Metric("held_out_loss", "min", "on held-out pictures: error of the named noise; a GAN's distance of thumbnails"))
     decides = "held_out_loss"
     recipe: ClassVar = {"patience": 0}
-    tested = 1000
+    validated, tested = 500, 1000
     most, fewest = 64, 16
 
     @dataclass(frozen=True)
@@ -256,7 +257,8 @@ class ImageGeneration(Task):
             made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(truth["real"])
             found: dict[str, Any] = {"made": judges.seen(self.judge, made), "real": judges.seen(self.judge, real)}
             if self.labels:
-                pupil = judges.taught(made, torch.from_numpy(outputs["label"].astype(np.int64)) - 1, len(self.labels))
+                asked = torch.from_numpy(outputs["label"].astype(np.int64)) - 1
+                pupil = judges.taught(made, asked, len(self.labels), steps=LESSONS)
                 found["right"] = judges.seen(pupil, real, answer=True) == truth["label"] - 1
             if self.matcher is not None:
                 found["matched"] = judges.picked(self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)),
@@ -392,7 +394,7 @@ class ImageGeneration(Task):
             self.text.save(folder)
         for name in JUDGES:
             if (judge := getattr(self, name)) is not None:
-                save_file(judge.state_dict(), folder / f"{name}.safetensors")
+                save_file({k: t.contiguous() for k, t in judge.state_dict().items()}, folder / f"{name}.safetensors")
 
 
 def thumbnails(pictures: np.ndarray) -> np.ndarray:      # N C S S -> N C * 64

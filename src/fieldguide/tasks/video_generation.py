@@ -51,7 +51,7 @@ class VideoGeneration(ImageGeneration):
                Metric("consistency_gap", "min", "difference to real films in how alike neighbouring frames look"),
                Metric("next_frame_psnr", "max", "decibels between the next frame as told from those before it and as it was"),
                Metric("held_out_loss", "min", "error of the named noise on held-out films"))
-    tested = 100
+    validated, tested = 100, 100
     most, fewest = 32, 8
 
     @dataclass(frozen=True)

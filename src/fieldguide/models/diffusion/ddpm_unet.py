@@ -4,6 +4,8 @@ New here: one network serves all noise levels, told by sinusoids of the time tha
 little of the named noise a thousand times turns noise into pictures. It is a U-Net of residual blocks with group
 normalisation, that looks across the whole picture where its side is 16. A label, if any, is added to the time; so is
 what a small transformer reads in a caption, the mean over its tokens (as GLIDE adds its last token's, arXiv:2112.10741).
+With `patch` above 1 squares of pixels enter and leave as one: small machines spend their time where networks are wide
+(Hoogeboom et al. 2023, arXiv:2301.11093, section 3.2).
 
 Initialisation: Glorot uniform, zero biases; what ends a residual path or the network starts near zero (appendix B's
 code); labels and captions N(0, 1), as heavy as the time, or they are learnt late.
@@ -31,6 +33,7 @@ class Config:
     channels: int = 3                                    # C
     image: int = 32                                      # side of the pictures it is made for
     classes: int = 0                                     # labels 1 .. classes; 0 means none
+    patch: int = 1                                       # pixels a side that become one, of so many more channels
     dim: int = 128
     growth: tuple[int, ...] = (1, 2, 2, 2)               # width of each level, times dim
     depth: int = 2                                       # blocks a level
@@ -115,12 +118,13 @@ class DDPMUNet(nn.Module):
         self.time1, self.time2 = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, 4 * c.dim)
         self.label = nn.Embedding(c.classes + 1, 4 * c.dim) if c.classes else None
         self.caption = Caption(c.vocab, c.length, c.words, c.layers, 4 * c.dim, c.dropout) if c.vocab else None
-        self.conv_in = nn.Conv2d(c.channels, c.dim, 3, padding=1)
+        pixels, side = c.channels * c.patch ** 2, c.image // c.patch
+        self.conv_in = nn.Conv2d(pixels, c.dim, 3, padding=1)
         last, dim, skips = len(widths) - 1, c.dim, [c.dim]
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             resize = nn.Conv2d(width, width, 3, 2) if i < last else None
-            self.down.append(Level(c, [dim] + [width] * (c.depth - 1), width, c.image >> i in c.attend, resize))
+            self.down.append(Level(c, [dim] + [width] * (c.depth - 1), width, side >> i in c.attend, resize))
             skips += [width] * (c.depth + (i < last))
             dim = width
         self.mid = Middle(c, dim)
@@ -128,9 +132,9 @@ class DDPMUNet(nn.Module):
         for i, width in reversed(list(enumerate(widths))):
             inputs = [(dim if j == 0 else width) + skips.pop() for j in range(c.depth + 1)]
             resize = nn.Conv2d(width, width, 3, padding=1) if i else None
-            self.up.append(Level(c, inputs, width, c.image >> i in c.attend, resize))
+            self.up.append(Level(c, inputs, width, side >> i in c.attend, resize))
             dim = width
-        self.norm, self.conv_out = norm(c, dim), nn.Conv2d(dim, c.channels, 3, padding=1)
+        self.norm, self.conv_out = norm(c, dim), nn.Conv2d(dim, pixels, 3, padding=1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -157,11 +161,12 @@ class DDPMUNet(nn.Module):
         return x + self.label(torch.zeros_like(time, dtype=torch.int64) if label is None else label)
 
     def forward(self, image: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:   # B C H W, B, B (T) -> B C H W
-        if any(side % (1 << len(self.down) - 1) for side in image.shape[2:]):
+        patch = self.config.patch
+        if any(side % (patch << len(self.down) - 1) for side in image.shape[2:]):
             raise DataError(f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be halved "
-                            f"{len(self.down) - 1} times: choose multiples of {1 << len(self.down) - 1}")
+                            f"{len(self.down) - 1} times: choose multiples of {patch << len(self.down) - 1}")
         time = self.condition(time, label)
-        x = self.conv_in(image)
+        x = self.conv_in(F.pixel_unshuffle(image, patch))
         seen = [x]
         for level in self.down:
             for i in range(len(level.blocks)):
@@ -174,7 +179,7 @@ class DDPMUNet(nn.Module):
                 x = level(i, torch.cat([x, seen.pop()], 1), time)
             if level.resize is not None:
                 x = level.resize(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm(x)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm(x))), patch)
 
 
 def table(query: str, key: str, value: str, out: str) -> dict[str, Row]:
@@ -213,7 +218,7 @@ CARD = Card(
         "ddpm-256": Size(image=256, growth=(1, 1, 2, 2, 4, 4), dropout=0.0, params=113_673_219,
                          source="google/ddpm-celebahq-256"),
         "ddpm-28": Size(image=28, channels=1, dim=32, growth=(1, 2, 2), attend=(7,), groups=8),
-        "ddpm-mini": Size(image=28, channels=1, dim=16, growth=(1, 2, 4), depth=1, attend=(7,), groups=8, dropout=0.0),
+        "ddpm-mini": Size(image=28, channels=1, patch=2, dim=48, growth=(1, 2), depth=1, attend=(4, 6, 7, 8), groups=8, dropout=0.0),
         "ddpm-8": Size(image=8, channels=1, dim=32, growth=(1, 2), attend=(4,), groups=8, dropout=0.0),
         "ddpm-unet-test": Size(image=8, channels=2, classes=3, dim=8, growth=(1, 2), depth=1, attend=(4,), groups=4,
                                dropout=0.0),
