@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import boxes
 import guide
 import references
-from fieldguide.weights import translate
+from fieldguide.weights import tables, translate
 from references import Equations
 
 State = Mapping[str, Tensor]
@@ -488,6 +488,30 @@ def huggingface_vilt(model: nn.Module) -> Peer:
                                      in translate(state, HUGGINGFACE, reverse=True).items()}
 
 
+def timm_vit(model: nn.Module) -> Peer:
+    from tv import timm
+    c = model.config
+    peer = timm.models.vision_transformer.VisionTransformer(
+        img_size=c.image, patch_size=c.patch, in_chans=c.channels, num_classes=c.classes, embed_dim=c.dim, depth=c.depth,
+        num_heads=c.heads)
+    return peer, lambda state: translate(state, tables(model)["timm"], reverse=True)
+
+
+def timm_deit(model: nn.Module) -> Peer:
+    from tv import timm
+    c = model.config
+
+    class Stacked(timm.models.deit.VisionTransformerDistilled):
+        def forward(self, x: Tensor) -> Tensor:
+            found = super().forward(x)
+            return torch.stack(found, 1) if self.training else found
+
+    peer = Stacked(img_size=c.image, patch_size=c.patch, in_chans=c.channels, num_classes=c.classes, embed_dim=c.dim,
+                   depth=c.depth, num_heads=c.heads)
+    peer.set_distilled_training()
+    return peer, lambda state: translate(state, tables(model)["timm"], reverse=True)
+
+
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
@@ -524,6 +548,8 @@ CASES = {
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
+    "vit": Case(inputs=image, peer=timm_vit, lr=3e-3),
+    "deit": Case(inputs=image, peer=timm_deit, lr=3e-3),
     "vilt": Case(inputs=captioned, peer=huggingface_vilt, lr=3e-3),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(inputs=row("z_dim"), peer=same(

@@ -301,7 +301,9 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
     `source` is a path for `read`, or tensors by name. The origin is recognised by its names unless given.
     `head="skip"` keeps the network's own last layer where the checkpoint's has another shape or is missing.
     Raises one `WeightsError` with every missing, unknown and misshaped key; the network is then unchanged.
-    Numbers are converted to the network's precision. Batch counters of normalisation may be missing.
+    Numbers are converted to the network's precision. Batch counters of normalisation may be missing. Where a tensor has
+    another shape and the module that holds it has a method `refit(name, tensor)`, that says what to take in its place
+    (places learnt for another size of picture); None refuses.
     """
     if not isinstance(model, nn.Module):
         raise WeightsError(f"load fills a network, and {model!r} is none: make one first with "
@@ -314,6 +316,10 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
         raise WeightsError("the network is on the meta device and holds no numbers: create it on a real one")
 
     loaded = done.state.keys() & wanted.keys()
+    for name, holder, part in _refitting(model):
+        if name in loaded and done.state[name].shape != wanted[name].shape:
+            fitted = holder.refit(part, done.state[name])
+            done.state[name] = done.state[name] if fitted is None else fitted
     filled = {_place(wanted[name]) for name in loaded}   # a tied tensor is filled by any of its names
     missing = [name for name in wanted if name not in loaded and _place(wanted[name]) not in filled
                and not name.endswith("num_batches_tracked")]
@@ -349,6 +355,12 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
 
     model.load_state_dict({name: done.state[name] for name in loaded if name not in fresh}, strict=False)
     return fresh
+
+
+def _refitting(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Every tensor of a module that can make others fit: its name, the module, its name there."""
+    return [(f"{prefix}.{part}".removeprefix("."), module, part) for prefix, module in model.named_modules()
+            if hasattr(module, "refit") for part in module.state_dict()]
 
 
 def _kind(tensor: Tensor) -> str:

@@ -1,0 +1,93 @@
+"""DeiT: a ViT that a teacher helps to learn from a million pictures (Touvron et al. 2020, arXiv:2012.12877).
+
+New here: one token more, whose answer is to be the teacher's, not the truth; a convolutional teacher says more than
+labels. `--set teacher=RUN` names one. Without a teacher both tokens learn the truth. The networks of the paper without
+this token are `vit-ti16`, `vit-s16` and `vit-b16`.
+
+Initialisation: truncated N(0, 0.02), as in the authors' code, wider by the root where D is less than 768; zero biases.
+Shapes: B batch, C channels, H W height and width of the picture, N = 2 + H W / P^2 places of it, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.patches import patch_for
+from fieldguide.blocks.renaming import Fused, Row
+from fieldguide.card import Card, Size
+from fieldguide.models.transformer import vit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(vit.Config):
+    drop_path: float = 0.1       # of the last block; earlier ones less (table 9)
+
+
+class DeiT(vit.ViT):
+    """A picture of any size -> class logits: those of both tokens, averaged.
+
+    In training, B 2 classes: the class token's, which learns the truth, then the distillation token's.
+    """
+
+    first = 2
+
+    def make_head(self) -> None:
+        self.dist = nn.Parameter(torch.empty(self.config.dim))
+        self.head = nn.Linear(self.config.dim, 2 * self.config.classes)          # one behind the other
+
+    def reset_parameters(self) -> None:
+        std = 0.02 * max(768 / self.config.dim, 1) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.zeros_(module.bias)
+        for token in (self.cls, self.dist):
+            nn.init.trunc_normal_(token, std=std)
+
+    def before(self) -> Tensor:                          # -> 2 D
+        return torch.stack([self.cls, self.dist])
+
+    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, in training B 2 classes
+        x = self.read(image)
+        weights, biases = self.head.weight.chunk(2), self.head.bias.chunk(2)
+        x = torch.stack([F.linear(x[:, i], weights[i], biases[i]) for i in (0, 1)], 1)
+        return x if self.training else x.mean(1)
+
+
+def with_two_heads(table: dict[str, Row], head: str, *heads: str) -> dict[str, Row]:
+    """The table of a ViT with two heads in the place of one; ours lie one behind the other."""
+    return {name: row for name, row in table.items() if name != head} | {
+        f"{name}.*": Fused("head.*", i, 2) for i, name in enumerate(heads)}
+
+
+def timm(c: Config) -> dict[str, Row]:
+    return {"dist_token": vit.token("dist")} | with_two_heads(vit.timm(c), "head.*", "head", "head_dist")
+
+
+def huggingface(c: Config) -> dict[str, Row]:
+    return {"deit.embeddings.distillation_token": vit.token("dist")} | with_two_heads(
+        vit.huggingface(c, "deit."), "classifier.*", "cls_classifier", "distillation_classifier")
+
+
+CARD = Card(
+    name="deit", model=DeiT, config=Config, paper="arXiv:2012.12877", year=2020, takes="image", gives="label",
+    adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
+    sizes={
+        "deit-tiny": Size(dim=192, heads=3, params=5_910_800, source="deit_tiny_distilled_patch16_224"),
+        "deit-small": Size(dim=384, heads=6, params=22_436_432, source="deit_small_distilled_patch16_224"),
+        "deit-base": Size(params=87_338_192, source="deit_base_distilled_patch16_224"),
+        "deit-base-384": Size(image=384, params=87_630_032, source="deit_base_distilled_patch16_384"),
+        # As transformers has the same weights, with another eps: facebook/deit-base-distilled-patch16-224.
+        "deit-base-hf": Size(eps=1e-12, params=87_338_192, source="facebook/deit-base-distilled-patch16-224"),
+        # To be trained from nothing on small pictures.
+        "deit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10),
+        "deit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, drop_path=0.0),
+    },
+    weights={"timm": timm, "huggingface": huggingface},
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "mixup": 0.8, "clip": 1.0},
+)

@@ -1,0 +1,231 @@
+"""ViT: a picture as a row of patches, read by a plain Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929).
+
+New here: no convolution but the cut into patches, so nothing says that neighbours belong together: places are learnt, and
+the class is read at one token more. With little data convolutions win; with much, or a teacher (DeiT), this does.
+
+The normalisations' `eps` is 1e-6 in the authors' code, timm and torchvision; transformers has 1e-12 in its copies of the
+same weights, for which the sizes named `-hf` are.
+Initialisation: as in the authors' code, Xavier uniform for matrices, N(0, 0.02) for places, fan-in for patches, zero for the
+class token, biases and the head.
+Shapes: B batch, C channels, H W height and width of the picture, P side of a patch, h w = H/P W/P, N = 1 + h w, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.drop_path import DropPath, rising
+from fieldguide.blocks.mlp import Mlp
+from fieldguide.blocks.patches import Patches, patch_for, spread
+from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Row
+from fieldguide.card import Card, Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 1000
+    channels: int = 3            # C
+    image: int = 224             # side of the pictures that places are learnt for; others may come
+    patch: int = 16              # P
+    dim: int = 768               # D
+    depth: int = 12
+    heads: int = 12
+    eps: float = 1e-6            # of the normalisations
+    dropout: float = 0.0
+    drop_path: float = 0.0       # of the last block; earlier ones less
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer network; each normalises its input and adds its result."""
+
+    def __init__(self, c: Config, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.dim, eps=c.eps)
+        self.attn = Attention(c.dim, c.heads)
+        self.norm2 = nn.LayerNorm(c.dim, eps=c.eps)
+        self.mlp = Mlp(c.dim, 4 * c.dim, c.dropout)
+        self.dropout, self.drop_path = nn.Dropout(c.dropout), DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:              # B N D -> B N D
+        x = x + self.drop_path(self.dropout(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """A picture of any size -> class logits; `features` gives the patches after four blocks, evenly spread.
+
+    Places are spread over pictures of another size, when they come and when weights learnt at another are loaded.
+    """
+
+    first = 1                                            # tokens before the patches
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        self.patch = Patches(c.channels, c.dim, c.patch)
+        self.cls = nn.Parameter(torch.empty(c.dim))
+        self.pos = nn.Embedding(self.first + math.ceil(c.image / c.patch) ** 2, c.dim)
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c, p) for p in rising(c.drop_path, c.depth))
+        self.norm = nn.LayerNorm(c.dim, eps=c.eps)
+        self.make_head()
+        self.reset_parameters()
+
+    def make_head(self) -> None:
+        self.head = nn.Linear(self.config.dim, self.config.classes)
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.patch.weight, std=self.patch.weight[0].numel() ** -0.5)
+        nn.init.normal_(self.pos.weight, std=0.02)
+        for parameter in (self.patch.bias, self.cls, self.head.weight):
+            nn.init.zeros_(parameter)
+
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name -> (D, stride in pixels) of what `features` gives."""
+        depth = self.config.depth
+        return {f"b{i}": (self.config.dim, self.config.patch) for i in sorted({depth * k // 4 for k in (1, 2, 3, 4)} - {0})}
+
+    def refit(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Places learnt for pictures of another size, spread over those of this network."""
+        grid = math.isqrt(max(len(tensor) - self.first, 0)) if tensor.ndim == 2 else 0
+        if name != "pos.weight" or not grid or len(tensor) != self.first + grid ** 2:
+            return None
+        side = math.isqrt(len(self.pos.weight) - self.first)
+        return spread(tensor, (side, side), first=self.first)
+
+    def before(self) -> Tensor:                          # -> first D
+        """The tokens before the patches."""
+        return self.cls[None]
+
+    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:           # B C H W -> B N D, (h, w)
+        x = self.patch(image)
+        size = tuple(x.shape[2:])
+        x = torch.cat([self.before().to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(2).mT], 1)
+        return self.dropout(x + spread(self.pos.weight, size, first=self.first)), size
+
+    def features(self, image: Tensor) -> dict[str, Tensor]:                      # B C H W -> {"b3": B D h w, ...}
+        x, size = self.tokens(image)
+        found = {}
+        for i, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if f"b{i}" in self.levels:
+                found[f"b{i}"] = x[:, self.first:].mT.unflatten(2, size)
+        return found
+
+    def read(self, image: Tensor) -> Tensor:             # B C H W -> B first D, the tokens that answers are read at
+        x, _ = self.tokens(image)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, :self.first])              # of the other places nobody asks for more
+
+    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes
+        return self.head(self.read(image)[:, 0])
+
+
+def token(name: str) -> Reshaped:
+    """A token of ours, D there 1 1 D."""
+    return Reshaped(name, here=(-1,), there=(1, 1, -1))
+
+
+def places(c: Config) -> Reshaped:
+    """Places of ours, N D there 1 N D."""
+    return Reshaped("pos.weight", here=(-1, c.dim), there=(1, -1, c.dim))
+
+
+def timm(c: Config) -> dict[str, Row]:
+    return {
+        "cls_token":                    token("cls"),
+        "pos_embed":                    places(c),
+        "patch_embed.proj.*":           "patch.*",
+        "blocks.{i}.norm1.*":           "blocks.{i}.norm1.*",
+        "blocks.{i}.attn.qkv.*":        "blocks.{i}.attn.qkv.*",
+        "blocks.{i}.attn.proj.*":       "blocks.{i}.attn.proj.*",
+        "blocks.{i}.norm2.*":           "blocks.{i}.norm2.*",
+        "blocks.{i}.mlp.fc1.*":         "blocks.{i}.mlp.up.*",
+        "blocks.{i}.mlp.fc2.*":         "blocks.{i}.mlp.down.*",
+        "norm.*":                       "norm.*",
+        "head.*":                       "head.*",
+    }
+
+
+def torchvision(c: Config) -> dict[str, Row]:
+    layer = "encoder.layers.encoder_layer_{i}."
+    return {
+        "class_token":                              token("cls"),
+        "encoder.pos_embedding":                    places(c),
+        "conv_proj.*":                              "patch.*",
+        layer + "ln_1.*":                           "blocks.{i}.norm1.*",
+        layer + "self_attention.in_proj_weight":    "blocks.{i}.attn.qkv.weight",
+        layer + "self_attention.in_proj_bias":      "blocks.{i}.attn.qkv.bias",
+        layer + "self_attention.out_proj.*":        "blocks.{i}.attn.proj.*",
+        layer + "ln_2.*":                           "blocks.{i}.norm2.*",
+        layer + "mlp.0.*":                          "blocks.{i}.mlp.up.*",
+        layer + "mlp.3.*":                          "blocks.{i}.mlp.down.*",
+        layer + "mlp.linear_1.*":                   "blocks.{i}.mlp.up.*",       # in its first files
+        layer + "mlp.linear_2.*":                   "blocks.{i}.mlp.down.*",
+        "encoder.ln.*":                             "norm.*",
+        "heads.head.*":                             "head.*",
+    }
+
+
+def huggingface(c: Config, root: str = "vit.") -> dict[str, Row]:
+    """Names of ViTForImageClassification, of ViTModel (`root` is ""), and of its relatives but for their heads."""
+    layer, block = root + "encoder.layer.{i}.", "blocks.{i}."
+    names: dict[str, Row] = {
+        root + "embeddings.cls_token":                     token("cls"),
+        root + "embeddings.position_embeddings":           places(c),
+        root + "embeddings.patch_embeddings.projection.*": "patch.*",
+        root + "layernorm.*":                              "norm.*",
+        root + "pooler.dense.*":                           Dropped("a layer that ViT has not"),
+        "classifier.*":                                    "head.*",
+    }
+    names |= {f"{layer}attention.attention.{part}.*": Fused(block + "attn.qkv.*", i, 3)
+              for i, part in enumerate(("query", "key", "value"))}
+    return names | {
+        layer + "attention.output.dense.*":  block + "attn.proj.*",
+        layer + "layernorm_before.*":        block + "norm1.*",
+        layer + "layernorm_after.*":         block + "norm2.*",
+        layer + "intermediate.dense.*":      block + "mlp.up.*",
+        layer + "output.dense.*":            block + "mlp.down.*",
+    }
+
+
+L = {"dim": 1024, "depth": 24, "heads": 16}
+H = {"patch": 14, "dim": 1280, "depth": 32, "heads": 16}
+
+CARD = Card(
+    name="vit", model=ViT, config=Config, paper="arXiv:2010.11929", year=2020, takes="image", gives="label",
+    adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
+    sizes={
+        "vit-b16": Size(params=86_567_656, source="timm vit_base_patch16_224, torchvision vit_b_16"),
+        "vit-b32": Size(patch=32, params=88_224_232, source="timm vit_base_patch32_224, torchvision vit_b_32"),
+        "vit-b8": Size(patch=8, params=86_576_872, source="timm vit_base_patch8_224"),
+        "vit-b16-384": Size(image=384, params=86_859_496, source="timm vit_base_patch16_384"),
+        "vit-ti16": Size(dim=192, heads=3, params=5_717_416, source="timm vit_tiny_patch16_224, deit_tiny_patch16_224"),
+        "vit-s16": Size(dim=384, heads=6, params=22_050_664, source="timm vit_small_patch16_224, deit_small_patch16_224"),
+        "vit-s32": Size(dim=384, heads=6, patch=32, params=22_878_952, source="timm vit_small_patch32_224"),
+        "vit-l16": Size(**L, params=304_326_632, source="timm vit_large_patch16_224, torchvision vit_l_16"),
+        "vit-l32": Size(**L, patch=32, params=306_535_400, source="torchvision vit_l_32"),
+        "vit-h14": Size(**H, params=632_045_800, source="torchvision vit_h_14 at 224 pixels"),
+        "vit-b16-hf": Size(eps=1e-12, params=86_567_656, source="google/vit-base-patch16-224"),
+        "vit-b32-384-hf": Size(eps=1e-12, patch=32, image=384, params=88_297_192, source="google/vit-base-patch32-384"),
+        "vit-l16-hf": Size(eps=1e-12, **L, params=304_326_632, source="google/vit-large-patch16-224"),
+        # To be trained from nothing on small pictures.
+        "vit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10, drop_path=0.1),
+        "vit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, drop_path=0.0),
+    },
+    weights={"timm": timm, "torchvision": torchvision, "huggingface": huggingface,
+             "huggingface-base": lambda c: huggingface(c, "")},
+    # Table 3 of DeiT (arXiv:2012.12877, table 9), which showed how this is learnt from a million pictures and not 300.
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "mixup": 0.8, "clip": 1.0},
+)
