@@ -1,0 +1,127 @@
+"""AlexNet, the network that began deep learning on pictures (Krizhevsky et al. 2012, NeurIPS).
+
+New here: clipping at zero (ReLU) instead of tanh, dropout, overlapping pooling, responses normalised by those of
+neighbouring maps, and two groups of maps, once on two GPUs, that see each other only in the third convolution.
+
+Initialisation: as in section 5, biases of one in the second, fourth and fifth convolution and the hidden dense
+layers, of zero elsewhere; matrices He normal (arXiv:1502.01852), since the paper's deviation of 0.01 fits its own
+widths only, and there takes long to begin.
+Shapes: B batch, C channels, S side, D width of a level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError, SettingsError
+
+NEIGHBOURS, BIAS, ALPHA, BETA = 5, 2.0, 1e-4, 0.75       # n, k, alpha, beta of section 3.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 1000
+    channels: int = 3                                    # C
+    image: int = 224                                     # S, pixels a side
+    stem: str = "11x11"                                  # stride 4, or "3x3", stride 1, for pictures up to 64 pixels
+    widths: tuple[int, ...] = (96, 256, 384, 384, 256)   # maps of each convolution, of both groups together
+    hidden: int = 4096                                   # of each dense layer
+    dropout: float = 0.5                                 # after each hidden dense layer
+
+
+STEMS = {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}          # kernel, stride; padding, which makes 55 x 55 of 224 x 224
+
+
+def response_norm(x: Tensor) -> Tensor:                  # B D H W -> B D H W
+    """Each value over (k + alpha * sum of squares in `NEIGHBOURS` maps around it) ^ beta.
+
+    torch's own divides alpha by the number of maps, so the paper's 1e-4 is `alpha=5e-4` there. A sum of shifted maps
+    is quicker, and right for every number of maps.
+    """
+    half = NEIGHBOURS // 2
+    square = F.pad(x.square(), (0, 0, 0, 0, half, half))
+    total = square[:, :x.shape[1]].clone()
+    for shift in range(1, NEIGHBOURS):
+        total += square[:, shift:shift + x.shape[1]]
+    total = total.mul_(ALPHA).add_(BIAS)
+    return x * (total.rsqrt() * total.rsqrt().sqrt())    # ^ -0.75 without a logarithm
+
+
+class AlexNet2012(nn.Module):
+    """Pictures of `image` pixels a side -> class logits.
+
+    Raises `SettingsError` for an unknown stem or pictures too small for the poolings, `DataError` for others than
+    `image` pixels a side.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.stem not in STEMS:
+            raise SettingsError(f"stem={config.stem!r}: known are {', '.join(STEMS)}")
+        kernel, stride, padding = STEMS[config.stem]
+        side = (config.image + 2 * padding - kernel) // stride + 1
+        for _ in range(3):
+            side = (side - 3) // 2 + 1
+        if side < 1:
+            raise SettingsError(f"image={config.image}: AlexNet pools three times and needs at least "
+                                f"{15 if stride == 1 else 63} pixels a side with this stem")
+        self.config = config
+        one, two, three, four, five = config.widths
+        self.conv1 = nn.Conv2d(config.channels, one, kernel, stride, padding)
+        self.conv2 = nn.Conv2d(one, two, 5, padding=2, groups=2)
+        self.conv3 = nn.Conv2d(two, three, 3, padding=1)
+        self.conv4 = nn.Conv2d(three, four, 3, padding=1, groups=2)
+        self.conv5 = nn.Conv2d(four, five, 3, padding=1, groups=2)
+        self.fc1 = nn.Linear(five * side ** 2, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.hidden)
+        self.head = nn.Linear(config.hidden, config.classes)
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, module in self.named_children():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.constant_(module.bias, float(name in ("conv2", "conv4", "conv5", "fc1", "fc2")))
+
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name of each map of `features` -> (D, stride in pixels)."""
+        one, two, _, _, five = self.config.widths
+        stride = STEMS[self.config.stem][1]
+        return {"c2": (one, stride), "c3": (one, 2 * stride), "c4": (two, 4 * stride), "c5": (five, 8 * stride)}
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:  # B C S S -> {"c2": B D S/4 S/4, "c3": ...}
+        levels = {}
+        levels["c2"] = x = response_norm(F.relu(self.conv1(x)))
+        levels["c3"] = x = F.max_pool2d(x, 3, 2)
+        levels["c4"] = x = F.max_pool2d(response_norm(F.relu(self.conv2(x))), 3, 2)
+        x = F.relu(self.conv4(F.relu(self.conv3(x), inplace=True)), inplace=True)
+        levels["c5"] = F.max_pool2d(F.relu(self.conv5(x), inplace=True), 3, 2)
+        return levels
+
+    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+        if tuple(x.shape[2:]) != (self.config.image,) * 2:
+            raise DataError(f"pictures of {x.shape[2]} x {x.shape[3]}: this AlexNet was made for {self.config.image} x "
+                            f"{self.config.image}, since its dense layers read a map of that size")
+        x = self.features(x)["c5"].flatten(1)
+        x = self.dropout(F.relu(self.fc1(x), inplace=True))
+        return self.head(self.dropout(F.relu(self.fc2(x), inplace=True)))
+
+
+CARD = Card(
+    name="alexnet-2012", model=AlexNet2012, config=Config,
+    paper="https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks",
+    year=2012, takes="image", gives="label",
+    adapt=lambda need: {"stem": "3x3"} if need["image"] <= 64 else {},
+    sizes={
+        "alexnet-2012": Size(params=60_965_224, source="counted by hand from section 3"),
+        "alexnet-2012-test": Size(image=20, stem="3x3", widths=(8, 12, 16, 12, 8), hidden=16, dropout=0.0, classes=5),
+    },
+    # No normalisation holds the gradients: a low rate and a longer warm-up.
+    recipe={"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+)

@@ -1,0 +1,187 @@
+"""ConvNeXt: a ResNet with the habits of Transformers, and no attention (Liu et al. 2022, arXiv:2201.03545).
+
+New here: each change of a Swin Transformer is tried on a ResNet-50, and those that help are kept: a stem of patches,
+depthwise 7x7 convolutions before an inverted bottleneck, GELU once a block, layer instead of batch normalisation
+once a block, and steps between levels as layers of their own.
+
+Initialisation: normal with deviation 0.02, cut at 2, zero biases; the scale of each block starts at 1e-6.
+Shapes: B batch, C channels, H W height and width, D width of a level; level c2 is at H/4, c5 at H/32.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.conv import check_side
+from fieldguide.blocks.drop_path import DropPath, rising
+from fieldguide.blocks.norm import ChannelNorm
+from fieldguide.blocks.renaming import Reshaped, Row
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 1000
+    channels: int = 3                                    # C
+    patch: int = 4                                       # pixels a side that the stem puts together
+    depths: tuple[int, ...] = (3, 3, 9, 3)               # blocks a level
+    widths: tuple[int, ...] = (96, 192, 384, 768)        # D of each level
+    drop_path: float = 0.1                               # of the last block; rises with depth from 0
+
+
+class Block(nn.Module):
+    """Depthwise 7x7, normalisation, up to four times the width, GELU, down; times a scale of each map."""
+
+    def __init__(self, dim: int, drop_path: float):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, 1e-6)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # B H W D, as it lies in memory
+        y = self.down(F.gelu(self.up(y))) * self.gamma
+        return self.drop_path(y.permute(0, 3, 1, 2)) + x
+
+
+class ConvNeXt(nn.Module):
+    """A picture of any size from 8 patches a side -> class logits; `features` gives the map of each level.
+
+    Raises `SettingsError` where depths and widths differ in number, `DataError` for smaller pictures.
+    """
+
+    block: type[nn.Module] = Block
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if len(config.depths) != len(config.widths):
+            raise SettingsError(f"depths={config.depths} and widths={config.widths} name different levels")
+        self.config = config
+        dim = config.widths[0]
+        self.stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(config.channels, dim, config.patch, config.patch),
+                                              norm=ChannelNorm(dim)))
+        self.steps, self.stages = nn.ModuleList(), nn.ModuleList()
+        drops = iter(rising(config.drop_path, sum(config.depths)))
+        for level, (depth, width) in enumerate(zip(config.depths, config.widths)):
+            if level:                                    # to half the side
+                self.steps.append(nn.Sequential(OrderedDict(norm=ChannelNorm(dim), conv=nn.Conv2d(dim, width, 2, 2))))
+            self.stages.append(nn.Sequential(*(self.block(width, next(drops)) for _ in range(depth))))
+            dim = width
+        self.norm = nn.LayerNorm(dim, 1e-6)
+        self.head = nn.Linear(dim, config.classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, self.block):
+                module.reset_parameters()
+
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name of each map of `features` -> (D, stride in pixels)."""
+        return {f"c{i + 2}": (width, self.config.patch * 2 ** i) for i, width in enumerate(self.config.widths)}
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
+        check_side(x, self.config.patch * 2 ** len(self.steps), type(self).__name__)
+        x, levels = self.stem(x), {}
+        for i, stage in enumerate(self.stages):
+            levels[f"c{i + 2}"] = x = stage(self.steps[i - 1](x) if i else x)
+        return levels
+
+    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+        *_, x = self.features(x).values()
+        return self.head(self.norm(x.mean((2, 3))))
+
+
+TIMM = {
+    "stem.0.*":                                  "stem.conv.*",
+    "stem.1.*":                                  "stem.norm.*",
+    "stages.{s+1}.downsample.0.*":               "steps.{s}.norm.*",
+    "stages.{s+1}.downsample.1.*":               "steps.{s}.conv.*",
+    "stages.{s}.blocks.{b}.conv_dw.*":           "stages.{s}.{b}.conv.*",
+    "stages.{s}.blocks.{b}.norm.*":              "stages.{s}.{b}.norm.*",
+    "stages.{s}.blocks.{b}.mlp.fc1.*":           "stages.{s}.{b}.up.*",
+    "stages.{s}.blocks.{b}.mlp.fc2.*":           "stages.{s}.{b}.down.*",
+    "stages.{s}.blocks.{b}.gamma":               "stages.{s}.{b}.gamma",
+    "head.norm.*":                               "norm.*",
+    "head.fc.*":                                 "head.*",
+}
+AUTHORS = {                                              # facebookresearch/ConvNeXt
+    "downsample_layers.0.0.*":                   "stem.conv.*",
+    "downsample_layers.0.1.*":                   "stem.norm.*",
+    "downsample_layers.{s+1}.0.*":               "steps.{s}.norm.*",
+    "downsample_layers.{s+1}.1.*":               "steps.{s}.conv.*",
+    "stages.{s}.{b}.dwconv.*":                   "stages.{s}.{b}.conv.*",
+    "stages.{s}.{b}.norm.*":                     "stages.{s}.{b}.norm.*",
+    "stages.{s}.{b}.pwconv1.*":                  "stages.{s}.{b}.up.*",
+    "stages.{s}.{b}.pwconv2.*":                  "stages.{s}.{b}.down.*",
+    "stages.{s}.{b}.gamma":                      "stages.{s}.{b}.gamma",
+    "norm.*":                                    "norm.*",
+    "head.*":                                    "head.*",
+}
+HUGGINGFACE = {                                          # of ConvNextForImageClassification
+    "convnext.embeddings.patch_embeddings.*":                               "stem.conv.*",
+    "convnext.embeddings.layernorm.*":                                      "stem.norm.*",
+    "convnext.encoder.stages.{s+1}.downsampling_layer.0.*":                 "steps.{s}.norm.*",
+    "convnext.encoder.stages.{s+1}.downsampling_layer.1.*":                 "steps.{s}.conv.*",
+    "convnext.encoder.stages.{s}.layers.{b}.dwconv.*":                      "stages.{s}.{b}.conv.*",
+    "convnext.encoder.stages.{s}.layers.{b}.layernorm.*":                   "stages.{s}.{b}.norm.*",
+    "convnext.encoder.stages.{s}.layers.{b}.pwconv1.*":                     "stages.{s}.{b}.up.*",
+    "convnext.encoder.stages.{s}.layers.{b}.pwconv2.*":                     "stages.{s}.{b}.down.*",
+    "convnext.encoder.stages.{s}.layers.{b}.layer_scale_parameter":         "stages.{s}.{b}.gamma",
+    "convnext.layernorm.*":                                                 "norm.*",
+    "classifier.*":                                                         "head.*",
+}
+
+
+def torchvision(config: Config) -> dict[str, Row]:
+    """Its steps and levels are one list."""
+    table: dict[str, Row] = {"features.0.0.*": "stem.conv.*", "features.0.1.*": "stem.norm.*",
+                             "classifier.0.*": "norm.*", "classifier.2.*": "head.*"}
+    for s in range(len(config.depths)):
+        theirs, ours = f"features.{2 * s + 1}.{{b}}", f"stages.{s}.{{b}}"
+        table |= {f"{theirs}.block.0.*": f"{ours}.conv.*", f"{theirs}.block.2.*": f"{ours}.norm.*",
+                  f"{theirs}.block.3.*": f"{ours}.up.*", f"{theirs}.block.5.*": f"{ours}.down.*",
+                  f"{theirs}.layer_scale": Reshaped(f"{ours}.gamma", (-1,), (-1, 1, 1)),
+                  f"features.{2 * s + 2}.0.*": f"steps.{s}.norm.*", f"features.{2 * s + 2}.1.*": f"steps.{s}.conv.*"}
+    return table
+
+
+def small(side: int) -> dict[str, int]:
+    """A patch that leaves small pictures something after three halvings."""
+    return {"patch": 2 if side > 16 else 1} if side <= 64 else {}
+
+
+CARD = Card(
+    name="convnext", model=ConvNeXt, config=Config, paper="arXiv:2201.03545", year=2022, takes="image", gives="label",
+    adapt=lambda need: small(need["image"]),
+    sizes={
+        "convnext-tiny": Size(params=28_589_128, source="torchvision"),
+        "convnext-small": Size(depths=(3, 3, 27, 3), drop_path=0.4, params=50_223_688, source="torchvision"),
+        "convnext-base": Size(depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024), drop_path=0.5, params=88_591_464,
+                              source="torchvision"),
+        "convnext-large": Size(depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536), drop_path=0.5, params=197_767_336,
+                               source="torchvision"),
+        "convnext-xlarge": Size(depths=(3, 3, 27, 3), widths=(256, 512, 1024, 2048), drop_path=0.5, params=350_196_968,
+                                source="timm"),
+        "convnext-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
+    },
+    weights={"timm": TIMM, "torchvision": torchvision, "huggingface": HUGGINGFACE, "authors": AUTHORS},
+    # Section 2.1: AdamW with decay 0.05, smoothing 0.1, a long warm-up; 4e-3 at a batch of 4,096 is 1e-3 at some hundred.
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+)

@@ -1,0 +1,100 @@
+"""ConvNeXt V2: maps that compete with each other (Woo et al. 2023, arXiv:2301.00808).
+
+New here: global response normalisation inside each block, in place of a learned scale after it: each map is weighed
+by its length over the mean length of all, so that maps do not come to say the same. It was found when ConvNeXt was
+pretrained by filling in hidden parts of pictures, where many maps died.
+
+Initialisation: as ConvNeXt; the normalisation starts as the identity.
+Shapes: B batch, C channels, H W height and width, D width of a level; level c2 is at H/4, c5 at H/32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.drop_path import DropPath
+from fieldguide.blocks.renaming import Reshaped
+from fieldguide.card import Card, Size
+from fieldguide.models.convolutional import convnext
+from fieldguide.models.convolutional.convnext import Config
+
+
+class ResponseNorm(nn.Module):
+    """Each map times its length over all places, relative to the mean length of the D maps (section 3, GRN)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:              # B H W D -> B H W D
+        length = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)           # B 1 1 D
+        gain = self.weight * (length / (length.mean(-1, keepdim=True) + self.eps)) + 1
+        return torch.addcmul(self.bias, x, gain)         # with the input added: one pass over the map
+
+
+class Block(nn.Module):
+    """Depthwise 7x7, normalisation, up to four times the width, GELU, response normalisation, down."""
+
+    def __init__(self, dim: int, drop_path: float):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, 1e-6)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.response = ResponseNorm(4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.response.weight)
+        nn.init.zeros_(self.response.bias)
+
+    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # B H W D, as it lies in memory
+        y = self.down(self.response(F.gelu(self.up(y))))
+        return self.drop_path(y.permute(0, 3, 1, 2)) + x
+
+
+class ConvNeXtV2(convnext.ConvNeXt):
+    """A picture of any size from 8 patches a side -> class logits; `features` gives the map of each level."""
+
+    block = Block
+
+
+def without_scale(table: dict[str, object]) -> dict[str, object]:
+    return {theirs: ours for theirs, ours in table.items() if not str(ours).endswith("gamma")}
+
+
+def response(weight: str, bias: str) -> dict[str, Reshaped]:
+    """Rows of a map of one pixel each."""
+    return {public: Reshaped(f"stages.{{s}}.{{b}}.response.{kind}", (-1,), (1, 1, 1, -1))
+            for public, kind in ((weight, "weight"), (bias, "bias"))}
+
+
+TIMM = without_scale(convnext.TIMM) | {"stages.{s}.blocks.{b}.mlp.grn.*": "stages.{s}.{b}.response.*"}
+AUTHORS = without_scale(convnext.AUTHORS) | response("stages.{s}.{b}.grn.gamma", "stages.{s}.{b}.grn.beta")
+HUGGINGFACE = {theirs.replace("convnext.", "convnextv2."): ours
+               for theirs, ours in without_scale(convnext.HUGGINGFACE).items()} | response(
+    "convnextv2.encoder.stages.{s}.layers.{b}.grn.weight", "convnextv2.encoder.stages.{s}.layers.{b}.grn.bias")
+
+CARD = Card(
+    name="convnextv2", model=ConvNeXtV2, config=Config, paper="arXiv:2301.00808", year=2023, takes="image", gives="label",
+    adapt=lambda need: convnext.small(need["image"]),
+    sizes={
+        "convnextv2-tiny": Size(drop_path=0.2, params=28_635_496, source="timm"),
+        "convnextv2-atto": Size(depths=(2, 2, 6, 2), widths=(40, 80, 160, 320), params=3_708_400, source="timm"),
+        "convnextv2-femto": Size(depths=(2, 2, 6, 2), widths=(48, 96, 192, 384), params=5_233_240, source="timm"),
+        "convnextv2-pico": Size(depths=(2, 2, 6, 2), widths=(64, 128, 256, 512), params=9_066_280, source="timm"),
+        "convnextv2-nano": Size(depths=(2, 2, 8, 2), widths=(80, 160, 320, 640), params=15_623_800, source="timm"),
+        "convnextv2-base": Size(depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024), params=88_717_800, source="timm"),
+        "convnextv2-large": Size(depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536), drop_path=0.2, params=197_956_840,
+                                 source="timm"),
+        "convnextv2-huge": Size(depths=(3, 3, 27, 3), widths=(352, 704, 1408, 2816), drop_path=0.3, params=660_289_640,
+                                source="timm"),
+        "convnextv2-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
+    },
+    weights={"timm": TIMM, "huggingface": HUGGINGFACE, "authors": AUTHORS},
+    # As for ConvNeXt.
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+)

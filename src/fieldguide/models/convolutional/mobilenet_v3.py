@@ -1,0 +1,200 @@
+"""MobileNetV3: inverted residuals arranged by search for phones (Howard et al. 2019, arXiv:1905.02244).
+
+New here: piecewise linear stand-ins for the sigmoid, cheap on phones, in the gate and the activation ("hard-swish",
+only in the second half, where it pays); and a last stage whose widest layer comes after the mean over the map.
+
+Epsilon and padding are torchvision's; timm's own weights have `eps=1e-5`, its `tf` ones 1e-3 and `padding="same"`.
+Initialisation: normal by fan-out, of one group where a convolution has several; dense layers normal with deviation
+0.01.
+Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.conv import PADDINGS, conv_norm
+from fieldguide.blocks.inverted import InvertedResidual, rounded
+from fieldguide.blocks.renaming import Reshaped, Row
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+# Tables 1 and 2: kernel, width inside, width, gate, hard-swish, stride; 0: the next one of `early`.
+LARGE = (
+    (3, 16, 16, False, False, 1),
+    (3, 64, 24, False, False, 0), (3, 72, 24, False, False, 1),
+    (5, 72, 40, True, False, 0), (5, 120, 40, True, False, 1), (5, 120, 40, True, False, 1),
+    (3, 240, 80, False, True, 2), (3, 200, 80, False, True, 1), (3, 184, 80, False, True, 1), (3, 184, 80, False, True, 1),
+    (3, 480, 112, True, True, 1), (3, 672, 112, True, True, 1),
+    (5, 672, 160, True, True, 2), (5, 960, 160, True, True, 1), (5, 960, 160, True, True, 1),
+)
+SMALL = (
+    (3, 16, 16, True, False, 0),
+    (3, 72, 24, False, False, 0), (3, 88, 24, False, False, 1),
+    (5, 96, 40, True, True, 2), (5, 240, 40, True, True, 1), (5, 240, 40, True, True, 1),
+    (5, 120, 48, True, True, 1), (5, 144, 48, True, True, 1),
+    (5, 288, 96, True, True, 2), (5, 576, 96, True, True, 1), (5, 576, 96, True, True, 1),
+)
+TINY = (
+    (3, 8, 8, True, False, 0),
+    (3, 24, 12, False, False, 0), (5, 24, 12, True, True, 1),
+    (5, 32, 16, True, True, 2), (5, 40, 20, True, True, 2),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 1000
+    channels: int = 3                                    # C
+    stem: int = 16                                       # width of the stem
+    blocks: tuple[tuple, ...] = LARGE                    # a row each
+    hidden: int = 1280                                   # of the dense layer after the mean
+    early: tuple[int, ...] = (2, 2, 2)                   # strides of the stem and the next two that shrink
+    dropout: float = 0.2                                 # before the head
+    eps: float = 1e-3                                    # of normalisation
+    padding: str = "symmetric"                           # or "same", as TensorFlow pads
+
+
+def stages(config: Config) -> list[list[tuple]]:
+    """The rows, those of one width together, with all strides filled in."""
+    early = iter(config.early[1:])
+    rows = [(*rest, stride or next(early)) for *rest, stride in config.blocks]
+    return [list(group) for _, group in groupby(rows, key=lambda row: row[2])]
+
+
+def ends(config: Config) -> dict[str, int]:
+    """Level -> its last stage in the published network, counted from 1; 0 is the stem."""
+    level, found = 1, {"c1": 0}
+    for s, (_, group) in enumerate(groupby(config.blocks, key=lambda row: row[2]), 1):
+        level += next(group)[-1] != 1
+        found[f"c{level}"] = s
+    return found
+
+
+class MobileNetV3(nn.Module):
+    """A picture of any size -> class logits; `features` gives the last map of each stride.
+
+    Raises `SettingsError` for an unknown padding or other than three early strides.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.padding not in PADDINGS or len(config.early) != 3 or sum(not row[-1] for row in config.blocks) != 2:
+            raise SettingsError(f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, and early="
+                                f"{config.early} three strides, two of them for the blocks with stride 0")
+        self.config = config
+        same = {"eps": config.eps, "padding": config.padding}
+        dim = config.stem
+        self.stem = conv_norm(config.channels, dim, 3, config.early[0], **same)
+        self.stages = nn.ModuleList()
+        for rows in stages(config):
+            stage = nn.Sequential()
+            for kernel, hidden, width, gate, swish, stride in rows:
+                stage.append(InvertedResidual(
+                    dim, hidden, width, kernel, stride, squeeze=rounded(hidden // 4) if gate else 0,
+                    act=F.hardswish if swish else F.relu, gate=F.hardsigmoid, **same))
+                dim = width
+            self.stages.append(stage)
+        self.top = conv_norm(dim, 6 * dim, 1, eps=config.eps)
+        self.fc = nn.Linear(6 * dim, config.hidden)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.hidden, config.classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan = module.out_channels // module.groups * module.kernel_size[0] ** 2
+                nn.init.normal_(module.weight, 0, (2 / fan) ** 0.5)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0, 0.01)
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name of each map of `features` -> (D, stride in pixels)."""
+        config, stride = self.config, self.config.early[0]
+        widths, reached = [config.stem], [stride]
+        for rows in stages(config):
+            widths.append(rows[-1][2])
+            reached.append(stride := stride * rows[0][-1])
+        return {name: (widths[i], reached[i]) for name, i in ends(config).items()}
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
+        seen = [F.hardswish(self.stem(x), inplace=True)]
+        for stage in self.stages:
+            seen.append(stage(seen[-1]))
+        return {name: seen[i] for name, i in ends(self.config).items()}
+
+    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+        x = F.hardswish(self.top(self.features(x)["c5"]), inplace=True)
+        x = F.hardswish(self.fc(x.mean((2, 3))), inplace=True)
+        return self.head(self.dropout(x))
+
+
+def parts(config: Config) -> list[tuple[int, int, list[str]]]:
+    """(stage, block, the parts that it has) of each block."""
+    found, dim = [], config.stem
+    for s, rows in enumerate(stages(config)):
+        for b, (_, hidden, width, gate, *_) in enumerate(rows):
+            found.append((s, b, [*["expand"] * (hidden != dim), "depth", *["squeeze"] * gate, "project"]))
+            dim = width
+    return found
+
+
+def torchvision(config: Config) -> dict[str, Row]:
+    """It counts blocks through all stages, and the parts that a block has."""
+    blocks = parts(config)
+    table: dict[str, Row] = {
+        "features.0.0.weight": "stem.conv.weight", "features.0.1.*": "stem.norm.*", "classifier.0.*": "fc.*",
+        "classifier.3.*": "head.*", f"features.{len(blocks) + 1}.0.weight": "top.conv.weight",
+        f"features.{len(blocks) + 1}.1.*": "top.norm.*"}
+    for n, (s, b, has) in enumerate(blocks, 1):
+        for k, part in enumerate(has):
+            theirs, ours = f"features.{n}.block.{k}", f"stages.{s}.{b}.{part}"
+            table |= {f"{theirs}.fc1.*": f"{ours}.down.*", f"{theirs}.fc2.*": f"{ours}.up.*"} if part == "squeeze" else {
+                f"{theirs}.0.weight": f"{ours}.conv.weight", f"{theirs}.1.*": f"{ours}.norm.*"}
+    return table
+
+
+def timm(config: Config) -> dict[str, Row]:
+    """A block without expansion has other names; the widest layer before the mean is its last stage."""
+    last = len(stages(config))
+    table: dict[str, Row] = {
+        "conv_stem.weight": "stem.conv.weight", "bn1.*": "stem.norm.*",
+        f"blocks.{last}.0.conv.weight": "top.conv.weight", f"blocks.{last}.0.bn1.*": "top.norm.*",
+        "conv_head.weight": Reshaped("fc.weight", (config.hidden, -1), (config.hidden, -1, 1, 1)),
+        "conv_head.bias": "fc.bias", "classifier.*": "head.*"}
+    for s, b, has in parts(config):
+        theirs, ours = f"blocks.{s}.{b}", f"stages.{s}.{b}"
+        names = ["conv_pw", "conv_dw", "conv_pwl"] if "expand" in has else ["conv_dw", "conv_pw"]
+        for k, (name, part) in enumerate(zip(names, (part for part in has if part != "squeeze")), 1):
+            table |= {f"{theirs}.{name}.weight": f"{ours}.{part}.conv.weight", f"{theirs}.bn{k}.*": f"{ours}.{part}.norm.*"}
+        table |= {f"{theirs}.se.conv_reduce.*": f"{ours}.squeeze.down.*",
+                  f"{theirs}.se.conv_expand.*": f"{ours}.squeeze.up.*"} if "squeeze" in has else {}
+    return table
+
+
+def small(side: int) -> dict[str, tuple[int, ...]]:
+    """Strides that leave small pictures a map of 2 to 4 pixels a side."""
+    return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
+
+
+CARD = Card(
+    name="mobilenetv3", model=MobileNetV3, config=Config, paper="arXiv:1905.02244", year=2019,
+    takes="image", gives="label",
+    adapt=lambda need: small(need["image"]),
+    sizes={
+        "mobilenetv3-large": Size(params=5_483_032, source="torchvision"),
+        "mobilenetv3-small": Size(blocks=SMALL, hidden=1024, params=2_542_856, source="torchvision"),
+        "mobilenetv3-test": Size(stem=8, blocks=TINY, hidden=24, dropout=0.0, classes=5),
+    },
+    weights={"torchvision": torchvision, "timm": timm},
+    # As for EfficientNet; the paper's RMSprop needs a batch of 4,096.
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "smoothing": 0.1},
+)

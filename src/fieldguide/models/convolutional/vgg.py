@@ -1,0 +1,149 @@
+"""VGG: nothing but 3x3 convolutions, and many of them (Simonyan and Zisserman 2014, arXiv:1409.1556).
+
+New here: two or three 3x3 convolutions see as far as one of 5x5 or 7x7, with fewer parameters and more clips at
+zero between; the width doubles as pooling halves the map. Most parameters are those of the first dense layer.
+
+Initialisation: He normal by fan-out for convolutions, normal with deviation 0.01 for dense layers, zero biases.
+Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.conv import check_side
+from fieldguide.blocks.renaming import Reshaped, Row
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 1000
+    channels: int = 3                                    # C
+    depths: tuple[int, ...] = (2, 2, 3, 3, 3)            # convolutions a level
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)   # maps a level
+    norm: bool = False                                   # batch normalisation after each convolution
+    pools: int = 5                                       # the first levels, that end in a pooling
+    hidden: int = 4096                                   # of each dense layer
+    side: int = 7                                        # of the map that the dense layers read
+    dropout: float = 0.5                                 # after each hidden dense layer
+
+
+def step(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
+    """A convolution, clipped at zero where it is used."""
+    layers = OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1))
+    return nn.Sequential(layers | {"norm": nn.BatchNorm2d(outputs)} if norm else layers)
+
+
+class VGG(nn.Module):
+    """A picture of any size from 2 ** `pools` pixels -> class logits; `features` gives the map of each level.
+
+    Raises `SettingsError` where depths and widths differ in number, `DataError` for smaller pictures.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if len(config.depths) != len(config.widths) or config.pools > len(config.depths):
+            raise SettingsError(f"depths={config.depths}, widths={config.widths} and pools={config.pools} name different "
+                                "levels")
+        self.config = config
+        self.stages = nn.ModuleList()
+        dim = config.channels
+        for depth, width in zip(config.depths, config.widths):
+            stage = nn.Sequential()
+            for _ in range(depth):
+                stage.append(step(dim, width, config.norm))
+                dim = width
+            self.stages.append(stage)
+        self.fc1 = nn.Linear(dim * config.side ** 2, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.hidden)
+        self.head = nn.Linear(config.hidden, config.classes)
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0, 0.01)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name of each map of `features` -> (D, stride in pixels)."""
+        return {f"c{i + 1}": (width, 2 ** min(i + 1, self.config.pools)) for i, width in enumerate(self.config.widths)}
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
+        check_side(x, 2 ** self.config.pools, "VGG")
+        levels = {}
+        for i, stage in enumerate(self.stages):
+            for layer in stage:
+                x = F.relu(layer(x), inplace=True)
+            levels[f"c{i + 1}"] = x = F.max_pool2d(x, 2) if i < self.config.pools else x
+        return levels
+
+    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+        *_, x = self.features(x).values()
+        x = F.adaptive_avg_pool2d(x, self.config.side).flatten(1)
+        x = self.dropout(F.relu(self.fc1(x), inplace=True))
+        return self.head(self.dropout(F.relu(self.fc2(x), inplace=True)))
+
+
+def convolutions(config: Config) -> dict[str, Row]:
+    """Both libraries number every layer, clips and poolings too."""
+    table, n = {}, 0
+    for s, depth in enumerate(config.depths):
+        for b in range(depth):
+            table[f"features.{n}.*"] = f"stages.{s}.{b}.conv.*"
+            if config.norm:
+                table[f"features.{n + 1}.*"] = f"stages.{s}.{b}.norm.*"
+            n += 2 + config.norm
+        n += s < config.pools
+    return table
+
+
+def torchvision(config: Config) -> dict[str, Row]:
+    return convolutions(config) | {"classifier.0.*": "fc1.*", "classifier.3.*": "fc2.*", "classifier.6.*": "head.*"}
+
+
+def timm(config: Config) -> dict[str, Row]:              # whose dense layers are convolutions
+    side, hidden = config.side, config.hidden
+    return convolutions(config) | {
+        "pre_logits.fc1.weight": Reshaped("fc1.weight", (hidden, -1), (hidden, -1, side, side)),
+        "pre_logits.fc2.weight": Reshaped("fc2.weight", (hidden, -1), (hidden, -1, 1, 1)),
+        "pre_logits.fc1.bias": "fc1.bias", "pre_logits.fc2.bias": "fc2.bias", "head.fc.*": "head.*"}
+
+
+def small(side: int) -> dict[str, int]:
+    """Poolings that leave a map of 2 to 3 pixels a side, whose mean the dense layers read."""
+    return {"side": 1, "pools": min(5, max(side.bit_length() - 2, 0))} if side <= 64 else {}
+
+
+A, B, D, E = (1, 1, 2, 2, 2), (2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4)          # columns of table 1
+
+CARD = Card(
+    name="vgg", model=VGG, config=Config, paper="arXiv:1409.1556", year=2014, takes="image", gives="label",
+    adapt=lambda need: small(need["image"]),
+    sizes={
+        "vgg16": Size(depths=D, params=138_357_544, source="torchvision"),
+        "vgg16-bn": Size(depths=D, norm=True, params=138_365_992, source="torchvision"),
+        "vgg11": Size(depths=A, params=132_863_336, source="torchvision"),
+        "vgg11-bn": Size(depths=A, norm=True, params=132_868_840, source="torchvision"),
+        "vgg13": Size(depths=B, params=133_047_848, source="torchvision"),
+        "vgg13-bn": Size(depths=B, norm=True, params=133_053_736, source="torchvision"),
+        "vgg19": Size(depths=E, params=143_667_240, source="torchvision"),
+        "vgg19-bn": Size(depths=E, norm=True, params=143_678_248, source="torchvision"),
+        "vgg-test": Size(depths=(1, 2, 1), widths=(6, 8, 12), norm=True, pools=3, hidden=16, side=2, dropout=0.0,
+                         classes=5),
+    },
+    weights={"torchvision": torchvision, "timm": timm},
+    # Without batch normalisation it bears no higher rate; the paper began from smaller trained networks.
+    recipe={"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+)
