@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import boxes
 import guide
+import pictures
 import references
 from fieldguide.weights import tables, translate
 from references import Equations
@@ -51,6 +52,12 @@ def tokens(config: Any, rows: int) -> tuple[Tensor, ...]:
     length = 1 + torch.arange(rows) * 8 // max(rows - 1, 1)
     length = length[torch.randperm(rows)]
     return torch.randint(vocab, (rows, 9)), torch.arange(9) < length[:, None]
+
+
+def unpadded(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """The same without the number of the padding token among what is real: the peer knows padding by it."""
+    text, mask = tokens(config, rows)
+    return torch.where(mask & (text == config.pad), 0, torch.where(mask, text, config.pad)), mask
 
 
 def pair(config: Any, rows: int) -> tuple[Tensor, ...]:
@@ -112,6 +119,11 @@ def sequence(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 
 # ---------------------------------------------------------------------------------------------- peers
+
+def encoder(model: nn.Module) -> Peer:
+    import encoders
+    return encoders.encoder(model)
+
 
 def same(build: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], Peer]:
     """The guide's class, whose names are ours."""
@@ -512,6 +524,34 @@ def timm_deit(model: nn.Module) -> Peer:
     return peer, lambda state: translate(state, tables(model)["timm"], reverse=True)
 
 
+class Classes(nn.Module):
+    """A classifier of transformers under the names that it writes to disk."""
+
+    def __init__(self, peer: nn.Module):
+        super().__init__()
+        self.peer = peer
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.peer(image).logits
+
+    def living(self, state: State) -> dict[str, Tensor]:
+        """Tensors by the names on disk -> by those of the living network, for which transformers keeps a table."""
+        from tv import transformers
+        mine = self.peer.state_dict()
+        disk = transformers.core_model_loading.revert_weight_conversion(self.peer, mine)
+        place = {x.data_ptr(): name for name, x in mine.items()}
+        return {f"peer.{place[disk[name].data_ptr()]}": x for name, x in state.items()}
+
+
+def huggingface_swin(model: nn.Module) -> Peer:
+    from tv import transformers
+    c = model.config
+    peer = Classes(transformers.SwinForImageClassification(transformers.SwinConfig(
+        image_size=33, patch_size=c.patch, num_channels=c.channels, embed_dim=c.dim, depths=list(c.depths),
+        num_heads=list(c.heads), window_size=c.window, num_labels=c.classes, drop_path_rate=0.0)))
+    return peer, lambda state: peer.living(translate(state, tables(model)["huggingface"], reverse=True))
+
+
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
@@ -520,6 +560,14 @@ CASES = {
     "lenet5-1998": Case(inputs=image, peer=equations(references.lenet5), lr=3e-3),
     "lenet5-modern": Case(inputs=image, peer=equations(references.lenet5_modern), lr=3e-3),
     "resnet": Case(inputs=image, peer=huggingface_resnet, lr=1e-2),
+    "alexnet": Case(inputs=image, peer=pictures.peer(pictures.torchvision_alexnet, "torchvision")),
+    "alexnet-2012": Case(inputs=image, peer=equations(pictures.alexnet_2012)),
+    "vgg": Case(inputs=image, peer=pictures.peer(pictures.torchvision_vgg, "torchvision")),
+    "efficientnet": Case(inputs=image, peer=pictures.peer(pictures.timm_efficientnet, "timm")),
+    "efficientnetv2": Case(inputs=image, peer=pictures.peer(pictures.torchvision_efficientnet_v2, "torchvision")),
+    "mobilenetv3": Case(inputs=image, peer=pictures.peer(pictures.torchvision_mobilenet_v3, "torchvision")),
+    "convnext": Case(inputs=image, peer=pictures.peer(pictures.huggingface_convnext, "huggingface")),
+    "convnextv2": Case(inputs=image, peer=pictures.peer(pictures.huggingface_convnext, "huggingface")),
     "unet": Case(inputs=image, peer=equations(references.unet("valid"))),
     "yolov8": Case(inputs=image, peer=equations(boxes.yolov8), slack=10.0),
     "unet-resnet": Case(inputs=coarse, peer=smp_unet),
@@ -528,6 +576,11 @@ CASES = {
     "lstm": Case(inputs=tokens, peer=packed(nn.LSTM)),
     "gru": Case(inputs=tokens, peer=packed(nn.GRU)),
     "transformer-encoder": Case(inputs=tokens, peer=torch_encoder),
+    "bert": Case(inputs=tokens, peer=encoder),
+    "roberta": Case(inputs=unpadded, peer=encoder),
+    "deberta": Case(inputs=tokens, peer=encoder),
+    "deberta-v2": Case(inputs=tokens, peer=encoder),
+    "modernbert": Case(inputs=tokens, peer=encoder),
     "gpt2": Case(inputs=tokens, peer=huggingface_gpt2, lr=3e-2),
     "transformer": Case(inputs=pair, peer=torch_transformer, lr=2e-2),
     "sasrec": Case(inputs=items, lr=3e-2, peer=lambda model: equations(
@@ -548,6 +601,7 @@ CASES = {
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
+    "swin": Case(inputs=image, peer=huggingface_swin, lr=3e-3),
     "vit": Case(inputs=image, peer=timm_vit, lr=3e-3),
     "deit": Case(inputs=image, peer=timm_deit, lr=3e-3),
     "vilt": Case(inputs=captioned, peer=huggingface_vilt, lr=3e-3),
