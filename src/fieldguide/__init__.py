@@ -14,7 +14,7 @@ _HOME = {
     "fit": "fieldguide.fitting", "resume": "fieldguide.fitting", "open_run": "fieldguide.run", "Run": "fieldguide.run",
     "create": "fieldguide.registry", "list_models": "fieldguide.catalogue",
     "show": "fieldguide.catalogue",
-    "load": "fieldguide.weights", "save": "fieldguide.weights", "read": "fieldguide.data", "advise": "fieldguide.advisor",
+    "load": "fieldguide.pretrained", "fill": "fieldguide.weights:load", "save": "fieldguide.weights", "read": "fieldguide.data", "advise": "fieldguide.advisor",
     "FieldguideClassifier": "fieldguide.estimators", "FieldguideRegressor": "fieldguide.estimators",
     "FieldguideError": "fieldguide.errors", "DataError": "fieldguide.errors", "SettingsError": "fieldguide.errors",
     "WeightsError": "fieldguide.errors", "RunError": "fieldguide.errors", "TrainingError": "fieldguide.errors",

@@ -85,9 +85,9 @@ class Card:
     `model` is an `nn.Module` class built from one `config` instance (`build` where a class keeps another
     signature). `names` maps the project's vocabulary (classes, channels, image, vocab, length, numbers,
     categories, features) to this config's own field names where they differ. `weights` holds the tables of
-    public parameter names, by origin, or functions from a config to such a table. `recipe` holds training settings
-    that suit the architecture and are laid over the task's (see `fieldguide.train.settings.Settings`). `adapt` turns
-    what the data needs (the same vocabulary) into config fields that follow from it: a smaller stem for small
+    public parameter names, by origin, or functions from a config to such a table; `configs` those of public configuration
+    keys, by origin (see `fieldguide.blocks.configs`). `recipe` holds training settings that suit the
+    architecture and are laid over the task's (see `fieldguide.train.settings.Settings`). `adapt` turns what the data needs (the same vocabulary) into config fields that follow from it: a smaller stem for small
     pictures. `parts` names further networks that training needs beside this one, by what the objective calls them:
     {"critic": "dcgan-discriminator"}.
     """
@@ -102,6 +102,7 @@ class Card:
     sizes: Mapping[str, Size]
     names: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     build: Callable[[Any], Any] | None = None

@@ -18,6 +18,10 @@ class SettingsError(FieldguideError):
     """A setting is unknown or has a value that cannot work."""
 
 
+class WeightsWarning(UserWarning):
+    """Part of a checkpoint has no place in the network, and needs none."""
+
+
 class WeightsError(FieldguideError):
     """A checkpoint does not fit the network: every missing, unknown and misshaped key is listed."""
 

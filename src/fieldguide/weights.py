@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Row, Transposed
-from fieldguide.errors import WeightsError, nearest
+from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Row, Transposed, Zeros
+from fieldguide.errors import WeightsError, WeightsWarning, nearest
 
 State = Mapping[str, Tensor]
 Table = Mapping[str, Row]
@@ -81,6 +81,10 @@ def _fill(pattern: str, values: Mapping[str, int | str]) -> str:
     return re.sub(r"\{(\w+)([+-]\d+)?\}|\*", text, pattern)
 
 
+def _zeros(table: Table) -> list[Zeros]:
+    return [row for row in table.values() if isinstance(row, Zeros)]
+
+
 def _ours(row: Row) -> str | None:
     return row if isinstance(row, str) else getattr(row, "ours", None)
 
@@ -111,7 +115,7 @@ class _Translated:
         self.state[name], self.origin[name] = tensor, old
 
 
-def _inwards(state: State, table: Table) -> _Translated:
+def inwards(state: State, table: Table) -> _Translated:
     """Public names -> ours."""
     done, parts = _Translated(), {}
     for name, tensor in state.items():
@@ -139,6 +143,9 @@ def _inwards(state: State, table: Table) -> _Translated:
             done.faults.append(f"{ours} is made of {names}, whose shapes differ")
         else:
             done.put(ours, torch.cat(tensors), names)
+    for row in _zeros(table):
+        if row.like in done.state and row.ours not in done.state:
+            done.put(row.ours, torch.zeros_like(done.state[row.like][:row.length]), "what such files do without")
     return done
 
 
@@ -153,6 +160,9 @@ def _outwards(state: State, table: Table) -> _Translated:
         elif isinstance(hits[0][1], Fused):
             for public, row, values in hits:
                 done.put(_fill(public, values), tensor.chunk(row.parts)[row.part], name)
+        elif isinstance(hits[0][1], Zeros):
+            if tensor.any():
+                done.faults.append(f"{name} must be zeros to be written so, and is not")
         else:
             public, row, values = hits[0]
             done.put(_fill(public, values), _turned(tensor, row, "there"), name)
@@ -164,7 +174,7 @@ def translate(state: State, table: Table, reverse: bool = False) -> dict[str, Te
 
     Raises `WeightsError` that lists all names without a row, and tensors that contradict each other.
     """
-    done = (_outwards if reverse else _inwards)(state, table)
+    done = (_outwards if reverse else inwards)(state, table)
     if done.unknown or done.faults:
         raise WeightsError("\n".join([f"{len(done.unknown)} of {len(state)} names have no row in the table:",
                                       *_listed("unknown", done.unknown), *done.faults]))
@@ -252,7 +262,7 @@ def tables(model: nn.Module) -> dict[str, Table]:
     return {origin: table(model.config) if callable(table) else table for origin, table in found.items()}
 
 
-def _prefixed(state: State) -> list[State]:
+def forms(state: State) -> list[State]:
     """The state itself, then without each prefix that all its names share."""
     forms = [state]
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in forms[-1])), ""):
@@ -268,11 +278,11 @@ def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str,
                            f"Known are {', '.join((OURS, *known))}.")
     best, score = ("", _Translated()), 0
     for name in (OURS, *known) if origin is None else (origin,):
-        for form in _prefixed(state):
+        for form in forms(state):
             if name == OURS:
                 done = _Translated(dict(form), {key: key for key in form})
             else:
-                done = _inwards(form, known[name])
+                done = inwards(form, known[name])
             filled = len(done.state.keys() & wanted)
             if filled > score:
                 best, score = (name, done), filled
@@ -304,6 +314,10 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
     Numbers are converted to the network's precision. Batch counters of normalisation may be missing. Where a tensor has
     another shape and the module that holds it has a method `refit(name, tensor)`, that says what to take in its place
     (places learnt for another size of picture); None refuses.
+
+    Parts of a network that belong to one of several heads (its class names them in `heads`) may differ as a whole: what a
+    file has for other heads is left out, with a `WeightsWarning` that names it, and `head="skip"` keeps all of the
+    network's own head that the file lacks or has in another shape.
     """
     if not isinstance(model, nn.Module):
         raise WeightsError(f"load fills a network, and {model!r} is none: make one first with "
@@ -323,7 +337,10 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
     filled = {_place(wanted[name]) for name in loaded}   # a tied tensor is filled by any of its names
     missing = [name for name in wanted if name not in loaded and _place(wanted[name]) not in filled
                and not name.endswith("num_batches_tracked")]
-    unknown = [*done.unknown, *(done.origin[name] for name in done.state if name not in wanted)]
+    heads = getattr(type(model), "heads", ())
+    spare = [done.origin[name] for name in done.state if name not in wanted and name.partition(".")[0] in heads]
+    unknown = [*done.unknown, *(done.origin[name] for name in done.state
+                                if name not in wanted and name.partition(".")[0] not in heads)]
     misshaped = [name for name in wanted if name in loaded and (
         done.state[name].shape != wanted[name].shape
         or done.state[name].is_floating_point() != wanted[name].is_floating_point())]
@@ -332,6 +349,8 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
     layer = {name.rpartition(".")[0] or name for name in (*misshaped, *missing)}
     last = next(reversed(wanted)).rpartition(".")[0]
     skippable = len(layer) == 1 and (misshaped or layer == {last}) and not (unknown or done.faults)
+    if layer and {name.partition(".")[0] for name in layer} <= set(heads):
+        layer, skippable = {" and ".join(sorted({name.partition(".")[0] for name in layer}))}, not (unknown or done.faults)
     if skippable and head == "skip":
         fresh, misshaped, missing = [*misshaped, *missing], [], []
     else:
@@ -353,6 +372,9 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
                          "to be trained on your classes.")
         raise WeightsError("\n".join(lines))
 
+    if spare:
+        lines = [f"{where} holds {len(spare)} tensors of heads that this network has not; they are not used:"]
+        warnings.warn("\n".join([*lines, *_listed("not used", spare)]), WeightsWarning, stacklevel=2)
     model.load_state_dict({name: done.state[name] for name in loaded if name not in fresh}, strict=False)
     return fresh
 

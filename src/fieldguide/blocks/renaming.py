@@ -36,10 +36,21 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Zeros:
+    """There is no public tensor: where ours stands, theirs adds nothing. Ours is zeros, as the first `length` of another
+    of ours along its first axis. Only zeros can be written to such files. What stands in the table as the public name,
+    in angle brackets, is for readers."""
+
+    ours: str
+    like: str
+    length: int = 1
+
+
+@dataclass(frozen=True)
 class Dropped:
     """The public tensor holds nothing that is needed, such as position ids."""
 
     why: str
 
 
-Row = str | Transposed | Reshaped | Fused | Dropped
+Row = str | Transposed | Reshaped | Fused | Dropped | Zeros

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fieldguide.blocks.cache import Cache, causal, positions
 from fieldguide.blocks.causal import CausalAttention
+from fieldguide.blocks.configs import Is
 from fieldguide.blocks.renaming import Dropped, Transposed
 from fieldguide.card import Card, Size
 from fieldguide.errors import DataError
@@ -127,6 +128,26 @@ HUGGINGFACE = {                                          # its linear layers are
 # The same names for tensors that lie the other way: for such files say origin="nanogpt".
 NANOGPT = {f"transformer.{theirs}": ours for theirs, ours in NAMES.items()} | SHARED
 
+CONFIG = {
+    "model_type": Is("gpt2"),
+    "architectures": Is(["GPT2LMHeadModel"]),
+    "vocab_size": "vocab",
+    "n_positions": "length",
+    "n_embd": "dim",
+    "n_layer": "depth",
+    "n_head": "heads",
+    "n_inner": Is(None),
+    "resid_pdrop": "dropout",
+    "embd_pdrop": Is(lambda c: c.dropout),
+    "attn_pdrop": Is(lambda c: c.dropout),
+    "activation_function": Is("gelu_new"),
+    "layer_norm_epsilon": Is(1e-5),
+    "scale_attn_weights": Is(True),
+    "scale_attn_by_inverse_layer_idx": Is(False),
+    "add_cross_attention": Is(False),
+    "tie_word_embeddings": Is(True),
+}
+
 CARD = Card(
     name="gpt2", model=GPT2, config=Config, year=2019,
     paper="https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
@@ -143,7 +164,7 @@ CARD = Card(
         "gpt2-nano": Size(vocab=65, length=64, dim=128, depth=4, heads=4, dropout=0.0),
         "gpt2-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
     },
-    weights={"huggingface": HUGGINGFACE, "nanogpt": NANOGPT},
+    weights={"huggingface": HUGGINGFACE, "nanogpt": NANOGPT}, configs={"huggingface": CONFIG},
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.05,
             "schedule": "linear"},
 )

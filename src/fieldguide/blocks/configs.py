@@ -1,0 +1,48 @@
+"""Right-hand sides of a table of public configuration keys: plain data for `fieldguide.pretrained`.
+
+A table maps a public key to our config's field, one row a key: `"hidden_size": "dim"`. A dot goes into a nested part:
+`"text_config.hidden_size": "text_dim"`. Other rows stand for keys that are no field of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Is:
+    """The key must have this value, or the network would compute another thing; where it is absent, it has.
+
+    A function takes our config and says what the value must be. `written=False`: it need not stand in our files.
+    """
+
+    value: Any | Callable[[Any], Any]
+    written: bool = True
+
+
+@dataclass(frozen=True)
+class Known:
+    """The key is our field, and its values are called otherwise there."""
+
+    ours: str
+    values: Mapping[Any, Any]                            # theirs -> ours
+
+
+@dataclass(frozen=True)
+class Absent:
+    """The key is our field, which has this value where the key is absent."""
+
+    ours: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Our field is how many entries stand there: names of labels."""
+
+    ours: str
+
+
+ConfigRow = str | Is | Known | Absent | Counted

@@ -1,0 +1,252 @@
+"""Pretrained networks: a folder or file of anybody's -> a network of ours with its weights, and back.
+
+`load` recognises architecture and size by the configuration beside the weights, or by names and shapes of the tensors
+themselves. `export` writes a folder that transformers reads. Tables in the model files say how keys are called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide import weights
+from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is, Known
+from fieldguide.card import Card
+from fieldguide.errors import SettingsError, WeightsError, nearest
+from fieldguide.registry import cards, find
+
+CONFIG = "config.json"
+IDENTITY = ("model_type", "_class_name")                 # keys that say what a configuration is of
+FREE = ("classes", "channels", "vocab", "length")        # what checkpoints of one size may differ in
+HUB = "hf:"
+STEP = 8                                                 # by which a number is changed to see what shapes it decides
+SPARE = 3                                                # tensors that a file may lack: tied ones
+Identified = tuple[Card, str, Mapping[str, ConfigRow]]   # card, origin, table of configuration keys
+
+
+def load(source: str | Path, *, name: str | None = None, **overrides: Any) -> nn.Module:
+    """A network with the weights of a checkpoint, in evaluation mode.
+
+    `source`: a folder of transformers, diffusers or of a fieldguide run; a file of timm, torchvision or the authors; or
+    `hf:organisation/name`, which downloads it first. `name` says which size it is, where that cannot be seen; `overrides`
+    are laid over the config that the file implies, such as `gives="vector"` or another `image`. Raises `WeightsError`
+    where nothing fits, and says what came nearest.
+    """
+    if isinstance(source, str) and source.startswith(HUB):
+        from fieldguide.hub import fetched
+        source = fetched(source.removeprefix(HUB))
+    path = Path(source)
+    if (path / "run.json").is_file():
+        from fieldguide.run import open_run
+        return open_run(path).network
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist. For a model of the Hugging Face hub say hf:organisation/name; for a "
+                           "network with fresh weights, fieldguide.create.")
+    folder = path if path.is_dir() else path.parent
+    beside = folder / CONFIG
+    state = weights.read(path)
+    if name is not None:
+        card, size = find(name)
+        return filled(card, {**card.sizes[size].overrides, **seen(card, size, state), **overrides}, state, None, str(path))
+    if beside.is_file() and (known := identified(read_config(beside))):
+        card, origin, table = known
+        return filled(card, {**inwards(card, table, read_config(beside), beside), **overrides}, state, origin, str(path))
+    card, size, origin = recognised(state, str(path))
+    return filled(card, {**card.sizes[size].overrides, **seen(card, size, state), **overrides}, state, origin, str(path))
+
+
+def filled(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str | None, where: str) -> nn.Module:
+    try:
+        config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
+    except TypeError as error:
+        raise SettingsError(f"{card.name}: {error}") from None
+    model = card.make(config)
+    try:
+        weights.load(model, state, origin)
+    except WeightsError as error:
+        raise WeightsError(str(error).replace("the checkpoint", where, 1)) from None
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not the keys of a configuration")
+    return content
+
+
+def identified(config: Mapping[str, Any]) -> Identified | None:
+    """Whose configuration this is; None where no card knows it."""
+    for card in cards().values():
+        for origin, table in card.configs.items():
+            said = [(key, table[key]) for key in IDENTITY if key in table]
+            if said and all(isinstance(row, Is) and config.get(key) == row.value for key, row in said):
+                return card, origin, table
+    return None
+
+
+def at(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
+    """Whether a dotted key is there, and what it says."""
+    for part in key.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return False, None
+        config = config[part]
+    return True, config
+
+
+def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any], where: Any) -> dict[str, Any]:
+    """A public configuration as fields of ours. Raises `WeightsError` that lists every key by which it is another network."""
+    values: dict[str, Any] = {}
+    kinds = {f.name: str(f.type) for f in fields(card.config)}
+    faults = []
+    for key, row in table.items():
+        there, value = at(config, key)
+        if isinstance(row, Absent):
+            values[row.ours] = value if there and value is not None else row.value
+        elif isinstance(row, Known) and there:
+            value = value[0] if isinstance(value, list) and value else value
+            if value not in row.values:
+                faults.append(f"{key}={value!r} is none of {', '.join(map(repr, row.values))}")
+            else:
+                values[row.ours] = row.values[value]
+        elif isinstance(row, Counted) and there:
+            values[row.ours] = len(value)
+        elif isinstance(row, str) and there and value is not None:
+            values[row] = value
+    values = {k: tuple(v) if kinds.get(k, "").startswith("tuple") and isinstance(v, list) else v for k, v in values.items()}
+    if not faults:
+        made = card.config(**values)
+        for key, row in table.items():
+            there, value = at(config, key)
+            if isinstance(row, Is) and there and (wanted := row.value(made) if callable(row.value) else row.value) != value:
+                faults.append(f"{key}={value!r}, and {card.name} here has {wanted!r}")
+    if faults:
+        raise WeightsError("\n".join([f"{where} describes another network than {card.name}:", *(f"  {f}" for f in faults)]))
+    return values
+
+
+def outwards(card: Card, table: Mapping[str, ConfigRow], config: Any) -> dict[str, Any]:
+    """Our config under public keys."""
+    out: dict[str, Any] = {}
+    for key, row in table.items():
+        if isinstance(row, Is):
+            if not row.written:
+                continue
+            value = row.value(config) if callable(row.value) else row.value
+        elif isinstance(row, Known):
+            own = getattr(config, row.ours)
+            value = next(theirs for theirs, ours in row.values.items() if ours == own)
+            value = [value] if key == "architectures" else value
+        elif isinstance(row, Counted):
+            value = {str(i): f"LABEL_{i}" for i in range(getattr(config, row.ours))}
+        else:
+            value = getattr(config, row if isinstance(row, str) else row.ours)
+        *parents, last = key.split(".")
+        part = out
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[last] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def export(model: nn.Module, folder: str | Path, origin: str = "huggingface") -> Path:
+    """Writes config.json and model.safetensors as the library of that origin reads them. Raises `WeightsError` where the
+    network has no table of that origin's configuration."""
+    card = next((c for c in cards().values() if c.model is type(model)), None)
+    known = card.configs if card else {}
+    if origin not in known:
+        raise WeightsError(f"{type(model).__name__} cannot be written as a folder of {origin!r}.{nearest(origin, known)} "
+                           f"Known are {', '.join(known) or 'none'}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights.save(model, folder / "model.safetensors", origin)
+    (folder / CONFIG).write_text(json.dumps(outwards(card, known[origin], model.config), indent=2) + "\n")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ names and shapes
+
+def shapes(card: Card, values: Mapping[str, Any]) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: t.shape for name, t in card.make(card.config(**values)).state_dict().items()}
+
+
+def translations(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
+    """A checkpoint's names as each table of a card reads them, where it knows most of the first few."""
+    for origin, table in card.weights.items():
+        table = table(card.config(**values)) if callable(table) else table
+        for form in weights.forms(state):
+            first = dict(list(form.items())[:12])
+            if len(weights.inwards(first, table).unknown) <= len(first) // 3:
+                yield origin, weights.inwards(form, table)
+
+
+def differing(card: Card, values: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, int]:
+    """The numbers of `FREE` in which tensors under our names differ from a config, read off the shapes they decide."""
+    here, out = shapes(card, values), {}
+    for word in FREE:
+        field = card.names.get(word, word)
+        if not card.accepts(word) or str(card.config.__dataclass_fields__[field].type) != "int":
+            continue
+        start = getattr(card.config(**values), field)
+        try:
+            more = shapes(card, {**values, field: start + STEP})
+        except Exception:                                # noqa: BLE001 - a number that this network cannot have
+            continue
+        decided = ((name, i) for name, shape in here.items() if name in found and found[name].ndim == len(shape)
+                   for i, (a, b) in enumerate(zip(shape, more.get(name, shape))) if a != b)
+        if (place := next(decided, None)) is None:
+            continue
+        name, axis = place
+        slope = (more[name][axis] - here[name][axis]) / STEP
+        value = start + (found[name].shape[axis] - here[name][axis]) / slope
+        if value == int(value) and value > 0 and value != start:
+            out[field] = int(value)
+    return out
+
+
+def seen(card: Card, size: str, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """In what a checkpoint differs from the size that it is said to be: classes, vocabulary."""
+    values = dict(card.sizes[size].overrides)
+    best = max((done.state for _, done in translations(card, values, state)), key=len, default=state)
+    return differing(card, values, best)
+
+
+def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str]:
+    """The card, size and origin whose tensors these are. Raises `WeightsError` where none is, or several could be."""
+    fits, near = [], []
+    for card in cards().values():
+        for size in card.sizes:
+            values = dict(card.sizes[size].overrides)
+            for origin, done in translations(card, values, state):
+                near.append((len(done.state), card.name, origin))
+                if done.unknown or done.faults:
+                    continue
+                wanted = shapes(card, {**values, **differing(card, values, done.state)})
+                there = {name: t.shape for name, t in done.state.items()}
+                apart = [n for n in wanted if n not in there and not n.endswith("num_batches_tracked")]
+                if not there.keys() - wanted.keys() and len(apart) <= SPARE and all(
+                        there.get(n, shape) == shape for n, shape in wanted.items()):
+                    fits.append((len(apart), card, size, origin))
+    if not fits:
+        nearby = ", ".join(dict.fromkeys(f"{name} ({origin})" for _, name, origin in sorted(near, reverse=True)))
+        raise WeightsError(f"{where}: these {len(state)} tensors are of no network here"
+                           + (f"; nearest come {nearby}. Say which it is: name=..." if nearby else
+                              f" (they begin {', '.join(list(state)[:3])})."))
+    fewest = min(apart for apart, *_ in fits)
+    best = [(card, size, origin) for apart, card, size, origin in fits if apart == fewest]
+    if len({size for _, size, _ in best}) > 1:
+        raise WeightsError(f"{where} could be {' or '.join(dict.fromkeys(size for _, size, _ in best))}: their tensors look "
+                           "the same, but they compute differently. Say which: name=...")
+    return best[0]
