@@ -199,7 +199,7 @@ CARD = Card(
         **{f"tf-efficientnet-{name}": Size(width=width, depth=depth, dropout=dropout, eps=1e-3, padding="same",
                                            params=params, source="timm, google/efficientnet")
            for name, (width, depth, dropout, params) in B.items()},
-        "efficientnet-test": Size(width=0.25, depth=0.5, dropout=0.0, drop_path=0.0, padding="same", eps=1e-3, classes=5),
+        "efficientnet-test": Size(width=0.1, depth=0.3, dropout=0.0, drop_path=0.0, padding="same", eps=1e-3, classes=5),
     },
     weights={"torchvision": TORCHVISION, "timm": TIMM, "huggingface": huggingface},
     # Batch normalisation in every block bears high rates; the paper's RMSprop needs a TPU pod's batch of 4,096.

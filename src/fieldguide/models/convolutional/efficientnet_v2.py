@@ -192,7 +192,7 @@ CARD = Card(
         **{f"efficientnetv2-{name}": Size(source="torchvision", **size) for name, size in V2.items()},
         **{f"tf-efficientnetv2-{name}": Size(padding="same", source="timm", **size)
            for name, size in (V2 | {"xl": XL}).items()},
-        "efficientnetv2-test": Size(widths=(8, 12, 16, 16, 20, 24), depths=(1, 2, 2, 2, 1, 1), top=32, dropout=0.0,
+        "efficientnetv2-test": Size(widths=(8, 12, 16, 16, 24, 32), depths=(1, 2, 2, 2, 1, 1), top=32, dropout=0.0,
                                     drop_path=0.0, classes=5),
     },
     weights={"torchvision": torchvision, "timm": TIMM},

@@ -41,8 +41,8 @@ SMALL = (
 )
 TINY = (
     (3, 8, 8, True, False, 0),
-    (3, 24, 12, False, False, 0), (5, 24, 12, True, True, 1),
-    (5, 32, 16, True, True, 2), (5, 40, 20, True, True, 2),
+    (3, 24, 16, False, False, 0), (5, 40, 16, True, True, 1),
+    (5, 48, 24, True, True, 2), (5, 72, 32, True, True, 2),
 )
 
 
