@@ -31,6 +31,8 @@ MAY = {
     "measure": NETWORKS | {"train"},
     "generation": GROUND | {"blocks"},
     "tasks": GROUND | {"data", "generation", "measures", "objectives", "samples", "train"},     # of train a part, checked below
+    "hub": {"errors"},
+    "pretrained": NETWORKS | {"hub", "run"},
     "run": NETWORKS | {"data", "objectives", "tasks", "train"},
     "advisor": NETWORKS | {"measure"},
     "catalogue": NETWORKS | {"measure", "tasks"},
@@ -191,8 +193,8 @@ def test_samples_are_listed_without_torch():
                                  "try: main()\nexcept SystemExit: pass")
 
 
-EXPORTED = {"__version__", "models", "fit", "resume", "open_run", "Run", "create", "list_models", "show", "load", "save",
-            "read", "advise", "FieldguideClassifier", "FieldguideRegressor", "FieldguideError", "DataError",
+EXPORTED = {"__version__", "models", "fit", "resume", "open_run", "Run", "create", "list_models", "show", "load", "fill",
+            "save", "read", "advise", "FieldguideClassifier", "FieldguideRegressor", "FieldguideError", "DataError",
             "SettingsError", "WeightsError", "RunError", "TrainingError"}
 
 

@@ -185,12 +185,11 @@ def test_every_process_follows_the_first_ones_clock(monkeypatch):
     loop = Trainer(clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), watch=Silent(),
                    most=5000)
     loop.state.step, loop.state.seconds, loop.since = 50, 59.0, (25, 34.0)
-    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (True, 30.0, 300))
-    assert loop.keep_pace(scored=True) and loop.settings.steps == 300
+    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (30.0, 300))
+    assert loop.keep_pace() and loop.settings.steps == 300
     loop.state.step = 75
-    for answer in ((True, -1.0, 76), (False, 30.0, 600)):
-        monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value, answer=answer: answer)
-        assert not loop.keep_pace(scored=True) and loop.settings.steps == 300
+    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (-1.0, 76))
+    assert not loop.keep_pace() and loop.settings.steps == 300
 
 
 def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_path):

@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "fit": "fieldguide.fitting", "resume": "fieldguide.fitting", "open_run": "fieldguide.run", "Run": "fieldguide.run",
-    "create": "fieldguide.registry", "list_models": "fieldguide.catalogue",
-    "show": "fieldguide.catalogue",
-    "load": "fieldguide.pretrained", "fill": "fieldguide.weights:load", "save": "fieldguide.weights", "read": "fieldguide.data", "advise": "fieldguide.advisor",
+    "create": "fieldguide.registry", "list_models": "fieldguide.catalogue", "show": "fieldguide.catalogue",
+    "load": "fieldguide.pretrained", "save": "fieldguide.pretrained", "fill": "fieldguide.weights:load",
+    "read": "fieldguide.data", "advise": "fieldguide.advisor",
     "FieldguideClassifier": "fieldguide.estimators", "FieldguideRegressor": "fieldguide.estimators",
     "FieldguideError": "fieldguide.errors", "DataError": "fieldguide.errors", "SettingsError": "fieldguide.errors",
     "WeightsError": "fieldguide.errors", "RunError": "fieldguide.errors", "TrainingError": "fieldguide.errors",

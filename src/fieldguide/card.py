@@ -85,10 +85,11 @@ class Card:
     `model` is an `nn.Module` class built from one `config` instance (`build` where a class keeps another
     signature). `names` maps the project's vocabulary (classes, channels, image, vocab, length, numbers,
     categories, features) to this config's own field names where they differ. `weights` holds the tables of
-    public parameter names, by origin, or functions from a config to such a table; `configs` those of public configuration
-    keys, by origin (see `fieldguide.blocks.configs`). `recipe` holds training settings that suit the
-    architecture and are laid over the task's (see `fieldguide.train.settings.Settings`). `adapt` turns what the data needs (the same vocabulary) into config fields that follow from it: a smaller stem for small
-    pictures. `parts` names further networks that training needs beside this one, by what the objective calls them:
+    public parameter names, by origin, or functions from a config to such a table; `configs` those of public
+    configuration keys, by origin (see `fieldguide.blocks.configs`). `recipe` holds training settings that suit the
+    architecture and are laid over the task's (see `fieldguide.train.settings.Settings`). `adapt` turns what the data
+    needs (the same vocabulary) into config fields that follow from it: a smaller stem for small pictures. `parts`
+    names further networks that training needs beside this one, by what the objective calls them:
     {"critic": "dcgan-discriminator"}.
     """
 

@@ -1,7 +1,7 @@
 """Pretrained networks: a folder or file of anybody's -> a network of ours with its weights, and back.
 
 `load` recognises architecture and size by the configuration beside the weights, or by names and shapes of the tensors
-themselves. `export` writes a folder that transformers reads. Tables in the model files say how keys are called.
+themselves. `save` writes a folder that transformers reads. Tables in the model files say how keys are called.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fieldguide import weights
 from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is, Known
 from fieldguide.card import Card
-from fieldguide.errors import SettingsError, WeightsError, nearest
+from fieldguide.errors import FieldguideError, SettingsError, WeightsError, nearest
 from fieldguide.registry import cards, find
 
 CONFIG = "config.json"
@@ -160,9 +160,20 @@ def outwards(card: Card, table: Mapping[str, ConfigRow], config: Any) -> dict[st
     return out
 
 
-def export(model: nn.Module, folder: str | Path, origin: str = "huggingface") -> Path:
-    """Writes config.json and model.safetensors as the library of that origin reads them. Raises `WeightsError` where the
-    network has no table of that origin's configuration."""
+def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path:
+    """Writes a network under our names or those of an origin ("torchvision", "hf"): one file where `path` ends in
+    .safetensors, else a folder that the origin's library reads, with its configuration.
+
+    Raises `WeightsError` for an unknown format, or one whose configuration is not known here.
+    """
+    format = "huggingface" if format == "hf" else format
+    if Path(path).suffix == ".safetensors":
+        return weights.save(model, path, format)
+    return export(model, path, format)
+
+
+def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
+    """Writes config.json and model.safetensors as the library of that origin reads them."""
     card = next((c for c in cards().values() if c.model is type(model)), None)
     known = card.configs if card else {}
     if origin not in known:
@@ -202,7 +213,7 @@ def differing(card: Card, values: Mapping[str, Any], found: Mapping[str, Tensor]
         start = getattr(card.config(**values), field)
         try:
             more = shapes(card, {**values, field: start + STEP})
-        except Exception:                                # noqa: BLE001 - a number that this network cannot have
+        except (FieldguideError, RuntimeError, ValueError):          # a number that this network cannot have
             continue
         decided = ((name, i) for name, shape in here.items() if name in found and found[name].ndim == len(shape)
                    for i, (a, b) in enumerate(zip(shape, more.get(name, shape))) if a != b)

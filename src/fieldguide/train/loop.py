@@ -138,7 +138,7 @@ class Trainer:
         self.average = Average(self.kept, settings.ema) if settings.ema else None
         self.state, self.best, self.tracker = State(most=most), None, None
         self.stopping = False
-        self.since, self.looked = (0, 0.0), 0.0          # step and seconds that the pace counts from; seconds at the last look
+        self.since = (0, 0.0)                            # step and seconds that the pace is counted from
 
     # What a run goes through
 
@@ -155,7 +155,7 @@ class Trainer:
         self.objective.train()
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
-        self.since, self.looked = (state.step, state.seconds), 0.0
+        self.since = (state.step, state.seconds)
         with self.signals(), deterministic_kernels():
             while state.step < self.settings.steps and not state.stopped:
                 losses = self.step(stream)
@@ -166,7 +166,7 @@ class Trainer:
                 if scored:
                     self.score()
                     state.seconds = before + time.monotonic() - started
-                if state.most and settings.minutes and (scored or state.step in (3, PACED)) and self.keep_pace(scored):
+                if state.most and settings.minutes and looked_at(state.step) and self.keep_pace():
                     stream = self.stream()
                 if self.agreed(self.stopping):
                     self.save()
@@ -196,25 +196,22 @@ class Trainer:
                         seed=settings.seed, start=self.state.step * self.draws, stop=settings.steps * self.draws,
                         workers=settings.workers, pin=self.device.type == "cuda")
 
-    def keep_pace(self, scored: bool) -> bool:
+    def keep_pace(self) -> bool:
         """Counts the steps anew, so that the rate has come down when the minutes are over, and the minutes are used.
 
-        True where the count has changed. A step's time is the mean over all that this process has made, and it is looked
-        at once before the first evaluation, whose cost is not known yet, then whenever twice as much time has gone by
-        as at the last look: one busy moment of the machine changes little, and a few looks suffice.
+        True where the count has changed. A step's time is the mean over all that this process has made, evaluations
+        too once there are any; it is looked at whenever twice as many steps are done as at the last look, so that one
+        busy moment of the machine changes little.
         """
         settings, state = self.settings, self.state
-        if not scored and state.step < PACED:
+        if state.step < PACED:
             self.since = (state.step, state.seconds)     # the first steps prepare kernels, and tell nothing
             return False
         steps, seconds = state.step - self.since[0], state.seconds - self.since[1]
-        goal = (1.0 if scored else 0.9) * (AIM * 60 * settings.minutes - state.seconds)
+        goal = (0.9 if self.evaluate and state.best is None else 1.0) * (AIM * 60 * settings.minutes - state.seconds)
         total = min(state.most, state.step + max(1, int(goal * steps / max(seconds, 1e-9))))
-        due, goal, total = distributed.broadcast((seconds >= 2 * self.looked, goal, total))   # clocks differ; all must
-        left, planned = total - state.step, settings.steps - state.step                       # come to the same
-        if not due:
-            return False
-        self.looked = seconds
+        goal, total = distributed.broadcast((goal, total))           # clocks differ; all must come to the same
+        left, planned = total - state.step, settings.steps - state.step
         if goal <= 0 or planned < SLACK * settings.steps or abs(left - planned) <= SLACK * planned:
             return False
         if abs(left - planned) > TOLD * planned:
@@ -408,6 +405,11 @@ class Trainer:
         if distributed.rank() == 0:
             truncate(self.folder / "metrics.jsonl", step)
         return True
+
+
+def looked_at(step: int) -> bool:
+    """Whether the pace is looked at after this step: at 3, `PACED`, twice that, four times that, ..."""
+    return step == 3 or (step % PACED == 0 and (step // PACED).bit_count() == 1)
 
 
 def reseed(seed: int, device: torch.device) -> None:

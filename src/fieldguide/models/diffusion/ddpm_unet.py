@@ -218,11 +218,12 @@ CARD = Card(
         "ddpm-256": Size(image=256, growth=(1, 1, 2, 2, 4, 4), dropout=0.0, params=113_673_219,
                          source="google/ddpm-celebahq-256"),
         "ddpm-28": Size(image=28, channels=1, dim=32, growth=(1, 2, 2), attend=(7,), groups=8),
-        "ddpm-mini": Size(image=28, channels=1, patch=2, dim=48, growth=(1, 2), depth=1, attend=(4, 6, 7, 8), groups=8, dropout=0.0),
+        "ddpm-mini": Size(image=28, channels=1, patch=2, dim=32, growth=(1, 2), depth=1, attend=(4, 6, 7, 8), groups=8, dropout=0.0),
         "ddpm-8": Size(image=8, channels=1, dim=32, growth=(1, 2), attend=(4,), groups=8, dropout=0.0),
         "ddpm-unet-test": Size(image=8, channels=2, classes=3, dim=8, growth=(1, 2), depth=1, attend=(4,), groups=4,
                                dropout=0.0),
     },
     weights={"diffusers": DIFFUSERS, "diffusers-2022": DIFFUSERS_2022},
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
+    # Fashion-MNIST in 3 minutes of one core, held-out loss of a small one: adamw at 1e-3 .213, muon .172.
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
 )

@@ -1,0 +1,124 @@
+"""Downloads by name, from a server on this machine that speaks as the hub does: whole, broken off, damaged, refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import fieldguide
+from fieldguide import hub
+from fieldguide.errors import WeightsError
+from test_pretrained import gpt2
+
+
+class Hub:
+    """One model, `org/tiny`. `cut` bytes are sent of each large file, then the line is dead; `asked` are the ranges."""
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files, self.cut, self.asked, self.damage = files, None, [], False
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                stand_in.answer(self)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def entries(self) -> list[dict]:
+        return [{"type": "directory", "path": "onnx"}] + [
+            {"type": "file", "path": name, "size": len(content),
+             "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+             **({"lfs": {"oid": hashlib.sha256(content).hexdigest()}} if name.endswith(".safetensors") else {})}
+            for name, content in self.files.items()]
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        if request.path == "/api/models/org/tiny/tree/main":
+            return self.send(request, 200, json.dumps(self.entries()).encode())
+        name = request.path.removeprefix("/org/tiny/resolve/main/")
+        if name not in self.files:
+            return self.send(request, 401 if "gated" in request.path else 404, b"no")
+        content, start = self.files[name], 0
+        if asked := request.headers.get("Range"):
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            self.asked.append((name, start))
+        content = content[start:]
+        if self.damage and name.endswith(".safetensors"):
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self.send(request, 206 if start else 200, content, self.cut if name.endswith(".safetensors") else None)
+
+    def send(self, request: BaseHTTPRequestHandler, status: int, content: bytes, cut: int | None = None) -> None:
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content[:cut])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    gpt2().save_pretrained(tmp_path / "made")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "made").iterdir()}
+    made = Hub(files | {"README.md": b"# words", "pytorch_model.bin": b"pickled"})
+    monkeypatch.setenv("HF_ENDPOINT", made.address)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def test_a_model_of_the_hub_by_name(here):
+    ours, said = fieldguide.load("hf:org/tiny"), []
+    tokens = torch.randint(40, (1, 5))
+    torch.testing.assert_close(ours(tokens), gpt2()(tokens).logits)
+    folder = hub.fetched("org/tiny", said.append)
+    assert not said                                      # nothing is fetched twice
+    assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_a_download_goes_on_where_it_was_broken_off(here):
+    here.cut = 1000
+    with pytest.raises(WeightsError, match=r"model.safetensors broke off after 1,000 of [\d,]+ bytes.*Ask again"):
+        hub.fetched("org/tiny")
+    here.cut = None
+    folder = hub.fetched("org/tiny")
+    assert here.asked == [("model.safetensors", 1000)]
+    assert (folder / "model.safetensors").read_bytes() == here.files["model.safetensors"]
+
+
+def test_damage_on_the_way_is_found_and_not_kept(here):
+    here.damage = True
+    with pytest.raises(WeightsError, match="another digest"):
+        hub.fetched("org/tiny")
+    assert not list(Path(hub.home()).rglob("model.safetensors*"))
+    here.damage = False
+    assert hub.fetched("org/tiny")
+
+
+@pytest.mark.parametrize("name, message", [
+    ("org/other", "there is no such model"), ("tiny", "say hf:organisation/name"), ("../x/y", "say hf:organisation/name")])
+def test_what_is_not_there(here, name, message):
+    with pytest.raises(WeightsError, match=message):
+        hub.fetched(name)
+
+
+def test_without_a_network(here, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(WeightsError, match=r"cannot be reached.*give their folder"):
+        hub.fetched("org/tiny")
+
+
+def test_pickled_weights_only_where_there_are_no_others():
+    names = ["config.json", "pytorch_model.bin", "model.safetensors", "model.fp16.safetensors", "onnx/model.onnx", "vocab.txt"]
+    assert hub.chosen(names) == {"config.json", "model.safetensors", "vocab.txt"}
+    assert hub.chosen(names[:2]) == {"config.json", "pytorch_model.bin"}
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert hub.chosen(shards) == set(shards)
