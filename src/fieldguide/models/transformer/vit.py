@@ -51,8 +51,8 @@ class Block(nn.Module):
         self.mlp = Mlp(c.dim, 4 * c.dim, c.dropout)
         self.dropout, self.drop_path = nn.Dropout(c.dropout), DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:              # B N D -> B N D
-        x = x + self.drop_path(self.dropout(self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, asking: int | None = None) -> Tensor:           # B N D -> B N D, or B asking D
+        x = x[:, :asking] + self.drop_path(self.dropout(self.attn(self.norm1(x), asking=asking)))
         return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
 
 
@@ -124,9 +124,9 @@ class ViT(nn.Module):
 
     def read(self, image: Tensor) -> Tensor:             # B C H W -> B first D, the tokens that answers are read at
         x, _ = self.tokens(image)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, :self.first])              # of the other places nobody asks for more
+        for i, block in enumerate(self.blocks, 1):       # of the last, nobody asks for the other places
+            x = block(x, self.first if i == len(self.blocks) else None)
+        return self.norm(x)
 
     def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes
         return self.head(self.read(image)[:, 0])
