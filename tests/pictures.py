@@ -82,7 +82,9 @@ def timm_vgg(model: nn.Module) -> nn.Module:
     c, vgg = model.config, timm.models.vgg
     with torch.device("meta"):
         theirs = vgg.VGG(columns(c), c.classes, norm_layer=nn.BatchNorm2d if c.norm else None)
-    theirs.features.to_empty(device="cpu")
+    for layer in theirs.features.to_empty(device="cpu"):
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
     theirs.pre_logits = vgg.ConvMlp(c.widths[-1], c.hidden, c.side, drop_rate=c.dropout)
     theirs.head = vgg.ClassifierHead(c.hidden, c.classes)
     return theirs
@@ -167,10 +169,10 @@ def timm_mobilenet_v3(model: nn.Module) -> nn.Module:
 
 def timm_convnext(model: nn.Module) -> nn.Module:
     c = model.config
-    newer = type(model).__name__ == "ConvNeXtV2"
+    newer = type(model).__name__ == "ConvNeXtV2"         # whose sizes below Tiny are made of 1x1 convolutions
     return timm.models.convnext.ConvNeXt(
         c.channels, c.classes, depths=c.depths, dims=c.widths, patch_size=c.patch, drop_path_rate=c.drop_path, use_grn=newer,
-        ls_init_value=None if newer else 1e-6)
+        ls_init_value=None if newer else 1e-6, conv_mlp=newer and c.widths[0] < 96)
 
 
 def torchvision_convnext(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.blocks.drop_path import DropPath
-from fieldguide.blocks.renaming import Reshaped
+from fieldguide.blocks.renaming import Reshaped, Row
 from fieldguide.card import Card, Size
 from fieldguide.models.convolutional import convnext
 from fieldguide.models.convolutional.convnext import Config
@@ -62,7 +62,7 @@ class ConvNeXtV2(convnext.ConvNeXt):
     block = Block
 
 
-def without_scale(table: dict[str, object]) -> dict[str, object]:
+def without_scale(table: dict[str, Row]) -> dict[str, Row]:
     return {theirs: ours for theirs, ours in table.items() if not str(ours).endswith("gamma")}
 
 
@@ -72,7 +72,17 @@ def response(weight: str, bias: str) -> dict[str, Reshaped]:
             for public, kind in ((weight, "weight"), (bias, "bias"))}
 
 
-TIMM = without_scale(convnext.TIMM) | {"stages.{s}.blocks.{b}.mlp.grn.*": "stages.{s}.{b}.response.*"}
+def timm(config: Config) -> dict[str, Row]:
+    """The sizes below Tiny have 1x1 convolutions there in place of dense layers."""
+    ones = (1, 1) if config.widths[0] < 96 else ()
+    table: dict[str, Row] = {"stages.{s}.blocks.{b}.mlp.grn.*": "stages.{s}.{b}.response.*"}
+    for s, dim in enumerate(config.widths):
+        for public, part, inputs in (("fc1", "up", dim), ("fc2", "down", 4 * dim)):
+            table[f"stages.{s}.blocks.{{b}}.mlp.{public}.weight"] = Reshaped(
+                f"stages.{s}.{{b}}.{part}.weight", (-1, inputs), (-1, inputs, *ones))
+    return table | without_scale(convnext.TIMM)
+
+
 AUTHORS = without_scale(convnext.AUTHORS) | response("stages.{s}.{b}.grn.gamma", "stages.{s}.{b}.grn.beta")
 HUGGINGFACE = {theirs.replace("convnext.", "convnextv2."): ours
                for theirs, ours in without_scale(convnext.HUGGINGFACE).items()} | response(
@@ -94,7 +104,7 @@ CARD = Card(
                                 source="timm"),
         "convnextv2-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
     },
-    weights={"timm": TIMM, "huggingface": HUGGINGFACE, "authors": AUTHORS},
+    weights={"timm": timm, "huggingface": HUGGINGFACE, "authors": AUTHORS},
     # As for ConvNeXt.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
 )

@@ -145,13 +145,14 @@ def torchvision(config: Config) -> dict[str, str]:
         f"features.{stages + 1}.0.weight": "top.conv.weight", f"features.{stages + 1}.1.*": "top.norm.*"}
 
 
-TIMM = {                                                 # the first three rows are those of the stages without expansion
+TIMM = {                                                 # fused stages have rows of their own, before the general ones
     "blocks.0.{b}.conv.weight":               "stages.0.{b}.expand.conv.weight",
-    "blocks.{s}.{b}.conv_exp.weight":         "stages.{s}.{b}.expand.conv.weight",
-    "blocks.1.{b}.bn2.*":                     "stages.1.{b}.project.norm.*",
+    "blocks.1.{b}.conv_exp.weight":           "stages.1.{b}.expand.conv.weight",
     "blocks.1.{b}.conv_pwl.weight":           "stages.1.{b}.project.conv.weight",
-    "blocks.2.{b}.bn2.*":                     "stages.2.{b}.project.norm.*",
+    "blocks.1.{b}.bn2.*":                     "stages.1.{b}.project.norm.*",
+    "blocks.2.{b}.conv_exp.weight":           "stages.2.{b}.expand.conv.weight",
     "blocks.2.{b}.conv_pwl.weight":           "stages.2.{b}.project.conv.weight",
+    "blocks.2.{b}.bn2.*":                     "stages.2.{b}.project.norm.*",
     "blocks.{s}.{b}.bn1.*":                   "stages.{s}.{b}.expand.norm.*",
     "blocks.{s}.{b}.conv_pw.weight":          "stages.{s}.{b}.expand.conv.weight",
     "blocks.{s}.{b}.conv_dw.weight":          "stages.{s}.{b}.depth.conv.weight",

@@ -129,6 +129,12 @@ class ResNet(nn.Module):
         for block in (block for stage in self.stages for block in stage):
             nn.init.zeros_((block.norm2 if isinstance(block, Basic) else block.norm3).weight)
 
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name of each map of `features` -> (D, stride in pixels)."""
+        growth, first = BLOCKS[self.config.block].growth, 4 if self.config.stem == "7x7-pool" else 1
+        return {f"c{i + 2}": (growth * width, first * 2 ** i) for i, width in enumerate(self.config.widths)}
+
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
         x = F.relu(self.stem(x), inplace=True)
         if self.config.stem == "7x7-pool":
