@@ -552,6 +552,33 @@ def huggingface_swin(model: nn.Module) -> Peer:
     return peer, lambda state: peer.living(translate(state, tables(model)["huggingface"], reverse=True))
 
 
+def huggingface_dinov2(model: nn.Module) -> Peer:
+    """Its gated layer keeps gate and value apart, the file does not; its mask token is a parameter that nothing reads."""
+    from tv import transformers
+    c = model.config
+    inner = transformers.Dinov2WithRegistersForImageClassification(transformers.Dinov2WithRegistersConfig(
+        hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads, image_size=c.image, patch_size=c.patch,
+        num_channels=c.channels, num_labels=c.classes, num_register_tokens=c.registers, use_swiglu_ffn=c.gated))
+    embeddings = inner.dinov2_with_registers.embeddings
+    del embeddings.mask_token
+    embeddings.register_buffer("mask_token", torch.zeros(1, c.dim))
+    table = tables(model)["huggingface"]
+
+    def rename(state: State) -> dict[str, Tensor]:
+        done = {}
+        for name, x in translate(state, table, reverse=True).items():
+            for disk, living in (("attention.output.dense", "attention.o_proj"), ("weights_out", "down_proj"), *(
+                    (f"attention.attention.{part}", f"attention.{part[0]}_proj") for part in ("query", "key", "value"))):
+                name = name.replace(disk, living)
+            if "weights_in" in name:
+                for part, half in zip(("gate_proj", "up_proj"), x.chunk(2)):
+                    done[f"peer.{name.replace('weights_in', part)}"] = half
+            else:
+                done[f"peer.{name}"] = x
+        return done
+    return Classes(inner), rename
+
+
 CASES = {
     "fnn": Case(inputs=row("in_dim"), peer=same(
         lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
@@ -602,6 +629,7 @@ CASES = {
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
     "swin": Case(inputs=image, peer=huggingface_swin, lr=3e-3),
+    "dinov2": Case(inputs=image, peer=huggingface_dinov2, lr=3e-3),
     "vit": Case(inputs=image, peer=timm_vit, lr=3e-3),
     "deit": Case(inputs=image, peer=timm_deit, lr=3e-3),
     "vilt": Case(inputs=captioned, peer=huggingface_vilt, lr=3e-3),

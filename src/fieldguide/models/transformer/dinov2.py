@@ -1,0 +1,242 @@
+"""DINOv2: a ViT that learnt to see without labels, under a linear head (Oquab et al. 2023, arXiv:2304.07193).
+
+New here: what is learnt is general, so one linear layer over frozen features does well; each branch is scaled by a learnt
+vector. Registers (Darcet et al. 2023, arXiv:2309.16588) are tokens without a place in the picture that take up what the
+network would otherwise write into patches of plain background. `features` gives patches after the last normalisation.
+
+Places for other sizes of picture are spread as in the authors' code: stretched by an offset of 0.1 without antialiasing, and
+with registers the other way round; transformers has dropped the offset (`offset=0` equals it).
+Initialisation: truncated N(0, 0.02), wider by the root where D is less than 768; scales as `scale` says; zero biases.
+Shapes: B batch, C channels, H W height and width of the picture, P side of a patch, R registers, h w = H/P W/P,
+N = 1 + R + h w, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.drop_path import DropPath
+from fieldguide.blocks.mlp import Mlp
+from fieldguide.blocks.patches import Patches, patch_for, spread
+from fieldguide.blocks.renaming import Fused, Reshaped, Row
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+
+EPS = 1e-6       # of the normalisations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    classes: int = 1000
+    channels: int = 3            # C
+    image: int = 518             # side of the pictures that places are learnt for; others may come
+    patch: int = 14              # P
+    dim: int = 768               # D
+    depth: int = 12
+    heads: int = 12
+    gated: bool = False          # SwiGLU in place of the two layers, as in the largest
+    registers: int = 0           # R
+    read: int = 1                # blocks, from the last, whose class token the head reads: 1 or 4 in the authors' heads
+    scale: float = 1e-5          # of the branches, in the beginning
+    antialias: bool = False      # where places are spread over another size of picture
+    offset: float = 0.1          # and how much too far
+    drop_path: float = 0.0       # of every block alike
+
+
+class Scale(nn.Module):
+    """A learnt factor for each of D (Touvron et al. 2021, arXiv:2103.17239, section 2)."""
+
+    def __init__(self, dim: int, start: float):
+        super().__init__()
+        self.start, self.gamma = start, nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:              # ... D -> ... D
+        return x * self.gamma
+
+
+class SwiGLU(nn.Module):
+    """Two layers, the first of which gates itself (Shazeer 2020, arXiv:2002.05202); 2/3 as wide, in steps of 8."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        hidden = -(-(hidden * 2 // 3) // 8) * 8
+        self.up, self.down = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:              # ... D -> ... D
+        gate, value = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Attention, then a network of two layers; each normalises its input, scales its result and adds it."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=EPS), nn.LayerNorm(c.dim, eps=EPS)
+        self.attn, self.mlp = Attention(c.dim, c.heads), (SwiGLU if c.gated else Mlp)(c.dim, 4 * c.dim)
+        self.scale1, self.scale2 = Scale(c.dim, c.scale), Scale(c.dim, c.scale)
+        self.drop_path = DropPath(c.drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:              # B N D -> B N D
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class DINOv2(nn.Module):
+    """A picture of any size -> class logits, from the class token and the mean of the patches.
+
+    Raises `SettingsError` where the head is to read more blocks than there are.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        if not 1 <= c.read <= c.depth:
+            raise SettingsError(f"read={c.read}: the head can read the class token of 1 to {c.depth} blocks")
+        self.patch = Patches(c.channels, c.dim, c.patch)
+        self.cls = nn.Parameter(torch.empty(c.dim))
+        self.register_buffer("mask", torch.zeros(1, c.dim))          # stood for hidden patches in pre-training; kept for files
+        self.pos = nn.Embedding(1 + math.ceil(c.image / c.patch) ** 2, c.dim)
+        self.registers = nn.Embedding(c.registers, c.dim) if c.registers else None
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.dim, eps=EPS)
+        self.head = nn.Linear((1 + c.read) * c.dim, c.classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        std = 0.02 * max(768 / self.config.dim, 1) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.zeros_(module.bias)
+            if isinstance(module, Scale):
+                nn.init.constant_(module.gamma, module.start)
+        nn.init.normal_(self.cls, std=std)
+
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name -> (D, stride in pixels) of what `features` gives."""
+        depth = self.config.depth
+        return {f"b{i}": (self.config.dim, self.config.patch) for i in sorted({depth * k // 4 for k in (1, 2, 3, 4)} - {0})}
+
+    def refit(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Places learnt for pictures of another size, spread over those of this network."""
+        grid = math.isqrt(max(len(tensor) - 1, 0)) if tensor.ndim == 2 else 0
+        if name != "pos.weight" or not grid or len(tensor) != 1 + grid ** 2:
+            return None
+        return self.spread(tensor, (math.isqrt(len(self.pos.weight) - 1),) * 2)
+
+    def spread(self, places: Tensor, size: tuple[int, int]) -> Tensor:           # 1 + S S, D -> 1 + h w, D
+        return spread(places, size, antialias=self.config.antialias, offset=self.config.offset)
+
+    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:           # B C H W -> B N D, (h, w)
+        x = self.patch(image)
+        size = tuple(x.shape[2:])
+        places = self.spread(self.pos.weight, size)
+        first = (self.cls + places[0])[None]
+        if self.registers:                               # have no place
+            first = torch.cat([first, self.registers.weight])
+        x = x.flatten(2).mT + places[1:]
+        return torch.cat([first.to(x.dtype).expand(x.shape[0], -1, -1), x], 1), size
+
+    def features(self, image: Tensor) -> dict[str, Tensor]:                      # B C H W -> {"b3": B D h w, ...}
+        x, size = self.tokens(image)
+        found = {}
+        for i, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if f"b{i}" in self.levels:
+                found[f"b{i}"] = self.norm(x[:, 1 + self.config.registers:]).mT.unflatten(2, size)
+        return found
+
+    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes
+        x, _ = self.tokens(image)
+        read, first = [], len(self.blocks) - self.config.read
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= first:
+                read.append(x[:, 0])
+        seen = self.norm(x[:, 1 + self.config.registers:]).mean(1)
+        return self.head(torch.cat([*(self.norm(token) for token in read), seen], 1))
+
+
+def huggingface(c: Config, root: str = "") -> dict[str, Row]:
+    """Names of Dinov2ForImageClassification (`root` is "dinov2."), of the one with registers, and of the backbones ("")."""
+    layer, block = root + "encoder.layer.{i}.", "blocks.{i}."
+    up, down = ("mlp.weights_in.*", "mlp.weights_out.*") if c.gated else ("mlp.fc1.*", "mlp.fc2.*")
+    names: dict[str, Row] = {
+        root + "embeddings.cls_token":                     Reshaped("cls", here=(-1,), there=(1, 1, -1)),
+        root + "embeddings.mask_token":                    "mask",
+        root + "embeddings.position_embeddings":           Reshaped("pos.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        root + "embeddings.register_tokens":               Reshaped("registers.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        root + "embeddings.patch_embeddings.projection.*": "patch.*",
+        root + "layernorm.*":                              "norm.*",
+        "classifier.*":                                    "head.*",
+    }
+    names |= {f"{layer}attention.attention.{part}.*": Fused(block + "attn.qkv.*", i, 3)
+              for i, part in enumerate(("query", "key", "value"))}
+    return names | {
+        layer + "attention.output.dense.*":  block + "attn.proj.*",
+        layer + "layer_scale{k}.lambda1":    block + "scale{k}.gamma",
+        layer + "norm{k}.*":                 block + "norm{k}.*",
+        layer + up:                          block + "mlp.up.*",
+        layer + down:                        block + "mlp.down.*",
+    }
+
+
+def facebook(c: Config, root: str = "") -> dict[str, Row]:
+    """Names of the authors' .pth files: of a backbone, and of their classifiers, whose backbone is a part ("backbone.")."""
+    layer, block = root + "blocks.{i}.", "blocks.{i}."
+    up, down = ("mlp.w12.*", "mlp.w3.*") if c.gated else ("mlp.fc1.*", "mlp.fc2.*")
+    return {
+        root + "cls_token":             Reshaped("cls", here=(-1,), there=(1, 1, -1)),
+        root + "mask_token":            "mask",
+        root + "pos_embed":             Reshaped("pos.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        root + "register_tokens":       Reshaped("registers.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        root + "patch_embed.proj.*":    "patch.*",
+        root + "norm.*":                "norm.*",
+        layer + "norm{k}.*":            block + "norm{k}.*",
+        layer + "attn.qkv.*":           block + "attn.qkv.*",
+        layer + "attn.proj.*":          block + "attn.proj.*",
+        layer + "ls{k}.gamma":          block + "scale{k}.gamma",
+        layer + up:                     block + "mlp.up.*",
+        layer + down:                   block + "mlp.down.*",
+        "linear_head.*":                "head.*",
+    }
+
+
+REGISTERS = {"registers": 4, "antialias": True, "offset": 0.0}
+S, L = {"dim": 384, "heads": 6}, {"dim": 1024, "depth": 24, "heads": 16}
+G = {"dim": 1536, "depth": 40, "heads": 24, "gated": True}
+BUT = "but for the mask token of D numbers, which only pre-training uses"
+
+CARD = Card(
+    name="dinov2", model=DINOv2, config=Config, paper="arXiv:2304.07193", year=2023, takes="image", gives="label",
+    adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
+    sizes={
+        "dinov2-small": Size(**S, params=22_825_192, source=f"facebook/dinov2-small-imagenet1k-1-layer, {BUT}"),
+        "dinov2-base": Size(params=88_116_712, source=f"facebook/dinov2-base-imagenet1k-1-layer, {BUT}"),
+        "dinov2-large": Size(**L, params=306_416_616, source=f"facebook/dinov2-large-imagenet1k-1-layer, {BUT}"),
+        "dinov2-giant": Size(**G, params=1_139_552_232, source=f"facebook/dinov2-giant-imagenet1k-1-layer, {BUT}"),
+        "dinov2-small-reg": Size(**S, **REGISTERS, params=22_826_728,
+                                 source=f"facebook/dinov2-with-registers-small-imagenet1k-1-layer, {BUT}"),
+        "dinov2-base-reg": Size(**REGISTERS, params=88_119_784,
+                                source=f"facebook/dinov2-with-registers-base-imagenet1k-1-layer, {BUT}"),
+        "dinov2-large-reg": Size(**L, **REGISTERS, params=306_420_712,
+                                 source=f"facebook/dinov2-with-registers-large-imagenet1k-1-layer, {BUT}"),
+        "dinov2-giant-reg": Size(**G, **REGISTERS, params=1_139_558_376,
+                                 source=f"facebook/dinov2-with-registers-giant-imagenet1k-1-layer, {BUT}"),
+        # To be trained from nothing on small pictures.
+        "dinov2-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10, **REGISTERS),
+        "dinov2-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, gated=True, **REGISTERS),
+    },
+    weights={"facebook": facebook, "facebook-classifier": lambda c: facebook(c, "backbone."), "huggingface-base": huggingface,
+             "huggingface": lambda c: huggingface(c, "dinov2_with_registers." if c.registers else "dinov2.")},
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
+)
