@@ -63,10 +63,11 @@ def batch(name: str, rows: int = 5, dtype: torch.dtype = torch.float64, seed: in
 
 def meant(name: str, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """An answer for each token is meant for the real ones; what stands at padding is set to zero."""
-    if cards()[name].gives == "ctc":
+    gives = cards()[name].answers[0]
+    if gives == "ctc":
         real = torch.arange(output.shape[1]) < tiny(name).frames(inputs[-1])[:, None]
         return output * real[..., None]
-    return output * inputs[-1][..., None] if cards()[name].gives in ("tokens", "items") else output
+    return output * inputs[-1][..., None] if gives in ("tokens", "items", "words") else output
 
 
 def gradients(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,6 +91,8 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
     if gives in ("tokens", "items"):                     # another target at every place, the same in all rows
         target = torch.randint(output.shape[-1], (1, output.shape[1])).expand(len(output), -1)
         return nn.functional.cross_entropy(output.transpose(1, 2), target)
+    if gives == "words":                                 # each token's own number and one
+        return nn.functional.cross_entropy(output.transpose(1, 2), (first + 1) % output.shape[-1])
     if gives == "ctc":                                   # two symbols for each recording, somewhere in it
         logs = output.float().log_softmax(-1).transpose(0, 1)
         target = torch.randint(1, output.shape[-1], (len(output), 2))
@@ -163,21 +166,24 @@ def test_output_has_the_promised_shape(name):
     output = tiny(name)(*inputs)
     assert output.isfinite().all() and output.shape[0] == 3
     config = card.settle(card.tiny, **dict(CASES[name].overrides))
-    if card.gives == "label":
+    gives = card.answers[0]
+    if gives == "label":
         assert output.shape[-1] == getattr(config, card.names.get("classes", "classes"))
         assert tiny(name, classes=CASES[name].classes)(*inputs).shape[-1] == CASES[name].classes
-    word = {"tokens": "vocab", "ctc": "vocab", "mask": "classes", "image": "channels", "items": "items"}.get(card.gives, "")
+    word = {"tokens": "vocab", "words": "vocab", "ctc": "vocab", "mask": "classes", "image": "channels",
+            "items": "items"}.get(gives, "")
     width = getattr(config, card.names.get(word, word), None)
     assert {"score": output.shape[1:] == (1,), "sequence": output.shape == inputs[0].shape,
             "vector": output.ndim == 2, "label": output.ndim in (2, 3),
-            "tokens": output.shape == (*inputs[-1].shape, width), "items": output.shape == (*inputs[-1].shape, width),
+            "tokens": output.shape == (*inputs[-1].shape, width), "words": output.shape == (*inputs[-1].shape, width),
+            "items": output.shape == (*inputs[-1].shape, width),
             "ctc": output.ndim == 3 and output.shape[2] == width,
             "embeddings": output.shape == (3, 2, getattr(config, "embed", None)),
             "video": output.shape == inputs[0].shape,
             "mask": output.ndim == 4 and output.shape[1] == width,
             "image": output.ndim == 4 and output.shape[1] == width,
             "boxes": output.ndim == 3 and output.shape[2] == 4 * getattr(config, "bins", 0) + getattr(config, "classes", 0),
-            "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1]}[card.gives]
+            "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1]}[gives]
 
 
 @IMAGES
@@ -240,7 +246,7 @@ def test_batch_equals_rows_alone(name):
         for place in [place for place, word in enumerate(card.inputs) if word.endswith("mask")]:
             length = int(alone[place].sum())
             alone[place - 1:place + 1] = [x[:, :length] for x in alone[place - 1:place + 1]]
-            want = want[:length] if place == len(alone) - 1 and card.gives in ("tokens", "items") else want
+            want = want[:length] if place == len(alone) - 1 and card.answers[0] in ("tokens", "items", "words") else want
         if "mask" in card.inputs:
             torch.testing.assert_close(model(*alone)[0], want, rtol=1e-9, atol=1e-11)
             alone = [None if word.endswith("mask") else x for word, x in zip(card.inputs, alone)]
@@ -262,7 +268,7 @@ def test_padding_content_is_never_read(name):
         assert model(*inputs[:place], empty, *inputs[place + 1:]).isfinite().all()
 
 
-NEXT = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].gives in ("tokens", "items")])
+NEXT = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].answers[0] in ("tokens", "items")])
 
 
 @NEXT
@@ -322,7 +328,7 @@ def test_learns_one_batch(name):
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        value = loss(card.gives, model(*inputs), inputs)
+        value = loss(card.answers[0], model(*inputs), inputs)
         value.backward()
         optimizer.step()
         losses.append(value.item())
@@ -362,7 +368,7 @@ def test_runs_in_bfloat16_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         half = model(*inputs).float()
         output = model.train()(*inputs).float()
-    value = loss(card.gives, output, inputs)             # outside: that on probabilities is not made for autocast
+    value = loss(card.answers[0], output, inputs)       # outside: that on probabilities is not made for autocast
     assert (half - full).abs().max() < 0.05 * full.abs().max() + 0.05
     value.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())

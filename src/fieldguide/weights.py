@@ -158,8 +158,9 @@ def _outwards(state: State, table: Table) -> _Translated:
         if not hits:
             done.unknown.append(name)
         elif isinstance(hits[0][1], Fused):
-            for public, row, values in hits:
-                done.put(_fill(public, values), tensor.chunk(row.parts)[row.part], name)
+            parts = {row.part: (public, row, values) for public, row, values in reversed(hits) if isinstance(row, Fused)}
+            for public, row, values in parts.values():
+                done.put(_fill(public, values), _turned(tensor.chunk(row.parts)[row.part], row, "there"), name)
         elif isinstance(hits[0][1], Zeros):
             if tensor.any():
                 done.faults.append(f"{name} must be zeros to be written so, and is not")

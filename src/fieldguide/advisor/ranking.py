@@ -172,8 +172,8 @@ def refuse_unable(model: str, able: list[str]) -> str:
     card, size = registry.find(model)
     if size not in [*able, card.tiny]:
         others = sorted({registry.card(n).name for n in able})
-        raise SettingsError(f"{model} takes {card.takes} and gives {' or '.join(card.answers)}, which this task cannot use. Networks "
-                            f"that can: {', '.join(others)}.")
+        raise SettingsError(f"{model} takes {card.takes} and gives {' or '.join(card.answers)}, which this task cannot use. "
+                            f"Networks that can: {', '.join(others)}.")
     return size
 
 

@@ -1,0 +1,153 @@
+"""RoBERTa: BERT trained as it should have been (Liu et al. 2019, arXiv:1907.11692).
+
+New here: the same layers, another recipe. Which words are hidden is drawn anew each time a text is seen, no pair of
+texts is judged, rows are full, batches large, and tokens are bytes and runs of them, so that no text has unknown words.
+Positions are counted from the number of the padding token + 1, as in the authors' code: the table has rows that nothing
+uses. There are no segments but one; a label is read through a layer of its own, from the first token.
+
+Initialisation: N(0, 0.02) for matrices and embeddings at the paper's width of 768, wider by the root where D is less, or
+small networks hardly begin to learn; zero biases, and a zero segment, which the authors' network does without.
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.padding import at_least_one
+from fieldguide.blocks.renaming import Dropped, Fused, Row, Zeros
+from fieldguide.card import Card, Size
+from fieldguide.models.transformer.bert import layers, norm
+from fieldguide.models.transformer.text_encoder import GIVES, PostNorm, TextEncoder
+
+EPS = 1e-5        # of the normalisations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    gives: str = "words"         # words, label, labels, span or vector
+    vocab: int = 50_265
+    classes: int = 2             # of a label, or of labels
+    length: int = 512            # longest row, tokens
+    pad: int = 1                 # number of the padding token: positions begin after it
+    dim: int = 768               # D
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072           # width inside the two-layer networks
+    dropout: float = 0.1
+
+
+class Roberta(TextEncoder):
+    """Tokens -> what `config.gives` says. Positions count real tokens, so padding may stand on either side, but for a label."""
+
+    heads: ClassVar[tuple[str, ...]] = ("words", "pool", "head", "span", "cls")
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        c = config
+        self.word = nn.Embedding(c.vocab, c.dim)
+        self.pos = nn.Embedding(c.length + c.pad + 1, c.dim)
+        self.segment = nn.Embedding(1, c.dim)
+        self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(PostNorm(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS)
+                                    for _ in range(c.depth))
+        self.add_head(c.dim, c.dropout, EPS)
+        self.start(0.02 * max(1.0, 768 / c.dim) ** 0.5)
+        nn.init.zeros_(self.segment.weight)
+
+    def features(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        self.check(tokens)
+        if mask is None:
+            first = self.config.pad + 1
+            places = self.pos.weight[first:first + tokens.shape[1]]
+        else:
+            mask = at_least_one(mask)
+            places = self.pos(mask.cumsum(1) * mask + self.config.pad)
+        x = self.dropout(self.norm(self.word(tokens) + places + self.segment.weight[0]))
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.bend(self.pool(self.last_dropout(x[:, 0])))
+
+
+def huggingface(config: Config) -> dict[str, Row]:
+    """Names in files of transformers, of the encoder alone or with a head."""
+    names: dict[str, Row] = {}
+    for before in ("roberta.", ""):                      # a file of the encoder alone has no prefix
+        words = before + "embeddings."
+        names |= {
+            words + "word_embeddings.weight":       "word.weight",
+            words + "position_embeddings.weight":   "pos.weight",
+            words + "token_type_embeddings.weight": "segment.weight",
+            words + "position_ids":                 Dropped("0, 1, 2, ..."),
+            before + "pooler.dense.*":              "cls.*",                     # never trained; no head here reads it
+        } | norm(words + "LayerNorm", "norm") | layers(before)
+    return names | {
+        "lm_head.bias":                 "words.bias",
+        "lm_head.decoder.bias":         "words.bias",                            # the same tensor twice in some files
+        "lm_head.decoder.weight":       "word.weight",                           # tied; absent from most files
+        "lm_head.dense.*":              "words.dense.*",
+        "lm_head.layer_norm.*":         "words.norm.*",
+        "qa_outputs.*":                 "span.*",
+        "classifier.dense.*":           "pool.*",                                # of a label
+        "classifier.out_proj.*":        "cls.label.*" if config.gives == "labels" else "head.*",
+        "classifier.*":                 "head.*" if config.gives == "labels" else "cls.labels.*",
+    }
+
+
+def fairseq(config: Config) -> dict[str, Row]:
+    """Names in the authors' model.pt, of the files they published (`decoder.`) and of those saved since (`encoder.`)."""
+    names: dict[str, Row] = {}
+    for before in ("decoder.", "encoder."):
+        inner = before + "sentence_encoder."
+        layer, attn = inner + "layers.{i}.", inner + "layers.{i}.self_attn."
+        first = before == "decoder."
+        names |= {
+            inner + "embed_tokens.weight":    "word.weight",
+            inner + "embed_positions.weight": "pos.weight",
+            inner + "emb_layer_norm.*":       "norm.*",
+            inner + "layernorm_embedding.*":  "norm.*",
+            attn + "in_proj_weight":          "blocks.{i}.attn.qkv.weight",
+            attn + "in_proj_bias":            "blocks.{i}.attn.qkv.bias",
+            attn + "out_proj.*":              "blocks.{i}.attn.proj.*",
+            layer + "self_attn_layer_norm.*": "blocks.{i}.norm1.*",
+            layer + "fc1.*":                  "blocks.{i}.mlp.up.*",
+            layer + "fc2.*":                  "blocks.{i}.mlp.down.*",
+            layer + "final_layer_norm.*":     "blocks.{i}.norm2.*",
+            before + "lm_head.weight":        "word.weight",                     # tied
+            before + "lm_head.bias":          "words.bias",
+            before + "lm_head.dense.*":       "words.dense.*",
+            before + "lm_head.layer_norm.*":  "words.norm.*",
+        } | {f"{attn}{part}_proj.*": Fused("blocks.{i}.attn.qkv.*", i, 3) for i, part in enumerate("qkv")}
+        if first:
+            names |= {"<no segments>": Zeros("segment.weight", like="word.weight")}
+    return names | {
+        "classification_heads.sentence_classification_head.dense.*":    "pool.*",
+        "classification_heads.sentence_classification_head.out_proj.*": "head.*",
+    } | {f"classification_heads.*.{theirs}.{kind}": f"{ours}.{kind}"             # called by their data: mnli
+         for theirs, ours in (("dense", "pool"), ("out_proj", "head")) for kind in ("weight", "bias")}
+
+
+LARGE = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096}
+
+CARD = Card(
+    name="roberta", model=Roberta, config=Config, paper="arXiv:1907.11692", year=2019, takes="tokens", gives=GIVES,
+    sizes={
+        # Counts are of the head for hidden words: transformers' RobertaForMaskedLM.
+        "roberta-base": Size(params=124_697_433, source="FacebookAI/roberta-base"),
+        "roberta-large": Size(**LARGE, params=355_412_057, source="FacebookAI/roberta-large"),
+        "xlm-roberta-base": Size(vocab=250_002, params=278_295_186, source="FacebookAI/xlm-roberta-base"),
+        "xlm-roberta-large": Size(vocab=250_002, **LARGE, params=560_142_482, source="FacebookAI/xlm-roberta-large"),
+        "roberta-test": Size(vocab=30, classes=3, length=12, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
+    },
+    weights={"huggingface": huggingface, "fairseq": fairseq},
+    # Section 3.1, but for the rate, which is that of training a small one from nothing.
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.06,
+            "schedule": "linear"},
+)
