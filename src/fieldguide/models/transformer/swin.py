@@ -90,7 +90,7 @@ class WindowAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
     def refit(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Biases learnt for windows of another size, spread over those of this one: bicubic, as timm does."""
+        """Biases learnt for windows of another size, spread over those of this one: bicubic, as the authors do."""
         side, mine = round(len(tensor) ** 0.5) if tensor.ndim == 2 else 0, 2 * self.window - 1
         if name != "bias.weight" or not side % 2 or len(tensor) != side ** 2:
             return None
