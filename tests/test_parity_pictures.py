@@ -355,19 +355,40 @@ def test_drop_path_leaves_out_rows_and_keeps_the_mean():
     assert rising(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3]) and rising(0.3, 1) == [0]
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("vgg-bn", "tf-efficientnet", "efficientnet")])
-def test_chance_is_off_in_evaluation_and_on_in_training(name):
+CHANCE = [(name, build) for name, origin, build, _ in LIBRARIES
+          if origin == ("timm" if name.startswith(("tf", "convnextv2")) else "torchvision")]
+
+
+@pytest.mark.parametrize("name, build", CHANCE, ids=[name for name, _ in CHANCE])
+def test_chance_is_theirs_in_training_and_off_in_evaluation(name, build):
+    """The same seed draws the same dropout and stochastic depth, at the same places, in their order."""
     torch.manual_seed(0)
-    model, x = shaken(ours(name)), torch.randn(8, 3, 64, 64)
-    for module in model.modules():                       # batch statistics would hide what is asked
-        if isinstance(module, nn.BatchNorm2d):
-            module.track_running_stats = True
-    assert torch.equal(logits(model, x), logits(model, x))
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    assert not torch.equal(logits(model, x), logits(model, x))
+    mine, x = ours(name), torch.randn(6, 3, 64, 64)
+    theirs = shaken(build(mine))
+    weights.load(mine, theirs.state_dict())
+    assert torch.equal(logits(mine, x), logits(mine, x))
+    answers = []
+    for model, seed in ((mine, 1), (theirs, 1), (mine, 2)):
+        torch.manual_seed(seed)
+        answers.append(logits(model.train(), x))
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(answers[0], answers[2], rtol=1e-2)
+
+
+def test_alexnet_of_2012_drops_out_after_its_hidden_layers():
+    torch.manual_seed(0)
+    model, x = shaken(create("alexnet-2012-test", dropout=0.5)), torch.randn(64, 3, 20, 20)
+    seen = {}
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.update(last=inputs[0]))
+    model.fc2.register_forward_pre_hook(lambda _, inputs: seen.update(first=inputs[0]))
+    logits(model, x)
+    quiet = dict(seen)
+    logits(model.train(), x)
+    for place in ("first", "last"):
+        alive = quiet[place] > 0
+        assert 0.4 < (seen[place][alive] == 0).float().mean() < 0.6 if place == "first" else (seen[place] == 0).any()
+    kept = seen["first"] > 0
+    torch.testing.assert_close(seen["first"][kept], 2 * quiet["first"][kept])
 
 
 def test_stochastic_depth_rises_as_in_each_paper():

@@ -6,7 +6,6 @@ and what stays is divided by the chance to stay, so that nothing changes in eval
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fieldguide.errors import SettingsError
@@ -30,8 +29,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:              # B ... -> B ...
         if not self.training or self.p == 0:
             return x
-        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.p
-        return x * (kept / (1 - self.p)).to(x.dtype)
+        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.p)
+        return x * kept.div_(1 - self.p)
 
 
 def rising(p: float, depth: int) -> list[float]:

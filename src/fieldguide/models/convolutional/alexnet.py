@@ -97,10 +97,17 @@ TORCHVISION = {
     "classifier.6.*": "head.*",
 }
 
+def small(side: int) -> dict[str, object]:
+    """Without the stem's stride, a map of 1 to 4 pixels a side is left of small pictures, and read as it is."""
+    if side < LEAST["3x3"]:
+        raise SettingsError(f"pictures of {side} pixels a side are too small: AlexNet pools three times and needs at least "
+                            f"{LEAST['3x3']}")
+    return {"stem": "3x3", "side": max(1, side // 16)} if side <= 64 else {}
+
+
 CARD = Card(
     name="alexnet", model=AlexNet, config=Config, paper="arXiv:1404.5997", year=2014, takes="image", gives="label",
-    # The first stem and the poolings shrink 32 times; the dense layers then read what is left, not copies of it.
-    adapt=lambda need: {"stem": "3x3", "side": max(1, need["image"] // 16)} if need["image"] <= 64 else {},
+    adapt=lambda need: small(need["image"]),
     sizes={
         "alexnet": Size(params=61_100_840, source="torchvision"),
         "alexnet-test": Size(stem="3x3", widths=(8, 12, 16, 12, 8), hidden=16, side=2, dropout=0.0, classes=5),

@@ -164,6 +164,8 @@ def torchvision(config: Config) -> dict[str, Row]:
 
 def small(side: int) -> dict[str, int]:
     """A patch that leaves small pictures something after three halvings."""
+    if side < 8:
+        raise SettingsError(f"pictures of {side} pixels a side are too small: ConvNeXt halves three times and needs at least 8")
     return {"patch": 2 if side > 16 else 1} if side <= 64 else {}
 
 
