@@ -61,9 +61,9 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:       # B T D, mask, T d -> B T D
-        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
-        q, k = rotate(qk, cos, sin)                                              # each B heads T d
-        x = F.scaled_dot_product_attention(q, k, v[0], mask, self.dropout if self.training else 0.0)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)          # each B heads T d
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
