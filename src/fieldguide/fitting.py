@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import fieldguide
-from fieldguide import measure, registry
+from fieldguide import measure, registry, teaching
 from fieldguide.advisor import Advice, advise
 from fieldguide.advisor.ranking import configured
 from fieldguide.card import Card
@@ -112,7 +112,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     except TypeError as error:
         raise SettingsError(f"--set model.…: {error}") from None
     watch.chose(advice, config)
-    chosen = Settings().with_(kind.recipe).with_(card.recipe).with_(training)
+    chosen = teaching.named(Settings().with_(kind.recipe).with_(card.recipe).with_(training))
     batches = learnt.lessons(source.take(parts.train), card, chosen)
     scored = drawn(parts.validation, learnt.validated, seed)
     if len(scored) < len(parts.validation):
@@ -123,6 +123,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     network = card.make(config)
     further = {name: settled_part(part, learnt.needs()) for name, part in card.parts.items()}
     objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
+    objective = teaching.taught(objective, learnt, chosen, source, parts)
     chosen, cost, enough = distributed.broadcast(resolve(
         chosen, objective, batches, len(validation), watch, fewest=chosen.batch if "batch" in training else learnt.fewest))
     return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, scored,
@@ -229,7 +230,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         network = run.fresh()
         plan = Plan(source, task, run.record["choice"]["why"], parts, Advice([], []), card, run.record["model"]["size"],
                     network.config if hasattr(network, "config") else None, chosen,
-                    task.objective(network, card, chosen, **run.fresh_parts()),
+                    teaching.taught(task.objective(network, card, chosen, **run.fresh_parts()), task, chosen, source, parts),
                     task.lessons(source.take(parts.train), card, chosen),
                     task.batches(source.take(scored), card, chosen), scored,
                     most=run.record["cost"].get("most_steps", 0))

@@ -173,6 +173,24 @@ class Task:
         """Raw inputs as they are put to the network; where that is another thing than what it learnt from."""
         return self.batches(data, card)
 
+    def preparation(self) -> dict[str, Any]:
+        """Of the state, what decides which tensors an example becomes."""
+        return self.state()
+
+    def shown_to(self, other: Task, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
+        """How batches that this task prepared become the inputs of a network (`card`) that learnt with another of its kind,
+        as a teacher did. Raises `SettingsError` where they cannot."""
+        if self.preparation() != other.preparation():
+            raise SettingsError(f"the teacher's {self.name} prepares examples in another way. Train it on the same data, with "
+                                "the same --seed, columns and task.* settings.")
+
+        def show(batch: dict[str, Any]) -> Sequence[Any]:
+            if lacking := [name for name in card.inputs if name not in batch]:
+                raise SettingsError(f"the teacher reads {', '.join(lacking)}, and this network's examples have "
+                                    f"{', '.join(batch)}: choose networks that read the same")
+            return [batch[name] for name in card.inputs]
+        return show
+
     def truth(self, data: Data) -> Arrays:
         """The known answers of rows."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -116,6 +117,19 @@ class ImageClassification(Labelled):
             return batch
 
         return Batches(len(paths), make)
+
+    def preparation(self) -> dict[str, Any]:
+        return {"fit": self.pictures.fit}                # all else is undone for a network that learnt with other pictures
+
+    def shown_to(self, other: ImageClassification, card: Card) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
+        super().shown_to(other, card)                    # complains where they differ in more
+        mine, theirs = self.pictures, other.pictures
+
+        def show(batch: dict[str, Tensor]) -> Sequence[Tensor]:
+            x = batch["image"] if "image" in batch else batch["vector"].unflatten(1, (mine.channels, mine.side, mine.side))
+            x = mine.remade(x, theirs)
+            return [x.flatten(1) if card.takes == "vector" else x]
+        return show
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
         return tuple(images.load(d.rows[self.column].to_list(), min(LINEAR_SIDE, self.pictures.side),

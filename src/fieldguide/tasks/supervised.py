@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from scipy.special import logsumexp, softmax
 from fieldguide.card import Card
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.prepare import Labels, Standard
-from fieldguide.errors import DataError, nearest
+from fieldguide.errors import DataError, SettingsError, nearest
 from fieldguide.exhibits import Bars, Exhibit, Lines, Matrix, Scatter, Table
 from fieldguide.objectives import Classification, Objective, Regression, Supervised
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
@@ -98,6 +98,15 @@ class Labelled(Answered):
             inverse = sum(self.counts) / (len(self.counts) * np.maximum(np.array(self.counts), 1))
             weights = inverse.tolist()
         return Supervised(model, card.inputs, Classification(settings.smoothing, weights))
+
+    def preparation(self) -> dict[str, Any]:
+        return {key: value for key, value in self.state().items() if key not in self.target_state()}
+
+    def shown_to(self, other: Task, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
+        if self.labels != other.labels:
+            raise SettingsError(f"the teacher knows the classes {', '.join(other.labels[:10])}, this data has "
+                                f"{', '.join(self.labels[:10])}: they must be the same")
+        return super().shown_to(other, card)
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
         """Temperature scaling (Guo et al. 2017, arXiv:1706.04599, section 4.2), held near 1 where rows are few."""

@@ -33,6 +33,8 @@ class Settings:
     patience: int = 20                  # evaluations without a better score before stopping; 0 = never
     evaluate: int | None = None         # steps between evaluations
     checkpoint: float = 60.0            # seconds between checkpoints
+    teacher: str | None = None          # run folder of a network whose answers are learnt beside the truth
+    distill: str = "hard"               # hard | soft: the class that the teacher names, or its probabilities
     precision: str = "auto"             # auto | float32 | bfloat16
     channels_last: bool | None = None   # memory layout of pictures
     workers: int = 0                    # processes that prepare batches
@@ -49,7 +51,7 @@ class Settings:
 
 CHOICES = {"optimizer": ("adamw", "sgd", "muon"), "schedule": ("cosine", "linear", "constant"),
            "precision": ("auto", "float32", "bfloat16"), "augment": ("none", "light", "standard"),
-           "track": ("none", "tensorboard")}
+           "track": ("none", "tensorboard"), "distill": ("hard", "soft")}
 AT_LEAST = {"steps": 1, "epochs": 0, "minutes": 0, "batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0, "clip": 0,
             "workers": 0, "patience": 0, "evaluate": 1, "checkpoint": 0, "mixup": 0, "seed": 0}
 BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta1": 1, "beta2": 1, "warmup": 1}     # these lie in [0, 1)

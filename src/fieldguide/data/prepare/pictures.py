@@ -54,6 +54,23 @@ class Pictures:
         std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
         return (pixels.float() / 255 - mean) / std
 
+    def remade(self, x: torch.Tensor, other: Pictures) -> torch.Tensor:
+        """Pictures as `apply` gives them, B C S S, as `other` would have given them but for the filter of another size."""
+        import torch
+        import torch.nn.functional as F
+
+        if self == other:
+            return x
+        numbers = lambda values: torch.tensor(values, device=x.device, dtype=x.dtype).view(-1, 1, 1)         # noqa: E731
+        x = x * numbers(self.std) + numbers(self.mean)
+        if self.channels == 3 and other.channels == 1:
+            x = (x * numbers((0.299, 0.587, 0.114))).sum(1, keepdim=True)        # ITU-R BT.601, as the reader makes grey
+        elif self.channels != other.channels:
+            x = x.expand(-1, other.channels, -1, -1)
+        if self.side != other.side:
+            x = F.interpolate(x, (other.side, other.side), mode="bilinear", antialias=True)
+        return (x - numbers(other.mean)) / numbers(other.std)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
