@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fieldguide
 from fieldguide import weights
 from fieldguide.errors import SettingsError, WeightsError
 from fieldguide.registry import cards, create
@@ -112,9 +114,9 @@ def test_they_read_ours(kind, tmp_path):
     ("vit-b16", "timm", lambda: timm.create_model("vit_base_patch16_224")),
     ("deit-base", "timm", lambda: timm.create_model("deit_base_distilled_patch16_224")),
     ("vit-b16", "torchvision", lambda: torchvision.models.vit_b_16()),
-    ("vit-b16-hf", "huggingface", lambda: on_disk(transformers.ViTForImageClassification(
+    ("vit-b16", "huggingface", lambda: on_disk(transformers.ViTForImageClassification(
         transformers.ViTConfig(num_labels=1000)))),
-    ("deit-base-hf", "huggingface", lambda: on_disk(transformers.DeiTForImageClassificationWithTeacher(
+    ("deit-base", "huggingface", lambda: on_disk(transformers.DeiTForImageClassificationWithTeacher(
         transformers.DeiTConfig(num_labels=1000))))])
 def test_published_sizes_have_their_names_and_shapes(size, origin, build):
     with torch.device("meta"):
@@ -137,22 +139,28 @@ def test_a_backbone_of_transformers_is_read_without_a_head(tmp_path):
     assert torch.equal(mine.head.weight, head)
 
 
-@torch.no_grad()
-def test_eps_of_each_origin_matters_and_can_be_had():
-    """On patches that hardly differ from their mean, eps decides; sizes named -hf have that of transformers."""
-    theirs, x = random(huggingface_vit()), 1e-6 * torch.randn(2, 3, SIDE, SIDE)
-    for parameter in (theirs.vit.embeddings.position_embeddings, theirs.vit.embeddings.cls_token,
-                      theirs.vit.embeddings.patch_embeddings.projection.bias):
-        parameter.mul_(1e-4)
-    state = on_disk(theirs)
-    same, other = ours("vit huggingface"), ours("vit huggingface", eps=1e-6)
-    for model in (same, other):
-        weights.load(model, state)
-    torch.testing.assert_close(logits(same, x), logits(theirs, x), rtol=1e-4, atol=1e-5)
-    assert (logits(other, x) - logits(theirs, x)).abs().max() > 1e-2
-    for size in ("vit-b16-hf", "vit-l16-hf", "vit-b32-384-hf", "deit-base-hf"):
-        card = next(card for card in cards().values() if size in card.sizes)
-        assert card.settle(size).eps == 1e-12 and card.settle(card.default).eps == 1e-6
+@pytest.mark.parametrize("kind", ["vit huggingface", "deit huggingface"])
+def test_eps_of_each_origin_comes_along(kind, tmp_path):
+    """On patches that hardly differ from their mean, eps decides. A folder of transformers says it, or means its default; a
+    lone file has that of timm and of the authors."""
+    theirs, x = random(THEIRS[kind]()), 1e-6 * torch.randn(2, 3, SIDE, SIDE)
+    embeddings = next(theirs.children()).embeddings
+    with torch.no_grad():
+        for name, parameter in embeddings.named_parameters():
+            parameter.mul_(1 if name.endswith("projection.weight") else 1e-4)
+    theirs.save_pretrained(tmp_path)
+    mine = fieldguide.load(tmp_path)
+    torch.testing.assert_close(logits(mine, x), logits(theirs, x), rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "layer_norm_eps"}))
+    assert mine.config.eps == fieldguide.load(tmp_path).config.eps == 1e-12
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-6}))
+    other = fieldguide.load(tmp_path)
+    assert other.config.eps == 1e-6 and (logits(other, x) - logits(theirs, x)).abs().max() > 1e-2
+    assert create("vit-test").config.eps == create("deit-test").config.eps == 1e-6
+    fieldguide.save(mine, tmp_path / "back", "hf")
+    back = type(theirs).from_pretrained(tmp_path / "back").eval()
+    assert torch.equal(logits(back, x), logits(theirs, x))
 
 
 def on_disk(model: nn.Module) -> dict[str, Tensor]:

@@ -83,12 +83,11 @@ CARD = Card(
         "deit-small": Size(dim=384, heads=6, params=22_436_432, source="deit_small_distilled_patch16_224"),
         "deit-base": Size(params=87_338_192, source="deit_base_distilled_patch16_224"),
         "deit-base-384": Size(image=384, params=87_630_032, source="deit_base_distilled_patch16_384"),
-        # As transformers has the same weights, with another eps: facebook/deit-base-distilled-patch16-224.
-        "deit-base-hf": Size(eps=1e-12, params=87_338_192, source="facebook/deit-base-distilled-patch16-224"),
         # To be trained from nothing on small pictures.
         "deit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10),
         "deit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, drop_path=0.0),
     },
     weights={"timm": timm, "huggingface": huggingface},
+    configs={"huggingface": vit.configuration("deit", "DeiTForImageClassificationWithTeacher")},
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "mixup": 0.8, "clip": 1.0},
 )

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fieldguide.blocks.configs import Absent, Counted, Is
 from fieldguide.blocks.drop_path import DropPath, rising
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.patches import Patches
@@ -253,6 +254,27 @@ def huggingface() -> dict[str, Row]:
     }
 
 
+CONFIG = {                                               # of transformers
+    "model_type": Is("swin"),
+    "architectures": Is(["SwinForImageClassification"]),
+    "id2label": Counted("classes"),
+    "num_channels": "channels",
+    "patch_size": "patch",
+    "embed_dim": "dim",
+    "depths": "depths",
+    "num_heads": "heads",
+    "window_size": "window",
+    "mlp_ratio": Is(4.0),
+    "layer_norm_eps": Is(1e-5),
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": Is(0.0),
+    "drop_path_rate": Absent("drop_path", 0.1),
+    "hidden_act": Is("gelu"),
+    "qkv_bias": Is(True),
+    "use_absolute_embeddings": Is(False),
+}
+
+
 def adapt(need: dict) -> dict:
     """Smaller patches and windows for small pictures: at least 8 places a side, and 4 windows a side where that is possible."""
     if need["image"] >= 128:
@@ -278,6 +300,7 @@ CARD = Card(
         "swin-test": Size(dim=8, depths=(2, 2, 2), heads=(1, 2, 4), patch=2, window=4, channels=2, classes=5, drop_path=0.0),
     },
     weights={"timm": microsoft("", "head.fc.*"), "microsoft": microsoft(), "huggingface": huggingface()},
+    configs={"huggingface": CONFIG},
     # Appendix A2.1.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.07, "smoothing": 0.1, "mixup": 0.8,
             "clip": 5.0},

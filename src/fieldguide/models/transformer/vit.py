@@ -3,8 +3,8 @@
 New here: no convolution but the cut into patches, so nothing says that neighbours belong together: places are learnt, and
 the class is read at one token more. With little data convolutions win; with much, or a teacher (DeiT), this does.
 
-The normalisations' `eps` is 1e-6 in the authors' code, timm and torchvision; transformers has 1e-12 in its copies of the
-same weights, for which the sizes named `-hf` are.
+The normalisations' `eps` is 1e-6 in the authors' code, timm and torchvision, and here; transformers has 1e-12 in its copies
+of the same weights, which `fieldguide.load` reads in their configuration. A lone file does not say it: set `eps=1e-12`.
 Initialisation: as in the authors' code, Xavier uniform for matrices, N(0, 0.02) for places, fan-in for patches, zero for the
 class token, biases and the head.
 Shapes: B batch, C channels, H W height and width of the picture, P side of a patch, h w = H/P W/P, N = 1 + h w, D width.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is
 from fieldguide.blocks.drop_path import DropPath, rising
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.patches import Patches, patch_for, spread
@@ -200,6 +201,28 @@ def huggingface(c: Config, root: str = "vit.") -> dict[str, Row]:
     }
 
 
+def configuration(model_type: str, architecture: str) -> dict[str, ConfigRow]:
+    """Keys of transformers' configurations of ViT and DeiT, whose eps is another where they do not say it."""
+    return {
+        "model_type": Is(model_type),
+        "architectures": Is([architecture]),
+        "id2label": Counted("classes"),
+        "num_channels": "channels",
+        "image_size": "image",
+        "patch_size": "patch",
+        "hidden_size": "dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "heads",
+        "intermediate_size": Is(lambda c: 4 * c.dim),
+        "layer_norm_eps": Absent("eps", 1e-12),
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": Is(0.0),
+        "drop_path_rate": Absent("drop_path", 0.0),      # which transformers does not have here, and does not mind
+        "hidden_act": Is("gelu"),
+        "qkv_bias": Is(True),
+    }
+
+
 L = {"dim": 1024, "depth": 24, "heads": 16}
 H = {"patch": 14, "dim": 1280, "depth": 32, "heads": 16}
 
@@ -211,21 +234,20 @@ CARD = Card(
         "vit-b32": Size(patch=32, params=88_224_232, source="timm vit_base_patch32_224, torchvision vit_b_32"),
         "vit-b8": Size(patch=8, params=86_576_872, source="timm vit_base_patch8_224"),
         "vit-b16-384": Size(image=384, params=86_859_496, source="timm vit_base_patch16_384"),
+        "vit-b32-384": Size(patch=32, image=384, params=88_297_192, source="google/vit-base-patch32-384"),
         "vit-ti16": Size(dim=192, heads=3, params=5_717_416, source="timm vit_tiny_patch16_224, deit_tiny_patch16_224"),
         "vit-s16": Size(dim=384, heads=6, params=22_050_664, source="timm vit_small_patch16_224, deit_small_patch16_224"),
         "vit-s32": Size(dim=384, heads=6, patch=32, params=22_878_952, source="timm vit_small_patch32_224"),
         "vit-l16": Size(**L, params=304_326_632, source="timm vit_large_patch16_224, torchvision vit_l_16"),
         "vit-l32": Size(**L, patch=32, params=306_535_400, source="torchvision vit_l_32"),
         "vit-h14": Size(**H, params=632_045_800, source="torchvision vit_h_14 at 224 pixels"),
-        "vit-b16-hf": Size(eps=1e-12, params=86_567_656, source="google/vit-base-patch16-224"),
-        "vit-b32-384-hf": Size(eps=1e-12, patch=32, image=384, params=88_297_192, source="google/vit-base-patch32-384"),
-        "vit-l16-hf": Size(eps=1e-12, **L, params=304_326_632, source="google/vit-large-patch16-224"),
         # To be trained from nothing on small pictures.
         "vit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10, drop_path=0.1),
         "vit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, drop_path=0.0),
     },
     weights={"timm": timm, "torchvision": torchvision, "huggingface": huggingface,
              "huggingface-base": lambda c: huggingface(c, "")},
+    configs={"huggingface": configuration("vit", "ViTForImageClassification")},
     # Table 3 of DeiT (arXiv:2012.12877, table 9), which showed how this is learnt from a million pictures and not 300.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "mixup": 0.8, "clip": 1.0},
 )
