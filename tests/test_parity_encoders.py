@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import encoders
 from cases import CASES
 from encoders import configuration, encoder, network
-from fieldguide import weights
+from fieldguide import pretrained, weights
 from fieldguide.errors import DataError, SettingsError, WeightsError, WeightsWarning
 from fieldguide.models.transformer.deberta_v2 import bucketed
 from fieldguide.models.transformer.disentangled import by_place
@@ -323,6 +324,48 @@ def test_written_files_are_those_of_transformers(name, gives, tmp_path):
     other = create(f"{name}-test", gives=gives)
     assert weights.load(other, tmp_path / "model.safetensors") == []
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))
+
+
+@EVERY
+@HEAD
+def test_folders_of_transformers_there_and_back(name, gives, tmp_path):
+    """Recognised by their configuration, head and all; written so that transformers reads the same network."""
+    torch.manual_seed(0)
+    config = cards()[name].settle(cards()[name].tiny, gives=gives)
+    theirs = network(name, config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = pretrained.load(tmp_path / "theirs")
+    assert type(ours) is cards()[name].model
+    assert ours.config == (replace(config, classes=2) if gives == "span" else config)
+    pretrained.save(ours, tmp_path / "ours", "huggingface")
+    plain = {"add_pooling_layer": False} if gives == "vector" and name in ("bert", "roberta") else {}
+    plain |= {"pad_token_id": 0} if name == "modernbert" else {}     # its own is beyond so small a vocabulary
+    back = type(theirs).from_pretrained(tmp_path / "ours", **plain)
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), theirs.state_dict().values()))
+    tokens, mask = batch(name, 3)
+    found, want = (net(tokens, mask) for net in (ours, encoders.Answers(back.eval(), gives)))
+    keep = mask[..., None] if found.ndim == 3 else 1
+    torch.testing.assert_close(found * keep, want * keep, rtol=2e-4, atol=2e-5)
+
+
+def test_xlm_roberta_is_roberta_by_another_name(tmp_path):
+    ours = create("roberta-test")
+    config = transformers.XLMRobertaConfig(**{k: v for k, v in configuration("roberta", ours.config).to_dict().items()
+                                              if k not in ("model_type", "architectures", "transformers_version")})
+    theirs = transformers.XLMRobertaForMaskedLM(config)
+    theirs.save_pretrained(tmp_path)
+    assert pretrained.load(tmp_path).config == ours.config
+
+
+def test_attention_of_another_kind_is_refused(tmp_path):
+    for name, changes, words in (("deberta-v2", {"share_att_key": False}, "share_att_key=False"),
+                                 ("deberta", {"pos_att_type": ["c2p"]}, "sums c2p and p2c"),
+                                 ("bert", {"hidden_act": "relu"}, "hidden_act='relu'"),
+                                 ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'")):
+        config = cards()[name].settle(cards()[name].tiny, gives="label")
+        network(name, config, **changes).save_pretrained(tmp_path / name)
+        with pytest.raises(WeightsError, match=words):
+            pretrained.load(tmp_path / name)
 
 
 class Fairseq(nn.Module):

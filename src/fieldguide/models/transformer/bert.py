@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.configs import Derived, Is, Known
 from fieldguide.blocks.padding import at_least_one
 from fieldguide.blocks.renaming import Dropped, Fused, Row
 from fieldguide.card import Card, Size
@@ -105,8 +106,41 @@ def huggingface(config: Config) -> dict[str, Row]:
     } | norm("cls.predictions.transform.LayerNorm", "words.norm")
 
 
+def architectures(name: str) -> Known:
+    """Which head a configuration of transformers is of."""
+    kinds = {"ForMaskedLM": "words", "ForPreTraining": "words", "ForSequenceClassification": "label",
+             "ForTokenClassification": "labels", "ForQuestionAnswering": "span", "Model": "vector"}
+    return Known("gives", {name + kind: gives for kind, gives in kinds.items()})
+
+
+# How many labels there are; a span is two.
+CLASSES = Derived(lambda theirs: {"classes": len(theirs["id2label"])} if theirs.get("id2label") else {},
+                  lambda c: {str(i): f"LABEL_{i}" for i in range(2 if c.gives == "span" else c.classes)})
+
+
 def small(depth: int, dim: int) -> dict[str, int]:
     return {"depth": depth, "dim": dim, "heads": dim // 64, "hidden": 4 * dim}
+
+
+CONFIG = {
+    "model_type": Is("bert"),
+    "architectures": architectures("Bert"),
+    "vocab_size": "vocab",
+    "id2label": CLASSES,
+    "max_position_embeddings": "length",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "hidden",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": Is(lambda c: c.dropout),
+    "hidden_act": Is("gelu"),
+    "type_vocab_size": Is(2),
+    "layer_norm_eps": Is(EPS),
+    "is_decoder": Is(False),
+    "position_embedding_type": Is("absolute"),
+    "tie_word_embeddings": Is(True),
+}
 
 
 CARD = Card(
@@ -131,7 +165,7 @@ CARD = Card(
                            source="sentence-transformers/all-MiniLM-L12-v2"),
         "bert-test": Size(vocab=30, classes=3, length=12, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
     },
-    weights={"huggingface": huggingface},
+    weights={"huggingface": huggingface}, configs={"huggingface": CONFIG},
     # Appendix A.2 and A.3, but for the rate, which is that of training a small one from nothing.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.1, "schedule": "linear"},
 )

@@ -11,19 +11,20 @@ Shapes: B batch, T tokens, D width, d width of a head, R = 2 T - 1 distances.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fieldguide.blocks.configs import Derived, Is
 from fieldguide.blocks.padding import at_least_one
 from fieldguide.blocks.renaming import Dropped, Row
 from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
-from fieldguide.models.transformer.bert import layers, norm
+from fieldguide.errors import SettingsError, WeightsError
+from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
 from fieldguide.models.transformer.disentangled import Distances, attend, heads_of
 from fieldguide.models.transformer.text_encoder import GIVES, PostNorm, TextEncoder
 
@@ -135,6 +136,45 @@ def heads() -> dict[str, Row]:
     }
 
 
+def read_scores(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises `WeightsError` for attention that sums other scores. A list, or words with bars between them."""
+    kinds = theirs.get("pos_att_type") or ()
+    if set(kinds.split("|") if isinstance(kinds, str) else kinds) != {"c2p", "p2c"}:
+        raise WeightsError(f"pos_att_type={kinds!r}, and here attention sums c2p and p2c")
+    return {}
+
+
+def read_far(theirs: Mapping[str, Any]) -> dict[str, int]:
+    """The longest distance told apart, which is that of the longest row where it is not said (-1)."""
+    far = theirs.get("max_relative_positions", -1)
+    return {"far": far if far > 0 else theirs.get("max_position_embeddings", 512)}
+
+
+CONFIG = {
+    "model_type": Is("deberta"),
+    "architectures": architectures("Deberta"),
+    "vocab_size": "vocab",
+    "id2label": CLASSES,
+    "max_position_embeddings": "length",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "hidden",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": Is(lambda c: c.dropout),
+    "hidden_act": Is("gelu"),
+    "layer_norm_eps": Is(EPS),
+    "relative_attention": Is(True),
+    "position_biased_input": Is(False),
+    "type_vocab_size": Is(0),
+    "pos_att_type": Derived(read_scores, lambda c: ["c2p", "p2c"]),
+    "pooler_hidden_size": Is(lambda c: c.dim),
+    "pooler_hidden_act": Is("gelu"),
+    "pooler_dropout": Is(0),
+    "max_relative_positions": Derived(read_far, lambda c: c.far),
+}
+
+
 CARD = Card(
     name="deberta", model=Deberta, config=Config, paper="arXiv:2006.03654", year=2020, takes="tokens", gives=GIVES,
     sizes={
@@ -145,7 +185,7 @@ CARD = Card(
                                source="microsoft/deberta-xlarge"),
         "deberta-test": Size(vocab=30, classes=3, length=12, far=6, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
     },
-    weights={"huggingface": huggingface},
+    weights={"huggingface": huggingface}, configs={"huggingface": CONFIG},
     # Table 8, but for the rate, which is that of training a small one from nothing.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.06, "schedule": "linear"},
 )

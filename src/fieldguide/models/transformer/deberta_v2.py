@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fieldguide.blocks.configs import Absent, Derived, Is
 from fieldguide.blocks.padding import at_least_one
 from fieldguide.blocks.renaming import Dropped, Fused, Row
 from fieldguide.card import Card, Size
 from fieldguide.errors import SettingsError
-from fieldguide.models.transformer.bert import layers, norm
-from fieldguide.models.transformer.deberta import heads
+from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
+from fieldguide.models.transformer.deberta import heads, read_far, read_scores
 from fieldguide.models.transformer.disentangled import Distances, attend, heads_of
 from fieldguide.models.transformer.text_encoder import GIVES, PostNorm, TextEncoder
 
@@ -148,6 +149,36 @@ def huggingface(config: Config) -> dict[str, Row]:
 
 LARGE = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096}
 
+CONFIG = {
+    "model_type": Is("deberta-v2"),
+    "architectures": architectures("DebertaV2"),
+    "vocab_size": "vocab",
+    "id2label": CLASSES,
+    "max_position_embeddings": "length",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "hidden",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": Is(lambda c: c.dropout),
+    "hidden_act": Is("gelu"),
+    "layer_norm_eps": Is(EPS),
+    "relative_attention": Is(True),
+    "position_biased_input": Is(False),
+    "type_vocab_size": Is(0),
+    "pos_att_type": Derived(read_scores, lambda c: ["c2p", "p2c"]),
+    "pooler_hidden_size": Is(lambda c: c.dim),
+    "pooler_hidden_act": Is("gelu"),
+    "pooler_dropout": Is(0),
+    "max_relative_positions": Derived(read_far, lambda c: c.far),
+    "position_buckets": "buckets",
+    "share_att_key": Is(True),
+    "norm_rel_ebd": Is("layer_norm"),
+    "conv_kernel_size": Absent("conv", 0),
+    "conv_act": Is("gelu"),
+}
+
+
 CARD = Card(
     name="deberta-v2", model=DebertaV2, config=Config, paper="arXiv:2111.09543", year=2021, takes="tokens", gives=GIVES,
     sizes={
@@ -164,7 +195,7 @@ CARD = Card(
         "deberta-v2-test": Size(vocab=30, classes=3, length=12, far=8, buckets=4, conv=3, dim=8, depth=2, heads=2, hidden=20,
                                 dropout=0.0),
     },
-    weights={"huggingface": huggingface},
+    weights={"huggingface": huggingface}, configs={"huggingface": CONFIG},
     # Table 7 of the first paper, but for the rate, which is that of training a small one from nothing.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.06, "schedule": "linear"},
 )

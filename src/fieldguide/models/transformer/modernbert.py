@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fieldguide.blocks.configs import Absent, Is
 from fieldguide.blocks.padding import at_least_one
 from fieldguide.blocks.renaming import Row
 from fieldguide.blocks.rope import angles, rotate
 from fieldguide.card import Card, Size
 from fieldguide.errors import SettingsError
+from fieldguide.models.transformer.bert import CLASSES, architectures
 from fieldguide.models.transformer.text_encoder import GIVES, TextEncoder
 
 EPS = 1e-5        # of the normalisations
@@ -185,6 +187,34 @@ def huggingface(config: Config) -> dict[str, Row]:
     }
 
 
+CONFIG = {
+    "model_type": Is("modernbert"),
+    "architectures": architectures("ModernBert"),
+    "vocab_size": "vocab",
+    "id2label": CLASSES,
+    "max_position_embeddings": "length",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "hidden",
+    "local_attention": "window",
+    "global_attn_every_n_layers": Absent("every", 3),
+    "global_rope_theta": Absent("turn", 160_000.0),
+    "local_rope_theta": Absent("turn_near", 10_000.0),
+    "embedding_dropout": "dropout",
+    "attention_dropout": Is(lambda c: c.dropout),
+    "mlp_dropout": Is(lambda c: c.dropout),
+    "classifier_dropout": Is(lambda c: c.dropout),
+    "classifier_pooling": Is("cls"),
+    "hidden_activation": Is("gelu"),
+    "norm_eps": Is(EPS),
+    "norm_bias": Is(False),
+    "attention_bias": Is(False),
+    "mlp_bias": Is(False),
+    "tie_word_embeddings": Is(True),
+}
+
+
 CARD = Card(
     name="modernbert", model=ModernBert, config=Config, paper="arXiv:2412.13663", year=2024, takes="tokens", gives=GIVES,
     sizes={
@@ -194,7 +224,7 @@ CARD = Card(
                                  source="answerdotai/ModernBERT-large"),
         "modernbert-test": Size(vocab=30, classes=3, length=12, dim=16, depth=3, heads=2, hidden=20, every=2, window=4),
     },
-    weights={"huggingface": huggingface},
+    weights={"huggingface": huggingface}, configs={"huggingface": CONFIG},
     # Table 3, but for the rate, which is that of training a small one from nothing.
     recipe={"optimizer": "adamw", "lr": 8e-4, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.05},
 )

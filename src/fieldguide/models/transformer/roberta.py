@@ -12,16 +12,18 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.configs import ConfigRow, Derived, Is
 from fieldguide.blocks.padding import at_least_one
 from fieldguide.blocks.renaming import Dropped, Fused, Row, Zeros
 from fieldguide.card import Card, Size
-from fieldguide.models.transformer.bert import layers, norm
+from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
 from fieldguide.models.transformer.text_encoder import GIVES, PostNorm, TextEncoder
 
 EPS = 1e-5        # of the normalisations
@@ -136,6 +138,34 @@ def fairseq(config: Config) -> dict[str, Row]:
 
 LARGE = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096}
 
+def config(kind: str, name: str) -> dict[str, ConfigRow]:
+    """Keys of transformers, which has two names for one network."""
+    return {
+        "model_type": Is(kind),
+        "architectures": architectures(name),
+        "vocab_size": "vocab",
+        "id2label": CLASSES,
+        "max_position_embeddings": Derived(read_length, lambda c: c.length + c.pad + 1),
+        "hidden_size": "dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "heads",
+        "intermediate_size": "hidden",
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": Is(lambda c: c.dropout),
+        "hidden_act": Is("gelu"),
+        "pad_token_id": "pad",
+        "type_vocab_size": Is(1),
+        "layer_norm_eps": Is(EPS),
+        "is_decoder": Is(False),
+        "position_embedding_type": Is("absolute"),
+        "tie_word_embeddings": Is(True),
+    }
+
+
+def read_length(theirs: Mapping[str, Any]) -> dict[str, int]:
+    return {"length": theirs.get("max_position_embeddings", 514) - theirs.get("pad_token_id", 1) - 1}
+
+
 CARD = Card(
     name="roberta", model=Roberta, config=Config, paper="arXiv:1907.11692", year=2019, takes="tokens", gives=GIVES,
     sizes={
@@ -146,7 +176,8 @@ CARD = Card(
         "xlm-roberta-large": Size(vocab=250_002, **LARGE, params=560_142_482, source="FacebookAI/xlm-roberta-large"),
         "roberta-test": Size(vocab=30, classes=3, length=12, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
     },
-    weights={"huggingface": huggingface, "fairseq": fairseq},
+    weights={"huggingface": huggingface, "fairseq": fairseq, "huggingface-xlm": huggingface},
+    configs={"huggingface": config("roberta", "Roberta"), "huggingface-xlm": config("xlm-roberta", "XLMRoberta")},
     # Section 3.1, but for the rate, which is that of training a small one from nothing.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.06,
             "schedule": "linear"},
