@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -280,6 +281,43 @@ class Logits(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.peer(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits
+
+
+class Doubled(Logits):
+    """A peer that rounds to float32 inside, made to keep the precision that it is given."""
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        to = Tensor.to
+        kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)  # noqa: E731
+        whole = lambda x: x if x.dtype == torch.float64 else to(x, torch.float32)                                  # noqa: E731
+        with mock.patch.object(Tensor, "to", kept), mock.patch.object(Tensor, "float", whole):
+            return super().forward(tokens, mask)
+
+
+def huggingface_decoder(model: nn.Module) -> Peer:
+    """The language model of transformers that our config, written as theirs, describes."""
+    from fieldguide.pretrained import outwards
+    from fieldguide.registry import cards
+    from tv import transformers
+    card = next(card for card in cards().values() if card.model is type(model))
+    theirs = outwards(card, card.configs["huggingface"], model.config)
+    config = transformers.AutoConfig.for_model(theirs.pop("model_type"), **theirs, pad_token_id=None, bos_token_id=None,
+                                               eos_token_id=None, attn_implementation="sdpa", experts_implementation="eager")
+    table = card.weights["huggingface"]
+
+    def rename(state: State) -> dict[str, Tensor]:
+        names = translate(state, table, reverse=True)
+        for layer in range(model.config.depth):          # in memory transformers stacks the experts that its files part
+            moe = f"model.layers.{layer}.block_sparse_moe."
+            if moe + "gate.weight" in names:
+                up, down, gate = (torch.stack([names.pop(f"{moe}experts.{e}.w{k}.weight") for e in range(model.config.experts)])
+                                  for k in (3, 2, 1))
+                mlp = f"model.layers.{layer}.mlp."
+                names |= {mlp + "gate.weight": names.pop(moe + "gate.weight"), mlp + "experts.down_proj": down,
+                          mlp + "experts.gate_up_proj": torch.cat([gate, up], 1)}
+        return {f"peer.{key}": x for key, x in names.items()}
+
+    return Doubled(transformers.AutoModelForCausalLM.from_config(config)), rename
 
 
 def huggingface_gpt2(model: nn.Module) -> Peer:
@@ -609,6 +647,10 @@ CASES = {
     "deberta-v2": Case(inputs=tokens, peer=encoder, lr=3e-2),
     "modernbert": Case(inputs=tokens, peer=encoder),
     "gpt2": Case(inputs=tokens, peer=huggingface_gpt2, lr=3e-2),
+    "llama": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "qwen3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "mixtral": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "gemma3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "transformer": Case(inputs=pair, peer=torch_transformer, lr=2e-2),
     "sasrec": Case(inputs=items, lr=3e-2, peer=lambda model: equations(
         references.sasrec(model.config.heads, model.config.length))(model)),

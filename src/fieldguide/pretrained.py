@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide import weights
-from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is, Known
+from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Derived, Is, Known
 from fieldguide.card import Card
 from fieldguide.errors import FieldguideError, SettingsError, WeightsError, nearest
 from fieldguide.registry import cards, find
 
 CONFIG = "config.json"
+CONFIGS = (CONFIG, "params.json")                        # the second is Meta's
 IDENTITY = ("model_type", "_class_name")                 # keys that say what a configuration is of
 FREE = ("classes", "channels", "vocab", "length")        # what checkpoints of one size may differ in
+PARTS = "consolidated.*.pth"                             # Meta's, one for each machine
 HUB = "hf:"
 STEP = 8                                                 # by which a number is changed to see what shapes it decides
 SPARE = 3                                                # tensors that a file may lack: tied ones
@@ -49,12 +51,14 @@ def load(source: str | Path, *, name: str | None = None, **overrides: Any) -> nn
         raise WeightsError(f"{path} does not exist. For a model of the Hugging Face hub say hf:organisation/name; for a "
                            "network with fresh weights, fieldguide.create.")
     folder = path if path.is_dir() else path.parent
-    beside = folder / CONFIG
+    beside = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    if path.is_dir() and len(parts := sorted(path.glob(PARTS))) > 1:
+        return joined(parts, beside, overrides)
     state = weights.read(path)
     if name is not None:
         card, size = find(name)
         return filled(card, {**card.sizes[size].overrides, **seen(card, size, state), **overrides}, state, None, str(path))
-    if beside.is_file() and (known := identified(read_config(beside))):
+    if beside and (known := identified(read_config(beside))):
         card, origin, table = known
         return filled(card, {**inwards(card, table, read_config(beside), beside), **overrides}, state, origin, str(path))
     card, size, origin = recognised(state, str(path))
@@ -74,6 +78,29 @@ def filled(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], o
     return model.eval()
 
 
+def joined(parts: list[Path], beside: Path | None, overrides: Mapping[str, Any]) -> nn.Module:
+    """A network whose tensors were parted among machines: each along the axis on which its parts make up the whole."""
+    known = identified(read_config(beside)) if beside else None
+    if known is None:
+        raise WeightsError(f"{parts[0].parent} holds {len(parts)} parts of a network, and no {' or '.join(CONFIGS)} that says "
+                           "which it is")
+    card, origin, table = known
+    values = {**inwards(card, table, read_config(beside), beside), **overrides}
+    with torch.device("meta"):
+        model = card.make(card.config(**values))
+    names = card.weights[origin](model.config) if callable(card.weights[origin]) else card.weights[origin]
+    wanted = {name: t.shape for name, t in weights.translate(model.state_dict(), names, reverse=True).items()}
+    files = [weights.read(part) for part in parts]
+    if strange := {name for file in files for name in file} - {name for file in files[:1] for name in file}:
+        raise WeightsError(f"{parts[0]} lacks {', '.join(sorted(strange)[:3])}, which other parts have")
+    state = {}
+    for name, first in files[0].items():
+        shape = wanted.get(name, first.shape)
+        axis = next((i for i, (part, whole) in enumerate(zip(first.shape, shape)) if part * len(parts) == whole), None)
+        state[name] = first if axis is None or first.shape == shape else torch.cat([file[name] for file in files], axis)
+    return filled(card, values, state, origin, str(parts[0].parent))
+
+
 # ------------------------------------------------------------------------------------------------ configurations
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -90,8 +117,9 @@ def identified(config: Mapping[str, Any]) -> Identified | None:
     """Whose configuration this is; None where no card knows it."""
     for card in cards().values():
         for origin, table in card.configs.items():
-            said = [(key, table[key]) for key in IDENTITY if key in table]
-            if said and all(isinstance(row, Is) and config.get(key) == row.value for key, row in said):
+            said = [key for key in IDENTITY if key in table]
+            plain = {key for key, row in table.items() if isinstance(row, str)}
+            if all(config.get(key) == table[key].value for key in said) if said else plain <= config.keys():
                 return card, origin, table
     return None
 
@@ -122,6 +150,8 @@ def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any
                 values[row.ours] = row.values[value]
         elif isinstance(row, Counted) and there:
             values[row.ours] = len(value)
+        elif isinstance(row, Derived):
+            values |= row.read(config)
         elif isinstance(row, str) and there and value is not None:
             values[row] = value
     values = {k: tuple(v) if kinds.get(k, "").startswith("tuple") and isinstance(v, list) else v for k, v in values.items()}
@@ -148,6 +178,8 @@ def outwards(card: Card, table: Mapping[str, ConfigRow], config: Any) -> dict[st
             own = getattr(config, row.ours)
             value = next(theirs for theirs, ours in row.values.items() if ours == own)
             value = [value] if key == "architectures" else value
+        elif isinstance(row, Derived):
+            value = row.write(config)
         elif isinstance(row, Counted):
             value = {str(i): f"LABEL_{i}" for i in range(getattr(config, row.ours))}
         else:
@@ -176,6 +208,7 @@ def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
     """Writes config.json and model.safetensors as the library of that origin reads them."""
     card = next((c for c in cards().values() if c.model is type(model)), None)
     known = card.configs if card else {}
+    known = {name: table for name, table in known.items() if any(key in table for key in IDENTITY)}
     if origin not in known:
         raise WeightsError(f"{type(model).__name__} cannot be written as a folder of {origin!r}.{nearest(origin, known)} "
                            f"Known are {', '.join(known) or 'none'}.")

@@ -93,6 +93,9 @@ def _turned(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
     """The tensor as it lies on our side or on theirs."""
     if isinstance(row, Reshaped):
         return tensor.reshape(getattr(row, side))
+    if pairs := getattr(row, "pairs", 0):
+        parts = (pairs // 2, 2) if side == "here" else (2, pairs // 2)
+        return tensor.unflatten(0, (-1, *parts)).transpose(1, 2).flatten(0, 2)
     return tensor.mT if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
 
 
@@ -129,7 +132,7 @@ def inwards(state: State, table: Table) -> _Translated:
             continue
         ours = _fill(_ours(row), values)
         if isinstance(row, Fused):
-            parts.setdefault((ours, row.parts), {})[row.part] = (name, tensor)
+            parts.setdefault((ours, row.parts), {})[row.part] = (name, _turned(tensor, row, "here"))
         elif isinstance(row, Reshaped) and not _holds(tensor, row.here):
             done.faults.append(f"{name} ({_shape(tensor)}) cannot be read in the shape {row.here} of {ours}")
         else:

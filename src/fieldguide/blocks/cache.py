@@ -70,18 +70,20 @@ def positions(steps: int, mask: Tensor | None, cache: Cache | None, device: torc
     return ((cache.count - new.sum(1))[:, None] + new.cumsum(1) - 1).clamp(min=0)
 
 
-def causal(steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> Tensor | None:
-    """Which keys each new token may see: itself, and what is real before it. Call after `open`.
+def causal(steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device, window: int = 0) -> Tensor | None:
+    """Which keys each new token may see: itself, and what is real before it, of that only the last `window` places with
+    its own (0 = all). Call after `open`.
 
     None where plain causality says all, `is_causal` where queries and keys are as many. Otherwise bool, T K or
     B 1 T K. A padding token sees itself, so that no row of weights is empty.
     """
     padded = mask is not None or (cache is not None and cache.padded)
-    if not padded and (cache is None or cache.start == 0 or steps == 1):
-        return None
     start, used = (cache.start, cache.used) if cache else (0, steps)
+    near = not window or used <= window                  # all that is there lies in the window
+    if near and not padded and (start == 0 or steps == 1):
+        return None
     query, key = torch.arange(start, used, device=device)[:, None], torch.arange(used, device=device)
-    seen = key <= query
+    seen = key <= query if near else (key <= query) & (key > query - window)
     if not padded:
         return seen
     real = mask if cache is None else cache.real[:, :used]

@@ -45,4 +45,13 @@ class Counted:
     ours: str
 
 
-ConfigRow = str | Is | Known | Absent | Counted
+@dataclass(frozen=True)
+class Derived:
+    """What several public keys say together: `read` makes fields of ours from the whole public configuration, `write` the
+    key's value from our config."""
+
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    write: Callable[[Any], Any]
+
+
+ConfigRow = Derived | str | Is | Known | Absent | Counted

@@ -28,11 +28,21 @@ class Reshaped:
 
 @dataclass(frozen=True)
 class Fused:
-    """The public tensor is one of several equal parts that lie along the first axis of ours."""
+    """The public tensor is one of several equal parts that lie along the first axis of ours; `pairs` as in `Paired`."""
 
     ours: str
     part: int
     parts: int
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The rows of every head, `pairs` of them, turn by rotary positions in neighbouring pairs there, and here each in the
+    first half with its like in the second: as Meta's files of LLaMA lie."""
+
+    ours: str
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -53,4 +63,4 @@ class Dropped:
     why: str
 
 
-Row = str | Transposed | Reshaped | Fused | Dropped | Zeros
+Row = str | Transposed | Reshaped | Fused | Paired | Dropped | Zeros

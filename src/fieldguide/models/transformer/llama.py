@@ -1,0 +1,300 @@
+"""LLaMA: GPT made leaner, then trained longer (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783).
+
+New here: nothing alone, all together: root-mean-square normalisation without bias, a gated network in the place of GELU,
+rotary positions in the place of learned ones, no biases at all. From Llama 2 70B on heads share keys and values; from
+3.1 on slow rotations are slowed down further, for rows longer than those that it first learnt from.
+
+Initialisation: N(0, 0.02) for all matrices and embeddings, as in the authors' later code and in transformers.
+Shapes: B batch, T tokens, D width, d width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.cache import Cache, causal, positions
+from fieldguide.blocks.configs import Absent, Derived, Is
+from fieldguide.blocks.grouped import GatedMlp, GroupedAttention, Turn, turns
+from fieldguide.blocks.norm import RMSNorm
+from fieldguide.blocks.renaming import Dropped, Fused, Paired, Row
+from fieldguide.card import Card, Size
+from fieldguide.errors import DataError, SettingsError, WeightsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab: int = 32_000
+    length: int = 2048           # longest row, tokens
+    dim: int = 4096              # D
+    depth: int = 32
+    heads: int = 32
+    groups: int = 32             # of heads that share keys and values
+    hidden: int = 11_008         # width inside the gated networks
+    base: float = 10_000.0       # of the rotation's wavelengths
+    stretch: tuple[float, ...] = ()      # Llama 3.1's: factor, low and high frequency factor, length before
+    eps: float = 1e-6
+    tied: bool = False           # the head is the embedding
+
+
+class Block(nn.Module):
+    """Attention, then a gated network; each normalises first and adds its result."""
+
+    def __init__(self, c: Any):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+        self.attn, self.mlp = self.attention(c), self.network(c)
+
+    def attention(self, c: Any) -> nn.Module:
+        if c.dim % c.heads:
+            raise SettingsError(f"dim={c.dim} cannot be split among heads={c.heads}: choose a multiple")
+        return GroupedAttention(c.dim, c.heads, c.groups, c.dim // c.heads)
+
+    def network(self, c: Any) -> nn.Module:
+        return GatedMlp(c.dim, c.hidden)
+
+    def forward(self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
+        x = x + self.attn(self.norm1(x), turn, seen, cache, layer)
+        return x + self.mlp(self.norm2(x))
+
+
+def speed(width: int, base: float, device: torch.device) -> Tensor:                      # -> d/2
+    """Radians a token by which each pair of a head's numbers turns."""
+    return 1.0 / base ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+
+
+class Decoder(nn.Module):
+    """What LLaMA and its kin share around their blocks: the embedding, the last norm, the head, the cache."""
+
+    block: type[nn.Module] = Block
+
+    def __init__(self, config: Any, norm: nn.Module, tied: bool):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab, c.dim)
+        self.blocks = nn.ModuleList(self.block(c) for _ in range(c.depth))
+        self.norm = norm
+        self.head = nn.Linear(c.dim, c.vocab, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def width(self) -> int:
+        """d"""
+        return self.blocks[0].attn.width
+
+    def new_cache(self, rows: int, length: int | None = None) -> Cache:
+        """Room for `length` tokens a row, at most and by default the network's own."""
+        c, weight = self.config, self.embed.weight
+        return Cache(rows, min(length or c.length, c.length), c.depth, c.groups, self.width,
+                     dtype=weight.dtype, device=weight.device)
+
+    def opened(self, steps: int, mask: Tensor | None, cache: Cache | None) -> None:
+        """Makes room for new tokens; refuses more than there may be."""
+        if (total := steps + (cache.used if cache else 0)) > self.config.length:
+            raise DataError(f"a row of {total} tokens is longer than length={self.config.length}; "
+                            "cut the rows or create the network with a larger length")
+        if cache is not None:
+            cache.open(steps, mask)
+
+    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # -> B T vocab
+        return self.head(self.features(tokens, mask, cache))
+
+    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:       # -> B vocab
+        """The logits of each row's last place alone: generation asks for no others, and of a long prompt they cost most."""
+        return F.linear(self.features(tokens, mask, cache)[:, -1], self.head.weight)
+
+
+class Llama(Decoder):
+    """Tokens -> logits of the token that follows each. Raises `DataError` for rows longer than `length`.
+
+    Padding may stand on either side: positions count real tokens. With a `cache` (see `new_cache`) only the tokens
+    not yet read are given, and the result equals that of the whole row. Raises `SettingsError` for heads that do not
+    divide the width.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config, RMSNorm(config.dim, config.eps), config.tied)
+
+    def speed(self, device: torch.device) -> Tensor:     # -> d/2
+        plain = speed(self.width, self.config.base, device)
+        if not self.config.stretch:
+            return plain
+        factor, low, high, before = self.config.stretch
+        made = before * plain / (2 * math.pi)            # turns within the length that was learnt first
+        keep = ((made - low) / (high - low)).clamp(0, 1)
+        return plain * (keep + (1 - keep) / factor)
+
+    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
+        steps = tokens.shape[1]
+        self.opened(steps, mask, cache)
+        seen = causal(steps, mask, cache, tokens.device)
+        x = self.embed(tokens)
+        turn = turns(positions(steps, mask, cache, tokens.device), self.speed(tokens.device), x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, turn, seen, cache, layer)
+        return self.norm(x)
+
+
+NAMES: dict[str, Row] = {                                # of a block's attention and norms, shared by its kin
+    "model.embed_tokens.weight":                        "embed.weight",
+    "model.layers.{i}.input_layernorm.weight":          "blocks.{i}.norm1.weight",
+    "model.layers.{i}.self_attn.q_proj.weight":         "blocks.{i}.attn.q.weight",
+    "model.layers.{i}.self_attn.k_proj.weight":         Fused("blocks.{i}.attn.kv.weight", 0, 2),
+    "model.layers.{i}.self_attn.v_proj.weight":         Fused("blocks.{i}.attn.kv.weight", 1, 2),
+    "model.layers.{i}.self_attn.o_proj.weight":         "blocks.{i}.attn.proj.weight",
+    "model.layers.{i}.self_attn.rotary_emb.inv_freq":   Dropped("computed from base"),
+    "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.norm2.weight",
+    "model.norm.weight":                                "norm.weight",
+    "lm_head.weight":                                   "head.weight",           # absent where it is the embedding
+}
+GATED: dict[str, Row] = {
+    "model.layers.{i}.mlp.gate_proj.weight": Fused("blocks.{i}.mlp.up.weight", 0, 2),
+    "model.layers.{i}.mlp.up_proj.weight":   Fused("blocks.{i}.mlp.up.weight", 1, 2),
+    "model.layers.{i}.mlp.down_proj.weight": "blocks.{i}.mlp.down.weight",
+}
+HUGGINGFACE = NAMES | GATED
+
+
+def meta(c: Config) -> dict[str, Row]:
+    """Names of Meta's own files, in which the pairs that turn together are neighbours."""
+    width = c.dim // c.heads
+    layer, attn, mlp = "layers.{i}.", "layers.{i}.attention.w", "layers.{i}.feed_forward.w"
+    return {
+        "tok_embeddings.weight":        "embed.weight",
+        layer + "attention_norm.weight": "blocks.{i}.norm1.weight",
+        attn + "q.weight":              Paired("blocks.{i}.attn.q.weight", width),
+        attn + "k.weight":              Fused("blocks.{i}.attn.kv.weight", 0, 2, width),
+        attn + "v.weight":              Fused("blocks.{i}.attn.kv.weight", 1, 2),
+        attn + "o.weight":              "blocks.{i}.attn.proj.weight",
+        layer + "ffn_norm.weight":      "blocks.{i}.norm2.weight",
+        mlp + "1.weight":               Fused("blocks.{i}.mlp.up.weight", 0, 2),
+        mlp + "3.weight":               Fused("blocks.{i}.mlp.up.weight", 1, 2),
+        mlp + "2.weight":               "blocks.{i}.mlp.down.weight",
+        "norm.weight":                  "norm.weight",
+        "output.weight":                "head.weight",
+        "rope.freqs":                   Dropped("computed from base"),
+    }
+
+
+def rotation(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Base and stretch as files of transformers say them, in today's form or that of before 2025."""
+    said = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind = said.get("rope_type", said.get("type", "default"))
+    values: dict[str, Any] = {"base": said.get("rope_theta", theirs.get("rope_theta", 10_000.0))}
+    if kind == "llama3":
+        values["stretch"] = tuple(float(said[key]) for key in STRETCH)
+    elif kind != "default":
+        raise WeightsError(f"rope_type={kind!r}: rotations are stretched here as Llama 3.1 does (llama3), or not at all")
+    return values
+
+
+def written(c: Any) -> dict[str, Any]:
+    return {"rope_type": "llama3" if c.stretch else "default", "rope_theta": c.base,
+            **{key: int(x) if key.startswith("orig") else x for key, x in zip(STRETCH, c.stretch)}}
+
+
+STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SHARED = {                                               # with its kin
+    "vocab_size": "vocab",
+    "max_position_embeddings": "length",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": Derived(lambda t: {"groups": t.get("num_key_value_heads") or t["num_attention_heads"]},
+                                   lambda c: c.groups),
+    "intermediate_size": "hidden",
+    "rms_norm_eps": "eps",
+    "hidden_act": Is("silu"),
+    "rope_parameters": Derived(rotation, written),
+    "tie_word_embeddings": Absent("tied", False),
+}
+CONFIG = {
+    "model_type": Is("llama"),
+    "architectures": Is(["LlamaForCausalLM"]),
+    **SHARED,
+    "head_dim": Is(lambda c: c.dim // c.heads),
+    "attention_bias": Is(False),
+    "mlp_bias": Is(False),
+}
+
+
+def widened(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Width of the gated networks as Meta's code computes it."""
+    hidden = int(params.get("ffn_dim_multiplier", 1.0) * int(8 * params["dim"] / 3))
+    multiple = params["multiple_of"]
+    return {"hidden": multiple * -(-hidden // multiple)}
+
+
+PARAMS = {                                               # params.json beside Meta's files
+    "dim": "dim",
+    "n_layers": "depth",
+    "n_heads": "heads",
+    "n_kv_heads": Derived(lambda t: {"groups": t.get("n_kv_heads") or t["n_heads"]}, lambda c: c.groups),
+    "vocab_size": "vocab",
+    "norm_eps": "eps",
+    "multiple_of": Derived(widened, lambda c: c.hidden),
+    "rope_theta": Absent("base", 10_000.0),
+    "use_scaled_rope": Derived(lambda t: {"stretch": (8.0, 1.0, 4.0, 8192.0)} if t.get("use_scaled_rope") else {},
+                               lambda c: bool(c.stretch)),
+}
+L3 = {"vocab": 128_256, "length": 8192, "groups": 8, "hidden": 14_336, "base": 500_000.0, "eps": 1e-5}
+B70 = {"dim": 8192, "depth": 80, "heads": 64, "groups": 8, "hidden": 28_672}
+B405 = {"dim": 16_384, "depth": 126, "heads": 128, "groups": 8, "hidden": 53_248}
+LONG = {"length": 131_072, "stretch": (8.0, 1.0, 4.0, 8192.0)}
+SMALL = {"length": 131_072, "stretch": (32.0, 1.0, 4.0, 8192.0), "tied": True}
+
+CARD = Card(
+    name="llama", model=Llama, config=Config, paper="arXiv:2302.13971", year=2023, takes="tokens", gives="tokens",
+    sizes={
+        "llama-7b": Size(params=6_738_415_616, source="huggyllama/llama-7b"),
+        "llama-13b": Size(dim=5120, depth=40, heads=40, groups=40, hidden=13_824, params=13_015_864_320,
+                          source="huggyllama/llama-13b"),
+        "llama-30b": Size(dim=6656, depth=60, heads=52, groups=52, hidden=17_920, params=32_528_943_616,
+                          source="huggyllama/llama-30b"),
+        "llama-65b": Size(dim=8192, depth=80, heads=64, groups=64, hidden=22_016, params=65_285_660_672,
+                          source="huggyllama/llama-65b"),
+        "llama2-7b": Size(length=4096, eps=1e-5, params=6_738_415_616, source="meta-llama/Llama-2-7b-hf"),
+        "llama2-13b": Size(length=4096, dim=5120, depth=40, heads=40, groups=40, hidden=13_824, eps=1e-5,
+                           params=13_015_864_320, source="meta-llama/Llama-2-13b-hf"),
+        "llama2-70b": Size(length=4096, **B70, eps=1e-5, params=68_976_648_192, source="meta-llama/Llama-2-70b-hf"),
+        "llama3-8b": Size(**L3, params=8_030_261_248, source="meta-llama/Meta-Llama-3-8B"),
+        "llama3-70b": Size(**{**L3, **B70}, params=70_553_706_496, source="meta-llama/Meta-Llama-3-70B"),
+        "llama3.1-8b": Size(**{**L3, **LONG}, params=8_030_261_248, source="meta-llama/Llama-3.1-8B"),
+        "llama3.1-70b": Size(**{**L3, **B70, **LONG}, params=70_553_706_496, source="meta-llama/Llama-3.1-70B"),
+        "llama3.1-405b": Size(**{**L3, **B405, **LONG}, params=405_853_388_800, source="meta-llama/Llama-3.1-405B"),
+        "llama3.2-1b": Size(**{**L3, **SMALL, "hidden": 8192}, dim=2048, depth=16, params=1_235_814_400,
+                            source="meta-llama/Llama-3.2-1B"),
+        "llama3.2-3b": Size(**{**L3, **SMALL, "hidden": 8192}, dim=3072, depth=28, heads=24, params=3_212_749_824,
+                            source="meta-llama/Llama-3.2-3B"),
+        "smollm2-135m": Size(vocab=49_152, length=8192, dim=576, depth=30, heads=9, groups=3, hidden=1536, base=100_000.0,
+                             eps=1e-5, tied=True, params=134_515_008, source="HuggingFaceTB/SmolLM2-135M"),
+        "smollm2-360m": Size(vocab=49_152, length=8192, dim=960, depth=32, heads=15, groups=5, hidden=2560, base=100_000.0,
+                             eps=1e-5, tied=True, params=361_821_120, source="HuggingFaceTB/SmolLM2-360M"),
+        "smollm2-1.7b": Size(vocab=49_152, length=8192, dim=2048, depth=24, groups=32, hidden=8192, base=130_000.0,
+                             eps=1e-5, tied=True, params=1_711_376_384, source="HuggingFaceTB/SmolLM2-1.7B"),
+        # Small ones of the same form, to be trained from nothing.
+        "llama-mini": Size(vocab=8192, length=512, dim=512, depth=8, heads=8, groups=4, hidden=1408, eps=1e-5, tied=True),
+        "llama-micro": Size(vocab=4096, length=256, dim=256, depth=4, heads=4, groups=2, hidden=704, eps=1e-5, tied=True),
+        "llama-test": Size(vocab=30, length=12, dim=16, depth=2, heads=4, groups=2, hidden=12,
+                           stretch=(4.0, 1.0, 4.0, 8.0)),
+    },
+    weights={"huggingface": HUGGINGFACE, "meta": meta}, configs={"huggingface": CONFIG, "meta": PARAMS},
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.05,
+            "schedule": "linear"},
+)

@@ -1,0 +1,117 @@
+"""Mixtral: eight gated networks a layer, two of which serve each token (Jiang et al. 2024, arXiv:2401.04088).
+
+New here: a router picks for every token the two experts that it scores highest and weighs their answers by a softmax over
+the two; the network holds far more than one token costs. So that no expert is forgotten, training adds what an uneven
+load costs (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6).
+
+Initialisation: N(0, 0.02).
+Shapes: B batch, T tokens, D width, N = B T, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.configs import Is
+from fieldguide.blocks.grouped import GatedMlp
+from fieldguide.blocks.renaming import Fused, Row
+from fieldguide.card import Card, Size
+from fieldguide.errors import SettingsError
+from fieldguide.models.transformer import llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab: int = 32_000
+    length: int = 32_768         # longest row, tokens
+    dim: int = 4096              # D
+    depth: int = 32
+    heads: int = 32
+    groups: int = 8              # of heads that share keys and values
+    hidden: int = 14_336         # width inside an expert
+    experts: int = 8             # E
+    used: int = 2                # experts a token
+    base: float = 1_000_000.0    # of the rotation's wavelengths
+    stretch: tuple[float, ...] = ()
+    eps: float = 1e-5
+    tied: bool = False           # the head is the embedding
+
+
+class Experts(nn.Module):
+    """Gated networks, of which each token asks a few. `scores` keeps the router's logits of the last pass, N E."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        if not 0 < c.used <= c.experts:
+            raise SettingsError(f"used={c.used} of experts={c.experts}: a token asks at least one and at most all")
+        self.used = c.used
+        self.router = nn.Linear(c.dim, c.experts, bias=False)
+        self.experts = nn.ModuleList(GatedMlp(c.dim, c.hidden) for _ in range(c.experts))
+        self.scores: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:              # B T D -> B T D
+        flat = x.flatten(0, 1)
+        scores = self.router(flat)
+        self.scores = scores if self.training else None
+        # A softmax over the chosen is one over all, cut and made to sum to 1 again.
+        best, chosen = scores.to(torch.promote_types(x.dtype, torch.float32)).topk(self.used, 1)
+        share = best.softmax(1).to(x.dtype)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, rank = torch.where(chosen == number)
+            out = out.index_add(0, token, expert(flat[token]) * share[token, rank, None])
+        return out.view_as(x)
+
+
+class Block(llama.Block):
+    """That of LLaMA with experts in the place of its network."""
+
+    def network(self, c: Config) -> nn.Module:
+        return Experts(c)
+
+
+class Mixtral(llama.Llama):
+    """Tokens -> logits of the token that follows each; used as LLaMA is. `balance` is to be added to the loss."""
+
+    block = Block
+
+    def balance(self) -> Tensor:
+        """How uneven the load of the last training pass was: E times the sum over experts of the share of choices that
+        fell on it and its mean probability; `used` where all are even."""
+        scores = torch.cat([block.mlp.scores for block in self.blocks])
+        chosen = scores.topk(self.config.used, 1).indices
+        share = F.one_hot(chosen, self.config.experts).to(scores.dtype).sum(1).mean(0)
+        return self.config.experts * (share * scores.softmax(1).mean(0)).sum()
+
+
+def experts(gate: str, up: str, down: str) -> dict[str, Row]:
+    return {gate: Fused("blocks.{i}.mlp.experts.{e}.up.weight", 0, 2), up: Fused("blocks.{i}.mlp.experts.{e}.up.weight", 1, 2),
+            down: "blocks.{i}.mlp.experts.{e}.down.weight"}
+
+
+MOE = "model.layers.{i}.block_sparse_moe."
+HUGGINGFACE = llama.NAMES | {MOE + "gate.weight": "blocks.{i}.mlp.router.weight"} | experts(
+    *(f"{MOE}experts.{{e}}.w{k}.weight" for k in (1, 3, 2)))
+CONFIG = {
+    "model_type": Is("mixtral"),
+    "architectures": Is(["MixtralForCausalLM"]),
+    **llama.SHARED,
+    "num_local_experts": "experts",
+    "num_experts_per_tok": "used",
+    "sliding_window": Is(None),
+}
+
+CARD = Card(
+    name="mixtral", model=Mixtral, config=Config, paper="arXiv:2401.04088", year=2024, takes="tokens", gives="tokens",
+    sizes={
+        "mixtral-8x7b": Size(params=46_702_792_704, source="mistralai/Mixtral-8x7B-v0.1"),
+        "mixtral-8x22b": Size(length=65_536, dim=6144, depth=56, heads=48, hidden=16_384, params=140_620_634_112,
+                              source="mistralai/Mixtral-8x22B-v0.1"),
+        "mixtral-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, groups=1, hidden=6, experts=4),
+    },
+    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG}, recipe=llama.CARD.recipe,
+)
