@@ -41,5 +41,6 @@ def spread(places: Tensor, size: tuple[int, int], *, first: int = 1, antialias: 
 
 
 def patch_for(image: int) -> int | None:
-    """A side of patches that leaves a small picture at least 8 rows of them; None for pictures that need no such care."""
-    return 2 ** max(int(math.log2(image / 8)), 0) if image < 128 else None
+    """A side of patches, a power of two from 2 up, that leaves a small picture at least 7 rows of them where it has 14 pixels;
+    None for pictures that need no such care."""
+    return 2 ** max(int(math.log2(image / 7)), 1) if image < 128 else None
