@@ -30,6 +30,8 @@ class Text:
         self.pad = self.token("<pad>", "[PAD]", "<|endoftext|>", default=0)
         self.unknown = self.token("<unk>", "[UNK]", "<s>", "<|endoftext|>", default=self.pad)
         self.cls = self.token("<cls>", "[CLS]", "<s>", default=self.unknown)
+        self.sep = self.token("<sep>", "[SEP]", "</s>", default=self.unknown)
+        self.hidden = self.token("<mask>", "[MASK]", default=self.unknown)
         self.end = self.token(END, "</s>", "<sep>", "[SEP]", "<|end_of_text|>", default=self.pad)
 
     @classmethod

@@ -222,6 +222,8 @@ CARD = Card(
         "modernbert-base": Size(params=149_655_232, source="answerdotai/ModernBERT-base"),
         "modernbert-large": Size(dim=1024, depth=28, heads=16, hidden=2624, params=395_881_664,
                                  source="answerdotai/ModernBERT-large"),
+        # A small one to be trained from nothing.
+        "modernbert-mini": Size(vocab=8192, length=512, dim=256, depth=6, heads=4, hidden=384),
         "modernbert-test": Size(vocab=30, classes=3, length=12, dim=16, depth=3, heads=2, hidden=20, every=2, window=4),
     },
     weights={"huggingface": huggingface}, configs={"huggingface": CONFIG},

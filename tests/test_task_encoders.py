@@ -1,0 +1,123 @@
+"""Tasks of text encoders, from files to answers: hidden words."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from fieldguide import fit
+from fieldguide.data import read
+from fieldguide.errors import DataError
+from fieldguide.registry import card
+from fieldguide.run import open_run
+from fieldguide.tasks import asked_for, task
+from fieldguide.train.settings import Settings
+
+WORDS = ["red", "green", "blue", "old", "new", "small"]
+NOUNS = ["house", "tree", "river", "stone"]
+WHO = ["Anna", "Ben", "Clara", "David", "Emma", "Fritz", "Greta", "Hans", "Ida", "Jan"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """The noun follows from the adjective: there is something to learn."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(count):
+        which = int(rng.integers(len(WORDS)))
+        out.append(f"{rng.choice(WHO)} and {rng.choice(WHO)} saw the {WORDS[which]} {NOUNS[which % 4]} on {rng.choice(DAYS)} .")
+    return sorted(set(out))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(600)))
+    return path
+
+
+def made(file, **options):
+    kind = task("fill-mask")
+    data = read(file, wants=kind.wants)
+    assert asked_for("fill-mask", data) is kind
+    data = kind.examples(data, kind.options_from(options))
+    return kind.learn(data, kind.options_from(options)), data
+
+
+def test_rows_of_hidden_words(file):
+    one, data = made(file, length=24, vocab=300)
+    batches = one.batches(data, card("bert"), Settings())
+    text, index = one.text, np.arange(len(batches))
+    first, again = (batches.make(index[::step].copy(), None) for step in (1, -1))
+    assert torch.equal(first["tokens"], again["tokens"].flip(0))             # the same words, whoever shares the batch
+    tokens, target = first["tokens"], first["target"]
+    assert tokens.shape == (len(batches), 24) and (tokens[:, 0] == text.cls).all()
+    asked = target >= 0
+    real = tokens != text.pad
+    assert 0.1 < asked.sum() / real.sum() < 0.2 and not (asked & ~real).any()
+    assert not (asked & (tokens == text.sep)).any() and not asked[:, 0].any()
+    original = torch.where(asked, target, tokens)
+    spelt = text.decode([t for t in original.flatten().tolist() if t not in (text.cls, text.pad, text.sep)])
+    assert spelt == "".join(data.rows["text"].to_list())
+    assert (original == text.sep).sum() == len(data)                               # one behind each text
+    generator = lambda seed: torch.Generator().manual_seed(seed)             # noqa: E731
+    drawn = [batches.make(index, generator(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0]["tokens"], drawn[1]["tokens"]) and not torch.equal(drawn[0]["tokens"], drawn[2]["tokens"])
+    assert "mask" not in drawn[0] and not torch.equal(drawn[0]["tokens"], tokens)
+
+
+def test_a_text_shorter_than_a_row_is_padded(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "One little text."}\n{"text": "Another."}\n')
+    one, data = made(tmp_path / "a.jsonl", length=64, vocab=300)
+    batch = one.batches(data, card("bert")).make(np.arange(1), torch.Generator().manual_seed(0))
+    assert batch["mask"].sum() < 64 and not (batch["target"][~batch["mask"]] >= 0).any()
+
+
+def test_frequency_is_what_the_baseline_knows(file):
+    one, data = made(file, length=24, vocab=300)
+    (baseline,) = one.baselines(data, data)
+    truth = one.truth(data)
+    scores = one.score(baseline.outputs, truth)
+    target = truth["target"][truth["target"] >= 0]
+    share = (one.counts + 1) / (one.counts + 1).sum()
+    assert scores["loss"] == pytest.approx(-np.log(share[target]).mean())
+    assert scores["accuracy"] == pytest.approx((target == one.counts.argmax()).mean())
+    assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]))
+
+
+def test_missing_words_are_written_as_people_do(file):
+    one, _ = made(file, length=24, vocab=300)
+    text = one.text
+    for blank in ("<mask>", "[MASK]", "___", "______"):
+        ids, places = one.blanks(f"We saw the {blank} house")
+        assert len(places) == 1 and ids[places[0]] == text.hidden and ids[0] == text.cls and ids[-1] == text.sep
+        assert text.decode(ids[1:places[0]]) == "We saw the" and text.decode(ids[places[0] + 1:-1]) == " house"
+    assert len(one.blanks("<mask> and <mask>")[1]) == 2
+    with pytest.raises(DataError, match="no missing word; write <mask>"):
+        one.questions(one.read([pl.DataFrame({"text": ["all is here"]})]), card("bert"))
+    with pytest.raises(DataError, match="the network reads 24"):
+        one.questions(one.read([pl.DataFrame({"text": ["<mask> " + "one two three " * 20]})]), card("bert"))
+
+
+def test_learns_hidden_words_and_answers(file, tmp_path):
+    """From texts to answers: far better than frequency, and where a noun is missing, nouns are named."""
+    run = fit(file, task="fill-mask", model="modernbert-mini", out=tmp_path / "run", settings={
+        "steps": 80, "evaluate": 40, "batch": 24, "lr": 4e-3, "precision": "float32", "task.length": 24, "model.dim": 64,
+        "model.heads": 2, "model.hidden": 96, "model.depth": 2})
+    scores = run.record["scores"]
+    assert scores["test"]["loss"] < 0.7 * scores["baselines"][0]["scores"]["loss"] and scores["test"]["accuracy"] > 0.4
+    again = open_run(run.path)
+    text = "Anna and Ben saw the red <mask> on Monday ."
+    record, other = again.predict(pl.DataFrame({"text": [text, "Hans and <mask> saw the old [MASK] on Friday ."]}), top=3)
+    (words,) = record["words"]
+    assert len(words) == 3 and words[0]["probability"] >= words[1]["probability"]
+    assert {w["word"] for w in words} & set(NOUNS)
+    assert record["text"] == text.replace("<mask>", words[0]["word"])
+    assert len(other["words"]) == 2 and {w["word"] for w in other["words"][1]} & set(NOUNS)
+    assert again.evaluate(file)["scores"]["loss"] == pytest.approx(scores["test"]["loss"], rel=1e-4)
+    report = (run.path / "report.html").read_text()
+    assert "Hidden words of test texts" in report and "By how common a word is" in report
