@@ -248,6 +248,6 @@ CARD = Card(
     weights={"timm": timm, "torchvision": torchvision, "huggingface": huggingface,
              "huggingface-base": lambda c: huggingface(c, "")},
     configs={"huggingface": configuration("vit", "ViTForImageClassification")},
-    # Table 9 of DeiT at its batches of 1024, without its mixing of pictures, which pays in hundreds of epochs (--set mixup=0.8).
+    # Table 9 of DeiT for batches of 1024, without mixing pictures, which pays in hundreds of epochs (--set mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
 )
