@@ -22,7 +22,7 @@ MAY = {
     "blocks": GROUND,
     "models": GROUND | {"blocks"},
     "registry": GROUND | {"models"},
-    "weights": NETWORKS - {"weights"},
+    "weights": NETWORKS - {"weights"} | {"ggml"},
     "samples": {"errors"},
     "data": GROUND | {"samples"},                       # never models, tasks or training
     "objectives": GROUND | {"blocks", "data"},          # of data, only chance as a function of numbers
@@ -32,7 +32,8 @@ MAY = {
     "generation": GROUND | {"blocks"},
     "tasks": GROUND | {"data", "generation", "measures", "objectives", "samples", "train"},     # of train a part, checked below
     "hub": {"errors"},
-    "pretrained": NETWORKS | {"hub", "run"},
+    "ggml": {"errors"},
+    "pretrained": NETWORKS | {"ggml", "hub", "run"},
     "run": NETWORKS | {"data", "objectives", "tasks", "train"},
     "advisor": NETWORKS | {"measure"},
     "catalogue": NETWORKS | {"measure", "tasks"},

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fieldguide
-from fieldguide import pretrained
+from fieldguide import pretrained, weights
 from fieldguide.errors import WeightsError
 from fieldguide.registry import cards, create
 from tv import timm, torchvision, transformers
@@ -73,7 +73,7 @@ def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("name, origin", [(c.name, o) for c in cards().values() for o, table in c.configs.items()
-                                          if table.keys() & set(pretrained.IDENTITY)])
+                                          if table.keys() & set(pretrained.WRITTEN)])
 def test_configurations_there_and_back(name, origin):
     """What is written is recognised and read as the same config; every number that a size may change is in the table."""
     card = cards()[name]
@@ -172,3 +172,36 @@ def test_files_of_meta(shards, tmp_path):
         "norm_eps": c.eps, "multiple_of": 4, "ffn_dim_multiplier": 0.25}))
     again = fieldguide.load(tmp_path)
     assert again.config == c and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), state.values()))
+
+
+def test_files_of_llama_cpp(tmp_path):
+    """Eight-bit numbers as they were packed, rotations turned back, and the stretch that only a tensor tells of."""
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+    ours = settled(create("llama-test", dim=64, hidden=32, heads=2, groups=1, stretch=(4.0, 1.0, 4.0, 8192.0), tied=True))
+    c, state = ours.config, ours.state_dict()
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for key, value in {"vocab_size": c.vocab, "context_length": c.length, "embedding_length": c.dim, "block_count": c.depth,
+                       "feed_forward_length": c.hidden, "head_count": c.heads, "head_count_kv": c.groups,
+                       "layer_norm_rms_eps": c.eps, "rope_freq_base": c.base}.items():
+        getattr(writer, f"add_{key}")(value)
+    names = weights.tables(ours)["gguf"]
+    public = weights.translate({k: v for k, v in state.items() if k != "head.weight"}, names, reverse=True)
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in public.items():
+        if name == "blk.0.attn_q.weight":
+            assert torch.equal(tensor, interleaved(state["blocks.0.attn.q.weight"], c.heads))
+        if tensor.ndim == 2:
+            writer.add_tensor(name, gguf.quantize(tensor.numpy(), q8), raw_dtype=q8)
+        else:
+            writer.add_tensor(name, tensor.numpy())
+    writer.add_tensor("rope_freqs.weight", np.array([1.0, 4.0], dtype=np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    again = fieldguide.load(tmp_path / "tiny.gguf")
+    assert again.config == c
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=float(state[name].abs().max()) / 200)
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:300])
+    with pytest.raises(WeightsError, match=r"cut\.gguf is damaged"):
+        fieldguide.load(tmp_path / "cut.gguf")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fieldguide import weights
 from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Derived, Is, Known
@@ -23,7 +24,8 @@ from fieldguide.registry import cards, find
 
 CONFIG = "config.json"
 CONFIGS = (CONFIG, "params.json")                        # the second is Meta's
-IDENTITY = ("model_type", "_class_name")                 # keys that say what a configuration is of
+WRITTEN = ("model_type", "_class_name")                  # keys that say what a configuration is of: where we write such,
+IDENTITY = (*WRITTEN, "general.architecture")            # and all
 FREE = ("classes", "channels", "vocab", "length")        # what checkpoints of one size may differ in
 PARTS = "consolidated.*.pth"                             # Meta's, one for each machine
 HUB = "hf:"
@@ -52,15 +54,21 @@ def load(source: str | Path, *, name: str | None = None, **overrides: Any) -> nn
                            "network with fresh weights, fieldguide.create.")
     folder = path if path.is_dir() else path.parent
     beside = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    if path.suffix == ".gguf":                           # says itself what it is
+        beside = path
     if path.is_dir() and len(parts := sorted(path.glob(PARTS))) > 1:
         return joined(parts, beside, overrides)
     state = weights.read(path)
     if name is not None:
         card, size = find(name)
         return filled(card, {**card.sizes[size].overrides, **seen(card, size, state), **overrides}, state, None, str(path))
-    if beside and (known := identified(read_config(beside))):
+    said = read_config(beside) if beside and name is None else {}
+    if beside and (known := identified(said)):
         card, origin, table = known
-        return filled(card, {**inwards(card, table, read_config(beside), beside), **overrides}, state, origin, str(path))
+        values = inwards(card, table, said, beside)
+        if card.accepts("tied"):                         # the file itself says it best: it has a head, or not
+            values["tied"] = not headed(card, values, state, origin)
+        return filled(card, {**values, **overrides}, state, origin, str(path))
     card, size, origin = recognised(state, str(path))
     return filled(card, {**card.sizes[size].overrides, **seen(card, size, state), **overrides}, state, origin, str(path))
 
@@ -70,12 +78,27 @@ def filled(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], o
         config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
     except TypeError as error:
         raise SettingsError(f"{card.name}: {error}") from None
-    model = card.make(config)
+    with Unfilled():
+        model = card.make(config)
     try:
         weights.load(model, state, origin)
     except WeightsError as error:
         raise WeightsError(str(error).replace("the checkpoint", where, 1)) from None
     return model.eval()
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, chance fills no tensor: all of them are about to be read."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **kwargs or {})
+
+
+def headed(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> bool:
+    """Whether a file has a head of its own."""
+    table = card.weights[origin]
+    names = {name: tensor.to("meta") for name, tensor in state.items()}
+    return "head.weight" in weights.inwards(names, table(card.config(**values)) if callable(table) else table).state
 
 
 def joined(parts: list[Path], beside: Path | None, overrides: Mapping[str, Any]) -> nn.Module:
@@ -104,6 +127,9 @@ def joined(parts: list[Path], beside: Path | None, overrides: Mapping[str, Any])
 # ------------------------------------------------------------------------------------------------ configurations
 
 def read_config(path: Path) -> dict[str, Any]:
+    if path.suffix == ".gguf":
+        from fieldguide.ggml import metadata
+        return metadata(path)
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -119,7 +145,7 @@ def identified(config: Mapping[str, Any]) -> Identified | None:
         for origin, table in card.configs.items():
             said = [key for key in IDENTITY if key in table]
             plain = {key for key, row in table.items() if isinstance(row, str)}
-            if all(config.get(key) == table[key].value for key in said) if said else plain <= config.keys():
+            if all(at(config, key)[1] == table[key].value for key in said) if said else plain <= config.keys():
                 return card, origin, table
     return None
 
@@ -208,7 +234,7 @@ def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
     """Writes config.json and model.safetensors as the library of that origin reads them."""
     card = next((c for c in cards().values() if c.model is type(model)), None)
     known = card.configs if card else {}
-    known = {name: table for name, table in known.items() if any(key in table for key in IDENTITY)}
+    known = {name: table for name, table in known.items() if any(key in table for key in WRITTEN)}
     if origin not in known:
         raise WeightsError(f"{type(model).__name__} cannot be written as a folder of {origin!r}.{nearest(origin, known)} "
                            f"Known are {', '.join(known) or 'none'}.")

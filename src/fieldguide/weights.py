@@ -35,7 +35,7 @@ OURS = "fieldguide"
 LISTED = 20                                                          # keys shown of each kind in an error
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")        # keys that hold the tensors
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")               # of DDP, torch.compile, wrappers
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 FILES = ("model.safetensors", "model.safetensors.index.json",        # what a folder of Hugging Face may hold
          "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -219,7 +219,7 @@ def _sharded(path: Path) -> dict[str, Tensor]:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: .safetensors, .pth/.pt/.bin/.ckpt, an index of shards, or a folder.
+    """The tensors of a checkpoint: .safetensors, .gguf, .pth/.pt/.bin/.ckpt, an index of shards, or a folder.
 
     Raises `WeightsError` where nothing can be read, or only by running code that the file contains.
     """
@@ -240,6 +240,9 @@ def read(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise WeightsError(f"{path} is damaged or cut short: {error}") from None
+    if path.suffix == ".gguf":
+        from fieldguide.ggml import tensors
+        return tensors(path)
     return _tensors(_pickled(path), str(path))
 
 

@@ -171,6 +171,26 @@ GATED: dict[str, Row] = {
 HUGGINGFACE = NAMES | GATED
 
 
+def gguf(c: Config) -> dict[str, Row]:
+    """Names in GGUF files, in which the pairs that turn together are neighbours too."""
+    width, layer = c.dim // c.heads, "blk.{i}."
+    return {
+        "token_embd.weight":          "embed.weight",
+        layer + "attn_norm.weight":   "blocks.{i}.norm1.weight",
+        layer + "attn_q.weight":      Paired("blocks.{i}.attn.q.weight", width),
+        layer + "attn_k.weight":      Fused("blocks.{i}.attn.kv.weight", 0, 2, width),
+        layer + "attn_v.weight":      Fused("blocks.{i}.attn.kv.weight", 1, 2),
+        layer + "attn_output.weight": "blocks.{i}.attn.proj.weight",
+        layer + "ffn_norm.weight":    "blocks.{i}.norm2.weight",
+        layer + "ffn_gate.weight":    Fused("blocks.{i}.mlp.up.weight", 0, 2),
+        layer + "ffn_up.weight":      Fused("blocks.{i}.mlp.up.weight", 1, 2),
+        layer + "ffn_down.weight":    "blocks.{i}.mlp.down.weight",
+        "output_norm.weight":         "norm.weight",
+        "output.weight":              "head.weight",                 # absent where it is the embedding
+        "rope_freqs.weight":          Dropped("computed from base and stretch"),
+    }
+
+
 def meta(c: Config) -> dict[str, Row]:
     """Names of Meta's own files, in which the pairs that turn together are neighbours."""
     width = c.dim // c.heads
@@ -253,6 +273,23 @@ PARAMS = {                                               # params.json beside Me
     "use_scaled_rope": Derived(lambda t: {"stretch": (8.0, 1.0, 4.0, 8192.0)} if t.get("use_scaled_rope") else {},
                                lambda c: bool(c.stretch)),
 }
+GGUF = {
+    "general.architecture": Is("llama"),
+    "llama.vocab_size": "vocab",
+    "llama.context_length": "length",
+    "llama.embedding_length": "dim",
+    "llama.block_count": "depth",
+    "llama.attention.head_count": "heads",
+    "llama.attention.head_count_kv": Derived(
+        lambda t: {"groups": t["llama"]["attention"].get("head_count_kv") or t["llama"]["attention"]["head_count"]},
+        lambda c: c.groups),
+    "llama.feed_forward_length": "hidden",
+    "llama.attention.layer_norm_rms_epsilon": "eps",
+    "llama.rope.freq_base": Absent("base", 10_000.0),
+    # Of the stretch such files hold what comes out for each pair; all of Llama 3.1 and 3.2 began as it stands here.
+    "slowest": Derived(lambda t: {"stretch": (t["slowest"], 1.0, 4.0, 8192.0)} if "slowest" in t else {},
+                       lambda c: max(c.stretch, default=1.0)),
+}
 L3 = {"vocab": 128_256, "length": 8192, "groups": 8, "hidden": 14_336, "base": 500_000.0, "eps": 1e-5}
 B70 = {"dim": 8192, "depth": 80, "heads": 64, "groups": 8, "hidden": 28_672}
 B405 = {"dim": 16_384, "depth": 126, "heads": 128, "groups": 8, "hidden": 53_248}
@@ -294,7 +331,8 @@ CARD = Card(
         "llama-test": Size(vocab=30, length=12, dim=16, depth=2, heads=4, groups=2, hidden=12,
                            stretch=(4.0, 1.0, 4.0, 8.0)),
     },
-    weights={"huggingface": HUGGINGFACE, "meta": meta}, configs={"huggingface": CONFIG, "meta": PARAMS},
+    weights={"huggingface": HUGGINGFACE, "meta": meta, "gguf": gguf},
+    configs={"huggingface": CONFIG, "meta": PARAMS, "gguf": GGUF},
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.05,
             "schedule": "linear"},
 )
