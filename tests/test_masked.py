@@ -105,9 +105,15 @@ def test_labels_of_tokens_equal_those_of_transformers():
     peer.double().load_state_dict(rename(model.state_dict()))
     want = peer.eval().peer(input_ids=tokens, attention_mask=mask.long(), labels=target.masked_fill(target < 0, -100)).loss
     torch.testing.assert_close(found.double(), want.double(), **CLOSE)
-    outputs = objective.outputs({"tokens": tokens, "mask": mask})["probabilities"]
-    assert outputs.shape == (6, 9, 3)
-    torch.testing.assert_close(outputs.sum(-1), torch.ones(6, 9))
+    best = model(tokens, mask).float().softmax(-1).max(-1)
+    outputs = objective.outputs({"tokens": tokens, "mask": mask})
+    assert torch.equal(outputs["label"], best.indices) and torch.equal(outputs["probability"], best.values)
+    words = torch.tensor([[0, 2, -1], [1, -1, -1]] * 3)
+    outputs = objective.outputs({"tokens": tokens, "mask": mask, "words": words})
+    for row in range(6):
+        for number, place in enumerate(words[row].tolist()):
+            assert outputs["label"][row, number] == (best.indices[row, place] if place >= 0 else -1)
+            assert outputs["probability"][row, number].isnan() == (place < 0)
     assert objective({"tokens": tokens, "mask": mask, "target": torch.full_like(tokens, -1)})["loss"] == 0
 
 

@@ -77,8 +77,14 @@ class TokenLabels(Objective):
         return {"loss": nats / (target >= 0).sum().clamp(min=1)}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Probabilities of every class at every token: B T classes."""
-        return {"probabilities": self.logits(batch).softmax(-1)}
+        """The likeliest class of each word, -1 where there is none, and its probability: B W, B W. `words` (B W int64) says
+        at which token each word is asked, -1 for none; without it every token is a word."""
+        best = self.logits(batch).softmax(-1).max(-1)
+        if "words" not in batch:
+            return {"label": best.indices, "probability": best.values}
+        none, place = batch["words"] < 0, batch["words"].clamp(min=0)
+        return {"label": best.indices.gather(1, place).masked_fill(none, -1),
+                "probability": best.values.gather(1, place).masked_fill(none, torch.nan)}
 
 
 class Span(Objective):

@@ -1,0 +1,78 @@
+"""CoNLL columns: a word and its tag on every line, a blank line between sentences. One file, or a folder of splits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from fieldguide.data import csvtext
+from fieldguide.data.dataset import FILE, LINE, FileEntry
+from fieldguide.data.readers.lines import files_in
+from fieldguide.data.readers.table import join
+from fieldguide.data.source import Options, Raw, relative, sha256, split_of
+from fieldguide.errors import DataError
+
+NAME = "conll"
+UNDERSTANDS = "CoNLL columns (.conll, .iob, .bio, ...): a word first, its tag last on each line, blank lines between sentences"
+SUFFIXES = {".conll", ".iob", ".iob2", ".bio", ".bioes", ".iobes"}
+TAG = re.compile(r"O|[BIESLU]-\S+")
+
+
+def accepts(source: Any, options: Options) -> int:
+    if not isinstance(source, Path):
+        return 0
+    files = [source] if source.is_file() else files_in(source)
+    return 8 if files and all(p.suffix.lower() in SUFFIXES or columns(p) for p in files) else 0
+
+
+def columns(path: Path) -> bool:
+    """Whether the first lines have equally many columns, of which the last holds tags, and blank lines among them."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    if b"\0" in head or b"\n" not in head:
+        return False
+    lines = [line.split() for line in head.decode("utf-8", "replace").split("\n")[:-1]]
+    full = [line for line in lines if line and line[0] != "-DOCSTART-"]
+    return len(full) >= 2 and len(full) < len(lines) and len({len(line) for line in full}) == 1 and len(full[0]) > 1 and all(
+        TAG.fullmatch(line[-1]) for line in full)
+
+
+def load(source: Path, options: Options) -> Raw:
+    if source.is_file():
+        return one(source, source.parent)
+    parts = [(one(p, source), str(split_of(p.name))) for p in files_in(source)]
+    if len({split for _, split in parts}) < len(parts):
+        raise DataError(f"{source}: two files for one split: {', '.join(raw.files[0].path for raw, _ in parts)}.")
+    raw = join(parts, source)
+    raw.kinds, raw.target = {"tokens": "list", "tags": "list"}, "tags"
+    return raw
+
+
+def one(path: Path, root: Path) -> Raw:
+    name, content = relative(path, root), path.read_bytes()
+    text, findings = csvtext.decode(content, name)
+    sentences: list[tuple[int, list[str], list[str]]] = []
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate([*text.decode().replace("\r\n", "\n").split("\n"), ""], 1):
+        parts = line.split("\t") if "\t" in line else line.split()
+        parts = [part.strip() for part in parts]
+        if not any(parts) or parts[0] == "-DOCSTART-":
+            if words:
+                sentences.append((number - len(words), words, tags))
+            words, tags = [], []
+        elif len(parts) < 2 or not parts[0] or not parts[-1]:
+            raise DataError(f"{name}:{number}: {line[:40]!r} has no tag. Every line is a word, maybe more columns, and a tag; "
+                            "blank lines stand between sentences.")
+        else:
+            words.append(parts[0])
+            tags.append(parts[-1])
+    if not sentences:
+        raise DataError(f"{name}: no sentences.")
+    rows = pl.DataFrame({"tokens": [s[1] for s in sentences], "tags": [s[2] for s in sentences],
+                         LINE: [s[0] for s in sentences]}).with_columns(pl.lit(0, pl.Int32).alias(FILE))
+    return Raw(rows, [FileEntry(name, len(content), sha256(content), rows=rows.height)], root, findings,
+               kinds={"tokens": "list", "tags": "list"}, target="tags")
