@@ -625,7 +625,7 @@ CASES = {
     "lenet5-1998": Case(inputs=image, peer=equations(references.lenet5), lr=3e-3),
     "lenet5-modern": Case(inputs=image, peer=equations(references.lenet5_modern), lr=3e-3),
     "resnet": Case(inputs=image, peer=huggingface_resnet, lr=1e-2),
-    "alexnet": Case(inputs=image, peer=pictures.peer(pictures.torchvision_alexnet, "torchvision")),
+    "alexnet": Case(inputs=image, peer=pictures.peer(pictures.torchvision_alexnet, "torchvision"), lr=3e-3),
     "alexnet-2012": Case(inputs=image, peer=equations(pictures.alexnet_2012)),
     "vgg": Case(inputs=image, peer=pictures.peer(pictures.torchvision_vgg, "torchvision"), lr=3e-2),
     "efficientnet": Case(inputs=image, peer=pictures.peer(pictures.timm_efficientnet, "timm")),

@@ -3,7 +3,7 @@
 New here: after AlexNet of 2012 (`alexnet-2012`), the same idea on one device, with fewer maps, one group, and no
 normalisation of responses; a map of any size is averaged to 6 x 6 before the dense layers.
 
-Initialisation: uniform by fan-in, weights and biases: torch's default, which torchvision leaves as it is.
+Initialisation: He normal weights (arXiv:1502.01852), those of the head normal with deviation 0.01, zero biases.
 Shapes: B batch, C channels, H W height and width, D width of a level.
 """
 
@@ -60,7 +60,9 @@ class AlexNet(nn.Module):
     def reset_parameters(self) -> None:
         for module in self.children():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                module.reset_parameters()
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.head.weight, 0, 0.01)
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:

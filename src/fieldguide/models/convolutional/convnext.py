@@ -53,7 +53,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
         y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # B H W D, as it lies in memory
         y = self.down(F.gelu(self.up(y))) * self.gamma
-        return self.drop_path(y.permute(0, 3, 1, 2)) + x
+        return self.drop_path(y.permute(0, 3, 1, 2)).add_(x)         # nothing needs the product any more
 
 
 class ConvNeXt(nn.Module):
