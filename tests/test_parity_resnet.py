@@ -145,11 +145,14 @@ def test_small_stem_equals_torchvision_without_its_own():
     assert torch.equal(logits(ours, x), logits(theirs.eval(), x))
 
 
-def test_levels():
-    model = create("resnet18", depths=(1, 1, 1, 1), widths=(8, 12, 16, 20))
+@pytest.mark.parametrize("block, growth", [("basic", 1), ("bottleneck", 4)])
+@pytest.mark.parametrize("stem, first", [("7x7-pool", 4), ("3x3", 1)])
+def test_levels(block, growth, stem, first):
+    model = create("resnet18", block=block, depths=(1, 1, 1, 1), widths=(8, 12, 16, 20), stem=stem)
     levels = model.features(torch.randn(1, 3, 64, 96))
+    assert model.levels == {f"c{i + 2}": (growth * width, first * 2 ** i) for i, width in enumerate((8, 12, 16, 20))}
     assert {name: tuple(level.shape[1:]) for name, level in levels.items()} == {
-        "c2": (8, 16, 24), "c3": (12, 8, 12), "c4": (16, 4, 6), "c5": (20, 2, 3)}
+        name: (dim, 64 // stride, 96 // stride) for name, (dim, stride) in model.levels.items()}
 
 
 def test_blocks_start_as_the_identity():
