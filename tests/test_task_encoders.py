@@ -121,3 +121,79 @@ def test_learns_hidden_words_and_answers(file, tmp_path):
     assert again.evaluate(file)["scores"]["loss"] == pytest.approx(scores["test"]["loss"], rel=1e-4)
     report = (run.path / "report.html").read_text()
     assert "Hidden words of test texts" in report and "By how common a word is" in report
+
+
+# ---------------------------------------------------------------------------------------------- one text or two, a label
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Do both sentences name the same person? Neither alone says."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(500):
+        one, other = rng.choice(WHO, 2, replace=False)
+        same = bool(rng.random() < 0.5)
+        rows.append({"first": f"On {rng.choice(DAYS)} we met {one} at the {rng.choice(NOUNS)} .",
+                     "second": f"It was {one if same else other} who saw the {rng.choice(WORDS)} {rng.choice(NOUNS)} .",
+                     "label": "same" if same else "other"})
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def learnt_pairs(pairs, **options):
+    kind = task("text-classification")
+    data = read(pairs, wants=kind.wants, target="label", kinds={"first": "text", "second": "text"})
+    return kind.learn(data, kind.options_from(options)), data
+
+
+def test_pairs_are_framed_with_segments(pairs):
+    one, data = learnt_pairs(pairs, vocab=512, length=40)
+    assert (one.column, one.second) == ("first", "second")
+    batch = one.batches(data, card("bert"), Settings()).make(np.arange(10), None)
+    text = one.text
+    for row in range(10):
+        real = batch["tokens"][row][batch["mask"][row]].tolist()
+        places = [i for i, token in enumerate(real) if token == text.sep]
+        assert real[0] == text.cls and len(places) == 2 and places[1] == len(real) - 1
+        assert text.decode(real[1:places[0]]).strip() == data.rows["first"][row].lower()
+        assert text.decode(real[places[0] + 1:-1]).strip() == data.rows["second"][row].lower()
+        segments = batch["segments"][row]
+        assert segments[:places[0] + 1].eq(0).all() and segments[places[0] + 1:len(real)].eq(1).all()
+        assert segments[len(real):].eq(0).all()
+    plain = one.batches(data, card("lstm"), Settings()).make(np.arange(3), None)
+    assert not (plain["tokens"] == text.cls).any() and ((plain["tokens"] == text.sep).sum(1) == 1).all()
+
+
+def test_long_pairs_lose_the_end_of_the_longer_text(pairs):
+    one, _ = learnt_pairs(pairs, vocab=512, length=13)
+    data = one.read([pl.DataFrame({"first": ["red " * 40, "red", "red " * 40],
+                                   "second": ["blue", "blue " * 40, "blue " * 40]})])
+    tokens, segments, cut = one.encoded(data, framed=True)
+    assert cut == 3 and [len(t) for t in tokens] == [13, 13, 13]
+    ends = [int((s == 0).sum()) for s in segments]       # [CLS] A [SEP]
+    short = len(one.text.exactly(["blue"])[0]), len(one.text.exactly(["red"])[0])
+    assert ends == [2 + 10 - short[0], 2 + short[1], 7]
+    with pytest.raises(DataError, match="one text, and this run reads pairs"):
+        one.read(["only one text here"])
+
+
+def test_single_texts_are_framed_for_encoders_alone(file):
+    rows = pl.DataFrame({"text": ["red house", "blue tree", "old stone"] * 10, "label": ["a", "b", "a"] * 10})
+    kind = task("text-classification")
+    data = read(rows, target="label", kinds={"text": "text"})
+    one = kind.learn(data, kind.options_from({"vocab": 300, "length": 16}))
+    framed, plain = (one.batches(data, card(name)).make(np.arange(3), None) for name in ("modernbert", "gru"))
+    for row in range(3):
+        a, b = (x["tokens"][row][x["mask"][row]].tolist() for x in (framed, plain))
+        assert a == [one.text.cls, *b, one.text.sep]
+    assert "segments" not in framed
+
+
+def test_learns_pairs_that_neither_text_explains(pairs, tmp_path):
+    run = fit(pairs, target="label", task="text-classification", model="bert-tiny", out=tmp_path / "run", settings={
+        "steps": 4, "evaluate": 2, "batch": 16, "precision": "float32", "task.vocab": 512, "task.length": 40, "model.dim": 32,
+        "model.heads": 2, "model.hidden": 64, "column.first": "text", "column.second": "text"})
+    assert run.record["model"]["config"]["gives"] == "label" and run.objective.inputs == ("tokens", "mask", "segments")
+    records = run.predict(pl.DataFrame({"first": ["On Monday we met Anna ."], "second": ["It was Anna ."]}))
+    assert records[0]["label"] in ("same", "other")
+    assert run.record["scores"]["baselines"][1]["scores"]["accuracy"] < 0.75     # a bag of words cannot know

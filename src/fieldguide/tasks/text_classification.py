@@ -1,4 +1,4 @@
-"""Texts: one text, one label."""
+"""Texts: one text, or two that belong together, and one label."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.prepare import Text
 from fieldguide.data.prepare.text import suggest_length
+from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit, Quote, Quotes
+from fieldguide.objectives import Objective
 from fieldguide.tasks.supervised import Labelled, discrete, settled
-from fieldguide.tasks.typed import Typed
+from fieldguide.tasks.typed import Typed, path_like
 from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
 
@@ -28,7 +30,8 @@ TOKENS = 8192         # a step, about, where the user names no batch
 
 class TextClassification(Typed, Labelled):
     name = "text-classification"
-    reads = "a table (CSV, JSON Lines) with a column of text and one of labels, or a folder of .txt files per class"
+    reads = ("a table (CSV, JSON Lines) with a column of text, or two whose texts belong together, and one of labels; or a "
+             "folder of .txt files per class")
     takes = ("tokens",)
     recipe: ClassVar = {"smoothing": 0.1, "weight_decay": 0.05, "clip": 1.0}
 
@@ -44,25 +47,79 @@ class TextClassification(Typed, Labelled):
     @classmethod
     def suits(cls, data: Data) -> str | None:
         usable = data.features("number", "category", "boolean", "date", "image")
-        if len(data.features("text")) == 1 and not usable and data.target and discrete(data.target):
-            return f"texts and {data.target.distinct} classes"
+        texts = len(data.features("text"))
+        if texts in (1, 2) and not usable and data.target and discrete(data.target):
+            return f"{'texts' if texts == 1 else 'pairs of texts'} and {data.target.distinct} classes"
         return None
 
     @classmethod
     def lacks(cls, data: Data) -> str | None:
-        return super().lacks(data) if data.features("text") else "a column of text"
+        texts = len(data.features("text"))
+        return super().lacks(data) if texts in (1, 2) else f"a column of text, or two (it has {texts})"
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        texts = task.texts(data)
-        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn(texts, size=options.vocab)
+        texts, seconds = task.texts(data), task.seconds(data)
+        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn([*texts, *seconds], size=options.vocab)
         sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], LONGEST)[0]]
+        if seconds:                                      # with the tokens that frame them
+            sizes = [3 + a + len(b) for a, b in zip(sizes, task.text.encode(seconds[:SAMPLE], LONGEST)[0])]
         task.median = int(np.median(sizes))
         task.learn_labels(data)
         task.options = settled(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
         task.note_cut(sum(s > task.options.length for s in sizes), len(sizes))
         return task
+
+    @property
+    def second(self) -> str | None:
+        """Name of the column of second texts, where rows are pairs."""
+        names = [c.name for c in self.columns if c.kind in self.feature and c.role == "feature"]
+        return names[1] if len(names) == 2 else None
+
+    def seconds(self, data: Data) -> list[str]:
+        """The second text of each pair; nothing where rows are single texts."""
+        return data.rows[self.second].fill_null("").to_list() if self.second else []
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        if self.second and not answered and isinstance(source, str) and not path_like(source):
+            raise DataError(f"{source[:40]!r} is one text, and this run reads pairs of them: give a table with the columns "
+                            f"{self.column!r} and {self.second!r}.")
+        return super().read_one(source, answered)
+
+    def encoded(self, data: Data, framed: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+        """The tokens of each row, which text each token is of (0 or 1), and how many rows were cut.
+
+        `framed`: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], as BERT reads them; otherwise A, or A [SEP] B. Of a pair that is
+        too long, the longer text loses its end (appendix A.2 of BERT).
+        """
+        length, seconds = self.options.length, self.seconds(data)
+        if not framed and not seconds:
+            tokens, cut = self.text.encode(self.texts(data), length)
+            return tokens, [], cut
+        start, stop = ([self.text.cls], [self.text.sep]) if framed else ([], [])
+        first = self.text.exactly(self.texts(data))
+        second = self.text.exactly(seconds) if seconds else [np.zeros(0, dtype=np.int64)] * len(first)
+        tokens, segments, cut = [], [], 0
+        for a, b in zip(first, second):
+            room = max(2, length - len(start) - len(stop) - (1 if seconds else 0))
+            cut += len(a) + len(b) > room
+            half = max(room // 2, room - len(b))         # a short text leaves its room to the other
+            a = a[:half]
+            b = b[:room - len(a)]
+            middle = [self.text.sep] if seconds else []
+            tokens.append(np.concatenate([start, a, middle, b, stop]).astype(np.int64))
+            before = len(start) + len(a) + (len(middle) if seconds else len(stop))
+            segments.append((np.arange(len(tokens[-1])) >= before).astype(np.int64))
+        if not framed:                                   # a row of nothing is a token that says so
+            tokens = [t if len(t) else np.array([self.text.unknown]) for t in tokens]
+        return tokens, segments if seconds else [], cut
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        objective = super().objective(model, card, settings, **parts)
+        if self.second and "segments" in card.also:
+            objective.inputs += ("segments",)
+        return objective
 
     @property
     def most(self) -> int:
@@ -82,7 +139,7 @@ class TextClassification(Typed, Labelled):
                 "classes": len(self.labels)}
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        tokens, cut = self.text.encode(self.texts(data), self.options.length)
+        tokens, segments, cut = self.encoded(data, bool(card) and card.framed)
         if not settings:                       # of training texts it was said when the length was chosen
             self.note_cut(cut, len(tokens))
         lengths = np.array([len(t) for t in tokens])
@@ -91,6 +148,10 @@ class TextClassification(Typed, Labelled):
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
             padded, mask = self.text.batch([tokens[i] for i in index])
             batch = {"tokens": torch.from_numpy(padded), "mask": torch.from_numpy(mask)}
+            if segments:
+                second = np.zeros_like(padded)
+                second[mask] = np.concatenate([segments[i] for i in index])
+                batch["segments"] = torch.from_numpy(second)
             if target is not None:
                 batch["target"] = target[torch.from_numpy(index)]
             return batch
@@ -102,10 +163,14 @@ class TextClassification(Typed, Labelled):
         # Any run of word characters is a word, so that texts of single letters have some too.
         words = TfidfVectorizer(sublinear_tf=True, max_features=50_000, token_pattern=r"\w+|[^\w\s]",
                                 ngram_range=(1, 2), dtype=np.float32)
-        return words.fit_transform(self.texts(train)), words.transform(self.texts(test))
+        return words.fit_transform(self.shown(train)), words.transform(self.shown(test))
+
+    def shown(self, data: Data) -> list[str]:
+        """Each row as one text: a pair with a line between."""
+        return [f"{a} ┃ {b}" for a, b in zip(self.texts(data), self.seconds(data))] if self.second else self.texts(data)
 
     def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
-        texts = self.texts(test)
+        texts = self.shown(test)
         quotes = [Quote(texts[i], f"{words}: {test.place(i)}", bad=True)
                   for i, words in self.mistakes(probabilities, truth, 20)]
         return [Quotes("Worst mistakes", "Test texts that were got wrong with most confidence.", quotes)] if quotes else []
