@@ -38,10 +38,10 @@ def distance(fake: Tensor, real: Tensor) -> float:
 def test_dcgan_learns_digits_and_its_average_is_kept():
     x, data = pictures()
     objective, recipe = gan(), {k: v for k, v in card("dcgan").recipe.items() if k != "lr"}
-    before = distance(objective.sample(500), x)
+    before = distance(objective.sample(range(500)), x)
     run = trainer(objective, data, steps=250, batch=64, lr=2e-3, **recipe | {"ema": 0.98})
     run.train()
-    assert distance(objective.sample(500), x) < 0.35 * before
+    assert distance(objective.sample(range(500)), x) < 0.35 * before
     live = run.average.mean                              # swapped: the average holds what was trained last
     assert len(live) == len([t for t in run.kept.state_dict().values() if t.is_floating_point()])
     name = next(i for i, key in enumerate(k for k, t in run.kept.state_dict().items() if t.is_floating_point())
@@ -62,10 +62,10 @@ def test_the_average_holds_the_statistics_of_normalisation_too():
 def test_samples_depend_on_seed_and_number_alone():
     objective = gan().double().train()
     statistics = objective.model.main[1].running_mean.clone()
-    whole = objective.sample(5, seed=2)
-    torch.testing.assert_close(torch.cat([objective.sample(2, seed=2), objective.sample(3, seed=2, first=2)]), whole,
+    whole = objective.sample(range(5), seed=2)
+    torch.testing.assert_close(torch.cat([objective.sample([0, 1], seed=2), objective.sample([2, 3, 4], seed=2)]), whole,
                                rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(objective.sample(5, seed=3), whole) and not torch.allclose(whole[0], whole[1])
+    assert not torch.allclose(objective.sample(range(5), seed=3), whole) and not torch.allclose(whole[0], whole[1])
     assert objective.training and objective.model.training and not whole.requires_grad
     assert torch.equal(objective.model.main[1].running_mean, statistics)
     noise = torch.randn(8, generator=torch.Generator().manual_seed(mix(2, 4))).double()
@@ -89,3 +89,31 @@ def test_beta1_reaches_the_optimiser(beta1):
     net = torch.nn.Linear(2, 2)
     (made,) = optimizers(net, net.named_parameters(), settled(beta1=beta1))
     assert made.param_groups[0]["betas"] == (beta1, 0.999)
+
+
+def test_both_are_told_the_class():
+    """A generator that copies what it is told, and a critic that finds it again in its further channels."""
+    class Copy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, z):                            # B Z+K -> B 1 2 2: the sum of what is told, by place
+            return (self.scale * (z[:, 4:] * torch.arange(1.0, 4.0)).sum(1))[:, None, None, None].expand(-1, 1, 2, 2)
+
+    class Agree(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x):                            # B 1+K 2 2 -> B 1: real where the picture says its class
+            told = (x[:, 1:] * torch.arange(1.0, 4.0)[:, None, None]).sum(1, keepdim=True)
+            return self.scale * torch.where((x[:, :1] - told).abs().amax((1, 2, 3)) < 1e-6, 0.999, 0.001)[:, None]
+
+    objective = Adversarial(Copy(), Agree(), noise=4, real="image", classes=3)
+    label = torch.tensor([0, 1, 2, 3])
+    assert objective.sample(range(4), label)[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    right = {"image": label.float()[:, None, None, None].expand(-1, 1, 2, 2), "label": label}
+    wrong = {**right, "image": right["image"] + 1}
+    assert objective(right, "critic")["real"] < 0.01 < 6 < objective(wrong, "critic")["real"]
+    assert objective(right, "generator")["loss"] < 0.01

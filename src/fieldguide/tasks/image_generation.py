@@ -160,7 +160,8 @@ class ImageGeneration(Task):
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         if card.takes == "noise":
-            return Adversarial(model, parts["critic"], noise=model.config.noise, real="image")
+            classes = len(self.labels)
+            return Adversarial(model, parts["critic"], noise=model.config.noise - classes, real="image", classes=classes)
         return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts))
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -183,8 +184,7 @@ class ImageGeneration(Task):
         """Pictures of these labels or captions (0 = none), B C S S in -1 .. 1; each a matter of seed and number alone."""
         p = self.pictures
         if isinstance(objective, Adversarial):
-            parts = [objective.sample(1, seed=asking.seed, first=int(n)) for n in numbers]
-            return torch.cat(parts).clamp(-1, 1)
+            return objective.sample([int(n) for n in numbers], label, seed=asking.seed).clamp(-1, 1)
         samplers = {"ddim": lambda: DDIM(steps=asking.steps, eta=asking.eta), "ddpm": lambda: DDPM(steps=asking.steps)}
         if asking.sampler not in samplers:
             raise SettingsError(f"sampler={asking.sampler!r} is none of {', '.join(samplers)}.")

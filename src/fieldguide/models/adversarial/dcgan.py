@@ -65,5 +65,6 @@ CARD = Card(
     },
     recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0, "clip": 0.0, "warmup": 0.0,
             "schedule": "constant", "ema": 0.999},       # section 4 of the paper, and an average of the generator
+    adapt=lambda need: {"noise": Config.noise + need["classes"]} if need.get("classes") else {},     # told the class
     parts={"critic": "dcgan-discriminator"},
 )

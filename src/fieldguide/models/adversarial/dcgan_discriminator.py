@@ -77,4 +77,5 @@ CARD = Card(
         "dcgan-discriminator-test": Size(image=17, dim=4, channels=2),
     },
     recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0},
+    adapt=lambda need: {"channels": need["channels"] + need.get("classes", 0)},      # told the class, a channel for each
 )
