@@ -118,6 +118,16 @@ def test_learns_hidden_words_and_answers(file, tmp_path):
     assert {w["word"] for w in words} & set(NOUNS)
     assert record["text"] == text.replace("<mask>", words[0]["word"])
     assert len(other["words"]) == 2 and {w["word"] for w in other["words"][1]} & set(NOUNS)
+    texts = ["Anna saw the red house .", "Anna saw the red tree .", "on Monday Monday Monday"]
+    vectors = again.embed(texts)
+    assert vectors.shape == (3, 64) and vectors.dtype == np.float32
+    np.testing.assert_allclose((vectors ** 2).sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(again.embed(texts[1]), vectors[1:2], rtol=1e-4, atol=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+    ids = torch.from_numpy(again.task.text.exactly(texts)[0])[None]
+    x = again.objective.model.features(torch.cat([torch.tensor([[2]]), ids, torch.tensor([[3]])], 1))[0].mean(0)
+    np.testing.assert_allclose(vectors[0], (x / x.norm()).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert again.embed([]).shape == (0, 64)
     assert again.evaluate(file)["scores"]["loss"] == pytest.approx(scores["test"]["loss"], rel=1e-4)
     report = (run.path / "report.html").read_text()
     assert "Hidden words of test texts" in report and "By how common a word is" in report

@@ -26,7 +26,7 @@ from fieldguide.card import Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import Data
 from fieldguide.data.doctor import enforce
-from fieldguide.errors import RunError
+from fieldguide.errors import RunError, SettingsError
 from fieldguide.objectives import Objective
 from fieldguide.tasks import Task
 from fieldguide.train import distributed
@@ -138,6 +138,13 @@ class Run:
                 each = answers[i] if isinstance(answers[i], list) else [answers[i]]
                 records += [{"input": data.place(i), **record} for record in each]
         return records
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """A vector of length 1 for each text, N D float32: products of two are their likeness. For runs whose network reads
+        texts as BERT does; raises `SettingsError` for others."""
+        if not hasattr(self.task, "embed"):
+            raise SettingsError(f"{self.path} was trained for {self.task.name}, whose inputs are not single texts.")
+        return self.task.embed(self.objective, self.card, [texts] if isinstance(texts, str) else texts)
 
     def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:
         """The answer to one input piece by piece, where the task can; else None."""
