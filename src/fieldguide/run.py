@@ -140,11 +140,21 @@ class Run:
         return records
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """A vector of length 1 for each text, N D float32: products of two are their likeness. For runs whose network reads
-        texts as BERT does; raises `SettingsError` for others."""
-        if not hasattr(self.task, "embed"):
-            raise SettingsError(f"{self.path} was trained for {self.task.name}, whose inputs are not single texts.")
-        return self.task.embed(self.objective, self.card, [texts] if isinstance(texts, str) else texts)
+        """A vector of length 1 for each text, N D float32, from the mean over its tokens of what the network reads: products
+        of two are their likeness. Raises `SettingsError` for a run whose network does not read both sides of a word."""
+        texts, model = listed(texts), self.objective.model
+        if "vector" not in self.card.answers or not hasattr(self.task, "framed_texts"):
+            raise SettingsError(f"{self.card.name}, trained for {self.task.name}, makes no vectors of texts; runs of encoders "
+                                "such as BERT and ModernBERT do, for fill-mask or text-classification.")
+        if not texts:
+            return np.zeros((0, model.config.dim), dtype=np.float32)
+
+        def answer(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            x = model.features(batch["tokens"], batch["mask"]).float() * batch["mask"][..., None]
+            return {"vector": torch.nn.functional.normalize(x.sum(1), dim=-1)}       # a sum points where the mean does
+
+        return collect(self.objective, self.task.framed_texts(texts, model.config.length), batch=64, device=distributed.device(),
+                       ask=answer)["vector"]
 
     def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:
         """The answer to one input piece by piece, where the task can; else None."""

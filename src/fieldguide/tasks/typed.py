@@ -11,16 +11,10 @@ import numpy as np
 import polars as pl
 import torch
 
-from fieldguide.blocks.padding import masked_mean
-from fieldguide.card import Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import LINE, Data
-from fieldguide.errors import SettingsError
-from fieldguide.objectives import Objective
 from fieldguide.samples import SAMPLES
 from fieldguide.tasks.base import Task
-from fieldguide.train.distributed import device
-from fieldguide.train.evaluate import collect
 
 
 class Typed(Task):
@@ -31,27 +25,16 @@ class Typed(Task):
     def texts(self, data: Data) -> list[str]:
         return data.rows[self.column].fill_null("").to_list()
 
-    def embed(self, objective: Objective, card: Card, texts: Sequence[str]) -> np.ndarray:
-        """A vector of length 1 for each text: the mean over its tokens of what the network reads, N D float32. Raises
-        `SettingsError` for a network that is no encoder of texts."""
-        if "vector" not in card.answers or not hasattr(self, "text"):
-            raise SettingsError(f"{card.name} makes no vectors of texts; networks that read both sides of a word do, such as "
-                                "BERT and ModernBERT.")
-        longest, text = objective.model.config.length - 2, self.text
-        rows = [np.concatenate([[text.cls], ids[:longest], [text.sep]]) for ids in text.exactly(list(texts))]
+    def framed_texts(self, texts: Sequence[str], longest: int) -> Batches:
+        """Texts as encoders read them: a class token, at most so many tokens in all, a separator."""
+        text = self.text
+        rows = [np.concatenate([[text.cls], ids[:longest - 2], [text.sep]]) for ids in text.exactly(list(texts))]
 
-        def make(index: np.ndarray, generator: Any) -> dict[str, torch.Tensor]:
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
             tokens, mask = text.batch([rows[i] for i in index])
             return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
 
-        def answer(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            mean = masked_mean(objective.model.features(batch["tokens"], batch["mask"]).float(), batch["mask"])
-            return {"vector": torch.nn.functional.normalize(mean, dim=-1)}
-
-        if not rows:
-            return np.zeros((0, objective.model.config.dim), dtype=np.float32)
-        return collect(objective, Batches(len(rows), make, np.array(list(map(len, rows)))), batch=64, device=device(),
-                       ask=answer)["vector"]
+        return Batches(len(rows), make, np.array([len(row) for row in rows]))
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered or not isinstance(source, str) or path_like(source):
