@@ -153,8 +153,8 @@ class Run:
             x = model.features(batch["tokens"], batch["mask"]).float() * batch["mask"][..., None]
             return {"vector": torch.nn.functional.normalize(x.sum(1), dim=-1)}       # a sum points where the mean does
 
-        return collect(self.objective, self.task.framed_texts(texts, model.config.length), batch=64, device=distributed.device(),
-                       ask=answer)["vector"]
+        rows = self.task.framed_texts(texts, model.config.length)
+        return collect(self.objective, rows, batch=64, device=distributed.device(), ask=answer)["vector"]
 
     def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:
         """The answer to one input piece by piece, where the task can; else None."""
