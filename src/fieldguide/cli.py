@@ -28,6 +28,8 @@ def fit(
     target: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
     task: Annotated[str | None, typer.Option(help="The kind of problem, where the data leaves it open.")] = None,
     model: Annotated[str, typer.Option(help="A name from `fieldguide models`, or auto.")] = "auto",
+    weights: Annotated[str | None, typer.Option(help="A checkpoint to begin with: a folder or file of transformers, timm, "
+                                                "torchvision, fieldguide; or hf:organisation/name.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Training time; 10 where nothing is said.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME-N where nothing is said.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the split, the first weights and every batch.")] = 0,
@@ -49,7 +51,7 @@ def fit(
     from fieldguide.fitting import resume as run_resume
     watch = Progress() if int(os.environ.get("RANK", 0)) == 0 else Silent()
     if resume is not None:
-        said = {"--target": target, "--task": task, "--out": out, "--group": group, "--time": time,
+        said = {"--target": target, "--task": task, "--out": out, "--group": group, "--time": time, "--weights": weights,
                 "--model": None if model == "auto" else model, "--seed": seed or None}
         if given := [name for name, value in said.items() if value is not None]:
             raise SettingsError(f"{', '.join(given)} cannot change when a run is resumed; start a new one.")
@@ -58,7 +60,7 @@ def fit(
         run_resume(resume, watch=watch, settings=settings)
     else:
         run_fit(data, target=target, task=task, model=model, minutes=minutes, out=out, seed=seed, group=group,
-                time_column=time, allow_bad=allow_bad, watch=watch, settings=settings)
+                time_column=time, allow_bad=allow_bad, watch=watch, settings=settings, weights=weights)
 
 
 @app.command()

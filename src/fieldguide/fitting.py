@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import fieldguide
-from fieldguide import measure, registry, teaching
+from fieldguide import beginning, measure, pretrained, registry, teaching
 from fieldguide.advisor import Advice, advise
 from fieldguide.advisor.ranking import configured
 from fieldguide.card import Card
@@ -30,7 +30,7 @@ from fieldguide.run import SCHEMA, Run, open_run, write_record
 from fieldguide.samples import SAMPLES
 from fieldguide.tasks import Task, asked_for, infer
 from fieldguide.tasks import task as task_named
-from fieldguide.train import distributed
+from fieldguide.train import distributed, tuning
 from fieldguide.train.checkpoint import separate, write_atomically
 from fieldguide.train.evaluate import collect
 from fieldguide.train.loop import State, Trainer
@@ -78,11 +78,14 @@ class Plan:
     seconds_a_step: float = 0.0
     most: int = 0                     # where the minutes decide on the steps: so many are enough
     further: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)      # networks beside the one that answers
+    fresh: list[str] | None = None    # of a network that begins with a checkpoint: what that did not fill
 
 
 def decide(source: Data, *, task: str | None = None, model: str = "auto", minutes: float | None = None, seed: int = 0,
-           settings: Mapping[str, Any] | None = None, parts: Splits | None = None, watch: Any = None) -> Plan:
-    """Chooses task, split, preparation, network and settings for data that is read; trains nothing.
+           settings: Mapping[str, Any] | None = None, parts: Splits | None = None, watch: Any = None,
+           weights: str | Path | None = None) -> Plan:
+    """Chooses task, split, preparation, network and settings for data that is read; trains nothing. `weights` is a
+    checkpoint to begin with, which then says which network it is.
 
     Raises `DataError` and `SettingsError` as `fit` does.
     """
@@ -96,6 +99,11 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     budget = Settings().with_(training).minutes or float("inf")
     kind, why = (asked_for(task, source), "you asked for it") if task else infer(source)
     watch.found(source, kind, why)
+    begun = None
+    if weights is not None:
+        begun = pretrained.described(weights, None if model == "auto" else model)
+        model = begun.size
+        of_task = beginning.offered(kind, begun) | of_task
     options = kind.options_from(of_task)
     source = kind.examples(source, options)
     parts = parts or split(source, seed=seed)
@@ -108,11 +116,14 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
                     machine=distributed.broadcast(measure.machine()), model=model)
     card, size = registry.find(advice.best.name)
     try:
-        config = configured(card, size, {"gives": kind.gives, **learnt.needs()}, of_model)
+        needs = {"gives": kind.gives, **learnt.needs()}
+        config = begun.config(needs, of_model) if begun else configured(card, size, needs, of_model)
     except TypeError as error:
         raise SettingsError(f"--set model.…: {error}") from None
     watch.chose(advice, config)
-    chosen = teaching.named(Settings().with_(kind.recipe).with_(card.recipe).with_(training))
+    recipe = Settings().with_(kind.recipe).with_(card.recipe)
+    chosen = beginning.gentle(recipe, training, len(parts.train), begun, watch) if begun else recipe
+    chosen = teaching.named(chosen.with_(training))
     batches = learnt.lessons(source.take(parts.train), card, chosen)
     scored = drawn(parts.validation, learnt.validated, seed)
     if len(scored) < len(parts.validation):
@@ -121,13 +132,14 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     chosen = with_batch(chosen, len(batches), learnt.fewest, learnt.most)
     torch.manual_seed(seed)
     network = card.make(config)
+    fresh = beginning.filled(network, begun, chosen, watch) if begun else None
     further = {name: settled_part(part, learnt.needs()) for name, part in card.parts.items()}
     objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
     objective = teaching.taught(objective, learnt, chosen, source, parts)
     chosen, cost, enough = distributed.broadcast(resolve(
         chosen, objective, batches, len(validation), watch, fewest=chosen.batch if "batch" in training else learnt.fewest))
     return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, scored,
-                cost, enough, further)
+                cost, enough, further, fresh)
 
 
 def settled_part(name: str, needs: Mapping[str, Any]) -> tuple[Card, str, Any]:
@@ -139,11 +151,12 @@ def settled_part(name: str, needs: Mapping[str, Any]) -> tuple[Card, str, Any]:
 def fit(data: Any, *, target: str | None = None, task: str | None = None, model: str = "auto",
         minutes: float | None = None, out: str | Path | None = None, seed: int = 0, group: str | None = None,
         time_column: str | None = None, allow_bad: bool = False, watch: Any = None,
-        settings: Mapping[str, Any] | None = None) -> Run:
+        settings: Mapping[str, Any] | None = None, weights: str | Path | None = None) -> Run:
     """Reads data, chooses a network, trains and tests it, and returns the run folder.
 
     `data` is a path, the name of a sample, or a data frame. `settings` holds training settings by name, a network's
-    own fields as model.FIELD, the task's as task.FIELD, and kinds of columns as column.NAME. Raises `DataError` where
+    own fields as model.FIELD, the task's as task.FIELD, and kinds of columns as column.NAME. `weights` is a checkpoint to
+    begin with (see `fieldguide.load`). Raises `DataError` where
     the data cannot be used and `SettingsError` where a setting cannot work; both say what to do.
     """
     watch = watch or Silent()
@@ -152,12 +165,13 @@ def fit(data: Any, *, target: str | None = None, task: str | None = None, model:
     if minutes is None and not {"minutes", "steps"} & set(training) and isinstance(data, str) and data in SAMPLES:
         minutes = SAMPLES[data].minutes
     request = {"data": address(data), "target": target, "group": group, "time": time_column, "allow_bad": allow_bad,
-               "kinds": kinds, "roles": roles, "task": task}
+               "kinds": kinds, "roles": roles, "task": task, "weights": str(weights) if weights is not None else None}
     if out is not None:
         refuse_taken(Path(out))
     with distributed.processes():
         source, _, _ = read_for(request, data)
-        plan = decide(source, task=request["task"], model=model, minutes=minutes, seed=seed, settings=settings, watch=watch)
+        plan = decide(source, task=request["task"], model=model, minutes=minutes, seed=seed, settings=settings, watch=watch,
+                      weights=weights)
         path = distributed.broadcast(new_folder(out, source) if distributed.rank() == 0 else None)
         record = first_record(plan, request)
         if distributed.rank() == 0:
@@ -176,7 +190,8 @@ def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
         "schema": SCHEMA, "status": "training", "task": plan.task.name, "request": request,
         "model": {"architecture": plan.card.name, "size": plan.size, "config": asdict(plan.config),
                   "parts": {name: {"architecture": card.name, "size": size, "config": asdict(config)}
-                            for name, (card, size, config) in plan.further.items()}},
+                            for name, (card, size, config) in plan.further.items()},
+                  **({"fresh": plan.fresh} if plan.fresh is not None else {})},
         "settings": plan.settings.to_dict(),
         "choice": {"why": plan.why, "reasons": best.reasons, "against": best.against,
                    "others": [asdict(o) for o in (plan.advice.options[1:] + plan.advice.rejected)][:20]},
@@ -228,6 +243,8 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         watch.found(source, type(task), run.record["choice"]["why"])
         torch.manual_seed(chosen.seed)
         network = run.fresh()
+        if (fresh := run.record["model"].get("fresh")) is not None:
+            tuning.prepare(network, chosen, fresh)
         plan = Plan(source, task, run.record["choice"]["why"], parts, Advice([], []), card, run.record["model"]["size"],
                     network.config if hasattr(network, "config") else None, chosen,
                     teaching.taught(task.objective(network, card, chosen, **run.fresh_parts()), task, chosen, source, parts),
@@ -258,6 +275,7 @@ def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
 def train(plan: Plan, loop: Trainer) -> State:
     """Trains, then calibrates on the validation part."""
     state = loop.train()
+    tuning.merge(plan.objective)
     rows = plan.source.take(plan.scored)
     plan.task.calibrate(raw_answer(plan, rows), plan.task.truth(rows))
     return state

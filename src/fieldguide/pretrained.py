@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ CONFIGS = (CONFIG, "params.json")                        # the second is Meta's
 WRITTEN = ("model_type", "_class_name")                  # keys that say what a configuration is of: where we write such,
 IDENTITY = (*WRITTEN, "general.architecture")            # and all
 FREE = ("classes", "channels", "vocab", "length")        # what checkpoints of one size may differ in
+PIXELS = "preprocessor_config.json"                      # how transformers prepares pictures
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}     # as most networks have learnt
 PARTS = "consolidated.*.pth"                             # Meta's, one for each machine
 HUB = "hf:"
 STEP = 8                                                 # by which a number is changed to see what shapes it decides
@@ -34,43 +36,96 @@ SPARE = 3                                                # tensors that a file m
 Identified = tuple[Card, str, Mapping[str, ConfigRow]]   # card, origin, table of configuration keys
 
 
-def load(source: str | Path, *, name: str | None = None, **overrides: Any) -> nn.Module:
-    """A network with the weights of a checkpoint, in evaluation mode.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network as it lies on disk: whose it is, and the config that its file or its tensors imply."""
 
-    `source`: a folder of transformers, diffusers or of a fieldguide run; a file of timm, torchvision or the authors; or
-    `hf:organisation/name`, which downloads it first. `name` says which size it is, where that cannot be seen; `overrides`
-    are laid over the config that the file implies, such as `gives="vector"` or another `image`. Raises `WeightsError`
-    where nothing fits, and says what came nearest.
-    """
+    path: Path
+    card: Card
+    origin: str | None
+    values: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+
+    @property
+    def size(self) -> str:
+        """The size that it is, or else the architecture's first."""
+        same = lambda size: all(self.values.get(k, v) == v for k, v in self.card.sizes[size].overrides.items()     # noqa: E731
+                                if k not in (*FREE, "gives"))
+        return next((size for size in self.card.sizes if same(size)), self.card.default)
+
+    def config(self, needs: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
+        """Its config with another head, and for pictures of another size. Raises `SettingsError` for more tokens than it
+        has, and for numbers that it cannot have."""
+        card, kept = self.card, {k: v for k, v in needs.items() if k in ("classes", "image") and self.card.accepts(k)}
+        if len(card.answers) > 1:
+            kept["gives"] = next(given for given in needs.get("gives", card.answers) if given in card.answers)
+        if needs.get("vocab", 0) > self.values.get("vocab", getattr(card.config(**self.values), "vocab", 0)):
+            raise SettingsError(f"the tokenizer has {needs['vocab']:,} tokens, more than {self.path} knows: give the one that "
+                                "it was trained with (--set task.tokenizer=PATH).")
+        try:
+            return card.config(**{card.names.get(k, k): v for k, v in {**self.values, **kept, **changes}.items()})
+        except TypeError as error:
+            raise SettingsError(f"{card.name}: {error}") from None
+
+    def offers(self) -> dict[str, Any]:
+        """What must be prepared for it as it was for its first training, by the names of tasks' options."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        offered: dict[str, Any] = {}
+        if (folder / "tokenizer.json").is_file():
+            offered["tokenizer"] = str(folder / "tokenizer.json")
+        if self.card.takes == "image":
+            said = read_config(folder / PIXELS) if (folder / PIXELS).is_file() else {}
+            offered["pixels"] = "/".join(",".join(map(str, said.get(key, value))) for key, value in IMAGENET.items())
+            offered["channels"] = getattr(self.card.config(**self.values), self.card.names.get("channels", "channels"), 3)
+        return offered
+
+
+def described(source: str | Path, name: str | None = None) -> Checkpoint:
+    """What a checkpoint is of. Raises `WeightsError` where that cannot be told."""
     if isinstance(source, str) and source.startswith(HUB):
         from fieldguide.hub import fetched
         source = fetched(source.removeprefix(HUB))
     path = Path(source)
-    if (path / "run.json").is_file():
-        from fieldguide.run import open_run
-        return open_run(path).network
     if not path.exists():
         raise WeightsError(f"{path} does not exist. For a model of the Hugging Face hub say hf:organisation/name; for a "
                            "network with fresh weights, fieldguide.create.")
+    if (path / "run.json").is_file():
+        from fieldguide.run import open_run
+        run = open_run(path)
+        return Checkpoint(path, run.card, weights.OURS, asdict(run.model.config), run.model.state_dict())
     folder = path if path.is_dir() else path.parent
     beside = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
     if path.suffix == ".gguf":                           # says itself what it is
         beside = path
-    if path.is_dir() and len(parts := sorted(path.glob(PARTS))) > 1:
-        return joined(parts, beside, overrides)
-    state = weights.read(path)
-    if name is not None:
-        card, size = find(name)
-        return filled(card, {**card.sizes[size].overrides, **seen(card, size, state), **overrides}, state, None, str(path))
     said = read_config(beside) if beside and name is None else {}
-    if beside and (known := identified(said)):
+    known = identified(said) if said else None
+    if path.is_dir() and len(parts := sorted(path.glob(PARTS))) > 1:
+        return joined(path, parts, known, inwards(known[0], known[2], said, beside) if known else {})
+    state = weights.read(path)
+    if known:
         card, origin, table = known
         values = inwards(card, table, said, beside)
         if card.accepts("tied"):                         # the file itself says it best: it has a head, or not
             values["tied"] = not headed(card, values, state, origin)
-        return filled(card, {**values, **overrides}, state, origin, str(path))
-    card, size, origin = recognised(state, str(path))
-    return filled(card, {**card.sizes[size].overrides, **seen(card, size, state), **overrides}, state, origin, str(path))
+        return Checkpoint(path, card, origin, values, state)
+    if name is not None:
+        card, size = find(name)
+        origin = None
+    else:
+        card, size, origin = recognised(state, str(path))
+    return Checkpoint(path, card, origin, {**card.sizes[size].overrides, **seen(card, size, state)}, state)
+
+
+def load(source: str | Path, *, name: str | None = None, **overrides: Any) -> nn.Module:
+    """A network with the weights of a checkpoint, in evaluation mode.
+
+    `source`: a folder of transformers, diffusers or of a fieldguide run; a file of timm, torchvision, llama.cpp or the
+    authors; or `hf:organisation/name`, which downloads it first. `name` says which size it is, where that cannot be seen;
+    `overrides` are laid over the config that the file implies, such as `gives="vector"` or another `image`. Raises
+    `WeightsError` where nothing fits, and says what came nearest.
+    """
+    found = described(source, name)
+    return filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source))
 
 
 def filled(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str | None, where: str) -> nn.Module:
@@ -101,14 +156,11 @@ def headed(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], o
     return "head.weight" in weights.inwards(names, table(card.config(**values)) if callable(table) else table).state
 
 
-def joined(parts: list[Path], beside: Path | None, overrides: Mapping[str, Any]) -> nn.Module:
+def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapping[str, Any]) -> Checkpoint:
     """A network whose tensors were parted among machines: each along the axis on which its parts make up the whole."""
-    known = identified(read_config(beside)) if beside else None
     if known is None:
-        raise WeightsError(f"{parts[0].parent} holds {len(parts)} parts of a network, and no {' or '.join(CONFIGS)} that says "
-                           "which it is")
-    card, origin, table = known
-    values = {**inwards(card, table, read_config(beside), beside), **overrides}
+        raise WeightsError(f"{path} holds {len(parts)} parts of a network, and no {' or '.join(CONFIGS)} that says which it is")
+    card, origin, _ = known
     with torch.device("meta"):
         model = card.make(card.config(**values))
     names = card.weights[origin](model.config) if callable(card.weights[origin]) else card.weights[origin]
@@ -121,7 +173,7 @@ def joined(parts: list[Path], beside: Path | None, overrides: Mapping[str, Any])
         shape = wanted.get(name, first.shape)
         axis = next((i for i, (part, whole) in enumerate(zip(first.shape, shape)) if part * len(parts) == whole), None)
         state[name] = first if axis is None or first.shape == shape else torch.cat([file[name] for file in files], axis)
-    return filled(card, values, state, origin, str(parts[0].parent))
+    return Checkpoint(path, card, origin, values, state)
 
 
 # ------------------------------------------------------------------------------------------------ configurations

@@ -31,6 +31,7 @@ from fieldguide.train.optim import optimizers, schedule
 from fieldguide.train.precision import autocast, deterministic_kernels, place
 from fieldguide.train.settings import Settings
 from fieldguide.train.tracking import TRACKERS
+from fieldguide.train.tuning import held, levels, thawed
 
 LOGGED = 400      # lines of losses that a whole run writes, about
 LATE = 1.05       # times the minutes given is when a run that is slower than planned ends
@@ -86,6 +87,8 @@ class Runner:
         self.phase, self.settings = phase, settings.with_(dict(phase.settings))
         named = [(n, p) for n, p in objective.phase_parameters(phase) if p.requires_grad]
         self.parameters = [p for _, p in named]
+        depth, self.top = levels(name for name, _ in named)
+        self.depth = [depth[name] for name, _ in named]
         self.optimizers = optimizers(objective, named, self.settings)
         self.lr = 0.0
         self.module: nn.Module = Step(objective, phase)
@@ -97,8 +100,15 @@ class Runner:
         rate = self.settings.lr * schedule(self.settings, step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
         return rate
+
+    def hold_back(self, step: int) -> None:
+        """Drops the gradients of layers whose time has not come."""
+        lowest = thawed(self.settings, step, self.top)
+        for p, depth in zip(self.parameters, self.depth):
+            if depth < lowest:
+                p.grad = None
 
 
 @contextmanager
@@ -138,6 +148,7 @@ class Trainer:
         self.average = Average(self.kept, settings.ema) if settings.ema else None
         self.state, self.best, self.tracker = State(most=most), None, None
         self.stopping = False
+        self.held = held(self.objective)
         self.since = (0, 0.0)                            # step and seconds that the pace is counted from
 
     # What a run goes through
@@ -152,7 +163,7 @@ class Trainer:
         stream = self.stream()
         if self.folder and distributed.rank() == 0 and settings.track in TRACKERS:
             self.tracker = TRACKERS[settings.track](self.folder, state.step)
-        self.objective.train()
+        self.teach()
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
         self.since = (state.step, state.seconds)
@@ -187,6 +198,12 @@ class Trainer:
             self.average.swap()
         self.objective.eval()
         return state
+
+    def teach(self) -> None:
+        """Puts what learns in training mode."""
+        self.objective.train()
+        for module in self.held:
+            module.train(False)
 
     def stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """This process's batches, from the next step to the last."""
@@ -266,6 +283,7 @@ class Trainer:
     def update(self, runner: Runner, batches: list[dict[str, Tensor]], parts: dict[str, float]) -> None:
         """Clips, checks and applies the gradients; nothing that is not finite reaches the weights."""
         runner.lr = runner.rate(self.state.step)
+        runner.hold_back(self.state.step)
         norm = None
         if self.settings.clip:
             norm = float(nn.utils.clip_grad_norm_(runner.parameters, self.settings.clip))
@@ -309,7 +327,7 @@ class Trainer:
             if better or value == state.best:
                 state.best, state.best_step = value, state.step
                 self.best = {k: t.detach().clone() for k, t in self.kept.state_dict().items()}
-        self.objective.train()
+        self.teach()
         self.record({"step": state.step, "seconds": round(state.seconds, 3), "scores": scores})
         self.watch.scores(state.step, scores, better)
         if self.settings.patience and state.stale >= self.settings.patience:

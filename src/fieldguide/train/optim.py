@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.train.settings import Settings
+from fieldguide.train.tuning import levels
 
 
 def schedule(settings: Settings, step: int) -> float:
@@ -24,20 +25,25 @@ def schedule(settings: Settings, step: int) -> float:
 
 def optimizers(objective: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]],
                settings: Settings) -> list[torch.optim.Optimizer]:
-    """The optimiser(s) of one phase. Matrices and kernels decay; vectors, norms and embeddings do not."""
+    """The optimiser(s) of one phase. Matrices and kernels decay; vectors, norms and embeddings do not. A group's `scale`
+    is what of the rate is its own: less in lower layers where `layer_decay` says so."""
     tables = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    matrices, vectors = [], []
-    for _, p in parameters:
-        (matrices if p.ndim >= 2 and id(p) not in tables else vectors).append(p)
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
+    parameters = list(parameters)
+    depth, top = levels(name for name, _ in parameters)
+    parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in parameters:
+        scale = settings.layer_decay ** (top - depth[name]) if settings.layer_decay != 1 else 1.0
+        parts.setdefault((scale, p.ndim >= 2 and id(p) not in tables), []).append(p)
+    groups = [{"params": ps, "weight_decay": settings.weight_decay if matrices else 0.0, "scale": scale, "matrices": matrices}
+              for (scale, matrices), ps in sorted(parts.items(), key=lambda part: (-part[0][0], not part[0][1]))]
     if settings.optimizer == "sgd":
         return [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum,
                                 nesterov=settings.momentum > 0, fused=True)]
     made: list[torch.optim.Optimizer] = []
+    matrices = [g for g in groups if g["matrices"]]
     if settings.optimizer == "muon" and matrices:
         made.append(Muon(matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay))
-        groups = [g for g in groups if g["params"] is vectors]
+        groups = [g for g in groups if not g["matrices"]]
     if groups:
         made.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True))
     return made

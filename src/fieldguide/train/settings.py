@@ -33,6 +33,12 @@ class Settings:
     patience: int = 20                  # evaluations without a better score before stopping; 0 = never
     evaluate: int | None = None         # steps between evaluations
     checkpoint: float = 60.0            # seconds between checkpoints
+    tune: str = "whole"                 # whole | frozen | lora: what of a pretrained network learns
+    lora_rank: int = 8                  # of the change of each matrix
+    lora_scale: float = 2.0             # times which it is added
+    layer_decay: float = 1.0            # rate of each layer as a part of that of the next one up
+    unfreeze: float = 0.0               # part of the steps over which layers begin to learn, from the top down
+    recompute: bool = False             # blocks are computed again on the way back, to save memory
     teacher: str | None = None          # run folder of a network whose answers are learnt beside the truth
     distill: str = "hard"               # hard | soft: the class that the teacher names, or its probabilities
     precision: str = "auto"             # auto | float32 | bfloat16
@@ -51,10 +57,11 @@ class Settings:
 
 CHOICES = {"optimizer": ("adamw", "sgd", "muon"), "schedule": ("cosine", "linear", "constant"),
            "precision": ("auto", "float32", "bfloat16"), "augment": ("none", "light", "standard"),
-           "track": ("none", "tensorboard"), "distill": ("hard", "soft")}
+           "track": ("none", "tensorboard"), "tune": ("whole", "frozen", "lora"),
+           "distill": ("hard", "soft")}
 AT_LEAST = {"steps": 1, "epochs": 0, "minutes": 0, "batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0, "clip": 0,
-            "workers": 0, "patience": 0, "evaluate": 1, "checkpoint": 0, "mixup": 0, "seed": 0}
-BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta1": 1, "beta2": 1, "warmup": 1}     # these lie in [0, 1)
+            "workers": 0, "patience": 0, "evaluate": 1, "checkpoint": 0, "mixup": 0, "seed": 0, "lora_rank": 1, "layer_decay": 0}
+BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta1": 1, "beta2": 1, "warmup": 1, "unfreeze": 1}     # these lie in [0, 1)
 
 
 def parse(key: str, value: Any) -> Any:

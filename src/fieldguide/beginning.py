@@ -1,0 +1,56 @@
+"""Fits that begin with a checkpoint: what must be prepared as it was for it, how gently it is trained, and why so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from fieldguide import measure, weights
+from fieldguide.errors import WeightsWarning
+from fieldguide.pretrained import Checkpoint
+from fieldguide.tasks import Task
+from fieldguide.train import tuning
+from fieldguide.train.settings import Settings
+
+FEW = 300          # examples below which a pretrained network keeps its weights, and a new head alone learns
+SHARE = 0.5        # of the memory: what training all of a network may fill
+BYTES = 16         # a parameter in training: weight, gradient and two moments, in float32
+RATES = {"whole": {"lr": 3e-4, "layer_decay": 0.8}, "lora": {"lr": 1e-3}, "frozen": {"lr": 3e-3}}
+
+
+def offered(kind: type[Task], begun: Checkpoint) -> dict[str, Any]:
+    """Options of a task that follow from the checkpoint: its tokenizer, its scale of colours."""
+    known = {f.name for f in fields(kind.Options)}
+    return {k: v for k, v in begun.offers().items() if k in known}
+
+
+def gentle(settings: Settings, training: Mapping[str, Any], rows: int, begun: Checkpoint, watch: Any) -> Settings:
+    """Settings for a network that knows much already, and which of its parts learn, with the reason."""
+    share = sum(t.numel() for t in begun.state.values()) * BYTES / measure.machine()["memory"]
+    if "tune" in training:
+        way, why = training["tune"], "you asked for it"
+    elif share > SHARE:
+        way, why = "lora", f"weights, gradients and optimiser of all of it would fill {100 * share:.0f} % of the memory"
+    elif rows < FEW:
+        way, why = "frozen", f"{rows:,} examples would be learnt by heart by more than a new head"
+    else:
+        way, why = "whole", f"{rows:,} examples suffice to move all of it, lower layers less than higher ones"
+    watch.say(f"tune={way}: {why}")
+    return settings.with_({"optimizer": "adamw", "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "schedule": "linear",
+                           "warmup": 0.1, "clip": 1.0, "ema": 0.0, "tune": way, **RATES.get(way, {})})
+
+
+def filled(network: nn.Module, begun: Checkpoint, settings: Settings, watch: Any) -> list[str]:
+    """Fills a network from the checkpoint and marks what learns; returns what the checkpoint did not fill."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", WeightsWarning)
+        fresh = weights.load(network, begun.state, begun.origin, head="skip")
+    watch.say(f"begins with {begun.path}" + (f"; new and yet to learn: {', '.join(fresh)}" if fresh else ""))
+    for warning in said:
+        watch.say(str(warning.message))
+    tuning.prepare(network, settings, fresh)
+    return fresh

@@ -1,0 +1,113 @@
+"""Fine-tuning: which parts of a pretrained network learn, and how fast.
+
+`whole` trains everything, lower layers more slowly where `layer_decay` is below 1; `frozen` trains new layers alone; `lora`
+trains a low-rank change of every linear layer (Hu et al. 2021, arXiv:2106.09685, section 4.1), merged when it is done.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from fieldguide.errors import SettingsError
+from fieldguide.train.settings import Settings
+
+WAYS = ("whole", "frozen", "lora")
+LAYER = re.compile(r"^(.*?\.\d+(?:\.\d+)?)(?=\.)")       # blocks.3, stages.0.1: what comes before it in a name, too
+
+
+class LowRank(nn.Module):
+    """A weight W, out x in, with b a added: b out x r begins at zero, a r x in at Kaiming's uniform; times `scale`."""
+
+    def __init__(self, weight: Tensor, rank: int, scale: float):
+        super().__init__()
+        out, into = weight.shape
+        self.a = nn.Parameter(torch.empty(rank, into, device=weight.device))
+        self.b = nn.Parameter(torch.zeros(out, rank, device=weight.device))
+        self.scale = scale
+        nn.init.kaiming_uniform_(self.a, a=5 ** 0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:         # out x in -> out x in
+        return weight + self.scale * (self.b @ self.a)
+
+
+def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str]) -> None:
+    """Marks what of a network learns. `fresh` names the parameters that no checkpoint filled: these always do.
+
+    Raises `SettingsError` where nothing would learn.
+    """
+    if settings.recompute:
+        recomputed(model)
+    if settings.tune == "whole":
+        return
+    fresh = set(fresh)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in fresh)
+    if settings.tune == "lora":
+        shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and f"{name}.weight" not in fresh and id(module.weight) not in shared:
+                parametrize.register_parametrization(module, "weight", LowRank(module.weight, settings.lora_rank,
+                                                                               settings.lora_scale))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SettingsError("tune=frozen trains new layers alone, and this network has none: the checkpoint fills it all. "
+                            "Choose tune=whole or tune=lora.")
+
+
+def merge(model: nn.Module) -> None:
+    """Adds low-rank changes to the weights that they change; what is left is a plain network."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], LowRank):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def held(model: nn.Module) -> list[nn.Module]:
+    """Modules none of whose parameters learn: they stay as in evaluation, statistics and all."""
+    learns = lambda m: [p.requires_grad for p in m.parameters()]                             # noqa: E731
+    return [m for m in model.modules() if learns(m) and not any(learns(m))]
+
+
+def recomputed(model: nn.Module) -> None:
+    """Blocks keep their inputs alone for the way back, and compute the rest again (Chen et al. 2016, arXiv:1604.06174)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and name.rpartition(".")[2] in ("blocks", "stages", "layers"):
+            for block in module:
+                block.forward = _Again(block.forward)
+
+
+class _Again:
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+
+
+def levels(names: Iterable[str]) -> tuple[dict[str, int], int]:
+    """How deep each parameter lies, and how deep the deepest: 0 for what stands before the blocks, the last for what stands
+    behind them. Names are in the order of the network."""
+    found: dict[str, int] = {}
+    out, last = {}, 0
+    for name in names:
+        hit = LAYER.match(name)
+        if hit:
+            last = found.setdefault(hit[1], len(found) + 1)
+        out[name] = last if hit or not found else -1     # behind the first block, and in none: settled below
+    top = len(found) + 1
+    return {name: top if level < 0 else level for name, level in out.items()}, top
+
+
+def thawed(settings: Settings, step: int, top: int) -> int:
+    """The lowest level that learns at a step: from the top down, all after a part `unfreeze` of the steps (Howard and
+    Ruder 2018, arXiv:1801.06146, section 3.3)."""
+    if not settings.unfreeze:
+        return 0
+    done = step / max(1.0, settings.unfreeze * settings.steps)
+    return max(0, top - int(done * (top + 1)))
