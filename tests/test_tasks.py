@@ -453,3 +453,18 @@ def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
     assert best(3).name == "transformer-encoder-s" and any("few" in a for a in best(3).against)
     assert best(0.001).parameters > 0          # however short the time: something is advised, with its reason
     assert "minutes are short" in best(0.001).against[0]
+
+
+def test_only_promising_networks_are_made(monkeypatch):
+    """Of a hundred sizes that read pictures a few are counted, each architecture is heard, and too slow ones stop their kin."""
+    from fieldguide import measure
+    from fieldguide.advisor import advise
+    made, count = [], measure.multiply_adds
+    monkeypatch.setattr(measure, "multiply_adds", lambda name, config, **k: made.append(name) or count(name, config, **k))
+    advice = advise(facts={"task": "image-classification", "rows": 2000, "side": 32, "classes": 10}, minutes=5,
+                    needs={"classes": 10, "image": 32, "channels": 3}, takes=("image",), gives=("label",),
+                    machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e11, "bfloat16": 4e10}})
+    assert len(made) < 20 and len({o.architecture for o in advice.options}) > 2
+    assert all(o.multiply_adds for o in advice.options)
+    slow = {o.architecture for o in advice.rejected if o.slow}
+    assert all(made.count(name) <= 3 for name in slow - {o.architecture for o in advice.options})

@@ -88,7 +88,7 @@ def multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224
     from fieldguide import registry
     card = registry.cards()[card_name]
     with torch.device("meta"):
-        model = card.make(config).eval()
+        model = card.make(config).eval().requires_grad_(False)       # hooks of the counter stumble over what needs a gradient
     recurrent = RecurrentFlops(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*example(card, config, length=length, side=side))

@@ -18,6 +18,8 @@ from fieldguide import measure, registry
 from fieldguide.card import Card
 from fieldguide.errors import DataError, SettingsError
 
+LOOKED_AT = 5         # networks whose costs are counted at least, the most promising
+SIZES = 3             # of one architecture that are of interest beside each other
 EPOCHS = 8            # passes over the data that a network should get in the time given; each halving costs a point
 # Of the machine's matrix-product speed that training reaches, about; less where products are so fast that memory waits.
 EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
@@ -40,6 +42,7 @@ class Option:
     reasons: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     rejected: str = ""
+    slow: bool = False               # ruled out for its time or memory, as larger ones of its kind are then, too
     seconds: float = math.inf        # that `EPOCHS` passes over the data would take, roughly; infinite: impossible
 
 
@@ -105,34 +108,82 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
     """
     machine = machine or measure.machine()
     speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
-    options: list[Option] = []
     able = [n for n in registry.names() if registry.card(n).takes in takes and set(registry.card(n).answers) & set(gives)]
+    needs = {"gives": gives, **needs}
     if model != "auto":
-        able = [refuse_unable(model, able)]
-    for name in able:
-        card, size = registry.find(name)
-        option = Option(size, card.name)
-        options.append(option)
-        try:
-            config = configured(card, size, {"gives": gives, **needs})
-            with torch.device("meta"):
-                option.parameters = measure.parameters(card.make(config))
-            option.multiply_adds = measure.multiply_adds(card.name, config, length=facts.get("tokens", 64),
-                                                          side=facts.get("side", 224))
-        except (DataError, SettingsError, ValueError) as error:      # such as pictures too small for its pooling
-            option.rejected = str(error)
-            continue
-        for rule in rules():
-            if holds(rule["when"], facts) and speaks_of(rule, card):
-                option.points += rule["points"]
-                (option.reasons if rule["points"] > 0 else option.against).append(f"{rule['because']} [{rule['source']}]")
-        size_up(option, facts, speed, minutes, machine)
-    if model != "auto":
-        return asked_for(options[0])
-    if options and not any(not o.rejected for o in options):
-        hurried(options, minutes)
-    ranked = sorted(options, key=lambda o: (-o.points, o.parameters))
+        option = Option(refuse_unable(model, able), registry.card(model).name)
+        look_closer(option, facts, needs, speed, minutes, machine)
+        return asked_for(option)
+    # Counting a network's work takes long. So the most promising are looked at first, by published counts, and no more
+    # once the rest could not come before them, whatever they cost.
+    options = sorted((promise(Option(name, registry.card(name).name), facts, needs) for name in able), key=lambda o: -o.points)
+    seen: list[Option] = []
+    for option in options:
+        best = sorted((o.points for o in seen if not o.rejected), reverse=True)
+        if len(best) >= LOOKED_AT and option.points <= best[LOOKED_AT - 1]:
+            break
+        if sum(o.architecture == option.architecture and not o.rejected for o in seen) >= SIZES:
+            continue                                     # better sizes of the same are there
+        smaller = [o for o in seen if o.architecture == option.architecture and o.slow and o.parameters <= option.parameters]
+        if smaller:
+            option.rejected, option.slow = f"larger than {smaller[0].name}: {smaller[0].rejected}", True
+        elif not option.rejected:
+            look_closer(option, facts, needs, speed, minutes, machine)
+        seen.append(option)
+    if seen and all(o.rejected for o in seen):
+        hurried(seen, minutes)
+    ranked = sorted(seen, key=lambda o: (-o.points, o.parameters))
     return Advice([o for o in ranked if not o.rejected], [o for o in ranked if o.rejected])
+
+
+def promise(option: Option, facts: Mapping[str, Any], needs: Mapping[str, Any]) -> Option:
+    """Points for what rules say and for the published count, before the network is made; costs are not counted yet."""
+    card, size = registry.find(option.name)
+    try:
+        config = configured(card, size, needs)
+        option.parameters = card.sizes[size].params or counted(card, config)
+    except (DataError, SettingsError, TypeError, ValueError) as error:          # such as a network that reads no text
+        option.rejected = str(error)
+        return option
+    for rule in rules():
+        if holds(rule["when"], facts) and speaks_of(rule, card):
+            option.points += rule["points"]
+            (option.reasons if rule["points"] > 0 else option.against).append(f"{rule['because']} [{rule['source']}]")
+    option.points -= proportion(option.parameters, facts["rows"])
+    return option
+
+
+def look_closer(option: Option, facts: Mapping[str, Any], needs: Mapping[str, Any], speed: float, minutes: float,
+                machine: Mapping[str, Any]) -> None:
+    """Counts parameters and work of the network as it would be made for this data, and sizes it up."""
+    card, size = registry.find(option.name)
+    fresh = promise(Option(option.name, option.architecture), facts, needs)
+    option.points, option.reasons, option.against = fresh.points, fresh.reasons, fresh.against
+    option.points += proportion(fresh.parameters, facts["rows"])
+    try:
+        config = configured(card, size, needs)
+        option.parameters = counted(card, config)
+        option.multiply_adds = measure.multiply_adds(card.name, config, length=facts.get("tokens", 64),
+                                                      side=facts.get("side", 224))
+    except (DataError, SettingsError, ValueError) as error:          # such as pictures too small for its pooling
+        option.rejected = str(error)
+        return
+    size_up(option, facts, speed, minutes, machine)
+
+
+def counted(card: Card, config: Any) -> int:
+    with torch.device("meta"):
+        return measure.parameters(card.make(config))
+
+
+def proportion(parameters: int, rows: int) -> float:
+    """Points that a network loses for being ten times too large or too small for the data: half a point."""
+    return 0.5 * abs(math.log10(max(parameters, 1) / wanted(rows)))
+
+
+def wanted(rows: int) -> float:
+    """Parameters in proportion to the data."""
+    return min(max(PARAMETERS * rows, 1e5), 1e8)
 
 
 def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: float,
@@ -140,19 +191,18 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
     """Rules out what cannot fit or finish, and prefers sizes in proportion to the data."""
     option.seconds = seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed   # backward is twice forward
     if option.parameters * BYTES > 0.8 * machine["memory"]:
-        option.seconds = math.inf
+        option.seconds, option.slow = math.inf, True
         option.rejected = (f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
                            f"machine has {machine['memory'] / 2**30:.1f} GiB")
     elif seconds > EPOCHS * 60 * minutes / LEAST:
+        option.slow = True
         option.rejected = (f"one pass over the data would take about {seconds / EPOCHS / 60:.2g} minutes of the "
                            f"{minutes:g} given")
     elif seconds > 60 * minutes:
         option.points -= math.log2(seconds / (60 * minutes))
         option.against.append(f"{minutes:g} minutes are about {60 * minutes * EPOCHS / seconds:.1f} passes over the data: few")
-    # Ten times too large or too small for the data costs half a point.
-    wanted = min(max(PARAMETERS * facts["rows"], 1e5), 1e8)
-    option.points -= 0.5 * abs(math.log10(option.parameters / wanted))
-    if option.parameters > 10 * wanted:
+    option.points -= proportion(option.parameters, facts["rows"])
+    if option.parameters > 10 * wanted(facts["rows"]):
         option.against.append(f"{option.parameters:,} parameters are many for {facts['rows']:,} examples "
                               "[guide, FAQ 'How do I choose the right model size': start small]")
 
