@@ -39,12 +39,13 @@ MAY = {
     "catalogue": NETWORKS | {"measure", "tasks"},
     "studio": GROUND | {"pkg", "run", "tasks", "train"},
     "teaching": {"errors", "data", "objectives", "run", "tasks", "train"},
+    "speaker": NETWORKS | {"data", "generation", "ggml", "pretrained", "train"},
     "beginning": NETWORKS | {"measure", "pretrained", "tasks", "train"},
-    "fitting": NETWORKS | {"pkg", "advisor", "beginning", "data", "measure", "objectives", "pretrained", "run", "samples", "studio", "tasks", "teaching",
-                           "train"},
+    "fitting": NETWORKS | {"pkg", "advisor", "beginning", "data", "measure", "objectives", "pretrained", "run", "samples",
+                           "studio", "tasks", "teaching", "train"},
     "progress": NETWORKS | {"catalogue", "run", "samples", "studio", "tasks"},
     "estimators": NETWORKS | {"data", "fitting", "objectives", "progress", "run", "tasks", "train"},
-    "cli": GROUND | {"catalogue", "data", "fitting", "progress", "run", "samples", "tasks"},
+    "cli": GROUND | {"speaker", "catalogue", "data", "fitting", "progress", "run", "samples", "tasks"},
     "__main__": {"cli"},
 }
 # Between two layers where only one module of the lower may be used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -65,7 +66,8 @@ def fit(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a pretrained language model: a folder of "
+                                       "transformers, a .gguf file, hf:organisation/name.")],
     inputs: Annotated[list[str] | None, typer.Argument(metavar="[INPUT]...", help="Files, folders, tables; for text tasks "
                                                        "also the text itself; for some that generate, nothing.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for answers that are files: pictures, films.")] = None,
@@ -76,7 +78,12 @@ def predict(
     """Ask a trained network about raw inputs. One that cannot be read is named on the error output, and the exit code is 3."""
     from fieldguide.progress import print_answers, print_stream
     from fieldguide.run import open_run
-    opened, asked = open_run(run), pairs(changes)
+    asked = pairs(changes)
+    if run.startswith("hf:") or (Path(run).exists() and not (Path(run) / "run.json").exists()
+                                 and (run.endswith(".gguf") or (Path(run) / "config.json").exists())):
+        speak(run, inputs or [], asked, as_json)
+        return
+    opened = open_run(run)
     if not as_json and len(inputs or ()) == 1 and (pieces := opened.stream(inputs[0], **asked)) is not None:
         print_stream(pieces)
         return
@@ -100,6 +107,20 @@ def stored(answers: list[dict[str, Any]], folder: Path | None) -> list[dict[str,
                 path.write_bytes(value.content)
                 answer[name] = str(path)
     return answers
+
+
+def speak(model: str, prompts: list[str], asked: dict[str, str], as_json: bool) -> None:
+    """Answers of a pretrained language model."""
+    from fieldguide.progress import print_stream
+    from fieldguide.speaker import Speaker, settled
+    how, chat = settled(asked, prompts)
+    speaker = Speaker.load(model)
+    asks = [speaker.question(p, chat) for p in prompts]
+    if len(asks) == 1 and not as_json and how["beams"] == 1:
+        print_stream(speaker.stream(asks[0], **{k: v for k, v in how.items() if k != "beams"}))
+        return
+    for prompt, answer in zip(prompts, speaker.say(asks, **how)):
+        print(json.dumps({"prompt": prompt, "text": answer}, ensure_ascii=False) if as_json else answer)
 
 
 @app.command()

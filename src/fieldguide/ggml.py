@@ -53,3 +53,39 @@ def metadata(path: Path) -> dict[str, Any]:
         if tensor.name == "rope_freqs.weight":
             said["slowest"] = float(tensor.data.max())
     return said
+
+
+# How a text is parted before pairs are merged, by the file's name for it: as the models' own tokenizers do.
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+PARTED = {"llama-bpe": LLAMA3, "qwen2": LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
+
+
+def tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
+    """The tokenizer that a file holds, its special tokens by name, and its chat template. Raises `WeightsError` for kinds
+    other than byte-level pairs."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    said = metadata(path).get("tokenizer", {})
+    ggml = said.get("ggml", {})
+    kind, parted = ggml.get("model"), ggml.get("pre", "default")
+    if kind != "gpt2" or parted not in ("default", "gpt-2", "smollm", *PARTED):
+        raise WeightsError(f"{path}: its tokenizer is {kind!r} ({parted!r}); read are byte-level pairs of the kinds gpt-2, "
+                           f"smollm, {', '.join(PARTED)}. Give a folder with its tokenizer.json instead.")
+    tokens = ggml["tokens"]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)},
+                                [tuple(merge.split(" ", 1)) for merge in ggml["merges"]]))
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=parted not in PARTED)
+    before = {"smollm": [pre_tokenizers.Digits(individual_digits=True)]}.get(parted, [])
+    if parted in PARTED:
+        before = [pre_tokenizers.Split(Regex(PARTED[parted]), "isolated")]
+    made.pre_tokenizer = pre_tokenizers.Sequence([*before, whole])
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(token, special=True) for token, kind in zip(tokens, ggml["token_type"])
+                             if kind == CONTROL])
+    named = {f"{name}_token": tokens[ggml[key]] for name, key in
+             (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("unk", "unknown_token_id"), ("pad", "padding_token_id"))
+             if key in ggml}
+    return made, named, said.get("chat_template")
+
+
+CONTROL = 3            # the type of tokens that no text spells

@@ -22,6 +22,7 @@ from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError
 from fieldguide.exhibits import Bars, Exhibit, Quote, Quotes, Table
 from fieldguide.generation import Sampling, generate
+from fieldguide.generation.text import cut, pieces
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.ngram import NGram
@@ -275,7 +276,7 @@ class TextGeneration(Typed):
                 for row in outputs["said"].astype(int)]
 
     def cut(self, text: str) -> str:
-        return text.partition(self.asking.stop)[0] if self.asking.stop else text
+        return cut(text, (self.asking.stop,))
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str]:
         data = self.read([source])
@@ -284,21 +285,8 @@ class TextGeneration(Typed):
         return self.pieces(objective, self.prompt(self.turns(data)[0]))
 
     def pieces(self, objective: Objective, prompt: list[int]) -> Iterator[str]:
-        said, shown, stop = [], 0, self.asking.stop
-        for token in self.sampled(objective, [prompt], self.asking):
-            said += [i for i in token.tolist() if i not in (-1, self.text.end)]
-            text = self.text.decode(said)
-            sure = self.cut(text)
-            # Half of a character, or of the stopping text, may be all that is there yet: it is held back.
-            held = len(stop) - 1 if stop and len(sure) == len(text) else 0
-            ready = len(sure) - held if not text.endswith("\ufffd") else shown
-            if ready > shown:
-                yield sure[shown:ready]
-                shown = ready
-            if len(sure) < len(text):
-                return
-        if said and (rest := self.cut(self.text.decode(said))[shown:]):
-            yield rest
+        tokens = (int(token) for token in self.sampled(objective, [prompt], self.asking))
+        return pieces(tokens, self.text.decode, (self.text.end,), (self.asking.stop,))
 
     # Report
 

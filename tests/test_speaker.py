@@ -1,0 +1,173 @@
+"""Pretrained language models that speak: templates, tokenizers, batches, beams and streams, beside transformers' own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from fieldguide.errors import DataError, SettingsError, WeightsError
+from fieldguide.generation import Sampling
+from fieldguide.generation.chat import ChatTemplate
+from fieldguide.generation.text import cut, pieces
+from fieldguide.speaker import Speaker
+from test_pretrained import settled
+from tv import transformers
+
+GREEDY = Sampling(temperature=0.0)
+TEXT = ["the cat sat on the mat", "a dog ran after the cat, and the cat ran too", "who sat on the mat? the dog", "ünïcödé ☃"]
+TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['user', 'assistant', 'system'] %}"
+            "{{ raise_exception('nobody is called ' + message['role']) }}{% endif %}\n"
+            "<|{{ message.role }}|>{{ message.content | trim }}{{ eos_token }}\n{% endfor %}\n"
+            "{%- if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def bpe() -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.train_from_iterator(TEXT, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False))
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = bpe()
+    torch.manual_seed(0)
+    theirs = settled(transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=None)))
+    theirs.save_pretrained(path)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def speaker(folder):
+    return Speaker.load(folder)
+
+
+def theirs(folder, prompt: str, **how) -> str:
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    ids = fast(prompt, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=1, **how)
+    return fast.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+
+
+def test_greedy_answers_are_those_of_transformers(folder, speaker):
+    prompts = ["the cat", "a dog ran after", "who"]
+    together = speaker.say(prompts, tokens=12, sampling=GREEDY)
+    assert together == [theirs(folder, p) for p in prompts]
+    assert together == [speaker.say([p], tokens=12, sampling=GREEDY)[0] for p in prompts]
+    assert ["".join(speaker.stream(p, tokens=12, sampling=GREEDY)) for p in prompts] == together
+
+
+def test_beams_find_what_is_likelier(speaker):
+    """The answer with its end, as the network scores it: at least as likely as the greedy one's, by the same measure."""
+    def score(row: list[int], answer: list[int]) -> float:
+        ids = torch.tensor([[*row, *answer, speaker.ends[0]]])
+        logp = speaker.network(ids).log_softmax(-1)[0, len(row) - 1:-1]
+        return float(logp.gather(1, ids[0, len(row):, None]).sum()) / ((6 + len(answer)) / 6) ** 0.6
+    row = speaker.tokens("the cat")
+    with torch.no_grad():
+        best, one = (score(row, speaker.searched(row, 6, beams)) for beams in (8, 1))
+    assert best >= one - 1e-5
+    assert speaker.say(["the cat"], tokens=6, beams=8) == [speaker.text.decode(speaker.searched(row, 6, 8))]
+
+
+def test_seeds_decide(speaker):
+    hot = Sampling(temperature=2.0)
+    assert speaker.say(["the"], seed=1, sampling=hot, tokens=8) == speaker.say(["the"], seed=1, sampling=hot, tokens=8)
+    assert len({speaker.say(["the"], seed=s, sampling=hot, tokens=8)[0] for s in range(5)}) > 1
+
+
+def test_conversations_are_written_as_transformers_writes_them(folder, speaker):
+    said = [{"role": "system", "content": " be brief "}, {"role": "user", "content": "who sat?"}]
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    assert speaker.template(said) == fast.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    assert speaker.template(said, answer=False) == fast.apply_chat_template(said, tokenize=False)
+    assert speaker.tokens(said) == fast(speaker.template(said), add_special_tokens=False).input_ids
+    with pytest.raises(DataError, match="nobody is called robot"):
+        speaker.template([{"role": "robot", "content": "?"}])
+
+
+@pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages[0].update(x=1) }}",
+                                    "{{ cycler.__init__.__globals__ }}"])
+def test_templates_reach_nothing(source):
+    with pytest.raises(DataError, match="chat template"):
+        assert ChatTemplate(source + "{{ undefined.x }}")([{"role": "user", "content": "hi"}])
+
+
+def test_a_template_that_cannot_be_read():
+    with pytest.raises(DataError, match="line 2"):
+        ChatTemplate("fine\n{% if %}")
+
+
+def test_pieces_are_whole_characters_and_hold_back_stops():
+    tokenizer = bpe()
+    for text in TEXT:
+        ids = tokenizer.encode(text).ids
+        found = list(pieces(ids, tokenizer.decode))
+        assert "".join(found) == text and all("\ufffd" not in piece for piece in found)
+        stops = ["the m", "and"]
+        assert "".join(pieces([*ids, 1, -1], tokenizer.decode, ends=(1,), stops=stops)) == cut(text, stops)
+    assert cut("abcd", ["cd", "b"]) == "a" and cut("abcd", ["", "x"]) == "abcd"
+
+
+def test_refusals(folder, tmp_path, speaker):
+    with pytest.raises(SettingsError, match="a prompt is empty"):
+        Speaker(speaker.network, speaker.text, ()).say([""])
+    with pytest.raises(DataError, match="no chat template"):
+        Speaker(speaker.network, speaker.text, (1,)).tokens([{"role": "user", "content": "?"}])
+    for file in folder.iterdir():
+        if "token" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(WeightsError, match=r"has no tokenizer\.json"):
+        Speaker.load(tmp_path)
+
+
+def test_the_tokenizer_of_a_gguf_file(tmp_path):
+    """Merges and special tokens in the file, and texts come out as from the tokenizer that was put in."""
+    gguf = pytest.importorskip("gguf")
+    from fieldguide.ggml import tokenizer as read
+    made = bpe()
+    made.add_special_tokens(["<s>", "</s>"])
+    state = json.loads(made.to_str())["model"]
+    tokens = sorted(state["vocab"], key=state["vocab"].get)
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t in ("<s>", "</s>") else 1 for t in tokens])
+    writer.add_token_merges([" ".join(m) for m in state["merges"]])
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(TEMPLATE)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    again, named, template = read(tmp_path / "t.gguf")
+    for text in [*TEXT, "a</s>b", "x  y\n\n z 123"]:
+        assert again.encode(text).ids == made.encode(text).ids and again.decode(again.encode(text).ids) == made.decode(
+            made.encode(text).ids)
+    assert named == {"eos_token": "</s>"} and template == TEMPLATE
+
+
+def test_from_the_shell(folder, capsys):
+    from fieldguide.cli import app
+    from typer.testing import CliRunner
+    run = lambda *words: CliRunner().invoke(app, ["predict", str(folder), *words])           # noqa: E731
+    greedy = ("--set", "temperature=0", "--set", "tokens=12", "--set", "chat=false")
+    assert run("the cat", *greedy).stdout.strip("\n") == theirs(folder, "the cat")
+    lines = [json.loads(line) for line in run("the cat", "who", *greedy, "--json").stdout.splitlines()]
+    assert [line["text"] for line in lines] == [theirs(folder, p) for p in ("the cat", "who")]
+    assert "nothing" not in run("--set", "tokens=3").stdout
+    for words, message in ((("x", "--set", "heat=1"), "not asked with 'heat'"), ((), "say what to go on from"),
+                           (("x", "--set", "temperature=-1"), "must be at least 0")):
+        failed = run(*words)
+        assert failed.exit_code and message in str(failed.exception)
