@@ -66,6 +66,11 @@ def pair(config: Any, rows: int) -> tuple[Tensor, ...]:
     return source[:, :7], mask[:, :7], *tokens(config, rows)
 
 
+def unpadded_pair(config: Any, rows: int) -> tuple[Tensor, ...]:
+    source, mask = unpadded(config, rows)
+    return source[:, :7], mask[:, :7], *unpadded(config, rows)
+
+
 def items(config: Any, rows: int) -> tuple[Tensor, ...]:
     _, mask = tokens(config, rows)
     return torch.randint(1, config.items, mask.shape), mask
@@ -124,6 +129,11 @@ def sequence(config: Any, rows: int) -> tuple[Tensor, ...]:
 def encoder(model: nn.Module) -> Peer:
     import encoders
     return encoders.encoder(model)
+
+
+def writer(model: nn.Module) -> Peer:
+    import writers
+    return writers.writer(model)
 
 
 def same(build: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], Peer]:
@@ -652,6 +662,11 @@ CASES = {
     "mixtral": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "gemma3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "transformer": Case(inputs=pair, peer=torch_transformer, lr=2e-2),
+    "t5": Case(inputs=pair, peer=writer, lr=3e-2),
+    "bart": Case(inputs=pair, peer=writer, lr=2e-2),
+    "mbart": Case(inputs=pair, peer=writer, lr=2e-2),
+    "nllb": Case(inputs=unpadded_pair, peer=writer, lr=2e-2),
+    "nllb-moe": Case(inputs=unpadded_pair, peer=writer, lr=2e-2),
     "sasrec": Case(inputs=items, lr=3e-2, peer=lambda model: equations(
         references.sasrec(model.config.heads, model.config.length))(model)),
     "patchtst": Case(inputs=series, lr=3e-2, peer=lambda model: equations(references.patchtst(

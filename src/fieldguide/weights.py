@@ -37,7 +37,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")        # keys that
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")               # of DDP, torch.compile, wrappers
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 FILES = ("model.safetensors", "model.safetensors.index.json",        # what a folder of Hugging Face may hold
-         "pytorch_model.bin", "pytorch_model.bin.index.json")
+         "pytorch_model.bin", "pytorch_model.bin.index.json",
+         "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -148,7 +149,8 @@ def inwards(state: State, table: Table) -> _Translated:
             done.put(ours, torch.cat(tensors), names)
     for row in _zeros(table):
         if row.like in done.state and row.ours not in done.state:
-            done.put(row.ours, torch.zeros_like(done.state[row.like][:row.length]), "what such files do without")
+            other = done.state[row.like]
+            done.put(row.ours, torch.zeros_like(other[:, 0] if row.column else other[:row.length]), "what such files do without")
     return done
 
 

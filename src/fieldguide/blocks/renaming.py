@@ -48,12 +48,13 @@ class Paired:
 @dataclass(frozen=True)
 class Zeros:
     """There is no public tensor: where ours stands, theirs adds nothing. Ours is zeros, as the first `length` of another
-    of ours along its first axis. Only zeros can be written to such files. What stands in the table as the public name,
-    in angle brackets, is for readers."""
+    of ours along its first axis, or as its first `column`. Only zeros can be written to such files. What stands in the
+    table as the public name, in angle brackets, is for readers."""
 
     ours: str
     like: str
     length: int = 1
+    column: bool = False
 
 
 @dataclass(frozen=True)

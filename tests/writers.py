@@ -1,0 +1,93 @@
+"""The encoder-decoders of transformers, set up as ours are."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide.pretrained import outwards
+from fieldguide.registry import cards
+from fieldguide.weights import tables, translate
+from tv import transformers
+
+KINDS = {"t5": "T5", "bart": "Bart", "mbart": "MBart", "m2m_100": "M2M100", "nllb-moe": "NllbMoe"}
+moe = transformers.models.nllb_moe.modeling_nllb_moe
+
+
+def two_experts(self: nn.ModuleDict, x: Tensor, first: Tensor, shares: Tensor) -> Tensor:
+    """The sum over the experts that a token goes to of share times answer (GShard, algorithm 1), token by token.
+
+    In transformers 5.23 expert 0 serves every token's second choice and expert 1 its first, whichever were chosen: it reads
+    the zeros and ones of a mask as numbers of experts.
+    """
+    rows = [sum((share * self[f"expert_{e}"](one[None])[0] for e, share in enumerate(given) if share), 0 * one)
+            for one, given in zip(x, shares)]
+    out = torch.stack(rows)
+    return out if self.training or not self.moe_token_dropout else out * (1 - self.moe_token_dropout)
+
+
+moe.NllbMoeExperts.forward = two_experts
+
+
+class Pairs(nn.Module):
+    """Takes what ours takes, gives what ours gives, in the precision that it is given; tied tensors have one name."""
+
+    def __init__(self, peer: nn.Module):
+        super().__init__()
+        self.peer = peer
+        for module in peer.modules():
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None                # it would keep the gradient of one token from its embedding
+
+    def forward(self, source: Tensor, source_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        double = next(self.parameters()).dtype == torch.float64
+        for module in self.modules():
+            if isinstance(module, moe.NllbMoeTop2Router):
+                module.dtype = torch.float64 if double else torch.float32
+        to = Tensor.to
+        kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)  # noqa: E731
+        with mock.patch.object(Tensor, "to", kept):
+            return self.peer(input_ids=source, attention_mask=source_mask.long(), decoder_input_ids=tokens,
+                             decoder_attention_mask=mask.long(), use_cache=False).logits
+
+    def tied(self) -> dict[str, str]:
+        """Names of tensors that are another's too -> the name that files have."""
+        first, again = {}, {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if (known := first.setdefault(id(tensor), name)) != name:
+                again[name] = known
+        return again
+
+    def load_state_dict(self, state, strict=True):
+        return super().load_state_dict(state | {again: state[name] for again, name in self.tied().items()}, strict)
+
+
+def configuration(model: nn.Module, **other: Any) -> Any:
+    """Our config written as that of transformers."""
+    card = next(card for card in cards().values() if card.model is type(model))
+    theirs = outwards(card, card.configs["huggingface"], model.config) | other
+    kind = theirs.pop("model_type")
+    kept = {key: value for key, value in theirs.items() if key != "architectures"}
+    return transformers.AutoConfig.for_model(kind, **kept, bos_token_id=0, attn_implementation="eager")
+
+
+def network(model: nn.Module, **other: Any) -> nn.Module:
+    config = configuration(model, **other)
+    peer = getattr(transformers, KINDS[config.model_type] + "ForConditionalGeneration")(config)
+    if not getattr(model.config, "tied", True):          # transformers 5 ties every T5's head; those of version 1.1 are not
+        peer.lm_head.weight = nn.Parameter(peer.lm_head.weight.detach().clone())
+    return peer
+
+
+def writer(model: nn.Module, **other: Any) -> tuple[nn.Module, Any]:
+    """The peer of one of our encoder-decoders and what renames our tensors."""
+    peer, table = Pairs(network(model, **other)), tables(model)["huggingface"]
+    there = {key for key in peer.state_dict() if key not in peer.tied()}
+
+    def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = {f"peer.{key}": x for key, x in translate(state, table, reverse=True).items()}
+        return {key: x for key, x in names.items() if key in there or key not in peer.tied()}
+    return peer, rename
