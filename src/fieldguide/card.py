@@ -86,7 +86,8 @@ class Card:
     signature). `names` maps the project's vocabulary (classes, channels, image, vocab, length, numbers,
     categories, features) to this config's own field names where they differ. `weights` holds the tables of
     public parameter names, by origin, or functions from a config to such a table; `configs` those of public
-    configuration keys, by origin (see `fieldguide.blocks.configs`). `recipe` holds training settings that suit the
+    configuration keys, by origin (see `fieldguide.blocks.configs`); `aliases`, for origins whose configurations say only a
+    name, what is meant by each: a size, or a size and what differs from it. `recipe` holds training settings that suit the
     architecture and are laid over the task's (see `fieldguide.train.settings.Settings`). `adapt` turns what the data
     needs (the same vocabulary) into config fields that follow from it: a smaller stem for small pictures. `parts`
     names further networks that training needs beside this one, by what the objective calls them:
@@ -104,6 +105,7 @@ class Card:
     names: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    aliases: Mapping[str, Mapping[str, str | tuple[str, Mapping[str, Any]]]] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     build: Callable[[Any], Any] | None = None

@@ -13,13 +13,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Is:
-    """The key must have this value, or the network would compute another thing; where it is absent, it has.
+    """The key must have this value, or the network would compute another thing; where it is absent, it has, or else it has
+    the value `absent`.
 
-    A function takes our config and says what the value must be. `written=False`: it need not stand in our files.
+    A function takes our config and says what the value must be. `written=False`: it need not stand in our files. `among`:
+    all that a function may say, for keys that say whose configuration this is.
     """
 
     value: Any | Callable[[Any], Any]
     written: bool = True
+    among: tuple = ()
+    absent: Any = ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """There is no key: such networks always have this value in our field, and one that has another cannot be written so.
+    What stands in the table as the key, in angle brackets, is for readers."""
+
+    ours: str
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,10 @@ class Absent:
 
 @dataclass(frozen=True)
 class Counted:
-    """Our field is how many entries stand there: names of labels."""
+    """Our field is how many entries stand there: names of labels. transformers does not write down two."""
 
     ours: str
+    absent: int = 2
 
 
 @dataclass(frozen=True)
@@ -54,4 +68,4 @@ class Derived:
     write: Callable[[Any], Any]
 
 
-ConfigRow = Derived | str | Is | Known | Absent | Counted
+ConfigRow = Derived | str | Is | Fixed | Known | Absent | Counted

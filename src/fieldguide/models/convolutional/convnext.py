@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is
 from fieldguide.blocks.conv import check_side
 from fieldguide.blocks.drop_path import DropPath, rising
 from fieldguide.blocks.norm import ChannelNorm
@@ -33,6 +34,7 @@ class Config:
     depths: tuple[int, ...] = (3, 3, 9, 3)               # blocks a level
     widths: tuple[int, ...] = (96, 192, 384, 768)        # D of each level
     drop_path: float = 0.1                               # of the last block; rises with depth from 0
+    eps: float = 1e-6                                    # of the last normalisation; 1e-12 in transformers' copies
 
 
 class Block(nn.Module):
@@ -79,7 +81,7 @@ class ConvNeXt(nn.Module):
                 self.steps.append(nn.Sequential(OrderedDict(norm=ChannelNorm(dim), conv=nn.Conv2d(dim, width, 2, 2))))
             self.stages.append(nn.Sequential(*(self.block(width, next(drops)) for _ in range(depth))))
             dim = width
-        self.norm = nn.LayerNorm(dim, 1e-6)
+        self.norm = nn.LayerNorm(dim, config.eps)
         self.head = nn.Linear(dim, config.classes)
         self.reset_parameters()
 
@@ -162,6 +164,23 @@ def torchvision(config: Config) -> dict[str, Row]:
     return table
 
 
+def configuration(model_type: str, architecture: str) -> dict[str, ConfigRow]:
+    """Keys of transformers' configurations of both versions."""
+    return {
+        "model_type": Is(model_type),
+        "architectures": Is([architecture]),
+        "id2label": Counted("classes"),
+        "num_channels": "channels",
+        "patch_size": "patch",
+        "num_stages": Is(lambda c: len(c.depths)),
+        "hidden_sizes": "widths",
+        "depths": "depths",
+        "hidden_act": Is("gelu"),
+        "layer_norm_eps": Absent("eps", 1e-12),          # of the last alone: the others have 1e-6 there, too
+        "drop_path_rate": Absent("drop_path", 0.0),
+    }
+
+
 def small(side: int) -> dict[str, int]:
     """A patch that leaves small pictures something after three halvings."""
     if side < 8:
@@ -184,6 +203,8 @@ CARD = Card(
         "convnext-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
     },
     weights={"timm": TIMM, "torchvision": torchvision, "huggingface": HUGGINGFACE, "authors": AUTHORS},
+    configs={"huggingface": configuration("convnext", "ConvNextForImageClassification")},
+    aliases={"timm": {f"convnext_{size}": f"convnext-{size}" for size in ("tiny", "small", "base", "large", "xlarge")}},
     # Section 2.1: AdamW with decay 0.05, smoothing 0.1, a long warm-up; 4e-3 at a batch of 4,096 is 1e-3 at some hundred.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
 )

@@ -105,6 +105,9 @@ CARD = Card(
         "convnextv2-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
     },
     weights={"timm": timm, "huggingface": HUGGINGFACE, "authors": AUTHORS},
+    configs={"huggingface": convnext.configuration("convnextv2", "ConvNextV2ForImageClassification")},
+    aliases={"timm": {f"convnextv2_{size}": f"convnextv2-{size}"
+                      for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")}},
     # As for ConvNeXt.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
 )

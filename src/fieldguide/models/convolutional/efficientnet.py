@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fieldguide.blocks.configs import Counted, Fixed, Is
 from fieldguide.blocks.conv import PADDINGS, conv_norm
 from fieldguide.blocks.inverted import InvertedResidual, rounded
 from fieldguide.blocks.renaming import Row
@@ -178,6 +179,32 @@ def huggingface(config: Config) -> dict[str, Row]:
     return table
 
 
+CONFIG = {                                               # of transformers
+    "model_type": Is("efficientnet"),
+    "architectures": Is(["EfficientNetForImageClassification"]),
+    "id2label": Counted("classes"),
+    "num_channels": "channels",
+    "width_coefficient": "width",
+    "depth_coefficient": "depth",
+    "dropout_rate": "dropout",
+    "drop_connect_rate": "drop_path",
+    "batch_norm_eps": "eps",
+    "hidden_dim": Is(lambda c: rounded(c.width * HEAD)),
+    "depth_divisor": Is(8),
+    "expand_ratios": Is([stage[0] for stage in STAGES]),
+    "kernel_sizes": Is([stage[1] for stage in STAGES]),
+    "in_channels": Is([STEM, *(stage[2] for stage in STAGES[:-1])]),
+    "out_channels": Is([stage[2] for stage in STAGES]),
+    "num_block_repeats": Is([stage[3] for stage in STAGES]),
+    "strides": Is([stage[4] or 2 for stage in STAGES]),
+    "squeeze_expansion_ratio": Is(0.25),
+    "hidden_act": Is("swish"),
+    "pooling_type": Is("mean"),
+    "<sides are padded as in TensorFlow>": Fixed("padding", "same"),        # which `depthwise_padding` spells out for one side
+    "<strides are those of the paper>": Fixed("early", (2, 2, 2)),
+}
+
+
 def small(side: int) -> dict[str, tuple[int, ...]]:
     """Strides that leave small pictures a map of 2 to 4 pixels a side."""
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
@@ -202,6 +229,9 @@ CARD = Card(
         "efficientnet-test": Size(width=0.1, depth=0.3, dropout=0.0, drop_path=0.0, padding="same", eps=1e-3, classes=5),
     },
     weights={"torchvision": TORCHVISION, "timm": TIMM, "huggingface": huggingface},
+    configs={"huggingface": CONFIG},
+    aliases={"timm": {f"tf_efficientnet_{name}": f"tf-efficientnet-{name}" for name in B}
+             | {f"efficientnet_{name}": (f"efficientnet-{name}", {"eps": 1e-5}) for name in B}},
     # Batch normalisation in every block bears high rates; the paper's RMSprop needs a TPU pod's batch of 4,096.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
 )

@@ -197,6 +197,8 @@ CARD = Card(
                                     drop_path=0.0, classes=5),
     },
     weights={"torchvision": torchvision, "timm": TIMM},
+    aliases={"timm": {f"tf_efficientnetv2_{name}": f"tf-efficientnetv2-{name}" for name in (*V2, "xl")}
+             | {f"efficientnetv2_{name}": (f"efficientnetv2-{name}", {"eps": 1e-5}) for name in V2}},
     # As for EfficientNet.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
 )

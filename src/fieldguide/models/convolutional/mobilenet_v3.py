@@ -195,6 +195,8 @@ CARD = Card(
         "mobilenetv3-test": Size(stem=8, blocks=TINY, hidden=24, dropout=0.0, classes=5),
     },
     weights={"torchvision": torchvision, "timm": timm},
+    aliases={"timm": {f"{tf}mobilenetv3_{size}_100": (f"mobilenetv3-{size}", changes) for size in ("large", "small")
+                      for tf, changes in (("", {"eps": 1e-5}), ("tf_", {"padding": "same"}))}},
     # As for EfficientNet; the paper's RMSprop needs a batch of 4,096.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "smoothing": 0.1},
 )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fieldguide.blocks.configs import Counted, Derived, Fixed, Is
 from fieldguide.card import Card, Size
 from fieldguide.errors import SettingsError
 
@@ -168,6 +169,27 @@ HUGGINGFACE = {                                          # of ResNetForImageClas
     "classifier.1.*":                                                  "head.*",
 }
 
+def growth(block: str) -> int:
+    return BLOCKS[block].growth if block in BLOCKS else 1
+
+
+CONFIG = {                                               # of transformers
+    "model_type": Is("resnet"),
+    "architectures": Is(["ResNetForImageClassification"]),
+    "id2label": Counted("classes"),
+    "num_channels": "channels",
+    "layer_type": "block",
+    "depths": "depths",
+    "hidden_sizes": Derived(
+        lambda said: {"widths": tuple(n // growth(said.get("layer_type", "bottleneck")) for n in said["hidden_sizes"])},
+        lambda c: [n * growth(c.block) for n in c.widths]),
+    "embedding_size": Is(lambda c: c.widths[0]),
+    "hidden_act": Is("relu"),
+    "downsample_in_first_stage": Is(False),
+    "downsample_in_bottleneck": Is(False),               # the stride of the paper, on the 1x1
+    "<the stem is of 7x7>": Fixed("stem", "7x7-pool"),
+}
+
 CARD = Card(
     name="resnet", model=ResNet, config=Config, paper="arXiv:1512.03385", year=2015,
     takes="image", gives="label",
@@ -185,7 +207,8 @@ CARD = Card(
         "resnet18-small": Size(block="basic", depths=(2, 2, 2, 2), stem="3x3", classes=10),
         "resnet-test": Size(depths=(1, 2, 1), widths=(8, 16, 24), classes=5),
     },
-    weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE},
+    weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG},
+    aliases={"timm": {name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}},
     # Batch normalisation bears high learning rates; the decay is what keeps small data sets from being learnt
     # by heart.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.05, "smoothing": 0.1},

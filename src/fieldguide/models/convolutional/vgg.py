@@ -145,6 +145,7 @@ CARD = Card(
         "vgg-test": Size(depths=(1, 2, 1), widths=(6, 8, 12), norm=True, pools=3, hidden=16, side=2, dropout=0.0,
                          classes=5),
     },
+    aliases={"timm": {f"vgg{n}{norm}": f"vgg{n}{norm.replace('_', '-')}" for n in (11, 13, 16, 19) for norm in ("", "_bn")}},
     weights={"torchvision": torchvision, "timm": timm},
     # Half of what the sizes with batch normalisation like: the others bear no more, however long the warm-up.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},

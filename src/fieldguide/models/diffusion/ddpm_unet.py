@@ -16,15 +16,18 @@ the caption's reader.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fieldguide.blocks.configs import Absent, Derived, Fixed, Is
 from fieldguide.blocks.renaming import Fused, Row
 from fieldguide.card import Card, Size
-from fieldguide.errors import DataError
+from fieldguide.errors import DataError, WeightsError
 from fieldguide.models.diffusion.caption import Caption
 
 
@@ -211,6 +214,56 @@ def table(query: str, key: str, value: str, out: str) -> dict[str, Row]:
 DIFFUSERS = table("to_q", "to_k", "to_v", "to_out.0")
 DIFFUSERS_2022 = table("query", "key", "value", "proj_attn")                     # of google/ddpm-cifar10-32 and its kin
 
+def widths(said: Mapping[str, Any]) -> dict[str, Any]:
+    first, *_ = all_widths = said["block_out_channels"]
+    if odd := [width for width in all_widths if width % first]:
+        raise WeightsError(f"block_out_channels={all_widths}: {odd[0]} is no multiple of {first}")
+    return {"dim": first, "growth": tuple(width // first for width in all_widths)}
+
+
+def attended(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attend": tuple(said["sample_size"] >> i for i, kind in enumerate(said["down_block_types"])
+                            if kind == "AttnDownBlock2D")}
+
+
+def kinds(where: str, c: Config) -> list[str]:
+    return [f"{'Attn' if c.image // c.patch >> i in c.attend else ''}{where}Block2D" for i in range(len(c.growth))]
+
+
+CONFIG = {                                               # of diffusers
+    "_class_name": Is("UNet2DModel"),
+    "sample_size": "image",
+    "in_channels": "channels",
+    "out_channels": Is(lambda c: c.channels),
+    "block_out_channels": Derived(widths, lambda c: [c.dim * growth for growth in c.growth]),
+    "layers_per_block": "depth",
+    "down_block_types": Derived(attended, lambda c: kinds("Down", c)),
+    "up_block_types": Is(lambda c: kinds("Up", c)[::-1]),
+    "mid_block_type": Is("UNetMidBlock2D"),
+    "add_attention": Is(True),
+    "norm_num_groups": "groups",
+    "norm_eps": Is(1e-6, absent=1e-5),
+    "dropout": Absent("dropout", 0.0),                   # which its first files did not say
+    "num_class_embeds": Derived(lambda said: {"classes": (said.get("num_class_embeds") or 1) - 1},
+                                lambda c: c.classes + 1 if c.classes else None),
+    "class_embed_type": Is(None),
+    "attention_head_dim": Is(None, absent=8),            # one head
+    "downsample_padding": Is(0, absent=1),
+    "flip_sin_to_cos": Is(False, absent=True),
+    "freq_shift": Is(1, absent=0),
+    "time_embedding_type": Is("positional"),
+    "time_embedding_dim": Is(None),
+    "downsample_type": Is("conv"),
+    "upsample_type": Is("conv"),
+    "resnet_time_scale_shift": Is("default"),
+    "mid_block_scale_factor": Is(1),
+    "attn_norm_num_groups": Is(None),
+    "center_input_sample": Is(False),
+    "act_fn": Is("silu"),
+    "<pixels enter one by one>": Fixed("patch", 1),
+    "<captions are unknown>": Fixed("vocab", 0),
+}
+
 CARD = Card(
     name="ddpm-unet", model=DDPMUNet, config=Config, paper="arXiv:2006.11239", year=2020, takes="noisy", gives="image",
     sizes={
@@ -224,7 +277,7 @@ CARD = Card(
         "ddpm-unet-test": Size(image=8, channels=2, classes=3, dim=8, growth=(1, 2), depth=1, attend=(4,), groups=4,
                                dropout=0.0),
     },
-    weights={"diffusers": DIFFUSERS, "diffusers-2022": DIFFUSERS_2022},
+    weights={"diffusers": DIFFUSERS, "diffusers-2022": DIFFUSERS_2022}, configs={"diffusers": CONFIG},
     # Fashion-MNIST in 3 minutes of one core, held-out loss of a small one: adamw at 1e-3 .213, muon .172.
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
 )

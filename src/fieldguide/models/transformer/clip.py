@@ -12,7 +12,9 @@ Shapes: B batch, C channels, S side of a picture, N = 1 + (S/P)^2 places of it, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
 from fieldguide.blocks.causal import CausalAttention
+from fieldguide.blocks.configs import ConfigRow, Derived, Is, Known
 from fieldguide.blocks.padding import lengths, pick
 from fieldguide.blocks.renaming import Dropped, Fused, Row, Transposed
 from fieldguide.blocks.rollout import rollout, weights
@@ -246,6 +249,42 @@ def openai(text: str) -> dict[str, Row]:
     return names
 
 
+def end(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Configurations of before 2024 say 2, by mistake, and mean the largest token there is."""
+    text = said.get("text_config") or {}
+    token, vocab = text.get("eos_token_id", 49_407), text.get("vocab_size", 49_408)
+    return {"end": vocab - 1 if token == 2 else token}
+
+
+def tower(name: str, dim: str, depth: str, heads: str) -> dict[str, ConfigRow]:
+    return {
+        f"{name}_config.model_type": Is(f"clip_{name}_model"),
+        f"{name}_config.hidden_size": dim,
+        f"{name}_config.num_hidden_layers": depth,
+        f"{name}_config.num_attention_heads": heads,
+        f"{name}_config.intermediate_size": Is(lambda c: 4 * getattr(c, dim)),
+        f"{name}_config.layer_norm_eps": Is(1e-5),
+        f"{name}_config.attention_dropout": Is(0.0),
+    }
+
+
+ACTS = {"quick_gelu": True, "gelu": False}
+CONFIG = {                                               # of transformers
+    "model_type": Is("clip"),
+    "architectures": Is(["CLIPModel"]),
+    "projection_dim": "embed",
+    **tower("vision", "dim", "depth", "heads"),
+    "vision_config.num_channels": "channels",
+    "vision_config.image_size": "image",
+    "vision_config.patch_size": "patch",
+    "vision_config.hidden_act": Known("quick", ACTS),
+    **tower("text", "text_dim", "text_depth", "text_heads"),
+    "text_config.vocab_size": "vocab",
+    "text_config.max_position_embeddings": "length",
+    "text_config.eos_token_id": Derived(end, lambda c: c.end),
+    "text_config.hidden_act": Is(lambda c: next(act for act, quick in ACTS.items() if quick == c.quick)),
+}
+
 HUGGINGFACE, OPENAI, OPENCLIP = huggingface(), openai(""), openai("text.")
 L14 = {"patch": 14, "dim": 1024, "depth": 24, "heads": 16, "text_dim": 768, "text_heads": 12, "embed": 768}
 
@@ -268,6 +307,7 @@ CARD = Card(
                           text_dim=12, text_depth=2, text_heads=3, embed=8),
     },
     weights={"huggingface": HUGGINGFACE, "openai": OPENAI, "openclip": OPENCLIP},
+    configs={"huggingface": CONFIG},
     # Table 19, but for Muon: the sample `captions` in 2 minutes of one core, mean recall .50 with adamw at 5e-4, .55 so.
     recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.2, "beta2": 0.98, "clip": 1.0, "warmup": 0.1},
 )

@@ -14,13 +14,16 @@ N = 1 + R + h w, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.configs import Absent, Counted, Derived, Fixed, Is
 from fieldguide.blocks.drop_path import DropPath
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.patches import Patches, patch_for, spread
@@ -211,6 +214,39 @@ def facebook(c: Config, root: str = "") -> dict[str, Row]:
     }
 
 
+WITH, WITHOUT = "dinov2_with_registers", "dinov2"        # what transformers calls them: two networks
+
+
+def registers(said: Mapping[str, Any]) -> dict[str, Any]:
+    with_them = said["model_type"] == WITH
+    return {"registers": said.get("num_register_tokens", 4) if with_them else 0,
+            "antialias": said.get("interpolate_antialias", with_them)}
+
+
+CONFIG = {                                               # of transformers
+    "model_type": Is(lambda c: WITH if c.registers else WITHOUT, among=(WITH, WITHOUT)),
+    "architectures": Is(lambda c: [f"Dinov2{'WithRegisters' if c.registers else ''}ForImageClassification"]),
+    "id2label": Counted("classes"),
+    "num_channels": "channels",
+    "image_size": "image",
+    "patch_size": "patch",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "mlp_ratio": Is(4),
+    "use_swiglu_ffn": "gated",
+    "num_register_tokens": Derived(registers, lambda c: c.registers),
+    "layerscale_value": Absent("scale", 1.0),
+    "drop_path_rate": Absent("drop_path", 0.0),
+    "interpolate_antialias": Derived(registers, lambda c: c.antialias),          # these two are the authors' own keys,
+    "interpolate_offset": Absent("offset", 0.0),                                 # which transformers keeps and does not read
+    "layer_norm_eps": Is(EPS),
+    "hidden_act": Is("gelu"),
+    "hidden_dropout_prob": Is(0.0),
+    "attention_probs_dropout_prob": Is(0.0),
+    "qkv_bias": Is(True),
+    "<the head reads one class token>": Fixed("read", 1),
+}
 REGISTERS = {"registers": 4, "antialias": True, "offset": 0.0}
 S, L = {"dim": 384, "heads": 6}, {"dim": 1024, "depth": 24, "heads": 16}
 G = {"dim": 1536, "depth": 40, "heads": 24, "gated": True}
@@ -238,6 +274,7 @@ CARD = Card(
     },
     weights={"facebook": facebook, "facebook-classifier": lambda c: facebook(c, "backbone."), "huggingface-base": huggingface,
              "huggingface": lambda c: huggingface(c, "dinov2_with_registers." if c.registers else "dinov2.")},
+    configs={"huggingface": CONFIG},
     # As for a ViT that learns labels from nothing (DeiT, arXiv:2012.12877, table 9).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
 )

@@ -301,6 +301,8 @@ CARD = Card(
     },
     weights={"timm": microsoft("", "head.fc.*"), "microsoft": microsoft(), "huggingface": huggingface()},
     configs={"huggingface": CONFIG},
+    aliases={"timm": {f"swin_{name}_patch4_window7_224": f"swin-{name[0]}" for name in ("tiny", "small", "base", "large")}
+             | {f"swin_{name}_patch4_window12_384": f"swin-{name[0]}-384" for name in ("base", "large")}},
     # Appendix A2.1, without its mixing of pictures, which pays in hundreds of epochs (--set mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.07, "smoothing": 0.1, "clip": 5.0},
 )

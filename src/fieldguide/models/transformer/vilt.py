@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
+from fieldguide.blocks.configs import Counted, Is
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.renaming import Dropped, Fused
 from fieldguide.blocks.rollout import rollout, weights
@@ -173,6 +174,29 @@ HUGGINGFACE = {
     "classifier.3.*":                                        "head.*",
 }
 
+CONFIG = {                                               # of transformers
+    "model_type": Is("vilt"),
+    "architectures": Is(["ViltForQuestionAnswering"]),
+    "id2label": Counted("classes"),
+    "num_channels": "channels",
+    "image_size": "image",
+    "patch_size": "patch",
+    "vocab_size": "vocab",
+    "max_position_embeddings": "length",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": Is(lambda c: 4 * c.dim),
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": Is(lambda c: c.dropout),
+    "layer_norm_eps": Is(EPS),
+    "hidden_act": Is("gelu"),
+    "qkv_bias": Is(True),
+    "type_vocab_size": Is(2),
+    "modality_type_vocab_size": Is(2),
+    "max_image_length": Is(-1),                          # otherwise it reads patches drawn by chance
+}
+
 CARD = Card(
     name="vilt", model=ViLT, config=Config, paper="arXiv:2102.03334", year=2021, takes="captioned", gives="label",
     sizes={
@@ -182,7 +206,7 @@ CARD = Card(
         "vilt-mini": Size(classes=100, image=64, patch=8, vocab=4096, length=32, dim=128, depth=4, heads=2, dropout=0.1),
         "vilt-test": Size(classes=4, channels=2, image=12, patch=4, vocab=30, length=12, dim=16, depth=2, heads=2),
     },
-    weights={"huggingface": HUGGINGFACE},
+    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG},
     recipe={"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.1,
             "schedule": "linear"},                       # section 4.2, but for the rate, which is that of training from nothing
 )

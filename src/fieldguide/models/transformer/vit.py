@@ -248,6 +248,14 @@ CARD = Card(
     weights={"timm": timm, "torchvision": torchvision, "huggingface": huggingface,
              "huggingface-base": lambda c: huggingface(c, "")},
     configs={"huggingface": configuration("vit", "ViTForImageClassification")},
+    aliases={"timm": {
+        "vit_base_patch16_224": "vit-b16", "vit_base_patch32_224": "vit-b32", "vit_base_patch8_224": "vit-b8",
+        "vit_base_patch16_384": "vit-b16-384", "vit_base_patch32_384": "vit-b32-384", "vit_tiny_patch16_224": "vit-ti16",
+        "vit_small_patch16_224": "vit-s16", "vit_small_patch32_224": "vit-s32", "vit_large_patch16_224": "vit-l16",
+        "vit_large_patch32_224": "vit-l32", "deit_base_patch16_224": "vit-b16", "deit_base_patch16_384": "vit-b16-384",
+        "deit_tiny_patch16_224": "vit-ti16", "deit_small_patch16_224": "vit-s16",
+        "vit_small_patch16_384": ("vit-s16", {"image": 384}), "vit_tiny_patch16_384": ("vit-ti16", {"image": 384}),
+        "vit_large_patch16_384": ("vit-l16", {"image": 384}), "vit_large_patch32_384": ("vit-l32", {"image": 384})}},
     # Table 9 of DeiT for batches of 1024, without mixing pictures, which pays in hundreds of epochs (--set mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
 )
