@@ -16,6 +16,7 @@ from fieldguide.tasks import Task
 from fieldguide.train import tuning
 from fieldguide.train.settings import Settings
 
+ENOUGH = 300       # steps that such a fit should have: where time allows fewer, batches are made smaller
 FEW = 300          # examples below which a pretrained network keeps its weights, and a new head alone learns
 SHARE = 0.5        # of the memory: what training all of a network may fill
 BYTES = 16         # a parameter in training: weight, gradient and two moments, in float32
@@ -44,13 +45,18 @@ def gentle(settings: Settings, training: Mapping[str, Any], rows: int, begun: Ch
                            "warmup": 0.1, "clip": 1.0, "ema": 0.0, "tune": way, **RATES.get(way, {})})
 
 
-def filled(network: nn.Module, begun: Checkpoint, settings: Settings, watch: Any) -> list[str]:
-    """Fills a network from the checkpoint and marks what learns; returns what the checkpoint did not fill."""
+def filled(network: nn.Module, begun: Checkpoint, settings: Settings, training: Mapping[str, Any],
+           watch: Any) -> tuple[list[str], Settings]:
+    """Fills a network from the checkpoint and marks what learns; returns what the checkpoint did not fill, and the settings:
+    all learns where a new head alone was to, there is none, and nobody asked for that (`training`)."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", WeightsWarning)
         fresh = weights.load(network, begun.state, begun.origin, head="skip")
     watch.say(f"begins with {begun.path}" + (f"; new and yet to learn: {', '.join(fresh)}" if fresh else ""))
     for warning in said:
         watch.say(str(warning.message))
+    if settings.tune == "frozen" and not fresh and "tune" not in training:
+        settings = settings.with_({"tune": "whole", **RATES["whole"], **training})
+        watch.say("tune=whole instead: the checkpoint fills all of the network, and nothing would be left to learn")
     tuning.prepare(network, settings, fresh)
-    return fresh
+    return fresh, settings

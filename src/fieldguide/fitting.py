@@ -111,13 +111,14 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     learnt = kind.learn(source.take(parts.train), options)
     for note in learnt.notes:
         watch.say(f"note: {note}")
+    needs = {"gives": kind.gives, **learnt.needs()}
+    config = begun.config(needs, of_model) if begun and set(begun.card.answers) & set(kind.gives) else None
     advice = advise(facts={"task": kind.name, "rows": len(parts.train), **learnt.profile()}, needs=learnt.needs(),
                     takes=kind.takes, gives=kind.gives, minutes=budget,
-                    machine=distributed.broadcast(measure.machine()), model=model)
-    card, size = registry.find(advice.best.name)
+                    machine=distributed.broadcast(measure.machine()), model=model, config=config)
+    card, size = (begun.card, model) if begun else registry.find(advice.best.name)
     try:
-        needs = {"gives": kind.gives, **learnt.needs()}
-        config = begun.config(needs, of_model) if begun else configured(card, size, needs, of_model)
+        config = config or configured(card, size, needs, of_model)
     except TypeError as error:
         raise SettingsError(f"--set model.…: {error}") from None
     watch.chose(advice, config)
@@ -132,12 +133,17 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     chosen = with_batch(chosen, len(batches), learnt.fewest, learnt.most)
     torch.manual_seed(seed)
     network = card.make(config)
-    fresh = beginning.filled(network, begun, chosen, watch) if begun else None
+    fresh = None
+    if begun:
+        fresh, chosen = beginning.filled(network, begun, chosen, training, watch)
+    else:
+        tuning.prepare(network, chosen, fresh)
     further = {name: settled_part(part, learnt.needs()) for name, part in card.parts.items()}
     objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
     objective = teaching.taught(objective, learnt, chosen, source, parts)
     chosen, cost, enough = distributed.broadcast(resolve(
-        chosen, objective, batches, len(validation), watch, fewest=chosen.batch if "batch" in training else learnt.fewest))
+        chosen, objective, batches, len(validation), watch, fewest=chosen.batch if "batch" in training else learnt.fewest,
+        enough=beginning.ENOUGH if begun else ENOUGH))
     return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, scored,
                 cost, enough, further, fresh)
 
@@ -165,7 +171,8 @@ def fit(data: Any, *, target: str | None = None, task: str | None = None, model:
     if minutes is None and not {"minutes", "steps"} & set(training) and isinstance(data, str) and data in SAMPLES:
         minutes = SAMPLES[data].minutes
     request = {"data": address(data), "target": target, "group": group, "time": time_column, "allow_bad": allow_bad,
-               "kinds": kinds, "roles": roles, "task": task, "weights": str(weights) if weights is not None else None}
+               "kinds": kinds, "roles": roles, "task": task, "weights": address(weights) if weights is not None else None,
+               "model": model}
     if out is not None:
         refuse_taken(Path(out))
     with distributed.processes():
@@ -243,8 +250,13 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         watch.found(source, type(task), run.record["choice"]["why"])
         torch.manual_seed(chosen.seed)
         network = run.fresh()
-        if (fresh := run.record["model"].get("fresh")) is not None:
+        fresh = run.record["model"].get("fresh")
+        if fresh is None or any((run.path / "checkpoints").glob("step-*.json")):
             tuning.prepare(network, chosen, fresh)
+        else:                                            # it was stopped before it had kept a step
+            name = run.record["request"]["model"]
+            begun = pretrained.described(run.record["request"]["weights"], None if name == "auto" else name)
+            beginning.filled(network, begun, chosen, {"tune": chosen.tune}, watch)
         plan = Plan(source, task, run.record["choice"]["why"], parts, Advice([], []), card, run.record["model"]["size"],
                     network.config if hasattr(network, "config") else None, chosen,
                     teaching.taught(task.objective(network, card, chosen, **run.fresh_parts()), task, chosen, source, parts),
@@ -436,9 +448,9 @@ def with_batch(settings: Settings, rows: int, fewest: int, most: int) -> Setting
 
 
 def resolve(settings: Settings, objective: Objective, batches: Batches, evaluated: int,
-            watch: Any, fewest: int) -> tuple[Settings, float, int]:
+            watch: Any, fewest: int, enough: int = ENOUGH) -> tuple[Settings, float, int]:
     """Fills in precision, layout, steps and evaluations by timing real batches; makes the batch smaller, down to `fewest`
-    examples, where the minutes would hold too few steps.
+    examples, where the minutes would hold fewer steps than `enough`.
 
     Returns seconds a step too and, where the minutes decide on the steps, the count that is enough however quick they
     are; else 0.
@@ -472,7 +484,7 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
             checks = int(np.clip(CHECKED * limit / check, 1, CHECKS))
             steps = max(1, min(steps, int(max(limit - checks * check, limit / 2) / cost())))
             half = settings.batch // parts // 2
-            if steps >= min(ENOUGH, most) or half * parts < fewest:
+            if steps >= min(enough, most) or half * parts < fewest:
                 break
             settings = settings.with_({"batch": half * parts})
             batch, making = timed_batch(batches, half)

@@ -54,6 +54,8 @@ class Checkpoint:
     @property
     def size(self) -> str:
         """The size that it is, or else the bare name of its architecture."""
+        if self.path and (self.path / "run.json").is_file():
+            return read_config(self.path / "run.json")["model"]["size"]
         card, free = self.card, {"gives", *(self.card.names.get(word, word) for word in FREE)}
         mine = asdict(card.config(**self.values))
         best, most = card.name, -1

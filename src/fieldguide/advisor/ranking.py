@@ -100,11 +100,12 @@ def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping
 
 
 def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[str, ...], gives: tuple[str, ...],
-           minutes: float, machine: Mapping[str, Any] | None = None, model: str = "auto") -> Advice:
+           minutes: float, machine: Mapping[str, Any] | None = None, model: str = "auto", config: Any = None) -> Advice:
     """Ranks every size of every architecture that can be fed (`takes`) and used (`gives`).
 
     `facts` are what rules compare: task, rows, and the task's profile. `needs` are the sizes that the data demands.
-    `model` other than "auto" narrows the choice to one name or glob, and then nothing but impossibility rejects.
+    `model` other than "auto" narrows the choice to one name or glob, and then nothing but impossibility rejects; `config` is
+    that of a network of this name which is there already.
     """
     machine = machine or measure.machine()
     speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
@@ -112,7 +113,9 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
     needs = {"gives": gives, **needs}
     if model != "auto":
         option = Option(refuse_unable(model, able), registry.card(model).name)
-        look_closer(option, facts, needs, speed, minutes, machine)
+        if config is not None and option.name != model:
+            option.name = model                          # of no published size
+        look_closer(option, facts, needs, speed, minutes, machine, config)
         return asked_for(option)
     # Counting a network's work takes long. So the most promising are looked at first, by published counts, and no more
     # once the rest could not come before them, whatever they cost.
@@ -154,14 +157,14 @@ def promise(option: Option, facts: Mapping[str, Any], needs: Mapping[str, Any]) 
 
 
 def look_closer(option: Option, facts: Mapping[str, Any], needs: Mapping[str, Any], speed: float, minutes: float,
-                machine: Mapping[str, Any]) -> None:
-    """Counts parameters and work of the network as it would be made for this data, and sizes it up."""
+                machine: Mapping[str, Any], config: Any = None) -> None:
+    """Counts parameters and work of the network as it is (`config`) or would be made for this data, and sizes it up."""
     card, size = registry.find(option.name)
     fresh = promise(Option(option.name, option.architecture), facts, needs)
     option.points, option.reasons, option.against = fresh.points, fresh.reasons, fresh.against
     option.points += proportion(fresh.parameters, facts["rows"])
     try:
-        config = configured(card, size, needs)
+        config = configured(card, size, needs) if config is None else config
         option.parameters = counted(card, config)
         option.multiply_adds = measure.multiply_adds(card.name, config, length=facts.get("tokens", 64),
                                                       side=facts.get("side", 224))

@@ -43,6 +43,7 @@ class ImageClassification(Labelled):
         side: int | None = None         # pixels a side that the network sees
         channels: int | None = None     # 1 grey, 3 colour
         flip: bool | None = None        # mirrored pictures keep their class
+        pixels: str | None = None       # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
 
     pictures: Pictures
 
@@ -66,6 +67,8 @@ class ImageClassification(Labelled):
         paths = data.rows[task.column].to_list()
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
         task.pictures = Pictures.learn(images.load([paths[i] for i in sample], side, channels))
+        if options.pixels:
+            task.pictures = task.pictures.scaled(options.pixels)
         task.learn_labels(data)
         flip = options.flip if options.flip is not None else task.mirrors(data)
         task.options = settled(options, side=task.pictures.side, channels=task.pictures.channels, flip=flip)

@@ -7,10 +7,12 @@ trains a low-rank change of every linear layer (Hu et al. 2021, arXiv:2106.09685
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -36,15 +38,19 @@ class LowRank(nn.Module):
         return weight + self.scale * (self.b @ self.a)
 
 
-def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str]) -> None:
-    """Marks what of a network learns. `fresh` names the parameters that no checkpoint filled: these always do.
+def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str] | None) -> None:
+    """Marks what of a network learns. `fresh` names the parameters that no checkpoint filled: these always do; None: there
+    was no checkpoint.
 
-    Raises `SettingsError` where nothing would learn.
+    Raises `SettingsError` where nothing would learn, and for a network from nothing of which a part only is to learn.
     """
     if settings.recompute:
         recomputed(model)
     if settings.tune == "whole":
         return
+    if fresh is None:
+        raise SettingsError(f"tune={settings.tune} keeps the weights of a network that has learnt already, and this one begins "
+                            "with chance: name a checkpoint by --weights.")
     fresh = set(fresh)
     for name, p in model.named_parameters():
         p.requires_grad_(name in fresh)
@@ -73,21 +79,47 @@ def held(model: nn.Module) -> list[nn.Module]:
 
 
 def recomputed(model: nn.Module) -> None:
-    """Blocks keep their inputs alone for the way back, and compute the rest again (Chen et al. 2016, arXiv:1604.06174)."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and name.rpartition(".")[2] in ("blocks", "stages", "layers"):
-            for block in module:
-                block.forward = _Again(block.forward)
+    """Blocks keep their inputs alone for the way back, and compute the rest again (Chen et al. 2016, arXiv:1604.06174).
+
+    Raises `SettingsError` for a network that has no blocks.
+    """
+    rows = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)
+            and name.rpartition(".")[2] in ("blocks", "stages", "layers")]
+    found = [block for row in rows for part in row
+             for block in (part if isinstance(part, nn.ModuleList | nn.Sequential) else [part])]
+    inner = {id(m) for block in found for m in block.modules() if m is not block}
+    found = list({id(block): block for block in found if id(block) not in inner}.values())
+    if not found:
+        raise SettingsError(f"recompute=true: {type(model).__name__} has no blocks that could be computed again")
+    for block in found:
+        block.forward = _Again(block)
 
 
 class _Again:
-    def __init__(self, forward):
-        self.forward = forward
+    """A block's forward pass that is made a second time on the way back, with the same dropout."""
+
+    def __init__(self, block: nn.Module):
+        self.block, self.forward = block, block.forward
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), unseen(self.block)),
+                          **kwargs)
+
+
+@contextmanager
+def unseen(block: nn.Module) -> Iterator[None]:
+    """Inside, normalisations take no account of batches in their running statistics: those have been counted."""
+    norms = [(m, m.momentum) for m in block.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for norm, _ in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked.sub_(1)                 # which the pass adds again
+    try:
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
 
 
 def levels(names: Iterable[str]) -> tuple[dict[str, int], int]:
@@ -100,7 +132,7 @@ def levels(names: Iterable[str]) -> tuple[dict[str, int], int]:
         if hit:
             last = found.setdefault(hit[1], len(found) + 1)
         out[name] = last if hit or not found else -1     # behind the first block, and in none: settled below
-    top = len(found) + 1
+    top = len(found) + 1 if found else 0                 # a new head alone is the top
     return {name: top if level < 0 else level for name, level in out.items()}, top
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fieldguide.data import images
+from fieldguide.errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,19 @@ class Pictures:
         mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0)
         return cls(pixels.shape[-1], pixels.shape[1], tuple(mean.tolist()),
                    tuple(max(s, 1e-3) for s in std.tolist()), fit)
+
+    def scaled(self, text: str) -> Pictures:
+        """With mean and deviation of each channel as "mean,mean,mean/std,std,std" says. Raises `SettingsError` where it
+        does not say so many."""
+        try:
+            mean, std = (tuple(float(number) for number in part.split(",")) for part in text.split("/"))
+        except ValueError:
+            mean, std = (), ()
+        if not len(mean) == len(std) == self.channels or min(std) <= 0:
+            raise SettingsError(f"task.pixels={text!r} is no mean and deviation of {self.channels} "
+                                f"channel{'s' if self.channels > 1 else ''}, such as "
+                                f"{'/'.join(','.join([each] * self.channels) for each in ('0.5', '0.25'))}.")
+        return replace(self, mean=mean, std=std)
 
     def load(self, paths: Sequence[str | Path]) -> torch.Tensor:
         """Files as uint8, N C S S. Raises DataError naming those that cannot be read."""

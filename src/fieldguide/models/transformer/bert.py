@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.configs import Derived, Is, Known
+from fieldguide.blocks.configs import Derived, Fixed, Is, Known
 from fieldguide.blocks.padding import at_least_one
 from fieldguide.blocks.renaming import Dropped, Fused, Row
 from fieldguide.card import Card, Size
@@ -36,6 +36,7 @@ class Config:
     heads: int = 12
     hidden: int = 3072           # width inside the two-layer networks
     dropout: float = 0.1
+    mean: bool = False           # a label is read from the mean over the tokens; else from one more layer at the first token
 
 
 class Bert(TextEncoder):
@@ -140,6 +141,7 @@ CONFIG = {
     "is_decoder": Is(False),
     "position_embedding_type": Is("absolute"),
     "tie_word_embeddings": Is(True),
+    "<transformers reads a label at the first token>": Fixed("mean", False),
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.configs import ConfigRow, Derived, Is
+from fieldguide.blocks.configs import ConfigRow, Derived, Fixed, Is
 from fieldguide.blocks.padding import at_least_one
 from fieldguide.blocks.renaming import Dropped, Fused, Row, Zeros
 from fieldguide.card import Card, Size
@@ -41,6 +41,7 @@ class Config:
     heads: int = 12
     hidden: int = 3072           # width inside the two-layer networks
     dropout: float = 0.1
+    mean: bool = False           # a label is read from the mean over the tokens; else from one more layer at the first token
 
 
 class Roberta(TextEncoder):
@@ -159,6 +160,7 @@ def config(kind: str, name: str) -> dict[str, ConfigRow]:
         "is_decoder": Is(False),
         "position_embedding_type": Is("absolute"),
         "tie_word_embeddings": Is(True),
+        "<transformers reads a label at the first token>": Fixed("mean", False),
     }
 
 

@@ -48,8 +48,9 @@ class Words(nn.Module):
 class TextEncoder(nn.Module):
     """Tokens -> what `config.gives` says. Subclasses read the tokens (`features`) with their embedding `word`.
 
-    `label` is read at the first token, so rows begin with a class token and padding stands on the right. A `vector` is
-    the mean over the real tokens, of length 1 (Reimers and Gurevych 2019, arXiv:1908.10084, section 3). Raises
+    `label` is read at the first token, so rows begin with a class token and padding stands on the right; or from the mean
+    over the real tokens, where a config has a field `mean` that says so. A `vector` is that mean, of length 1 (Reimers and
+    Gurevych 2019, arXiv:1908.10084, section 3). Raises
     `DataError` for rows longer than `length`, `SettingsError` for a `gives` that no head answers.
     """
 
@@ -65,13 +66,18 @@ class TextEncoder(nn.Module):
         if config.gives not in GIVES:
             raise SettingsError(f"gives={config.gives!r} is none of {', '.join(GIVES)}")
 
+    @property
+    def means(self) -> bool:
+        """Whether a label is read from the mean over the tokens."""
+        return getattr(self.config, "mean", False)
+
     def add_head(self, dim: int, dropout: float, eps: float) -> None:
         """The layers that this network's `gives` needs, after all others."""
         c = self.config
         self.last_dropout = nn.Dropout(dropout)
         if c.gives == "words":
             self.words = Words(dim, c.vocab, eps)
-        if c.gives == "label":
+        if c.gives == "label" and not self.means:
             self.pool = nn.Linear(dim, dim)
         if c.gives in ("label", "labels"):
             self.head = nn.Linear(dim, c.classes)
@@ -109,11 +115,17 @@ class TextEncoder(nn.Module):
         match self.config.gives:
             case "words":
                 return self.say(x)                                               # B T vocab
+            case "label" if self.means:
+                return self.head(self.last_dropout(mean(x, mask)))               # B classes
             case "label":
                 return self.head(self.last_dropout(self.pooled(x)))              # B classes
             case "labels":
                 return self.head(self.last_dropout(x))                           # B T classes
             case "span":
                 return self.span(x)                                              # B T 2
-        mean = x.mean(1) if mask is None else masked_mean(x, at_least_one(mask))
-        return F.normalize(mean.to(torch.promote_types(mean.dtype, torch.float32)), dim=-1)      # B D
+        x = mean(x, mask)
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)            # B D
+
+
+def mean(x: Tensor, mask: Tensor | None) -> Tensor:                              # B T D -> B D, of the real tokens
+    return x.mean(1) if mask is None else masked_mean(x, at_least_one(mask))

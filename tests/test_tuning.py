@@ -1,0 +1,472 @@
+"""Fine-tuning: low-rank changes, frozen networks, rates by layer, layers that learn later, blocks computed again; and fits
+that begin with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import fieldguide
+from fieldguide import fitting, pretrained, weights
+from fieldguide.data import read
+from fieldguide.data.batches import Batches
+from fieldguide.errors import SettingsError, WeightsError
+from fieldguide.fitting import Silent, fit, resume
+from fieldguide.objectives import Classification, Supervised
+from fieldguide.registry import create
+from fieldguide.run import open_run
+from fieldguide.train import tuning
+from fieldguide.train.loop import Interrupted, Trainer
+from fieldguide.train.settings import Settings
+from test_tasks_resume import StopAt, log
+from tv import timm, torchvision, transformers
+
+HEAD = ["head.weight", "head.bias"]
+FAST = {"batch": 8, "precision": "float32", "evaluate": 2}
+
+
+def settled(**changes) -> Settings:
+    return Settings().with_({"steps": 6, "batch": 8, "evaluate": 100, "precision": "float32", "channels_last": False,
+                             "minutes": 0, "schedule": "constant", "warmup": 0.0} | changes)
+
+
+def texts(count: int = 32, classes: int = 3) -> Batches:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(1, 30, (count, 7), generator=generator)
+    mask = torch.arange(7) < torch.randint(2, 8, (count, 1), generator=generator)
+    return Batches(count, lambda index, _: {"tokens": tokens[index], "mask": mask[index], "target": tokens[index, 0] % classes})
+
+
+def pictures(count: int = 32, classes: int = 3) -> Batches:
+    x = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    return Batches(count, lambda index, _: {"image": x[index], "target": (torch.as_tensor(index) % classes)})
+
+
+def bert(**changes) -> nn.Module:
+    torch.manual_seed(0)
+    return create("bert-test", gives="label", **changes)
+
+
+def trainer(model: nn.Module, batches: Batches, settings: Settings) -> Trainer:
+    objective = Supervised(model, ("tokens", "mask") if "tokens" in batches.make(np.arange(1), None) else ("image",),
+                           Classification())
+    return Trainer(objective, batches, settings, device=torch.device("cpu"), watch=Silent())
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def randomised(model: nn.Module) -> None:
+    """Low-rank parts that are not zero."""
+    torch.manual_seed(5)
+    for name, p in model.named_parameters():
+        if name.endswith(".b"):
+            p.data.normal_(std=0.3)
+
+
+# ------------------------------------------------------------------------------------------------ low rank
+
+def test_low_rank_is_w_plus_scale_b_a():
+    """Outputs and gradients of the two parts, by hand (arXiv:2106.09685, equation 3)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4)).double()
+    weight, bias = (p.detach().clone() for p in net.parameters())
+    tuning.prepare(net, settled(tune="lora", lora_rank=2, lora_scale=1.7), [])
+    low = net[0].parametrizations.weight[0].double()
+    assert low.a.shape == (2, 5) and low.b.shape == (4, 2) and not low.b.any() and low.a.any()
+    x, target = torch.randn(3, 5).double(), torch.randn(3, 4).double()
+    torch.testing.assert_close(net(x), x @ weight.T + bias)                    # it begins as what it was
+    low.b.data.normal_()
+    ((net(x) - target) ** 2).sum().backward()
+    a, b = low.a.detach().clone().requires_grad_(), low.b.detach().clone().requires_grad_()
+    y = x @ weight.T + 1.7 * (x @ a.T) @ b.T + bias
+    torch.testing.assert_close(net(x), y)
+    ((y - target) ** 2).sum().backward()
+    torch.testing.assert_close(low.a.grad, a.grad)
+    torch.testing.assert_close(low.b.grad, b.grad)
+    assert {n for n, p in net.named_parameters() if p.grad is not None} == {
+        "0.parametrizations.weight.0.a", "0.parametrizations.weight.0.b"}
+
+
+def test_low_rank_moves_new_parameters_alone_and_merges(tmp_path):
+    model = bert()
+    tuning.prepare(model, settled(tune="lora", lora_rank=2), HEAD)
+    changed = {n.removesuffix(".parametrizations.weight.0.a") for n, _ in model.named_parameters() if n.endswith(".a")}
+    assert changed == {"pool", *(f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down"))}
+    before = copied(model)
+    loop = trainer(model, texts(), settled(tune="lora", lr=0.05, weight_decay=0.1))
+    loop.train()
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == {n for n, _ in model.named_parameters() if n.endswith((".0.a", ".0.b"))} | set(HEAD)
+    batch = texts().make(np.arange(8), None)
+    expected, names = model.eval()(batch["tokens"], batch["mask"]), list(bert().state_dict())
+    tuning.merge(loop.objective)
+    assert list(dict(model.named_parameters())) and set(model.state_dict()) == set(names)
+    assert all(type(m) in (nn.Linear, type(m)) and not hasattr(m, "parametrizations") for m in model.modules())
+    torch.testing.assert_close(model(batch["tokens"], batch["mask"]), expected, rtol=0, atol=1e-6)
+    fieldguide.save(model, tmp_path, "hf")
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(theirs(batch["tokens"], batch["mask"]).logits, expected, rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(model, (batch["tokens"], batch["mask"])).module()
+    torch.testing.assert_close(exported(batch["tokens"], batch["mask"]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_tied_to_a_layer_keep_out_of_it():
+    model = create("llama-test", tied=True)
+    tuning.prepare(model, settled(tune="lora"), [])
+    assert not any(name.startswith(("embed.", "head.")) for name, p in model.named_parameters() if p.requires_grad)
+    assert model.head.weight is model.embed.weight
+
+
+# ------------------------------------------------------------------------------------------------ rates
+
+def test_every_layer_has_its_rate():
+    """Against AdamW by hand: embeddings lowest, each block more, what stands behind them all of it."""
+    decay, lr = 0.5, 0.01
+    ours, plain = bert().double(), bert().double()       # in float32 chance alone moves biases of keys, which change nothing
+    loop = trainer(ours, texts(), settled(layer_decay=decay, lr=lr, weight_decay=0.1, clip=0))
+    level = lambda name: 1 + int(name[7]) if name.startswith("blocks") else 3 if name.startswith(("pool", "head")) else 0    # noqa: E731
+    assert {level(name) for name, _ in plain.named_parameters()} == {0, 1, 2, 3}
+    tables = {id(m.weight) for m in plain.modules() if isinstance(m, nn.Embedding)}
+    groups = [{"params": [p], "lr": lr * decay ** (3 - level(name)),
+               "weight_decay": 0.1 if p.ndim > 1 and id(p) not in tables else 0.0} for name, p in plain.named_parameters()]
+    by_hand = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    stream = loop.stream()
+    for _, batch in stream:
+        Supervised(plain, ("tokens", "mask"), Classification())(batch)["loss"].backward()
+        by_hand.step()
+        by_hand.zero_grad()
+    loop.train()
+    for p, q in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("names, expected, top", [
+    (["stem.weight", "stages.0.0.w", "stages.0.1.w", "stages.1.0.w", "norm.w", "head.weight"], [0, 1, 2, 3, 4, 4], 4),
+    (["model.cls", "model.pos", "model.blocks.0.a.w", "model.blocks.0.b", "model.blocks.1.a.w", "model.head.weight"],
+     [0, 0, 1, 1, 2, 3], 3),
+    (["model.encoder.blocks.0.w", "model.decoder.blocks.0.w", "model.head.w"], [1, 2, 3], 3),
+    (["model.head.weight", "model.head.bias"], [0, 0], 0),             # alone, as where all else is frozen
+])
+def test_levels(names, expected, top):
+    found, highest = tuning.levels(names)
+    assert [found[name] for name in names] == expected and highest == top
+
+
+def test_a_lone_head_has_all_of_its_rate_from_the_first_step():
+    model = bert()
+    settings = settled(tune="frozen", layer_decay=0.5, unfreeze=0.9, lr=0.1)
+    tuning.prepare(model, settings, HEAD)
+    loop = trainer(model, texts(), settings)
+    before = copied(model)
+    loop.step(loop.stream())
+    assert [g["lr"] for o in loop.runners[0].optimizers for g in o.param_groups] == [0.1, 0.1]
+    assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+def test_layers_learn_from_the_top_down():
+    """Depth 2, so 4 levels, over half of 16 steps: one more every two steps (arXiv:1801.06146, section 3.3)."""
+    model = bert()
+    settings = settled(steps=16, unfreeze=0.5, lr=0.01, weight_decay=0.1)
+    loop = trainer(model, texts(64), settings)
+    parts = [["head.weight", "pool.weight"], ["blocks.1.mlp.up.weight"], ["blocks.0.attn.qkv.weight"], ["word.weight"]]
+    before, stream, first = copied(model), loop.stream(), {}
+    for step in range(10):
+        loop.step(stream)
+        loop.state.step += 1
+        state = model.state_dict()
+        for level, names in enumerate(parts):
+            for name in names:
+                if not torch.equal(state[name], before[name]):
+                    first.setdefault(name, step)
+    assert first == {name: 2 * level for level, names in enumerate(parts) for name in names}
+
+
+# ------------------------------------------------------------------------------------------------ frozen
+
+def test_frozen_networks_keep_weights_and_statistics_to_the_bit():
+    torch.manual_seed(0)
+    model = create("resnet-test", classes=3)
+    tuning.prepare(model, settled(tune="frozen"), HEAD)
+    before = copied(model)
+    loop = trainer(model, pictures(), settled(tune="frozen", lr=0.1, weight_decay=0.1))
+    loop.train()
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == set(HEAD) and any("running_mean" in name for name in before)
+    free = create("resnet-test", classes=3)
+    start = copied(free)
+    trainer(free, pictures(), settled(lr=0.1)).train()
+    assert all(not torch.equal(t, start[n]) for n, t in free.state_dict().items() if "running_mean" in n)
+
+
+def test_frozen_networks_drop_nothing_out():
+    """Two passes in training differ only by what stands before the new head."""
+    model = bert(dropout=0.5)
+    tuning.prepare(model, settled(tune="frozen"), HEAD)
+    loop = trainer(model, texts(), settled(tune="frozen"))
+    loop.teach()
+    assert model.training and model.last_dropout.training and not model.blocks[0].training
+    assert not model.blocks[0].dropout.training and not model.norm.training
+
+
+def test_ways_that_cannot_be():
+    with pytest.raises(SettingsError, match=r"tune=frozen trains new layers alone.*tune=whole or tune=lora"):
+        tuning.prepare(bert(), settled(tune="frozen"), [])
+    with pytest.raises(SettingsError, match=r"tune=lora keeps the weights.*--weights"):
+        fit("iris", model="mlp-test", settings={"steps": 2, "tune": "lora"})
+    with pytest.raises(SettingsError, match="has no blocks"):
+        tuning.prepare(nn.Sequential(nn.Linear(2, 2)), settled(recompute=True), None)
+
+
+# ------------------------------------------------------------------------------------------------ computed again
+
+def learnt(model: nn.Module, batches: Batches) -> tuple[list[Tensor], int, dict[str, Tensor]]:
+    """Gradients of one pass, numbers kept for the way back, and the state after it."""
+    loop, kept = trainer(model, batches, settled()), {}
+    loop.teach()
+    own = {p.data_ptr() for p in model.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in own:
+            kept[t.data_ptr(), t.shape] = t.numel()
+        return t
+
+    torch.manual_seed(1)
+    with saved_tensors_hooks(pack, lambda t: t):
+        loss = loop.objective(batches.make(np.arange(8), None))["loss"]
+    count = sum(kept.values())
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()], count, copied(model)
+
+
+@pytest.mark.parametrize("make, batches", [
+    (lambda: bert(dropout=0.2, depth=4), texts), (lambda: create("resnet-test", classes=3), pictures)])
+def test_recomputed_blocks_give_equal_gradients_for_less_memory(make, batches):
+    """With the same dropout, and statistics of batches that are counted once."""
+    torch.manual_seed(0)
+    plain = make()
+    again = make()
+    again.load_state_dict(plain.state_dict())
+    tuning.prepare(again, settled(recompute=True), None)
+    (expected, much, state), (grads, little, seen) = learnt(plain, batches()), learnt(again, batches())
+    for a, b in zip(grads, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert little < 0.6 * much
+    assert all(torch.equal(t, seen[name]) for name, t in state.items())
+
+
+# ------------------------------------------------------------------------------------------------ fits
+
+WORDS = ["red", "green", "blue", "small", "old", "new"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A masked-language model of transformers with its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    path = tmp_path_factory.mktemp("masked")
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "house", "is", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    torch.manual_seed(0)
+    transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=24, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).save_pretrained(path)
+    return path
+
+
+def sentences(path, count: int = 90):
+    rng = np.random.default_rng(0)
+    lines = [f"the {rng.choice(WORDS)} house is {WORDS[k % 3]} {rng.choice(WORDS)},{'abc'[k % 3]}" for k in range(count)]
+    path.write_text("text,label\n" + "\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return sentences(tmp_path_factory.mktemp("texts") / "texts.csv")
+
+
+class Says(Silent):
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_a_head_that_a_folder_lacks_is_left_to_chance(folder):
+    with pytest.raises(WeightsError, match=r'head="skip"'):
+        pretrained.load(folder, gives="label", classes=3)
+    with pytest.warns(fieldguide.errors.WeightsWarning, match="heads that this network has not"):
+        model = pretrained.load(folder, gives="label", classes=3, head="skip")
+    theirs = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    tokens = torch.randint(5, 14, (2, 6))
+    torch.testing.assert_close(model.features(tokens), theirs(tokens).last_hidden_state, rtol=1e-4, atol=1e-5)
+    assert model.head.weight.std() > 0.01 and not model.training
+
+
+@pytest.mark.parametrize("way", ["whole", "frozen", "lora"])
+def test_a_fit_begins_with_a_folder_and_resumes_to_the_bit(way, folder, table, tmp_path):
+    """Stopped before the first checkpoint too, which begins again with the same weights."""
+    more = {"whole": {"layer_decay": 0.7, "unfreeze": 0.5, "recompute": "true"}, "lora": {"lora_rank": 2}}.get(way, {})
+    arguments = {"weights": folder, "settings": {**FAST, "steps": 6, "tune": way, "lr": 0.01, "model.dropout": 0.1, **more}}
+    watch = Says()
+    whole = fit(table, out=tmp_path / "whole", watch=watch, **arguments)
+    assert "begins with" in "\n".join(watch.said) and whole.record["model"]["fresh"] == ["pool.weight", "pool.bias", *HEAD]
+    with pytest.raises(Interrupted, match="after step 3 of 6"):
+        fit(table, out=tmp_path / "stopped", watch=StopAt(3), **arguments)
+    again = resume(tmp_path / "stopped")
+    assert log(whole.path) == log(again.path) and len(log(whole.path)) >= 6
+    assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
+    with pytest.raises(Interrupted):
+        fit(table, out=tmp_path / "early", watch=StopAt(1), **arguments)
+    for file in (tmp_path / "early" / "checkpoints").iterdir():
+        file.unlink()
+    first = resume(tmp_path / "early")
+    assert (whole.path / "model.safetensors").read_bytes() == (first.path / "model.safetensors").read_bytes()
+    start, end = weights.read(folder), whole.model.state_dict()
+    same = torch.equal(start["bert.encoder.layer.0.output.dense.weight"], end["blocks.0.mlp.down.weight"])
+    assert same == (way == "frozen")
+    assert not any("parametrizations" in name for name in end)
+    assert whole.task.text.tokenizer.to_str() == _tokenizer(folder) and whole.task.options.vocab == 14
+
+
+def _tokenizer(folder) -> str:
+    from tokenizers import Tokenizer
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()
+
+
+def test_a_run_is_a_checkpoint_too(folder, table, tmp_path):
+    """With its tokenizer; a network of as many classes keeps its head, one of others has a new one."""
+    first = fit(table, out=tmp_path / "first", weights=folder, settings={**FAST, "steps": 2})
+    two = tmp_path / "two.csv"
+    two.write_text(table.read_text().replace(",c\n", ",b\n"))
+    plan = fitting.decide(read(table), weights=first.path, settings={**FAST, "steps": 2})
+    assert plan.fresh == [] and torch.equal(plan.objective.model.head.weight, first.model.head.weight)
+    assert plan.task.text.tokenizer.to_str() == first.task.text.tokenizer.to_str()
+    other = fitting.decide(read(two), weights=first.path, settings={**FAST, "steps": 2})
+    assert other.fresh == HEAD and other.objective.model.head.weight.shape == (2, 8)
+    assert torch.equal(other.objective.model.word.weight, first.model.word.weight)
+
+
+def test_a_tokenizer_of_more_words_is_refused(folder, table, tmp_path):
+    with pytest.raises(SettingsError, match=r"the tokenizer has \d+ tokens, more than .* knows"):
+        fitting.decide(read(table), weights=folder, settings={**FAST, "steps": 2, "task.tokenizer": "none", "task.vocab": 300})
+
+
+def test_advice_is_about_the_network_that_is_there(folder, table):
+    seen = Says()
+    seen.chose = lambda advice, config: seen.said.append(advice.best)
+    plan = fitting.decide(read(table), weights=folder, watch=seen, settings={**FAST, "steps": 2})
+    best = next(one for one in seen.said if not isinstance(one, str))
+    assert best.parameters == sum(p.numel() for p in plan.objective.model.parameters()) and best.name == "bert" == plan.size
+
+
+def test_a_size_is_known_by_all_of_its_numbers():
+    names = {"minilm-l6": {}, "minilm-l12": {}, "bert-base": {}, "bert-base-cased": {}, "bert-large": {}}
+    card = fieldguide.registry.card("bert")
+    for name in names:
+        found = pretrained.Checkpoint(None, card, None, {**card.sizes[name].overrides, "gives": "label", "classes": 7}, {})
+        assert found.size == name
+    assert pretrained.Checkpoint(None, card, None, {"depth": 5}, {}).size == "bert"
+
+
+def test_vectors_of_texts_become_labels_by_their_mean(folder, table, tmp_path):
+    """A network that gives vectors has learnt to say by the mean what a text is; transformers has no such network."""
+    transformers.BertModel.from_pretrained(folder).save_pretrained(tmp_path / "bare")
+    plan = fitting.decide(read(table), weights=tmp_path / "bare", settings={**FAST, "steps": 2, "task.tokenizer": str(
+        folder / "tokenizer.json")})
+    model = plan.objective.model.eval()
+    assert plan.config.mean and plan.fresh == HEAD and not hasattr(model, "pool")
+    tokens, mask = torch.randint(5, 14, (2, 6)), torch.arange(6) < torch.tensor([[6], [3]])
+    x = model.features(tokens, mask)
+    by_hand = torch.stack([x[0].mean(0), x[1, :3].mean(0)]) @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(model(tokens, mask), by_hand)
+    with pytest.raises(WeightsError, match="first token"):
+        fieldguide.save(model, tmp_path / "out", "hf")
+
+
+# Pictures
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    path, rng = tmp_path_factory.mktemp("painted"), np.random.default_rng(0)
+    for number in range(48):
+        name = ("left", "right")[number % 2]
+        (path / name).mkdir(exist_ok=True)
+        x = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        x[:, 16 * (number % 2):][:, :16] //= 3
+        Image.fromarray(x).save(path / name / f"{number}.png")
+    return path
+
+
+def narrow(library) -> nn.Module:
+    torch.manual_seed(0)
+    if library is timm:
+        return timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (2, 2, 2, 2), num_classes=7)
+    return torchvision.models.resnet18(num_classes=7)
+
+
+@pytest.mark.parametrize("library", [timm, torchvision])
+def test_a_file_of_pictures_begins_with_their_scale(library, painted, tmp_path):
+    theirs = narrow(library)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    plan = fitting.decide(read(painted), weights=tmp_path / "weights.pth", settings={**FAST, "steps": 2, "augment": "none"})
+    assert plan.fresh == HEAD and plan.size == "resnet18" and plan.task.pictures.channels == 3
+    rows = plan.source.take(plan.parts.test)
+    batch = plan.task.batches(rows, plan.card).make(np.arange(len(rows)), None)["image"]
+    transform = timm.data.create_transform(32, is_training=False, crop_pct=1.0, mean=timm.data.IMAGENET_DEFAULT_MEAN,
+                                           std=timm.data.IMAGENET_DEFAULT_STD)
+    expected = torch.stack([transform(Image.open(path)) for path in rows.rows[plan.task.column].to_list()])
+    torch.testing.assert_close(batch, expected, rtol=1e-5, atol=1e-5)
+    model = plan.objective.model.eval()
+    if library is timm:
+        last = theirs.eval().forward_head(theirs.forward_features(expected), pre_logits=True)
+    else:
+        theirs.fc = nn.Identity()
+        last = theirs.eval()(expected)
+    torch.testing.assert_close(model(batch), model.head(last), rtol=1e-3, atol=1e-4)
+
+
+def test_grey_networks_have_one_scale_and_colours_are_refused(painted, tmp_path):
+    fieldguide.save(create("resnet18", channels=1, classes=2), tmp_path / "grey.safetensors")
+    plan = fitting.decide(read(painted), weights=tmp_path / "grey.safetensors", model="resnet18", settings={**FAST, "steps": 2})
+    assert plan.task.pictures.channels == 1 and plan.task.pictures.mean == pytest.approx([0.449])
+    with pytest.raises(SettingsError, match=r"reads pictures of 1 channels.*task\.channels"):
+        fitting.decide(read(painted), weights=tmp_path / "grey.safetensors", model="resnet18",
+                       settings={**FAST, "steps": 2, "task.channels": 3, "task.pixels": "0.5,0.5,0.5/1,1,1"})
+    with pytest.raises(SettingsError, match=r"task\.pixels='0\.5/0\.2' is no mean and deviation of 3 channels"):
+        fit(painted, settings={"task.pixels": "0.5/0.2", "task.channels": 3, "steps": 2})
+
+
+def test_a_run_of_pictures_hands_on_its_scale(painted, tmp_path):
+    settings = {**FAST, "steps": 2, "augment": "none"}
+    first = fit(painted, model="resnet-test", out=tmp_path / "first", settings=settings)
+    plan = fitting.decide(read(painted), seed=3, weights=first.path, settings=settings)
+    mine, theirs = plan.task.pictures, first.task.pictures
+    assert mine.mean == theirs.mean and mine.std == theirs.std and plan.fresh == [] and plan.size == "resnet-test"
+
+
+def test_of_little_data_a_new_head_alone_learns(painted, folder, table):
+    for data, begun in ((table, folder),):
+        seen = Says()
+        plan = fitting.decide(read(data), weights=begun, watch=seen, settings={**FAST, "steps": 2})
+        assert plan.settings.tune == "frozen" and any("would be learnt by heart" in line for line in seen.said)
+    assert {n for n, p in plan.objective.model.named_parameters() if p.requires_grad} == {"pool.weight", "pool.bias", *HEAD}
+
+
+def test_record_says_with_what_it_began(folder, table, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    run = fit(table, out=tmp_path / "run", weights=folder.name, settings={**FAST, "steps": 2})
+    record = json.loads((run.path / "run.json").read_text())
+    assert record["request"]["weights"] == str(folder) and record["settings"]["tune"] == "frozen"
+    assert open_run(run.path).predict({"text": ["the red house is green old"]} and "the red house is green old")[0]["label"] in "abc"
