@@ -330,24 +330,24 @@ def huggingface_decoder(model: nn.Module) -> Peer:
     return Doubled(transformers.AutoModelForCausalLM.from_config(config)), rename
 
 
-def huggingface_gpt2(model: nn.Module) -> Peer:
-    from fieldguide.models.transformer.gpt2 import HUGGINGFACE
+def huggingface_gpt2(model: nn.Module, kind: str = "GPT2", embed: str = "wte") -> Peer:
+    from fieldguide.weights import tables
     from tv import transformers
-    c = model.config
-    peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+    c, names = model.config, tables(model)["huggingface"]
+    peer = getattr(transformers, f"{kind}LMHeadModel")(getattr(transformers, f"{kind}Config")(
         vocab_size=c.vocab, n_positions=c.length, n_embd=c.dim, n_layer=c.depth, n_head=c.heads,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None))
     peer.lm_head = nn.Linear(c.dim, c.vocab, bias=False)
-    peer.lm_head.weight = peer.transformer.wte.weight
+    peer.lm_head.weight = peer.transformer.get_submodule(embed).weight
 
     class Tied(Logits):
         """The head has the embedding's tensor, and one name."""
 
         def load_state_dict(self, state, strict=True):
-            return super().load_state_dict(state | {"peer.lm_head.weight": state["peer.transformer.wte.weight"]}, strict)
+            return super().load_state_dict(state | {"peer.lm_head.weight": state[f"peer.transformer.{embed}.weight"]}, strict)
 
     return Tied(peer), lambda state: {f"peer.{name}": tensor for name, tensor
-                                      in translate(state, HUGGINGFACE, reverse=True).items()}
+                                      in translate(state, names, reverse=True).items()}
 
 
 class TorchTransformer(nn.Module):
@@ -656,6 +656,7 @@ CASES = {
     "deberta": Case(inputs=tokens, peer=encoder, lr=3e-2),
     "deberta-v2": Case(inputs=tokens, peer=encoder, lr=3e-2),
     "modernbert": Case(inputs=tokens, peer=encoder),
+    "gpt": Case(inputs=tokens, peer=lambda model: huggingface_gpt2(model, "OpenAIGPT", "tokens_embed"), lr=3e-2),
     "gpt2": Case(inputs=tokens, peer=huggingface_gpt2, lr=3e-2),
     "llama": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "qwen3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),

@@ -110,7 +110,8 @@ def test_folders_of_transformers_there_and_back(kind, tmp_path):
 
 def test_what_configurations_leave_unsaid():
     """transformers' own defaults hold."""
-    written = pretrained.outwards(cards()["convnext"], cards()["convnext"].configs["huggingface"], create("convnext-test").config)
+    card = cards()["convnext"]
+    written = pretrained.outwards(card, card.configs["huggingface"], create("convnext-test").config)
     assert written.pop("layer_norm_eps") == 1e-6 and written.pop("drop_path_rate") == 0
     card, _, table = pretrained.identified(written)
     assert pretrained.inwards(card, table, written, "here")["eps"] == transformers.ConvNextConfig().layer_norm_eps == 1e-12

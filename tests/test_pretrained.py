@@ -43,6 +43,25 @@ def test_a_folder_of_transformers_there_and_back(tmp_path):
     assert torch.equal(back(tokens).logits, theirs(tokens).logits)
 
 
+@torch.no_grad()
+def test_the_first_gpt_there_and_back(tmp_path):
+    """With the names of its first files too, which had no prefix and kept the causal mask."""
+    torch.manual_seed(0)
+    theirs = settled(transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(
+        vocab_size=40, n_positions=16, n_embd=12, n_layer=3, n_head=2)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, tokens = fieldguide.load(tmp_path / "theirs"), torch.randint(40, (2, 9))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits)
+    fieldguide.save(ours, tmp_path / "ours", "hf")
+    back = transformers.OpenAIGPTLMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(back(tokens).logits, theirs(tokens).logits)
+    (tmp_path / "old").mkdir()
+    state = {k.removeprefix("transformer."): x for k, x in theirs.state_dict().items() if k != "lm_head.weight"}
+    torch.save(state | {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}, tmp_path / "old" / "pytorch_model.bin")
+    (tmp_path / "theirs" / "config.json").rename(tmp_path / "old" / "config.json")
+    assert torch.equal(fieldguide.load(tmp_path / "old")(tokens), ours(tokens))
+
+
 def test_a_configuration_of_another_network_is_refused_by_name(tmp_path):
     gpt2(activation_function="relu", scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"(?s)activation_function='relu'.*scale_attn_by_inverse_layer_idx=True"):

@@ -57,14 +57,17 @@ class GPT2(nn.Module):
     not yet read are given, and the result equals that of the whole row.
     """
 
+    block: type[nn.Module] = Block
+    last_norm: type[nn.Module] = nn.LayerNorm
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.dim)          # the head, too
         self.pos = nn.Embedding(config.length, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.dim)
+        self.blocks = nn.ModuleList(self.block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
+        self.norm = self.last_norm(config.dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -148,6 +151,15 @@ CONFIG = {
     "tie_word_embeddings": Is(True),
 }
 
+# The shapes of GPT-3: layers, width, heads, parameters. Its weights were never released, and every other layer of it looks
+# back only some way, how far is not said; so these are its sizes, not its network. Two rows of the table contradict
+# themselves (24 heads of 128 in a width of 2048, 40 of 128 in 5140) and stand here as heads times 128.
+GPT3 = {
+    "125m": (12, 768, 12, 125_226_240), "350m": (24, 1024, 16, 355_871_744), "760m": (24, 1536, 16, 760_300_032),
+    "1.3b": (24, 2048, 16, 1_315_723_264), "2.7b": (32, 2560, 32, 2_651_553_280), "6.7b": (32, 4096, 32, 6_658_404_352),
+    "13b": (40, 5120, 40, 12_853_386_240), "175b": (96, 12288, 96, 174_604_259_328),
+}
+
 CARD = Card(
     name="gpt2", model=GPT2, config=Config, year=2019,
     paper="https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
@@ -157,6 +169,9 @@ CARD = Card(
         "gpt2-medium": Size(dim=1024, depth=24, heads=16, params=354_823_168, source="openai-community/gpt2-medium"),
         "gpt2-large": Size(dim=1280, depth=36, heads=20, params=774_030_080, source="openai-community/gpt2-large"),
         "gpt2-xl": Size(dim=1600, depth=48, heads=25, params=1_557_611_200, source="openai-community/gpt2-xl"),
+        **{f"gpt3-{name}": Size(length=2048, dim=dim, depth=depth, heads=heads, dropout=0.0, params=params,
+                                source="counted by the shapes of table 2.1 of arXiv:2005.14165")
+           for name, (depth, dim, heads, params) in GPT3.items()},
         # Small ones of the same form, to be trained from nothing: nanoGPT's for characters are the last two.
         "gpt2-mini": Size(vocab=8192, length=256, dim=512, depth=8, heads=8, dropout=0.0),
         "gpt2-baby": Size(vocab=65, length=256, dim=384, depth=6, heads=6, dropout=0.2),

@@ -1,0 +1,88 @@
+"""GPT: a Transformer decoder that first learns to go on with texts, then its tasks (Radford et al. 2018, OpenAI).
+
+New here: pre-training without labels on whole books, and the same network, all of it, tuned to each task after; before, only
+vectors of words were carried over. Layers normalise after they have added, as in the first Transformer; GPT-2 turned it
+round. Positions are learned, the head is the embedding itself.
+
+Initialisation: N(0, 0.02) for matrices, embeddings and positions, zero biases (section 4.1).
+Shapes: B batch, T tokens, D width, K tokens seen so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.blocks.cache import Cache
+from fieldguide.blocks.configs import Is
+from fieldguide.blocks.renaming import Dropped, Transposed
+from fieldguide.card import Card, Size
+from fieldguide.models.transformer import gpt2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    vocab: int = 40_478
+    length: int = 512            # longest row, tokens
+    dim: int = 768               # D
+    depth: int = 12
+    heads: int = 12
+    dropout: float = 0.1
+
+
+class Block(gpt2.Block):
+    """Attention, then a two-layer network with GELU in its tanh form; each adds its result, then normalises."""
+
+    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:    # B T D -> B T D
+        x = self.norm1(x + self.dropout(self.attn(x, seen, cache, layer)))
+        y = F.gelu(self.mlp["up"](x), approximate="tanh")
+        return self.norm2(x + self.dropout(self.mlp["down"](y)))
+
+
+class GPT(gpt2.GPT2):
+    """Tokens -> logits of the token that follows each, with padding and a `cache` as in GPT-2."""
+
+    block, last_norm = Block, nn.Identity
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+
+OWN = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}      # what GPT-2 has renamed since
+NAMES = {OWN.get(theirs, theirs): ours for theirs, ours in gpt2.NAMES.items() if not theirs.startswith("ln_f")}
+HUGGINGFACE = {                                          # its linear layers are Conv1D; the first files had no prefix
+    prefix + theirs: Transposed(ours) if ".c_" in theirs else ours
+    for prefix in ("transformer.", "") for theirs, ours in NAMES.items()
+} | gpt2.SHARED | {f"{prefix}position_ids": Dropped("0, 1, 2, ...") for prefix in ("transformer.", "")}
+
+CONFIG = {
+    "model_type": Is("openai-gpt"),
+    "architectures": Is(["OpenAIGPTLMHeadModel"]),
+    "vocab_size": "vocab",
+    "n_positions": "length",
+    "n_embd": "dim",
+    "n_layer": "depth",
+    "n_head": "heads",
+    "resid_pdrop": "dropout",
+    "embd_pdrop": Is(lambda c: c.dropout),
+    "attn_pdrop": Is(lambda c: c.dropout),
+    "afn": Is("gelu"),                                   # there, the tanh form is meant
+    "layer_norm_epsilon": Is(1e-5),
+    "tie_word_embeddings": Is(True),
+}
+
+CARD = Card(
+    name="gpt", model=GPT, config=Config, year=2018, takes="tokens", gives="tokens",
+    paper="https://cdn.openai.com/research-covers/language-unsupervised/language_understanding_paper.pdf",
+    sizes={
+        "gpt1": Size(params=116_534_784, source="openai-community/openai-gpt"),
+        "gpt-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
+    },
+    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG}, recipe=gpt2.CARD.recipe,
+)
