@@ -17,7 +17,7 @@ from fieldguide.data.dataset import Column, Data
 from fieldguide.data.prepare import Text
 from fieldguide.data.prepare.text import suggest_length
 from fieldguide.data.roles import Wants
-from fieldguide.errors import DataError
+from fieldguide.errors import DataError, SettingsError, nearest
 from fieldguide.exhibits import Bars, Exhibit, Quote, Quotes, Table
 from fieldguide.generation import beam_search
 from fieldguide.objectives import NextToken, Objective
@@ -47,6 +47,11 @@ class Translation(Typed):
     class Options:
         vocab: int | None = None         # tokens in the vocabulary of both languages, learnt from the training texts
         length: int | None = None        # tokens of a text that are read or written; the rest is cut off, and counted
+        tokenizer: str | None = None     # a tokenizer.json to use instead
+        begin: int | None = None         # of its tokens, the one that answers begin with
+        source_language: str | None = None       # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
+        target_language: str | None = None
+        prefix: str = ""                 # stands before each source: T5 learnt "translate English to German: "
 
     @dataclass(frozen=True)
     class Asking:
@@ -54,6 +59,7 @@ class Translation(Typed):
         penalty: float = 0.6             # of length: 0 = none, 1 = the mean log-probability decides
 
     text: Text
+    frame: Frame
     median: int
     shown: list[tuple[str, str]]         # a few training pairs, translated now and then while it learns
 
@@ -73,9 +79,13 @@ class Translation(Typed):
     def learn(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         sources, targets = task.texts(data), task.translations(data)
-        size = options.vocab or min(VOCAB, suggest_vocab(sum(map(len, sources)) + sum(map(len, targets))))
-        task.text = Text.learn([*sources, *targets], size=size, lower=False)
-        sizes = [len(t) + 1 for t in task.text.encode([*sources, *targets], 100_000)[0]]
+        if options.tokenizer:
+            task.text = Text.load(options.tokenizer)
+        else:
+            size = options.vocab or min(VOCAB, suggest_vocab(sum(map(len, sources)) + sum(map(len, targets))))
+            task.text = Text.learn([*sources, *targets], size=size, lower=False)
+        task.frame = framed(task.text, options)
+        sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]
         task.median = int(np.median(sizes))
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
         task.options = settled(options, vocab=task.text.size, length=min(LONGEST, int(1.5 * suggest_length(sizes, 10_000))))
@@ -95,7 +105,8 @@ class Translation(Typed):
         return data
 
     def needs(self) -> dict[str, Any]:
-        return {"vocab": self.text.size, "length": self.options.length}
+        return {"vocab": self.text.size, "length": self.options.length, "begin": self.frame.said[0], "end": self.frame.end,
+                "pad": self.text.pad}
 
     def profile(self) -> dict[str, Any]:
         return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median}
@@ -108,31 +119,40 @@ class Translation(Typed):
         return NextToken(model, card.inputs, settings.smoothing)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        sources = self.ids(self.texts(data), self.options.length)
+        frame = self.frame
+        sources = [np.array([*frame.before, *ids, *frame.after]) for ids in self.ids(
+            [self.options.prefix + t for t in self.texts(data)], self.options.length - len(frame.before) - len(frame.after))]
         if self.target.name not in data.rows.columns:
             targets = None
         else:
-            targets = self.ids(self.translations(data), self.options.length - 1)
+            targets = self.ids(self.translations(data), self.options.length - len(frame.said))
         lengths = np.array([len(s) for s in sources])
-        begin, end = np.array([self.text.cls]), np.array([self.text.end])
+        begin, end, known = np.array(frame.said), np.array([frame.end]), np.full(len(frame.said) - 1, -1)
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             source, mask = self.text.batch([sources[i] for i in index])
             batch = {"source": torch.from_numpy(source), "source_mask": torch.from_numpy(mask)}
             if targets is not None:
                 said, _ = self.text.batch([np.concatenate([begin, targets[i]]) for i in index])
-                follows, real = self.text.batch([np.concatenate([targets[i], end]) for i in index])
+                follows, real = self.text.batch([np.concatenate([known, targets[i], end]) for i in index])
                 # Padding stands behind: no real token looks at it, so the network needs no mask.
                 batch |= {"tokens": torch.from_numpy(said), "target": torch.from_numpy(np.where(real, follows, -1))}
             return batch
 
         return Batches(len(sources), make, lengths if targets is None else lengths + np.array([len(t) for t in targets]))
 
+    def bare(self, texts: list[str]) -> list[np.ndarray]:
+        """Tokens of texts without what frames them; an empty text is the unknown token."""
+        if not self.options.tokenizer:
+            return self.text.encode(texts, 100_000)[0]
+        return [ids if len(ids) else np.array([self.text.unknown]) for ids in self.text.exactly(texts)]
+
     def ids(self, texts: list[str], length: int) -> list[np.ndarray]:
-        tokens, cut = self.text.encode(texts, length)
+        tokens = self.bare(texts)
+        cut = sum(len(t) > length for t in tokens)
         if cut and (note := f"{cut} texts are longer than {length} tokens and are cut there") not in self.notes:
             self.notes.append(note)
-        return tokens
+        return [t[:length] for t in tokens]
 
     def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,13 +162,20 @@ class Translation(Typed):
 
     def search(self, model: Any, source: Tensor, mask: Tensor) -> Tensor:        # B S -> B T, -1 behind the end
         """The best answer of a beam search; it may be half as long again as the source, and 10 tokens more."""
-        beams = self.asking.beams
-        limits = (mask.sum(1) * 3 // 2 + 10).clamp(max=self.options.length - 1)
-        cache = model.new_cache(len(source) * beams, int(limits.max()) + 1)
-        said, _ = beam_search(lambda tokens: model(source, mask, tokens, cache=cache), cache, begin=self.text.cls,
-                              end=self.text.end, beams=beams, most=int(limits.max()), penalty=self.asking.penalty,
-                              limits=limits)
+        beams, (*lead, begin) = self.asking.beams, self.frame.said
+        limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))
+        cache = model.new_cache(len(source) * beams, int(limits.max()) + 1 + len(lead))
+
+        def step(tokens: Tensor) -> Tensor:
+            if lead and not cache.used:
+                tokens = torch.cat([torch.tensor([lead], device=tokens.device).expand(len(tokens), -1), tokens], 1)
+            return model(source, mask, tokens, cache=cache)
+        said, _ = beam_search(step, cache, begin=begin, end=self.frame.end, beams=beams, most=int(limits.max()),
+                              penalty=self.asking.penalty, limits=limits)
         return said[:, 0]
+
+    def limits(self, lengths: Tensor) -> Tensor:         # B tokens of sources -> B tokens of answers at most
+        return lengths * 3 // 2 + 10
 
     def adjust(self, outputs: Arrays) -> Arrays:
         if "said" not in outputs:
@@ -180,7 +207,9 @@ class Translation(Typed):
         return [Baseline("copy", "says the source itself", {"text": np.array(self.texts(test), dtype=object)})]
 
     def glimpse(self, objective: Objective) -> list[Exhibit]:
-        tokens, mask = self.text.batch(self.ids([s for s, _ in self.shown], self.options.length))
+        frame, texts = self.frame, [self.options.prefix + source for source, _ in self.shown]
+        tokens, mask = self.text.batch([np.array([*frame.before, *ids, *frame.after]) for ids in self.ids(
+            texts, self.options.length - len(frame.before) - len(frame.after))])
         where = next(objective.parameters()).device
         said = self.search(objective.model, torch.from_numpy(tokens).to(where), torch.from_numpy(mask).to(where))
         return [Quotes("Translations while it learnt", "", [
@@ -216,12 +245,68 @@ class Translation(Typed):
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text, task.median = Text.load(folder), state["median"]
+        task.frame = framed(task.text, options)
         task.shown = [tuple(pair) for pair in state["shown"]]
         return task
 
     def save(self, folder: Path) -> None:
         super().save(folder)
         self.text.save(folder)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Tokens around a source, those that an answer begins with (the last of them before its text), and that of its end."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    said: tuple[int, ...]
+    end: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens beside those of a text, at most."""
+        return max(len(self.before) + len(self.after), len(self.said), 1)
+
+
+def framed(text: Text, options: Any) -> Frame:
+    """How a network reads and says texts. What we learn puts nothing around a source.
+
+    What a given tokenizer puts around a text stands around sources and answers alike, and before the latter what all begin
+    with. It may name a language: of networks whose answers begin with a token for all languages (mBART-50, NLLB) it stands
+    first, in sources and answers; of others (mBART of 25 languages) last in the source, and answers begin with it.
+    """
+    if not options.tokenizer:
+        return Frame((), (), (text.cls,), text.end)
+    seen = text.tokenizer.encode("a")
+    special = np.flatnonzero(~np.array(seen.special_tokens_mask, dtype=bool))
+    before = tuple(seen.ids[:special[0]]) if len(special) else ()
+    after = tuple(seen.ids[special[-1] + 1:]) if len(special) else tuple(seen.ids)
+    languages = [i for i in (*before, *after) if i not in (text.cls, text.sep, text.end)]
+    if not languages and not options.source_language and not options.target_language:
+        begin = options.begin
+        if begin is None:
+            begin = text.pad if text.cls == text.unknown else text.cls
+        return Frame(before, after, (begin, *before), text.end)
+    if options.target_language is None:
+        example = f" (it reads {text.tokenizer.id_to_token(languages[0])})" if languages else ""
+        raise SettingsError(f"{options.tokenizer} knows languages{example}: say the answers' by its token, such as "
+                            "--set task.target_language=de_DE or deu_Latn, and that of the sources as task.source_language.")
+    source, target = (named(text, options, side, languages) for side in ("source_language", "target_language"))
+    if options.begin is None:
+        return Frame((), (text.end, source), (target,), text.end)
+    return Frame((source,), (text.end,), (options.begin, target), text.end)
+
+
+def named(text: Text, options: Any, side: str, default: list[int]) -> int:
+    """The token of a language."""
+    name = getattr(options, side)
+    if name is None and default:
+        return default[0]
+    if name is None or (found := text.tokenizer.token_to_id(name)) is None:
+        known = [t.content for t in text.tokenizer.get_added_tokens_decoder().values()]
+        raise SettingsError(f"task.{side}={name!r} is no token of {options.tokenizer}.{nearest(str(name), known)}")
+    return found
 
 
 def suggest_vocab(characters: int) -> int:
