@@ -60,6 +60,32 @@ GIVES: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Closed:
+    """A system that nobody outside has, as `models/closed.toml` says it: what is published of it, where, and what comes
+    nearest here. `names`: its own, then what else people type; `tasks`: those of the stand-in."""
+
+    names: tuple[str, ...]
+    title: str
+    maker: str
+    year: int
+    published: str
+    source: str
+    stand_in: str
+    why: str
+    tasks: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def text(self) -> str:
+        """All of it, in three sentences."""
+        return (f"{self.title} is a closed system of {self.maker} ({self.year}): there is nothing to create or load. Published "
+                f"is {self.published} Source: {self.source}. Nearest here: {self.stand_in} ({self.why}).")
+
+
 class Size:
     """A named size: the config fields that differ from the default, and its exact parameter count.
 

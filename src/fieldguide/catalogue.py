@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide import measure, registry
+from fieldguide.card import Closed
 from fieldguide.tasks import task as task_named
 from fieldguide.tasks import tasks
 
@@ -62,8 +63,11 @@ class Description:
     layers: list[Layer] = field(default_factory=list)
 
 
-def show(name: str, **overrides: Any) -> Description:
-    """Describes a model without allocating it. Raises `SettingsError` for an unknown name or field."""
+def show(name: str, **overrides: Any) -> Description | Closed:
+    """Describes a model without allocating it; of a closed system, says what is known. Raises `SettingsError` for an unknown
+    name or field."""
+    if (system := registry.closed().get(name.lower())) is not None:
+        return system
     card, size = registry.find(name)
     with torch.device("meta"):
         model = registry.create(name, **overrides).eval()

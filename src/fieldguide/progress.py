@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import sys
 import time
@@ -166,7 +167,9 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
     from fieldguide.catalogue import list_models
     from fieldguide.errors import SettingsError
     names = list_models(glob, family=family, task=task)
-    if not names:
+    closed = [system for system in dict.fromkeys(registry.closed().values()) if family is None
+              and fnmatch.fnmatch(system.name, glob) and task in (None, *system.tasks)]
+    if not names and not closed:
         raise SettingsError(f"no model matches {glob!r}" + (f" in family {family!r}" if family else "")
                             + (f" for task {task!r}" if task else "") + ". `fieldguide models` lists them all.")
     rows = []
@@ -175,7 +178,7 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
         rows.append({"name": name, "parameters": card.sizes[size].params, "family": card.family, "takes": card.takes,
                      "gives": " or ".join(card.answers), "year": card.year, "paper": card.paper, "summary": card.summary})
     if as_json:
-        for row in rows:
+        for row in (*rows, *({**asdict(system), "name": system.name, "closed": True} for system in closed)):
             print(json.dumps(row))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -184,10 +187,25 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
     for row in rows:
         table.add_row(row["name"], f"{row['parameters']:,}" if row["parameters"] else "by data", row["takes"], row["gives"],
                       str(row["year"]), escape(row["summary"].split(" (")[0].rstrip(".")))
+    if rows:
+        console.print(table)
+    if closed:
+        print_closed(closed)
+
+
+def print_closed(systems: list[Any]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("closed", "maker", "year", "nearest here"):
+        table.add_column(name, no_wrap=True)
+    for system in systems:
+        table.add_row(system.name, escape(system.maker), str(system.year), system.stand_in)
     console.print(table)
 
 
 def print_description(d: Any, as_json: bool) -> None:
+    if not hasattr(d, "parameters"):                     # a closed system
+        print(json.dumps({**asdict(d), "closed": True})) if as_json else console.print(escape(d.text))
+        return
     if as_json:
         print(json.dumps(asdict(d), default=str))
         return

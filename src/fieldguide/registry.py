@@ -6,9 +6,11 @@ import fnmatch
 import functools
 import importlib
 import pkgutil
+import tomllib
+from importlib.resources import files
 from typing import Any
 
-from fieldguide.card import Card
+from fieldguide.card import Card, Closed
 from fieldguide.errors import SettingsError, nearest
 
 
@@ -22,6 +24,14 @@ def cards() -> dict[str, Card]:
         if not module.ispkg and hasattr(loaded := importlib.import_module(module.name), "CARD"):
             found.append(loaded.CARD)
     return {card.name: card for card in sorted(found, key=lambda card: (card.year, card.name))}
+
+
+@functools.cache
+def closed() -> dict[str, Closed]:
+    """The systems that nobody outside has, by each of their names."""
+    rows = tomllib.loads(files("fieldguide.models").joinpath("closed.toml").read_text("utf-8"))["system"]
+    systems = [Closed(**{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()}) for row in rows]
+    return {name: system for system in systems for name in system.names}
 
 
 @functools.cache
@@ -39,8 +49,11 @@ def _index() -> dict[str, tuple[str, str]]:
 
 
 def find(name: str) -> tuple[Card, str]:
-    """The card and size that a name means. Raises `SettingsError` with the nearest known name."""
+    """The card and size that a name means. Raises `SettingsError` with the nearest known name, or with what is known of a
+    closed system."""
     if name not in _index():
+        if (system := closed().get(name.lower().replace(" ", "-").replace("_", "-"))) is not None:
+            raise SettingsError(system.text)
         raise SettingsError(f"no model is called {name!r}.{nearest(name, _index())} "
                             "`fieldguide models` lists them all.")
     architecture, size = _index()[name]

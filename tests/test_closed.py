@@ -1,0 +1,56 @@
+"""Systems that nobody outside has: said so wherever somebody asks for one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import fieldguide
+from fieldguide import progress, registry
+from fieldguide.errors import SettingsError
+from fieldguide.tasks import tasks
+
+SYSTEMS = list(dict.fromkeys(registry.closed().values()))
+
+
+def test_those_that_the_guide_names_are_there():
+    assert {system.name for system in SYSTEMS} == {"gpt-3", "gpt-4", "claude", "gemini", "midjourney", "dall-e-3", "sora",
+                                                   "gen-3", "kling"}
+    assert registry.closed()["gpt-4v"].name == "gpt-4" and registry.closed()["gpt-3"].stand_in == "gpt3-175b"
+    names = [name for system in SYSTEMS for name in system.names]
+    assert len(names) == len(set(names)) == len(registry.closed()) and not set(names) & set(registry.names(tests=True))
+    assert not set(names) & set(registry.cards())
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_their_stand_ins_do_their_tasks(system):
+    card, size = registry.find(system.stand_in)
+    assert size == system.stand_in and system.tasks
+    assert all(card.takes in tasks()[name].takes and set(card.answers) & set(tasks()[name].gives) for name in system.tasks)
+    assert system.published.endswith(".") and system.source and not system.source.endswith(".") and system.why
+
+
+@pytest.mark.parametrize("name", ["gpt-4", "GPT-4", "dall_e_3", "Claude", "sora"])
+def test_to_create_one_says_what_is_known(name):
+    with pytest.raises(SettingsError, match=r"(?s)is a closed system of .*Published is .*Source: .*Nearest here: "):
+        fieldguide.create(name)
+    with pytest.raises(SettingsError, match="no model is called 'gpt-4x'"):
+        fieldguide.create("gpt-4x")
+
+
+def test_the_command_line_lists_them_apart(capsys):
+    progress.print_models("g*", None, "text-generation", False)
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("closed"))
+    assert any(line.startswith("gpt2") for line in lines[:head]) and not any(line.startswith("gpt-4 ") for line in lines[:head])
+    assert [line.split()[0] for line in lines[head + 1:]] == ["gpt-4", "gpt-3", "gemini"]
+    progress.print_models("sora", None, None, True)
+    row = json.loads(capsys.readouterr().out)
+    assert row["closed"] and row["name"] == "sora" and row["stand_in"] == "latte-xl2"
+    progress.print_models("*", "recurrent", None, False)
+    assert "closed" not in capsys.readouterr().out
+    progress.print_description(fieldguide.show("GPT-4"), False)
+    assert "arXiv:2303.08774" in " ".join(capsys.readouterr().out.split())
+    progress.print_description(fieldguide.show("kling"), True)
+    assert json.loads(capsys.readouterr().out)["maker"] == "Kuaishou"
