@@ -234,6 +234,15 @@ def test_equals_its_peer(name, dtype, training):
 
 
 @EVERY
+def test_its_work_is_counted(name):
+    """Without numbers, as the advisor does it; at least every matrix of the head once."""
+    from fieldguide import measure
+    card = cards()[name]
+    config = card.settle(card.tiny)
+    assert measure.multiply_adds(name, config, length=8, side=getattr(config, "image", 33)) > 0
+
+
+@EVERY
 def test_batch_equals_rows_alone(name):
     """Neighbours and padding change nothing."""
     card, _ = case(name)

@@ -42,7 +42,7 @@ class Generator(nn.Module):
 
 CARD = Card(
     name="simple-gan", model=Generator, config=Config, build=lambda config: Generator(**asdict(config)),
-    paper="arXiv:1406.2661", year=2014, takes="noise", gives="vector", names={"features": "img_dim"},
+    paper="arXiv:1406.2661", year=2014, takes="noise", gives="vector", names={"features": "img_dim", "noise": "z_dim"},
     sizes={
         "simple-gan": Size(params=559_632, source="the guide's code"),
         "simple-gan-test": Size(z_dim=5, img_dim=6),

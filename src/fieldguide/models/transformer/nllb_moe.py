@@ -65,6 +65,8 @@ class Experts(nn.Module):
         best, chosen = scores.to(torch.promote_types(x.dtype, torch.float32)).topk(2, 1)
         share = best.softmax(1).to(x.dtype)
         out = torch.zeros_like(flat)
+        if x.is_meta:                                    # who is served by whom depends on numbers, the work does not
+            return sum((expert(flat) for expert in self.experts[:2]), out).view_as(x)
         for number, expert in enumerate(self.experts):
             token, rank = torch.where(chosen == number)
             out = out.index_add(0, token, (expert(flat[token]) * share[token, rank, None]).to(out.dtype))
