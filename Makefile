@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test test-all lint clean
+.PHONY: run test test-all lint catalogue clean
 
 run: $(VENV)/ready-to-run          ## the main job on real data: handwritten digits
 	$(BIN)/fieldguide fit digits
@@ -16,7 +16,10 @@ test-all: $(VENV)/ready-to-test    ## the slow checks too
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/ready-to-test
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+
+catalogue: $(VENV)/ready-to-run    ## docs/catalogue.md from the cards
+	$(BIN)/python docs/catalogue.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,75 @@
+"""Writes docs/catalogue.md from the cards, docs/catalogue.toml and the closed systems: python docs/catalogue.py."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from fieldguide import registry
+from fieldguide.card import Card
+
+HERE = Path(__file__).parent
+INTRO = """# Catalogue
+
+What is here, how large it is, and what proves it. Written by `make catalogue` from the cards in `src/fieldguide/models` and
+from `docs/catalogue.toml`; a test holds it up to date.
+
+*Exact* is the number of parameters, which `tests/test_models.py` counts for every size. Every network is compared with its
+peer there, on random weights and inputs: outputs, gradients, and what training leaves in buffers; the file beside the peer has
+more. *Guide* and *published* are the figures of the guide and of the paper, where they give one.
+"""
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(*heads: str) -> list[str]:
+    return [row(*heads), row(*("---:" if head in ("exact", "guide", "published") else "---" for head in heads))]
+
+
+def lines(card: Card, data: dict[str, Any]) -> list[str]:
+    about = data["architecture"].get(card.name, {})
+    proof = f"{about['peer']}; `{about['proof']}`" if about else "`tests/cases.py`"
+    sizes = [(name, size) for name, size in card.sizes.items() if size.params] or [(card.name, None)]
+    rows = []
+    for i, (name, size) in enumerate(sizes):
+        said = data["size"].get(name, {})
+        once = (card.paper, proof, about.get("note", "")) if not i else ("", "", "")
+        rows.append(row(f"`{name}`", f"{size.params:,}" if size else "by data", said.get("guide", ""),
+                        said.get("published", ""), *once))
+    return rows
+
+
+def page(data: dict[str, Any]) -> str:
+    """Raises `KeyError` for a size or an architecture that does not exist."""
+    cards, placed = registry.cards(), [name for names in data["section"].values() for name in names]
+    exact = {name: size.params for card in cards.values() for name, size in card.sizes.items()}
+    strange = [name for name in (*placed, *data["architecture"]) if name not in cards]
+    if strange := strange + [name for name in data["size"] if name not in exact]:
+        raise KeyError(strange[0])
+    out = [INTRO]
+    others = {f"Others: {family}": [c.name for c in cards.values() if c.family == family and c.name not in placed]
+              for family in dict.fromkeys(card.family for card in cards.values())}
+    for title, names in (data["section"] | others).items():
+        if names:
+            out += [f"## {title}", "", *table("size", "exact", "guide", "published", "paper", "peer and proof", "note"),
+                    *(line for name in names for line in lines(cards[name], data)), ""]
+    out += ["## Closed systems", "", "Nobody outside has these. What is published of them:", "",
+            *table("system", "maker", "published", "source", "nearest here")]
+    out += [row(s.title, f"{s.maker}, {s.year}", s.published, s.source, f"`{s.stand_in}`: {s.why}")
+            for s in dict.fromkeys(registry.closed().values())]
+    out += ["", "## Where the guide is wrong", ""]
+    for error in data["error"]:
+        seen = [f"`{name}` {exact[name]:,}" for name in (*error.get("outside", ()), *error.get("exact", ()))]
+        out.append(f"- *{error['claim']}.* {error['why']}" + (f" {', '.join(seen)}." if seen else ""))
+    return "\n".join(out) + "\n"
+
+
+def read() -> dict[str, Any]:
+    return tomllib.loads((HERE / "catalogue.toml").read_text("utf-8"))
+
+
+if __name__ == "__main__":
+    (HERE / "catalogue.md").write_text(page(read()), "utf-8")

@@ -1,0 +1,54 @@
+"""docs/catalogue.md: up to date, and its claims about the guide's ranges hold."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from cases import CASES
+from fieldguide.registry import cards
+
+DOCS = Path(__file__).parents[1] / "docs"
+SPEC = importlib.util.spec_from_file_location("catalogue_page", DOCS / "catalogue.py")
+PAGE = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(PAGE)
+DATA = PAGE.read()
+EXACT = {name: size.params for card in cards().values() for name, size in card.sizes.items()}
+
+
+def number(text: str) -> float:
+    """60,000 or 5.3M as a number."""
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1], 1)
+    return float(text.rstrip("KMB").replace(",", "")) * scale
+
+
+def test_the_page_is_up_to_date():
+    assert (DOCS / "catalogue.md").read_text("utf-8") == PAGE.page(DATA), "make catalogue"
+
+
+def test_every_architecture_is_on_the_page_once():
+    text = PAGE.page(DATA)
+    for card in cards().values():
+        named = [size for size in card.sizes if card.sizes[size].params] or [card.name]
+        assert all(text.count(f"\n| `{size}` |") == 1 for size in named)
+
+
+@pytest.mark.parametrize("name", DATA["architecture"])
+def test_its_proof_is_there(name):
+    file = DOCS.parent / DATA["architecture"][name]["proof"]
+    words = {name, name.partition("-")[0], cards()[name].model.__name__, name.replace("-", "_")}
+    assert name in CASES and any(word in file.read_text("utf-8") for word in words)
+
+
+@pytest.mark.parametrize("error", [error for error in DATA["error"] if "range" in error], ids=lambda error: error["claim"])
+def test_what_is_said_to_lie_outside_does(error):
+    low, high = error["range"]
+    assert error["outside"] and all(not low <= EXACT[name] <= high for name in error["outside"])
+
+
+@pytest.mark.parametrize("name", [name for name, said in DATA["size"].items() if "published" in said])
+def test_published_figures_are_near_the_exact_ones(name):
+    """Within 5 %: otherwise it is another network, or another way to count."""
+    assert EXACT[name] == pytest.approx(number(DATA["size"][name]["published"]), rel=0.05)
