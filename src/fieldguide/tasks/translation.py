@@ -42,6 +42,8 @@ class Translation(Typed):
     metrics = (Metric("bleu", "max", "BLEU"), Metric("chrf", "max", "chrF"), Metric("loss", "min", "nats a token"))
     decides = "loss"
     recipe: ClassVar = {"patience": 6}
+    longest: ClassVar[int] = LONGEST
+    made: ClassVar[str] = "Translations"
 
     @dataclass(frozen=True)
     class Options:
@@ -88,7 +90,7 @@ class Translation(Typed):
         sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]
         task.median = int(np.median(sizes))
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
-        task.options = settled(options, vocab=task.text.size, length=min(LONGEST, int(1.5 * suggest_length(sizes, 10_000))))
+        task.options = settled(options, vocab=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000))))
         if cut := sum(s > task.options.length for s in sizes):
             task.notes.append(f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and "
                               "are cut there (task.length=... changes that)")
@@ -212,7 +214,7 @@ class Translation(Typed):
             texts, self.options.length - len(frame.before) - len(frame.after))])
         where = next(objective.parameters()).device
         said = self.search(objective.model, torch.from_numpy(tokens).to(where), torch.from_numpy(mask).to(where))
-        return [Quotes("Translations while it learnt", "", [
+        return [Quotes(f"{self.made} while it learnt", "", [
             Quote(self.text.decode(row[row >= 0]).strip(), f"of: {source} (in the data: {right})")
             for row, (source, right) in zip(said.cpu().numpy(), self.shown)])]
 
