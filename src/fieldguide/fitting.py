@@ -130,7 +130,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     if len(scored) < len(parts.validation):
         watch.say(f"scored while it learns: {len(scored):,} of the {len(parts.validation):,} validation rows, drawn by chance")
     validation = learnt.batches(source.take(scored), card, chosen)
-    chosen = with_batch(chosen, len(batches), learnt.fewest, learnt.most)
+    chosen = with_batch(chosen, len(batches), learnt.fewest, min(learnt.most, beginning.BATCH) if begun else learnt.most)
     torch.manual_seed(seed)
     network = card.make(config)
     fresh = None

@@ -60,7 +60,8 @@ CHOICES = {"optimizer": ("adamw", "sgd", "muon"), "schedule": ("cosine", "linear
            "track": ("none", "tensorboard"), "tune": ("whole", "frozen", "lora"),
            "distill": ("hard", "soft")}
 AT_LEAST = {"steps": 1, "epochs": 0, "minutes": 0, "batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0, "clip": 0,
-            "workers": 0, "patience": 0, "evaluate": 1, "checkpoint": 0, "mixup": 0, "seed": 0, "lora_rank": 1, "layer_decay": 0}
+            "workers": 0, "patience": 0, "evaluate": 1, "checkpoint": 0, "mixup": 0, "seed": 0, "lora_rank": 1,
+            "layer_decay": 0}
 BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta1": 1, "beta2": 1, "warmup": 1, "unfreeze": 1}     # these lie in [0, 1)
 
 
