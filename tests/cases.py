@@ -640,6 +640,7 @@ CASES = {
     "vgg": Case(inputs=image, peer=pictures.peer(pictures.torchvision_vgg, "torchvision"), lr=3e-2),
     "efficientnet": Case(inputs=image, peer=pictures.peer(pictures.timm_efficientnet, "timm")),
     "efficientnetv2": Case(inputs=image, peer=pictures.peer(pictures.torchvision_efficientnet_v2, "torchvision")),
+    "mobilenetv2": Case(inputs=image, peer=pictures.peer(pictures.torchvision_mobilenet_v2, "torchvision")),
     "mobilenetv3": Case(inputs=image, peer=pictures.peer(pictures.torchvision_mobilenet_v3, "torchvision")),
     "convnext": Case(inputs=image, peer=pictures.peer(pictures.huggingface_convnext, "huggingface")),
     "convnextv2": Case(inputs=image, peer=pictures.peer(pictures.huggingface_convnext, "huggingface")),

@@ -7,6 +7,7 @@ without memory and its layers are replaced by narrower ones of the same geometry
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -137,6 +138,13 @@ def timm_efficientnet_v2(model: nn.Module) -> nn.Module:
 
 def int_channels(width: float, *_: Any) -> int:
     return int(width)
+
+
+def torchvision_mobilenet_v2(model: nn.Module) -> nn.Module:
+    c = model.config
+    rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    return tvm.MobileNetV2(c.classes, c.width, [[t, n, math.ceil(c.depth * deep), stride] for t, n, deep, stride in rows],
+                           dropout=c.dropout)
 
 
 def torchvision_mobilenet_v3(model: nn.Module) -> nn.Module:

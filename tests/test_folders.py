@@ -217,6 +217,7 @@ def folder(model: nn.Module, name: str, path, **args) -> None:
     ("resnet18", "resnet18", {"classes": 5}),
     ("mobilenetv3_small_100", "mobilenetv3-small", {"eps": 1e-5, "padding": "symmetric", "blocks": SMALL}),
     ("tf_mobilenetv3_small_100", "mobilenetv3-small", {"eps": 1e-3, "padding": "same"}),
+    ("mobilenetv2_050", "mobilenetv2-050", {"width": 0.5}),
     ("efficientnet_b0", "efficientnet-b0", {"eps": 1e-5, "padding": "symmetric"}),
     ("tf_efficientnet_b0", "tf-efficientnet-b0", {"eps": 1e-3, "padding": "same"}),
     ("convnextv2_atto", "convnextv2-atto", {"eps": 1e-6}),
