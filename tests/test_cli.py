@@ -17,7 +17,7 @@ from fieldguide import cli, samples
 
 # Verb -> its arguments and options. What is here stays: scripts of users call it.
 VERBS = {
-    "fit": {"DATA", "--target", "--task", "--model", "--minutes", "--out", "--seed", "--group", "--time", "--resume",
+    "fit": {"DATA", "--target", "--task", "--model", "--minutes", "--out", "--seed", "--group", "--time", "--resume", "--weights",
             "--allow-bad", "--set"},
     "predict": {"RUN", "INPUTS", "--out", "--json", "--set"},
     "evaluate": {"RUN", "DATA", "--json"},
