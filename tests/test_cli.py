@@ -17,8 +17,8 @@ from fieldguide import cli, samples
 
 # Verb -> its arguments and options. What is here stays: scripts of users call it.
 VERBS = {
-    "fit": {"DATA", "--target", "--task", "--model", "--minutes", "--out", "--seed", "--group", "--time", "--resume", "--weights",
-            "--allow-bad", "--set"},
+    "fit": {"DATA", "--target", "--task", "--model", "--minutes", "--out", "--seed", "--group", "--time", "--resume",
+            "--weights", "--allow-bad", "--set"},
     "predict": {"RUN", "INPUTS", "--out", "--json", "--set"},
     "evaluate": {"RUN", "DATA", "--json"},
     "check": {"DATA", "--target", "--task", "--group", "--time", "--allow-bad", "--set"},

@@ -85,7 +85,8 @@ def test_run_json(run):
     assert set(record) == {"schema", "status", "task", "request", "model", "settings", "choice", "data", "cost", "machine",
                            "versions", "started", "scores"}
     assert record["schema"] == SCHEMA == 1 and record["status"] == "done"
-    assert set(record["request"]) == {"data", "target", "group", "time", "allow_bad", "kinds", "roles", "task", "weights", "model"}
+    assert set(record["request"]) == {"data", "target", "group", "time", "allow_bad", "kinds", "roles", "task", "weights",
+                                      "model"}
     assert set(record["model"]) == {"architecture", "size", "config", "parts"}
     assert set(record["settings"]) == set(Settings().to_dict())
     assert None not in [record["settings"][k] for k in ("steps", "batch", "evaluate", "precision", "channels_last")]

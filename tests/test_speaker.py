@@ -159,8 +159,9 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path):
 
 
 def test_from_the_shell(folder, capsys):
-    from fieldguide.cli import app
     from typer.testing import CliRunner
+
+    from fieldguide.cli import app
     run = lambda *words: CliRunner().invoke(app, ["predict", str(folder), *words])           # noqa: E731
     greedy = ("--set", "temperature=0", "--set", "tokens=12", "--set", "chat=false")
     assert run("the cat", *greedy).stdout.strip("\n") == theirs(folder, "the cat")

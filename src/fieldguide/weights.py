@@ -150,7 +150,8 @@ def inwards(state: State, table: Table) -> _Translated:
     for row in _zeros(table):
         if row.like in done.state and row.ours not in done.state:
             other = done.state[row.like]
-            done.put(row.ours, torch.zeros_like(other[:, 0] if row.column else other[:row.length]), "what such files do without")
+            like = other[:, 0] if row.column else other[:row.length]
+            done.put(row.ours, torch.zeros_like(like), "what such files do without")
     return done
 
 
