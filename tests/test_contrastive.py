@@ -49,7 +49,7 @@ def test_the_loss_is_the_papers(same, shown):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["plain", "texts"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "texts"])
 def test_two_processes_equal_one(kind, tmp_path):
     """Six SGD steps in float64, with 11 rows a step for two: losses and weights are those of the joined batch."""
     for processes in (1, 2):

@@ -304,7 +304,7 @@ def distances(samples: Tensor, dims: int) -> float:
 
 
 @BOTH
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", [pytest.param("linear", marks=pytest.mark.slow), "cosine"])
 @pytest.mark.parametrize("sampler", [DDPM(steps=200, clip=0), DDIM(steps=100, clip=0), DDIM(steps=100, eta=0.5, clip=0)],
                          ids=["ddpm", "ddim", "ddim eta 0.5"])
 @pytest.mark.parametrize("dims", [1, 2])

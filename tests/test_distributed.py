@@ -22,7 +22,7 @@ def torchrun(processes: int, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", ["plain", "gan"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "gan"])       # two phases, or one of them
 def test_gradients_of_two_processes_equal_those_of_one(kind, tmp_path):
     """Eight SGD steps in float64: any difference between gradients would be a difference between weights."""
     for processes in (1, 2):
@@ -32,6 +32,7 @@ def test_gradients_of_two_processes_equal_those_of_one(kind, tmp_path):
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_fit_under_torchrun_scores_like_one_process(tmp_path, digits_run):
     out = tmp_path / "two"
     said = torchrun(2, "-m", "fieldguide", "fit", "digits", "--model", "simplecnn", "--set", "steps=120", "--set",

@@ -356,7 +356,12 @@ def test_saved_and_loaded_is_the_same(name, tmp_path):
     assert torch.equal(other(*inputs), model(*inputs))
 
 
-@EVERY
+# A network of each kind quickly, the others in `make test-all`: an export takes seconds.
+EXPORTED = {"resnet", "swin", "gpt2", "bert", "t5", "transformer", "lstm-classifier", "ddpm-unet", "conformer", "yolov8",
+            "clip", "patchtst", "sasrec", "tabm"}
+
+
+@pytest.mark.parametrize("name", [n if n in EXPORTED else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 # torch's own recurrent layers keep a second list of their weights, which its exporter remarks on.
 @pytest.mark.filterwarnings("ignore:The tensor attributes? .*_flat_weights:UserWarning")
 def test_exports_with_any_batch(name):

@@ -52,8 +52,9 @@ def step_of(run: Path) -> int:
     return int(found[-1].stem[5:]) if found else 0
 
 
-# Seven kills a task: tables stand for all here, pictures and texts in `make test-all`; test_tasks_resume.py stops every task.
-@pytest.mark.parametrize("task", [t if t.startswith("tabular") else pytest.param(t, marks=pytest.mark.slow) for t in TASKS])
+# Seven kills a task, in `make test-all`: each takes a minute. Ctrl-C below and test_tasks_resume.py stop runs quickly.
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
 def test_a_killed_run_ends_like_one_never_stopped(task, tmp_path):
     whole, killed, dice = tmp_path / "whole", tmp_path / "killed", random.Random(task)
     complete(begin(task, whole))

@@ -258,7 +258,7 @@ class ImageGeneration(Task):
             found: dict[str, Any] = {"made": judges.seen(self.judge, made), "real": judges.seen(self.judge, real)}
             if self.labels:
                 asked = torch.from_numpy(outputs["label"].astype(np.int64)) - 1
-                pupil = judges.taught(made, asked, len(self.labels), steps=LESSONS)
+                pupil = judges.taught(made, asked, len(self.labels), steps=LESSONS if self.pictures.side > 16 else LESSONS // 2)
                 found["right"] = judges.seen(pupil, real, answer=True) == truth["label"] - 1
             if self.matcher is not None:
                 found["matched"] = judges.picked(self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)),
