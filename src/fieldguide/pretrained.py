@@ -184,10 +184,12 @@ def filled(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], o
 
 
 class Unfilled(TorchFunctionMode):
-    """Inside, chance fills no tensor: all of them are about to be read."""
+    """Inside, zeros stand for chance: all tensors are about to be read."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **kwargs or {})
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0].zero_()                       # within any bounds: torch draws a cut normal until all is
+        return func(*args, **kwargs or {})
 
 
 def headed(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> bool:
