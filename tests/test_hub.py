@@ -18,10 +18,11 @@ from test_pretrained import gpt2
 
 
 class Hub:
-    """One model, `org/tiny`. `cut` bytes are sent of each large file, then the line is dead; `asked` are the ranges."""
+    """One model, `org/tiny`. `cut` bytes are sent of each large file, then the line is dead; `asked` are the ranges, `seen`
+    the headers of each request. With another server as `store`, large files lie there, and the hub sends on to it."""
 
     def __init__(self, files: dict[str, bytes]):
-        self.files, self.cut, self.asked, self.damage = files, None, [], False
+        self.files, self.cut, self.asked, self.damage, self.store, self.seen = files, None, [], False, None, []
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,6 +43,11 @@ class Hub:
             for name, content in self.files.items()]
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.seen.append(dict(request.headers))
+        if self.store and request.path.endswith(".safetensors"):
+            request.send_response(302)
+            request.send_header("Location", self.store.address + request.path)
+            return request.end_headers()
         if request.path == "/api/models/org/tiny/tree/main":
             return self.send(request, 200, json.dumps(self.entries()).encode())
         name = request.path.removeprefix("/org/tiny/resolve/main/")
@@ -63,6 +69,11 @@ class Hub:
         request.wfile.write(content[:cut])
 
 
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     gpt2().save_pretrained(tmp_path / "made")
@@ -71,8 +82,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", made.address)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     yield made
-    made.server.shutdown()
-    made.server.server_close()
+    made.close()
 
 
 def test_a_model_of_the_hub_by_name(here):
@@ -81,7 +91,7 @@ def test_a_model_of_the_hub_by_name(here):
     torch.testing.assert_close(ours(tokens), gpt2()(tokens).logits)
     folder = hub.fetched("org/tiny", said.append)
     assert not said                                      # nothing is fetched twice
-    assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors", hub.NOTED}
 
 
 def test_a_download_goes_on_where_it_was_broken_off(here):
@@ -103,6 +113,46 @@ def test_damage_on_the_way_is_found_and_not_kept(here):
     assert hub.fetched("org/tiny")
 
 
+def test_a_token_is_shown_to_the_hub_alone(here, monkeypatch):
+    """Large files lie elsewhere, under addresses that hold their own permission and refuse a second one."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    here.store = Hub(here.files)
+    try:
+        assert (hub.fetched("org/tiny") / "model.safetensors").read_bytes() == here.files["model.safetensors"]
+        assert all(headers["Authorization"] == "Bearer secret" for headers in here.seen)
+        assert len(here.store.seen) == 1 and "Authorization" not in here.store.seen[0]
+    finally:
+        here.store.close()
+
+
+def test_what_the_hub_has_changed_is_fetched_again(here):
+    """Though it is as long as before."""
+    folder = hub.fetched("org/tiny")
+    before = here.files["config.json"]
+    here.files["config.json"] = before[::-1]
+    assert (hub.fetched("org/tiny") / "config.json").read_bytes() == before[::-1]
+    (folder / "config.json").write_bytes(before)         # and nobody noted what lies there
+    (folder / hub.NOTED).unlink()
+    assert (hub.fetched("org/tiny") / "config.json").read_bytes() == before[::-1]
+
+
+def test_parts_of_other_contents_are_not_gone_on_with(here):
+    here.cut = 1000
+    with pytest.raises(WeightsError, match="broke off"):
+        hub.fetched("org/tiny")
+    here.cut, here.files["model.safetensors"] = None, here.files["model.safetensors"][::-1]
+    assert (hub.fetched("org/tiny") / "model.safetensors").read_bytes() == here.files["model.safetensors"] and not here.asked
+
+
+def test_long_downloads_say_how_far_they_are(here, monkeypatch):
+    monkeypatch.setattr(hub, "CHUNK", 1000)
+    monkeypatch.setattr(hub, "TOLD", 0)
+    said = []
+    hub.fetched("org/tiny", said.append)
+    told = [line for line in said if line.startswith("model.safetensors") and "s left" in line]
+    assert len(told) == -(-len(here.files["model.safetensors"]) // 1000) and told[-1].endswith("; about 0 s left")
+
+
 @pytest.mark.parametrize("name, message", [
     ("org/other", "there is no such model"), ("tiny", "say hf:organisation/name"), ("../x/y", "say hf:organisation/name")])
 def test_what_is_not_there(here, name, message):
@@ -113,6 +163,15 @@ def test_what_is_not_there(here, name, message):
 def test_without_a_network(here, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(WeightsError, match=r"cannot be reached.*give their folder"):
+        hub.fetched("org/tiny")
+
+
+def test_what_is_there_serves_without_a_network(here, monkeypatch):
+    folder, said = hub.fetched("org/tiny"), []
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert hub.fetched("org/tiny", said.append) == folder and "cannot be reached" in said[0] and str(folder) in said[0]
+    (folder / hub.NOTED).unlink()                        # written when all is there
+    with pytest.raises(WeightsError, match="cannot be reached"):
         hub.fetched("org/tiny")
 
 

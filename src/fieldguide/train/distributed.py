@@ -43,6 +43,19 @@ def processes() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+@contextmanager
+def turns() -> Iterator[None]:
+    """The first process of each machine goes first, then the others: what it leaves on the disk, they find there."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if world() > 1 and not first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world() > 1 and first:
+            dist.barrier()
+
+
 def broadcast(value: Any) -> Any:
     """What the first process holds, in every process (settings measured there, a path chosen there)."""
     if world() == 1:
