@@ -298,15 +298,15 @@ class Doubled(Logits):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         to = Tensor.to
-        kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)  # noqa: E731
-        whole = lambda x: x if x.dtype == torch.float64 else to(x, torch.float32)                                  # noqa: E731
+        kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
+        whole = lambda x: x if x.dtype == torch.float64 else to(x, torch.float32)
         with mock.patch.object(Tensor, "to", kept), mock.patch.object(Tensor, "float", whole):
             return super().forward(tokens, mask)
 
 
 def huggingface_decoder(model: nn.Module) -> Peer:
     """The language model of transformers that our config, written as theirs, describes."""
-    from fieldguide.pretrained import outwards
+    from fieldguide.configurations import outwards
     from fieldguide.registry import cards
     from tv import transformers
     card = next(card for card in cards().values() if card.model is type(model))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fieldguide
-from fieldguide import pretrained, weights
+from fieldguide import configurations, pretrained, weights
 from fieldguide.errors import WeightsError
 from fieldguide.models.convolutional.mobilenet_v3 import SMALL
 from fieldguide.registry import cards, create, find
@@ -111,10 +111,10 @@ def test_folders_of_transformers_there_and_back(kind, tmp_path):
 def test_what_configurations_leave_unsaid():
     """transformers' own defaults hold."""
     card = cards()["convnext"]
-    written = pretrained.outwards(card, card.configs["huggingface"], create("convnext-test").config)
+    written = configurations.outwards(card, card.configs["huggingface"], create("convnext-test").config)
     assert written.pop("layer_norm_eps") == 1e-6 and written.pop("drop_path_rate") == 0
-    card, _, table = pretrained.identified(written)
-    assert pretrained.inwards(card, table, written, "here")["eps"] == transformers.ConvNextConfig().layer_norm_eps == 1e-12
+    card, _, table = configurations.identified(written)
+    assert configurations.inwards(card, table, written, "here")["eps"] == transformers.ConvNextConfig().layer_norm_eps == 1e-12
 
 
 REFUSED = {                                              # by which they are other networks

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fieldguide
-from fieldguide import pretrained, weights
+from fieldguide import configurations, recognition, weights
 from fieldguide.blocks.configs import Fixed
 from fieldguide.errors import WeightsError
 from fieldguide.registry import cards, create
@@ -74,7 +74,7 @@ def test_a_file_is_recognised_by_names_and_shapes(tmp_path):
     for theirs, size in ((torchvision.models.resnet18(num_classes=11), "resnet18"),
                          (timm.create_model("resnet34", num_classes=4), "resnet34")):
         torch.save(settled(theirs).state_dict(), tmp_path / "weights.pth")
-        _, found, _ = pretrained.recognised(theirs.state_dict(), "a file")
+        _, found, _ = recognition.recognised(theirs.state_dict(), "a file")
         assert found == size
         torch.testing.assert_close(fieldguide.load(tmp_path / "weights.pth")(x), theirs(x), rtol=1e-4, atol=1e-4)
 
@@ -93,7 +93,7 @@ def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("name, origin", [(c.name, o) for c in cards().values() for o, table in c.configs.items()
-                                          if table.keys() & set(pretrained.WRITTEN)])
+                                          if table.keys() & set(configurations.WRITTEN)])
 def test_configurations_there_and_back(name, origin):
     """What is written is recognised and read as the same config; every number that a size may change is in the table."""
     card = cards()[name]
@@ -102,12 +102,12 @@ def test_configurations_there_and_back(name, origin):
         if unsaid := [row for row in card.configs[origin].values() if isinstance(row, Fixed)
                       and getattr(config, row.ours) != row.value]:
             with pytest.raises(WeightsError, match=rf"{unsaid[0].ours}=.* cannot be written so: there, "):
-                pretrained.outwards(card, card.configs[origin], config)
+                configurations.outwards(card, card.configs[origin], config)
             continue
-        written = json.loads(json.dumps(pretrained.outwards(card, card.configs[origin], config)))
-        found, at, table = pretrained.identified(written)
+        written = json.loads(json.dumps(configurations.outwards(card, card.configs[origin], config)))
+        found, at, table = configurations.identified(written)
         assert (found.name, at) == (name, origin)
-        assert card.config(**pretrained.inwards(found, table, written, "here")) == config
+        assert card.config(**configurations.inwards(found, table, written, "here")) == config
 
 
 def test_export_refuses_what_has_no_table(tmp_path):
@@ -230,3 +230,13 @@ def test_files_of_llama_cpp(tmp_path):
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:300])
     with pytest.raises(WeightsError, match=r"cut\.gguf is damaged"):
         fieldguide.load(tmp_path / "cut.gguf")
+
+
+def test_networks_that_are_about_to_be_filled_draw_no_numbers():
+    """Zeros stand for them, which lie within the bounds of a cut normal too: torch draws one again until all do."""
+    with recognition.Unfilled():
+        for draw in (nn.init.normal_, nn.init.uniform_, nn.init.xavier_normal_, nn.init.xavier_uniform_, Tensor.normal_,
+                     nn.init.kaiming_normal_, nn.init.kaiming_uniform_, lambda x: nn.init.trunc_normal_(x, std=0.02)):
+            assert not draw(torch.full((3, 4), 7.0)).any()
+        layers = nn.Linear(3, 4), nn.Conv2d(1, 2, 3), nn.Embedding(3, 2)
+    assert not any(p.any() for layer in layers for p in layer.parameters())

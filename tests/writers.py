@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from fieldguide.pretrained import outwards
+from fieldguide.configurations import outwards
 from fieldguide.registry import cards
 from fieldguide.weights import tables, translate
 from tv import transformers
@@ -48,7 +48,7 @@ class Pairs(nn.Module):
             if isinstance(module, moe.NllbMoeTop2Router):
                 module.dtype = torch.float64 if double else torch.float32
         to = Tensor.to
-        kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)  # noqa: E731
+        kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
         with mock.patch.object(Tensor, "to", kept):
             return self.peer(input_ids=source, attention_mask=source_mask.long(), decoder_input_ids=tokens,
                              decoder_attention_mask=mask.long(), use_cache=False).logits

@@ -212,6 +212,10 @@ class Card:
         """Whether the config has a field for this word of the project's vocabulary."""
         return self.names.get(word, word) in {f.name for f in fields(self.config)}
 
+    def tables(self, config: Any) -> dict[str, Mapping[str, Any]]:
+        """The tables of public parameter names that hold for a config, by origin."""
+        return {origin: table(config) if callable(table) else table for origin, table in self.weights.items()}
+
     def make(self, config: Any) -> Any:
         """A network with freshly initialised weights."""
         return self.build(config) if self.build else self.model(config)

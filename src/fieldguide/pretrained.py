@@ -7,38 +7,30 @@ themselves. `save` writes a folder that transformers reads. Tables in the model 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from fieldguide import weights
-from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Derived, Fixed, Is, Known
+from fieldguide import configurations, weights
 from fieldguide.card import Card
-from fieldguide.errors import FieldguideError, SettingsError, WeightsError, nearest
-from fieldguide.registry import cards, find
+from fieldguide.configurations import TIMM, WRITTEN, Identified, identified, inwards, named, outwards, pixels
+from fieldguide.errors import SettingsError, WeightsError, nearest
+from fieldguide.recognition import FREE, Unfilled, headed, recognised, seen, sibling
+from fieldguide.registry import card_of, find
+from fieldguide.train import distributed
 
 CONFIG = "config.json"
 CONFIGS = (CONFIG, "params.json")                        # the second is Meta's
-WRITTEN = ("model_type", "_class_name")                  # keys that say what a configuration is of: where we write such,
-IDENTITY = (*WRITTEN, "general.architecture")            # and all
-FREE = ("classes", "channels", "vocab", "length")        # what checkpoints of one size may differ in
 PIXELS = "preprocessor_config.json"                      # how transformers prepares pictures
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}     # as most networks have learnt
 FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}       # beside it
-TIMM = "timm"                                            # whose configurations say a name, and what was asked for beside it
-ASKED = {"img_size": "image", "drop_rate": "dropout", "drop_path_rate": "drop_path"}     # there, here
-SEEN = ("num_classes", "in_chans", "global_pool", "pretrained", "checkpoint_path")       # tensors say it, or it has no effect
 PARTS = "consolidated.*.pth"                             # Meta's, one for each machine
 HUB = "hf:"
-STEP = 8                                                 # by which a number is changed to see what shapes it decides
-SPARE = 3                                                # tensors that a file may lack: tied ones
-Identified = tuple[Card, str, Mapping[str, ConfigRow]]   # card, origin, table of configuration keys
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class Checkpoint:
     def size(self) -> str:
         """The size that it is, or else the bare name of its architecture."""
         if self.path and (self.path / "run.json").is_file():
-            return read_config(self.path / "run.json")["model"]["size"]
+            return configurations.read(self.path / "run.json")["model"]["size"]
         card, free = self.card, {"gives", *(self.card.names.get(word, word) for word in FREE)}
         mine = asdict(card.config(**self.values))
         best, most = card.name, -1
@@ -99,7 +91,7 @@ class Checkpoint:
         if self.card.accepts("begin"):
             offered["begin"] = self.card.config(**self.values).begin
         if self.card.takes == "image":
-            said = read_config(folder / PIXELS) if (folder / PIXELS).is_file() else pixels(folder / CONFIG)
+            said = configurations.read(folder / PIXELS) if (folder / PIXELS).is_file() else pixels(folder / CONFIG)
             scale = [said.get(key, value) for key, value in IMAGENET.items()]
             if (folder / "run.json").is_file():
                 from fieldguide.run import open_run
@@ -112,11 +104,12 @@ class Checkpoint:
         return offered
 
 
-def described(source: str | Path, name: str | None = None) -> Checkpoint:
-    """What a checkpoint is of. Raises `WeightsError` where that cannot be told."""
+def described(source: str | Path, name: str | None = None, watch: Callable[[str], None] | None = None) -> Checkpoint:
+    """What a checkpoint is of. `watch` is told how far a download is. Raises `WeightsError` where it cannot be told."""
     if isinstance(source, str) and source.startswith(HUB):
-        from fieldguide.hub import fetched
-        source = fetched(source.removeprefix(HUB))
+        from fieldguide import hub
+        with distributed.turns():                        # one process of a machine fetches, the others find it there
+            source = hub.fetched(source.removeprefix(HUB), watch or hub.aloud)
     path = Path(source)
     if not path.exists():
         raise WeightsError(f"{path} does not exist. For a model of the Hugging Face hub say hf:organisation/name; for a "
@@ -129,7 +122,7 @@ def described(source: str | Path, name: str | None = None) -> Checkpoint:
     beside = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
     if path.suffix == ".gguf":                           # says itself what it is
         beside = path
-    said = read_config(beside) if beside and name is None else {}
+    said = configurations.read(beside) if beside and name is None else {}
     known = identified(said) if said else None
     if path.is_dir() and len(parts := sorted(path.glob(PARTS))) > 1:
         return joined(path, parts, known, inwards(known[0], known[2], said, beside) if known else {})
@@ -183,30 +176,6 @@ def filled(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], o
     return model.eval()
 
 
-class Unfilled(TorchFunctionMode):
-    """Inside, zeros stand for chance: all tensors are about to be read."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_):
-            return args[0].zero_()                       # within any bounds: torch draws a cut normal until all is
-        return func(*args, **kwargs or {})
-
-
-def headed(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> bool:
-    """Whether a file has a head of its own."""
-    table = card.weights[origin]
-    names = {name: tensor.to("meta") for name, tensor in state.items()}
-    return "head.weight" in weights.inwards(names, table(card.config(**values)) if callable(table) else table).state
-
-
-def sibling(card: Card, origin: str, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """Of an origin and those named after it ("diffusers-2022"), the one that knows most of a file's names."""
-    names, config = {name: tensor.to("meta") for name, tensor in state.items()}, card.config(**values)
-    tables = {key: table(config) if callable(table) else table for key, table in card.weights.items()
-              if key == origin or key.startswith(f"{origin}-")}
-    return min(tables, key=lambda key: len(weights.inwards(names, tables[key]).unknown))
-
-
 def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapping[str, Any]) -> Checkpoint:
     """A network whose tensors were parted among machines: each along the axis on which its parts make up the whole."""
     if known is None:
@@ -214,8 +183,8 @@ def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapp
     card, origin, _ = known
     with torch.device("meta"):
         model = card.make(card.config(**values))
-    names = card.weights[origin](model.config) if callable(card.weights[origin]) else card.weights[origin]
-    wanted = {name: t.shape for name, t in weights.translate(model.state_dict(), names, reverse=True).items()}
+    written = weights.translate(model.state_dict(), card.tables(model.config)[origin], reverse=True)
+    wanted = {name: t.shape for name, t in written.items()}
     files = [weights.read(part) for part in parts]
     if strange := {name for file in files for name in file} - {name for file in files[:1] for name in file}:
         raise WeightsError(f"{parts[0]} lacks {', '.join(sorted(strange)[:3])}, which other parts have")
@@ -227,131 +196,6 @@ def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapp
     return Checkpoint(path, card, origin, values, state)
 
 
-# ------------------------------------------------------------------------------------------------ configurations
-
-def read_config(path: Path) -> dict[str, Any]:
-    if path.suffix == ".gguf":
-        from fieldguide.ggml import metadata
-        return metadata(path)
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not the keys of a configuration")
-    return content
-
-
-def identified(config: Mapping[str, Any]) -> Identified | None:
-    """Whose configuration this is; None where no card knows it."""
-    for card in cards().values():
-        for origin, table in card.configs.items():
-            said = [key for key in IDENTITY if key in table]
-            plain = {key for key, row in table.items() if isinstance(row, str)}
-            if all(at(config, key)[1] in (table[key].among or (table[key].value,)) for key in said) if said else (
-                    plain <= config.keys()):
-                return card, origin, table
-    return None
-
-
-def named(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, Any]]:
-    """What timm calls by the name that its configuration says: card, size, and what differs from that. Raises `WeightsError`
-    for a name that is no network here, or changes that are unknown."""
-    known = {name: (card, meant) for card in cards().values() for name, meant in card.aliases.get(TIMM, {}).items()}
-    name = str(config["architecture"]).partition(".")[0]
-    if name not in known:
-        raise WeightsError(f"{where} is of timm's {name}, which is no network here.{nearest(name, known)} Relatives may have "
-                           "the same tensors and compute otherwise; where you know what it is, say name=...")
-    card, meant = known[name]
-    size, changes = (meant, {}) if isinstance(meant, str) else meant
-    asked = {key: value for key, value in (config.get("model_args") or {}).items() if key not in SEEN}
-    if strange := [key for key in asked if key not in ASKED or not card.accepts(ASKED[key])]:
-        raise WeightsError(f"{where} describes another network than {size}: model_args.{strange[0]}={asked[strange[0]]!r}")
-    return card, size, {**changes, **{ASKED[key]: value for key, value in asked.items() if value is not None}}
-
-
-def pixels(path: Path) -> dict[str, Any]:
-    """How timm prepares pictures, as transformers says it."""
-    said = read_config(path).get("pretrained_cfg") or {} if path.is_file() else {}
-    return {f"image_{key}": said[key] for key in ("mean", "std") if key in said}
-
-
-def at(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
-    """Whether a dotted key is there, and what it says."""
-    for part in key.split("."):
-        if not isinstance(config, Mapping) or part not in config:
-            return False, None
-        config = config[part]
-    return True, config
-
-
-def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any], where: Any) -> dict[str, Any]:
-    """A public configuration as fields of ours. Raises `WeightsError` that lists every key by which it is another network."""
-    values: dict[str, Any] = {}
-    kinds = {f.name: str(f.type) for f in fields(card.config)}
-    faults = []
-    for key, row in table.items():
-        there, value = at(config, key)
-        if isinstance(row, Absent):
-            values[row.ours] = value if there and value is not None else row.value
-        elif isinstance(row, Known) and there:
-            value = value[0] if isinstance(value, list) and value else value
-            if value not in row.values:
-                faults.append(f"{key}={value!r} is none of {', '.join(map(repr, row.values))}")
-            else:
-                values[row.ours] = row.values[value]
-        elif isinstance(row, Counted):
-            values[row.ours] = len(value) if there else row.absent
-        elif isinstance(row, Fixed):
-            values[row.ours] = row.value
-        elif isinstance(row, Derived):
-            values |= row.read(config)
-        elif isinstance(row, str) and there and value is not None:
-            values[row] = value
-    values = {k: tuple(v) if kinds.get(k, "").startswith("tuple") and isinstance(v, list) else v for k, v in values.items()}
-    if not faults:
-        made = card.config(**values)
-        for key, row in table.items():
-            there, value = at(config, key)
-            if isinstance(row, Is) and not there and row.absent is not ...:
-                there, value = True, row.absent
-            if isinstance(row, Is) and there and (wanted := row.value(made) if callable(row.value) else row.value) != value:
-                faults.append(f"{key}={value!r}, and {card.name} here has {wanted!r}")
-    if faults:
-        raise WeightsError("\n".join([f"{where} describes another network than {card.name}:", *(f"  {f}" for f in faults)]))
-    return values
-
-
-def outwards(card: Card, table: Mapping[str, ConfigRow], config: Any) -> dict[str, Any]:
-    """Our config under public keys. Raises `WeightsError` for what cannot be said there."""
-    out: dict[str, Any] = {}
-    for key, row in table.items():
-        if isinstance(row, Fixed):
-            if (own := getattr(config, row.ours)) != row.value:
-                raise WeightsError(f"{card.name} with {row.ours}={own!r} cannot be written so: there, {key.strip('<>')}.")
-            continue
-        if isinstance(row, Is):
-            if not row.written:
-                continue
-            value = row.value(config) if callable(row.value) else row.value
-        elif isinstance(row, Known):
-            own = getattr(config, row.ours)
-            value = next(theirs for theirs, ours in row.values.items() if ours == own)
-            value = [value] if key == "architectures" else value
-        elif isinstance(row, Derived):
-            value = row.write(config)
-        elif isinstance(row, Counted):
-            value = {str(i): f"LABEL_{i}" for i in range(getattr(config, row.ours))}
-        else:
-            value = getattr(config, row if isinstance(row, str) else row.ours)
-        *parents, last = key.split(".")
-        part = out
-        for parent in parents:
-            part = part.setdefault(parent, {})
-        part[last] = list(value) if isinstance(value, tuple) else value
-    return out
-
-
 def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path:
     """Writes a network under our names or those of an origin ("torchvision", "hf"): one file where `path` ends in
     .safetensors, else a folder that the origin's library reads, with its configuration.
@@ -359,7 +203,7 @@ def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path
     Raises `WeightsError` for an unknown format, or one whose configuration is not known here.
     """
     format = "huggingface" if format == "hf" else format
-    card = next((c for c in cards().values() if c.model is type(model)), None)
+    card = card_of(model)
     if format == "huggingface" and card and format not in card.weights and "diffusers" in card.weights:
         format = "diffusers"                             # the other library whose folders lie there
     if Path(path).suffix == ".safetensors":
@@ -369,9 +213,8 @@ def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path
 
 def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
     """Writes config.json and model.safetensors as the library of that origin reads them."""
-    card = next((c for c in cards().values() if c.model is type(model)), None)
-    known = card.configs if card else {}
-    known = {name: table for name, table in known.items() if any(key in table for key in WRITTEN)}
+    card = card_of(model)
+    known = {name: table for name, table in (card.configs if card else {}).items() if any(key in table for key in WRITTEN)}
     if origin not in known:
         raise WeightsError(f"{type(model).__name__} cannot be written as a folder of {origin!r}.{nearest(origin, known)} "
                            f"Known are {', '.join(known) or 'none'}.")
@@ -380,81 +223,3 @@ def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
     weights.save(model, folder / next(FILE[key] for key in WRITTEN if key in said), origin)
     (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
     return folder
-
-
-# ------------------------------------------------------------------------------------------------ names and shapes
-
-def shapes(card: Card, values: Mapping[str, Any]) -> dict[str, torch.Size]:
-    with torch.device("meta"), Unfilled():
-        return {name: t.shape for name, t in card.make(card.config(**values)).state_dict().items()}
-
-
-def translations(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
-    """A checkpoint's names as each table of a card reads them, where it knows most of the first few."""
-    for origin, table in card.weights.items():
-        table = table(card.config(**values)) if callable(table) else table
-        for form in weights.forms(state):
-            first = dict(list(form.items())[:12])
-            if len(weights.inwards(first, table).unknown) <= len(first) // 3:
-                yield origin, weights.inwards(form, table)
-
-
-def differing(card: Card, values: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, int]:
-    """The numbers of `FREE` in which tensors under our names differ from a config, read off the shapes they decide."""
-    here, out = shapes(card, values), {}
-    for word in FREE:
-        field = card.names.get(word, word)
-        if not card.accepts(word) or str(card.config.__dataclass_fields__[field].type) != "int":
-            continue
-        start = getattr(card.config(**values), field)
-        try:
-            more = shapes(card, {**values, field: start + STEP})
-        except (FieldguideError, RuntimeError, ValueError):          # a number that this network cannot have
-            continue
-        decided = ((name, i) for name, shape in here.items() if name in found and found[name].ndim == len(shape)
-                   for i, (a, b) in enumerate(zip(shape, more.get(name, shape))) if a != b)
-        if (place := next(decided, None)) is None:
-            continue
-        name, axis = place
-        slope = (more[name][axis] - here[name][axis]) / STEP
-        value = start + (found[name].shape[axis] - here[name][axis]) / slope
-        if value == int(value) and value > 0 and value != start:
-            out[field] = int(value)
-    return out
-
-
-def seen(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
-    """In what a checkpoint differs from what it is said to be: classes, vocabulary."""
-    best = max((done.state for _, done in translations(card, values, state)), key=len, default=state)
-    return differing(card, values, best)
-
-
-def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str]:
-    """The card, size and origin whose tensors these are. Raises `WeightsError` where none is, or several could be."""
-    fits, near = [], []
-    for card in cards().values():
-        for size in card.sizes:
-            values = dict(card.sizes[size].overrides)
-            for origin, done in translations(card, values, state):
-                near.append((len(done.state), card.name, origin))
-                if done.unknown or done.faults:
-                    continue
-                there, wanted = {name: t.shape for name, t in done.state.items()}, shapes(card, values)
-                apart = [n for n in wanted if n not in there and not n.endswith("num_batches_tracked")]
-                if there.keys() - wanted.keys() or len(apart) > SPARE:
-                    continue
-                changes = differing(card, values, done.state)
-                wanted = shapes(card, {**values, **changes}) if changes else wanted
-                if all(there.get(n, shape) == shape for n, shape in wanted.items()):
-                    fits.append((len(apart), len(changes), card, size, origin, card.config(**{**values, **changes})))
-    if not fits:
-        nearby = ", ".join(dict.fromkeys(f"{name} ({origin})" for _, name, origin in sorted(near, reverse=True)))
-        raise WeightsError(f"{where}: these {len(state)} tensors are of no network here"
-                           + (f"; nearest come {nearby}. Say which it is: name=..." if nearby else
-                              f" (they begin {', '.join(list(state)[:3])})."))
-    fewest = min(apart for apart, *_ in fits)
-    best = sorted((fit for fit in fits if fit[0] == fewest), key=lambda fit: fit[1])
-    if len({(card.name, config) for _, _, card, _, _, config in best}) > 1:
-        raise WeightsError(f"{where} could be {' or '.join(dict.fromkeys(fit[3] for fit in best))}: their tensors look "
-                           "the same, but they compute differently. Say which: name=...")
-    return best[0][2:5]

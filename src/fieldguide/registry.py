@@ -65,6 +65,11 @@ def card(name: str) -> Card:
     return find(name)[0]
 
 
+def card_of(network: Any) -> Card | None:
+    """The card of a network's class; None for a network of somebody else's."""
+    return next((found for found in cards().values() if found.model is type(network)), None)
+
+
 def names(glob: str = "*", *, family: str | None = None, takes: str | None = None,
           gives: str | None = None, tests: bool = False) -> list[str]:
     """Size names that match a glob (`resnet*`), a family (a folder of models), and what they take and give."""

@@ -1,22 +1,19 @@
-"""Weights: public checkpoints in, ours out. The only code that renames parameters.
+"""Weights: public checkpoints in, ours out.
 
 `load` reads a file or folder of fieldguide, or of any origin whose names a card lists, into a network.
-`save` writes safetensors under our names or those of an origin. `translate` renames a dictionary of tensors.
+`save` writes safetensors under our names or those of an origin.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -25,167 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Row, Transposed, Zeros
 from fieldguide.errors import WeightsError, WeightsWarning, nearest
-
-State = Mapping[str, Tensor]
-Table = Mapping[str, Row]
+from fieldguide.translation import State, Table, Translated, forms, inwards, listed, shape_of, translate
 
 OURS = "fieldguide"
-LISTED = 20                                                          # keys shown of each kind in an error
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")        # keys that hold the tensors
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")               # of DDP, torch.compile, wrappers
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 FILES = ("model.safetensors", "model.safetensors.index.json",        # what a folder of Hugging Face may hold
          "pytorch_model.bin", "pytorch_model.bin.index.json",
          "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-
-
-# ------------------------------------------------------------------------------------------------ names
-
-@cache
-def _compile(pattern: str) -> tuple[re.Pattern, tuple[tuple[str, int], ...]]:
-    """A pattern as a regular expression, with the name and offset of each of its groups."""
-    groups, text = [], ""
-    for piece in re.split(r"(\{\w+(?:[+-]\d+)?\}|\*)", pattern):
-        if piece == "*":
-            groups.append(("*", 0))
-            text += r"([^.]+)"
-        elif piece.startswith("{"):
-            name, offset = re.fullmatch(r"\{(\w+)([+-]\d+)?\}", piece).groups()
-            groups.append((name, int(offset or 0)))
-            text += r"(\d+)"
-        else:
-            text += re.escape(piece)
-    return re.compile(text), tuple(groups)
-
-
-def _match(pattern: str, name: str) -> dict[str, int | str] | None:
-    """The values of a pattern's groups in a name; None where it does not match."""
-    expression, groups = _compile(pattern)
-    if not (found := expression.fullmatch(name)):
-        return None
-    values: dict[str, int | str] = {}
-    for (group, offset), text in zip(groups, found.groups()):
-        value = text if group == "*" else int(text) - offset
-        if values.setdefault(group, value) != value or (group != "*" and value < 0):
-            return None
-    return values
-
-
-def _fill(pattern: str, values: Mapping[str, int | str]) -> str:
-    """A name from a pattern and the values of its groups."""
-    def text(found: re.Match) -> str:
-        if found[0] == "*":
-            return str(values["*"])
-        return str(values[found[1]] + int(found[2] or 0))
-    return re.sub(r"\{(\w+)([+-]\d+)?\}|\*", text, pattern)
-
-
-def _zeros(table: Table) -> list[Zeros]:
-    return [row for row in table.values() if isinstance(row, Zeros)]
-
-
-def _ours(row: Row) -> str | None:
-    return row if isinstance(row, str) else getattr(row, "ours", None)
-
-
-def _turned(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
-    """The tensor as it lies on our side or on theirs."""
-    if isinstance(row, Reshaped):
-        return tensor.reshape(getattr(row, side))
-    if pairs := getattr(row, "pairs", 0):
-        parts = (pairs // 2, 2) if side == "here" else (2, pairs // 2)
-        return tensor.unflatten(0, (-1, *parts)).transpose(1, 2).flatten(0, 2)
-    return tensor.mT if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
-
-
-def _holds(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a shape, in which one length may be open, has room for exactly this tensor."""
-    known = math.prod(length for length in shape if length != -1)
-    return tensor.numel() % known == 0 if -1 in shape else tensor.numel() == known
-
-
-@dataclass
-class _Translated:
-    state: dict[str, Tensor] = field(default_factory=dict)
-    origin: dict[str, str] = field(default_factory=dict)                      # new name -> old name(s)
-    unknown: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-
-    def put(self, name: str, tensor: Tensor, old: str) -> None:
-        if name in self.state and not tensor.is_meta and not torch.equal(self.state[name], tensor):
-            self.faults.append(f"{old} and {self.origin[name]} both mean {name}, with different values")
-        self.state[name], self.origin[name] = tensor, old
-
-
-def inwards(state: State, table: Table) -> _Translated:
-    """Public names -> ours."""
-    done, parts = _Translated(), {}
-    for name, tensor in state.items():
-        hit = next(((row, values) for public, row in table.items()
-                    if (values := _match(public, name)) is not None), None)
-        if hit is None:
-            done.unknown.append(name)
-            continue
-        row, values = hit
-        if isinstance(row, Dropped):
-            continue
-        ours = _fill(_ours(row), values)
-        if isinstance(row, Fused):
-            parts.setdefault((ours, row.parts), {})[row.part] = (name, _turned(tensor, row, "here"))
-        elif isinstance(row, Reshaped) and not _holds(tensor, row.here):
-            done.faults.append(f"{name} ({_shape(tensor)}) cannot be read in the shape {row.here} of {ours}")
-        else:
-            done.put(ours, _turned(tensor, row, "here"), name)
-    for (ours, count), found in parts.items():
-        names = ", ".join(found[i][0] for i in sorted(found))
-        tensors = [found[i][1] for i in sorted(found)]
-        if len(found) < count:
-            done.faults.append(f"{ours} is made of {count} tensors, the file has only {names}")
-        elif len({t.shape for t in tensors}) > 1:
-            done.faults.append(f"{ours} is made of {names}, whose shapes differ")
-        else:
-            done.put(ours, torch.cat(tensors), names)
-    for row in _zeros(table):
-        if row.like in done.state and row.ours not in done.state:
-            other = done.state[row.like]
-            like = other[:, 0] if row.column else other[:row.length]
-            done.put(row.ours, torch.zeros_like(like), "what such files do without")
-    return done
-
-
-def _outwards(state: State, table: Table) -> _Translated:
-    """Our names -> public ones. Of several public names for one tensor, the first row counts."""
-    done = _Translated()
-    for name, tensor in state.items():
-        hits = [(public, row, values) for public, row in table.items()
-                if _ours(row) and (values := _match(_ours(row), name)) is not None]
-        if not hits:
-            done.unknown.append(name)
-        elif isinstance(hits[0][1], Fused):
-            parts = {row.part: (public, row, values) for public, row, values in reversed(hits) if isinstance(row, Fused)}
-            for public, row, values in parts.values():
-                done.put(_fill(public, values), _turned(tensor.chunk(row.parts)[row.part], row, "there"), name)
-        elif isinstance(hits[0][1], Zeros):
-            if tensor.any():
-                done.faults.append(f"{name} must be zeros to be written so, and is not")
-        else:
-            public, row, values = hits[0]
-            done.put(_fill(public, values), _turned(tensor, row, "there"), name)
-    return done
-
-
-def translate(state: State, table: Table, reverse: bool = False) -> dict[str, Tensor]:
-    """Rename tensors by a table: public names to ours, or back with `reverse`.
-
-    Raises `WeightsError` that lists all names without a row, and tensors that contradict each other.
-    """
-    done = (_outwards if reverse else inwards)(state, table)
-    if done.unknown or done.faults:
-        raise WeightsError("\n".join([f"{len(done.unknown)} of {len(state)} names have no row in the table:",
-                                      *_listed("unknown", done.unknown), *done.faults]))
-    return done.state
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -267,30 +112,22 @@ def _tensors(content: object, where: str) -> dict[str, Tensor]:
 
 def tables(model: nn.Module) -> dict[str, Table]:
     """The tables of public names of a network's card, by origin."""
-    from fieldguide.registry import cards
-    found = next((card.weights for card in cards().values() if card.model is type(model)), {})
-    return {origin: table(model.config) if callable(table) else table for origin, table in found.items()}
+    from fieldguide.registry import card_of
+    card = card_of(model)
+    return card.tables(model.config) if card and card.weights else {}
 
 
-def forms(state: State) -> list[State]:
-    """The state itself, then without each prefix that all its names share."""
-    forms = [state]
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in forms[-1])), ""):
-        forms.append({name.removeprefix(prefix): tensor for name, tensor in forms[-1].items()})
-    return forms
-
-
-def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str, _Translated]:
+def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str, Translated]:
     """The origin, and the form of its names, that fills most of the network."""
     wanted, known = model.state_dict().keys(), tables(model)
     if origin not in (None, OURS, *known):
         raise WeightsError(f"{type(model).__name__} knows no origin {origin!r}.{nearest(str(origin), known)} "
                            f"Known are {', '.join((OURS, *known))}.")
-    best, score = ("", _Translated()), 0
+    best, score = ("", Translated()), 0
     for name in (OURS, *known) if origin is None else (origin,):
         for form in forms(state):
             if name == OURS:
-                done = _Translated(dict(form), {key: key for key in form})
+                done = Translated(dict(form), {key: key for key in form})
             else:
                 done = inwards(form, known[name])
             filled = len(done.state.keys() & wanted)
@@ -302,16 +139,6 @@ def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str,
                            f"It begins {', '.join(list(state)[:3])}; "
                            f"the network {', '.join(list(wanted)[:3])}.")
     return best
-
-
-def _listed(kind: str, lines: Iterable[str]) -> list[str]:
-    lines = list(lines)
-    more = [f"  {kind}: and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-    return [f"  {kind}: {line}" for line in lines[:LISTED]] + more
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
 
 
 def load(model: nn.Module, source: str | Path | State, origin: str | None = None,
@@ -370,11 +197,11 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
         taken = set(wanted) - loaded
         lines = [f"{where} does not fit {type(model).__name__} (names read as those of {found}): "
                  f"{len(missing)} missing, {len(unknown)} unknown, {len(misshaped)} misshaped"]
-        lines += _listed("missing", (f"{name} ({_shape(wanted[name])})" for name in missing))
-        lines += _listed("unknown", (name + nearest(name, taken) for name in unknown))
-        lines += _listed("misshaped", (
-            f"{name}: {_shape(done.state[name])} {_kind(done.state[name])} in the checkpoint as "
-            f"{done.origin[name]}, {_shape(wanted[name])} {_kind(wanted[name])} in the network"
+        lines += listed("missing", (f"{name} ({shape_of(wanted[name])})" for name in missing))
+        lines += listed("unknown", (name + nearest(name, taken) for name in unknown))
+        lines += listed("misshaped", (
+            f"{name}: {shape_of(done.state[name])} {_kind(done.state[name])} in the checkpoint as "
+            f"{done.origin[name]}, {shape_of(wanted[name])} {_kind(wanted[name])} in the network"
             for name in misshaped))
         lines += [f"  {fault}" for fault in done.faults]
         if skippable:
@@ -384,7 +211,7 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
 
     if spare:
         lines = [f"{where} holds {len(spare)} tensors of heads that this network has not; they are not used:"]
-        warnings.warn("\n".join([*lines, *_listed("not used", spare)]), WeightsWarning, stacklevel=2)
+        warnings.warn("\n".join([*lines, *listed("not used", spare)]), WeightsWarning, stacklevel=2)
     model.load_state_dict({name: done.state[name] for name in loaded if name not in fresh}, strict=False)
     return fresh
 

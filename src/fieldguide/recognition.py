@@ -1,0 +1,123 @@
+"""What a checkpoint is of, as far as its tensors tell: by their names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fieldguide.card import Card
+from fieldguide.errors import FieldguideError, WeightsError
+from fieldguide.registry import cards
+from fieldguide.translation import Translated, forms, inwards
+
+FREE = ("classes", "channels", "vocab", "length")        # what checkpoints of one size may differ in
+STEP = 8                                                 # by which a number is changed to see what shapes it decides
+SPARE = 3                                                # tensors that a file may lack: tied ones
+
+
+# Of torch.nn.init, those that a mode sees themselves, and not what they are made of.
+DRAWN = {Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, zeros stand for chance: all tensors are about to be read."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func not in DRAWN:
+            return func(*args, **kwargs or {})
+        tensor = args[0] if args else kwargs["tensor"]
+        tensor.detach().zero_()                          # within any bounds: torch draws a cut normal until all is
+        return tensor
+
+
+def headed(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> bool:
+    """Whether a file has a head of its own."""
+    names = {name: tensor.to("meta") for name, tensor in state.items()}
+    return "head.weight" in inwards(names, card.tables(card.config(**values))[origin]).state
+
+
+def sibling(card: Card, origin: str, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """Of an origin and those named after it ("diffusers-2022"), the one that knows most of a file's names."""
+    names = {name: tensor.to("meta") for name, tensor in state.items()}
+    tables = {key: table for key, table in card.tables(card.config(**values)).items()
+              if key == origin or key.startswith(f"{origin}-")}
+    return min(tables, key=lambda key: len(inwards(names, tables[key]).unknown))
+
+
+def shapes(card: Card, values: Mapping[str, Any]) -> dict[str, torch.Size]:
+    with torch.device("meta"), Unfilled():
+        return {name: t.shape for name, t in card.make(card.config(**values)).state_dict().items()}
+
+
+def translations(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Translated]]:
+    """A checkpoint's names as each table of a card reads them, where it knows most of the first few."""
+    for origin, table in card.tables(card.config(**values)).items():
+        for form in forms(state):
+            first = dict(list(form.items())[:12])
+            if len(inwards(first, table).unknown) <= len(first) // 3:
+                yield origin, inwards(form, table)
+
+
+def differing(card: Card, values: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, int]:
+    """The numbers of `FREE` in which tensors under our names differ from a config, read off the shapes they decide."""
+    here, out = shapes(card, values), {}
+    for word in FREE:
+        field = card.names.get(word, word)
+        if not card.accepts(word) or str(card.config.__dataclass_fields__[field].type) != "int":
+            continue
+        start = getattr(card.config(**values), field)
+        try:
+            more = shapes(card, {**values, field: start + STEP})
+        except (FieldguideError, RuntimeError, ValueError):          # a number that this network cannot have
+            continue
+        decided = ((name, i) for name, shape in here.items() if name in found and found[name].ndim == len(shape)
+                   for i, (a, b) in enumerate(zip(shape, more.get(name, shape))) if a != b)
+        if (place := next(decided, None)) is None:
+            continue
+        name, axis = place
+        slope = (more[name][axis] - here[name][axis]) / STEP
+        value = start + (found[name].shape[axis] - here[name][axis]) / slope
+        if value == int(value) and value > 0 and value != start:
+            out[field] = int(value)
+    return out
+
+
+def seen(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
+    """In what a checkpoint differs from what it is said to be: classes, vocabulary."""
+    best = max((done.state for _, done in translations(card, values, state)), key=len, default=state)
+    return differing(card, values, best)
+
+
+def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str]:
+    """The card, size and origin whose tensors these are. Raises `WeightsError` where none is, or several could be."""
+    fits, near = [], []
+    for card in cards().values():
+        for size in card.sizes:
+            values = dict(card.sizes[size].overrides)
+            for origin, done in translations(card, values, state):
+                near.append((len(done.state), card.name, origin))
+                if done.unknown or done.faults:
+                    continue
+                there, wanted = {name: t.shape for name, t in done.state.items()}, shapes(card, values)
+                apart = [n for n in wanted if n not in there and not n.endswith("num_batches_tracked")]
+                if there.keys() - wanted.keys() or len(apart) > SPARE:
+                    continue
+                changes = differing(card, values, done.state)
+                wanted = shapes(card, {**values, **changes}) if changes else wanted
+                if all(there.get(n, shape) == shape for n, shape in wanted.items()):
+                    fits.append((len(apart), len(changes), card, size, origin, card.config(**{**values, **changes})))
+    if not fits:
+        nearby = ", ".join(dict.fromkeys(f"{name} ({origin})" for _, name, origin in sorted(near, reverse=True)))
+        raise WeightsError(f"{where}: these {len(state)} tensors are of no network here"
+                           + (f"; nearest come {nearby}. Say which it is: name=..." if nearby else
+                              f" (they begin {', '.join(list(state)[:3])})."))
+    fewest = min(apart for apart, *_ in fits)
+    best = sorted((fit for fit in fits if fit[0] == fewest), key=lambda fit: fit[1])
+    if len({(card.name, config) for _, _, card, _, _, config in best}) > 1:
+        raise WeightsError(f"{where} could be {' or '.join(dict.fromkeys(fit[3] for fit in best))}: their tensors look "
+                           "the same, but they compute differently. Say which: name=...")
+    return best[0][2:5]
