@@ -21,7 +21,7 @@ RELATIVE = {"relative_attention": True, "position_biased_input": False, "type_vo
 
 def exact_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """That of transformers is in float32 whatever the precision."""
-    turn = lambda x: torch.cat([-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]], -1)      # noqa: E731
+    turn = lambda x: torch.cat([-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]], -1)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return q * cos + turn(q) * sin, k * cos + turn(k) * sin
 

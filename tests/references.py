@@ -321,7 +321,7 @@ def deepfm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
 def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
     """The authors' code in their order, one history, one item, one head at a time; none stands before the first item."""
     def function(p: dict[str, Tensor], items: Tensor, mask: Tensor) -> Tensor:
-        linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]             # noqa: E731
+        linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]
         dim = p["embed.weight"].shape[1]
         rows = []
         for row, real in zip(items, mask):
@@ -373,7 +373,7 @@ def dlinear(window: int, values: int) -> Callable[..., Tensor]:
 def lstm_forecaster(horizon: int) -> Callable[..., Tensor]:
     """Sections 3.2 and 3.3 of arXiv:1711.11053: one window, one series, one moment of past and future at a time."""
     def function(p: dict[str, Tensor], series: Tensor, past: Tensor, known: Tensor) -> Tensor:
-        linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]             # noqa: E731
+        linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]
         rows = []
         for row, beside, sure in zip(series, past, known):
             columns = []
@@ -411,7 +411,7 @@ def patchtst(patch: int, stride: int, heads: int, values: int) -> Callable[..., 
         dim, before, block = p["pos"].shape[1], {}, 0
         while f"blocks.{block}.proj.weight" in p:
             name = f"blocks.{block}"
-            linear = lambda part, x, name=name: x @ p[f"{name}.{part}.weight"].T + p[f"{name}.{part}.bias"]  # noqa: E731
+            linear = lambda part, x, name=name: x @ p[f"{name}.{part}.weight"].T + p[f"{name}.{part}.bias"]
             qkv, ys = [linear("qkv", x) for x in xs], []
             for n in range(len(xs)):
                 z = []
@@ -445,7 +445,7 @@ def dcgan(p: dict[str, Tensor], noise: Tensor) -> Tensor:
 
 def dcgan_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
     """Halve and normalise, but not first nor last."""
-    leak = lambda x: torch.where(x > 0, x, x / 5)                                # noqa: E731
+    leak = lambda x: torch.where(x > 0, x, x / 5)
     x, place = leak(convolve(pictures, p["main.0.weight"], stride=2, border=1)), 2
     while f"main.{place + 1}.weight" in p:
         x = convolve(x, p[f"main.{place}.weight"], stride=2, border=1)
@@ -494,8 +494,8 @@ def latte(c) -> Callable[..., Tensor]:
         return x / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
 
     def function(p: dict[str, Tensor], video: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        linear = lambda name, x: x @ p[f"{name}.weight"].T + p[f"{name}.bias"]           # noqa: E731
-        silu = lambda x: x * sigmoid(x)                                                  # noqa: E731
+        linear = lambda name, x: x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+        silu = lambda x: x * sigmoid(x)
         rate = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)       # in float32, as trained
         angles = [time.float() * r for r in rate]
         said = torch.stack([torch.cos(a) for a in angles] + [torch.sin(a) for a in angles], 1).to(video.dtype)

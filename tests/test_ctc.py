@@ -185,7 +185,7 @@ def test_the_search_sums_where_the_likeliest_path_misleads():
 def test_a_language_model_and_a_bonus_are_those_of_every_text(seed):
     logs = answers(1, 5, 3, seed)[0].log_softmax(-1)
     model = {(): {1: 0.9, 2: 0.1}, (1,): {1: 0.2, 2: 0.8}, (2,): {1: 0.5, 2: 0.5}}      # by the symbol before
-    language = lambda prefix, symbol: math.log(model[prefix[-1:]][symbol])       # noqa: E731
+    language = lambda prefix, symbol: math.log(model[prefix[-1:]][symbol])
     want = []
     for text, entries in paths(logs).items():
         spoken = sum(language(text[:i], symbol) for i, symbol in enumerate(text))

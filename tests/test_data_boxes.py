@@ -12,7 +12,7 @@ from damage import finding
 from fieldguide.data import read
 from fieldguide.data.doctor import BadData
 from fieldguide.errors import DataError
-from fieldguide.fitting import read_for
+from fieldguide.request import read_for
 from fieldguide.tasks.object_detection import ObjectDetection
 
 NAMES = ("cat", "dog")

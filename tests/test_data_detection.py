@@ -140,7 +140,7 @@ def test_mosaic_puts_four_together():
 def test_jitter_turns_colours_and_leaves_greys():
     torch.manual_seed(0)
     grey, colour = torch.rand(1, 1, 4, 4).expand(1, 3, 4, 4) * 255, 80 + 60 * torch.rand(1, 3, 4, 4)
-    one = lambda x: torch.tensor([float(x)])                                     # noqa: E731
+    one = lambda x: torch.tensor([float(x)])
     torch.testing.assert_close(jitter(grey, one(0.2), one(1.5), one(1)), grey, rtol=0, atol=0.05)
     torch.testing.assert_close(jitter(colour, one(1), one(1), one(1)), colour, rtol=0, atol=0.01)
     flat = jitter(colour, one(0), one(0), one(1))

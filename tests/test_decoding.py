@@ -8,7 +8,7 @@ import torch
 from fieldguide import weights
 from fieldguide.errors import DataError
 from fieldguide.registry import create
-from test_models import batch, tiny
+from test_models import tiny
 from tv import transformers
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -86,42 +86,3 @@ def test_gpt2_files_of_nanogpt(tmp_path):
     assert state["transformer.h.0.attn.c_attn.weight"].shape == (24, 8)
     assert weights.load(other, state, "nanogpt") == []
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), ours.state_dict().values()))
-
-
-@pytest.mark.parametrize("pieces", [(9,), (5, 1, 1, 1, 1), (1,) * 9, (4, 3, 2)], ids=str)
-@torch.no_grad()
-def test_transformer_with_cache_equals_the_whole_row(pieces):
-    """The source is read once."""
-    model, (source, mask, tokens, _) = tiny("transformer"), batch("transformer")
-    cache = model.new_cache(len(tokens), 9)
-    parts = [model(None if i else source, None if i else mask, piece, cache=cache)
-             for i, piece in enumerate(tokens.split(pieces, 1))]
-    torch.testing.assert_close(torch.cat(parts, 1), model(source, mask, tokens), **CLOSE)
-
-
-@torch.no_grad()
-def test_transformer_beams_share_their_source():
-    """A source of 2 rows stands for 3 beams each, also when these change places, and is neither read nor kept thrice."""
-    model, (source, mask, _, _) = tiny("transformer"), batch("transformer", 2)
-    tokens = torch.randint(30, (6, 9), generator=torch.Generator().manual_seed(0))
-    order = torch.tensor([2, 0, 0, 3, 5, 4])
-    cache = model.new_cache(6, 9)
-    first = model(source, mask, tokens[:, :5], cache=cache)
-    assert {len(x) for pair in cache.cross[0] for x in pair} == {2}
-    cache.select(order)
-    rest = torch.cat([model(None, None, tokens[:, step:step + 1], cache=cache) for step in range(5, 9)], 1)
-    wide, real = source.repeat_interleave(3, 0), mask.repeat_interleave(3, 0)
-    torch.testing.assert_close(first, model(wide, real, tokens[:, :5]), **CLOSE)
-    whole = model(wide, real, torch.cat([tokens[order, :5], tokens[:, 5:]], 1))
-    torch.testing.assert_close(rest, whole[:, 5:], **CLOSE)
-
-
-@torch.no_grad()
-def test_transformer_beams_change_places():
-    model, (source, mask, tokens, _) = tiny("transformer"), batch("transformer", 3)
-    cache, order = model.new_cache(3), torch.tensor([1, 1, 2])
-    model(source, mask, tokens[:, :5], cache=cache)
-    cache.select(order)
-    rest = torch.cat([model(None, None, tokens[:, step:step + 1], cache=cache) for step in range(5, 9)], 1)
-    whole = model(source[order], mask[order], torch.cat([tokens[order, :5], tokens[:, 5:]], 1))
-    torch.testing.assert_close(rest, whole[:, 5:], **CLOSE)

@@ -91,7 +91,7 @@ class Fixed:
 
 def test_infilling_by_hand():
     tokens = np.arange(1, 11)[None]
-    row = lambda lengths, order, share: infilled(tokens, np.array([10]), 77, 0, Fixed(lengths, order), share)[0][0].tolist()  # noqa: E731
+    row = lambda lengths, order, share: infilled(tokens, np.array([10]), 77, 0, Fixed(lengths, order), share)[0][0].tolist()
     assert row([2, 1, 9], [3, 7, 0], 0.3) == [1, 2, 3, 77, 6, 7, 77, 9, 10]
     assert row([0, 3, 9], [5, 0, 9], 0.3) == [77, 4, 5, 77, 6, 7, 8, 9, 10]      # nothing is lost where 77 stands alone
     assert row([9, 9, 9], [2, 0, 1], 0.3) == [1, 2, 77, 6, 7, 8, 9, 10]          # cut to the share

@@ -53,7 +53,7 @@ def test_noise_schedules_equal_those_of_diffusers(schedule, steps):
 
 
 def test_cosine_schedule_is_the_papers_curve():
-    curve = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2                    # noqa: E731
+    curve = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
     left = Process("cosine", 1000).left
     for t in (0, 10, 500, 900, 990):
         assert left[t] == pytest.approx(curve(t + 1) / curve(0), rel=1e-9)
@@ -180,7 +180,7 @@ def slow_loss(model: nn.Module, batch: dict[str, Tensor], schedule: str, predict
             if schedule == "linear":
                 beta = 1e-4 + (0.02 - 1e-4) * s / 999
             else:
-                f = lambda u: math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2            # noqa: E731
+                f = lambda u: math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
                 beta = min(1 - f(s + 1) / f(s), 0.999)
             left *= 1 - beta
         x = left ** 0.5 * clean[n] + (1 - left) ** 0.5 * noise[n]

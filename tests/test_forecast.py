@@ -255,7 +255,7 @@ def test_covariates_of_columns_and_calendar():
     assert (made.past, made.known) == (2, 2 + 2 * 4)                           # where in its day, week, month and year
     start = np.array([0, 4, 6])
     past = made.measured(rows, np.array([0, 1, 2, -1, 2, 3]), start)
-    z = lambda v: (v - 3) / np.std([1, 3, 5])                                  # noqa: E731
+    z = lambda v: (v - 3) / np.std([1, 3, 5])
     assert past[:, 0] == pytest.approx([z(1), z(3), z(3), z(3), z(5), z(5)])   # the last before; in a new series, the next
     known = made.ahead(rows, np.array([0, 1, 3, -1]), hours[[0, 6, 30, 24 * 7]])
     assert known[:, :2].tolist() == [[1, 0], [0, 1], [0, 0], [0, 0]]

@@ -22,7 +22,8 @@ MAY = {
     "blocks": GROUND,
     "models": GROUND | {"blocks"},
     "registry": GROUND | {"models"},
-    "weights": NETWORKS - {"weights"} | {"ggml"},
+    "translation": GROUND | {"blocks"},
+    "weights": NETWORKS - {"weights"} | {"ggml", "translation"},
     "samples": {"errors"},
     "data": GROUND | {"samples"},                       # never models, tasks or training
     "objectives": GROUND | {"blocks", "data"},          # of data, only chance as a function of numbers
@@ -33,7 +34,9 @@ MAY = {
     "tasks": GROUND | {"data", "generation", "measures", "objectives", "samples", "train"},     # of train a part, checked below
     "hub": {"errors"},
     "ggml": {"errors"},
-    "pretrained": NETWORKS | {"ggml", "hub", "run"},
+    "configurations": NETWORKS - {"weights"} | {"ggml"},
+    "recognition": NETWORKS - {"weights"} | {"translation"},
+    "pretrained": NETWORKS | {"configurations", "hub", "recognition", "run", "train"},
     "run": NETWORKS | {"data", "objectives", "tasks", "train"},
     "advisor": NETWORKS | {"measure"},
     "catalogue": NETWORKS | {"measure", "tasks"},
@@ -41,11 +44,13 @@ MAY = {
     "teaching": {"errors", "data", "objectives", "run", "tasks", "train"},
     "speaker": NETWORKS | {"data", "generation", "ggml", "pretrained", "train"},
     "beginning": NETWORKS | {"measure", "pretrained", "tasks", "train"},
-    "fitting": NETWORKS | {"pkg", "advisor", "beginning", "data", "measure", "objectives", "pretrained", "run", "samples",
-                           "studio", "tasks", "teaching", "train"},
+    "request": {"errors", "data", "samples", "tasks"},
+    "pacing": {"errors", "data", "objectives", "train"},
+    "fitting": NETWORKS | {"pkg", "advisor", "beginning", "data", "measure", "objectives", "pacing", "pretrained", "request",
+                           "run", "samples", "studio", "tasks", "teaching", "train"},
     "progress": NETWORKS | {"catalogue", "run", "samples", "studio", "tasks"},
-    "estimators": NETWORKS | {"data", "fitting", "objectives", "progress", "run", "tasks", "train"},
-    "cli": GROUND | {"speaker", "catalogue", "data", "fitting", "progress", "run", "samples", "tasks"},
+    "estimators": NETWORKS | {"data", "fitting", "objectives", "progress", "request", "run", "tasks", "train"},
+    "cli": GROUND | {"speaker", "catalogue", "data", "fitting", "progress", "request", "run", "samples", "tasks"},
     "__main__": {"cli"},
 }
 # Between two layers where only one module of the lower may be used.
@@ -53,7 +58,8 @@ ONLY = {("tasks", "train"): {"fieldguide.train.settings", "fieldguide.train.dist
         ("train", "data"): {"fieldguide.data.batches"},
         ("objectives", "data"): {"fieldguide.data.batches"},
         ("studio", "train"): {"fieldguide.train.checkpoint", "fieldguide.train.settings"},
-        ("measure", "train"): {"fieldguide.train.distributed"}}
+        ("measure", "train"): {"fieldguide.train.distributed"},
+        ("pretrained", "train"): {"fieldguide.train.distributed"}}
 # Inside a function, where the arrow turns round for one call; each with its reason.
 TURNS = {("models", "pkg"): "fieldguide.models(...) is list_models: the folder and the function share a name"}
 # Oracles, and what only they or a user bring along.

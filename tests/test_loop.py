@@ -194,7 +194,7 @@ def test_every_process_follows_the_first_ones_clock(monkeypatch):
 
 def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, 0.1)
-    make = lambda: Trainer(clock.objective(), line(), settled(steps=30, minutes=1, evaluate=25), device=torch.device("cpu"),  # noqa: E731
+    make = lambda: Trainer(clock.objective(), line(), settled(steps=30, minutes=1, evaluate=25), device=torch.device("cpu"),
                            watch=Silent(), folder=tmp_path, most=5000)
     first, second = make(), make()
     first.train()
@@ -337,7 +337,7 @@ def test_in_order_gives_every_example_once():
 
 
 def test_generators_depend_on_all_their_numbers():
-    draw = lambda *n: torch.rand(1, generator=generator(*n)).item()      # noqa: E731
+    draw = lambda *n: torch.rand(1, generator=generator(*n)).item()
     assert len({draw(0, 1), draw(1, 0), draw(0, 0), draw(0, 1, 0)}) >= 3 and draw(5, 7) == draw(5, 7)
 
 

@@ -28,7 +28,7 @@ def test_how_often_words_are_hidden():
     asked = target >= 0
     assert not (asked & ~open_to).any() and torch.equal(target[asked], tokens[asked])
     assert torch.equal(shown[~asked], tokens[~asked]) and (target[~asked] == -1).all()
-    near = lambda found, want, count: abs(found - want) < 4.5 * (want * (1 - want) / count) ** 0.5        # noqa: E731
+    near = lambda found, want, count: abs(found - want) < 4.5 * (want * (1 - want) / count) ** 0.5
     assert near(asked.sum() / open_to.sum(), 0.15, open_to.sum())
     count, stayed, masked = asked.sum(), (shown == tokens)[asked].float().mean(), (shown == MASK)[asked].float().mean()
     assert near(masked, 0.8, count) and near(stayed, 0.1 + 0.1 / (VOCAB - FIRST), count)
@@ -153,7 +153,7 @@ def test_a_network_learns_hidden_words_from_both_sides():
     model = create("bert-test", dim=32, hidden=64, vocab=15, length=8)
     objective, source = MaskedWords(model, ("tokens", "mask")), generator(0)
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3)
-    rows = lambda: 5 + (torch.randint(10, (48, 1), generator=source) + torch.arange(8)) % 10    # noqa: E731
+    rows = lambda: 5 + (torch.randint(10, (48, 1), generator=source) + torch.arange(8)) % 10
     def inputs():
         tokens = rows()
         shown, target = hide(tokens, torch.ones_like(tokens, dtype=torch.bool), MASK, FIRST, 15, source, share=0.25)

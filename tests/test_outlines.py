@@ -17,7 +17,8 @@ from fieldguide.data.boxes import OBJECT, box
 from fieldguide.data.doctor import BadData
 from fieldguide.data.outlines import Drawing, filled, run_lengths, shape
 from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit, read_for
+from fieldguide.fitting import fit
+from fieldguide.request import read_for
 from fieldguide.tasks.image_segmentation import ImageSegmentation
 
 

@@ -64,7 +64,7 @@ def test_a_patched_network_is_the_plain_one_on_patches():
     plain = tiny("ddpm-unet", channels=8)
     plain.load_state_dict(ours.state_dict())
     image, time, label = torch.randn(3, 2, 16, 16).double(), torch.tensor([0.0, 500.0, 999.0]), torch.tensor([0, 1, 3])
-    squares = lambda x: x.reshape(3, 2, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(3, 8, 8, 8)               # noqa: E731
+    squares = lambda x: x.reshape(3, 2, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(3, 8, 8, 8)
     torch.testing.assert_close(squares(ours(image, time, label)), plain(squares(image), time, label))
     with pytest.raises(DataError, match="multiples of 4"):
         ours(torch.zeros(1, 2, 18, 16, dtype=torch.float64), torch.zeros(1))

@@ -22,6 +22,7 @@ from writers import network, writer
 
 NAMES = ["t5", "bart", "mbart", "nllb", "nllb-moe"]
 EVERY = pytest.mark.parametrize("name", NAMES)
+CACHED = pytest.mark.parametrize("name", [*NAMES, "transformer"])        # whose peer and files stand elsewhere
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 NEW = {"gated": True, "tied": False, "scaled": False}
 
@@ -258,7 +259,7 @@ def test_dropout_is_chance_in_training_alone(name, field):
 # ---------------------------------------------------------------------------------------------- caches and beams
 
 @torch.no_grad()
-@EVERY
+@CACHED
 @pytest.mark.parametrize("pieces", [(9,), (5, 1, 1, 1, 1), (1,) * 9, (4, 3, 2)], ids=str)
 def test_with_cache_equals_the_whole_row(name, pieces):
     """The source is read once; padding on the left, in some rows, moves nothing."""
@@ -276,7 +277,7 @@ def test_with_cache_equals_the_whole_row(name, pieces):
 
 
 @torch.no_grad()
-@EVERY
+@CACHED
 def test_beams_share_their_source_and_change_places(name):
     model, (source, mask, _, _) = tiny(name), batch(name, 2)
     tokens = torch.randint(30, (6, 9), generator=torch.Generator().manual_seed(0))
@@ -293,7 +294,7 @@ def test_beams_share_their_source_and_change_places(name):
 
 
 @torch.no_grad()
-@EVERY
+@CACHED
 def test_beam_search_finds_the_best_of_all(name):
     """As wide as all answers of one token and an end."""
     model, (source, mask, _, _) = tiny(name), batch(name, 2)

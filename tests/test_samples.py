@@ -13,7 +13,7 @@ from sklearn.linear_model import SGDClassifier
 from fieldguide import samples
 from fieldguide.data import images, read, split
 from fieldguide.errors import DataError
-from fieldguide.fitting import read_for
+from fieldguide.request import read_for
 from fieldguide.samples.words import EACH
 
 

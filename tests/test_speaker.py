@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from jinja2 import Environment
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fieldguide.errors import DataError, SettingsError, WeightsError
 from fieldguide.generation import Sampling
@@ -101,8 +102,10 @@ def test_conversations_are_written_as_transformers_writes_them(folder, speaker):
 @pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages[0].update(x=1) }}",
                                     "{{ cycler.__init__.__globals__ }}"])
 def test_templates_reach_nothing(source):
+    said = [{"role": "user", "content": "hi"}]
+    Environment().from_string(source).render(messages=list(said))        # would be done elsewhere
     with pytest.raises(DataError, match="chat template"):
-        assert ChatTemplate(source + "{{ undefined.x }}")([{"role": "user", "content": "hi"}])
+        ChatTemplate(source)(said)
 
 
 def test_a_template_that_cannot_be_read():
@@ -133,36 +136,47 @@ def test_refusals(folder, tmp_path, speaker):
         Speaker.load(tmp_path)
 
 
-def test_the_tokenizer_of_a_gguf_file(tmp_path):
-    """Merges and special tokens in the file, and texts come out as from the tokenizer that was put in."""
+@pytest.mark.parametrize("parted, begin, begun", [("gpt-2", None, False), ("gpt-2", True, True), ("llama-bpe", None, True),
+                                                  ("llama-bpe", False, False)])
+def test_the_tokenizer_of_a_gguf_file(tmp_path, parted, begin, begun):
+    """Merges and special tokens in the file, and texts come out as from the tokenizer that was put in; the token that texts
+    begin with is written where the file says so, or its kind does."""
     gguf = pytest.importorskip("gguf")
+    from fieldguide.ggml import LLAMA3
     from fieldguide.ggml import tokenizer as read
     made = bpe()
     made.add_special_tokens(["<s>", "</s>"])
+    if parted == "llama-bpe":
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+                                                      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     state = json.loads(made.to_str())["model"]
     tokens = sorted(state["vocab"], key=state["vocab"].get)
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(parted)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if t in ("<s>", "</s>") else 1 for t in tokens])
     writer.add_token_merges([" ".join(m) for m in state["merges"]])
+    writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    if begin is not None:
+        writer.add_add_bos_token(begin)
     writer.add_chat_template(TEMPLATE)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     again, named, template = read(tmp_path / "t.gguf")
     for text in [*TEXT, "a</s>b", "x  y\n\n z 123"]:
-        assert again.encode(text).ids == made.encode(text).ids and again.decode(again.encode(text).ids) == made.decode(
-            made.encode(text).ids)
-    assert named == {"eos_token": "</s>"} and template == TEMPLATE
+        ids = made.encode(text).ids
+        assert again.encode(text, add_special_tokens=False).ids == ids and again.decode(ids) == made.decode(ids)
+        assert again.encode(text).ids == [0] * begun + ids
+    assert named == {"bos_token": "<s>", "eos_token": "</s>"} and template == TEMPLATE
 
 
 def test_from_the_shell(folder, capsys):
     from typer.testing import CliRunner
 
     from fieldguide.cli import app
-    run = lambda *words: CliRunner().invoke(app, ["predict", str(folder), *words])           # noqa: E731
+    run = lambda *words: CliRunner().invoke(app, ["predict", str(folder), *words])
     greedy = ("--set", "temperature=0", "--set", "tokens=12", "--set", "chat=false")
     assert run("the cat", *greedy).stdout.strip("\n") == theirs(folder, "the cat")
     lines = [json.loads(line) for line in run("the cat", "who", *greedy, "--json").stdout.splitlines()]

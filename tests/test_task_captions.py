@@ -15,8 +15,9 @@ from fieldguide.advisor.ranking import configured
 from fieldguide.data import read
 from fieldguide.data.doctor import BadData
 from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit, read_for
+from fieldguide.fitting import fit
 from fieldguide.registry import find
+from fieldguide.request import read_for
 from fieldguide.tasks import judges
 from fieldguide.tasks.base import Media
 from fieldguide.tasks.image_generation import ImageGeneration, said

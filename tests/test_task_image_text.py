@@ -12,7 +12,8 @@ from PIL import Image
 import damage
 from fieldguide.data import BadData, read, split
 from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit, read_for
+from fieldguide.fitting import fit
+from fieldguide.request import read_for
 from fieldguide.run import open_run
 from fieldguide.tasks import infer, task
 from fieldguide.tasks.image_text import ranks

@@ -12,7 +12,8 @@ from PIL import Image
 
 from fieldguide.data import read
 from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit, read_for
+from fieldguide.fitting import fit
+from fieldguide.request import read_for
 from fieldguide.tasks import infer, judges
 from fieldguide.tasks.base import Media
 from fieldguide.tasks.image_generation import ImageGeneration, png, sheet, thumbnails

@@ -14,8 +14,9 @@ from fieldguide.data import read
 from fieldguide.data.doctor import BadData
 from fieldguide.data.splits import split
 from fieldguide.errors import DataError
-from fieldguide.fitting import fit, read_for
+from fieldguide.fitting import fit
 from fieldguide.objectives.items import NextItem, ranked
+from fieldguide.request import read_for
 from fieldguide.tasks.recommendation import ITEMS, Recommendation
 from test_models import tiny
 

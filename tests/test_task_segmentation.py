@@ -16,8 +16,9 @@ from fieldguide.data import read
 from fieldguide.data.doctor import BadData
 from fieldguide.data.prepare.masks import Canvas, codes
 from fieldguide.errors import DataError
-from fieldguide.fitting import fit, read_for
+from fieldguide.fitting import fit
 from fieldguide.objectives.segmentation import Segmentation, dice, mirrored, room, starts, tiled
+from fieldguide.request import read_for
 from fieldguide.tasks.base import Media
 from fieldguide.tasks.image_segmentation import ImageSegmentation, augmented
 from test_models import tiny

@@ -21,7 +21,8 @@ from fieldguide.data.media import MEDIA
 from fieldguide.data.prepare.transcripts import normal
 from fieldguide.errors import DataError, SettingsError
 from fieldguide.exhibits import Sounds
-from fieldguide.fitting import Silent, decide, fit, read_for, trainer
+from fieldguide.fitting import Silent, decide, fit, trainer
+from fieldguide.request import read_for
 from fieldguide.samples import voice
 from fieldguide.tasks.speech_recognition import SpeechRecognition, batch_of
 from fieldguide.train.settings import Settings
@@ -322,7 +323,7 @@ def test_long_recordings_are_said_and_not_trained_on(folder):
 
 def test_batches_are_functions_of_the_generator(folder):
     data, task = prepared(folder, masks="true")
-    chance = lambda n: torch.Generator().manual_seed(n)                          # noqa: E731
+    chance = lambda n: torch.Generator().manual_seed(n)
     batches = task.batches(data, None, Settings(augment="standard"))
     rows = np.array([4, 0, 7])
     plain, again = batches.make(rows, None), batches.make(rows, None)

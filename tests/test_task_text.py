@@ -14,7 +14,8 @@ from fieldguide.data.doctor import BadData
 from fieldguide.data.prepare import Text
 from fieldguide.data.splits import split
 from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit, read_for
+from fieldguide.fitting import fit
+from fieldguide.request import read_for
 from fieldguide.tasks.text_generation import PART, TextGeneration, passages
 from fieldguide.tasks.translation import Translation
 

@@ -12,7 +12,8 @@ from PIL import Image
 from fieldguide.data import read, video
 from fieldguide.data.doctor import BadData
 from fieldguide.errors import DataError
-from fieldguide.fitting import fit, read_for
+from fieldguide.fitting import fit
+from fieldguide.request import read_for
 from fieldguide.tasks.video_generation import (
     VideoGeneration,
     animated,

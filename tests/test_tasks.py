@@ -298,7 +298,7 @@ def test_augmentation_keeps_shape_and_range(how, channels):
 def test_pictures_are_mirrored_only_where_allowed():
     x = torch.zeros(200, 1, 16, 16, dtype=torch.uint8)
     x[..., :4] = 255                                        # a bar on the left, wider than any shift
-    left = lambda out: (out[..., :8].float().mean((1, 2, 3)) > out[..., 8:].float().mean((1, 2, 3)))  # noqa: E731
+    left = lambda out: (out[..., :8].float().mean((1, 2, 3)) > out[..., 8:].float().mean((1, 2, 3)))
     for how in ("light", "standard"):
         assert left(augment(x, how, False, torch.Generator().manual_seed(0))).all()
         share = left(augment(x, how, True, torch.Generator().manual_seed(0))).float().mean()

@@ -133,7 +133,7 @@ def test_every_layer_has_its_rate():
     decay, lr = 0.5, 0.01
     ours, plain = bert().double(), bert().double()       # in float32 chance alone moves biases of keys, which change nothing
     loop = trainer(ours, texts(), settled(layer_decay=decay, lr=lr, weight_decay=0.1, clip=0))
-    level = lambda name: 1 + int(name[7]) if name.startswith("blocks") else 3 if name.startswith(("pool", "head")) else 0    # noqa: E731
+    level = lambda name: 1 + int(name[7]) if name.startswith("blocks") else 3 if name.startswith(("pool", "head")) else 0
     assert {level(name) for name, _ in plain.named_parameters()} == {0, 1, 2, 3}
     tables = {id(m.weight) for m in plain.modules() if isinstance(m, nn.Embedding)}
     groups = [{"params": [p], "lr": lr * decay ** (3 - level(name)),
@@ -260,6 +260,14 @@ def test_recomputed_blocks_give_equal_gradients_for_less_memory(make, batches):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert little < 0.6 * much
     assert all(torch.equal(t, seen[name]) for name, t in state.items())
+
+
+@pytest.mark.parametrize("name, blocks", [("bert", 2), ("t5", 5), ("transformer", 4), ("unet-resnet", 8)])
+def test_every_block_is_computed_again(name, blocks):
+    """Of readers and writers, of both sides of a network."""
+    model = create(f"{name}-test")
+    tuning.prepare(model, settled(recompute=True), None)
+    assert sum("forward" in vars(m) for m in model.modules()) == blocks
 
 
 # ------------------------------------------------------------------------------------------------ fits

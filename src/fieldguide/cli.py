@@ -147,8 +147,8 @@ def check(
     changes: Set = None,
 ) -> None:
     """Let the doctor look at data without training: what it is, and what is wrong with it."""
-    from fieldguide.fitting import grouped, read_for
     from fieldguide.progress import print_data
+    from fieldguide.request import grouped, read_for
     *_, kinds, roles = grouped(pairs(changes))
     print_data(*read_for({"data": data, "target": target, "kinds": kinds, "roles": roles, "group": group, "time": time,
                           "allow_bad": allow_bad, "task": task}))
@@ -175,8 +175,8 @@ def show(
 ) -> None:
     """Describe a network: what is new in it, sizes, parameters by part, layer by layer."""
     from fieldguide.catalogue import show as describe
-    from fieldguide.fitting import literal
     from fieldguide.progress import print_description
+    from fieldguide.request import literal
     overrides = {k.removeprefix("model."): literal(v) for k, v in pairs(changes).items()}
     print_description(describe(name, **overrides), as_json)
 

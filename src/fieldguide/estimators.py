@@ -25,6 +25,7 @@ from fieldguide import fitting, registry
 from fieldguide.data import Column, Data, Manifest, Splits, read, split
 from fieldguide.data.batches import Batches
 from fieldguide.errors import DataError, FieldguideError
+from fieldguide.request import grouped
 from fieldguide.train.evaluate import collect
 from fieldguide.train.loop import Interrupted
 from fieldguide.train.settings import Settings
@@ -163,7 +164,7 @@ class Tabular(BaseEstimator):
         target = self.target(table.columns)
         table = table.with_columns(pl.Series(target, y))
         if self.framed_:
-            *_, kinds, _ = fitting.grouped(self.settings or {})
+            *_, kinds, _ = grouped(self.settings or {})
             return read(table, target=target, kinds={**kinds, target: self.kind})
         columns = {n: Column(n, "number", "feature", "an array's column") for n in table.columns}
         columns[target] = Column(target, self.kind, "target", "y", distinct=table[target].n_unique())

@@ -18,29 +18,23 @@ from fieldguide import beginning, measure, pretrained, registry, teaching
 from fieldguide.advisor import Advice, advise
 from fieldguide.advisor.ranking import configured
 from fieldguide.card import Card
-from fieldguide.data import read
-from fieldguide.data.batches import Batches, steps_per_epoch, typical
+from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import Data
-from fieldguide.data.roles import Wants
 from fieldguide.data.splits import Splits, split
 from fieldguide.errors import RunError, SettingsError
 from fieldguide.host import peak_memory
 from fieldguide.objectives import Objective
+from fieldguide.pacing import ENOUGH, drawn, resolve, with_batch
+from fieldguide.request import address, grouped, read_for, read_request
 from fieldguide.run import SCHEMA, Run, open_run, write_record
 from fieldguide.samples import SAMPLES
 from fieldguide.tasks import Task, asked_for, infer
-from fieldguide.tasks import task as task_named
 from fieldguide.train import distributed, tuning
 from fieldguide.train.checkpoint import separate, write_atomically
 from fieldguide.train.evaluate import collect
 from fieldguide.train.loop import State, Trainer
-from fieldguide.train.precision import fastest, seconds
 from fieldguide.train.settings import Settings
 
-BUDGET = 0.9            # part of the minutes that the planned steps take; the rest is for evaluations and surprises
-CHECKS = 40             # evaluations in a whole run, at most
-ENOUGH = 1000           # steps that a run should have: where time allows fewer, batches are made smaller
-CHECKED = 0.2           # part of the time that they may take
 # Settings that may change when a run is resumed; all others would make it another run.
 CHANGEABLE = {"minutes", "lr", "weight_decay", "clip", "patience", "checkpoint", "workers", "precision", "track"}
 
@@ -101,7 +95,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     watch.found(source, kind, why)
     begun = None
     if weights is not None:
-        begun = pretrained.described(weights, None if model == "auto" else model)
+        begun = pretrained.described(weights, None if model == "auto" else model, watch.say)
         model = begun.size
         of_task = beginning.offered(kind, begun) | of_task
     options = kind.options_from(of_task)
@@ -255,7 +249,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
             tuning.prepare(network, chosen, fresh)
         else:                                            # it was stopped before it had kept a step
             name = run.record["request"]["model"]
-            begun = pretrained.described(run.record["request"]["weights"], None if name == "auto" else name)
+            begun = pretrained.described(run.record["request"]["weights"], None if name == "auto" else name, watch.say)
             beginning.filled(network, begun, chosen, {"tune": chosen.tune}, watch)
         plan = Plan(source, task, run.record["choice"]["why"], parts, Advice([], []), card, run.record["model"]["size"],
                     network.config if hasattr(network, "config") else None, chosen,
@@ -351,63 +345,6 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
         torch.distributed.barrier()
 
 
-# Deciding what the user left open
-
-
-def grouped(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
-    """Settings by where they belong: training, model.*, task.*, column.*, role.*"""
-    groups: dict[str, dict[str, Any]] = {"": {}, "model": {}, "task": {}, "column": {}, "role": {}}
-    for key, value in settings.items():
-        prefix, dot, rest = key.partition(".")
-        if dot and prefix not in groups:
-            raise SettingsError(f"--set {key}: there is no group {prefix!r}; groups are model., task., column. and role.")
-        groups[prefix if dot else ""][rest if dot else key] = value
-    return groups[""], {k: literal(v) for k, v in groups["model"].items()}, groups["task"], groups["column"], groups["role"]
-
-
-def literal(value: Any) -> Any:
-    """Text as the number, truth value or tuple it spells."""
-    import ast
-    if not isinstance(value, str):
-        return value
-    try:
-        return ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
-    except (ValueError, SyntaxError):
-        return value
-
-
-def address(data: Any) -> str | None:
-    """Where data can be found again, from any folder; None for what is in memory."""
-    if not isinstance(data, str | Path):
-        return None
-    path = Path(data).expanduser()
-    return str(path.absolute()) if path.exists() else str(data)          # the name of a sample stays one
-
-
-def read_request(request: Mapping[str, Any], data: Any) -> Data:
-    """Reads data as it was asked for: with what the task wants of its columns, where a task is named."""
-    wants = task_named(request["task"]).wants if request.get("task") else Wants()
-    return read(request["data"] if data is None else data, target=request["target"], kinds=request["kinds"] or None,
-                group=request["group"], time=request["time"], roles=request.get("roles"), wants=wants,
-                allow_bad=request["allow_bad"])
-
-
-def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task], str]:
-    """The data as the task wants it, the task, and why it is that. A task that is found to be the one is noted in the
-    request where it asks more of the columns, so that they are read so again."""
-    known = SAMPLES.get(request["data"]) if isinstance(request["data"], str) else None
-    if known and not request["task"] and task_named(known.task).wants != Wants():
-        request["task"], request["target"] = known.task, request["target"] or known.target or None
-    source = read_request(request, data)
-    if request["task"]:
-        return source, asked_for(request["task"], source), "you asked for it"
-    kind, why = infer(source)
-    if kind.wants != Wants():
-        request["task"] = kind.name
-        source = read_request(request, data)
-    return source, kind, why
-
-
 def refuse_taken(path: Path) -> None:
     """Raises `RunError` where something is in the way of a new run folder."""
     if path.is_dir() and not any(path.iterdir()):
@@ -435,74 +372,6 @@ def new_folder(out: str | Path | None, source: Data) -> Path:
         except FileExistsError:
             continue
     raise RunError("no free name under runs/")
-
-
-def with_batch(settings: Settings, rows: int, fewest: int, most: int) -> Settings:
-    """A batch size: about forty steps an epoch, a power of two from `fewest` to `most`, never more than there are rows."""
-    parts = settings.accumulate * distributed.world()
-    batch = settings.batch or 2 ** round(np.log2(np.clip(rows / 40, fewest, most)))
-    batch = max(min(batch, rows) // parts, 1) * parts
-    if batch > rows:
-        raise SettingsError(f"{rows} training rows are too few for {parts} parts a step.")
-    return settings.with_({"batch": batch})
-
-
-def resolve(settings: Settings, objective: Objective, batches: Batches, evaluated: int,
-            watch: Any, fewest: int, enough: int = ENOUGH) -> tuple[Settings, float, int]:
-    """Fills in precision, layout, steps and evaluations by timing real batches; makes the batch smaller, down to `fewest`
-    examples, where the minutes would hold fewer steps than `enough`.
-
-    Returns seconds a step too and, where the minutes decide on the steps, the count that is enough however quick they
-    are; else 0.
-    """
-    each = steps_per_epoch(len(batches), settings.batch)
-    if settings.steps and settings.precision != "auto":             # nothing is left to decide
-        return settings.with_({"channels_last": bool(settings.channels_last), "evaluate": settings.evaluate or max(
-            1, min(settings.steps, max(each, -(-settings.steps // CHECKS))))}), float("nan"), 0
-    parts = settings.accumulate * distributed.world()
-    batch, making = timed_batch(batches, settings.batch // parts)
-    precision, last, times = settings.precision, bool(settings.channels_last), {}
-    chosen, chosen_last, times = fastest(objective, batch, distributed.device(), watch.say)
-    if precision == "auto":
-        precision = chosen
-        last = chosen_last if settings.channels_last is None else last
-    step = times.get(f"{precision}{' channels-last' if last else ''}", min(times.values()))
-    watch.say("a step in " + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
-              + f": {precision}{', channels-last' if last else ''}")
-    steps, checks, most = settings.steps, CHECKS, 0
-    cost = lambda: (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1         # noqa: E731
-    if steps is None:
-        epochs = settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200))
-        while True:
-            each = steps_per_epoch(len(batches), settings.batch)
-            steps = most = max(1, round(each * epochs))
-            if not settings.minutes:
-                most = 0
-                break
-            limit = 60 * settings.minutes * BUDGET
-            check = evaluated / settings.batch * step / 3               # an evaluation costs a third of a step an example
-            checks = int(np.clip(CHECKED * limit / check, 1, CHECKS))
-            steps = max(1, min(steps, int(max(limit - checks * check, limit / 2) / cost())))
-            half = settings.batch // parts // 2
-            if steps >= min(enough, most) or half * parts < fewest:
-                break
-            settings = settings.with_({"batch": half * parts})
-            batch, making = timed_batch(batches, half)
-            step = seconds(objective, batch, precision, last, distributed.device())
-    evaluate = settings.evaluate or max(1, min(steps, max(each, -(-steps // checks))))
-    return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), cost(), most
-
-
-def drawn(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
-    """At most so many rows, drawn by chance; all where `most` is None."""
-    return rows if most is None or len(rows) <= most else np.sort(np.random.default_rng(seed).permutation(rows)[:most])
-
-
-def timed_batch(batches: Batches, rows: int) -> tuple[dict[str, torch.Tensor], float]:
-    """A typical batch for training, and the seconds that making it took."""
-    index, started = typical(batches, rows), time.perf_counter()
-    batch = batches.make(index, torch.Generator().manual_seed(0))
-    return batch, time.perf_counter() - started
 
 
 def versions() -> dict[str, str]:
