@@ -64,7 +64,7 @@ PARTED = {"llama-bpe": LLAMA3, "qwen2": LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
 def tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
     """The tokenizer that a file holds, its special tokens by name, and its chat template. Raises `WeightsError` for kinds
     other than byte-level pairs."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     said = metadata(path).get("tokenizer", {})
     ggml = said.get("ggml", {})
     kind, parted = ggml.get("model"), ggml.get("pre", "default")
@@ -73,7 +73,7 @@ def tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
                            f"smollm, {', '.join(PARTED)}. Give a folder with its tokenizer.json instead.")
     tokens = ggml["tokens"]
     made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)},
-                                [tuple(merge.split(" ", 1)) for merge in ggml["merges"]]))
+                                [tuple(merge.split(" ", 1)) for merge in ggml["merges"]], ignore_merges=parted == "llama-bpe"))
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=parted not in PARTED)
     before = {"smollm": [pre_tokenizers.Digits(individual_digits=True)]}.get(parted, [])
     if parted in PARTED:
@@ -85,7 +85,11 @@ def tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
     named = {f"{name}_token": tokens[ggml[key]] for name, key in
              (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("unk", "unknown_token_id"), ("pad", "padding_token_id"))
              if key in ggml}
+    if (begin := named.get("bos_token")) and ggml.get("add_bos_token", parted in BEGUN):
+        made.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[
+            (begin, ggml["bos_token_id"])])
     return made, named, said.get("chat_template")
 
 
+BEGUN = ("llama-bpe",) # texts begin with a token of their own where the file does not say so
 CONTROL = 3            # the type of tokens that no text spells

@@ -25,9 +25,8 @@ Prompt = str | Sequence[Mapping[str, Any]]               # a text to go on from,
 class Speaker:
     """`network` gives the next token; `ends` are tokens that end an answer; `template` writes conversations."""
 
-    def __init__(self, network: nn.Module, text: Text, ends: Sequence[int], template: ChatTemplate | None = None,
-                 begin: Sequence[int] = ()):
-        self.network, self.text, self.ends, self.template, self.begin = network.eval(), text, tuple(ends), template, begin
+    def __init__(self, network: nn.Module, text: Text, ends: Sequence[int], template: ChatTemplate | None = None):
+        self.network, self.text, self.ends, self.template = network.eval(), text, tuple(ends), template
 
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Speaker:
@@ -58,7 +57,7 @@ class Speaker:
             raise DataError("this model has no chat template: give a text to go on from")
         else:                                            # the template writes special tokens itself
             ids = self.text.tokenizer.encode(self.template(prompt), add_special_tokens=False).ids
-        return [*self.begin, *ids] or list(self.ends[:1])
+        return ids or list(self.ends[:1])
 
     def question(self, text: str, chat: bool | None = None) -> Prompt:
         """A text as a question in a conversation, where the model knows such or the user says so; else as it is."""
@@ -93,7 +92,7 @@ class Speaker:
         with torch.inference_mode():
             if rows.shape[1]:
                 self.network.last(rows, None, cache)
-        step = lambda token: self.network.last(token, None, cache)[:, None]          # noqa: E731
+        step = lambda token: self.network.last(token, None, cache)[:, None]
         found, _ = beam_search(step, cache, begin=row[-1], end=self.ends[0], beams=beams, most=tokens)
         return [int(i) for i in found[0, 0] if i >= 0]
 
