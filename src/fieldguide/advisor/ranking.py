@@ -112,18 +112,19 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
     able = [n for n in registry.names() if registry.card(n).takes in takes and set(registry.card(n).answers) & set(gives)]
     needs = {"gives": gives, **needs}
     if model != "auto":
-        option = Option(refuse_unable(model, able), registry.card(model).name)
+        option = considered(refuse_unable(model, able), facts, needs)
         if config is not None and option.name != model:
             option.name = model                          # of no published size
         look_closer(option, facts, needs, speed, minutes, machine, config)
         return asked_for(option)
     # Counting a network's work takes long. So the most promising are looked at first, by published counts, and no more
     # once the rest could not come before them, whatever they cost.
-    options = sorted((promise(Option(name, registry.card(name).name), facts, needs) for name in able), key=lambda o: -o.points)
+    options = [considered(name, facts, needs) for name in able]
+    most = [o.points - proportion(o.parameters, facts["rows"]) for o in options]         # that each could come to
     seen: list[Option] = []
-    for option in options:
+    for option, points in sorted(zip(options, most), key=lambda pair: -pair[1]):
         best = sorted((o.points for o in seen if not o.rejected), reverse=True)
-        if len(best) >= LOOKED_AT and option.points <= best[LOOKED_AT - 1]:
+        if len(best) >= LOOKED_AT and points <= best[LOOKED_AT - 1]:
             break
         if sum(o.architecture == option.architecture and not o.rejected for o in seen) >= SIZES:
             continue                                     # better sizes of the same are there
@@ -139,9 +140,10 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
     return Advice([o for o in ranked if not o.rejected], [o for o in ranked if o.rejected])
 
 
-def promise(option: Option, facts: Mapping[str, Any], needs: Mapping[str, Any]) -> Option:
-    """Points for what rules say and for the published count, before the network is made; costs are not counted yet."""
-    card, size = registry.find(option.name)
+def considered(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) -> Option:
+    """An option with the points that rules give it, and its published count of parameters; what it costs is not counted."""
+    card, size = registry.find(name)
+    option = Option(name, card.name)
     try:
         config = configured(card, size, needs)
         option.parameters = card.sizes[size].params or counted(card, config)
@@ -152,7 +154,6 @@ def promise(option: Option, facts: Mapping[str, Any], needs: Mapping[str, Any]) 
         if holds(rule["when"], facts) and speaks_of(rule, card):
             option.points += rule["points"]
             (option.reasons if rule["points"] > 0 else option.against).append(f"{rule['because']} [{rule['source']}]")
-    option.points -= proportion(option.parameters, facts["rows"])
     return option
 
 
@@ -160,9 +161,7 @@ def look_closer(option: Option, facts: Mapping[str, Any], needs: Mapping[str, An
                 machine: Mapping[str, Any], config: Any = None) -> None:
     """Counts parameters and work of the network as it is (`config`) or would be made for this data, and sizes it up."""
     card, size = registry.find(option.name)
-    fresh = promise(Option(option.name, option.architecture), facts, needs)
-    option.points, option.reasons, option.against = fresh.points, fresh.reasons, fresh.against
-    option.points += proportion(fresh.parameters, facts["rows"])
+    option.parameters, option.rejected = 0, ""
     try:
         config = configured(card, size, needs) if config is None else config
         option.parameters = counted(card, config)
