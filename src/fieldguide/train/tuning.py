@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from fieldguide.errors import SettingsError
 from fieldguide.train.settings import Settings
 
-WAYS = ("whole", "frozen", "lora")
 LAYER = re.compile(r"^(.*?\.\d+(?:\.\d+)?)(?=\.)")       # blocks.3, stages.0.1: what comes before it in a name, too
 
 
@@ -74,19 +73,18 @@ def merge(model: nn.Module) -> None:
 
 def held(model: nn.Module) -> list[nn.Module]:
     """Modules none of whose parameters learn: they stay as in evaluation, statistics and all."""
-    learns = lambda m: [p.requires_grad for p in m.parameters()]                             # noqa: E731
+    learns = lambda m: [p.requires_grad for p in m.parameters()]
     return [m for m in model.modules() if learns(m) and not any(learns(m))]
 
 
 def recomputed(model: nn.Module) -> None:
     """Blocks keep their inputs alone for the way back, and compute the rest again (Chen et al. 2016, arXiv:1604.06174).
+    Blocks are what stands in a row and is more than a layer of torch.
 
     Raises `SettingsError` for a network that has no blocks.
     """
-    rows = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)
-            and name.rpartition(".")[2] in ("blocks", "stages", "layers")]
-    found = [block for row in rows for part in row
-             for block in (part if isinstance(part, nn.ModuleList | nn.Sequential) else [part])]
+    rows = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    found = [block for row in rows for block in row if not type(block).__module__.startswith("torch.")]
     inner = {id(m) for block in found for m in block.modules() if m is not block}
     found = list({id(block): block for block in found if id(block) not in inner}.values())
     if not found:
