@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from fieldguide.blocks.attention import Attention
 from fieldguide.blocks.cache import Cache, causal, positions
 from fieldguide.blocks.causal import CausalAttention
-from fieldguide.blocks.padding import at_least_one
 from fieldguide.card import Card, Size
-from fieldguide.errors import DataError
 from fieldguide.models.transformer.encoder_classifier import sinusoids
+from fieldguide.models.transformer.encoder_decoder import EncoderDecoder, FeedForward, Memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +47,12 @@ class CrossAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def remember(self, source: Tensor) -> tuple[Tensor, Tensor]:                 # B S D -> keys, values B heads S d
+    def remember(self, source: Tensor) -> Memory:        # B S D -> keys, values B heads S d
         dim = source.shape[-1]
         k, v = F.linear(source, self.qkv.weight[dim:], self.qkv.bias[dim:]).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:      # B T D -> B T D
+    def forward(self, x: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:         # B T D, B S -> B T D
         dim = x.shape[-1]
         q = F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim]).reshape(memory[0].shape[0], -1, dim)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -61,23 +60,11 @@ class CrossAttention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
-class FeedForward(nn.Module):
-    """Section 3.3."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.up = nn.Linear(dim, hidden)
-        self.down = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:              # B T D -> B T D
-        return self.down(F.relu(self.up(x)))
-
-
 class EncoderBlock(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.attn, self.norm1 = Attention(c.dim, c.heads), nn.LayerNorm(c.dim)
-        self.mlp, self.norm2 = FeedForward(c.dim, c.hidden), nn.LayerNorm(c.dim)
+        self.mlp, self.norm2 = FeedForward(c.dim, c.hidden, F.relu), nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # B S D -> B S D
@@ -90,7 +77,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.attn, self.norm1 = CausalAttention(c.dim, c.heads), nn.LayerNorm(c.dim)
         self.cross, self.norm2 = CrossAttention(c.dim, c.heads), nn.LayerNorm(c.dim)
-        self.mlp, self.norm3 = FeedForward(c.dim, c.hidden), nn.LayerNorm(c.dim)
+        self.mlp, self.norm3 = FeedForward(c.dim, c.hidden, F.relu), nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, seen: Tensor | None, memory: tuple, mask, cache, layer: int) -> Tensor:     # B T D -> B T D
@@ -99,17 +86,11 @@ class DecoderBlock(nn.Module):
         return self.norm3(x + self.dropout(self.mlp(x)))
 
 
-class Transformer(nn.Module):
-    """Source and what is said so far -> logits of the token that follows each of the latter.
-
-    `tokens` begins with a token that means "begin". With a `cache` (see `new_cache`) the source is read once, after
-    which it may be None, and only the tokens not yet read are given; it may have a row for every several rows of
-    tokens, the beams of a search. Raises `DataError` for rows longer than `length`.
-    """
+class Transformer(EncoderDecoder):
+    """See `EncoderDecoder` for shapes and the cache. Raises `DataError` for rows longer than `length`."""
 
     def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embed = nn.Embedding(config.vocab, config.dim)          # of both languages, and the head
         self.register_buffer("pos", sinusoids(config.length, config.dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -126,39 +107,26 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.embed.weight, std=self.config.dim ** -0.5)
 
-    def new_cache(self, rows: int, length: int | None = None) -> Cache:
-        """Room for `length` target tokens a row, at most and by default the network's own."""
-        c, weight = self.config, self.embed.weight
-        return Cache(rows, min(length or c.length, c.length), c.depth, c.heads, c.dim // c.heads,
-                     dtype=weight.dtype, device=weight.device)
-
-    def _read(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:      # B T -> B T D
-        if (total := tokens.shape[1] + (cache.start if cache else 0)) > self.config.length:
-            raise DataError(f"a row of {total} tokens is longer than length={self.config.length}; "
-                            "cut the rows or create the network with a larger length")
+    def read(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:       # B T -> B T D
+        self.check(tokens.shape[1], cache)
         place = positions(tokens.shape[1], mask, cache, tokens.device)
         return self.dropout(self.embed(tokens) * math.sqrt(self.config.dim) + self.pos[place])
 
     def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:      # B S -> B S D
-        x = self._read(source, mask)
+        x = self.read(source, mask)
         for block in self.encoder:
             x = block(x, mask)
         return x
 
-    def forward(self, source, source_mask, tokens: Tensor, mask=None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
-        if cache is not None and cache.cross is not None:
-            memory, source_mask = cache.cross
-        else:
-            source_mask = None if source_mask is None else at_least_one(source_mask)
-            encoded = self.encode(source, source_mask)
-            memory = [block.cross.remember(encoded) for block in self.decoder]
-        if cache is not None:
-            cache.cross = (memory, source_mask)
-            cache.open(tokens.shape[1], mask)
+    def decode(self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None,
+               cache: Cache | None) -> Tensor:           # B T -> B T D
         seen = causal(tokens.shape[1], mask, cache, tokens.device)
-        x = self._read(tokens, mask, cache)
+        x = self.read(tokens, mask, cache)
         for layer, block in enumerate(self.decoder):
             x = block(x, seen, memory[layer], source_mask, cache, layer)
+        return x
+
+    def say(self, x: Tensor) -> Tensor:                  # ... D -> ... vocab
         return F.linear(x, self.embed.weight)
 
 
