@@ -47,8 +47,8 @@ def main() -> None:
             return make(np.arange(i * BATCH, (i + 1) * BATCH))
 
     batches, steps = Batches(len(pictures), make), options.steps
-    new = lambda: create("resnet18", classes=CLASSES)                                            # noqa: E731
-    peer = lambda: timm.create_model("resnet18", num_classes=CLASSES)                            # noqa: E731
+    new = lambda: create("resnet18", classes=CLASSES)
+    peer = lambda: timm.create_model("resnet18", num_classes=CLASSES)
     runs = {
         "ours, float32": ours(new(), ("image",), batches, BATCH, precision="float32"),
         "timm, float32": plain(peer(), ("image",), Made(), lr=1e-3, fused=True, clip=1.0),

@@ -23,7 +23,7 @@ def parameters(model: nn.Module) -> int:
 def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int = 224, device: str = "meta") -> tuple:
     """Inputs of the shapes that a network of this config takes, for measuring: zeros. `length` tokens and `side`
     pixels hold where the config leaves them open."""
-    get = lambda word, default: getattr(config, card.names.get(word, word), default)       # noqa: E731
+    get = lambda word, default: getattr(config, card.names.get(word, word), default)
     if card.takes == "image":
         side = get("image", side)
         return (torch.zeros(batch, get("channels", 3), side, side, device=device),)

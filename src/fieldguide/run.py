@@ -143,7 +143,8 @@ class Run:
         """A vector of length 1 for each text, N D float32, from the mean over its tokens of what the network reads: products
         of two are their likeness. Raises `SettingsError` for a run whose network does not read both sides of a word."""
         texts, model = listed(texts), self.objective.model
-        if "vector" not in self.card.answers or not hasattr(self.task, "framed_texts"):
+        rows = self.task.framed_texts(texts, model.config.length) if "vector" in self.card.answers else None
+        if rows is None:
             raise SettingsError(f"{self.card.name}, trained for {self.task.name}, makes no vectors of texts; runs of encoders "
                                 "such as BERT and ModernBERT do, for fill-mask or text-classification.")
         if not texts:
@@ -153,7 +154,6 @@ class Run:
             x = model.features(batch["tokens"], batch["mask"]).float() * batch["mask"][..., None]
             return {"vector": torch.nn.functional.normalize(x.sum(1), dim=-1)}       # a sum points where the mean does
 
-        rows = self.task.framed_texts(texts, model.config.length)
         return collect(self.objective, rows, batch=64, device=distributed.device(), ask=answer)["vector"]
 
     def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:

@@ -25,7 +25,7 @@ def beam_search(step: Callable[[Tensor], Tensor], cache: Cache, *, begin: int, e
     device = cache.real.device
     limits = torch.full((width,), most, device=device) if limits is None else limits.clamp(max=most)
     most = int(limits.max())
-    scale = lambda length: ((5 + length) / 6) ** penalty                          # noqa: E731
+    scale = lambda length: ((5 + length) / 6) ** penalty
     scores = torch.full((width, beams), -torch.inf, device=device)
     scores[:, 0] = 0                                                             # the beams begin as one
     said = torch.full((width, beams, most), -1, device=device)

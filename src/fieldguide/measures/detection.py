@@ -69,8 +69,8 @@ def summed(evaluator: Any) -> dict[str, Any]:
     precision, scores = (evaluator.eval[name][..., 0, 0] for name in ("precision", "scores"))    # IoU, recall, K
     missing = (precision < 0).all((0, 1))
     by_iou = np.where(missing, np.nan, precision.mean(1))                                        # IoU, K
-    curve = lambda x: np.where(missing, np.nan, np.maximum(x[0], 0)).T                           # noqa: E731
-    mean = lambda x: float("nan") if np.isnan(x).all() else float(np.nanmean(x))                 # noqa: E731
+    curve = lambda x: np.where(missing, np.nan, np.maximum(x[0], 0)).T
+    mean = lambda x: float("nan") if np.isnan(x).all() else float(np.nanmean(x))
     return {"map": mean(by_iou), "map50": mean(by_iou[0]), "map75": mean(by_iou[5]),
             "class_map": by_iou.mean(0), "class_map50": by_iou[0],
             "recall": evaluator.params.recThrs.copy(), "precision": curve(precision), "confidence": curve(scores)}

@@ -24,8 +24,8 @@ def parts(tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def bounds(letter: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """N W letters and types -> N W: where entities begin; N W: for each place, where the next one ends at or after it."""
-    before = lambda x: np.pad(x, ((0, 0), (1, 0)))[:, :-1]                       # noqa: E731
-    after = lambda x: np.pad(x, ((0, 0), (0, 1)))[:, 1:]                         # noqa: E731
+    before = lambda x: np.pad(x, ((0, 0), (1, 0)))[:, :-1]
+    after = lambda x: np.pad(x, ((0, 0), (0, 1)))[:, 1:]
     inside = letter > 0
 
     def breaks(first: np.ndarray, second: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -46,7 +46,7 @@ def counted(truth: np.ndarray, said: np.ndarray, tags: Sequence[str]) -> tuple[n
     real, guess = ((letters[x], kinds[x]) for x in (truth, said))
     (real_begins, real_ends), (said_begins, said_ends) = bounds(*real), bounds(*guess)
     right = real_begins & said_begins & (real[1] == guess[1]) & (real_ends == said_ends)
-    count = lambda where, kind: np.bincount(kind[where], minlength=len(types) + 1)[1:]       # noqa: E731
+    count = lambda where, kind: np.bincount(kind[where], minlength=len(types) + 1)[1:]
     return count(right, real[1]), count(said_begins, guess[1]), count(real_begins, real[1])
 
 

@@ -56,7 +56,7 @@ def edits(references: Sequence[str], hypotheses: Sequence[str], unit: Unit = "wo
     if len(references) != len(hypotheses):
         raise DataError(f"{len(references)} reference transcripts stand beside {len(hypotheses)} hypotheses")
     known: dict[str, int] = {}
-    number = lambda text: np.array([known.setdefault(u, len(known)) for u in units(text, unit)], dtype=np.int64)    # noqa: E731
+    number = lambda text: np.array([known.setdefault(u, len(known)) for u in units(text, unit)], dtype=np.int64)
     said, heard = [number(text) for text in references], [number(text) for text in hypotheses]
     n, m = np.array([len(s) for s in said], np.int64), np.array([len(h) for h in heard], np.int64)
     distance, substitutions = np.zeros(len(n), np.int64), np.zeros(len(n), np.int64)

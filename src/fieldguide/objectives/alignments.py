@@ -131,7 +131,7 @@ def align(log_probabilities: Tensor, frames: Tensor, target: Tensor, lengths: Te
         state = (state - moves[t].gather(1, state)).where(real, state).clamp(min=0)
     symbol = ((path - 1) // 2).where((path > 0) & (path % 2 == 1) & score.isfinite()[:, None], most)     # others: spare
     place = torch.arange(steps, device=target.device).expand(rows, -1)
-    spare = lambda value: torch.full((rows, most + 1), value, device=target.device)              # noqa: E731
+    spare = lambda value: torch.full((rows, most + 1), value, device=target.device)
     first = spare(steps).scatter_reduce(1, symbol, place, "amin")[:, :most]
     end = spare(-1).scatter_reduce(1, symbol, place, "amax")[:, :most] + 1
     none = end == 0

@@ -19,7 +19,7 @@ def hide(tokens: Tensor, open_to: Tensor, mask_token: int, first: int, vocab: in
     become the mask token, 10 % another token drawn from `first` .. `vocab` - 1, 10 % stay. Which ones is drawn anew each
     time (RoBERTa, section 4.1) from a generator on the CPU, whatever the device.
     """
-    draw = lambda: torch.rand(tokens.shape, generator=generator).to(tokens.device)               # noqa: E731
+    draw = lambda: torch.rand(tokens.shape, generator=generator).to(tokens.device)
     lot, fate = draw().masked_fill(~open_to, 2.0), draw()
     asked = (lot < share) | (lot == lot.amin(1, keepdim=True))
     asked &= open_to
@@ -55,7 +55,7 @@ class MaskedWords(Objective):
         logits, target, row = self.answers(batch)
         nats = F.cross_entropy(logits, target, reduction="none")
         rows = len(batch["target"])
-        sums = lambda x: torch.zeros(rows, dtype=x.dtype, device=x.device).index_add_(0, row, x)      # noqa: E731
+        sums = lambda x: torch.zeros(rows, dtype=x.dtype, device=x.device).index_add_(0, row, x)
         return {"nats": sums(nats), "right": sums((logits.argmax(-1) == target).long()),
                 "count": sums(torch.ones_like(row))}
 

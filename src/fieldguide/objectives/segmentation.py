@@ -118,7 +118,7 @@ def tiled(answer: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tenso
     """Answers for a large picture from tiles that overlap by a quarter, weighted by closeness to a tile's middle."""
     height, width = image.shape[-2:]
     high, wide = min(tile, height), min(tile, width)
-    ramp = lambda n: torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float().to(image.device)      # noqa: E731
+    ramp = lambda n: torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float().to(image.device)
     weight = torch.minimum(ramp(high)[:, None] / high, ramp(wide) / wide)
     total, weights = None, torch.zeros(height, width, device=image.device)
     for top in starts(height, high):

@@ -66,7 +66,7 @@ def demand(folder: Path) -> None:
     day, hour = hours // 24, hours % 24
     holiday = np.isin(day, HOLIDAYS)
     rest = (day % 7 >= 5) | holiday                                   # 2024 began on a Monday
-    bump = lambda middle, width: np.exp(-0.5 * (((hour - middle + 12) % 24 - 12) / width) ** 2)      # noqa: E731
+    bump = lambda middle, width: np.exp(-0.5 * (((hour - middle + 12) % 24 - 12) / width) ** 2)
 
     def wander(count: int, keep: float) -> Any:
         steps = rng.normal(0, (1 - keep * keep) ** 0.5, count)

@@ -218,6 +218,10 @@ class Task:
         picture, a sound) is a `Media`."""
         raise NotImplementedError
 
+    def framed_texts(self, texts: Sequence[str], longest: int) -> Batches | None:
+        """Texts as the network reads them, at most so many tokens each; None for a task that is not about texts."""
+        return None
+
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
         """The answer to one input piece by piece, as it comes into being; None where answers come whole."""
         return None

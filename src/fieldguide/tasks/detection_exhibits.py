@@ -55,7 +55,7 @@ def matched(boxes: np.ndarray, labels: np.ndarray, true: np.ndarray, is_: np.nda
     right, met = np.zeros(len(labels), dtype=bool), np.zeros(len(is_), dtype=bool)
     if not len(labels) or not len(is_):
         return right, met
-    size = lambda b: np.clip(b[..., 2:] - b[..., :2], 0, None).prod(-1)      # noqa: E731
+    size = lambda b: np.clip(b[..., 2:] - b[..., :2], 0, None).prod(-1)
     corners = np.maximum(boxes[:, None, :2], true[None, :, :2]), np.minimum(boxes[:, None, 2:], true[None, :, 2:])
     shared = size(np.concatenate(corners, -1))
     joint = np.where(crowd, size(boxes)[:, None], size(boxes)[:, None] + size(true)[None] - shared)

@@ -225,7 +225,7 @@ class Forecasting(Task):
         point, error = values[..., 0], values[..., 0] - future
         natural = point * truth["std"][:, None] + truth["mean"][:, None]
         count = known.sum(1)
-        mean = lambda x: np.where(known, x, 0).sum(1) / np.maximum(count, 1)      # noqa: E731
+        mean = lambda x: np.where(known, x, 0).sum(1) / np.maximum(count, 1)
         found = {"count": count, "se": np.where(known, error ** 2, 0).sum(1), "ae": np.where(known, abs(error), 0).sum(1),
                  "mase": mean(abs(error)) * truth["std"] / truth["naive"], "smape": mean(smape(natural, truth["future"]))}
         if values.shape[-1] > 1:

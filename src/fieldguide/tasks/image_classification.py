@@ -186,7 +186,7 @@ def augment(x: Tensor, how: str, flip: bool, generator: torch.Generator) -> Tens
         picture = torch.arange(count)[:, None, None, None]
         channel = torch.arange(x.shape[1])[None, :, None, None]
         return padded[picture, channel, rows[:, None, :, None], columns[:, None, None, :]].to(x.dtype)
-    uniform = lambda size: torch.rand(count, generator=generator) * 2 * size - size      # noqa: E731
+    uniform = lambda size: torch.rand(count, generator=generator) * 2 * size - size
     angle, scale = uniform(10 / 180 * torch.pi), 1 + uniform(0.1)
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     matrix = torch.stack([torch.stack([cos, -sin, uniform(0.2)], 1), torch.stack([sin, cos, uniform(0.2)], 1)], 1)

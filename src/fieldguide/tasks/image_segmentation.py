@@ -406,7 +406,7 @@ def augmented(pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment:
               generator: torch.Generator) -> tuple[Tensor, Tensor]:              # N C H W, N H W -> N C S S, N S S
     """A square of each picture: of another size (0.5 to 2 times), mirrored, lighter or darker, more or less contrast."""
     count, _, height, width = pixels.shape
-    uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)      # noqa: E731
+    uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
     scale = torch.ones(count) if augment == "none" else 2 ** uniform(-0.5, 0.5) if augment == "light" else 2 ** uniform(-1, 1)
     mirror = torch.ones(count) if augment == "none" else torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     # The square covers crop / scale pixels; its middle lies so that it stays within the picture where it can.

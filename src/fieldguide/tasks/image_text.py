@@ -265,12 +265,12 @@ class ImageText(Pictured):
                  ) -> dict[str, list[Exhibit]]:
         near, captions = outputs["image"] @ outputs["text"].T, self.captions(test)
         pairs_ = set(zip(truth["picture"].tolist(), truth["caption"].tolist()))
-        right = lambda i, j: (int(truth["picture"][i]), int(truth["caption"][j])) in pairs_      # noqa: E731
+        right = lambda i, j: (int(truth["picture"][i]), int(truth["caption"][j])) in pairs_
         chosen = np.random.default_rng(0).permutation(len(test))
         told, shown, rows = near.argmax(1), near.argmax(0), []
         gap = near.max(1) - near.diagonal()
         worst = [i for i in np.argsort(-gap, kind="stable") if not right(i, told[i])][:12]
-        pair = lambda i, j: Picture(self.thumbnail(test, int(i)), captions[j], bad=not right(i, j))      # noqa: E731
+        pair = lambda i, j: Picture(self.thumbnail(test, int(i)), captions[j], bad=not right(i, j))
         by_picture, by_caption = [pair(i, told[i]) for i in chosen[:16]], [pair(shown[j], j) for j in chosen[:16]]
         for i in chosen[:20]:
             order = np.argsort(-near[i], kind="stable")

@@ -315,7 +315,7 @@ class Recommendation(Task):
         rank, top = outputs["rank"], outputs["top"].astype(int)[:, :10]
         histories = self.codes(test.rows[ITEMS])
         users = test.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
-        name = lambda i: self.items[i - 1] if i else "(unknown)"                                  # noqa: E731
+        name = lambda i: self.items[i - 1] if i else "(unknown)"
         rows = [(users[i], ", ".join(map(name, histories[i][-9:-1])), ", ".join(name(j) for j in top[i] if j),
                  name(truth["item"][i]), "–" if np.isinf(rank[i]) else int(np.ceil(rank[i])))
                 for i in np.random.default_rng(0).permutation(len(users))[:30]]

@@ -78,7 +78,7 @@ class Summarization(Translation):
         length = np.array([len(s.split()) for s in source])
         groups = [(f"{low}-{high} words", (length >= low) & (length <= high))
                   for low, high in ((1, 50), (51, 150), (151, 300), (301, 600), (601, 100_000))]
-        row = lambda i: (test.place(int(i)), shortened(source[i]), right[i], said[i], 100 * float(each[i, 0]))       # noqa: E731
+        row = lambda i: (test.place(int(i)), shortened(source[i]), right[i], said[i], 100 * float(each[i, 0]))
         header = ("row", "document", "summary in the data", "of the network", "ROUGE-1")
         order = np.argsort(each[:, 0], kind="stable")
         return {"Summaries": [

@@ -227,7 +227,7 @@ class Translation(Typed):
         groups = [(f"{low}-{high} words", (length >= low) & (length <= high))
                   for low, high in ((1, 5), (6, 10), (11, 15), (16, 20), (21, 30), (31, 1000))]
         order = np.argsort(each, kind="stable")
-        row = lambda i: (test.place(int(i)), source[i], right[i], said[i], float(each[i]))       # noqa: E731
+        row = lambda i: (test.place(int(i)), source[i], right[i], said[i], float(each[i]))
         bleu.corpus_score(said, [right])                             # a signature needs to have seen references
         chrf.corpus_score(said, [right])
         signatures = f"{bleu.get_signature()} and {chrf.get_signature()}"

@@ -167,7 +167,7 @@ class VideoGeneration(ImageGeneration):
         key = id(outputs["samples"])
         if key not in self.memo:
             made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(truth["real"])
-            see = lambda x: judges.seen(self.judge, x.flatten(0, 1)).reshape(len(x), x.shape[1], -1)      # noqa: E731
+            see = lambda x: judges.seen(self.judge, x.flatten(0, 1)).reshape(len(x), x.shape[1], -1)
             found: dict[str, Any] = {"made": see(made), "real": see(real), "kept": outputs["samples"]}
             if self.motion is not None:
                 found["right"] = judges.seen(self.motion, motion(made), answer=True) == outputs["label"].astype(int) - 1

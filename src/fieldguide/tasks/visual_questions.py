@@ -79,7 +79,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
     def examples(cls, data: Data, options: Any) -> Data:
         """Beside picture and question no column is an input."""
         data = super().examples(data, options)
-        other = lambda c: c.role == "feature" and c.kind not in ("image", "text")      # noqa: E731
+        other = lambda c: c.role == "feature" and c.kind not in ("image", "text")
         return replace(data, columns={n: replace(c, role="ignored") if other(c) else c for n, c in data.columns.items()})
 
     @classmethod
@@ -206,7 +206,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
             Table("By type of question", "Questions that begin alike. A network that looks is right more often than the most "
                   "frequent answer of each type would be.", ("questions", "asked", "right", "most frequent"), rows[:TYPES],
                   heat=("right", "most frequent"))]}
-        say = lambda i: f"{asked[i]} {self.labels[said[i]]} ({100 * p[i].max():.0f} % sure)"      # noqa: E731
+        say = lambda i: f"{asked[i]} {self.labels[said[i]]} ({100 * p[i].max():.0f} % sure)"
         wrong = np.flatnonzero(~right)
         worst = wrong[np.argsort(-p[wrong].max(1), kind="stable")][:16]
         shuffled = np.random.default_rng(0).permutation(len(y))

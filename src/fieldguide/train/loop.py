@@ -410,7 +410,7 @@ class Trainer:
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return False
         step, tensors, record = found
-        part = lambda prefix: {k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        part = lambda prefix: {k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)}
         self.objective.load_state_dict(part("objective."))
         for r, runner in enumerate(self.runners):
             for o, optimizer in enumerate(runner.optimizers):

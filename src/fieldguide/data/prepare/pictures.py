@@ -75,7 +75,7 @@ class Pictures:
 
         if self == other:
             return x
-        numbers = lambda values: torch.tensor(values, device=x.device, dtype=x.dtype).view(-1, 1, 1)         # noqa: E731
+        numbers = lambda values: torch.tensor(values, device=x.device, dtype=x.dtype).view(-1, 1, 1)
         x = x * numbers(self.std) + numbers(self.mean)
         if self.channels == 3 and other.channels == 1:
             x = (x * numbers((0.299, 0.587, 0.114))).sum(1, keepdim=True)        # ITU-R BT.601, as the reader makes grey

@@ -86,7 +86,7 @@ def mel_filters(rate: int, fft: int, bands: int, low: float, high: float) -> np.
     and `high` Hz. Slaney's scale, linear below 1 kHz, and its equal areas differ by little and by a constant."""
     if not 0 <= low < high <= rate / 2:
         raise SettingsError(f"bands from {low:g} to {high:g} Hz do not lie between 0 and {rate / 2:g} Hz, half of the rate")
-    mel = lambda f: 2595 * np.log10(1 + np.asarray(f) / 700)                     # noqa: E731
+    mel = lambda f: 2595 * np.log10(1 + np.asarray(f) / 700)
     edges = 700 * (10 ** (np.linspace(mel(low), mel(high), bands + 2) / 2595) - 1)
     bins = np.arange(fft // 2 + 1) * rate / fft
     rising = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])

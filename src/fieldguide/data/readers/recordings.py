@@ -135,7 +135,7 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
     raw.rows = rows.with_columns(pl.Series(name, full, dtype=pl.String))
     raw.kinds[name] = "audio"
     used = Counter(v for v in full if v)
-    place = lambda i: f"{raw.files[rows[FILE][i]].path}:{rows[LINE][i]}"         # noqa: E731
+    place = lambda i: f"{raw.files[rows[FILE][i]].path}:{rows[LINE][i]}"
     if again := [i for i, v in enumerate(full) if v and used[v] > 1]:
         raw.findings.append(Finding("repeated-recording", "warning", "rows that name a recording that another row names, too",
                                     tuple(f"{place(i)} ({rows[name][i]})" for i in again[:SHOWN]), len(again),

@@ -113,7 +113,7 @@ def understood(content: bytes, shot: Shot, notes: Notes) -> str:
         wrong = "wrong-encoding" if isinstance(error, expat.ExpatError) and error.code in ENCODING else "malformed-xml"
         notes.spoil(wrong, f"{shot.place}:{getattr(error, 'lineno', 1)}", shot)
         return ""
-    text = lambda at, path: (at.findtext(path) or "").strip()            # noqa: E731
+    text = lambda at, path: (at.findtext(path) or "").strip()
     said = finite((text(root, "size/width"), text(root, "size/height")), 2)
     shot.size = tuple(said) if said else None
     for thing in root.findall("object"):
