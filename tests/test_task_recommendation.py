@@ -144,7 +144,7 @@ def test_drawn_items_are_corrected_for():
 def test_baselines_by_hand(tmp_path):
     made, task = learnt(tmp_path)
     train, test = (made.take(np.flatnonzero(made.splits == s)) for s in ("train", "test"))
-    task.before_test(train)
+    task.before_test(train, test)
     popular, near = task.baselines(train, test)
     # ann met jam, tea, bun before; of the known items only egg is left, so it is first for whoever ranks.
     assert popular.outputs["rank"][0] == 1 and np.isinf(popular.outputs["rank"][1])

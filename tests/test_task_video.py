@@ -137,6 +137,10 @@ def test_a_network_learns_to_film(tmp_path):
     others = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["frame_distance"] < 0.3 * others["noise"]["frame_distance"]
     assert set(others["copy-last"]) == {"next_frame_psnr"} and others["training films"]["recognised"] > 0.9
+    made = run.outputs(read(tmp_path / "films", wants=VideoGeneration.wants).take(np.arange(3)))       # asked one for one
+    assert made["samples"].shape == (3, 4, 1, 16, 16) and len(made["label"]) == 3
+    low, high = run.record["scores"]["intervals"]["recognised"]
+    assert high - low < 0.25                             # though the test part is of 8 films
     first = run.predict(["left"], count=2, steps=4)
     assert [a["class"] for a in first] == ["left", "left"] and first[0]["video"].suffix == ".webp"
     assert run.predict(["left"], count=1, steps=4)[0] == first[0]

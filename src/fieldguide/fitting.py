@@ -324,7 +324,7 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     held, rows = plan.source.take(test), plan.source.take(plan.parts.train)
     share = "" if len(test) == len(plan.parts.test) else f" of {len(plan.parts.test):,}, drawn by chance"
     watch.say(f"testing on {len(held):,} examples{share} that no step of training has seen")
-    task.before_test(rows)
+    task.before_test(rows, held)
     outputs = answer(plan, held)
     if distributed.rank() == 0:
         truth = task.truth(held)

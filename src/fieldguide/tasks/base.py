@@ -195,7 +195,7 @@ class Task:
         """The known answers of rows."""
         raise NotImplementedError
 
-    def before_test(self, train: Data) -> None:
+    def before_test(self, train: Data, held: Data) -> None:
         """Learns from the training rows what scores and exhibits of the test need beside the truth."""
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:

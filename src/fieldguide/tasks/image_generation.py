@@ -236,7 +236,7 @@ class ImageGeneration(Task):
 
     # Judging them
 
-    def before_test(self, train: Data) -> None:
+    def before_test(self, train: Data, held: Data) -> None:
         rows = np.random.default_rng(0).permutation(len(train))[:NEEDED]
         some = train.take(np.sort(rows))
         self.known = self.pictures.apply(self.pictures.load(some.rows[self.column].to_list()))

@@ -229,7 +229,7 @@ class Recommendation(Task):
             scores[f"ndcg_{k}"] = float(np.where(rank <= k, 1 / np.log2(1 + rank), 0).mean())
         return {m.name: float((1 / rank).mean()) if m.name == "mrr" else scores[m.name] for m in self.metrics}
 
-    def before_test(self, train: Data) -> None:
+    def before_test(self, train: Data, held: Data) -> None:
         """Who met what in training, as a sparse matrix users x items."""
         from scipy.sparse import csr_matrix
         histories = self.codes(train.rows[ITEMS])

@@ -220,7 +220,7 @@ class TextGeneration(Typed):
         return {"loss": loss, "perplexity": float(np.exp(min(loss, 700))),
                 "bits_per_byte": float(nats / np.log(2) / size) if size else float("nan")}
 
-    def before_test(self, train: Data) -> None:
+    def before_test(self, train: Data, held: Data) -> None:
         self.ngram = NGram(self.stream_of(train)[0], self.text.size)
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:

@@ -33,6 +33,7 @@ from fieldguide.train.settings import Settings
 SIDES = (16, 32, 64)
 MOST = {"cpu": 32, "mps": 64, "cuda": 64}        # pixels a side, where the user names none
 LENGTH = {"cpu": 8, "mps": 16, "cuda": 16}       # frames
+FEWEST = 64                                      # films that are made for a test, at least
 SHOWN = 3                                        # films of each class in the report
 PLAYED = 120                                     # milliseconds a frame
 
@@ -52,6 +53,7 @@ class VideoGeneration(ImageGeneration):
                Metric("next_frame_psnr", "max", "decibels between the next frame as told from those before it and as it was"),
                Metric("held_out_loss", "min", "error of the named noise on held-out films"))
     validated, tested = 100, 100
+    each = 1                             # films that are made for each that is asked for
     most, fewest = 32, 8
 
     @dataclass(frozen=True)
@@ -124,8 +126,13 @@ class VideoGeneration(ImageGeneration):
 
     def ask(self, objective: Objective) -> Any:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            found = {"samples": self.made(objective, batch["label"], batch["row"].tolist(), self.asking),
-                     "label": batch["label"]}
+            extra = torch.arange(self.each, device=batch["label"].device)
+            label, numbers = batch["label"][:, None], batch["row"][:, None] * self.each + extra.cpu()
+            if self.labels:                              # beside its own class the others in turn
+                label = (label - 1 + extra) % len(self.labels) + 1
+            label = label.expand(-1, self.each)
+            samples = self.made(objective, label.flatten(), numbers.flatten().tolist(), self.asking)
+            found = {"samples": samples.unflatten(0, label.shape), "label": label}
             if "video" in batch:
                 found |= objective.outputs(batch) | {"next": self.continued(objective, batch)}
             return found
@@ -145,6 +152,9 @@ class VideoGeneration(ImageGeneration):
             x = sampler.step(process, x, guided(objective.model, x, at.float(), label, 1.0), time, before, draw)
         return x[:, -1].clamp(-1, 1)
 
+    def adjust(self, outputs: Arrays) -> Arrays:
+        return {**outputs, **{k: np.concatenate(list(outputs[k])) for k in ("samples", "label")}}
+
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         names = ["", *self.labels]
         return [{**({"class": names[int(label)]} if self.labels else {}), "video": Media(animated(x), ".webp")}
@@ -152,7 +162,8 @@ class VideoGeneration(ImageGeneration):
 
     # Judging them
 
-    def before_test(self, train: Data) -> None:
+    def before_test(self, train: Data, held: Data) -> None:
+        self.each = -(-FEWEST // len(held))
         self.known, self.known_labels = self.whole(train), torch.from_numpy(self.codes(train)) - 1
         label = self.known_labels if self.labels else None
         frames = self.options.frames
@@ -222,7 +233,7 @@ class VideoGeneration(ImageGeneration):
         shown = [Picture(animated(samples[i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:SHOWN]]
         real = [Picture(animated(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]]
         told = [Picture(png(np.concatenate([truth["real"][i, -2], truth["real"][i, -1], outputs["next"][i]], 2)),
-                        f"{psnr(outputs['next'][i], truth['real'][i, -1]):.1f} dB") for i in range(min(8, len(samples)))]
+                        f"{psnr(outputs['next'][i], truth['real'][i, -1]):.1f} dB") for i in range(min(8, len(outputs["next"])))]
         by_class = [(names[k], int((label == k).sum()), float(self.judged(outputs, truth)["right"][label == k].mean()))
                     for k in np.unique(label)] if self.labels else []
         return {"Samples": [Gallery("Made films", "Not chosen; they play.", shown),
