@@ -233,7 +233,7 @@ class VideoGeneration(ImageGeneration):
         shown = [Picture(animated(samples[i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:SHOWN]]
         real = [Picture(animated(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]]
         told = [Picture(png(np.concatenate([truth["real"][i, -2], truth["real"][i, -1], outputs["next"][i]], 2)),
-                        f"{psnr(outputs['next'][i], truth['real'][i, -1]):.1f} dB") for i in range(min(8, len(outputs["next"])))]
+                        f"{psnr(outputs['next'][i], truth['real'][i, -1]):.1f} dB") for i in range(len(outputs["next"]))[:8]]
         by_class = [(names[k], int((label == k).sum()), float(self.judged(outputs, truth)["right"][label == k].mean()))
                     for k in np.unique(label)] if self.labels else []
         return {"Samples": [Gallery("Made films", "Not chosen; they play.", shown),
