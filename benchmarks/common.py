@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import math
 import multiprocessing
 import os
 import platform
@@ -48,10 +49,14 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../src") else "")
 
 
-def race(runs: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, list[float]]:
-    """Seconds of every round of each; they take turns, after one round that warms up."""
+def race(runs: Mapping[str, Callable[[], object]], rounds: int = 7, limit: float = math.inf) -> dict[str, list[float]]:
+    """Seconds of every round of each; they take turns, after one round that warms up. After `limit` seconds no round
+    begins, but three are made."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.perf_counter()
     for turn in range(rounds + 1):
+        if turn > 3 and time.perf_counter() - began > limit:
+            break
         names = list(runs) if turn % 2 else list(reversed(runs))
         for name in names:
             started = time.perf_counter()
@@ -95,7 +100,8 @@ def compare(title: str, unit: str, peer: str, pairs: Sequence[Pair], options: ar
     for pair, (mine, theirs) in zip(pairs, memory):
         steps = pair.steps or options.steps
         runs = {"ours": pair.ours(), "peer": pair.peer()}
-        times = race({side: lambda run=run, steps=steps: run(steps) for side, run in runs.items()}, options.rounds)
+        times = race({side: lambda run=run, steps=steps: run(steps) for side, run in runs.items()}, options.rounds,
+                     options.seconds)
         amounts = (pair.amount, pair.others or pair.amount)
         speed = [amount * steps / min(times[side]) for side, amount in zip(("ours", "peer"), amounts)]
         best, low, high = (amounts[0] / amounts[1] * x for x in ratio(times, "ours", "peer"))
@@ -187,6 +193,7 @@ def arguments(about: str, steps: int | None = None, rounds: int = 5) -> argparse
     if steps:
         parser.add_argument("--steps", type=int, default=steps, help="steps of a round")
         parser.add_argument("--rounds", type=int, default=rounds)
+        parser.add_argument("--seconds", type=float, default=40, help="after which no round of a line begins, from the third on")
         parser.add_argument("--only", default="", help="lines with these words alone")
     parser.add_argument("--save", action="store_true", help="add the result to RESULTS.md")
     parser.add_argument("--threads", type=int, help="threads of torch; default: all cores")
