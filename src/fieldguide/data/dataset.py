@@ -7,7 +7,7 @@ and a folder of recordings look alike to all that follows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -147,6 +147,17 @@ class Data:
         index = np.asarray(index)
         return Data(self.source, self.rows[index], self.columns, self.manifest, self.findings,
                     None if self.splits is None else self.splits[index], self.context, self.how, self.unread)
+
+    def without(self, bad: np.ndarray) -> Data:
+        """The same data without these rows (a mask), which the manifest counts, file by file."""
+        if not bad.any():
+            return self
+        lost = np.bincount(self.rows[FILE].to_numpy()[bad], minlength=len(self.manifest.files))
+        files = [replace(f, rows=f.rows - int(n), dropped=f.dropped + int(n)) if n else f
+                 for f, n in zip(self.manifest.files, lost)]
+        kept = self.take(np.flatnonzero(~bad))
+        kept.manifest = Manifest(self.manifest.root, files)
+        return kept
 
     def only(self, role: Role) -> Column:
         """The one column of a role. Raises `LookupError` where there is none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,7 @@ class Reading:
         self.check_keys()
         self.check_inputs()
         total = len(self.data) + self.raw.unusable
-        data = self.without_bad()
+        data = self.data.without(self.bad)
         if not known:
             data.findings += doctor.check(data, self.wants.checks)
         doctor.enforce(data.findings, total, self.allow_bad or (self.lenient and len(data) > 0), self.name,
@@ -394,15 +393,3 @@ class Reading:
             self.find("empty-input", "warning", "rows with nothing to learn from: every feature is missing",
                       symptoms.places(self.data, empty), count, "Fill them in or remove the rows.", count)
             self.spoil(empty, lambda i: "every feature is missing")
-
-    def without_bad(self) -> Data:
-        """The data without unusable rows, which the manifest counts, file by file."""
-        data, bad = self.data, self.bad
-        if not bad.any():
-            return data
-        lost = np.bincount(data.rows[FILE].to_numpy()[bad], minlength=len(data.manifest.files))
-        files = [dataclasses.replace(f, rows=f.rows - int(n), dropped=f.dropped + int(n)) if n else f
-                 for f, n in zip(data.manifest.files, lost)]
-        kept = data.take(np.flatnonzero(~bad))
-        kept.manifest = Manifest(data.manifest.root, files)
-        return kept

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
+ROWS = 64       # that are searched for answers at a time: a long text has many
+
 
 def hide(tokens: Tensor, open_to: Tensor, mask_token: int, first: int, vocab: int, generator: torch.Generator | None = None,
          share: float = 0.15) -> tuple[Tensor, Tensor]:  # B T int64, B T bool -> B T int64, B T int64
@@ -90,12 +92,12 @@ class TokenLabels(Objective):
 class Span(Objective):
     """Where an answer begins and ends in a row of tokens: the mean of two cross-entropies over the places of a row
     (BERT, section 4.2). `first` and `last`: B int64; place 0, the class token, means that the row has no answer.
-    `answerable` (B T bool) says where an answer may stand, and place 0 always may.
+    `answerable` (B T bool) says where an answer may stand, and place 0 always may. It has at most `longest` tokens.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str]):
+    def __init__(self, model: nn.Module, inputs: Sequence[str], longest: int = 30):
         super().__init__()
-        self.model, self.inputs = model, tuple(inputs)
+        self.model, self.inputs, self.longest = model, tuple(inputs), longest
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:                        # -> B T 2
         logits = self.model(*(batch.get(name) for name in self.inputs)).float()
@@ -108,16 +110,37 @@ class Span(Objective):
         first, last = F.cross_entropy(logits[..., 0], batch["first"]), F.cross_entropy(logits[..., 1], batch["last"])
         return {"loss": (first + last) / 2, "first": first, "last": last}
 
-    def outputs(self, batch: dict[str, Tensor], longest: int = 30) -> dict[str, Tensor]:
-        """The best answer of at most so many tokens in each row, and how much better it is than none: `place` B 2 and
-        `score`, `none` B, logarithms of what the two ends have. `place` is 0 0 where a row has no room for an answer."""
+    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The best answer in each row, and how good it is beside none: `place` B 2 and `score`, `none` B, logarithms of
+        what the two ends have. `place` is 0 0 where a row has no room for an answer.
+
+        Where rows are windows of longer texts, `window` (B int64) numbers the text of each from 0. Then there is an output
+        a text: the best of its windows' answers, and none as unlikely as in the window where it is least likely (the same
+        way as BERT's for SQuAD 2.0, section 4.3). `characters` (B T 2), what each token covers, makes of a place the first
+        character of the answer and the one behind its last, `begin` and `end`.
+        """
+        parts = [self.best({name: x[i:i + ROWS] for name, x in batch.items()})
+                 for i in range(0, len(batch["answerable"]), ROWS)]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if "window" not in batch:
+            return found
+        text, rows = batch["window"], torch.arange(len(batch["window"]), device=batch["window"].device)
+        most = found["score"].new_full((int(text.max()) + 1,), -torch.inf).scatter_reduce(0, text, found["score"], "amax")
+        reached = torch.where(found["score"] >= most[text], rows, len(rows))
+        winner = torch.full_like(most, len(rows), dtype=torch.int64).scatter_reduce(0, text, reached, "amin")
+        none = torch.full_like(most, torch.inf).scatter_reduce(0, text, found["none"], "amin")
+        return {**{name: x[winner] for name, x in found.items()}, "none": none}
+
+    def best(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         begin, end = self.logits(batch).log_softmax(1).unbind(-1)                # B T each
-        none = begin[:, 0] + end[:, 0]
-        pairs = begin[:, 1:, None] + end[:, None, 1:]                            # B first last
-        steps = pairs.shape[1]
-        place = torch.arange(steps, device=pairs.device)
-        width = place - place[:, None]
-        pairs = pairs.masked_fill((width < 0) | (width >= longest), -torch.inf)
-        best, at = pairs.flatten(1).max(1)
-        found = torch.stack([at // steps, at % steps], 1) + 1
-        return {"place": torch.where(best[:, None] > -torch.inf, found, 0), "score": best, "none": none}
+        # Each first token beside the last ones that lie so near behind it.
+        ends = F.pad(end, (0, self.longest - 1), value=-torch.inf).unfold(1, self.longest, 1)    # B T longest
+        best, at = (begin[..., None] + ends)[:, 1:].flatten(1).max(1)
+        first = at // self.longest + 1
+        place = torch.stack([first, first + at % self.longest], 1)
+        place = torch.where(best[:, None] > -torch.inf, place, 0)
+        found = {"place": place, "score": best, "none": begin[:, 0] + end[:, 0]}
+        if "characters" in batch:
+            covered = batch["characters"].take_along_dim(place[..., None], 1)    # B 2 2
+            found |= {"begin": covered[:, 0, 0], "end": covered[:, 1, 1]}
+        return found

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 END = "<|endoftext|>"      # between texts that stand in one row
 SPECIAL = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")      # indices 0 to 4
 ENOUGH = 20_000_000        # characters; more teach the tokenizer nothing and take minutes
+BLANKS = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
 
 
 class Text:
@@ -93,6 +94,20 @@ class Text:
         self.tokenizer.encode_special_tokens = True
         return [np.array(e.ids, dtype=np.int64) for some in batches(texts, 1000)
                 for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)]
+
+    def located(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each text its tokens as `exactly` gives them, N int64, and which characters of it each covers, N 2 int64: the
+        first, blanks left out, and the one behind the last."""
+        self.tokenizer.encode_special_tokens = True
+        found = []
+        for some in batches(texts, 1000):
+            for text, e in zip(some, self.tokenizer.encode_batch(list(some), add_special_tokens=False)):
+                spans = np.array(e.offsets, dtype=np.int64).reshape(-1, 2)
+                letters = np.flatnonzero(~np.isin(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), BLANKS))
+                after = np.append(letters, len(text))[np.searchsorted(letters, spans[:, 0])]
+                spans[:, 0] = np.minimum(after, spans[:, 1])
+                found.append((np.array(e.ids, dtype=np.int64), spans))
+        return found
 
     def bytes_of(self) -> np.ndarray:
         """UTF-8 bytes that each token stands for, int64; special tokens stand for none."""

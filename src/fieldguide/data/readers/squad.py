@@ -1,0 +1,147 @@
+"""Questions on texts, SQuAD: one JSON of paragraphs, each a context with its questions and their answers (`qas`), versions
+1.1 and 2.0; or of records with a context and one question each. One file, or a folder with one a split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from fieldguide.data import csvtext
+from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.readers.table import join
+from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
+from fieldguide.errors import DataError
+
+NAME = "SQuAD"
+UNDERSTANDS = ("questions on texts, SQuAD: one .json of paragraphs, each with a context and its `qas`, or of records with a "
+               "context, a question and answers; or a folder with one such file for each of train, dev and test")
+HEAD = 1 << 16             # bytes of a file that tell whether it is one
+SCHEMA = {"id": pl.String, "title": pl.String, "context": pl.String, "question": pl.String,
+          "answers": pl.List(pl.Struct({"text": pl.String, "start": pl.Int64})), "is_impossible": pl.Boolean, LINE: pl.Int64}
+
+
+def accepts(source: Any, options: Options) -> int:
+    if not isinstance(source, Path):
+        return 0
+    files = [source] if source.is_file() else files_in(source)
+    return 10 if files and all(p.suffix.lower() == ".json" and asks(p) for p in files) else 0
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The JSON files of a folder whose names are splits."""
+    return [p for p in visible(folder)[0] if p.is_file() and p.suffix.lower() == ".json" and split_of(p.name)]
+
+
+def asks(path: Path) -> bool:
+    """Whether the beginning of a file speaks of contexts and questions: a long context may come before its first question."""
+    with path.open("rb") as file:
+        head = file.read(HEAD).replace(b"\0", b"")
+    return b'"qas"' in head or b'"paragraphs"' in head or (b'"context"' in head and b'"question"' in head)
+
+
+def load(source: Path, options: Options) -> Raw:
+    if source.is_file():
+        return one(source, source.parent, options)
+    parts = [(one(p, source, options), str(split_of(p.name))) for p in files_in(source)]
+    if len({split for _, split in parts}) < len(parts):
+        raise DataError(f"{source}: two files for one split: {', '.join(raw.files[0].path for raw, _ in parts)}.")
+    raw = join(parts, source)
+    raw.kinds, raw.target = parts[0][0].kinds, parts[0][0].target
+    return raw
+
+
+def one(path: Path, root: Path, options: Options) -> Raw:
+    """A row a question; what stands for its line is its number in the file, from 1."""
+    name, content = relative(path, root), path.read_bytes()
+    text, findings = csvtext.decode(content, name)
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{name}: not readable as JSON ({error}).") from None
+    found = [*records(document, name)]
+    if not found:
+        raise DataError(f"{name}: no questions in it.")
+    unsaid = [i for i, row in enumerate(found) if not row["answers"] and row["is_impossible"] is None]
+    if unsaid and len(unsaid) < len(found):
+        findings.append(Finding("answers-absent", "note", "questions with no answers, and not marked `is_impossible`: taken as "
+                                "questions that their context does not answer", tuple(f"{name}:{i + 1}" for i in unsaid[:5]),
+                                len(unsaid)))
+    rows = pl.DataFrame([{**row, LINE: i + 1} for i, row in enumerate(found)], schema=SCHEMA)
+    if options.labels_optional and not any(row["answers"] for row in found):
+        rows = rows.drop("answers")
+    empty = [c for c in ("id", "title", "is_impossible") if rows[c].null_count() == rows.height]
+    rows = rows.drop(empty).with_columns(pl.lit(0, pl.Int32).alias(FILE))
+    return Raw(rows, [FileEntry(name, len(content), sha256(content), rows=rows.height)], root, findings,
+               kinds={"context": "text", "question": "text", **({"answers": "list"} if "answers" in rows.columns else {})},
+               target="answers")
+
+
+def records(document: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Every question of a file as a row. Raises `DataError` naming the place where its form is another."""
+    entries, place = document, ""
+    if isinstance(document, dict) and "qas" not in document:
+        entries, place = need(document, "data", list, name, ""), "data"
+    for number, entry in enumerate(listed(entries, name, place or "the file")):
+        where = f"{place}[{number}]"
+        if not isinstance(entry, dict):
+            raise wrong(name, where, "an object", entry)
+        if "question" in entry:
+            yield asked(entry, need(entry, "context", str, name, where), entry.get("title"), name, where)
+            continue
+        paragraphs = need(entry, "paragraphs", list, name, where) if "qas" not in entry else [entry]
+        for n, paragraph in enumerate(paragraphs):
+            inner = f"{where}.paragraphs[{n}]" if "qas" not in entry else where
+            if not isinstance(paragraph, dict):
+                raise wrong(name, inner, "an object", paragraph)
+            context = need(paragraph, "context", str, name, inner)
+            for m, question in enumerate(need(paragraph, "qas", list, name, inner)):
+                if not isinstance(question, dict):
+                    raise wrong(name, f"{inner}.qas[{m}]", "an object", question)
+                yield asked(question, context, entry.get("title"), name, f"{inner}.qas[{m}]")
+
+
+def asked(entry: dict[str, Any], context: str, title: Any, name: str, where: str) -> dict[str, Any]:
+    """A question and its answers; characters are counted from the first of the context that is no blank."""
+    blanks, given = len(context) - len(context.lstrip()), entry.get("answers", [])
+    if isinstance(given, dict):                          # as records of Hugging Face have them: {"text": [], "answer_start": []}
+        texts = need(given, "text", list, name, f"{where}.answers")
+        starts = given.get("answer_start") or [None] * len(texts)
+        if len(starts) != len(texts):
+            raise DataError(f"{name}: {where}.answers has {len(texts)} texts and {len(starts)} starts; each text needs one.")
+        given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts)]
+    answers = []
+    for number, answer in enumerate(listed(given or [], name, f"{where}.answers")):
+        if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
+            raise wrong(name, f"{where}.answers[{number}]", 'an object with a "text"', answer)
+        start = answer.get("answer_start")
+        if start is not None and (not isinstance(start, int) or isinstance(start, bool)):
+            raise wrong(name, f"{where}.answers[{number}].answer_start", "a whole number", start)
+        answers.append({"text": answer["text"], "start": None if start is None else start - blanks})
+    impossible, key = entry.get("is_impossible"), entry.get("id")
+    if impossible is not None and not isinstance(impossible, bool):
+        raise wrong(name, f"{where}.is_impossible", "true or false", impossible)
+    return {"id": None if key is None else str(key), "title": None if title is None else str(title), "context": context,
+            "question": need(entry, "question", str, name, where), "answers": answers, "is_impossible": impossible}
+
+
+def need(entry: dict[str, Any], key: str, kind: type, name: str, where: str) -> Any:
+    if key not in entry:
+        raise DataError(f"{name}: {where or 'the file'} lacks {key!r} (it has {', '.join(map(repr, entry)) or 'nothing'}). SQuAD "
+                        "is data[...].paragraphs[...] with a context and qas[...] of question and answers.")
+    if not isinstance(entry[key], kind):
+        raise wrong(name, f"{where}.{key}".lstrip("."), "a list" if kind is list else "text", entry[key])
+    return entry[key]
+
+
+def listed(value: Any, name: str, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise wrong(name, where, "a list", value)
+    return value
+
+
+def wrong(name: str, where: str, want: str, value: Any) -> DataError:
+    return DataError(f"{name}: {where} is {json.dumps(value, ensure_ascii=False)[:60]}, and should be {want}.")
