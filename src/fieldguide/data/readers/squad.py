@@ -107,7 +107,7 @@ def records(document: Any, name: str) -> Iterator[dict[str, Any]]:
 def asked(entry: dict[str, Any], context: str, title: Any, name: str, where: str) -> dict[str, Any]:
     """A question and its answers; characters are counted from the first of the context that is no blank."""
     blanks, given = len(context) - len(context.lstrip()), entry.get("answers", [])
-    if isinstance(given, dict):                          # as records of Hugging Face have them: {"text": [], "answer_start": []}
+    if isinstance(given, dict):                          # as in files of Hugging Face: {"text": [], "answer_start": []}
         texts = need(given, "text", list, name, f"{where}.answers")
         starts = given.get("answer_start") or [None] * len(texts)
         if len(starts) != len(texts):
@@ -130,8 +130,8 @@ def asked(entry: dict[str, Any], context: str, title: Any, name: str, where: str
 
 def need(entry: dict[str, Any], key: str, kind: type, name: str, where: str) -> Any:
     if key not in entry:
-        raise DataError(f"{name}: {where or 'the file'} lacks {key!r} (it has {', '.join(map(repr, entry)) or 'nothing'}). SQuAD "
-                        "is data[...].paragraphs[...] with a context and qas[...] of question and answers.")
+        raise DataError(f"{name}: {where or 'the file'} lacks {key!r} (it has {', '.join(map(repr, entry)) or 'nothing'}). "
+                        "SQuAD is data[...].paragraphs[...] with a context and qas[...] of question and answers.")
     if not isinstance(entry[key], kind):
         raise wrong(name, f"{where}.{key}".lstrip("."), "a list" if kind is list else "text", entry[key])
     return entry[key]
