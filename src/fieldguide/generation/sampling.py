@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.errors import SettingsError
+from fieldguide.generation.few import quick
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, *, s
             cache = model.new_cache(len(rows), window)
             logits = model.last(rows, None if mask.all() else mask, cache)
         else:
-            logits = model.last(token[:, None], cache=cache)
+            with quick(len(rows), device):
+                logits = model.last(token[:, None], cache=cache)
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:      # -> B T, B T bool

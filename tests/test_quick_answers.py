@@ -1,0 +1,121 @@
+"""What makes answers quicker on a CPU: weights of eight bits, and few rows together, beside the same products in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fieldguide import create
+from fieldguide.errors import SettingsError
+from fieldguide.generation import Sampling, generate
+from fieldguide.generation.few import LEAST, MOST, quick
+from fieldguide.generation.int8 import FEW, Int8, shrink
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """Each row on a grid of its own, of 255 points from minus to plus its largest number."""
+    weight = weight.double()
+    step = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return (weight / step).round() * step
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_are_those_of_rounded_weights(rows, bias):
+    torch.manual_seed(rows)
+    weight, x = torch.randn(37, 96) * torch.rand(37, 1) * 3, torch.randn(rows, 96) * 10
+    b = torch.randn(37) if bias else None
+    want = F.linear(x.double(), rounded(weight), None if b is None else b.double())
+    got = F.linear(x[:, None], Int8.of(weight), b)[:, 0]
+    assert got.dtype == torch.float32 and (got - want).abs().max() < 0.02 * want.std()
+    few = (got - want).abs().max() > 1e-5 * want.std()               # bfloat16 in the product of few rows alone
+    assert few == (rows <= FEW)
+
+
+@torch.no_grad()
+def test_widths_that_the_product_cannot_take_are_right_too():
+    torch.manual_seed(0)
+    for width in (1, 12, 33, 48):
+        weight, x = torch.randn(5, width), torch.randn(2, width)
+        torch.testing.assert_close(F.linear(x, Int8.of(weight)), (x.double() @ rounded(weight).T).float())
+
+
+def test_any_other_operation_sees_floats():
+    torch.manual_seed(0)
+    weight, at = torch.randn(6, 4), torch.tensor([[5, 0]])
+    weight[2] = 0                                        # a row without a scale
+    held, want = Int8.of(weight), rounded(weight).float()
+    assert held.shape == (6, 4) and held.dtype == torch.float32 and held.device.type == "cpu" and "6, 4" in repr(held)
+    torch.testing.assert_close(F.embedding(at, held), want[at])
+    torch.testing.assert_close(held.T @ held, want.T @ want)
+    torch.testing.assert_close(torch.cat([held.split([2, 4])[1], held[:2]]), torch.cat([want[2:], want[:2]]))
+
+
+@pytest.mark.parametrize("size, tied", [("gpt2-test", True), ("llama-test", False)])
+def test_a_network_answers_as_with_rounded_weights(size, tied):
+    torch.manual_seed(0)
+    network = create(size, dim=64, vocab=100).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.normal_(std=0.3)
+    peer, prompts = copy.deepcopy(network), [[1, 2, 3], [4]]
+    with torch.no_grad():
+        for m in {id(m.weight): m for m in peer.modules() if isinstance(m, nn.Linear | nn.Embedding)}.values():
+            m.weight.copy_(rounded(m.weight))
+    before = sum(p.numel() for p in network.parameters())
+    assert shrink(network) is network
+    held = [p for p in network.parameters() if isinstance(p, Int8)]
+    assert sum(p.numel() for p in network.parameters()) == before                # what was one tensor is one
+    assert sum(p.numel() for p in held) > 0.9 * before and not any(p.requires_grad for p in network.parameters())
+    assert all(isinstance(m.weight, Int8) for m in network.modules() if isinstance(m, nn.Linear))
+    if not tied:
+        assert network.head.weight is not network.embed.weight
+    x = torch.randint(100, (5, 12))                      # more rows than `FEW`: in floats throughout
+    with torch.inference_mode():
+        want = peer(x)
+        torch.testing.assert_close(network(x), want, rtol=1e-4, atol=1e-4 * want.std().item())
+        first, other = network.last(x[:2, :3]), peer.last(x[:2, :3])
+    assert (first - other).abs().max() < 0.1 * other.std()
+    said = torch.stack(list(generate(network, prompts, 6, sampling=Sampling(temperature=0.0))), 1)
+    assert said.shape == (2, 6) and said.min() >= 0 and said.max() < 100
+
+
+def test_a_network_without_linear_layers_is_refused():
+    with pytest.raises(SettingsError, match="no linear layers"):
+        shrink(nn.Sequential(nn.Embedding(3, 2)))
+
+
+@pytest.mark.parametrize("rows", [1, LEAST, MOST, MOST + 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layers_of_few_rows_are_the_same_in_the_other_order(rows, bias, monkeypatch):
+    calls = []
+    for name, plain in (("mm", torch.mm), ("addmm", torch.addmm)):
+        monkeypatch.setattr(torch, name, lambda *a, name=name, plain=plain: (calls.append(name), plain(*a))[1])
+    torch.manual_seed(0)
+    layer, x = nn.Linear(500, 1000, bias=bias), torch.randn(rows, 1, 500)
+    with torch.no_grad():
+        want = layer(x)
+        with quick(rows, x.device):
+            got = layer(x)
+    assert got.shape == want.shape == (rows, 1, 1000)
+    torch.testing.assert_close(got, want)
+    assert calls == ([] if rows in (1, MOST + 1) else ["addmm" if bias else "mm"])
+    with torch.no_grad(), quick(rows, x.device):
+        assert nn.Linear(40, 50)(torch.randn(rows, 40)).shape == (rows, 50) and len(calls) <= 1     # small ones as ever
+
+
+def test_answers_written_together_are_those_written_alone(monkeypatch):
+    monkeypatch.setattr("fieldguide.generation.few.LARGE", 1)
+    torch.manual_seed(0)
+    network = create("gpt2-test", dim=32).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.normal_(std=0.3)
+    prompts = torch.randint(30, (9, 3)).tolist()
+    say = lambda rows: torch.stack(list(generate(network, rows, 8, sampling=Sampling(temperature=0.0))), 1)
+    assert torch.equal(say(prompts), torch.cat([say([p]) for p in prompts]))
