@@ -28,7 +28,7 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
         return 0
     files = [source] if source.is_file() else files_in(source)
-    return 10 if files and all(p.suffix.lower() == ".json" and asks(p) for p in files) else 0
+    return 10 if any(p.suffix.lower() == ".json" and asks(p) for p in files) else 0
 
 
 def files_in(folder: Path) -> list[Path]:
