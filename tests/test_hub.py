@@ -170,7 +170,10 @@ def test_what_is_there_serves_without_a_network(here, monkeypatch):
     folder, said = hub.fetched("org/tiny"), []
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert hub.fetched("org/tiny", said.append) == folder and "cannot be reached" in said[0] and str(folder) in said[0]
-    (folder / hub.NOTED).unlink()                        # written when all is there
+    with pytest.raises(WeightsError, match="broke off"), monkeypatch.context() as other:      # with half of what is new
+        other.setenv("HF_ENDPOINT", here.address)
+        here.cut, here.files["model.safetensors"] = 1000, here.files["model.safetensors"][::-1]
+        hub.fetched("org/tiny")
     with pytest.raises(WeightsError, match="cannot be reached"):
         hub.fetched("org/tiny")
 

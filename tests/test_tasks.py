@@ -455,6 +455,34 @@ def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
     assert "minutes are short" in best(0.001).against[0]
 
 
+def advice_on_pictures(rows: int, minutes: float = 20):
+    from fieldguide.advisor import advise
+    return advise(facts={"task": "image-classification", "rows": rows, "side": 64, "classes": 10}, minutes=minutes,
+                  needs={"classes": 10, "image": 64, "channels": 3}, takes=("image",), gives=("label",),
+                  machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e13, "bfloat16": 4e10}})
+
+
+@pytest.mark.parametrize("rows", [200, 100_000])
+def test_who_looks_at_all_networks_chooses_the_same(monkeypatch, rows):
+    from fieldguide import registry
+    from fieldguide.advisor import ranking
+    some = [n for n in registry.names(takes="image", gives="label") if (registry.card(n).sizes[n].params or 0) < 6e6]
+    monkeypatch.setattr(registry, "names", lambda: some)
+    few = advice_on_pictures(rows)
+    monkeypatch.setattr(ranking, "LOOKED_AT", 10 ** 6)
+    monkeypatch.setattr(ranking, "SIZES", 10 ** 6)
+    every = advice_on_pictures(rows)
+    assert len(few.options) < len(every.options) and few.best == every.best
+
+
+def test_larger_networks_for_more_data(monkeypatch):
+    """Of one family, where time does not decide."""
+    from fieldguide import registry
+    monkeypatch.setattr(registry, "names", lambda: ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+    chosen = [advice_on_pictures(rows, 1e6).best.name for rows in (3000, 130_000, 500_000)]
+    assert chosen == ["resnet18", "resnet50", "resnet152"]
+
+
 def test_only_promising_networks_are_made(monkeypatch):
     """Of a hundred sizes that read pictures a few are counted, each architecture is heard, and too slow ones stop their kin."""
     from fieldguide import measure
