@@ -207,6 +207,7 @@ CARD = Card(
         "vilt-test": Size(classes=4, channels=2, image=12, patch=4, vocab=30, length=12, dim=16, depth=2, heads=2),
     },
     weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG},
-    recipe={"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.1,
-            "schedule": "linear"},                       # section 4.2, but for the rate, which is that of training from nothing
+    # Section 4.2, but from nothing: DAQUAR in 4 minutes of one core, validation accuracy: adamw at 3e-4 .04, muon .15.
+    recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.1,
+            "schedule": "linear"},
 )
