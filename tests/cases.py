@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import boxes
+import clips
 import guide
 import pictures
 import references
@@ -686,6 +687,7 @@ CASES = {
     "dcgan": Case(inputs=row("noise"), peer=equations(references.dcgan)),
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
+    "clip-resnet": Case(inputs=captioned, peer=clips.official, lr=3e-3),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
     "swin": Case(inputs=image, peer=huggingface_swin, lr=3e-3),
     "dinov2": Case(inputs=image, peer=huggingface_dinov2, lr=3e-3),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cases import huggingface_clip
+from clips import Official
 from fieldguide import weights
 from fieldguide.errors import DataError, SettingsError
 from fieldguide.models.transformer.clip import HUGGINGFACE, OPENAI, OPENCLIP
@@ -18,71 +17,6 @@ from fieldguide.weights import translate
 from test_models import batch, tiny
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
-
-
-class Quick(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class Block(nn.Module):
-    """Named as in OpenAI's file, over torch's fused attention, whose tokens come first."""
-
-    def __init__(self, dim: int, heads: int, quick: bool):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(dim, heads)
-        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(dim, 4 * dim), act=Quick() if quick else nn.GELU(),
-                                             c_proj=nn.Linear(4 * dim, dim)))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # T B D -> T B D
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-class Blocks(nn.Module):
-    def __init__(self, dim: int, heads: int, depth: int, quick: bool):
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(dim, heads, quick) for _ in range(depth))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:          # B T D -> B T D
-        x = x.transpose(0, 1)
-        for block in self.resblocks:
-            x = block(x, mask)
-        return x.transpose(0, 1)
-
-
-class Official(nn.Module):
-    """Figure 3 of the paper, with names and shapes of OpenAI's file: projections are matrices that vectors stand before."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.visual = nn.Module()
-        self.visual.conv1 = nn.Conv2d(c.channels, c.dim, c.patch, c.patch, bias=False)
-        self.visual.class_embedding = nn.Parameter(torch.zeros(c.dim))
-        self.visual.positional_embedding = nn.Parameter(torch.zeros((c.image // c.patch) ** 2 + 1, c.dim))
-        self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
-        self.visual.transformer = Blocks(c.dim, c.heads, c.depth, c.quick)
-        self.visual.proj = nn.Parameter(torch.zeros(c.dim, c.embed))
-        self.transformer = Blocks(c.text_dim, c.text_heads, c.text_depth, c.quick)
-        self.token_embedding = nn.Embedding(c.vocab, c.text_dim)
-        self.positional_embedding = nn.Parameter(torch.zeros(c.length, c.text_dim))
-        self.ln_final = nn.LayerNorm(c.text_dim)
-        self.text_projection = nn.Parameter(torch.zeros(c.text_dim, c.embed))
-        self.logit_scale = nn.Parameter(torch.zeros(()))
-
-    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:                  # B C S S, B T -> B B, pictures by texts
-        v = self.visual
-        x = v.conv1(image).flatten(2).permute(0, 2, 1)
-        x = torch.cat([v.class_embedding + torch.zeros_like(x[:, :1]), x], 1) + v.positional_embedding
-        pictures = v.ln_post(v.transformer(v.ln_pre(x))[:, 0]) @ v.proj
-        steps = tokens.shape[1]
-        ahead = torch.full((steps, steps), -torch.inf, dtype=x.dtype).triu(1)
-        x = self.ln_final(self.transformer(self.token_embedding(tokens) + self.positional_embedding[:steps], ahead))
-        texts = x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection        # the end has the highest number
-        pictures, texts = pictures / pictures.norm(dim=1, keepdim=True), texts / texts.norm(dim=1, keepdim=True)
-        return self.logit_scale.exp() * pictures @ texts.T
 
 
 def logits(pairs: Tensor) -> Tensor:                     # B 2 E -> B B
@@ -161,7 +95,7 @@ def test_a_picture_whose_meaning_is_in_one_patch_is_seen_there():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("origin", "table"), [("huggingface", HUGGINGFACE), ("openai", OPENAI), ("openclip", OPENCLIP)])
+@pytest.mark.parametrize(("origin", "table"), [("huggingface", HUGGINGFACE), ("openai", OPENAI), ("openclip-text", OPENCLIP)])
 def test_files_of_every_origin(tmp_path, origin, table):
     """Found by their names, with the extra entries that such files have; written back to the bit."""
     ours = tiny("clip", torch.float32)
@@ -169,7 +103,7 @@ def test_files_of_every_origin(tmp_path, origin, table):
     extra = {"huggingface": {"vision_model.embeddings.position_ids": torch.arange(10)[None],
                              "text_model.embeddings.position_ids": torch.arange(12)[None]},
              "openai": {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")},
-             "openclip": {"text.attn_mask": torch.zeros(12, 12)}}[origin]
+             "openclip-text": {"text.attn_mask": torch.zeros(12, 12)}}[origin]
     other = create("clip-test")
     assert weights.load(other, state | extra) == []
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), ours.state_dict().values()))

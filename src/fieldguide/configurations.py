@@ -39,10 +39,11 @@ def identified(config: Mapping[str, Any]) -> Identified | None:
     """Whose configuration this is; None where no card knows it."""
     for card in cards().values():
         for origin, table in card.configs.items():
-            said = [key for key in IDENTITY if key in table]
-            plain = {key for key, row in table.items() if isinstance(row, str)}
-            if all(at(config, key)[1] in (table[key].among or (table[key].value,)) for key in said) if said else (
-                    plain <= config.keys()):
+            said = {key: row.among or (row.value,) for key, row in table.items()
+                    if isinstance(row, Is) and (key in IDENTITY or row.among)}
+            plain = [] if said.keys() & set(IDENTITY) else [key for key, row in table.items() if isinstance(row, str)]
+            if all(at(config, key)[1] in values for key, values in said.items()) and all(
+                    at(config, key)[1] is not None for key in plain):
                 return card, origin, table
     return None
 

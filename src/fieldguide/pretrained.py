@@ -25,7 +25,7 @@ from fieldguide.registry import card_of, find
 from fieldguide.train import distributed
 
 CONFIG = "config.json"
-CONFIGS = (CONFIG, "params.json")                        # the second is Meta's
+CONFIGS = (CONFIG, "params.json", "open_clip_config.json")           # the second is Meta's
 PIXELS = "preprocessor_config.json"                      # how transformers prepares pictures
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}     # as most networks have learnt
 FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}       # beside it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,8 +50,13 @@ def sibling(card: Card, origin: str, values: Mapping[str, Any], state: Mapping[s
 
 
 def shapes(card: Card, values: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return shapes_of(card.name, card.config(**values))
+
+
+@lru_cache(1024)                                         # several tables of a card ask for the same
+def shapes_of(name: str, config: Any) -> dict[str, torch.Size]:
     with torch.device("meta"), Unfilled():
-        return {name: t.shape for name, t in card.make(card.config(**values)).state_dict().items()}
+        return {name: t.shape for name, t in cards()[name].make(config).state_dict().items()}
 
 
 def translations(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Translated]]:
@@ -100,7 +106,8 @@ def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str]
             values = dict(card.sizes[size].overrides)
             for origin, done in translations(card, values, state):
                 near.append((len(done.state), card.name, origin))
-                if done.unknown or done.faults:
+                own = card.config(**values)
+                if done.unknown or done.faults or any(getattr(own, key) != value for key, value in done.means.items()):
                     continue
                 there, wanted = {name: t.shape for name, t in done.state.items()}, shapes(card, values)
                 apart = [n for n in wanted if n not in there and not n.endswith("num_batches_tracked")]

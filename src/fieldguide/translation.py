@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ class Translated:
     origin: dict[str, str] = field(default_factory=dict)                      # new name -> old name(s)
     unknown: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    means: dict[str, Any] = field(default_factory=dict)                       # fields of the config that such files have
 
     def put(self, name: str, tensor: Tensor, old: str) -> None:
         if name in self.state and not tensor.is_meta and not torch.equal(self.state[name], tensor):
@@ -109,6 +110,7 @@ def inwards(state: State, table: Table) -> Translated:
             continue
         row, values = hit
         if isinstance(row, Dropped):
+            done.means |= row.means
             continue
         ours = spelt(ours_of(row), values)
         if isinstance(row, Fused):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fieldguide import scripted
 from fieldguide.errors import WeightsError, WeightsWarning, nearest
 from fieldguide.translation import State, Table, Translated, forms, inwards, listed, shape_of, translate
 
@@ -30,7 +31,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")        # keys that
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 FILES = ("model.safetensors", "model.safetensors.index.json",        # what a folder of Hugging Face may hold
          "pytorch_model.bin", "pytorch_model.bin.index.json",
-         "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+         "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+         "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -91,6 +93,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".gguf":
         from fieldguide.ggml import tensors
         return tensors(path)
+    if scripted.is_archive(path):
+        return scripted.tensors(path)
     return _tensors(_pickled(path), str(path))
 
 

@@ -7,7 +7,9 @@ Where public names count layers in a way that depends on depths, a card holds a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,11 @@ class Zeros:
 
 @dataclass(frozen=True)
 class Dropped:
-    """The public tensor holds nothing that is needed, such as position ids."""
+    """The public tensor holds nothing that is needed, such as position ids. Where only files of one kind have it, `means`
+    says what fields of the config are in these."""
 
     why: str
+    means: Mapping[str, Any] = field(default_factory=dict)
 
 
 Row = str | Transposed | Reshaped | Fused | Paired | Dropped | Zeros

@@ -12,9 +12,8 @@ Shapes: B batch, C channels, S side of a picture, N = 1 + (S/P)^2 places of it, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +21,11 @@ from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
 from fieldguide.blocks.causal import CausalAttention
-from fieldguide.blocks.configs import ConfigRow, Derived, Is, Known
 from fieldguide.blocks.padding import lengths, pick
-from fieldguide.blocks.renaming import Dropped, Fused, Row, Transposed
 from fieldguide.blocks.rollout import rollout, weights
 from fieldguide.card import Card, Size
 from fieldguide.errors import DataError, SettingsError
+from fieldguide.models.transformer.clip_files import CONFIG, HUGGINGFACE, OPENAI, OPENCLIP, OPENCLIP_CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +64,34 @@ class Block(nn.Module):
         return x + self.mlp["down"](y * torch.sigmoid(1.702 * y) if self.quick else F.gelu(y))
 
 
+def start(tower: nn.Module, depth: int) -> None:
+    """Matrices of a tower by its width and depth."""
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.Linear):
+            dim = module.out_features if name.endswith("down") else module.in_features
+            std = (2 * dim) ** -0.5 if name.endswith("up") else dim ** -0.5
+            if name.endswith(("attn.proj", "down")):     # added to the residual path
+                std *= (2 * depth) ** -0.5
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def fits(image: Tensor, side: int) -> None:
+    """Raises `DataError` for pictures of another side."""
+    if image.shape[2:] != (side, side):
+        raise DataError(f"a picture has {image.shape[3]} x {image.shape[2]} pixels, the network was made for image={side}")
+
+
 class Vision(nn.Module):
-    """A picture -> its vector. Raises `DataError` for a picture of another side than the network was made for."""
+    """A picture -> its vector. Raises `DataError` for a picture of another side than the network was made for, and
+    `SettingsError` for a side that patches do not fill."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.side, self.patch_side = c.image, c.patch
+        if c.image % c.patch:
+            raise SettingsError(f"image={c.image} cannot be cut into patches of patch={c.patch} pixels: choose a multiple")
+        self.side, self.depth, self.grid = c.image, c.depth, c.image // c.patch
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch, bias=False)
         self.cls = nn.Parameter(torch.empty(c.dim))
         self.pos = nn.Embedding(1 + (c.image // c.patch) ** 2, c.dim)
@@ -80,10 +100,13 @@ class Vision(nn.Module):
         self.norm = nn.LayerNorm(c.dim)
         self.proj = nn.Linear(c.dim, c.embed, bias=False)
 
+    def reset_parameters(self) -> None:
+        start(self, self.depth)
+        for weight in (self.cls, self.pos.weight):
+            nn.init.normal_(weight, std=len(self.cls) ** -0.5)
+
     def tokens(self, image: Tensor) -> Tensor:           # B C S S -> B N D, before the blocks
-        if image.shape[2:] != (self.side, self.side):
-            raise DataError(f"a picture has {image.shape[3]} x {image.shape[2]} pixels, the network was made for "
-                            f"image={self.side}")
+        fits(image, self.side)
         x = self.patch(image).flatten(2).mT
         x = torch.cat([self.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], 1)
         return self.norm_pre(x + self.pos.weight)
@@ -105,17 +128,26 @@ class Vision(nn.Module):
             x = block(x)
         return torch.stack(maps, 1)
 
+    def seen(self, image: Tensor) -> Tensor:             # B C S S -> B S/P S/P
+        """How much each patch counts for the picture's vector: rollout, read at the class token."""
+        return rollout(self.attention(image).unbind(1))[:, 0, 1:].unflatten(1, (self.grid, self.grid))
+
 
 class Text(nn.Module):
     """A text -> its vector. Padding stands on the right. Raises `DataError` for more tokens than `length`."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.end, self.length = c.end, c.length
+        self.end, self.length, self.depth = c.end, c.length, c.text_depth
         self.embed, self.pos = nn.Embedding(c.vocab, c.text_dim), nn.Embedding(c.length, c.text_dim)
         self.blocks = nn.ModuleList(Block(c.text_dim, c.text_heads, c.quick, causal=True) for _ in range(c.text_depth))
         self.norm = nn.LayerNorm(c.text_dim)
         self.proj = nn.Linear(c.text_dim, c.embed, bias=False)
+
+    def reset_parameters(self) -> None:
+        start(self, self.depth)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.pos.weight, std=0.01)
 
     def last(self, tokens: Tensor, mask: Tensor | None) -> Tensor:               # B T, B T -> B
         """Where each text ends: at its last real token, or at its first `end` token where there is no mask."""
@@ -145,30 +177,18 @@ class CLIP(nn.Module):
     So the products of all pictures' with all texts' vectors are the logits of the paper's figure 3.
     """
 
+    tower: ClassVar[type[nn.Module]] = Vision            # that reads pictures
+
     def __init__(self, config: Config):
         super().__init__()
-        c = self.config = config
-        if c.image % c.patch:
-            raise SettingsError(f"image={c.image} cannot be cut into patches of patch={c.patch} pixels: choose a multiple")
-        self.vision, self.text = Vision(c), Text(c)
+        self.config = config
+        self.vision, self.text = self.tower(config), Text(config)
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        c = self.config
-        for tower, dim, depth in ((self.vision, c.dim, c.depth), (self.text, c.text_dim, c.text_depth)):
-            for name, module in tower.named_modules():
-                if isinstance(module, nn.Linear):
-                    std = (2 * dim) ** -0.5 if name.endswith("up") else dim ** -0.5
-                    if name.endswith(("attn.proj", "down")):                     # added to the residual path
-                        std *= (2 * depth) ** -0.5
-                    nn.init.normal_(module.weight, std=std)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-        for weight in (self.vision.cls, self.vision.pos.weight):
-            nn.init.normal_(weight, std=c.dim ** -0.5)
-        nn.init.normal_(self.text.embed.weight, std=0.02)
-        nn.init.normal_(self.text.pos.weight, std=0.01)
+        self.vision.reset_parameters()
+        self.text.reset_parameters()
         nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
 
     def encode_image(self, image: Tensor) -> Tensor:     # B C S S -> B E, of length 1
@@ -180,112 +200,12 @@ class CLIP(nn.Module):
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B C S S, B T, B T -> B 2 E
         return torch.stack([self.encode_image(image), self.encode_text(tokens, mask)], 1) * (self.logit_scale / 2).exp()
 
-    def attention(self, image: Tensor) -> Tensor:        # B C S S -> B S/P S/P
-        """How much each patch counts for the picture's vector, summing to 1: rollout, read at the class token.
-        `vision.attention` has the weights themselves."""
-        seen = rollout(self.vision.attention(image).unbind(1))[:, 0, 1:]
-        side = self.config.image // self.config.patch
-        return (seen / seen.sum(1, keepdim=True)).unflatten(1, (side, side))
+    def attention(self, image: Tensor) -> Tensor:        # B C S S -> B h w
+        """How much each part counts for the picture's vector, summing to 1. `vision.attention` has the weights themselves."""
+        seen = self.vision.seen(image)
+        return seen / seen.sum((1, 2), keepdim=True)
 
 
-TOWERS = (("vision_model.", "visual.", "vision."), ("text_model.", "", "text."))           # there, there, here
-
-
-def huggingface() -> dict[str, Row]:
-    names: dict[str, Row] = {
-        "vision_model.embeddings.class_embedding":           "vision.cls",
-        "vision_model.embeddings.patch_embedding.weight":    "vision.patch.weight",
-        "vision_model.pre_layrnorm.*":                       "vision.norm_pre.*",            # thus spelt
-        "vision_model.post_layernorm.*":                     "vision.norm.*",
-        "visual_projection.weight":                          "vision.proj.weight",
-        "text_model.embeddings.token_embedding.weight":      "text.embed.weight",
-        "text_model.final_layer_norm.*":                     "text.norm.*",
-        "text_projection.weight":                            "text.proj.weight",
-        "logit_scale":                                       "logit_scale",
-    }
-    for theirs, _, ours in TOWERS:
-        layer, block = theirs + "encoder.layers.{i}.", ours + "blocks.{i}."
-        names |= {f"{layer}self_attn.{part}_proj.*": Fused(f"{block}attn.qkv.*", i, 3) for i, part in enumerate("qkv")}
-        names |= {
-            theirs + "embeddings.position_embedding.weight": ours + "pos.weight",
-            theirs + "embeddings.position_ids": Dropped("0, 1, 2, ..."),
-            layer + "self_attn.out_proj.*": block + "attn.proj.*",
-            layer + "layer_norm1.*":        block + "norm1.*",
-            layer + "layer_norm2.*":        block + "norm2.*",
-            layer + "mlp.fc1.*":            block + "mlp.up.*",
-            layer + "mlp.fc2.*":            block + "mlp.down.*",
-        }
-    return names
-
-
-def openai(text: str) -> dict[str, Row]:
-    """Names of OpenAI's files and of most of open_clip's; its files with a tower of their own say `text.` before."""
-    names: dict[str, Row] = {
-        "visual.class_embedding":         "vision.cls",
-        "visual.conv1.weight":            "vision.patch.weight",
-        "visual.ln_pre.*":                "vision.norm_pre.*",
-        "visual.ln_post.*":               "vision.norm.*",
-        "visual.proj":                    Transposed("vision.proj.weight"),      # matrices that vectors stand before
-        text + "token_embedding.weight":  "text.embed.weight",
-        text + "ln_final.*":              "text.norm.*",
-        text + "text_projection":         Transposed("text.proj.weight"),
-        text + "attn_mask":               Dropped("the causal mask"),
-        "logit_scale":                    "logit_scale",
-    }
-    names |= {name: Dropped("a number of the configuration") for name in ("input_resolution", "context_length", "vocab_size")}
-    for _, theirs, ours in TOWERS:
-        theirs = theirs or text
-        layer, block = theirs + "transformer.resblocks.{i}.", ours + "blocks.{i}."
-        names |= {
-            theirs + "positional_embedding": ours + "pos.weight",
-            layer + "attn.in_proj_weight": block + "attn.qkv.weight",
-            layer + "attn.in_proj_bias":   block + "attn.qkv.bias",
-            layer + "attn.out_proj.*":     block + "attn.proj.*",
-            layer + "ln_1.*":              block + "norm1.*",
-            layer + "ln_2.*":              block + "norm2.*",
-            layer + "mlp.c_fc.*":          block + "mlp.up.*",
-            layer + "mlp.c_proj.*":        block + "mlp.down.*",
-        }
-    return names
-
-
-def end(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Configurations of before 2024 say 2, by mistake, and mean the largest token there is."""
-    text = said.get("text_config") or {}
-    token, vocab = text.get("eos_token_id", 49_407), text.get("vocab_size", 49_408)
-    return {"end": vocab - 1 if token == 2 else token}
-
-
-def tower(name: str, dim: str, depth: str, heads: str) -> dict[str, ConfigRow]:
-    return {
-        f"{name}_config.model_type": Is(f"clip_{name}_model"),
-        f"{name}_config.hidden_size": dim,
-        f"{name}_config.num_hidden_layers": depth,
-        f"{name}_config.num_attention_heads": heads,
-        f"{name}_config.intermediate_size": Is(lambda c: 4 * getattr(c, dim)),
-        f"{name}_config.layer_norm_eps": Is(1e-5),
-        f"{name}_config.attention_dropout": Is(0.0),
-    }
-
-
-ACTS = {"quick_gelu": True, "gelu": False}
-CONFIG = {                                               # of transformers
-    "model_type": Is("clip"),
-    "architectures": Is(["CLIPModel"]),
-    "projection_dim": "embed",
-    **tower("vision", "dim", "depth", "heads"),
-    "vision_config.num_channels": "channels",
-    "vision_config.image_size": "image",
-    "vision_config.patch_size": "patch",
-    "vision_config.hidden_act": Known("quick", ACTS),
-    **tower("text", "text_dim", "text_depth", "text_heads"),
-    "text_config.vocab_size": "vocab",
-    "text_config.max_position_embeddings": "length",
-    "text_config.eos_token_id": Derived(end, lambda c: c.end),
-    "text_config.hidden_act": Is(lambda c: next(act for act, quick in ACTS.items() if quick == c.quick)),
-}
-
-HUGGINGFACE, OPENAI, OPENCLIP = huggingface(), openai(""), openai("text.")
 L14 = {"patch": 14, "dim": 1024, "depth": 24, "heads": 16, "text_dim": 768, "text_heads": 12, "embed": 768}
 
 CARD = Card(
@@ -306,8 +226,8 @@ CARD = Card(
         "clip-test": Size(image=12, patch=4, channels=2, dim=16, depth=2, heads=2, vocab=30, length=12, end=29,
                           text_dim=12, text_depth=2, text_heads=3, embed=8),
     },
-    weights={"huggingface": HUGGINGFACE, "openai": OPENAI, "openclip": OPENCLIP},
-    configs={"huggingface": CONFIG},
+    weights={"huggingface": HUGGINGFACE, "openai": OPENAI, "openclip": OPENAI, "openclip-text": OPENCLIP},
+    configs={"huggingface": CONFIG, "openclip": OPENCLIP_CONFIG},
     # Table 19, but for Muon: the sample `captions` in 2 minutes of one core, mean recall .50 with adamw at 5e-4, .55 so.
     recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.2, "beta2": 0.98, "clip": 1.0, "warmup": 0.1},
 )
