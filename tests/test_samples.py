@@ -13,6 +13,7 @@ from sklearn.linear_model import SGDClassifier
 from fieldguide import samples
 from fieldguide.data import images, read, split
 from fieldguide.errors import DataError
+from fieldguide.fitting import fit
 from fieldguide.request import read_for
 from fieldguide.samples.words import EACH
 
@@ -84,3 +85,14 @@ def test_second_use_is_quick():
 def test_unknown_sample():
     with pytest.raises(DataError, match=r"'digit' is no sample. Did you mean 'digits'\?"):
         samples.path("digit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", samples.SAMPLES)
+def test_every_sample_trains_to_what_it_states(name, tmp_path):
+    """As a user would: with nothing said."""
+    run = fit(name, out=tmp_path / "run")
+    metric, value = samples.SAMPLES[name].reaches
+    better = next(m.better for m in run.task.metrics if m.name == metric)
+    assert run.scores[metric] >= value if better == "max" else run.scores[metric] <= value
+    assert run.record["cost"]["seconds"] < 180

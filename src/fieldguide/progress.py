@@ -176,17 +176,20 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
     for name in names:
         card, size = registry.find(name)
         rows.append({"name": name, "parameters": card.sizes[size].params, "family": card.family, "takes": card.takes,
-                     "gives": " or ".join(card.answers), "year": card.year, "paper": card.paper, "summary": card.summary})
+                     "gives": " or ".join(card.answers), "year": card.year, "paper": card.paper,
+                     "source": card.sizes[size].source, "summary": card.summary})
     if as_json:
         for row in (*rows, *({**asdict(system), "name": system.name, "closed": True} for system in closed)):
             print(json.dumps(row))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("name", "parameters", "takes", "gives", "year", "what"):
-        table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=name != "what")
-    for row in rows:
+    for name in ("name", "parameters", "takes", "gives", "year", "what", "source"):
+        table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=name not in ("what", "source"))
+    said = ""
+    for row in rows:                                     # what an architecture is stands beside the first of its sizes
+        what, said = ("" if row["summary"] == said else row["summary"].split(" (")[0].rstrip(".")), row["summary"]
         table.add_row(row["name"], f"{row['parameters']:,}" if row["parameters"] else "by data", row["takes"], row["gives"],
-                      str(row["year"]), escape(row["summary"].split(" (")[0].rstrip(".")))
+                      str(row["year"]), escape(what), escape(row["source"]))
     if rows:
         console.print(table)
     if closed:
@@ -240,8 +243,10 @@ def print_description(d: Any, as_json: bool) -> None:
 def print_samples() -> None:
     from fieldguide.samples import SAMPLES
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("name", "task", "what", "licence"):
+    for name in ("name", "task", "reaches", "what", "licence"):
         table.add_column(name)
     for name, sample in SAMPLES.items():
-        table.add_row(name, sample.task, escape(("made: " if sample.made else "") + sample.what), sample.licence)
+        metric, value = sample.reaches
+        table.add_row(name, sample.task, f"{metric} {value:g}", escape(("made: " if sample.made else "") + sample.what),
+                      sample.licence)
     console.print(table)
