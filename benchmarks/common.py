@@ -76,7 +76,7 @@ def ratio(times: Mapping[str, Sequence[float]], ours: str, peer: str) -> tuple[f
 class Pair:
     """One line of a comparison. `ours` and `peer` make what they need and return what does so many steps; `amount` is the
     work of one step, in the unit of the table, `others` that of the peer's where it does less; `steps` of a round, where
-    the options' are too many or few."""
+    the options' are too many or few; `room` in GB that both sides need together: where less is free, the line says so."""
 
     what: str
     ours: Callable[[], Run]
@@ -84,6 +84,15 @@ class Pair:
     amount: float
     others: float | None = None
     steps: int | None = None
+    room: float = 0.0
+
+
+def free() -> float:
+    """GB of memory that nothing uses, or could be made so."""
+    path = Path("/proc/meminfo")
+    line = next((line for line in path.read_text().splitlines() if line.startswith("MemAvailable")), None) \
+        if path.exists() else None
+    return int(line.split()[1]) / 2**20 if line else float("inf")
 
 
 def compare(title: str, unit: str, peer: str, pairs: Sequence[Pair], options: argparse.Namespace,
@@ -93,6 +102,9 @@ def compare(title: str, unit: str, peer: str, pairs: Sequence[Pair], options: ar
     Memory comes first: a child must begin before its parent has threads.
     """
     pairs = [pair for pair in pairs if options.only in pair.what]
+    short = [[pair.what, *["-"] * 5, f"not run: {pair.room:.0f} GB of memory are needed, {free():.0f} free"]
+             for pair in pairs if pair.room > free()]
+    pairs = [pair for pair in pairs if pair.room <= free()]
     memory = [(peak(pair.ours), peak(pair.peer)) for pair in pairs]
     note = check()
     print(note)
@@ -109,7 +121,7 @@ def compare(title: str, unit: str, peer: str, pairs: Sequence[Pair], options: ar
                      f"{mine:.0f} / {theirs:.0f}", f"{theirs / mine:.2f}" if mine > 0 else "-"])
         del runs
         gc.collect()
-    report(title, ["", f"ours, {unit}/s", f"{peer}, {unit}/s", "ratio", "rounds", "MB, ours / peer", "ratio"], rows,
+    report(title, ["", f"ours, {unit}/s", f"{peer}, {unit}/s", "ratio", "rounds", "MB, ours / peer", "ratio"], rows + short,
            options.save, note)
 
 
@@ -193,7 +205,7 @@ def arguments(about: str, steps: int | None = None, rounds: int = 5) -> argparse
     if steps:
         parser.add_argument("--steps", type=int, default=steps, help="steps of a round")
         parser.add_argument("--rounds", type=int, default=rounds)
-        parser.add_argument("--seconds", type=float, default=40, help="after which no round of a line begins, from the third on")
+        parser.add_argument("--seconds", type=float, default=40, help="after which a line begins no third round")
         parser.add_argument("--only", default="", help="lines with these words alone")
     parser.add_argument("--save", action="store_true", help="add the result to RESULTS.md")
     parser.add_argument("--threads", type=int, help="threads of torch; default: all cores")
