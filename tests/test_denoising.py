@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fieldguide.objectives import denoising
-from fieldguide.objectives.denoising import corrupted, infilled, parted, spans
+from fieldguide.objectives.denoising import corrupted, holes, infilled, parted, spans
 
 SENTINELS = np.arange(99, 79, -1)      # as T5's: the first is the highest number
 
@@ -90,8 +90,9 @@ class Fixed:
 
 
 def test_infilling_by_hand():
-    tokens = np.arange(1, 11)[None]
-    row = lambda lengths, order, share: infilled(tokens, np.array([10]), 77, 0, Fixed(lengths, order), share)[0][0].tolist()
+    tokens, size = np.arange(1, 11)[None], np.array([10])
+    cut = lambda lengths, order, share: holes(size, 10, Fixed(lengths, order), share)
+    row = lambda *how: infilled(tokens, size, 77, 0, *cut(*how))[0][0].tolist()
     assert row([2, 1, 9], [3, 7, 0], 0.3) == [1, 2, 3, 77, 6, 7, 77, 9, 10]
     assert row([0, 3, 9], [5, 0, 9], 0.3) == [77, 4, 5, 77, 6, 7, 8, 9, 10]      # nothing is lost where 77 stands alone
     assert row([9, 9, 9], [2, 0, 1], 0.3) == [1, 2, 77, 6, 7, 8, 9, 10]          # cut to the share
@@ -102,11 +103,14 @@ def test_infilling_keeps_the_order_and_the_share():
     rng = np.random.default_rng(0)
     lengths = np.concatenate([np.full(300, 200), [0, 1, 2, 5]])
     tokens = np.where(np.arange(200)[None] < lengths[:, None], np.arange(1, 201)[None], 0)
-    source, mask = infilled(tokens, lengths, 999, 0, rng)
+    begins, gone = holes(lengths, 200, rng)
+    source, mask = infilled(tokens, lengths, 999, 0, begins, gone)
     assert (source[~mask] == 0).all()
     for row, real, length in zip(source, mask, lengths):
         kept = row[real & (row != 999)]
         assert (np.diff(kept) > 0).all() and (kept >= 1).all() and (kept <= length).all()
+    for row, real, own, at in zip(source, mask, tokens, gone):
+        assert set(own[at]) == set(own[own > 0]) - set(row[real])            # what is gone is what is to be found out
     lost = 1 - (mask & (source != 999))[:300].sum(1) / 200
     assert 0.22 < lost.mean() < 0.3 and lost.max() <= 0.3 + 1e-9
     marks = (source[:300] == 999).sum(1)

@@ -59,6 +59,13 @@ GIVES: dict[str, str] = {
     "ctc": "logits B S vocab of the symbol at each frame, 0 = blank; `model.frames(lengths)` of the S are real",
 }
 
+# How a network that reads one row and writes another learns from texts alone: what is done to a text before it reads it.
+DENOISES: dict[str, str] = {
+    "spans": "spans are cut out, a numbered token in the place of each; it writes what they were (T5)",
+    "infill": "spans are cut out, the same token in the place of each, and in other places where nothing was; it writes the "
+              "whole text (BART)",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Closed:
@@ -117,7 +124,7 @@ class Card:
     architecture and are laid over the task's (see `fieldguide.train.settings.Settings`). `adapt` turns what the data
     needs (the same vocabulary) into config fields that follow from it: a smaller stem for small pictures. `parts`
     names further networks that training needs beside this one, by what the objective calls them:
-    {"critic": "dcgan-discriminator"}.
+    {"critic": "dcgan-discriminator"}. `denoises` says how an encoder-decoder learns from texts alone (see `DENOISES`).
     """
 
     name: str
@@ -137,8 +144,11 @@ class Card:
     build: Callable[[Any], Any] | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    denoises: str = "spans"
 
     def __post_init__(self) -> None:
+        if self.denoises not in DENOISES:
+            raise ValueError(f"card {self.name!r}: denoises={self.denoises!r} is none of {sorted(DENOISES)}")
         if self.takes not in TAKES:
             raise ValueError(f"card {self.name!r}: takes={self.takes!r} is none of {sorted(TAKES)}")
         if strange := [given for given in self.answers if given not in GIVES]:

@@ -8,10 +8,10 @@ from fieldguide.objectives.detection import Detection
 from fieldguide.objectives.diffusion import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
 from fieldguide.objectives.distillation import Distillation
 from fieldguide.objectives.forecast import Forecast
-from fieldguide.objectives.language import NextToken
+from fieldguide.objectives.language import NextToken, Restored
 from fieldguide.objectives.masked import MaskedWords, Span, TokenLabels
 from fieldguide.objectives.supervised import Classification, Regression, Supervised
 
 __all__ = ["CTC", "DDIM", "DDPM", "Adversarial", "Classification", "Contrastive", "Detection", "Diffusion", "Distillation",
-           "Forecast", "MaskedWords", "MinSNR", "NextToken", "Objective", "Phase", "Process", "Regression", "Span",
-           "Supervised", "TokenLabels", "Uniform"]
+           "Forecast", "MaskedWords", "MinSNR", "NextToken", "Objective", "Phase", "Process", "Regression",
+           "Restored", "Span", "Supervised", "TokenLabels", "Uniform"]

@@ -78,14 +78,14 @@ def corrupted(tokens: np.ndarray, span: np.ndarray, lengths: np.ndarray, sentine
     return source, mask, target
 
 
-def infilled(tokens: np.ndarray, lengths: np.ndarray, hidden: int, pad: int, rng: np.random.Generator,
-             share: float = INFILL[0], mean: float = INFILL[1]) -> tuple[np.ndarray, np.ndarray]:  # N L, N -> N S, N S bool
-    """BART's source and its mask: spans of Poisson lengths, together about `share` of the tokens, are one mask token each;
-    a span of length 0 puts one in between. What is to be written is the whole row as it was.
+def holes(lengths: np.ndarray, width: int, rng: np.random.Generator, share: float = INFILL[0],
+          mean: float = INFILL[1]) -> tuple[np.ndarray, np.ndarray]:             # N -> N width bool, N width bool
+    """Before which tokens BART puts a mask, and which tokens are gone: spans of Poisson lengths, together about `share` of the
+    tokens; a span of length 0 is a mask in between.
 
     Spans are drawn until the share is reached; where one begins inside another, that ends there.
     """
-    rows, width = tokens.shape
+    rows = len(lengths)
     at, real = np.arange(width), np.arange(width)[None] < lengths[:, None]
     budget = np.round(lengths * share).astype(np.int64)
     most = max(int(budget.max(initial=0)), 1)
@@ -103,7 +103,13 @@ def infilled(tokens: np.ndarray, lengths: np.ndarray, hidden: int, pad: int, rng
     # A token is gone where a span that began at or before it reaches beyond it, and none began since.
     opened = np.maximum.accumulate(np.where(begins >= 0, at, -1), 1)
     reach = opened + np.take_along_axis(begins, np.maximum(opened, 0), 1)
-    gone = (opened >= 0) & (at < reach) & real
-    both = np.stack([np.full_like(tokens, hidden), tokens], 2).reshape(rows, -1)
-    keep = np.stack([begins >= 0, real & ~gone], 2).reshape(rows, -1)
+    return begins >= 0, (opened >= 0) & (at < reach) & real
+
+
+def infilled(tokens: np.ndarray, lengths: np.ndarray, hidden: int, pad: int, begins: np.ndarray,
+             gone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:                 # N L, N, N L bool, N L bool -> N S, N S bool
+    """BART's source and its mask: each of the `holes` is one mask token. What is to be written is the whole row as it was."""
+    real = np.arange(tokens.shape[1])[None] < lengths[:, None]
+    both = np.stack([np.full_like(tokens, hidden), tokens], 2).reshape(len(tokens), -1)
+    keep = np.stack([begins, real & ~gone], 2).reshape(len(tokens), -1)
     return packed(both, keep, pad)

@@ -35,3 +35,16 @@ class NextToken(Objective):
         logits = self.logits(batch).float()
         nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none").view_as(target)
         return {"nats": nats.sum(1, dtype=torch.float64).float(), "count": (target >= 0).sum(1)}
+
+
+class Restored(NextToken):
+    """Of a text that was damaged all of `target` is learnt, and what is judged are the tokens that were left out: `asked`,
+    B T bool."""
+
+    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Nats, tokens that were guessed right and tokens asked, of each row: B, B, B; the tokens before each are given."""
+        target, asked = batch["target"], batch["asked"]
+        logits = self.logits(batch).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none").view_as(target)
+        return {"nats": torch.where(asked, nats, 0).sum(1), "right": (asked & (logits.argmax(-1) == target)).sum(1),
+                "count": asked.sum(1)}

@@ -66,10 +66,15 @@ class Packed(Typed):
 
     # Rows as tokens
 
+    @property
+    def between(self) -> list[int]:
+        """What stands between texts."""
+        return [self.text.sep]
+
     def stream_of(self, data: Data) -> np.ndarray:
         """All texts as one row of tokens, int64, with a separator behind each."""
         begins = data.rows[PART].to_numpy() == 0 if PART in data.rows.columns else np.ones(len(data), dtype=bool)
-        end = np.array([self.text.sep])
+        end = np.array(self.between, dtype=np.int64)
         pieces = [piece for ids, begin in zip(self.text.exactly(self.texts(data)), begins)
                   for piece in ((end, ids) if begin else (ids,))]
         return np.concatenate([*pieces[1:], end] if begins[0] else [*pieces, end])

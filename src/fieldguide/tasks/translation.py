@@ -164,17 +164,8 @@ class Translation(Typed):
 
     def search(self, model: Any, source: Tensor, mask: Tensor) -> Tensor:        # B S -> B T, -1 behind the end
         """The best answer of a beam search; it may be half as long again as the source, and 10 tokens more."""
-        beams, (*lead, begin) = self.asking.beams, self.frame.said
         limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))
-        cache = model.new_cache(len(source) * beams, int(limits.max()) + 1 + len(lead))
-
-        def step(tokens: Tensor) -> Tensor:
-            if lead and not cache.used:
-                tokens = torch.cat([torch.tensor([lead], device=tokens.device).expand(len(tokens), -1), tokens], 1)
-            return model(source, mask, tokens, cache=cache)
-        said, _ = beam_search(step, cache, begin=begin, end=self.frame.end, beams=beams, most=int(limits.max()),
-                              penalty=self.asking.penalty, limits=limits)
-        return said[:, 0]
+        return written(model, source, mask, self.frame, limits, self.asking.beams, self.asking.penalty)
 
     def limits(self, lengths: Tensor) -> Tensor:         # B tokens of sources -> B tokens of answers at most
         return lengths * 3 // 2 + 10
@@ -309,6 +300,20 @@ def named(text: Text, options: Any, side: str, default: list[int]) -> int:
         known = [t.content for t in text.tokenizer.get_added_tokens_decoder().values()]
         raise SettingsError(f"task.{side}={name!r} is no token of {options.tokenizer}.{nearest(str(name), known)}")
     return found
+
+
+def written(model: Any, source: Tensor, mask: Tensor, frame: Frame, limits: Tensor, beams: int, penalty: float) -> Tensor:
+    """The best answer of a beam search, of at most `limits` (B) tokens: B S, B S bool -> B T, -1 behind its end."""
+    *lead, begin = frame.said
+    cache = model.new_cache(len(source) * beams, int(limits.max()) + 1 + len(lead))
+
+    def step(tokens: Tensor) -> Tensor:
+        if lead and not cache.used:
+            tokens = torch.cat([torch.tensor([lead], device=tokens.device).expand(len(tokens), -1), tokens], 1)
+        return model(source, mask, tokens, cache=cache)
+    said, _ = beam_search(step, cache, begin=begin, end=frame.end, beams=beams, most=int(limits.max()), penalty=penalty,
+                          limits=limits)
+    return said[:, 0]
 
 
 def suggest_vocab(characters: int) -> int:

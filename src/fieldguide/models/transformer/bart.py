@@ -218,6 +218,7 @@ RECIPE = {"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.0
 
 CARD = Card(
     name="bart", model=Bart, config=Config, paper="arXiv:1910.13461", year=2019, takes="pair", gives="tokens",
+    denoises="infill",
     sizes={
         "bart-base": Size(attn_dropout=0.1, mlp_dropout=0.1, params=139_420_416, source="facebook/bart-base"),
         "bart-large": Size(**stacks(12, 1024, 16, 4096), attn_dropout=0.1, mlp_dropout=0.1, params=406_291_456,

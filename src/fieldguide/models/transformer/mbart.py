@@ -94,6 +94,7 @@ class MBart(bart.Bart):
 
 CARD = Card(
     name="mbart", model=MBart, config=Config, paper="arXiv:2001.08210", year=2020, takes="pair", gives="tokens",
+    denoises="infill",
     sizes={
         "mbart-cc25": Size(params=610_851_840, source="facebook/mbart-large-cc25"),
         "mbart-50": Size(vocab=250_054, begin=2, params=610_879_488, source="facebook/mbart-large-50"),

@@ -1,0 +1,270 @@
+"""Learning to restore damaged texts: rows of both kinds, tokenizers with and without sentinels, scores, a task from file to
+answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from fieldguide import fit
+from fieldguide.data import read
+from fieldguide.errors import DataError, SettingsError
+from fieldguide.fitting import resume
+from fieldguide.objectives import Restored
+from fieldguide.registry import card, cards, create
+from fieldguide.run import open_run
+from fieldguide.tasks import asked_for, task
+from fieldguide.tasks.denoising import SENTINELS
+from fieldguide.train.loop import Interrupted
+from fieldguide.train.settings import Settings
+from test_task_encoders import NOUNS, sentences
+from test_task_writers import tokenizer
+from test_tasks_resume import StopAt, log
+from writers import network
+
+KIND = task("denoising")
+SMALL = {"precision": "float32", "task.vocab": 420, "task.length": 40, "model.dim": 64, "model.heads": 2, "model.hidden": 128,
+         "model.depth": 2, "model.decoder_depth": 2}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(600)))
+    return path
+
+
+def made(file, **options):
+    data = read(file, wants=KIND.wants)
+    assert asked_for("denoising", data) is KIND
+    data = KIND.examples(data, KIND.options_from(options))
+    return KIND.learn(data, KIND.options_from(options)), data
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def together(one, batch, row: int) -> list[int]:
+    """The text of a row, from what is read and what is to be written, by hand."""
+    source = batch["source"][row][batch["source_mask"][row]].tolist()
+    target = [t for t in batch["target"][row].tolist() if t >= 0]
+    assert target.pop() == one.frame.end
+    if one.options.damage == "infill":
+        return target
+    spans: dict[int, list[int]] = {}
+    for token in target:
+        if token in one.sentinels:
+            spans[token] = last = []
+        else:
+            last.append(token)
+    assert source.pop() == one.frame.end and list(spans) == one.sentinels[:len(spans)].tolist()
+    assert not spans.popitem()[1] and [t for t in source if t in one.sentinels] == list(spans)
+    return [t for s in source for t in spans.get(s, [s])]
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_rows_hold_the_texts(file, name):
+    """Whatever is left out, source and target together spell all texts in a row; chance is a function of the generator."""
+    one, data = made(file, length=40, vocab=420)
+    batches = one.batches(data, card(name), Settings())
+    assert one.options.damage == {"t5": "spans", "bart": "infill"}[name] == card(name).denoises
+    index, text = np.arange(len(batches)), one.text
+    first, again = (batches.make(index[::step].copy(), None) for step in (1, -1))
+    assert all(torch.equal(first[k], again[k].flip(0)) for k in first)           # the same, whoever shares the batch
+    ids = [t for row in index for t in together(one, first, row)]
+    assert text.decode([t for t in ids if t != text.sep]) == "".join(data.rows["text"].to_list())
+    assert ids.count(text.sep) == len(data) and one.frame.end not in ids
+    for batch in (first, batches.make(index, generator(1))):
+        asked, target = batch["asked"], batch["target"]
+        share = asked.sum() / (len(ids) - len(data))
+        assert {"spans": 0.13, "infill": 0.2}[one.options.damage] < share < {"spans": 0.17, "infill": 0.31}[one.options.damage]
+        assert not np.isin(target[asked].numpy(), [*one.sentinels, text.sep, text.pad, one.frame.end, -1]).any()
+        assert torch.equal(batch["tokens"][:, 0], torch.full((len(index),), one.frame.said[0]))
+        follows = torch.where(target[:, :-1] < 0, text.pad, target[:, :-1])
+        assert torch.equal(batch["tokens"][:, 1:], follows) and max(x.shape[1] for x in batch.values()) <= 40
+    drawn = [batches.make(index, generator(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0]["source"], drawn[1]["source"])
+    assert drawn[0]["source"].shape != drawn[2]["source"].shape or not torch.equal(drawn[0]["source"], drawn[2]["source"])
+    assert {text.decode(t[:3]) for t in drawn[0]["source"].tolist()} != {text.decode(t[:3]) for t in first["source"].tolist()}
+
+
+def test_what_is_left_out_of_a_text_is_what_is_asked(file):
+    """Of BART's rows: what the source lacks, token by token."""
+    one, data = made(file, length=40, vocab=420, damage="infill")
+    batch = one.batches(data, card("t5")).make(np.arange(20), None)              # as the user says, not as the card does
+    for row in range(20):
+        source = [t for t in batch["source"][row][batch["source_mask"][row]].tolist() if t != one.text.hidden]
+        asked, target = batch["asked"][row].tolist(), batch["target"][row].tolist()
+        kept = [t for t, a in zip(target, asked) if not a and t >= 0 and t != one.frame.end]
+        assert [t for t in source if t != one.text.sep] == [t for t in kept if t != one.text.sep] and any(asked)
+
+
+def test_scores_count_what_was_left_out_alone():
+    torch.manual_seed(0)
+    model, length = create("bart-test").eval(), 7
+    tokens, target = torch.randint(5, 30, (3, length)), torch.randint(5, 30, (3, length))
+    asked = torch.zeros(3, length, dtype=torch.bool)
+    asked[0, 2:4], asked[1, 0], target[2] = True, True, -1
+    batch = {"source": tokens, "source_mask": torch.ones(3, length, dtype=torch.bool), "tokens": tokens, "target": target,
+             "asked": asked}
+    with torch.no_grad():
+        found = Restored(model, cards()["bart"].inputs).outputs(batch)
+        logp = model(tokens, batch["source_mask"], tokens).log_softmax(-1)
+    want = [-sum(logp[row, t, target[row, t]].item() for t in range(length) if asked[row, t]) for row in range(3)]
+    assert found["nats"].tolist() == pytest.approx(want, rel=1e-5) and found["count"].tolist() == [2, 1, 0]
+    right = [sum(int(logp[row, t].argmax() == target[row, t]) for t in range(length) if asked[row, t]) for row in range(3)]
+    assert found["right"].tolist() == right
+
+
+def test_frequency_is_what_the_baseline_knows(file):
+    one, data = made(file, length=40, vocab=420)
+    one.batches(data, card("t5"))
+    (baseline,) = one.baselines(data, data)
+    truth = one.truth(data)
+    target = truth["target"][truth["target"] >= 0]
+    share = (one.counts + 1) / (one.counts + 1).sum()
+    scores = one.score(baseline.outputs, truth)
+    assert scores["loss"] == pytest.approx(-np.log(share[target]).mean())
+    assert scores["accuracy"] == pytest.approx((target == one.counts.argmax()).mean())
+    assert not np.isin(target, one.sentinels).any() and one.counts[one.sentinels].sum() == 0
+
+
+WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def given(tmp_path, special=WORDS, **options):
+    """A task with a tokenizer of words, on texts of them."""
+    path = tokenizer(tmp_path / "tokenizer.json", ("<s>",), ("</s>",), special)
+    rows = pl.DataFrame({"text": ["a cat sees a dog", "katze sieht eine hund", "a dog sees a cat a cat"] * 30})
+    data = KIND.examples(read(rows, wants=KIND.wants), KIND.Options())
+    return KIND.learn(data, KIND.options_from({"tokenizer": path, "length": 24, **options})), data
+
+
+def test_sentinels_are_added_where_they_lack(tmp_path):
+    one, data = given(tmp_path)
+    assert len(one.sentinels) == 100 and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab == one.needs()["vocab"]
+    assert len(one.counts) == one.text.size and "are added" in one.notes[-1]
+    one.batches(data, card("t5"))
+    batch = one.batches(data, card("t5")).make(np.arange(4), None)
+    assert (batch["source"] == one.sentinels[0]).sum() == 4 and int(batch["target"].max()) < one.text.size
+    one.save(tmp_path / "saved")
+    again = KIND.load(tmp_path / "saved")
+    assert again.sentinels.tolist() == one.sentinels.tolist() and again.options.damage == "spans"
+    # Nothing stands between texts where the separator ends answers, too.
+    assert one.between == [] and not (batch["source"][:, 1:-2] == one.text.sep).any()
+
+
+def test_a_checkpoint_has_no_room_for_sentinels(tmp_path):
+    one, data = given(tmp_path, begin=2)
+    assert len(one.sentinels) == 0 and one.text.size == 10 + len(WORDS)
+    with pytest.raises(SettingsError, match=r"has 0 tokens <extra_id_0> .*task\.damage=infill"):
+        one.batches(data, card("t5"))
+    two, data = given(tmp_path, begin=2, damage="infill")
+    batch = two.batches(data, card("bart")).make(np.arange(2), None)
+    name = two.text.tokenizer.id_to_token
+    assert [name(i) for i in batch["tokens"][0, :2].tolist()] == ["</s>", "<s>"] and batch["target"][0, 0] == -1
+    real = batch["source"][0][batch["source_mask"][0]].tolist()
+    assert name(real[0]) == "<s>" and name(real[-1]) == "</s>" and "<mask>" in map(name, real)
+    three, data = given(tmp_path, WORDS[:-1], begin=2)
+    with pytest.raises(SettingsError, match="it has no mask token"):
+        three.batches(data, card("bart"))
+
+
+def test_settings_that_cannot_be(file):
+    for options, words in (({"damage": "holes"}, "is none of spans, infill"), ({"share": 1.5}, "between 0 and 1"),
+                           ({"mean": 0.5}, "at least 1"), ({"length": 5}, "at least 11")):
+        with pytest.raises(SettingsError, match=words):
+            made(file, vocab=420, **options)
+    one, data = made(file, vocab=420, length=1000, share=0.5, mean=1.0)
+    with pytest.raises(SettingsError, match=r"rows of 1000 tokens need 500: take shorter rows"):
+        one.batches(data, card("t5"))
+
+
+def test_gaps_are_written_as_people_do(file):
+    one, _ = made(file, length=40, vocab=420)
+    asked = lambda *texts: one.questions(one.read([pl.DataFrame({"text": texts})]), card("t5"))
+    texts = ["We saw the <mask> house", "We saw the ___ house and [MASK] tree", "<extra_id_7> saw the house"]
+    batch = asked(*texts).make(np.arange(3), None)
+    for row, gaps in enumerate((1, 2, 1)):
+        ids = batch["source"][row][batch["source_mask"][row]].tolist()
+        assert [t for t in ids if t in one.sentinels] == one.sentinels[:gaps].tolist() and ids[-1] == one.frame.end
+        assert int(batch["gaps"][row]) == gaps
+    assert one.text.decode(batch["source"][0][:batch["source"][0].tolist().index(one.sentinels[0])].tolist()) == "We saw the"
+    with pytest.raises(DataError, match="no missing word; write <mask>"):
+        asked("all is here")
+    with pytest.raises(DataError, match="the network reads 40"):
+        asked("<mask> " + "one two three " * 20)
+    # What was written, taken apart: out of order, twice, or not at all.
+    s, (red, blue) = one.sentinels.tolist(), (int(ids[0]) for ids in one.text.exactly([" a", "b"]))
+    assert one.fillings([s[1], red, s[0], blue, red, s[2], one.frame.end], 2) == [[blue, red], [red]]
+    assert one.fillings([red, s[0], blue], 3) == [[blue], [], []]
+    one.asked = [one.pieces("We saw the <mask> house and ___")]
+    house = one.text.exactly([" red"])[0].tolist()
+    (record,) = one.answers({"said": np.array([[s[0], *house, s[1], *house, s[2], -1, -1]])})
+    assert record == {"text": "We saw the red house and red", "gaps": ["red", "red"]}
+
+
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+def test_stopped_and_resumed(name, file, tmp_path):
+    settings = {**SMALL, "steps": 6, "evaluate": 2, "batch": 8}
+    arguments = {"task": "denoising", "model": f"{name}-test", "settings": settings}
+    whole = fit(file, out=tmp_path / "whole", **arguments)
+    with pytest.raises(Interrupted, match="after step 3 of 6"):
+        fit(file, out=tmp_path / "stopped", watch=StopAt(3), **arguments)
+    again = resume(tmp_path / "stopped")
+    assert log(tmp_path / "whole") == log(tmp_path / "stopped") and again.scores == whole.scores
+    assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
+
+
+def test_begins_with_a_folder_of_transformers_and_others_begin_with_it(file, tmp_path):
+    """BART of transformers learns on from texts; what it became then learns a task, with its tokenizer."""
+    theirs = network(create("bart-test", begin=2, length=40))
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer(tmp_path / "theirs" / "tokenizer.json", ("<s>",), ("</s>",), WORDS)
+    run = fit(file, task="denoising", out=tmp_path / "run", weights=tmp_path / "theirs", settings={
+        "steps": 1, "batch": 8, "precision": "float32", "lr": 1e-8, "tune": "whole", "task.length": 24})
+    assert run.task.options.damage == "infill" and run.record["model"]["fresh"] == []
+    torch.testing.assert_close(run.model.embed.weight.detach(), theirs.get_input_embeddings().weight.detach(),
+                               rtol=0, atol=1e-5)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"en": f"a cat sees {'a ' * i}dog", "de": f"eine katze sieht {'a ' * i}hund"}) + "\n"
+                             for i in range(20)))
+    again = fit(pairs, task="translation", target="de", weights=run.path, out=tmp_path / "next", settings={
+        "steps": 1, "batch": 4, "precision": "float32", "column.en": "text", "column.de": "text"})
+    assert again.task.frame == run.task.frame == replace(run.task.frame) and again.record["model"]["fresh"] == []
+
+
+@pytest.mark.parametrize(("name", "steps"), [("t5", 120), pytest.param("bart", 50, marks=pytest.mark.slow)])
+def test_learns_to_restore(name, steps, file, tmp_path):
+    """From texts to answers: far better than frequency."""
+    run = fit(file, task="denoising", model=f"{name}-test", out=tmp_path / "run", settings={
+        **SMALL, "steps": steps, "evaluate": steps // 2, "batch": 24, **({"model.width": 32} if name == "t5" else {})})
+    scores = run.record["scores"]
+    assert scores["test"]["loss"] < 0.85 * scores["baselines"][0]["scores"]["loss"] and scores["test"]["accuracy"] > 0.25
+    again = open_run(run.path)
+    records = again.predict(pl.DataFrame({"text": ["Anna saw the red <mask> on Monday .", "<mask> saw ___ house"]}), beams=2)
+    assert [set(r) for r in records] == [{"input", "text"} | ({"gaps"} if name == "t5" else set())] * 2
+    assert again.evaluate(file)["scores"]["loss"] == pytest.approx(scores["test"]["loss"], rel=1e-4)
+    report = (run.path / "report.html").read_text()
+    assert "Texts as they were read, and what was left out" in report and "How the test rows differ" in report
+
+
+@pytest.mark.slow
+def test_fills_gaps_with_what_belongs_there(file, tmp_path):
+    run = fit(file, task="denoising", model="t5-test", out=tmp_path / "run", settings={
+        **SMALL, "steps": 500, "evaluate": 100, "batch": 24, "model.width": 32})
+    scores = run.record["scores"]
+    assert scores["test"]["loss"] < 0.5 * scores["baselines"][0]["scores"]["loss"]
+    texts = [f"Anna and Ben saw the {adjective} <mask> on Monday ." for adjective in ("red", "green", "blue", "old")]
+    said = [r["gaps"][0] for r in run.predict(pl.DataFrame({"text": texts}))]
+    assert sum(bool(set(gap.split()) & set(NOUNS)) for gap in said) >= 3, said
+
+
+def test_sentinels_are_those_of_t5():
+    assert SENTINELS[0] == "<extra_id_0>" and SENTINELS[-1] == "<extra_id_99>" and len(set(SENTINELS)) == 100
