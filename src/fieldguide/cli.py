@@ -66,8 +66,8 @@ def fit(
 
 @app.command()
 def predict(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a pretrained language model: a folder of "
-                                       "transformers, a .gguf file, hf:organisation/name.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a pretrained language model or CLIP: a folder of "
+                                       "transformers, a .gguf file, OpenAI's .pt, hf:organisation/name.")],
     inputs: Annotated[list[str] | None, typer.Argument(metavar="[INPUT]...", help="Files, folders, tables; for text tasks "
                                                        "also the text itself; for some that generate, nothing.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for answers that are files: pictures, films.")] = None,
@@ -76,19 +76,23 @@ def predict(
                                                          "words: temperature, beams, threshold, ...")] = None,
 ) -> None:
     """Ask a trained network about raw inputs. One that cannot be read is named on the error output, and the exit code is 3."""
-    from fieldguide.progress import print_answers, print_stream
+    from fieldguide.progress import print_stream
     from fieldguide.run import open_run
     asked = pairs(changes)
-    if run.startswith("hf:") or (Path(run).exists() and not (Path(run) / "run.json").exists()
-                                 and (run.endswith(".gguf") or (Path(run) / "config.json").exists())):
-        speak(run, inputs or [], asked, as_json)
+    if published(run):
+        ask(run, inputs or [], asked, as_json)
         return
     opened = open_run(run)
     if not as_json and len(inputs or ()) == 1 and (pieces := opened.stream(inputs[0], **asked)) is not None:
         print_stream(pieces)
         return
-    answers = stored(opened.predict(list(inputs or ()), **asked), out)
-    print_answers(answers, as_json, opened.task.notes)
+    answered(stored(opened.predict(list(inputs or ()), **asked), out), as_json, opened.task.notes)
+
+
+def answered(answers: list[dict[str, Any]], as_json: bool, notes: list[str]) -> None:
+    """Prints answers; ends with `PARTLY` where some inputs have none."""
+    from fieldguide.progress import print_answers
+    print_answers(answers, as_json, notes)
     if wrong := sum("error" in answer for answer in answers):
         sys.stdout.flush()
         print(f"fieldguide: {wrong:,} of {len(answers):,} inputs could not be answered.", file=sys.stderr)
@@ -109,7 +113,29 @@ def stored(answers: list[dict[str, Any]], folder: Path | None) -> list[dict[str,
     return answers
 
 
-def speak(model: str, prompts: list[str], asked: dict[str, str], as_json: bool) -> None:
+def published(model: str) -> bool:
+    """Whether this is no run but a pretrained network: a folder with a configuration, a file of weights, or on the hub."""
+    from fieldguide.pretrained import CONFIGS
+    from fieldguide.weights import SUFFIXES
+    path = Path(model)
+    return model.startswith("hf:") or (path.is_file() and path.suffix in SUFFIXES) or (
+        not (path / "run.json").exists() and any((path / name).is_file() for name in CONFIGS))
+
+
+def ask(model: str, inputs: list[str], asked: dict[str, str], as_json: bool) -> None:
+    """Answers of a pretrained network, by what it gives: of texts what follows, of pictures the class."""
+    from fieldguide.pretrained import described
+    found = described(model, asked.get("name"))
+    if "embeddings" not in found.card.answers:
+        speak(found, inputs, asked, as_json)
+        return
+    from fieldguide.zero_shot import ZeroShot, settled
+    made, how = settled(asked)
+    made.pop("name", None)
+    answered(ZeroShot.load(found, **made).predict(inputs, **how), as_json, [])
+
+
+def speak(model: Any, prompts: list[str], asked: dict[str, str], as_json: bool) -> None:
     """Answers of a pretrained language model."""
     from fieldguide.progress import print_stream
     from fieldguide.speaker import Speaker, settled
@@ -125,13 +151,28 @@ def speak(model: str, prompts: list[str], asked: dict[str, str], as_json: bool) 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Data with known answers.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a pretrained CLIP.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Data with known answers; for a CLIP, pictures in a folder for "
+                                        "each class.")],
     as_json: Json = False,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For a CLIP: templates, tokenizer, "
+                                                         "name.")] = None,
 ) -> None:
     """Score a trained network on data with known answers."""
+    from fieldguide.errors import SettingsError
     from fieldguide.progress import print_scores
     from fieldguide.run import open_run
+    asked = pairs(changes)
+    if published(run):
+        from fieldguide.zero_shot import ZeroShot, settled
+        made, how = settled(asked)
+        if how.pop("classes"):
+            raise SettingsError("classes are named by the data's folders when they are scored; leave them out")
+        zero = ZeroShot.load(run, **made)
+        print_scores(zero, zero.evaluate(data, **how), as_json)
+        return
+    if asked:
+        raise SettingsError(f"{', '.join(asked)}: a run is scored as it was tested, and takes no settings here")
     opened = open_run(run)
     print_scores(opened, opened.evaluate(data), as_json)
 

@@ -129,15 +129,7 @@ class Run:
         """
         self.task.asking = self.task.asking_from(asked)
         data = self.task.read(listed(inputs))
-        answers = self.task.answers(self.respond(self.task.questions(data, self.card), watch))
-        unread = {i: [u for u in data.unread if u.before == i] for i in {u.before for u in data.unread}}
-        records: list[dict[str, Any]] = []
-        for i in range(len(answers) + 1):
-            records += [{"input": u.place, "error": u.why} for u in unread.get(i, ())]
-            if i < len(answers):
-                each = answers[i] if isinstance(answers[i], list) else [answers[i]]
-                records += [{"input": data.place(i), **record} for record in each]
-        return records
+        return records(data, self.task.answers(self.respond(self.task.questions(data, self.card), watch)))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """A vector of length 1 for each text, N D float32, from the mean over its tokens of what the network reads: products
@@ -186,6 +178,18 @@ class Run:
         """Every line of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def records(data: Data, answers: Sequence[Any]) -> list[dict[str, Any]]:
+    """Answers to the rows of data, each with where it came from; in the place of inputs that could not be read, why."""
+    unread = {i: [u for u in data.unread if u.before == i] for i in {u.before for u in data.unread}}
+    found: list[dict[str, Any]] = []
+    for i in range(len(answers) + 1):
+        found += [{"input": u.place, "error": u.why} for u in unread.get(i, ())]
+        if i < len(answers):
+            each = answers[i] if isinstance(answers[i], list) else [answers[i]]
+            found += [{"input": data.place(i), **record} for record in each]
+    return found
 
 
 def remade(card: Card, config: dict[str, Any]) -> torch.nn.Module:

@@ -16,7 +16,7 @@ from fieldguide.errors import DataError, SettingsError, WeightsError, nearest
 from fieldguide.generation import Sampling, beam_search, generate
 from fieldguide.generation.chat import ChatTemplate
 from fieldguide.generation.text import cut, pieces
-from fieldguide.pretrained import described, filled
+from fieldguide.pretrained import Checkpoint, described, filled
 from fieldguide.train.settings import from_text
 
 Prompt = str | Sequence[Mapping[str, Any]]               # a text to go on from, or messages of role and content
@@ -29,10 +29,10 @@ class Speaker:
         self.network, self.text, self.ends, self.template = network.eval(), text, tuple(ends), template
 
     @classmethod
-    def load(cls, source: str | Path, **overrides: Any) -> Speaker:
-        """From a folder of transformers with its tokenizer, a GGUF file, or hf:organisation/name. Raises `WeightsError` for a
-        network that does not say what follows, and where the tokenizer is missing."""
-        found = described(source)
+    def load(cls, source: str | Path | Checkpoint, **overrides: Any) -> Speaker:
+        """From a folder of transformers with its tokenizer, a GGUF file, or hf:organisation/name; or what `described` said of
+        one. Raises `WeightsError` for a network that does not say what follows, and where the tokenizer is missing."""
+        found, source = (source, source.path) if isinstance(source, Checkpoint) else (described(source), source)
         if "tokens" not in found.card.answers or found.card.takes != "tokens":
             raise WeightsError(f"{source} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to speak, a "
                                "network must say which token follows")

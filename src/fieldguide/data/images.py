@@ -11,7 +11,7 @@ import io
 import os
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,11 +115,13 @@ def traits_of(image: Image.Image, suffix: str) -> tuple[str, ...]:
     return tuple(seen)
 
 
-def load(paths: Sequence[str | Path], side: int, channels: int = 3, *, fit: Fit = "crop") -> torch.Tensor:
+def load(paths: Sequence[str | Path], side: int, channels: int = 3, *, fit: Fit = "crop",
+         resize: Callable[[Image.Image], Image.Image] | None = None) -> torch.Tensor:
     """Pictures as one uint8 tensor, N C S S; channels 1 (grey) or 3 (RGB), side S in pixels.
 
     `fit` says what becomes of pictures that are not square: "crop" scales the shorter side to S and keeps the
-    middle, "pad" scales the longer side and fills up with white, "stretch" changes the proportions.
+    middle, "pad" scales the longer side and fills up with white, "stretch" changes the proportions. `resize` makes a picture
+    of S x S of each in another way.
     Raises DataError naming every file that cannot be read.
     """
     import torch
@@ -129,7 +131,7 @@ def load(paths: Sequence[str | Path], side: int, channels: int = 3, *, fit: Fit 
 
     def one(index: int) -> None:
         try:
-            out[index] = pixels(paths[index], side, channels, fit)
+            out[index] = pixels(paths[index], side, channels, fit, resize)
         except BROKEN as error:
             problems.append(f"{paths[index]}: {error}")
 
@@ -142,20 +144,24 @@ def load(paths: Sequence[str | Path], side: int, channels: int = 3, *, fit: Fit 
     return torch.from_numpy(out)
 
 
-def pixels(source: str | Path | Image.Image, side: int, channels: int = 3, fit: Fit = "crop") -> np.ndarray:
+def pixels(source: str | Path | Image.Image, side: int, channels: int = 3, fit: Fit = "crop",
+           resize: Callable[[Image.Image], Image.Image] | None = None) -> np.ndarray:
     """One picture as uint8, C S S."""
     if isinstance(source, Image.Image):
-        return as_array(source, side, channels, fit)
+        return as_array(source, side, channels, fit, resize)
     with open(source, "rb") as file, Image.open(file) as image:
         if image.width * image.height > PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than the {PIXELS:,} allowed")
-        if image.format == "JPEG" and min(image.size) >= 4 * side:
+        if resize is None and image.format == "JPEG" and min(image.size) >= 4 * side:
             image.draft(None, (2 * side, 2 * side))      # libjpeg decodes at a fraction: many times faster
-        return as_array(image, side, channels, fit)
+        return as_array(image, side, channels, fit, resize)
 
 
-def as_array(image: Image.Image, side: int, channels: int, fit: Fit) -> np.ndarray:
+def as_array(image: Image.Image, side: int, channels: int, fit: Fit,
+             resize: Callable[[Image.Image], Image.Image] | None = None) -> np.ndarray:
     image = plain(image, "L" if channels == 1 else "RGB")
+    if resize is not None:
+        image = resize(image)
     if image.size != (side, side):
         if fit == "stretch" or image.width == image.height:
             image = image.resize((side, side), Image.Resampling.BILINEAR)

@@ -88,6 +88,7 @@ class ImageText(Pictured):
     @dataclass(frozen=True)
     class Asking:
         classes: str = ""                # texts to choose from, with commas between
+        templates: str = ""              # how a class is said, with | between several, whose vectors are averaged
 
     classes: list[str]                   # that pictures are tested on: of a class column, or few captions; or none
     known: list[str]                     # captions to choose from where nobody names others
@@ -175,14 +176,30 @@ class ImageText(Pictured):
         asked = [name.strip() for name in self.asking.classes.split(",") if name.strip()]
         return asked or self.classes or self.known
 
+    def templates(self) -> list[str]:
+        """How each of `names` is said. Raises `SettingsError` for one without {}, where the class is to stand."""
+        asked = [each.strip() for each in self.asking.templates.split("|") if each.strip()]
+        if lost := [each for each in asked if "{}" not in each]:
+            raise SettingsError(f"templates: {lost[0]!r} has no {{}}, where the class is to stand.")
+        return asked or [self.options.template if self.class_column or self.asking.classes else "{}"]
+
+    def said(self, model: Any, where: torch.device) -> Tensor:                   # -> K E, of length 1
+        """The vector of each of `names`, averaged over the templates."""
+        ways = []
+        for template in self.templates():
+            ids = self.tokens([template.replace("{}", name) for name in self.names()])
+            parts = [self.padded(ids[i:i + CHUNK]) for i in range(0, len(ids), CHUNK)]
+            ways.append(torch.cat([model.encode_text(part["tokens"].to(where), part["mask"].to(where)) for part in parts]))
+        return ways[0] if len(ways) == 1 else F.normalize(torch.stack(ways).mean(0), dim=-1)
+
     def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        template = self.options.template if self.class_column or self.asking.classes else "{}"
-        names, said = self.padded(self.tokens([template.replace("{}", name) for name in self.names()])), []
+        said: list[Tensor] = []                          # of all batches
+        self.templates()                                 # what is wrong with them is said before pictures are read
 
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            model, where = objective.model, batch["image"].device
+            model = objective.model
             if not said:
-                said.append(model.encode_text(names["tokens"].to(where), names["mask"].to(where)))
+                said.append(self.said(model, batch["image"].device))
             image = model.encode_image(batch["image"])
             near = image @ said[0].T
             out = {"image": image, "similarity": near, "probabilities": (near * model.logit_scale.exp()).softmax(1)}
