@@ -49,12 +49,13 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../src") else "")
 
 
-def race(runs: Mapping[str, Callable[[], object]], rounds: int = 7, limit: float = math.inf) -> dict[str, list[float]]:
-    """Seconds of every round of each; they take turns, after one round that warms up. After `limit` seconds no round
-    begins, but three are made."""
+def race(runs: Mapping[str, Callable[[], object]], rounds: int = 7, limit: float = math.inf,
+         warm: bool = True) -> dict[str, list[float]]:
+    """Seconds of every round of each; they take turns, after one round that warms up, if `warm`. After `limit` seconds no
+    round begins, but three are made."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
-    for turn in range(rounds + 1):
+    for turn in range(0 if warm else 1, rounds + 1):
         if turn > 3 and time.perf_counter() - began > limit:
             break
         names = list(runs) if turn % 2 else list(reversed(runs))

@@ -73,6 +73,10 @@ class Net:
         """The peer's, as it computes it."""
         return peer(batch["tokens"], labels=batch["tokens"], use_cache=False).loss
 
+    def compile(self, model: nn.Module) -> None:
+        """Either side's."""
+        model.compile()
+
     # What is run
 
     def check(self) -> str:
@@ -121,6 +125,11 @@ class Masked(Net):
     def objective(self, model: nn.Module) -> Objective:
         return MaskedWords(model, self.inputs)
 
+    def compile(self, model: nn.Module) -> None:
+        model.compile()
+        if hasattr(model, "features"):                   # ours, which learns by what it reads, not by all that it could say
+            model.features = torch.compile(model.features)
+
     def reply(self, peer: nn.Module, batch: Batch) -> Tensor:
         return peer(batch["tokens"]).logits
 
@@ -154,9 +163,9 @@ class Picture(Net):
         return timm.create_model(TIMM[self.size], drop_path_rate=0.0, **changes)
 
     def batch(self) -> Batch:
-        chance, classes = torch.Generator().manual_seed(0), self.empty().config.classes
-        return {"image": torch.randn(self.rows, 3, self.length, self.length, generator=chance),
-                "target": torch.randint(classes, (self.rows,), generator=chance)}
+        chance, c = torch.Generator().manual_seed(0), self.empty().config
+        return {"image": torch.randn(self.rows, c.channels, self.length, self.length, generator=chance),
+                "target": torch.randint(c.classes, (self.rows,), generator=chance)}
 
     def objective(self, model: nn.Module) -> Objective:
         return Supervised(model, self.inputs, Classification())

@@ -1,0 +1,222 @@
+"""The networks of the catalogue's first half on a GPU: right, how quick, and what part of the GPU they use.
+
+    python benchmarks/gpu.py [--sizes resnet50,gpt2] [--batch 64] [--length 512] [--seconds 480] [--save]
+    python benchmarks/gpu.py --device cpu --tiny          # the script itself, tried in a minute where there is no GPU
+
+First each network in float32 (without TF32) must answer on the GPU as it does on the CPU. Then, ours and the peer with the
+same weights, in float32 and in bfloat16 by autocast: answers and whole training steps (loss, gradients, clipping, fused
+AdamW), as they are and compiled. Then greedy answers with a cache, in bfloat16 weights. "MFU" is the multiply-adds of the
+network by table, twice, by those of products of large matrices measured here in the same precision; of training three times
+those of an answer. "of memory" is that of benchmarks/decoding.py. After --seconds no further line begins, and the rest is
+named. `fit` makes its steps on a GPU as "ours, bfloat16" has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from common import arguments, begin, figure, free, report
+from decoding import PROMPT, read
+from nets import Net, Picture, pictures, writers
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fieldguide import create, weights
+from fieldguide.generation import Sampling, generate
+
+TINY = {"resnet50": "resnet-test", "efficientnet-b0": "efficientnet-test", "convnext-tiny": "convnext-test",
+        "vit-b16": "vit-test", "swin-t": "swin-test", "bert-base": "bert-test", "gpt2": "gpt2-test",
+        "llama3.2-1b": "llama-test", "t5-small": "t5-test"}
+AGREE = 1e-3     # of the deviation of answers: sums are made in another order
+
+
+class Timer:
+    """Seconds of work on a device, best of a few; the device's queue is emptied before and after."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def __call__(self, run: Callable[[], object], times: int, repeats: int = 3) -> float:
+        run()                                            # prepares kernels, or compiles
+        run()
+        best = float("inf")
+        for _ in range(repeats):
+            self.wait()
+            started = time.perf_counter()
+            for _ in range(times):
+                run()
+            self.wait()
+            best = min(best, (time.perf_counter() - started) / times)
+        return best
+
+
+def peaks(device: torch.device, timer: Timer, tiny: bool) -> dict[str, float]:
+    """What the device does at best: multiply-adds a second, times two, by precision, and bytes read a second."""
+    side, found = 256 if tiny else 8192, {}
+    for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a = torch.randn(side, side, device=device, dtype=kind)
+        found[name] = 2 * side**3 / timer(lambda a=a: a @ a, 5)
+    large = torch.ones((1 if tiny else 1024) * 2**20, device=device)
+    return found | {"bytes": large.nbytes / timer(large.sum, 10)}
+
+
+def moved(net: Net, device: torch.device) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in net.batch().items()}
+
+
+def right(net: Net, device: torch.device) -> str:
+    """That float32 on the device is what it is on the CPU."""
+    model = create(net.size, **net.like | net.brief).eval()
+    batch = {name: x[:2] for name, x in net.batch().items()}
+    with torch.inference_mode():
+        want = net.answer(model, batch)
+        got = net.answer(model.to(device), {name: x.to(device) for name, x in batch.items()}).cpu()
+    gap = ((got - want).abs().max() / want.std()).item()
+    assert gap < AGREE, f"{net.size}: answers of {device} and CPU differ by {gap:.1e} deviations"
+    return f"{net.size}: float32 on {device.type} and CPU differ by {gap:.0e} deviations at most."
+
+
+def work(net: Net) -> float:
+    """Multiply-adds, times two, of an answer to one batch."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        net.answer(net.empty().eval(), moved(net, torch.device("meta")))
+    return counter.get_total_flops()
+
+
+def steps(model: nn.Module, loss: Callable[[], Tensor], scope: Callable) -> Callable[[], object]:
+    made = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with scope():
+            value = loss()
+        made.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        made.step()
+    return step
+
+
+def lines(net: Net, device: torch.device, timer: Timer, best: dict[str, float],
+          options: argparse.Namespace) -> Iterator[list[str]]:
+    """One network: every precision, ours and the peer, as it is and compiled."""
+    batch, flops = moved(net, device), work(net)
+    sides = [(who, compiled) for compiled in ((False, True) if options.compile else (False,))
+             for who in (("ours",) if options.tiny and isinstance(net, Picture) else ("peer", "ours"))]
+    for precision in ("float32", "bfloat16"):
+        for what, factor in (("answers", 1), ("training", 3)):
+            seconds = {}
+            for side in sides:
+                if time.monotonic() > options.until:
+                    raise TimeoutError
+                seconds[side] = timer(runner(net, *side, what, precision, batch, device), 1 if options.tiny else 10)
+                memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan")
+                ratio = seconds["peer", False] / seconds[side] if ("peer", False) in seconds else float("nan")
+                yield [net.size, f"{what}, {precision}", side[0] + (", compiled" if side[1] else ""),
+                       figure(net.amount / seconds[side]), f"{ratio:.2f}", f"{memory:,.0f}",
+                       f"{100 * factor * flops / seconds[side] / best[precision]:.0f} %", "-"]
+                gc.collect()
+                torch._dynamo.reset()
+
+
+def runner(net: Net, who: str, compiled: bool, what: str, precision: str, batch: dict[str, Tensor],
+           device: torch.device) -> Callable[[], object]:
+    """A step of one side."""
+    scope = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    torch.manual_seed(0)
+    model = (create(net.size, **net.like) if who == "ours" else net.theirs()).to(device).train(what == "training")
+    if compiled:
+        net.compile(model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if what == "training":
+        objective = net.objective(model) if who == "ours" else None
+        return steps(model, lambda: objective(batch)["loss"] if objective else net.loss(model, batch), scope)
+
+    def answer() -> None:
+        with torch.inference_mode(), scope():
+            net.answer(model, batch) if who == "ours" else net.reply(model, batch)
+    return answer
+
+
+def decoded(net: Net, device: torch.device, timer: Timer, best: dict[str, float], tokens: int) -> list[list[str]]:
+    """Greedy answers with a cache, ours and transformers' with its static one."""
+    rows = net.rows
+    peer, model = net.theirs().eval(), create(net.size, **net.like).eval()
+    assert not weights.load(model, peer.state_dict())
+    peer, model = (x.to(device, torch.bfloat16) for x in (peer, model))
+    prompts, out = net.tokens(rows, PROMPT).to(device), []
+    # What `generate` of transformers compiles by itself on a GPU takes longer than all else here.
+    asked = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "pad_token_id": 0, "max_new_tokens": tokens,
+             "min_new_tokens": tokens, "cache_implementation": "static", "disable_compile": True}
+
+    def ours() -> None:
+        for _ in generate(model, prompts.tolist(), tokens, sampling=Sampling(temperature=0.0)):
+            pass
+
+    seconds = {"peer": timer(lambda: peer.generate(prompts, **asked), 1), "ours": timer(ours, 1)}
+    for who, taken in seconds.items():
+        part = read(model, rows, tokens) * tokens / taken / best["bytes"]
+        out.append([net.size, f"{tokens} tokens greedily, {rows} at a time, bfloat16", who, figure(rows * tokens / taken),
+                    f"{seconds['peer'] / taken:.2f}", "-", "-", f"{100 * part:.0f} %"])
+    return out
+
+
+def tiny(net: Net) -> Net:
+    """The same of a test size, of no peer's where it names pictures."""
+    small = replace(net, size=TINY[net.size], rows=2, length=32 if isinstance(net, Picture) else 12, brief={})
+    return replace(small, length=getattr(small.empty().config, "image", small.length))
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="", help="these alone, parted by commas")
+    parser.add_argument("--batch", type=int, default=64, help="pictures a step")
+    parser.add_argument("--rows", type=int, default=16, help="rows of text a step; of Llama one")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--seconds", type=float, default=450, help="after which no line begins")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="test sizes, and no peers of their own sizes: tries the script")
+    options = begin(parser)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("There is no GPU here. `--device cpu --tiny` tries the script.")
+    options.until, timer = time.monotonic() + options.seconds, Timer(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    nets = [*pictures(options.batch), *writers(options.rows, options.length)]
+    nets = [tiny(net) if options.tiny else net for net in nets if net.size in (options.sizes or net.size).split(",")]
+    best = peaks(device, timer, options.tiny)
+    notes = [f"Measured peaks: {best['float32'] / 1e12:.1f} TFLOPS in float32, {best['bfloat16'] / 1e12:.1f} in bfloat16, "
+             f"{best['bytes'] / 1e9:,.0f} GB/s read; {free():.0f} GB of the host's memory free."]
+    notes += [right(net, device) for net in nets]
+    print("\n".join(notes), flush=True)
+    rows: list[list[str]] = []
+    todo = [net.size for net in nets]
+    try:
+        for size in () if options.sizes else ("gpt2-test", "llama-test") if options.tiny else ("gpt2", "smollm2-135m"):
+            for many in (1, 8):
+                net = Net(size, many, PROMPT, {"length": 32} if options.tiny else {})
+                rows += decoded(net, device, timer, best, 8 if options.tiny else 128)
+        for net in nets:
+            for row in lines(net, device, timer, best, options):
+                rows.append(row)
+                print(*row, sep=" | ", flush=True)
+            todo.remove(net.size)
+    except TimeoutError:
+        notes.append(f"After {options.seconds:.0f} s these were not run, or not whole: {', '.join(todo)}.")
+    report(f"On {device.type}", ["", "", "", "pictures or tokens/s", "to the peer", "MB", "MFU", "of memory"], rows,
+           options.save, "\n".join(notes))
+
+
+if __name__ == "__main__":
+    main()
