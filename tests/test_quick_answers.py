@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fieldguide
 from fieldguide import create
 from fieldguide.errors import SettingsError
 from fieldguide.generation import Sampling, generate
@@ -119,3 +120,27 @@ def test_answers_written_together_are_those_written_alone(monkeypatch):
     prompts = torch.randint(30, (9, 3)).tolist()
     say = lambda rows: torch.stack(list(generate(network, rows, 8, sampling=Sampling(temperature=0.0))), 1)
     assert torch.equal(say(prompts), torch.cat([say([p]) for p in prompts]))
+
+
+def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from fieldguide.cli import app
+    from fieldguide.speaker import Speaker
+    from test_speaker import bpe
+    torch.manual_seed(0)
+    tokenizer = bpe()
+    network = create("llama-test", vocab=tokenizer.get_vocab_size(), dim=64, length=64)
+    fieldguide.save(network, tmp_path, "hf")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    run = lambda weights: CliRunner().invoke(app, [
+        "predict", str(tmp_path), "the cat", "--set", f"weights={weights}", "--set", "temperature=0", "--set", "tokens=8"])
+    shrunk = []
+    monkeypatch.setattr("fieldguide.speaker.shrink", lambda network: (shrunk.append(network), shrink(network))[1])
+    for weights in ("float32", "int8"):
+        speaker = Speaker.load(tmp_path, eight=weights == "int8")
+        assert isinstance(speaker.network.head.weight, Int8) == (weights == "int8")
+        said = speaker.say(["the cat"], tokens=8, sampling=Sampling(temperature=0.0))
+        assert run(weights).stdout.rstrip("\n") == said[0].rstrip("\n")
+        assert len(shrunk) == (2 if weights == "int8" else 0)
+    assert "weights='int4' is none of float32, int8" in str(run("int4").exception)

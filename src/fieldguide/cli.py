@@ -140,7 +140,7 @@ def speak(model: Any, prompts: list[str], asked: dict[str, str], as_json: bool) 
     from fieldguide.progress import print_stream
     from fieldguide.speaker import Speaker, settled
     how, chat = settled(asked, prompts)
-    speaker = Speaker.load(model)
+    speaker = Speaker.load(model, eight=asked.get("weights") == "int8")
     asks = [speaker.question(p, chat) for p in prompts]
     if len(asks) == 1 and not as_json and how["beams"] == 1:
         print_stream(speaker.stream(asks[0], **{k: v for k, v in how.items() if k != "beams"}))

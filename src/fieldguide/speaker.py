@@ -15,6 +15,7 @@ from fieldguide.data.prepare import Text
 from fieldguide.errors import DataError, SettingsError, WeightsError, nearest
 from fieldguide.generation import Sampling, beam_search, generate
 from fieldguide.generation.chat import ChatTemplate
+from fieldguide.generation.int8 import shrink
 from fieldguide.generation.text import cut, pieces
 from fieldguide.pretrained import Checkpoint, described, filled
 from fieldguide.train.settings import from_text
@@ -29,9 +30,10 @@ class Speaker:
         self.network, self.text, self.ends, self.template = network.eval(), text, tuple(ends), template
 
     @classmethod
-    def load(cls, source: str | Path | Checkpoint, **overrides: Any) -> Speaker:
+    def load(cls, source: str | Path | Checkpoint, eight: bool = False, **overrides: Any) -> Speaker:
         """From a folder of transformers with its tokenizer, a GGUF file, or hf:organisation/name; or what `described` said of
-        one. Raises `WeightsError` for a network that does not say what follows, and where the tokenizer is missing."""
+        one. With `eight`, its weights are held in eight bits. Raises `WeightsError` for a network that does not say what
+        follows, and where the tokenizer is missing."""
         found, source = (source, source.path) if isinstance(source, Checkpoint) else (described(source), source)
         if "tokens" not in found.card.answers or found.card.takes != "tokens":
             raise WeightsError(f"{source} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to speak, a "
@@ -47,6 +49,7 @@ class Speaker:
                                f"{network.config.vocab:,}")
         ids = {name: made.token_to_id(token) for name, token in special.items()}
         ends = {i for i in (ids.get("eos_token"), *(made.token_to_id(t) for t in ENDS)) if i is not None}
+        network = shrink(network) if eight else network
         return cls(network, Text(made), sorted(ends), ChatTemplate(template, special) if template else None)
 
     def tokens(self, prompt: Prompt) -> list[int]:
@@ -99,12 +102,15 @@ class Speaker:
 
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>", "</s>")     # that answers end with
 
+HELD = ("float32", "int8")     # what weights may be while they answer
+
 
 def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str, Any], bool | None]:
     """What a user asks of a language model, as arguments of `say`, and whether it is a conversation (None: as the model
-    likes). Raises `SettingsError` for an unknown key, a value that cannot be, or nothing to go on from."""
+    likes); `weights` is looked at by who loads it. Raises `SettingsError` for an unknown key, a value that cannot be, or
+    nothing to go on from."""
     kinds = {**{f.name: int if f.name == "top_k" else float for f in fields(Sampling)}, "tokens": int, "beams": int,
-             "seed": int, "stop": str, "chat": bool}
+             "seed": int, "stop": str, "chat": bool, "weights": str}
     for key in asked:
         if key not in kinds:
             raise SettingsError(f"a language model is not asked with {key!r}.{nearest(key, kinds)} It knows "
@@ -112,6 +118,8 @@ def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str,
     if not prompts:
         raise SettingsError("say what to go on from: fieldguide predict MODEL 'Once upon a time'")
     said = {key: from_text(key, value, kinds[key]) for key, value in asked.items()}
+    if said.get("weights", HELD[0]) not in HELD:
+        raise SettingsError(f"weights={said['weights']!r} is none of {', '.join(HELD)}.")
     drawn = {f.name for f in fields(Sampling)}
     sampling = Sampling(**{"temperature": 0.8, "top_p": 0.95, **{k: v for k, v in said.items() if k in drawn}})
     return {"sampling": sampling, "tokens": said.get("tokens", 200), "beams": said.get("beams", 1), "seed": said.get("seed", 0),
