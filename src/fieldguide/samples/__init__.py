@@ -87,6 +87,11 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
            reaches=("accuracy", 0.78)),
     Sample("manual", "text-generation", "79 chapters of help on the Python language, about 460,000 characters",
            "Python's own (PSF-2.0)", "pydoc_data of the Python that runs", False, "", words.manual, reaches=("loss", 4.1)),
+    Sample("parameters", "question-answering", f"about 4,600 questions on {words.CONTEXTS:,} pieces of documentation: of what "
+           "type is a parameter, what is its default, what is it for? Differs a little with the installed version",
+           "the library's own (BSD-3-Clause); made on your machine, not distributed",
+           "what the docstrings of the installed scikit-learn say of parameters; questions by template", True, "answers",
+           words.parameters, 3.0, reaches=("f1", 0.5)),
     Sample("phrases", "translation", "6,000 simple sentences, English and German, made by rules of grammar",
            "made by fieldguide (Apache-2.0)", "written by our code: 20 nouns, 10 verbs, gender, case and word order", True,
            "german", words.phrases, reaches=("bleu", 95)),

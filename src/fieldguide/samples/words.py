@@ -1,11 +1,14 @@
-"""Texts: of which library is this sentence, help on Python, and simple sentences in two languages."""
+"""Texts: of which library is this sentence, help on Python, questions on parameters, and simple sentences in two languages."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import re
 import sysconfig
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from fieldguide.samples.files import digest, write
@@ -43,6 +46,16 @@ def paragraphs(folder: Path) -> Iterator[str]:
 
     In an order that is neither the alphabet's nor the file system's, so that the first few are a fair choice.
     """
+    for tree in parsed(folder):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if 30 <= len(text) <= 400 and text.isascii():
+                    yield text
+
+
+def parsed(folder: Path) -> Iterator[ast.Module]:
+    """The sources of a package that have docstrings, without its tests and what others wrote."""
     skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "ensurepip",
             "externals", "_inductor", "_dynamo", "onnx"}
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")]
@@ -51,14 +64,9 @@ def paragraphs(folder: Path) -> Iterator[str]:
         if b'"""' not in source:
             continue
         try:
-            tree = ast.parse(source)
+            yield ast.parse(source)
         except (SyntaxError, ValueError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                if 30 <= len(text) <= 400 and text.isascii():
-                    yield text
 
 
 def manual(folder: Path) -> None:
@@ -66,6 +74,58 @@ def manual(folder: Path) -> None:
     from pydoc_data.topics import topics
     for name, text in topics.items():
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+CONTEXTS = 1500            # of `parameters`
+PARAMETER = re.compile(r"(\w+) : (.+)")
+
+
+def parameters(folder: Path) -> None:
+    """What type is it, what is its default, what is it for? Questions by template on what scikit-learn's documentation says
+    of its parameters, two of one function at a time; answers stand there, or nowhere."""
+    found: dict[str, list[dict]] = {}
+    for tree in parsed(library_folder("sklearn")):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                described = list(documented(ast.get_docstring(node) or ""))
+                for pair in zip(described[::2], described[1::2]):
+                    context, asked = questioned(pair)
+                    found.setdefault(context, asked)
+    kept = sorted(found, key=digest)[:CONTEXTS]
+    paragraphs = [{"context": context, "qas": [{"id": f"{number}.{place}", **question} for place, question in enumerate(
+        found[context])]} for number, context in enumerate(kept)]
+    document = {"version": "v2.0", "data": [{"title": "Parameters", "paragraphs": paragraphs}]}
+    (folder / "data.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def documented(text: str) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, default and first sentence of each parameter of a docstring in numpy's style."""
+    lines = text.partition("Parameters\n----------\n")[2].split("\n")
+    for place, line in enumerate(lines):
+        if line.startswith("---"):                       # the next section
+            return
+        if not (named := PARAMETER.fullmatch(line)) or not line.isascii():
+            continue
+        words = " ".join(inner.strip() for inner in takewhile(lambda inner: inner.startswith(" "), lines[place + 1:]))
+        kind, _, default = named[2].partition(", default=")
+        if words.isascii() and (said := re.split(r"(?<=\.)\s(?=[A-Z])", words)[0][:200]):
+            yield named[1], kind, default, said
+
+
+def questioned(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[dict]]:
+    """What is said of parameters as one text, and about every other of the questions that can be asked of them."""
+    context, asked = "", []
+    for name, kind, default, said in pair:
+        context += f"{' ' if context else ''}{name} : "
+        for question, answer, before in ((f"What type is {name}?", kind, ""),
+                                         (f"What is the default of {name}?", default, ", default=" if default else ""),
+                                         (f"What is {name} for?", said, ". ")):
+            context += before
+            asked.append({"question": question, "answers": [{"text": answer, "answer_start": len(context)}] if answer else [],
+                          "is_impossible": not answer})
+            context += answer
+    chosen = [entry for entry in asked if digest(context + entry["question"])[0] % 2]
+    return context, chosen or asked[:1]
 
 
 NOUNS = ("man:Mann:m woman:Frau:f child:Kind:n dog:Hund:m cat:Katze:f horse:Pferd:n teacher:Lehrer:m girl:Mädchen:n "
