@@ -20,7 +20,7 @@ from fieldguide import configurations, weights
 from fieldguide.card import Card
 from fieldguide.configurations import TIMM, WRITTEN, Identified, identified, inwards, named, outwards, pixels
 from fieldguide.errors import SettingsError, WeightsError, nearest
-from fieldguide.recognition import FREE, Unfilled, headed, recognised, seen, sibling
+from fieldguide.recognition import FREE, Unfilled, headed, headless, recognised, seen, sibling
 from fieldguide.registry import card_of, find
 from fieldguide.train import distributed
 
@@ -142,8 +142,16 @@ def described(source: str | Path, name: str | None = None, watch: Callable[[str]
         card, size, changes = named(said, beside)
         origin = TIMM if TIMM in card.weights else None
     else:
-        card, size, origin = recognised(state, str(path))
+        try:
+            card, size, origin = recognised(state, str(path))
+        except WeightsError as error:
+            if "model_type" not in said:
+                raise
+            raise WeightsError(f"{beside} is of {' or '.join(said.get('architectures') or ['a network'])} "
+                               f"(model_type={said['model_type']!r}), which is no network here. {error}") from None
     values = {**card.sizes[size].overrides, **changes}
+    if headless(card, values, state):
+        values["gives"] = "vector"
     return Checkpoint(path, card, origin, {**values, **seen(card, values, state)}, state)
 
 
@@ -220,6 +228,8 @@ def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
                            f"Known are {', '.join(known) or 'none'}.")
     folder, said = Path(folder), outwards(card, known[origin], model.config)
     folder.mkdir(parents=True, exist_ok=True)
-    weights.save(model, folder / next(FILE[key] for key in WRITTEN if key in said), origin)
+    bare = f"{origin}-base"                              # names in files without a head, where they differ
+    names = bare if getattr(model.config, "gives", "") == "vector" and bare in card.weights else origin
+    weights.save(model, folder / next(FILE[key] for key in WRITTEN if key in said), names)
     (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
     return folder

@@ -41,6 +41,13 @@ def headed(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], o
     return "head.weight" in inwards(names, card.tables(card.config(**values))[origin]).state
 
 
+def headless(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint lacks the head by which its network would give labels, and it can do without."""
+    given = values.get("gives", card.answers[0])
+    best = max((done.state for _, done in translations(card, values, state)), key=len, default={})
+    return given == "label" and "vector" in card.answers and bool(best) and not any(n.startswith("head.") for n in best)
+
+
 def sibling(card: Card, origin: str, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     """Of an origin and those named after it ("diffusers-2022"), the one that knows most of a file's names."""
     names = {name: tensor.to("meta") for name, tensor in state.items()}

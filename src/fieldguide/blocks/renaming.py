@@ -68,4 +68,9 @@ class Dropped:
     means: Mapping[str, Any] = field(default_factory=dict)
 
 
+def unprefixed(table: Mapping[str, Row], prefix: str) -> dict[str, Row]:
+    """The names of a network that is a part of another in the table, as its own files have them."""
+    return {name.removeprefix(prefix): row for name, row in table.items()}
+
+
 Row = str | Transposed | Reshaped | Fused | Paired | Dropped | Zeros

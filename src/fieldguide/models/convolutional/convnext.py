@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,15 @@ from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is
 from fieldguide.blocks.conv import check_side
 from fieldguide.blocks.drop_path import DropPath, rising
 from fieldguide.blocks.norm import ChannelNorm
-from fieldguide.blocks.renaming import Reshaped, Row
+from fieldguide.blocks.readout import GIVES, architectures, readout
+from fieldguide.blocks.renaming import Reshaped, Row, unprefixed
 from fieldguide.card import Card, Size
 from fieldguide.errors import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    gives: str = "label"                                 # or vector: what a label would be read from
     classes: int = 1000
     channels: int = 3                                    # C
     patch: int = 4                                       # pixels a side that the stem puts together
@@ -65,6 +68,7 @@ class ConvNeXt(nn.Module):
     """
 
     block: type[nn.Module] = Block
+    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
 
     def __init__(self, config: Config):
         super().__init__()
@@ -82,7 +86,7 @@ class ConvNeXt(nn.Module):
             self.stages.append(nn.Sequential(*(self.block(width, next(drops)) for _ in range(depth))))
             dim = width
         self.norm = nn.LayerNorm(dim, config.eps)
-        self.head = nn.Linear(dim, config.classes)
+        self.head = readout(config, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -105,7 +109,7 @@ class ConvNeXt(nn.Module):
             levels[f"c{i + 2}"] = x = stage(self.steps[i - 1](x) if i else x)
         return levels
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes, or B D
         *_, x = self.features(x).values()
         return self.head(self.norm(x.mean((2, 3))))
 
@@ -164,11 +168,11 @@ def torchvision(config: Config) -> dict[str, Row]:
     return table
 
 
-def configuration(model_type: str, architecture: str) -> dict[str, ConfigRow]:
+def configuration(model_type: str, name: str) -> dict[str, ConfigRow]:
     """Keys of transformers' configurations of both versions."""
     return {
         "model_type": Is(model_type),
-        "architectures": Is([architecture]),
+        "architectures": architectures(name),
         "id2label": Counted("classes"),
         "num_channels": "channels",
         "patch_size": "patch",
@@ -189,7 +193,7 @@ def small(side: int) -> dict[str, int]:
 
 
 CARD = Card(
-    name="convnext", model=ConvNeXt, config=Config, paper="arXiv:2201.03545", year=2022, takes="image", gives="label",
+    name="convnext", model=ConvNeXt, config=Config, paper="arXiv:2201.03545", year=2022, takes="image", gives=GIVES,
     adapt=lambda need: small(need["image"]),
     sizes={
         "convnext-tiny": Size(params=28_589_128, source="torchvision"),
@@ -202,8 +206,9 @@ CARD = Card(
                                 source="timm"),
         "convnext-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
     },
-    weights={"timm": TIMM, "torchvision": torchvision, "huggingface": HUGGINGFACE, "authors": AUTHORS},
-    configs={"huggingface": configuration("convnext", "ConvNextForImageClassification")},
+    weights={"timm": TIMM, "torchvision": torchvision, "authors": AUTHORS,
+             "huggingface": HUGGINGFACE, "huggingface-base": unprefixed(HUGGINGFACE, "convnext.")},
+    configs={"huggingface": configuration("convnext", "ConvNext")},
     aliases={"timm": {f"convnext_{size}": f"convnext-{size}" for size in ("tiny", "small", "base", "large", "xlarge")}},
     # Section 2.1: AdamW with decay 0.05, smoothing 0.1, a long warm-up; 4e-3 at a batch of 4,096 is 1e-3 at some hundred.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.blocks.drop_path import DropPath
-from fieldguide.blocks.renaming import Reshaped, Row
+from fieldguide.blocks.readout import GIVES
+from fieldguide.blocks.renaming import Reshaped, Row, unprefixed
 from fieldguide.card import Card, Size
 from fieldguide.models.convolutional import convnext
 from fieldguide.models.convolutional.convnext import Config
@@ -89,7 +90,7 @@ HUGGINGFACE = {theirs.replace("convnext.", "convnextv2."): ours
     "convnextv2.encoder.stages.{s}.layers.{b}.grn.weight", "convnextv2.encoder.stages.{s}.layers.{b}.grn.bias")
 
 CARD = Card(
-    name="convnextv2", model=ConvNeXtV2, config=Config, paper="arXiv:2301.00808", year=2023, takes="image", gives="label",
+    name="convnextv2", model=ConvNeXtV2, config=Config, paper="arXiv:2301.00808", year=2023, takes="image", gives=GIVES,
     adapt=lambda need: convnext.small(need["image"]),
     sizes={
         "convnextv2-tiny": Size(drop_path=0.2, params=28_635_496, source="timm"),
@@ -104,8 +105,9 @@ CARD = Card(
                                 source="timm"),
         "convnextv2-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
     },
-    weights={"timm": timm, "huggingface": HUGGINGFACE, "authors": AUTHORS},
-    configs={"huggingface": convnext.configuration("convnextv2", "ConvNextV2ForImageClassification")},
+    weights={"timm": timm, "authors": AUTHORS,
+             "huggingface": HUGGINGFACE, "huggingface-base": unprefixed(HUGGINGFACE, "convnextv2.")},
+    configs={"huggingface": convnext.configuration("convnextv2", "ConvNextV2")},
     aliases={"timm": {f"convnextv2_{size}": f"convnextv2-{size}"
                       for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")}},
     # As for ConvNeXt.

@@ -15,17 +15,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.blocks.configs import Counted, Derived, Fixed, Is
+from fieldguide.blocks.readout import GIVES, architectures, readout
+from fieldguide.blocks.renaming import unprefixed
 from fieldguide.card import Card, Size
 from fieldguide.errors import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    gives: str = "label"                                 # or vector: what a label would be read from
     classes: int = 1000
     channels: int = 3                                    # C
     block: str = "bottleneck"                            # or "basic"
@@ -98,6 +102,8 @@ class ResNet(nn.Module):
     Raises `SettingsError` for an unknown block or stem, or where depths and widths differ in number.
     """
 
+    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
+
     def __init__(self, config: Config):
         super().__init__()
         if config.block not in BLOCKS or config.stem not in STEMS:
@@ -118,7 +124,7 @@ class ResNet(nn.Module):
                 stage.append(block(dim, width, 2 if level and not i else 1))
                 dim = width * block.growth
             self.stages.append(stage)
-        self.head = nn.Linear(dim, config.classes)
+        self.head = readout(config, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -145,7 +151,7 @@ class ResNet(nn.Module):
             levels[f"c{i + 2}"] = x = stage(x)
         return levels
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes, or B D
         *_, x = self.features(x).values()
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
@@ -175,7 +181,7 @@ def growth(block: str) -> int:
 
 CONFIG = {                                               # of transformers
     "model_type": Is("resnet"),
-    "architectures": Is(["ResNetForImageClassification"]),
+    "architectures": architectures("ResNet"),
     "id2label": Counted("classes"),
     "num_channels": "channels",
     "layer_type": "block",
@@ -192,7 +198,7 @@ CONFIG = {                                               # of transformers
 
 CARD = Card(
     name="resnet", model=ResNet, config=Config, paper="arXiv:1512.03385", year=2015,
-    takes="image", gives="label",
+    takes="image", gives=GIVES,
     # The first stem shrinks four times; pictures this small would have nothing left.
     adapt=lambda need: {"stem": "3x3"} if need["image"] <= 64 else {},
     sizes={
@@ -207,7 +213,8 @@ CARD = Card(
         "resnet18-small": Size(block="basic", depths=(2, 2, 2, 2), stem="3x3", classes=10),
         "resnet-test": Size(depths=(1, 2, 1), widths=(8, 16, 24), classes=5),
     },
-    weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG},
+    weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE, "huggingface-base": unprefixed(HUGGINGFACE, "resnet.")},
+    configs={"huggingface": CONFIG},
     aliases={"timm": {name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}},
     # Batch normalisation bears high learning rates; the decay is what keeps small data sets from being learnt
     # by heart.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.blocks.patches import patch_for
+from fieldguide.blocks.readout import GIVES, architectures, readout
 from fieldguide.blocks.renaming import Fused, Row
 from fieldguide.card import Card, Size
 from fieldguide.models.transformer import vit
@@ -38,13 +39,15 @@ class DeiT(vit.ViT):
 
     def make_head(self) -> None:
         self.dist = nn.Parameter(torch.empty(self.config.dim))
-        self.head = nn.Linear(self.config.dim, 2 * self.config.classes)          # one behind the other
+        self.head = readout(self.config, self.config.dim, 2)         # one behind the other
 
     def before(self) -> Tensor:                          # -> 2 D
         return torch.stack([self.cls, self.dist])
 
-    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, in training B 2 classes
+    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, in training B 2 classes; or B D
         x = self.read(image)
+        if self.config.gives == "vector":
+            return x[:, 0]
         weights, biases = self.head.weight.chunk(2), self.head.bias.chunk(2)
         x = torch.stack([F.linear(x[:, i], weights[i], biases[i]) for i in (0, 1)], 1)
         return x if self.training else x.mean(1)
@@ -60,13 +63,13 @@ def timm(c: Config) -> dict[str, Row]:
     return {"dist_token": vit.token("dist")} | with_two_heads(vit.timm(c), "head.*", "head", "head_dist")
 
 
-def huggingface(c: Config) -> dict[str, Row]:
-    return {"deit.embeddings.distillation_token": vit.token("dist")} | with_two_heads(
-        vit.huggingface(c, "deit."), "classifier.*", "cls_classifier", "distillation_classifier")
+def huggingface(c: Config, root: str = "deit.") -> dict[str, Row]:
+    return {root + "embeddings.distillation_token": vit.token("dist")} | with_two_heads(
+        vit.huggingface(c, root), "classifier.*", "cls_classifier", "distillation_classifier")
 
 
 CARD = Card(
-    name="deit", model=DeiT, config=Config, paper="arXiv:2012.12877", year=2020, takes="image", gives="label",
+    name="deit", model=DeiT, config=Config, paper="arXiv:2012.12877", year=2020, takes="image", gives=GIVES,
     adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
     sizes={
         "deit-tiny": Size(dim=192, heads=3, params=5_910_800, source="deit_tiny_distilled_patch16_224"),
@@ -77,8 +80,8 @@ CARD = Card(
         "deit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10),
         "deit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, drop_path=0.0),
     },
-    weights={"timm": timm, "huggingface": huggingface},
-    configs={"huggingface": vit.configuration("deit", "DeiTForImageClassificationWithTeacher")},
+    weights={"timm": timm, "huggingface": huggingface, "huggingface-base": lambda c: huggingface(c, "")},
+    configs={"huggingface": vit.configuration("deit", architectures("DeiT", "ForImageClassificationWithTeacher"))},
     # Table 9 at its batches of 1024, without its mixing of pictures, which pays in hundreds of epochs (--set mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,17 @@ from fieldguide.blocks.configs import Absent, Counted, Derived, Fixed, Is
 from fieldguide.blocks.drop_path import DropPath
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.patches import Patches, patch_for, spread
+from fieldguide.blocks.readout import GIVES, readout
 from fieldguide.blocks.renaming import Fused, Reshaped, Row
 from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.errors import SettingsError, WeightsError
 
 EPS = 1e-6       # of the normalisations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    gives: str = "label"         # or vector: what a label would be read from
     classes: int = 1000
     channels: int = 3            # C
     image: int = 518             # side of the pictures that places are learnt for; others may come
@@ -92,10 +94,12 @@ class Block(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """A picture of any size -> class logits, from the class token and the mean of the patches.
+    """A picture of any size -> class logits, from the class token and the mean of the patches; or the class token.
 
     Raises `SettingsError` where the head is to read more blocks than there are.
     """
+
+    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
 
     def __init__(self, config: Config):
         super().__init__()
@@ -109,7 +113,7 @@ class DINOv2(nn.Module):
         self.registers = nn.Embedding(c.registers, c.dim) if c.registers else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.dim, eps=EPS)
-        self.head = nn.Linear((1 + c.read) * c.dim, c.classes)
+        self.head = readout(c, (1 + c.read) * c.dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -158,13 +162,15 @@ class DINOv2(nn.Module):
                 found[f"b{i}"] = self.norm(x[:, 1 + self.config.registers:]).mT.unflatten(2, size)
         return found
 
-    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes
+    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, or B D
         x, _ = self.tokens(image)
         read, first = [], len(self.blocks) - self.config.read
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i >= first:
                 read.append(x[:, 0])
+        if self.config.gives == "vector":
+            return self.norm(x[:, 0])
         seen = self.norm(x[:, 1 + self.config.registers:]).mean(1)
         return self.head(torch.cat([*(self.norm(token) for token in read), seen], 1))
 
@@ -223,9 +229,23 @@ def registers(said: Mapping[str, Any]) -> dict[str, Any]:
             "antialias": said.get("interpolate_antialias", with_them)}
 
 
+KINDS = {"label": "ForImageClassification", "vector": "Model"}
+
+
+def kind(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What the network gives; which of the two it is, its type says."""
+    name = (said.get("architectures") or ["ForImageClassification"])[0]
+    end = name.removeprefix("Dinov2").removeprefix("WithRegisters")
+    found = next((gives for gives, known in KINDS.items() if known == end), None)
+    if found is None:
+        raise WeightsError(f"architectures={name!r}: known are Dinov2ForImageClassification and Dinov2Model, each also "
+                           "WithRegisters")
+    return {"gives": found}
+
+
 CONFIG = {                                               # of transformers
     "model_type": Is(lambda c: WITH if c.registers else WITHOUT, among=(WITH, WITHOUT)),
-    "architectures": Is(lambda c: [f"Dinov2{'WithRegisters' if c.registers else ''}ForImageClassification"]),
+    "architectures": Derived(kind, lambda c: [f"Dinov2{'WithRegisters' if c.registers else ''}{KINDS[c.gives]}"]),
     "id2label": Counted("classes"),
     "num_channels": "channels",
     "image_size": "image",
@@ -253,7 +273,7 @@ G = {"dim": 1536, "depth": 40, "heads": 24, "gated": True}
 BUT = "but for the mask token of D numbers, which only pre-training uses"
 
 CARD = Card(
-    name="dinov2", model=DINOv2, config=Config, paper="arXiv:2304.07193", year=2023, takes="image", gives="label",
+    name="dinov2", model=DINOv2, config=Config, paper="arXiv:2304.07193", year=2023, takes="image", gives=GIVES,
     adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
     sizes={
         "dinov2-small": Size(**S, params=22_825_192, source=f"facebook/dinov2-small-imagenet1k-1-layer, {BUT}"),

@@ -13,6 +13,7 @@ K windows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,15 @@ from fieldguide.blocks.configs import Absent, Counted, Is
 from fieldguide.blocks.drop_path import DropPath, rising
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.patches import Patches
-from fieldguide.blocks.renaming import Dropped, Fused, Row
+from fieldguide.blocks.readout import GIVES, architectures, readout
+from fieldguide.blocks.renaming import Dropped, Fused, Row, unprefixed
 from fieldguide.card import Card, Size
 from fieldguide.errors import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    gives: str = "label"                         # or vector: what a label would be read from
     classes: int = 1000
     channels: int = 3                            # C
     patch: int = 4
@@ -167,6 +170,8 @@ class Swin(nn.Module):
     Raises `SettingsError` where depths and heads differ in number.
     """
 
+    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
+
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
@@ -177,7 +182,7 @@ class Swin(nn.Module):
         rates = rising(c.drop_path, sum(c.depths))
         self.stages = nn.ModuleList(Stage(c, i, rates[sum(c.depths[:i]):][:depth]) for i, depth in enumerate(c.depths))
         width = c.dim * 2 ** (len(c.depths) - 1)
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, c.classes)
+        self.norm, self.head = nn.LayerNorm(width), readout(c, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -201,7 +206,7 @@ class Swin(nn.Module):
             found[name] = x.permute(0, 3, 1, 2)
         return found
 
-    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes
+    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, or B D
         *_, x = self.features(image).values()
         return self.head(self.norm(x.flatten(2).mT).mean(1))
 
@@ -256,7 +261,7 @@ def huggingface() -> dict[str, Row]:
 
 CONFIG = {                                               # of transformers
     "model_type": Is("swin"),
-    "architectures": Is(["SwinForImageClassification"]),
+    "architectures": architectures("Swin"),
     "id2label": Counted("classes"),
     "num_channels": "channels",
     "patch_size": "patch",
@@ -287,7 +292,7 @@ S, B, L = ({"depths": (2, 2, 18, 2), "drop_path": 0.3}, {"depths": (2, 2, 18, 2)
            "drop_path": 0.5}, {"depths": (2, 2, 18, 2), "dim": 192, "heads": (6, 12, 24, 48), "drop_path": 0.2})
 
 CARD = Card(
-    name="swin", model=Swin, config=Config, paper="arXiv:2103.14030", year=2021, takes="image", gives="label", adapt=adapt,
+    name="swin", model=Swin, config=Config, paper="arXiv:2103.14030", year=2021, takes="image", gives=GIVES, adapt=adapt,
     sizes={
         "swin-t": Size(params=28_288_354, source="swin_tiny_patch4_window7_224"),
         "swin-s": Size(**S, params=49_606_258, source="swin_small_patch4_window7_224"),
@@ -299,7 +304,8 @@ CARD = Card(
         "swin-mini": Size(dim=48, depths=(2, 2, 4), heads=(2, 4, 8), patch=2, window=4, classes=10, drop_path=0.1),
         "swin-test": Size(dim=8, depths=(2, 2, 2), heads=(1, 2, 4), patch=2, window=4, channels=2, classes=5, drop_path=0.0),
     },
-    weights={"timm": microsoft("", "head.fc.*"), "microsoft": microsoft(), "huggingface": huggingface()},
+    weights={"timm": microsoft("", "head.fc.*"), "microsoft": microsoft(),
+             "huggingface": huggingface(), "huggingface-base": unprefixed(huggingface(), "swin.")},
     configs={"huggingface": CONFIG},
     aliases={"timm": {f"swin_{name}_patch4_window7_224": f"swin-{name[0]}" for name in ("tiny", "small", "base", "large")}
              | {f"swin_{name}_patch4_window12_384": f"swin-{name[0]}-384" for name in ("base", "large")}},

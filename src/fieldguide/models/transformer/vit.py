@@ -14,21 +14,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is
+from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is, Known
 from fieldguide.blocks.drop_path import DropPath, rising
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.patches import Patches, patch_for, spread
+from fieldguide.blocks.readout import GIVES, architectures, readout
 from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Row
 from fieldguide.card import Card, Size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    gives: str = "label"         # or vector: what a label would be read from
     classes: int = 1000
     channels: int = 3            # C
     image: int = 224             # side of the pictures that places are learnt for; others may come
@@ -64,6 +67,7 @@ class ViT(nn.Module):
     """
 
     first = 1                                            # tokens before the patches
+    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
 
     def __init__(self, config: Config):
         super().__init__()
@@ -78,7 +82,7 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     def make_head(self) -> None:
-        self.head = nn.Linear(self.config.dim, self.config.classes)
+        self.head = readout(self.config, self.config.dim)
 
     def reset_parameters(self) -> None:
         std = 0.02 * max(768 / self.config.dim, 1) ** 0.5
@@ -129,7 +133,7 @@ class ViT(nn.Module):
             x = block(x, self.first if i == len(self.blocks) else None)
         return self.norm(x)
 
-    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes
+    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, or B D
         return self.head(self.read(image)[:, 0])
 
 
@@ -201,11 +205,11 @@ def huggingface(c: Config, root: str = "vit.") -> dict[str, Row]:
     }
 
 
-def configuration(model_type: str, architecture: str) -> dict[str, ConfigRow]:
+def configuration(model_type: str, architecture: Known) -> dict[str, ConfigRow]:
     """Keys of transformers' configurations of ViT and DeiT, whose eps is another where they do not say it."""
     return {
         "model_type": Is(model_type),
-        "architectures": Is([architecture]),
+        "architectures": architecture,
         "id2label": Counted("classes"),
         "num_channels": "channels",
         "image_size": "image",
@@ -227,7 +231,7 @@ L = {"dim": 1024, "depth": 24, "heads": 16}
 H = {"patch": 14, "dim": 1280, "depth": 32, "heads": 16}
 
 CARD = Card(
-    name="vit", model=ViT, config=Config, paper="arXiv:2010.11929", year=2020, takes="image", gives="label",
+    name="vit", model=ViT, config=Config, paper="arXiv:2010.11929", year=2020, takes="image", gives=GIVES,
     adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
     sizes={
         "vit-b16": Size(params=86_567_656, source="timm vit_base_patch16_224, torchvision vit_b_16"),
@@ -247,7 +251,7 @@ CARD = Card(
     },
     weights={"timm": timm, "torchvision": torchvision, "huggingface": huggingface,
              "huggingface-base": lambda c: huggingface(c, "")},
-    configs={"huggingface": configuration("vit", "ViTForImageClassification")},
+    configs={"huggingface": configuration("vit", architectures("ViT"))},
     aliases={"timm": {
         "vit_base_patch16_224": "vit-b16", "vit_base_patch32_224": "vit-b32", "vit_base_patch8_224": "vit-b8",
         "vit_base_patch16_384": "vit-b16-384", "vit_base_patch32_384": "vit-b32-384", "vit_tiny_patch16_224": "vit-ti16",
