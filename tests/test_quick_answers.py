@@ -13,7 +13,7 @@ import fieldguide
 from fieldguide import create
 from fieldguide.errors import SettingsError
 from fieldguide.generation import Sampling, generate
-from fieldguide.generation.few import LEAST, MOST, quick
+from fieldguide.generation.few import LEAST, MOST, FewRows, quick
 from fieldguide.generation.int8 import FEW, Int8, shrink
 
 
@@ -52,15 +52,16 @@ def test_any_other_operation_sees_floats():
     weight[2] = 0                                        # a row without a scale
     held, want = Int8.of(weight), rounded(weight).float()
     assert held.shape == (6, 4) and held.dtype == torch.float32 and held.device.type == "cpu" and "6, 4" in repr(held)
+    assert held.scale.min() > 0
     torch.testing.assert_close(F.embedding(at, held), want[at])
     torch.testing.assert_close(held.T @ held, want.T @ want)
     torch.testing.assert_close(torch.cat([held.split([2, 4])[1], held[:2]]), torch.cat([want[2:], want[:2]]))
 
 
-@pytest.mark.parametrize("size, tied", [("gpt2-test", True), ("llama-test", False)])
-def test_a_network_answers_as_with_rounded_weights(size, tied):
+@pytest.mark.parametrize("size, changes", [("gpt2-test", {}), ("llama-test", {}), ("llama-test", {"tied": True})])
+def test_a_network_answers_as_with_rounded_weights(size, changes):
     torch.manual_seed(0)
-    network = create(size, dim=64, vocab=100).eval()
+    network = create(size, dim=64, vocab=100, **changes).eval()
     with torch.no_grad():
         for p in network.parameters():
             p.normal_(std=0.3)
@@ -74,8 +75,8 @@ def test_a_network_answers_as_with_rounded_weights(size, tied):
     assert sum(p.numel() for p in network.parameters()) == before                # what was one tensor is one
     assert sum(p.numel() for p in held) > 0.9 * before and not any(p.requires_grad for p in network.parameters())
     assert all(isinstance(m.weight, Int8) for m in network.modules() if isinstance(m, nn.Linear))
-    if not tied:
-        assert network.head.weight is not network.embed.weight
+    if size == "llama-test":
+        assert (network.head.weight is network.embed.weight) == bool(changes)
     x = torch.randint(100, (5, 12))                      # more rows than `FEW`: in floats throughout
     with torch.inference_mode():
         want = peer(x)
@@ -101,13 +102,14 @@ def test_linear_layers_of_few_rows_are_the_same_in_the_other_order(rows, bias, m
     layer, x = nn.Linear(500, 1000, bias=bias), torch.randn(rows, 1, 500)
     with torch.no_grad():
         want = layer(x)
-        with quick(rows, x.device):
+        with FewRows():
             got = layer(x)
     assert got.shape == want.shape == (rows, 1, 1000)
     torch.testing.assert_close(got, want)
     assert calls == ([] if rows in (1, MOST + 1) else ["addmm" if bias else "mm"])
-    with torch.no_grad(), quick(rows, x.device):
+    with torch.no_grad(), FewRows():
         assert nn.Linear(40, 50)(torch.randn(rows, 40)).shape == (rows, 50) and len(calls) <= 1     # small ones as ever
+    assert isinstance(quick(rows, x.device), FewRows) == (LEAST <= rows <= MOST and torch.backends.mkl.is_available())
 
 
 def test_answers_written_together_are_those_written_alone(monkeypatch):

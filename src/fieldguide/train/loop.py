@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fieldguide.data.batches import Batches, mix, training
 from fieldguide.errors import TrainingError
+from fieldguide.host import keep_memory
 from fieldguide.objectives.base import Objective, Phase
 from fieldguide.train import checkpoint, distributed
 from fieldguide.train.ema import Average
@@ -160,6 +161,8 @@ class Trainer:
         before is saved in each case.
         """
         settings, state = self.settings, self.state
+        if self.device.type == "cpu":
+            keep_memory()
         stream = self.stream()
         if self.folder and distributed.rank() == 0 and settings.track in TRACKERS:
             self.tracker = TRACKERS[settings.track](self.folder, state.step)
