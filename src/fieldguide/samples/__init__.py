@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fieldguide.errors import DataError, nearest
-from fieldguide.samples import events, scanned, scenes, spoken, words
+from fieldguide.samples import events, reports, scanned, scenes, spoken, words
 
 VERSION = 1                # of what the makers below write; a change of it makes every sample anew
 
@@ -92,6 +92,9 @@ SAMPLES: dict[str, Sample] = {s.name: s for s in (
            "the library's own (BSD-3-Clause); made on your machine, not distributed",
            "what the docstrings of the installed scikit-learn say of parameters; questions by template", True, "answers",
            words.parameters, 3.0, reaches=("f1", 0.5)),
+    Sample("reports", "summarization", "4,000 reports of football matches, made by rules: who won, how high, who scored?",
+           "made by fieldguide (Apache-2.0)", "written by our code: teams, players, goals, and what does not matter", True,
+           "summary", reports.reports, 3.0),
     Sample("phrases", "translation", "6,000 simple sentences, English and German, made by rules of grammar",
            "made by fieldguide (Apache-2.0)", "written by our code: 20 nouns, 10 verbs, gender, case and word order", True,
            "german", words.phrases, reaches=("bleu", 95)),
