@@ -175,7 +175,8 @@ class Denoising(Packed):
             ids = list(pieces[0])
             for number, piece in enumerate(pieces[1:]):
                 ids += [int(self.sentinels[number]) if spans else self.text.hidden, *piece]
-            rows.append(np.array([*frame.before, *ids, *((frame.end,) if spans else frame.after)], dtype=np.int64))
+            close = (frame.end,) if spans else frame.after
+            rows.append(np.array([*frame.before, *ids, *self.between, *close], dtype=np.int64))
             if len(rows[-1]) > self.options.length:
                 raise DataError(f"{data.place(place)}: {len(rows[-1])} tokens, and the network reads {self.options.length}; "
                                 "shorten it.")
@@ -210,7 +211,7 @@ class Denoising(Packed):
         for token in said:
             if token in number:
                 at = number[token]
-            elif at is not None and token != self.frame.end:
+            elif at is not None and token not in (self.frame.end, self.text.sep):
                 found[at].append(token)
         return found[:gaps]
 
@@ -219,8 +220,9 @@ class Denoising(Packed):
         records = []
         for (first, *others), row in zip(self.asked, outputs["said"].astype(int)):
             said = [token for token in row.tolist() if token >= 0]
-            if self.options.damage == "infill":
-                records.append({"text": self.said(said).strip()})
+            if self.options.damage == "infill":          # rows are full in training: behind its end another text would begin
+                stop = next((place for place, token in enumerate(said) if token in self.between), len(said))
+                records.append({"text": self.said(said[:stop]).strip()})
                 continue
             filled, whole = self.fillings(said, len(others)), list(first)
             for filling, piece in zip(filled, others):
