@@ -4,8 +4,9 @@ New here: attention over space and over time in turn, so that its cost is that o
 places of all frames at once. A block is that of DiT (Peebles and Xie 2022, arXiv:2212.09748): time and label decide how
 its normalisations scale and shift and how much it adds, at first nothing ("adaLN-Zero").
 
-Initialisation: Glorot uniform matrices, zero biases; N(0, 0.02) for labels and the time's layers; zero for what time and
-label decide and for the last layer, as in the authors' code, so that an untrained network answers zero.
+Initialisation: Glorot uniform matrices, zero biases; zero for what time and label decide and for the last layer, so that an
+untrained network answers zero. Labels begin at N(0, 1) and the time's layers keep the size of what comes in; the authors'
+N(0, 0.02) for both is so little beside zeros that hundreds of steps learn no class.
 Shapes: B batch, F frames, C channels, S side, P side of a patch, N = (S/P)^2 patches of a frame, D width.
 """
 
@@ -117,11 +118,11 @@ class Latte(nn.Module):
                 if name.endswith("condition") or name == "head":
                     nn.init.zeros_(module.weight)
                 elif name in ("time1", "time2"):
-                    nn.init.normal_(module.weight, std=0.02)
+                    nn.init.normal_(module.weight, std=module.in_features ** -0.5)
                 else:                                    # queries, keys and values as one matrix, as the authors have it
                     nn.init.xavier_uniform_(module.weight.flatten(1))
         if self.label is not None:
-            nn.init.normal_(self.label.weight, std=0.02)
+            nn.init.normal_(self.label.weight)
 
     def told(self, time: Tensor, label: Tensor | None) -> Tensor:                # B, B -> B D
         places = torch.arange(WAVES // 2, dtype=torch.float32, device=time.device)
