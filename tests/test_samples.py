@@ -53,13 +53,19 @@ def test_docstrings_can_be_learnt_and_are_not_trivial():
     assert 0.72 < linear.score(words.transform(text[made.test]), label[made.test]) < 0.95
 
 
+def test_no_paragraph_of_the_manual_stands_twice():
+    texts = [path.read_text() for path in samples.path("manual").iterdir()]
+    found = [" ".join(p.split()) for text in texts for p in text.split("\n\n")]
+    assert len(found) == len(set(found)) and sum(map(len, texts)) > 300_000 and min(map(len, texts)) >= 200
+
+
 def test_made_once_in_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = samples.path("iris")
-    assert first == tmp_path / "fieldguide" / "samples" / "iris-v1" / "data.csv"
+    assert first == tmp_path / "fieldguide" / "samples" / f"iris-v{samples.VERSION}" / "data.csv"
     before = first.stat().st_mtime_ns
     assert samples.path("iris") == first and first.stat().st_mtime_ns == before
-    assert [p.name for p in first.parent.parent.iterdir()] == ["iris-v1"]  # no half-made folder is left
+    assert [p.name for p in first.parent.parent.iterdir()] == [f"iris-v{samples.VERSION}"]  # no half-made folder is left
 
 
 def test_a_maker_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fieldguide.samples.files import digest, write
 
+LEAST = 200                # characters of a topic of `manual`
 EACH = 800                 # texts of every class of `docstrings`
 LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars": "polars", "torch": "torch"}
 
@@ -70,10 +71,18 @@ def parsed(folder: Path) -> Iterator[ast.Module]:
 
 
 def manual(folder: Path) -> None:
-    """Python's own help on its language, a text a topic."""
+    """Python's own help on its language, a text a topic. Many topics are parts of others: each paragraph stays in the longest
+    topic that has it, or the test would ask for what was learnt by heart."""
     from pydoc_data.topics import topics
-    for name, text in topics.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    seen: set[str] = set()
+    for name, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
+        new = []
+        for paragraph in re.split(r"\n\s*\n", text):
+            if (words := " ".join(paragraph.split())) not in seen:
+                seen.add(words)
+                new.append(paragraph)
+        if len(own := "\n\n".join(new)) >= LEAST:
+            (folder / f"{name}.txt").write_text(own, encoding="utf-8")
 
 
 CONTEXTS = 1500            # of `parameters`
