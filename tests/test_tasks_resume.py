@@ -17,8 +17,9 @@ TINY = {"tabular-classification": "mlp-test", "tabular-regression": "mlp-test", 
         "text-classification": "lstm-classifier-test", "text-generation": "gpt2-test", "translation": "transformer-test",
         "recommendation": "sasrec-test", "image-segmentation": "unet-mini", "object-detection": "yolov8-test",
         "automatic-speech-recognition": "conformer-test", "image-text": "clip-test",
-        "visual-question-answering": "vilt-test", "question-answering": "bert-test"}
-SMALL = {"text-generation": {"task.vocab": "300"}, "translation": {"task.vocab": "300"},
+        "visual-question-answering": "vilt-test", "question-answering": "bert-test",
+        "summarization": "transformer-test"}
+SMALL = {"text-generation": {"task.vocab": "300"}, "translation": {"task.vocab": "300"}, "summarization": {"task.vocab": "300"},
          "question-answering": {"task.vocab": "300", "task.length": "128"}}
 ONE = {sample.task: name for name, sample in samples.SAMPLES.items()}           # a sample of each task
 
