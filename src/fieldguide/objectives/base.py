@@ -44,6 +44,14 @@ class Objective(nn.Module):
         """What scores and predictions are made of; every tensor has the batch as its first axis."""
         raise NotImplementedError
 
+    def with_asides(self, losses: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """The losses of a phase and what the networks that it trains ask for besides: a network with a method `asides` names
+        terms of its last pass and what each counts, such as how uneven the load of its experts was."""
+        asides = {name: aside for each in self.phases if each.name == phase for attribute in each.trains
+                  for name, aside in getattr(getattr(self, attribute), "asides", dict)().items()}
+        total = sum((weight * term for term, weight in asides.values()), losses["loss"])
+        return {**losses, "loss": total, **{name: term for name, (term, _) in asides.items()}}
+
     def phase_parameters(self, phase: Phase) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that a phase trains."""
         for attribute in phase.trains:

@@ -78,7 +78,7 @@ class Step(nn.Module):
         self.objective, self.phase = objective, phase.name
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.objective(batch, self.phase)
+        return self.objective.with_asides(self.objective(batch, self.phase), self.phase)
 
 
 class Runner:

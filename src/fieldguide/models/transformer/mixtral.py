@@ -13,12 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Is
+from fieldguide.blocks.cache import Cache
+from fieldguide.blocks.configs import Absent, Is
 from fieldguide.blocks.grouped import GatedMlp
 from fieldguide.blocks.renaming import Fused, Row
+from fieldguide.blocks.routing import unevenness
 from fieldguide.card import Card, Size
 from fieldguide.errors import SettingsError
 from fieldguide.models.transformer import llama
@@ -39,6 +40,7 @@ class Config:
     stretch: tuple[float, ...] = ()
     eps: float = 1e-5
     tied: bool = False           # the head is the embedding
+    balancing: float = 0.02      # of the loss: what an uneven load of the experts counts in training
 
 
 class Experts(nn.Module):
@@ -77,17 +79,23 @@ class Block(llama.Block):
 
 
 class Mixtral(llama.Llama):
-    """Tokens -> logits of the token that follows each; used as LLaMA is. `balance` is to be added to the loss."""
+    """Tokens -> logits of the token that follows each; used as LLaMA is. Training adds `asides` to the loss."""
 
     block = Block
+    real: Tensor | None = None                           # B T, tokens of the last training pass that are no padding
+
+    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
+        self.real = mask if self.training else None
+        return super().features(tokens, mask, cache)
 
     def balance(self) -> Tensor:
-        """How uneven the load of the last training pass was: E times the sum over experts of the share of choices that
-        fell on it and its mean probability; `used` where all are even."""
+        """How uneven the load of the last training pass was, over all layers together; `used` where all are even."""
         scores = torch.cat([block.mlp.scores for block in self.blocks])
-        chosen = scores.topk(self.config.used, 1).indices
-        share = F.one_hot(chosen, self.config.experts).to(scores.dtype).sum(1).mean(0)
-        return self.config.experts * (share * scores.softmax(1).mean(0)).sum()
+        return unevenness(scores, self.config.used, None if self.real is None else self.real.flatten().repeat(len(self.blocks)))
+
+    def asides(self) -> dict[str, tuple[Tensor, float]]:
+        """What the last training pass adds to the loss, and how much each counts."""
+        return {"balance_loss": (self.balance(), self.config.balancing)} if self.config.balancing else {}
 
 
 def experts(gate: str, up: str, down: str) -> dict[str, Row]:
@@ -105,6 +113,7 @@ CONFIG = {
     "num_local_experts": "experts",
     "num_experts_per_tok": "used",
     "sliding_window": Is(None),
+    "router_aux_loss_coef": Absent("balancing", 0.001),
 }
 
 CARD = Card(

@@ -12,14 +12,15 @@ Shapes: B batch, S source tokens, T target tokens, D width, N tokens of all rows
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Derived, Is
+from fieldguide.blocks.configs import Absent, Derived, Is
 from fieldguide.blocks.renaming import Row
+from fieldguide.blocks.routing import unevenness
 from fieldguide.card import Card, Size
 from fieldguide.errors import SettingsError
 from fieldguide.models.transformer import bart, nllb
@@ -44,6 +45,7 @@ class Config:
     begin: int = 2               # the token that answers begin with, before their language
     end: int = 2
     pad: int = 1
+    balancing: float = 0.01      # of the loss: what an uneven load of the experts counts in training
 
 
 class Experts(nn.Module):
@@ -77,8 +79,10 @@ class Experts(nn.Module):
 
 
 class NLLBMoE(nllb.NLLB):
-    """Source and what is said so far -> logits of the token that follows each of the latter; used as BART is. `balance` is
-    to be added to the loss."""
+    """Source and what is said so far -> logits of the token that follows each of the latter; used as BART is. Training adds
+    `asides` to the loss."""
+
+    real: ClassVar[dict[str, Tensor | None]] = {}        # tokens of a side in the last training pass that are no padding
 
     def network(self, layer: int) -> nn.Module:
         return Experts(self.config) if (layer + 1) % self.config.every == 0 else super().network(layer)
@@ -88,13 +92,24 @@ class NLLBMoE(nllb.NLLB):
         x = super().read(tokens, mask, *parts)
         return x if mask is None else x * mask[..., None]
 
+    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:      # B S, B S bool -> B S D
+        self.real = {"encoder": mask} if self.training else {}
+        return super().encode(source, mask)
+
+    def decode(self, tokens: Tensor, mask: Tensor | None, *parts: Any) -> Tensor:            # B T, B T bool -> B T D
+        self.real = {**self.real, "decoder": mask} if self.training else {}
+        return super().decode(tokens, mask, *parts)
+
     def balance(self) -> Tensor:
-        """How uneven the load of the last training pass was, mean over layers: E times the sum over experts of the share
-        of tokens that like it best and its mean probability; 1 where all are even (equation 11)."""
-        layers = [m.scores for m in self.modules() if isinstance(m, Experts)]
-        uneven = [F.one_hot(scores.argmax(1), self.config.experts).to(scores.dtype).mean(0) @ scores.softmax(1).mean(0)
-                  for scores in layers]
-        return self.config.experts * torch.stack(uneven).mean()
+        """How uneven the load of the last training pass was, mean over layers, by the expert that each token likes best; 1
+        where all are even (equation 11)."""
+        real = {side: None if mask is None else mask.flatten() for side, mask in self.real.items()}
+        return torch.stack([unevenness(block.mlp.scores, 1, real.get(side)) for side in ("encoder", "decoder")
+                            for block in getattr(self, side) if isinstance(block.mlp, Experts)]).mean()
+
+    def asides(self) -> dict[str, tuple[Tensor, float]]:
+        """What the last training pass adds to the loss, and how much each counts."""
+        return {"balance_loss": (self.balance(), self.config.balancing)} if self.config.balancing else {}
 
 
 def huggingface(c: Any) -> dict[str, Row]:
@@ -114,6 +129,7 @@ CONFIG = bart.config("nllb-moe", "NllbMoeForConditionalGeneration", "relu", scal
     "decoder_sparse_step": Is(lambda c: c.every),
     "moe_token_dropout": "masking",
     "router_bias": Is(False),
+    "router_aux_loss_coef": Absent("balancing", 0.001),
     "second_expert_policy": Is("all"),
     "moe_eval_capacity_token_fraction": Is(1.0),
     "normalize_router_prob_before_dropping": Derived(lambda t: {}, lambda c: False),     # the same where none are dropped
