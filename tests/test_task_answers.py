@@ -265,6 +265,22 @@ def test_ids_twice_and_answers_to_impossible_questions(tmp_path):
     assert KIND.examples(data, KIND.Options()).rows["answer"][5].to_list() == []
 
 
+def test_tables_are_read_alike_by_a_trained_task(tmp_path):
+    """Columns, starts and marks of a table as they were when it was learnt from; without answers only to predict."""
+    some = [{**row, "is_impossible": i % 7 == 0, "note": "x" * i} for i, row in enumerate(rows(40))]
+    path = table(tmp_path / "a.jsonl", some)
+    one, data = made(path, vocab=300)
+    again = one.read([path], answered=True)
+    assert again.rows["answer"].to_list() == data.rows["answer"].to_list() and one.truth(again)["answers"][0] == ()
+    assert one.truth(again)["answers"][1] == ("house 501",)
+    table(tmp_path / "b.jsonl", [{"context": row["context"], "question": row["question"] if i else " "}
+                                 for i, row in enumerate(some)])
+    asked = one.read([tmp_path / "b.jsonl"])
+    assert len(asked) == 39 and [(u.before, u.place) for u in asked.unread] == [(0, "b.jsonl:1")]
+    with pytest.raises(DataError, match="use `fieldguide predict`"):
+        one.read([tmp_path / "b.jsonl"], answered=True)
+
+
 def test_columns_of_other_names(tmp_path):
     some = [{"report": row["context"], "what": row["question"], "said": row["answer"]} for row in rows(40)]
     data = read(table(tmp_path / "a.jsonl", some), wants=KIND.wants, target="said")

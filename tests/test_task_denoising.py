@@ -90,6 +90,7 @@ def test_rows_hold_the_texts(file, name):
         follows = torch.where(target[:, :-1] < 0, text.pad, target[:, :-1])
         assert torch.equal(batch["tokens"][:, 1:], follows) and max(x.shape[1] for x in batch.values()) <= 40
     drawn = [batches.make(index, generator(seed)) for seed in (1, 1, 2)]
+    assert len({tuple(together(one, drawn[0], row)) for row in index}) > 0.9 * len(index) > 50        # pieces of all texts
     assert torch.equal(drawn[0]["source"], drawn[1]["source"])
     assert drawn[0]["source"].shape != drawn[2]["source"].shape or not torch.equal(drawn[0]["source"], drawn[2]["source"])
     assert {text.decode(t[:3]) for t in drawn[0]["source"].tolist()} != {text.decode(t[:3]) for t in first["source"].tolist()}
