@@ -61,7 +61,7 @@ class QuestionAnswering(Task):
         context: str | None = None       # the column of texts, where its name does not say so
         question: str | None = None      # the column of questions
         length: int | None = None        # tokens of a window: question and piece of the context
-        stride: int | None = None        # tokens from a window's begin to that of the next one
+        stride: int | None = None        # tokens from a window's begin to that of the next one, at most
         longest: int | None = None       # tokens of an answer
         vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
         tokenizer: str | None = None     # a tokenizer.json to use instead
@@ -112,8 +112,8 @@ class QuestionAnswering(Task):
         task.frame = framed(task.text)
         located = task.text.located(contexts.tolist())
         around = task.frame.size
-        asked = [min(len(ids), QUESTION) for ids in task.text.exactly(questions)]
-        sizes = [around + n + len(located[i][0]) for n, i in zip(asked, which)]
+        asked = [len(ids) for ids in task.text.exactly(questions)]
+        sizes = [around + min(n, QUESTION) + len(located[i][0]) for n, i in zip(asked, which)]
         task.median = int(np.median(sizes))
         rows = [(contexts[i], located[i][1], a[0]) for i, a in zip(which, task.right(data)) if a]
         if not rows:
@@ -132,11 +132,12 @@ class QuestionAnswering(Task):
         if long := sum(n > task.options.longest for n in tokens):
             task.notes.append(f"{long} training answers are longer than {task.options.longest} tokens, and answers so long are "
                               "not given (task.longest=... changes that)")
-        if cut := sum(len(ids) > task.most_asked for ids in task.text.exactly(questions)):
+        if cut := sum(n > task.most_asked for n in asked):
             task.notes.append(f"{cut} questions are longer than {task.most_asked} tokens and are cut there")
         if several := sum(n > length for n in sizes):
             task.notes.append(f"{100 * several / len(sizes):.1f} % of the contexts are read in windows of {length} tokens, "
-                              f"each {task.options.stride} behind the last (task.length=... and task.stride=... change that)")
+                              f"each at most {task.options.stride} behind the last (task.length=... and task.stride=... "
+                              "change that)")
         return task
 
     # Rows
@@ -210,9 +211,12 @@ class QuestionAnswering(Task):
         for text, (ids, spans) in zip(contexts.tolist(), self.text.located(contexts.tolist())):
             located.append((ids, widened(text, spans) if self.whole else spans, spans))
         asked = [ids[:self.most_asked] for ids in self.text.exactly(self.questions_of(data))]
-        around = self.frame.size
-        rows = [(number, first) for number, (ids, context) in enumerate(zip(asked, which))
-                for first in starts(len(located[context][0]), self.options.length - around - len(ids), self.options.stride)]
+        rows = []
+        for number, (ids, context) in enumerate(zip(asked, which)):
+            room = self.options.length - self.frame.size - len(ids)
+            # Windows overlap by the longest answer, or by half where they have little room, or an answer may be in none.
+            stride = min(self.options.stride, max(room // 2, room - self.options.longest))
+            rows += [(number, first) for first in starts(len(located[context][0]), room, stride)]
         number, first = np.array(rows, dtype=np.int64).reshape(-1, 2).T
         return Windows(self.text, self.frame, self.options.length, located, which, asked, number, first)
 
