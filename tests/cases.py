@@ -305,6 +305,14 @@ class Doubled(Logits):
             return super().forward(tokens, mask)
 
 
+def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float,
+                    softcap: float, **_: Any) -> tuple[Tensor, None]:
+    """transformers' own eager attention, but that it rounds nothing to float32."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    logits = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
+    return ((logits + attention_mask).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
 def huggingface_decoder(model: nn.Module) -> Peer:
     """The language model of transformers that our config, written as theirs, describes."""
     from fieldguide.configurations import outwards
@@ -312,8 +320,11 @@ def huggingface_decoder(model: nn.Module) -> Peer:
     from tv import transformers
     card = next(card for card in cards().values() if card.model is type(model))
     theirs = outwards(card, card.configs["huggingface"], model.config)
+    how = "plain" if theirs.get("attn_logit_softcapping") else "sdpa"    # torch's own knows no caps
+    transformers.AttentionInterface.register("plain", plain_attention)
+    transformers.AttentionMaskInterface.register("plain", transformers.masking_utils.eager_mask)
     config = transformers.AutoConfig.for_model(theirs.pop("model_type"), **theirs, pad_token_id=None, bos_token_id=None,
-                                               eos_token_id=None, attn_implementation="sdpa", experts_implementation="eager")
+                                               eos_token_id=None, attn_implementation=how, experts_implementation="eager")
     table = card.weights["huggingface"]
 
     def rename(state: State) -> dict[str, Tensor]:
@@ -663,6 +674,8 @@ CASES = {
     "llama": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "qwen3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "mixtral": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "gemma": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "gemma2": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2, overrides=(("cap", 20.0),)),
     "gemma3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "transformer": Case(inputs=pair, peer=torch_transformer, lr=2e-2),
     "t5": Case(inputs=pair, peer=writer, lr=3e-2),

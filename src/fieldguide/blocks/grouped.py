@@ -48,16 +48,18 @@ class GroupedAttention(nn.Module):
         q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
             k, v = cache.put(layer, k, v)                                                    # B groups K d
+        return self.proj(self.looked(q, k, v, seen))
+
+    def looked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:    # B heads T d, B groups K d -> B T D
+        """What queries take from the values whose keys answer them."""
         whole = seen is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
         if q.shape[2] == 1 and self.heads > self.groups:
             # The heads of a group become rows of one: keys and values are read once, not copied for each.
             x = F.scaled_dot_product_attention(q.view(len(q), self.groups, -1, self.width), k, v, seen, scale=self.scale)
-            x = x.reshape(len(x), 1, -1)
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, seen, is_causal=whole, scale=self.scale,
-                                               enable_gqa=self.heads > self.groups)
-            x = x.transpose(1, 2).flatten(2)
-        return self.proj(x)
+            return x.reshape(len(x), 1, -1)
+        x = F.scaled_dot_product_attention(q, k, v, seen, is_causal=whole, scale=self.scale,
+                                           enable_gqa=self.heads > self.groups)
+        return x.transpose(1, 2).flatten(2)
 
 
 class GatedMlp(nn.Module):

@@ -1,0 +1,130 @@
+"""Gemma 2: every second layer looks back a short way, logits have a bound (Gemma team 2024, arXiv:2408.00118).
+
+New here: layers of local and of global attention by turns; logits of attention and of the words are bent by a tanh so that
+none exceeds a cap; every part is normalised before and after.
+
+Initialisation: N(0, 0.02), norms at 1.
+Shapes: B batch, T tokens, D width, d width of a head, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fieldguide.blocks.cache import Cache, causal
+from fieldguide.blocks.configs import Derived, Is
+from fieldguide.blocks.grouped import GroupedAttention, Turn
+from fieldguide.card import Card, Size
+from fieldguide.errors import WeightsError
+from fieldguide.models.transformer import gemma, gemma3, llama
+from fieldguide.models.transformer.gemma3 import Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(gemma.Config):
+    dim: int = 2304              # D
+    depth: int = 26
+    groups: int = 4              # of heads that share keys and values
+    hidden: int = 9216           # width inside the gated networks
+    window: int = 4096           # tokens that a local layer sees, itself included
+    scale: int = 256             # products of queries and keys are divided by its root
+    attn_cap: float = 50.0       # no logit of attention is larger
+    cap: float = 30.0            # nor one of a word
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:        # ... -> ...
+    return cap * torch.tanh(logits / cap)
+
+
+class Attention(GroupedAttention):
+    """With capped logits, which torch's fused attention does not have."""
+
+    def __init__(self, c: Config):
+        super().__init__(c.dim, c.heads, c.groups, c.width, scale=c.scale ** -0.5)
+        self.cap = c.attn_cap
+
+    def looked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:    # B heads T d, B groups K d -> B T D
+        steps, keys = q.shape[2], k.shape[2]
+        if seen is None and steps > 1:                   # a row read at once, without padding
+            seen = torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)
+        q = q.unflatten(1, (self.groups, -1)).flatten(2, 3)      # heads of a group are rows of one: B groups heads/groups*T d
+        logits = capped((q @ k.mT) * self.scale, self.cap).unflatten(2, (-1, steps))
+        if seen is not None:                             # B 1 T K or T K: the same for all groups and heads
+            logits = logits.masked_fill(~(seen[:, :, None] if seen.ndim == 4 else seen), -torch.inf)
+        share = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        x = (share.flatten(2, 3) @ v).unflatten(2, (-1, steps))
+        return x.flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+class Block(gemma.Block):
+    """Attention, then a gated network; each normalises before and after, and adds its result."""
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.attn, self.post1, self.post2 = Attention(c), Norm(c.dim, c.eps), Norm(c.dim, c.eps)
+
+    def forward(self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
+        x = x + self.post1(self.attn(self.norm1(x), turn, seen, cache, layer))
+        return x + self.post2(self.mlp(self.norm2(x)))
+
+
+class Gemma2(gemma.Gemma):
+    """Tokens -> logits of the token that follows each; used as LLaMA is."""
+
+    block = Block
+
+    def masks(self, steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> list[Tensor | None]:
+        kinds = causal(steps, mask, cache, device, self.config.window), causal(steps, mask, cache, device)
+        return [kinds[layer % 2] for layer in range(self.config.depth)]
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # -> B T vocab
+        return capped(super().forward(tokens, mask, cache), self.config.cap)
+
+    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:       # -> B vocab
+        return capped(super().last(tokens, mask, cache), self.config.cap)
+
+
+HUGGINGFACE = {name: row for name, row in gemma3.HUGGINGFACE.items() if "_norm.weight" not in name or "self_attn" not in name}
+
+
+def alternating(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    if (kinds := theirs.get("layer_types")) and kinds != layers(len(kinds)):
+        raise WeightsError("layer_types: local and global layers stand here by turns, a local one first")
+    return {}
+
+
+def layers(depth: int) -> list[str]:
+    return [("sliding_attention", "full_attention")[i % 2] for i in range(depth)]
+
+
+CONFIG = {
+    "model_type": Is("gemma2"),
+    "architectures": Is(["Gemma2ForCausalLM"]),
+    **gemma.SHARED,
+    "hidden_activation": Derived(gemma.act, lambda c: "gelu_pytorch_tanh"),
+    "sliding_window": "window",
+    "layer_types": Derived(alternating, lambda c: layers(c.depth)),
+    "query_pre_attn_scalar": "scale",
+    "attn_logit_softcapping": "attn_cap",
+    "final_logit_softcapping": "cap",
+    "use_bidirectional_attention": Is(None, written=False),
+}
+
+CARD = Card(
+    name="gemma2", model=Gemma2, config=Config, paper="arXiv:2408.00118", year=2024, takes="tokens", gives="tokens",
+    sizes={
+        "gemma2-2b": Size(params=2_614_341_888, source="google/gemma-2-2b"),
+        "gemma2-9b": Size(dim=3584, depth=42, heads=16, groups=8, hidden=14_336, params=9_241_705_984,
+                          source="google/gemma-2-9b"),
+        "gemma2-27b": Size(dim=4608, depth=46, heads=32, groups=16, width=128, hidden=36_864, scale=144,
+                           params=27_227_128_320, source="google/gemma-2-27b"),
+        "gemma2-test": Size(vocab=30, length=12, dim=16, depth=3, heads=4, groups=2, width=6, hidden=10, window=3, scale=5,
+                            attn_cap=0.7, cap=0.5),
+    },
+    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG}, recipe=llama.CARD.recipe,
+)
