@@ -1,14 +1,16 @@
 """The networks of the catalogue's first half on a GPU: right, how quick, and what part of the GPU they use.
 
-    python benchmarks/gpu.py [--sizes resnet50,gpt2] [--batch 64] [--length 512] [--seconds 480] [--save]
-    python benchmarks/gpu.py --device cpu --tiny          # the script itself, tried in a minute where there is no GPU
+    python benchmarks/gpu.py [--sizes resnet50,gpt2] [--batch 64] [--length 512] [--seconds 450] [--save]
+    python benchmarks/gpu.py --device cpu --tiny --backend eager      # tries the script itself where there is no GPU
 
-First each network in float32 (without TF32) must answer on the GPU as it does on the CPU. Then, ours and the peer with the
-same weights, in float32 and in bfloat16 by autocast: answers and whole training steps (loss, gradients, clipping, fused
-AdamW), as they are and compiled. Then greedy answers with a cache, in bfloat16 weights. "MFU" is the multiply-adds of the
-network by table, twice, by those of products of large matrices measured here in the same precision; of training three times
-those of an answer. "of memory" is that of benchmarks/decoding.py. After --seconds no further line begins, and the rest is
-named. `fit` makes its steps on a GPU as "ours, bfloat16" has them.
+First each network in float32 (without TF32) must answer on the GPU as it does on the CPU. Then greedy answers with a cache,
+ours and the peer with the same weights, in bfloat16. Then, of the same configs, answers and whole training steps (loss,
+gradients, clipping, fused AdamW) in float32 and in bfloat16 by autocast; and at last in bfloat16 compiled, which takes most
+of the time: --sizes of a few networks lets each come to it. `fit` makes its steps on a GPU as "ours, bfloat16" has them.
+
+"MFU" is the multiply-adds of the network by table, twice, by those of products of large matrices measured here in the same
+precision; of training three times those of an answer. "of memory" is that of benchmarks/decoding.py. After --seconds no
+further line begins, and the rest is named.
 """
 
 from __future__ import annotations
@@ -105,36 +107,39 @@ def steps(model: nn.Module, loss: Callable[[], Tensor], scope: Callable) -> Call
     return step
 
 
-def lines(net: Net, device: torch.device, timer: Timer, best: dict[str, float],
+def lines(net: Net, compiled: str, device: torch.device, timer: Timer, best: dict[str, float], plain: dict[tuple, float],
           options: argparse.Namespace) -> Iterator[list[str]]:
-    """One network: every precision, ours and the peer, as it is and compiled."""
+    """One network, ours and the peer; `compiled` by this backend, then in bfloat16 alone. `plain` holds the peers' seconds as
+    they are, to which all others are compared."""
     batch, flops = moved(net, device), work(net)
-    sides = [(who, compiled) for compiled in ((False, True) if options.compile else (False,))
-             for who in (("ours",) if options.tiny and isinstance(net, Picture) else ("peer", "ours"))]
-    for precision in ("float32", "bfloat16"):
+    sides = ("ours",) if options.tiny and isinstance(net, Picture) else ("peer", "ours")
+    for precision in ("bfloat16",) if compiled else ("float32", "bfloat16"):
         for what, factor in (("answers", 1), ("training", 3)):
-            seconds = {}
-            for side in sides:
+            for who in sides:
                 if time.monotonic() > options.until:
                     raise TimeoutError
-                seconds[side] = timer(runner(net, *side, what, precision, batch, device), 1 if options.tiny else 10)
+                seconds = timer(runner(net, who, compiled, what, precision, batch, device), 1 if options.tiny else 10)
+                if who == "peer" and not compiled:
+                    plain[net.size, what, precision] = seconds
                 memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan")
-                ratio = seconds["peer", False] / seconds[side] if ("peer", False) in seconds else float("nan")
-                yield [net.size, f"{what}, {precision}", side[0] + (", compiled" if side[1] else ""),
-                       figure(net.amount / seconds[side]), f"{ratio:.2f}", f"{memory:,.0f}",
-                       f"{100 * factor * flops / seconds[side] / best[precision]:.0f} %", "-"]
+                yield [net.size, f"{what}, {precision}", who + (", compiled" if compiled else ""),
+                       figure(net.amount / seconds),
+                       f"{plain.get((net.size, what, precision), float('nan')) / seconds:.2f}", f"{memory:,.0f}",
+                       f"{100 * factor * flops / seconds / best[precision]:.0f} %", "-"]
                 gc.collect()
                 torch._dynamo.reset()
 
 
-def runner(net: Net, who: str, compiled: bool, what: str, precision: str, batch: dict[str, Tensor],
+def runner(net: Net, who: str, compiled: str, what: str, precision: str, batch: dict[str, Tensor],
            device: torch.device) -> Callable[[], object]:
     """A step of one side."""
     scope = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     torch.manual_seed(0)
-    model = (create(net.size, **net.like) if who == "ours" else net.theirs()).to(device).train(what == "training")
+    with device:                                         # numbers are drawn there, which is quicker
+        model = create(net.size, **net.like) if who == "ours" else net.theirs()
+    model.to(device).train(what == "training")
     if compiled:
-        net.compile(model)
+        net.compile(model, compiled)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if what == "training":
@@ -184,12 +189,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--seconds", type=float, default=450, help="after which no line begins")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--backend", default="inductor", help="what compiles")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="test sizes, and no peers of their own sizes: tries the script")
     options = begin(parser)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("There is no GPU here. `--device cpu --tiny` tries the script.")
+        raise SystemExit("There is no GPU here. `--device cpu --tiny --backend eager` tries the script.")
     options.until, timer = time.monotonic() + options.seconds, Timer(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
@@ -201,19 +207,20 @@ def main() -> None:
     notes += [right(net, device) for net in nets]
     print("\n".join(notes), flush=True)
     rows: list[list[str]] = []
-    todo = [net.size for net in nets]
+    ways = [("", net) for net in nets] + [(options.backend, net) for net in nets if options.compile]
+    todo, plain = [net.size + (", compiled" if compiled else "") for compiled, net in ways], {}
     try:
         for size in () if options.sizes else ("gpt2-test", "llama-test") if options.tiny else ("gpt2", "smollm2-135m"):
             for many in (1, 8):
                 net = Net(size, many, PROMPT, {"length": 32} if options.tiny else {})
                 rows += decoded(net, device, timer, best, 8 if options.tiny else 128)
-        for net in nets:
-            for row in lines(net, device, timer, best, options):
+        for compiled, net in ways:
+            for row in lines(net, compiled, device, timer, best, plain, options):
                 rows.append(row)
                 print(*row, sep=" | ", flush=True)
-            todo.remove(net.size)
+            todo.pop(0)
     except TimeoutError:
-        notes.append(f"After {options.seconds:.0f} s these were not run, or not whole: {', '.join(todo)}.")
+        notes.append(f"After {options.seconds:.0f} s these were not run, or not whole: {'; '.join(todo)}.")
     report(f"On {device.type}", ["", "", "", "pictures or tokens/s", "to the peer", "MB", "MFU", "of memory"], rows,
            options.save, "\n".join(notes))
 

@@ -73,9 +73,9 @@ class Net:
         """The peer's, as it computes it."""
         return peer(batch["tokens"], labels=batch["tokens"], use_cache=False).loss
 
-    def compile(self, model: nn.Module) -> None:
+    def compile(self, model: nn.Module, backend: str) -> None:
         """Either side's."""
-        model.compile()
+        model.compile(backend=backend)
 
     # What is run
 
@@ -125,10 +125,10 @@ class Masked(Net):
     def objective(self, model: nn.Module) -> Objective:
         return MaskedWords(model, self.inputs)
 
-    def compile(self, model: nn.Module) -> None:
-        model.compile()
+    def compile(self, model: nn.Module, backend: str) -> None:
+        model.compile(backend=backend)
         if hasattr(model, "features"):                   # ours, which learns by what it reads, not by all that it could say
-            model.features = torch.compile(model.features)
+            model.features = torch.compile(model.features, backend=backend)
 
     def reply(self, peer: nn.Module, batch: Batch) -> Tensor:
         return peer(batch["tokens"]).logits
