@@ -31,6 +31,7 @@ class Summarization(Translation):
                   kinds={"target": "text", "feature": "text"})
     metrics = (Metric("rouge1", "max", "ROUGE-1", percent=True), Metric("rouge2", "max", "ROUGE-2", percent=True),
                Metric("rougeL", "max", "ROUGE-L", percent=True), Metric("loss", "min", "nats a token"))
+    tested = 400                         # beams of a hundred tokens and more take long
     longest: ClassVar[int] = LONGEST
     made: ClassVar[str] = "Summaries"
 
