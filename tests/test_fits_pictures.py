@@ -1,0 +1,23 @@
+"""Networks for pictures learn from the sample `digits` with what their cards say, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from fieldguide.errors import SettingsError
+from fieldguide.fitting import fit
+
+LEARN = {"convnextv2-atto": (120, 0.4), "vit-mini": (120, 0.4), "dinov2-mini": (250, 0.8)}       # steps of 32; chance is 0.10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", LEARN)
+def test_it_learns_with_the_defaults_of_its_card(size, tmp_path):
+    steps, floor = LEARN[size]
+    run = fit("digits", model=size, out=tmp_path / "run", settings={"steps": steps, "batch": 32})
+    assert run.scores["accuracy"] > floor
+
+
+def test_pictures_that_are_too_small_are_said(tmp_path):
+    with pytest.raises(SettingsError, match="pictures of 8 pixels a side are too small: AlexNet pools three times"):
+        fit("digits", model="alexnet", out=tmp_path / "run", settings={"steps": 1})
