@@ -20,7 +20,7 @@ VERBS = {
     "fit": {"DATA", "--target", "--task", "--model", "--minutes", "--out", "--seed", "--group", "--time", "--resume",
             "--weights", "--allow-bad", "--set"},
     "predict": {"RUN", "INPUTS", "--out", "--json", "--set"},
-    "evaluate": {"RUN", "DATA", "--json"},
+    "evaluate": {"RUN", "DATA", "--json", "--set"},
     "check": {"DATA", "--target", "--task", "--group", "--time", "--allow-bad", "--set"},
     "models": {"GLOB", "--family", "--task", "--json"},
     "show": {"NAME", "--json", "--set"},
