@@ -284,7 +284,7 @@ def test_captions_end_to_end(tmp_path):
 def test_questions_end_to_end(tmp_path):
     table = album(tmp_path / "data", 400, "questions")
     run = fit(table, model="vilt-mini", out=tmp_path / "run", settings={**SETTINGS, "steps": 160, "evaluate": 40, "batch": 64,
-                                                                                "lr": 1e-3, "augment": "none"})
+                                                                                "lr": 1e-2, "augment": "none"})
     best = {b["name"]: b["scores"]["accuracy"] for b in run.record["scores"]["baselines"]}
     assert run.scores["accuracy"] > 0.85 > 0.6 > best["question only"] > best["most frequent answer"]
     photo = str(tmp_path / "data/photos/000.png")
