@@ -132,7 +132,7 @@ def test_intervals_of_gaps_and_decibels():
 
 def test_a_network_learns_to_film(tmp_path):
     run = fit(folder(tmp_path / "films", 40), task="video-generation", model="latte-pixels-16", out=tmp_path / "run", settings={
-        "steps": 60, "batch": 16, "precision": "float32", "evaluate": 30, "lr": 2e-3, "task.frames": 4, "model.dim": 64,
+        "steps": 60, "batch": 16, "precision": "float32", "evaluate": 30, "task.frames": 4, "model.dim": 64,
         "model.depth": 2, "ema": 0.9})
     others = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["frame_distance"] < 0.3 * others["noise"]["frame_distance"]

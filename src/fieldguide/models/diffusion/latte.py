@@ -181,9 +181,11 @@ CARD = Card(
         # On pixels, to be trained from nothing: 16 frames of 64, 8 of 32.
         "latte-pixels-64": Size(channels=3, image=64, patch=8, classes=0, dim=256, depth=8, heads=4),
         "latte-pixels-32": Size(channels=3, image=32, patch=4, frames=8, classes=0, dim=128, depth=6, heads=2),
-        "latte-pixels-16": Size(channels=1, image=16, patch=4, frames=8, classes=0, dim=128, depth=4, heads=2),
+        "latte-pixels-16": Size(channels=1, image=16, patch=8, frames=8, classes=0, dim=128, depth=4, heads=2),
         "latte-test": Size(frames=3, channels=2, image=8, patch=2, classes=3, dim=16, depth=4, heads=2),
     },
     weights={"official": OFFICIAL},
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
+    # Digits that move, 2.5 minutes of one core, asked actions recognised: adamw at 1e-3 .24 after 478 steps, muon .46 after
+    # 265; with patches of 8 instead of 4, 998 steps in these minutes and .82.
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
 )
