@@ -120,6 +120,7 @@ def compare(title: str, unit: str, peer: str, pairs: Sequence[Pair], options: ar
         best, low, high = (amounts[0] / amounts[1] * x for x in ratio(times, "ours", "peer"))
         rows.append([pair.what, *map(figure, speed), f"{best:.2f}", f"{low:.2f} to {high:.2f}",
                      f"{mine:.0f} / {theirs:.0f}", f"{theirs / mine:.2f}" if mine > 0 else "-"])
+        print(" | ".join(rows[-1]), flush=True)          # who has not the time for all of them sees what there is
         del runs
         gc.collect()
     report(title, ["", f"ours, {unit}/s", f"{peer}, {unit}/s", "ratio", "rounds", "MB, ours / peer", "ratio"], rows + short,
