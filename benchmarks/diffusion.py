@@ -1,6 +1,6 @@
 """The U-Net of DDPM, 35.7 million weights, 32 x 32 pictures: training steps and steps of sampling, against diffusers.
 
-    python benchmarks/pictures.py [--rounds 3] [--save]
+    python benchmarks/diffusion.py [--rounds 3] [--save]
 
 "like for like": no dropout, float32, clipped, fused AdamW, the peer's DDPMScheduler adds the noise, in a plain loop.
 "defaults": ours with its recipe (a running average of weights among it) and the precision and layout that `fit` chooses by
