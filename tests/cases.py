@@ -316,9 +316,9 @@ def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 def huggingface_decoder(model: nn.Module) -> Peer:
     """The language model of transformers that our config, written as theirs, describes."""
     from fieldguide.configurations import outwards
-    from fieldguide.registry import cards
+    from fieldguide.registry import card_of
     from tv import transformers
-    card = next(card for card in cards().values() if card.model is type(model))
+    card = card_of(model)
     theirs = outwards(card, card.configs["huggingface"], model.config)
     how = "plain" if theirs.get("attn_logit_softcapping") else "sdpa"    # torch's own knows no caps
     transformers.AttentionInterface.register("plain", plain_attention)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.registry import cards
+from fieldguide.registry import card_of
 from fieldguide.weights import tables, translate
+from tied import Tied
 from tv import transformers
 
 KIND = {"words": "ForMaskedLM", "label": "ForSequenceClassification", "labels": "ForTokenClassification",
@@ -68,7 +69,7 @@ def network(name: str, c: Any, kind: str = "", **other: Any) -> nn.Module:
     return built(configuration(name, c, **other), **plain)
 
 
-class Answers(nn.Module):
+class Answers(Tied):
     """Takes what ours takes, gives what ours gives; tied tensors have one name, as in files."""
 
     def __init__(self, peer: nn.Module, gives: str):
@@ -88,21 +89,10 @@ class Answers(nn.Module):
             return F.normalize((x * real).sum(1) / real.sum(1).clamp(min=1e-9), dim=1)
         return found.logits
 
-    def tied(self) -> dict[str, str]:
-        """Names of tensors that are another's too -> the name that files have."""
-        first, again = {}, {}
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            if (known := first.setdefault(id(tensor), name)) != name:
-                again[name] = known
-        return again
-
-    def load_state_dict(self, state, strict=True):
-        return super().load_state_dict(state | {again: state[name] for again, name in self.tied().items()}, strict)
-
 
 def encoder(model: nn.Module) -> tuple[nn.Module, Any]:
     """The peer of one of our encoders and what renames our tensors."""
-    name = next(name for name, card in cards().items() if card.model is type(model))
+    name = card_of(model).name
     peer = Answers(network(name, model.config), model.config.gives)
     table = tables(model)["huggingface"]
     real = {key for key, _ in peer.named_parameters()}

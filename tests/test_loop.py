@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from fieldguide.data import read
 from fieldguide.data.batches import Batches, generator, in_order, mix, plan, steps_per_epoch
 from fieldguide.errors import SettingsError, TrainingError
-from fieldguide.fitting import Silent
+from fieldguide.fitting import Silent, decide
 from fieldguide.objectives import Adversarial, Classification, Objective, Phase, Regression, Supervised
 from fieldguide.train.ema import Average
 from fieldguide.train.loop import Trainer
@@ -53,6 +54,18 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
     trainer(whole, double, optimizer="sgd", lr=0.1).train()
     trainer(parts, double, optimizer="sgd", lr=0.1, accumulate=accumulate).train()
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-9, atol=1e-11)
+
+
+def test_another_optimizer_brings_its_own_rate():
+    """A hundredth suits Muon and would blow up AdamW."""
+    recipe = Settings(optimizer="muon", lr=1e-2)
+    assert recipe.overruled({"optimizer": "adamw"}).lr == 1e-3
+    assert recipe.overruled({"optimizer": "adamw", "lr": "0.003"}).lr == 3e-3
+    assert recipe.overruled({"optimizer": "muon"}) == recipe.overruled({}) == recipe
+    with pytest.raises(SettingsError, match="none of adamw"):
+        recipe.overruled({"optimizer": "adam"})
+    made = decide(read("iris"), model="mlp-test", settings={"optimizer": "sgd", "steps": 2, "precision": "float32"})
+    assert (made.settings.optimizer, made.settings.lr) == ("sgd", 0.05)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])

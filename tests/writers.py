@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.configurations import outwards
-from fieldguide.registry import cards
+from fieldguide.registry import card_of
 from fieldguide.weights import tables, translate
+from tied import Tied
 from tv import transformers
 
 KINDS = {"t5": "T5", "bart": "Bart", "mbart": "MBart", "m2m_100": "M2M100", "nllb-moe": "NllbMoe"}
@@ -32,7 +33,7 @@ def two_experts(self: nn.ModuleDict, x: Tensor, first: Tensor, shares: Tensor) -
 moe.NllbMoeExperts.forward = two_experts
 
 
-class Pairs(nn.Module):
+class Pairs(Tied):
     """Takes what ours takes, gives what ours gives, in the precision that it is given; tied tensors have one name."""
 
     def __init__(self, peer: nn.Module):
@@ -53,21 +54,10 @@ class Pairs(nn.Module):
             return self.peer(input_ids=source, attention_mask=source_mask.long(), decoder_input_ids=tokens,
                              decoder_attention_mask=mask.long(), use_cache=False).logits
 
-    def tied(self) -> dict[str, str]:
-        """Names of tensors that are another's too -> the name that files have."""
-        first, again = {}, {}
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            if (known := first.setdefault(id(tensor), name)) != name:
-                again[name] = known
-        return again
-
-    def load_state_dict(self, state, strict=True):
-        return super().load_state_dict(state | {again: state[name] for again, name in self.tied().items()}, strict)
-
 
 def configuration(model: nn.Module, **other: Any) -> Any:
     """Our config written as that of transformers."""
-    card = next(card for card in cards().values() if card.model is type(model))
+    card = card_of(model)
     theirs = outwards(card, card.configs["huggingface"], model.config) | other
     kind = theirs.pop("model_type")
     kept = {key: value for key, value in theirs.items() if key != "architectures"}

@@ -118,7 +118,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     watch.chose(advice, config)
     recipe = Settings().with_(kind.recipe).with_(card.recipe)
     chosen = beginning.gentle(recipe, training, len(parts.train), begun, watch) if begun else recipe
-    chosen = teaching.named(chosen.with_(training))
+    chosen = teaching.named(chosen.overruled(training))
     batches = learnt.lessons(source.take(parts.train), card, chosen)
     scored = drawn(parts.validation, learnt.validated, seed)
     if len(scored) < len(parts.validation):

@@ -51,10 +51,17 @@ class Settings:
         """These settings with changes laid over; values may be text. Raises `SettingsError` for unknown keys."""
         return replace(self, **{key: parse(key, value) for key, value in changes.items()})
 
+    def overruled(self, asked: Mapping[str, Any]) -> Settings:
+        """A recipe with what a person asks laid over it. Its rate is for its optimizer: another one brings its own, unless
+        the person names a rate, too."""
+        other = "lr" not in asked and asked.get("optimizer", self.optimizer) != self.optimizer
+        return self.with_({"lr": RATES.get(asked["optimizer"], self.lr), **asked} if other else asked)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+RATES = {"adamw": 1e-3, "sgd": 0.05, "muon": 4e-3}       # by optimizer, where a recipe's rate is for another one
 CHOICES = {"optimizer": ("adamw", "sgd", "muon"), "schedule": ("cosine", "linear", "constant"),
            "precision": ("auto", "float32", "bfloat16"), "augment": ("none", "light", "standard"),
            "track": ("none", "tensorboard"), "tune": ("whole", "frozen", "lora"),

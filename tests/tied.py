@@ -1,0 +1,18 @@
+"""A peer of transformers whose tensors may be one another's: it is filled from files, in which each stands once."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class Tied(nn.Module):
+    def tied(self) -> dict[str, str]:
+        """Names of tensors that are another's too -> the name that files have."""
+        first, again = {}, {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if (known := first.setdefault(id(tensor), name)) != name:
+                again[name] = known
+        return again
+
+    def load_state_dict(self, state, strict=True):
+        return super().load_state_dict(state | {again: state[name] for again, name in self.tied().items()}, strict)
