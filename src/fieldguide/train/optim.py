@@ -77,13 +77,33 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(same, [u.view_as(p).to(p.dtype) for u, p in zip(update, same)], alpha=-scale)
 
 
+A, B, C = 3.4445, -4.7750, 2.0315        # of the quintic a x + b x^3 + c x^5 that every step applies to singular values
+
+
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:                      # N R C -> N R C
-    """Nearest semi-orthogonal matrices, roughly, by the quintic Newton-Schulz iteration of Muon."""
+    """Nearest semi-orthogonal matrices, roughly, by the quintic Newton-Schulz iteration of Muon.
+
+    Long ones are iterated by what multiplies them, a polynomial of x x^T, which costs products of R x R alone and gives the
+    same in float32; in bfloat16 the squares of small singular values would be lost.
+    """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()      # not every CPU is quick in bfloat16
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    if x.shape[-1] >= LONG * x.shape[-2] and x.dtype == torch.float32:
+        gram, whole = x @ x.mT, None
+        for step in range(steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+            factor.diagonal(dim1=-2, dim2=-1).add_(A)
+            whole = factor if whole is None else factor @ whole
+            if step < steps - 1:
+                gram = gram @ (factor @ factor)
+        x = whole @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
     return x.mT if tall else x
+
+
+LONG = 2           # columns a row, from which the way round costs less
