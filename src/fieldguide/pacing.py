@@ -12,6 +12,7 @@ from fieldguide.data.batches import Batches, steps_per_epoch, typical
 from fieldguide.errors import SettingsError
 from fieldguide.objectives import Objective
 from fieldguide.train import distributed
+from fieldguide.train.optim import orthogonalising
 from fieldguide.train.precision import fastest, seconds
 from fieldguide.train.settings import Settings
 
@@ -34,7 +35,7 @@ def with_batch(settings: Settings, rows: int, fewest: int, most: int) -> Setting
 def resolve(settings: Settings, objective: Objective, batches: Batches, evaluated: int,
             watch: Any, fewest: int, enough: int = ENOUGH) -> tuple[Settings, float, int]:
     """Fills in precision, layout, steps and evaluations by timing real batches; makes the batch smaller, down to `fewest`
-    examples, where the minutes would hold fewer steps than `enough`.
+    examples, where the minutes would hold fewer steps than `enough`, unless it is the optimiser that takes the time.
 
     Returns seconds a step too and, where the minutes decide on the steps, the count that is enough however quick they
     are; else 0.
@@ -54,7 +55,8 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
     watch.say("a step in " + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
               + f": {precision}{', channels-last' if last else ''}")
     steps, checks, most = settings.steps, CHECKS, 0
-    cost = lambda: (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1
+    update = orthogonalising(objective, distributed.device()) if settings.optimizer == "muon" else 0.0
+    cost = lambda: (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1 + update
     if steps is None:
         epochs = settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200))
         while True:
@@ -68,7 +70,7 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
             checks = int(np.clip(CHECKED * limit / check, 1, CHECKS))
             steps = max(1, min(steps, int(max(limit - checks * check, limit / 2) / cost())))
             half = settings.batch // parts // 2
-            if steps >= min(enough, most) or half * parts < fewest:
+            if steps >= min(enough, most) or half * parts < fewest or step * settings.accumulate / 2 < update:
                 break
             settings = settings.with_({"batch": half * parts})
             batch, making = timed_batch(batches, half)

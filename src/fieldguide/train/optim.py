@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -23,11 +25,16 @@ def schedule(settings: Settings, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
 
 
+def tables_of(objective: nn.Module) -> set[int]:
+    """Identities of the embeddings, which are tables of vectors and no matrices."""
+    return {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+
+
 def optimizers(objective: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]],
                settings: Settings) -> list[torch.optim.Optimizer]:
     """The optimiser(s) of one phase. Matrices and kernels decay; vectors, norms and embeddings do not. A group's `scale`
     is what of the rate is its own: less in lower layers where `layer_decay` says so."""
-    tables = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    tables = tables_of(objective)
     parameters = list(parameters)
     depth, top = levels(name for name, _ in parameters)
     parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -107,3 +114,21 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:                     
 
 
 LONG = 2           # columns a row, from which the way round costs less
+
+
+def orthogonalising(objective: nn.Module, device: torch.device) -> float:
+    """Seconds that Muon takes for the updates of a step, about: one matrix of each shape is timed."""
+    tables = tables_of(objective)
+    shapes = Counter(tuple(p.flatten(1).shape) for p in objective.parameters()
+                     if p.requires_grad and p.ndim >= 2 and id(p) not in tables)
+    total = 0.0
+    for shape, count in shapes.items():
+        matrix = torch.ones(1, *shape, device=device)
+        for _ in range(2):                                              # the first one warms up
+            started = time.perf_counter()
+            orthogonal(matrix)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            taken = time.perf_counter() - started
+        total += count * taken
+    return total

@@ -1,0 +1,63 @@
+"""How many steps, of how many examples, the minutes hold."""
+
+import pytest
+import torch
+from torch import nn
+
+from fieldguide import pacing
+from fieldguide.data.batches import Batches
+from fieldguide.fitting import Silent
+from fieldguide.objectives import Regression, Supervised
+from fieldguide.pacing import resolve, with_batch
+from fieldguide.train.settings import Settings
+
+EACH = 1e-3          # seconds that passes take for an example
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Passes take their time in proportion to the rows, on whatever machine."""
+    took = lambda batch: EACH * len(batch["x"])
+    monkeypatch.setattr(pacing, "fastest", lambda objective, batch, device, say: ("float32", False, {"float32": took(batch)}))
+    monkeypatch.setattr(pacing, "seconds", lambda objective, batch, *how: took(batch))
+
+
+def resolved(rows=4096, fewest=8, **settings):
+    table = torch.randn(rows, 4)
+    batches = Batches(rows, lambda index, generator=None: {"x": table[index], "target": table[index, :1]})
+    chosen = with_batch(Settings(**settings), rows, fewest, 64)
+    return resolve(chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, Silent(), fewest=fewest)
+
+
+def test_the_minutes_decide_on_the_steps():
+    """A tenth of a minute of examples at a millisecond each: less than 84 of 64."""
+    chosen, seconds, most = resolved(rows=4096, fewest=64, minutes=0.1)
+    assert chosen.batch == 64 and seconds == pytest.approx(0.064 * 1.1, rel=0.1)
+    assert 6 * 0.9 / 2 / seconds - 1 <= chosen.steps <= 6 * 0.9 / seconds and chosen.steps < most
+
+
+@pytest.mark.parametrize(("minutes", "batch"), [(0.1, 8), (0.5, 16)])
+def test_few_minutes_make_batches_smaller(minutes, batch):
+    """Half a minute holds a thousand steps of 16 examples and not of 32."""
+    chosen, _, most = resolved(minutes=minutes)
+    assert chosen.batch == batch
+    assert (chosen.steps >= min(pacing.ENOUGH, most)) == (batch == 16)
+
+
+def test_batches_are_not_made_smaller_where_the_optimizer_takes_the_time(monkeypatch):
+    monkeypatch.setattr(pacing, "orthogonalising", lambda objective, device: 0.1)
+    chosen, seconds, _ = resolved(minutes=0.1, optimizer="muon")
+    assert chosen.batch == 64 and seconds == pytest.approx(0.064 * 1.1 + 0.1, rel=0.1)
+    assert resolved(minutes=0.1)[0].batch == 8                       # AdamW makes nothing orthogonal
+
+
+def test_more_rows_make_larger_batches():
+    assert [with_batch(Settings(), rows, 8, 64).batch for rows in (3, 100, 1000, 100_000)] == [3, 8, 32, 64]
+    assert with_batch(Settings(accumulate=4), 1000, 8, 64).batch % 4 == 0
+
+
+def test_a_time_that_muon_takes_grows_with_the_matrices():
+    few, many = (pacing.orthogonalising(nn.Sequential(*[nn.Linear(256, 256) for _ in range(n)]), torch.device("cpu"))
+                 for n in (1, 50))
+    assert 0 < 5 * few < many
+    assert pacing.orthogonalising(nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4)), torch.device("cpu")) == 0
