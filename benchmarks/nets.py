@@ -24,8 +24,8 @@ Batch = dict[str, Tensor]
 @dataclass(frozen=True)
 class Net:
     """A size of ours that writes text, and transformers' own of the same config. `rows` of a batch, each of `length` tokens;
-    `like`: changes of config for what is compared like for like; `brief`: further ones for the check of large networks, all
-    of whose layers are alike."""
+    `like`: changes of config for what is compared like for like; `brief`: further ones for the check and the lessons of large
+    networks, all of whose layers are alike."""
 
     size: str
     rows: int
@@ -96,23 +96,30 @@ class Net:
         peer, batch = self.theirs(), self.batch()
         return answers(peer, lambda: self.reply(peer, batch))
 
-    def trained(self, like: bool, **settings: Any) -> Run:
-        model = create(self.size, **self.like if like else {})
+    def trained(self, like: bool, less: dict[str, Any], **settings: Any) -> Run:
+        model = create(self.size, **(self.like if like else {}) | less)
         return ours(model, self.inputs, fixed(self.batch()), 1, self.objective(model), **settings)
 
-    def trained_peer(self, **settings: Any) -> Run:
-        peer = self.theirs()
+    def trained_peer(self, less: dict[str, Any], **settings: Any) -> Run:
+        peer = self.theirs(**less)
         return stepped(peer, lambda batch: self.loss(peer, batch), [self.batch()], **settings)
 
     def pairs(self) -> list[Pair]:
-        billions = sum(p.numel() for p in self.empty().parameters()) / 1e9
-        room = lambda copies: 2 * 4 * copies * billions + 1              # GB: of both sides, and what passes through
+        return [Pair(f"{self.size}, answers", self.said, self.said_by_peer, self.amount, room=self.room(1)),
+                *self.lessons({}), *(self.lessons(self.brief) if self.brief else [])]
+
+    def lessons(self, less: dict[str, Any]) -> list[Pair]:
+        """What is timed of training, of the network with changes of its config."""
+        what, room = self.size + "".join(f" of {name} {value}" for name, value in less.items()), self.room(4, **less)
         return [
-            Pair(f"{self.size}, answers", self.said, self.said_by_peer, self.amount, room=room(1)),
-            Pair(f"{self.size}, training, like for like", lambda: self.trained(True, precision="float32", **LIKE),
-                 lambda: self.trained_peer(fused=True, **LIKE), self.amount, room=room(4)),
-            Pair(f"{self.size}, training, defaults", lambda: self.trained(False, **recipe(self.size)),
-                 lambda: self.trained_peer(lr=1e-3), self.amount, room=room(4))]
+            Pair(f"{what}, training, like for like", lambda: self.trained(True, less, precision="float32", **LIKE),
+                 lambda: self.trained_peer(less, fused=True, **LIKE), self.amount, room=room),
+            Pair(f"{what}, training, defaults", lambda: self.trained(False, less, **recipe(self.size)),
+                 lambda: self.trained_peer(less, lr=1e-3), self.amount, room=room)]
+
+    def room(self, copies: int, **less: Any) -> float:
+        """GB of so many copies of both sides, and of what passes through."""
+        return 2 * 4 * copies * sum(p.numel() for p in self.empty(**less).parameters()) / 1e9 + 1
 
 
 class Masked(Net):
@@ -190,7 +197,7 @@ def pictures(rows: int, side: int = 224) -> list[Net]:
 
 
 def writers(rows: int, length: int) -> list[Net]:
-    """Dropped out is alike on both sides. Llama learns and is checked with a few rows and layers: all of it takes 20 GB."""
+    """Dropped out is alike on both sides. Llama has one row, and learns and is checked with two layers, too."""
     return [
         Masked("bert-base", rows, length), Net("gpt2", rows, length),
         Net("llama3.2-1b", 1, length, brief={"depth": 2}),
