@@ -71,7 +71,7 @@ def learnt(tmp_path, name, **options):
     table = album(tmp_path / name, 60, "captions" if name == "image-text" else "questions")
     kind = task(name)
     asked = kind.options_from(options)
-    data = kind.examples(read_as(table, name), asked)
+    data = kind.examples(kind.narrowed(read_as(table, name)), asked)
     return kind.learn(data, asked), data
 
 
@@ -308,7 +308,7 @@ def test_classes_of_a_column_are_tested_by_words_alone(tmp_path):
     damage.write(table, ["image,caption,label", *(f"{r},{next(c for c in COLOURS if c in r)}" for r in rows[1:])])
     kind = task("image-text")
     options = kind.options_from({"template": "a {} square"})
-    data = kind.examples(read_as(table, kind.name), options)
+    data = kind.examples(kind.narrowed(read_as(table, kind.name)), options)
     it = kind.learn(data, options)
     assert it.classes == sorted(COLOURS) and it.columns[-2].role == "ignored"
     truth = it.truth(data)

@@ -424,6 +424,34 @@ def test_a_kind_can_be_overruled(mixed, tmp_path):
     assert {c.name: c.kind for c in run.task.inputs()} == {"size": "category", "weight": "number", "colour": "category"}
 
 
+def pictures_table(root, rows: int = 60) -> pl.DataFrame:
+    """Bright and dark pictures, what they are, and a number that no network for pictures reads."""
+    paths, bright = [root / f"{i}.png" for i in range(rows)], np.arange(rows) % 2
+    for i, path in enumerate(paths):
+        pixels = np.random.default_rng(i).integers(128 * bright[i], 128 * bright[i] + 120, (16, 16), np.uint8)
+        Image.fromarray(pixels).save(path)
+    table = pl.DataFrame({"image": [str(p) for p in paths], "weight": np.random.default_rng(0).normal(size=rows),
+                          "label": ["bright" if b else "dark" for b in bright]})
+    table.write_csv(root / "table.csv")
+    return table
+
+
+def test_columns_that_a_task_does_not_read_are_shown_as_ignored_and_not_asked_for(tmp_path):
+    pictures_table(tmp_path)
+    run = fieldguide.fit(tmp_path / "table.csv", model="simplecnn", settings={"steps": 2}, out=tmp_path / "run")
+    weight = run.task.columns[1]
+    assert (weight.role, weight.why) == ("ignored", "image-classification reads image alone")
+    assert run.predict(tmp_path / "0.png")[0]["label"] in ("bright", "dark")
+
+
+def test_pictures_to_be_made_without_classes_are_so_loudly(tmp_path):
+    pictures_table(tmp_path).rename({"label": "kind"}).write_csv(tmp_path / "table.csv")
+    kind = task("image-generation")
+    notes = [kind.learn(kind.narrowed(read(tmp_path / "table.csv", wants=kind.wants, target=target)), kind.Options()).notes
+             for target in (None, "kind")]
+    assert "--target kind has it made by class" in notes[0][0] and not notes[1]
+
+
 def test_task_options(tmp_path):
     with pytest.raises(SettingsError, match=r"task.sise.*Did you mean 'side'"):
         task("image-classification").options_from({"sise": 3})

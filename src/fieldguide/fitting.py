@@ -92,6 +92,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     training["seed"] = seed
     budget = Settings().with_(training).minutes or float("inf")
     kind, why = (asked_for(task, source), "you asked for it") if task else infer(source)
+    source = kind.narrowed(source)
     watch.found(source, kind, why)
     begun = None
     if weights is not None:
@@ -239,7 +240,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         with np.load(run.path / "splits.npz", allow_pickle=False) as saved:
             parts = Splits(saved["train"], saved["validation"], saved["test"], run.record["data"]["split"]["how"])
         task, card = run.task, run.card
-        source = task.examples(source, task.options)
+        source = task.examples(task.narrowed(source), task.options)
         scored = drawn(parts.validation, task.validated, chosen.seed)
         watch.found(source, type(task), run.record["choice"]["why"])
         torch.manual_seed(chosen.seed)

@@ -69,6 +69,7 @@ class Task:
     takes: ClassVar[tuple[str, ...]]                # card.takes that it can feed
     gives: ClassVar[tuple[str, ...]]                # card.gives that it can use
     feature: ClassVar[tuple[str, ...]] = ()         # kinds of the one column that an example is, where it is one
+    beside: ClassVar[tuple[str, ...]] = ()          # kinds of columns that are read with it
     metrics: ClassVar[tuple[Metric, ...]]           # the first is the one to judge a network by
     decides: ClassVar[str] = ""                     # the metric by which training keeps its best weights, where another
     recipe: ClassVar[Mapping[str, Any]] = {}        # training settings laid over the general ones
@@ -123,8 +124,16 @@ class Task:
         return laid_over(cls.Asking(), changes, cls.name, "")
 
     @classmethod
+    def narrowed(cls, data: Data) -> Data:
+        """The table as read whose features are the columns that this task reads; others are ignored."""
+        read = (*cls.feature, *cls.beside)
+        other = lambda c: bool(cls.feature) and c.role == "feature" and c.kind not in read
+        out = lambda c: replace(c, role="ignored", why=f"{cls.name} reads {' and '.join(read)} alone")
+        return replace(data, columns={n: out(c) if other(c) else c for n, c in data.columns.items()})
+
+    @classmethod
     def examples(cls, data: Data, options: Any) -> Data:
-        """The table as read made into one with a row an example: series into windows, interactions into users. Sets
+        """The table, narrowed, made into one with a row an example: series into windows, interactions into users. Sets
         `splits` where chance must not make them."""
         return data
 
@@ -257,7 +266,7 @@ class Task:
 
     def read_one(self, source: Any, answered: bool) -> Data:
         data = read(source, schema=self.columns, labels_optional=not answered, lenient=not answered)
-        return self.examples(data, self.options) if answered else data
+        return self.examples(self.narrowed(data), self.options) if answered else data
 
     # Reporting
 

@@ -120,9 +120,17 @@ class ImageGeneration(Task):
         task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)           # -1 .. 1
         task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target and not captioned else []
         task.options = settled(options, side=side, channels=channels)
+        task.note_classes()
         if captioned:
             task.learn_captions(data.rows[data.target.name].fill_null("").to_list())
         return task
+
+    def note_classes(self) -> None:
+        """Says which columns could tell what to make, where none does."""
+        could = [c.name for c in self.columns if c.role == "ignored" and discrete(c)]
+        if could and not any(c.role == "target" for c in self.columns):
+            self.notes.append(f"nothing says what to make, so what is made is like all of them together: --target "
+                              f"{could[0]} has it made by class")
 
     def learn_captions(self, texts: list[str]) -> None:
         """Learns the vocabulary; settles its size and the length."""

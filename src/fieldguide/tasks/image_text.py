@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -106,13 +106,6 @@ class ImageText(Pictured):
         if len(data.features("image")) != 1:
             return "one column of pictures"
         return None if data.target and data.target.kind == "text" else "a column of captions (name it with --target)"
-
-    @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
-        """Beside picture and caption no column is an input."""
-        data = super().examples(data, options)
-        return replace(data, columns={n: replace(c, role="ignored") if c.role == "feature" and c.kind != "image" else c
-                                      for n, c in data.columns.items()})
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:

@@ -84,6 +84,7 @@ class VideoGeneration(ImageGeneration):
         task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)           # -1 .. 1
         task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target else []
         task.options = settled(options, side=side, channels=channels, frames=frames)
+        task.note_classes()
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
             task.notes.append(f"{short} films are shorter than {frames} frames: their last frame is repeated")
         return task

@@ -39,13 +39,16 @@ class VisualQuestionAnswering(Pictured, Labelled):
     name = "visual-question-answering"
     reads = "a table with a column of pictures, one of questions and one of answers (--target)"
     takes = ("captioned",)
+    beside = ("text",)
     wants = Wants("last", names=("answer", "answers"), kinds={"target": "category"},
                   columns={"question": "text", "image": "image", "image_path": "image"})
     metrics = (Metric("accuracy", "max", "right", percent=True),
                Metric("balanced_accuracy", "max", "right, averaged over answers", percent=True),
                Metric("log_loss", "min", "nats a question whose answer was learnt"),
                Metric("calibration_error", "min", "mean gap between confidence and accuracy"))
-    recipe: ClassVar = {"augment": "light", "smoothing": 0.05, "patience": 10}
+    # Each picture has several questions, and is soon known by heart. DAQUAR in 4 minutes of one core, 375 steps of 128,
+    # validation accuracy: .210 where pictures are augmented lightly, .222 so.
+    recipe: ClassVar = {"augment": "standard", "smoothing": 0.05, "patience": 10}
 
     @dataclass(frozen=True)
     class Options:
@@ -74,13 +77,6 @@ class VisualQuestionAnswering(Pictured, Labelled):
         if len(data.features("text")) != 1:
             return "one column of questions (call it question, or --set column.NAME=text)"
         return super().lacks(data)
-
-    @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
-        """Beside picture and question no column is an input."""
-        data = super().examples(data, options)
-        other = lambda c: c.role == "feature" and c.kind not in ("image", "text")
-        return replace(data, columns={n: replace(c, role="ignored") if other(c) else c for n, c in data.columns.items()})
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
