@@ -13,11 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from typer.testing import CliRunner
 
 from fieldguide import cli, weights
+from fieldguide.card import OPENAI
 from fieldguide.errors import DataError, SettingsError, WeightsError
 from fieldguide.fitting import fit
 from fieldguide.pretrained import load
 from fieldguide.registry import create
-from fieldguide.zero_shot import SCALE, ZeroShot, prepared
+from fieldguide.zero_shot import ZeroShot, prepared
 from test_folders import settled
 from tv import transformers
 
@@ -37,10 +38,9 @@ def clip_tokenizer() -> Tokenizer:
     return made
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A CLIP as the hub has it: weights, tokenizer, how pictures are prepared."""
-    path, tokenizer = tmp_path_factory.mktemp("clip"), clip_tokenizer()
+def clip_folder(path):
+    """A CLIP as the hub has it: weights and tokenizer."""
+    tokenizer = clip_tokenizer()
     end = tokenizer.token_to_id(ENDS[1])
     torch.manual_seed(0)
     tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "quick_gelu"}
@@ -51,8 +51,16 @@ def folder(tmp_path_factory):
         projection_dim=8))).save_pretrained(path)
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=ENDS[0], eos_token=ENDS[1], pad_token=ENDS[1]
                                          ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With how pictures are prepared."""
+    path = clip_folder(tmp_path_factory.mktemp("clip"))
     (path / "preprocessor_config.json").write_text(json.dumps({
-        "size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "resample": 3, **SCALE}))
+        "size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "resample": 3, "image_mean": OPENAI[0],
+        "image_std": OPENAI[1]}))
     return path
 
 
@@ -137,7 +145,7 @@ def test_texts_are_encoded_once(folder, pictures, monkeypatch):
 
 def test_long_names_are_cut_where_the_network_ends(folder):
     zero = ZeroShot.load(folder)
-    ids = zero.task.tokens(["a " * 40, "cat"])
+    ids, _ = zero.task.tokens(["a " * 40, "cat"])
     end = zero.task.end
     assert [len(ids[0]), ids[0][0], ids[0][-1], ids[1][-1]] == [16, end - 1, end, end] and (ids[0] == end).sum() == 1
 
@@ -245,7 +253,7 @@ def test_preparations_in_open_clips_words(tmp_path):
     how = prepared(tmp_path, 24, 3)
     assert (how.mean, how.std, how.fit, how.filter) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "stretch", Image.Resampling.BILINEAR)
     plain = prepared(tmp_path / "none", 24, 3)
-    assert plain.mean == SCALE["image_mean"] and plain.filter == Image.Resampling.BICUBIC
+    assert plain.mean == OPENAI[0] and plain.filter == Image.Resampling.BICUBIC
 
 
 @pytest.mark.slow
@@ -261,7 +269,7 @@ def test_runs_of_ours(tmp_path, pictures):
     asked = run.predict(str(pictures), classes="red,green,blue", templates="a {} square on the left|a {} square on the right")
     assert [r["probabilities"] for r in ways] == [r["probabilities"] for r in asked] != [r["probabilities"] for r in found]
     vectors = [np.mean([run.objective.model.encode_text(*(torch.as_tensor(x) for x in run.task.text.batch(
-        run.task.tokens([f"a {name} square on the {side}"])))).detach().numpy()[0] for side in ("left", "right")], 0)
+        run.task.tokens([f"a {name} square on the {side}"])[0]))).detach().numpy()[0] for side in ("left", "right")], 0)
         for name in names]
     near = [[r["similarity"][name] for name in names] for r in ways]
     image = run.respond(run.task.questions(run.task.read([str(pictures)]), run.card))["image"]

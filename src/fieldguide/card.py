@@ -93,6 +93,12 @@ class Closed:
                 f"is {self.published} Source: {self.source}. Nearest here: {self.stand_in} ({self.why}).")
 
 
+Scale = tuple[tuple[float, ...], tuple[float, ...]]      # of red, green and blue from 0 to 1: mean, deviation
+IMAGENET: Scale = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI: Scale = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))      # of CLIP's code
+HALF: Scale = ((0.5,) * 3, (0.5,) * 3)
+
+
 class Size:
     """A named size: the config fields that differ from the default, and its exact parameter count.
 
@@ -125,6 +131,7 @@ class Card:
     needs (the same vocabulary) into config fields that follow from it: a smaller stem for small pictures. `parts`
     names further networks that training needs beside this one, by what the objective calls them:
     {"critic": "dcgan-discriminator"}. `denoises` says how an encoder-decoder learns from texts alone (see `DENOISES`).
+    `scale` is that of the pictures that published weights have learnt with, where no file beside them says it.
     """
 
     name: str
@@ -145,6 +152,7 @@ class Card:
     parts: Mapping[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     denoises: str = "spans"
+    scale: Scale = IMAGENET
 
     def __post_init__(self) -> None:
         if self.denoises not in DENOISES:

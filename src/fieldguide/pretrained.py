@@ -31,6 +31,7 @@ IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.2
 FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}       # beside it
 PARTS = "consolidated.*.pth"                             # Meta's, one for each machine
 HUB = "hf:"
+TEMPLATE = "a photo of a {}."                            # of CLIP's paper, section 3.1.4: how a class is said
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,26 @@ class Checkpoint:
                 scale = [[sum(values) / len(values)] for values in scale]
             offered["pixels"] = "/".join(",".join(map(str, values)) for values in scale)
             offered["channels"] = self.channels
+        if self.card.takes == "captioned":
+            offered |= self.pictured(folder)
         return offered
+
+    def pictured(self, folder: Path) -> dict[str, Any]:
+        """The same of a network of pictures and texts, with the side of those and the length of these."""
+        card, config = self.card, self.card.config(**self.values)
+        side, length = (getattr(config, card.names.get(word, word)) for word in ("image", "length"))
+        offered = {"side": side, "channels": self.channels, "length": length}
+        if card.accepts("end"):
+            offered["end"] = config.end
+        if not (folder / "run.json").is_file():
+            return offered | configurations.shown(folder, side, self.channels, card.scale) | (
+                {"template": TEMPLATE} if "embeddings" in card.answers else {})
+        from fieldguide.run import open_run
+        task = open_run(folder).task
+        pictures = task.pictures
+        offered["pixels"] = "/".join(",".join(map(str, values)) for values in (pictures.mean, pictures.std))
+        return offered | {key: value for key, value in (("resize", getattr(pictures, "way", None)),
+                                                        ("template", getattr(task.options, "template", None))) if value}
 
 
 def described(source: str | Path, name: str | None = None, watch: Callable[[str], None] | None = None) -> Checkpoint:

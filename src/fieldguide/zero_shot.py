@@ -7,74 +7,35 @@ asked of a run can be asked of it, in the same words.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from fieldguide import configurations
-from fieldguide.card import Card
-from fieldguide.data import images, read
+from fieldguide.card import OPENAI, Card, Scale
+from fieldguide.configurations import shown
+from fieldguide.data import read
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.prepare import Labels, Pictures, Text
 from fieldguide.errors import DataError, SettingsError, WeightsError
 from fieldguide.objectives import Contrastive
-from fieldguide.pretrained import Checkpoint, described, filled
+from fieldguide.pretrained import TEMPLATE, Checkpoint, described, filled
 from fieldguide.run import listed, open_run, records
 from fieldguide.tasks.image_text import ImageText
 from fieldguide.train import distributed
 from fieldguide.train.evaluate import collect
 
-TEMPLATES = ("a photo of a {}.",)        # of CLIP's paper, section 3.1.4
-SCALE = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}     # its code's
-PREPARED = ("preprocessor_config.json", "open_clip_config.json")     # say how pictures are prepared
-START = "<|startoftext|>"
+TEMPLATES = (TEMPLATE,)
 BATCH = 64
 
 
-@dataclass(frozen=True)
-class Resized(Pictures):
-    """Pictures as published networks were shown them: the shorter side scaled with Pillow's filter, the middle cut out."""
-
-    edge: int = 224                      # pixels of the shorter side, before the cut
-    filter: int = Image.Resampling.BICUBIC
-
-    def load(self, paths: Sequence[str | Path]) -> Tensor:
-        """Files as uint8, N C S S. Raises DataError naming those that cannot be read."""
-        return images.load(paths, self.side, self.channels, resize=self.cut)
-
-    def cut(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        if self.fit == "stretch":
-            return image.resize((self.side, self.side), self.filter)
-        short, long = sorted(image.size)
-        longer = int(self.edge * long / short)
-        image = image.resize((self.edge, longer) if width <= height else (longer, self.edge), self.filter)
-        left, top = ((length - self.side) // 2 for length in image.size)
-        return image.crop((left, top, left + self.side, top + self.side))
-
-
-class Published(ImageText):
+def published(text: Text, pictures: Pictures, end: int, length: int) -> ImageText:
     """The task of a network whose tokenizer puts its own tokens around a text, and whose pictures are prepared as told."""
-
-    def __init__(self, text: Text, pictures: Pictures, end: int, length: int):
-        columns = [Column("image", "image"), Column("caption", "text", "target")]
-        super().__init__(columns, self.Options(side=pictures.side, channels=pictures.channels, vocab=text.size, length=length))
-        self.text, self.pictures, self.end, self.classes, self.known = text, pictures, end, [], []
-        self.start = text.tokenizer.token_to_id(START)
-
-    def tokens(self, texts: list[str]) -> list[np.ndarray]:
-        """Each text between the tokens that begin and end it, cut to the network's length."""
-        rows = []
-        for encoding in self.text.tokenizer.encode_batch(texts):
-            ids = encoding.ids[:-1] if encoding.ids[-1:] == [self.end] else encoding.ids
-            if self.start is not None and ids[:1] != [self.start]:
-                ids = [self.start, *ids]
-            rows.append(np.array([*ids[:self.options.length - 1], self.end], dtype=np.int64))
-        return rows
+    task = ImageText([Column("image", "image"), Column("caption", "text", "target")], ImageText.Options(
+        side=pictures.side, channels=pictures.channels, vocab=text.size, length=length, end=end))
+    task.text, task.pictures, task.classes, task.known = text, pictures, [], []
+    return task
 
 
 class ZeroShot:
@@ -110,7 +71,8 @@ class ZeroShot:
         text, c = Text.load(file), network.config
         if text.size > c.vocab:
             raise WeightsError(f"{file} has {text.size:,} tokens, the network {c.vocab:,}")
-        return cls(network, found.card, Published(text, prepared(folder, c.image, c.channels), c.end, c.length))
+        pictures = prepared(folder, c.image, c.channels, found.card.scale)
+        return cls(network, found.card, published(text, pictures, c.end, c.length))
 
     def asked(self, classes: Sequence[str], templates: Sequence[str]) -> None:
         if not classes:
@@ -152,26 +114,10 @@ class ZeroShot:
                 "note": f"{len(labels.names)} classes by name alone"}
 
 
-def prepared(folder: Path, side: int, channels: int) -> Pictures:
-    """How pictures are to be prepared, as the files beside the weights say it; else as OpenAI's code does."""
-    file = next((folder / name for name in PREPARED if (folder / name).is_file()), None)
-    said = configurations.read(file) if file else {}
-    if "preprocess_cfg" in said:                         # open_clip's words
-        own = said["preprocess_cfg"]
-        if own.get("resize_mode", "shortest") not in ("shortest", "squash"):
-            raise WeightsError(f"{file}: resize_mode={own['resize_mode']!r}; known are shortest and squash")
-        said = {"image_mean": own.get("mean"), "image_std": own.get("std"),
-                "resample": Image.Resampling[own.get("interpolation", "bicubic").upper()],
-                "size": {"height": side, "width": side} if own.get("resize_mode") == "squash" else side}
-    size = said.get("size") or side
-    edge = size if isinstance(size, int) else size.get("shortest_edge")
-    cut = said.get("crop_size") or side
-    cut = cut if isinstance(cut, int) else cut.get("height")
-    if edge and (cut != side or edge < side or said.get("do_center_crop") is False):
-        raise WeightsError(f"{file} gives pictures of {cut} pixels, cut out of {edge}; the network reads {side} a side")
-    mean, std = (tuple(said.get(key) or value)[:channels] for key, value in SCALE.items())
-    return Resized(side, channels, mean, std, "crop" if edge else "stretch", edge or side,
-                   Image.Resampling(said.get("resample", Image.Resampling.BICUBIC)))
+def prepared(folder: Path, side: int, channels: int, scale: Scale = OPENAI) -> Pictures:
+    """How pictures are to be prepared, as the files beside the weights say it; else with this scale."""
+    said = shown(folder, side, channels, scale)
+    return Pictures(side, channels).scaled(said["pixels"]).resized(said["resize"])
 
 
 def settled(asked: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:

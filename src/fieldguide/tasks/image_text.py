@@ -33,6 +33,7 @@ AT = (1, 5, 10)         # of the best answers, among which a right one counts
 FEW = 100               # different captions that are taken for names of classes, where each stands on many rows
 KEPT = 1000             # training captions that answers are chosen from, where nobody names others
 CHUNK = 1000            # questions compared with all answers at once
+START = "<|startoftext|>"                # of CLIP: a token that begins texts, in tokenizers that have it
 NEAR = 5                # training pictures that the simple baseline takes its words from
 
 
@@ -81,8 +82,12 @@ class ImageText(Pictured):
         side: int | None = None          # pixels a side that the network sees
         channels: int | None = None      # 1 grey, 3 colour
         vocab: int | None = None         # tokens in the vocabulary learnt from the training captions
+        tokenizer: str | None = None     # a tokenizer.json to use instead
+        pixels: str | None = None        # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
+        resize: str | None = None        # how a picture gets its side, such as crop bicubic; else it is filled up with white
         length: int | None = None        # tokens of a caption that are read; the rest is cut off, and counted
         flip: bool = False               # a mirrored picture keeps its caption: false where these say left and right
+        end: int | None = None           # token that ends a text, where a given tokenizer leaves it open
         template: str = "{}"             # how a class is said, such as "a photo of a {}"
 
     @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class ImageText(Pictured):
             raise SettingsError(f"task.template={options.template!r} has no {{}}, where the class is to stand.")
         task = cls(list(data.columns.values()), options)
         captions = task.captions(data)
-        task.learn_inputs(data, captions, extra=1)
+        task.learn_inputs(data, captions)
         different = list(dict.fromkeys(captions))
         column, few = task.class_column, len(different) <= min(FEW, len(captions) // 5)
         task.classes = list(Labels.learn(data.rows[column]).names) if column else sorted(different) if few else []
@@ -138,12 +143,22 @@ class ImageText(Pictured):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Contrastive(model, card.inputs)
 
-    def tokens(self, texts: list[str]) -> list[np.ndarray]:
-        """Each text and the token at which it ends, where the network reads it out."""
-        ids, cut = self.text.encode(texts, self.options.length - 1)
-        if cut and len(texts) < len(self.known):
-            self.note_cut(cut, len(texts))
-        return [np.append(row, self.text.end) for row in ids]
+    @property
+    def end(self) -> int:
+        """The token at which a text ends, where the network reads it out."""
+        return self.text.end if self.options.end is None else self.options.end
+
+    def framed(self, texts: list[str]) -> list[list[int]]:
+        """Each text with the token at which it ends, and before it the one that begins it, where there is such a token."""
+        start, rows = self.text.tokenizer.token_to_id(START), []
+        for encoding in self.text.tokenizer.encode_batch(texts):
+            ids = encoding.ids[:-1] if encoding.ids[-1:] == [self.end] else encoding.ids
+            first = [] if ids[:1] == [start] or start is None else [start]
+            rows.append([*first, *(ids or ([self.text.unknown] if start is None else [])), self.end])
+        return rows
+
+    def closes(self, row: list[int]) -> bool:
+        return True
 
     def padded(self, ids: list[np.ndarray]) -> dict[str, Tensor]:
         tokens, mask = self.text.batch(ids)
@@ -152,7 +167,9 @@ class ImageText(Pictured):
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         pixels = self.pixels(data, settings)
         there = self.target.name in data.rows.columns and data.rows[self.target.name].null_count() < len(data)
-        ids = self.tokens(self.captions(data)) if there else []
+        ids, cut = self.tokens(self.captions(data)) if there else ([], 0)
+        if not settings:                                 # of training texts it was said when the length was chosen
+            self.note_cut(cut, len(ids))
         same = {name: torch.from_numpy(dense(pl.DataFrame([values]))) for name, values in (
             ("text", simplified(data.rows[self.target.name])), ("picture", data.rows[HASH]))} if there else {}
 
@@ -180,7 +197,7 @@ class ImageText(Pictured):
         """The vector of each of `names`, averaged over the templates."""
         ways = []
         for template in self.templates():
-            ids = self.tokens([template.replace("{}", name) for name in self.names()])
+            ids = self.tokens([template.replace("{}", name) for name in self.names()])[0]
             parts = [self.padded(ids[i:i + CHUNK]) for i in range(0, len(ids), CHUNK)]
             ways.append(torch.cat([model.encode_text(part["tokens"].to(where), part["mask"].to(where)) for part in parts]))
         return ways[0] if len(ways) == 1 else F.normalize(torch.stack(ways).mean(0), dim=-1)

@@ -51,9 +51,8 @@ class Pictured(Task):
         rows = data.rows.with_columns(pl.col(HASH).alias(PICTURE))
         return replace(data, rows=rows, columns={**data.columns, PICTURE: group})
 
-    def learn_inputs(self, data: Data, texts: list[str], extra: int) -> None:
-        """Learns pictures and vocabulary; `extra` tokens stand beside those of a text. Settles side, channels, vocab and
-        length."""
+    def learn_inputs(self, data: Data, texts: list[str]) -> None:
+        """Learns pictures and vocabulary, or takes those that the options name. Settles side, channels, vocab and length."""
         o = self.options
         most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[device().type])
         side = o.side or max((s for s in SIDES if s <= most), default=SIDES[0])
@@ -61,12 +60,30 @@ class Pictured(Task):
         paths = data.rows[self.column].to_list()
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
         self.pictures = Pictures.learn(images.load([paths[i] for i in sample], side, channels, fit="pad"), "pad")
-        self.text = Text.learn(texts, size=o.vocab)
-        sizes = [len(t) + extra for t in self.text.encode(texts[:SAMPLE], 100_000)[0]]
+        if o.pixels:
+            self.pictures = self.pictures.scaled(o.pixels)
+        if o.resize:
+            self.pictures = self.pictures.resized(o.resize)
+        self.text = Text.load(o.tokenizer) if o.tokenizer else Text.learn(texts, size=o.vocab)
+        sizes = [len(row) for row in self.framed(texts[:SAMPLE])]
         self.median = int(np.median(sizes))
         self.options = settled(o, side=side, channels=channels, vocab=self.text.size,
                                length=suggest_length(sizes, LONGEST))
         self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
+
+    def framed(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, all of them, with those that stand before and behind."""
+        raise NotImplementedError
+
+    def closes(self, row: list[int]) -> bool:
+        """Whether the last token of a row says that it ends, and so stays where the row is cut."""
+        raise NotImplementedError
+
+    def tokens(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
+        """The tokens of each text, int64, no more than are read, and how many texts were cut."""
+        rows, most = self.framed(texts), self.options.length
+        kept = [[*row[:most - 1], row[-1]] if len(row) > most and self.closes(row) else row[:most] for row in rows]
+        return [np.array(row, dtype=np.int64) for row in kept], sum(len(row) > most for row in rows)
 
     def note_cut(self, cut: int, texts: int) -> None:
         if cut:

@@ -55,6 +55,9 @@ class VisualQuestionAnswering(Pictured, Labelled):
         side: int | None = None          # pixels a side that the network sees
         channels: int | None = None      # 1 grey, 3 colour
         vocab: int | None = None         # tokens in the vocabulary learnt from the training questions
+        tokenizer: str | None = None     # a tokenizer.json to use instead
+        pixels: str | None = None        # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
+        resize: str | None = None        # how a picture gets its side, such as crop bicubic; else it is filled up with white
         length: int | None = None        # tokens of a question that are read; the rest is cut off, and counted
         answers: int | None = None       # answers that are learnt, the most frequent first; others are never said
         flip: bool = False               # a mirrored picture keeps its answers: false where they say left and right
@@ -81,7 +84,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        task.learn_inputs(data, task.questions_of(data), extra=1)
+        task.learn_inputs(data, task.questions_of(data))
         counted = data.rows[task.target.name].cast(pl.String).drop_nulls().value_counts()
         counted = counted.sort(["count", task.target.name], descending=[True, False])
         most = options.answers or ANSWERS
@@ -119,6 +122,14 @@ class VisualQuestionAnswering(Pictured, Labelled):
         data.rows = data.rows.with_columns(pl.lit(self.asking.question).alias(self.asked))
         return data
 
+    def framed(self, texts: list[str]) -> list[list[int]]:
+        """Each text behind the class token, at which the network answers, and what else a given tokenizer puts around it."""
+        rows = [encoding.ids or [self.text.unknown] for encoding in self.text.tokenizer.encode_batch(texts)]
+        return [row if row[0] == self.text.cls else [self.text.cls, *row] for row in rows]
+
+    def closes(self, row: list[int]) -> bool:
+        return row[-1] == self.text.sep != self.text.unknown
+
     def needs(self) -> dict[str, Any]:
         return {**super().needs(), "classes": len(self.labels)}
 
@@ -137,7 +148,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
         return self.batches(self.learnt(data), card, settings)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        ids, cut = self.text.encode(self.questions_of(data), self.options.length, cls=True)
+        ids, cut = self.tokens(self.questions_of(data))
         if cut and not settings:
             self.note_cut(cut, len(ids))
         pixels = self.pixels(data, settings)
@@ -216,7 +227,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
         if objective is not None and hasattr(objective.model, "attention"):
             some = np.random.default_rng(1).permutation(len(y))[:12]
             where = next(objective.parameters()).device
-            ids, _ = self.text.encode([asked[i] for i in some], self.options.length, cls=True)
+            ids, _ = self.tokens([asked[i] for i in some])
             tokens, mask = (torch.from_numpy(a).to(where) for a in self.text.batch(ids))
             with torch.inference_mode():
                 image = self.pixels(test.take(some))(np.arange(len(some)), None).to(where)

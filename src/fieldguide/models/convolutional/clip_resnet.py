@@ -189,5 +189,6 @@ CARD = Card(
         "clip-resnet-test": Size(image=24, channels=2, dim=8, depths=(1, 2), heads=4, vocab=30, length=12, end=29, text_dim=12,
                                  text_depth=2, text_heads=3, embed=8),
     },
-    weights={"openai": OPENAI, "openclip": OPENAI}, configs={"openclip": CONFIG}, recipe=clip.CARD.recipe,
+    weights={"openai": OPENAI, "openclip": OPENAI}, configs={"openclip": CONFIG},
+    recipe=clip.CARD.recipe, scale=clip.CARD.scale,
 )

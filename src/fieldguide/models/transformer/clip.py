@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from fieldguide.blocks.attention import Attention
 from fieldguide.blocks.causal import CausalAttention
 from fieldguide.blocks.padding import lengths, pick
+from fieldguide.blocks.patches import spread
 from fieldguide.blocks.rollout import rollout, weights
+from fieldguide.card import OPENAI as SCALE
 from fieldguide.card import Card, Size
 from fieldguide.errors import DataError, SettingsError
 from fieldguide.models.transformer.clip_files import CONFIG, HUGGINGFACE, OPENAI, OPENCLIP, OPENCLIP_CONFIG
@@ -104,6 +106,12 @@ class Vision(nn.Module):
         start(self, self.depth)
         for weight in (self.cls, self.pos.weight):
             nn.init.normal_(weight, std=len(self.cls) ** -0.5)
+
+    def refit(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Places learnt for pictures of another size, spread over those of this network."""
+        grid = math.isqrt(max(len(tensor) - 1, 0)) if tensor.ndim == 2 else 0
+        square = name == "pos.weight" and grid and len(tensor) == 1 + grid ** 2
+        return spread(tensor, (self.grid, self.grid)) if square else None
 
     def tokens(self, image: Tensor) -> Tensor:           # B C S S -> B N D, before the blocks
         fits(image, self.side)
@@ -227,7 +235,7 @@ CARD = Card(
                           text_dim=12, text_depth=2, text_heads=3, embed=8),
     },
     weights={"huggingface": HUGGINGFACE, "openai": OPENAI, "openclip": OPENAI, "openclip-text": OPENCLIP},
-    configs={"huggingface": CONFIG, "openclip": OPENCLIP_CONFIG},
+    configs={"huggingface": CONFIG, "openclip": OPENCLIP_CONFIG}, scale=SCALE,
     # Table 19, but for Muon: the sample `captions` in 2 minutes of one core, mean recall .50 with adamw at 5e-4, .55 so.
     recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.2, "beta2": 0.98, "clip": 1.0, "warmup": 0.1},
 )

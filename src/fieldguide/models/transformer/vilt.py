@@ -11,6 +11,7 @@ T tokens, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from fieldguide.blocks.configs import Counted, Is
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.renaming import Dropped, Fused
 from fieldguide.blocks.rollout import rollout, weights
-from fieldguide.card import Card, Size
+from fieldguide.card import HALF, Card, Size
 from fieldguide.errors import DataError, SettingsError
 
 EPS = 1e-12       # of the normalisations, as in BERT
@@ -97,14 +98,11 @@ class ViLT(nn.Module):
         for parameter in (self.cls, self.pos):
             nn.init.normal_(parameter, std=std)
 
-    def positions(self, rows: int, columns: int) -> Tensor:                      # -> 1 N D
-        """Those learnt, spread evenly over a picture of another size (section 3.2 of ViT, arXiv:2010.11929)."""
+    def refit(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Places learnt for pictures of another size, spread over those of this network."""
+        square = name == "pos" and tensor.ndim == 3 and math.isqrt(tensor.shape[1] - 1) ** 2 == tensor.shape[1] - 1 > 0
         side = self.config.image // self.config.patch
-        if (rows, columns) == (side, side):
-            return self.pos
-        grid = self.pos[:, 1:].mT.unflatten(2, (side, side))
-        grid = F.interpolate(grid, (rows, columns), mode="bilinear", align_corners=True)
-        return torch.cat([self.pos[:, :1], grid.flatten(2).mT], 1)
+        return spread(tensor, side, side) if square else None
 
     def see(self, image: Tensor) -> Tensor:              # B C H W -> B N D
         p = self.config.patch
@@ -112,7 +110,7 @@ class ViLT(nn.Module):
             raise DataError(f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be cut into patches of {p}: "
                             f"choose multiples of {p}")
         x = self.patch(image)
-        places = self.positions(*x.shape[2:])
+        places = spread(self.pos, *x.shape[2:])
         x = x.flatten(2).mT
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1).to(x.dtype), x], 1) + places
         return self.dropout(x) + self.modality.weight[1]
@@ -148,6 +146,16 @@ class ViLT(nn.Module):
         seen = rollout(maps)[:, 0, tokens.shape[1] + 1:]
         p = self.config.patch
         return (seen / seen.sum(1, keepdim=True)).unflatten(1, (image.shape[2] // p, image.shape[3] // p))
+
+
+def spread(places: Tensor, rows: int, columns: int) -> Tensor:                   # 1 1+S S D -> 1 1+rows columns D
+    """Places of a square picture spread evenly over one of another size (section 3.2 of ViT, arXiv:2010.11929)."""
+    side = math.isqrt(places.shape[1] - 1)
+    if (rows, columns) == (side, side):
+        return places
+    grid = places[:, 1:].mT.unflatten(2, (side, side))
+    grid = F.interpolate(grid, (rows, columns), mode="bilinear", align_corners=True)
+    return torch.cat([places[:, :1], grid.flatten(2).mT], 1)
 
 
 TEXT, LAYER = "vilt.embeddings.text_embeddings.", "vilt.encoder.layer.{i}."
@@ -216,7 +224,7 @@ CARD = Card(
         "vilt-mini": Size(classes=100, image=64, patch=8, vocab=4096, length=32, dim=128, depth=4, heads=2, dropout=0.1),
         "vilt-test": Size(classes=4, channels=2, image=12, patch=4, vocab=30, length=12, dim=16, depth=2, heads=2),
     },
-    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG}, adapt=adapted,
+    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG}, adapt=adapted, scale=HALF,
     # Section 4.2, but from nothing: DAQUAR in 4 minutes of one core, validation accuracy: adamw at 3e-4 .04, muon .15.
     recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.1,
             "schedule": "linear"},
