@@ -342,8 +342,11 @@ def test_samples_depend_on_seed_and_number_alone(sampler):
     model, process, label = Wavy().double(), Process(), torch.tensor([0, 1, 2, 1, 2])
     whole = sample(model, process, sampler, label, (2, 5), seed=4)
     torch.testing.assert_close(sample(model, process, sampler, label, (2, 5), seed=4), whole, rtol=0, atol=0)
-    parts = [sample(model, process, sampler, label[i:j], (2, 5), seed=4, first=i) for i, j in ((0, 2), (2, 3), (3, 5))]
+    parts = [sample(model, process, sampler, label[i:j], (2, 5), seed=4, numbers=range(i, j))
+             for i, j in ((0, 2), (2, 3), (3, 5))]
     torch.testing.assert_close(torch.cat(parts), whole, **EXACT)
+    odd = sample(model, process, sampler, label[1::2], (2, 5), seed=4, numbers=[1, 3])           # as one of two processes has
+    torch.testing.assert_close(odd, whole[1::2], **EXACT)
     assert not torch.allclose(sample(model, process, sampler, label, (2, 5), seed=5), whole)
     assert not torch.allclose(whole[1], whole[3])        # the same label, another number
     assert whole.abs().max() <= 1                        # clipped

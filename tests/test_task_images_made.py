@@ -133,12 +133,12 @@ def test_a_diffusion_network_learns_to_draw(tmp_path):
         run.predict(["a"], sampler="euler")
     page = (run.path / "report.html").read_text()
     assert "Learnt by heart?" in page and "By steps of the sampler" in page and "Samples while it learnt" in page
-    later = run.evaluate(tmp_path / "two")["scores"]
-    assert later["held_out_loss"] == pytest.approx(scores["held_out_loss"]) and later["feature_distance"] > 0
+    assert run.evaluate(tmp_path / "two")["scores"] == pytest.approx(scores, rel=1e-4)
 
 
-def test_a_gan_trains_and_is_resumed_with_its_critic(tmp_path):
-    run = fit(folder(tmp_path / "two") / "a", task="image-generation", model="dcgan-32", out=tmp_path / "run", settings={
+def test_a_gan_trains_with_its_critic(tmp_path):
+    folder(tmp_path / "two", classes=("a",))                 # a folder in a folder, as torchvision likes it: no classes
+    run = fit(tmp_path / "two", task="image-generation", model="dcgan-32", out=tmp_path / "run", settings={
         "steps": 40, "batch": 16, "precision": "float32", "evaluate": 20, "model.dim": 8})
     assert run.record["model"]["parts"]["critic"]["architecture"] == "dcgan-discriminator"
     assert (run.path / "critic.safetensors").exists()
@@ -147,3 +147,5 @@ def test_a_gan_trains_and_is_resumed_with_its_critic(tmp_path):
     assert run.scores["held_out_loss"] < noise["held_out_loss"] and "classifier_accuracy" not in run.scores
     first, second = run.predict(count=2)
     assert first["image"] != second["image"] and run.predict(count=1)[0] == first and "class" not in first
+    with pytest.raises(SettingsError, match="steps, sampler: this network draws a picture at one go"):
+        run.predict(count=1, steps=5, sampler="ddpm")

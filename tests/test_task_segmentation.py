@@ -99,6 +99,10 @@ def test_counts_are_of_the_pictures_own_size():
     truth[0, :20, :30], truth[1] = torch.randint(0, 3, (20, 30)), torch.randint(-1, 3, (60, 50))
     counts = objective.outputs({"image": image, "size": sizes, "inner": inner, "truth": truth})["counts"]
     maps = objective.outputs({"image": image, "size": sizes, "inner": inner})["map"]
+    together = {"image": image, "size": sizes, "inner": inner, "truth": truth}
+    alone = objective.outputs({name: x[:1] for name, x in together.items()} | {"truth": truth[:1, :20, :30]})
+    assert torch.equal(alone["thumb"][0], objective.outputs(together)["thumb"][0])       # whatever else is in the batch
+    assert (alone["thumb"] >= 0).all()
     for row in range(2):
         h, w = sizes[row].tolist()
         own = objective.model(image)[row:row + 1, :, :inner[row, 0], :inner[row, 1]]

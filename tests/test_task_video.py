@@ -11,9 +11,10 @@ from PIL import Image
 
 from fieldguide.data import read, video
 from fieldguide.data.doctor import BadData
-from fieldguide.errors import DataError
+from fieldguide.errors import DataError, SettingsError
 from fieldguide.fitting import fit
 from fieldguide.request import read_for
+from fieldguide.studio.pages import verdict
 from fieldguide.tasks.video_generation import (
     VideoGeneration,
     animated,
@@ -146,4 +147,7 @@ def test_a_network_learns_to_film(tmp_path):
     assert run.predict(["left"], count=1, steps=4)[0] == first[0]
     page = (run.path / "report.html").read_text()
     assert "data:image/webp" in page and "The next frame" in page and "nearest training films" in page
-    assert run.evaluate(tmp_path / "films")["scores"]["held_out_loss"] == pytest.approx(run.scores["held_out_loss"])
+    assert run.evaluate(tmp_path / "films")["scores"] == pytest.approx(run.scores, rel=1e-4)
+    with pytest.raises(SettingsError, match="sampler='euler'"):
+        run.predict(["left"], sampler="euler")
+    assert "copy-last" not in verdict(run.record, VideoGeneration.metrics[0])      # which has no such score

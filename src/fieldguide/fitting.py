@@ -20,11 +20,11 @@ from fieldguide.advisor.ranking import configured
 from fieldguide.card import Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import Data
-from fieldguide.data.splits import Splits, split
+from fieldguide.data.splits import Splits, drawn, split
 from fieldguide.errors import RunError, SettingsError
 from fieldguide.host import peak_memory
 from fieldguide.objectives import Objective
-from fieldguide.pacing import ENOUGH, drawn, resolve, with_batch
+from fieldguide.pacing import ENOUGH, resolve, with_batch
 from fieldguide.request import address, grouped, read_for, read_request
 from fieldguide.run import SCHEMA, Run, open_run, write_record
 from fieldguide.samples import SAMPLES
@@ -326,6 +326,7 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     share = "" if len(test) == len(plan.parts.test) else f" of {len(plan.parts.test):,}, drawn by chance"
     watch.say(f"testing on {len(held):,} examples{share} that no step of training has seen")
     task.before_test(rows, held)
+    task.before_scores(len(held))
     outputs = answer(plan, held)
     if distributed.rank() == 0:
         truth = task.truth(held)

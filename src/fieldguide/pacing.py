@@ -79,11 +79,6 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
     return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "evaluate": evaluate}), cost(), most
 
 
-def drawn(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
-    """At most so many rows, drawn by chance; all where `most` is None."""
-    return rows if most is None or len(rows) <= most else np.sort(np.random.default_rng(seed).permutation(rows)[:most])
-
-
 def timed_batch(batches: Batches, rows: int) -> tuple[dict[str, torch.Tensor], float]:
     """A typical batch for training, and the seconds that making it took."""
     index, started = typical(batches, rows), time.perf_counter()

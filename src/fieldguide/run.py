@@ -26,6 +26,7 @@ from fieldguide.card import Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import Data
 from fieldguide.data.doctor import enforce
+from fieldguide.data.splits import drawn
 from fieldguide.errors import RunError, SettingsError
 from fieldguide.objectives import Objective
 from fieldguide.tasks import Task
@@ -165,6 +166,11 @@ class Run:
             with np.load(self.path / "splits.npz", allow_pickle=False) as splits:
                 data = data.take(splits["test"])
             note = "the run was trained on this data: scored on the test part, which no step of training has seen"
+        rows = drawn(np.arange(len(data)), self.task.tested, self.record["settings"]["seed"])
+        if len(rows) < len(data):
+            note += f"{'; ' if note else ''}{len(rows):,} rows of {len(data):,}, drawn by chance, since answers take long"
+            data = data.take(rows)
+        self.task.before_scores(len(data))
         outputs, truth = self.outputs(data), self.task.truth(data)
         return {"rows": len(data), "scores": self.task.score(outputs, truth),
                 "intervals": self.task.intervals(outputs, truth), "note": note}

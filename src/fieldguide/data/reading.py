@@ -201,6 +201,9 @@ class Reading:
         if self.wants.target == "none":
             return []
         if self.raw.target in self.names:
+            if self.wants.target == "named" and self.raw.rows[self.raw.target].n_unique() < 2:
+                roles[self.raw.target] = "ignored"                          # one folder of pictures: no classes
+                return []
             return [self.raw.target]
         if self.wants.target == "numbers":
             free = [n for n in self.names if n not in roles]

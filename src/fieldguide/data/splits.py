@@ -141,3 +141,8 @@ def _latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
     if not chosen.any():
         raise DataError(f"{data.source}: all rows have the same {name!r}: they cannot be split by time.")
     return pool[chosen], f"the latest by {name!r}"
+
+
+def drawn(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    """At most so many rows, drawn by chance; all where `most` is None."""
+    return rows if most is None or len(rows) <= most else np.sort(np.random.default_rng(seed).permutation(rows)[:most])

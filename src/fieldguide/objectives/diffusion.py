@@ -190,14 +190,15 @@ def guided(model: nn.Module, x: Tensor, time: Tensor, label: Tensor, guidance: f
 
 @torch.no_grad()
 def sample(model: nn.Module, process: Process, sampler: Sampler, label: Tensor, shape: Sequence[int], *, seed: int = 0,
-           first: int = 0, guidance: float = 1.0, watch: Callable[[int], None] = lambda done: None) -> Tensor:
+           numbers: Sequence[int] | None = None, guidance: float = 1.0,
+           watch: Callable[[int], None] = lambda done: None) -> Tensor:
     """One example a label (B int64, or B T tokens of captions; 0 = none), each of `shape`: B x shape. `watch` hears of
     every step.
 
-    The noise of example number first + i depends on the seed and that number alone: batches of any size agree.
+    The noise of an example depends on the seed and its number alone, by default 0 and up: batches of any size agree.
     """
     like, training = next(model.parameters()), model.training
-    draw = Noise(seed, range(first, first + len(label)), shape, like)
+    draw = Noise(seed, range(len(label)) if numbers is None else map(int, numbers), shape, like)
     x, label, times = draw(), label.to(like.device), sampler.times(process)
     model.eval()
     try:

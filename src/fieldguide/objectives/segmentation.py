@@ -49,23 +49,24 @@ class Segmentation(Objective):
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`map`: B H W classes in the pictures' own size (`size` B 2; beyond it -1). With a target in that size (`truth`
-        B H W) instead `counts`, B classes classes pixels, row = truth, and `thumb`, every few pixels of the map."""
+        B H W) instead `counts`, B classes classes pixels, row = truth, and `thumb`, every few pixels of each map."""
         logits = self.segment(batch["image"]).float()
         maps = torch.full((len(logits), *batch["size"].amax(0).tolist()), -1, dtype=torch.int16, device=logits.device)
+        thumbs = torch.empty((len(logits), THUMB, THUMB), dtype=torch.int16, device=logits.device)
         for row, ((height, width), (inner_height, inner_width)) in enumerate(zip(batch["size"].tolist(),
                                                                                  batch["inner"].tolist())):
             own = logits[row:row + 1, :, :inner_height, :inner_width]
             if (height, width) != (inner_height, inner_width):
                 own = F.interpolate(own, (height, width), mode="bilinear", align_corners=False)
             maps[row, :height, :width] = own[0].argmax(0)
+            thumbs[row] = F.interpolate(maps[row:row + 1, None, :height, :width].float(), (THUMB, THUMB))[0, 0]
         if "truth" not in batch:
             return {"map": maps, "size": batch["size"]}
         real = (batch["truth"] >= 0) & (maps >= 0)
         row = torch.arange(len(maps), device=maps.device)[:, None, None].expand_as(maps)
         pair = (row * self.classes + batch["truth"]) * self.classes + maps
         counts = torch.bincount(pair[real], minlength=len(maps) * self.classes ** 2)
-        return {"counts": counts.view(len(maps), self.classes, self.classes), "thumb": F.interpolate(
-            maps[:, None].float(), (THUMB, THUMB), mode="nearest")[:, 0].short(), "size": batch["size"]}
+        return {"counts": counts.view(len(maps), self.classes, self.classes), "thumb": thumbs}
 
 
 def dice(logits: Tensor, target: Tensor) -> Tensor:                              # B K H W, B H W -> scalar

@@ -33,7 +33,8 @@ def verdict(record: Mapping[str, Any], metric: Metric) -> str:
     scores = record["scores"]
     low, high = (metric.text(v) for v in scores["intervals"][metric.name])
     beaten, bounds = ([b for b in scores["baselines"] if bool(b.get("bound")) == bound] for bound in (False, True))
-    listed = lambda some: "; ".join(f"{b['name']} {metric.text(b['scores'].get(metric.name))}" for b in some)
+    listed = lambda some: "; ".join(f"{b['name']} {metric.text(b['scores'][metric.name])}" for b in some
+                                     if metric.name in b["scores"])
     value = metric.text(scores["test"][metric.name])
     said = f"{value} of the held-out examples {metric.words}" if metric.words == "right" else \
         f"{value} {metric.words} on held-out examples"

@@ -207,6 +207,9 @@ class Task:
     def before_test(self, train: Data, held: Data) -> None:
         """Learns from the training rows what scores and exhibits of the test need beside the truth."""
 
+    def before_scores(self, rows: int) -> None:
+        """Told how many examples are about to be answered and scored."""
+
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         """Every metric of `metrics` that these outputs allow; while training, at least the one that decides."""
         raise NotImplementedError

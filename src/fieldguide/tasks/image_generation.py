@@ -27,6 +27,7 @@ from fieldguide.errors import DataError, SettingsError, nearest
 from fieldguide.exhibits import Exhibit, Gallery, Picture, Table
 from fieldguide.host import ram
 from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
+from fieldguide.objectives.diffusion import Sampler
 from fieldguide.tasks import judges
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import discrete, settled, wilson
@@ -127,7 +128,7 @@ class ImageGeneration(Task):
 
     def note_classes(self) -> None:
         """Says which columns could tell what to make, where none does."""
-        could = [c.name for c in self.columns if c.role == "ignored" and discrete(c)]
+        could = [c.name for c in self.columns if c.role == "ignored" and c.kind in ("category", "boolean")]
         if could and not any(c.role == "target" for c in self.columns):
             self.notes.append(f"nothing says what to make, so what is made is like all of them together: --target "
                               f"{could[0]} has it made by class")
@@ -192,13 +193,11 @@ class ImageGeneration(Task):
         """Pictures of these labels or captions (0 = none), B C S S in -1 .. 1; each a matter of seed and number alone."""
         p = self.pictures
         if isinstance(objective, Adversarial):
+            refuse_steps(asking)
             return objective.sample([int(n) for n in numbers], label, seed=asking.seed).clamp(-1, 1)
-        samplers = {"ddim": lambda: DDIM(steps=asking.steps, eta=asking.eta), "ddpm": lambda: DDPM(steps=asking.steps)}
-        if asking.sampler not in samplers:
-            raise SettingsError(f"sampler={asking.sampler!r} is none of {', '.join(samplers)}.")
         guidance = asking.guidance if self.labels or self.text else 1.0
-        return objective.sample(label, (p.channels, p.side, p.side), samplers[asking.sampler](), seed=asking.seed,
-                                first=int(numbers[0]), guidance=guidance).clamp(-1, 1)
+        return objective.sample(label, (p.channels, p.side, p.side), sampler(asking), seed=asking.seed,
+                                numbers=numbers, guidance=guidance).clamp(-1, 1)
 
     def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -403,6 +402,21 @@ class ImageGeneration(Task):
         for name in JUDGES:
             if (judge := getattr(self, name)) is not None:
                 save_file({k: t.contiguous() for k, t in judge.state_dict().items()}, folder / f"{name}.safetensors")
+
+
+def sampler(asking: Any) -> Sampler:
+    """What is asked for. Raises `SettingsError` for one that is not there."""
+    samplers = {"ddim": lambda: DDIM(steps=asking.steps, eta=asking.eta), "ddpm": lambda: DDPM(steps=asking.steps)}
+    if asking.sampler not in samplers:
+        raise SettingsError(f"sampler={asking.sampler!r} is none of {', '.join(samplers)}.")
+    return samplers[asking.sampler]()
+
+
+def refuse_steps(asking: Any) -> None:
+    """Raises `SettingsError` where a generator that draws at one go is asked how to do it step by step."""
+    usual = type(asking)()
+    if changed := [name for name in ("steps", "sampler", "eta", "guidance") if getattr(asking, name) != getattr(usual, name)]:
+        raise SettingsError(f"{', '.join(changed)}: this network draws a picture at one go, and takes no such setting.")
 
 
 def thumbnails(pictures: np.ndarray) -> np.ndarray:      # N C S S -> N C * 64

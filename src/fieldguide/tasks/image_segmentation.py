@@ -357,9 +357,8 @@ class ImageSegmentation(Task):
             inner = small.inner(width, height)
             picture = small.pictures([paths[i]], [sizes[i]], inner)[0].transpose(1, 2, 0)
             is_ = small.masks([truth[i]], [sizes[i]], inner)[0]
-            thumb, (whole_height, whole_width) = outputs["thumb"][i], outputs["size"].astype(int).max(0)
-            y = (np.arange(inner[0]) + 0.5) * height / inner[0] * len(thumb) / whole_height
-            x = (np.arange(inner[1]) + 0.5) * width / inner[1] * len(thumb) / whole_width
+            thumb = outputs["thumb"][i]
+            y, x = ((np.arange(size) + 0.5) / size * len(thumb) for size in inner)
             said = thumb[y.astype(int)[:, None], x.astype(int)].astype(int)
             wrong = picture // 3
             wrong[(is_ >= 0) & (said != is_)] = (255, 60, 30)

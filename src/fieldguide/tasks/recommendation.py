@@ -62,7 +62,7 @@ class Recommendation(Task):
 
     items: list[str]                     # names of items 1, 2, ...
     counts: np.ndarray                   # how often each occurs in training, 0 first
-    known: pl.DataFrame                  # users and their latest items in training
+    known: pl.DataFrame                  # users and what they met, in order
 
     # From a table of events to users with their histories
 
@@ -136,8 +136,7 @@ class Recommendation(Task):
         task.options = settled(options, length=longest, repeats=bool(again > 0.05),
                                negatives=0 if len(task.items) <= MANY else DRAWN)
         user = data.only("user").name
-        # What is known of users is what was trained on: asked by name, the network goes on from there.
-        task.known = data.rows.select(user, pl.col(ITEMS).list.tail(task.options.length))
+        task.known = data.rows.select(user, ITEMS)
         if again > 0.05:
             task.notes.append(f"{100 * again:.0f} % of the events are of items that the user had met before: such items may be "
                               "recommended again (task.repeats=false changes that)")
@@ -230,7 +229,8 @@ class Recommendation(Task):
         return {m.name: float((1 / rank).mean()) if m.name == "mrr" else scores[m.name] for m in self.metrics}
 
     def before_test(self, train: Data, held: Data) -> None:
-        """Who met what in training, as a sparse matrix users x items."""
+        """Who met what in training, as a sparse matrix users x items. And of users that are asked by name all is known from
+        now on, so that nothing they have met is recommended."""
         from scipy.sparse import csr_matrix
         histories = self.codes(train.rows[ITEMS])
         rows = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
@@ -238,6 +238,8 @@ class Recommendation(Task):
                          shape=(len(histories), len(self.items) + 1))
         met.data[:] = 1
         self.met = met
+        whole = held.rows.select(self.known.columns)
+        self.known = pl.concat([whole, self.known.join(whole, on=self.known.columns[0], how="anti")])
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         from scipy.sparse import csr_matrix, diags

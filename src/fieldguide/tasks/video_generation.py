@@ -25,7 +25,7 @@ from fieldguide.objectives.diffusion import guided
 from fieldguide.objectives.noise import Noise
 from fieldguide.tasks import judges
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
-from fieldguide.tasks.image_generation import ImageGeneration, png
+from fieldguide.tasks.image_generation import ImageGeneration, png, sampler
 from fieldguide.tasks.supervised import discrete, settled, wilson
 from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
@@ -125,9 +125,9 @@ class VideoGeneration(ImageGeneration):
     # Making films
 
     def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], asking: Any) -> Tensor:
-        p, sampler = self.pictures, DDIM(steps=asking.steps, eta=asking.eta)
-        return objective.sample(label, (self.options.frames, p.channels, p.side, p.side), sampler, seed=asking.seed,
-                                first=int(numbers[0]), guidance=asking.guidance if self.labels else 1.0).clamp(-1, 1)
+        p = self.pictures
+        return objective.sample(label, (self.options.frames, p.channels, p.side, p.side), sampler(asking), seed=asking.seed,
+                                numbers=numbers, guidance=asking.guidance if self.labels else 1.0).clamp(-1, 1)
 
     def ask(self, objective: Objective) -> Any:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,13 +168,15 @@ class VideoGeneration(ImageGeneration):
     # Judging them
 
     def before_test(self, train: Data, held: Data) -> None:
-        self.each = -(-FEWEST // len(held))
         self.known, self.known_labels = self.whole(train), torch.from_numpy(self.codes(train)) - 1
         label = self.known_labels if self.labels else None
         frames = self.options.frames
         self.judge = judges.taught(self.known.flatten(0, 1), None if label is None else label.repeat_interleave(frames),
                                    len(self.labels))
         self.motion = judges.taught(motion(self.known), label, len(self.labels)) if self.labels else None
+
+    def before_scores(self, rows: int) -> None:
+        self.each = -(-FEWEST // rows)
 
     def truth(self, data: Data) -> Arrays:
         return {"real": self.whole(data).numpy(), "label": self.codes(data)}
