@@ -6,7 +6,8 @@ tensors under the peer's. That function carries gradients as well as weights, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -33,6 +34,7 @@ class Case:
     lr: float = 1e-2                                     # that learns one batch
     overrides: tuple[tuple[str, Any], ...] = ()          # laid over the tiny size, for a less general peer
     classes: int = 7                                     # another number of classes that it can have
+    unread: tuple[str, ...] = ()                         # how names begin of what files have and nothing reads
     slack: float = 1.0                                   # how much wider float32 may stray in a deep network
 
 
@@ -105,6 +107,15 @@ def captioned(config: Any, rows: int) -> tuple[Tensor, ...]:
         text = torch.where(text == end, 0, text)
         text[torch.arange(rows), mask.sum(1) - 1] = end
     return *image(config, rows), text, mask
+
+
+def shown(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """A picture for each row, which stands there after the first token, and a text of 1 to 9 tokens after it."""
+    text, mask = tokens(config, rows)
+    text = torch.where(text == config.picture, 0, text)
+    patches = (config.image // config.patch) ** 2
+    row = torch.cat([text[:, :1], torch.full((rows, patches), config.picture), text], 1)
+    return *image(config, rows), row, torch.cat([torch.ones(rows, 1 + patches, dtype=torch.bool), mask], 1)
 
 
 def noisy_video(config: Any, rows: int) -> tuple[Tensor, ...]:
@@ -298,11 +309,18 @@ class Doubled(Logits):
     """A peer that rounds to float32 inside, made to keep the precision that it is given."""
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        to = Tensor.to
-        kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
-        whole = lambda x: x if x.dtype == torch.float64 else to(x, torch.float32)
-        with mock.patch.object(Tensor, "to", kept), mock.patch.object(Tensor, "float", whole):
+        with unrounded():
             return super().forward(tokens, mask)
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Inside, float64 stays what it is where a peer would round to float32."""
+    to = Tensor.to
+    kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
+    whole = lambda x: x if x.dtype == torch.float64 else to(x, torch.float32)
+    with mock.patch.object(Tensor, "to", kept), mock.patch.object(Tensor, "float", whole):
+        yield
 
 
 def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float,
@@ -539,6 +557,33 @@ def huggingface_clip(model: nn.Module) -> Peer:
                                    in translate(state, HUGGINGFACE, reverse=True).items()}
 
 
+def huggingface_llava(model: nn.Module) -> Peer:
+    from fieldguide.configurations import outwards
+    from fieldguide.registry import card_of
+    from tv import transformers
+    card = card_of(model)
+    theirs = outwards(card, card.configs["huggingface"], model.config)
+    peer = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**theirs))
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+            with unrounded():
+                return self.peer(pixel_values=image, input_ids=tokens, attention_mask=mask.long()).logits
+
+    def rename(state: State) -> dict[str, Tensor]:
+        """Names in memory, which are not those on disk."""
+        names = translate(state, card.weights["huggingface"], reverse=True)
+        live = lambda key: key.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "language_model.")
+        names = {live(key).replace("vision_tower.vision_model.", "vision_tower."): x for key, x in names.items()}
+        return {f"peer.{key}" if key.startswith("lm_head") else f"peer.model.{key}": x for key, x in names.items()}
+
+    return Words(), rename
+
+
 def huggingface_vilt(model: nn.Module) -> Peer:
     from fieldguide.models.transformer.vilt import HUGGINGFACE
     from tv import transformers
@@ -707,6 +752,7 @@ CASES = {
     "vit": Case(inputs=image, peer=timm_vit, lr=3e-3),
     "deit": Case(inputs=image, peer=timm_deit, lr=3e-3),
     "vilt": Case(inputs=captioned, peer=huggingface_vilt, lr=3e-3),
+    "llava": Case(inputs=shown, peer=huggingface_llava, lr=2e-2, unread=("vision.blocks.1.", "vision.norm.")),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(inputs=row("z_dim"), peer=same(
         lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3),

@@ -77,7 +77,7 @@ def gradients(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[
     output = meant(name, model(*inputs), inputs)
     torch.manual_seed(3)
     (output * torch.randn(output.shape, dtype=output.dtype)).sum().backward()
-    return output.detach(), {name: p.grad for name, p in model.named_parameters()}
+    return output.detach(), {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
 def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
@@ -307,8 +307,8 @@ def test_what_follows_is_never_read(name):
 @EVERY
 def test_gradient_reaches_every_parameter(name):
     _, grads = gradients(name, tiny(name).train(), batch(name, 8))
-    dead = [key for key, grad in grads.items() if grad is None or not grad.isfinite().all() or not grad.any()]
-    assert not dead
+    dead = [key for key, grad in grads.items() if not grad.isfinite().all() or not grad.any()]
+    assert dead == [key for key in grads if key.startswith(CASES[name].unread or ("none is",))]
 
 
 @EVERY
@@ -385,7 +385,7 @@ def test_runs_in_bfloat16_autocast(name):
     value = loss(card.answers[0], output, inputs)       # outside: that on probabilities is not made for autocast
     assert (half - full).abs().max() < 0.05 * full.abs().max() + 0.05
     value.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 @EVERY

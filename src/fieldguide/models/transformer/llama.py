@@ -141,11 +141,14 @@ class Llama(Decoder):
         return plain * (keep + (1 - keep) / factor)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
-        steps = tokens.shape[1]
+        return self.through(self.embed(tokens), mask, cache)
+
+    def through(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:     # B T D -> B T D
+        """Tokens as vectors, or what stands in their places, through all blocks."""
+        steps = x.shape[1]
         self.opened(steps, mask, cache)
-        seen = causal(steps, mask, cache, tokens.device)
-        x = self.embed(tokens)
-        turn = turns(positions(steps, mask, cache, tokens.device), self.speed(tokens.device), x)
+        seen = causal(steps, mask, cache, x.device)
+        turn = turns(positions(steps, mask, cache, x.device), self.speed(x.device), x)
         for layer, block in enumerate(self.blocks):
             x = block(x, turn, seen, cache, layer)
         return self.norm(x)
