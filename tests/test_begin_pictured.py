@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import damage
-from fieldguide.data.prepare import Pictures
+from fieldguide.data.prepare import Pictures, Text
 from fieldguide.errors import SettingsError
 from fieldguide.fitting import fit
 from fieldguide.pretrained import described
@@ -92,6 +92,17 @@ def test_classes_by_name_are_told_as_by_the_untouched_checkpoint(clip):
         assert [r["input"] for r in got] == [r["input"] for r in want]
         torch.testing.assert_close(*(torch.tensor([[r["probabilities"][name] for name in CLASSES] for r in each])
                                      for each in (got, want)), rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_stand_around_a_text_whoever_puts_them_there(clip):
+    """Some tokenizer.json of CLIP put them themselves, some do not."""
+    folder, _, run = clip
+    said = json.loads((folder / "tokenizer.json").read_text())
+    assert said["post_processor"]
+    bare = open_run(run.path).task
+    bare.text = Text(Tokenizer.from_str(json.dumps({**said, "post_processor": None})))
+    for ours, want in zip(bare.tokens([*SAID, ""])[0], run.task.tokens([*SAID, ""])[0]):
+        assert ours.tolist() == want.tolist() and ours[0] == run.task.end - 1
 
 
 def test_a_run_goes_on_as_it_was_prepared(clip, tmp_path):

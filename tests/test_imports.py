@@ -52,8 +52,9 @@ MAY = {
     "progress": NETWORKS | {"catalogue", "run", "samples", "studio", "tasks"},
     "estimators": NETWORKS | {"data", "fitting", "objectives", "progress", "request", "run", "tasks", "train"},
     "zero_shot": NETWORKS | {"configurations", "data", "objectives", "pretrained", "run", "tasks", "train"},
+    "viewer": NETWORKS | {"configurations", "data", "generation", "pretrained", "run", "speaker", "train", "zero_shot"},
     "cli": NETWORKS | {"catalogue", "data", "fitting", "pretrained", "progress", "request", "run", "samples", "speaker",
-                       "tasks", "zero_shot"},
+                       "tasks", "viewer", "zero_shot"},
     "__main__": {"cli"},
 }
 # Between two layers where only one module of the lower may be used.

@@ -213,6 +213,8 @@ def test_rows_that_cannot_be():
         ours(image, torch.cat([tokens, tokens[:, -1:].repeat(1, 20)], 1))
     with pytest.raises(SettingsError, match="above=2"):
         create("llava-test", above=2)
+    with pytest.raises(DataError, match="does not name its picture"):
+        list(generate(ours.seeing(image), [ours.spelt([31]) + [5] * 15] * 2, 10, sampling=Sampling(temperature=0)))
     assert ours.spelt([1, 31, 2]) == [1, 31, 31, 31, 31, 2]
 
 

@@ -123,9 +123,14 @@ def published(model: str) -> bool:
 
 
 def ask(model: str, inputs: list[str], asked: dict[str, str], as_json: bool) -> None:
-    """Answers of a pretrained network, by what it gives: of texts what follows, of pictures the class."""
+    """Answers of a pretrained network, by what it gives: of texts what follows, of pictures the class or words."""
     from fieldguide.pretrained import described
     found = described(model, asked.get("name"))
+    if found.card.takes == "captioned" and "tokens" in found.card.answers:
+        from fieldguide import viewer
+        how = viewer.settled(asked)
+        answered(viewer.Viewer.load(found).answer(inputs, **how), as_json, [])
+        return
     if "embeddings" not in found.card.answers:
         speak(found, inputs, asked, as_json)
         return

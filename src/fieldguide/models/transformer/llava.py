@@ -147,8 +147,12 @@ class Seeing:
         return self.network.language.new_cache(rows, length)
 
     def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # B T -> B vocab
-        """The logits of each row's last place; the pictures are looked at with the first tokens."""
+        """The logits of each row's last place; the pictures are looked at with the first tokens. Raises `DataError` where these
+        do not name them, as those of a row that was cut to the network's length."""
         first = cache is None or not cache.used
+        if first and not (tokens == self.config.picture).any(1).all():
+            raise DataError("a row does not name its picture, or has lost it: prompt and answer together must be no longer "
+                            f"than length={self.config.length} tokens")
         x = self.network.features(self.image if first else None, tokens, mask, cache)
         return self.network.language.head(x[:, -1])
 

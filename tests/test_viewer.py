@@ -1,0 +1,130 @@
+"""A language model that sees, from its folder: what it says of pictures, beside transformers with its processor."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from typer.testing import CliRunner
+
+from fieldguide import cli
+from fieldguide.errors import SettingsError, WeightsError
+from fieldguide.generation import Sampling
+from fieldguide.pretrained import save
+from fieldguide.registry import create
+from fieldguide.viewer import Viewer
+from test_folders import settled
+from test_zero_shot import pictures  # noqa: F401
+from tv import transformers
+
+TEMPLATE = ("{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+            "{{ '<image>\n' }}{% endif %}{% endfor %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} "
+            "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+ASKED = "What is there?"
+
+
+def words() -> Tokenizer:
+    """Bytes alone, and tokens that begin, end, and stand for a picture."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>", "<image>"])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    return made
+
+
+def written(path, template=None):
+    made = words()
+    ids = {token: made.token_to_id(token) for token in ("<s>", "</s>", "<image>")}
+    torch.manual_seed(0)
+    tower = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "image_size": 24, "patch_size": 8, "projection_dim": 8}
+    body = {"model_type": "llama", "vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96, "eos_token_id": ids["</s>"]}
+    peer = settled(transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=tower, text_config=body, image_token_index=ids["<image>"])))
+    peer.save_pretrained(path)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    ready = transformers.LlavaProcessor(images, fast, patch_size=8, vision_feature_select_strategy="default",
+                                        image_token="<image>", num_additional_image_tokens=1, chat_template=template)
+    ready.save_pretrained(path)
+    return path, peer.eval(), ready
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("llava"), TEMPLATE)
+
+
+@torch.no_grad()
+def theirs(peer, ready, paths, text):
+    said = []
+    for path in paths:
+        made = ready(text=text, images=Image.open(path).convert("RGB"), return_tensors="pt")
+        out = peer.generate(**{k: v for k, v in made.items() if k != "token_type_ids"}, max_new_tokens=12, do_sample=False,
+                            pad_token_id=0)
+        said.append(ready.tokenizer.decode(out[0, made["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+    return said
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["conversation", "plain"])
+def test_answers_equal_those_of_transformers_with_its_processor(llava, pictures, tmp_path, template):  # noqa: F811
+    folder, peer, ready = llava if template else written(tmp_path / "plain")
+    paths = sorted(map(str, pictures.glob("*.png")))
+    text = f"USER: <image>\n{ASKED} ASSISTANT:" if template else f"<image>\n{ASKED}"
+    if template:
+        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ASKED}]}]
+        assert ready.apply_chat_template(asked, add_generation_prompt=True) == text
+    viewer = Viewer.load(folder)
+    assert viewer.spelt(ASKED) == text and viewer.tokens(text) == viewer.tokens(ASKED)
+    assert viewer.tokens(ASKED) == ready(text=text, images=Image.open(paths[0]).convert("RGB"))["input_ids"][0]
+    found = viewer.answer(str(pictures), ASKED, tokens=12)
+    want = theirs(peer, ready, paths, text)
+    assert [r["text"] for r in found] == want and len(set(want)) > 1 and [r["input"] for r in found] == [
+        path.rpartition("/")[2] for path in paths]
+
+
+def test_what_is_asked_for(llava, pictures, tmp_path):  # noqa: F811
+    viewer, photo = Viewer.load(llava[0]), str(pictures / "a.png")
+    plain = viewer.answer(photo, ASKED, tokens=12)[0]["text"]
+    assert plain.startswith(viewer.answer(photo, ASKED, tokens=4)[0]["text"])
+    hot = Sampling(temperature=5.0)
+    drawn = [viewer.answer(photo, ASKED, tokens=12, seed=seed, sampling=hot)[0]["text"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert viewer.answer(photo, ASKED, tokens=12, stop=[plain[3:5]])[0]["text"] == plain[:plain.find(plain[3:5])].strip()
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    said = viewer.answer([photo, str(tmp_path / "broken.png")], ASKED, tokens=12)
+    assert said[0]["text"] == plain and set(said[1]) == {"input", "error"}
+    with pytest.raises(SettingsError, match="names 2 pictures by <image>"):
+        viewer.answer(photo, "<image> and <image>")
+    with pytest.raises(SettingsError, match="and the network reads 96"):
+        viewer.answer(photo, "why? " * 40)
+    viewer.ends = []
+    room = 96 - len(viewer.tokens(ASKED))
+    assert viewer.answer(photo, ASKED, tokens=500) == viewer.answer(photo, ASKED, tokens=room)
+
+
+def test_on_the_command_line(llava, pictures):  # noqa: F811
+    run = lambda *words: CliRunner().invoke(cli.app, ["predict", str(llava[0]), str(pictures), *words])
+    done = run("--json", "--set", f"prompt={ASKED}", "--set", "tokens=12")
+    assert done.exit_code == 0, done.output
+    want = Viewer.load(llava[0]).answer(str(pictures), ASKED, tokens=12)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == want
+    for words, said in (((), "--set prompt="), (("--set", "beams=2"), "is not asked with 'beams'")):
+        assert said in str(run(*words).exception) and isinstance(run(*words).exception, SettingsError)
+
+
+def test_others_are_refused(llava, tmp_path):
+    save(create("vit-test", channels=3), tmp_path / "vit", "hf")
+    with pytest.raises(WeightsError, match="is vit, which takes image and gives label"):
+        Viewer.load(tmp_path / "vit")
+    save(create("llava-test", channels=3), tmp_path / "llava", "hf")
+    with pytest.raises(WeightsError, match=r"has no tokenizer\.json"):
+        Viewer.load(tmp_path / "llava")
+    words().save(str(tmp_path / "llava/tokenizer.json"))
+    with pytest.raises(WeightsError, match=r"has 259 tokens, the network 32, .*another network"):
+        Viewer.load(tmp_path / "llava")
