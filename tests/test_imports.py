@@ -25,7 +25,7 @@ MAY = {
     "translation": GROUND | {"blocks"},
     "weights": NETWORKS - {"weights"} | {"ggml", "scripted", "translation"},
     "samples": {"errors"},
-    "data": GROUND | {"samples"},                       # never models, tasks or training
+    "data": GROUND | {"samples", "ggml"},               # never models, tasks or training
     "objectives": GROUND | {"blocks", "data"},          # of data, only chance as a function of numbers
     "measures": {"errors"},                             # numbers in, numbers out
     "train": GROUND | {"data", "objectives"},           # knows neither tasks nor architectures
@@ -37,14 +37,14 @@ MAY = {
     "scripted": {"errors"},
     "configurations": NETWORKS - {"weights"} | {"ggml"},
     "recognition": NETWORKS - {"weights"} | {"translation"},
-    "pretrained": NETWORKS | {"configurations", "hub", "recognition", "run", "train"},
+    "pretrained": NETWORKS | {"configurations", "data", "hub", "recognition", "run", "train"},
     "run": NETWORKS | {"data", "objectives", "tasks", "train"},
     "advisor": NETWORKS | {"measure"},
     "catalogue": NETWORKS | {"measure", "tasks"},
     "studio": GROUND | {"pkg", "run", "tasks", "train"},
     "teaching": {"errors", "data", "objectives", "run", "tasks", "train"},
     "speaker": NETWORKS | {"data", "generation", "ggml", "pretrained", "train"},
-    "beginning": NETWORKS | {"measure", "pretrained", "tasks", "train"},
+    "beginning": NETWORKS | {"data", "measure", "pretrained", "tasks", "train"},
     "request": {"errors", "data", "samples", "tasks"},
     "pacing": {"errors", "data", "objectives", "train"},
     "fitting": NETWORKS | {"pkg", "advisor", "beginning", "data", "measure", "objectives", "pacing", "pretrained", "request",

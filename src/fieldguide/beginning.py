@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from fieldguide import measure, weights
-from fieldguide.errors import WeightsWarning
+from fieldguide.data.dataset import Data
+from fieldguide.errors import SettingsError, WeightsWarning
 from fieldguide.pretrained import Checkpoint
 from fieldguide.tasks import Task
 from fieldguide.train import tuning
@@ -27,10 +28,35 @@ RATES = {"whole": {"lr": 1e-3, "layer_decay": 0.65}, "lora": {"lr": 1e-3}, "froz
 TRIED = 22_000_000
 
 
-def offered(kind: type[Task], begun: Checkpoint) -> dict[str, Any]:
-    """Options of a task that follow from the checkpoint: its tokenizer, its scale of colours."""
+def offered(kind: type[Task], begun: Checkpoint, asked: Mapping[str, Any], watch: Any) -> dict[str, Any]:
+    """Options of a task: those that follow from the checkpoint, such as its tokenizer and its scale of colours, and those that
+    were asked for. It is said where the words are not known that a network of words has learnt with."""
     known = {f.name for f in fields(kind.Options)}
-    return {k: v for k, v in begun.offers().items() if k in known}
+    found = {**{k: v for k, v in begun.offers().items() if k in known}, **asked}
+    if "tokenizer" in known and "tokenizer" not in found and begun.card.accepts("vocab"):
+        why = begun.words()[1]
+        why = f" ({why})" if why else ""
+        watch.say(f"WARNING: the words that {begun.path} has learnt are not known{why}. Others are made from your texts, so "
+                  "what it knows of words is lost: its embeddings begin anew, with other meanings. "
+                  "Put the tokenizer.json that it was trained with beside its weights (or vocab.txt, or vocab.json and "
+                  "merges.txt), or name it: --set task.tokenizer=PATH")
+    return found
+
+
+def readable(learnt: Task, rows: Data, config: Any, begun: Checkpoint, asked: Mapping[str, Any], watch: Any) -> Task:
+    """The task with rows no longer than the checkpoint's network reads, learnt anew where they were. Raises `SettingsError`
+    where longer ones were asked for."""
+    card, wanted = begun.card, learnt.needs()
+    if config is None or card.endless or "vocab" not in wanted or not card.accepts("length"):
+        return learnt
+    room, length = getattr(config, card.names.get("length", "length")), wanted.get("length", 0)
+    if length <= room:
+        return learnt
+    if "length" in asked:
+        raise SettingsError(f"task.length={length:,} is more than the {room:,} tokens that {begun.path} reads at most: ask for "
+                            "no more than these, or leave it to the checkpoint.")
+    watch.say(f"task.length={room:,}: {begun.path} reads no longer rows")
+    return type(learnt).learn(rows, type(learnt).options_from({**asked, "length": room}))
 
 
 def gentle(settings: Settings, training: Mapping[str, Any], rows: int, begun: Checkpoint, watch: Any) -> Settings:

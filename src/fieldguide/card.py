@@ -132,6 +132,7 @@ class Card:
     names further networks that training needs beside this one, by what the objective calls them:
     {"critic": "dcgan-discriminator"}. `denoises` says how an encoder-decoder learns from texts alone (see `DENOISES`).
     `scale` is that of the pictures that published weights have learnt with, where no file beside them says it.
+    `endless`: rows longer than the config's `length` can be read, as it says only what was learnt from.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Card:
     also: tuple[str, ...] = ()
     denoises: str = "spans"
     scale: Scale = IMAGENET
+    endless: bool = False
 
     def __post_init__(self) -> None:
         if self.denoises not in DENOISES:

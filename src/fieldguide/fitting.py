@@ -98,16 +98,19 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     if weights is not None:
         begun = pretrained.described(weights, None if model == "auto" else model, watch.say)
         model = begun.size
-        of_task = beginning.offered(kind, begun) | of_task
+        of_task = beginning.offered(kind, begun, of_task, watch)
     options = kind.options_from(of_task)
     source = kind.examples(source, options)
     parts = parts or split(source, seed=seed)
     watch.say(f"split: {parts.how}")
     learnt = kind.learn(source.take(parts.train), options)
-    for note in learnt.notes:
-        watch.say(f"note: {note}")
     needs = {"gives": kind.gives, **learnt.needs()}
     config = begun.config(needs, of_model) if begun and set(begun.card.answers) & set(kind.gives) else None
+    if begun:
+        learnt = beginning.readable(learnt, source.take(parts.train), config, begun, of_task, watch)
+        needs = {"gives": kind.gives, **learnt.needs()}
+    for note in learnt.notes:
+        watch.say(f"note: {note}")
     advice = advise(facts={"task": kind.name, "rows": len(parts.train), **learnt.profile()}, needs=learnt.needs(),
                     takes=kind.takes, gives=kind.gives, minutes=budget,
                     machine=distributed.broadcast(measure.machine()), model=model, config=config)

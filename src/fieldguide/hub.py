@@ -27,7 +27,8 @@ CHUNK = 2 ** 20
 TOLD = 5                                                 # seconds between words on how far a file is
 TIMEOUT = 60                                             # seconds without a byte
 KINDS = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt", "spiece.model",
-         "sentencepiece*", "special_tokens_map.json", "generation_config.json", "preprocessor_config.json")
+         "spm.model", "sentencepiece*", "added_tokens.json", "special_tokens_map.json", "chat_template*",
+         "generation_config.json", "preprocessor_config.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")     # only where there are no safetensors
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fieldguide import configurations, weights
 from fieldguide.card import Card
 from fieldguide.configurations import TIMM, WRITTEN, Identified, identified, inwards, named, outwards, pixels
+from fieldguide.data.prepare import text_files
 from fieldguide.errors import SettingsError, WeightsError, nearest
 from fieldguide.recognition import FREE, Unfilled, headed, headless, recognised, seen, sibling
 from fieldguide.registry import card_of, find
@@ -82,13 +83,19 @@ class Checkpoint:
         """Of the pictures that it reads."""
         return getattr(self.card.config(**self.values), self.card.names.get("channels", "channels"), 3)
 
+    def words(self) -> tuple[Path | None, str]:
+        """Where the tokenizer lies that it has learnt with; else why none can be read, empty where none is there."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        if (folder / "run.json").is_file():
+            folder = folder / "preprocess"
+        return text_files.whose(self.path if self.path.suffix == ".gguf" else folder)
+
     def offers(self) -> dict[str, Any]:
         """What must be prepared for it as it was for its first training, by the names of tasks' options."""
         folder = self.path if self.path.is_dir() else self.path.parent
         offered: dict[str, Any] = {}
-        for place in (folder, folder / "preprocess"):    # the second: of a run
-            if (place / "tokenizer.json").is_file():
-                offered["tokenizer"] = str(place / "tokenizer.json")
+        if words := self.words()[0]:
+            offered["tokenizer"] = str(words)
         if self.card.accepts("begin"):
             offered["begin"] = self.card.config(**self.values).begin
         if self.card.takes == "image":

@@ -18,6 +18,7 @@ from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit, Quote, Quotes
 from fieldguide.objectives import Objective
 from fieldguide.tasks.supervised import Labelled, discrete, settled
+from fieldguide.tasks.text_windows import Frame, framed
 from fieldguide.tasks.typed import Typed, path_like
 from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
@@ -62,9 +63,11 @@ class TextClassification(Typed, Labelled):
         task = cls(list(data.columns.values()), options)
         texts, seconds = task.texts(data), task.seconds(data)
         task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn([*texts, *seconds], size=options.vocab)
-        sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], LONGEST)[0]]
         if seconds:                                      # with the tokens that frame them
-            sizes = [3 + a + len(b) for a, b in zip(sizes, task.text.encode(seconds[:SAMPLE], LONGEST)[0])]
+            around, (first, second) = framed(task.text).size, (task.text.exactly(t[:SAMPLE]) for t in (texts, seconds))
+            sizes = [around + len(a) + len(b) for a, b in zip(first, second)]
+        else:
+            sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], LONGEST)[0]]
         task.median = int(np.median(sizes))
         task.learn_labels(data)
         task.options = settled(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
@@ -87,31 +90,33 @@ class TextClassification(Typed, Labelled):
                             f"{self.column!r} and {self.second!r}.")
         return super().read_one(source, answered)
 
-    def encoded(self, data: Data, framed: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-        """The tokens of each row, which text each token is of (0 or 1), and how many rows were cut.
+    def encoded(self, data: Data, around: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+        """The tokens of each row, which segment each token is of (0 or 1), and how many rows were cut.
 
-        `framed`: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], as BERT reads them; otherwise A, or A [SEP] B. Of a pair that is
-        too long, the longer text loses its end (appendix A.2 of BERT).
+        `around`: [CLS] A [SEP], as BERT reads them, or pairs as the tokenizer frames them: [CLS] A [SEP] B [SEP] of BERT,
+        <s> A </s></s> B </s> of RoBERTa; otherwise A, or A [SEP] B. Of a pair that is too long, the longer text loses its
+        end (appendix A.2 of BERT).
         """
         length, seconds = self.options.length, self.seconds(data)
-        if not framed and not seconds:
+        if not around and not seconds:
             tokens, cut = self.text.encode(self.texts(data), length)
             return tokens, [], cut
-        start, stop = ([self.text.cls], [self.text.sep]) if framed else ([], [])
+        frame = Frame((), (self.text.sep,), ())
+        if around:
+            frame = framed(self.text) if seconds else Frame((self.text.cls,), (), (self.text.sep,))
         first = self.text.exactly(self.texts(data))
         second = self.text.exactly(seconds) if seconds else [np.zeros(0, dtype=np.int64)] * len(first)
         tokens, segments, cut = [], [], 0
         for a, b in zip(first, second):
-            room = max(2, length - len(start) - len(stop) - (1 if seconds else 0))
+            room = max(2, length - frame.size)
             cut += len(a) + len(b) > room
             half = max(room // 2, room - len(b))         # a short text leaves its room to the other
             a = a[:half]
             b = b[:room - len(a)]
-            middle = [self.text.sep] if seconds else []
-            tokens.append(np.concatenate([start, a, middle, b, stop]).astype(np.int64))
-            before = len(start) + len(a) + (len(middle) if seconds else len(stop))
-            segments.append((np.arange(len(tokens[-1])) >= before).astype(np.int64))
-        if not framed:                                   # a row of nothing is a token that says so
+            tokens.append(np.concatenate([frame.before, a, frame.between, b, frame.behind]).astype(np.int64))
+            before = len(frame.before) + len(a) + len(frame.between)
+            segments.append(np.where(np.arange(len(tokens[-1])) >= before, *frame.segments[::-1]))
+        if not around:                                   # a row of nothing is a token that says so
             tokens = [t if len(t) else np.array([self.text.unknown]) for t in tokens]
         return tokens, segments if seconds else [], cut
 

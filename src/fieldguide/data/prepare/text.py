@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fieldguide.errors import DataError
+from fieldguide.data.prepare import text_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,16 +24,24 @@ BLANKS = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint3
 class Text:
     """Texts as token indices below `size`, padded with `pad`; an empty text is the one token `unknown`."""
 
-    def __init__(self, tokenizer: Tokenizer, *, lower: bool = False, learnt_on: int = 0) -> None:
-        self.tokenizer, self.lower, self.learnt_on = tokenizer, lower, learnt_on
+    def __init__(self, tokenizer: Tokenizer, *, lower: bool = False, learnt_on: int = 0,
+                 special: Mapping[str, str] | None = None, template: str | None = None, ends: Sequence[str] = ()) -> None:
+        """`special`: what its tokens are called (eos_token, ...), by which they are found before their usual names are
+        tried. `template` writes conversations; `ends` are all tokens that end an answer."""
+        self.tokenizer, self.lower, self.learnt_on, self.template = tokenizer, lower, learnt_on, template
+        self.special = dict(special or {})
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.pad = self.token("<pad>", "[PAD]", "<|endoftext|>", default=0)
-        self.unknown = self.token("<unk>", "[UNK]", "<s>", "<|endoftext|>", default=self.pad)
-        self.cls = self.token("<cls>", "[CLS]", "<s>", default=self.unknown)
-        self.sep = self.token("<sep>", "[SEP]", "</s>", default=self.unknown)
-        self.hidden = self.token("<mask>", "[MASK]", default=self.unknown)
-        self.end = self.token(END, "</s>", "<sep>", "[SEP]", "<|end_of_text|>", default=self.pad)
+        called = self.special.get
+        self.pad = self.token(called("pad_token"), "<pad>", "[PAD]", "<|endoftext|>", called("eos_token"), default=0)
+        self.unknown = self.token(called("unk_token"), "<unk>", "[UNK]", "<s>", "<|endoftext|>", default=self.pad)
+        self.cls = self.token(called("cls_token"), "<cls>", "[CLS]", called("bos_token"), "<s>", default=self.unknown)
+        self.sep = self.token(called("sep_token"), "<sep>", "[SEP]", called("eos_token"), "</s>", default=self.unknown)
+        self.hidden = self.token(called("mask_token"), "<mask>", "[MASK]", default=self.unknown)
+        self.end = self.token(called("eos_token"), *ends[:1], END, "<eos>", "</s>", "<sep>", "[SEP]", "<|end_of_text|>",
+                              default=self.pad)
+        more = (self.token(token, default=self.end) for token in ends)
+        self.ends = tuple(dict.fromkeys((self.end, *more)))
 
     @classmethod
     def learn(cls, texts: Iterable[str], *, size: int | None = None, lower: bool = True) -> Text:
@@ -120,8 +128,8 @@ class Text:
     def size(self) -> int:
         return self.tokenizer.get_vocab_size()
 
-    def token(self, *names: str, default: int) -> int:
-        found = (self.tokenizer.token_to_id(n) for n in names)
+    def token(self, *names: str | None, default: int) -> int:
+        found = (self.tokenizer.token_to_id(n) for n in names if n)
         return next((i for i in found if i is not None), default)
 
     def encode(self, texts: Sequence[str], length: int, *, cls: bool = False) -> tuple[list[np.ndarray], int]:
@@ -167,25 +175,21 @@ class Text:
         (folder / "text.json").write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
 
     def to_json(self) -> dict[str, Any]:
-        return {"lower": self.lower, "learnt_on": self.learnt_on, "size": self.size}
+        said = {"lower": self.lower, "learnt_on": self.learnt_on, "size": self.size}
+        if not self.special and self.template is None and len(self.ends) == 1:
+            return said
+        return {**said, "special": self.special, "template": self.template,
+                "ends": [self.tokenizer.id_to_token(i) for i in self.ends]}
 
     @classmethod
     def load(cls, path: str | Path) -> Text:
-        """From a folder that `save` wrote, or from any tokenizer.json. Raises DataError if it is none."""
-        from tokenizers import Tokenizer
-
+        """From a folder that `save` wrote, or from what lies beside published weights: any tokenizer.json, the folder of
+        another form of tokenizer, a GGUF file (see `text_files`). Raises DataError if it is none."""
         path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.exists():
-            raise DataError(f"{file}: there is no such tokenizer.")
-        try:
-            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:          # the library raises nothing narrower; it is passed on, not swallowed
-            raise DataError(f"{file}: not a tokenizer of the tokenizers library ({error}).") from error
-        settings = path / "text.json"
-        ours = path.is_dir() and settings.exists()
-        saved = json.loads(settings.read_text(encoding="utf-8")) if ours else {}
-        return cls(tokenizer, lower=saved.get("lower", False), learnt_on=saved.get("learnt_on", 0))
+        words = text_files.read(path)
+        saved = text_files.parsed(path / text_files.OURS)
+        return cls(words.tokenizer, lower=saved.get("lower", False), learnt_on=saved.get("learnt_on", 0),
+                   special=words.special, template=words.template, ends=words.ends)
 
 
 def suggest_size(characters: int) -> int:

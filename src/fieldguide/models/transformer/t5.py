@@ -280,6 +280,7 @@ def sized(numbers: tuple[int, ...], source: str, **other: Any) -> Size:
 
 CARD = Card(
     name="t5", model=T5, config=Config, paper="arXiv:1910.10683", year=2019, takes="pair", gives="tokens",
+    endless=True,
     sizes={
         **{f"t5-{name}": sized(n, f"google-t5/t5-{name}") for name, n in FIRST.items()},
         # Counts are of the published files, whose heads transformers 5 would tie to the embedding.
