@@ -256,13 +256,13 @@ def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
 
 
 def test_rows_are_no_longer_than_the_checkpoint_reads(table, tmp_path):
-    folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"), length=8)
+    folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"), length=6)
     plan = decide(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
-    assert plan.task.options.length == 8 and plan.batches.make(np.arange(8), None)["tokens"].shape[1] == 8
-    assert any("task.length=8" in text and "reads no longer rows" in text for text in said.words)
-    assert any("longer than 8 tokens and are cut" in text for text in said.words)
-    with pytest.raises(SettingsError, match=r"task\.length=9 is more than the 8 tokens"):
-        decide(read(table), weights=folder, settings={**STEPS, "task.length": 9})
+    assert plan.task.options.length == 6 and plan.batches.make(np.arange(8), None)["tokens"].shape[1] == 6
+    assert any("task.length=6" in text and "reads no longer rows" in text for text in said.words)
+    assert any("longer than 6 tokens and are cut" in text for text in said.words)
+    with pytest.raises(SettingsError, match=r"task\.length=7 is more than the 6 tokens"):
+        decide(read(table), weights=folder, settings={**STEPS, "task.length": 7})
 
 
 def test_rows_of_networks_that_read_any_are_left_as_they_are():

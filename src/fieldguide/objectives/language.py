@@ -27,7 +27,8 @@ class NextToken(Objective):
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         logits, target = self.logits(batch).flatten(0, 1).float(), batch["target"].flatten()
-        return {"loss": F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing)}
+        total = F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing, reduction="sum")
+        return {"loss": total / (target >= 0).sum().clamp(min=1)}        # of a batch in which the assistant says nothing: 0
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Nats and tokens of each row: B, B."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,6 +19,7 @@ from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import LINE, Column, Data
 from fieldguide.data.prepare import Text
 from fieldguide.data.prepare.text import END
+from fieldguide.data.prepare.text_files import CHAT
 from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError
 from fieldguide.exhibits import Bars, Exhibit, Quote, Quotes, Table
@@ -25,6 +27,7 @@ from fieldguide.generation import Sampling, generate
 from fieldguide.generation.text import cut, pieces
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
+from fieldguide.tasks.conversations import Conversations, messages, unanswered
 from fieldguide.tasks.ngram import NGram
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.typed import Typed
@@ -73,6 +76,7 @@ class TextGeneration(Typed):
 
     text: Text
     chat: bool = False                   # whether rows are conversations
+    first: Sequence[tuple[str, str]] = ()        # of them, what was said in one before the first answer
 
     # Reading
 
@@ -124,9 +128,15 @@ class TextGeneration(Typed):
                                          special=SPECIAL if task.chat else (END,))
         else:
             task.text = Text.load(options.tokenizer)
-            if task.chat and any(task.text.tokenizer.token_to_id(s) is None for s in SPECIAL):
-                raise DataError(f"{options.tokenizer}: conversations need the tokens {', '.join(SPECIAL)}, which it lacks.")
-        tokens = sum(map(len, task.text.exactly(texts)))
+        if task.template:
+            turns = task.turns(data)
+            task.notes.append(task.template.note(turns, data.place))
+            task.first = next((asked for row in turns if (asked := unanswered(row))), [("user", "")])
+        elif task.chat and (lacking := [s for s in SPECIAL if task.text.tokenizer.token_to_id(s) is None]):
+            raise DataError(f"{options.tokenizer}: conversations need a chat template beside it ({CHAT}, or chat_template in "
+                            f"tokenizer_config.json), or else the tokens {', '.join(SPECIAL)}, of which it lacks "
+                            f"{', '.join(lacking)}.")
+        tokens = len(task.stream_of(data)[0]) if task.template else sum(map(len, task.text.exactly(texts)))
         longest = options.length or min(MOST[device().type], max(8, tokens // 32))
         task.options = settled(options, length=longest, vocab=task.text.size)
         task.tokens = tokens
@@ -140,27 +150,41 @@ class TextGeneration(Typed):
         if not self.chat:
             return [[("", text or "")] for text in values]
         rows = []
-        for row, messages in enumerate(values):
-            for m in messages or ():
+        for row, said in enumerate(values):
+            for m in said or ():
                 if m.get("role") not in SPEAKERS or m.get("content") is None:
                     raise DataError(f"{data.place(row)}: a message of {self.column!r} has the role {m.get('role')!r} and the "
                                     f"content {str(m.get('content'))[:30]!r}. Roles are {', '.join(SPEAKERS)}; contents "
                                     "are text.")
-            rows.append([(m["role"], m["content"]) for m in messages or ()])
+            rows.append([(m["role"], m["content"]) for m in said or ()])
         return rows
+
+    @cached_property
+    def template(self) -> Conversations | None:
+        """How the checkpoint writes conversations, where rows are such and it says so."""
+        return Conversations(self.text) if self.chat and self.text.template else None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer: what a template writes behind answers is one too."""
+        closing = self.template.closing if self.template else None
+        return tuple(dict.fromkeys((*self.text.ends, *([] if closing is None else [closing]))))
 
     def stream_of(self, data: Data) -> tuple[np.ndarray, np.ndarray]:
         """All rows as one row of tokens, int64, and which of them are to be learnt: of conversations, what the
-        assistant says. Texts have the end token between them."""
+        assistant says, with its end. Texts have the end token between them, and what the tokenizer puts before a text."""
+        if self.template:
+            return self.template.stream(self.turns(data), data.place)
         begins = data.rows[PART].to_numpy() == 0 if PART in data.rows.columns else np.ones(len(data), dtype=bool)
         turns = self.turns(data)
         encoded = iter(self.text.exactly([text for row in turns for _, text in row]))
         special, end = (lambda who: self.text.tokenizer.token_to_id(f"<|{who}|>")), np.array([self.text.end])
+        between = np.array([self.text.end, *([] if self.chat else self.text.opening())])
         tokens, learnt = [], []
         for row, begin in zip(turns, begins):
             if begin:
-                tokens.append(end)
-                learnt.append(np.array([not self.chat]))
+                tokens.append(between)
+                learnt.append(np.arange(len(between)) < (not self.chat))         # how a text opens is not the network's to say
             for who, _ in row:
                 ids = next(encoded)
                 if who:
@@ -250,15 +274,16 @@ class TextGeneration(Typed):
 
     def prompt(self, turns: Sequence[tuple[str, str]]) -> list[int]:
         """What a network reads before it goes on: a text behind the end of another, or what was said so far."""
-        ids = [self.text.end]
+        if self.template:
+            return self.template.prompt(turns)
+        ids = [self.text.end] if self.chat else self.text.opening() or [self.text.end]
         for (who, _), encoded in zip(turns, self.text.exactly([text for _, text in turns])):
             ids += [self.text.tokenizer.token_to_id(f"<|{who}|>"), *encoded, self.text.end] if who else encoded.tolist()
         return ids + ([self.text.tokenizer.token_to_id("<|assistant|>")] if self.chat else [])
 
     def sampled(self, objective: Objective, prompts: list[list[int]], asking: Any, first: int = 0) -> Iterator[Tensor]:
         choose = Sampling(asking.temperature, asking.top_k, asking.top_p, asking.min_p, asking.repetition)
-        return generate(objective.model, prompts, asking.tokens, sampling=choose, ends=(self.text.end,), seed=asking.seed,
-                        first=first)
+        return generate(objective.model, prompts, asking.tokens, sampling=choose, ends=self.ends, seed=asking.seed, first=first)
 
     def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -272,11 +297,16 @@ class TextGeneration(Typed):
         return answer
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
-        return [{"text": self.cut(self.text.decode([i for i in row if i >= 0 and i != self.text.end]))}
+        ends = {-1, *self.ends}
+        return [{"text": self.cut(self.text.decode([i for i in row if i not in ends]))}
                 for row in outputs["said"].astype(int)]
 
     def cut(self, text: str) -> str:
         return cut(text, (self.asking.stop,))
+
+    def typed(self, text: str) -> pl.DataFrame:
+        """What a person types into a conversation is a question."""
+        return pl.DataFrame({self.column: [messages([("user", text)])]}) if self.chat else super().typed(text)
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str]:
         data = self.read([source])
@@ -286,16 +316,17 @@ class TextGeneration(Typed):
 
     def pieces(self, objective: Objective, prompt: list[int]) -> Iterator[str]:
         tokens = (int(token) for token in self.sampled(objective, [prompt], self.asking))
-        return pieces(tokens, self.text.decode, (self.text.end,), (self.asking.stop,))
+        return pieces(tokens, self.text.decode, self.ends, (self.asking.stop,))
 
     # Report
 
     def glimpse(self, objective: Objective) -> list[Exhibit]:
         asking = self.Asking(tokens=min(SHOWN, 2 * self.options.length))
-        start = self.prompt([] if self.chat else [("", "")])
+        start, ends = self.prompt(self.first if self.chat else [("", "")]), self.ends
         said = torch.cat(list(self.sampled(objective, [start], asking))).tolist()
-        return [Quotes("Samples while it learnt", "Written from nothing, with the same chance each time.",
-                       [Quote(self.text.decode([i for i in said if i != self.text.end]), "")])]
+        what = f"Answers to {self.first[-1][1][:SHOWN]!r}" if self.first else "Written from nothing"
+        return [Quotes("Samples while it learnt", f"{what}, with the same chance each time.",
+                       [Quote(self.text.decode([i for i in said if i not in ends]), "")])]
 
     def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
                  ) -> dict[str, list[Exhibit]]:
@@ -309,7 +340,11 @@ class TextGeneration(Typed):
 
     def samples(self, test: Data, objective: Objective) -> list[Exhibit]:
         """Beginnings of test texts continued with several temperatures, and how fast."""
-        prompts = [p[:1 + self.options.length // 4] for p in map(self.prompt, self.turns(test)[:3])]
+        if self.template:
+            prompts = [self.prompt(unanswered(turns) or self.first) for turns in self.turns(test)[:3]]
+        else:
+            prompts = [p[:1 + self.options.length // 4] for p in map(self.prompt, self.turns(test)[:3])]
+        ends = self.ends
         quotes, speeds = [], []
         for temperature in (0.0, 0.7, 1.0):
             asking = self.Asking(tokens=SHOWN, temperature=temperature, top_p=1.0)
@@ -318,7 +353,7 @@ class TextGeneration(Typed):
             speeds.append((f"{temperature:g}", len(prompts), len(steps) * len(prompts) / taken))
             for prompt, row in zip(prompts, torch.stack(steps, 1).tolist()):
                 quotes.append(Quote(self.text.decode(prompt[1:])[-300:] + " ⟶ "
-                                    + self.text.decode([i for i in row if i >= 0 and i != self.text.end]),
+                                    + self.text.decode([i for i in row if i >= 0 and i not in ends]),
                                     f"temperature {temperature:g}"))
         return [Quotes("Beginnings of test texts, continued", "What stands before the arrow was given.", quotes),
                 Table("Speed", "Measured while these samples were made, with a cache of keys and values.",
@@ -327,12 +362,13 @@ class TextGeneration(Typed):
     # Saved with the run
 
     def state(self) -> dict[str, Any]:
-        return {"chat": self.chat, "tokens": self.tokens}
+        return {"chat": self.chat, "tokens": self.tokens, **({"first": self.first} if self.first else {})}
 
     @classmethod
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text, task.chat, task.tokens = Text.load(folder), state["chat"], state["tokens"]
+        task.first = [tuple(turn) for turn in state.get("first", ())]
         return task
 
     def save(self, folder: Path) -> None:

@@ -36,10 +36,14 @@ class Typed(Task):
 
         return Batches(len(rows), make, np.array([len(row) for row in rows]))
 
+    def typed(self, text: str) -> pl.DataFrame:
+        """A text that a person typed, as a row of the table."""
+        return pl.DataFrame({self.column: [text]})
+
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered or not isinstance(source, str) or path_like(source):
             return super().read_one(source, answered)
-        data = super().read_one(pl.DataFrame({self.column: [source]}), answered)
+        data = super().read_one(self.typed(source), answered)
         data.manifest.files[0] = replace(data.manifest.files[0], path=source)      # it is called by what it says
         data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
         return data

@@ -117,6 +117,20 @@ class Text:
                 found.append((np.array(e.ids, dtype=np.int64), spans))
         return found
 
+    def opening(self) -> list[int]:
+        """The tokens that the tokenizer itself puts before a text."""
+        seen = self.tokenizer.encode("a")
+        return seen.ids[:next((i for i, text in enumerate(seen.sequence_ids) if text is not None), 0)]
+
+    def spelt(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of texts that spell out all of their special tokens, as chat templates write them: the tokens of each, N int64, and
+        which characters of it each covers, N 2 int64."""
+        before, self.tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens, False
+        found = [(np.array(e.ids, dtype=np.int64), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
+                 for some in batches(texts, 1000) for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)]
+        self.tokenizer.encode_special_tokens = before
+        return found
+
     def bytes_of(self) -> np.ndarray:
         """UTF-8 bytes that each token stands for, int64; special tokens stand for none."""
         special = self.tokenizer.get_added_tokens_decoder()
