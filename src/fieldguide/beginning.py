@@ -39,7 +39,7 @@ def offered(kind: type[Task], begun: Checkpoint, asked: Mapping[str, Any], watch
         watch.say(f"WARNING: the words that {begun.path} has learnt are not known{why}. Others are made from your texts, so "
                   "what it knows of words is lost: its embeddings begin anew, with other meanings. "
                   "Put the tokenizer.json that it was trained with beside its weights (or vocab.txt, or vocab.json and "
-                  "merges.txt), or name it: --set task.tokenizer=PATH")
+                  "merges.txt, or SentencePiece's file), or name it: --set task.tokenizer=PATH")
     return found
 
 

@@ -1,7 +1,8 @@
 """The words that a network knows: tokenizers as they lie beside published weights, in whichever form.
 
 Read are `tokenizer.json` of the tokenizers library; `vocab.txt` of BERT and its kin (WordPiece); `vocab.json` with `merges.txt`
-of GPT-2, RoBERTa, BART, DeBERTa and Qwen (byte-level pairs); and GGUF files. What special tokens are called and how
+of GPT-2, RoBERTa, BART, DeBERTa and Qwen (byte-level pairs); files of SentencePiece of T5, DeBERTa v2 and v3, Llama and Gemma
+(see `text_pieces`); and GGUF files. What special tokens are called and how
 conversations are written, the configurations beside them say.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fieldguide.data.prepare import text_pieces
 from fieldguide.errors import DataError, FieldguideError
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def read(place: Path) -> Words:
         way = next((way for files, way in of if all((folder / name).is_file() for name in files)), None)
         if way is None or not place.exists():
             raise DataError(f"{place}: there is no such tokenizer. Known are tokenizer.json; vocab.txt; vocab.json with "
-                            "merges.txt.")
+                            "merges.txt; spiece.model, spm.model and tokenizer.model.")
         made = way(folder, said)
     if (folder / OURS).is_file() and "special" in (ours := parsed(folder / OURS)):
         return Words(made, ours["special"], ours.get("template"), tuple(ours.get("ends", ())))
@@ -224,11 +226,50 @@ def around(made: Tokenizer, said: Mapping[str, Any]) -> None:
             (cls, made.token_to_id(cls)), (sep, made.token_to_id(sep))])
 
 
+# Whose pieces they are, as tokenizer classes and as names of files say -> special tokens.
+LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+PIECES = {"T5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+          "DebertaV2": {**BERT, "bos_token": "[CLS]", "eos_token": "[SEP]"}, "Llama": LLAMA, "CodeLlama": LLAMA,
+          "Gemma": {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}}
+FIRST = {"T5": ("<pad>", "</s>", "<unk>"), "DebertaV2": ("[PAD]", "[CLS]", "[SEP]"), "Llama": ("<unk>", "<s>", "</s>"),
+         "Gemma": ("<pad>", "<eos>", "<bos>")}           # the pieces that such files begin with
+
+
+def pieces(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
+    """SentencePiece's, with the tokens that T5 (what was cut out) and DeBERTa ([MASK]) put behind its pieces."""
+    from tokenizers import AddedToken, processors
+    found = text_pieces.parsed(folder / name)
+    begun = tuple(piece for piece, _, _ in found.pieces[:3])
+    kind = kind_of(said) or next((kind for kind, first in FIRST.items() if first == begun), "")
+    if kind not in PIECES:
+        raise DataError(f"{folder / name} is of a tokenizer of the kind {kind or 'that it does not say'}, and read are "
+                        f"{', '.join(PIECES)}.")
+    settle(said, PIECES[kind])
+    made = text_pieces.made(folder / name, found)
+    if kind == "T5":
+        made.add_special_tokens([AddedToken(f"<extra_id_{i}>", normalized=False)
+                                 for i in reversed(range(said.get("extra_ids", 100)))])
+    if kind == "DebertaV2":
+        made.add_special_tokens([AddedToken(said["mask_token"], normalized=False)])
+    added(made, folder, said)
+    if kind == "DebertaV2":
+        around(made, said)
+        return made
+    before = [said["bos_token"]] if kind != "T5" and said.get("add_bos_token", True) else []
+    after = [said["eos_token"]] if kind == "T5" or said.get("add_eos_token") else []
+    around_one, around_two = ([*before, f"${name}", *after] for name in "AB")
+    made.post_processor = processors.TemplateProcessing(around_one, [*around_one, *around_two], [
+        (token, known(made, folder, token)) for token in dict.fromkeys((*before, *after))])
+    return made
+
+
 # Files that make up a tokenizer -> how it is made of them; the first that are there.
 FORMS: tuple[tuple[Iterable[str], Callable[[Path, dict[str, Any]], Tokenizer]], ...] = (
     (("tokenizer.json",), lambda folder, said: from_json(folder / "tokenizer.json")),
     (("vocab.txt",), wordpiece),
     (("vocab.json", "merges.txt"), pairs),
+    *(((name,), lambda folder, said, name=name: pieces(folder, said, name))
+      for name in ("spiece.model", "spm.model", "tokenizer.model")),
 )
 
 
