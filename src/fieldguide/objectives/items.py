@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
-TOP = 100          # items of an answer that are kept
+TOP = 100          # items of an answer that are kept, where nobody asks for more
 
 
 class NextItem(Objective):
@@ -26,7 +26,7 @@ class NextItem(Objective):
                  smoothing: float = 0.0, repeats: bool = False):
         super().__init__()
         self.model, self.inputs, self.negatives = model, tuple(inputs), negatives
-        self.smoothing, self.repeats = smoothing, repeats
+        self.smoothing, self.repeats, self.top = smoothing, repeats, TOP
         weights = torch.tensor(counts or [0.0], dtype=torch.float64)
         self.register_buffer("share", (weights / weights.sum().clamp(min=1)).float(), persistent=False)
 
@@ -54,16 +54,16 @@ class NextItem(Objective):
         all items: 1 + those with a higher logit + half of those with the same."""
         hidden = self.model.features(*(batch[name] for name in self.inputs))[:, -1]
         scores = F.linear(hidden, self.model.table()).float()
-        return ranked(scores, batch["seen"], batch.get("asked"), self.repeats)
+        return ranked(scores, batch["seen"], batch.get("asked"), self.repeats, self.top)
 
 
-def ranked(scores: Tensor, seen: Tensor, asked: Tensor | None, repeats: bool = False) -> dict[str, Tensor]:
+def ranked(scores: Tensor, seen: Tensor, asked: Tensor | None, repeats: bool = False, top: int = TOP) -> dict[str, Tensor]:
     """Scores B V of items, those of `seen` (B T, 0 = none) left out unless `repeats`, as `NextItem.outputs` gives them."""
     scores = scores.clone()
     if not repeats:
         scores.scatter_(1, seen, -torch.inf)
     scores[:, 0] = -torch.inf
-    best = scores.topk(min(TOP, scores.shape[1] - 1))
+    best = scores.topk(min(top, scores.shape[1] - 1))
     found = {"top": best.indices.masked_fill(best.values == -torch.inf, 0), "scores": best.values}
     if asked is not None:
         own = scores.gather(1, asked[:, None])

@@ -20,7 +20,7 @@ from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError
 from fieldguide.exhibits import Bars, Exhibit, Table
 from fieldguide.objectives import Objective
-from fieldguide.objectives.items import NextItem, ranked
+from fieldguide.objectives.items import TOP, NextItem, ranked
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.typed import path_like
@@ -301,6 +301,10 @@ class Recommendation(Task):
             self.notes.append(f"{new} events are of items that training did not have; they are passed over")
         self.asked = data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
         return self.ask_for_last(histories, asked=False)
+
+    def ask(self, objective: Objective) -> Any:
+        objective.top = max(TOP, self.asking.count)
+        return super().ask(objective)
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
