@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import scipy.special
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -152,6 +154,29 @@ def test_vectors_have_length_1_and_logits_the_scale():
     torch.testing.assert_close(model(*inputs).norm(dim=2), torch.full((5, 2), torch.tensor(1.5).exp()))
     torch.testing.assert_close(logits(model(*inputs)),
                                20.0855369 * F.linear(model.encode_image(inputs[0]), model.encode_text(*inputs[1:])))
+
+
+@pytest.mark.parametrize("size", ["clip-test", "clip-resnet-test"])
+def test_answers_are_read_from_both_vectors_and_their_product(size):
+    """By the equations, from the vectors that the same towers give in the other use of the network."""
+    torch.manual_seed(0)
+    pairs = create(size).double()
+    asked = create(size, gives="label", classes=5).double()
+    with pytest.warns(weights.WeightsWarning, match="logit_scale"):
+        fresh = weights.load(asked, pairs.state_dict(), head="skip")
+    assert {name.partition(".")[0] for name in fresh} == {"answers"}
+    image, tokens, mask = batch("clip" if size == "clip-test" else "clip-resnet", 3)
+    v, t = (x.numpy() * pairs.config.embed ** 0.5 for x in (pairs.eval().encode_image(image).detach(),
+                                                           pairs.encode_text(tokens, mask).detach()))
+    p = {name: x.detach().numpy() for name, x in asked.answers.named_parameters()}
+    hidden = np.concatenate([v, t, v * t], 1) @ p["up.weight"].T + p["up.bias"]
+    hidden = hidden * scipy.special.ndtr(hidden)
+    hidden = (hidden - hidden.mean(1, keepdims=True)) / np.sqrt(hidden.var(1, keepdims=True) + 1e-5)
+    expected = (hidden * p["norm.weight"] + p["norm.bias"]) @ p["head.weight"].T + p["head.bias"]
+    answers = asked.eval()(image, tokens, mask)
+    np.testing.assert_allclose(answers.detach().numpy(), expected, rtol=1e-6, atol=1e-8)
+    answers.square().sum().backward()
+    assert all(x.grad is not None for x in asked.parameters())           # as several processes need it
 
 
 def test_starts_at_the_papers_temperature():

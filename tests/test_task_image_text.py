@@ -297,6 +297,22 @@ def test_questions_end_to_end(tmp_path):
     assert "Where it looked" in page and "By type of question" in page
 
 
+def test_questions_to_a_clip_that_learnt_captions(tmp_path):
+    """Its towers begin as they were, the head for answers anew."""
+    settings = {**SETTINGS, "steps": 160, "evaluate": 40, "batch": 64, "lr": 1e-2, "augment": "none"}
+    table = album(tmp_path / "data", 400, "questions")
+    run = fit(table, model="clip-mini", out=tmp_path / "run", settings=settings)
+    assert run.scores["accuracy"] > 0.85 > 0.6 > run.record["scores"]["baselines"][1]["scores"]["accuracy"]
+    assert "Where it looked" in (run.path / "report.html").read_text()
+    pairs = fit(album(tmp_path / "captions", 200), task="image-text", model="clip-mini", out=tmp_path / "pairs",
+                settings={**settings, "steps": 20, "evaluate": 20})
+    further = fit(table, task="visual-question-answering", weights=pairs.path, out=tmp_path / "further",
+                  settings={"steps": 1, "batch": 16, "lr": 1e-9, "optimizer": "adamw", "precision": "float32"})
+    assert {name.partition(".")[0] for name in further.record["model"]["fresh"]} == {"answers"}
+    begun, before = further.objective.model.state_dict(), pairs.objective.model.state_dict()
+    assert all(torch.allclose(begun[name], x, atol=1e-5) for name, x in before.items() if name.startswith(("vision.", "text.")))
+
+
 def test_a_template_needs_a_place(tmp_path):
     with pytest.raises(SettingsError, match=r"no \{\}"):
         learnt(tmp_path, "image-text", template="a photo")

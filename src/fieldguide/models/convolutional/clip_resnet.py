@@ -29,6 +29,8 @@ from fieldguide.models.transformer.clip_files import openai, openclip
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    gives: str = "embeddings"                # embeddings, or label: the answer to a question about the picture
+    classes: int = 0                         # answers
     channels: int = 3                        # C
     image: int = 224                         # S
     dim: int = 64                            # inner width of the first level; each further one has twice as much
@@ -176,7 +178,7 @@ CONFIG = openclip(32, {"width": "dim", "layers": "depths", "patch_size": Is(None
 
 CARD = Card(
     name="clip-resnet", model=CLIPResNet, config=Config, paper="arXiv:2103.00020", year=2021, takes="captioned",
-    gives="embeddings",
+    gives=("embeddings", "label"),
     sizes={
         "clip-rn50": Size(params=102_007_137, source="OpenAI's RN50.pt"),
         "clip-rn101": Size(depths=(3, 4, 23, 3), embed=512, params=119_688_033, source="OpenAI's RN101.pt"),

@@ -5,8 +5,10 @@ sentence becomes a class. A ViT with one more normalisation before its blocks re
 what each says at one place, the class token and the end of the text, is turned into a vector of length 1.
 
 Initialisation: N(0, 0.02) for words, N(0, 0.01) for their places; matrices by width and depth as in the authors' code,
-there for the text alone, here for both; zero biases; the temperature starts at 0.07.
-Shapes: B batch, C channels, S side of a picture, N = 1 + (S/P)^2 places of it, T tokens, D width, E width of the vectors.
+there for the text alone, here for both; zero biases; the temperature starts at 0.07. Of the head for answers, which is not
+the paper's: matrices by their width.
+Shapes: B batch, C channels, S side of a picture, N = 1 + (S/P)^2 places of it, T tokens, D width, E width of the vectors,
+K answers.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from fieldguide.models.transformer.clip_files import CONFIG, HUGGINGFACE, OPENAI
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    gives: str = "embeddings"    # embeddings, or label: the answer to a question about the picture
+    classes: int = 0             # answers
     channels: int = 3            # C
     image: int = 224             # S
     patch: int = 32              # P
@@ -179,25 +183,53 @@ def unit(x: Tensor) -> Tensor:                           # B E -> B E
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
+class Answers(nn.Module):
+    """The vectors of a picture and a question, and their product (Antol et al. 2015, arXiv:1505.00468, section 4, fuse by the
+    product alone), through one hidden layer -> logits of the answers."""
+
+    def __init__(self, embed: int, classes: int):
+        super().__init__()
+        self.up, self.norm = nn.Linear(3 * embed, 2 * embed), nn.LayerNorm(2 * embed)
+        self.head = nn.Linear(2 * embed, classes)
+
+    def reset_parameters(self) -> None:
+        for layer in (self.up, self.head):
+            nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:                    # B E, B E of length 1 -> B K
+        image, text = (x * x.shape[-1] ** 0.5 for x in (image, text))            # numbers about 1
+        x = torch.cat([image, text, image * text], -1)
+        return self.head(self.norm(F.gelu(self.up(x.to(self.up.weight.dtype)))))
+
+
 class CLIP(nn.Module):
     """Pictures and texts -> two unit vectors each pair, both times the root of the scale exp(`logit_scale`).
 
-    So the products of all pictures' with all texts' vectors are the logits of the paper's figure 3.
+    So the products of all pictures' with all texts' vectors are the logits of the paper's figure 3. Or, with `gives="label"`,
+    pictures and questions -> logits of the answers, by a head on both vectors.
     """
 
     tower: ClassVar[type[nn.Module]] = Vision            # that reads pictures
+    heads: ClassVar[tuple[str, ...]] = ("logit_scale", "answers")
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.vision, self.text = self.tower(config), Text(config)
-        self.logit_scale = nn.Parameter(torch.empty(()))
+        if config.gives == "label":
+            self.answers = Answers(config.embed, config.classes)
+        else:
+            self.logit_scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.vision.reset_parameters()
         self.text.reset_parameters()
-        nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+        if self.config.gives == "label":
+            self.answers.reset_parameters()
+        else:
+            nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
 
     def encode_image(self, image: Tensor) -> Tensor:     # B C S S -> B E, of length 1
         return unit(self.vision(image))
@@ -205,11 +237,15 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:     # B T, B T -> B E, of length 1
         return unit(self.text(tokens, mask))
 
-    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B C S S, B T, B T -> B 2 E
-        return torch.stack([self.encode_image(image), self.encode_text(tokens, mask)], 1) * (self.logit_scale / 2).exp()
+    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:      # B C S S, B T -> B 2 E, B K
+        image, text = self.encode_image(image), self.encode_text(tokens, mask)
+        if self.config.gives == "label":
+            return self.answers(image, text)
+        return torch.stack([image, text], 1) * (self.logit_scale / 2).exp()
 
-    def attention(self, image: Tensor) -> Tensor:        # B C S S -> B h w
-        """How much each part counts for the picture's vector, summing to 1. `vision.attention` has the weights themselves."""
+    def attention(self, image: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """B C S S -> B h w: how much each part counts for the picture's vector, whatever the text, summing to 1.
+        `vision.attention` has the weights themselves."""
         seen = self.vision.seen(image)
         return seen / seen.sum((1, 2), keepdim=True)
 
@@ -217,7 +253,8 @@ class CLIP(nn.Module):
 L14 = {"patch": 14, "dim": 1024, "depth": 24, "heads": 16, "text_dim": 768, "text_heads": 12, "embed": 768}
 
 CARD = Card(
-    name="clip", model=CLIP, config=Config, paper="arXiv:2103.00020", year=2021, takes="captioned", gives="embeddings",
+    name="clip", model=CLIP, config=Config, paper="arXiv:2103.00020", year=2021, takes="captioned",
+    gives=("embeddings", "label"),
     sizes={
         "clip-b32": Size(params=151_277_313, source="openai/clip-vit-base-patch32"),
         "clip-b16": Size(patch=16, params=149_620_737, source="openai/clip-vit-base-patch16"),
