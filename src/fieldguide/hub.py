@@ -28,7 +28,7 @@ TOLD = 5                                                 # seconds between words
 TIMEOUT = 60                                             # seconds without a byte
 KINDS = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt", "spiece.model",
          "spm.model", "sentencepiece*", "added_tokens.json", "special_tokens_map.json", "chat_template*",
-         "generation_config.json", "preprocessor_config.json")
+         "generation_config.json", "preprocessor_config.json", "processor_config.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")     # only where there are no safetensors
 
 
