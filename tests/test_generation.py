@@ -87,7 +87,7 @@ def test_chance_is_a_matter_of_seed_and_number_alone():
     together = rows(model, prompts, 6, seed=5)
     assert not torch.equal(together, rows(model, prompts, 6, seed=6))
     for number, prompt in enumerate(prompts):
-        assert torch.equal(rows(model, [prompt], 6, seed=5, first=number)[0], together[number])
+        assert torch.equal(rows(model, [prompt], 6, seed=5, numbers=[number])[0], together[number])
 
 
 def test_rows_end_by_themselves():
@@ -137,19 +137,22 @@ def search(chain, inputs, beams, **how):
         memory.before = tokens[:, 0].clone()
         return logits[:, None]
 
-    return beam_search(step, memory, begin=0, end=1, beams=beams, **how)
+    return beam_search(step, memory, begin=0, ends=(1,), beams=beams, **how)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0])
-def test_beams_as_wide_as_all_answers_find_the_best(penalty):
+@pytest.mark.parametrize("before", [0, 2])
+def test_beams_as_wide_as_all_answers_find_the_best(penalty, before):
+    """Answers end, or are as long as they may be."""
     inputs, vocab, most = 3, 4, 3
     chain = Chain(inputs, vocab)
-    said, scores = search(chain, inputs, 64, most=most, penalty=penalty)
+    said, scores = search(chain, inputs, 64, most=most, penalty=penalty, before=before)
     for number in range(inputs):
         every = {}
         for length in range(most + 1):
             for answer in itertools.product([t for t in range(vocab) if t != 1], repeat=length):
-                every[answer] = chain.logp(number, [0, *answer, 1]) / ((5 + length + 1) / 6) ** penalty
+                tokens = [*answer, 1][:most]
+                every[answer] = chain.logp(number, [0, *tokens]) / (len(tokens) + before) ** penalty
         best = sorted(every, key=lambda a: -every[a])
         for place in range(10):
             answer = tuple(t for t in said[number, place].tolist() if t >= 0)
@@ -158,10 +161,13 @@ def test_beams_as_wide_as_all_answers_find_the_best(penalty):
 
 def test_one_beam_is_greedy_and_limits_hold():
     chain = Chain(5, 6)
-    said, _ = search(chain, 5, 1, most=9, penalty=0.0, limits=torch.tensor([9, 9, 2, 0, 4]))
-    for number, limit in enumerate([9, 9, 2, 0, 4]):
-        answer = said[number, 0]
-        assert (answer >= 0).sum() <= limit
+    said, _ = search(chain, 5, 1, most=9, penalty=0.0, limits=torch.tensor([9, 9, 2, 1, 4]))
+    for number, limit in enumerate([9, 9, 2, 1, 4]):
+        before, greedy = [0, 0], []
+        while len(greedy) < limit and 1 not in before:
+            before = [before[-1], int(chain.table[number, before[-2], before[-1]].argmax())]
+            greedy += [t for t in before[1:] if t != 1]
+        assert [t for t in said[number, 0].tolist() if t >= 0] == greedy
     few, _ = search(chain, 5, 3, most=9, penalty=0.6)
     for number in range(5):                                  # an input's answers do not depend on those beside it
         alone = beam_search_alone(chain, number, 3)
@@ -176,7 +182,7 @@ def beam_search_alone(chain, number, beams):
         memory.before = tokens[:, 0].clone()
         return logits[:, None]
 
-    return beam_search(step, memory, begin=0, end=1, beams=beams, most=9, penalty=0.6)[0][0]
+    return beam_search(step, memory, begin=0, ends=(1,), beams=beams, most=9, penalty=0.6)[0][0]
 
 
 def test_ngram_equals_its_definition():

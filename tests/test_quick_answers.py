@@ -142,7 +142,7 @@ def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
     for weights in ("float32", "int8"):
         speaker = Speaker.load(tmp_path, eight=weights == "int8")
         assert isinstance(speaker.network.head.weight, Int8) == (weights == "int8")
-        said = speaker.say(["the cat"], tokens=8, sampling=Sampling(temperature=0.0))
+        said = speaker.say(["the cat"], tokens=8, temperature=0.0)
         assert run(weights).stdout.rstrip("\n") == said[0].rstrip("\n")
         assert len(shrunk) == (2 if weights == "int8" else 0)
     assert "weights='int4' is none of float32, int8" in str(run("int4").exception)

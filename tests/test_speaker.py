@@ -10,14 +10,13 @@ from jinja2 import Environment
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fieldguide.errors import DataError, SettingsError, WeightsError
-from fieldguide.generation import Sampling
 from fieldguide.generation.chat import ChatTemplate
 from fieldguide.generation.text import cut, pieces
 from fieldguide.speaker import Speaker
 from test_pretrained import settled
 from tv import transformers
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = {"temperature": 0.0}
 TEXT = ["the cat sat on the mat", "a dog ran after the cat, and the cat ran too", "who sat on the mat? the dog", "ünïcödé ☃"]
 TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['user', 'assistant', 'system'] %}"
             "{{ raise_exception('nobody is called ' + message['role']) }}{% endif %}\n"
@@ -64,29 +63,16 @@ def theirs(folder, prompt: str, **how) -> str:
 
 def test_greedy_answers_are_those_of_transformers(folder, speaker):
     prompts = ["the cat", "a dog ran after", "who"]
-    together = speaker.say(prompts, tokens=12, sampling=GREEDY)
+    together = speaker.say(prompts, tokens=12, **GREEDY)
     assert together == [theirs(folder, p) for p in prompts]
-    assert together == [speaker.say([p], tokens=12, sampling=GREEDY)[0] for p in prompts]
-    assert ["".join(speaker.stream(p, tokens=12, sampling=GREEDY)) for p in prompts] == together
-
-
-def test_beams_find_what_is_likelier(speaker):
-    """The answer with its end, as the network scores it: at least as likely as the greedy one's, by the same measure."""
-    def score(row: list[int], answer: list[int]) -> float:
-        ids = torch.tensor([[*row, *answer, speaker.ends[0]]])
-        logp = speaker.network(ids).log_softmax(-1)[0, len(row) - 1:-1]
-        return float(logp.gather(1, ids[0, len(row):, None]).sum()) / ((6 + len(answer)) / 6) ** 0.6
-    row = speaker.tokens("the cat")
-    with torch.no_grad():
-        best, one = (score(row, speaker.searched(row, 6, beams)) for beams in (8, 1))
-    assert best >= one - 1e-5
-    assert speaker.say(["the cat"], tokens=6, beams=8) == [speaker.text.decode(speaker.searched(row, 6, 8))]
+    assert together == [speaker.say([p], tokens=12, **GREEDY)[0] for p in prompts]
+    assert ["".join(speaker.stream(p, tokens=12, **GREEDY)) for p in prompts] == together
 
 
 def test_seeds_decide(speaker):
-    hot = Sampling(temperature=2.0)
-    assert speaker.say(["the"], seed=1, sampling=hot, tokens=8) == speaker.say(["the"], seed=1, sampling=hot, tokens=8)
-    assert len({speaker.say(["the"], seed=s, sampling=hot, tokens=8)[0] for s in range(5)}) > 1
+    hot = {"temperature": 2.0, "tokens": 8}
+    assert speaker.say(["the"], seed=1, **hot) == speaker.say(["the"], seed=1, **hot)
+    assert len({speaker.say(["the"], seed=s, **hot)[0] for s in range(5)}) > 1
 
 
 def test_conversations_are_written_as_transformers_writes_them(folder, speaker):

@@ -82,8 +82,8 @@ def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
     task.asking = Translation.Asking(beams=1, penalty=0.0)
     torch.manual_seed(0)
     model, seen = create("mbart-test", **task.needs()).eval(), []
-    forward = model.forward
-    model.forward = lambda *a, **k: (seen.append(a[2]), forward(*a, **k))[1]
+    last = model.last
+    model.last = lambda *a, **k: (seen.append(a[0]), last(*a, **k))[1]
     batch = task.batches(data, card("mbart")).make([0, 1], None)
     said = task.search(model, batch["source"], batch["source_mask"])
     code = task.text.tokenizer.token_to_id
@@ -165,6 +165,27 @@ def test_a_network_learns_to_summarize(tmp_path):
     assert set(run.record["scores"]["baselines"][0]["scores"]) == {"rouge1", "rouge2", "rougeL"}
     again = open_run(run.path)
     answer = again.predict(["Dora bought milk."], beams=2, tokens=5)[0]
-    assert set(answer) == {"input", "text"} and len(again.task.bare([answer["text"]])[0]) <= 6
+    assert set(answer) == {"input", "text"}
+    said = again.respond(again.task.questions(again.task.read(["Dora bought milk."]), again.card))["said"]
+    assert said.shape[1] <= 5
     page = (run.path / "report.html").read_text()
     assert "Summaries while it learnt" in page and "ROUGE-1 by length" in page
+
+
+def test_runs_are_asked_as_folders_are(tmp_path, pairs):
+    """By beams, or drawn by chance that is a matter of seed and row; in pieces; up to a text; and as it was before."""
+    run = open_run(fit(pairs, task="translation", model="bart-test", out=tmp_path / "run", settings={
+        "steps": 3, "batch": 8, "precision": "float32", "evaluate": 2, "model.length": 80}).path)
+    texts = ["a cat sees", "a dog", "a dog sees a cat"]
+    say = lambda asked, **how: [answer["text"] for answer in run.predict(asked, **how)]
+    greedy = say(texts, temperature=0)
+    assert "".join(run.stream(texts[0], temperature=0)).strip() == greedy[0]
+    assert run.stream(texts[0]) is None                              # beams: it comes as a whole
+    assert say(texts) == say(texts, beams=4) and say(texts, beams=1) == greedy
+    drawn = say(texts, temperature=2.0, seed=1)
+    assert drawn == say(texts, temperature=2.0, seed=1) != say(texts, temperature=2.0, seed=2)
+    assert say(texts[:1], temperature=2.0, seed=1) == drawn[:1]
+    stop = next(c for c in greedy[2] if c.isalnum()) if any(c.isalnum() for c in greedy[2]) else greedy[2][:1]
+    assert say(texts[2:], temperature=0, stop=stop or "x") == [greedy[2].partition(stop or "x")[0].strip()]
+    with pytest.raises(SettingsError, match="leave nothing to chance"):
+        run.predict(texts, beams=2, temperature=1.0)

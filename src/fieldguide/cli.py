@@ -144,11 +144,11 @@ def speak(model: Any, prompts: list[str], asked: dict[str, str], as_json: bool) 
     """Answers of a pretrained language model."""
     from fieldguide.progress import print_stream
     from fieldguide.speaker import Speaker, settled
-    how, chat = settled(asked, prompts)
-    speaker = Speaker.load(model, eight=asked.get("weights") == "int8")
+    made, how, chat = settled(asked, prompts)
+    speaker = Speaker.load(model, **made)
     asks = [speaker.question(p, chat) for p in prompts]
-    if len(asks) == 1 and not as_json and how["beams"] == 1:
-        print_stream(speaker.stream(asks[0], **{k: v for k, v in how.items() if k != "beams"}))
+    if len(asks) == 1 and not as_json and speaker.manner(**how).searched == 1:
+        print_stream(speaker.stream(asks[0], **how))
         return
     for prompt, answer in zip(prompts, speaker.say(asks, **how)):
         print(json.dumps({"prompt": prompt, "text": answer}, ensure_ascii=False) if as_json else answer)

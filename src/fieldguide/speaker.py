@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar, get_type_hints
 
+import numpy as np
 import torch
 from torch import nn
 
+from fieldguide.configurations import read
 from fieldguide.data.prepare import Text
+from fieldguide.data.prepare.frames import Frame, framed
 from fieldguide.errors import DataError, SettingsError, WeightsError, nearest
-from fieldguide.generation import Sampling, beam_search, generate
+from fieldguide.generation import Manner, Sourced, answers, streamed
+from fieldguide.generation.answers import grouped
 from fieldguide.generation.chat import ChatTemplate
 from fieldguide.generation.int8 import shrink
-from fieldguide.generation.text import cut, pieces
+from fieldguide.generation.text import cut
 from fieldguide.pretrained import Checkpoint, described, filled
 from fieldguide.train.settings import from_text
 
@@ -24,93 +29,115 @@ Prompt = str | Sequence[Mapping[str, Any]]               # a text to go on from,
 
 
 class Speaker:
-    """`network` gives the next token; `ends` are tokens that end an answer; `template` writes conversations."""
+    """`network` gives the next token; `ends` are tokens that end an answer; `template` writes conversations; `frame`, of an
+    encoder-decoder, is what stands around its sources and before its answers."""
 
-    def __init__(self, network: nn.Module, text: Text, ends: Sequence[int], template: ChatTemplate | None = None):
+    def __init__(self, network: nn.Module, text: Text, ends: Sequence[int], template: ChatTemplate | None = None,
+                 frame: Frame | None = None):
         self.network, self.text, self.ends, self.template = network.eval(), text, tuple(ends), template
+        self.frame, self.manner = frame, Manner if frame is None else Literal
 
     @classmethod
-    def load(cls, source: str | Path | Checkpoint, eight: bool = False, **overrides: Any) -> Speaker:
+    def load(cls, source: str | Path | Checkpoint, eight: bool = False, source_language: str | None = None,
+             target_language: str | None = None, **overrides: Any) -> Speaker:
         """From a folder of transformers with its tokenizer, a GGUF file, or hf:organisation/name; or what `described` said of
-        one. With `eight`, its weights are held in eight bits. Raises `WeightsError` for a network that does not say what
-        follows, and where the tokenizer is missing."""
+        one. With `eight`, its weights are held in eight bits. The languages are those of an encoder-decoder that knows
+        several, as its tokenizer calls them. Raises `WeightsError` for a network that does not say what follows, and where
+        the tokenizer is missing; `SettingsError` where languages must be named, or are and the network knows none."""
         found, source = (source, source.path) if isinstance(source, Checkpoint) else (described(source), source)
-        if "tokens" not in found.card.answers or found.card.takes != "tokens":
+        if "tokens" not in found.card.answers or found.card.takes not in ("tokens", "pair"):
             raise WeightsError(f"{source} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to speak, a "
                                "network must say which token follows")
+        if found.card.takes == "tokens" and (source_language or target_language):
+            raise SettingsError(f"{source} is {found.card.name}, which goes on from a text and has no languages to be named: "
+                                "leave out source and target.")
         network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source))
+        folder = found.path if found.path.is_dir() else found.path.parent
         if found.path.suffix == ".gguf":
             from fieldguide.ggml import tokenizer
             made, special, template = tokenizer(found.path)
         else:
-            made, special, template = beside(found.path if found.path.is_dir() else found.path.parent)
+            made, special, template = beside(folder)
         if made.get_vocab_size() > network.config.vocab:
             raise WeightsError(f"{source}: its tokenizer has {made.get_vocab_size():,} tokens, the network "
                                f"{network.config.vocab:,}")
-        ids = {name: made.token_to_id(token) for name, token in special.items()}
-        ends = {i for i in (ids.get("eos_token"), *(made.token_to_id(t) for t in ENDS)) if i is not None}
+        text, frame = Text(made), None
+        ends = {made.token_to_id(token) for token in (special.get("eos_token"), *ENDS) if token}
+        if found.path.suffix != ".gguf":
+            ends |= ending(folder)
+        if found.card.takes == "pair":
+            config = network.config
+            frame = framed(text, SimpleNamespace(tokenizer=str(folder), begin=getattr(config, "begin", None),
+                                                 source_language=source_language, target_language=target_language), CALLED)
+            ends = {getattr(config, "end", frame.end), *ending(folder)}
         network = shrink(network) if eight else network
-        return cls(network, Text(made), sorted(ends), ChatTemplate(template, special) if template else None)
+        return cls(network, text, sorted(ends - {None}), ChatTemplate(template, special) if template and not frame else None,
+                   frame)
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """What the network reads. Raises `DataError` for messages where there is no chat template."""
-        if isinstance(prompt, str):
-            ids = self.text.tokenizer.encode(prompt).ids
-        elif self.template is None:
-            raise DataError("this model has no chat template: give a text to go on from")
-        else:                                            # the template writes special tokens itself
-            ids = self.text.tokenizer.encode(self.template(prompt), add_special_tokens=False).ids
-        return ids or list(self.ends[:1])
+        made = self.text.tokenizer
+        made.encode_special_tokens = False               # what is spelt out in a prompt is meant
+        if not isinstance(prompt, str):
+            if self.template is None:
+                raise DataError("this model has no chat template: give a text to go on from")
+            # The template writes special tokens itself.
+            return made.encode(self.template(prompt), add_special_tokens=False).ids or list(self.ends[:1])
+        if self.frame is not None:
+            return [*self.frame.before, *made.encode(prompt, add_special_tokens=False).ids, *self.frame.after]
+        return made.encode(prompt).ids or list(self.ends[:1])
 
     def question(self, text: str, chat: bool | None = None) -> Prompt:
         """A text as a question in a conversation, where the model knows such or the user says so; else as it is."""
         return [{"role": "user", "content": text}] if chat or (chat is None and self.template is not None) else text
 
-    def say(self, prompts: Sequence[Prompt], *, tokens: int = 200, beams: int = 1, stop: Sequence[str] = (), seed: int = 0,
-            sampling: Sampling | None = None) -> list[str]:
-        """An answer to each prompt; prompts of any length together. `beams` above 1 searches for the likeliest answer."""
-        read = [self.tokens(p) for p in prompts]
-        if beams > 1:
-            return [cut(self.text.decode(self.searched(row, tokens, beams)), stop) for row in read]
-        said: list[list[int]] = [[] for _ in read]
-        for step in generate(self.network, read, tokens, sampling=sampling or Sampling(), ends=self.ends, seed=seed):
-            for row, token in zip(said, step.tolist()):
-                if token >= 0 and token not in self.ends:
-                    row.append(token)
-        return [cut(self.text.decode(row), stop) for row in said]
+    def ready(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Sequence[Sequence[int]]]:
+        """What goes on, and from what: decoders from the prompts, others from the begin of answers, once they have read."""
+        if self.frame is None:
+            return self.network, rows
+        source, mask = self.text.batch([np.array(row, dtype=np.int64) for row in rows])
+        device = next(self.network.parameters()).device
+        sourced = Sourced(self.network, torch.from_numpy(source).to(device), torch.from_numpy(mask).to(device))
+        return sourced, [self.frame.said] * len(rows)
 
-    def stream(self, prompt: Prompt, *, tokens: int = 200, stop: Sequence[str] = (), seed: int = 0,
-               sampling: Sampling | None = None) -> Iterator[str]:
-        """The answer piece by piece."""
-        steps = generate(self.network, [self.tokens(prompt)], tokens, sampling=sampling or Sampling(), ends=self.ends,
-                         seed=seed)
-        return pieces((int(step) for step in steps), self.text.decode, self.ends, stop)
+    def say(self, prompts: Sequence[Prompt], **how: Any) -> list[str]:
+        """An answer to each prompt; prompts of any length together. `how` is said in the words of `Manner`."""
+        rows, manner, said = [self.tokens(p) for p in prompts], self.manner(**how), {}
+        for group in grouped([len(row) for row in rows]):
+            network, begun = self.ready([rows[i] for i in group])
+            found = answers(network, begun, manner, ends=self.ends, decode=self.text.decode, numbers=group,
+                            before=len(self.frame.said) - 1 if self.frame else 0)
+            said |= {i: cut(self.text.decode(row), manner.stops) for i, row in zip(group, found)}
+        return [said[i] for i in range(len(rows))]
 
-    def searched(self, row: list[int], tokens: int, beams: int) -> list[int]:
-        """The likeliest answer that ends, by beam search with the mean of log-probabilities."""
-        if not self.ends:
-            raise SettingsError("beams need a token that ends an answer, and this model's tokenizer names none")
-        cache = self.network.new_cache(beams, len(row) + tokens + 1)
-        rows = torch.tensor([row[:-1]] * beams, dtype=torch.int64)
-        with torch.inference_mode():
-            if rows.shape[1]:
-                self.network.last(rows, None, cache)
-        step = lambda token: self.network.last(token, None, cache)[:, None]
-        found, _ = beam_search(step, cache, begin=row[-1], end=self.ends[0], beams=beams, most=tokens)
-        return [int(i) for i in found[0, 0] if i >= 0]
+    def stream(self, prompt: Prompt, **how: Any) -> Iterator[str]:
+        """The answer piece by piece. Raises `SettingsError` for beams, which know the answer when they are done."""
+        manner = self.manner(**how)
+        if manner.searched > 1:
+            raise SettingsError("an answer that beams search for comes as a whole: leave out beams, or use `say`")
+        network, begun = self.ready([self.tokens(prompt)])
+        return streamed(network, begun[0], manner, ends=self.ends, decode=self.text.decode)
 
 
+@dataclass(frozen=True)
+class Literal(Manner):
+    """Always the likeliest token, where nothing else is said: an encoder-decoder answers what it was asked."""
+
+    usual: ClassVar[Mapping[str, float]] = {"beams": 1, "temperature": 0.0}
+
+
+CALLED = ("source", "target")          # how a user names languages
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>", "</s>")     # that answers end with
 
 HELD = ("float32", "int8")     # what weights may be while they answer
 
 
-def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str, Any], bool | None]:
-    """What a user asks of a language model, as arguments of `say`, and whether it is a conversation (None: as the model
-    likes); `weights` is looked at by who loads it. Raises `SettingsError` for an unknown key, a value that cannot be, or
-    nothing to go on from."""
-    kinds = {**{f.name: int if f.name == "top_k" else float for f in fields(Sampling)}, "tokens": int, "beams": int,
-             "seed": int, "stop": str, "chat": bool, "weights": str}
+def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], bool | None]:
+    """What a user asks of a language model: how it is loaded and how it answers, as arguments of `load` and `say`, and
+    whether it is a conversation (None: as the model likes). Raises `SettingsError` for an unknown key, a value that cannot
+    be, or nothing to go on from."""
+    hints = get_type_hints(Manner)
+    kinds = {**{f.name: hints[f.name] for f in fields(Manner)}, "chat": bool, "weights": str, **dict.fromkeys(CALLED, str)}
     for key in asked:
         if key not in kinds:
             raise SettingsError(f"a language model is not asked with {key!r}.{nearest(key, kinds)} It knows "
@@ -120,10 +147,17 @@ def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str,
     said = {key: from_text(key, value, kinds[key]) for key, value in asked.items()}
     if said.get("weights", HELD[0]) not in HELD:
         raise SettingsError(f"weights={said['weights']!r} is none of {', '.join(HELD)}.")
-    drawn = {f.name for f in fields(Sampling)}
-    sampling = Sampling(**{"temperature": 0.8, "top_p": 0.95, **{k: v for k, v in said.items() if k in drawn}})
-    return {"sampling": sampling, "tokens": said.get("tokens", 200), "beams": said.get("beams", 1), "seed": said.get("seed", 0),
-            "stop": [said["stop"]] if said.get("stop") else []}, said.get("chat")
+    how = {f.name: said[f.name] for f in fields(Manner) if f.name in said}
+    Manner(**how)                                        # refuses what is out of range before anything is loaded
+    made = {"eight": said.get("weights") == "int8", **{f"{side}_language": said[side] for side in CALLED if side in said}}
+    return made, how, said.get("chat")
+
+
+def ending(folder: Path) -> set[int]:
+    """Tokens that end an answer, as generation_config.json says."""
+    file = folder / "generation_config.json"
+    said = read(file).get("eos_token_id") if file.is_file() else None
+    return set(said) if isinstance(said, list) else set() if said is None else {said}
 
 
 def beside(folder: Path) -> tuple[Any, dict[str, str], str | None]:

@@ -59,6 +59,12 @@ class Cache:
             pairs, mask = self.cross
             self.cross = ([(key[rows], value[rows]) for key, value in pairs], None if mask is None else mask[rows])
 
+    def widen(self, times: int) -> None:
+        """Each row `times` times, one behind the other: how the beams of a search begin once a prompt is read."""
+        for buffers in (self.keys, self.values):
+            buffers[:] = [buffer.repeat_interleave(times, 0) for buffer in buffers]
+        self.real, self.count = self.real.repeat_interleave(times, 0), self.count.repeat_interleave(times, 0)
+
 
 def positions(steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> Tensor:
     """The place of each new token among the real ones of its row: T, or B T where rows differ. Call after `open`."""

@@ -81,19 +81,19 @@ def occurs(seen: Tensor, vocab: int) -> Tensor:                                 
 
 @torch.inference_mode()
 def generate(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, *, sampling: Sampling | None = None,
-             ends: Sequence[int] = (), seed: int = 0, first: int = 0) -> Iterator[Tensor]:
+             ends: Sequence[int] = (), seed: int = 0, numbers: Sequence[int] | None = None) -> Iterator[Tensor]:
     """Goes on with every prompt, one token a row at a time: yields B int64, -1 for rows that have ended.
 
     Rows end after one of the tokens `ends`, which is yielded, or after `most` tokens; all ended, so does the iterator.
-    What chance does to a row depends on the seed and its number (`first` + its place), not on the rows beside it. Of
+    What chance does to a row depends on the seed and its number (by default its place), not on the rows beside it. Of
     rows longer than the network's `length` the newest half is read again each time that it is full. `model.last` gives
     the logits of rows' last places. Raises `SettingsError` for an empty prompt.
     """
     if not all(len(p) for p in prompts):
         raise SettingsError("there is nothing to go on from: a prompt is empty.")
     sampling, device, window = sampling or Sampling(), next(model.parameters()).device, model.config.length
-    chance = torch.stack([torch.rand(most, generator=torch.Generator().manual_seed(seed * 1_000_003 + first + row))
-                          for row in range(len(prompts))]).to(device)
+    chance = torch.stack([torch.rand(most, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(row)))
+                          for row in (range(len(prompts)) if numbers is None else numbers)]).to(device)
     rows, mask = left_padded([list(p)[-(window - 1):] for p in prompts], device)
     history = torch.where(mask, rows, -1)
     cache = model.new_cache(len(rows), min(window, rows.shape[1] + most))

@@ -15,15 +15,17 @@ from fieldguide.card import DENOISES, Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import Data
 from fieldguide.data.prepare import Text
+from fieldguide.data.prepare.frames import Frame, framed
 from fieldguide.data.prepare.text import END, SPECIAL
 from fieldguide.errors import DataError, SettingsError
 from fieldguide.exhibits import Exhibit, Quote, Quotes
+from fieldguide.generation import Faithful
 from fieldguide.objectives import Objective, Restored
 from fieldguide.objectives import denoising as damage
 from fieldguide.tasks.base import Arrays
 from fieldguide.tasks.packed import Packed
 from fieldguide.tasks.supervised import settled
-from fieldguide.tasks.translation import Frame, framed, written
+from fieldguide.tasks.translation import written
 from fieldguide.train.settings import Settings
 
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))         # what stands for the spans that are cut out, in this order
@@ -201,7 +203,8 @@ class Denoising(Packed):
         """What the network writes: of gaps all, or the whole text."""
         limits = gaps * (self.asking.tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
         limits = limits.clamp(max=self.options.length - len(self.frame.said))
-        return written(model, source, mask, self.frame, limits, self.asking.beams, self.asking.penalty)
+        return written(model, source, mask, self.frame, limits,
+                       Faithful(beams=self.asking.beams, penalty=self.asking.penalty), self.text)
 
     def fillings(self, said: list[int], gaps: int) -> list[list[int]]:
         """What stands behind each sentinel in what was written; nothing for one that is not there."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from fieldguide.data.dataset import Data
 from fieldguide.data.roles import Wants
 from fieldguide.exhibits import Bars, Exhibit, Table
+from fieldguide.generation import Faithful
 from fieldguide.measures import rouge
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
@@ -36,9 +37,7 @@ class Summarization(Translation):
     made: ClassVar[str] = "Summaries"
 
     @dataclass(frozen=True)
-    class Asking:
-        beams: int = 4
-        penalty: float = 1.0             # of length: 0 = none, 1 = the mean log-probability decides
+    class Asking(Faithful):
         tokens: int = 128                # of a summary at most
 
     @classmethod

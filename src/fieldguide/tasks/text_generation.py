@@ -23,8 +23,8 @@ from fieldguide.data.prepare.text_files import CHAT
 from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError
 from fieldguide.exhibits import Bars, Exhibit, Quote, Quotes, Table
-from fieldguide.generation import Sampling, generate
-from fieldguide.generation.text import cut, pieces
+from fieldguide.generation import Manner, answers, generate, streamed
+from fieldguide.generation.text import cut
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.conversations import Conversations, messages, unanswered
@@ -63,16 +63,7 @@ class TextGeneration(Typed):
         vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
         tokenizer: str = "bytes"         # bytes: byte-level BPE; characters; or the path of a tokenizer.json
 
-    @dataclass(frozen=True)
-    class Asking:
-        tokens: int = 200                # at most, of an answer
-        temperature: float = 0.8
-        top_k: int = 0
-        top_p: float = 0.95
-        min_p: float = 0.0
-        repetition: float = 1.0
-        stop: str = ""                   # the answer ends before this text
-        seed: int = 0
+    Asking = Manner
 
     text: Text
     chat: bool = False                   # whether rows are conversations
@@ -281,19 +272,19 @@ class TextGeneration(Typed):
             ids += [self.text.tokenizer.token_to_id(f"<|{who}|>"), *encoded, self.text.end] if who else encoded.tolist()
         return ids + ([self.text.tokenizer.token_to_id("<|assistant|>")] if self.chat else [])
 
-    def sampled(self, objective: Objective, prompts: list[list[int]], asking: Any, first: int = 0) -> Iterator[Tensor]:
-        choose = Sampling(asking.temperature, asking.top_k, asking.top_p, asking.min_p, asking.repetition)
-        return generate(objective.model, prompts, asking.tokens, sampling=choose, ends=self.ends, seed=asking.seed, first=first)
+    def sampled(self, objective: Objective, prompts: list[list[int]], asking: Manner) -> Iterator[Tensor]:
+        return generate(objective.model, prompts, asking.tokens, sampling=asking.sampling, ends=self.ends,
+                        seed=asking.seed)
 
     def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             if "prompt" not in batch:
                 return objective.outputs(batch)
-            rows = []                                                # one by one: chance is a matter of the row's number
-            for prompt, number in zip(batch["prompt"].tolist(), batch["row"].tolist()):
-                rows.append(torch.cat([t.cpu() for t in self.sampled(objective, [[i for i in prompt if i >= 0]], self.asking,
-                                                                      number)]))
-            return {"said": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)}
+            prompts = [[i for i in prompt if i >= 0] for prompt in batch["prompt"].tolist()]
+            said = answers(objective.model, prompts, self.asking, ends=self.ends, decode=self.text.decode,
+                           numbers=batch["row"].tolist())            # chance is a matter of the row's number
+            return {"said": torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in said],
+                                                            batch_first=True, padding_value=-1)}
         return answer
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
@@ -302,21 +293,18 @@ class TextGeneration(Typed):
                 for row in outputs["said"].astype(int)]
 
     def cut(self, text: str) -> str:
-        return cut(text, (self.asking.stop,))
+        return cut(text, self.asking.stops)
 
     def typed(self, text: str) -> pl.DataFrame:
         """What a person types into a conversation is a question."""
         return pl.DataFrame({self.column: [messages([("user", text)])]}) if self.chat else super().typed(text)
 
-    def stream(self, objective: Objective, source: Any) -> Iterator[str]:
+    def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
         data = self.read([source])
-        if len(data) != 1:
+        if len(data) != 1 or self.asking.searched > 1:
             return None
-        return self.pieces(objective, self.prompt(self.turns(data)[0]))
-
-    def pieces(self, objective: Objective, prompt: list[int]) -> Iterator[str]:
-        tokens = (int(token) for token in self.sampled(objective, [prompt], self.asking))
-        return pieces(tokens, self.text.decode, self.ends, (self.asking.stop,))
+        return streamed(objective.model, self.prompt(self.turns(data)[0]), self.asking, ends=self.ends,
+                        decode=self.text.decode)
 
     # Report
 

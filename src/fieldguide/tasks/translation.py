@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,11 +15,13 @@ from fieldguide.card import Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.prepare import Text
+from fieldguide.data.prepare.frames import Frame, framed
 from fieldguide.data.prepare.text import suggest_length
 from fieldguide.data.roles import Wants
-from fieldguide.errors import DataError, SettingsError, nearest
+from fieldguide.errors import DataError
 from fieldguide.exhibits import Bars, Exhibit, Quote, Quotes, Table
-from fieldguide.generation import beam_search
+from fieldguide.generation import Faithful, Manner, Sourced, answers, streamed
+from fieldguide.generation.text import cut
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import settled
@@ -56,8 +58,7 @@ class Translation(Typed):
         prefix: str = ""                 # stands before each source: T5 learnt "translate English to German: "
 
     @dataclass(frozen=True)
-    class Asking:
-        beams: int = 4
+    class Asking(Faithful):
         penalty: float = 0.6             # of length: 0 = none, 1 = the mean log-probability decides
 
     text: Text
@@ -133,7 +134,8 @@ class Translation(Typed):
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             source, mask = self.text.batch([sources[i] for i in index])
-            batch = {"source": torch.from_numpy(source), "source_mask": torch.from_numpy(mask)}
+            batch = {"source": torch.from_numpy(source), "source_mask": torch.from_numpy(mask), "row": torch.from_numpy(
+                np.asarray(index))}
             if targets is not None:
                 said, _ = self.text.batch([np.concatenate([begin, targets[i]]) for i in index])
                 follows, real = self.text.batch([np.concatenate([known, targets[i], end]) for i in index])
@@ -159,21 +161,33 @@ class Translation(Typed):
     def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             scored = objective.outputs(batch) if "target" in batch else {}
-            return {**scored, "said": self.search(objective.model, batch["source"], batch["source_mask"])}
+            return {**scored, "said": self.search(objective.model, batch["source"], batch["source_mask"], batch["row"])}
         return answer
 
-    def search(self, model: Any, source: Tensor, mask: Tensor) -> Tensor:        # B S -> B T, -1 behind the end
-        """The best answer of a beam search; it may be half as long again as the source, and 10 tokens more."""
+    def search(self, model: Any, source: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:     # B S -> B T
+        """Answers, -1 behind their end; `numbers` are the rows' own, by which chance comes to them."""
         limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))
-        return written(model, source, mask, self.frame, limits, self.asking.beams, self.asking.penalty)
+        return written(model, source, mask, self.frame, limits, self.asking, self.text,
+                       None if numbers is None else numbers.tolist())
 
     def limits(self, lengths: Tensor) -> Tensor:         # B tokens of sources -> B tokens of answers at most
-        return lengths * 3 // 2 + 10
+        """Half as long again as the source, and 10 tokens more."""
+        return (lengths * 3 // 2 + 10).clamp(max=self.asking.tokens)
+
+    def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
+        data = self.read([source])
+        if len(data) != 1 or self.asking.searched > 1:
+            return None
+        batch = self.batches(data, None).make(np.arange(1), None)
+        tokens, mask = (batch[name].to(next(objective.parameters()).device) for name in ("source", "source_mask"))
+        most = int(self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))[0])
+        return streamed(Sourced(objective.model, tokens, mask), self.frame.said, replace(self.asking, tokens=most),
+                        ends=(self.frame.end,), decode=self.text.decode)
 
     def adjust(self, outputs: Arrays) -> Arrays:
         if "said" not in outputs:
             return outputs
-        texts = [self.text.decode(row[row >= 0]).strip() for row in outputs["said"].astype(int)]
+        texts = [cut(self.text.decode(row[row >= 0]), self.asking.stops).strip() for row in outputs["said"].astype(int)]
         return {**outputs, "text": np.array(texts, dtype=object)}
 
     def truth(self, data: Data) -> Arrays:
@@ -247,73 +261,15 @@ class Translation(Typed):
         self.text.save(folder)
 
 
-@dataclass(frozen=True)
-class Frame:
-    """Tokens around a source, those that an answer begins with (the last of them before its text), and that of its end."""
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    said: tuple[int, ...]
-    end: int
-
-    @property
-    def longest(self) -> int:
-        """Tokens beside those of a text, at most."""
-        return max(len(self.before) + len(self.after), len(self.said), 1)
-
-
-def framed(text: Text, options: Any) -> Frame:
-    """How a network reads and says texts. What we learn puts nothing around a source.
-
-    What a given tokenizer puts around a text stands around sources and answers alike, and before the latter what all begin
-    with. It may name a language: of networks whose answers begin with a token for all languages (mBART-50, NLLB) it stands
-    first, in sources and answers; of others (mBART of 25 languages) last in the source, and answers begin with it.
-    """
-    if not options.tokenizer:
-        return Frame((), (), (text.cls,), text.end)
-    seen = text.tokenizer.encode("a")
-    special = np.flatnonzero(~np.array(seen.special_tokens_mask, dtype=bool))
-    before = tuple(seen.ids[:special[0]]) if len(special) else ()
-    after = tuple(seen.ids[special[-1] + 1:]) if len(special) else tuple(seen.ids)
-    languages = [i for i in (*before, *after) if i not in (text.cls, text.sep, text.end)]
-    if not languages and not options.source_language and not options.target_language:
-        begin = options.begin
-        if begin is None:
-            begin = text.pad if text.cls == text.unknown else text.cls
-        return Frame(before, after, (begin, *before), text.end)
-    if options.target_language is None:
-        example = f" (it reads {text.tokenizer.id_to_token(languages[0])})" if languages else ""
-        raise SettingsError(f"{options.tokenizer} knows languages{example}: say the answers' by its token, such as "
-                            "--set task.target_language=de_DE or deu_Latn, and that of the sources as task.source_language.")
-    source, target = (named(text, options, side, languages) for side in ("source_language", "target_language"))
-    if options.begin is None:
-        return Frame((), (text.end, source), (target,), text.end)
-    return Frame((source,), (text.end,), (options.begin, target), text.end)
-
-
-def named(text: Text, options: Any, side: str, default: list[int]) -> int:
-    """The token of a language."""
-    name = getattr(options, side)
-    if name is None and default:
-        return default[0]
-    if name is None or (found := text.tokenizer.token_to_id(name)) is None:
-        known = [t.content for t in text.tokenizer.get_added_tokens_decoder().values()]
-        raise SettingsError(f"task.{side}={name!r} is no token of {options.tokenizer}.{nearest(str(name), known)}")
-    return found
-
-
-def written(model: Any, source: Tensor, mask: Tensor, frame: Frame, limits: Tensor, beams: int, penalty: float) -> Tensor:
-    """The best answer of a beam search, of at most `limits` (B) tokens: B S, B S bool -> B T, -1 behind its end."""
-    *lead, begin = frame.said
-    cache = model.new_cache(len(source) * beams, int(limits.max()) + 1 + len(lead))
-
-    def step(tokens: Tensor) -> Tensor:
-        if lead and not cache.used:
-            tokens = torch.cat([torch.tensor([lead], device=tokens.device).expand(len(tokens), -1), tokens], 1)
-        return model(source, mask, tokens, cache=cache)
-    said, _ = beam_search(step, cache, begin=begin, end=frame.end, beams=beams, most=int(limits.max()), penalty=penalty,
-                          limits=limits)
-    return said[:, 0]
+def written(model: Any, source: Tensor, mask: Tensor, frame: Frame, limits: Tensor, how: Manner, text: Text,
+            numbers: list[int] | None = None) -> Tensor:
+    """Answers to sources, of at most `limits` (B) tokens: B S, B S bool -> B T, -1 behind their end."""
+    rows = answers(Sourced(model, source, mask), [frame.said] * len(source), how, ends=(frame.end,), decode=text.decode,
+                   numbers=numbers, limits=limits, before=len(frame.said) - 1)
+    said = torch.full((len(rows), max(map(len, rows))), -1)
+    for place, row in zip(said, rows):
+        place[:len(row)] = torch.tensor(row, dtype=torch.int64)
+    return said
 
 
 def suggest_vocab(characters: int) -> int:

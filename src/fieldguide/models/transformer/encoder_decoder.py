@@ -16,6 +16,7 @@ from fieldguide.blocks.padding import at_least_one
 from fieldguide.errors import DataError
 
 Memory = tuple[Tensor, Tensor]    # keys and values of a layer's source, B heads S d each
+Source = tuple[list[Memory], Tensor | None]      # of all layers, and which of its tokens are real, B S
 
 
 class CrossAttention(nn.Module):
@@ -80,6 +81,11 @@ class EncoderDecoder(nn.Module):
         """d"""
         return self.config.dim // self.config.heads
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of an answer at most; None = any number."""
+        return self.config.length
+
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
         """Room for `length` target tokens a row, at most and by default the network's own."""
         return self.cache(rows, min(length or self.config.length, self.config.length))
@@ -104,14 +110,20 @@ class EncoderDecoder(nn.Module):
     def say(self, x: Tensor) -> Tensor:                  # ... D -> ... vocab
         raise NotImplementedError
 
+    def remember(self, source: Tensor, mask: Tensor | None) -> Source:           # B S, B S bool
+        """All that a decoder needs of its source."""
+        mask = None if mask is None else at_least_one(mask)
+        encoded = self.encode(source, mask)
+        return [block.cross.remember(encoded) for block in self.decoder], mask
+
     def forward(self, source, source_mask, tokens: Tensor, mask=None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
-        if cache is not None and cache.cross is not None:
-            memory, source_mask = cache.cross
-        else:
-            source_mask = None if source_mask is None else at_least_one(source_mask)
-            encoded = self.encode(source, source_mask)
-            memory = [block.cross.remember(encoded) for block in self.decoder]
+        known = self.remember(source, source_mask) if cache is None or cache.cross is None else cache.cross
         if cache is not None:
-            cache.cross = (memory, source_mask)
+            cache.cross = known
             cache.open(tokens.shape[1], mask)
-        return self.say(self.decode(tokens, mask, memory, source_mask, cache))
+        return self.say(self.decode(tokens, mask, *known, cache))
+
+    def last(self, tokens: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:     # B T -> B vocab
+        """The logits of each row's last place alone, with a cache that has its source (`cross`)."""
+        cache.open(tokens.shape[1], mask)
+        return self.say(self.decode(tokens, mask, *cache.cross, cache)[:, -1])

@@ -158,6 +158,11 @@ class T5(EncoderDecoder):
         """d"""
         return self.config.width
 
+    @property
+    def longest(self) -> None:
+        """Rows may have any length: there are no places to run out of."""
+        return None
+
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
         """Room for `length` target tokens a row, as many as wanted; by default those it learnt from."""
         return self.cache(rows, length or self.config.length)
