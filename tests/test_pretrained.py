@@ -168,8 +168,9 @@ def interleaved(matrix: torch.Tensor, heads: int) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("shards", [1, 2])
 def test_files_of_meta(shards, tmp_path):
-    """Rows of queries and keys turn back; a network parted among machines is put together."""
-    ours = create("llama-test", stretch=(), eps=1e-5, length=2048)
+    """Rows of queries and keys turn back; a network parted among machines is put together. It says of itself what Llama 2
+    says: nothing of the vocabulary, nor of the longest row."""
+    ours = create("llama-test", stretch=(), eps=1e-5, length=4096)
     settled(ours)
     c, state = ours.config, ours.state_dict()
     files: list[dict] = [{} for _ in range(shards)]
@@ -197,10 +198,78 @@ def test_files_of_meta(shards, tmp_path):
     for number, file in enumerate(files):
         torch.save(file, tmp_path / f"consolidated.{number:02}.pth")
     (tmp_path / "params.json").write_text(json.dumps({
-        "dim": c.dim, "n_layers": c.depth, "n_heads": c.heads, "n_kv_heads": c.groups, "vocab_size": c.vocab,
+        "dim": c.dim, "n_layers": c.depth, "n_heads": c.heads, "n_kv_heads": c.groups, "vocab_size": -1,
         "norm_eps": c.eps, "multiple_of": 4, "ffn_dim_multiplier": 0.25}))
     again = fieldguide.load(tmp_path)
     assert again.config == c and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), state.values()))
+
+
+# params.json as published: dim, layers, heads, of keys, multiple_of, ffn_dim_multiplier (0: neither is there), eps.
+OLD = {"llama-7b": (4096, 32, 32, 0, 256, 0, 1e-6), "llama-13b": (5120, 40, 40, 0, 256, 0, 1e-6),
+       "llama-30b": (6656, 60, 52, 0, 256, 0, 1e-6), "llama-65b": (8192, 80, 64, 0, 256, 0, 1e-5),
+       "llama2-7b": (4096, 32, 32, 0, 256, 0, 1e-5), "llama2-13b": (5120, 40, 40, 0, 256, 0, 1e-5),
+       "llama2-70b": (8192, 80, 64, 8, 4096, 1.3, 1e-5)}
+NEW = {"llama3-8b": (4096, 32, 32, 8, 1024, 1.3, 1e-5), "llama3-70b": (8192, 80, 64, 8, 4096, 1.3, 1e-5)}
+SCALED = {"llama3.1-8b": NEW["llama3-8b"], "llama3.1-70b": NEW["llama3-70b"],
+          "llama3.1-405b": (16_384, 126, 128, 8, 4096, 1.2, 1e-5), "llama3.2-1b": (2048, 16, 32, 8, 256, 1.5, 1e-5),
+          "llama3.2-3b": (3072, 28, 24, 8, 256, 1.0, 1e-5)}
+
+
+def params(name: str) -> dict:
+    dim, layers, heads, keys, multiple, wider, eps = (OLD | NEW | SCALED)[name]
+    said = {"dim": dim, "multiple_of": multiple, "n_heads": heads, "n_layers": layers, "norm_eps": eps,
+            "vocab_size": -1 if name in OLD else 128_256}
+    said |= ({"n_kv_heads": keys} if keys else {}) | ({"ffn_dim_multiplier": wider} if wider else {})
+    return said | ({} if name in OLD else {"rope_theta": 500_000.0}) | ({"use_scaled_rope": True} if name in SCALED else {})
+
+
+@pytest.mark.parametrize("name", OLD | NEW | SCALED)
+def test_params_of_meta_as_published(name):
+    """They say no length and no stretch: the size that they describe does."""
+    said = params(name)
+    card, origin, table = configurations.identified(said)
+    values = configurations.inwards(card, table, said, "params.json")
+    wanted = dict(card.sizes[name].overrides)
+    got, full = card.config(**values), card.config(**wanted)
+    assert (card.name, origin) == ("llama", "meta")
+    for field in ("dim", "depth", "heads", "groups", "hidden", "base", "length", "stretch", "vocab"):
+        assert getattr(got, field) == getattr(full, field), field
+    assert got.eps == said["norm_eps"]
+
+
+@pytest.mark.parametrize(("name", "length", "factor"), [("llama-7b", 2048, 0), ("llama2-13b", 4096, 0), ("llama3-8b", 8192, 0),
+                                                        ("llama3.2-1b", 131_072, 32)])
+@torch.no_grad()
+def test_small_files_of_meta_compute_as_their_generation(name, length, factor, tmp_path):
+    """Fewer layers, of the published width where it tells generations apart, beside transformers with what is published."""
+    said = params(name) | {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8}
+    said |= {"n_kv_heads": 2} if "n_kv_heads" in said else {}
+    vocab = 40
+    if said["vocab_size"] > 0:
+        said["vocab_size"] = vocab
+    hidden = 8 * -(-int(said.get("ffn_dim_multiplier", 1.0) * int(8 * 32 / 3)) // 8)
+    groups, base = said.get("n_kv_heads", 4), said.get("rope_theta", 10_000.0)
+    rope = {"rope_type": "llama3", "rope_theta": base, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192} if factor else {"rope_type": "default", "rope_theta": base}
+    torch.manual_seed(0)
+    theirs = settled(transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=groups, max_position_embeddings=length, rms_norm_eps=said["norm_eps"], rope_parameters=rope)))
+    state, files = theirs.state_dict(), {}
+    for key, tensor in state.items():
+        for theirs_name, meta in (("model.embed_tokens", "tok_embeddings"), ("model.norm", "norm"), ("lm_head", "output"),
+                                  ("model.layers", "layers"), ("self_attn", "attention"), ("input_layernorm", "attention_norm"),
+                                  ("post_attention_layernorm", "ffn_norm"), ("mlp.gate_proj", "feed_forward.w1"),
+                                  ("mlp.up_proj", "feed_forward.w3"), ("mlp.down_proj", "feed_forward.w2"), ("_proj", ""),
+                                  ("attention.", "attention.w")):
+            key = key.replace(theirs_name, meta)
+        heads = 4 if key.endswith("wq.weight") else groups
+        files[key] = interleaved(tensor, heads) if key.endswith(("wq.weight", "wk.weight")) else tensor.clone()
+    torch.save(files, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text(json.dumps(said))
+    ours, tokens = fieldguide.load(tmp_path), torch.randint(vocab, (1, 300))
+    assert (ours.config.vocab, ours.config.length) == (vocab, length)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_files_of_llama_cpp(tmp_path):

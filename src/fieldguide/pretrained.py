@@ -158,6 +158,7 @@ def described(source: str | Path, name: str | None = None, watch: Callable[[str]
         card, origin, table = known
         values = inwards(card, table, said, beside)
         origin = sibling(card, origin, values, state)
+        values |= unsaid(card, values, state)
         if card.accepts("tied"):                         # the file itself says it best: it has a head, or not
             values["tied"] = not headed(card, values, state, origin)
         return Checkpoint(path, card, origin, values, state)
@@ -211,16 +212,25 @@ def filled(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], o
     return model.eval()
 
 
+def unsaid(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
+    """The vocabulary, where the configuration leaves it to the tensors."""
+    field = card.names.get("vocab", "vocab")
+    if not card.accepts("vocab") or field in values:
+        return {}
+    return {key: value for key, value in seen(card, values, state).items() if key == field}
+
+
 def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapping[str, Any]) -> Checkpoint:
     """A network whose tensors were parted among machines: each along the axis on which its parts make up the whole."""
     if known is None:
         raise WeightsError(f"{path} holds {len(parts)} parts of a network, and no {' or '.join(CONFIGS)} that says which it is")
     card, origin, _ = known
+    files = [weights.read(part) for part in parts]
+    values = {**values, **unsaid(card, values, files[0])}
     with torch.device("meta"):
         model = card.make(card.config(**values))
     written = weights.translate(model.state_dict(), card.tables(model.config)[origin], reverse=True)
     wanted = {name: t.shape for name, t in written.items()}
-    files = [weights.read(part) for part in parts]
     if strange := {name for file in files for name in file} - {name for file in files[:1] for name in file}:
         raise WeightsError(f"{parts[0]} lacks {', '.join(sorted(strange)[:3])}, which other parts have")
     state = {}

@@ -264,17 +264,73 @@ def widened(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"hidden": multiple * -(-hidden // multiple)}
 
 
+L3 = {"vocab": 128_256, "length": 8192, "groups": 8, "hidden": 14_336, "base": 500_000.0, "eps": 1e-5}
+B70 = {"dim": 8192, "depth": 80, "heads": 64, "groups": 8, "hidden": 28_672}
+B405 = {"dim": 16_384, "depth": 126, "heads": 128, "groups": 8, "hidden": 53_248}
+LONG = {"length": 131_072, "stretch": (8.0, 1.0, 4.0, 8192.0)}
+SMALL = {"length": 131_072, "stretch": (32.0, 1.0, 4.0, 8192.0), "tied": True}
+
+SIZES = {
+    "llama-7b": Size(params=6_738_415_616, source="huggyllama/llama-7b"),
+    "llama-13b": Size(dim=5120, depth=40, heads=40, groups=40, hidden=13_824, params=13_015_864_320,
+                      source="huggyllama/llama-13b"),
+    "llama-30b": Size(dim=6656, depth=60, heads=52, groups=52, hidden=17_920, params=32_528_943_616,
+                      source="huggyllama/llama-30b"),
+    "llama-65b": Size(dim=8192, depth=80, heads=64, groups=64, hidden=22_016, params=65_285_660_672,
+                      source="huggyllama/llama-65b"),
+    "llama2-7b": Size(length=4096, eps=1e-5, params=6_738_415_616, source="meta-llama/Llama-2-7b-hf"),
+    "llama2-13b": Size(length=4096, dim=5120, depth=40, heads=40, groups=40, hidden=13_824, eps=1e-5,
+                       params=13_015_864_320, source="meta-llama/Llama-2-13b-hf"),
+    "llama2-70b": Size(length=4096, **B70, eps=1e-5, params=68_976_648_192, source="meta-llama/Llama-2-70b-hf"),
+    "llama3-8b": Size(**L3, params=8_030_261_248, source="meta-llama/Meta-Llama-3-8B"),
+    "llama3-70b": Size(**{**L3, **B70}, params=70_553_706_496, source="meta-llama/Meta-Llama-3-70B"),
+    "llama3.1-8b": Size(**{**L3, **LONG}, params=8_030_261_248, source="meta-llama/Llama-3.1-8B"),
+    "llama3.1-70b": Size(**{**L3, **B70, **LONG}, params=70_553_706_496, source="meta-llama/Llama-3.1-70B"),
+    "llama3.1-405b": Size(**{**L3, **B405, **LONG}, params=405_853_388_800, source="meta-llama/Llama-3.1-405B"),
+    "llama3.2-1b": Size(**{**L3, **SMALL, "hidden": 8192}, dim=2048, depth=16, params=1_235_814_400,
+                        source="meta-llama/Llama-3.2-1B"),
+    "llama3.2-3b": Size(**{**L3, **SMALL, "hidden": 8192}, dim=3072, depth=28, heads=24, params=3_212_749_824,
+                        source="meta-llama/Llama-3.2-3B"),
+    "smollm2-135m": Size(vocab=49_152, length=8192, dim=576, depth=30, heads=9, groups=3, hidden=1536, base=100_000.0,
+                         eps=1e-5, tied=True, params=134_515_008, source="HuggingFaceTB/SmolLM2-135M"),
+    "smollm2-360m": Size(vocab=49_152, length=8192, dim=960, depth=32, heads=15, groups=5, hidden=2560, base=100_000.0,
+                         eps=1e-5, tied=True, params=361_821_120, source="HuggingFaceTB/SmolLM2-360M"),
+    "smollm2-1.7b": Size(vocab=49_152, length=8192, dim=2048, depth=24, groups=32, hidden=8192, base=130_000.0,
+                         eps=1e-5, tied=True, params=1_711_376_384, source="HuggingFaceTB/SmolLM2-1.7B"),
+    # Small ones of the same form, to be trained from nothing.
+    "llama-mini": Size(vocab=8192, length=512, dim=512, depth=8, heads=8, groups=4, hidden=1408, eps=1e-5, tied=True),
+    "llama-micro": Size(vocab=4096, length=256, dim=256, depth=4, heads=4, groups=2, hidden=704, eps=1e-5, tied=True),
+    "llama-test": Size(vocab=30, length=12, dim=16, depth=2, heads=4, groups=2, hidden=12,
+                       stretch=(4.0, 1.0, 4.0, 8.0)),
+}
+
+
+def meant(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What params.json does not say: the longest row, and how far rotations are stretched. They are those of the published
+    size that it describes, or comes nearest to: by how many numbers are the same, then by the width."""
+    said = {"vocab": params.get("vocab_size", -1), "base": params.get("rope_theta", 10_000.0), "eps": params["norm_eps"],
+            "dim": params["dim"], "depth": params["n_layers"], "heads": params["n_heads"],
+            "groups": params.get("n_kv_heads") or params["n_heads"], **widened(params)}
+
+    def apart(config: Config) -> tuple[int, float]:
+        return (sum(getattr(config, key) != value for key, value in said.items() if value != -1),
+                abs(math.log(config.dim / said["dim"])))
+    known = [Config(**size.overrides) for name, size in SIZES.items() if name.startswith("llama") and size.source]
+    nearest = min((c for c in known if bool(c.stretch) == bool(params.get("use_scaled_rope"))), key=apart)
+    return {"length": nearest.length, "stretch": nearest.stretch}
+
+
 PARAMS = {                                               # params.json beside Meta's files
     "dim": "dim",
     "n_layers": "depth",
     "n_heads": "heads",
     "n_kv_heads": Derived(lambda t: {"groups": t.get("n_kv_heads") or t["n_heads"]}, lambda c: c.groups),
-    "vocab_size": "vocab",
+    # Of the first two generations -1: as many as the tokenizer has, and the tensors.
+    "vocab_size": Derived(lambda t: {"vocab": t["vocab_size"]} if t.get("vocab_size", -1) > 0 else {}, lambda c: c.vocab),
     "norm_eps": "eps",
     "multiple_of": Derived(widened, lambda c: c.hidden),
     "rope_theta": Absent("base", 10_000.0),
-    "use_scaled_rope": Derived(lambda t: {"stretch": (8.0, 1.0, 4.0, 8192.0)} if t.get("use_scaled_rope") else {},
-                               lambda c: bool(c.stretch)),
+    "use_scaled_rope": Derived(meant, lambda c: bool(c.stretch)),
 }
 GGUF = {
     "general.architecture": Is("llama"),
@@ -293,47 +349,10 @@ GGUF = {
     "slowest": Derived(lambda t: {"stretch": (t["slowest"], 1.0, 4.0, 8192.0)} if "slowest" in t else {},
                        lambda c: max(c.stretch, default=1.0)),
 }
-L3 = {"vocab": 128_256, "length": 8192, "groups": 8, "hidden": 14_336, "base": 500_000.0, "eps": 1e-5}
-B70 = {"dim": 8192, "depth": 80, "heads": 64, "groups": 8, "hidden": 28_672}
-B405 = {"dim": 16_384, "depth": 126, "heads": 128, "groups": 8, "hidden": 53_248}
-LONG = {"length": 131_072, "stretch": (8.0, 1.0, 4.0, 8192.0)}
-SMALL = {"length": 131_072, "stretch": (32.0, 1.0, 4.0, 8192.0), "tied": True}
 
 CARD = Card(
     name="llama", model=Llama, config=Config, paper="arXiv:2302.13971", year=2023, takes="tokens", gives="tokens",
-    sizes={
-        "llama-7b": Size(params=6_738_415_616, source="huggyllama/llama-7b"),
-        "llama-13b": Size(dim=5120, depth=40, heads=40, groups=40, hidden=13_824, params=13_015_864_320,
-                          source="huggyllama/llama-13b"),
-        "llama-30b": Size(dim=6656, depth=60, heads=52, groups=52, hidden=17_920, params=32_528_943_616,
-                          source="huggyllama/llama-30b"),
-        "llama-65b": Size(dim=8192, depth=80, heads=64, groups=64, hidden=22_016, params=65_285_660_672,
-                          source="huggyllama/llama-65b"),
-        "llama2-7b": Size(length=4096, eps=1e-5, params=6_738_415_616, source="meta-llama/Llama-2-7b-hf"),
-        "llama2-13b": Size(length=4096, dim=5120, depth=40, heads=40, groups=40, hidden=13_824, eps=1e-5,
-                           params=13_015_864_320, source="meta-llama/Llama-2-13b-hf"),
-        "llama2-70b": Size(length=4096, **B70, eps=1e-5, params=68_976_648_192, source="meta-llama/Llama-2-70b-hf"),
-        "llama3-8b": Size(**L3, params=8_030_261_248, source="meta-llama/Meta-Llama-3-8B"),
-        "llama3-70b": Size(**{**L3, **B70}, params=70_553_706_496, source="meta-llama/Meta-Llama-3-70B"),
-        "llama3.1-8b": Size(**{**L3, **LONG}, params=8_030_261_248, source="meta-llama/Llama-3.1-8B"),
-        "llama3.1-70b": Size(**{**L3, **B70, **LONG}, params=70_553_706_496, source="meta-llama/Llama-3.1-70B"),
-        "llama3.1-405b": Size(**{**L3, **B405, **LONG}, params=405_853_388_800, source="meta-llama/Llama-3.1-405B"),
-        "llama3.2-1b": Size(**{**L3, **SMALL, "hidden": 8192}, dim=2048, depth=16, params=1_235_814_400,
-                            source="meta-llama/Llama-3.2-1B"),
-        "llama3.2-3b": Size(**{**L3, **SMALL, "hidden": 8192}, dim=3072, depth=28, heads=24, params=3_212_749_824,
-                            source="meta-llama/Llama-3.2-3B"),
-        "smollm2-135m": Size(vocab=49_152, length=8192, dim=576, depth=30, heads=9, groups=3, hidden=1536, base=100_000.0,
-                             eps=1e-5, tied=True, params=134_515_008, source="HuggingFaceTB/SmolLM2-135M"),
-        "smollm2-360m": Size(vocab=49_152, length=8192, dim=960, depth=32, heads=15, groups=5, hidden=2560, base=100_000.0,
-                             eps=1e-5, tied=True, params=361_821_120, source="HuggingFaceTB/SmolLM2-360M"),
-        "smollm2-1.7b": Size(vocab=49_152, length=8192, dim=2048, depth=24, groups=32, hidden=8192, base=130_000.0,
-                             eps=1e-5, tied=True, params=1_711_376_384, source="HuggingFaceTB/SmolLM2-1.7B"),
-        # Small ones of the same form, to be trained from nothing.
-        "llama-mini": Size(vocab=8192, length=512, dim=512, depth=8, heads=8, groups=4, hidden=1408, eps=1e-5, tied=True),
-        "llama-micro": Size(vocab=4096, length=256, dim=256, depth=4, heads=4, groups=2, hidden=704, eps=1e-5, tied=True),
-        "llama-test": Size(vocab=30, length=12, dim=16, depth=2, heads=4, groups=2, hidden=12,
-                           stretch=(4.0, 1.0, 4.0, 8.0)),
-    },
+    sizes=SIZES,
     weights={"huggingface": HUGGINGFACE, "meta": meta, "gguf": gguf},
     configs={"huggingface": CONFIG, "meta": PARAMS, "gguf": GGUF},
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.05,
