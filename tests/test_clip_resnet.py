@@ -140,7 +140,7 @@ def test_openai_archives_say_their_activation():
         numbers = {name: torch.zeros(()) for name in ("input_resolution", "context_length", "vocab_size")}
     with pytest.raises(WeightsError, match="could be clip-b32 or clip-b32-laion2b"):
         recognised(state, "x.pt")
-    card, size, origin = recognised(state | numbers, "x.pt")
+    card, size, origin, _ = recognised(state | numbers, "x.pt")
     assert (card.name, size, origin) == ("clip", "clip-b32", "openai")
 
 
@@ -149,7 +149,7 @@ def test_a_resnet_of_openai_is_recognised():
     with torch.device("meta"):
         model = create("clip-rn50")
         state = translate(model.state_dict(), tables(model)["openai"], reverse=True)
-    card, size, origin = recognised(state, "RN50.pt")
+    card, size, origin, _ = recognised(state, "RN50.pt")
     assert (card.name, size, origin) == ("clip-resnet", "clip-rn50", "openai")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import warnings
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 import fieldguide
 from fieldguide import configurations, recognition, weights
 from fieldguide.blocks.configs import Fixed
-from fieldguide.errors import WeightsError
+from fieldguide.errors import WeightsError, WeightsWarning
 from fieldguide.registry import cards, create
 from tv import timm, torchvision, transformers
 
@@ -74,9 +76,86 @@ def test_a_file_is_recognised_by_names_and_shapes(tmp_path):
     for theirs, size in ((torchvision.models.resnet18(num_classes=11), "resnet18"),
                          (timm.create_model("resnet34", num_classes=4), "resnet34")):
         torch.save(settled(theirs).state_dict(), tmp_path / "weights.pth")
-        _, found, _ = recognition.recognised(theirs.state_dict(), "a file")
+        _, found, *_ = recognition.recognised(theirs.state_dict(), "a file")
         assert found == size
         torch.testing.assert_close(fieldguide.load(tmp_path / "weights.pth")(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "gives"), [
+    ("Model", "vector"), ("ForPreTraining", "words"), ("ForMaskedLM", "words"), ("ForSequenceClassification", "label"),
+    ("ForTokenClassification", "labels"), ("ForQuestionAnswering", "span")])
+@torch.no_grad()
+def test_lone_files_of_bert_are_told_by_their_heads(kind, gives, tmp_path):
+    torch.manual_seed(0)
+    more = {} if kind in ("Model", "ForPreTraining", "ForMaskedLM", "ForQuestionAnswering") else {"num_labels": 5}
+    theirs = settled(getattr(transformers, "Bert" + kind)(transformers.BertConfig(
+        vocab_size=70, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512, **more)))
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WeightsWarning)  # which names the tensors of other heads
+        ours = fieldguide.load(tmp_path / "pytorch_model.bin")
+    assert (ours.config.gives, ours.config.vocab) == (gives, 70)
+    assert ours.config.classes == (5 if more else 2)
+    tokens = torch.randint(70, (2, 9))
+    out = theirs(tokens)
+    if gives == "vector":
+        torch.testing.assert_close(ours.features(tokens), out.last_hidden_state, rtol=1e-4, atol=1e-5)
+    elif gives == "span":
+        wanted = torch.stack([out.start_logits, out.end_logits], -1)
+        torch.testing.assert_close(ours(tokens).reshape_as(wanted) if ours(tokens).shape == wanted.shape
+                                   else ours(tokens).mT, wanted, rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(ours(tokens), out[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "card", "more"), [
+    ("deit_tiny_distilled_patch16_224", "deit", {"num_classes": 5}), ("vit_small_patch14_dinov2", "dinov2", {}),
+    ("vit_small_patch14_reg4_dinov2", "dinov2", {})])
+@torch.no_grad()
+def test_folders_of_timm_by_name(name, card, more, tmp_path):
+    side = 224 if card == "deit" else 56
+    asked = {} if card == "deit" else {"img_size": side}
+    torch.manual_seed(0)
+    theirs = settled(timm.create_model(name, **asked, **({} if more else {"num_classes": 0}), **more))
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "model_args": asked, **more, "pretrained_cfg": {
+        "mean": [0.5] * 3, "std": [0.5] * 3}}))
+    ours, x = fieldguide.load(tmp_path), torch.randn(1, 3, side, side)
+    assert (type(ours).__name__.lower(), ours.config.image) == (card, side)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+    fieldguide.save(ours, tmp_path / "back.safetensors", "timm")
+    back = weights.read(tmp_path / "back.safetensors")
+    assert {k: tuple(v.shape) for k, v in back.items() if "pos_embed" not in k} == {
+        k: tuple(v.shape) for k, v in theirs.state_dict().items() if "pos_embed" not in k}
+
+
+def test_every_name_of_timm_is_of_the_size_that_it_is_called(tmp_path):
+    """Shapes of timm's own networks, on no device."""
+    known = {name: meant for kind in ("deit", "dinov2") for name, meant in cards()[kind].aliases["timm"].items()}
+    assert len(known) == 12 and set(known) <= set(timm.list_models())
+    for name, meant in known.items():
+        size = meant if isinstance(meant, str) else meant[0]
+        with torch.device("meta"):
+            theirs, ours = timm.create_model(name, num_classes=0), create(size, gives="vector")
+        heads = theirs.blocks[0].attn.num_heads
+        assert (len(theirs.blocks), theirs.embed_dim, heads) == (ours.config.depth, ours.config.dim, ours.config.heads), name
+        assert theirs.patch_embed.img_size == (ours.config.image,) * 2, name
+
+
+@torch.no_grad()
+def test_a_file_of_fairseq_with_its_arguments(tmp_path):
+    """They stand in a Namespace, which runs nothing; other classes are still refused."""
+    ours = settled(create("roberta-test"))
+    ours.segment.weight.zero_()
+    weights.save(ours, tmp_path / "fs.safetensors", "fairseq")
+    torch.save({"args": argparse.Namespace(arch="roberta_base", nested=argparse.Namespace(x=[1, 2])),
+                "model": weights.read(tmp_path / "fs.safetensors")}, tmp_path / "model.pt")
+    again = create("roberta-test")
+    assert weights.load(again, tmp_path / "model.pt") == []
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values()))
+    torch.save({"cfg": WeightsWarning("x"), "model": ours.state_dict()}, tmp_path / "bad.pt")
+    with pytest.raises(WeightsError, match=r"(?s)holds a Python object besides tensors: fieldguide\.errors.*safetensors"):
+        weights.read(tmp_path / "bad.pt")
 
 
 def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):

@@ -171,7 +171,7 @@ def described(source: str | Path, name: str | None = None, watch: Callable[[str]
         origin = TIMM if TIMM in card.weights else None
     else:
         try:
-            card, size, origin = recognised(state, str(path))
+            card, size, origin, changes = recognised(state, str(path))
         except WeightsError as error:
             if "model_type" not in said:
                 raise

@@ -105,8 +105,9 @@ def seen(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     return differing(card, values, best)
 
 
-def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str]:
-    """The card, size and origin whose tensors these are. Raises `WeightsError` where none is, or several could be."""
+def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str, dict[str, Any]]:
+    """The card, size and origin whose tensors these are, and what it gives where that is not what the size says. Raises
+    `WeightsError` where none is, or several could be."""
     fits, near = [], []
     for card in cards().values():
         for size in card.sizes:
@@ -116,22 +117,43 @@ def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str]
                 own = card.config(**values)
                 if done.unknown or done.faults or any(getattr(own, key) != value for key, value in done.means.items()):
                     continue
-                there, wanted = {name: t.shape for name, t in done.state.items()}, shapes(card, values)
-                apart = [n for n in wanted if n not in there and not n.endswith("num_batches_tracked")]
-                if there.keys() - wanted.keys() or len(apart) > SPARE:
-                    continue
-                changes = differing(card, values, done.state)
-                wanted = shapes(card, {**values, **changes}) if changes else wanted
-                if all(there.get(n, shape) == shape for n, shape in wanted.items()):
-                    fits.append((len(apart), len(changes), card, size, origin, card.config(**{**values, **changes})))
+                there = {name: t.shape for name, t in done.state.items()}
+                for given in answering(card, values):
+                    fit = fitting(card, {**values, **given}, done, there)
+                    if fit:
+                        fits.append((*fit, card, size, origin, given))
     if not fits:
         nearby = ", ".join(dict.fromkeys(f"{name} ({origin})" for _, name, origin in sorted(near, reverse=True)))
         raise WeightsError(f"{where}: these {len(state)} tensors are of no network here"
                            + (f"; nearest come {nearby}. Say which it is: name=..." if nearby else
                               f" (they begin {', '.join(list(state)[:3])})."))
-    fewest = min(apart for apart, *_ in fits)
-    best = sorted((fit for fit in fits if fit[0] == fewest), key=lambda fit: fit[1])
-    if len({(card.name, config) for _, _, card, _, _, config in best}) > 1:
-        raise WeightsError(f"{where} could be {' or '.join(dict.fromkeys(fit[3] for fit in best))}: their tensors look "
+    fewest = min((apart, spare) for apart, spare, *_ in fits)
+    best = sorted((fit for fit in fits if fit[:2] == fewest), key=lambda fit: fit[2])
+    if len({(card.name, config) for _, _, _, config, card, *_ in best}) > 1:
+        raise WeightsError(f"{where} could be {' or '.join(dict.fromkeys(fit[5] for fit in best))}: their tensors look "
                            "the same, but they compute differently. Say which: name=...")
-    return best[0][2:5]
+    return best[0][4:]
+
+
+def answering(card: Card, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a network may give: first what its size says, then the rest, of which its tensors may tell."""
+    if len(card.answers) == 1:
+        return [{}]
+    usual = getattr(card.config(**values), "gives", None)
+    return [{}, *({"gives": given} for given in card.answers if given != usual)] if usual else [{}]
+
+
+def fitting(card: Card, values: Mapping[str, Any], done: Translated,
+            there: Mapping[str, torch.Size]) -> tuple[int, int, int, Any] | None:
+    """How far tensors under our names are from a network: what they lack, what they have for other heads, and in how many
+    numbers of `FREE` the config must differ, with that config. None where they are of another."""
+    wanted, heads = shapes(card, values), getattr(card.model, "heads", ())
+    apart = [n for n in wanted if n not in there and not n.endswith("num_batches_tracked")]
+    spare = there.keys() - wanted.keys()
+    if len(apart) > SPARE or any(name.partition(".")[0] not in heads for name in spare):
+        return None
+    changes = differing(card, values, done.state)
+    wanted = shapes(card, {**values, **changes}) if changes else wanted
+    if any(there.get(name, shape) != shape for name, shape in wanted.items()):
+        return None
+    return len(apart), len(spare), len(changes), card.config(**{**values, **changes})

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ from fieldguide.translation import State, Table, Translated, forms, inwards, lis
 OURS = "fieldguide"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")        # keys that hold the tensors
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
+PLAIN = [argparse.Namespace]         # classes that hold values and run nothing: fairseq keeps its arguments in one
 FILES = ("model.safetensors", "model.safetensors.index.json",        # what a folder of Hugging Face may hold
          "pytorch_model.bin", "pytorch_model.bin.index.json",
          "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
@@ -43,7 +45,8 @@ def _pickled(path: Path) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")              # remarks on the protocol of the pickle
             # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with torch.serialization.safe_globals(PLAIN):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         text = str(error) or type(error).__name__
         if found := re.search(r"GLOBAL (\w+\.[\w.]+)", text):

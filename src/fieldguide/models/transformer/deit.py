@@ -82,6 +82,8 @@ CARD = Card(
     },
     weights={"timm": timm, "huggingface": huggingface, "huggingface-base": lambda c: huggingface(c, "")},
     configs={"huggingface": vit.configuration("deit", architectures("DeiT", "ForImageClassificationWithTeacher"))},
+    aliases={"timm": {f"deit_{size}_distilled_patch16_224": f"deit-{size}" for size in ("tiny", "small", "base")}
+             | {"deit_base_distilled_patch16_384": "deit-base-384"}},
     # Table 9 at its batches of 1024, without its mixing of pictures, which pays in hundreds of epochs (--set mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
 )

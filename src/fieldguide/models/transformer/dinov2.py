@@ -28,7 +28,7 @@ from fieldguide.blocks.drop_path import DropPath
 from fieldguide.blocks.mlp import Mlp
 from fieldguide.blocks.patches import Patches, patch_for, spread
 from fieldguide.blocks.readout import GIVES, readout
-from fieldguide.blocks.renaming import Fused, Reshaped, Row
+from fieldguide.blocks.renaming import Fused, Reshaped, Row, Zeros
 from fieldguide.card import Card, Size
 from fieldguide.errors import SettingsError, WeightsError
 
@@ -134,7 +134,10 @@ class DINOv2(nn.Module):
         return {f"b{i}": (self.config.dim, self.config.patch) for i in sorted({depth * k // 4 for k in (1, 2, 3, 4)} - {0})}
 
     def refit(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Places learnt for pictures of another size, spread over those of this network."""
+        """Places learnt for pictures of another size, spread over those of this network; where the class token had none, it
+        has nothing added."""
+        if name == "pos.weight" and tensor.ndim == 2 and math.isqrt(len(tensor)) ** 2 == len(tensor):
+            tensor = torch.cat([tensor.new_zeros(1, tensor.shape[1]), tensor])
         grid = math.isqrt(max(len(tensor) - 1, 0)) if tensor.ndim == 2 else 0
         if name != "pos.weight" or not grid or len(tensor) != 1 + grid ** 2:
             return None
@@ -220,6 +223,19 @@ def facebook(c: Config, root: str = "") -> dict[str, Row]:
     }
 
 
+def timm(c: Config) -> dict[str, Row]:
+    """Names of timm, whose backbones have no mask token; with registers, no place for the class token either (`refit`)."""
+    ours = ("mask", "registers.weight", "blocks.{i}.mlp.up.*", "blocks.{i}.mlp.down.*", "head.*")
+    names = {key: row for key, row in facebook(c).items() if getattr(row, "ours", row) not in ours}
+    return names | {
+        "reg_token":            Reshaped("registers.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        "blocks.{i}.mlp.fc1.*": "blocks.{i}.mlp.up.*",
+        "blocks.{i}.mlp.fc2.*": "blocks.{i}.mlp.down.*",
+        "head.*":               "head.*",
+        "<no mask token>":      Zeros("mask", like="pos.weight"),
+    }
+
+
 WITH, WITHOUT = "dinov2_with_registers", "dinov2"        # what transformers calls them: two networks
 
 
@@ -292,9 +308,12 @@ CARD = Card(
         "dinov2-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10, **REGISTERS),
         "dinov2-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, gated=True, **REGISTERS),
     },
-    weights={"facebook": facebook, "facebook-classifier": lambda c: facebook(c, "backbone."), "huggingface-base": huggingface,
+    weights={"timm": timm, "facebook": facebook, "facebook-classifier": lambda c: facebook(c, "backbone."),
+             "huggingface-base": huggingface,
              "huggingface": lambda c: huggingface(c, "dinov2_with_registers." if c.registers else "dinov2.")},
     configs={"huggingface": CONFIG},
+    aliases={"timm": {f"vit_{size}_patch14_{kind}dinov2": (f"dinov2-{size}{ours}", {"antialias": True, "offset": 0.0})
+                      for size in ("small", "base", "large", "giant") for kind, ours in (("", ""), ("reg4_", "-reg"))}},
     # As for a ViT that learns labels from nothing (DeiT, arXiv:2012.12877, table 9).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
 )
