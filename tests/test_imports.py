@@ -43,7 +43,7 @@ MAY = {
     "catalogue": NETWORKS | {"measure", "tasks"},
     "studio": GROUND | {"pkg", "run", "tasks", "train"},
     "teaching": {"errors", "data", "objectives", "run", "tasks", "train"},
-    "speaker": NETWORKS | {"configurations", "data", "generation", "ggml", "pretrained", "train"},
+    "speaker": NETWORKS | {"data", "generation", "ggml", "pretrained", "train"},
     "beginning": NETWORKS | {"data", "measure", "pretrained", "tasks", "train"},
     "request": {"errors", "data", "samples", "tasks"},
     "pacing": {"errors", "data", "objectives", "train"},

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fieldguide.configurations import read
 from fieldguide.data.prepare import Text
 from fieldguide.data.prepare.frames import Frame, framed
+from fieldguide.data.prepare.text_files import ended, read
 from fieldguide.errors import DataError, SettingsError, WeightsError, nearest
 from fieldguide.generation import Manner, Sourced, answers, streamed
 from fieldguide.generation.answers import grouped
@@ -64,12 +64,12 @@ class Speaker:
         text, frame = Text(made), None
         ends = {made.token_to_id(token) for token in (special.get("eos_token"), *ENDS) if token}
         if found.path.suffix != ".gguf":
-            ends |= ending(folder)
+            ends |= {*ended(folder)}
         if found.card.takes == "pair":
             config = network.config
             frame = framed(text, SimpleNamespace(tokenizer=str(folder), begin=getattr(config, "begin", None),
                                                  source_language=source_language, target_language=target_language), CALLED)
-            ends = {getattr(config, "end", frame.end), *ending(folder)}
+            ends = {getattr(config, "end", frame.end), *ended(folder)}
         network = shrink(network) if eight else network
         return cls(network, text, sorted(ends - {None}), ChatTemplate(template, special) if template and not frame else None,
                    frame)
@@ -153,19 +153,15 @@ def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str,
     return made, how, said.get("chat")
 
 
-def ending(folder: Path) -> set[int]:
-    """Tokens that end an answer, as generation_config.json says."""
-    file = folder / "generation_config.json"
-    said = read(file).get("eos_token_id") if file.is_file() else None
-    return set(said) if isinstance(said, list) else set() if said is None else {said}
-
-
 def beside(folder: Path) -> tuple[Any, dict[str, str], str | None]:
     """The tokenizer of a folder of transformers, its special tokens by name, and its chat template."""
     from tokenizers import Tokenizer
     if not (folder / "tokenizer.json").is_file():
-        raise WeightsError(f"{folder} has no tokenizer.json: without it tokens cannot be read. Fast tokenizers of "
-                           "transformers write one with save_pretrained.")
+        try:
+            found = read(folder)
+        except DataError as error:
+            raise WeightsError(f"{folder} has no tokenizer.json, nor another tokenizer that can be read: {error}") from None
+        return found.tokenizer, dict(found.special), found.template
     said = json.loads((folder / "tokenizer_config.json").read_text()) if (folder / "tokenizer_config.json").is_file() else {}
     named = {key: value["content"] if isinstance(value, dict) else value for key, value in said.items()
              if key.endswith("_token") and value}
