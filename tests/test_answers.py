@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from fieldguide.cli import app
 from fieldguide.errors import SettingsError
-from fieldguide.generation import Faithful, Manner
+from fieldguide.generation import Faithful, Manner, beam_search
 from fieldguide.registry import create
 from fieldguide.speaker import Speaker
 from test_pretrained import settled
@@ -103,6 +104,15 @@ def test_folders_of_encoder_decoders_answer_as_in_transformers(pair, how):
     assert ours == [made.decode(row) for row in skipped]
     assert ours == [speaker.say([p], tokens=14, **how)[0] for p in PROMPTS]
     assert any(ours) and (form == "mbart" or len(set(map(len, skipped))) > 1)    # they say something, and end by themselves
+
+
+def test_what_is_forced_before_an_answer_counts_as_length(pair, monkeypatch):
+    folder, _, _, _, forced, languages = pair
+    seen = []
+    monkeypatch.setattr(sys.modules[Manner.__module__], "beam_search",
+                        lambda *a, **k: (seen.append(k["before"]), beam_search(*a, **k))[1])
+    Speaker.load(folder, **languages).say(["a"], beams=2, tokens=3)
+    assert seen == [len(forced)]
 
 
 def test_an_answer_in_pieces_stops_and_seeds(pair):
