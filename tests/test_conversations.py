@@ -187,8 +187,9 @@ def test_a_batch_in_which_nothing_is_learnt_is_no_error():
     net = torch.nn.Embedding(5, 5)
     objective = NextToken(net, ("tokens",), smoothing=0.1)
     tokens = torch.arange(4)[None]
-    objective({"tokens": tokens, "target": torch.full((1, 4), -1)})["loss"].backward()
-    assert not net.weight.grad.any()
+    loss = objective({"tokens": tokens, "target": torch.full((1, 4), -1)})["loss"]
+    loss.backward()
+    assert loss == 0 and not net.weight.grad.any()
     target = torch.tensor([[2, -1, 4, -1]])
     wanted = torch.nn.functional.cross_entropy(net(tokens)[0], target[0], ignore_index=-1, label_smoothing=0.1)
     torch.testing.assert_close(objective({"tokens": tokens, "target": target})["loss"], wanted)

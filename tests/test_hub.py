@@ -178,6 +178,13 @@ def test_what_is_there_serves_without_a_network(here, monkeypatch):
         hub.fetched("org/tiny")
 
 
+def test_all_of_a_tokenizer_is_fetched():
+    words = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json",
+             "spm.model", "spiece.model", "tokenizer.model", "special_tokens_map.json", "generation_config.json",
+             "chat_template.jinja"}
+    assert hub.chosen([*words, "model.safetensors", "README.md", "original/tokenizer.model"]) == {*words, "model.safetensors"}
+
+
 def test_pickled_weights_only_where_there_are_no_others():
     names = ["config.json", "pytorch_model.bin", "model.safetensors", "model.fp16.safetensors", "onnx/model.onnx", "vocab.txt"]
     assert hub.chosen(names) == {"config.json", "model.safetensors", "vocab.txt"}

@@ -298,7 +298,7 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
                        "feed_forward_length": c.hidden, "head_count": c.heads, "head_count_kv": c.groups,
                        "layer_norm_rms_eps": c.eps, "rope_freq_base": c.base, "tokenizer_model": "gpt2",
                        "tokenizer_pre": "gpt-2", "token_list": sorted(vocab, key=vocab.get), "token_merges": merges,
-                       "token_types": [3] + [1] * (size - 1), "eos_token_id": 0}.items():
+                       "token_types": [3] + [1] * (size - 1), "eos_token_id": 0, "chat_template": "{{ eos_token }}"}.items():
         getattr(writer, f"add_{key}")(value)
     state = {k: v for k, v in net.state_dict().items() if k != "head.weight"}
     for name, tensor in weights.translate(state, weights.tables(net)["gguf"], reverse=True).items():
@@ -307,7 +307,9 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
         step()
     (tmp_path / "t.txt").write_text("".join(f"the cat sat on mat {i}\n" for i in range(400)))
     plan = decide(read(tmp_path / "t.txt"), task="text-generation", weights=tmp_path / "t.gguf", watch=(said := Said()),
-                  settings={**STEPS, "task.length": 16})
+                  settings=STEPS)
     theirs = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "words")
     assert all(ids.tolist() == theirs(text).input_ids for ids, text in zip(plan.task.text.exactly(TEXTS[:15]), TEXTS))
     assert plan.task.text.end == 0 and not any("WARNING" in text for text in said.words)
+    assert plan.task.options.length == 48 and any("task.length=48" in text for text in said.words)
+    assert plan.task.text.template == "{{ eos_token }}" and plan.task.text.special == {"eos_token": "<|endoftext|>"}
