@@ -178,7 +178,7 @@ def test_long_pairs_lose_the_end_of_the_longer_text(pairs):
     one, _ = learnt_pairs(pairs, vocab=512, length=13)
     data = one.read([pl.DataFrame({"first": ["red " * 40, "red", "red " * 40],
                                    "second": ["blue", "blue " * 40, "blue " * 40]})])
-    tokens, segments, cut = one.encoded(data, framed=True)
+    tokens, segments, cut = one.encoded(data, around=True)
     assert cut == 3 and [len(t) for t in tokens] == [13, 13, 13]
     ends = [int((s == 0).sum()) for s in segments]       # [CLS] A [SEP]
     short = len(one.text.exactly(["blue"])[0]), len(one.text.exactly(["red"])[0])
