@@ -149,6 +149,19 @@ def test_every_layer_has_its_rate():
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
+def test_towers_that_stand_side_by_side_end_equally_high():
+    net = create("clip-test", depth=3, text_depth=2)
+    named = [f"model.{name}" for name, _ in net.named_parameters()]
+    found, top = tuning.levels(named, tuning.towers(nn.ModuleDict({"model": net})))
+    assert top == 4 and tuning.towers(nn.ModuleDict({"model": net})) == ("model.vision.", "model.text.")
+    assert [found[f"model.vision.blocks.{i}.norm1.weight"] for i in range(3)] == [1, 2, 3]
+    assert [found[f"model.text.blocks.{i}.norm1.weight"] for i in range(2)] == [2, 3]
+    assert found["model.vision.patch.weight"] == 0 and found["model.text.embed.weight"] == 1
+    assert found["model.text.proj.weight"] == found["model.vision.proj.weight"] == found["model.logit_scale"] == top
+    part, top = tuning.levels([name for name in named if "text" in name], ("model.vision.", "model.text."))
+    assert top == 3 and part["model.text.blocks.1.norm1.weight"] == 2
+
+
 @pytest.mark.parametrize("names, expected, top", [
     (["stem.weight", "stages.0.0.w", "stages.0.1.w", "stages.1.0.w", "norm.w", "head.weight"], [0, 1, 2, 3, 4, 4], 4),
     (["model.cls", "model.pos", "model.blocks.0.a.w", "model.blocks.0.b", "model.blocks.1.a.w", "model.head.weight"],

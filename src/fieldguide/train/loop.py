@@ -32,7 +32,7 @@ from fieldguide.train.optim import optimizers, schedule
 from fieldguide.train.precision import autocast, deterministic_kernels, place
 from fieldguide.train.settings import Settings
 from fieldguide.train.tracking import TRACKERS
-from fieldguide.train.tuning import held, levels, thawed
+from fieldguide.train.tuning import held, levels, thawed, towers
 
 LOGGED = 400      # lines of losses that a whole run writes, about
 LATE = 1.05       # times the minutes given is when a run that is slower than planned ends
@@ -88,7 +88,7 @@ class Runner:
         self.phase, self.settings = phase, settings.with_(dict(phase.settings))
         named = [(n, p) for n, p in objective.phase_parameters(phase) if p.requires_grad]
         self.parameters = [p for _, p in named]
-        depth, self.top = levels(name for name, _ in named)
+        depth, self.top = levels((name for name, _ in named), towers(objective))
         self.depth = [depth[name] for name, _ in named]
         self.optimizers = optimizers(objective, named, self.settings)
         self.lr = 0.0

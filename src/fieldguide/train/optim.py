@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.train.settings import Settings
-from fieldguide.train.tuning import levels
+from fieldguide.train.tuning import levels, towers
 
 
 def schedule(settings: Settings, step: int) -> float:
@@ -36,7 +36,7 @@ def optimizers(objective: nn.Module, parameters: Iterable[tuple[str, nn.Paramete
     is what of the rate is its own: less in lower layers where `layer_decay` says so."""
     tables = tables_of(objective)
     parameters = list(parameters)
-    depth, top = levels(name for name, _ in parameters)
+    depth, top = levels((name for name, _ in parameters), towers(objective))
     parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, p in parameters:
         scale = settings.layer_decay ** (top - depth[name]) if settings.layer_decay != 1 else 1.0

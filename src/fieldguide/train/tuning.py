@@ -120,9 +120,22 @@ def unseen(block: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def levels(names: Iterable[str]) -> tuple[dict[str, int], int]:
+def towers(network: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of parts that stand side by side, as networks name them in `towers`: neither is on top."""
+    return tuple(f"{prefix}.{tower}.".removeprefix(".") for prefix, module in network.named_modules()
+                 for tower in getattr(type(module), "towers", ()))
+
+
+def levels(names: Iterable[str], towers: tuple[str, ...] = ()) -> tuple[dict[str, int], int]:
     """How deep each parameter lies, and how deep the deepest: 0 for what stands before the blocks, the last for what stands
-    behind them. Names are in the order of the network."""
+    behind them. Names are in the order of the network; names that begin with one of `towers` are counted by themselves, so
+    that the last blocks of all towers lie equally high."""
+    names = list(names)
+    parts = {tower: levels(name for name in names if name.startswith(tower)) for tower in towers}
+    if any(found for found, _ in parts.values()):
+        top = max(own for _, own in parts.values())
+        risen = {name: level + top - own for found, own in parts.values() for name, level in found.items()}
+        return {name: risen.get(name, top) for name in names}, top
     found: dict[str, int] = {}
     out, last = {}, 0
     for name in names:

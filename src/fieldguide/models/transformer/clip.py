@@ -212,6 +212,7 @@ class CLIP(nn.Module):
 
     tower: ClassVar[type[nn.Module]] = Vision            # that reads pictures
     heads: ClassVar[tuple[str, ...]] = ("logit_scale", "answers")
+    towers: ClassVar[tuple[str, ...]] = ("vision", "text")                       # neither stands on the other
 
     def __init__(self, config: Config):
         super().__init__()
