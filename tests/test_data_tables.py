@@ -12,6 +12,7 @@ import pytest
 from damage import checks, finding, lines, refused, write
 from fieldguide.data import Column, read
 from fieldguide.errors import DataError
+from fieldguide.tasks import task
 
 
 def test_kinds_of_columns(tmp_path):
@@ -141,6 +142,29 @@ def test_empty_lines_are_counted(tmp_path):
 def test_bad_column_names(tmp_path, names, message):
     with pytest.raises(DataError, match=message):
         read(write(tmp_path / "t.csv", [names, *lines("iris")[1:]]))
+
+
+def test_direct_speech_between_tabs(tmp_path):
+    """Marks that would be broken quoting stand for themselves; whole quoted cells are still cells."""
+    rows = "".join(f"number {i} of many\tZahl {i} von vielen\n" for i in range(40))
+    (tmp_path / "spoken.tsv").write_text('en\tde\n"Well," he said.\t"Nun", sagte er.\n' + rows)
+    (tmp_path / "quoted.tsv").write_text('en\tde\n"a ""b"" c"\tx\n' + rows)
+    wants = task("translation").wants
+    assert read(tmp_path / "spoken.tsv", wants=wants).rows.row(0)[:2] == ('"Well," he said.', '"Nun", sagte er.')
+    assert read(tmp_path / "quoted.tsv", wants=wants).rows.row(0)[:2] == ('a "b" c', "x")
+    (tmp_path / "wide.tsv").write_text('en\tde\n"Well," he said.\n' + rows)
+    with pytest.raises(DataError, match=r"wide\.tsv:2"):
+        read(tmp_path / "wide.tsv", wants=wants)
+
+
+def test_sentences_in_the_first_line_are_no_names(tmp_path):
+    rows = "".join(f"the cat of number {i} sat\tdie Katze Nummer {i} sitzt\n" for i in range(40))
+    (tmp_path / "pairs.tsv").write_text(rows)
+    (tmp_path / "named.tsv").write_text("in English\tin German\n" + rows)
+    wants = task("translation").wants
+    data = read(tmp_path / "pairs.tsv", wants=wants)
+    assert len(data) == 40 and finding(data, "no-header").places == ("pairs.tsv:1",)
+    assert len(read(tmp_path / "named.tsv", wants=wants)) == 40
 
 
 def test_no_header(tmp_path):

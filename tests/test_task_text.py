@@ -185,6 +185,13 @@ def test_damaged_pairs(tmp_path):
     assert any(f.check == "unlike-lengths" and f.places == ("all.de:1",) for f in data.findings)
 
 
+def test_parallel_texts_called_by_language_alone(tmp_path):
+    for name, word in (("en.txt", "number"), ("de.txt", "Zahl"), ("readme.txt", "about")):
+        (tmp_path / name).write_text("".join(f"{word} {i}\n" for i in range(30)))
+    data, *_ = asked(tmp_path, "translation", target="de")
+    assert len(data) == 30 and data.rows["de"][7] == "Zahl 7" and data.rows["en"][7] == "number 7"
+
+
 def test_tables_of_pairs(tmp_path):
     (tmp_path / "pairs.tsv").write_text("en\tde\n" + "".join(f"number {i}\tZahl {i}\n" for i in range(90)))
     data, *_ = asked(tmp_path / "pairs.tsv", "translation", target="de")

@@ -158,7 +158,10 @@ def blank(columns: list[pl.Series]) -> pl.Series:
 
 
 def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
-    """The table as Python's csv module reads it. Raises DataError listing the lines that are wrong."""
+    """The table as Python's csv module reads it. Raises DataError listing the lines that are wrong. Between tabs, direct speech
+    is more often meant than quoted cells: where these would be broken, quotation marks stand for themselves."""
+    if mark == "\t" and (spoken := unquoted(raw)) is not None:
+        return spoken
     reader = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=mark, strict=True)
     width, out, wrong, line = 0, [], [], 0
     try:
@@ -186,6 +189,19 @@ def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
     return pl.DataFrame(out, schema={f"c{i}": pl.String for i in range(width)}, orient="row")
 
 
+def unquoted(raw: bytes) -> pl.DataFrame | None:
+    """A table between tabs whose quotation marks are no csv's, such as `"Well," he said.`; None where they are, or where lines
+    have different widths."""
+    lines = [line.split("\t") for line in raw.decode().splitlines()]
+    odd = any(cell.startswith('"') and (cell.count('"') % 2 or not cell.endswith('"')) for line in lines for cell in line)
+    widths = {len(line) for line in lines if line != [""]}
+    if not odd or len(widths) != 1:
+        return None
+    width = widths.pop()
+    return pl.DataFrame([[v or None for v in line] if len(line) == width else [None] * width for line in lines],
+                        schema={f"c{i}": pl.String for i in range(width)}, orient="row")
+
+
 def line_numbers(rows: pl.DataFrame, raw: bytes) -> pl.Series:
     """The line each row begins on: cells may hold line breaks."""
     first = pl.Series(LINE, range(1, rows.height + 1), dtype=pl.Int64)
@@ -198,7 +214,8 @@ def line_numbers(rows: pl.DataFrame, raw: bytes) -> pl.Series:
 
 
 def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> bool:
-    """Is the first line names? Not if it has numbers where the columns have, or values that come again."""
+    """Is the first line names? Not if it has numbers where the columns have, values that come again, or sentences where the
+    columns have sentences."""
     if names:
         known = sum(f in names for f in first)
         return known > 0 or not len(names) - 1 <= len(first) <= len(names)
@@ -212,7 +229,10 @@ def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> 
             votes.append(is_number(value) or value.lower() in MISSING[1:])
     if votes:
         return not all(votes)
-    return not any(v in set(body[c].str.strip_chars().drop_nulls()) for v, c in zip(first, body.columns))
+    if any(v in set(body[c].str.strip_chars().drop_nulls()) for v, c in zip(first, body.columns)):
+        return False
+    return not all(" " in v and 1 / 2 < len(v) / (body[c].str.len_chars().median() or 1) < 3
+                   for v, c in zip(first, body.columns))
 
 
 def headerless(width: int, names: tuple[str, ...], target: str | None) -> list[str]:

@@ -1,4 +1,5 @@
-"""Parallel texts: two files of lines that belong together, `train.de` and `train.en`; a pair, or a folder of pairs."""
+"""Parallel texts: two files of lines that belong together, `train.de` and `train.en`, or `de.txt` and `en.txt`; a pair, or
+a folder of pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from fieldguide.errors import DataError
 
 NAME = "pairs"
 UNDERSTANDS = ("parallel texts: a folder with two files of lines for each part, called by language (train.de, train.en, "
-               "test.de, test.en), or one of two such files")
+               "test.de, test.en; or de.txt, en.txt), or one of two such files")
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -28,14 +29,14 @@ def languages(source: Path) -> list[str]:
     folder = source if source.is_dir() else source.parent
     files = [p for p in visible(folder)[0] if p.is_file() and language(p)]
     if source.is_file():
-        files = [p for p in files if p.stem == source.stem] if language(source) else []
+        files = [p for p in files if part(p) == part(source)] if language(source) else []
     found = sorted({language(p) for p in files})
     return found if len(found) == 2 and len(files) >= 2 else []
 
 
 def language(path: Path) -> str:
     """`de` of train.de, `pt-br` of train.pt-br; nothing for a suffix that is no language's."""
-    suffix = path.suffix[1:].lower()
+    suffix = coded(path).rpartition(".")[2].lower()
     plain = suffix.replace("-", "").replace("_", "")
     return suffix if 2 <= len(plain) <= 5 and plain.isalpha() and (len(suffix) <= 3 or len(plain) < len(suffix)) and \
         suffix not in NO_LANGUAGE else ""
@@ -45,19 +46,30 @@ NO_LANGUAGE = {"txt", "csv", "tsv", "tab", "md", "zip", "gz", "py", "xml", "htm"
                "mp", "ogg", "log", "cfg", "ini", "yml", "all", "dat", "bin", "json"}
 
 
+def coded(path: Path) -> str:
+    """A name that ends with the language: `train.de` of train.de and of train.de.txt, `de` of de.txt."""
+    return path.name[:-4] if path.suffix.lower() == ".txt" and len(path.name[:-4].rpartition(".")[2]) == 2 else path.name
+
+
+def part(path: Path) -> str:
+    """What a pair has in common: `train` of train.de."""
+    return coded(path).rpartition(".")[0]
+
+
 def load(source: Path, options: Options) -> Raw:
     root = source if source.is_dir() else source.parent
     first, second = languages(source)
     pairs: dict[str, dict[str, Path]] = defaultdict(dict)
     for path in visible(root)[0]:
-        if path.is_file() and language(path) and (source.is_dir() or path.stem == source.stem):
-            pairs[path.stem][language(path)] = path
+        if path.is_file() and language(path) and (source.is_dir() or part(path) == part(source)):
+            pairs[part(path)][language(path)] = path
     parts, files, findings, splits = [], [], [], []
     for stem, pair in pairs.items():
         if len(pair) < 2:
             lone = next(iter(pair.values()))
             other = second if first in pair else first
-            raise DataError(f"{relative(lone, root)}: its partner {stem}.{other} is missing. Add it, or take this file away.")
+            partner = (f"{stem}." if stem else "") + other + (".txt" if lone.suffix == ".txt" else "")
+            raise DataError(f"{relative(lone, root)}: its partner {partner} is missing. Add it, or take this file away.")
         columns, names = {}, {}
         for code in (first, second):
             content = pair[code].read_bytes()
