@@ -111,10 +111,35 @@ def test_conversations(tmp_path):
     tokens, learnt = task.stream_of(data)
     said = task.text.decode(tokens[learnt])
     assert said == "".join(f"{i + 1}." for i in range(50))                      # only what the assistant says
+    asked_ = task.questions(task.read(["What is 3 and 1?"]), None).make(np.arange(1), None)["prompt"][0].tolist()
+    assert asked_ == task.prompt([("user", "What is 3 and 1?")])                # typed by a person
+
+
+def test_damaged_conversations(tmp_path):
+    """Each is counted with its places by the doctor, before anything is learnt."""
+    file = tmp_path / "chat.jsonl"
+    rows = [{"messages": [{"role": "user", "content": f"What is {i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
+            for i in range(600)]
     rows[7]["messages"][0]["role"] = "robot"
+    rows[9]["messages"][1]["role"] = None
+    rows[20]["messages"][1]["content"] = None
+    rows[30]["messages"], rows[40]["messages"] = [], None
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match=r"chat.jsonl:8: .*'robot'"):
-        kind.learn(asked(file)[0], kind.Options())
+    data = asked(file)[0]
+    found = {f.check: (f.count, f.places) for f in data.findings if f.unusable}
+    assert found == {"unknown-speaker": (2, ("chat.jsonl:8", "chat.jsonl:10")), "no-content": (1, ("chat.jsonl:21",)),
+                     "no-messages": (2, ("chat.jsonl:31", "chat.jsonl:41"))}
+    kept = TextGeneration.learn(data, TextGeneration.Options(length=16)).turns(data)
+    assert len(kept) == 595 and kept[7][0][1] == "What is 8 and 1?"
+    file.write_text("\n".join(map(json.dumps, rows[:50])))
+    with pytest.raises(BadData, match="conversations with a role other than system, user, assistant"):
+        asked(file)
+    file.write_text(json.dumps({"messages": [{"who": "user", "content": "x"}]}))
+    with pytest.raises(DataError):
+        asked(file)
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(DataError, match="chat.jsonl:1"):
+        asked(file)
 
 
 @pytest.mark.parametrize("characters", [False, True])

@@ -22,6 +22,7 @@ DATES = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S%.
          "%d-%m-%Y", "%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%Y%m%dT%H%M%S")
 ZONED = r"(Z|[+-]\d\d:?\d\d)$"
 DATE = pl.Datetime("us")
+SPEAKERS = ("system", "user", "assistant")         # who may speak in a conversation
 NESTED = ("boxes", "messages", "list")     # kinds whose values are lists
 
 

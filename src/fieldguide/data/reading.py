@@ -127,6 +127,7 @@ class Reading:
             if column.kind in media.MEDIA and column.role != "ignored" and not asked:
                 self.check_media(column)
         self.check_masks()
+        self.check_messages()
         self.report_misfits()
         self.merge_class_names()
         self.check_target()
@@ -321,6 +322,24 @@ class Reading:
                       f"{first[MASK_HEIGHT]} for {first[WIDTH]} x {first[HEIGHT]})", symptoms.places(self.data, other),
                       int(other.sum()), "Export them in the picture's size.", int(other.sum()))
             self.spoil(other, lambda i: "mask of another size than its picture")
+
+    def check_messages(self) -> None:
+        """Conversations without a message, of speakers that nobody knows, or of messages without a content."""
+        for name in [c.name for c in self.data.columns.values() if c.kind == "messages" and c.role != "ignored"]:
+            said, part = self.data.rows[name], pl.element().struct.field
+            if not kinds.is_messages(said.dtype):
+                continue
+            tests = {"no-messages": ("conversations without a message", said.list.len().fill_null(0) == 0),
+                     "unknown-speaker": (f"conversations with a role other than {', '.join(kinds.SPEAKERS)}",
+                                         said.list.eval(~part("role").is_in(kinds.SPEAKERS).fill_null(False)).list.any()),
+                     "no-content": ("conversations with a message whose content is missing",
+                                    said.list.eval(part("content").is_null()).list.any())}
+            for check, (what, wrong) in tests.items():
+                bad = wrong.fill_null(False).to_numpy() & ~self.bad
+                if bad.any():
+                    self.find(check, "warning", f"{what} (column {name!r})", symptoms.places(self.data, bad), int(bad.sum()),
+                              "Mend them, or take them out.", int(bad.sum()))
+                    self.spoil(bad, lambda i, what=what: what.replace("conversations", "a conversation"))
 
     def report_misfits(self) -> None:
         for typed in self.typed:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fieldguide.card import Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import LINE, Column, Data
+from fieldguide.data.kinds import SPEAKERS
 from fieldguide.data.prepare import Text
 from fieldguide.data.prepare.text import END
 from fieldguide.data.prepare.text_files import CHAT
@@ -37,7 +38,6 @@ from fieldguide.train.settings import Settings
 PASSAGE = 2000         # characters of the pieces that long texts are cut into, at the end of a line, about
 LONG = 20              # a text of so many passages is long: its own end is tested, not whole texts drawn by chance
 TEST, VALIDATION = 0.1, 0.05          # shares of a long text, from its end, where the source names no splits
-SPEAKERS = ("system", "user", "assistant")
 SPECIAL = (END, *(f"<|{who}|>" for who in SPEAKERS))
 MOST = {"cpu": 128, "mps": 512, "cuda": 1024}        # tokens a row, where the user names no length
 TOKENS = 4096          # a step, about, where the user names no batch
@@ -140,15 +140,7 @@ class TextGeneration(Typed):
         values = data.rows[self.column].to_list()
         if not self.chat:
             return [[("", text or "")] for text in values]
-        rows = []
-        for row, said in enumerate(values):
-            for m in said or ():
-                if m.get("role") not in SPEAKERS or m.get("content") is None:
-                    raise DataError(f"{data.place(row)}: a message of {self.column!r} has the role {m.get('role')!r} and the "
-                                    f"content {str(m.get('content'))[:30]!r}. Roles are {', '.join(SPEAKERS)}; contents "
-                                    "are text.")
-            rows.append([(m["role"], m["content"]) for m in said or ()])
-        return rows
+        return [[(m["role"], m["content"]) for m in said or ()] for said in values]
 
     @cached_property
     def template(self) -> Conversations | None:
