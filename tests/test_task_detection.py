@@ -45,6 +45,13 @@ def learnt(data, **options):
     return ObjectDetection.learn(data, options), data
 
 
+def test_mosaics_are_made_where_they_are_asked_for(tmp_path):
+    data, light, standard = read(folder(tmp_path)), Settings(augment="light"), Settings(augment="standard")
+    for options, expected in (({}, [0, 0.5]), ({"mosaic": 1.0}, [1, 1]), ({"mosaic": 0.0}, [0, 0])):
+        task, *_ = learnt(data, **options)
+        assert [task.augment(settings).mosaic for settings in (light, standard)] == expected
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
     """Training pictures are black within white: the object is white too, so its rectangle tells where its box must be."""

@@ -15,7 +15,7 @@ from torch import nn
 from fieldguide.data import read
 from fieldguide.data.doctor import BadData
 from fieldguide.data.prepare.masks import Canvas, codes
-from fieldguide.errors import DataError
+from fieldguide.errors import DataError, SettingsError
 from fieldguide.fitting import fit
 from fieldguide.objectives.segmentation import Segmentation, dice, mirrored, room, starts, tiled
 from fieldguide.request import read_for
@@ -187,6 +187,18 @@ def test_pictures_with_masks(tmp_path):
     (tmp_path / "classes.txt").write_text("ground\nsquare\n")
     with pytest.raises(DataError, match=r"1 masks hold values .*masks/p0|images/p0"):
         kind.examples(read(tmp_path, wants=kind.wants), kind.Options())
+
+
+def test_classes_are_left_out_by_name(tmp_path):
+    """Of masks in colours, which class_dict.csv names."""
+    for path in (folder(tmp_path) / "masks").iterdir():
+        Image.fromarray(np.array([(0, 0, 0), (9, 8, 7)], np.uint8)[np.asarray(Image.open(path))]).save(path)
+    (tmp_path / "class_dict.csv").write_text("name,r,g,b\nfield,0,0,0\nsquare,9,8,7\nVoid,1,1,1\n")
+    data, kind, _ = asked(tmp_path)
+    assert kind.examples(data, kind.Options()).context["names"] == ["field", "Void", "square"]
+    assert kind.examples(data, kind.Options(ignore="Void")).context["names"] == ["field", "square"]
+    with pytest.raises(SettingsError, match=r"values or classes \(field, square, Void\)"):
+        kind.examples(data, kind.Options(ignore="void"))
 
 
 def test_damaged_pictures_with_masks(tmp_path):

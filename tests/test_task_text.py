@@ -138,7 +138,7 @@ def test_damaged_conversations(tmp_path):
     with pytest.raises(DataError):
         asked(file)
     file.write_text(file.read_text()[:-9])
-    with pytest.raises(DataError, match="chat.jsonl:1"):
+    with pytest.raises(DataError, match=r"chat\.jsonl:1"):
         asked(file)
 
 

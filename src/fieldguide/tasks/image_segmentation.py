@@ -131,16 +131,18 @@ class ImageSegmentation(Task):
 
     @classmethod
     def stored(cls, data: Data, options: Any) -> Data:
-        try:
-            ignored = {int(v) for v in named(options.ignore)}
-        except ValueError:
-            raise SettingsError(f"task.ignore={options.ignore!r}: for masks write values with commas between, such as 11,255."
-                                ) from None
         found = masks.values(data.rows[data.target.name].to_list())
         every = np.unique(np.concatenate(found))
         known = data.context or {}
         given: dict[int, str] = dict(enumerate(known.get("classes", ())))
         given |= {(r << 16) | (g << 8) | b: name for (r, g, b), name in known.get("colours", {}).items()}
+        values = {name: value for value, name in given.items()}
+        try:
+            ignored = {values[v] if v in values else int(v) for v in named(options.ignore)}
+        except ValueError:
+            listed = f" or classes ({', '.join(values)})" if values else ""
+            raise SettingsError(f"task.ignore={options.ignore!r}: for masks write values{listed} with commas between, such as "
+                                "11,255.") from None
         if len(every) > 2 and every[-1] == VOID and VOID not in given:
             ignored.add(VOID)
         if given:

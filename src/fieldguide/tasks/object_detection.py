@@ -66,7 +66,7 @@ class ObjectDetection(Task):
         side: int | None = None          # pixels of the square that the network sees, a multiple of 32
         channels: int | None = None      # 1 grey, 3 colour
         classes: str = ""                # only these, with commas between
-        mosaic: float = 0.5              # share of training pictures made of four, where augment=standard
+        mosaic: float | None = None      # share of training pictures made of four: half where augment=standard, else none
         flip: float = 0.5                # share of them mirrored; 0 where left and right differ, as in writing
 
     @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class ObjectDetection(Task):
         if side < STEP or side % STEP:
             raise SettingsError(f"task.side={side} is to be a multiple of {STEP}, such as {max(1, round(side / STEP)) * STEP}.")
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
-        if not all(0 <= share <= 1 for share in (options.mosaic, options.flip)):
+        if not all(0 <= share <= 1 for share in (options.mosaic or 0, options.flip)):
             raise SettingsError("task.mosaic and task.flip are shares, from 0 to 1.")
         task.options = settled(options, side=side, channels=channels)
         if side < longest:
@@ -198,8 +198,9 @@ class ObjectDetection(Task):
         if settings is None or settings.augment == "none":
             return None
         if settings.augment == "light":
-            return Augment(mosaic=0.0, scale=0.2, shift=0.05, flip=self.options.flip, hue=0.0, saturation=0.2, brightness=0.15)
-        return Augment(mosaic=self.options.mosaic, flip=self.options.flip)
+            return Augment(mosaic=self.options.mosaic or 0.0, scale=0.2, shift=0.05, flip=self.options.flip, hue=0.0,
+                           saturation=0.2, brightness=0.15)
+        return Augment(mosaic=0.5 if self.options.mosaic is None else self.options.mosaic, flip=self.options.flip)
 
     # Scores
 

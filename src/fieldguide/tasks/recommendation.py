@@ -137,6 +137,9 @@ class Recommendation(Task):
                                negatives=0 if len(task.items) <= MANY else DRAWN)
         user = data.only("user").name
         task.known = data.rows.select(user, ITEMS)
+        if not data.role("time"):
+            task.notes.append("no column says when: users are taken to have met items in the order of the rows "
+                              "(--set role.time=COLUMN says it)")
         if again > 0.05:
             task.notes.append(f"{100 * again:.0f} % of the events are of items that the user had met before: such items may be "
                               "recommended again (task.repeats=false changes that)")
