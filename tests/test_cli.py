@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import polars as pl
 import pytest
 import typer.main
@@ -281,6 +282,20 @@ def test_check(good, call, tmp_path):
     code, _, err = call("check", home)
     assert code == 1 and "dark/3.png" in err and "--allow-bad" in err and "Traceback" not in err
     assert "19 examples from" in good("check", home, "--allow-bad")
+
+
+def test_check_refuses_what_the_task_would(good, bad, tmp_path):
+    """A mask whose values are no classes: seen when masks are read as such, not when they are listed."""
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            pixels = np.random.default_rng(i).integers(0, 200, (16, 16)).astype(np.uint8)
+            Image.fromarray(pixels if name == "images" else np.array([(0, 0, 0), (7, 8, 9)], np.uint8)[pixels // 101]).save(
+                tmp_path / name / f"{i}.png")
+    (tmp_path / "class_dict.csv").write_text("name,r,g,b\nfield,0,0,0\nsquare,9,8,7\n")
+    said = bad("check", tmp_path)
+    assert "masks hold values that are none of the 2 classes" in said and "masks" in said
+    assert "12 examples" in good("check", tmp_path, "--set", "task.ignore=460809")
 
 
 def test_a_finding_is_counted_once(good, tmp_path):

@@ -195,9 +195,11 @@ def check(
     """Let the doctor look at data without training: what it is, and what is wrong with it."""
     from fieldguide.progress import print_data
     from fieldguide.request import grouped, read_for
-    *_, kinds, roles = grouped(pairs(changes))
-    print_data(*read_for({"data": data, "target": target, "kinds": kinds, "roles": roles, "group": group, "time": time,
-                          "allow_bad": allow_bad, "task": task}))
+    _, _, of_task, kinds, roles = grouped(pairs(changes))
+    source, kind, why = read_for({"data": data, "target": target, "kinds": kinds, "roles": roles, "group": group, "time": time,
+                                  "allow_bad": allow_bad, "task": task})
+    kind.examples(kind.narrowed(source), kind.options_from(of_task))         # refuses what only the task can know to be wrong
+    print_data(source, kind, why)
 
 
 @app.command()
