@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fieldguide import open_run
+
 HERE = Path(__file__).parent
 
 
@@ -43,3 +45,17 @@ def test_fit_under_torchrun_scores_like_one_process(tmp_path, digits_run):
     assert low - 0.02 <= record["scores"]["test"]["accuracy"] <= high + 0.02
     assert said.count("To beat:") == 1                       # one process speaks
     assert (out / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", ["scattered", "inked", "manual", "phrases", "demand", "figures", "moving", "captions",
+                                    "questions", "spoken", "series", "clicks"])
+def test_every_task_is_trained_and_tested_by_two_processes(sample, tmp_path):
+    """What two processes answered together is what one answers alone, drawn pictures and films among it."""
+    out = tmp_path / "two"
+    said = torchrun(2, "-m", "fieldguide", "fit", sample, "--set", "steps=3", "--set", "batch=8", "--set",
+                    "precision=float32", "--out", str(out))
+    record = json.loads((out / "run.json").read_text())
+    assert record["cost"]["processes"] == 2 and record["status"] == "done" and said.count("To beat:") == 1
+    alone = open_run(out).evaluate(sample)["scores"]
+    assert alone == pytest.approx(record["scores"]["test"], rel=1e-3, abs=1e-3, nan_ok=True)

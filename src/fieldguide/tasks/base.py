@@ -69,7 +69,7 @@ class Task:
     takes: ClassVar[tuple[str, ...]]                # card.takes that it can feed
     gives: ClassVar[tuple[str, ...]]                # card.gives that it can use
     feature: ClassVar[tuple[str, ...]] = ()         # kinds of the one column that an example is, where it is one
-    beside: ClassVar[tuple[str, ...]] = ()          # kinds of columns that are read with it
+    further: ClassVar[tuple[str, ...]] = ()         # kinds of columns that are read with it
     metrics: ClassVar[tuple[Metric, ...]]           # the first is the one to judge a network by
     decides: ClassVar[str] = ""                     # the metric by which training keeps its best weights, where another
     recipe: ClassVar[Mapping[str, Any]] = {}        # training settings laid over the general ones
@@ -126,7 +126,7 @@ class Task:
     @classmethod
     def narrowed(cls, data: Data) -> Data:
         """The table as read whose features are the columns that this task reads; others are ignored."""
-        read = (*cls.feature, *cls.beside)
+        read = (*cls.feature, *cls.further)
         other = lambda c: bool(cls.feature) and c.role == "feature" and c.kind not in read
         out = lambda c: replace(c, role="ignored", why=f"{cls.name} reads {' and '.join(read)} alone")
         return replace(data, columns={n: out(c) if other(c) else c for n, c in data.columns.items()})

@@ -39,7 +39,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
     name = "visual-question-answering"
     reads = "a table with a column of pictures, one of questions and one of answers (--target)"
     takes = ("captioned",)
-    beside = ("text",)
+    further = ("text",)
     wants = Wants("last", names=("answer", "answers"), kinds={"target": "category"},
                   columns={"question": "text", "image": "image", "image_path": "image"})
     metrics = (Metric("accuracy", "max", "right", percent=True),
