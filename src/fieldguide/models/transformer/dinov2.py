@@ -308,9 +308,8 @@ CARD = Card(
         "dinov2-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10, **REGISTERS),
         "dinov2-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, gated=True, **REGISTERS),
     },
-    weights={"timm": timm, "facebook": facebook, "facebook-classifier": lambda c: facebook(c, "backbone."),
-             "huggingface-base": huggingface,
-             "huggingface": lambda c: huggingface(c, "dinov2_with_registers." if c.registers else "dinov2.")},
+    weights={"facebook": facebook, "facebook-classifier": lambda c: facebook(c, "backbone."), "huggingface-base": huggingface,
+             "huggingface": lambda c: huggingface(c, "dinov2_with_registers." if c.registers else "dinov2."), "timm": timm},
     configs={"huggingface": CONFIG},
     aliases={"timm": {f"vit_{size}_patch14_{kind}dinov2": (f"dinov2-{size}{ours}", {"antialias": True, "offset": 0.0})
                       for size in ("small", "base", "large", "giant") for kind, ours in (("", ""), ("reg4_", "-reg"))}},
