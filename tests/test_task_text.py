@@ -208,6 +208,16 @@ def test_damaged_pairs(tmp_path):
     (tmp_path / "all.en").write_text("\n".join(["w " * 400, *(tmp_path / "all.en").read_text().split("\n")[1:]]))
     data = read(tmp_path, target="en")
     assert any(f.check == "unlike-lengths" and f.places == ("all.de:1",) for f in data.findings)
+    pair(tmp_path)
+    for name in ("all.de", "all.en"):
+        said = (tmp_path / name).read_text().split("\n")
+        (tmp_path / name).write_text("\n".join([*said[:-2], said[0], ""]))
+    again = {f.check: f.places for f in read(tmp_path, target="en").findings}
+    assert again["duplicate"] == ("all.de:200 = all.de:1",)
+    for content, what in ((b"", "all.de: the file is empty"), (b"\0\1\2" * 100, "all.de:1: a NUL byte")):
+        (tmp_path / "all.de").write_bytes(content)
+        with pytest.raises(DataError, match=what):
+            read(tmp_path)
 
 
 def test_parallel_texts_called_by_language_alone(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,37 @@ def test_what_it_reads(tmp_path):
     (tmp_path / "films" / "list.csv").write_text("film,move\n" + rows)
     data, *_ = asked(tmp_path / "films" / "list.csv", target="move")
     assert data.columns["film"].kind == "video" and len(data) == 24
+
+
+def filmed(path, frames=8, side=32, seed=0):
+    """An MP4 of a bright square that moves; its pictures."""
+    row, said = np.random.default_rng(seed).integers(0, side - 8), np.zeros((frames, side, side, 3), np.uint8)
+    for f in range(frames):
+        said[f, row:row + 8, 2 * f:2 * f + 8] = 240
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("mpeg4", rate=8, options={"qscale": "2"})
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuv420p"
+        for picture in said:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        film.mux(stream.encode())
+    return said
+
+
+def test_films_of_cameras(tmp_path):
+    said = [filmed(tmp_path / "walks" / f"{i}.mp4", seed=i) for i in range(120)]
+    data = read(tmp_path, wants=VideoGeneration.wants)
+    assert len(data) == 120 and data.rows["#frames"].unique().to_list() == [8]
+    first = data.rows[data.features("video")[0].name].to_list()
+    for path, picture in zip(first[:3], (said[int(Path(p).stem)] for p in first[:3])):
+        film = video.load([path], 32, 1)[0][:, 0]
+        assert film.shape == (8, 32, 32) and np.abs(film.astype(int) - picture[..., 0]).mean() < 8
+    whole = (tmp_path / "walks" / "7.mp4").read_bytes()
+    for content, check in ((whole[:len(whole) // 2], "truncated-film"), (b"", "empty-file"), (b"no film", "truncated-film")):
+        (tmp_path / "walks" / "7.mp4").write_bytes(content)
+        found = {f.check: f for f in read(tmp_path, wants=VideoGeneration.wants).findings if f.unusable}
+        assert found[check].count == 1 and found[check].places[0].startswith("walks/7.mp4")
 
 
 def test_damaged_films(tmp_path):

@@ -74,6 +74,8 @@ def load(source: Path, options: Options) -> Raw:
         for code in (first, second):
             content = pair[code].read_bytes()
             names[code] = relative(pair[code], root)
+            if not content.strip():
+                raise DataError(f"{names[code]}: the file is empty.")
             text, found = csvtext.decode(content, names[code])
             findings += found
             columns[code] = text.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
