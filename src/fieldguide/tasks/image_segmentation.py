@@ -131,8 +131,6 @@ class ImageSegmentation(Task):
 
     @classmethod
     def stored(cls, data: Data, options: Any) -> Data:
-        found = masks.values(data.rows[data.target.name].to_list())
-        every = np.unique(np.concatenate(found))
         known = data.context or {}
         given: dict[int, str] = dict(enumerate(known.get("classes", ())))
         given |= {(r << 16) | (g << 8) | b: name for (r, g, b), name in known.get("colours", {}).items()}
@@ -143,6 +141,8 @@ class ImageSegmentation(Task):
             listed = f" or classes ({', '.join(values)})" if values else ""
             raise SettingsError(f"task.ignore={options.ignore!r}: for masks write values{listed} with commas between, such as "
                                 "11,255.") from None
+        found = masks.values(data.rows[data.target.name].to_list())
+        every = np.unique(np.concatenate(found))
         if len(every) > 2 and every[-1] == VOID and VOID not in given:
             ignored.add(VOID)
         if given:
