@@ -281,5 +281,5 @@ def run_mask(number):
 def test_masks_and_outlines_are_told_apart(tmp_path):
     data = read(coco(tmp_path, 24), wants=ImageSegmentation.wants)
     assert data.target.kind == "boxes"
-    with pytest.raises(SettingsError, match=r"for masks write values with commas between"):
-        ImageSegmentation.stored(data, ImageSegmentation.Options(ignore="bar"))
+    with pytest.raises(SettingsError, match=r"for masks write values or classes \(square, bar, unseen\) with commas"):
+        ImageSegmentation.stored(data, ImageSegmentation.Options(ignore="bra"))
