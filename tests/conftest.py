@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fieldguide
 
@@ -30,6 +32,16 @@ def text_run(tmp_path_factory):
     """A small network trained on sentences of documentation, in a run folder."""
     return fieldguide.fit("docstrings", model="gru-s", out=tmp_path_factory.mktemp("runs") / "text",
                           settings={"steps": 60, "precision": "float32", "task.length": 24})
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Four pictures of different sides; the last leaves an odd number to cut off a square of 24."""
+    path, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, (width, height) in {"a": (40, 31), "b": (24, 24), "c": (30, 90), "d": (41, 24)}.items():
+        Image.fromarray(rng.integers(0, 255, (height // 2, width // 2, 3), dtype=np.uint8)).resize((width, height)).save(
+            path / f"{name}.png")
+    return path
 
 
 def pytest_collection_modifyitems(items):

@@ -147,10 +147,10 @@ def test_bad_column_names(tmp_path, names, message):
 def test_direct_speech_between_tabs(tmp_path):
     """Marks that would be broken quoting stand for themselves; whole quoted cells are still cells."""
     rows = "".join(f"number {i} of many\tZahl {i} von vielen\n" for i in range(40))
-    (tmp_path / "spoken.tsv").write_text('en\tde\n"Well," he said.\t"Nun", sagte er.\n' + rows)
+    (tmp_path / "spoken.tsv").write_text('en\tde\n"Well,"\u2028he said.\t"Nun", sagte er.\n' + rows, newline="\r\n")
     (tmp_path / "quoted.tsv").write_text('en\tde\n"a ""b"" c"\tx\n' + rows)
     wants = task("translation").wants
-    assert read(tmp_path / "spoken.tsv", wants=wants).rows.row(0)[:2] == ('"Well," he said.', '"Nun", sagte er.')
+    assert read(tmp_path / "spoken.tsv", wants=wants).rows.row(0)[:2] == ('"Well,"\u2028he said.', '"Nun", sagte er.')
     assert read(tmp_path / "quoted.tsv", wants=wants).rows.row(0)[:2] == ('a "b" c', "x")
     (tmp_path / "wide.tsv").write_text('en\tde\n"Well," he said.\n' + rows)
     with pytest.raises(DataError, match=r"wide\.tsv:2"):

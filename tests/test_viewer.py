@@ -12,12 +12,10 @@ from typer.testing import CliRunner
 
 from fieldguide import cli
 from fieldguide.errors import SettingsError, WeightsError
-from fieldguide.generation import Sampling
 from fieldguide.pretrained import save
 from fieldguide.registry import create
 from fieldguide.viewer import Viewer
 from test_folders import settled
-from test_zero_shot import pictures  # noqa: F401
 from tv import transformers
 
 TEMPLATE = ("{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
@@ -61,18 +59,18 @@ def llava(tmp_path_factory):
 
 
 @torch.no_grad()
-def theirs(peer, ready, paths, text):
+def theirs(peer, ready, paths, text, **how):
     said = []
     for path in paths:
         made = ready(text=text, images=Image.open(path).convert("RGB"), return_tensors="pt")
         out = peer.generate(**{k: v for k, v in made.items() if k != "token_type_ids"}, max_new_tokens=12, do_sample=False,
-                            pad_token_id=0)
+                            pad_token_id=0, **how)
         said.append(ready.tokenizer.decode(out[0, made["input_ids"].shape[1]:], skip_special_tokens=True).strip())
     return said
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None], ids=["conversation", "plain"])
-def test_answers_equal_those_of_transformers_with_its_processor(llava, pictures, tmp_path, template):  # noqa: F811
+def test_answers_equal_those_of_transformers_with_its_processor(llava, pictures, tmp_path, template):
     folder, peer, ready = llava if template else written(tmp_path / "plain")
     paths = sorted(map(str, pictures.glob("*.png")))
     text = f"USER: <image>\n{ASKED} ASSISTANT:" if template else f"<image>\n{ASKED}"
@@ -84,18 +82,19 @@ def test_answers_equal_those_of_transformers_with_its_processor(llava, pictures,
     assert viewer.tokens(ASKED) == ready(text=text, images=Image.open(paths[0]).convert("RGB"))["input_ids"][0]
     found = viewer.answer(str(pictures), ASKED, tokens=12)
     want = theirs(peer, ready, paths, text)
+    searched = viewer.answer(str(pictures), ASKED, tokens=12, beams=3)
+    assert [r["text"] for r in searched] == theirs(peer, ready, paths, text, num_beams=3, length_penalty=1.0) != want
     assert [r["text"] for r in found] == want and len(set(want)) > 1 and [r["input"] for r in found] == [
         path.rpartition("/")[2] for path in paths]
 
 
-def test_what_is_asked_for(llava, pictures, tmp_path):  # noqa: F811
+def test_what_is_asked_for(llava, pictures, tmp_path):
     viewer, photo = Viewer.load(llava[0]), str(pictures / "a.png")
     plain = viewer.answer(photo, ASKED, tokens=12)[0]["text"]
     assert plain.startswith(viewer.answer(photo, ASKED, tokens=4)[0]["text"])
-    hot = Sampling(temperature=5.0)
-    drawn = [viewer.answer(photo, ASKED, tokens=12, seed=seed, sampling=hot)[0]["text"] for seed in (1, 1, 2)]
+    drawn = [viewer.answer(photo, ASKED, tokens=12, seed=seed, temperature=5.0)[0]["text"] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert viewer.answer(photo, ASKED, tokens=12, stop=[plain[3:5]])[0]["text"] == plain[:plain.find(plain[3:5])].strip()
+    assert viewer.answer(photo, ASKED, tokens=12, stop=plain[3:5])[0]["text"] == plain[:plain.find(plain[3:5])].strip()
     (tmp_path / "broken.png").write_bytes(b"no picture")
     said = viewer.answer([photo, str(tmp_path / "broken.png")], ASKED, tokens=12)
     assert said[0]["text"] == plain and set(said[1]) == {"input", "error"}
@@ -108,13 +107,13 @@ def test_what_is_asked_for(llava, pictures, tmp_path):  # noqa: F811
     assert viewer.answer(photo, ASKED, tokens=500) == viewer.answer(photo, ASKED, tokens=room)
 
 
-def test_on_the_command_line(llava, pictures):  # noqa: F811
+def test_on_the_command_line(llava, pictures):
     run = lambda *words: CliRunner().invoke(cli.app, ["predict", str(llava[0]), str(pictures), *words])
     done = run("--json", "--set", f"prompt={ASKED}", "--set", "tokens=12")
     assert done.exit_code == 0, done.output
     want = Viewer.load(llava[0]).answer(str(pictures), ASKED, tokens=12)
     assert [json.loads(line) for line in done.stdout.splitlines()] == want
-    for words, said in (((), "--set prompt="), (("--set", "beams=2"), "is not asked with 'beams'")):
+    for words, said in (((), "--set prompt="), (("--set", "chat=true"), "is not asked with 'chat'")):
         assert said in str(run(*words).exception) and isinstance(run(*words).exception, SettingsError)
 
 
@@ -123,7 +122,7 @@ def test_others_are_refused(llava, tmp_path):
     with pytest.raises(WeightsError, match="is vit, which takes image and gives label"):
         Viewer.load(tmp_path / "vit")
     save(create("llava-test", channels=3), tmp_path / "llava", "hf")
-    with pytest.raises(WeightsError, match=r"has no tokenizer\.json"):
+    with pytest.raises(WeightsError, match="not complete without its tokenizer"):
         Viewer.load(tmp_path / "llava")
     words().save(str(tmp_path / "llava/tokenizer.json"))
     with pytest.raises(WeightsError, match=r"has 259 tokens, the network 32, .*another network"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -15,15 +14,15 @@ from torch import nn
 
 from fieldguide.data.prepare import Text
 from fieldguide.data.prepare.frames import Frame, framed
-from fieldguide.data.prepare.text_files import ended, read
-from fieldguide.errors import DataError, SettingsError, WeightsError, nearest
-from fieldguide.generation import Manner, Sourced, answers, streamed
+from fieldguide.data.prepare.text_files import Words, ended, read
+from fieldguide.errors import DataError, SettingsError, WeightsError
+from fieldguide.generation import Greedy, Manner, Sourced, answers, streamed
 from fieldguide.generation.answers import grouped
 from fieldguide.generation.chat import ChatTemplate
 from fieldguide.generation.int8 import shrink
 from fieldguide.generation.text import cut
 from fieldguide.pretrained import Checkpoint, described, filled
-from fieldguide.train.settings import from_text
+from fieldguide.train.settings import asked_of
 
 Prompt = str | Sequence[Mapping[str, Any]]               # a text to go on from, or messages of role and content
 
@@ -35,7 +34,7 @@ class Speaker:
     def __init__(self, network: nn.Module, text: Text, ends: Sequence[int], template: ChatTemplate | None = None,
                  frame: Frame | None = None):
         self.network, self.text, self.ends, self.template = network.eval(), text, tuple(ends), template
-        self.frame, self.manner = frame, Manner if frame is None else Literal
+        self.frame, self.manner = frame, Manner if frame is None else Greedy
 
     @classmethod
     def load(cls, source: str | Path | Checkpoint, eight: bool = False, source_language: str | None = None,
@@ -53,26 +52,18 @@ class Speaker:
                                 "leave out source and target.")
         network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source))
         folder = found.path if found.path.is_dir() else found.path.parent
-        if found.path.suffix == ".gguf":
-            from fieldguide.ggml import tokenizer
-            made, special, template = tokenizer(found.path)
-        else:
-            made, special, template = beside(folder)
-        if made.get_vocab_size() > network.config.vocab:
-            raise WeightsError(f"{source}: its tokenizer has {made.get_vocab_size():,} tokens, the network "
+        words = words_of(found)
+        if words.tokenizer.get_vocab_size() > network.config.vocab:
+            raise WeightsError(f"{source}: its tokenizer has {words.tokenizer.get_vocab_size():,} tokens, the network "
                                f"{network.config.vocab:,}")
-        text, frame = Text(made), None
-        ends = {made.token_to_id(token) for token in (special.get("eos_token"), *ENDS) if token}
-        if found.path.suffix != ".gguf":
-            ends |= {*ended(folder)}
+        text, frame, ends = Text(words.tokenizer), None, ends_of(words)
         if found.card.takes == "pair":
             config = network.config
             frame = framed(text, SimpleNamespace(tokenizer=str(folder), begin=getattr(config, "begin", None),
                                                  source_language=source_language, target_language=target_language), CALLED)
-            ends = {getattr(config, "end", frame.end), *ended(folder)}
+            ends = sorted({getattr(config, "end", frame.end), *ended(folder)})
         network = shrink(network) if eight else network
-        return cls(network, text, sorted(ends - {None}), ChatTemplate(template, special) if template and not frame else None,
-                   frame)
+        return cls(network, text, ends, template_of(words) if frame is None else None, frame)
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """What the network reads. Raises `DataError` for messages where there is no chat template."""
@@ -119,13 +110,6 @@ class Speaker:
         return streamed(network, begun[0], manner, ends=self.ends, decode=self.text.decode)
 
 
-@dataclass(frozen=True)
-class Literal(Manner):
-    """Always the likeliest token, where nothing else is said: an encoder-decoder answers what it was asked."""
-
-    usual: ClassVar[Mapping[str, float]] = {"beams": 1, "temperature": 0.0}
-
-
 CALLED = ("source", "target")          # how a user names languages
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>", "</s>")     # that answers end with
 
@@ -138,13 +122,9 @@ def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str,
     be, or nothing to go on from."""
     hints = get_type_hints(Manner)
     kinds = {**{f.name: hints[f.name] for f in fields(Manner)}, "chat": bool, "weights": str, **dict.fromkeys(CALLED, str)}
-    for key in asked:
-        if key not in kinds:
-            raise SettingsError(f"a language model is not asked with {key!r}.{nearest(key, kinds)} It knows "
-                                f"{', '.join(sorted(kinds))}.")
+    said = asked_of("a language model", asked, kinds)
     if not prompts:
         raise SettingsError("say what to go on from: fieldguide predict MODEL 'Once upon a time'")
-    said = {key: from_text(key, value, kinds[key]) for key, value in asked.items()}
     if said.get("weights", HELD[0]) not in HELD:
         raise SettingsError(f"weights={said['weights']!r} is none of {', '.join(HELD)}.")
     how = {f.name: said[f.name] for f in fields(Manner) if f.name in said}
@@ -153,23 +133,19 @@ def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str,
     return made, how, said.get("chat")
 
 
-def beside(folder: Path) -> tuple[Any, dict[str, str], str | None]:
-    """The tokenizer of a folder of transformers, its special tokens by name, and its chat template."""
-    from tokenizers import Tokenizer
-    if not (folder / "tokenizer.json").is_file():
-        try:
-            found = read(folder)
-        except DataError as error:
-            raise WeightsError(f"{folder} has no tokenizer.json, nor another tokenizer that can be read: {error}") from None
-        return found.tokenizer, dict(found.special), found.template
-    said = json.loads((folder / "tokenizer_config.json").read_text()) if (folder / "tokenizer_config.json").is_file() else {}
-    named = {key: value["content"] if isinstance(value, dict) else value for key, value in said.items()
-             if key.endswith("_token") and value}
-    template = said.get("chat_template")
-    if isinstance(template, list):                       # several by name
-        template = next((t["template"] for t in template if t["name"] == "default"), template[0]["template"])
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text()
-    return Tokenizer.from_file(str(folder / "tokenizer.json")), named, template
+def words_of(found: Checkpoint) -> Words:
+    """The tokenizer of a pretrained network. Raises `WeightsError` where none lies beside it that can be read."""
+    place = found.path if found.path.is_dir() or found.path.suffix == ".gguf" else found.path.parent
+    try:
+        return read(place)
+    except DataError as error:
+        raise WeightsError(f"a language model is not complete without its tokenizer. {error}") from None
 
 
+def ends_of(words: Words) -> list[int]:
+    """The tokens that end an answer: those that the files name, and those that models are known to end with."""
+    return sorted({i for token in (*words.ends, *ENDS) if (i := words.tokenizer.token_to_id(token)) is not None})
+
+
+def template_of(words: Words) -> ChatTemplate | None:
+    return ChatTemplate(words.template, words.special) if words.template else None

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
 from fieldguide import configurations
 from fieldguide.data.prepare import Pictures, Text
-from fieldguide.errors import SettingsError, WeightsError, nearest
-from fieldguide.generation import Sampling, generate
+from fieldguide.data.prepare.text_files import Words
+from fieldguide.errors import SettingsError, WeightsError
+from fieldguide.generation import Greedy, answers
 from fieldguide.generation.chat import ChatTemplate
 from fieldguide.generation.text import cut
 from fieldguide.pretrained import Checkpoint, described, filled
 from fieldguide.run import listed, records
-from fieldguide.speaker import ENDS, beside
+from fieldguide.speaker import ends_of, template_of, words_of
 from fieldguide.train import distributed
-from fieldguide.train.settings import from_text
+from fieldguide.train.settings import asked_of
 from fieldguide.zero_shot import prepared, published
 
 TEMPLATE = "chat_template.json"          # of a processor, in folders of before 2025
@@ -30,13 +31,11 @@ class Viewer:
     """`answer(pictures, prompt)` says something to the same prompt of each picture. `picture` is the token in whose place a
     picture stands, as prompts spell it."""
 
-    def __init__(self, network: nn.Module, text: Text, pictures: Pictures, special: Mapping[str, str],
-                 template: ChatTemplate | None = None):
-        self.network, self.text, self.template = network.to(distributed.device()).eval(), text, template
-        self.begin, self.picture = special.get("bos_token"), text.tokenizer.id_to_token(network.config.picture)
-        ids = (text.tokenizer.token_to_id(token) for token in (special.get("eos_token"), *ENDS) if token)
-        self.ends = sorted({i for i in ids if i is not None})
-        self.task = published(text, pictures, text.end, network.config.length)
+    def __init__(self, network: nn.Module, words: Words, pictures: Pictures, template: ChatTemplate | None = None):
+        self.network, self.text, self.template = network.to(distributed.device()).eval(), Text(words.tokenizer), template
+        self.begin, self.picture = words.special.get("bos_token"), words.tokenizer.id_to_token(network.config.picture)
+        self.ends = ends_of(words)
+        self.task = published(self.text, pictures, self.text.end, network.config.length)
 
     @classmethod
     def load(cls, source: str | Path | Checkpoint, **overrides: Any) -> Viewer:
@@ -49,14 +48,14 @@ class Viewer:
                                "and say which token follows")
         network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
         folder, c = found.path if found.path.is_dir() else found.path.parent, network.config
-        made, special, template = beside(folder)
-        if template is None and (folder / TEMPLATE).is_file():
-            template = configurations.read(folder / TEMPLATE).get("chat_template")
+        words = words_of(found)
+        made = words.tokenizer
+        if words.template is None and (folder / TEMPLATE).is_file():
+            words = replace(words, template=configurations.read(folder / TEMPLATE).get("chat_template"))
         if made.get_vocab_size() > c.vocab or made.id_to_token(c.picture) is None:
             raise WeightsError(f"{folder}: its tokenizer has {made.get_vocab_size():,} tokens, the network {c.vocab:,}, of "
                                f"which {c.picture:,} stands for pictures: it is that of another network")
-        return cls(network, Text(made), prepared(folder, c.image, c.channels, found.card.scale), special,
-                   ChatTemplate(template, special) if template else None)
+        return cls(network, words, prepared(folder, c.image, c.channels, found.card.scale), template_of(words))
 
     def spelt(self, prompt: str) -> str:
         """What the network reads: a prompt that names the picture, as it is; else a question in a conversation where the model
@@ -76,45 +75,35 @@ class Viewer:
         begun = bool(self.begin) and text.startswith(self.begin)             # by a template that writes special tokens itself
         return self.network.spelt(self.text.tokenizer.encode(text, add_special_tokens=not begun).ids)
 
-    def answer(self, inputs: Any, prompt: str, *, tokens: int = 200, stop: Sequence[str] = (), seed: int = 0,
-               sampling: Sampling | None = None) -> list[dict[str, Any]]:
-        """One record for each picture: where it is, and what is said of it; without `sampling` always the likeliest token.
+    def answer(self, inputs: Any, prompt: str, **how: Any) -> list[dict[str, Any]]:
+        """One record for each picture: where it is, and what is said of it. `how` is said in the words of `Manner`; by default
+        each token is the likeliest.
 
         `inputs` is a path or a list of them; folders hold many pictures. One of many that cannot be read has a record of
         nothing but `input` and `error`. An answer ends where the network's length does. Raises `SettingsError` for a prompt
         that leaves no room for one.
         """
-        row, found, length = self.tokens(prompt), [], self.network.config.length
+        row, manner, found, length = self.tokens(prompt), Greedy(**how), [], self.network.config.length
         if len(row) >= length:
             raise SettingsError(f"the prompt has {len(row):,} tokens with those of the picture, and the network reads "
                                 f"{length:,}, of prompt and answer together: ask less.")
+        manner = replace(manner, tokens=min(manner.tokens, length - len(row)))
         data = self.task.read(listed(inputs))
         paths, device = data.rows[self.task.column].to_list(), distributed.device()
         pictures = self.task.pictures
         for first in range(0, len(paths), BATCH):
             image = pictures.apply(pictures.load(paths[first:first + BATCH]).to(device))
-            said: list[list[int]] = [[] for _ in image]
-            for step in generate(self.network.seeing(image), [row] * len(said), min(tokens, length - len(row)), ends=self.ends,
-                                 seed=seed + first, sampling=sampling or Sampling(temperature=0)):
-                for answer, token in zip(said, step.tolist()):
-                    if token >= 0 and token not in self.ends:
-                        answer.append(token)
-            found += [{"text": cut(self.text.decode(answer), stop).strip()} for answer in said]
+            said = answers(self.network.seeing(image), [row] * len(image), manner, ends=self.ends, decode=self.text.decode,
+                           numbers=range(first, first + len(image)))
+            found += [{"text": cut(self.text.decode(tokens), manner.stops).strip()} for tokens in said]
         return records(data, found)
 
 
 def settled(asked: Mapping[str, str]) -> dict[str, Any]:
     """What a user says on the command line, as arguments of `answer`. Raises `SettingsError` for an unknown key, a value
     that cannot be, or no prompt."""
-    drawn = {f.name: int if f.name == "top_k" else float for f in fields(Sampling)}
-    kinds = {**drawn, "prompt": str, "tokens": int, "seed": int, "stop": str}
-    for key in asked:
-        if key not in kinds:
-            raise SettingsError(f"a language model that sees is not asked with {key!r}.{nearest(key, kinds)} It knows "
-                                f"{', '.join(sorted(kinds))}.")
-    said = {key: from_text(key, value, kinds[key]) for key, value in asked.items()}
+    hints = get_type_hints(Greedy)
+    said = asked_of("a language model that sees", asked, {"prompt": str, **{f.name: hints[f.name] for f in fields(Greedy)}})
     if not said.get("prompt"):
         raise SettingsError('say what to ask of the pictures: --set prompt="What is this?"')
-    sampling = {key: said.pop(key) for key in drawn if key in said}
-    stop = said.pop("stop", "")
-    return {**said, "stop": [stop] if stop else [], "sampling": Sampling(**sampling) if sampling else None}
+    return said

@@ -192,7 +192,8 @@ def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
 def unquoted(raw: bytes) -> pl.DataFrame | None:
     """A table between tabs whose quotation marks are no csv's, such as `"Well," he said.`; None where they are, or where lines
     have different widths."""
-    lines = [line.split("\t") for line in raw.decode().splitlines()]
+    text = raw.decode().replace("\r\n", "\n").removesuffix("\n")      # splitlines would end lines at U+2028, too
+    lines = [line.split("\t") for line in text.split("\n")]
     odd = any(cell.startswith('"') and (cell.count('"') % 2 or not cell.endswith('"')) for line in lines for cell in line)
     widths = {len(line) for line in lines if line != [""]}
     if not odd or len(widths) != 1:

@@ -88,6 +88,13 @@ class Faithful(Manner):
     usual: ClassVar[Mapping[str, float]] = {"beams": 4, "temperature": 0.0}
 
 
+@dataclass(frozen=True)
+class Greedy(Manner):
+    """Always the likeliest token, where nothing else is said: of what answers as it is asked."""
+
+    usual: ClassVar[Mapping[str, float]] = {"beams": 1, "temperature": 0.0}
+
+
 def answers(network: Any, prompts: Sequence[Sequence[int]], how: Manner, *, ends: Sequence[int], decode: Decode | None = None,
             numbers: Sequence[int] | None = None, limits: Tensor | None = None, before: int = 0) -> list[list[int]]:
     """What a network says after each prompt, in tokens without the one that ends it.

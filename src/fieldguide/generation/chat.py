@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from fieldguide.errors import DataError
 
@@ -46,7 +46,6 @@ class ChatTemplate:
                                         **names)
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template does not take these messages: {error}") from None
-
 
     def spoken(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]] | None]:
         """The whole text, and which characters of it the assistant says, each turn with what ends it. None where the template
@@ -95,7 +94,7 @@ def speaking() -> Any:
     from jinja2.ext import Extension
 
     class Speaking(Extension):
-        tags = {"generation"}                            # noqa: RUF012
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

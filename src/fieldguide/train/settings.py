@@ -109,3 +109,12 @@ def from_text(label: str, value: Any, kind: Any) -> Any:
     except (ValueError, KeyError, OverflowError):
         pass
     raise SettingsError(f"{label}={value!r} is not {'an integer' if want is int else f'a {want.__name__}'}.")
+
+
+def asked_of(who: str, asked: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """What a user says on the command line, as these kinds. Raises `SettingsError` for an unknown key and for a value that
+    cannot be."""
+    for key in asked:
+        if key not in kinds:
+            raise SettingsError(f"{who} is not asked with {key!r}.{nearest(key, kinds)} It knows {', '.join(sorted(kinds))}.")
+    return {key: from_text(key, value, kinds[key]) for key, value in asked.items()}

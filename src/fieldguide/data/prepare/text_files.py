@@ -2,8 +2,8 @@
 
 Read are `tokenizer.json` of the tokenizers library; `vocab.txt` of BERT and its kin (WordPiece); `vocab.json` with `merges.txt`
 of GPT-2, RoBERTa, BART, DeBERTa and Qwen (byte-level pairs); files of SentencePiece of T5, DeBERTa v2 and v3, Llama and Gemma
-(see `text_pieces`); and GGUF files. What special tokens are called and how
-conversations are written, the configurations beside them say.
+(see `text_pieces`); and GGUF files. What special tokens are called and how conversations are written, the configurations
+beside them say.
 """
 
 from __future__ import annotations
