@@ -24,6 +24,9 @@ EVERY = pytest.mark.parametrize("name", list(CASES))
 MASKED = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].inputs[-1] == "mask"])
 IMAGES = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].takes == "image"])
 
+CLASSIFIERS = pytest.mark.parametrize(
+    "name", [name for name in CASES if cards()[name].takes == "image" and "label" in cards()[name].answers])
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -192,6 +195,22 @@ def test_image_networks_take_other_pictures(name):
     for channels, side in ((1, 28), (3, 32), (4, 45)):
         sizes = {"channels": channels, **({"image": side} if card.accepts("image") else {})}
         assert create(card.tiny, **sizes).eval()(torch.randn(2, channels, side, side)).isfinite().all()
+
+
+@CLASSIFIERS
+def test_maps_of_pictures_have_their_levels(name):
+    """What detection and masks stand on: as wide as the levels say, and a picture larger by a stride has one place more."""
+    card, row = case(name)
+    maps = {}
+    for side in (224, 448):
+        values = dict(row.overrides) | ({"image": side} if hasattr(card.settle(card.tiny), "image") else {})
+        with torch.device("meta"):
+            model = create(card.tiny, **values)
+            maps[side] = model.features(torch.empty(2, card.settle(card.tiny, **values).channels, side, side))
+    assert list(maps[224]) == list(maps[448]) == list(model.levels)
+    for level, (dim, stride) in model.levels.items():
+        assert maps[224][level].shape[:2] == (2, dim)
+        assert [b - a for a, b in zip(maps[224][level].shape[2:], maps[448][level].shape[2:])] == [224 // stride] * 2
 
 
 @EVERY

@@ -110,7 +110,7 @@ class Partial(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """A picture -> negative squared distances from the drawings of the classes."""
+    """A picture -> negative squared distances from the drawings of the classes; `features` gives both subsampled maps."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -139,10 +139,18 @@ class LeNet5(nn.Module):
         fan = torch.tensor([25.0 * len(seen) for seen in SEES for _ in seen], device=self.c3.bias.device)
         nn.init.uniform_(self.c3.weight, -2.4, 2.4).div_(fan[:, None, None])
 
-    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name of each map of `features` -> (D, stride in pixels)."""
+        return {"s2": (6, 2), "s4": (16, 4)}
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:  # B C S S -> {"s2": B 6 14 14, "s4": B 16 5 5}
         x = F.pad(x, self.padding, mode="replicate")
-        x = squash(self.s2(squash(self.c1(x))))          # B 6 14 14
-        x = squash(self.s4(squash(self.c3(x))))          # B 16 5 5
+        s2 = squash(self.s2(squash(self.c1(x))))
+        return {"s2": s2, "s4": squash(self.s4(squash(self.c3(s2))))}
+
+    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+        x = self.features(x)["s4"]
         x = squash(self.f6(squash(self.c5(x)).flatten(1)))                       # B 84
         return -(x[:, None] - self.codes).square().sum(-1)
 

@@ -26,7 +26,8 @@ class Config:
 
 
 class LeNet5(nn.Module):
-    """A picture of `image` pixels a side -> class logits. Raises `SettingsError` below 12 pixels."""
+    """A picture of `image` pixels a side -> class logits; `features` gives both pooled maps. Raises `SettingsError` below
+    12 pixels."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -46,10 +47,18 @@ class LeNet5(nn.Module):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
 
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name of each map of `features` -> (D, stride in pixels)."""
+        return {"s2": (6, 2), "s4": (16, 4)}
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:  # B C S S -> {"s2": B 6 14 14, "s4": B 16 5 5}
+        s2 = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        return {"s2": s2, "s4": F.max_pool2d(F.relu(self.conv2(s2)), 2)}
+
     def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return self.head(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
+        x = self.features(x)["s4"].flatten(1)
+        return self.head(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
 CARD = Card(

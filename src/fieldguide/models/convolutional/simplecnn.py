@@ -24,16 +24,28 @@ class Config:
     image: int = 32              # S, pixels a side
 
 
+class Levels(nn.Sequential):
+    """Layers that give what each pooling leaves; the parameters keep the names that they have in the guide's code."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:   # B C S S -> {"c1": B 32 S/2 S/2, "c2": B 64 S/4 S/4}
+        levels: dict[str, Tensor] = {}
+        for layer in self:
+            x = layer(x)
+            if isinstance(layer, nn.MaxPool2d):
+                levels[f"c{len(levels) + 1}"] = x
+        return levels
+
+
 class SimpleCNN(nn.Module):
     """The guide's `SimpleCNN(num_classes)`, which fits pictures of 3 x 32 x 32; `channels` and `image` can be
-    others here. Raises `SettingsError` for pictures below 4 pixels a side.
+    others here. `features` gives both pooled maps. Raises `SettingsError` for pictures below 4 pixels a side.
     """
 
     def __init__(self, num_classes: int = 10, *, channels: int = 3, image: int = 32):
         super().__init__()
         if image < 4:
             raise SettingsError(f"image={image}: two poolings need at least 4 pixels a side")
-        self.features = nn.Sequential(
+        self.features = Levels(
             nn.Conv2d(channels, 32, 3, padding=1),
             nn.BatchNorm2d(32),
             nn.ReLU(),
@@ -51,8 +63,13 @@ class SimpleCNN(nn.Module):
             nn.Linear(256, num_classes),
         )
 
+    @property
+    def levels(self) -> dict[str, tuple[int, int]]:
+        """Name of each map of `features` -> (D, stride in pixels)."""
+        return {"c1": (32, 2), "c2": (64, 4)}
+
     def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
-        return self.classifier(self.features(x))
+        return self.classifier(self.features(x)["c2"])
 
 
 def build(config: Config) -> SimpleCNN:
