@@ -18,6 +18,7 @@ def test_by_hand():
     assert longest("a b c d".split(), "c a x b".split()) == 2 / 4
     assert scores(["", "x"], ["x", ""]).tolist() == [[0.0] * 3] * 2 and scores([], []).shape == (0, 3)
     assert words("It's 3,000 U.S. dollars_ägypten!") == ["it", "s", "3", "000", "u", "s", "dollars", "ägypten"]
+    assert words("我喜欢 PyTorch2。猫が好き") == [*"我喜欢", "pytorch2", *"猫が好き"]
 
 
 def test_equals_google():

@@ -17,7 +17,7 @@ from fieldguide.errors import DataError, SettingsError
 from fieldguide.fitting import fit
 from fieldguide.request import read_for
 from fieldguide.tasks.text_generation import PART, TextGeneration, passages
-from fieldguide.tasks.translation import Translation
+from fieldguide.tasks.translation import Translation, judges
 
 STORY = "\n".join(f"Line {i} says that {i * 7 % 13} birds sat on wall {i % 5}, and the {i * 3 % 11}th flew away."
                   for i in range(2500))
@@ -273,3 +273,14 @@ def test_a_network_learns_to_translate(tmp_path):
     assert set(answer) == {"input", "text"} and answer["text"].endswith(".")
     page = (run.path / "report.html").read_text()
     assert "Translations while it learnt" in page and "nrefs:1" in page
+
+
+@pytest.mark.parametrize("right, said, signature", [
+    ("The cat sat on the big mat today.", "The cat sat on the big mat now.", "tok:13a"),
+    ("那只大猫今天坐在垫子上。", "那只大猫昨天坐在垫子上。", "tok:zh"),
+    ("今日はマットの上に猫がいます。", "昨日はマットの上に猫がいます。", "tok:char"),
+    ("วันนี้แมวนั่งบนเสื่อ", "เมื่อวานแมวนั่งบนเสื่อ", "tok:char")], ids=["english", "chinese", "japanese", "thai"])
+def test_bleu_counts_characters_where_no_blanks_part_words(right, said, signature):
+    bleu, _ = judges([right])
+    assert 20 < bleu.corpus_score([said], [[right]]).score < 95
+    assert signature in str(bleu.get_signature())

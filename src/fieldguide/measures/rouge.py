@@ -1,7 +1,8 @@
 """ROUGE: how much of a reference summary a summary says (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries").
 
 Words are runs of letters and digits in lower case, without stemming, as in Google's `rouge_score`; there letters are those
-of ASCII, here of every script. For ASCII texts the numbers are the same. All are F-measures, from 0 to 1.
+of ASCII, here of every script, and where a script has no blanks between words each character is one. For ASCII texts the
+numbers are the same. All are F-measures, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WORD = re.compile(r"[^\W_]+")
+from fieldguide.measures.scripts import HAN, OTHERS
+
+WORD = re.compile(f"[{HAN}{OTHERS}]|[^\\W_{HAN}{OTHERS}]+")
 KINDS = ("rouge1", "rouge2", "rougeL")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from fieldguide.errors import DataError
 from fieldguide.exhibits import Bars, Exhibit, Quote, Quotes, Table
 from fieldguide.generation import Faithful, Manner, Sourced, answers, streamed
 from fieldguide.generation.text import cut
+from fieldguide.measures.scripts import HAN, OTHERS
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import settled
@@ -196,8 +198,8 @@ class Translation(Typed):
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         scores = {}
         if "text" in outputs:
-            bleu, chrf = judges()
             said, right = outputs["text"].tolist(), [truth["text"].tolist()]
+            bleu, chrf = judges(right[0])
             scores = {"bleu": bleu.corpus_score(said, right).score, "chrf": chrf.corpus_score(said, right).score}
         if "nats" in outputs:
             scores["loss"] = float(outputs["nats"].sum(dtype=np.float64) / max(outputs["count"].sum(), 1))
@@ -225,8 +227,8 @@ class Translation(Typed):
 
     def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
                  ) -> dict[str, list[Exhibit]]:
-        bleu, chrf = judges()
         said, right, source = outputs["text"].tolist(), truth["text"].tolist(), truth["source"].tolist()
+        bleu, chrf = judges(right)
         each = np.array([chrf.sentence_score(s, [r]).score for s, r in zip(said, right)])
         length = np.array([len(s.split()) for s in source])
         groups = [(f"{low}-{high} words", (length >= low) & (length <= high))
@@ -277,10 +279,15 @@ def suggest_vocab(characters: int) -> int:
     return 2 ** round(max(9.0, np.log2(4 * np.sqrt(max(characters, 1)))))
 
 
-def judges() -> tuple[Any, Any]:
-    """BLEU (Papineni et al. 2002, doi:10.3115/1073083.1073135) and chrF (Popović 2015, doi:10.18653/v1/W15-3049)."""
+def judges(right: list[str]) -> tuple[Any, Any]:
+    """BLEU (Papineni et al. 2002, doi:10.3115/1073083.1073135) and chrF (Popović 2015, doi:10.18653/v1/W15-3049). Where the
+    translations in the data are written without blanks, BLEU counts characters: Chinese ones as sacreBLEU's "zh" does."""
     from sacrebleu.metrics import BLEU, CHRF
-    return BLEU(), CHRF()
+    text = "".join(right)
+    han, others, every = (len(re.findall(kind, text)) for kind in (f"[{HAN}]", f"[{OTHERS}]", r"[^\W\d_]"))
+    if 2 * (han + others) <= every:
+        return BLEU(), CHRF()
+    return BLEU(tokenize="zh" if han > 9 * others else "char"), CHRF()
 
 
 TASKS = (Translation,)
