@@ -66,8 +66,8 @@ def fit(
 
 @app.command()
 def predict(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a pretrained language model or CLIP: a folder of "
-                                       "transformers, a .gguf file, OpenAI's .pt, hf:organisation/name.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a pretrained network: a folder of transformers or "
+                                       "timm, a .gguf file, OpenAI's .pt, hf:organisation/name.")],
     inputs: Annotated[list[str] | None, typer.Argument(metavar="[INPUT]...", help="Files, folders, tables; for text tasks "
                                                        "also the text itself; for some that generate, nothing.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for answers that are files: pictures, films.")] = None,
@@ -123,7 +123,7 @@ def published(model: str) -> bool:
 
 
 def ask(model: str, inputs: list[str], asked: dict[str, str], as_json: bool) -> None:
-    """Answers of a pretrained network, by what it gives: of texts what follows, of pictures the class or words."""
+    """Answers of a pretrained network, by what it gives: what follows a text, words on a picture, the class of either, ..."""
     from fieldguide.pretrained import described
     found = described(model, asked.get("name"))
     if found.card.takes == "captioned" and "tokens" in found.card.answers:
@@ -132,7 +132,13 @@ def ask(model: str, inputs: list[str], asked: dict[str, str], as_json: bool) -> 
         answered(viewer.Viewer.load(found).answer(inputs, **how), as_json, [])
         return
     if "embeddings" not in found.card.answers:
-        speak(found, inputs, asked, as_json)
+        asked.pop("name", None)
+        if "tokens" in found.card.answers:
+            speak(found, inputs, asked, as_json)
+            return
+        from fieldguide.published import Published
+        ready = Published.load(found, **{key: asked.pop(key) for key in ("gives",) if key in asked})
+        answered(ready.predict(inputs, **asked), as_json, ready.task.notes)
         return
     from fieldguide.zero_shot import ZeroShot, settled
     made, how = settled(asked)
@@ -156,7 +162,7 @@ def speak(model: Any, prompts: list[str], asked: dict[str, str], as_json: bool) 
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a pretrained CLIP.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a pretrained network with a head, or CLIP.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="Data with known answers; for a CLIP, pictures in a folder for "
                                         "each class.")],
     as_json: Json = False,
@@ -169,11 +175,21 @@ def evaluate(
     from fieldguide.run import open_run
     asked = pairs(changes)
     if published(run):
+        from fieldguide.pretrained import described
+        found = described(run, asked.get("name"))
+        if "embeddings" not in found.card.answers:
+            from fieldguide.published import Published
+            if strange := asked.keys() - {"name"}:
+                raise SettingsError(f"{', '.join(sorted(strange))}: a published network is scored as it is, but for its name")
+            ready = Published.load(found)
+            print_scores(ready, ready.evaluate(data), as_json)
+            return
         from fieldguide.zero_shot import ZeroShot, settled
         made, how = settled(asked)
+        made.pop("name", None)
         if how.pop("classes"):
             raise SettingsError("classes are named by the data's folders when they are scored; leave them out")
-        zero = ZeroShot.load(run, **made)
+        zero = ZeroShot.load(found, **made)
         print_scores(zero, zero.evaluate(data, **how), as_json)
         return
     if asked:

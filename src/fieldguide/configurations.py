@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Derived, Fixed, Is, Known
-from fieldguide.card import Card, Scale
+from fieldguide.card import Card
 from fieldguide.errors import WeightsError, nearest
 from fieldguide.registry import cards
 
@@ -18,8 +18,6 @@ IDENTITY = (*WRITTEN, "general.architecture")            # and all
 TIMM = "timm"                                            # whose configurations say a name, and what was asked for beside it
 ASKED = {"img_size": "image", "drop_rate": "dropout", "drop_path_rate": "drop_path"}     # there, here
 SEEN = ("num_classes", "in_chans", "global_pool", "pretrained", "checkpoint_path")       # tensors say it, or it has no effect
-PREPARED = ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")    # say how pictures are prepared
-FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")                    # by Pillow's numbers
 Identified = tuple[Card, str, Mapping[str, ConfigRow]]   # card, origin, table of configuration keys
 
 
@@ -64,47 +62,6 @@ def named(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, A
     if strange := [key for key in asked if key not in ASKED or not card.accepts(ASKED[key])]:
         raise WeightsError(f"{where} describes another network than {size}: model_args.{strange[0]}={asked[strange[0]]!r}")
     return card, size, {**changes, **{ASKED[key]: value for key, value in asked.items() if value is not None}}
-
-
-def pixels(path: Path) -> dict[str, Any]:
-    """How timm prepares pictures, as transformers says it."""
-    said = read(path).get("pretrained_cfg") or {} if path.is_file() else {}
-    return {f"image_{key}": said[key] for key in ("mean", "std") if key in said}
-
-
-def preparation(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Which of the files beside weights says how pictures are prepared, and what it says, in transformers' words."""
-    for file in (folder / name for name in PREPARED):
-        said = read(file) if file.is_file() else {}
-        if file.name == "processor_config.json":         # of pictures and texts together
-            said = said.get("image_processor") or {}
-        if own := said.get("preprocess_cfg"):            # open_clip's words
-            if own.get("resize_mode", "shortest") not in ("shortest", "squash"):
-                raise WeightsError(f"{file}: resize_mode={own['resize_mode']!r}; known are shortest and squash")
-            said = {"image_mean": own.get("mean"), "image_std": own.get("std"),
-                    "resample": FILTERS.index(own.get("interpolation", "bicubic").lower()),
-                    **({"size": {"height": None, "width": None}} if own.get("resize_mode") == "squash" else {})}
-        if said:
-            return file, said
-    return None, {}
-
-
-def shown(folder: Path, side: int, channels: int, scale: Scale) -> dict[str, str]:
-    """How a network that reads pictures of `side` pixels was shown them, as tasks' options `pixels` and `resize` say it: by
-    the files beside the weights, else with this scale. Raises `WeightsError` where they are made for another side."""
-    file, said = preparation(folder)
-    size = said.get("size") or side
-    edge = size if isinstance(size, int) else size.get("shortest_edge")
-    cut = said.get("crop_size") or side
-    cut = cut if isinstance(cut, int) else cut.get("height")
-    padded = said.get("do_pad") is True and "crop_size" not in said
-    if edge and not padded and (cut != side or edge < side or said.get("do_center_crop") is False):
-        raise WeightsError(f"{file} gives pictures of {cut} pixels, cut out of {edge}; the network reads {side} a side")
-    fit = "pad" if padded else "crop" if edge else "stretch"
-    share = f" {side / edge}" if fit == "crop" and edge != side else ""
-    values = [tuple(said.get(key) or own)[:channels] for key, own in zip(("image_mean", "image_std"), scale)]
-    return {"pixels": "/".join(",".join(map(str, each)) for each in values),
-            "resize": f"{fit}{share} {FILTERS[said.get('resample', FILTERS.index('bicubic'))]}"}
 
 
 def at(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:

@@ -18,17 +18,16 @@ from torch import Tensor, nn
 
 from fieldguide import configurations, weights
 from fieldguide.card import Card
-from fieldguide.configurations import TIMM, WRITTEN, Identified, identified, inwards, named, outwards, pixels
+from fieldguide.configurations import TIMM, WRITTEN, Identified, identified, inwards, named, outwards
 from fieldguide.data.prepare import text_files
 from fieldguide.errors import SettingsError, WeightsError, nearest
+from fieldguide.preparations import pixels, preparation, shown
 from fieldguide.recognition import FREE, Unfilled, headed, headless, recognised, seen, sibling
 from fieldguide.registry import card_of, find
 from fieldguide.train import distributed
 
 CONFIG = "config.json"
 CONFIGS = (CONFIG, "params.json", "open_clip_config.json")           # the second is Meta's
-PIXELS = "preprocessor_config.json"                      # how transformers prepares pictures
-IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}     # as most networks have learnt
 FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}       # beside it
 PARTS = "consolidated.*.pth"                             # Meta's, one for each machine
 HUB = "hf:"
@@ -99,15 +98,11 @@ class Checkpoint:
         if self.card.accepts("begin"):
             offered["begin"] = self.card.config(**self.values).begin
         if self.card.takes == "image":
-            said = configurations.read(folder / PIXELS) if (folder / PIXELS).is_file() else pixels(folder / CONFIG)
-            scale = [said.get(key, value) for key, value in IMAGENET.items()]
+            offered["pixels"] = pixels(preparation(folder)[1], self.card.scale, self.channels)
             if (folder / "run.json").is_file():
                 from fieldguide.run import open_run
                 if pictures := getattr(open_run(folder).task, "pictures", None):
-                    scale = [pictures.mean, pictures.std]
-            if self.channels == 1:
-                scale = [[sum(values) / len(values)] for values in scale]
-            offered["pixels"] = "/".join(",".join(map(str, values)) for values in scale)
+                    offered["pixels"] = pixels({}, (pictures.mean, pictures.std), self.channels)
             offered["channels"] = self.channels
         if self.card.takes == "captioned":
             offered |= self.pictured(folder)
@@ -121,7 +116,7 @@ class Checkpoint:
         if card.accepts("end"):
             offered["end"] = config.end
         if not (folder / "run.json").is_file():
-            return offered | configurations.shown(folder, side, self.channels, card.scale) | (
+            return offered | shown(folder, side, self.channels, card.scale) | (
                 {"template": TEMPLATE} if "embeddings" in card.answers else {})
         from fieldguide.run import open_run
         task = open_run(folder).task

@@ -131,13 +131,24 @@ def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Seque
         if "error" in answer:
             print(f"not answered: {answer['input']}: {answer['error']}", file=sys.stderr)
     answers = [answer for answer in answers if "error" not in answer]
-    shown = [k for k, v in answers[0].items() if not isinstance(v, dict | list)] if answers else []
+    plain = [k for k, v in answers[0].items() if not isinstance(v, dict | list)] if answers else []
+    shown = plain if len(plain) > 1 or not answers else list(answers[0])         # where else nothing is said
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in shown:
         table.add_column(name, justify="right" if isinstance(answers[0][name], float) else "left")
     for answer in answers:
-        table.add_row(*(f"{answer[k]:.4g}" if isinstance(answer[k], float) else escape(str(answer[k])) for k in shown))
+        table.add_row(*(escape(brief(answer[k])) for k in shown))
     console.print(table)
+
+
+def brief(value: Any, most: int = 80) -> str:
+    """A value of an answer for a person: of long lists, the begin."""
+    if isinstance(value, dict):
+        return " ".join(brief(v) for v in value.values())
+    if isinstance(value, list):
+        text = ("; " if any(isinstance(v, dict) for v in value) else " ").join(map(brief, value))
+        return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_stream(pieces: Iterator[str]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,21 @@ import numpy as np
 import torch
 
 from fieldguide import registry, weights
+from fieldguide.answering import Answering, listed
 from fieldguide.card import Card
-from fieldguide.data.batches import Batches
-from fieldguide.data.dataset import Data
 from fieldguide.data.doctor import enforce
 from fieldguide.data.splits import drawn
-from fieldguide.errors import RunError, SettingsError
+from fieldguide.errors import RunError
 from fieldguide.objectives import Objective
 from fieldguide.tasks import Task
 from fieldguide.train import distributed
 from fieldguide.train.checkpoint import write_atomically
-from fieldguide.train.evaluate import collect
 from fieldguide.train.settings import Settings
 
 SCHEMA = 1          # of run.json; every released schema stays readable
 
 
-class Run:
+class Run(Answering):
     """A run folder, opened. Weights and preparation are read when first needed."""
 
     def __init__(self, path: str | Path):
@@ -103,56 +100,12 @@ class Run:
         return objective.to(distributed.device()).eval()
 
     @property
-    def model(self) -> torch.nn.Module:
-        """The trained network."""
-        return self.objective.model
-
-    @property
     def settings(self) -> Settings:
         return Settings(**self.record["settings"])
 
-    def outputs(self, data: Data) -> dict[str, np.ndarray]:
-        """What the network says of examples, as scores take it."""
-        return self.respond(self.task.batches(data, self.card))
-
-    def respond(self, batches: Batches, watch=lambda done: None) -> dict[str, np.ndarray]:
-        outputs = collect(self.objective, batches, ask=self.task.ask(self.objective), batch=max(64, self.settings.batch or 64),
-                          device=distributed.device(), watch=watch)
-        return self.task.adjust(outputs)
-
-    def predict(self, inputs: Any = (), watch=lambda done: None, **asked: Any) -> list[dict[str, Any]]:
-        """One record for each raw input (or several: a forecast has one for each step): where it came from, then what the
-        task says of it.
-
-        `inputs` is a path, a data frame, or a list of those; folders and tables hold many inputs. `asked` says how
-        to answer, in the task's own words (`task.Asking`): temperature, beams, threshold, ... Of many inputs, one that
-        cannot be read has a record in its place of nothing but `input` and `error`. Raises `DataError` where none can be.
-        """
-        self.task.asking = self.task.asking_from(asked)
-        data = self.task.read(listed(inputs))
-        return records(data, self.task.answers(self.respond(self.task.questions(data, self.card), watch)))
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """A vector of length 1 for each text, N D float32, from the mean over its tokens of what the network reads: products
-        of two are their likeness. Raises `SettingsError` for a run whose network does not read both sides of a word."""
-        texts, model = listed(texts), self.objective.model
-        rows = self.task.framed_texts(texts, model.config.length) if "vector" in self.card.answers else None
-        if rows is None:
-            raise SettingsError(f"{self.card.name}, trained for {self.task.name}, makes no vectors of texts; runs of encoders "
-                                "such as BERT and ModernBERT do, for fill-mask or text-classification.")
-        if not texts:
-            return np.zeros((0, model.config.dim), dtype=np.float32)
-
-        def answer(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            x = model.features(batch["tokens"], batch["mask"]).float() * batch["mask"][..., None]
-            return {"vector": torch.nn.functional.normalize(x.sum(1), dim=-1)}       # a sum points where the mean does
-
-        return collect(self.objective, rows, batch=64, device=distributed.device(), ask=answer)["vector"]
-
-    def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:
-        """The answer to one input piece by piece, where the task can; else None."""
-        self.task.asking = self.task.asking_from(asked)
-        return self.task.stream(self.objective, source)
+    @property
+    def together(self) -> int:
+        return max(64, self.settings.batch or 64)
 
     def evaluate(self, source: Any) -> dict[str, Any]:
         """Scores, with 95 % intervals, on data with known answers: {"rows", "scores", "intervals", "note"}.
@@ -170,10 +123,7 @@ class Run:
         if len(rows) < len(data):
             note += f"{'; ' if note else ''}{len(rows):,} rows of {len(data):,}, drawn by chance, since answers take long"
             data = data.take(rows)
-        self.task.before_scores(len(data))
-        outputs, truth = self.outputs(data), self.task.truth(data)
-        return {"rows": len(data), "scores": self.task.score(outputs, truth),
-                "intervals": self.task.intervals(outputs, truth), "note": note}
+        return self.scored(data, note)
 
     def update(self, **changes: Any) -> None:
         """Lays changes over run.json and stores it."""
@@ -186,18 +136,6 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def records(data: Data, answers: Sequence[Any]) -> list[dict[str, Any]]:
-    """Answers to the rows of data, each with where it came from; in the place of inputs that could not be read, why."""
-    unread = {i: [u for u in data.unread if u.before == i] for i in {u.before for u in data.unread}}
-    found: list[dict[str, Any]] = []
-    for i in range(len(answers) + 1):
-        found += [{"input": u.place, "error": u.why} for u in unread.get(i, ())]
-        if i < len(answers):
-            each = answers[i] if isinstance(answers[i], list) else [answers[i]]
-            found += [{"input": data.place(i), **record} for record in each]
-    return found
-
-
 def remade(card: Card, config: dict[str, Any]) -> torch.nn.Module:
     """A network with new weights from its config as JSON holds it."""
     return card.make(card.config(**{k: tupled(v) for k, v in config.items()}))
@@ -205,10 +143,6 @@ def remade(card: Card, config: dict[str, Any]) -> torch.nn.Module:
 
 def tupled(value: Any) -> Any:
     return tuple(map(tupled, value)) if isinstance(value, list) else value
-
-
-def listed(inputs: Any) -> Sequence[Any]:
-    return list(inputs) if isinstance(inputs, list | tuple) else [inputs]
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from torch import nn
 
 from fieldguide import configurations
+from fieldguide.answering import listed, records
 from fieldguide.data.prepare import Pictures, Text
 from fieldguide.data.prepare.text_files import Words
 from fieldguide.errors import SettingsError, WeightsError
@@ -17,7 +18,6 @@ from fieldguide.generation import Greedy, answers
 from fieldguide.generation.chat import ChatTemplate
 from fieldguide.generation.text import cut
 from fieldguide.pretrained import Checkpoint, described, filled
-from fieldguide.run import listed, records
 from fieldguide.speaker import ends_of, template_of, words_of
 from fieldguide.train import distributed
 from fieldguide.train.settings import asked_of

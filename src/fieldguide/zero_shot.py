@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fieldguide.answering import listed, records
 from fieldguide.card import OPENAI, Card, Scale
-from fieldguide.configurations import shown
 from fieldguide.data import read
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.prepare import Labels, Pictures, Text
 from fieldguide.errors import DataError, SettingsError, WeightsError
 from fieldguide.objectives import Contrastive
+from fieldguide.preparations import shown
 from fieldguide.pretrained import TEMPLATE, Checkpoint, described, filled
-from fieldguide.run import listed, open_run, records
+from fieldguide.run import open_run
 from fieldguide.tasks.image_text import ImageText
 from fieldguide.train import distributed
 from fieldguide.train.evaluate import collect

@@ -11,7 +11,8 @@ from fieldguide.objectives.forecast import Forecast
 from fieldguide.objectives.language import NextToken, Restored
 from fieldguide.objectives.masked import MaskedWords, Span, TokenLabels
 from fieldguide.objectives.supervised import Classification, Regression, Supervised
+from fieldguide.objectives.vectors import Vectors
 
 __all__ = ["CTC", "DDIM", "DDPM", "Adversarial", "Classification", "Contrastive", "Detection", "Diffusion", "Distillation",
            "Forecast", "MaskedWords", "MinSNR", "NextToken", "Objective", "Phase", "Process", "Regression",
-           "Restored", "Span", "Supervised", "TokenLabels", "Uniform"]
+           "Restored", "Span", "Supervised", "TokenLabels", "Uniform", "Vectors"]

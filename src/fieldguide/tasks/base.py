@@ -19,6 +19,7 @@ from fieldguide.card import Card
 from fieldguide.data import read
 from fieldguide.data.batches import Batches
 from fieldguide.data.dataset import FILE, Column, Data, Manifest, Unread
+from fieldguide.data.prepare import Pictures
 from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError, SettingsError, nearest
 from fieldguide.exhibits import Exhibit
@@ -59,6 +60,17 @@ class Baseline:
     what: str
     outputs: Arrays
     bound: bool = False             # not to be beaten: the best that could be hoped for
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside the weights of a published network: how examples are prepared, and what answers are called."""
+
+    names: list[str]                # of classes, tags or answers
+    folder: Path | None             # of the tokenizer
+    length: int                     # tokens that the network reads; 0 for networks of pictures alone
+    pictures: Pictures | None
+    pooled: str                     # how a text's vector is made of those of its tokens
 
 
 class Task:
@@ -282,7 +294,12 @@ class Task:
         outputs do not tell: attention, samples with fewer steps."""
         return {}
 
-    # Saved with the run
+    # Saved with the run, or told by a publisher
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self | None:
+        """The task of a pretrained network with its head. None where weights alone cannot do it, or it has another way."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """The preparation as JSON values."""

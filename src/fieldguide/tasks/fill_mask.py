@@ -14,13 +14,13 @@ from torch import Tensor
 from fieldguide.card import Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.batches import generator as seeded
-from fieldguide.data.dataset import Data
+from fieldguide.data.dataset import Column, Data
 from fieldguide.data.prepare.text import SPECIAL
 from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit, Quote, Quotes, Table
 from fieldguide.objectives import MaskedWords, Objective
 from fieldguide.objectives.masked import hide
-from fieldguide.tasks.base import Arrays
+from fieldguide.tasks.base import Arrays, Beside
 from fieldguide.tasks.packed import Packed
 from fieldguide.train.settings import Settings
 
@@ -54,6 +54,10 @@ class FillMask(Packed):
         if not 0 < task.options.share < 1 or task.options.length < 3:
             raise DataError("task.share is between 0 and 1, and task.length at least 3.")
         return task
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self:
+        return cls.restore([Column("text", "text")], cls.Options(length=beside.length), {"counts": []}, beside.folder)
 
     # Rows as tokens
 

@@ -21,6 +21,7 @@ from fieldguide.data.prepare import Pictures, suggest_side
 from fieldguide.data.roles import CAPTIONS, plain
 from fieldguide.exhibits import Exhibit, Gallery, Picture
 from fieldguide.host import ram
+from fieldguide.tasks.base import Beside
 from fieldguide.tasks.supervised import Labelled, discrete, mix_pairs, settled
 from fieldguide.train.distributed import device
 from fieldguide.train.settings import Settings
@@ -156,6 +157,14 @@ class ImageClassification(Labelled):
         file = io.BytesIO()
         Image.fromarray(array).save(file, "PNG")
         return file.getvalue()
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self:
+        task = cls([Column("image", "image"), Column("label", "category", "target")],
+                   cls.Options(side=beside.pictures.side, channels=beside.pictures.channels, flip=False))
+        task.pictures = beside.pictures
+        task.restore_target(cls.known(beside.names))
+        return task
 
     def state(self) -> dict[str, Any]:
         return {"pictures": self.pictures.to_json(), **self.target_state()}

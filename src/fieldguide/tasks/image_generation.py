@@ -346,9 +346,8 @@ class ImageGeneration(Task):
                      for i in range(min(3 * GRID, len(samples)))]
             label = label[:, 0]
         order = np.argsort(label, kind="stable") if self.labels else np.arange(len(label))
-        rows = []
-        for k in range(1, len(self.labels) + 1):
-            rows.append(Picture(sheet(samples[label == k][:GRID]), self.labels[k - 1]))
+        seen = np.unique(label) if self.labels else []   # of few test pictures, perhaps not every class
+        rows = [Picture(sheet(samples[label == k][:GRID]), self.labels[k - 1]) for k in seen]
         shown: list[Exhibit] = [Gallery("Samples", "Made for the test, not chosen.",
                                         rows or [Picture(sheet(samples[order[:4 * GRID]]), "")])]
         if self.text is not None:

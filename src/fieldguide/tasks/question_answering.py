@@ -25,7 +25,7 @@ from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit
 from fieldguide.measures import answers as measured
 from fieldguide.objectives import Objective, Span
-from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
+from fieldguide.tasks.base import Arrays, Baseline, Beside, Metric, Task
 from fieldguide.tasks.passages import WANTS, columns_of, prepared
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.text_windows import Frame, Windows, covering, ends, framed, starts, whole_words, widened
@@ -36,6 +36,8 @@ from fieldguide.train.settings import Settings
 MOST = {"cpu": 256, "mps": 384, "cuda": 384}             # tokens of a window, where the user names no length
 QUESTION = 64          # tokens of a question that are read (BERT's code for SQuAD)
 TOKENS = 8192          # a step, about, where the user names no batch
+LONGEST = 30           # tokens of an answer at most (BERT's code for SQuAD), where no training answers tell
+PUBLISHED = 384        # tokens of a window that published networks have learnt with (the same), where they read so many
 WHOLE = 0.97           # share of training answers that are whole words above which answers are made so
 WORD, SENTENCE = re.compile(r"\w+"), re.compile(r"[^.!?\n]+[.!?]*")
 
@@ -328,6 +330,15 @@ class QuestionAnswering(Task):
         return answer_exhibits.shown(self, test, outputs, truth)
 
     # Saved with the run
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self:
+        """Every question is answered, unless `threshold` is named: from weights alone it cannot be seen whether some have no
+        answer."""
+        length = min(beside.length, PUBLISHED)
+        options = cls.Options("context", "question", length=length, stride=length // 2, longest=LONGEST)
+        return cls.restore([Column("context", "text"), Column("question", "text"), Column("answer", "list", "target")], options,
+                           {"median": 0, "whole": False, "silent": False, "threshold": 0.0}, beside.folder)
 
     def state(self) -> dict[str, Any]:
         return {"median": self.median, "whole": self.whole, "silent": self.silent, "threshold": self.threshold}

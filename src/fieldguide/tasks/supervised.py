@@ -129,6 +129,11 @@ class Labelled(Answered):
     def restore_target(self, state: dict[str, Any]) -> None:
         self.labels, self.counts, self.temperature = state["labels"], state["counts"], state["temperature"]
 
+    @staticmethod
+    def known(names: list[str]) -> dict[str, Any]:
+        """The state of a target whose classes are known, and nothing of their training rows."""
+        return {"labels": names, "counts": [0] * len(names), "temperature": 1.0}
+
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         p, y = outputs["probabilities"].astype(np.float64), truth["label"]
         guess = p.argmax(1)

@@ -17,6 +17,7 @@ from fieldguide.data.prepare.text import suggest_length
 from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit, Quote, Quotes
 from fieldguide.objectives import Objective
+from fieldguide.tasks.base import Beside
 from fieldguide.tasks.supervised import Labelled, discrete, settled
 from fieldguide.tasks.text_windows import Frame, framed
 from fieldguide.tasks.typed import Typed, path_like
@@ -179,6 +180,11 @@ class TextClassification(Typed, Labelled):
         quotes = [Quote(texts[i], f"{words}: {test.place(i)}", bad=True)
                   for i, words in self.mistakes(probabilities, truth, 20)]
         return [Quotes("Worst mistakes", "Test texts that were got wrong with most confidence.", quotes)] if quotes else []
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self:
+        return cls.restore([Column("text", "text"), Column("label", "category", "target")], cls.Options(length=beside.length),
+                           {"median": 0, **cls.known(beside.names)}, beside.folder)
 
     def state(self) -> dict[str, Any]:
         return {"median": self.median, **self.target_state()}

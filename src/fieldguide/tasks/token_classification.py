@@ -23,7 +23,7 @@ from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit, Matrix, Quote, Quotes, Table
 from fieldguide.measures.entities import counted, spans
 from fieldguide.objectives import Objective, TokenLabels
-from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
+from fieldguide.tasks.base import Arrays, Baseline, Beside, Metric, Task
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.typed import path_like
 from fieldguide.train.distributed import device
@@ -252,6 +252,11 @@ class TokenClassification(Task):
         return [Quotes("Worst sentences", "Test sentences with most words tagged wrong.", quotes)] if quotes else []
 
     # Saved with the run
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self:
+        return cls.restore([Column("tokens", "list"), Column("tags", "list", "target")], cls.Options(length=beside.length), {
+            "tags": beside.names, "often": {}, "median": 0}, beside.folder)
 
     def state(self) -> dict[str, Any]:
         return {"tags": self.tags, "often": self.often, "median": self.median}

@@ -21,7 +21,7 @@ from fieldguide.data.roles import Wants
 from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit, Gallery, Picture, Table
 from fieldguide.objectives import Objective
-from fieldguide.tasks.base import Arrays, Baseline, Metric
+from fieldguide.tasks.base import Arrays, Baseline, Beside, Metric
 from fieldguide.tasks.pictured import Pictured
 from fieldguide.tasks.supervised import Labelled, calibration_error, settled
 from fieldguide.train.settings import Settings
@@ -239,6 +239,16 @@ class VisualQuestionAnswering(Pictured, Labelled):
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), **self.target_state()}
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self | None:
+        if beside.pictures is None or beside.folder is None:
+            return None
+        p = beside.pictures
+        return cls.restore(
+            [Column("image", "image"), Column("question", "text"), Column("answer", "category", "target")],
+            cls.Options(side=p.side, channels=p.channels, length=beside.length, answers=len(beside.names)),
+            {"pictures": p.to_json(), "median": 0, **cls.known(beside.names)}, beside.folder)
 
     @classmethod
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:

@@ -59,15 +59,16 @@ class Pictures:
 
     def resized(self, text: str) -> Resized:
         """With a way to their size such as "crop 0.875 bicubic" (see `Resized`). Raises `SettingsError` for another."""
+        even = text.endswith(" even")
         try:
-            fit, *share, name = text.split()
+            fit, *share, name = text.removesuffix(" even").split()
             part, name = float(*share) if share else 1.0, Image.Resampling[name.upper()]
         except (ValueError, KeyError, TypeError):
             fit, part, name = "", 1.0, Image.Resampling.BICUBIC
-        if fit not in ("crop", "pad", "stretch") or not 0 < part <= 1 or (part < 1 and fit != "crop"):
+        if fit not in ("crop", "pad", "stretch") or not 0 < part <= 1 or (part < 1 and fit == "pad"):
             raise SettingsError(f"task.resize={text!r} is no way to resize pictures, such as: crop bicubic (the middle of it), "
                                 "crop 0.875 bicubic (so much of the middle), pad bilinear, stretch bicubic.")
-        return Resized(self.side, self.channels, self.mean, self.std, fit, round(self.side / part), name)
+        return Resized(self.side, self.channels, self.mean, self.std, fit, round(self.side / part), name, even)
 
     def load(self, paths: Sequence[str | Path]) -> torch.Tensor:
         """Files as uint8, N C S S. Raises DataError naming those that cannot be read."""
@@ -104,22 +105,24 @@ class Pictures:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Pictures:
         values = (saved["side"], saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["fit"])
-        return Resized(*values, saved["edge"], Image.Resampling(saved["filter"])) if "edge" in saved else cls(*values)
+        return Resized(*values, saved["edge"], Image.Resampling(saved["filter"]),
+                       saved.get("even", False)) if "edge" in saved else cls(*values)
 
 
 @dataclass(frozen=True)
 class Resized(Pictures):
-    """Pictures as published networks were shown them, by a filter of Pillow's: "crop" scales the shorter side to `edge` and
-    cuts out the middle, "pad" scales the longer side and fills up with white, "stretch" changes the proportions."""
+    """Pictures as published networks were shown them, by a filter of Pillow's: "crop" scales the shorter side to `edge`,
+    "stretch" both, and the middle is cut out of that; "pad" scales the longer side and fills up with white."""
 
-    edge: int = 224                      # pixels of the shorter side, before the cut
+    edge: int = 224                      # pixels of the shorter side, or of both, before the cut
     filter: int = Image.Resampling.BICUBIC
+    even: bool = False                   # a middle between two pixels is the even one, as torchvision's, not the lower
 
     @property
     def way(self) -> str:
         """What `resized` reads."""
-        share = f" {self.side / self.edge}" if self.fit == "crop" and self.edge != self.side else ""
-        return f"{self.fit}{share} {Image.Resampling(self.filter).name.lower()}"
+        share = f" {self.side / self.edge}" if self.edge != self.side else ""
+        return f"{self.fit}{share} {Image.Resampling(self.filter).name.lower()}{' even' if self.even else ''}"
 
     def load(self, paths: Sequence[str | Path]) -> torch.Tensor:
         """Files as uint8, N C S S. Raises DataError naming those that cannot be read."""
@@ -127,12 +130,11 @@ class Resized(Pictures):
 
     def cut(self, image: Image.Image) -> Image.Image:
         width, height = image.size
-        if self.fit == "stretch":
-            return image.resize((self.side, self.side), self.filter)
         if self.fit == "pad":
             return ImageOps.pad(image, (self.side, self.side), self.filter, color="white")
         short, long = sorted(image.size)
-        longer = int(self.edge * long / short)
+        longer = self.edge if self.fit == "stretch" else int(self.edge * long / short)
         image = image.resize((self.edge, longer) if width <= height else (longer, self.edge), self.filter)
-        left, top = ((length - self.side) // 2 for length in image.size)
+        middle = (lambda room: round(room / 2)) if self.even else (lambda room: room // 2)
+        left, top = (middle(length - self.side) for length in image.size)
         return image.crop((left, top, left + self.side, top + self.side))
