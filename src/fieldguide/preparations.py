@@ -15,7 +15,6 @@ from fieldguide.card import Scale
 from fieldguide.configurations import read
 from fieldguide.errors import WeightsError
 
-PREPARED = ("preprocessor_config.json", "processor_config.json", "open_clip_config.json", "config.json")
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")        # by Pillow's numbers
 # The preprocessor of transformers that prepares for a kind of network, where the file leaves that open.
 OWN = {"vit": "vit", "swin": "vit", "deit": "deit", "convnext": "convnext", "convnextv2": "convnext", "resnet": "convnext",
@@ -26,25 +25,9 @@ WIDE = 384                                       # pixels from which ConvNeXt's 
 Said = dict[str, Any]
 
 
-def preparation(folder: Path) -> tuple[Path | None, Said]:
-    """Which of the files beside weights says how pictures are prepared, and what it says. Raises `WeightsError`."""
-    for file in (folder / name for name in PREPARED):
-        said = read(file) if file.is_file() else {}
-        if file.name == "config.json":
-            said = timm(said.get("pretrained_cfg") or {})
-        if file.name == "processor_config.json":         # of pictures and texts together
-            said = said.get("image_processor") or {}
-        if own := said.get("preprocess_cfg"):
-            said = open_clip(own, file)
-        elif said:
-            said = transformers(said, folder)
-        if said:
-            return file, said
-    return None, {}
-
-
-def timm(said: Mapping[str, Any]) -> Said:
+def timm(content: Said, file: Path) -> Said:
     """What timm's evaluation does with a picture: the shorter side is `crop_pct` larger than the middle that is cut out."""
+    said = content.get("pretrained_cfg") or {}
     if "input_size" not in said:
         return {}
     side, share = said["input_size"][-1], said.get("crop_pct") or 0.875
@@ -54,7 +37,9 @@ def timm(said: Mapping[str, Any]) -> Said:
             **{f"image_{key}": said[key] for key in ("mean", "std") if key in said}}
 
 
-def open_clip(said: Mapping[str, Any], file: Path) -> Said:
+def open_clip(content: Said, file: Path) -> Said:
+    if not (said := content.get("preprocess_cfg")):
+        return {}
     if said.get("resize_mode", "shortest") not in ("shortest", "squash"):
         raise WeightsError(f"{file}: resize_mode={said['resize_mode']!r}; known are shortest and squash")
     return {"image_mean": said.get("mean"), "image_std": said.get("std"),
@@ -62,10 +47,13 @@ def open_clip(said: Mapping[str, Any], file: Path) -> Said:
             **({"size": {"height": None, "width": None}} if said.get("resize_mode") == "squash" else {})}
 
 
-def transformers(said: Said, folder: Path) -> Said:
-    """With what a preprocessor does unsaid."""
+def transformers(content: Said, file: Path) -> Said:
+    """With what a preprocessor does unsaid. Of pictures and texts together, that of the pictures."""
+    said = content if file.name.startswith("pre") else content.get("image_processor") or {}
+    if not said:
+        return {}
     name = str(said.get("image_processor_type") or said.get("feature_extractor_type") or "")
-    config = folder / "config.json"
+    config = file.parent / "config.json"
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name).lower() or OWN.get(
         str(read(config).get("model_type")) if config.is_file() else "", "")
     said = {**said, "resample": said.get("resample", FILTERS.index(FILTER.get(kind, "bicubic")))}
@@ -81,6 +69,18 @@ def transformers(said: Said, folder: Path) -> Said:
     if said.get("do_normalize") is False:
         said |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     return said
+
+
+# Files that say how pictures are prepared -> who reads them; the first that says it.
+PREPARED: Mapping[str, Callable[[Said, Path], Said]] = {
+    "preprocessor_config.json": transformers, "processor_config.json": transformers, "open_clip_config.json": open_clip,
+    "config.json": timm}
+
+
+def preparation(folder: Path) -> tuple[Path | None, Said]:
+    """Which of the files beside weights says how pictures are prepared, and what it says. Raises `WeightsError`."""
+    there = ((folder / name, way) for name, way in PREPARED.items() if (folder / name).is_file())
+    return next(((file, said) for file, way in there if (said := way(read(file), file))), (None, {}))
 
 
 def number(size: Any, *keys: str) -> int | None:
@@ -101,11 +101,10 @@ def shown(folder: Path, side: int, channels: int, scale: Scale) -> dict[str, str
     size = said.get("size") or side
     short, both = number(size, "shortest_edge"), number({} if isinstance(size, int) else size, "height")
     edge, padded = short or both, said.get("do_pad") is True and "crop_size" not in said
-    whole = said.get("do_center_crop") is False          # nothing is cut off
-    cut = edge if both or whole else side
-    cut = cut if whole else number(said.get("crop_size"), "height") or cut
-    if edge and not padded and (cut != side or edge < side or (short and whole)):
-        raise WeightsError(f"{file} gives pictures of {cut} pixels, cut out of {edge}; the network reads {side} a side")
+    cut = None if said.get("do_center_crop") is False else number(said.get("crop_size"), "height") or (short and side)
+    if edge and not padded and ((cut or both) != side or edge < side):
+        raise WeightsError(f"{file} gives pictures of {cut or both or 'any'} pixels, cut out of {edge}; the network reads "
+                           f"{side} a side")
     fit = "pad" if padded else "crop" if short else "stretch"
     share = f" {side / edge}" if edge and edge != side and fit != "pad" else ""
     way = FILTERS[said.get("resample", FILTERS.index("bicubic"))]
