@@ -153,6 +153,18 @@ def test_classes_of_texts(tmp_path):
 
 
 @torch.no_grad()
+def test_classes_of_pairs(tmp_path):
+    theirs, words = texts(tmp_path, "ForSequenceClassification", **NAMES)
+    pairs = [("the cat sat", "the mat ran"), ("don't", "the cat ran to the mat and sat")]
+    want = theirs(**words(*map(list, zip(*pairs)), return_tensors="pt", padding=True)).logits.softmax(-1).numpy()
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"premise": a, "hypothesis": b}) + "\n" for a, b in pairs))
+    found = Published.load(tmp_path, columns="premise,hypothesis").predict(tmp_path / "pairs.jsonl")
+    np.testing.assert_allclose([[r["probabilities"][name] for name in KINDS] for r in found], want, rtol=1e-4, atol=1e-6)
+    with pytest.raises(SettingsError, match="columns=a,b: this network reads 1 column of text"):
+        Published.load(tmp_path, gives="vector", columns="a,b")
+
+
+@torch.no_grad()
 def test_tags_of_words(tmp_path):
     tags = ["O", "B-PER", "I-PER"]
     theirs, words = texts(tmp_path, "ForTokenClassification", id2label=dict(enumerate(tags)), label2id={

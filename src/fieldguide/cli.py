@@ -137,7 +137,7 @@ def ask(model: str, inputs: list[str], asked: dict[str, str], as_json: bool) -> 
             speak(found, inputs, asked, as_json)
             return
         from fieldguide.published import Published
-        ready = Published.load(found, **{key: asked.pop(key) for key in ("gives",) if key in asked})
+        ready = Published.load(found, **{key: asked.pop(key) for key in ("gives", "columns") if key in asked})
         answered(ready.predict(inputs, **asked), as_json, ready.task.notes)
         return
     from fieldguide.zero_shot import ZeroShot, settled

@@ -6,6 +6,7 @@ It does the task that its head is for, asked in the same words as a run of that 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fieldguide import configurations
 from fieldguide.answering import Answering, listed
 from fieldguide.card import Card
 from fieldguide.data.batches import Batches
-from fieldguide.data.dataset import Column, Data
+from fieldguide.data.dataset import Data
 from fieldguide.data.prepare import Text
 from fieldguide.errors import DataError, WeightsError, WeightsWarning
 from fieldguide.objectives import Objective, Vectors
@@ -45,15 +46,18 @@ class Published(Answering):
         self.objective = task.objective(network, card, Settings()).to(distributed.device()).eval()
 
     @classmethod
-    def load(cls, source: str | Path | Checkpoint, *, name: str | None = None, **overrides: Any) -> Published:
+    def load(cls, source: str | Path | Checkpoint, *, name: str | None = None, columns: str = "",
+             **overrides: Any) -> Published:
         """From a folder or file of transformers or timm, or hf:organisation/name; `gives="vector"` leaves its head off.
+        `columns` names the columns of text in tables that are asked about, "text" where nothing is said: two, with a comma
+        between, for a network that reads pairs.
 
         Raises `WeightsError` for a network that does no task by itself, and where its tokenizer is missing or another's.
         """
         found = source if isinstance(source, Checkpoint) else described(source, name)
         values = {**found.values, **overrides}
         gives = values.get("gives", found.card.answers[0])
-        beside = described_beside(found, values, gives)
+        beside = replace(described_beside(found, values, gives), columns=tuple(filter(None, columns.split(","))))
         made = (kind.published(beside) for kind in (*tasks().values(), TextVectors, PictureVectors)
                 if found.card.takes in kind.takes and gives in kind.gives)
         if (task := next((one for one in made if one is not None), None)) is None:
@@ -142,7 +146,7 @@ class TextVectors(Pointing, Typed):
 
     @classmethod
     def published(cls, beside: Beside) -> TextVectors:
-        task = cls([Column("text", "text")], cls.Options())
+        task = cls(beside.texts(), cls.Options())
         task.text, task.length, task.pooled = Text.load(beside.folder), beside.length, beside.pooled
         return task
 

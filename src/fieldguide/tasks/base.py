@@ -71,6 +71,14 @@ class Beside:
     length: int                     # tokens that the network reads; 0 for networks of pictures alone
     pictures: Pictures | None
     pooled: str                     # how a text's vector is made of those of its tokens
+    columns: tuple[str, ...] = ()   # of tables that are asked about, where the user names them
+
+    def texts(self, most: int = 1) -> list[Column]:
+        """The columns of text that examples have. Raises `SettingsError` for more than there can be."""
+        if len(self.columns) > most:
+            raise SettingsError(f"columns={','.join(self.columns)}: this network reads {most} column{'s' if most > 1 else ''} "
+                                "of text.")
+        return [Column(name, "text") for name in self.columns or ("text",)]
 
 
 class Task:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fieldguide.card import Card
 from fieldguide.data.batches import Batches
 from fieldguide.data.batches import generator as seeded
-from fieldguide.data.dataset import Column, Data
+from fieldguide.data.dataset import Data
 from fieldguide.data.prepare.text import SPECIAL
 from fieldguide.errors import DataError
 from fieldguide.exhibits import Exhibit, Quote, Quotes, Table
@@ -57,7 +57,7 @@ class FillMask(Packed):
 
     @classmethod
     def published(cls, beside: Beside) -> Self:
-        return cls.restore([Column("text", "text")], cls.Options(length=beside.length), {"counts": []}, beside.folder)
+        return cls.restore(beside.texts(), cls.Options(length=beside.length), {"counts": []}, beside.folder)
 
     # Rows as tokens
 

@@ -183,7 +183,7 @@ class TextClassification(Typed, Labelled):
 
     @classmethod
     def published(cls, beside: Beside) -> Self:
-        return cls.restore([Column("text", "text"), Column("label", "category", "target")], cls.Options(length=beside.length),
+        return cls.restore([*beside.texts(2), Column("label", "category", "target")], cls.Options(length=beside.length),
                            {"median": 0, **cls.known(beside.names)}, beside.folder)
 
     def state(self) -> dict[str, Any]:
