@@ -69,7 +69,7 @@ class ImageGeneration(Task):
                       "out of ten", percent=True),
                Metric("held_out_loss", "min", "on held-out pictures: error of the named noise; a GAN's distance of thumbnails"))
     decides = "held_out_loss"
-    recipe: ClassVar = {"patience": 0, "epochs": 1000.0}      # few pictures are looked at very often, as long as time allows
+    recipe: ClassVar = {"patience": 0, "epochs": 1e6}         # few pictures are looked at very often, as long as time allows
     validated, tested = 500, 1000
     most, fewest = 64, 16
 

@@ -63,7 +63,7 @@ class VideoGeneration(ImageGeneration):
 
     @dataclass(frozen=True)
     class Asking(ImageGeneration.Asking):
-        guidance: float = 4.0            # films of a short training show what they are of at 4 more than at 1.5
+        guidance: float = 3.0            # films of a short training show what they are of at 3 more than at 1.5
 
     # Films as tensors
 
