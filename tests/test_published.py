@@ -268,9 +268,10 @@ def test_what_cannot_be_asked(tmp_path):
     (tmp_path / "vectors/1_Pooling/config.json").write_text('{"pooling_mode_max_tokens": true}')
     with pytest.raises(WeightsError, match=r"by max_tokens; known are cls_token and mean_tokens"):
         Published.load(tmp_path / "vectors")
-    torch.save(create("sasrec-test").state_dict(), tmp_path / "items.pt")
-    with pytest.raises(WeightsError, match="nothing can be asked of it as it is"):
-        Published.load(tmp_path / "items.pt", name="sasrec-test")
+    for name in ("sasrec-test", "fnn-test"):
+        torch.save(create(name).state_dict(), tmp_path / f"{name}.pt")
+        with pytest.raises(WeightsError, match="nothing can be asked of it as it is"):
+            Published.load(tmp_path / f"{name}.pt", name=name)
 
 
 def test_on_the_command_line(photos, pictures, tmp_path):

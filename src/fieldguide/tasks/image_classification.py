@@ -159,7 +159,9 @@ class ImageClassification(Labelled):
         return file.getvalue()
 
     @classmethod
-    def published(cls, beside: Beside) -> Self:
+    def published(cls, beside: Beside) -> Self | None:
+        if beside.pictures is None:                      # rows of numbers, which may have been anything
+            return None
         task = cls([Column("image", "image"), Column("label", "category", "target")],
                    cls.Options(side=beside.pictures.side, channels=beside.pictures.channels, flip=False))
         task.pictures = beside.pictures
