@@ -76,12 +76,12 @@ def test_old_files_leave_open_whose_they_are(pictures, tmp_path, kind):
 
 @pytest.mark.parametrize("said", [
     {"crop_pct": 0.875, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)},
-    {"crop_pct": 1.0, "interpolation": "bilinear"}, {"crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "squash"}],
-    ids=["crop", "whole", "squash"])
+    {"crop_pct": 1.0, "interpolation": "bilinear"}, {}, {"crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "squash"}],
+    ids=["crop", "whole", "unsaid", "squash"])
 def test_pictures_are_prepared_as_by_timm(pictures, tmp_path, said):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {
         "input_size": [3, 24, 24], **said}}))
-    theirs = timm.data.create_transform((3, 24, 24), is_training=False, **said)
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg={"input_size": (3, 24, 24), **said}))
     how, paths = prepared(tmp_path, 24, 3, IMAGENET), files(pictures)
     want = torch.stack([theirs(Image.open(path).convert("RGB")) for path in paths])
     torch.testing.assert_close(how.apply(how.load(paths)), want, rtol=0, atol=1e-5)
@@ -270,7 +270,7 @@ def test_what_cannot_be_asked(tmp_path):
         Published.load(tmp_path / "vectors")
     for name in ("sasrec-test", "fnn-test"):
         torch.save(create(name).state_dict(), tmp_path / f"{name}.pt")
-        with pytest.raises(WeightsError, match="nothing can be asked of it as it is"):
+        with pytest.raises(WeightsError, match="no task answers or scores that as it is"):
             Published.load(tmp_path / f"{name}.pt", name=name)
 
 

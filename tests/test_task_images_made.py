@@ -16,7 +16,7 @@ from fieldguide.fitting import fit
 from fieldguide.request import read_for
 from fieldguide.tasks import infer, judges
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.image_generation import ImageGeneration, png, sheet, thumbnails
+from fieldguide.tasks.image_generation import ImageGeneration, by_class, png, sheet, thumbnails
 
 
 def test_frechet_distance_is_its_definition():
@@ -83,6 +83,11 @@ def test_pictures_are_written_as_they_are():
     whole = np.asarray(Image.open(io.BytesIO(sheet(np.stack([x] * 5)))))
     assert whole.shape == (11, 17, 3) and (whole[:5, 6:11] == back.transpose(1, 2, 0)).all()
     assert thumbnails(np.ones((2, 3, 16, 16), np.float32)).shape == (2, 192)
+
+
+def test_classes_without_a_test_picture_are_not_shown():
+    shown = by_class(np.ones((3, 1, 8, 8), np.float32), np.array([3, 1, 3]), ["a", "b", "c"])
+    assert [picture.caption for picture in shown] == ["a", "c"]
 
 
 def folder(root, classes=("a", "b")):

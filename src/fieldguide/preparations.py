@@ -33,7 +33,7 @@ def timm(content: Said, file: Path) -> Said:
     side, share = said["input_size"][-1], said.get("crop_pct") or 0.875
     size = {"height": int(side / share), "width": int(side / share)} if said.get("crop_mode") == "squash" else {
         "shortest_edge": int(side / share)}
-    return {"size": size, "crop_size": side, "resample": FILTERS.index(said.get("interpolation") or "bilinear"), "even": True,
+    return {"size": size, "crop_size": side, "resample": FILTERS.index(said.get("interpolation") or "bicubic"), "even": True,
             **{f"image_{key}": said[key] for key in ("mean", "std") if key in said}}
 
 

@@ -61,8 +61,8 @@ class Published(Answering):
         made = (kind.published(beside) for kind in (*tasks().values(), TextVectors, PictureVectors)
                 if found.card.takes in kind.takes and gives in kind.gives)
         if (task := next((one for one in made if one is not None), None)) is None:
-            raise WeightsError(f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives {gives}: nothing "
-                               "can be asked of it as it is. `fit --weights` trains it on data of yours.")
+            raise WeightsError(f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives {gives}: no "
+                               "task answers or scores that as it is. `fit --weights` trains it on data of yours.")
         with warnings.catch_warnings():
             if gives == "vector":                        # heads are left on purpose
                 warnings.simplefilter("ignore", WeightsWarning)

@@ -346,8 +346,7 @@ class ImageGeneration(Task):
                      for i in range(min(3 * GRID, len(samples)))]
             label = label[:, 0]
         order = np.argsort(label, kind="stable") if self.labels else np.arange(len(label))
-        seen = np.unique(label) if self.labels else []   # of few test pictures, perhaps not every class
-        rows = [Picture(sheet(samples[label == k][:GRID]), self.labels[k - 1]) for k in seen]
+        rows = by_class(samples, label, self.labels) if self.labels else []
         shown: list[Exhibit] = [Gallery("Samples", "Made for the test, not chosen.",
                                         rows or [Picture(sheet(samples[order[:4 * GRID]]), "")])]
         if self.text is not None:
@@ -428,6 +427,11 @@ def png(x: np.ndarray) -> bytes:                         # C S S in -1 .. 1
     out = io.BytesIO()
     Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0)).save(out, "PNG")
     return out.getvalue()
+
+
+def by_class(samples: np.ndarray, label: np.ndarray, names: list[str]) -> list[Picture]:     # N C S S, N
+    """Some pictures of each class that is there: of few test pictures, perhaps not all are."""
+    return [Picture(sheet(samples[label == k][:GRID]), names[k - 1]) for k in np.unique(label)]
 
 
 def sheet(pictures: np.ndarray) -> bytes:                # N C S S in -1 .. 1 -> PNG
