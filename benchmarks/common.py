@@ -142,7 +142,7 @@ def peak(make: Callable[[], Run]) -> float:
         return float("nan")
     import torch._dynamo  # noqa: F401   the first step of any optimiser imports it, in either side
 
-    from fieldguide.registry import cards
+    from fieldguide.models.registry import cards
     cards()                                              # imports all model files
 
     def child(pipe) -> None:

@@ -29,11 +29,11 @@ from nets import Net
 from torch import Tensor, nn
 
 import fieldguide
-from fieldguide import weights
-from fieldguide.generation import Sampling, generate
-from fieldguide.generation.int8 import Int8, shrink
-from fieldguide.registry import find
-from fieldguide.translation import translate
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.key_mapping import translate
+from fieldguide.models.generation import Sampling, generate
+from fieldguide.models.generation.quantization import Int8, shrink
+from fieldguide.models.registry import find
 from tv import transformers
 
 PROMPT, LONGEST = 16, 1024
@@ -87,7 +87,7 @@ def compiling() -> dict[str, Any]:
 
 def encoded(path: Path) -> Iterator[Tensor]:
     """The texts as tokens of the file's own tokenizer, each a row."""
-    from fieldguide.speaker import Speaker
+    from fieldguide.inference.text_generation import Speaker
     speaker = Speaker.load(path)
     for name in TEXTS:
         yield torch.tensor([speaker.tokens((Path(__file__).parents[1] / name).read_text())[:LONGEST]])

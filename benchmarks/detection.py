@@ -19,7 +19,8 @@ from common import Pair, Run, agree, arguments, begin, compare, count
 from loops import LIKE, answers, fixed, recipe, stepped, trainer
 from torch import Tensor, nn
 
-from fieldguide import create, weights
+from fieldguide import create
+from fieldguide.checkpoints import weights
 from fieldguide.objectives import Detection
 from fieldguide.objectives.detection import decode, grid
 

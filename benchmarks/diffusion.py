@@ -15,7 +15,8 @@ from loops import LIKE, answers, fixed, recipe, stepped, trainer
 from torch import Tensor, nn
 
 from cases import diffusers_unet
-from fieldguide import create, weights
+from fieldguide import create
+from fieldguide.checkpoints import weights
 from fieldguide.objectives import DDIM, Diffusion, Process
 from fieldguide.objectives.diffusion import sample
 from tv import diffusers

@@ -22,10 +22,11 @@ from common import Pair, Run, agree, arguments, begin, compare, count
 from loops import LIKE, answers, ours, plain, recipe
 from torch import Tensor, nn
 
-from fieldguide import create, weights
-from fieldguide.data.batches import Batches
+from fieldguide import create
+from fieldguide.checkpoints import weights
+from fieldguide.data.loader import Batches
 from fieldguide.objectives import Forecast
-from fieldguide.tasks.forecasting import QUANTILES
+from fieldguide.tasks.timeseries.forecasting import QUANTILES
 
 LENGTH, HORIZON, BATCH, ROWS = 336, 96, 256, 2048
 PAST, FUTURE = (torch.from_numpy(np.random.default_rng(0).standard_normal((ROWS, steps, 1), np.float32))

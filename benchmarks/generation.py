@@ -17,8 +17,9 @@ from common import Pair, Run, agree, arguments, begin, compare, count
 from loops import LIKE, answers, fixed, ours, recipe, stepped
 from torch import nn
 
-from fieldguide import create, weights
-from fieldguide.generation import Sampling, generate
+from fieldguide import create
+from fieldguide.checkpoints import weights
+from fieldguide.models.generation import Sampling, generate
 from fieldguide.objectives import NextToken
 from tv import transformers
 

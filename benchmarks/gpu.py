@@ -28,8 +28,9 @@ from nets import Net, Picture, pictures, writers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fieldguide import create, weights
-from fieldguide.generation import Sampling, generate
+from fieldguide import create
+from fieldguide.checkpoints import weights
+from fieldguide.models.generation import Sampling, generate
 
 TINY = {"resnet50": "resnet-test", "efficientnet-b0": "efficientnet-test", "convnext-tiny": "convnext-test",
         "vit-b16": "vit-test", "swin-t": "swin-test", "bert-base": "bert-test", "gpt2": "gpt2-test",

@@ -16,7 +16,8 @@ from loops import LIKE, answers, fixed, recipe, stepped, trainer
 from torch import Tensor, nn
 
 import tv  # noqa: F401   open_clip needs torchvision
-from fieldguide import create, weights
+from fieldguide import create
+from fieldguide.checkpoints import weights
 from fieldguide.objectives import Contrastive
 
 try:

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from common import Run
 from torch import Tensor, nn
 
-from fieldguide.data.batches import Batches
-from fieldguide.fitting import Silent
+from fieldguide.automl.fit import Silent
+from fieldguide.core import distributed
+from fieldguide.core.settings import Settings
+from fieldguide.data.loader import Batches
+from fieldguide.models.registry import find
 from fieldguide.objectives import Classification, Objective, Supervised
-from fieldguide.registry import find
-from fieldguide.train import distributed
-from fieldguide.train.loop import Trainer
-from fieldguide.train.precision import fastest
-from fieldguide.train.settings import Settings
+from fieldguide.training.precision import fastest
+from fieldguide.training.trainer import Trainer
 
 LIKE = {"lr": 1e-3, "clip": 1.0}           # of the runs like for like; both sides have fused AdamW in float32
 

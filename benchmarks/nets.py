@@ -11,11 +11,12 @@ from common import Pair, Run, agree, count
 from loops import LIKE, answers, fixed, ours, recipe, stepped
 from torch import Tensor, nn
 
-from fieldguide import create, weights
-from fieldguide.configurations import outwards
+from fieldguide import create
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.config_mapping import outwards
+from fieldguide.models.registry import find
 from fieldguide.objectives import Classification, NextToken, Objective, Supervised
-from fieldguide.objectives.masked import MaskedWords
-from fieldguide.registry import find
+from fieldguide.objectives.masked_lm import MaskedWords
 from tv import timm, transformers
 
 Batch = dict[str, Tensor]

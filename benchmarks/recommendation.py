@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fieldguide import create
 from fieldguide.objectives import Classification, Supervised
-from fieldguide.objectives.items import NextItem
+from fieldguide.objectives.next_item import NextItem
 
 try:
     from recbole.model.context_aware_recommender.deepfm import DeepFM

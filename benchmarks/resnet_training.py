@@ -15,7 +15,7 @@ from common import arguments, begin, race, ratio, report
 from loops import ours, plain
 
 from fieldguide import create
-from fieldguide.data.batches import Batches
+from fieldguide.data.loader import Batches
 from tv import timm
 
 BATCH, SIDE, CLASSES = 64, 64, 10

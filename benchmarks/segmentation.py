@@ -14,7 +14,8 @@ from common import Pair, Run, agree, arguments, begin, compare, count
 from loops import LIKE, answers, fixed, recipe, stepped, trainer
 from torch import Tensor, nn
 
-from fieldguide import create, weights
+from fieldguide import create
+from fieldguide.checkpoints import weights
 from fieldguide.objectives.segmentation import Segmentation
 from tv import smp
 

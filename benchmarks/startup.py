@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = begin(parser)
     import fieldguide
-    from fieldguide import samples
+    from fieldguide.data import samples
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         fieldguide.fit("iris", model="mlp-s", out=run, settings={"steps": 20, "precision": "float32"})

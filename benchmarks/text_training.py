@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fieldguide import create
-from fieldguide.data.batches import Batches
+from fieldguide.data.loader import Batches
 
 VOCAB, CLASSES, BATCH, ROWS = 8000, 4, 32, 256
 INPUTS = ("tokens", "mask")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fieldguide import create
-from fieldguide.data.batches import Batches
-from fieldguide.generation import beam_search
+from fieldguide.data.loader import Batches
+from fieldguide.models.generation import beam_search
 from fieldguide.objectives import NextToken
 from tv import transformers
 

@@ -6,8 +6,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from fieldguide import registry
-from fieldguide.card import Card
+from fieldguide.core.card import Card
+from fieldguide.models import registry
 
 HERE = Path(__file__).parent
 INTRO = """# Catalogue

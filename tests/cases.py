@@ -20,7 +20,7 @@ import clips
 import guide
 import pictures
 import references
-from fieldguide.weights import tables, translate
+from fieldguide.checkpoints.weights import tables, translate
 from references import Equations
 
 State = Mapping[str, Tensor]
@@ -333,8 +333,8 @@ def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 
 def huggingface_decoder(model: nn.Module) -> Peer:
     """The language model of transformers that our config, written as theirs, describes."""
-    from fieldguide.configurations import outwards
-    from fieldguide.registry import card_of
+    from fieldguide.checkpoints.config_mapping import outwards
+    from fieldguide.models.registry import card_of
     from tv import transformers
     card = card_of(model)
     theirs = outwards(card, card.configs["huggingface"], model.config)
@@ -361,7 +361,7 @@ def huggingface_decoder(model: nn.Module) -> Peer:
 
 
 def huggingface_gpt2(model: nn.Module, kind: str = "GPT2", embed: str = "wte") -> Peer:
-    from fieldguide.weights import tables
+    from fieldguide.checkpoints.weights import tables
     from tv import transformers
     c, names = model.config, tables(model)["huggingface"]
     peer = getattr(transformers, f"{kind}LMHeadModel")(getattr(transformers, f"{kind}Config")(
@@ -558,8 +558,8 @@ def huggingface_clip(model: nn.Module) -> Peer:
 
 
 def huggingface_llava(model: nn.Module) -> Peer:
-    from fieldguide.configurations import outwards
-    from fieldguide.registry import card_of
+    from fieldguide.checkpoints.config_mapping import outwards
+    from fieldguide.models.registry import card_of
     from tv import transformers
     card = card_of(model)
     theirs = outwards(card, card.configs["huggingface"], model.config)

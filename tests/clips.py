@@ -165,6 +165,6 @@ class Pairs(nn.Module):
 
 def official(model: nn.Module):
     """A peer for `cases`."""
-    from fieldguide.weights import tables, translate
+    from fieldguide.checkpoints.weights import tables, translate
     return Pairs(model.config), lambda state: {
         f"peer.{name}": x for name, x in translate(state, tables(model)["openai"], reverse=True).items()}

@@ -10,9 +10,9 @@ import sys
 import torch
 
 from fieldguide import create
-from fieldguide.data.batches import Batches
+from fieldguide.core import distributed
+from fieldguide.data.loader import Batches
 from fieldguide.objectives import Contrastive
-from fieldguide.train import distributed
 from test_loop import trainer, weights
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fieldguide import samples
-from fieldguide.data import BadData, Data, Finding
+from fieldguide.data import BadData, Data, Finding, samples
 
 
 def digits(folder: Path, classes: int = 3, each: int = 40, split: str = "") -> Path:

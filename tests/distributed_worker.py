@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from fieldguide.train import distributed
+from fieldguide.core import distributed
 from test_loop import digits, gan, line, regression, trainer, weights
 
 

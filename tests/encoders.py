@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.registry import card_of
-from fieldguide.weights import tables, translate
+from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.models.registry import card_of
 from tied import Tied
 from tv import transformers
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fieldguide.checkpoints.weights import tables, translate
 from fieldguide.models.convolutional import efficientnet_v2, mobilenet_v3
-from fieldguide.weights import tables, translate
 from tv import timm, torchvision, transformers
 
 tvm = torchvision.models

@@ -10,11 +10,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from typer.testing import CliRunner
 
-from fieldguide.cli import app
-from fieldguide.errors import SettingsError
-from fieldguide.generation import Faithful, Manner, beam_search
-from fieldguide.registry import create
-from fieldguide.speaker import Speaker
+from fieldguide.cli.commands import app
+from fieldguide.core.errors import SettingsError
+from fieldguide.inference.text_generation import Speaker
+from fieldguide.models.generation import Faithful, Manner, beam_search
+from fieldguide.models.registry import create
 from test_pretrained import settled
 from tv import transformers
 from writers import configuration

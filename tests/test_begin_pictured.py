@@ -11,12 +11,12 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import damage
-from fieldguide.data.prepare import Pictures, Text
-from fieldguide.errors import SettingsError
-from fieldguide.fitting import fit
-from fieldguide.pretrained import described
-from fieldguide.run import open_run
-from fieldguide.zero_shot import ZeroShot
+from fieldguide.automl.fit import fit
+from fieldguide.checkpoints.load import described
+from fieldguide.core.errors import SettingsError
+from fieldguide.data.preprocessing import Pictures, Text
+from fieldguide.inference.run import open_run
+from fieldguide.inference.zero_shot import ZeroShot
 from test_folders import settled
 from test_zero_shot import CLASSES, clip_folder
 from tv import transformers

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cases import CASES
-from fieldguide.registry import cards
+from fieldguide.models.registry import cards
 
 DOCS = Path(__file__).parents[1] / "docs"
 SPEC = importlib.util.spec_from_file_location("catalogue_page", DOCS / "catalogue.py")

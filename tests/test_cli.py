@@ -14,7 +14,8 @@ import pytest
 import typer.main
 from PIL import Image
 
-from fieldguide import cli, samples
+from fieldguide.cli import commands as cli
+from fieldguide.data import samples
 
 # Verb -> its arguments and options. What is here stays: scripts of users call it.
 VERBS = {

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from clips import Official
-from fieldguide import pretrained, scripted, weights
-from fieldguide.errors import DataError, SettingsError, WeightsError
+from fieldguide.checkpoints import load, torchscript, weights
+from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.convolutional.clip_resnet import CONFIG
-from fieldguide.models.transformer.clip_files import OPENCLIP_CONFIG
-from fieldguide.registry import cards, create
-from fieldguide.weights import tables, translate
+from fieldguide.models.registry import cards, create
+from fieldguide.models.transformer._shared.clip_checkpoints import OPENCLIP_CONFIG
 from test_models import batch, tiny
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -87,13 +87,13 @@ def archive(path, name, half=False):
 @pytest.mark.parametrize("name", ["clip", "clip-resnet"])
 def test_archives_are_read_as_torch_reads_them(tmp_path, name, half):
     archive(tmp_path / "x.pt", name, half)
-    assert scripted.is_archive(tmp_path / "x.pt")
+    assert torchscript.is_archive(tmp_path / "x.pt")
     found, wanted = weights.read(tmp_path / "x.pt"), torch.jit.load(tmp_path / "x.pt").state_dict()
     assert list(found) and found.keys() == wanted.keys() and "unnamed" not in found
     for key, x in wanted.items():
         assert torch.equal(found[key], x) and found[key].dtype == x.dtype, key
     torch.save(dict(wanted), tmp_path / "plain.pt")
-    assert not scripted.is_archive(tmp_path / "plain.pt")
+    assert not torchscript.is_archive(tmp_path / "plain.pt")
 
 
 @archives
@@ -101,7 +101,7 @@ def test_archives_are_read_as_torch_reads_them(tmp_path, name, half):
 @pytest.mark.parametrize("name", ["clip", "clip-resnet"])
 def test_an_archive_becomes_a_network(tmp_path, name):
     image, tokens, mask, wanted = archive(tmp_path / "x.pt", name)
-    model = pretrained.load(tmp_path / "x.pt", name=f"{name}-test")
+    model = load.load(tmp_path / "x.pt", name=f"{name}-test")
     found = model(image, tokens, mask)
     torch.testing.assert_close(found[:, 0] @ found[:, 1].T, wanted, rtol=1e-4, atol=1e-5)
 
@@ -134,7 +134,7 @@ def test_archives_that_are_damaged_or_more_than_tensors(tmp_path):
 
 def test_openai_archives_say_their_activation():
     """b32 of OpenAI and of LAION have the same tensors; only archives of the former hold three numbers more."""
-    from fieldguide.recognition import recognised
+    from fieldguide.checkpoints.identify import recognised
     with torch.device("meta"):
         state = translate(create("clip-b32").state_dict(), tables(create("clip-b32"))["openai"], reverse=True)
         numbers = {name: torch.zeros(()) for name in ("input_resolution", "context_length", "vocab_size")}
@@ -145,7 +145,7 @@ def test_openai_archives_say_their_activation():
 
 
 def test_a_resnet_of_openai_is_recognised():
-    from fieldguide.recognition import recognised
+    from fieldguide.checkpoints.identify import recognised
     with torch.device("meta"):
         model = create("clip-rn50")
         state = translate(model.state_dict(), tables(model)["openai"], reverse=True)
@@ -175,10 +175,10 @@ def published(folder, name, quick, **said):
 @pytest.mark.parametrize("name", ["clip", "clip-resnet"])
 def test_folders_of_open_clip(tmp_path, name, quick):
     wanted = published(tmp_path / "x", name, quick)
-    model = pretrained.load(tmp_path / "x")
+    model = load.load(tmp_path / "x")
     assert model.config == wanted.config and type(model) is type(wanted)
     assert all(torch.equal(x, wanted.state_dict()[key]) for key, x in model.state_dict().items())
-    assert pretrained.described(tmp_path / "x").card is cards()[name]
+    assert load.described(tmp_path / "x").card is cards()[name]
 
 
 @pytest.mark.parametrize(("part", "key", "value"), [("vision", "timm_model_name", "vit"), ("vision", "mlp_ratio", 3.0),
@@ -187,7 +187,7 @@ def test_folders_of_open_clip(tmp_path, name, quick):
 def test_relatives_of_open_clip_are_refused(tmp_path, part, key, value):
     published(tmp_path / "x", "clip", True, **{part: {key: value}})
     with pytest.raises(WeightsError, match=f"{part}_cfg.{key}={value!r} is another network"):
-        pretrained.load(tmp_path / "x")
+        load.load(tmp_path / "x")
 
 
 def test_each_configuration_belongs_to_one_card():

@@ -7,8 +7,9 @@ import json
 import pytest
 
 import fieldguide
-from fieldguide import progress, registry
-from fieldguide.errors import SettingsError
+from fieldguide.cli import console
+from fieldguide.core.errors import SettingsError
+from fieldguide.models import registry
 from fieldguide.tasks import tasks
 
 SYSTEMS = list(dict.fromkeys(registry.closed().values()))
@@ -40,17 +41,17 @@ def test_to_create_one_says_what_is_known(name):
 
 
 def test_the_command_line_lists_them_apart(capsys):
-    progress.print_models("g*", None, "text-generation", False)
+    console.print_models("g*", None, "text-generation", False)
     lines = capsys.readouterr().out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("closed"))
     assert any(line.startswith("gpt2") for line in lines[:head]) and not any(line.startswith("gpt-4 ") for line in lines[:head])
     assert [line.split()[0] for line in lines[head + 1:]] == ["gpt-4", "gpt-3", "gemini"]
-    progress.print_models("sora", None, None, True)
+    console.print_models("sora", None, None, True)
     row = json.loads(capsys.readouterr().out)
     assert row["closed"] and row["name"] == "sora" and row["stand_in"] == "latte-xl2"
-    progress.print_models("*", "recurrent", None, False)
+    console.print_models("*", "recurrent", None, False)
     assert "closed" not in capsys.readouterr().out
-    progress.print_description(fieldguide.show("GPT-4"), False)
+    console.print_description(fieldguide.show("GPT-4"), False)
     assert "arXiv:2303.08774" in " ".join(capsys.readouterr().out.split())
-    progress.print_description(fieldguide.show("kling"), True)
+    console.print_description(fieldguide.show("kling"), True)
     assert json.loads(capsys.readouterr().out)["maker"] == "Kuaishou"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fieldguide import create
-from fieldguide.data.batches import Batches
-from fieldguide.errors import SettingsError
+from fieldguide.core.errors import SettingsError
+from fieldguide.data.loader import Batches
 from fieldguide.objectives import Contrastive
 from test_distributed import torchrun
 from test_loop import trainer

@@ -11,13 +11,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fieldguide import fit
+from fieldguide.automl.fit import Silent
+from fieldguide.core.errors import DataError
 from fieldguide.data import read
-from fieldguide.data.prepare import Text
-from fieldguide.errors import DataError
-from fieldguide.fitting import Silent
-from fieldguide.generation.chat import ChatTemplate
+from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.objectives import NextToken
-from fieldguide.tasks.text_generation import SPECIAL, TextGeneration
+from fieldguide.tasks.text.text_generation import SPECIAL, TextGeneration
 from tv import transformers
 
 # As SmolLM2-Instruct publishes it; as Llama 3; as Llama 2, whose turns have no token of their own; one that marks what the

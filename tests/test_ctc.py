@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fieldguide.data.batches import Batches
-from fieldguide.errors import SettingsError
-from fieldguide.objectives.alignments import align, beam_search, collapse, in_chunks, stitch
+from fieldguide.core.errors import SettingsError
+from fieldguide.data.loader import Batches
 from fieldguide.objectives.ctc import CTC, needed
-from fieldguide.train.evaluate import collect
+from fieldguide.objectives.ctc_decoding import align, beam_search, collapse, in_chunks, stitch
+from fieldguide.training.inference_loop import collect
 from test_models import tiny
 
 

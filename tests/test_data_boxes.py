@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from damage import finding
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError
 from fieldguide.data import read
-from fieldguide.data.doctor import BadData
-from fieldguide.errors import DataError
-from fieldguide.request import read_for
-from fieldguide.tasks.object_detection import ObjectDetection
+from fieldguide.data.validation.checks import BadData
+from fieldguide.tasks.vision.object_detection import ObjectDetection
 
 NAMES = ("cat", "dog")
 SIZE = (40, 30)

@@ -9,9 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from fieldguide.data import images
-from fieldguide.data.batches import generator
-from fieldguide.data.prepare.detection import Augment, Letterbox, cut, flip, jitter, letterbox, mosaic, pad, warp
+from fieldguide.data.loader import generator
+from fieldguide.data.media import images
+from fieldguide.data.preprocessing.detection import (
+    Augment,
+    Letterbox,
+    cut,
+    flip,
+    jitter,
+    letterbox,
+    mosaic,
+    pad,
+    warp,
+)
 
 PLAIN = Augment(mosaic=0, scale=0, shift=0, flip=0, hue=0, saturation=0, brightness=0)
 

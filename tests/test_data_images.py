@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from damage import checks, digits, finding, refused, write
-from fieldguide import samples
-from fieldguide.data import images, read
-from fieldguide.errors import DataError
+from fieldguide.core.errors import DataError
+from fieldguide.data import read, samples
+from fieldguide.data.media import images
 from fieldguide.tasks import infer
 
 

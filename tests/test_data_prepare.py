@@ -13,10 +13,10 @@ import torch
 from sklearn.preprocessing import QuantileTransformer
 
 from damage import digits
+from fieldguide.core.errors import DataError
 from fieldguide.data import Column, read, split
-from fieldguide.data.prepare import Labels, Pictures, Standard, TablePreparer, Text, suggest_side
-from fieldguide.data.prepare.text import suggest_length, suggest_size
-from fieldguide.errors import DataError
+from fieldguide.data.preprocessing import Labels, Pictures, Standard, TablePreparer, Text, suggest_side
+from fieldguide.data.preprocessing.tokenizer import suggest_length, suggest_size
 
 
 def learn(table: dict, kinds: dict | None = None):

@@ -7,10 +7,10 @@ import polars as pl
 import pytest
 
 from damage import checks, finding, refused, write
+from fieldguide.core.errors import DataError
 from fieldguide.data import read
-from fieldguide.data.series import layout_of, panel
-from fieldguide.errors import DataError
-from fieldguide.tasks.forecasting import Forecasting
+from fieldguide.data.timeseries.panel import layout_of, panel
+from fieldguide.tasks.timeseries.forecasting import Forecasting
 
 HOURS = [f"2024-03-{1 + h // 24:02d} {h % 24:02d}:00" for h in range(240)]
 

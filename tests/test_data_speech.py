@@ -11,7 +11,8 @@ import pytest
 import torch
 from scipy import signal
 
-from fieldguide.data.prepare.speech import (
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.data.preprocessing.speech import (
     LogMel,
     SpecAugment,
     mel_filters,
@@ -23,8 +24,7 @@ from fieldguide.data.prepare.speech import (
     suggest_hop,
     suggest_rate,
 )
-from fieldguide.data.prepare.transcripts import Transcripts, normal
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.data.preprocessing.transcripts import Transcripts, normal
 
 
 def waves(*lengths: int, seed: int = 0) -> list[np.ndarray]:

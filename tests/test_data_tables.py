@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from damage import checks, finding, lines, refused, write
+from fieldguide.core.errors import DataError
 from fieldguide.data import Column, read
-from fieldguide.errors import DataError
 from fieldguide.tasks import task
 
 

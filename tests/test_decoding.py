@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fieldguide import weights
-from fieldguide.errors import DataError
-from fieldguide.registry import create
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import DataError
+from fieldguide.models.registry import create
 from test_models import tiny
 from tv import transformers
 

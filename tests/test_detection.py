@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import boxes as slow
-from fieldguide.blocks import boxes as fast
-from fieldguide.data.batches import Batches
-from fieldguide.data.prepare.detection import Augment
-from fieldguide.fitting import Silent
-from fieldguide.measures.detection import average_precision
+from fieldguide.automl.fit import Silent
+from fieldguide.core.settings import Settings
+from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing.detection import Augment
+from fieldguide.metrics.detection import average_precision
+from fieldguide.models.layers import boxes as fast
+from fieldguide.models.registry import create, find
 from fieldguide.objectives.detection import Detection, assign, decode, detections, focal_distances, grid
-from fieldguide.registry import create, find
-from fieldguide.train.evaluate import collect
-from fieldguide.train.loop import Trainer
-from fieldguide.train.settings import Settings
+from fieldguide.training.inference_loop import collect
+from fieldguide.training.trainer import Trainer
 
 STRIDES = (8, 16, 32)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide import create
-from fieldguide.data.batches import Batches, mix
-from fieldguide.errors import SettingsError
+from fieldguide.core.errors import SettingsError
+from fieldguide.data.loader import Batches, mix
 from fieldguide.objectives import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
 from fieldguide.objectives.diffusion import PROBES, guided, sample
 from fieldguide.objectives.noise import Noise

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fieldguide.data
-from fieldguide.data.prepare import Pictures
-from fieldguide.errors import RunError, SettingsError
-from fieldguide.fitting import Silent, decide
+from fieldguide.automl.fit import Silent, decide
+from fieldguide.core.errors import RunError, SettingsError
+from fieldguide.data.preprocessing import Pictures
+from fieldguide.models.registry import create
 from fieldguide.objectives import Classification, Distillation
-from fieldguide.registry import create
 
 
 class Fixed(nn.Module):

@@ -17,7 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from fieldguide import FieldguideClassifier, FieldguideRegressor, fitting, open_run
+from fieldguide import FieldguideClassifier, FieldguideRegressor, open_run
+from fieldguide.automl import fit
 from fieldguide.data import read
 
 QUICK = {"steps": 30, "evaluate": 15, "batch": 64, "lr": 0.02}
@@ -150,10 +151,10 @@ def test_same_machinery_as_fit(iris):
     ours = FieldguideClassifier("mlp-s", minutes=0, settings=QUICK).fit(X, y)
     data = read(pl.DataFrame(X, schema=[f"x{i}" for i in range(4)]).with_columns(target=pl.Series(y)), target="target",
                 kinds={**{f"x{i}": "number" for i in range(4)}, "target": "category"})
-    from fieldguide.estimators import parts_of
-    plan = fitting.decide(data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"},
+    from fieldguide.automl.sklearn import parts_of
+    plan = fit.decide(data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"},
                           parts=parts_of(data, 0))
-    fitting.trainer(plan, fitting.Silent()).train()
+    fit.trainer(plan, fit.Silent()).train()
     for mine, theirs in zip(ours.model_.parameters(), plan.objective.model.parameters()):
         np.testing.assert_array_equal(mine.detach().numpy(), theirs.detach().double().numpy())
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fieldguide.errors import SettingsError
-from fieldguide.fitting import fit
+from fieldguide.automl.fit import fit
+from fieldguide.core.errors import SettingsError
 
 LEARN = {"convnextv2-atto": (120, 0.4), "vit-mini": (120, 0.4), "dinov2-mini": (250, 0.8)}       # steps of 32; chance is 0.10
 

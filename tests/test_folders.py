@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fieldguide
-from fieldguide import configurations, pretrained, weights
-from fieldguide.errors import WeightsError
+from fieldguide.checkpoints import config_mapping, load, weights
+from fieldguide.core.errors import WeightsError
 from fieldguide.models.convolutional.mobilenet_v3 import SMALL
-from fieldguide.registry import cards, create, find
+from fieldguide.models.registry import cards, create, find
 from tv import timm, transformers
 
 PLAIN = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -111,10 +111,10 @@ def test_folders_of_transformers_there_and_back(kind, tmp_path):
 def test_what_configurations_leave_unsaid():
     """transformers' own defaults hold."""
     card = cards()["convnext"]
-    written = configurations.outwards(card, card.configs["huggingface"], create("convnext-test").config)
+    written = config_mapping.outwards(card, card.configs["huggingface"], create("convnext-test").config)
     assert written.pop("layer_norm_eps") == 1e-6 and written.pop("drop_path_rate") == 0
-    card, _, table = configurations.identified(written)
-    assert configurations.inwards(card, table, written, "here")["eps"] == transformers.ConvNextConfig().layer_norm_eps == 1e-12
+    card, _, table = config_mapping.identified(written)
+    assert config_mapping.inwards(card, table, written, "here")["eps"] == transformers.ConvNextConfig().layer_norm_eps == 1e-12
 
 
 REFUSED = {                                              # by which they are other networks
@@ -228,7 +228,7 @@ def test_repositories_of_timm(name, size, fields, tmp_path):
     torch.manual_seed(0)
     theirs = settled(timm.create_model(name, num_classes=5))
     folder(theirs, name, tmp_path / "there")
-    found = pretrained.described(tmp_path / "there")
+    found = load.described(tmp_path / "there")
     assert found.card is find(size)[0] and found.offers()["pixels"] == "0.5,0.5,0.5/0.25,0.25,0.25"
     ours, x = fieldguide.load(tmp_path / "there"), torch.randn(2, 3, *(2 * ([224] if "vit" in name else [64])))
     assert {key: getattr(ours.config, key) for key in fields} == fields and ours.config.classes == 5

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from fieldguide import registry
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.dataset import Column
-from fieldguide.data.frequency import DAY, HOUR, MINUTE, infer, season_of, usual_horizon
-from fieldguide.data.prepare.covariates import Covariates
+from fieldguide.data.preprocessing.covariates import Covariates
 from fieldguide.data.splits import split
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.measures import forecasts
+from fieldguide.data.timeseries.frequency import DAY, HOUR, MINUTE, infer, season_of, usual_horizon
+from fieldguide.data.timeseries.windows import CUT, SERIES
+from fieldguide.metrics import forecasts
+from fieldguide.models import registry
 from fieldguide.objectives import Forecast
 from fieldguide.objectives.forecast import pinball, scale_of
-from fieldguide.tasks.forecasting import LEVELS, QUANTILES, Forecasting
-from fieldguide.tasks.windows import CUT, SERIES
-from fieldguide.train.settings import Settings
+from fieldguide.tasks.timeseries.forecasting import LEVELS, QUANTILES, Forecasting
 
 NAN = float("nan")
 

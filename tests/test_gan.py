@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fieldguide import create
-from fieldguide.data.batches import Batches, mix
+from fieldguide.data.loader import Batches, mix
+from fieldguide.models.registry import card
 from fieldguide.objectives import Adversarial
-from fieldguide.registry import card
-from fieldguide.train.ema import Average
-from fieldguide.train.optim import optimizers
+from fieldguide.training.ema import Average
+from fieldguide.training.optim import optimizers
 from test_diffusion import digits
 from test_loop import settled, trainer
 

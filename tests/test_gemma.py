@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fieldguide
-from fieldguide.errors import WeightsError
-from fieldguide.generation import Sampling, generate
+from fieldguide.core.errors import WeightsError
+from fieldguide.models.generation import Sampling, generate
 from fieldguide.models.transformer.gemma2 import capped
 from test_models import tiny
 from test_pretrained import settled

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fieldguide.errors import SettingsError
-from fieldguide.generation import Sampling, beam_search, generate
-from fieldguide.tasks.ngram import NGram
+from fieldguide.core.errors import SettingsError
+from fieldguide.metrics.ngram_baseline import NGram
+from fieldguide.models.generation import Sampling, beam_search, generate
 from test_models import tiny
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0], [0.0, 0.1, 0.2, 0.3, 5.0]])

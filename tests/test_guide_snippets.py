@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import guide
-from fieldguide import weights
+from fieldguide.checkpoints import weights
 from fieldguide.models.adversarial.simple_gan import Discriminator, Generator
 from fieldguide.models.convolutional.simplecnn import SimpleCNN
 from fieldguide.models.feedforward.fnn import FNN

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import fieldguide
-from fieldguide import pretrained, weights
-from fieldguide.errors import SettingsError, WeightsError, WeightsWarning
-from fieldguide.registry import create
+from fieldguide.checkpoints import load, weights
+from fieldguide.core.errors import SettingsError, WeightsError, WeightsWarning
+from fieldguide.models.registry import create
 from test_folders import FOLDERS, PLAIN, settled
 from tv import timm, transformers
 
@@ -80,7 +80,7 @@ def test_files_without_a_head(tmp_path):
     """DINOv2's authors publish such, and timm writes them where nobody asked for classes."""
     model = create("dinov2-small", image=28, gives="vector", depth=1)
     path = weights.save(model, tmp_path / "x.safetensors", "facebook")
-    ours = pretrained.load(path, name="dinov2-small", image=28, depth=1)
+    ours = load.load(path, name="dinov2-small", image=28, depth=1)
     image = torch.randn(1, 3, 28, 28)
     assert ours.config.gives == "vector" and torch.equal(ours(image), model.eval()(image))
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
@@ -94,7 +94,7 @@ def test_files_without_a_head(tmp_path):
 
 
 def test_whole_classifiers_stay_as_they_were(tmp_path):
-    found = pretrained.described(weights.save(create("vit-test"), tmp_path / "x.safetensors", "timm"), "vit-test")
+    found = load.described(weights.save(create("vit-test"), tmp_path / "x.safetensors", "timm"), "vit-test")
     assert found.values.get("gives", "label") == "label"
 
 
@@ -103,7 +103,7 @@ def test_fits_begin_with_a_backbone(kind, tmp_path):
     """Of what a checkpoint is made into for ten classes, all but the head is its own."""
     theirs, _ = made(kind)
     theirs.save_pretrained(tmp_path)
-    begun = pretrained.described(tmp_path)
+    begun = load.described(tmp_path)
     network = begun.card.make(begun.config({"gives": ("label",), "classes": 10, "image": 24, "channels": 2}, {}))
     fresh = weights.load(network, begun.state, begun.origin, head="skip")
     assert fresh == ["head.weight", "head.bias"] and network(torch.randn(2, 2, 24, 24)).shape[-1] == 10
@@ -116,7 +116,7 @@ TEXTS = {                                                # as their published fo
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore::fieldguide.errors.WeightsWarning")          # of their poolers
+@pytest.mark.filterwarnings("ignore::fieldguide.core.errors.WeightsWarning")          # of their poolers
 @pytest.mark.parametrize("name", TEXTS)
 def test_encoders_of_text_without_a_head(name, tmp_path):
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_networks_that_are_not_here_are_named(tmp_path):
 @pytest.mark.parametrize("kind", ["dinov2", "swin"])
 def test_a_whole_fit_from_a_backbone(kind, tmp_path):
     """The head is new, the rest is what the folder says; the run answers, and is a classifier in transformers' words."""
-    from fieldguide.fitting import fit
+    from fieldguide.automl.fit import fit
     name, shape, _ = MODELS[kind]
     cls = getattr(transformers, name)
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from fieldguide.host import keep_memory
+from fieldguide.core.hardware import keep_memory
 if sys.argv[1] == "keep":
     assert keep_memory()
 def used():

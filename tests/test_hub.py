@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import fieldguide
-from fieldguide import hub
-from fieldguide.errors import WeightsError
+from fieldguide.checkpoints import hub
+from fieldguide.core.errors import WeightsError
 from test_pretrained import gpt2
 
 

@@ -62,12 +62,12 @@ MAY = {
     "__main__": {"cli"},
 }
 # Between two layers where only one module of the lower may be used.
-ONLY = {("tasks", "train"): {"fieldguide.train.settings", "fieldguide.train.distributed"},
-        ("train", "data"): {"fieldguide.data.batches"},
-        ("objectives", "data"): {"fieldguide.data.batches"},
-        ("studio", "train"): {"fieldguide.train.checkpoint", "fieldguide.train.settings"},
-        ("measure", "train"): {"fieldguide.train.distributed"},
-        ("pretrained", "train"): {"fieldguide.train.distributed"}}
+ONLY = {("tasks", "train"): {"fieldguide.core.settings", "fieldguide.core.distributed"},
+        ("train", "data"): {"fieldguide.data.loader"},
+        ("objectives", "data"): {"fieldguide.data.loader"},
+        ("studio", "train"): {"fieldguide.training.checkpoint", "fieldguide.core.settings"},
+        ("measure", "train"): {"fieldguide.core.distributed"},
+        ("pretrained", "train"): {"fieldguide.core.distributed"}}
 # Inside a function, where the arrow turns round for one call; each with its reason.
 TURNS = {("models", "pkg"): "fieldguide.models(...) is list_models: the folder and the function share a name"}
 # Oracles, and what only they or a user bring along.
@@ -201,7 +201,7 @@ def test_help_is_light(arguments):
     assert not loaded(f"""
 import sys
 sys.argv = ["fieldguide", *{arguments}]
-from fieldguide.cli import main
+from fieldguide.cli.commands import main
 try:
     main()
 except SystemExit as end:
@@ -210,7 +210,7 @@ except SystemExit as end:
 
 
 def test_samples_are_listed_without_torch():
-    assert "torch" not in loaded("import sys\nsys.argv = ['fieldguide', 'samples']\nfrom fieldguide.cli import main\n"
+    assert "torch" not in loaded("import sys\nsys.argv = ['fieldguide', 'samples']\nfrom fieldguide.cli.commands import main\n"
                                  "try: main()\nexcept SystemExit: pass")
 
 

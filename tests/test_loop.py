@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from fieldguide.automl.fit import Silent, decide
+from fieldguide.core.errors import SettingsError, TrainingError
+from fieldguide.core.settings import Settings, parse
 from fieldguide.data import read
-from fieldguide.data.batches import Batches, generator, in_order, mix, plan, steps_per_epoch
-from fieldguide.errors import SettingsError, TrainingError
-from fieldguide.fitting import Silent, decide
+from fieldguide.data.loader import Batches, generator, in_order, mix, plan, steps_per_epoch
 from fieldguide.objectives import Adversarial, Classification, Objective, Phase, Regression, Supervised
-from fieldguide.train.ema import Average
-from fieldguide.train.loop import Trainer
-from fieldguide.train.optim import Muon, optimizers, orthogonal, schedule
-from fieldguide.train.settings import Settings, parse
+from fieldguide.training.ema import Average
+from fieldguide.training.optim import Muon, optimizers, orthogonal, schedule
+from fieldguide.training.trainer import Trainer
 
 
 def line(count: int = 64) -> Batches:
@@ -170,7 +170,7 @@ class Clock:
 
     def __init__(self, monkeypatch, seconds: float):
         self.now, self.seconds = 0.0, seconds
-        monkeypatch.setattr("fieldguide.train.loop.time", self)
+        monkeypatch.setattr("fieldguide.training.trainer.time", self)
 
     def monotonic(self) -> float:
         return self.now
@@ -210,10 +210,10 @@ def test_every_process_follows_the_first_ones_clock(monkeypatch):
     loop = Trainer(clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), watch=Silent(),
                    most=5000)
     loop.state.step, loop.state.seconds, loop.since = 50, 59.0, (25, 34.0)
-    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (30.0, 300))
+    monkeypatch.setattr("fieldguide.core.distributed.broadcast", lambda value: (30.0, 300))
     assert loop.keep_pace() and loop.settings.steps == 300
     loop.state.step = 75
-    monkeypatch.setattr("fieldguide.train.distributed.broadcast", lambda value: (-1.0, 76))
+    monkeypatch.setattr("fieldguide.core.distributed.broadcast", lambda value: (-1.0, 76))
     assert not loop.keep_pace() and loop.settings.steps == 300
 
 
@@ -347,7 +347,7 @@ def test_batches_hold_similar_lengths():
 
 
 def test_workers_make_the_same_batches():
-    from fieldguide.data.batches import training
+    from fieldguide.data.loader import training
     batches = Batches(40, lambda index, rng: {"x": torch.rand(len(index), generator=rng) + torch.from_numpy(index)})
     alone, helped = ([b["x"] for _, b in training(batches, batch=8, seed=1, start=2, stop=9, workers=w)] for w in (0, 2))
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from encoders import encoder
+from fieldguide.models.registry import create
 from fieldguide.objectives import MaskedWords, Span, TokenLabels
-from fieldguide.objectives.masked import hide
-from fieldguide.registry import create
+from fieldguide.objectives.masked_lm import hide
 from test_models import batch, tiny
 
 MASK, FIRST, VOCAB = 4, 5, 1000

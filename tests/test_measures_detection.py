@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import boxes as slow
-from fieldguide.errors import DataError
-from fieldguide.measures.detection import average_precision
+from fieldguide.core.errors import DataError
+from fieldguide.metrics.detection import average_precision
 
 IOUS = np.arange(0.5, 0.96, 0.05)
 

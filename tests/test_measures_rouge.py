@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from fieldguide.measures.rouge import KINDS, longest, overlap, scores, words
+from fieldguide.metrics.rouge import KINDS, longest, overlap, scores, words
 
 
 def test_by_hand():

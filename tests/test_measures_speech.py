@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from fieldguide.errors import DataError
-from fieldguide.measures import speech
-from fieldguide.measures.speech import cer, compare, edits, wer
+from fieldguide.core.errors import DataError
+from fieldguide.metrics import speech
+from fieldguide.metrics.speech import cer, compare, edits, wer
 
 
 def slow(said: tuple, heard: tuple) -> tuple[int, int, int, int]:

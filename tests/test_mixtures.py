@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cases import huggingface_decoder
-from fieldguide.blocks.routing import unevenness
+from fieldguide.models.layers.moe_balance import unevenness
+from fieldguide.models.registry import create
 from fieldguide.objectives import NextToken, Objective, Phase
-from fieldguide.registry import create
-from fieldguide.train.loop import Step
+from fieldguide.training.trainer import Step
 from test_models import batch, tiny
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from cases import CASES, Case
-from fieldguide import weights
-from fieldguide.card import Card
-from fieldguide.errors import SettingsError
-from fieldguide.registry import cards, create, find, names
-from fieldguide.train.settings import Settings
+from fieldguide.checkpoints import weights
+from fieldguide.core.card import Card
+from fieldguide.core.errors import SettingsError
+from fieldguide.core.settings import Settings
+from fieldguide.models.registry import cards, create, find, names
 
 EVERY = pytest.mark.parametrize("name", list(CASES))
 # What they take ends in a mask of the tokens or items.
@@ -255,10 +255,10 @@ def test_equals_its_peer(name, dtype, training):
 @EVERY
 def test_its_work_is_counted(name):
     """Without numbers, as the advisor does it; at least every matrix of the head once."""
-    from fieldguide import measure
+    from fieldguide.automl import profile
     card = cards()[name]
     config = card.settle(card.tiny)
-    assert measure.multiply_adds(name, config, length=8, side=getattr(config, "image", 33)) > 0
+    assert profile.multiply_adds(name, config, length=8, side=getattr(config, "image", 33)) > 0
 
 
 @EVERY

@@ -12,14 +12,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from damage import finding
+from fieldguide.automl.fit import fit
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
-from fieldguide.data.boxes import OBJECT, box
-from fieldguide.data.doctor import BadData
-from fieldguide.data.outlines import Drawing, filled, run_lengths, shape
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit
-from fieldguide.request import read_for
-from fieldguide.tasks.image_segmentation import ImageSegmentation
+from fieldguide.data.media.boxes import OBJECT, box
+from fieldguide.data.media.masks import Drawing, filled, run_lengths, shape
+from fieldguide.data.validation.checks import BadData
+from fieldguide.tasks.vision.image_segmentation import ImageSegmentation
 
 
 def blob(rng, corners, width, height):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fieldguide import pacing
-from fieldguide.data.batches import Batches
-from fieldguide.fitting import Silent
+from fieldguide.automl import time_budget
+from fieldguide.automl.fit import Silent
+from fieldguide.automl.time_budget import resolve, with_batch
+from fieldguide.core.settings import Settings
+from fieldguide.data.loader import Batches
 from fieldguide.objectives import Regression, Supervised
-from fieldguide.pacing import resolve, with_batch
-from fieldguide.train.settings import Settings
 
 EACH = 1e-3          # seconds that passes take for an example
 
@@ -18,8 +18,8 @@ EACH = 1e-3          # seconds that passes take for an example
 def clock(monkeypatch):
     """Passes take their time in proportion to the rows, on whatever machine."""
     took = lambda batch: EACH * len(batch["x"])
-    monkeypatch.setattr(pacing, "fastest", lambda objective, batch, device, say: ("float32", False, {"float32": took(batch)}))
-    monkeypatch.setattr(pacing, "seconds", lambda objective, batch, *how: took(batch))
+    monkeypatch.setattr(time_budget, "fastest", lambda objective, batch, device, say: ("float32", False, {"float32": took(batch)}))
+    monkeypatch.setattr(time_budget, "seconds", lambda objective, batch, *how: took(batch))
 
 
 def resolved(rows=4096, fewest=8, **settings):
@@ -41,11 +41,11 @@ def test_few_minutes_make_batches_smaller(minutes, batch):
     """Half a minute holds a thousand steps of 16 examples and not of 32."""
     chosen, _, most = resolved(minutes=minutes)
     assert chosen.batch == batch
-    assert (chosen.steps >= min(pacing.ENOUGH, most)) == (batch == 16)
+    assert (chosen.steps >= min(time_budget.ENOUGH, most)) == (batch == 16)
 
 
 def test_batches_are_not_made_smaller_where_the_optimizer_takes_the_time(monkeypatch):
-    monkeypatch.setattr(pacing, "orthogonalising", lambda objective, device: 0.1)
+    monkeypatch.setattr(time_budget, "orthogonalising", lambda objective, device: 0.1)
     chosen, seconds, _ = resolved(minutes=0.1, optimizer="muon")
     assert chosen.batch == 64 and seconds == pytest.approx(0.064 * 1.1 + 0.1, rel=0.1)
     assert resolved(minutes=0.1)[0].batch == 8                       # AdamW makes nothing orthogonal
@@ -57,7 +57,7 @@ def test_more_rows_make_larger_batches():
 
 
 def test_a_time_that_muon_takes_grows_with_the_matrices():
-    few, many = (pacing.orthogonalising(nn.Sequential(*[nn.Linear(256, 256) for _ in range(n)]), torch.device("cpu"))
+    few, many = (time_budget.orthogonalising(nn.Sequential(*[nn.Linear(256, 256) for _ in range(n)]), torch.device("cpu"))
                  for n in (1, 50))
     assert 0 < 5 * few < many
-    assert pacing.orthogonalising(nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4)), torch.device("cpu")) == 0
+    assert time_budget.orthogonalising(nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4)), torch.device("cpu")) == 0

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from cases import huggingface_clip
 from clips import Official
-from fieldguide import weights
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.weights import translate
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.registry import create
 from fieldguide.models.transformer.clip import HUGGINGFACE, OPENAI, OPENCLIP
-from fieldguide.registry import create
-from fieldguide.weights import translate
 from test_models import batch, tiny
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

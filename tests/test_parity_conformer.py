@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cases import conformer_layers
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.checkpoints.weights import translate
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.registry import create
 from fieldguide.models.transformer.conformer import HUGGINGFACE_LAYERS, MaskedBatchNorm, RelativeAttention
-from fieldguide.registry import create
-from fieldguide.weights import translate
 from references import conformer_stem
 from test_models import batch, tiny
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cases import diffusers_unet
-from fieldguide import weights
-from fieldguide.errors import DataError
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import DataError
+from fieldguide.models.registry import create
 from fieldguide.models.transformer.encoder_classifier import TORCH
-from fieldguide.registry import create
 from test_models import batch, tiny
 
 

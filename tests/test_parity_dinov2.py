@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide import weights
-from fieldguide.errors import SettingsError, WeightsError
-from fieldguide.registry import cards, create
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.models.registry import cards, create
 from test_models import tiny
 from test_parity_vit import CLOSE, logits, on_disk, random
 from tv import transformers

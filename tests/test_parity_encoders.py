@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import encoders
 from cases import CASES
 from encoders import configuration, encoder, network
-from fieldguide import pretrained, weights
-from fieldguide.errors import DataError, SettingsError, WeightsError, WeightsWarning
+from fieldguide.checkpoints import load, weights
+from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
+from fieldguide.models.registry import cards, create, names
+from fieldguide.models.transformer._shared.disentangled_attention import by_place
+from fieldguide.models.transformer._shared.text_encoder import GIVES
 from fieldguide.models.transformer.deberta_v2 import bucketed
-from fieldguide.models.transformer.disentangled import by_place
-from fieldguide.models.transformer.text_encoder import GIVES
-from fieldguide.registry import cards, create, names
-from fieldguide.weights import tables, translate
 from test_models import batch, tiny
 from tv import transformers
 
@@ -214,7 +214,7 @@ KINDS = {"bert": ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassifi
 REST = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
-@pytest.mark.filterwarnings("ignore::fieldguide.errors.WeightsWarning")
+@pytest.mark.filterwarnings("ignore::fieldguide.core.errors.WeightsWarning")
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in NAMES for kind in KINDS.get(name, REST)])
 def test_every_file_loads_into_every_head(name, kind, tmp_path):
     """The encoder is always that of the file; a head is, where the file has it, and is named as left fresh otherwise."""
@@ -334,10 +334,10 @@ def test_folders_of_transformers_there_and_back(name, gives, tmp_path):
     config = cards()[name].settle(cards()[name].tiny, gives=gives)
     theirs = network(name, config)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = pretrained.load(tmp_path / "theirs")
+    ours = load.load(tmp_path / "theirs")
     assert type(ours) is cards()[name].model
     assert ours.config == (replace(config, classes=2) if gives == "span" else config)
-    pretrained.save(ours, tmp_path / "ours", "huggingface")
+    load.save(ours, tmp_path / "ours", "huggingface")
     plain = {"add_pooling_layer": False} if gives == "vector" and name in ("bert", "roberta") else {}
     plain |= {"pad_token_id": 0} if name == "modernbert" else {}     # its own is beyond so small a vocabulary
     back = type(theirs).from_pretrained(tmp_path / "ours", **plain)
@@ -354,7 +354,7 @@ def test_xlm_roberta_is_roberta_by_another_name(tmp_path):
                                               if k not in ("model_type", "architectures", "transformers_version")})
     theirs = transformers.XLMRobertaForMaskedLM(config)
     theirs.save_pretrained(tmp_path)
-    assert pretrained.load(tmp_path).config == ours.config
+    assert load.load(tmp_path).config == ours.config
 
 
 def test_attention_of_another_kind_is_refused(tmp_path):
@@ -365,7 +365,7 @@ def test_attention_of_another_kind_is_refused(tmp_path):
         config = cards()[name].settle(cards()[name].tiny, gives="label")
         network(name, config, **changes).save_pretrained(tmp_path / name)
         with pytest.raises(WeightsError, match=words):
-            pretrained.load(tmp_path / name)
+            load.load(tmp_path / name)
 
 
 class Fairseq(nn.Module):

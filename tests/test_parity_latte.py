@@ -10,13 +10,13 @@ from torch import Tensor
 
 import references
 from cases import Equations
-from fieldguide import weights
-from fieldguide.data.batches import Batches
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.weights import translate
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.data.loader import Batches
 from fieldguide.models.diffusion.latte import OFFICIAL, grid, waves
+from fieldguide.models.registry import create
 from fieldguide.objectives import DDIM, Diffusion, Process
-from fieldguide.registry import create
-from fieldguide.weights import translate
 from test_loop import trainer
 from test_models import batch, tiny
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 import fieldguide
 from cases import huggingface_llava, shown
-from fieldguide import weights
-from fieldguide.data.batches import Batches
-from fieldguide.errors import DataError, SettingsError, WeightsError
-from fieldguide.generation import Sampling, generate
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.load import described, save
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.data.loader import Batches
+from fieldguide.models.generation import Sampling, generate
+from fieldguide.models.registry import card, create
 from fieldguide.objectives.language import NextToken
-from fieldguide.pretrained import described, save
-from fieldguide.registry import card, create
 from test_folders import settled
 from test_loop import trainer
 from test_models import tiny
@@ -129,7 +129,7 @@ AUTHORS = {                                              # that of liuhaotian/ll
     ("llava-1.5-7b", AUTHORS, {"vocab": 32_000}), ("llava-1.5-7b", {**AUTHORS, "model_type": "llava"}, {"vocab": 32_000}),
     ("llava-1.5-13b", {**AUTHORS, **LARGE}, {"vocab": 32_000})])
 def test_published_configurations(tmp_path, size, said, changes):
-    from fieldguide.configurations import identified, inwards
+    from fieldguide.checkpoints.config_mapping import identified, inwards
     found, _, table = identified(said)
     assert found is card("llava")
     assert found.config(**inwards(found, table, said, "config.json")) == found.settle(size, **changes)
@@ -139,7 +139,7 @@ def test_published_configurations(tmp_path, size, said, changes):
     ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"), ({"projector_hidden_act": "relu"}, "relu"),
     ({"vision_feature_layer": [-2, -5]}, "not several"), ({"text_config": {"model_type": "mistral"}}, "mistral")])
 def test_other_networks_of_that_name_are_refused(tmp_path, changes, words):
-    from fieldguide.configurations import identified, inwards
+    from fieldguide.checkpoints.config_mapping import identified, inwards
     said = {**PUBLISHED, **changes}
     with pytest.raises(WeightsError, match=words):
         inwards(card("llava"), identified(said)[2], said, "config.json")

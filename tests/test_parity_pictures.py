@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import pictures
-from fieldguide import weights
-from fieldguide.blocks.conv import SameConv2d
-from fieldguide.blocks.drop_path import DropPath, rising
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.convolutional.alexnet_2012 import response_norm
-from fieldguide.registry import cards, create, names
+from fieldguide.models.layers.conv import SameConv2d
+from fieldguide.models.layers.stochastic_depth import DropPath, rising
+from fieldguide.models.registry import cards, create, names
 from tv import timm, torchvision, transformers
 
 SHORT = {"classes": 5}

@@ -8,9 +8,9 @@ from torch import nn
 
 import references
 from cases import tokens
-from fieldguide.blocks.padding import at_least_one, lengths, masked_mean, pick, reverse
-from fieldguide.errors import SettingsError
-from fieldguide.registry import cards, create
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.padding import at_least_one, lengths, masked_mean, pick, reverse
+from fieldguide.models.registry import cards, create
 from references import Equations
 
 STEPS = {"rnn": (references.rnn_step, 1), "lstm": (references.lstm_step, 2), "gru": (references.gru_step, 1)}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fieldguide import weights
-from fieldguide.registry import create
+from fieldguide.checkpoints import weights
+from fieldguide.models.registry import create
 from tv import timm, torchvision, transformers
 
 DEPTHS, CLASSES = (1, 2, 1, 1), 5

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fieldguide import weights
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.registry import create
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.registry import create
 from test_models import batch, tiny
 
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fieldguide
-from fieldguide import weights
-from fieldguide.errors import SettingsError, WeightsError
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.models.registry import cards, create
 from fieldguide.models.transformer.swin import Windows
-from fieldguide.registry import cards, create
 from test_models import tiny
 from test_parity_vit import CLOSE, logits, on_disk, random
 from tv import timm, transformers

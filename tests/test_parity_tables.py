@@ -9,9 +9,9 @@ import torch
 from rtdl_num_embeddings import PiecewiseLinearEmbeddings
 
 import references
-from fieldguide.blocks.table import CategoryEmbedding, OneHot, PiecewiseLinear
-from fieldguide.errors import SettingsError
-from fieldguide.registry import create
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.table import CategoryEmbedding, OneHot, PiecewiseLinear
+from fieldguide.models.registry import create
 
 
 @pytest.mark.filterwarnings("ignore:The .-th feature has just two bin edges:UserWarning")

@@ -7,9 +7,9 @@ import torch
 
 import references
 from cases import equations
-from fieldguide import weights
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.registry import create
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.registry import create
 from tv import smp
 
 

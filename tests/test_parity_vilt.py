@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from cases import huggingface_vilt
-from fieldguide import weights
-from fieldguide.data.batches import Batches
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.weights import translate
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.data.loader import Batches
+from fieldguide.models.registry import card, create
 from fieldguide.models.transformer.vilt import HUGGINGFACE
 from fieldguide.objectives import Classification, Supervised
-from fieldguide.registry import card, create
-from fieldguide.weights import translate
 from test_loop import trainer
 from test_models import batch, tiny
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import fieldguide
-from fieldguide import weights
-from fieldguide.errors import SettingsError, WeightsError
-from fieldguide.registry import cards, create
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.models.registry import cards, create
 from test_models import tiny
 from tv import timm, torchvision, transformers
 

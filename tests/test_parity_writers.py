@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import fieldguide
-from fieldguide import weights
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.generation import beam_search
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.generation import beam_search
+from fieldguide.models.registry import create
 from fieldguide.models.transformer.nllb import Places
 from fieldguide.models.transformer.nllb_moe import Experts
 from fieldguide.models.transformer.t5 import bucketed
-from fieldguide.registry import create
 from test_models import batch, gradients, tiny
 from tv import transformers
 from writers import network, writer

@@ -14,11 +14,11 @@ import torch
 
 import boxes
 from cases import equations
-from fieldguide import weights
-from fieldguide.errors import SettingsError
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import SettingsError
 from fieldguide.models.convolutional.yolov8 import table
+from fieldguide.models.registry import create, find
 from fieldguide.objectives.detection import decode, grid
-from fieldguide.registry import create, find
 from test_models import tiny
 
 

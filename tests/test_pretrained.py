@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fieldguide
-from fieldguide import configurations, recognition, weights
-from fieldguide.blocks.configs import Fixed
-from fieldguide.errors import WeightsError, WeightsWarning
-from fieldguide.registry import cards, create
+from fieldguide.checkpoints import config_mapping, identify, weights
+from fieldguide.core.errors import WeightsError, WeightsWarning
+from fieldguide.models.mapping.config_rules import Fixed
+from fieldguide.models.registry import cards, create
 from tv import timm, torchvision, transformers
 
 
@@ -76,7 +76,7 @@ def test_a_file_is_recognised_by_names_and_shapes(tmp_path):
     for theirs, size in ((torchvision.models.resnet18(num_classes=11), "resnet18"),
                          (timm.create_model("resnet34", num_classes=4), "resnet34")):
         torch.save(settled(theirs).state_dict(), tmp_path / "weights.pth")
-        _, found, *_ = recognition.recognised(theirs.state_dict(), "a file")
+        _, found, *_ = identify.recognised(theirs.state_dict(), "a file")
         assert found == size
         torch.testing.assert_close(fieldguide.load(tmp_path / "weights.pth")(x), theirs(x), rtol=1e-4, atol=1e-4)
 
@@ -172,7 +172,7 @@ def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("name, origin", [(c.name, o) for c in cards().values() for o, table in c.configs.items()
-                                          if table.keys() & set(configurations.WRITTEN)])
+                                          if table.keys() & set(config_mapping.WRITTEN)])
 def test_configurations_there_and_back(name, origin):
     """What is written is recognised and read as the same config; every number that a size may change is in the table."""
     card = cards()[name]
@@ -181,12 +181,12 @@ def test_configurations_there_and_back(name, origin):
         if unsaid := [row for row in card.configs[origin].values() if isinstance(row, Fixed)
                       and getattr(config, row.ours) != row.value]:
             with pytest.raises(WeightsError, match=rf"{unsaid[0].ours}=.* cannot be written so: there, "):
-                configurations.outwards(card, card.configs[origin], config)
+                config_mapping.outwards(card, card.configs[origin], config)
             continue
-        written = json.loads(json.dumps(configurations.outwards(card, card.configs[origin], config)))
-        found, at, table = configurations.identified(written)
+        written = json.loads(json.dumps(config_mapping.outwards(card, card.configs[origin], config)))
+        found, at, table = config_mapping.identified(written)
         assert (found.name, at) == (name, origin)
-        assert card.config(**configurations.inwards(found, table, written, "here")) == config
+        assert card.config(**config_mapping.inwards(found, table, written, "here")) == config
 
 
 def test_export_refuses_what_has_no_table(tmp_path):
@@ -306,8 +306,8 @@ def params(name: str) -> dict:
 def test_params_of_meta_as_published(name):
     """They say no length and no stretch: the size that they describe does."""
     said = params(name)
-    card, origin, table = configurations.identified(said)
-    values = configurations.inwards(card, table, said, "params.json")
+    card, origin, table = config_mapping.identified(said)
+    values = config_mapping.inwards(card, table, said, "params.json")
     wanted = dict(card.sizes[name].overrides)
     got, full = card.config(**values), card.config(**wanted)
     assert (card.name, origin) == ("llama", "meta")
@@ -386,7 +386,7 @@ def test_files_of_llama_cpp(tmp_path):
 
 def test_networks_that_are_about_to_be_filled_draw_no_numbers():
     """Zeros stand for them, which lie within the bounds of a cut normal too: torch draws one again until all do."""
-    with recognition.Unfilled():
+    with identify.Unfilled():
         for draw in (nn.init.normal_, nn.init.uniform_, nn.init.xavier_normal_, nn.init.xavier_uniform_, Tensor.normal_,
                      nn.init.kaiming_normal_, nn.init.kaiming_uniform_, lambda x: nn.init.trunc_normal_(x, std=0.02)):
             assert not draw(torch.full((3, 4), 7.0)).any()

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from fieldguide import cli
-from fieldguide.card import IMAGENET
-from fieldguide.errors import DataError, SettingsError, WeightsError
-from fieldguide.published import Published
-from fieldguide.registry import create
-from fieldguide.zero_shot import prepared
+from fieldguide.cli import commands
+from fieldguide.core.card import IMAGENET
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.inference.pretrained_task import Published
+from fieldguide.inference.zero_shot import prepared
+from fieldguide.models.registry import create
 from test_folders import settled
 from test_text_files import wordpieces
 from tv import timm, transformers
@@ -276,7 +276,7 @@ def test_what_cannot_be_asked(tmp_path):
 
 def test_on_the_command_line(photos, pictures, tmp_path):
     folder = photos[0]
-    run = lambda *words: CliRunner().invoke(cli.app, [*map(str, words)])
+    run = lambda *words: CliRunner().invoke(commands.app, [*map(str, words)])
     want = Published.load(folder).predict(str(pictures))
     done = run("predict", folder, pictures, "--json")
     assert done.exit_code == 0 and [json.loads(line) for line in done.stdout.splitlines()] == want

@@ -11,10 +11,10 @@ from torch import nn
 
 import fieldguide
 from fieldguide import create
-from fieldguide.errors import SettingsError
-from fieldguide.generation import Sampling, generate
-from fieldguide.generation.few import LEAST, MOST, FewRows, quick
-from fieldguide.generation.int8 import FEW, Int8, shrink
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.generation import Sampling, generate
+from fieldguide.models.generation.diffusion_sampling import LEAST, MOST, FewRows, quick
+from fieldguide.models.generation.quantization import FEW, Int8, shrink
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_linear_layers_of_few_rows_are_the_same_in_the_other_order(rows, bias, m
 
 
 def test_answers_written_together_are_those_written_alone(monkeypatch):
-    monkeypatch.setattr("fieldguide.generation.few.LARGE", 1)
+    monkeypatch.setattr("fieldguide.models.generation.diffusion_sampling.LARGE", 1)
     torch.manual_seed(0)
     network = create("gpt2-test", dim=32).eval()
     with torch.no_grad():
@@ -127,8 +127,8 @@ def test_answers_written_together_are_those_written_alone(monkeypatch):
 def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from fieldguide.cli import app
-    from fieldguide.speaker import Speaker
+    from fieldguide.cli.commands import app
+    from fieldguide.inference.text_generation import Speaker
     from test_speaker import bpe
     torch.manual_seed(0)
     tokenizer = bpe()
@@ -138,7 +138,7 @@ def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
     run = lambda weights: CliRunner().invoke(app, [
         "predict", str(tmp_path), "the cat", "--set", f"weights={weights}", "--set", "temperature=0", "--set", "tokens=8"])
     shrunk = []
-    monkeypatch.setattr("fieldguide.speaker.shrink", lambda network: (shrunk.append(network), shrink(network))[1])
+    monkeypatch.setattr("fieldguide.inference.text_generation.shrink", lambda network: (shrunk.append(network), shrink(network))[1])
     for weights in ("float32", "int8"):
         speaker = Speaker.load(tmp_path, eight=weights == "int8")
         assert isinstance(speaker.network.head.weight, Int8) == (weights == "int8")

@@ -77,7 +77,7 @@ def test_links_lead_somewhere():
 def test_options_named_in_the_text_exist():
     from typer.main import get_command
 
-    from fieldguide.cli import app
+    from fieldguide.cli.commands import app
     from test_cli import VERBS
     known = {o for c in get_command(app).commands.values() for p in c.params for o in p.opts} | {"--help"}
     assert known >= {o for options in VERBS.values() for o in options if o.startswith("--")}

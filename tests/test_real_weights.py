@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fieldguide
-from fieldguide import fit, pretrained
-from fieldguide.errors import WeightsWarning
+from fieldguide import fit
+from fieldguide.checkpoints import load
+from fieldguide.core.errors import WeightsWarning
 from tv import transformers
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,7 @@ def meant(folder: Path, texts: list[str]) -> Tensor:
 @torch.no_grad()
 def test_vectors_of_minilm(minilm):
     with pytest.warns(WeightsWarning, match="pooler"):     # a layer that its vectors do without
-        model = pretrained.load(minilm, gives="vector")
+        model = load.load(minilm, gives="vector")
     assert sum(p.numel() for p in model.parameters()) == 22_565_376
     batch = transformers.AutoTokenizer.from_pretrained(minilm)(TEXTS, padding=True, return_tensors="pt")
     expected = meant(minilm, TEXTS)

@@ -17,10 +17,24 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from fieldguide.exhibits import Bars, Exhibit, Gallery, Lines, Matrix, Picture, Quote, Quotes, Scatter, Sound, Sounds, Table
-from fieldguide.studio import charts, modelcard, report
-from fieldguide.studio.charts import el, number
-from fieldguide.studio.report import Section, render
+from fieldguide.core.report_elements import (
+    Bars,
+    Exhibit,
+    Gallery,
+    Lines,
+    Matrix,
+    Picture,
+    Quote,
+    Quotes,
+    Scatter,
+    Sound,
+    Sounds,
+    Table,
+)
+from fieldguide.report import charts, model_card
+from fieldguide.report import render as report
+from fieldguide.report.charts import el, number
+from fieldguide.report.render import Section, render
 
 NAN, INF = math.nan, math.inf
 HOSTILE = """</script></title></style><img src=x onerror=alert(1)>"'&amp;{{ 7*7 }}\x00\ud800\u202e"""
@@ -401,7 +415,7 @@ FRONT = {"license": "apache-2.0", "tags": ["fieldguide", "yes", "a: b #c", 'q"\\
 
 
 def test_card_front_matter_round_trip():
-    text = modelcard.card(title='T: "x"', verdict="v", facts=[], sections=[], front=FRONT)
+    text = model_card.card(title='T: "x"', verdict="v", facts=[], sections=[], front=FRONT)
     start, front, _ = text.split("---\n", 2)
     read = read_yaml(front)
     assert start == "" and read["tags"] == FRONT["tags"] and read["deep"] == FRONT["deep"]
@@ -414,7 +428,7 @@ def test_card_front_matter_round_trip():
 
 def test_card_front_matter_is_what_a_yaml_library_reads():
     yaml = pytest.importorskip("yaml")
-    text = modelcard.card(title='T: "x"', verdict="v", facts=[], sections=[], front=FRONT)
+    text = model_card.card(title='T: "x"', verdict="v", facts=[], sections=[], front=FRONT)
     front = text.split("---\n", 2)[1]
     assert yaml.safe_load(front) == read_yaml(front)
 
@@ -422,7 +436,7 @@ def test_card_front_matter_is_what_a_yaml_library_reads():
 def test_card_tables_and_escapes():
     table = Table("t", "How to read.", header=("class", "F1"),
                   rows=[["a|b\nc", 0.98765], ["`x`", None], ["\\|", 1.0]])
-    text = modelcard.card(title="# a\n---\nb", verdict="<img src=x> [l](http://x.y) *b* a_b _c_",
+    text = model_card.card(title="# a\n---\nb", verdict="<img src=x> [l](http://x.y) *b* a_b _c_",
                           front={"license": "mit"}, facts=[("a", "1. b"), ("c", "- d")],
                           sections=[("Scores", table), ("Use", "```\n*raw*\n```")])
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -433,5 +447,5 @@ def test_card_tables_and_escapes():
     assert text.count("---\n") == 2 and "# \\# a --- b\n" in text and "```\n*raw*\n```" in text
     assert "&lt;img src=x> \\[l\\](http\\://x.y) \\*b\\* a_b \\_c\\_" in text
     assert "- a: 1\\. b" in text and "- c: \\- d" in text
-    empty = modelcard.card(title="t", verdict="v", facts=[], sections=[("s", Table("t"))], front={})
+    empty = model_card.card(title="t", verdict="v", facts=[], sections=[("s", Table("t"))], front={})
     assert "Nothing to show." in empty

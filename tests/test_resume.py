@@ -146,7 +146,7 @@ def test_changes_on_resume_are_shown_or_refused(tmp_path):
 
 
 def test_changed_data_is_refused_on_resume(tmp_path):
-    from fieldguide.samples import path
+    from fieldguide.data.samples import path
     table, run = tmp_path / "wine.csv", tmp_path / "run"
     source = path("wine")
     table.write_bytes((source if source.is_file() else next(source.glob("*.csv"))).read_bytes())

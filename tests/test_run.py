@@ -16,11 +16,11 @@ import pytest
 from safetensors import safe_open
 
 import fieldguide
-from fieldguide import samples
+from fieldguide.core.errors import DataError, RunError, SettingsError, WeightsError
+from fieldguide.core.settings import Settings
+from fieldguide.data import samples
 from fieldguide.data.splits import Splits
-from fieldguide.errors import DataError, RunError, SettingsError, WeightsError
-from fieldguide.run import SCHEMA
-from fieldguide.train.settings import Settings
+from fieldguide.inference.run import SCHEMA
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = ("iris_run", "digits_run", "text_run")
@@ -304,7 +304,7 @@ def test_splits_are_plain_arrays():
 def test_a_verdict_says_where_a_baseline_is_better(iris_run):
     import copy
 
-    from fieldguide.studio.pages import verdict
+    from fieldguide.report.pages import verdict
     record, metric = copy.deepcopy(iris_run.record), iris_run.task.metrics[0]
     record["scores"]["test"]["accuracy"] = 0.5
     record["scores"]["baselines"][1]["scores"]["accuracy"] = 0.6

@@ -10,12 +10,12 @@ from sklearn.datasets import load_diabetes, load_digits, load_wine
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import SGDClassifier
 
-from fieldguide import samples
-from fieldguide.data import images, read, split
-from fieldguide.errors import DataError
-from fieldguide.fitting import fit
-from fieldguide.request import read_for
-from fieldguide.samples.words import EACH
+from fieldguide.automl.fit import fit
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError
+from fieldguide.data import read, samples, split
+from fieldguide.data.media import images
+from fieldguide.data.samples.text import EACH
 
 
 @pytest.mark.parametrize("name", samples.SAMPLES)

@@ -9,10 +9,10 @@ import torch
 from jinja2 import Environment
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fieldguide.errors import DataError, SettingsError, WeightsError
-from fieldguide.generation.chat import ChatTemplate
-from fieldguide.generation.text import cut, pieces
-from fieldguide.speaker import Speaker
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.data.preprocessing.chat_template import ChatTemplate
+from fieldguide.inference.text_generation import Speaker
+from fieldguide.models.generation.stop_strings import cut, pieces
 from test_pretrained import settled
 from tv import transformers
 
@@ -128,8 +128,8 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path, parted, begin, begun):
     """Merges and special tokens in the file, and texts come out as from the tokenizer that was put in; the token that texts
     begin with is written where the file says so, or its kind does."""
     gguf = pytest.importorskip("gguf")
-    from fieldguide.ggml import LLAMA3
-    from fieldguide.ggml import tokenizer as read
+    from fieldguide.core.gguf import LLAMA3
+    from fieldguide.core.gguf import tokenizer as read
     made = bpe()
     made.add_special_tokens(["<s>", "</s>"])
     if parted == "llama-bpe":
@@ -161,7 +161,7 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path, parted, begin, begun):
 def test_from_the_shell(folder, capsys):
     from typer.testing import CliRunner
 
-    from fieldguide.cli import app
+    from fieldguide.cli.commands import app
     run = lambda *words: CliRunner().invoke(app, ["predict", str(folder), *words])
     greedy = ("--set", "temperature=0", "--set", "tokens=12", "--set", "chat=false")
     assert run("the cat", *greedy).stdout.strip("\n") == theirs(folder, "the cat")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from damage import digits, lines, write
+from fieldguide.core.errors import DataError
 from fieldguide.data import read, split
-from fieldguide.errors import DataError
 
 
 def sides(splits, n):

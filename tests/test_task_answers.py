@@ -14,18 +14,19 @@ import torch
 
 import encoders
 from damage import checks, finding, refused
-from fieldguide import fit, pretrained
+from fieldguide import fit
+from fieldguide.checkpoints import load
+from fieldguide.core.errors import DataError
+from fieldguide.core.settings import Settings
 from fieldguide.data import read, split
-from fieldguide.data.prepare import Text
-from fieldguide.errors import DataError
-from fieldguide.measures import answers as measured
-from fieldguide.objectives import Span, masked
-from fieldguide.registry import card, cards, create
-from fieldguide.run import open_run
+from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing.qa_windows import occurrence
+from fieldguide.inference.run import open_run
+from fieldguide.metrics import question_answering as measured
+from fieldguide.models.registry import card, cards, create
+from fieldguide.objectives import Span, masked_lm
 from fieldguide.tasks import infer, task
-from fieldguide.tasks.passages import occurrence
-from fieldguide.tasks.text_windows import Frame, covering, framed, starts, whole_words, widened
-from fieldguide.train.settings import Settings
+from fieldguide.tasks.text.windows import Frame, covering, framed, starts, whole_words, widened
 
 WHO = ["Anna", "Ben", "Clara", "David", "Emma", "Fritz", "Greta", "Hans", "Ida", "Jan"]
 TOWNS = ["Bonn", "Kiel", "Ulm", "Trier", "Jena", "Hof"]
@@ -420,7 +421,7 @@ def test_the_best_answer_over_all_windows(monkeypatch):
     with torch.no_grad():
         found = objective.outputs(batch)
         logits = model(tokens, mask).float()
-        monkeypatch.setattr(masked, "ROWS", 4)
+        monkeypatch.setattr(masked_lm, "ROWS", 4)
         for name, value in objective.outputs(batch).items():
             torch.testing.assert_close(value, found[name])
     for text in range(4):
@@ -497,7 +498,7 @@ def test_learns_to_answer(file, tmp_path):
     assert np.mean([r["answer"] == (w[0]["text"] if w else "") for r, w in zip(records, want, strict=True)]) > 0.75
     report = (run.path / "report.html").read_text()
     assert "By how a question begins" in report and "To answer or not" in report and "F1 by length of the answer" in report
-    pretrained.save(again.model, tmp_path / "hf", "hf")
+    load.save(again.model, tmp_path / "hf", "hf")
     theirs = encoders.transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "hf").eval()
     batch = again.task.batches(again.task.read([file], answered=True), again.card).make(np.arange(8), None)
     with torch.no_grad():

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 
 from damage import finding
-from fieldguide.advisor.ranking import configured
+from fieldguide.automl.advisor import configured
+from fieldguide.automl.fit import fit
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
-from fieldguide.data.doctor import BadData
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit
-from fieldguide.registry import find
-from fieldguide.request import read_for
-from fieldguide.tasks import judges
+from fieldguide.data.validation.checks import BadData
+from fieldguide.metrics import generative
+from fieldguide.models.registry import find
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.image_generation import ImageGeneration, said
+from fieldguide.tasks.vision.image_generation import ImageGeneration, said
 
 LIGHTS, HEIGHTS, SIDES = {"dim": 90, "grey": 160, "bright": 250}, ("top", "middle", "bottom"), ("left", "centre", "right")
 SCENES = list(product(LIGHTS, HEIGHTS, SIDES))
@@ -126,12 +126,12 @@ def test_damaged_captions(tmp_path):
 
 def test_the_judge_of_pairs_is_its_definition():
     torch.manual_seed(0)
-    judge, x, pool = judges.Matcher(1, 40).eval(), torch.randn(100, 1, 8, 8), torch.randint(1, 6, (150, 5))
+    judge, x, pool = generative.Matcher(1, 40).eval(), torch.randn(100, 1, 8, 8), torch.randint(1, 6, (150, 5))
     pool[:, 3:] *= torch.randint(0, 2, (150, 1))
     with torch.no_grad():                                # own captions are some of the best, or hardly any would be picked
         best = (judge.picture(x) @ judge.caption(pool).T).topk(12, 1).indices
     tokens = pool[best[torch.arange(100), torch.randint(12, (100,))]]
-    got, rng = judges.picked(judge, x, tokens, pool), np.random.default_rng(0)
+    got, rng = generative.picked(judge, x, tokens, pool), np.random.default_rng(0)
     distinct = torch.unique(pool, dim=0)
     with torch.no_grad():
         seen, own, rest = judge.picture(x), judge.caption(tokens), judge.caption(distinct)
@@ -151,11 +151,11 @@ def test_a_judge_of_pairs_learns_and_leaves_chance_alone():
     x = torch.stack([torch.from_numpy(np.asarray(picture(SCENES[i % 27], i)).copy()) for i in range(162)])[:, None] / 127.5 - 1
     before = torch.random.get_rng_state()
     with torch.inference_mode():                             # as it is called when a run is tested
-        judge = judges.paired(x[:120], tokens[:120], 20, steps=100)
+        judge = generative.paired(x[:120], tokens[:120], 20, steps=100)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert judges.picked(judge, x[120:], tokens[120:], tokens).mean() > 0.9              # nine captions in all
-    assert judges.picked(judge, x[120:], tokens[120:].roll(1, 0), tokens).mean() < 0.2
-    again = judges.restored(judge.state_dict())
+    assert generative.picked(judge, x[120:], tokens[120:], tokens).mean() > 0.9              # nine captions in all
+    assert generative.picked(judge, x[120:], tokens[120:].roll(1, 0), tokens).mean() < 0.2
+    again = generative.restored(judge.state_dict())
     assert torch.equal(again.caption(tokens), judge.caption(tokens)) and again.vocab == 20
 
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from fieldguide import fit
+from fieldguide.automl.fit import resume
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import resume
+from fieldguide.inference.run import open_run
+from fieldguide.models.registry import card, cards, create
 from fieldguide.objectives import Restored
-from fieldguide.registry import card, cards, create
-from fieldguide.run import open_run
 from fieldguide.tasks import asked_for, task
-from fieldguide.tasks.denoising import SENTINELS
-from fieldguide.train.loop import Interrupted
-from fieldguide.train.settings import Settings
+from fieldguide.tasks.text.denoising import SENTINELS
+from fieldguide.training.trainer import Interrupted
 from test_task_encoders import NOUNS, sentences
 from test_task_encoders import WORDS as WORDS_OF
 from test_task_writers import tokenizer

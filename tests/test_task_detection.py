@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+from fieldguide.automl.fit import fit
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit
-from fieldguide.measures.detection import average_precision, bootstrap
-from fieldguide.registry import card
-from fieldguide.samples import path as sample
+from fieldguide.data.samples import path as sample
+from fieldguide.metrics.detection import average_precision, bootstrap
+from fieldguide.models.registry import card
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.detection_exhibits import exhibits, matched
-from fieldguide.tasks.object_detection import ObjectDetection, spelt
-from fieldguide.train.settings import Settings
+from fieldguide.tasks.vision.detection_report import exhibits, matched
+from fieldguide.tasks.vision.object_detection import ObjectDetection, spelt
 
 
 def folder(root, count=12):
@@ -56,7 +56,7 @@ def test_mosaics_are_made_where_they_are_asked_for(tmp_path):
 def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
     """Training pictures are black within white: the object is white too, so its rectangle tells where its box must be."""
     if not kept:
-        monkeypatch.setattr("fieldguide.tasks.object_detection.SHARE", 0)
+        monkeypatch.setattr("fieldguide.tasks.vision.object_detection.SHARE", 0)
     task, data = learnt(read(folder(tmp_path)), side=64)
     batches = task.batches(data, card("yolov8"), Settings())
     batch = batches.make(np.arange(12), torch.Generator())
@@ -144,7 +144,7 @@ def test_intervals_of_many_pictures_come_from_some(monkeypatch, tmp_path):
     found = {"boxes": boxes + rng.normal(0, 1.5, boxes.shape), "scores": rng.random((count, 2)),
              "labels": np.where(rng.random((count, 2)) < 0.8, truth["labels"], rng.integers(0, 3, (count, 2)))}
     low, high = task.intervals(found, truth)["map"]
-    monkeypatch.setattr("fieldguide.tasks.object_detection.ENOUGH", 60)
+    monkeypatch.setattr("fieldguide.tasks.vision.object_detection.ENOUGH", 60)
     some = task.intervals(found, truth)["map"]
     assert sum(some) == pytest.approx(low + high) and 0.6 < (some[1] - some[0]) / (high - low) < 1.6
 

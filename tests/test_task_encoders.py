@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from fieldguide import fit
+from fieldguide.core.errors import DataError
+from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.errors import DataError
-from fieldguide.registry import card
-from fieldguide.run import open_run
+from fieldguide.inference.run import open_run
+from fieldguide.models.registry import card
 from fieldguide.tasks import asked_for, task
-from fieldguide.train.settings import Settings
 
 WORDS = ["red", "green", "blue", "old", "new", "small"]
 NOUNS = ["house", "tree", "river", "stone"]

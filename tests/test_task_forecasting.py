@@ -10,13 +10,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from fieldguide import open_run, samples
-from fieldguide.data import read
-from fieldguide.data.doctor import BadData
+from fieldguide import open_run
+from fieldguide.automl.fit import fit
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.data import read, samples
 from fieldguide.data.splits import split
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit
-from fieldguide.tasks.forecasting import Forecasting
+from fieldguide.data.validation.checks import BadData
+from fieldguide.tasks.timeseries.forecasting import Forecasting
 from test_data_real import unpack
 
 QUICK = {"precision": "float32", "batch": 64}

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 import damage
+from fieldguide.automl.fit import fit
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import BadData, read, split
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit
-from fieldguide.request import read_for
-from fieldguide.run import open_run
+from fieldguide.inference.run import open_run
 from fieldguide.tasks import infer, task
-from fieldguide.tasks.image_text import ranks
-from fieldguide.tasks.pictured import heated
+from fieldguide.tasks.multimodal.base import heated
+from fieldguide.tasks.multimodal.image_text import ranks
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
 SIDES = ("left", "right")
@@ -55,7 +55,7 @@ def change(table, edits):
 # Scores
 
 def test_ranks_are_counted_one_by_one(monkeypatch):
-    monkeypatch.setattr("fieldguide.tasks.image_text.CHUNK", 3)
+    monkeypatch.setattr("fieldguide.tasks.multimodal.image_text.CHUNK", 3)
     rng = np.random.default_rng(0)
     questions, answers = rng.integers(-2, 3, (8, 3)).astype(float), rng.integers(-2, 3, (6, 3)).astype(float)
     right = np.array([(q, a) for q in range(8) for a in range(6) if a == q % 6 or rng.random() < 0.2])
@@ -97,8 +97,8 @@ def test_equal_pictures_and_captions_are_all_right(tmp_path):
 
 
 def test_equal_captions_have_one_number_in_a_batch(tmp_path):
-    from fieldguide import registry
-    from fieldguide.train.settings import Settings
+    from fieldguide.core.settings import Settings
+    from fieldguide.models import registry
     it, data = learnt(tmp_path, "image-text")
     card = registry.find("clip-test")[0]
     batch = it.batches(data, card, Settings()).make(np.arange(len(data)), None)

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fieldguide.automl.fit import fit
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError
 from fieldguide.data import read
-from fieldguide.data.doctor import BadData
 from fieldguide.data.splits import split
-from fieldguide.errors import DataError
-from fieldguide.fitting import fit
-from fieldguide.objectives.items import NextItem, ranked
-from fieldguide.request import read_for
-from fieldguide.tasks.recommendation import ITEMS, Recommendation
+from fieldguide.data.validation.checks import BadData
+from fieldguide.objectives.next_item import NextItem, ranked
+from fieldguide.tasks.recommendation.recommendation import ITEMS, Recommendation
 from test_models import tiny
 
 

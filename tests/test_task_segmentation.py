@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from fieldguide.automl.fit import fit
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
-from fieldguide.data.doctor import BadData
-from fieldguide.data.prepare.masks import Canvas, codes
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit
+from fieldguide.data.preprocessing.masks import Canvas, codes
+from fieldguide.data.validation.checks import BadData
 from fieldguide.objectives.segmentation import Segmentation, dice, mirrored, room, starts, tiled
-from fieldguide.request import read_for
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.image_segmentation import ImageSegmentation, augmented
+from fieldguide.tasks.vision.image_segmentation import ImageSegmentation, augmented
 from test_models import tiny
 
 
@@ -261,5 +261,5 @@ def test_a_network_learns_to_segment(tmp_path):
 
 
 def sample():
-    from fieldguide import samples
+    from fieldguide.data import samples
     return samples.path("inked")

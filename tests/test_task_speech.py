@@ -13,19 +13,20 @@ import soundfile
 import torch
 
 from damage import checks, finding
-from fieldguide import open_run, samples
-from fieldguide.data import audio, read
+from fieldguide import open_run
+from fieldguide.automl.fit import Silent, decide, fit, trainer
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.report_elements import Sounds
+from fieldguide.core.settings import Settings
+from fieldguide.data import read, samples
 from fieldguide.data.dataset import HASH, RATE, SECONDS
-from fieldguide.data.doctor import BadData
-from fieldguide.data.media import MEDIA
-from fieldguide.data.prepare.transcripts import normal
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.exhibits import Sounds
-from fieldguide.fitting import Silent, decide, fit, trainer
-from fieldguide.request import read_for
-from fieldguide.samples import voice
-from fieldguide.tasks.speech_recognition import SpeechRecognition, batch_of
-from fieldguide.train.settings import Settings
+from fieldguide.data.media import audio
+from fieldguide.data.media.media_types import MEDIA
+from fieldguide.data.preprocessing.transcripts import normal
+from fieldguide.data.samples import voice
+from fieldguide.data.validation.checks import BadData
+from fieldguide.tasks.audio.speech_recognition import SpeechRecognition, batch_of
 
 WORDS = list(voice.WORDS)
 TASK = "automatic-speech-recognition"
@@ -366,7 +367,7 @@ def test_scores_are_those_of_the_corpus(folder):
 
 
 def errors(a, b):
-    from fieldguide.measures.speech import edits
+    from fieldguide.metrics.speech import edits
     return int(edits([b], [a]).errors[0])
 
 

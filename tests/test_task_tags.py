@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from fieldguide import fit
+from fieldguide.core.errors import DataError
+from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.errors import DataError
-from fieldguide.measures.entities import counted, spans
-from fieldguide.registry import card
-from fieldguide.run import open_run
+from fieldguide.inference.run import open_run
+from fieldguide.metrics.entities import counted, spans
+from fieldguide.models.registry import card
 from fieldguide.tasks import infer, task
-from fieldguide.train.settings import Settings
 
 PEOPLE = ["Anna", "Ben", "Clara", "David", "Emma", "Fritz", "Greta", "Hans"]
 TOWNS = ["Bonn", "Kiel", "Ulm", "Trier", "Jena", "Hof"]

@@ -9,15 +9,15 @@ import polars as pl
 import pytest
 
 from fieldguide import open_run
+from fieldguide.automl.fit import fit
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
-from fieldguide.data.doctor import BadData
-from fieldguide.data.prepare import Text
+from fieldguide.data.preprocessing import Text
 from fieldguide.data.splits import split
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit
-from fieldguide.request import read_for
-from fieldguide.tasks.text_generation import PART, TextGeneration, passages
-from fieldguide.tasks.translation import Translation, judges
+from fieldguide.data.validation.checks import BadData
+from fieldguide.tasks.text.text_generation import PART, TextGeneration, passages
+from fieldguide.tasks.text.translation import Translation, judges
 
 STORY = "\n".join(f"Line {i} says that {i * 7 % 13} birds sat on wall {i % 5}, and the {i * 3 % 11}th flew away."
                   for i in range(2500))

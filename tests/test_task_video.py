@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fieldguide.data import read, video
-from fieldguide.data.doctor import BadData
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import fit
-from fieldguide.request import read_for
-from fieldguide.studio.pages import verdict
-from fieldguide.tasks.video_generation import (
+from fieldguide.automl.fit import fit
+from fieldguide.automl.request import read_for
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.data import read
+from fieldguide.data.media import video
+from fieldguide.data.validation.checks import BadData
+from fieldguide.report.pages import verdict
+from fieldguide.tasks.vision.video_generation import (
     VideoGeneration,
     animated,
     around_gap,

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fieldguide import fit, open_run
+from fieldguide.core.errors import SettingsError
 from fieldguide.data import read
-from fieldguide.errors import SettingsError
-from fieldguide.registry import card, create
-from fieldguide.tasks.summarization import Summarization, first_sentences
-from fieldguide.tasks.translation import Translation, framed
+from fieldguide.models.registry import card, create
+from fieldguide.tasks.text.summarization import Summarization, first_sentences
+from fieldguide.tasks.text.translation import Translation, framed
 from writers import network
 
 WORDS = ["a", "cat", "dog", "sees", "katze", "hund", "sieht", "eine"]
@@ -93,7 +93,7 @@ def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
 
 def test_languages_must_be_named(tmp_path):
     path = tokenizer(tmp_path / "tokenizer.json", ("en_XX",), ("</s>",))
-    from fieldguide.data.prepare import Text
+    from fieldguide.data.preprocessing import Text
     with pytest.raises(SettingsError, match=r"it reads en_XX.*task\.target_language"):
         framed(Text.load(path), Translation.options_from({"tokenizer": path}))
     with pytest.raises(SettingsError, match=r"task\.target_language='de_DX' is no token.*de_DE"):

@@ -13,17 +13,17 @@ from PIL import Image
 from sklearn import metrics
 
 import fieldguide
-from fieldguide import registry, samples
-from fieldguide.data import read
-from fieldguide.data.prepare import Standard
+from fieldguide.automl.fit import decide
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.settings import Settings
+from fieldguide.data import read, samples
+from fieldguide.data.preprocessing import Standard
 from fieldguide.data.splits import Splits
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import decide
+from fieldguide.models import registry
 from fieldguide.tasks import infer, task
 from fieldguide.tasks.base import intervals
-from fieldguide.tasks.image_classification import augment
 from fieldguide.tasks.supervised import area, calibration_error, mix_pairs
-from fieldguide.train.settings import Settings
+from fieldguide.tasks.vision.image_classification import augment
 
 QUICK = {"steps": 8, "precision": "float32"}
 
@@ -469,7 +469,7 @@ def test_a_class_that_was_not_in_training_is_refused(iris_run):
 
 def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
     """Large texts and few minutes: every network is too slow for eight passes, and the encoder still leads."""
-    from fieldguide.advisor import advise
+    from fieldguide.automl.advisor import advise
     from fieldguide.tasks import task
     kind = task("text-classification")
     machine = {"device": "cpu", "memory": 24e9, "flops": {"float32": 1.5e11, "bfloat16": 4e10}}
@@ -484,7 +484,7 @@ def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
 
 
 def advice_on_pictures(rows: int, minutes: float = 20):
-    from fieldguide.advisor import advise
+    from fieldguide.automl.advisor import advise
     return advise(facts={"task": "image-classification", "rows": rows, "side": 64, "classes": 10}, minutes=minutes,
                   needs={"classes": 10, "image": 64, "channels": 3}, takes=("image",), gives=("label",),
                   machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e13, "bfloat16": 4e10}})
@@ -492,20 +492,20 @@ def advice_on_pictures(rows: int, minutes: float = 20):
 
 @pytest.mark.parametrize("rows", [200, 100_000])
 def test_who_looks_at_all_networks_chooses_the_same(monkeypatch, rows):
-    from fieldguide import registry
-    from fieldguide.advisor import ranking
+    from fieldguide.automl import advisor
+    from fieldguide.models import registry
     some = [n for n in registry.names(takes="image", gives="label") if (registry.card(n).sizes[n].params or 0) < 6e6]
     monkeypatch.setattr(registry, "names", lambda: some)
     few = advice_on_pictures(rows)
-    monkeypatch.setattr(ranking, "LOOKED_AT", 10 ** 6)
-    monkeypatch.setattr(ranking, "SIZES", 10 ** 6)
+    monkeypatch.setattr(advisor, "LOOKED_AT", 10 ** 6)
+    monkeypatch.setattr(advisor, "SIZES", 10 ** 6)
     every = advice_on_pictures(rows)
     assert len(few.options) < len(every.options) and few.best == every.best
 
 
 def test_larger_networks_for_more_data(monkeypatch):
     """Of one family, where time does not decide."""
-    from fieldguide import registry
+    from fieldguide.models import registry
     monkeypatch.setattr(registry, "names", lambda: ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
     chosen = [advice_on_pictures(rows, 1e6).best.name for rows in (3000, 130_000, 500_000)]
     assert chosen == ["resnet18", "resnet50", "resnet152"]
@@ -513,10 +513,10 @@ def test_larger_networks_for_more_data(monkeypatch):
 
 def test_only_promising_networks_are_made(monkeypatch):
     """Of a hundred sizes that read pictures a few are counted, each architecture is heard, and too slow ones stop their kin."""
-    from fieldguide import measure
-    from fieldguide.advisor import advise
-    made, count = [], measure.multiply_adds
-    monkeypatch.setattr(measure, "multiply_adds", lambda name, config, **k: made.append(name) or count(name, config, **k))
+    from fieldguide.automl import profile
+    from fieldguide.automl.advisor import advise
+    made, count = [], profile.multiply_adds
+    monkeypatch.setattr(profile, "multiply_adds", lambda name, config, **k: made.append(name) or count(name, config, **k))
     advice = advise(facts={"task": "image-classification", "rows": 2000, "side": 32, "classes": 10}, minutes=5,
                     needs={"classes": 10, "image": 32, "channels": 3}, takes=("image",), gives=("label",),
                     machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e11, "bfloat16": 4e10}})

@@ -8,10 +8,10 @@ import signal
 import numpy as np
 import pytest
 
-from fieldguide import samples
-from fieldguide.fitting import Silent, fit, resume
+from fieldguide.automl.fit import Silent, fit, resume
+from fieldguide.data import samples
 from fieldguide.tasks import task
-from fieldguide.train.loop import Interrupted
+from fieldguide.training.trainer import Interrupted
 
 TINY = {"tabular-classification": "mlp-test", "tabular-regression": "mlp-test", "image-classification": "resnet-test",
         "text-classification": "lstm-classifier-test", "text-generation": "gpt2-test", "translation": "transformer-test",

@@ -13,15 +13,16 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from fieldguide import beginning, weights
+from fieldguide.automl import finetune
+from fieldguide.automl.fit import Silent, decide
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.load import Checkpoint
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.data.prepare import Text
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.fitting import Silent, decide
-from fieldguide.pretrained import Checkpoint
-from fieldguide.registry import card, create
-from fieldguide.tasks.text_classification import TextClassification
-from fieldguide.train.settings import Settings
+from fieldguide.data.preprocessing import Text
+from fieldguide.models.registry import card, create
+from fieldguide.tasks.text.text_classification import TextClassification
 from tv import transformers
 
 TEXTS = ["", " ", "the cat sat on the mat", "  The   Cat\tsat\non THE mat.  ", "don't you'll we've", "Ünïcödé naïve café",
@@ -269,9 +270,9 @@ def test_rows_of_networks_that_read_any_are_left_as_they_are():
     """T5's `length` says what it learnt from."""
     begun = Checkpoint(None, card("t5"), None, {}, {})
     learnt = SimpleNamespace(needs=lambda: {"vocab": 30, "length": 900})
-    assert beginning.readable(learnt, None, card("t5").settle(length=512), begun, {"length": 900}, Silent()) is learnt
+    assert finetune.readable(learnt, None, card("t5").settle(length=512), begun, {"length": 900}, Silent()) is learnt
     with pytest.raises(SettingsError, match="900 is more than the 512"):
-        beginning.readable(learnt, None, card("bart").settle(length=512), replace(begun, card=card("bart")), {"length": 900},
+        finetune.readable(learnt, None, card("bart").settle(length=512), replace(begun, card=card("bart")), {"length": 900},
                            Silent())
 
 

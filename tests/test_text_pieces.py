@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fieldguide.data.prepare import Text, text_pieces
-from fieldguide.errors import DataError
+from fieldguide.core.errors import DataError
+from fieldguide.data.preprocessing import Text, sentencepiece
 
 GOLDEN = Path(__file__).parent / "golden" / "pieces"
 SAID = json.loads((GOLDEN / "encoded.json").read_text(encoding="utf-8"))
@@ -33,14 +33,14 @@ def test_pieces_are_those_of_sentencepiece(kind, tmp_path):
         assert text.exactly([one])[0].tolist() == ids, one
         assert text.tokenizer.encode(one).ids == [*before, *ids, *after], one
         assert text.unknown in ids or text.decode(ids) == back, one
-    assert any(text.unknown in ids for _, ids, _ in SAID[kind]) != text_pieces.parsed(GOLDEN / f"{kind}.model").bytes_known
+    assert any(text.unknown in ids for _, ids, _ in SAID[kind]) != sentencepiece.parsed(GOLDEN / f"{kind}.model").bytes_known
 
 
 def test_special_tokens_of_pieces(tmp_path):
     for kind, end, pad, size in (("T5", "</s>", "<pad>", 100), ("DebertaV2", "[SEP]", "[PAD]", 1), ("Llama", "</s>", None, 0),
                                  ("Gemma", "<eos>", "<pad>", 0)):
         (tmp_path / kind).mkdir()
-        text, found = Text.load(folder(tmp_path / kind, kind)), text_pieces.parsed(GOLDEN / f"{kind}.model").pieces
+        text, found = Text.load(folder(tmp_path / kind, kind)), sentencepiece.parsed(GOLDEN / f"{kind}.model").pieces
         assert text.size == len(found) + size
         assert text.end == text.tokenizer.token_to_id(end) and (pad is None or text.pad == text.tokenizer.token_to_id(pad))
         assert [text.tokenizer.id_to_token(i) for i in range(len(found))] == [piece for piece, _, _ in found]

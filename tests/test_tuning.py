@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import fieldguide
-from fieldguide import fitting, pretrained, weights
+from fieldguide.automl import fit as fitting
+from fieldguide.automl.fit import Silent, fit, resume
+from fieldguide.checkpoints import load, weights
+from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.data.batches import Batches
-from fieldguide.errors import SettingsError, WeightsError
-from fieldguide.fitting import Silent, fit, resume
+from fieldguide.data.loader import Batches
+from fieldguide.inference.run import open_run
+from fieldguide.models.registry import create
 from fieldguide.objectives import Classification, Supervised
-from fieldguide.registry import create
-from fieldguide.run import open_run
-from fieldguide.train import tuning
-from fieldguide.train.loop import Interrupted, Trainer
-from fieldguide.train.settings import Settings
+from fieldguide.training import peft
+from fieldguide.training.trainer import Interrupted, Trainer
 from test_tasks_resume import StopAt, log
 from tv import timm, torchvision, transformers
 
@@ -78,7 +79,7 @@ def test_low_rank_is_w_plus_scale_b_a():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 4)).double()
     weight, bias = (p.detach().clone() for p in net.parameters())
-    tuning.prepare(net, settled(tune="lora", lora_rank=2, lora_scale=1.7), [])
+    peft.prepare(net, settled(tune="lora", lora_rank=2, lora_scale=1.7), [])
     low = net[0].parametrizations.weight[0].double()
     assert low.a.shape == (2, 5) and low.b.shape == (4, 2) and not low.b.any() and low.a.any()
     x, target = torch.randn(3, 5).double(), torch.randn(3, 4).double()
@@ -97,7 +98,7 @@ def test_low_rank_is_w_plus_scale_b_a():
 
 def test_low_rank_moves_new_parameters_alone_and_merges(tmp_path):
     model = bert()
-    tuning.prepare(model, settled(tune="lora", lora_rank=2), HEAD)
+    peft.prepare(model, settled(tune="lora", lora_rank=2), HEAD)
     changed = {n.removesuffix(".parametrizations.weight.0.a") for n, _ in model.named_parameters() if n.endswith(".a")}
     assert changed == {"pool", *(f"blocks.{i}.{part}" for i in (0, 1)
                                  for part in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down"))}
@@ -108,7 +109,7 @@ def test_low_rank_moves_new_parameters_alone_and_merges(tmp_path):
     assert moved == {n for n, _ in model.named_parameters() if n.endswith((".0.a", ".0.b"))} | set(HEAD)
     batch = texts().make(np.arange(8), None)
     expected, names = model.eval()(batch["tokens"], batch["mask"]), list(bert().state_dict())
-    tuning.merge(loop.objective)
+    peft.merge(loop.objective)
     assert list(dict(model.named_parameters())) and set(model.state_dict()) == set(names)
     assert all(type(m) in (nn.Linear, type(m)) and not hasattr(m, "parametrizations") for m in model.modules())
     torch.testing.assert_close(model(batch["tokens"], batch["mask"]), expected, rtol=0, atol=1e-6)
@@ -121,7 +122,7 @@ def test_low_rank_moves_new_parameters_alone_and_merges(tmp_path):
 
 def test_embeddings_tied_to_a_layer_keep_out_of_it():
     model = create("llama-test", tied=True)
-    tuning.prepare(model, settled(tune="lora"), [])
+    peft.prepare(model, settled(tune="lora"), [])
     assert not any(name.startswith(("embed.", "head.")) for name, p in model.named_parameters() if p.requires_grad)
     assert model.head.weight is model.embed.weight
 
@@ -152,13 +153,13 @@ def test_every_layer_has_its_rate():
 def test_towers_that_stand_side_by_side_end_equally_high():
     net = create("clip-test", depth=3, text_depth=2)
     named = [f"model.{name}" for name, _ in net.named_parameters()]
-    found, top = tuning.levels(named, tuning.towers(nn.ModuleDict({"model": net})))
-    assert top == 4 and tuning.towers(nn.ModuleDict({"model": net})) == ("model.vision.", "model.text.")
+    found, top = peft.levels(named, peft.towers(nn.ModuleDict({"model": net})))
+    assert top == 4 and peft.towers(nn.ModuleDict({"model": net})) == ("model.vision.", "model.text.")
     assert [found[f"model.vision.blocks.{i}.norm1.weight"] for i in range(3)] == [1, 2, 3]
     assert [found[f"model.text.blocks.{i}.norm1.weight"] for i in range(2)] == [2, 3]
     assert found["model.vision.patch.weight"] == 0 and found["model.text.embed.weight"] == 1
     assert found["model.text.proj.weight"] == found["model.vision.proj.weight"] == found["model.logit_scale"] == top
-    part, top = tuning.levels([name for name in named if "text" in name], ("model.vision.", "model.text."))
+    part, top = peft.levels([name for name in named if "text" in name], ("model.vision.", "model.text."))
     assert top == 3 and part["model.text.blocks.1.norm1.weight"] == 2
 
 
@@ -170,14 +171,14 @@ def test_towers_that_stand_side_by_side_end_equally_high():
     (["model.head.weight", "model.head.bias"], [0, 0], 0),             # alone, as where all else is frozen
 ])
 def test_levels(names, expected, top):
-    found, highest = tuning.levels(names)
+    found, highest = peft.levels(names)
     assert [found[name] for name in names] == expected and highest == top
 
 
 def test_a_lone_head_has_all_of_its_rate_from_the_first_step():
     model = bert()
     settings = settled(tune="frozen", layer_decay=0.5, unfreeze=0.9, lr=0.1)
-    tuning.prepare(model, settings, HEAD)
+    peft.prepare(model, settings, HEAD)
     loop = trainer(model, texts(), settings)
     before = copied(model)
     loop.step(loop.stream())
@@ -207,7 +208,7 @@ def test_layers_learn_from_the_top_down():
 def test_frozen_networks_keep_weights_and_statistics_to_the_bit():
     torch.manual_seed(0)
     model = create("resnet-test", classes=3)
-    tuning.prepare(model, settled(tune="frozen"), HEAD)
+    peft.prepare(model, settled(tune="frozen"), HEAD)
     before = copied(model)
     loop = trainer(model, pictures(), settled(tune="frozen", lr=0.1, weight_decay=0.1))
     loop.train()
@@ -222,7 +223,7 @@ def test_frozen_networks_keep_weights_and_statistics_to_the_bit():
 def test_frozen_networks_drop_nothing_out():
     """Two passes in training differ only by what stands before the new head."""
     model = bert(dropout=0.5)
-    tuning.prepare(model, settled(tune="frozen"), HEAD)
+    peft.prepare(model, settled(tune="frozen"), HEAD)
     loop = trainer(model, texts(), settled(tune="frozen"))
     loop.teach()
     assert model.training and model.last_dropout.training and not model.blocks[0].training
@@ -231,11 +232,11 @@ def test_frozen_networks_drop_nothing_out():
 
 def test_ways_that_cannot_be():
     with pytest.raises(SettingsError, match=r"tune=frozen trains new layers alone.*tune=whole or tune=lora"):
-        tuning.prepare(bert(), settled(tune="frozen"), [])
+        peft.prepare(bert(), settled(tune="frozen"), [])
     with pytest.raises(SettingsError, match=r"tune=lora keeps the weights.*--weights"):
         fit("iris", model="mlp-test", settings={"steps": 2, "tune": "lora"})
     with pytest.raises(SettingsError, match="has no blocks"):
-        tuning.prepare(nn.Sequential(nn.Linear(2, 2)), settled(recompute=True), None)
+        peft.prepare(nn.Sequential(nn.Linear(2, 2)), settled(recompute=True), None)
 
 
 # ------------------------------------------------------------------------------------------------ computed again
@@ -267,7 +268,7 @@ def test_recomputed_blocks_give_equal_gradients_for_less_memory(make, batches):
     plain = make()
     again = make()
     again.load_state_dict(plain.state_dict())
-    tuning.prepare(again, settled(recompute=True), None)
+    peft.prepare(again, settled(recompute=True), None)
     (expected, much, state), (grads, little, seen) = learnt(plain, batches()), learnt(again, batches())
     for a, b in zip(grads, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -279,7 +280,7 @@ def test_recomputed_blocks_give_equal_gradients_for_less_memory(make, batches):
 def test_every_block_is_computed_again(name, blocks):
     """Of readers and writers, of both sides of a network."""
     model = create(f"{name}-test")
-    tuning.prepare(model, settled(recompute=True), None)
+    peft.prepare(model, settled(recompute=True), None)
     assert sum("forward" in vars(m) for m in model.modules()) == blocks
 
 
@@ -326,9 +327,9 @@ class Says(Silent):
 
 def test_a_head_that_a_folder_lacks_is_left_to_chance(folder):
     with pytest.raises(WeightsError, match=r'head="skip"'):
-        pretrained.load(folder, gives="label", classes=3)
+        load.load(folder, gives="label", classes=3)
     with pytest.warns(fieldguide.errors.WeightsWarning, match="heads that this network has not"):
-        model = pretrained.load(folder, gives="label", classes=3, head="skip")
+        model = load.load(folder, gives="label", classes=3, head="skip")
     theirs = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     tokens = torch.randint(5, 14, (2, 6))
     torch.testing.assert_close(model.features(tokens), theirs(tokens).last_hidden_state, rtol=1e-4, atol=1e-5)
@@ -396,9 +397,9 @@ def test_a_size_is_known_by_all_of_its_numbers():
     names = {"minilm-l6": {}, "minilm-l12": {}, "bert-base": {}, "bert-base-cased": {}, "bert-large": {}}
     card = fieldguide.registry.card("bert")
     for name in names:
-        found = pretrained.Checkpoint(None, card, None, {**card.sizes[name].overrides, "gives": "label", "classes": 7}, {})
+        found = load.Checkpoint(None, card, None, {**card.sizes[name].overrides, "gives": "label", "classes": 7}, {})
         assert found.size == name
-    assert pretrained.Checkpoint(None, card, None, {"depth": 5}, {}).size == "bert"
+    assert load.Checkpoint(None, card, None, {"depth": 5}, {}).size == "bert"
 
 
 def test_vectors_of_texts_become_labels_by_their_mean(folder, table, tmp_path):

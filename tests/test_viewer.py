@@ -10,11 +10,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from typer.testing import CliRunner
 
-from fieldguide import cli
-from fieldguide.errors import SettingsError, WeightsError
-from fieldguide.pretrained import save
-from fieldguide.registry import create
-from fieldguide.viewer import Viewer
+from fieldguide.checkpoints.load import save
+from fieldguide.cli import commands
+from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.inference.image_to_text import Viewer
+from fieldguide.models.registry import create
 from test_folders import settled
 from tv import transformers
 
@@ -108,7 +108,7 @@ def test_what_is_asked_for(llava, pictures, tmp_path):
 
 
 def test_on_the_command_line(llava, pictures):
-    run = lambda *words: CliRunner().invoke(cli.app, ["predict", str(llava[0]), str(pictures), *words])
+    run = lambda *words: CliRunner().invoke(commands.app, ["predict", str(llava[0]), str(pictures), *words])
     done = run("--json", "--set", f"prompt={ASKED}", "--set", "tokens=12")
     assert done.exit_code == 0, done.output
     want = Viewer.load(llava[0]).answer(str(pictures), ASKED, tokens=12)

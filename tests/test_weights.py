@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fieldguide import weights
-from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Transposed
-from fieldguide.errors import WeightsError
-from fieldguide.registry import cards, create
+from fieldguide.checkpoints import weights
+from fieldguide.core.errors import WeightsError
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Transposed
+from fieldguide.models.registry import cards, create
 
 TABLE = {
     "wte.weight":                "embed.weight",

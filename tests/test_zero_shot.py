@@ -12,13 +12,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from typer.testing import CliRunner
 
-from fieldguide import cli, weights
-from fieldguide.card import OPENAI
-from fieldguide.errors import DataError, SettingsError, WeightsError
-from fieldguide.fitting import fit
-from fieldguide.pretrained import load
-from fieldguide.registry import create
-from fieldguide.zero_shot import ZeroShot, prepared
+from fieldguide.automl.fit import fit
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.load import load
+from fieldguide.cli import commands
+from fieldguide.core.card import OPENAI
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.inference.zero_shot import ZeroShot, prepared
+from fieldguide.models.registry import create
 from test_folders import settled
 from tv import transformers
 
@@ -126,7 +127,7 @@ def test_several_templates_are_averaged(folder, pictures):
 
 
 def test_texts_are_encoded_once(folder, pictures, monkeypatch):
-    monkeypatch.setattr("fieldguide.zero_shot.BATCH", 1)
+    monkeypatch.setattr("fieldguide.inference.zero_shot.BATCH", 1)
     zero, asked = ZeroShot.load(folder), []
     plain = zero.objective.model.encode_text
     monkeypatch.setattr(zero.objective.model, "encode_text", lambda *x: asked.append(len(x[0])) or plain(*x))
@@ -186,7 +187,7 @@ def test_a_folder_of_classes_is_scored(folder, pictures, tmp_path):
 
 
 def run_cli(*words):
-    done = CliRunner().invoke(cli.app, list(map(str, words)))
+    done = CliRunner().invoke(commands.app, list(map(str, words)))
     return done
 
 
@@ -199,7 +200,7 @@ def test_on_the_command_line(folder, pictures, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     done = run_cli("predict", folder, pictures / "a.png", tmp_path / "bad.png", "--json", "--set", "classes=cat,dog")
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.exit_code == cli.PARTLY and "label" in records[0] and set(records[1]) == {"input", "error"}
+    assert done.exit_code == commands.PARTLY and "label" in records[0] and set(records[1]) == {"input", "error"}
     for label in ("cat", "dog"):
         (tmp_path / "all" / label).mkdir(parents=True)
         shutil.copy(pictures / "a.png", tmp_path / "all" / label)
@@ -222,7 +223,7 @@ def test_what_cannot_be_asked(folder, pictures):
 
 
 def test_other_networks_are_refused(tmp_path):
-    from fieldguide.pretrained import save
+    from fieldguide.checkpoints.load import save
     save(create("vit-test", channels=3), tmp_path / "vit", "hf")
     with pytest.raises(WeightsError, match=r"is vit, which gives label.*vectors of pictures and of texts"):
         ZeroShot.load(tmp_path / "vit")

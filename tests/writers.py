@@ -8,9 +8,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from fieldguide.configurations import outwards
-from fieldguide.registry import card_of
-from fieldguide.weights import tables, translate
+from fieldguide.checkpoints.config_mapping import outwards
+from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.models.registry import card_of
 from tied import Tied
 from tv import transformers
 

@@ -1,3 +1,3 @@
-from fieldguide.cli import main
+from fieldguide.cli.commands import main
 
 main()

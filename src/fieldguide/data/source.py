@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FileEntry, Finding, Kind, Role
-from fieldguide.errors import DataError
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
           "dev": "val", "test": "test", "testing": "test"}

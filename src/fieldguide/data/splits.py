@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import Data
-from fieldguide.data.duplicates import same_inputs
-from fieldguide.errors import DataError
+from fieldguide.data.validation.duplicates import same_inputs
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from fieldguide.objectives.ctc import CTC
 from fieldguide.objectives.detection import Detection
 from fieldguide.objectives.diffusion import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
 from fieldguide.objectives.distillation import Distillation
+from fieldguide.objectives.embedding import Vectors
 from fieldguide.objectives.forecast import Forecast
 from fieldguide.objectives.language import NextToken, Restored
-from fieldguide.objectives.masked import MaskedWords, Span, TokenLabels
+from fieldguide.objectives.masked_lm import MaskedWords, Span, TokenLabels
 from fieldguide.objectives.supervised import Classification, Regression, Supervised
-from fieldguide.objectives.vectors import Vectors
 
 __all__ = ["CTC", "DDIM", "DDPM", "Adversarial", "Classification", "Contrastive", "Detection", "Diffusion", "Distillation",
            "Forecast", "MaskedWords", "MinSNR", "NextToken", "Objective", "Phase", "Process", "Regression",

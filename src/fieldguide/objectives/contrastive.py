@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.errors import SettingsError
+from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 
 SAME = ("text", "picture")        # numbers of a batch that say which examples are right answers for each other

@@ -2,7 +2,7 @@
 
 Graves et al. 2006, "Connectionist Temporal Classification". The loss is the negative logarithm of the probability of all
 alignments that collapse (repeats first, then blanks) to the transcript. How such answers are read is in
-`fieldguide.objectives.alignments`.
+`fieldguide.objectives.ctc_decoding`.
 Shapes: B recordings, S frames of the network's answer, L symbols of a transcript, V symbols with the blank, 0.
 """
 

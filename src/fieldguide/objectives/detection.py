@@ -1,6 +1,6 @@
 """Detection: points of a grid that answer for boxes; which point answers for which is found while training.
 
-For networks that give "boxes" (see `fieldguide.card.GIVES`). Three parts in the loss, all of them weighted by how well
+For networks that give "boxes" (see `fieldguide.core.card.GIVES`). Three parts in the loss, all of them weighted by how well
 a point's answer and its object are aligned: complete IoU of the box, the distribution focal loss of its four
 distances, and binary cross-entropy of every class with that alignment as the wanted probability.
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.boxes import ciou, iou, nms
+from fieldguide.models.layers.boxes import ciou, iou, nms
 from fieldguide.objectives.base import Objective
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fieldguide.errors import SettingsError
+from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 from fieldguide.objectives.noise import Noise
 

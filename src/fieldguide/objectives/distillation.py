@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.errors import SettingsError
+from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.supervised import Classification, Supervised, members
 
 Show = Callable[[dict[str, Tensor]], Sequence[Tensor]]

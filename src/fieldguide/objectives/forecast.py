@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fieldguide.errors import SettingsError
+from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 
 EPSILON = 1e-5         # added to the variance, as in RevIN

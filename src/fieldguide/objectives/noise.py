@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fieldguide.data.batches import generator
+from fieldguide.data.loader import generator
 
 
 class Noise:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.errors import DataError
+from fieldguide.core.errors import DataError
 from fieldguide.objectives.base import Objective
 
 THUMB = 192        # pixels of the map's square copy that a report shows

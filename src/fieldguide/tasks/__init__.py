@@ -6,8 +6,8 @@ import functools
 import importlib
 import pkgutil
 
+from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.data.dataset import Data
-from fieldguide.errors import DataError, SettingsError, nearest
 from fieldguide.tasks.base import Task
 
 
@@ -15,7 +15,7 @@ from fieldguide.tasks.base import Task
 def tasks() -> dict[str, type[Task]]:
     """All tasks by name."""
     found: list[type[Task]] = []
-    for module in pkgutil.iter_modules(__path__, __name__ + "."):
+    for module in pkgutil.walk_packages(__path__, __name__ + "."):
         found += getattr(importlib.import_module(module.name), "TASKS", ())
     return {t.name: t for t in found}
 

@@ -15,16 +15,16 @@ from typing import Any, ClassVar, Self, get_type_hints
 import numpy as np
 import polars as pl
 
-from fieldguide.card import Card
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError, SettingsError, nearest
+from fieldguide.core.report_elements import Exhibit
+from fieldguide.core.settings import Settings, from_text
 from fieldguide.data import read
-from fieldguide.data.batches import Batches
+from fieldguide.data.column_spec import Wants
 from fieldguide.data.dataset import FILE, Column, Data, Manifest, Unread
-from fieldguide.data.prepare import Pictures
-from fieldguide.data.roles import Wants
-from fieldguide.errors import DataError, SettingsError, nearest
-from fieldguide.exhibits import Exhibit
+from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing import Pictures
 from fieldguide.objectives import Objective
-from fieldguide.train.settings import Settings, from_text
 
 Arrays = dict[str, np.ndarray]      # name -> array whose first axis is the example
 

@@ -13,14 +13,14 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
-from fieldguide.card import Card
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError, SettingsError, nearest
+from fieldguide.core.report_elements import Bars, Exhibit, Lines, Matrix, Scatter, Table
+from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Column, Data
-from fieldguide.data.prepare import Labels, Standard
-from fieldguide.errors import DataError, SettingsError, nearest
-from fieldguide.exhibits import Bars, Exhibit, Lines, Matrix, Scatter, Table
+from fieldguide.data.preprocessing import Labels, Standard
 from fieldguide.objectives import Classification, Objective, Regression, Supervised
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
-from fieldguide.train.settings import Settings
 
 LINEAR_ROWS = 20_000          # the linear baseline learns from this many rows at most, and says so
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data import csvtext
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FileEntry, Finding
-from fieldguide.data.images import KNOWN
+from fieldguide.data.media.images import KNOWN
+from fieldguide.data.readers import delimited
 from fieldguide.data.readers.image_folder import places_of
 from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, visible
-from fieldguide.errors import DataError
 
 NAME = "captions"
 UNDERSTANDS = ("pictures with captions: a folder with a .txt of the same name beside each picture, maybe below train, val and "
@@ -69,7 +69,7 @@ def load(source: Path, options: Options) -> Raw:
                 name, content = relative(file, source), file.read_bytes()
                 files.append(FileEntry(name, len(content), sha256(content), rows=0))
                 try:
-                    decoded, more = csvtext.decode(content, name) if content else (b"", [])
+                    decoded, more = delimited.decode(content, name) if content else (b"", [])
                     text = " ".join(decoded.decode().split()) or None
                     odd += [place for one in more for place in one.places]
                 except DataError as error:

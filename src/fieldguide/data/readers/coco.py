@@ -8,10 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fieldguide.data.boxes import Notes, Shot, box, entry, finite, raw
-from fieldguide.data.outlines import run_lengths
+from fieldguide.core.errors import DataError
+from fieldguide.data.media.boxes import Notes, Shot, box, entry, finite, raw
+from fieldguide.data.media.masks import run_lengths
 from fieldguide.data.source import Options, Raw, relative, split_of, visible
-from fieldguide.errors import DataError
 
 NAME = "COCO"
 UNDERSTANDS = ("pictures with boxes or outlines, COCO: instances .json (images, annotations, categories) in a folder "

@@ -8,12 +8,12 @@ from typing import Any
 
 import polars as pl
 
-from fieldguide.data import csvtext
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry
+from fieldguide.data.readers import delimited
 from fieldguide.data.readers.lines import files_in
 from fieldguide.data.readers.table import join
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of
-from fieldguide.errors import DataError
 
 NAME = "conll"
 UNDERSTANDS = "CoNLL columns (.conll, .iob, .bio, ...): a word first, its tag last on each line, blank lines between sentences"
@@ -53,7 +53,7 @@ def load(source: Path, options: Options) -> Raw:
 
 def one(path: Path, root: Path) -> Raw:
     name, content = relative(path, root), path.read_bytes()
-    text, findings = csvtext.decode(content, name)
+    text, findings = delimited.decode(content, name)
     sentences: list[tuple[int, list[str], list[str]]] = []
     words: list[str] = []
     tags: list[str] = []

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data import csvtext
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.readers import delimited
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
-from fieldguide.errors import DataError
 
 NAME = "documents"
 UNDERSTANDS = "plain texts: a .txt or .md file, or a folder of them; files named train, val and test give the splits"
@@ -35,7 +35,7 @@ def load(source: Path, options: Options) -> Raw:
     for path in paths:
         name, content = relative(path, root), path.read_bytes()
         try:
-            decoded, found = csvtext.decode(content, name)
+            decoded, found = delimited.decode(content, name)
             text, problem = decoded.decode(), None if content.strip() else "it is empty"
             findings += found
         except DataError as error:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import Finding
-from fieldguide.data.images import KNOWN
+from fieldguide.data.media.images import KNOWN
 from fieldguide.data.source import IGNORED, SPLITS, Options, Raw, relative, visible
-from fieldguide.errors import DataError
 
 NAME = "pictures"
 UNDERSTANDS = ("pictures: a folder with a folder of pictures for each class, maybe below train, val and "

@@ -7,11 +7,11 @@ from typing import Any
 
 import polars as pl
 
-from fieldguide.data import csvtext
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.readers import delimited
 from fieldguide.data.readers.table import join
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
-from fieldguide.errors import DataError
 
 NAME = "lines"
 UNDERSTANDS = "labelled lines: a text file (.txt, .train, ...) with `class text` on every line"
@@ -58,7 +58,7 @@ def load(source: Path, options: Options) -> Raw:
 def one(path: Path, root: Path) -> Raw:
     name = relative(path, root)
     content = path.read_bytes()
-    text, findings = csvtext.decode(content, name)
+    text, findings = delimited.decode(content, name)
     lines = pl.Series("line", text.decode().split("\n")).str.strip_chars()
     rows = pl.DataFrame({LINE: pl.Series(range(1, lines.len() + 1), dtype=pl.Int64), "line": lines})
     rows = rows.filter(pl.col("line") != "")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import Finding
-from fieldguide.data.images import KNOWN
+from fieldguide.data.media.images import KNOWN
 from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
-from fieldguide.errors import DataError
 
 NAME = "masks"
 UNDERSTANDS = ("pictures with masks: a folder images and a folder masks (or labels, annotations) with files of the same names, "

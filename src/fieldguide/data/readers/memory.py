@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry
 from fieldguide.data.source import Options, Raw, sha256
-from fieldguide.errors import DataError
 
 NAME = "memory"
 UNDERSTANDS = "in Python: a polars or pandas data frame, or a dictionary of arrays"

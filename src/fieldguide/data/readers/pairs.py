@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data import csvtext
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry
+from fieldguide.data.readers import delimited
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
-from fieldguide.errors import DataError
 
 NAME = "pairs"
 UNDERSTANDS = ("parallel texts: a folder with two files of lines for each part, called by language (train.de, train.en, "
@@ -76,7 +76,7 @@ def load(source: Path, options: Options) -> Raw:
             names[code] = relative(pair[code], root)
             if not content.strip():
                 raise DataError(f"{names[code]}: the file is empty.")
-            text, found = csvtext.decode(content, names[code])
+            text, found = delimited.decode(content, names[code])
             findings += found
             columns[code] = text.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
             files.append(FileEntry(names[code], len(content), sha256(content), rows=0))

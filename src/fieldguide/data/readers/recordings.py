@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data import csvtext
-from fieldguide.data.audio import KNOWN, UNREAD
+from fieldguide.core.errors import DataError
+from fieldguide.data.column_spec import plain
+from fieldguide.data.column_types import AUDIO_NAME
 from fieldguide.data.dataset import BOOKKEEPING, FILE, LINE, FileEntry, Finding
-from fieldguide.data.kinds import AUDIO_NAME
-from fieldguide.data.readers import table
+from fieldguide.data.media.audio import KNOWN, UNREAD
+from fieldguide.data.readers import delimited, table
 from fieldguide.data.readers.image_folder import hidden
-from fieldguide.data.roles import plain
 from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256
-from fieldguide.errors import DataError
 
 NAME = "recordings"
 UNDERSTANDS = ("recordings (.wav, .flac, .ogg, .mp3): a folder of them with a table of file names and transcripts, or with "
@@ -84,7 +83,7 @@ def beside(paths: list[Path], root: Path, options: Options) -> Raw:
         if said.is_file():
             content = said.read_bytes()
             try:
-                decoded, found = csvtext.decode(content, name)
+                decoded, found = delimited.decode(content, name)
                 text, findings = decoded.decode().strip(), findings + found
             except DataError as error:
                 damaged.append(f"{name} ({str(error).partition(': ')[2]})")

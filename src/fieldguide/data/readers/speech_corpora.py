@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data import csvtext
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.readers import delimited
 from fieldguide.data.readers.recordings import AUDIO, SAID, SHOWN, SOUNDS, unnamed
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
-from fieldguide.errors import DataError
 
 NAME = "speech corpora"
 UNDERSTANDS = ("speech in the layout of LJ Speech (metadata.csv with id|transcript|normalised transcript, and wavs/) or of "
@@ -134,7 +134,7 @@ def cells(path: Path, root: Path, mark: str) -> tuple[list[tuple[int, list[str]]
     they stand around a whole cell with inner ones doubled."""
     content = path.read_bytes()
     called = relative(path, root)
-    text, findings = csvtext.decode(content, called)
+    text, findings = delimited.decode(content, called)
     lines = [(n, [unquoted(c) for c in line.rstrip("\r").split(mark)])
              for n, line in enumerate(text.decode().split("\n"), 1) if line.strip()]
     if not lines:

@@ -10,11 +10,11 @@ from typing import Any
 
 import polars as pl
 
-from fieldguide.data import csvtext
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.readers import delimited
 from fieldguide.data.readers.table import join
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
-from fieldguide.errors import DataError
 
 NAME = "SQuAD"
 UNDERSTANDS = ("questions on texts, SQuAD: one .json of paragraphs, each with a context and its `qas`, or of records with a "
@@ -57,7 +57,7 @@ def load(source: Path, options: Options) -> Raw:
 def one(path: Path, root: Path, options: Options) -> Raw:
     """A row a question; what stands for its line is its number in the file, from 1."""
     name, content = relative(path, root), path.read_bytes()
-    text, findings = csvtext.decode(content, name)
+    text, findings = delimited.decode(content, name)
     try:
         document = json.loads(text)
     except ValueError as error:

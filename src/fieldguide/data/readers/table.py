@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data import csvtext
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.readers import delimited
 from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, split_of, visible
-from fieldguide.errors import DataError
 
 NAME = "table"
 UNDERSTANDS = ("a table: .csv, .tsv, .parquet or .jsonl; a folder with one such file, or with one for each "
@@ -58,15 +58,15 @@ def one(path: Path, root: Path, options: Options) -> Raw:
     entry = (len(content), sha256(content))
     findings: list[Finding] = []
     if suffix in DELIMITED:
-        text, findings = csvtext.decode(content, name)
+        text, findings = delimited.decode(content, name)
         del content
-        table = csvtext.parse(text, name, header=options.header, names=options.names,
+        table = delimited.parse(text, name, header=options.header, names=options.names,
                               target=options.target)
         rows, findings = table.rows, findings + table.findings
     elif suffix in PARQUET:
         rows = parquet(content, name)
     else:
-        content, findings = csvtext.decode(content, name)
+        content, findings = delimited.decode(content, name)
         rows = json_lines(content, name)
     rows.insert_column(rows.width, pl.repeat(0, rows.height, dtype=pl.Int32, eager=True).alias(FILE))
     return Raw(rows, [FileEntry(name, *entry, rows=rows.height)], root, findings)

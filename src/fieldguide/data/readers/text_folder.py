@@ -8,11 +8,11 @@ from typing import Any
 
 import polars as pl
 
-from fieldguide.data import csvtext
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.readers import delimited
 from fieldguide.data.readers.image_folder import hidden, load_classes, places_of
 from fieldguide.data.source import Options, Raw, relative, sha256
-from fieldguide.errors import DataError
 
 NAME = "texts"
 UNDERSTANDS = "texts: a folder with a folder of .txt files for each class, maybe below train, val and test"
@@ -41,7 +41,7 @@ def load(source: Path, options: Options) -> Raw:
             other.append(path)
         else:
             try:
-                text, findings = csvtext.decode(content, name)
+                text, findings = delimited.decode(content, name)
                 texts[index] = text.decode().strip() or None
                 raw.findings += findings
             except DataError as error:

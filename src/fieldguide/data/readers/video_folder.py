@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fieldguide.data.media.video import FILMS
 from fieldguide.data.readers.image_folder import hidden, load_classes, table
 from fieldguide.data.source import Options, Raw
-from fieldguide.data.video import FILMS
 
 NAME = "films"
 UNDERSTANDS = "films: .mp4, .avi, .mov, .mkv or .webm files in a folder, maybe in one folder for each class"

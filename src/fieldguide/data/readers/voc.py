@@ -11,10 +11,10 @@ from typing import Any
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from fieldguide.data.boxes import Notes, Shot, box, entry, finite, raw
-from fieldguide.data.images import KNOWN
+from fieldguide.core.errors import DataError
+from fieldguide.data.media.boxes import Notes, Shot, box, entry, finite, raw
+from fieldguide.data.media.images import KNOWN
 from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
-from fieldguide.errors import DataError
 
 NAME = "Pascal VOC"
 UNDERSTANDS = ("pictures with boxes, Pascal VOC: a folder with Annotations (an .xml for each picture), JPEGImages and maybe "

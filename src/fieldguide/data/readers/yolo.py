@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from fieldguide.data.boxes import Notes, Shot, box, decoded, entry, finite, raw
-from fieldguide.data.images import KNOWN
+from fieldguide.core.errors import DataError
+from fieldguide.data.media.boxes import Notes, Shot, box, decoded, entry, finite, raw
+from fieldguide.data.media.images import KNOWN
 from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
-from fieldguide.errors import DataError
 
 NAME = "YOLO"
 UNDERSTANDS = ("pictures with boxes or outlines, YOLO: data.yaml with the names of classes, and folders images and labels with "

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
 from fieldguide.models.adversarial.dcgan_discriminator import Discriminator, halvings, reset
 
 __all__ = ["CARD", "Config", "Discriminator", "Generator"]

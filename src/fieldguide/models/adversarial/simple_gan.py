@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
 from fieldguide.models.adversarial.simple_gan_discriminator import Discriminator
 
 __all__ = ["CARD", "Config", "Discriminator", "Generator"]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, SettingsError
 
 NEIGHBOURS, BIAS, ALPHA, BETA = 5, 2.0, 1e-4, 0.75       # n, k, alpha, beta of section 3.3
 

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Is
-from fieldguide.blocks.renaming import Fused, Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.mapping.config_rules import Is
+from fieldguide.models.mapping.key_rules import Fused, Row
 from fieldguide.models.transformer import clip
-from fieldguide.models.transformer.clip_files import openai, openclip
+from fieldguide.models.transformer._shared.clip_checkpoints import openai, openclip
 
 
 @dataclass(frozen=True, kw_only=True)

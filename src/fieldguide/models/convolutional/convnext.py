@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is
-from fieldguide.blocks.conv import check_side
-from fieldguide.blocks.drop_path import DropPath, rising
-from fieldguide.blocks.norm import ChannelNorm
-from fieldguide.blocks.readout import GIVES, architectures, readout
-from fieldguide.blocks.renaming import Reshaped, Row, unprefixed
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.layers.conv import check_side
+from fieldguide.models.layers.norm import ChannelNorm
+from fieldguide.models.layers.stochastic_depth import DropPath, rising
+from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Is
+from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
 
 
 @dataclass(frozen=True, kw_only=True)

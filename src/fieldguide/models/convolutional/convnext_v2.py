@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.drop_path import DropPath
-from fieldguide.blocks.readout import GIVES
-from fieldguide.blocks.renaming import Reshaped, Row, unprefixed
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
 from fieldguide.models.convolutional import convnext
 from fieldguide.models.convolutional.convnext import Config
+from fieldguide.models.layers.classifier_head import GIVES
+from fieldguide.models.layers.stochastic_depth import DropPath
+from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
 
 
 class ResponseNorm(nn.Module):

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Counted, Fixed, Is
-from fieldguide.blocks.conv import PADDINGS, conv_norm
-from fieldguide.blocks.inverted import InvertedResidual, rounded
-from fieldguide.blocks.renaming import Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.conv import PADDINGS, conv_norm
+from fieldguide.models.layers.mbconv import InvertedResidual, rounded
+from fieldguide.models.mapping.config_rules import Counted, Fixed, Is
+from fieldguide.models.mapping.key_rules import Row
 
 # Of B0, table 1: growth inside a block, kernel, width, blocks and stride of each stage; 0: that of `early`.
 STAGES = ((1, 3, 16, 1, 1), (6, 3, 24, 2, 0), (6, 5, 40, 2, 0), (6, 3, 80, 3, 2), (6, 5, 112, 3, 1), (6, 5, 192, 4, 2),

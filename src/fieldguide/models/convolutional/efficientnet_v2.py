@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.conv import PADDINGS, conv_norm
-from fieldguide.blocks.drop_path import DropPath
-from fieldguide.blocks.inverted import InvertedResidual
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.conv import PADDINGS, conv_norm
+from fieldguide.models.layers.mbconv import InvertedResidual
+from fieldguide.models.layers.stochastic_depth import DropPath
 
 FUSED = 3                                                # the first stages, without depthwise convolutions and gates
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
 
 
 @dataclass(frozen=True, kw_only=True)

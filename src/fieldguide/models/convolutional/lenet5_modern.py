@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.conv import conv_norm
-from fieldguide.blocks.inverted import InvertedResidual, rounded
-from fieldguide.blocks.renaming import Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.conv import conv_norm
+from fieldguide.models.layers.mbconv import InvertedResidual, rounded
+from fieldguide.models.mapping.key_rules import Row
 
 # Table 2: growth inside a block, width, blocks and stride of each stage; 0: the next of `early`.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 0), (6, 32, 3, 0), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

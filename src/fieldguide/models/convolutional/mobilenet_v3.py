@@ -17,11 +17,11 @@ from itertools import groupby
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.conv import PADDINGS, conv_norm
-from fieldguide.blocks.inverted import InvertedResidual, rounded
-from fieldguide.blocks.renaming import Reshaped, Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.conv import PADDINGS, conv_norm
+from fieldguide.models.layers.mbconv import InvertedResidual, rounded
+from fieldguide.models.mapping.key_rules import Reshaped, Row
 
 # Tables 1 and 2: kernel, width inside, width, gate, hard-swish, stride; 0: the next one of `early`.
 LARGE = (

@@ -20,11 +20,11 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Counted, Derived, Fixed, Is
-from fieldguide.blocks.readout import GIVES, architectures, readout
-from fieldguide.blocks.renaming import unprefixed
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.mapping.config_rules import Counted, Derived, Fixed, Is
+from fieldguide.models.mapping.key_rules import unprefixed
 
 
 @dataclass(frozen=True, kw_only=True)

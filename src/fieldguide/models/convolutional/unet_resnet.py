@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
 from fieldguide.models.convolutional import resnet
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.conv import check_side
-from fieldguide.blocks.renaming import Reshaped, Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.conv import check_side
+from fieldguide.models.mapping.key_rules import Reshaped, Row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.renaming import Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.mapping.key_rules import Row
 
 
 @dataclass(frozen=True, kw_only=True)

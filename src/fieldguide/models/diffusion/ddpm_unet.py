@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Absent, Derived, Fixed, Is
-from fieldguide.blocks.renaming import Fused, Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, WeightsError
-from fieldguide.models.diffusion.caption import Caption
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, WeightsError
+from fieldguide.models.diffusion._shared.caption_encoder import Caption
+from fieldguide.models.mapping.config_rules import Absent, Derived, Fixed, Is
+from fieldguide.models.mapping.key_rules import Fused, Row
 
 
 @dataclass(frozen=True, kw_only=True)

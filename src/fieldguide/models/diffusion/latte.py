@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.renaming import Dropped, Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.mapping.key_rules import Dropped, Row
 
 WAVES = 256       # sines and cosines that a time is read as
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fieldguide.blocks.table import CategoryEmbedding
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.table import CategoryEmbedding
 
 
 @dataclass(frozen=True, kw_only=True)

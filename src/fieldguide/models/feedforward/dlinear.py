@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)

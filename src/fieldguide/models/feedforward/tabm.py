@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.table import CategoryEmbedding, OneHot, PiecewiseLinear
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.table import CategoryEmbedding, OneHot, PiecewiseLinear
 
 
 @dataclass(frozen=True, kw_only=True)

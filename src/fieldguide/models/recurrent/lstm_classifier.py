@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from fieldguide.blocks.padding import lengths, pick
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.padding import lengths, pick
 
 
 @dataclass(frozen=True, kw_only=True)

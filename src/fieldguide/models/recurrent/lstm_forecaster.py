@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.recurrent import Recurrent
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError
+from fieldguide.models.layers.recurrent import Recurrent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from fieldguide.card import Card, Size
-from fieldguide.models.recurrent.reader import Config, Reader
+from fieldguide.core.card import Card, Size
+from fieldguide.models.recurrent._shared.text_encoder import Config, Reader
 
 
 class RNN(Reader):

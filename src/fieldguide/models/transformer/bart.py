@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.cache import Cache, causal, positions
-from fieldguide.blocks.causal import CausalAttention
-from fieldguide.blocks.configs import ConfigRow, Derived, Is
-from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Row, Zeros
-from fieldguide.card import Card, Size
-from fieldguide.models.transformer.encoder_decoder import CrossAttention, EncoderDecoder, FeedForward, Memory
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.causal import CausalAttention
+from fieldguide.models.layers.kv_cache import Cache, causal, positions
+from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Is
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row, Zeros
+from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention, EncoderDecoder, FeedForward, Memory
 
 OFFSET = 2        # rows of the places' tables that nothing reads: in the authors' code places count from the padding's number
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.configs import Derived, Fixed, Is, Known
-from fieldguide.blocks.padding import at_least_one
-from fieldguide.blocks.renaming import Dropped, Fused, Row
-from fieldguide.card import Card, Size
-from fieldguide.models.transformer.text_encoder import GIVES, PostNorm, TextEncoder
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.padding import at_least_one
+from fieldguide.models.mapping.config_rules import Derived, Fixed, Is, Known
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
+from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, TextEncoder
 
 EPS = 1e-12       # of the normalisations
 

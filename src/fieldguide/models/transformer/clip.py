@@ -21,15 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.causal import CausalAttention
-from fieldguide.blocks.padding import lengths, pick
-from fieldguide.blocks.patches import spread
-from fieldguide.blocks.rollout import rollout, weights
-from fieldguide.card import OPENAI as SCALE
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError
-from fieldguide.models.transformer.clip_files import CONFIG, HUGGINGFACE, OPENAI, OPENCLIP, OPENCLIP_CONFIG
+from fieldguide.core.card import OPENAI as SCALE
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.attention_rollout import rollout, weights
+from fieldguide.models.layers.causal import CausalAttention
+from fieldguide.models.layers.padding import lengths, pick
+from fieldguide.models.layers.patches import spread
+from fieldguide.models.transformer._shared.clip_checkpoints import (
+    CONFIG,
+    HUGGINGFACE,
+    OPENAI,
+    OPENCLIP,
+    OPENCLIP_CONFIG,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

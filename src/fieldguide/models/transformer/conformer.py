@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.padding import at_least_one
-from fieldguide.blocks.renaming import Fused
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.layers.padding import at_least_one
+from fieldguide.models.mapping.key_rules import Fused
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Absent, Derived, Is
-from fieldguide.blocks.padding import at_least_one
-from fieldguide.blocks.renaming import Dropped, Fused, Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.padding import at_least_one
+from fieldguide.models.mapping.config_rules import Absent, Derived, Is
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
+from fieldguide.models.transformer._shared.disentangled_attention import Distances, attend, heads_of
+from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
 from fieldguide.models.transformer.deberta import heads, read_far, read_scores
-from fieldguide.models.transformer.disentangled import Distances, attend, heads_of
-from fieldguide.models.transformer.text_encoder import GIVES, PostNorm, TextEncoder
 
 EPS = 1e-7        # of the normalisations
 

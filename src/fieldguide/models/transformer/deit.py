@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.patches import patch_for
-from fieldguide.blocks.readout import GIVES, architectures, readout
-from fieldguide.blocks.renaming import Fused, Row
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.layers.patches import patch_for
+from fieldguide.models.mapping.key_rules import Fused, Row
 from fieldguide.models.transformer import vit
 
 

@@ -22,15 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.configs import Absent, Counted, Derived, Fixed, Is
-from fieldguide.blocks.drop_path import DropPath
-from fieldguide.blocks.mlp import Mlp
-from fieldguide.blocks.patches import Patches, patch_for, spread
-from fieldguide.blocks.readout import GIVES, readout
-from fieldguide.blocks.renaming import Fused, Reshaped, Row, Zeros
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError, WeightsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.classifier_head import GIVES, readout
+from fieldguide.models.layers.mlp import Mlp
+from fieldguide.models.layers.patches import Patches, patch_for, spread
+from fieldguide.models.layers.stochastic_depth import DropPath
+from fieldguide.models.mapping.config_rules import Absent, Counted, Derived, Fixed, Is
+from fieldguide.models.mapping.key_rules import Fused, Reshaped, Row, Zeros
 
 EPS = 1e-6       # of the normalisations
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.mlp import Mlp
-from fieldguide.blocks.padding import at_least_one, masked_mean
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.mlp import Mlp
+from fieldguide.models.layers.padding import at_least_one, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)

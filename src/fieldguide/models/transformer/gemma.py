@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.cache import Cache, causal, positions
-from fieldguide.blocks.configs import Derived, Is
-from fieldguide.blocks.grouped import GatedMlp, GroupedAttention, Turn, turns
-from fieldguide.card import Card, Size
-from fieldguide.errors import WeightsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import WeightsError
+from fieldguide.models.layers.gqa import GatedMlp, GroupedAttention, Turn, turns
+from fieldguide.models.layers.kv_cache import Cache, causal, positions
+from fieldguide.models.mapping.config_rules import Derived, Is
 from fieldguide.models.transformer import llama
 from fieldguide.models.transformer.gemma3 import Norm
 

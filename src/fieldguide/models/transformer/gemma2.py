@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fieldguide.blocks.cache import Cache, causal
-from fieldguide.blocks.configs import Derived, Is
-from fieldguide.blocks.grouped import GroupedAttention, Turn
-from fieldguide.card import Card, Size
-from fieldguide.errors import WeightsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import WeightsError
+from fieldguide.models.layers.gqa import GroupedAttention, Turn
+from fieldguide.models.layers.kv_cache import Cache, causal
+from fieldguide.models.mapping.config_rules import Derived, Is
 from fieldguide.models.transformer import gemma, gemma3, llama
 from fieldguide.models.transformer.gemma3 import Norm
 

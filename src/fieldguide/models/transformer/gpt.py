@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.cache import Cache
-from fieldguide.blocks.configs import Is
-from fieldguide.blocks.renaming import Dropped, Transposed
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.kv_cache import Cache
+from fieldguide.models.mapping.config_rules import Is
+from fieldguide.models.mapping.key_rules import Dropped, Transposed
 from fieldguide.models.transformer import gpt2
 
 

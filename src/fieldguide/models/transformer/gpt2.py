@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.cache import Cache, causal, positions
-from fieldguide.blocks.causal import CausalAttention
-from fieldguide.blocks.configs import Is
-from fieldguide.blocks.renaming import Dropped, Transposed
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError
+from fieldguide.models.layers.causal import CausalAttention
+from fieldguide.models.layers.kv_cache import Cache, causal, positions
+from fieldguide.models.mapping.config_rules import Is
+from fieldguide.models.mapping.key_rules import Dropped, Transposed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.cache import Cache, causal, positions
-from fieldguide.blocks.configs import Absent, Derived, Is
-from fieldguide.blocks.grouped import GatedMlp, GroupedAttention, Turn, turns
-from fieldguide.blocks.norm import RMSNorm
-from fieldguide.blocks.renaming import Dropped, Fused, Paired, Row
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError, WeightsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.models.layers.gqa import GatedMlp, GroupedAttention, Turn, turns
+from fieldguide.models.layers.kv_cache import Cache, causal, positions
+from fieldguide.models.layers.norm import RMSNorm
+from fieldguide.models.mapping.config_rules import Absent, Derived, Is
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Paired, Row
 
 
 @dataclass(frozen=True, kw_only=True)

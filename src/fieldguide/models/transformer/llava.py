@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.cache import Cache
-from fieldguide.blocks.configs import Absent, ConfigRow, Derived, Fixed, Is, Known
-from fieldguide.blocks.renaming import Dropped, Fused, Row
-from fieldguide.card import OPENAI as SCALE
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError, WeightsError
-from fieldguide.models.transformer import clip, clip_files, llama
+from fieldguide.core.card import OPENAI as SCALE
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.models.layers.kv_cache import Cache
+from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Derived, Fixed, Is, Known
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
+from fieldguide.models.transformer import clip, llama
+from fieldguide.models.transformer._shared import clip_checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class LLaVA(nn.Module):
         return self.language.head(self.features(image, tokens, mask))
 
     def seeing(self, image: Tensor) -> Seeing:
-        """The network before these pictures, B C S S: what `fieldguide.generation.generate` makes go on from B prompts."""
+        """The network before these pictures, B C S S: what `fieldguide.models.generation.generate` makes go on from B prompts."""
         return Seeing(self, image)
 
 
@@ -167,7 +168,7 @@ def moved(row: Row, part: str) -> Row:
 def named(tower: str, words: str, head: str, bridge: tuple[str, str]) -> dict[str, Row]:
     """Public names: what stands before those of CLIP's tower and of LLaMA's body; the head; the two layers between."""
     names: dict[str, Row] = {
-        tower + key.removeprefix("vision_model."): moved(row, "") for key, row in clip_files.HUGGINGFACE.items()
+        tower + key.removeprefix("vision_model."): moved(row, "") for key, row in clip_checkpoints.HUGGINGFACE.items()
         if key.startswith("vision_model.")}
     names |= {words + key.removeprefix("model."): moved(row, "language.") for key, row in llama.HUGGINGFACE.items()
               if key.startswith("model.")}
@@ -213,11 +214,11 @@ CONFIG: dict[str, ConfigRow] = {                         # of transformers
     "vision_feature_select_strategy": Is("default"),
     "vision_feature_layer": Derived(layer, lambda c: -1 - c.above),
     "tie_word_embeddings": Is(False),
-    **clip_files.tower("vision", "seen_dim", "seen_depth", "seen_heads"),
+    **clip_checkpoints.tower("vision", "seen_dim", "seen_depth", "seen_heads"),
     "vision_config.num_channels": "channels",
     "vision_config.image_size": "image",
     "vision_config.patch_size": "patch",
-    "vision_config.hidden_act": Known("quick", clip_files.ACTS),
+    "vision_config.hidden_act": Known("quick", clip_checkpoints.ACTS),
     "text_config.model_type": Is("llama"),
     **{f"text_config.{key}": inside(row) for key, row in LANGUAGE.items()},
 }

@@ -17,11 +17,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.causal import CausalAttention
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.causal import CausalAttention
 from fieldguide.models.transformer import bart
-from fieldguide.models.transformer.encoder_decoder import CrossAttention, FeedForward, Memory
+from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention, FeedForward, Memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fieldguide.blocks.cache import Cache
-from fieldguide.blocks.configs import Absent, Is
-from fieldguide.blocks.grouped import GatedMlp
-from fieldguide.blocks.renaming import Fused, Row
-from fieldguide.blocks.routing import unevenness
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.gqa import GatedMlp
+from fieldguide.models.layers.kv_cache import Cache
+from fieldguide.models.layers.moe_balance import unevenness
+from fieldguide.models.mapping.config_rules import Absent, Is
+from fieldguide.models.mapping.key_rules import Fused, Row
 from fieldguide.models.transformer import llama
 
 

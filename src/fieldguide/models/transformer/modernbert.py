@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Absent, Is
-from fieldguide.blocks.padding import at_least_one
-from fieldguide.blocks.renaming import Row
-from fieldguide.blocks.rope import angles, rotate
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.padding import at_least_one
+from fieldguide.models.layers.rope import angles, rotate
+from fieldguide.models.mapping.config_rules import Absent, Is
+from fieldguide.models.mapping.key_rules import Row
+from fieldguide.models.transformer._shared.text_encoder import GIVES, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures
-from fieldguide.models.transformer.text_encoder import GIVES, TextEncoder
 
 EPS = 1e-5        # of the normalisations
 

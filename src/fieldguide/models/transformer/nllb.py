@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.renaming import Dropped, Row
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
+from fieldguide.models.mapping.key_rules import Dropped, Row
 from fieldguide.models.transformer import bart
-from fieldguide.models.transformer.encoder_decoder import FeedForward
+from fieldguide.models.transformer._shared.encoder_decoder import FeedForward
 from fieldguide.models.transformer.mbart import MBart
 
 

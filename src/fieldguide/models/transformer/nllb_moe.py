@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Absent, Derived, Is
-from fieldguide.blocks.renaming import Row
-from fieldguide.blocks.routing import unevenness
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.moe_balance import unevenness
+from fieldguide.models.mapping.config_rules import Absent, Derived, Is
+from fieldguide.models.mapping.key_rules import Row
 from fieldguide.models.transformer import bart, nllb
-from fieldguide.models.transformer.encoder_decoder import FeedForward
+from fieldguide.models.transformer._shared.encoder_decoder import FeedForward
 
 
 @dataclass(frozen=True, kw_only=True)

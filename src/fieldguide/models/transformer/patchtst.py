@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.renaming import Dropped, Fused
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.mapping.key_rules import Dropped, Fused
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fieldguide.blocks.configs import Is
-from fieldguide.blocks.grouped import GroupedAttention
-from fieldguide.blocks.norm import RMSNorm
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.gqa import GroupedAttention
+from fieldguide.models.layers.norm import RMSNorm
+from fieldguide.models.mapping.config_rules import Is
 from fieldguide.models.transformer import llama
 
 

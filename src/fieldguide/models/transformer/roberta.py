@@ -18,13 +18,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.configs import ConfigRow, Derived, Fixed, Is
-from fieldguide.blocks.padding import at_least_one
-from fieldguide.blocks.renaming import Dropped, Fused, Row, Zeros
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.padding import at_least_one
+from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Fixed, Is
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, Zeros
+from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
-from fieldguide.models.transformer.text_encoder import GIVES, PostNorm, TextEncoder
 
 EPS = 1e-5        # of the normalisations
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.cache import causal
-from fieldguide.card import Card, Size
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.layers.kv_cache import causal
 
 
 @dataclass(frozen=True, kw_only=True)

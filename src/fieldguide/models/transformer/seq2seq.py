@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.cache import Cache, causal, positions
-from fieldguide.blocks.causal import CausalAttention
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.causal import CausalAttention
+from fieldguide.models.layers.kv_cache import Cache, causal, positions
+from fieldguide.models.transformer._shared.encoder_decoder import EncoderDecoder, FeedForward, Memory
 from fieldguide.models.transformer.encoder_classifier import sinusoids
-from fieldguide.models.transformer.encoder_decoder import EncoderDecoder, FeedForward, Memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.configs import Absent, Counted, Is
-from fieldguide.blocks.drop_path import DropPath, rising
-from fieldguide.blocks.mlp import Mlp
-from fieldguide.blocks.patches import Patches
-from fieldguide.blocks.readout import GIVES, architectures, readout
-from fieldguide.blocks.renaming import Dropped, Fused, Row, unprefixed
-from fieldguide.card import Card, Size
-from fieldguide.errors import SettingsError
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.layers.mlp import Mlp
+from fieldguide.models.layers.patches import Patches
+from fieldguide.models.layers.stochastic_depth import DropPath, rising
+from fieldguide.models.mapping.config_rules import Absent, Counted, Is
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, unprefixed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.cache import Cache, causal
-from fieldguide.blocks.configs import Absent, Derived, Is, Known
-from fieldguide.blocks.norm import RMSNorm
-from fieldguide.blocks.renaming import Dropped, Fused, Row
-from fieldguide.card import Card, Size
-from fieldguide.models.transformer.encoder_decoder import CrossAttention, EncoderDecoder, FeedForward, Memory
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.kv_cache import Cache, causal
+from fieldguide.models.layers.norm import RMSNorm
+from fieldguide.models.mapping.config_rules import Absent, Derived, Is, Known
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
+from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention, EncoderDecoder, FeedForward, Memory
 
 
 @dataclass(frozen=True, kw_only=True)

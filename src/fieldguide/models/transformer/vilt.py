@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.configs import Counted, Is
-from fieldguide.blocks.mlp import Mlp
-from fieldguide.blocks.renaming import Dropped, Fused
-from fieldguide.blocks.rollout import rollout, weights
-from fieldguide.card import HALF, Card, Size
-from fieldguide.errors import DataError, SettingsError
+from fieldguide.core.card import HALF, Card, Size
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.attention_rollout import rollout, weights
+from fieldguide.models.layers.mlp import Mlp
+from fieldguide.models.mapping.config_rules import Counted, Is
+from fieldguide.models.mapping.key_rules import Dropped, Fused
 
 EPS = 1e-12       # of the normalisations, as in BERT
 

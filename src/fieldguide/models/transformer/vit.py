@@ -19,14 +19,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fieldguide.blocks.attention import Attention
-from fieldguide.blocks.configs import Absent, ConfigRow, Counted, Is, Known
-from fieldguide.blocks.drop_path import DropPath, rising
-from fieldguide.blocks.mlp import Mlp
-from fieldguide.blocks.patches import Patches, patch_for, spread
-from fieldguide.blocks.readout import GIVES, architectures, readout
-from fieldguide.blocks.renaming import Dropped, Fused, Reshaped, Row
-from fieldguide.card import Card, Size
+from fieldguide.core.card import Card, Size
+from fieldguide.models.layers.attention import Attention
+from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.layers.mlp import Mlp
+from fieldguide.models.layers.patches import Patches, patch_for, spread
+from fieldguide.models.layers.stochastic_depth import DropPath, rising
+from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Is, Known
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,242 @@
+"""The advisor: rules held as data, applied to facts about data and machine; every option gets its reasons."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import math
+import operator
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from fieldguide.automl import profile
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models import registry
+
+LOOKED_AT = 5         # networks whose costs are counted at least, the most promising
+SIZES = 3             # of one architecture that are of interest beside each other
+EPOCHS = 8            # passes over the data that a network should get in the time given; each halving costs a point
+# Of the machine's matrix-product speed that training reaches, about; less where products are so fast that memory waits.
+EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
+BYTES = 16            # a parameter in training: weight, gradient, two moments, in float32
+PARAMETERS = 200      # for each training example, that a network trained from nothing should have, about
+LEAST = 0.2           # of one pass over the data: what can do less in the time given is ruled out
+HURRY = 4             # times the quickest one's time that counts as quick, where time is short for all
+COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
+
+
+@dataclass
+class Option:
+    """One size of one architecture: its points, why, and what rules it out (empty where nothing does)."""
+
+    name: str
+    architecture: str
+    parameters: int = 0
+    multiply_adds: int = 0
+    points: float = 0.0
+    reasons: list[str] = field(default_factory=list)
+    against: list[str] = field(default_factory=list)
+    rejected: str = ""
+    slow: bool = False               # ruled out for its time or memory, as larger ones of its kind are then, too
+    seconds: float = math.inf        # that `EPOCHS` passes over the data would take, roughly; infinite: impossible
+
+
+@dataclass
+class Advice:
+    """Options in order of preference, then those ruled out."""
+
+    options: list[Option]
+    rejected: list[Option]
+
+    @property
+    def best(self) -> Option:
+        if not self.options:
+            why = "; ".join(f"{o.name}: {o.rejected}" for o in self.rejected[:5])
+            raise SettingsError(f"no network suits this data and machine ({why}). Give more --minutes or name one "
+                                "with --model.")
+        return self.options[0]
+
+
+@functools.cache
+def rules() -> list[dict[str, Any]]:
+    return tomllib.loads(files(__package__).joinpath("rules.toml").read_text())["rule"]
+
+
+def holds(when: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
+    """Whether every condition holds: "<1000" and ">0.5" compare numbers, other text is a glob."""
+    for key, wanted in when.items():
+        fact = facts.get(key)
+        if fact is None:
+            return False
+        if wanted[0] in COMPARE:
+            if not COMPARE[wanted[0]](fact, float(wanted[1:])):
+                return False
+        elif not fnmatch.fnmatch(str(fact), wanted):
+            return False
+    return True
+
+
+def speaks_of(rule: Mapping[str, Any], card: Card) -> bool:
+    return any(fnmatch.fnmatch(card.family if kind == "family" else card.name, pattern)
+               for kind, _, pattern in ((p.partition(":") if ":" in p else ("name", "", p)) for p in rule["for"]))
+
+
+def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping[str, Any] = {}) -> Any:
+    """The config of a size for data with these needs, then the user's own changes. Of what a task can use (`gives`, names
+    in the order of its liking), a network with several heads gets the first that it can give. Raises `TypeError`, and
+    `SettingsError` for a network that reads no text where the data has some."""
+    if needs.get("vocab") and not card.accepts("vocab"):
+        raise SettingsError(f"{card.name} reads no text, and this data has captions or the like")
+    adapted = card.adapt(needs) if card.adapt else {}
+    needs = {k: v for k, v in needs.items() if card.accepts(k)}
+    if "gives" in needs:
+        needs["gives"] = next(given for given in needs["gives"] if given in card.answers)
+    return card.settle(size, **needs | dict(adapted) | dict(changes))
+
+
+def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[str, ...], gives: tuple[str, ...],
+           minutes: float, machine: Mapping[str, Any] | None = None, model: str = "auto", config: Any = None) -> Advice:
+    """Ranks every size of every architecture that can be fed (`takes`) and used (`gives`).
+
+    `facts` are what rules compare: task, rows, and the task's profile. `needs` are the sizes that the data demands.
+    `model` other than "auto" narrows the choice to one name or glob, and then nothing but impossibility rejects; `config` is
+    that of a network of this name which is there already.
+    """
+    machine = machine or profile.machine()
+    speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
+    able = [n for n in registry.names() if registry.card(n).takes in takes and set(registry.card(n).answers) & set(gives)]
+    needs = {"gives": gives, **needs}
+    if model != "auto":
+        option = considered(refuse_unable(model, able), facts, needs)
+        if config is not None and option.name != model:
+            option.name = model                          # of no published size
+        look_closer(option, facts, needs, speed, minutes, machine, config)
+        return asked_for(option)
+    # Counting a network's work takes long. So the most promising are looked at first, by published counts, and no more
+    # once the rest could not come before them, whatever they cost.
+    options = [considered(name, facts, needs) for name in able]
+    most = [o.points - proportion(o.parameters, facts["rows"]) for o in options]         # that each could come to
+    seen: list[Option] = []
+    for option, points in sorted(zip(options, most), key=lambda pair: -pair[1]):
+        best = sorted((o.points for o in seen if not o.rejected), reverse=True)
+        if len(best) >= LOOKED_AT and points <= best[LOOKED_AT - 1]:
+            break
+        if sum(o.architecture == option.architecture and not o.rejected for o in seen) >= SIZES:
+            continue                                     # better sizes of the same are there
+        smaller = [o for o in seen if o.architecture == option.architecture and o.slow and o.parameters <= option.parameters]
+        if smaller:
+            option.rejected, option.slow = f"larger than {smaller[0].name}: {smaller[0].rejected}", True
+        elif not option.rejected:
+            look_closer(option, facts, needs, speed, minutes, machine)
+        seen.append(option)
+    if seen and all(o.rejected for o in seen):
+        hurried(seen, minutes)
+    ranked = sorted(seen, key=lambda o: (-o.points, o.parameters))
+    return Advice([o for o in ranked if not o.rejected], [o for o in ranked if o.rejected])
+
+
+def considered(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) -> Option:
+    """An option with the points that rules give it, and its published count of parameters; what it costs is not counted."""
+    card, size = registry.find(name)
+    option = Option(name, card.name)
+    try:
+        config = configured(card, size, needs)
+        option.parameters = card.sizes[size].params or counted(card, config)
+    except (DataError, SettingsError, TypeError, ValueError) as error:          # such as a network that reads no text
+        option.rejected = str(error)
+        return option
+    for rule in rules():
+        if holds(rule["when"], facts) and speaks_of(rule, card):
+            option.points += rule["points"]
+            (option.reasons if rule["points"] > 0 else option.against).append(f"{rule['because']} [{rule['source']}]")
+    return option
+
+
+def look_closer(option: Option, facts: Mapping[str, Any], needs: Mapping[str, Any], speed: float, minutes: float,
+                machine: Mapping[str, Any], config: Any = None) -> None:
+    """Counts parameters and work of the network as it is (`config`) or would be made for this data, and sizes it up."""
+    card, size = registry.find(option.name)
+    option.parameters, option.rejected = 0, ""
+    try:
+        config = configured(card, size, needs) if config is None else config
+        option.parameters = counted(card, config)
+        option.multiply_adds = profile.multiply_adds(card.name, config, length=facts.get("tokens", 64),
+                                                      side=facts.get("side", 224))
+    except (DataError, SettingsError, ValueError) as error:          # such as pictures too small for its pooling
+        option.rejected = str(error)
+        return
+    size_up(option, facts, speed, minutes, machine)
+
+
+def counted(card: Card, config: Any) -> int:
+    with torch.device("meta"):
+        return profile.parameters(card.make(config))
+
+
+def proportion(parameters: int, rows: int) -> float:
+    """Points that a network loses for being ten times too large or too small for the data: half a point."""
+    return 0.5 * abs(math.log10(max(parameters, 1) / wanted(rows)))
+
+
+def wanted(rows: int) -> float:
+    """Parameters in proportion to the data."""
+    return min(max(PARAMETERS * rows, 1e5), 1e8)
+
+
+def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: float,
+            machine: Mapping[str, Any]) -> None:
+    """Rules out what cannot fit or finish, and prefers sizes in proportion to the data."""
+    option.seconds = seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed   # backward is twice forward
+    if option.parameters * BYTES > 0.8 * machine["memory"]:
+        option.seconds, option.slow = math.inf, True
+        option.rejected = (f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
+                           f"machine has {machine['memory'] / 2**30:.1f} GiB")
+    elif seconds > EPOCHS * 60 * minutes / LEAST:
+        option.slow = True
+        option.rejected = (f"one pass over the data would take about {seconds / EPOCHS / 60:.2g} minutes of the "
+                           f"{minutes:g} given")
+    elif seconds > 60 * minutes:
+        option.points -= math.log2(seconds / (60 * minutes))
+        option.against.append(f"{minutes:g} minutes are about {60 * minutes * EPOCHS / seconds:.1f} passes over the data: few")
+    option.points -= proportion(option.parameters, facts["rows"])
+    if option.parameters > 10 * wanted(facts["rows"]):
+        option.against.append(f"{option.parameters:,} parameters are many for {facts['rows']:,} examples "
+                              "[guide, FAQ 'How do I choose the right model size': start small]")
+
+
+def hurried(options: list[Option], minutes: float) -> None:
+    """Where no network can see even a part of the data in the time given, lets the best of the quick ones do what it can."""
+    quickest = min(o.seconds for o in options)
+    if quickest < math.inf:
+        best = max((o for o in options if o.seconds <= HURRY * quickest), key=lambda o: o.points)
+        best.against.insert(0, f"{minutes:g} minutes are short for this much data: {best.rejected}. More --minutes will "
+                               "score better")
+        best.rejected = ""
+
+
+def refuse_unable(model: str, able: list[str]) -> str:
+    """The size that the user asked for. Raises `SettingsError` where it cannot do this task."""
+    card, size = registry.find(model)
+    if size not in [*able, card.tiny]:
+        others = sorted({registry.card(n).name for n in able})
+        raise SettingsError(f"{model} takes {card.takes} and gives {' or '.join(card.answers)}, which this task cannot use. "
+                            f"Networks that can: {', '.join(others)}.")
+    return size
+
+
+def asked_for(option: Option) -> Advice:
+    """The one that the user named: nothing but impossibility rejects it."""
+    option.reasons.insert(0, "you asked for it")
+    if not option.parameters:
+        raise SettingsError(f"{option.name} cannot be made for this data: {option.rejected}. Sizes come from the data; "
+                            "--set task.NAME=... and model.NAME=... change them.")
+    if option.rejected:
+        option.against.insert(0, option.rejected)
+        option.rejected = ""
+    return Advice([option], [])

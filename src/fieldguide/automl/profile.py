@@ -1,0 +1,122 @@
+"""What a network and a machine are, in numbers: parameters, multiply-adds, speed, memory."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fieldguide.core.card import Card
+from fieldguide.core.hardware import cores, ram
+
+
+def parameters(model: nn.Module) -> int:
+    """Parameters, buffers excluded, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int = 224, device: str = "meta") -> tuple:
+    """Inputs of the shapes that a network of this config takes, for measuring: zeros. `length` tokens and `side`
+    pixels hold where the config leaves them open."""
+    get = lambda word, default: getattr(config, card.names.get(word, word), default)
+    if card.takes == "image":
+        side = get("image", side)
+        return (torch.zeros(batch, get("channels", 3), side, side, device=device),)
+    if card.takes == "table":
+        return (torch.zeros(batch, get("numbers", 8), device=device),
+                torch.zeros(batch, len(get("categories", ())), dtype=torch.int64, device=device))
+    if card.takes == "sequence":
+        return (torch.zeros(batch, length, get("dim", 64), device=device),)
+    if card.takes in ("tokens", "pair", "items"):
+        length = min(length, get("length", length))
+        row = (torch.zeros(batch, length, dtype=torch.int64, device=device),
+               torch.ones(batch, length, dtype=torch.bool, device=device))
+        return row * 2 if card.takes == "pair" else row
+    if card.takes == "series":
+        return (torch.zeros(batch, get("length", length), get("channels", 1), device=device),)
+    if card.takes == "covariates":
+        length = get("length", length)
+        widths = (length, get("channels", 1)), (length, get("past", 0)), (length + get("horizon", 1), get("known", 0))
+        return tuple(torch.zeros(batch, *width, device=device) for width in widths)
+    if card.takes == "speech":
+        return torch.zeros(batch, length, get("features", 80), device=device), torch.full((batch,), length, device=device)
+    if card.takes == "captioned":
+        side, length = get("image", side), min(length, get("length", length))
+        return (torch.zeros(batch, get("channels", 3), side, side, device=device),
+                torch.zeros(batch, length, dtype=torch.int64, device=device),
+                torch.ones(batch, length, dtype=torch.bool, device=device))
+    if card.takes == "noisy-video":
+        side = get("image", side)
+        return (torch.zeros(batch, get("frames", 16), get("channels", 3), side, side, device=device),
+                torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device))
+    if card.takes == "noisy":
+        side = get("image", side)
+        return (torch.zeros(batch, get("channels", 3), side, side, device=device), torch.zeros(batch, device=device),
+                torch.zeros(batch, *([min(length, get("length", length))] if get("vocab", 0) else []), dtype=torch.int64,
+                            device=device))
+    width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.takes]
+    return (torch.zeros(batch, width, device=device),)
+
+
+class RecurrentFlops:
+    """Counts recurrent layers by formula, and lets them only say their shapes: torch's counter gives fused ones 0, and
+    on meta they would walk every token in Python."""
+
+    def __init__(self, model: nn.Module):
+        self.total = 0
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                module.forward = functools.partial(self.count, module)
+
+    def count(self, module: nn.RNNBase, x: torch.Tensor, state: Any = None) -> tuple:
+        rows, positions = x.shape[0 if module.batch_first else 1], x.shape[0] * x.shape[1]
+        self.total += 2 * positions * sum(p.numel() for n, p in module.named_parameters() if n.startswith("weight"))
+        directions = 2 if module.bidirectional else 1
+        last = x.new_empty(module.num_layers * directions, rows, module.hidden_size)
+        states = (last, last) if isinstance(module, nn.LSTM) else last
+        return x.new_empty(*x.shape[:2], directions * module.hidden_size), states
+
+
+@functools.cache
+def multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224) -> int:
+    """Multiply-adds of one forward pass of one example: half of the floating-point operations."""
+    from fieldguide.models import registry
+    card = registry.cards()[card_name]
+    with torch.device("meta"):
+        model = card.make(config).eval().requires_grad_(False)       # hooks of the counter stumble over what needs a gradient
+    recurrent = RecurrentFlops(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*example(card, config, length=length, side=side))
+    return (counter.get_total_flops() + recurrent.total) // 2
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """This machine: device, cores, memory in bytes, and measured floating-point operations a second."""
+    from fieldguide.core import distributed
+    device = distributed.device()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+    else:
+        name, memory = platform.processor() or platform.machine(), ram()
+    return {"device": device.type, "name": name, "cores": cores(), "memory": memory,
+            "flops": {str(d)[6:]: flops(device, d) for d in (torch.float32, torch.bfloat16)}}
+
+
+def flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 8) -> float:
+    """Floating-point operations a second of a square matrix product, the best of a few."""
+    x = torch.randn(side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        x @ x
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * side ** 3 / best

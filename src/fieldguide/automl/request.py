@@ -1,0 +1,69 @@
+"""What a user asks of a fit, as run.json keeps it: settings by where they belong, and the data that is meant."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fieldguide.core.errors import SettingsError
+from fieldguide.data import read
+from fieldguide.data.column_spec import Wants
+from fieldguide.data.dataset import Data
+from fieldguide.data.samples import SAMPLES
+from fieldguide.tasks import Task, asked_for, infer
+from fieldguide.tasks import task as task_named
+
+
+def grouped(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+    """Settings by where they belong: training, model.*, task.*, column.*, role.*"""
+    groups: dict[str, dict[str, Any]] = {"": {}, "model": {}, "task": {}, "column": {}, "role": {}}
+    for key, value in settings.items():
+        prefix, dot, rest = key.partition(".")
+        if dot and prefix not in groups:
+            raise SettingsError(f"--set {key}: there is no group {prefix!r}; groups are model., task., column. and role.")
+        groups[prefix if dot else ""][rest if dot else key] = value
+    return groups[""], {k: literal(v) for k, v in groups["model"].items()}, groups["task"], groups["column"], groups["role"]
+
+
+def literal(value: Any) -> Any:
+    """Text as the number, truth value or tuple it spells."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def address(data: Any) -> str | None:
+    """Where data can be found again, from any folder; None for what is in memory."""
+    if not isinstance(data, str | Path):
+        return None
+    path = Path(data).expanduser()
+    return str(path.absolute()) if path.exists() else str(data)          # the name of a sample stays one
+
+
+def read_request(request: Mapping[str, Any], data: Any) -> Data:
+    """Reads data as it was asked for: with what the task wants of its columns, where a task is named."""
+    wants = task_named(request["task"]).wants if request.get("task") else Wants()
+    return read(request["data"] if data is None else data, target=request["target"], kinds=request["kinds"] or None,
+                group=request["group"], time=request["time"], roles=request.get("roles"), wants=wants,
+                allow_bad=request["allow_bad"])
+
+
+def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task], str]:
+    """The data as the task wants it, the task, and why it is that. A task that is found to be the one is noted in the
+    request where it asks more of the columns, so that they are read so again."""
+    known = SAMPLES.get(request["data"]) if isinstance(request["data"], str) else None
+    if known and not request["task"] and task_named(known.task).wants != Wants():
+        request["task"], request["target"] = known.task, request["target"] or known.target or None
+    source = read_request(request, data)
+    if request["task"]:
+        return source, asked_for(request["task"], source), "you asked for it"
+    kind, why = infer(source)
+    if kind.wants != Wants():
+        request["task"] = kind.name
+        source = read_request(request, data)
+    return source, kind, why

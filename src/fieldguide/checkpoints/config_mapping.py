@@ -1,0 +1,140 @@
+"""Public configurations: whose they are, and what their keys say, as fields of ours and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fieldguide.core.card import Card
+from fieldguide.core.errors import WeightsError, nearest
+from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Derived, Fixed, Is, Known
+from fieldguide.models.registry import cards
+
+WRITTEN = ("model_type", "_class_name")                  # keys that say what a configuration is of: where we write such,
+IDENTITY = (*WRITTEN, "general.architecture")            # and all
+TIMM = "timm"                                            # whose configurations say a name, and what was asked for beside it
+ASKED = {"img_size": "image", "drop_rate": "dropout", "drop_path_rate": "drop_path"}     # there, here
+SEEN = ("num_classes", "in_chans", "global_pool", "pretrained", "checkpoint_path")       # tensors say it, or it has no effect
+Identified = tuple[Card, str, Mapping[str, ConfigRow]]   # card, origin, table of configuration keys
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys of a file of JSON or GGUF. Raises `WeightsError` where it holds none."""
+    if path.suffix == ".gguf":
+        from fieldguide.core.gguf import metadata
+        return metadata(path)
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not the keys of a configuration")
+    return content
+
+
+def identified(config: Mapping[str, Any]) -> Identified | None:
+    """Whose configuration this is; None where no card knows it."""
+    for card in cards().values():
+        for origin, table in card.configs.items():
+            said = {key: row.among or (row.value,) for key, row in table.items()
+                    if isinstance(row, Is) and (key in IDENTITY or row.among)}
+            plain = [] if said.keys() & set(IDENTITY) else [key for key, row in table.items() if isinstance(row, str)]
+            if all(at(config, key)[1] in values for key, values in said.items()) and all(
+                    at(config, key)[1] is not None for key in plain):
+                return card, origin, table
+    return None
+
+
+def named(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, Any]]:
+    """What timm calls by the name that its configuration says: card, size, and what differs from that. Raises `WeightsError`
+    for a name that is no network here, or changes that are unknown."""
+    known = {name: (card, meant) for card in cards().values() for name, meant in card.aliases.get(TIMM, {}).items()}
+    name = str(config["architecture"]).partition(".")[0]
+    if name not in known:
+        raise WeightsError(f"{where} is of timm's {name}, which is no network here.{nearest(name, known)} Relatives may have "
+                           "the same tensors and compute otherwise; where you know what it is, say name=...")
+    card, meant = known[name]
+    size, changes = (meant, {}) if isinstance(meant, str) else meant
+    asked = {key: value for key, value in (config.get("model_args") or {}).items() if key not in SEEN}
+    if strange := [key for key in asked if key not in ASKED or not card.accepts(ASKED[key])]:
+        raise WeightsError(f"{where} describes another network than {size}: model_args.{strange[0]}={asked[strange[0]]!r}")
+    return card, size, {**changes, **{ASKED[key]: value for key, value in asked.items() if value is not None}}
+
+
+def at(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
+    """Whether a dotted key is there, and what it says."""
+    for part in key.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return False, None
+        config = config[part]
+    return True, config
+
+
+def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any], where: Any) -> dict[str, Any]:
+    """A public configuration as fields of ours. Raises `WeightsError` that lists every key by which it is another network."""
+    values: dict[str, Any] = {}
+    kinds = {f.name: str(f.type) for f in fields(card.config)}
+    faults = []
+    for key, row in table.items():
+        there, value = at(config, key)
+        if isinstance(row, Absent):
+            values[row.ours] = value if there and value is not None else row.value
+        elif isinstance(row, Known) and there:
+            value = value[0] if isinstance(value, list) and value else value
+            if value not in row.values:
+                faults.append(f"{key}={value!r} is none of {', '.join(map(repr, row.values))}")
+            else:
+                values[row.ours] = row.values[value]
+        elif isinstance(row, Counted):
+            values[row.ours] = len(value) if there else row.absent
+        elif isinstance(row, Fixed):
+            values[row.ours] = row.value
+        elif isinstance(row, Derived):
+            values |= row.read(config)
+        elif isinstance(row, str) and there and value is not None:
+            values[row] = value
+    values = {k: tuple(v) if kinds.get(k, "").startswith("tuple") and isinstance(v, list) else v for k, v in values.items()}
+    if not faults:
+        made = card.config(**values)
+        for key, row in table.items():
+            there, value = at(config, key)
+            if isinstance(row, Is) and not there and row.absent is not ...:
+                there, value = True, row.absent
+            if isinstance(row, Is) and there and (wanted := row.value(made) if callable(row.value) else row.value) != value:
+                faults.append(f"{key}={value!r}, and {card.name} here has {wanted!r}")
+    if faults:
+        raise WeightsError("\n".join([f"{where} describes another network than {card.name}:", *(f"  {f}" for f in faults)]))
+    return values
+
+
+def outwards(card: Card, table: Mapping[str, ConfigRow], config: Any) -> dict[str, Any]:
+    """Our config under public keys. Raises `WeightsError` for what cannot be said there."""
+    out: dict[str, Any] = {}
+    for key, row in table.items():
+        if isinstance(row, Fixed):
+            if (own := getattr(config, row.ours)) != row.value:
+                raise WeightsError(f"{card.name} with {row.ours}={own!r} cannot be written so: there, {key.strip('<>')}.")
+            continue
+        if isinstance(row, Is):
+            if not row.written:
+                continue
+            value = row.value(config) if callable(row.value) else row.value
+        elif isinstance(row, Known):
+            own = getattr(config, row.ours)
+            value = next(theirs for theirs, ours in row.values.items() if ours == own)
+            value = [value] if key == "architectures" else value
+        elif isinstance(row, Derived):
+            value = row.write(config)
+        elif isinstance(row, Counted):
+            value = {str(i): f"LABEL_{i}" for i in range(getattr(config, row.ours))}
+        else:
+            value = getattr(config, row if isinstance(row, str) else row.ours)
+        *parents, last = key.split(".")
+        part = out
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[last] = list(value) if isinstance(value, tuple) else value
+    return out

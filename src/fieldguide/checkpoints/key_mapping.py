@@ -1,0 +1,187 @@
+"""Names of tensors: public ones -> ours by a table, and back. The only code that renames parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fieldguide.core.errors import WeightsError
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row, Transposed, Zeros
+
+State = Mapping[str, Tensor]
+Table = Mapping[str, Row]
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")               # of DDP, torch.compile, wrappers
+LISTED = 20                                                          # keys shown of each kind in an error
+
+
+@cache
+def compiled(pattern: str) -> tuple[re.Pattern, tuple[tuple[str, int], ...]]:
+    """A pattern as a regular expression, with the name and offset of each of its groups."""
+    groups, text = [], ""
+    for piece in re.split(r"(\{\w+(?:[+-]\d+)?\}|\*)", pattern):
+        if piece == "*":
+            groups.append(("*", 0))
+            text += r"([^.]+)"
+        elif piece.startswith("{"):
+            name, offset = re.fullmatch(r"\{(\w+)([+-]\d+)?\}", piece).groups()
+            groups.append((name, int(offset or 0)))
+            text += r"(\d+)"
+        else:
+            text += re.escape(piece)
+    return re.compile(text), tuple(groups)
+
+
+def matched(pattern: str, name: str) -> dict[str, int | str] | None:
+    """The values of a pattern's groups in a name; None where it does not match."""
+    expression, groups = compiled(pattern)
+    if not (found := expression.fullmatch(name)):
+        return None
+    values: dict[str, int | str] = {}
+    for (group, offset), text in zip(groups, found.groups()):
+        value = text if group == "*" else int(text) - offset
+        if values.setdefault(group, value) != value or (group != "*" and value < 0):
+            return None
+    return values
+
+
+def spelt(pattern: str, values: Mapping[str, int | str]) -> str:
+    """A name from a pattern and the values of its groups."""
+    def text(found: re.Match) -> str:
+        if found[0] == "*":
+            return str(values["*"])
+        return str(values[found[1]] + int(found[2] or 0))
+    return re.sub(r"\{(\w+)([+-]\d+)?\}|\*", text, pattern)
+
+
+def zeros(table: Table) -> list[Zeros]:
+    return [row for row in table.values() if isinstance(row, Zeros)]
+
+
+def ours_of(row: Row) -> str | None:
+    return row if isinstance(row, str) else getattr(row, "ours", None)
+
+
+def turned(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
+    """The tensor as it lies on our side or on theirs."""
+    if isinstance(row, Reshaped):
+        return tensor.reshape(getattr(row, side))
+    if pairs := getattr(row, "pairs", 0):
+        parts = (pairs // 2, 2) if side == "here" else (2, pairs // 2)
+        return tensor.unflatten(0, (-1, *parts)).transpose(1, 2).flatten(0, 2)
+    return tensor.mT if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
+
+
+def holds(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a shape, in which one length may be open, has room for exactly this tensor."""
+    known = math.prod(length for length in shape if length != -1)
+    return tensor.numel() % known == 0 if -1 in shape else tensor.numel() == known
+
+
+@dataclass
+class Translated:
+    state: dict[str, Tensor] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)                      # new name -> old name(s)
+    unknown: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    means: dict[str, Any] = field(default_factory=dict)                       # fields of the config that such files have
+
+    def put(self, name: str, tensor: Tensor, old: str) -> None:
+        if name in self.state and not tensor.is_meta and not torch.equal(self.state[name], tensor):
+            self.faults.append(f"{old} and {self.origin[name]} both mean {name}, with different values")
+        self.state[name], self.origin[name] = tensor, old
+
+
+def inwards(state: State, table: Table) -> Translated:
+    """Public names -> ours."""
+    done, parts = Translated(), {}
+    for name, tensor in state.items():
+        hit = next(((row, values) for public, row in table.items()
+                    if (values := matched(public, name)) is not None), None)
+        if hit is None:
+            done.unknown.append(name)
+            continue
+        row, values = hit
+        if isinstance(row, Dropped):
+            done.means |= row.means
+            continue
+        ours = spelt(ours_of(row), values)
+        if isinstance(row, Fused):
+            parts.setdefault((ours, row.parts), {})[row.part] = (name, turned(tensor, row, "here"))
+        elif isinstance(row, Reshaped) and not holds(tensor, row.here):
+            done.faults.append(f"{name} ({shape_of(tensor)}) cannot be read in the shape {row.here} of {ours}")
+        else:
+            done.put(ours, turned(tensor, row, "here"), name)
+    for (ours, count), found in parts.items():
+        names = ", ".join(found[i][0] for i in sorted(found))
+        tensors = [found[i][1] for i in sorted(found)]
+        if len(found) < count:
+            done.faults.append(f"{ours} is made of {count} tensors, the file has only {names}")
+        elif len({t.shape for t in tensors}) > 1:
+            done.faults.append(f"{ours} is made of {names}, whose shapes differ")
+        else:
+            done.put(ours, torch.cat(tensors), names)
+    for row in zeros(table):
+        if row.like in done.state and row.ours not in done.state:
+            other = done.state[row.like]
+            like = other[:, 0] if row.column else other[:row.length]
+            done.put(row.ours, torch.zeros_like(like), "what such files do without")
+    return done
+
+
+def outwards(state: State, table: Table) -> Translated:
+    """Our names -> public ones. Of several public names for one tensor, the first row counts."""
+    done = Translated()
+    for name, tensor in state.items():
+        hits = [(public, row, values) for public, row in table.items()
+                if ours_of(row) and (values := matched(ours_of(row), name)) is not None]
+        if not hits:
+            done.unknown.append(name)
+        elif isinstance(hits[0][1], Fused):
+            parts = {row.part: (public, row, values) for public, row, values in reversed(hits) if isinstance(row, Fused)}
+            for public, row, values in parts.values():
+                done.put(spelt(public, values), turned(tensor.chunk(row.parts)[row.part], row, "there"), name)
+        elif isinstance(hits[0][1], Zeros):
+            if tensor.any():
+                done.faults.append(f"{name} must be zeros to be written so, and is not")
+        else:
+            public, row, values = hits[0]
+            done.put(spelt(public, values), turned(tensor, row, "there"), name)
+    return done
+
+
+def translate(state: State, table: Table, reverse: bool = False) -> dict[str, Tensor]:
+    """Rename tensors by a table: public names to ours, or back with `reverse`.
+
+    Raises `WeightsError` that lists all names without a row, and tensors that contradict each other.
+    """
+    done = (outwards if reverse else inwards)(state, table)
+    if done.unknown or done.faults:
+        raise WeightsError("\n".join([f"{len(done.unknown)} of {len(state)} names have no row in the table:",
+                                      *listed("unknown", done.unknown), *done.faults]))
+    return done.state
+
+
+def forms(state: State) -> list[State]:
+    """The state itself, then without each prefix that all its names share."""
+    forms = [state]
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in forms[-1])), ""):
+        forms.append({name.removeprefix(prefix): tensor for name, tensor in forms[-1].items()})
+    return forms
+
+
+def listed(kind: str, lines: Iterable[str]) -> list[str]:
+    lines = list(lines)
+    more = [f"  {kind}: and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return [f"  {kind}: {line}" for line in lines[:LISTED]] + more
+
+
+def shape_of(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

@@ -1,0 +1,267 @@
+"""Pretrained networks: a folder or file of anybody's -> a network of ours with its weights, and back.
+
+`load` recognises architecture and size by the configuration beside the weights, or by names and shapes of the tensors
+themselves. `save` writes a folder that transformers reads. Tables in the model files say how keys are called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide.checkpoints import config_mapping, weights
+from fieldguide.checkpoints.config_mapping import TIMM, WRITTEN, Identified, identified, inwards, named, outwards
+from fieldguide.checkpoints.identify import FREE, Unfilled, headed, headless, recognised, seen, sibling
+from fieldguide.checkpoints.preprocessor_config import pixels, preparation, shown
+from fieldguide.core import distributed
+from fieldguide.core.card import Card
+from fieldguide.core.errors import SettingsError, WeightsError, nearest
+from fieldguide.data.preprocessing import tokenizer_files
+from fieldguide.models.registry import card_of, find
+
+CONFIG = "config.json"
+CONFIGS = (CONFIG, "params.json", "open_clip_config.json")           # the second is Meta's
+FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}       # beside it
+PARTS = "consolidated.*.pth"                             # Meta's, one for each machine
+HUB = "hf:"
+TEMPLATE = "a photo of a {}."                            # of CLIP's paper, section 3.1.4: how a class is said
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network as it lies on disk: whose it is, and the config that its file or its tensors imply."""
+
+    path: Path
+    card: Card
+    origin: str | None
+    values: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+
+    @property
+    def size(self) -> str:
+        """The size that it is, or else the bare name of its architecture."""
+        if self.path and (self.path / "run.json").is_file():
+            return config_mapping.read(self.path / "run.json")["model"]["size"]
+        card, free = self.card, {"gives", *(self.card.names.get(word, word) for word in FREE)}
+        mine = asdict(card.config(**self.values))
+        best, most = card.name, -1
+        for size, said in card.sizes.items():
+            apart = {k for k, v in asdict(card.config(**said.overrides)).items() if v != mine[k]}
+            if not apart - free and len(mine) - len(apart) > most:       # of sizes that differ in such alone, the nearest
+                best, most = size, len(mine) - len(apart)
+        return best
+
+    def config(self, needs: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
+        """Its config with another head, and for pictures of another size. Raises `SettingsError` for more tokens than it
+        has, and for numbers that it cannot have."""
+        card, kept = self.card, {k: v for k, v in needs.items() if k in ("classes", "image") and self.card.accepts(k)}
+        if len(card.answers) > 1:
+            kept["gives"] = next(given for given in needs.get("gives", card.answers) if given in card.answers)
+            if kept["gives"] == "label" and self.values.get("gives") == "vector" and card.accepts("mean"):
+                kept["mean"] = True                      # by which it has learnt to say what a text is
+        if card.takes == "image" and needs.get("channels", self.channels) != self.channels:
+            raise SettingsError(f"{self.path} reads pictures of {self.channels} channels, and these are to have "
+                                f"{needs['channels']}: leave task.channels to it.")
+        if needs.get("vocab", 0) > self.values.get("vocab", getattr(card.config(**self.values), "vocab", 0)):
+            raise SettingsError(f"the tokenizer has {needs['vocab']:,} tokens, more than {self.path} knows: give the one that "
+                                "it was trained with (--set task.tokenizer=PATH).")
+        try:
+            return card.config(**{card.names.get(k, k): v for k, v in {**self.values, **kept, **changes}.items()})
+        except TypeError as error:
+            raise SettingsError(f"{card.name}: {error}") from None
+
+    @property
+    def channels(self) -> int:
+        """Of the pictures that it reads."""
+        return getattr(self.card.config(**self.values), self.card.names.get("channels", "channels"), 3)
+
+    def words(self) -> tuple[Path | None, str]:
+        """Where the tokenizer lies that it has learnt with; else why none can be read, empty where none is there."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        if (folder / "run.json").is_file():
+            folder = folder / "preprocess"
+        return tokenizer_files.whose(self.path if self.path.suffix == ".gguf" else folder)
+
+    def offers(self) -> dict[str, Any]:
+        """What must be prepared for it as it was for its first training, by the names of tasks' options."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        offered: dict[str, Any] = {}
+        if words := self.words()[0]:
+            offered["tokenizer"] = str(words)
+        if self.card.accepts("begin"):
+            offered["begin"] = self.card.config(**self.values).begin
+        if self.card.takes == "image":
+            offered["pixels"] = pixels(preparation(folder)[1], self.card.scale, self.channels)
+            if (folder / "run.json").is_file():
+                from fieldguide.inference.run import open_run
+                if pictures := getattr(open_run(folder).task, "pictures", None):
+                    offered["pixels"] = pixels({}, (pictures.mean, pictures.std), self.channels)
+            offered["channels"] = self.channels
+        if self.card.takes == "captioned":
+            offered |= self.pictured(folder)
+        return offered
+
+    def pictured(self, folder: Path) -> dict[str, Any]:
+        """The same of a network of pictures and texts, with the side of those and the length of these."""
+        card, config = self.card, self.card.config(**self.values)
+        side, length = (getattr(config, card.names.get(word, word)) for word in ("image", "length"))
+        offered = {"side": side, "channels": self.channels, "length": length}
+        if card.accepts("end"):
+            offered["end"] = config.end
+        if not (folder / "run.json").is_file():
+            return offered | shown(folder, side, self.channels, card.scale) | (
+                {"template": TEMPLATE} if "embeddings" in card.answers else {})
+        from fieldguide.inference.run import open_run
+        task = open_run(folder).task
+        pictures = task.pictures
+        offered["pixels"] = "/".join(",".join(map(str, values)) for values in (pictures.mean, pictures.std))
+        return offered | {key: value for key, value in (("resize", getattr(pictures, "way", None)),
+                                                        ("template", getattr(task.options, "template", None))) if value}
+
+
+def described(source: str | Path, name: str | None = None, watch: Callable[[str], None] | None = None) -> Checkpoint:
+    """What a checkpoint is of. `watch` is told how far a download is. Raises `WeightsError` where it cannot be told."""
+    if isinstance(source, str) and source.startswith(HUB):
+        from fieldguide.checkpoints import hub
+        with distributed.turns():                        # one process of a machine fetches, the others find it there
+            source = hub.fetched(source.removeprefix(HUB), watch or hub.aloud)
+    path = Path(source)
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist. For a model of the Hugging Face hub say hf:organisation/name; for a "
+                           "network with fresh weights, fieldguide.create.")
+    if (path / "run.json").is_file():
+        from fieldguide.inference.run import open_run
+        run = open_run(path)
+        return Checkpoint(path, run.card, weights.OURS, asdict(run.model.config), run.model.state_dict())
+    folder = path if path.is_dir() else path.parent
+    beside = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    if path.suffix == ".gguf":                           # says itself what it is
+        beside = path
+    said = config_mapping.read(beside) if beside and name is None else {}
+    known = identified(said) if said else None
+    if path.is_dir() and len(parts := sorted(path.glob(PARTS))) > 1:
+        return joined(path, parts, known, inwards(known[0], known[2], said, beside) if known else {})
+    state = weights.read(path)
+    if known:
+        card, origin, table = known
+        values = inwards(card, table, said, beside)
+        origin = sibling(card, origin, values, state)
+        values |= unsaid(card, values, state)
+        if card.accepts("tied"):                         # the file itself says it best: it has a head, or not
+            values["tied"] = not headed(card, values, state, origin)
+        return Checkpoint(path, card, origin, values, state)
+    changes: Mapping[str, Any] = {}
+    if name is not None:
+        card, size = find(name)
+        origin = None
+    elif "architecture" in said and "pretrained_cfg" in said:
+        card, size, changes = named(said, beside)
+        origin = TIMM if TIMM in card.weights else None
+    else:
+        try:
+            card, size, origin, changes = recognised(state, str(path))
+        except WeightsError as error:
+            if "model_type" not in said:
+                raise
+            raise WeightsError(f"{beside} is of {' or '.join(said.get('architectures') or ['a network'])} "
+                               f"(model_type={said['model_type']!r}), which is no network here. {error}") from None
+    values = {**card.sizes[size].overrides, **changes}
+    if headless(card, values, state):
+        values["gives"] = "vector"
+    return Checkpoint(path, card, origin, {**values, **seen(card, values, state)}, state)
+
+
+def load(source: str | Path, *, name: str | None = None, head: Literal["load", "skip"] = "load",
+         **overrides: Any) -> nn.Module:
+    """A network with the weights of a checkpoint, in evaluation mode.
+
+    `source`: a folder of transformers, diffusers or of a fieldguide run; a file of timm, torchvision, llama.cpp or the
+    authors; or `hf:organisation/name`, which downloads it first. `name` says which size it is, where that cannot be seen;
+    `overrides` are laid over the config that the file implies, such as `gives="vector"` or another `image`. `head="skip"`
+    leaves a head that the file lacks, or has for other classes, as chance made it (see `fieldguide.checkpoints.weights.load`, which
+    says what it left). Raises `WeightsError` where nothing fits, and says what came nearest.
+    """
+    found = described(source, name)
+    return filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source), head)
+
+
+def filled(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str | None, where: str,
+           head: Literal["load", "skip"] = "load") -> nn.Module:
+    try:
+        config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
+    except TypeError as error:
+        raise SettingsError(f"{card.name}: {error}") from None
+    with Unfilled() if head == "load" else nullcontext():
+        model = card.make(config)
+    try:
+        weights.load(model, state, origin, head)
+    except WeightsError as error:
+        raise WeightsError(str(error).replace("the checkpoint", where, 1)) from None
+    return model.eval()
+
+
+def unsaid(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
+    """The vocabulary, where the configuration leaves it to the tensors."""
+    field = card.names.get("vocab", "vocab")
+    if not card.accepts("vocab") or field in values:
+        return {}
+    return {key: value for key, value in seen(card, values, state).items() if key == field}
+
+
+def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapping[str, Any]) -> Checkpoint:
+    """A network whose tensors were parted among machines: each along the axis on which its parts make up the whole."""
+    if known is None:
+        raise WeightsError(f"{path} holds {len(parts)} parts of a network, and no {' or '.join(CONFIGS)} that says which it is")
+    card, origin, _ = known
+    files = [weights.read(part) for part in parts]
+    values = {**values, **unsaid(card, values, files[0])}
+    with torch.device("meta"):
+        model = card.make(card.config(**values))
+    written = weights.translate(model.state_dict(), card.tables(model.config)[origin], reverse=True)
+    wanted = {name: t.shape for name, t in written.items()}
+    if strange := {name for file in files for name in file} - {name for file in files[:1] for name in file}:
+        raise WeightsError(f"{parts[0]} lacks {', '.join(sorted(strange)[:3])}, which other parts have")
+    state = {}
+    for name, first in files[0].items():
+        shape = wanted.get(name, first.shape)
+        axis = next((i for i, (part, whole) in enumerate(zip(first.shape, shape)) if part * len(parts) == whole), None)
+        state[name] = first if axis is None or first.shape == shape else torch.cat([file[name] for file in files], axis)
+    return Checkpoint(path, card, origin, values, state)
+
+
+def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path:
+    """Writes a network under our names or those of an origin ("torchvision", "hf"): one file where `path` ends in
+    .safetensors, else a folder that the origin's library reads, with its configuration.
+
+    Raises `WeightsError` for an unknown format, or one whose configuration is not known here.
+    """
+    format = "huggingface" if format == "hf" else format
+    card = card_of(model)
+    if format == "huggingface" and card and format not in card.weights and "diffusers" in card.weights:
+        format = "diffusers"                             # the other library whose folders lie there
+    if Path(path).suffix == ".safetensors":
+        return weights.save(model, path, format)
+    return export(model, path, format)
+
+
+def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
+    """Writes config.json and model.safetensors as the library of that origin reads them."""
+    card = card_of(model)
+    known = {name: table for name, table in (card.configs if card else {}).items() if any(key in table for key in WRITTEN)}
+    if origin not in known:
+        raise WeightsError(f"{type(model).__name__} cannot be written as a folder of {origin!r}.{nearest(origin, known)} "
+                           f"Known are {', '.join(known) or 'none'}.")
+    folder, said = Path(folder), outwards(card, known[origin], model.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    bare = f"{origin}-base"                              # names in files without a head, where they differ
+    names = bare if getattr(model.config, "gives", "") == "vector" and bare in card.weights else origin
+    weights.save(model, folder / next(FILE[key] for key in WRITTEN if key in said), names)
+    (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
+    return folder

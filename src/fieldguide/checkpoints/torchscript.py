@@ -1,0 +1,112 @@
+"""TorchScript archives, as OpenAI published CLIP: their tensors by name. None of the code in them is run.
+
+An archive is a zip file: `data.pkl` describes a tree of modules, `data/` holds the numbers, and `code/` says of each class
+which of its tensors are parameters and buffers, so that the names are exactly those of its `state_dict()`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fieldguide.core.errors import WeightsError
+
+DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+          "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+          "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+class Part:
+    """A module of the archive: its attributes, without any of its code."""
+
+    kind = ""                                            # the class that it was of
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def rebuilt(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset)
+
+
+def same(value: Any, *_: Any) -> Any:
+    return value
+
+
+class Reader(pickle.Unpickler):
+    """Makes tensors, plain values and `Part`s; refuses all else, so nothing in the file can be called."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(archive.open(root + "data.pkl"))
+        self.archive, self.root, self.storages = archive, root, {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "__torch__":
+            return type("Part", (Part,), {"kind": f"{module}.{name}"})
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return rebuilt
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if module == "torch.jit._pickle" and name in ("build_intlist", "build_doublelist", "build_boollist",
+                                                      "build_tensorlist", "restore_type_tag"):
+            return same
+        raise WeightsError(f"it holds {module}.{name} besides tensors and modules")
+
+    def persistent_load(self, said: Any) -> Tensor:
+        _, dtype, key, *_ = said
+        if key not in self.storages:
+            content = bytearray(self.archive.read(f"{self.root}data/{key}"))
+            self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        return self.storages[key]
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is of torch.jit.save; torch.save writes zip files too, without code."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(re.fullmatch(r"[^/]+/constants\.pkl", name) for name in archive.namelist())
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Parameters and buffers of an archive by name. Raises `WeightsError` where it is damaged or holds anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)).partition("/")[0] + "/"
+            return dict(walked(Reader(archive, root).load(), "", declared(archive, root)))
+    except WeightsError as error:
+        raise WeightsError(f"{path} is a TorchScript archive that is not read: {error}") from None
+    except (zipfile.BadZipFile, pickle.UnpicklingError, StopIteration, KeyError, ValueError, TypeError, RuntimeError, EOFError,
+            AttributeError, IndexError) as error:
+        raise WeightsError(f"{path} is a damaged TorchScript archive: {error}") from None
+
+
+def declared(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:
+    """Class -> its parameters and buffers."""
+    found = {}
+    for name in archive.namelist():
+        if name.startswith(root + "code/") and name.endswith(".py"):
+            module = name.removeprefix(root + "code/").removesuffix(".py").replace("/", ".")
+            for kind, body in re.findall(r"^class (\w+)\(Module\):\n((?:[ \t].*\n?|\n)*)", archive.read(name).decode(), re.M):
+                lists = re.findall(r"^\s+__(?:parameters|buffers)__ = \[(.*?)\]", body, re.M)
+                found[f"{module}.{kind}"] = set(re.findall(r'"([^"]+)"', " ".join(lists)))
+    return found
+
+
+def walked(part: Part, before: str, known: dict[str, set[str]]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in part.state.items():
+        if isinstance(value, Part):
+            yield from walked(value, f"{before}{name}.", known)
+        elif isinstance(value, Tensor) and name in known[part.kind]:
+            yield before + name, value

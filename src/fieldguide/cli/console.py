@@ -1,0 +1,263 @@
+"""What the command line prints: findings, choices, progress, answers."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+# Into a pipe or a file, lines are as long as their content asks; on a terminal they fit it.
+console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console = Console(highlight=False, soft_wrap=True, width=200)
+MOST = 30          # columns of a table of data that are listed
+
+
+class Progress:
+    """Tells a person how `fit` goes: what was found and chosen, then a bar with loss, scores and time left."""
+
+    def __init__(self) -> None:
+        self.bar: Bar | None = None
+        self.best: str = ""
+
+    def say(self, text: str) -> None:
+        (self.bar.console if self.bar else console).print(escape(text))
+
+    def found(self, data: Any, task: Any, why: str) -> None:
+        print_data(data, task, why)
+
+    def chose(self, advice: Any, config: Any) -> None:
+        best = advice.best
+        console.print(f"\n[bold]{best.name}[/]: {best.parameters:,} parameters, {best.multiply_adds:,} multiply-adds "
+                      "an example")
+        for reason in best.reasons:
+            console.print(f"  + {escape(reason)}")
+        for reason in best.against:
+            console.print(f"  - {escape(reason)}")
+        others = list(dict.fromkeys(o.architecture for o in advice.options[1:] if o.architecture != best.architecture))
+        if others:
+            console.print(f"  next would be: {', '.join(others[:4])}")
+        ruled = list({o.architecture: o for o in advice.rejected if o.rejected}.values())
+        for option in ruled[:4]:
+            console.print(f"  [dim]ruled out: {option.name}: {escape(option.rejected)}[/]")
+        console.print()
+
+    def begins(self, settings: Any, done: int) -> None:
+        self.bar = Bar(TextColumn("training"), BarColumn(None), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                       TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[score]}"), TimeElapsedColumn(),
+                       TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.line = self.bar.add_task("", total=settings.steps, completed=done, loss="-", score="")
+        self.steps, self.told, self.done, self.began = settings.steps, done, done, time.monotonic()
+        self.bar.start()
+        console.print(f"training {settings.steps:,} steps of {settings.batch} examples, {settings.optimizer} "
+                      f"lr {settings.lr:g}, {settings.precision}")
+
+    def replanned(self, steps: int) -> None:
+        self.steps = steps
+        if self.bar:
+            self.bar.update(self.line, total=steps)
+
+    def step(self, step: int, losses: dict[str, float]) -> None:
+        text = " ".join(f"{v:.4g}" for k, v in losses.items() if k.endswith("loss"))
+        self.bar.update(self.line, completed=step, loss=text)
+
+    def scores(self, step: int, scores: dict[str, float], best: bool) -> None:
+        name, value = next(iter(scores.items()))
+        if best:
+            self.best = f"{value:.4g}"
+        self.bar.update(self.line, score=f"{name} {value:.4g} (best {self.best})")
+        # Without a terminal there is no bar: a line now and then instead.
+        if not console.is_terminal and (best or step == self.steps) and step - self.told >= self.steps / 20:
+            self.told = step
+            left = (time.monotonic() - self.began) / (step - self.done) * (self.steps - step)
+            console.print(f"step {step:,} of {self.steps:,}: validation {name} {value:.4g}; about {left:.0f} s left")
+
+    def ends(self, run: Any) -> None:
+        self.stop()
+        from fieldguide.report.pages import clock, verdict
+        cost = run.record["cost"]
+        console.print(f"\n[bold]{escape(verdict(run.record, run.task.metrics[0]))}[/]")
+        console.print(f"Trained {cost['steps']:,} steps in {clock(cost['seconds'])}; peak memory "
+                      f"{cost['peak_memory'] / 2**20:,.0f} MiB.")
+        console.print(f"Report:  {escape(str(run.path / 'report.html'))}")
+        console.print(f"Predict: fieldguide predict {escape(str(run.path))} INPUT...")
+
+    def stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def __del__(self) -> None:
+        self.stop()
+
+
+def print_data(data: Any, task: Any, why: str) -> None:
+    summary = data.manifest.summary()
+    console.print(f"[bold]{escape(data.source)}[/]: {len(data):,} examples from {summary['files']:,} "
+                  f"file{'s' if summary['files'] != 1 else ''}"
+                  + (f", {summary['dropped']:,} dropped" if summary["dropped"] else ""))
+    shown = list(data.columns.values())
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
+    for name in ("column", "kind", "role", "how that was decided"):
+        table.add_column(name)
+    for column in shown[:MOST]:
+        table.add_row(escape(column.name), column.kind, column.role, escape(column.why))
+    console.print(table)
+    if len(shown) > MOST:
+        console.print(f"  and {len(shown) - MOST} more columns")
+    for finding in data.findings:
+        console.print(f"  {finding.severity}: {finding}", markup=False)
+    console.print(f"task: {task.name} ({escape(why)})")
+
+
+def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Sequence[str] = ()) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False))
+        return
+    for answer in answers:
+        if "error" in answer:
+            print(f"not answered: {answer['input']}: {answer['error']}", file=sys.stderr)
+    answers = [answer for answer in answers if "error" not in answer]
+    plain = [k for k, v in answers[0].items() if not isinstance(v, dict | list)] if answers else []
+    shown = plain if len(plain) > 1 or not answers else list(answers[0])         # where else nothing is said
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in shown:
+        table.add_column(name, justify="right" if isinstance(answers[0][name], float) else "left")
+    for answer in answers:
+        table.add_row(*(escape(brief(answer[k])) for k in shown))
+    console.print(table)
+
+
+def brief(value: Any, most: int = 80) -> str:
+    """A value of an answer for a person: of long lists, the begin."""
+    if isinstance(value, dict):
+        return " ".join(brief(v) for v in value.values())
+    if isinstance(value, list):
+        text = ("; " if any(isinstance(v, dict) for v in value) else " ").join(map(brief, value))
+        return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_stream(pieces: Iterator[str]) -> None:
+    """Text as it comes into being."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        from fieldguide.inference.run import strict
+        print(json.dumps(strict(result), allow_nan=False))
+        return
+    table = Table("metric", "value", "95 % interval", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for metric in run.task.metrics:
+        if metric.name not in result["scores"]:
+            continue
+        low, high = result["intervals"][metric.name]
+        table.add_row(metric.name, metric.text(result["scores"][metric.name]), f"{metric.text(low)} to {metric.text(high)}")
+    console.print(f"{result['rows']:,} examples" + (f" ({result['note']})" if result["note"] else ""))
+    console.print(table)
+
+
+def print_models(glob: str, family: str | None, task: str | None, as_json: bool) -> None:
+    from fieldguide.automl.catalogue import list_models
+    from fieldguide.core.errors import SettingsError
+    from fieldguide.models import registry
+    names = list_models(glob, family=family, task=task)
+    closed = [system for system in dict.fromkeys(registry.closed().values()) if family is None
+              and fnmatch.fnmatch(system.name, glob) and task in (None, *system.tasks)]
+    if not names and not closed:
+        raise SettingsError(f"no model matches {glob!r}" + (f" in family {family!r}" if family else "")
+                            + (f" for task {task!r}" if task else "") + ". `fieldguide models` lists them all.")
+    rows = []
+    for name in names:
+        card, size = registry.find(name)
+        rows.append({"name": name, "parameters": card.sizes[size].params, "family": card.family, "takes": card.takes,
+                     "gives": " or ".join(card.answers), "year": card.year, "paper": card.paper,
+                     "source": card.sizes[size].source, "summary": card.summary})
+    if as_json:
+        for row in (*rows, *({**asdict(system), "name": system.name, "closed": True} for system in closed)):
+            print(json.dumps(row))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("name", "parameters", "takes", "gives", "year", "what", "source"):
+        table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=name not in ("what", "source"))
+    said = ""
+    for row in rows:                                     # what an architecture is stands beside the first of its sizes
+        what, said = ("" if row["summary"] == said else row["summary"].split(" (")[0].rstrip(".")), row["summary"]
+        table.add_row(row["name"], f"{row['parameters']:,}" if row["parameters"] else "by data", row["takes"], row["gives"],
+                      str(row["year"]), escape(what), escape(row["source"]))
+    if rows:
+        console.print(table)
+    if closed:
+        print_closed(closed)
+
+
+def print_closed(systems: list[Any]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("closed", "maker", "year", "nearest here"):
+        table.add_column(name, no_wrap=True)
+    for system in systems:
+        table.add_row(system.name, escape(system.maker), str(system.year), system.stand_in)
+    console.print(table)
+
+
+def print_description(d: Any, as_json: bool) -> None:
+    if not hasattr(d, "parameters"):                     # a closed system
+        print(json.dumps({**asdict(d), "closed": True})) if as_json else console.print(escape(d.text))
+        return
+    if as_json:
+        print(json.dumps(asdict(d), default=str))
+        return
+    console.print(f"[bold]{d.name}[/]  {escape(d.summary)}")
+    console.print(f"new: {escape(d.new)}")
+    console.print(f"paper: {escape(d.paper)} ({d.year}); family: {d.family}; takes {d.takes}, gives {d.gives}"
+                  + (f"; tasks: {', '.join(d.tasks)}" if d.tasks else ""))
+    published = "" if d.published is None else (" (as published)" if d.published == d.parameters
+                                               else f" (published: {d.published:,})")
+    console.print(f"parameters: {d.parameters:,}{published}; multiply-adds: {d.multiply_adds:,} for input {d.inputs}")
+    console.print("fields: " + ", ".join(f"{k}={v}" for k, v in d.config.items()))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("size", "parameters"):
+        table.add_column(name, justify="right" if name == "parameters" else "left")
+    for size, count in d.sizes.items():
+        table.add_row(size, f"{count:,}")
+    console.print(table)
+    parts = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("part", "parameters", "share"):
+        parts.add_column(name, justify="left" if name == "part" else "right")
+    for part, count in d.parts.items():
+        parts.add_row(part, f"{count:,}", f"{100 * count / max(d.parameters, 1):.1f} %")
+    console.print(parts)
+    layers = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("layer", "kind", "parameters", "gives"):
+        layers.add_column(name, justify="right" if name == "parameters" else "left")
+    for layer in d.layers:
+        layers.add_row(layer.path, layer.kind, f"{layer.parameters:,}" if layer.parameters else "", layer.shape)
+    console.print(layers)
+
+
+def print_samples() -> None:
+    from fieldguide.data.samples import SAMPLES
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("name", "task", "reaches", "what", "licence"):
+        table.add_column(name)
+    for name, sample in SAMPLES.items():
+        metric, value = sample.reaches
+        table.add_row(name, sample.task, f"{metric} {value:g}", escape(("made: " if sample.made else "") + sample.what),
+                      sample.licence)
+    console.print(table)

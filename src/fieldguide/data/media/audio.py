@@ -1,0 +1,156 @@
+"""Recordings: full checking and loading with libsndfile, in threads (it decodes without Python's lock).
+
+What a network hears: one channel (the mean of all), at one number of samples a second, as 16-bit numbers. `check` notes
+what was not so. Read are WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF and AU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fieldguide.core.errors import DataError
+
+THREADS = min(16, (os.cpu_count() or 2) * 2)
+SUFFIXES = {"WAV": (".wav", ".wave"), "WAVEX": (".wav", ".wave"), "RF64": (".wav", ".rf64"), "FLAC": (".flac",),
+            "OGG": (".ogg", ".oga", ".opus"), "MP3": (".mp3", ".mp2", ".mpga"), "MPEG": (".mp3", ".mp2", ".mpga"),
+            "AIFF": (".aif", ".aiff", ".aifc"), "AU": (".au", ".snd")}
+KNOWN = frozenset(s for suffixes in SUFFIXES.values() for s in suffixes)
+UNREAD = (".m4a", ".aac", ".wma", ".amr")       # sounds that libsndfile does not read
+BLOCK = 1 << 20                # frames that are decoded at once, so that an hour of sound fills no memory
+QUIET = 1e-3                   # a peak below it (-60 dB) is silence
+FULL, CLIPPED = 0.999, 1e-3    # samples at full scale, and the share of them from which a recording is clipped
+CUT = re.compile(r"\bdata : (\d+) \(should be (\d+)\)", re.IGNORECASE)     # libsndfile's words on a WAV without its end
+STREAMED = (0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x7FFFF000)             # lengths that a program writes who knows none
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What the check of one file found. `problem` is "" for a recording that can be used."""
+
+    problem: str = ""              # slug of a doctor's check: empty-file, zero-length, not-a-sound, truncated-sound, ...
+    detail: str = ""
+    bytes: int = 0
+    sha256: str = ""
+    samples: str = ""              # digest of the decoded samples
+    seconds: float = 0.0
+    rate: int = 0                  # samples a second
+    channels: int = 1
+    form: str = ""                 # what libsndfile calls its format
+    traits: tuple[str, ...] = ()   # of: stereo silent clipped wrong-extension
+
+
+def check(paths: Sequence[str | Path]) -> list[Recording]:
+    """Decode every file fully: the only way to find truncation. Never raises for what a file holds."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(check_one, paths, chunksize=16))
+
+
+def check_one(path: str | Path) -> Recording:
+    import soundfile
+
+    try:
+        with open(path, "rb") as file:
+            sha, size = hashlib.file_digest(file, "sha256").hexdigest(), os.path.getsize(path)
+            file.seek(max(0, size - (1 << 16)))
+            tail = file.read()
+    except OSError as error:
+        return Recording("unreadable-file" if os.path.exists(path) else "missing-file", error.strerror or str(error))
+    if not size:
+        return Recording("empty-file", "0 bytes", 0, sha)
+    suffix = os.path.splitext(str(path))[1].lower()
+    if suffix in UNREAD:
+        return Recording("not-a-sound", f"{suffix} is not read: convert it to .flac or .wav", size, sha)
+    try:
+        with soundfile.SoundFile(path) as sound:
+            return decoded(sound, suffix, tail, size, sha)
+    except soundfile.LibsndfileError as error:
+        strange = "not recognised" in error.error_string and suffix not in KNOWN
+        return Recording("not-a-sound" if strange else "corrupt-sound", words(error), size, sha)
+
+
+def words(error) -> str:
+    """What libsndfile says, without what it says wrongly of MP3 files that are there."""
+    said = error.error_string.removeprefix("Error :").strip().rstrip(".")
+    return "no sound can be decoded" if "not a regular file" in said else (said[:1].lower() + said[1:])[:100]
+
+
+def decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> Recording:
+    """The check of an opened file. Raises `LibsndfileError` where nothing of it can be decoded."""
+    import soundfile
+
+    digest, count, peak, full, problem = hashlib.blake2b(digest_size=16), 0, 0.0, 0, ""
+    digest.update(f"{sound.samplerate} {sound.channels}".encode())
+    said, form = sound.frames, sound.format
+    cut = CUT.search(sound.extra_info)
+    try:
+        while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+            digest.update(np.ascontiguousarray(block))
+            loud = np.abs(block)
+            count, peak, full = count + len(block), max(peak, float(loud.max())), full + int((loud >= FULL).sum())
+    except soundfile.LibsndfileError as error:
+        if not count and form != "FLAC":
+            raise
+        problem = f"after {count:,} of {said:,} samples: {words(error)}"
+    if cut and int(cut[1]) > int(cut[2]) and int(cut[1]) not in STREAMED:
+        problem = f"{int(cut[2]):,} of {int(cut[1]):,} bytes of sound"
+    elif form == "OGG" and not ends(tail):
+        problem = "its last page is missing"
+    elif not problem and count < said:
+        problem = f"{count:,} of {said:,} samples"
+    facts = (size, sha, digest.hexdigest(), count / sound.samplerate, sound.samplerate, sound.channels, form)
+    if problem:
+        return Recording("truncated-sound", problem, *facts)
+    if not count:
+        return Recording("zero-length", "no samples", *facts)
+    traits = {"stereo": sound.channels > 1, "silent": peak < QUIET, "clipped": full > CLIPPED * count * sound.channels,
+              "wrong-extension": suffix not in SUFFIXES.get(form, (suffix,))}
+    return Recording("", "", *facts, tuple(name for name, seen in traits.items() if seen))
+
+
+def ends(tail: bytes) -> bool:
+    """Whether the last page of an Ogg file says that it is the last, and is whole."""
+    at = tail.rfind(b"OggS")
+    if at < 0 or len(tail) < at + 27:
+        return False
+    table = at + 27 + tail[at + 26]
+    return bool(tail[at + 5] & 4) and len(tail) >= table + sum(tail[at + 27:table])
+
+
+def load(paths: Sequence[str | Path], rate: int) -> list[np.ndarray]:
+    """Recordings as int16, one channel, `rate` samples a second. Raises DataError naming every file that cannot be
+    read. 16 bits take half the memory of floats, and their rounding lies below the floor of a spectrogram."""
+    import soundfile
+
+    problems: list[str] = []
+
+    def one(path: str | Path) -> np.ndarray:
+        try:
+            return wave(path, rate)
+        except (soundfile.LibsndfileError, OSError, ValueError) as error:
+            problems.append(f"{path}: {getattr(error, 'error_string', error)}")
+            return np.zeros(0, np.int16)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        waves = list(pool.map(one, paths, chunksize=16))
+    if problems:
+        more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise DataError("recordings that cannot be read:\n" + "\n".join(sorted(problems)[:5]) + more)
+    return waves
+
+
+def wave(path: str | Path, rate: int) -> np.ndarray:
+    """One recording as int16, N. Raises `soundfile.LibsndfileError`."""
+    import soundfile
+
+    from fieldguide.data.preprocessing.speech import mono, resample
+
+    samples, own = soundfile.read(path, dtype="float32")
+    return np.rint(resample(mono(samples), own, rate) * 32768.0).clip(-32768, 32767).astype(np.int16)

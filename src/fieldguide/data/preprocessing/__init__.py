@@ -1,0 +1,8 @@
+"""Preparing: from typed columns to what a network reads. Learnt on training rows, saved as plain JSON."""
+
+from fieldguide.data.preprocessing.image_transform import Pictures, suggest_side
+from fieldguide.data.preprocessing.labels import Labels, Standard
+from fieldguide.data.preprocessing.table import TablePreparer
+from fieldguide.data.preprocessing.tokenizer import Text
+
+__all__ = ["Labels", "Pictures", "Standard", "TablePreparer", "Text", "suggest_side"]

@@ -1,0 +1,185 @@
+"""Pictures with boxes: fitted into a square and back, and changed at random for training, boxes and all.
+
+Everything here works on whole batches and is a pure function of its arguments; chance comes from the generator given.
+Shapes: B batch, C channels, S side of a square picture, N boxes of a picture. Pictures are uint8 or float 0 to 255,
+boxes (left, top, right, bottom) in pixels, float32; labels int64, -1 = padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FILL = 255                 # what is around a picture; `fieldguide.data.media.images` pads with white too
+SEEN = 0.1                 # a box of which a smaller part is still in the picture is dropped
+SMALLEST = 2.0             # pixels a side; smaller rests are dropped
+
+Boxed = tuple[Tensor, Tensor, Tensor]      # pictures B C S S, boxes B N 4, labels B N
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How pictures of any proportions lie in squares of S pixels: as `images.load(..., fit="pad")` puts them there.
+
+    `scale` N 2 (x, y; they differ by the rounding to whole pixels), `corner` N 2 (left, top) and `size` N 2 (width,
+    height) are of the pictures that boxes belong to, all float32.
+    """
+
+    scale: Tensor
+    corner: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(cls, widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np.ndarray, side: int) -> Letterbox:
+        size = torch.as_tensor(np.stack([widths, heights], -1), dtype=torch.float64)
+        inner = (size / size.amax(-1, keepdim=True) * side).round().clamp(min=1)      # half to even, as Pillow rounds
+        corner = ((side - inner) / 2).round()
+        return cls((inner / size).float(), corner.float(), size.float())
+
+    def into(self, boxes: Tensor) -> Tensor:             # N M 4 -> N M 4
+        """Pixels of the pictures -> pixels of the squares."""
+        return boxes * self.scale.repeat(1, 2)[:, None] + self.corner.repeat(1, 2)[:, None]
+
+    def back(self, boxes: Tensor) -> Tensor:             # N M 4 -> N M 4
+        """Pixels of the squares -> pixels of the pictures, cut at their border."""
+        boxes = (boxes - self.corner.repeat(1, 2)[:, None]) / self.scale.repeat(1, 2)[:, None]
+        return torch.minimum(boxes.clamp(min=0), self.size.repeat(1, 2)[:, None])
+
+
+def letterbox(picture: Tensor, side: int, fill: int = FILL) -> tuple[Tensor, Letterbox]:     # C H W -> C S S
+    """A picture in memory, scaled to fit a square and centred in it; the rest is filled."""
+    height, width = picture.shape[1:]
+    box = Letterbox.of([width], [height], side)
+    inner = [max(1, round(float(x))) for x in (box.scale * box.size)[0].flip(0)]
+    small = F.interpolate(picture[None].float(), inner, mode="bilinear", antialias=True, align_corners=False)[0]
+    left, top = (int(x) for x in box.corner[0])
+    out = picture.new_full((len(picture), side, side), fill)
+    small = small.round().clamp(0, 255) if not picture.is_floating_point() else small
+    out[:, top:top + inner[0], left:left + inner[1]] = small.to(picture.dtype)
+    return out, box
+
+
+def pad(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Boxes and labels of each picture as two tensors, B N 4 and B N, N at least 1."""
+    count = max([1, *map(len, labels)]) if most is None else most
+    out, names = torch.zeros(len(labels), count, 4), torch.full((len(labels), count), -1)
+    for i, (some, known) in enumerate(zip(boxes, labels)):
+        out[i, :len(known)] = torch.as_tensor(np.asarray(some, dtype=np.float32).reshape(-1, 4))
+        names[i, :len(known)] = torch.as_tensor(np.asarray(known, dtype=np.int64))
+    return out, names
+
+
+def cut(boxes: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:      # B N 4, B N -> B N' 4, B N'
+    """Boxes cut at the border, without those of which too little is seen; the rest first, and no wider than needed."""
+    seen = boxes.clamp(0, side)
+    size = seen[..., 2:] - seen[..., :2]
+    before = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+    stays = (labels >= 0) & (size.amin(-1) >= SMALLEST) & (size.prod(-1) >= SEEN * before)
+    order = stays.int().argsort(dim=1, descending=True, stable=True)[:, :max(1, int(stays.sum(1).max()))]
+    stays = stays.gather(1, order)
+    boxes = seen.gather(1, order[..., None].expand(-1, -1, 4)) * stays[..., None]
+    return boxes, torch.where(stays, labels.gather(1, order), -1)
+
+
+def flip(pictures: Tensor, boxes: Tensor, labels: Tensor, which: Tensor) -> Boxed:
+    """The pictures `which` (B bool) names, mirrored left to right."""
+    left, top, right, bottom = boxes.unbind(-1)
+    mirrored = torch.stack([pictures.shape[-1] - right, top, pictures.shape[-1] - left, bottom], -1)
+    return (torch.where(which.view(-1, 1, 1, 1), pictures.flip(-1), pictures),
+            torch.where(which.view(-1, 1, 1) & (labels >= 0)[..., None], mirrored, boxes), labels)
+
+
+def warp(pictures: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, side: int,
+         fill: int = FILL) -> Boxed:
+    """Pictures B C H W on squares of S = `side` pixels: scaled about their middle by `scale` (B), which lies `shift`
+    (B 2: right, down, in pixels of the square) from the square's middle. Float pictures."""
+    size = torch.tensor([pictures.shape[-1], pictures.shape[-2]], dtype=torch.float32)
+    middle = side / 2 + shift                                                    # B 2, where the picture's middle comes
+    # A pixel of the square at p shows the picture at (p - middle) / scale + size / 2; grid_sample wants -1 to 1.
+    at = (torch.arange(side, dtype=torch.float32) + 0.5).expand(2, -1)
+    x, y = (((at[k] - middle[:, k, None]) / scale[:, None]) * 2 / size[k] for k in (0, 1))           # B S each
+    places = torch.stack([x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], -1)
+    out = F.grid_sample(pictures.float() - fill, places, mode="bilinear", padding_mode="zeros", align_corners=False) + fill
+    moved = (boxes - size.repeat(2) / 2) * scale.view(-1, 1, 1) + middle.repeat(1, 2)[:, None]
+    return out, *cut(moved, labels, side)
+
+
+def mosaic(pictures: Tensor, boxes: Tensor, labels: Tensor) -> Boxed:
+    """Four pictures each, B 4 C S S, as one of twice the side: B C 2S 2S (Bochkovskiy et al. 2020, arXiv:2004.10934).
+
+    In the order left top, right top, left bottom, right bottom; boxes B 4 N 4 -> B 4N 4. `warp` then looks at a part.
+    """
+    side = pictures.shape[-1]
+    rows = [torch.cat([pictures[:, i], pictures[:, i + 1]], -1) for i in (0, 2)]
+    corner = torch.tensor([[0, 0], [side, 0], [0, side], [side, side]], dtype=boxes.dtype).repeat(1, 2)
+    return torch.cat(rows, -2), (boxes + corner[:, None]).flatten(1, 2), labels.flatten(1, 2)
+
+
+def jitter(pictures: Tensor, hue: Tensor, saturation: Tensor, brightness: Tensor) -> Tensor:    # B C S S -> B C S S
+    """Colours changed, 0 to 255: turned by `hue` of the circle, then times `saturation`, then times `brightness` (B).
+
+    Hue and saturation are the angle and length in YIQ, in which greys stay as they are; grey pictures have none.
+    """
+    factor = brightness.view(-1, 1, 1, 1)
+    if pictures.shape[1] != 3:
+        return (pictures.float() * factor).clamp(0, 255)
+    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    angle = 2 * torch.pi * hue
+    cos, sin, zero, one = saturation * angle.cos(), saturation * angle.sin(), torch.zeros_like(hue), torch.ones_like(hue)
+    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], -1).view(-1, 3, 3)
+    return (torch.einsum("bdc,bchw->bdhw", torch.linalg.inv(yiq) @ turn @ yiq, pictures.float()) * factor).clamp(0, 255)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How much training pictures are changed: shares of pictures, and ranges around no change."""
+
+    mosaic: float = 1.0        # share made of four
+    scale: float = 0.5         # a factor of 1 - scale to 1 + scale
+    shift: float = 0.1         # parts of the side, to all directions; half a side for mosaics
+    flip: float = 0.5          # share mirrored
+    hue: float = 0.015         # parts of the colour circle
+    saturation: float = 0.5    # a factor of 1 - saturation to 1 + saturation
+    brightness: float = 0.3    # a factor of 1 - brightness to 1 + brightness
+
+    def __call__(self, fetch: Callable[[np.ndarray], Boxed], index: np.ndarray, count: int,
+                 generator: torch.Generator) -> Boxed:
+        """The pictures `index` of `count`, changed; `fetch(rows)` gives them as they are, B C S S."""
+        def between(span: float, *shape: int) -> Tensor:
+            return (2 * torch.rand(*shape, generator=generator) - 1) * span
+
+        # All chance is drawn first, whatever is used of it, so that one setting does not move another's draws.
+        rows = len(index)
+        others = torch.randint(count, (rows, 3), generator=generator).numpy()
+        four, mirrored = (torch.rand(rows, generator=generator) < share for share in (self.mosaic, self.flip))
+        scale, shift, middle = 1 + between(self.scale, rows), between(self.shift, rows, 2), between(0.5, rows, 2)
+        colours = between(self.hue, rows), 1 + between(self.saturation, rows), 1 + between(self.brightness, rows)
+
+        parts: list[tuple[np.ndarray, Boxed]] = []
+        single, several = (~four).nonzero()[:, 0].numpy(), four.nonzero()[:, 0].numpy()
+        if len(single):
+            pictures, boxes, labels = fetch(index[single])
+            side = pictures.shape[-1]
+            parts.append((single, warp(pictures, boxes, labels, scale[single], shift[single] * side, side)))
+        if len(several):
+            chosen = np.concatenate([index[several][:, None], others[several]], 1)
+            fetched = [x.unflatten(0, (len(several), 4)) for x in fetch(chosen.ravel())]
+            side = fetched[0].shape[-1]
+            parts.append((several, warp(*mosaic(*fetched), scale[several], (shift + middle)[several] * side, side)))
+        pictures, boxes, labels = joined(parts)
+        pictures, boxes, labels = flip(pictures, boxes, labels, mirrored)
+        return jitter(pictures, *colours), boxes, labels
+
+
+def joined(parts: Sequence[tuple[np.ndarray, Boxed]]) -> Boxed:
+    """Batches with their places in the whole -> the whole, padded to the most boxes."""
+    order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts])))
+    most = max(labels.shape[1] for _, (_, _, labels) in parts)
+    boxes = [F.pad(b, (0, 0, 0, most - b.shape[1])) for _, (_, b, _) in parts]
+    labels = [F.pad(n, (0, most - n.shape[1]), value=-1) for _, (_, _, n) in parts]
+    return tuple(torch.cat(x)[order] for x in ([p for _, (p, _, _) in parts], boxes, labels))

@@ -1,0 +1,114 @@
+"""Masks: pictures whose pixels are classes, as numbers, palette places or colours, or drawings of outlines; and pictures
+beside them on one canvas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fieldguide.data.media import images
+from fieldguide.data.media.masks import Drawing
+
+STEP = 32              # canvases are multiples of it, as networks that halve five times like best
+
+
+Mask = str | Path | Drawing
+
+
+def codes(path: Mask) -> np.ndarray:
+    """The pixels of a mask as they are stored, int32 H W: grey values, places in the palette, or r * 65536 + g * 256 + b.
+    A drawing is drawn."""
+    if isinstance(path, Drawing):
+        return path.codes()
+    with images.quiet(), Image.open(path) as image:
+        if image.mode in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N"):
+            return np.asarray(image if image.mode != "1" else image.convert("L")).astype(np.int32)
+        if image.mode in ("LA", "F"):
+            return np.asarray(image.convert("L")).astype(np.int32)
+        colour = np.asarray(image.convert("RGB")).astype(np.int32)
+        return (colour[..., 0] << 16) | (colour[..., 1] << 8) | colour[..., 2]
+
+
+def values(paths: Sequence[str | Path]) -> list[np.ndarray]:
+    """The different values of each mask."""
+    def one(path: str | Path) -> np.ndarray:
+        found = codes(path)
+        return np.flatnonzero(np.bincount(found.ravel())) if found.min() >= 0 and found.max() < 65536 else np.unique(found)
+    with ThreadPoolExecutor(images.THREADS) as pool:
+        return list(pool.map(one, paths))
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """How a picture and its mask reach a network: at most `side` pixels long, on a canvas, pixel values with mean 0 and
+    deviation 1; `classes` are the stored values of class 0, 1, ... in a mask."""
+
+    side: int
+    channels: int
+    classes: tuple[int, ...]
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+
+    def inner(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width that a picture of this size has on the canvas; it is made smaller, never larger."""
+        scale = min(1.0, self.side / max(width, height))
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def pictures(self, paths: Sequence[str | Path], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int]) -> np.ndarray:
+        """Pictures in the upper left of canvases, uint8 N C H W; `sizes` are their own (width, height)."""
+        out = np.zeros((len(paths), self.channels, *canvas), dtype=np.uint8)
+        mode = "L" if self.channels == 1 else "RGB"
+
+        def one(i: int) -> None:
+            height, width = self.inner(*sizes[i])
+            with open(paths[i], "rb") as file, Image.open(file) as image:
+                if image.format == "JPEG" and min(image.size) >= 2 * max(height, width):
+                    image.draft(None, (2 * width, 2 * height))
+                picture = images.plain(image, mode).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+            array = np.asarray(picture)
+            out[i, :, :height, :width] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+
+        with images.quiet(), ThreadPoolExecutor(images.THREADS) as pool:
+            list(pool.map(one, range(len(paths))))
+        return out
+
+    def masks(self, paths: Sequence[Mask], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], *,
+              full: bool = False) -> np.ndarray:
+        """Classes of the pixels, int16 N H W, -1 where there is none; in the pictures' own size where `full`."""
+        out = np.full((len(paths), *canvas), -1, dtype=np.int16)
+        order = np.argsort(self.classes)
+        known = np.array(self.classes)[order]
+
+        def one(i: int) -> None:
+            stored = codes(paths[i])
+            place = np.minimum(np.searchsorted(known, stored), len(known) - 1)
+            classes = np.where(known[place] == stored, order[place], -1).astype(np.int16)
+            if not full:
+                height, width = self.inner(*sizes[i])
+                if classes.shape != (height, width):
+                    rows = ((np.arange(height) + 0.5) * classes.shape[0] / height).astype(int)
+                    columns = ((np.arange(width) + 0.5) * classes.shape[1] / width).astype(int)
+                    classes = classes[rows[:, None], columns]
+            out[i, :classes.shape[0], :classes.shape[1]] = classes
+
+        with ThreadPoolExecutor(images.THREADS) as pool:
+            list(pool.map(one, range(len(paths))))
+        return out
+
+    def canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Height and width that hold pictures of these sizes."""
+        inner = np.array([self.inner(*s) for s in sizes]).max(0)
+        return tuple(int(-(-n // STEP) * STEP) for n in inner)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Canvas:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})

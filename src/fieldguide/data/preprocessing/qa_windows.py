@@ -1,0 +1,186 @@
+"""Questions on texts as rows: which columns they stand in, and whether their answers stand where they are said to.
+
+Whatever the layout, answers become one list a row, of the text as it stands in the context and its first character:
+`[{"text": "Paris", "start": 12}, ...]`, empty where the context has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.data.column_spec import Wants, plain
+from fieldguide.data.dataset import Column, Data, Finding, Kind, Severity
+from fieldguide.data.validation import checks
+from fieldguide.data.validation.findings import places
+
+CONTEXTS = ("context", "passage", "paragraph", "document", "article", "text")
+QUESTIONS = ("question", "query")
+ANSWERS = ("answers", "answer", "answer_text", "answers.text", "answer.text")
+STARTS = ("answer_start", "answers.answer_start", "answer.answer_start", "answer_offset")
+IDS = ("id", "qid", "question_id")
+IMPOSSIBLE = ("is_impossible", "impossible", "unanswerable")
+SAME = "same context"      # the column whose values are equal where contexts are: a split keeps these on one side
+UNUSABLE = {"context", "question", "lost"}               # what is wrong with rows that are left out
+ANSWER = pl.List(pl.Struct({"text": pl.String, "start": pl.Int64}))
+
+
+def held(values: pl.Series) -> Kind:
+    return "list" if values.dtype.is_nested() else "text"
+
+
+def spelt(names: tuple[str, ...], kind: Kind) -> dict[str, Kind]:
+    return {form: kind for name in names for form in (name, name.capitalize(), name.upper())}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a table of questions; what may be missing is empty."""
+
+    context: str
+    question: str
+    answers: str = ""
+    start: str = ""
+    id: str = ""
+    impossible: str = ""
+
+
+def columns_of(data: Data, context: str | None = None, question: str | None = None) -> Columns | None:
+    """Which columns hold what, by their names; of two texts with other names the shorter are the questions. None where
+    there are no two texts."""
+    names = [c.name for c in data.columns.values() if c.name in data.rows.columns and c.role != "target"]
+    texts = [c.name for c in data.columns.values() if c.kind == "text" and c.name in names]
+    first = lambda known, among: next((n for k in known for n in among if plain(n) == k or n == k), "")
+    question = question or first(QUESTIONS, names)
+    context = context or first(CONTEXTS, [n for n in names if n != question])
+    if len(texts) == 2 and not (question and context):
+        length = lambda name: data.rows[name].str.len_chars().mean() or 0
+        question = question or min((n for n in texts if n != context), key=length)
+        context = context or next(n for n in texts if n != question)
+    if not {context, question} <= set(names):
+        return None
+    target = data.target.name if data.target and data.target.name in data.rows.columns else ""
+    return Columns(context, question, target, first(STARTS, names), first(IDS, names), first(IMPOSSIBLE, names))
+
+
+def given(value: Any, start: Any) -> list[tuple[str, int | None]]:
+    """A cell of answers in any layout, as (text, first character or None)."""
+    if isinstance(value, dict):                          # {"text": ..., "answer_start": ...}, maybe lists
+        return given(value.get("text"), value.get("answer_start", value.get("start", start)))
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        start = start[0] if isinstance(start, list) and start else start
+        return [(str(value), int(start) if isinstance(start, int | float) else None)]
+    if not (isinstance(start, list) and len(start) == len(value)):
+        start = [start if len(value) == 1 else None] * len(value)
+    return [pair for one, begin in zip(value, start) for pair in given(one, begin)]
+
+
+def occurrence(text: str, context: str, near: int | None) -> int:
+    """Where a text stands in a context: at the place nearest to `near`, else first; -1 where it does not."""
+    if near is None:
+        return context.find(text)
+    after, before = context.find(text, max(near, 0)), context.rfind(text, 0, max(near, 0) + len(text))
+    found = [at for at in (before, after) if at >= 0]
+    return min(found, key=lambda at: abs(at - near)) if found else -1
+
+
+@dataclass
+class Examined:
+    """A table of questions, looked at: answers in one form, rows that cannot be used, and findings."""
+
+    answers: list[list[dict[str, Any]]]
+    bad: np.ndarray
+    findings: list[Finding]
+
+
+def examined(data: Data, columns: Columns) -> Examined:
+    """Every row's answers, found in its context; what is not there, or elsewhere than it is said to be."""
+    rows = data.rows
+    texts = [rows[name].fill_null("").to_list() for name in (columns.context, columns.question)]
+    starts = rows[columns.start].to_list() if columns.start else [None] * len(data)
+    values = rows[columns.answers].to_list() if columns.answers else [None] * len(data)
+    none = rows[columns.impossible].cast(pl.String).str.to_lowercase().is_in(["true", "1", "1.0", "yes"]).to_list() \
+        if columns.impossible else [False] * len(data)
+    answers, seen = [], {k: np.zeros(len(data), dtype=bool) for k in ("context", "question", "lost", "moved", "many", "silent",
+                                                                       "both")}
+    for row, (context, question, value, start, impossible) in enumerate(zip(*texts, values, starts, none)):
+        seen["context"][row], seen["question"][row] = not context.strip(), not question.strip()
+        wanted, kept = [(t.strip(), s if s is None else s + len(t) - len(t.lstrip())) for t, s in given(value, start)], []
+        wanted = [(text, at) for text, at in wanted if text]
+        seen["both"][row] = bool(wanted and impossible)
+        for text, at in [] if impossible else wanted:
+            place = at if at is not None and at >= 0 and context.startswith(text, at) else occurrence(text, context, at)
+            if place < 0 and len(context.lower()) == len(context):
+                place = occurrence(text.lower(), context.lower(), at)
+            if place >= 0:
+                seen["moved"][row] |= at is not None and place != at
+                seen["many"][row] |= at is None and context.find(text, place + 1) >= 0
+                kept.append({"text": context[place:place + len(text)], "start": place})
+        seen["lost"][row] = bool(wanted) and not kept and not impossible
+        seen["silent"][row] = not wanted and not impossible and not columns.impossible
+        answers.append(kept)
+    return Examined(answers, np.any([seen[key] for key in sorted(UNUSABLE)], axis=0), [*found(data, seen, columns)])
+
+
+def found(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator[Finding]:
+    """What there is to say of the rows that were looked at."""
+    told = np.zeros(len(data), dtype=bool)
+
+    def tell(key: str, check: str, what: str, remedy: str, severity: Severity = "warning") -> Iterator[Finding]:
+        nonlocal told
+        rows, unusable = seen[key], key in UNUSABLE
+        if rows.any():
+            lost = int((rows & ~told).sum()) if unusable else 0
+            told |= rows & unusable
+            yield Finding(check, severity, what, places(data, rows), int(rows.sum()), remedy, lost)
+
+    yield from tell("context", "empty-context", "questions on an empty context", "Add the text or remove the row.")
+    yield from tell("question", "empty-question", "rows with an empty question", "Add the question or remove the row.")
+    yield from tell("lost", "answer-not-there", "answers that do not stand in their context, letter by letter",
+                    "An answer must be a piece of the context; one in other words is for a network that writes.")
+    yield from tell("moved", "answer-moved", f"answers that do not begin where {columns.start or 'answer_start'!r} says; taken "
+                    "where they stand nearest to it", "Count characters (not bytes) from 0, of the context as it stands in the "
+                    "file.")
+    yield from tell("both", "answer-to-impossible", "questions marked as having no answer, and with one: taken to have none",
+                    "Decide which is right.")
+    yield from tell("many", "answer-many-times", "answers that their context has several times, without a start: the first is "
+                    "taken", "Add a column answer_start.", "note")
+    if columns.answers:
+        yield from tell("silent", "no-answer", "questions without an answer: taken as questions that their context does not "
+                        "answer", "Is that so? Say it by a column is_impossible, or fill the answers in.", "note")
+    if columns.id:
+        again = ~data.rows.select(pl.col(columns.id).is_first_distinct() | pl.col(columns.id).is_null()).to_series().to_numpy()
+        seen["again"] = again
+        yield from tell("again", "duplicate-id", f"questions whose {columns.id!r} is there before", "Were two files joined, or "
+                        "rows copied? Each question counts.")
+
+
+def check(data: Data) -> Iterator[Finding]:
+    """The doctor's look at questions on texts."""
+    if columns := columns_of(data):
+        yield from examined(data, columns).findings
+
+
+WANTS = Wants("named", names=ANSWERS, kinds={"target": held}, gaps=True, checks=(*checks.CHECKS, check), columns={
+    **spelt(CONTEXTS, "text"), **spelt(QUESTIONS, "text"), "answer_start": "number", "answers.answer_start": "list",
+    "answer.answer_start": "list"})
+
+
+def prepared(data: Data, columns: Columns) -> Data:
+    """The table with answers in one form, without rows that cannot be used; all but context and question is no input."""
+    seen = examined(data, columns)
+    codes = data.rows[columns.context].rank("dense").cast(pl.Int64)
+    name = columns.answers or "answers"
+    rows = data.rows.with_columns(pl.Series(name, seen.answers, dtype=ANSWER), codes.alias(SAME))
+    inputs = {columns.context, columns.question}
+    kept = {c.name: c if c.name in inputs or c.role != "feature" else replace(c, role="ignored") for c in data.columns.values()}
+    kept |= {name: Column(name, "list", "target", "pieces of the context"), SAME: Column(SAME, "category", "group", "made")}
+    known = {f.check for f in data.findings}
+    whole = replace(data, rows=rows, columns=kept, findings=data.findings + [f for f in seen.findings if f.check not in known])
+    return whole.without(seen.bad)

@@ -1,0 +1,47 @@
+"""Data sets that scikit-learn brings along: tables, and digits as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fieldguide.data.samples.writers import write
+
+
+def digits(folder: Path) -> None:
+    """1,797 handwritten digits of 8 x 8 pixels as PNG, a folder a class; 17 grey levels become 0 to 255."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    for digit in range(10):
+        (folder / str(digit)).mkdir()
+    for i, (pixels, digit) in enumerate(zip(data.images, data.target)):
+        grey = (pixels * (255 / 16)).round().astype("uint8")
+        Image.fromarray(grey).save(folder / str(digit) / f"{i:04d}.png")
+
+
+def classes(loader: str, target: str) -> Callable[[Path], None]:
+    """A classification table of scikit-learn as CSV, with class names instead of numbers."""
+    def make(folder: Path) -> None:
+        import sklearn.datasets
+
+        data = getattr(sklearn.datasets, loader)()
+        rows = ([*(f"{v:g}" for v in x), str(data.target_names[y])] for x, y in zip(data.data, data.target))
+        write(folder / "data.csv", [*(plain(n) for n in data.feature_names), target], rows)
+
+    return make
+
+
+def diabetes(folder: Path) -> None:
+    from sklearn.datasets import load_diabetes
+
+    names = ("age", "sex", "bmi", "blood_pressure", "cholesterol", "ldl", "hdl", "cholesterol_hdl_ratio",
+             "log_triglycerides", "blood_sugar")
+    data = load_diabetes(scaled=False)
+    rows = ([*(f"{v:.10g}" for v in x), f"{y:g}"] for x, y in zip(data.data, data.target))
+    write(folder / "data.csv", [*names, "progression"], rows)
+
+
+def plain(name: str) -> str:
+    return name.replace(" (cm)", "_cm").replace(" ", "_").replace("/", "_")

@@ -1,0 +1,178 @@
+"""Texts: of which library is this sentence, help on Python, questions on parameters, and simple sentences in two languages."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import sysconfig
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+
+from fieldguide.data.samples.writers import digest, write
+
+LEAST = 200                # characters of a topic of `manual`
+EACH = 800                 # texts of every class of `docstrings`
+LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars": "polars", "torch": "torch"}
+
+
+def docstrings(folder: Path) -> None:
+    """Which library does this sentence document? First paragraphs of docstrings in installed sources."""
+    taken: dict[str, str] = {}
+    seen: set[str] = set()
+    for library, package in LIBRARIES.items():
+        before = len(taken)
+        for text in paragraphs(library_folder(package)):
+            if text.lower() not in seen:
+                seen.add(text.lower())
+                taken[text] = library
+            if len(taken) == before + EACH:
+                break
+    order = sorted(taken, key=digest)
+    write(folder / "data.csv", ["text", "library"], ([t, taken[t]] for t in order))
+
+
+def library_folder(package: str) -> Path:
+    if not package:
+        return Path(sysconfig.get_paths()["stdlib"])
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None      # a dependency of ours
+    return Path(spec.origin).parent
+
+
+def paragraphs(folder: Path) -> Iterator[str]:
+    """First paragraphs of the docstrings of a package, 30 to 400 characters, without running any of its code.
+
+    In an order that is neither the alphabet's nor the file system's, so that the first few are a fair choice.
+    """
+    for tree in parsed(folder):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if 30 <= len(text) <= 400 and text.isascii():
+                    yield text
+
+
+def parsed(folder: Path) -> Iterator[ast.Module]:
+    """The sources of a package that have docstrings, without its tests and what others wrote."""
+    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "ensurepip",
+            "externals", "_inductor", "_dynamo", "onnx"}
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")]
+    for name in sorted((f for f in files if not skip & set(f.split("/"))), key=digest):
+        source = (folder / name).read_bytes()
+        if b'"""' not in source:
+            continue
+        try:
+            yield ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+
+
+def manual(folder: Path) -> None:
+    """Python's own help on its language, a text a topic. Many topics are parts of others: each paragraph stays in the longest
+    topic that has it, or the test would ask for what was learnt by heart."""
+    from pydoc_data.topics import topics
+    seen: set[str] = set()
+    for name, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
+        new = []
+        for paragraph in re.split(r"\n\s*\n", text):
+            if (words := " ".join(paragraph.split())) not in seen:
+                seen.add(words)
+                new.append(paragraph)
+        if len(own := "\n\n".join(new)) >= LEAST:
+            (folder / f"{name}.txt").write_text(own, encoding="utf-8")
+
+
+CONTEXTS = 1500            # of `parameters`
+PARAMETER = re.compile(r"(\w+) : (.+)")
+
+
+def parameters(folder: Path) -> None:
+    """What type is it, what is its default, what is it for? Questions by template on what scikit-learn's documentation says
+    of its parameters, two of one function at a time; answers stand there, or nowhere."""
+    found: dict[str, list[dict]] = {}
+    for tree in parsed(library_folder("sklearn")):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                described = list(documented(ast.get_docstring(node) or ""))
+                for pair in zip(described[::2], described[1::2]):
+                    context, asked = questioned(pair)
+                    found.setdefault(context, asked)
+    kept = sorted(found, key=digest)[:CONTEXTS]
+    paragraphs = [{"context": context, "qas": [{"id": f"{number}.{place}", **question} for place, question in enumerate(
+        found[context])]} for number, context in enumerate(kept)]
+    document = {"version": "v2.0", "data": [{"title": "Parameters", "paragraphs": paragraphs}]}
+    (folder / "data.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def documented(text: str) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, default and first sentence of each parameter of a docstring in numpy's style."""
+    lines = text.partition("Parameters\n----------\n")[2].split("\n")
+    for place, line in enumerate(lines):
+        if line.startswith("---"):                       # the next section
+            return
+        if not (named := PARAMETER.fullmatch(line)) or not line.isascii():
+            continue
+        words = " ".join(inner.strip() for inner in takewhile(lambda inner: inner.startswith(" "), lines[place + 1:]))
+        kind, _, default = named[2].partition(", default=")
+        if words.isascii() and (said := re.split(r"(?<=\.)\s(?=[A-Z])", words)[0][:200]):
+            yield named[1], kind, default, said
+
+
+def questioned(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[dict]]:
+    """What is said of parameters as one text, and about every other of the questions that can be asked of them."""
+    context, asked = "", []
+    for name, kind, default, said in pair:
+        context += f"{' ' if context else ''}{name} : "
+        for question, answer, before in ((f"What type is {name}?", kind, ""),
+                                         (f"What is the default of {name}?", default, ", default=" if default else ""),
+                                         (f"What is {name} for?", said, ". ")):
+            context += before
+            asked.append({"question": question, "answers": [{"text": answer, "answer_start": len(context)}] if answer else [],
+                          "is_impossible": not answer})
+            context += answer
+    chosen = [entry for entry in asked if digest(context + entry["question"])[0] % 2]
+    return context, chosen or asked[:1]
+
+
+NOUNS = ("man:Mann:m woman:Frau:f child:Kind:n dog:Hund:m cat:Katze:f horse:Pferd:n teacher:Lehrer:m girl:Mädchen:n "
+         "bird:Vogel:m doctor:Arzt:m book:Buch:n letter:Brief:m house:Haus:n apple:Apfel:m flower:Blume:f picture:Bild:n "
+         "bread:Brot:n bag:Tasche:f table:Tisch:m boat:Boot:n").split()
+VERBS = ("sees:sieht buys:kauft finds:findet paints:malt sells:verkauft takes:nimmt brings:bringt loves:liebt knows:kennt "
+         "hears:hört").split()
+ADJECTIVES = "old:alt young:jung small:klein big:groß red:rot green:grün good:gut new:neu quiet:leis beautiful:schön".split()
+TIMES = ("today:heute tomorrow:morgen now:jetzt often:oft never:nie in|the|morning:am|Morgen in|the|garden:im|Garten "
+         "in|summer:im|Sommer at|home:zu|Hause after|lunch:nach|dem|Essen").split()
+# German by gender and case: the, a, and what an adjective ends in after either.
+FORMS = {"m0": ("der", "ein", "e", "er"), "f0": ("die", "eine", "e", "e"), "n0": ("das", "ein", "e", "es"),
+         "m1": ("den", "einen", "en", "en"), "f1": ("die", "eine", "e", "e"), "n1": ("das", "ein", "e", "es")}
+
+
+def phrases(folder: Path) -> None:
+    """Simple English sentences and their German, by rule: gender, case, endings, and the verb in second place."""
+    import random
+    rng, pairs = random.Random(0), {}
+
+    def noun(case: int) -> tuple[str, str]:
+        english, german, gender = rng.choice(NOUNS).split(":")
+        article, kind = rng.choice(("the", "a")), rng.choice((*ADJECTIVES, "", "", ""))
+        adjective, german_adjective = kind.split(":") if kind else ("", "")
+        the, a, weak, strong = FORMS[f"{gender}{case}"]
+        german_article, ending = (the, weak) if article == "the" else (a, strong)
+        first = adjective or english
+        said = "an" if article == "a" and first[0] in "aeiou" else article
+        return " ".join(filter(None, (said, adjective, english))), " ".join(filter(None, (
+            german_article, german_adjective and german_adjective + ending, german)))
+
+    while len(pairs) < 6000:
+        (subject, ours), (thing, unser) = noun(0), noun(1)
+        verb, german_verb = rng.choice(VERBS).split(":")
+        when, wann = rng.choice(TIMES).replace("|", " ").split(":")
+        if rng.random() < 0.5:
+            english, german = f"{when} {subject} {verb} {thing}", f"{wann} {german_verb} {ours} {unser}"
+        else:
+            english, german = f"{subject} {verb} {thing} {when}", f"{ours} {german_verb} {unser} {wann}"
+        pairs.setdefault(english[0].upper() + english[1:] + ".", german[0].upper() + german[1:] + ".")
+    write(folder / "data.csv", ["english", "german"], iter(map(list, pairs.items())))

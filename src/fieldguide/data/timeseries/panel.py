@@ -1,0 +1,357 @@
+"""Series: a table as values on grids of equal steps, and what is wrong with it as that.
+
+Three layouts are told apart by what the columns are:
+    long    a column of time and one (or several) of series: a row is one moment of one series
+    wide    no column of series: a row is one moment, and every target is a series of its own
+    rows    no time, and one column that is different on every row: a row is a whole series, its numbers in their order
+
+Steps that are missing get rows of their own. What a network reads there is the last value before (never one after, which
+would tell the future); nothing is learnt from them and nothing scored on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.core.errors import DataError
+from fieldguide.data import column_types
+from fieldguide.data.dataset import Data, Finding, Severity
+from fieldguide.data.timeseries.frequency import Frequency, infer
+from fieldguide.data.validation.findings import SHOWN, places
+
+STEP = Frequency("number", 1.0, "step")
+OWN = 0.9                  # of all rows: when so many have a name of their own, a row is a series
+HOLES = 0.5                # of all steps: with more missing, these are events and no series
+
+READ = "a network reads the last value before there, and they are neither learnt from nor scored"
+BEFORE = "rows whose series and moment were there before"
+FOUND: dict[str, tuple[Severity, str, str]] = {       # slug: severity, what, remedy
+    "layout": ("note", "read as one series a row: {name!r} names it, the {columns:,} other columns are its values in "
+               "their order; there is no time", ""),
+    "repeated-series": ("error", "rows whose {name!r} was there before, and no column says when: a row must be a whole series, "
+                        "or have a time", "Give each series a name of its own, or name the column of time with --time."),
+    "no-time": ("note", "there is no column of time: rows are taken as equal steps, in their order", "Name it with --time."),
+    "frequency": ("note", "a step is {step}", ""),
+    "time-missing": ("warning", "rows without a moment", "Fill it in or remove the rows."),
+    "time-backwards": ("note", "the latest moments come first; they are sorted", ""),
+    "time-order": ("warning", "timestamps out of order: rows that come after a later moment of their series; they are sorted",
+                   "Look whether their times are right."),
+    "duplicate-time": ("note", BEFORE + ", with the same value; they are left out", ""),
+    "conflicting-time": ("warning", BEFORE + ", with another value; the first is used",
+                         "Decide which is right, or add them up. If they are several series, name the column that tells them "
+                         "apart: --set role.series=COLUMN."),
+    "off-grid": ("warning", "rows between the steps of their series, which are {step} apart; they are left out",
+                 "Round their times, or bring the data to equal steps."),
+    "missing-steps": ("warning", "steps of a series without a row: " + READ, "Fill them in where the values are known."),
+    "missing-values": ("warning", "rows without a value between others of their series: " + READ,
+                       "Fill them in where the values are known."),
+    "empty-series": ("warning", "series without any value: {names}", "Fill them in or remove them."),
+    "constant-series": ("note", "series that never change: {names}", ""),
+    "nothing-changes": ("error", "every series holds one value from its beginning to its end", "Are these the right columns?"),
+    "no-target": ("error", "no column of numbers is to be forecast", "Name it with --target."),
+    "no-series": ("error", "no row has a series, a moment and a value", "Look whether the columns are the right ones."),
+    "one-moment": ("error", "no series has two moments, so there is nothing to forecast", "{hint}"),
+    "time-unreadable": ("error", "column {name!r} is to be the time, but holds neither dates nor numbers, such as {value!r}",
+                        "Write dates as 2024-12-31 or 2024-12-31 18:00:00."),
+    "irregular-steps": ("error", "the moments are irregular: with steps of {step}, most rows lie between them or more than "
+                        "half of them are missing", "Bring the data to equal steps first: add up or average by hour, day, "
+                        "... {hint}"),
+}
+UNUSABLE = {"time-missing", "conflicting-time", "off-grid"}
+
+
+def found(data: Data, slug: str, rows: Any = (), count: int | None = None, shown: Sequence[str] = (), **words: Any) -> Finding:
+    """A finding about these rows (a mask or numbers), or about `shown` places."""
+    severity, what, remedy = FOUND[slug]
+    rows = np.asarray(rows)
+    rows = np.flatnonzero(rows) if rows.dtype.kind == "b" else rows.astype(int)
+    count = count if count is not None else max(len(rows), 1)
+    return Finding(slug, severity, what.format(**words), tuple(shown) or places(data, rows.tolist()), count,
+                   remedy.format(**words).strip(), count if slug in UNUSABLE else 0)
+
+
+@dataclass
+class Panel:
+    """Many series, one behind the other. N steps in all, C columns, G groups (each on a grid of its own), U series.
+
+    A group of a long table is one id; a wide table is one group. A series is one column of one group.
+    """
+
+    layout: str
+    frequency: Frequency
+    columns: list[str]                   # C targets
+    values: np.ndarray                   # N C float64, NaN where missing
+    row: np.ndarray                      # N, the row of the table that a step is from; -1 where it was missing
+    times: np.ndarray                    # N, microseconds since 1970 or plain numbers
+    start: np.ndarray                    # G + 1, where groups begin
+    group: np.ndarray                    # U, of each series
+    column: np.ndarray                   # U
+    low: np.ndarray                      # U, the first step with a value
+    high: np.ndarray                     # U, behind the last one with a value
+    names: list[str]                     # U
+    findings: list[Finding] = field(default_factory=list)
+    filled: np.ndarray = field(init=False)        # N C: the last value before stands where one is missing
+    observed: np.ndarray = field(init=False)      # N C bool
+
+    def __post_init__(self) -> None:
+        self.observed = np.isfinite(self.values)
+        self.filled = forward(self.values, self.start)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def of(self, series: int) -> np.ndarray:
+        """The values of one series from its first to its last."""
+        return self.values[self.low[series]:self.high[series], self.column[series]]
+
+
+def forward(values: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Each missing value as the last one before it in its group; before the first, the first; 0 where there is none."""
+    at = np.arange(len(values))[:, None]
+    begin = np.repeat(start[:-1], np.diff(start))[:, None]
+    seen = np.isfinite(values)
+    last = np.maximum.accumulate(np.where(seen, at, -1), 0)
+    first = np.minimum.accumulate(np.where(seen, at, len(values))[::-1], 0)[::-1]
+    source = np.where(last >= begin, last, np.minimum(first, len(values) - 1))
+    filled = np.take_along_axis(values, source, 0)
+    end = np.repeat(start[1:], np.diff(start))[:, None]
+    return np.where(np.isfinite(filled) & (source < end), filled, 0.0)
+
+
+def check(data: Data) -> Iterator[Finding]:
+    """What is wrong with a table as series."""
+    yield from arrange(data)[1]
+
+
+def panel(data: Data) -> Panel:
+    """The series of a table. Raises `DataError` where it holds none that can be used."""
+    made, findings = arrange(data)
+    if made is None:
+        raise DataError(f"{data.source}: " + " ".join(str(f) for f in findings if f.severity == "error"))
+    return made
+
+
+def arrange(data: Data) -> tuple[Panel | None, list[Finding]]:
+    """The series, and every finding; no series where a finding is an error."""
+    layout = layout_of(data)
+    if layout == "rows":
+        return rows_as_series(data)
+    return moments_as_series(data, layout)
+
+
+def layout_of(data: Data) -> str:
+    if data.role("time"):
+        return "long" if data.role("series") else "wide"
+    return "rows" if names_of_rows(data) else "wide"
+
+
+def names_of_rows(data: Data) -> str | None:
+    """The column that names whole series, where a row is one: without time, the role says so, or it is the only one without
+    numbers and hardly a value of it comes twice."""
+    if data.role("series"):
+        return data.only("series").name
+    chosen = [n for n in data.columns if worded(data.rows[n])]
+    if len(chosen) == 1 and len(data.columns) > 2 and data.rows[chosen[0]].n_unique() >= OWN * len(data):
+        return chosen[0]
+    return None
+
+
+def worded(values: pl.Series) -> bool:
+    """Whether a column holds words: a step at which every series is 0, or has ended, was read as text without being any."""
+    return values.dtype == pl.String and column_types.as_numbers(values).null_count() > values.null_count()
+
+
+def steps_of_rows(data: Data, name: str) -> np.ndarray:
+    """Rows x steps, float64: every other column in its order, whatever kind it seemed to be."""
+    columns = [data.rows[n] for n in data.columns if n != name]
+    numbers = [column_types.as_numbers(c) if c.dtype == pl.String else c.cast(pl.Float64) for c in columns]
+    return pl.DataFrame(numbers).to_numpy().astype(float)
+
+
+def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
+    """One series a row; blanks at its end are behind its end, blanks between are missing values."""
+    name = names_of_rows(data)
+    again = ~data.rows[name].is_first_distinct().to_numpy()
+    if again.any():
+        return None, [found(data, "repeated-series", again, name=name)]
+    table = steps_of_rows(data, name)
+    seen = np.isfinite(table)
+    findings = [found(data, "layout", name=name, columns=table.shape[1])]
+    ends = np.where(seen.any(1), table.shape[1] - seen[:, ::-1].argmax(1), 0)
+    ids = data.rows[name].cast(pl.String).to_list()
+    start, inside = np.r_[0, ends.cumsum()], np.arange(table.shape[1]) < ends[:, None]
+    values = np.where(seen, table, np.nan)[inside][:, None]
+    times = np.concatenate([np.arange(n) for n in ends]).astype(float)
+    return finished(data, "rows", STEP, ["value"], values, np.repeat(np.arange(len(data)), ends), times, start, ids, findings)
+
+
+def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Finding]]:
+    """Long and wide tables: sorted, freed of doubles and of what lies off the grid, and put on it."""
+    targets = [c.name for c in data.role("target") if data.rows[c.name].dtype.is_numeric()]
+    if not targets:
+        return None, [found(data, "no-target")]
+    findings, dates = [], False
+    times = pl.Series(np.arange(len(data), dtype=float))
+    if data.role("time"):
+        times, dates = moments(data)
+        if times.dtype == pl.String:
+            column = data.only("time").name
+            wrong = times.is_not_null().to_numpy()
+            return None, [found(data, "time-unreadable", wrong, name=column, value=times.drop_nulls()[0])]
+    else:
+        findings.append(found(data, "no-time"))
+    frame = pl.DataFrame({"id": names_of_moments(data), "time": times, "row": np.arange(len(data))})
+    if (gone := frame["time"].is_null()).any():              # rows of no series are left out when they are read
+        findings.append(found(data, "time-missing", gone.to_numpy()))
+    frame = frame.drop_nulls()
+    if not frame.height:
+        return None, [*findings, found(data, "no-series")]
+    names = frame["id"].unique(maintain_order=True).to_list()                # series in the order of the file
+    codes = frame["id"].replace_strict(names, list(range(len(names)))).to_numpy()
+    at, row = frame["time"].to_numpy(), frame["row"].to_numpy()
+    findings += order_of(data, codes, at, row)
+    order = np.lexsort((row, at, codes))
+    codes, at, row = codes[order], at[order], row[order]
+    table = data.rows.select(pl.col(targets).cast(pl.Float64)).to_numpy()
+    again, doubles = once_each(data, codes, at, row, table)
+    findings += doubles
+    codes, at, row = codes[~again], at[~again], row[~again]
+    cuts = np.r_[0, np.flatnonzero(np.diff(codes)) + 1, len(codes)]
+    frequency = infer([at[a:b] for a, b in pairwise(cuts)], dates) if data.role("time") else STEP
+    if frequency is None:
+        return None, [*findings, found(data, "one-moment", hint=hint_of_roles(data))]
+    placed = grid(data, frequency, at, row, cuts)
+    if placed is None:
+        return None, [*findings, found(data, "irregular-steps", row[:SHOWN], len(row), step=frequency.article,
+                                       hint=hint_of_roles(data))]
+    where, start, times, more = placed
+    values, source = np.full((start[-1], len(targets)), np.nan), np.full(start[-1], -1)
+    source[where[where >= 0]] = row[where >= 0]
+    values[where[where >= 0]] = table[row[where >= 0]]
+    return finished(data, layout, frequency, targets, values, source, times, start, names, [*findings, *more])
+
+
+def names_of_moments(data: Data) -> pl.Series:
+    """Of which series each row is: the values of all columns of that role; null where one is missing, "" in a wide table."""
+    keys = [pl.col(c.name).cast(pl.String) for c in data.role("series")] or [pl.repeat("", len(data))]
+    return data.rows.select(pl.concat_str(keys, separator=", ").alias("id")).to_series()
+
+
+def moments(data: Data) -> tuple[pl.Series, bool]:
+    """The time of every row, and whether it is microseconds (else numbers); text where it is neither."""
+    values = data.rows[data.only("time").name]
+    if values.dtype == pl.String:
+        numbers, (dates, *_) = column_types.as_numbers(values), column_types.as_dates(values)
+        least = column_types.MOSTLY * (len(values) - values.null_count())
+        values = numbers if len(values) - numbers.null_count() >= max(least, 1) else values if dates is None else dates
+    if values.dtype.is_temporal():
+        return values.cast(column_types.DATE).cast(pl.Int64), True
+    return (values.cast(pl.Float64) if values.dtype.is_numeric() else values.cast(pl.String)), False
+
+
+def order_of(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> list[Finding]:
+    """Rows that come after a later moment of their series; a file that runs backwards throughout is merely said."""
+    by = np.lexsort((row, codes))
+    codes, at, row = codes[by], at[by], row[by]
+    same, steps = np.diff(codes) == 0, np.diff(at)
+    back = same & (steps < 0)
+    if not back.any():
+        return []
+    if (steps[same] <= 0).all():
+        return [found(data, "time-backwards", row[:1])]
+    peak = np.zeros(len(by), dtype=bool)                     # late is what comes after the latest moment so far
+    for a, b in pairwise(np.r_[0, np.flatnonzero(~same) + 1, len(by)]):
+        peak[a:b] = at[a:b] < np.maximum.accumulate(at[a:b])
+    return [found(data, "time-order", row[peak])]
+
+
+def once_each(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray, table: np.ndarray
+              ) -> tuple[np.ndarray, list[Finding]]:
+    """Which of the sorted rows have a series and moment that were there before, and findings about them."""
+    again = np.r_[False, (np.diff(codes) == 0) & (np.diff(at) == 0)]
+    first = row[np.maximum.accumulate(np.where(again, 0, np.arange(len(again))))]
+    same = ((table[row] == table[first]) | (np.isnan(table[row]) & np.isnan(table[first]))).all(1)
+    findings = []
+    for slug, which in (("duplicate-time", again & same), ("conflicting-time", again & ~same)):
+        if which.any():
+            pairs = [f"{data.place(int(row[i]))} = {data.place(int(first[i]))}" for i in np.flatnonzero(which)[:SHOWN]]
+            findings.append(found(data, slug, row[which], shown=pairs))
+    return again, findings
+
+
+def hint_of_roles(data: Data) -> str:
+    columns = ", ".join(repr(c.name) for c in data.role("series"))
+    return (f"Series are told apart by {columns}; say --set role.series=COLUMN for another." if columns else
+            "If the rows are of several series, name the column that tells them apart: --set role.series=COLUMN.")
+
+
+def grid(data: Data, frequency: Frequency, at: np.ndarray, row: np.ndarray, cuts: np.ndarray
+         ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Finding]] | None:
+    """The step of every row (-1: between steps), where groups begin, the time of every step, and findings. None where
+    moments are irregular."""
+    where, sizes, times, jumps = np.empty(len(at), dtype=np.int64), [], [], []
+    for a, b in pairwise(cuts):
+        position = frequency.position(at[a:b])
+        phase = np.round(position % 1, 5) % 1
+        values, counts = np.unique(phase, return_counts=True)
+        base = values[counts.argmax()]                       # most rows lie so; the first may be the odd one
+        step = np.round(position - base).astype(np.int64)
+        on = np.minimum(abs(phase - base), 1 - abs(phase - base)) < 1e-4
+        on &= np.r_[True, np.diff(step) > 0]                 # two days of one month are one step
+        step -= step[on][0]
+        where[a:b] = np.where(on, step, -1)
+        sizes.append(int(step[on][-1]) + 1)
+        if sizes[-1] > 100 + 4 * (b - a):                    # far too long a grid is not even made
+            return None
+        times.append(frequency.times(at[a:b][on][0], sizes[-1]))
+        gaps = np.diff(step[on], prepend=0)
+        jumps += [(int(gaps[i]) - 1, int(row[a:b][on][i])) for i in np.flatnonzero(gaps > 1)]
+    off, start = where < 0, np.r_[0, np.cumsum(sizes)]
+    missing = int(start[-1] - (~off).sum())
+    if off.mean() > HOLES or missing > HOLES * start[-1]:
+        return None
+    findings = [found(data, "frequency", step=frequency.article)]
+    if off.any():
+        findings.append(found(data, "off-grid", row[off], step=frequency.article))
+    if missing:
+        told = [f"{count} before {data.place(r)}" for count, r in jumps[:SHOWN]]
+        findings.append(found(data, "missing-steps", shown=told, count=missing))
+    return np.where(off, -1, where + np.repeat(start[:-1], np.diff(cuts))), start, np.concatenate(times), findings
+
+
+def finished(data: Data, layout: str, frequency: Frequency, targets: list[str], values: np.ndarray, row: np.ndarray,
+             times: np.ndarray, start: np.ndarray, ids: list[str], findings: list[Finding]
+             ) -> tuple[Panel | None, list[Finding]]:
+    """The panel, with what values themselves show: gaps between them, series without any, series that never change."""
+    seen, inside = np.isfinite(values), np.zeros(values.shape, dtype=bool)
+    units, names = [], []
+    odd: dict[str, list[str]] = {"empty-series": [], "constant-series": []}
+    for g, (a, b) in enumerate(pairwise(start)):
+        for c, target in enumerate(targets):
+            name = target if not ids[g] else ids[g] if len(targets) == 1 else f"{ids[g]}: {target}"
+            own = a + np.flatnonzero(seen[a:b, c])
+            if not len(own):
+                odd["empty-series"].append(name)
+                continue
+            inside[own[0]:own[-1] + 1, c] = True
+            if len(own) > 1 and np.ptp(values[own, c]) == 0:
+                odd["constant-series"].append(name)
+            units.append((g, c, own[0], own[-1] + 1))
+            names.append(name)
+    gaps = (inside & ~seen).any(1) & (row >= 0)
+    if gaps.any():
+        findings.append(found(data, "missing-values", list(dict.fromkeys(row[gaps].tolist()))[:SHOWN], int(gaps.sum())))
+    for slug, series in odd.items():
+        if series:
+            findings.append(found(data, slug, shown=[repr(n) for n in series[:SHOWN]], count=len(series),
+                                  names=", ".join(map(repr, series[:SHOWN]))))
+    if not units or len(odd["constant-series"]) == len(units):
+        return None, [*findings, found(data, "nothing-changes" if units else "no-series")]
+    group, column, low, high = (np.array(x) for x in zip(*units))
+    return Panel(layout, frequency, targets, values, row, times, start, group, column, low, high, names, findings), findings

@@ -1,0 +1,204 @@
+"""Windows: where series are cut into a past that is read and a future that is asked for, without a look ahead.
+
+An example is a (series, cut): the network reads `length` steps before the cut and forecasts `horizon` from it on. Parts are
+stretches of time: the futures of training windows end before validation begins, those of validation before the test. The
+past of a window may reach back over a border, as it does in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.data.dataset import FILE, LINE, Data, Finding
+from fieldguide.data.timeseries.frequency import season_of, usual_horizon
+from fieldguide.data.timeseries.panel import Panel, panel
+from fieldguide.data.validation.findings import SHOWN
+
+SERIES, CUT = "#series", "#cut"
+MANY = 30                  # of so many series, the last horizon of each is the test, and the one before it validation
+TEST, VALIDATION = 0.2, 0.1          # shares of fewer, longer ones
+READ = 4                   # horizons that are read, where the user names no length
+MOST = {"train": 2_000_000, "val": 4_000, "test": 40_000}        # windows of each part; of more, every n-th
+
+
+@dataclass
+class Windows:
+    """What examples of series refer to: all series, the options as they were settled, and where the parts end (absolute
+    steps of the panel, U each)."""
+
+    panel: Panel
+    table: pl.DataFrame
+    options: Any
+    train_end: np.ndarray
+    val_end: np.ndarray
+    test_end: np.ndarray
+
+
+def settled(found: Panel, options: Any) -> Any:
+    """Options with season, horizon and length chosen where the user said nothing."""
+    season = options.season or found.frequency.season or season_of([found.of(i) for i in range(len(found))])
+    horizon = options.horizon or usual_horizon(found.frequency, season)
+    typical = float(np.median(found.high - found.low))
+    length = options.length
+    if length is None:
+        length = max(READ * horizon, 2 * season if 2 * season <= typical / 4 else 0)
+        length = -(-length // season) * season if season <= length else length
+        length = max(2, min(length, int(typical - 2 * horizon) // 2))
+    for name, value in (("season", season), ("horizon", horizon), ("length", length)):
+        if value < 1:
+            raise SettingsError(f"task.{name}={value} must be at least 1.")
+    return replace(options, season=season, horizon=horizon, length=length)
+
+
+def cut(data: Data, options: Any) -> Data:
+    """A row for each window of every part. Raises `DataError` where nothing is left to learn from or to test."""
+    found = panel(data)
+    options = settled(found, options)
+    ends = given_ends(data, found, options) if data.splits is not None else chosen_ends(found, options)
+    windows = Windows(found, data.rows, options, *ends)
+    least = min(options.length, max(2, min(options.season, options.horizon)))       # steps of a past at least
+    short = found.low + least + options.horizon > windows.train_end
+    if short.all():
+        longest = int((found.high - found.low).max())
+        raise DataError(f"{data.source}: the longest of {len(found):,} series has {longest:,} steps, too few to learn to "
+                        f"forecast {options.horizon} of them and to keep some for validation and test. Bring longer ones, or "
+                        "lower task.horizon (and task.test, task.validation).")
+    findings = [f for f in data.findings if f.check != "short-series"]
+    if short.any():
+        names = [repr(found.names[i]) for i in np.flatnonzero(short)[:SHOWN]]
+        findings.append(Finding("short-series", "warning", "series too short to be learnt from with a horizon of "
+                                f"{options.horizon} steps beside validation and test", tuple(names), int(short.sum()),
+                                "Bring longer ones, or lower task.horizon."))
+    parts, said = [], []
+    begins = {"train": found.low, "val": windows.train_end, "test": windows.val_end}
+    stops = {"train": windows.train_end, "val": windows.val_end, "test": windows.test_end}
+    for name, most in MOST.items():
+        first, last = begins[name], stops[name] - options.horizon
+        if name == "train":                  # whole pasts only, unless a series is short; then also some of half
+            first = first + np.minimum(options.length, np.maximum(least, (last - first) // 2))
+            last = np.where(short, 0, last)
+        series, at, stride = cuts_between(windows, np.maximum(first, found.low + least), last, most)
+        if not len(at):
+            raise DataError(f"{data.source}: no window is left for {name}: none has a known value in its past and in the "
+                            f"{options.horizon} steps of its future. Lower task.horizon, or give that part more steps.")
+        parts.append((name, series, at))
+        said.append(f"{name} {len(at):,}" + (f" (every {stride}.)" if stride > 1 else ""))
+    series, at = (np.concatenate([p[i] for p in parts]) for i in (1, 2))
+    made = rows_of(data, windows, series, at)
+    made.findings = findings
+    made.splits = np.repeat(np.array([p[0] for p in parts], dtype=object), [len(p[1]) for p in parts])
+    made.how = f"by time, {described(windows)}; windows: {', '.join(said)}"
+    return made
+
+
+def at_end(data: Data, found: Panel, options: Any) -> Data:
+    """One window at the end of every series: what is asked of a trained network."""
+    windows = Windows(found, data.rows, options, found.high, found.high, found.high)
+    return rows_of(data, windows, np.arange(len(found)), found.high)
+
+
+def everywhere(data: Data, found: Panel, options: Any) -> Data:
+    """Windows at every step of series that were not learnt from (or at every n-th, of very many). Raises `DataError` where
+    none has a whole future and some past."""
+    windows = Windows(found, data.rows, options, found.high, found.high, found.high)
+    first = found.low + np.minimum(options.length, np.maximum(1, (found.high - found.low - options.horizon) // 2))
+    series, at, _ = cuts_between(windows, first, found.high - options.horizon, MOST["test"])
+    if not len(at):
+        raise DataError(f"{data.source}: no series has {options.horizon} known steps, the horizon, behind some to read.")
+    return rows_of(data, windows, series, at)
+
+
+def cuts_between(windows: Windows, first: np.ndarray, last: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Series and cut of windows from `first` to `last` of each, every n-th from the last back so that there are at most about
+    `most`, and n; those without a known value in their past or their future are left out."""
+    found, options = windows.panel, windows.options
+    stride = max(1, -(-int(np.maximum(last - first + 1, 0).sum()) // most))
+    cuts = [np.arange(b, a - 1, -stride)[::-1] for a, b in zip(first, last)]
+    series = np.repeat(np.arange(len(found)), [len(c) for c in cuts])
+    at, column = np.concatenate(cuts), found.column[series]
+    seen = np.concatenate([np.zeros((1, len(found.columns)), dtype=int), found.observed.cumsum(0)])
+    past = seen[at, column] - seen[np.maximum(at - options.length, found.low[series]), column]
+    future = seen[at + options.horizon, column] - seen[at, column]
+    keep = (past > 0) & (future > 0)
+    return series[keep], at[keep], stride
+
+
+def rows_of(data: Data, windows: Windows, series: np.ndarray, at: np.ndarray) -> Data:
+    """Windows as rows; each is said to be where its future begins, else where its past ends."""
+    row, end = windows.panel.row, windows.panel.start[windows.panel.group[series] + 1]
+    source = np.where((at < end) & (row[np.minimum(at, len(row) - 1)] >= 0), row[np.minimum(at, len(row) - 1)], row[at - 1])
+    source = np.where(source >= 0, source, row[windows.panel.low[series]])
+    table = data.rows.select(c for c in (FILE, LINE) if c in data.rows.columns)[source]
+    table = table.with_columns(pl.Series(SERIES, series), pl.Series(CUT, at))
+    return Data(data.source, table, data.columns, data.manifest, data.findings, None, windows)
+
+
+def chosen_ends(found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ends of training, validation and test of every series: from the end backwards, or, where the steps of training are
+    named, from the beginning on."""
+    many, size = len(found) >= MANY, found.high - found.low
+
+    def steps(value: float | None, share: float) -> np.ndarray:
+        if value is None and many:
+            return np.full(len(found), options.horizon)
+        if value is None:
+            return np.maximum(np.round(share * size), options.horizon).astype(int)
+        return np.round(value * size).astype(int) if value < 1 else np.full(len(found), int(value))
+
+    test, validation = steps(options.test, TEST), steps(options.validation, VALIDATION)
+    for name, part in (("test", test), ("validation", validation)):
+        if (part < options.horizon).any():
+            raise SettingsError(f"task.{name} leaves {int(part.min())} steps, fewer than the horizon of {options.horizon}.")
+    if options.train is None:
+        return found.high - test - validation, found.high - test, found.high
+    train = found.low + steps(options.train, 0)
+    if (train + validation + test > found.high).any():
+        raise SettingsError("task.train, task.validation and task.test add up to more than the "
+                            f"{int(size.min()):,} steps of the shortest series.")
+    return train, train + validation, train + validation + test
+
+
+def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ends of the parts as the source names them, row by row; validation is the end of training where it names none."""
+    codes = np.where(data.splits == "test", 2, np.where(data.splits == "val", 1, 0))
+    step = np.where(found.row >= 0, codes[np.maximum(found.row, 0)], -1)
+    for start, stop in pairwise(found.start):                                 # a step without a row goes with the one before
+        part = step[start:stop]
+        step[start:stop] = part[np.maximum.accumulate(np.where(part >= 0, np.arange(len(part)), 0))]
+    train, val, test = [], [], []
+    for i, (low, high) in enumerate(zip(found.low, found.high)):
+        part = step[low:high]
+        if (np.diff(part) < 0).any():
+            where = low + int(np.argmax(np.diff(part) < 0)) + 1
+            raise DataError(f"{data.place(int(found.row[where]))}: the parts that the source names are not one after "
+                            f"another in time: in series {found.names[i]!r}, training lies behind validation or test.")
+        a, b = low + int((part < 1).sum()), low + int((part < 2).sum())
+        if a == b and options.horizon < a - low:
+            a -= max(options.horizon, round(VALIDATION * (a - low)) if len(found) < MANY else 0)
+        if b == high and b - a > 2 * options.horizon:
+            b -= (b - a) // 2
+        train.append(a)
+        val.append(b)
+        test.append(high)
+    return np.array(train), np.array(val), np.array(test)
+
+
+def described(windows: Windows) -> str:
+    """Where the parts lie, in words: steps, and moments where all series share them."""
+    found = windows.panel
+    spans = [np.unique(x) for x in (windows.train_end - found.low, windows.val_end - windows.train_end,
+                                    windows.test_end - windows.val_end)]
+    words = ", ".join(f"{name} {span[0]:,}{f' to {span[-1]:,}' if len(span) > 1 else ''}"
+                      for name, span in zip(("training", "validation", "test"), spans))
+    unused = int((found.high - windows.test_end).sum())
+    rest = f", {unused:,} steps behind the test unused" if unused else ""
+    first = windows.val_end[0]
+    alone = len(found.start) == 2 and first < len(found.times)
+    since = f", the test from {found.frequency.label(found.times[first])} on" if alone else ""
+    return f"steps of {'each' if len(found) > 1 else 'the'} series: {words}{since}{rest}"

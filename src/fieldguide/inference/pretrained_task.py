@@ -1,0 +1,170 @@
+"""Published: a pretrained network as its publisher left it, with its head, its tokenizer and its way to prepare pictures.
+
+It does the task that its head is for, asked in the same words as a run of that task; a network without a head gives vectors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fieldguide.checkpoints import config_mapping
+from fieldguide.checkpoints.load import CONFIG, Checkpoint, described, filled
+from fieldguide.checkpoints.preprocessor_config import side_of
+from fieldguide.core import distributed
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError, WeightsError, WeightsWarning
+from fieldguide.core.settings import Settings
+from fieldguide.data.dataset import Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing import Text
+from fieldguide.inference.predictor import Answering, listed
+from fieldguide.objectives import Objective, Vectors
+from fieldguide.objectives.embedding import POOLED
+from fieldguide.tasks import Task, tasks
+from fieldguide.tasks.base import Arrays, Beside
+from fieldguide.tasks.text.base import Typed
+from fieldguide.tasks.vision.image_classification import ImageClassification
+
+SIDE = 224                                       # pixels, where neither network nor files say
+POOLING = "1_Pooling/config.json"                # of sentence-transformers
+LENGTH = "sentence_bert_config.json"             # the same: how many tokens of a text are read
+ANYHOW = "pooling_mode_"
+NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
+ONE = {"regression": "a number", "multi_label_classification": "several classes at once"}
+
+
+class Published(Answering):
+    """`predict(inputs)` answers, `evaluate(data)` scores what has known answers, `embed(texts)` gives vectors."""
+
+    def __init__(self, network: torch.nn.Module, card: Card, task: Task, pooled: str = "mean"):
+        self.card, self.task, self.pooled = card, task, pooled
+        self.objective = task.objective(network, card, Settings()).to(distributed.device()).eval()
+
+    @classmethod
+    def load(cls, source: str | Path | Checkpoint, *, name: str | None = None, columns: str = "",
+             **overrides: Any) -> Published:
+        """From a folder or file of transformers or timm, or hf:organisation/name; `gives="vector"` leaves its head off.
+        `columns` names the columns of text in tables that are asked about, "text" where nothing is said: two, with a comma
+        between, for a network that reads pairs.
+
+        Raises `WeightsError` for a network that does no task by itself, and where its tokenizer is missing or another's.
+        """
+        found = source if isinstance(source, Checkpoint) else described(source, name)
+        values = {**found.values, **overrides}
+        gives = values.get("gives", found.card.answers[0])
+        beside = replace(described_beside(found, values, gives), columns=tuple(filter(None, columns.split(","))))
+        made = (kind.published(beside) for kind in (*tasks().values(), TextVectors, PictureVectors)
+                if found.card.takes in kind.takes and gives in kind.gives)
+        if (task := next((one for one in made if one is not None), None)) is None:
+            raise WeightsError(f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives {gives}: no "
+                               "task answers or scores that as it is. `fit --weights` trains it on data of yours.")
+        with warnings.catch_warnings():
+            if gives == "vector":                        # heads are left on purpose
+                warnings.simplefilter("ignore", WeightsWarning)
+            network = filled(found.card, values, found.state, found.origin, str(found.path))
+        text, vocab = getattr(task, "text", None), getattr(network.config, found.card.names.get("vocab", "vocab"), None)
+        if text is not None and text.size > vocab:
+            raise WeightsError(f"{beside.folder}: its tokenizer has {text.size:,} tokens, the network {vocab:,}: it is that of "
+                               "another network")
+        return cls(network, found.card, task, beside.pooled)
+
+    def evaluate(self, source: Any) -> dict[str, Any]:
+        """Scores on data with known answers: {"rows", "scores", "intervals", "note"}. Raises `DataError` for data whose answers
+        are not called as the network calls them."""
+        data = self.task.read(listed(source), answered=True)
+        return self.scored(data, "as published")
+
+
+def described_beside(found: Checkpoint, values: dict[str, Any], gives: str) -> Beside:
+    """What lies beside a network's weights. Raises `WeightsError` where what it cannot do without is missing."""
+    folder, card = found.path if found.path.is_dir() else found.path.parent, found.card
+    config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
+    said = config_mapping.read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    words, pictures = None, None
+    if card.takes in ("tokens", "captioned"):
+        words, why = found.words()
+        if words is None:
+            raise WeightsError(f"{folder} cannot be asked without its tokenizer. {why or 'None lies there.'}")
+    if card.takes in ("image", "captioned"):
+        from fieldguide.inference.zero_shot import prepared
+        side = getattr(config, "image", None) or side_of(folder) or SIDE
+        pictures = prepared(folder, side, found.channels, card.scale)
+    names = named(said, getattr(config, card.names.get("classes", "classes"), 0), found.path) if gives in (
+        "label", "labels") else []
+    length = getattr(config, "length", 0)
+    if gives == "vector" and (folder / LENGTH).is_file():
+        length = min(length, config_mapping.read(folder / LENGTH).get("max_seq_length") or length)
+    return Beside(names, words, length, pictures, pooled(folder))
+
+
+def named(said: dict[str, Any], classes: int, where: Path) -> list[str]:
+    """What classes are called; by their numbers where no file says it."""
+    if classes < 2 or said.get("problem_type") in ONE:
+        raise WeightsError(f"{where} gives {ONE.get(said.get('problem_type'), 'a number')}, not one class of several: load it "
+                           "by fieldguide.load")
+    known = said.get("label_names") or (said.get("pretrained_cfg") or {}).get("label_names") or said.get("id2label") or {}
+    known = {str(i): name for i, name in enumerate(known)} if isinstance(known, list) else known
+    return [str(known.get(str(i), i)) for i in range(classes)]
+
+
+def pooled(folder: Path) -> str:
+    """How a text's vector is made, as sentence-transformers says it beside weights; else the mean."""
+    if not (folder / POOLING).is_file():
+        return POOLED[0]
+    said = config_mapping.read(folder / POOLING)
+    chosen = [key.removeprefix(ANYHOW) for key, on in said.items() if key.startswith(ANYHOW) and on is True]
+    if len(chosen) != 1 or chosen[0] not in NAMES:
+        raise WeightsError(f"{folder / POOLING} makes vectors of texts by {' and '.join(chosen) or 'nothing'}; known are "
+                           f"{' and '.join(NAMES)}, one alone")
+    return NAMES[chosen[0]]
+
+
+class Pointing(Task):
+    """A task whose answers are vectors of length 1."""
+
+    gives = ("vector",)
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        return [{"vector": [round(number, 8) for number in row]} for row in outputs["vector"].astype(float).tolist()]
+
+    def adjust(self, outputs: Arrays) -> Arrays:
+        return outputs
+
+    def truth(self, data: Data) -> Arrays:
+        raise DataError(f"{data.source}: a network that gives vectors has no answers that could be right or wrong.")
+
+
+class TextVectors(Pointing, Typed):
+    name = "text-vectors"
+    reads = "a text, or a table with a column `text`"
+    takes = ("tokens",)
+
+    @classmethod
+    def published(cls, beside: Beside) -> TextVectors:
+        task = cls(beside.texts(), cls.Options())
+        task.text, task.length, task.pooled = Text.load(beside.folder), beside.length, beside.pooled
+        return task
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        texts = self.texts(data)
+        if cut := sum(len(ids) > self.length - 2 for ids in self.text.exactly(texts)):
+            self.notes.append(f"{cut} of {len(texts)} texts are longer than the {self.length} tokens that the network reads, "
+                              "and are cut there")
+        return self.framed_texts(texts, self.length)
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return Vectors(model, self.pooled)
+
+
+class PictureVectors(Pointing, ImageClassification):
+    name = "picture-vectors"
+    reads = "a picture, a folder of them, or a table with a column `image` of paths"
+    takes = ("image",)
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return Vectors(model)

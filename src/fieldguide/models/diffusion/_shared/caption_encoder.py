@@ -1,0 +1,53 @@
+"""Captions for networks that name noise: the layers of the transformer encoder, and one vector of what they read.
+
+The mean over the tokens is not normalised: what all captions share would grow, and what they differ in would be divided by
+it until nothing of it were left.
+
+Initialisation: as the encoder's; the last layer 2.5 times as wide as keeps the variance. Captions share most of their words,
+so it is what they differ in that is then about N(0, 1), as the time and labels beside it are.
+Shapes: B batch, T tokens, W width, E width of the vector.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from fieldguide.core.errors import DataError
+from fieldguide.models.layers.padding import at_least_one, masked_mean
+from fieldguide.models.transformer.encoder_classifier import Block, sinusoids
+
+HEADS = 4
+WIDER = 2.5
+
+
+class Caption(nn.Module):
+    """Tokens -> what is added to the time. 0 is no token; none but 0 is no caption, which has a vector of its own."""
+
+    def __init__(self, vocab: int, length: int, dim: int, depth: int, out: int, dropout: float):
+        super().__init__()
+        self.embed = nn.Embedding(vocab, dim)
+        self.register_buffer("pos", sinusoids(length, dim), persistent=False)
+        self.blocks = nn.ModuleList(Block(dim, HEADS, dropout) for _ in range(depth))
+        self.head = nn.Linear(dim, out)
+
+    def reset_parameters(self) -> None:
+        width = self.embed.embedding_dim
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
+                    nn.init.xavier_uniform_(part)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embed.weight, std=width ** -0.5)
+        nn.init.normal_(self.head.weight, std=WIDER * width ** -0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:         # B T -> B E
+        if tokens.shape[1] > len(self.pos):
+            raise DataError(f"a caption of {tokens.shape[1]} tokens is longer than length={len(self.pos)}; cut the captions or "
+                            "create the network with a larger length")
+        mask = at_least_one(tokens > 0)
+        x = self.embed(tokens) * math.sqrt(self.embed.embedding_dim) + self.pos[:tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(masked_mean(x, mask))

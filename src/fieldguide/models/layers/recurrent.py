@@ -1,0 +1,60 @@
+"""A stack of recurrent layers in one or two directions that reads rows of different length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.padding import lengths, pick, reverse
+
+
+class Recurrent(nn.Module):
+    """What the last layer knows after the last real token.
+
+    `cell` is `nn.RNN`, `nn.LSTM` or `nn.GRU`. With two directions, every layer reads the row forwards and
+    backwards, and the next layer sees both (Schuster and Paliwal 1997). The backward pass starts at the last
+    real token: the real part of each row is reversed by index and read by an ordinary forward pass. Packed
+    sequences would do the same, but their per-step loop was 1.3 to 4 times slower to train on a CPU, and they
+    want the lengths on the host. Padding never reaches a state that is read.
+
+    `dropout` acts between layers. Initialisation: orthogonal recurrent weights (Saxe et al. 2013,
+    arXiv:1312.6120), Glorot uniform input weights, zero biases; the forget gate of an LSTM starts open, with
+    bias 1 (Gers et al. 2000).
+    """
+
+    def __init__(self, cell: type[nn.RNNBase], dim: int, hidden: int, depth: int = 1, directions: int = 1,
+                 dropout: float = 0.0):
+        super().__init__()
+        if directions not in (1, 2):
+            raise SettingsError(f"directions={directions}: a row is read in 1 or 2 directions")
+        if depth < 1:
+            raise SettingsError(f"depth={depth}: a stack has at least one layer")
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(cell(hidden * directions if i else dim, hidden, batch_first=True)
+                          for _ in range(directions))
+            for i in range(depth))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for rnn in (rnn for layer in self.layers for rnn in layer):
+            for gate in rnn.weight_hh_l0.chunk(rnn.weight_hh_l0.shape[0] // rnn.hidden_size):
+                nn.init.orthogonal_(gate)
+            for gate in rnn.weight_ih_l0.chunk(rnn.weight_ih_l0.shape[0] // rnn.hidden_size):
+                nn.init.xavier_uniform_(gate)
+            nn.init.zeros_(rnn.bias_ih_l0)
+            nn.init.zeros_(rnn.bias_hh_l0)
+            if isinstance(rnn, nn.LSTM):                 # gates lie in the order input, forget, cell, output
+                nn.init.ones_(rnn.bias_ih_l0[rnn.hidden_size:2 * rnn.hidden_size])
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:     # B T D, B T -> B directions*H
+        length = x.new_full(x.shape[:1], x.shape[1], dtype=torch.int64) if mask is None else lengths(mask)
+        states = []                                      # of each direction, B T H
+        for forwards, *backwards in self.layers:
+            if states:
+                first, *others = states
+                x = self.dropout(torch.cat([first, *(reverse(state, length) for state in others)], -1))
+            states = [forwards(x)[0], *(rnn(reverse(x, length))[0] for rnn in backwards)]
+        # Each way of reading, the second in reversed order, has seen the whole row at place length - 1.
+        return torch.cat([pick(state, length - 1) for state in states], -1)

@@ -1,0 +1,74 @@
+"""Glimpses: what a network makes while it learns, kept in the run folder for the report.
+
+Which evaluations are looked at is a function of the step alone, so a resumed run looks at the same ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Quote, Quotes
+from fieldguide.core.settings import Settings
+from fieldguide.training.checkpoint import write_atomically
+
+VIEWS = 8          # of a whole run
+
+
+class Glimpses:
+    """Looks, stores and reads. `exhibits` of a glimpse are galleries and quotes."""
+
+    def __init__(self, run: Path):
+        self.folder = run / "glimpses"
+
+    def look(self, step: int, settings: Settings, make: Callable[[], list[Exhibit]]) -> None:
+        """Stores what `make` gives, where this evaluation is one of the few to look at."""
+        part = lambda s: s * VIEWS // settings.steps
+        if part(step) == part(max(step - settings.evaluate, 0)) and step != settings.steps:
+            return
+        with torch.random.fork_rng():
+            shown = [packed(e) for e in make()]
+        if shown:
+            self.folder.mkdir(exist_ok=True)
+            write_atomically(self.folder / f"step-{step:08d}.json", json.dumps(shown, ensure_ascii=False).encode())
+
+    def read(self) -> list[tuple[int, list[Exhibit]]]:
+        """(step, exhibits) in order of training."""
+        return [(int(path.stem.removeprefix("step-")), [unpacked(e) for e in json.loads(path.read_text())])
+                for path in sorted(self.folder.glob("step-*.json"))]
+
+    def together(self) -> list[Exhibit]:
+        """One exhibit for each title, over all steps: the report's view."""
+        joined: dict[str, Exhibit] = {}
+        for step, exhibits in self.read():
+            for e in exhibits:
+                pictures = [Picture(p.image, f"step {step:,}{': ' + p.caption if p.caption else ''}", p.bad)
+                            for p in getattr(e, "pictures", ())]
+                texts = [Quote(q.text, f"step {step:,}{': ' + q.caption if q.caption else ''}", q.bad)
+                         for q in getattr(e, "quotes", ())]
+                before = joined.get(e.title)
+                joined[e.title] = (Gallery(e.title, e.note, [*(before.pictures if before else ()), *pictures])
+                                   if isinstance(e, Gallery) else
+                                   Quotes(e.title, e.note, [*(before.quotes if before else ()), *texts]))
+        return list(joined.values())
+
+
+def packed(exhibit: Exhibit) -> dict:
+    if isinstance(exhibit, Gallery):
+        return {"title": exhibit.title, "note": exhibit.note, "pictures": [
+            {"image": base64.b64encode(p.image).decode(), "caption": p.caption} for p in exhibit.pictures]}
+    if isinstance(exhibit, Quotes):
+        return {"title": exhibit.title, "note": exhibit.note,
+                "quotes": [{"text": q.text, "caption": q.caption} for q in exhibit.quotes]}
+    raise TypeError(f"a glimpse holds galleries and quotes, not {type(exhibit).__name__}")
+
+
+def unpacked(record: dict) -> Exhibit:
+    if "pictures" in record:
+        return Gallery(record["title"], record["note"],
+                       [Picture(base64.b64decode(p["image"]), p["caption"]) for p in record["pictures"]])
+    return Quotes(record["title"], record["note"], [Quote(q["text"], q["caption"]) for q in record["quotes"]])

@@ -1,0 +1,410 @@
+"""The report page: one HTML file that needs no network, no script and no explanation beside it.
+
+`render` turns sections of exhibits into the page. Each type of exhibit is drawn by one function registered
+with `draw`; a new type (a sound, an animation, an overlay) is one more function:
+
+    @draw.register
+    def _(exhibit: Sound) -> Markup: ...
+
+All mark-up is made by `charts.el` or by the template, both of which escape, and the page's own security
+policy forbids any request and any script but its own: what a data set contains can be shown, never run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache, singledispatch
+from itertools import groupby
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from fieldguide.core.report_elements import (
+    Bars,
+    Exhibit,
+    Gallery,
+    Lines,
+    Matrix,
+    Picture,
+    Quotes,
+    Scatter,
+    Sounds,
+    Table,
+)
+from fieldguide.report import charts
+from fieldguide.report.charts import NOTHING, clean, decimals_of, el, is_number, join, number, plain
+
+ROWS, QUOTES, PICTURES = 400, 50, 60      # the most of each that one exhibit shows; what is left out is said
+PICTURE_BYTES = 2_000_000                 # all pictures of a page together
+LARGEST = 384                             # pixels a side: twice what a tile shows, for dense screens
+WIDEST = 800                              # ... and of a tile of a wide gallery
+SOUND_BYTES = 3_000_000                   # all sounds of a page together
+SOUNDS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mpeg", b"\xff": "mpeg"}      # how a file of each begins
+CLASSES = 30                              # larger confusion matrices show their most confused classes
+UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMBT]|ms|s|min|h|[KMGT]i?B)(?!\w))")     # no line break before a unit
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence or two that say what to see, and the exhibits."""
+
+    title: str
+    lead: str = ""
+    exhibits: Sequence[Exhibit] = ()
+
+
+def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section],
+           footer: str = "") -> str:
+    """The whole page. `verdict` is the one sentence to remember; `facts` are label and value of small tiles.
+
+    A verdict that begins with a figure ("98.6 % of ...") is set with that figure large.
+    """
+    pictures = [p.image for s in sections for e in s.exhibits if isinstance(e, Gallery) for p in e.pictures]
+    token = _album.set(Album(repeated={image for image, n in Counter(pictures).items() if n > 1}))
+    try:
+        anchors = anchors_for([s.title for s in sections])
+        drawn = [{"title": s.title, "lead": s.lead, "anchor": anchor,
+                  "figures": [{"exhibit": e, "body": draw(e), "place": place}
+                              for e, place in zip(s.exhibits, places(s.exhibits))]}
+                 for s, anchor in zip(sections, anchors)]
+    finally:
+        _album.reset(token)
+    environment = templates()
+    script = environment.loader.get_source(environment, "report.js")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    figure = re.match(r"(?:[−-]?\d[\d.,]*(?:\s?%)?(?=\s))?", verdict).group()
+    return environment.get_template("report.html").render(
+        title=title, figure=figure, verdict=verdict[len(figure):].strip(), facts=facts, sections=drawn,
+        footer=footer, script=Markup(script), digest=digest,
+        style=Markup(environment.loader.get_source(environment, "report.css")[0]))
+
+
+@cache
+def templates() -> jinja2.Environment:
+    # finalize cleans every value a template shows, as `el` does for every value a drawing shows
+    made = jinja2.Environment(loader=jinja2.PackageLoader("fieldguide.report"), autoescape=True,
+                              finalize=clean, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)
+    made.filters["tie"] = tie
+    return made
+
+
+def tie(text: str) -> str:
+    return UNIT.sub("\u00a0", str(text))
+
+
+def anchors_for(titles: Sequence[str]) -> list[str]:
+    """Readable link targets, each once: `worst-errors`, `scores`, `scores-2`."""
+    seen: Counter[str] = Counter()
+    anchors = []
+    for title in titles:
+        word = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:40] or "section"
+        seen[word] += 1
+        anchors.append(word if seen[word] == 1 else f"{word}-{seen[word]}")
+    return anchors
+
+
+def places(shown: Sequence[Exhibit]) -> list[str]:
+    """Where each exhibit stands on a wide screen: beside a neighbour, in its own row, or beside its own text.
+
+    Neighbours that need little width go two by two. Of an odd number one takes a whole row: the first that
+    can use it, which a square chart cannot.
+    """
+    square = [isinstance(e, (Lines, Scatter)) and e.diagonal and not getattr(e, "log", False) for e in shown]
+    slim = [isinstance(e, (Lines, Scatter, Bars)) or (isinstance(e, Table) and len(e.header) <= 3)
+            for e in shown]
+    result = ["row"] * len(slim)
+    for narrow, run in groupby(range(len(slim)), key=slim.__getitem__):
+        if not narrow:
+            continue
+        run = list(run)
+        alone = next((k for k in run[::2] if not square[k]), run[0]) if len(run) % 2 else None
+        for k in run:
+            result[k] = "half" if k != alone else "aside" if square[k] else "row"
+    return result
+
+
+# -- one drawing function a type ---------------------------------------------------------------------------
+
+@singledispatch
+def draw(exhibit: Exhibit) -> Markup:
+    """The mark-up of one exhibit, chosen by its type."""
+    raise TypeError(f"the report cannot draw an exhibit of type {type(exhibit).__name__!r}: register a "
+                    f"function for it with `fieldguide.report.render.draw.register`")
+
+
+draw.register(Lines, charts.lines)
+draw.register(Scatter, charts.scatter)
+draw.register(Bars, charts.bars)
+
+
+def scroll(label: str, *children: Any, tall: bool = False) -> Markup:
+    """A box that scrolls by itself, so that the page never does sideways; reachable by keyboard."""
+    return el("div", *children, class_="scroll tall" if tall else "scroll", tabindex="0", role="region",
+              aria_label=label or "table")
+
+
+def remark(*texts: str) -> Markup:
+    return join(el("p", text, class_="remark") for text in texts if text)
+
+
+@draw.register
+def table(exhibit: Table) -> Markup:
+    """Numbers aligned by their points, text to the left, shaded columns where asked."""
+    total = len(exhibit.rows)
+    if not total:
+        return NOTHING
+    rows = [list(row) for row in exhibit.rows[:ROWS]]
+    width = max(len(exhibit.header), *map(len, rows))
+    rows = [row + [None] * (width - len(row)) for row in rows]
+    names = [*exhibit.header, *[""] * (width - len(exhibit.header))]
+    columns = [Column.of([row[k] for row in rows], names[k] in exhibit.heat) for k in range(width)]
+    head = el("tr", *(el("th", name, scope="col", class_=c.look) for name, c in zip(names, columns)))
+    body = (el("tr", *(cell(c, i, first=k == 0 and width > 1) for k, c in enumerate(columns)))
+            for i in range(len(rows)))
+    inside = el("table", el("thead", head) if any(names) else None, el("tbody", *body))
+    cut = f"The first {number(ROWS)} of {number(total)} rows are shown." if total > ROWS else ""
+    return join([scroll(exhibit.title, inside, tall=len(rows) > 25), remark(cut)])
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column ready to show: texts, full texts where these are shortened, and shades from 0 to 1."""
+
+    texts: list[str]
+    full: list[str | None]
+    numeric: bool
+    heat: bool
+    shades: list[float | None]
+
+    @property
+    def look(self) -> str | None:
+        return ("num heat" if self.heat else "num") if self.numeric else None
+
+    @classmethod
+    def of(cls, values: Sequence[Any], heat: bool) -> Column:
+        values = [plain(v) for v in values]
+        present = [v for v in values if v is not None]
+        numeric = bool(present) and all(map(is_number, present))
+        whole = all(isinstance(v, int) for v in present)
+        digits = decimals_of(present) if numeric and not whole else None
+        pairs = [shown(v, digits) for v in values]
+        shades: list[float | None] = [None] * len(values)
+        if heat and numeric:
+            sizes = charts.column(values)
+            if (sizes < 0).any() and (sizes > 0).any():      # errors to either side: the distance counts
+                sizes = np.abs(sizes)
+            real = sizes[np.isfinite(sizes)]
+            low, high = (real.min(), real.max()) if len(real) else (0, 0)
+            shades = [(v - low) / (high - low) if high > low and v == v else None for v in sizes.tolist()]
+        texts, full = [text for text, _ in pairs], [full for _, full in pairs]
+        return cls(texts, full, numeric, heat and numeric, shades)
+
+
+def shown(value: Any, digits: int | None = None) -> tuple[str, str | None]:
+    """The text of a cell, and the exact value for the pointer where the text is shorter than it."""
+    if value is None or is_number(value) or isinstance(value, bool):
+        text = number(value, digits)
+        return text, f"{value:,}" if text[-1:] in "MBT" else None
+    if isinstance(value, tuple) and len(value) == 2 and all(map(is_number, value)):
+        return "–".join(number(v, decimals_of(value)) for v in value), None
+    text = str(value)
+    return (text, None) if len(text) <= 400 else (text[:399].rstrip() + "…", text[:4000])
+
+
+def cell(column: Column, i: int, *, first: bool) -> Markup:
+    text, shade = column.texts[i], column.shades[i]
+    if column.numeric:
+        return el("td", text, class_=column.look, title=column.full[i],
+                  style=None if shade is None else f"--shade:{shade:.2f}")
+    kind = "long" if len(text) > 60 else "short" if len(text) <= (24 if first else 14) else None
+    return el("th" if first else "td", text, scope="row" if first else None, class_=kind,
+              title=column.full[i], dir="auto")
+
+
+@draw.register
+def matrix(exhibit: Matrix) -> Markup:
+    """A confusion matrix: right answers in one colour, mistakes in another, shaded by share of the row."""
+    if not len(exhibit.counts):
+        return NOTHING
+    counts = np.array([charts.column(row) for row in exhibit.counts])
+    known, n = np.nan_to_num(counts), len(counts)
+    labels = [str(label) for label in exhibit.labels][:n]
+    labels += [str(k) for k in range(len(labels), n)]
+    wrong = known.copy()
+    np.fill_diagonal(wrong, 0)
+    keep, says = np.arange(n), ""
+    if n > CLASSES:
+        keep = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[: CLASSES - 5])
+        says = (f"{n} classes are too many to read at once: the matrix shows the {len(keep)} that are "
+                f"confused most. The shares at its edges and the list below are of all {n}.")
+    totals, answers = known.sum(1), known.sum(0)
+    upright = max(len(labels[k]) for k in keep) > (2 if len(keep) > 14 else 5)
+    head = el("tr", el("th", el("span", "true ↓ predicted →"), scope="col", class_="corner"),
+              *(el("th", el("span", labels[k]), scope="col") for k in keep),
+              el("th", "found", scope="col", class_="sum", title="share of this class found (recall)"))
+    body = [el("tr", el("th", labels[i], scope="row", dir="auto"),
+               *(count(counts[i, j], known[i, j] / totals[i] if totals[i] > 0 else 0, i == j,
+                       f"{labels[i]} taken for {labels[j]}") for j in keep),
+               el("td", percent(known[i, i], totals[i]), class_="sum")) for i in keep]
+    precise = "share of these predictions that are right (precision)"
+    foot = el("tr", el("th", "right when said", scope="row", title=precise),
+              *(el("td", percent(known[j, j], answers[j]), class_="sum") for j in keep),
+              el("td", percent(np.trace(known), known.sum()), class_="sum all"))
+    inside = el("table", el("thead", head), el("tbody", *body), el("tfoot", foot),
+                class_="matrix" + (" upright" if upright else "") + (" dense" if len(keep) > 14 else ""))
+    return join([remark(says), scroll(exhibit.title, inside), confusions(labels, wrong, totals)])
+
+
+def count(value: float, share: float, right: bool, words: str) -> Markup:
+    """One cell. Mistakes are rare in a good model, so their shade grows with the root of their share."""
+    if value != value:
+        return el("td", "–")
+    if value == 0:
+        return el("td", "·" if not right else "0", class_="none")
+    shade = min(share if right else math.sqrt(share), 1.0)
+    look = ("right" if right else "wrong") + (" deep" if shade > 0.6 else "")
+    return el("td", number(value), class_=look, style=f"--shade:{shade:.2f}",
+              title=f"{'right' if right else words}: {number(value)}")
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f}%" if whole > 0 else "–"
+
+
+def confusions(labels: Sequence[str], wrong: np.ndarray, totals: np.ndarray, most: int = 8) -> Markup:
+    """The largest mistakes in words."""
+    if len(labels) < 3 or not wrong.any():
+        return Markup("")
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    items = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape)) if wrong[i, j] > 0]
+    return el("div", el("h4", "Most frequent confusions"), el("ul", *(
+        el("li", el("span", el("b", labels[i], dir="auto"), " taken for ", el("b", labels[j], dir="auto")),
+           el("span", f"{number(wrong[i, j])} of {number(totals[i])}", class_="times")) for i, j in items)),
+        class_="confusions")
+
+
+@dataclass
+class Album:
+    """The pictures of the page being drawn: repeated ones are stored once, all together within a budget."""
+
+    repeated: set[bytes] = field(default_factory=set)
+    placed: dict[bytes, tuple[str, str]] = field(default_factory=dict)
+    spent: int = 0
+    heard: int = 0                            # bytes of sounds
+
+
+_album: ContextVar[Album] = ContextVar("album")
+
+
+@draw.register
+def gallery(exhibit: Gallery) -> Markup:
+    album = _album.get(None) or Album()
+    tiles, over = [], 0
+    for picture in exhibit.pictures[:PICTURES]:
+        image = show(picture, album, WIDEST if exhibit.wide else LARGEST)
+        over += image is None
+        if image is not None:
+            tiles.append(el("li", image, el("span", tie(picture.caption), class_="caption", dir="auto"),
+                            class_="bad" if picture.bad else None))
+    over += max(0, len(exhibit.pictures) - PICTURES)
+    if not tiles and not over:
+        return NOTHING
+    return join([el("ul", *tiles, class_="gallery wide" if exhibit.wide else "gallery"), left_out(over, "picture")])
+
+
+def left_out(count: int, what: str) -> Markup:
+    be = " is" if count == 1 else "s are"
+    return remark(f"{number(count)} more {what}{be} left out to keep this page small." if count else "")
+
+
+def show(picture: Picture, album: Album, largest: int = LARGEST) -> Markup | None:
+    """The picture inside the page, or None where the page is full."""
+    if picture.image in album.placed:
+        name, view = album.placed[picture.image]
+        return el("svg", el("use", href=f"#{name}"), viewBox=view, role="img", aria_label=picture.caption)
+    try:
+        kind, data, (width, height) = embed(picture.image, largest)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):   # what Pillow raises
+        return el("span", "This picture cannot be read.", class_="broken")
+    if album.spent + len(data) > PICTURE_BYTES:
+        return None
+    album.spent += len(data)
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    small = "pixels" if max(width, height) <= 96 else None       # enlarge digits and icons without blurring
+    if picture.image not in album.repeated:
+        return el("img", src=source, alt=picture.caption, width=width, height=height, class_=small)
+    name, view = f"picture-{len(album.placed)}", f"0 0 {width} {height}"
+    album.placed[picture.image] = name, view
+    image = el("image", id=name, href=source, width=width, height=height, class_=small)
+    return el("svg", image, viewBox=view, role="img", aria_label=picture.caption)
+
+
+def embed(data: bytes, largest: int = LARGEST) -> tuple[str, bytes, tuple[int, int]]:
+    """Format, bytes and size of a picture as the page holds it: what is large is made smaller."""
+    with Image.open(io.BytesIO(data)) as image:
+        kind, size = (image.format or "").lower(), image.size
+        if kind not in ("png", "jpeg", "webp", "gif"):
+            raise ValueError(f"{kind or 'unknown'} is not PNG, JPEG, WebP or GIF")
+        if max(size) <= largest or len(data) <= 24_000:
+            return kind, data, size
+        image.draft("RGB", (largest, largest))               # lets JPEG decode at a fraction of its size
+        clear = "A" in image.getbands() or "transparency" in image.info
+        image = image.convert("RGBA" if clear else "RGB")
+        image.thumbnail((largest, largest))
+        kind, out = "webp" if clear else "jpeg", io.BytesIO()      # JPEG is several times faster to write
+        image.save(out, kind, quality=80)
+        return kind, out.getvalue(), image.size
+
+
+@draw.register
+def sounds(exhibit: Sounds) -> Markup:
+    """Each with the browser's own player; what does not fit into the page is counted."""
+    album = _album.get(None) or Album()
+    items, over = [], 0
+    for sound in exhibit.sounds:
+        kind = next((kind for head, kind in SOUNDS.items() if sound.sound.startswith(head)), None)
+        if kind and album.heard + len(sound.sound) > SOUND_BYTES:
+            over += 1
+            continue
+        player = el("span", "This sound cannot be played.", class_="broken")
+        if kind:
+            album.heard += len(sound.sound)
+            source = f"data:audio/{kind};base64,{base64.b64encode(sound.sound).decode()}"
+            player = el("audio", src=source, controls="", preload="metadata", aria_label=sound.caption)
+        items.append(el("li", player, el("span", tie(sound.caption), class_="caption", dir="auto"),
+                        class_="bad" if sound.bad else None))
+    if not items and not over:
+        return NOTHING
+    return join([el("ul", *items, class_="sounds"), left_out(over, "sound")])
+
+
+@draw.register
+def quotes(exhibit: Quotes) -> Markup:
+    items = []
+    for quote in exhibit.quotes[:QUOTES]:
+        text, cut = quote.text, ""
+        if len(text) > 20_000:
+            text, cut = text[:20_000], f"{number(len(text) - 20_000)} more characters are not shown."
+        body = el("p", text, dir="auto", class_="text")
+        if len(text) > 320:
+            start = text[:240].rsplit(" ", 1)[0]
+            more = el("span", f"all {number(len(quote.text))} characters", class_="more")
+            summary = el("summary", el("span", start + " …", class_="text start", dir="auto"), more)
+            body = el("details", summary, body)
+        items.append(el("li", body, remark(cut), el("span", tie(quote.caption), class_="caption", dir="auto"),
+                        class_="bad" if quote.bad else None))
+    if not items:
+        return NOTHING
+    return join([el("ul", *items, class_="quotes"), left_out(len(exhibit.quotes) - len(items), "text")])

@@ -1,0 +1,145 @@
+"""What the report shows of recognised speech: spectrograms with what was heard when, sounds to listen to, mistakes."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fieldguide.core.report_elements import Bars, Exhibit, Gallery, Picture, Sound, Sounds, Table
+from fieldguide.data.dataset import SECONDS, Data
+from fieldguide.data.media import audio
+from fieldguide.metrics.speech import compare, edits
+from fieldguide.objectives import Objective
+from fieldguide.objectives.ctc import log_probabilities
+from fieldguide.objectives.ctc_decoding import align
+from fieldguide.tasks.base import Arrays
+
+if TYPE_CHECKING:
+    from fieldguide.tasks.audio.speech_recognition import SpeechRecognition
+
+WORST, DRAWN, PLAYED = 40, 8, 16           # rows of the table, spectrograms, recordings to listen to
+SECONDS_SHOWN = 15.0                       # of a recording in the report
+WIDTH, BAND, TEXT = 640, 3, 26             # pixels: of a spectrogram, of each band, of the line of symbols below
+# Dark violet over teal to yellow: even steps of lightness, told apart by everybody (as matplotlib's viridis is).
+COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
+
+
+def sections(task: SpeechRecognition, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None
+             ) -> dict[str, list[Exhibit]]:
+    said, heard = truth["text"].tolist(), outputs["text"].tolist()
+    counts = edits(said, heard, "words")
+    characters = edits(said, heard, "characters")
+    # The most errors by what was said; where words tie, the more wrong characters.
+    rank = counts.errors / np.maximum(counts.length, 1) + characters.errors / np.maximum(characters.length, 1) / 100
+    worst = [int(i) for i in np.argsort(-rank, kind="stable") if counts.errors[i]]
+    chance = [int(i) for i in np.random.default_rng(0).permutation(len(said)) if i not in worst[:DRAWN]]
+    pictures = spectrograms(task, test, [*worst[:DRAWN // 2], *chance][:DRAWN], outputs, said, objective) if objective else []
+    row = lambda i: (test.place(i), said[i], heard[i], int(counts.errors[i]), float(outputs["sure"][i]))
+    recordings: list[Exhibit] = []
+    if worst:
+        recordings.append(Sounds("Worst recordings", "Test recordings with the most words wrong by what was said. Listen: is "
+                                 "it the network's mistake, or the transcript's?",
+                                 sounds(task, test, worst[:PLAYED], said, heard)))
+        recordings.append(Table("All that is worst", "", ("recording", "said", "heard", "words wrong", "sure"),
+                                [row(i) for i in worst[:WORST]]))
+    recordings.append(Sounds("By chance", "Test recordings as they come.", sounds(task, test, chance[:4], said, heard)))
+    if pictures:
+        recordings.append(Gallery("What was heard when", "Log-mel spectrograms: time to the right, low tones at the bottom, "
+                                  "the brighter the louder. Below each, the symbols that the network heard, where it heard "
+                                  "them (the likeliest alignment).", pictures, wide=True))
+    return {"Recordings": recordings, "Mistakes": mistakes(test, said, heard, counts)}
+
+
+def mistakes(test: Data, said: list[str], heard: list[str], counts: Any) -> list[Exhibit]:
+    """Which words are taken for which, and where the errors are."""
+    pairs = Counter(pair for i in np.flatnonzero(counts.errors) for pair in compare(said[i], heard[i]) if pair[0] != pair[1])
+    spoken = Counter(word for text in said for word in text.split())
+    rows = [(a or "(nothing)", b or "(nothing)", n, spoken[a] if a else None) for (a, b), n in pairs.most_common(WORST)]
+    totals = counts.totals()
+    seconds = test.rows[SECONDS].to_numpy()
+    edges = np.unique(np.quantile(seconds, np.linspace(0, 1, 5)))
+    groups = {}
+    for low, high in pairwise(edges):
+        inside = (seconds >= low) & ((seconds < high) | (high == edges[-1]))
+        if counts.length[inside].sum():
+            groups[f"{low:.1f} to {high:.1f} s"] = 100 * float(counts.errors[inside].sum() / counts.length[inside].sum())
+    return [Table("Words taken for others", f"{totals['substitutions']:,} substitutions, {totals['deletions']:,} deletions "
+                  f"(said, not heard) and {totals['insertions']:,} insertions (heard, not said) in {totals['length']:,} words.",
+                  ("said", "heard", "times", "of so many"), rows),
+            Bars("Words wrong by length of the recording", "", groups, unit="%")]
+
+
+# Sounds
+
+
+def sounds(task: SpeechRecognition, test: Data, rows: list[int], said: list[str], heard: list[str]) -> list[Sound]:
+    waves = audio.load([test.rows[task.column][i] for i in rows], task.mel.rate)
+    most = int(SECONDS_SHOWN * task.mel.rate)
+    return [Sound(encoded(wave[:most], task.mel.rate), f"said “{said[i]}”, heard “{heard[i] or '(nothing)'}”"
+                  + (f" (the first {SECONDS_SHOWN:g} of {len(wave) / task.mel.rate:.0f} s)" if len(wave) > most else ""),
+                  bad=said[i] != heard[i]) for i, wave in zip(rows, waves)]
+
+
+def encoded(wave: np.ndarray, rate: int) -> bytes:
+    """A sound as small as browsers play it: MP3, or WAV where libsndfile is too old to write that."""
+    import soundfile
+
+    file = io.BytesIO()
+    form = "MP3" if "MP3" in soundfile.available_formats() else "WAV"
+    soundfile.write(file, wave, rate, format=form)
+    return file.getvalue()
+
+
+# Spectrograms
+
+
+@torch.inference_mode()
+def spectrograms(task: SpeechRecognition, test: Data, rows: list[int], outputs: Arrays, said: list[str], objective: Objective
+                 ) -> list[Picture]:
+    from fieldguide.tasks.audio.speech_recognition import batch_of
+
+    where = next(objective.parameters()).device
+    rows = [i for i in rows if test.rows[SECONDS][i] <= SECONDS_SHOWN]
+    if not rows:
+        return []
+    waves, lengths = batch_of(audio.load([test.rows[task.column][i] for i in rows], task.mel.rate))
+    features, frames = task.mel.apply(waves, lengths)
+    logits, answers = task.listen(objective.model, features.to(where), frames.to(where))
+    symbols, count = task.transcripts.batch([outputs["said"][i][outputs["said"][i] > 0].astype(np.int64) for i in rows])
+    found = align(log_probabilities(logits), answers, torch.from_numpy(symbols).to(where), torch.from_numpy(count).to(where))
+    spans, pictures = found.spans.cpu().numpy() * task.stride, []
+    loud = task.mel.spectrogram(waves)
+    for k, i in enumerate(rows):
+        letters = [(task.transcripts.symbols[s - 1], *spans[k, j]) for j, s in enumerate(symbols[k, :count[k]])]
+        heard = outputs["text"][i]
+        caption = f"“{said[i]}”" if heard == said[i] else f"“{said[i]}”, heard “{heard or '(nothing)'}”"
+        pictures.append(Picture(drawn(loud[k, :frames[k]].numpy(), letters), caption, bad=heard != said[i]))
+    return pictures
+
+
+def drawn(loud: np.ndarray, letters: list[tuple[str, int, int]]) -> bytes:       # T F
+    """A spectrogram as PNG, with symbols below at the middle of the frames that they were heard at."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    steps, bands = loud.shape
+    low, high = np.quantile(loud, [0.05, 0.995])
+    share = np.clip((loud - low) / max(high - low, 1e-6), 0, 1).T[::-1] * (len(COLOURS) - 1)
+    first = np.minimum(share.astype(int), len(COLOURS) - 2)
+    colour = COLOURS[first] + (share - first)[..., None] * (COLOURS[first + 1] - COLOURS[first])
+    height = BAND * min(bands, 48)
+    picture = Image.new("RGB", (WIDTH, height + TEXT), "white")
+    picture.paste(Image.fromarray(colour.astype(np.uint8)).resize((WIDTH, height), Image.Resampling.BILINEAR))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(21)
+    for letter, start, end in letters:
+        left, right = (WIDTH * v / steps for v in (start, min(end, steps)))
+        if letter.strip():
+            pen.line([(left, height), (left, height + 4)], fill="#888888")
+            pen.text(((left + right) / 2, height + TEXT / 2 + 1), letter, fill="black", font=font, anchor="mm")
+    file = io.BytesIO()
+    picture.quantize(64).save(file, "PNG", optimize=True)
+    return file.getvalue()

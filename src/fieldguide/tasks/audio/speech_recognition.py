@@ -1,0 +1,377 @@
+"""Speech recognition: recordings of any rate and length, and what is said in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError, nearest
+from fieldguide.core.hardware import ram
+from fieldguide.core.report_elements import Exhibit, Quote, Quotes
+from fieldguide.core.settings import Settings
+from fieldguide.data.column_spec import Wants, plain
+from fieldguide.data.dataset import RATE, SECONDS, Column, Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.media import audio
+from fieldguide.data.preprocessing.speech import LogMel, SpecAugment, padded, perturb_speed, suggest_hop, suggest_rate
+from fieldguide.data.preprocessing.transcripts import SPACE, Transcripts, normal
+from fieldguide.data.readers.recordings import TRANSCRIPTS
+from fieldguide.metrics.speech import Edits, edits
+from fieldguide.objectives import Objective
+from fieldguide.objectives.ctc import CTC, log_probabilities, losses, needed
+from fieldguide.objectives.ctc_decoding import align, beam_search, collapse, in_chunks
+from fieldguide.tasks.audio import report
+from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
+from fieldguide.tasks.supervised import settled
+
+SHARE = 0.3            # of the memory that decoded recordings may fill; beyond it they are decoded batch by batch
+LONGEST = 30.0         # seconds of a recording that is trained on, at most, where the user names none
+SHORT = 2.0            # seconds; recordings of a word or two, of which each alone says little about its microphone
+MASKED = 5.0           # hours of training speech from which stripes of the spectrogram are hidden
+CELLS = 2 ** 24        # rows times frames squared that attention looks at together, when it is asked
+SAMPLE = 2000          # recordings that the scale of the spectrogram is learnt from
+# For a few hours of speech, half as wide and fewer than Conformer's (see docs/log.md, spoken digits).
+MASKS = SpecAugment(band_masks=2, band_share=0.15, time_masks=2, time_share=0.05)
+
+
+class SpeechRecognition(Task):
+    name = "automatic-speech-recognition"
+    reads = ("recordings with their transcripts: a folder of .wav, .flac, .ogg or .mp3 with a table of file names and "
+             "transcripts, or with x.txt beside x.wav; LJ Speech and Common Voice as they are")
+    takes = ("speech",)
+    feature = ("audio",)
+    gives = ("ctc",)
+    wants = Wants("last", names=TRANSCRIPTS, kinds={"target": "text", "feature": "audio"})
+    metrics = (Metric("wer", "min", "of the words wrong", percent=True),
+               Metric("cer", "min", "of the characters wrong", percent=True), Metric("loss", "min", "nats a symbol"))
+    recipe: ClassVar = {"augment": "standard"}
+    fewest = 8
+
+    @dataclass(frozen=True)
+    class Options:
+        rate: int | None = None          # samples a second that the network hears
+        bands: int | None = None         # mel bands of the spectrogram
+        hop: float | None = None         # seconds from one frame of it to the next
+        scale: str | None = None         # "corpus" or "recording": whose mean and deviation the bands are brought to
+        lower: bool = True               # upper case is not heard; False keeps it
+        pieces: int | None = None        # about so many parts of words as symbols; None: characters
+        longest: float | None = None     # seconds; longer recordings are not trained on, and are counted
+        masks: bool | None = None        # whether stripes of the spectrogram are hidden while training
+
+    @dataclass(frozen=True)
+    class Asking:
+        beams: int = 1                   # prefixes that the search keeps; 1 reads the likeliest symbol of each frame
+        chunk: float | None = None       # seconds that are heard at once; longer recordings are heard piece by piece
+
+    transcripts: Transcripts
+    mel: LogMel
+    heard: float                         # seconds of the longest recording that was trained on
+    shown: list[tuple[str, str]]         # a few training recordings and what they say, listened to while it learns
+    stride = 4                           # frames of the spectrogram to one answer
+
+    # What it can be made from
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        if len(data.features("audio")) != 1:
+            return "one column of recordings"
+        return None if data.target and data.target.kind in ("text", "category") else \
+            "a column of transcripts (name it with --target)"
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        if cls.lacks(data) or not (data.target.kind == "text" or plain(data.target.name) in TRANSCRIPTS):
+            return None
+        return f"recordings in column {data.features('audio')[0].name!r} and transcripts in {data.target.name!r}"
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        wanted = (data.features("audio")[0], data.target)
+        task = cls([c for c in data.columns.values() if any(c is w for w in wanted)], options)
+        seconds = data.rows[SECONDS].to_numpy()
+        longest = options.longest or LONGEST
+        short = np.flatnonzero(seconds <= longest)
+        if not short.size:
+            raise DataError(f"{data.source}: all recordings are longer than {longest:g} s. Cut them at pauses, or allow more "
+                            "with --set task.longest=SECONDS (memory grows with its square).")
+        task.heard = float(seconds[short].max())
+        task.transcripts = Transcripts.learn(task.said(data), lower=options.lower, pieces=options.pieces)
+        encoded, lengths = task.transcripts.batch(task.transcripts.encode(task.said(data))[0])
+        frames = needed(torch.from_numpy(encoded), torch.from_numpy(lengths)).numpy()
+        rate = options.rate or suggest_rate(data.rows[RATE].to_numpy())
+        task.options = settled(options, rate=rate, bands=40 if rate <= 8000 else 80, longest=longest,
+                               hop=suggest_hop(seconds[short], frames[short], cls.stride),
+                               scale="corpus" if np.median(seconds) < SHORT else "recording",
+                               masks=bool(seconds[short].sum() > 3600 * MASKED))
+        task.mel = task.features(data, short)
+        task.note(seconds, frames, data)
+        chosen = np.random.default_rng(0).permutation(short)[:3]
+        task.shown = [(data.rows[task.column][int(i)], task.said(data)[int(i)]) for i in chosen]
+        task.typical = float(np.median(seconds[short]))
+        task.hours = float(seconds[short].sum() / 3600)
+        return task
+
+    def features(self, data: Data, short: np.ndarray) -> LogMel:
+        o = self.options
+        settings = {"rate": o.rate, "bands": o.bands, "hop": o.hop}
+        if o.scale == "recording":
+            return LogMel(**settings)
+        paths = data.rows[self.column].to_list()
+        some = [paths[i] for i in np.random.default_rng(0).permutation(short)[:SAMPLE]]
+        waves = sorted(audio.load(some, o.rate), key=len)
+        return LogMel.learn((batch_of(waves[i:i + 64]) for i in range(0, len(waves), 64)), **settings)
+
+    def note(self, seconds: np.ndarray, frames: np.ndarray, data: Data) -> None:
+        """What a person should know of the training rows: recordings too long to train on, or too short to write."""
+        long = seconds > self.options.longest
+        if long.any():
+            self.notes.append(f"{long.sum():,} recordings are longer than {self.options.longest:g} s (such as "
+                              f"{data.place(int(np.flatnonzero(long)[0]))}, {seconds[long].max():.0f} s) and are not trained "
+                              "on (task.longest=... changes that)")
+        answers = -(-self.mel.frames((seconds * self.options.rate).astype(int)) // self.stride)
+        tight = (answers < frames) & ~long
+        if tight.any():
+            self.notes.append(f"{tight.sum():,} recordings have fewer frames than their transcripts need (such as "
+                              f"{data.place(int(np.flatnonzero(tight)[0]))}): they teach nothing (a smaller task.hop, or "
+                              "task.pieces=..., makes them fit)")
+
+    def said(self, data: Data) -> list[str]:
+        return data.rows[self.target.name].fill_null("").to_list()
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        data = super().read_one(source, answered)
+        if answered and self.target.name not in data.rows.columns:
+            raise DataError(f"{data.source}: the transcripts are to be in column {self.target.name!r}, which is not there."
+                            f"{nearest(self.target.name, data.rows.columns)} To have recordings transcribed, use "
+                            "`fieldguide predict`.")
+        return data
+
+    def needs(self) -> dict[str, Any]:
+        return {"vocab": self.transcripts.size, "features": self.mel.bands}
+
+    def profile(self) -> dict[str, Any]:
+        return {"tokens": int(self.mel.frames(int(self.typical * self.mel.rate))), "seconds": self.typical, "hours": self.hours,
+                "symbols": self.transcripts.size}
+
+    @property
+    def most(self) -> int:
+        """Recordings a step: about two minutes of sound, and no more than 32."""
+        return int(np.clip(2 ** int(np.log2(120 / max(self.typical, 0.1))), self.fewest, 32))
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        self.stride = model.stride
+        return CTC(model, card.inputs)
+
+    # Recordings to batches
+
+    def lessons(self, data: Data, card: Card, settings: Settings) -> Batches:
+        return self.batches(data.take(np.flatnonzero(data.rows[SECONDS].to_numpy() <= self.options.longest)), card, settings)
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        paths, mel = data.rows[self.column].to_list(), self.mel
+        samples = data.rows[SECONDS].to_numpy() * mel.rate
+        stored = audio.load(paths, mel.rate) if 2 * samples.sum() < SHARE * ram() else None
+        target = self.encoded(data)
+        # Validation asks for the same batches again and again; where they are small, their features are kept.
+        kept: dict[bytes, dict[str, Tensor]] | None = None
+        if settings and 4 * mel.bands * samples.sum() / mel.step < SHARE * ram() / 2:
+            kept = {}
+        speed = bool(settings and settings.augment != "none")
+        masks = MASKS if settings and settings.augment == "standard" and self.options.masks else None
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            key = index.tobytes()
+            if generator is None and kept is not None and key in kept:
+                return dict(kept[key])
+            waves, lengths = batch_of([stored[i] for i in index] if stored else audio.load([paths[i] for i in index], mel.rate))
+            if generator is not None and speed:
+                waves, lengths = perturb_speed(waves, lengths, generator)
+            features, frames = mel.apply(waves, lengths)
+            if generator is not None and masks:
+                features = masks.apply(features, frames, generator)
+            batch = {"features": features, "lengths": frames}
+            if target is not None:
+                symbols, counts = self.transcripts.batch([target[i] for i in index])
+                batch |= {"target": torch.from_numpy(symbols), "target_lengths": torch.from_numpy(counts)}
+            if generator is None and kept is not None:
+                kept[key] = dict(batch)
+            return batch
+
+        return Batches(len(paths), make, samples)
+
+    def encoded(self, data: Data) -> list[np.ndarray] | None:
+        """Transcripts as symbols; None where there are none."""
+        name = self.target.name
+        if name not in data.rows.columns or data.rows[name].null_count() == len(data):
+            return None
+        rows, unknown = self.transcripts.encode(self.said(data))
+        if unknown:
+            listed = " ".join(f"{c!r} ({n})" for c, n in unknown.most_common(5))
+            note = f"characters that training did not have cannot be written, and count as errors: {listed}"
+            self.notes += [note] * (note not in self.notes)
+        return rows
+
+    # Answers
+
+    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            logits, frames = self.listen(objective.model, batch["features"], batch["lengths"])
+            likely = log_probabilities(logits)
+            best, path = likely.max(-1)
+            real = torch.arange(path.shape[1], device=path.device) < frames[:, None]
+            said, count = collapse(path, frames) if self.asking.beams <= 1 else self.search(likely, frames)
+            spans = align(likely, frames, said, count).spans
+            outputs = {"said": said.where(torch.arange(said.shape[1], device=said.device) < count[:, None], -1),
+                       "first": spans[..., 0], "end": spans[..., 1],
+                       "sure": ((best * real).sum(1) / frames.clamp(min=1)).exp()}
+            if "target" in batch:
+                nll, fits = losses(logits, frames, batch["target"], batch["target_lengths"])
+                outputs["loss"] = (nll / batch["target_lengths"].clamp(min=1)).masked_fill(~fits, torch.nan)
+            return outputs
+        return answer
+
+    def listen(self, model: Any, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:    # B T F, B -> B S V, B
+        """Logits, with recordings that are too long to be heard at once heard in chunks; as many rows together as memory
+        allows. Nothing depends on the rows beside."""
+        size, overlap = self.chunks()
+        frames = model.frames(lengths)
+        parts: dict[int, Tensor] = {}
+        rows = [i for i in range(len(lengths)) if int(lengths[i]) <= size]
+        for i in range(len(lengths)):
+            if int(lengths[i]) > size:
+                parts[i] = in_chunks(model, features[i, :int(lengths[i])], size=size, overlap=overlap)
+        while rows:
+            together = max(1, CELLS // max(1, int(frames[rows].max())) ** 2)
+            some, rows = rows[:together], rows[together:]
+            heard = model(features[some, :int(lengths[some].max())], lengths[some])
+            parts |= {i: heard[k, :int(frames[i])] for k, i in enumerate(some)}
+        return torch.nn.utils.rnn.pad_sequence([parts[i] for i in range(len(lengths))], batch_first=True), frames
+
+    def chunks(self) -> tuple[int, int]:
+        """Frames of the spectrogram that are heard at once, and how many of them two neighbours share: by default as much
+        as the longest training recording and a quarter more, but at least 10 s."""
+        seconds = self.asking.chunk or min(max(10.0, 1.25 * self.heard), 40.0)
+        unit = 2 * self.stride
+        size = max(4, round(seconds / self.mel.hop / unit)) * unit
+        return size, size // unit // 4 * unit
+
+    def search(self, likely: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:   # B S V, B -> B N, B
+        best = [beam_search(row[:n].cpu(), self.asking.beams, symbols=32)[0].symbols
+                for row, n in zip(likely, frames.tolist())]
+        symbols, counts = self.transcripts.batch([np.array(b, dtype=np.int64) for b in best])
+        return torch.from_numpy(symbols).to(likely.device), torch.from_numpy(counts).to(likely.device)
+
+    def adjust(self, outputs: Arrays) -> Arrays:
+        return {**outputs, "text": self.texts(outputs)}
+
+    def texts(self, outputs: Arrays) -> np.ndarray:
+        """What was heard, as texts: of `said`, or, while training, of the likeliest symbol of each frame."""
+        if "text" in outputs:
+            return outputs["text"]
+        symbols = outputs.get("said")
+        if symbols is None:
+            path = outputs["path"]
+            before = np.pad(path[:, :-1], ((0, 0), (1, 0)))
+            symbols = np.where(path != before, path, 0)
+        return np.array([self.transcripts.decode(row) for row in symbols], dtype=object)
+
+    def words(self, outputs: Arrays, row: int) -> list[dict[str, Any]]:
+        """Each word with the seconds at which it begins and ends."""
+        second = self.mel.hop * self.stride
+        found: list[dict[str, Any]] = []
+        gap = True
+        for symbol, first, end in zip(*(outputs[name][row].astype(int) for name in ("said", "first", "end"))):
+            if symbol <= 0:
+                continue
+            for part in self.transcripts.symbols[symbol - 1].replace(SPACE, " "):
+                if part == " ":
+                    gap = True
+                elif gap:
+                    found.append({"word": part, "start": round(first * second, 3), "end": round(end * second, 3)})
+                    gap = False
+                else:
+                    found[-1] |= {"word": found[-1]["word"] + part, "end": round(end * second, 3)}
+        return found
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        return [{"text": text, "sure": float(sure), "words": self.words(outputs, i)}
+                for i, (text, sure) in enumerate(zip(outputs["text"], outputs["sure"]))]
+
+    # Scores
+
+    def truth(self, data: Data) -> Arrays:
+        return {"text": np.array([normal(t, self.options.lower) for t in self.said(data)], dtype=object)}
+
+    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+        heard, said = self.texts(outputs).tolist(), truth["text"].tolist()
+        scores = {"wer": edits(said, heard).rate, "cer": edits(said, heard, "characters").rate}
+        if "loss" in outputs and not np.isnan(outputs["loss"]).all():
+            scores["loss"] = float(np.nanmean(outputs["loss"]))
+        return scores
+
+    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+        """Bootstrap over recordings (Bisani and Ney 2004, doi:10.1109/ICASSP.2004.1326009), of counts made once."""
+        heard, said = self.texts(outputs).tolist(), truth["text"].tolist()
+        rows = np.random.default_rng(0).integers(0, len(said), (1000, len(said)))
+
+        def drawn(counts: Edits) -> np.ndarray:
+            length = counts.length[rows].sum(1)
+            return counts.errors[rows].sum(1) / np.maximum(length, 1)
+
+        values = {"wer": drawn(edits(said, heard)), "cer": drawn(edits(said, heard, "characters"))}
+        loss = outputs.get("loss")
+        if loss is not None and not np.isnan(loss).all():
+            known = loss[~np.isnan(loss)]
+            values["loss"] = known[np.random.default_rng(0).integers(0, len(known), (1000, len(known)))].mean(1)
+        return {name: tuple(np.percentile(v, [2.5, 97.5]).tolist()) for name, v in values.items()}
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        usual, times = Counter(self.truth(train)["text"].tolist()).most_common(1)[0]
+        short = usual if len(usual) <= 30 else usual[:29] + "…"
+        return [Baseline("most frequent transcript", f"{short!r}, which {times:,} training recordings say",
+                         {"text": np.array([usual] * len(test), dtype=object)})]
+
+    # Report
+
+    def glimpse(self, objective: Objective) -> list[Exhibit]:
+        waves, lengths = batch_of(audio.load([path for path, _ in self.shown], self.mel.rate))
+        where = next(objective.parameters()).device
+        features, frames = self.mel.apply(waves, lengths)
+        path = objective.outputs({"features": features.to(where), "lengths": frames.to(where)})["path"]
+        return [Quotes("Heard while it learnt", "Training recordings.", [
+            Quote(text or "(nothing)", f"said: {said}")
+            for text, (_, said) in zip(self.texts({"path": path.cpu().numpy()}), self.shown)])]
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        return report.sections(self, test, outputs, truth, objective)
+
+    # Saved with the run
+
+    def state(self) -> dict[str, Any]:
+        return {"transcripts": self.transcripts.to_json(), "mel": self.mel.to_json(), "heard": self.heard, "shown": self.shown,
+                "typical": self.typical, "hours": self.hours, "stride": self.stride}
+
+    @classmethod
+    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = cls(columns, options)
+        task.transcripts, task.mel = Transcripts.from_json(state["transcripts"]), LogMel.from_json(state["mel"])
+        task.shown = [tuple(pair) for pair in state["shown"]]
+        task.heard, task.typical, task.hours, task.stride = (state[k] for k in ("heard", "typical", "hours", "stride"))
+        return task
+
+
+def batch_of(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:                  # each N int16 -> B N, B
+    batch, lengths = padded(waves)
+    return batch.div_(32768.0), lengths
+
+
+TASKS = (SpeechRecognition,)

@@ -1,0 +1,154 @@
+"""What tasks share that read a picture and a text together: both prepared, batched, and drawn with what was looked at."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fieldguide.core.distributed import device
+from fieldguide.core.hardware import ram
+from fieldguide.core.settings import Settings
+from fieldguide.data.dataset import CHANNELS, HASH, HEIGHT, WIDTH, Column, Data
+from fieldguide.data.media import images
+from fieldguide.data.preprocessing import Pictures, Text, suggest_side
+from fieldguide.data.preprocessing.tokenizer import suggest_length
+from fieldguide.tasks.base import Task
+from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.vision.image_classification import augment
+
+SIDES = (16, 24, 32, 48, 64, 96, 192)            # that patches of the small networks fill
+MOST = {"cpu": 96, "mps": 96, "cuda": 192}       # pixels a side, where the user names none
+SAMPLE = 5000                                    # pictures and texts that sizes are learnt from
+SHARE = 0.3                                      # of the memory that decoded pictures may fill
+LONGEST = 64                                     # tokens of a text at most, where the user names no length
+THUMB = 128                                      # pixels a side in the report
+PICTURE = "picture"                              # the column that keeps rows of equal pictures on one side
+
+
+class Pictured(Task):
+    """A task with one column of pictures and texts beside them."""
+
+    feature = ("image",)
+    pictures: Pictures
+    text: Text
+    median: int                                  # tokens of a training text
+
+    @classmethod
+    def examples(cls, data: Data, options: Any) -> Data:
+        """Rows of equal pictures become a group, which no split parts."""
+        if PICTURE in data.columns or HASH not in data.rows.columns:
+            return data
+        group = Column(PICTURE, "identifier", "group", "equal pictures have the same value")
+        rows = data.rows.with_columns(pl.col(HASH).alias(PICTURE))
+        return replace(data, rows=rows, columns={**data.columns, PICTURE: group})
+
+    def learn_inputs(self, data: Data, texts: list[str]) -> None:
+        """Learns pictures and vocabulary, or takes those that the options name. Settles side, channels, vocab and length."""
+        o = self.options
+        most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[device().type])
+        side = o.side or max((s for s in SIDES if s <= most), default=SIDES[0])
+        channels = o.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
+        paths = data.rows[self.column].to_list()
+        sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
+        self.pictures = Pictures.learn(images.load([paths[i] for i in sample], side, channels, fit="pad"), "pad")
+        if o.pixels:
+            self.pictures = self.pictures.scaled(o.pixels)
+        if o.resize:
+            self.pictures = self.pictures.resized(o.resize)
+        self.text = Text.load(o.tokenizer) if o.tokenizer else Text.learn(texts, size=o.vocab)
+        sizes = [len(row) for row in self.framed(texts[:SAMPLE])]
+        self.median = int(np.median(sizes))
+        self.options = settled(o, side=side, channels=channels, vocab=self.text.size,
+                               length=suggest_length(sizes, LONGEST))
+        self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
+
+    def framed(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, all of them, with those that stand before and behind."""
+        raise NotImplementedError
+
+    def closes(self, row: list[int]) -> bool:
+        """Whether the last token of a row says that it ends, and so stays where the row is cut."""
+        raise NotImplementedError
+
+    def tokens(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
+        """The tokens of each text, int64, no more than are read, and how many texts were cut."""
+        rows, most = self.framed(texts), self.options.length
+        kept = [[*row[:most - 1], row[-1]] if len(row) > most and self.closes(row) else row[:most] for row in rows]
+        return [np.array(row, dtype=np.int64) for row in kept], sum(len(row) > most for row in rows)
+
+    def note_cut(self, cut: int, texts: int) -> None:
+        if cut:
+            self.notes.append(f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
+                              "cut there (task.length=... changes that)")
+
+    def needs(self) -> dict[str, Any]:
+        return {"channels": self.pictures.channels, "image": self.pictures.side, "vocab": self.text.size,
+                "length": self.options.length, "end": self.text.end}
+
+    def profile(self) -> dict[str, Any]:
+        return {"side": self.pictures.side, "channels": self.pictures.channels, "vocab": self.text.size,
+                "tokens": self.median}
+
+    def pixels(self, data: Data, settings: Settings | None = None) -> Callable[[np.ndarray, torch.Generator | None], Tensor]:
+        """Of rows, the pictures as the network sees them: B C S S. Equal files are kept in memory once."""
+        paths = data.rows[self.column].to_list()
+        p, unique = self.pictures, sorted(set(paths))
+        place = {path: i for i, path in enumerate(unique)}
+        where = np.array([place[path] for path in paths], dtype=np.int64)
+        stored = p.load(unique) if len(unique) * p.channels * p.side ** 2 < SHARE * ram() else None
+        how = settings.augment if settings else "none"
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> Tensor:
+            x = stored[torch.from_numpy(where[index])] if stored is not None else p.load([paths[i] for i in index])
+            return p.apply(x if generator is None else augment(x, how, self.options.flip, generator))
+
+        return make
+
+    # Drawing
+
+    def picture(self, data: Data, row: int) -> np.ndarray:                       # -> S S 3 uint8
+        array = images.load([data.rows[self.column][row]], THUMB, 3, fit="pad")[0]
+        return array.permute(1, 2, 0).numpy()
+
+    def thumbnail(self, data: Data, row: int) -> bytes:
+        return encoded(self.picture(data, row))
+
+    def overlay(self, data: Data, row: int, heat: np.ndarray) -> bytes:
+        """The picture beside itself under a heat of the weights of its patches, h w."""
+        plain = self.picture(data, row)
+        return encoded(np.concatenate([plain, heated(plain, heat)], 1))
+
+    def restore_inputs(self, state: dict[str, Any], folder: Any) -> None:
+        self.pictures, self.median = Pictures.from_json(state["pictures"]), state["median"]
+        self.text = Text.load(folder)
+
+    def state(self) -> dict[str, Any]:
+        return {"pictures": self.pictures.to_json(), "median": self.median}
+
+    def save(self, folder: Any) -> None:
+        super().save(folder)
+        self.text.save(folder)
+
+
+def heated(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:                 # S S 3 uint8, h w -> S S 3 uint8
+    """A picture in grey, red where the heat is highest: the mean of the patches adds nothing, twice the mean or more all."""
+    side = picture.shape[:2]
+    large = F.interpolate(torch.from_numpy(heat).float()[None, None], side, mode="bilinear", align_corners=False)[0, 0]
+    strength = ((large / heat.mean() - 1).clamp(0, 1) * 0.75).numpy()[..., None]
+    grey = picture.mean(2, keepdims=True) * 0.85
+    return ((1 - strength) * grey + strength * np.array([255.0, 50.0, 20.0])).astype(np.uint8)
+
+
+def encoded(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, "JPEG", quality=85)
+    return out.getvalue()

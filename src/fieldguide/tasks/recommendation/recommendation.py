@@ -1,0 +1,381 @@
+"""Recommendation: what a user will want next, from what they met before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError
+from fieldguide.core.report_elements import Bars, Exhibit, Table
+from fieldguide.core.settings import Settings
+from fieldguide.data import read
+from fieldguide.data.column_spec import Wants
+from fieldguide.data.dataset import FILE, LINE, Column, Data, Finding
+from fieldguide.data.loader import Batches
+from fieldguide.objectives import Objective
+from fieldguide.objectives.next_item import TOP, NextItem, ranked
+from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
+from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.text.base import path_like
+
+ITEMS = "#items"           # of an example: what a user met, in order of time
+CUTS = (5, 10, 20)
+LONGEST = 100              # items of a history that are read, at most, where the user names no length
+MANY = 50_000              # of more items than these, training draws some (`DRAWN`) instead of scoring all
+DRAWN = 4096
+CHUNK = 512                # users whose baselines are scored together
+
+
+class Recommendation(Task):
+    name = "recommendation"
+    reads = "a table of who met what, and when: a column of users, one of items, and one of time"
+    takes = ("items",)
+    gives = ("items",)
+    wants = Wants("none", roles=("user", "item", "rating", "time"),
+                  kinds={"user": "identifier", "item": "identifier", "rating": "number"})
+    metrics = (Metric("ndcg_10", "max", "NDCG among the first 10 of all items"),
+               Metric("hr_10", "max", "of the next items among the first 10 of all", percent=True),
+               Metric("mrr", "max", "mean of 1 / rank among all items"),
+               *(Metric(f"{name}_{k}", "max", f"{words} {k}", percent=name == "hr") for k in (5, 20)
+                 for name, words in (("ndcg", "NDCG among the first"), ("hr", "of the next items among the first"))))
+    recipe: ClassVar = {"patience": 10}
+    fewest = 32
+
+    @dataclass(frozen=True)
+    class Options:
+        length: int | None = None        # items of a history that are read; of longer ones the latest
+        least: float | None = None       # ratings below this are left out
+        repeats: bool | None = None      # whether what a user met before may be recommended again
+        negatives: int | None = None     # items drawn a step; 0 = all are scored
+
+    @dataclass(frozen=True)
+    class Asking:
+        count: int = 10                  # items recommended to each user
+
+    items: list[str]                     # names of items 1, 2, ...
+    counts: np.ndarray                   # how often each occurs in training, 0 first
+    known: pl.DataFrame                  # users and what they met, in order
+
+    # From a table of events to users with their histories
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        missing = [role for role in ("user", "item") if not data.role(role)]
+        return " and ".join(f"a column of {role}s (name it with --set role.{role}=COLUMN)" for role in missing) or None
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        return None if cls.lacks(data) else "a column of users and one of items"
+
+    @classmethod
+    def examples(cls, data: Data, options: Any) -> Data:
+        """Of each user three examples: all but the last two items to train on; the last but one to validate, the last
+        to test, each predicted from what was before. Who met fewer than three items is trained on only."""
+        histories, place = cls.histories(data, options)
+        sizes = histories[ITEMS].list.len()
+        parts, splits = [], []
+        for name, drop, least in (("train", 2, 3), ("val", 1, 3), ("test", 0, 3)):
+            some = histories.filter(sizes >= least).with_columns(pl.col(ITEMS).list.head(pl.col(ITEMS).list.len() - drop))
+            if name == "train":
+                some = pl.concat([some, histories.filter(sizes < least)])
+            parts.append(some)
+            splits += [name] * some.height
+        few = int((sizes < 3).sum())
+        if few == histories.height:
+            raise DataError(f"{data.source}: no user met three items or more, so none has a last item to test and one before "
+                            "it to validate. Is the column of users the right one (--set role.user=COLUMN)?")
+        made = Data(data.source, pl.concat(parts), data.columns, data.manifest, list(data.findings),
+                    np.array(splits, dtype=object))
+        if few:
+            made.findings.append(Finding("few-items", "note", "users who met fewer than three items: they are trained on, "
+                                         "not tested", place, few))
+        return made
+
+    @classmethod
+    def histories(cls, data: Data, options: Any) -> tuple[pl.DataFrame, tuple[str, ...]]:
+        """A row a user: who, the place of their first event, and their items in order of time. And, for the doctor, places
+        of users with few items."""
+        user, item = data.only("user").name, data.only("item").name
+        rows = data.rows.with_columns(pl.Series("#place", range(len(data))))
+        if options.least is not None:
+            if not data.role("rating"):
+                raise DataError(f"{data.source}: task.least={options.least:g} needs a column of ratings "
+                                "(--set role.rating=COLUMN).")
+            rows = rows.filter(pl.col(data.only("rating").name) >= options.least)
+        if data.role("time"):
+            time = data.only("time")
+            if time.kind not in ("number", "date"):
+                raise DataError(f"{data.source}: column {time.name!r} is to be the time, but holds {time.kind} "
+                                f"({time.why}). Name another with --set role.time=COLUMN.")
+            rows = rows.sort(time.name, maintain_order=True, nulls_last=False)
+        grouped = rows.group_by(user, maintain_order=True).agg(
+            pl.col(item).alias(ITEMS), pl.col(FILE).first(), pl.col(LINE).first()).sort(user)
+        few = grouped.filter(pl.col(ITEMS).list.len() < 3)
+        files = data.manifest.files
+        place = tuple(f"{files[f].path}:{line}" for f, line in few.select(FILE, LINE).head(5).rows())
+        return grouped, place
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls(list(data.columns.values()), options)
+        events = data.rows[ITEMS].explode().drop_nulls()
+        counted = events.value_counts(sort=True).sort(["count", events.name], descending=[True, False])
+        task.items = counted[events.name].to_list()
+        task.counts = np.array([0, *counted["count"].to_list()])
+        sizes = data.rows[ITEMS].list.len().to_numpy()
+        again = 1 - sum(len(set(h)) for h in data.rows[ITEMS].to_list()) / max(sizes.sum(), 1)
+        longest = int(min(LONGEST, max(4, np.quantile(sizes, 0.9))))
+        task.options = settled(options, length=longest, repeats=bool(again > 0.05),
+                               negatives=0 if len(task.items) <= MANY else DRAWN)
+        user = data.only("user").name
+        task.known = data.rows.select(user, ITEMS)
+        if not data.role("time"):
+            task.notes.append("no column says when: users are taken to have met items in the order of the rows "
+                              "(--set role.time=COLUMN says it)")
+        if again > 0.05:
+            task.notes.append(f"{100 * again:.0f} % of the events are of items that the user had met before: such items may be "
+                              "recommended again (task.repeats=false changes that)")
+        if (cut := int((sizes > task.options.length).sum())):
+            task.notes.append(f"of {cut:,} users the history is longer than {task.options.length} items: when it is asked what "
+                              "comes next, only the latest are read (task.length=... changes that)")
+        return task
+
+    def codes(self, histories: pl.Series) -> list[np.ndarray]:
+        """Each history as numbers of items; 0 for one that training did not have."""
+        flat = histories.explode()
+        known = dict(zip(self.items, range(1, len(self.items) + 1)))
+        numbers = flat.replace_strict(known, default=0, return_dtype=pl.Int64).fill_null(0).to_numpy()
+        sizes = histories.list.len().to_numpy()
+        return np.split(numbers[:sizes.sum()] if sizes.all() else numbers, sizes.cumsum()[:-1]) if len(sizes) else []
+
+    def needs(self) -> dict[str, Any]:
+        return {"items": len(self.items) + 1, "length": self.options.length}
+
+    def profile(self) -> dict[str, Any]:
+        return {"items": len(self.items), "length": self.options.length, "tokens": self.options.length,
+                "rows": max(1, int(self.counts.sum()) // self.options.length)}
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return NextItem(model, card.inputs, self.counts.tolist(), self.options.negatives, settings.smoothing,
+                        self.options.repeats)
+
+    # Batches
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        histories = self.codes(data.rows[ITEMS])
+        if settings and data.splits is not None and (data.splits == "train").all():
+            return self.windows(histories)
+        return self.ask_for_last(histories)
+
+    def windows(self, histories: list[np.ndarray]) -> Batches:
+        """Histories in windows of `length` items, each to be told from those before; while training a window of a long
+        history begins anywhere in it."""
+        length = self.options.length
+        known = [h[h > 0] for h in histories]
+        known = [h for h in known if len(h) >= 2]
+        owner = np.repeat(np.arange(len(known)), [-(-(len(h) - 1) // length) for h in known])
+        number = np.concatenate([np.arange(-(-(len(h) - 1) // length)) for h in known])
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            shift = np.zeros(len(index), int)
+            if generator is not None:
+                shift = torch.randint(length, (len(index),), generator=generator).numpy()
+            items, target = np.zeros((2, len(index), length), dtype=np.int64)
+            for row, (i, moved) in enumerate(zip(index, shift)):
+                h = known[owner[i]]
+                end = len(h) - number[i] * length - (moved if len(h) - 1 > length else 0)
+                end = max(end, min(len(h), length + 1))
+                part = h[max(0, end - length - 1):end]
+                items[row, length - len(part) + 1:], target[row, length - len(part) + 1:] = part[:-1], part[1:]
+            return {"items": torch.from_numpy(items), "mask": torch.from_numpy(items > 0), "target": torch.from_numpy(target)}
+
+        return Batches(len(owner), make)
+
+    def ask_for_last(self, histories: list[np.ndarray], asked: bool = True) -> Batches:
+        """Each history without its last item, which is asked for; or all of it, and what comes next is asked for."""
+        length = self.options.length
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            before = [histories[i][:-1] if asked else histories[i] for i in index]
+            known = [h[h > 0] for h in before]
+            items = padded_in_front([h[-length:] for h in known], length)
+            # A history of unknown items alone is read as one place that says nothing.
+            mask = items > 0
+            mask[:, -1] = True
+            batch = {"items": torch.from_numpy(items), "mask": torch.from_numpy(mask),
+                     "seen": torch.from_numpy(padded_in_front(known, max([1, *map(len, known)])))}
+            if asked:
+                batch["asked"] = torch.tensor([int(histories[i][-1]) for i in index])
+            return batch
+
+        return Batches(len(histories), make)
+
+    # Scores
+
+    def truth(self, data: Data) -> Arrays:
+        return {"item": np.array([h[-1] for h in self.codes(data.rows[ITEMS])])}
+
+    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+        rank = outputs["rank"].astype(np.float64)
+        scores = {}
+        for k in CUTS:
+            scores[f"hr_{k}"] = float((rank <= k).mean())
+            scores[f"ndcg_{k}"] = float(np.where(rank <= k, 1 / np.log2(1 + rank), 0).mean())
+        return {m.name: float((1 / rank).mean()) if m.name == "mrr" else scores[m.name] for m in self.metrics}
+
+    def before_test(self, train: Data, held: Data) -> None:
+        """Who met what in training, as a sparse matrix users x items. And of users that are asked by name all is known from
+        now on, so that nothing they have met is recommended."""
+        from scipy.sparse import csr_matrix
+        histories = self.codes(train.rows[ITEMS])
+        rows = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
+        met = csr_matrix((np.ones(len(rows), np.float32), (rows, np.concatenate(histories))),
+                         shape=(len(histories), len(self.items) + 1))
+        met.data[:] = 1
+        self.met = met
+        whole = held.rows.select(self.known.columns)
+        self.known = pl.concat([whole, self.known.join(whole, on=self.known.columns[0], how="anti")])
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        from scipy.sparse import csr_matrix, diags
+        histories = self.codes(test.rows[ITEMS])
+        popular = torch.from_numpy(self.counts.astype(np.float32))
+        seldom = 1 / np.sqrt(np.maximum(np.asarray(self.met.sum(0)).ravel(), 1))
+        together = diags(seldom) @ (self.met.T @ self.met) @ diags(seldom)       # cosine of the columns
+        together = together.tolil()
+        together.setdiag(0)
+        together = together.tocsr().astype(np.float32)
+
+        def neighbours(before: list[np.ndarray]) -> Tensor:
+            rows = np.repeat(np.arange(len(before)), [len(h) for h in before])
+            own = csr_matrix((np.ones(len(rows), np.float32), (rows, np.concatenate(before))),
+                             shape=(len(before), len(self.items) + 1))
+            return torch.from_numpy((own @ together).toarray())
+
+        return [Baseline("popularity", "the same to all: what is met most",
+                         self.by(histories, lambda before: popular.expand(len(before), -1))),
+                Baseline("item co-occurrence", "what was met by the same users as the history's items (cosine)",
+                         self.by(histories, neighbours))]
+
+    def by(self, histories: list[np.ndarray], scores: Any) -> Arrays:
+        """Outputs of a rule that gives scores for histories."""
+        parts = []
+        for first in range(0, len(histories), CHUNK):
+            some = histories[first:first + CHUNK]
+            before = [h[:-1][h[:-1] > 0] for h in some]
+            seen = torch.from_numpy(padded_in_front(before, max([1, *map(len, before)])))
+            parts.append(ranked(scores(before), seen, torch.tensor([int(h[-1]) for h in some]), self.options.repeats))
+        return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}
+
+    # Answers
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        """A table of events; or, typed, a user of the training data, or items that somebody met, with commas between."""
+        if answered or not isinstance(source, str) or path_like(source):
+            return super().read_one(source, answered)
+        user, item = (next(c.name for c in self.columns if c.role == role) for role in ("user", "item"))
+        met = self.known.filter(pl.col(user) == source)[ITEMS].to_list()
+        items = met[0] if met else [part.strip() for part in source.split(",") if part.strip()]
+        if unknown := [i for i in items if i not in set(self.items)]:
+            raise DataError(f"{source!r} is neither a user of the training data nor items of it (unknown: "
+                            f"{', '.join(map(repr, unknown[:5]))}). Items are such as {', '.join(self.items[:5])}.")
+        columns = {user: [source] * len(items), item: items}
+        others = {c.name: [None] * len(items) for c in self.columns if c.role not in ("user", "item")}
+        return read(pl.DataFrame({**columns, **others}), schema=self.columns, labels_optional=True)
+
+    def read(self, sources: Any, *, answered: bool = False) -> Data:
+        data = super().read(sources, answered=answered)
+        if answered:
+            return data.take(np.flatnonzero(data.splits == "test"))
+        rows, _ = self.histories(data, self.Options())
+        return Data(data.source, rows, data.columns, data.manifest, data.findings)
+
+    def questions(self, data: Data, card: Card) -> Batches:
+        histories = self.codes(data.rows[ITEMS])
+        if new := sum(int((h == 0).sum()) for h in histories):
+            self.notes.append(f"{new} events are of items that training did not have; they are passed over")
+        self.asked = data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
+        return self.ask_for_last(histories, asked=False)
+
+    def ask(self, objective: Objective) -> Any:
+        objective.top = max(TOP, self.asking.count)
+        return super().ask(objective)
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        answers = []
+        for user, top, scores in zip(self.asked, outputs["top"].astype(int), outputs["scores"]):
+            best = [(self.items[i - 1], float(s)) for i, s in zip(top, scores) if i > 0][:self.asking.count]
+            answers.append({"user": user, "recommended": ", ".join(i for i, _ in best),
+                            "items": [i for i, _ in best], "scores": [s for _, s in best]})
+        return answers
+
+    # Report
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        rank, top = outputs["rank"], outputs["top"].astype(int)[:, :10]
+        histories = self.codes(test.rows[ITEMS])
+        users = test.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
+        name = lambda i: self.items[i - 1] if i else "(unknown)"
+        rows = [(users[i], ", ".join(map(name, histories[i][-9:-1])), ", ".join(name(j) for j in top[i] if j),
+                 name(truth["item"][i]), "–" if np.isinf(rank[i]) else int(np.ceil(rank[i])))
+                for i in np.random.default_rng(0).permutation(len(users))[:30]]
+        tenth = self.tenths()
+        shown = np.bincount(tenth[top[top > 0]], minlength=10) / max((top > 0).sum(), 1)
+        met = np.bincount(tenth[truth["item"][truth["item"] > 0]], minlength=10) / max((truth["item"] > 0).sum(), 1)
+        sizes = np.array([len(h) - 1 for h in histories])
+        edges = np.unique(np.quantile(sizes, np.linspace(0, 1, 6)).astype(int))
+        by_size = {f"{low} to {high} items": float((rank[(sizes >= low) & (sizes <= high)] <= 10).mean())
+                   for low, high in pairwise(edges)}
+        by_fame = {f"tenth {t + 1}": float((rank[tenth[truth["item"]] == t] <= 10).mean()) for t in range(10)
+                   if ((tenth[truth["item"]] == t) & (truth["item"] > 0)).any()}
+        distinct = len(set(top[top > 0].tolist()))
+        return {"Users": [Table("Recommended", "Test users drawn by chance: what they met last (latest at the end), what the "
+                                "network recommends (best first), what they met next, and its rank among all items.",
+                                ("user", "met", "recommended", "met next", "rank"), rows)],
+                "Popularity": [
+                    Table("Does it recommend what all like?", f"Items by how often training met them: the first tenth of all "
+                          f"items is met most. {distinct:,} of {len(self.items):,} items are recommended to somebody.",
+                          ("tenth of items", "share of recommendations", "share of what is met next"),
+                          [(t + 1, float(shown[t]), float(met[t])) for t in range(10)]),
+                    Bars("Found among the first 10, by popularity of the item", "", by_fame),
+                    Bars("Found among the first 10, by length of the history", "", by_size)]}
+
+    def tenths(self) -> np.ndarray:
+        """Item number -> tenth of the items by popularity, 0 = most met. `items` are in that order."""
+        return np.concatenate([[0], np.arange(len(self.items)) * 10 // max(len(self.items), 1)])
+
+    # Saved with the run
+
+    def state(self) -> dict[str, Any]:
+        return {"items": self.items, "counts": self.counts.tolist()}
+
+    @classmethod
+    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = cls(columns, options)
+        task.items, task.counts = state["items"], np.array(state["counts"])
+        task.known = pl.read_parquet(folder / "histories.parquet")
+        return task
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        self.known.write_parquet(folder / "histories.parquet")
+
+
+def padded_in_front(rows: list[np.ndarray], width: int) -> np.ndarray:
+    """Rows of numbers padded with 0 in front."""
+    out = np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, width - len(row):] = row
+    return out
+
+
+TASKS = (Recommendation,)

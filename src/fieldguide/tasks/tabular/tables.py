@@ -1,0 +1,164 @@
+"""Tables: one row, one label or one number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError
+from fieldguide.core.report_elements import Exhibit, Table
+from fieldguide.core.settings import Settings
+from fieldguide.data.dataset import Column, Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing import TablePreparer
+from fieldguide.tasks.supervised import Answered, Labelled, Measured, discrete, mix_pairs
+
+USABLE = ("number", "category", "boolean", "date")
+
+
+class Tabular(Answered):
+    """What both tasks on tables share: the preparation of rows."""
+
+    takes = ("table", "vector")
+    recipe: ClassVar = {"weight_decay": 3e-4}
+
+    @dataclass(frozen=True)
+    class Options:
+        pass
+
+    preparer: TablePreparer
+
+    @classmethod
+    def readable(cls, data: Data) -> str | None:
+        """Why the features can be used here; None where a picture or a lone text says otherwise."""
+        usable = data.features(*USABLE)
+        if not usable or data.features("image"):
+            return None
+        return f"{len(usable)} column{'s' if len(usable) > 1 else ''} of numbers and categories"
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        return super().lacks(data) if data.features(*USABLE) else "columns of numbers, categories, truth values or dates"
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls(list(data.columns.values()), options)
+        task.preparer = TablePreparer.learn(data.rows, task.inputs())
+        if not task.preparer.width:
+            raise DataError(f"{data.source}: no column is left to learn from: none varies and is a number, category, "
+                            "truth value or date.")
+        if left := [c.name for c in task.columns if c.role == "feature" and c.kind not in USABLE and c.kind != "constant"]:
+            task.notes.append(f"not used, being neither number, category, truth value nor date: {', '.join(left)}")
+        task.learn_target(data)
+        return task
+
+    def inputs(self) -> list[Column]:
+        return [c for c in self.columns if c.role == "feature" and c.kind in USABLE]
+
+    def learn_target(self, data: Data) -> None:
+        raise NotImplementedError
+
+    def needs(self) -> dict[str, Any]:
+        prepared = self.preparer
+        return {"classes": self.width(), "numbers": len(prepared.numbers), "categories": tuple(prepared.cardinalities),
+                "features": prepared.width}
+
+    def width(self) -> int:
+        raise NotImplementedError
+
+    def profile(self) -> dict[str, Any]:
+        return {"columns": len(self.inputs()), "numbers": len(self.preparer.numbers),
+                "categories": len(self.preparer.categories), "classes": self.width()}
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        if card.takes == "vector":
+            tensors = {"vector": torch.from_numpy(self.preparer.vector(data.rows))}
+        else:
+            numbers, categories = self.preparer.apply(data.rows)
+            tensors = {"numbers": torch.from_numpy(numbers), "categories": torch.from_numpy(categories)}
+        self.notes += [f"column {name!r}: {count} value{'s' if count > 1 else ''} that training did not have; taken as unknown"
+                       for name, count in self.preparer.unseen.items() if not settings]
+        if settings:
+            tensors["target"] = self.target_tensor(data)
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
+            rows = torch.from_numpy(index)
+            batch = {name: t[rows] for name, t in tensors.items()}
+            # Mixing needs inputs that can be mixed: codes of categories cannot.
+            if generator is not None and settings and settings.mixup and "vector" in batch and isinstance(self, Labelled):
+                batch = mix_pairs(batch, ("vector",), self.width(), settings.mixup, generator)
+            return batch
+
+        return Batches(len(data), make)
+
+    def target_tensor(self, data: Data) -> torch.Tensor:
+        raise NotImplementedError
+
+    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
+        return self.preparer.vector(train.rows), self.preparer.vector(test.rows)
+
+    def state(self) -> dict[str, Any]:
+        return {"preparer": self.preparer.to_json(), **self.target_state()}
+
+    @classmethod
+    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = cls(columns, options)
+        task.preparer = TablePreparer.from_json(state["preparer"])
+        task.restore_target(state)
+        return task
+
+
+class TabularClassification(Tabular, Labelled):
+    name = "tabular-classification"
+    reads = "a table (CSV, Parquet, JSON Lines) with a column of classes"
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        why = cls.readable(data)
+        target = data.target
+        return f"{why}, and a target of {target.distinct} classes" if why and target and discrete(target) else None
+
+    def learn_target(self, data: Data) -> None:
+        self.learn_labels(data)
+
+    def width(self) -> int:
+        return len(self.labels)
+
+    def target_tensor(self, data: Data) -> torch.Tensor:
+        return torch.from_numpy(self.truth(data)["label"])
+
+    def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+        columns = [c.name for c in self.inputs()][:10]
+        rows = [(test.place(i), words, *(test.rows[c][i] for c in columns))
+                for i, words in self.mistakes(probabilities, truth, 15)]
+        return [Table("Worst mistakes", "Test rows that were got wrong with most confidence.",
+                      ("row", "mistake", *columns), rows)] if rows else []
+
+
+class TabularRegression(Tabular, Measured):
+    name = "tabular-regression"
+    reads = "a table (CSV, Parquet, JSON Lines) with a column of numbers to predict"
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        why, target = cls.readable(data), data.target
+        if not why or not target or target.kind != "number" or discrete(target):
+            return None
+        return f"{why}, and a target that is a number with {target.distinct} values"
+
+    def learn_target(self, data: Data) -> None:
+        self.learn_scale(data)
+
+    def width(self) -> int:
+        return 1
+
+    def target_tensor(self, data: Data) -> torch.Tensor:
+        return torch.from_numpy(self.standard.apply(self.values(data)))[:, None]
+
+
+TASKS = (TabularClassification, TabularRegression)

@@ -1,0 +1,294 @@
+"""Left out: a network that reads one row and writes another learns to restore damaged texts, from nothing but texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fieldguide.core.card import DENOISES, Card
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.report_elements import Exhibit, Quote, Quotes
+from fieldguide.core.settings import Settings
+from fieldguide.data.dataset import Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing.sequence_markers import Frame, framed
+from fieldguide.data.preprocessing.tokenizer import END, SPECIAL
+from fieldguide.models.generation import Faithful
+from fieldguide.objectives import Objective, Restored
+from fieldguide.objectives import denoising as damage
+from fieldguide.tasks.base import Arrays
+from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.text.packing import Packed
+from fieldguide.tasks.text.translation import written
+
+SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))         # what stands for the spans that are cut out, in this order
+USUAL = {"spans": (damage.SHARE, damage.MEAN), "infill": damage.INFILL}
+SHOWN = 12             # test rows in the report
+
+
+class Denoising(Packed):
+    """Pieces of full rows are damaged as the network's card says (`card.DENOISES`), and it writes what was there. All that it
+    writes is learnt; what is judged are the tokens that were left out."""
+
+    name = "denoising"
+    takes = ("pair",)
+    gives = ("tokens",)
+
+    @dataclass(frozen=True)
+    class Options:
+        length: int | None = None        # tokens of a row, with those that frame it
+        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
+        tokenizer: str | None = None     # a tokenizer.json to use instead
+        begin: int | None = None         # of its tokens, the one that answers begin with
+        language: str | None = None      # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
+        damage: str | None = None        # spans | infill; None: as the network was made for
+        share: float | None = None       # of the tokens that are left out; None: .15 for spans, .30 for infill
+        mean: float | None = None        # tokens of a span, on the average; None: 3
+
+    @dataclass(frozen=True)
+    class Asking:
+        beams: int = 4
+        penalty: float = 1.0             # of length: 0 = none, 1 = the mean log-probability decides
+        tokens: int = 12                 # of what fills a gap, at most, on the average
+
+    frame: Frame
+    sentinels: np.ndarray                # their tokens, in the order of use
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        if options.damage not in (None, *DENOISES):
+            raise SettingsError(f"task.damage={options.damage!r} is none of {', '.join(DENOISES)}.")
+        if not 0 < (options.share or 0.5) < 1 or (options.mean or 1) < 1:
+            raise SettingsError("task.share lies between 0 and 1, and task.mean is at least 1.")
+        task = cls.prepared(data, options, (*SPECIAL, END, *SENTINELS))
+        if options.begin is None and len(known(task.text)) < len(SENTINELS):
+            # A network that begins with a checkpoint says what its answers begin with, and has no room for more tokens.
+            task.text.tokenizer.add_special_tokens(list(SENTINELS))
+            task.counts = np.pad(task.counts, (0, task.text.size - len(task.counts)))
+            task.options = replace(task.options, vocab=task.text.size)
+            task.notes.append(f"{options.tokenizer} has no tokens <extra_id_0> ... for what is cut out: they are added")
+        task.find_frame()
+        if task.options.length < task.around + 8:
+            raise SettingsError(f"task.length is at least {task.around + 8}.")
+        return task
+
+    def find_frame(self) -> None:
+        o = self.options
+        self.frame = framed(self.text, SimpleNamespace(tokenizer=o.tokenizer, begin=o.begin, source_language=o.language,
+                                                       target_language=o.language))
+        self.sentinels = known(self.text)
+
+    @property
+    def between(self) -> list[int]:
+        """Nothing where the one separator that there is ends what is written: else the network would end at it."""
+        return [self.text.sep] if self.text.sep != self.frame.end else []
+
+    @property
+    def around(self) -> int:
+        """Tokens of a row beside those of its text, at most."""
+        return self.frame.longest + 2
+
+    def settle(self, card: Card | None) -> None:
+        """Chooses, once, what is done to texts. Raises `SettingsError` where the tokenizer has no tokens for it."""
+        if self.options.damage is None:
+            self.options = settled(self.options, damage=card.denoises if card else "spans")
+        share, mean = USUAL[self.options.damage]
+        self.options = settled(self.options, share=share, mean=mean)
+        o = self.options
+        spans = round((o.length - self.around) * o.share / o.mean) + 1
+        if o.damage == "spans" and len(self.sentinels) <= spans:
+            raise SettingsError(f"{o.tokenizer or 'the tokenizer'} has {len(self.sentinels)} tokens <extra_id_0> ..., and rows "
+                                f"of {o.length} tokens need {spans + 1}: take shorter rows (task.length), longer spans "
+                                "(task.mean) or another damage (task.damage=infill).")
+        if o.damage == "infill" and self.text.hidden == self.text.unknown:
+            raise SettingsError(f"{o.tokenizer}: it has no mask token (<mask> or [MASK]), which stands for what is left out; "
+                                "try task.damage=spans.")
+
+    # Rows
+
+    def damaged(self, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:      # N L int64, padded
+        """Rows as they are read and as they are to be written: source, source_mask, tokens, target, asked."""
+        text, frame, o = self.text, self.frame, self.options
+        lengths = (tokens != text.pad).sum(1)
+        plain = tokens != text.sep                       # what stands between texts is not asked
+        if o.damage == "spans":
+            span = damage.spans(lengths, tokens.shape[1], rng, o.share, o.mean)
+            source, mask, target = damage.corrupted(tokens, span, lengths, self.sentinels, frame.end, text.pad)
+            asked = (target >= 0) & ~np.isin(target, self.sentinels) & (target != frame.end) & (target != text.sep)
+        else:
+            begins, gone = damage.holes(lengths, tokens.shape[1], rng, o.share, o.mean)
+            source, mask = damage.infilled(tokens, lengths, text.hidden, text.pad, begins, gone)
+            source, mask = around(source, mask, frame.before, frame.after, text.pad)
+            target, real = around(tokens, tokens != text.pad, (), (frame.end,), text.pad)
+            target = np.where(real, target, -1)
+            asked = np.pad(gone & plain, ((0, 0), (0, 1)))
+        said = np.where(target < 0, text.pad, target)[:, :-1]
+        lead = np.broadcast_to(np.array(frame.said), (len(tokens), len(frame.said)))
+        skip = ((0, 0), (len(frame.said) - 1, 0))        # what all answers begin with is not learnt
+        return {name: torch.from_numpy(np.ascontiguousarray(x[:, :o.length])) for name, x in {
+            "source": source, "source_mask": mask, "tokens": np.concatenate([lead, said], 1),
+            "target": np.pad(target, skip, constant_values=-1), "asked": np.pad(asked, skip)}.items()}
+
+    def batches(self, data: Data, card: Card | None, settings: Settings | None = None) -> Batches:
+        """While training, rows begin anywhere and other tokens are left out each time; to score, always the same."""
+        self.settle(card)
+        packed, drawn = self.rows(data, self.options.length - self.around)
+        fixed: dict[str, Tensor] = {}
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            chosen = torch.from_numpy(index)
+            if generator is None:
+                if not fixed:                            # for all rows at once, whoever shares a batch
+                    fixed.update(self.damaged(packed.numpy(), np.random.default_rng(0)))
+                return {name: x[chosen] for name, x in fixed.items()}
+            rows = drawn(chosen, generator).numpy()
+            return self.damaged(rows, np.random.default_rng(int(torch.randint(2 ** 62, (1,), generator=generator))))
+
+        return Batches(len(packed), make)
+
+    def needs(self) -> dict[str, Any]:
+        return {**super().needs(), "begin": self.frame.said[0], "end": self.frame.end, "pad": self.text.pad}
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return Restored(model, card.inputs, settings.smoothing)
+
+    def truth(self, data: Data) -> Arrays:
+        batches = self.batches(data, None)
+        batch = batches.make(np.arange(len(batches)), None)
+        return {"target": torch.where(batch["asked"], batch["target"], -1).numpy()}
+
+    # Answers
+
+    def questions(self, data: Data, card: Card) -> Batches:
+        self.settle(card)
+        cut = [self.pieces(text) for text in self.gapped(data)]
+        spans, frame = self.options.damage == "spans", self.frame
+        rows = []
+        for place, pieces in enumerate(cut):
+            if spans and len(pieces) > len(self.sentinels):
+                raise DataError(f"{data.place(place)}: {len(pieces) - 1} gaps, and {len(self.sentinels) - 1} can be filled.")
+            ids = list(pieces[0])
+            for number, piece in enumerate(pieces[1:]):
+                ids += [int(self.sentinels[number]) if spans else self.text.hidden, *piece]
+            close = (frame.end,) if spans else frame.after
+            rows.append(np.array([*frame.before, *ids, *self.between, *close], dtype=np.int64))
+            if len(rows[-1]) > self.options.length:
+                raise DataError(f"{data.place(place)}: {len(rows[-1])} tokens, and the network reads {self.options.length}; "
+                                "shorten it.")
+        gaps = np.array([len(pieces) - 1 for pieces in cut])
+        self.asked = cut
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            source, mask = self.text.batch([rows[i] for i in index])
+            return {"source": torch.from_numpy(source), "source_mask": torch.from_numpy(mask),
+                    "gaps": torch.from_numpy(gaps[index])}
+
+        return Batches(len(rows), make, np.array([len(row) for row in rows]))
+
+    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            if "gaps" not in batch:
+                return objective.outputs(batch)
+            return {"said": self.search(objective.model, batch["source"], batch["source_mask"], batch["gaps"])}
+        return answer
+
+    def search(self, model: Any, source: Tensor, mask: Tensor, gaps: Tensor) -> Tensor:      # B S -> B T, -1 behind the end
+        """What the network writes: of gaps all, or the whole text."""
+        limits = gaps * (self.asking.tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
+        limits = limits.clamp(max=self.options.length - len(self.frame.said))
+        return written(model, source, mask, self.frame, limits,
+                       Faithful(beams=self.asking.beams, penalty=self.asking.penalty), self.text)
+
+    def fillings(self, said: list[int], gaps: int) -> list[list[int]]:
+        """What stands behind each sentinel in what was written; nothing for one that is not there."""
+        number = {int(token): i for i, token in enumerate(self.sentinels)}
+        found: list[list[int]] = [[] for _ in range(max(gaps, len(number)))]
+        at = None
+        for token in said:
+            if token in number:
+                at = number[token]
+            elif at is not None and token not in (self.frame.end, self.text.sep):
+                found[at].append(token)
+        return found[:gaps]
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        """The text with its gaps filled, and, where the network writes nothing else, what each was filled with."""
+        records = []
+        for (first, *others), row in zip(self.asked, outputs["said"].astype(int)):
+            said = [token for token in row.tolist() if token >= 0]
+            if self.options.damage == "infill":          # rows are full in training: behind its end another text would begin
+                stop = next((place for place, token in enumerate(said) if token in self.between), len(said))
+                records.append({"text": self.said(said[:stop]).strip()})
+                continue
+            filled, whole = self.fillings(said, len(others)), list(first)
+            for filling, piece in zip(filled, others):
+                whole += [*filling, *piece]
+            records.append({"text": self.said(whole), "gaps": [self.said(filling).strip() for filling in filled]})
+        return records
+
+    # Report
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        found = self.by_row(outputs)
+        return found if objective is None else {**found, "Restored": self.restored(test, objective)}
+
+    @torch.no_grad()
+    def restored(self, test: Data, objective: Objective) -> list[Exhibit]:
+        """Test rows as they were read, and what was written of what was left out, each token after those that are right."""
+        batches = self.batches(test, None)
+        batch = batches.make(np.arange(min(SHOWN, len(batches))), None)
+        device = next(objective.model.parameters()).device
+        guess = objective.logits({name: x.to(device) for name, x in batch.items()}).argmax(-1).cpu()
+        quotes = []
+        rows = zip(*(batch[k] for k in ("source", "source_mask", "asked", "target")), guess)
+        for source, mask, asked, target, said in rows:
+            runs = np.flatnonzero(np.diff(asked.numpy().astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+            pairs = [f"{self.said(target[a:b].tolist()).strip()!r}: {self.said(said[a:b].tolist()).strip()!r}" for a, b in runs]
+            quotes.append(Quote(self.shown(source[mask].tolist()), " · ".join(pairs), bad=False))
+        return [Quotes("Texts as they were read, and what was left out", "Each span that was left out, and what the network "
+                       "wrote for it, one token at a time after the right ones.", quotes)]
+
+    def shown(self, ids: list[int]) -> str:
+        """Tokens as text, with a line for everything that stands for what was left out."""
+        marks = {*self.sentinels.tolist(), self.text.hidden}
+        pieces: list[list[int]] = [[]]
+        for token in ids:
+            if token in marks:
+                pieces.append([])
+            elif token not in (self.text.cls, self.text.sep, self.frame.end):
+                pieces[-1].append(token)
+        return " ▁▁▁".join(self.said(piece) for piece in pieces)
+
+    # Saved with the run
+
+    @classmethod
+    def restore(cls, columns: list[Any], options: Any, state: dict[str, Any], folder: Any) -> Self:
+        task = super().restore(columns, options, state, folder)
+        task.find_frame()
+        return task
+
+
+def known(text: Text) -> np.ndarray:
+    """The sentinels that a tokenizer has, up to the first that it has not."""
+    ids = [text.tokenizer.token_to_id(name) for name in SENTINELS]
+    return np.array(ids[:ids.index(None) if None in ids else len(ids)], dtype=np.int64)
+
+
+def around(tokens: np.ndarray, mask: np.ndarray, before: tuple[int, ...], after: tuple[int, ...],
+           pad: int) -> tuple[np.ndarray, np.ndarray]:                           # N L, N L bool -> N M, N M bool
+    """Padded rows with these tokens before and behind what is real in each."""
+    count = len(tokens)
+    first, last = (np.broadcast_to(np.array(ids, dtype=np.int64), (count, len(ids))) for ids in (before, after))
+    real = [np.ones(first.shape, dtype=bool), mask, np.ones(last.shape, dtype=bool)]
+    return damage.packed(np.concatenate([first, tokens, last], 1), np.concatenate(real, 1), pad)
+
+
+TASKS = (Denoising,)

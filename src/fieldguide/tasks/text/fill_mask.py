@@ -1,0 +1,190 @@
+"""Hidden words: a network that reads both sides learns what is missing, from nothing but texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError
+from fieldguide.core.report_elements import Exhibit, Quote, Quotes, Table
+from fieldguide.core.settings import Settings
+from fieldguide.data.dataset import Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.loader import generator as seeded
+from fieldguide.data.preprocessing.tokenizer import SPECIAL
+from fieldguide.objectives import MaskedWords, Objective
+from fieldguide.objectives.masked_lm import hide
+from fieldguide.tasks.base import Arrays, Beside
+from fieldguide.tasks.text.packing import Packed
+
+SHOWN = 12             # texts in the report
+ROWS = 64              # test rows that are looked at word by word
+
+
+class FillMask(Packed):
+    """Some tokens of each row are hidden, and the network guesses them where they stand."""
+
+    name = "fill-mask"
+    takes = ("tokens",)
+    gives = ("words",)
+
+    @dataclass(frozen=True)
+    class Options:
+        length: int | None = None        # tokens of a row
+        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
+        tokenizer: str | None = None     # a tokenizer.json to use instead; it needs a mask token
+        share: float = 0.15              # of the tokens that are hidden
+
+    @dataclass(frozen=True)
+    class Asking:
+        top: int = 5                     # guesses for each missing word
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls.prepared(data, options, SPECIAL)
+        if task.text.hidden == task.text.unknown:
+            raise DataError(f"{options.tokenizer}: it has no mask token ([MASK] or <mask>), which hidden words are shown as.")
+        if not 0 < task.options.share < 1 or task.options.length < 3:
+            raise DataError("task.share is between 0 and 1, and task.length at least 3.")
+        return task
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self:
+        return cls.restore(beside.texts(), cls.Options(length=beside.length), {"counts": []}, beside.folder)
+
+    # Rows as tokens
+
+    def framed(self, rows: Tensor) -> Tensor:            # B length - 1 -> B length
+        return torch.cat([rows.new_full((len(rows), 1), self.text.cls), rows], 1)
+
+    def hidden(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows with words hidden, and what was there; neither padding nor tokens between texts are."""
+        open_to = torch.ones_like(tokens, dtype=torch.bool)
+        for special in {self.text.pad, self.text.cls, self.text.sep, self.text.hidden}:
+            open_to &= tokens != special
+        first = len(SPECIAL) if not self.options.tokenizer else 0
+        return hide(tokens, open_to, self.text.hidden, first, self.text.size, generator, self.options.share)
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        """While training, rows begin anywhere and other words are hidden each time; to score, always the same."""
+        packed, drawn = self.rows(data, self.options.length - 1)
+        fixed: list[Tensor] = []
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            chosen = torch.from_numpy(index)
+            if generator is None:
+                if not fixed:                                                    # for all rows at once, whoever shares a batch
+                    fixed.extend(self.hidden(self.framed(packed), seeded(0)))
+                tokens, target = fixed[0][chosen], fixed[1][chosen]
+            else:
+                tokens, target = self.hidden(self.framed(drawn(chosen, generator)), generator)
+            mask = tokens != self.text.pad
+            return {"tokens": tokens, "target": target} | ({} if mask.all() else {"mask": mask})
+
+        return Batches(len(packed), make)
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return MaskedWords(model, card.inputs)
+
+    # Scores
+
+    def truth(self, data: Data) -> Arrays:
+        """Tokens that are hidden in each row."""
+        batches = self.batches(data, None)
+        return {"target": batches.make(np.arange(len(batches)), None)["target"].numpy()}
+
+    # Answers
+
+    def blanks(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text with missing words, and where these stand."""
+        first, *others = self.pieces(text)
+        ids, places = [self.text.cls, *first], []
+        for piece in others:
+            places.append(len(ids))
+            ids += [self.text.hidden, *piece]
+        return [*ids, self.text.sep], places
+
+    def questions(self, data: Data, card: Card) -> Batches:
+        rows = [self.blanks(text)[0] for text in self.gapped(data)]
+        for place, ids in enumerate(rows):
+            if len(ids) > self.options.length:
+                raise DataError(f"{data.place(place)}: {len(ids)} tokens, and the network reads {self.options.length}; "
+                                "shorten it.")
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            tokens, mask = self.text.batch([np.array(rows[i]) for i in index])
+            return {"ids": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
+
+        return Batches(len(rows), make, np.array([len(r) for r in rows]))
+
+    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            if "ids" not in batch:
+                return objective.outputs(batch)
+            logits = objective.model(batch["ids"], batch["mask"]).float()
+            best = logits.softmax(-1).topk(min(self.asking.top, logits.shape[-1]), -1)
+            ids = batch["ids"].masked_fill(~batch["mask"], -1)
+            return {"ids": ids, "guess": best.indices, "probability": best.values}
+        return answer
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        records = []
+        for ids, guess, probability in zip(outputs["ids"].astype(int), outputs["guess"].astype(int), outputs["probability"]):
+            places = np.flatnonzero(ids == self.text.hidden)
+            whole = ids.copy()
+            whole[places] = guess[places, 0]
+            kept = [i for i in whole.tolist() if i >= 0 and i not in (self.text.cls, self.text.sep)]
+            records.append({"text": self.said(kept), "words": [
+                [{"word": self.said([g]).strip(), "probability": float(p)} for g, p in zip(guess[place], probability[place])]
+                for place in places]})
+        return records
+
+    # Report
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        found = self.by_row(outputs)
+        if objective is not None:
+            found["Guesses"] = self.guesses(test, objective)
+        return found
+
+    @torch.no_grad()
+    def guesses(self, test: Data, objective: Objective) -> list[Exhibit]:
+        """Hidden words of the test part: what was guessed, and how that depends on how common a word is."""
+        batches = self.batches(test, None)
+        batch = batches.make(np.arange(min(ROWS, len(batches))), None)
+        device = next(objective.model.parameters()).device
+        logits, target, row = objective.answers({name: x.to(device) for name, x in batch.items()})
+        probability, target, row = logits.softmax(-1).cpu(), target.cpu().numpy(), row.cpu().numpy()
+        best = probability.topk(3, -1)
+        right, seen = best.indices[:, 0].numpy() == target, self.counts[target]
+        edges = [0, 1, 10, 100, 1000, 10_000, np.inf]
+        rows = [(f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more", int(among.sum()),
+                 float(right[among].mean()))
+                for low, high in pairwise(edges) if (among := (seen >= low) & (seen < high)).any()]
+        quotes, place = [], (batch["target"] >= 0).nonzero()[:, 1].numpy()
+        for one in range(min(SHOWN, len(batch["tokens"]))):
+            number = int(np.flatnonzero(row == one)[0]) if (row == one).any() else None
+            if number is None:
+                continue
+            at, real = int(place[number]), batch["tokens"][one].tolist()
+            real = [t for t in real if t != self.text.pad]
+            left, after = self.said(real[max(1, at - 40):at]), self.said(real[at + 1:at + 20])
+            guesses = ", ".join(f"{self.said([int(i)]).strip()} {100 * float(p):.0f} %"
+                                for i, p in zip(best.indices[number], best.values[number]))
+            quotes.append(Quote(f"{left} ▁▁▁{after}", f"was {self.said([int(target[number])]).strip()!r}; guessed: {guesses}",
+                                bad=not right[number]))
+        return [Quotes("Hidden words of test texts", "One missing word each, and the three likeliest guesses. Other words of "
+                       "the row are hidden, too.", quotes),
+                Table("By how common a word is", f"Hidden words of {len(batch['tokens'])} test rows, by how often the training "
+                      "texts have them.", ("times in training", "hidden", "guessed"), rows, heat=("guessed",))]
+
+
+TASKS = (FillMask,)

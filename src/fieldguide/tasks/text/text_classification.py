@@ -1,0 +1,204 @@
+"""Texts: one text, or two that belong together, and one label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+
+from fieldguide.core.card import Card
+from fieldguide.core.distributed import device
+from fieldguide.core.errors import DataError
+from fieldguide.core.report_elements import Exhibit, Quote, Quotes
+from fieldguide.core.settings import Settings
+from fieldguide.data.dataset import Column, Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing.tokenizer import suggest_length
+from fieldguide.objectives import Objective
+from fieldguide.tasks.base import Beside
+from fieldguide.tasks.supervised import Labelled, discrete, settled
+from fieldguide.tasks.text.base import Typed, path_like
+from fieldguide.tasks.text.windows import Frame, framed
+
+SAMPLE = 5000         # texts whose lengths decide how many tokens are read
+LONGEST = 100_000     # tokens of them that are counted
+MOST = {"cpu": 256, "mps": 512, "cuda": 512}     # tokens at most, where the user names no length
+TOKENS = 8192         # a step, about, where the user names no batch
+
+
+class TextClassification(Typed, Labelled):
+    name = "text-classification"
+    reads = ("a table (CSV, JSON Lines) with a column of text, or two whose texts belong together, and one of labels; or a "
+             "folder of .txt files per class")
+    takes = ("tokens",)
+    recipe: ClassVar = {"smoothing": 0.1, "weight_decay": 0.05, "clip": 1.0}
+
+    @dataclass(frozen=True)
+    class Options:
+        length: int | None = None        # tokens of a text that are read; the rest is cut off, and counted
+        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
+        tokenizer: str | None = None     # a tokenizer.json to use instead
+
+    text: Text
+    median: int              # tokens of a training text
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        usable = data.features("number", "category", "boolean", "date", "image")
+        texts = len(data.features("text"))
+        if texts in (1, 2) and not usable and data.target and discrete(data.target):
+            return f"{'texts' if texts == 1 else 'pairs of texts'} and {data.target.distinct} classes"
+        return None
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        texts = len(data.features("text"))
+        return super().lacks(data) if texts in (1, 2) else f"a column of text, or two (it has {texts})"
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls(list(data.columns.values()), options)
+        texts, seconds = task.texts(data), task.seconds(data)
+        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn([*texts, *seconds], size=options.vocab)
+        if seconds:                                      # with the tokens that frame them
+            around, (first, second) = framed(task.text).size, (task.text.exactly(t[:SAMPLE]) for t in (texts, seconds))
+            sizes = [around + len(a) + len(b) for a, b in zip(first, second)]
+        else:
+            sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], LONGEST)[0]]
+        task.median = int(np.median(sizes))
+        task.learn_labels(data)
+        task.options = settled(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
+        task.note_cut(sum(s > task.options.length for s in sizes), len(sizes))
+        return task
+
+    @property
+    def second(self) -> str | None:
+        """Name of the column of second texts, where rows are pairs."""
+        names = [c.name for c in self.columns if c.kind in self.feature and c.role == "feature"]
+        return names[1] if len(names) == 2 else None
+
+    def seconds(self, data: Data) -> list[str]:
+        """The second text of each pair; nothing where rows are single texts."""
+        return data.rows[self.second].fill_null("").to_list() if self.second else []
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        if self.second and not answered and isinstance(source, str) and not path_like(source):
+            raise DataError(f"{source[:40]!r} is one text, and this run reads pairs of them: give a table with the columns "
+                            f"{self.column!r} and {self.second!r}.")
+        return super().read_one(source, answered)
+
+    def encoded(self, data: Data, around: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+        """The tokens of each row, which segment each token is of (0 or 1), and how many rows were cut.
+
+        `around`: [CLS] A [SEP], as BERT reads them, or pairs as the tokenizer frames them: [CLS] A [SEP] B [SEP] of BERT,
+        <s> A </s></s> B </s> of RoBERTa; otherwise A, or A [SEP] B. Of a pair that is too long, the longer text loses its
+        end (appendix A.2 of BERT).
+        """
+        length, seconds = self.options.length, self.seconds(data)
+        if not around and not seconds:
+            tokens, cut = self.text.encode(self.texts(data), length)
+            return tokens, [], cut
+        frame = Frame((), (self.text.sep,), ())
+        if around:
+            frame = framed(self.text) if seconds else Frame((self.text.cls,), (), (self.text.sep,))
+        first = self.text.exactly(self.texts(data))
+        second = self.text.exactly(seconds) if seconds else [np.zeros(0, dtype=np.int64)] * len(first)
+        tokens, segments, cut = [], [], 0
+        for a, b in zip(first, second):
+            room = max(2, length - frame.size)
+            cut += len(a) + len(b) > room
+            half = max(room // 2, room - len(b))         # a short text leaves its room to the other
+            a = a[:half]
+            b = b[:room - len(a)]
+            tokens.append(np.concatenate([frame.before, a, frame.between, b, frame.behind]).astype(np.int64))
+            before = len(frame.before) + len(a) + len(frame.between)
+            segments.append(np.where(np.arange(len(tokens[-1])) >= before, *frame.segments[::-1]))
+        if not around:                                   # a row of nothing is a token that says so
+            tokens = [t if len(t) else np.array([self.text.unknown]) for t in tokens]
+        return tokens, segments if seconds else [], cut
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        objective = super().objective(model, card, settings, **parts)
+        if self.second and "segments" in card.also:
+            objective.inputs += ("segments",)
+        return objective
+
+    @property
+    def most(self) -> int:
+        """Examples a step: fewer where texts are long."""
+        return int(np.clip(2 ** int(np.log2(TOKENS / max(self.median, 1))), 16, 256))
+
+    def note_cut(self, cut: int, texts: int) -> None:
+        if cut:
+            self.notes.append(f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
+                              "cut there (task.length=... changes that)")
+
+    def needs(self) -> dict[str, Any]:
+        return {"classes": len(self.labels), "vocab": self.text.size, "length": self.options.length}
+
+    def profile(self) -> dict[str, Any]:
+        return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median,
+                "classes": len(self.labels)}
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        tokens, segments, cut = self.encoded(data, bool(card) and card.framed)
+        if not settings:                       # of training texts it was said when the length was chosen
+            self.note_cut(cut, len(tokens))
+        lengths = np.array([len(t) for t in tokens])
+        target = torch.from_numpy(self.truth(data)["label"]) if settings else None
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
+            padded, mask = self.text.batch([tokens[i] for i in index])
+            batch = {"tokens": torch.from_numpy(padded), "mask": torch.from_numpy(mask)}
+            if segments:
+                second = np.zeros_like(padded)
+                second[mask] = np.concatenate([segments[i] for i in index])
+                batch["segments"] = torch.from_numpy(second)
+            if target is not None:
+                batch["target"] = target[torch.from_numpy(index)]
+            return batch
+
+        return Batches(len(tokens), make, lengths)
+
+    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        # Any run of word characters is a word, so that texts of single letters have some too.
+        words = TfidfVectorizer(sublinear_tf=True, max_features=50_000, token_pattern=r"\w+|[^\w\s]",
+                                ngram_range=(1, 2), dtype=np.float32)
+        return words.fit_transform(self.shown(train)), words.transform(self.shown(test))
+
+    def shown(self, data: Data) -> list[str]:
+        """Each row as one text: a pair with a line between."""
+        return [f"{a} ┃ {b}" for a, b in zip(self.texts(data), self.seconds(data))] if self.second else self.texts(data)
+
+    def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+        texts = self.shown(test)
+        quotes = [Quote(texts[i], f"{words}: {test.place(i)}", bad=True)
+                  for i, words in self.mistakes(probabilities, truth, 20)]
+        return [Quotes("Worst mistakes", "Test texts that were got wrong with most confidence.", quotes)] if quotes else []
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self:
+        return cls.restore([*beside.texts(2), Column("label", "category", "target")], cls.Options(length=beside.length),
+                           {"median": 0, **cls.known(beside.names)}, beside.folder)
+
+    def state(self) -> dict[str, Any]:
+        return {"median": self.median, **self.target_state()}
+
+    @classmethod
+    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = cls(columns, options)
+        task.text, task.median = Text.load(folder), state["median"]
+        task.restore_target(state)
+        return task
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        self.text.save(folder)
+
+
+TASKS = (TextClassification,)

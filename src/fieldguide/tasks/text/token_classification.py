@@ -1,0 +1,279 @@
+"""Words with a tag each: names, places, parts of speech; found by a network that reads the whole sentence."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from fieldguide.core.card import Card
+from fieldguide.core.distributed import device
+from fieldguide.core.errors import DataError
+from fieldguide.core.report_elements import Exhibit, Matrix, Quote, Quotes, Table
+from fieldguide.core.settings import Settings
+from fieldguide.data.column_spec import Wants
+from fieldguide.data.dataset import Column, Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing.tokenizer import suggest_length
+from fieldguide.metrics.entities import counted, spans
+from fieldguide.objectives import Objective, TokenLabels
+from fieldguide.tasks.base import Arrays, Baseline, Beside, Metric, Task
+from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.text.base import path_like
+
+MOST = {"cpu": 256, "mps": 512, "cuda": 512}             # tokens at most, where the user names no length
+TOKENS = 8192          # a step, about, where the user names no batch
+NAMED = ("tags", "ner_tags", "pos_tags", "ner", "pos", "labels")
+WORDS = ("tokens", "words")
+SHOWN = 20             # sentences in the report
+
+
+class TokenClassification(Task):
+    name = "token-classification"
+    reads = "CoNLL columns (a word and its tag on each line), or JSON Lines with lists `tokens` and `tags`"
+    takes = ("tokens",)
+    gives = ("labels",)
+    feature = ("list",)
+    wants = Wants("named", names=NAMED, kinds={"target": "list"}, columns=dict.fromkeys(WORDS, "list"))
+    metrics = (Metric("f1", "max", "F1 of whole entities"), Metric("precision", "max", "of entities said that are there"),
+               Metric("recall", "max", "of entities there that are said"), Metric("accuracy", "max", "of words", percent=True))
+    recipe: ClassVar = {"clip": 1.0, "patience": 8}
+
+    @dataclass(frozen=True)
+    class Options:
+        length: int | None = None        # tokens of a sentence that are read; words beyond have no tag, and are counted
+        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
+        tokenizer: str | None = None     # a tokenizer.json to use instead
+
+    text: Text
+    tags: list[str]
+    often: dict[str, int]                # the tag that each word of the training part has most often
+    median: int                          # tokens of a training sentence
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        if data.target and data.target.kind == "list" and len(data.features("list")) == 1:
+            return "words and a tag for each"
+        return None
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        if not data.features("list"):
+            return "a column `tokens` with a list of words in each row"
+        tagged = data.target and data.target.kind == "list"
+        return None if tagged else "a column `tags` with as many tags (name it with --target)"
+
+    # Preparation
+
+    def words(self, data: Data) -> list[list[str]]:
+        return [[str(word) for word in row or ()] for row in data.rows[self.column].to_list()]
+
+    def named(self, data: Data) -> list[list[str]]:
+        """The tags of each row. Raises `DataError` where they are not as many as its words."""
+        rows = [[str(tag) for tag in row or ()] for row in data.rows[self.target.name].to_list()]
+        for number, (words, tags) in enumerate(zip(self.words(data), rows)):
+            if len(words) != len(tags):
+                raise DataError(f"{data.place(number)}: {len(words)} words in {self.column!r} and {len(tags)} tags in "
+                                f"{self.target.name!r}; each word needs one.")
+        return rows
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls(list(data.columns.values()), options)
+        words, tags = task.words(data), task.named(data)
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for row, own in zip(words, tags):
+            for word, tag in zip(row, own):
+                counts[word][tag] += 1
+        task.tags = sorted({tag for own in counts.values() for tag in own}, key=lambda tag: (tag != "O", tag))
+        if len(task.tags) < 2:
+            raise DataError(f"{data.source}: the training rows have {len(task.tags)} different tags; there is nothing to tell "
+                            "apart.")
+        task.often = {word: task.tags.index(own.most_common(1)[0][0]) for word, own in counts.items()}
+        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn(
+            [" ".join(row) for row in words], size=options.vocab, lower=False)
+        sizes = [len(ids) for ids, _ in task.encoded(words, 1 << 30)[0]]
+        task.median = int(np.median(sizes))
+        task.options = settled(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
+        return task
+
+    def encoded(self, words: list[list[str]], length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+        """The tokens of each sentence, in the frame of a class token and a separator, with the token where each word
+        begins; and how many words had no room."""
+        every = sorted({word for row in words for word in row})
+        ids = dict(zip(every, self.text.exactly([f" {word}" for word in every])))
+        rows, lost = [], 0
+        for row in words:
+            pieces = [ids[word] if len(ids[word]) else np.array([self.text.unknown]) for word in row]
+            begins = 1 + np.cumsum([0, *map(len, pieces)])
+            inside = int((begins[1:] < length).sum())                            # whole words before the separator
+            lost += len(row) - inside
+            tokens = np.concatenate([[self.text.cls], *pieces[:inside], [self.text.sep]]).astype(np.int64)
+            rows.append((tokens, begins[:inside]))
+        return rows, lost
+
+    def needs(self) -> dict[str, Any]:
+        return {"classes": len(self.tags), "vocab": self.text.size, "length": self.options.length}
+
+    def profile(self) -> dict[str, Any]:
+        return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median, "classes": len(self.tags)}
+
+    @property
+    def most(self) -> int:
+        return int(np.clip(2 ** int(np.log2(TOKENS / max(self.median, 1))), 16, 256))
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        rows, lost = self.encoded(self.words(data), self.options.length)
+        if lost:
+            self.notes.append(f"{lost} words stand beyond {self.options.length} tokens of their sentence; the network does not "
+                              "see them, and they count as untagged (task.length=... changes that)")
+        truth = self.truth(data)["label"] if settings else None
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            tokens, mask = self.text.batch([rows[i][0] for i in index])
+            places = [rows[i][1] for i in index]
+            words = np.full((len(index), max(1, *map(len, places))), -1)
+            for row, own in enumerate(places):
+                words[row, :len(own)] = own
+            batch = {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask), "words": torch.from_numpy(words)}
+            if truth is not None:
+                target = np.full(tokens.shape, -1)
+                row, number = np.nonzero(words >= 0)
+                target[row, words[row, number]] = truth[index][row, number]
+                batch["target"] = torch.from_numpy(target)
+            return batch
+
+        return Batches(len(rows), make, np.array([len(tokens) for tokens, _ in rows]))
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return TokenLabels(model, card.inputs, settings.smoothing)
+
+    # Scores
+
+    def truth(self, data: Data) -> Arrays:
+        """The number of each word's tag: N W, -1 where a sentence has no more words."""
+        rows, known = self.named(data), {tag: number for number, tag in enumerate(self.tags)}
+        strange = sorted({tag for row in rows for tag in row} - known.keys())
+        if strange:
+            raise DataError(f"{data.source}: column {self.target.name!r} has tags that were not in training: "
+                            f"{', '.join(strange[:5])}. Known are: {', '.join(self.tags[:20])}.")
+        label = np.full((len(rows), max(1, *map(len, rows)) if rows else 1), -1, dtype=np.int64)
+        for number, row in enumerate(rows):
+            label[number, :len(row)] = [known[tag] for tag in row]
+        return {"label": label}
+
+    def aligned(self, outputs: Arrays, truth: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        """Truth and answers in one shape; what was not answered is the tag O, or none where there is no such tag."""
+        real = truth["label"]
+        said = np.full(real.shape, -1, dtype=np.int64)
+        width = min(real.shape[1], outputs["label"].shape[1])
+        said[:, :width] = outputs["label"][:, :width]
+        return real, np.where(real < 0, -1, said)
+
+    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+        real, said = self.aligned(outputs, truth)
+        right, claimed, there = (int(x.sum()) for x in counted(real, said, self.tags))
+        outside = self.tags.index("O") if "O" in self.tags else -2
+        hits = np.where(said < 0, outside, said)[real >= 0] == real[real >= 0]
+        return {"f1": 2 * right / max(claimed + there, 1), "precision": right / max(claimed, 1),
+                "recall": right / max(there, 1), "accuracy": float(hits.mean()) if len(hits) else float("nan")}
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        rows, real = self.words(test), self.truth(test)["label"]
+        common = Counter(self.often.values()).most_common(1)[0][0]
+        common = self.tags.index("O") if "O" in self.tags else common
+        said = np.full(real.shape, -1, dtype=np.int64)
+        for number, row in enumerate(rows):
+            said[number, :len(row)] = [self.often.get(word, common) for word in row]
+        return [Baseline("tag by word", f"each word's most frequent tag in training; {self.tags[common]!r} for words unseen",
+                         {"label": said, "probability": np.where(said < 0, np.nan, 1.0)})]
+
+    # Answers
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        if answered or not isinstance(source, str) or path_like(source):
+            return super().read_one(source, answered)
+        words = re.findall(r"\w+|[^\w\s]", source)
+        return super().read_one(pl.DataFrame({self.column: [words]}, schema={self.column: pl.List(pl.String)}), answered)
+
+    def questions(self, data: Data, card: Card) -> Batches:
+        self.asked = self.words(data)
+        return self.batches(data, card)
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        records = []
+        for words, row, sure in zip(self.asked, outputs["label"].astype(int), outputs["probability"]):
+            width = min(len(words), len(row))
+            tags, outside = row[:width], "O" if "O" in self.tags else ""
+            found = [{"text": " ".join(words[first:last + 1]), "type": kind, "first": first, "last": last,
+                      "probability": float(np.min(sure[first:last + 1]))} for first, last, kind in spans(tags, self.tags)]
+            said = [self.tags[tag] if tag >= 0 else outside for tag in tags] + [outside] * (len(words) - width)
+            records.append({"tokens": words, "tags": said, "entities": found})
+        return records
+
+    # Report
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        from fieldguide.metrics.entities import parts
+        real, said = self.aligned(outputs, truth)
+        rows = [(kind, int(there), r / c if c else float("nan"), r / there if there else float("nan"),
+                 2 * r / (c + there) if c + there else float("nan"))
+                for kind, r, c, there in zip(parts(self.tags)[2], *counted(real, said, self.tags))]
+        shown: list[Exhibit] = [Table("By type", "Precision: of those it said, how many are there. Recall: of those there, how "
+                                      "many it said. An entity counts if its first and last word and its type are right.",
+                                      ("type", "there", "precision", "recall", "F1"), rows, heat=("precision", "recall", "F1"))]
+        both = (real >= 0) & (said >= 0)
+        size = len(self.tags)
+        if size <= 30:
+            counts = np.bincount(real[both] * size + said[both], minlength=size * size).reshape(size, size)
+            shown.append(Matrix("Tags of words", "Rows are the truth, columns what the network said.", self.tags,
+                                counts.tolist()))
+        return {"Errors": [*shown, *self.worst(test, outputs, real, said)]}
+
+    def worst(self, test: Data, outputs: Arrays, real: np.ndarray, said: np.ndarray) -> list[Exhibit]:
+        wrong = ((real != said) & (real >= 0)).sum(1)
+        quotes, words = [], self.words(test)
+        for row in np.argsort(-wrong, kind="stable")[:SHOWN]:
+            if not wrong[row]:
+                break
+            there, claimed = (set(spans(x[row], self.tags)) for x in (real, said))
+            missed, wrongly = spelt(words[row], there - claimed), spelt(words[row], claimed - there)
+            quotes.append(Quote(" ".join(words[row]), f"missed: {missed} · wrongly said: {wrongly} · {test.place(int(row))}",
+                                bad=True))
+        return [Quotes("Worst sentences", "Test sentences with most words tagged wrong.", quotes)] if quotes else []
+
+    # Saved with the run
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self:
+        return cls.restore([Column("tokens", "list"), Column("tags", "list", "target")], cls.Options(length=beside.length), {
+            "tags": beside.names, "often": {}, "median": 0}, beside.folder)
+
+    def state(self) -> dict[str, Any]:
+        return {"tags": self.tags, "often": self.often, "median": self.median}
+
+    @classmethod
+    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = cls(columns, options)
+        task.text, task.tags, task.often, task.median = Text.load(folder), state["tags"], state["often"], state["median"]
+        return task
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        self.text.save(folder)
+
+
+def spelt(words: list[str], found: set[tuple[int, int, str]]) -> str:
+    return "; ".join(f"{' '.join(words[first:last + 1])} ({kind})" for first, last, kind in sorted(found)) or "–"
+
+
+TASKS = (TokenClassification,)

@@ -1,0 +1,293 @@
+"""Translation: a text in one language, a text in another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError
+from fieldguide.core.report_elements import Bars, Exhibit, Quote, Quotes, Table
+from fieldguide.core.settings import Settings
+from fieldguide.data.column_spec import Wants
+from fieldguide.data.dataset import Column, Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing.sequence_markers import Frame, framed
+from fieldguide.data.preprocessing.tokenizer import suggest_length
+from fieldguide.metrics.scripts import HAN, OTHERS
+from fieldguide.models.generation import Faithful, Manner, Sourced, engine, streamed
+from fieldguide.models.generation.stop_strings import cut
+from fieldguide.objectives import NextToken, Objective
+from fieldguide.tasks.base import Arrays, Baseline, Metric
+from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.text.base import Typed
+
+VOCAB = 8192           # tokens of both languages together, at most, where the user names no number
+LONGEST = 200          # tokens of a sentence at most, where the user names no length
+TOKENS = 4096          # of targets a step, about, where the user names no batch
+WORST = 40             # sentences in the report
+
+
+class Translation(Typed):
+    name = "translation"
+    reads = ("a table with a column of text and one of its translation (--target), or two files of lines that belong "
+             "together (train.de, train.en)")
+    takes = ("pair",)
+    gives = ("tokens",)
+    wants = Wants("last", names=("translation", "target_text", "tgt"), kinds={"target": "text", "feature": "text"})
+    metrics = (Metric("bleu", "max", "BLEU"), Metric("chrf", "max", "chrF"), Metric("loss", "min", "nats a token"))
+    decides = "loss"
+    recipe: ClassVar = {"patience": 6}
+    longest: ClassVar[int] = LONGEST
+    made: ClassVar[str] = "Translations"
+
+    @dataclass(frozen=True)
+    class Options:
+        vocab: int | None = None         # tokens in the vocabulary of both languages, learnt from the training texts
+        length: int | None = None        # tokens of a text that are read or written; the rest is cut off, and counted
+        tokenizer: str | None = None     # a tokenizer.json to use instead
+        begin: int | None = None         # of its tokens, the one that answers begin with
+        source_language: str | None = None       # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
+        target_language: str | None = None
+        prefix: str = ""                 # stands before each source: T5 learnt "translate English to German: "
+
+    @dataclass(frozen=True)
+    class Asking(Faithful):
+        penalty: float = 0.6             # of length: 0 = none, 1 = the mean log-probability decides
+
+    text: Text
+    frame: Frame
+    median: int
+    shown: list[tuple[str, str]]         # a few training pairs, translated now and then while it learns
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        if len(data.features("text")) != 1:
+            return "one column of text to translate"
+        return None if data.target and data.target.kind == "text" else "a column of its translation (name it with --target)"
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        if len(data.features()) == 1 and not cls.lacks(data):
+            return f"texts in column {data.features()[0].name!r} and their translation in {data.target.name!r}"
+        return None
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls(list(data.columns.values()), options)
+        sources, targets = task.texts(data), task.translations(data)
+        if options.tokenizer:
+            task.text = Text.load(options.tokenizer)
+        else:
+            size = options.vocab or min(VOCAB, suggest_vocab(sum(map(len, sources)) + sum(map(len, targets))))
+            task.text = Text.learn([*sources, *targets], size=size, lower=False)
+        task.frame = framed(task.text, options)
+        sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]
+        task.median = int(np.median(sizes))
+        task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
+        task.options = settled(options, vocab=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000))))
+        if cut := sum(s > task.options.length for s in sizes):
+            task.notes.append(f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and "
+                              "are cut there (task.length=... changes that)")
+        return task
+
+    def translations(self, data: Data) -> list[str]:
+        return data.rows[self.target.name].fill_null("").to_list()
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        data = super().read_one(source, answered)
+        if answered and self.target.name not in data.rows.columns:
+            raise DataError(f"{data.source}: the translations are to be in column {self.target.name!r}, which is not there. "
+                            "To ask for translations, use `fieldguide predict`.")
+        return data
+
+    def needs(self) -> dict[str, Any]:
+        return {"vocab": self.text.size, "length": self.options.length, "begin": self.frame.said[0], "end": self.frame.end,
+                "pad": self.text.pad}
+
+    def profile(self) -> dict[str, Any]:
+        return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median}
+
+    @property
+    def most(self) -> int:
+        return int(np.clip(2 ** int(np.log2(TOKENS / max(self.median, 1))), 16, 512))
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return NextToken(model, card.inputs, settings.smoothing)
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        frame = self.frame
+        sources = [np.array([*frame.before, *ids, *frame.after]) for ids in self.ids(
+            [self.options.prefix + t for t in self.texts(data)], self.options.length - len(frame.before) - len(frame.after))]
+        if self.target.name not in data.rows.columns:
+            targets = None
+        else:
+            targets = self.ids(self.translations(data), self.options.length - len(frame.said))
+        lengths = np.array([len(s) for s in sources])
+        begin, end, known = np.array(frame.said), np.array([frame.end]), np.full(len(frame.said) - 1, -1)
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            source, mask = self.text.batch([sources[i] for i in index])
+            batch = {"source": torch.from_numpy(source), "source_mask": torch.from_numpy(mask), "row": torch.from_numpy(
+                np.asarray(index))}
+            if targets is not None:
+                said, _ = self.text.batch([np.concatenate([begin, targets[i]]) for i in index])
+                follows, real = self.text.batch([np.concatenate([known, targets[i], end]) for i in index])
+                # Padding stands behind: no real token looks at it, so the network needs no mask.
+                batch |= {"tokens": torch.from_numpy(said), "target": torch.from_numpy(np.where(real, follows, -1))}
+            return batch
+
+        return Batches(len(sources), make, lengths if targets is None else lengths + np.array([len(t) for t in targets]))
+
+    def bare(self, texts: list[str]) -> list[np.ndarray]:
+        """Tokens of texts without what frames them; an empty text is the unknown token."""
+        if not self.options.tokenizer:
+            return self.text.encode(texts, 100_000)[0]
+        return [ids if len(ids) else np.array([self.text.unknown]) for ids in self.text.exactly(texts)]
+
+    def ids(self, texts: list[str], length: int) -> list[np.ndarray]:
+        tokens = self.bare(texts)
+        cut = sum(len(t) > length for t in tokens)
+        if cut and (note := f"{cut} texts are longer than {length} tokens and are cut there") not in self.notes:
+            self.notes.append(note)
+        return [t[:length] for t in tokens]
+
+    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            scored = objective.outputs(batch) if "target" in batch else {}
+            return {**scored, "said": self.search(objective.model, batch["source"], batch["source_mask"], batch["row"])}
+        return answer
+
+    def search(self, model: Any, source: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:     # B S -> B T
+        """Answers, -1 behind their end; `numbers` are the rows' own, by which chance comes to them."""
+        limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))
+        return written(model, source, mask, self.frame, limits, self.asking, self.text,
+                       None if numbers is None else numbers.tolist())
+
+    def limits(self, lengths: Tensor) -> Tensor:         # B tokens of sources -> B tokens of answers at most
+        """Half as long again as the source, and 10 tokens more."""
+        return (lengths * 3 // 2 + 10).clamp(max=self.asking.tokens)
+
+    def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
+        data = self.read([source])
+        if len(data) != 1 or self.asking.searched > 1:
+            return None
+        batch = self.batches(data, None).make(np.arange(1), None)
+        tokens, mask = (batch[name].to(next(objective.parameters()).device) for name in ("source", "source_mask"))
+        most = int(self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))[0])
+        return streamed(Sourced(objective.model, tokens, mask), self.frame.said, replace(self.asking, tokens=most),
+                        ends=(self.frame.end,), decode=self.text.decode)
+
+    def adjust(self, outputs: Arrays) -> Arrays:
+        if "said" not in outputs:
+            return outputs
+        texts = [cut(self.text.decode(row[row >= 0]), self.asking.stops).strip() for row in outputs["said"].astype(int)]
+        return {**outputs, "text": np.array(texts, dtype=object)}
+
+    def truth(self, data: Data) -> Arrays:
+        return {"text": np.array(self.translations(data), dtype=object), "source": np.array(self.texts(data), dtype=object)}
+
+    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+        scores = {}
+        if "text" in outputs:
+            said, right = outputs["text"].tolist(), [truth["text"].tolist()]
+            bleu, chrf = judges(right[0])
+            scores = {"bleu": bleu.corpus_score(said, right).score, "chrf": chrf.corpus_score(said, right).score}
+        if "nats" in outputs:
+            scores["loss"] = float(outputs["nats"].sum(dtype=np.float64) / max(outputs["count"].sum(), 1))
+        return scores
+
+    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+        from fieldguide.tasks.base import intervals
+        return intervals(self, outputs, truth, repeats=40)           # a score of so many texts takes its time
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        return [{"text": text} for text in outputs["text"]]
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        return [Baseline("copy", "says the source itself", {"text": np.array(self.texts(test), dtype=object)})]
+
+    def glimpse(self, objective: Objective) -> list[Exhibit]:
+        frame, texts = self.frame, [self.options.prefix + source for source, _ in self.shown]
+        tokens, mask = self.text.batch([np.array([*frame.before, *ids, *frame.after]) for ids in self.ids(
+            texts, self.options.length - len(frame.before) - len(frame.after))])
+        where = next(objective.parameters()).device
+        said = self.search(objective.model, torch.from_numpy(tokens).to(where), torch.from_numpy(mask).to(where))
+        return [Quotes(f"{self.made} while it learnt", "", [
+            Quote(self.text.decode(row[row >= 0]).strip(), f"of: {source} (in the data: {right})")
+            for row, (source, right) in zip(said.cpu().numpy(), self.shown)])]
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        said, right, source = outputs["text"].tolist(), truth["text"].tolist(), truth["source"].tolist()
+        bleu, chrf = judges(right)
+        each = np.array([chrf.sentence_score(s, [r]).score for s, r in zip(said, right)])
+        length = np.array([len(s.split()) for s in source])
+        groups = [(f"{low}-{high} words", (length >= low) & (length <= high))
+                  for low, high in ((1, 5), (6, 10), (11, 15), (16, 20), (21, 30), (31, 1000))]
+        order = np.argsort(each, kind="stable")
+        row = lambda i: (test.place(int(i)), source[i], right[i], said[i], float(each[i]))
+        bleu.corpus_score(said, [right])                             # a signature needs to have seen references
+        chrf.corpus_score(said, [right])
+        signatures = f"{bleu.get_signature()} and {chrf.get_signature()}"
+        header = ("row", "source", "translation in the data", "of the network", "chrF")
+        return {"Sentences": [
+            Bars("chrF by length of the source", f"Scores by sacreBLEU: {signatures}.",
+                 {name: float(each[rows].mean()) for name, rows in groups if rows.any()}),
+            Table("Worst", "Test sentences with the lowest chrF: the network's mistakes, and the data's.", header,
+                  [row(i) for i in order[:WORST]], heat=("chrF",)),
+            Table("By chance", "Test sentences as they come.", header,
+                  [row(i) for i in np.random.default_rng(0).permutation(len(each))[:WORST // 2]], heat=("chrF",))]}
+
+    def state(self) -> dict[str, Any]:
+        return {"median": self.median, "shown": self.shown}
+
+    @classmethod
+    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = cls(columns, options)
+        task.text, task.median = Text.load(folder), state["median"]
+        task.frame = framed(task.text, options)
+        task.shown = [tuple(pair) for pair in state["shown"]]
+        return task
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        self.text.save(folder)
+
+
+def written(model: Any, source: Tensor, mask: Tensor, frame: Frame, limits: Tensor, how: Manner, text: Text,
+            numbers: list[int] | None = None) -> Tensor:
+    """Answers to sources, of at most `limits` (B) tokens: B S, B S bool -> B T, -1 behind their end."""
+    rows = engine(Sourced(model, source, mask), [frame.said] * len(source), how, ends=(frame.end,), decode=text.decode,
+                   numbers=numbers, limits=limits, before=len(frame.said) - 1)
+    said = torch.full((len(rows), max(map(len, rows))), -1)
+    for place, row in zip(said, rows):
+        place[:len(row)] = torch.tensor(row, dtype=torch.int64)
+    return said
+
+
+def suggest_vocab(characters: int) -> int:
+    """Tokens for so much text in two languages: a power of two from 512."""
+    return 2 ** round(max(9.0, np.log2(4 * np.sqrt(max(characters, 1)))))
+
+
+def judges(right: list[str]) -> tuple[Any, Any]:
+    """BLEU (Papineni et al. 2002, doi:10.3115/1073083.1073135) and chrF (Popović 2015, doi:10.18653/v1/W15-3049). Where the
+    translations in the data are written without blanks, BLEU counts characters: Chinese ones as sacreBLEU's "zh" does."""
+    from sacrebleu.metrics import BLEU, CHRF
+    text = "".join(right)
+    han, others, every = (len(re.findall(kind, text)) for kind in (f"[{HAN}]", f"[{OTHERS}]", r"[^\W\d_]"))
+    if 2 * (han + others) <= every:
+        return BLEU(), CHRF()
+    return BLEU(tokenize="zh" if han > 9 * others else "char"), CHRF()
+
+
+TASKS = (Translation,)

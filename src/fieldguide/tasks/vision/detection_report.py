@@ -1,0 +1,116 @@
+"""What a report shows of detections: scores by class, curves, and pictures with the true boxes beside the found ones."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from fieldguide.core.report_elements import Exhibit, Gallery, Lines, Picture, Table
+from fieldguide.data.media import images
+from fieldguide.metrics.detection import average_precision
+from fieldguide.tasks.base import Arrays
+
+SHOWN = 12                 # pictures in each gallery
+CURVES = 12                # classes whose curves are drawn, the most frequent ones
+HALF = 280                 # pixels of a picture's longer side in a gallery
+
+
+def opened(path: str) -> Image.Image:
+    with images.quiet(), Image.open(path) as image:
+        return images.plain(image, "RGB").copy()
+
+
+def colour(label: int) -> tuple[int, int, int]:
+    """Colours that are told apart: around the circle of hues by the golden angle."""
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.33 + 0.618034 * label) % 1, 0.85, 0.95))
+
+
+def drawn(picture: Image.Image, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str],
+          scores: np.ndarray | None = None) -> Image.Image:
+    """A picture with boxes (M 4, in its pixels) and their names, and scores where given; lines fit its size."""
+    out = picture.copy()
+    pen, width = ImageDraw.Draw(out), max(1, round(max(out.size) / 250))
+    font = ImageFont.load_default(max(9, round(max(out.size) / 40)))
+    for place in range(len(labels)):
+        left, top, right, bottom = (float(v) for v in boxes[place])
+        label = int(labels[place])
+        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour(label), width=width)
+        words = names[label] if scores is None else f"{names[label]} {scores[place]:.2f}"
+        if min(out.size) >= 100:
+            long, high = pen.textbbox((0, 0), words, font=font)[2:]
+            y = top - high - 1 if top > high else top
+            pen.rectangle((left, y, left + long + 2, y + high + 1), fill=colour(label))
+            pen.text((left + 1, y), words, fill=(0, 0, 0), font=font)
+    return out
+
+
+def matched(boxes: np.ndarray, labels: np.ndarray, true: np.ndarray, is_: np.ndarray, crowd: np.ndarray, limit: float = 0.5
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Which found boxes (the surest first) are right, and which true ones are found: each once, IoU at least `limit`.
+    What lies on a crowd counts as right, and crowds need not be found."""
+    right, met = np.zeros(len(labels), dtype=bool), np.zeros(len(is_), dtype=bool)
+    if not len(labels) or not len(is_):
+        return right, met
+    size = lambda b: np.clip(b[..., 2:] - b[..., :2], 0, None).prod(-1)
+    corners = np.maximum(boxes[:, None, :2], true[None, :, :2]), np.minimum(boxes[:, None, 2:], true[None, :, 2:])
+    shared = size(np.concatenate(corners, -1))
+    joint = np.where(crowd, size(boxes)[:, None], size(boxes)[:, None] + size(true)[None] - shared)
+    overlap = np.where(labels[:, None] == is_[None], shared / np.maximum(joint, 1e-9), 0)
+    for place in range(len(labels)):
+        free = np.where(met & ~crowd, 0, overlap[place])
+        ordinary = np.where(crowd, 0, free)
+        best = int((ordinary if ordinary.max() >= limit else free).argmax())
+        if free[best] >= limit:
+            right[place] = met[best] = True
+    return right, met
+
+
+def exhibits(paths: Sequence[str], titles: Sequence[str], outputs: Arrays, truth: Arrays, names: Sequence[str],
+             least: float) -> dict[str, list[Exhibit]]:
+    scores, classes = average_precision(outputs, truth, len(names)), len(names)
+    there, found, missed, false = (np.zeros(classes, dtype=int) for _ in range(4))
+    wrong, kept = np.zeros(len(paths)), []
+    for i in range(len(paths)):
+        real, known = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= least), truth["labels"][i] >= 0
+        boxes, labels, sure = outputs["boxes"][i][real], outputs["labels"][i][real].astype(int), outputs["scores"][i][real]
+        true, is_, crowd = truth["boxes"][i][known], truth["labels"][i][known], truth["crowd"][i][known]
+        right, met = matched(boxes, labels, true, is_, crowd)
+        for counts, some in ((there, is_[~crowd]), (found, is_[met & ~crowd]), (missed, is_[~met & ~crowd]),
+                             (false, labels[~right])):
+            counts += np.bincount(some, minlength=classes)
+        errors = int((~met & ~crowd).sum() + (~right).sum())
+        wrong[i] = errors / max(1, len(labels) + len(is_))
+        kept.append((boxes, labels, sure, true, is_, errors))
+    order = np.argsort(-there, kind="stable")
+    rows = [(names[k], int(there[k]), int(found[k]), int(missed[k]), int(false[k]), float(scores["class_map50"][k]),
+             float(scores["class_map"][k])) for k in order]
+    curves = {names[k]: (scores["recall"].tolist(), scores["precision"][k].tolist()) for k in order[:CURVES] if there[k]}
+
+    def gallery(title: str, which: Sequence[int]) -> Gallery:
+        pictures = []
+        for i in which:
+            boxes, labels, sure, true, is_, errors = kept[i]
+            picture = opened(paths[i])
+            scale = HALF / max(picture.size)
+            small = picture.resize([max(1, round(v * scale)) for v in picture.size], Image.Resampling.BILINEAR)
+            pair = Image.new("RGB", (2 * small.width + 4, small.height), "white")
+            pair.paste(drawn(small, true * scale, is_, names), (0, 0))
+            pair.paste(drawn(small, boxes * scale, labels, names, sure), (small.width + 4, 0))
+            out = io.BytesIO()
+            pair.save(out, "JPEG", quality=80)
+            caption = f"{titles[i]}: {len(is_)} there, {len(labels)} found, {errors} wrong"
+            pictures.append(Picture(out.getvalue(), caption, errors > 0))
+        return Gallery(title, "The boxes in the data on the left, the network's on the right.", pictures, wide=True)
+
+    worst = np.argsort(-wrong, kind="stable")[:SHOWN]
+    chance = np.random.default_rng(0).permutation(len(paths))[:SHOWN]
+    return {"Classes": [Table("By class", f"Found and false at a score of {least:.2f} or more and an IoU of 0.5. AP50: average "
+                              "precision at IoU 0.5; AP: over IoU 0.5 to 0.95.",
+                              ("class", "there", "found", "missed", "false alarms", "AP50", "AP"), rows, heat=("AP50", "AP")),
+                        Lines("Precision and recall", "At IoU 0.5. To find a larger part of what is there, less sure boxes "
+                              "must be taken, of which fewer are right.", "part that is found", "part that is right", curves)],
+            "Pictures": [gallery("Worst", worst.tolist()), gallery("By chance", chance.tolist())]}

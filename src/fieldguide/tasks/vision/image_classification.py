@@ -1,0 +1,208 @@
+"""Pictures: one picture, one label."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fieldguide.core.card import Card
+from fieldguide.core.distributed import device
+from fieldguide.core.hardware import ram
+from fieldguide.core.report_elements import Exhibit, Gallery, Picture
+from fieldguide.core.settings import Settings
+from fieldguide.data.column_spec import CAPTIONS, plain
+from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.media import images
+from fieldguide.data.preprocessing import Pictures, suggest_side
+from fieldguide.tasks.base import Beside
+from fieldguide.tasks.supervised import Labelled, discrete, mix_pairs, settled
+
+LINEAR_SIDE = 16      # the linear baseline sees pictures of this side
+SAMPLE = 5000         # pictures that mean and deviation are learnt from
+MOST = {"cpu": 96, "mps": 160, "cuda": 224}     # pixels a side, where the user names none
+SHARE = 0.3           # of the memory that decoded pictures may fill; beyond it they are decoded batch by batch
+
+
+class ImageClassification(Labelled):
+    name = "image-classification"
+    reads = "a folder of pictures per class, or a table of picture paths and labels"
+    takes = ("image", "vector")
+    feature = ("image",)
+    recipe: ClassVar = {"augment": "standard", "smoothing": 0.1, "weight_decay": 0.05, "ema": 0.998}
+
+    @dataclass(frozen=True)
+    class Options:
+        side: int | None = None         # pixels a side that the network sees
+        channels: int | None = None     # 1 grey, 3 colour
+        flip: bool | None = None        # mirrored pictures keep their class
+        pixels: str | None = None       # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
+
+    pictures: Pictures
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        asked = any(plain(c.name) == "question" for c in data.features())
+        said = data.target and plain(data.target.name) in CAPTIONS
+        if len(data.features("image")) == 1 and not asked and not said and data.target and discrete(data.target):
+            return f"pictures and {data.target.distinct} classes"
+        return None
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        return super().lacks(data) if data.features("image") else "a column of pictures"
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls(list(data.columns.values()), options)
+        side = options.side or min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[device().type])
+        channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
+        paths = data.rows[task.column].to_list()
+        sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
+        task.pictures = Pictures.learn(images.load([paths[i] for i in sample], side, channels))
+        if options.pixels:
+            task.pictures = task.pictures.scaled(options.pixels)
+        task.learn_labels(data)
+        flip = options.flip if options.flip is not None else task.mirrors(data)
+        task.options = settled(options, side=task.pictures.side, channels=task.pictures.channels, flip=flip)
+        return task
+
+    def mirrors(self, data: Data, most: int = 1500) -> bool:
+        """Whether mirrored pictures may stand for their class: their nearest neighbours must agree about as often as
+        those of the pictures themselves. So letters and digits are never mirrored, animals are."""
+        rows = np.random.default_rng(0).permutation(len(data))[:most]
+        some = data.take(rows)
+        small = images.load(some.rows[self.column].to_list(), LINEAR_SIDE, self.pictures.channels).float()
+        label = torch.from_numpy(self.truth(some)["label"])
+        flat = F.normalize((small - small.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1)
+        mirrored = F.normalize((small - small.mean((1, 2, 3), keepdim=True)).flip(-1).flatten(1), dim=1)
+        near, near_mirrored = flat @ flat.T, mirrored @ flat.T
+        near.fill_diagonal_(-2)
+        near_mirrored.fill_diagonal_(-2)
+        plain = (label[near.argmax(1)] == label).float().mean()
+        return bool((label[near_mirrored.argmax(1)] == label).float().mean() >= 0.9 * plain)
+
+    def needs(self) -> dict[str, Any]:
+        p = self.pictures
+        return {"classes": len(self.labels), "channels": p.channels, "image": p.side,
+                "features": p.channels * p.side ** 2}
+
+    def profile(self) -> dict[str, Any]:
+        return {"side": self.pictures.side, "channels": self.pictures.channels, "classes": len(self.labels)}
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        paths = data.rows[self.column].to_list()
+        p = self.pictures
+        fits = len(paths) * p.channels * p.side ** 2 < SHARE * ram()
+        stored = p.load(paths) if fits else None
+        target = torch.from_numpy(self.truth(data)["label"]) if settings else None
+        how = settings.augment if settings else "none"
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            rows = torch.from_numpy(index)
+            x = stored[rows] if stored is not None else p.load([paths[i] for i in index])
+            if generator is not None:
+                x = augment(x, how, bool(self.options.flip), generator)
+            batch = {"image": p.apply(x)}
+            if target is not None:
+                batch["target"] = target[rows]
+            if generator is not None and settings and settings.mixup:
+                batch = mix_pairs(batch, ("image",), len(self.labels), settings.mixup, generator)
+            if card.takes == "vector":
+                batch["vector"] = batch.pop("image").flatten(1)
+            return batch
+
+        return Batches(len(paths), make)
+
+    def preparation(self) -> dict[str, Any]:
+        return {"fit": self.pictures.fit}                # all else is undone for a network that learnt with other pictures
+
+    def shown_to(self, other: ImageClassification, card: Card) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
+        super().shown_to(other, card)                    # complains where they differ in more
+        mine, theirs = self.pictures, other.pictures
+
+        def show(batch: dict[str, Tensor]) -> Sequence[Tensor]:
+            x = batch["image"] if "image" in batch else batch["vector"].unflatten(1, (mine.channels, mine.side, mine.side))
+            x = mine.remade(x, theirs)
+            return [x.flatten(1) if card.takes == "vector" else x]
+        return show
+
+    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
+        return tuple(images.load(d.rows[self.column].to_list(), min(LINEAR_SIDE, self.pictures.side),
+                                 self.pictures.channels).flatten(1).float().numpy() / 255 for d in (train, test))
+
+    def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+        wrong = self.mistakes(probabilities, truth, 24)
+        right = np.flatnonzero(probabilities.argmax(1) == truth)
+        sample = np.random.default_rng(0).permutation(right)[:12]
+        shown = [Gallery("Worst mistakes", "Test pictures that were got wrong with most confidence.",
+                         [Picture(self.thumbnail(test, i), f"{words}: {Path(test.place(i)).name}", bad=True)
+                          for i, words in wrong])] if wrong else []
+        return [*shown, Gallery("Some it got right", "Test pictures taken at random.",
+                                [Picture(self.thumbnail(test, int(i)), f"{self.labels[truth[i]]} "
+                                         f"({100 * probabilities[i].max():.0f} % sure)") for i in sample])]
+
+    def thumbnail(self, data: Data, row: int) -> bytes:
+        from PIL import Image
+        array = images.load([data.rows[self.column][row]], min(self.pictures.side, 128), self.pictures.channels)[0]
+        array = array[0].numpy() if len(array) == 1 else array.permute(1, 2, 0).numpy()
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG")
+        return file.getvalue()
+
+    @classmethod
+    def published(cls, beside: Beside) -> Self | None:
+        if beside.pictures is None:                      # rows of numbers, which may have been anything
+            return None
+        task = cls([Column("image", "image"), Column("label", "category", "target")],
+                   cls.Options(side=beside.pictures.side, channels=beside.pictures.channels, flip=False))
+        task.pictures = beside.pictures
+        task.restore_target(cls.known(beside.names))
+        return task
+
+    def state(self) -> dict[str, Any]:
+        return {"pictures": self.pictures.to_json(), **self.target_state()}
+
+    @classmethod
+    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = cls(columns, options)
+        task.pictures = Pictures.from_json(state["pictures"])
+        task.restore_target(state)
+        return task
+
+
+def augment(x: Tensor, how: str, flip: bool, generator: torch.Generator) -> Tensor:      # B C S S uint8 -> the same
+    """A whole batch at once. light: shifts by up to an eighth, mirroring. standard: also turned up to 10 degrees,
+    scaled by up to 10 %."""
+    if how == "none":
+        return x
+    count, side = len(x), x.shape[-1]
+    if flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    if how == "light":
+        far = max(1, side // 8)
+        padded = F.pad(x, (far,) * 4, mode="replicate") if x.is_floating_point() else F.pad(x.float(), (far,) * 4,
+                                                                                           mode="replicate")
+        rows = torch.randint(2 * far + 1, (count, 1), generator=generator) + torch.arange(side)
+        columns = torch.randint(2 * far + 1, (count, 1), generator=generator) + torch.arange(side)
+        picture = torch.arange(count)[:, None, None, None]
+        channel = torch.arange(x.shape[1])[None, :, None, None]
+        return padded[picture, channel, rows[:, None, :, None], columns[:, None, None, :]].to(x.dtype)
+    uniform = lambda size: torch.rand(count, generator=generator) * 2 * size - size
+    angle, scale = uniform(10 / 180 * torch.pi), 1 + uniform(0.1)
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    matrix = torch.stack([torch.stack([cos, -sin, uniform(0.2)], 1), torch.stack([sin, cos, uniform(0.2)], 1)], 1)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+
+
+TASKS = (ImageClassification,)

@@ -1,0 +1,448 @@
+"""Segmentation: a class for every pixel of a picture."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fieldguide.core.card import Card
+from fieldguide.core.distributed import device
+from fieldguide.core.errors import DataError, SettingsError, nearest
+from fieldguide.core.hardware import ram
+from fieldguide.core.report_elements import Exhibit, Gallery, Matrix, Picture, Table
+from fieldguide.core.settings import Settings
+from fieldguide.data.column_spec import Wants
+from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Finding
+from fieldguide.data.loader import Batches
+from fieldguide.data.media.masks import Drawing
+from fieldguide.data.preprocessing import masks
+from fieldguide.data.preprocessing.masks import Canvas, Mask
+from fieldguide.data.validation import checks
+from fieldguide.objectives import Objective
+from fieldguide.objectives.segmentation import Segmentation
+from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
+from fieldguide.tasks.supervised import settled
+
+VOID = 255                                       # by custom: pixels that belong to no class
+SIDE = {"cpu": 256, "mps": 512, "cuda": 1024}    # pixels of the longer side, where the user names none
+CROP = {"cpu": 192, "mps": 320, "cuda": 512}     # of the square that a step sees of each picture
+SHARE = 0.3                                      # of the memory that decoded pictures may fill
+SHOWN = 24                                       # pictures in the report
+SAMPLE = 500                                     # pictures that mean and deviation are learnt from
+
+
+def outlined(data: Data) -> Iterator[Finding]:
+    """Where outlines are to be drawn: boxes that have none, and crowds."""
+    if data.target is None or data.target.kind != "boxes" or not data.rows[data.target.name].dtype.is_nested():
+        return
+    seen = objects(data)
+    nothing = "belong to no class, and are neither learnt nor scored"
+    for check, severity, which, what, remedy in (
+            ("box-without-outline", "warning", ~seen["drawn"] & ~seen["crowd"], "boxes without an outline: a box is no mask, "
+             f"so the pixels within it {nothing}", "Outline these objects, or remove their pictures."),
+            ("crowd-pixels", "note", seen["crowd"], f"crowds: their pixels {nothing}", "")):
+        if which.any():
+            some = seen.filter(which)
+            places = tuple(f"{data.place(row)}: {label}" for row, label in some.head(5).select("row", "label").rows())
+            yield Finding(check, severity, what, places, len(some), remedy)
+
+
+class ImageSegmentation(Task):
+    name = "image-segmentation"
+    reads = ("pictures with masks of the same name: folders images and masks, maybe below train, val and test; or pictures "
+             "with outlines of objects: COCO JSON or YOLO")
+    takes = ("image",)
+    feature = ("image",)
+    gives = ("mask",)
+    wants = Wants("named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, outlined))
+    metrics = (Metric("miou", "max", "mean over classes of the intersection over union", percent=True),
+               Metric("pixel_accuracy", "max", "of the pixels right", percent=True),
+               Metric("mean_accuracy", "max", "of a class's pixels found, averaged over classes", percent=True))
+    recipe: ClassVar = {"augment": "light", "weight_decay": 0.01, "ema": 0.99}
+    most, fewest = 16, 4
+
+    @dataclass(frozen=True)
+    class Options:
+        side: int | None = None          # pixels of the longer side that the network sees; pictures are made smaller
+        crop: int | None = None          # pixels of the square that a step sees of each picture
+        channels: int | None = None      # 1 grey, 3 colour
+        ignore: str = ""                 # what is no class, with commas between: values of masks (11,255), names of objects
+
+    @dataclass(frozen=True)
+    class Asking:
+        tile: int = 512                  # larger pictures are answered in overlapping tiles of so many pixels
+
+    canvas: Canvas
+    names: list[str]
+    colours: list[tuple[int, int, int]]
+
+    # Which values are classes
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        if len(data.features("image")) == 1 and data.target and data.target.kind == "mask":
+            return "pictures and a mask for each"
+        return None
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        if len(data.features("image")) != 1:
+            return "a column of pictures"
+        if data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested():
+            seen = objects(data)
+            if seen["drawn"].any():
+                return None
+            return (f"outlines of the objects: it has {len(seen):,} boxes without any, and a box is no mask. Export polygons "
+                    "or masks, or learn the boxes (--task object-detection)")
+        return None if data.target and data.target.kind == "mask" else "a mask for each picture"
+
+    @classmethod
+    def examples(cls, data: Data, options: Any) -> Data:
+        """Finds the classes, and keeps them in `context`: all values of masks, or all labels of outlined objects."""
+        return (cls.drawn if data.target.kind == "boxes" else cls.stored)(data, options)
+
+    @classmethod
+    def drawn(cls, data: Data, options: Any) -> Data:
+        seen, ignored = objects(data), named(options.ignore)
+        there = set(seen.filter(pl.col("drawn") & ~pl.col("crowd"))["label"])
+        listed = (data.context or {}).get("classes") or sorted(there)
+        if strange := [n for n in ignored if n not in listed]:
+            raise SettingsError(f"task.ignore names {strange[0]!r}, which {data.source} has not.{nearest(strange[0], listed)} "
+                                f"It has: {', '.join(listed)}.")
+        names = [n for n in listed if n in there and n not in ignored]
+        if not names:
+            raise DataError(f"{data.source}: no object with an outline is left to learn.")
+        if len(names) >= VOID:
+            raise DataError(f"{data.source}: has objects of {len(names):,} classes, and {VOID - 1} are the most. Leave some "
+                            "out with --set task.ignore=...")
+        return replace(data, context={
+            "values": list(range(len(names) + 1)), "names": ["background" if "background" not in names else "nothing", *names]})
+
+    @classmethod
+    def stored(cls, data: Data, options: Any) -> Data:
+        known = data.context or {}
+        given: dict[int, str] = dict(enumerate(known.get("classes", ())))
+        given |= {(r << 16) | (g << 8) | b: name for (r, g, b), name in known.get("colours", {}).items()}
+        values = {name: value for value, name in given.items()}
+        try:
+            ignored = {values[v] if v in values else int(v) for v in named(options.ignore)}
+        except ValueError:
+            listed = f" or classes ({', '.join(values)})" if values else ""
+            raise SettingsError(f"task.ignore={options.ignore!r}: for masks write values{listed} with commas between, such as "
+                                "11,255.") from None
+        found = masks.values(data.rows[data.target.name].to_list())
+        every = np.unique(np.concatenate(found))
+        if len(every) > 2 and every[-1] == VOID and VOID not in given:
+            ignored.add(VOID)
+        if given:
+            strange = set(every.tolist()) - set(given) - ignored
+            if strange:
+                rows = [i for i, v in enumerate(found) if strange & set(v.tolist())]
+                raise DataError(f"{data.source}: {len(rows):,} masks hold values that are none of the {len(given)} classes "
+                                f"({', '.join(map(str, sorted(strange)[:5]))}): {', '.join(data.place(i) for i in rows[:5])}. "
+                                "Correct them, name the classes, or leave those pixels out with --set task.ignore=...")
+            values = [v for v in sorted(given) if v not in ignored]
+        else:
+            values = [v for v in every.tolist() if v not in ignored]
+        if len(values) > 256:
+            raise DataError(f"{data.source}: the masks hold {len(values):,} different values: they are no classes. Were they "
+                            "saved as JPEG, which blurs? Save them as PNG.")
+        if len(values) < 2:
+            raise DataError(f"{data.source}: the masks hold one class only ({values}): there is nothing to tell apart.")
+        binary = values == [0, 255] or values == [0, 1]
+        names = [given.get(v, ("background", "foreground")[i] if binary else str(v)) for i, v in enumerate(values)]
+        made = Data(data.source, data.rows, data.columns, data.manifest, list(data.findings), data.splits,
+                    {"values": values, "names": names})
+        if left := sorted(ignored & set(every.tolist())):
+            made.findings.append(Finding("void-pixels", "note", f"pixels of the values {', '.join(map(str, left))} belong to "
+                                         "no class: they are neither learnt nor scored", (), len(left)))
+        return made
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls(list(data.columns.values()), options)
+        kind = device().type
+        longest = int(max(data.rows[WIDTH].max(), data.rows[HEIGHT].max()))
+        side = options.side or min(SIDE[kind], longest)
+        channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
+        raw = Canvas(side, channels, tuple(data.context["values"]))
+        paths, sizes = task.files(data)
+        some = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
+        pixels = [raw.pictures([paths[i]], [sizes[i]], raw.inner(*sizes[i])).reshape(channels, -1) for i in some]
+        means, squares = (np.mean([p.mean(1, dtype=np.float64) if power == 1 else (p.astype(np.float64) ** 2).mean(1)
+                                   for p in pixels], 0) / 255 ** power for power in (1, 2))
+        deviation = np.maximum(np.sqrt(np.maximum(squares - means ** 2, 0)), 1e-3)
+        task.canvas = Canvas(side, channels, raw.classes, tuple(means.tolist()), tuple(deviation.tolist()))
+        task.names, task.colours = list(data.context["names"]), palette(len(data.context["names"]))
+        crop = options.crop or min(CROP[kind], max(64, side // 32 * 32))
+        task.options = settled(options, side=side, crop=crop, channels=channels)
+        if side < longest:
+            task.notes.append(f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
+                              "answers and scores are in their own size")
+        return task
+
+    # Pictures as tensors
+
+    def files(self, data: Data) -> tuple[list[str], list[tuple[int, int]]]:
+        return data.rows[self.column].to_list(), list(zip(data.rows[WIDTH].to_list(), data.rows[HEIGHT].to_list()))
+
+    def masks(self, data: Data) -> list[Mask]:
+        """Of each row its mask: a file, or what is to be drawn."""
+        column = data.rows[self.target.name]
+        if not column.dtype.is_nested():
+            return column.to_list()
+        values = {name: value for value, name in enumerate(self.names) if value}
+        return [Drawing(column, row, *size, values) for row, size in enumerate(self.files(data)[1])]
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        drawn = any(c.role == "target" and c.kind == "boxes" for c in self.columns)
+        data = super().read_one(source, answered and not drawn)
+        if not answered or not drawn:
+            return data
+        if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
+            raise DataError(f"{data.source}: has no outlines to compare answers with. To ask for answers, use `fieldguide "
+                            "predict`.")
+        strange = sorted(set(objects(data).filter("drawn")["label"]) - {*self.names, *named(self.options.ignore)})
+        if strange:
+            raise DataError(f"{data.source}: has objects of {', '.join(map(repr, strange[:5]))}, which the network does not "
+                            f"know. It knows: {', '.join(self.names[1:20])}. Rename or remove them.")
+        return data
+
+    def needs(self) -> dict[str, Any]:
+        return {"classes": len(self.names), "channels": self.options.channels}
+
+    def profile(self) -> dict[str, Any]:
+        return {"side": self.options.crop, "classes": len(self.names)}
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return Segmentation(model, len(self.names), self.asking.tile)
+
+    def ask(self, objective: Objective) -> Any:
+        objective.tile = max(64, self.asking.tile)
+        return objective.outputs
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        paths, sizes = self.files(data)
+        truth = self.masks(data) if self.target.name in data.rows.columns else None
+        canvas = self.canvas.canvas(sizes)
+        bytes_ = len(paths) * canvas[0] * canvas[1] * (self.options.channels + 2)
+        kept = None
+        if bytes_ < SHARE * ram():
+            kept = self.canvas.pictures(paths, sizes, canvas), self.canvas.masks(truth, sizes, canvas) if truth else None
+
+        def load(index: np.ndarray, masks_too: bool) -> tuple[np.ndarray, np.ndarray | None]:
+            if kept:
+                return kept[0][index], kept[1][index] if masks_too else None
+            some, their = [paths[i] for i in index], [sizes[i] for i in index]
+            return (self.canvas.pictures(some, their, canvas),
+                    self.canvas.masks([truth[i] for i in index], their, canvas) if masks_too else None)
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            inner = torch.tensor([self.canvas.inner(*sizes[i]) for i in index])
+            if generator is not None:
+                pixels, target = load(index, True)
+                image, target = augmented(torch.from_numpy(pixels), torch.from_numpy(target), inner, self.options.crop,
+                                          settings.augment, generator)
+                return {"image": self.normal(image), "target": target}
+            pixels, target = load(index, bool(truth) and settings is not None)
+            size = torch.tensor([(sizes[i][1], sizes[i][0]) for i in index])
+            batch = {"image": self.normal(torch.from_numpy(pixels).float()), "inner": inner, "size": size}
+            if target is not None:
+                batch["target"] = torch.from_numpy(target).long()
+            if truth:
+                largest = tuple(size.amax(0).tolist())
+                batch["truth"] = torch.from_numpy(self.canvas.masks([truth[i] for i in index], [sizes[i] for i in index],
+                                                                    largest, full=True)).long()
+            return batch
+
+        return Batches(len(paths), make)
+
+    def questions(self, data: Data, card: Card) -> Batches:
+        return self.batches(replace(data, rows=data.rows.drop(self.target.name, strict=False)), card)
+
+    def normal(self, pixels: Tensor) -> Tensor:                                  # 0 to 255 -> mean 0, deviation 1
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.canvas.mean, self.canvas.std))
+        return (pixels / 255 - mean) / std
+
+    # Scores
+
+    def truth(self, data: Data) -> Arrays:
+        """Pixels of each class in each picture, N classes."""
+        paths, sizes = self.files(data)
+        counts = np.zeros((len(paths), len(self.names)), dtype=np.int64)
+        for i, mask in enumerate(self.masks(data)):
+            mask = self.canvas.masks([mask], [sizes[i]], (sizes[i][1], sizes[i][0]), full=True)
+            counts[i] = np.bincount(mask[mask >= 0].astype(np.int64), minlength=len(self.names))
+        return {"pixels": counts}
+
+    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+        counts = outputs["counts"].sum(0, dtype=np.float64)
+        overlap, found = self.by_class(counts)
+        return {"miou": float(np.nanmean(overlap)), "pixel_accuracy": float(np.trace(counts) / max(counts.sum(), 1)),
+                "mean_accuracy": float(np.nanmean(found))}
+
+    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+        """Over pictures drawn with replacement, of whose pixels the counts are all that is needed."""
+        return super().intervals({"counts": outputs["counts"]}, truth)
+
+    @staticmethod
+    def by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Intersection over union and share found, of each class; NaN of those that do not occur."""
+        right, is_, said = np.diag(counts), counts.sum(1), counts.sum(0)
+        there = is_ > 0
+        return (np.where(there, right / np.maximum(is_ + said - right, 1), np.nan),
+                np.where(there, right / np.maximum(is_, 1), np.nan))
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        most = int(self.truth(train)["pixels"].sum(0).argmax())
+        pixels = self.truth(test)["pixels"]
+        counts = np.zeros((*pixels.shape, pixels.shape[1]), dtype=np.int64)
+        counts[:, :, most] = pixels
+        return [Baseline("majority class", f"calls every pixel {self.names[most]!r}", {"counts": counts})]
+
+    # Answers and report
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        answers = []
+        for map_, (height, width) in zip(outputs["map"], outputs["size"].astype(int)):
+            mask = map_[:height, :width].astype(np.uint8)
+            shares = np.bincount(mask.ravel(), minlength=len(self.names)) / mask.size
+            order = [i for i in np.argsort(-shares) if shares[i] > 0]
+            answers.append({"classes": ", ".join(f"{self.names[i]} {100 * shares[i]:.0f} %" for i in order[:5]),
+                            "mask": Media(self.png(mask), ".png"),
+                            "shares": {self.names[i]: float(shares[i]) for i in order}})
+        return answers
+
+    def png(self, mask: np.ndarray) -> bytes:
+        """A mask with a palette: its numbers are the classes, its colours are for eyes."""
+        image = Image.fromarray(mask, "P")
+        image.putpalette([c for colour in self.colours for c in colour])
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        return out.getvalue()
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        counts = outputs["counts"].sum(0)
+        overlap, found = self.by_class(counts.astype(float))
+        rows = [(name, int(counts[i].sum()), float(overlap[i]), float(found[i])) for i, name in enumerate(self.names)]
+        each = np.array([np.nanmean(self.by_class(c.astype(float))[0]) for c in outputs["counts"]])
+        worst = np.argsort(each)[:SHOWN // 2]
+        rest = np.random.default_rng(0).permutation(len(each))[:SHOWN // 2]
+        legend = Gallery("Colours", "What the colours below mean.", [
+            Picture(swatch(colour), name) for colour, name in zip(self.colours, self.names)])
+        return {"Classes": [Table("By class", "IoU: of the pixels that are or are called so, how many are both.",
+                                  ("class", "pixels", "IoU", "found"), rows, heat=("IoU", "found")),
+                            Matrix("Confusion of pixels", "Rows are the truth, columns what the network said.", self.names,
+                                   counts.tolist())],
+                "Pictures": [legend, self.gallery("Worst", test, outputs, worst, each),
+                             self.gallery("By chance", test, outputs, rest, each)]}
+
+    def gallery(self, title: str, test: Data, outputs: Arrays, rows: np.ndarray, each: np.ndarray) -> Exhibit:
+        paths, sizes = self.files(test)
+        truth = self.masks(test)
+        pictures = []
+        for i in rows:
+            width, height = sizes[i]
+            small = Canvas(192, 3, self.canvas.classes)
+            inner = small.inner(width, height)
+            picture = small.pictures([paths[i]], [sizes[i]], inner)[0].transpose(1, 2, 0)
+            is_ = small.masks([truth[i]], [sizes[i]], inner)[0]
+            thumb = outputs["thumb"][i]
+            y, x = ((np.arange(size) + 0.5) / size * len(thumb) for size in inner)
+            said = thumb[y.astype(int)[:, None], x.astype(int)].astype(int)
+            wrong = picture // 3
+            wrong[(is_ >= 0) & (said != is_)] = (255, 60, 30)
+            strip = np.concatenate([np.concatenate([picture, self.painted(picture, is_)], 1),
+                                    np.concatenate([self.painted(picture, np.where(is_ < 0, -1, said)), wrong], 1)])
+            out = io.BytesIO()
+            Image.fromarray(strip).save(out, "JPEG", quality=85)
+            pictures.append(Picture(out.getvalue(), f"{Path(test.place(int(i))).name}: IoU {each[i]:.2f}"))
+        return Gallery(title, "The picture and its mask in the data; below, the network's mask and, in red, where it is "
+                       "wrong.", pictures)
+
+    def painted(self, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        colours = np.array([*self.colours, (0, 0, 0)])[mask]         # -1, no class: dark
+        return (0.4 * picture + 0.6 * colours).astype(np.uint8)
+
+    # Saved with the run
+
+    def state(self) -> dict[str, Any]:
+        return {"canvas": self.canvas.to_json(), "names": self.names, "colours": self.colours}
+
+    @classmethod
+    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = cls(columns, options)
+        task.canvas, task.names = Canvas.from_json(state["canvas"]), state["names"]
+        task.colours = [tuple(c) for c in state["colours"]]
+        return task
+
+
+def objects(data: Data) -> pl.DataFrame:
+    """A row for each object of a column of boxes: `row` of its picture, `label`, whether it is a `crowd` and can be `drawn`."""
+    column = data.rows[data.target.name]
+    rows = pl.Series("row", np.repeat(np.arange(len(column)), column.list.len().fill_null(0).to_numpy()))
+    things = column.filter(column.list.len() > 0).explode()
+    part = things.struct.field
+    return pl.DataFrame([rows, part("label"), part("crowd"),
+                         ((part("outline").list.len() > 0) | (part("runs").list.len() > 0)).fill_null(False).alias("drawn")])
+
+
+def named(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def augmented(pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment: str,
+              generator: torch.Generator) -> tuple[Tensor, Tensor]:              # N C H W, N H W -> N C S S, N S S
+    """A square of each picture: of another size (0.5 to 2 times), mirrored, lighter or darker, more or less contrast."""
+    count, _, height, width = pixels.shape
+    uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
+    scale = torch.ones(count) if augment == "none" else 2 ** uniform(-0.5, 0.5) if augment == "light" else 2 ** uniform(-1, 1)
+    mirror = torch.ones(count) if augment == "none" else torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    # The square covers crop / scale pixels; its middle lies so that it stays within the picture where it can.
+    half = crop / scale / 2
+    middles = []
+    for size in (inner[:, 1].float(), inner[:, 0].float()):
+        low, high = torch.minimum(half, size / 2), torch.maximum(size - half, size / 2)
+        middles.append(low + (high - low) * torch.rand(count, generator=generator))
+    steps = (torch.arange(crop) + 0.5) / crop * 2 - 1
+    x = middles[0][:, None] + half[:, None] * mirror[:, None] * steps            # N S: pixels from the left
+    y = middles[1][:, None] + half[:, None] * steps
+    across, down = 2 * x / width - 1, 2 * y / height - 1
+    grid = torch.stack([across[:, None].expand(-1, crop, -1), down[:, :, None].expand(-1, -1, crop)], -1)
+    image = F.grid_sample(pixels.float(), grid, "bilinear", "zeros", align_corners=False)
+    # Masks are shifted by one, so that outside, where 0 is sampled, is -1: nothing to learn.
+    classes = F.grid_sample(target[:, None].float() + 1, grid, "nearest", "zeros", align_corners=False)[:, 0].long() - 1
+    inside = ((x >= 0) & (x < inner[:, 1:]))[:, None] & ((y >= 0) & (y < inner[:, :1]))[:, :, None]
+    classes = torch.where(inside, classes, -1)
+    if augment == "standard":
+        light, contrast = uniform(-25, 25).view(-1, 1, 1, 1), uniform(0.75, 1.25).view(-1, 1, 1, 1)
+        mean = image.mean((1, 2, 3), keepdim=True)
+        image = ((image - mean) * contrast + mean + light).clamp(0, 255)
+    return image, classes
+
+
+def palette(classes: int) -> list[tuple[int, int, int]]:
+    """Colours that are told apart: around the circle of hues by the golden angle, in two lights."""
+    return [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 if i % 2 else 0.7))
+            for i in range(classes)]
+
+
+def swatch(colour: tuple[int, int, int]) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (24, 24), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+TASKS = (ImageSegmentation,)

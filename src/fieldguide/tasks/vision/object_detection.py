@@ -1,0 +1,327 @@
+"""Object detection: boxes around the things in a picture, and what each is."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fieldguide.core.card import Card
+from fieldguide.core.distributed import device
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.hardware import ram
+from fieldguide.core.report_elements import Exhibit
+from fieldguide.core.settings import Settings
+from fieldguide.data.column_spec import Wants
+from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.media import images
+from fieldguide.data.media.boxes import SIDES
+from fieldguide.data.preprocessing.detection import Augment, Boxed, Letterbox, pad
+from fieldguide.metrics.detection import average_precision, bootstrap
+from fieldguide.objectives import Objective
+from fieldguide.objectives.detection import Detection
+from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
+from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.vision.detection_report import drawn, exhibits, matched, opened
+
+SIDE = {"cpu": 320, "mps": 640, "cuda": 640}     # pixels of the longer side, where the user names none
+STEP = 32                                        # sides are multiples of it: the coarsest grid's cells
+SHARE = 0.3                                      # of the memory that decoded pictures may fill
+MOST = 100                                       # boxes that are kept of a picture, as COCO scores them
+REPEATS, ENOUGH = 30, 2000                       # draws for an interval, and pictures that they are made from at most
+
+
+class Framed(Detection):
+    """Detection whose answers are in the pixels of the pictures themselves: the batch says how they lie in the squares."""
+
+    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = super().outputs(batch)
+        frame = Letterbox(batch["scale"], batch["corner"], batch["size"])
+        boxes = frame.back(found["boxes"]) * (found["labels"] >= 0)[..., None]
+        return {**found, "boxes": boxes, **({"path": batch["path"]} if "path" in batch else {})}
+
+
+class ObjectDetection(Task):
+    name = "object-detection"
+    reads = "pictures with boxes: COCO JSON, YOLO (data.yaml, images, labels) or Pascal VOC (Annotations, JPEGImages)"
+    takes = ("image",)
+    feature = ("image",)
+    gives = ("boxes",)
+    wants = Wants("named", names=("objects", "boxes"), kinds={"target": "boxes"})
+    metrics = (Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True),
+               Metric("map50", "max", "mean average precision at IoU 0.50", percent=True))
+    decides = "map50"
+    recipe: ClassVar = {"augment": "light"}     # in the minutes of a CPU mosaics cost more than they give: docs/log.md
+    most, fewest = 32, 8
+
+    @dataclass(frozen=True)
+    class Options:
+        side: int | None = None          # pixels of the square that the network sees, a multiple of 32
+        channels: int | None = None      # 1 grey, 3 colour
+        classes: str = ""                # only these, with commas between
+        mosaic: float | None = None      # share of training pictures made of four: half where augment=standard, else none
+        flip: float = 0.5                # share of them mirrored; 0 where left and right differ, as in writing
+
+    @dataclass(frozen=True)
+    class Asking:
+        threshold: float | None = None   # least score of an answer; by itself the one with the best F1 on validation pictures
+        overlap: float = 0.7             # IoU above which the lower of two boxes of a class is dropped
+
+    names: list[str]
+    threshold = 0.25
+
+    # What is there to find
+
+    @classmethod
+    def suits(cls, data: Data) -> str | None:
+        if len(data.features("image")) == 1 and data.target and data.target.kind == "boxes":
+            return "pictures and the boxes of what is in each"
+        return None
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        if len(data.features("image")) != 1:
+            return "a column of pictures"
+        boxes = data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested()
+        return None if boxes else "boxes for each picture (COCO, YOLO or Pascal VOC)"
+
+    @classmethod
+    def examples(cls, data: Data, options: Any) -> Data:
+        """Finds which classes occur (or those asked for); keeps them in `context`."""
+        seen = Counter(o["label"] for objects in data.rows[data.target.name].to_list() for o in objects or [])
+        order = [n for n in (data.context or {}).get("classes", sorted(seen)) if n in seen]
+        if asked := [n.strip() for n in options.classes.split(",") if n.strip()]:
+            if strange := [n for n in asked if n not in seen]:
+                raise SettingsError(f"task.classes names {', '.join(map(repr, strange))}, of which {data.source} has no box. "
+                                    f"It has: {', '.join(order)}.")
+            order = asked
+        if not order:
+            raise DataError(f"{data.source}: no picture has a usable box: there is nothing to learn.")
+        return replace(data, context={"classes": order})
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls(list(data.columns.values()), options)
+        task.names = list(data.context["classes"])
+        longest = int(max(data.rows[WIDTH].max(), data.rows[HEIGHT].max()))
+        side = options.side or min(SIDE[device().type], -(-longest // STEP) * STEP)
+        if side < STEP or side % STEP:
+            raise SettingsError(f"task.side={side} is to be a multiple of {STEP}, such as {max(1, round(side / STEP)) * STEP}.")
+        channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
+        if not all(0 <= share <= 1 for share in (options.mosaic or 0, options.flip)):
+            raise SettingsError("task.mosaic and task.flip are shares, from 0 to 1.")
+        task.options = settled(options, side=side, channels=channels)
+        if side < longest:
+            task.notes.append(f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
+                              "boxes are in their own size")
+        boxes, labels, _ = task.known(data)
+        if not sum(map(len, labels)):
+            raise DataError(f"{data.source}: no picture of the training part has a box of {', '.join(task.names[:10])}.")
+        if lacking := [n for i, n in enumerate(task.names) if not any((some == i).any() for some in labels)]:
+            task.notes.append(f"classes that no training picture shows: {', '.join(lacking)}; they cannot be learnt")
+        small = float(np.mean([(b[2:] - b[:2]).min() * min(1, side / longest) < 8 for some in boxes for b in some]))
+        if small > 0.2:
+            task.notes.append(f"{100 * small:.0f} % of the boxes have a side of fewer than 8 of the {side} pixels that the "
+                              "network sees: a larger task.side finds more of them, and takes longer")
+        return task
+
+    # Pictures and boxes as tensors
+
+    def known(self, data: Data) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """Of each picture the true boxes (M 4), labels and which are crowds."""
+        place, boxes, labels, crowd = {n: i for i, n in enumerate(self.names)}, [], [], []
+        for objects in data.rows[self.target.name].to_list():
+            objects = [o for o in objects or [] if o["label"] in place]
+            boxes.append(np.array([[o[s] for s in SIDES] for o in objects], dtype=np.float32).reshape(-1, 4))
+            labels.append(np.array([place[o["label"]] for o in objects], dtype=np.int64))
+            crowd.append(np.array([bool(o["crowd"]) for o in objects], dtype=bool))
+        return boxes, labels, crowd
+
+    def needs(self) -> dict[str, Any]:
+        return {"classes": len(self.names), "channels": self.options.channels, "image": self.options.side}
+
+    def profile(self) -> dict[str, Any]:
+        return {"side": self.options.side, "classes": len(self.names)}
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return Framed(model, overlap=self.asking.overlap, most=MOST)
+
+    def ask(self, objective: Objective) -> Any:
+        objective.overlap = self.asking.overlap
+        return objective.outputs
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        return self.prepared(data, settings, with_path=False)
+
+    def questions(self, data: Data, card: Card) -> Batches:
+        return self.prepared(replace(data, rows=data.rows.drop(self.target.name, strict=False)), None, with_path=True)
+
+    def prepared(self, data: Data, settings: Settings | None, with_path: bool) -> Batches:
+        """`with_path`: the batch tells where its pictures are, so that answers can be drawn into them."""
+        paths, side, channels = data.rows[self.column].to_list(), self.options.side, self.options.channels
+        frame = Letterbox.of(data.rows[WIDTH].to_numpy(), data.rows[HEIGHT].to_numpy(), side)
+        kept = images.load(paths, side, channels, fit="pad") if len(paths) * channels * side ** 2 < SHARE * ram() else None
+        truth = None
+        if self.target.name in data.rows.columns and settings is not None:
+            boxes, labels, crowd = self.known(data)
+            boxes, labels = pad([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
+            truth = frame.into(boxes) * (labels >= 0)[..., None], labels
+
+        def fetch(index: np.ndarray) -> Boxed:
+            pictures = kept[index] if kept is not None else images.load([paths[i] for i in index], side, channels, fit="pad")
+            return pictures, truth[0][index], truth[1][index]
+
+        augment = self.augment(settings)
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            if generator is not None and augment is not None:
+                pictures, boxes, labels = augment(fetch, index, len(paths), generator)
+                return {"image": pictures / 255, "boxes": boxes, "labels": labels}
+            if truth is not None and generator is not None:
+                pictures, boxes, labels = fetch(index)
+                return {"image": pictures / 255, "boxes": boxes, "labels": labels}
+            pictures = kept[index] if kept is not None else images.load([paths[i] for i in index], side, channels, fit="pad")
+            batch = {"image": pictures / 255, "scale": frame.scale[index], "corner": frame.corner[index],
+                     "size": frame.size[index]}
+            return batch | ({"path": spelt([paths[i] for i in index])} if with_path else {})
+
+        return Batches(len(paths), make)
+
+    def augment(self, settings: Settings | None) -> Augment | None:
+        if settings is None or settings.augment == "none":
+            return None
+        if settings.augment == "light":
+            return Augment(mosaic=self.options.mosaic or 0.0, scale=0.2, shift=0.05, flip=self.options.flip, hue=0.0,
+                           saturation=0.2, brightness=0.15)
+        return Augment(mosaic=0.5 if self.options.mosaic is None else self.options.mosaic, flip=self.options.flip)
+
+    # Scores
+
+    def truth(self, data: Data) -> Arrays:
+        """Boxes N M 4 in the pictures' own pixels, labels N M (-1: padding), crowd N M."""
+        boxes, labels, crowd = self.known(data)
+        together, names = pad(boxes, labels)
+        around = np.zeros(names.shape, dtype=bool)
+        for i, some in enumerate(crowd):
+            around[i, :len(some)] = some
+        return {"boxes": together.numpy(), "labels": names.numpy(), "crowd": around}
+
+    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+        scores = average_precision(outputs, truth, len(self.names))
+        return {"map": scores["map"], "map50": scores["map50"]}
+
+    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+        """By few draws of pictures, and their normal spread. The evaluator takes long, so of many pictures some are drawn from,
+        and the spread is made narrower by the root of how many more there are (the m out of n bootstrap)."""
+        middle, count = self.score(outputs, truth), len(truth["labels"])
+        some = np.sort(np.random.default_rng(0).permutation(count)[:ENOUGH])
+        drawn = bootstrap(*({k: v[some] for k, v in arrays.items()} for arrays in (outputs, truth)), len(self.names),
+                          repeats=REPEATS)
+        narrower = (len(some) / count) ** 0.5
+        spread = {name: 1.96 * narrower * float(np.std([d[name] for d in drawn], ddof=1)) for name in middle}
+        return {name: (max(0.0, middle[name] - spread[name]), min(1.0, middle[name] + spread[name])) for name in middle}
+
+    def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
+        """The score from which on an answer is given: where precision and recall are best together, over classes."""
+        classes, right, there = len(self.names), [], np.zeros(len(self.names))
+        real, known = outputs["labels"] >= 0, truth["labels"] >= 0
+        for i in range(len(known)):
+            crowd = truth["crowd"][i][known[i]]
+            is_ = truth["labels"][i][known[i]]
+            right.append(matched(outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], truth["boxes"][i][known[i]], is_,
+                                 crowd)[0])
+            there += np.bincount(is_[~crowd].astype(int), minlength=classes)
+        right, scores, labels = np.concatenate(right), outputs["scores"][real], outputs["labels"][real].astype(int)
+        grid, best = np.linspace(0.01, 0.9, 90), []
+        for least in grid:
+            taken = scores >= least
+            hits, said = (np.bincount(labels[some], minlength=classes) for some in (taken & right, taken))
+            best.append((2 * hits / np.maximum(said + there, 1))[there > 0].mean())
+        self.threshold = float(grid[int(np.argmax(best))]) if max(best) > 0 else 0.25
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        """Each class's mean box, in parts of the picture, as sure as the class is frequent; and of the most frequent alone."""
+        boxes, labels, _ = self.known(train)
+        sizes = train.rows.select(WIDTH, HEIGHT).to_numpy().astype(np.float32)
+        parts = np.concatenate([b / np.tile(s, 2) for b, s in zip(boxes, sizes)])
+        names = np.concatenate(labels)
+        seen = [k for k in range(len(self.names)) if (names == k).any()]
+        mean = np.stack([parts[names == k].mean(0) for k in seen])
+        often = np.array([np.mean([(some == k).any() for some in labels]) for k in seen])
+        count = len(test)
+        tested = np.tile(test.rows.select(WIDTH, HEIGHT).to_numpy().astype(np.float32), 2)[:, None]
+        whole = {"boxes": mean[None] * tested, "scores": np.tile(often, (count, 1)), "labels": np.tile(seen, (count, 1))}
+        top = int(np.argmax(np.bincount(names)[seen]))
+        return [Baseline("mean box", "puts the mean box of every class into each picture", whole),
+                Baseline("most frequent class", f"puts the mean box of {self.names[seen[top]]!r} into each picture",
+                         {name: array[:, [top]] for name, array in whole.items()})]
+
+    # Answers and report
+
+    @property
+    def least(self) -> float:
+        return self.threshold if self.asking.threshold is None else self.asking.threshold
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        answers = []
+        for i in range(len(outputs["labels"])):
+            real = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= self.least)
+            found = [{"label": self.names[int(n)], "score": float(s), "box": [round(float(v), 1) for v in b]} for n, s, b in
+                     zip(outputs["labels"][i][real], outputs["scores"][i][real], outputs["boxes"][i][real])]
+            counts = Counter(o["label"] for o in found)
+            answer = {"found": ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing", "objects": found}
+            if "path" in outputs:
+                path = "".join(map(chr, outputs["path"][i][outputs["path"][i] >= 0]))
+                picture = drawn(opened(path), outputs["boxes"][i][real], outputs["labels"][i][real], self.names,
+                                outputs["scores"][i][real])
+                out = io.BytesIO()
+                picture.save(out, "JPEG", quality=90)
+                answer["picture"] = Media(out.getvalue(), ".jpg")
+            answers.append(answer)
+        return answers
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        names = [Path(test.place(i)).name for i in range(len(test))]
+        return exhibits(test.rows[self.column].to_list(), names, outputs, truth, self.names, self.least)
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        data = super().read_one(source, False)
+        if answered:
+            if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
+                raise DataError(f"{data.source}: has no boxes to compare answers with. To ask for answers, use `fieldguide "
+                                "predict`.")
+            seen = {o["label"] for objects in data.rows[self.target.name].to_list() for o in objects or []}
+            if (strange := sorted(seen - set(self.names))) and not self.options.classes:
+                raise DataError(f"{data.source}: has boxes of {', '.join(map(repr, strange[:5]))}, which the network does not "
+                                f"know. It knows: {', '.join(self.names[:20])}. Rename or remove them.")
+        return data
+
+    # Saved with the run
+
+    def state(self) -> dict[str, Any]:
+        return {"names": self.names, "threshold": self.threshold}
+
+    @classmethod
+    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = cls(columns, options)
+        task.names, task.threshold = state["names"], state["threshold"]
+        return task
+
+
+def spelt(paths: list[str]) -> Tensor:
+    """Paths as the numbers of their characters, -1 after their end: B L int32."""
+    out = torch.full((len(paths), max(map(len, paths))), -1, dtype=torch.int32)
+    for row, path in enumerate(paths):
+        out[row, :len(path)] = torch.tensor([ord(c) for c in path], dtype=torch.int32)
+    return out
+
+
+TASKS = (ObjectDetection,)

@@ -1,0 +1,318 @@
+"""Video generation: films like those of a folder, of a class that is asked for where it has classes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fieldguide.core.card import Card
+from fieldguide.core.distributed import device
+from fieldguide.core.errors import DataError
+from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
+from fieldguide.core.settings import Settings
+from fieldguide.data.column_spec import Wants
+from fieldguide.data.dataset import CHANNELS, FRAMES, HEIGHT, WIDTH, Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.media import video
+from fieldguide.data.preprocessing import Labels, Pictures, suggest_side
+from fieldguide.metrics import generative
+from fieldguide.objectives import DDIM, Diffusion, Objective, Process
+from fieldguide.objectives.diffusion import guided
+from fieldguide.objectives.noise import Noise
+from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
+from fieldguide.tasks.supervised import discrete, settled, wilson
+from fieldguide.tasks.vision.image_generation import ImageGeneration, png, sampler
+
+SIDES = (16, 32, 64)
+MOST = {"cpu": 32, "mps": 64, "cuda": 64}        # pixels a side, where the user names none
+LENGTH = {"cpu": 8, "mps": 16, "cuda": 16}       # frames
+FEWEST = 64                                      # films that are made for a test, at least
+SHOWN = 3                                        # films of each class in the report
+PLAYED = 120                                     # milliseconds a frame
+
+
+class VideoGeneration(ImageGeneration):
+    name = "video-generation"
+    reads = ("a folder of films, maybe a folder per class: MP4 and the like, GIF or WebP, or strips with square frames side by "
+             "side; or a table of their paths")
+    takes = ("noisy-video",)
+    feature = ("video",)
+    gives = ("video",)
+    wants = Wants("named", media={"image": "video"})
+    metrics = (Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN of this data"),
+               Metric("recognised", "max", "of the made films taken for what was asked by a CNN that learnt from real ones",
+                      percent=True),
+               Metric("consistency_gap", "min", "difference to real films in how alike neighbouring frames look"),
+               Metric("next_frame_psnr", "max", "decibels between the next frame as told from those before it and as it was"),
+               Metric("held_out_loss", "min", "error of the named noise on held-out films"))
+    validated, tested = 100, 100
+    each = 1                             # films that are made for each that is asked for
+    most, fewest = 32, 8
+
+    @dataclass(frozen=True)
+    class Options(ImageGeneration.Options):
+        frames: int | None = None        # of a film that are learnt and made
+        stride: int = 1                  # every so many frames of the film
+
+    @dataclass(frozen=True)
+    class Asking(ImageGeneration.Asking):
+        guidance: float = 3.0            # films of a short training show what they are of at 3 more than at 1.5
+
+    # Films as tensors
+
+    @classmethod
+    def lacks(cls, data: Data) -> str | None:
+        return None if len(data.features("video")) == 1 else "a column of films"
+
+    @classmethod
+    def learn(cls, data: Data, options: Any) -> Self:
+        task = cls(list(data.columns.values()), options)
+        if data.target is not None and not discrete(data.target):
+            raise DataError(f"{data.source}: the label {data.target.name!r} is to be a class, but holds {data.target.kind}.")
+        kind, shortest = device().type, int(data.rows[FRAMES].min())
+        most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[kind])
+        side = options.side or max((s for s in SIDES if s <= most), default=SIDES[0])
+        channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
+        frames = options.frames or max(2, min(LENGTH[kind], shortest // options.stride))
+        task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)           # -1 .. 1
+        task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target else []
+        task.options = settled(options, side=side, channels=channels, frames=frames)
+        task.note_classes()
+        if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
+            task.notes.append(f"{short} films are shorter than {frames} frames: their last frame is repeated")
+        return task
+
+    def needs(self) -> dict[str, Any]:
+        return {**super().needs(), "frames": self.options.frames}
+
+    def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts), data="video")
+
+    def films(self, data: Data) -> list[np.ndarray]:
+        return video.load(data.rows[self.column].to_list(), self.pictures.side, self.pictures.channels)
+
+    def cut(self, film: np.ndarray, start: float) -> np.ndarray:
+        """`frames` frames that begin at a part of what room there is: 0 at the film's beginning, 1 at its end."""
+        wanted = self.options.frames * self.options.stride
+        first = int(start * max(len(film) - wanted + 1, 0))
+        index = np.minimum(first + np.arange(0, wanted, self.options.stride), len(film) - 1)
+        return film[index]
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        films, label = self.films(data), torch.from_numpy(self.codes(data))
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            start = torch.rand(len(index), generator=generator).tolist() if generator is not None else [0.5] * len(index)
+            x = torch.from_numpy(np.stack([self.cut(films[i], s) for i, s in zip(index, start)]))
+            if generator is not None and self.options.flip:
+                x = torch.where((torch.rand(len(x), generator=generator) < 0.5).view(-1, 1, 1, 1, 1), x.flip(-1), x)
+            rows = torch.from_numpy(index)
+            return {"video": self.pictures.apply(x), "label": label[rows], "row": rows}
+
+        return Batches(len(films), make)
+
+    def whole(self, data: Data) -> Tensor:
+        """The middle of each film, N F C S S in -1 .. 1."""
+        return self.pictures.apply(torch.from_numpy(np.stack([self.cut(f, 0.5) for f in self.films(data)])))
+
+    # Making films
+
+    def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], asking: Any) -> Tensor:
+        p = self.pictures
+        return objective.sample(label, (self.options.frames, p.channels, p.side, p.side), sampler(asking), seed=asking.seed,
+                                numbers=numbers, guidance=asking.guidance if self.labels else 1.0).clamp(-1, 1)
+
+    def ask(self, objective: Objective) -> Any:
+        def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            extra = torch.arange(self.each, device=batch["label"].device)
+            label, numbers = batch["label"][:, None], batch["row"][:, None] * self.each + extra.cpu()
+            if self.labels:                              # beside its own class the others in turn
+                label = (label - 1 + extra) % len(self.labels) + 1
+            label = label.expand(-1, self.each)
+            samples = self.made(objective, label.flatten(), numbers.flatten().tolist(), self.asking)
+            found = {"samples": samples.unflatten(0, label.shape), "label": label}
+            if "video" in batch:
+                found |= objective.outputs(batch) | {"next": self.continued(objective, batch)}
+            return found
+        return answer
+
+    def continued(self, objective: Diffusion, batch: dict[str, Tensor]) -> Tensor:       # -> B C S S
+        """The last frame, told from those before: at each step of the sampler they are put back as they are, with the
+        noise of that step (Lugmayr et al. 2022, arXiv:2201.09865, equation 8, without resampling)."""
+        film, label, process = batch["video"], batch["label"], objective.process
+        sampler = DDIM(steps=self.asking.steps)
+        draw = Noise(self.asking.seed, batch["row"].tolist(), film.shape[1:], film)
+        noise = draw()
+        x, times = noise.clone(), sampler.times(process)
+        for time, before in zip(times, [*times[1:], -1]):
+            at = torch.full((len(x),), time, device=x.device)
+            x[:, :-1] = process.mix(film, noise, at)[:, :-1]
+            x = sampler.step(process, x, guided(objective.model, x, at.float(), label, 1.0), time, before, draw)
+        return x[:, -1].clamp(-1, 1)
+
+    def adjust(self, outputs: Arrays) -> Arrays:
+        return {**outputs, **{k: np.concatenate(list(outputs[k])) for k in ("samples", "label")}}
+
+    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+        names = ["", *self.labels]
+        return [{**({"class": names[int(label)]} if self.labels else {}), "video": Media(animated(x), ".webp")}
+                for x, label in zip(outputs["samples"], outputs["label"].astype(int))]
+
+    # Judging them
+
+    def before_test(self, train: Data, held: Data) -> None:
+        self.known, self.known_labels = self.whole(train), torch.from_numpy(self.codes(train)) - 1
+        label = self.known_labels if self.labels else None
+        frames = self.options.frames
+        self.judge = generative.taught(self.known.flatten(0, 1), None if label is None else label.repeat_interleave(frames),
+                                   len(self.labels))
+        self.motion = generative.taught(motion(self.known), label, len(self.labels)) if self.labels else None
+
+    def before_scores(self, rows: int) -> None:
+        self.each = -(-FEWEST // rows)
+
+    def truth(self, data: Data) -> Arrays:
+        return {"real": self.whole(data).numpy(), "label": self.codes(data)}
+
+    def judged(self, outputs: Arrays, truth: Arrays) -> dict[str, Any]:
+        key = id(outputs["samples"])
+        if key not in self.memo:
+            made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(truth["real"])
+            see = lambda x: generative.seen(self.judge, x.flatten(0, 1)).reshape(len(x), x.shape[1], -1)
+            found: dict[str, Any] = {"made": see(made), "real": see(real), "kept": outputs["samples"]}
+            if self.motion is not None:
+                found["right"] = generative.seen(self.motion, motion(made), answer=True) == outputs["label"].astype(int) - 1
+            self.memo[key] = found
+        return self.memo[key]
+
+    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        if "samples" in outputs and self.judge is not None:
+            scores |= judged_scores(self.judged(outputs, truth))
+        if "next" in outputs:
+            scores["next_frame_psnr"] = float(decibels(outputs["next"], truth["real"][:, -1]).mean())
+        if "loss" in outputs:
+            scores["held_out_loss"] = float(outputs["loss"].mean())
+        return scores
+
+    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+        """Over films drawn with replacement."""
+        found, ranges = self.judged(outputs, truth), {}
+        ranges["frame_distance"] = generative.around_distance(found["real"], found["made"])
+        ranges["consistency_gap"] = around_gap(*(consistencies(found[k]) for k in ("made", "real")))
+        if "right" in found:
+            ranges["recognised"] = wilson(int(found["right"].sum()), len(found["right"]))
+        if "next" in outputs:
+            ranges["next_frame_psnr"] = generative.around_mean(decibels(outputs["next"], truth["real"][:, -1]))
+        if "loss" in outputs:
+            ranges["held_out_loss"] = generative.around_mean(outputs["loss"])
+        return ranges
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        rng, label, real = np.random.default_rng(0), self.codes(test), self.whole(test).numpy()
+        own = self.known_labels.numpy() + 1
+        rows = np.array([rng.choice(np.flatnonzero(own == k)) for k in label])
+        copies = self.known[rows].numpy()
+        return [Baseline("copy-last", "the next frame is the last one again", {"next": real[:, -2]}),
+                Baseline("noise", "every pixel by chance", {"samples": rng.uniform(-1, 1, copies.shape).astype(np.float32),
+                                                            "label": label}),
+                Baseline("training films", "the data itself", {"samples": copies, "label": label}, bound=True)]
+
+    # Report
+
+    def glimpse(self, objective: Objective) -> list[Exhibit]:
+        count = max(2, min(len(self.labels), 8))
+        label = torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
+        made = self.made(objective, label, range(count), self.Asking()).numpy()
+        return [Gallery("Samples while it learnt", "The same noise each time.", [Picture(animated(beside(made)), "")])]
+
+    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+                 ) -> dict[str, list[Exhibit]]:
+        samples, label = outputs["samples"], outputs["label"].astype(int)
+        names = ["films", *self.labels]
+        shown = [Picture(animated(samples[i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:SHOWN]]
+        real = [Picture(animated(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]]
+        told = [Picture(png(np.concatenate([truth["real"][i, -2], truth["real"][i, -1], outputs["next"][i]], 2)),
+                        f"{psnr(outputs['next'][i], truth['real'][i, -1]):.1f} dB") for i in range(len(outputs["next"]))[:8]]
+        by_class = [(names[k], int((label == k).sum()), float(self.judged(outputs, truth)["right"][label == k].mean()))
+                    for k in np.unique(label)] if self.labels else []
+        return {"Samples": [Gallery("Made films", "Not chosen; they play.", shown),
+                            Gallery("Real films of the test part", "To compare.", real),
+                            *([Table("Recognised", "Share of the made films that a CNN which learnt from real ones takes for "
+                                     "what was asked.", ("class", "films", "recognised"), by_class)] if by_class else []),
+                            Gallery("The next frame", "The last known frame, the next as it was, the next as told.", told)],
+                "Memory": self.copies(samples)}
+
+    def copies(self, samples: np.ndarray) -> list[Exhibit]:
+        known, made = (generative.seen(self.judge, x.mean(1)) for x in (self.known, torch.from_numpy(samples[:8])))
+        far = generative.distances(made, known)
+        nearest = [self.known[int(row.argmin())].numpy() for row in far]
+        pairs = [Picture(animated(beside(np.stack([samples[i], other]))), f"{far[i].min():.2f}")
+                 for i, other in enumerate(nearest)]
+        return [Gallery("Samples and their nearest training films", "Left the sample, right the training film that the judge "
+                        "finds nearest. Two that are equal would be a film learnt by heart.", pairs)]
+
+
+def judged_scores(found: dict[str, Any]) -> dict[str, float]:
+    """Scores of what judges saw: `made` and `real` N F D, `right` N."""
+    scores = {"frame_distance": generative.frechet(*(found[k].reshape(-1, found[k].shape[-1]) for k in ("real", "made"))),
+              "consistency_gap": abs(consistency(found["made"]) - consistency(found["real"]))}
+    return scores | ({"recognised": float(found["right"].mean())} if "right" in found else {})
+
+
+def consistency(features: np.ndarray) -> float:          # N F D
+    """Mean cosine of neighbouring frames' features."""
+    return float(consistencies(features).mean())
+
+
+def consistencies(features: np.ndarray) -> np.ndarray:   # N F D -> N
+    a, b = features[:, :-1], features[:, 1:]
+    return ((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-9)).mean(1)
+
+
+def around_gap(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:       # N, M
+    """95 % interval of how far two means are apart; it begins at 0 where either may be the larger."""
+    rng = np.random.default_rng(0)
+    gaps = [made[rng.integers(0, len(made), len(made))].mean() - real[rng.integers(0, len(real), len(real))].mean()
+            for _ in range(generative.MEANS)]
+    low, high = np.percentile(gaps, (2.5, 97.5))
+    return 0.0 if low <= 0 <= high else float(min(abs(low), abs(high))), float(max(abs(low), abs(high)))
+
+
+def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:                        # N C S S in -1 .. 1 -> N
+    """Peak signal-to-noise ratio."""
+    return -10 * np.log10(np.maximum(((a - b) ** 2).mean((1, 2, 3)) / 4, 1e-10))
+
+
+def motion(films: Tensor) -> Tensor:                     # N F C S S -> N 3C S S
+    """A film as one picture: its middle frame, what changes from frame to frame, and whither: early less late."""
+    half = films.shape[1] // 2
+    change = (films[:, 1:] - films[:, :-1]).abs().mean(1)
+    return torch.cat([films[:, half], change, films[:, :half].mean(1) - films[:, half:].mean(1)], 1)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(-10 * np.log10(max(((a - b) ** 2).mean() / 4, 1e-10)))
+
+
+def beside(films: np.ndarray) -> np.ndarray:             # N F C S S -> F C S N*S
+    return np.concatenate(list(films), -1)
+
+
+def animated(film: np.ndarray) -> bytes:                 # F C S S in -1 .. 1 -> WebP that plays
+    frames = [Image.open(io.BytesIO(png(frame))).convert("RGB") for frame in film]
+    scale = max(1, 96 // frames[0].height)
+    frames = [f.resize((f.width * scale, f.height * scale), Image.Resampling.NEAREST) for f in frames]
+    out = io.BytesIO()
+    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=PLAYED, loop=0, lossless=True)
+    return out.getvalue()
+
+
+TASKS = (VideoGeneration,)

@@ -1,0 +1,113 @@
+"""Checkpoints: all that a run needs to go on, as safetensors and JSON.
+
+A checkpoint is two files, `step-N.safetensors` and `step-N.json`; the JSON holds the digest of the tensors and is
+written last, so that a checkpoint exists whole or not at all. The one before is kept until the next is safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as pack_tensors
+from torch import Tensor
+
+from fieldguide.core.errors import TrainingError
+
+KEPT = 2      # newest checkpoints that stay
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes under a temporary name, syncs, renames. On failure the old file stands and the temporary one is gone."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TrainingError(f"could not write {path}: {error.strerror}. What was saved before is whole. Free some "
+                            "space or choose another folder, then go on with `fieldguide fit --resume`.") from error
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Stores a checkpoint and removes those before the last two. Raises `TrainingError` where writing fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = pack_tensors(separate(tensors))
+    path = folder / f"step-{step:08d}.json"
+    write_atomically(path.with_suffix(".safetensors"), content)
+    record = {"step": step, "sha256": hashlib.sha256(content).hexdigest(), "state": state}
+    write_atomically(path, json.dumps(record, allow_nan=True).encode())
+    for old in sorted(folder.glob("step-*.json"))[:-KEPT]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    return path
+
+
+def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, and none sharing memory with another, as safetensors wants them."""
+    out, seen = {}, set()
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        out[name] = t.clone() if t.untyped_storage().data_ptr() in seen else t
+        seen.add(t.untyped_storage().data_ptr())
+    return out
+
+
+def load(folder: Path, say: Callable[[str], None] = print) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that is whole, or None where there is none yet.
+
+    A damaged one is named through `say` and the one before is taken. Raises `TrainingError` where all are damaged.
+    """
+    records = sorted(folder.glob("step-*.json"), reverse=True)
+    for path in records:
+        try:
+            record = json.loads(path.read_bytes())
+            content = path.with_suffix(".safetensors").read_bytes()
+            if hashlib.sha256(content).hexdigest() == record["sha256"]:
+                return record["step"], read_tensors(content), record["state"]
+            why = "its content does not match its digest"
+        except (OSError, ValueError, KeyError, struct.error) as error:
+            why = str(error)
+        say(f"checkpoint {path.with_suffix('').name} is damaged ({why}); taking the one before.")
+    if records:
+        raise TrainingError(f"all checkpoints in {folder} are damaged. Train again from the start with a new --out.")
+    return None
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as named tensors and plain numbers."""
+    tensors, numbers = {}, {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            name = f"{prefix}.{index}.{key}"
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            else:
+                numbers[name] = value
+    return tensors, numbers
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor],
+                     numbers: dict[str, Any]) -> None:
+    """The reverse of `pack_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, value in [*tensors.items(), *numbers.items()]:
+        if name.startswith(prefix + "."):
+            index, key = name[len(prefix) + 1:].split(".", 1)
+            like = parameters[int(index)]
+            if isinstance(value, Tensor) and value.shape == like.shape:
+                # In the parameter's own memory layout: fused kernels walk both as flat arrays.
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,53 @@
+"""Outputs of a trained network over many examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from fieldguide.core import distributed
+from fieldguide.data.loader import Batches, in_order
+from fieldguide.objectives import Objective
+from fieldguide.training.precision import autocast, place
+
+
+@torch.inference_mode()
+def collect(objective: Objective, batches: Batches, *, batch: int, device: torch.device, precision: str = "float32",
+            watch: Callable[[int], None] = lambda done: None,
+            ask: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None) -> dict[str, np.ndarray]:
+    """Outputs by name, one row an example in its own order. Several processes share the work, and all get the whole.
+
+    `ask` answers a batch; without it, `objective.outputs` does. Batches may answer at different widths (the longest
+    text of each): narrower ones are filled up with -1 (NaN among real numbers).
+    """
+    ask = ask or objective.outputs
+    mine = np.arange(len(batches))[distributed.rank()::distributed.world()]
+    rows, parts, training = [], [], objective.training
+    objective.eval()
+    for index, tensors in in_order(batches, batch, mine):
+        with autocast(device, precision):
+            outputs = ask(place(tensors, device))
+        rows.append(index)
+        parts.append({name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in outputs.items()})
+        watch(sum(map(len, rows)))
+    objective.train(training)
+    gathered = distributed.gather((rows, parts))
+    rows = np.concatenate([i for r, _ in gathered for i in r])
+    joined = {name: stacked([p[name] for _, ps in gathered for p in ps]) for name in gathered[0][1][0]}
+    order = np.argsort(rows)
+    return {name: values[order] for name, values in joined.items()}
+
+
+def stacked(parts: list[np.ndarray]) -> np.ndarray:
+    """Arrays joined along the first axis, filled up to the widest along the others."""
+    shape = np.max([p.shape[1:] for p in parts], axis=0).astype(int)
+    if all(p.shape[1:] == tuple(shape) for p in parts):
+        return np.concatenate(parts)
+    whole = np.full((sum(map(len, parts)), *shape), np.nan if parts[0].dtype.kind == "f" else -1, dtype=parts[0].dtype)
+    first = 0
+    for part in parts:
+        whole[(slice(first, first + len(part)), *map(slice, part.shape[1:]))] = part
+        first += len(part)
+    return whole

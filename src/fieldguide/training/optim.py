@@ -1,0 +1,134 @@
+"""Optimisers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide.core.settings import Settings
+from fieldguide.training.peft import levels, towers
+
+
+def schedule(settings: Settings, step: int) -> float:
+    """Learning rate of a step as a part of the peak: linear warm-up, then cosine or linear to zero."""
+    warm = max(1, round(settings.warmup * settings.steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, settings.steps - warm)
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+
+
+def tables_of(objective: nn.Module) -> set[int]:
+    """Identities of the embeddings, which are tables of vectors and no matrices."""
+    return {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+
+
+def optimizers(objective: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]],
+               settings: Settings) -> list[torch.optim.Optimizer]:
+    """The optimiser(s) of one phase. Matrices and kernels decay; vectors, norms and embeddings do not. A group's `scale`
+    is what of the rate is its own: less in lower layers where `layer_decay` says so."""
+    tables = tables_of(objective)
+    parameters = list(parameters)
+    depth, top = levels((name for name, _ in parameters), towers(objective))
+    parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in parameters:
+        scale = settings.layer_decay ** (top - depth[name]) if settings.layer_decay != 1 else 1.0
+        parts.setdefault((scale, p.ndim >= 2 and id(p) not in tables), []).append(p)
+    groups = [{"params": ps, "weight_decay": settings.weight_decay if matrices else 0.0, "scale": scale, "matrices": matrices}
+              for (scale, matrices), ps in sorted(parts.items(), key=lambda part: (-part[0][0], not part[0][1]))]
+    if settings.optimizer == "sgd":
+        return [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum,
+                                nesterov=settings.momentum > 0, fused=True)]
+    made: list[torch.optim.Optimizer] = []
+    matrices = [g for g in groups if g["matrices"]]
+    if settings.optimizer == "muon" and matrices:
+        made.append(Muon(matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay))
+        groups = [g for g in groups if not g["matrices"]]
+    if groups:
+        made.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True))
+    return made
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Kernels are taken as matrices out x (in * height * width). The update is scaled by 0.2 sqrt(max(rows, columns)) so
+    that its size matches AdamW's and the same learning rate suits both (Liu et al. 2025, arXiv:2502.16982, eq. 4).
+    """
+
+    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    by_shape.setdefault(tuple(p.flatten(1).shape), []).append(p)
+            for (rows, columns), same in by_shape.items():
+                grads, moments = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
+                torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, moments, group["momentum"])
+                update = orthogonal(torch.stack([u.flatten(1) for u in nesterov]))
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                scale = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+                torch._foreach_add_(same, [u.view_as(p).to(p.dtype) for u, p in zip(update, same)], alpha=-scale)
+
+
+A, B, C = 3.4445, -4.7750, 2.0315        # of the quintic a x + b x^3 + c x^5 that every step applies to singular values
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:                      # N R C -> N R C
+    """Nearest semi-orthogonal matrices, roughly, by the quintic Newton-Schulz iteration of Muon.
+
+    Long ones are iterated by what multiplies them, a polynomial of x x^T, which costs products of R x R alone and gives the
+    same in float32; in bfloat16 the squares of small singular values would be lost.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()      # not every CPU is quick in bfloat16
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if x.shape[-1] >= LONG * x.shape[-2] and x.dtype == torch.float32:
+        gram, whole = x @ x.mT, None
+        for step in range(steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+            factor.diagonal(dim1=-2, dim2=-1).add_(A)
+            whole = factor if whole is None else factor @ whole
+            if step < steps - 1:
+                gram = gram @ (factor @ factor)
+        x = whole @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return x.mT if tall else x
+
+
+LONG = 2           # columns a row, from which the way round costs less
+
+
+def orthogonalising(objective: nn.Module, device: torch.device) -> float:
+    """Seconds that Muon takes for the updates of a step, about: one matrix of each shape is timed."""
+    tables = tables_of(objective)
+    shapes = Counter(tuple(p.flatten(1).shape) for p in objective.parameters()
+                     if p.requires_grad and p.ndim >= 2 and id(p) not in tables)
+    total = 0.0
+    for shape, count in shapes.items():
+        matrix = torch.ones(1, *shape, device=device)
+        for _ in range(2):                                              # the first one warms up
+            started = time.perf_counter()
+            orthogonal(matrix)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            taken = time.perf_counter() - started
+        total += count * taken
+    return total

@@ -1,0 +1,454 @@
+"""The loop: any objective, any number of phases, one or many processes, resumable to the bit.
+
+It owns accumulation, clipping, precision, averaging of weights, schedules, logging, checkpoints and early stopping.
+It knows neither tasks nor architectures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fieldguide.core import distributed
+from fieldguide.core.errors import TrainingError
+from fieldguide.core.hardware import keep_memory
+from fieldguide.core.settings import Settings
+from fieldguide.data.loader import Batches, mix, training
+from fieldguide.objectives.base import Objective, Phase
+from fieldguide.training import checkpoint
+from fieldguide.training.ema import Average
+from fieldguide.training.optim import optimizers, schedule
+from fieldguide.training.peft import held, levels, thawed, towers
+from fieldguide.training.precision import autocast, deterministic_kernels, place
+from fieldguide.training.tracking import TRACKERS
+
+LOGGED = 400      # lines of losses that a whole run writes, about
+LATE = 1.05       # times the minutes given is when a run that is slower than planned ends
+PACED = 20        # steps after which it is first seen how long a step really takes
+AIM, SLACK, TOLD = 0.97, 0.1, 0.3       # part of the minutes to fill; by which it may miss that; of which a line is worth
+
+
+class Interrupted(TrainingError):
+    """Ctrl-C or SIGTERM: the state is saved, and `fieldguide fit --resume` goes on from it."""
+
+
+class Watch(Protocol):
+    """Who looks on: a progress bar, a tracker, a test."""
+
+    def step(self, step: int, losses: dict[str, float]) -> None: ...
+    def scores(self, step: int, scores: dict[str, float], best: bool) -> None: ...
+    def say(self, text: str) -> None: ...
+    def replanned(self, steps: int) -> None: ...
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside tensors. All of it survives JSON exactly."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0                                   # evaluations since the best
+    seconds: float = 0.0                             # of training so far, over all resumptions
+    sums: dict[str, float] = field(default_factory=dict)
+    summed: int = 0
+    stopped: str = ""                                # why training ended before its last step
+    most: int = 0                                    # where time decides: steps that are enough, however quick; else 0
+    steps: int = 0                                   # as counted anew while training; 0 = as the settings say
+    evaluate: int = 0                                # the same
+
+
+class Step(nn.Module):
+    """One phase as a module of its own, so that DDP's hooks fire whatever the objective calls inside."""
+
+    def __init__(self, objective: Objective, phase: Phase):
+        super().__init__()
+        self.objective, self.phase = objective, phase.name
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.objective.with_asides(self.objective(batch, self.phase), self.phase)
+
+
+class Runner:
+    """A phase, its parameters, its optimisers, and its module as DDP wraps it."""
+
+    def __init__(self, objective: Objective, phase: Phase, settings: Settings, device: torch.device):
+        self.phase, self.settings = phase, settings.with_(dict(phase.settings))
+        named = [(n, p) for n, p in objective.phase_parameters(phase) if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        depth, self.top = levels((name for name, _ in named), towers(objective))
+        self.depth = [depth[name] for name, _ in named]
+        self.optimizers = optimizers(objective, named, self.settings)
+        self.lr = 0.0
+        self.module: nn.Module = Step(objective, phase)
+        if distributed.world() > 1:
+            with only(self.parameters, objective):    # DDP reduces what requires a gradient when it is made
+                self.module = DistributedDataParallel(self.module, [device] if device.type == "cuda" else None)
+
+    def rate(self, step: int) -> float:
+        rate = self.settings.lr * schedule(self.settings, step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+        return rate
+
+    def hold_back(self, step: int) -> None:
+        """Drops the gradients of layers whose time has not come."""
+        lowest = thawed(self.settings, step, self.top)
+        for p, depth in zip(self.parameters, self.depth):
+            if depth < lowest:
+                p.grad = None
+
+
+@contextmanager
+def only(parameters: list[nn.Parameter], objective: nn.Module) -> Iterator[None]:
+    """Inside, these parameters alone require a gradient."""
+    chosen = {id(p) for p in parameters}
+    others = [p for p in objective.parameters() if p.requires_grad and id(p) not in chosen]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
+class Trainer:
+    """Trains an objective. `folder` is the run folder, None where nothing is to be stored.
+
+    `evaluate(objective)` returns scores, called every `settings.evaluate` steps with averaged weights in place;
+    `metric` is the (name, "max" | "min") that decides which weights are best. `settings` must be resolved: steps,
+    batch, evaluate, precision and channels_last are numbers here, not None. `most`: the steps follow from the minutes,
+    and are counted anew, up to so many, where this machine turns out quicker or slower than a trial said.
+    """
+
+    def __init__(self, objective: Objective, batches: Batches, settings: Settings, *, device: torch.device,
+                 watch: Watch, folder: Path | None = None, evaluate: Callable[[Objective], dict[str, float]] | None = None,
+                 metric: tuple[str, str] = ("loss", "min"), most: int = 0):
+        self.settings, self.device, self.watch, self.folder = settings, device, watch, folder
+        self.evaluate, self.metric, self.batches = evaluate, metric, batches
+        self.objective = objective.to(device)
+        if settings.channels_last:
+            self.objective = self.objective.to(memory_format=torch.channels_last)
+        self.runners = [Runner(self.objective, phase, settings, device) for phase in objective.phases]
+        self.draws = max(phase.times for phase in objective.phases)
+        self.kept = nn.ModuleDict({name: getattr(self.objective, name) for name in objective.keep})
+        self.average = Average(self.kept, settings.ema) if settings.ema else None
+        self.state, self.best, self.tracker = State(most=most), None, None
+        self.stopping = False
+        self.held = held(self.objective)
+        self.since = (0, 0.0)                            # step and seconds that the pace is counted from
+
+    # What a run goes through
+
+    def train(self) -> State:
+        """Trains to the last step, or until no better score comes. Leaves the best weights in the objective.
+
+        Raises `Interrupted` on Ctrl-C, `TrainingError` on a non-finite loss or where the disk is full; what was done
+        before is saved in each case.
+        """
+        settings, state = self.settings, self.state
+        if self.device.type == "cpu":
+            keep_memory()
+        stream = self.stream()
+        if self.folder and distributed.rank() == 0 and settings.track in TRACKERS:
+            self.tracker = TRACKERS[settings.track](self.folder, state.step)
+        self.teach()
+        before, saved = state.seconds, time.monotonic()
+        started = time.monotonic()
+        self.since = (state.step, state.seconds)
+        with self.signals(), deterministic_kernels():
+            while state.step < self.settings.steps and not state.stopped:
+                losses = self.step(stream)
+                state.step += 1
+                state.seconds = before + time.monotonic() - started
+                self.log(losses)
+                scored = self.evaluate and (state.step % self.settings.evaluate == 0 or state.step == self.settings.steps)
+                if scored:
+                    self.score()
+                    state.seconds = before + time.monotonic() - started
+                if state.most and settings.minutes and looked_at(state.step) and self.keep_pace():
+                    stream = self.stream()
+                if self.agreed(self.stopping):
+                    self.save()
+                    raise Interrupted(f"stopped after step {state.step} of {self.settings.steps}; "
+                                      + (f"all is saved. Go on with `fieldguide fit --resume {self.folder}`."
+                                         if self.folder else "nothing is kept."))
+                if settings.minutes and self.agreed(state.seconds > LATE * 60 * settings.minutes) and not state.stopped:
+                    state.stopped = f"{settings.minutes:g} minutes are over"
+                    if self.evaluate and not scored:
+                        self.score()
+                if time.monotonic() - saved > settings.checkpoint:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        if self.best is not None:
+            self.kept.load_state_dict(self.best)
+        elif self.average:
+            self.average.swap()
+        self.objective.eval()
+        return state
+
+    def teach(self) -> None:
+        """Puts what learns in training mode."""
+        self.objective.train()
+        for module in self.held:
+            module.train(False)
+
+    def stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """This process's batches, from the next step to the last."""
+        settings, world, rank = self.settings, distributed.world(), distributed.rank()
+        return training(self.batches, batch=settings.batch, parts=world * settings.accumulate,
+                        mine=range(rank * settings.accumulate, (rank + 1) * settings.accumulate),
+                        seed=settings.seed, start=self.state.step * self.draws, stop=settings.steps * self.draws,
+                        workers=settings.workers, pin=self.device.type == "cuda")
+
+    def keep_pace(self) -> bool:
+        """Counts the steps anew, so that the rate has come down when the minutes are over, and the minutes are used.
+
+        True where the count has changed. A step's time is the mean over all that this process has made, evaluations
+        too once there are any; it is looked at whenever twice as many steps are done as at the last look, so that one
+        busy moment of the machine changes little.
+        """
+        settings, state = self.settings, self.state
+        if state.step < PACED:
+            self.since = (state.step, state.seconds)     # the first steps prepare kernels, and tell nothing
+            return False
+        steps, seconds = state.step - self.since[0], state.seconds - self.since[1]
+        goal = (0.9 if self.evaluate and state.best is None else 1.0) * (AIM * 60 * settings.minutes - state.seconds)
+        total = min(state.most, state.step + max(1, int(goal * steps / max(seconds, 1e-9))))
+        goal, total = distributed.broadcast((goal, total))           # clocks differ; all must come to the same
+        left, planned = total - state.step, settings.steps - state.step
+        if goal <= 0 or planned < SLACK * settings.steps or abs(left - planned) <= SLACK * planned:
+            return False
+        if abs(left - planned) > TOLD * planned:
+            self.watch.say(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {settings.steps:,}")
+        state.steps, state.evaluate = total, max(1, round(settings.evaluate * total / settings.steps))
+        self.replan()
+        return True
+
+    def replan(self) -> None:
+        """Takes steps and evaluations as they were counted anew into the settings, whose rates follow them."""
+        if counts := {k: v for k in ("steps", "evaluate") if (v := getattr(self.state, k))}:
+            self.settings = self.settings.with_(counts)
+            for runner in self.runners:
+                runner.settings = runner.settings.with_(counts)
+            self.watch.replanned(self.settings.steps)
+
+    def step(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
+        """One step of every phase, as often as the phase asks. Returns the losses by name."""
+        settings, losses = self.settings, {}
+        reseed(mix(settings.seed, self.state.step, distributed.rank()), self.device)   # dropout and noise
+        drawn = [[place(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.accumulate)]
+                 for _ in range(self.draws)]
+        for runner in self.runners:
+            for turn in range(runner.phase.times):
+                scope = only(runner.parameters, self.objective) if len(self.runners) > 1 else nullcontext()
+                with scope:
+                    parts = self.differentiate(runner, drawn[turn])
+                    self.update(runner, drawn[turn], parts)
+            prefix = f"{runner.phase.name}." if len(self.runners) > 1 else ""
+            losses |= {prefix + name: value for name, value in parts.items()} | {prefix + "lr": runner.lr}
+        if self.average:
+            self.average.update(self.state.step)
+        return losses
+
+    def differentiate(self, runner: Runner, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Gradients of the mean loss over the accumulated batches, and over processes."""
+        totals: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            waits = number < len(batches) - 1 and isinstance(runner.module, DistributedDataParallel)
+            with runner.module.no_sync() if waits else nullcontext():
+                with autocast(self.device, self.settings.precision):
+                    parts = runner.module(batch)
+                (parts["loss"] / len(batches)).backward()
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0) + value.detach().float() / len(batches)
+        stacked = torch.stack(list(totals.values()))
+        if distributed.world() > 1:
+            dist.all_reduce(stacked)
+            stacked /= distributed.world()
+        return dict(zip(totals, stacked.tolist()))
+
+    def update(self, runner: Runner, batches: list[dict[str, Tensor]], parts: dict[str, float]) -> None:
+        """Clips, checks and applies the gradients; nothing that is not finite reaches the weights."""
+        runner.lr = runner.rate(self.state.step)
+        runner.hold_back(self.state.step)
+        norm = None
+        if self.settings.clip:
+            norm = float(nn.utils.clip_grad_norm_(runner.parameters, self.settings.clip))
+        if not math.isfinite(parts["loss"]) or (norm is not None and not math.isfinite(norm)):
+            self.refuse(runner, batches, parts, norm)
+        for optimizer in runner.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def refuse(self, runner: Runner, batches: list[dict[str, Tensor]], parts: dict[str, float],
+               norm: float | None) -> None:
+        for optimizer in runner.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        name = f"nonfinite-step-{self.state.step}-rank-{distributed.rank()}.safetensors"
+        bad = sorted({key for b in batches for key, t in b.items() if t.is_floating_point() and not t.isfinite().all()})
+        cause = (f"The batch itself holds NaN or infinity in {', '.join(bad)}" if bad else
+                 "The batch is finite, so the weights or the rate are the cause: try a lower lr (--set lr=...), "
+                 "clip=1 or precision=float32")
+        kept = ""
+        if self.folder:
+            from safetensors.torch import save as pack
+            batch = checkpoint.separate({f"{i}.{k}": t for i, b in enumerate(batches) for k, t in b.items()})
+            checkpoint.write_atomically(self.folder / name, pack(batch))
+            kept = f" The batch is kept in {self.folder / name}, the state before it in {self.folder / 'checkpoints'}."
+            self.save()
+        what = f"loss {parts['loss']}" if not math.isfinite(parts["loss"]) else f"gradient norm {norm}"
+        raise TrainingError(f"{what} at step {self.state.step}, phase {runner.phase.name}. {cause}.{kept}")
+
+    def score(self) -> None:
+        """Scores the averaged weights, keeps the best, counts evaluations without progress."""
+        state, (name, direction) = self.state, self.metric
+        self.objective.eval()
+        with self.average.applied() if self.average else nullcontext():
+            with torch.inference_mode():
+                scores = self.evaluate(self.objective)
+            value = scores[name]
+            better = math.isfinite(value) and (state.best is None or (
+                value > state.best if direction == "max" else value < state.best))
+            state.stale = 0 if better else state.stale + 1
+            # Accuracy on few rows often ties, most of all at its highest: then more training is the better bet.
+            if better or value == state.best:
+                state.best, state.best_step = value, state.step
+                self.best = {k: t.detach().clone() for k, t in self.kept.state_dict().items()}
+        self.teach()
+        self.record({"step": state.step, "seconds": round(state.seconds, 3), "scores": scores})
+        self.watch.scores(state.step, scores, better)
+        if self.settings.patience and state.stale >= self.settings.patience:
+            state.stopped = f"no better {name} in {state.stale} evaluations; the best was at step {state.best_step}"
+
+    # Logs, signals, checkpoints
+
+    def log(self, losses: dict[str, float]) -> None:
+        state = self.state
+        for name, value in losses.items():
+            state.sums[name] = state.sums.get(name, 0.0) + value
+        state.summed += 1
+        self.watch.step(state.step, losses)
+        if state.step % max(1, self.settings.steps // LOGGED) == 0 or state.step == self.settings.steps:
+            means = {name: total / state.summed for name, total in state.sums.items()}
+            self.record({"step": state.step, "seconds": round(state.seconds, 3), **means})
+            state.sums, state.summed = {}, 0
+
+    def record(self, line: dict[str, Any]) -> None:
+        if self.tracker:
+            self.tracker.record(line)
+        if self.folder and distributed.rank() == 0:
+            try:
+                with open(self.folder / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise TrainingError(f"could not write {self.folder / 'metrics.jsonl'}: {error.strerror}. The last "
+                                    "checkpoint is whole; free some space, then `fieldguide fit --resume`.") from error
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM lets the step end and saves; the second stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            self.watch.say("stopping after this step; once more stops at once")
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agreed(self, flag: bool) -> bool:
+        """True in all processes as soon as it is in one."""
+        if distributed.world() == 1:
+            return flag
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor)
+        return bool(tensor > 0)
+
+    def save(self) -> None:
+        if not self.folder or distributed.rank() != 0:
+            return
+        tensors = {f"objective.{k}": t for k, t in self.objective.state_dict().items()}
+        numbers: dict[str, Any] = {}
+        for r, runner in enumerate(self.runners):
+            for o, optimizer in enumerate(runner.optimizers):
+                packed, plain = checkpoint.pack_optimizer(optimizer, f"optimizer.{r}.{o}")
+                tensors |= packed
+                numbers |= plain
+        if self.average:
+            tensors |= {f"average.{k}": t for k, t in self.average.state().items()}
+        if self.best is not None:
+            tensors |= {f"best.{k}": t for k, t in self.best.items()}
+        checkpoint.save(self.folder / "checkpoints", self.state.step, tensors,
+                        {"state": vars(self.state).copy(), "optimizers": numbers})
+
+    def resume(self) -> bool:
+        """Takes up the newest whole checkpoint of the run folder; False where there is none yet."""
+        found = checkpoint.load(self.folder / "checkpoints", self.watch.say)
+        if found is None:
+            if distributed.rank() == 0:
+                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+            return False
+        step, tensors, record = found
+        part = lambda prefix: {k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)}
+        self.objective.load_state_dict(part("objective."))
+        for r, runner in enumerate(self.runners):
+            for o, optimizer in enumerate(runner.optimizers):
+                checkpoint.unpack_optimizer(optimizer, f"optimizer.{r}.{o}", tensors, record["optimizers"])
+        if self.average:
+            self.average.load(part("average."))
+        self.best = {k: t.to(self.device) for k, t in part("best.").items()} or None
+        self.state = State(**record["state"])
+        self.replan()
+        if distributed.rank() == 0:
+            truncate(self.folder / "metrics.jsonl", step)
+        return True
+
+
+def looked_at(step: int) -> bool:
+    """Whether the pace is looked at after this step: at 3, `PACED`, twice that, four times that, ..."""
+    return step == 3 or (step % PACED == 0 and (step // PACED).bit_count() == 1)
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Seeds the CPU and this device. `torch.manual_seed` also queues a call, with its stack, for each kind of device
+    that is not there: a millisecond a step and memory that grows."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drops log lines written after the checkpoint that is resumed from, and a line cut short by a crash."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line)
+        except ValueError:
+            pass
+    checkpoint.write_atomically(path, "".join(line + "\n" for line in lines).encode())
