@@ -24,19 +24,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-Run = Callable[[int], object]          # does so many steps of something
+Run = Callable[[int], object]  # does so many steps of something
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
-sys.path.append(str(HERE.parent / "tests"))              # its `tv` imports peers where torchvision is not whole
+sys.path.append(str(HERE.parent / "tests"))  # its `tv` imports peers where torchvision is not whole
 
 
 def machine() -> str:
     """Cores, processor, memory and accelerator in one line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cpu = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] \
-        if cpu.exists() else []
+    names = (
+        [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        if cpu.exists()
+        else []
+    )
     flags = " with AMX" if cpu.exists() and "amx_bf16" in cpu.read_text() else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{os.cpu_count()} cores {names[0] if names else platform.machine()}{flags}, {memory:.0f} GB, {gpu}"
@@ -44,13 +47,16 @@ def machine() -> str:
 
 def commit() -> str:
     """The commit that is measured, marked where files differ from it."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../src") else "")
 
 
-def race(runs: Mapping[str, Callable[[], object]], rounds: int = 7, limit: float = math.inf,
-         warm: bool = True) -> dict[str, list[float]]:
+def race(
+    runs: Mapping[str, Callable[[], object]], rounds: int = 7, limit: float = math.inf, warm: bool = True
+) -> dict[str, list[float]]:
     """Seconds of every round of each; they take turns, after one round that warms up, if `warm`. After `limit` seconds no
     round begins, but three are made."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -91,20 +97,27 @@ class Pair:
 def free() -> float:
     """GB of memory that nothing uses, or could be made so."""
     path = Path("/proc/meminfo")
-    line = next((line for line in path.read_text().splitlines() if line.startswith("MemAvailable")), None) \
-        if path.exists() else None
+    line = (
+        next((line for line in path.read_text().splitlines() if line.startswith("MemAvailable")), None)
+        if path.exists()
+        else None
+    )
     return int(line.split()[1]) / 2**20 if line else float("inf")
 
 
-def compare(title: str, unit: str, peer: str, pairs: Sequence[Pair], options: argparse.Namespace,
-            check: Callable[[], str] = str) -> None:
+def compare(
+    title: str, unit: str, peer: str, pairs: Sequence[Pair], options: argparse.Namespace, check: Callable[[], str] = str
+) -> None:
     """Memory of each side, then `check` (raises where the two do not agree, else says how they do), then time.
 
     Memory comes first: a child must begin before its parent has threads.
     """
     pairs = [pair for pair in pairs if options.only in pair.what]
-    short = [[pair.what, *["-"] * 5, f"not run: {pair.room:.0f} GB of memory are needed, {free():.0f} free"]
-             for pair in pairs if pair.room > free()]
+    short = [
+        [pair.what, *["-"] * 5, f"not run: {pair.room:.0f} GB of memory are needed, {free():.0f} free"]
+        for pair in pairs
+        if pair.room > free()
+    ]
     pairs = [pair for pair in pairs if pair.room <= free()]
     memory = [(peak(pair.ours), peak(pair.peer)) for pair in pairs]
     note = check()
@@ -113,18 +126,32 @@ def compare(title: str, unit: str, peer: str, pairs: Sequence[Pair], options: ar
     for pair, (mine, theirs) in zip(pairs, memory):
         steps = pair.steps or options.steps
         runs = {"ours": pair.ours(), "peer": pair.peer()}
-        times = race({side: lambda run=run, steps=steps: run(steps) for side, run in runs.items()}, options.rounds,
-                     options.seconds)
+        times = race(
+            {side: lambda run=run, steps=steps: run(steps) for side, run in runs.items()}, options.rounds, options.seconds
+        )
         amounts = (pair.amount, pair.others or pair.amount)
         speed = [amount * steps / min(times[side]) for side, amount in zip(("ours", "peer"), amounts)]
         best, low, high = (amounts[0] / amounts[1] * x for x in ratio(times, "ours", "peer"))
-        rows.append([pair.what, *map(figure, speed), f"{best:.2f}", f"{low:.2f} to {high:.2f}",
-                     f"{mine:.0f} / {theirs:.0f}", f"{theirs / mine:.2f}" if mine > 0 else "-"])
-        print(" | ".join(rows[-1]), flush=True)          # who has not the time for all of them sees what there is
+        rows.append(
+            [
+                pair.what,
+                *map(figure, speed),
+                f"{best:.2f}",
+                f"{low:.2f} to {high:.2f}",
+                f"{mine:.0f} / {theirs:.0f}",
+                f"{theirs / mine:.2f}" if mine > 0 else "-",
+            ]
+        )
+        print(" | ".join(rows[-1]), flush=True)  # who has not the time for all of them sees what there is
         del runs
         gc.collect()
-    report(title, ["", f"ours, {unit}/s", f"{peer}, {unit}/s", "ratio", "rounds", "MB, ours / peer", "ratio"], rows + short,
-           options.save, note)
+    report(
+        title,
+        ["", f"ours, {unit}/s", f"{peer}, {unit}/s", "ratio", "rounds", "MB, ours / peer", "ratio"],
+        rows + short,
+        options.save,
+        note,
+    )
 
 
 def figure(x: float) -> str:
@@ -143,7 +170,8 @@ def peak(make: Callable[[], Run]) -> float:
     import torch._dynamo  # noqa: F401   the first step of any optimiser imports it, in either side
 
     from fieldguide.models.registry import cards
-    cards()                                              # imports all model files
+
+    cards()  # imports all model files
 
     def child(pipe) -> None:
         before = resident()

@@ -38,7 +38,7 @@ from tv import transformers
 
 PROMPT, LONGEST = 16, 1024
 TEXTS = ("LICENSE", "README.md", "docs/architecture.md")
-Say = Callable[[int], Tensor]          # so many tokens after the prompts
+Say = Callable[[int], Tensor]  # so many tokens after the prompts
 
 
 def bandwidth(megabytes: int = 512) -> tuple[float, float]:
@@ -59,7 +59,7 @@ def timed(run: Callable[[], object]) -> float:
 def read(model: nn.Module, rows: int, tokens: int) -> float:
     """Bytes that a step reads, the cache as long as it is on the mean."""
     held = {id(w): w for m in model.modules() if isinstance(m, nn.Linear) for w in (m.weight,)}
-    if getattr(model, "head", None) is None:             # the table is the head
+    if getattr(model, "head", None) is None:  # the table is the head
         held[id(model.embed.weight)] = model.embed.weight
     size = sum(w.whole.nbytes + w.scale.nbytes if isinstance(w, Int8) else w.nbytes for w in held.values())
     cache = model.new_cache(rows, PROMPT + tokens)
@@ -73,8 +73,17 @@ def ours(model: nn.Module, prompts: Tensor) -> Say:
 def theirs(model: nn.Module, prompts: Tensor, **how: Any) -> Say:
     def say(most: int) -> Tensor:
         with torch.inference_mode():
-            return model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=most, min_new_tokens=most,
-                                  do_sample=False, pad_token_id=0, cache_implementation="static", **how)[:, PROMPT:]
+            return model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=most,
+                min_new_tokens=most,
+                do_sample=False,
+                pad_token_id=0,
+                cache_implementation="static",
+                **how,
+            )[:, PROMPT:]
+
     return say
 
 
@@ -88,6 +97,7 @@ def compiling() -> dict[str, Any]:
 def encoded(path: Path) -> Iterator[Tensor]:
     """The texts as tokens of the file's own tokenizer, each a row."""
     from fieldguide.inference.text_generation import Speaker
+
     speaker = Speaker.load(path)
     for name in TEXTS:
         yield torch.tensor([speaker.tokens((Path(__file__).parents[1] / name).read_text())[:LONGEST]])
@@ -105,12 +115,16 @@ def stepwise(model: nn.Module, row: Tensor, part: int = 16) -> Tensor:
     return torch.cat([model(piece, cache=cache)[0] for piece in row[:, :-1].split(part, 1)])
 
 
-def measured(size: str, rows: int, model: nn.Module, small: nn.Module, peer: nn.Module, speed: float,
-             options: argparse.Namespace) -> tuple[list[list[str]], str]:
+def measured(
+    size: str, rows: int, model: nn.Module, small: nn.Module, peer: nn.Module, speed: float, options: argparse.Namespace
+) -> tuple[list[list[str]], str]:
     """A line of the table for each way, and how many tokens are the same."""
     prompts = torch.randint(5, model.config.vocab, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
-    ways = {"transformers": theirs(peer, prompts, disable_compile=True), "ours": ours(model, prompts),
-            "ours, weights=int8": ours(small, prompts)}
+    ways = {
+        "transformers": theirs(peer, prompts, disable_compile=True),
+        "ours": ours(model, prompts),
+        "ours, weights=int8": ours(small, prompts),
+    }
     if options.compiled:
         ways["transformers, compiled"] = theirs(peer, prompts, **compiling())
     said: dict[str, Tensor] = {}
@@ -121,10 +135,19 @@ def measured(size: str, rows: int, model: nn.Module, small: nn.Module, peer: nn.
     peers = min(min(seconds) for name, seconds in times.items() if name.startswith("transformers"))
     lines = []
     for name, seconds in times.items():
-        step = min(seconds) / options.tokens             # the prompt among them
+        step = min(seconds) / options.tokens  # the prompt among them
         part = read(small if "int8" in name else model, rows, options.tokens) / step / speed
-        lines.append([f"{size}, {rows} at a time", name, figure(rows / step), f"{1000 * step:.1f}",
-                      f"{min(times['transformers']) / min(seconds):.2f}", f"{peers / min(seconds):.2f}", f"{100 * part:.0f} %"])
+        lines.append(
+            [
+                f"{size}, {rows} at a time",
+                name,
+                figure(rows / step),
+                f"{1000 * step:.1f}",
+                f"{min(times['transformers']) / min(seconds):.2f}",
+                f"{peers / min(seconds):.2f}",
+                f"{100 * part:.0f} %",
+            ]
+        )
     same = (said["ours"] == said["transformers"]).float().mean().item()
     assert rows > 1 or same > 0.9, f"of {options.tokens} tokens {100 * same:.0f} % are those of transformers"
     eight = (said["ours, weights=int8"] == said["transformers"]).float().mean().item()
@@ -165,9 +188,13 @@ def main() -> None:
         if real:
             rows = list(encoded(options.weights))
             notes.append(f"{size}: perplexity {perplexity(model, rows):.3f}, with int8 {perplexity(small, rows):.3f}.")
-    report(f"Greedy answers, {options.tokens} tokens after {PROMPT}",
-           ["", "", "tokens/s", "ms a step", "to transformers", "to its best", "of memory"], lines, options.save,
-           "\n".join(notes))
+    report(
+        f"Greedy answers, {options.tokens} tokens after {PROMPT}",
+        ["", "", "tokens/s", "ms a step", "to transformers", "to its best", "of memory"],
+        lines,
+        options.save,
+        "\n".join(notes),
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def images(rows: int) -> Tensor:
     return torch.rand(rows, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
-def truth() -> tuple[Tensor, Tensor]:                    # B N 4 in pixels, B N
+def truth() -> tuple[Tensor, Tensor]:  # B N 4 in pixels, B N
     chance = torch.Generator().manual_seed(1)
     middle, side = (torch.rand(BATCH, BOXES, 2, generator=chance) for _ in range(2))
     boxes = torch.cat([middle - 0.05 - 0.2 * side, middle + 0.05 + 0.2 * side], -1).clamp(0, 1) * SIDE
@@ -55,7 +55,7 @@ def theirs() -> nn.Module:
     model, x = DetectionModel("yolov8n.yaml", ch=3, nc=CLASSES, verbose=False), images(4)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0                        # statistics of this batch
+            module.momentum = 1.0  # statistics of this batch
     model.train()(x)
     logits = model.eval()(x)[0][:, 4:].logit()
     scale, mean = 6 / logits.std(), logits.mean()
@@ -83,8 +83,12 @@ def train(**settings: object) -> Run:
 def peer(**settings: object) -> Run:
     boxes, labels = truth()
     wide = torch.cat([boxes[..., :2] + boxes[..., 2:], 2 * (boxes[..., 2:] - boxes[..., :2])], -1) / (2 * SIDE)
-    batch = {"img": images(BATCH), "bboxes": wide.flatten(0, 1), "cls": labels.flatten()[:, None].float(),
-             "batch_idx": torch.arange(BATCH).repeat_interleave(BOXES).float()}
+    batch = {
+        "img": images(BATCH),
+        "bboxes": wide.flatten(0, 1),
+        "cls": labels.flatten()[:, None].float(),
+        "batch_idx": torch.arange(BATCH).repeat_interleave(BOXES).float(),
+    }
     model = DetectionModel("yolov8n.yaml", ch=3, nc=CLASSES, verbose=False)
     model.args = get_cfg()
     return stepped(model, lambda b: model.loss(b)[0].sum(), [batch], **settings)
@@ -112,24 +116,36 @@ def check() -> str:
         want = model(x)[0].mT
         boxes, _, logits = decode(mine(x), mine.bins, *grid(SIDE, SIDE, mine.strides, x.device))
         middle, side = want[..., :4].chunk(2, -1)
-        notes = [count(mine, model), agree("boxes", boxes, torch.cat([middle - side / 2, middle + side / 2], -1)),
-                 agree("probabilities", logits.sigmoid(), want[..., 4:])]
+        notes = [
+            count(mine, model),
+            agree("boxes", boxes, torch.cat([middle - side / 2, middle + side / 2], -1)),
+            agree("probabilities", logits.sigmoid(), want[..., 4:]),
+        ]
         above = [(want[..., 4:] > least).sum().item() // len(x) for least in (0.25, 0.001)]
         kept, others = (torch.cat(found(network, x, 0.25)) for network in (mine, model))
-        others[:, :4].clamp_(0, SIDE)                    # the peer leaves that to a later step
+        others[:, :4].clamp_(0, SIDE)  # the peer leaves that to a later step
         notes.append(agree("boxes left above 0.25", kept, others))
     return " ".join([*notes, f"Candidates a picture: {above[0]:,} above 0.25 and {above[1]:,} above 0.001."])
 
 
 def main() -> None:
     options = begin(arguments(__doc__.splitlines()[0], steps=2, rounds=4))
-    compare(f"YOLOv8n, {SIDE} x {SIDE}, batch {BATCH}", "pictures", "ultralytics", [
-        Pair("training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH),
-        Pair("training, defaults", lambda: train(**recipe("yolov8n")), lambda: peer(lr=1e-3), BATCH),
-        Pair("answers above 0.25, like for like", lambda: answer("ours", 0.25), lambda: answer("peer", 0.25), BATCH),
-        Pair("answers above 0.25, defaults", lambda: answer("ours", 0.25), lambda: answer("peer", 0.25, fused=True), BATCH),
-        Pair("answers above 0.001, like for like", lambda: answer("ours", 0.001), lambda: answer("peer", 0.001), BATCH),
-    ], options, check)
+    compare(
+        f"YOLOv8n, {SIDE} x {SIDE}, batch {BATCH}",
+        "pictures",
+        "ultralytics",
+        [
+            Pair(
+                "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
+            ),
+            Pair("training, defaults", lambda: train(**recipe("yolov8n")), lambda: peer(lr=1e-3), BATCH),
+            Pair("answers above 0.25, like for like", lambda: answer("ours", 0.25), lambda: answer("peer", 0.25), BATCH),
+            Pair("answers above 0.25, defaults", lambda: answer("ours", 0.25), lambda: answer("peer", 0.25, fused=True), BATCH),
+            Pair("answers above 0.001, like for like", lambda: answer("ours", 0.001), lambda: answer("peer", 0.001), BATCH),
+        ],
+        options,
+        check,
+    )
 
 
 if __name__ == "__main__":

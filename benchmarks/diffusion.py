@@ -48,6 +48,7 @@ def peer(**settings: object) -> Run:
     def loss(clean: Tensor) -> Tensor:
         noise, time = torch.randn_like(clean), torch.randint(1000, (len(clean),))
         return nn.functional.mse_loss(model(noises.add_noise(clean, noise, time), time).sample, noise)
+
     return stepped(model, loss, [images()], **settings)
 
 
@@ -74,11 +75,20 @@ def check() -> str:
 def main() -> None:
     options = begin(arguments(__doc__.splitlines()[0], steps=1, rounds=3))
     torch.manual_seed(0)
-    compare(f"U-Net of DDPM, {SIDE} x {SIDE}, batch {BATCH}", "pictures", "diffusers", [
-        Pair("training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH),
-        Pair("training, defaults", lambda: train(**recipe(SIZE)), lambda: peer(lr=1e-3), BATCH),
-        Pair("sampling step", lambda: repeated(new(), drawn), lambda: repeated(theirs(), drawn_by_peer), BATCH * STEPS),
-    ], options, check)
+    compare(
+        f"U-Net of DDPM, {SIDE} x {SIDE}, batch {BATCH}",
+        "pictures",
+        "diffusers",
+        [
+            Pair(
+                "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
+            ),
+            Pair("training, defaults", lambda: train(**recipe(SIZE)), lambda: peer(lr=1e-3), BATCH),
+            Pair("sampling step", lambda: repeated(new(), drawn), lambda: repeated(theirs(), drawn_by_peer), BATCH * STEPS),
+        ],
+        options,
+        check,
+    )
 
 
 def repeated(model: nn.Module, draw) -> Run:

@@ -29,8 +29,9 @@ from fieldguide.objectives import Forecast
 from fieldguide.tasks.timeseries.forecasting import QUANTILES
 
 LENGTH, HORIZON, BATCH, ROWS = 336, 96, 256, 2048
-PAST, FUTURE = (torch.from_numpy(np.random.default_rng(0).standard_normal((ROWS, steps, 1), np.float32))
-                for steps in (LENGTH, HORIZON))
+PAST, FUTURE = (
+    torch.from_numpy(np.random.default_rng(0).standard_normal((ROWS, steps, 1), np.float32)) for steps in (LENGTH, HORIZON)
+)
 
 
 class Theirs(nn.Module):
@@ -41,9 +42,24 @@ class Theirs(nn.Module):
         with suppress(ImportError):
             import tv  # noqa: F401   mends torchvision, which is asked for
         from neuralforecast.models import PatchTST
-        self.model = PatchTST(h=HORIZON, input_size=LENGTH, encoder_layers=3, n_heads=4, hidden_size=16,
-                              linear_hidden_size=128, dropout=0.3, fc_dropout=0.3, head_dropout=0.0, attn_dropout=0.0,
-                              patch_len=16, stride=8, revin=True, revin_affine=False, revin_subtract_last=False).model
+
+        self.model = PatchTST(
+            h=HORIZON,
+            input_size=LENGTH,
+            encoder_layers=3,
+            n_heads=4,
+            hidden_size=16,
+            linear_hidden_size=128,
+            dropout=0.3,
+            fc_dropout=0.3,
+            head_dropout=0.0,
+            attn_dropout=0.0,
+            patch_len=16,
+            stride=8,
+            revin=True,
+            revin_affine=False,
+            revin_subtract_last=False,
+        ).model
 
     def forward(self, series: Tensor) -> Tensor:
         return self.model(series.transpose(1, 2))[:, 0]
@@ -86,10 +102,20 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit(f"{error}: install neuralforecast first (see the top of this file)") from None
     torch.manual_seed(0)
-    compare("PatchTST, 336 steps read, 96 forecast, batch 256", "windows", "neuralforecast", [
-        Pair("training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH),
-        Pair("training, defaults", lambda: train(QUANTILES, **recipe("patchtst-etth1")), lambda: peer(lr=1e-3), BATCH),
-        Pair("inference", lambda: answer(create("patchtst-etth1")), lambda: answer(Theirs()), BATCH)], options, check)
+    compare(
+        "PatchTST, 336 steps read, 96 forecast, batch 256",
+        "windows",
+        "neuralforecast",
+        [
+            Pair(
+                "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
+            ),
+            Pair("training, defaults", lambda: train(QUANTILES, **recipe("patchtst-etth1")), lambda: peer(lr=1e-3), BATCH),
+            Pair("inference", lambda: answer(create("patchtst-etth1")), lambda: answer(Theirs()), BATCH),
+        ],
+        options,
+        check,
+    )
 
 
 if __name__ == "__main__":

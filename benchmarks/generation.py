@@ -24,15 +24,27 @@ from fieldguide.objectives import NextToken
 from tv import transformers
 
 PROMPT, MOST = 32, 32
-SIZES = {"gpt2-mini": (4, 128), "gpt2": (2, 128)}        # rows and tokens of a training batch
+SIZES = {"gpt2-mini": (4, 128), "gpt2": (2, 128)}  # rows and tokens of a training batch
 
 
 def theirs(size: str) -> nn.Module:
     with torch.device("meta"):
         c = create(size).config
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab, n_positions=c.length, n_embd=c.dim, n_layer=c.depth, n_head=c.heads, resid_pdrop=c.dropout,
-        embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=c.vocab,
+            n_positions=c.length,
+            n_embd=c.dim,
+            n_layer=c.depth,
+            n_head=c.heads,
+            resid_pdrop=c.dropout,
+            embd_pdrop=c.dropout,
+            attn_pdrop=c.dropout,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    )
 
 
 def tokens(rows: int, length: int, vocab: int = 8192) -> torch.Tensor:
@@ -42,8 +54,9 @@ def tokens(rows: int, length: int, vocab: int = 8192) -> torch.Tensor:
 def said(model: nn.Module, prompts: torch.Tensor) -> torch.Tensor:
     """Greedy, by either side."""
     if isinstance(model, transformers.GPT2LMHeadModel):
-        return model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=MOST, do_sample=False,
-                              pad_token_id=0)[:, PROMPT:]
+        return model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=MOST, do_sample=False, pad_token_id=0
+        )[:, PROMPT:]
     return torch.stack(list(generate(model, prompts.tolist(), MOST, sampling=Sampling(temperature=0.0))), 1)
 
 
@@ -61,8 +74,9 @@ def check() -> str:
 def train(size: str, shape: tuple[int, int], **settings: object) -> Run:
     model = create(size)
     x = tokens(shape[0], shape[1] + 1, model.config.vocab)
-    return ours(model, ("tokens",), fixed({"tokens": x[:, :-1], "target": x[:, 1:]}), 1, NextToken(model, ("tokens",)),
-                **settings)
+    return ours(
+        model, ("tokens",), fixed({"tokens": x[:, :-1], "target": x[:, 1:]}), 1, NextToken(model, ("tokens",)), **settings
+    )
 
 
 def peer(size: str, shape: tuple[int, int], **settings: object) -> Run:
@@ -76,20 +90,44 @@ def answer(model: nn.Module, rows: int) -> Run:
 
 def pairs(size: str, shape: tuple[int, int]) -> list[Pair]:
     return [
-        Pair(f"{size}, training, like for like", lambda: train(size, shape, precision="float32", **LIKE),
-             lambda: peer(size, shape, fused=True, **LIKE), math.prod(shape)),
-        *(Pair(f"{size}, generation, {many} at a time", lambda many=many: answer(create(size), many),
-               lambda many=many: answer(theirs(size), many), many * MOST) for many in (1, 8))]
+        Pair(
+            f"{size}, training, like for like",
+            lambda: train(size, shape, precision="float32", **LIKE),
+            lambda: peer(size, shape, fused=True, **LIKE),
+            math.prod(shape),
+        ),
+        *(
+            Pair(
+                f"{size}, generation, {many} at a time",
+                lambda many=many: answer(create(size), many),
+                lambda many=many: answer(theirs(size), many),
+                many * MOST,
+            )
+            for many in (1, 8)
+        ),
+    ]
 
 
 def main() -> None:
     options = begin(arguments(__doc__.splitlines()[0], steps=1, rounds=3))
     torch.manual_seed(0)
     small, shape = "gpt2-micro", (16, 256)
-    compare("GPT-2 in training and in use", "tokens", "transformers", [
-        *(pair for size in SIZES for pair in pairs(size, SIZES[size])),
-        Pair(f"{small}, training, defaults", lambda: train(small, shape, **recipe(small)),
-             lambda: peer(small, shape, lr=1e-3), math.prod(shape))], options, check)
+    compare(
+        "GPT-2 in training and in use",
+        "tokens",
+        "transformers",
+        [
+            *(pair for size in SIZES for pair in pairs(size, SIZES[size])),
+            Pair(
+                f"{small}, training, defaults",
+                lambda: train(small, shape, **recipe(small)),
+                lambda: peer(small, shape, lr=1e-3),
+                math.prod(shape),
+            ),
+        ],
+        options,
+        check,
+    )
 
 
 if __name__ == "__main__":

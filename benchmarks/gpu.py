@@ -32,10 +32,18 @@ from fieldguide import create
 from fieldguide.checkpoints import weights
 from fieldguide.models.generation import Sampling, generate
 
-TINY = {"resnet50": "resnet-test", "efficientnet-b0": "efficientnet-test", "convnext-tiny": "convnext-test",
-        "vit-b16": "vit-test", "swin-t": "swin-test", "bert-base": "bert-test", "gpt2": "gpt2-test",
-        "llama3.2-1b": "llama-test", "t5-small": "t5-test"}
-AGREE = 1e-3     # of the deviation of answers: sums are made in another order
+TINY = {
+    "resnet50": "resnet-test",
+    "efficientnet-b0": "efficientnet-test",
+    "convnext-tiny": "convnext-test",
+    "vit-b16": "vit-test",
+    "swin-t": "swin-test",
+    "bert-base": "bert-test",
+    "gpt2": "gpt2-test",
+    "llama3.2-1b": "llama-test",
+    "t5-small": "t5-test",
+}
+AGREE = 1e-3  # of the deviation of answers: sums are made in another order
 
 
 class Timer:
@@ -49,7 +57,7 @@ class Timer:
             torch.cuda.synchronize()
 
     def __call__(self, run: Callable[[], object], times: int, repeats: int = 3) -> float:
-        run()                                            # prepares kernels, or compiles
+        run()  # prepares kernels, or compiles
         run()
         best = float("inf")
         for _ in range(repeats):
@@ -105,11 +113,19 @@ def steps(model: nn.Module, loss: Callable[[], Tensor], scope: Callable) -> Call
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         made.step()
+
     return step
 
 
-def lines(net: Net, compiled: str, device: torch.device, timer: Timer, best: dict[str, float], plain: dict[tuple, float],
-          options: argparse.Namespace) -> Iterator[list[str]]:
+def lines(
+    net: Net,
+    compiled: str,
+    device: torch.device,
+    timer: Timer,
+    best: dict[str, float],
+    plain: dict[tuple, float],
+    options: argparse.Namespace,
+) -> Iterator[list[str]]:
     """One network, ours and the peer; `compiled` by this backend, then in bfloat16 alone. `plain` holds the peers' seconds as
     they are, to which all others are compared."""
     batch, flops = moved(net, device), work(net)
@@ -123,20 +139,27 @@ def lines(net: Net, compiled: str, device: torch.device, timer: Timer, best: dic
                 if who == "peer" and not compiled:
                     plain[net.size, what, precision] = seconds
                 memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan")
-                yield [net.size, f"{what}, {precision}", who + (", compiled" if compiled else ""),
-                       figure(net.amount / seconds),
-                       f"{plain.get((net.size, what, precision), float('nan')) / seconds:.2f}", f"{memory:,.0f}",
-                       f"{100 * factor * flops / seconds / best[precision]:.0f} %", "-"]
+                yield [
+                    net.size,
+                    f"{what}, {precision}",
+                    who + (", compiled" if compiled else ""),
+                    figure(net.amount / seconds),
+                    f"{plain.get((net.size, what, precision), float('nan')) / seconds:.2f}",
+                    f"{memory:,.0f}",
+                    f"{100 * factor * flops / seconds / best[precision]:.0f} %",
+                    "-",
+                ]
                 gc.collect()
                 torch._dynamo.reset()
 
 
-def runner(net: Net, who: str, compiled: str, what: str, precision: str, batch: dict[str, Tensor],
-           device: torch.device) -> Callable[[], object]:
+def runner(
+    net: Net, who: str, compiled: str, what: str, precision: str, batch: dict[str, Tensor], device: torch.device
+) -> Callable[[], object]:
     """A step of one side."""
     scope = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     torch.manual_seed(0)
-    with device:                                         # numbers are drawn there, which is quicker
+    with device:  # numbers are drawn there, which is quicker
         model = create(net.size, **net.like) if who == "ours" else net.theirs()
     model.to(device).train(what == "training")
     if compiled:
@@ -150,6 +173,7 @@ def runner(net: Net, who: str, compiled: str, what: str, precision: str, batch: 
     def answer() -> None:
         with torch.inference_mode(), scope():
             net.answer(model, batch) if who == "ours" else net.reply(model, batch)
+
     return answer
 
 
@@ -161,8 +185,15 @@ def decoded(net: Net, device: torch.device, timer: Timer, best: dict[str, float]
     peer, model = (x.to(device, torch.bfloat16) for x in (peer, model))
     prompts, out = net.tokens(rows, PROMPT).to(device), []
     # What `generate` of transformers compiles by itself on a GPU takes longer than all else here.
-    asked = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "pad_token_id": 0, "max_new_tokens": tokens,
-             "min_new_tokens": tokens, "cache_implementation": "static", "disable_compile": True}
+    asked = {
+        "attention_mask": torch.ones_like(prompts),
+        "do_sample": False,
+        "pad_token_id": 0,
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "cache_implementation": "static",
+        "disable_compile": True,
+    }
 
     def ours() -> None:
         for _ in generate(model, prompts.tolist(), tokens, sampling=Sampling(temperature=0.0)):
@@ -171,8 +202,18 @@ def decoded(net: Net, device: torch.device, timer: Timer, best: dict[str, float]
     seconds = {"peer": timer(lambda: peer.generate(prompts, **asked), 1), "ours": timer(ours, 1)}
     for who, taken in seconds.items():
         part = read(model, rows, tokens) * tokens / taken / best["bytes"]
-        out.append([net.size, f"{tokens} tokens greedily, {rows} at a time, bfloat16", who, figure(rows * tokens / taken),
-                    f"{seconds['peer'] / taken:.2f}", "-", "-", f"{100 * part:.0f} %"])
+        out.append(
+            [
+                net.size,
+                f"{tokens} tokens greedily, {rows} at a time, bfloat16",
+                who,
+                figure(rows * tokens / taken),
+                f"{seconds['peer'] / taken:.2f}",
+                "-",
+                "-",
+                f"{100 * part:.0f} %",
+            ]
+        )
     return out
 
 
@@ -203,8 +244,10 @@ def main() -> None:
     nets = [*pictures(options.batch), *writers(options.rows, options.length)]
     nets = [tiny(net) if options.tiny else net for net in nets if net.size in (options.sizes or net.size).split(",")]
     best = peaks(device, timer, options.tiny)
-    notes = [f"Measured peaks: {best['float32'] / 1e12:.1f} TFLOPS in float32, {best['bfloat16'] / 1e12:.1f} in bfloat16, "
-             f"{best['bytes'] / 1e9:,.0f} GB/s read; {free():.0f} GB of the host's memory free."]
+    notes = [
+        f"Measured peaks: {best['float32'] / 1e12:.1f} TFLOPS in float32, {best['bfloat16'] / 1e12:.1f} in bfloat16, "
+        f"{best['bytes'] / 1e9:,.0f} GB/s read; {free():.0f} GB of the host's memory free."
+    ]
     notes += [right(net, device) for net in nets]
     print("\n".join(notes), flush=True)
     rows: list[list[str]] = []
@@ -222,8 +265,13 @@ def main() -> None:
             todo.pop(0)
     except TimeoutError:
         notes.append(f"After {options.seconds:.0f} s these were not run, or not whole: {'; '.join(todo)}.")
-    report(f"On {device.type}", ["", "", "", "pictures or tokens/s", "to the peer", "MB", "MFU", "of memory"], rows,
-           options.save, "\n".join(notes))
+    report(
+        f"On {device.type}",
+        ["", "", "", "pictures or tokens/s", "to the peer", "MB", "MFU", "of memory"],
+        rows,
+        options.save,
+        "\n".join(notes),
+    )
 
 
 if __name__ == "__main__":

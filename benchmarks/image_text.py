@@ -36,10 +36,13 @@ def new() -> nn.Module:
 def theirs() -> nn.Module:
     with torch.device("meta"):
         c = new().config
-    return CLIP(c.embed, {"image_size": c.image, "patch_size": c.patch, "width": c.dim, "layers": c.depth,
-                          "head_width": c.dim // c.heads},
-                {"context_length": c.length, "vocab_size": c.vocab, "width": c.text_dim, "heads": c.text_heads,
-                 "layers": c.text_depth}, quick_gelu=c.quick, output_dict=True)
+    return CLIP(
+        c.embed,
+        {"image_size": c.image, "patch_size": c.patch, "width": c.dim, "layers": c.depth, "head_width": c.dim // c.heads},
+        {"context_length": c.length, "vocab_size": c.vocab, "width": c.text_dim, "heads": c.text_heads, "layers": c.text_depth},
+        quick_gelu=c.quick,
+        output_dict=True,
+    )
 
 
 def batch(shortest: int = 32) -> dict[str, Tensor]:
@@ -63,14 +66,16 @@ def peer(**settings: object) -> Run:
     def compared(b: dict[str, Tensor]) -> Tensor:
         said = model(b["image"], b["tokens"])
         return loss(said["image_features"], said["text_features"], said["logit_scale"])
+
     return stepped(model, compared, [batch()], **settings)
 
 
 def answer(model: nn.Module) -> Run:
     b = batch()
     if isinstance(model, CLIP):
-        return answers(model, lambda: (model.encode_image(b["image"], normalize=True),
-                                       model.encode_text(b["tokens"], normalize=True)))
+        return answers(
+            model, lambda: (model.encode_image(b["image"], normalize=True), model.encode_text(b["tokens"], normalize=True))
+        )
     return answers(model, lambda: (model.encode_image(b["image"]), model.encode_text(b["tokens"], b["mask"])))
 
 
@@ -78,19 +83,32 @@ def answer(model: nn.Module) -> Run:
 def check() -> str:
     model, peer, b = new().eval(), theirs().eval(), batch(6)
     assert not weights.load(model, peer.state_dict())
-    return " ".join([
-        count(model, peer),
-        agree("vectors of pictures", model.encode_image(b["image"]), peer.encode_image(b["image"], normalize=True)),
-        agree("vectors of texts", model.encode_text(b["tokens"], b["mask"]), peer.encode_text(b["tokens"], normalize=True))])
+    return " ".join(
+        [
+            count(model, peer),
+            agree("vectors of pictures", model.encode_image(b["image"]), peer.encode_image(b["image"], normalize=True)),
+            agree("vectors of texts", model.encode_text(b["tokens"], b["mask"]), peer.encode_text(b["tokens"], normalize=True)),
+        ]
+    )
 
 
 def main() -> None:
     options = begin(arguments(__doc__.splitlines()[0], steps=2, rounds=4))
     torch.manual_seed(0)
-    compare(f"CLIP, {SIZE}, batch {BATCH}", "pairs", "open_clip", [
-        Pair("training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH),
-        Pair("training, defaults", lambda: train(**recipe(SIZE)), lambda: peer(lr=5e-4), BATCH),
-        Pair("vectors", lambda: answer(new()), lambda: answer(theirs()), BATCH)], options, check)
+    compare(
+        f"CLIP, {SIZE}, batch {BATCH}",
+        "pairs",
+        "open_clip",
+        [
+            Pair(
+                "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
+            ),
+            Pair("training, defaults", lambda: train(**recipe(SIZE)), lambda: peer(lr=5e-4), BATCH),
+            Pair("vectors", lambda: answer(new()), lambda: answer(theirs()), BATCH),
+        ],
+        options,
+        check,
+    )
 
 
 if __name__ == "__main__":

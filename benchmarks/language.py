@@ -25,8 +25,14 @@ def main() -> None:
     options = begin(parser)
     torch.manual_seed(0)
     nets = [net for net in writers(options.batch, options.length) if net.size in (options.sizes or net.size).split(",")]
-    compare(f"Text, {options.batch} rows of {options.length} tokens", "tokens", "transformers",
-            [pair for net in nets for pair in net.pairs()], options, lambda: "\n".join(net.check() for net in nets))
+    compare(
+        f"Text, {options.batch} rows of {options.length} tokens",
+        "tokens",
+        "transformers",
+        [pair for net in nets for pair in net.pairs()],
+        options,
+        lambda: "\n".join(net.check() for net in nets),
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from fieldguide.objectives import Classification, Objective, Supervised
 from fieldguide.training.precision import fastest
 from fieldguide.training.trainer import Trainer
 
-LIKE = {"lr": 1e-3, "clip": 1.0}           # of the runs like for like; both sides have fused AdamW in float32
+LIKE = {"lr": 1e-3, "clip": 1.0}  # of the runs like for like; both sides have fused AdamW in float32
 
 
 def trainer(objective: Objective, batches: Batches, batch: int, **settings: Any) -> Run:
@@ -37,8 +37,9 @@ def trainer(objective: Objective, batches: Batches, batch: int, **settings: Any)
 
     def run(steps: int) -> None:
         if steps not in trainers:
-            trainers[steps] = Trainer(objective, batches, chosen.with_({"steps": steps}), device=distributed.device(),
-                                      watch=Silent())
+            trainers[steps] = Trainer(
+                objective, batches, chosen.with_({"steps": steps}), device=distributed.device(), watch=Silent()
+            )
         trainers[steps].state.step = 0
         trainers[steps].train()
 
@@ -50,8 +51,9 @@ def recipe(size: str) -> dict[str, Any]:
     return dict(find(size)[0].recipe)
 
 
-def ours(model: nn.Module, inputs: tuple[str, ...], batches: Batches, batch: int, objective: Objective | None = None,
-         **settings: Any) -> Run:
+def ours(
+    model: nn.Module, inputs: tuple[str, ...], batches: Batches, batch: int, objective: Objective | None = None, **settings: Any
+) -> Run:
     """`trainer` for a network; the objective is classification where none is given."""
     return trainer(objective or Supervised(model, inputs, Classification()), batches, batch, **settings)
 
@@ -61,8 +63,9 @@ def fixed(*batches: Mapping[str, Tensor]) -> Batches:
     return Batches(len(batches), lambda rows, generator=None: dict(batches[rows[0]]))
 
 
-def stepped(model: nn.Module, loss: Callable[[Any], Tensor], batches: Sequence[Any], *, clip: float = 0.0,
-            **optimizer: Any) -> Run:
+def stepped(
+    model: nn.Module, loss: Callable[[Any], Tensor], batches: Sequence[Any], *, clip: float = 0.0, **optimizer: Any
+) -> Run:
     """Runs so many training steps as anyone writes them, with AdamW; `loss` takes a batch."""
     made = torch.optim.AdamW(model.parameters(), **optimizer)
 
@@ -80,8 +83,14 @@ def stepped(model: nn.Module, loss: Callable[[Any], Tensor], batches: Sequence[A
     return run
 
 
-def plain(model: nn.Module, inputs: tuple[str, ...], batches: Sequence[Mapping[str, Tensor]], *,
-          loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, **options: Any) -> Run:
+def plain(
+    model: nn.Module,
+    inputs: tuple[str, ...],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    **options: Any,
+) -> Run:
     """`stepped` for a network whose loss compares its answer with the target."""
     return stepped(model, lambda b: loss(model(*(b[name] for name in inputs)), b["target"]), batches, **options)
 

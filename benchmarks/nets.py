@@ -106,17 +106,31 @@ class Net:
         return stepped(peer, lambda batch: self.loss(peer, batch), [self.batch()], **settings)
 
     def pairs(self) -> list[Pair]:
-        return [Pair(f"{self.size}, answers", self.said, self.said_by_peer, self.amount, room=self.room(1)),
-                *self.lessons({}), *(self.lessons(self.brief) if self.brief else [])]
+        return [
+            Pair(f"{self.size}, answers", self.said, self.said_by_peer, self.amount, room=self.room(1)),
+            *self.lessons({}),
+            *(self.lessons(self.brief) if self.brief else []),
+        ]
 
     def lessons(self, less: dict[str, Any]) -> list[Pair]:
         """What is timed of training, of the network with changes of its config."""
         what, room = self.size + "".join(f" of {name} {value}" for name, value in less.items()), self.room(4, **less)
         return [
-            Pair(f"{what}, training, like for like", lambda: self.trained(True, less, precision="float32", **LIKE),
-                 lambda: self.trained_peer(less, fused=True, **LIKE), self.amount, room=room),
-            Pair(f"{what}, training, defaults", lambda: self.trained(False, less, **recipe(self.size)),
-                 lambda: self.trained_peer(less, lr=1e-3), self.amount, room=room)]
+            Pair(
+                f"{what}, training, like for like",
+                lambda: self.trained(True, less, precision="float32", **LIKE),
+                lambda: self.trained_peer(less, fused=True, **LIKE),
+                self.amount,
+                room=room,
+            ),
+            Pair(
+                f"{what}, training, defaults",
+                lambda: self.trained(False, less, **recipe(self.size)),
+                lambda: self.trained_peer(less, lr=1e-3),
+                self.amount,
+                room=room,
+            ),
+        ]
 
     def room(self, copies: int, **less: Any) -> float:
         """GB of so many copies of both sides, and of what passes through."""
@@ -135,7 +149,7 @@ class Masked(Net):
 
     def compile(self, model: nn.Module, backend: str) -> None:
         model.compile(backend=backend)
-        if hasattr(model, "features"):                   # ours, which learns by what it reads, not by all that it could say
+        if hasattr(model, "features"):  # ours, which learns by what it reads, not by all that it could say
             model.features = torch.compile(model.features, backend=backend)
 
     def reply(self, peer: nn.Module, batch: Batch) -> Tensor:
@@ -156,8 +170,7 @@ class Paired(Net):
         return peer(input_ids=batch["source"], decoder_input_ids=batch["tokens"], use_cache=False).logits
 
     def loss(self, peer: nn.Module, batch: Batch) -> Tensor:
-        return peer(input_ids=batch["source"], decoder_input_ids=batch["tokens"], labels=batch["target"],
-                    use_cache=False).loss
+        return peer(input_ids=batch["source"], decoder_input_ids=batch["tokens"], labels=batch["target"], use_cache=False).loss
 
 
 class Picture(Net):
@@ -172,8 +185,10 @@ class Picture(Net):
 
     def batch(self) -> Batch:
         chance, c = torch.Generator().manual_seed(0), self.empty().config
-        return {"image": torch.randn(self.rows, c.channels, self.length, self.length, generator=chance),
-                "target": torch.randint(c.classes, (self.rows,), generator=chance)}
+        return {
+            "image": torch.randn(self.rows, c.channels, self.length, self.length, generator=chance),
+            "target": torch.randint(c.classes, (self.rows,), generator=chance),
+        }
 
     def objective(self, model: nn.Module) -> Objective:
         return Supervised(model, self.inputs, Classification())
@@ -185,21 +200,35 @@ class Picture(Net):
         return F.cross_entropy(peer(batch["image"]), batch["target"])
 
 
-TIMM = {"resnet50": "resnet50", "efficientnet-b0": "efficientnet_b0", "convnext-tiny": "convnext_tiny",
-        "vit-b16": "vit_base_patch16_224", "swin-t": "swin_tiny_patch4_window7_224"}
+TIMM = {
+    "resnet50": "resnet50",
+    "efficientnet-b0": "efficientnet_b0",
+    "convnext-tiny": "convnext_tiny",
+    "vit-b16": "vit_base_patch16_224",
+    "swin-t": "swin_tiny_patch4_window7_224",
+}
 
 
 def pictures(rows: int, side: int = 224) -> list[Net]:
     """Dropped out is nothing like for like: timm's networks do not, unless they are told to."""
     image, still = ("image",), {"dropout": 0.0, "drop_path": 0.0}
-    return [Picture(size, rows, side, {key: still[key] for key in what}, inputs=image) for size, what in (
-        ("resnet50", ()), ("efficientnet-b0", ("dropout", "drop_path")), ("convnext-tiny", ("drop_path",)),
-        ("vit-b16", ("dropout",)), ("swin-t", ("dropout", "drop_path")))]
+    return [
+        Picture(size, rows, side, {key: still[key] for key in what}, inputs=image)
+        for size, what in (
+            ("resnet50", ()),
+            ("efficientnet-b0", ("dropout", "drop_path")),
+            ("convnext-tiny", ("drop_path",)),
+            ("vit-b16", ("dropout",)),
+            ("swin-t", ("dropout", "drop_path")),
+        )
+    ]
 
 
 def writers(rows: int, length: int) -> list[Net]:
     """Dropped out is alike on both sides. Llama has one row, and learns and is checked with two layers, too."""
     return [
-        Masked("bert-base", rows, length), Net("gpt2", rows, length),
+        Masked("bert-base", rows, length),
+        Net("gpt2", rows, length),
         Net("llama3.2-1b", 1, length, brief={"depth": 2}),
-        Paired("t5-small", rows, length, inputs=("source", "source_mask", "tokens"))]
+        Paired("t5-small", rows, length, inputs=("source", "source_mask", "tokens")),
+    ]

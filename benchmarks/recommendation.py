@@ -54,10 +54,25 @@ def right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sasrec() -> nn.Module:
-    settings = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
-                "ITEM_LIST_LENGTH_FIELD": "item_length", "MAX_ITEM_LIST_LENGTH": LENGTH, "n_layers": 2, "n_heads": 1,
-                "hidden_size": 50, "inner_size": 50, "hidden_dropout_prob": 0.2, "attn_dropout_prob": 0.2,
-                "hidden_act": "relu", "layer_norm_eps": 1e-12, "initializer_range": 0.02, "loss_type": "CE", "device": "cpu"}
+    settings = {
+        "USER_ID_FIELD": "user_id",
+        "ITEM_ID_FIELD": "item_id",
+        "LIST_SUFFIX": "_list",
+        "NEG_PREFIX": "neg_",
+        "ITEM_LIST_LENGTH_FIELD": "item_length",
+        "MAX_ITEM_LIST_LENGTH": LENGTH,
+        "n_layers": 2,
+        "n_heads": 1,
+        "hidden_size": 50,
+        "inner_size": 50,
+        "hidden_dropout_prob": 0.2,
+        "attn_dropout_prob": 0.2,
+        "hidden_act": "relu",
+        "layer_norm_eps": 1e-12,
+        "initializer_range": 0.02,
+        "loss_type": "CE",
+        "device": "cpu",
+    }
     return SASRec(settings, SimpleNamespace(num=lambda field: ITEMS))
 
 
@@ -87,13 +102,17 @@ def ranked() -> Run:
         scores.scatter_(1, batch["item_id_list"], -torch.inf)
         scores[:, 0] = -torch.inf
         return scores.topk(TOP)
+
     return answers(model, answer)
 
 
 def clicks() -> dict[str, Tensor]:
     chance = torch.Generator().manual_seed(0)
-    return {"numbers": torch.zeros(ROWS, 0), "categories": torch.randint(VALUES, (ROWS, COLUMNS), generator=chance),
-            "target": torch.randint(2, (ROWS,), generator=chance)}
+    return {
+        "numbers": torch.zeros(ROWS, 0),
+        "categories": torch.randint(VALUES, (ROWS, COLUMNS), generator=chance),
+        "target": torch.randint(2, (ROWS,), generator=chance),
+    }
 
 
 def deepfm() -> nn.Module:
@@ -102,10 +121,21 @@ def deepfm() -> nn.Module:
 
 def theirs() -> nn.Module:
     fields = [f"c{i}" for i in range(COLUMNS)]
-    settings = defaultdict(lambda: None, LABEL_FIELD="label", embedding_size=10, device="cpu", numerical_features=[],
-                           mlp_hidden_size=[400, 400, 400], dropout_prob=0.5)
-    return DeepFM(settings, SimpleNamespace(fields=lambda source: fields, num=lambda field: VALUES,
-                                            field2type=dict.fromkeys(fields, FeatureType.TOKEN)))
+    settings = defaultdict(
+        lambda: None,
+        LABEL_FIELD="label",
+        embedding_size=10,
+        device="cpu",
+        numerical_features=[],
+        mlp_hidden_size=[400, 400, 400],
+        dropout_prob=0.5,
+    )
+    return DeepFM(
+        settings,
+        SimpleNamespace(
+            fields=lambda source: fields, num=lambda field: VALUES, field2type=dict.fromkeys(fields, FeatureType.TOKEN)
+        ),
+    )
 
 
 def interaction(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,14 +178,29 @@ def main() -> None:
     options = begin(arguments(__doc__.splitlines()[0], steps=2))
     torch.manual_seed(0)
     like, items = {"precision": "float32", **LIKE}, int(histories()["mask"].sum())
-    compare("SASRec, 32 histories, and DeepFM, 2,048 rows", "items or rows", "RecBole", [
-        Pair("SASRec, training, like for like", lambda: train(True, **like), lambda: peer(fused=True, **LIKE), HISTORIES),
-        Pair("SASRec, training, defaults", lambda: train(False, **recipe("sasrec-ml1m")), lambda: peer(lr=1e-3), items,
-             others=HISTORIES),
-        Pair("SASRec, ranking of all items", rank, ranked, HISTORIES),
-        Pair("DeepFM, training, like for like", lambda: train_clicks(**like), lambda: peer_clicks(fused=True, **LIKE), ROWS),
-        Pair("DeepFM, training, defaults", lambda: train_clicks(**recipe("deepfm")), lambda: peer_clicks(lr=1e-3), ROWS),
-        Pair("DeepFM, answers", answer_clicks, peer_answers_clicks, ROWS)], options, check)
+    compare(
+        "SASRec, 32 histories, and DeepFM, 2,048 rows",
+        "items or rows",
+        "RecBole",
+        [
+            Pair("SASRec, training, like for like", lambda: train(True, **like), lambda: peer(fused=True, **LIKE), HISTORIES),
+            Pair(
+                "SASRec, training, defaults",
+                lambda: train(False, **recipe("sasrec-ml1m")),
+                lambda: peer(lr=1e-3),
+                items,
+                others=HISTORIES,
+            ),
+            Pair("SASRec, ranking of all items", rank, ranked, HISTORIES),
+            Pair(
+                "DeepFM, training, like for like", lambda: train_clicks(**like), lambda: peer_clicks(fused=True, **LIKE), ROWS
+            ),
+            Pair("DeepFM, training, defaults", lambda: train_clicks(**recipe("deepfm")), lambda: peer_clicks(lr=1e-3), ROWS),
+            Pair("DeepFM, answers", answer_clicks, peer_answers_clicks, ROWS),
+        ],
+        options,
+        check,
+    )
 
 
 if __name__ == "__main__":

@@ -61,10 +61,20 @@ def main() -> None:
         us, them = f"ours, {what}", f"timm, {what}"
         best, low, high = ratio(times, us, them)
         speed = [steps * BATCH / min(times[name]) for name in (us, them)]
-        rows.append(["like for like" if what == "float32" else "defaults", *(f"{s:.0f}" for s in speed), f"{best:.2f}",
-                     f"{low:.2f} to {high:.2f}"])
-    report("Training ResNet-18 at 64 x 64, batch 64", ["", "ours, pictures/s", "timm, pictures/s", "ratio", "rounds"],
-           rows, options.save)
+        rows.append(
+            [
+                "like for like" if what == "float32" else "defaults",
+                *(f"{s:.0f}" for s in speed),
+                f"{best:.2f}",
+                f"{low:.2f} to {high:.2f}",
+            ]
+        )
+    report(
+        "Training ResNet-18 at 64 x 64, batch 64",
+        ["", "ours, pictures/s", "timm, pictures/s", "ratio", "rounds"],
+        rows,
+        options.save,
+    )
 
 
 if __name__ == "__main__":

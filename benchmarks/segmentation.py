@@ -24,8 +24,10 @@ SIDE, BATCH, CLASSES = 256, 4, 5
 
 def batch() -> dict[str, Tensor]:
     chance = torch.Generator().manual_seed(0)
-    return {"image": torch.rand(BATCH, 3, SIDE, SIDE, generator=chance),
-            "target": torch.randint(CLASSES, (BATCH, SIDE, SIDE), generator=chance)}
+    return {
+        "image": torch.rand(BATCH, 3, SIDE, SIDE, generator=chance),
+        "target": torch.randint(CLASSES, (BATCH, SIDE, SIDE), generator=chance),
+    }
 
 
 def new() -> nn.Module:
@@ -46,6 +48,7 @@ def peer(**settings: object) -> Run:
     def loss(b: dict[str, Tensor]) -> Tensor:
         logits = model(b["image"])
         return nn.functional.cross_entropy(logits, b["target"]) + dice(logits, b["target"])
+
     return stepped(model, loss, [batch()], **settings)
 
 
@@ -58,7 +61,7 @@ def check() -> str:
     model, peer, b = new(), theirs(), batch()
     assert not weights.load(model, peer.state_dict())
     with torch.inference_mode():
-        model.train()(b["image"]), peer.train()(b["image"])            # both take up the same statistics
+        model.train()(b["image"]), peer.train()(b["image"])  # both take up the same statistics
         notes = [count(model, peer), agree("logits", model.eval()(b["image"]), peer.eval()(b["image"]))]
     return " ".join(notes)
 
@@ -66,10 +69,20 @@ def check() -> str:
 def main() -> None:
     options = begin(arguments(__doc__.splitlines()[0], steps=1, rounds=3))
     torch.manual_seed(0)
-    compare(f"U-Net over ResNet-34, {SIDE} x {SIDE}, batch {BATCH}", "pictures", "smp", [
-        Pair("training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH),
-        Pair("training, defaults", lambda: train(**recipe("unet-resnet34")), lambda: peer(lr=1e-3), BATCH),
-        Pair("maps", lambda: answer(new()), lambda: answer(theirs()), BATCH)], options, check)
+    compare(
+        f"U-Net over ResNet-34, {SIDE} x {SIDE}, batch {BATCH}",
+        "pictures",
+        "smp",
+        [
+            Pair(
+                "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
+            ),
+            Pair("training, defaults", lambda: train(**recipe("unet-resnet34")), lambda: peer(lr=1e-3), BATCH),
+            Pair("maps", lambda: answer(new()), lambda: answer(theirs()), BATCH),
+        ],
+        options,
+        check,
+    )
 
 
 if __name__ == "__main__":

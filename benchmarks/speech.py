@@ -22,8 +22,14 @@ VOCAB, BANDS, LONGEST, BATCH = 32, 80, 800, 8
 
 class FeedForward(nn.Sequential):
     def __init__(self, dim: int, dropout: float):
-        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim),
-                         nn.Dropout(dropout))
+        super().__init__(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 4 * dim),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * dim, dim),
+            nn.Dropout(dropout),
+        )
 
 
 class Attention(nn.Module):
@@ -34,7 +40,7 @@ class Attention(nn.Module):
         self.pos = nn.Linear(dim, dim, bias=False)
         self.u, self.w = (nn.Parameter(torch.zeros(heads, dim // heads)) for _ in range(2))
 
-    def forward(self, x: Tensor, places: Tensor, padding: Tensor) -> Tensor:     # B S D, 2S-1 D, B S -> B S D
+    def forward(self, x: Tensor, places: Tensor, padding: Tensor) -> Tensor:  # B S D, 2S-1 D, B S -> B S D
         x = self.norm(x)
         rows, steps, dim = x.shape
         q, k, v = (f(x).view(rows, steps, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
@@ -52,9 +58,14 @@ class Convolution(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.layers = nn.Sequential(
-            nn.Conv1d(dim, 2 * dim, 1, bias=False), nn.GLU(1),
-            nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False), nn.BatchNorm1d(dim), nn.SiLU(),
-            nn.Conv1d(dim, dim, 1, bias=False), nn.Dropout(dropout))
+            nn.Conv1d(dim, 2 * dim, 1, bias=False),
+            nn.GLU(1),
+            nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False),
+            nn.BatchNorm1d(dim),
+            nn.SiLU(),
+            nn.Conv1d(dim, dim, 1, bias=False),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(self.norm(x).transpose(1, 2)).transpose(1, 2)
@@ -67,9 +78,18 @@ class Plain(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(1, dim, 3, 2, 1), nn.Conv2d(dim, dim, 3, 2, 1)
         self.proj, self.dropout = nn.Linear(dim * BANDS // 4, dim), nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(nn.ModuleList([
-            FeedForward(dim, dropout), Attention(dim, heads, dropout), Convolution(dim, kernel, dropout),
-            FeedForward(dim, dropout), nn.LayerNorm(dim)]) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    FeedForward(dim, dropout),
+                    Attention(dim, heads, dropout),
+                    Convolution(dim, kernel, dropout),
+                    FeedForward(dim, dropout),
+                    nn.LayerNorm(dim),
+                ]
+            )
+            for _ in range(depth)
+        )
         self.head = nn.Linear(dim, VOCAB)
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
@@ -93,8 +113,12 @@ def batch_of(rows: int, seed: int = 0) -> dict[str, Tensor]:
     lengths[0] = LONGEST
     features = torch.from_numpy(rng.standard_normal((rows, LONGEST, BANDS)).astype(np.float32))
     target = torch.from_numpy(rng.integers(1, VOCAB, (rows, 60)))
-    return {"features": features * (torch.arange(LONGEST) < lengths[:, None])[..., None], "lengths": lengths,
-            "target": target, "target_lengths": torch.full((rows,), 60)}
+    return {
+        "features": features * (torch.arange(LONGEST) < lengths[:, None])[..., None],
+        "lengths": lengths,
+        "target": target,
+        "target_lengths": torch.full((rows,), 60),
+    }
 
 
 def train() -> Run:
@@ -108,6 +132,7 @@ def peer() -> Run:
     def loss(b: dict[str, Tensor]) -> Tensor:
         logits = model(b["features"], b["lengths"]).log_softmax(-1)
         return F.ctc_loss(logits.transpose(0, 1), b["target"], (b["lengths"] + 3) // 4, b["target_lengths"], zero_infinity=True)
+
     return stepped(model, loss, [batch_of(BATCH)], fused=True, **LIKE)
 
 
@@ -120,11 +145,19 @@ def main() -> None:
     options = begin(arguments(__doc__.splitlines()[0], steps=2))
     torch.manual_seed(0)
     seconds = float(batch_of(BATCH)["lengths"].sum()) / 100
-    compare(f"Conformer-CTC, float32, batch {BATCH}, 6 to 8 s a recording", "seconds of speech", "plain torch", [
-        Pair("training, like for like", train, peer, seconds),
-        Pair("answer", lambda: answer(create("conformer-s", vocab=VOCAB)), lambda: answer(Plain()), seconds),
-    ], options, lambda: f"{count(create('conformer-s', vocab=VOCAB), Plain())} Ours also keeps padding out of convolutions and "
-                        "statistics.")
+    compare(
+        f"Conformer-CTC, float32, batch {BATCH}, 6 to 8 s a recording",
+        "seconds of speech",
+        "plain torch",
+        [
+            Pair("training, like for like", train, peer, seconds),
+            Pair("answer", lambda: answer(create("conformer-s", vocab=VOCAB)), lambda: answer(Plain()), seconds),
+        ],
+        options,
+        lambda: (
+            f"{count(create('conformer-s', vocab=VOCAB), Plain())} Ours also keeps padding out of convolutions and statistics."
+        ),
+    )
 
 
 if __name__ == "__main__":

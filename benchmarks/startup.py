@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import HERE, arguments, begin, race, report
 
-TV = f"import sys; sys.path.insert(0, {str(HERE.parent / 'tests')!r}); import tv"      # timm needs torchvision to import
+TV = f"import sys; sys.path.insert(0, {str(HERE.parent / 'tests')!r}); import tv"  # timm needs torchvision to import
 FIRST = "import fieldguide; fieldguide.open_run({!r}).predict({!r})"
 
 
@@ -25,6 +25,7 @@ def main() -> None:
     options = begin(parser)
     import fieldguide
     from fieldguide.data import samples
+
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         fieldguide.fit("iris", model="mlp-s", out=run, settings={"steps": 20, "precision": "float32"})
@@ -46,8 +47,10 @@ def main() -> None:
 
         times = race({name: lambda words=words: job(words) for name, words in jobs.items()}, options.rounds)
     base = statistics.median(times["import torch"])
-    rows = [[name, f"{statistics.median(t):.2f}", f"{min(t):.2f}", f"{statistics.median(t) / base:.2f}"]
-            for name, t in times.items()]
+    rows = [
+        [name, f"{statistics.median(t):.2f}", f"{min(t):.2f}", f"{statistics.median(t) / base:.2f}"]
+        for name, t in times.items()
+    ]
     report("Starting up", ["", "median s", "best s", "times `import torch`"], rows, options.save)
 
 

@@ -21,15 +21,21 @@ from sklearn.preprocessing import StandardScaler
 
 from fieldguide import FieldguideClassifier, FieldguideRegressor
 
-TABLES = {"iris": datasets.load_iris, "wine": datasets.load_wine, "breast_cancer": datasets.load_breast_cancer,
-          "digits": datasets.load_digits, "diabetes": datasets.load_diabetes}
+TABLES = {
+    "iris": datasets.load_iris,
+    "wine": datasets.load_wine,
+    "breast_cancer": datasets.load_breast_cancer,
+    "digits": datasets.load_digits,
+    "diabetes": datasets.load_diabetes,
+}
 
 
 def contestants(regression: bool, seed: int, options) -> dict:
     ours = FieldguideRegressor if regression else FieldguideClassifier
     settings = dict(s.split("=", 1) for s in options.set)
-    mlp, trees = (MLPRegressor, HistGradientBoostingRegressor) if regression else \
-        (MLPClassifier, HistGradientBoostingClassifier)
+    mlp, trees = (
+        (MLPRegressor, HistGradientBoostingRegressor) if regression else (MLPClassifier, HistGradientBoostingClassifier)
+    )
     made = {"ours": ours(options.model, random_state=seed, minutes=options.minutes, settings=settings)}
     if not options.alone:
         made |= {"mlp": make_pipeline(StandardScaler(), mlp(random_state=seed)), "boosting": trees(random_state=seed)}
@@ -51,8 +57,9 @@ def main() -> None:
         regression = name == "diabetes"
         scores, seconds = {}, {}
         for seed in range(options.seeds):
-            X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_state=seed,
-                                                                stratify=None if regression else y)
+            X_train, X_test, y_train, y_test = train_test_split(
+                X, y, test_size=0.2, random_state=seed, stratify=None if regression else y
+            )
             for who, estimator in contestants(regression, seed, options).items():
                 started = time.perf_counter()
                 estimator.fit(X_train, y_train)

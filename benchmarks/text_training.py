@@ -50,7 +50,7 @@ class PlainEncoder(nn.Module):
         self.head = nn.Linear(dim, CLASSES)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        x = self.dropout(self.embed(tokens) + self.pos[:tokens.shape[1]])
+        x = self.dropout(self.embed(tokens) + self.pos[: tokens.shape[1]])
         x = self.encoder(x, src_key_padding_mask=~mask)
         return self.head((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
@@ -61,14 +61,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = begin(parser)
     rng = np.random.default_rng(0)
-    lengths = rng.integers(32, 65, ROWS)                 # with 32 rows a batch, all batches are nearly 64 wide
+    lengths = rng.integers(32, 65, ROWS)  # with 32 rows a batch, all batches are nearly 64 wide
     tokens = torch.from_numpy(rng.integers(1, VOCAB, (ROWS, 64)))
     labels = torch.from_numpy(rng.integers(0, CLASSES, ROWS))
 
     def make(rows: np.ndarray, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         index, length = torch.from_numpy(rows), torch.from_numpy(lengths[rows])
         mask = torch.arange(int(length.max())) < length[:, None]
-        return {"tokens": tokens[index, :mask.shape[1]] * mask, "mask": mask, "target": labels[index]}
+        return {"tokens": tokens[index, : mask.shape[1]] * mask, "mask": mask, "target": labels[index]}
 
     fixed = [make(np.arange(i, i + BATCH)) for i in range(0, ROWS, BATCH)]
 
@@ -87,10 +87,21 @@ def main() -> None:
             us, them = f"ours, {what}", f"plain, {what}"
             best, low, high = ratio(times, us, them)
             speed = [read / min(times[key]) for key in (us, them)]
-            rows.append([name, "like for like" if what == "float32" else "defaults", *(f"{s:,.0f}" for s in speed),
-                         f"{best:.2f}", f"{low:.2f} to {high:.2f}"])
-    report("Training text classifiers, batch 32, 32 to 64 tokens a row",
-           ["", "", "ours, tokens/s", "torch.nn, tokens/s", "ratio", "rounds"], rows, options.save)
+            rows.append(
+                [
+                    name,
+                    "like for like" if what == "float32" else "defaults",
+                    *(f"{s:,.0f}" for s in speed),
+                    f"{best:.2f}",
+                    f"{low:.2f} to {high:.2f}",
+                ]
+            )
+    report(
+        "Training text classifiers, batch 32, 32 to 64 tokens a row",
+        ["", "", "ours, tokens/s", "torch.nn, tokens/s", "ratio", "rounds"],
+        rows,
+        options.save,
+    )
 
 
 if __name__ == "__main__":

@@ -39,8 +39,12 @@ def make(rows: np.ndarray, generator: torch.Generator | None = None) -> dict[str
     said = [torch.cat([torch.tensor([BEGIN]), t]) for t in target]
     follows = [torch.cat([t, torch.tensor([END])]) for t in target]
     padded = pad_sequence(source, batch_first=True, padding_value=PAD)
-    return {"source": padded, "source_mask": padded != PAD, "tokens": pad_sequence(said, batch_first=True, padding_value=PAD),
-            "target": pad_sequence(follows, batch_first=True, padding_value=-1)}
+    return {
+        "source": padded,
+        "source_mask": padded != PAD,
+        "tokens": pad_sequence(said, batch_first=True, padding_value=PAD),
+        "target": pad_sequence(follows, batch_first=True, padding_value=-1),
+    }
 
 
 SOURCE, TARGET = sentences(1), sentences(2)
@@ -52,12 +56,28 @@ FIXED = [make(np.arange(i, i + BATCH)) for i in range(0, ROWS, BATCH)]
 def theirs() -> nn.Module:
     with torch.device("meta"):
         c = create(SIZE).config
-    return transformers.MarianMTModel(transformers.MarianConfig(
-        vocab_size=c.vocab, d_model=c.dim, encoder_layers=c.depth, decoder_layers=c.depth, encoder_attention_heads=c.heads,
-        decoder_attention_heads=c.heads, encoder_ffn_dim=c.hidden, decoder_ffn_dim=c.hidden, activation_function="relu",
-        dropout=c.dropout, attention_dropout=0.0, activation_dropout=0.0, scale_embedding=True,
-        max_position_embeddings=c.length, pad_token_id=PAD, eos_token_id=END, decoder_start_token_id=BEGIN,
-        forced_eos_token_id=None))
+    return transformers.MarianMTModel(
+        transformers.MarianConfig(
+            vocab_size=c.vocab,
+            d_model=c.dim,
+            encoder_layers=c.depth,
+            decoder_layers=c.depth,
+            encoder_attention_heads=c.heads,
+            decoder_attention_heads=c.heads,
+            encoder_ffn_dim=c.hidden,
+            decoder_ffn_dim=c.hidden,
+            activation_function="relu",
+            dropout=c.dropout,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            scale_embedding=True,
+            max_position_embeddings=c.length,
+            pad_token_id=PAD,
+            eos_token_id=END,
+            decoder_start_token_id=BEGIN,
+            forced_eos_token_id=None,
+        )
+    )
 
 
 def train(batches: Batches, smoothing: float = 0.0, **settings: object) -> Run:
@@ -70,8 +90,14 @@ def peer(**settings: object) -> Run:
 
     def loss(b: dict[str, Tensor]) -> Tensor:
         labels = b["target"].masked_fill(b["target"] < 0, -100)
-        return model(input_ids=b["source"], attention_mask=b["source_mask"].long(), decoder_input_ids=b["tokens"],
-                     labels=labels, use_cache=False).loss
+        return model(
+            input_ids=b["source"],
+            attention_mask=b["source_mask"].long(),
+            decoder_input_ids=b["tokens"],
+            labels=labels,
+            use_cache=False,
+        ).loss
+
     return stepped(model, loss, FIXED, **settings)
 
 
@@ -79,8 +105,12 @@ def search(model: nn.Module) -> Run:
     batch = make(np.arange(ASKED))
     source, mask = batch["source"], batch["source_mask"]
     if isinstance(model, transformers.MarianMTModel):
-        return answers(model, lambda: model.generate(source, attention_mask=mask.long(), num_beams=BEAMS, do_sample=False,
-                                                     min_new_tokens=MOST, max_new_tokens=MOST))
+        return answers(
+            model,
+            lambda: model.generate(
+                source, attention_mask=mask.long(), num_beams=BEAMS, do_sample=False, min_new_tokens=MOST, max_new_tokens=MOST
+            ),
+        )
 
     def answer() -> Tensor:
         cache = model.new_cache(ASKED * BEAMS, MOST + 1)
@@ -89,7 +119,9 @@ def search(model: nn.Module) -> Run:
             logits = model(source, mask, tokens, cache=cache)
             logits[..., END] = -torch.inf
             return logits
+
         return beam_search(step, cache, begin=BEGIN, end=END, beams=BEAMS, most=MOST - 1)
+
     return answers(model, answer)
 
 
@@ -98,17 +130,21 @@ def check() -> str:
     model, peer = create(SIZE).eval(), theirs().eval()
     inner = peer.model
     model.embed.weight.copy_(inner.shared.weight)
-    model.pos.copy_(inner.encoder.embed_positions.weight)             # sines and cosines in another order
+    model.pos.copy_(inner.encoder.embed_positions.weight)  # sines and cosines in another order
     for mine, other in zip([*model.encoder, *model.decoder], [*inner.encoder.layers, *inner.decoder.layers]):
         pairs = [(mine.attn, other.self_attn)] + ([(mine.cross, other.encoder_attn)] if hasattr(mine, "cross") else [])
         for attn, layer in pairs:
             for part in ("weight", "bias"):
                 getattr(attn.qkv, part).copy_(torch.cat([getattr(x, part) for x in (layer.q_proj, layer.k_proj, layer.v_proj)]))
             attn.proj.load_state_dict(layer.out_proj.state_dict())
-        norms = [other.self_attn_layer_norm, *([other.encoder_attn_layer_norm] if len(pairs) == 2 else []),
-                 other.final_layer_norm]
-        for own, layer in zip([mine.mlp.up, mine.mlp.down, mine.norm1, mine.norm2, getattr(mine, "norm3", None)],
-                              [other.fc1, other.fc2, *norms]):
+        norms = [
+            other.self_attn_layer_norm,
+            *([other.encoder_attn_layer_norm] if len(pairs) == 2 else []),
+            other.final_layer_norm,
+        ]
+        for own, layer in zip(
+            [mine.mlp.up, mine.mlp.down, mine.norm1, mine.norm2, getattr(mine, "norm3", None)], [other.fc1, other.fc2, *norms]
+        ):
             own.load_state_dict(layer.state_dict())
     b = FIXED[0]
     want = peer(input_ids=b["source"], attention_mask=b["source_mask"].long(), decoder_input_ids=b["tokens"]).logits
@@ -119,12 +155,27 @@ def main() -> None:
     options = begin(arguments(__doc__.splitlines()[0], steps=2, rounds=4))
     torch.manual_seed(0)
     tokens = float(LENGTHS.sum()) / len(FIXED)
-    compare(f"Transformer of 2017, {SIZE}, {BATCH} pairs of 10 to 40 tokens", "tokens", "transformers", [
-        Pair("training, like for like", lambda: train(PLAIN, precision="float32", **LIKE), lambda: peer(fused=True, **LIKE),
-             tokens),
-        Pair("training, defaults", lambda: train(Batches(ROWS, make, LENGTHS), **recipe(SIZE)), lambda: peer(lr=7e-4), tokens),
-        Pair("4 beams, 8 sentences together", lambda: search(create(SIZE)), lambda: search(theirs()), ASKED * MOST, steps=1),
-    ], options, check)
+    compare(
+        f"Transformer of 2017, {SIZE}, {BATCH} pairs of 10 to 40 tokens",
+        "tokens",
+        "transformers",
+        [
+            Pair(
+                "training, like for like",
+                lambda: train(PLAIN, precision="float32", **LIKE),
+                lambda: peer(fused=True, **LIKE),
+                tokens,
+            ),
+            Pair(
+                "training, defaults", lambda: train(Batches(ROWS, make, LENGTHS), **recipe(SIZE)), lambda: peer(lr=7e-4), tokens
+            ),
+            Pair(
+                "4 beams, 8 sentences together", lambda: search(create(SIZE)), lambda: search(theirs()), ASKED * MOST, steps=1
+            ),
+        ],
+        options,
+        check,
+    )
 
 
 if __name__ == "__main__":

@@ -31,13 +31,24 @@ def theirs() -> nn.Module:
     with torch.device("meta"):
         c = new().config
     return diffusers.LatteTransformer3DModel(
-        num_attention_heads=c.heads, attention_head_dim=c.dim // c.heads, in_channels=c.channels, num_layers=c.depth // 2,
-        attention_bias=True, sample_size=c.image, patch_size=c.patch, activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
-        caption_channels=TEXT, video_length=c.frames)
+        num_attention_heads=c.heads,
+        attention_head_dim=c.dim // c.heads,
+        in_channels=c.channels,
+        num_layers=c.depth // 2,
+        attention_bias=True,
+        sample_size=c.image,
+        patch_size=c.patch,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        caption_channels=TEXT,
+        video_length=c.frames,
+    )
 
 
-def videos() -> Tensor:                                  # B F C S S
+def videos() -> Tensor:  # B F C S S
     return torch.rand(BATCH, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -58,6 +69,7 @@ def peer(**settings: object) -> Run:
     def loss(clean: Tensor) -> Tensor:
         noise, time = torch.randn_like(clean), torch.randint(1000, (len(clean),))
         return nn.functional.mse_loss(said(model, noises.add_noise(clean, noise, time), time), noise)
+
     return stepped(model, loss, [videos()], **settings)
 
 
@@ -72,8 +84,12 @@ def check() -> str:
     told = peer.adaln_single
     told.emb.timestep_embedder.linear_2.weight.zero_()
     always = told.emb.timestep_embedder.linear_2.bias.normal_()
-    mine = {"patch": peer.pos_embed.proj, "time1": told.emb.timestep_embedder.linear_1,
-            "time2": told.emb.timestep_embedder.linear_2, "head": peer.proj_out}
+    mine = {
+        "patch": peer.pos_embed.proj,
+        "time1": told.emb.timestep_embedder.linear_1,
+        "time2": told.emb.timestep_embedder.linear_2,
+        "head": peer.proj_out,
+    }
     for i, pair in enumerate(zip(peer.transformer_blocks, peer.temporal_transformer_blocks)):
         for block, other in zip((ours.blocks[2 * i], ours.blocks[2 * i + 1]), pair):
             for part in ("weight", "bias"):
@@ -81,8 +97,11 @@ def check() -> str:
                 getattr(block.attn.qkv, part).copy_(qkv)
             block.condition.weight.copy_(told.linear.weight)
             block.condition.bias.copy_(told.linear.bias + other.scale_shift_table.flatten())
-            for layer, source in ((block.attn.proj, other.attn1.to_out[0]), (block.mlp["up"], other.ff.net[0].proj),
-                                   (block.mlp["down"], other.ff.net[2])):
+            for layer, source in (
+                (block.attn.proj, other.attn1.to_out[0]),
+                (block.mlp["up"], other.ff.net[0].proj),
+                (block.mlp["down"], other.ff.net[2]),
+            ):
                 layer.load_state_dict(source.state_dict())
     for name, layer in mine.items():
         getattr(ours, name).load_state_dict(layer.state_dict())
@@ -95,10 +114,20 @@ def check() -> str:
 def main() -> None:
     options = begin(arguments(__doc__.splitlines()[0], steps=2, rounds=4))
     torch.manual_seed(0)
-    compare(f"Latte, 8 frames of 32 x 32, batch {BATCH}", "videos", "diffusers", [
-        Pair("training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH),
-        Pair("training, defaults", lambda: train(**recipe(SIZE)), lambda: peer(lr=1e-3), BATCH),
-        Pair("answers", lambda: answer(new()), lambda: answer(theirs()), BATCH)], options, check)
+    compare(
+        f"Latte, 8 frames of 32 x 32, batch {BATCH}",
+        "videos",
+        "diffusers",
+        [
+            Pair(
+                "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
+            ),
+            Pair("training, defaults", lambda: train(**recipe(SIZE)), lambda: peer(lr=1e-3), BATCH),
+            Pair("answers", lambda: answer(new()), lambda: answer(theirs()), BATCH),
+        ],
+        options,
+        check,
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,14 @@ def main() -> None:
     options = begin(parser)
     torch.manual_seed(0)
     nets = [net for net in pictures(options.batch, options.side) if net.size in (options.sizes or net.size).split(",")]
-    compare(f"Pictures of {options.side} x {options.side}, batch {options.batch}", "pictures", "timm",
-            [pair for net in nets for pair in net.pairs()], options, lambda: "\n".join(net.check() for net in nets))
+    compare(
+        f"Pictures of {options.side} x {options.side}, batch {options.batch}",
+        "pictures",
+        "timm",
+        [pair for net in nets for pair in net.pairs()],
+        options,
+        lambda: "\n".join(net.check() for net in nets),
+    )
 
 
 if __name__ == "__main__":

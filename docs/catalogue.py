@@ -37,8 +37,9 @@ def lines(card: Card, data: dict[str, Any]) -> list[str]:
     for i, (name, size) in enumerate(sizes):
         said = data["size"].get(name, {})
         once = (card.paper, proof, about.get("note", "")) if not i else ("", "", "")
-        rows.append(row(f"`{name}`", f"{size.params:,}" if size else "by data", said.get("guide", ""),
-                        said.get("published", ""), *once))
+        rows.append(
+            row(f"`{name}`", f"{size.params:,}" if size else "by data", said.get("guide", ""), said.get("published", ""), *once)
+        )
     return rows
 
 
@@ -50,16 +51,30 @@ def page(data: dict[str, Any]) -> str:
     if strange := strange + [name for name in data["size"] if name not in exact]:
         raise KeyError(strange[0])
     out = [INTRO]
-    others = {f"Others: {family}": [c.name for c in cards.values() if c.family == family and c.name not in placed]
-              for family in dict.fromkeys(card.family for card in cards.values())}
+    others = {
+        f"Others: {family}": [c.name for c in cards.values() if c.family == family and c.name not in placed]
+        for family in dict.fromkeys(card.family for card in cards.values())
+    }
     for title, names in (data["section"] | others).items():
         if names:
-            out += [f"## {title}", "", *table("size", "exact", "guide", "published", "paper", "peer and proof", "note"),
-                    *(line for name in names for line in lines(cards[name], data)), ""]
-    out += ["## Closed systems", "", "Nobody outside has these. What is published of them:", "",
-            *table("system", "maker", "published", "source", "nearest here")]
-    out += [row(s.title, f"{s.maker}, {s.year}", s.published, s.source, f"`{s.stand_in}`: {s.why}")
-            for s in dict.fromkeys(registry.closed().values())]
+            out += [
+                f"## {title}",
+                "",
+                *table("size", "exact", "guide", "published", "paper", "peer and proof", "note"),
+                *(line for name in names for line in lines(cards[name], data)),
+                "",
+            ]
+    out += [
+        "## Closed systems",
+        "",
+        "Nobody outside has these. What is published of them:",
+        "",
+        *table("system", "maker", "published", "source", "nearest here"),
+    ]
+    out += [
+        row(s.title, f"{s.maker}, {s.year}", s.published, s.source, f"`{s.stand_in}`: {s.why}")
+        for s in dict.fromkeys(registry.closed().values())
+    ]
     out += ["", "## Where the guide is wrong", ""]
     for error in data["error"]:
         seen = [f"`{name}` {exact[name]:,}" for name in (*error.get("outside", ()), *error.get("exact", ()))]

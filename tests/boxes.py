@@ -51,7 +51,7 @@ def largest(maps: Tensor, reach: int) -> Tensor:
     rows, columns = maps.shape[2:]
     for y in range(rows):
         for x in range(columns):
-            out[:, :, y, x] = maps[:, :, max(0, y - reach):y + reach + 1, max(0, x - reach):x + reach + 1].amax((2, 3))
+            out[:, :, y, x] = maps[:, :, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1].amax((2, 3))
     return out
 
 
@@ -87,6 +87,7 @@ def yolov8(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- one box at a time
 
+
 def overlap(a, b) -> float:
     """Intersection over union of two boxes."""
     wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
@@ -103,7 +104,7 @@ def complete(a, b) -> float:
     rho = (middles[0][0] - middles[1][0]) ** 2 + (middles[0][1] - middles[1][1]) ** 2
     c = (max(a[2], b[2]) - min(a[0], b[0])) ** 2 + (max(a[3], b[3]) - min(a[1], b[1])) ** 2
     angles = [math.atan((box[2] - box[0]) / (box[3] - box[1])) for box in (a, b)]
-    v = 4 / math.pi ** 2 * (angles[1] - angles[0]) ** 2
+    v = 4 / math.pi**2 * (angles[1] - angles[0]) ** 2
     return u - rho / c - (v / (1 - u + v) * v if v else 0.0)
 
 
@@ -132,15 +133,16 @@ def answers(raw, bins: int, height: int, width: int, strides=(8, 16, 32)):
             for column in range(math.ceil(width / stride)):
                 one = next(rows)
                 x, y = stride * (column + 0.5), stride * (row + 0.5)
-                sides = [one[i * bins:(i + 1) * bins] for i in range(4)]
+                sides = [one[i * bins : (i + 1) * bins] for i in range(4)]
                 left, top, right, bottom = (stride * expected(side) for side in sides)
-                found.append((x, y, stride, (x - left, y - top, x + right, y + bottom), sides, one[4 * bins:]))
+                found.append((x, y, stride, (x - left, y - top, x + right, y + bottom), sides, one[4 * bins :]))
     assert next(rows, None) is None
     return found
 
 
 def assigned(points, truth, labels, topk: int = 10, alpha: float = 0.5, beta: float = 6.0, smallest: float = 8.0):
     """Owner and quality of each point of one picture (arXiv:2108.07755, section 3.2)."""
+
     def score(point, label):
         return 1 / (1 + math.exp(-point[5][label]))
 

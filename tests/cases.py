@@ -29,19 +29,20 @@ Peer = tuple[nn.Module, Callable[[State], dict[str, Tensor]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    inputs: Callable[[Any, int], tuple[Tensor, ...]]     # (config, rows) -> the inputs of forward
-    peer: Callable[[nn.Module], Peer]                    # our network -> its peer
-    lr: float = 1e-2                                     # that learns one batch
-    overrides: tuple[tuple[str, Any], ...] = ()          # laid over the tiny size, for a less general peer
-    classes: int = 7                                     # another number of classes that it can have
-    unread: tuple[str, ...] = ()                         # how names begin of what files have and nothing reads
-    slack: float = 1.0                                   # how much wider float32 may stray in a deep network
+    inputs: Callable[[Any, int], tuple[Tensor, ...]]  # (config, rows) -> the inputs of forward
+    peer: Callable[[nn.Module], Peer]  # our network -> its peer
+    lr: float = 1e-2  # that learns one batch
+    overrides: tuple[tuple[str, Any], ...] = ()  # laid over the tiny size, for a less general peer
+    classes: int = 7  # another number of classes that it can have
+    unread: tuple[str, ...] = ()  # how names begin of what files have and nothing reads
+    slack: float = 1.0  # how much wider float32 may stray in a deep network
 
 
 # ---------------------------------------------------------------------------------------------- inputs
 
+
 def image(config: Any, rows: int) -> tuple[Tensor, ...]:
-    side = getattr(config, "image", 33)                  # odd, so that every rounding matters
+    side = getattr(config, "image", 33)  # odd, so that every rounding matters
     return (torch.randn(rows, config.channels, side, side),)
 
 
@@ -85,14 +86,20 @@ def series(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 def covariates(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Three series that share a window, what else was measured then, and what is known to the end of the horizon."""
-    return (torch.randn(rows, config.length, 3), torch.randn(rows, config.length, config.past),
-            torch.randn(rows, config.length + config.horizon, config.known))
+    return (
+        torch.randn(rows, config.length, 3),
+        torch.randn(rows, config.length, config.past),
+        torch.randn(rows, config.length + config.horizon, config.known),
+    )
 
 
 def noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
     side = config.image
-    return (torch.randn(rows, config.channels, side, side), torch.randint(1000, (rows,)).float(),
-            torch.arange(rows) % (config.classes + 1))
+    return (
+        torch.randn(rows, config.channels, side, side),
+        torch.randint(1000, (rows,)).float(),
+        torch.arange(rows) % (config.classes + 1),
+    )
 
 
 def speech(config: Any, rows: int) -> tuple[Tensor, ...]:
@@ -119,8 +126,11 @@ def shown(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 
 def noisy_video(config: Any, rows: int) -> tuple[Tensor, ...]:
-    return (torch.randn(rows, config.frames, config.channels, config.image, config.image),
-            torch.randint(1000, (rows,)).float(), torch.arange(rows) % (config.classes + 1))
+    return (
+        torch.randn(rows, config.frames, config.channels, config.image, config.image),
+        torch.randint(1000, (rows,)).float(),
+        torch.arange(rows) % (config.classes + 1),
+    )
 
 
 def table(config: Any, rows: int) -> tuple[Tensor, ...]:
@@ -138,13 +148,16 @@ def sequence(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 # ---------------------------------------------------------------------------------------------- peers
 
+
 def encoder(model: nn.Module) -> Peer:
     import encoders
+
     return encoders.encoder(model)
 
 
 def writer(model: nn.Module) -> Peer:
     import writers
+
     return writers.writer(model)
 
 
@@ -160,8 +173,7 @@ def equations(function: Callable[..., Tensor]) -> Callable[[nn.Module], Peer]:
 class PackedReader(nn.Module):
     """Tokens -> class logits through torch's own stack of layers and its packed sequences."""
 
-    def __init__(self, cell: type[nn.RNNBase], vocab: int, dim: int, hidden: int, depth: int,
-                 directions: int, classes: int):
+    def __init__(self, cell: type[nn.RNNBase], vocab: int, dim: int, hidden: int, depth: int, directions: int, classes: int):
         super().__init__()
         self.embed = nn.Embedding(vocab, dim)
         self.rnn = cell(dim, hidden, depth, batch_first=True, bidirectional=directions == 2)
@@ -169,11 +181,10 @@ class PackedReader(nn.Module):
         self.directions = directions
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(self.embed(tokens), mask.sum(1), batch_first=True,
-                                                   enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(self.embed(tokens), mask.sum(1), batch_first=True, enforce_sorted=False)
         _, state = self.rnn(packed)
-        state = state[0] if isinstance(state, tuple) else state                  # depth*directions B H
-        return self.head(torch.cat(list(state[-self.directions:]), -1))
+        state = state[0] if isinstance(state, tuple) else state  # depth*directions B H
+        return self.head(torch.cat(list(state[-self.directions :]), -1))
 
 
 def packed(cell: type[nn.RNNBase]) -> Callable[[nn.Module], Peer]:
@@ -188,7 +199,9 @@ def packed(cell: type[nn.RNNBase]) -> Callable[[nn.Module], Peer]:
                     name = f"rnn.{part.replace('_l0', f'_l{layer}')}{'_reverse' * int(direction)}"
                 names[name] = tensor
             return names
+
         return PackedReader(cell, c.vocab, c.dim, c.hidden, c.depth, c.directions, c.classes), rename
+
     return build
 
 
@@ -200,9 +213,8 @@ class LastReal(guide.LSTMClassifier):
 
 
 def last_real(model: nn.Module) -> Peer:
-    peer = LastReal(model.emb.num_embeddings, model.emb.embedding_dim, model.lstm.hidden_size,
-                    model.fc.out_features)
-    peer.lstm.dropout = model.lstm.dropout = 0.0         # rows alone draw other masks than rows together
+    peer = LastReal(model.emb.num_embeddings, model.emb.embedding_dim, model.lstm.hidden_size, model.fc.out_features)
+    peer.lstm.dropout = model.lstm.dropout = 0.0  # rows alone draw other masks than rows together
     return peer, dict
 
 
@@ -211,18 +223,20 @@ class TorchEncoder(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(config.dim, config.heads, 4 * config.dim, 0.0, "gelu",
-                                           batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(config.dim),
-                                             enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(
+            config.dim, config.heads, 4 * config.dim, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(config.dim), enable_nested_tensor=False)
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.head = nn.Linear(config.dim, config.classes)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         dim = self.embed.embedding_dim
-        pos = torch.tensor([[references.sinusoid(t, column, dim) for column in range(dim)]
-                            for t in range(tokens.shape[1])], dtype=torch.float32)
-        x = self.encoder(self.embed(tokens) * dim ** 0.5 + pos, src_key_padding_mask=~mask)
+        pos = torch.tensor(
+            [[references.sinusoid(t, column, dim) for column in range(dim)] for t in range(tokens.shape[1])],
+            dtype=torch.float32,
+        )
+        x = self.encoder(self.embed(tokens) * dim**0.5 + pos, src_key_padding_mask=~mask)
         return self.head(torch.stack([one[real].mean(0) for one, real in zip(x, mask)]))
 
 
@@ -232,19 +246,27 @@ def torch_encoder(model: nn.Module) -> Peer:
     def rename(state: State) -> dict[str, Tensor]:
         inner = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("blocks", "norm")}
         outer = {name: tensor for name, tensor in state.items() if name not in inner}
-        return outer | {f"encoder.{name}": tensor
-                        for name, tensor in translate(inner, TORCH, reverse=True).items()}
+        return outer | {f"encoder.{name}": tensor for name, tensor in translate(inner, TORCH, reverse=True).items()}
+
     return TorchEncoder(model.config), rename
 
 
 def huggingface_resnet(model: nn.Module) -> Peer:
     from fieldguide.models.convolutional.resnet import HUGGINGFACE
     from tv import transformers
+
     c = model.config
     growth = 4 if c.block == "bottleneck" else 1
-    peer = transformers.ResNetForImageClassification(transformers.ResNetConfig(
-        num_channels=c.channels, embedding_size=c.widths[0], hidden_sizes=[growth * w for w in c.widths],
-        depths=list(c.depths), layer_type=c.block, num_labels=c.classes))
+    peer = transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(
+            num_channels=c.channels,
+            embedding_size=c.widths[0],
+            hidden_sizes=[growth * w for w in c.widths],
+            depths=list(c.depths),
+            layer_type=c.block,
+            num_labels=c.classes,
+        )
+    )
 
     class Logits(nn.Module):
         def __init__(self):
@@ -253,23 +275,35 @@ def huggingface_resnet(model: nn.Module) -> Peer:
 
         def forward(self, x: Tensor) -> Tensor:
             return self.peer(x).logits
-    return Logits(), lambda state: {f"peer.{name}": tensor for name, tensor
-                                    in translate(state, HUGGINGFACE, reverse=True).items()}
+
+    return Logits(), lambda state: {
+        f"peer.{name}": tensor for name, tensor in translate(state, HUGGINGFACE, reverse=True).items()
+    }
 
 
 def tabm_package(model: nn.Module) -> Peer:
     """The authors' package. It has no value for unseen categories: ours come in one lower."""
     import tabm
     from rtdl_num_embeddings import PiecewiseLinearEmbeddings
+
     c = model.config
     peer = tabm.TabM.make(
-        n_num_features=c.numbers, cat_cardinalities=[size - 1 for size in c.categories], d_out=c.classes,
-        num_embeddings=PiecewiseLinearEmbeddings(list(model.numbers.edges.float()), c.embedding,
-                                                 activation=False, version="B"),
-        n_blocks=c.depth, d_block=c.dim, dropout=c.dropout, k=c.members)
-    names = {"numbers.weight": "num_module.linear0.weight", "numbers.bias": "num_module.linear0.bias",
-             "numbers.curve": "num_module.linear.weight", "head.weight": "output.weight",
-             "head.bias": "output.bias"}
+        n_num_features=c.numbers,
+        cat_cardinalities=[size - 1 for size in c.categories],
+        d_out=c.classes,
+        num_embeddings=PiecewiseLinearEmbeddings(list(model.numbers.edges.float()), c.embedding, activation=False, version="B"),
+        n_blocks=c.depth,
+        d_block=c.dim,
+        dropout=c.dropout,
+        k=c.members,
+    )
+    names = {
+        "numbers.weight": "num_module.linear0.weight",
+        "numbers.bias": "num_module.linear0.bias",
+        "numbers.curve": "num_module.linear.weight",
+        "head.weight": "output.weight",
+        "head.bias": "output.bias",
+    }
 
     class Shifted(nn.Module):
         def __init__(self):
@@ -282,7 +316,7 @@ def tabm_package(model: nn.Module) -> Peer:
     def rename(state: State) -> dict[str, Tensor]:
         done = {}
         for name, tensor in state.items():
-            if name == "numbers.edges":                  # there kept as the line of each interval
+            if name == "numbers.edges":  # there kept as the line of each interval
                 done["peer.num_module.impl.weight"] = 1 / tensor.diff(dim=1)
                 done["peer.num_module.impl.bias"] = -tensor[:, :-1] / tensor.diff(dim=1)
             elif name.startswith("layers."):
@@ -291,6 +325,7 @@ def tabm_package(model: nn.Module) -> Peer:
             else:
                 done[f"peer.{names[name]}"] = tensor
         return done
+
     return Shifted(), rename
 
 
@@ -323,8 +358,16 @@ def unrounded() -> Iterator[None]:
         yield
 
 
-def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float,
-                    softcap: float, **_: Any) -> tuple[Tensor, None]:
+def plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    softcap: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """transformers' own eager attention, but that it rounds nothing to float32."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     logits = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
@@ -336,25 +379,38 @@ def huggingface_decoder(model: nn.Module) -> Peer:
     from fieldguide.checkpoints.config_mapping import outwards
     from fieldguide.models.registry import card_of
     from tv import transformers
+
     card = card_of(model)
     theirs = outwards(card, card.configs["huggingface"], model.config)
-    how = "plain" if theirs.get("attn_logit_softcapping") else "sdpa"    # torch's own knows no caps
+    how = "plain" if theirs.get("attn_logit_softcapping") else "sdpa"  # torch's own knows no caps
     transformers.AttentionInterface.register("plain", plain_attention)
     transformers.AttentionMaskInterface.register("plain", transformers.masking_utils.eager_mask)
-    config = transformers.AutoConfig.for_model(theirs.pop("model_type"), **theirs, pad_token_id=None, bos_token_id=None,
-                                               eos_token_id=None, attn_implementation=how, experts_implementation="eager")
+    config = transformers.AutoConfig.for_model(
+        theirs.pop("model_type"),
+        **theirs,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation=how,
+        experts_implementation="eager",
+    )
     table = card.weights["huggingface"]
 
     def rename(state: State) -> dict[str, Tensor]:
         names = translate(state, table, reverse=True)
-        for layer in range(model.config.depth):          # in memory transformers stacks the experts that its files part
+        for layer in range(model.config.depth):  # in memory transformers stacks the experts that its files part
             moe = f"model.layers.{layer}.block_sparse_moe."
             if moe + "gate.weight" in names:
-                up, down, gate = (torch.stack([names.pop(f"{moe}experts.{e}.w{k}.weight") for e in range(model.config.experts)])
-                                  for k in (3, 2, 1))
+                up, down, gate = (
+                    torch.stack([names.pop(f"{moe}experts.{e}.w{k}.weight") for e in range(model.config.experts)])
+                    for k in (3, 2, 1)
+                )
                 mlp = f"model.layers.{layer}.mlp."
-                names |= {mlp + "gate.weight": names.pop(moe + "gate.weight"), mlp + "experts.down_proj": down,
-                          mlp + "experts.gate_up_proj": torch.cat([gate, up], 1)}
+                names |= {
+                    mlp + "gate.weight": names.pop(moe + "gate.weight"),
+                    mlp + "experts.down_proj": down,
+                    mlp + "experts.gate_up_proj": torch.cat([gate, up], 1),
+                }
         return {f"peer.{key}": x for key, x in names.items()}
 
     return Doubled(transformers.AutoModelForCausalLM.from_config(config)), rename
@@ -363,10 +419,22 @@ def huggingface_decoder(model: nn.Module) -> Peer:
 def huggingface_gpt2(model: nn.Module, kind: str = "GPT2", embed: str = "wte") -> Peer:
     from fieldguide.checkpoints.weights import tables
     from tv import transformers
+
     c, names = model.config, tables(model)["huggingface"]
-    peer = getattr(transformers, f"{kind}LMHeadModel")(getattr(transformers, f"{kind}Config")(
-        vocab_size=c.vocab, n_positions=c.length, n_embd=c.dim, n_layer=c.depth, n_head=c.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None))
+    peer = getattr(transformers, f"{kind}LMHeadModel")(
+        getattr(transformers, f"{kind}Config")(
+            vocab_size=c.vocab,
+            n_positions=c.length,
+            n_embd=c.dim,
+            n_layer=c.depth,
+            n_head=c.heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
     peer.lm_head = nn.Linear(c.dim, c.vocab, bias=False)
     peer.lm_head.weight = peer.transformer.get_submodule(embed).weight
 
@@ -376,8 +444,7 @@ def huggingface_gpt2(model: nn.Module, kind: str = "GPT2", embed: str = "wte") -
         def load_state_dict(self, state, strict=True):
             return super().load_state_dict(state | {"peer.lm_head.weight": state[f"peer.transformer.{embed}.weight"]}, strict)
 
-    return Tied(peer), lambda state: {f"peer.{name}": tensor for name, tensor
-                                      in translate(state, names, reverse=True).items()}
+    return Tied(peer), lambda state: {f"peer.{name}": tensor for name, tensor in translate(state, names, reverse=True).items()}
 
 
 class TorchTransformer(nn.Module):
@@ -385,22 +452,28 @@ class TorchTransformer(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        self.inner = nn.Transformer(config.dim, config.heads, config.depth, config.depth, config.hidden, 0.0,
-                                    batch_first=True)
+        self.inner = nn.Transformer(config.dim, config.heads, config.depth, config.depth, config.hidden, 0.0, batch_first=True)
         self.inner.encoder.norm = self.inner.decoder.norm = None
         self.inner.encoder.use_nested_tensor = False
         self.embed = nn.Embedding(config.vocab, config.dim)
 
     def read(self, tokens: Tensor) -> Tensor:
         dim = self.embed.embedding_dim
-        return self.embed(tokens) * dim ** 0.5 + torch.tensor(
+        return self.embed(tokens) * dim**0.5 + torch.tensor(
             [[references.sinusoid(t, column, dim) for column in range(dim)] for t in range(tokens.shape[1])],
-            dtype=torch.float32)
+            dtype=torch.float32,
+        )
 
     def forward(self, source: Tensor, source_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         later = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
-        x = self.inner(self.read(source), self.read(tokens), tgt_mask=later, src_key_padding_mask=~source_mask,
-                       tgt_key_padding_mask=~mask, memory_key_padding_mask=~source_mask)
+        x = self.inner(
+            self.read(source),
+            self.read(tokens),
+            tgt_mask=later,
+            src_key_padding_mask=~source_mask,
+            tgt_key_padding_mask=~mask,
+            memory_key_padding_mask=~source_mask,
+        )
         return x @ self.embed.weight.T
 
 
@@ -410,7 +483,9 @@ def torch_transformer(model: nn.Module) -> Peer:
     def rename(state: State) -> dict[str, Tensor]:
         inner = {name: tensor for name, tensor in state.items() if name != "embed.weight"}
         return {"embed.weight": state["embed.weight"]} | {
-            f"inner.{name}": tensor for name, tensor in translate(inner, TORCH, reverse=True).items()}
+            f"inner.{name}": tensor for name, tensor in translate(inner, TORCH, reverse=True).items()
+        }
+
     return TorchTransformer(model.config), rename
 
 
@@ -419,6 +494,7 @@ def smp_unet(model: nn.Module) -> Peer:
     from fieldguide.models.convolutional.resnet import HUGGINGFACE
     from fieldguide.models.convolutional.unet_resnet import SMP
     from tv import smp, transformers
+
     c = model.config
     growth = 4 if c.block == "bottleneck" else 1
     widths = [growth * width for width in c.widths]
@@ -426,9 +502,15 @@ def smp_unet(model: nn.Module) -> Peer:
     class Composed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = transformers.ResNetModel(transformers.ResNetConfig(
-                num_channels=c.channels, embedding_size=c.widths[0], hidden_sizes=widths, depths=list(c.depths),
-                layer_type=c.block))
+            self.encoder = transformers.ResNetModel(
+                transformers.ResNetConfig(
+                    num_channels=c.channels,
+                    embedding_size=c.widths[0],
+                    hidden_sizes=widths,
+                    depths=list(c.depths),
+                    layer_type=c.block,
+                )
+            )
             self.decoder = smp.decoders.unet.decoder.UnetDecoder((c.channels, c.widths[0], *widths), c.up, n_blocks=len(c.up))
             self.segmentation_head = smp.base.SegmentationHead(c.up[-1], c.classes)
 
@@ -443,7 +525,9 @@ def smp_unet(model: nn.Module) -> Peer:
         inner = {name.removeprefix("encoder."): x for name, x in state.items() if name.startswith("encoder.")}
         outer = {name: x for name, x in state.items() if not name.startswith("encoder.")}
         return translate(outer, SMP, reverse=True) | {
-            f"encoder.{name.removeprefix('resnet.')}": x for name, x in translate(inner, HUGGINGFACE, reverse=True).items()}
+            f"encoder.{name.removeprefix('resnet.')}": x for name, x in translate(inner, HUGGINGFACE, reverse=True).items()
+        }
+
     return Composed(), rename
 
 
@@ -451,15 +535,25 @@ def diffusers_unet(model: nn.Module) -> Peer:
     """Set up as the authors' code is: its down- and upsampling, its sinusoids, its normalisation."""
     from fieldguide.models.diffusion.ddpm_unet import DIFFUSERS
     from tv import diffusers
+
     c = model.config
     attends = [c.image >> level in c.attend for level in range(len(c.growth))]
     peer = diffusers.UNet2DModel(
-        sample_size=c.image, in_channels=c.channels, out_channels=c.channels, layers_per_block=c.depth,
-        block_out_channels=tuple(c.dim * growth for growth in c.growth), attention_head_dim=None,
+        sample_size=c.image,
+        in_channels=c.channels,
+        out_channels=c.channels,
+        layers_per_block=c.depth,
+        block_out_channels=tuple(c.dim * growth for growth in c.growth),
+        attention_head_dim=None,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, norm_num_groups=c.groups,
-        num_class_embeds=c.classes + 1 if c.classes else None)
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        norm_num_groups=c.groups,
+        num_class_embeds=c.classes + 1 if c.classes else None,
+    )
 
     class Sample(nn.Module):
         def __init__(self):
@@ -469,16 +563,17 @@ def diffusers_unet(model: nn.Module) -> Peer:
         def forward(self, image: Tensor, time: Tensor, label: Tensor) -> Tensor:
             return self.peer(image, time, label if c.classes else None).sample
 
-    return Sample(), lambda state: {f"peer.{name}": tensor for name, tensor
-                                    in translate(state, DIFFUSERS, reverse=True).items()}
+    return Sample(), lambda state: {
+        f"peer.{name}": tensor for name, tensor in translate(state, DIFFUSERS, reverse=True).items()
+    }
 
 
 class PackedNorm(nn.BatchNorm1d):
     """torch's batch normalisation of nothing but real frames, one after another."""
 
-    mask: Tensor | None = None                           # B S
+    mask: Tensor | None = None  # B S
 
-    def forward(self, x: Tensor) -> Tensor:              # B D S -> B D S
+    def forward(self, x: Tensor) -> Tensor:  # B D S -> B D S
         y = torch.zeros_like(x.mT)
         y[self.mask] = super().forward(x.mT[self.mask])
         return y.mT
@@ -488,11 +583,22 @@ def conformer_layers(model: nn.Module) -> Peer:
     """The layers of transformers, which know no padding in their convolutions, between slow equations."""
     from fieldguide.models.transformer.conformer import HUGGINGFACE_LAYERS
     from tv import transformers
+
     c = model.config
     config = transformers.Wav2Vec2ConformerConfig(
-        hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.growth * c.dim,
-        conv_depthwise_kernel_size=c.kernel, position_embeddings_type="relative", hidden_act="swish", hidden_dropout=0.0,
-        activation_dropout=0.0, attention_dropout=0.0, conformer_conv_dropout=0.0, attn_implementation="eager")
+        hidden_size=c.dim,
+        num_hidden_layers=c.depth,
+        num_attention_heads=c.heads,
+        intermediate_size=c.growth * c.dim,
+        conv_depthwise_kernel_size=c.kernel,
+        position_embeddings_type="relative",
+        hidden_act="swish",
+        hidden_dropout=0.0,
+        activation_dropout=0.0,
+        attention_dropout=0.0,
+        conformer_conv_dropout=0.0,
+        attn_implementation="eager",
+    )
     layer = transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer.Wav2Vec2ConformerEncoderLayer
 
     class Composed(nn.Module):
@@ -513,36 +619,60 @@ def conformer_layers(model: nn.Module) -> Peer:
             steps, dim = x.shape[1:]
             self.mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
             hidden = torch.zeros(self.mask.shape, dtype=x.dtype).masked_fill(~self.mask, -torch.inf)[:, None, None]
-            pos = torch.tensor([[references.sinusoid(t, column, dim) for column in range(dim)]
-                                for t in range(steps - 1, -steps, -1)], dtype=x.dtype)[None]
+            pos = torch.tensor(
+                [[references.sinusoid(t, column, dim) for column in range(dim)] for t in range(steps - 1, -steps, -1)],
+                dtype=x.dtype,
+            )[None]
             for one in self.layers:
                 one.conv_module.batch_norm.mask = self.mask
                 x = one(x, attention_mask=hidden, relative_position_embeddings=pos)
             x = self.lm_head(x)
-            longest = -(-features.shape[1] // 4)         # padding that all rows share is cut above
+            longest = -(-features.shape[1] // 4)  # padding that all rows share is cut above
             return torch.cat([x, x.new_zeros(len(x), longest - steps, x.shape[-1])], 1)
 
     def rename(state: State) -> dict[str, Tensor]:
         inner = {name: x for name, x in state.items() if not name.startswith("stem.")}
-        return {name.removeprefix("wav2vec2_conformer.encoder."): x
-                for name, x in translate(inner, HUGGINGFACE_LAYERS, reverse=True).items()} | {
-            f"stem.{name.replace('.', '__')}": x for name, x in state.items() if name.startswith("stem.")}
+        return {
+            name.removeprefix("wav2vec2_conformer.encoder."): x
+            for name, x in translate(inner, HUGGINGFACE_LAYERS, reverse=True).items()
+        } | {f"stem.{name.replace('.', '__')}": x for name, x in state.items() if name.startswith("stem.")}
+
     return Composed(), rename
 
 
 def huggingface_clip(model: nn.Module) -> Peer:
     from fieldguide.models.transformer.clip import HUGGINGFACE
     from tv import transformers
+
     c = model.config
     act = "quick_gelu" if c.quick else "gelu"
-    peer = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config={"vocab_size": c.vocab, "hidden_size": c.text_dim, "intermediate_size": 4 * c.text_dim,
-                     "num_hidden_layers": c.text_depth, "num_attention_heads": c.text_heads, "hidden_act": act,
-                     "max_position_embeddings": c.length, "eos_token_id": c.end, "bos_token_id": 0, "pad_token_id": 1},
-        vision_config={"hidden_size": c.dim, "intermediate_size": 4 * c.dim, "num_hidden_layers": c.depth,
-                       "num_attention_heads": c.heads, "hidden_act": act, "image_size": c.image, "patch_size": c.patch,
-                       "num_channels": c.channels},
-        projection_dim=c.embed))
+    peer = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={
+                "vocab_size": c.vocab,
+                "hidden_size": c.text_dim,
+                "intermediate_size": 4 * c.text_dim,
+                "num_hidden_layers": c.text_depth,
+                "num_attention_heads": c.text_heads,
+                "hidden_act": act,
+                "max_position_embeddings": c.length,
+                "eos_token_id": c.end,
+                "bos_token_id": 0,
+                "pad_token_id": 1,
+            },
+            vision_config={
+                "hidden_size": c.dim,
+                "intermediate_size": 4 * c.dim,
+                "num_hidden_layers": c.depth,
+                "num_attention_heads": c.heads,
+                "hidden_act": act,
+                "image_size": c.image,
+                "patch_size": c.patch,
+                "num_channels": c.channels,
+            },
+            projection_dim=c.embed,
+        )
+    )
 
     class Pairs(nn.Module):
         def __init__(self):
@@ -553,14 +683,16 @@ def huggingface_clip(model: nn.Module) -> Peer:
             found = self.peer(pixel_values=image, input_ids=tokens, attention_mask=mask.long())
             return torch.stack([found.image_embeds, found.text_embeds], 1) * (self.peer.logit_scale / 2).exp()
 
-    return Pairs(), lambda state: {f"peer.{name}": tensor for name, tensor
-                                   in translate(state, HUGGINGFACE, reverse=True).items()}
+    return Pairs(), lambda state: {
+        f"peer.{name}": tensor for name, tensor in translate(state, HUGGINGFACE, reverse=True).items()
+    }
 
 
 def huggingface_llava(model: nn.Module) -> Peer:
     from fieldguide.checkpoints.config_mapping import outwards
     from fieldguide.models.registry import card_of
     from tv import transformers
+
     card = card_of(model)
     theirs = outwards(card, card.configs["huggingface"], model.config)
     peer = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**theirs))
@@ -587,11 +719,23 @@ def huggingface_llava(model: nn.Module) -> Peer:
 def huggingface_vilt(model: nn.Module) -> Peer:
     from fieldguide.models.transformer.vilt import HUGGINGFACE
     from tv import transformers
+
     c = model.config
-    peer = transformers.ViltForQuestionAnswering(transformers.ViltConfig(
-        vocab_size=c.vocab, max_position_embeddings=c.length, hidden_size=c.dim, num_hidden_layers=c.depth,
-        num_attention_heads=c.heads, intermediate_size=4 * c.dim, image_size=c.image, patch_size=c.patch,
-        num_channels=c.channels, num_labels=c.classes, pad_token_id=None))
+    peer = transformers.ViltForQuestionAnswering(
+        transformers.ViltConfig(
+            vocab_size=c.vocab,
+            max_position_embeddings=c.length,
+            hidden_size=c.dim,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.heads,
+            intermediate_size=4 * c.dim,
+            image_size=c.image,
+            patch_size=c.patch,
+            num_channels=c.channels,
+            num_labels=c.classes,
+            pad_token_id=None,
+        )
+    )
 
     class Answers(nn.Module):
         def __init__(self):
@@ -601,21 +745,30 @@ def huggingface_vilt(model: nn.Module) -> Peer:
         def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
             return self.peer(pixel_values=image, input_ids=tokens, attention_mask=mask.long()).logits
 
-    return Answers(), lambda state: {f"peer.{name}": tensor for name, tensor
-                                     in translate(state, HUGGINGFACE, reverse=True).items()}
+    return Answers(), lambda state: {
+        f"peer.{name}": tensor for name, tensor in translate(state, HUGGINGFACE, reverse=True).items()
+    }
 
 
 def timm_vit(model: nn.Module) -> Peer:
     from tv import timm
+
     c = model.config
     peer = timm.models.vision_transformer.VisionTransformer(
-        img_size=c.image, patch_size=c.patch, in_chans=c.channels, num_classes=c.classes, embed_dim=c.dim, depth=c.depth,
-        num_heads=c.heads)
+        img_size=c.image,
+        patch_size=c.patch,
+        in_chans=c.channels,
+        num_classes=c.classes,
+        embed_dim=c.dim,
+        depth=c.depth,
+        num_heads=c.heads,
+    )
     return peer, lambda state: translate(state, tables(model)["timm"], reverse=True)
 
 
 def timm_deit(model: nn.Module) -> Peer:
     from tv import timm
+
     c = model.config
 
     class Stacked(timm.models.deit.VisionTransformerDistilled):
@@ -623,8 +776,15 @@ def timm_deit(model: nn.Module) -> Peer:
             found = super().forward(x)
             return torch.stack(found, 1) if self.training else found
 
-    peer = Stacked(img_size=c.image, patch_size=c.patch, in_chans=c.channels, num_classes=c.classes, embed_dim=c.dim,
-                   depth=c.depth, num_heads=c.heads)
+    peer = Stacked(
+        img_size=c.image,
+        patch_size=c.patch,
+        in_chans=c.channels,
+        num_classes=c.classes,
+        embed_dim=c.dim,
+        depth=c.depth,
+        num_heads=c.heads,
+    )
     peer.set_distilled_training()
     return peer, lambda state: translate(state, tables(model)["timm"], reverse=True)
 
@@ -642,6 +802,7 @@ class Classes(nn.Module):
     def living(self, state: State) -> dict[str, Tensor]:
         """Tensors by the names on disk -> by those of the living network, for which transformers keeps a table."""
         from tv import transformers
+
         mine = self.peer.state_dict()
         disk = transformers.core_model_loading.revert_weight_conversion(self.peer, mine)
         place = {x.data_ptr(): name for name, x in mine.items()}
@@ -650,20 +811,44 @@ class Classes(nn.Module):
 
 def huggingface_swin(model: nn.Module) -> Peer:
     from tv import transformers
+
     c = model.config
-    peer = Classes(transformers.SwinForImageClassification(transformers.SwinConfig(
-        image_size=33, patch_size=c.patch, num_channels=c.channels, embed_dim=c.dim, depths=list(c.depths),
-        num_heads=list(c.heads), window_size=c.window, num_labels=c.classes, drop_path_rate=0.0)))
+    peer = Classes(
+        transformers.SwinForImageClassification(
+            transformers.SwinConfig(
+                image_size=33,
+                patch_size=c.patch,
+                num_channels=c.channels,
+                embed_dim=c.dim,
+                depths=list(c.depths),
+                num_heads=list(c.heads),
+                window_size=c.window,
+                num_labels=c.classes,
+                drop_path_rate=0.0,
+            )
+        )
+    )
     return peer, lambda state: peer.living(translate(state, tables(model)["huggingface"], reverse=True))
 
 
 def huggingface_dinov2(model: nn.Module) -> Peer:
     """Its gated layer keeps gate and value apart, the file does not; its mask token is a parameter that nothing reads."""
     from tv import transformers
+
     c = model.config
-    inner = transformers.Dinov2WithRegistersForImageClassification(transformers.Dinov2WithRegistersConfig(
-        hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads, image_size=c.image, patch_size=c.patch,
-        num_channels=c.channels, num_labels=c.classes, num_register_tokens=c.registers, use_swiglu_ffn=c.gated))
+    inner = transformers.Dinov2WithRegistersForImageClassification(
+        transformers.Dinov2WithRegistersConfig(
+            hidden_size=c.dim,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.heads,
+            image_size=c.image,
+            patch_size=c.patch,
+            num_channels=c.channels,
+            num_labels=c.classes,
+            num_register_tokens=c.registers,
+            use_swiglu_ffn=c.gated,
+        )
+    )
     embeddings = inner.dinov2_with_registers.embeddings
     del embeddings.mask_token
     embeddings.register_buffer("mask_token", torch.zeros(1, c.dim))
@@ -672,8 +857,11 @@ def huggingface_dinov2(model: nn.Module) -> Peer:
     def rename(state: State) -> dict[str, Tensor]:
         done = {}
         for name, x in translate(state, table, reverse=True).items():
-            for disk, living in (("attention.output.dense", "attention.o_proj"), ("weights_out", "down_proj"), *(
-                    (f"attention.attention.{part}", f"attention.{part[0]}_proj") for part in ("query", "key", "value"))):
+            for disk, living in (
+                ("attention.output.dense", "attention.o_proj"),
+                ("weights_out", "down_proj"),
+                *((f"attention.attention.{part}", f"attention.{part[0]}_proj") for part in ("query", "key", "value")),
+            ):
                 name = name.replace(disk, living)
             if "weights_in" in name:
                 for part, half in zip(("gate_proj", "up_proj"), x.chunk(2)):
@@ -681,14 +869,20 @@ def huggingface_dinov2(model: nn.Module) -> Peer:
             else:
                 done[f"peer.{name}"] = x
         return done
+
     return Classes(inner), rename
 
 
 CASES = {
-    "fnn": Case(inputs=row("in_dim"), peer=same(
-        lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))),
-    "simplecnn": Case(inputs=image, peer=same(lambda m: guide.SimpleCNN(m.classifier[4].out_features)),
-                      overrides=(("channels", 3), ("image", 32)), lr=1e-3),
+    "fnn": Case(
+        inputs=row("in_dim"), peer=same(lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))
+    ),
+    "simplecnn": Case(
+        inputs=image,
+        peer=same(lambda m: guide.SimpleCNN(m.classifier[4].out_features)),
+        overrides=(("channels", 3), ("image", 32)),
+        lr=1e-3,
+    ),
     "lenet5-1998": Case(inputs=image, peer=equations(references.lenet5), lr=3e-3),
     "lenet5-modern": Case(inputs=image, peer=equations(references.lenet5_modern), lr=3e-3),
     "resnet": Case(inputs=image, peer=huggingface_resnet, lr=1e-2),
@@ -728,17 +922,26 @@ CASES = {
     "mbart": Case(inputs=pair, peer=writer, lr=2e-2),
     "nllb": Case(inputs=unpadded_pair, peer=writer, lr=2e-2),
     "nllb-moe": Case(inputs=unpadded_pair, peer=writer, lr=2e-2),
-    "sasrec": Case(inputs=items, lr=3e-2, peer=lambda model: equations(
-        references.sasrec(model.config.heads, model.config.length))(model)),
-    "patchtst": Case(inputs=series, lr=3e-2, peer=lambda model: equations(references.patchtst(
-        model.config.patch, model.config.stride, model.config.heads, model.config.values))(model)),
-    "lstm-forecaster": Case(inputs=covariates, lr=3e-2, peer=lambda model: equations(
-        references.lstm_forecaster(model.config.horizon))(model)),
-    "dlinear": Case(inputs=series, lr=3e-2, peer=lambda model: equations(references.dlinear(
-        model.config.window, model.config.values))(model)),
+    "sasrec": Case(
+        inputs=items, lr=3e-2, peer=lambda model: equations(references.sasrec(model.config.heads, model.config.length))(model)
+    ),
+    "patchtst": Case(
+        inputs=series,
+        lr=3e-2,
+        peer=lambda model: equations(
+            references.patchtst(model.config.patch, model.config.stride, model.config.heads, model.config.values)
+        )(model),
+    ),
+    "lstm-forecaster": Case(
+        inputs=covariates, lr=3e-2, peer=lambda model: equations(references.lstm_forecaster(model.config.horizon))(model)
+    ),
+    "dlinear": Case(
+        inputs=series,
+        lr=3e-2,
+        peer=lambda model: equations(references.dlinear(model.config.window, model.config.values))(model),
+    ),
     "conformer": Case(inputs=speech, peer=conformer_layers, lr=2e-2),
-    "self-attention": Case(inputs=sequence, peer=same(
-        lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
+    "self-attention": Case(inputs=sequence, peer=same(lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),
     "tabm": Case(inputs=table, peer=tabm_package),
     "deepfm": Case(inputs=table, classes=1, peer=lambda model: equations(references.deepfm(model.config.categories))(model)),
@@ -754,8 +957,10 @@ CASES = {
     "vilt": Case(inputs=captioned, peer=huggingface_vilt, lr=3e-3),
     "llava": Case(inputs=shown, peer=huggingface_llava, lr=2e-2, unread=("vision.blocks.1.", "vision.norm.")),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
-    "simple-gan": Case(inputs=row("z_dim"), peer=same(
-        lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3),
-    "simple-gan-discriminator": Case(inputs=row("img_dim"), peer=same(
-        lambda m: guide.Discriminator(m.net[0].in_features)), lr=1e-3),
+    "simple-gan": Case(
+        inputs=row("z_dim"), peer=same(lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3
+    ),
+    "simple-gan-discriminator": Case(
+        inputs=row("img_dim"), peer=same(lambda m: guide.Discriminator(m.net[0].in_features)), lr=1e-3
+    ),
 }

@@ -21,10 +21,11 @@ class Block(nn.Module):
         super().__init__()
         self.attn = nn.MultiheadAttention(dim, heads)
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(dim, 4 * dim), act=Quick() if quick else nn.GELU(),
-                                             c_proj=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(dim, 4 * dim), act=Quick() if quick else nn.GELU(), c_proj=nn.Linear(4 * dim, dim))
+        )
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # T B D -> T B D
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # T B D -> T B D
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
         return x + self.mlp(self.ln_2(x))
@@ -35,7 +36,7 @@ class Blocks(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(dim, heads, quick) for _ in range(depth))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:          # B T D -> B T D
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # B T D -> B T D
         x = x.transpose(0, 1)
         for block in self.resblocks:
             x = block(x, mask)
@@ -54,7 +55,7 @@ class Patches(nn.Module):
         self.transformer = Blocks(c.dim, c.heads, c.depth, c.quick)
         self.proj = nn.Parameter(torch.zeros(c.dim, c.embed))
 
-    def forward(self, image: Tensor) -> Tensor:          # B C S S -> B E
+    def forward(self, image: Tensor) -> Tensor:  # B C S S -> B E
         x = self.conv1(image).flatten(2).permute(0, 2, 1)
         x = torch.cat([self.class_embedding + torch.zeros_like(x[:, :1]), x], 1) + self.positional_embedding
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
@@ -69,10 +70,11 @@ class Bottleneck(nn.Module):
         self.avgpool, self.downsample = nn.AvgPool2d(stride), None
         if stride > 1 or inputs != planes * 4:
             wider = nn.Conv2d(inputs, planes * 4, 1, bias=False)
-            self.downsample = nn.Sequential(OrderedDict({
-                "-1": nn.AvgPool2d(stride), "0": wider, "1": nn.BatchNorm2d(planes * 4)}))
+            self.downsample = nn.Sequential(
+                OrderedDict({"-1": nn.AvgPool2d(stride), "0": wider, "1": nn.BatchNorm2d(planes * 4)})
+            )
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H/stride W/stride
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H/stride W/stride
         y = torch.relu(self.bn1(self.conv1(x)))
         y = self.avgpool(torch.relu(self.bn2(self.conv2(y))))
         return torch.relu(self.bn3(self.conv3(y)) + (self.downsample(x) if self.downsample else x))
@@ -84,17 +86,33 @@ class AttentionPool(nn.Module):
     def __init__(self, side: int, dim: int, heads: int, embed: int):
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.zeros(side ** 2 + 1, dim))
+        self.positional_embedding = nn.Parameter(torch.zeros(side**2 + 1, dim))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
         self.c_proj = nn.Linear(dim, embed)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D h h -> B E
+    def forward(self, x: Tensor) -> Tensor:  # B D h h -> B E
         x = x.flatten(2).permute(2, 0, 1)
         x = torch.cat([x.mean(0, keepdim=True), x]) + self.positional_embedding[:, None]
         found, _ = F.multi_head_attention_forward(
-            x[:1], x, x, x.shape[-1], self.heads, None, torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]), None,
-            None, False, 0.0, self.c_proj.weight, self.c_proj.bias, need_weights=False, use_separate_proj_weight=True,
-            q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight, v_proj_weight=self.v_proj.weight)
+            x[:1],
+            x,
+            x,
+            x.shape[-1],
+            self.heads,
+            None,
+            torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]),
+            None,
+            None,
+            False,
+            0.0,
+            self.c_proj.weight,
+            self.c_proj.bias,
+            need_weights=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q_proj.weight,
+            k_proj_weight=self.k_proj.weight,
+            v_proj_weight=self.v_proj.weight,
+        )
         return found[0]
 
 
@@ -117,7 +135,7 @@ class ModifiedResNet(nn.Module):
         self.levels = len(c.depths)
         self.attnpool = AttentionPool(c.image // 2 ** (self.levels + 1), inputs, c.heads, c.embed)
 
-    def forward(self, image: Tensor) -> Tensor:          # B C S S -> B E
+    def forward(self, image: Tensor) -> Tensor:  # B C S S -> B E
         x = torch.relu(self.bn1(self.conv1(image)))
         x = torch.relu(self.bn2(self.conv2(x)))
         x = nn.functional.avg_pool2d(torch.relu(self.bn3(self.conv3(x))), 2)
@@ -139,15 +157,15 @@ class Official(nn.Module):
         self.text_projection = nn.Parameter(torch.zeros(c.text_dim, c.embed))
         self.logit_scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:                  # B C S S, B T -> B B, pictures by texts
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:  # B C S S, B T -> B B, pictures by texts
         pictures, texts = self.encoded(image, tokens)
         return self.logit_scale.exp() * pictures @ texts.T
 
-    def encoded(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:   # B C S S, B T -> B E, B E, of length 1
+    def encoded(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:  # B C S S, B T -> B E, B E, of length 1
         pictures, steps = self.visual(image), tokens.shape[1]
         ahead = torch.full((steps, steps), -torch.inf, dtype=pictures.dtype).triu(1)
         x = self.ln_final(self.transformer(self.token_embedding(tokens) + self.positional_embedding[:steps], ahead))
-        texts = x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection        # the end has the highest number
+        texts = x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection  # the end has the highest number
         return pictures / pictures.norm(dim=1, keepdim=True), texts / texts.norm(dim=1, keepdim=True)
 
 
@@ -158,13 +176,15 @@ class Pairs(nn.Module):
         super().__init__()
         self.peer = Official(c)
 
-    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:    # B C S S, B T, B T -> B 2 E
-        found = self.peer.encoded(image, torch.where(mask, tokens, 0))           # as its tokenizer pads
+    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:  # B C S S, B T, B T -> B 2 E
+        found = self.peer.encoded(image, torch.where(mask, tokens, 0))  # as its tokenizer pads
         return torch.stack(found, 1) * (self.peer.logit_scale / 2).exp()
 
 
 def official(model: nn.Module):
     """A peer for `cases`."""
     from fieldguide.checkpoints.weights import tables, translate
+
     return Pairs(model.config), lambda state: {
-        f"peer.{name}": x for name, x in translate(state, tables(model)["openai"], reverse=True).items()}
+        f"peer.{name}": x for name, x in translate(state, tables(model)["openai"], reverse=True).items()
+    }

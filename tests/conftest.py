@@ -16,22 +16,31 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def iris_run(tmp_path_factory):
     """A small network trained on iris, in a run folder."""
-    return fieldguide.fit("iris", model="mlp-s", out=tmp_path_factory.mktemp("runs") / "iris",
-                          settings={"steps": 60, "precision": "float32"})
+    return fieldguide.fit(
+        "iris", model="mlp-s", out=tmp_path_factory.mktemp("runs") / "iris", settings={"steps": 60, "precision": "float32"}
+    )
 
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """A small network trained on digits, in a run folder."""
-    return fieldguide.fit("digits", model="simplecnn", out=tmp_path_factory.mktemp("runs") / "digits",
-                          settings={"steps": 120, "precision": "float32"})
+    return fieldguide.fit(
+        "digits",
+        model="simplecnn",
+        out=tmp_path_factory.mktemp("runs") / "digits",
+        settings={"steps": 120, "precision": "float32"},
+    )
 
 
 @pytest.fixture(scope="session")
 def text_run(tmp_path_factory):
     """A small network trained on sentences of documentation, in a run folder."""
-    return fieldguide.fit("docstrings", model="gru-s", out=tmp_path_factory.mktemp("runs") / "text",
-                          settings={"steps": 60, "precision": "float32", "task.length": 24})
+    return fieldguide.fit(
+        "docstrings",
+        model="gru-s",
+        out=tmp_path_factory.mktemp("runs") / "text",
+        settings={"steps": 60, "precision": "float32", "task.length": 24},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +49,8 @@ def pictures(tmp_path_factory):
     path, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for name, (width, height) in {"a": (40, 31), "b": (24, 24), "c": (30, 90), "d": (41, 24)}.items():
         Image.fromarray(rng.integers(0, 255, (height // 2, width // 2, 3), dtype=np.uint8)).resize((width, height)).save(
-            path / f"{name}.png")
+            path / f"{name}.png"
+        )
     return path
 
 

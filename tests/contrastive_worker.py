@@ -29,7 +29,7 @@ def main(path: str, kind: str) -> None:
         data = Batches(22, lambda i, _: {name: x[i] for name, x in columns.items()})
         seen = []
         watch = type("Watch", (), {"step": lambda self, step, losses: seen.append(losses), "say": lambda self, text: None})()
-        t = trainer(objective, data, optimizer="sgd", lr=0.02, steps=6, batch=11)      # 6 and 5 rows for two processes
+        t = trainer(objective, data, optimizer="sgd", lr=0.02, steps=6, batch=11)  # 6 and 5 rows for two processes
         t.watch = watch
         t.train()
         alike = distributed.gather(weights(objective))

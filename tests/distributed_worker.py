@@ -21,7 +21,7 @@ def main(path: str, kind: str) -> None:
         double = type(batches)(len(batches), lambda i, g: {k: t.double() for k, t in batches.make(i, g).items()})
         t = trainer(objective, double, optimizer="sgd", lr=0.1, steps=8, accumulate=2)
         if kind == "gan":
-            torch.randn = noise                       # the same noise whatever the number of processes
+            torch.randn = noise  # the same noise whatever the number of processes
         t.train()
         alike = distributed.gather(weights(objective))
         assert all(torch.equal(alike[0], w) for w in alike), "processes hold different weights"

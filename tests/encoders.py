@@ -13,16 +13,28 @@ from fieldguide.models.registry import card_of
 from tied import Tied
 from tv import transformers
 
-KIND = {"words": "ForMaskedLM", "label": "ForSequenceClassification", "labels": "ForTokenClassification",
-        "span": "ForQuestionAnswering", "vector": "Model"}
+KIND = {
+    "words": "ForMaskedLM",
+    "label": "ForSequenceClassification",
+    "labels": "ForTokenClassification",
+    "span": "ForQuestionAnswering",
+    "vector": "Model",
+}
 STEM = {"bert": "Bert", "roberta": "Roberta", "deberta": "Deberta", "deberta-v2": "DebertaV2", "modernbert": "ModernBert"}
-RELATIVE = {"relative_attention": True, "position_biased_input": False, "type_vocab_size": 0, "pooler_dropout": 0.0,
-            "pooler_hidden_act": "gelu", "layer_norm_eps": 1e-7, "pad_token_id": 0}
+RELATIVE = {
+    "relative_attention": True,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "pooler_dropout": 0.0,
+    "pooler_hidden_act": "gelu",
+    "layer_norm_eps": 1e-7,
+    "pad_token_id": 0,
+}
 
 
 def exact_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """That of transformers is in float32 whatever the precision."""
-    turn = lambda x: torch.cat([-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]], -1)
+    turn = lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return q * cos + turn(q) * sin, k * cos + turn(k) * sin
 
@@ -41,23 +53,57 @@ transformers.models.deberta.modeling_deberta.DebertaLayerNorm.forward = exact_no
 def configuration(name: str, c: Any, **other: Any) -> Any:
     """The configuration of transformers that says what ours says."""
     classes = 2 if c.gives == "span" else c.classes
-    known = {"vocab_size": c.vocab, "hidden_size": c.dim, "num_hidden_layers": c.depth, "num_attention_heads": c.heads,
-             "intermediate_size": c.hidden, "num_labels": classes, "max_position_embeddings": c.length,
-             "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout}
-    known |= {"bert": lambda: {"pad_token_id": None},
-              "roberta": lambda: {"pad_token_id": c.pad, "max_position_embeddings": c.length + c.pad + 1, "type_vocab_size": 1,
-                                  "layer_norm_eps": 1e-5},
-              "deberta": lambda: RELATIVE | {"pos_att_type": ["c2p", "p2c"], "max_relative_positions": c.far,
-                                             "pooler_hidden_size": c.dim},
-              "deberta-v2": lambda: RELATIVE | {
-                  "pos_att_type": ["c2p", "p2c"], "max_relative_positions": c.far, "position_buckets": c.buckets,
-                  "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": c.conv, "conv_act": "gelu",
-                  "pooler_hidden_size": c.dim},
-              "modernbert": lambda: {
-                  "global_attn_every_n_layers": c.every, "local_attention": c.window, "global_rope_theta": c.turn,
-                  "local_rope_theta": c.turn_near, "attention_dropout": c.dropout, "embedding_dropout": c.dropout,
-                  "mlp_dropout": c.dropout, "classifier_dropout": c.dropout, "pad_token_id": None, "bos_token_id": None,
-                  "eos_token_id": None, "cls_token_id": None, "sep_token_id": None}}[name]()
+    known = {
+        "vocab_size": c.vocab,
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.hidden,
+        "num_labels": classes,
+        "max_position_embeddings": c.length,
+        "hidden_dropout_prob": c.dropout,
+        "attention_probs_dropout_prob": c.dropout,
+    }
+    known |= {
+        "bert": lambda: {"pad_token_id": None},
+        "roberta": lambda: {
+            "pad_token_id": c.pad,
+            "max_position_embeddings": c.length + c.pad + 1,
+            "type_vocab_size": 1,
+            "layer_norm_eps": 1e-5,
+        },
+        "deberta": lambda: (
+            RELATIVE | {"pos_att_type": ["c2p", "p2c"], "max_relative_positions": c.far, "pooler_hidden_size": c.dim}
+        ),
+        "deberta-v2": lambda: (
+            RELATIVE
+            | {
+                "pos_att_type": ["c2p", "p2c"],
+                "max_relative_positions": c.far,
+                "position_buckets": c.buckets,
+                "share_att_key": True,
+                "norm_rel_ebd": "layer_norm",
+                "conv_kernel_size": c.conv,
+                "conv_act": "gelu",
+                "pooler_hidden_size": c.dim,
+            }
+        ),
+        "modernbert": lambda: {
+            "global_attn_every_n_layers": c.every,
+            "local_attention": c.window,
+            "global_rope_theta": c.turn,
+            "local_rope_theta": c.turn_near,
+            "attention_dropout": c.dropout,
+            "embedding_dropout": c.dropout,
+            "mlp_dropout": c.dropout,
+            "classifier_dropout": c.dropout,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "cls_token_id": None,
+            "sep_token_id": None,
+        },
+    }[name]()
     return getattr(transformers, STEM[name] + "Config")(**known | other)
 
 
@@ -77,14 +123,14 @@ class Answers(Tied):
         self.peer, self.gives = peer, gives
         for module in peer.modules():
             if isinstance(module, nn.Embedding):
-                module.padding_idx = None                # it would keep the gradient of one token from its embedding
+                module.padding_idx = None  # it would keep the gradient of one token from its embedding
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         more = {} if segments is None else {"token_type_ids": segments}
         found = self.peer(input_ids=tokens, attention_mask=None if mask is None else mask.long(), **more)
         if self.gives == "span":
             return torch.stack([found.start_logits, found.end_logits], -1)
-        if self.gives == "vector":                       # as sentence-transformers does it
+        if self.gives == "vector":  # as sentence-transformers does it
             x, real = found.last_hidden_state, mask[..., None].to(found.last_hidden_state.dtype)
             return F.normalize((x * real).sum(1) / real.sum(1).clamp(min=1e-9), dim=1)
         return found.logits
@@ -102,4 +148,5 @@ def encoder(model: nn.Module) -> tuple[nn.Module, Any]:
         # A file of the encoder alone has no prefix.
         named = {key: key if f"peer.{key}" in real else key.partition(".")[2] for key in theirs}
         return {f"peer.{named[key]}": tensor for key, tensor in theirs.items()}
+
     return peer, rename

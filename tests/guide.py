@@ -87,9 +87,12 @@ class Generator(nn.Module):
     def __init__(self, z_dim=100, img_dim=784):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(z_dim, 256), nn.LeakyReLU(0.2),
-            nn.Linear(256, 512), nn.LeakyReLU(0.2),
-            nn.Linear(512, img_dim), nn.Tanh(),
+            nn.Linear(z_dim, 256),
+            nn.LeakyReLU(0.2),
+            nn.Linear(256, 512),
+            nn.LeakyReLU(0.2),
+            nn.Linear(512, img_dim),
+            nn.Tanh(),
         )
 
     def forward(self, z):
@@ -100,9 +103,12 @@ class Discriminator(nn.Module):
     def __init__(self, img_dim=784):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(img_dim, 512), nn.LeakyReLU(0.2),
-            nn.Linear(512, 256), nn.LeakyReLU(0.2),
-            nn.Linear(256, 1), nn.Sigmoid(),
+            nn.Linear(img_dim, 512),
+            nn.LeakyReLU(0.2),
+            nn.Linear(512, 256),
+            nn.LeakyReLU(0.2),
+            nn.Linear(256, 1),
+            nn.Sigmoid(),
         )
 
     def forward(self, x):

@@ -35,16 +35,20 @@ class Logits(nn.Module):
 
 def peer(build: Callable[[nn.Module], nn.Module], origin: str) -> Callable[[nn.Module], tuple]:
     """For cases.py: the network, and our names turned into its."""
+
     def pair(model: nn.Module) -> tuple:
         theirs, table = build(model), tables(model)[origin]
         if not isinstance(theirs, transformers.PreTrainedModel):
             return theirs, lambda state: translate(state, table, reverse=True)
-        return Logits(theirs), lambda state: {f"peer.{name}": tensor for name, tensor
-                                              in translate(state, table, reverse=True).items()}
+        return Logits(theirs), lambda state: {
+            f"peer.{name}": tensor for name, tensor in translate(state, table, reverse=True).items()
+        }
+
     return pair
 
 
 # ---------------------------------------------------------------------------------------------- AlexNet, VGG
+
 
 def torchvision_alexnet(model: nn.Module) -> nn.Module:
     c = model.config
@@ -56,7 +60,7 @@ def torchvision_alexnet(model: nn.Module) -> nn.Module:
         shape = stem if place == 0 else (old.kernel_size, old.stride, old.padding)
         theirs.features[place] = nn.Conv2d(inputs, outputs, *shape)
     theirs.avgpool.output_size = (c.side, c.side)
-    dims = (c.widths[-1] * c.side ** 2, c.hidden, c.hidden, c.classes)
+    dims = (c.widths[-1] * c.side**2, c.hidden, c.hidden, c.classes)
     for place, inputs, outputs in zip((1, 4, 6), dims, dims[1:]):
         theirs.classifier[place] = nn.Linear(inputs, outputs)
     return theirs
@@ -73,7 +77,7 @@ def torchvision_vgg(model: nn.Module) -> nn.Module:
         theirs = tvm.VGG(nn.Sequential(), c.classes, init_weights=False, dropout=c.dropout)
     theirs.features = tvm.vgg.make_layers(columns(c), batch_norm=c.norm)
     theirs.avgpool.output_size = (c.side, c.side)
-    dims = (c.widths[-1] * c.side ** 2, c.hidden, c.hidden, c.classes)
+    dims = (c.widths[-1] * c.side**2, c.hidden, c.hidden, c.classes)
     for place, inputs, outputs in zip((0, 3, 6), dims, dims[1:]):
         theirs.classifier[place] = nn.Linear(inputs, outputs)
     return theirs
@@ -93,10 +97,18 @@ def timm_vgg(model: nn.Module) -> nn.Module:
 
 # ---------------------------------------------------------------------------------------------- EfficientNet, MobileNet
 
+
 def torchvision_efficientnet(model: nn.Module) -> nn.Module:
     c, module = model.config, tvm.efficientnet
-    rows = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3), (6, 5, 1, 80, 112, 3),
-            (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
+    rows = [
+        (1, 3, 1, 32, 16, 1),
+        (6, 3, 2, 16, 24, 2),
+        (6, 5, 2, 24, 40, 2),
+        (6, 3, 2, 40, 80, 3),
+        (6, 5, 1, 80, 112, 3),
+        (6, 5, 2, 112, 192, 4),
+        (6, 3, 1, 192, 320, 1),
+    ]
     rows = [module.MBConvConfig(*row, width_mult=c.width, depth_mult=c.depth) for row in rows]
     return module.EfficientNet(rows, c.dropout, c.drop_path, c.classes, partial(nn.BatchNorm2d, eps=c.eps))
 
@@ -104,15 +116,32 @@ def torchvision_efficientnet(model: nn.Module) -> nn.Module:
 def timm_efficientnet(model: nn.Module) -> nn.Module:
     c = model.config
     return timm.models.efficientnet._gen_efficientnet(
-        "efficientnet_b0", c.width, c.depth, num_classes=c.classes, in_chans=c.channels, drop_rate=c.dropout,
-        drop_path_rate=c.drop_path, bn_eps=c.eps, pad_type="same" if c.padding == "same" else "")
+        "efficientnet_b0",
+        c.width,
+        c.depth,
+        num_classes=c.classes,
+        in_chans=c.channels,
+        drop_rate=c.dropout,
+        drop_path_rate=c.drop_path,
+        bn_eps=c.eps,
+        pad_type="same" if c.padding == "same" else "",
+    )
 
 
 def huggingface_efficientnet(model: nn.Module) -> nn.Module:
     c = model.config
-    return transformers.EfficientNetForImageClassification(transformers.EfficientNetConfig(
-        num_channels=c.channels, width_coefficient=c.width, depth_coefficient=c.depth, hidden_dim=model.head.in_features,
-        batch_norm_eps=c.eps, dropout_rate=c.dropout, drop_connect_rate=c.drop_path, num_labels=c.classes))
+    return transformers.EfficientNetForImageClassification(
+        transformers.EfficientNetConfig(
+            num_channels=c.channels,
+            width_coefficient=c.width,
+            depth_coefficient=c.depth,
+            hidden_dim=model.head.in_features,
+            batch_norm_eps=c.eps,
+            dropout_rate=c.dropout,
+            drop_connect_rate=c.drop_path,
+            num_labels=c.classes,
+        )
+    )
 
 
 def torchvision_efficientnet_v2(model: nn.Module) -> nn.Module:
@@ -128,12 +157,24 @@ def torchvision_efficientnet_v2(model: nn.Module) -> nn.Module:
 def timm_efficientnet_v2(model: nn.Module) -> nn.Module:
     c, module = model.config, timm.models.efficientnet
     kinds = ["cn_r{}_k3_s{}_e{}_c{}_skip", *["er_r{}_k3_s{}_e{}_c{}"] * 2, *["ir_r{}_k3_s{}_e{}_c{}_se0.25"] * 4]
-    rows = [[kind.format(depth, stride, growth, width)] for kind, depth, stride, growth, width
-            in zip(kinds, c.depths, efficientnet_v2.strides(c), c.growths, c.widths)]
+    rows = [
+        [kind.format(depth, stride, growth, width)]
+        for kind, depth, stride, growth, width in zip(kinds, c.depths, efficientnet_v2.strides(c), c.growths, c.widths)
+    ]
     return module.EfficientNet(
-        module.decode_arch_def(rows), c.classes, c.top, c.channels, c.widths[0], fix_stem=True,
-        pad_type="same" if c.padding == "same" else "", act_layer=nn.SiLU, round_chs_fn=int_channels,
-        norm_layer=partial(nn.BatchNorm2d, eps=c.eps), drop_rate=c.dropout, drop_path_rate=c.drop_path)
+        module.decode_arch_def(rows),
+        c.classes,
+        c.top,
+        c.channels,
+        c.widths[0],
+        fix_stem=True,
+        pad_type="same" if c.padding == "same" else "",
+        act_layer=nn.SiLU,
+        round_chs_fn=int_channels,
+        norm_layer=partial(nn.BatchNorm2d, eps=c.eps),
+        drop_rate=c.dropout,
+        drop_path_rate=c.drop_path,
+    )
 
 
 def int_channels(width: float, *_: Any) -> int:
@@ -143,8 +184,9 @@ def int_channels(width: float, *_: Any) -> int:
 def torchvision_mobilenet_v2(model: nn.Module) -> nn.Module:
     c = model.config
     rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
-    return tvm.MobileNetV2(c.classes, c.width, [[t, n, math.ceil(c.depth * deep), stride] for t, n, deep, stride in rows],
-                           dropout=c.dropout)
+    return tvm.MobileNetV2(
+        c.classes, c.width, [[t, n, math.ceil(c.depth * deep), stride] for t, n, deep, stride in rows], dropout=c.dropout
+    )
 
 
 def torchvision_mobilenet_v3(model: nn.Module) -> nn.Module:
@@ -168,19 +210,36 @@ def timm_mobilenet_v3(model: nn.Module) -> nn.Module:
     arch.append([f"cn_r1_k1_s1_c{6 * dim}"])
     round8 = timm.models._efficientnet_builder.round_channels
     return module.MobileNetV3(
-        module.decode_arch_def(arch), c.classes, c.channels, c.stem, num_features=c.hidden, act_layer=nn.Hardswish,
-        norm_layer=partial(nn.BatchNorm2d, eps=c.eps), drop_rate=c.dropout, pad_type="same" if c.padding == "same" else "",
-        se_layer=partial(module.SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round8))
+        module.decode_arch_def(arch),
+        c.classes,
+        c.channels,
+        c.stem,
+        num_features=c.hidden,
+        act_layer=nn.Hardswish,
+        norm_layer=partial(nn.BatchNorm2d, eps=c.eps),
+        drop_rate=c.dropout,
+        pad_type="same" if c.padding == "same" else "",
+        se_layer=partial(module.SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round8),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- ConvNeXt
 
+
 def timm_convnext(model: nn.Module) -> nn.Module:
     c = model.config
-    newer = type(model).__name__ == "ConvNeXtV2"         # whose sizes below Tiny are made of 1x1 convolutions
+    newer = type(model).__name__ == "ConvNeXtV2"  # whose sizes below Tiny are made of 1x1 convolutions
     return timm.models.convnext.ConvNeXt(
-        c.channels, c.classes, depths=c.depths, dims=c.widths, patch_size=c.patch, drop_path_rate=c.drop_path, use_grn=newer,
-        ls_init_value=None if newer else 1e-6, conv_mlp=newer and c.widths[0] < 96)
+        c.channels,
+        c.classes,
+        depths=c.depths,
+        dims=c.widths,
+        patch_size=c.patch,
+        drop_path_rate=c.drop_path,
+        use_grn=newer,
+        ls_init_value=None if newer else 1e-6,
+        conv_mlp=newer and c.widths[0] < 96,
+    )
 
 
 def torchvision_convnext(model: nn.Module) -> nn.Module:
@@ -194,35 +253,58 @@ def huggingface_convnext(model: nn.Module) -> nn.Module:
     c = model.config
     kind = "ConvNextV2" if type(model).__name__ == "ConvNeXtV2" else "ConvNext"
     config = getattr(transformers, f"{kind}Config")(
-        num_channels=c.channels, patch_size=c.patch, num_stages=len(c.depths), hidden_sizes=list(c.widths),
-        depths=list(c.depths), drop_path_rate=c.drop_path, num_labels=c.classes, layer_norm_eps=1e-6)
+        num_channels=c.channels,
+        patch_size=c.patch,
+        num_stages=len(c.depths),
+        hidden_sizes=list(c.widths),
+        depths=list(c.depths),
+        drop_path_rate=c.drop_path,
+        num_labels=c.classes,
+        layer_norm_eps=1e-6,
+    )
     return getattr(transformers, f"{kind}ForImageClassification")(config)
 
 
 # ---------------------------------------------------------------------------------------------- of 2012
 
+
 def alexnet_2012(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
     """AlexNet with the small stem by fields of the map below; each group sees its half of them."""
+
     def layer(maps: Tensor, name: str, groups: int) -> Tensor:
         weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
         (outputs, inputs, kernel, _), side, margin = weight.shape, maps.shape[-1], weight.shape[-1] // 2
         padded = maps.new_zeros(*maps.shape[:2], side + 2 * margin, side + 2 * margin)
-        padded[..., margin:margin + side, margin:margin + side] = maps
+        padded[..., margin : margin + side, margin : margin + side] = maps
         out = []
         for k in range(outputs):
-            first = k * groups // outputs * inputs       # of the maps that this group sees
-            out.append(sum(padded[:, first + m, i:i + side, j:j + side] * weight[k, m, i, j]
-                           for m in range(inputs) for i in range(kernel) for j in range(kernel)) + bias[k])
+            first = k * groups // outputs * inputs  # of the maps that this group sees
+            out.append(
+                sum(
+                    padded[:, first + m, i : i + side, j : j + side] * weight[k, m, i, j]
+                    for m in range(inputs)
+                    for i in range(kernel)
+                    for j in range(kernel)
+                )
+                + bias[k]
+            )
         return torch.stack(out, 1).clamp(min=0)
 
-    def normalised(a: Tensor) -> Tensor:                 # section 3.3
+    def normalised(a: Tensor) -> Tensor:  # section 3.3
         last = a.shape[1] - 1
-        return torch.stack([a[:, i] / (2 + 1e-4 * sum(a[:, j] ** 2 for j in range(max(0, i - 2), min(last, i + 2) + 1))) ** 0.75
-                            for i in range(last + 1)], 1)
+        return torch.stack(
+            [
+                a[:, i] / (2 + 1e-4 * sum(a[:, j] ** 2 for j in range(max(0, i - 2), min(last, i + 2) + 1))) ** 0.75
+                for i in range(last + 1)
+            ],
+            1,
+        )
 
-    def pool(maps: Tensor) -> Tensor:                    # of three by three, two apart
+    def pool(maps: Tensor) -> Tensor:  # of three by three, two apart
         side = (maps.shape[-1] - 3) // 2 + 1
-        return torch.stack([maps[..., i:i + 2 * side - 1:2, j:j + 2 * side - 1:2] for i in range(3) for j in range(3)]).amax(0)
+        return torch.stack(
+            [maps[..., i : i + 2 * side - 1 : 2, j : j + 2 * side - 1 : 2] for i in range(3) for j in range(3)]
+        ).amax(0)
 
     x = pool(normalised(layer(pictures, "conv1", 1)))
     x = pool(normalised(layer(x, "conv2", 2)))

@@ -28,7 +28,7 @@ class Equations(nn.Module):
 
     @staticmethod
     def rename(name: str) -> str:
-        return name.replace(".", "__")                   # torch allows no dots in the name of a parameter
+        return name.replace(".", "__")  # torch allows no dots in the name of a parameter
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -40,6 +40,7 @@ class Equations(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- recurrent
+
 
 def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
@@ -66,6 +67,7 @@ def gru_step(w: Tensor, u: Tensor, b: Tensor, c: Tensor, x: Tensor, state: tuple
 
 def recurrent(step: Callable, states: int) -> Callable[..., Tensor]:
     """A stack in as many directions as there are weights for, one row, one token at a time."""
+
     def function(p: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
         rows = []
         for row, real in zip(tokens, mask):
@@ -75,8 +77,9 @@ def recurrent(step: Callable, states: int) -> Callable[..., Tensor]:
                 lanes = []
                 direction = 0
                 while (name := f"rnn.layers.{layer}.{direction}.weight_ih_l0") in p:
-                    w, u, b, c = (p[name.replace("weight_ih", part)]
-                                  for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+                    w, u, b, c = (
+                        p[name.replace("weight_ih", part)] for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                    )
                     state = tuple(torch.zeros(u.shape[1], dtype=u.dtype) for _ in range(states))
                     lane = []
                     for x in xs if direction == 0 else xs[::-1]:
@@ -90,6 +93,7 @@ def recurrent(step: Callable, states: int) -> Callable[..., Tensor]:
             last = torch.cat([lanes[0][-1], *(lane[0] for lane in lanes[1:])])
             rows.append(p["head.weight"] @ last + p["head.bias"])
         return torch.stack(rows)
+
     return function
 
 
@@ -112,23 +116,28 @@ def squash(x: Tensor) -> Tensor:
 
 def lenet5(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
     """LeNet-5 of 1998 by fields of the map below, as section II.B describes it."""
-    def field(maps: Tensor, side: int, step: int, rows: int) -> Tensor:          # -> B D rows rows side side
-        return torch.stack([torch.stack([maps[:, :, i * step:i * step + side, j * step:j * step + side]
-                                         for j in range(rows)], 2) for i in range(rows)], 2)
+
+    def field(maps: Tensor, side: int, step: int, rows: int) -> Tensor:  # -> B D rows rows side side
+        return torch.stack(
+            [
+                torch.stack([maps[:, :, i * step : i * step + side, j * step : j * step + side] for j in range(rows)], 2)
+                for i in range(rows)
+            ],
+            2,
+        )
 
     def subsample(maps: Tensor, name: str) -> Tensor:
         total = field(maps, 2, 2, maps.shape[-1] // 2).sum((-1, -2))
         return total * p[f"{name}.weight"].view(-1, 1, 1) + p[f"{name}.bias"].view(-1, 1, 1)
 
     fields = field(pictures, 5, 1, 28)
-    c1 = torch.stack([(fields * p["c1.weight"][k][:, None, None]).sum((1, -1, -2)) + p["c1.bias"][k]
-                      for k in range(6)], 1)
+    c1 = torch.stack([(fields * p["c1.weight"][k][:, None, None]).sum((1, -1, -2)) + p["c1.bias"][k] for k in range(6)], 1)
     s2 = squash(subsample(squash(c1), "s2"))
     fields, c3, kernel = field(s2, 5, 1, 10), [], iter(p["c3.weight"])
     for k in range(16):
         seen = [m for m in range(6) if TABLE_1[m][k] == "X"]
         c3.append(sum((fields[:, m] * next(kernel)).sum((-1, -2)) for m in seen) + p["c3.bias"][k])
-    s4 = squash(subsample(squash(torch.stack(c3, 1)), "s4"))                     # B 16 5 5
+    s4 = squash(subsample(squash(torch.stack(c3, 1)), "s4"))  # B 16 5 5
     c5 = squash((s4[:, None] * p["c5.weight"]).sum((2, 3, 4)) + p["c5.bias"])
     f6 = squash((c5[:, None] * p["f6.weight"]).sum(2) + p["f6.bias"])
     return -torch.stack([((f6 - code) ** 2).sum(1) for code in p["codes"]], 1)
@@ -136,14 +145,21 @@ def lenet5(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
 def lenet5_modern(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
     """The taught form by fields: pad by 2, convolve, clip at zero, take the largest of four."""
+
     def layer(maps: Tensor, name: str) -> Tensor:
         side = maps.shape[-1] - 4
         weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
-        out = torch.stack([torch.stack([(maps[:, None, :, i:i + 5, j:j + 5] * weight).sum((2, 3, 4)) + bias
-                                        for j in range(side)], 2) for i in range(side)], 2)
+        out = torch.stack(
+            [
+                torch.stack([(maps[:, None, :, i : i + 5, j : j + 5] * weight).sum((2, 3, 4)) + bias for j in range(side)], 2)
+                for i in range(side)
+            ],
+            2,
+        )
         out = out.clamp(min=0)
-        return torch.maximum(torch.maximum(out[..., 0::2, 0::2], out[..., 1::2, 0::2]),
-                             torch.maximum(out[..., 0::2, 1::2], out[..., 1::2, 1::2]))
+        return torch.maximum(
+            torch.maximum(out[..., 0::2, 0::2], out[..., 1::2, 0::2]), torch.maximum(out[..., 0::2, 1::2], out[..., 1::2, 1::2])
+        )
 
     padded = pictures.new_zeros(*pictures.shape[:2], pictures.shape[2] + 4, pictures.shape[3] + 4)
     padded[..., 2:-2, 2:-2] = pictures
@@ -155,8 +171,10 @@ def lenet5_modern(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- tables
 
+
 def mlp(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
     """An MLP whose embeddings are one table, the columns' parts one after another."""
+
     def function(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
         rows = []
         for number, category in zip(numbers, categories):
@@ -170,6 +188,7 @@ def mlp(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
                 layer += 1
             rows.append(p["head.weight"] @ x + p["head.bias"])
         return torch.stack(rows)
+
     return function
 
 
@@ -188,6 +207,7 @@ def piecewise_linear(x: float, edges: list[float]) -> list[float]:
 
 # ---------------------------------------------------------------------------------------------- positions
 
+
 def sinusoid(position: int, column: int, dim: int) -> float:
     """Section 3.5 of arXiv:1706.03762."""
     angle = position / 10_000 ** (2 * (column // 2) / dim)
@@ -196,16 +216,23 @@ def sinusoid(position: int, column: int, dim: int) -> float:
 
 # ---------------------------------------------------------------------------------------------- maps
 
+
 def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, border: int = 0) -> Tensor:
     """The sum over a kernel's places of the map shifted there, times the weight of that place."""
     batch, _, height, width = maps.shape
     wide = maps.new_zeros(batch, maps.shape[1], height + 2 * border, width + 2 * border)
-    wide[:, :, border:border + height, border:border + width] = maps
+    wide[:, :, border : border + height, border : border + width] = maps
     side = weight.shape[-1]
     rows, columns = ((n + 2 * border - side) // stride + 1 for n in (height, width))
-    out = sum(torch.einsum("bchw,dc->bdhw", wide[:, :, i:i + (rows - 1) * stride + 1:stride,
-                                                 j:j + (columns - 1) * stride + 1:stride], weight[:, :, i, j])
-              for i in range(side) for j in range(side))
+    out = sum(
+        torch.einsum(
+            "bchw,dc->bdhw",
+            wide[:, :, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride],
+            weight[:, :, i, j],
+        )
+        for i in range(side)
+        for j in range(side)
+    )
     return out if bias is None else out + bias[:, None, None]
 
 
@@ -218,9 +245,9 @@ def spread(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int
         for x in range(maps.shape[3]):
             laid = torch.einsum("bc,cdij->bdij", maps[:, :, y, x], weight)
             patch = torch.zeros_like(out)
-            patch[:, :, y * stride:y * stride + side, x * stride:x * stride + side] = laid
+            patch[:, :, y * stride : y * stride + side, x * stride : x * stride + side] = laid
             out = out + patch
-    out = out[:, :, border:rows - border, border:columns - border]
+    out = out[:, :, border : rows - border, border : columns - border]
     return out if bias is None else out + bias[:, None, None]
 
 
@@ -247,13 +274,14 @@ def unet(padding: str) -> Callable[..., Tensor]:
         x = levels.pop()
         for i, skip in enumerate(reversed(levels)):
             x = spread(x, p[f"up.{i}.weight"], p[f"up.{i}.bias"], stride=2)
-            if padding == "same":                        # a last row and column of zeros where the size was odd
+            if padding == "same":  # a last row and column of zeros where the size was odd
                 full = x.new_zeros(*x.shape[:2], *skip.shape[2:])
-                full[:, :, :x.shape[2], :x.shape[3]] = x
+                full[:, :, : x.shape[2], : x.shape[3]] = x
                 x = full
             top, left = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
-            x = twice(torch.cat([skip[:, :, top:top + x.shape[2], left:left + x.shape[3]], x], 1), f"merge.{i}")
+            x = twice(torch.cat([skip[:, :, top : top + x.shape[2], left : left + x.shape[3]], x], 1), f"merge.{i}")
         return convolve(x, p["head.weight"], p["head.bias"])
+
     return function
 
 
@@ -287,13 +315,15 @@ def softmax(x: list[Tensor]) -> list[Tensor]:
 
 
 def gelu(x: Tensor) -> Tensor:
-    return x * (1 + torch.erf(x / 2 ** 0.5)) / 2
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
 
 
 # ---------------------------------------------------------------------------------------------- recommendation
 
+
 def deepfm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
     """Equations 1 to 4 of Guo et al. 2017, row by row and pair by pair: one long vector x of all features, most of it 0."""
+
     def function(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
         rows = []
         starts = [sum(sizes[:k]) for k in range(len(sizes))]
@@ -315,25 +345,30 @@ def deepfm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
                 h = h if layer == layers[-1] else h.clamp(min=0)
             rows.append(torch.stack([torch.zeros_like(y), y + h[0]]))
         return torch.stack(rows)
+
     return function
 
 
 def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
     """The authors' code in their order, one history, one item, one head at a time; none stands before the first item."""
+
     def function(p: dict[str, Tensor], items: Tensor, mask: Tensor) -> Tensor:
         linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]
         dim = p["embed.weight"].shape[1]
         rows = []
         for row, real in zip(items, mask):
             history = row[real].tolist()
-            xs = [dim ** 0.5 * (p["embed.weight"][item] if item else torch.zeros(dim, dtype=p["pos.weight"].dtype))
-                  + p["pos.weight"][length - len(history) + t] for t, item in enumerate(history)]
+            xs = [
+                dim**0.5 * (p["embed.weight"][item] if item else torch.zeros(dim, dtype=p["pos.weight"].dtype))
+                + p["pos.weight"][length - len(history) + t]
+                for t, item in enumerate(history)
+            ]
             block = 0
             while f"blocks.{block}.norm1.weight" in p:
                 name, ys = f"blocks.{block}", []
                 queries = [layer_normalise(p, f"{name}.norm1", x, 1e-8) for x in xs]
                 for t, query in enumerate(queries):
-                    q, past = linear(f"{name}.query", query), xs[:t + 1]
+                    q, past = linear(f"{name}.query", query), xs[: t + 1]
                     k, v = [linear(f"{name}.key", x) for x in past], [linear(f"{name}.value", x) for x in past]
                     z = []
                     for h in range(heads):
@@ -348,30 +383,39 @@ def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
             logits[real, 1:] = torch.stack([torch.stack([(item * x).sum() for item in p["embed.weight"][1:]]) for x in xs])
             rows.append(logits)
         return torch.stack(rows)
+
     return function
 
 
 # ---------------------------------------------------------------------------------------------- forecasts
 
+
 def dlinear(window: int, values: int) -> Callable[..., Tensor]:
     """Equations of section 4 of arXiv:2205.13504, one series and one moment at a time; ends are repeated."""
+
     def function(p: dict[str, Tensor], series: Tensor) -> Tensor:
         rows = []
         for row in series:
             columns = []
             for x in row.T:
                 last = len(x) - 1
-                trend = torch.stack([sum(x[min(max(t + step, 0), last)] for step in range(-(window // 2), window // 2 + 1))
-                                     / window for t in range(len(x))])
+                trend = torch.stack(
+                    [
+                        sum(x[min(max(t + step, 0), last)] for step in range(-(window // 2), window // 2 + 1)) / window
+                        for t in range(len(x))
+                    ]
+                )
                 y = p["seasonal.weight"] @ (x - trend) + p["seasonal.bias"] + p["trend.weight"] @ trend + p["trend.bias"]
-                columns.append(torch.stack([y[start:start + values] for start in range(0, len(y), values)]))
+                columns.append(torch.stack([y[start : start + values] for start in range(0, len(y), values)]))
             rows.append(torch.stack(columns, 1))
         return torch.stack(rows)
+
     return function
 
 
 def lstm_forecaster(horizon: int) -> Callable[..., Tensor]:
     """Sections 3.2 and 3.3 of arXiv:1711.11053: one window, one series, one moment of past and future at a time."""
+
     def function(p: dict[str, Tensor], series: Tensor, past: Tensor, known: Tensor) -> Tensor:
         linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]
         rows = []
@@ -379,7 +423,7 @@ def lstm_forecaster(horizon: int) -> Callable[..., Tensor]:
             columns = []
             for x in row.T:
                 steps = len(x)
-                xs, layer = [torch.cat([x[t:t + 1], beside[t], sure[t]]) for t in range(steps)], 0
+                xs, layer = [torch.cat([x[t : t + 1], beside[t], sure[t]]) for t in range(steps)], 0
                 while f"rnn.layers.{layer}.0.weight_ih_l0" in p:
                     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
                     w, u, b, c = (p[f"rnn.layers.{layer}.0.{kind}_l0"] for kind in kinds)
@@ -390,24 +434,34 @@ def lstm_forecaster(horizon: int) -> Callable[..., Tensor]:
                     xs, layer = ys, layer + 1
                 contexts = linear("down", linear("up", torch.cat([xs[-1], *sure[steps:]])).clamp(min=0))
                 size = len(contexts) // (horizon + 1)
-                parts = [contexts[k * size:(k + 1) * size] for k in range(horizon + 1)]
-                columns.append(torch.stack([linear("head", linear("local", torch.cat(
-                    [parts[k], parts[horizon], sure[steps + k]])).clamp(min=0)) for k in range(horizon)]))
+                parts = [contexts[k * size : (k + 1) * size] for k in range(horizon + 1)]
+                columns.append(
+                    torch.stack(
+                        [
+                            linear("head", linear("local", torch.cat([parts[k], parts[horizon], sure[steps + k]])).clamp(min=0))
+                            for k in range(horizon)
+                        ]
+                    )
+                )
             rows.append(torch.stack(columns, 1))
         return torch.stack(rows)
+
     return function
 
 
 def patchtst(patch: int, stride: int, heads: int, values: int) -> Callable[..., Tensor]:
     """Section 3 of arXiv:2211.14730 with the choices of the authors' code; all series of a batch, one patch at a time."""
+
     def function(p: dict[str, Tensor], series: Tensor) -> Tensor:
         batch, steps, columns = series.shape
         x = torch.stack([series[i, :, j] for i in range(batch) for j in range(columns)])
         mean = sum(x[:, t] for t in range(steps)) / steps
         deviation = (sum((x[:, t] - mean) ** 2 for t in range(steps)) / steps + 1e-5) ** 0.5
         x = torch.stack([(x[:, min(t, steps - 1)] - mean) / deviation for t in range(steps + stride)], 1)
-        xs = [x[:, start:start + patch] @ p["embed.weight"].T + p["embed.bias"] + p["pos"][n]
-              for n, start in enumerate(range(0, steps + stride - patch + 1, stride))]
+        xs = [
+            x[:, start : start + patch] @ p["embed.weight"].T + p["embed.bias"] + p["pos"][n]
+            for n, start in enumerate(range(0, steps + stride - patch + 1, stride))
+        ]
         dim, before, block = p["pos"].shape[1], {}, 0
         while f"blocks.{block}.proj.weight" in p:
             name = f"blocks.{block}"
@@ -425,13 +479,15 @@ def patchtst(patch: int, stride: int, heads: int, values: int) -> Callable[..., 
             ys = batch_normalise(p, f"{name}.norm1", torch.stack(ys, 2)).unbind(2)
             xs = [y + linear("down", gelu(linear("up", y))) for y in ys]
             xs, block = list(batch_normalise(p, f"{name}.norm2", torch.stack(xs, 2)).unbind(2)), block + 1
-        flat = torch.stack([x[:, d] for d in range(dim) for x in xs], 1)         # first all patches of one number
+        flat = torch.stack([x[:, d] for d in range(dim) for x in xs], 1)  # first all patches of one number
         y = (flat @ p["head.weight"].T + p["head.bias"]) * deviation[:, None] + mean[:, None]
         return y.reshape(batch, columns, -1, values).transpose(1, 2)
+
     return function
 
 
 # ---------------------------------------------------------------------------------------------- DCGAN
+
 
 def dcgan(p: dict[str, Tensor], noise: Tensor) -> Tensor:
     """Project, then double and normalise until the layer that nothing follows."""
@@ -455,9 +511,10 @@ def dcgan_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- speech
 
+
 def conformer_stem(p: dict[str, Tensor], x: Tensor) -> Tensor:
     """One spectrogram, T F: two 3x3 convolutions of stride 2, padded by one, each output value on its own."""
-    grid = x[None]                                                               # channels, T, F
+    grid = x[None]  # channels, T, F
     for number in (1, 2):
         w, b = p[f"stem.conv{number}.weight"], p[f"stem.conv{number}.bias"]
         _, high, wide = grid.shape
@@ -471,12 +528,13 @@ def conformer_stem(p: dict[str, Tensor], x: Tensor) -> Tensor:
                         if 0 <= t + dt < high and 0 <= f + df < wide:
                             total = total + w[:, :, dt + 1, df + 1] @ grid[:, t + dt, f + df]
                 columns.append(torch.where(total > 0, total, torch.zeros_like(total)))
-            rows.append(torch.stack(columns, -1))                                # channels, F/2
+            rows.append(torch.stack(columns, -1))  # channels, F/2
         grid = torch.stack(rows, 1)
     return torch.stack([p["stem.proj.weight"] @ grid[:, t].flatten() + p["stem.proj.bias"] for t in range(grid.shape[1])])
 
 
 # ---------------------------------------------------------------------------------------------- Latte
+
 
 def latte(c) -> Callable[..., Tensor]:
     """Section 3.1, variant 1, of arXiv:2401.03048 with blocks of arXiv:2212.09748 (adaLN-Zero), one place at a time."""
@@ -486,17 +544,17 @@ def latte(c) -> Callable[..., Tensor]:
         angles = [place / 10_000 ** (2 * i / width) for i in range(width // 2)]
         return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
 
-    def normalise(x: Tensor) -> Tensor:                  # B D, each row to mean 0 and variance 1
+    def normalise(x: Tensor) -> Tensor:  # B D, each row to mean 0 and variance 1
         mean = x.sum(1, keepdim=True) / dim
         return (x - mean) / (((x - mean) ** 2).sum(1, keepdim=True) / dim + 1e-6) ** 0.5
 
     def gelu_tanh(x: Tensor) -> Tensor:
-        return x / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+        return x / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
     def function(p: dict[str, Tensor], video: Tensor, time: Tensor, label: Tensor) -> Tensor:
         linear = lambda name, x: x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
         silu = lambda x: x * sigmoid(x)
-        rate = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)       # in float32, as trained
+        rate = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)  # in float32, as trained
         angles = [time.float() * r for r in rate]
         said = torch.stack([torch.cos(a) for a in angles] + [torch.sin(a) for a in angles], 1).to(video.dtype)
         what = linear("time2", silu(linear("time1", said)))
@@ -505,7 +563,7 @@ def latte(c) -> Callable[..., Tensor]:
         for f in range(video.shape[1]):
             for row in range(side):
                 for column in range(side):
-                    piece = video[:, f, :, row * c.patch:(row + 1) * c.patch, column * c.patch:(column + 1) * c.patch]
+                    piece = video[:, f, :, row * c.patch : (row + 1) * c.patch, column * c.patch : (column + 1) * c.patch]
                     x = torch.stack([(piece * kernel).sum((1, 2, 3)) for kernel in p["patch.weight"]], 1) + p["patch.bias"]
                     place = torch.tensor(waves(column, dim // 2) + waves(row, dim // 2), dtype=torch.float32)
                     xs[f, row, column] = x + place
@@ -514,7 +572,8 @@ def latte(c) -> Callable[..., Tensor]:
             if i == 1:
                 xs = {key: x + torch.tensor(waves(key[0], dim), dtype=torch.float32) for key, x in xs.items()}
             shift1, scale1, gate1, shift2, scale2, gate2 = (
-                linear(f"{name}.condition", silu(what))[:, part * dim:(part + 1) * dim] for part in range(6))
+                linear(f"{name}.condition", silu(what))[:, part * dim : (part + 1) * dim] for part in range(6)
+            )
             qkv = {key: linear(f"{name}.attn.qkv", normalise(x) * (1 + scale1) + shift1) for key, x in xs.items()}
             ys = {}
             for key, x in xs.items():
@@ -522,22 +581,23 @@ def latte(c) -> Callable[..., Tensor]:
                 heads = []
                 for h in range(c.heads):
                     q, k, v = (slice(part * dim + h * size, part * dim + (h + 1) * size) for part in range(3))
-                    powers = [torch.exp((qkv[key][:, q] * qkv[other][:, k]).sum(1, keepdim=True) / size ** 0.5)
-                              for other in near]
+                    powers = [torch.exp((qkv[key][:, q] * qkv[other][:, k]).sum(1, keepdim=True) / size**0.5) for other in near]
                     heads.append(sum(power * qkv[other][:, v] for power, other in zip(powers, near)) / sum(powers))
                 x = x + gate1 * linear(f"{name}.attn.proj", torch.cat(heads, 1))
                 y = gelu_tanh(linear(f"{name}.mlp.up", normalise(x) * (1 + scale2) + shift2))
                 ys[key] = x + gate2 * linear(f"{name}.mlp.down", y)
             xs = ys
-        shift, scale = (linear("condition", silu(what))[:, part * dim:(part + 1) * dim] for part in range(2))
+        shift, scale = (linear("condition", silu(what))[:, part * dim : (part + 1) * dim] for part in range(2))
         out = torch.zeros_like(video)
         for (f, row, column), x in xs.items():
             y = linear("head", normalise(x) * (1 + scale) + shift)
-            channels = y.shape[1] // c.patch ** 2
+            channels = y.shape[1] // c.patch**2
             for i in range(c.patch):
                 for j in range(c.patch):
                     for channel in range(c.channels):
-                        out[:, f, channel, row * c.patch + i, column * c.patch + j] = \
-                            y[:, (i * c.patch + j) * channels + channel]
+                        out[:, f, channel, row * c.patch + i, column * c.patch + j] = y[
+                            :, (i * c.patch + j) * channels + channel
+                        ]
         return out
+
     return function

@@ -32,8 +32,9 @@ def words(path, before=(), after=()):
     made.add_special_tokens([*SPECIAL, *CODES])
     if frame := {name: made.token_to_id(name) for name in (*before, *after)}:
         made.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=list(frame.items()))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                         unk_token="<unk>").save_pretrained(path)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(path)
     return made
 
 
@@ -51,8 +52,13 @@ FORMS = {
     "t5": ((), ("</s>",), {"begin": 1, "end": 2, "pad": 1}, {}, {}),
     "bart": (("<s>",), ("</s>",), {"begin": 2}, {"forced_bos_token_id": 0}, {}),
     "mbart": ((), ("</s>", "eng_Latn"), {"begin": 20}, {}, {"source_language": "eng_Latn", "target_language": "deu_Latn"}),
-    "nllb": (("eng_Latn",), ("</s>",), {"begin": 2}, {"forced_bos_token_id": 22}, {"source_language": "deu_Latn",
-                                                                               "target_language": "fra_Latn"}),
+    "nllb": (
+        ("eng_Latn",),
+        ("</s>",),
+        {"begin": 2},
+        {"forced_bos_token_id": 22},
+        {"source_language": "deu_Latn", "target_language": "fra_Latn"},
+    ),
 }
 CODE = {name: 20 + i for i, name in enumerate(CODES)}
 
@@ -62,7 +68,7 @@ def pair(request, tmp_path_factory):
     """A folder as save_pretrained writes it; the network, the form and the tokenizer behind it."""
     before, after, config, forced, languages = FORMS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    more = {"decoder_depth": 2} | ({} if request.param == "t5" else {"length": 40})     # their cache counts encoder layers
+    more = {"decoder_depth": 2} | ({} if request.param == "t5" else {"length": 40})  # their cache counts encoder layers
     torch.manual_seed(3)
     wanted = configuration(create(f"{request.param}-test", **config, **more))
     network = settled(transformers.AutoModelForSeq2SeqLM.from_config(wanted))
@@ -90,8 +96,18 @@ def theirs(network, rows, pad, **how):
     return out[:, 1:].tolist()
 
 
-@pytest.mark.parametrize("how", [{}, {"beams": 4}, {"beams": 3, "penalty": 2.0}, {"beams": 4, "penalty": 0.0},
-                                 {"repetition": 1.6}, {"beams": 4, "repetition": 1.6}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"beams": 4},
+        {"beams": 3, "penalty": 2.0},
+        {"beams": 4, "penalty": 0.0},
+        {"repetition": 1.6},
+        {"beams": 4, "repetition": 1.6},
+    ],
+    ids=str,
+)
 def test_folders_of_encoder_decoders_answer_as_in_transformers(pair, how):
     folder, network, form, made, forced, languages = pair
     speaker = Speaker.load(folder, **languages)
@@ -103,14 +119,15 @@ def test_folders_of_encoder_decoders_answer_as_in_transformers(pair, how):
     ours = speaker.say(PROMPTS, tokens=14, **how)
     assert ours == [made.decode(row) for row in skipped]
     assert ours == [speaker.say([p], tokens=14, **how)[0] for p in PROMPTS]
-    assert any(ours) and (form == "mbart" or len(set(map(len, skipped))) > 1)    # they say something, and end by themselves
+    assert any(ours) and (form == "mbart" or len(set(map(len, skipped))) > 1)  # they say something, and end by themselves
 
 
 def test_what_is_forced_before_an_answer_counts_as_length(pair, monkeypatch):
     folder, _, _, _, forced, languages = pair
     seen = []
-    monkeypatch.setattr(sys.modules[Manner.__module__], "beam_search",
-                        lambda *a, **k: (seen.append(k["before"]), beam_search(*a, **k))[1])
+    monkeypatch.setattr(
+        sys.modules[Manner.__module__], "beam_search", lambda *a, **k: (seen.append(k["before"]), beam_search(*a, **k))[1]
+    )
     Speaker.load(folder, **languages).say(["a"], beams=2, tokens=3)
     assert seen == [len(forced)]
 
@@ -129,8 +146,8 @@ def test_an_answer_in_pieces_stops_and_seeds(pair):
     drawn = [speaker.say(PROMPTS, tokens=8, temperature=1.5, seed=s) for s in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1] and len({tuple(d) for d in drawn}) > 1
     assert len("".join(speaker.say(["a"] * 6, tokens=8, temperature=3.0)).split()) > 6
-    assert len(set(speaker.say(["a"] * 6, tokens=8, temperature=3.0))) > 1       # chance comes to each by its number
-    if form != "t5":                                     # no longer than the network has places for
+    assert len(set(speaker.say(["a"] * 6, tokens=8, temperature=3.0))) > 1  # chance comes to each by its number
+    if form != "t5":  # no longer than the network has places for
         assert len(speaker.say(["a"], tokens=300, temperature=3.0, repetition=0.5)[0].split()) <= 40
 
 
@@ -142,7 +159,7 @@ def test_languages_are_named_or_known(pair):
         with pytest.raises(SettingsError, match=r"target='fra_Lat' is no token of .*fra_Latn"):
             Speaker.load(folder, target_language="fra_Lat")
         assert Speaker.load(folder, target_language="deu_Latn").frame.before == (CODE["eng_Latn"],)
-    if form == "mbart":                                  # fitted to one language, with which its answers begin
+    if form == "mbart":  # fitted to one language, with which its answers begin
         frame = Speaker.load(folder).frame
         assert (frame.before, frame.after, frame.said) == ((), (2, CODE["eng_Latn"]), (CODE["deu_Latn"],))
         assert Speaker.load(folder, target_language="fra_Latn").frame.said == (CODE["fra_Latn"],)
@@ -153,7 +170,7 @@ def test_folders_from_the_shell(pair):
     named = [x for side, name in languages.items() for x in ("--set", f"{side.removesuffix('_language')}={name}")]
     run = lambda *words: CliRunner().invoke(app, ["predict", str(folder), *words, *named, "--set", "tokens=14"])
     speaker = Speaker.load(folder, **languages)
-    assert run(PROMPTS[0]).stdout.strip("\n") == speaker.say(PROMPTS[:1], tokens=14)[0]          # streamed
+    assert run(PROMPTS[0]).stdout.strip("\n") == speaker.say(PROMPTS[:1], tokens=14)[0]  # streamed
     assert run(PROMPTS[0], "--set", "beams=4").stdout.strip("\n") == speaker.say(PROMPTS[:1], tokens=14, beams=4)[0]
     lines = [json.loads(line) for line in run(*PROMPTS, "--json").stdout.splitlines()]
     assert [line["text"] for line in lines] == speaker.say(PROMPTS, tokens=14)
@@ -163,14 +180,22 @@ def test_folders_from_the_shell(pair):
 
 # ------------------------------------------------------------------------------------------------ decoders
 
+
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def decoder(request, tmp_path_factory):
     """A decoder with two tokens that end an answer, the lower of which is not the one that it says first."""
     folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed({"llama": 6, "gpt2": 4}[request.param])        # of those with which both end some answers
+    torch.manual_seed({"llama": 6, "gpt2": 4}[request.param])  # of those with which both end some answers
     shape = {"vocab_size": 23, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
-    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, max_position_embeddings=64, **shape)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **shape,
+    )
     if request.param == "gpt2":
         config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **shape)
     network = transformers.AutoModelForCausalLM.from_config(config)
@@ -183,8 +208,17 @@ def decoder(request, tmp_path_factory):
     return folder, network, words(folder)
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"beams": 2}, {"beams": 5, "penalty": 0.0}, {"beams": 4, "penalty": 2.0},
-                                 {"beams": 4, "repetition": 1.4}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0},
+        {"beams": 2},
+        {"beams": 5, "penalty": 0.0},
+        {"beams": 4, "penalty": 2.0},
+        {"beams": 4, "repetition": 1.4},
+    ],
+    ids=str,
+)
 def test_any_end_ends_an_answer(decoder, how):
     folder, network, made = decoder
     speaker = Speaker.load(folder)
@@ -193,12 +227,17 @@ def test_any_end_ends_an_answer(decoder, how):
     peer, lasts = [], set()
     for prompt in (*PROMPTS, *WORDS):
         ids = torch.tensor([made.encode(prompt).ids])
-        said = network.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
-                                **{names[k]: v for k, v in how.items() if k in names})[0, ids.shape[1]:].tolist()
+        said = network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            **{names[k]: v for k, v in how.items() if k in names},
+        )[0, ids.shape[1] :].tolist()
         lasts |= {i for i in said if i in (0, 2)}
-        peer.append(made.decode(said[:next((i for i, token in enumerate(said) if token in (0, 2)), len(said))]))
+        peer.append(made.decode(said[: next((i for i, token in enumerate(said) if token in (0, 2)), len(said))]))
     assert speaker.say([*PROMPTS, *WORDS], tokens=12, **how) == peer
-    assert lasts == {0, 2}                               # both end answers here
+    assert lasts == {0, 2}  # both end answers here
 
 
 def test_beams_need_an_end_and_room(decoder):
@@ -221,7 +260,11 @@ def test_manners():
     assert Faithful(top_k=5).searched == 1 and Manner(beams=3, temperature=0).searched == 3
     assert Manner(stop="x").stops == ["x"] and Manner().stops == [] and Manner(stop='["a", "b"]').stops == ["a", "b"]
     assert Manner(stop="[").stops == ["["]
-    for bad, why in (({"beams": 2, "top_k": 3}, "top_k"), ({"beams": 0}, "at least 1"), ({"tokens": 0}, "at least 1"),
-                     ({"temperature": -1}, "at least 0")):
+    for bad, why in (
+        ({"beams": 2, "top_k": 3}, "top_k"),
+        ({"beams": 0}, "at least 1"),
+        ({"tokens": 0}, "at least 1"),
+        ({"temperature": -1}, "at least 0"),
+    ):
         with pytest.raises(SettingsError, match=why):
             Manner(**bad)

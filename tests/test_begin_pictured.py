@@ -21,8 +21,8 @@ from test_folders import settled
 from test_zero_shot import CLASSES, clip_folder
 from tv import transformers
 
-STILL = {"steps": 1, "lr": 0.0, "batch": 8, "precision": "float32", "augment": "none"}       # a step that changes nothing
-SAID = ("a photo of a Cat.", "the big   dog", "red bus", "a drawing of a red cat " * 4)       # the last is cut, at 16 tokens
+STILL = {"steps": 1, "lr": 0.0, "batch": 8, "precision": "float32", "augment": "none"}  # a step that changes nothing
+SAID = ("a photo of a Cat.", "the big   dog", "red bus", "a drawing of a red cat " * 4)  # the last is cut, at 16 tokens
 
 
 def album(folder, said=SAID, square=False):
@@ -57,16 +57,24 @@ def test_logits_equal_those_of_clip_with_its_processor(clip):
     paths = sorted((place / "photos").iterdir())[:6]
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     shape = {"size": {"shortest_edge": 26}, "crop_size": {"height": 24, "width": 24}}
-    ready = transformers.CLIPProcessor(transformers.CLIPImageProcessorPil(**shape),
-                                       transformers.PreTrainedTokenizerFast.from_pretrained(folder))
-    made = ready(text=list(SAID), images=[Image.open(p).convert("RGB") for p in paths], return_tensors="pt", padding=True,
-                 truncation=True, max_length=16)
+    ready = transformers.CLIPProcessor(
+        transformers.CLIPImageProcessorPil(**shape), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    )
+    made = ready(
+        text=list(SAID),
+        images=[Image.open(p).convert("RGB") for p in paths],
+        return_tensors="pt",
+        padding=True,
+        truncation=True,
+        max_length=16,
+    )
     want = model(**{k: v for k, v in made.items() if k != "token_type_ids"}).logits_per_image
     task, network = open_run(run.path).task, run.model
     ids, cut = task.tokens(list(SAID))
     padded = task.padded(ids)
-    assert cut == 1 and [row.tolist() for row in ids] == [row[mask > 0].tolist() for row, mask in
-                                                          zip(made.input_ids, made.attention_mask)]
+    assert cut == 1 and [row.tolist() for row in ids] == [
+        row[mask > 0].tolist() for row, mask in zip(made.input_ids, made.attention_mask)
+    ]
     image = task.pictures.apply(task.pictures.load(paths))
     torch.testing.assert_close(image, made.pixel_values, rtol=0, atol=1e-5)
     both = network.encode_image(image), network.encode_text(padded["tokens"], padded["mask"])
@@ -87,11 +95,17 @@ def test_classes_by_name_are_told_as_by_the_untouched_checkpoint(clip):
     folder, place, run = clip
     want = ZeroShot.load(folder).predict(str(place / "photos"), CLASSES)
     for source in (run, ZeroShot.load(run.path)):
-        got = run.predict(str(place / "photos"), classes=",".join(CLASSES)) if source is run else \
-            source.predict(str(place / "photos"), CLASSES)
+        got = (
+            run.predict(str(place / "photos"), classes=",".join(CLASSES))
+            if source is run
+            else source.predict(str(place / "photos"), CLASSES)
+        )
         assert [r["input"] for r in got] == [r["input"] for r in want]
-        torch.testing.assert_close(*(torch.tensor([[r["probabilities"][name] for name in CLASSES] for r in each])
-                                     for each in (got, want)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            *(torch.tensor([[r["probabilities"][name] for name in CLASSES] for r in each]) for each in (got, want)),
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 def test_tokens_stand_around_a_text_whoever_puts_them_there(clip):
@@ -116,8 +130,9 @@ def test_a_run_goes_on_as_it_was_prepared(clip, tmp_path):
 
 def test_another_side_spreads_the_places(clip, tmp_path):
     folder, place, _ = clip
-    run = fit(place / "photos.csv", task="image-text", weights=folder, out=tmp_path / "run",
-              settings={**STILL, "task.side": 16})
+    run = fit(
+        place / "photos.csv", task="image-text", weights=folder, out=tmp_path / "run", settings={**STILL, "task.side": 16}
+    )
     assert run.record["model"]["fresh"] == [] and run.task.pictures.edge == round(16 * 26 / 24)
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     places = model.vision_model.embeddings.position_embedding.weight.detach()
@@ -131,11 +146,24 @@ def vilt_folder(path):
     made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     torch.manual_seed(0)
-    settled(transformers.ViltForQuestionAnswering(transformers.ViltConfig(
-        vocab_size=len(words), max_position_embeddings=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, image_size=32, patch_size=8, num_labels=4))).save_pretrained(path)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]",
-                                                     cls_token="[CLS]", sep_token="[SEP]")
+    settled(
+        transformers.ViltForQuestionAnswering(
+            transformers.ViltConfig(
+                vocab_size=len(words),
+                max_position_embeddings=8,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                image_size=32,
+                patch_size=8,
+                num_labels=4,
+            )
+        )
+    ).save_pretrained(path)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
     tokenizer.save_pretrained(path)
     pictures = transformers.ViltImageProcessorPil(size={"shortest_edge": 32}, size_divisor=8)
     pictures.save_pretrained(path)
@@ -180,7 +208,15 @@ def test_ways_to_resize():
     assert Pictures.from_json(plain.to_json()) == plain
     white = np.asarray(plain.resized("pad bicubic").cut(picture))
     assert (white[0] == 255).all() and not (white[4] == 255).any()
-    for wrong in ("", "crop", "crop nothing", "squash bicubic", "crop 0 bicubic", "crop 1.5 bicubic", "pad 0.5 bicubic",
-                  "crop 1 2 box"):
+    for wrong in (
+        "",
+        "crop",
+        "crop nothing",
+        "squash bicubic",
+        "crop 0 bicubic",
+        "crop 1.5 bicubic",
+        "pad 0.5 bicubic",
+        "crop 1 2 box",
+    ):
         with pytest.raises(SettingsError, match="no way to resize"):
             plain.resized(wrong)

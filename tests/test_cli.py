@@ -19,8 +19,21 @@ from fieldguide.data import samples
 
 # Verb -> its arguments and options. What is here stays: scripts of users call it.
 VERBS = {
-    "fit": {"DATA", "--target", "--task", "--model", "--minutes", "--out", "--seed", "--group", "--time", "--resume",
-            "--weights", "--allow-bad", "--set"},
+    "fit": {
+        "DATA",
+        "--target",
+        "--task",
+        "--model",
+        "--minutes",
+        "--out",
+        "--seed",
+        "--group",
+        "--time",
+        "--resume",
+        "--weights",
+        "--allow-bad",
+        "--set",
+    },
     "predict": {"RUN", "INPUTS", "--out", "--json", "--set"},
     "evaluate": {"RUN", "DATA", "--json", "--set"},
     "check": {"DATA", "--target", "--task", "--group", "--time", "--allow-bad", "--set"},
@@ -33,14 +46,17 @@ TINY = ("--model", "mlp-s", "--set", "steps=60", "--set", "precision=float32", "
 
 def test_verbs_and_options_are_frozen():
     commands = typer.main.get_command(cli.app).commands
-    found = {name: {p.name.upper() if p.param_type_name == "argument" else p.opts[0] for p in command.params}
-             for name, command in commands.items()}
+    found = {
+        name: {p.name.upper() if p.param_type_name == "argument" else p.opts[0] for p in command.params}
+        for name, command in commands.items()
+    }
     assert found == VERBS
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Calls a verb in this process: (exit code, what it printed, what it complained of)."""
+
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fieldguide", *map(str, arguments)])
         capsys.readouterr()
@@ -57,6 +73,7 @@ def call(monkeypatch, capsys):
 @pytest.fixture
 def good(call):
     """Calls a verb that must succeed; gives what it printed."""
+
     def run(*arguments: object) -> str:
         code, out, err = call(*arguments)
         assert code == 0, err
@@ -68,6 +85,7 @@ def good(call):
 @pytest.fixture
 def bad(call):
     """Calls a verb that must be refused in one line; gives the line."""
+
     def run(*arguments: object) -> str:
         code, _, err = call(*arguments)
         assert code == 1 and "Traceback" not in err, (code, err)
@@ -95,7 +113,7 @@ def test_fit_predict_evaluate_on_files(good, flowers, tmp_path):
     said = good("fit", flowers, "--target", "species", "--out", run, "--seed", 3, *TINY)
     assert "150 examples from 1 file" in said and "tabular-classification" in said
     assert "4 columns of numbers and categories, and a target of 3 classes" in said
-    assert "ruled out" not in said                          # who asks for a network is not told of the others
+    assert "ruled out" not in said  # who asks for a network is not told of the others
     assert "you asked for it" in said and "of the held-out examples right" in said and "majority class" in said
     assert str(run / "report.html") in said and (run / "report.html").exists()
     assert json.loads((run / "run.json").read_text())["settings"]["seed"] == 3
@@ -170,14 +188,21 @@ def test_predict_names_what_it_cannot_read(call, digits_run, tmp_path):
     code, out, err = call("predict", run, folder)
     assert code == 3 and "1.png" not in out and out.count(".png") == 3
     assert err.count("not answered: ") == 3 and "not answered: 3.png: empty file" in err
-    code, out, err = call("predict", run, folder / "0.png", folder / "1.png", tmp_path / "none.png", folder / "2.png",
-                          folder, "--json")
-    assert code == 3 and [("error" in json.loads(line)) for line in out.splitlines()] == [
-        False, True, True, False, False, True, False, True, True, False] and "there is no such file" in out
+    code, out, err = call(
+        "predict", run, folder / "0.png", folder / "1.png", tmp_path / "none.png", folder / "2.png", folder, "--json"
+    )
+    assert (
+        code == 3
+        and [("error" in json.loads(line)) for line in out.splitlines()]
+        == [False, True, True, False, False, True, False, True, True, False]
+        and "there is no such file" in out
+    )
     assert call("predict", run, folder / "0.png")[0] == 0
-    for refused, words in ((["predict", run, folder / "1.png"], "corrupt"), (
-            ["predict", run, folder / "1.png", folder / "3.png"], "none of these can be read"), (
-            ["evaluate", run, damaged(tmp_path)], "corrupt")):
+    for refused, words in (
+        (["predict", run, folder / "1.png"], "corrupt"),
+        (["predict", run, folder / "1.png", folder / "3.png"], "none of these can be read"),
+        (["evaluate", run, damaged(tmp_path)], "corrupt"),
+    ):
         code, out, err = call(*refused)
         assert code == 1 and not out and words in err and "--allow-bad" not in err and "Traceback" not in err
 
@@ -185,8 +210,7 @@ def test_predict_names_what_it_cannot_read(call, digits_run, tmp_path):
 def damaged(tmp_path):
     """Pictures of two classes, of which one is cut off."""
     for name in ("3", "7"):
-        shutil.copytree(samples.path("digits") / name, tmp_path / "classes" / name,
-                        ignore=lambda _, files: sorted(files)[20:])
+        shutil.copytree(samples.path("digits") / name, tmp_path / "classes" / name, ignore=lambda _, files: sorted(files)[20:])
     first = next((tmp_path / "classes" / "3").iterdir())
     first.write_bytes(first.read_bytes()[:40])
     return tmp_path / "classes"
@@ -292,7 +316,8 @@ def test_check_refuses_what_the_task_would(good, bad, tmp_path):
         for i in range(12):
             pixels = np.random.default_rng(i).integers(0, 200, (16, 16)).astype(np.uint8)
             Image.fromarray(pixels if name == "images" else np.array([(0, 0, 0), (7, 8, 9)], np.uint8)[pixels // 101]).save(
-                tmp_path / name / f"{i}.png")
+                tmp_path / name / f"{i}.png"
+            )
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nfield,0,0,0\nsquare,9,8,7\n")
     said = bad("check", tmp_path)
     assert "masks hold values that are none of the 2 classes" in said and "masks" in said
@@ -328,7 +353,7 @@ def test_a_broken_pipe_is_no_error(arguments):
     os.close(writing)
     os.close(reading)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (0, 1) and err == b""          # rich ends with 1
+    assert process.returncode in (0, 1) and err == b""  # rich ends with 1
 
 
 def test_no_colour_codes_in_a_file(flowers):

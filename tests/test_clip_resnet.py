@@ -52,7 +52,7 @@ def test_what_the_pool_looks_at():
     torch.testing.assert_close(seen.sum((1, 2)), torch.ones(5, dtype=torch.float64))
     wanted = share.mean(1)[:, 1:].view(5, 3, 3)
     torch.testing.assert_close(seen, wanted / wanted.sum((1, 2), keepdim=True), **EXACT)
-    assert not torch.allclose(seen, seen.mT)             # rows and columns are not taken for each other by both
+    assert not torch.allclose(seen, seen.mT)  # rows and columns are not taken for each other by both
 
 
 def test_refuses_what_does_not_fit():
@@ -123,7 +123,7 @@ def test_archives_that_are_damaged_or_more_than_tensors(tmp_path):
     with pytest.raises(WeightsError, match=r"evil.pt is a TorchScript archive that is not read: it holds os.system"):
         weights.read(path)
     assert not marker.exists()
-    short = rewritten("short.pt", lambda part, x: x[:len(x) // 2] if "/data/" in part else x)
+    short = rewritten("short.pt", lambda part, x: x[: len(x) // 2] if "/data/" in part else x)
     lost = rewritten("lost.pt", lambda part, x: None if part.endswith("/data/0") else x)
     cut = rewritten("cut.pt", lambda part, x: x[:100] if part.endswith("data.pkl") else x)
     bare = rewritten("bare.pt", lambda part, x: None if "/code/" in part else x)
@@ -135,6 +135,7 @@ def test_archives_that_are_damaged_or_more_than_tensors(tmp_path):
 def test_openai_archives_say_their_activation():
     """b32 of OpenAI and of LAION have the same tensors; only archives of the former hold three numbers more."""
     from fieldguide.checkpoints.identify import recognised
+
     with torch.device("meta"):
         state = translate(create("clip-b32").state_dict(), tables(create("clip-b32"))["openai"], reverse=True)
         numbers = {name: torch.zeros(()) for name in ("input_resolution", "context_length", "vocab_size")}
@@ -146,6 +147,7 @@ def test_openai_archives_say_their_activation():
 
 def test_a_resnet_of_openai_is_recognised():
     from fieldguide.checkpoints.identify import recognised
+
     with torch.device("meta"):
         model = create("clip-rn50")
         state = translate(model.state_dict(), tables(model)["openai"], reverse=True)
@@ -158,12 +160,26 @@ def published(folder, name, quick, **said):
     model = create(f"{name}-test", quick=quick, channels=3)
     c = model.config
     flat = hasattr(c, "patch")
-    vision = {"image_size": c.image, "width": c.dim, "layers": c.depth if flat else list(c.depths),
-              "patch_size": c.patch if flat else None, "head_width": (1 if flat else 32) * c.dim // c.heads}
-    text = {"context_length": c.length, "vocab_size": c.vocab, "width": c.text_dim, "heads": c.text_heads,
-            "layers": c.text_depth}
-    config = {"embed_dim": c.embed, **({"quick_gelu": True} if quick else {}), "vision_cfg": vision | said.get("vision", {}),
-              "text_cfg": text | said.get("text", {})}
+    vision = {
+        "image_size": c.image,
+        "width": c.dim,
+        "layers": c.depth if flat else list(c.depths),
+        "patch_size": c.patch if flat else None,
+        "head_width": (1 if flat else 32) * c.dim // c.heads,
+    }
+    text = {
+        "context_length": c.length,
+        "vocab_size": c.vocab,
+        "width": c.text_dim,
+        "heads": c.text_heads,
+        "layers": c.text_depth,
+    }
+    config = {
+        "embed_dim": c.embed,
+        **({"quick_gelu": True} if quick else {}),
+        "vision_cfg": vision | said.get("vision", {}),
+        "text_cfg": text | said.get("text", {}),
+    }
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5, 0.5]}}))
     state = translate(model.state_dict(), tables(model)["openai"], reverse=True)
@@ -181,9 +197,17 @@ def test_folders_of_open_clip(tmp_path, name, quick):
     assert load.described(tmp_path / "x").card is cards()[name]
 
 
-@pytest.mark.parametrize(("part", "key", "value"), [("vision", "timm_model_name", "vit"), ("vision", "mlp_ratio", 3.0),
-                                                    ("text", "hf_model_name", "roberta"), ("text", "pool_type", "last"),
-                                                    ("vision", "ls_init_value", 0.1), ("text", "no_causal_mask", True)])
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("vision", "timm_model_name", "vit"),
+        ("vision", "mlp_ratio", 3.0),
+        ("text", "hf_model_name", "roberta"),
+        ("text", "pool_type", "last"),
+        ("vision", "ls_init_value", 0.1),
+        ("text", "no_causal_mask", True),
+    ],
+)
 def test_relatives_of_open_clip_are_refused(tmp_path, part, key, value):
     published(tmp_path / "x", "clip", True, **{part: {key: value}})
     with pytest.raises(WeightsError, match=f"{part}_cfg.{key}={value!r} is another network"):

@@ -16,8 +16,18 @@ SYSTEMS = list(dict.fromkeys(registry.closed().values()))
 
 
 def test_those_that_the_guide_names_are_there():
-    assert {system.name for system in SYSTEMS} == {"gpt-3", "gpt-4", "gpt-4v", "claude", "gemini", "midjourney", "dall-e-3",
-                                                   "sora", "gen-3", "kling"}
+    assert {system.name for system in SYSTEMS} == {
+        "gpt-3",
+        "gpt-4",
+        "gpt-4v",
+        "claude",
+        "gemini",
+        "midjourney",
+        "dall-e-3",
+        "sora",
+        "gen-3",
+        "kling",
+    }
     assert registry.closed()["gpt4v"].stand_in == "llava-1.5-7b" and registry.closed()["gpt-3"].stand_in == "gpt3-175b"
     names = [name for system in SYSTEMS for name in system.names]
     assert len(names) == len(set(names)) == len(registry.closed()) and not set(names) & set(registry.names(tests=True))
@@ -45,7 +55,7 @@ def test_the_command_line_lists_them_apart(capsys):
     lines = capsys.readouterr().out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("closed"))
     assert any(line.startswith("gpt2") for line in lines[:head]) and not any(line.startswith("gpt-4 ") for line in lines[:head])
-    assert [line.split()[0] for line in lines[head + 1:]] == ["gpt-4", "gpt-3", "gemini"]
+    assert [line.split()[0] for line in lines[head + 1 :]] == ["gpt-4", "gpt-3", "gemini"]
     console.print_models("sora", None, None, True)
     row = json.loads(capsys.readouterr().out)
     assert row["closed"] and row["name"] == "sora" and row["stand_in"] == "latte-xl2"

@@ -32,17 +32,24 @@ def slow_loss(pictures: Tensor, texts: Tensor, scale: Tensor, same: list[int], s
     return total / (2 * count)
 
 
-@pytest.mark.parametrize(("same", "shown"), [
-    (range(5), range(5)), ([0, 1, 0, 0, 1], range(5)), (range(5), [0, 0, 1, 2, 2]), ([0, 1, 0, 2, 3], [0, 0, 1, 2, 2])],
-    ids=["all differ", "equal texts", "several texts of a picture", "both"])
+@pytest.mark.parametrize(
+    ("same", "shown"),
+    [(range(5), range(5)), ([0, 1, 0, 0, 1], range(5)), (range(5), [0, 0, 1, 2, 2]), ([0, 1, 0, 2, 3], [0, 0, 1, 2, 2])],
+    ids=["all differ", "equal texts", "several texts of a picture", "both"],
+)
 def test_the_loss_is_the_papers(same, shown):
     model = tiny("clip")
     inputs = dict(zip(("image", "tokens", "mask"), batch("clip")))
     given = inputs | {name: torch.tensor(x) for name, x in (("text", same), ("picture", shown)) if len(set(x)) < 5}
     parts = Contrastive(model)(given)
     grads = torch.autograd.grad(parts["loss"], list(model.parameters()))
-    want = slow_loss(model.encode_image(inputs["image"]), model.encode_text(inputs["tokens"], inputs["mask"]),
-                     model.logit_scale.exp(), same, shown)
+    want = slow_loss(
+        model.encode_image(inputs["image"]),
+        model.encode_text(inputs["tokens"], inputs["mask"]),
+        model.logit_scale.exp(),
+        same,
+        shown,
+    )
     torch.testing.assert_close(parts["loss"], want, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close((parts["image"] + parts["text"]) / 2, parts["loss"])
     for ours, theirs in zip(grads, torch.autograd.grad(want, list(model.parameters()))):
@@ -56,7 +63,7 @@ def test_two_processes_equal_one(kind, tmp_path):
         torchrun(processes, str(HERE / "contrastive_worker.py"), str(tmp_path / f"{processes}.pt"), kind)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert (one["world"], two["world"]) == (1, 2)
-    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)     # logged in float32
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)  # logged in float32
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-9, atol=1e-11)
     assert (one["losses"][0] - one["losses"][-1]).abs().max() > 1e-3
 
@@ -69,7 +76,7 @@ def test_the_scale_never_exceeds_100_and_comes_back():
     parts = objective(inputs)
     assert parts["scale"].item() == pytest.approx(100.0) and model.logit_scale.item() == pytest.approx(math.log(100))
     parts["loss"].backward()
-    assert model.logit_scale.grad != 0                   # random pairs want a lower scale, and are heard
+    assert model.logit_scale.grad != 0  # random pairs want a lower scale, and are heard
     with torch.no_grad():
         model.logit_scale.fill_(2.0)
     objective(inputs)
@@ -86,6 +93,7 @@ def test_half_precision_keeps_the_digits_of_logits():
 
         def forward(self, *_):
             return pairs
+
     objective.model = Given()
     logits = pairs[:, 0].double() @ pairs[:, 1].double().T
     want = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).mean() / 2
@@ -112,16 +120,19 @@ def test_refuses_a_batch_of_one():
 def test_learns_which_digit_a_text_means():
     """Digits and their names: pictures never seen find the right one among ten names."""
     from sklearn.datasets import load_digits
+
     found = load_digits()
     x = torch.from_numpy(found.images).float()[:, None] / 8 - 1
     y = torch.from_numpy(found.target)
-    names = torch.stack([torch.full((10,), 20), torch.arange(10), torch.full((10,), 29)], 1)     # "a", the digit, end
+    names = torch.stack([torch.full((10,), 20), torch.arange(10), torch.full((10,), 29)], 1)  # "a", the digit, end
     mask = torch.ones(1, 3, dtype=torch.bool)
     seen = np.arange(1400)
     torch.manual_seed(0)
     model = create("clip-test", image=8, patch=2, channels=1, dim=32, text_dim=32, text_heads=2, embed=16)
-    data = Batches(1400, lambda i, _: {"image": x[seen[i]], "tokens": names[y[seen[i]]], "mask": mask.expand(len(i), -1),
-                                       "text": y[seen[i]]})
+    data = Batches(
+        1400,
+        lambda i, _: {"image": x[seen[i]], "tokens": names[y[seen[i]]], "mask": mask.expand(len(i), -1), "text": y[seen[i]]},
+    )
     trainer(Contrastive(model), data, steps=250, batch=64, lr=3e-3, weight_decay=0.0).train()
     with torch.no_grad():
         scores = model.encode_image(x[1400:]) @ model.encode_text(names, mask.expand(10, -1)).T

@@ -22,42 +22,69 @@ from tv import transformers
 
 # As SmolLM2-Instruct publishes it; as Llama 3; as Llama 2, whose turns have no token of their own; one that marks what the
 # assistant says by itself; and one that drops what was thought in earlier turns, as Qwen3's does.
-CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-          "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
-          "Face<|im_end|>\n' }}{% endif %}"
-          "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}"
-          "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
-          "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-          "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-LLAMA2 = ("{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-          "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
-          "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}{% else %}"
-          "{{ ' '  + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
-MARKED = ("{% for message in messages %}{% if message.role == 'assistant' %}<|im_start|>assistant\n"
-          "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}\n{% else %}<|im_start|>"
-          "{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+    "Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
+    "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}{% else %}"
+    "{{ ' '  + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+MARKED = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}\n{% else %}<|im_start|>"
+    "{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 THOUGHT = "('<think></think>' if loop.last and message['role'] == 'assistant' else '') + message['content'] + '<|im_end|>'"
 THINKS = CHATML.replace("message['content'] + '<|im_end|>'", THOUGHT)
 SHOUTS = CHATML.replace("message['content'] + '<|im_end|>'", "message['content'] | upper + '<|im_end|>'")
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-          "<|eot_id|>"]
+TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 # template -> bos_token, eos_token, what stands behind an answer
-TEMPLATES = {"chatml": (CHATML, "<|im_start|>", "<|im_end|>", "<|im_end|>"),
-             "marked": (MARKED, None, "<|endoftext|>", "<|im_end|>"),
-             "llama3": (LLAMA3, "<|begin_of_text|>", "<|endoftext|>", "<|eot_id|>"),
-             "llama2": (LLAMA2, "<|begin_of_text|>", "<|endoftext|>", "<|endoftext|>"),
-             "thinks": (THINKS, "<|im_start|>", "<|im_end|>", "<|im_end|>")}
-CHATS = [[{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "how are you"}],
-         [{"role": "system", "content": "be kind"}, {"role": "user", "content": "  what?  "},
-          {"role": "assistant", "content": "Ünïcödé ☃ 你好 🙂\n\nand more"}, {"role": "user", "content": "how are you"},
-          {"role": "assistant", "content": "how are you"}],
-         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "b"},
-          {"role": "assistant", "content": "a"}],
-         [{"role": "user", "content": "x"}]]
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_start|>", "<|im_end|>", "<|im_end|>"),
+    "marked": (MARKED, None, "<|endoftext|>", "<|im_end|>"),
+    "llama3": (LLAMA3, "<|begin_of_text|>", "<|endoftext|>", "<|eot_id|>"),
+    "llama2": (LLAMA2, "<|begin_of_text|>", "<|endoftext|>", "<|endoftext|>"),
+    "thinks": (THINKS, "<|im_start|>", "<|im_end|>", "<|im_end|>"),
+}
+CHATS = [
+    [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "how are you"}],
+    [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "  what?  "},
+        {"role": "assistant", "content": "Ünïcödé ☃ 你好 🙂\n\nand more"},
+        {"role": "user", "content": "how are you"},
+        {"role": "assistant", "content": "how are you"},
+    ],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "a"},
+    ],
+    [{"role": "user", "content": "x"}],
+]
 ALTERNATING = [chat for chat in CHATS if chat[0]["role"] == "user"]
 
 
@@ -72,9 +99,15 @@ class Said(Silent):
 def words() -> Tokenizer:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator(["hello there user assistant system how are you question answer"] * 3, trainers.BpeTrainer(
-        vocab_size=310, special_tokens=TOKENS, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False))
+    made.train_from_iterator(
+        ["hello there user assistant system how are you question answer"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=310,
+            special_tokens=TOKENS,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     return made
 
 
@@ -106,9 +139,10 @@ def test_conversations_are_written_as_transformers_does(name, tmp_path):
         assert task.prompt(turns) == peer.apply_chat_template(chat, add_generation_prompt=True).input_ids
     wanted = [m["content"].strip() + closing for chat in chats for m in chat if m["role"] == "assistant"]
     said = task.text.tokenizer.decode(tokens[learnt].tolist(), skip_special_tokens=False)
-    if name == "thinks":                                 # the last answer of each conversation after its empty thought
+    if name == "thinks":  # the last answer of each conversation after its empty thought
         assert said == "<think></think>" + wanted[0] + wanted[1] + "<think></think>" + wanted[2] + wanted[3] + (
-            "<think></think>" + wanted[4])
+            "<think></think>" + wanted[4]
+        )
     else:
         assert said.replace(" ", "") == "".join(wanted).replace(" ", "")
     assert task.ends[0] == peer.eos_token_id and set(task.ends) == {peer.eos_token_id, peer.convert_tokens_to_ids(closing)}
@@ -128,7 +162,7 @@ def test_where_it_cannot_be_told_all_is_learnt_and_said(tmp_path):
     fast(SHOUTS, "<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
     task = learnt_from(tmp_path, CHATS[:2])
     assert task.stream_of(table(CHATS[:2]))[1].all() and "all of them is learnt" in task.notes[0]
-    same = [{"role": "user", "content": "!"}, {"role": "assistant", "content": "?!"}]            # has no letters to raise
+    same = [{"role": "user", "content": "!"}, {"role": "assistant", "content": "?!"}]  # has no letters to raise
     task = learnt_from(tmp_path, [CHATS[0], same])
     assert "and all of 1 in which it does not let that be told" in task.notes[0]
     tokens, learnt = task.stream_of(table([same]))
@@ -156,10 +190,20 @@ def checkpoint(folder, name="chatml", length=64):
     template, begin, end, _ = TEMPLATES[name]
     peer = fast(template, begin, end)
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(peer), hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=length, bos_token_id=peer.bos_token_id, eos_token_id=peer.eos_token_id,
-        pad_token_id=None)).save_pretrained(folder)
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(peer),
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=length,
+            bos_token_id=peer.bos_token_id,
+            eos_token_id=peer.eos_token_id,
+            pad_token_id=None,
+        )
+    ).save_pretrained(folder)
     peer.save_pretrained(folder)
     return peer
 
@@ -171,13 +215,18 @@ def test_a_fit_on_conversations_learns_to_answer_and_to_end(tmp_path):
     peer = checkpoint(tmp_path / "net")
     chats = [[{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "how are you"}] for i in range(60)]
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
-    run = fit(tmp_path / "chat.jsonl", weights=tmp_path / "net", out=tmp_path / "run", watch=(said := Said()),
-              settings={**STEPS, "steps": 60, "lr": 1e-2, "tune": "whole"})
+    run = fit(
+        tmp_path / "chat.jsonl",
+        weights=tmp_path / "net",
+        out=tmp_path / "run",
+        watch=(said := Said()),
+        settings={**STEPS, "steps": 60, "lr": 1e-2, "tune": "whole"},
+    )
     assert any("what the assistant says is learnt" in text for text in said.words)
     greedy = {"temperature": "0.0", "tokens": 12}
     question = [{"role": "user", "content": "hello 77"}]
     answers = [a["text"] for a in run.predict(["hello 77", pl.DataFrame({"messages": [question]})], **greedy)]
-    assert answers == ["how are you"] * 2                # ends where it is to, typed or in a table
+    assert answers == ["how are you"] * 2  # ends where it is to, typed or in a table
     assert run.task.prompt([("user", "hello 77")]) == peer.apply_chat_template(question, add_generation_prompt=True).input_ids
     again = fit(tmp_path / "chat.jsonl", weights=run.path, out=tmp_path / "again", settings={**STEPS, "steps": 1})
     assert again.task.text.template == run.task.text.template and again.task.ends == run.task.ends
@@ -197,14 +246,20 @@ def test_a_batch_in_which_nothing_is_learnt_is_no_error():
 
 def test_a_fit_on_texts_begins_them_as_the_tokenizer_does(tmp_path):
     from tokenizers import processors
+
     peer = checkpoint(tmp_path / "net", "llama3")
     made = Tokenizer.from_file(str(tmp_path / "net" / "tokenizer.json"))
     begin = peer.bos_token_id
     made.post_processor = processors.TemplateProcessing(f"{peer.bos_token} $A", special_tokens=[(peer.bos_token, begin)])
     made.save(str(tmp_path / "net" / "tokenizer.json"))
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"hello there {i}"}) for i in range(60)))
-    run = fit(tmp_path / "t.jsonl", task="text-generation", weights=tmp_path / "net", out=tmp_path / "run",
-              settings={**STEPS, "steps": 2})
+    run = fit(
+        tmp_path / "t.jsonl",
+        task="text-generation",
+        weights=tmp_path / "net",
+        out=tmp_path / "run",
+        settings={**STEPS, "steps": 2},
+    )
     rows = read(pl.DataFrame({"text": ["hello", "there"]}))
     tokens, learnt = run.task.stream_of(TextGeneration.examples(rows, run.task.options))
     one, two = (made.encode(text).ids for text in ("hello", "there"))
@@ -223,4 +278,3 @@ def test_a_template_in_a_run_is_kept(tmp_path):
     assert again.ends == task.ends and again.first == [("user", "hello there")]
     assert again.prompt(again.first) == task.prompt(task.first)
     assert Text.load(tmp_path / "kept").special["bos_token"] == "<|begin_of_text|>"
-

@@ -31,7 +31,7 @@ class Saying(nn.Module):
     def frames(self, lengths: Tensor) -> Tensor:
         return (lengths + 1) // 2
 
-    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:              # B T V -> B S V
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:  # B T V -> B S V
         return self.scale * features[:, ::2]
 
 
@@ -58,6 +58,7 @@ def answers(rows: int, steps: int, vocab: int, seed: int = 0) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- loss
 
+
 def test_loss_is_that_of_all_paths():
     features, lengths = answers(4, 9, 3), torch.tensor([9, 7, 4, 10])[:4].clamp(max=9)
     target, size = torch.tensor([[1, 2, 1], [2, 2, 0], [1, 0, 0], [0, 0, 0]]), torch.tensor([3, 2, 1, 0])
@@ -66,8 +67,8 @@ def test_loss_is_that_of_all_paths():
     values = objective(batch)
     each = []
     for row in range(4):
-        logs = features[row, ::2][:(lengths[row] + 1) // 2].log_softmax(-1)
-        each.append(-total(paths(logs)[tuple(target[row, :size[row]].tolist())]) / max(1, int(size[row])))
+        logs = features[row, ::2][: (lengths[row] + 1) // 2].log_softmax(-1)
+        each.append(-total(paths(logs)[tuple(target[row, : size[row]].tolist())]) / max(1, int(size[row])))
     assert values["loss"].item() == pytest.approx(sum(each) / 4, rel=1e-9) and values["impossible"] == 0
     answer = objective.outputs(batch)
     assert answer["loss"].tolist() == pytest.approx(each, rel=1e-9)
@@ -81,7 +82,7 @@ def test_loss_is_that_of_all_paths():
 
 
 def test_what_cannot_be_written_is_counted_and_teaches_nothing():
-    features, lengths = answers(3, 6, 4), torch.tensor([6, 6, 4])               # 3, 3 and 2 frames
+    features, lengths = answers(3, 6, 4), torch.tensor([6, 6, 4])  # 3, 3 and 2 frames
     target, size = torch.tensor([[1, 2, 3], [1, 1, 0], [2, 2, 3]]), torch.tensor([3, 2, 2])
     batch = {"features": features, "lengths": lengths, "target": target, "target_lengths": size}
     assert needed(target, size).tolist() == [3, 3, 3]
@@ -104,14 +105,19 @@ def test_needed_counts_only_the_real_symbols():
 
 def test_low_precision_answers_are_summed_in_high():
     features = answers(2, 20, 5).bfloat16()
-    batch = {"features": features, "lengths": torch.tensor([20, 12]), "target": torch.tensor([[1, 2], [3, 0]]),
-             "target_lengths": torch.tensor([2, 1])}
+    batch = {
+        "features": features,
+        "lengths": torch.tensor([20, 12]),
+        "target": torch.tensor([[1, 2], [3, 0]]),
+        "target_lengths": torch.tensor([2, 1]),
+    }
     objective = CTC(Saying().bfloat16())
     assert objective(batch)["loss"].dtype == torch.float32
     batch["features"] = features.double()
     exact = CTC(Saying().double())(batch)["loss"]
     assert exact.dtype == torch.float64 and objective(batch | {"features": features})["loss"].item() == pytest.approx(
-        exact.item(), rel=1e-5)
+        exact.item(), rel=1e-5
+    )
 
 
 def test_answers_of_batches_of_different_length_are_collected():
@@ -134,8 +140,12 @@ def test_answers_of_batches_of_different_length_are_collected():
 def test_a_conformer_learns_to_write():
     model = tiny("conformer", torch.float32).train()
     torch.manual_seed(0)
-    batch = {"features": torch.randn(4, 32, 6), "lengths": torch.tensor([32, 30, 24, 29]),
-             "target": torch.tensor([[1, 1, 2], [3, 4, 0], [5, 0, 0], [2, 6, 2]]), "target_lengths": torch.tensor([3, 2, 1, 3])}
+    batch = {
+        "features": torch.randn(4, 32, 6),
+        "lengths": torch.tensor([32, 30, 24, 29]),
+        "target": torch.tensor([[1, 1, 2], [3, 4, 0], [5, 0, 0], [2, 6, 2]]),
+        "target_lengths": torch.tensor([3, 2, 1, 3]),
+    }
     objective, optimizer = CTC(model), torch.optim.AdamW(model.parameters(), 1e-2)
     for _ in range(80):
         optimizer.zero_grad()
@@ -148,6 +158,7 @@ def test_a_conformer_learns_to_write():
 
 # ---------------------------------------------------------------------------------------------- reading
 
+
 def test_collapse_is_that_of_every_path():
     every = torch.tensor(list(itertools.product(range(3), repeat=5)))
     for frames in range(6):
@@ -157,7 +168,8 @@ def test_collapse_is_that_of_every_path():
     mixed = torch.randint(5, (len(every),))
     text, count = collapse(every, mixed)
     assert [tuple(r[:n].tolist()) for r, n in zip(text, count)] == [
-        written(tuple(p[:k].tolist())) for p, k in zip(every, mixed)]
+        written(tuple(p[:k].tolist())) for p, k in zip(every, mixed)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -184,7 +196,7 @@ def test_the_search_sums_where_the_likeliest_path_misleads():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_language_model_and_a_bonus_are_those_of_every_text(seed):
     logs = answers(1, 5, 3, seed)[0].log_softmax(-1)
-    model = {(): {1: 0.9, 2: 0.1}, (1,): {1: 0.2, 2: 0.8}, (2,): {1: 0.5, 2: 0.5}}      # by the symbol before
+    model = {(): {1: 0.9, 2: 0.1}, (1,): {1: 0.2, 2: 0.8}, (2,): {1: 0.5, 2: 0.5}}  # by the symbol before
     language = lambda prefix, symbol: math.log(model[prefix[-1:]][symbol])
     want = []
     for text, entries in paths(logs).items():
@@ -199,7 +211,7 @@ def test_a_narrow_search_keeps_to_its_limits():
     logs = answers(1, 10, 20)[0].log_softmax(-1)
     got = beam_search(logs, width=8, symbols=5)
     assert len(got) == 8 and got == sorted(got, key=lambda h: h.score, reverse=True)
-    assert got[0].log_probability >= logs.max(-1).values.sum().item()            # no worse than the likeliest path
+    assert got[0].log_probability >= logs.max(-1).values.sum().item()  # no worse than the likeliest path
     few = beam_search(logs, width=50, symbols=2)
     allowed = {int(c) for row in logs for c in row[1:].topk(2).indices + 1}
     assert len(allowed) < 19 and {c for h in few for c in h.symbols} <= allowed
@@ -209,28 +221,29 @@ def test_a_narrow_search_keeps_to_its_limits():
 
 # ---------------------------------------------------------------------------------------------- alignment
 
+
 @pytest.mark.parametrize("seed", range(4))
 def test_alignment_is_the_best_of_all_paths(seed):
     targets = [(1, 2), (1, 1), (2,), (), (1, 2, 1), (2, 2, 2)]
-    frames = torch.tensor([6, 5, 6, 4, 3, 4])                                    # the last does not fit
+    frames = torch.tensor([6, 5, 6, 4, 3, 4])  # the last does not fit
     logs = answers(6, 6, 3, seed).log_softmax(-1)
-    target = torch.full((6, 3), 7)                                               # padded with anything
+    target = torch.full((6, 3), 7)  # padded with anything
     for row, symbols in enumerate(targets):
-        target[row, :len(symbols)] = torch.tensor(symbols)
+        target[row, : len(symbols)] = torch.tensor(symbols)
     got = align(logs, frames, target, torch.tensor([len(t) for t in targets]))
     for row, symbols in enumerate(targets[:-1]):
-        value, path = max(paths(logs[row, :frames[row]])[symbols])
+        value, path = max(paths(logs[row, : frames[row]])[symbols])
         assert got.score[row].item() == pytest.approx(value)
         spans, t = [], 0
         for symbol, run in itertools.groupby(path):
             size = len(list(run))
             spans += [[t, t + size]] if symbol else []
             t += size
-        assert got.spans[row, :len(symbols)].tolist() == spans and (got.spans[row, len(symbols):] == -1).all()
+        assert got.spans[row, : len(symbols)].tolist() == spans and (got.spans[row, len(symbols) :] == -1).all()
         for i, (first, end) in enumerate(spans):
             mean = sum(logs[row, t, symbols[i]].item() for t in range(first, end)) / (end - first)
             assert got.sure[row, i].item() == pytest.approx(math.exp(mean))
-        assert not got.sure[row, len(symbols):].any()
+        assert not got.sure[row, len(symbols) :].any()
     assert got.score[-1] == -math.inf and (got.spans[-1] == -1).all() and not got.sure[-1].any()
 
 
@@ -241,14 +254,19 @@ def test_alignment_is_batched_and_bounded_by_the_loss():
     nll = nn.functional.ctc_loss(logs.transpose(0, 1), target, frames, lengths, reduction="none")
     assert (got.score <= -nll + 1e-9).all()
     for row in range(9):
-        alone = align(logs[row:row + 1, :frames[row]], frames[row:row + 1], target[row:row + 1, :lengths[row]],
-                      lengths[row:row + 1])
-        assert torch.equal(alone.spans[0], got.spans[row, :lengths[row]])
+        alone = align(
+            logs[row : row + 1, : frames[row]],
+            frames[row : row + 1],
+            target[row : row + 1, : lengths[row]],
+            lengths[row : row + 1],
+        )
+        assert torch.equal(alone.spans[0], got.spans[row, : lengths[row]])
         first, end = alone.spans[0].T
         assert (first < end).all() and (end[:-1] <= first[1:]).all()
 
 
 # ---------------------------------------------------------------------------------------------- chunks
+
 
 @pytest.mark.parametrize("length", [3, 31, 32, 33, 50, 55, 56, 57, 80, 81, 200, 203])
 def test_chunks_of_a_network_that_sees_little_are_the_whole(length):

@@ -39,13 +39,19 @@ def voc(root, count=120):
     lists.mkdir(parents=True)
     for i in range(count):
         picture(root / "JPEGImages" / f"p{i:03d}.jpg", i)
-        things = "".join(f"<object>\n<name>{NAMES[k]}</name><difficult>{int(i == 0)}</difficult><bndbox><xmin>{a:g}</xmin>"
-                         f"<ymin>{b:g}</ymin><xmax>{c:g}</xmax><ymax>{d:g}</ymax></bndbox></object>\n"
-                         for k, a, b, c, d in scene(i))
+        things = "".join(
+            f"<object>\n<name>{NAMES[k]}</name><difficult>{int(i == 0)}</difficult><bndbox><xmin>{a:g}</xmin>"
+            f"<ymin>{b:g}</ymin><xmax>{c:g}</xmax><ymax>{d:g}</ymax></bndbox></object>\n"
+            for k, a, b, c, d in scene(i)
+        )
         (root / "Annotations" / f"p{i:03d}.xml").write_text(
-            f"<annotation>\n<filename>p{i:03d}.jpg</filename><size><width>40</width><height>30</height></size>\n{things}</annotation>")
-    for name, numbers in (("train", range(0, count - 40)), ("val", range(count - 40, count - 20)),
-                          ("test", range(count - 20, count))):
+            f"<annotation>\n<filename>p{i:03d}.jpg</filename><size><width>40</width><height>30</height></size>\n{things}</annotation>"
+        )
+    for name, numbers in (
+        ("train", range(0, count - 40)),
+        ("val", range(count - 40, count - 20)),
+        ("test", range(count - 20, count)),
+    ):
         (lists / f"{name}.txt").write_text("".join(f"p{i:03d}\n" for i in numbers))
     return root
 
@@ -54,8 +60,9 @@ def yolo(root, count=120):
     (root / "labels" / "train").mkdir(parents=True)
     for i in range(count):
         picture(root / "images" / "train" / f"p{i:03d}.jpg", i)
-        (root / "labels" / "train" / f"p{i:03d}.txt").write_text("".join(
-            f"{k} {(a + c) / 80} {(b + d) / 60} {(c - a) / 40} {(d - b) / 30}\n" for k, a, b, c, d in scene(i)))
+        (root / "labels" / "train" / f"p{i:03d}.txt").write_text(
+            "".join(f"{k} {(a + c) / 80} {(b + d) / 60} {(c - a) / 40} {(d - b) / 30}\n" for k, a, b, c, d in scene(i))
+        )
     (root / "data.yaml").write_text("path: .\ntrain: images/train\nnc: 2\nnames:\n  0: cat\n  1: dog\n")
     return root
 
@@ -64,10 +71,21 @@ def coco(root, count=120):
     notes = [(i, *one) for i in range(count) for one in scene(i)]
     for i in range(count):
         picture(root / "images" / f"p{i:03d}.jpg", i)
-    document = {"images": [{"id": i, "file_name": f"p{i:03d}.jpg", "width": 40, "height": 30} for i in range(count)],
-                "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
-                "annotations": [{"id": n, "image_id": i, "category_id": (7, 9)[k], "bbox": [a, b, c - a, d - b], "iscrowd": 0,
-                                 "segmentation": [[a, b, c, b, c, d]]} for n, (i, k, a, b, c, d) in enumerate(notes)]}
+    document = {
+        "images": [{"id": i, "file_name": f"p{i:03d}.jpg", "width": 40, "height": 30} for i in range(count)],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
+        "annotations": [
+            {
+                "id": n,
+                "image_id": i,
+                "category_id": (7, 9)[k],
+                "bbox": [a, b, c - a, d - b],
+                "iscrowd": 0,
+                "segmentation": [[a, b, c, b, c, d]],
+            }
+            for n, (i, k, a, b, c, d) in enumerate(notes)
+        ],
+    }
     (root / "annotations").mkdir()
     (root / "annotations" / "instances.json").write_text(json.dumps(document))
     return root
@@ -78,8 +96,18 @@ MAKERS = {"voc": voc, "yolo": yolo, "coco": coco}
 
 @pytest.mark.parametrize("form", MAKERS)
 def test_every_form_says_the_same(form, tmp_path):
-    data, kind, _ = read_for({"data": str(MAKERS[form](tmp_path)), "target": None, "kinds": {}, "roles": {}, "group": None,
-                              "time": None, "allow_bad": False, "task": None})
+    data, kind, _ = read_for(
+        {
+            "data": str(MAKERS[form](tmp_path)),
+            "target": None,
+            "kinds": {},
+            "roles": {},
+            "group": None,
+            "time": None,
+            "allow_bad": False,
+            "task": None,
+        }
+    )
     assert kind is ObjectDetection and len(data) == 120 and data.context["classes"] == list(NAMES)
     for i, objects in enumerate(data.rows["objects"].to_list()):
         assert data.rows["image"][i].endswith(f"p{i:03d}.jpg")
@@ -94,7 +122,7 @@ def test_every_form_says_the_same(form, tmp_path):
     before = data.manifest.digest
     file = next(p for p in sorted(tmp_path.rglob("*")) if p.suffix in (".xml", ".json") or p.parent.parent.name == "labels")
     file.write_text(file.read_text() + " ")
-    assert read(tmp_path).manifest.digest != before                     # what is annotated is part of the data
+    assert read(tmp_path).manifest.digest != before  # what is annotated is part of the data
 
 
 def test_coco_by_splits_and_by_file(tmp_path):
@@ -113,12 +141,12 @@ def test_coco_by_splits_and_by_file(tmp_path):
 
 def test_yolo_layouts(tmp_path):
     yolo(tmp_path / "a", 10)
-    (tmp_path / "a" / "labels" / "train" / "p001.txt").write_text("1 0.1 0.2 0.5 0.2 0.5 0.8 0.1 0.8\n")        # an outline
+    (tmp_path / "a" / "labels" / "train" / "p001.txt").write_text("1 0.1 0.2 0.5 0.2 0.5 0.8 0.1 0.8\n")  # an outline
     made = read(tmp_path / "a").rows["objects"][1].to_list()
     assert len(made) == 1 and made[0]["label"] == "dog"
     assert [made[0][s] for s in ("left", "top", "right", "bottom")] == pytest.approx([4, 6, 20, 24])
     assert made[0]["outline"][0] == pytest.approx([4, 6, 20, 6, 20, 24, 4, 24])
-    for part in ("train", "valid"):                                      # as exported by web tools
+    for part in ("train", "valid"):  # as exported by web tools
         yolo(tmp_path / "b" / part, 10)
         for what in ("images", "labels"):
             folder = tmp_path / "b" / part / what
@@ -150,7 +178,7 @@ def has(source, check, count=1, unusable=0, place="", severity="warning"):
 def test_damaged_voc(tmp_path):
     root = voc(tmp_path)
     xml = root / "Annotations"
-    change(xml / "p001.xml", ("<xmax>15<", "<xmax>4<"))                  # no width
+    change(xml / "p001.xml", ("<xmax>15<", "<xmax>4<"))  # no width
     change(xml / "p002.xml", ("<xmin>20<", "<xmin>90<"), ("<xmax>36<", "<xmax>99<"))
     change(xml / "p005.xml", ("<ymax>20<", "<ymax>200<"))
     change(xml / "p007.xml", ("</annotation>", xml.joinpath("p007.xml").read_text().partition("</size>\n")[2]))
@@ -168,8 +196,10 @@ def test_damaged_voc(tmp_path):
         "size-differs": (lambda: change(xml / "p010.xml", ("<width>40", "<width>41")), "p010.xml: 41 x 30, the picture 40 x"),
         "no-picture": (lambda: (root / "JPEGImages" / "p010.jpg").rename(root / "other.jpg"), "p010.xml: p010.jpg"),
         "no-annotation": (lambda: (xml / "p010.xml").unlink(), "ImageSets/Main: p010"),
-        "truncated-image": (lambda: (root / "JPEGImages" / "p010.jpg").write_bytes(
-            (root / "JPEGImages" / "p010.jpg").read_bytes()[:400]), "p010.jpg"),
+        "truncated-image": (
+            lambda: (root / "JPEGImages" / "p010.jpg").write_bytes((root / "JPEGImages" / "p010.jpg").read_bytes()[:400]),
+            "p010.jpg",
+        ),
     }
     kept = (xml / "p010.xml").read_bytes(), (root / "JPEGImages" / "p010.jpg").read_bytes()
     for check, (damage, place) in damages.items():
@@ -199,9 +229,11 @@ def test_damaged_yolo(tmp_path):
     assert has(data, "box-outside", place="p003.txt:2") and has(data, "box-over-edge", place="p003.txt:3")
     assert has(data, "duplicate-box", place="p003.txt:5") and data.rows["objects"][3].len() == 2
     assert finding(data, "empty-label-file").count == 25 and has(data, "no-label-file", place="p013.jpg", severity="note")
-    damages = {"malformed-line": ("0 0.5 0.5 0.2\n", "p010.txt:1: '0 0.5 0.5 0.2'"),
-               "class-beyond-names": ("0 0.5 0.5 0.2 0.2\n2 0.5 0.5 0.2 0.2\n", "p010.txt:2: 2"),
-               "wrong-encoding": (b"0 0.5 0.5 0.2 0.2 \xff\xfe", "p010.txt")}
+    damages = {
+        "malformed-line": ("0 0.5 0.5 0.2\n", "p010.txt:1: '0 0.5 0.5 0.2'"),
+        "class-beyond-names": ("0 0.5 0.5 0.2 0.2\n2 0.5 0.5 0.2 0.2\n", "p010.txt:2: 2"),
+        "wrong-encoding": (b"0 0.5 0.5 0.2 0.2 \xff\xfe", "p010.txt"),
+    }
     for check, (text, place) in damages.items():
         (labels / "p010.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
         data = read(root)
@@ -216,11 +248,13 @@ def test_damaged_yolo(tmp_path):
     path = root / "images" / "train" / "p010.jpg"
     path.write_bytes(path.read_bytes()[:400])
     assert has(read(root), "truncated-image", unusable=1, place="p010.jpg")
-    for text, words in (("train: images/nowhere\nnames: [cat, dog]\n", "train names 'images/nowhere', which is not there"),
-                        ("train: images/train\nnc: 3\nnames: [cat, dog]\n", "nc says 3 classes, names lists 2"),
-                        ("train: images/train\nnames: [cat, cat]\n", "several classes are called 'cat'"),
-                        ("train: [images/train\nnames: x", "data.yaml:2: is no YAML"),
-                        ("train: images/train\nnames: 5\n", "names is to be a list")):
+    for text, words in (
+        ("train: images/nowhere\nnames: [cat, dog]\n", "train names 'images/nowhere', which is not there"),
+        ("train: images/train\nnc: 3\nnames: [cat, dog]\n", "nc says 3 classes, names lists 2"),
+        ("train: images/train\nnames: [cat, cat]\n", "several classes are called 'cat'"),
+        ("train: [images/train\nnames: x", "data.yaml:2: is no YAML"),
+        ("train: images/train\nnames: 5\n", "names is to be a list"),
+    ):
         (root / "data.yaml").write_text(text)
         with pytest.raises(DataError, match=words):
             read(root)
@@ -253,23 +287,28 @@ def test_damaged_coco(tmp_path):
     assert has(data, "box-outside", place="annotation 1")
     assert has(data, "box-over-edge", place="annotation 3") and has(data, "duplicate-box") and has(data, "unknown-picture")
     for check, change, lost, place in (
-            ("unknown-category", lambda i, n, c: n[4].update(category_id=3), 1, "annotation 4 (3)"),
-            ("malformed-box", lambda i, n, c: n[4].update(bbox=[1, 2, None, 4]), 1, "annotation 4"),
-            ("size-differs", lambda i, n, c: i[4].update(width=80, height=60), 1, "p004.jpg: 80 x 60"),
-            ("duplicate-id", lambda i, n, c: i[4].update(id=5), 2, "p004.jpg (id 5)"),
-            ("duplicate-picture", lambda i, n, c: i.append({**i[4], "id": 999}), 1, "p004.jpg"),
-            ("missing-file", lambda i, n, c: i[4].update(file_name="gone.jpg"), 1, "gone.jpg")):
+        ("unknown-category", lambda i, n, c: n[4].update(category_id=3), 1, "annotation 4 (3)"),
+        ("malformed-box", lambda i, n, c: n[4].update(bbox=[1, 2, None, 4]), 1, "annotation 4"),
+        ("size-differs", lambda i, n, c: i[4].update(width=80, height=60), 1, "p004.jpg: 80 x 60"),
+        ("duplicate-id", lambda i, n, c: i[4].update(id=5), 2, "p004.jpg (id 5)"),
+        ("duplicate-picture", lambda i, n, c: i.append({**i[4], "id": 999}), 1, "p004.jpg"),
+        ("missing-file", lambda i, n, c: i[4].update(file_name="gone.jpg"), 1, "gone.jpg"),
+    ):
         data = damaged(change)
         assert finding(data, check).unusable == lost and place in " ".join(finding(data, check).places), check
         assert finding(data, check).remedy
-    for change, words in ((lambda i, n, c: c.append(c[0]), "several categories have the id 7"),
-                          (lambda i, n, c: i[3].pop("file_name"), "image 3 lacks its id or file_name"),
-                          (lambda i, n, c: c[0].pop("name"), "each of its categories needs")):
+    for change, words in (
+        (lambda i, n, c: c.append(c[0]), "several categories have the id 7"),
+        (lambda i, n, c: i[3].pop("file_name"), "image 3 lacks its id or file_name"),
+        (lambda i, n, c: c[0].pop("name"), "each of its categories needs"),
+    ):
         with pytest.raises(DataError, match=words):
             damaged(change)
-    for text, words in ((whole[:len(whole) // 2], "is no complete JSON"),
-                        (whole.replace('"images"', '"image"', 1), "lacks images"),
-                        (whole.replace("cat", "caf\xe9", 1).encode("latin-1"), "is no UTF-8")):
+    for text, words in (
+        (whole[: len(whole) // 2], "is no complete JSON"),
+        (whole.replace('"images"', '"image"', 1), "lacks images"),
+        (whole.replace("cat", "caf\xe9", 1).encode("latin-1"), "is no UTF-8"),
+    ):
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(DataError, match=words):
             read(root)

@@ -33,10 +33,10 @@ def scenes(count: int, side: int = 48, channels: int | None = None):
     pictures = torch.full((count, channels or 2 * count, side, side), 255.0)
     places, labels = torch.zeros(count, 3, 4), torch.full((count, 3), -1)
     for i in range(count):
-        for j in range(2):                               # one in the upper half, one in the lower
+        for j in range(2):  # one in the upper half, one in the lower
             left, width = int(rng.integers(0, side // 2)), int(rng.integers(8, side // 2))
             top, height = side // 2 * j + int(rng.integers(0, 6)), int(rng.integers(6, side // 2 - 6))
-            pictures[i, 2 * i + j, top:top + height, left:left + width] = 0
+            pictures[i, 2 * i + j, top : top + height, left : left + width] = 0
             places[i, j], labels[i, j] = torch.tensor([left, top, left + width, top + height]), 2 * i + j
     return pictures, places, labels
 
@@ -60,6 +60,7 @@ def agree(pictures, boxes, labels, within: float = 1.0) -> int:
 
 
 # ---------------------------------------------------------------------------------------------- letterbox
+
 
 def test_letterbox_is_where_pillow_pads():
     rng = np.random.default_rng(0)
@@ -102,9 +103,14 @@ def test_pad():
 
 # ---------------------------------------------------------------------------------------------- changes
 
+
 def test_boxes_that_are_hardly_seen_are_dropped():
-    boxes = torch.tensor([[[-90.0, 0, 9, 20], [-90, 0, 11, 20], [98.5, 0, 110, 50], [120, 0, 140, 9], [50, 60, 40, 70],
-                           [5, 5, 20, 30]], [[0, 0, 50, 50]] + [[0, 0, 9, 9]] * 5])
+    boxes = torch.tensor(
+        [
+            [[-90.0, 0, 9, 20], [-90, 0, 11, 20], [98.5, 0, 110, 50], [120, 0, 140, 9], [50, 60, 40, 70], [5, 5, 20, 30]],
+            [[0, 0, 50, 50]] + [[0, 0, 9, 9]] * 5,
+        ]
+    )
     labels = torch.tensor([[0, 1, 2, 3, 4, 5], [7, -1, -1, -1, -1, -1]])
     kept, names = cut(boxes, labels, 100)
     assert names.tolist() == [[1, 5], [7, -1]]
@@ -118,7 +124,7 @@ def test_flip_moves_boxes_with_the_pixels():
     pictures, boxes, labels = flip(*scene, which)
     assert agree(pictures, boxes, labels, 0) == 8
     assert torch.equal(pictures[1], scene[0][1]) and not torch.equal(pictures[0], scene[0][0])
-    assert not boxes[:, 2].any()                         # padding stays zero
+    assert not boxes[:, 2].any()  # padding stays zero
 
 
 @pytest.mark.parametrize("scale", [0.6, 1.0, 1.7])
@@ -141,8 +147,8 @@ def test_mosaic_puts_four_together():
     assert four.shape == (2, 16, 64, 64) and places.shape == (2, 12, 4)
     for i in range(8):
         top, left = 32 * (i % 4 // 2), 32 * (i % 2)
-        assert torch.equal(four[i // 4, :, top:top + 32, left:left + 32], pictures[i])
-        inner = places[i // 4, 3 * (i % 4):3 * (i % 4) + 2] - torch.tensor([left, top, left, top])
+        assert torch.equal(four[i // 4, :, top : top + 32, left : left + 32], pictures[i])
+        inner = places[i // 4, 3 * (i % 4) : 3 * (i % 4) + 2] - torch.tensor([left, top, left, top])
         assert torch.equal(inner, boxes[i, :2])
     assert names.tolist() == labels.view(2, 12).tolist()
 
@@ -160,8 +166,12 @@ def test_jitter_turns_colours_and_leaves_greys():
     turned = jitter(colour, one(0.1), one(1), one(1))
     assert (turned - colour).abs().max() > 2
     torch.testing.assert_close((turned[0] * light[:, None, None]).sum(0), flat[0, 0], rtol=0, atol=0.05)
-    torch.testing.assert_close(jitter(colour, one(0.1), one(0.8), one(1.3)), jitter(jitter(
-        colour, one(0.1), one(1), one(1)), one(0), one(0.8), one(1.3)), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        jitter(colour, one(0.1), one(0.8), one(1.3)),
+        jitter(jitter(colour, one(0.1), one(1), one(1)), one(0), one(0.8), one(1.3)),
+        rtol=1e-4,
+        atol=1e-2,
+    )
     assert jitter(colour, one(0), one(1), one(9)).max() == 255
     torch.testing.assert_close(jitter(grey[:, :1], one(0.3), one(2), one(0.5)), grey[:, :1] / 2)
     both = jitter(colour.repeat(2, 1, 1, 1), torch.tensor([0.0, 0.5]), torch.ones(2), torch.ones(2))
@@ -169,6 +179,7 @@ def test_jitter_turns_colours_and_leaves_greys():
 
 
 # ---------------------------------------------------------------------------------------------- all together
+
 
 def augmented(how: Augment, seed: int = 0):
     """Twelve pictures; what is fetched for a mosaic has classes of its own wherever it comes from."""
@@ -189,14 +200,18 @@ def test_boxes_follow_all_changes(mosaic):
         checked += agree(pictures, boxes, labels)
         sides = (boxes[..., 2:] - boxes[..., :2])[labels >= 0]
         assert (boxes >= 0).all() and (boxes <= 64).all() and (sides >= 2).all() and not boxes[labels < 0].any()
-        assert (labels >= 0).any(0).all()                # no wider than needed
+        assert (labels >= 0).any(0).all()  # no wider than needed
     assert checked > 100
 
 
 def test_mosaics_and_single_pictures_keep_their_places():
-    def fetch(rows):                                     # a picture's own number is its brightness
-        return torch.from_numpy(rows).view(-1, 1, 1, 1).float().expand(-1, 1, 8, 8), torch.zeros(len(rows), 1, 4), \
-            torch.full((len(rows), 1), -1)
+    def fetch(rows):  # a picture's own number is its brightness
+        return (
+            torch.from_numpy(rows).view(-1, 1, 1, 1).float().expand(-1, 1, 8, 8),
+            torch.zeros(len(rows), 1, 4),
+            torch.full((len(rows), 1), -1),
+        )
+
     rows = np.array([30, 7, 19, 2, 11, 24, 3, 5])
     pictures, _, labels = replace(PLAIN, mosaic=0.5)(fetch, rows, 40, generator(3))
     alone = (pictures == pictures[:, :, :1, :1]).all(-1).all(-1)[:, 0]

@@ -59,19 +59,22 @@ def truncate(path: Path) -> None:
 
 def garble(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2:len(content) // 2 + 20] = bytes(20)
+    content[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("damage", "check", "remedy"), [
-    (truncate, "truncated-image", "Copy them again"),
-    (garble, "corrupt-image", "Copy them again"),
-    (lambda p: p.write_bytes(b""), "empty-file", "Copy them again"),
-    (lambda p: p.write_bytes(b"<html>not found</html>"), "corrupt-image", "Copy them again"),
-    (lambda p: p.rename(p.with_suffix(".txt")).write_text("notes"), "not-an-image", "Remove"),
-    (lambda p: (p.unlink(), p.symlink_to("/etc/hostname")), "link-outside", "Copy the files into"),
-    (lambda p: (p.unlink(), p.symlink_to("/nowhere/at/all.png")), "link-outside", "Copy the files into"),
-])
+@pytest.mark.parametrize(
+    ("damage", "check", "remedy"),
+    [
+        (truncate, "truncated-image", "Copy them again"),
+        (garble, "corrupt-image", "Copy them again"),
+        (lambda p: p.write_bytes(b""), "empty-file", "Copy them again"),
+        (lambda p: p.write_bytes(b"<html>not found</html>"), "corrupt-image", "Copy them again"),
+        (lambda p: p.rename(p.with_suffix(".txt")).write_text("notes"), "not-an-image", "Remove"),
+        (lambda p: (p.unlink(), p.symlink_to("/etc/hostname")), "link-outside", "Copy the files into"),
+        (lambda p: (p.unlink(), p.symlink_to("/nowhere/at/all.png")), "link-outside", "Copy the files into"),
+    ],
+)
 def test_damaged_pictures(tmp_path, damage, check, remedy):
     digits(tmp_path, each=60)
     victims = sorted((tmp_path / "1").iterdir())[5:7]
@@ -115,7 +118,7 @@ def test_pictures_without_a_class(tmp_path):
     stray.unlink()
     flat = tmp_path / "0"
     bare = read(flat)
-    assert len(bare) == 40 and bare.target is None               # what can be learnt from it, the task has to say
+    assert len(bare) == 40 and bare.target is None  # what can be learnt from it, the task has to say
     with pytest.raises(DataError, match="does not say by itself what is to be learnt"):
         infer(bare)
     data = read(flat, labels_optional=True)
@@ -127,7 +130,7 @@ def test_pictures_without_a_class(tmp_path):
 
 def test_decompression_bomb(tmp_path, monkeypatch):
     digits(tmp_path, each=60)
-    Image.new("1", (9000, 11000)).save(tmp_path / "0" / "bomb.png")       # 12 kB that fill 99 MB
+    Image.new("1", (9000, 11000)).save(tmp_path / "0" / "bomb.png")  # 12 kB that fill 99 MB
     data = read(tmp_path)
     assert finding(data, "too-many-pixels").places == ("0/bomb.png (9000 x 11000)",) and len(data) == 180
     with pytest.raises(DataError, match="9000 x 11000 pixels"):
@@ -154,8 +157,7 @@ def test_modes_are_counted_and_look_right(tmp_path):
     exif[0x0112] = 6
     photo(b / "turned.jpg", exif=exif)
     data = read(tmp_path)
-    assert {"deep-image", "transparent-image", "cmyk-image", "animated-image",
-            "rotated-image"} <= checks(data)
+    assert {"deep-image", "transparent-image", "cmyk-image", "animated-image", "rotated-image"} <= checks(data)
     assert finding(data, "deep-image").places == ("b/deep.png",)
     size = {Path(r["image"]).name: (r["#width"], r["#height"]) for r in data.rows.to_dicts()}
     assert size["turned.jpg"] == (30, 40) and size["0.png"] == (40, 30)
@@ -165,8 +167,13 @@ def test_modes_are_counted_and_look_right(tmp_path):
     assert load["clear.png"][:, 5, 5].tolist() == [255, 255, 255]
     assert (load["moving.gif"] == 10).all()
     upright = np.asarray(Image.open(b / "turned.jpg").rotate(-90, expand=True).convert("RGB"))
-    assert np.abs(images.load([b / "turned.jpg"], 30, fit="crop")[0].numpy().transpose(1, 2, 0).astype(int)
-                  - upright[5:35].astype(int)).max() <= 2
+    assert (
+        np.abs(
+            images.load([b / "turned.jpg"], 30, fit="crop")[0].numpy().transpose(1, 2, 0).astype(int)
+            - upright[5:35].astype(int)
+        ).max()
+        <= 2
+    )
 
 
 def test_loading_gives_the_same_pixels():
@@ -205,8 +212,7 @@ def test_damaged_pictures_are_named_when_loading(tmp_path):
 def test_table_of_paths(tmp_path):
     digits(tmp_path / "img", each=60)
     files = [f for c in "012" for f in sorted((tmp_path / "img" / c).iterdir())]
-    rows = ["file,kind"] + [f"img/{f.parent.name}/{f.name},{['zero', 'one', 'two'][int(f.parent.name)]}"
-                            for f in files]
+    rows = ["file,kind"] + [f"img/{f.parent.name}/{f.name},{['zero', 'one', 'two'][int(f.parent.name)]}" for f in files]
     rows[9] = "img/0/lost.png,zero"
     data = read(write(tmp_path / "t.csv", rows))
     assert data.columns["file"].kind == "image" and data.target.name == "kind" and len(data) == 179

@@ -36,11 +36,10 @@ def test_numbers_become_standard_normals():
 
 def test_numbers_agree_with_scikit_learn():
     x = np.random.default_rng(0).gamma(2, size=3000)
-    x[:300] = 1.5                                                  # ties in the middle
+    x[:300] = 1.5  # ties in the middle
     preparer, _ = learn({"x": x})
     new = np.linspace(-1, x.max() + 1, 500)
-    theirs = QuantileTransformer(n_quantiles=100, output_distribution="normal",
-                                 subsample=None).fit(x[:, None])
+    theirs = QuantileTransformer(n_quantiles=100, output_distribution="normal", subsample=None).fit(x[:, None])
     ours = preparer.apply(pl.DataFrame({"x": new}))[0][:, 0]
     assert np.abs(ours - theirs.transform(new[:, None])[:, 0]).max() < 1e-4
     assert len(preparer.numbers[0].quantiles) == 100
@@ -59,9 +58,12 @@ def test_missing_unseen_and_json():
     x = [None if i % 10 == 0 else i * 0.37 for i in range(n)]
     c = [None if i % 7 == 0 else "uvw"[i % 3] for i in range(n)]
     preparer, data = learn({"x": x, "c": c, "b": [i % 3 == 0 for i in range(n)], "d": ["k", "l"] * (n // 2)})
-    assert [(f.column, f.part) for f in preparer.categories] == [("x", "missing"), ("c", "value"),
-                                                                 ("b", "value"),
-                                                                 ("d", "value")]
+    assert [(f.column, f.part) for f in preparer.categories] == [
+        ("x", "missing"),
+        ("c", "value"),
+        ("b", "value"),
+        ("d", "value"),
+    ]
     assert preparer.cardinalities == [3, 5, 3, 3] and preparer.width == 1 + 2 + 4 + 2 + 2
     new = pl.DataFrame({"x": [None, 30.0], "c": ["new", None], "b": [None, True], "d": [None, "l"]})
     numbers, codes = preparer.apply(new)
@@ -78,8 +80,9 @@ def test_nothing_of_other_rows_is_learnt():
     data = read("iris")
     made = split(data)
     before = TablePreparer.learn(data.rows[made.train], data.features()).to_json()
-    rows = data.rows.with_columns(pl.Series("petal_width_cm", np.where(
-        np.isin(np.arange(150), made.test), 99.0, data.rows["petal_width_cm"].to_numpy())))
+    rows = data.rows.with_columns(
+        pl.Series("petal_width_cm", np.where(np.isin(np.arange(150), made.test), 99.0, data.rows["petal_width_cm"].to_numpy()))
+    )
     assert TablePreparer.learn(rows[made.train], data.features()).to_json() == before
 
 
@@ -88,7 +91,7 @@ def test_constant_and_rare():
     names = [f"town {i // 2 % 40}" if i < 280 else f"once {i}" for i in range(n)]
     preparer, data = learn({"same": [1.0] * (n - 1) + [2.0], "town": names})
     constant = TablePreparer.learn(data.rows[:100], data.features())
-    assert [f.column for f in constant.numbers] == []                     # constant in these rows
+    assert [f.column for f in constant.numbers] == []  # constant in these rows
     town = next(f for f in preparer.categories if f.column == "town")
     assert len(town.values) == 40 and preparer.unseen == {}  # 20 names that are there once: code 0
     codes = preparer.apply(data.rows)[1][:, 0]
@@ -100,15 +103,21 @@ def test_dates():
     times = [w + dt.timedelta(hours=i % 24) for i, w in enumerate(when)]
     preparer, data = learn({"day": when, "time": times})
     parts = [(f.column, f.part) for f in preparer.numbers]
-    assert parts == [("day", "time"), ("day", "year-sin"), ("day", "year-cos"), ("time", "time"),
-                     ("time", "year-sin"),
-                     ("time", "year-cos"), ("time", "hour-sin"), ("time", "hour-cos")]
+    assert parts == [
+        ("day", "time"),
+        ("day", "year-sin"),
+        ("day", "year-cos"),
+        ("time", "time"),
+        ("time", "year-sin"),
+        ("time", "year-cos"),
+        ("time", "hour-sin"),
+        ("time", "hour-cos"),
+    ]
     numbers, codes = preparer.apply(data.rows)
     assert np.isfinite(numbers).all() and preparer.cardinalities == [8, 8]
-    assert codes[:3, 0].tolist() == [7, 1, 2]                              # a Sunday, a Monday, a Tuesday
+    assert codes[:3, 0].tolist() == [7, 1, 2]  # a Sunday, a Monday, a Tuesday
     assert numbers[6, 6] == pytest.approx(np.sin(2 * np.pi * 6 / 24)) and (np.diff(numbers[:, 0]) >= 0).all()
-    gone = preparer.apply(pl.DataFrame({"day": [None], "time": [None]}, schema={c: pl.Datetime("us") for c in
-                                                                              ("day", "time")}))
+    gone = preparer.apply(pl.DataFrame({"day": [None], "time": [None]}, schema={c: pl.Datetime("us") for c in ("day", "time")}))
     assert (gone[0] == 0).all() and (gone[1] == 0).all()
 
 

@@ -29,7 +29,7 @@ def test_adult(tmp_path):
     assert data.target.name == "c14" and data.target.distinct == 2
     assert [c.kind for c in data.columns.values()].count("number") == 6
     assert {"no-header", "class-spelling", "duplicate-across-splits"} <= checks(data)
-    assert data.columns["c13"].missing == 857                        # "?"
+    assert data.columns["c13"].missing == 857  # "?"
 
 
 def test_california(tmp_path):

@@ -25,8 +25,10 @@ def wide() -> list[str]:
 
 def rows() -> list[str]:
     """As M4 has it: series of different length, blanks at their end."""
-    return ["V1,V2," + ",".join(f"V{i}" for i in range(3, 42)),
-            *(f"H{i}," + ",".join(str(i * 10 + t % 7) if t < 30 + i % 11 else "" for t in range(40)) for i in range(40))]
+    return [
+        "V1,V2," + ",".join(f"V{i}" for i in range(3, 42)),
+        *(f"H{i}," + ",".join(str(i * 10 + t % 7) if t < 30 + i % 11 else "" for t in range(40)) for i in range(40)),
+    ]
 
 
 def got(path, **more):
@@ -34,6 +36,7 @@ def got(path, **more):
 
 
 # Layouts
+
 
 def test_long_tables(tmp_path):
     data = got(write(tmp_path / "t.csv", long()))
@@ -57,9 +60,9 @@ def test_wide_tables(tmp_path):
     found = panel(data)
     assert layout_of(data) == "wide" and found.names == ["a", "b"] and len(found.values) == 240
     assert found.of(1)[:2].tolist() == [100.5, 101.5] and found.frequency.label(found.times[25]) == "2024-03-02 01:00:00"
-    one = got(write(tmp_path / "one.csv", [line.partition(",")[2] for line in wide()]))      # no time: steps in their order
+    one = got(write(tmp_path / "one.csv", [line.partition(",")[2] for line in wide()]))  # no time: steps in their order
     assert panel(one).names == ["a", "b"] and finding(one, "no-time").severity == "note"
-    only = got(tmp_path / "t.csv", target="b")                                                # then a stands beside it
+    only = got(tmp_path / "t.csv", target="b")  # then a stands beside it
     assert panel(only).names == ["b"] and only.columns["a"].role == "feature"
 
 
@@ -71,7 +74,7 @@ def test_a_series_a_row(tmp_path):
     assert "missing-values" not in checks(data)
     cells = [line.split(",") for line in rows()]
     for row, line in enumerate(cells[1:]):
-        line[4], line[6], line[-1] = str(row % 2), "0", ""        # steps that look like truth values, a constant, nothing
+        line[4], line[6], line[-1] = str(row % 2), "0", ""  # steps that look like truth values, a constant, nothing
     odd = panel(got(write(tmp_path / "t.csv", [",".join(line) for line in cells])))
     assert odd.names == found.names and odd.of(3)[:7].tolist() == [30, 31, 32, 1, 34, 0, 36]
 
@@ -84,7 +87,7 @@ def test_numbers_and_other_frequencies_as_time(tmp_path):
     found = panel(data)
     assert found.frequency.words == "month" and len(found.values) == 50 and np.isnan(found.values[7, 0])
     assert found.frequency.label(found.times[7]) == "2010-08-01" and finding(data, "missing-steps").count == 1
-    twice = [*monthly[:20], monthly[20].replace("-01,", "-03,"), *monthly[20:]]       # two days of one month are one step
+    twice = [*monthly[:20], monthly[20].replace("-01,", "-03,"), *monthly[20:]]  # two days of one month are one step
     data = got(write(tmp_path / "m.csv", ["month,y", *twice]), time="month", allow_bad=True)
     assert finding(data, "off-grid").places == ("m.csv:22",)
     assert (panel(data).values[:21] == found.values[:21])[np.arange(21) != 7].all()
@@ -95,6 +98,7 @@ def test_numbers_and_other_frequencies_as_time(tmp_path):
 
 # Damage
 
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_damaged_long_tables(tmp_path, suffix):
     def stored(lines, **more):
@@ -104,45 +108,45 @@ def test_damaged_long_tables(tmp_path, suffix):
             pl.read_csv(tmp_path / "t.csv", infer_schema_length=None).write_parquet(path)
         return got(path, **more)
 
-    def line(n):                                          # a Parquet file has rows, a text its header too
+    def line(n):  # a Parquet file has rows, a text its header too
         return f"t.{suffix}:{n if suffix == 'csv' else n - 1}"
 
     good = long()
     out = good.copy()
-    out[5], out[6] = good[6], good[5]                     # out of order
+    out[5], out[6] = good[6], good[5]  # out of order
     data = stored(out)
     assert finding(data, "time-order").places == (line(7),) and finding(data, "time-order").remedy
     assert (panel(data).values == panel(stored(good)).values).all()
-    data = stored([*good, good[30], good[40]])            # doubles, the same
+    data = stored([*good, good[30], good[40]])  # doubles, the same
     found = finding(data, "duplicate-time")
     assert found.places == (f"{line(482)} = {line(31)}", f"{line(483)} = {line(41)}") and not found.unusable
-    data = stored([*good, good[30].replace(".5", ".75")])                       # doubles that disagree
+    data = stored([*good, good[30].replace(".5", ".75")])  # doubles that disagree
     found = finding(data, "conflicting-time")
     assert found.places == (f"{line(482)} = {line(31)}",) and found.unusable == 1 and "role.series" in found.remedy
-    assert panel(data).values[29, 0] == 5.5               # the first is used
-    data = stored(good[:100] + good[103:])                # steps are missing
+    assert panel(data).values[29, 0] == 5.5  # the first is used
+    data = stored(good[:100] + good[103:])  # steps are missing
     found = finding(data, "missing-steps")
     assert found.count == 3 and found.places == (f"3 before {line(101)}",) and np.isnan(panel(data).values[99:102]).all()
-    data = stored([*good[:10], good[10].replace(":00,", ":20,"), *good[11:]])   # between two steps
+    data = stored([*good[:10], good[10].replace(":00,", ":20,"), *good[11:]])  # between two steps
     found = finding(data, "off-grid")
     assert found.places == (line(11),) and found.unusable == 1 and np.isnan(panel(data).values[9, 0])
-    data = stored([good[0], good[1].replace(":00,", ":20,"), *good[2:]])        # and so is the first of all
+    data = stored([good[0], good[1].replace(":00,", ":20,"), *good[2:]])  # and so is the first of all
     assert finding(data, "off-grid").places == (line(2),) and panel(data).values[0, 0] == 1.5
     data = stored([*good[:10], good[10].rpartition(",")[0] + ",", *good[11:]])  # no value
     assert finding(data, "missing-values").places == (line(11),) and finding(data, "missing-values").count == 1
-    data = stored([*good[:10], good[10].replace("north", ""), *good[11:]])      # of no series
+    data = stored([*good[:10], good[10].replace("north", ""), *good[11:]])  # of no series
     assert finding(data, "missing-key").places == (line(11),) and finding(data, "missing-key").unusable == 1
-    data = stored([*good[:10], "north,,1.5", *good[11:]])                       # at no time
+    data = stored([*good[:10], "north,,1.5", *good[11:]])  # at no time
     assert finding(data, "time-missing").places == (line(11),) and finding(data, "time-missing").unusable == 1
-    data = stored([good[0], *(f"east,{t}," for t in HOURS), *good[1:]])         # a series without values
+    data = stored([good[0], *(f"east,{t}," for t in HOURS), *good[1:]])  # a series without values
     assert finding(data, "empty-series").count == 1 and "'east'" in finding(data, "empty-series").what
     assert panel(data).names == ["north", "south"]
     data = stored([good[0], *(f"east,{t},3" for t in HOURS), *good[1:]])
     assert "'east'" in finding(data, "constant-series").what
-    data = stored([good[0], *reversed(good[1:])])                               # the latest first
+    data = stored([good[0], *reversed(good[1:])])  # the latest first
     assert finding(data, "time-backwards").severity == "note" and "time-order" not in checks(data)
     with refused("conflicting-time", "240 of 480 examples are unusable", "--set role.series=COLUMN"):
-        stored([line_.replace("south", "north") for line_ in good])             # two series under one name
+        stored([line_.replace("south", "north") for line_ in good])  # two series under one name
     with refused("time-unreadable", "'time' is to be the time", "2024-12-31"):
         stored([good[0], *(f"{line_.split(',')[0]},day {n},1.5" for n, line_ in enumerate(good[1:]))])
     with refused("irregular-steps", "the moments are irregular", "by hour, day"):
@@ -183,9 +187,9 @@ def test_damaged_wide_tables(tmp_path):
     assert finding(got(write(tmp_path / "t.csv", good[:20] + good[25:])), "missing-steps").count == 5
     data = got(write(tmp_path / "t.csv", [*good[:20], good[20].rpartition(",")[0] + ",", *good[21:]]))
     assert finding(data, "missing-values").places == ("t.csv:21",)
-    assert panel(data).observed[19].tolist() == [True, False]                   # the other series is there
+    assert panel(data).observed[19].tolist() == [True, False]  # the other series is there
     late = [line if n in (0, *range(40, 200)) else line.rpartition(",")[0] + "," for n, line in enumerate(good)]
-    data = got(write(tmp_path / "t.csv", late))                                 # one begins later and ends sooner: no fault
+    data = got(write(tmp_path / "t.csv", late))  # one begins later and ends sooner: no fault
     found = panel(data)
     assert "missing-values" not in checks(data) and (found.low[1], found.high[1]) == (39, 199)
     data = got(write(tmp_path / "t.csv", [*good[:20], good[20].replace(".5", "x", 1), *good[21:]]))

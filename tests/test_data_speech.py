@@ -38,19 +38,32 @@ def generator(seed: int = 0) -> torch.Generator:
 
 # ---------------------------------------------------------------------------------------------- spectrograms
 
-@pytest.mark.parametrize(("rate", "bands", "window", "hop", "low", "high"), [
-    (16_000, 80, 0.025, 0.010, 20.0, None), (8_000, 40, 0.032, 0.005, 0.0, 3_700.0)])
+
+@pytest.mark.parametrize(
+    ("rate", "bands", "window", "hop", "low", "high"),
+    [(16_000, 80, 0.025, 0.010, 20.0, None), (8_000, 40, 0.032, 0.005, 0.0, 3_700.0)],
+)
 def test_spectrogram_is_that_of_transformers(rate, bands, window, hop, low, high):
     from tv import transformers
+
     audio = transformers.audio_utils
     mel = LogMel(rate=rate, bands=bands, window=window, hop=hop, low=low, high=high)
     fft = {400: 512, 256: 256}[mel.width]
     filters = audio.mel_filter_bank(fft // 2 + 1, bands, low, high or rate / 2, rate, norm=None, mel_scale="htk")
     np.testing.assert_allclose(mel_filters(rate, fft, bands, low, high or rate / 2), filters, atol=1e-6)
     (wave,) = waves(rate)
-    theirs = audio.spectrogram(wave.astype(np.float64), audio.window_function(mel.width, "hann", periodic=True), mel.width,
-                               mel.step, fft_length=fft, power=2.0, center=False, mel_filters=filters, mel_floor=1e-8,
-                               log_mel="log")
+    theirs = audio.spectrogram(
+        wave.astype(np.float64),
+        audio.window_function(mel.width, "hann", periodic=True),
+        mel.width,
+        mel.step,
+        fft_length=fft,
+        power=2.0,
+        center=False,
+        mel_filters=filters,
+        mel_floor=1e-8,
+        log_mel="log",
+    )
     ours = mel.spectrogram(torch.from_numpy(wave)[None])[0]
     assert ours.shape == (mel.frames(rate), bands) and mel.frames(rate) == 1 + (rate - mel.width) // mel.step
     np.testing.assert_allclose(ours, theirs.T, atol=2e-4)
@@ -91,7 +104,7 @@ def test_each_recording_has_mean_zero_and_deviation_one():
     for row, count in zip(x, frames):
         torch.testing.assert_close(row[:count].mean(0), torch.zeros(80), atol=1e-4, rtol=0)
         torch.testing.assert_close(row[:count].std(0, correction=0), torch.ones(80), atol=1e-3, rtol=0)
-    assert LogMel().apply(torch.zeros(1, 900), torch.tensor([900]))[0].isfinite().all()      # digital silence
+    assert LogMel().apply(torch.zeros(1, 900), torch.tensor([900]))[0].isfinite().all()  # digital silence
 
 
 def test_the_corpus_scale_is_learnt_on_real_frames_in_any_batches():
@@ -121,6 +134,7 @@ def test_bands_that_cannot_be():
 
 # ---------------------------------------------------------------------------------------------- waves
 
+
 @pytest.mark.parametrize(("rate", "wanted"), [(44_100, 16_000), (8_000, 16_000), (48_000, 8_000), (11_025, 16_000)])
 def test_resampling_keeps_what_can_be_heard_and_nothing_else(rate, wanted):
     t, new = np.arange(rate) / rate, np.arange(wanted) / wanted
@@ -137,7 +151,7 @@ def test_resampling_keeps_what_can_be_heard_and_nothing_else(rate, wanted):
     exact = signal.resample(wave, wanted)
     assert np.abs(resample(wave, rate, wanted) - exact)[middle].max() < 0.01 * np.abs(exact).max()
     if wanted < rate:
-        above = resample(np.sin(2 * np.pi * 0.6 * wanted * t), rate, wanted)     # would fold back to 0.4
+        above = resample(np.sin(2 * np.pi * 0.6 * wanted * t), rate, wanted)  # would fold back to 0.4
         assert np.abs(above[middle]).max() < 0.01
 
 
@@ -147,7 +161,7 @@ def test_resampling_a_padded_batch():
     out = resample(batch.numpy(), 44_100, 16_000)
     for row, wave in zip(out, many):
         alone = resample(wave, 44_100, 16_000)
-        np.testing.assert_allclose(row[:len(alone)], alone, atol=1e-6)
+        np.testing.assert_allclose(row[: len(alone)], alone, atol=1e-6)
 
 
 def test_rates_and_channels():
@@ -163,7 +177,7 @@ def test_rates_and_channels():
 def test_the_hop_leaves_frames_for_every_symbol(seconds, hop):
     """5 symbols need 17 frames before the network halves them twice: a window and 16 hops."""
     assert suggest_hop(np.array([seconds]), np.array([5])) == hop
-    assert suggest_hop(np.array([seconds] + [9.0] * 999), np.full(1_000, 5)) == 0.010          # one in a thousand
+    assert suggest_hop(np.array([seconds] + [9.0] * 999), np.full(1_000, 5)) == 0.010  # one in a thousand
     if seconds > 0.1:
         fits = -(-LogMel(hop=hop).frames(round(seconds * 16_000)) // 4)
         assert fits >= 5
@@ -189,18 +203,19 @@ def test_speed_changes_length_and_pitch():
 
 # ---------------------------------------------------------------------------------------------- masks
 
+
 def test_masks_are_stripes_within_their_limits():
     features, frames = torch.ones(400, 100, 80), torch.tensor([100, 40] * 200)
     out = SpecAugment(band_masks=1, time_masks=0).apply(features, frames, generator())
-    bands = (out[:, 0] == 0)
+    bands = out[:, 0] == 0
     assert torch.equal(out, out[:, :1].expand_as(out)) and set(bands.sum(1).tolist()) == set(range(28))
-    assert bands.any(0).all()                                                    # the outermost, too
-    assert (bands.int().diff(dim=1).abs().sum(1) <= 2).all()                     # one stripe
+    assert bands.any(0).all()  # the outermost, too
+    assert (bands.int().diff(dim=1).abs().sum(1) <= 2).all()  # one stripe
     out = SpecAugment(band_masks=0, time_masks=1, time_share=0.2).apply(features, frames, generator())
-    steps = (out[:, :, 0] == 0)
+    steps = out[:, :, 0] == 0
     assert set(steps[::2].sum(1).tolist()) == set(range(21)) and set(steps[1::2].sum(1).tolist()) == set(range(9))
     assert steps[::2].any(0).all() and steps[1::2, :40].any(0).all() and not steps[1::2, 40:].any()
-    assert torch.equal(features, torch.ones(400, 100, 80))                       # the input is left alone
+    assert torch.equal(features, torch.ones(400, 100, 80))  # the input is left alone
 
 
 def test_masks_follow_from_the_generator():
@@ -233,8 +248,11 @@ def test_transcripts_there_and_back(pieces):
     assert [a.tolist() for a in again.encode(TEXTS)[0]] == [a.tolist() for a in rows] and again.size == t.size
     assert again.decode([0, -1, *rows[0], 0]) == "hello world"
     batch, lengths = t.batch(rows)
-    assert batch.shape == (4, lengths.max()) and [row[:n].tolist() for row, n in zip(batch, lengths)] == [
-        row.tolist() for row in rows] and not batch[0, lengths[0]:].any()
+    assert (
+        batch.shape == (4, lengths.max())
+        and [row[:n].tolist() for row, n in zip(batch, lengths)] == [row.tolist() for row in rows]
+        and not batch[0, lengths[0] :].any()
+    )
     if pieces:
         assert t.size == 41 and len(rows[3]) < len(TEXTS[3]) - 4
     else:

@@ -20,14 +20,28 @@ def test_kinds_of_columns(tmp_path):
     rows = ["id,code,height,colour,smoker,flag,day,when,zip,note,only,nothing,y"]
     for i in range(n):
         colour = ["red", "green", " blue "][i % 3]
-        rows.append(f"{i + 1},u{i:03d}x,{150 + i * 0.5},{colour},{['yes', 'no'][i % 2]},{i % 2},"
-                    f"2024-01-{i % 28 + 1:02d},{i % 28 + 1:02d}.03.2024 12:{i:02d},{i % 9:05d},"
-                    f"a sentence with many words number {i} in it,same,,{['a', 'b'][i % 2 ^ (i % 7 == 0)]}")
+        rows.append(
+            f"{i + 1},u{i:03d}x,{150 + i * 0.5},{colour},{['yes', 'no'][i % 2]},{i % 2},"
+            f"2024-01-{i % 28 + 1:02d},{i % 28 + 1:02d}.03.2024 12:{i:02d},{i % 9:05d},"
+            f"a sentence with many words number {i} in it,same,,{['a', 'b'][i % 2 ^ (i % 7 == 0)]}"
+        )
     data = read(write(tmp_path / "t.csv", rows))
     kinds = {c.name: c.kind for c in data.columns.values()}
-    assert kinds == {"id": "identifier", "code": "identifier", "height": "number", "colour": "category",
-                     "smoker": "boolean", "flag": "boolean", "day": "date", "when": "date", "zip": "category",
-                     "note": "text", "only": "constant", "nothing": "constant", "y": "category"}
+    assert kinds == {
+        "id": "identifier",
+        "code": "identifier",
+        "height": "number",
+        "colour": "category",
+        "smoker": "boolean",
+        "flag": "boolean",
+        "day": "date",
+        "when": "date",
+        "zip": "category",
+        "note": "text",
+        "only": "constant",
+        "nothing": "constant",
+        "y": "category",
+    }
     assert data.target.name == "y" and data.target.distinct == 2
     assert {c.name for c in data.role("ignored")} == {"id", "code", "only", "nothing"}
     assert all(c.why for c in data.columns.values())
@@ -58,10 +72,10 @@ def test_override_kinds(tmp_path):
 
 
 def test_targets(tmp_path):
-    assert read("iris").target.name == "species"                                       # by its name
-    assert read("diabetes").target.kind == "number"                                    # an amount
+    assert read("iris").target.name == "species"  # by its name
+    assert read("diabetes").target.kind == "number"  # an amount
     rows = ["x,rating"] + [f"{i / 7},{i % 5 + 1}" for i in range(50)]
-    assert read(write(tmp_path / "t.csv", rows)).target.kind == "category"              # 5 whole numbers
+    assert read(write(tmp_path / "t.csv", rows)).target.kind == "category"  # 5 whole numbers
     with pytest.raises(DataError, match=r"'specis'.*Did you mean 'species'.*sepal_length_cm, sepal_width_cm"):
         read("iris", target="specis")
 
@@ -100,12 +114,15 @@ def test_nul_bytes_are_refused(tmp_path):
         read(tmp_path / "t.csv")
 
 
-@pytest.mark.parametrize(("line", "text", "message"), [
-    (30, "5.1,3.5,1.4,0.2,setosa,extra", r"1 of 151 lines do not have 5 cells.*t\.csv:30 has 6"),
-    (30, "5.1,3.5,1.4", r"1 of 151 lines do not have 5 cells.*t\.csv:30 has 3"),
-    (30, '"5.1,3.5,1.4,0.2,setosa', r"t\.csv:30: broken quoting: a quotation mark is opened"),
-    (30, '"5.1"0,3.5,1.4,0.2,setosa', r"t\.csv:30: broken quoting: text follows a closing"),
-])
+@pytest.mark.parametrize(
+    ("line", "text", "message"),
+    [
+        (30, "5.1,3.5,1.4,0.2,setosa,extra", r"1 of 151 lines do not have 5 cells.*t\.csv:30 has 6"),
+        (30, "5.1,3.5,1.4", r"1 of 151 lines do not have 5 cells.*t\.csv:30 has 3"),
+        (30, '"5.1,3.5,1.4,0.2,setosa', r"t\.csv:30: broken quoting: a quotation mark is opened"),
+        (30, '"5.1"0,3.5,1.4,0.2,setosa', r"t\.csv:30: broken quoting: text follows a closing"),
+    ],
+)
 def test_broken_lines_are_named(tmp_path, line, text, message):
     rows = lines("iris")
     rows[line - 1] = text
@@ -120,8 +137,7 @@ def test_quotation_marks_inside_cells_are_no_fault(tmp_path):
 
 
 def test_lines_are_right_where_cells_hold_line_breaks(tmp_path):
-    rows = ["text,label"] + [f'"a first line, number {i}\nand ""a second"" of '
-                             f'it",{"ab"[i % 2]}' for i in range(40)]
+    rows = ["text,label"] + [f'"a first line, number {i}\nand ""a second"" of it",{"ab"[i % 2]}' for i in range(40)]
     data = read(write(tmp_path / "t.csv", rows))
     assert data.rows["text"][1] == 'a first line, number 1\nand "a second" of it'
     assert data.columns["text"].kind == "text" and data.place(10) == "t.csv:22"
@@ -134,11 +150,14 @@ def test_empty_lines_are_counted(tmp_path):
     assert data.place(49) == "t.csv:52"
 
 
-@pytest.mark.parametrize(("names", "message"), [
-    ("a,b,a,d,species", r"t\.csv:1: 'a' names columns 1, 3"),
-    ("a,,c,d,species", r"t\.csv:1: column 2 has no name"),
-    (",b,c,d,species", r"often an index"),
-])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("a,b,a,d,species", r"t\.csv:1: 'a' names columns 1, 3"),
+        ("a,,c,d,species", r"t\.csv:1: column 2 has no name"),
+        (",b,c,d,species", r"often an index"),
+    ],
+)
 def test_bad_column_names(tmp_path, names, message):
     with pytest.raises(DataError, match=message):
         read(write(tmp_path / "t.csv", [names, *lines("iris")[1:]]))
@@ -173,7 +192,7 @@ def test_no_header(tmp_path):
     assert list(data.columns) == ["c0", "c1", "c2", "c3", "c4"] and len(data) == 150
     assert finding(data, "no-header").places == ("t.csv:1",)
     assert len(read(path, header=True)) == 149
-    taken = read("iris", header=False)         # the names are a row then, of which no number is left
+    taken = read("iris", header=False)  # the names are a row then, of which no number is left
     assert len(taken) == 150 and finding(taken, "empty-input").places == ("data.csv:1",)
 
 
@@ -250,8 +269,7 @@ def test_parquet_and_json_lines(tmp_path):
 
 def test_one_file_for_each_split(tmp_path):
     names, *rows = lines("iris")
-    for name, part in (("my-train.csv", rows[::2]), ("my_valid.csv", rows[1::4]),
-                       ("my.test.csv", rows[3::4])):
+    for name, part in (("my-train.csv", rows[::2]), ("my_valid.csv", rows[1::4]), ("my.test.csv", rows[3::4])):
         write(tmp_path / name, [names, *part])
     data = read(tmp_path)
     assert [int((data.splits == s).sum()) for s in ("train", "val", "test")] == [75, 38, 37]
@@ -294,8 +312,11 @@ def test_known_schema(tmp_path):
     assert data.target is None and finding(data, "extra-columns").places == ("column 'extra'",)
     assert data.rows["sepal_length_cm"].to_list() == read("iris").rows["sepal_length_cm"].to_list()
     turned[0] = turned[0].replace("petal_width_cm", "petal_widht_cm").replace("sepal_length_cm", "foo")
-    with pytest.raises(DataError, match=r"(?s)2 of the 4 columns.*'sepal_length_cm'.*'petal_width_cm'.*Did "
-                                        r"you mean 'petal_widht_cm'"):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)2 of the 4 columns.*'sepal_length_cm'.*'petal_width_cm'.*Did "
+        r"you mean 'petal_widht_cm'",
+    ):
         read(write(tmp_path / "t.csv", turned), schema=schema)
     assert isinstance(data.columns["petal_width_cm"], Column)
 
@@ -322,8 +343,9 @@ def test_objects_in_memory():
     for source in (plain, columns, pandas.DataFrame(columns), {k: list(v) for k, v in columns.items()}):
         data = read(source, target="species")
         assert data.rows.drop("#file", "#line").equals(plain) and len(data.manifest.digest) == 64
-    mixed = pandas.DataFrame({"a": [1.5, None, 3.0] * 20, "b": ["u", None, "v"] * 20, "c": [*range(6)] * 10,
-                              "y": [0, 1, 1, 1] * 15})
+    mixed = pandas.DataFrame(
+        {"a": [1.5, None, 3.0] * 20, "b": ["u", None, "v"] * 20, "c": [*range(6)] * 10, "y": [0, 1, 1, 1] * 15}
+    )
     data = read(mixed, target="y")
     assert data.columns["a"].missing == 20 and data.columns["b"].missing == 20 and data.target.kind == "category"
     with pytest.raises(DataError, match="different lengths"):
@@ -355,8 +377,11 @@ def test_folders_of_texts(tmp_path):
 
 
 def test_unknown_sources(tmp_path):
-    with pytest.raises(DataError, match=r"no such file, folder or sample. Did you mean 'iris'\?.*digits, "
-                                        r"iris"):
+    with pytest.raises(
+        DataError,
+        match=r"no such file, folder or sample. Did you mean 'iris'\?.*digits, "
+        r"iris",
+    ):
         read("irs")
     write(tmp_path / "data.csv", lines("iris"))
     with pytest.raises(DataError, match=r"Did you mean 'data\.csv'"):

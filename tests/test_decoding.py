@@ -25,7 +25,7 @@ def test_gpt2_with_cache_equals_the_whole_row(pieces, padded):
     for piece in zip(tokens.split(pieces, 1), [None] * len(pieces) if mask is None else mask.split(pieces, 1)):
         parts.append(model(*piece, cache=cache))
     got = torch.cat(parts, 1)
-    for row in range(3):                                 # each row alone, without padding
+    for row in range(3):  # each row alone, without padding
         real = slice(None) if mask is None else mask[row]
         torch.testing.assert_close(got[row, real], model(tokens[row, real][None])[0], **CLOSE)
 
@@ -42,9 +42,9 @@ def test_gpt2_prompts_of_unequal_length_go_on_together(side):
     order = torch.tensor([2, 2, 0])
     cache.select(order)
     for step in (5, 6, 7):
-        got = model(tokens[:, step:step + 1], cache=cache)[:, 0]
+        got = model(tokens[:, step : step + 1], cache=cache)[:, 0]
         for row, source in enumerate(order.tolist()):
-            whole = torch.cat([tokens[source, :5][mask[source]], tokens[row, 5:step + 1]])
+            whole = torch.cat([tokens[source, :5][mask[source]], tokens[row, 5 : step + 1]])
             torch.testing.assert_close(got[row], model(whole[None])[0, -1], **CLOSE)
     with pytest.raises(IndexError, match="8 places"):
         model(tokens[:, :1], cache=cache)
@@ -62,8 +62,9 @@ def test_gpt2_refuses_more_than_its_length():
 def test_gpt2_files_of_huggingface(tmp_path, bare):
     """The first files have no prefix and hold causal masks; no file holds the tied head."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=30, n_positions=12, n_embd=8, n_layer=2, n_head=2,
-                                     bos_token_id=None, eos_token_id=None)
+    config = transformers.GPT2Config(
+        vocab_size=30, n_positions=12, n_embd=8, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+    )
     theirs, ours, tokens = transformers.GPT2LMHeadModel(config).eval(), create("gpt2-test").eval(), torch.randint(30, (2, 9))
     theirs.save_pretrained(tmp_path)
     assert "lm_head.weight" not in weights.read(tmp_path)

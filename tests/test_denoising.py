@@ -10,7 +10,7 @@ import pytest
 from fieldguide.objectives import denoising
 from fieldguide.objectives.denoising import corrupted, holes, infilled, parted, spans
 
-SENTINELS = np.arange(99, 79, -1)      # as T5's: the first is the highest number
+SENTINELS = np.arange(99, 79, -1)  # as T5's: the first is the highest number
 
 
 def test_the_example_of_the_paper():
@@ -36,7 +36,7 @@ def test_parts_sum_to_the_total_and_all_sums_are_drawn_alike():
     found = parted(np.full(12_000, 5), np.full(12_000, 3), rng)
     assert (found.sum(1) == 5).all() and (found >= 1).all()
     kinds, counts = np.unique(found, axis=0, return_counts=True)
-    assert len(kinds) == 6 and abs(counts / 2000 - 1).max() < 0.1                # 4 choose 2
+    assert len(kinds) == 6 and abs(counts / 2000 - 1).max() < 0.1  # 4 choose 2
     mixed = parted(np.array([7, 1, 4, 9]), np.array([2, 1, 4, 1]), rng)
     assert mixed.sum(1).tolist() == [7, 1, 4, 9] and (mixed > 0).sum(1).tolist() == [2, 1, 4, 1]
 
@@ -70,7 +70,7 @@ def test_a_damaged_row_and_its_target_hold_the_text():
         for t in target[i][target[i] >= 0][:-1]:
             said.setdefault(t, []) if t > 50 else said[list(said)[-1]].append(t)
         text = [t for s in source[i][mask[i]][:-1] for t in (said[s] if s > 50 else [s])]
-        assert text == tokens[i, :lengths[i]].tolist() and target[i][target[i] >= 0][-1] == source[i][mask[i]][-1] == 50
+        assert text == tokens[i, : lengths[i]].tolist() and target[i][target[i] >= 0][-1] == source[i][mask[i]][-1] == 50
 
 
 class Fixed:
@@ -81,7 +81,7 @@ class Fixed:
 
     def poisson(self, mean, shape):
         assert mean == denoising.INFILL[1]
-        return np.broadcast_to(np.array(self.lengths)[:shape[1]], shape).copy()
+        return np.broadcast_to(np.array(self.lengths)[: shape[1]], shape).copy()
 
     def random(self, shape):
         lot = np.ones(shape)
@@ -94,9 +94,9 @@ def test_infilling_by_hand():
     cut = lambda lengths, order, share: holes(size, 10, Fixed(lengths, order), share)
     row = lambda *how: infilled(tokens, size, 77, 0, *cut(*how))[0][0].tolist()
     assert row([2, 1, 9], [3, 7, 0], 0.3) == [1, 2, 3, 77, 6, 7, 77, 9, 10]
-    assert row([0, 3, 9], [5, 0, 9], 0.3) == [77, 4, 5, 77, 6, 7, 8, 9, 10]      # nothing is lost where 77 stands alone
-    assert row([9, 9, 9], [2, 0, 1], 0.3) == [1, 2, 77, 6, 7, 8, 9, 10]          # cut to the share
-    assert row([4, 1, 1, 1, 1], [2, 4, 9, 0, 1], 0.5) == [1, 2, 77, 77, 6, 7, 8, 9, 10]      # one begins inside another
+    assert row([0, 3, 9], [5, 0, 9], 0.3) == [77, 4, 5, 77, 6, 7, 8, 9, 10]  # nothing is lost where 77 stands alone
+    assert row([9, 9, 9], [2, 0, 1], 0.3) == [1, 2, 77, 6, 7, 8, 9, 10]  # cut to the share
+    assert row([4, 1, 1, 1, 1], [2, 4, 9, 0, 1], 0.5) == [1, 2, 77, 77, 6, 7, 8, 9, 10]  # one begins inside another
 
 
 def test_infilling_keeps_the_order_and_the_share():
@@ -110,9 +110,9 @@ def test_infilling_keeps_the_order_and_the_share():
         kept = row[real & (row != 999)]
         assert (np.diff(kept) > 0).all() and (kept >= 1).all() and (kept <= length).all()
     for row, real, own, at in zip(source, mask, tokens, gone):
-        assert set(own[at]) == set(own[own > 0]) - set(row[real])            # what is gone is what is to be found out
+        assert set(own[at]) == set(own[own > 0]) - set(row[real])  # what is gone is what is to be found out
     lost = 1 - (mask & (source != 999))[:300].sum(1) / 200
     assert 0.22 < lost.mean() < 0.3 and lost.max() <= 0.3 + 1e-9
     marks = (source[:300] == 999).sum(1)
-    assert 17 < marks.mean() < 24                        # 60 tokens in spans of 3
+    assert 17 < marks.mean() < 24  # 60 tokens in spans of 3
     assert not mask[300].any() and mask[301].sum() == 1

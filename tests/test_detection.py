@@ -34,13 +34,14 @@ def some_boxes(*shape: int, side: float = 64.0, generator: torch.Generator | Non
 
 # ---------------------------------------------------------------------------------------------- overlap
 
+
 def test_overlap_of_boxes_drawn_by_hand():
     a = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 4, 4], [1, 1, 1, 1], [3, 3, 1, 1]])
     b = torch.tensor([[2.0, 1, 6, 3], [0, 0, 4, 4], [4, 0, 8, 4], [1, 1, 2, 3], [1, 1, 1, 1], [0, 0, 4, 4]])
     assert fast.area(a).tolist() == [16, 16, 16, 16, 0, 0]
     torch.testing.assert_close(fast.iou(a, b), torch.tensor([4 / 20, 1, 0, 2 / 16, 0, 0]))
     # Middles (2, 2) and (4, 2); enclosed by 6 x 4; proportions 1 and 2.
-    v = 4 / math.pi ** 2 * (math.pi / 4 - math.atan(2)) ** 2
+    v = 4 / math.pi**2 * (math.pi / 4 - math.atan(2)) ** 2
     want = 0.2 - 4 / 52 - v * v / (0.8 + v)
     torch.testing.assert_close(fast.ciou(a, b)[0], torch.tensor(want))
     torch.testing.assert_close(fast.ciou(a, b)[1], torch.tensor(1.0))
@@ -60,13 +61,15 @@ def test_complete_overlap_has_the_gradient_of_its_equation():
     a, b = some_boxes(6).requires_grad_(), some_boxes(6)
     fast.ciou(a, b).sum().backward()
     for i, (x, y) in enumerate(zip(a.detach().tolist(), b.tolist())):
+
         def shape(box):
             return math.atan((box[2] - box[0]) / (box[3] - box[1]))
-        v = 4 / math.pi ** 2 * (shape(x) - shape(y)) ** 2
+
+        v = 4 / math.pi**2 * (shape(x) - shape(y)) ** 2
         alpha = v / (1 - slow.overlap(x, y) + v)
 
         def value(box, y=y, alpha=alpha, shape=shape):
-            w = 4 / math.pi ** 2 * (shape(box) - shape(y)) ** 2
+            w = 4 / math.pi**2 * (shape(box) - shape(y)) ** 2
             beta = w / (1 - slow.overlap(box, y) + w)
             return slow.complete(box, y) + beta * w - alpha * w
 
@@ -80,6 +83,7 @@ def test_complete_overlap_has_the_gradient_of_its_equation():
 
 
 # ---------------------------------------------------------------------------------------------- suppression
+
 
 def kept(boxes: Tensor, scores: Tensor, labels: Tensor, limit: float) -> list[int]:
     return fast.nms(boxes, scores, labels, limit).nonzero()[:, 0].tolist()
@@ -95,7 +99,7 @@ def test_suppression_equals_the_greedy_sweep(limit, pairs, monkeypatch):
         count, classes = (0, 1, 2, 7, 30, 60)[turn % 6], (1, 3, 20)[turn % 3]
         boxes = some_boxes(count, side=(6, 12, 64)[turn // 6 % 3], generator=random)
         boxes = boxes.round() if turn % 2 else boxes
-        boxes[count // 2:count // 2 * 2] = boxes[:count // 2] if turn % 4 == 3 else boxes[count // 2:count // 2 * 2]
+        boxes[count // 2 : count // 2 * 2] = boxes[: count // 2] if turn % 4 == 3 else boxes[count // 2 : count // 2 * 2]
         scores = torch.rand(count, generator=random, dtype=torch.float64)
         scores = (scores * 4).round() / 4 if turn % 5 < 3 else scores
         labels = torch.randint(classes, (count,), generator=random)
@@ -106,11 +110,11 @@ def test_suppression_equals_the_greedy_sweep(limit, pairs, monkeypatch):
 def test_suppression_follows_long_chains():
     """Each overlaps its neighbours only: every other one stays, however far that is from the best."""
     left = torch.arange(301.0) * 4
-    boxes = torch.stack([left, left * 0, left + 10, left * 0 + 10], -1)          # 6 of 14 in common, then 2 of 18
+    boxes = torch.stack([left, left * 0, left + 10, left * 0 + 10], -1)  # 6 of 14 in common, then 2 of 18
     scores = torch.linspace(1, 0.1, 301)
     assert kept(boxes, scores, torch.zeros(301, dtype=torch.long), 0.3) == list(range(0, 301, 2))
     assert kept(boxes, scores.flip(0), torch.zeros(301, dtype=torch.long), 0.3) == list(range(0, 301, 2))
-    assert kept(boxes, scores, torch.arange(301) % 2, 0.3) == list(range(301))   # neighbours of other classes
+    assert kept(boxes, scores, torch.arange(301) % 2, 0.3) == list(range(301))  # neighbours of other classes
 
 
 def test_suppression_is_quick():
@@ -126,7 +130,7 @@ def test_suppression_is_quick():
             started = time.perf_counter()
             fast.nms(boxes, scores, groups, 0.7)
             times.append(time.perf_counter() - started)
-        assert min(times) / 8 < most                     # seconds a picture; about 0.001 and 0.03 on one idle core
+        assert min(times) / 8 < most  # seconds a picture; about 0.001 and 0.03 on one idle core
 
 
 def test_detections_of_a_batch():
@@ -140,14 +144,16 @@ def test_detections_of_a_batch():
     assert not found["scores"][1].any() and not found["boxes"][1].any()
     few = detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=2, most=1)
     assert few["labels"].tolist() == [[0], [-1]]
-    same = detections(boxes[:1].expand(2, -1, -1), scores[:1].expand(2, -1, -1), (64, 32), confidence=0.1, overlap=0.5,
-                      candidates=100, most=4)            # pictures drop nothing of each other's
+    same = detections(
+        boxes[:1].expand(2, -1, -1), scores[:1].expand(2, -1, -1), (64, 32), confidence=0.1, overlap=0.5, candidates=100, most=4
+    )  # pictures drop nothing of each other's
     assert same["labels"].tolist() == [[0, 1, 1, -1]] * 2
     many = detections(boxes, scores, (64, 32), confidence=0.1, overlap=1.0, candidates=100, most=50)
     assert many["labels"].shape == (2, 50) and (many["labels"][0] >= 0).sum() == 5
 
 
 # ---------------------------------------------------------------------------------------------- the loss
+
 
 class Answers(nn.Module):
     """A network that gives what it is given."""
@@ -159,7 +165,7 @@ class Answers(nn.Module):
         self.register_buffer("bins", torch.arange(bins, dtype=torch.float64).view(1, -1, 1, 1))
         self.given: Tensor | None = None
 
-    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B A 4R+K
+    def forward(self, image: Tensor) -> Tensor:  # B C H W -> B A 4R+K
         return self.given
 
 
@@ -169,9 +175,9 @@ def situation(bins: int = 6, classes: int = 3, height: int = 40, width: int = 52
     points = len(grid(height, width, STRIDES, torch.device("cpu"))[0])
     raw = torch.randn(3, points, 4 * bins + classes, dtype=torch.float64) * 1.5
     truth = some_boxes(3, 7, side=40)
-    truth[0, 1] = truth[0, 0] + 1                        # two that want the same points
-    truth[1, 0] = torch.tensor([17.0, 9, 19, 12])        # smaller than a cell, and no point in it
-    truth[1, 2] = torch.tensor([0.0, 0, 52, 40])         # further than the last bin
+    truth[0, 1] = truth[0, 0] + 1  # two that want the same points
+    truth[1, 0] = torch.tensor([17.0, 9, 19, 12])  # smaller than a cell, and no point in it
+    truth[1, 2] = torch.tensor([0.0, 0, 52, 40])  # further than the last bin
     labels = torch.randint(classes, (3, 7))
     labels[1, [1, 4]] = -1
     labels[2] = -1
@@ -218,8 +224,9 @@ def test_the_smallest_boxes_have_points_to_answer():
     assert (owner == 0).any(1).all() and (quality > 0).any(1).all()
     near = (points[(owner == 0).nonzero()[:, 1]] - middle[(owner == 0).nonzero()[:, 0], 0]).abs().amax(-1)
     assert near.max() <= 4
-    none, _ = assign(torch.full((200, len(points), 2), 0.1), boxes, points, truth, torch.zeros(200, 1, dtype=torch.long),
-                     smallest=0.0)
+    none, _ = assign(
+        torch.full((200, len(points), 2), 0.1), boxes, points, truth, torch.zeros(200, 1, dtype=torch.long), smallest=0.0
+    )
     assert not (none == 0).any(1).all()
 
 
@@ -287,17 +294,18 @@ def test_padding_changes_nothing():
     want = Detection(model)({"image": image, "boxes": truth, "labels": labels})
     order = torch.tensor([3, 0, 5, 1, 6, 2, 4])
     wide = torch.cat([truth[:, order], torch.full((3, 5, 4), 30.0, dtype=torch.float64)], 1)
-    got = Detection(model)({"image": image, "boxes": wide,
-                            "labels": torch.cat([labels[:, order], torch.full((3, 5), -1)], 1)})
+    got = Detection(model)({"image": image, "boxes": wide, "labels": torch.cat([labels[:, order], torch.full((3, 5), -1)], 1)})
     torch.testing.assert_close(got, want)
 
 
 # ---------------------------------------------------------------------------------------------- a network learns
 
+
 def scattered_digits(count: int, side: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures of one to four handwritten 0s, 1s and 2s, two or three times as large as scikit-learn has them, with the
     boxes of their ink. Seeds 0 and 1 have no digit in common."""
     from sklearn.datasets import load_digits
+
     rng, digits = np.random.default_rng(seed), load_digits()
     ours = np.arange(len(digits.images)) % 2 == seed
     kinds = [digits.images[ours & (digits.target == kind)] for kind in range(3)]
@@ -311,7 +319,7 @@ def scattered_digits(count: int, side: int, seed: int) -> tuple[Tensor, Tensor, 
             height, width = ink.shape
             x, y = int(rng.integers(side - width)), int(rng.integers(side - height))
             if all(x >= b[2] or x + width <= b[0] or y >= b[3] or y + height <= b[1] for b in placed):
-                pictures[i, 0, y:y + height, x:x + width] = ink
+                pictures[i, 0, y : y + height, x : x + width] = ink
                 labels[i, len(placed)], boxes[i, len(placed)] = label, (x, y, x + width, y + height)
                 placed.append((x, y, x + width, y + height))
     return torch.from_numpy(pictures), torch.from_numpy(boxes).float(), torch.from_numpy(labels)
@@ -330,8 +338,18 @@ def learnt(size: str, side: int, steps: int, lr: float, augment: Augment | None 
         return {"image": pictures / 255, "boxes": boxes, "labels": labels}
 
     objective = Detection(create(size, classes=3, channels=1, image=side, **overrides))
-    settings = Settings().with_({**find(size)[0].recipe, "steps": steps, "batch": 16, "lr": lr, "precision": "float32",
-                                 "channels_last": False, "minutes": 0, "evaluate": steps})
+    settings = Settings().with_(
+        {
+            **find(size)[0].recipe,
+            "steps": steps,
+            "batch": 16,
+            "lr": lr,
+            "precision": "float32",
+            "channels_last": False,
+            "minutes": 0,
+            "evaluate": steps,
+        }
+    )
     Trainer(objective, Batches(512, batch), settings, device=torch.device("cpu"), watch=Silent()).train()
     answers = Batches(128, lambda rows, _: {"image": test[0][rows] / 255, "boxes": test[1][rows], "labels": test[2][rows]})
     found = collect(objective, answers, batch=48, device=torch.device("cpu"))
@@ -339,7 +357,7 @@ def learnt(size: str, side: int, steps: int, lr: float, augment: Augment | None 
     return average_precision(found, {"boxes": test[1].numpy(), "labels": test[2].numpy()}, 3)
 
 
-@pytest.mark.slow                                        # test_task_detection.py learns in `make test`
+@pytest.mark.slow  # test_task_detection.py learns in `make test`
 def test_a_small_network_finds_digits():
     scores = learnt("yolov8n", 64, 150, 8e-3, widths=(8, 12, 24, 32, 48), depths=(1, 1, 1, 1), bins=8)
     assert scores["map50"] > 0.8 and scores["map"] > 0.5

@@ -28,12 +28,20 @@ SHAPES = pytest.mark.parametrize("shape", [(2, 4, 4), (3, 2, 4, 4)], ids=["pictu
 def scheduler(kind: str, process: Process, schedule: str, **options):
     """That of diffusers, with its float32 table of alphas made anew from its own betas in float64."""
     from tv import diffusers
+
     scale = 1000 / process.steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peer = getattr(diffusers, kind)(
-            num_train_timesteps=process.steps, beta_schedule=NAMES[schedule], beta_start=1e-4 * scale, beta_end=0.02 * scale,
-            prediction_type=NAMES[process.predicts], timestep_spacing="trailing", clip_sample=True, **options)
+            num_train_timesteps=process.steps,
+            beta_schedule=NAMES[schedule],
+            beta_start=1e-4 * scale,
+            beta_end=0.02 * scale,
+            prediction_type=NAMES[process.predicts],
+            timestep_spacing="trailing",
+            clip_sample=True,
+            **options,
+        )
     peer.alphas_cumprod = torch.tensor(process.left, dtype=torch.float64)
     peer.one = peer.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     return peer
@@ -43,13 +51,15 @@ def scheduler(kind: str, process: Process, schedule: str, **options):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_noise_schedules_equal_those_of_diffusers(schedule, steps):
     from tv import diffusers
+
     process, scale = Process(schedule, steps), 1000 / steps
-    peer = diffusers.DDPMScheduler(num_train_timesteps=steps, beta_schedule=NAMES[schedule], beta_start=1e-4 * scale,
-                                   beta_end=0.02 * scale)
+    peer = diffusers.DDPMScheduler(
+        num_train_timesteps=steps, beta_schedule=NAMES[schedule], beta_start=1e-4 * scale, beta_end=0.02 * scale
+    )
     # There in float32: a thousand roundings of 6e-8 add up.
     torch.testing.assert_close(torch.tensor(process.left), peer.alphas_cumprod.double().float(), rtol=1e-4, atol=1e-8)
     assert process.left[-1] < 1e-4 and np.all(np.diff(process.left) < 0)
-    torch.testing.assert_close(process.signal ** 2 + process.noise ** 2, torch.ones(steps))
+    torch.testing.assert_close(process.signal**2 + process.noise**2, torch.ones(steps))
 
 
 def test_cosine_schedule_is_the_papers_curve():
@@ -69,7 +79,7 @@ def test_mixing_and_targets_equal_those_of_diffusers(predicts, shape):
     torch.testing.assert_close(process.mix(clean, noise, time), peer.add_noise(clean, noise, time), rtol=1e-6, atol=1e-6)
     want = noise if predicts == "eps" else peer.get_velocity(clean, noise, time)
     torch.testing.assert_close(process.target(clean, noise, time), want, rtol=1e-6, atol=1e-6)
-    for i, t in enumerate(time.tolist()):                # what was mixed comes out again, but for the last steps
+    for i, t in enumerate(time.tolist()):  # what was mixed comes out again, but for the last steps
         x, output = process.mix(clean, noise, time), process.target(clean, noise, time)
         if process.left[t] > 1e-3:
             torch.testing.assert_close(process.clean(x, output, t)[i], clean[i], rtol=1e-4, atol=1e-4)
@@ -82,7 +92,7 @@ class Wavy(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:         # B ..., B, B -> B ...
+    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:  # B ..., B, B -> B ...
         shape = (-1, *[1] * (x.ndim - 1))
         return self.scale * torch.tanh(x + x.flip(-1) / 2) + torch.sin(time.double() / 100 + label).view(shape)
 
@@ -94,15 +104,21 @@ def trajectory(peer, model: nn.Module, x: Tensor, label: Tensor, draw: Noise, st
         time = torch.full((len(x),), float(t), dtype=x.dtype)
         with torch.no_grad():
             output = model(x, time, 0 * label) + guidance * (model(x, time, label) - model(x, time, 0 * label))
-        x = peer.step(output, t, x, **{name: value() if callable(value) else value for name, value in options.items()},
-                      ).prev_sample
+        x = peer.step(
+            output,
+            t,
+            x,
+            **{name: value() if callable(value) else value for name, value in options.items()},
+        ).prev_sample
     return x
 
 
 @BOTH
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize(("steps", "eta", "shape"), [
-    (1, 0.0, (2, 4, 4)), (4, 0.6, (2, 4, 4)), (50, 0.0, (3, 2, 4, 4)), (50, 1.0, (2, 4, 4)), (250, 0.3, (7,))])
+@pytest.mark.parametrize(
+    ("steps", "eta", "shape"),
+    [(1, 0.0, (2, 4, 4)), (4, 0.6, (2, 4, 4)), (50, 0.0, (3, 2, 4, 4)), (50, 1.0, (2, 4, 4)), (250, 0.3, (7,))],
+)
 def test_ddim_walks_as_that_of_diffusers(predicts, schedule, steps, eta, shape):
     model, process = Wavy(), Process(schedule, predicts=predicts)
     peer, label = scheduler("DDIMScheduler", process, schedule), torch.tensor([0, 1, 2])
@@ -110,8 +126,11 @@ def test_ddim_walks_as_that_of_diffusers(predicts, schedule, steps, eta, shape):
     draw = Noise(3, range(3), shape, model.scale.data)
     start = draw()
     noise = [draw() if eta and i < steps - 1 else torch.zeros_like(start) for i in range(steps)]
-    options = {"eta": eta, "use_clipped_model_output": True, "variance_noise": lambda: noise.pop(0)} if eta else \
-        {"eta": eta, "use_clipped_model_output": True}
+    options = (
+        {"eta": eta, "use_clipped_model_output": True, "variance_noise": lambda: noise.pop(0)}
+        if eta
+        else {"eta": eta, "use_clipped_model_output": True}
+    )
     theirs = trajectory(peer, model, start, label, draw, steps, 1.5, **options)
     # At the last times hardly any signal is left to divide by: 1 / signal is 2e4 for cosine.
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
@@ -128,7 +147,7 @@ def test_ddpm_walks_as_that_of_diffusers(predicts, schedule, variance, steps, sh
     draw = Noise(3, range(3), shape, model.scale.data)
     start, left = draw(), [steps]
 
-    def noise(*_, **__):                                 # there, noise is also added at the end, to the data
+    def noise(*_, **__):  # there, noise is also added at the end, to the data
         left[0] -= 1
         return draw() if left[0] else torch.zeros_like(start)
 
@@ -154,10 +173,16 @@ def test_times_begin_at_the_last_and_are_evenly_spaced():
     assert DDIM(steps=1000).times(process) == list(range(999, -1, -1))
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (lambda: Process("square"), "schedules are linear, cosine"), (lambda: Process(predicts="x"), "predicted is eps or v"),
-    (lambda: Process(steps=0), "steps begin at 1"), (lambda: DDIM(steps=0).times(Process()), "1 to 1000"),
-    (lambda: DDIM(steps=1001).times(Process()), "1 to 1000")])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Process("square"), "schedules are linear, cosine"),
+        (lambda: Process(predicts="x"), "predicted is eps or v"),
+        (lambda: Process(steps=0), "steps begin at 1"),
+        (lambda: DDIM(steps=0).times(Process()), "1 to 1000"),
+        (lambda: DDIM(steps=1001).times(Process()), "1 to 1000"),
+    ],
+)
 def test_refuses_what_cannot_be(make, words):
     with pytest.raises(SettingsError, match=words):
         make()
@@ -165,8 +190,10 @@ def test_refuses_what_cannot_be(make, words):
 
 # ------------------------------------------------------------------------------------------------ the loss
 
-def slow_loss(model: nn.Module, batch: dict[str, Tensor], schedule: str, predicts: str, gamma: float | None,
-              seed: int) -> float:
+
+def slow_loss(
+    model: nn.Module, batch: dict[str, Tensor], schedule: str, predicts: str, gamma: float | None, seed: int
+) -> float:
     """One example after another, from the papers' equations; chance drawn in the same order."""
     clean, label = batch["image"], batch["label"]
     torch.manual_seed(seed)
@@ -183,13 +210,13 @@ def slow_loss(model: nn.Module, batch: dict[str, Tensor], schedule: str, predict
                 f = lambda u: math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
                 beta = min(1 - f(s + 1) / f(s), 0.999)
             left *= 1 - beta
-        x = left ** 0.5 * clean[n] + (1 - left) ** 0.5 * noise[n]
+        x = left**0.5 * clean[n] + (1 - left) ** 0.5 * noise[n]
         said = model(x[None], torch.tensor([float(t)]), torch.tensor([int(label[n]) if kept[n] >= 0.3 else 0]))[0]
         snr = left / (1 - left)
         if predicts == "eps":
             wanted, weight = noise[n], 1.0 if gamma is None else min(snr, gamma) / snr
         else:
-            wanted = left ** 0.5 * noise[n] - (1 - left) ** 0.5 * clean[n]
+            wanted = left**0.5 * noise[n] - (1 - left) ** 0.5 * clean[n]
             weight = 1.0 if gamma is None else min(snr, gamma) / (snr + 1)
         total += weight * sum(float(d) ** 2 for d in (said - wanted).flatten()) / wanted.numel()
     return total / len(clean)
@@ -207,7 +234,7 @@ def test_the_loss_is_the_papers(predicts, schedule, gamma, shape):
     loss = objective(batch)["loss"]
     with torch.no_grad():
         want = slow_loss(objective.model, batch, schedule, predicts, gamma, seed=7)
-    assert float(loss.detach()) == pytest.approx(want, rel=2e-4)                 # alpha-bar is kept in float32
+    assert float(loss.detach()) == pytest.approx(want, rel=2e-4)  # alpha-bar is kept in float32
     assert torch.autograd.grad(loss, objective.model.scale)[0].isfinite()
 
 
@@ -222,11 +249,11 @@ def test_the_weights_of_eps_and_v_mean_the_same_error_of_the_data():
         signal, share = process.rates(time, clean)
         x = process.mix(clean, noise, time)
         seen = clean + wrong
-        eps = (x - signal * seen) / share                # what belongs to that wrong x_0
+        eps = (x - signal * seen) / share  # what belongs to that wrong x_0
         output = eps if predicts == "eps" else signal * eps - share * seen
         error = ((output - process.target(clean, noise, time)) ** 2).mean(1)
         found.append(MinSNR(5.0)(process, time) * error)
-    want = process.ratio(time).clamp(max=5) * (wrong ** 2).mean(1)
+    want = process.ratio(time).clamp(max=5) * (wrong**2).mean(1)
     torch.testing.assert_close(found[0], want, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(found[1], want, rtol=1e-5, atol=1e-9)
 
@@ -248,7 +275,7 @@ def test_labels_are_dropped_as_often_as_asked_and_only_in_training():
     objective.outputs(batch)
     assert len(seen) == PROBES and all((label == 3).all() for label in seen)
     seen.clear()
-    objective({"image": batch["image"]})                 # no labels at all
+    objective({"image": batch["image"]})  # no labels at all
     assert (seen[0] == 0).all()
 
 
@@ -277,16 +304,16 @@ class BestDenoiser(nn.Module):
         super().__init__()
         self.process, self.still = process, nn.Parameter(torch.zeros((), dtype=torch.float64))
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:         # B D, B, B -> B D
+    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:  # B D, B, B -> B D
         left = torch.tensor(self.process.left, dtype=x.dtype)[time.long()][:, None, None]
         mean, spread, share = (torch.tensor(v, dtype=x.dtype) for v in (MEANS, SPREADS, SHARES))
-        total = left * spread ** 2 + 1 - left                                    # variance of x_t, B 1 K
-        away = x[:, :, None] - left ** 0.5 * mean                                # B D K
+        total = left * spread**2 + 1 - left  # variance of x_t, B 1 K
+        away = x[:, :, None] - left**0.5 * mean  # B D K
         # Components are drawn once for all D axes, which then agree: a mixture in the plane when D is 2.
-        score = share.log() - (away ** 2 / total + total.log()).sum(1) / 2       # B K
+        score = share.log() - (away**2 / total + total.log()).sum(1) / 2  # B K
         asked = torch.nn.functional.one_hot(label, 4)[:, 1:].bool()
         score = torch.where((label > 0)[:, None] & ~asked, -torch.inf, score).softmax(1)
-        best = ((mean + left ** 0.5 * spread ** 2 / total * away) * score[:, None]).sum(2)
+        best = ((mean + left**0.5 * spread**2 / total * away) * score[:, None]).sum(2)
         signal, noise = left[:, 0] ** 0.5, (1 - left[:, 0]) ** 0.5
         eps = (x - signal * best) / noise
         return eps if self.process.predicts == "eps" else signal * eps - noise * best
@@ -294,8 +321,10 @@ class BestDenoiser(nn.Module):
 
 def distances(samples: Tensor, dims: int) -> float:
     """The largest gap between the distribution functions of samples and mixture, along an axis."""
+
     def cdf(x: float) -> float:
-        return sum(p * (1 + math.erf((x - m) / s / 2 ** 0.5)) / 2 for m, s, p in zip(MEANS, SPREADS, SHARES))
+        return sum(p * (1 + math.erf((x - m) / s / 2**0.5)) / 2 for m, s, p in zip(MEANS, SPREADS, SHARES))
+
     gaps = []
     for axis in range(dims):
         ordered = samples[:, axis].sort().values.tolist()
@@ -305,8 +334,11 @@ def distances(samples: Tensor, dims: int) -> float:
 
 @BOTH
 @pytest.mark.parametrize("schedule", [pytest.param("linear", marks=pytest.mark.slow), "cosine"])
-@pytest.mark.parametrize("sampler", [DDPM(steps=200, clip=0), DDIM(steps=100, clip=0), DDIM(steps=100, eta=0.5, clip=0)],
-                         ids=["ddpm", "ddim", "ddim eta 0.5"])
+@pytest.mark.parametrize(
+    "sampler",
+    [DDPM(steps=200, clip=0), DDIM(steps=100, clip=0), DDIM(steps=100, eta=0.5, clip=0)],
+    ids=["ddpm", "ddim", "ddim eta 0.5"],
+)
 @pytest.mark.parametrize("dims", [1, 2])
 def test_samples_follow_the_mixture(predicts, schedule, sampler, dims):
     process = Process(schedule, predicts=predicts)
@@ -314,7 +346,7 @@ def test_samples_follow_the_mixture(predicts, schedule, sampler, dims):
     found = sample(BestDenoiser(process), process, sampler, torch.zeros(count, dtype=torch.int64), (dims,), seed=5)
     # 3000 true draws stay below 0.030 in 99 of 100 cases (Kolmogorov); a few hundred steps are not infinitely many.
     assert distances(found, dims) < 0.04
-    if dims == 2:                                        # axes agree on the component: no samples at crossings
+    if dims == 2:  # axes agree on the component: no samples at crossings
         centres = torch.tensor(MEANS, dtype=found.dtype)
         nearest = (found[:, :, None] - centres).abs().argmin(2)
         assert (nearest[:, 0] == nearest[:, 1]).double().mean() > 0.97
@@ -342,14 +374,15 @@ def test_samples_depend_on_seed_and_number_alone(sampler):
     model, process, label = Wavy().double(), Process(), torch.tensor([0, 1, 2, 1, 2])
     whole = sample(model, process, sampler, label, (2, 5), seed=4)
     torch.testing.assert_close(sample(model, process, sampler, label, (2, 5), seed=4), whole, rtol=0, atol=0)
-    parts = [sample(model, process, sampler, label[i:j], (2, 5), seed=4, numbers=range(i, j))
-             for i, j in ((0, 2), (2, 3), (3, 5))]
+    parts = [
+        sample(model, process, sampler, label[i:j], (2, 5), seed=4, numbers=range(i, j)) for i, j in ((0, 2), (2, 3), (3, 5))
+    ]
     torch.testing.assert_close(torch.cat(parts), whole, **EXACT)
-    odd = sample(model, process, sampler, label[1::2], (2, 5), seed=4, numbers=[1, 3])           # as one of two processes has
+    odd = sample(model, process, sampler, label[1::2], (2, 5), seed=4, numbers=[1, 3])  # as one of two processes has
     torch.testing.assert_close(odd, whole[1::2], **EXACT)
     assert not torch.allclose(sample(model, process, sampler, label, (2, 5), seed=5), whole)
-    assert not torch.allclose(whole[1], whole[3])        # the same label, another number
-    assert whole.abs().max() <= 1                        # clipped
+    assert not torch.allclose(whole[1], whole[3])  # the same label, another number
+    assert whole.abs().max() <= 1  # clipped
 
 
 def test_sampling_leaves_the_network_and_the_generator_as_they_were():
@@ -362,23 +395,27 @@ def test_sampling_leaves_the_network_and_the_generator_as_they_were():
 
 # ------------------------------------------------------------------------------------------------ training
 
+
 def digits(side: int) -> tuple[Tensor, Tensor]:
     """scikit-learn's digits in -1 .. 1, with a black rim around the 8 x 8 pixels where the side is larger; labels from 1."""
     from sklearn.datasets import load_digits
+
     found, rim = load_digits(), (side - 8) // 2
     x = torch.from_numpy(found.images).float()[:, None] / 8 - 1
     return nn.functional.pad(x, (rim, rim, rim, rim), value=-1.0), torch.from_numpy(found.target) + 1
 
 
-@pytest.mark.slow                                        # test_task_images_made.py does so in `make test`, end to end
+@pytest.mark.slow  # test_task_images_made.py does so in `make test`, end to end
 @pytest.mark.parametrize(("side", "steps"), [(8, 300), (16, 1500)])
 def test_learns_to_draw_the_digit_that_is_asked_for(side, steps):
     """A linear classifier of real digits reads what was drawn in 20 steps."""
     from sklearn.linear_model import LogisticRegression
+
     x, y = digits(side)
     torch.manual_seed(0)
-    model = create("ddpm-unet-test", image=side, channels=1, classes=10, dim=16, attend=(4,),
-                   growth=(1, 2) if side == 8 else (1, 2, 2))
+    model = create(
+        "ddpm-unet-test", image=side, channels=1, classes=10, dim=16, attend=(4,), growth=(1, 2) if side == 8 else (1, 2, 2)
+    )
     objective = Diffusion(model, Process("cosine", predicts="v"))
     data = Batches(len(x), lambda index, _: {"image": x[index], "label": y[index]})
     trainer(objective, data, steps=steps, batch=64, lr=4e-3, ema=0.98, weight_decay=0.0).train()
@@ -387,7 +424,7 @@ def test_learns_to_draw_the_digit_that_is_asked_for(side, steps):
     reader = LogisticRegression(max_iter=300).fit(x.flatten(1).numpy(), y.numpy())
     read = reader.predict(drawn.flatten(1).numpy())
     assert (read == asked.numpy()).mean() >= 0.8
-    assert drawn.view(10, 10, -1).std(0).mean() > 0.04               # ten drawings of a digit differ, but not at the rim
+    assert drawn.view(10, 10, -1).std(0).mean() > 0.04  # ten drawings of a digit differ, but not at the rim
 
 
 def test_noise_is_a_function_of_seed_and_number():

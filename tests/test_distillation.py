@@ -53,7 +53,7 @@ def test_hard_is_equation_3():
     losses = objective(STUDENT, TEACHER)(BATCH)
     truth = (cross(STUDENT, 0) + cross(STUDENT, 2)) / 2
     assert losses["truth"].item() == pytest.approx(truth)
-    assert losses["teacher"].item() == pytest.approx(cross(STUDENT, 1))          # the teacher's greatest
+    assert losses["teacher"].item() == pytest.approx(cross(STUDENT, 1))  # the teacher's greatest
     assert losses["loss"].item() == pytest.approx((truth + cross(STUDENT, 1)) / 2)
 
 
@@ -62,7 +62,7 @@ def test_soft_is_equation_2(tau, share):
     losses = objective(STUDENT, TEACHER, hard=False, temperature=tau, share=share)(BATCH)
     truth = (cross(STUDENT, 0) + cross(STUDENT, 2)) / 2
     p, q = softmax(TEACHER, tau), softmax(STUDENT, tau)
-    lesson = tau ** 2 * sum(a * math.log(a / b) for a, b in zip(p, q))
+    lesson = tau**2 * sum(a * math.log(a / b) for a, b in zip(p, q))
     assert losses["teacher"].item() == pytest.approx(lesson, rel=1e-5)
     assert losses["loss"].item() == pytest.approx((1 - share) * truth + share * lesson, rel=1e-5)
 
@@ -130,7 +130,7 @@ def test_the_teacher_is_only_asked():
     other = copy.deepcopy(found)
     assert other.hidden[0] is not teacher and torch.equal(other.hidden[0].logits, teacher.logits)
     found.outputs(BATCH)
-    assert teacher.asked == 1                            # scores do not ask it
+    assert teacher.asked == 1  # scores do not ask it
 
 
 def test_another_number_of_classes_is_refused():
@@ -166,7 +166,8 @@ def pictures(tmp_path_factory):
         (folder / name).mkdir()
         for i in range(30):
             Image.fromarray(np.random.default_rng(i).integers(low, low + 100, (8, 8), dtype=np.uint8)).save(
-                folder / name / f"{i}.png")
+                folder / name / f"{i}.png"
+            )
     return folder
 
 

@@ -17,14 +17,19 @@ HERE = Path(__file__).parent
 
 
 def torchrun(processes: int, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                           str(processes), *arguments], capture_output=True, text=True, timeout=400, cwd=HERE,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=HERE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "gan"])       # two phases, or one of them
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "gan"])  # two phases, or one of them
 def test_gradients_of_two_processes_equal_those_of_one(kind, tmp_path):
     """Eight SGD steps in float64: any difference between gradients would be a difference between weights."""
     for processes in (1, 2):
@@ -37,26 +42,67 @@ def test_gradients_of_two_processes_equal_those_of_one(kind, tmp_path):
 @pytest.mark.slow
 def test_fit_under_torchrun_scores_like_one_process(tmp_path, digits_run):
     out = tmp_path / "two"
-    said = torchrun(2, "-m", "fieldguide", "fit", "digits", "--model", "simplecnn", "--set", "steps=120", "--set",
-                    "precision=float32", "--out", str(out))
+    said = torchrun(
+        2,
+        "-m",
+        "fieldguide",
+        "fit",
+        "digits",
+        "--model",
+        "simplecnn",
+        "--set",
+        "steps=120",
+        "--set",
+        "precision=float32",
+        "--out",
+        str(out),
+    )
     record = json.loads((out / "run.json").read_text())
     assert record["cost"]["processes"] == 2 and record["status"] == "done"
     low, high = digits_run.record["scores"]["intervals"]["accuracy"]
     assert low - 0.02 <= record["scores"]["test"]["accuracy"] <= high + 0.02
-    assert said.count("To beat:") == 1                       # one process speaks
+    assert said.count("To beat:") == 1  # one process speaks
     assert (out / "report.html").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sample", ["scattered", "inked", "manual", "phrases", "demand", "figures", "moving", "captions",
-                                    "questions", "spoken", "series", "clicks"])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        "scattered",
+        "inked",
+        "manual",
+        "phrases",
+        "demand",
+        "figures",
+        "moving",
+        "captions",
+        "questions",
+        "spoken",
+        "series",
+        "clicks",
+    ],
+)
 def test_every_task_is_trained_and_tested_by_two_processes(sample, tmp_path):
     """What two processes answered together is what one answers alone, drawn pictures and films among it."""
     out = tmp_path / "two"
-    said = torchrun(2, "-m", "fieldguide", "fit", sample, "--set", "steps=3", "--set", "batch=8", "--set",
-                    "precision=float32", "--out", str(out))
+    said = torchrun(
+        2,
+        "-m",
+        "fieldguide",
+        "fit",
+        sample,
+        "--set",
+        "steps=3",
+        "--set",
+        "batch=8",
+        "--set",
+        "precision=float32",
+        "--out",
+        str(out),
+    )
     record = json.loads((out / "run.json").read_text())
     assert record["cost"]["processes"] == 2 and record["status"] == "done" and said.count("To beat:") == 1
     alone = open_run(out).evaluate(sample)["scores"]
-    near = 0.03 if sample == "captions" else 1e-3        # whose vectors, after three steps, rounding puts in another order
+    near = 0.03 if sample == "captions" else 1e-3  # whose vectors, after three steps, rounding puts in another order
     assert alone == pytest.approx(record["scores"]["test"], rel=1e-3, abs=near, nan_ok=True)

@@ -22,9 +22,12 @@ def test_good_data_has_no_complaints():
 def test_enforce():
     small = Finding("odd", "warning", "odd rows", ("t.csv:3",), 10, "Mend them.", unusable=10)
     enforce([small], 1000)
-    with pytest.raises(BadData, match=r"(?s)10 of 999 examples are unusable \(1\.0 %.*1\. 10 x odd rows "
-                                      r"\(t\.csv:3, "
-                                      r"\.\.\.\)\. Mend them\. \[odd\]") as caught:
+    with pytest.raises(
+        BadData,
+        match=r"(?s)10 of 999 examples are unusable \(1\.0 %.*1\. 10 x odd rows "
+        r"\(t\.csv:3, "
+        r"\.\.\.\)\. Mend them\. \[odd\]",
+    ) as caught:
         enforce([small], 999)
     assert caught.value.findings == (small,)
     enforce([small], 999, allow_bad=True)
@@ -75,15 +78,13 @@ def test_duplicate_rows(tmp_path):
 
 def test_duplicates_across_splits_and_conflicts(tmp_path):
     names, *rows = lines("iris")
-    del rows[142]                                              # iris has one duplicate of its own
+    del rows[142]  # iris has one duplicate of its own
     write(tmp_path / "train.csv", [names, *rows[::2]])
-    write(tmp_path / "test.csv", [names, *rows[1::2], rows[10], rows[20],
-                                  rows[30].replace("setosa", "virginica")])
+    write(tmp_path / "test.csv", [names, *rows[1::2], rows[10], rows[20], rows[30].replace("setosa", "virginica")])
     data = read(tmp_path)
     found = finding(data, "duplicate-across-splits")
     assert found.severity == "warning" and found.count == 3 and found.remedy
-    assert found.places == ("test.csv:76 = train.csv:7", "test.csv:77 = train.csv:12",
-                            "test.csv:78 = train.csv:17")
+    assert found.places == ("test.csv:76 = train.csv:7", "test.csv:77 = train.csv:12", "test.csv:78 = train.csv:17")
     clash = finding(data, "conflicting-duplicate")
     assert clash.count == 1 and clash.places == ("test.csv:78 is 'virginica', train.csv:17 is 'setosa'",)
 
@@ -92,8 +93,7 @@ def test_texts_are_compared_without_case_and_blanks(tmp_path):
     rows = lines("docstrings")[:200]
     text, library = rows[8].rsplit(",", 1)
     write(tmp_path / "train.csv", rows)
-    write(tmp_path / "test.csv", [rows[0], rows[8], f"{text.upper().replace(' ', '  ')},{library}",
-                                  "All new text,numpy"])
+    write(tmp_path / "test.csv", [rows[0], rows[8], f"{text.upper().replace(' ', '  ')},{library}", "All new text,numpy"])
     found = finding(read(tmp_path), "duplicate-across-splits")
     assert found.count == 2 and found.places[1] == "test.csv:3 = train.csv:9"
 
@@ -106,8 +106,7 @@ def test_pictures_are_compared_by_pixels(tmp_path):
     shutil.copy(second, tmp_path / "train" / "2" / "wrong.png")
     data = read(tmp_path)
     assert finding(data, "duplicate-across-splits").places == (f"test/1/again.bmp = train/1/{first.name}",)
-    assert finding(data, "conflicting-duplicate").places == (
-        f"train/2/wrong.png is '2', train/1/{second.name} is '1'",)
+    assert finding(data, "conflicting-duplicate").places == (f"train/2/wrong.png is '2', train/1/{second.name} is '1'",)
 
 
 def test_leaks(tmp_path):
@@ -115,11 +114,14 @@ def test_leaks(tmp_path):
     y = rng.integers(0, 3, 400)
     names = np.array(["low", "mid", "high"])
     nearly = np.where(rng.random(400) < 0.005, (y + 1) % 3, y)
-    table = {"x": rng.normal(size=400), "code": names[y], "almost": nearly,
-             "noisy": (y + (rng.random(400) < 0.2)) % 3,
-             "grade": np.array(list("pqr"))[y]}
-    with refused("leak", "column 'code' tells the target 'grade' exactly",
-                 "--set 'column.code=identifier'") as caught:
+    table = {
+        "x": rng.normal(size=400),
+        "code": names[y],
+        "almost": nearly,
+        "noisy": (y + (rng.random(400) < 0.2)) % 3,
+        "grade": np.array(list("pqr"))[y],
+    }
+    with refused("leak", "column 'code' tells the target 'grade' exactly", "--set 'column.code=identifier'") as caught:
         read(table, target="grade")
     found = {f.places[0]: f.severity for f in caught.value.findings if f.check == "leak"}
     assert found == {"column 'code'": "error", "column 'almost'": "warning"}
@@ -130,8 +132,7 @@ def test_leaks(tmp_path):
 def test_a_rare_class_alone_makes_no_leak():
     rng = np.random.default_rng(0)
     y = np.where(np.arange(1000) < 5, "rare", "usual")
-    assert "leak" not in checks(read({"a": rng.integers(0, 5, 1000), "b": rng.normal(size=1000), "y": y},
-                                     target="y"))
+    assert "leak" not in checks(read({"a": rng.integers(0, 5, 1000), "b": rng.normal(size=1000), "y": y}, target="y"))
 
 
 def test_leaks_into_an_amount():
@@ -147,7 +148,6 @@ def test_leaks_into_an_amount():
 
 
 def test_class_names_in_texts(tmp_path):
-    rows = ["text,topic"] + [f"about {t} we say the sentence number {i},{t}"
-                             for i, t in enumerate(["sport", "music"] * 30)]
+    rows = ["text,topic"] + [f"about {t} we say the sentence number {i},{t}" for i, t in enumerate(["sport", "music"] * 30)]
     found = finding(read(write(tmp_path / "t.csv", rows)), "label-in-text")
     assert found.severity == "note" and found.count == 60

@@ -39,8 +39,14 @@ def mixed():
     weight = rng.normal(size=n)
     y = np.where((colour == "red") | (weight > 1), "yes", "no")
     weight[::9] = np.nan
-    return pd.DataFrame({"weight": weight, "colour": pd.Series(colour).where(rng.random(n) > 0.1),
-                         "day": pd.date_range("2026-01-01", periods=n), "height": rng.normal(size=n)}), y
+    return pd.DataFrame(
+        {
+            "weight": weight,
+            "colour": pd.Series(colour).where(rng.random(n) > 0.1),
+            "day": pd.date_range("2026-01-01", periods=n),
+            "height": rng.normal(size=n),
+        }
+    ), y
 
 
 @parametrize_with_checks([FieldguideClassifier("mlp-s", settings=QUICK), FieldguideRegressor("mlp-s", settings=QUICK)])
@@ -58,8 +64,12 @@ def test_the_default_network_learns(iris):
 def test_frames_are_typed_by_column(mixed):
     X, y = mixed
     fitted = FieldguideClassifier("mlp-s", settings=LONGER).fit(X, y)
-    assert {c.name: c.kind for c in fitted.task_.inputs()} == \
-        {"weight": "number", "colour": "category", "day": "date", "height": "number"}
+    assert {c.name: c.kind for c in fitted.task_.inputs()} == {
+        "weight": "number",
+        "colour": "category",
+        "day": "date",
+        "height": "number",
+    }
     assert list(fitted.feature_names_in_) == list(X.columns)
     assert fitted.score(X, y) > 0.85
     columns = {"colour": [c if isinstance(c, str) else None for c in X["colour"]], "day": list(X["day"])}
@@ -149,11 +159,14 @@ def test_same_machinery_as_fit(iris):
     """The network is the one that the parts of `fit` make from the same rows, to the bit."""
     X, y = iris
     ours = FieldguideClassifier("mlp-s", minutes=0, settings=QUICK).fit(X, y)
-    data = read(pl.DataFrame(X, schema=[f"x{i}" for i in range(4)]).with_columns(target=pl.Series(y)), target="target",
-                kinds={**{f"x{i}": "number" for i in range(4)}, "target": "category"})
+    data = read(
+        pl.DataFrame(X, schema=[f"x{i}" for i in range(4)]).with_columns(target=pl.Series(y)),
+        target="target",
+        kinds={**{f"x{i}": "number" for i in range(4)}, "target": "category"},
+    )
     from fieldguide.automl.sklearn import parts_of
-    plan = fit.decide(data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"},
-                          parts=parts_of(data, 0))
+
+    plan = fit.decide(data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"}, parts=parts_of(data, 0))
     fit.trainer(plan, fit.Silent()).train()
     for mine, theirs in zip(ours.model_.parameters(), plan.objective.model.parameters()):
         np.testing.assert_array_equal(mine.detach().numpy(), theirs.detach().double().numpy())

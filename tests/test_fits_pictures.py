@@ -7,7 +7,7 @@ import pytest
 from fieldguide.automl.fit import fit
 from fieldguide.core.errors import SettingsError
 
-LEARN = {"convnextv2-atto": (120, 0.4), "vit-mini": (120, 0.4), "dinov2-mini": (250, 0.8)}       # steps of 32; chance is 0.10
+LEARN = {"convnextv2-atto": (120, 0.4), "vit-mini": (120, 0.4), "dinov2-mini": (250, 0.8)}  # steps of 32; chance is 0.10
 
 
 @pytest.mark.slow

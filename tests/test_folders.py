@@ -19,37 +19,84 @@ PLAIN = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 PICTURE = {"num_labels": 5, "num_channels": 2}
 SWIGLU = {"use_swiglu_ffn": True, "image_size": 12, "patch_size": 4}
 TOWERS = {
-    "text_config": {"hidden_size": 12, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
-                    "vocab_size": 30, "max_position_embeddings": 12, "eos_token_id": 29, "hidden_act": "gelu"},
-    "vision_config": {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-                      "image_size": 12, "patch_size": 4, "num_channels": 2, "hidden_act": "gelu"},
-    "projection_dim": 8}
-FOLDERS = {                                              # their class, its configuration, what ours must have understood
-    "resnet": ("ResNetForImageClassification", {
-        "embedding_size": 8, "hidden_sizes": [32, 48, 64], "depths": [1, 2, 1], **PICTURE}, {"widths": (8, 12, 16)}),
-    "resnet-basic": ("ResNetForImageClassification", {
-        "embedding_size": 8, "hidden_sizes": [8, 12], "depths": [2, 1], "layer_type": "basic", **PICTURE},
-        {"block": "basic", "widths": (8, 12)}),
-    "two labels": ("ResNetForImageClassification", {
-        "embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}, {"classes": 2}),
-    "convnext": ("ConvNextForImageClassification", {
-        "hidden_sizes": [8, 12, 16], "depths": [1, 2, 1], "num_stages": 3, "patch_size": 2, "drop_path_rate": 0.3, **PICTURE},
-        {"eps": 1e-12, "drop_path": 0.3, "patch": 2}),
-    "convnextv2": ("ConvNextV2ForImageClassification", {
-        "hidden_sizes": [8, 12, 16], "depths": [1, 2, 1], "num_stages": 3, "patch_size": 2, **PICTURE},
-        {"widths": (8, 12, 16)}),
-    "efficientnet": ("EfficientNetForImageClassification", {
-        "width_coefficient": 0.1, "depth_coefficient": 0.3, "hidden_dim": 128, "dropout_rate": 0.3, **PICTURE},
-        {"padding": "same", "eps": 1e-3, "dropout": 0.3}),
-    "dinov2": ("Dinov2ForImageClassification", {**PLAIN, **PICTURE, "image_size": 12, "patch_size": 4},
-               {"registers": 0, "antialias": False, "offset": 0.0}),
+    "text_config": {
+        "hidden_size": 12,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "vocab_size": 30,
+        "max_position_embeddings": 12,
+        "eos_token_id": 29,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 12,
+        "patch_size": 4,
+        "num_channels": 2,
+        "hidden_act": "gelu",
+    },
+    "projection_dim": 8,
+}
+FOLDERS = {  # their class, its configuration, what ours must have understood
+    "resnet": (
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [32, 48, 64], "depths": [1, 2, 1], **PICTURE},
+        {"widths": (8, 12, 16)},
+    ),
+    "resnet-basic": (
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [2, 1], "layer_type": "basic", **PICTURE},
+        {"block": "basic", "widths": (8, 12)},
+    ),
+    "two labels": (
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"},
+        {"classes": 2},
+    ),
+    "convnext": (
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [8, 12, 16], "depths": [1, 2, 1], "num_stages": 3, "patch_size": 2, "drop_path_rate": 0.3, **PICTURE},
+        {"eps": 1e-12, "drop_path": 0.3, "patch": 2},
+    ),
+    "convnextv2": (
+        "ConvNextV2ForImageClassification",
+        {"hidden_sizes": [8, 12, 16], "depths": [1, 2, 1], "num_stages": 3, "patch_size": 2, **PICTURE},
+        {"widths": (8, 12, 16)},
+    ),
+    "efficientnet": (
+        "EfficientNetForImageClassification",
+        {"width_coefficient": 0.1, "depth_coefficient": 0.3, "hidden_dim": 128, "dropout_rate": 0.3, **PICTURE},
+        {"padding": "same", "eps": 1e-3, "dropout": 0.3},
+    ),
+    "dinov2": (
+        "Dinov2ForImageClassification",
+        {**PLAIN, **PICTURE, "image_size": 12, "patch_size": 4},
+        {"registers": 0, "antialias": False, "offset": 0.0},
+    ),
     "dinov2-gated": ("Dinov2ForImageClassification", {**PLAIN, **PICTURE, **SWIGLU}, {"gated": True}),
-    "dinov2-registers": ("Dinov2WithRegistersForImageClassification", {**PLAIN, **PICTURE, **SWIGLU, "num_register_tokens": 3},
-                         {"registers": 3, "antialias": True, "offset": 0.0}),
+    "dinov2-registers": (
+        "Dinov2WithRegistersForImageClassification",
+        {**PLAIN, **PICTURE, **SWIGLU, "num_register_tokens": 3},
+        {"registers": 3, "antialias": True, "offset": 0.0},
+    ),
     "clip": ("CLIPModel", TOWERS, {"quick": False, "end": 29, "embed": 8}),
-    "vilt": ("ViltForQuestionAnswering", {
-        **PLAIN, **PICTURE, "intermediate_size": 64, "vocab_size": 30, "max_position_embeddings": 12, "image_size": 12,
-        "patch_size": 4}, {"length": 12, "classes": 5}),
+    "vilt": (
+        "ViltForQuestionAnswering",
+        {
+            **PLAIN,
+            **PICTURE,
+            "intermediate_size": 64,
+            "vocab_size": 30,
+            "max_position_embeddings": 12,
+            "image_size": 12,
+            "patch_size": 4,
+        },
+        {"length": 12, "classes": 5},
+    ),
 }
 
 
@@ -117,9 +164,12 @@ def test_what_configurations_leave_unsaid():
     assert config_mapping.inwards(card, table, written, "here")["eps"] == transformers.ConvNextConfig().layer_norm_eps == 1e-12
 
 
-REFUSED = {                                              # by which they are other networks
-    "resnet": {"downsample_in_bottleneck": True}, "convnext": {"hidden_act": "relu"},
-    "efficientnet": {"squeeze_expansion_ratio": 0.5}, "dinov2": {"mlp_ratio": 3}, "vilt": {"max_image_length": 4},
+REFUSED = {  # by which they are other networks
+    "resnet": {"downsample_in_bottleneck": True},
+    "convnext": {"hidden_act": "relu"},
+    "efficientnet": {"squeeze_expansion_ratio": 0.5},
+    "dinov2": {"mlp_ratio": 3},
+    "vilt": {"max_image_length": 4},
     "clip": {"vision_config": {**TOWERS["vision_config"], "hidden_act": "quick_gelu"}},
 }
 
@@ -149,20 +199,39 @@ def test_old_configurations_of_clip_end_texts_at_their_largest_token(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- diffusers
 
+
 def unet(**changes) -> nn.Module:
     from tv import diffusers
+
     torch.manual_seed(0)
-    return settled(diffusers.UNet2DModel(**{
-        "sample_size": 8, "in_channels": 2, "out_channels": 2, "layers_per_block": 1, "block_out_channels": (8, 16),
-        "attention_head_dim": None, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "norm_num_groups": 4,
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1,
-        "norm_eps": 1e-6, "num_class_embeds": 4, **changes}))
+    return settled(
+        diffusers.UNet2DModel(
+            **{
+                "sample_size": 8,
+                "in_channels": 2,
+                "out_channels": 2,
+                "layers_per_block": 1,
+                "block_out_channels": (8, 16),
+                "attention_head_dim": None,
+                "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+                "norm_num_groups": 4,
+                "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+                "downsample_padding": 0,
+                "flip_sin_to_cos": False,
+                "freq_shift": 1,
+                "norm_eps": 1e-6,
+                "num_class_embeds": 4,
+                **changes,
+            }
+        )
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("labels", [None, 4])
 def test_folders_of_diffusers_there_and_back(labels, tmp_path):
     from tv import diffusers
+
     theirs = unet(num_class_embeds=labels)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fieldguide.load(tmp_path / "theirs")
@@ -196,33 +265,46 @@ def test_folders_of_2022(tmp_path):
     torch.testing.assert_close(ours(x, time), theirs(x, time).sample, rtol=1e-4, atol=1e-4)
     for key in ("norm_eps", "freq_shift", "flip_sin_to_cos", "downsample_padding", "attention_head_dim"):
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != key}))
-        with pytest.raises(WeightsError, match=f"another network.*\n  {key}="):              # there, the default is another
+        with pytest.raises(WeightsError, match=f"another network.*\n  {key}="):  # there, the default is another
             fieldguide.load(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- timm
+
 
 def folder(model: nn.Module, name: str, path, **args) -> None:
     """What timm's `save_for_hf` writes, without its import of the hub."""
     cfg = {"input_size": [3, 224, 224], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "num_classes": 5}
     path.mkdir()
     torch.save(model.state_dict(), path / "pytorch_model.bin")
-    (path / "config.json").write_text(json.dumps({
-        "architecture": name, "num_classes": 5, "num_features": 9, "global_pool": "avg", "pretrained_cfg": cfg,
-        **({"model_args": args} if args else {})}))
+    (path / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": name,
+                "num_classes": 5,
+                "num_features": 9,
+                "global_pool": "avg",
+                "pretrained_cfg": cfg,
+                **({"model_args": args} if args else {}),
+            }
+        )
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, size, fields", [
-    ("resnet18", "resnet18", {"classes": 5}),
-    ("mobilenetv3_small_100", "mobilenetv3-small", {"eps": 1e-5, "padding": "symmetric", "blocks": SMALL}),
-    ("tf_mobilenetv3_small_100", "mobilenetv3-small", {"eps": 1e-3, "padding": "same"}),
-    ("mobilenetv2_050", "mobilenetv2-050", {"width": 0.5}),
-    ("efficientnet_b0", "efficientnet-b0", {"eps": 1e-5, "padding": "symmetric"}),
-    ("tf_efficientnet_b0", "tf-efficientnet-b0", {"eps": 1e-3, "padding": "same"}),
-    ("convnextv2_atto", "convnextv2-atto", {"eps": 1e-6}),
-    ("vit_tiny_patch16_224", "vit-ti16", {"eps": 1e-6}),
-])
+@pytest.mark.parametrize(
+    "name, size, fields",
+    [
+        ("resnet18", "resnet18", {"classes": 5}),
+        ("mobilenetv3_small_100", "mobilenetv3-small", {"eps": 1e-5, "padding": "symmetric", "blocks": SMALL}),
+        ("tf_mobilenetv3_small_100", "mobilenetv3-small", {"eps": 1e-3, "padding": "same"}),
+        ("mobilenetv2_050", "mobilenetv2-050", {"width": 0.5}),
+        ("efficientnet_b0", "efficientnet-b0", {"eps": 1e-5, "padding": "symmetric"}),
+        ("tf_efficientnet_b0", "tf-efficientnet-b0", {"eps": 1e-3, "padding": "same"}),
+        ("convnextv2_atto", "convnextv2-atto", {"eps": 1e-6}),
+        ("vit_tiny_patch16_224", "vit-ti16", {"eps": 1e-6}),
+    ],
+)
 def test_repositories_of_timm(name, size, fields, tmp_path):
     """Those that look the same by shape compute otherwise, and their name tells which they are."""
     torch.manual_seed(0)
@@ -251,30 +333,44 @@ def test_names_of_timm_that_are_no_network_here(tmp_path):
 def test_without_its_name_a_file_of_tensorflow_is_refused(tmp_path):
     theirs = timm.create_model("tf_efficientnet_b0", num_classes=5)
     torch.save(theirs.state_dict(), tmp_path / "alone.pth")
-    with pytest.raises(WeightsError, match=r"could be .*efficientnet-b0.*Say which"):      
+    with pytest.raises(WeightsError, match=r"could be .*efficientnet-b0.*Say which"):
         fieldguide.load(tmp_path / "alone.pth")
 
 
 ALIASES = [(card.name, theirs) for card in cards().values() for theirs in card.aliases.get("timm", {})]
-QUICK = {"resnet34", "convnext_tiny", "efficientnet_b5", "tf_efficientnet_b2", "vgg11_bn", "mobilenetv3_large_100",
-         "tf_mobilenetv3_large_100", "vit_small_patch16_384", "swin_tiny_patch4_window7_224", "tf_efficientnetv2_s"}
+QUICK = {
+    "resnet34",
+    "convnext_tiny",
+    "efficientnet_b5",
+    "tf_efficientnet_b2",
+    "vgg11_bn",
+    "mobilenetv3_large_100",
+    "tf_mobilenetv3_large_100",
+    "vit_small_patch16_384",
+    "swin_tiny_patch4_window7_224",
+    "tf_efficientnetv2_s",
+}
 
 
-@pytest.mark.parametrize("name, theirs", [pytest.param(*row, marks=() if row[1] in QUICK else pytest.mark.slow)
-                                          for row in ALIASES])
+@pytest.mark.parametrize(
+    "name, theirs", [pytest.param(*row, marks=() if row[1] in QUICK else pytest.mark.slow) for row in ALIASES]
+)
 def test_what_timm_calls_them(name, theirs):
     """Every shape, stride, padding and epsilon of timm's own network of that name."""
     card, meant = cards()[name], cards()[name].aliases["timm"][theirs]
     size, changes = (meant, {}) if isinstance(meant, str) else meant
     with torch.device("meta"):
         peer = timm.create_model(theirs)
-        ours = create(size, **changes, **({} if peer.num_classes else {"gives": "vector"}))          # some have no head
+        ours = create(size, **changes, **({} if peer.num_classes else {"gives": "vector"}))  # some have no head
     table = card.weights.get("timm", card.weights.get("torchvision"))
     table = table(ours.config) if callable(table) else table
     own, renamed = ours.state_dict(), weights.inwards(peer.state_dict(), table).state
-    if hasattr(ours, "refit"):                           # places of a class token that has none there
-        renamed |= {key: fitted for key, x in renamed.items()
-                    if x.shape != own[key].shape and (fitted := ours.refit(key, x)) is not None}
+    if hasattr(ours, "refit"):  # places of a class token that has none there
+        renamed |= {
+            key: fitted
+            for key, x in renamed.items()
+            if x.shape != own[key].shape and (fitted := ours.refit(key, x)) is not None
+        }
     assert {key: x.shape for key, x in renamed.items()} == {key: x.shape for key, x in own.items()}
 
     def norms(model: nn.Module) -> list:
@@ -282,7 +378,10 @@ def test_what_timm_calls_them(name, theirs):
 
     def shrinks(model: nn.Module) -> list:
         """Of those that make maps smaller: kernel, and whether they pad as TensorFlow does."""
-        return sorted((m.kernel_size, m.stride, "Same" in type(m).__name__, m.groups > 1) for m in model.modules()
-                      if isinstance(m, nn.Conv2d) and m.stride != (1, 1))
+        return sorted(
+            (m.kernel_size, m.stride, "Same" in type(m).__name__, m.groups > 1)
+            for m in model.modules()
+            if isinstance(m, nn.Conv2d) and m.stride != (1, 1)
+        )
 
     assert norms(ours) == norms(peer) and shrinks(ours) == shrinks(peer)

@@ -41,18 +41,19 @@ class Last(nn.Module):
 
 # Objective
 
+
 def test_each_window_is_normalised_by_what_is_observed():
     series = torch.tensor([[[1.0, 7.0], [3.0, 7.0], [100.0, 7.0], [5.0, 7.0]]])
     observed = torch.tensor([[[True, True], [True, True], [False, True], [True, True]]])
     mean, scale = scale_of(series, observed)
     assert mean.flatten().tolist() == [3.0, 7.0]
-    assert scale.flatten().tolist() == pytest.approx([(8 / 3 + 1e-5) ** 0.5, 1e-5 ** 0.5])
+    assert scale.flatten().tolist() == pytest.approx([(8 / 3 + 1e-5) ** 0.5, 1e-5**0.5])
     nobody = scale_of(series, torch.zeros_like(observed))
     assert torch.isfinite(nobody[0]).all() and nobody[1].max() < 0.01
     objective = Forecast(Last(), ["series"])
     values = objective.outputs({"series": series, "observed": observed})["values"]
     assert objective.model.seen[0, :2, 0].tolist() == pytest.approx([-2 / (8 / 3) ** 0.5, 0.0], abs=1e-5)
-    assert values[0, :, :, 0].detach().numpy() == pytest.approx(np.array([[5.0, 7.0]] * 3))            # and back again
+    assert values[0, :, :, 0].detach().numpy() == pytest.approx(np.array([[5.0, 7.0]] * 3))  # and back again
     Forecast(plain := Last(), ["series"], normalise=False).outputs({"series": series})
     assert torch.equal(plain.seen, series)
 
@@ -88,8 +89,9 @@ def test_losses_are_their_formulas(point):
     assert got["loss"].item() == pytest.approx(np.mean(points) + np.mean(spreads), rel=1e-5)
     got["loss"].backward()
     assert torch.isfinite(objective.model.beside.grad).all()
-    lone = Forecast(Last(3), ["series"], (), point, normalise=False)({"series": torch.tensor(series),
-                                                                     "target": torch.tensor(target)})
+    lone = Forecast(Last(3), ["series"], (), point, normalise=False)(
+        {"series": torch.tensor(series), "target": torch.tensor(target)}
+    )
     assert set(lone) == {"loss"} and lone["loss"].item() == pytest.approx(np.mean(points), rel=1e-5)
     nothing = objective({"series": torch.tensor(series), "target": torch.full((5, 3, 2), NAN, dtype=torch.float64)})
     assert nothing["loss"].item() == 0
@@ -98,7 +100,7 @@ def test_losses_are_their_formulas(point):
 def test_the_least_pinball_loss_is_at_the_quantile():
     draws, levels = torch.randn(20_000, generator=torch.Generator().manual_seed(0)), torch.tensor([0.05, 0.5, 0.9])
     tried = torch.linspace(-3, 3, 601)
-    loss = pinball(tried[:, None, None].expand(-1, 1, 3), draws[:1].expand(601, 1), levels)          # shapes broadcast
+    loss = pinball(tried[:, None, None].expand(-1, 1, 3), draws[:1].expand(601, 1), levels)  # shapes broadcast
     assert loss.shape == (601, 1, 3)
     mean = torch.stack([pinball(t.expand(len(draws), 3), draws, levels).mean(0) for t in tried])
     assert tried[mean.argmin(0)].tolist() == pytest.approx(draws.quantile(levels).tolist(), abs=0.03)
@@ -113,6 +115,7 @@ def test_crossing_quantiles_are_sorted_and_odd_settings_refused():
 
 
 # Scores
+
 
 def test_mase_and_smape_are_those_of_m4():
     """The competition's own code, in words: mean |y - f| / mean |y_t - y_(t-m)|; 200 |y - f| / (|y| + |f|)."""
@@ -129,13 +132,14 @@ def test_mase_and_smape_are_those_of_m4():
     assert np.isnan(forecasts.seasonal_scale(np.ones(30), 7)) and np.isnan(forecasts.seasonal_scale(np.full(30, NAN), 7))
     assert forecasts.seasonal_scale(np.tile([0.0, 1, 3], 9), 3) == pytest.approx(np.mean([1, 2, 3] * 8 + [1, 2]))
     assert forecasts.smape(said, future).mean() == pytest.approx(
-        sum(200 * abs(y - f) / (abs(y) + abs(f)) for y, f in zip(future, said)) / 6)
+        sum(200 * abs(y - f) / (abs(y) + abs(f)) for y, f in zip(future, said)) / 6
+    )
     assert forecasts.smape(np.zeros(1), np.zeros(1)).tolist() == [0.0]
 
 
 def test_widened_intervals_hold_what_they_promise():
     rng = np.random.default_rng(2)
-    for spread in (0.3, 1.0, 4.0):                       # far too narrow, and far too wide
+    for spread in (0.3, 1.0, 4.0):  # far too narrow, and far too wide
         y = rng.normal(size=4000)
         low, high = np.full(4000, -spread), np.full(4000, spread)
         grow = forecasts.widening(low, high, y, 0.9)
@@ -179,13 +183,20 @@ def test_scores_are_their_definitions():
                 inside[level].append(natural[a] <= y <= natural[b])
         mase.append(np.mean(own) / naive[i])
         percent.append(np.mean(own_percent))
-    wanted = {"mse": np.mean(se), "mae": np.mean(ae), "mase": np.mean(mase), "smape": np.mean(percent),
-              "pinball": np.mean(loss), "coverage_80": np.mean(inside[0.8]), "coverage_90": np.mean(inside[0.9])}
+    wanted = {
+        "mse": np.mean(se),
+        "mae": np.mean(ae),
+        "mase": np.mean(mase),
+        "smape": np.mean(percent),
+        "pinball": np.mean(loss),
+        "coverage_80": np.mean(inside[0.8]),
+        "coverage_90": np.mean(inside[0.9]),
+    }
     assert scores == pytest.approx(wanted)
     assert {m.name for m in task.metrics} == set(scores)
     for level, (a, b) in LEVELS.items():
         assert QUANTILES[b] - QUANTILES[a] == pytest.approx(level)
-    point = task.score({"values": values[..., :1]}, truth)                     # a baseline has no interval
+    point = task.score({"values": values[..., :1]}, truth)  # a baseline has no interval
     assert point["mase"] == pytest.approx(wanted["mase"]) and np.isnan(point["coverage_80"]) and np.isnan(point["pinball"])
     low, high = task.intervals({"values": values}, truth)["mase"]
     assert low <= wanted["mase"] <= high and high > low
@@ -193,7 +204,7 @@ def test_scores_are_their_definitions():
 
 def test_calibration_is_learnt_step_by_step():
     rng, task = np.random.default_rng(4), task_of(horizon=2)
-    spread = np.array([1.0, 3.0])[None, :, None]                               # the second step is three times as unsure
+    spread = np.array([1.0, 3.0])[None, :, None]  # the second step is three times as unsure
     values = np.tile([0, -1, -0.5, 0, 0.5, 1.0], (900, 2, 1, 1))
     future = rng.normal(size=(900, 2)) * spread[..., 0]
     truth = {"future": future, "mean": np.zeros(900), "std": np.ones(900), "naive": np.ones(900), "block": np.arange(900)}
@@ -205,29 +216,37 @@ def test_calibration_is_learnt_step_by_step():
             assert share == pytest.approx(level, abs=0.02)
     assert (np.diff(after[..., 1:], axis=-1) >= 0).all() and (values[0, 0, 0, 1:] == [-1, -0.5, 0, 0.5, 1]).all()
     values[..., 0] = 50.0
-    assert (task.adjust({"values": values})["values"][..., 5] >= 50).all()     # the point lies in its interval
+    assert (task.adjust({"values": values})["values"][..., 5] >= 50).all()  # the point lies in its interval
 
 
 # Frequencies and the calendar
+
 
 def moments(*texts: str) -> np.ndarray:
     return np.array(texts, dtype="M8[us]").astype(np.int64)
 
 
-@pytest.mark.parametrize(("times", "words", "season", "horizon"), [
-    (np.arange(50) * HOUR, "hour", 24, 48), (np.arange(50) * 15 * MINUTE, "15 minutes", 96, 96),
-    (np.arange(50) * DAY, "day", 7, 14), (np.arange(50) * 7 * DAY, "week", 52, 13), (np.arange(9) * 3 * DAY, "3 days", 1, 12),
-    (np.arange(9) * 1_000_000, "second", 60, 60),
-    (moments(*(f"20{y:02d}-{m:02d}-01" for y in range(3) for m in range(1, 13))), "month", 12, 18),
-    (moments("2020-01-31", "2020-02-29", "2020-03-31", "2020-04-30", "2020-05-31"), "month", 12, 18),
-    (moments("2021-02-28", "2021-03-31", "2021-04-30", "2021-05-31"), "month", 12, 18),
-    (moments("2020-03-31", "2020-06-30", "2020-09-30", "2020-12-31", "2021-03-31"), "quarter", 4, 8),
-    (moments(*(f"{y}-07-01" for y in range(1990, 2020))), "year", 1, 6),
-    (moments(*(str(d) for d in np.busday_offset("2024-01-01", np.arange(30)))), "business day", 5, 14)])
+@pytest.mark.parametrize(
+    ("times", "words", "season", "horizon"),
+    [
+        (np.arange(50) * HOUR, "hour", 24, 48),
+        (np.arange(50) * 15 * MINUTE, "15 minutes", 96, 96),
+        (np.arange(50) * DAY, "day", 7, 14),
+        (np.arange(50) * 7 * DAY, "week", 52, 13),
+        (np.arange(9) * 3 * DAY, "3 days", 1, 12),
+        (np.arange(9) * 1_000_000, "second", 60, 60),
+        (moments(*(f"20{y:02d}-{m:02d}-01" for y in range(3) for m in range(1, 13))), "month", 12, 18),
+        (moments("2020-01-31", "2020-02-29", "2020-03-31", "2020-04-30", "2020-05-31"), "month", 12, 18),
+        (moments("2021-02-28", "2021-03-31", "2021-04-30", "2021-05-31"), "month", 12, 18),
+        (moments("2020-03-31", "2020-06-30", "2020-09-30", "2020-12-31", "2021-03-31"), "quarter", 4, 8),
+        (moments(*(f"{y}-07-01" for y in range(1990, 2020))), "year", 1, 6),
+        (moments(*(str(d) for d in np.busday_offset("2024-01-01", np.arange(30)))), "business day", 5, 14),
+    ],
+)
 def test_frequencies_are_those_of_clock_and_calendar(times, words, season, horizon):
     found = infer([times, times[:3]], dates=True)
     assert (found.words, found.season, usual_horizon(found, found.season)) == (words, season, horizon)
-    assert (found.times(times[0], len(times)) == times).all()                  # going on gives the same moments
+    assert (found.times(times[0], len(times)) == times).all()  # going on gives the same moments
     position = found.position(times)
     assert np.diff(position) == pytest.approx(np.ones(len(times) - 1))
 
@@ -248,24 +267,25 @@ def test_the_season_that_values_show():
 
 def test_covariates_of_columns_and_calendar():
     hours = np.arange(24 * 14) * HOUR + moments("2024-01-01")[0]
-    rows = pl.DataFrame({"price": [1.0, 3.0, None, 5.0], "promo": [True, False, True, None], "kind": ["a", "b", "a", None],
-                         "same": [1.0] * 4})
+    rows = pl.DataFrame(
+        {"price": [1.0, 3.0, None, 5.0], "promo": [True, False, True, None], "kind": ["a", "b", "a", None], "same": [1.0] * 4}
+    )
     columns = [Column("price", "number"), Column("promo", "boolean"), Column("kind", "category"), Column("same", "number")]
     made = Covariates.learn(rows, columns, ["kind"], infer([hours], True), 2 * 365 * 24)
-    assert (made.past, made.known) == (2, 2 + 2 * 4)                           # where in its day, week, month and year
+    assert (made.past, made.known) == (2, 2 + 2 * 4)  # where in its day, week, month and year
     start = np.array([0, 4, 6])
     past = made.measured(rows, np.array([0, 1, 2, -1, 2, 3]), start)
     z = lambda v: (v - 3) / np.std([1, 3, 5])
-    assert past[:, 0] == pytest.approx([z(1), z(3), z(3), z(3), z(5), z(5)])   # the last before; in a new series, the next
+    assert past[:, 0] == pytest.approx([z(1), z(3), z(3), z(3), z(5), z(5)])  # the last before; in a new series, the next
     known = made.ahead(rows, np.array([0, 1, 3, -1]), hours[[0, 6, 30, 24 * 7]])
     assert known[:, :2].tolist() == [[1, 0], [0, 1], [0, 0], [0, 0]]
-    assert known[:, 2] == pytest.approx([0, 1, 1, 0], abs=1e-6)                # sine of the hour: 0, 6, 6, 0 o'clock
-    assert known[0, 4:6] == pytest.approx([0, 1]) and known[3, 4:6] == pytest.approx([0, 1], abs=1e-6)   # Mondays
+    assert known[:, 2] == pytest.approx([0, 1, 1, 0], abs=1e-6)  # sine of the hour: 0, 6, 6, 0 o'clock
+    assert known[0, 4:6] == pytest.approx([0, 1]) and known[3, 4:6] == pytest.approx([0, 1], abs=1e-6)  # Mondays
     again = Covariates.from_json(made.to_json())
     assert (again.measured(rows, np.array([0, 1]), np.array([0, 2])) == past[:2]).all()
     monthly = Covariates.learn(rows, [], [], infer([moments("2020-01-01", "2020-02-01", "2020-03-01")], True), 25)
     assert monthly.turns == ["year"]
-    for weeks, turns in ((0, 0), (1, 1), (2, 2), (8, 2), (9, 3), (104, 3), (105, 4)):       # day, week, month, year: seen twice
+    for weeks, turns in ((0, 0), (1, 1), (2, 2), (8, 2), (9, 3), (104, 3), (105, 4)):  # day, week, month, year: seen twice
         assert len(Covariates.learn(rows, [], [], infer([hours], True), weeks * 7 * 24).turns) == turns
     assert monthly.ahead(rows, np.array([-1]), moments("2020-07-02"))[0] == pytest.approx([np.sin(np.pi), -1], abs=0.01)
 
@@ -278,8 +298,17 @@ ALONE, BESIDE = registry.card("dlinear"), registry.card("lstm-forecaster")
 def table(days: int = 60, series: int = 2, **columns) -> pl.DataFrame:
     """Values that say where they are: series * 1000 + step."""
     first = dt.datetime(2024, 1, 1)
-    parts = [pl.DataFrame({"unique_id": [f"s{i}"] * days, "ds": [first + dt.timedelta(days=t) for t in range(days)],
-                           "y": [1000.0 * i + t for t in range(days)], **columns}) for i in range(series)]
+    parts = [
+        pl.DataFrame(
+            {
+                "unique_id": [f"s{i}"] * days,
+                "ds": [first + dt.timedelta(days=t) for t in range(days)],
+                "y": [1000.0 * i + t for t in range(days)],
+                **columns,
+            }
+        )
+        for i in range(series)
+    ]
     return pl.concat(parts)
 
 
@@ -292,13 +321,13 @@ def test_parts_are_stretches_of_time_and_no_window_looks_ahead():
     made = windows(table(100), horizon=5, length=10)
     found, at = made.context.panel, made.rows[CUT].to_numpy() - made.context.panel.start[made.rows[SERIES].to_numpy()]
     side = {name: at[made.splits == name] for name in ("train", "val", "test")}
-    assert (side["train"].min(), side["train"].max()) == (10, 65)              # futures end at 70
+    assert (side["train"].min(), side["train"].max()) == (10, 65)  # futures end at 70
     assert (side["val"].min(), side["val"].max()) == (70, 75) and (side["test"].min(), side["test"].max()) == (80, 95)
     assert len(side["test"]) == 2 * 16
     parts = split(made)
     assert (made.splits[parts.train] == "train").all() and "by time" in parts.how and "seed" not in parts.how
     task = Forecasting.learn(made.take(parts.train), Forecasting.Options(horizon=5, length=10))
-    assert task.standards["s1"] == pytest.approx((1000 + 34.5, np.arange(70).std()))          # of the training part alone
+    assert task.standards["s1"] == pytest.approx((1000 + 34.5, np.arange(70).std()))  # of the training part alone
     batch = task.batches(made, ALONE, Settings()).make(np.arange(len(made)), None)
     mean, std = (np.array([task.standards[f"s{s}"][i] for s in made.rows[SERIES]]) for i in (0, 1))
     past = batch["series"][..., 0].numpy() * std[:, None] + mean[:, None]
@@ -309,36 +338,42 @@ def test_parts_are_stretches_of_time_and_no_window_looks_ahead():
     assert "observed" not in batch
     truth = task.truth(made)
     assert abs(truth["future"] - (base[:, None] + np.arange(5))).max() < 1e-9
-    assert truth["naive"].tolist() == [7.0] * len(made)                        # of a line, by the season of seven days
+    assert truth["naive"].tolist() == [7.0] * len(made)  # of a line, by the season of seven days
     first = made.take([int(np.flatnonzero(made.splits == "test")[0])])
-    assert first.place(0).endswith(":81") and found.names == ["s0", "s1"]      # row 81 is step 80, where the future begins
+    assert first.place(0).endswith(":81") and found.names == ["s0", "s1"]  # row 81 is step 80, where the future begins
 
 
 def test_the_standard_borders_of_ett():
     """8640 / 2880 / 2880 steps, pasts reach back over the border: 8209, 2785 and 2785 windows of each series."""
     hours = [dt.datetime(2016, 7, 1) + dt.timedelta(hours=h) for h in range(17420)]
     wave = np.sin(np.arange(17420))
-    made = windows(pl.DataFrame({"date": hours, "a": wave, "b": wave + np.arange(17420)}), horizon=96, length=336, train=8640,
-                   validation=2880, test=2880)
+    made = windows(
+        pl.DataFrame({"date": hours, "a": wave, "b": wave + np.arange(17420)}),
+        horizon=96,
+        length=336,
+        train=8640,
+        validation=2880,
+        test=2880,
+    )
     cuts, splits = made.rows[CUT].to_numpy(), made.splits
     counts = [int((splits == name).sum()) for name in ("train", "val", "test")]
-    assert counts == [2 * 8209, 2 * -(-2785 // 2), 2 * 2785]                   # validation: every second
+    assert counts == [2 * 8209, 2 * -(-2785 // 2), 2 * 2785]  # validation: every second
     assert (cuts[splits == "test"].min(), cuts[splits == "test"].max()) == (11520, 14400 - 96)
     assert (cuts[splits == "val"].max(), cuts[splits == "train"].max()) == (11520 - 96, 8640 - 96)
-    assert "6,040 steps behind the test unused" in made.how                    # of both series
+    assert "6,040 steps behind the test unused" in made.how  # of both series
     task = Forecasting.learn(made, Forecasting.Options())
     assert task.standards["a"] == pytest.approx((wave[:8640].mean(), wave[:8640].std()))
 
 
 def test_mase_is_scaled_by_what_was_before_the_part():
-    steps = np.r_[np.arange(70.0), 70 + 5 * np.arange(30.0)]                   # steeper from validation on
+    steps = np.r_[np.arange(70.0), 70 + 5 * np.arange(30.0)]  # steeper from validation on
     rows = table(100, series=1).with_columns(pl.Series("y", steps))
     made = windows(rows, horizon=5, length=10, season=1)
     task = Forecasting.learn(made, Forecasting.Options())
     naive = task.truth(made)["naive"]
     assert set(naive[made.splits != "test"]) == {1.0} and set(naive[made.splits == "test"]) == {np.diff(steps[:80]).mean()}
     beyond = task.outcomes(made.context.panel, torch.tensor([0]), torch.tensor([[98, 99, 100, 101]]))[0]
-    assert beyond[:2].tolist() == [210, 215] and beyond[2:].isnan().all()      # nothing is known behind the end
+    assert beyond[:2].tolist() == [210, 215] and beyond[2:].isnan().all()  # nothing is known behind the end
 
 
 def test_many_series_are_tested_on_their_last_horizon():
@@ -369,15 +404,15 @@ def test_parts_that_the_source_names(tmp_path):
 def test_gaps_are_neither_learnt_nor_scored_and_short_pasts_stand_still():
     gone = pl.col("y").is_in([20.0, 21.0, 55.0])
     rows = table(60, series=1).with_columns(pl.when(gone).then(None).otherwise(pl.col("y")).alias("y"))
-    made = windows(rows.filter(pl.col("y").is_null() | (pl.col("y") != 30)), horizon=5, length=10)      # 30 has no row at all
+    made = windows(rows.filter(pl.col("y").is_null() | (pl.col("y") != 30)), horizon=5, length=10)  # 30 has no row at all
     found = made.context.panel
     assert np.isnan(found.values[[20, 21, 30, 55], 0]).all() and found.row[30] == -1 and len(found.values) == 60
-    assert found.filled[[19, 20, 21, 22, 29, 30, 31], 0].tolist() == [19, 19, 19, 22, 29, 29, 31]       # never what comes after
+    assert found.filled[[19, 20, 21, 22, 29, 30, 31], 0].tolist() == [19, 19, 19, 22, 29, 29, 31]  # never what comes after
     task = Forecasting.learn(made, Forecasting.Options())
     batches = task.batches(made, ALONE, Settings())
     row = int(np.flatnonzero(made.rows[CUT].to_numpy() == 24)[0])
     batch = batches.make(np.array([row]), None)
-    assert (~batch["observed"][0, :, 0]).nonzero().flatten().tolist() == [6, 7]                          # 20 and 21 of 14 .. 23
+    assert (~batch["observed"][0, :, 0]).nonzero().flatten().tolist() == [6, 7]  # 20 and 21 of 14 .. 23
     last = int(np.flatnonzero(made.rows[CUT].to_numpy() == 55)[0])
     assert torch.isnan(batches.make(np.array([last]), None)["target"][0, :, 0]).tolist() == [True] + [False] * 4
     short = windows(table(30, series=1), horizon=3, length=20)
@@ -387,7 +422,7 @@ def test_gaps_are_neither_learnt_nor_scored_and_short_pasts_stand_still():
     batch = task.batches(short, ALONE, Settings()).make(np.array([0]), None)
     lacking = 20 - int(at[0])
     assert batch["observed"][0, :lacking].sum() == 0 and batch["observed"][0, lacking:].all()
-    assert (batch["series"][0, :lacking + 1] == batch["series"][0, lacking]).all()
+    assert (batch["series"][0, : lacking + 1] == batch["series"][0, lacking]).all()
 
 
 def test_what_is_known_ahead_reaches_the_end_of_the_horizon():
@@ -399,10 +434,10 @@ def test_what_is_known_ahead_reaches_the_end_of_the_horizon():
     promo, weather = task.covariates.columns
     at = made.rows[CUT].to_numpy() - made.context.panel.start[made.rows[SERIES].to_numpy()]
     known = batch["known"][..., 0].numpy() * promo.std + promo.mean
-    assert abs(known - (at[:, None] + np.arange(-10, 5)) % 5).max() < 1e-4     # also of the second series
+    assert abs(known - (at[:, None] + np.arange(-10, 5)) % 5).max() < 1e-4  # also of the second series
     past = batch["past"][..., 0].numpy() * weather.std + weather.mean
     assert abs(past - (at[:, None] + np.arange(-10, 0))).max() < 1e-4
-    assert weather.mean < 30                                                   # learnt from the training part
+    assert weather.mean < 30  # learnt from the training part
     with pytest.raises(SettingsError, match=r"'promos', which is no covariate\. Did you mean 'promo'"):
         Forecasting.learn(windows(rows, horizon=5, known="promos"), Forecasting.Options())
 
@@ -416,4 +451,4 @@ def test_baselines_are_what_they_say():
     at = int(test.rows[CUT][0])
     assert said["naive"] == pytest.approx(np.full(9, at - 1))
     assert said["seasonal naive"] == pytest.approx(at - 7 + np.arange(9) % 7)
-    assert said["drift"] == pytest.approx(at + np.arange(9))                   # a line goes on as it is
+    assert said["drift"] == pytest.approx(at + np.arange(9))  # a line goes on as it is

@@ -19,8 +19,12 @@ from test_loop import settled, trainer
 
 def gan() -> Adversarial:
     torch.manual_seed(0)
-    return Adversarial(create("dcgan", image=16, channels=1, dim=8, noise=8),
-                       create(card("dcgan").parts["critic"], image=16, channels=1, dim=8), noise=8, real="image")
+    return Adversarial(
+        create("dcgan", image=16, channels=1, dim=8, noise=8),
+        create(card("dcgan").parts["critic"], image=16, channels=1, dim=8),
+        noise=8,
+        real="image",
+    )
 
 
 def pictures() -> tuple[Tensor, Batches]:
@@ -42,10 +46,13 @@ def test_dcgan_learns_digits_and_its_average_is_kept():
     run = trainer(objective, data, steps=250, batch=64, lr=2e-3, **recipe | {"ema": 0.98})
     run.train()
     assert distance(objective.sample(range(500)), x) < 0.35 * before
-    live = run.average.mean                              # swapped: the average holds what was trained last
+    live = run.average.mean  # swapped: the average holds what was trained last
     assert len(live) == len([t for t in run.kept.state_dict().values() if t.is_floating_point()])
-    name = next(i for i, key in enumerate(k for k, t in run.kept.state_dict().items() if t.is_floating_point())
-                if key == "model.main.0.weight")
+    name = next(
+        i
+        for i, key in enumerate(k for k, t in run.kept.state_dict().items() if t.is_floating_point())
+        if key == "model.main.0.weight"
+    )
     assert not torch.equal(live[name], objective.model.main[0].weight)
 
 
@@ -63,8 +70,9 @@ def test_samples_depend_on_seed_and_number_alone():
     objective = gan().double().train()
     statistics = objective.model.main[1].running_mean.clone()
     whole = objective.sample(range(5), seed=2)
-    torch.testing.assert_close(torch.cat([objective.sample([0, 1], seed=2), objective.sample([2, 3, 4], seed=2)]), whole,
-                               rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([objective.sample([0, 1], seed=2), objective.sample([2, 3, 4], seed=2)]), whole, rtol=1e-10, atol=1e-12
+    )
     assert not torch.allclose(objective.sample(range(5), seed=3), whole) and not torch.allclose(whole[0], whole[1])
     assert objective.training and objective.model.training and not whole.requires_grad
     assert torch.equal(objective.model.main[1].running_mean, statistics)
@@ -93,12 +101,13 @@ def test_beta1_reaches_the_optimiser(beta1):
 
 def test_both_are_told_the_class():
     """A generator that copies what it is told, and a critic that finds it again in its further channels."""
+
     class Copy(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
 
-        def forward(self, z):                            # B Z+K -> B 1 2 2: the sum of what is told, by place
+        def forward(self, z):  # B Z+K -> B 1 2 2: the sum of what is told, by place
             return (self.scale * (z[:, 4:] * torch.arange(1.0, 4.0)).sum(1))[:, None, None, None].expand(-1, 1, 2, 2)
 
     class Agree(torch.nn.Module):
@@ -106,7 +115,7 @@ def test_both_are_told_the_class():
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
 
-        def forward(self, x):                            # B 1+K 2 2 -> B 1: real where the picture says its class
+        def forward(self, x):  # B 1+K 2 2 -> B 1: real where the picture says its class
             told = (x[:, 1:] * torch.arange(1.0, 4.0)[:, None, None]).sum(1, keepdim=True)
             return self.scale * torch.where((x[:, :1] - told).abs().amax((1, 2, 3)) < 1e-6, 0.999, 0.001)[:, None]
 

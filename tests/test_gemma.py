@@ -15,24 +15,40 @@ from test_models import tiny
 from test_pretrained import settled
 from tv import transformers
 
-SHAPE = {"vocab_size": 30, "max_position_embeddings": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 20, "pad_token_id": None, "bos_token_id": None,
-         "eos_token_id": None, "attn_implementation": "eager"}
-OWN = {"gemma": {}, "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 0.5,
-                               "final_logit_softcapping": 2.0}}
+SHAPE = {
+    "vocab_size": 30,
+    "max_position_embeddings": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 20,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "attn_implementation": "eager",
+}
+OWN = {
+    "gemma": {},
+    "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
+}
 
 
 def theirs(kind, **changes):
     torch.manual_seed(0)
-    return settled(transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(kind, **{**SHAPE, **OWN[kind], **changes})))
+    return settled(
+        transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(kind, **{**SHAPE, **OWN[kind], **changes})
+        )
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", OWN)
 def test_generation_with_a_cache_equals_transformers(kind, tmp_path):
     peer = theirs(kind)
-    peer.model.norm.weight.normal_(0, 3)                 # else a head that is the embedding says each token again
+    peer.model.norm.weight.normal_(0, 3)  # else a head that is the embedding says each token again
     peer.save_pretrained(tmp_path)
     ours, said = fieldguide.load(tmp_path), set()
     for prompt in torch.randint(30, (6, 1, 7), generator=torch.Generator().manual_seed(3)):
@@ -68,10 +84,16 @@ def test_the_first_configurations(tmp_path):
     torch.testing.assert_close(fieldguide.load(tmp_path)(tokens), peer(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "changes", "said"), [
-    ("gemma", {"hidden_act": "relu"}, "gates of Gemma are GELU"), ("gemma", {"attention_bias": True}, "attention_bias=True"),
-    ("gemma2", {"layer_types": ["full_attention"] * 3}, "by turns"), ("gemma2", {"hidden_activation": "silu"}, "GELU"),
-    ("gemma", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='yarn'")])
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("gemma", {"hidden_act": "relu"}, "gates of Gemma are GELU"),
+        ("gemma", {"attention_bias": True}, "attention_bias=True"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "by turns"),
+        ("gemma2", {"hidden_activation": "silu"}, "GELU"),
+        ("gemma", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='yarn'"),
+    ],
+)
 def test_relatives_are_refused(kind, changes, said, tmp_path):
     theirs(kind).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | changes

@@ -24,7 +24,7 @@ def slow(logits: list[float], seen: set[int], s: Sampling) -> list[float]:
     if s.temperature == 0:
         return [float(i == int(np.argmax(x))) for i in range(len(x))]
     x = [v / s.temperature for v in x]
-    keep = sorted(range(len(x)), key=lambda i: -x[i])[:s.top_k or len(x)]
+    keep = sorted(range(len(x)), key=lambda i: -x[i])[: s.top_k or len(x)]
     total = sum(np.exp(x[i]) for i in keep)
     p = {i: np.exp(x[i]) / total for i in keep}
     kept, mass = {}, 0.0
@@ -37,10 +37,21 @@ def slow(logits: list[float], seen: set[int], s: Sampling) -> list[float]:
     return [kept.get(i, 0.0) / sum(kept.values()) for i in range(len(x))]
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(), Sampling(0.5), Sampling(0), Sampling(top_k=2), Sampling(top_p=0.7), Sampling(min_p=0.2),
-    Sampling(repetition=1.7),
-    Sampling(0.8, 4, 0.9, 0.05, 1.3), Sampling(2.0, 3, 0.99, 0.3, 0.5)], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(0.5),
+        Sampling(0),
+        Sampling(top_k=2),
+        Sampling(top_p=0.7),
+        Sampling(min_p=0.2),
+        Sampling(repetition=1.7),
+        Sampling(0.8, 4, 0.9, 0.05, 1.3),
+        Sampling(2.0, 3, 0.99, 0.3, 0.5),
+    ],
+    ids=str,
+)
 def test_probabilities(sampling):
     seen = torch.tensor([[0, 3, -1], [4, 4, 2]])
     got = sampling.probabilities(LOGITS, seen)
@@ -57,8 +68,9 @@ def test_choice_has_the_probabilities():
     torch.testing.assert_close(shares, sampling.probabilities(LOGITS[:1], NOTHING[:1])[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2},
-                                 {"repetition": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}, {"repetition": 0}]
+)
 def test_out_of_range_is_refused(bad):
     with pytest.raises(SettingsError, match=next(iter(bad))):
         Sampling(**bad)
@@ -70,7 +82,7 @@ def rows(model, prompts, most, **how):
 
 @torch.no_grad()
 def test_greedy_is_the_argmax_of_the_whole_row_even_when_it_slides():
-    model = tiny("gpt2")                                     # it reads 12 tokens at most
+    model = tiny("gpt2")  # it reads 12 tokens at most
     prompt, most = [3, 1, 4, 1, 5], 20
     got = rows(model, [prompt], most, sampling=Sampling(0))[0].tolist()
     said, window = list(prompt), list(prompt)
@@ -98,7 +110,7 @@ def test_rows_end_by_themselves():
     for row in range(2):
         where = (free[row] == end).nonzero()
         last = int(where[0]) if len(where) else got.shape[1] - 1
-        assert torch.equal(got[row, :last + 1], free[row, :last + 1]) and (got[row, last + 1:] == -1).all()
+        assert torch.equal(got[row, : last + 1], free[row, : last + 1]) and (got[row, last + 1 :] == -1).all()
     with pytest.raises(SettingsError, match="empty"):
         rows(model, [[1], []], 3)
 
@@ -169,7 +181,7 @@ def test_one_beam_is_greedy_and_limits_hold():
             greedy += [t for t in before[1:] if t != 1]
         assert [t for t in said[number, 0].tolist() if t >= 0] == greedy
     few, _ = search(chain, 5, 3, most=9, penalty=0.6)
-    for number in range(5):                                  # an input's answers do not depend on those beside it
+    for number in range(5):  # an input's answers do not depend on those beside it
         alone = beam_search_alone(chain, number, 3)
         assert torch.equal(few[number], alone)
 
@@ -194,7 +206,7 @@ def test_ngram_equals_its_definition():
         if context is None:
             return 1 / vocab
         n = len(context)
-        follow = [train[i + n] for i in range(len(train) - n) if tuple(train[i:i + n]) == context]
+        follow = [train[i + n] for i in range(len(train) - n) if tuple(train[i : i + n]) == context]
         shorter = p(word, context[1:] if n else None)
         if not follow:
             return shorter
@@ -203,9 +215,9 @@ def test_ngram_equals_its_definition():
 
     got = model.nats(asked)
     for i, word in enumerate(asked):
-        np.testing.assert_allclose(got[i], -np.log(p(word, tuple(asked[max(0, i - 2):i]))), rtol=1e-10)
+        np.testing.assert_allclose(got[i], -np.log(p(word, tuple(asked[max(0, i - 2) : i]))), rtol=1e-10)
     total = sum(np.exp(-model.nats(np.array([1, 2, w]))[2]) for w in range(vocab))
-    assert abs(total - 1) < 1e-9                              # a distribution
+    assert abs(total - 1) < 1e-9  # a distribution
 
 
 @pytest.mark.parametrize("repetition, best", [(1.0, 0), (1.1, 1)])

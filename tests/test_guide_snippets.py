@@ -16,7 +16,7 @@ from fieldguide.models.feedforward.fnn import FNN
 from fieldguide.models.recurrent.lstm_classifier import LSTMClassifier
 from fieldguide.models.transformer.self_attention import SelfAttention
 
-SNIPPETS = [                                             # ours, arguments, an input, parameters
+SNIPPETS = [  # ours, arguments, an input, parameters
     (FNN, (784, 256, 10), lambda: torch.randn(3, 784), 269_322),
     (SimpleCNN, (10,), lambda: torch.randn(3, 3, 32, 32), 1_070_986),
     (LSTMClassifier, (10_000, 128, 256, 2), lambda: torch.randint(10_000, (3, 7)), 2_202_114),
@@ -24,8 +24,9 @@ SNIPPETS = [                                             # ours, arguments, an i
     (Generator, (100, 784), lambda: torch.randn(3, 100), 559_632),
     (Discriminator, (784,), lambda: torch.randn(3, 784), 533_505),
 ]
-SIX = pytest.mark.parametrize("ours, arguments, inputs, parameters", SNIPPETS,
-                              ids=[snippet[0].__name__ for snippet in SNIPPETS])
+SIX = pytest.mark.parametrize(
+    "ours, arguments, inputs, parameters", SNIPPETS, ids=[snippet[0].__name__ for snippet in SNIPPETS]
+)
 
 
 def pair(ours: type, arguments: tuple) -> tuple[nn.Module, nn.Module]:
@@ -40,8 +41,8 @@ def pair(ours: type, arguments: tuple) -> tuple[nn.Module, nn.Module]:
 @SIX
 def test_signature(ours, arguments, inputs, parameters):
     def positional(cls: type) -> list[tuple]:
-        return [(p.name, p.default) for p in inspect.signature(cls).parameters.values()
-                if p.kind is p.POSITIONAL_OR_KEYWORD]
+        return [(p.name, p.default) for p in inspect.signature(cls).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
     assert positional(ours) == positional(getattr(guide, ours.__name__))
     mine, theirs = pair(ours, arguments)
     assert list(mine.state_dict()) == list(theirs.state_dict())
@@ -57,7 +58,7 @@ def test_equal_outputs(ours, arguments, inputs, parameters, training):
     for model in (mine, theirs):
         torch.manual_seed(1)
         outputs.append(model.train(training)(x))
-    if ours is SelfAttention:                            # the fused kernel adds in another order
+    if ours is SelfAttention:  # the fused kernel adds in another order
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
     else:
         assert torch.equal(*outputs)

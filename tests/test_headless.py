@@ -16,13 +16,27 @@ from test_folders import FOLDERS, PLAIN, settled
 from tv import timm, transformers
 
 VIT = {**PLAIN, "intermediate_size": 64, "num_channels": 2, "image_size": 24, "patch_size": 4}
-CLASS = "last_hidden_state"                              # where a pooler of its own would change the vector: its first place
-MODELS = {                                               # their class, its configuration, where their vector is
-    "vit": ("ViTModel", VIT, CLASS), "deit": ("DeiTModel", VIT, CLASS),
-    "swin": ("SwinModel", {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 3, "patch_size": 2,
-                           "image_size": 24, "num_channels": 2}, "pooler_output"),
-    **{kind: (FOLDERS[kind][0].replace("ForImageClassification", "Model"), FOLDERS[kind][1], "pooler_output")
-       for kind in ("resnet", "convnext", "convnextv2", "dinov2", "dinov2-gated", "dinov2-registers")},
+CLASS = "last_hidden_state"  # where a pooler of its own would change the vector: its first place
+MODELS = {  # their class, its configuration, where their vector is
+    "vit": ("ViTModel", VIT, CLASS),
+    "deit": ("DeiTModel", VIT, CLASS),
+    "swin": (
+        "SwinModel",
+        {
+            "embed_dim": 8,
+            "depths": [2, 2],
+            "num_heads": [1, 2],
+            "window_size": 3,
+            "patch_size": 2,
+            "image_size": 24,
+            "num_channels": 2,
+        },
+        "pooler_output",
+    ),
+    **{
+        kind: (FOLDERS[kind][0].replace("ForImageClassification", "Model"), FOLDERS[kind][1], "pooler_output")
+        for kind in ("resnet", "convnext", "convnextv2", "dinov2", "dinov2-gated", "dinov2-registers")
+    },
 }
 
 
@@ -85,8 +99,9 @@ def test_files_without_a_head(tmp_path):
     assert ours.config.gives == "vector" and torch.equal(ours(image), model.eval()(image))
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "num_classes": 0,
-                                                      "pretrained_cfg": {}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "vit_tiny_patch16_224", "num_classes": 0, "pretrained_cfg": {}})
+    )
     (tmp_path / "x.safetensors").unlink()
     image = torch.randn(1, 3, 224, 224)
     ours = fieldguide.load(tmp_path)
@@ -109,21 +124,41 @@ def test_fits_begin_with_a_backbone(kind, tmp_path):
     assert fresh == ["head.weight", "head.bias"] and network(torch.randn(2, 2, 24, 24)).shape[-1] == 10
 
 
-TEXTS = {                                                # as their published folders say
-    "BertModel": {}, "RobertaModel": {"type_vocab_size": 1, "layer_norm_eps": 1e-5}, "ModernBertModel": {},
-    "DebertaV2Model": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 8,
-                       "norm_rel_ebd": "layer_norm", "type_vocab_size": 0, "position_biased_input": False}}
+TEXTS = {  # as their published folders say
+    "BertModel": {},
+    "RobertaModel": {"type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    "ModernBertModel": {},
+    "DebertaV2Model": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "type_vocab_size": 0,
+        "position_biased_input": False,
+    },
+}
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore::fieldguide.core.errors.WeightsWarning")          # of their poolers
+@pytest.mark.filterwarnings("ignore::fieldguide.core.errors.WeightsWarning")  # of their poolers
 @pytest.mark.parametrize("name", TEXTS)
 def test_encoders_of_text_without_a_head(name, tmp_path):
     torch.manual_seed(0)
     config = getattr(transformers, name.replace("Model", "Config"))(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=20, pad_token_id=1, bos_token_id=0, eos_token_id=2, cls_token_id=3, sep_token_id=4,
-        **TEXTS[name])
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=20,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        cls_token_id=3,
+        sep_token_id=4,
+        **TEXTS[name],
+    )
     theirs = settled(getattr(transformers, name)(config))
     theirs.save_pretrained(tmp_path)
     ours = fieldguide.load(tmp_path)
@@ -133,13 +168,14 @@ def test_encoders_of_text_without_a_head(name, tmp_path):
 
 
 def test_networks_that_are_not_here_are_named(tmp_path):
-    theirs = transformers.MPNetModel(transformers.MPNetConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1,
-                                                              num_attention_heads=2, intermediate_size=20))
+    theirs = transformers.MPNetModel(
+        transformers.MPNetConfig(
+            vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+        )
+    )
     theirs.save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"config.json is of MPNetModel \(model_type='mpnet'\), which is no network here"):
         fieldguide.load(tmp_path)
-
-
 
 
 @pytest.mark.slow
@@ -147,11 +183,13 @@ def test_networks_that_are_not_here_are_named(tmp_path):
 def test_a_whole_fit_from_a_backbone(kind, tmp_path):
     """The head is new, the rest is what the folder says; the run answers, and is a classifier in transformers' words."""
     from fieldguide.automl.fit import fit
+
     name, shape, _ = MODELS[kind]
     cls = getattr(transformers, name)
     torch.manual_seed(0)
-    settled(cls(cls.config_class(**{**{k: v for k, v in shape.items() if k != "num_labels"}, "num_channels": 1}))
-            ).save_pretrained(tmp_path / "theirs")
+    settled(
+        cls(cls.config_class(**{**{k: v for k, v in shape.items() if k != "num_labels"}, "num_channels": 1}))
+    ).save_pretrained(tmp_path / "theirs")
     run = fit("digits", weights=str(tmp_path / "theirs"), out=tmp_path / "run", settings={"steps": 60, "batch": 32})
     assert run.model.config.gives == "label" and run.model.config.classes == 10
     assert run.scores["accuracy"] > 0.2

@@ -37,10 +37,15 @@ class Hub:
 
     def entries(self) -> list[dict]:
         return [{"type": "directory", "path": "onnx"}] + [
-            {"type": "file", "path": name, "size": len(content),
-             "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
-             **({"lfs": {"oid": hashlib.sha256(content).hexdigest()}} if name.endswith(".safetensors") else {})}
-            for name, content in self.files.items()]
+            {
+                "type": "file",
+                "path": name,
+                "size": len(content),
+                "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+                **({"lfs": {"oid": hashlib.sha256(content).hexdigest()}} if name.endswith(".safetensors") else {}),
+            }
+            for name, content in self.files.items()
+        ]
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         self.seen.append(dict(request.headers))
@@ -68,7 +73,6 @@ class Hub:
         request.end_headers()
         request.wfile.write(content[:cut])
 
-
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
@@ -90,7 +94,7 @@ def test_a_model_of_the_hub_by_name(here):
     tokens = torch.randint(40, (1, 5))
     torch.testing.assert_close(ours(tokens), gpt2()(tokens).logits)
     folder = hub.fetched("org/tiny", said.append)
-    assert not said                                      # nothing is fetched twice
+    assert not said  # nothing is fetched twice
     assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors", hub.NOTED}
 
 
@@ -131,7 +135,7 @@ def test_what_the_hub_has_changed_is_fetched_again(here):
     before = here.files["config.json"]
     here.files["config.json"] = before[::-1]
     assert (hub.fetched("org/tiny") / "config.json").read_bytes() == before[::-1]
-    (folder / "config.json").write_bytes(before)         # and nobody noted what lies there
+    (folder / "config.json").write_bytes(before)  # and nobody noted what lies there
     (folder / hub.NOTED).unlink()
     assert (hub.fetched("org/tiny") / "config.json").read_bytes() == before[::-1]
 
@@ -153,8 +157,10 @@ def test_long_downloads_say_how_far_they_are(here, monkeypatch):
     assert len(told) == -(-len(here.files["model.safetensors"]) // 1000) and told[-1].endswith("; about 0 s left")
 
 
-@pytest.mark.parametrize("name, message", [
-    ("org/other", "there is no such model"), ("tiny", "say hf:organisation/name"), ("../x/y", "say hf:organisation/name")])
+@pytest.mark.parametrize(
+    "name, message",
+    [("org/other", "there is no such model"), ("tiny", "say hf:organisation/name"), ("../x/y", "say hf:organisation/name")],
+)
 def test_what_is_not_there(here, name, message):
     with pytest.raises(WeightsError, match=message):
         hub.fetched(name)
@@ -170,7 +176,7 @@ def test_what_is_there_serves_without_a_network(here, monkeypatch):
     folder, said = hub.fetched("org/tiny"), []
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert hub.fetched("org/tiny", said.append) == folder and "cannot be reached" in said[0] and str(folder) in said[0]
-    with pytest.raises(WeightsError, match="broke off"), monkeypatch.context() as other:      # with half of what is new
+    with pytest.raises(WeightsError, match="broke off"), monkeypatch.context() as other:  # with half of what is new
         other.setenv("HF_ENDPOINT", here.address)
         here.cut, here.files["model.safetensors"] = 1000, here.files["model.safetensors"][::-1]
         hub.fetched("org/tiny")
@@ -179,9 +185,20 @@ def test_what_is_there_serves_without_a_network(here, monkeypatch):
 
 
 def test_all_of_a_tokenizer_is_fetched():
-    words = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json",
-             "spm.model", "spiece.model", "tokenizer.model", "special_tokens_map.json", "generation_config.json",
-             "chat_template.jinja"}
+    words = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "spm.model",
+        "spiece.model",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    }
     assert hub.chosen([*words, "model.safetensors", "README.md", "original/tokenizer.model"]) == {*words, "model.safetensors"}
 
 

@@ -16,22 +16,26 @@ ROOT = Path(fieldguide.__file__).parent
 # A layer -> the layers that its files may import, at the top or inside a function. A layer is a file or folder of
 # src/fieldguide; `pkg` is fieldguide/__init__.py, for its version alone.
 GROUND = {"errors", "host", "exhibits", "card"}
-NETWORKS = GROUND | {"blocks", "models", "registry", "weights"}      # only for layers above weights
+NETWORKS = GROUND | {"blocks", "models", "registry", "weights"}  # only for layers above weights
 MAY = {
-    "pkg": set(), "errors": set(), "host": set(), "exhibits": set(), "card": set(),
+    "pkg": set(),
+    "errors": set(),
+    "host": set(),
+    "exhibits": set(),
+    "card": set(),
     "blocks": GROUND,
     "models": GROUND | {"blocks"},
     "registry": GROUND | {"models"},
     "translation": GROUND | {"blocks"},
     "weights": NETWORKS - {"weights"} | {"ggml", "scripted", "translation"},
     "samples": {"errors"},
-    "data": GROUND | {"samples", "ggml"},               # never models, tasks or training
-    "objectives": GROUND | {"blocks", "data"},          # of data, only chance as a function of numbers
-    "measures": {"errors"},                             # numbers in, numbers out
-    "train": GROUND | {"data", "objectives"},           # knows neither tasks nor architectures
+    "data": GROUND | {"samples", "ggml"},  # never models, tasks or training
+    "objectives": GROUND | {"blocks", "data"},  # of data, only chance as a function of numbers
+    "measures": {"errors"},  # numbers in, numbers out
+    "train": GROUND | {"data", "objectives"},  # knows neither tasks nor architectures
     "measure": NETWORKS | {"train"},
     "generation": GROUND | {"blocks"},
-    "tasks": GROUND | {"data", "generation", "measures", "objectives", "samples", "train"},     # of train a part, checked below
+    "tasks": GROUND | {"data", "generation", "measures", "objectives", "samples", "train"},  # of train a part, checked below
     "hub": {"errors"},
     "ggml": {"errors"},
     "scripted": {"errors"},
@@ -49,31 +53,82 @@ MAY = {
     "beginning": NETWORKS | {"data", "measure", "pretrained", "tasks", "train"},
     "request": {"errors", "data", "samples", "tasks"},
     "pacing": {"errors", "data", "objectives", "train"},
-    "fitting": NETWORKS | {"pkg", "advisor", "beginning", "data", "measure", "objectives", "pacing", "pretrained", "request",
-                           "run", "samples", "studio", "tasks", "teaching", "train"},
+    "fitting": NETWORKS
+    | {
+        "pkg",
+        "advisor",
+        "beginning",
+        "data",
+        "measure",
+        "objectives",
+        "pacing",
+        "pretrained",
+        "request",
+        "run",
+        "samples",
+        "studio",
+        "tasks",
+        "teaching",
+        "train",
+    },
     "progress": NETWORKS | {"catalogue", "run", "samples", "studio", "tasks"},
     "estimators": NETWORKS | {"data", "fitting", "objectives", "progress", "request", "run", "tasks", "train"},
     "zero_shot": NETWORKS | {"answering", "data", "objectives", "preparations", "pretrained", "run", "tasks", "train"},
-    "published": NETWORKS | {"answering", "configurations", "data", "objectives", "preparations", "pretrained", "tasks",
-                             "train", "zero_shot"},
+    "published": NETWORKS
+    | {"answering", "configurations", "data", "objectives", "preparations", "pretrained", "tasks", "train", "zero_shot"},
     "viewer": NETWORKS | {"answering", "configurations", "data", "generation", "pretrained", "speaker", "train", "zero_shot"},
-    "cli": NETWORKS | {"catalogue", "data", "fitting", "pretrained", "progress", "published", "request", "run",
-                       "samples", "speaker", "tasks", "viewer", "zero_shot"},
+    "cli": NETWORKS
+    | {
+        "catalogue",
+        "data",
+        "fitting",
+        "pretrained",
+        "progress",
+        "published",
+        "request",
+        "run",
+        "samples",
+        "speaker",
+        "tasks",
+        "viewer",
+        "zero_shot",
+    },
     "__main__": {"cli"},
 }
 # Between two layers where only one module of the lower may be used.
-ONLY = {("tasks", "train"): {"fieldguide.core.settings", "fieldguide.core.distributed"},
-        ("train", "data"): {"fieldguide.data.loader"},
-        ("objectives", "data"): {"fieldguide.data.loader"},
-        ("studio", "train"): {"fieldguide.training.checkpoint", "fieldguide.core.settings"},
-        ("measure", "train"): {"fieldguide.core.distributed"},
-        ("pretrained", "train"): {"fieldguide.core.distributed"}}
+ONLY = {
+    ("tasks", "train"): {"fieldguide.core.settings", "fieldguide.core.distributed"},
+    ("train", "data"): {"fieldguide.data.loader"},
+    ("objectives", "data"): {"fieldguide.data.loader"},
+    ("studio", "train"): {"fieldguide.training.checkpoint", "fieldguide.core.settings"},
+    ("measure", "train"): {"fieldguide.core.distributed"},
+    ("pretrained", "train"): {"fieldguide.core.distributed"},
+}
 # Inside a function, where the arrow turns round for one call; each with its reason.
 TURNS = {("models", "pkg"): "fieldguide.models(...) is list_models: the folder and the function share a name"}
 # Oracles, and what only they or a user bring along.
-PEERS = {"timm", "transformers", "torchvision", "diffusers", "tabm", "rtdl_num_embeddings", "pandas", "torchmetrics",
-         "lightning", "keras", "jax", "datasets", "huggingface_hub", "requests", "httpx", "joblib", "dill", "shelve", "marshal"}
-LATER = {"sklearn", "tokenizers", "matplotlib"}      # at the top of a file: only in estimators
+PEERS = {
+    "timm",
+    "transformers",
+    "torchvision",
+    "diffusers",
+    "tabm",
+    "rtdl_num_embeddings",
+    "pandas",
+    "torchmetrics",
+    "lightning",
+    "keras",
+    "jax",
+    "datasets",
+    "huggingface_hub",
+    "requests",
+    "httpx",
+    "joblib",
+    "dill",
+    "shelve",
+    "marshal",
+}
+LATER = {"sklearn", "tokenizers", "matplotlib"}  # at the top of a file: only in estimators
 
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -85,8 +140,9 @@ def layer(module: str) -> str:
 def imports(file: Path):
     """(line, module, at the top level) of every import that runs; those for type checkers alone do not."""
     tree = ast.parse(file.read_text())
-    typing = {id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test)
-              for n in ast.walk(i)}
+    typing = {
+        id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test) for n in ast.walk(i)
+    }
     for node in ast.walk(tree):
         if id(node) in typing:
             continue
@@ -184,8 +240,9 @@ def test_no_error_is_swallowed(file):
 
 def loaded(code: str) -> set[str]:
     """Packages in memory after running code in a process of its own."""
-    said = subprocess.run([sys.executable, "-c", code + "\nimport sys; print('|', *sys.modules)"], capture_output=True,
-                          text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code + "\nimport sys; print('|', *sys.modules)"], capture_output=True, text=True, check=True
+    ).stdout
     return {name.split(".")[0] for name in said.rsplit("|", 1)[1].split()}
 
 
@@ -198,7 +255,8 @@ def test_import_is_light():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["predict", "--help"], ["show", "--help"]])
 def test_help_is_light(arguments):
-    assert not loaded(f"""
+    assert (
+        not loaded(f"""
 import sys
 sys.argv = ["fieldguide", *{arguments}]
 from fieldguide.cli.commands import main
@@ -206,17 +264,42 @@ try:
     main()
 except SystemExit as end:
     assert not end.code
-""") & HEAVY
+""")
+        & HEAVY
+    )
 
 
 def test_samples_are_listed_without_torch():
-    assert "torch" not in loaded("import sys\nsys.argv = ['fieldguide', 'samples']\nfrom fieldguide.cli.commands import main\n"
-                                 "try: main()\nexcept SystemExit: pass")
+    assert "torch" not in loaded(
+        "import sys\nsys.argv = ['fieldguide', 'samples']\nfrom fieldguide.cli.commands import main\n"
+        "try: main()\nexcept SystemExit: pass"
+    )
 
 
-EXPORTED = {"__version__", "models", "fit", "resume", "open_run", "Run", "create", "list_models", "show", "load", "fill",
-            "save", "read", "advise", "FieldguideClassifier", "FieldguideRegressor", "FieldguideError", "DataError",
-            "SettingsError", "WeightsError", "RunError", "TrainingError"}
+EXPORTED = {
+    "__version__",
+    "models",
+    "fit",
+    "resume",
+    "open_run",
+    "Run",
+    "create",
+    "list_models",
+    "show",
+    "load",
+    "fill",
+    "save",
+    "read",
+    "advise",
+    "FieldguideClassifier",
+    "FieldguideRegressor",
+    "FieldguideError",
+    "DataError",
+    "SettingsError",
+    "WeightsError",
+    "RunError",
+    "TrainingError",
+}
 
 
 def test_exported_names_are_frozen():

@@ -33,13 +33,21 @@ def regression() -> Supervised:
 
 
 def settled(**changes) -> Settings:
-    return Settings().with_({"steps": 20, "batch": 16, "evaluate": 5, "precision": "float32", "channels_last": False,
-                             "minutes": 0} | changes)
+    return Settings().with_(
+        {"steps": 20, "batch": 16, "evaluate": 5, "precision": "float32", "channels_last": False, "minutes": 0} | changes
+    )
 
 
 def trainer(objective, batches=None, folder=None, evaluate=None, **changes) -> Trainer:
-    return Trainer(objective, batches or line(), settled(**changes), device=torch.device("cpu"), watch=Silent(),
-                   folder=folder, evaluate=evaluate)
+    return Trainer(
+        objective,
+        batches or line(),
+        settled(**changes),
+        device=torch.device("cpu"),
+        watch=Silent(),
+        folder=folder,
+        evaluate=evaluate,
+    )
 
 
 def weights(objective) -> torch.Tensor:
@@ -86,7 +94,7 @@ def test_muon_equals_torchs():
         ours.grad, theirs.grad = grad.clone(), grad.clone()
         mine.step()
         peer.step()
-    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)      # theirs iterates in bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)  # theirs iterates in bfloat16
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 14), (3, 14, 12), (2, 8, 40), (2, 40, 8), (1, 6, 12)])
@@ -116,7 +124,12 @@ def test_vectors_and_embeddings_do_not_decay():
     made = optimizers(net, net.named_parameters(), settled(weight_decay=0.5))
     decay = {id(p): g["weight_decay"] for o in made for g in o.param_groups for p in g["params"]}
     assert {n: decay[id(p)] for n, p in net.named_parameters()} == {
-        "0.weight": 0, "1.weight": 0.5, "1.bias": 0, "2.weight": 0, "2.bias": 0}
+        "0.weight": 0,
+        "1.weight": 0.5,
+        "1.bias": 0,
+        "2.weight": 0,
+        "2.bias": 0,
+    }
 
 
 def test_schedule_rises_then_falls():
@@ -144,7 +157,7 @@ def test_the_best_weights_are_kept_and_training_stops():
 
     def evaluate(o):
         seen.append(weights(o))
-        return {"loss": abs(len(seen) - 3)}             # the third evaluation is best
+        return {"loss": abs(len(seen) - 3)}  # the third evaluation is best
 
     t = trainer(objective, evaluate=evaluate, steps=1000, patience=4)
     state = t.train()
@@ -154,13 +167,14 @@ def test_the_best_weights_are_kept_and_training_stops():
 
 def gan() -> Adversarial:
     from fieldguide import create
+
     torch.manual_seed(0)
-    return Adversarial(create("simple-gan", img_dim=64, z_dim=16), create("simple-gan-discriminator", img_dim=64),
-                       noise=16)
+    return Adversarial(create("simple-gan", img_dim=64, z_dim=16), create("simple-gan-discriminator", img_dim=64), noise=16)
 
 
 def digits() -> tuple[torch.Tensor, Batches]:
     from sklearn.datasets import load_digits
+
     x = torch.from_numpy(load_digits().data).float() / 8 - 1
     return x, Batches(len(x), lambda index, _: {"vector": x[index]})
 
@@ -183,32 +197,49 @@ class Clock:
 
 @pytest.mark.parametrize("planned", [30, 400, 4000])
 def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
-    clock = Clock(monkeypatch, 0.1)                                              # one minute holds 600 steps
-    loop = Trainer(clock.objective(), line(), settled(steps=planned, minutes=1, evaluate=25), device=torch.device("cpu"),
-                   watch=Silent(), evaluate=lambda _: {"loss": 1.0 - clock.now}, metric=("loss", "min"), most=5000)
+    clock = Clock(monkeypatch, 0.1)  # one minute holds 600 steps
+    loop = Trainer(
+        clock.objective(),
+        line(),
+        settled(steps=planned, minutes=1, evaluate=25),
+        device=torch.device("cpu"),
+        watch=Silent(),
+        evaluate=lambda _: {"loss": 1.0 - clock.now},
+        metric=("loss", "min"),
+        most=5000,
+    )
     state = loop.train()
     assert 50 < clock.now < 62 and not state.stopped and state.step == loop.settings.steps
-    assert loop.runners[0].lr < 1e-3 * loop.settings.lr                          # the rate has come down
+    assert loop.runners[0].lr < 1e-3 * loop.settings.lr  # the rate has come down
 
 
 def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and_again(monkeypatch):
     clock = Clock(monkeypatch, 0.1)
     objective, said = clock.objective(), []
-    pauses = torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.02     # one step in fifty takes 2.1 s
+    pauses = torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.02  # one step in fifty takes 2.1 s
     objective.register_forward_pre_hook(lambda *_: setattr(clock, "now", clock.now + 2.0 * bool(pauses[loop.state.step])))
     watch = Silent()
     watch.say, watch.replanned = lambda text: None, said.append
-    loop = Trainer(objective, line(), settled(steps=600, minutes=1, evaluate=10), device=torch.device("cpu"),
-                   watch=watch, evaluate=lambda _: {"loss": 1.0 - clock.now}, metric=("loss", "min"), most=5000)
+    loop = Trainer(
+        objective,
+        line(),
+        settled(steps=600, minutes=1, evaluate=10),
+        device=torch.device("cpu"),
+        watch=watch,
+        evaluate=lambda _: {"loss": 1.0 - clock.now},
+        metric=("loss", "min"),
+        most=5000,
+    )
     state = loop.train()
     assert 50 < clock.now < 64 and not state.stopped and state.step == loop.settings.steps
     assert len(said) <= 4
 
 
 def test_every_process_follows_the_first_ones_clock(monkeypatch):
-    clock = Clock(monkeypatch, 1.0)                                              # this one's minutes are nearly over
-    loop = Trainer(clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), watch=Silent(),
-                   most=5000)
+    clock = Clock(monkeypatch, 1.0)  # this one's minutes are nearly over
+    loop = Trainer(
+        clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), watch=Silent(), most=5000
+    )
     loop.state.step, loop.state.seconds, loop.since = 50, 59.0, (25, 34.0)
     monkeypatch.setattr("fieldguide.core.distributed.broadcast", lambda value: (30.0, 300))
     assert loop.keep_pace() and loop.settings.steps == 300
@@ -219,8 +250,15 @@ def test_every_process_follows_the_first_ones_clock(monkeypatch):
 
 def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, 0.1)
-    make = lambda: Trainer(clock.objective(), line(), settled(steps=30, minutes=1, evaluate=25), device=torch.device("cpu"),
-                           watch=Silent(), folder=tmp_path, most=5000)
+    make = lambda: Trainer(
+        clock.objective(),
+        line(),
+        settled(steps=30, minutes=1, evaluate=25),
+        device=torch.device("cpu"),
+        watch=Silent(),
+        folder=tmp_path,
+        most=5000,
+    )
     first, second = make(), make()
     first.train()
     assert second.resume() and second.settings == first.settings and second.settings.steps > 400
@@ -230,8 +268,9 @@ def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_p
 @pytest.mark.parametrize("most, expected", [(0, 30), (100, 100)])
 def test_steps_stay_where_they_are_fixed_or_enough(most, expected, monkeypatch):
     clock = Clock(monkeypatch, 0.1)
-    loop = Trainer(clock.objective(), line(), settled(steps=30, minutes=1), device=torch.device("cpu"), watch=Silent(),
-                   most=most)
+    loop = Trainer(
+        clock.objective(), line(), settled(steps=30, minutes=1), device=torch.device("cpu"), watch=Silent(), most=most
+    )
     assert loop.train().step == expected
 
 
@@ -318,6 +357,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(where, tmp_path):
     with pytest.raises(TrainingError, match=r"at step 7.*(NaN or infinity in vector|batch is finite)"):
         t.train()
     from safetensors.torch import load_file
+
     kept = load_file(next(tmp_path.glob("nonfinite-step-7*.safetensors")))
     assert kept["0.vector"].shape == (16, 3)
     assert bool(kept["0.vector"].isnan().any()) == (where == "batch")
@@ -343,11 +383,12 @@ def test_batches_hold_similar_lengths():
     assert np.mean([np.ptp(lengths[i]) for i in batches]) < 0.2 * np.ptp(lengths)
     assert len(set(np.concatenate(batches))) == 2000
     order = [lengths[i].mean() for i in batches]
-    assert np.corrcoef(order[:-1], order[1:])[0, 1] < 0.5      # long ones do not come all at once
+    assert np.corrcoef(order[:-1], order[1:])[0, 1] < 0.5  # long ones do not come all at once
 
 
 def test_workers_make_the_same_batches():
     from fieldguide.data.loader import training
+
     batches = Batches(40, lambda index, rng: {"x": torch.rand(len(index), generator=rng) + torch.from_numpy(index)})
     alone, helped = ([b["x"] for _, b in training(batches, batch=8, seed=1, start=2, stop=9, workers=w)] for w in (0, 2))
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
@@ -374,10 +415,18 @@ def test_members_of_an_ensemble_are_trained_on_the_mean_of_their_losses():
     torch.testing.assert_close(loss.outputs(logits)["probabilities"], logits.softmax(-1).mean(1))
 
 
-@pytest.mark.parametrize(("key", "value", "complaint"), [
-    ("lrr", 1, "Did you mean 'lr'"), ("lr", "fast", "not a float"), ("batch", 2.5, "not an integer"),
-    ("optimizer", "adam", "none of adamw"), ("batch", 0, "at least 1"), ("smoothing", 1.0, r"lie in \[0, 1\)"),
-    ("class_weights", "maybe", "not a bool")])
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("lrr", 1, "Did you mean 'lr'"),
+        ("lr", "fast", "not a float"),
+        ("batch", 2.5, "not an integer"),
+        ("optimizer", "adam", "none of adamw"),
+        ("batch", 0, "at least 1"),
+        ("smoothing", 1.0, r"lie in \[0, 1\)"),
+        ("class_weights", "maybe", "not a bool"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused(key, value, complaint):
     with pytest.raises(SettingsError, match=complaint):
         parse(key, value)
@@ -392,6 +441,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
     import json
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     t = trainer(regression(), folder=tmp_path, track="tensorboard", evaluate=lambda o: {"loss": 0.5})
     t.train()
     events = EventAccumulator(str(tmp_path / "events"))

@@ -13,7 +13,7 @@ from fieldguide.objectives.masked_lm import hide
 from test_models import batch, tiny
 
 MASK, FIRST, VOCAB = 4, 5, 1000
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}                 # losses are in float32
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # losses are in float32
 
 
 def generator(seed: int) -> torch.Generator:
@@ -36,7 +36,7 @@ def test_how_often_words_are_hidden():
     assert other.min() == FIRST and other.max() == VOCAB - 1
     assert abs(other.float().mean() - (FIRST + VOCAB - 1) / 2) < 4.5 * VOCAB / (12 * len(other)) ** 0.5
     by_place = asked.float().mean(0) / 0.7
-    assert by_place.min() > 0.05 and by_place.max() < 0.3            # no place is preferred
+    assert by_place.min() > 0.05 and by_place.max() < 0.3  # no place is preferred
 
 
 def test_hiding_is_a_function_of_the_generator():
@@ -62,8 +62,7 @@ def test_loss_and_gradients_equal_those_of_transformers(name):
     found = MaskedWords(model, ("tokens", "mask"))({"tokens": shown, "mask": mask, "target": target})["loss"]
     peer, rename = encoder(model)
     peer.double().load_state_dict(rename(model.state_dict()))
-    want = peer.eval().peer(input_ids=shown, attention_mask=mask.long(),
-                            labels=target.masked_fill(target < 0, -100)).loss
+    want = peer.eval().peer(input_ids=shown, attention_mask=mask.long(), labels=target.masked_fill(target < 0, -100)).loss
     torch.testing.assert_close(found.double(), want.double(), **CLOSE)
     found.backward()
     want.backward()
@@ -77,7 +76,7 @@ def test_outputs_of_hidden_words_are_counted_by_row():
     model = tiny("bert")
     tokens, mask = batch("bert", 6)
     shown, target = hide(tokens, mask, MASK, FIRST, 30, generator(0), share=0.5)
-    target[2] = -1                                       # a row of which nothing is asked
+    target[2] = -1  # a row of which nothing is asked
     inputs = {"tokens": shown, "mask": mask, "target": target}
     objective = MaskedWords(model, ("tokens", "mask"))
     found = objective.outputs(inputs)
@@ -123,12 +122,20 @@ def test_spans_equal_those_of_transformers_and_a_slow_search():
     mask[:] = True
     answerable = mask.clone()
     objective = Span(model, ("tokens", "mask"))
-    inputs = {"tokens": tokens, "mask": mask, "answerable": answerable, "first": torch.tensor([0, 1, 2, 3, 4, 8]),
-              "last": torch.tensor([0, 1, 4, 8, 5, 8])}
+    inputs = {
+        "tokens": tokens,
+        "mask": mask,
+        "answerable": answerable,
+        "first": torch.tensor([0, 1, 2, 3, 4, 8]),
+        "last": torch.tensor([0, 1, 4, 8, 5, 8]),
+    }
     peer, rename = encoder(model)
     peer.double().load_state_dict(rename(model.state_dict()))
-    want = peer.eval().peer(input_ids=tokens, attention_mask=mask.long(), start_positions=inputs["first"],
-                            end_positions=inputs["last"]).loss
+    want = (
+        peer.eval()
+        .peer(input_ids=tokens, attention_mask=mask.long(), start_positions=inputs["first"], end_positions=inputs["last"])
+        .loss
+    )
     torch.testing.assert_close(objective(inputs)["loss"].double(), want.double(), **CLOSE)
     answerable[:, :3], answerable[:, 7:], answerable[5] = False, False, False
     objective.longest = 2
@@ -155,10 +162,12 @@ def test_a_network_learns_hidden_words_from_both_sides():
     objective, source = MaskedWords(model, ("tokens", "mask")), generator(0)
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3)
     rows = lambda: 5 + (torch.randint(10, (48, 1), generator=source) + torch.arange(8)) % 10
+
     def inputs():
         tokens = rows()
         shown, target = hide(tokens, torch.ones_like(tokens, dtype=torch.bool), MASK, FIRST, 15, source, share=0.25)
         return {"tokens": shown, "target": target}
+
     for _ in range(100):
         optimizer.zero_grad()
         objective(inputs())["loss"].backward()
@@ -168,7 +177,7 @@ def test_a_network_learns_hidden_words_from_both_sides():
     right, count = (sum(int(f[key].sum()) for f in found) for key in ("right", "count"))
     assert right > 0.6 * count
     tokens = rows()
-    for place in (0, 4, 7):                             # said by the whole network too: at the place itself
+    for place in (0, 4, 7):  # said by the whole network too: at the place itself
         shown = tokens.clone()
         shown[:, place] = MASK
         with torch.no_grad():

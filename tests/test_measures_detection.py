@@ -46,8 +46,10 @@ def test_all_right_and_all_wrong():
 
 def test_precision_by_hand():
     """Of class 0 three boxes, found: right 0.9, wrong 0.8, right 0.7. Of class 1 one, found twice: right 0.5, double 0.4."""
-    got = score([[(0, A, 0.9), (0, (60, 60, 70, 70), 0.8), (1, A, 0.5)], [(0, B, 0.7), (1, A, 0.4)]],
-                [[(0, A), (0, (50, 0, 60, 10)), (1, A)], [(0, B)]])
+    got = score(
+        [[(0, A, 0.9), (0, (60, 60, 70, 70), 0.8), (1, A, 0.5)], [(0, B, 0.7), (1, A, 0.4)]],
+        [[(0, A), (0, (50, 0, 60, 10)), (1, A)], [(0, B)]],
+    )
     # Up to recall 1/3 precision 1: 34 of the 101 recalls; up to 2/3, 2/3: 33; beyond, none.
     assert got["class_map50"] == pytest.approx([(34 + 33 * 2 / 3) / 101, 1.0])
     assert got["map50"] == pytest.approx(got["class_map50"].mean())
@@ -89,8 +91,9 @@ def sweep(found, truth, label, limit):
     total = sum(k == label for row in truth for k, _ in row)
     taken, right, points = set(), 0, []
     for rank, (_, picture, box) in enumerate(ranked, 1):
-        free = [(slow.overlap(box, b), j) for j, (k, b) in enumerate(truth[picture])
-                if k == label and (picture, j) not in taken]
+        free = [
+            (slow.overlap(box, b), j) for j, (k, b) in enumerate(truth[picture]) if k == label and (picture, j) not in taken
+        ]
         best, j = max(free, default=(0, -1))
         if best >= limit:
             taken.add((picture, j))
@@ -104,9 +107,12 @@ def test_equals_a_sweep_in_python():
     truth, found = [], []
     for _ in range(12):
         corner, side = rng.random((5, 2)) * 60, rng.random((5, 2)) * 30 + 5
-        true = [(int(rng.integers(3)), (*c, *(c + s))) for c, s in zip(corner, side)][:rng.integers(1, 6)]
-        near = [(k if rng.random() < 0.8 else int(rng.integers(3)), tuple(np.array(b) + rng.normal(0, 2, 4)), rng.random())
-                for k, b in true for _ in range(rng.integers(0, 3))]
+        true = [(int(rng.integers(3)), (*c, *(c + s))) for c, s in zip(corner, side)][: rng.integers(1, 6)]
+        near = [
+            (k if rng.random() < 0.8 else int(rng.integers(3)), tuple(np.array(b) + rng.normal(0, 2, 4)), rng.random())
+            for k, b in true
+            for _ in range(rng.integers(0, 3))
+        ]
         truth.append(true)
         found.append(near)
     got = score(found, truth, 3, 12)
@@ -116,9 +122,15 @@ def test_equals_a_sweep_in_python():
     assert got["map"] == pytest.approx(want.mean()) and 0.1 < got["map"] < got["map50"] < 0.95
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"labels": np.array([[5, -1]])}, "class 5"), ({"scores": np.array([[np.nan, 0]])}, "no finite"),
-    ({"scores": np.zeros((1, 3))}, "fit together"), ({"boxes": np.zeros((1, 2, 5))}, "fit together")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": np.array([[5, -1]])}, "class 5"),
+        ({"scores": np.array([[np.nan, 0]])}, "no finite"),
+        ({"scores": np.zeros((1, 3))}, "fit together"),
+        ({"boxes": np.zeros((1, 2, 5))}, "fit together"),
+    ],
+)
 def test_refuses_what_does_not_fit(change, words):
     found, truth = pad([[(0, A, 0.9)]], 2), pad([[(0, A)]], 2)
     del truth["scores"]

@@ -11,10 +11,10 @@ from fieldguide.metrics.rouge import KINDS, longest, overlap, scores, words
 
 
 def test_by_hand():
-    right, said = "police killed the gunman".split(), "police kill the gunman".split()       # Lin 2004, section 3.1
+    right, said = "police killed the gunman".split(), "police kill the gunman".split()  # Lin 2004, section 3.1
     assert longest(said, right) == 3 / 4 and longest("the gunman kill police".split(), right) == 1 / 2
     assert overlap(said, right, 1) == 3 / 4 and overlap(said, right, 2) == 1 / 3
-    assert overlap(["a", "a", "a"], ["a", "a", "b"], 1) == 2 / 3                  # as often as both have it
+    assert overlap(["a", "a", "a"], ["a", "a", "b"], 1) == 2 / 3  # as often as both have it
     assert longest("a b c d".split(), "c a x b".split()) == 2 / 4
     assert scores(["", "x"], ["x", ""]).tolist() == [[0.0] * 3] * 2 and scores([], []).shape == (0, 3)
     assert words("It's 3,000 U.S. dollars_ägypten!") == ["it", "s", "3", "000", "u", "s", "dollars", "ägypten"]

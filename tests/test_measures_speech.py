@@ -16,6 +16,7 @@ from fieldguide.metrics.speech import cer, compare, edits, wer
 
 def slow(said: tuple, heard: tuple) -> tuple[int, int, int, int]:
     """(errors, substitutions, deletions, insertions) of the best way, by trying every way."""
+
     @functools.cache
     def best(i: int, j: int) -> tuple[int, int, int, int]:
         if i == len(said) and j == len(heard):
@@ -32,6 +33,7 @@ def slow(said: tuple, heard: tuple) -> tuple[int, int, int, int]:
             e, s, d, n = best(i, j + 1)
             ways.append((e + 1, s, d, n + 1))
         return min(ways)
+
     return best(0, 0)
 
 
@@ -60,8 +62,12 @@ def test_edits_are_those_of_every_way(unit, together, monkeypatch):
         assert (got.errors[row], got.substitutions[row], got.deletions[row], got.insertions[row]) == want, (a, b)
     assert got.length.tolist() == [len(speech.units(text, unit)) for text in said]
     assert got.rate == got.errors.sum() / got.length.sum()
-    assert got.totals() == {"substitutions": got.substitutions.sum(), "deletions": got.deletions.sum(),
-                            "insertions": got.insertions.sum(), "length": got.length.sum()}
+    assert got.totals() == {
+        "substitutions": got.substitutions.sum(),
+        "deletions": got.deletions.sum(),
+        "insertions": got.insertions.sum(),
+        "length": got.length.sum(),
+    }
 
 
 @pytest.mark.parametrize("unit", ["words", "characters"])
@@ -73,12 +79,15 @@ def test_pairs_tell_the_same_edits(unit):
         assert [x for x, _ in pairs if x] == speech.units(a, unit) and [y for _, y in pairs if y] == speech.units(b, unit)
         kinds = [(bool(x), bool(y)) for x, y in pairs if x != y]
         assert [kinds.count(k) for k in ((True, True), (True, False), (False, True))] == [
-            got.substitutions[row], got.deletions[row], got.insertions[row]]
+            got.substitutions[row],
+            got.deletions[row],
+            got.insertions[row],
+        ]
 
 
 def test_known_rates():
     assert wer(["the cat sat", "on"], ["the bat sat down", ""]) == 3 / 4
-    assert cer(["abc  d"], ["abd d"]) == 1 / 5                                    # spaces count, once
+    assert cer(["abc  d"], ["abd d"]) == 1 / 5  # spaces count, once
     assert wer(["a b"], ["c d e f g"]) == 2.5
     assert compare("the cat sat", "cat sits down") == [("the", ""), ("cat", "cat"), ("", "sits"), ("sat", "down")]
     assert edits(["a b c"], ["b x"]).totals() == {"substitutions": 1, "deletions": 1, "insertions": 0, "length": 3}

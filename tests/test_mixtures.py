@@ -73,8 +73,12 @@ def test_the_balance_of_nllb_leaves_padding_out():
     step, said = trained("nllb-moe", model, inputs)
     found = step(said)
     sides = (("encoder", inputs[1]), ("decoder", inputs[3]))
-    wanted = [slow(block.mlp.scores.detach(), 1, mask.flatten()) for side, mask in sides
-              for block in getattr(model, side) if hasattr(block.mlp, "scores")]
+    wanted = [
+        slow(block.mlp.scores.detach(), 1, mask.flatten())
+        for side, mask in sides
+        for block in getattr(model, side)
+        if hasattr(block.mlp, "scores")
+    ]
     assert len(wanted) == 2 and found["balance_loss"].item() == pytest.approx(sum(wanted) / 2, rel=1e-5)
     plain = step.objective(said)["loss"]
     assert found["loss"].item() == pytest.approx(plain.item() + 0.3 * found["balance_loss"].item(), rel=1e-5)
@@ -118,7 +122,7 @@ def test_experts_stay_in_use():
         torch.manual_seed(0)
         model = create("mixtral-test", balancing=balancing).train()
         with torch.no_grad():
-            for block in model.blocks:                   # what all tokens share points to the first two
+            for block in model.blocks:  # what all tokens share points to the first two
                 block.mlp.router.weight.zero_()
                 block.mlp.router.weight[:2, 0] = 2.0
             model.embed.weight[:, 0] += 1.0

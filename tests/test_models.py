@@ -25,7 +25,8 @@ MASKED = pytest.mark.parametrize("name", [name for name in CASES if cards()[name
 IMAGES = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].takes == "image"])
 
 CLASSIFIERS = pytest.mark.parametrize(
-    "name", [name for name in CASES if cards()[name].takes == "image" and "label" in cards()[name].answers])
+    "name", [name for name in CASES if cards()[name].takes == "image" and "label" in cards()[name].answers]
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,23 +92,23 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
         members = output if output.ndim == 3 else output[:, None]
         target = torch.randint(output.shape[-1], (len(output), 1)).expand(-1, members.shape[1])
         return nn.functional.cross_entropy(members.flatten(0, 1), target.flatten())
-    if gives in ("tokens", "items"):                     # another target at every place, the same in all rows
+    if gives in ("tokens", "items"):  # another target at every place, the same in all rows
         target = torch.randint(output.shape[-1], (1, output.shape[1])).expand(len(output), -1)
         return nn.functional.cross_entropy(output.transpose(1, 2), target)
-    if gives == "words":                                 # each token's own number and one
+    if gives == "words":  # each token's own number and one
         return nn.functional.cross_entropy(output.transpose(1, 2), (first + 1) % output.shape[-1])
-    if gives == "ctc":                                   # two symbols for each recording, somewhere in it
+    if gives == "ctc":  # two symbols for each recording, somewhere in it
         logs = output.float().log_softmax(-1).transpose(0, 1)
         target = torch.randint(1, output.shape[-1], (len(output), 2))
         return nn.functional.ctc_loss(logs, target, torch.full((len(output),), len(logs)), torch.full((len(output),), 2))
-    if gives == "mask":                                  # bright or dark, under the middle of the picture
+    if gives == "mask":  # bright or dark, under the middle of the picture
         top, left = ((a - b) // 2 for a, b in zip(first.shape[2:], output.shape[2:]))
-        middle = first[:, 0, top:top + output.shape[2], left:left + output.shape[3]]
+        middle = first[:, 0, top : top + output.shape[2], left : left + output.shape[3]]
         return nn.functional.cross_entropy(output, (middle > 0).long())
-    if gives == "boxes":                                 # the same answer at every point
+    if gives == "boxes":  # the same answer at every point
         wanted = torch.arange(output.shape[-1]) % 2
         return nn.functional.binary_cross_entropy_with_logits(output, wanted.to(output.dtype).expand_as(output))
-    if gives == "embeddings":                            # which belongs to which
+    if gives == "embeddings":  # which belongs to which
         logits, target = output[:, 0] @ output[:, 1].T, torch.arange(len(output))
         return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
     if gives == "score":
@@ -115,7 +116,7 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
     if gives in ("image", "video"):
         wide = first if first.shape == output.shape else (torch.rand(len(output), 1, 1, 1) - 0.5).expand_as(output)
         return nn.functional.mse_loss(output, wide.to(output.dtype))
-    if gives == "forecast":                              # the first value of each series goes on
+    if gives == "forecast":  # the first value of each series goes on
         return nn.functional.mse_loss(output, first[:, :1, :, None].expand_as(output))
     return nn.functional.mse_loss(output, torch.rand(output.shape, dtype=output.dtype) - 0.5)
 
@@ -132,7 +133,7 @@ def test_docstring_says_what_it_is(name):
     assert str(card.year) in text.splitlines()[0] and card.new.endswith(".") and len(card.new) > 40
     assert "\nInitialisation" in text
     assert re.search(r"^Shapes: .*B batch", text, re.M)
-    source = Path(inspect.getsourcefile(card.model.forward)).read_text()         # its own file, or its base's
+    source = Path(inspect.getsourcefile(card.model.forward)).read_text()  # its own file, or its base's
     forwards = re.findall(r"def forward\(.*", source)
     assert forwards and all("# " in line and "->" in line.split("#")[-1] for line in forwards)
 
@@ -157,7 +158,7 @@ def test_sizes_have_the_published_parameters(size):
 @EVERY
 def test_recipe_names_known_settings(name):
     recipe = cards()[name].recipe
-    settled = Settings().with_(recipe)                   # raises for what it does not know
+    settled = Settings().with_(recipe)  # raises for what it does not know
     assert all(getattr(settled, key) == value for key, value in recipe.items())
 
 
@@ -173,20 +174,26 @@ def test_output_has_the_promised_shape(name):
     if gives == "label":
         assert output.shape[-1] == getattr(config, card.names.get("classes", "classes"))
         assert tiny(name, classes=CASES[name].classes)(*inputs).shape[-1] == CASES[name].classes
-    word = {"tokens": "vocab", "words": "vocab", "ctc": "vocab", "mask": "classes", "image": "channels",
-            "items": "items"}.get(gives, "")
+    word = {"tokens": "vocab", "words": "vocab", "ctc": "vocab", "mask": "classes", "image": "channels", "items": "items"}.get(
+        gives, ""
+    )
     width = getattr(config, card.names.get(word, word), None)
-    assert {"score": output.shape[1:] == (1,), "sequence": output.shape == inputs[0].shape,
-            "vector": output.ndim == 2, "label": output.ndim in (2, 3),
-            "tokens": output.shape == (*inputs[-1].shape, width), "words": output.shape == (*inputs[-1].shape, width),
-            "items": output.shape == (*inputs[-1].shape, width),
-            "ctc": output.ndim == 3 and output.shape[2] == width,
-            "embeddings": output.shape == (3, 2, getattr(config, "embed", None)),
-            "video": output.shape == inputs[0].shape,
-            "mask": output.ndim == 4 and output.shape[1] == width,
-            "image": output.ndim == 4 and output.shape[1] == width,
-            "boxes": output.ndim == 3 and output.shape[2] == 4 * getattr(config, "bins", 0) + getattr(config, "classes", 0),
-            "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1]}[gives]
+    assert {
+        "score": output.shape[1:] == (1,),
+        "sequence": output.shape == inputs[0].shape,
+        "vector": output.ndim == 2,
+        "label": output.ndim in (2, 3),
+        "tokens": output.shape == (*inputs[-1].shape, width),
+        "words": output.shape == (*inputs[-1].shape, width),
+        "items": output.shape == (*inputs[-1].shape, width),
+        "ctc": output.ndim == 3 and output.shape[2] == width,
+        "embeddings": output.shape == (3, 2, getattr(config, "embed", None)),
+        "video": output.shape == inputs[0].shape,
+        "mask": output.ndim == 4 and output.shape[1] == width,
+        "image": output.ndim == 4 and output.shape[1] == width,
+        "boxes": output.ndim == 3 and output.shape[2] == 4 * getattr(config, "bins", 0) + getattr(config, "classes", 0),
+        "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1],
+    }[gives]
 
 
 @IMAGES
@@ -240,8 +247,11 @@ def test_equals_its_peer(name, dtype, training):
     inputs = batch(name, 4, dtype)
     ours, our_grads = gradients(name, model.train(training), inputs)
     theirs, their_grads = gradients(name, peer.train(training), inputs)
-    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {
-        "rtol": 2e-4 * CASES[name].slack, "atol": 2e-5 * CASES[name].slack}
+    close = (
+        {"rtol": 1e-9, "atol": 1e-11}
+        if dtype == torch.float64
+        else {"rtol": 2e-4 * CASES[name].slack, "atol": 2e-5 * CASES[name].slack}
+    )
     torch.testing.assert_close(ours, theirs, **close)
     renamed = rename(our_grads)
     assert renamed.keys() == their_grads.keys()
@@ -256,6 +266,7 @@ def test_equals_its_peer(name, dtype, training):
 def test_its_work_is_counted(name):
     """Without numbers, as the advisor does it; at least every matrix of the head once."""
     from fieldguide.automl import profile
+
     card = cards()[name]
     config = card.settle(card.tiny)
     assert profile.multiply_adds(name, config, length=8, side=getattr(config, "image", 33)) > 0
@@ -268,12 +279,12 @@ def test_batch_equals_rows_alone(name):
     model, inputs = tiny(name), batch(name)
     together = meant(name, model(*inputs), inputs)
     for i in range(len(together)):
-        alone, want = [x[i:i + 1] for x in inputs], together[i]
+        alone, want = [x[i : i + 1] for x in inputs], together[i]
         torch.testing.assert_close(meant(name, model(*alone), alone)[0], want, rtol=1e-9, atol=1e-11)
         # Without its padding: each row of tokens stands before its mask.
         for place in [place for place, word in enumerate(card.inputs) if word.endswith("mask")]:
             length = int(alone[place].sum())
-            alone[place - 1:place + 1] = [x[:, :length] for x in alone[place - 1:place + 1]]
+            alone[place - 1 : place + 1] = [x[:, :length] for x in alone[place - 1 : place + 1]]
             want = want[:length] if place == len(alone) - 1 and card.answers[0] in ("tokens", "items", "words") else want
         if "mask" in card.inputs:
             torch.testing.assert_close(model(*alone)[0], want, rtol=1e-9, atol=1e-11)
@@ -286,14 +297,14 @@ def test_padding_content_is_never_read(name):
     model, inputs = tiny(name), list(batch(name))
     before = meant(name, model(*inputs), inputs)
     for place in [place for place, word in enumerate(cards()[name].inputs) if word.endswith("mask")]:
-        tokens, mask = inputs[place - 1:place + 1]
+        tokens, mask = inputs[place - 1 : place + 1]
         other = torch.where(mask, tokens, (tokens + 1) % 30)
         assert not torch.equal(other, tokens)
-        changed = [*inputs[:place - 1], other, *inputs[place:]]
+        changed = [*inputs[: place - 1], other, *inputs[place:]]
         assert torch.equal(meant(name, model(*changed), inputs), before)
         empty = mask.clone()
         empty[0] = False
-        assert model(*inputs[:place], empty, *inputs[place + 1:]).isfinite().all()
+        assert model(*inputs[:place], empty, *inputs[place + 1 :]).isfinite().all()
 
 
 NEXT = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].answers[0] in ("tokens", "items")])
@@ -334,7 +345,7 @@ def test_gradient_reaches_every_parameter(name):
 def test_rows_are_not_mixed(name):
     """The gradient of one row's output with respect to another row's input is zero."""
     model, inputs = tiny(name), batch(name)
-    first, *rest = inputs                                # the first place of a row is never padding
+    first, *rest = inputs  # the first place of a row is never padding
     if not first.is_floating_point():
         changed = first.clone()
         changed[1] = (changed[1] + 1) % 30
@@ -376,8 +387,22 @@ def test_saved_and_loaded_is_the_same(name, tmp_path):
 
 
 # A network of each kind quickly, the others in `make test-all`: an export takes seconds.
-EXPORTED = {"resnet", "swin", "gpt2", "bert", "t5", "transformer", "lstm-classifier", "ddpm-unet", "conformer", "yolov8",
-            "clip", "patchtst", "sasrec", "tabm"}
+EXPORTED = {
+    "resnet",
+    "swin",
+    "gpt2",
+    "bert",
+    "t5",
+    "transformer",
+    "lstm-classifier",
+    "ddpm-unet",
+    "conformer",
+    "yolov8",
+    "clip",
+    "patchtst",
+    "sasrec",
+    "tabm",
+}
 
 
 @pytest.mark.parametrize("name", [n if n in EXPORTED else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
@@ -386,8 +411,9 @@ EXPORTED = {"resnet", "swin", "gpt2", "bert", "t5", "transformer", "lstm-classif
 def test_exports_with_any_batch(name):
     model = tiny(name, torch.float32)
     batch_axis = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, batch(name, 4, torch.float32),
-                                  dynamic_shapes=tuple({0: batch_axis} for _ in batch(name)), strict=False)
+    program = torch.export.export(
+        model, batch(name, 4, torch.float32), dynamic_shapes=tuple({0: batch_axis} for _ in batch(name)), strict=False
+    )
     for rows in (2, 7):
         inputs = batch(name, rows, torch.float32, seed=rows)
         torch.testing.assert_close(program.module()(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
@@ -401,7 +427,7 @@ def test_runs_in_bfloat16_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         half = model(*inputs).float()
         output = model.train()(*inputs).float()
-    value = loss(card.answers[0], output, inputs)       # outside: that on probabilities is not made for autocast
+    value = loss(card.answers[0], output, inputs)  # outside: that on probabilities is not made for autocast
     assert (half - full).abs().max() < 0.05 * full.abs().max() + 0.05
     value.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

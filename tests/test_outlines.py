@@ -44,7 +44,7 @@ def test_a_polygon_has_the_pixels_whose_middle_it_surrounds():
     by_hand = np.zeros((7, 6), bool)
     by_hand[2:5, 1:4] = True
     assert (square == by_hand).all()
-    triangle = filled([0, 0, 4, 0, 0, 4], 4, 4)              # middles on the slanting side count once, for either side of it
+    triangle = filled([0, 0, 4, 0, 0, 4], 4, 4)  # middles on the slanting side count once, for either side of it
     assert triangle.astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert (triangle ^ filled([4, 0, 4, 4, 0, 4], 4, 4)).all()
     rng = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def test_a_polygon_has_the_pixels_whose_middle_it_surrounds():
     assert not filled([1, 1, 5, 1, 3, 1], 4, 4).any() and not filled([-9, -9, -5, -9, -5, -3], 4, 4).any()
 
 
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")       # of pycocotools
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
 def test_polygons_are_those_of_pycocotools():
     rng, overlaps = np.random.default_rng(1), []
     for _ in range(60):
@@ -96,16 +96,23 @@ def square(label, left, top, right, bottom, **more):
 
 def test_a_drawing_by_hand():
     """Crowds and bare boxes below, then large below small, wherever they stand in the list."""
-    things = one(square("b", 2, 1, 4, 3), square("a", 1, 0, 6, 4), box("a", 5, 0, 8, 2),
-                 {**box("a", 0, 0, 8, 5, crowd=True), "runs": [0, 5, 35]}, square("other", 0, 4, 8, 5))
-    want = [[-1, 1, 1, 1, 1, 1, -1, -1],
-            [-1, 1, 2, 2, 1, 1, -1, -1],
-            [-1, 1, 2, 2, 1, 1, 0, 0],
-            [-1, 1, 1, 1, 1, 1, 0, 0],
-            [-1, -1, -1, -1, -1, -1, -1, -1]]
+    things = one(
+        square("b", 2, 1, 4, 3),
+        square("a", 1, 0, 6, 4),
+        box("a", 5, 0, 8, 2),
+        {**box("a", 0, 0, 8, 5, crowd=True), "runs": [0, 5, 35]},
+        square("other", 0, 4, 8, 5),
+    )
+    want = [
+        [-1, 1, 1, 1, 1, 1, -1, -1],
+        [-1, 1, 2, 2, 1, 1, -1, -1],
+        [-1, 1, 2, 2, 1, 1, 0, 0],
+        [-1, 1, 1, 1, 1, 1, 0, 0],
+        [-1, -1, -1, -1, -1, -1, -1, -1],
+    ]
     assert Drawing(things, 0, 8, 5, {"a": 1, "b": 2}).codes().tolist() == want
     two = one({**square("a", 0, 0, 2, 2), "outline": [[0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 3, 1, 3, 3, 1, 3]]})
-    assert Drawing(two, 0, 3, 3, {"a": 7}).codes().tolist() == [[7, 7, 0], [7, 7, 7], [0, 7, 7]]      # parts add up
+    assert Drawing(two, 0, 3, 3, {"a": 7}).codes().tolist() == [[7, 7, 0], [7, 7, 7], [0, 7, 7]]  # parts add up
     empty = pl.Series("objects", [[], None], dtype=pl.List(OBJECT))
     assert not any(Drawing(empty, row, 3, 3, {}).codes().any() for row in (0, 1))
 
@@ -134,16 +141,24 @@ def picture(path, number):
 def coco(root, count=120, change=lambda document: None):
     for i in range(count):
         picture(root / "images" / f"p{i:03d}.png", i)
-    document = {"images": [{"id": i, "file_name": f"p{i:03d}.png", "width": 48, "height": 40} for i in range(count)],
-                "categories": [{"id": 3, "name": "square"}, {"id": 8, "name": "bar"}, {"id": 9, "name": "unseen"}],
-                "annotations": []}
+    document = {
+        "images": [{"id": i, "file_name": f"p{i:03d}.png", "width": 48, "height": 40} for i in range(count)],
+        "categories": [{"id": 3, "name": "square"}, {"id": 8, "name": "bar"}, {"id": 9, "name": "unseen"}],
+        "annotations": [],
+    }
     for i in range(count):
         for kind, p in scene(i):
             p = [float(v) for v in p]
-            document["annotations"].append({
-                "id": len(document["annotations"]), "image_id": i, "category_id": (3, 8)[kind], "iscrowd": 0,
-                "bbox": [min(p[::2]), min(p[1::2]), max(p[::2]) - min(p[::2]), max(p[1::2]) - min(p[1::2])],
-                "segmentation": [p]})
+            document["annotations"].append(
+                {
+                    "id": len(document["annotations"]),
+                    "image_id": i,
+                    "category_id": (3, 8)[kind],
+                    "iscrowd": 0,
+                    "bbox": [min(p[::2]), min(p[1::2]), max(p[::2]) - min(p[::2]), max(p[1::2]) - min(p[1::2])],
+                    "segmentation": [p],
+                }
+            )
     change(document)
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations" / "instances.json").write_text(json.dumps(document))
@@ -154,15 +169,29 @@ def yolo(root, count=120):
     (root / "labels").mkdir(parents=True)
     for i in range(count):
         picture(root / "images" / f"p{i:03d}.png", i)
-        (root / "labels" / f"p{i:03d}.txt").write_text("".join(
-            f"{kind} {' '.join(str(v / (48, 40)[j % 2]) for j, v in enumerate(polygon))}\n" for kind, polygon in scene(i)))
+        (root / "labels" / f"p{i:03d}.txt").write_text(
+            "".join(
+                f"{kind} {' '.join(str(v / (48, 40)[j % 2]) for j, v in enumerate(polygon))}\n" for kind, polygon in scene(i)
+            )
+        )
     (root / "data.yaml").write_text("train: images\nnames: [square, bar]\n")
     return root
 
 
 def asked(path, **more):
-    return read_for({"data": str(path), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
-                     "allow_bad": False, "task": "image-segmentation", **more})
+    return read_for(
+        {
+            "data": str(path),
+            "target": None,
+            "kinds": {},
+            "roles": {},
+            "group": None,
+            "time": None,
+            "allow_bad": False,
+            "task": "image-segmentation",
+            **more,
+        }
+    )
 
 
 @pytest.mark.parametrize("form", [coco, yolo])
@@ -182,7 +211,7 @@ def test_outlines_become_masks(form, tmp_path):
     fewer = kind.examples(data, kind.Options(ignore="bar"))
     assert fewer.context["names"] == ["background", "square"]
     only = kind.learn(fewer, kind.Options(ignore="bar"))
-    assert (only.masks(fewer)[0].codes() == -1).sum() == 200         # the pixels of a bar are no background, either
+    assert (only.masks(fewer)[0].codes() == -1).sum() == 200  # the pixels of a bar are no background, either
     with pytest.raises(SettingsError, match=r"task.ignore names 'bra', which .* has not\. Did you mean 'bar'"):
         kind.examples(data, kind.Options(ignore="bra"))
     with pytest.raises(DataError, match="no object with an outline is left"):
@@ -195,23 +224,32 @@ def damaged(root, **fields):
 
 
 def test_damaged_outlines(tmp_path):
-    for number, wrong in enumerate(([[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2, "x", 4, 5, 6]], "outline",
-                                    {"counts": [5, 5], "size": [40, 48]}, {"counts": "oo", "size": [40, 48]},
-                                    {"counts": [0, 1920], "size": [48, 40]}, {"counts": [0, 1920]})):
+    for number, wrong in enumerate(
+        (
+            [[1, 2, 3, 4]],
+            [[1, 2, 3, 4, 5, 6, 7]],
+            [[1, 2, "x", 4, 5, 6]],
+            "outline",
+            {"counts": [5, 5], "size": [40, 48]},
+            {"counts": "oo", "size": [40, 48]},
+            {"counts": [0, 1920], "size": [48, 40]},
+            {"counts": [0, 1920]},
+        )
+    ):
         data, *_ = asked(damaged(tmp_path / str(number), segmentation=wrong))
         found = finding(data, "malformed-outline")
         assert found.count == 1 and "annotation 0" in found.places[0] and found.remedy
         bare = finding(data, "box-without-outline")
         assert bare.count == 1 and "p000.png: square" in bare.places[0] and not bare.unusable and len(data) == 120
     partly, *_ = asked(damaged(tmp_path / "partly", segmentation=[[1, 1, 9, 1, 9, 9], [4, 4]]))
-    assert finding(partly, "malformed-outline").count == 1       # its other part is drawn
+    assert finding(partly, "malformed-outline").count == 1  # its other part is drawn
     assert not [f for f in partly.findings if f.check == "box-without-outline"]
     none, *_ = asked(damaged(tmp_path / "none", segmentation=[]))
     assert finding(none, "box-without-outline").count == 1 and not [f for f in none.findings if f.check == "malformed-outline"]
 
 
 def test_crowds_and_other_damage(tmp_path):
-    runs = [40 * 10, 40 * 5, 40 * 33]                            # columns 10 to 14
+    runs = [40 * 10, 40 * 5, 40 * 33]  # columns 10 to 14
     packed = coco_mask.frPyObjects({"counts": runs, "size": [40, 48]}, 40, 48)["counts"].decode()
     for name, counts in (("plain", runs), ("packed", packed)):
         data, kind, _ = asked(damaged(tmp_path / name, segmentation={"counts": counts, "size": [40, 48]}, iscrowd=1))
@@ -221,8 +259,9 @@ def test_crowds_and_other_damage(tmp_path):
         assert (mask[:, 10:15] == -1).all() and (mask == -1).sum() == 200 and (mask == 2).sum() == 200
     whole, kind, _ = asked(damaged(tmp_path / "whole", segmentation={"counts": packed, "size": [40, 48]}))
     assert kind.learn(kind.examples(whole, kind.Options()), kind.Options()).truth(whole)["pixels"][0, 1] == 200
-    outside, kind, _ = asked(damaged(tmp_path / "outside", segmentation=[[-20, -20, 10, -20, 10, 8, -20, 8]],
-                                     bbox=[-20, -20, 30, 28]))
+    outside, kind, _ = asked(
+        damaged(tmp_path / "outside", segmentation=[[-20, -20, 10, -20, 10, 8, -20, 8]], bbox=[-20, -20, 30, 28])
+    )
     assert finding(outside, "box-over-edge").count == 1
     assert kind.learn(kind.examples(outside, kind.Options()), kind.Options()).truth(outside)["pixels"][0, 1] == 80
     alone = coco(tmp_path / "alone", change=lambda d: [a.pop("bbox") for a in d["annotations"]])
@@ -234,28 +273,38 @@ def test_crowds_and_other_damage(tmp_path):
     with pytest.raises(BadData, match="size-differs"):
         asked(coco(tmp_path / "size", change=lambda d: [i.update(width=50) for i in d["images"][:5]]))
     with pytest.raises(DataError, match="has objects of 300 classes"):
-        many = coco(tmp_path / "many", change=lambda d: (d["categories"].extend(
-            {"id": 100 + i, "name": f"c{i}"} for i in range(300)), [a.update(category_id=100 + a["id"] % 300) for a in
-                                                                   d["annotations"]], d["annotations"].extend(
-            {**d["annotations"][i], "id": 1000 + i, "category_id": 310 + i} for i in range(90))))
+        many = coco(
+            tmp_path / "many",
+            change=lambda d: (
+                d["categories"].extend({"id": 100 + i, "name": f"c{i}"} for i in range(300)),
+                [a.update(category_id=100 + a["id"] % 300) for a in d["annotations"]],
+                d["annotations"].extend({**d["annotations"][i], "id": 1000 + i, "category_id": 310 + i} for i in range(90)),
+            ),
+        )
         kind.examples(asked(many)[0], kind.Options())
     lines = yolo(tmp_path / "yolo")
-    (lines / "labels" / "p000.txt").write_text("0 0.1 0.1 0.5 0.1 0.5\n")         # half a point
+    (lines / "labels" / "p000.txt").write_text("0 0.1 0.1 0.5 0.1 0.5\n")  # half a point
     assert finding(asked(lines)[0], "malformed-line").unusable == 1
-    (lines / "labels" / "p000.txt").write_text("0 0.3 0.3 0.2 0.2\n")             # a box among outlines
+    (lines / "labels" / "p000.txt").write_text("0 0.3 0.3 0.2 0.2\n")  # a box among outlines
     assert finding(asked(lines)[0], "box-without-outline").count == 1
 
 
 def test_a_network_learns_from_outlines(tmp_path):
-    run = fit(str(coco(tmp_path / "data", 60)), task="image-segmentation", model="unet-mini", minutes=2, out=tmp_path / "run",
-              settings={"steps": 60, "precision": "float32", "evaluate": 30, "lr": 3e-3, "task.crop": 32, "batch": 8})
+    run = fit(
+        str(coco(tmp_path / "data", 60)),
+        task="image-segmentation",
+        model="unet-mini",
+        minutes=2,
+        out=tmp_path / "run",
+        settings={"steps": 60, "precision": "float32", "evaluate": 30, "lr": 3e-3, "task.crop": 32, "batch": 8},
+    )
     assert run.scores["miou"] > 0.75
     answer = run.predict([str(tmp_path / "data" / "images" / "p000.png")])[0]
     mask = np.asarray(Image.open(io.BytesIO(answer["mask"].content)))
     assert mask.shape == (40, 48) and (mask == run_mask(0)).mean() > 0.9 and "bar" in answer["shares"]
     assert len(run.predict([str(tmp_path / "data")])) == 60
     assert run.evaluate(str(tmp_path / "data"))["scores"] == pytest.approx(run.scores)
-    other = run.evaluate(str(yolo(tmp_path / "other", 20)))                       # the same classes in another form
+    other = run.evaluate(str(yolo(tmp_path / "other", 20)))  # the same classes in another form
     assert other["rows"] == 20 and other["scores"]["miou"] > 0.75
     good = (tmp_path / "other" / "images" / "p003.png").read_bytes()
     (tmp_path / "other" / "images" / "p003.png").write_bytes(good[:60])

@@ -11,14 +11,16 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches
 from fieldguide.objectives import Regression, Supervised
 
-EACH = 1e-3          # seconds that passes take for an example
+EACH = 1e-3  # seconds that passes take for an example
 
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     """Passes take their time in proportion to the rows, on whatever machine."""
     took = lambda batch: EACH * len(batch["x"])
-    monkeypatch.setattr(time_budget, "fastest", lambda objective, batch, device, say: ("float32", False, {"float32": took(batch)}))
+    monkeypatch.setattr(
+        time_budget, "fastest", lambda objective, batch, device, say: ("float32", False, {"float32": took(batch)})
+    )
     monkeypatch.setattr(time_budget, "seconds", lambda objective, batch, *how: took(batch))
 
 
@@ -48,7 +50,7 @@ def test_batches_are_not_made_smaller_where_the_optimizer_takes_the_time(monkeyp
     monkeypatch.setattr(time_budget, "orthogonalising", lambda objective, device: 0.1)
     chosen, seconds, _ = resolved(minutes=0.1, optimizer="muon")
     assert chosen.batch == 64 and seconds == pytest.approx(0.064 * 1.1 + 0.1, rel=0.1)
-    assert resolved(minutes=0.1)[0].batch == 8                       # AdamW makes nothing orthogonal
+    assert resolved(minutes=0.1)[0].batch == 8  # AdamW makes nothing orthogonal
 
 
 def test_more_rows_make_larger_batches():
@@ -57,7 +59,9 @@ def test_more_rows_make_larger_batches():
 
 
 def test_a_time_that_muon_takes_grows_with_the_matrices():
-    few, many = (time_budget.orthogonalising(nn.Sequential(*[nn.Linear(256, 256) for _ in range(n)]), torch.device("cpu"))
-                 for n in (1, 50))
+    few, many = (
+        time_budget.orthogonalising(nn.Sequential(*[nn.Linear(256, 256) for _ in range(n)]), torch.device("cpu"))
+        for n in (1, 50)
+    )
     assert 0 < 5 * few < many
     assert time_budget.orthogonalising(nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4)), torch.device("cpu")) == 0

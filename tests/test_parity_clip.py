@@ -21,7 +21,7 @@ from test_models import batch, tiny
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
 
-def logits(pairs: Tensor) -> Tensor:                     # B 2 E -> B B
+def logits(pairs: Tensor) -> Tensor:  # B 2 E -> B B
     return pairs[:, 0] @ pairs[:, 1].T
 
 
@@ -31,12 +31,12 @@ def test_logits_and_gradients_equal_the_official_networks(quick):
     peer = Official(ours.config).double()
     peer.load_state_dict(translate(ours.state_dict(), OPENAI, reverse=True))
     image, tokens, mask = batch("clip")
-    tokens = torch.where(mask, tokens, 0)                # as its tokenizer pads
+    tokens = torch.where(mask, tokens, 0)  # as its tokenizer pads
     torch.manual_seed(0)
     weight = torch.randn(5, 5, dtype=torch.float64)
     found, want = logits(ours(image, tokens, mask)), peer(image, tokens)
     torch.testing.assert_close(found, want, **EXACT)
-    torch.testing.assert_close(logits(ours(image, tokens)), want, **EXACT)       # ends are found without the mask too
+    torch.testing.assert_close(logits(ours(image, tokens)), want, **EXACT)  # ends are found without the mask too
     (found * weight).sum().backward()
     (want * weight).sum().backward()
     grads = translate({name: p.grad for name, p in ours.named_parameters()}, OPENAI, reverse=True)
@@ -67,7 +67,7 @@ def test_attention_maps_equal_those_of_transformers():
     want = torch.stack(vision(image, output_attentions=True).attentions, 1)
     found = ours.vision.attention(image)
     assert found.shape == (5, 2, 2, 10, 10)
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)                # there, softmax is in float32
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)  # there, softmax is in float32
     flow = torch.eye(10, dtype=torch.float64).repeat(5, 1, 1)
     for layer in range(2):
         step = (found[:, layer].mean(1) + torch.eye(10)) / 2
@@ -84,12 +84,12 @@ def test_a_picture_whose_meaning_is_in_one_patch_is_seen_there():
     for block in model.vision.blocks:
         block.attn.qkv.weight.zero_()
         block.attn.qkv.bias.zero_()
-        block.attn.qkv.bias[:16] = 1.0                   # every query is all ones
+        block.attn.qkv.bias[:16] = 1.0  # every query is all ones
     model.vision.pos.weight.zero_()
     image = torch.zeros(1, 2, 12, 12, dtype=torch.float64)
-    image[:, :, 4:8, 8:] = 3.0                           # row 1, column 2
+    image[:, :, 4:8, 8:] = 3.0  # row 1, column 2
     marked = model.vision.tokens(image)[0]
-    for block in model.vision.blocks:                    # keys point to what sets this patch apart
+    for block in model.vision.blocks:  # keys point to what sets this patch apart
         difference = block.norm1(marked[6]) - block.norm1(marked[1])
         block.attn.qkv.weight[16:32] = 5 * torch.ones(16, 1, dtype=torch.float64) @ difference[None]
     seen = model.attention(image)[0]
@@ -102,10 +102,14 @@ def test_files_of_every_origin(tmp_path, origin, table):
     """Found by their names, with the extra entries that such files have; written back to the bit."""
     ours = tiny("clip", torch.float32)
     state = translate(ours.state_dict(), table, reverse=True)
-    extra = {"huggingface": {"vision_model.embeddings.position_ids": torch.arange(10)[None],
-                             "text_model.embeddings.position_ids": torch.arange(12)[None]},
-             "openai": {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")},
-             "openclip-text": {"text.attn_mask": torch.zeros(12, 12)}}[origin]
+    extra = {
+        "huggingface": {
+            "vision_model.embeddings.position_ids": torch.arange(10)[None],
+            "text_model.embeddings.position_ids": torch.arange(12)[None],
+        },
+        "openai": {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")},
+        "openclip-text": {"text.attn_mask": torch.zeros(12, 12)},
+    }[origin]
     other = create("clip-test")
     assert weights.load(other, state | extra) == []
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), ours.state_dict().values()))
@@ -131,12 +135,15 @@ def test_texts_are_read_at_their_end():
     end = model.config.end
     text = torch.tensor([[4, 5, end, 7, 8]])
     short = model.encode_text(text[:, :3])
-    torch.testing.assert_close(model.encode_text(text), short, **EXACT)          # the first end counts
+    torch.testing.assert_close(model.encode_text(text), short, **EXACT)  # the first end counts
     torch.testing.assert_close(model.encode_text(text, torch.tensor([[True, True, True, False, False]])), short, **EXACT)
     assert not torch.allclose(model.encode_text(text, torch.ones(1, 5, dtype=torch.bool)), short)
-    other = tiny("clip", end=3)                          # an end that is not the highest token
-    torch.testing.assert_close(other.encode_text(torch.tensor([[4, 9, 3, 3, 8]])),
-                               other.encode_text(torch.tensor([[4, 9, 3]]), torch.ones(1, 3, dtype=torch.bool)), **EXACT)
+    other = tiny("clip", end=3)  # an end that is not the highest token
+    torch.testing.assert_close(
+        other.encode_text(torch.tensor([[4, 9, 3, 3, 8]])),
+        other.encode_text(torch.tensor([[4, 9, 3]]), torch.ones(1, 3, dtype=torch.bool)),
+        **EXACT,
+    )
     no_end = torch.tensor([[4, 5, 6]])
     torch.testing.assert_close(model.encode_text(no_end), model.encode_text(no_end, torch.ones(1, 3, dtype=torch.bool)))
 
@@ -152,8 +159,9 @@ def test_vectors_have_length_1_and_logits_the_scale():
     for vectors in (model.encode_image(inputs[0]), model.encode_text(*inputs[1:]), half):
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(5))
     torch.testing.assert_close(model(*inputs).norm(dim=2), torch.full((5, 2), torch.tensor(1.5).exp()))
-    torch.testing.assert_close(logits(model(*inputs)),
-                               20.0855369 * F.linear(model.encode_image(inputs[0]), model.encode_text(*inputs[1:])))
+    torch.testing.assert_close(
+        logits(model(*inputs)), 20.0855369 * F.linear(model.encode_image(inputs[0]), model.encode_text(*inputs[1:]))
+    )
 
 
 @pytest.mark.parametrize("size", ["clip-test", "clip-resnet-test"])
@@ -166,8 +174,10 @@ def test_answers_are_read_from_both_vectors_and_their_product(size):
         fresh = weights.load(asked, pairs.state_dict(), head="skip")
     assert {name.partition(".")[0] for name in fresh} == {"answers"}
     image, tokens, mask = batch("clip" if size == "clip-test" else "clip-resnet", 3)
-    v, t = (x.numpy() * pairs.config.embed ** 0.5 for x in (pairs.eval().encode_image(image).detach(),
-                                                           pairs.encode_text(tokens, mask).detach()))
+    v, t = (
+        x.numpy() * pairs.config.embed**0.5
+        for x in (pairs.eval().encode_image(image).detach(), pairs.encode_text(tokens, mask).detach())
+    )
     p = {name: x.detach().numpy() for name, x in asked.answers.named_parameters()}
     hidden = np.concatenate([v, t, v * t], 1) @ p["up.weight"].T + p["up.bias"]
     hidden = hidden * scipy.special.ndtr(hidden)
@@ -176,7 +186,7 @@ def test_answers_are_read_from_both_vectors_and_their_product(size):
     answers = asked.eval()(image, tokens, mask)
     np.testing.assert_allclose(answers.detach().numpy(), expected, rtol=1e-6, atol=1e-8)
     answers.square().sum().backward()
-    assert all(x.grad is not None for x in asked.parameters())           # as several processes need it
+    assert all(x.grad is not None for x in asked.parameters())  # as several processes need it
 
 
 def test_starts_at_the_papers_temperature():

@@ -22,9 +22,9 @@ def test_frames_are_counted_and_recordings_alone_are_the_same(length):
     lengths = torch.tensor([41, length, 17])
     logits, real = model(features, lengths), model.frames(lengths)
     for row in range(3):
-        alone = model(features[row:row + 1, :lengths[row]])
+        alone = model(features[row : row + 1, : lengths[row]])
         assert alone.shape[1] == real[row] == model.frames(int(lengths[row])) == -(-int(lengths[row]) // 4)
-        torch.testing.assert_close(logits[row, :real[row]], alone[0], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(logits[row, : real[row]], alone[0], rtol=1e-9, atol=1e-11)
 
 
 @torch.no_grad()
@@ -72,13 +72,17 @@ def test_scores_are_those_of_the_equation(steps):
     attn = RelativeAttention(6, 2, 0.0).double()
     attn.u.normal_(), attn.v.normal_()
     x, places = torch.randn(1, steps, 6).double(), torch.randn(2 * steps, 6).double()
-    q, k, v = attn.qkv(attn.norm(x))[0].unflatten(-1, (3, 2, 3)).unbind(1)      # T heads d
+    q, k, v = attn.qkv(attn.norm(x))[0].unflatten(-1, (3, 2, 3)).unbind(1)  # T heads d
     r = attn.pos(places).unflatten(-1, (2, 3))
     want = torch.zeros(steps, 2, 3).double()
     for i in range(steps):
         for h in range(2):
-            score = torch.stack([((q[i, h] + attn.u[h]) @ k[j, h] + (q[i, h] + attn.v[h]) @ r[steps - 1 - (i - j), h])
-                                 / 3 ** 0.5 for j in range(steps)])
+            score = torch.stack(
+                [
+                    ((q[i, h] + attn.u[h]) @ k[j, h] + (q[i, h] + attn.v[h]) @ r[steps - 1 - (i - j), h]) / 3**0.5
+                    for j in range(steps)
+                ]
+            )
             want[i, h] = score.softmax(0) @ v[:, h]
     torch.testing.assert_close(attn(x, places, None)[0], attn.proj(want.flatten(1)))
 
@@ -87,21 +91,33 @@ def test_scores_are_those_of_the_equation(steps):
 def test_equals_the_whole_encoder_of_transformers():
     """With the positions, the final norm and the head that it makes itself; files in the names of its layers fit."""
     from tv import transformers
+
     ours = tiny("conformer", torch.float32, dim=16, heads=4, growth=3, kernel=5, depth=3)
     config = transformers.Wav2Vec2ConformerConfig(
-        vocab_size=7, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
-        conv_depthwise_kernel_size=5, position_embeddings_type="relative", layerdrop=0.0, hidden_act="swish",
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, max_source_positions=50)
+        vocab_size=7,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_depthwise_kernel_size=5,
+        position_embeddings_type="relative",
+        layerdrop=0.0,
+        hidden_act="swish",
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        max_source_positions=50,
+    )
     theirs = transformers.Wav2Vec2ConformerForCTC(config).eval()
-    state = translate({name: x for name, x in ours.state_dict().items() if not name.startswith("stem.")},
-                      HUGGINGFACE_LAYERS, reverse=True)
+    state = translate(
+        {name: x for name, x in ours.state_dict().items() if not name.startswith("stem.")}, HUGGINGFACE_LAYERS, reverse=True
+    )
     missing, unknown = theirs.load_state_dict(state, strict=False)
     assert not unknown
     assert not [name for name in missing if "encoder.layers." in name or name.startswith("lm_head")]
     x = torch.randn(2, 45, 6)
     middle = ours.stem(x, None)
     encoder = theirs.wav2vec2_conformer.encoder
-    encoder.layer_norm = torch.nn.Identity()             # of wav2vec 2.0; the paper's last block ends in one of its own
+    encoder.layer_norm = torch.nn.Identity()  # of wav2vec 2.0; the paper's last block ends in one of its own
     torch.testing.assert_close(ours(x), theirs.lm_head(encoder(middle).last_hidden_state), rtol=2e-4, atol=2e-5)
     back = translate(state, HUGGINGFACE_LAYERS)
     assert all(torch.equal(x, ours.state_dict()[name]) for name, x in back.items())
@@ -114,8 +130,9 @@ def test_odd_numbers_of_bands():
     torch.testing.assert_close(model.stem(x, None)[0], conformer_stem(model.state_dict(), x[0]))
 
 
-@pytest.mark.parametrize(("size", "params"), [("conformer-s", 8_850_112), ("conformer-m", 27_574_272),
-                                              ("conformer-l", 115_601_920)])
+@pytest.mark.parametrize(
+    ("size", "params"), [("conformer-s", 8_850_112), ("conformer-m", 27_574_272), ("conformer-l", 115_601_920)]
+)
 def test_layers_have_the_shapes_of_transformers(size, params):
     with torch.device("meta"):
         model = create(size)
@@ -125,7 +142,7 @@ def test_layers_have_the_shapes_of_transformers(size, params):
     assert sum(p.numel() for p in model.parameters()) == params
     # torchaudio's blocks (counted from its wheel) have no relative positions, and a bias in each of three convolutions.
     c = model.config
-    positions = c.depth * (c.dim ** 2 + 2 * c.dim)
+    positions = c.depth * (c.dim**2 + 2 * c.dim)
     known = {"conformer-s": 7_771_392, "conformer-m": 24_367_104, "conformer-l": 103_029_248}[size]
     assert sum(p.numel() for p in model.blocks.parameters()) - positions + c.depth * 4 * c.dim == known
 

@@ -23,8 +23,9 @@ def test_names_and_shapes_of_published_sizes(size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [
-    {}, {"attend": (16, 8), "image": 16, "growth": (1, 2, 1), "classes": 0, "depth": 2}], ids=["tiny", "three levels"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"attend": (16, 8), "image": 16, "growth": (1, 2, 1), "classes": 0, "depth": 2}], ids=["tiny", "three levels"]
+)
 def test_files_of_diffusers(tmp_path, shape):
     """Under today's names and those of the hub's old files; the network is found by its names."""
     ours = tiny("ddpm-unet", torch.float32, **shape)
@@ -33,8 +34,10 @@ def test_files_of_diffusers(tmp_path, shape):
     image, time, label = torch.randn(2, 2, 16, 16), torch.tensor([0.0, 999.0]), torch.tensor([0, min(1, ours.config.classes)])
     torch.testing.assert_close(ours(image, time, label), peer.eval()(image, time, label), rtol=1e-4, atol=1e-4)
     state = peer.peer.state_dict()
-    old = {key.replace("to_q", "query").replace("to_k", "key").replace("to_v", "value").replace("to_out.0", "proj_attn"): x
-           for key, x in state.items()}
+    old = {
+        key.replace("to_q", "query").replace("to_k", "key").replace("to_v", "value").replace("to_out.0", "proj_attn"): x
+        for key, x in state.items()
+    }
     assert old.keys() != state.keys()
     for form, origin in ((state, "diffusers"), (old, "diffusers-2022")):
         other = create("ddpm-unet-test", **shape)
@@ -79,23 +82,28 @@ CAPTIONS = torch.tensor([[5, 7, 7, 0, 0], [1, 2, 3, 4, 29], [9, 0, 0, 0, 0], [0,
 def torch_reader(model):
     """torch's own encoder with our weights, read out token by token: the vector that is to be added to the time."""
     ours, width = model.caption, model.config.words
-    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(
-        width, 4, 4 * width, 0.0, torch.nn.functional.gelu, batch_first=True, norm_first=True), 2, enable_nested_tensor=False)
+    encoder = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, torch.nn.functional.gelu, batch_first=True, norm_first=True),
+        2,
+        enable_nested_tensor=False,
+    )
     state = {name.removeprefix("blocks."): x for name, x in ours.state_dict().items() if name.startswith("blocks.")}
-    theirs = weights.translate({f"blocks.{k}": x for k, x in state.items()}, {
-        k: v for k, v in TORCH.items() if k != "norm.*"}, reverse=True)
+    theirs = weights.translate(
+        {f"blocks.{k}": x for k, x in state.items()}, {k: v for k, v in TORCH.items() if k != "norm.*"}, reverse=True
+    )
     encoder.double().load_state_dict(theirs)
 
     def read(tokens):
         rows = []
         for row in tokens:
-            real = row[:max(int((row > 0).sum()), 1)]            # none at all: the vector of token 0
+            real = row[: max(int((row > 0).sum()), 1)]  # none at all: the vector of token 0
             places = torch.arange(len(real), dtype=torch.float64)
             angle = places[:, None] * torch.tensor([10_000 ** (-2 * (i // 2) / width) for i in range(width)]).double()
             pos = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
-            x = encoder((ours.embed.weight[real] * width ** 0.5 + pos)[None])[0].mean(0)
+            x = encoder((ours.embed.weight[real] * width**0.5 + pos)[None])[0].mean(0)
             rows.append(ours.head.weight @ x + ours.head.bias)
         return torch.stack(rows)
+
     return read
 
 
@@ -109,8 +117,8 @@ def test_captions_against_torch_and_diffusers():
     image, time = torch.randn(4, 2, 8, 8, dtype=torch.float64), torch.tensor([0.0, 999, 3, 500], dtype=torch.float64)
     vector = torch_reader(model)(CAPTIONS)
     ours, theirs = model(image, time, CAPTIONS), peer.peer(image, time, class_labels=vector).sample
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)           # diffusers' sinusoids are of float32
-    wanted, got = (torch.autograd.grad((y ** 2).sum(), model.caption.embed.weight)[0] for y in (theirs, ours))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # diffusers' sinusoids are of float32
+    wanted, got = (torch.autograd.grad((y**2).sum(), model.caption.embed.weight)[0] for y in (theirs, ours))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     assert got[[0, 1, 5, 7, 29]].abs().sum(1).min() > 0 and got[10:29].abs().max() == 0
 
@@ -122,7 +130,7 @@ def test_no_caption_is_nothing_but_zeros():
     torch.testing.assert_close(model(image, time), model(image, time, torch.zeros(4, 6, dtype=torch.int64)))
     torch.testing.assert_close(model(image, time, CAPTIONS), model(image, time, torch.nn.functional.pad(CAPTIONS, (0, 3))))
     assert not torch.allclose(model(image, time, CAPTIONS), model(image, time))
-    assert not torch.allclose(model(image, time, CAPTIONS), model(image, time, CAPTIONS.flip(1)))     # order matters
+    assert not torch.allclose(model(image, time, CAPTIONS), model(image, time, CAPTIONS.flip(1)))  # order matters
     with pytest.raises(DataError, match="a caption of 10 tokens is longer than length=9"):
         model(image, time, torch.ones(4, 10, dtype=torch.int64))
 
@@ -131,6 +139,6 @@ def test_what_captions_differ_in_begins_as_heavy_as_labels():
     torch.manual_seed(0)
     model = create("ddpm-unet-test", **{**CAPTIONED, "dim": 32, "words": 64})
     tokens = torch.randint(1, 30, (200, 8))
-    tokens[:, :5] = torch.arange(1, 6)                   # most words are shared
+    tokens[:, :5] = torch.arange(1, 6)  # most words are shared
     with torch.no_grad():
         assert 0.7 < model.eval().caption(tokens).std(0).mean() < 1.4

@@ -21,15 +21,37 @@ EACH = pytest.mark.parametrize("kind", list(KINDS))
 
 def ours(kind: str = "plain", **more) -> nn.Module:
     registers, gated = KINDS[kind]
-    spread = {"antialias": bool(registers), "offset": 0.0}           # as transformers has it
-    return create("dinov2-test", **{"channels": 3, "image": SIDE, "patch": PATCH, "dim": DIM, "depth": DEPTH, "heads": HEADS,
-                                    "classes": CLASSES, "registers": registers, "gated": gated, **spread, **more}).eval()
+    spread = {"antialias": bool(registers), "offset": 0.0}  # as transformers has it
+    return create(
+        "dinov2-test",
+        **{
+            "channels": 3,
+            "image": SIDE,
+            "patch": PATCH,
+            "dim": DIM,
+            "depth": DEPTH,
+            "heads": HEADS,
+            "classes": CLASSES,
+            "registers": registers,
+            "gated": gated,
+            **spread,
+            **more,
+        },
+    ).eval()
 
 
 def huggingface(kind: str, model: str = "ForImageClassification", **more) -> nn.Module:
     registers, gated = KINDS[kind]
-    config = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": SIDE,
-              "patch_size": PATCH, "num_labels": CLASSES, "use_swiglu_ffn": gated, **more}
+    config = {
+        "hidden_size": DIM,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "num_labels": CLASSES,
+        "use_swiglu_ffn": gated,
+        **more,
+    }
     if registers:
         config.setdefault("num_register_tokens", registers)
     name = "Dinov2WithRegisters" if registers else "Dinov2"
@@ -57,7 +79,7 @@ class Official(nn.Module):
             block.attn.qkv, block.attn.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
             block.ls1.gamma, block.ls2.gamma = nn.Parameter(torch.ones(DIM)), nn.Parameter(torch.ones(DIM))
             if gated:
-                block.mlp.w12, block.mlp.w3 = nn.Linear(DIM, 96), nn.Linear(48, DIM)         # 2/3 of 64, up to 48
+                block.mlp.w12, block.mlp.w3 = nn.Linear(DIM, 96), nn.Linear(48, DIM)  # 2/3 of 64, up to 48
             else:
                 block.mlp.fc1, block.mlp.fc2 = nn.Linear(DIM, 64), nn.Linear(64, DIM)
             b.blocks.append(block)
@@ -68,8 +90,11 @@ class Official(nn.Module):
         if (rows, columns) == (side, side):
             return table
         grid = table[:, 1:].reshape(1, side, side, DIM).permute(0, 3, 1, 2)
-        how = {"scale_factor": ((rows + self.offset) / side, (columns + self.offset) / side)} if self.offset else {
-            "size": (rows, columns)}
+        how = (
+            {"scale_factor": ((rows + self.offset) / side, (columns + self.offset) / side)}
+            if self.offset
+            else {"size": (rows, columns)}
+        )
         grid = F.interpolate(grid, mode="bicubic", antialias=self.antialias, **how)
         assert grid.shape[2:] == (rows, columns)
         return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, -1, DIM)], 1)
@@ -87,7 +112,7 @@ class Official(nn.Module):
             parts = block.attn.qkv(block.norm1(x)).split(DIM, -1)
             heads = []
             for h in range(HEADS):
-                q, k, v = (part[..., h * DIM // HEADS:(h + 1) * DIM // HEADS] for part in parts)
+                q, k, v = (part[..., h * DIM // HEADS : (h + 1) * DIM // HEADS] for part in parts)
                 heads.append((q @ k.transpose(1, 2) / (DIM // HEADS) ** 0.5).softmax(-1) @ v)
             x = x + block.ls1.gamma * block.attn.proj(torch.cat(heads, -1))
             y = block.norm2(x)
@@ -99,7 +124,7 @@ class Official(nn.Module):
             x = x + block.ls2.gamma * y
             outputs.append(b.norm(x))
         first = 1 if extra is None else 1 + extra.shape[1]
-        return self.linear_head(torch.cat([*(y[:, 0] for y in outputs[-self.layers:]), outputs[-1][:, first:].mean(1)], 1))
+        return self.linear_head(torch.cat([*(y[:, 0] for y in outputs[-self.layers :]), outputs[-1][:, first:].mean(1)], 1))
 
 
 @EACH
@@ -150,8 +175,11 @@ def test_reads_the_authors_files(kind, size, layers, tmp_path):
     (found * direction).sum().backward()
     (want * direction).sum().backward()
     theirs.backbone.mask_token.grad = torch.zeros(1, DIM, dtype=torch.float64)
-    renamed = weights.translate({name: p.grad for name, p in mine.named_parameters()} | {"mask": torch.zeros(1, DIM).double()},
-                                weights.tables(mine)["facebook-classifier"], reverse=True)
+    renamed = weights.translate(
+        {name: p.grad for name, p in mine.named_parameters()} | {"mask": torch.zeros(1, DIM).double()},
+        weights.tables(mine)["facebook-classifier"],
+        reverse=True,
+    )
     for name, p in theirs.named_parameters():
         torch.testing.assert_close(renamed[name], p.grad, rtol=1e-8, atol=1e-10)
 
@@ -172,7 +200,7 @@ def test_a_backbone_alone_keeps_the_head_fresh(kind, tmp_path):
         assert weights.load(mine, path, head="skip") == ["head.weight", "head.bias"] and torch.equal(mine.head.weight, head)
     x = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
-        want = base(x).last_hidden_state[:, 1 + registers:]
+        want = base(x).last_hidden_state[:, 1 + registers :]
     torch.testing.assert_close(mine.features(x)["b4"].flatten(2).mT, want, **CLOSE)
     back = weights.read(weights.save(mine, tmp_path / "x.safetensors", format="facebook"))
     for name, tensor in weights.translate(mine.state_dict(), weights.tables(mine)["facebook"], reverse=True).items():
@@ -185,8 +213,11 @@ def test_a_backbone_alone_keeps_the_head_fresh(kind, tmp_path):
 def test_features_are_those_of_the_backbone_of_transformers(kind):
     theirs = random(huggingface(kind, "Backbone", out_features=["stage1", "stage2", "stage3", "stage4"]))
     mine = ours(kind)
-    weights.load(mine, {f"{'dinov2_with_registers.' if 'registers' in kind else 'dinov2.'}{name}": x
-                        for name, x in on_disk(theirs).items()}, head="skip")
+    weights.load(
+        mine,
+        {f"{'dinov2_with_registers.' if 'registers' in kind else 'dinov2.'}{name}": x for name, x in on_disk(theirs).items()},
+        head="skip",
+    )
     x = torch.randn(2, 3, SIDE, 20)
     with torch.no_grad():
         want, found = theirs(x).feature_maps, mine.features(x)
@@ -202,13 +233,21 @@ def test_published_sizes_have_the_names_and_shapes_of_transformers(size):
         mine = create(size)
         c = mine.config
         kind = next(name for name, (r, g) in KINDS.items() if (bool(r), g) == (bool(c.registers), c.gated))
-        theirs = huggingface(kind, hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads, image_size=518,
-                             patch_size=14, num_labels=1000, **({"num_register_tokens": 4} if c.registers else {}))
+        theirs = huggingface(
+            kind,
+            hidden_size=c.dim,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.heads,
+            image_size=518,
+            patch_size=14,
+            num_labels=1000,
+            **({"num_register_tokens": 4} if c.registers else {}),
+        )
         origin = weights.translate(mine.state_dict(), weights.tables(mine)["huggingface"], reverse=True)
         disk = {name: x.shape for name, x in on_disk(theirs).items()}
     assert {name: x.shape for name, x in origin.items()} == disk
     counted = sum(p.numel() for p in theirs.parameters())
-    assert counted == sum(p.numel() for p in mine.parameters()) + c.dim          # the mask token
+    assert counted == sum(p.numel() for p in mine.parameters()) + c.dim  # the mask token
     assert c.antialias == bool(c.registers) and c.offset == (0 if c.registers else 0.1)
 
 
@@ -216,7 +255,7 @@ def test_hidden_width_of_the_gated_layer():
     with torch.device("meta"):
         block = create("dinov2-giant", depth=1).blocks[0]
     assert block.mlp.down.weight.shape == (1536, 4096)
-    assert ours("gated", dim=20).blocks[0].mlp.down.in_features == 56            # 2/3 of 80 is 53.3
+    assert ours("gated", dim=20).blocks[0].mlp.down.in_features == 56  # 2/3 of 80 is 53.3
 
 
 def test_offset_and_antialiasing_both_matter():

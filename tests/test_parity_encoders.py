@@ -103,9 +103,9 @@ def test_rows_alone_are_the_same(name, gives):
     other = model(torch.where(mask, tokens, (tokens + 1) % 30), mask)
     for row, (one, real) in enumerate(zip(tokens, mask)):
         alone = model(one[real][None])[0]
-        want = together[row, :len(alone)] if together.ndim == 3 else together[row]
+        want = together[row, : len(alone)] if together.ndim == 3 else together[row]
         torch.testing.assert_close(alone, want, **EXACT)
-        torch.testing.assert_close(alone, other[row, :len(alone)] if together.ndim == 3 else other[row], **EXACT)
+        torch.testing.assert_close(alone, other[row, : len(alone)] if together.ndim == 3 else other[row], **EXACT)
     empty = mask.clone()
     empty[0] = False
     assert model(tokens, empty).isfinite().all()
@@ -176,11 +176,22 @@ def create_on_meta(size: str, **overrides) -> nn.Module:
         return create(size, **overrides)
 
 
-@pytest.mark.parametrize(("size", "published"), [
-    ("bert-base", 109_482_240), ("bert-large", 335_141_888), ("roberta-base", 124_645_632), ("roberta-large", 355_359_744),
-    ("deberta-base", 138_601_728), ("deberta-v3-small", 141_304_320), ("deberta-v3-base", 183_831_552),
-    ("deberta-v3-large", 434_012_160), ("deberta-v2-xlarge", 884_593_152), ("deberta-v2-xxlarge", 1_564_549_632),
-    ("minilm-l6", 22_713_216)])
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [
+        ("bert-base", 109_482_240),
+        ("bert-large", 335_141_888),
+        ("roberta-base", 124_645_632),
+        ("roberta-large", 355_359_744),
+        ("deberta-base", 138_601_728),
+        ("deberta-v3-small", 141_304_320),
+        ("deberta-v3-base", 183_831_552),
+        ("deberta-v3-large", 434_012_160),
+        ("deberta-v2-xlarge", 884_593_152),
+        ("deberta-v2-xxlarge", 1_564_549_632),
+        ("minilm-l6", 22_713_216),
+    ],
+)
 def test_published_counts_of_the_encoder_alone(size, published):
     """BERT's and RoBERTa's have a layer more, which the vector of the first token goes through."""
     model = create_on_meta(size, gives="vector")
@@ -197,6 +208,7 @@ def test_published_counts_with_both_heads_of_pre_training():
 
 # ---------------------------------------------------------------------------------------------- files
 
+
 def saved(name: str, kind: str, tmp_path, **other) -> tuple[nn.Module, object]:
     """A tiny network of transformers with random numbers everywhere, written as users have it."""
     torch.manual_seed(0)
@@ -209,8 +221,16 @@ def saved(name: str, kind: str, tmp_path, **other) -> tuple[nn.Module, object]:
     return theirs.eval(), tmp_path
 
 
-KINDS = {"bert": ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification",
-                  "ForQuestionAnswering")}
+KINDS = {
+    "bert": (
+        "Model",
+        "ForMaskedLM",
+        "ForPreTraining",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+    )
+}
 REST = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -222,13 +242,17 @@ def test_every_file_loads_into_every_head(name, kind, tmp_path):
     base = getattr(theirs, theirs.base_model_prefix) if kind != "Model" else theirs
     tokens, mask = batch(name, 3)
     want = base(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-    heads = {"words": ("ForMaskedLM", "ForPreTraining"), "label": ("ForSequenceClassification",),
-             "labels": ("ForTokenClassification",), "span": ("ForQuestionAnswering",), "vector": ()}
+    heads = {
+        "words": ("ForMaskedLM", "ForPreTraining"),
+        "label": ("ForSequenceClassification",),
+        "labels": ("ForTokenClassification",),
+        "span": ("ForQuestionAnswering",),
+        "vector": (),
+    }
     for gives in GIVES:
         model = create(f"{name}-test", gives=gives).eval()
         fresh = weights.load(model, path, head="skip")
-        torch.testing.assert_close(model.features(tokens, mask) * mask[..., None], want * mask[..., None],
-                                   rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(model.features(tokens, mask) * mask[..., None], want * mask[..., None], rtol=2e-4, atol=2e-5)
         assert {part.partition(".")[0] for part in fresh} <= set(model.heads)
         if kind in heads[gives]:
             assert fresh == []
@@ -250,8 +274,11 @@ def test_every_file_loads_into_every_head(name, kind, tmp_path):
 
 def test_what_belongs_to_other_heads_is_said(tmp_path):
     _, path = saved("bert", "ForPreTraining", tmp_path)
-    with pytest.warns(WeightsWarning, match=r"4 tensors of heads that this network has not(.|\n)*not used: "
-                                            r"bert\.pooler\.dense\.weight(.|\n)*cls\.seq_relationship\.weight"):
+    with pytest.warns(
+        WeightsWarning,
+        match=r"4 tensors of heads that this network has not(.|\n)*not used: "
+        r"bert\.pooler\.dense\.weight(.|\n)*cls\.seq_relationship\.weight",
+    ):
         assert weights.load(create("bert-test"), path) == []
     model = create("bert-test", gives="label")
     with pytest.warns(WeightsWarning, match=r"cls\.predictions\.transform\.dense\.weight"):
@@ -268,8 +295,10 @@ def test_old_names_and_repeated_tensors(tmp_path):
     """Files converted from TensorFlow say gamma and beta; old .bin files hold the tied decoder, too."""
     theirs, path = saved("bert", "ForMaskedLM", tmp_path)
     state = {key: tensor.clone() for key, tensor in weights.read(path).items()}
-    old = {key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
-           for key, tensor in state.items()}
+    old = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for key, tensor in state.items()
+    }
     assert old.keys() != state.keys()
     old["cls.predictions.decoder.weight"] = old["bert.embeddings.word_embeddings.weight"]
     old["cls.predictions.decoder.bias"] = old["cls.predictions.bias"]
@@ -278,9 +307,12 @@ def test_old_names_and_repeated_tensors(tmp_path):
     model = create("bert-test").eval()
     assert weights.load(model, tmp_path / "pytorch_model.bin") == []
     tokens, mask = batch("bert", 3)
-    torch.testing.assert_close(model(tokens, mask) * mask[..., None],
-                               theirs(input_ids=tokens, attention_mask=mask.long()).logits * mask[..., None],
-                               rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(
+        model(tokens, mask) * mask[..., None],
+        theirs(input_ids=tokens, attention_mask=mask.long()).logits * mask[..., None],
+        rtol=2e-4,
+        atol=2e-5,
+    )
     old["cls.predictions.decoder.weight"] = old["cls.predictions.decoder.weight"] + 1
     with pytest.raises(WeightsError, match=r"both mean word\.weight, with different values"):
         weights.load(model, old)
@@ -295,11 +327,17 @@ def test_names_of_the_authors_heads(name, tmp_path):
     model = create(f"{name}-test").eval()
     assert weights.load(model, state) == []
     tokens, mask = batch(name, 3)
-    torch.testing.assert_close(model(tokens, mask) * mask[..., None],
-                               theirs(input_ids=tokens, attention_mask=mask.long()).logits * mask[..., None],
-                               rtol=2e-4, atol=2e-5)
-    state |= {"mask_predictions.classifier.weight": torch.zeros(1, 8), "mask_predictions.dense.weight": torch.zeros(8, 8),
-              "deberta.embeddings.position_embeddings.weight": torch.zeros(12, 8)}
+    torch.testing.assert_close(
+        model(tokens, mask) * mask[..., None],
+        theirs(input_ids=tokens, attention_mask=mask.long()).logits * mask[..., None],
+        rtol=2e-4,
+        atol=2e-5,
+    )
+    state |= {
+        "mask_predictions.classifier.weight": torch.zeros(1, 8),
+        "mask_predictions.dense.weight": torch.zeros(8, 8),
+        "deberta.embeddings.position_embeddings.weight": torch.zeros(12, 8),
+    }
     with pytest.warns(WeightsWarning, match="3 tensors"):
         weights.load(model, state)
 
@@ -339,7 +377,7 @@ def test_folders_of_transformers_there_and_back(name, gives, tmp_path):
     assert ours.config == (replace(config, classes=2) if gives == "span" else config)
     load.save(ours, tmp_path / "ours", "huggingface")
     plain = {"add_pooling_layer": False} if gives == "vector" and name in ("bert", "roberta") else {}
-    plain |= {"pad_token_id": 0} if name == "modernbert" else {}     # its own is beyond so small a vocabulary
+    plain |= {"pad_token_id": 0} if name == "modernbert" else {}  # its own is beyond so small a vocabulary
     back = type(theirs).from_pretrained(tmp_path / "ours", **plain)
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), theirs.state_dict().values()))
     tokens, mask = batch(name, 3)
@@ -350,18 +388,25 @@ def test_folders_of_transformers_there_and_back(name, gives, tmp_path):
 
 def test_xlm_roberta_is_roberta_by_another_name(tmp_path):
     ours = create("roberta-test")
-    config = transformers.XLMRobertaConfig(**{k: v for k, v in configuration("roberta", ours.config).to_dict().items()
-                                              if k not in ("model_type", "architectures", "transformers_version")})
+    config = transformers.XLMRobertaConfig(
+        **{
+            k: v
+            for k, v in configuration("roberta", ours.config).to_dict().items()
+            if k not in ("model_type", "architectures", "transformers_version")
+        }
+    )
     theirs = transformers.XLMRobertaForMaskedLM(config)
     theirs.save_pretrained(tmp_path)
     assert load.load(tmp_path).config == ours.config
 
 
 def test_attention_of_another_kind_is_refused(tmp_path):
-    for name, changes, words in (("deberta-v2", {"share_att_key": False}, "share_att_key=False"),
-                                 ("deberta", {"pos_att_type": ["c2p"]}, "sums c2p and p2c"),
-                                 ("bert", {"hidden_act": "relu"}, "hidden_act='relu'"),
-                                 ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'")):
+    for name, changes, words in (
+        ("deberta-v2", {"share_att_key": False}, "share_att_key=False"),
+        ("deberta", {"pos_att_type": ["c2p"]}, "sums c2p and p2c"),
+        ("bert", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'"),
+    ):
         config = cards()[name].settle(cards()[name].tiny, gives="label")
         network(name, config, **changes).save_pretrained(tmp_path / name)
         with pytest.raises(WeightsError, match=words):
@@ -389,7 +434,7 @@ class Fairseq(nn.Module):
         self.head.dense, self.head.layer_norm = nn.Linear(c.dim, c.dim), nn.LayerNorm(c.dim)
         self.head.bias = nn.Parameter(torch.zeros(c.vocab))
 
-    def forward(self, tokens: Tensor) -> Tensor:         # B T -> B T vocab
+    def forward(self, tokens: Tensor) -> Tensor:  # B T -> B T vocab
         real = tokens != self.c.pad
         places = (real.cumsum(1) * real).long() + self.c.pad
         norm = self.inner.emb_layer_norm if self.old else self.inner.layernorm_embedding
@@ -428,12 +473,15 @@ def test_files_of_fairseq(old, tmp_path):
     torch.testing.assert_close(model(tokens, mask) * mask[..., None], peer(tokens) * mask[..., None], rtol=2e-4, atol=2e-5)
     assert not model.segment.weight.any()
     label = create("roberta-test", gives="label")
-    more = {f"classification_heads.mnli.{part}.{kind}": torch.ones(shape) for part, sizes in (
-        ("dense", ((8, 8), (8,))), ("out_proj", ((3, 8), (3,)))) for kind, shape in zip(("weight", "bias"), sizes)}
+    more = {
+        f"classification_heads.mnli.{part}.{kind}": torch.ones(shape)
+        for part, sizes in (("dense", ((8, 8), (8,))), ("out_proj", ((3, 8), (3,))))
+        for kind, shape in zip(("weight", "bias"), sizes)
+    }
     with pytest.warns(WeightsWarning, match="lm_head"):
         assert weights.load(label, peer.file() | more) == []
     assert label.head.weight.eq(1).all()
-    if old:                                              # and written as published
+    if old:  # and written as published
         back = weights.read(weights.save(model, tmp_path / "x.safetensors", format="fairseq"))
         want = peer.file()
         del want["decoder.lm_head.weight"]
@@ -445,6 +493,7 @@ def test_files_of_fairseq(old, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- traps
+
 
 def test_positions_of_roberta_begin_after_the_padding():
     model = tiny("roberta")
@@ -473,6 +522,7 @@ def test_scores_by_distance_are_found_by_place(steps):
 @pytest.mark.parametrize(("buckets", "far", "length"), [(256, 512, 2048), (4, 8, 12), (32, 100, 300)])
 def test_buckets_are_those_of_transformers(buckets, far, length):
     from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
     distance = torch.arange(length)
     want = make_log_bucket_position(distance, buckets, far).long()
     assert bucketed(length, buckets, far) == want.tolist()
@@ -499,7 +549,7 @@ def test_windows_of_modernbert(steps):
     tokens = torch.randint(30, (2, steps))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     torch.testing.assert_close(model(tokens), peer(tokens, mask), **EXACT)
-    mask[0, steps // 2 + 1:] = False
+    mask[0, steps // 2 + 1 :] = False
     torch.testing.assert_close(model(tokens, mask) * mask[..., None], peer(tokens, mask) * mask[..., None], **EXACT)
 
 
@@ -509,10 +559,10 @@ def test_only_some_layers_of_modernbert_see_far():
     tokens = torch.randint(30, (1, 12))
     changed = tokens.clone()
     changed[0, 11] = (changed[0, 11] + 1) % 30
-    assert not torch.allclose(model(tokens)[0, 0], model(changed)[0, 0])         # the first layer sees all
+    assert not torch.allclose(model(tokens)[0, 0], model(changed)[0, 0])  # the first layer sees all
     model.blocks[0].attn = copy.deepcopy(model.blocks[0].attn)
     near = tiny("modernbert", depth=3, every=3, window=4)
-    near.blocks = near.blocks[1:]                        # what is left: one that sees all, by its new number, and one not
+    near.blocks = near.blocks[1:]  # what is left: one that sees all, by its new number, and one not
     assert not torch.allclose(near(tokens)[0, 0], near(changed)[0, 0])
     seen = near.seen(None, 12, tokens.device)[1]
     assert seen.sum().item() == 12 + 2 * (11 + 10) and near.seen(None, 3, tokens.device)[1] is None

@@ -26,13 +26,14 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 def part(name: str):
     """A module of diffusers' networks."""
     from tv import diffusers
+
     return importlib.import_module(f"{diffusers.__name__}.models.{name}")
 
 
 def test_counts_and_names_are_those_of_the_authors_xl2():
     with torch.device("meta"):
         model = create("latte-xl2")
-    fixed = {"pos_embed": (1, 256, 1152), "temp_embed": (1, 16, 1152)}           # there, parameters without a gradient
+    fixed = {"pos_embed": (1, 256, 1152), "temp_embed": (1, 16, 1152)}  # there, parameters without a gradient
     assert sum(p.numel() for p in model.parameters()) + 256 * 1152 + 16 * 1152 == 674_112_416
     names = translate(model.state_dict(), OFFICIAL, reverse=True)
     assert not names.keys() & fixed.keys()
@@ -55,20 +56,44 @@ def test_a_block_over_space_equals_that_of_diffusers():
     """DiT's block there has the time and label inside: they are handed over, and the same six vectors come out."""
     model = tiny("latte")
     ours, dim = model.blocks[0], 16
-    peer = part("attention").BasicTransformerBlock(
-        dim, 2, 8, attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_zero",
-        norm_elementwise_affine=False, norm_eps=1e-6).double().eval()
+    peer = (
+        part("attention")
+        .BasicTransformerBlock(
+            dim,
+            2,
+            8,
+            attention_bias=True,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_zero",
+            norm_elementwise_affine=False,
+            norm_eps=1e-6,
+        )
+        .double()
+        .eval()
+    )
     mine = ours.state_dict()
     q, k, v = mine["attn.qkv.weight"].chunk(3)
     bq, bk, bv = mine["attn.qkv.bias"].chunk(3)
-    peer.load_state_dict({
-        **{name: x for name, x in peer.state_dict().items() if name.startswith("norm1.emb")},
-        "norm1.linear.weight": mine["condition.weight"], "norm1.linear.bias": mine["condition.bias"],
-        "attn1.to_q.weight": q, "attn1.to_k.weight": k, "attn1.to_v.weight": v,
-        "attn1.to_q.bias": bq, "attn1.to_k.bias": bk, "attn1.to_v.bias": bv,
-        "attn1.to_out.0.weight": mine["attn.proj.weight"], "attn1.to_out.0.bias": mine["attn.proj.bias"],
-        "ff.net.0.proj.weight": mine["mlp.up.weight"], "ff.net.0.proj.bias": mine["mlp.up.bias"],
-        "ff.net.2.weight": mine["mlp.down.weight"], "ff.net.2.bias": mine["mlp.down.bias"]})
+    peer.load_state_dict(
+        {
+            **{name: x for name, x in peer.state_dict().items() if name.startswith("norm1.emb")},
+            "norm1.linear.weight": mine["condition.weight"],
+            "norm1.linear.bias": mine["condition.bias"],
+            "attn1.to_q.weight": q,
+            "attn1.to_k.weight": k,
+            "attn1.to_v.weight": v,
+            "attn1.to_q.bias": bq,
+            "attn1.to_k.bias": bk,
+            "attn1.to_v.bias": bv,
+            "attn1.to_out.0.weight": mine["attn.proj.weight"],
+            "attn1.to_out.0.bias": mine["attn.proj.bias"],
+            "ff.net.0.proj.weight": mine["mlp.up.weight"],
+            "ff.net.0.proj.bias": mine["mlp.up.bias"],
+            "ff.net.2.weight": mine["mlp.down.weight"],
+            "ff.net.2.bias": mine["mlp.down.bias"],
+        }
+    )
     time, label = torch.tensor([3, 700]), torch.tensor([1, 4])
     what = peer.norm1.emb(time, label, hidden_dtype=torch.float64)
     torch.manual_seed(0)
@@ -90,7 +115,7 @@ def test_blocks_look_along_their_own_axis_only():
     whole = model(*batch("latte", 2))
     video, time, label = batch("latte", 2)
     video[:, 0, 0, 0, 0] += 1
-    assert ((model(video, time, label) - whole).abs() > 1e-12).all()             # together, everything sees everything
+    assert ((model(video, time, label) - whole).abs() > 1e-12).all()  # together, everything sees everything
 
 
 @torch.no_grad()
@@ -128,7 +153,7 @@ def test_no_label_is_label_zero_and_the_untrained_network_answers_zero():
     fresh = create("latte-test")
     assert not fresh(video.float(), time.float(), label).any()
     x = torch.randn(2, 3, 16, 16)
-    assert all(torch.equal(block(x, torch.randn(2, 16)), x) for block in fresh.blocks)       # "zero": blocks begin as nothing
+    assert all(torch.equal(block(x, torch.randn(2, 16)), x) for block in fresh.blocks)  # "zero": blocks begin as nothing
     plain = create("latte-test", classes=0)
     assert plain(video.float(), time.float()).shape == video.shape
 
@@ -139,8 +164,12 @@ def test_refuses_what_does_not_fit():
         model(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1))
     with pytest.raises(DataError, match="image=8"):
         model(torch.zeros(1, 3, 2, 8, 10), torch.zeros(1))
-    for wrong, words in (({"image": 9}, "patches"), ({"depth": 3}, "even"), ({"dim": 18}, "multiple of 4"),
-                         ({"heads": 3}, "heads=3")):
+    for wrong, words in (
+        ({"image": 9}, "patches"),
+        ({"depth": 3}, "even"),
+        ({"dim": 18}, "multiple of 4"),
+        ({"heads": 3}, "heads=3"),
+    ):
         with pytest.raises(SettingsError, match=words):
             create("latte-test", **wrong)
 
@@ -153,18 +182,18 @@ def moving(count: int) -> tuple[Tensor, Tensor]:
         top, left = torch.randint(0, 3, (2,)).tolist()
         for f in range(4):
             y, x = top + f * (label[i] == 2), left + f * (label[i] == 1)
-            video[i, f, 0, y:y + 3, x:x + 3] = 1.0
+            video[i, f, 0, y : y + 3, x : x + 3] = 1.0
     return video, label
 
 
-def centres(video: Tensor) -> Tensor:                    # B F 1 S S -> B F 2: row and column of the brightness
+def centres(video: Tensor) -> Tensor:  # B F 1 S S -> B F 2: row and column of the brightness
     bright = (video[:, :, 0] + 1).clamp(min=0)
     place = torch.arange(8.0)
     total = bright.sum((2, 3)).clamp(min=1e-3)
     return torch.stack([(bright.sum(3) * place).sum(2) / total, (bright.sum(2) * place).sum(2) / total], -1)
 
 
-@pytest.mark.slow                                        # test_task_video.py films in `make test`
+@pytest.mark.slow  # test_task_video.py films in `make test`
 def test_learns_to_move_the_way_that_is_asked_for():
     video, label = moving(512)
     torch.manual_seed(0)

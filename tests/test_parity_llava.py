@@ -28,12 +28,30 @@ PICTURE, PATCHES = 38, 4
 def theirs(**changes):
     """A tiny LLaVA of transformers, whose every number is drawn by chance."""
     torch.manual_seed(0)
-    tower = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 3,
-             "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 8}
-    words = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-5}
-    peer = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
-        vision_config=tower, text_config=words, image_token_index=PICTURE, **changes))
+    tower = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "projection_dim": 8,
+    }
+    words = {
+        "model_type": "llama",
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "rms_norm_eps": 1e-5,
+    }
+    peer = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=tower, text_config=words, image_token_index=PICTURE, **changes)
+    )
     return settled(peer).eval()
 
 
@@ -58,8 +76,10 @@ def hub(path, state):
 def live(path, state):
     """Names in memory, as a plain torch.save of a state writes them."""
     key = lambda name: name.replace("language_model.lm_head", "lm_head").replace("language_model.model", "model.language_model")
-    return {name if name.startswith(("lm_head", "model.")) else f"model.{name}": x for name, x in
-            ((key(name), x) for name, x in state.items())}
+    return {
+        name if name.startswith(("lm_head", "model.")) else f"model.{name}": x
+        for name, x in ((key(name), x) for name, x in state.items())
+    }
 
 
 @torch.no_grad()
@@ -72,8 +92,9 @@ def test_folders_of_transformers(folder, tmp_path, named):
     assert ours.config.above == 1 and ours.config.picture == PICTURE and ours.config.seen_depth == 3
     image, rows = asked()
     tokens = torch.tensor([ours.spelt(row) for row in rows[:1]])
-    torch.testing.assert_close(ours(image[:1], tokens), peer(pixel_values=image[:1], input_ids=tokens).logits,
-                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours(image[:1], tokens), peer(pixel_values=image[:1], input_ids=tokens).logits, rtol=1e-5, atol=1e-5
+    )
     words = torch.tensor([[1, 5, 6, 7]])
     torch.testing.assert_close(ours(None, words), peer(input_ids=words).logits, rtol=1e-5, atol=1e-5)
 
@@ -85,9 +106,12 @@ def test_what_we_write_transformers_reads(tmp_path):
     peer = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     image, tokens, mask = shown(ours.config, 4)
     real = mask[..., None]
-    torch.testing.assert_close(ours(image, tokens, mask) * real,
-                               peer(pixel_values=image, input_ids=tokens, attention_mask=mask.long()).logits * real,
-                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours(image, tokens, mask) * real,
+        peer(pixel_values=image, input_ids=tokens, attention_mask=mask.long()).logits * real,
+        rtol=1e-4,
+        atol=1e-5,
+    )
     assert described(tmp_path).card.name == "llava" and fieldguide.load(tmp_path).config == ours.config
 
 
@@ -104,42 +128,99 @@ def test_every_state_of_the_tower_may_be_read(tmp_path, layer, above):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-PUBLISHED = {                                            # config.json of llava-hf/llava-1.5-7b-hf, what computes
-    "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000, "model_type": "llava",
-    "pad_token_id": 32001, "projector_hidden_act": "gelu", "tie_word_embeddings": False,
-    "text_config": {"_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-                    "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "torch_dtype": "float16", "vocab_size": 32064},
-    "vision_config": {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
-                      "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
-                      "vocab_size": 32000},
-    "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
-LARGE = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-         "num_key_value_heads": 40}
-AUTHORS = {                                              # that of liuhaotian/llava-v1.5-7b
-    "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama", "hidden_act": "silu", "hidden_size": 4096,
-    "image_aspect_ratio": "pad", "intermediate_size": 11008, "max_position_embeddings": 4096, "mm_hidden_size": 1024,
-    "mm_projector_type": "mlp2x_gelu", "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
-    "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2, "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": None,
-    "tie_word_embeddings": False, "vocab_size": 32000}
+PUBLISHED = {  # config.json of llava-hf/llava-1.5-7b-hf, what computes
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+LARGE = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+AUTHORS = {  # that of liuhaotian/llava-v1.5-7b
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "model_type": "llava_llama",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "image_aspect_ratio": "pad",
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
 
 
-@pytest.mark.parametrize(("size", "said", "changes"), [
-    ("llava-1.5-7b", PUBLISHED, {}), ("llava-1.5-13b", {**PUBLISHED, "text_config": {**PUBLISHED["text_config"], **LARGE}}, {}),
-    ("llava-1.5-7b", AUTHORS, {"vocab": 32_000}), ("llava-1.5-7b", {**AUTHORS, "model_type": "llava"}, {"vocab": 32_000}),
-    ("llava-1.5-13b", {**AUTHORS, **LARGE}, {"vocab": 32_000})])
+@pytest.mark.parametrize(
+    ("size", "said", "changes"),
+    [
+        ("llava-1.5-7b", PUBLISHED, {}),
+        ("llava-1.5-13b", {**PUBLISHED, "text_config": {**PUBLISHED["text_config"], **LARGE}}, {}),
+        ("llava-1.5-7b", AUTHORS, {"vocab": 32_000}),
+        ("llava-1.5-7b", {**AUTHORS, "model_type": "llava"}, {"vocab": 32_000}),
+        ("llava-1.5-13b", {**AUTHORS, **LARGE}, {"vocab": 32_000}),
+    ],
+)
 def test_published_configurations(tmp_path, size, said, changes):
     from fieldguide.checkpoints.config_mapping import identified, inwards
+
     found, _, table = identified(said)
     assert found is card("llava")
     assert found.config(**inwards(found, table, said, "config.json")) == found.settle(size, **changes)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"), ({"projector_hidden_act": "relu"}, "relu"),
-    ({"vision_feature_layer": [-2, -5]}, "not several"), ({"text_config": {"model_type": "mistral"}}, "mistral")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
+        ({"projector_hidden_act": "relu"}, "relu"),
+        ({"vision_feature_layer": [-2, -5]}, "not several"),
+        ({"text_config": {"model_type": "mistral"}}, "mistral"),
+    ],
+)
 def test_other_networks_of_that_name_are_refused(tmp_path, changes, words):
     from fieldguide.checkpoints.config_mapping import identified, inwards
+
     said = {**PUBLISHED, **changes}
     with pytest.raises(WeightsError, match=words):
         inwards(card("llava"), identified(said)[2], said, "config.json")
@@ -150,7 +231,8 @@ def test_names_and_shapes_of_the_published_size():
         model = create("llava-1.5-7b")
         peer, rename = huggingface_llava(model)
     assert {key: x.shape for key, x in rename(model.state_dict()).items()} == {
-        key: x.shape for key, x in peer.state_dict().items() if not key.endswith(("position_ids", "inv_freq"))}
+        key: x.shape for key, x in peer.state_dict().items() if not key.endswith(("position_ids", "inv_freq"))
+    }
 
 
 @torch.no_grad()
@@ -162,8 +244,11 @@ def test_files_of_the_authors(folder):
             both[f"model.vision_tower.vision_tower.vision_model.{key.removeprefix('vision_tower.')}"] = x
         else:
             key = key.replace("language_model.model.", "model.").replace("language_model.lm_head", "lm_head")
-            both[key.replace("multi_modal_projector.linear_1", "model.mm_projector.0").replace(
-                "multi_modal_projector.linear_2", "model.mm_projector.2")] = x
+            both[
+                key.replace("multi_modal_projector.linear_1", "model.mm_projector.0").replace(
+                    "multi_modal_projector.linear_2", "model.mm_projector.2"
+                )
+            ] = x
     assert "model.mm_projector.0.weight" in both
     other = create("llava-1.5-7b", **{k: getattr(ours.config, k) for k in vars(ours.config)}).eval()
     weights.load(other, both)
@@ -182,8 +267,15 @@ def test_answers_equal_those_of_transformers(folder):
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
     mask = torch.arange(width) >= torch.tensor([[width - len(row)] for row in prompts])
-    want = peer.generate(input_ids=tokens, attention_mask=mask.long(), pixel_values=image, max_new_tokens=12, do_sample=False,
-                         eos_token_id=None, pad_token_id=0)
+    want = peer.generate(
+        input_ids=tokens,
+        attention_mask=mask.long(),
+        pixel_values=image,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     assert torch.equal(got, want[:, width:]) and len(set(map(tuple, got.tolist()))) == 2
     other = torch.stack(list(generate(ours.seeing(image.flip(0)), prompts, 12, sampling=Sampling(temperature=0))), 1)
     assert not torch.equal(got, other), "what is said hangs on the picture"
@@ -196,7 +288,7 @@ def test_a_cache_gives_what_the_whole_row_gives():
     tokens, seeing = tokens[:, :7], ours.seeing(image)
     cache = seeing.new_cache(3)
     for last in range(5, 8):
-        new = tokens[:, :5] if last == 5 else tokens[:, last - 1:last]
+        new = tokens[:, :5] if last == 5 else tokens[:, last - 1 : last]
         torch.testing.assert_close(seeing.last(new, None, cache), ours(image, tokens[:, :last])[:, -1], rtol=1e-9, atol=1e-11)
 
 
@@ -226,14 +318,15 @@ def test_learns_to_say_what_is_seen():
     quarter = torch.nn.functional.one_hot(place, 4).view(-1, 1, 2, 2).float()
     image = torch.randn(704, 1, 8, 8) * 0.3 + 2 * quarter.repeat_interleave(4, 2).repeat_interleave(4, 3)
     tokens = torch.cat([torch.tensor([[1, *[31] * 4, 2]] * 704), 10 + place[:, None], torch.full((704, 1), 3)], 1)
-    target = torch.cat([torch.full((704, 5), -1), tokens[:, 6:], torch.full((704, 1), -1)], 1)       # the answer alone
+    target = torch.cat([torch.full((704, 5), -1), tokens[:, 6:], torch.full((704, 1), -1)], 1)  # the answer alone
     batches = Batches(640, lambda index, _: {"image": image[index], "tokens": tokens[index], "target": target[index]})
     model.vision.requires_grad_(False)
     before = [p.clone() for p in model.vision.parameters()]
     trainer(NextToken(model, card("llava").inputs), batches, steps=200, lr=1e-2, batch=32).train()
     assert all(torch.equal(p, q) for p, q in zip(before, model.vision.parameters()))
-    said = torch.stack(list(generate(model.eval().seeing(image[640:]), tokens[640:, :6].tolist(), 2,
-                                     sampling=Sampling(temperature=0))), 1)
+    said = torch.stack(
+        list(generate(model.eval().seeing(image[640:]), tokens[640:, :6].tolist(), 2, sampling=Sampling(temperature=0))), 1
+    )
     assert (said == tokens[640:, 6:]).all(1).float().mean() > 0.95
 
 

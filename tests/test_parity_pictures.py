@@ -18,22 +18,24 @@ from fieldguide.models.registry import cards, create, names
 from tv import timm, torchvision, transformers
 
 SHORT = {"classes": 5}
-SHAPES = {                                               # our small networks: size, what differs from it
+SHAPES = {  # our small networks: size, what differs from it
     "alexnet": ("alexnet", {"widths": (8, 12, 16, 12, 8), "hidden": 16}),
     "vgg": ("vgg11", {"widths": (4, 6, 8, 10, 12), "hidden": 16}),
     "vgg-bn": ("vgg16-bn", {"widths": (4, 6, 8, 10, 12), "hidden": 16}),
     "efficientnet": ("efficientnet-b0", {"width": 0.1, "depth": 0.5}),
     "tf-efficientnet": ("tf-efficientnet-b0", {"width": 0.1, "depth": 0.5}),
     "efficientnetv2": ("efficientnetv2-s", {"widths": (8, 16, 16, 16, 24, 32), "depths": (2, 1, 2, 2, 1, 2), "top": 40}),
-    "tf-efficientnetv2": ("tf-efficientnetv2-m", {"widths": (8, 16, 16, 16, 24, 24, 32), "depths": (1, 2, 2, 2, 1, 2, 1),
-                                                  "top": 40}),
+    "tf-efficientnetv2": (
+        "tf-efficientnetv2-m",
+        {"widths": (8, 16, 16, 16, 24, 24, 32), "depths": (1, 2, 2, 2, 1, 2, 1), "top": 40},
+    ),
     "mobilenetv3-large": ("mobilenetv3-large", {}),
     "mobilenetv3-small": ("mobilenetv3-small", {}),
     "convnext": ("convnext-tiny", {"depths": (1, 2, 1, 2), "widths": (8, 12, 16, 20)}),
     "convnextv2": ("convnextv2-atto", {"depths": (1, 2, 1, 2), "widths": (8, 12, 16, 20)}),
     "convnextv2-wide": ("convnextv2-tiny", {"depths": (1, 1, 1, 1), "widths": (96, 8, 8, 8)}),
 }
-LIBRARIES = [                                            # network, origin, their network, how its file comes
+LIBRARIES = [  # network, origin, their network, how its file comes
     ("alexnet", "torchvision", pictures.torchvision_alexnet, "pth"),
     ("vgg", "torchvision", pictures.torchvision_vgg, "pth"),
     ("vgg-bn", "torchvision", pictures.torchvision_vgg, "ckpt"),
@@ -102,6 +104,7 @@ def write(theirs: nn.Module, kind: str, folder):
     path = folder / f"model.{kind}"
     if kind == "safetensors":
         from safetensors.torch import save_file
+
         save_file(theirs.state_dict(), path)
     elif kind == "pth":
         torch.save(theirs.state_dict(), path)
@@ -149,16 +152,27 @@ def test_authors_names_as_timm_reads_them(name, tmp_path):
     assert torch.equal(logits(again, x), logits(mine, x))
 
 
-@pytest.mark.parametrize("name, build", [(name, build) for name, origin, build, _ in LIBRARIES if name in (
-    "efficientnet", "tf-efficientnetv2", "mobilenetv3-small", "convnext")])
+@pytest.mark.parametrize(
+    "name, build",
+    [
+        (name, build)
+        for name, origin, build, _ in LIBRARIES
+        if name in ("efficientnet", "tf-efficientnetv2", "mobilenetv3-small", "convnext")
+    ],
+)
 def test_trains_as_they_do(name, build):
     """Gradients and batch statistics, beside those of tests/test_models.py, where the library's own class has them."""
     torch.manual_seed(0)
-    mine = ours(name, **{key: 0.0 for key in ("dropout", "drop_path") if key in cards()[SHAPES[name][0].rpartition("-")[0]
-                                              .removeprefix("tf-")].config.__dataclass_fields__})
+    mine = ours(
+        name,
+        **{
+            key: 0.0
+            for key in ("dropout", "drop_path")
+            if key in cards()[SHAPES[name][0].rpartition("-")[0].removeprefix("tf-")].config.__dataclass_fields__
+        },
+    )
     theirs = shaken(build(mine)).double().train()
-    table = next(table for table in weights.tables(mine).values()
-                 if not weights.inwards(theirs.state_dict(), table).unknown)
+    table = next(table for table in weights.tables(mine).values() if not weights.inwards(theirs.state_dict(), table).unknown)
     mine = mine.double().train()
     weights.load(mine, theirs.state_dict())
     x, weighting = torch.randn(3, 3, 40, 40, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
@@ -181,14 +195,26 @@ THEIR_NAMES = {
     **{f"efficientnetv2-{s}": (torchvision, f"efficientnet_v2_{s}") for s in "sml"},
     **{f"tf-efficientnetv2-{s}": (timm, f"tf_efficientnetv2_{s}") for s in ("s", "m", "l", "xl")},
     **{f"convnext-{s}": (timm, f"convnext_{s}") for s in ("tiny", "small", "base", "large", "xlarge")},
-    **{f"convnextv2-{s}": (timm, f"convnextv2_{s}") for s in
-       ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")},
+    **{
+        f"convnextv2-{s}": (timm, f"convnextv2_{s}") for s in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+    },
     **{f"mobilenetv3-{s}": (torchvision, f"mobilenet_v3_{s}") for s in ("large", "small")},
     **{f"vgg{n}{bn}": (torchvision, f"vgg{n}{bn.replace('-', '_')}") for n in (11, 13, 16, 19) for bn in ("", "-bn")},
     "alexnet": (torchvision, "alexnet"),
 }
-QUICK = ("efficientnet-b0", "tf-efficientnet-b3", "efficientnetv2-s", "tf-efficientnetv2-m", "convnext-small",
-         "convnextv2-pico", "convnextv2-tiny", "mobilenetv3-large", "mobilenetv3-small", "vgg13-bn", "alexnet")
+QUICK = (
+    "efficientnet-b0",
+    "tf-efficientnet-b3",
+    "efficientnetv2-s",
+    "tf-efficientnetv2-m",
+    "convnext-small",
+    "convnextv2-pico",
+    "convnextv2-tiny",
+    "mobilenetv3-large",
+    "mobilenetv3-small",
+    "vgg13-bn",
+    "alexnet",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in THEIR_NAMES])
@@ -207,8 +233,9 @@ def test_published_sizes_have_their_shapes_and_numbers(name):
 
     def convs(model: nn.Module) -> list:
         """Dense layers that timm makes convolutions are left out, and padding, which SAME adds later."""
-        return sorted((m.kernel_size, m.stride, m.groups) for m in model.modules()
-                      if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1))
+        return sorted(
+            (m.kernel_size, m.stride, m.groups) for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)
+        )
 
     assert norms(mine) == norms(theirs) and convs(mine) == convs(theirs)
     if library is torchvision:
@@ -225,6 +252,7 @@ def test_every_published_size_is_compared():
 
 # ---------------------------------------------------------------------------------------------- pictures and levels
 
+
 @pytest.mark.parametrize("name", list(SHAPES))
 @pytest.mark.parametrize("side", [32, 64, 96], ids=["adapted to 32", "adapted to 64", "as published"])
 def test_levels_are_what_they_say(name, side):
@@ -238,7 +266,7 @@ def test_levels_are_what_they_say(name, side):
     assert list(seen) == list(model.levels) and list(seen)[-4:] == ["c2", "c3", "c4", "c5"]
     for level, (dim, stride) in model.levels.items():
         assert seen[level].shape[:2] == (2, dim)
-        assert abs(seen[level].shape[2] - side / stride) <= 1          # AlexNet's poolings lose a row
+        assert abs(seen[level].shape[2] - side / stride) <= 1  # AlexNet's poolings lose a row
     strides = [stride for _, stride in model.levels.values()]
     assert strides == sorted(strides) and (strides[-4:] == [4, 8, 16, 32] or side < 96)
     assert logits(model, x).shape == (2, 5)
@@ -266,6 +294,7 @@ def test_alexnet_of_2012_says_what_it_needs():
 
 
 # ---------------------------------------------------------------------------------------------- what the catalogue warns of
+
 
 def test_responses_are_normalised_by_the_sum_not_the_mean():
     """torch divides its alpha by the number of maps; the paper does not. Also with fewer maps than neighbours."""
@@ -298,7 +327,10 @@ def test_padding_and_epsilon_make_a_difference():
         answers.append(logits(other, x))
         assert not torch.allclose(answers[0], answers[-1], rtol=1e-5)
     assert {create_on_meta(f"{kind}efficientnet-b{i}") for kind in ("", "tf-") for i in (0, 5)} == {
-        ("symmetric", 1e-5), ("symmetric", 1e-3), ("same", 1e-3)}
+        ("symmetric", 1e-5),
+        ("symmetric", 1e-3),
+        ("same", 1e-3),
+    }
 
 
 def create_on_meta(name: str) -> tuple[str, float]:
@@ -332,21 +364,24 @@ def test_dense_layers_of_timms_vgg_read_maps_in_order():
 
 def test_layers_as_the_guide_counts_them():
     """82 layers of B0 are its convolutions and its head, those of the gates included; they hold for B0 only."""
+
     def layers(name: str, kinds: tuple = (nn.Conv2d, nn.Linear)) -> int:
         with torch.device("meta"):
             return sum(isinstance(module, kinds) for module in create(name).modules())
+
     assert layers("efficientnet-b0") == 82 and layers("efficientnet-b7") == 274
     assert layers("vgg16") == 16 and layers("vgg19") == 19 and layers("alexnet") == layers("alexnet-2012") == 8
 
 
 # ---------------------------------------------------------------------------------------------- chance
 
+
 def test_drop_path_leaves_out_rows_and_keeps_the_mean():
     torch.manual_seed(0)
     drop, x = DropPath(0.3), torch.ones(4000, 2, 3)
     assert drop.eval()(x) is x and DropPath(0.0).train()(x) is x
     y = drop.train()(x)
-    assert torch.equal(y, y[:, :1, :1].expand_as(y))     # a row as a whole
+    assert torch.equal(y, y[:, :1, :1].expand_as(y))  # a row as a whole
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert abs(y.mean().item() - 1) < 0.05 and abs((y[:, 0, 0] == 0).float().mean().item() - 0.3) < 0.03
     assert drop(x.bfloat16()).dtype == torch.bfloat16
@@ -355,8 +390,11 @@ def test_drop_path_leaves_out_rows_and_keeps_the_mean():
     assert rising(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3]) and rising(0.3, 1) == [0]
 
 
-CHANCE = [(name, build) for name, origin, build, _ in LIBRARIES
-          if origin == ("timm" if name.startswith(("tf", "convnextv2")) else "torchvision")]
+CHANCE = [
+    (name, build)
+    for name, origin, build, _ in LIBRARIES
+    if origin == ("timm" if name.startswith(("tf", "convnextv2")) else "torchvision")
+]
 
 
 @pytest.mark.parametrize("name, build", CHANCE, ids=[name for name, _ in CHANCE])
@@ -393,8 +431,12 @@ def test_alexnet_of_2012_drops_out_after_its_hidden_layers():
 
 def test_stochastic_depth_rises_as_in_each_paper():
     """EfficientNet counts from 0 to just below its chance, ConvNeXt up to and with it; timm does both."""
-    for name, build in (("efficientnet", pictures.timm_efficientnet), ("efficientnetv2", pictures.timm_efficientnet_v2),
-                        ("convnext", pictures.timm_convnext), ("convnextv2", pictures.timm_convnext)):
+    for name, build in (
+        ("efficientnet", pictures.timm_efficientnet),
+        ("efficientnetv2", pictures.timm_efficientnet_v2),
+        ("convnext", pictures.timm_convnext),
+        ("convnextv2", pictures.timm_convnext),
+    ):
         mine = ours(name, drop_path=0.5)
         chances = [m.p for m in mine.modules() if isinstance(m, DropPath)]
         theirs = [getattr(m, "drop_prob", 0.0) for key, m in build(mine).named_modules() if key.endswith("drop_path")]
@@ -417,7 +459,7 @@ def test_maps_that_are_long_gain_and_short_ones_lose():
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     x = torch.randn(2, 3, 4, 32, dtype=torch.float64) * torch.rand(32, dtype=torch.float64)
-    length = torch.stack([(x[..., k] ** 2).sum((1, 2)).sqrt() for k in range(32)], -1)     # B D
+    length = torch.stack([(x[..., k] ** 2).sum((1, 2)).sqrt() for k in range(32)], -1)  # B D
     share = length / (sum(length[:, k] for k in range(32))[:, None] / 32 + 1e-6)
     want = layer.weight * (x * share[:, None, None]) + layer.bias + x
     torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)

@@ -48,7 +48,7 @@ def test_initialisation(name):
     bias = rnn.bias_ih_l0 + rnn.bias_hh_l0
     expected = torch.zeros_like(bias)
     if name == "lstm":
-        expected[16:32] = 1                              # the forget gate, second of torch's four
+        expected[16:32] = 1  # the forget gate, second of torch's four
     assert torch.equal(bias, expected)
     assert cards()[name].settle(f"{name}-s").depth == 1
 

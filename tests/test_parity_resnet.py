@@ -30,8 +30,9 @@ def timm_resnet(block: str) -> tuple[nn.Module, dict]:
 def huggingface_resnet(block: str) -> tuple[nn.Module, dict]:
     widths = (8, 12, 16, 20)
     growth = 4 if block == "bottleneck" else 1
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[growth * w for w in widths],
-                                       depths=list(DEPTHS), layer_type=block, num_labels=CLASSES)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[growth * w for w in widths], depths=list(DEPTHS), layer_type=block, num_labels=CLASSES
+    )
     return transformers.ResNetForImageClassification(config), {"widths": widths}
 
 
@@ -40,7 +41,7 @@ EACH = pytest.mark.parametrize("library", list(LIBRARIES))
 
 
 def origin(library: str) -> str:
-    return "torchvision" if library == "timm" else library             # timm kept torchvision's names
+    return "torchvision" if library == "timm" else library  # timm kept torchvision's names
 
 
 def pair(library: str, block: str) -> tuple[nn.Module, nn.Module]:
@@ -73,6 +74,7 @@ def write(theirs: nn.Module, library: str, kind: str, folder) -> object:
     path = folder / f"model.{kind}"
     if kind == "safetensors":
         from safetensors.torch import save_file
+
         save_file(theirs.state_dict(), path)
     elif kind == "pth":
         torch.save(theirs.state_dict(), path)
@@ -82,11 +84,19 @@ def write(theirs: nn.Module, library: str, kind: str, folder) -> object:
     return path
 
 
-@pytest.mark.parametrize("library, kind, block", [
-    ("torchvision", "pth", "bottleneck"), ("torchvision", "safetensors", "basic"),
-    ("timm", "pth", "bottleneck"), ("timm", "safetensors", "basic"), ("timm", "ckpt", "basic"),
-    ("huggingface", "pth", "bottleneck"), ("huggingface", "folder", "basic"),
-    ("huggingface", "folder", "bottleneck")])
+@pytest.mark.parametrize(
+    "library, kind, block",
+    [
+        ("torchvision", "pth", "bottleneck"),
+        ("torchvision", "safetensors", "basic"),
+        ("timm", "pth", "bottleneck"),
+        ("timm", "safetensors", "basic"),
+        ("timm", "ckpt", "basic"),
+        ("huggingface", "pth", "bottleneck"),
+        ("huggingface", "folder", "basic"),
+        ("huggingface", "folder", "bottleneck"),
+    ],
+)
 def test_reads_their_files_to_the_bit(library, kind, block, tmp_path):
     """Same operations on the same layout, so the outputs are equal, not close."""
     theirs, ours = pair(library, block)
@@ -106,8 +116,7 @@ def test_gradients_equal(library):
     for model in (ours, theirs):
         output = model(x)
         (getattr(output, "logits", output) * weighting).sum().backward()
-    grads = weights.translate({name: p.grad for name, p in theirs.named_parameters()},
-                              weights.tables(ours)[origin(library)])
+    grads = weights.translate({name: p.grad for name, p in theirs.named_parameters()}, weights.tables(ours)[origin(library)])
     for name, parameter in ours.named_parameters():
         scale = grads[name].abs().max().clamp(min=1)
         torch.testing.assert_close(parameter.grad / scale, grads[name] / scale, rtol=1e-9, atol=1e-11)
@@ -150,14 +159,15 @@ def test_small_stem_equals_torchvision_without_its_own():
 def test_levels(block, growth, stem, first):
     model = create("resnet18", block=block, depths=(1, 1, 1, 1), widths=(8, 12, 16, 20), stem=stem)
     levels = model.features(torch.randn(1, 3, 64, 96))
-    assert model.levels == {f"c{i + 2}": (growth * width, first * 2 ** i) for i, width in enumerate((8, 12, 16, 20))}
+    assert model.levels == {f"c{i + 2}": (growth * width, first * 2**i) for i, width in enumerate((8, 12, 16, 20))}
     assert {name: tuple(level.shape[1:]) for name, level in levels.items()} == {
-        name: (dim, 64 // stride, 96 // stride) for name, (dim, stride) in model.levels.items()}
+        name: (dim, 64 // stride, 96 // stride) for name, (dim, stride) in model.levels.items()
+    }
 
 
 def test_blocks_start_as_the_identity():
     model = create("resnet-test").eval()
-    block = model.stages[1][1]                           # without a projection
+    block = model.stages[1][1]  # without a projection
     x = torch.rand(1, 64, 8, 8)
     assert torch.equal(block(x), x)
 

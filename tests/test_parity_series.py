@@ -36,7 +36,7 @@ def test_patchtst_files_of_the_authors(tmp_path):
     state = patchtst_of_the_authors(c.dim, c.hidden, c.patch, len(model.pos), c.depth, c.horizon)
     assert weights.load(model, state) == []
     keys = state["model.backbone.encoder.layers.1.self_attn.W_K.weight"]
-    assert torch.equal(model.blocks[1].qkv.weight[c.dim:2 * c.dim], keys)
+    assert torch.equal(model.blocks[1].qkv.weight[c.dim : 2 * c.dim], keys)
     back = weights.read(weights.save(model, tmp_path / "model.safetensors", "official"))
     assert back.keys() == {key for key in state if not key.endswith("scale")}
     assert all(torch.equal(tensor, state[key]) for key, tensor in back.items())
@@ -51,8 +51,9 @@ def test_patchtst_has_the_authors_number_of_parameters():
 
 def test_dlinear_files_of_the_authors():
     model, c = create("dlinear-test", values=1), create("dlinear-test").config
-    state = {f"{name}.{key}": x for name in ("Linear_Seasonal", "Linear_Trend")
-             for key, x in linear(c.length, c.horizon).items()}
+    state = {
+        f"{name}.{key}": x for name in ("Linear_Seasonal", "Linear_Trend") for key, x in linear(c.length, c.horizon).items()
+    }
     assert weights.load(model, state) == []
     assert torch.equal(model.trend.bias, state["Linear_Trend.bias"])
 

@@ -20,20 +20,46 @@ CLASSES, DIM, DEPTHS, HEADS, WINDOW, PATCH = 5, 8, (2, 3, 2), (1, 2, 4), 4, 2
 
 
 def ours(**more) -> nn.Module:
-    return create("swin-test", **{"channels": 3, "dim": DIM, "depths": DEPTHS, "heads": HEADS, "window": WINDOW,
-                                  "patch": PATCH, "classes": CLASSES, **more}).eval()
+    return create(
+        "swin-test",
+        **{
+            "channels": 3,
+            "dim": DIM,
+            "depths": DEPTHS,
+            "heads": HEADS,
+            "window": WINDOW,
+            "patch": PATCH,
+            "classes": CLASSES,
+            **more,
+        },
+    ).eval()
 
 
 def timm_swin(size: tuple[int, int] = (32, 32), window: int = WINDOW, **more) -> nn.Module:
     return timm.models.swin_transformer.SwinTransformer(
-        img_size=size, patch_size=PATCH, num_classes=CLASSES, embed_dim=DIM, depths=DEPTHS, num_heads=HEADS,
-        window_size=window, **more)
+        img_size=size,
+        patch_size=PATCH,
+        num_classes=CLASSES,
+        embed_dim=DIM,
+        depths=DEPTHS,
+        num_heads=HEADS,
+        window_size=window,
+        **more,
+    )
 
 
 def huggingface_swin(side: int = 32) -> nn.Module:
-    return transformers.SwinForImageClassification(transformers.SwinConfig(
-        image_size=side, patch_size=PATCH, embed_dim=DIM, depths=list(DEPTHS), num_heads=list(HEADS), window_size=WINDOW,
-        num_labels=CLASSES))
+    return transformers.SwinForImageClassification(
+        transformers.SwinConfig(
+            image_size=side,
+            patch_size=PATCH,
+            embed_dim=DIM,
+            depths=list(DEPTHS),
+            num_heads=list(HEADS),
+            window_size=WINDOW,
+            num_labels=CLASSES,
+        )
+    )
 
 
 def microsoft(theirs: nn.Module) -> dict[str, torch.Tensor]:
@@ -45,8 +71,11 @@ def microsoft(theirs: nn.Module) -> dict[str, torch.Tensor]:
             parts[1] = str(int(parts[1]) - 1)
         state[".".join(parts).replace("head.fc", "head")] = x
     index = [name.replace("bias_table", "index") for name in state if "bias_table" in name]
-    return state | dict.fromkeys(index, torch.zeros(16, 16, dtype=torch.long)) | {
-        "layers.0.blocks.1.attn_mask": torch.zeros(16, 16, 16)}
+    return (
+        state
+        | dict.fromkeys(index, torch.zeros(16, 16, dtype=torch.long))
+        | {"layers.0.blocks.1.attn_mask": torch.zeros(16, 16, 16)}
+    )
 
 
 def test_reads_timms_files_and_writes_them(tmp_path):
@@ -78,7 +107,7 @@ def test_reads_the_files_of_transformers_and_writes_them(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     assert weights.load(mine, tmp_path / "theirs") == []
     torch.testing.assert_close(logits(mine, x), logits(theirs, x), **CLOSE)
-    known = fieldguide.load(tmp_path / "theirs")         # by its configuration
+    known = fieldguide.load(tmp_path / "theirs")  # by its configuration
     assert torch.equal(logits(known, x), logits(mine, x)) and known.config.window == WINDOW
     fieldguide.save(known, tmp_path / "back", "hf")
     other = type(theirs).from_pretrained(tmp_path / "back")
@@ -101,9 +130,9 @@ def test_windows_shift_only_along_sides_that_they_do_not_hold(size):
     for s, stage in enumerate(theirs.layers):
         for b, block in enumerate(stage.blocks):
             h, w = block.window_size
-            assert (block.shift_size[0] == 0) == (size[0] // 2 // 2 ** s <= 8 or b % 2 == 0)
-            table = torch.randn(15, 15, HEADS[s])        # what lies outside is never read
-            table[8 - h:7 + h, 8 - w:7 + w] = block.attn.relative_position_bias_table.view(2 * h - 1, 2 * w - 1, -1)
+            assert (block.shift_size[0] == 0) == (size[0] // 2 // 2**s <= 8 or b % 2 == 0)
+            table = torch.randn(15, 15, HEADS[s])  # what lies outside is never read
+            table[8 - h : 7 + h, 8 - w : 7 + w] = block.attn.relative_position_bias_table.view(2 * h - 1, 2 * w - 1, -1)
             state[f"layers.{s}.blocks.{b}.attn.relative_position_bias_table"] = table.flatten(0, 1)
     weights.load(mine, state, origin="timm")
     torch.testing.assert_close(logits(mine, x), logits(theirs, x), **CLOSE)
@@ -116,7 +145,10 @@ def test_levels_are_those_of_timm():
     with torch.no_grad():
         found, want = mine.features(x), theirs.forward_intermediates(x, indices=3, intermediates_only=True)
     assert {name: tuple(level.shape[1:]) for name, level in found.items()} == {
-        "c2": (8, 16, 16), "c3": (16, 8, 8), "c4": (32, 4, 4)}
+        "c2": (8, 16, 16),
+        "c3": (16, 8, 8),
+        "c4": (32, 4, 4),
+    }
     for (name, level), one in zip(found.items(), want, strict=True):
         assert mine.levels[name] == (level.shape[1], 32 // level.shape[2])
         torch.testing.assert_close(level, one, **CLOSE)
@@ -124,9 +156,14 @@ def test_levels_are_those_of_timm():
         assert create("swin-t").levels == {"c2": (96, 4), "c3": (192, 8), "c4": (384, 16), "c5": (768, 32)}
 
 
-@pytest.mark.parametrize("size, theirs", [
-    ("swin-t", "swin_tiny_patch4_window7_224"), ("swin-b", "swin_base_patch4_window7_224"),
-    ("swin-l-384", "swin_large_patch4_window12_384")])
+@pytest.mark.parametrize(
+    "size, theirs",
+    [
+        ("swin-t", "swin_tiny_patch4_window7_224"),
+        ("swin-b", "swin_base_patch4_window7_224"),
+        ("swin-l-384", "swin_large_patch4_window12_384"),
+    ],
+)
 def test_published_sizes_have_timms_names_and_shapes(size, theirs):
     with torch.device("meta"):
         peer, mine = timm.create_model(theirs), create(size)
@@ -154,7 +191,7 @@ def test_tables_for_other_windows_are_spread_when_they_are_loaded():
     table = theirs.stages[1].blocks[0].attn.bias.weight.view(7, 7, 2).permute(2, 0, 1)[None]
     want = F.interpolate(table, (13, 13), mode="bicubic", align_corners=False)[0].flatten(1).T
     torch.testing.assert_close(mine.stages[1].blocks[0].attn.bias.weight, want)
-    for rows in (48, 36, 64):                            # no square, or one of an even side, which no window has
+    for rows in (48, 36, 64):  # no square, or one of an even side, which no window has
         with pytest.raises(WeightsError, match="bias"):
             weights.load(mine, {**mine.state_dict(), "stages.0.blocks.0.attn.bias.weight": torch.zeros(rows, 1)})
 
@@ -173,7 +210,15 @@ def test_chance_in_training_alone():
 def test_small_pictures_get_small_patches_and_windows():
     adapt = cards()["swin"].adapt
     assert {side: tuple(adapt({"image": side}).values()) for side in (8, 16, 28, 32, 64, 96, 128, 224)} == {
-        8: (1, 4), 16: (1, 4), 28: (2, 4), 32: (2, 4), 64: (4, 4), 96: (4, 6), 128: (), 224: ()}
+        8: (1, 4),
+        16: (1, 4),
+        28: (2, 4),
+        32: (2, 4),
+        64: (4, 4),
+        96: (4, 6),
+        128: (),
+        224: (),
+    }
 
 
 def test_refuses_what_cannot_be():

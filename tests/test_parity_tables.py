@@ -25,19 +25,29 @@ def test_piecewise_linear_equals_the_package_and_the_equation(bins):
     torch.nn.init.normal_(ours.curve)
     theirs = PiecewiseLinearEmbeddings([e.float() for e in edges], 4, activation=False, version="B")
     theirs = theirs.double()
-    theirs.load_state_dict({
-        "linear0.weight": ours.weight, "linear0.bias": ours.bias, "linear.weight": ours.curve,
-        **{key: tensor for key, tensor in theirs.state_dict().items() if key.startswith("impl.")}})
-    theirs.impl.weight.copy_(1 / edges.diff(dim=1))      # in double precision
+    theirs.load_state_dict(
+        {
+            "linear0.weight": ours.weight,
+            "linear0.bias": ours.bias,
+            "linear.weight": ours.curve,
+            **{key: tensor for key, tensor in theirs.state_dict().items() if key.startswith("impl.")},
+        }
+    )
+    theirs.impl.weight.copy_(1 / edges.diff(dim=1))  # in double precision
     theirs.impl.bias.copy_(-edges[:, :-1] / edges.diff(dim=1))
     x = 4 * torch.randn(50, 3, dtype=torch.float64)
-    x[0] = edges[:, 0]                                   # exactly on an edge
+    x[0] = edges[:, 0]  # exactly on an edge
     x[1] = edges[:, -1]
     ours_out, theirs_out = ours(x), theirs(x)
     torch.testing.assert_close(ours_out, theirs_out, rtol=1e-10, atol=1e-12)
-    if bins > 1:                                         # one interval goes on beyond both ends
-        slow = torch.tensor([[references.piecewise_linear(float(v), edges[column].tolist())
-                              for column, v in enumerate(values)] for values in x], dtype=torch.float64)
+    if bins > 1:  # one interval goes on beyond both ends
+        slow = torch.tensor(
+            [
+                [references.piecewise_linear(float(v), edges[column].tolist()) for column, v in enumerate(values)]
+                for values in x
+            ],
+            dtype=torch.float64,
+        )
         expected = torch.einsum("bnk,nkd->bnd", slow, ours.curve) + ours.bias + ours.weight * x[..., None]
         torch.testing.assert_close(ours_out, expected, rtol=1e-10, atol=1e-12)
 
@@ -46,7 +56,7 @@ def test_edges_start_at_the_quantiles_of_the_normal():
     block = PiecewiseLinear(2, 4, 3)
     expected = [-3.0, NormalDist().inv_cdf(0.25), 0.0, NormalDist().inv_cdf(0.75), 3.0]
     torch.testing.assert_close(block.edges, torch.tensor([expected, expected]))
-    assert (PiecewiseLinear(1, 2000, 1).edges.diff(dim=1) > 0).all()     # also where the tail passes 3
+    assert (PiecewiseLinear(1, 2000, 1).edges.diff(dim=1) > 0).all()  # also where the tail passes 3
     assert "edges" in block.state_dict()
     share = torch.histogram(torch.randn(20_000), torch.tensor(expected)).hist / 20_000
     torch.testing.assert_close(share, torch.full((4,), 0.25), rtol=0, atol=0.02)
@@ -77,7 +87,7 @@ def test_categories():
     assert one_hot(x).tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 1]]
     embed = CategoryEmbedding((3, 2), 4)
     assert embed(x).shape == (3, 2, 4)
-    assert not embed(x)[0].any() and embed(x)[2].any()   # unseen starts as nothing
+    assert not embed(x)[0].any() and embed(x)[2].any()  # unseen starts as nothing
     assert torch.equal(embed(x)[2, 1], embed.weight[4])
 
 
@@ -117,7 +127,7 @@ def test_members_differ_and_many_valued_columns_are_one_chunk():
     first = model.layers[0].r
     assert first.shape[1] == 2 * 5 + 3 + 5
     for start, stop in ((0, 5), (5, 10), (10, 13), (13, 18)):
-        assert (first[:, start:stop] == first[:, start:start + 1]).all()
+        assert (first[:, start:stop] == first[:, start : start + 1]).all()
     assert first[:, [0, 5, 10, 13]].unique().numel() == 4 * first.shape[0]
     output = model(torch.randn(2, 2), torch.tensor([[1, 150], [2, 3]]))
     assert output.std(1).min() > 0

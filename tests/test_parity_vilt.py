@@ -61,13 +61,13 @@ def test_where_it_looks_follows_the_attention_of_transformers():
     for layer in maps:
         step = (layer.mean(1) + torch.eye(layer.shape[-1])) / 2
         flow = torch.stack([step[i] @ flow[i] for i in range(4)])
-    seen = flow[:, 0, tokens.shape[1] + 1:]
+    seen = flow[:, 0, tokens.shape[1] + 1 :]
     found = ours.attention(image, tokens, mask)
     assert found.shape == (4, 3, 2)
     torch.testing.assert_close(found, (seen / seen.sum(1, keepdim=True)).view(4, 3, 2), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(found.sum((1, 2)), torch.ones(4, dtype=torch.float64))
-    alone = ours.attention(image[:1], tokens[:1, :int(mask[0].sum())])
-    torch.testing.assert_close(alone[0], found[0], rtol=1e-6, atol=1e-8)         # padding is not looked at
+    alone = ours.attention(image[:1], tokens[:1, : int(mask[0].sum())])
+    torch.testing.assert_close(alone[0], found[0], rtol=1e-6, atol=1e-8)  # padding is not looked at
 
 
 def in_order(peer, image: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -90,7 +90,7 @@ def test_files_of_transformers(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), ours.state_dict().values()))
     back = weights.read(weights.save(ours, tmp_path / "x.safetensors", "huggingface"))
     assert back.keys() == state.keys() and all(torch.equal(back[key], x) for key, x in state.items())
-    fewer = create("vilt-test", classes=9)               # other answers: the last layer stays fresh
+    fewer = create("vilt-test", classes=9)  # other answers: the last layer stays fresh
     assert set(weights.load(fewer, state, head="skip")) == {"head.weight", "head.bias"}
 
 
@@ -114,7 +114,7 @@ def test_refuses_what_does_not_fit():
 
 def test_learns_to_answer_about_pictures_never_seen():
     """Four squares, each in one of four colours; the question names a square, the answer is its colour."""
-    colours = torch.tensor(list(itertools.product(range(4), repeat=4)))          # all 256 pictures
+    colours = torch.tensor(list(itertools.product(range(4), repeat=4)))  # all 256 pictures
     colours = colours[torch.randperm(256, generator=torch.Generator().manual_seed(0))].repeat_interleave(4, 0)
     place = torch.arange(4).repeat(256)
     image = torch.nn.functional.one_hot(colours.view(-1, 2, 2), 4).permute(0, 3, 1, 2).float()
@@ -124,7 +124,7 @@ def test_learns_to_answer_about_pictures_never_seen():
     torch.manual_seed(0)
     model = create("vilt-test", image=8, channels=4, dim=64, heads=4)
     columns = {"image": image, "tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool), "target": target}
-    data = Batches(800, lambda i, _: {name: x[i] for name, x in columns.items()})        # of 200 pictures
+    data = Batches(800, lambda i, _: {name: x[i] for name, x in columns.items()})  # of 200 pictures
     objective = Supervised(model, card("vilt").inputs, Classification())
     trainer(objective, data, steps=400, batch=64, lr=2e-3, weight_decay=0.0).train()
     with torch.no_grad():

@@ -21,12 +21,14 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 def timm_vit(side: int = SIDE, **more) -> nn.Module:
     return timm.models.vision_transformer.VisionTransformer(
-        img_size=side, patch_size=PATCH, num_classes=CLASSES, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, **more)
+        img_size=side, patch_size=PATCH, num_classes=CLASSES, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, **more
+    )
 
 
 def timm_deit(side: int = SIDE, **more) -> nn.Module:
     return timm.models.deit.VisionTransformerDistilled(
-        img_size=side, patch_size=PATCH, num_classes=CLASSES, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, **more)
+        img_size=side, patch_size=PATCH, num_classes=CLASSES, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, **more
+    )
 
 
 def torchvision_vit(side: int = SIDE) -> nn.Module:
@@ -34,8 +36,16 @@ def torchvision_vit(side: int = SIDE) -> nn.Module:
 
 
 def settings(side: int = SIDE, **more) -> dict:
-    return {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": 4 * DIM,
-            "image_size": side, "patch_size": PATCH, "num_labels": CLASSES, **more}
+    return {
+        "hidden_size": DIM,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 4 * DIM,
+        "image_size": side,
+        "patch_size": PATCH,
+        "num_labels": CLASSES,
+        **more,
+    }
 
 
 def huggingface_vit(side: int = SIDE) -> nn.Module:
@@ -46,8 +56,13 @@ def huggingface_deit(side: int = SIDE) -> nn.Module:
     return transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**settings(side)))
 
 
-THEIRS = {"vit timm": timm_vit, "vit torchvision": torchvision_vit, "vit huggingface": huggingface_vit,
-          "deit timm": timm_deit, "deit huggingface": huggingface_deit}
+THEIRS = {
+    "vit timm": timm_vit,
+    "vit torchvision": torchvision_vit,
+    "vit huggingface": huggingface_vit,
+    "deit timm": timm_deit,
+    "deit huggingface": huggingface_deit,
+}
 EACH = pytest.mark.parametrize("kind", list(THEIRS))
 
 
@@ -55,8 +70,17 @@ def ours(kind: str, side: int = SIDE, **more) -> nn.Module:
     """Named like the peer; transformers has another eps."""
     name, origin = kind.split()
     eps = 1e-12 if origin == "huggingface" else 1e-6
-    return create(f"{name}-test", channels=3, image=side, patch=PATCH, dim=DIM, depth=DEPTH, heads=HEADS, classes=CLASSES,
-                  **{"eps": eps, **more}).eval()
+    return create(
+        f"{name}-test",
+        channels=3,
+        image=side,
+        patch=PATCH,
+        dim=DIM,
+        depth=DEPTH,
+        heads=HEADS,
+        classes=CLASSES,
+        **{"eps": eps, **more},
+    ).eval()
 
 
 def random(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -109,14 +133,24 @@ def test_they_read_ours(kind, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("size, origin, build", [
-    ("vit-b16", "timm", lambda: timm.create_model("vit_base_patch16_224")),
-    ("deit-base", "timm", lambda: timm.create_model("deit_base_distilled_patch16_224")),
-    ("vit-b16", "torchvision", lambda: torchvision.models.vit_b_16()),
-    ("vit-b16", "huggingface", lambda: on_disk(transformers.ViTForImageClassification(
-        transformers.ViTConfig(num_labels=1000)))),
-    ("deit-base", "huggingface", lambda: on_disk(transformers.DeiTForImageClassificationWithTeacher(
-        transformers.DeiTConfig(num_labels=1000))))])
+@pytest.mark.parametrize(
+    "size, origin, build",
+    [
+        ("vit-b16", "timm", lambda: timm.create_model("vit_base_patch16_224")),
+        ("deit-base", "timm", lambda: timm.create_model("deit_base_distilled_patch16_224")),
+        ("vit-b16", "torchvision", lambda: torchvision.models.vit_b_16()),
+        (
+            "vit-b16",
+            "huggingface",
+            lambda: on_disk(transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000))),
+        ),
+        (
+            "deit-base",
+            "huggingface",
+            lambda: on_disk(transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(num_labels=1000))),
+        ),
+    ],
+)
 def test_published_sizes_have_their_names_and_shapes(size, origin, build):
     with torch.device("meta"):
         theirs, mine = build(), create(size)
@@ -186,14 +220,14 @@ def test_weights_of_another_grid_are_spread_when_they_are_loaded(kind, side):
     assert weights.load(mine, theirs.state_dict()) == []
     x = torch.randn(2, 3, side, side)
     torch.testing.assert_close(logits(mine, x), logits(theirs, x), **CLOSE)
-    assert torch.equal(mine.pos.weight[:1 + first], theirs.pos_embed[0, :1 + first])     # tokens before patches keep theirs
+    assert torch.equal(mine.pos.weight[: 1 + first], theirs.pos_embed[0, : 1 + first])  # tokens before patches keep theirs
     resampled = timm.layers.resample_abs_pos_embed(theirs.pos_embed, [side // PATCH] * 2, num_prefix_tokens=1 + first)
     torch.testing.assert_close(mine.pos.weight, resampled[0], **CLOSE)
 
 
 def test_weights_that_cannot_be_spread_are_refused():
     mine = ours("vit timm")
-    for rows, dim in ((1, 16), (12, 16), (10, 8)):       # no patch, no square, another width
+    for rows, dim in ((1, 16), (12, 16), (10, 8)):  # no patch, no square, another width
         state = {**mine.state_dict(), "pos.weight": torch.zeros(rows, dim)}
         with pytest.raises(WeightsError, match=r"pos\.weight"):
             weights.load(mine, state)
@@ -248,16 +282,34 @@ def test_the_two_heads_of_deit():
     mine.dist.copy_(torch.randn(DIM))
     assert not torch.allclose(mine.train()(x)[:, 1], both[:, 1], atol=1e-3)
     mine.dist.copy_(other)
-    head = weights.load(mine, {**theirs.state_dict(), "head.weight": torch.zeros(7, DIM), "head.bias": torch.zeros(7),
-                               "head_dist.weight": torch.zeros(7, DIM), "head_dist.bias": torch.zeros(7)}, head="skip")
-    assert head == ["head.weight", "head.bias"]          # both heads stay fresh
+    head = weights.load(
+        mine,
+        {
+            **theirs.state_dict(),
+            "head.weight": torch.zeros(7, DIM),
+            "head.bias": torch.zeros(7),
+            "head_dist.weight": torch.zeros(7, DIM),
+            "head_dist.bias": torch.zeros(7),
+        },
+        head="skip",
+    )
+    assert head == ["head.weight", "head.bias"]  # both heads stay fresh
 
 
 @pytest.mark.parametrize("name", ["vit", "deit"])
 def test_small_pictures_get_small_patches(name):
     adapt = cards()[name].adapt
     assert [adapt({"image": side}).get("patch") for side in (8, 16, 28, 32, 64, 96, 127, 128, 224)] == [
-        2, 2, 4, 4, 8, 8, 16, None, None]
+        2,
+        2,
+        4,
+        4,
+        8,
+        8,
+        16,
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("size, std", [("vit-b16", 0.02), ("deit-base", 0.02), ("deit-tiny", 0.04)])

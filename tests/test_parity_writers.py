@@ -22,7 +22,7 @@ from writers import network, writer
 
 NAMES = ["t5", "bart", "mbart", "nllb", "nllb-moe"]
 EVERY = pytest.mark.parametrize("name", NAMES)
-CACHED = pytest.mark.parametrize("name", [*NAMES, "transformer"])        # whose peer and files stand elsewhere
+CACHED = pytest.mark.parametrize("name", [*NAMES, "transformer"])  # whose peer and files stand elsewhere
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 NEW = {"gated": True, "tied": False, "scaled": False}
 
@@ -40,11 +40,20 @@ def asked(peer: nn.Module, source, mask, tokens, real):
     """Logits of the real tokens, of ours or of theirs."""
     if hasattr(peer, "embed"):
         return peer(source, mask, tokens, real) * real[..., None]
-    return peer(input_ids=source, attention_mask=mask.long(), decoder_input_ids=tokens, decoder_attention_mask=real.long(),
-                use_cache=False).logits * real[..., None]
+    return (
+        peer(
+            input_ids=source,
+            attention_mask=mask.long(),
+            decoder_input_ids=tokens,
+            decoder_attention_mask=real.long(),
+            use_cache=False,
+        ).logits
+        * real[..., None]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- files
+
 
 @torch.no_grad()
 @EVERY
@@ -85,6 +94,7 @@ def test_a_network_that_bends_otherwise_is_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- T5
 
+
 @pytest.mark.parametrize("changes", [NEW, {"gated": True}, {"scaled": False}], ids=["v1.1", "gated", "unscaled"])
 def test_versions_of_t5(changes):
     """Outputs and gradients; transformers ties the head of version 1.1, so there it is untied by hand."""
@@ -108,7 +118,7 @@ def test_files_of_t5_of_version_1_1(tmp_path):
     fieldguide.save(ours, tmp_path / "published", "hf")
     said = json.loads((tmp_path / "published" / "config.json").read_text())
     assert said["tie_word_embeddings"] is False and said["feed_forward_proj"] == "gated-gelu"
-    del said["scale_decoder_outputs"]                    # older than this key
+    del said["scale_decoder_outputs"]  # older than this key
     (tmp_path / "published" / "config.json").write_text(json.dumps(said))
     inputs = batch("t5")
     again = fieldguide.load(tmp_path / "published")
@@ -124,14 +134,14 @@ def test_files_of_t5_of_version_1_1(tmp_path):
 @torch.no_grad()
 def test_old_files_of_t5_hold_more(tmp_path):
     theirs = random(network(create("t5-test")))
-    state = {key: x.clone() for key, x in theirs.state_dict().items()}           # the embedding under four names
+    state = {key: x.clone() for key, x in theirs.state_dict().items()}  # the embedding under four names
     state["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(6, 2)
     torch.save(state, tmp_path / "pytorch_model.bin")
     said = theirs.config.to_dict()
     del said["num_decoder_layers"], said["relative_attention_max_distance"], said["scale_decoder_outputs"]
     (tmp_path / "config.json").write_text(json.dumps(said | {"num_layers": 2}))
     with pytest.raises(fieldguide.errors.WeightsError, match=r"decoder\.block\.2"):
-        fieldguide.load(tmp_path)                        # without num_decoder_layers there are as many as in the encoder
+        fieldguide.load(tmp_path)  # without num_decoder_layers there are as many as in the encoder
     (tmp_path / "config.json").write_text(json.dumps(said | {"num_decoder_layers": 3, "relative_attention_max_distance": 5}))
     inputs = batch("t5")
     torch.testing.assert_close(asked(fieldguide.load(tmp_path), *inputs), asked(theirs, *inputs), rtol=2e-4, atol=2e-5)
@@ -181,6 +191,7 @@ def test_the_encoder_of_the_largest_has_the_published_count():
 
 
 # ---------------------------------------------------------------------------------------------- places, experts, chance
+
 
 def test_places_are_those_of_transformers():
     theirs = transformers.models.m2m_100.modeling_m2m_100.M2M100SinusoidalPositionalEmbedding(1024, 64, 1)
@@ -232,7 +243,7 @@ def test_balance_is_least_where_all_experts_are_liked_alike():
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, Experts):
-                m.router.weight.zero_()                  # all alike: the first of equals is chosen
+                m.router.weight.zero_()  # all alike: the first of equals is chosen
     model(source, None, tokens)
     assert model.balance().item() == pytest.approx(1.0)
     with torch.no_grad():
@@ -258,6 +269,7 @@ def test_dropout_is_chance_in_training_alone(name, field):
 
 # ---------------------------------------------------------------------------------------------- caches and beams
 
+
 @torch.no_grad()
 @CACHED
 @pytest.mark.parametrize("pieces", [(9,), (5, 1, 1, 1, 1), (1,) * 9, (4, 3, 2)], ids=str)
@@ -265,14 +277,15 @@ def test_with_cache_equals_the_whole_row(name, pieces):
     """The source is read once; padding on the left, in some rows, moves nothing."""
     model, (source, mask, tokens, _) = tiny(name), batch(name)
     cache = model.new_cache(len(tokens), 9)
-    parts = [model(None if i else source, None if i else mask, piece, cache=cache)
-             for i, piece in enumerate(tokens.split(pieces, 1))]
+    parts = [
+        model(None if i else source, None if i else mask, piece, cache=cache) for i, piece in enumerate(tokens.split(pieces, 1))
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), model(source, mask, tokens), **CLOSE)
     real = torch.arange(9) >= torch.tensor([[0], [3], [1], [0], [4]])
     cache = model.new_cache(len(tokens), 9)
     parts = [model(source, mask, piece, one, cache) for piece, one in zip(tokens.split(pieces, 1), real.split(pieces, 1))]
     for row in range(5):
-        alone = model(source[row:row + 1], mask[row:row + 1], tokens[row:row + 1, real[row]])
+        alone = model(source[row : row + 1], mask[row : row + 1], tokens[row : row + 1, real[row]])
         torch.testing.assert_close(torch.cat(parts, 1)[row, real[row]], alone[0], **CLOSE)
 
 
@@ -286,7 +299,7 @@ def test_beams_share_their_source_and_change_places(name):
     first = model(source, mask, tokens[:, :5], cache=cache)
     assert {len(x) for pair in cache.cross[0] for x in pair} == {2}
     cache.select(order)
-    rest = torch.cat([model(None, None, tokens[:, step:step + 1], cache=cache) for step in range(5, 9)], 1)
+    rest = torch.cat([model(None, None, tokens[:, step : step + 1], cache=cache) for step in range(5, 9)], 1)
     wide, real = source.repeat_interleave(3, 0), mask.repeat_interleave(3, 0)
     torch.testing.assert_close(first, model(wide, real, tokens[:, :5]), **CLOSE)
     whole = model(wide, real, torch.cat([tokens[order, :5], tokens[:, 5:]], 1))
@@ -300,12 +313,13 @@ def test_beam_search_finds_the_best_of_all(name):
     model, (source, mask, _, _) = tiny(name), batch(name, 2)
     beams = 30
     cache = model.new_cache(2 * beams, 3)
-    _, scores = beam_search(lambda t: model(source, mask, t, cache=cache), cache, begin=3, ends=(1,), beams=beams, most=2,
-                            penalty=0.0)
+    _, scores = beam_search(
+        lambda t: model(source, mask, t, cache=cache), cache, begin=3, ends=(1,), beams=beams, most=2, penalty=0.0
+    )
     for row in range(2):
-        start = model(source[row:row + 1], mask[row:row + 1], torch.tensor([[3]]))[0, -1].log_softmax(-1)
+        start = model(source[row : row + 1], mask[row : row + 1], torch.tensor([[3]]))[0, -1].log_softmax(-1)
         others = torch.tensor([[3, t] for t in range(30) if t != 1])
-        wide, real = (x[row:row + 1].expand(29, -1) for x in (source, mask))
+        wide, real = (x[row : row + 1].expand(29, -1) for x in (source, mask))
         after = model(wide, real, others)[:, -1].log_softmax(-1)
         every = torch.cat([start[1:2], (start[others[:, 1], None] + after).flatten()])
         torch.testing.assert_close(scores[row].double(), every.topk(beams).values, rtol=1e-5, atol=1e-5)

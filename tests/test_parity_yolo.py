@@ -81,14 +81,24 @@ def test_names_of_public_files():
     with torch.device("meta"):
         state = weights.translate(create("yolov8n").state_dict(), table(), reverse=True)
     assert len(state) == 355 and sum(name.endswith("num_batches_tracked") for name in state) == 57
-    shapes = {"model.0.conv.weight": (16, 3, 3, 3), "model.0.bn.running_var": (16,), "model.2.cv2.conv.weight": (32, 48, 1, 1),
-              "model.4.m.1.cv2.conv.weight": (32, 32, 3, 3), "model.9.cv2.conv.weight": (256, 512, 1, 1),
-              "model.12.cv1.conv.weight": (128, 384, 1, 1), "model.15.m.0.cv1.bn.bias": (32,),
-              "model.16.conv.weight": (64, 64, 3, 3), "model.18.cv1.conv.weight": (128, 192, 1, 1),
-              "model.19.conv.weight": (128, 128, 3, 3), "model.21.cv1.conv.weight": (256, 384, 1, 1),
-              "model.22.cv2.0.2.bias": (64,), "model.22.cv2.2.0.conv.weight": (64, 256, 3, 3),
-              "model.22.cv3.1.1.conv.weight": (80, 80, 3, 3), "model.22.cv3.2.2.weight": (80, 80, 1, 1),
-              "model.22.dfl.conv.weight": (1, 16, 1, 1)}
+    shapes = {
+        "model.0.conv.weight": (16, 3, 3, 3),
+        "model.0.bn.running_var": (16,),
+        "model.2.cv2.conv.weight": (32, 48, 1, 1),
+        "model.4.m.1.cv2.conv.weight": (32, 32, 3, 3),
+        "model.9.cv2.conv.weight": (256, 512, 1, 1),
+        "model.12.cv1.conv.weight": (128, 384, 1, 1),
+        "model.15.m.0.cv1.bn.bias": (32,),
+        "model.16.conv.weight": (64, 64, 3, 3),
+        "model.18.cv1.conv.weight": (128, 192, 1, 1),
+        "model.19.conv.weight": (128, 128, 3, 3),
+        "model.21.cv1.conv.weight": (256, 384, 1, 1),
+        "model.22.cv2.0.2.bias": (64,),
+        "model.22.cv2.2.0.conv.weight": (64, 256, 3, 3),
+        "model.22.cv3.1.1.conv.weight": (80, 80, 3, 3),
+        "model.22.cv3.2.2.weight": (80, 80, 1, 1),
+        "model.22.dfl.conv.weight": (1, 16, 1, 1),
+    }
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
 
 

@@ -49,8 +49,11 @@ def test_a_folder_of_transformers_there_and_back(tmp_path):
 def test_the_first_gpt_there_and_back(tmp_path):
     """With the names of its first files too, which had no prefix and kept the causal mask."""
     torch.manual_seed(0)
-    theirs = settled(transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(
-        vocab_size=40, n_positions=16, n_embd=12, n_layer=3, n_head=2)))
+    theirs = settled(
+        transformers.OpenAIGPTLMHeadModel(
+            transformers.OpenAIGPTConfig(vocab_size=40, n_positions=16, n_embd=12, n_layer=3, n_head=2)
+        )
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     ours, tokens = fieldguide.load(tmp_path / "theirs"), torch.randint(40, (2, 9))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits)
@@ -73,23 +76,38 @@ def test_a_configuration_of_another_network_is_refused_by_name(tmp_path):
 @torch.no_grad()
 def test_a_file_is_recognised_by_names_and_shapes(tmp_path):
     x = torch.randn(2, 3, 64, 64)
-    for theirs, size in ((torchvision.models.resnet18(num_classes=11), "resnet18"),
-                         (timm.create_model("resnet34", num_classes=4), "resnet34")):
+    for theirs, size in (
+        (torchvision.models.resnet18(num_classes=11), "resnet18"),
+        (timm.create_model("resnet34", num_classes=4), "resnet34"),
+    ):
         torch.save(settled(theirs).state_dict(), tmp_path / "weights.pth")
         _, found, *_ = identify.recognised(theirs.state_dict(), "a file")
         assert found == size
         torch.testing.assert_close(fieldguide.load(tmp_path / "weights.pth")(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "gives"), [
-    ("Model", "vector"), ("ForPreTraining", "words"), ("ForMaskedLM", "words"), ("ForSequenceClassification", "label"),
-    ("ForTokenClassification", "labels"), ("ForQuestionAnswering", "span")])
+@pytest.mark.parametrize(
+    ("kind", "gives"),
+    [
+        ("Model", "vector"),
+        ("ForPreTraining", "words"),
+        ("ForMaskedLM", "words"),
+        ("ForSequenceClassification", "label"),
+        ("ForTokenClassification", "labels"),
+        ("ForQuestionAnswering", "span"),
+    ],
+)
 @torch.no_grad()
 def test_lone_files_of_bert_are_told_by_their_heads(kind, gives, tmp_path):
     torch.manual_seed(0)
     more = {} if kind in ("Model", "ForPreTraining", "ForMaskedLM", "ForQuestionAnswering") else {"num_labels": 5}
-    theirs = settled(getattr(transformers, "Bert" + kind)(transformers.BertConfig(
-        vocab_size=70, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512, **more)))
+    theirs = settled(
+        getattr(transformers, "Bert" + kind)(
+            transformers.BertConfig(
+                vocab_size=70, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512, **more
+            )
+        )
+    )
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", WeightsWarning)  # which names the tensors of other heads
@@ -102,15 +120,24 @@ def test_lone_files_of_bert_are_told_by_their_heads(kind, gives, tmp_path):
         torch.testing.assert_close(ours.features(tokens), out.last_hidden_state, rtol=1e-4, atol=1e-5)
     elif gives == "span":
         wanted = torch.stack([out.start_logits, out.end_logits], -1)
-        torch.testing.assert_close(ours(tokens).reshape_as(wanted) if ours(tokens).shape == wanted.shape
-                                   else ours(tokens).mT, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            ours(tokens).reshape_as(wanted) if ours(tokens).shape == wanted.shape else ours(tokens).mT,
+            wanted,
+            rtol=1e-4,
+            atol=1e-5,
+        )
     else:
         torch.testing.assert_close(ours(tokens), out[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "card", "more"), [
-    ("deit_tiny_distilled_patch16_224", "deit", {"num_classes": 5}), ("vit_small_patch14_dinov2", "dinov2", {}),
-    ("vit_small_patch14_reg4_dinov2", "dinov2", {})])
+@pytest.mark.parametrize(
+    ("name", "card", "more"),
+    [
+        ("deit_tiny_distilled_patch16_224", "deit", {"num_classes": 5}),
+        ("vit_small_patch14_dinov2", "dinov2", {}),
+        ("vit_small_patch14_reg4_dinov2", "dinov2", {}),
+    ],
+)
 @torch.no_grad()
 def test_folders_of_timm_by_name(name, card, more, tmp_path):
     side = 224 if card == "deit" else 56
@@ -118,15 +145,17 @@ def test_folders_of_timm_by_name(name, card, more, tmp_path):
     torch.manual_seed(0)
     theirs = settled(timm.create_model(name, **asked, **({} if more else {"num_classes": 0}), **more))
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "model_args": asked, **more, "pretrained_cfg": {
-        "mean": [0.5] * 3, "std": [0.5] * 3}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": name, "model_args": asked, **more, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}})
+    )
     ours, x = fieldguide.load(tmp_path), torch.randn(1, 3, side, side)
     assert (type(ours).__name__.lower(), ours.config.image) == (card, side)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
     fieldguide.save(ours, tmp_path / "back.safetensors", "timm")
     back = weights.read(tmp_path / "back.safetensors")
     assert {k: tuple(v.shape) for k, v in back.items() if "pos_embed" not in k} == {
-        k: tuple(v.shape) for k, v in theirs.state_dict().items() if "pos_embed" not in k}
+        k: tuple(v.shape) for k, v in theirs.state_dict().items() if "pos_embed" not in k
+    }
 
 
 def test_every_name_of_timm_is_of_the_size_that_it_is_called(tmp_path):
@@ -148,8 +177,13 @@ def test_a_file_of_fairseq_with_its_arguments(tmp_path):
     ours = settled(create("roberta-test"))
     ours.segment.weight.zero_()
     weights.save(ours, tmp_path / "fs.safetensors", "fairseq")
-    torch.save({"args": argparse.Namespace(arch="roberta_base", nested=argparse.Namespace(x=[1, 2])),
-                "model": weights.read(tmp_path / "fs.safetensors")}, tmp_path / "model.pt")
+    torch.save(
+        {
+            "args": argparse.Namespace(arch="roberta_base", nested=argparse.Namespace(x=[1, 2])),
+            "model": weights.read(tmp_path / "fs.safetensors"),
+        },
+        tmp_path / "model.pt",
+    )
     again = create("roberta-test")
     assert weights.load(again, tmp_path / "model.pt") == []
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values()))
@@ -171,15 +205,18 @@ def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
         fieldguide.load(tmp_path / "odd.pth")
 
 
-@pytest.mark.parametrize("name, origin", [(c.name, o) for c in cards().values() for o, table in c.configs.items()
-                                          if table.keys() & set(config_mapping.WRITTEN)])
+@pytest.mark.parametrize(
+    "name, origin",
+    [(c.name, o) for c in cards().values() for o, table in c.configs.items() if table.keys() & set(config_mapping.WRITTEN)],
+)
 def test_configurations_there_and_back(name, origin):
     """What is written is recognised and read as the same config; every number that a size may change is in the table."""
     card = cards()[name]
     for size in card.sizes:
         config = card.config(**card.sizes[size].overrides)
-        if unsaid := [row for row in card.configs[origin].values() if isinstance(row, Fixed)
-                      and getattr(config, row.ours) != row.value]:
+        if unsaid := [
+            row for row in card.configs[origin].values() if isinstance(row, Fixed) and getattr(config, row.ours) != row.value
+        ]:
             with pytest.raises(WeightsError, match=rf"{unsaid[0].ours}=.* cannot be written so: there, "):
                 config_mapping.outwards(card, card.configs[origin], config)
             continue
@@ -202,14 +239,29 @@ def test_the_size_may_be_said(tmp_path):
 
 
 DECODERS = {
-    "llama": {"num_key_value_heads": 2, "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8}},
+    "llama": {
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        },
+    },
     "qwen3": {"num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True},
     "mixtral": {"num_key_value_heads": 1, "num_local_experts": 3},
     "gemma": {"num_key_value_heads": 2, "head_dim": 6},
-    "gemma2": {"num_key_value_heads": 2, "head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 7,
-               "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "attn_implementation": "eager"},
+    "gemma2": {
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 0.5,
+        "final_logit_softcapping": 2.0,
+        "attn_implementation": "eager",
+    },
     "gemma3_text": {"num_key_value_heads": 1, "head_dim": 4, "sliding_window": 4, "query_pre_attn_scalar": 7},
 }
 
@@ -219,14 +271,28 @@ DECODERS = {
 def test_decoders_of_transformers_there_and_back(kind, tmp_path):
     """With padding on the left, and written again bit-equal."""
     torch.manual_seed(0)
-    theirs = settled(transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
-        kind, vocab_size=30, max_position_embeddings=32, hidden_size=16, num_hidden_layers=7, num_attention_heads=4,
-        intermediate_size=20, pad_token_id=None, bos_token_id=None, eos_token_id=None, **DECODERS[kind])))
+    theirs = settled(
+        transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(
+                kind,
+                vocab_size=30,
+                max_position_embeddings=32,
+                hidden_size=16,
+                num_hidden_layers=7,
+                num_attention_heads=4,
+                intermediate_size=20,
+                pad_token_id=None,
+                bos_token_id=None,
+                eos_token_id=None,
+                **DECODERS[kind],
+            )
+        )
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     ours, tokens = fieldguide.load(tmp_path / "theirs"), torch.randint(30, (2, 11))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     fieldguide.save(ours, tmp_path / "ours", "hf")
-    how = {"attn_implementation": "eager"} if "attn_implementation" in DECODERS[kind] else {}    # another knows no caps
+    how = {"attn_implementation": "eager"} if "attn_implementation" in DECODERS[kind] else {}  # another knows no caps
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **how).eval()
     assert torch.equal(back(tokens).logits, theirs(tokens).logits)
     cache = ours.new_cache(2)
@@ -234,14 +300,14 @@ def test_decoders_of_transformers_there_and_back(kind, tmp_path):
     steps = [ours(tokens[:, i:j], mask[:, i:j], cache) for i, j in ((0, 6), (6, 7), (7, 11))]
     alone = ours(tokens[1:, 4:])
     torch.testing.assert_close(torch.cat(steps, 1)[0], ours(tokens)[0], rtol=1e-4, atol=1e-4)
-    if kind not in ("gemma2", "gemma3_text"):            # whose windows count places, padded or not, as those there do
+    if kind not in ("gemma2", "gemma3_text"):  # whose windows count places, padded or not, as those there do
         torch.testing.assert_close(torch.cat(steps, 1)[1, 4:], alone[0], rtol=1e-4, atol=1e-4)
 
 
 def interleaved(matrix: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of each head from halves to neighbours, as Meta's files lie."""
     width = len(matrix) // heads
-    return torch.cat([matrix[h * width:][[i // 2 + i % 2 * width // 2 for i in range(width)]] for h in range(heads)])
+    return torch.cat([matrix[h * width :][[i // 2 + i % 2 * width // 2 for i in range(width)]] for h in range(heads)])
 
 
 @torch.no_grad()
@@ -276,28 +342,54 @@ def test_files_of_meta(shards, tmp_path):
         put(f"layers.{i}.ffn_norm.weight", state[f"blocks.{i}.norm2.weight"], None)
     for number, file in enumerate(files):
         torch.save(file, tmp_path / f"consolidated.{number:02}.pth")
-    (tmp_path / "params.json").write_text(json.dumps({
-        "dim": c.dim, "n_layers": c.depth, "n_heads": c.heads, "n_kv_heads": c.groups, "vocab_size": -1,
-        "norm_eps": c.eps, "multiple_of": 4, "ffn_dim_multiplier": 0.25}))
+    (tmp_path / "params.json").write_text(
+        json.dumps(
+            {
+                "dim": c.dim,
+                "n_layers": c.depth,
+                "n_heads": c.heads,
+                "n_kv_heads": c.groups,
+                "vocab_size": -1,
+                "norm_eps": c.eps,
+                "multiple_of": 4,
+                "ffn_dim_multiplier": 0.25,
+            }
+        )
+    )
     again = fieldguide.load(tmp_path)
     assert again.config == c and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), state.values()))
 
 
 # params.json as published: dim, layers, heads, of keys, multiple_of, ffn_dim_multiplier (0: neither is there), eps.
-OLD = {"llama-7b": (4096, 32, 32, 0, 256, 0, 1e-6), "llama-13b": (5120, 40, 40, 0, 256, 0, 1e-6),
-       "llama-30b": (6656, 60, 52, 0, 256, 0, 1e-6), "llama-65b": (8192, 80, 64, 0, 256, 0, 1e-5),
-       "llama2-7b": (4096, 32, 32, 0, 256, 0, 1e-5), "llama2-13b": (5120, 40, 40, 0, 256, 0, 1e-5),
-       "llama2-70b": (8192, 80, 64, 8, 4096, 1.3, 1e-5)}
+OLD = {
+    "llama-7b": (4096, 32, 32, 0, 256, 0, 1e-6),
+    "llama-13b": (5120, 40, 40, 0, 256, 0, 1e-6),
+    "llama-30b": (6656, 60, 52, 0, 256, 0, 1e-6),
+    "llama-65b": (8192, 80, 64, 0, 256, 0, 1e-5),
+    "llama2-7b": (4096, 32, 32, 0, 256, 0, 1e-5),
+    "llama2-13b": (5120, 40, 40, 0, 256, 0, 1e-5),
+    "llama2-70b": (8192, 80, 64, 8, 4096, 1.3, 1e-5),
+}
 NEW = {"llama3-8b": (4096, 32, 32, 8, 1024, 1.3, 1e-5), "llama3-70b": (8192, 80, 64, 8, 4096, 1.3, 1e-5)}
-SCALED = {"llama3.1-8b": NEW["llama3-8b"], "llama3.1-70b": NEW["llama3-70b"],
-          "llama3.1-405b": (16_384, 126, 128, 8, 4096, 1.2, 1e-5), "llama3.2-1b": (2048, 16, 32, 8, 256, 1.5, 1e-5),
-          "llama3.2-3b": (3072, 28, 24, 8, 256, 1.0, 1e-5)}
+SCALED = {
+    "llama3.1-8b": NEW["llama3-8b"],
+    "llama3.1-70b": NEW["llama3-70b"],
+    "llama3.1-405b": (16_384, 126, 128, 8, 4096, 1.2, 1e-5),
+    "llama3.2-1b": (2048, 16, 32, 8, 256, 1.5, 1e-5),
+    "llama3.2-3b": (3072, 28, 24, 8, 256, 1.0, 1e-5),
+}
 
 
 def params(name: str) -> dict:
     dim, layers, heads, keys, multiple, wider, eps = (OLD | NEW | SCALED)[name]
-    said = {"dim": dim, "multiple_of": multiple, "n_heads": heads, "n_layers": layers, "norm_eps": eps,
-            "vocab_size": -1 if name in OLD else 128_256}
+    said = {
+        "dim": dim,
+        "multiple_of": multiple,
+        "n_heads": heads,
+        "n_layers": layers,
+        "norm_eps": eps,
+        "vocab_size": -1 if name in OLD else 128_256,
+    }
     said |= ({"n_kv_heads": keys} if keys else {}) | ({"ffn_dim_multiplier": wider} if wider else {})
     return said | ({} if name in OLD else {"rope_theta": 500_000.0}) | ({"use_scaled_rope": True} if name in SCALED else {})
 
@@ -316,8 +408,10 @@ def test_params_of_meta_as_published(name):
     assert got.eps == said["norm_eps"]
 
 
-@pytest.mark.parametrize(("name", "length", "factor"), [("llama-7b", 2048, 0), ("llama2-13b", 4096, 0), ("llama3-8b", 8192, 0),
-                                                        ("llama3.2-1b", 131_072, 32)])
+@pytest.mark.parametrize(
+    ("name", "length", "factor"),
+    [("llama-7b", 2048, 0), ("llama2-13b", 4096, 0), ("llama3-8b", 8192, 0), ("llama3.2-1b", 131_072, 32)],
+)
 @torch.no_grad()
 def test_small_files_of_meta_compute_as_their_generation(name, length, factor, tmp_path):
     """Fewer layers, of the published width where it tells generations apart, beside transformers with what is published."""
@@ -328,19 +422,50 @@ def test_small_files_of_meta_compute_as_their_generation(name, length, factor, t
         said["vocab_size"] = vocab
     hidden = 8 * -(-int(said.get("ffn_dim_multiplier", 1.0) * int(8 * 32 / 3)) // 8)
     groups, base = said.get("n_kv_heads", 4), said.get("rope_theta", 10_000.0)
-    rope = {"rope_type": "llama3", "rope_theta": base, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192} if factor else {"rope_type": "default", "rope_theta": base}
+    rope = (
+        {
+            "rope_type": "llama3",
+            "rope_theta": base,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        if factor
+        else {"rope_type": "default", "rope_theta": base}
+    )
     torch.manual_seed(0)
-    theirs = settled(transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=groups, max_position_embeddings=length, rms_norm_eps=said["norm_eps"], rope_parameters=rope)))
+    theirs = settled(
+        transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=vocab,
+                hidden_size=32,
+                intermediate_size=hidden,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=groups,
+                max_position_embeddings=length,
+                rms_norm_eps=said["norm_eps"],
+                rope_parameters=rope,
+            )
+        )
+    )
     state, files = theirs.state_dict(), {}
     for key, tensor in state.items():
-        for theirs_name, meta in (("model.embed_tokens", "tok_embeddings"), ("model.norm", "norm"), ("lm_head", "output"),
-                                  ("model.layers", "layers"), ("self_attn", "attention"), ("input_layernorm", "attention_norm"),
-                                  ("post_attention_layernorm", "ffn_norm"), ("mlp.gate_proj", "feed_forward.w1"),
-                                  ("mlp.up_proj", "feed_forward.w3"), ("mlp.down_proj", "feed_forward.w2"), ("_proj", ""),
-                                  ("attention.", "attention.w")):
+        for theirs_name, meta in (
+            ("model.embed_tokens", "tok_embeddings"),
+            ("model.norm", "norm"),
+            ("lm_head", "output"),
+            ("model.layers", "layers"),
+            ("self_attn", "attention"),
+            ("input_layernorm", "attention_norm"),
+            ("post_attention_layernorm", "ffn_norm"),
+            ("mlp.gate_proj", "feed_forward.w1"),
+            ("mlp.up_proj", "feed_forward.w3"),
+            ("mlp.down_proj", "feed_forward.w2"),
+            ("_proj", ""),
+            ("attention.", "attention.w"),
+        ):
             key = key.replace(theirs_name, meta)
         heads = 4 if key.endswith("wq.weight") else groups
         files[key] = interleaved(tensor, heads) if key.endswith(("wq.weight", "wk.weight")) else tensor.clone()
@@ -355,12 +480,21 @@ def test_files_of_llama_cpp(tmp_path):
     """Eight-bit numbers as they were packed, rotations turned back, and the stretch that only a tensor tells of."""
     gguf = pytest.importorskip("gguf")
     import numpy as np
+
     ours = settled(create("llama-test", dim=64, hidden=32, heads=2, groups=1, stretch=(4.0, 1.0, 4.0, 8192.0), tied=True))
     c, state = ours.config, ours.state_dict()
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    for key, value in {"vocab_size": c.vocab, "context_length": c.length, "embedding_length": c.dim, "block_count": c.depth,
-                       "feed_forward_length": c.hidden, "head_count": c.heads, "head_count_kv": c.groups,
-                       "layer_norm_rms_eps": c.eps, "rope_freq_base": c.base}.items():
+    for key, value in {
+        "vocab_size": c.vocab,
+        "context_length": c.length,
+        "embedding_length": c.dim,
+        "block_count": c.depth,
+        "feed_forward_length": c.hidden,
+        "head_count": c.heads,
+        "head_count_kv": c.groups,
+        "layer_norm_rms_eps": c.eps,
+        "rope_freq_base": c.base,
+    }.items():
         getattr(writer, f"add_{key}")(value)
     names = weights.tables(ours)["gguf"]
     public = weights.translate({k: v for k, v in state.items() if k != "head.weight"}, names, reverse=True)
@@ -387,8 +521,16 @@ def test_files_of_llama_cpp(tmp_path):
 def test_networks_that_are_about_to_be_filled_draw_no_numbers():
     """Zeros stand for them, which lie within the bounds of a cut normal too: torch draws one again until all do."""
     with identify.Unfilled():
-        for draw in (nn.init.normal_, nn.init.uniform_, nn.init.xavier_normal_, nn.init.xavier_uniform_, Tensor.normal_,
-                     nn.init.kaiming_normal_, nn.init.kaiming_uniform_, lambda x: nn.init.trunc_normal_(x, std=0.02)):
+        for draw in (
+            nn.init.normal_,
+            nn.init.uniform_,
+            nn.init.xavier_normal_,
+            nn.init.xavier_uniform_,
+            Tensor.normal_,
+            nn.init.kaiming_normal_,
+            nn.init.kaiming_uniform_,
+            lambda x: nn.init.trunc_normal_(x, std=0.02),
+        ):
             assert not draw(torch.full((3, 4), 7.0)).any()
         layers = nn.Linear(3, 4), nn.Conv2d(1, 2, 3), nn.Embedding(3, 2)
     assert not any(p.any() for layer in layers for p in layer.parameters())

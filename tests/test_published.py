@@ -27,8 +27,11 @@ NAMES = {"id2label": dict(enumerate(KINDS)), "label2id": {name: i for i, name in
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SENTENCES = ["the cat sat on the mat", "don't you'll we've", "a naïve café", ""]
 SCALE = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-OLD = {"vit": {"size": 24, **SCALE}, "deit": {"size": 28, "crop_size": 24, "resample": 3, **SCALE},
-       "convnext": {"size": 24, "crop_pct": 0.875, **SCALE}}
+OLD = {
+    "vit": {"size": 24, **SCALE},
+    "deit": {"size": 28, "crop_size": 24, "resample": 3, **SCALE},
+    "convnext": {"size": 24, "crop_pct": 0.875, **SCALE},
+}
 
 
 def files(pictures) -> list[str]:
@@ -36,24 +39,33 @@ def files(pictures) -> list[str]:
 
 
 def seen(processor, paths) -> torch.Tensor:
-    return torch.cat([torch.as_tensor(np.asarray(processor(Image.open(p).convert("RGB"))["pixel_values"][0]))[None]
-                      for p in paths])
+    return torch.cat(
+        [torch.as_tensor(np.asarray(processor(Image.open(p).convert("RGB"))["pixel_values"][0]))[None] for p in paths]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-@pytest.mark.parametrize("name, said", [
-    ("ViTImageProcessorPil", {"size": {"height": 24, "width": 24}}), ("ViTImageProcessorPil", {
-        "size": {"height": 24, "width": 24}, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "do_normalize": True}),
-    ("ViTImageProcessorPil", {"size": {"height": 24, "width": 24}, "do_normalize": False}),
-    ("DeiTImageProcessorPil", {"size": {"height": 30, "width": 30}, "crop_size": {"height": 24, "width": 24}}),
-    ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 24}}),
-    ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 24}, "crop_pct": 0.75, "resample": 3}),
-    ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 384}}),
-    ("EfficientNetImageProcessorPil", {"size": {"height": 24, "width": 24}}),
-    ("EfficientNetImageProcessorPil", {"size": {"height": 24, "width": 24}, "include_top": False, "resample": 2}),
-    ("BitImageProcessorPil", {"size": {"shortest_edge": 28}, "crop_size": {"height": 24, "width": 24}})],
-    ids=lambda v: v if isinstance(v, str) else "")
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("ViTImageProcessorPil", {"size": {"height": 24, "width": 24}}),
+        (
+            "ViTImageProcessorPil",
+            {"size": {"height": 24, "width": 24}, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "do_normalize": True},
+        ),
+        ("ViTImageProcessorPil", {"size": {"height": 24, "width": 24}, "do_normalize": False}),
+        ("DeiTImageProcessorPil", {"size": {"height": 30, "width": 30}, "crop_size": {"height": 24, "width": 24}}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 24}}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 24}, "crop_pct": 0.75, "resample": 3}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 384}}),
+        ("EfficientNetImageProcessorPil", {"size": {"height": 24, "width": 24}}),
+        ("EfficientNetImageProcessorPil", {"size": {"height": 24, "width": 24}, "include_top": False, "resample": 2}),
+        ("BitImageProcessorPil", {"size": {"shortest_edge": 28}, "crop_size": {"height": 24, "width": 24}}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_pictures_are_prepared_as_by_transformers(pictures, tmp_path, name, said):
     theirs = getattr(transformers, name)(**said)
     theirs.save_pretrained(tmp_path)
@@ -70,17 +82,25 @@ def test_old_files_leave_open_whose_they_are(pictures, tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     name = {"vit": "ViTImageProcessorPil", "deit": "DeiTImageProcessorPil", "convnext": "ConvNextImageProcessorPil"}[kind]
     how, paths = prepared(tmp_path, 24, 3), files(pictures)
-    torch.testing.assert_close(how.apply(how.load(paths)), seen(getattr(transformers, name)(**OLD[kind]), paths), rtol=0,
-                               atol=1e-5)
+    torch.testing.assert_close(
+        how.apply(how.load(paths)), seen(getattr(transformers, name)(**OLD[kind]), paths), rtol=0, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("said", [
-    {"crop_pct": 0.875, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)},
-    {"crop_pct": 1.0, "interpolation": "bilinear"}, {}, {"crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "squash"}],
-    ids=["crop", "whole", "unsaid", "squash"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"crop_pct": 0.875, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)},
+        {"crop_pct": 1.0, "interpolation": "bilinear"},
+        {},
+        {"crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "squash"},
+    ],
+    ids=["crop", "whole", "unsaid", "squash"],
+)
 def test_pictures_are_prepared_as_by_timm(pictures, tmp_path, said):
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {
-        "input_size": [3, 24, 24], **said}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 24, 24], **said}})
+    )
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg={"input_size": (3, 24, 24), **said}))
     how, paths = prepared(tmp_path, 24, 3, IMAGENET), files(pictures)
     want = torch.stack([theirs(Image.open(path).convert("RGB")) for path in paths])
@@ -92,8 +112,9 @@ def photos(tmp_path_factory):
     """A ViT that knows three classes, as the hub has it."""
     path = tmp_path_factory.mktemp("vit")
     torch.manual_seed(0)
-    theirs = settled(transformers.ViTForImageClassification(transformers.ViTConfig(
-        **SMALL, image_size=24, patch_size=8, **NAMES)))
+    theirs = settled(
+        transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=24, patch_size=8, **NAMES))
+    )
     theirs.save_pretrained(path)
     ready = transformers.ViTImageProcessorPil(size={"height": 24, "width": 24})
     ready.save_pretrained(path)
@@ -121,8 +142,21 @@ def test_a_resnet_of_timm_without_names(tmp_path, pictures):
     torch.manual_seed(0)
     theirs = timm.create_model("resnet18", num_classes=3).eval()
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {
-        "input_size": [3, 64, 64], "crop_pct": 0.95, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": "resnet18",
+                "num_classes": 3,
+                "pretrained_cfg": {
+                    "input_size": [3, 64, 64],
+                    "crop_pct": 0.95,
+                    "interpolation": "bicubic",
+                    "mean": [0.5] * 3,
+                    "std": [0.5] * 3,
+                },
+            }
+        )
+    )
     way = timm.data.create_transform((3, 64, 64), crop_pct=0.95, interpolation="bicubic", mean=[0.5] * 3, std=[0.5] * 3)
     with torch.no_grad():
         want = theirs(torch.stack([way(Image.open(p).convert("RGB")) for p in files(pictures)])).softmax(-1).numpy()
@@ -133,12 +167,16 @@ def test_a_resnet_of_timm_without_names(tmp_path, pictures):
 
 # ---------------------------------------------------------------------------------------------- texts
 
+
 def texts(path, kind: str, **said):
     """A BERT with a head, and its tokenizer."""
     vocab = wordpieces(path)
     torch.manual_seed(0)
-    theirs = settled(getattr(transformers, f"Bert{kind}")(transformers.BertConfig(
-        **SMALL, vocab_size=vocab, max_position_embeddings=40, **said)))
+    theirs = settled(
+        getattr(transformers, f"Bert{kind}")(
+            transformers.BertConfig(**SMALL, vocab_size=vocab, max_position_embeddings=40, **said)
+        )
+    )
     theirs.save_pretrained(path)
     return theirs, transformers.BertTokenizerFast.from_pretrained(path)
 
@@ -167,8 +205,9 @@ def test_classes_of_pairs(tmp_path):
 @torch.no_grad()
 def test_tags_of_words(tmp_path):
     tags = ["O", "B-PER", "I-PER"]
-    theirs, words = texts(tmp_path, "ForTokenClassification", id2label=dict(enumerate(tags)), label2id={
-        tag: i for i, tag in enumerate(tags)})
+    theirs, words = texts(
+        tmp_path, "ForTokenClassification", id2label=dict(enumerate(tags)), label2id={tag: i for i, tag in enumerate(tags)}
+    )
     split = ["the", "cat", "xylophonist", "sat", "."]
     made = words(split, is_split_into_words=True, return_tensors="pt")
     likely = theirs(**made).logits[0].softmax(-1)
@@ -176,7 +215,7 @@ def test_tags_of_words(tmp_path):
     (found,) = Published.load(tmp_path).predict(["the cat xylophonist sat."])
     assert found["tokens"] == split and found["tags"] == [tags[likely[i].argmax()] for i in begins]
     for entity in found["entities"]:
-        inside = begins[entity["first"]:entity["last"] + 1]
+        inside = begins[entity["first"] : entity["last"] + 1]
         assert entity["probability"] == pytest.approx(float(likely[inside].max(-1).values.min()), rel=1e-4)
 
 
@@ -190,7 +229,7 @@ def test_answers_to_questions(tmp_path):
     score = {(a, b): float(out.start_logits[0, a] + out.end_logits[0, b]) for a in inside for b in inside if a <= b < a + 30}
     first, last = max(score, key=score.get)
     (found,) = Published.load(tmp_path).predict([context], question=question)
-    assert found["answer"] == context[where[first][0]:where[last][1]] and found["start"] == where[first][0]
+    assert found["answer"] == context[where[first][0] : where[last][1]] and found["start"] == where[first][0]
 
 
 @torch.no_grad()
@@ -210,16 +249,23 @@ def test_vectors_of_texts(tmp_path, pooled):
     theirs, words = texts(tmp_path, "Model")
     if pooled:
         (tmp_path / "1_Pooling").mkdir()
-        (tmp_path / "1_Pooling/config.json").write_text(json.dumps({
-            "word_embedding_dimension": 16, "pooling_mode_cls_token": pooled == "cls",
-            "pooling_mode_mean_tokens": pooled == "mean", "pooling_mode_max_tokens": False}))
+        (tmp_path / "1_Pooling/config.json").write_text(
+            json.dumps(
+                {
+                    "word_embedding_dimension": 16,
+                    "pooling_mode_cls_token": pooled == "cls",
+                    "pooling_mode_mean_tokens": pooled == "mean",
+                    "pooling_mode_max_tokens": False,
+                }
+            )
+        )
         (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8}))
     made = words(SENTENCES, return_tensors="pt", padding=True, truncation=True, max_length=8 if pooled else 40)
     out, mask = theirs(**made).last_hidden_state, made["attention_mask"][..., None]
     want = nn.functional.normalize(out[:, 0] if pooled == "cls" else (out * mask).sum(1) / mask.sum(1), dim=-1).numpy()
     ready = Published.load(tmp_path)
     np.testing.assert_allclose([r["vector"] for r in ready.predict(SENTENCES)], want, rtol=1e-4, atol=1e-5)
-    assert bool(ready.task.notes) is bool(pooled)                                # that a text is cut
+    assert bool(ready.task.notes) is bool(pooled)  # that a text is cut
     if not pooled:
         np.testing.assert_allclose(ready.embed(SENTENCES), want, rtol=1e-4, atol=1e-5)
 
@@ -228,12 +274,22 @@ def test_vectors_of_texts(tmp_path, pooled):
 def test_questions_on_pictures(tmp_path, pictures):
     vocab = wordpieces(tmp_path)
     torch.manual_seed(0)
-    theirs = settled(transformers.ViltForQuestionAnswering(transformers.ViltConfig(
-        **SMALL, vocab_size=vocab, max_position_embeddings=12, image_size=24, patch_size=8, **NAMES)))
+    theirs = settled(
+        transformers.ViltForQuestionAnswering(
+            transformers.ViltConfig(**SMALL, vocab_size=vocab, max_position_embeddings=12, image_size=24, patch_size=8, **NAMES)
+        )
+    )
     theirs.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "ViTImageProcessor",
+                "size": {"height": 24, "width": 24},
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+            }
+        )
+    )
     made = transformers.BertTokenizerFast.from_pretrained(tmp_path)(["what sat?"] * 4, return_tensors="pt")
     image = seen(transformers.ViTImageProcessorPil(size={"height": 24, "width": 24}), files(pictures))
     want = theirs(pixel_values=image, **made).logits.softmax(-1).numpy()
@@ -242,6 +298,7 @@ def test_questions_on_pictures(tmp_path, pictures):
 
 
 # ---------------------------------------------------------------------------------------------- refusals, and the shell
+
 
 def test_what_cannot_be_asked(tmp_path):
     texts(tmp_path / "one", "ForSequenceClassification", num_labels=1)
@@ -284,7 +341,7 @@ def test_on_the_command_line(photos, pictures, tmp_path):
     assert len(json.loads(vectors.stdout)["vector"]) == 16
     assert "vector" in run("predict", folder, pictures / "a.png", "--set", "gives=vector").stdout
     for number, record in enumerate(want):
-        label = record["label"] if number else next(name for name in KINDS if name != record["label"])     # the first wrongly
+        label = record["label"] if number else next(name for name in KINDS if name != record["label"])  # the first wrongly
         (tmp_path / "known" / label).mkdir(parents=True, exist_ok=True)
         shutil.copy(pictures / record["input"], tmp_path / "known" / label)
     scored = run("evaluate", folder, tmp_path / "known", "--json")

@@ -34,7 +34,7 @@ def test_products_are_those_of_rounded_weights(rows, bias):
     want = F.linear(x.double(), rounded(weight), None if b is None else b.double())
     got = F.linear(x[:, None], Int8.of(weight), b)[:, 0]
     assert got.dtype == torch.float32 and (got - want).abs().max() < 0.02 * want.std()
-    few = (got - want).abs().max() > 1e-5 * want.std()               # bfloat16 in the product of few rows alone
+    few = (got - want).abs().max() > 1e-5 * want.std()  # bfloat16 in the product of few rows alone
     assert few == (rows <= FEW)
 
 
@@ -49,7 +49,7 @@ def test_widths_that_the_product_cannot_take_are_right_too():
 def test_any_other_operation_sees_floats():
     torch.manual_seed(0)
     weight, at = torch.randn(6, 4), torch.tensor([[5, 0]])
-    weight[2] = 0                                        # a row without a scale
+    weight[2] = 0  # a row without a scale
     held, want = Int8.of(weight), rounded(weight).float()
     assert held.shape == (6, 4) and held.dtype == torch.float32 and held.device.type == "cpu" and "6, 4" in repr(held)
     assert held.scale.min() > 0
@@ -72,12 +72,12 @@ def test_a_network_answers_as_with_rounded_weights(size, changes):
     before = sum(p.numel() for p in network.parameters())
     assert shrink(network) is network
     held = [p for p in network.parameters() if isinstance(p, Int8)]
-    assert sum(p.numel() for p in network.parameters()) == before                # what was one tensor is one
+    assert sum(p.numel() for p in network.parameters()) == before  # what was one tensor is one
     assert sum(p.numel() for p in held) > 0.9 * before and not any(p.requires_grad for p in network.parameters())
     assert all(isinstance(m.weight, Int8) for m in network.modules() if isinstance(m, nn.Linear))
     if size == "llama-test":
         assert (network.head.weight is network.embed.weight) == bool(changes)
-    x = torch.randint(100, (5, 12))                      # more rows than `FEW`: in floats throughout
+    x = torch.randint(100, (5, 12))  # more rows than `FEW`: in floats throughout
     with torch.inference_mode():
         want = peer(x)
         torch.testing.assert_close(network(x), want, rtol=1e-4, atol=1e-4 * want.std().item())
@@ -108,7 +108,7 @@ def test_linear_layers_of_few_rows_are_the_same_in_the_other_order(rows, bias, m
     torch.testing.assert_close(got, want)
     assert calls == ([] if rows in (1, MOST + 1) else ["addmm" if bias else "mm"])
     with torch.no_grad(), FewRows():
-        assert nn.Linear(40, 50)(torch.randn(rows, 40)).shape == (rows, 50) and len(calls) <= 1     # small ones as ever
+        assert nn.Linear(40, 50)(torch.randn(rows, 40)).shape == (rows, 50) and len(calls) <= 1  # small ones as ever
     assert isinstance(quick(rows, x.device), FewRows) == (LEAST <= rows <= MOST and torch.backends.mkl.is_available())
 
 
@@ -130,15 +130,19 @@ def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
     from fieldguide.cli.commands import app
     from fieldguide.inference.text_generation import Speaker
     from test_speaker import bpe
+
     torch.manual_seed(0)
     tokenizer = bpe()
     network = create("llama-test", vocab=tokenizer.get_vocab_size(), dim=64, length=64)
     fieldguide.save(network, tmp_path, "hf")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    run = lambda weights: CliRunner().invoke(app, [
-        "predict", str(tmp_path), "the cat", "--set", f"weights={weights}", "--set", "temperature=0", "--set", "tokens=8"])
+    run = lambda weights: CliRunner().invoke(
+        app, ["predict", str(tmp_path), "the cat", "--set", f"weights={weights}", "--set", "temperature=0", "--set", "tokens=8"]
+    )
     shrunk = []
-    monkeypatch.setattr("fieldguide.inference.text_generation.shrink", lambda network: (shrunk.append(network), shrink(network))[1])
+    monkeypatch.setattr(
+        "fieldguide.inference.text_generation.shrink", lambda network: (shrunk.append(network), shrink(network))[1]
+    )
     for weights in ("float32", "int8"):
         speaker = Speaker.load(tmp_path, eight=weights == "int8")
         assert isinstance(speaker.network.head.weight, Int8) == (weights == "int8")

@@ -15,8 +15,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
-COMMANDS = [line[2:].strip() for kind, text in BLOCKS if kind == "console" for line in text.splitlines()
-            if line.startswith("$ ")]
+COMMANDS = [
+    line[2:].strip() for kind, text in BLOCKS if kind == "console" for line in text.splitlines() if line.startswith("$ ")
+]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 EXECUTED = ("fieldguide", "python")
 
@@ -29,8 +30,9 @@ def home(tmp_path_factory):
 def run(command: list[str], home: Path) -> str:
     """Runs it in `home`; the Python beside this one comes first in the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ended = subprocess.run(command, cwd=home, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-                           capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(
+        command, cwd=home, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
     assert ended.returncode == 0, f"{shlex.join(command)}\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout
 
@@ -79,6 +81,7 @@ def test_options_named_in_the_text_exist():
 
     from fieldguide.cli.commands import app
     from test_cli import VERBS
+
     known = {o for c in get_command(app).commands.values() for p in c.params for o in p.opts} | {"--help"}
     assert known >= {o for options in VERBS.values() for o in options if o.startswith("--")}
     said = {o for code in re.findall(r"`([^`\n]+)`", README) for o in re.findall(r"(?<!\S)--[a-z][a-z-]+", code)}

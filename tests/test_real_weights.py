@@ -46,7 +46,7 @@ def meant(folder: Path, texts: list[str]) -> Tensor:
 
 @torch.no_grad()
 def test_vectors_of_minilm(minilm):
-    with pytest.warns(WeightsWarning, match="pooler"):     # a layer that its vectors do without
+    with pytest.warns(WeightsWarning, match="pooler"):  # a layer that its vectors do without
         model = load.load(minilm, gives="vector")
     assert sum(p.numel() for p in model.parameters()) == 22_565_376
     batch = transformers.AutoTokenizer.from_pretrained(minilm)(TEXTS, padding=True, return_tensors="pt")
@@ -60,8 +60,12 @@ def test_a_run_that_keeps_minilm_makes_the_same_vectors(minilm, tmp_path):
     """Through a fit of a new head: the same tokenizer, and weights that were not touched."""
     table = tmp_path / "texts.csv"
     table.write_text("text,label\n" + "\n".join(f"{TEXTS[k % 3]} {k},{'abc'[k % 3]}" for k in range(60)) + "\n")
-    run = fit(table, weights=minilm, out=tmp_path / "run", settings={
-        "steps": 30, "batch": 16, "precision": "float32", "tune": "frozen"})
+    run = fit(
+        table,
+        weights=minilm,
+        out=tmp_path / "run",
+        settings={"steps": 30, "batch": 16, "precision": "float32", "tune": "frozen"},
+    )
     assert run.record["model"]["fresh"] == ["head.weight", "head.bias"] and run.record["model"]["size"] == "minilm-l6"
     np.testing.assert_allclose(run.embed(TEXTS), meant(minilm, TEXTS).numpy(), atol=1e-5)
     assert run.scores["accuracy"] > 0.9
@@ -84,7 +88,7 @@ def test_smollm2_of_llama_cpp(monkeypatch):
     for _ in range(200):
         said.append(int(latest))
         latest = ours.last(latest, None, cache).argmax(-1, keepdim=True)
-    assert said == expected[tokens.shape[1]:].tolist()
+    assert said == expected[tokens.shape[1] :].tolist()
     text = (Path(__file__).parents[1] / "LICENSE").read_text()
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
     nats = [float(F.cross_entropy(logits[0, :-1], ids[0, 1:])) for logits in (ours(ids), theirs(ids).logits)]

@@ -73,8 +73,7 @@ class Page(HTMLParser):
         self.texts.append((self.open[-1] if self.open else "", data))
 
     def count(self, tag, **wanted):
-        return sum(t == tag and all(a.get(k.rstrip("_")) == v for k, v in wanted.items())
-                   for t, a, _ in self.elements)
+        return sum(t == tag and all(a.get(k.rstrip("_")) == v for k, v in wanted.items()) for t, a, _ in self.elements)
 
     def text(self):
         return " ".join(text for tag, text in self.texts if tag not in ("script", "style"))
@@ -84,9 +83,9 @@ def page_of(*shown, **more):
     values = {"title": "T", "verdict": "V", "facts": [], "sections": [Section("S", "", shown)], **more}
     html = render(**values)
     html.encode()
-    for drawing in ET.fromstring(html[html.index("<main>"):html.index("</main>") + 7]).iter("svg"):
+    for drawing in ET.fromstring(html[html.index("<main>") : html.index("</main>") + 7]).iter("svg"):
         for part in drawing.iter():
-            for name, value in part.attrib.items():       # positions and paths are numbers, never NaN
+            for name, value in part.attrib.items():  # positions and paths are numbers, never NaN
                 assert name == "aria-label" or not re.search(r"\b(nan|inf)\b", value), (part.tag, name, value)
     return html, Page(html)
 
@@ -95,60 +94,99 @@ def ordinary():
     x = list(range(0, 1200, 4))
     noise = random.Random(0)
     return [
-        Section("Data", "What was found.", [
-            Bars("Classes", values={"a": 178, "b": 182}),
-            Table("Files", header=("", "files"), rows=[("used", 1794), ("dropped", 3)])]),
-        Section("Training", "", [
-            Lines("Loss", "Lower is better.", x="step", y="loss", log=True, marks={"best": 800},
-                  lines={"training": (x, [math.exp(-i / 200) + noise.random() / 50 for i in x]),
-                         "validation": (x[::10], [math.exp(-i / 210) + 0.03 for i in x[::10]])},
-                  bands={"validation": (x[::10], [0.01] * 30, [2] * 30)})]),
-        Section("Scores", "", [
-            Bars("Accuracy", values={"model": 98.6, "most common": 10.2}, unit="%",
-                 intervals={"model": (97.1, 99.4), "most common": (8, 13)}),
-            Scatter("Truth", x="said", y="true", points=[(i, i + noise.random()) for i in range(200)],
-                    diagonal=True),
-            Matrix("Confusion", labels="abc", counts=[[9, 1, 0], [0, 8, 2], [0, 0, 10]]),
-            Gallery("Worst", pictures=[Picture(png(seed=k), f"picture {k}", bad=True) for k in range(24)]),
-            Quotes("Texts", quotes=[Quote("short", "right"), Quote("long " * 200, "wrong", bad=True)])]),
+        Section(
+            "Data",
+            "What was found.",
+            [
+                Bars("Classes", values={"a": 178, "b": 182}),
+                Table("Files", header=("", "files"), rows=[("used", 1794), ("dropped", 3)]),
+            ],
+        ),
+        Section(
+            "Training",
+            "",
+            [
+                Lines(
+                    "Loss",
+                    "Lower is better.",
+                    x="step",
+                    y="loss",
+                    log=True,
+                    marks={"best": 800},
+                    lines={
+                        "training": (x, [math.exp(-i / 200) + noise.random() / 50 for i in x]),
+                        "validation": (x[::10], [math.exp(-i / 210) + 0.03 for i in x[::10]]),
+                    },
+                    bands={"validation": (x[::10], [0.01] * 30, [2] * 30)},
+                )
+            ],
+        ),
+        Section(
+            "Scores",
+            "",
+            [
+                Bars(
+                    "Accuracy",
+                    values={"model": 98.6, "most common": 10.2},
+                    unit="%",
+                    intervals={"model": (97.1, 99.4), "most common": (8, 13)},
+                ),
+                Scatter("Truth", x="said", y="true", points=[(i, i + noise.random()) for i in range(200)], diagonal=True),
+                Matrix("Confusion", labels="abc", counts=[[9, 1, 0], [0, 8, 2], [0, 0, 10]]),
+                Gallery("Worst", pictures=[Picture(png(seed=k), f"picture {k}", bad=True) for k in range(24)]),
+                Quotes("Texts", quotes=[Quote("short", "right"), Quote("long " * 200, "wrong", bad=True)]),
+            ],
+        ),
     ]
 
 
 EDGES = {
-    "empty table": Table("t"), "header only": Table("t", header=("a", "b")),
+    "empty table": Table("t"),
+    "header only": Table("t", header=("a", "b")),
     "ragged table": Table("t", header=("a",), rows=[[1, 2, 3], [], [NAN]], heat=("a",)),
-    "odd cells": Table("t", header=tuple("abc"), heat=tuple("abc"),
-                       rows=[[None, True, (0.1, 0.2)], [INF, np.float32(2), {"k": 1}],
-                             [10**400, -0.0, "x" * 999]]),
+    "odd cells": Table(
+        "t",
+        header=tuple("abc"),
+        heat=tuple("abc"),
+        rows=[[None, True, (0.1, 0.2)], [INF, np.float32(2), {"k": 1}], [10**400, -0.0, "x" * 999]],
+    ),
     "huge table": Table("t", header=("a", "b"), rows=[[i, i / 7] for i in range(5000)]),
-    "empty lines": Lines("l"), "one point": Lines("l", lines={"a": ([3], [5])}),
+    "empty lines": Lines("l"),
+    "one point": Lines("l", lines={"a": ([3], [5])}),
     "no values": Lines("l", lines={"a": ([], []), "b": ([1, 2], [NAN, None])}, log=True),
     "gaps": Lines("l", lines={"a": ([1, 2, 3, 4], [1, NAN, INF, None])}, marks={"m": NAN, "n": 2}),
-    "log of zero": Lines("l", lines={"a": ([1, 2, 3], [0, -1, 5])}, log=True,
-                         bands={"a": ([1, 2, 3], [-1, 0, 1], [1, 2, 3])}),
+    "log of zero": Lines("l", lines={"a": ([1, 2, 3], [0, -1, 5])}, log=True, bands={"a": ([1, 2, 3], [-1, 0, 1], [1, 2, 3])}),
     "extremes": Lines("l", lines={"a": ([0, 1], [1e-300, 1e299]), "b": ([0, 1], [-1e299, 1e308])}),
     "tiny range": Lines("l", lines={"a": ([0, 1], [1.0, 1.0 + 1e-15])}),
     "small range far off": Lines("l", lines={"a": ([1e9, 1e9 + 1], [1e9, 1e9 + 1e-3])}),
     "long line": Lines("l", lines={"a": (range(200_000), np.random.default_rng(0).normal(size=200_000))}),
-    "many lines": Lines("l", lines={f"line {k}": ([0, 1], [k, k + 1]) for k in range(40)},
-                        marks={f"mark {k}": k / 40 for k in range(40)}, diagonal=True),
+    "many lines": Lines(
+        "l",
+        lines={f"line {k}": ([0, 1], [k, k + 1]) for k in range(40)},
+        marks={f"mark {k}": k / 40 for k in range(40)},
+        diagonal=True,
+    ),
     "band only": Lines("l", bands={"b": ([1, 2], [0, 1], [2, 3])}, diagonal=True),
     "uneven": Lines("l", lines={"a": ([1, 2, 3], [1, 2])}),
-    "empty scatter": Scatter("s"), "one dot": Scatter("s", points=[(1, 1)], diagonal=True),
+    "empty scatter": Scatter("s"),
+    "one dot": Scatter("s", points=[(1, 1)], diagonal=True),
     "bad dots": Scatter("s", points=[(NAN, 1), (None, 2)]),
     "cloud": Scatter("s", points=np.random.default_rng(0).normal(size=(50_000, 2))),
-    "empty bars": Bars("b"), "zero": Bars("b", values={"a": 0}),
-    "bad bars": Bars("b", values={"a": NAN, "b": None, "c": INF, "d": -3},
-                     intervals={"d": (-4, NAN), "c": (0, 1)}),
+    "empty bars": Bars("b"),
+    "zero": Bars("b", values={"a": 0}),
+    "bad bars": Bars("b", values={"a": NAN, "b": None, "c": INF, "d": -3}, intervals={"d": (-4, NAN), "c": (0, 1)}),
     "many bars": Bars("b", values={f"class {k}": k - 50 for k in range(150)}, unit="points"),
-    "empty matrix": Matrix("m"), "one class": Matrix("m", labels=["a"], counts=[[3]]),
+    "empty matrix": Matrix("m"),
+    "one class": Matrix("m", labels=["a"], counts=[[3]]),
     "bad matrix": Matrix("m", labels=["a"], counts=[[NAN, 1], [None, 0]]),
     "zeros": Matrix("m", labels=["a", "b", "c"], counts=np.zeros((3, 3))),
-    "150 classes": Matrix("m", labels=[f"kind {k}" for k in range(150)],
-                          counts=np.random.default_rng(0).integers(0, 9, (150, 150))),
+    "150 classes": Matrix(
+        "m", labels=[f"kind {k}" for k in range(150)], counts=np.random.default_rng(0).integers(0, 9, (150, 150))
+    ),
     "empty gallery": Gallery("g"),
     "broken": Gallery("g", pictures=[Picture(b"", "none"), Picture(b"GIF89a", "x")]),
-    "empty quotes": Quotes("q"), "huge quote": Quotes("q", quotes=[Quote("x" * 300_000, "long")] * 20),
+    "empty quotes": Quotes("q"),
+    "huge quote": Quotes("q", quotes=[Quote("x" * 300_000, "long")] * 20),
     "blank quote": Quotes("q", quotes=[Quote("", "")]),
 }
 
@@ -161,15 +199,20 @@ def test_every_exhibit_is_drawn_whatever_it_holds(exhibit):
 
 def test_ordinary_page_is_whole_small_and_quick():
     start = time.perf_counter()
-    html = render(title="Digits", verdict="98.6 % right (95 % interval 97.1–99.4)", sections=ordinary(),
-                  facts=[("model", "resnet18-digits, 1.2 M parameters")], footer="Made by fieldguide.")
+    html = render(
+        title="Digits",
+        verdict="98.6 % right (95 % interval 97.1–99.4)",
+        sections=ordinary(),
+        facts=[("model", "resnet18-digits, 1.2 M parameters")],
+        footer="Made by fieldguide.",
+    )
     assert time.perf_counter() - start < 1 and len(html.encode()) < 200_000
     page = Page(html)
     ids = [a["id"] for _, a, _ in page.elements if "id" in a]
     links = [a["href"] for tag, a, _ in page.elements if tag == "a"]
     assert links == ["#data", "#training", "#scores"] and {link[1:] for link in links} <= set(ids)
     assert len(ids) == len(set(ids))
-    assert ("strong", "98.6\u00a0%") in page.texts       # the figure to remember, not broken from its unit
+    assert ("strong", "98.6\u00a0%") in page.texts  # the figure to remember, not broken from its unit
     for words in ("Lower is better.", "1.2\u00a0M parameters", "97.1–99.4", "by fieldguide.", "picture 23"):
         assert words in page.text(), words
 
@@ -187,6 +230,7 @@ def test_page_asks_for_nothing_outside_itself():
 def test_policy_allows_exactly_the_script_of_the_page():
     import base64
     import hashlib
+
     html, _ = page_of()
     script = re.search(r"<script>(.*)</script>", html, re.S).group(1)
     assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in html
@@ -196,15 +240,18 @@ def test_nothing_in_the_data_becomes_markup():
     h = HOSTILE
     shown = [
         Table(h, h, header=(h, "n"), rows=[[h, 1], [h * 20, 2]], heat=(h,)),
-        Lines(h, h, x=h, y=h, lines={h: ([1, 2], [1, 2]), "b": ([1, 2], [2, 1])},
-              bands={h + "2": ([1], [1], [2])}, marks={h: 1.5}),
-        Scatter(h, h, x=h, y=h, points=[(1, 2)]), Bars(h, h, values={h: 1}, intervals={h: (0, 2)}, unit=h),
+        Lines(
+            h, h, x=h, y=h, lines={h: ([1, 2], [1, 2]), "b": ([1, 2], [2, 1])}, bands={h + "2": ([1], [1], [2])}, marks={h: 1.5}
+        ),
+        Scatter(h, h, x=h, y=h, points=[(1, 2)]),
+        Bars(h, h, values={h: 1}, intervals={h: (0, 2)}, unit=h),
         Matrix(h, h, labels=[h, "b", "c"], counts=[[1, 5, 0], [0, 1, 0], [0, 0, 1]]),
         Gallery(h, h, pictures=[Picture(png(), h, bad=True), Picture(png(), h), Picture(b"no picture", h)]),
         Quotes(h, h, quotes=[Quote(h, h), Quote(h * 30, h, bad=True)]),
     ]
-    html, page = page_of(title=h, verdict=h, facts=[(h, h)], footer=h,
-                         sections=[Section(h, h, shown), Section(h, h, shown[:1])])
+    html, page = page_of(
+        title=h, verdict=h, facts=[(h, h)], footer=h, sections=[Section(h, h, shown), Section(h, h, shown[:1])]
+    )
     assert page.count("script") == 1 and page.count("style") == 1 and page.count("title") == 1
     assert {a.get("src", "data:")[:5] for tag, a, _ in page.elements if tag == "img"} <= {"data:"}
     assert not any(name.startswith("on") for _, a, _ in page.elements for name in a)
@@ -225,18 +272,42 @@ def test_a_new_exhibit_is_one_function_and_an_unknown_one_says_so():
 
 # -- single drawings ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("value, text", [
-    (None, "–"), (NAN, "–"), (INF, "∞"), (True, "yes"), (0, "0"), (0.98614, "0.9861"), (2024, "2024"),
-    (12345, "12,345"), (-1234567, "−1,234,567"), (25_557_032, "25.6 M"), (7e9, "7 B"), (3e-5, "3·10⁻⁵"),
-    (np.float32(0.5), "0.5"), (np.int64(7), "7"), (-0.0, "0"), (-1e-20, "−10⁻²⁰")])
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "–"),
+        (NAN, "–"),
+        (INF, "∞"),
+        (True, "yes"),
+        (0, "0"),
+        (0.98614, "0.9861"),
+        (2024, "2024"),
+        (12345, "12,345"),
+        (-1234567, "−1,234,567"),
+        (25_557_032, "25.6 M"),
+        (7e9, "7 B"),
+        (3e-5, "3·10⁻⁵"),
+        (np.float32(0.5), "0.5"),
+        (np.int64(7), "7"),
+        (-0.0, "0"),
+        (-1e-20, "−10⁻²⁰"),
+    ],
+)
 def test_numbers_for_people(value, text):
     assert number(value) == text
 
 
-@pytest.mark.parametrize("low, high, texts", [
-    (0, 1, ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]), (0, 1200, ["0", "250", "500", "750", "1000"]),
-    (0, 50_000, ["0", "10 k", "20 k", "30 k", "40 k", "50 k"]), (-1, 1, ["−1.0", "−0.5", "0", "0.5", "1.0"]),
-    (0, 3e-5, ["0", "10⁻⁵", "2·10⁻⁵", "3·10⁻⁵"])])
+@pytest.mark.parametrize(
+    "low, high, texts",
+    [
+        (0, 1, ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (0, 1200, ["0", "250", "500", "750", "1000"]),
+        (0, 50_000, ["0", "10 k", "20 k", "30 k", "40 k", "50 k"]),
+        (-1, 1, ["−1.0", "−0.5", "0", "0.5", "1.0"]),
+        (0, 3e-5, ["0", "10⁻⁵", "2·10⁻⁵", "3·10⁻⁵"]),
+    ],
+)
 def test_ticks_are_round(low, high, texts):
     assert charts.tick_texts(charts.ticks(low, high)) == texts
 
@@ -266,7 +337,8 @@ def test_curves_keep_gaps_and_say_what_is_not_drawn():
     assert "1 value is not drawn" in drawn
     assert "2 values are not drawn" in charts.scatter(EDGES["bad dots"])
     assert "2 values are not drawn: a logarithmic axis" in charts.lines(
-        Lines("l", lines={"a": ([1, 2, 3], [0, -1, 5])}, log=True))
+        Lines("l", lines={"a": ([1, 2, 3], [0, -1, 5])}, log=True)
+    )
 
 
 def test_direct_labels_do_not_overlap_and_stay_inside():
@@ -318,13 +390,14 @@ def test_pictures_are_embedded_once_shrunk_and_limited():
     assert classes == ["pixels", None] and "data:image/jpeg" in html and len(html) < 200_000
     html, page = page_of(*[Gallery("g", pictures=[Picture(small, "again")] * 9)] * 3)
     assert html.count("base64,") == 1 and page.count("use") == 26
-    many = [Picture(png(120, 120, seed=k), "noise") for k in range(70)]      # which PNG cannot make smaller
+    many = [Picture(png(120, 120, seed=k), "noise") for k in range(70)]  # which PNG cannot make smaller
     html, page = page_of(*[Gallery("g", pictures=many[k:] + many[:k]) for k in (0, 10)])
     assert len(html) < 3_000_000 and "left out to keep this page small" in page.text()
 
 
 def tone(seconds=0.1, kind="WAV", seed=0):
     import soundfile
+
     out = io.BytesIO()
     soundfile.write(out, np.random.default_rng(seed).normal(0, 0.1, int(8000 * seconds)), 8000, format=kind)
     return out.getvalue()
@@ -340,7 +413,7 @@ def test_sounds_play_inside_the_page_and_are_limited():
     assert "media-src data:" in policy and "default-src 'none'" in policy
     _, page = page_of(Sounds("s", sounds=[Sound(b"MZ no sound", "c")]))
     assert page.count("audio") == 0 and "cannot be played" in page.text()
-    many = [Sound(tone(10, seed=k), "c") for k in range(30)]                     # 160 kB each
+    many = [Sound(tone(10, seed=k), "c") for k in range(30)]  # 160 kB each
     html, page = page_of(*[Sounds("s", sounds=many[k:] + many[:k]) for k in (0, 10)])
     assert page.count("audio") == 18 and len(html) < 4_200_000 and "12 more sounds are left out" in page.text()
     wide, narrow = (report.draw(Gallery("g", pictures=[Picture(png(700, 100), "c")], wide=w)) for w in (True, False))
@@ -364,7 +437,7 @@ def test_colours_can_be_read_in_both_schemes():
     css = (Path(report.__file__).parent / "templates" / "report.css").read_text()
 
     def light(colour):
-        parts = [int(colour[k:k + 2], 16) / 255 for k in (1, 3, 5)]
+        parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -377,11 +450,11 @@ def test_colours_can_be_read_in_both_schemes():
 
 
 def test_el_escapes_children_and_attributes():
-    assert el("b", "<i>", Markup("<i></i>"), None, title='"', hidden=None) == \
-        '<b title="&#34;">&lt;i&gt;<i></i></b>'
+    assert el("b", "<i>", Markup("<i></i>"), None, title='"', hidden=None) == '<b title="&#34;">&lt;i&gt;<i></i></b>'
 
 
 # -- the model card ----------------------------------------------------------------------------------------
+
 
 def read_yaml(text):
     """The subset of YAML that a card has, read back without a library."""
@@ -409,9 +482,17 @@ def read_yaml(text):
     return block(0)
 
 
-FRONT = {"license": "apache-2.0", "tags": ["fieldguide", "yes", "a: b #c", 'q"\\\n', "1.0", "é\u2028"],
-         "task": "image-classification", "dataset": "digits", "metrics": {"accuracy": 0.986, "loss": 1e-05},
-         "empty": [], "on": True, "none": None, "deep": {"list": [[1, 2], {"k": "v", "m": [{"z": 1}]}]}}
+FRONT = {
+    "license": "apache-2.0",
+    "tags": ["fieldguide", "yes", "a: b #c", 'q"\\\n', "1.0", "é\u2028"],
+    "task": "image-classification",
+    "dataset": "digits",
+    "metrics": {"accuracy": 0.986, "loss": 1e-05},
+    "empty": [],
+    "on": True,
+    "none": None,
+    "deep": {"list": [[1, 2], {"k": "v", "m": [{"z": 1}]}]},
+}
 
 
 def test_card_front_matter_round_trip():
@@ -421,9 +502,18 @@ def test_card_front_matter_round_trip():
     assert start == "" and read["tags"] == FRONT["tags"] and read["deep"] == FRONT["deep"]
     assert read["on"] is True and read["none"] is None and read["empty"] == []
     assert read["pipeline_tag"] == "image-classification" and read["metrics"] == ["accuracy", "loss"]
-    assert read["model-index"] == [{"name": 'T: "x"', "results": [{
-        "task": {"type": "image-classification"}, "dataset": {"name": "digits", "type": "private"},
-        "metrics": [{"type": "accuracy", "value": 0.986}, {"type": "loss", "value": 1e-05}]}]}]
+    assert read["model-index"] == [
+        {
+            "name": 'T: "x"',
+            "results": [
+                {
+                    "task": {"type": "image-classification"},
+                    "dataset": {"name": "digits", "type": "private"},
+                    "metrics": [{"type": "accuracy", "value": 0.986}, {"type": "loss", "value": 1e-05}],
+                }
+            ],
+        }
+    ]
 
 
 def test_card_front_matter_is_what_a_yaml_library_reads():
@@ -434,15 +524,18 @@ def test_card_front_matter_is_what_a_yaml_library_reads():
 
 
 def test_card_tables_and_escapes():
-    table = Table("t", "How to read.", header=("class", "F1"),
-                  rows=[["a|b\nc", 0.98765], ["`x`", None], ["\\|", 1.0]])
-    text = model_card.card(title="# a\n---\nb", verdict="<img src=x> [l](http://x.y) *b* a_b _c_",
-                          front={"license": "mit"}, facts=[("a", "1. b"), ("c", "- d")],
-                          sections=[("Scores", table), ("Use", "```\n*raw*\n```")])
+    table = Table("t", "How to read.", header=("class", "F1"), rows=[["a|b\nc", 0.98765], ["`x`", None], ["\\|", 1.0]])
+    text = model_card.card(
+        title="# a\n---\nb",
+        verdict="<img src=x> [l](http://x.y) *b* a_b _c_",
+        front={"license": "mit"},
+        facts=[("a", "1. b"), ("c", "- d")],
+        sections=[("Scores", table), ("Use", "```\n*raw*\n```")],
+    )
     rows = [line for line in text.splitlines() if line.startswith("|")]
     cells = [re.split(r"(?<!\\)(?:\\\\)*\|", row)[1:-1] for row in rows]
     assert len(rows) == 5 and {len(row) for row in cells} == {2}
-    assert len({len(row) for row in rows}) == 1                    # aligned, to be read in a terminal
+    assert len({len(row) for row in rows}) == 1  # aligned, to be read in a terminal
     assert [row[1].strip() for row in cells] == ["F1", "----:", "0.988", "–", "1.000"]
     assert text.count("---\n") == 2 and "# \\# a --- b\n" in text and "```\n*raw*\n```" in text
     assert "&lt;img src=x> \\[l\\](http\\://x.y) \\*b\\* a_b \\_c\\_" in text

@@ -17,17 +17,47 @@ import pytest
 TASKS = {
     "tabular-classification": ["wine", "--model", "tabm-s", "--set", "steps=50", "--set", "evaluate=10"],
     # Two worker processes prepare the batches; augmentation, averaging of weights and mixup are on.
-    "image-classification": ["digits", "--model", "simplecnn", "--set", "steps=50", "--set", "evaluate=20", "--set",
-                             "workers=2", "--set", "mixup=0.2", "--set", "channels_last=true"],
-    "text-classification": ["docstrings", "--model", "gru-s", "--set", "steps=36", "--set", "evaluate=12", "--set",
-                            "task.length=16", "--set", "accumulate=2"],
+    "image-classification": [
+        "digits",
+        "--model",
+        "simplecnn",
+        "--set",
+        "steps=50",
+        "--set",
+        "evaluate=20",
+        "--set",
+        "workers=2",
+        "--set",
+        "mixup=0.2",
+        "--set",
+        "channels_last=true",
+    ],
+    "text-classification": [
+        "docstrings",
+        "--model",
+        "gru-s",
+        "--set",
+        "steps=36",
+        "--set",
+        "evaluate=12",
+        "--set",
+        "task.length=16",
+        "--set",
+        "accumulate=2",
+    ],
 }
-KILLS = 7           # for each task
+KILLS = 7  # for each task
 
 
 def start(arguments: list[str], **kw) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "fieldguide", "fit", *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kw)
+    return subprocess.Popen(
+        [sys.executable, "-m", "fieldguide", "fit", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **kw,
+    )
 
 
 def complete(arguments: list[str]) -> str:
@@ -43,8 +73,10 @@ def begin(task: str, out: Path, *more: str) -> list[str]:
 
 def losses(run: Path) -> list[dict]:
     """Every line of the log without its clock."""
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
-            for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def step_of(run: Path) -> int:
@@ -65,7 +97,7 @@ def test_a_killed_run_ends_like_one_never_stopped(task, tmp_path):
         process = start(arguments)
         while step_of(killed) < target and process.poll() is None:
             time.sleep(0.002)
-        time.sleep(dice.random() * 0.02)                  # anywhere in a step, or in the writing of a checkpoint
+        time.sleep(dice.random() * 0.02)  # anywhere in a step, or in the writing of a checkpoint
         alive = process.poll() is None
         process.kill()
         process.communicate()
@@ -103,7 +135,7 @@ def test_a_full_disk_ends_in_one_message_and_keeps_the_last_checkpoint(tmp_path)
     before = step_of(run)
     sizes = [f.stat().st_size for f in (run / "checkpoints").glob("*.safetensors")]
 
-    def limit() -> None:                                   # writing beyond this many bytes fails, as on a full disk
+    def limit() -> None:  # writing beyond this many bytes fails, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (min(sizes) // 2, min(sizes) // 2))
 
@@ -124,7 +156,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
     process.communicate()
     newest = sorted((run / "checkpoints").glob("step-*.safetensors"))[-1]
     content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1                        # one bit
+    content[len(content) // 2] ^= 1  # one bit
     newest.write_bytes(content)
     said = complete(["--resume", str(run)])
     assert f"{newest.stem} is damaged" in said
@@ -147,10 +179,11 @@ def test_changes_on_resume_are_shown_or_refused(tmp_path):
 
 def test_changed_data_is_refused_on_resume(tmp_path):
     from fieldguide.data.samples import path
+
     table, run = tmp_path / "wine.csv", tmp_path / "run"
     source = path("wine")
     table.write_bytes((source if source.is_file() else next(source.glob("*.csv"))).read_bytes())
-    process = start([table.name, *begin("tabular-classification", run)[1:]], cwd=tmp_path)     # found again from elsewhere
+    process = start([table.name, *begin("tabular-classification", run)[1:]], cwd=tmp_path)  # found again from elsewhere
     while step_of(run) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)

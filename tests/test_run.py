@@ -24,8 +24,7 @@ from fieldguide.inference.run import SCHEMA
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = ("iris_run", "digits_run", "text_run")
-PREPROCESS = {"iris_run": {"task.json"}, "digits_run": {"task.json"},
-              "text_run": {"task.json", "text.json", "tokenizer.json"}}
+PREPROCESS = {"iris_run": {"task.json"}, "digits_run": {"task.json"}, "text_run": {"task.json", "text.json", "tokenizer.json"}}
 
 
 @pytest.fixture(params=RUNS)
@@ -50,8 +49,17 @@ def rewrite(path: Path, **changes) -> None:
 
 def test_a_run_folder_holds_what_is_documented(run):
     top = {p.name for p in run.path.iterdir()}
-    assert top == {"run.json", "model.safetensors", "preprocess", "splits.npz", "manifest.json", "metrics.jsonl",
-                   "report.html", "README.md", "checkpoints"}
+    assert top == {
+        "run.json",
+        "model.safetensors",
+        "preprocess",
+        "splits.npz",
+        "manifest.json",
+        "metrics.jsonl",
+        "report.html",
+        "README.md",
+        "checkpoints",
+    }
     assert {p.name for p in (run.path / "preprocess").iterdir()} == PREPROCESS[run.kind]
     kept = {p.suffix for p in (run.path / "checkpoints").iterdir()}
     assert kept == {".json", ".safetensors"}
@@ -68,7 +76,7 @@ def test_nothing_in_it_is_pickled(run):
             assert all(isinstance(json.loads(line), dict) for line in content.splitlines())
         elif path.suffix == ".safetensors":
             (size,) = struct.unpack("<Q", content[:8])
-            json.loads(content[8:8 + size])
+            json.loads(content[8 : 8 + size])
             with safe_open(path, "pt") as file:
                 assert list(file.keys())
         elif path.suffix == ".npz":
@@ -82,18 +90,43 @@ def test_nothing_in_it_is_pickled(run):
 
 def test_run_json(run):
     record = json.loads((run.path / "run.json").read_text())
-    assert set(record) == {"schema", "status", "task", "request", "model", "settings", "choice", "data", "cost", "machine",
-                           "versions", "started", "scores"}
+    assert set(record) == {
+        "schema",
+        "status",
+        "task",
+        "request",
+        "model",
+        "settings",
+        "choice",
+        "data",
+        "cost",
+        "machine",
+        "versions",
+        "started",
+        "scores",
+    }
     assert record["schema"] == SCHEMA == 1 and record["status"] == "done"
-    assert set(record["request"]) == {"data", "target", "group", "time", "allow_bad", "kinds", "roles", "task", "weights",
-                                      "model"}
+    assert set(record["request"]) == {
+        "data",
+        "target",
+        "group",
+        "time",
+        "allow_bad",
+        "kinds",
+        "roles",
+        "task",
+        "weights",
+        "model",
+    }
     assert set(record["model"]) == {"architecture", "size", "config", "parts"}
     assert set(record["settings"]) == set(Settings().to_dict())
     assert None not in [record["settings"][k] for k in ("steps", "batch", "evaluate", "precision", "channels_last")]
     assert {"parameters", "multiply_adds", "seconds", "steps", "best_step", "stopped", "peak_memory", "processes"} <= set(
-        record["cost"])
+        record["cost"]
+    )
     assert {"root", "files", "bytes", "rows", "dropped", "digest", "source", "columns", "findings", "notes", "split"} == set(
-        record["data"])
+        record["data"]
+    )
     names = {m.name for m in run.task.metrics}
     scores = record["scores"]
     assert set(scores) == {"test", "intervals", "baselines", "tested"}
@@ -130,7 +163,7 @@ def test_report_and_card_tell_the_same(run):
     plain = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
     assert f"{value} of the held-out examples right" in plain
     assert f"{value} of the held-out examples right" in card
-    for address in ("http://", "https://", "src=\"//", "@import"):
+    for address in ("http://", "https://", 'src="//', "@import"):
         assert address not in page.replace("http://www.w3.org", ""), f"the report points to {address}"
 
 
@@ -173,8 +206,14 @@ def test_inputs_of_several_sources_keep_their_names(iris_run, tmp_path):
     for name, rows in (("a", table[:2]), ("b", table[100:103])):
         rows.write_csv(tmp_path / f"{name}.csv")
     found = iris_run.predict([tmp_path / "a.csv", tmp_path / "b.csv", table[:1]])
-    assert [a["input"] for a in found] == [f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:3", f"{tmp_path}/b.csv:2",
-                                           f"{tmp_path}/b.csv:3", f"{tmp_path}/b.csv:4", "memory:1"]
+    assert [a["input"] for a in found] == [
+        f"{tmp_path}/a.csv:2",
+        f"{tmp_path}/a.csv:3",
+        f"{tmp_path}/b.csv:2",
+        f"{tmp_path}/b.csv:3",
+        f"{tmp_path}/b.csv:4",
+        "memory:1",
+    ]
     alone = iris_run.predict(table[101:102])[0]
     assert alone["probabilities"] == pytest.approx(found[3]["probabilities"], abs=1e-6)
 
@@ -219,7 +258,7 @@ def test_a_damaged_part_is_named(iris_run, tmp_path, name, how):
     content = (path / name).read_bytes()
     (path / name).unlink()
     if how == "cut":
-        (path / name).write_bytes(content[:len(content) // 2])
+        (path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises((RunError, WeightsError), match=Path(name).name.replace(".", r"\.")):
         fieldguide.open_run(path).predict(pl.read_csv(samples.path("iris")))
 
@@ -264,8 +303,10 @@ def golden() -> list[Path]:
 def test_every_schema_and_task_has_a_golden_folder():
     names = {p.name for p in golden()}
     for schema in range(1, SCHEMA + 1):
-        assert {f"v{schema}-{t}" for t in ("tabular-classification", "tabular-regression", "image-classification",
-                                           "text-classification")} <= names
+        assert {
+            f"v{schema}-{t}"
+            for t in ("tabular-classification", "tabular-regression", "image-classification", "text-classification")
+        } <= names
 
 
 @pytest.mark.parametrize("path", golden(), ids=lambda p: p.name)
@@ -305,6 +346,7 @@ def test_a_verdict_says_where_a_baseline_is_better(iris_run):
     import copy
 
     from fieldguide.report.pages import verdict
+
     record, metric = copy.deepcopy(iris_run.record), iris_run.task.metrics[0]
     record["scores"]["test"]["accuracy"] = 0.5
     record["scores"]["baselines"][1]["scores"]["accuracy"] = 0.6

@@ -21,8 +21,9 @@ from fieldguide.data.samples.text import EACH
 @pytest.mark.parametrize("name", samples.SAMPLES)
 def test_each_sample_reads_as_it_says(name):
     sample = samples.SAMPLES[name]
-    data, task, _ = read_for({"data": name, "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
-                              "allow_bad": False, "task": None})
+    data, task, _ = read_for(
+        {"data": name, "target": None, "kinds": {}, "roles": {}, "group": None, "time": None, "allow_bad": False, "task": None}
+    )
     assert task.name == sample.task and sample.what and sample.licence and sample.source
     assert (data.target.name if data.target else "") == sample.target
     assert not [f for f in data.findings if f.severity == "error"]

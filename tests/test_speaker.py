@@ -18,18 +18,26 @@ from tv import transformers
 
 GREEDY = {"temperature": 0.0}
 TEXT = ["the cat sat on the mat", "a dog ran after the cat, and the cat ran too", "who sat on the mat? the dog", "ünïcödé ☃"]
-TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['user', 'assistant', 'system'] %}"
-            "{{ raise_exception('nobody is called ' + message['role']) }}{% endif %}\n"
-            "<|{{ message.role }}|>{{ message.content | trim }}{{ eos_token }}\n{% endfor %}\n"
-            "{%- if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['user', 'assistant', 'system'] %}"
+    "{{ raise_exception('nobody is called ' + message['role']) }}{% endif %}\n"
+    "<|{{ message.role }}|>{{ message.content | trim }}{{ eos_token }}\n{% endfor %}\n"
+    "{%- if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def bpe() -> Tokenizer:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False))
+    made.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     return made
 
 
@@ -38,9 +46,22 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     tokenizer = bpe()
     torch.manual_seed(0)
-    theirs = settled(transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=None)))
+    theirs = settled(
+        transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=tokenizer.get_vocab_size(),
+                hidden_size=32,
+                intermediate_size=40,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=None,
+            )
+        )
+    )
     theirs.save_pretrained(path)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = TEMPLATE
@@ -58,7 +79,7 @@ def theirs(folder, prompt: str, **how) -> str:
     model = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     ids = fast(prompt, return_tensors="pt").input_ids
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=1, **how)
-    return fast.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+    return fast.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_greedy_answers_are_those_of_transformers(folder, speaker):
@@ -85,11 +106,18 @@ def test_conversations_are_written_as_transformers_writes_them(folder, speaker):
         speaker.template([{"role": "robot", "content": "?"}])
 
 
-@pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages[0].update(x=1) }}",
-                                    "{{ cycler.__init__.__globals__ }}"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(x=1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+    ],
+)
 def test_templates_reach_nothing(source):
     said = [{"role": "user", "content": "hi"}]
-    Environment().from_string(source).render(messages=list(said))        # would be done elsewhere
+    Environment().from_string(source).render(messages=list(said))  # would be done elsewhere
     with pytest.raises(DataError, match="chat template"):
         ChatTemplate(source)(said)
 
@@ -122,19 +150,23 @@ def test_refusals(folder, tmp_path, speaker):
         Speaker.load(tmp_path)
 
 
-@pytest.mark.parametrize("parted, begin, begun", [("gpt-2", None, False), ("gpt-2", True, True), ("llama-bpe", None, True),
-                                                  ("llama-bpe", False, False)])
+@pytest.mark.parametrize(
+    "parted, begin, begun",
+    [("gpt-2", None, False), ("gpt-2", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
+)
 def test_the_tokenizer_of_a_gguf_file(tmp_path, parted, begin, begun):
     """Merges and special tokens in the file, and texts come out as from the tokenizer that was put in; the token that texts
     begin with is written where the file says so, or its kind does."""
     gguf = pytest.importorskip("gguf")
     from fieldguide.core.gguf import LLAMA3
     from fieldguide.core.gguf import tokenizer as read
+
     made = bpe()
     made.add_special_tokens(["<s>", "</s>"])
     if parted == "llama-bpe":
-        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
-                                                      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     state = json.loads(made.to_str())["model"]
     tokens = sorted(state["vocab"], key=state["vocab"].get)
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
@@ -162,13 +194,17 @@ def test_from_the_shell(folder, capsys):
     from typer.testing import CliRunner
 
     from fieldguide.cli.commands import app
+
     run = lambda *words: CliRunner().invoke(app, ["predict", str(folder), *words])
     greedy = ("--set", "temperature=0", "--set", "tokens=12", "--set", "chat=false")
     assert run("the cat", *greedy).stdout.strip("\n") == theirs(folder, "the cat")
     lines = [json.loads(line) for line in run("the cat", "who", *greedy, "--json").stdout.splitlines()]
     assert [line["text"] for line in lines] == [theirs(folder, p) for p in ("the cat", "who")]
     assert "nothing" not in run("--set", "tokens=3").stdout
-    for words, message in ((("x", "--set", "heat=1"), "not asked with 'heat'"), ((), "say what to go on from"),
-                           (("x", "--set", "temperature=-1"), "must be at least 0")):
+    for words, message in (
+        (("x", "--set", "heat=1"), "not asked with 'heat'"),
+        ((), "say what to go on from"),
+        (("x", "--set", "temperature=-1"), "must be at least 0"),
+    ):
         failed = run(*words)
         assert failed.exit_code and message in str(failed.exception)

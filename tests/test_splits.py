@@ -58,8 +58,7 @@ def test_rare_classes_are_in_train(tmp_path):
 
 
 def test_many_small_classes_still_fill_the_test_side():
-    data = read({"x": np.arange(300) % 101 * 0.5, "z": np.arange(300.0),
-                 "y": [f"c{i // 3}" for i in range(300)]}, target="y")
+    data = read({"x": np.arange(300) % 101 * 0.5, "z": np.arange(300.0), "y": [f"c{i // 3}" for i in range(300)]}, target="y")
     side = sides(split(data), 300)
     assert abs((side == 2).mean() - 0.2) < 0.03
 
@@ -67,8 +66,9 @@ def test_many_small_classes_still_fill_the_test_side():
 def test_groups_stay_whole():
     rng = np.random.default_rng(0)
     who = rng.integers(0, 60, 600)
-    data = read({"x": rng.normal(size=600), "who": [f"p{w}" for w in who], "y": rng.integers(0, 2, 600)},
-                target="y", group="who")
+    data = read(
+        {"x": rng.normal(size=600), "who": [f"p{w}" for w in who], "y": rng.integers(0, 2, 600)}, target="y", group="who"
+    )
     made = split(data)
     side = sides(made, 600)
     for person in range(60):
@@ -79,14 +79,13 @@ def test_groups_stay_whole():
 
 def test_duplicates_stay_together_also_across_groups():
     rng = np.random.default_rng(0)
-    x = np.repeat(rng.normal(size=100), 4)                     # every input four times
+    x = np.repeat(rng.normal(size=100), 4)  # every input four times
     group = np.roll(np.repeat(np.arange(100), 4), 2)  # groups that overlap two inputs each chain all up
     data = read({"x": x, "y": rng.integers(0, 2, 400)}, target="y")
     side = sides(split(data), 400)
     assert all(np.unique(side[x == v]).size == 1 for v in np.unique(x))
     assert "300 duplicates kept" in split(data).how
-    chained = read({"x": x, "g": [f"g{v}" for v in group], "y": rng.integers(0, 2, 400)}, target="y",
-                   group="g")
+    chained = read({"x": x, "g": [f"g{v}" for v in group], "y": rng.integers(0, 2, 400)}, target="y", group="g")
     with pytest.raises(DataError, match="cannot split"):
         split(chained)
 
@@ -103,8 +102,9 @@ def test_equal_pictures_stay_together(tmp_path):
 def test_time_goes_forward():
     rng = np.random.default_rng(0)
     when = rng.permutation(np.arange(np.datetime64("2020-01-01"), np.datetime64("2020-01-01") + 500))
-    data = read({"x": rng.normal(size=500), "when": when.astype("datetime64[us]"), "y": rng.normal(size=500)},
-                target="y", time="when")
+    data = read(
+        {"x": rng.normal(size=500), "when": when.astype("datetime64[us]"), "y": rng.normal(size=500)}, target="y", time="when"
+    )
     made = split(data)
     assert when[made.train].max() < when[made.validation].min() <= when[made.validation].max() < when[made.test].min()
     assert made.test.size == 100 and "the latest by 'when'" in made.how

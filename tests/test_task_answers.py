@@ -44,11 +44,25 @@ def squad(count: int, seed: int = 0, none: bool = True) -> dict:
         rng.shuffle(said)
         context = "  " * (number % 2) + "  ".join(said)
         asked = [("Who went away?", who), ("Where was it?", town), ("What was to be bought?", thing), ("On which day?", day)]
-        qas = [{"id": f"{number}.{i}", "question": q, "is_impossible": False, "answers": [
-            {"text": a, "answer_start": context.index(a)}]} for i, (q, a) in enumerate(asked)]
+        qas = [
+            {
+                "id": f"{number}.{i}",
+                "question": q,
+                "is_impossible": False,
+                "answers": [{"text": a, "answer_start": context.index(a)}],
+            }
+            for i, (q, a) in enumerate(asked)
+        ]
         if none and rng.random() < 0.5:
-            qas.append({"id": f"{number}.x", "question": "What did it cost?", "answers": [], "is_impossible": True,
-                        "plausible_answers": [{"text": thing, "answer_start": context.index(thing)}]})
+            qas.append(
+                {
+                    "id": f"{number}.x",
+                    "question": "What did it cost?",
+                    "answers": [],
+                    "is_impossible": True,
+                    "plausible_answers": [{"text": thing, "answer_start": context.index(thing)}],
+                }
+            )
         paragraphs.append({"context": context, "qas": qas})
     return {"version": "v2.0", "data": [{"title": "Reports", "paragraphs": paragraphs}]}
 
@@ -74,11 +88,14 @@ def file(tmp_path_factory):
 
 # ---------------------------------------------------------------------------------------------- scores
 
+
 def reference(said: str, right: str) -> tuple[float, float]:
     """Exact match and F1 by the words of the paper: case, punctuation, articles and blanks do not count."""
+
     def tokens(text: str) -> list[str]:
         text = "".join(c for c in text.lower() if c not in set(string.punctuation))
         return [w for w in re.sub(r"\b(?:a|an|the)\b", " ", text).split(" ") if w.strip()]
+
     mine, theirs = tokens(said), tokens(right)
     if not mine or not theirs:
         return float(mine == theirs), float(mine == theirs)
@@ -95,7 +112,7 @@ def test_scores_are_those_of_the_paper():
     rng = np.random.default_rng(0)
     words = ["the", "a", "Cat", "cat", "dog.", "an", "The", "sat", "(sat)", "on", "of", "theatre", "a-b", "ab", ""]
     one, other = ([" ".join(rng.choice(words, rng.integers(0, 6))) for _ in range(600)] for _ in range(2))
-    many = [[other[i], other[(i * 7) % 600]][:1 + i % 2] for i in range(600)]
+    many = [[other[i], other[(i * 7) % 600]][: 1 + i % 2] for i in range(600)]
     want = [np.max([reference(said, right) for right in references], axis=0) for said, references in zip(one, many)]
     found = measured.scores(one, many)
     np.testing.assert_allclose(found, want)
@@ -103,9 +120,17 @@ def test_scores_are_those_of_the_paper():
 
 
 def test_scores_by_hand():
-    cases = [("The  Eiffel Tower!", ["Eiffel tower"], 1, 1), ("tower", ["the Eiffel Tower", "a Tower"], 1, 1),
-             ("Paris, France", ["Paris"], 0, 2 / 3), ("", ["Paris"], 0, 0), ("Paris", [], 0, 0), ("", [], 1, 1),
-             ("the", [], 1, 1), ("cat cat dog", ["cat dog dog"], 0, 2 / 3), ("1,000", ["1000"], 1, 1)]
+    cases = [
+        ("The  Eiffel Tower!", ["Eiffel tower"], 1, 1),
+        ("tower", ["the Eiffel Tower", "a Tower"], 1, 1),
+        ("Paris, France", ["Paris"], 0, 2 / 3),
+        ("", ["Paris"], 0, 0),
+        ("Paris", [], 0, 0),
+        ("", [], 1, 1),
+        ("the", [], 1, 1),
+        ("cat cat dog", ["cat dog dog"], 0, 2 / 3),
+        ("1,000", ["1000"], 1, 1),
+    ]
     said, right, exact, f1 = zip(*cases)
     np.testing.assert_allclose(measured.scores(said, right), np.stack([exact, f1], 1))
 
@@ -123,13 +148,14 @@ def test_the_threshold_is_the_best_of_all():
 
 # ---------------------------------------------------------------------------------------------- files
 
+
 def test_squad_is_read_with_every_place(file):
     data = read(file, wants=KIND.wants)
     assert infer(data)[0] is KIND and data.target.name == "answers" and data.place(3) == "reports.json:4"
     data = KIND.examples(data, KIND.Options())
     for context, answers, impossible in data.rows.select("context", "answers", "is_impossible").iter_rows():
         assert context == context.strip() and bool(answers) != impossible
-        assert all(context[a["start"]:a["start"] + len(a["text"])] == a["text"] for a in answers)
+        assert all(context[a["start"] : a["start"] + len(a["text"])] == a["text"] for a in answers)
     assert {c.name for c in data.features()} == {"context", "question"} and not checks(data) & {"answer-moved", "no-answer"}
     parts = split(data)
     sides = [set(data.rows["context"].gather(rows.tolist())) for rows in (parts.train, parts.validation, parts.test)]
@@ -138,20 +164,48 @@ def test_squad_is_read_with_every_place(file):
 
 def test_every_layout_gives_the_same(tmp_path):
     """SQuAD 1.1, records of Hugging Face, JSON Lines and CSV."""
-    entries = [(f"On day {i} Anna paid {i + 3} crowns in Bonn.", f"How much was paid on day {i}?", str(i + 3))
-               for i in range(20)]
-    one = {"version": "1.1", "data": [{"title": "T", "paragraphs": [{"context": c, "qas": [{"id": q, "question": q, "answers": [
-        {"text": a, "answer_start": c.index(f"paid {a}") + 5}]}]} for c, q, a in entries]}]}
-    flat = [{"id": q, "context": c, "question": q, "answers": {"text": [a], "answer_start": [c.index(f"paid {a}") + 5]}}
-            for c, q, a in entries]
-    sources = [stored(tmp_path / "a.json", one), stored(tmp_path / "b.json", {"data": flat}), stored(tmp_path / "c.json", flat),
-               stored(tmp_path / "d.json", one["data"][0]["paragraphs"]), table(tmp_path / "e.jsonl", flat),
-               table(tmp_path / "f.jsonl", [{"passage": c, "query": q, "answer": a, "answer_start": c.index(f"paid {a}") + 5}
-                                            for c, q, a in entries])]
-    pl.DataFrame([{"Question": q, "Context": c, "Answer": a, "answer_start": c.index(f"paid {a}") + 5} for c, q, a in entries]
-                 ).write_csv(tmp_path / "g.csv")
-    frame = pl.DataFrame([{"context": c, "question": q, "answers": {"text": [a], "answer_start": [c.index(f"paid {a}") + 5]}}
-                          for c, q, a in entries])
+    entries = [
+        (f"On day {i} Anna paid {i + 3} crowns in Bonn.", f"How much was paid on day {i}?", str(i + 3)) for i in range(20)
+    ]
+    one = {
+        "version": "1.1",
+        "data": [
+            {
+                "title": "T",
+                "paragraphs": [
+                    {
+                        "context": c,
+                        "qas": [{"id": q, "question": q, "answers": [{"text": a, "answer_start": c.index(f"paid {a}") + 5}]}],
+                    }
+                    for c, q, a in entries
+                ],
+            }
+        ],
+    }
+    flat = [
+        {"id": q, "context": c, "question": q, "answers": {"text": [a], "answer_start": [c.index(f"paid {a}") + 5]}}
+        for c, q, a in entries
+    ]
+    sources = [
+        stored(tmp_path / "a.json", one),
+        stored(tmp_path / "b.json", {"data": flat}),
+        stored(tmp_path / "c.json", flat),
+        stored(tmp_path / "d.json", one["data"][0]["paragraphs"]),
+        table(tmp_path / "e.jsonl", flat),
+        table(
+            tmp_path / "f.jsonl",
+            [{"passage": c, "query": q, "answer": a, "answer_start": c.index(f"paid {a}") + 5} for c, q, a in entries],
+        ),
+    ]
+    pl.DataFrame(
+        [{"Question": q, "Context": c, "Answer": a, "answer_start": c.index(f"paid {a}") + 5} for c, q, a in entries]
+    ).write_csv(tmp_path / "g.csv")
+    frame = pl.DataFrame(
+        [
+            {"context": c, "question": q, "answers": {"text": [a], "answer_start": [c.index(f"paid {a}") + 5]}}
+            for c, q, a in entries
+        ]
+    )
     for source in [*sources, str(tmp_path / "g.csv"), frame]:
         data = KIND.examples(read(source, wants=KIND.wants), KIND.Options())
         found = [(row[0]["text"], row[0]["start"]) for row in data.rows[data.target.name].to_list()]
@@ -169,15 +223,22 @@ def test_files_by_split(tmp_path):
         read(tmp_path, wants=KIND.wants)
 
 
-@pytest.mark.parametrize(("place", "value", "words"), [
-    (("data",), {"qas": []}, r"b\.json: data is \{.qas.: \[\]\}, and should be a list"),
-    (("data", 0, "paragraphs"), None, r"data\[0\]\.paragraphs is null, and should be a list"),
-    (("data", 0, "paragraphs", 2, "context"), 7, r"data\[0\]\.paragraphs\[2\]\.context is 7, and should be text"),
-    (("data", 0, "paragraphs", 1, "qas", 0, "question"), ..., r"paragraphs\[1\]\.qas\[0\] lacks 'question' \(it has 'id'"),
-    (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0), "Bonn", r"qas\[2\]\.answers\[0\] is \"Bonn\".*an object with a"),
-    (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0, "answer_start"), "3", r"answer_start is \"3\".*a whole number"),
-    (("data", 0, "paragraphs", 1, "qas", 2, "is_impossible"), "no", r"is_impossible is \"no\", and should be true or false"),
-])
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("data",), {"qas": []}, r"b\.json: data is \{.qas.: \[\]\}, and should be a list"),
+        (("data", 0, "paragraphs"), None, r"data\[0\]\.paragraphs is null, and should be a list"),
+        (("data", 0, "paragraphs", 2, "context"), 7, r"data\[0\]\.paragraphs\[2\]\.context is 7, and should be text"),
+        (("data", 0, "paragraphs", 1, "qas", 0, "question"), ..., r"paragraphs\[1\]\.qas\[0\] lacks 'question' \(it has 'id'"),
+        (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0), "Bonn", r"qas\[2\]\.answers\[0\] is \"Bonn\".*an object with a"),
+        (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0, "answer_start"), "3", r"answer_start is \"3\".*a whole number"),
+        (
+            ("data", 0, "paragraphs", 1, "qas", 2, "is_impossible"),
+            "no",
+            r"is_impossible is \"no\", and should be true or false",
+        ),
+    ],
+)
 def test_another_form_is_named_by_its_place(tmp_path, place, value, words):
     document = squad(4)
     at = document
@@ -196,9 +257,21 @@ def test_files_that_are_damaged(tmp_path):
     with pytest.raises(DataError, match=r"cut\.json: not readable as JSON \(.*line 1 column"):
         read(stored(tmp_path / "cut.json", whole[:-40]), wants=KIND.wants)
     context = "Zoë said: the café of Orléans is old. It has twelve tables."
-    document = {"data": [{"context": context, "qas": [
-        {"id": str(i), "question": f"How many, {i}?", "answers": [{"text": "twelve", "answer_start": context.index("twelve")}]}
-        for i in range(4)]}]}
+    document = {
+        "data": [
+            {
+                "context": context,
+                "qas": [
+                    {
+                        "id": str(i),
+                        "question": f"How many, {i}?",
+                        "answers": [{"text": "twelve", "answer_start": context.index("twelve")}],
+                    }
+                    for i in range(4)
+                ],
+            }
+        ]
+    }
     (tmp_path / "old.json").write_bytes(json.dumps(document, ensure_ascii=False).encode("cp1252"))
     data = read(tmp_path / "old.json", wants=KIND.wants)
     assert "Windows-1252" in finding(data, "encoding").what and "answer-moved" not in checks(data)
@@ -206,9 +279,16 @@ def test_files_that_are_damaged(tmp_path):
 
 
 def rows(count: int = 150) -> list[dict]:
-    return [{"id": f"q{i}", "context": f"In the year {i} Anna built house {i + 500} in Bonn.",
-             "question": f"Which house of {i}?", "answer": f"house {i + 500}",
-             "answer_start": len(f"In the year {i} Anna built ")} for i in range(count)]
+    return [
+        {
+            "id": f"q{i}",
+            "context": f"In the year {i} Anna built house {i + 500} in Bonn.",
+            "question": f"Which house of {i}?",
+            "answer": f"house {i + 500}",
+            "answer_start": len(f"In the year {i} Anna built "),
+        }
+        for i in range(count)
+    ]
 
 
 def test_answers_that_are_not_there(tmp_path):
@@ -274,8 +354,10 @@ def test_tables_are_read_alike_by_a_trained_task(tmp_path):
     again = one.read([path], answered=True)
     assert again.rows["answer"].to_list() == data.rows["answer"].to_list() and one.truth(again)["answers"][0] == ()
     assert one.truth(again)["answers"][1] == ("house 501",)
-    table(tmp_path / "b.jsonl", [{"context": row["context"], "question": row["question"] if i else " "}
-                                 for i, row in enumerate(some)])
+    table(
+        tmp_path / "b.jsonl",
+        [{"context": row["context"], "question": row["question"] if i else " "} for i, row in enumerate(some)],
+    )
     asked = one.read([tmp_path / "b.jsonl"])
     assert len(asked) == 39 and [(u.before, u.place) for u in asked.unread] == [(0, "b.jsonl:1")]
     with pytest.raises(DataError, match="use `fieldguide predict`"):
@@ -295,6 +377,7 @@ def test_columns_of_other_names(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- tokens and windows
 
+
 def test_tokens_know_their_characters():
     texts = ["  The  Café costs — 1,000\n dollars", "İstanbul, naïve ﬁnd", "", " \t ", "日本語 text"]
     learnt = Text.learn([t for t in texts if t] * 5, size=300)
@@ -311,7 +394,7 @@ def test_whole_words():
     text = "It's 1,000 Orléans-based (ab) cd"
     spans = np.array([(b, e) for b in range(len(text)) for e in range(b, len(text) + 1)])
     for (begin, end), (first, last) in zip(spans, widened(text, spans)):
-        inside = lambda i: 0 < i < len(text) and bool(re.match(r"\w\w", text[i - 1:i + 1]))
+        inside = lambda i: 0 < i < len(text) and bool(re.match(r"\w\w", text[i - 1 : i + 1]))
         b, e = int(begin), int(end)
         while inside(b):
             b -= 1
@@ -356,13 +439,13 @@ def test_windows_hold_questions_contexts_and_answers(tmp_path, whole, stride):
         first = real.index(text.sep)
         assert real[0] == text.cls and real[-1] == text.sep
         assert text.decode(real[1:first]).strip() == some[number]["question"].lower()
-        segments = batch["segments"][row][:len(real)].tolist()
+        segments = batch["segments"][row][: len(real)].tolist()
         assert segments == [0] * (first + 1) + [1] * (len(real) - first - 1)
         assert batch["answerable"][row].nonzero().flatten().tolist() == list(range(first + 1, len(real) - 1))
         begin, end = int(batch["first"][row]), int(batch["last"][row])
         if begin:
             held[number] += 1
-            piece = some[number]["context"][chars[row, begin, 0]:chars[row, end, 1]]
+            piece = some[number]["context"][chars[row, begin, 0] : chars[row, end, 1]]
             right = some[number]["answers"][0]
             if whole:
                 assert piece == right["text"]
@@ -390,16 +473,20 @@ def test_answers_in_tokens():
 
 def test_frames_of_given_tokenizers(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     names = ["<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "a", "b"]
+
     def saved(pair: str):
         made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.Whitespace()
         if pair:
             used = [w for w in names if w in pair]
-            made.post_processor = processors.TemplateProcessing(single="$A", pair=pair, special_tokens=[
-                (w, made.token_to_id(w)) for w in used])
+            made.post_processor = processors.TemplateProcessing(
+                single="$A", pair=pair, special_tokens=[(w, made.token_to_id(w)) for w in used]
+            )
         made.save(str(tmp_path / "t.json"))
         return Text.load(tmp_path / "t.json")
+
     assert framed(saved("[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1")) == Frame((3,), (4,), (4,), (0, 1))
     assert framed(saved("<s>:0 $A:0 </s>:0 </s>:0 $B:0 </s>:0")) == Frame((0,), (1, 1), (1,), (0, 0))
     assert framed(saved("")) == Frame((3,), (4,), (4,), (0, 1))
@@ -413,7 +500,7 @@ def test_the_best_answer_over_all_windows(monkeypatch):
     tokens, mask = torch.randint(5, 30, (11, 9)), torch.ones(11, 9, dtype=torch.bool)
     answerable = torch.zeros(11, 9, dtype=torch.bool)
     answerable[:, 3:8] = True
-    answerable[4:6] = False                              # a text of whose windows none has room
+    answerable[4:6] = False  # a text of whose windows none has room
     chars = torch.arange(11 * 9 * 2).view(11, 9, 2)
     chars[:, 0] = 0
     window = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3])
@@ -430,14 +517,24 @@ def test_the_best_answer_over_all_windows(monkeypatch):
             allowed = [0, *answerable[row].nonzero().flatten().tolist()]
             begin, end = (logits[row, :, side] - logits[row, allowed, side].logsumexp(0) for side in (0, 1))
             none = min(none, float(begin[0] + end[0]))
-            best = max([best, *((float(begin[i] + end[j]), int(chars[row, i, 0]), int(chars[row, j, 1]))
-                                for i in allowed[1:] for j in allowed[1:] if i <= j < i + 3)])
+            best = max(
+                [
+                    best,
+                    *(
+                        (float(begin[i] + end[j]), int(chars[row, i, 0]), int(chars[row, j, 1]))
+                        for i in allowed[1:]
+                        for j in allowed[1:]
+                        if i <= j < i + 3
+                    ),
+                ]
+            )
         assert found["none"][text].item() == pytest.approx(none, abs=1e-4)
         assert (found["begin"][text].item(), found["end"][text].item()) == best[1:]
         assert found["score"][text].item() == pytest.approx(best[0], abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- the task
+
 
 def test_scores_baselines_and_the_threshold(file):
     one, data = made(file, vocab=300)
@@ -452,8 +549,12 @@ def test_scores_baselines_and_the_threshold(file):
     none = np.array([not a for a in truth["answers"]])
     assert one.score(nothing.outputs, truth) == {"f1": none.mean(), "exact_match": none.mean(), "answered": 0, "unanswered": 1}
     # A network that is sure of all that has an answer by more than 2 nats, and of the others by less.
-    sure = {"begin": np.zeros(len(data), int), "end": np.where(none, 5, spots[:, 1]), "none": np.zeros(len(data)),
-            "score": np.where(none, 1.9, 2.1)}
+    sure = {
+        "begin": np.zeros(len(data), int),
+        "end": np.where(none, 5, spots[:, 1]),
+        "none": np.zeros(len(data)),
+        "score": np.where(none, 1.9, 2.1),
+    }
     sure["begin"] = np.where(none, 0, spots[:, 0])
     one.calibrate(sure, truth)
     assert 1.9 < one.threshold < 2.1 and set(one.score(one.adjust(sure), truth).values()) == {1.0}
@@ -465,9 +566,23 @@ def test_scores_baselines_and_the_threshold(file):
 
 
 def learnt(path, out, **more):
-    return fit(path, model="bert-tiny", out=out, settings={
-        "steps": 90, "evaluate": 45, "batch": 32, "lr": 4e-3, "precision": "float32", "task.vocab": 420, "model.dim": 64,
-        "model.heads": 2, "model.hidden": 128, **more})
+    return fit(
+        path,
+        model="bert-tiny",
+        out=out,
+        settings={
+            "steps": 90,
+            "evaluate": 45,
+            "batch": 32,
+            "lr": 4e-3,
+            "precision": "float32",
+            "task.vocab": 420,
+            "model.dim": 64,
+            "model.heads": 2,
+            "model.hidden": 128,
+            **more,
+        },
+    )
 
 
 def test_learns_to_answer(file, tmp_path):
@@ -480,9 +595,10 @@ def test_learns_to_answer(file, tmp_path):
     again = open_run(run.path)
     context = "Emma went to Kiel. There was milk to buy."
     (record,) = again.predict(context, question="Where was it?")
-    assert record["answer"] == "Kiel" == context[record["start"]:record["end"]] and 0 < record["probability"] <= 1
-    (tmp_path / "two.csv").write_text('context,question\n"Hans went to Bonn.",Who went away?\n"It rained.",What did it cost?\n'
-                                      '"",Where was it?\n')
+    assert record["answer"] == "Kiel" == context[record["start"] : record["end"]] and 0 < record["probability"] <= 1
+    (tmp_path / "two.csv").write_text(
+        'context,question\n"Hans went to Bonn.",Who went away?\n"It rained.",What did it cost?\n"",Where was it?\n'
+    )
     who, none, wrong = again.predict(tmp_path / "two.csv")
     assert who["answer"] == "Hans" and (none["answer"], none["start"]) == ("", None) and "empty" in wrong["error"]
     assert again.predict(tmp_path / "two.csv", threshold=-1000.0)[1]["answer"]
@@ -512,20 +628,27 @@ def test_learns_to_answer(file, tmp_path):
 def test_begins_with_a_folder_of_transformers(file, tmp_path):
     """A network that answers already, with its tokenizer: what it said it says here, to the logit."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     document = squad(140)
     texts = [x for p in document["data"][0]["paragraphs"] for x in (p["context"], *(q["question"] for q in p["qas"]))]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]", t)})]
     tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="[UNK]"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     tokens.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     torch.manual_seed(0)
     config = cards()["bert"].settle("bert-test", gives="span", vocab=len(vocab), length=64)
     theirs = encoders.network("bert", config)
     theirs.save_pretrained(tmp_path / "theirs")
     tokens.save(str(tmp_path / "theirs" / "tokenizer.json"))
-    run = fit(file, task="question-answering", weights=tmp_path / "theirs", out=tmp_path / "run", settings={
-        "steps": 1, "batch": 8, "lr": 1e-9, "precision": "float32", "tune": "whole"})
+    run = fit(
+        file,
+        task="question-answering",
+        weights=tmp_path / "theirs",
+        out=tmp_path / "run",
+        settings={"steps": 1, "batch": 8, "lr": 1e-9, "precision": "float32", "tune": "whole"},
+    )
     assert run.record["model"]["fresh"] == [] and run.task.frame == Frame((2,), (3,), (3,), (0, 1))
     pair = tokens.encode(texts[1], texts[0].strip())
     data = run.task.read([file], answered=True)

@@ -34,7 +34,7 @@ def picture(scene, seed):
     light, height, side = scene
     array = np.random.default_rng(seed).integers(0, 30, (8, 8))
     top, left = 3 * HEIGHTS.index(height), 3 * SIDES.index(side)
-    array[top:top + 2, left:left + 2] = LIGHTS[light]
+    array[top : top + 2, left : left + 2] = LIGHTS[light]
     return Image.fromarray(array.astype(np.uint8))
 
 
@@ -48,13 +48,24 @@ def folder(root, each=5):
 
 
 def asked(path, **more):
-    return read_for({"data": str(path), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
-                     "allow_bad": False, "task": "image-generation", **more})
+    return read_for(
+        {
+            "data": str(path),
+            "target": None,
+            "kinds": {},
+            "roles": {},
+            "group": None,
+            "time": None,
+            "allow_bad": False,
+            "task": "image-generation",
+            **more,
+        }
+    )
 
 
 def test_captions_are_told_from_classes():
     phrases = pl.Series("c", [caption(*s) for s in SCENES])
-    assert said(phrases) == "text" and said(phrases[:20]) is None            # so few are classes with long names
+    assert said(phrases) == "text" and said(phrases[:20]) is None  # so few are classes with long names
     assert said(pl.Series("c", [f"breed-{i}" for i in range(100)])) is None and said(pl.Series("c", range(100))) is None
     assert said(pl.Series("c", [None, "", "?"])) is None and said(pl.Series("c", [], dtype=pl.String)) is None
     assert said(pl.Series("c", [f"一只棕色的狗在草地上奔跑{i}" for i in range(30)])) == "text"
@@ -88,7 +99,7 @@ def test_captions_beside_pictures(tmp_path):
         folder(tmp_path / "parts" / part, 2)
     splits = read(tmp_path / "parts").splits
     assert [int((splits == s).sum()) for s in ("train", "val", "test")] == [54] * 3
-    for i in range(135):                                     # boxes, as darknet writes them, are no captions
+    for i in range(135):  # boxes, as darknet writes them, are no captions
         (tmp_path / "flat" / f"p{i:03d}.txt").write_text("0 0.5 0.5 0.25 1e-1\n")
     assert "caption" not in read(tmp_path / "flat").columns
 
@@ -114,7 +125,7 @@ def test_damaged_captions(tmp_path):
     assert "p003.txt" in finding(read(root), "unreadable-file").places[0]
     root = folder(tmp_path, 8)
     good = (root / "p004.png").read_bytes()
-    (root / "p004.png").write_bytes(good[:len(good) // 2])
+    (root / "p004.png").write_bytes(good[: len(good) // 2])
     assert any(f.unusable and "p004.png" in f.places[0] for f in read(root).findings)
     root = folder(tmp_path, 8)
     for i in range(10):
@@ -128,7 +139,7 @@ def test_the_judge_of_pairs_is_its_definition():
     torch.manual_seed(0)
     judge, x, pool = generative.Matcher(1, 40).eval(), torch.randn(100, 1, 8, 8), torch.randint(1, 6, (150, 5))
     pool[:, 3:] *= torch.randint(0, 2, (150, 1))
-    with torch.no_grad():                                # own captions are some of the best, or hardly any would be picked
+    with torch.no_grad():  # own captions are some of the best, or hardly any would be picked
         best = (judge.picture(x) @ judge.caption(pool).T).topk(12, 1).indices
     tokens = pool[best[torch.arange(100), torch.randint(12, (100,))]]
     got, rng = generative.picked(judge, x, tokens, pool), np.random.default_rng(0)
@@ -142,7 +153,7 @@ def test_the_judge_of_pairs_is_its_definition():
     assert 20 < got.sum() < 100
     assert torch.allclose(seen.norm(dim=1), torch.ones(100)) and torch.allclose(own.norm(dim=1), torch.ones(100))
     longer = torch.nn.functional.pad(tokens, (0, 4))
-    torch.testing.assert_close(judge.caption(longer), own)           # what is beyond the end says nothing
+    torch.testing.assert_close(judge.caption(longer), own)  # what is beyond the end says nothing
     assert not torch.allclose(judge.caption(torch.tensor([[5, 6, 7, 0]])), judge.caption(torch.tensor([[7, 6, 5, 0]])))
 
 
@@ -150,10 +161,10 @@ def test_a_judge_of_pairs_learns_and_leaves_chance_alone():
     tokens = torch.tensor([[1 + HEIGHTS.index(h), 10 + SIDES.index(s)] for _, h, s in SCENES]).repeat(6, 1)
     x = torch.stack([torch.from_numpy(np.asarray(picture(SCENES[i % 27], i)).copy()) for i in range(162)])[:, None] / 127.5 - 1
     before = torch.random.get_rng_state()
-    with torch.inference_mode():                             # as it is called when a run is tested
+    with torch.inference_mode():  # as it is called when a run is tested
         judge = generative.paired(x[:120], tokens[:120], 20, steps=100)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert generative.picked(judge, x[120:], tokens[120:], tokens).mean() > 0.9              # nine captions in all
+    assert generative.picked(judge, x[120:], tokens[120:], tokens).mean() > 0.9  # nine captions in all
     assert generative.picked(judge, x[120:], tokens[120:].roll(1, 0), tokens).mean() < 0.2
     again = generative.restored(judge.state_dict())
     assert torch.equal(again.caption(tokens), judge.caption(tokens)) and again.vocab == 20
@@ -161,9 +172,21 @@ def test_a_judge_of_pairs_learns_and_leaves_chance_alone():
 
 @pytest.mark.slow
 def test_pictures_are_made_after_captions(tmp_path):
-    run = fit(str(folder(tmp_path / "data", 7)), task="image-generation", out=tmp_path / "run", settings={
-        "steps": 180, "batch": 32, "lr": 3e-3, "precision": "float32", "evaluate": 180, "ema": 0.95, "model.dim": 16,
-        "model.words": 32})
+    run = fit(
+        str(folder(tmp_path / "data", 7)),
+        task="image-generation",
+        out=tmp_path / "run",
+        settings={
+            "steps": 180,
+            "batch": 32,
+            "lr": 3e-3,
+            "precision": "float32",
+            "evaluate": 180,
+            "ema": 0.95,
+            "model.dim": 16,
+            "model.words": 32,
+        },
+    )
     scores, baselines = run.scores, {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert baselines["training pictures"]["caption_match"] > 0.9 and baselines["shuffled captions"]["caption_match"] < 0.35
     assert scores["caption_match"] > 0.3 and "classifier_accuracy" not in scores
@@ -175,7 +198,7 @@ def test_pictures_are_made_after_captions(tmp_path):
     assert run.predict(["A bright block at the top left"], count=2, steps=5) == first[:2]
     assert run.predict(["a dim block at the bottom right"], count=1, steps=5)[0]["image"] != first[0]["image"]
     several = run.predict(count=4, steps=2)
-    assert len({a["caption"] for a in several}) == 4         # some that it learnt from
+    assert len({a["caption"] for a in several}) == 4  # some that it learnt from
     assert run.evaluate(str(tmp_path / "data"))["scores"]["caption_match"] > 0.3
     assert "After captions" in (run.path / "report.html").read_text()
     with pytest.raises(DataError):

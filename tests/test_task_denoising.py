@@ -29,8 +29,16 @@ from test_tasks_resume import StopAt, log
 from writers import network
 
 KIND = task("denoising")
-SMALL = {"precision": "float32", "task.vocab": 420, "task.length": 40, "model.dim": 64, "model.heads": 2, "model.hidden": 128,
-         "model.depth": 2, "model.decoder_depth": 2}
+SMALL = {
+    "precision": "float32",
+    "task.vocab": 420,
+    "task.length": 40,
+    "model.dim": 64,
+    "model.heads": 2,
+    "model.hidden": 128,
+    "model.depth": 2,
+    "model.decoder_depth": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +72,7 @@ def together(one, batch, row: int) -> list[int]:
             spans[token] = last = []
         else:
             last.append(token)
-    assert source.pop() == one.frame.end and list(spans) == one.sentinels[:len(spans)].tolist()
+    assert source.pop() == one.frame.end and list(spans) == one.sentinels[: len(spans)].tolist()
     assert not spans.popitem()[1] and [t for t in source if t in one.sentinels] == list(spans)
     return [t for s in source for t in spans.get(s, [s])]
 
@@ -77,7 +85,7 @@ def test_rows_hold_the_texts(file, name):
     assert one.options.damage == {"t5": "spans", "bart": "infill"}[name] == card(name).denoises
     index, text = np.arange(len(batches)), one.text
     first, again = (batches.make(index[::step].copy(), None) for step in (1, -1))
-    assert all(torch.equal(first[k], again[k].flip(0)) for k in first)           # the same, whoever shares the batch
+    assert all(torch.equal(first[k], again[k].flip(0)) for k in first)  # the same, whoever shares the batch
     ids = [t for row in index for t in together(one, first, row)]
     assert text.decode([t for t in ids if t != text.sep]) == "".join(data.rows["text"].to_list())
     assert ids.count(text.sep) == len(data) and one.frame.end not in ids
@@ -90,7 +98,7 @@ def test_rows_hold_the_texts(file, name):
         follows = torch.where(target[:, :-1] < 0, text.pad, target[:, :-1])
         assert torch.equal(batch["tokens"][:, 1:], follows) and max(x.shape[1] for x in batch.values()) <= 40
     drawn = [batches.make(index, generator(seed)) for seed in (1, 1, 2)]
-    assert len({tuple(together(one, drawn[0], row)) for row in index}) > 0.9 * len(index) > 50        # pieces of all texts
+    assert len({tuple(together(one, drawn[0], row)) for row in index}) > 0.9 * len(index) > 50  # pieces of all texts
     assert torch.equal(drawn[0]["source"], drawn[1]["source"])
     assert drawn[0]["source"].shape != drawn[2]["source"].shape or not torch.equal(drawn[0]["source"], drawn[2]["source"])
     assert {text.decode(t[:3]) for t in drawn[0]["source"].tolist()} != {text.decode(t[:3]) for t in first["source"].tolist()}
@@ -99,7 +107,7 @@ def test_rows_hold_the_texts(file, name):
 def test_what_is_left_out_of_a_text_is_what_is_asked(file):
     """Of BART's rows: what the source lacks, token by token."""
     one, data = made(file, length=40, vocab=420, damage="infill")
-    batch = one.batches(data, card("t5")).make(np.arange(20), None)              # as the user says, not as the card does
+    batch = one.batches(data, card("t5")).make(np.arange(20), None)  # as the user says, not as the card does
     for row in range(20):
         source = [t for t in batch["source"][row][batch["source_mask"][row]].tolist() if t != one.text.hidden]
         asked, target = batch["asked"][row].tolist(), batch["target"][row].tolist()
@@ -113,8 +121,13 @@ def test_scores_count_what_was_left_out_alone():
     tokens, target = torch.randint(5, 30, (3, length)), torch.randint(5, 30, (3, length))
     asked = torch.zeros(3, length, dtype=torch.bool)
     asked[0, 2:4], asked[1, 0], target[2] = True, True, -1
-    batch = {"source": tokens, "source_mask": torch.ones(3, length, dtype=torch.bool), "tokens": tokens, "target": target,
-             "asked": asked}
+    batch = {
+        "source": tokens,
+        "source_mask": torch.ones(3, length, dtype=torch.bool),
+        "tokens": tokens,
+        "target": target,
+        "asked": asked,
+    }
     with torch.no_grad():
         found = Restored(model, cards()["bart"].inputs).outputs(batch)
         logp = model(tokens, batch["source_mask"], tokens).log_softmax(-1)
@@ -179,8 +192,12 @@ def test_a_checkpoint_has_no_room_for_sentinels(tmp_path):
 
 
 def test_settings_that_cannot_be(file):
-    for options, words in (({"damage": "holes"}, "is none of spans, infill"), ({"share": 1.5}, "between 0 and 1"),
-                           ({"mean": 0.5}, "at least 1"), ({"length": 5}, "at least 11")):
+    for options, words in (
+        ({"damage": "holes"}, "is none of spans, infill"),
+        ({"share": 1.5}, "between 0 and 1"),
+        ({"mean": 0.5}, "at least 1"),
+        ({"length": 5}, "at least 11"),
+    ):
         with pytest.raises(SettingsError, match=words):
             made(file, vocab=420, **options)
     one, data = made(file, vocab=420, length=1000, share=0.5, mean=1.0)
@@ -196,9 +213,9 @@ def test_gaps_are_written_as_people_do(file):
     for row, gaps in enumerate((1, 2, 1)):
         ids = batch["source"][row][batch["source_mask"][row]].tolist()
         assert [t for t in ids if t in one.sentinels] == one.sentinels[:gaps].tolist()
-        assert ids[-2:] == [one.text.sep, one.frame.end]             # as where a text ends in a row
+        assert ids[-2:] == [one.text.sep, one.frame.end]  # as where a text ends in a row
         assert int(batch["gaps"][row]) == gaps
-    assert one.text.decode(batch["source"][0][:batch["source"][0].tolist().index(one.sentinels[0])].tolist()) == "We saw the"
+    assert one.text.decode(batch["source"][0][: batch["source"][0].tolist().index(one.sentinels[0])].tolist()) == "We saw the"
     with pytest.raises(DataError, match="no missing word; write <mask>"):
         asked("all is here")
     with pytest.raises(DataError, match="the network reads 40"):
@@ -233,24 +250,50 @@ def test_begins_with_a_folder_of_transformers_and_others_begin_with_it(file, tmp
     theirs = network(create("bart-test", begin=2, length=40))
     theirs.save_pretrained(tmp_path / "theirs")
     tokenizer(tmp_path / "theirs" / "tokenizer.json", ("<s>",), ("</s>",), WORDS)
-    run = fit(file, task="denoising", out=tmp_path / "run", weights=tmp_path / "theirs", settings={
-        "steps": 1, "batch": 8, "precision": "float32", "lr": 1e-8, "tune": "whole", "task.length": 24})
+    run = fit(
+        file,
+        task="denoising",
+        out=tmp_path / "run",
+        weights=tmp_path / "theirs",
+        settings={"steps": 1, "batch": 8, "precision": "float32", "lr": 1e-8, "tune": "whole", "task.length": 24},
+    )
     assert run.task.options.damage == "infill" and run.record["model"]["fresh"] == []
-    torch.testing.assert_close(run.model.embed.weight.detach(), theirs.get_input_embeddings().weight.detach(),
-                               rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        run.model.embed.weight.detach(), theirs.get_input_embeddings().weight.detach(), rtol=0, atol=1e-5
+    )
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"en": f"a cat sees {'a ' * i}dog", "de": f"eine katze sieht {'a ' * i}hund"}) + "\n"
-                             for i in range(20)))
-    again = fit(pairs, task="translation", target="de", weights=run.path, out=tmp_path / "next", settings={
-        "steps": 1, "batch": 4, "precision": "float32", "column.en": "text", "column.de": "text"})
+    pairs.write_text(
+        "".join(
+            json.dumps({"en": f"a cat sees {'a ' * i}dog", "de": f"eine katze sieht {'a ' * i}hund"}) + "\n" for i in range(20)
+        )
+    )
+    again = fit(
+        pairs,
+        task="translation",
+        target="de",
+        weights=run.path,
+        out=tmp_path / "next",
+        settings={"steps": 1, "batch": 4, "precision": "float32", "column.en": "text", "column.de": "text"},
+    )
     assert again.task.frame == run.task.frame == replace(run.task.frame) and again.record["model"]["fresh"] == []
 
 
 @pytest.mark.parametrize(("name", "steps"), [("t5", 120), pytest.param("bart", 50, marks=pytest.mark.slow)])
 def test_learns_to_restore(name, steps, file, tmp_path):
     """From texts to answers: far better than frequency."""
-    run = fit(file, task="denoising", model=f"{name}-test", out=tmp_path / "run", settings={
-        **SMALL, "steps": steps, "evaluate": steps // 2, "batch": 24, **({"model.width": 32} if name == "t5" else {})})
+    run = fit(
+        file,
+        task="denoising",
+        model=f"{name}-test",
+        out=tmp_path / "run",
+        settings={
+            **SMALL,
+            "steps": steps,
+            "evaluate": steps // 2,
+            "batch": 24,
+            **({"model.width": 32} if name == "t5" else {}),
+        },
+    )
     scores = run.record["scores"]
     assert scores["test"]["loss"] < 0.85 * scores["baselines"][0]["scores"]["loss"] and scores["test"]["accuracy"] > 0.25
     again = open_run(run.path)
@@ -264,8 +307,13 @@ def test_learns_to_restore(name, steps, file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_fills_gaps_with_what_belongs_there(name, file, tmp_path):
-    run = fit(file, task="denoising", model=f"{name}-test", out=tmp_path / "run", settings={
-        **SMALL, "steps": 500, "evaluate": 100, "batch": 24, **({"model.width": 32} if name == "t5" else {})})
+    run = fit(
+        file,
+        task="denoising",
+        model=f"{name}-test",
+        out=tmp_path / "run",
+        settings={**SMALL, "steps": 500, "evaluate": 100, "batch": 24, **({"model.width": 32} if name == "t5" else {})},
+    )
     scores = run.record["scores"]
     assert scores["test"]["loss"] < 0.5 * scores["baselines"][0]["scores"]["loss"]
     if name == "t5":

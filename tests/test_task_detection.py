@@ -31,10 +31,11 @@ def folder(root, count=12):
         w, h = rng.integers(15, 30, 2)
         x, y = rng.integers(0, width - w), rng.integers(0, height - h)
         pixels = np.zeros((height, width), np.uint8)
-        pixels[y:y + h, x:x + w] = 255
+        pixels[y : y + h, x : x + w] = 255
         Image.fromarray(pixels).convert("RGB").save(root / "images" / f"{i:02d}.png")
         (root / "labels" / f"{i:02d}.txt").write_text(
-            f"{i % 3} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n")
+            f"{i % 3} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
+        )
     (root / "data.yaml").write_text("names: [a, b, c]\n")
     return root
 
@@ -63,7 +64,7 @@ def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
     assert batch["image"].shape == (12, 3, 64, 64) and batch["image"].max() == 1 and batch["labels"].max() == 2
     for i in range(12):
         left, top, right, bottom = batch["boxes"][i, 0].round().int().tolist()
-        inside = batch["image"][i, 0, top + 1:bottom - 1, left + 1:right - 1]
+        inside = batch["image"][i, 0, top + 1 : bottom - 1, left + 1 : right - 1]
         assert inside.mean() > 0.9 and inside.numel() > 50 and batch["labels"][i, 0] == i % 3
     plain = task.batches(data, card("yolov8"), Settings()).make(np.arange(3), None)
     assert {"image", "scale", "corner", "size"} == set(plain) and plain["size"].tolist() == [[40, 70], [90, 50], [40, 70]]
@@ -89,7 +90,7 @@ def test_answers_are_in_the_pictures_own_pixels(tmp_path):
     objective = task.objective(model, card("yolov8"), Settings())
     objective.confidence = 0.0
     found = task.ask(objective)(task.questions(data, card("yolov8")).make(np.arange(2), None))
-    assert (found["boxes"][0, :, 0::2] <= 40).all() and found["boxes"][1, :, 0::2].max() > 64        # beyond the square's side
+    assert (found["boxes"][0, :, 0::2] <= 40).all() and found["boxes"][1, :, 0::2].max() > 64  # beyond the square's side
     assert found["path"].shape[0] == 2 and (found["boxes"][1, :, 1::2] <= 50).all()
 
 
@@ -102,14 +103,18 @@ def test_scores_baselines_and_threshold(tmp_path):
     assert low == pytest.approx(1) and high == pytest.approx(1)
     mean, most = task.baselines(data, data)
     assert mean.outputs["boxes"].shape == (12, 3, 4) and most.outputs["labels"].tolist() == [[0]] * 12
-    first = [np.array([o[s] for s in ("left", "top", "right", "bottom")]) / np.tile(size, 2) for (o,), size in zip(
-        data.rows["objects"].to_list()[::3], [(40, 70), (90, 50)] * 2)]
+    first = [
+        np.array([o[s] for s in ("left", "top", "right", "bottom")]) / np.tile(size, 2)
+        for (o,), size in zip(data.rows["objects"].to_list()[::3], [(40, 70), (90, 50)] * 2)
+    ]
     np.testing.assert_allclose(mean.outputs["boxes"][1, 0] / [90, 50, 90, 50], np.mean(first, 0), rtol=1e-5)
     assert mean.outputs["scores"][0] == pytest.approx([1 / 3] * 3)
     # Right answers with 0.6, wrong ones with 0.3: the threshold must lie between.
-    wrong = {"boxes": np.concatenate([truth["boxes"], truth["boxes"] * 0 + [0, 0, 3, 3]], 1),
-             "scores": np.concatenate([perfect["scores"], np.full((12, 1), 0.3)], 1),
-             "labels": np.concatenate([truth["labels"], truth["labels"]], 1)}
+    wrong = {
+        "boxes": np.concatenate([truth["boxes"], truth["boxes"] * 0 + [0, 0, 3, 3]], 1),
+        "scores": np.concatenate([perfect["scores"], np.full((12, 1), 0.3)], 1),
+        "labels": np.concatenate([truth["labels"], truth["labels"]], 1),
+    }
     task.calibrate(wrong, truth)
     assert 0.3 < task.threshold <= 0.6
     shown = exhibits(data.rows["image"].to_list(), [str(i) for i in range(12)], wrong, truth, task.names, 0.2)
@@ -123,8 +128,11 @@ def test_drawn_pictures_score_as_pictures_do():
     corner = rng.uniform(0, 40, (20, 3, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 30, (20, 3, 2))], -1)
     truth = {"boxes": boxes, "labels": rng.integers(-1, 2, (20, 3)), "crowd": np.zeros((20, 3), dtype=bool)}
-    found = {"boxes": boxes + rng.normal(0, 3, boxes.shape),
-             "labels": rng.integers(0, 2, (20, 3)), "scores": rng.random((20, 3))}
+    found = {
+        "boxes": boxes + rng.normal(0, 3, boxes.shape),
+        "labels": rng.integers(0, 2, (20, 3)),
+        "scores": rng.random((20, 3)),
+    }
     draws, again = bootstrap(found, truth, 2, repeats=3, seed=5), np.random.default_rng(5)
     for scores in draws:
         rows = again.integers(0, 20, 20)
@@ -141,8 +149,11 @@ def test_intervals_of_many_pictures_come_from_some(monkeypatch, tmp_path):
     corner = rng.uniform(0, 40, (count, 2, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(8, 30, (count, 2, 2))], -1)
     truth = {"boxes": boxes, "labels": rng.integers(0, 3, (count, 2)), "crowd": np.zeros((count, 2), dtype=bool)}
-    found = {"boxes": boxes + rng.normal(0, 1.5, boxes.shape), "scores": rng.random((count, 2)),
-             "labels": np.where(rng.random((count, 2)) < 0.8, truth["labels"], rng.integers(0, 3, (count, 2)))}
+    found = {
+        "boxes": boxes + rng.normal(0, 1.5, boxes.shape),
+        "scores": rng.random((count, 2)),
+        "labels": np.where(rng.random((count, 2)) < 0.8, truth["labels"], rng.integers(0, 3, (count, 2))),
+    }
     low, high = task.intervals(found, truth)["map"]
     monkeypatch.setattr("fieldguide.tasks.vision.object_detection.ENOUGH", 60)
     some = task.intervals(found, truth)["map"]
@@ -158,9 +169,11 @@ def test_matching_counts_each_once():
 
 def test_options_that_cannot_work(tmp_path):
     data = read(folder(tmp_path))
-    for options, words in (({"side": 50}, "task.side=50 is to be a multiple of 32, such as 64"),
-                           ({"classes": "a,dog"}, "task.classes names 'dog', of which"),
-                           ({"flip": "2"}, "shares, from 0 to 1")):
+    for options, words in (
+        ({"side": 50}, "task.side=50 is to be a multiple of 32, such as 64"),
+        ({"classes": "a,dog"}, "task.classes names 'dog', of which"),
+        ({"flip": "2"}, "shares, from 0 to 1"),
+    ):
         with pytest.raises(SettingsError, match=words):
             learnt(data, **options)
     task, some = learnt(data, classes="c,a")
@@ -173,17 +186,33 @@ def test_options_that_cannot_work(tmp_path):
 
 
 def test_a_network_learns_to_detect(tmp_path):
-    run = fit("scattered", model="yolov8-pico", minutes=2, out=tmp_path / "run", settings={
-        "steps": 250, "precision": "float32", "channels_last": True, "evaluate": 250, "lr": 0.02, "batch": 8, "ema": 0.9,
-        "augment": "none", "model.widths": "(8, 16, 24, 32, 48)", "task.side": 64, "task.classes": "0,1,6"})
+    run = fit(
+        "scattered",
+        model="yolov8-pico",
+        minutes=2,
+        out=tmp_path / "run",
+        settings={
+            "steps": 250,
+            "precision": "float32",
+            "channels_last": True,
+            "evaluate": 250,
+            "lr": 0.02,
+            "batch": 8,
+            "ema": 0.9,
+            "augment": "none",
+            "model.widths": "(8, 16, 24, 32, 48)",
+            "task.side": 64,
+            "task.classes": "0,1,6",
+        },
+    )
     assert run.scores["map50"] > FLOOR and run.scores["map"] > FLOOR / 3
     assert all(b["scores"]["map50"] < 0.05 for b in run.record["scores"]["baselines"])
     picture = sample("scattered") / "images" / "0001.png"
-    answer, = run.predict([str(picture)], threshold=0.01)
+    (answer,) = run.predict([str(picture)], threshold=0.01)
     assert answer["objects"] and set(answer["objects"][0]) == {"label", "score", "box"} and answer["input"].endswith("0001.png")
     assert all(0 <= v <= 96 for o in answer["objects"] for v in o["box"]) and answer["found"] != "nothing"
     assert run.evaluate("scattered")["scores"] == pytest.approx(run.scores)
     assert "Precision and recall" in (run.path / "report.html").read_text()
 
 
-FLOOR = 0.25              # mAP50 after a few seconds; the sample's default run reaches several times that
+FLOOR = 0.25  # mAP50 after a few seconds; the sample's default run reaches several times that

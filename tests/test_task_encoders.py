@@ -53,7 +53,7 @@ def test_rows_of_hidden_words(file):
     batches = one.batches(data, card("bert"), Settings())
     text, index = one.text, np.arange(len(batches))
     first, again = (batches.make(index[::step].copy(), None) for step in (1, -1))
-    assert torch.equal(first["tokens"], again["tokens"].flip(0))             # the same words, whoever shares the batch
+    assert torch.equal(first["tokens"], again["tokens"].flip(0))  # the same words, whoever shares the batch
     tokens, target = first["tokens"], first["target"]
     assert tokens.shape == (len(batches), 24) and (tokens[:, 0] == text.cls).all()
     asked = target >= 0
@@ -63,7 +63,7 @@ def test_rows_of_hidden_words(file):
     original = torch.where(asked, target, tokens)
     spelt = text.decode([t for t in original.flatten().tolist() if t not in (text.cls, text.pad, text.sep)])
     assert spelt == "".join(data.rows["text"].to_list())
-    assert (original == text.sep).sum() == len(data)                               # one behind each text
+    assert (original == text.sep).sum() == len(data)  # one behind each text
     generator = lambda seed: torch.Generator().manual_seed(seed)
     drawn = [batches.make(index, generator(seed)) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0]["tokens"], drawn[1]["tokens"]) and not torch.equal(drawn[0]["tokens"], drawn[2]["tokens"])
@@ -95,7 +95,7 @@ def test_missing_words_are_written_as_people_do(file):
     for blank in ("<mask>", "[MASK]", "___", "______"):
         ids, places = one.blanks(f"We saw the {blank} house")
         assert len(places) == 1 and ids[places[0]] == text.hidden and ids[0] == text.cls and ids[-1] == text.sep
-        assert text.decode(ids[1:places[0]]) == "We saw the" and text.decode(ids[places[0] + 1:-1]) == " house"
+        assert text.decode(ids[1 : places[0]]) == "We saw the" and text.decode(ids[places[0] + 1 : -1]) == " house"
     assert len(one.blanks("<mask> and <mask>")[1]) == 2
     with pytest.raises(DataError, match="no missing word; write <mask>"):
         one.questions(one.read([pl.DataFrame({"text": ["all is here"]})]), card("bert"))
@@ -105,9 +105,24 @@ def test_missing_words_are_written_as_people_do(file):
 
 def test_learns_hidden_words_and_answers(file, tmp_path):
     """From texts to answers: far better than frequency, and where a noun is missing, nouns are named."""
-    run = fit(file, task="fill-mask", model="modernbert-mini", out=tmp_path / "run", settings={
-        "steps": 80, "evaluate": 40, "batch": 24, "lr": 4e-3, "precision": "float32", "task.length": 24, "model.dim": 64,
-        "model.heads": 2, "model.hidden": 96, "model.depth": 2})
+    run = fit(
+        file,
+        task="fill-mask",
+        model="modernbert-mini",
+        out=tmp_path / "run",
+        settings={
+            "steps": 80,
+            "evaluate": 40,
+            "batch": 24,
+            "lr": 4e-3,
+            "precision": "float32",
+            "task.length": 24,
+            "model.dim": 64,
+            "model.heads": 2,
+            "model.hidden": 96,
+            "model.depth": 2,
+        },
+    )
     scores = run.record["scores"]
     assert scores["test"]["loss"] < 0.7 * scores["baselines"][0]["scores"]["loss"] and scores["test"]["accuracy"] > 0.4
     again = open_run(run.path)
@@ -121,7 +136,7 @@ def test_learns_hidden_words_and_answers(file, tmp_path):
     texts = ["Anna saw the red house .", "Anna saw the red tree .", "on Monday Monday Monday"]
     vectors = again.embed(texts)
     assert vectors.shape == (3, 64) and vectors.dtype == np.float32
-    np.testing.assert_allclose((vectors ** 2).sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose((vectors**2).sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(again.embed(texts[1]), vectors[1:2], rtol=1e-4, atol=1e-5)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
     ids = torch.from_numpy(again.task.text.exactly(texts)[0])[None]
@@ -135,6 +150,7 @@ def test_learns_hidden_words_and_answers(file, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- one text or two, a label
 
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Do both sentences name the same person? Neither alone says."""
@@ -142,9 +158,13 @@ def pairs(tmp_path_factory):
     for _ in range(500):
         one, other = rng.choice(WHO, 2, replace=False)
         same = bool(rng.random() < 0.5)
-        rows.append({"first": f"On {rng.choice(DAYS)} we met {one} at the {rng.choice(NOUNS)} .",
-                     "second": f"It was {one if same else other} who saw the {rng.choice(WORDS)} {rng.choice(NOUNS)} .",
-                     "label": "same" if same else "other"})
+        rows.append(
+            {
+                "first": f"On {rng.choice(DAYS)} we met {one} at the {rng.choice(NOUNS)} .",
+                "second": f"It was {one if same else other} who saw the {rng.choice(WORDS)} {rng.choice(NOUNS)} .",
+                "label": "same" if same else "other",
+            }
+        )
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -165,22 +185,23 @@ def test_pairs_are_framed_with_segments(pairs):
         real = batch["tokens"][row][batch["mask"][row]].tolist()
         places = [i for i, token in enumerate(real) if token == text.sep]
         assert real[0] == text.cls and len(places) == 2 and places[1] == len(real) - 1
-        assert text.decode(real[1:places[0]]).strip() == data.rows["first"][row].lower()
-        assert text.decode(real[places[0] + 1:-1]).strip() == data.rows["second"][row].lower()
+        assert text.decode(real[1 : places[0]]).strip() == data.rows["first"][row].lower()
+        assert text.decode(real[places[0] + 1 : -1]).strip() == data.rows["second"][row].lower()
         segments = batch["segments"][row]
-        assert segments[:places[0] + 1].eq(0).all() and segments[places[0] + 1:len(real)].eq(1).all()
-        assert segments[len(real):].eq(0).all()
+        assert segments[: places[0] + 1].eq(0).all() and segments[places[0] + 1 : len(real)].eq(1).all()
+        assert segments[len(real) :].eq(0).all()
     plain = one.batches(data, card("lstm"), Settings()).make(np.arange(3), None)
     assert not (plain["tokens"] == text.cls).any() and ((plain["tokens"] == text.sep).sum(1) == 1).all()
 
 
 def test_long_pairs_lose_the_end_of_the_longer_text(pairs):
     one, _ = learnt_pairs(pairs, vocab=512, length=13)
-    data = one.read([pl.DataFrame({"first": ["red " * 40, "red", "red " * 40],
-                                   "second": ["blue", "blue " * 40, "blue " * 40]})])
+    data = one.read(
+        [pl.DataFrame({"first": ["red " * 40, "red", "red " * 40], "second": ["blue", "blue " * 40, "blue " * 40]})]
+    )
     tokens, segments, cut = one.encoded(data, around=True)
     assert cut == 3 and [len(t) for t in tokens] == [13, 13, 13]
-    ends = [int((s == 0).sum()) for s in segments]       # [CLS] A [SEP]
+    ends = [int((s == 0).sum()) for s in segments]  # [CLS] A [SEP]
     short = len(one.text.exactly(["blue"])[0]), len(one.text.exactly(["red"])[0])
     assert ends == [2 + 10 - short[0], 2 + short[1], 7]
     with pytest.raises(DataError, match="one text, and this run reads pairs"):
@@ -200,10 +221,27 @@ def test_single_texts_are_framed_for_encoders_alone(file):
 
 
 def test_learns_pairs_that_neither_text_explains(pairs, tmp_path):
-    run = fit(pairs, target="label", task="text-classification", model="bert-tiny", out=tmp_path / "run", settings={
-        "steps": 4, "evaluate": 2, "batch": 16, "precision": "float32", "task.vocab": 512, "task.length": 40, "model.dim": 32,
-        "model.heads": 2, "model.hidden": 64, "column.first": "text", "column.second": "text"})
+    run = fit(
+        pairs,
+        target="label",
+        task="text-classification",
+        model="bert-tiny",
+        out=tmp_path / "run",
+        settings={
+            "steps": 4,
+            "evaluate": 2,
+            "batch": 16,
+            "precision": "float32",
+            "task.vocab": 512,
+            "task.length": 40,
+            "model.dim": 32,
+            "model.heads": 2,
+            "model.hidden": 64,
+            "column.first": "text",
+            "column.second": "text",
+        },
+    )
     assert run.record["model"]["config"]["gives"] == "label" and run.objective.inputs == ("tokens", "mask", "segments")
     records = run.predict(pl.DataFrame({"first": ["On Monday we met Anna ."], "second": ["It was Anna ."]}))
     assert records[0]["label"] in ("same", "other")
-    assert run.record["scores"]["baselines"][1]["scores"]["accuracy"] < 0.75     # a bag of words cannot know
+    assert run.record["scores"]["baselines"][1]["scores"]["accuracy"] < 0.75  # a bag of words cannot know

@@ -24,13 +24,17 @@ QUICK = {"precision": "float32", "batch": 64}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return fit("demand", minutes=3, out=tmp_path_factory.mktemp("runs") / "demand", settings={
-        **QUICK, "steps": 300, "evaluate": 100, "lr": 2e-3})
+    return fit(
+        "demand",
+        minutes=3,
+        out=tmp_path_factory.mktemp("runs") / "demand",
+        settings={**QUICK, "steps": 300, "evaluate": 100, "lr": 2e-3},
+    )
 
 
 def test_the_sample_is_forecast_better_than_by_its_last_day(run):
     naive = {b["name"]: b["scores"]["mase"] for b in run.record["scores"]["baselines"]}
-    assert run.record["model"]["architecture"] == "dlinear"                     # the advisor's choice
+    assert run.record["model"]["architecture"] == "dlinear"  # the advisor's choice
     assert run.scores["mase"] < 0.9 < naive["seasonal naive"] < naive["naive"]
     assert 0.7 < run.scores["coverage_80"] < 0.88 and 0.82 < run.scores["coverage_90"] < 0.96
     assert run.scores["coverage_80"] < run.scores["coverage_90"]
@@ -48,8 +52,8 @@ def test_predictions_go_on_where_series_end(run):
     assert all(r["low"] <= r["value"] <= r["high"] for r in said)
     works = [r["value"] for r in said if r["series"] == "works"]
     past = read("demand").rows.filter(pl.col("site") == "works")["demand"].to_numpy()
-    assert past.min() * 0.5 < min(works) and max(works) < past.max() * 1.2      # in the unit of the table
-    assert abs(works[12] - past[-7 * 24 + 12]) < abs(works[12] - works[0])       # noon of a Monday is like noon, not midnight
+    assert past.min() * 0.5 < min(works) and max(works) < past.max() * 1.2  # in the unit of the table
+    assert abs(works[12] - past[-7 * 24 + 12]) < abs(works[12] - works[0])  # noon of a Monday is like noon, not midnight
     narrow = open_run(run.path).predict("demand", interval=0.8)
     assert np.mean([r["high"] - r["low"] for r in narrow]) < np.mean([r["high"] - r["low"] for r in said])
     with pytest.raises(SettingsError, match=r"0\.8 and 0\.9"):
@@ -76,12 +80,12 @@ def test_evaluation_of_the_same_and_of_other_data(run, tmp_path):
     pl.concat([other[:1000], other[500:1000].with_columns(pl.col("demand") + 1)]).write_csv(tmp_path / "twice.csv")
     with pytest.raises(BadData, match="conflicting-time"):
         run.predict(tmp_path / "twice.csv")
-    other[:100].write_csv(tmp_path / "short.csv")                                # less than what is read: the rest stands still
+    other[:100].write_csv(tmp_path / "short.csv")  # less than what is read: the rest stands still
     assert len(run.predict(tmp_path / "short.csv")) == 48
     parts = [tmp_path / "a.csv", tmp_path / "b.csv"]
     other[:2000].write_csv(parts[0])
     other[2000:].write_csv(parts[1])
-    assert [r["value"] for r in run.predict(parts)] == pytest.approx([r["value"] for r in answers])      # one series, two files
+    assert [r["value"] for r in run.predict(parts)] == pytest.approx([r["value"] for r in answers])  # one series, two files
 
 
 def test_what_is_known_ahead_is_used(tmp_path):
@@ -91,13 +95,31 @@ def test_what_is_known_ahead_is_used(tmp_path):
     y = 10 + 5 * promo + 0.3 * rng.normal(size=900)
     first = dt.datetime(2024, 1, 1)
     rows = pl.DataFrame({"ds": [first + dt.timedelta(days=t) for t in range(900)], "y": y, "promo": promo})
-    run = fit(rows, task="time-series-forecasting", target="y", minutes=3, out=tmp_path / "run", settings={
-        **QUICK, "steps": 220, "lr": 1e-2, "evaluate": 110, "task.horizon": 4, "task.length": 8, "task.known": "promo",
-        "model.hidden": 16, "model.width": 32, "model.context": 4})
+    run = fit(
+        rows,
+        task="time-series-forecasting",
+        target="y",
+        minutes=3,
+        out=tmp_path / "run",
+        settings={
+            **QUICK,
+            "steps": 220,
+            "lr": 1e-2,
+            "evaluate": 110,
+            "task.horizon": 4,
+            "task.length": 8,
+            "task.known": "promo",
+            "model.hidden": 16,
+            "model.width": 32,
+            "model.context": 4,
+        },
+    )
     assert run.record["model"]["architecture"] == "lstm-forecaster"
     assert run.scores["mase"] < 0.25 and run.record["scores"]["baselines"][0]["scores"]["mase"] > 0.7
-    ahead = pl.DataFrame({"ds": [first + dt.timedelta(days=900 + t) for t in range(4)], "y": [None] * 4, "promo": [1, 0, 0, 1]},
-                         schema_overrides={"y": pl.Float64})
+    ahead = pl.DataFrame(
+        {"ds": [first + dt.timedelta(days=900 + t) for t in range(4)], "y": [None] * 4, "promo": [1, 0, 0, 1]},
+        schema_overrides={"y": pl.Float64},
+    )
     said = run.predict(pl.concat([rows, ahead], how="vertical_relaxed"))
     assert [r["value"] > 12.5 for r in said] == [True, False, False, True] and said[0]["time"] == "2026-06-19"
     assert not [n for n in run.task.notes if "no row with" in n]
@@ -107,15 +129,20 @@ def test_what_is_known_ahead_is_used(tmp_path):
 
 def test_a_series_a_row_from_file_to_forecast(tmp_path):
     t = np.arange(90)
-    table = [[f"H{i}", *(f"{v:.3f}" for v in (i + 2) * (2 + np.sin(2 * np.pi * t[:80 + i % 9] / 12)))] for i in range(35)]
+    table = [[f"H{i}", *(f"{v:.3f}" for v in (i + 2) * (2 + np.sin(2 * np.pi * t[: 80 + i % 9] / 12)))] for i in range(35)]
     lines = [",".join([*row, *[""] * (91 - len(row))]) for row in table]
     header = ",".join(f"V{i}" for i in range(1, 92))
     (tmp_path / "t.csv").write_text("\n".join([header, *lines]) + "\n")
-    run = fit(tmp_path / "t.csv", task="time-series-forecasting", minutes=1, out=tmp_path / "run", settings={
-        **QUICK, "steps": 60, "evaluate": 60, "lr": 1e-2})
-    assert (run.task.options.season, run.task.options.horizon) == (12, 18)                   # as the values show, and M4 has it
-    assert run.scores["mase"] < 2                                                # a sine: the naive scale is the rounding
-    longer = ",".join(["new", *(f"{100 * (2 + np.sin(2 * np.pi * s / 12)):.3f}" for s in range(120))])   # trained on up to 88
+    run = fit(
+        tmp_path / "t.csv",
+        task="time-series-forecasting",
+        minutes=1,
+        out=tmp_path / "run",
+        settings={**QUICK, "steps": 60, "evaluate": 60, "lr": 1e-2},
+    )
+    assert (run.task.options.season, run.task.options.horizon) == (12, 18)  # as the values show, and M4 has it
+    assert run.scores["mase"] < 2  # a sine: the naive scale is the rounding
+    longer = ",".join(["new", *(f"{100 * (2 + np.sin(2 * np.pi * s / 12)):.3f}" for s in range(120))])  # trained on up to 88
     (tmp_path / "new.csv").write_text("\n".join([",".join(f"V{i}" for i in range(1, 122)), longer]) + "\n")
     said = run.predict(tmp_path / "new.csv")
     assert [r["time"] for r in said[:2]] == ["120", "121"] and len(said) == 18

@@ -32,10 +32,13 @@ def album(folder, count=200, kind="captions"):
         picture = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
         left = int(rng.integers(0, 3)) + (9 if side == "right" else 0)
         top = int(rng.integers(0, 11))
-        picture[top:top + 5, left:left + 4] = COLOURS[colour]
+        picture[top : top + 5, left : left + 4] = COLOURS[colour]
         Image.fromarray(picture).save(folder / f"photos/{i:03}.png")
-        said = ((f"a {colour} square on the {side}", f"on the {side} there is something {colour}") if kind == "captions" else
-                (f"what colour is the square?,{colour}", f"on which side is the square?,{side}"))
+        said = (
+            (f"a {colour} square on the {side}", f"on the {side} there is something {colour}")
+            if kind == "captions"
+            else (f"what colour is the square?,{colour}", f"on which side is the square?,{side}")
+        )
         rows += [f"photos/{i:03}.png,{words}" for words in said]
     names = "image,caption" if kind == "captions" else "image,question,answer"
     return damage.write(folder / "table.csv", [names, *rows])
@@ -53,6 +56,7 @@ def change(table, edits):
 
 
 # Scores
+
 
 def test_ranks_are_counted_one_by_one(monkeypatch):
     monkeypatch.setattr("fieldguide.tasks.multimodal.image_text.CHUNK", 3)
@@ -99,6 +103,7 @@ def test_equal_pictures_and_captions_are_all_right(tmp_path):
 def test_equal_captions_have_one_number_in_a_batch(tmp_path):
     from fieldguide.core.settings import Settings
     from fieldguide.models import registry
+
     it, data = learnt(tmp_path, "image-text")
     card = registry.find("clip-test")[0]
     batch = it.batches(data, card, Settings()).make(np.arange(len(data)), None)
@@ -106,7 +111,7 @@ def test_equal_captions_have_one_number_in_a_batch(tmp_path):
     for i in range(20):
         for j in range(20):
             assert (batch["text"][i] == batch["text"][j]) == (said[i] == said[j])
-            assert (batch["picture"][i] == batch["picture"][j]) == (i // 2 == j // 2)        # two captions of each
+            assert (batch["picture"][i] == batch["picture"][j]) == (i // 2 == j // 2)  # two captions of each
     ends = batch["mask"].sum(1) - 1
     assert (batch["tokens"].gather(1, ends[:, None])[:, 0] == it.text.end).all()
     assert it.classes == sorted(set(said)) and it.needs()["end"] == it.text.end
@@ -144,7 +149,7 @@ def test_the_first_right_answer_counts(tmp_path):
     text[0], text[5], text[6] = np.eye(4)[0], 0.9 * np.eye(4)[1], np.eye(4)[0] + 0.5 * np.eye(4)[1]
     truth = {"picture": picture, "caption": caption, "class": np.full(10, -1)}
     hits = it.hits({"image": image, "text": text}, truth)
-    assert hits["text_r1"].tolist() == [False, True]         # caption 6, of picture 1, is as near to picture 0 as its own
+    assert hits["text_r1"].tolist() == [False, True]  # caption 6, of picture 1, is as near to picture 0 as its own
     assert hits["image_r1"].tolist() == [True, False, False, False, False, True, False, False, False, False]
     assert hits["text_r5"].all() and len(hits["image_r1"]) == 10
 
@@ -156,15 +161,18 @@ def test_a_table_of_captions_is_not_taken_for_classes(tmp_path):
     assert kind.name == "image-text" and "what is said of each in 'caption'" in why and first.target.kind == "text"
     rows = table.read_text().splitlines()
     turned = damage.write(tmp_path / "turned.csv", [",".join(row.split(",")[::-1]) for row in rows])
-    assert read_for({**request, "data": str(turned)})[1].name == "image-text"          # whichever column is the last
+    assert read_for({**request, "data": str(turned)})[1].name == "image-text"  # whichever column is the last
     own = damage.write(tmp_path / "own.csv", ["photo,what", *[f"{row} of number {i}" for i, row in enumerate(rows[1:])]])
-    data, kind, _ = read_for({**request, "data": str(own)})                            # by its values, whatever its name
+    data, kind, _ = read_for({**request, "data": str(own)})  # by its values, whatever its name
     assert kind.name == "image-text" and data.target.name == "what"
-    classes = damage.write(tmp_path / "classes.csv", ["photo,what", *[f"{row.split(',')[0]},{i % 3}" for i, row in
-                                                                     enumerate(rows[1:])]])
+    classes = damage.write(
+        tmp_path / "classes.csv", ["photo,what", *[f"{row.split(',')[0]},{i % 3}" for i, row in enumerate(rows[1:])]]
+    )
     assert read_for({**request, "data": str(classes)})[1].name == "image-classification"
-    two = damage.write(tmp_path / "two.csv", ["en,de", *[f"the number {i} is written here,die Zahl {i} steht hier geschrieben"
-                                                         for i in range(40)]])
+    two = damage.write(
+        tmp_path / "two.csv",
+        ["en,de", *[f"the number {i} is written here,die Zahl {i} steht hier geschrieben" for i in range(40)]],
+    )
     assert read_for({**request, "data": str(two)})[1].name == "translation"
 
 
@@ -172,8 +180,18 @@ def test_the_table_says_which_task_it_is(tmp_path):
     table = album(tmp_path / "q", 30, "questions")
     assert infer(read(table))[0].name == "visual-question-answering"
     with pytest.raises(DataError, match="column of pictures"):
-        read_for({"data": "iris", "target": None, "kinds": {}, "roles": {}, "group": None, "time": None, "allow_bad": False,
-                  "task": "image-text"})
+        read_for(
+            {
+                "data": "iris",
+                "target": None,
+                "kinds": {},
+                "roles": {},
+                "group": None,
+                "time": None,
+                "allow_bad": False,
+                "task": "image-text",
+            }
+        )
 
 
 def test_heat_lies_where_the_weight_is():
@@ -187,12 +205,19 @@ def test_heat_lies_where_the_weight_is():
 
 # Damage
 
+
 def test_missing_picture(tmp_path):
     table = album(tmp_path)
     (tmp_path / "photos/003.png").unlink()
     with damage.refused("missing-file", "table.csv:8", "Mend the paths"):
-        change(table, {2: "photos/none.png,a red square on the left", 3: "photos/nope.png,a red square on the left",
-                       4: "photos/nada.png,a red square on the left"})
+        change(
+            table,
+            {
+                2: "photos/none.png,a red square on the left",
+                3: "photos/nope.png,a red square on the left",
+                4: "photos/nada.png,a red square on the left",
+            },
+        )
         read_as(table, "image-text")
 
 
@@ -266,8 +291,13 @@ SETTINGS = {"model.patch": 4, "model.dim": 64, "model.depth": 2, "precision": "f
 
 def test_captions_end_to_end(tmp_path):
     table = album(tmp_path / "data", 400)
-    run = fit(table, task="image-text", model="clip-mini", out=tmp_path / "run",
-              settings={**SETTINGS, "steps": 90, "evaluate": 45, "batch": 64, "model.text_dim": 64})
+    run = fit(
+        table,
+        task="image-text",
+        model="clip-mini",
+        out=tmp_path / "run",
+        settings={**SETTINGS, "steps": 90, "evaluate": 45, "batch": 64, "model.text_dim": 64},
+    )
     best = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["text_r1"] > 0.8 and run.scores["text_r1"] > 2 * best["chance"]["text_r1"]
     photo = next(p for p in sorted((tmp_path / "data/photos").iterdir()))
@@ -283,8 +313,12 @@ def test_captions_end_to_end(tmp_path):
 
 def test_questions_end_to_end(tmp_path):
     table = album(tmp_path / "data", 400, "questions")
-    run = fit(table, model="vilt-mini", out=tmp_path / "run", settings={**SETTINGS, "steps": 160, "evaluate": 40, "batch": 64,
-                                                                                "lr": 1e-2, "augment": "none"})
+    run = fit(
+        table,
+        model="vilt-mini",
+        out=tmp_path / "run",
+        settings={**SETTINGS, "steps": 160, "evaluate": 40, "batch": 64, "lr": 1e-2, "augment": "none"},
+    )
     best = {b["name"]: b["scores"]["accuracy"] for b in run.record["scores"]["baselines"]}
     assert run.scores["accuracy"] > 0.85 > 0.6 > best["question only"] > best["most frequent answer"]
     photo = str(tmp_path / "data/photos/000.png")
@@ -304,10 +338,20 @@ def test_questions_to_a_clip_that_learnt_captions(tmp_path):
     run = fit(table, model="clip-mini", out=tmp_path / "run", settings=settings)
     assert run.scores["accuracy"] > 0.85 > 0.6 > run.record["scores"]["baselines"][1]["scores"]["accuracy"]
     assert "Where it looked" in (run.path / "report.html").read_text()
-    pairs = fit(album(tmp_path / "captions", 200), task="image-text", model="clip-mini", out=tmp_path / "pairs",
-                settings={**settings, "steps": 20, "evaluate": 20})
-    further = fit(table, task="visual-question-answering", weights=pairs.path, out=tmp_path / "further",
-                  settings={"steps": 1, "batch": 16, "lr": 1e-9, "optimizer": "adamw", "precision": "float32"})
+    pairs = fit(
+        album(tmp_path / "captions", 200),
+        task="image-text",
+        model="clip-mini",
+        out=tmp_path / "pairs",
+        settings={**settings, "steps": 20, "evaluate": 20},
+    )
+    further = fit(
+        table,
+        task="visual-question-answering",
+        weights=pairs.path,
+        out=tmp_path / "further",
+        settings={"steps": 1, "batch": 16, "lr": 1e-9, "optimizer": "adamw", "precision": "float32"},
+    )
     assert {name.partition(".")[0] for name in further.record["model"]["fresh"]} == {"answers"}
     begun, before = further.objective.model.state_dict(), pairs.objective.model.state_dict()
     assert all(torch.allclose(begun[name], x, atol=1e-5) for name, x in before.items() if name.startswith(("vision.", "text.")))

@@ -52,14 +52,16 @@ def test_intervals_are_as_wide_as_scores_stray():
     """Of many data sets from one source, about 95 of 100 scores lie as near to their mean as an interval reaches."""
     rng = np.random.default_rng(0)
     worlds = [(rng.normal(size=(150, 4)), rng.normal(0.5, 1.2, (150, 4))) for _ in range(80)]
-    for score, around in ((generative.frechet, generative.around_distance),
-                          (lambda a, b: generative.precision_recall(a, b)[0], lambda a, b: generative.around_precision_recall(a, b)[0]),
-                          (lambda a, b: b[:, 0].mean(), lambda a, b: generative.around_mean(b[:, 0]))):
+    for score, around in (
+        (generative.frechet, generative.around_distance),
+        (lambda a, b: generative.precision_recall(a, b)[0], lambda a, b: generative.around_precision_recall(a, b)[0]),
+        (lambda a, b: b[:, 0].mean(), lambda a, b: generative.around_mean(b[:, 0])),
+    ):
         true = 1.96 * np.std([score(*w) for w in worlds])
         said = np.mean([np.diff(around(*w)) / 2 for w in worlds[:5]])
         low, high = around(*worlds[0])
         assert 0.75 < said / true < 1.2 and low < score(*worlds[0]) < high
-    films = np.repeat(worlds[0][0][:, None], 5, 1)           # frames of a film that say the same: no more is known for them
+    films = np.repeat(worlds[0][0][:, None], 5, 1)  # frames of a film that say the same: no more is known for them
     wide, single = (np.diff(generative.around_distance(x, x[:, ::-1] + 0.5)) for x in (films, worlds[0][0][:, None]))
     assert wide == pytest.approx(single, rel=0.05)
 
@@ -72,8 +74,11 @@ def test_a_judge_learns_classes_and_leaves_chance_alone():
     before = torch.random.get_rng_state()
     judge = generative.taught(x, label, 2, steps=60)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert (generative.seen(judge, x, answer=True) == label.numpy()).mean() > 0.95 and generative.seen(judge, x).shape == (300, 64)
-    with torch.inference_mode():                             # as it is called when a run is tested
+    assert (generative.seen(judge, x, answer=True) == label.numpy()).mean() > 0.95 and generative.seen(judge, x).shape == (
+        300,
+        64,
+    )
+    with torch.inference_mode():  # as it is called when a run is tested
         generative.taught(x, None, 0, steps=5)
 
 
@@ -97,14 +102,22 @@ def folder(root, classes=("a", "b")):
         (root / name).mkdir(parents=True)
         for i in range(60):
             array = rng.integers(0, 80, (9, 9))
-            array[2:5, 3 * k:3 * k + 3] = 250
+            array[2:5, 3 * k : 3 * k + 3] = 250
             Image.fromarray(array.astype(np.uint8)).save(root / name / f"{i}.png")
     return root
 
 
 def test_what_it_reads(tmp_path):
-    request = {"data": str(folder(tmp_path / "two")), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
-               "allow_bad": False, "task": "image-generation"}
+    request = {
+        "data": str(folder(tmp_path / "two")),
+        "target": None,
+        "kinds": {},
+        "roles": {},
+        "group": None,
+        "time": None,
+        "allow_bad": False,
+        "task": "image-generation",
+    }
     data, kind, _ = read_for(request)
     task = kind.learn(data, kind.Options())
     assert kind is ImageGeneration and task.labels == ["a", "b"] and task.pictures.side == 8
@@ -121,15 +134,19 @@ def test_what_it_reads(tmp_path):
 
 
 def test_a_diffusion_network_learns_to_draw(tmp_path):
-    run = fit(folder(tmp_path / "two"), task="image-generation", out=tmp_path / "run", settings={
-        "steps": 150, "batch": 32, "lr": 3e-3, "precision": "float32", "evaluate": 75, "ema": 0.95, "model.dim": 16})
+    run = fit(
+        folder(tmp_path / "two"),
+        task="image-generation",
+        out=tmp_path / "run",
+        settings={"steps": 150, "batch": 32, "lr": 3e-3, "precision": "float32", "evaluate": 75, "ema": 0.95, "model.dim": 16},
+    )
     scores = run.scores
     noise, best = (b["scores"] for b in run.record["scores"]["baselines"])
     assert scores["feature_distance"] < 0.5 * noise["feature_distance"] and best["classifier_accuracy"] > 0.9
-    assert scores["classifier_accuracy"] > 0.9               # what was asked for is what was drawn
+    assert scores["classifier_accuracy"] > 0.9  # what was asked for is what was drawn
     first = run.predict(["b"], count=3, steps=5)
     assert [a["class"] for a in first] == ["b"] * 3 and all(isinstance(a["image"], Media) for a in first)
-    again = run.predict(["b"], count=2, steps=5)             # a picture depends on the seed and its number alone
+    again = run.predict(["b"], count=2, steps=5)  # a picture depends on the seed and its number alone
     assert [a["image"] for a in again] == [a["image"] for a in first[:2]]
     assert run.predict(["b"], count=1, steps=5, seed=1)[0]["image"] != first[0]["image"]
     assert [a["class"] for a in run.predict(count=4, steps=2)] == ["a", "b", "a", "b"]
@@ -143,9 +160,14 @@ def test_a_diffusion_network_learns_to_draw(tmp_path):
 
 
 def test_a_gan_trains_with_its_critic(tmp_path):
-    folder(tmp_path / "two", classes=("a",))                 # a folder in a folder, as torchvision likes it: no classes
-    run = fit(tmp_path / "two", task="image-generation", model="dcgan-32", out=tmp_path / "run", settings={
-        "steps": 40, "batch": 16, "precision": "float32", "evaluate": 20, "model.dim": 8})
+    folder(tmp_path / "two", classes=("a",))  # a folder in a folder, as torchvision likes it: no classes
+    run = fit(
+        tmp_path / "two",
+        task="image-generation",
+        model="dcgan-32",
+        out=tmp_path / "run",
+        settings={"steps": 40, "batch": 16, "precision": "float32", "evaluate": 20, "model.dim": 8},
+    )
     assert run.record["model"]["parts"]["critic"]["architecture"] == "dcgan-discriminator"
     assert (run.path / "critic.safetensors").exists()
     assert {"critic.loss", "generator.loss"} <= {k for line in run.losses() for k in line}

@@ -22,12 +22,35 @@ from test_models import tiny
 
 
 def asked(source, task=None, **more):
-    return read_for({"data": str(source), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
-                     "allow_bad": False, "task": task, **more})
+    return read_for(
+        {
+            "data": str(source),
+            "target": None,
+            "kinds": {},
+            "roles": {},
+            "group": None,
+            "time": None,
+            "allow_bad": False,
+            "task": task,
+            **more,
+        }
+    )
 
 
-EVENTS = [("ann", "tea", 3), ("bob", "jam", 1), ("ann", "jam", 1), ("ann", "bun", 9), ("bob", "tea", 2), ("ann", "egg", 12),
-          ("cy", "bun", 5), ("cy", "tea", 6), ("cy", "jam", 7), ("bob", "nut", 4), ("dee", "tea", 1), ("dee", "egg", 2)]
+EVENTS = [
+    ("ann", "tea", 3),
+    ("bob", "jam", 1),
+    ("ann", "jam", 1),
+    ("ann", "bun", 9),
+    ("bob", "tea", 2),
+    ("ann", "egg", 12),
+    ("cy", "bun", 5),
+    ("cy", "tea", 6),
+    ("cy", "jam", 7),
+    ("bob", "nut", 4),
+    ("dee", "tea", 1),
+    ("dee", "egg", 2),
+]
 
 
 def table(path, events=EVENTS, header="user_id,item_id,timestamp"):
@@ -38,18 +61,25 @@ def table(path, events=EVENTS, header="user_id,item_id,timestamp"):
 def test_leave_last_out(tmp_path):
     data, kind, _ = asked(table(tmp_path / "events.csv"))
     assert kind is Recommendation and {c.name: c.role for c in data.columns.values()} == {
-        "user_id": "user", "item_id": "item", "timestamp": "time"}
+        "user_id": "user",
+        "item_id": "item",
+        "timestamp": "time",
+    }
     made = kind.examples(data, kind.Options())
     parts = split(made)
-    got = {name: {r["user_id"]: r[ITEMS] for r in made.take(rows).rows.to_dicts()}
-           for name, rows in (("train", parts.train), ("val", parts.validation), ("test", parts.test))}
+    got = {
+        name: {r["user_id"]: r[ITEMS] for r in made.take(rows).rows.to_dicts()}
+        for name, rows in (("train", parts.train), ("val", parts.validation), ("test", parts.test))
+    }
     assert got["test"] == {"ann": ["jam", "tea", "bun", "egg"], "bob": ["jam", "tea", "nut"], "cy": ["bun", "tea", "jam"]}
     assert got["val"] == {"ann": ["jam", "tea", "bun"], "bob": ["jam", "tea"], "cy": ["bun", "tea"]}
     assert got["train"] == {"ann": ["jam", "tea"], "bob": ["jam"], "cy": ["bun"], "dee": ["tea", "egg"]}
     found = next(f for f in made.findings if f.check == "few-items")
     assert found.count == 1 and found.places == ("events.csv:12",)
-    least = kind.examples(asked(table(tmp_path / "rated.csv", [(*e[:2], i % 5, e[2]) for i, e in enumerate(EVENTS)],
-                                      "user,item,rating,time"))[0], kind.options_from({"least": "1"}))
+    least = kind.examples(
+        asked(table(tmp_path / "rated.csv", [(*e[:2], i % 5, e[2]) for i, e in enumerate(EVENTS)], "user,item,rating,time"))[0],
+        kind.options_from({"least": "1"}),
+    )
     assert sum(map(len, least.take(np.flatnonzero(least.splits == "test")).rows[ITEMS].to_list())) < 10
 
 
@@ -61,7 +91,7 @@ def learnt(tmp_path, **options):
 
 def test_training_never_sees_what_is_asked(tmp_path):
     made, task = learnt(tmp_path)
-    assert sorted(task.items) == ["bun", "egg", "jam", "tea"]              # nut is met in the test part alone
+    assert sorted(task.items) == ["bun", "egg", "jam", "tea"]  # nut is met in the test part alone
     test = made.take(np.flatnonzero(made.splits == "test"))
     assert [task.items[i - 1] if i else None for i in task.truth(test)["item"]] == ["egg", None, "jam"]
     batch = task.batches(test, None).make(np.arange(3), None)
@@ -81,7 +111,7 @@ def test_windows_hold_neighbours_of_histories(tmp_path, chance):
     for items, target, mask in zip(batch["items"], batch["target"], batch["mask"]):
         assert (mask == (items > 0)).all() and (items > 0).sum() == (target > 0).sum()
         real = items > 0
-        assert (target[real] == items[real] + 1).all()                     # here items are numbered as they follow
+        assert (target[real] == items[real] + 1).all()  # here items are numbered as they follow
         met |= set(target[real].tolist())
     if chance is None:
         assert len(batches) == sum(-(-(len(h) - 1) // 4) for h in histories) and met == set(range(2, 15))
@@ -89,7 +119,7 @@ def test_windows_hold_neighbours_of_histories(tmp_path, chance):
 
 def test_ranks_are_counted_over_all_items():
     torch.manual_seed(0)
-    scores = torch.randn(40, 25).round(decimals=1)                         # with ties
+    scores = torch.randn(40, 25).round(decimals=1)  # with ties
     seen = torch.randint(0, 25, (40, 6))
     target = torch.randint(0, 25, (40,))
     for repeats in (False, True):
@@ -98,8 +128,11 @@ def test_ranks_are_counted_over_all_items():
             out = {0} | (set() if repeats else set(seen[row].tolist()))
             left = {i: float(scores[row, i]) for i in range(25) if i not in out}
             t = int(target[row])
-            wanted = float("inf") if t not in left else 1 + sum(v > left[t] for v in left.values()) + (
-                sum(v == left[t] for v in left.values()) - 1) / 2
+            wanted = (
+                float("inf")
+                if t not in left
+                else 1 + sum(v > left[t] for v in left.values()) + (sum(v == left[t] for v in left.values()) - 1) / 2
+            )
             assert float(got["rank"][row]) == wanted
             best = [i for i in got["top"][row].tolist() if i]
             assert len(best) == len(left) and sorted(best) == sorted(left)
@@ -214,22 +247,35 @@ def test_a_network_learns_what_follows(tmp_path):
 
 # Click prediction
 
+
 def clicks(path, rows=3000, seed=0):
     """Users like items of their own kind; a click says so, mostly."""
     rng = np.random.default_rng(seed)
     user, item = rng.integers(0, 60, rows), rng.integers(0, 40, rows)
     liked = rng.random(rows) < np.where(user % 4 == item % 4, 0.9, 0.1)
     hour = rng.integers(0, 24, rows)
-    pl.DataFrame({"user_id": [f"u{u}" for u in user], "item_id": [f"i{i}" for i in item], "hour": hour,
-                  "rating": np.where(liked, 4 + hour % 2, 1 + hour % 3)}).write_csv(path)
+    pl.DataFrame(
+        {
+            "user_id": [f"u{u}" for u in user],
+            "item_id": [f"i{i}" for i in item],
+            "hour": hour,
+            "rating": np.where(liked, 4 + hour % 2, 1 + hour % 3),
+        }
+    ).write_csv(path)
     return path
 
 
 def test_clicks_are_predicted_by_who_and_what(tmp_path):
-    run = fit(clicks(tmp_path / "clicks.csv"), task="click-prediction", target="rating", model="deepfm-s", out=tmp_path / "run",
-              settings={"task.positive": 4, "steps": 400, "batch": 128, "precision": "float32", "evaluate": 50, "lr": 3e-3})
+    run = fit(
+        clicks(tmp_path / "clicks.csv"),
+        task="click-prediction",
+        target="rating",
+        model="deepfm-s",
+        out=tmp_path / "run",
+        settings={"task.positive": 4, "steps": 400, "batch": 128, "precision": "float32", "evaluate": 50, "lr": 3e-3},
+    )
     others = {b["name"]: b["scores"]["auc"] for b in run.record["scores"]["baselines"]}
-    assert run.scores["auc"] > 0.8 and max(others.values()) < 0.65       # neither users nor items alone tell
+    assert run.scores["auc"] > 0.8 and max(others.values()) < 0.65  # neither users nor items alone tell
     rows = pl.DataFrame({"user_id": ["u1", "u1"], "item_id": ["i1", "i2"], "hour": [3, 3]})
     yes = [a["probabilities"]["yes"] for a in run.predict(rows)]
     assert yes[0] > 0.6 > 0.4 > yes[1]

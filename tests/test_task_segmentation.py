@@ -36,7 +36,7 @@ class Pixelwise(nn.Module):
 
 
 def test_dice_is_its_definition():
-    logits, target = torch.randn(3, 4, 5, 6, dtype=torch.float64), torch.randint(-1, 3, (3, 5, 6))      # class 3 never occurs
+    logits, target = torch.randn(3, 4, 5, 6, dtype=torch.float64), torch.randint(-1, 3, (3, 5, 6))  # class 3 never occurs
     p, scores = logits.softmax(1), []
     for k in range(4):
         both = said = is_ = 0.0
@@ -76,15 +76,15 @@ def test_tiles_make_the_whole(size):
 
 def test_a_network_without_padding_answers_for_the_whole_picture():
     image = torch.randn(1, 2, 50, 43)
-    five = nn.Conv2d(2, 3, 5)                                # loses two pixels at each side
+    five = nn.Conv2d(2, 3, 5)  # loses two pixels at each side
     assert room(five, 2, 50, 43) == (4, 4)
     logits = Segmentation(five, 3).whole(image)
     assert logits.shape == (1, 3, 50, 43)
     torch.testing.assert_close(logits[..., 2:-2, 2:-2], five(image))
     torch.testing.assert_close(logits, five(F.pad(image, (2, 2, 2, 2), "reflect")))
-    model, image = tiny("unet"), image.double()                                     # the 2015 form: less comes out than goes in
+    model, image = tiny("unet"), image.double()  # the 2015 form: less comes out than goes in
     assert model(image).shape[2:] != (50, 43) and Segmentation(model, 3).whole(image).shape == (1, 3, 50, 43)
-    small = Segmentation(model, 3).whole(image[..., :3, :5])               # too small for it to have an answer by itself
+    small = Segmentation(model, 3).whole(image[..., :3, :5])  # too small for it to have an answer by itself
     assert small.shape == (1, 3, 3, 5)
     assert room(tiny("unet-resnet"), 3, 50, 43) == (0, 0)
     row = torch.arange(5.0).view(1, 1, 1, 5)
@@ -101,11 +101,11 @@ def test_counts_are_of_the_pictures_own_size():
     maps = objective.outputs({"image": image, "size": sizes, "inner": inner})["map"]
     together = {"image": image, "size": sizes, "inner": inner, "truth": truth}
     alone = objective.outputs({name: x[:1] for name, x in together.items()} | {"truth": truth[:1, :20, :30]})
-    assert torch.equal(alone["thumb"][0], objective.outputs(together)["thumb"][0])       # whatever else is in the batch
+    assert torch.equal(alone["thumb"][0], objective.outputs(together)["thumb"][0])  # whatever else is in the batch
     assert (alone["thumb"] >= 0).all()
     for row in range(2):
         h, w = sizes[row].tolist()
-        own = objective.model(image)[row:row + 1, :, :inner[row, 0], :inner[row, 1]]
+        own = objective.model(image)[row : row + 1, :, : inner[row, 0], : inner[row, 1]]
         said = F.interpolate(own, (h, w), mode="bilinear").argmax(1)[0]
         assert torch.equal(maps[row, :h, :w].long(), said) and (maps[row, h:] == -1).all() and (maps[row, :, w:] == -1).all()
         for t in range(3):
@@ -144,13 +144,14 @@ def test_augmented_masks_stay_with_their_pictures(augment):
     real = classes >= 0
     assert real.float().mean() > 0.3 and real[:3].float().mean() > 0.6
     if augment != "standard":
-        near = (image[:, 0] / 50 - classes).abs() < 0.5                  # edges are blurred by scaling
+        near = (image[:, 0] / 50 - classes).abs() < 0.5  # edges are blurred by scaling
         assert near[real].float().mean() > 0.9
     again = augmented(pixels, target, inner, 32, augment, torch.Generator().manual_seed(1))
     assert torch.equal(image, again[0]) and torch.equal(classes, again[1])
 
 
 # Folders
+
 
 def folder(root, count=40, side=(24, 32)):
     rng = np.random.default_rng(0)
@@ -159,15 +160,26 @@ def folder(root, count=40, side=(24, 32)):
     for i in range(count):
         mask = np.zeros(side, np.uint8)
         y, x = rng.integers(0, side[0] - 8), rng.integers(0, side[1] - 8)
-        mask[y:y + 8, x:x + 8] = 1
+        mask[y : y + 8, x : x + 8] = 1
         Image.fromarray((rng.integers(0, 60, side) + 150 * mask).astype(np.uint8)).save(root / "images" / f"p{i}.png")
         Image.fromarray(mask).save(root / "masks" / f"p{i}.png")
     return root
 
 
 def asked(path, **more):
-    return read_for({"data": str(path), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
-                     "allow_bad": False, "task": None, **more})
+    return read_for(
+        {
+            "data": str(path),
+            "target": None,
+            "kinds": {},
+            "roles": {},
+            "group": None,
+            "time": None,
+            "allow_bad": False,
+            "task": None,
+            **more,
+        }
+    )
 
 
 def test_pictures_with_masks(tmp_path):
@@ -211,7 +223,7 @@ def test_damaged_pictures_with_masks(tmp_path):
     assert found["no-mask"].places == ("images/p3.png",) and found["no-picture"].places == ("masks/p4.png",)
     folder(tmp_path, 120)
     good = (tmp_path / "masks" / "p5.png").read_bytes()
-    (tmp_path / "masks" / "p5.png").write_bytes(good[:len(good) // 2])
+    (tmp_path / "masks" / "p5.png").write_bytes(good[: len(good) // 2])
     data = read(tmp_path)
     assert len(data) == 119 and any("p5" in p for f in data.findings if f.unusable for p in f.places)
     (tmp_path / "masks" / "p5.png").write_bytes(b"")
@@ -244,8 +256,13 @@ def test_damaged_pictures_with_masks(tmp_path):
 
 
 def test_a_network_learns_to_segment(tmp_path):
-    run = fit("inked", model="unet-mini", minutes=2, out=tmp_path / "run", settings={
-        "steps": 70, "precision": "float32", "evaluate": 35, "lr": 2e-3, "task.crop": 64, "batch": 8})
+    run = fit(
+        "inked",
+        model="unet-mini",
+        minutes=2,
+        out=tmp_path / "run",
+        settings={"steps": 70, "precision": "float32", "evaluate": 35, "lr": 2e-3, "task.crop": 64, "batch": 8},
+    )
     assert run.scores["miou"] > 0.7 and run.scores["pixel_accuracy"] > 0.96
     assert run.record["scores"]["baselines"][0]["scores"]["miou"] < 0.35
     tall = Image.fromarray(np.random.default_rng(0).integers(90, 140, (150, 40)).astype(np.uint8))
@@ -262,4 +279,5 @@ def test_a_network_learns_to_segment(tmp_path):
 
 def sample():
     from fieldguide.data import samples
+
     return samples.path("inked")

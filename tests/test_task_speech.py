@@ -42,8 +42,19 @@ def sound(path, words=("two",), seed=0, rate=8000, channels=1, form=None):
 
 
 def asked(path, task=TASK, **more):
-    return read_for({"data": str(path), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
-                     "allow_bad": False, "task": task, **more})
+    return read_for(
+        {
+            "data": str(path),
+            "target": None,
+            "kinds": {},
+            "roles": {},
+            "group": None,
+            "time": None,
+            "allow_bad": False,
+            "task": task,
+            **more,
+        }
+    )
 
 
 def said(i):
@@ -73,6 +84,7 @@ def table(folder, rows, names=("file", "transcript")):
 
 # The check of single recordings
 
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
 def test_a_whole_recording_of_each_format(tmp_path, suffix):
     path = sound(tmp_path / f"a.{suffix}", ["seven", "six"], rate=16000)
@@ -89,7 +101,7 @@ def test_a_recording_without_its_end(tmp_path, suffix):
     path = sound(tmp_path / f"a.{suffix}", ["seven", "six", "nine"], rate=16000)
     content = path.read_bytes()
     for share in (0.9, 0.5):
-        path.write_bytes(content[:int(share * len(content))])
+        path.write_bytes(content[: int(share * len(content))])
         found = audio.check_one(path)
         assert found.problem == "truncated-sound" and found.detail, (suffix, share, found)
 
@@ -101,8 +113,14 @@ def test_what_is_no_recording(tmp_path):
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 8000)
     (tmp_path / "phone.m4a").write_bytes(b"\0\0\0 ftypM4A ")
     problems = {name: audio.check_one(tmp_path / name).problem for name in [*files, "none.wav", "phone.m4a", "gone.wav"]}
-    assert problems == {"empty.wav": "empty-file", "text.wav": "corrupt-sound", "notes.txt": "not-a-sound",
-                        "none.wav": "zero-length", "phone.m4a": "not-a-sound", "gone.wav": "missing-file"}
+    assert problems == {
+        "empty.wav": "empty-file",
+        "text.wav": "corrupt-sound",
+        "notes.txt": "not-a-sound",
+        "none.wav": "zero-length",
+        "phone.m4a": "not-a-sound",
+        "gone.wav": "missing-file",
+    }
     assert set(problems.values()) <= set(MEDIA["audio"].problems)
     assert ".flac" in audio.check_one(tmp_path / "phone.m4a").detail
     with pytest.raises(DataError, match=r"gone\.wav"):
@@ -116,9 +134,13 @@ def test_traits_of_recordings(tmp_path):
     soundfile.write(tmp_path / "clipped.wav", (wave * 30).clip(-1, 1), 8000)
     shutil.copy(tmp_path / "stereo.wav", tmp_path / "named.flac")
     traits = {n: audio.check_one(tmp_path / n).traits for n in ("stereo.wav", "silent.wav", "clipped.wav", "named.flac")}
-    assert traits == {"stereo.wav": ("stereo",), "silent.wav": ("silent",), "clipped.wav": ("clipped",),
-                      "named.flac": ("stereo", "wrong-extension")}
-    [half] = audio.load([tmp_path / "stereo.wav"], 8000)                        # the mean of both channels
+    assert traits == {
+        "stereo.wav": ("stereo",),
+        "silent.wav": ("silent",),
+        "clipped.wav": ("clipped",),
+        "named.flac": ("stereo", "wrong-extension"),
+    }
+    [half] = audio.load([tmp_path / "stereo.wav"], 8000)  # the mean of both channels
     assert np.abs(half / 32768 - wave / 2).max() < 1e-4
 
 
@@ -127,15 +149,16 @@ def test_equal_sounds_have_equal_digests_whatever_their_files(tmp_path):
     wave, rate = soundfile.read(first, dtype="int16")
     soundfile.write(tmp_path / "b.flac", wave, rate)
     sound(tmp_path / "c.wav", ["two"], 2)
-    soundfile.write(tmp_path / "d.wav", wave, 2 * rate)                          # the same samples, played faster
+    soundfile.write(tmp_path / "d.wav", wave, 2 * rate)  # the same samples, played faster
     a, b, c, d = (audio.check_one(tmp_path / n).samples for n in ("a.wav", "b.flac", "c.wav", "d.wav"))
     assert a == b and len({a, c, d}) == 3
 
 
 # Folders
 
+
 def test_a_folder_with_a_table(folder):
-    data, kind, _ = asked(folder, None)                                         # recognised without --task
+    data, kind, _ = asked(folder, None)  # recognised without --task
     assert kind is SpeechRecognition and data.target.name == "transcript" and data.columns["file"].kind == "audio"
     assert len(data) == 12 and data.rows["transcript"][3] == said(3) and data.place(3) == "transcripts.csv:5"
     assert data.rows[RATE].to_list() == [8000] * 12 and data.rows[SECONDS].min() > 0.3 and data.rows[HASH].n_unique() == 12
@@ -159,7 +182,7 @@ def test_other_tables(folder):
     pl.DataFrame(rows).write_parquet(folder / "all.parquet")
     (folder / "all.jsonl").unlink()
     assert asked(folder)[0].target.name == "sentence"
-    lone = folder.parent / "lone.csv"                                           # a table elsewhere, by the values of a column
+    lone = folder.parent / "lone.csv"  # a table elsewhere, by the values of a column
     pl.DataFrame({"where": [str(folder / r["path"]) for r in rows], "words": [r["sentence"] for r in rows]}).write_csv(lone)
     data = asked(lone)[0]
     assert data.columns["where"].kind == "audio" and data.target.name == "words" and read(lone).columns["where"].kind == "audio"
@@ -174,7 +197,8 @@ def test_a_text_beside_each_recording(twelve, tmp_path):
     data, kind, _ = asked(tmp_path, None)
     assert kind is SpeechRecognition and (data.splits == "test").sum() == 2 and len(data) == 12
     assert set(zip(data.rows["audio"].str.extract(r"(r\d+)\.wav"), data.rows["transcript"])) == {
-        (f"r{i}", said(i)) for i in range(12)}
+        (f"r{i}", said(i)) for i in range(12)
+    }
     (tmp_path / "train" / "r3.txt").unlink()
     (tmp_path / "train" / "r4.txt").write_bytes(b"two\0three")
     (tmp_path / "train" / "r5.txt").write_bytes("fünf".encode("latin-1"))
@@ -191,9 +215,9 @@ def test_lj_speech(twelve, tmp_path):
     lines = [f'r{i}|Take "{i}"|{said(i)}' for i in range(12)]
     (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
     data, kind, _ = asked(tmp_path, None)
-    assert kind is SpeechRecognition and data.rows["transcript"].to_list() == [said(i) for i in range(12)]      # normalised
+    assert kind is SpeechRecognition and data.rows["transcript"].to_list() == [said(i) for i in range(12)]  # normalised
     assert data.place(4) == "metadata.csv:5" and data.rows["audio"][4].endswith("wavs/r4.wav")
-    lines[1] = 'r1|He said "no'                                                 # two cells, and a lone quotation mark
+    lines[1] = 'r1|He said "no'  # two cells, and a lone quotation mark
     lines[2] = "r2|one|two|three"
     lines[3] = "r3||"
     lines[4] = "gone|one|one"
@@ -202,12 +226,16 @@ def test_lj_speech(twelve, tmp_path):
     (tmp_path / "metadata.csv").write_bytes("\n".join(lines).replace(said(6), "grüße").encode("cp1252"))
     data = asked(tmp_path, allow_bad=True)[0]
     assert data.rows["transcript"].to_list() == [said(0), 'He said "no', "grüße", *(said(i) for i in range(7, 12))]
-    expected = {"wrong-cells": ("metadata.csv:3 has 4", 1), "target-missing": ("metadata.csv:4", 1),
-                "missing-file": ("metadata.csv:5", 1), "duplicate-id": ("metadata.csv:6 (r1.wav)", 1)}
+    expected = {
+        "wrong-cells": ("metadata.csv:3 has 4", 1),
+        "target-missing": ("metadata.csv:4", 1),
+        "missing-file": ("metadata.csv:5", 1),
+        "duplicate-id": ("metadata.csv:6 (r1.wav)", 1),
+    }
     for check, (place, unusable) in expected.items():
         one = finding(data, check)
         assert one.places[0].startswith(place) and one.unusable == unusable and one.remedy and one.count == 1, one
-    assert finding(data, "encoding") and finding(data, "file-without-row").count == 3       # r2 r4 r5
+    assert finding(data, "encoding") and finding(data, "file-without-row").count == 3  # r2 r4 r5
     with pytest.raises(BadData, match="4 of 12 examples are unusable"):
         asked(tmp_path)
 
@@ -244,22 +272,32 @@ def test_common_voice(twelve, tmp_path):
 def test_damaged_folders(folder):
     rows = [(f"wav/r{i}.wav", said(i)) for i in range(12)]
     wav = folder / "wav"
-    rows[0] = ("wav/r0.wav", None)                                              # nothing said
+    rows[0] = ("wav/r0.wav", None)  # nothing said
     rows[1] = ("wav/nowhere.wav", "one")
     (wav / "r2.wav").write_bytes(b"")
     (wav / "r3.wav").write_bytes((wav / "r3.wav").read_bytes()[:3000])
     soundfile.write(wav / "r4.wav", np.zeros(0), 8000)
     (wav / "r5.wav").write_text("no sound at all")
     sound(wav / "r6.wav", said(6).split(), 6, rate=16000, channels=2)
-    shutil.copy(wav / "r7.wav", wav / "r8.wav")                                 # the same sound, another transcript
+    shutil.copy(wav / "r7.wav", wav / "r8.wav")  # the same sound, another transcript
     rows[9] = ("wav/r9.wav", "a very long story that nobody can tell in so little time as this one takes " * 2)
     rows.append(("wav/r10.wav", "ten"))
     sound(wav / "extra.wav", ["one"])
     table(folder, rows)
     data = asked(folder, allow_bad=True)[0]
-    expected = {"target-missing": (2, 1), "missing-file": (3, 1), "empty-file": (4, 1), "truncated-sound": (5, 1),
-                "zero-length": (6, 1), "corrupt-sound": (7, 1), "stereo-sound": (8, 0), "mixed-rates": (8, 0),
-                "conflicting-duplicate": (10, 0), "unlike-lengths": (11, 0), "repeated-recording": (12, 0)}
+    expected = {
+        "target-missing": (2, 1),
+        "missing-file": (3, 1),
+        "empty-file": (4, 1),
+        "truncated-sound": (5, 1),
+        "zero-length": (6, 1),
+        "corrupt-sound": (7, 1),
+        "stereo-sound": (8, 0),
+        "mixed-rates": (8, 0),
+        "conflicting-duplicate": (10, 0),
+        "unlike-lengths": (11, 0),
+        "repeated-recording": (12, 0),
+    }
     for check, (line, unusable) in expected.items():
         one = next(f for f in data.findings if f.check == check)
         assert f"transcripts.csv:{line}" in one.places[0] and one.unusable == unusable, one
@@ -275,13 +313,13 @@ def test_tables_that_cannot_be_matched(folder):
     table(folder, [(f"take {i}", said(i)) for i in range(12)])
     with pytest.raises(DataError, match=r"none of the columns of transcripts.csv \(file, transcript\) names the recordings"):
         asked(folder)
-    shutil.copytree(folder / "wav", folder / "more")                            # two folders with files of the same names
+    shutil.copytree(folder / "wav", folder / "more")  # two folders with files of the same names
     table(folder, [(f"r{i}.wav", said(i)) for i in range(12)])
     with pytest.raises(BadData, match="recordings that are not there"):
         asked(folder)
     assert finding(asked_findings(folder), "ambiguous-name").count == 12
     (folder / "transcripts.csv").unlink()
-    with pytest.raises(DataError, match="a column of transcripts"):             # recordings alone say nothing
+    with pytest.raises(DataError, match="a column of transcripts"):  # recordings alone say nothing
         asked(folder / "wav")
 
 
@@ -292,6 +330,7 @@ def asked_findings(path):
 
 
 # Preparation
+
 
 def prepared(folder, **options):
     data = asked(folder)[0]
@@ -331,17 +370,17 @@ def test_batches_are_functions_of_the_generator(folder):
     one, same, other = (batches.make(rows, chance(n)) for n in (3, 3, 4))
     assert all(torch.equal(plain[k], again[k]) for k in plain) and all(torch.equal(one[k], same[k]) for k in one)
     assert one["features"].shape != other["features"].shape or not torch.equal(one["features"], other["features"])
-    assert not torch.equal(one["lengths"], plain["lengths"])                     # speed
+    assert not torch.equal(one["lengths"], plain["lengths"])  # speed
     light = task.batches(data, None, Settings(augment="none")).make(rows, chance(3))
     hidden = task.batches(data, None, Settings(augment="standard")).make(rows, chance(3))
     without = task.batches(data, None, Settings(augment="light")).make(rows, chance(3))
-    assert torch.equal(light["features"], plain["features"])                     # none: as it is
+    assert torch.equal(light["features"], plain["features"])  # none: as it is
     assert torch.equal(hidden["lengths"], without["lengths"])
-    assert (hidden["features"] == 0).sum() > (without["features"] == 0).sum()    # standard hides stripes, light does not
+    assert (hidden["features"] == 0).sum() > (without["features"] == 0).sum()  # standard hides stripes, light does not
     assert [task.transcripts.decode(r) for r in plain["target"].tolist()] == [said(i) for i in rows]
     wave, _ = batch_of(audio.load(data.rows["file"].to_list()[:2], 8000))
     assert wave.abs().max().item() == pytest.approx(voice.Voice.loudness, abs=0.02)
-    alone = batches.make(rows[:1], None)                                         # nothing depends on the rows beside
+    alone = batches.make(rows[:1], None)  # nothing depends on the rows beside
     n = int(alone["lengths"][0])
     assert torch.allclose(alone["features"][0, :n], plain["features"][0, :n], atol=1e-5)
 
@@ -368,6 +407,7 @@ def test_scores_are_those_of_the_corpus(folder):
 
 def errors(a, b):
     from fieldguide.metrics.speech import edits
+
     return int(edits([b], [a]).errors[0])
 
 
@@ -375,12 +415,24 @@ def test_words_have_their_times(folder):
     _, task = prepared(folder)
     index = task.transcripts.index
     symbols = [index[c] for c in "two six"]
-    outputs = {"said": np.array([[*symbols, -1]]), "first": np.array([[2, 4, 5, 8, 10, 12, 13, -1]]),
-               "end": np.array([[3, 5, 7, 9, 11, 13, 15, -1]]), "text": np.array(["two six"]), "sure": np.array([0.9])}
+    outputs = {
+        "said": np.array([[*symbols, -1]]),
+        "first": np.array([[2, 4, 5, 8, 10, 12, 13, -1]]),
+        "end": np.array([[3, 5, 7, 9, 11, 13, 15, -1]]),
+        "text": np.array(["two six"]),
+        "sure": np.array([0.9]),
+    }
     second = 4 * task.mel.hop
-    assert task.answers(outputs) == [{"text": "two six", "sure": 0.9, "words": [
-        {"word": "two", "start": round(2 * second, 3), "end": round(7 * second, 3)},
-        {"word": "six", "start": round(10 * second, 3), "end": round(15 * second, 3)}]}]
+    assert task.answers(outputs) == [
+        {
+            "text": "two six",
+            "sure": 0.9,
+            "words": [
+                {"word": "two", "start": round(2 * second, 3), "end": round(7 * second, 3)},
+                {"word": "six", "start": round(10 * second, 3), "end": round(15 * second, 3)},
+            ],
+        }
+    ]
 
 
 class Near(torch.nn.Module):
@@ -415,7 +467,7 @@ def test_long_recordings_are_heard_in_chunks(folder):
     heard, frames = task.listen(model, features, lengths)
     assert max(steps for _, steps in model.seen) == size and (3, 64) in model.seen and frames.tolist() == [126, 8, 56, 5, 16]
     for i, n in enumerate(frames.tolist()):
-        whole = Near()(features[i:i + 1, :lengths[i]], lengths[i:i + 1])[0]
+        whole = Near()(features[i : i + 1, : lengths[i]], lengths[i : i + 1])[0]
         assert torch.allclose(heard[i, :n], whole, atol=1e-6), i
     task.asking = task.asking_from({})
     assert task.chunks()[0] * task.mel.hop == pytest.approx(10, abs=0.1)
@@ -423,13 +475,23 @@ def test_long_recordings_are_heard_in_chunks(folder):
 
 # From data to answers
 
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return fit("spoken", minutes=0, out=tmp_path_factory.mktemp("speech") / "run", settings=QUICK)
 
 
-QUICK = {"steps": 100, "batch": 32, "precision": "float32", "evaluate": 50, "lr": 4e-3, "model.dropout": 0.0, "model.depth": 1,
-         "task.hop": 0.0125, "augment": "none"}
+QUICK = {
+    "steps": 100,
+    "batch": 32,
+    "precision": "float32",
+    "evaluate": 50,
+    "lr": 4e-3,
+    "model.dropout": 0.0,
+    "model.depth": 1,
+    "task.hop": 0.0125,
+    "augment": "none",
+}
 
 
 def test_a_network_learns_to_write_what_is_said(run):
@@ -452,7 +514,7 @@ def test_predict_reads_any_recording(run, tmp_path):
     assert times == sorted(times) and times[-1] <= length + 0.1
     beams = run.predict(str(path), beams=4)[0]
     assert beams["text"].split()[:1] == answer["text"].split()[:1]
-    long = tmp_path / "long.wav"                                                # three times the longest it was trained on
+    long = tmp_path / "long.wav"  # three times the longest it was trained on
     rng = np.random.default_rng(3)
     soundfile.write(long, np.concatenate([voice.speak(["two", "six"], voice.Voice(), rng) for _ in range(12)]), 8000)
     whole, parts = (run.predict(str(long), chunk=c)[0]["text"].split() for c in (40, 2.0))
@@ -498,8 +560,12 @@ def test_halves_are_equal_to_the_whole(tmp_path):
 
     def loop(folder, stop=-1):
         folder.mkdir(exist_ok=True)
-        plan = decide(data, task=TASK, model="conformer-test", settings={
-            "steps": 8, "batch": 16, "precision": "float32", "evaluate": 4, "task.masks": True, "checkpoint": 0})
+        plan = decide(
+            data,
+            task=TASK,
+            model="conformer-test",
+            settings={"steps": 8, "batch": 16, "precision": "float32", "evaluate": 4, "task.masks": True, "checkpoint": 0},
+        )
         return trainer(plan, Quiet(stop), folder)
 
     whole = loop(tmp_path / "whole")

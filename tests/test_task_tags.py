@@ -18,7 +18,7 @@ from fieldguide.tasks import infer, task
 
 PEOPLE = ["Anna", "Ben", "Clara", "David", "Emma", "Fritz", "Greta", "Hans"]
 TOWNS = ["Bonn", "Kiel", "Ulm", "Trier", "Jena", "Hof"]
-LAST = ["Berg", "Stein", "Jena", "Hof", "Baum"]          # two of which are towns, too: the word alone does not say
+LAST = ["Berg", "Stein", "Jena", "Hof", "Baum"]  # two of which are towns, too: the word alone does not say
 
 
 def sentence(rng) -> tuple[list[str], list[str]]:
@@ -153,14 +153,27 @@ def test_scores_and_the_baseline(folder):
     assert set(one.score({"label": truth["label"]}, truth).values()) == {1.0}
     (baseline,) = one.baselines(data, data)
     scores = one.score(baseline.outputs, truth)
-    assert 0.6 < scores["f1"] < 1.0                      # words that are names of two kinds are beyond it
+    assert 0.6 < scores["f1"] < 1.0  # words that are names of two kinds are beyond it
     assert one.intervals(baseline.outputs, truth)["f1"][0] <= scores["f1"] <= one.intervals(baseline.outputs, truth)["f1"][1]
 
 
 def test_learns_tags_and_answers(folder, tmp_path):
-    run = fit(folder / "words.conll", model="bert-tiny", out=tmp_path / "run", settings={
-        "steps": 60, "evaluate": 30, "batch": 32, "lr": 4e-3, "precision": "float32", "task.vocab": 400, "model.dim": 64,
-        "model.heads": 2, "model.hidden": 128})
+    run = fit(
+        folder / "words.conll",
+        model="bert-tiny",
+        out=tmp_path / "run",
+        settings={
+            "steps": 60,
+            "evaluate": 30,
+            "batch": 32,
+            "lr": 4e-3,
+            "precision": "float32",
+            "task.vocab": 400,
+            "model.dim": 64,
+            "model.heads": 2,
+            "model.hidden": 128,
+        },
+    )
     scores = run.record["scores"]
     assert run.record["task"] == "token-classification" and run.record["model"]["config"]["gives"] == "labels"
     assert scores["test"]["f1"] > max(0.9, scores["baselines"][0]["scores"]["f1"])

@@ -19,28 +19,41 @@ from fieldguide.data.validation.checks import BadData
 from fieldguide.tasks.text.text_generation import PART, TextGeneration, passages
 from fieldguide.tasks.text.translation import Translation, judges
 
-STORY = "\n".join(f"Line {i} says that {i * 7 % 13} birds sat on wall {i % 5}, and the {i * 3 % 11}th flew away."
-                  for i in range(2500))
+STORY = "\n".join(
+    f"Line {i} says that {i * 7 % 13} birds sat on wall {i % 5}, and the {i * 3 % 11}th flew away." for i in range(2500)
+)
 
 
 def asked(path, task=None, **more):
-    return read_for({"data": str(path), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
-                     "allow_bad": False, "task": task, **more})
+    return read_for(
+        {
+            "data": str(path),
+            "target": None,
+            "kinds": {},
+            "roles": {},
+            "group": None,
+            "time": None,
+            "allow_bad": False,
+            "task": task,
+            **more,
+        }
+    )
 
 
 # Documents
+
 
 def test_a_long_text_is_tested_on_its_end(tmp_path):
     (tmp_path / "story.txt").write_text(STORY)
     data, kind, _ = asked(tmp_path / "story.txt")
     assert kind is TextGeneration and len(data) == 1
     rows = kind.examples(data, kind.Options())
-    assert "".join(rows.rows["text"]) == STORY                                  # nothing is lost
+    assert "".join(rows.rows["text"]) == STORY  # nothing is lost
     assert rows.rows[PART].to_list() == list(range(len(rows)))
     parts = split(rows, seed=3)
     assert [parts.train[-1] + 1, parts.validation[-1] + 1] == [parts.validation[0], parts.test[0]]
     assert 0.08 < len(parts.test) / len(rows) < 0.12 and 0.03 < len(parts.validation) / len(rows) < 0.07
-    row = int(parts.test[0])                                                    # places are lines of the file
+    row = int(parts.test[0])  # places are lines of the file
     line = int(rows.place(row).split(":")[1])
     assert STORY.split("\n")[line - 1] == rows.rows["text"][row].split("\n")[0]
 
@@ -51,7 +64,7 @@ def test_a_folder_names_its_splits(tmp_path):
     rows = TextGeneration.examples(asked(tmp_path)[0], TextGeneration.Options())
     for name, side in (("train", "train"), ("val", "val"), ("test", "test")):
         assert "".join(rows.rows["text"].filter(pl.Series(rows.splits == side))) == (tmp_path / f"{name}.txt").read_text()
-    (tmp_path / "val.txt").unlink()                                             # made from the end of the training text
+    (tmp_path / "val.txt").unlink()  # made from the end of the training text
     rows = TextGeneration.examples(asked(tmp_path)[0], TextGeneration.Options())
     text = {s: "".join(rows.rows["text"].filter(pl.Series(rows.splits == s))) for s in ("train", "val", "test")}
     assert text["test"] == STORY[-9000:] and text["train"] + text["val"] == STORY and len(text["val"]) > 2000
@@ -82,7 +95,7 @@ def test_damaged_documents(tmp_path):
     places = [p for f in data.findings if f.check == "unreadable-text" for p in f.places]
     assert len(data) == 301 and any("empty.txt" in p for p in places) and any("binary.txt" in p for p in places)
     assert sum(f.unusable for f in data.findings) == 2 and "Wörter aus früher Zeit" in data.rows["text"].to_list()
-    assert any("old.txt" in str(f) for f in found.values())                     # another encoding is said
+    assert any("old.txt" in str(f) for f in found.values())  # another encoding is said
     for i in range(8):
         (tmp_path / f"note{i}.txt").write_text("  \n")
     with pytest.raises(BadData, match="10 of 303"):
@@ -102,24 +115,28 @@ def asked_story(folder):
 
 def test_conversations(tmp_path):
     file = tmp_path / "chat.jsonl"
-    rows = [{"messages": [{"role": "user", "content": f"What is {i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
-            for i in range(50)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is {i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
+        for i in range(50)
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
     data, kind, _ = asked(file)
     assert kind is TextGeneration and data.columns["messages"].kind == "messages"
     task = kind.learn(data, kind.Options(length=16))
     tokens, learnt = task.stream_of(data)
     said = task.text.decode(tokens[learnt])
-    assert said == "".join(f"{i + 1}." for i in range(50))                      # only what the assistant says
+    assert said == "".join(f"{i + 1}." for i in range(50))  # only what the assistant says
     asked_ = task.questions(task.read(["What is 3 and 1?"]), None).make(np.arange(1), None)["prompt"][0].tolist()
-    assert asked_ == task.prompt([("user", "What is 3 and 1?")])                # typed by a person
+    assert asked_ == task.prompt([("user", "What is 3 and 1?")])  # typed by a person
 
 
 def test_damaged_conversations(tmp_path):
     """Each is counted with its places by the doctor, before anything is learnt."""
     file = tmp_path / "chat.jsonl"
-    rows = [{"messages": [{"role": "user", "content": f"What is {i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
-            for i in range(600)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is {i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
+        for i in range(600)
+    ]
     rows[7]["messages"][0]["role"] = "robot"
     rows[9]["messages"][1]["role"] = None
     rows[20]["messages"][1]["content"] = None
@@ -127,8 +144,11 @@ def test_damaged_conversations(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     data = asked(file)[0]
     found = {f.check: (f.count, f.places) for f in data.findings if f.unusable}
-    assert found == {"unknown-speaker": (2, ("chat.jsonl:8", "chat.jsonl:10")), "no-content": (1, ("chat.jsonl:21",)),
-                     "no-messages": (2, ("chat.jsonl:31", "chat.jsonl:41"))}
+    assert found == {
+        "unknown-speaker": (2, ("chat.jsonl:8", "chat.jsonl:10")),
+        "no-content": (1, ("chat.jsonl:21",)),
+        "no-messages": (2, ("chat.jsonl:31", "chat.jsonl:41")),
+    }
     kept = TextGeneration.learn(data, TextGeneration.Options(length=16)).turns(data)
     assert len(kept) == 595 and kept[7][0][1] == "What is 8 and 1?"
     file.write_text("\n".join(map(json.dumps, rows[:50])))
@@ -160,12 +180,13 @@ def test_packed_rows_hold_every_token_once(tmp_path):
     every = batches.make(np.arange(len(batches)), None)
     target = every["target"].flatten()
     assert target[target >= 0].tolist() == tokens[1:].tolist()
-    flat = every["tokens"].flatten()[:len(tokens) - 1]
+    flat = every["tokens"].flatten()[: len(tokens) - 1]
     assert flat.tolist() == tokens[:-1].tolist()
     assert task.truth(rows)["bytes"].sum() == len(STORY.encode())
 
 
 # Paired files
+
 
 def pair(folder, rows=200):
     (folder / "all.en").write_text("".join(f"the number {i}\n" for i in range(rows)))
@@ -177,7 +198,7 @@ def test_paired_files(tmp_path):
     data, kind, _ = asked(pair(tmp_path), target="en")
     assert kind is Translation and data.target.name == "en" and [c.name for c in data.features()] == ["de"]
     assert data.rows["de"][7] == "die Zahl 7" and data.rows["en"][7] == "the number 7" and data.place(7).endswith(":8")
-    assert len(read(tmp_path / "all.de")) == 200                                # one of them is enough
+    assert len(read(tmp_path / "all.de")) == 200  # one of them is enough
     for part in ("train", "dev", "test"):
         for code in ("de", "en"):
             (tmp_path / f"{part}.{code}").write_text((tmp_path / f"all.{code}").read_text())
@@ -242,14 +263,28 @@ def test_tables_of_pairs(tmp_path):
 
 # From data to answers
 
+
 def test_a_network_learns_to_write(tmp_path):
     (tmp_path / "story.txt").write_text(STORY)
-    run = fit(tmp_path / "story.txt", task="text-generation", model="gpt2-nano", minutes=1, out=tmp_path / "run", settings={
-        "steps": 120, "batch": 16, "precision": "float32", "task.tokenizer": "characters", "task.length": 64, "evaluate": 40,
-        "model.dim": 96})
+    run = fit(
+        tmp_path / "story.txt",
+        task="text-generation",
+        model="gpt2-nano",
+        minutes=1,
+        out=tmp_path / "run",
+        settings={
+            "steps": 120,
+            "batch": 16,
+            "precision": "float32",
+            "task.tokenizer": "characters",
+            "task.length": 64,
+            "evaluate": 40,
+            "model.dim": 96,
+        },
+    )
     assert run.scores["loss"] < 1.0 and run.record["scores"]["baselines"][0]["scores"]["loss"] > 0
     assert run.scores["perplexity"] == pytest.approx(np.exp(run.scores["loss"]))
-    assert run.scores["bits_per_byte"] == pytest.approx(run.scores["loss"] / np.log(2), rel=0.01)      # a byte a character
+    assert run.scores["bits_per_byte"] == pytest.approx(run.scores["loss"] / np.log(2), rel=0.01)  # a byte a character
     said = run.predict(["Line 12 says"], tokens=60, temperature=0.0)[0]["text"]
     assert " that " in said and "birds" in said
     assert said == "".join(run.stream("Line 12 says", tokens=60, temperature=0.0))
@@ -264,9 +299,22 @@ def test_a_network_learns_to_write(tmp_path):
 
 
 def test_a_network_learns_to_translate(tmp_path):
-    run = fit("phrases", minutes=3, model="transformer-mini", out=tmp_path / "run", settings={
-        "steps": 90, "batch": 64, "precision": "float32", "evaluate": 45, "model.dim": 96, "model.depth": 2,
-        "model.dropout": 0.0, "lr": 6e-3})
+    run = fit(
+        "phrases",
+        minutes=3,
+        model="transformer-mini",
+        out=tmp_path / "run",
+        settings={
+            "steps": 90,
+            "batch": 64,
+            "precision": "float32",
+            "evaluate": 45,
+            "model.dim": 96,
+            "model.depth": 2,
+            "model.dropout": 0.0,
+            "lr": 6e-3,
+        },
+    )
     assert run.scores["bleu"] > 85 and run.scores["chrf"] > 85
     assert run.record["scores"]["baselines"][0]["scores"]["bleu"] < 20
     answer = run.predict(["The man sees a dog today."], beams=2)[0]
@@ -275,11 +323,16 @@ def test_a_network_learns_to_translate(tmp_path):
     assert "Translations while it learnt" in page and "nrefs:1" in page
 
 
-@pytest.mark.parametrize("right, said, signature", [
-    ("The cat sat on the big mat today.", "The cat sat on the big mat now.", "tok:13a"),
-    ("那只大猫今天坐在垫子上。", "那只大猫昨天坐在垫子上。", "tok:zh"),
-    ("今日はマットの上に猫がいます。", "昨日はマットの上に猫がいます。", "tok:char"),
-    ("วันนี้แมวนั่งบนเสื่อ", "เมื่อวานแมวนั่งบนเสื่อ", "tok:char")], ids=["english", "chinese", "japanese", "thai"])
+@pytest.mark.parametrize(
+    "right, said, signature",
+    [
+        ("The cat sat on the big mat today.", "The cat sat on the big mat now.", "tok:13a"),
+        ("那只大猫今天坐在垫子上。", "那只大猫昨天坐在垫子上。", "tok:zh"),
+        ("今日はマットの上に猫がいます。", "昨日はマットの上に猫がいます。", "tok:char"),
+        ("วันนี้แมวนั่งบนเสื่อ", "เมื่อวานแมวนั่งบนเสื่อ", "tok:char"),
+    ],
+    ids=["english", "chinese", "japanese", "thai"],
+)
 def test_bleu_counts_characters_where_no_blanks_part_words(right, said, signature):
     bleu, _ = judges([right])
     assert 20 < bleu.corpus_score([said], [[right]]).score < 95

@@ -35,7 +35,7 @@ def strip(path, seed=0, frames=5, side=16, step=1):
     y, x = rng.integers(0, side - 4), 5
     array = rng.integers(0, 30, (side, side * frames)).astype(np.uint8)
     for f in range(frames):
-        array[y:y + 4, f * side + x + step * f:f * side + x + step * f + 4] = 250
+        array[y : y + 4, f * side + x + step * f : f * side + x + step * f + 4] = 250
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
     return array
@@ -49,14 +49,25 @@ def folder(root, each=12):
 
 
 def asked(path, **more):
-    return read_for({"data": str(path), "target": None, "kinds": {}, "roles": {}, "group": None, "time": None,
-                     "allow_bad": False, "task": "video-generation", **more})
+    return read_for(
+        {
+            "data": str(path),
+            "target": None,
+            "kinds": {},
+            "roles": {},
+            "group": None,
+            "time": None,
+            "allow_bad": False,
+            "task": "video-generation",
+            **more,
+        }
+    )
 
 
 @pytest.mark.parametrize("form", ["strip", "gif", "webp"])
 def test_films_of_every_form(tmp_path, form):
     array = strip(tmp_path / "a.png")
-    frames = [Image.fromarray(array[:, 16 * f:16 * f + 16]) for f in range(5)]
+    frames = [Image.fromarray(array[:, 16 * f : 16 * f + 16]) for f in range(5)]
     path = tmp_path / "a.png"
     if form != "strip":
         path = tmp_path / f"a.{form}"
@@ -87,7 +98,7 @@ def filmed(path, frames=8, side=32, seed=0):
     """An MP4 of a bright square that moves; its pictures."""
     row, said = np.random.default_rng(seed).integers(0, side - 8), np.zeros((frames, side, side, 3), np.uint8)
     for f in range(frames):
-        said[f, row:row + 8, 2 * f:2 * f + 8] = 240
+        said[f, row : row + 8, 2 * f : 2 * f + 8] = 240
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as film:
         stream = film.add_stream("mpeg4", rate=8, options={"qscale": "2"})
@@ -108,7 +119,7 @@ def test_films_of_cameras(tmp_path):
         film = video.load([path], 32, 1)[0][:, 0]
         assert film.shape == (8, 32, 32) and np.abs(film.astype(int) - picture[..., 0]).mean() < 8
     whole = (tmp_path / "walks" / "7.mp4").read_bytes()
-    for content, check in ((whole[:len(whole) // 2], "truncated-film"), (b"", "empty-file"), (b"no film", "truncated-film")):
+    for content, check in ((whole[: len(whole) // 2], "truncated-film"), (b"", "empty-file"), (b"no film", "truncated-film")):
         (tmp_path / "walks" / "7.mp4").write_bytes(content)
         found = {f.check: f for f in read(tmp_path, wants=VideoGeneration.wants).findings if f.unusable}
         assert found[check].count == 1 and found[check].places[0].startswith("walks/7.mp4")
@@ -117,7 +128,7 @@ def test_films_of_cameras(tmp_path):
 def test_damaged_films(tmp_path):
     root = folder(tmp_path, 110)
     good = (root / "left" / "3.png").read_bytes()
-    cases = {"empty-file": b"", "not-a-film": b"no film at all", "truncated-film": good[:len(good) // 2]}
+    cases = {"empty-file": b"", "not-a-film": b"no film at all", "truncated-film": good[: len(good) // 2]}
     for check, content in cases.items():
         (root / "left" / "3.png").write_bytes(content)
         data = read(root, wants=VideoGeneration.wants)
@@ -166,16 +177,29 @@ def test_intervals_of_gaps_and_decibels():
 
 
 def test_a_network_learns_to_film(tmp_path):
-    run = fit(folder(tmp_path / "films", 40), task="video-generation", model="latte-pixels-16", out=tmp_path / "run", settings={
-        "steps": 60, "batch": 16, "precision": "float32", "evaluate": 30, "task.frames": 4, "model.dim": 64,
-        "model.depth": 2, "ema": 0.9})
+    run = fit(
+        folder(tmp_path / "films", 40),
+        task="video-generation",
+        model="latte-pixels-16",
+        out=tmp_path / "run",
+        settings={
+            "steps": 60,
+            "batch": 16,
+            "precision": "float32",
+            "evaluate": 30,
+            "task.frames": 4,
+            "model.dim": 64,
+            "model.depth": 2,
+            "ema": 0.9,
+        },
+    )
     others = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["frame_distance"] < 0.3 * others["noise"]["frame_distance"]
     assert set(others["copy-last"]) == {"next_frame_psnr"} and others["training films"]["recognised"] > 0.9
-    made = run.outputs(read(tmp_path / "films", wants=VideoGeneration.wants).take(np.arange(3)))       # asked one for one
+    made = run.outputs(read(tmp_path / "films", wants=VideoGeneration.wants).take(np.arange(3)))  # asked one for one
     assert made["samples"].shape == (3, 4, 1, 16, 16) and len(made["label"]) == 3
     low, high = run.record["scores"]["intervals"]["recognised"]
-    assert high - low < 0.25                             # though the test part is of 8 films
+    assert high - low < 0.25  # though the test part is of 8 films
     first = run.predict(["left"], count=2, steps=4)
     assert [a["class"] for a in first] == ["left", "left"] and first[0]["video"].suffix == ".webp"
     assert run.predict(["left"], count=1, steps=4)[0] == first[0]
@@ -184,4 +208,4 @@ def test_a_network_learns_to_film(tmp_path):
     assert run.evaluate(tmp_path / "films")["scores"] == pytest.approx(run.scores, rel=1e-4)
     with pytest.raises(SettingsError, match="sampler='euler'"):
         run.predict(["left"], sampler="euler")
-    assert "copy-last" not in verdict(run.record, VideoGeneration.metrics[0])      # which has no such score
+    assert "copy-last" not in verdict(run.record, VideoGeneration.metrics[0])  # which has no such score

@@ -24,6 +24,7 @@ CODES = ["en_XX", "de_DE"]
 def tokenizer(path, before=(), after=(), special=SPECIAL):
     """A tokenizer.json of words that puts these tokens around a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     names = [*special, *WORDS, *CODES]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -40,8 +41,12 @@ FORMS = {
     "t5": ((), ("</s>",), {"begin": 1}, ([], ["</s>"], ["<pad>"])),
     "bart": (("<s>",), ("</s>",), {"begin": 2}, (["<s>"], ["</s>"], ["</s>", "<s>"])),
     "mbart-cc25": ((), ("</s>", "en_XX"), {"target_language": "de_DE"}, ([], ["</s>", "en_XX"], ["de_DE"])),
-    "mbart-50": (("en_XX",), ("</s>",), {"begin": 2, "source_language": "de_DE", "target_language": "en_XX"},
-                 (["de_DE"], ["</s>"], ["</s>", "en_XX"])),
+    "mbart-50": (
+        ("en_XX",),
+        ("</s>",),
+        {"begin": 2, "source_language": "de_DE", "target_language": "en_XX"},
+        (["de_DE"], ["</s>"], ["</s>", "en_XX"]),
+    ),
     # Published tokenizers of NLLB have the language last; the network reads it first.
     "nllb": ((), ("</s>", "en_XX"), {"begin": 2, "target_language": "de_DE"}, (["en_XX"], ["</s>"], ["</s>", "de_DE"])),
 }
@@ -49,11 +54,25 @@ FORMS = {
 
 @pytest.fixture
 def pairs(tmp_path):
-    lines = [("a cat sees a dog", "eine katze sieht eine hund"), ("a dog sees a cat", "eine hund sieht eine katze"),
-             ("a cat sees", "eine katze sieht"), ("a dog sees", "eine hund sieht")] * 12
+    lines = [
+        ("a cat sees a dog", "eine katze sieht eine hund"),
+        ("a dog sees a cat", "eine hund sieht eine katze"),
+        ("a cat sees", "eine katze sieht"),
+        ("a dog sees", "eine hund sieht"),
+    ] * 12
     path = tmp_path / "pairs.tsv"
-    path.write_text("\n".join(["en\tde", *("\t".join((f"{a} {'a ' * (i // 4)}".strip(), f"{b} {'eine ' * (i // 4)}".strip()))
-                                         for i, (a, b) in enumerate(lines))]) + "\n")
+    path.write_text(
+        "\n".join(
+            [
+                "en\tde",
+                *(
+                    "\t".join((f"{a} {'a ' * (i // 4)}".strip(), f"{b} {'eine ' * (i // 4)}".strip()))
+                    for i, (a, b) in enumerate(lines)
+                ),
+            ]
+        )
+        + "\n"
+    )
     return path
 
 
@@ -66,12 +85,12 @@ def test_frames(form, tmp_path, pairs):
     task = Translation.learn(data, Translation.options_from({"tokenizer": path, **options}))
     name = task.text.tokenizer.id_to_token
     batch = task.batches(data, card("transformer")).make([2, 0], None)
-    assert [name(i) for i in batch["source"][0, :batch["source_mask"][0].sum()]] == [*want[0], "a", "cat", "sees", *want[1]]
-    assert [name(i) for i in batch["tokens"][0]][:len(want[2]) + 3] == [*want[2], "eine", "katze", "sieht"]
+    assert [name(i) for i in batch["source"][0, : batch["source_mask"][0].sum()]] == [*want[0], "a", "cat", "sees", *want[1]]
+    assert [name(i) for i in batch["tokens"][0]][: len(want[2]) + 3] == [*want[2], "eine", "katze", "sieht"]
     target = batch["target"][0][batch["target"][0] >= 0]
     assert [name(i) for i in target] == ["eine", "katze", "sieht", "</s>"]
-    assert (batch["target"][0][:len(want[2]) - 1] == -1).all() and batch["tokens"].shape == batch["target"].shape
-    assert (batch["tokens"][0][len(want[2]) + 3:] == 1).all()                    # <pad>
+    assert (batch["target"][0][: len(want[2]) - 1] == -1).all() and batch["tokens"].shape == batch["target"].shape
+    assert (batch["tokens"][0][len(want[2]) + 3 :] == 1).all()  # <pad>
 
 
 def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
@@ -88,12 +107,13 @@ def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
     said = task.search(model, batch["source"], batch["source_mask"])
     code = task.text.tokenizer.token_to_id
     assert seen[0].tolist() == [[2, code("en_XX")]] * 2 and all(x.shape == (2, 1) for x in seen[1:])
-    assert said.shape[1] <= 10                           # with its begin no longer than the network reads
+    assert said.shape[1] <= 10  # with its begin no longer than the network reads
 
 
 def test_languages_must_be_named(tmp_path):
     path = tokenizer(tmp_path / "tokenizer.json", ("en_XX",), ("</s>",))
     from fieldguide.data.preprocessing import Text
+
     with pytest.raises(SettingsError, match=r"it reads en_XX.*task\.target_language"):
         framed(Text.load(path), Translation.options_from({"tokenizer": path}))
     with pytest.raises(SettingsError, match=r"task\.target_language='de_DX' is no token.*de_DE"):
@@ -102,43 +122,71 @@ def test_languages_must_be_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["t5", "bart", "mbart", "nllb", "nllb-moe"])
 def test_fits_from_nothing(name, tmp_path, pairs):
-    run = fit(pairs, task="translation", model=f"{name}-test", out=tmp_path / "run", settings={
-        "steps": 3, "batch": 8, "precision": "float32", "evaluate": 2, "model.length": 80})
+    run = fit(
+        pairs,
+        task="translation",
+        model=f"{name}-test",
+        out=tmp_path / "run",
+        settings={"steps": 3, "batch": 8, "precision": "float32", "evaluate": 2, "model.length": 80},
+    )
     again = open_run(run.path)
     config = again.model.config
     assert set(again.predict(["a cat sees"])[0]) == {"input", "text"}
     assert config.begin == again.task.text.cls and config.pad == again.task.text.pad and config.end == again.task.text.end
 
 
-@pytest.mark.parametrize(("name", "form", "more"), [("t5", "t5", {"task.prefix": "a "}), ("bart", "bart", {}), (
-    "mbart", "mbart-cc25", {"task.target_language": "de_DE"}), ("nllb", "nllb", {"task.target_language": "de_DE"})])
+@pytest.mark.parametrize(
+    ("name", "form", "more"),
+    [
+        ("t5", "t5", {"task.prefix": "a "}),
+        ("bart", "bart", {}),
+        ("mbart", "mbart-cc25", {"task.target_language": "de_DE"}),
+        ("nllb", "nllb", {"task.target_language": "de_DE"}),
+    ],
+)
 def test_fits_from_a_folder_of_transformers(name, form, more, tmp_path, pairs):
     """Its tokenizer and what its answers begin with come from the folder; the weights are those of the first step."""
     before, after, options, want = FORMS[form]
     changes = {} if name == "t5" else {"length": 80}
     theirs = network(create(f"{name}-test", begin=options.get("begin", 0), **changes))
     theirs.save_pretrained(tmp_path / "theirs")
-    if "begin" not in options:                           # as in the files of mBART of 25 languages
+    if "begin" not in options:  # as in the files of mBART of 25 languages
         config = json.loads((tmp_path / "theirs" / "config.json").read_text())
         config["decoder_start_token_id"] = None
         (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     tokenizer(tmp_path / "theirs" / "tokenizer.json", before, after)
-    run = fit(pairs, task="translation", out=tmp_path / "run", weights=tmp_path / "theirs", settings={
-        "steps": 1, "batch": 8, "precision": "float32", "lr": 1e-8, "tune": "whole", **more})
+    run = fit(
+        pairs,
+        task="translation",
+        out=tmp_path / "run",
+        weights=tmp_path / "theirs",
+        settings={"steps": 1, "batch": 8, "precision": "float32", "lr": 1e-8, "tune": "whole", **more},
+    )
     known = open_run(run.path)
     assert [known.task.text.tokenizer.id_to_token(i) for i in known.task.frame.said] == want[2]
-    torch.testing.assert_close(known.model.embed.weight.detach(), theirs.get_input_embeddings().weight.detach(),
-                               rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        known.model.embed.weight.detach(), theirs.get_input_embeddings().weight.detach(), rtol=0, atol=1e-5
+    )
     assert set(known.predict(["a cat sees"])[0]) == {"input", "text"}
 
 
 # ---------------------------------------------------------------------------------------------- summaries
 
+
 def documents(tmp_path):
-    facts = [(who, what, where) for who in ("Anna", "Bert", "Carl", "Dora") for what in ("bread", "milk", "wine", "cheese")
-             for where in ("market", "harbour", "village")]
-    rows = [{"article": f"It was early. {who} went to the {where}. There were many people. {who} bought {what}. It rained.",
-             "highlights": f"{who} bought {what}."} for who, what, where in facts]
+    facts = [
+        (who, what, where)
+        for who in ("Anna", "Bert", "Carl", "Dora")
+        for what in ("bread", "milk", "wine", "cheese")
+        for where in ("market", "harbour", "village")
+    ]
+    rows = [
+        {
+            "article": f"It was early. {who} went to the {where}. There were many people. {who} bought {what}. It rained.",
+            "highlights": f"{who} bought {what}.",
+        }
+        for who, what, where in facts
+    ]
     path = tmp_path / "news.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return path
@@ -159,8 +207,13 @@ def test_documents_are_read_by_their_usual_names(tmp_path):
 
 
 def test_a_network_learns_to_summarize(tmp_path):
-    run = fit(documents(tmp_path), task="summarization", model="t5-test", out=tmp_path / "run", settings={
-        "steps": 4, "batch": 8, "precision": "float32", "evaluate": 2, "model.dim": 32})
+    run = fit(
+        documents(tmp_path),
+        task="summarization",
+        model="t5-test",
+        out=tmp_path / "run",
+        settings={"steps": 4, "batch": 8, "precision": "float32", "evaluate": 2, "model.dim": 32},
+    )
     assert set(run.scores) == {"rouge1", "rouge2", "rougeL", "loss"}
     assert set(run.record["scores"]["baselines"][0]["scores"]) == {"rouge1", "rouge2", "rougeL"}
     again = open_run(run.path)
@@ -174,13 +227,20 @@ def test_a_network_learns_to_summarize(tmp_path):
 
 def test_runs_are_asked_as_folders_are(tmp_path, pairs):
     """By beams, or drawn by chance that is a matter of seed and row; in pieces; up to a text; and as it was before."""
-    run = open_run(fit(pairs, task="translation", model="bart-test", out=tmp_path / "run", settings={
-        "steps": 3, "batch": 8, "precision": "float32", "evaluate": 2, "model.length": 80}).path)
+    run = open_run(
+        fit(
+            pairs,
+            task="translation",
+            model="bart-test",
+            out=tmp_path / "run",
+            settings={"steps": 3, "batch": 8, "precision": "float32", "evaluate": 2, "model.length": 80},
+        ).path
+    )
     texts = ["a cat sees", "a dog", "a dog sees a cat"]
     say = lambda asked, **how: [answer["text"] for answer in run.predict(asked, **how)]
     greedy = say(texts, temperature=0)
     assert "".join(run.stream(texts[0], temperature=0)).strip() == greedy[0]
-    assert run.stream(texts[0]) is None                              # beams: it comes as a whole
+    assert run.stream(texts[0]) is None  # beams: it comes as a whole
     assert say(texts) == say(texts, beams=4) and say(texts, beams=1) == greedy
     drawn = say(texts, temperature=2.0, seed=1)
     assert drawn == say(texts, temperature=2.0, seed=1) != say(texts, temperature=2.0, seed=2)

@@ -57,9 +57,13 @@ def test_scores_are_scikit_learns(classes, ties):
         ours = classifier(classes).score({"probabilities": p}, {"label": y})
         # As scikit-learn's one-against-rest: each class against the others, and the plain mean of those.
         auc = np.mean([metrics.roc_auc_score(y == c, p[:, c]) for c in range(classes)])
-        wanted = {"accuracy": metrics.accuracy_score(y, guess),
-                  "balanced_accuracy": metrics.balanced_accuracy_score(y, guess),
-                  "macro_f1": metrics.f1_score(y, guess, average="macro"), "log_loss": metrics.log_loss(y, p), "auc": auc}
+        wanted = {
+            "accuracy": metrics.accuracy_score(y, guess),
+            "balanced_accuracy": metrics.balanced_accuracy_score(y, guess),
+            "macro_f1": metrics.f1_score(y, guess, average="macro"),
+            "log_loss": metrics.log_loss(y, p),
+            "auc": auc,
+        }
         if classes > 2:
             assert auc == pytest.approx(metrics.roc_auc_score(y, p, multi_class="ovr"))
         for name, value in wanted.items():
@@ -75,7 +79,7 @@ def test_scores_over_the_classes_that_occur():
     ours = classifier(3).score({"probabilities": p[two]}, {"label": y[two]})
     guess = p[two].argmax(1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                    # scikit-learn remarks on the class that does not occur
+        warnings.simplefilter("ignore")  # scikit-learn remarks on the class that does not occur
         assert ours["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(y[two], guess))
     assert ours["macro_f1"] == pytest.approx(metrics.f1_score(y[two], guess, labels=[0, 1], average="macro"))
     assert ours["auc"] == pytest.approx(np.mean([metrics.roc_auc_score(y[two] == c, p[two, c]) for c in (0, 1)]))
@@ -106,7 +110,7 @@ def test_calibration_error_of_known_cases():
 
 def test_temperature_mends_confidence_and_no_answer():
     y, p = answered(3000, 3, 1)
-    sharp = p ** 3 / (p ** 3).sum(1, keepdims=True)                     # three times too sure
+    sharp = p**3 / (p**3).sum(1, keepdims=True)  # three times too sure
     made = classifier(3)
     made.calibrate({"probabilities": sharp[:1500]}, {"label": y[:1500]})
     mended = made.adjust({"probabilities": sharp[1500:]})
@@ -122,8 +126,11 @@ def test_regression_scores_are_scikit_learns():
     made = task("tabular-regression")([], None)
     made.standard = Standard(50.0, 9.0)
     ours = made.score({"values": (guess[:, None] - 50) / 9}, {"value": y})
-    wanted = {"rmse": metrics.root_mean_squared_error(y, guess), "mae": metrics.mean_absolute_error(y, guess),
-              "r2": metrics.r2_score(y, guess)}
+    wanted = {
+        "rmse": metrics.root_mean_squared_error(y, guess),
+        "mae": metrics.mean_absolute_error(y, guess),
+        "r2": metrics.r2_score(y, guess),
+    }
     assert ours == pytest.approx(wanted)
     assert np.isnan(made.score({"values": np.zeros((3, 1))}, {"value": np.full(3, 5.0)})["r2"])
 
@@ -173,7 +180,8 @@ def poison_table(rows: pl.DataFrame, at: np.ndarray) -> pl.DataFrame:
         pl.when(here).then(pl.lit(1e9)).otherwise(pl.col("size")).alias("size"),
         pl.when(here).then(None).otherwise(pl.col("weight")).alias("weight"),
         pl.when(here).then(pl.lit("absurd")).otherwise(pl.col("colour")).alias("colour"),
-        pl.when(here).then(pl.lit("1066-10-14")).otherwise(pl.col("day")).alias("day"))
+        pl.when(here).then(pl.lit("1066-10-14")).otherwise(pl.col("day")).alias("day"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +190,15 @@ def mixed() -> pl.DataFrame:
     n = 120
     colour = rng.choice(["red", "green", "blue"], n)
     size = rng.normal(10, 2, n)
-    return pl.DataFrame({
-        "size": size, "weight": rng.normal(3, 1, n), "colour": colour,
-        "day": [f"2024-{m:02d}-{d:02d}" for m, d in zip(rng.integers(1, 13, n), rng.integers(1, 29, n))],
-        "kind": np.where(size + (colour == "red") > 10.3, "big", "small")})
+    return pl.DataFrame(
+        {
+            "size": size,
+            "weight": rng.normal(3, 1, n),
+            "colour": colour,
+            "day": [f"2024-{m:02d}-{d:02d}" for m, d in zip(rng.integers(1, 13, n), rng.integers(1, 29, n))],
+            "kind": np.where(size + (colour == "red") > 10.3, "big", "small"),
+        }
+    )
 
 
 @pytest.mark.parametrize("model", ["mlp-s", "fnn"])
@@ -197,7 +210,7 @@ def test_a_table_is_prepared_from_training_rows(mixed, model, tmp_path):
         plan, batch = prepared(read(tmp_path / f"{name}.csv", target="kind"), parts, model)
         plan.task.save(tmp_path / name)
         record = json.loads((tmp_path / name / "task.json").read_text())
-        saved.append({**record, "columns": None})          # the schema tells of the whole file
+        saved.append({**record, "columns": None})  # the schema tells of the whole file
         batches.append(batch)
     assert saved[0] == saved[1]
     assert set(batches[0]) == set(batches[1])
@@ -210,8 +223,9 @@ def test_a_target_is_scaled_by_training_rows(tmp_path):
     parts = Splits(np.arange(0, 300), np.arange(300, 370), np.arange(370, 442), "by hand")
     here = pl.Series(np.arange(442) >= 300)
     table.write_csv(tmp_path / "clean.csv")
-    table.with_columns(pl.when(here).then(1e6 + pl.col("progression")).otherwise(pl.col("progression")).alias("progression")
-                       ).write_csv(tmp_path / "poisoned.csv")
+    table.with_columns(
+        pl.when(here).then(1e6 + pl.col("progression")).otherwise(pl.col("progression")).alias("progression")
+    ).write_csv(tmp_path / "poisoned.csv")
     plans = [prepared(read(tmp_path / f"{n}.csv", target="progression"), parts, "mlp-s")[0] for n in ("clean", "poisoned")]
     assert plans[0].task.standard == plans[1].task.standard
     assert plans[0].task.standard.mean == pytest.approx(table["progression"][:300].mean())
@@ -246,8 +260,12 @@ def test_pictures_are_prepared_from_training_rows(tmp_path):
     here = pl.Series(np.isin(np.arange(len(source)), others))
     source.rows = source.rows.with_columns(
         pl.when(here).then(pl.lit(str(tmp_path / "white.png"))).otherwise(pl.col("image")).alias("image"),
-        *(pl.when(here).then(v).otherwise(pl.col(c)).alias(c) for c, v in (("#width", 300), ("#height", 300), ("#channels", 3))
-          if c in source.rows.columns))
+        *(
+            pl.when(here).then(v).otherwise(pl.col(c)).alias(c)
+            for c, v in (("#width", 300), ("#height", 300), ("#channels", 3))
+            if c in source.rows.columns
+        ),
+    )
     poisoned, again = prepared(source, parts, "simplecnn")
     assert clean.task.state() == poisoned.task.state() and clean.task.options == poisoned.task.options
     assert all(torch.equal(t, again[k]) for k, t in batch.items())
@@ -265,7 +283,7 @@ def test_mixup_is_one_proportion_of_inputs_and_labels():
     assert torch.equal(batch["vector"], again["vector"]) and torch.equal(batch["target"], again["target"])
     one_hot = torch.nn.functional.one_hot(y, 4).float()
     found = 0
-    for i in range(32):                     # each row is part * x_i + (1 - part) * x_j for some j, labels alike
+    for i in range(32):  # each row is part * x_i + (1 - part) * x_j for some j, labels alike
         for j in range(32):
             if i == j:
                 continue
@@ -275,7 +293,7 @@ def test_mixup_is_one_proportion_of_inputs_and_labels():
                 assert torch.allclose(batch["target"][i], part * one_hot[i] + (1 - part) * one_hot[j], atol=1e-4)
                 found += 1
                 break
-    assert found >= 28                      # those paired with themselves aside
+    assert found >= 28  # those paired with themselves aside
     assert torch.allclose(batch["target"].sum(1), torch.ones(32))
 
 
@@ -291,19 +309,19 @@ def test_augmentation_keeps_shape_and_range(how, channels):
     else:
         assert not torch.equal(out, augment(x, how, True, torch.Generator().manual_seed(2)))
         assert not torch.equal(out.float(), x.float())
-        flat = torch.full_like(x, 77)       # what is even stays even, up to the border
+        flat = torch.full_like(x, 77)  # what is even stays even, up to the border
         assert torch.allclose(augment(flat, how, True, torch.Generator().manual_seed(1)).float(), flat.float(), atol=1e-3)
 
 
 def test_pictures_are_mirrored_only_where_allowed():
     x = torch.zeros(200, 1, 16, 16, dtype=torch.uint8)
-    x[..., :4] = 255                                        # a bar on the left, wider than any shift
-    left = lambda out: (out[..., :8].float().mean((1, 2, 3)) > out[..., 8:].float().mean((1, 2, 3)))
+    x[..., :4] = 255  # a bar on the left, wider than any shift
+    left = lambda out: out[..., :8].float().mean((1, 2, 3)) > out[..., 8:].float().mean((1, 2, 3))
     for how in ("light", "standard"):
         assert left(augment(x, how, False, torch.Generator().manual_seed(0))).all()
         share = left(augment(x, how, True, torch.Generator().manual_seed(0))).float().mean()
         assert 0.35 < share < 0.65
-    assert x[..., :4].eq(255).all() and x[..., 4:].eq(0).all()          # the stored pictures are untouched
+    assert x[..., :4].eq(255).all() and x[..., 4:].eq(0).all()  # the stored pictures are untouched
 
 
 def test_digits_are_never_mirrored(digits_run):
@@ -317,7 +335,7 @@ def test_symmetric_pictures_are_mirrored(tmp_path):
         (tmp_path / f"bar{c}").mkdir()
         for i in range(25):
             pixels = rng.integers(0, 90, (16, 16)).astype(np.uint8)
-            pixels[row:row + 3] = rng.integers(160, 255)
+            pixels[row : row + 3] = rng.integers(160, 255)
             Image.fromarray(pixels).save(tmp_path / f"bar{c}" / f"{i}.png")
     source = read(tmp_path)
     kind, _ = infer(source)
@@ -336,14 +354,21 @@ def probabilities(answers) -> np.ndarray:
 def mixed_run(mixed, tmp_path_factory):
     home = tmp_path_factory.mktemp("mixed")
     mixed.write_csv(home / "mixed.csv")
-    return fieldguide.fit(home / "mixed.csv", target="kind", model="mlp-s", out=home / "run",
-                          settings={"steps": 40, "precision": "float32"})
+    return fieldguide.fit(
+        home / "mixed.csv", target="kind", model="mlp-s", out=home / "run", settings={"steps": 40, "precision": "float32"}
+    )
 
 
 def test_unseen_categories_and_missing_values_have_an_answer(mixed_run, mixed):
-    rows = mixed.drop("kind").head(6).with_columns(
-        pl.Series("colour", ["red", "violet", None, "", "ROT", "red"]), pl.Series("size", [10.0, None, 1e12, -1e12, 9, 10.0]),
-        pl.Series("day", ["2024-02-03", "1900-01-01", "2999-12-31", None, "not a day", "2024-02-03"]))
+    rows = (
+        mixed.drop("kind")
+        .head(6)
+        .with_columns(
+            pl.Series("colour", ["red", "violet", None, "", "ROT", "red"]),
+            pl.Series("size", [10.0, None, 1e12, -1e12, 9, 10.0]),
+            pl.Series("day", ["2024-02-03", "1900-01-01", "2999-12-31", None, "not a day", "2024-02-03"]),
+        )
+    )
     found = probabilities(mixed_run.predict(rows))
     assert found.shape == (6, 2) and np.isfinite(found).all() and np.allclose(found.sum(1), 1)
     # Every unseen category is the same unknown one.
@@ -400,8 +425,9 @@ def test_class_weights_are_inverse_to_frequency(mixed):
 def test_groups_stay_whole_and_time_goes_forward(mixed, tmp_path):
     table = mixed.with_columns(pl.Series("patient", [f"p{i // 4}" for i in range(120)]))
     table.write_csv(tmp_path / "table.csv")
-    run = fieldguide.fit(tmp_path / "table.csv", target="kind", model="mlp-s", group="patient", out=tmp_path / "group",
-                         settings=QUICK)
+    run = fieldguide.fit(
+        tmp_path / "table.csv", target="kind", model="mlp-s", group="patient", out=tmp_path / "group", settings=QUICK
+    )
     with np.load(run.path / "splits.npz") as parts:
         sides = [set(table["patient"].gather(parts[p])) for p in ("train", "validation", "test")]
         assert sum(len(parts[p]) for p in parts) == 120 and not sides[0] & sides[2] and not sides[0] & sides[1]
@@ -409,8 +435,14 @@ def test_groups_stay_whole_and_time_goes_forward(mixed, tmp_path):
     assert "groups by 'patient' kept whole" in run.record["data"]["split"]["how"]
     assert "patient" not in {c.name for c in run.task.inputs()}
 
-    run = fieldguide.fit(tmp_path / "table.csv", target="kind", model="mlp-s", time_column="day", out=tmp_path / "time",
-                         settings={**QUICK, "column.patient": "category"})
+    run = fieldguide.fit(
+        tmp_path / "table.csv",
+        target="kind",
+        model="mlp-s",
+        time_column="day",
+        out=tmp_path / "time",
+        settings={**QUICK, "column.patient": "category"},
+    )
     with np.load(run.path / "splits.npz") as parts:
         days = [table["day"].gather(parts[p]) for p in ("train", "validation", "test")]
     assert days[0].max() < days[1].min() and days[1].max() < days[2].min()
@@ -419,8 +451,13 @@ def test_groups_stay_whole_and_time_goes_forward(mixed, tmp_path):
 
 def test_a_kind_can_be_overruled(mixed, tmp_path):
     mixed.write_csv(tmp_path / "m.csv")
-    run = fieldguide.fit(tmp_path / "m.csv", target="kind", model="mlp-s", out=tmp_path / "run",
-                         settings={**QUICK, "column.day": "identifier", "column.size": "category"})
+    run = fieldguide.fit(
+        tmp_path / "m.csv",
+        target="kind",
+        model="mlp-s",
+        out=tmp_path / "run",
+        settings={**QUICK, "column.day": "identifier", "column.size": "category"},
+    )
     assert {c.name: c.kind for c in run.task.inputs()} == {"size": "category", "weight": "number", "colour": "category"}
 
 
@@ -430,8 +467,13 @@ def pictures_table(root, rows: int = 60) -> pl.DataFrame:
     for i, path in enumerate(paths):
         pixels = np.random.default_rng(i).integers(128 * bright[i], 128 * bright[i] + 120, (16, 16), np.uint8)
         Image.fromarray(pixels).save(path)
-    table = pl.DataFrame({"image": [str(p) for p in paths], "weight": np.random.default_rng(0).normal(size=rows),
-                          "label": ["bright" if b else "dark" for b in bright]})
+    table = pl.DataFrame(
+        {
+            "image": [str(p) for p in paths],
+            "weight": np.random.default_rng(0).normal(size=rows),
+            "label": ["bright" if b else "dark" for b in bright],
+        }
+    )
     table.write_csv(root / "table.csv")
     return table
 
@@ -447,8 +489,10 @@ def test_columns_that_a_task_does_not_read_are_shown_as_ignored_and_not_asked_fo
 def test_pictures_to_be_made_without_classes_are_so_loudly(tmp_path):
     pictures_table(tmp_path).rename({"label": "kind"}).write_csv(tmp_path / "table.csv")
     kind = task("image-generation")
-    notes = [kind.learn(kind.narrowed(read(tmp_path / "table.csv", wants=kind.wants, target=target)), kind.Options()).notes
-             for target in (None, "kind")]
+    notes = [
+        kind.learn(kind.narrowed(read(tmp_path / "table.csv", wants=kind.wants, target=target)), kind.Options()).notes
+        for target in (None, "kind")
+    ]
     assert "--target kind has it made by class" in notes[0][0] and not notes[1]
 
 
@@ -471,34 +515,48 @@ def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
     """Large texts and few minutes: every network is too slow for eight passes, and the encoder still leads."""
     from fieldguide.automl.advisor import advise
     from fieldguide.tasks import task
+
     kind = task("text-classification")
     machine = {"device": "cpu", "memory": 24e9, "flops": {"float32": 1.5e11, "bfloat16": 4e10}}
 
     def best(minutes: float):
-        return advise(facts={"task": kind.name, "rows": 20_000, "tokens": 220}, minutes=minutes, machine=machine,
-                      needs={"classes": 2, "vocab": 16_000, "length": 256}, takes=kind.takes, gives=kind.gives).best
+        return advise(
+            facts={"task": kind.name, "rows": 20_000, "tokens": 220},
+            minutes=minutes,
+            machine=machine,
+            needs={"classes": 2, "vocab": 16_000, "length": 256},
+            takes=kind.takes,
+            gives=kind.gives,
+        ).best
 
     assert best(3).name == "transformer-encoder-s" and any("few" in a for a in best(3).against)
-    assert best(0.001).parameters > 0          # however short the time: something is advised, with its reason
+    assert best(0.001).parameters > 0  # however short the time: something is advised, with its reason
     assert "minutes are short" in best(0.001).against[0]
 
 
 def advice_on_pictures(rows: int, minutes: float = 20):
     from fieldguide.automl.advisor import advise
-    return advise(facts={"task": "image-classification", "rows": rows, "side": 64, "classes": 10}, minutes=minutes,
-                  needs={"classes": 10, "image": 64, "channels": 3}, takes=("image",), gives=("label",),
-                  machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e13, "bfloat16": 4e10}})
+
+    return advise(
+        facts={"task": "image-classification", "rows": rows, "side": 64, "classes": 10},
+        minutes=minutes,
+        needs={"classes": 10, "image": 64, "channels": 3},
+        takes=("image",),
+        gives=("label",),
+        machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e13, "bfloat16": 4e10}},
+    )
 
 
 @pytest.mark.parametrize("rows", [200, 100_000])
 def test_who_looks_at_all_networks_chooses_the_same(monkeypatch, rows):
     from fieldguide.automl import advisor
     from fieldguide.models import registry
+
     some = [n for n in registry.names(takes="image", gives="label") if (registry.card(n).sizes[n].params or 0) < 6e6]
     monkeypatch.setattr(registry, "names", lambda: some)
     few = advice_on_pictures(rows)
-    monkeypatch.setattr(advisor, "LOOKED_AT", 10 ** 6)
-    monkeypatch.setattr(advisor, "SIZES", 10 ** 6)
+    monkeypatch.setattr(advisor, "LOOKED_AT", 10**6)
+    monkeypatch.setattr(advisor, "SIZES", 10**6)
     every = advice_on_pictures(rows)
     assert len(few.options) < len(every.options) and few.best == every.best
 
@@ -506,6 +564,7 @@ def test_who_looks_at_all_networks_chooses_the_same(monkeypatch, rows):
 def test_larger_networks_for_more_data(monkeypatch):
     """Of one family, where time does not decide."""
     from fieldguide.models import registry
+
     monkeypatch.setattr(registry, "names", lambda: ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
     chosen = [advice_on_pictures(rows, 1e6).best.name for rows in (3000, 130_000, 500_000)]
     assert chosen == ["resnet18", "resnet50", "resnet152"]
@@ -515,11 +574,17 @@ def test_only_promising_networks_are_made(monkeypatch):
     """Of a hundred sizes that read pictures a few are counted, each architecture is heard, and too slow ones stop their kin."""
     from fieldguide.automl import profile
     from fieldguide.automl.advisor import advise
+
     made, count = [], profile.multiply_adds
     monkeypatch.setattr(profile, "multiply_adds", lambda name, config, **k: made.append(name) or count(name, config, **k))
-    advice = advise(facts={"task": "image-classification", "rows": 2000, "side": 32, "classes": 10}, minutes=5,
-                    needs={"classes": 10, "image": 32, "channels": 3}, takes=("image",), gives=("label",),
-                    machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e11, "bfloat16": 4e10}})
+    advice = advise(
+        facts={"task": "image-classification", "rows": 2000, "side": 32, "classes": 10},
+        minutes=5,
+        needs={"classes": 10, "image": 32, "channels": 3},
+        takes=("image",),
+        gives=("label",),
+        machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e11, "bfloat16": 4e10}},
+    )
     assert len(made) < 20 and len({o.architecture for o in advice.options}) > 2
     assert all(o.multiply_adds for o in advice.options)
     slow = {o.architecture for o in advice.rejected if o.slow}

@@ -13,15 +13,29 @@ from fieldguide.data import samples
 from fieldguide.tasks import task
 from fieldguide.training.trainer import Interrupted
 
-TINY = {"tabular-classification": "mlp-test", "tabular-regression": "mlp-test", "image-classification": "resnet-test",
-        "text-classification": "lstm-classifier-test", "text-generation": "gpt2-test", "translation": "transformer-test",
-        "recommendation": "sasrec-test", "image-segmentation": "unet-mini", "object-detection": "yolov8-test",
-        "automatic-speech-recognition": "conformer-test", "image-text": "clip-test",
-        "visual-question-answering": "vilt-test", "question-answering": "bert-test",
-        "summarization": "transformer-test"}
-SMALL = {"text-generation": {"task.vocab": "300"}, "translation": {"task.vocab": "300"}, "summarization": {"task.vocab": "300"},
-         "question-answering": {"task.vocab": "300", "task.length": "128"}}
-ONE = {sample.task: name for name, sample in samples.SAMPLES.items()}           # a sample of each task
+TINY = {
+    "tabular-classification": "mlp-test",
+    "tabular-regression": "mlp-test",
+    "image-classification": "resnet-test",
+    "text-classification": "lstm-classifier-test",
+    "text-generation": "gpt2-test",
+    "translation": "transformer-test",
+    "recommendation": "sasrec-test",
+    "image-segmentation": "unet-mini",
+    "object-detection": "yolov8-test",
+    "automatic-speech-recognition": "conformer-test",
+    "image-text": "clip-test",
+    "visual-question-answering": "vilt-test",
+    "question-answering": "bert-test",
+    "summarization": "transformer-test",
+}
+SMALL = {
+    "text-generation": {"task.vocab": "300"},
+    "translation": {"task.vocab": "300"},
+    "summarization": {"task.vocab": "300"},
+    "question-answering": {"task.vocab": "300", "task.length": "128"},
+}
+ONE = {sample.task: name for name, sample in samples.SAMPLES.items()}  # a sample of each task
 
 
 class StopAt(Silent):
@@ -34,8 +48,10 @@ class StopAt(Silent):
 
 
 def log(run):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
-            for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 QUICK = {"tabular-classification", "tabular-regression", "recommendation", "time-series-forecasting", "text-generation"}
@@ -43,7 +59,7 @@ QUICK = {"tabular-classification", "tabular-regression", "recommendation", "time
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ONE])
 def test_stopped_and_resumed(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(task(name), "tested", 8)             # what is said of test rows is not what is looked at here
+    monkeypatch.setattr(task(name), "tested", 8)  # what is said of test rows is not what is looked at here
     settings = {"steps": 6, "evaluate": 2, "batch": 8, "precision": "float32", **SMALL.get(name, {})}
     arguments = {"model": TINY.get(name, "auto"), "settings": settings}
     whole = fit(ONE[name], out=tmp_path / "whole", **arguments)

@@ -25,12 +25,28 @@ from fieldguide.models.registry import card, create
 from fieldguide.tasks.text.text_classification import TextClassification
 from tv import transformers
 
-TEXTS = ["", " ", "the cat sat on the mat", "  The   Cat\tsat\non THE mat.  ", "don't you'll we've", "Ünïcödé naïve café",
-         "cafe\u0301 Ångström", "你好，世界 the 猫", "日本語のテキスト", "👩‍👩‍👧 🙂 emoji ☃", "zzzqqq xylophonist",
-         "1234567 3.14 2026-11-23",
-         "a\u00a0b\u2028c\u200bd\x00e\ufffd", "x" * 120, "hello [MASK] there <mask> and</s><s>",
-         "<|endoftext|> a <|endoftext|>",
-         "İstanbul ǅ ﬁne", "\r\n\r\n", "مرحبا שלום", "C++ f(x)=x**2;  // no"]
+TEXTS = [
+    "",
+    " ",
+    "the cat sat on the mat",
+    "  The   Cat\tsat\non THE mat.  ",
+    "don't you'll we've",
+    "Ünïcödé naïve café",
+    "cafe\u0301 Ångström",
+    "你好，世界 the 猫",
+    "日本語のテキスト",
+    "👩‍👩‍👧 🙂 emoji ☃",
+    "zzzqqq xylophonist",
+    "1234567 3.14 2026-11-23",
+    "a\u00a0b\u2028c\u200bd\x00e\ufffd",
+    "x" * 120,
+    "hello [MASK] there <mask> and</s><s>",
+    "<|endoftext|> a <|endoftext|>",
+    "İstanbul ǅ ﬁne",
+    "\r\n\r\n",
+    "مرحبا שלום",
+    "C++ f(x)=x**2;  // no",
+]
 LEARNT = [t for t in TEXTS if t.strip()] * 3 + ["the cat ran to the mat and sat"] * 9
 
 
@@ -47,8 +63,15 @@ def wordpieces(folder, size=260, lower=True, **said):
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=lower)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.train_from_iterator(LEARNT, trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False, limit_alphabet=70))
+    made.train_from_iterator(
+        LEARNT,
+        trainers.WordPieceTrainer(
+            vocab_size=size,
+            special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+            show_progress=False,
+            limit_alphabet=70,
+        ),
+    )
     folder.mkdir(exist_ok=True)
     words = sorted(made.get_vocab(), key=made.get_vocab().get)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
@@ -61,9 +84,15 @@ def merged(folder, special, **said):
     """A folder with vocab.json and merges.txt, as GPT-2's and RoBERTa's are published."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.train_from_iterator(LEARNT, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    made.train_from_iterator(
+        LEARNT,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     folder.mkdir(exist_ok=True)
     made.model.save(str(folder))
     if said:
@@ -85,19 +114,38 @@ def same(ours: Text, theirs, texts=TEXTS, pairs=True):
         assert wanted is None or mine == wanted, name
 
 
-@pytest.mark.parametrize("said", [{}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False},
-                                  {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False}], ids=str)
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False},
+    ],
+    ids=str,
+)
 def test_words_of_bert(said, tmp_path):
     wordpieces(tmp_path / "bert", lower=said.get("do_lower_case", True), **said)
     theirs = transformers.BertTokenizerFast.from_pretrained(tmp_path / "bert")
     ours = Text.load(tmp_path / "bert")
     same(ours, theirs)
     assert ours.decode(ours.exactly(["the cat sat"])[0]) == "the cat sat"
-    assert any(ours.unknown in ids for ids in ours.exactly(TEXTS))                  # some words here are not known
+    assert any(ours.unknown in ids for ids in ours.exactly(TEXTS))  # some words here are not known
 
 
-@pytest.mark.parametrize("said", [{}, {"add_prefix_space": True}, {"tokenizer_class": "GPT2Tokenizer", "eos_token": {
-    "__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False}, "pad_token": None}], ids=str)
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"add_prefix_space": True},
+        {
+            "tokenizer_class": "GPT2Tokenizer",
+            "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False},
+            "pad_token": None,
+        },
+    ],
+    ids=str,
+)
 def test_words_of_gpt2(said, tmp_path):
     merged(tmp_path / "gpt2", ["<|endoftext|>"], **said)
     ours = Text.load(tmp_path / "gpt2")
@@ -129,12 +177,24 @@ def test_words_of_deberta(tmp_path):
 
 
 def test_words_of_qwen(tmp_path):
-    said = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None,
-            "bos_token": None, "added_tokens_decoder": {}}
+    said = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "bos_token": None,
+        "added_tokens_decoder": {},
+    }
     size = merged(tmp_path / "qwen", ["<|endoftext|>"])
     for place, token in ((size, "<|im_start|>"), (size + 1, "<|im_end|>")):
-        said["added_tokens_decoder"][str(place)] = {"content": token, "special": True, "lstrip": False, "normalized": False,
-                                                    "rstrip": False, "single_word": False}
+        said["added_tokens_decoder"][str(place)] = {
+            "content": token,
+            "special": True,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+        }
     (tmp_path / "qwen" / "tokenizer_config.json").write_text(json.dumps(said))
     ours = Text.load(tmp_path / "qwen")
     same(ours, transformers.Qwen2Tokenizer.from_pretrained(tmp_path / "qwen"), [*TEXTS, "<|im_start|>user\nhi<|im_end|>"])
@@ -159,9 +219,17 @@ def test_saved_with_a_run_nothing_is_lost(tmp_path):
     assert np.array_equal(again.exactly(TEXTS[2:3])[0], first.exactly(TEXTS[2:3])[0])
 
 
-@pytest.mark.parametrize("name, said, end", [
-    ("tokenizer_config.json", {"eos_token": "<eos>"}, 1), ("special_tokens_map.json", {"eos_token": {"content": "<bos>"}}, 2),
-    ("generation_config.json", {"eos_token_id": [4, 1]}, 4), ("config.json", {"eos_token_id": 2}, 2), (None, None, 1)], ids=str)
+@pytest.mark.parametrize(
+    "name, said, end",
+    [
+        ("tokenizer_config.json", {"eos_token": "<eos>"}, 1),
+        ("special_tokens_map.json", {"eos_token": {"content": "<bos>"}}, 2),
+        ("generation_config.json", {"eos_token_id": [4, 1]}, 4),
+        ("config.json", {"eos_token_id": 2}, 2),
+        (None, None, 1),
+    ],
+    ids=str,
+)
 def test_what_ends_a_text_is_read(name, said, end, tmp_path):
     """As Gemma's, among whose tokens there are also those of web pages."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>", "</s>", "<s>"]
@@ -174,14 +242,29 @@ def test_what_ends_a_text_is_read(name, said, end, tmp_path):
         assert text.ends == (4, 1)
 
 
-@pytest.mark.parametrize("files, message", [
-    ({"vocab.txt": "a\nb\n"}, "no token .UNK. for words"),
-    ({"vocab.txt": "[UNK]\na", "tokenizer_config.json": '{"tokenizer_class": "BertJapaneseTokenizer"}'}, "of a BertJapanese"),
-    ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}, "that they do not say"),
-    ({"vocab.json": '{"a": 0', "merges.txt": "#version: 0.2\n"}, "cannot be read"),
-    ({"vocab.json": '{"<|endoftext|>": 0}', "merges.txt": "", "tokenizer_config.json": "{"}, "_config.json is damaged"),
-    ({"vocab.json": '{"<unk>": 0}', "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}'},
-     "no token </s>"), ({"vocab.json": "{}"}, "no such tokenizer")], ids=range(7))
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"vocab.txt": "a\nb\n"}, "no token .UNK. for words"),
+        (
+            {"vocab.txt": "[UNK]\na", "tokenizer_config.json": '{"tokenizer_class": "BertJapaneseTokenizer"}'},
+            "of a BertJapanese",
+        ),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}, "that they do not say"),
+        ({"vocab.json": '{"a": 0', "merges.txt": "#version: 0.2\n"}, "cannot be read"),
+        ({"vocab.json": '{"<|endoftext|>": 0}', "merges.txt": "", "tokenizer_config.json": "{"}, "_config.json is damaged"),
+        (
+            {
+                "vocab.json": '{"<unk>": 0}',
+                "merges.txt": "",
+                "tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}',
+            },
+            "no token </s>",
+        ),
+        ({"vocab.json": "{}"}, "no such tokenizer"),
+    ],
+    ids=range(7),
+)
 def test_tokenizers_that_cannot_be_read(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -190,6 +273,7 @@ def test_tokenizers_that_cannot_be_read(files, message, tmp_path):
 
 
 # Fits
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
@@ -204,9 +288,16 @@ def bert(folder, size, length=32):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transformers.BertModel(transformers.BertConfig(
-            vocab_size=size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-            max_position_embeddings=length)).save_pretrained(folder)
+        transformers.BertModel(
+            transformers.BertConfig(
+                vocab_size=size,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=length,
+            )
+        ).save_pretrained(folder)
     return folder
 
 
@@ -222,7 +313,8 @@ def test_pairs_of_texts_are_framed_as_the_network_has_learnt(kind, seconds, tmp_
     else:
         merged(tmp_path / kind, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     theirs = {"bert": transformers.BertTokenizerFast, "roberta": transformers.RobertaTokenizerFast}[kind].from_pretrained(
-        tmp_path / kind)
+        tmp_path / kind
+    )
     firsts = PLAIN[5:12]
     rows = pl.DataFrame({"first": firsts, "second": seconds, "label": list("abababa")})
     data = read(rows, target="label", kinds={"first": "text", "second": "text"})
@@ -238,8 +330,9 @@ def test_pairs_of_texts_are_framed_as_the_network_has_learnt(kind, seconds, tmp_
     short = TextClassification.learn(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=longest - 1))
     assert not any("cut there" in note for note in one.notes) and any("cut there" in note for note in short.notes)
     rows, _, cut = short.encoded(data, True)
-    assert max(map(len, rows)) == longest - 1 and cut == sum(len(theirs(a, b).input_ids) == longest for a, b in zip(
-        firsts, seconds))
+    assert max(map(len, rows)) == longest - 1 and cut == sum(
+        len(theirs(a, b).input_ids) == longest for a, b in zip(firsts, seconds)
+    )
 
 
 STEPS = {"steps": 2, "batch": 8, "precision": "float32"}
@@ -252,7 +345,8 @@ def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
     texts = plan.source.take(plan.parts.train).rows["text"].to_list()
     batch = plan.batches.make(np.arange(len(texts)), None)
     assert [[i for i, there in zip(*row) if there] for row in zip(batch["tokens"].tolist(), batch["mask"].tolist())] == [
-        ids[:32] for ids in theirs(texts).input_ids]
+        ids[:32] for ids in theirs(texts).input_ids
+    ]
     assert not any("WARNING" in text for text in said.words)
 
 
@@ -272,8 +366,9 @@ def test_rows_of_networks_that_read_any_are_left_as_they_are():
     learnt = SimpleNamespace(needs=lambda: {"vocab": 30, "length": 900})
     assert finetune.readable(learnt, None, card("t5").settle(length=512), begun, {"length": 900}, Silent()) is learnt
     with pytest.raises(SettingsError, match="900 is more than the 512"):
-        finetune.readable(learnt, None, card("bart").settle(length=512), replace(begun, card=card("bart")), {"length": 900},
-                           Silent())
+        finetune.readable(
+            learnt, None, card("bart").settle(length=512), replace(begun, card=card("bart")), {"length": 900}, Silent()
+        )
 
 
 def test_words_that_are_not_known_are_said_loudly(table, tmp_path):
@@ -285,7 +380,7 @@ def test_words_that_are_not_known_are_said_loudly(table, tmp_path):
     decide(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
     assert any(text.startswith("WARNING") and "no token [UNK]" in text for text in said.words)
     decide(read(table), weights=folder, settings={**STEPS, "task.tokenizer": "none"}, watch=(said := Said()))
-    assert not any("WARNING" in text for text in said.words)                         # it was asked for
+    assert not any("WARNING" in text for text in said.words)  # it was asked for
 
 
 def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
@@ -295,11 +390,24 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
     vocab = json.loads((tmp_path / "words" / "vocab.json").read_text(encoding="utf-8"))
     net = create("llama-test", dim=16, hidden=16, heads=2, groups=1, stretch=(), tied=True, vocab=size, length=48)
     c, writer = net.config, gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    for key, value in {"vocab_size": c.vocab, "context_length": c.length, "embedding_length": c.dim, "block_count": c.depth,
-                       "feed_forward_length": c.hidden, "head_count": c.heads, "head_count_kv": c.groups,
-                       "layer_norm_rms_eps": c.eps, "rope_freq_base": c.base, "tokenizer_model": "gpt2",
-                       "tokenizer_pre": "gpt-2", "token_list": sorted(vocab, key=vocab.get), "token_merges": merges,
-                       "token_types": [3] + [1] * (size - 1), "eos_token_id": 0, "chat_template": "{{ eos_token }}"}.items():
+    for key, value in {
+        "vocab_size": c.vocab,
+        "context_length": c.length,
+        "embedding_length": c.dim,
+        "block_count": c.depth,
+        "feed_forward_length": c.hidden,
+        "head_count": c.heads,
+        "head_count_kv": c.groups,
+        "layer_norm_rms_eps": c.eps,
+        "rope_freq_base": c.base,
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "gpt-2",
+        "token_list": sorted(vocab, key=vocab.get),
+        "token_merges": merges,
+        "token_types": [3] + [1] * (size - 1),
+        "eos_token_id": 0,
+        "chat_template": "{{ eos_token }}",
+    }.items():
         getattr(writer, f"add_{key}")(value)
     state = {k: v for k, v in net.state_dict().items() if k != "head.weight"}
     for name, tensor in weights.translate(state, weights.tables(net)["gguf"], reverse=True).items():
@@ -307,8 +415,9 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     (tmp_path / "t.txt").write_text("".join(f"the cat sat on mat {i}\n" for i in range(400)))
-    plan = decide(read(tmp_path / "t.txt"), task="text-generation", weights=tmp_path / "t.gguf", watch=(said := Said()),
-                  settings=STEPS)
+    plan = decide(
+        read(tmp_path / "t.txt"), task="text-generation", weights=tmp_path / "t.gguf", watch=(said := Said()), settings=STEPS
+    )
     theirs = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "words")
     assert all(ids.tolist() == theirs(text).input_ids for ids, text in zip(plan.task.text.exactly(TEXTS[:15]), TEXTS))
     assert plan.task.text.end == 0 and not any("WARNING" in text for text in said.words)

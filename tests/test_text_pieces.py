@@ -37,14 +37,18 @@ def test_pieces_are_those_of_sentencepiece(kind, tmp_path):
 
 
 def test_special_tokens_of_pieces(tmp_path):
-    for kind, end, pad, size in (("T5", "</s>", "<pad>", 100), ("DebertaV2", "[SEP]", "[PAD]", 1), ("Llama", "</s>", None, 0),
-                                 ("Gemma", "<eos>", "<pad>", 0)):
+    for kind, end, pad, size in (
+        ("T5", "</s>", "<pad>", 100),
+        ("DebertaV2", "[SEP]", "[PAD]", 1),
+        ("Llama", "</s>", None, 0),
+        ("Gemma", "<eos>", "<pad>", 0),
+    ):
         (tmp_path / kind).mkdir()
         text, found = Text.load(folder(tmp_path / kind, kind)), sentencepiece.parsed(GOLDEN / f"{kind}.model").pieces
         assert text.size == len(found) + size
         assert text.end == text.tokenizer.token_to_id(end) and (pad is None or text.pad == text.tokenizer.token_to_id(pad))
         assert [text.tokenizer.id_to_token(i) for i in range(len(found))] == [piece for piece, _, _ in found]
-        if kind == "T5":                                 # what was cut out is numbered from the end
+        if kind == "T5":  # what was cut out is numbered from the end
             assert [text.tokenizer.token_to_id(f"<extra_id_{i}>") for i in (99, 0)] == [len(found), len(found) + 99]
         if kind == "DebertaV2":
             pair = text.tokenizer.encode("a", "b")
@@ -61,9 +65,11 @@ def test_what_the_folder_says_of_pieces(tmp_path):
         Text.load(folder(tmp_path, "Llama", tokenizer_class="XLNetTokenizer"))
 
 
-@pytest.mark.parametrize("content", [b"", b"IQ== 0\nIg== 1\n", b"\x0a\xff\x01ab", b"\x0a\x05\x0a\x01a\x15\x00",
-                                     b"\x12\x02\x18\x03"],
-                         ids=("nothing", "tiktoken", "cut off", "cut number", "no pieces"))
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"IQ== 0\nIg== 1\n", b"\x0a\xff\x01ab", b"\x0a\x05\x0a\x01a\x15\x00", b"\x12\x02\x18\x03"],
+    ids=("nothing", "tiktoken", "cut off", "cut number", "no pieces"),
+)
 def test_other_files_are_refused(content, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer\.model (is damaged|holds no pieces)"):

@@ -33,8 +33,19 @@ FAST = {"batch": 8, "precision": "float32", "evaluate": 2}
 
 
 def settled(**changes) -> Settings:
-    return Settings().with_({"steps": 6, "batch": 8, "evaluate": 100, "precision": "float32", "channels_last": False,
-                             "minutes": 0, "schedule": "constant", "warmup": 0.0} | changes)
+    return Settings().with_(
+        {
+            "steps": 6,
+            "batch": 8,
+            "evaluate": 100,
+            "precision": "float32",
+            "channels_last": False,
+            "minutes": 0,
+            "schedule": "constant",
+            "warmup": 0.0,
+        }
+        | changes
+    )
 
 
 def texts(count: int = 32, classes: int = 3) -> Batches:
@@ -55,8 +66,9 @@ def bert(**changes) -> nn.Module:
 
 
 def trainer(model: nn.Module, batches: Batches, settings: Settings) -> Trainer:
-    objective = Supervised(model, ("tokens", "mask") if "tokens" in batches.make(np.arange(1), None) else ("image",),
-                           Classification())
+    objective = Supervised(
+        model, ("tokens", "mask") if "tokens" in batches.make(np.arange(1), None) else ("image",), Classification()
+    )
     return Trainer(objective, batches, settings, device=torch.device("cpu"), watch=Silent())
 
 
@@ -74,6 +86,7 @@ def randomised(model: nn.Module) -> None:
 
 # ------------------------------------------------------------------------------------------------ low rank
 
+
 def test_low_rank_is_w_plus_scale_b_a():
     """Outputs and gradients of the two parts, by hand (arXiv:2106.09685, equation 3)."""
     torch.manual_seed(0)
@@ -83,7 +96,7 @@ def test_low_rank_is_w_plus_scale_b_a():
     low = net[0].parametrizations.weight[0].double()
     assert low.a.shape == (2, 5) and low.b.shape == (4, 2) and not low.b.any() and low.a.any()
     x, target = torch.randn(3, 5).double(), torch.randn(3, 4).double()
-    torch.testing.assert_close(net(x), x @ weight.T + bias)                    # it begins as what it was
+    torch.testing.assert_close(net(x), x @ weight.T + bias)  # it begins as what it was
     low.b.data.normal_()
     ((net(x) - target) ** 2).sum().backward()
     a, b = low.a.detach().clone().requires_grad_(), low.b.detach().clone().requires_grad_()
@@ -93,15 +106,19 @@ def test_low_rank_is_w_plus_scale_b_a():
     torch.testing.assert_close(low.a.grad, a.grad)
     torch.testing.assert_close(low.b.grad, b.grad)
     assert {n for n, p in net.named_parameters() if p.grad is not None} == {
-        "0.parametrizations.weight.0.a", "0.parametrizations.weight.0.b"}
+        "0.parametrizations.weight.0.a",
+        "0.parametrizations.weight.0.b",
+    }
 
 
 def test_low_rank_moves_new_parameters_alone_and_merges(tmp_path):
     model = bert()
     peft.prepare(model, settled(tune="lora", lora_rank=2), HEAD)
     changed = {n.removesuffix(".parametrizations.weight.0.a") for n, _ in model.named_parameters() if n.endswith(".a")}
-    assert changed == {"pool", *(f"blocks.{i}.{part}" for i in (0, 1)
-                                 for part in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down"))}
+    assert changed == {
+        "pool",
+        *(f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")),
+    }
     before = copied(model)
     loop = trainer(model, texts(), settled(tune="lora", lr=0.05, weight_decay=0.1))
     loop.train()
@@ -129,16 +146,23 @@ def test_embeddings_tied_to_a_layer_keep_out_of_it():
 
 # ------------------------------------------------------------------------------------------------ rates
 
+
 def test_every_layer_has_its_rate():
     """Against AdamW by hand: embeddings lowest, each block more, what stands behind them all of it."""
     decay, lr = 0.5, 0.01
-    ours, plain = bert().double(), bert().double()       # in float32 chance alone moves biases of keys, which change nothing
+    ours, plain = bert().double(), bert().double()  # in float32 chance alone moves biases of keys, which change nothing
     loop = trainer(ours, texts(), settled(layer_decay=decay, lr=lr, weight_decay=0.1, clip=0))
     level = lambda name: 1 + int(name[7]) if name.startswith("blocks") else 3 if name.startswith(("pool", "head")) else 0
     assert {level(name) for name, _ in plain.named_parameters()} == {0, 1, 2, 3}
     tables = {id(m.weight) for m in plain.modules() if isinstance(m, nn.Embedding)}
-    groups = [{"params": [p], "lr": lr * decay ** (3 - level(name)),
-               "weight_decay": 0.1 if p.ndim > 1 and id(p) not in tables else 0.0} for name, p in plain.named_parameters()]
+    groups = [
+        {
+            "params": [p],
+            "lr": lr * decay ** (3 - level(name)),
+            "weight_decay": 0.1 if p.ndim > 1 and id(p) not in tables else 0.0,
+        }
+        for name, p in plain.named_parameters()
+    ]
     by_hand = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     stream = loop.stream()
     for _, batch in stream:
@@ -163,13 +187,19 @@ def test_towers_that_stand_side_by_side_end_equally_high():
     assert top == 3 and part["model.text.blocks.1.norm1.weight"] == 2
 
 
-@pytest.mark.parametrize("names, expected, top", [
-    (["stem.weight", "stages.0.0.w", "stages.0.1.w", "stages.1.0.w", "norm.w", "head.weight"], [0, 1, 2, 3, 4, 4], 4),
-    (["model.cls", "model.pos", "model.blocks.0.a.w", "model.blocks.0.b", "model.blocks.1.a.w", "model.head.weight"],
-     [0, 0, 1, 1, 2, 3], 3),
-    (["model.encoder.blocks.0.w", "model.decoder.blocks.0.w", "model.head.w"], [1, 2, 3], 3),
-    (["model.head.weight", "model.head.bias"], [0, 0], 0),             # alone, as where all else is frozen
-])
+@pytest.mark.parametrize(
+    "names, expected, top",
+    [
+        (["stem.weight", "stages.0.0.w", "stages.0.1.w", "stages.1.0.w", "norm.w", "head.weight"], [0, 1, 2, 3, 4, 4], 4),
+        (
+            ["model.cls", "model.pos", "model.blocks.0.a.w", "model.blocks.0.b", "model.blocks.1.a.w", "model.head.weight"],
+            [0, 0, 1, 1, 2, 3],
+            3,
+        ),
+        (["model.encoder.blocks.0.w", "model.decoder.blocks.0.w", "model.head.w"], [1, 2, 3], 3),
+        (["model.head.weight", "model.head.bias"], [0, 0], 0),  # alone, as where all else is frozen
+    ],
+)
 def test_levels(names, expected, top):
     found, highest = peft.levels(names)
     assert [found[name] for name in names] == expected and highest == top
@@ -204,6 +234,7 @@ def test_layers_learn_from_the_top_down():
 
 
 # ------------------------------------------------------------------------------------------------ frozen
+
 
 def test_frozen_networks_keep_weights_and_statistics_to_the_bit():
     torch.manual_seed(0)
@@ -241,6 +272,7 @@ def test_ways_that_cannot_be():
 
 # ------------------------------------------------------------------------------------------------ computed again
 
+
 def learnt(model: nn.Module, batches: Batches) -> tuple[list[Tensor], int, dict[str, Tensor]]:
     """Gradients of one pass, numbers kept for the way back, and the state after it."""
     loop, kept = trainer(model, batches, settled()), {}
@@ -260,8 +292,9 @@ def learnt(model: nn.Module, batches: Batches) -> tuple[list[Tensor], int, dict[
     return [p.grad.clone() for p in model.parameters()], count, copied(model)
 
 
-@pytest.mark.parametrize("make, batches", [
-    (lambda: bert(dropout=0.2, depth=4), texts), (lambda: create("resnet-test", classes=3), pictures)])
+@pytest.mark.parametrize(
+    "make, batches", [(lambda: bert(dropout=0.2, depth=4), texts), (lambda: create("resnet-test", classes=3), pictures)]
+)
 def test_recomputed_blocks_give_equal_gradients_for_less_memory(make, batches):
     """With the same dropout, and statistics of batches that are counted once."""
     torch.manual_seed(0)
@@ -293,15 +326,25 @@ WORDS = ["red", "green", "blue", "small", "old", "new"]
 def folder(tmp_path_factory):
     """A masked-language model of transformers with its tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
+
     path = tmp_path_factory.mktemp("masked")
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "house", "is", *WORDS]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))
     torch.manual_seed(0)
-    transformers.BertForMaskedLM(transformers.BertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=24, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).save_pretrained(path)
+    transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=20,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=24,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    ).save_pretrained(path)
     return path
 
 
@@ -364,6 +407,7 @@ def test_a_fit_begins_with_a_folder_and_resumes_to_the_bit(way, folder, table, t
 
 def _tokenizer(folder) -> str:
     from tokenizers import Tokenizer
+
     return Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()
 
 
@@ -405,8 +449,9 @@ def test_a_size_is_known_by_all_of_its_numbers():
 def test_vectors_of_texts_become_labels_by_their_mean(folder, table, tmp_path):
     """A network that gives vectors has learnt to say by the mean what a text is; transformers has no such network."""
     transformers.BertModel.from_pretrained(folder).save_pretrained(tmp_path / "bare")
-    plan = fitting.decide(read(table), weights=tmp_path / "bare", settings={**FAST, "steps": 2, "task.tokenizer": str(
-        folder / "tokenizer.json")})
+    plan = fitting.decide(
+        read(table), weights=tmp_path / "bare", settings={**FAST, "steps": 2, "task.tokenizer": str(folder / "tokenizer.json")}
+    )
     model = plan.objective.model.eval()
     assert plan.config.mean and plan.fresh == HEAD and not hasattr(model, "pool")
     tokens, mask = torch.randint(5, 14, (2, 6)), torch.arange(6) < torch.tensor([[6], [3]])
@@ -419,6 +464,7 @@ def test_vectors_of_texts_become_labels_by_their_mean(folder, table, tmp_path):
 
 # Pictures
 
+
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory):
     path, rng = tmp_path_factory.mktemp("painted"), np.random.default_rng(0)
@@ -426,7 +472,7 @@ def painted(tmp_path_factory):
         name = ("left", "right")[number % 2]
         (path / name).mkdir(exist_ok=True)
         x = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        x[:, 16 * (number % 2):][:, :16] //= 3
+        x[:, 16 * (number % 2) :][:, :16] //= 3
         Image.fromarray(x).save(path / name / f"{number}.png")
     return path
 
@@ -446,8 +492,9 @@ def test_a_file_of_pictures_begins_with_their_scale(library, painted, tmp_path):
     assert plan.fresh == HEAD and plan.size == "resnet18" and plan.task.pictures.channels == 3
     rows = plan.source.take(plan.parts.test)
     batch = plan.task.batches(rows, plan.card).make(np.arange(len(rows)), None)["image"]
-    transform = timm.data.create_transform(32, is_training=False, crop_pct=1.0, mean=timm.data.IMAGENET_DEFAULT_MEAN,
-                                           std=timm.data.IMAGENET_DEFAULT_STD)
+    transform = timm.data.create_transform(
+        32, is_training=False, crop_pct=1.0, mean=timm.data.IMAGENET_DEFAULT_MEAN, std=timm.data.IMAGENET_DEFAULT_STD
+    )
     expected = torch.stack([transform(Image.open(path)) for path in rows.rows[plan.task.column].to_list()])
     torch.testing.assert_close(batch, expected, rtol=1e-5, atol=1e-5)
     model = plan.objective.model.eval()
@@ -464,8 +511,12 @@ def test_grey_networks_have_one_scale_and_colours_are_refused(painted, tmp_path)
     plan = fitting.decide(read(painted), weights=tmp_path / "grey.safetensors", model="resnet18", settings={**FAST, "steps": 2})
     assert plan.task.pictures.channels == 1 and plan.task.pictures.mean == pytest.approx([0.449])
     with pytest.raises(SettingsError, match=r"reads pictures of 1 channels.*task\.channels"):
-        fitting.decide(read(painted), weights=tmp_path / "grey.safetensors", model="resnet18",
-                       settings={**FAST, "steps": 2, "task.channels": 3, "task.pixels": "0.5,0.5,0.5/1,1,1"})
+        fitting.decide(
+            read(painted),
+            weights=tmp_path / "grey.safetensors",
+            model="resnet18",
+            settings={**FAST, "steps": 2, "task.channels": 3, "task.pixels": "0.5,0.5,0.5/1,1,1"},
+        )
     with pytest.raises(SettingsError, match=r"task\.pixels='0\.5/0\.2' is no mean and deviation of 3 channels"):
         fit(painted, settings={"task.pixels": "0.5/0.2", "task.channels": 3, "steps": 2})
 

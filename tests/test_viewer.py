@@ -18,9 +18,11 @@ from fieldguide.models.registry import create
 from test_folders import settled
 from tv import transformers
 
-TEMPLATE = ("{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-            "{{ '<image>\n' }}{% endif %}{% endfor %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} "
-            "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{{ '<image>\n' }}{% endif %}{% endfor %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} "
+    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 ASKED = "What is there?"
 
 
@@ -38,17 +40,44 @@ def written(path, template=None):
     made = words()
     ids = {token: made.token_to_id(token) for token in ("<s>", "</s>", "<image>")}
     torch.manual_seed(0)
-    tower = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "image_size": 24, "patch_size": 8, "projection_dim": 8}
-    body = {"model_type": "llama", "vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96, "eos_token_id": ids["</s>"]}
-    peer = settled(transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
-        vision_config=tower, text_config=body, image_token_index=ids["<image>"])))
+    tower = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 24,
+        "patch_size": 8,
+        "projection_dim": 8,
+    }
+    body = {
+        "model_type": "llama",
+        "vocab_size": 264,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 96,
+        "eos_token_id": ids["</s>"],
+    }
+    peer = settled(
+        transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(vision_config=tower, text_config=body, image_token_index=ids["<image>"])
+        )
+    )
     peer.save_pretrained(path)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-    ready = transformers.LlavaProcessor(images, fast, patch_size=8, vision_feature_select_strategy="default",
-                                        image_token="<image>", num_additional_image_tokens=1, chat_template=template)
+    ready = transformers.LlavaProcessor(
+        images,
+        fast,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
     ready.save_pretrained(path)
     return path, peer.eval(), ready
 
@@ -63,9 +92,14 @@ def theirs(peer, ready, paths, text, **how):
     said = []
     for path in paths:
         made = ready(text=text, images=Image.open(path).convert("RGB"), return_tensors="pt")
-        out = peer.generate(**{k: v for k, v in made.items() if k != "token_type_ids"}, max_new_tokens=12, do_sample=False,
-                            pad_token_id=0, **how)
-        said.append(ready.tokenizer.decode(out[0, made["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+        out = peer.generate(
+            **{k: v for k, v in made.items() if k != "token_type_ids"},
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+            **how,
+        )
+        said.append(ready.tokenizer.decode(out[0, made["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return said
 
 
@@ -84,8 +118,11 @@ def test_answers_equal_those_of_transformers_with_its_processor(llava, pictures,
     want = theirs(peer, ready, paths, text)
     searched = viewer.answer(str(pictures), ASKED, tokens=12, beams=3)
     assert [r["text"] for r in searched] == theirs(peer, ready, paths, text, num_beams=3, length_penalty=1.0) != want
-    assert [r["text"] for r in found] == want and len(set(want)) > 1 and [r["input"] for r in found] == [
-        path.rpartition("/")[2] for path in paths]
+    assert (
+        [r["text"] for r in found] == want
+        and len(set(want)) > 1
+        and [r["input"] for r in found] == [path.rpartition("/")[2] for path in paths]
+    )
 
 
 def test_what_is_asked_for(llava, pictures, tmp_path):
@@ -94,7 +131,7 @@ def test_what_is_asked_for(llava, pictures, tmp_path):
     assert plain.startswith(viewer.answer(photo, ASKED, tokens=4)[0]["text"])
     drawn = [viewer.answer(photo, ASKED, tokens=12, seed=seed, temperature=5.0)[0]["text"] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert viewer.answer(photo, ASKED, tokens=12, stop=plain[3:5])[0]["text"] == plain[:plain.find(plain[3:5])].strip()
+    assert viewer.answer(photo, ASKED, tokens=12, stop=plain[3:5])[0]["text"] == plain[: plain.find(plain[3:5])].strip()
     (tmp_path / "broken.png").write_bytes(b"no picture")
     said = viewer.answer([photo, str(tmp_path / "broken.png")], ASKED, tokens=12)
     assert said[0]["text"] == plain and set(said[1]) == {"input", "error"}

@@ -17,22 +17,28 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Transp
 from fieldguide.models.registry import cards, create
 
 TABLE = {
-    "wte.weight":                "embed.weight",
+    "wte.weight": "embed.weight",
     "layer{i+1}.{j}.norm.gamma": "blocks.{i}.{j}.norm.weight",
-    "layer{i+1}.{j}.norm.*":     "blocks.{i}.{j}.norm.*",
-    "h.{i}.c_attn.weight":       Transposed("blocks.{i}.attn.weight"),
-    "h.{i}.c_attn.bias":         Transposed("blocks.{i}.attn.bias"),
-    "h.{i}.query.*":             Fused("blocks.{i}.qkv.*", 0, 3),
-    "h.{i}.key.*":               Fused("blocks.{i}.qkv.*", 1, 3),
-    "h.{i}.value.*":             Fused("blocks.{i}.qkv.*", 2, 3),
-    "scale.{i}":                 Reshaped("blocks.{i}.gamma", here=(-1,), there=(-1, 1, 1)),
-    "position_ids":              Dropped("a count from zero"),
+    "layer{i+1}.{j}.norm.*": "blocks.{i}.{j}.norm.*",
+    "h.{i}.c_attn.weight": Transposed("blocks.{i}.attn.weight"),
+    "h.{i}.c_attn.bias": Transposed("blocks.{i}.attn.bias"),
+    "h.{i}.query.*": Fused("blocks.{i}.qkv.*", 0, 3),
+    "h.{i}.key.*": Fused("blocks.{i}.qkv.*", 1, 3),
+    "h.{i}.value.*": Fused("blocks.{i}.qkv.*", 2, 3),
+    "scale.{i}": Reshaped("blocks.{i}.gamma", here=(-1,), there=(-1, 1, 1)),
+    "position_ids": Dropped("a count from zero"),
 }
 PUBLIC = {
-    "wte.weight": (5, 2), "layer3.10.norm.weight": (4,),
-    "h.0.c_attn.weight": (2, 6), "h.0.c_attn.bias": (6,), "scale.1": (4, 1, 1),
-    **{f"h.12.{part}.{kind}": shape for part in ("query", "key", "value")
-       for kind, shape in (("weight", (3, 2)), ("bias", (3,)))},
+    "wte.weight": (5, 2),
+    "layer3.10.norm.weight": (4,),
+    "h.0.c_attn.weight": (2, 6),
+    "h.0.c_attn.bias": (6,),
+    "scale.1": (4, 1, 1),
+    **{
+        f"h.12.{part}.{kind}": shape
+        for part in ("query", "key", "value")
+        for kind, shape in (("weight", (3, 2)), ("bias", (3,)))
+    },
 }
 
 
@@ -56,17 +62,25 @@ def public(model: nn.Module, origin: str = "torchvision") -> dict[str, torch.Ten
 
 # ------------------------------------------------------------------------------------------------ names
 
+
 def test_translate_in_and_out():
     theirs = state(PUBLIC)
     ours = weights.translate({**theirs, "position_ids": torch.arange(3)}, TABLE)
-    assert ours.keys() == {"embed.weight", "blocks.2.10.norm.weight", "blocks.0.attn.weight",
-                           "blocks.0.attn.bias", "blocks.1.gamma", "blocks.12.qkv.weight", "blocks.12.qkv.bias"}
+    assert ours.keys() == {
+        "embed.weight",
+        "blocks.2.10.norm.weight",
+        "blocks.0.attn.weight",
+        "blocks.0.attn.bias",
+        "blocks.1.gamma",
+        "blocks.12.qkv.weight",
+        "blocks.12.qkv.bias",
+    }
     assert torch.equal(ours["blocks.2.10.norm.weight"], theirs["layer3.10.norm.weight"])
     assert torch.equal(ours["blocks.0.attn.weight"], theirs["h.0.c_attn.weight"].T)
     assert torch.equal(ours["blocks.12.qkv.weight"][3:6], theirs["h.12.key.weight"])
     assert torch.equal(ours["blocks.1.gamma"], theirs["scale.1"].flatten())
     back = weights.translate(ours, TABLE, reverse=True)
-    theirs["layer3.10.norm.gamma"] = theirs.pop("layer3.10.norm.weight")     # the first row counts
+    theirs["layer3.10.norm.gamma"] = theirs.pop("layer3.10.norm.weight")  # the first row counts
     assert equal(back, theirs)
 
 
@@ -107,8 +121,9 @@ def test_two_names_for_one_tensor_must_agree():
         weights.translate(theirs, TABLE)
 
 
-@pytest.mark.parametrize("name, origin", [(name, origin) for name, card in cards().items()
-                                          for origin in card.weights if origin != "torch"])    # torch has no embedding
+@pytest.mark.parametrize(
+    "name, origin", [(name, origin) for name, card in cards().items() for origin in card.weights if origin != "torch"]
+)  # torch has no embedding
 def test_every_table_covers_its_network_both_ways(name, origin):
     model = create(cards()[name].tiny)
     theirs = public(model, origin)
@@ -117,23 +132,26 @@ def test_every_table_covers_its_network_both_ways(name, origin):
 
 # ------------------------------------------------------------------------------------------------ files
 
+
 def written(model: nn.Module, kind: str, folder):
     tensors = public(model)
     if kind == "wrapped":
-        torch.save({"epoch": 1, "model": {"state_dict": {f"module.{k}": v for k, v in tensors.items()}},
-                    "note": "x"}, folder / "m.ckpt")
+        torch.save(
+            {"epoch": 1, "model": {"state_dict": {f"module.{k}": v for k, v in tensors.items()}}, "note": "x"},
+            folder / "m.ckpt",
+        )
         return folder / "m.ckpt"
     if kind == "compiled":
         torch.save({f"_orig_mod.module.{k}": v for k, v in tensors.items()}, folder / "m.pt")
         return folder / "m.pt"
-    if kind == "legacy":                                 # before torch 1.6
+    if kind == "legacy":  # before torch 1.6
         torch.save(tensors, folder / "m.pth", _use_new_zipfile_serialization=False)
         return folder / "m.pth"
     if kind == "half":
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         save_file(tensors, folder / "m.safetensors")
         return folder / "m.safetensors"
-    if kind == "old":                                    # before batch counters
+    if kind == "old":  # before batch counters
         torch.save({k: v for k, v in tensors.items() if "num_batches" not in k}, folder / "m.bin")
         return folder / "m.bin"
     shards = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
@@ -195,7 +213,7 @@ def test_damaged_files(name, tmp_path):
     else:
         weights.save(resnet(), path)
     whole = path.read_bytes()
-    for damaged in (whole[:len(whole) // 2], b"", b"no weights at all", struct.pack("<Q", 1 << 40) + b"{}"):
+    for damaged in (whole[: len(whole) // 2], b"", b"no weights at all", struct.pack("<Q", 1 << 40) + b"{}"):
         path.write_bytes(damaged)
         with pytest.raises(WeightsError, match=r"is damaged(,| or) cut short"):
             weights.read(path)
@@ -220,6 +238,7 @@ def test_files_without_tensors(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ misfits
 
+
 def test_all_misfits_in_one_error_and_nothing_is_changed():
     model = resnet()
     tensors = public(resnet(channels=3))
@@ -235,8 +254,9 @@ def test_all_misfits_in_one_error_and_nothing_is_changed():
     assert "missing: stages.0.0.conv2.weight (8x8x3x3)" in text
     assert "missing: stem.norm.running_mean (8)" in text
     assert "unknown: layer1.0.convv2.weight" in text
-    assert ("misshaped: stages.1.1.norm1.weight: 3 float32 in the checkpoint as layer2.1.bn1.weight, "
-            "16 float32 in the network") in text
+    assert (
+        "misshaped: stages.1.1.norm1.weight: 3 float32 in the checkpoint as layer2.1.bn1.weight, 16 float32 in the network"
+    ) in text
     assert "fc.bias, 5 float32 in the network" in text and "head.bias: 5 int64" in text
     assert equal(model.state_dict(), before)
 
@@ -265,7 +285,7 @@ def test_another_number_of_classes():
         weights.load(model, public(source))
     assert weights.load(model, public(source), head="skip") == ["head.weight", "head.bias"]
     assert torch.equal(model.head.weight, head) and torch.equal(model.stem.conv.weight, stem)
-    assert weights.load(resnet(), public(resnet()), head="skip") == []           # nothing to skip
+    assert weights.load(resnet(), public(resnet()), head="skip") == []  # nothing to skip
 
 
 def test_head_may_be_absent_but_no_other_layer():
@@ -300,6 +320,7 @@ def test_network_on_meta_is_refused():
 
 # ------------------------------------------------------------------------------------------------ save
 
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -330,6 +351,7 @@ def test_saves_any_layout_and_leaves_the_old_file_when_it_fails(tmp_path, monkey
 
     def full(*arguments, **keywords):
         raise OSError("no space left on device")
+
     monkeypatch.setattr(weights.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         weights.save(resnet(classes=9), path)

@@ -30,8 +30,10 @@ ENDS = ("<|startoftext|>", "<|endoftext|>")
 def clip_tokenizer() -> Tokenizer:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator(["a photo of a cat.", "a drawing of a big dog", "red bus"], trainers.BpeTrainer(
-        vocab_size=290, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    made.train_from_iterator(
+        ["a photo of a cat.", "a drawing of a big dog", "red bus"],
+        trainers.BpeTrainer(vocab_size=290, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False),
+    )
     made.add_special_tokens(list(ENDS))
     ids = [(token, made.token_to_id(token)) for token in ENDS]
     made.post_processor = processors.RobertaProcessing(ids[1], ids[0], False, False)
@@ -44,13 +46,27 @@ def clip_folder(path):
     end = tokenizer.token_to_id(ENDS[1])
     torch.manual_seed(0)
     tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "quick_gelu"}
-    settled(transformers.CLIPModel(transformers.CLIPConfig(
-        text_config={**tower, "hidden_size": 12, "intermediate_size": 48, "vocab_size": tokenizer.get_vocab_size(),
-                     "max_position_embeddings": 16, "eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end},
-        vision_config={**tower, "hidden_size": 16, "intermediate_size": 64, "image_size": 24, "patch_size": 8},
-        projection_dim=8))).save_pretrained(path)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=ENDS[0], eos_token=ENDS[1], pad_token=ENDS[1]
-                                         ).save_pretrained(path)
+    settled(
+        transformers.CLIPModel(
+            transformers.CLIPConfig(
+                text_config={
+                    **tower,
+                    "hidden_size": 12,
+                    "intermediate_size": 48,
+                    "vocab_size": tokenizer.get_vocab_size(),
+                    "max_position_embeddings": 16,
+                    "eos_token_id": end,
+                    "bos_token_id": end - 1,
+                    "pad_token_id": end,
+                },
+                vision_config={**tower, "hidden_size": 16, "intermediate_size": 64, "image_size": 24, "patch_size": 8},
+                projection_dim=8,
+            )
+        )
+    ).save_pretrained(path)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=ENDS[0], eos_token=ENDS[1], pad_token=ENDS[1]
+    ).save_pretrained(path)
     return path
 
 
@@ -58,9 +74,17 @@ def clip_folder(path):
 def folder(tmp_path_factory):
     """With how pictures are prepared."""
     path = clip_folder(tmp_path_factory.mktemp("clip"))
-    (path / "preprocessor_config.json").write_text(json.dumps({
-        "size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "resample": 3, "image_mean": OPENAI[0],
-        "image_std": OPENAI[1]}))
+    (path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "size": {"shortest_edge": 24},
+                "crop_size": {"height": 24, "width": 24},
+                "resample": 3,
+                "image_mean": OPENAI[0],
+                "image_std": OPENAI[1],
+            }
+        )
+    )
     return path
 
 
@@ -68,11 +92,13 @@ def folder(tmp_path_factory):
 def theirs(folder, paths, texts):
     """`logits_per_image` of transformers, its tokenizer's texts, and our pictures."""
     model = transformers.CLIPModel.from_pretrained(folder).eval()
-    made = transformers.PreTrainedTokenizerFast.from_pretrained(folder)(texts, padding=True, truncation=True, max_length=16,
-                                                                        return_tensors="pt")
+    made = transformers.PreTrainedTokenizerFast.from_pretrained(folder)(
+        texts, padding=True, truncation=True, max_length=16, return_tensors="pt"
+    )
     how = prepared(folder, 24, 3)
-    return model(pixel_values=how.apply(how.load(paths)), input_ids=made.input_ids,
-                 attention_mask=made.attention_mask).logits_per_image
+    return model(
+        pixel_values=how.apply(how.load(paths)), input_ids=made.input_ids, attention_mask=made.attention_mask
+    ).logits_per_image
 
 
 def files(pictures):
@@ -86,7 +112,7 @@ def test_pictures_are_prepared_as_transformers_does(folder, pictures):
     found = how.apply(how.load(files(pictures)))
     for path, x in zip(files(pictures), found):
         want = torch.as_tensor(processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0])
-        apart = (x - want).abs() * min(how.std) * 255    # in levels of 255
+        apart = (x - want).abs() * min(how.std) * 255  # in levels of 255
         assert apart.max() < 4 and apart.mean() < 0.3
 
 
@@ -101,8 +127,12 @@ def test_probabilities_equal_transformers(folder, pictures):
     for record, row in zip(found, want):
         assert record["label"] == CLASSES[int(row.argmax())] and next(iter(record["probabilities"])) == record["label"]
     plain = zero.predict(files(pictures)[0], CLASSES, ["{}"])[0]["probabilities"]
-    torch.testing.assert_close(torch.tensor([plain[name] for name in CLASSES]),
-                               theirs(folder, files(pictures)[:1], CLASSES)[0].softmax(0), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor([plain[name] for name in CLASSES]),
+        theirs(folder, files(pictures)[:1], CLASSES)[0].softmax(0),
+        rtol=2e-5,
+        atol=1e-6,
+    )
 
 
 def test_several_templates_are_averaged(folder, pictures):
@@ -112,10 +142,12 @@ def test_several_templates_are_averaged(folder, pictures):
     means = []
     with torch.no_grad():
         for name in CLASSES:
-            made = fast([way.replace("{}", name) for way in ways], padding=True, truncation=True, max_length=16,
-                        return_tensors="pt")
-            vectors = model(pixel_values=torch.zeros(1, 3, 24, 24), **{k: made[k] for k in ("input_ids", "attention_mask")}
-                            ).text_embeds
+            made = fast(
+                [way.replace("{}", name) for way in ways], padding=True, truncation=True, max_length=16, return_tensors="pt"
+            )
+            vectors = model(
+                pixel_values=torch.zeros(1, 3, 24, 24), **{k: made[k] for k in ("input_ids", "attention_mask")}
+            ).text_embeds
             mean = vectors.mean(0)
             means.append(mean / mean.norm())
         how = prepared(folder, 24, 3)
@@ -155,6 +187,7 @@ def test_a_file_of_openai_with_a_given_tokenizer(folder, pictures, tmp_path):
 
 def changes(model):
     from dataclasses import asdict
+
     return asdict(model.config)
 
 
@@ -166,7 +199,7 @@ def test_a_folder_of_classes_is_scored(folder, pictures, tmp_path):
     for name, label in {**right, "c": wrong}.items():
         (tmp_path / label.replace(" ", "_")).mkdir(exist_ok=True)
         shutil.copy(pictures / f"{name}.png", tmp_path / label.replace(" ", "_") / f"{name}.png")
-    for label in CLASSES:                                # classes that nothing was told to be have a picture, too
+    for label in CLASSES:  # classes that nothing was told to be have a picture, too
         place = tmp_path / label.replace(" ", "_")
         place.mkdir(exist_ok=True)
         if not any(place.iterdir()):
@@ -192,8 +225,9 @@ def run_cli(*words):
 
 
 def test_on_the_command_line(folder, pictures, tmp_path):
-    done = run_cli("predict", folder, pictures, "--json", "--set", "classes=cat, big dog,red bus", "--set",
-                   "templates=a photo of a {}.|{}")
+    done = run_cli(
+        "predict", folder, pictures, "--json", "--set", "classes=cat, big dog,red bus", "--set", "templates=a photo of a {}.|{}"
+    )
     assert done.exit_code == 0, done.output
     want = ZeroShot.load(folder).predict(str(pictures), CLASSES, ["a photo of a {}.", "{}"])
     assert [json.loads(line) for line in done.stdout.splitlines()] == want
@@ -224,14 +258,20 @@ def test_what_cannot_be_asked(folder, pictures):
 
 def test_other_networks_are_refused(tmp_path):
     from fieldguide.checkpoints.load import save
+
     save(create("vit-test", channels=3), tmp_path / "vit", "hf")
     with pytest.raises(WeightsError, match=r"is vit, which gives label.*vectors of pictures and of texts"):
         ZeroShot.load(tmp_path / "vit")
 
 
-@pytest.mark.parametrize(("said", "wrong"), [
-    ({"size": 30, "crop_size": 20}, "pictures of 20 pixels, cut out of 30"),
-    ({"size": 20, "crop_size": 24}, "cut out of 20"), ({"size": 24, "do_center_crop": False}, "the network reads 24")])
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [
+        ({"size": 30, "crop_size": 20}, "pictures of 20 pixels, cut out of 30"),
+        ({"size": 20, "crop_size": 24}, "cut out of 20"),
+        ({"size": 24, "do_center_crop": False}, "the network reads 24"),
+    ],
+)
 def test_preparations_that_the_network_cannot_read(tmp_path, said, wrong):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     with pytest.raises(WeightsError, match=wrong):
@@ -239,8 +279,18 @@ def test_preparations_that_the_network_cannot_read(tmp_path, said, wrong):
 
 
 def test_preparations_in_open_clips_words(tmp_path):
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": {
-        "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "resize_mode": "squash"}}))
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps(
+            {
+                "preprocess_cfg": {
+                    "mean": [0.5, 0.4, 0.3],
+                    "std": [0.1, 0.2, 0.3],
+                    "interpolation": "bilinear",
+                    "resize_mode": "squash",
+                }
+            }
+        )
+    )
     how = prepared(tmp_path, 24, 3)
     assert (how.mean, how.std, how.fit, how.filter) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "stretch", Image.Resampling.BILINEAR)
     plain = prepared(tmp_path / "none", 24, 3)
@@ -250,6 +300,7 @@ def test_preparations_in_open_clips_words(tmp_path):
 @pytest.mark.slow
 def test_runs_of_ours(tmp_path, pictures):
     from test_task_image_text import album
+
     table = album(tmp_path / "album", 60)
     run = fit(table, task="image-text", model="clip-mini", out=tmp_path / "run", settings={"steps": 3, "batch": 8})
     zero, names = ZeroShot.load(tmp_path / "run"), ["red", "green", "blue"]
@@ -259,9 +310,20 @@ def test_runs_of_ours(tmp_path, pictures):
     ways = zero.predict(str(pictures), names, ["a {} square on the left", "a {} square on the right"])
     asked = run.predict(str(pictures), classes="red,green,blue", templates="a {} square on the left|a {} square on the right")
     assert [r["probabilities"] for r in ways] == [r["probabilities"] for r in asked] != [r["probabilities"] for r in found]
-    vectors = [np.mean([run.objective.model.encode_text(*(torch.as_tensor(x) for x in run.task.text.batch(
-        run.task.tokens([f"a {name} square on the {side}"])[0]))).detach().numpy()[0] for side in ("left", "right")], 0)
-        for name in names]
+    vectors = [
+        np.mean(
+            [
+                run.objective.model.encode_text(
+                    *(torch.as_tensor(x) for x in run.task.text.batch(run.task.tokens([f"a {name} square on the {side}"])[0]))
+                )
+                .detach()
+                .numpy()[0]
+                for side in ("left", "right")
+            ],
+            0,
+        )
+        for name in names
+    ]
     near = [[r["similarity"][name] for name in names] for r in ways]
     image = run.respond(run.task.questions(run.task.read([str(pictures)]), run.card))["image"]
     want = [[float(x @ v / np.linalg.norm(v)) for v in vectors] for x in image]

@@ -12,7 +12,7 @@ import warnings
 import torch
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")                      # third-party import-time warnings are none of ours
+    warnings.simplefilter("ignore")  # third-party import-time warnings are none of ours
     try:
         import torchvision
     except RuntimeError as error:
@@ -37,8 +37,10 @@ def __getattr__(name: str):
         warnings.simplefilter("ignore")
         if name == "smp":
             import segmentation_models_pytorch.decoders.unet.decoder
+
             return segmentation_models_pytorch
         import diffusers
+
         return diffusers
 
 

@@ -24,8 +24,10 @@ def two_experts(self: nn.ModuleDict, x: Tensor, first: Tensor, shares: Tensor) -
     In transformers 5.23 expert 0 serves every token's second choice and expert 1 its first, whichever were chosen: it reads
     the zeros and ones of a mask as numbers of experts.
     """
-    rows = [sum((share * self[f"expert_{e}"](one[None])[0] for e, share in enumerate(given) if share), 0 * one)
-            for one, given in zip(x, shares)]
+    rows = [
+        sum((share * self[f"expert_{e}"](one[None])[0] for e, share in enumerate(given) if share), 0 * one)
+        for one, given in zip(x, shares)
+    ]
     out = torch.stack(rows)
     return out if self.training or not self.moe_token_dropout else out * (1 - self.moe_token_dropout)
 
@@ -41,7 +43,7 @@ class Pairs(Tied):
         self.peer = peer
         for module in peer.modules():
             if isinstance(module, nn.Embedding):
-                module.padding_idx = None                # it would keep the gradient of one token from its embedding
+                module.padding_idx = None  # it would keep the gradient of one token from its embedding
 
     def forward(self, source: Tensor, source_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         double = next(self.parameters()).dtype == torch.float64
@@ -51,8 +53,13 @@ class Pairs(Tied):
         to = Tensor.to
         kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
         with mock.patch.object(Tensor, "to", kept):
-            return self.peer(input_ids=source, attention_mask=source_mask.long(), decoder_input_ids=tokens,
-                             decoder_attention_mask=mask.long(), use_cache=False).logits
+            return self.peer(
+                input_ids=source,
+                attention_mask=source_mask.long(),
+                decoder_input_ids=tokens,
+                decoder_attention_mask=mask.long(),
+                use_cache=False,
+            ).logits
 
 
 def configuration(model: nn.Module, **other: Any) -> Any:
@@ -67,7 +74,7 @@ def configuration(model: nn.Module, **other: Any) -> Any:
 def network(model: nn.Module, **other: Any) -> nn.Module:
     config = configuration(model, **other)
     peer = getattr(transformers, KINDS[config.model_type] + "ForConditionalGeneration")(config)
-    if not getattr(model.config, "tied", True):          # transformers 5 ties every T5's head; those of version 1.1 are not
+    if not getattr(model.config, "tied", True):  # transformers 5 ties every T5's head; those of version 1.1 are not
         peer.lm_head.weight = nn.Parameter(peer.lm_head.weight.detach().clone())
     return peer
 
@@ -80,4 +87,5 @@ def writer(model: nn.Module, **other: Any) -> tuple[nn.Module, Any]:
     def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
         names = {f"peer.{key}": x for key, x in translate(state, table, reverse=True).items()}
         return {key: x for key, x in names.items() if key in there or key not in peer.tied()}
+
     return peer, rename

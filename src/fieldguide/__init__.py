@@ -11,13 +11,26 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "fit": "fieldguide.automl.fit", "resume": "fieldguide.automl.fit", "open_run": "fieldguide.inference.run", "Run": "fieldguide.inference.run",
-    "create": "fieldguide.models.registry", "list_models": "fieldguide.automl.catalogue", "show": "fieldguide.automl.catalogue",
-    "load": "fieldguide.checkpoints.load", "save": "fieldguide.checkpoints.load", "fill": "fieldguide.checkpoints.weights:load",
-    "read": "fieldguide.data", "advise": "fieldguide.automl.advisor",
-    "FieldguideClassifier": "fieldguide.automl.sklearn", "FieldguideRegressor": "fieldguide.automl.sklearn",
-    "FieldguideError": "fieldguide.core.errors", "DataError": "fieldguide.core.errors", "SettingsError": "fieldguide.core.errors",
-    "WeightsError": "fieldguide.core.errors", "RunError": "fieldguide.core.errors", "TrainingError": "fieldguide.core.errors",
+    "fit": "fieldguide.automl.fit",
+    "resume": "fieldguide.automl.fit",
+    "open_run": "fieldguide.inference.run",
+    "Run": "fieldguide.inference.run",
+    "create": "fieldguide.models.registry",
+    "list_models": "fieldguide.automl.catalogue",
+    "show": "fieldguide.automl.catalogue",
+    "load": "fieldguide.checkpoints.load",
+    "save": "fieldguide.checkpoints.load",
+    "fill": "fieldguide.checkpoints.weights:load",
+    "read": "fieldguide.data",
+    "advise": "fieldguide.automl.advisor",
+    "FieldguideClassifier": "fieldguide.automl.sklearn",
+    "FieldguideRegressor": "fieldguide.automl.sklearn",
+    "FieldguideError": "fieldguide.core.errors",
+    "DataError": "fieldguide.core.errors",
+    "SettingsError": "fieldguide.core.errors",
+    "WeightsError": "fieldguide.core.errors",
+    "RunError": "fieldguide.core.errors",
+    "TrainingError": "fieldguide.core.errors",
 }
 
 __all__ = ["__version__", "models", *_HOME]

@@ -33,8 +33,14 @@ def letters(file: Path) -> Path:
     """Texts of our own, about the weather or about cooking; the sample of docstrings belongs to its libraries."""
     weather, kitchen = ("rain", "storm", "sunshine", "fog"), ("soup", "bread", "salad", "coffee")
     when = ("This morning", "Yesterday", "On Friday", "After lunch", "Late at night")
-    rows = [(f"{w} there was {how} {thing}{end}", topic) for topic, things in (("weather", weather), ("kitchen", kitchen))
-            for thing in things for w in when for how in ("some", "little", "plenty of") for end in (".", ", we hear.")]
+    rows = [
+        (f"{w} there was {how} {thing}{end}", topic)
+        for topic, things in (("weather", weather), ("kitchen", kitchen))
+        for thing in things
+        for w in when
+        for how in ("some", "little", "plenty of")
+        for end in (".", ", we hear.")
+    ]
     pl.DataFrame(rows, schema=["text", "topic"], orient="row").write_csv(file)
     return file
 
@@ -46,8 +52,15 @@ def orders(file: Path) -> Path:
     for i in range(240):
         colour, day = rng.choice(["red", "green", "blue", None]), f"2024-{i % 12 + 1:02d}-{i % 28 + 1:02d}"
         size = None if i % 17 == 0 else round(rng.gauss(10, 2), 2)
-        rows.append((size, colour, None if i % 19 == 0 else day, rng.random() < 0.5, "late" if i % 12 > 6 or colour == "red"
-                     else "in time"))
+        rows.append(
+            (
+                size,
+                colour,
+                None if i % 19 == 0 else day,
+                rng.random() < 0.5,
+                "late" if i % 12 > 6 or colour == "red" else "in time",
+            )
+        )
     pl.DataFrame(rows, schema=["size", "colour", "day", "gift", "arrived"], orient="row").write_csv(file)
     return file
 
@@ -61,7 +74,7 @@ def inputs(task: str, home: Path, folder: Path) -> list[str]:
             shutil.copy(path, folder / name)
         return names
     rows = pl.read_csv(home, infer_schema=False)
-    rows[::len(rows) // 6].select(rows.columns[:-1]).write_csv(folder / "inputs.csv")
+    rows[:: len(rows) // 6].select(rows.columns[:-1]).write_csv(folder / "inputs.csv")
     return ["inputs.csv"]
 
 
@@ -81,9 +94,9 @@ def main() -> None:
                 else:
                     shutil.copy(run.path / name, folder / name)
         scored = [x for x in (folder / "metrics.jsonl").read_text().splitlines(True) if "scores" in x]
-        (folder / "metrics.jsonl").write_text("".join(scored))               # the losses would be half of the folder
+        (folder / "metrics.jsonl").write_text("".join(scored))  # the losses would be half of the folder
         record = json.loads((folder / "run.json").read_text())
-        record["data"] |= {"root": sample, "source": sample}     # no path of the machine that made it
+        record["data"] |= {"root": sample, "source": sample}  # no path of the machine that made it
         record["request"]["data"] = sample
         (folder / "run.json").write_text(json.dumps(record, indent=1))
         answers = fieldguide.open_run(folder).predict([str(folder / n) for n in names])

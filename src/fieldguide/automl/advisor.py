@@ -19,15 +19,15 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models import registry
 
-LOOKED_AT = 5         # networks whose costs are counted at least, the most promising
-SIZES = 3             # of one architecture that are of interest beside each other
-EPOCHS = 8            # passes over the data that a network should get in the time given; each halving costs a point
+LOOKED_AT = 5  # networks whose costs are counted at least, the most promising
+SIZES = 3  # of one architecture that are of interest beside each other
+EPOCHS = 8  # passes over the data that a network should get in the time given; each halving costs a point
 # Of the machine's matrix-product speed that training reaches, about; less where products are so fast that memory waits.
 EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
-BYTES = 16            # a parameter in training: weight, gradient, two moments, in float32
-PARAMETERS = 200      # for each training example, that a network trained from nothing should have, about
-LEAST = 0.2           # of one pass over the data: what can do less in the time given is ruled out
-HURRY = 4             # times the quickest one's time that counts as quick, where time is short for all
+BYTES = 16  # a parameter in training: weight, gradient, two moments, in float32
+PARAMETERS = 200  # for each training example, that a network trained from nothing should have, about
+LEAST = 0.2  # of one pass over the data: what can do less in the time given is ruled out
+HURRY = 4  # times the quickest one's time that counts as quick, where time is short for all
 COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
 
 
@@ -43,8 +43,8 @@ class Option:
     reasons: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     rejected: str = ""
-    slow: bool = False               # ruled out for its time or memory, as larger ones of its kind are then, too
-    seconds: float = math.inf        # that `EPOCHS` passes over the data would take, roughly; infinite: impossible
+    slow: bool = False  # ruled out for its time or memory, as larger ones of its kind are then, too
+    seconds: float = math.inf  # that `EPOCHS` passes over the data would take, roughly; infinite: impossible
 
 
 @dataclass
@@ -58,8 +58,9 @@ class Advice:
     def best(self) -> Option:
         if not self.options:
             why = "; ".join(f"{o.name}: {o.rejected}" for o in self.rejected[:5])
-            raise SettingsError(f"no network suits this data and machine ({why}). Give more --minutes or name one "
-                                "with --model.")
+            raise SettingsError(
+                f"no network suits this data and machine ({why}). Give more --minutes or name one with --model."
+            )
         return self.options[0]
 
 
@@ -83,8 +84,10 @@ def holds(when: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
 
 
 def speaks_of(rule: Mapping[str, Any], card: Card) -> bool:
-    return any(fnmatch.fnmatch(card.family if kind == "family" else card.name, pattern)
-               for kind, _, pattern in ((p.partition(":") if ":" in p else ("name", "", p)) for p in rule["for"]))
+    return any(
+        fnmatch.fnmatch(card.family if kind == "family" else card.name, pattern)
+        for kind, _, pattern in ((p.partition(":") if ":" in p else ("name", "", p)) for p in rule["for"])
+    )
 
 
 def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping[str, Any] = {}) -> Any:
@@ -100,8 +103,17 @@ def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping
     return card.settle(size, **needs | dict(adapted) | dict(changes))
 
 
-def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[str, ...], gives: tuple[str, ...],
-           minutes: float, machine: Mapping[str, Any] | None = None, model: str = "auto", config: Any = None) -> Advice:
+def advise(
+    *,
+    facts: Mapping[str, Any],
+    needs: Mapping[str, Any],
+    takes: tuple[str, ...],
+    gives: tuple[str, ...],
+    minutes: float,
+    machine: Mapping[str, Any] | None = None,
+    model: str = "auto",
+    config: Any = None,
+) -> Advice:
     """Ranks every size of every architecture that can be fed (`takes`) and used (`gives`).
 
     `facts` are what rules compare: task, rows, and the task's profile. `needs` are the sizes that the data demands.
@@ -115,20 +127,20 @@ def advise(*, facts: Mapping[str, Any], needs: Mapping[str, Any], takes: tuple[s
     if model != "auto":
         option = considered(refuse_unable(model, able), facts, needs)
         if config is not None and option.name != model:
-            option.name = model                          # of no published size
+            option.name = model  # of no published size
         look_closer(option, facts, needs, speed, minutes, machine, config)
         return asked_for(option)
     # Counting a network's work takes long. So the most promising are looked at first, by published counts, and no more
     # once the rest could not come before them, whatever they cost.
     options = [considered(name, facts, needs) for name in able]
-    most = [o.points - proportion(o.parameters, facts["rows"]) for o in options]         # that each could come to
+    most = [o.points - proportion(o.parameters, facts["rows"]) for o in options]  # that each could come to
     seen: list[Option] = []
     for option, points in sorted(zip(options, most), key=lambda pair: -pair[1]):
         best = sorted((o.points for o in seen if not o.rejected), reverse=True)
         if len(best) >= LOOKED_AT and points <= best[LOOKED_AT - 1]:
             break
         if sum(o.architecture == option.architecture and not o.rejected for o in seen) >= SIZES:
-            continue                                     # better sizes of the same are there
+            continue  # better sizes of the same are there
         smaller = [o for o in seen if o.architecture == option.architecture and o.slow and o.parameters <= option.parameters]
         if smaller:
             option.rejected, option.slow = f"larger than {smaller[0].name}: {smaller[0].rejected}", True
@@ -148,7 +160,7 @@ def considered(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) ->
     try:
         config = configured(card, size, needs)
         option.parameters = card.sizes[size].params or counted(card, config)
-    except (DataError, SettingsError, TypeError, ValueError) as error:          # such as a network that reads no text
+    except (DataError, SettingsError, TypeError, ValueError) as error:  # such as a network that reads no text
         option.rejected = str(error)
         return option
     for rule in rules():
@@ -158,17 +170,25 @@ def considered(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) ->
     return option
 
 
-def look_closer(option: Option, facts: Mapping[str, Any], needs: Mapping[str, Any], speed: float, minutes: float,
-                machine: Mapping[str, Any], config: Any = None) -> None:
+def look_closer(
+    option: Option,
+    facts: Mapping[str, Any],
+    needs: Mapping[str, Any],
+    speed: float,
+    minutes: float,
+    machine: Mapping[str, Any],
+    config: Any = None,
+) -> None:
     """Counts parameters and work of the network as it is (`config`) or would be made for this data, and sizes it up."""
     card, size = registry.find(option.name)
     option.parameters, option.rejected = 0, ""
     try:
         config = configured(card, size, needs) if config is None else config
         option.parameters = counted(card, config)
-        option.multiply_adds = profile.multiply_adds(card.name, config, length=facts.get("tokens", 64),
-                                                      side=facts.get("side", 224))
-    except (DataError, SettingsError, ValueError) as error:          # such as pictures too small for its pooling
+        option.multiply_adds = profile.multiply_adds(
+            card.name, config, length=facts.get("tokens", 64), side=facts.get("side", 224)
+        )
+    except (DataError, SettingsError, ValueError) as error:  # such as pictures too small for its pooling
         option.rejected = str(error)
         return
     size_up(option, facts, speed, minutes, machine)
@@ -189,25 +209,29 @@ def wanted(rows: int) -> float:
     return min(max(PARAMETERS * rows, 1e5), 1e8)
 
 
-def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: float,
-            machine: Mapping[str, Any]) -> None:
+def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: float, machine: Mapping[str, Any]) -> None:
     """Rules out what cannot fit or finish, and prefers sizes in proportion to the data."""
-    option.seconds = seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed   # backward is twice forward
+    option.seconds = seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed  # backward is twice forward
     if option.parameters * BYTES > 0.8 * machine["memory"]:
         option.seconds, option.slow = math.inf, True
-        option.rejected = (f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
-                           f"machine has {machine['memory'] / 2**30:.1f} GiB")
+        option.rejected = (
+            f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
+            f"machine has {machine['memory'] / 2**30:.1f} GiB"
+        )
     elif seconds > EPOCHS * 60 * minutes / LEAST:
         option.slow = True
-        option.rejected = (f"one pass over the data would take about {seconds / EPOCHS / 60:.2g} minutes of the "
-                           f"{minutes:g} given")
+        option.rejected = (
+            f"one pass over the data would take about {seconds / EPOCHS / 60:.2g} minutes of the {minutes:g} given"
+        )
     elif seconds > 60 * minutes:
         option.points -= math.log2(seconds / (60 * minutes))
         option.against.append(f"{minutes:g} minutes are about {60 * minutes * EPOCHS / seconds:.1f} passes over the data: few")
     option.points -= proportion(option.parameters, facts["rows"])
     if option.parameters > 10 * wanted(facts["rows"]):
-        option.against.append(f"{option.parameters:,} parameters are many for {facts['rows']:,} examples "
-                              "[guide, FAQ 'How do I choose the right model size': start small]")
+        option.against.append(
+            f"{option.parameters:,} parameters are many for {facts['rows']:,} examples "
+            "[guide, FAQ 'How do I choose the right model size': start small]"
+        )
 
 
 def hurried(options: list[Option], minutes: float) -> None:
@@ -215,8 +239,9 @@ def hurried(options: list[Option], minutes: float) -> None:
     quickest = min(o.seconds for o in options)
     if quickest < math.inf:
         best = max((o for o in options if o.seconds <= HURRY * quickest), key=lambda o: o.points)
-        best.against.insert(0, f"{minutes:g} minutes are short for this much data: {best.rejected}. More --minutes will "
-                               "score better")
+        best.against.insert(
+            0, f"{minutes:g} minutes are short for this much data: {best.rejected}. More --minutes will score better"
+        )
         best.rejected = ""
 
 
@@ -225,8 +250,10 @@ def refuse_unable(model: str, able: list[str]) -> str:
     card, size = registry.find(model)
     if size not in [*able, card.tiny]:
         others = sorted({registry.card(n).name for n in able})
-        raise SettingsError(f"{model} takes {card.takes} and gives {' or '.join(card.answers)}, which this task cannot use. "
-                            f"Networks that can: {', '.join(others)}.")
+        raise SettingsError(
+            f"{model} takes {card.takes} and gives {' or '.join(card.answers)}, which this task cannot use. "
+            f"Networks that can: {', '.join(others)}."
+        )
     return size
 
 
@@ -234,8 +261,10 @@ def asked_for(option: Option) -> Advice:
     """The one that the user named: nothing but impossibility rejects it."""
     option.reasons.insert(0, "you asked for it")
     if not option.parameters:
-        raise SettingsError(f"{option.name} cannot be made for this data: {option.rejected}. Sizes come from the data; "
-                            "--set task.NAME=... and model.NAME=... change them.")
+        raise SettingsError(
+            f"{option.name} cannot be made for this data: {option.rejected}. Sizes come from the data; "
+            "--set task.NAME=... and model.NAME=... change them."
+        )
     if option.rejected:
         option.against.insert(0, option.rejected)
         option.rejected = ""

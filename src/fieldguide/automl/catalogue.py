@@ -77,11 +77,25 @@ def show(name: str, **overrides: Any) -> Description | Closed:
     parts = {n: profile.parameters(child) for n, child in model.named_children()}
     own = profile.parameters(model) - sum(parts.values())
     return Description(
-        name=size, architecture=card.name, family=card.family, summary=card.summary, new=card.new, paper=card.paper,
-        year=card.year, takes=card.takes, gives=" or ".join(card.answers), tasks=tasks_of(name), config=asdict(config),
-        parameters=profile.parameters(model), published=None if overrides else card.sizes[size].params,
-        multiply_adds=profile.multiply_adds(card.name, config), inputs=", ".join(shape(x) for x in inputs),
-        sizes=sizes(card), parts=parts | ({"(own)": own} if own > 0 else {}), layers=layers(model, inputs))
+        name=size,
+        architecture=card.name,
+        family=card.family,
+        summary=card.summary,
+        new=card.new,
+        paper=card.paper,
+        year=card.year,
+        takes=card.takes,
+        gives=" or ".join(card.answers),
+        tasks=tasks_of(name),
+        config=asdict(config),
+        parameters=profile.parameters(model),
+        published=None if overrides else card.sizes[size].params,
+        multiply_adds=profile.multiply_adds(card.name, config),
+        inputs=", ".join(shape(x) for x in inputs),
+        sizes=sizes(card),
+        parts=parts | ({"(own)": own} if own > 0 else {}),
+        layers=layers(model, inputs),
+    )
 
 
 def sizes(card: Any) -> dict[str, int]:

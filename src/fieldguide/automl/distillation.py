@@ -35,8 +35,9 @@ def taught(objective: Objective, task: Task, settings: Settings, source: Data, p
         raise SettingsError(f"teacher={run.path}: {task.name} with this network learns no classes; only those can be taught")
     refuse_seen(run, source, parts)
     show = task.shown_to(run.task, run.card)
-    return Distillation(objective.model, objective.inputs, objective.loss, run.model, show=show,
-                        hard=settings.distill == "hard")
+    return Distillation(
+        objective.model, objective.inputs, objective.loss, run.model, show=show, hard=settings.distill == "hard"
+    )
 
 
 def refuse_seen(run: Run, source: Data, parts: Splits) -> None:
@@ -46,5 +47,7 @@ def refuse_seen(run: Run, source: Data, parts: Splits) -> None:
     with np.load(run.path / "splits.npz", allow_pickle=False) as theirs:
         seen = np.intersect1d(theirs["train"], parts.test)
     if len(seen):
-        raise SettingsError(f"teacher={run.path} learnt from {len(seen):,} of the {len(parts.test):,} rows that this run is to "
-                            f"be tested on: give both the same split, as --seed {run.record['settings']['seed']} does")
+        raise SettingsError(
+            f"teacher={run.path} learnt from {len(seen):,} of the {len(parts.test):,} rows that this run is to "
+            f"be tested on: give both the same split, as --seed {run.record['settings']['seed']} does"
+        )

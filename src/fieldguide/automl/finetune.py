@@ -18,11 +18,11 @@ from fieldguide.data.dataset import Data
 from fieldguide.tasks import Task
 from fieldguide.training import peft
 
-ENOUGH = 300       # steps that such a fit should have: where time allows fewer, batches are made smaller
-FEW = 300          # examples below which a pretrained network keeps its weights, and a new head alone learns
-SHARE = 0.5        # of the memory: what training all of a network may fill
-BYTES = 16         # a parameter in training: weight, gradient and two moments, in float32
-BATCH = 64         # examples a step at most
+ENOUGH = 300  # steps that such a fit should have: where time allows fewer, batches are made smaller
+FEW = 300  # examples below which a pretrained network keeps its weights, and a new head alone learns
+SHARE = 0.5  # of the memory: what training all of a network may fill
+BYTES = 16  # a parameter in training: weight, gradient and two moments, in float32
+BATCH = 64  # examples a step at most
 # Tried on MiniLM: a new head learns ten times as fast as the layers far below it. Larger networks go by smaller steps, with the
 # root of their size, as in table 6 of ELECTRA (Clark et al. 2020, arXiv:2003.10555).
 RATES = {"whole": {"lr": 1e-3, "layer_decay": 0.65}, "lora": {"lr": 1e-3}, "frozen": {"lr": 5e-3}}
@@ -37,10 +37,12 @@ def offered(kind: type[Task], begun: Checkpoint, asked: Mapping[str, Any], watch
     if "tokenizer" in known and "tokenizer" not in found and begun.card.accepts("vocab"):
         why = begun.words()[1]
         why = f" ({why})" if why else ""
-        watch.say(f"WARNING: the words that {begun.path} has learnt are not known{why}. Others are made from your texts, so "
-                  "what it knows of words is lost: its embeddings begin anew, with other meanings. "
-                  "Put the tokenizer.json that it was trained with beside its weights (or vocab.txt, or vocab.json and "
-                  "merges.txt, or SentencePiece's file), or name it: --set task.tokenizer=PATH")
+        watch.say(
+            f"WARNING: the words that {begun.path} has learnt are not known{why}. Others are made from your texts, so "
+            "what it knows of words is lost: its embeddings begin anew, with other meanings. "
+            "Put the tokenizer.json that it was trained with beside its weights (or vocab.txt, or vocab.json and "
+            "merges.txt, or SentencePiece's file), or name it: --set task.tokenizer=PATH"
+        )
     return found
 
 
@@ -54,8 +56,10 @@ def readable(learnt: Task, rows: Data, config: Any, begun: Checkpoint, asked: Ma
     if length <= room:
         return learnt
     if "length" in asked:
-        raise SettingsError(f"task.length={length:,} is more than the {room:,} tokens that {begun.path} reads at most: ask for "
-                            "no more than these, or leave it to the checkpoint.")
+        raise SettingsError(
+            f"task.length={length:,} is more than the {room:,} tokens that {begun.path} reads at most: ask for "
+            "no more than these, or leave it to the checkpoint."
+        )
     watch.say(f"task.length={room:,}: {begun.path} reads no longer rows")
     return type(learnt).learn(rows, type(learnt).options_from({**asked, "length": room}))
 
@@ -73,8 +77,20 @@ def gentle(settings: Settings, training: Mapping[str, Any], rows: int, begun: Ch
     else:
         way, why = "whole", f"{rows:,} examples suffice to move all of it, lower layers less than higher ones"
     watch.say(f"tune={way}: {why}")
-    return settings.with_({"optimizer": "adamw", "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "schedule": "linear",
-                           "warmup": 0.1, "clip": 1.0, "ema": 0.0, "tune": way, **rates(way, size)})
+    return settings.with_(
+        {
+            "optimizer": "adamw",
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "weight_decay": 0.01,
+            "schedule": "linear",
+            "warmup": 0.1,
+            "clip": 1.0,
+            "ema": 0.0,
+            "tune": way,
+            **rates(way, size),
+        }
+    )
 
 
 def rates(way: str, size: int) -> dict[str, float]:
@@ -85,8 +101,9 @@ def rates(way: str, size: int) -> dict[str, float]:
     return said
 
 
-def filled(network: nn.Module, begun: Checkpoint, settings: Settings, training: Mapping[str, Any],
-           watch: Any) -> tuple[list[str], Settings]:
+def filled(
+    network: nn.Module, begun: Checkpoint, settings: Settings, training: Mapping[str, Any], watch: Any
+) -> tuple[list[str], Settings]:
     """Fills a network from the checkpoint and marks what learns; returns what the checkpoint did not fill, and the settings:
     all learns where a new head alone was to, there is none, and nobody asked for that (`training`)."""
     with warnings.catch_warnings(record=True) as said:

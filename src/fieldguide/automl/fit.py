@@ -60,7 +60,7 @@ class Plan:
 
     source: Data
     task: Task
-    why: str                          # the reason that this is the task
+    why: str  # the reason that this is the task
     parts: Splits
     advice: Advice
     card: Card
@@ -68,18 +68,27 @@ class Plan:
     config: Any
     settings: Settings
     objective: Objective
-    batches: Batches                  # training examples
+    batches: Batches  # training examples
     validation: Batches
-    scored: np.ndarray                # validation rows that these are
+    scored: np.ndarray  # validation rows that these are
     seconds_a_step: float = 0.0
-    most: int = 0                     # where the minutes decide on the steps: so many are enough
-    further: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)      # networks beside the one that answers
-    fresh: list[str] | None = None    # of a network that begins with a checkpoint: what that did not fill
+    most: int = 0  # where the minutes decide on the steps: so many are enough
+    further: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)  # networks beside the one that answers
+    fresh: list[str] | None = None  # of a network that begins with a checkpoint: what that did not fill
 
 
-def decide(source: Data, *, task: str | None = None, model: str = "auto", minutes: float | None = None, seed: int = 0,
-           settings: Mapping[str, Any] | None = None, parts: Splits | None = None, watch: Any = None,
-           weights: str | Path | None = None) -> Plan:
+def decide(
+    source: Data,
+    *,
+    task: str | None = None,
+    model: str = "auto",
+    minutes: float | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    parts: Splits | None = None,
+    watch: Any = None,
+    weights: str | Path | None = None,
+) -> Plan:
     """Chooses task, split, preparation, network and settings for data that is read; trains nothing. `weights` is a
     checkpoint to begin with, which then says which network it is.
 
@@ -90,7 +99,7 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     if minutes is not None:
         training["minutes"] = minutes
     elif "steps" in training:
-        training.setdefault("minutes", 0)                            # the user counts steps, not time
+        training.setdefault("minutes", 0)  # the user counts steps, not time
     training["seed"] = seed
     budget = Settings().with_(training).minutes or float("inf")
     kind, why = (asked_for(task, source), "you asked for it") if task else infer(source)
@@ -113,9 +122,16 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
         needs = {"gives": kind.gives, **learnt.needs()}
     for note in learnt.notes:
         watch.say(f"note: {note}")
-    advice = advise(facts={"task": kind.name, "rows": len(parts.train), **learnt.profile()}, needs=learnt.needs(),
-                    takes=kind.takes, gives=kind.gives, minutes=budget,
-                    machine=distributed.broadcast(profile.machine()), model=model, config=config)
+    advice = advise(
+        facts={"task": kind.name, "rows": len(parts.train), **learnt.profile()},
+        needs=learnt.needs(),
+        takes=kind.takes,
+        gives=kind.gives,
+        minutes=budget,
+        machine=distributed.broadcast(profile.machine()),
+        model=model,
+        config=config,
+    )
     card, size = (begun.card, model) if begun else registry.find(advice.best.name)
     try:
         config = config or configured(card, size, needs, of_model)
@@ -141,11 +157,36 @@ def decide(source: Data, *, task: str | None = None, model: str = "auto", minute
     further = {name: settled_part(part, learnt.needs()) for name, part in card.parts.items()}
     objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
     objective = distillation.taught(objective, learnt, chosen, source, parts)
-    chosen, cost, enough = distributed.broadcast(resolve(
-        chosen, objective, batches, len(validation), watch, fewest=chosen.batch if "batch" in training else learnt.fewest,
-        enough=finetune.ENOUGH if begun else ENOUGH))
-    return Plan(source, learnt, why, parts, advice, card, size, config, chosen, objective, batches, validation, scored,
-                cost, enough, further, fresh)
+    chosen, cost, enough = distributed.broadcast(
+        resolve(
+            chosen,
+            objective,
+            batches,
+            len(validation),
+            watch,
+            fewest=chosen.batch if "batch" in training else learnt.fewest,
+            enough=finetune.ENOUGH if begun else ENOUGH,
+        )
+    )
+    return Plan(
+        source,
+        learnt,
+        why,
+        parts,
+        advice,
+        card,
+        size,
+        config,
+        chosen,
+        objective,
+        batches,
+        validation,
+        scored,
+        cost,
+        enough,
+        further,
+        fresh,
+    )
 
 
 def settled_part(name: str, needs: Mapping[str, Any]) -> tuple[Card, str, Any]:
@@ -154,10 +195,22 @@ def settled_part(name: str, needs: Mapping[str, Any]) -> tuple[Card, str, Any]:
     return card, size, configured(card, size, needs)
 
 
-def fit(data: Any, *, target: str | None = None, task: str | None = None, model: str = "auto",
-        minutes: float | None = None, out: str | Path | None = None, seed: int = 0, group: str | None = None,
-        time_column: str | None = None, allow_bad: bool = False, watch: Any = None,
-        settings: Mapping[str, Any] | None = None, weights: str | Path | None = None) -> Run:
+def fit(
+    data: Any,
+    *,
+    target: str | None = None,
+    task: str | None = None,
+    model: str = "auto",
+    minutes: float | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    group: str | None = None,
+    time_column: str | None = None,
+    allow_bad: bool = False,
+    watch: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+) -> Run:
     """Reads data, chooses a network, trains and tests it, and returns the run folder.
 
     `data` is a path, the name of a sample, or a data frame. `settings` holds training settings by name, a network's
@@ -167,18 +220,35 @@ def fit(data: Any, *, target: str | None = None, task: str | None = None, model:
     """
     watch = watch or Silent()
     training, _, _, kinds, roles = grouped(settings or {})
-    Settings().with_(training)                                       # complain of settings before reading data
+    Settings().with_(training)  # complain of settings before reading data
     if minutes is None and not {"minutes", "steps"} & set(training) and isinstance(data, str) and data in SAMPLES:
         minutes = SAMPLES[data].minutes
-    request = {"data": address(data), "target": target, "group": group, "time": time_column, "allow_bad": allow_bad,
-               "kinds": kinds, "roles": roles, "task": task, "weights": address(weights) if weights is not None else None,
-               "model": model}
+    request = {
+        "data": address(data),
+        "target": target,
+        "group": group,
+        "time": time_column,
+        "allow_bad": allow_bad,
+        "kinds": kinds,
+        "roles": roles,
+        "task": task,
+        "weights": address(weights) if weights is not None else None,
+        "model": model,
+    }
     if out is not None:
         refuse_taken(Path(out))
     with distributed.processes():
         source, _, _ = read_for(request, data)
-        plan = decide(source, task=request["task"], model=model, minutes=minutes, seed=seed, settings=settings, watch=watch,
-                      weights=weights)
+        plan = decide(
+            source,
+            task=request["task"],
+            model=model,
+            minutes=minutes,
+            seed=seed,
+            settings=settings,
+            watch=watch,
+            weights=weights,
+        )
         path = distributed.broadcast(new_folder(out, source) if distributed.rank() == 0 else None)
         record = first_record(plan, request)
         if distributed.rank() == 0:
@@ -194,21 +264,51 @@ def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
     """run.json before training."""
     source, parts, best = plan.source, plan.parts, plan.advice.best
     return {
-        "schema": SCHEMA, "status": "training", "task": plan.task.name, "request": request,
-        "model": {"architecture": plan.card.name, "size": plan.size, "config": asdict(plan.config),
-                  "parts": {name: {"architecture": card.name, "size": size, "config": asdict(config)}
-                            for name, (card, size, config) in plan.further.items()},
-                  **({"fresh": plan.fresh} if plan.fresh is not None else {})},
+        "schema": SCHEMA,
+        "status": "training",
+        "task": plan.task.name,
+        "request": request,
+        "model": {
+            "architecture": plan.card.name,
+            "size": plan.size,
+            "config": asdict(plan.config),
+            "parts": {
+                name: {"architecture": card.name, "size": size, "config": asdict(config)}
+                for name, (card, size, config) in plan.further.items()
+            },
+            **({"fresh": plan.fresh} if plan.fresh is not None else {}),
+        },
         "settings": plan.settings.to_dict(),
-        "choice": {"why": plan.why, "reasons": best.reasons, "against": best.against,
-                   "others": [asdict(o) for o in (plan.advice.options[1:] + plan.advice.rejected)][:20]},
-        "data": {**source.manifest.summary(), "source": source.source, "rows": len(source), "columns": source.schema(),
-                 "findings": [asdict(f) for f in source.findings], "notes": plan.task.notes,
-                 "split": {"how": parts.how, "train": len(parts.train), "validation": len(parts.validation),
-                           "test": len(parts.test)}},
-        "cost": {"parameters": profile.parameters(plan.objective.model), "multiply_adds": best.multiply_adds,
-                 "seconds_a_step": plan.seconds_a_step, "most_steps": plan.most, "processes": distributed.world()},
-        "machine": profile.machine(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "choice": {
+            "why": plan.why,
+            "reasons": best.reasons,
+            "against": best.against,
+            "others": [asdict(o) for o in (plan.advice.options[1:] + plan.advice.rejected)][:20],
+        },
+        "data": {
+            **source.manifest.summary(),
+            "source": source.source,
+            "rows": len(source),
+            "columns": source.schema(),
+            "findings": [asdict(f) for f in source.findings],
+            "notes": plan.task.notes,
+            "split": {
+                "how": parts.how,
+                "train": len(parts.train),
+                "validation": len(parts.validation),
+                "test": len(parts.test),
+            },
+        },
+        "cost": {
+            "parameters": profile.parameters(plan.objective.model),
+            "multiply_adds": best.multiply_adds,
+            "seconds_a_step": plan.seconds_a_step,
+            "most_steps": plan.most,
+            "processes": distributed.world(),
+        },
+        "machine": profile.machine(),
+        "versions": versions(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
 
 
@@ -224,24 +324,39 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         return run
     with distributed.processes():
         chosen = run.settings
-        changed = {k: v for k, v in Settings().with_(settings or {}).to_dict().items()
-                   if k in (settings or {}) and v != getattr(chosen, k)} if settings else {}
+        changed = (
+            {
+                k: v
+                for k, v in Settings().with_(settings or {}).to_dict().items()
+                if k in (settings or {}) and v != getattr(chosen, k)
+            }
+            if settings
+            else {}
+        )
         if refused := set(changed) - CHANGEABLE:
-            raise SettingsError(f"{', '.join(sorted(refused))} cannot change when a run is resumed; it would be another "
-                                "run. Start one with `fieldguide fit`.")
+            raise SettingsError(
+                f"{', '.join(sorted(refused))} cannot change when a run is resumed; it would be another "
+                "run. Start one with `fieldguide fit`."
+            )
         if (before := run.record["cost"]["processes"]) != distributed.world():
-            watch.say(f"begun with {before} processes, resumed with {distributed.world()}: the same examples a step, but "
-                      "chance falls otherwise")
+            watch.say(
+                f"begun with {before} processes, resumed with {distributed.world()}: the same examples a step, but "
+                "chance falls otherwise"
+            )
         for key, value in changed.items():
-            watch.say(f"changed on resume: {key} {getattr(chosen, key)} -> {value}; from here the run differs from one "
-                      "that was never stopped")
+            watch.say(
+                f"changed on resume: {key} {getattr(chosen, key)} -> {value}; from here the run differs from one "
+                "that was never stopped"
+            )
         chosen = chosen.with_(changed)
         if run.record["request"]["data"] is None and data is None:
             raise RunError(f"{path} was trained from data in memory; hand the same data to resume(data=...).")
         source = read_request(run.record["request"], data)
         if source.manifest.digest != run.record["data"]["digest"]:
-            raise RunError(f"{source.source} has changed since {path} began (another digest); a resumed run must see the "
-                           "same data. Put it back, or start a new run.")
+            raise RunError(
+                f"{source.source} has changed since {path} began (another digest); a resumed run must see the "
+                "same data. Put it back, or start a new run."
+            )
         with np.load(run.path / "splits.npz", allow_pickle=False) as saved:
             parts = Splits(saved["train"], saved["validation"], saved["test"], run.record["data"]["split"]["how"])
         task, card = run.task, run.card
@@ -253,16 +368,26 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         fresh = run.record["model"].get("fresh")
         if fresh is None or any((run.path / "checkpoints").glob("step-*.json")):
             peft.prepare(network, chosen, fresh)
-        else:                                            # it was stopped before it had kept a step
+        else:  # it was stopped before it had kept a step
             name = run.record["request"]["model"]
             begun = load.described(run.record["request"]["weights"], None if name == "auto" else name, watch.say)
             finetune.filled(network, begun, chosen, {"tune": chosen.tune}, watch)
-        plan = Plan(source, task, run.record["choice"]["why"], parts, Advice([], []), card, run.record["model"]["size"],
-                    network.config if hasattr(network, "config") else None, chosen,
-                    distillation.taught(task.objective(network, card, chosen, **run.fresh_parts()), task, chosen, source, parts),
-                    task.lessons(source.take(parts.train), card, chosen),
-                    task.batches(source.take(scored), card, chosen), scored,
-                    most=run.record["cost"].get("most_steps", 0))
+        plan = Plan(
+            source,
+            task,
+            run.record["choice"]["why"],
+            parts,
+            Advice([], []),
+            card,
+            run.record["model"]["size"],
+            network.config if hasattr(network, "config") else None,
+            chosen,
+            distillation.taught(task.objective(network, card, chosen, **run.fresh_parts()), task, chosen, source, parts),
+            task.lessons(source.take(parts.train), card, chosen),
+            task.batches(source.take(scored), card, chosen),
+            scored,
+            most=run.record["cost"].get("most_steps", 0),
+        )
         run.record["settings"] = chosen.to_dict()
         return train_and_test(run.path, run.record, plan, watch, resume=True)
 
@@ -275,12 +400,26 @@ def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
     def evaluate(objective: Objective) -> dict[str, float]:
         if folder and distributed.rank() == 0:
             from fieldguide.report.eval_samples import Glimpses
-            Glimpses(folder).look(loop.state.step, loop.settings, lambda: task.glimpse(objective))
-        return task.score(collect(objective, plan.validation, batch=max(64, plan.settings.batch), device=device,
-                                  precision=plan.settings.precision), truth)
 
-    loop = Trainer(plan.objective, plan.batches, plan.settings, device=device, watch=watch, folder=folder,
-                   evaluate=evaluate, metric=(metric.name, metric.better), most=plan.most)
+            Glimpses(folder).look(loop.state.step, loop.settings, lambda: task.glimpse(objective))
+        return task.score(
+            collect(
+                objective, plan.validation, batch=max(64, plan.settings.batch), device=device, precision=plan.settings.precision
+            ),
+            truth,
+        )
+
+    loop = Trainer(
+        plan.objective,
+        plan.batches,
+        plan.settings,
+        device=device,
+        watch=watch,
+        folder=folder,
+        evaluate=evaluate,
+        metric=(metric.name, metric.better),
+        most=plan.most,
+    )
     return loop
 
 
@@ -299,7 +438,7 @@ def train_and_test(path: Path, record: dict[str, Any], plan: Plan, watch: Any, r
         watch.say(f"resumed at step {loop.state.step} of {loop.settings.steps}")
     watch.begins(loop.settings, loop.state.step)
     state = train(plan, loop)
-    record["settings"] = loop.settings.to_dict()         # the steps may have been counted anew
+    record["settings"] = loop.settings.to_dict()  # the steps may have been counted anew
     if state.stopped:
         watch.say(f"stopped at step {state.step}: {state.stopped}")
     finish(path, record, plan, state, watch)
@@ -310,14 +449,22 @@ def train_and_test(path: Path, record: dict[str, Any], plan: Plan, watch: Any, r
 
 def raw_answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
     """The trained network's outputs, in float32: the same on every machine."""
-    return collect(plan.objective, plan.task.batches(rows, plan.card), batch=max(64, plan.settings.batch),
-                   device=distributed.device())
+    return collect(
+        plan.objective, plan.task.batches(rows, plan.card), batch=max(64, plan.settings.batch), device=distributed.device()
+    )
 
 
 def answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
     """What the network answers when it is asked as a user asks it."""
-    return plan.task.adjust(collect(plan.objective, plan.task.batches(rows, plan.card), ask=plan.task.ask(plan.objective),
-                                    batch=max(64, plan.settings.batch), device=distributed.device()))
+    return plan.task.adjust(
+        collect(
+            plan.objective,
+            plan.task.batches(rows, plan.card),
+            ask=plan.task.ask(plan.objective),
+            batch=max(64, plan.settings.batch),
+            device=distributed.device(),
+        )
+    )
 
 
 def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: Any) -> None:
@@ -325,6 +472,7 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     from safetensors.torch import save as pack
 
     from fieldguide.report import pages
+
     task = plan.task
     test = drawn(plan.parts.test, task.tested, plan.settings.seed)
     held, rows = plan.source.take(test), plan.source.take(plan.parts.train)
@@ -336,11 +484,21 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     if distributed.rank() == 0:
         truth = task.truth(held)
         record["scores"] = {
-            "test": task.score(outputs, truth), "intervals": task.intervals(outputs, truth),
-            "baselines": [{"name": b.name, "what": b.what, "bound": b.bound, "scores": task.score(b.outputs, truth)}
-                          for b in task.baselines(rows, held)], "tested": len(held)}
-        record["cost"] |= {"seconds": round(state.seconds, 2), "steps": state.step, "best_step": state.best_step,
-                           "stopped": state.stopped, "peak_memory": peak_memory()}
+            "test": task.score(outputs, truth),
+            "intervals": task.intervals(outputs, truth),
+            "baselines": [
+                {"name": b.name, "what": b.what, "bound": b.bound, "scores": task.score(b.outputs, truth)}
+                for b in task.baselines(rows, held)
+            ],
+            "tested": len(held),
+        }
+        record["cost"] |= {
+            "seconds": round(state.seconds, 2),
+            "steps": state.step,
+            "best_step": state.best_step,
+            "stopped": state.stopped,
+            "peak_memory": peak_memory(),
+        }
         for name in plan.objective.keep:
             content = pack(separate(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
             write_atomically(path / f"{name}.safetensors", content)
@@ -357,8 +515,9 @@ def refuse_taken(path: Path) -> None:
     if path.is_dir() and not any(path.iterdir()):
         return
     if (path / "run.json").exists():
-        raise RunError(f"{path} exists and is not empty. Choose another --out, or go on with it by "
-                       f"`fieldguide fit --resume {path}`.")
+        raise RunError(
+            f"{path} exists and is not empty. Choose another --out, or go on with it by `fieldguide fit --resume {path}`."
+        )
     if path.exists():
         raise RunError(f"{path} exists and is {'not empty' if path.is_dir() else 'a file'}. Choose another --out.")
 
@@ -382,5 +541,9 @@ def new_folder(out: str | Path | None, source: Data) -> Path:
 
 
 def versions() -> dict[str, str]:
-    return {"fieldguide": fieldguide.__version__, "torch": torch.__version__, "numpy": np.__version__,
-            "python": platform.python_version()}
+    return {
+        "fieldguide": fieldguide.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

@@ -28,14 +28,18 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
         side = get("image", side)
         return (torch.zeros(batch, get("channels", 3), side, side, device=device),)
     if card.takes == "table":
-        return (torch.zeros(batch, get("numbers", 8), device=device),
-                torch.zeros(batch, len(get("categories", ())), dtype=torch.int64, device=device))
+        return (
+            torch.zeros(batch, get("numbers", 8), device=device),
+            torch.zeros(batch, len(get("categories", ())), dtype=torch.int64, device=device),
+        )
     if card.takes == "sequence":
         return (torch.zeros(batch, length, get("dim", 64), device=device),)
     if card.takes in ("tokens", "pair", "items"):
         length = min(length, get("length", length))
-        row = (torch.zeros(batch, length, dtype=torch.int64, device=device),
-               torch.ones(batch, length, dtype=torch.bool, device=device))
+        row = (
+            torch.zeros(batch, length, dtype=torch.int64, device=device),
+            torch.ones(batch, length, dtype=torch.bool, device=device),
+        )
         return row * 2 if card.takes == "pair" else row
     if card.takes == "series":
         return (torch.zeros(batch, get("length", length), get("channels", 1), device=device),)
@@ -47,18 +51,27 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
         return torch.zeros(batch, length, get("features", 80), device=device), torch.full((batch,), length, device=device)
     if card.takes == "captioned":
         side, length = get("image", side), min(length, get("length", length))
-        return (torch.zeros(batch, get("channels", 3), side, side, device=device),
-                torch.zeros(batch, length, dtype=torch.int64, device=device),
-                torch.ones(batch, length, dtype=torch.bool, device=device))
+        return (
+            torch.zeros(batch, get("channels", 3), side, side, device=device),
+            torch.zeros(batch, length, dtype=torch.int64, device=device),
+            torch.ones(batch, length, dtype=torch.bool, device=device),
+        )
     if card.takes == "noisy-video":
         side = get("image", side)
-        return (torch.zeros(batch, get("frames", 16), get("channels", 3), side, side, device=device),
-                torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device))
+        return (
+            torch.zeros(batch, get("frames", 16), get("channels", 3), side, side, device=device),
+            torch.zeros(batch, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+        )
     if card.takes == "noisy":
         side = get("image", side)
-        return (torch.zeros(batch, get("channels", 3), side, side, device=device), torch.zeros(batch, device=device),
-                torch.zeros(batch, *([min(length, get("length", length))] if get("vocab", 0) else []), dtype=torch.int64,
-                            device=device))
+        return (
+            torch.zeros(batch, get("channels", 3), side, side, device=device),
+            torch.zeros(batch, device=device),
+            torch.zeros(
+                batch, *([min(length, get("length", length))] if get("vocab", 0) else []), dtype=torch.int64, device=device
+            ),
+        )
     width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.takes]
     return (torch.zeros(batch, width, device=device),)
 
@@ -86,9 +99,10 @@ class RecurrentFlops:
 def multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224) -> int:
     """Multiply-adds of one forward pass of one example: half of the floating-point operations."""
     from fieldguide.models import registry
+
     card = registry.cards()[card_name]
     with torch.device("meta"):
-        model = card.make(config).eval().requires_grad_(False)       # hooks of the counter stumble over what needs a gradient
+        model = card.make(config).eval().requires_grad_(False)  # hooks of the counter stumble over what needs a gradient
     recurrent = RecurrentFlops(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*example(card, config, length=length, side=side))
@@ -99,14 +113,20 @@ def multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224
 def machine() -> dict[str, Any]:
     """This machine: device, cores, memory in bytes, and measured floating-point operations a second."""
     from fieldguide.core import distributed
+
     device = distributed.device()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
     else:
         name, memory = platform.processor() or platform.machine(), ram()
-    return {"device": device.type, "name": name, "cores": cores(), "memory": memory,
-            "flops": {str(d)[6:]: flops(device, d) for d in (torch.float32, torch.bfloat16)}}
+    return {
+        "device": device.type,
+        "name": name,
+        "cores": cores(),
+        "memory": memory,
+        "flops": {str(d)[6:]: flops(device, d) for d in (torch.float32, torch.bfloat16)},
+    }
 
 
 def flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 8) -> float:
@@ -119,4 +139,4 @@ def flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: i
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
-    return 2 * side ** 3 / best
+    return 2 * side**3 / best

@@ -42,15 +42,22 @@ def address(data: Any) -> str | None:
     if not isinstance(data, str | Path):
         return None
     path = Path(data).expanduser()
-    return str(path.absolute()) if path.exists() else str(data)          # the name of a sample stays one
+    return str(path.absolute()) if path.exists() else str(data)  # the name of a sample stays one
 
 
 def read_request(request: Mapping[str, Any], data: Any) -> Data:
     """Reads data as it was asked for: with what the task wants of its columns, where a task is named."""
     wants = task_named(request["task"]).wants if request.get("task") else Wants()
-    return read(request["data"] if data is None else data, target=request["target"], kinds=request["kinds"] or None,
-                group=request["group"], time=request["time"], roles=request.get("roles"), wants=wants,
-                allow_bad=request["allow_bad"])
+    return read(
+        request["data"] if data is None else data,
+        target=request["target"],
+        kinds=request["kinds"] or None,
+        group=request["group"],
+        time=request["time"],
+        roles=request.get("roles"),
+        wants=wants,
+        allow_bad=request["allow_bad"],
+    )
 
 
 def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task], str]:

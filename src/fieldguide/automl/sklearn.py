@@ -32,17 +32,26 @@ from fieldguide.training.inference_loop import collect
 from fieldguide.training.trainer import Interrupted
 
 ARRAYS = "the arrays"
-BATCH = 1024              # rows that are predicted at once
+BATCH = 1024  # rows that are predicted at once
 
 
 class Tabular(BaseEstimator):
     """What classifier and regressor share."""
 
     task: ClassVar[str]
-    kind: ClassVar[str]                  # of the target column
+    kind: ClassVar[str]  # of the target column
 
-    def __init__(self, model: str = "auto", *, minutes: float = 10.0, epochs: float | None = None,
-                 random_state: Any = 0, settings: dict[str, Any] | None = None, verbose: int = 0, out: Any = None):
+    def __init__(
+        self,
+        model: str = "auto",
+        *,
+        minutes: float = 10.0,
+        epochs: float | None = None,
+        random_state: Any = 0,
+        settings: dict[str, Any] | None = None,
+        verbose: int = 0,
+        out: Any = None,
+    ):
         self.model = model
         self.minutes = minutes
         self.epochs = epochs
@@ -73,14 +82,22 @@ class Tabular(BaseEstimator):
     def train(self, data: Data, settings: dict[str, Any], seed: int) -> None:
         """Decides and trains without a folder; every row that is not held out for validation is trained on."""
         watch = self.watch()
-        plan = fitting.decide(data, task=self.task, model=self.model, minutes=self.minutes, seed=seed,
-                              settings=settings, parts=parts_of(data, seed), watch=watch)
+        plan = fitting.decide(
+            data,
+            task=self.task,
+            model=self.model,
+            minutes=self.minutes,
+            seed=seed,
+            settings=settings,
+            parts=parts_of(data, seed),
+            watch=watch,
+        )
         loop = fitting.trainer(plan, watch)
         watch.begins(plan.settings, 0)
         try:
             state = fitting.train(plan, loop)
         except Interrupted:
-            raise KeyboardInterrupt from None                # nothing is stored that one could go on from
+            raise KeyboardInterrupt from None  # nothing is stored that one could go on from
         finally:
             if bar := getattr(watch, "bar", None):
                 bar.stop()
@@ -94,9 +111,17 @@ class Tabular(BaseEstimator):
             kinds = {f"column.{name}": "number" for name in table.columns}
         target = self.target(table.columns)
         table = table.with_columns(pl.Series(target, self.named(y)))
-        self.run_ = fitting.fit(table, target=target, task=self.task, model=self.model, minutes=self.minutes,
-                                out=self.out, seed=seed, watch=self.watch(),
-                                settings={f"column.{target}": self.kind, **kinds, **settings})
+        self.run_ = fitting.fit(
+            table,
+            target=target,
+            task=self.task,
+            model=self.model,
+            minutes=self.minutes,
+            out=self.out,
+            seed=seed,
+            watch=self.watch(),
+            settings={f"column.{target}": self.kind, **kinds, **settings},
+        )
         run, model = self.run_, self.run_.record["model"]
         self.keep(run.task, run.objective, model["architecture"], model["size"], run.settings)
         self.n_steps_, self.validation_score_ = run.record["cost"]["steps"], None
@@ -122,15 +147,16 @@ class Tabular(BaseEstimator):
             def make(rows: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
                 return {k: t.double() if t.is_floating_point() else t for k, t in batches.make(rows, None).items()}
 
-            return self.task_.adjust(collect(self.objective_, Batches(len(batches), make), batch=BATCH,
-                                             device=torch.device("cpu")))
+            return self.task_.adjust(
+                collect(self.objective_, Batches(len(batches), make), batch=BATCH, device=torch.device("cpu"))
+            )
 
     # From what the user hands over to a table
 
     def checked(self, X: Any, y: Any = None) -> Any:
         """X, and y where it is fitted, as scikit-learn checks them; a data frame stays one."""
         fitting_now, typed = y is not None, is_frame(X)
-        if not hasattr(self, "task_") and not fitting_now:      # fit(X, None): scikit-learn words the complaint
+        if not hasattr(self, "task_") and not fitting_now:  # fit(X, None): scikit-learn words the complaint
             return validate_data(self, X, None)
         if typed and (fitting_now or self.framed_):
             X = validate_data(self, X, reset=fitting_now, skip_check_array=True)
@@ -185,6 +211,7 @@ class Tabular(BaseEstimator):
         if not self.verbose:
             return fitting.Silent()
         from fieldguide.cli.console import Progress
+
         return Progress()
 
     def encoded(self, y: np.ndarray) -> np.ndarray:
@@ -295,6 +322,7 @@ def is_frame(X: Any) -> bool:
 
 def memory_column(name: str, values: Any) -> pl.Series:
     from fieldguide.data.readers.memory import series
+
     return series(name, values)
 
 
@@ -306,12 +334,16 @@ def parts_of(data: Data, seed: int) -> Splits:
     except DataError:
         return Splits(everything, everything, nothing, "too few rows to hold any out: scored on what is trained on")
     target = data.target
-    if target is not None and target.kind == "category":       # equal rows of two classes move together
+    if target is not None and target.kind == "category":  # equal rows of two classes move together
         known = data.rows[target.name][parts.train].unique()
         strange = ~data.rows[target.name][parts.validation].is_in(known.to_list()).to_numpy()
         if strange.any():
-            return Splits(np.sort(np.r_[parts.train, parts.validation[strange]]),
-                          parts.validation if strange.all() else parts.validation[~strange], nothing, parts.how)
+            return Splits(
+                np.sort(np.r_[parts.train, parts.validation[strange]]),
+                parts.validation if strange.all() else parts.validation[~strange],
+                nothing,
+                parts.how,
+            )
     return parts
 
 

@@ -16,10 +16,10 @@ from fieldguide.objectives import Objective
 from fieldguide.training.optim import orthogonalising
 from fieldguide.training.precision import fastest, seconds
 
-BUDGET = 0.9            # part of the minutes that the planned steps take; the rest is for evaluations and surprises
-CHECKS = 40             # evaluations in a whole run, at most
-ENOUGH = 1000           # steps that a run should have: where time allows fewer, batches are made smaller
-CHECKED = 0.2           # part of the time that they may take
+BUDGET = 0.9  # part of the minutes that the planned steps take; the rest is for evaluations and surprises
+CHECKS = 40  # evaluations in a whole run, at most
+ENOUGH = 1000  # steps that a run should have: where time allows fewer, batches are made smaller
+CHECKED = 0.2  # part of the time that they may take
 
 
 def with_batch(settings: Settings, rows: int, fewest: int, most: int) -> Settings:
@@ -32,8 +32,9 @@ def with_batch(settings: Settings, rows: int, fewest: int, most: int) -> Setting
     return settings.with_({"batch": batch})
 
 
-def resolve(settings: Settings, objective: Objective, batches: Batches, evaluated: int,
-            watch: Any, fewest: int, enough: int = ENOUGH) -> tuple[Settings, float, int]:
+def resolve(
+    settings: Settings, objective: Objective, batches: Batches, evaluated: int, watch: Any, fewest: int, enough: int = ENOUGH
+) -> tuple[Settings, float, int]:
     """Fills in precision, layout, steps and evaluations by timing real batches; makes the batch smaller, down to `fewest`
     examples, where the minutes would hold fewer steps than `enough`, unless it is the optimiser that takes the time.
 
@@ -41,9 +42,17 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
     are; else 0.
     """
     each = steps_per_epoch(len(batches), settings.batch)
-    if settings.steps and settings.precision != "auto":             # nothing is left to decide
-        return settings.with_({"channels_last": bool(settings.channels_last), "evaluate": settings.evaluate or max(
-            1, min(settings.steps, max(each, -(-settings.steps // CHECKS))))}), float("nan"), 0
+    if settings.steps and settings.precision != "auto":  # nothing is left to decide
+        return (
+            settings.with_(
+                {
+                    "channels_last": bool(settings.channels_last),
+                    "evaluate": settings.evaluate or max(1, min(settings.steps, max(each, -(-settings.steps // CHECKS)))),
+                }
+            ),
+            float("nan"),
+            0,
+        )
     parts = settings.accumulate * distributed.world()
     batch, making = timed_batch(batches, settings.batch // parts)
     precision, last, times = settings.precision, bool(settings.channels_last), {}
@@ -52,8 +61,11 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
         precision = chosen
         last = chosen_last if settings.channels_last is None else last
     step = times.get(f"{precision}{' channels-last' if last else ''}", min(times.values()))
-    watch.say("a step in " + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
-              + f": {precision}{', channels-last' if last else ''}")
+    watch.say(
+        "a step in "
+        + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
+        + f": {precision}{', channels-last' if last else ''}"
+    )
     steps, checks, most = settings.steps, CHECKS, 0
     update = orthogonalising(objective, distributed.device()) if settings.optimizer == "muon" else 0.0
     cost = lambda: (step + (making if not settings.workers else 0)) * settings.accumulate * 1.1 + update
@@ -66,7 +78,7 @@ def resolve(settings: Settings, objective: Objective, batches: Batches, evaluate
                 most = 0
                 break
             limit = 60 * settings.minutes * BUDGET
-            check = evaluated / settings.batch * step / 3               # an evaluation costs a third of a step an example
+            check = evaluated / settings.batch * step / 3  # an evaluation costs a third of a step an example
             checks = int(np.clip(CHECKED * limit / check, 1, CHECKS))
             steps = max(1, min(steps, int(max(limit - checks * check, limit / 2) / cost())))
             half = settings.batch // parts // 2

@@ -13,18 +13,19 @@ from fieldguide.core.errors import WeightsError, nearest
 from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Derived, Fixed, Is, Known
 from fieldguide.models.registry import cards
 
-WRITTEN = ("model_type", "_class_name")                  # keys that say what a configuration is of: where we write such,
-IDENTITY = (*WRITTEN, "general.architecture")            # and all
-TIMM = "timm"                                            # whose configurations say a name, and what was asked for beside it
-ASKED = {"img_size": "image", "drop_rate": "dropout", "drop_path_rate": "drop_path"}     # there, here
-SEEN = ("num_classes", "in_chans", "global_pool", "pretrained", "checkpoint_path")       # tensors say it, or it has no effect
-Identified = tuple[Card, str, Mapping[str, ConfigRow]]   # card, origin, table of configuration keys
+WRITTEN = ("model_type", "_class_name")  # keys that say what a configuration is of: where we write such,
+IDENTITY = (*WRITTEN, "general.architecture")  # and all
+TIMM = "timm"  # whose configurations say a name, and what was asked for beside it
+ASKED = {"img_size": "image", "drop_rate": "dropout", "drop_path_rate": "drop_path"}  # there, here
+SEEN = ("num_classes", "in_chans", "global_pool", "pretrained", "checkpoint_path")  # tensors say it, or it has no effect
+Identified = tuple[Card, str, Mapping[str, ConfigRow]]  # card, origin, table of configuration keys
 
 
 def read(path: Path) -> dict[str, Any]:
     """The keys of a file of JSON or GGUF. Raises `WeightsError` where it holds none."""
     if path.suffix == ".gguf":
         from fieldguide.core.gguf import metadata
+
         return metadata(path)
     try:
         content = json.loads(path.read_text())
@@ -39,11 +40,15 @@ def identified(config: Mapping[str, Any]) -> Identified | None:
     """Whose configuration this is; None where no card knows it."""
     for card in cards().values():
         for origin, table in card.configs.items():
-            said = {key: row.among or (row.value,) for key, row in table.items()
-                    if isinstance(row, Is) and (key in IDENTITY or row.among)}
+            said = {
+                key: row.among or (row.value,)
+                for key, row in table.items()
+                if isinstance(row, Is) and (key in IDENTITY or row.among)
+            }
             plain = [] if said.keys() & set(IDENTITY) else [key for key, row in table.items() if isinstance(row, str)]
             if all(at(config, key)[1] in values for key, values in said.items()) and all(
-                    at(config, key)[1] is not None for key in plain):
+                at(config, key)[1] is not None for key in plain
+            ):
                 return card, origin, table
     return None
 
@@ -54,8 +59,10 @@ def named(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, A
     known = {name: (card, meant) for card in cards().values() for name, meant in card.aliases.get(TIMM, {}).items()}
     name = str(config["architecture"]).partition(".")[0]
     if name not in known:
-        raise WeightsError(f"{where} is of timm's {name}, which is no network here.{nearest(name, known)} Relatives may have "
-                           "the same tensors and compute otherwise; where you know what it is, say name=...")
+        raise WeightsError(
+            f"{where} is of timm's {name}, which is no network here.{nearest(name, known)} Relatives may have "
+            "the same tensors and compute otherwise; where you know what it is, say name=..."
+        )
     card, meant = known[name]
     size, changes = (meant, {}) if isinstance(meant, str) else meant
     asked = {key: value for key, value in (config.get("model_args") or {}).items() if key not in SEEN}

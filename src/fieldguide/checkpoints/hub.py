@@ -22,14 +22,28 @@ from typing import Any
 
 from fieldguide.core.errors import WeightsError
 
-NOTED = "fetched.json"                                   # digests of a folder's files, once all are there
-CHUNK = 2 ** 20
-TOLD = 5                                                 # seconds between words on how far a file is
-TIMEOUT = 60                                             # seconds without a byte
-KINDS = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt", "spiece.model",
-         "spm.model", "sentencepiece*", "added_tokens.json", "special_tokens_map.json", "chat_template*",
-         "generation_config.json", "preprocessor_config.json", "processor_config.json")
-PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")     # only where there are no safetensors
+NOTED = "fetched.json"  # digests of a folder's files, once all are there
+CHUNK = 2**20
+TOLD = 5  # seconds between words on how far a file is
+TIMEOUT = 60  # seconds without a byte
+KINDS = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # only where there are no safetensors
 
 
 class Unreachable(WeightsError):
@@ -61,13 +75,14 @@ def fetched(name: str, watch: Callable[[str], None] = aloud) -> Path:
         return folder
     wanted = chosen(list(entries))
     if not any(path.endswith((".safetensors", ".bin")) for path in wanted):
-        raise WeightsError(f"hf:{name} holds no weights in safetensors or of torch.save; it has: "
-                           f"{', '.join(sorted(entries)[:20])}")
+        raise WeightsError(
+            f"hf:{name} holds no weights in safetensors or of torch.save; it has: {', '.join(sorted(entries)[:20])}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     noted = json.loads(note.read_text()) if note.is_file() else {}
     for path in sorted(wanted):
         if noted.get(path) != digest(entries[path]) or not (folder / path).is_file():
-            note.unlink(missing_ok=True)                 # until all is there again
+            note.unlink(missing_ok=True)  # until all is there again
             fetch(f"/{repository}/resolve/{quoted}/{urllib.parse.quote(path)}", folder / path, entries[path], name, watch)
     note.write_text(json.dumps({path: digest(entries[path]) for path in sorted(wanted)}, indent=2))
     return folder
@@ -79,8 +94,9 @@ def chosen(paths: list[str]) -> set[str]:
 
     def of(kinds: tuple[str, ...]) -> set[str]:
         return {p for p in paths if "/" not in p and any(fnmatch.fnmatch(p, k) for k in kinds)}
+
     found = of(KINDS)
-    if "model.safetensors" in found:                     # some repositories hold the same weights in other forms beside it
+    if "model.safetensors" in found:  # some repositories hold the same weights in other forms beside it
         found = {p for p in found if not p.endswith(".safetensors") or p == "model.safetensors"}
     return found if any(p.endswith(".safetensors") for p in found) else found | of(PICKLED)
 
@@ -93,19 +109,24 @@ def home() -> Path:
 def opened(url: str, name: str, start: int = 0) -> Any:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     request = urllib.request.Request(endpoint + url, headers={"User-Agent": "fieldguide"})
-    if token := os.environ.get("HF_TOKEN"):              # for the hub alone: where it sends us on to must not see it
+    if token := os.environ.get("HF_TOKEN"):  # for the hub alone: where it sends us on to must not see it
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     if start:
         request.add_header("Range", f"bytes={start}-")
     try:
         return urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        why = {401: "it is private or gated: accept its terms on its page, then set HF_TOKEN", 403: "you may not read it",
-               404: "there is no such model or revision"}.get(error.code, error.reason)
+        why = {
+            401: "it is private or gated: accept its terms on its page, then set HF_TOKEN",
+            403: "you may not read it",
+            404: "there is no such model or revision",
+        }.get(error.code, error.reason)
         raise WeightsError(f"hf:{name}: {why} ({endpoint} answered {error.code})") from None
     except (urllib.error.URLError, OSError) as error:
-        raise Unreachable(f"hf:{name}: {endpoint} cannot be reached ({getattr(error, 'reason', error)}). Where the files lie "
-                          "on this machine already, give their folder.") from None
+        raise Unreachable(
+            f"hf:{name}: {endpoint} cannot be reached ({getattr(error, 'reason', error)}). Where the files lie "
+            "on this machine already, give their folder."
+        ) from None
 
 
 def answered(url: str, name: str) -> list[dict[str, Any]]:
@@ -131,7 +152,7 @@ def fetch(url: str, path: Path, entry: dict[str, Any], name: str, watch: Callabl
     """One file, going on where it was broken off; nothing where the same one is there."""
     if path.is_file() and digested(path, entry) == digest(entry):
         return
-    part, size = path.with_name(f"{path.name}.{digest(entry)[:12]}.part"), entry["size"]      # of this content, not another
+    part, size = path.with_name(f"{path.name}.{digest(entry)[:12]}.part"), entry["size"]  # of this content, not another
     start = part.stat().st_size if part.is_file() and part.stat().st_size < size else 0
     with opened(url, name, start) as answer, open(part, "ab" if start and answer.status == 206 else "wb") as file:
         watch(f"{entry['path']}: {size / 1e6:,.1f} MB" + (f", from {start / 1e6:,.1f} MB on" if file.tell() else ""))
@@ -144,13 +165,19 @@ def fetch(url: str, path: Path, entry: dict[str, Any], name: str, watch: Callabl
                     left = (size - done) * (now - began) / (done - before)
                     watch(f"{entry['path']}: {done / 1e6:,.1f} of {size / 1e6:,.1f} MB; about {left:,.0f} s left")
         except OSError as error:
-            raise WeightsError(f"hf:{name}: {entry['path']} broke off after {file.tell():,} of {size:,} bytes "
-                               f"({error}). Ask again to go on from there.") from None
+            raise WeightsError(
+                f"hf:{name}: {entry['path']} broke off after {file.tell():,} of {size:,} bytes "
+                f"({error}). Ask again to go on from there."
+            ) from None
     if part.stat().st_size < size:
-        raise WeightsError(f"hf:{name}: {entry['path']} broke off after {part.stat().st_size:,} of {size:,} bytes. "
-                           "Ask again to go on from there.")
+        raise WeightsError(
+            f"hf:{name}: {entry['path']} broke off after {part.stat().st_size:,} of {size:,} bytes. "
+            "Ask again to go on from there."
+        )
     if digested(part, entry) != digest(entry):
         part.unlink()
-        raise WeightsError(f"hf:{name}: {entry['path']} is not what the hub says it is (another digest); it was not kept. "
-                           "Ask again; where it happens again, something between here and the hub changes files.")
+        raise WeightsError(
+            f"hf:{name}: {entry['path']} is not what the hub says it is (another digest); it was not kept. "
+            "Ask again; where it happens again, something between here and the hub changes files."
+        )
     os.replace(part, path)

@@ -15,9 +15,9 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import FieldguideError, WeightsError
 from fieldguide.models.registry import cards
 
-FREE = ("classes", "channels", "vocab", "length")        # what checkpoints of one size may differ in
-STEP = 8                                                 # by which a number is changed to see what shapes it decides
-SPARE = 3                                                # tensors that a file may lack: tied ones
+FREE = ("classes", "channels", "vocab", "length")  # what checkpoints of one size may differ in
+STEP = 8  # by which a number is changed to see what shapes it decides
+SPARE = 3  # tensors that a file may lack: tied ones
 
 
 # Of torch.nn.init, those that a mode sees themselves, and not what they are made of.
@@ -31,7 +31,7 @@ class Unfilled(TorchFunctionMode):
         if func not in DRAWN:
             return func(*args, **kwargs or {})
         tensor = args[0] if args else kwargs["tensor"]
-        tensor.detach().zero_()                          # within any bounds: torch draws a cut normal until all is
+        tensor.detach().zero_()  # within any bounds: torch draws a cut normal until all is
         return tensor
 
 
@@ -51,8 +51,9 @@ def headless(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor])
 def sibling(card: Card, origin: str, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     """Of an origin and those named after it ("diffusers-2022"), the one that knows most of a file's names."""
     names = {name: tensor.to("meta") for name, tensor in state.items()}
-    tables = {key: table for key, table in card.tables(card.config(**values)).items()
-              if key == origin or key.startswith(f"{origin}-")}
+    tables = {
+        key: table for key, table in card.tables(card.config(**values)).items() if key == origin or key.startswith(f"{origin}-")
+    }
     return min(tables, key=lambda key: len(inwards(names, tables[key]).unknown))
 
 
@@ -60,7 +61,7 @@ def shapes(card: Card, values: Mapping[str, Any]) -> dict[str, torch.Size]:
     return shapes_of(card.name, card.config(**values))
 
 
-@lru_cache(1024)                                         # several tables of a card ask for the same
+@lru_cache(1024)  # several tables of a card ask for the same
 def shapes_of(name: str, config: Any) -> dict[str, torch.Size]:
     with torch.device("meta"), Unfilled():
         return {name: t.shape for name, t in cards()[name].make(config).state_dict().items()}
@@ -85,10 +86,15 @@ def differing(card: Card, values: Mapping[str, Any], found: Mapping[str, Tensor]
         start = getattr(card.config(**values), field)
         try:
             more = shapes(card, {**values, field: start + STEP})
-        except (FieldguideError, RuntimeError, ValueError):          # a number that this network cannot have
+        except (FieldguideError, RuntimeError, ValueError):  # a number that this network cannot have
             continue
-        decided = ((name, i) for name, shape in here.items() if name in found and found[name].ndim == len(shape)
-                   for i, (a, b) in enumerate(zip(shape, more.get(name, shape))) if a != b)
+        decided = (
+            (name, i)
+            for name, shape in here.items()
+            if name in found and found[name].ndim == len(shape)
+            for i, (a, b) in enumerate(zip(shape, more.get(name, shape)))
+            if a != b
+        )
         if (place := next(decided, None)) is None:
             continue
         name, axis = place
@@ -124,14 +130,21 @@ def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str,
                         fits.append((*fit, card, size, origin, given))
     if not fits:
         nearby = ", ".join(dict.fromkeys(f"{name} ({origin})" for _, name, origin in sorted(near, reverse=True)))
-        raise WeightsError(f"{where}: these {len(state)} tensors are of no network here"
-                           + (f"; nearest come {nearby}. Say which it is: name=..." if nearby else
-                              f" (they begin {', '.join(list(state)[:3])})."))
+        raise WeightsError(
+            f"{where}: these {len(state)} tensors are of no network here"
+            + (
+                f"; nearest come {nearby}. Say which it is: name=..."
+                if nearby
+                else f" (they begin {', '.join(list(state)[:3])})."
+            )
+        )
     fewest = min((apart, spare) for apart, spare, *_ in fits)
     best = sorted((fit for fit in fits if fit[:2] == fewest), key=lambda fit: fit[2])
     if len({(card.name, config) for _, _, _, config, card, *_ in best}) > 1:
-        raise WeightsError(f"{where} could be {' or '.join(dict.fromkeys(fit[5] for fit in best))}: their tensors look "
-                           "the same, but they compute differently. Say which: name=...")
+        raise WeightsError(
+            f"{where} could be {' or '.join(dict.fromkeys(fit[5] for fit in best))}: their tensors look "
+            "the same, but they compute differently. Say which: name=..."
+        )
     return best[0][4:]
 
 
@@ -143,8 +156,9 @@ def answering(card: Card, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{}, *({"gives": given} for given in card.answers if given != usual)] if usual else [{}]
 
 
-def fitting(card: Card, values: Mapping[str, Any], done: Translated,
-            there: Mapping[str, torch.Size]) -> tuple[int, int, int, Any] | None:
+def fitting(
+    card: Card, values: Mapping[str, Any], done: Translated, there: Mapping[str, torch.Size]
+) -> tuple[int, int, int, Any] | None:
     """How far tensors under our names are from a network: what they lack, what they have for other heads, and in how many
     numbers of `FREE` the config must differ, with that config. None where they are of another."""
     wanted, heads = shapes(card, values), getattr(card.model, "heads", ())

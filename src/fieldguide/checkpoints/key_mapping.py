@@ -18,8 +18,8 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row, T
 State = Mapping[str, Tensor]
 Table = Mapping[str, Row]
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")               # of DDP, torch.compile, wrappers
-LISTED = 20                                                          # keys shown of each kind in an error
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DDP, torch.compile, wrappers
+LISTED = 20  # keys shown of each kind in an error
 
 
 @cache
@@ -54,10 +54,12 @@ def matched(pattern: str, name: str) -> dict[str, int | str] | None:
 
 def spelt(pattern: str, values: Mapping[str, int | str]) -> str:
     """A name from a pattern and the values of its groups."""
+
     def text(found: re.Match) -> str:
         if found[0] == "*":
             return str(values["*"])
         return str(values[found[1]] + int(found[2] or 0))
+
     return re.sub(r"\{(\w+)([+-]\d+)?\}|\*", text, pattern)
 
 
@@ -88,10 +90,10 @@ def holds(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 @dataclass
 class Translated:
     state: dict[str, Tensor] = field(default_factory=dict)
-    origin: dict[str, str] = field(default_factory=dict)                      # new name -> old name(s)
+    origin: dict[str, str] = field(default_factory=dict)  # new name -> old name(s)
     unknown: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    means: dict[str, Any] = field(default_factory=dict)                       # fields of the config that such files have
+    means: dict[str, Any] = field(default_factory=dict)  # fields of the config that such files have
 
     def put(self, name: str, tensor: Tensor, old: str) -> None:
         if name in self.state and not tensor.is_meta and not torch.equal(self.state[name], tensor):
@@ -103,8 +105,7 @@ def inwards(state: State, table: Table) -> Translated:
     """Public names -> ours."""
     done, parts = Translated(), {}
     for name, tensor in state.items():
-        hit = next(((row, values) for public, row in table.items()
-                    if (values := matched(public, name)) is not None), None)
+        hit = next(((row, values) for public, row in table.items() if (values := matched(public, name)) is not None), None)
         if hit is None:
             done.unknown.append(name)
             continue
@@ -131,7 +132,7 @@ def inwards(state: State, table: Table) -> Translated:
     for row in zeros(table):
         if row.like in done.state and row.ours not in done.state:
             other = done.state[row.like]
-            like = other[:, 0] if row.column else other[:row.length]
+            like = other[:, 0] if row.column else other[: row.length]
             done.put(row.ours, torch.zeros_like(like), "what such files do without")
     return done
 
@@ -140,8 +141,11 @@ def outwards(state: State, table: Table) -> Translated:
     """Our names -> public ones. Of several public names for one tensor, the first row counts."""
     done = Translated()
     for name, tensor in state.items():
-        hits = [(public, row, values) for public, row in table.items()
-                if ours_of(row) and (values := matched(ours_of(row), name)) is not None]
+        hits = [
+            (public, row, values)
+            for public, row in table.items()
+            if ours_of(row) and (values := matched(ours_of(row), name)) is not None
+        ]
         if not hits:
             done.unknown.append(name)
         elif isinstance(hits[0][1], Fused):
@@ -164,8 +168,15 @@ def translate(state: State, table: Table, reverse: bool = False) -> dict[str, Te
     """
     done = (outwards if reverse else inwards)(state, table)
     if done.unknown or done.faults:
-        raise WeightsError("\n".join([f"{len(done.unknown)} of {len(state)} names have no row in the table:",
-                                      *listed("unknown", done.unknown), *done.faults]))
+        raise WeightsError(
+            "\n".join(
+                [
+                    f"{len(done.unknown)} of {len(state)} names have no row in the table:",
+                    *listed("unknown", done.unknown),
+                    *done.faults,
+                ]
+            )
+        )
     return done.state
 
 

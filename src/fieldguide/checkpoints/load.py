@@ -27,11 +27,11 @@ from fieldguide.data.preprocessing import tokenizer_files
 from fieldguide.models.registry import card_of, find
 
 CONFIG = "config.json"
-CONFIGS = (CONFIG, "params.json", "open_clip_config.json")           # the second is Meta's
-FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}       # beside it
-PARTS = "consolidated.*.pth"                             # Meta's, one for each machine
+CONFIGS = (CONFIG, "params.json", "open_clip_config.json")  # the second is Meta's
+FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}  # beside it
+PARTS = "consolidated.*.pth"  # Meta's, one for each machine
 HUB = "hf:"
-TEMPLATE = "a photo of a {}."                            # of CLIP's paper, section 3.1.4: how a class is said
+TEMPLATE = "a photo of a {}."  # of CLIP's paper, section 3.1.4: how a class is said
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Checkpoint:
         best, most = card.name, -1
         for size, said in card.sizes.items():
             apart = {k for k, v in asdict(card.config(**said.overrides)).items() if v != mine[k]}
-            if not apart - free and len(mine) - len(apart) > most:       # of sizes that differ in such alone, the nearest
+            if not apart - free and len(mine) - len(apart) > most:  # of sizes that differ in such alone, the nearest
                 best, most = size, len(mine) - len(apart)
         return best
 
@@ -65,13 +65,17 @@ class Checkpoint:
         if len(card.answers) > 1:
             kept["gives"] = next(given for given in needs.get("gives", card.answers) if given in card.answers)
             if kept["gives"] == "label" and self.values.get("gives") == "vector" and card.accepts("mean"):
-                kept["mean"] = True                      # by which it has learnt to say what a text is
+                kept["mean"] = True  # by which it has learnt to say what a text is
         if card.takes == "image" and needs.get("channels", self.channels) != self.channels:
-            raise SettingsError(f"{self.path} reads pictures of {self.channels} channels, and these are to have "
-                                f"{needs['channels']}: leave task.channels to it.")
+            raise SettingsError(
+                f"{self.path} reads pictures of {self.channels} channels, and these are to have "
+                f"{needs['channels']}: leave task.channels to it."
+            )
         if needs.get("vocab", 0) > self.values.get("vocab", getattr(card.config(**self.values), "vocab", 0)):
-            raise SettingsError(f"the tokenizer has {needs['vocab']:,} tokens, more than {self.path} knows: give the one that "
-                                "it was trained with (--set task.tokenizer=PATH).")
+            raise SettingsError(
+                f"the tokenizer has {needs['vocab']:,} tokens, more than {self.path} knows: give the one that "
+                "it was trained with (--set task.tokenizer=PATH)."
+            )
         try:
             return card.config(**{card.names.get(k, k): v for k, v in {**self.values, **kept, **changes}.items()})
         except TypeError as error:
@@ -101,6 +105,7 @@ class Checkpoint:
             offered["pixels"] = pixels(preparation(folder)[1], self.card.scale, self.channels)
             if (folder / "run.json").is_file():
                 from fieldguide.inference.run import open_run
+
                 if pictures := getattr(open_run(folder).task, "pictures", None):
                     offered["pixels"] = pixels({}, (pictures.mean, pictures.std), self.channels)
             offered["channels"] = self.channels
@@ -116,33 +121,47 @@ class Checkpoint:
         if card.accepts("end"):
             offered["end"] = config.end
         if not (folder / "run.json").is_file():
-            return offered | shown(folder, side, self.channels, card.scale) | (
-                {"template": TEMPLATE} if "embeddings" in card.answers else {})
+            return (
+                offered
+                | shown(folder, side, self.channels, card.scale)
+                | ({"template": TEMPLATE} if "embeddings" in card.answers else {})
+            )
         from fieldguide.inference.run import open_run
+
         task = open_run(folder).task
         pictures = task.pictures
         offered["pixels"] = "/".join(",".join(map(str, values)) for values in (pictures.mean, pictures.std))
-        return offered | {key: value for key, value in (("resize", getattr(pictures, "way", None)),
-                                                        ("template", getattr(task.options, "template", None))) if value}
+        return offered | {
+            key: value
+            for key, value in (
+                ("resize", getattr(pictures, "way", None)),
+                ("template", getattr(task.options, "template", None)),
+            )
+            if value
+        }
 
 
 def described(source: str | Path, name: str | None = None, watch: Callable[[str], None] | None = None) -> Checkpoint:
     """What a checkpoint is of. `watch` is told how far a download is. Raises `WeightsError` where it cannot be told."""
     if isinstance(source, str) and source.startswith(HUB):
         from fieldguide.checkpoints import hub
-        with distributed.turns():                        # one process of a machine fetches, the others find it there
+
+        with distributed.turns():  # one process of a machine fetches, the others find it there
             source = hub.fetched(source.removeprefix(HUB), watch or hub.aloud)
     path = Path(source)
     if not path.exists():
-        raise WeightsError(f"{path} does not exist. For a model of the Hugging Face hub say hf:organisation/name; for a "
-                           "network with fresh weights, fieldguide.create.")
+        raise WeightsError(
+            f"{path} does not exist. For a model of the Hugging Face hub say hf:organisation/name; for a "
+            "network with fresh weights, fieldguide.create."
+        )
     if (path / "run.json").is_file():
         from fieldguide.inference.run import open_run
+
         run = open_run(path)
         return Checkpoint(path, run.card, weights.OURS, asdict(run.model.config), run.model.state_dict())
     folder = path if path.is_dir() else path.parent
     beside = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
-    if path.suffix == ".gguf":                           # says itself what it is
+    if path.suffix == ".gguf":  # says itself what it is
         beside = path
     said = config_mapping.read(beside) if beside and name is None else {}
     known = identified(said) if said else None
@@ -154,7 +173,7 @@ def described(source: str | Path, name: str | None = None, watch: Callable[[str]
         values = inwards(card, table, said, beside)
         origin = sibling(card, origin, values, state)
         values |= unsaid(card, values, state)
-        if card.accepts("tied"):                         # the file itself says it best: it has a head, or not
+        if card.accepts("tied"):  # the file itself says it best: it has a head, or not
             values["tied"] = not headed(card, values, state, origin)
         return Checkpoint(path, card, origin, values, state)
     changes: Mapping[str, Any] = {}
@@ -170,16 +189,17 @@ def described(source: str | Path, name: str | None = None, watch: Callable[[str]
         except WeightsError as error:
             if "model_type" not in said:
                 raise
-            raise WeightsError(f"{beside} is of {' or '.join(said.get('architectures') or ['a network'])} "
-                               f"(model_type={said['model_type']!r}), which is no network here. {error}") from None
+            raise WeightsError(
+                f"{beside} is of {' or '.join(said.get('architectures') or ['a network'])} "
+                f"(model_type={said['model_type']!r}), which is no network here. {error}"
+            ) from None
     values = {**card.sizes[size].overrides, **changes}
     if headless(card, values, state):
         values["gives"] = "vector"
     return Checkpoint(path, card, origin, {**values, **seen(card, values, state)}, state)
 
 
-def load(source: str | Path, *, name: str | None = None, head: Literal["load", "skip"] = "load",
-         **overrides: Any) -> nn.Module:
+def load(source: str | Path, *, name: str | None = None, head: Literal["load", "skip"] = "load", **overrides: Any) -> nn.Module:
     """A network with the weights of a checkpoint, in evaluation mode.
 
     `source`: a folder of transformers, diffusers or of a fieldguide run; a file of timm, torchvision, llama.cpp or the
@@ -192,8 +212,14 @@ def load(source: str | Path, *, name: str | None = None, head: Literal["load", "
     return filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source), head)
 
 
-def filled(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str | None, where: str,
-           head: Literal["load", "skip"] = "load") -> nn.Module:
+def filled(
+    card: Card,
+    values: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    origin: str | None,
+    where: str,
+    head: Literal["load", "skip"] = "load",
+) -> nn.Module:
     try:
         config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
     except TypeError as error:
@@ -245,7 +271,7 @@ def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path
     format = "huggingface" if format == "hf" else format
     card = card_of(model)
     if format == "huggingface" and card and format not in card.weights and "diffusers" in card.weights:
-        format = "diffusers"                             # the other library whose folders lie there
+        format = "diffusers"  # the other library whose folders lie there
     if Path(path).suffix == ".safetensors":
         return weights.save(model, path, format)
     return export(model, path, format)
@@ -256,11 +282,13 @@ def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
     card = card_of(model)
     known = {name: table for name, table in (card.configs if card else {}).items() if any(key in table for key in WRITTEN)}
     if origin not in known:
-        raise WeightsError(f"{type(model).__name__} cannot be written as a folder of {origin!r}.{nearest(origin, known)} "
-                           f"Known are {', '.join(known) or 'none'}.")
+        raise WeightsError(
+            f"{type(model).__name__} cannot be written as a folder of {origin!r}.{nearest(origin, known)} "
+            f"Known are {', '.join(known) or 'none'}."
+        )
     folder, said = Path(folder), outwards(card, known[origin], model.config)
     folder.mkdir(parents=True, exist_ok=True)
-    bare = f"{origin}-base"                              # names in files without a head, where they differ
+    bare = f"{origin}-base"  # names in files without a head, where they differ
     names = bare if getattr(model.config, "gives", "") == "vector" and bare in card.weights else origin
     weights.save(model, folder / next(FILE[key] for key in WRITTEN if key in said), names)
     (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")

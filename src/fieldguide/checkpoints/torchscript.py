@@ -19,15 +19,24 @@ from torch import Tensor
 
 from fieldguide.core.errors import WeightsError
 
-DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-          "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-          "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 
 
 class Part:
     """A module of the archive: its attributes, without any of its code."""
 
-    kind = ""                                            # the class that it was of
+    kind = ""  # the class that it was of
     state: Any = None
 
     def __setstate__(self, state: Any) -> None:
@@ -58,8 +67,13 @@ class Reader(pickle.Unpickler):
             return OrderedDict
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        if module == "torch.jit._pickle" and name in ("build_intlist", "build_doublelist", "build_boollist",
-                                                      "build_tensorlist", "restore_type_tag"):
+        if module == "torch.jit._pickle" and name in (
+            "build_intlist",
+            "build_doublelist",
+            "build_boollist",
+            "build_tensorlist",
+            "restore_type_tag",
+        ):
             return same
         raise WeightsError(f"it holds {module}.{name} besides tensors and modules")
 
@@ -87,8 +101,18 @@ def tensors(path: Path) -> dict[str, Tensor]:
             return dict(walked(Reader(archive, root).load(), "", declared(archive, root)))
     except WeightsError as error:
         raise WeightsError(f"{path} is a TorchScript archive that is not read: {error}") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, StopIteration, KeyError, ValueError, TypeError, RuntimeError, EOFError,
-            AttributeError, IndexError) as error:
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        StopIteration,
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        EOFError,
+        AttributeError,
+        IndexError,
+    ) as error:
         raise WeightsError(f"{path} is a damaged TorchScript archive: {error}") from None
 
 

@@ -28,31 +28,40 @@ from fieldguide.checkpoints.key_mapping import State, Table, Translated, forms, 
 from fieldguide.core.errors import WeightsError, WeightsWarning, nearest
 
 OURS = "fieldguide"
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")        # keys that hold the tensors
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys that hold the tensors
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
-PLAIN = [argparse.Namespace]         # classes that hold values and run nothing: fairseq keeps its arguments in one
-FILES = ("model.safetensors", "model.safetensors.index.json",        # what a folder of Hugging Face may hold
-         "pytorch_model.bin", "pytorch_model.bin.index.json",
-         "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
-         "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+PLAIN = [argparse.Namespace]  # classes that hold values and run nothing: fairseq keeps its arguments in one
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",  # what a folder of Hugging Face may hold
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 
 
 # ------------------------------------------------------------------------------------------------ files
+
 
 def _pickled(path: Path) -> object:
     """A file of torch.save, read without running any code in it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")              # remarks on the protocol of the pickle
+            warnings.simplefilter("ignore")  # remarks on the protocol of the pickle
             # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
             with torch.serialization.safe_globals(PLAIN):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         text = str(error) or type(error).__name__
         if found := re.search(r"GLOBAL (\w+\.[\w.]+)", text):
-            raise WeightsError(f"{path} holds a Python object besides tensors: {found[1]}. Reading it could "
-                               "run any code, so the file is not read. Where you trust it, save its "
-                               "state_dict as safetensors and give that.") from None
+            raise WeightsError(
+                f"{path} holds a Python object besides tensors: {found[1]}. Reading it could "
+                "run any code, so the file is not read. Where you trust it, save its "
+                "state_dict as safetensors and give that."
+            ) from None
         reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()[0]
         raise WeightsError(f"{path} is damaged, cut short or no file of torch.save: {reason}") from None
 
@@ -66,8 +75,10 @@ def _sharded(path: Path) -> dict[str, Tensor]:
     if outside := [name for name in shards if Path(name).name != name]:
         raise WeightsError(f"{path} names files outside its folder: {', '.join(outside)}")
     if lost := [name for name in shards if not (path.parent / name).is_file()]:
-        raise WeightsError(f"{path} names {len(shards)} files, of which {len(lost)} are not there: "
-                           f"{', '.join(lost)}. Download them into {path.parent}.")
+        raise WeightsError(
+            f"{path} names {len(shards)} files, of which {len(lost)} are not there: "
+            f"{', '.join(lost)}. Download them into {path.parent}."
+        )
     return {name: tensor for shard in shards for name, tensor in read(path.parent / shard).items()}
 
 
@@ -81,8 +92,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
         known = [path / name for name in FILES if (path / name).is_file()]
         single = [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES]
         if not known and len(single) != 1:
-            raise WeightsError(f"{path} has none of {', '.join(FILES)}, and {len(single)} other checkpoints; "
-                               "name one file")
+            raise WeightsError(f"{path} has none of {', '.join(FILES)}, and {len(single)} other checkpoints; name one file")
         return read((known or single)[0])
     if not path.is_file():
         raise WeightsError(f"{path} does not exist")
@@ -95,6 +105,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
             raise WeightsError(f"{path} is damaged or cut short: {error}") from None
     if path.suffix == ".gguf":
         from fieldguide.core.gguf import tensors
+
         return tensors(path)
     if torchscript.is_archive(path):
         return torchscript.tensors(path)
@@ -109,17 +120,22 @@ def _tensors(content: object, where: str) -> dict[str, Tensor]:
             break
         content = inner
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        held = f"the keys {', '.join(map(str, list(content)[:10]))}" if isinstance(content, Mapping) \
+        held = (
+            f"the keys {', '.join(map(str, list(content)[:10]))}"
+            if isinstance(content, Mapping)
             else f"a {type(content).__name__}"
+        )
         raise WeightsError(f"{where} holds no named tensors but {held}")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
 # ------------------------------------------------------------------------------------------------ networks
 
+
 def tables(model: nn.Module) -> dict[str, Table]:
     """The tables of public names of a network's card, by origin."""
     from fieldguide.models.registry import card_of
+
     card = card_of(model)
     return card.tables(model.config) if card and card.weights else {}
 
@@ -128,8 +144,10 @@ def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str,
     """The origin, and the form of its names, that fills most of the network."""
     wanted, known = model.state_dict().keys(), tables(model)
     if origin not in (None, OURS, *known):
-        raise WeightsError(f"{type(model).__name__} knows no origin {origin!r}.{nearest(str(origin), known)} "
-                           f"Known are {', '.join((OURS, *known))}.")
+        raise WeightsError(
+            f"{type(model).__name__} knows no origin {origin!r}.{nearest(str(origin), known)} "
+            f"Known are {', '.join((OURS, *known))}."
+        )
     best, score = ("", Translated()), 0
     for name in (OURS, *known) if origin is None else (origin,):
         for form in forms(state):
@@ -141,15 +159,18 @@ def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str,
             if filled > score:
                 best, score = (name, done), filled
     if not score:
-        raise WeightsError(f"no name in the checkpoint belongs to {type(model).__name__} "
-                           f"(tried {', '.join((OURS, *known)) if origin is None else origin}). "
-                           f"It begins {', '.join(list(state)[:3])}; "
-                           f"the network {', '.join(list(wanted)[:3])}.")
+        raise WeightsError(
+            f"no name in the checkpoint belongs to {type(model).__name__} "
+            f"(tried {', '.join((OURS, *known)) if origin is None else origin}). "
+            f"It begins {', '.join(list(state)[:3])}; "
+            f"the network {', '.join(list(wanted)[:3])}."
+        )
     return best
 
 
-def load(model: nn.Module, source: str | Path | State, origin: str | None = None,
-         head: Literal["load", "skip"] = "load") -> list[str]:
+def load(
+    model: nn.Module, source: str | Path | State, origin: str | None = None, head: Literal["load", "skip"] = "load"
+) -> list[str]:
     """Fill a network from a checkpoint; returns the names that were left as they were.
 
     `source` is a path for `read`, or tensors by name. The origin is recognised by its names unless given.
@@ -164,8 +185,7 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
     network's own head that the file lacks or has in another shape.
     """
     if not isinstance(model, nn.Module):
-        raise WeightsError(f"load fills a network, and {model!r} is none: make one first with "
-                           "fieldguide.create('resnet18').")
+        raise WeightsError(f"load fills a network, and {model!r} is none: make one first with fieldguide.create('resnet18').")
     where = "the checkpoint" if isinstance(source, Mapping) else str(source)
     state = _tensors(source, where) if isinstance(source, Mapping) else read(source)
     found, done = _recognise(model, state, origin)
@@ -178,16 +198,27 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
         if name in loaded and done.state[name].shape != wanted[name].shape:
             fitted = holder.refit(part, done.state[name])
             done.state[name] = done.state[name] if fitted is None else fitted
-    filled = {_place(wanted[name]) for name in loaded}   # a tied tensor is filled by any of its names
-    missing = [name for name in wanted if name not in loaded and _place(wanted[name]) not in filled
-               and not name.endswith("num_batches_tracked")]
+    filled = {_place(wanted[name]) for name in loaded}  # a tied tensor is filled by any of its names
+    missing = [
+        name
+        for name in wanted
+        if name not in loaded and _place(wanted[name]) not in filled and not name.endswith("num_batches_tracked")
+    ]
     heads = getattr(type(model), "heads", ())
     spare = [done.origin[name] for name in done.state if name not in wanted and name.partition(".")[0] in heads]
-    unknown = [*done.unknown, *(done.origin[name] for name in done.state
-                                if name not in wanted and name.partition(".")[0] not in heads)]
-    misshaped = [name for name in wanted if name in loaded and (
-        done.state[name].shape != wanted[name].shape
-        or done.state[name].is_floating_point() != wanted[name].is_floating_point())]
+    unknown = [
+        *done.unknown,
+        *(done.origin[name] for name in done.state if name not in wanted and name.partition(".")[0] not in heads),
+    ]
+    misshaped = [
+        name
+        for name in wanted
+        if name in loaded
+        and (
+            done.state[name].shape != wanted[name].shape
+            or done.state[name].is_floating_point() != wanted[name].is_floating_point()
+        )
+    ]
 
     # What may be skipped: the parameters of one layer, with another shape or absent from the end.
     layer = {name.rpartition(".")[0] or name for name in (*misshaped, *missing)}
@@ -202,18 +233,26 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
 
     if missing or unknown or misshaped or done.faults:
         taken = set(wanted) - loaded
-        lines = [f"{where} does not fit {type(model).__name__} (names read as those of {found}): "
-                 f"{len(missing)} missing, {len(unknown)} unknown, {len(misshaped)} misshaped"]
+        lines = [
+            f"{where} does not fit {type(model).__name__} (names read as those of {found}): "
+            f"{len(missing)} missing, {len(unknown)} unknown, {len(misshaped)} misshaped"
+        ]
         lines += listed("missing", (f"{name} ({shape_of(wanted[name])})" for name in missing))
         lines += listed("unknown", (name + nearest(name, taken) for name in unknown))
-        lines += listed("misshaped", (
-            f"{name}: {shape_of(done.state[name])} {_kind(done.state[name])} in the checkpoint as "
-            f"{done.origin[name]}, {shape_of(wanted[name])} {_kind(wanted[name])} in the network"
-            for name in misshaped))
+        lines += listed(
+            "misshaped",
+            (
+                f"{name}: {shape_of(done.state[name])} {_kind(done.state[name])} in the checkpoint as "
+                f"{done.origin[name]}, {shape_of(wanted[name])} {_kind(wanted[name])} in the network"
+                for name in misshaped
+            ),
+        )
         lines += [f"  {fault}" for fault in done.faults]
         if skippable:
-            lines.append(f'  Only the layer {layer.pop()!r} differs: load(..., head="skip") keeps it fresh, '
-                         "to be trained on your classes.")
+            lines.append(
+                f'  Only the layer {layer.pop()!r} differs: load(..., head="skip") keeps it fresh, '
+                "to be trained on your classes."
+            )
         raise WeightsError("\n".join(lines))
 
     if spare:
@@ -225,8 +264,12 @@ def load(model: nn.Module, source: str | Path | State, origin: str | None = None
 
 def _refitting(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Every tensor of a module that can make others fit: its name, the module, its name there."""
-    return [(f"{prefix}.{part}".removeprefix("."), module, part) for prefix, module in model.named_modules()
-            if hasattr(module, "refit") for part in module.state_dict()]
+    return [
+        (f"{prefix}.{part}".removeprefix("."), module, part)
+        for prefix, module in model.named_modules()
+        if hasattr(module, "refit")
+        for part in module.state_dict()
+    ]
 
 
 def _kind(tensor: Tensor) -> str:
@@ -250,16 +293,18 @@ def save(model: nn.Module, path: str | Path, format: str = OURS) -> Path:
     if format != OURS:
         known = tables(model)
         if format not in known:
-            raise WeightsError(f"{type(model).__name__} cannot be written as {format!r}."
-                               f"{nearest(format, known)} Known are {', '.join((OURS, *known))}.")
+            raise WeightsError(
+                f"{type(model).__name__} cannot be written as {format!r}."
+                f"{nearest(format, known)} Known are {', '.join((OURS, *known))}."
+            )
         state = translate(state, known[format], reverse=True)
     once = {_place(tensor): name for name, tensor in reversed(state.items())}
     # Views of a part of another tensor are not allowed in a safetensors file: such are copied.
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()
-               if once[_place(tensor)] == name}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if once[_place(tensor)] == name}
     uses = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
-    tensors = {name: tensor.clone() if uses[tensor.untyped_storage().data_ptr()] > 1 else tensor
-               for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.clone() if uses[tensor.untyped_storage().data_ptr()] > 1 else tensor for name, tensor in tensors.items()
+    }
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +313,7 @@ def save(model: nn.Module, path: str | Path, format: str = OURS) -> Path:
         save_file(tensors, temporary, metadata={"format": "pt"})
         _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)                               # the folder holds the new name
+        _sync(path.parent)  # the folder holds the new name
     finally:
         temporary.unlink(missing_ok=True)
     return path

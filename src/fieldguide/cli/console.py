@@ -20,7 +20,7 @@ from rich.table import Table
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console = Console(highlight=False, soft_wrap=True, width=200)
-MOST = 30          # columns of a table of data that are listed
+MOST = 30  # columns of a table of data that are listed
 
 
 class Progress:
@@ -38,8 +38,9 @@ class Progress:
 
     def chose(self, advice: Any, config: Any) -> None:
         best = advice.best
-        console.print(f"\n[bold]{best.name}[/]: {best.parameters:,} parameters, {best.multiply_adds:,} multiply-adds "
-                      "an example")
+        console.print(
+            f"\n[bold]{best.name}[/]: {best.parameters:,} parameters, {best.multiply_adds:,} multiply-adds an example"
+        )
         for reason in best.reasons:
             console.print(f"  + {escape(reason)}")
         for reason in best.against:
@@ -53,14 +54,25 @@ class Progress:
         console.print()
 
     def begins(self, settings: Any, done: int) -> None:
-        self.bar = Bar(TextColumn("training"), BarColumn(None), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                       TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[score]}"), TimeElapsedColumn(),
-                       TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.bar = Bar(
+            TextColumn("training"),
+            BarColumn(None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[score]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self.line = self.bar.add_task("", total=settings.steps, completed=done, loss="-", score="")
         self.steps, self.told, self.done, self.began = settings.steps, done, done, time.monotonic()
         self.bar.start()
-        console.print(f"training {settings.steps:,} steps of {settings.batch} examples, {settings.optimizer} "
-                      f"lr {settings.lr:g}, {settings.precision}")
+        console.print(
+            f"training {settings.steps:,} steps of {settings.batch} examples, {settings.optimizer} "
+            f"lr {settings.lr:g}, {settings.precision}"
+        )
 
     def replanned(self, steps: int) -> None:
         self.steps = steps
@@ -85,10 +97,12 @@ class Progress:
     def ends(self, run: Any) -> None:
         self.stop()
         from fieldguide.report.pages import clock, verdict
+
         cost = run.record["cost"]
         console.print(f"\n[bold]{escape(verdict(run.record, run.task.metrics[0]))}[/]")
-        console.print(f"Trained {cost['steps']:,} steps in {clock(cost['seconds'])}; peak memory "
-                      f"{cost['peak_memory'] / 2**20:,.0f} MiB.")
+        console.print(
+            f"Trained {cost['steps']:,} steps in {clock(cost['seconds'])}; peak memory {cost['peak_memory'] / 2**20:,.0f} MiB."
+        )
         console.print(f"Report:  {escape(str(run.path / 'report.html'))}")
         console.print(f"Predict: fieldguide predict {escape(str(run.path))} INPUT...")
 
@@ -103,9 +117,10 @@ class Progress:
 
 def print_data(data: Any, task: Any, why: str) -> None:
     summary = data.manifest.summary()
-    console.print(f"[bold]{escape(data.source)}[/]: {len(data):,} examples from {summary['files']:,} "
-                  f"file{'s' if summary['files'] != 1 else ''}"
-                  + (f", {summary['dropped']:,} dropped" if summary["dropped"] else ""))
+    console.print(
+        f"[bold]{escape(data.source)}[/]: {len(data):,} examples from {summary['files']:,} "
+        f"file{'s' if summary['files'] != 1 else ''}" + (f", {summary['dropped']:,} dropped" if summary["dropped"] else "")
+    )
     shown = list(data.columns.values())
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
     for name in ("column", "kind", "role", "how that was decided"):
@@ -132,7 +147,7 @@ def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Seque
             print(f"not answered: {answer['input']}: {answer['error']}", file=sys.stderr)
     answers = [answer for answer in answers if "error" not in answer]
     plain = [k for k, v in answers[0].items() if not isinstance(v, dict | list)] if answers else []
-    shown = plain if len(plain) > 1 or not answers else list(answers[0])         # where else nothing is said
+    shown = plain if len(plain) > 1 or not answers else list(answers[0])  # where else nothing is said
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in shown:
         table.add_column(name, justify="right" if isinstance(answers[0][name], float) else "left")
@@ -161,6 +176,7 @@ def print_stream(pieces: Iterator[str]) -> None:
 def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         from fieldguide.inference.run import strict
+
         print(json.dumps(strict(result), allow_nan=False))
         return
     table = Table("metric", "value", "95 % interval", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -177,18 +193,36 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
     from fieldguide.automl.catalogue import list_models
     from fieldguide.core.errors import SettingsError
     from fieldguide.models import registry
+
     names = list_models(glob, family=family, task=task)
-    closed = [system for system in dict.fromkeys(registry.closed().values()) if family is None
-              and fnmatch.fnmatch(system.name, glob) and task in (None, *system.tasks)]
+    closed = [
+        system
+        for system in dict.fromkeys(registry.closed().values())
+        if family is None and fnmatch.fnmatch(system.name, glob) and task in (None, *system.tasks)
+    ]
     if not names and not closed:
-        raise SettingsError(f"no model matches {glob!r}" + (f" in family {family!r}" if family else "")
-                            + (f" for task {task!r}" if task else "") + ". `fieldguide models` lists them all.")
+        raise SettingsError(
+            f"no model matches {glob!r}"
+            + (f" in family {family!r}" if family else "")
+            + (f" for task {task!r}" if task else "")
+            + ". `fieldguide models` lists them all."
+        )
     rows = []
     for name in names:
         card, size = registry.find(name)
-        rows.append({"name": name, "parameters": card.sizes[size].params, "family": card.family, "takes": card.takes,
-                     "gives": " or ".join(card.answers), "year": card.year, "paper": card.paper,
-                     "source": card.sizes[size].source, "summary": card.summary})
+        rows.append(
+            {
+                "name": name,
+                "parameters": card.sizes[size].params,
+                "family": card.family,
+                "takes": card.takes,
+                "gives": " or ".join(card.answers),
+                "year": card.year,
+                "paper": card.paper,
+                "source": card.sizes[size].source,
+                "summary": card.summary,
+            }
+        )
     if as_json:
         for row in (*rows, *({**asdict(system), "name": system.name, "closed": True} for system in closed)):
             print(json.dumps(row))
@@ -197,10 +231,17 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
     for name in ("name", "parameters", "takes", "gives", "year", "what", "source"):
         table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=name not in ("what", "source"))
     said = ""
-    for row in rows:                                     # what an architecture is stands beside the first of its sizes
+    for row in rows:  # what an architecture is stands beside the first of its sizes
         what, said = ("" if row["summary"] == said else row["summary"].split(" (")[0].rstrip(".")), row["summary"]
-        table.add_row(row["name"], f"{row['parameters']:,}" if row["parameters"] else "by data", row["takes"], row["gives"],
-                      str(row["year"]), escape(what), escape(row["source"]))
+        table.add_row(
+            row["name"],
+            f"{row['parameters']:,}" if row["parameters"] else "by data",
+            row["takes"],
+            row["gives"],
+            str(row["year"]),
+            escape(what),
+            escape(row["source"]),
+        )
     if rows:
         console.print(table)
     if closed:
@@ -217,7 +258,7 @@ def print_closed(systems: list[Any]) -> None:
 
 
 def print_description(d: Any, as_json: bool) -> None:
-    if not hasattr(d, "parameters"):                     # a closed system
+    if not hasattr(d, "parameters"):  # a closed system
         print(json.dumps({**asdict(d), "closed": True})) if as_json else console.print(escape(d.text))
         return
     if as_json:
@@ -225,10 +266,13 @@ def print_description(d: Any, as_json: bool) -> None:
         return
     console.print(f"[bold]{d.name}[/]  {escape(d.summary)}")
     console.print(f"new: {escape(d.new)}")
-    console.print(f"paper: {escape(d.paper)} ({d.year}); family: {d.family}; takes {d.takes}, gives {d.gives}"
-                  + (f"; tasks: {', '.join(d.tasks)}" if d.tasks else ""))
-    published = "" if d.published is None else (" (as published)" if d.published == d.parameters
-                                               else f" (published: {d.published:,})")
+    console.print(
+        f"paper: {escape(d.paper)} ({d.year}); family: {d.family}; takes {d.takes}, gives {d.gives}"
+        + (f"; tasks: {', '.join(d.tasks)}" if d.tasks else "")
+    )
+    published = (
+        "" if d.published is None else (" (as published)" if d.published == d.parameters else f" (published: {d.published:,})")
+    )
     console.print(f"parameters: {d.parameters:,}{published}; multiply-adds: {d.multiply_adds:,} for input {d.inputs}")
     console.print("fields: " + ", ".join(f"{k}={v}" for k, v in d.config.items()))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -253,11 +297,13 @@ def print_description(d: Any, as_json: bool) -> None:
 
 def print_samples() -> None:
     from fieldguide.data.samples import SAMPLES
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("name", "task", "reaches", "what", "licence"):
         table.add_column(name)
     for name, sample in SAMPLES.items():
         metric, value = sample.reaches
-        table.add_row(name, sample.task, f"{metric} {value:g}", escape(("made: " if sample.made else "") + sample.what),
-                      sample.licence)
+        table.add_row(
+            name, sample.task, f"{metric} {value:g}", escape(("made: " if sample.made else "") + sample.what), sample.licence
+        )
     console.print(table)

@@ -13,22 +13,22 @@ from typing import Any
 
 # What a network takes -> the names of the batch tensors handed to `forward`, in order.
 TAKES: dict[str, tuple[str, ...]] = {
-    "image": ("image",),                    # B C H W float
-    "tokens": ("tokens", "mask"),           # B T int64, B T bool: True where a token is real, not padding
-    "table": ("numbers", "categories"),     # B N float, B K int64 (0 = unseen)
-    "vector": ("vector",),                  # B F float: one flat row of numbers
-    "sequence": ("sequence",),              # B T D float
-    "noise": ("noise",),                    # B Z float
-    "pair": ("source", "source_mask", "tokens", "mask"),     # two rows of tokens: what is read, what is said so far
-    "series": ("series",),                  # B T C float: C series side by side, T steps of the past
-    "covariates": ("series", "past", "known"),               # B T C and beside it B T P float: what else was measured;
-                                            # B T+H K float: what is known ahead, of past and future
-    "noisy": ("image", "time", "label"),    # B C H W float, B float: noise level, B int64 (0 = no condition), or where the
-                                            # config has a vocab B T int64: tokens of a caption (0 = none)
-    "noisy-video": ("video", "time", "label"),               # B F C H W float: F frames; the others as for "noisy"
-    "captioned": ("image", "tokens", "mask"),                # B C H W float, and a text for each: B T int64, B T bool
-    "items": ("items", "mask"),             # B T int64: what a user met, in order of time (0 = none), B T bool
-    "speech": ("features", "lengths"),      # B T F float: log-mel, B int64: real frames of each row
+    "image": ("image",),  # B C H W float
+    "tokens": ("tokens", "mask"),  # B T int64, B T bool: True where a token is real, not padding
+    "table": ("numbers", "categories"),  # B N float, B K int64 (0 = unseen)
+    "vector": ("vector",),  # B F float: one flat row of numbers
+    "sequence": ("sequence",),  # B T D float
+    "noise": ("noise",),  # B Z float
+    "pair": ("source", "source_mask", "tokens", "mask"),  # two rows of tokens: what is read, what is said so far
+    "series": ("series",),  # B T C float: C series side by side, T steps of the past
+    "covariates": ("series", "past", "known"),  # B T C and beside it B T P float: what else was measured;
+    # B T+H K float: what is known ahead, of past and future
+    "noisy": ("image", "time", "label"),  # B C H W float, B float: noise level, B int64 (0 = no condition), or where the
+    # config has a vocab B T int64: tokens of a caption (0 = none)
+    "noisy-video": ("video", "time", "label"),  # B F C H W float: F frames; the others as for "noisy"
+    "captioned": ("image", "tokens", "mask"),  # B C H W float, and a text for each: B T int64, B T bool
+    "items": ("items", "mask"),  # B T int64: what a user met, in order of time (0 = none), B T bool
+    "speech": ("features", "lengths"),  # B T F float: log-mel, B int64: real frames of each row
 }
 
 # What it may take after that, or do without: `forward` has None for it.
@@ -44,14 +44,14 @@ GIVES: dict[str, str] = {
     "score": "B 1 float: how real the input looks",
     "tokens": "logits B T vocab of the token that follows each",
     "words": "logits B T vocab of the token AT each place, for tokens that are hidden; `model.features(...)` B T D then "
-             "`model.say(...)` ... D are its two halves, so that nothing is said of places where nobody asks",
+    "`model.say(...)` ... D are its two halves, so that nothing is said of places where nobody asks",
     "labels": "logits B T classes of every token",
     "span": "logits B T 2: of each token as the first of an answer, and as its last",
     "mask": "logits B classes H W of every pixel",
     "image": "B C H W float",
     "boxes": "B A 4R+classes: at each of A points in the middle of grid cells, of the finest grid first, row by row, R "
-             "logits each for the distance to the left, top, right and bottom side (0 to R - 1 strides), then class "
-             "logits, each class for itself; `model.strides` are the cells' sides in pixels, `model.bins` the R distances",
+    "logits each for the distance to the left, top, right and bottom side (0 to R - 1 strides), then class "
+    "logits, each class for itself; `model.strides` are the cells' sides in pixels, `model.bins` the R distances",
     "video": "B F C H W float: F frames",
     "embeddings": "B 2 E: a vector of the picture and one of the text; products of all pictures' with all texts' are logits",
     "forecast": "B H C Q float: H steps of the future of C series, Q values each (a point, or quantiles)",
@@ -63,7 +63,7 @@ GIVES: dict[str, str] = {
 DENOISES: dict[str, str] = {
     "spans": "spans are cut out, a numbered token in the place of each; it writes what they were (T5)",
     "infill": "spans are cut out, the same token in the place of each, and in other places where nothing was; it writes the "
-              "whole text (BART)",
+    "whole text (BART)",
 }
 
 
@@ -89,13 +89,15 @@ class Closed:
     @property
     def text(self) -> str:
         """All of it, in three sentences."""
-        return (f"{self.title} is a closed system of {self.maker} ({self.year}): there is nothing to create or load. Published "
-                f"is {self.published} Source: {self.source}. Nearest here: {self.stand_in} ({self.why}).")
+        return (
+            f"{self.title} is a closed system of {self.maker} ({self.year}): there is nothing to create or load. Published "
+            f"is {self.published} Source: {self.source}. Nearest here: {self.stand_in} ({self.why})."
+        )
 
 
-Scale = tuple[tuple[float, ...], tuple[float, ...]]      # of red, green and blue from 0 to 1: mean, deviation
+Scale = tuple[tuple[float, ...], tuple[float, ...]]  # of red, green and blue from 0 to 1: mean, deviation
 IMAGENET: Scale = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI: Scale = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))      # of CLIP's code
+OPENAI: Scale = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # of CLIP's code
 HALF: Scale = ((0.5,) * 3, (0.5,) * 3)
 
 
@@ -113,8 +115,13 @@ class Size:
 
 
 # The annotation of a config's field -> what its values are, in Python and in words.
-KINDS = {"int": (Integral, "a whole number from 0 up"), "float": (Real, "a number"), "bool": (bool, "True or False"),
-         "str": (str, "a word"), "tuple": ((tuple, list), "a list of values, such as (2, 2)")}
+KINDS = {
+    "int": (Integral, "a whole number from 0 up"),
+    "float": (Real, "a number"),
+    "bool": (bool, "True or False"),
+    "str": (str, "a word"),
+    "tuple": ((tuple, list), "a list of values, such as (2, 2)"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ def opened(path: Path) -> Any:
     return reader(path, path.stat().st_mtime_ns)
 
 
-@functools.lru_cache(1)                                  # its vocabulary takes seconds to read, and is asked for twice
+@functools.lru_cache(1)  # its vocabulary takes seconds to read, and is asked for twice
 def reader(path: Path, changed: int) -> Any:
     try:
         from gguf import GGUFReader
@@ -32,6 +32,7 @@ def reader(path: Path, changed: int) -> Any:
 
 def tensors(path: Path) -> dict[str, Tensor]:
     from gguf import dequantize
+
     return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in opened(path).tensors}
 
 
@@ -47,7 +48,7 @@ def metadata(path: Path) -> dict[str, Any]:
                 break
         else:
             value = field.contents()
-            part[last] = float(f"{value:.6g}") if isinstance(value, float) else value      # stored as float32
+            part[last] = float(f"{value:.6g}") if isinstance(value, float) else value  # stored as float32
     # By how much rotations are slowed down, at most, is said by a tensor alone.
     for tensor in opened(path).tensors:
         if tensor.name == "rope_freqs.weight":
@@ -56,8 +57,10 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 # How a text is parted before pairs are merged, by the file's name for it: as the models' own tokenizers do.
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 PARTED = {"llama-bpe": LLAMA3, "qwen2": LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
@@ -65,31 +68,48 @@ def tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
     """The tokenizer that a file holds, its special tokens by name, and its chat template. Raises `WeightsError` for kinds
     other than byte-level pairs."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
     said = metadata(path).get("tokenizer", {})
     ggml = said.get("ggml", {})
     kind, parted = ggml.get("model"), ggml.get("pre", "default")
     if kind != "gpt2" or parted not in ("default", "gpt-2", "smollm", *PARTED):
-        raise WeightsError(f"{path}: its tokenizer is {kind!r} ({parted!r}); read are byte-level pairs of the kinds gpt-2, "
-                           f"smollm, {', '.join(PARTED)}. Give a folder with its tokenizer.json instead.")
+        raise WeightsError(
+            f"{path}: its tokenizer is {kind!r} ({parted!r}); read are byte-level pairs of the kinds gpt-2, "
+            f"smollm, {', '.join(PARTED)}. Give a folder with its tokenizer.json instead."
+        )
     tokens = ggml["tokens"]
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)},
-                                [tuple(merge.split(" ", 1)) for merge in ggml["merges"]], ignore_merges=parted == "llama-bpe"))
+    made = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            [tuple(merge.split(" ", 1)) for merge in ggml["merges"]],
+            ignore_merges=parted == "llama-bpe",
+        )
+    )
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=parted not in PARTED)
     before = {"smollm": [pre_tokenizers.Digits(individual_digits=True)]}.get(parted, [])
     if parted in PARTED:
         before = [pre_tokenizers.Split(Regex(PARTED[parted]), "isolated")]
     made.pre_tokenizer = pre_tokenizers.Sequence([*before, whole])
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, special=True) for token, kind in zip(tokens, ggml["token_type"])
-                             if kind == CONTROL])
-    named = {f"{name}_token": tokens[ggml[key]] for name, key in
-             (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("unk", "unknown_token_id"), ("pad", "padding_token_id"))
-             if key in ggml}
+    made.add_special_tokens(
+        [AddedToken(token, special=True) for token, kind in zip(tokens, ggml["token_type"]) if kind == CONTROL]
+    )
+    named = {
+        f"{name}_token": tokens[ggml[key]]
+        for name, key in (
+            ("bos", "bos_token_id"),
+            ("eos", "eos_token_id"),
+            ("unk", "unknown_token_id"),
+            ("pad", "padding_token_id"),
+        )
+        if key in ggml
+    }
     if (begin := named.get("bos_token")) and ggml.get("add_bos_token", parted in BEGUN):
-        made.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[
-            (begin, ggml["bos_token_id"])])
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, ggml["bos_token_id"])]
+        )
     return made, named, said.get("chat_template")
 
 
-BEGUN = ("llama-bpe",) # texts begin with a token of their own where the file does not say so
-CONTROL = 3            # the type of tokens that no text spells
+BEGUN = ("llama-bpe",)  # texts begin with a token of their own where the file does not say so
+CONTROL = 3  # the type of tokens that no text spells

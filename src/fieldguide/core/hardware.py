@@ -45,4 +45,4 @@ def keep_memory() -> bool:
     return bool(mallopt(TRIM_THRESHOLD, 2**31 - 1) and mallopt(MMAP_MAX, 0))
 
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4      # of malloc.h: bytes free at the end that are given back; blocks apart from the heap
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of malloc.h: bytes free at the end that are given back; blocks apart from the heap

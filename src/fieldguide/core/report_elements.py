@@ -36,8 +36,8 @@ class Lines(Exhibit):
     lines: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     bands: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = field(default_factory=dict)
     marks: dict[str, float] = field(default_factory=dict)
-    diagonal: bool = False       # draw y = x, as calibration wants
-    log: bool = False            # logarithmic y
+    diagonal: bool = False  # draw y = x, as calibration wants
+    log: bool = False  # logarithmic y
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Picture:
 
     image: bytes
     caption: str
-    bad: bool = False            # framed as an error
+    bad: bool = False  # framed as an error
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Sound:
 
     sound: bytes
     caption: str
-    bad: bool = False            # framed as an error
+    bad: bool = False  # framed as an error
 
 
 @dataclass(frozen=True)

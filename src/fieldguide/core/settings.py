@@ -11,40 +11,40 @@ from fieldguide.core.errors import SettingsError, nearest
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int | None = None            # optimiser steps in all
-    epochs: float | None = None         # passes over the training part, where `steps` is not given
-    minutes: float = 10.0               # training time, which ends a run that turns out slower; 0 = no limit
-    batch: int | None = None            # examples a step, over all processes and accumulations
-    accumulate: int = 1                 # parts that a batch is worked through in, to save memory
-    optimizer: str = "adamw"            # adamw | sgd | muon
-    lr: float = 1e-3                    # peak learning rate
-    weight_decay: float = 0.01          # on matrices and kernels; never on biases, norms, embeddings
-    momentum: float = 0.9               # of sgd and muon
-    beta1: float = 0.9                  # of adamw; 0.5 for GANs, whose aims move
-    beta2: float = 0.999                # of adamw
-    warmup: float = 0.05                # part of the steps over which the rate rises
-    schedule: str = "cosine"            # cosine | linear | constant, after the warm-up
-    clip: float = 1.0                   # largest norm of the gradient; 0 = no clipping
-    ema: float = 0.0                    # decay of the running average of weights that is kept; 0 = off
-    smoothing: float = 0.0              # label smoothing
-    mixup: float = 0.0                  # Beta(a, a) of mixed pairs; 0 = off
-    augment: str = "none"               # none | light | standard, in the task's own meaning
-    class_weights: bool = False         # weigh classes by inverse frequency
-    patience: int = 20                  # evaluations without a better score before stopping; 0 = never
-    evaluate: int | None = None         # steps between evaluations
-    checkpoint: float = 60.0            # seconds between checkpoints
-    tune: str = "whole"                 # whole | frozen | lora: what of a pretrained network learns
-    lora_rank: int = 8                  # of the change of each matrix
-    lora_scale: float = 2.0             # times which it is added
-    layer_decay: float = 1.0            # rate of each layer as a part of that of the next one up
-    unfreeze: float = 0.0               # part of the steps over which layers begin to learn, from the top down
-    recompute: bool = False             # blocks are computed again on the way back, to save memory
-    teacher: str | None = None          # run folder of a network whose answers are learnt beside the truth
-    distill: str = "hard"               # hard | soft: the class that the teacher names, or its probabilities
-    precision: str = "auto"             # auto | float32 | bfloat16
-    channels_last: bool | None = None   # memory layout of pictures
-    workers: int = 0                    # processes that prepare batches
-    track: str = "none"                 # none | tensorboard, beside metrics.jsonl
+    steps: int | None = None  # optimiser steps in all
+    epochs: float | None = None  # passes over the training part, where `steps` is not given
+    minutes: float = 10.0  # training time, which ends a run that turns out slower; 0 = no limit
+    batch: int | None = None  # examples a step, over all processes and accumulations
+    accumulate: int = 1  # parts that a batch is worked through in, to save memory
+    optimizer: str = "adamw"  # adamw | sgd | muon
+    lr: float = 1e-3  # peak learning rate
+    weight_decay: float = 0.01  # on matrices and kernels; never on biases, norms, embeddings
+    momentum: float = 0.9  # of sgd and muon
+    beta1: float = 0.9  # of adamw; 0.5 for GANs, whose aims move
+    beta2: float = 0.999  # of adamw
+    warmup: float = 0.05  # part of the steps over which the rate rises
+    schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
+    clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
+    ema: float = 0.0  # decay of the running average of weights that is kept; 0 = off
+    smoothing: float = 0.0  # label smoothing
+    mixup: float = 0.0  # Beta(a, a) of mixed pairs; 0 = off
+    augment: str = "none"  # none | light | standard, in the task's own meaning
+    class_weights: bool = False  # weigh classes by inverse frequency
+    patience: int = 20  # evaluations without a better score before stopping; 0 = never
+    evaluate: int | None = None  # steps between evaluations
+    checkpoint: float = 60.0  # seconds between checkpoints
+    tune: str = "whole"  # whole | frozen | lora: what of a pretrained network learns
+    lora_rank: int = 8  # of the change of each matrix
+    lora_scale: float = 2.0  # times which it is added
+    layer_decay: float = 1.0  # rate of each layer as a part of that of the next one up
+    unfreeze: float = 0.0  # part of the steps over which layers begin to learn, from the top down
+    recompute: bool = False  # blocks are computed again on the way back, to save memory
+    teacher: str | None = None  # run folder of a network whose answers are learnt beside the truth
+    distill: str = "hard"  # hard | soft: the class that the teacher names, or its probabilities
+    precision: str = "auto"  # auto | float32 | bfloat16
+    channels_last: bool | None = None  # memory layout of pictures
+    workers: int = 0  # processes that prepare batches
+    track: str = "none"  # none | tensorboard, beside metrics.jsonl
     seed: int = 0
 
     def with_(self, changes: Mapping[str, Any]) -> Settings:
@@ -61,24 +61,46 @@ class Settings:
         return asdict(self)
 
 
-RATES = {"adamw": 1e-3, "sgd": 0.05, "muon": 4e-3}       # by optimizer, where a recipe's rate is for another one
-CHOICES = {"optimizer": ("adamw", "sgd", "muon"), "schedule": ("cosine", "linear", "constant"),
-           "precision": ("auto", "float32", "bfloat16"), "augment": ("none", "light", "standard"),
-           "track": ("none", "tensorboard"), "tune": ("whole", "frozen", "lora"),
-           "distill": ("hard", "soft")}
-AT_LEAST = {"steps": 1, "epochs": 0, "minutes": 0, "batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0, "clip": 0,
-            "workers": 0, "patience": 0, "evaluate": 1, "checkpoint": 0, "mixup": 0, "seed": 0, "lora_rank": 1,
-            "layer_decay": 0}
-BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta1": 1, "beta2": 1, "warmup": 1, "unfreeze": 1}     # these lie in [0, 1)
+RATES = {"adamw": 1e-3, "sgd": 0.05, "muon": 4e-3}  # by optimizer, where a recipe's rate is for another one
+CHOICES = {
+    "optimizer": ("adamw", "sgd", "muon"),
+    "schedule": ("cosine", "linear", "constant"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "augment": ("none", "light", "standard"),
+    "track": ("none", "tensorboard"),
+    "tune": ("whole", "frozen", "lora"),
+    "distill": ("hard", "soft"),
+}
+AT_LEAST = {
+    "steps": 1,
+    "epochs": 0,
+    "minutes": 0,
+    "batch": 1,
+    "accumulate": 1,
+    "lr": 0,
+    "weight_decay": 0,
+    "clip": 0,
+    "workers": 0,
+    "patience": 0,
+    "evaluate": 1,
+    "checkpoint": 0,
+    "mixup": 0,
+    "seed": 0,
+    "lora_rank": 1,
+    "layer_decay": 0,
+}
+BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta1": 1, "beta2": 1, "warmup": 1, "unfreeze": 1}  # these lie in [0, 1)
 
 
 def parse(key: str, value: Any) -> Any:
     """A value for a setting, read from text where it is text. Raises `SettingsError` naming the key."""
     known = {f.name for f in fields(Settings)}
     if key not in known:
-        raise SettingsError(f"there is no setting {key!r}.{nearest(key, known)} Settings are: {', '.join(sorted(known))}; "
-                            "a model's own fields are written model.FIELD, a task's task.FIELD, a column's kind "
-                            "column.NAME.")
+        raise SettingsError(
+            f"there is no setting {key!r}.{nearest(key, known)} Settings are: {', '.join(sorted(known))}; "
+            "a model's own fields are written model.FIELD, a task's task.FIELD, a column's kind "
+            "column.NAME."
+        )
     value = from_text(f"setting {key}", value, get_type_hints(Settings)[key])
     if value is None:
         return None

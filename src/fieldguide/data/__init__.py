@@ -5,5 +5,18 @@ from fieldguide.data.read import read
 from fieldguide.data.splits import Splits, split
 from fieldguide.data.validation.checks import BadData, check, enforce
 
-__all__ = ["BadData", "Column", "Data", "FileEntry", "Finding", "Kind", "Manifest", "Role", "Splits", "check",
-           "enforce", "read", "split"]
+__all__ = [
+    "BadData",
+    "Column",
+    "Data",
+    "FileEntry",
+    "Finding",
+    "Kind",
+    "Manifest",
+    "Role",
+    "Splits",
+    "check",
+    "enforce",
+    "read",
+    "split",
+]

@@ -15,15 +15,44 @@ import polars as pl
 from fieldguide.data.dataset import Data, Finding, Kind, Role
 
 TARGETS = ("target", "label", "labels", "class", "y", "sentiment", "category", "outcome", "species")
-CAPTIONS = ("caption", "captions", "prompt")             # of what pictures show
-NAMES: dict[Role, tuple[str, ...]] = {         # names that people give to columns of these roles, likeliest first
+CAPTIONS = ("caption", "captions", "prompt")  # of what pictures show
+NAMES: dict[Role, tuple[str, ...]] = {  # names that people give to columns of these roles, likeliest first
     "user": ("user", "user_id", "userid", "uid", "customer", "customer_id", "session", "session_id", "reviewer_id"),
-    "item": ("item", "item_id", "itemid", "iid", "movie", "movie_id", "movieid", "product", "product_id", "asin",
-             "song_id", "track_id", "article_id", "book_id"),
+    "item": (
+        "item",
+        "item_id",
+        "itemid",
+        "iid",
+        "movie",
+        "movie_id",
+        "movieid",
+        "product",
+        "product_id",
+        "asin",
+        "song_id",
+        "track_id",
+        "article_id",
+        "book_id",
+    ),
     "rating": ("rating", "ratings", "score", "stars", "overall"),
     "time": ("time", "timestamp", "date", "datetime", "ds", "unix_time", "date_time"),
-    "series": ("unique_id", "series", "series_id", "id", "item_id", "ts_id", "store", "sensor", "site", "station", "meter",
-               "region", "symbol", "ticker", "location"),
+    "series": (
+        "unique_id",
+        "series",
+        "series_id",
+        "id",
+        "item_id",
+        "ts_id",
+        "store",
+        "sensor",
+        "site",
+        "station",
+        "meter",
+        "region",
+        "symbol",
+        "ticker",
+        "location",
+    ),
 }
 
 

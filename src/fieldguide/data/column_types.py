@@ -9,21 +9,42 @@ import polars as pl
 
 from fieldguide.data.dataset import Column, Kind
 
-MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "#n/a")     # compared in lower case
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "#n/a")  # compared in lower case
 TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
-MOSTLY = 0.9               # a column is numeric (a date) when at least this share of its values is
-FEW_CLASSES = 20           # a target of at most so many different whole numbers is classes, not an amount
+MOSTLY = 0.9  # a column is numeric (a date) when at least this share of its values is
+FEW_CLASSES = 20  # a target of at most so many different whole numbers is classes, not an amount
 IMAGE_NAME = r"(?i)\.(png|jpe?g|bmp|gif|webp|tiff?|pp?m|pgm|ico|jp2|avif)$"
 VIDEO_NAME = r"(?i)\.(mp4|avi|mov|mkv|webm|m4v|mpe?g)$"
 AUDIO_NAME = r"(?i)\.(wave?|flac|og[ga]|opus|mp3|aiff?|au|m4a|aac|wma)$"
-DATES = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f",
-         "%Y/%m/%d", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S",
-         "%d/%m/%Y", "%m/%d/%Y", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M:%S", "%m/%d/%Y %H:%M:%S",
-         "%d-%m-%Y", "%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%Y%m%dT%H%M%S")
+DATES = (
+    "%Y-%m-%d",
+    "%Y-%m-%d %H:%M:%S",
+    "%Y-%m-%d %H:%M",
+    "%Y-%m-%dT%H:%M:%S%.f",
+    "%Y-%m-%d %H:%M:%S%.f",
+    "%Y/%m/%d",
+    "%Y/%m/%d %H:%M:%S",
+    "%Y/%m/%d %H:%M",
+    "%d.%m.%Y",
+    "%d.%m.%Y %H:%M",
+    "%d.%m.%Y %H:%M:%S",
+    "%d/%m/%Y",
+    "%m/%d/%Y",
+    "%d/%m/%Y %H:%M",
+    "%m/%d/%Y %H:%M",
+    "%d/%m/%Y %H:%M:%S",
+    "%m/%d/%Y %H:%M:%S",
+    "%d-%m-%Y",
+    "%d %b %Y",
+    "%d %B %Y",
+    "%b %d, %Y",
+    "%B %d, %Y",
+    "%Y%m%dT%H%M%S",
+)
 ZONED = r"(Z|[+-]\d\d:?\d\d)$"
 DATE = pl.Datetime("us")
-SPEAKERS = ("system", "user", "assistant")         # who may speak in a conversation
-NESTED = ("boxes", "messages", "list")     # kinds whose values are lists
+SPEAKERS = ("system", "user", "assistant")  # who may speak in a conversation
+NESTED = ("boxes", "messages", "list")  # kinds whose values are lists
 
 
 @dataclass
@@ -32,7 +53,7 @@ class Typed:
 
     column: Column
     values: pl.Series
-    misfits: dict[int, str] = field(default_factory=dict)     # row -> the text that stood there
+    misfits: dict[int, str] = field(default_factory=dict)  # row -> the text that stood there
     infinite: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     expected: int = 0
@@ -116,8 +137,7 @@ def guessed(name: str, text: pl.Series, target: bool) -> Typed:
     return words(name, text, present, n, distinct, share, target)
 
 
-def words(name: str, text: pl.Series, present: pl.Series, n: int, distinct: int, share: float,
-          target: bool) -> Typed:
+def words(name: str, text: pl.Series, present: pl.Series, n: int, distinct: int, share: float, target: bool) -> Typed:
     """Pictures, recordings, free text, identifiers or categories: all that is no number, date or truth value."""
     if not target and present.str.contains(IMAGE_NAME).mean() >= MOSTLY:
         return done(name, text, "image", "the values are names of picture files")
@@ -140,15 +160,16 @@ def words(name: str, text: pl.Series, present: pl.Series, n: int, distinct: int,
 def spoken(present: pl.Series) -> bool:
     """Whether values are phrases and sentences, by their mean length: names are shorter."""
     length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()
-    foreign = (present.str.len_bytes() > 2 * present.str.len_chars()).mean()     # scripts without blanks
+    foreign = (present.str.len_bytes() > 2 * present.str.len_chars()).mean()  # scripts without blanks
     return bool((length >= 20 and spaces >= 2) or (length >= 8 and foreign > 0.5))
 
 
 def are_files(values: pl.Series) -> bool:
     """Whether values are names of pictures, films or recordings."""
     present = values.drop_nulls() if values.dtype == pl.String else pl.Series(dtype=pl.String)
-    return any((present.str.strip_chars().str.contains(name).mean() or 0) >= MOSTLY
-               for name in (IMAGE_NAME, VIDEO_NAME, AUDIO_NAME))
+    return any(
+        (present.str.strip_chars().str.contains(name).mean() or 0) >= MOSTLY for name in (IMAGE_NAME, VIDEO_NAME, AUDIO_NAME)
+    )
 
 
 def refine(typed: Typed, source: pl.Series, target: bool) -> Typed:
@@ -254,8 +275,9 @@ def as_dates(text: pl.Series, least: float = MOSTLY) -> tuple[pl.Series | None, 
     best = max(counts, key=lambda f: counts[f], default=None)
     if best is None or counts[best] < max(1, least * sample.len()):
         return None, "", ""
-    other = next((f for f in good if f != best and counts[f] == counts[best]
-                  and not whole[f].equals(whole[best], check_names=False)), "")
+    other = next(
+        (f for f in good if f != best and counts[f] == counts[best] and not whole[f].equals(whole[best], check_names=False)), ""
+    )
     return whole[best], best, other
 
 

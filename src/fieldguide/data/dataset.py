@@ -13,20 +13,33 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-Kind = Literal["number", "category", "boolean", "date", "text", "image", "identifier", "constant",
-               "mask", "boxes", "audio", "video", "messages", "list"]
+Kind = Literal[
+    "number",
+    "category",
+    "boolean",
+    "date",
+    "text",
+    "image",
+    "identifier",
+    "constant",
+    "mask",
+    "boxes",
+    "audio",
+    "video",
+    "messages",
+    "list",
+]
 Role = Literal["feature", "target", "group", "time", "split", "ignored", "user", "item", "rating", "series"]
 Severity = Literal["error", "warning", "note"]
 
 # Bookkeeping columns of `rows`, beside the typed ones of `columns`:
-FILE, LINE = "#file", "#line"                 # index into the manifest, line (or row number) there
-HASH = "#hash"                                # digest of a row's pixels or samples: equal pictures, equal digest
-WIDTH, HEIGHT, CHANNELS = "#width", "#height", "#channels"    # of a picture as shown; 1 grey, 3 colour
-SECONDS, RATE = "#seconds", "#rate"           # of a recording or a film: its length, its samples (frames) a second
-FRAMES = "#frames"                            # of a film
+FILE, LINE = "#file", "#line"  # index into the manifest, line (or row number) there
+HASH = "#hash"  # digest of a row's pixels or samples: equal pictures, equal digest
+WIDTH, HEIGHT, CHANNELS = "#width", "#height", "#channels"  # of a picture as shown; 1 grey, 3 colour
+SECONDS, RATE = "#seconds", "#rate"  # of a recording or a film: its length, its samples (frames) a second
+FRAMES = "#frames"  # of a film
 MASK_WIDTH, MASK_HEIGHT = "#mask_width", "#mask_height"
-BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS, SECONDS, RATE, FRAMES, MASK_WIDTH,
-               MASK_HEIGHT)
+BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS, SECONDS, RATE, FRAMES, MASK_WIDTH, MASK_HEIGHT)
 
 
 @dataclass
@@ -84,13 +97,19 @@ class Manifest:
     @property
     def digest(self) -> str:
         import hashlib
+
         lines = sorted(f"{f.sha256}  {f.path}" for f in self.files)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        return {"root": self.root, "files": len(self.files), "bytes": sum(f.bytes for f in self.files),
-                "rows": sum(f.rows for f in self.files), "dropped": sum(f.dropped for f in self.files),
-                "digest": self.digest}
+        return {
+            "root": self.root,
+            "files": len(self.files),
+            "bytes": sum(f.bytes for f in self.files),
+            "rows": sum(f.rows for f in self.files),
+            "dropped": sum(f.dropped for f in self.files),
+            "digest": self.digest,
+        }
 
 
 @dataclass(frozen=True)
@@ -145,16 +164,26 @@ class Data:
     def take(self, index: Sequence[int] | np.ndarray) -> Data:
         """The same data with these rows only, in this order."""
         index = np.asarray(index)
-        return Data(self.source, self.rows[index], self.columns, self.manifest, self.findings,
-                    None if self.splits is None else self.splits[index], self.context, self.how, self.unread)
+        return Data(
+            self.source,
+            self.rows[index],
+            self.columns,
+            self.manifest,
+            self.findings,
+            None if self.splits is None else self.splits[index],
+            self.context,
+            self.how,
+            self.unread,
+        )
 
     def without(self, bad: np.ndarray) -> Data:
         """The same data without these rows (a mask), which the manifest counts, file by file."""
         if not bad.any():
             return self
         lost = np.bincount(self.rows[FILE].to_numpy()[bad], minlength=len(self.manifest.files))
-        files = [replace(f, rows=f.rows - int(n), dropped=f.dropped + int(n)) if n else f
-                 for f, n in zip(self.manifest.files, lost)]
+        files = [
+            replace(f, rows=f.rows - int(n), dropped=f.dropped + int(n)) if n else f for f, n in zip(self.manifest.files, lost)
+        ]
         kept = self.take(np.flatnonzero(~bad))
         kept.manifest = Manifest(self.manifest.root, files)
         return kept

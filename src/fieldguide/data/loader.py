@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-WINDOW = 32       # batches that are sorted by length together
+WINDOW = 32  # batches that are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ def steps_per_epoch(count: int, batch: int) -> int:
     return max(1, count // batch)
 
 
-def plan(count: int, batch: int, seed: int, lengths: np.ndarray | None = None, start: int = 0,
-         stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+def plan(
+    count: int, batch: int, seed: int, lengths: np.ndarray | None = None, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """(step, row numbers) from step `start` on. Each epoch is a fresh shuffle; its odd remainder is left out."""
     batch, each = min(batch, count), steps_per_epoch(count, batch)
     step = start
@@ -50,7 +51,7 @@ def plan(count: int, batch: int, seed: int, lengths: np.ndarray | None = None, s
         for position in range(step - epoch * each, each):
             if step == stop:
                 return
-            yield step, order[position * batch:(position + 1) * batch]
+            yield step, order[position * batch : (position + 1) * batch]
             step += 1
 
 
@@ -113,8 +114,18 @@ class Asked:
             yield from ((step, part, share(whole, part, self.parts)) for part in self.mine)
 
 
-def training(batches: Batches, *, batch: int, parts: int = 1, mine: range = range(1), seed: int, start: int = 0,
-             stop: int, workers: int = 0, pin: bool = False) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def training(
+    batches: Batches,
+    *,
+    batch: int,
+    parts: int = 1,
+    mine: range = range(1),
+    seed: int,
+    start: int = 0,
+    stop: int,
+    workers: int = 0,
+    pin: bool = False,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(step, augmented batch) for steps start .. stop. Each step's batch is cut into `parts`, of which this
     process's (`mine`) are given one after another."""
     asked, fetch = Asked(batches, batch, parts, mine, seed, start, stop), Fetch(batches, seed, augment=True)
@@ -129,5 +140,5 @@ def in_order(batches: Batches, batch: int, rows: np.ndarray | None = None) -> It
     if batches.lengths is not None:
         rows = rows[np.argsort(batches.lengths[rows], kind="stable")]
     for first in range(0, len(rows), batch):
-        index = rows[first:first + batch]
+        index = rows[first : first + batch]
         yield index, batches.make(index, None)

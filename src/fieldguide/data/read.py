@@ -33,15 +33,26 @@ from fieldguide.data.media import media_types
 from fieldguide.data.readers import delimited
 from fieldguide.data.validation import checks, findings
 
-LONE = ("image", "text", "audio", "video")      # a reader's own name for a column of these gives way to the model's
-EVENTS = ("user", "item")                       # a table with columns so called tells who met what
+LONE = ("image", "text", "audio", "video")  # a reader's own name for a column of these gives way to the model's
+EVENTS = ("user", "item")  # a table with columns so called tells who met what
 NEEDED = ("feature", "user", "item", "series")  # roles without whose columns a model cannot predict
 
 
-def read(source: Any, *, target: str | None = None, kinds: Mapping[str, Kind] | None = None,
-         schema: Sequence[Column | Mapping[str, Any]] | None = None, group: str | None = None,
-         time: str | None = None, roles: Mapping[Role, str] | None = None, wants: Wants | None = None,
-         header: bool | None = None, allow_bad: bool = False, labels_optional: bool = False, lenient: bool = False) -> Data:
+def read(
+    source: Any,
+    *,
+    target: str | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    schema: Sequence[Column | Mapping[str, Any]] | None = None,
+    group: str | None = None,
+    time: str | None = None,
+    roles: Mapping[Role, str] | None = None,
+    wants: Wants | None = None,
+    header: bool | None = None,
+    allow_bad: bool = False,
+    labels_optional: bool = False,
+    lenient: bool = False,
+) -> Data:
     """Read a table, a folder of pictures or texts, a data frame, or a sample by its name, and check it.
 
     `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one
@@ -80,8 +91,7 @@ def locate(source: Any) -> tuple[Any, str]:
     parent = path.absolute().parent
     names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
     hint = nearest(path.name, [*samples.SAMPLES, *names] if path.name == str(source) else names)
-    raise DataError(f"{source}: there is no such file, folder or sample.{hint} "
-                    f"The samples are: {', '.join(samples.SAMPLES)}.")
+    raise DataError(f"{source}: there is no such file, folder or sample.{hint} The samples are: {', '.join(samples.SAMPLES)}.")
 
 
 def _options(target: str | None, header: bool | None, known: list[Column], optional: bool) -> source.Options:
@@ -95,9 +105,10 @@ def _load(where: Any, options: source.Options) -> source.Raw:
 class Reading:
     """One reading, from the raw table to `Data`; collects findings and the rows that cannot be used."""
 
-    def __init__(self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool, wants: Wants,
-                 lenient: bool = False) -> None:
-        self.lenient, self.why = lenient, dict[int, str]()       # of a row that cannot be used
+    def __init__(
+        self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool, wants: Wants, lenient: bool = False
+    ) -> None:
+        self.lenient, self.why = lenient, dict[int, str]()  # of a row that cannot be used
         self.name, self.raw, self.options, self.allow_bad, self.wants = name, raw, options, allow_bad, wants
         self.findings = list(raw.findings)
         self.names = [c for c in raw.rows.columns if c not in BOOKKEEPING]
@@ -111,7 +122,7 @@ class Reading:
             roles = self.roles(asked)
             self.require(overrides, "kinds")
             lone = [n for n in self.names if n not in roles]
-            asks = {**roles, **({lone[0]: "feature"} if len(lone) == 1 else {})}       # the one input of a task that has one
+            asks = {**roles, **({lone[0]: "feature"} if len(lone) == 1 else {})}  # the one input of a task that has one
             wanted = {name: kind for name, role in asks.items() if (kind := self.wants.kind(role, self.raw.rows[name]))}
             known_by_name = {n: self.wants.columns[n] for n in self.names if n in self.wants.columns}
             overrides = {**known_by_name, **wanted, **self.raw.kinds, **overrides}
@@ -122,11 +133,22 @@ class Reading:
             for column in columns.values():
                 if column.role == "feature" and column.kind == "number":
                     column.role = "target"
-        self.data = Data(self.name, self.raw.rows, columns, Manifest(str(self.raw.root), self.raw.files),
-                         self.findings, self.raw.splits, self.raw.context)
+        self.data = Data(
+            self.name,
+            self.raw.rows,
+            columns,
+            Manifest(str(self.raw.root), self.raw.files),
+            self.findings,
+            self.raw.splits,
+            self.raw.context,
+        )
         for column in columns.values():
-            asked = column.role == "target" and self.options.labels_optional and column.name in self.data.rows.columns and \
-                self.data.rows[column.name].null_count() == len(self.data)
+            asked = (
+                column.role == "target"
+                and self.options.labels_optional
+                and column.name in self.data.rows.columns
+                and self.data.rows[column.name].null_count() == len(self.data)
+            )
             if column.kind in media_types.MEDIA and column.role != "ignored" and not asked:
                 self.check_media(column)
         self.check_masks()
@@ -140,8 +162,7 @@ class Reading:
         data = self.data.without(self.bad)
         if not known:
             data.findings += checks.check(data, self.wants.checks)
-        checks.enforce(data.findings, total, self.allow_bad or (self.lenient and len(data) > 0), self.name,
-                       offer=not known)
+        checks.enforce(data.findings, total, self.allow_bad or (self.lenient and len(data) > 0), self.name, offer=not known)
         if self.lenient:
             data.unread = self.unread()
         return data
@@ -156,7 +177,9 @@ class Reading:
         before = np.cumsum(~self.bad)
         return [Unread(int(before[row]), self.data.place(row), self.why[row]) for row in sorted(self.why)] + [
             Unread(int((~self.bad).sum()), ", ".join(f.places), f"{f.count:,} x {f.what}" if f.count > 1 else f.what)
-            for f in self.raw.findings if f.unusable]
+            for f in self.raw.findings
+            if f.unusable
+        ]
 
     def find(self, *finding: Any) -> None:
         self.findings.append(Finding(*finding))
@@ -164,8 +187,10 @@ class Reading:
     def require(self, wanted: Any, what: str) -> None:
         for name in wanted:
             if name not in self.names:
-                raise DataError(f"{self.name}: {what} names the column {name!r}, which is not there."
-                                f"{nearest(name, self.names)} The columns are: {', '.join(self.names)}.")
+                raise DataError(
+                    f"{self.name}: {what} names the column {name!r}, which is not there."
+                    f"{nearest(name, self.names)} The columns are: {', '.join(self.names)}."
+                )
 
     def roles(self, asked: dict[Role, str]) -> dict[str, Role]:
         """Column -> role, for all that are no features: as asked, as the reader knows, as their names say."""
@@ -182,9 +207,13 @@ class Reading:
         target = self.targets(roles)
         roles |= dict.fromkeys(target, "target")
         wants = self.wants
-        if wants == Wants() and not target and not wants.by_name("target", self.names) and all(
-                wants.by_name(role, self.names) for role in EVENTS):
-            wants = Wants("none", roles=EVENTS)                     # who met what: no column of it is an answer
+        if (
+            wants == Wants()
+            and not target
+            and not wants.by_name("target", self.names)
+            and all(wants.by_name(role, self.names) for role in EVENTS)
+        ):
+            wants = Wants("none", roles=EVENTS)  # who met what: no column of it is an answer
         for role in wants.roles:
             free = [n for n in self.names if n not in roles]
             if role not in roles.values() and (name := wants.by_name(role, free)):
@@ -206,7 +235,7 @@ class Reading:
             return []
         if self.raw.target in self.names:
             if self.wants.target == "named" and self.raw.rows[self.raw.target].n_unique() < 2:
-                roles[self.raw.target] = "ignored"                          # one folder of pictures: no classes
+                roles[self.raw.target] = "ignored"  # one folder of pictures: no classes
                 return []
             return [self.raw.target]
         if self.wants.target == "numbers":
@@ -220,8 +249,14 @@ class Reading:
             return None
         target = by_name or next((n for n in reversed(names) if not column_types.are_files(self.raw.rows[n])), names[-1])
         why = "by its name" if by_name else "because it is the last"
-        self.find("target-chosen", "note", f"no target was named: column {target!r} is taken, {why}",
-                  (f"column {target!r}",), 1, "Name another with --target (in Python: target=).")
+        self.find(
+            "target-chosen",
+            "note",
+            f"no target was named: column {target!r} is taken, {why}",
+            (f"column {target!r}",),
+            1,
+            "Name another with --target (in Python: target=).",
+        )
         return target
 
     def apply_schema(self, known: list[Column]) -> dict[str, str]:
@@ -238,13 +273,20 @@ class Reading:
         if lacking:
             others = [n for n in self.names if n not in needed]
             listed = "\n".join(f"  - {n!r}.{nearest(n, others)}" for n in lacking)
-            raise DataError(f"{self.name}: {len(lacking)} of the {len(needed)} columns that the model needs "
-                            f"are missing:\n{listed}\nThe columns are: {', '.join(self.names)}.")
+            raise DataError(
+                f"{self.name}: {len(lacking)} of the {len(needed)} columns that the model needs "
+                f"are missing:\n{listed}\nThe columns are: {', '.join(self.names)}."
+            )
         wanted = {c.name for c in known}
         extra = [n for n in self.names if n not in wanted]
         if extra:
-            self.find("extra-columns", "note", "columns ignored, because the model does not know them",
-                      tuple(f"column {n!r}" for n in extra[:5]), len(extra))
+            self.find(
+                "extra-columns",
+                "note",
+                "columns ignored, because the model does not know them",
+                tuple(f"column {n!r}" for n in extra[:5]),
+                len(extra),
+            )
             self.raw.rows = self.raw.rows.drop(extra)
             self.names = [n for n in self.names if n in wanted]
         return {c.name: c.role for c in known}
@@ -268,7 +310,7 @@ class Reading:
             if role != "feature":
                 column.role = role
                 if role == "time" and column.kind in ("identifier", "constant") and typed.values.dtype.is_numeric():
-                    column.kind = "number"                           # a count of steps is a time, too
+                    column.kind = "number"  # a count of steps is a time, too
             elif column.kind in ("constant", "identifier"):
                 column.role = "ignored"
             if column.kind in media_types.MEDIA:
@@ -297,18 +339,22 @@ class Reading:
         checked = [seen.get(p, medium.missing) for p in paths]
         bad = np.array([bool(c.problem) for c in checked], dtype=bool)
         files = self.data.manifest.files
-        own = FILE not in rows.columns                           # a folder of pictures: a file a row
+        own = FILE not in rows.columns  # a folder of pictures: a file a row
         root = self.raw.root.absolute()
-        entries = [FileEntry(source.relative(Path(p), root), seen[p].bytes, seen[p].sha256,
-                             rows=1 if own else 0)
-                   for p in unique]
+        entries = [
+            FileEntry(source.relative(Path(p), root), seen[p].bytes, seen[p].sha256, rows=1 if own else 0) for p in unique
+        ]
         if own:
             index = {p: i + len(files) for i, p in enumerate(unique)}
-            rows = rows.with_columns(pl.Series(FILE, [index[p] for p in paths], dtype=pl.Int32),
-                                     pl.lit(None, pl.Int64).alias(LINE))
+            rows = rows.with_columns(
+                pl.Series(FILE, [index[p] for p in paths], dtype=pl.Int32), pl.lit(None, pl.Int64).alias(LINE)
+            )
         files += entries
-        rows = rows.with_columns(pl.Series(fact, [getattr(c, attribute) for c in checked], dtype=kind)
-                                 for fact, (attribute, kind) in medium.facts.items() if fact not in rows.columns)
+        rows = rows.with_columns(
+            pl.Series(fact, [getattr(c, attribute) for c in checked], dtype=kind)
+            for fact, (attribute, kind) in medium.facts.items()
+            if fact not in rows.columns
+        )
         self.data.rows = rows
         self.findings += findings.of_media(self.data, medium, checked, self.bad)
         self.spoil(bad, lambda i: f"{checked[i].problem.replace('-', ' ')} ({checked[i].detail})")
@@ -321,9 +367,16 @@ class Reading:
         other = ((rows[WIDTH] != rows[MASK_WIDTH]) | (rows[HEIGHT] != rows[MASK_HEIGHT])).to_numpy() & ~self.bad
         if other.any():
             first = rows.row(int(np.flatnonzero(other)[0]), named=True)
-            self.find("mask-size", "warning", f"masks of another size than their picture (such as {first[MASK_WIDTH]} x "
-                      f"{first[MASK_HEIGHT]} for {first[WIDTH]} x {first[HEIGHT]})", findings.places(self.data, other),
-                      int(other.sum()), "Export them in the picture's size.", int(other.sum()))
+            self.find(
+                "mask-size",
+                "warning",
+                f"masks of another size than their picture (such as {first[MASK_WIDTH]} x "
+                f"{first[MASK_HEIGHT]} for {first[WIDTH]} x {first[HEIGHT]})",
+                findings.places(self.data, other),
+                int(other.sum()),
+                "Export them in the picture's size.",
+                int(other.sum()),
+            )
             self.spoil(other, lambda i: "mask of another size than its picture")
 
     def check_messages(self) -> None:
@@ -332,16 +385,29 @@ class Reading:
             said, part = self.data.rows[name], pl.element().struct.field
             if not column_types.is_messages(said.dtype):
                 continue
-            tests = {"no-messages": ("conversations without a message", said.list.len().fill_null(0) == 0),
-                     "unknown-speaker": (f"conversations with a role other than {', '.join(column_types.SPEAKERS)}",
-                                         said.list.eval(~part("role").is_in(column_types.SPEAKERS).fill_null(False)).list.any()),
-                     "no-content": ("conversations with a message whose content is missing",
-                                    said.list.eval(part("content").is_null()).list.any())}
+            tests = {
+                "no-messages": ("conversations without a message", said.list.len().fill_null(0) == 0),
+                "unknown-speaker": (
+                    f"conversations with a role other than {', '.join(column_types.SPEAKERS)}",
+                    said.list.eval(~part("role").is_in(column_types.SPEAKERS).fill_null(False)).list.any(),
+                ),
+                "no-content": (
+                    "conversations with a message whose content is missing",
+                    said.list.eval(part("content").is_null()).list.any(),
+                ),
+            }
             for check, (what, wrong) in tests.items():
                 bad = wrong.fill_null(False).to_numpy() & ~self.bad
                 if bad.any():
-                    self.find(check, "warning", f"{what} (column {name!r})", findings.places(self.data, bad), int(bad.sum()),
-                              "Mend them, or take them out.", int(bad.sum()))
+                    self.find(
+                        check,
+                        "warning",
+                        f"{what} (column {name!r})",
+                        findings.places(self.data, bad),
+                        int(bad.sum()),
+                        "Mend them, or take them out.",
+                        int(bad.sum()),
+                    )
                     self.spoil(bad, lambda i, what=what: what.replace("conversations", "a conversation"))
 
     def report_misfits(self) -> None:
@@ -361,25 +427,34 @@ class Reading:
         for label in train:
             plain.setdefault(findings.simplified(label), set()).add(label)
         other = sorted(set(values.drop_nulls().unique()) - train)
-        same = {o: next(iter(plain[findings.simplified(o)])) for o in other
-                if len(plain.get(findings.simplified(o), ())) == 1}
+        same = {o: next(iter(plain[findings.simplified(o)])) for o in other if len(plain.get(findings.simplified(o), ())) == 1}
         if same:
             rows = values.is_in(list(same)).arg_true()
             data.rows = data.rows.with_columns(values.replace(same))
             target.distinct = data.rows[target.name].drop_nulls().n_unique()
             shown = ", ".join(f"{a!r} as {b!r}" for a, b in list(same.items())[:5])
             target.why = f"the target has {target.distinct} classes"
-            self.find("class-spelling", "warning",
-                      f"rows whose class is spelt otherwise than in train: read {shown}",
-                      findings.places(data, rows.to_list()), len(rows), "Spell them alike.")
+            self.find(
+                "class-spelling",
+                "warning",
+                f"rows whose class is spelt otherwise than in train: read {shown}",
+                findings.places(data, rows.to_list()),
+                len(rows),
+                "Spell them alike.",
+            )
         unknown = values.is_in([o for o in other if o not in same]).fill_null(False).to_numpy()
         new = unknown & ~self.bad
         if new.any():
             names = ", ".join(repr(o) for o in other if o not in same)
-            self.find("class-not-in-train", "warning",
-                      f"rows of classes that train does not have: {names[:200]}",
-                      findings.places(data, new), int(new.sum()), "Add examples to train, or remove these.",
-                      int(new.sum()))
+            self.find(
+                "class-not-in-train",
+                "warning",
+                f"rows of classes that train does not have: {names[:200]}",
+                findings.places(data, new),
+                int(new.sum()),
+                "Add examples to train, or remove these.",
+                int(new.sum()),
+            )
             self.spoil(unknown, lambda i: "class that is not in train")
 
     def check_target(self) -> None:
@@ -389,8 +464,15 @@ class Reading:
         missing = self.data.rows[target.name].is_null().to_numpy() & ~self.bad
         if missing.any():
             count = int(missing.sum())
-            self.find("target-missing", "warning", f"rows without a value of the target {target.name!r}",
-                      findings.places(self.data, missing), count, "Fill it in or remove the rows.", count)
+            self.find(
+                "target-missing",
+                "warning",
+                f"rows without a value of the target {target.name!r}",
+                findings.places(self.data, missing),
+                count,
+                "Fill it in or remove the rows.",
+                count,
+            )
             self.spoil(missing, lambda i: f"no value of {target.name!r}")
 
     def check_keys(self) -> None:
@@ -402,9 +484,15 @@ class Reading:
                 missing = self.data.rows[column.name].is_null().to_numpy() & ~self.bad
                 if missing.any():
                     count = int(missing.sum())
-                    self.find("missing-key", "warning", f"rows that do not say which {role} they are of (column "
-                              f"{column.name!r})", findings.places(self.data, missing), count, "Fill it in or remove the rows.",
-                              count)
+                    self.find(
+                        "missing-key",
+                        "warning",
+                        f"rows that do not say which {role} they are of (column {column.name!r})",
+                        findings.places(self.data, missing),
+                        count,
+                        "Fill it in or remove the rows.",
+                        count,
+                    )
                     self.spoil(missing, lambda i, name=column.name: f"no value of {name!r}")
 
     def check_inputs(self) -> None:
@@ -415,6 +503,13 @@ class Reading:
         empty = delimited.blank([self.data.rows[c] for c in features]).to_numpy() & ~self.bad
         if empty.any() and not empty.all():
             count = int(empty.sum())
-            self.find("empty-input", "warning", "rows with nothing to learn from: every feature is missing",
-                      findings.places(self.data, empty), count, "Fill them in or remove the rows.", count)
+            self.find(
+                "empty-input",
+                "warning",
+                "rows with nothing to learn from: every feature is missing",
+                findings.places(self.data, empty),
+                count,
+                "Fill them in or remove the rows.",
+                count,
+            )
             self.spoil(empty, lambda i: "every feature is missing")

@@ -25,8 +25,16 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FileEntry, Finding, Kind, Role
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-          "dev": "val", "test": "test", "testing": "test"}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 
@@ -36,7 +44,7 @@ class Options:
 
     target: str | None = None
     header: bool | None = None
-    names: tuple[str, ...] = ()          # columns of a known schema, when predicting
+    names: tuple[str, ...] = ()  # columns of a known schema, when predicting
     labels_optional: bool = False
 
 
@@ -51,10 +59,10 @@ class Raw:
     splits: np.ndarray | None = None
     kinds: dict[str, Kind] = field(default_factory=dict)
     target: str | None = None
-    roles: dict[str, Role] = field(default_factory=dict)      # column -> role, beside the target
+    roles: dict[str, Role] = field(default_factory=dict)  # column -> role, beside the target
     split_column: str | None = None
-    context: Any = None                  # what rows refer to beside themselves: names of classes, whole series
-    unusable: int = 0                    # examples the reader met and could not put in `rows`
+    context: Any = None  # what rows refer to beside themselves: names of classes, whole series
+    unusable: int = 0  # examples the reader met and could not put in `rows`
 
 
 @cache

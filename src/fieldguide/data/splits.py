@@ -36,7 +36,7 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
         validation = 0.2 if n < 2000 else 0.15 if n < 10_000 else 0.1
     if not (0 <= test < 1 and 0 <= validation < 1 and test + validation < 1):
         raise DataError(f"{test} for test and {validation} for validation leave nothing to train on.")
-    side = np.zeros(n, dtype=np.int8)                      # 0 train, 1 validation, 2 test
+    side = np.zeros(n, dtype=np.int8)  # 0 train, 1 validation, 2 test
     said = []
     if data.splits is not None:
         side[data.splits == "val"], side[data.splits == "test"] = 1, 2
@@ -130,8 +130,7 @@ def _latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
     name = data.role("time")[0].name
     times = data.rows[name][pool]
     if times.dtype == pl.String:
-        raise DataError(f"{data.source}: column {name!r} is to be the time, but it holds neither dates nor "
-                        "numbers.")
+        raise DataError(f"{data.source}: column {name!r} is to be the time, but it holds neither dates nor numbers.")
     values = times.cast(pl.Float64) if times.dtype.is_numeric() else times.cast(pl.Int64).cast(pl.Float64)
     values = values.fill_null(-np.inf).to_numpy()
     cut = np.sort(values)[-want]

@@ -23,8 +23,8 @@ from fieldguide.inference.zero_shot import prepared, published
 from fieldguide.models.generation import Greedy, engine
 from fieldguide.models.generation.stop_strings import cut
 
-TEMPLATE = "chat_template.json"          # of a processor, in folders of before 2025
-BATCH = 4                                # pictures at once: each is many tokens
+TEMPLATE = "chat_template.json"  # of a processor, in folders of before 2025
+BATCH = 4  # pictures at once: each is many tokens
 
 
 class Viewer:
@@ -43,9 +43,11 @@ class Viewer:
         `WeightsError` for a network that does not answer to pictures, and for a tokenizer that is missing or another's."""
         found = source if isinstance(source, Checkpoint) else described(source)
         if found.card.takes != "captioned" or "tokens" not in found.card.answers:
-            raise WeightsError(f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives "
-                               f"{' or '.join(found.card.answers)}: to speak of pictures, a network must take them with tokens "
-                               "and say which token follows")
+            raise WeightsError(
+                f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives "
+                f"{' or '.join(found.card.answers)}: to speak of pictures, a network must take them with tokens "
+                "and say which token follows"
+            )
         network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
         folder, c = found.path if found.path.is_dir() else found.path.parent, network.config
         words = words_of(found)
@@ -53,8 +55,10 @@ class Viewer:
         if words.template is None and (folder / TEMPLATE).is_file():
             words = replace(words, template=config_mapping.read(folder / TEMPLATE).get("chat_template"))
         if made.get_vocab_size() > c.vocab or made.id_to_token(c.picture) is None:
-            raise WeightsError(f"{folder}: its tokenizer has {made.get_vocab_size():,} tokens, the network {c.vocab:,}, of "
-                               f"which {c.picture:,} stands for pictures: it is that of another network")
+            raise WeightsError(
+                f"{folder}: its tokenizer has {made.get_vocab_size():,} tokens, the network {c.vocab:,}, of "
+                f"which {c.picture:,} stands for pictures: it is that of another network"
+            )
         return cls(network, words, prepared(folder, c.image, c.channels, found.card.scale), template_of(words))
 
     def spelt(self, prompt: str) -> str:
@@ -70,9 +74,10 @@ class Viewer:
         """The tokens of a prompt, that of the picture once for each patch. Raises `SettingsError` for several pictures."""
         text = self.spelt(prompt)
         if text.count(self.picture) != 1:
-            raise SettingsError(f"prompt={prompt!r} names {text.count(self.picture)} pictures by {self.picture}: it is asked "
-                                "of one at a time")
-        begun = bool(self.begin) and text.startswith(self.begin)             # by a template that writes special tokens itself
+            raise SettingsError(
+                f"prompt={prompt!r} names {text.count(self.picture)} pictures by {self.picture}: it is asked of one at a time"
+            )
+        begun = bool(self.begin) and text.startswith(self.begin)  # by a template that writes special tokens itself
         return self.network.spelt(self.text.tokenizer.encode(text, add_special_tokens=not begun).ids)
 
     def answer(self, inputs: Any, prompt: str, **how: Any) -> list[dict[str, Any]]:
@@ -85,16 +90,24 @@ class Viewer:
         """
         row, manner, found, length = self.tokens(prompt), Greedy(**how), [], self.network.config.length
         if len(row) >= length:
-            raise SettingsError(f"the prompt has {len(row):,} tokens with those of the picture, and the network reads "
-                                f"{length:,}, of prompt and answer together: ask less.")
+            raise SettingsError(
+                f"the prompt has {len(row):,} tokens with those of the picture, and the network reads "
+                f"{length:,}, of prompt and answer together: ask less."
+            )
         manner = replace(manner, tokens=min(manner.tokens, length - len(row)))
         data = self.task.read(listed(inputs))
         paths, device = data.rows[self.task.column].to_list(), distributed.device()
         pictures = self.task.pictures
         for first in range(0, len(paths), BATCH):
-            image = pictures.apply(pictures.load(paths[first:first + BATCH]).to(device))
-            said = engine(self.network.seeing(image), [row] * len(image), manner, ends=self.ends, decode=self.text.decode,
-                           numbers=range(first, first + len(image)))
+            image = pictures.apply(pictures.load(paths[first : first + BATCH]).to(device))
+            said = engine(
+                self.network.seeing(image),
+                [row] * len(image),
+                manner,
+                ends=self.ends,
+                decode=self.text.decode,
+                numbers=range(first, first + len(image)),
+            )
             found += [{"text": cut(self.text.decode(tokens), manner.stops).strip()} for tokens in said]
         return records(data, found)
 

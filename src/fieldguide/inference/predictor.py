@@ -25,7 +25,7 @@ class Answering:
     card: Card
     objective: Objective
     together: int = 64
-    pooled: str = "mean"         # how a text's vector is made of those of its tokens (`Vectors`)
+    pooled: str = "mean"  # how a text's vector is made of those of its tokens (`Vectors`)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -37,8 +37,14 @@ class Answering:
         return self.respond(self.task.batches(data, self.card))
 
     def respond(self, batches: Batches, watch=lambda done: None) -> dict[str, np.ndarray]:
-        outputs = collect(self.objective, batches, ask=self.task.ask(self.objective), batch=self.together,
-                          device=distributed.device(), watch=watch)
+        outputs = collect(
+            self.objective,
+            batches,
+            ask=self.task.ask(self.objective),
+            batch=self.together,
+            device=distributed.device(),
+            watch=watch,
+        )
         return self.task.adjust(outputs)
 
     def predict(self, inputs: Any = (), watch=lambda done: None, **asked: Any) -> list[dict[str, Any]]:
@@ -60,8 +66,10 @@ class Answering:
         texts, model = listed(texts), self.model
         rows = self.task.framed_texts(texts, model.config.length) if "vector" in self.card.answers else None
         if rows is None:
-            raise SettingsError(f"{self.card.name}, trained for {self.task.name}, makes no vectors of texts; runs of encoders "
-                                "such as BERT and ModernBERT do, for fill-mask or text-classification.")
+            raise SettingsError(
+                f"{self.card.name}, trained for {self.task.name}, makes no vectors of texts; runs of encoders "
+                "such as BERT and ModernBERT do, for fill-mask or text-classification."
+            )
         if not texts:
             return np.zeros((0, model.config.dim), dtype=np.float32)
         return collect(Vectors(model, self.pooled), rows, batch=64, device=distributed.device())["vector"]
@@ -75,8 +83,12 @@ class Answering:
         """Scores, with 95 % intervals, of examples with known answers."""
         self.task.before_scores(len(data))
         outputs, truth = self.outputs(data), self.task.truth(data)
-        return {"rows": len(data), "scores": self.task.score(outputs, truth),
-                "intervals": self.task.intervals(outputs, truth), "note": note}
+        return {
+            "rows": len(data),
+            "scores": self.task.score(outputs, truth),
+            "intervals": self.task.intervals(outputs, truth),
+            "note": note,
+        }
 
 
 def records(data: Data, answers: Sequence[Any]) -> list[dict[str, Any]]:

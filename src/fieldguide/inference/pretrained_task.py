@@ -30,9 +30,9 @@ from fieldguide.tasks.base import Arrays, Beside
 from fieldguide.tasks.text.base import Typed
 from fieldguide.tasks.vision.image_classification import ImageClassification
 
-SIDE = 224                                       # pixels, where neither network nor files say
-POOLING = "1_Pooling/config.json"                # of sentence-transformers
-LENGTH = "sentence_bert_config.json"             # the same: how many tokens of a text are read
+SIDE = 224  # pixels, where neither network nor files say
+POOLING = "1_Pooling/config.json"  # of sentence-transformers
+LENGTH = "sentence_bert_config.json"  # the same: how many tokens of a text are read
 ANYHOW = "pooling_mode_"
 NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
 ONE = {"regression": "a number", "multi_label_classification": "several classes at once"}
@@ -46,8 +46,9 @@ class Published(Answering):
         self.objective = task.objective(network, card, Settings()).to(distributed.device()).eval()
 
     @classmethod
-    def load(cls, source: str | Path | Checkpoint, *, name: str | None = None, columns: str = "",
-             **overrides: Any) -> Published:
+    def load(
+        cls, source: str | Path | Checkpoint, *, name: str | None = None, columns: str = "", **overrides: Any
+    ) -> Published:
         """From a folder or file of transformers or timm, or hf:organisation/name; `gives="vector"` leaves its head off.
         `columns` names the columns of text in tables that are asked about, "text" where nothing is said: two, with a comma
         between, for a network that reads pairs.
@@ -58,19 +59,25 @@ class Published(Answering):
         values = {**found.values, **overrides}
         gives = values.get("gives", found.card.answers[0])
         beside = replace(described_beside(found, values, gives), columns=tuple(filter(None, columns.split(","))))
-        made = (kind.published(beside) for kind in (*tasks().values(), TextVectors, PictureVectors)
-                if found.card.takes in kind.takes and gives in kind.gives)
+        made = (
+            kind.published(beside)
+            for kind in (*tasks().values(), TextVectors, PictureVectors)
+            if found.card.takes in kind.takes and gives in kind.gives
+        )
         if (task := next((one for one in made if one is not None), None)) is None:
-            raise WeightsError(f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives {gives}: no "
-                               "task answers or scores that as it is. `fit --weights` trains it on data of yours.")
+            raise WeightsError(
+                f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives {gives}: no "
+                "task answers or scores that as it is. `fit --weights` trains it on data of yours."
+            )
         with warnings.catch_warnings():
-            if gives == "vector":                        # heads are left on purpose
+            if gives == "vector":  # heads are left on purpose
                 warnings.simplefilter("ignore", WeightsWarning)
             network = filled(found.card, values, found.state, found.origin, str(found.path))
         text, vocab = getattr(task, "text", None), getattr(network.config, found.card.names.get("vocab", "vocab"), None)
         if text is not None and text.size > vocab:
-            raise WeightsError(f"{beside.folder}: its tokenizer has {text.size:,} tokens, the network {vocab:,}: it is that of "
-                               "another network")
+            raise WeightsError(
+                f"{beside.folder}: its tokenizer has {text.size:,} tokens, the network {vocab:,}: it is that of another network"
+            )
         return cls(network, found.card, task, beside.pooled)
 
     def evaluate(self, source: Any) -> dict[str, Any]:
@@ -92,10 +99,14 @@ def described_beside(found: Checkpoint, values: dict[str, Any], gives: str) -> B
             raise WeightsError(f"{folder} cannot be asked without its tokenizer. {why or 'None lies there.'}")
     if card.takes in ("image", "captioned"):
         from fieldguide.inference.zero_shot import prepared
+
         side = getattr(config, "image", None) or side_of(folder) or SIDE
         pictures = prepared(folder, side, found.channels, card.scale)
-    names = named(said, getattr(config, card.names.get("classes", "classes"), 0), found.path) if gives in (
-        "label", "labels") else []
+    names = (
+        named(said, getattr(config, card.names.get("classes", "classes"), 0), found.path)
+        if gives in ("label", "labels")
+        else []
+    )
     length = getattr(config, "length", 0)
     if gives == "vector" and (folder / LENGTH).is_file():
         length = min(length, config_mapping.read(folder / LENGTH).get("max_seq_length") or length)
@@ -105,8 +116,10 @@ def described_beside(found: Checkpoint, values: dict[str, Any], gives: str) -> B
 def named(said: dict[str, Any], classes: int, where: Path) -> list[str]:
     """What classes are called; by their numbers where no file says it."""
     if classes < 2 or said.get("problem_type") in ONE:
-        raise WeightsError(f"{where} gives {ONE.get(said.get('problem_type'), 'a number')}, not one class of several: load it "
-                           "by fieldguide.load")
+        raise WeightsError(
+            f"{where} gives {ONE.get(said.get('problem_type'), 'a number')}, not one class of several: load it "
+            "by fieldguide.load"
+        )
     known = said.get("label_names") or (said.get("pretrained_cfg") or {}).get("label_names") or said.get("id2label") or {}
     known = {str(i): name for i, name in enumerate(known)} if isinstance(known, list) else known
     return [str(known.get(str(i), i)) for i in range(classes)]
@@ -119,8 +132,10 @@ def pooled(folder: Path) -> str:
     said = config_mapping.read(folder / POOLING)
     chosen = [key.removeprefix(ANYHOW) for key, on in said.items() if key.startswith(ANYHOW) and on is True]
     if len(chosen) != 1 or chosen[0] not in NAMES:
-        raise WeightsError(f"{folder / POOLING} makes vectors of texts by {' and '.join(chosen) or 'nothing'}; known are "
-                           f"{' and '.join(NAMES)}, one alone")
+        raise WeightsError(
+            f"{folder / POOLING} makes vectors of texts by {' and '.join(chosen) or 'nothing'}; known are "
+            f"{' and '.join(NAMES)}, one alone"
+        )
     return NAMES[chosen[0]]
 
 
@@ -153,8 +168,10 @@ class TextVectors(Pointing, Typed):
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         texts = self.texts(data)
         if cut := sum(len(ids) > self.length - 2 for ids in self.text.exactly(texts)):
-            self.notes.append(f"{cut} of {len(texts)} texts are longer than the {self.length} tokens that the network reads, "
-                              "and are cut there")
+            self.notes.append(
+                f"{cut} of {len(texts)} texts are longer than the {self.length} tokens that the network reads, "
+                "and are cut there"
+            )
         return self.framed_texts(texts, self.length)
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:

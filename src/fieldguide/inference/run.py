@@ -1,12 +1,12 @@
 """The run folder: the only border between training and everything after it.
 
-    run.json             schema, task, model and config, settings, data, versions, scores, cost
-    model.safetensors    the weights that predict (and one file for each further network that the objective keeps)
-    preprocess/          all that turns raw inputs into tensors
-    splits.npz           which rows were trained on, which were not
-    metrics.jsonl        losses and scores by step
-    report.html          one page for a person; README.md says the same in words
-    checkpoints/         what `fieldguide fit --resume` goes on from
+run.json             schema, task, model and config, settings, data, versions, scores, cost
+model.safetensors    the weights that predict (and one file for each further network that the objective keeps)
+preprocess/          all that turns raw inputs into tensors
+splits.npz           which rows were trained on, which were not
+metrics.jsonl        losses and scores by step
+report.html          one page for a person; README.md says the same in words
+checkpoints/         what `fieldguide fit --resume` goes on from
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fieldguide.objectives import Objective
 from fieldguide.tasks import Task
 from fieldguide.training.checkpoint import write_atomically
 
-SCHEMA = 1          # of run.json; every released schema stays readable
+SCHEMA = 1  # of run.json; every released schema stays readable
 
 
 class Run(Answering):
@@ -49,8 +49,10 @@ class Run(Answering):
             raise RunError(f"{self.path / 'run.json'} is damaged: {error}.") from None
         schema = self.record.get("schema") if isinstance(self.record, dict) else None
         if isinstance(schema, int) and schema > SCHEMA:
-            raise RunError(f"{self.path} was written by a newer fieldguide (schema {schema}, this version reads up to "
-                           f"{SCHEMA}). Update fieldguide.")
+            raise RunError(
+                f"{self.path} was written by a newer fieldguide (schema {schema}, this version reads up to "
+                f"{SCHEMA}). Update fieldguide."
+            )
         if not isinstance(schema, int) or not {"status", "task", "model", "settings", "data"} <= self.record.keys():
             raise RunError(f"{self.path / 'run.json'} is damaged or not of a run: its fields are missing.")
 
@@ -59,7 +61,7 @@ class Run(Answering):
 
     @property
     def status(self) -> str:
-        """"training" until the network is tested, then "done"."""
+        """ "training" until the network is tested, then "done"."""
         return self.record["status"]
 
     @property
@@ -87,8 +89,10 @@ class Run(Answering):
 
     def fresh_parts(self) -> dict[str, torch.nn.Module]:
         """The networks beside it, such as a generator's critic, with new weights."""
-        return {name: remade(registry.card(part["architecture"]), part["config"])
-                for name, part in self.record["model"].get("parts", {}).items()}
+        return {
+            name: remade(registry.card(part["architecture"]), part["config"])
+            for name, part in self.record["model"].get("parts", {}).items()
+        }
 
     @functools.cached_property
     def objective(self) -> Objective:
@@ -113,9 +117,9 @@ class Run(Answering):
 
         Of the data that the run was trained on, only the rows of its test part are scored.
         """
-        self.task.asking = self.task.asking_from({})                 # as when it was tested
+        self.task.asking = self.task.asking_from({})  # as when it was tested
         data, note = self.task.read(listed(source), answered=True), ""
-        enforce(data.findings, len(data) + len(data.unread), source=data.source, offer=False)      # some are read leniently
+        enforce(data.findings, len(data) + len(data.unread), source=data.source, offer=False)  # some are read leniently
         if data.manifest.digest == self.record["data"]["digest"] and len(data) == self.record["data"]["rows"]:
             with np.load(self.path / "splits.npz", allow_pickle=False) as splits:
                 data = data.take(splits["test"])

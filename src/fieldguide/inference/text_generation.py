@@ -24,43 +24,68 @@ from fieldguide.models.generation.engine import grouped
 from fieldguide.models.generation.quantization import shrink
 from fieldguide.models.generation.stop_strings import cut
 
-Prompt = str | Sequence[Mapping[str, Any]]               # a text to go on from, or messages of role and content
+Prompt = str | Sequence[Mapping[str, Any]]  # a text to go on from, or messages of role and content
 
 
 class Speaker:
     """`network` gives the next token; `ends` are tokens that end an answer; `template` writes conversations; `frame`, of an
     encoder-decoder, is what stands around its sources and before its answers."""
 
-    def __init__(self, network: nn.Module, text: Text, ends: Sequence[int], template: ChatTemplate | None = None,
-                 frame: Frame | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        text: Text,
+        ends: Sequence[int],
+        template: ChatTemplate | None = None,
+        frame: Frame | None = None,
+    ):
         self.network, self.text, self.ends, self.template = network.eval(), text, tuple(ends), template
         self.frame, self.manner = frame, Manner if frame is None else Greedy
 
     @classmethod
-    def load(cls, source: str | Path | Checkpoint, eight: bool = False, source_language: str | None = None,
-             target_language: str | None = None, **overrides: Any) -> Speaker:
+    def load(
+        cls,
+        source: str | Path | Checkpoint,
+        eight: bool = False,
+        source_language: str | None = None,
+        target_language: str | None = None,
+        **overrides: Any,
+    ) -> Speaker:
         """From a folder of transformers with its tokenizer, a GGUF file, or hf:organisation/name; or what `described` said of
         one. With `eight`, its weights are held in eight bits. The languages are those of an encoder-decoder that knows
         several, as its tokenizer calls them. Raises `WeightsError` for a network that does not say what follows, and where
         the tokenizer is missing; `SettingsError` where languages must be named, or are and the network knows none."""
         found, source = (source, source.path) if isinstance(source, Checkpoint) else (described(source), source)
         if "tokens" not in found.card.answers or found.card.takes not in ("tokens", "pair"):
-            raise WeightsError(f"{source} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to speak, a "
-                               "network must say which token follows")
+            raise WeightsError(
+                f"{source} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to speak, a "
+                "network must say which token follows"
+            )
         if found.card.takes == "tokens" and (source_language or target_language):
-            raise SettingsError(f"{source} is {found.card.name}, which goes on from a text and has no languages to be named: "
-                                "leave out source and target.")
+            raise SettingsError(
+                f"{source} is {found.card.name}, which goes on from a text and has no languages to be named: "
+                "leave out source and target."
+            )
         network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source))
         folder = found.path if found.path.is_dir() else found.path.parent
         words = words_of(found)
         if words.tokenizer.get_vocab_size() > network.config.vocab:
-            raise WeightsError(f"{source}: its tokenizer has {words.tokenizer.get_vocab_size():,} tokens, the network "
-                               f"{network.config.vocab:,}")
+            raise WeightsError(
+                f"{source}: its tokenizer has {words.tokenizer.get_vocab_size():,} tokens, the network {network.config.vocab:,}"
+            )
         text, frame, ends = Text(words.tokenizer), None, ends_of(words)
         if found.card.takes == "pair":
             config = network.config
-            frame = framed(text, SimpleNamespace(tokenizer=str(folder), begin=getattr(config, "begin", None),
-                                                 source_language=source_language, target_language=target_language), CALLED)
+            frame = framed(
+                text,
+                SimpleNamespace(
+                    tokenizer=str(folder),
+                    begin=getattr(config, "begin", None),
+                    source_language=source_language,
+                    target_language=target_language,
+                ),
+                CALLED,
+            )
             ends = sorted({getattr(config, "end", frame.end), *ended(folder)})
         network = shrink(network) if eight else network
         return cls(network, text, ends, template_of(words) if frame is None else None, frame)
@@ -68,7 +93,7 @@ class Speaker:
     def tokens(self, prompt: Prompt) -> list[int]:
         """What the network reads. Raises `DataError` for messages where there is no chat template."""
         made = self.text.tokenizer
-        made.encode_special_tokens = False               # what is spelt out in a prompt is meant
+        made.encode_special_tokens = False  # what is spelt out in a prompt is meant
         if not isinstance(prompt, str):
             if self.template is None:
                 raise DataError("this model has no chat template: give a text to go on from")
@@ -96,8 +121,15 @@ class Speaker:
         rows, manner, said = [self.tokens(p) for p in prompts], self.manner(**how), {}
         for group in grouped([len(row) for row in rows]):
             network, begun = self.ready([rows[i] for i in group])
-            found = engine(network, begun, manner, ends=self.ends, decode=self.text.decode, numbers=group,
-                            before=len(self.frame.said) - 1 if self.frame else 0)
+            found = engine(
+                network,
+                begun,
+                manner,
+                ends=self.ends,
+                decode=self.text.decode,
+                numbers=group,
+                before=len(self.frame.said) - 1 if self.frame else 0,
+            )
             said |= {i: cut(self.text.decode(row), manner.stops) for i, row in zip(group, found)}
         return [said[i] for i in range(len(rows))]
 
@@ -110,10 +142,10 @@ class Speaker:
         return streamed(network, begun[0], manner, ends=self.ends, decode=self.text.decode)
 
 
-CALLED = ("source", "target")          # how a user names languages
-ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>", "</s>")     # that answers end with
+CALLED = ("source", "target")  # how a user names languages
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>", "</s>")  # that answers end with
 
-HELD = ("float32", "int8")     # what weights may be while they answer
+HELD = ("float32", "int8")  # what weights may be while they answer
 
 
 def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], bool | None]:
@@ -128,7 +160,7 @@ def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str,
     if said.get("weights", HELD[0]) not in HELD:
         raise SettingsError(f"weights={said['weights']!r} is none of {', '.join(HELD)}.")
     how = {f.name: said[f.name] for f in fields(Manner) if f.name in said}
-    Manner(**how)                                        # refuses what is out of range before anything is loaded
+    Manner(**how)  # refuses what is out of range before anything is loaded
     made = {"eight": said.get("weights") == "int8", **{f"{side}_language": said[side] for side in CALLED if side in said}}
     return made, how, said.get("chat")
 

@@ -33,8 +33,10 @@ BATCH = 64
 
 def published(text: Text, pictures: Pictures, end: int, length: int) -> ImageText:
     """The task of a network whose tokenizer puts its own tokens around a text, and whose pictures are prepared as told."""
-    task = ImageText([Column("image", "image"), Column("caption", "text", "target")], ImageText.Options(
-        side=pictures.side, channels=pictures.channels, vocab=text.size, length=length, end=end))
+    task = ImageText(
+        [Column("image", "image"), Column("caption", "text", "target")],
+        ImageText.Options(side=pictures.side, channels=pictures.channels, vocab=text.size, length=length, end=end),
+    )
     task.text, task.pictures, task.classes, task.known = text, pictures, [], []
     return task
 
@@ -47,8 +49,9 @@ class ZeroShot:
         self.objective = Contrastive(network, card.inputs).to(distributed.device()).eval()
 
     @classmethod
-    def load(cls, source: str | Path | Checkpoint, *, tokenizer: str | Path | None = None, name: str | None = None,
-             **overrides: Any) -> ZeroShot:
+    def load(
+        cls, source: str | Path | Checkpoint, *, tokenizer: str | Path | None = None, name: str | None = None, **overrides: Any
+    ) -> ZeroShot:
         """From a folder of transformers or open_clip, a file of OpenAI, hf:organisation/name, or a run of the task image-text.
 
         `tokenizer` names a tokenizer.json where none lies beside the weights; `name` the size where a file could be several.
@@ -61,14 +64,18 @@ class ZeroShot:
             return cls(run.model, run.card, run.task, [run.task.options.template])
         found = source if isinstance(source, Checkpoint) else described(source, name)
         if "embeddings" not in found.card.answers:
-            raise WeightsError(f"{found.path} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to tell "
-                               "classes by name, a network must give vectors of pictures and of texts")
+            raise WeightsError(
+                f"{found.path} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to tell "
+                "classes by name, a network must give vectors of pictures and of texts"
+            )
         network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
         folder = found.path if found.path.is_dir() else found.path.parent
         file = Path(tokenizer) if tokenizer else folder / "tokenizer.json"
         if not file.is_file():
-            raise WeightsError(f"{file} is not there: without a tokenizer names of classes cannot be read. Say "
-                               "tokenizer=PATH; that of every CLIP is in the folder openai/clip-vit-base-patch32.")
+            raise WeightsError(
+                f"{file} is not there: without a tokenizer names of classes cannot be read. Say "
+                "tokenizer=PATH; that of every CLIP is in the folder openai/clip-vit-base-patch32."
+            )
         text, c = Text.load(file), network.config
         if text.size > c.vocab:
             raise WeightsError(f"{file} has {text.size:,} tokens, the network {c.vocab:,}")
@@ -77,13 +84,18 @@ class ZeroShot:
 
     def asked(self, classes: Sequence[str], templates: Sequence[str]) -> None:
         if not classes:
-            raise SettingsError("say which classes there are, such as classes=\"cat,dog\"")
+            raise SettingsError('say which classes there are, such as classes="cat,dog"')
         self.task.classes = list(classes)
         self.task.asking = self.task.Asking(templates="|".join(templates or self.templates))
 
     def respond(self, data: Data) -> dict[str, np.ndarray]:
-        return collect(self.objective, self.task.questions(data, self.card), ask=self.task.ask(self.objective), batch=BATCH,
-                       device=distributed.device())
+        return collect(
+            self.objective,
+            self.task.questions(data, self.card),
+            ask=self.task.ask(self.objective),
+            batch=BATCH,
+            device=distributed.device(),
+        )
 
     def predict(self, inputs: Any, classes: Sequence[str], templates: Sequence[str] = ()) -> list[dict[str, Any]]:
         """One record for each picture: where it is, the likeliest class, and how probable each is.
@@ -95,15 +107,16 @@ class ZeroShot:
         data = self.task.read(listed(inputs))
         return records(data, self.task.answers(self.respond(data)))
 
-    def evaluate(self, source: Any, classes: Mapping[str, str] | None = None,
-                 templates: Sequence[str] = ()) -> dict[str, Any]:
+    def evaluate(self, source: Any, classes: Mapping[str, str] | None = None, templates: Sequence[str] = ()) -> dict[str, Any]:
         """How many pictures of a folder with a folder for each class, or of a table with a column of classes, are told
         rightly: {"rows", "scores", "intervals", "note"}. `classes` says what a class is called in a text, where that is
         another thing than its name with blanks for underscores."""
         data = read(source)
         if data.target is None or data.target.kind not in ("category", "boolean") or len(data.features("image")) != 1:
-            raise DataError(f"{data.source}: to be scored, pictures must lie in a folder for each class, or in a table with a "
-                            "column of classes.")
+            raise DataError(
+                f"{data.source}: to be scored, pictures must lie in a folder for each class, or in a table with a "
+                "column of classes."
+            )
         labels = Labels.learn(data.rows[data.target.name])
         if strange := set(classes or ()) - set(labels.names):
             raise DataError(f"{data.source} has no class {', '.join(sorted(strange))}; it has {', '.join(labels.names)}.")
@@ -111,8 +124,12 @@ class ZeroShot:
         images = data.rows.rename({data.features("image")[0].name: self.task.column})
         out = self.respond(Data(data.source, images.select(self.task.column), self.task.columns, data.manifest))
         truth = {"class": labels.apply(data.rows[data.target.name])}
-        return {"rows": len(data), "scores": self.task.score(out, truth), "intervals": self.task.intervals(out, truth),
-                "note": f"{len(labels.names)} classes by name alone"}
+        return {
+            "rows": len(data),
+            "scores": self.task.score(out, truth),
+            "intervals": self.task.intervals(out, truth),
+            "note": f"{len(labels.names)} classes by name alone",
+        }
 
 
 def prepared(folder: Path, side: int, channels: int, scale: Scale = OPENAI) -> Pictures:
@@ -127,5 +144,7 @@ def settled(asked: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     if strange := [key for key in asked if key not in known]:
         raise SettingsError(f"a network of pictures and texts is not asked with {strange[0]!r}. It knows {', '.join(known)}.")
     parts = lambda key, between: [part.strip() for part in asked.get(key, "").split(between) if part.strip()]
-    return ({key: asked[key] for key in ("name", "tokenizer") if key in asked},
-            {"classes": parts("classes", ","), "templates": parts("templates", "|")})
+    return (
+        {key: asked[key] for key in ("name", "tokenizer") if key in asked},
+        {"classes": parts("classes", ","), "templates": parts("templates", "|")},
+    )

@@ -16,8 +16,8 @@ import numpy as np
 
 from fieldguide.core.errors import DataError
 
-MOST = 100                 # boxes of one class and picture that count, the most confident ones
-EVERY = ((0.0, 1e10),)     # boxes of every area; COCO's small, medium and large are not asked for
+MOST = 100  # boxes of one class and picture that count, the most confident ones
+EVERY = ((0.0, 1e10),)  # boxes of every area; COCO's small, medium and large are not asked for
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -40,7 +40,7 @@ def bootstrap(found: Arrays, truth: Arrays, classes: int, *, repeats: int, seed:
     """Scores of pictures drawn with replacement, as many as there are; boxes are matched once for all draws."""
     evaluator, rng = evaluated(found, truth, classes), np.random.default_rng(seed)
     count, each, drawn = len(truth["labels"]), np.empty(len(evaluator.evalImgs), dtype=object), []
-    each[:] = evaluator.evalImgs                                         # for each class, each picture
+    each[:] = evaluator.evalImgs  # for each class, each picture
     each = each.reshape(-1, count)
     while len(drawn) < repeats:
         evaluator.evalImgs = each[:, rng.integers(0, count, count)].ravel().tolist()
@@ -54,7 +54,8 @@ def evaluated(found: Arrays, truth: Arrays, classes: int) -> Any:
     """COCO's evaluator with every picture's boxes matched."""
     check(found, truth, classes)
     from pycocotools.cocoeval import COCOeval
-    with contextlib.redirect_stdout(io.StringIO()):      # it prints its progress
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         evaluator = COCOeval(index(truth, classes), index(found, classes), "bbox")
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [list(span) for span in EVERY], ["all"]
         evaluator.params.maxDets = [MOST]
@@ -66,34 +67,50 @@ def summed(evaluator: Any) -> dict[str, Any]:
     """Scores over the pictures that `evaluator` holds matched."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.accumulate()
-    precision, scores = (evaluator.eval[name][..., 0, 0] for name in ("precision", "scores"))    # IoU, recall, K
+    precision, scores = (evaluator.eval[name][..., 0, 0] for name in ("precision", "scores"))  # IoU, recall, K
     missing = (precision < 0).all((0, 1))
-    by_iou = np.where(missing, np.nan, precision.mean(1))                                        # IoU, K
+    by_iou = np.where(missing, np.nan, precision.mean(1))  # IoU, K
     curve = lambda x: np.where(missing, np.nan, np.maximum(x[0], 0)).T
     mean = lambda x: float("nan") if np.isnan(x).all() else float(np.nanmean(x))
-    return {"map": mean(by_iou), "map50": mean(by_iou[0]), "map75": mean(by_iou[5]),
-            "class_map": by_iou.mean(0), "class_map50": by_iou[0],
-            "recall": evaluator.params.recThrs.copy(), "precision": curve(precision), "confidence": curve(scores)}
+    return {
+        "map": mean(by_iou),
+        "map50": mean(by_iou[0]),
+        "map75": mean(by_iou[5]),
+        "class_map": by_iou.mean(0),
+        "class_map50": by_iou[0],
+        "recall": evaluator.params.recThrs.copy(),
+        "precision": curve(precision),
+        "confidence": curve(scores),
+    }
 
 
 def index(arrays: Arrays, classes: int) -> Any:
     """Boxes of all pictures as pycocotools keeps them."""
     from pycocotools.coco import COCO
+
     pictures, places = np.nonzero(arrays["labels"] >= 0)
     boxes = np.asarray(arrays["boxes"], dtype=np.float64)[pictures, places]
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
-    rows = {"image_id": pictures, "category_id": arrays["labels"][pictures, places].astype(np.int64),
-            "bbox": np.concatenate([boxes[:, :2], sides], 1), "area": sides.prod(1)}
+    rows = {
+        "image_id": pictures,
+        "category_id": arrays["labels"][pictures, places].astype(np.int64),
+        "bbox": np.concatenate([boxes[:, :2], sides], 1),
+        "area": sides.prod(1),
+    }
     if "scores" in arrays:
         rows["score"] = np.asarray(arrays["scores"], dtype=np.float64)[pictures, places]
     crowd = arrays["crowd"][pictures, places] if "crowd" in arrays else np.zeros(len(pictures))
     rows["iscrowd"] = crowd.astype(np.int64)
     whole = COCO()
-    whole.dataset = {"images": [{"id": i} for i in range(len(arrays["labels"]))],
-                     "categories": [{"id": i} for i in range(classes)],
-                     # Numbered from 1: the evaluator marks with 0 a box that was not matched.
-                     "annotations": [dict(zip(("id", *rows), values)) for values in
-                                     zip(range(1, len(pictures) + 1), *(column.tolist() for column in rows.values()))]}
+    whole.dataset = {
+        "images": [{"id": i} for i in range(len(arrays["labels"]))],
+        "categories": [{"id": i} for i in range(classes)],
+        # Numbered from 1: the evaluator marks with 0 a box that was not matched.
+        "annotations": [
+            dict(zip(("id", *rows), values))
+            for values in zip(range(1, len(pictures) + 1), *(column.tolist() for column in rows.values()))
+        ],
+    }
     whole.createIndex()
     return whole
 
@@ -105,8 +122,11 @@ def check(found: Arrays, truth: Arrays, classes: int) -> None:
         shape = arrays["labels"].shape
         flat += tuple({"crowd"} & arrays.keys())
         if arrays["boxes"].shape != (*shape, 4) or any(arrays[name].shape != shape for name in flat):
-            raise DataError(f"the {what} boxes do not fit together: " + ", ".join(
-                f"{name} {arrays[name].shape}" for name in ("boxes", *flat)) + "; wanted are N M 4 and N M")
+            raise DataError(
+                f"the {what} boxes do not fit together: "
+                + ", ".join(f"{name} {arrays[name].shape}" for name in ("boxes", *flat))
+                + "; wanted are N M 4 and N M"
+            )
         real = arrays["labels"] >= 0
         if (arrays["labels"] >= classes).any():
             raise DataError(f"the {what} boxes have class {int(arrays['labels'].max())}, but there are only {classes}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ALONE = {"U": "S", "L": "E"}         # letters of BILOU as BIOES has them
+ALONE = {"U": "S", "L": "E"}  # letters of BILOU as BIOES has them
 
 
 def parts(tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -18,8 +18,11 @@ def parts(tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     schemed = all(tag == "O" or tag[:2] in ("B-", "I-", "E-", "S-", "L-", "U-") for tag in tags)
     split = [("O", "") if tag == "O" else (ALONE.get(tag[0], tag[0]), tag[2:]) if schemed else ("S", tag) for tag in tags]
     types = sorted({kind for letter, kind in split if letter != "O"})
-    return (np.array(["OBIES".index(letter) for letter, _ in split]),
-            np.array([0 if letter == "O" else 1 + types.index(kind) for letter, kind in split]), types)
+    return (
+        np.array(["OBIES".index(letter) for letter, _ in split]),
+        np.array([0 if letter == "O" else 1 + types.index(kind) for letter, kind in split]),
+        types,
+    )
 
 
 def bounds(letter: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +45,7 @@ def counted(truth: np.ndarray, said: np.ndarray, tags: Sequence[str]) -> tuple[n
     """Entities of each type that are right, said, and there: types, types, types. `truth` and `said` are N W numbers of
     tags, -1 where there is no word."""
     letters, kinds, types = parts(tags)
-    letters, kinds = np.append(letters, 0), np.append(kinds, 0)                  # -1 is O
+    letters, kinds = np.append(letters, 0), np.append(kinds, 0)  # -1 is O
     real, guess = ((letters[x], kinds[x]) for x in (truth, said))
     (real_begins, real_ends), (said_begins, said_ends) = bounds(*real), bounds(*guess)
     right = real_begins & said_begins & (real[1] == guess[1]) & (real_ends == said_ends)

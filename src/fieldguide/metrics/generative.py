@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIDE = 32              # larger pictures are judged at this side
-WIDTH = 64             # features of a picture
+SIDE = 32  # larger pictures are judged at this side
+WIDTH = 64  # features of a picture
 BATCH = 64
-CHOICES = 10           # captions that one is picked from
-PAIRS = 2 ** 13        # places that pairs of neighbouring tokens share
-MEANS, DISTANCES, HALVES = 1000, 60, 20       # draws for intervals
-NEAREST = 3            # neighbours that span a picture's surroundings (Kynkäänniemi et al. 2019, section 3)
+CHOICES = 10  # captions that one is picked from
+PAIRS = 2**13  # places that pairs of neighbouring tokens share
+MEANS, DISTANCES, HALVES = 1000, 60, 20  # draws for intervals
+NEAREST = 3  # neighbours that span a picture's surroundings (Kynkäänniemi et al. 2019, section 3)
 
 
 class Judge(nn.Module):
@@ -30,14 +30,14 @@ class Judge(nn.Module):
             layers += [nn.Conv2d(last, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(WIDTH, classes)
 
-    def features(self, x: Tensor) -> Tensor:             # B C S S -> B 64
+    def features(self, x: Tensor) -> Tensor:  # B C S S -> B 64
         return self.body(x).mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C S S -> B classes
         return self.head(self.features(x))
 
 
-def small(x: Tensor) -> Tensor:                          # N C S S -> at most 32 pixels a side
+def small(x: Tensor) -> Tensor:  # N C S S -> at most 32 pixels a side
     side = min(SIDE, x.shape[-1])
     return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="area")
 
@@ -48,7 +48,7 @@ def taught(pictures: Tensor, label: Tensor | None, classes: int, *, steps: int =
     x = small(pictures)
     with torch.random.fork_rng(), torch.enable_grad(), torch.inference_mode(False):
         torch.manual_seed(seed)
-        x = x.clone(memory_format=torch.channels_last)                   # half as long again otherwise
+        x = x.clone(memory_format=torch.channels_last)  # half as long again otherwise
         judge = Judge(x.shape[1], classes if label is not None else 4).to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
@@ -78,10 +78,10 @@ class Matcher(nn.Module):
         self.said = nn.Sequential(nn.LayerNorm(2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH))
         self.vocab = vocab
 
-    def picture(self, x: Tensor) -> Tensor:              # B C S S in -1 .. 1 -> B 64
+    def picture(self, x: Tensor) -> Tensor:  # B C S S in -1 .. 1 -> B 64
         return F.normalize(self.head(F.adaptive_avg_pool2d(self.body(x), 4).flatten(1)), dim=1)
 
-    def caption(self, tokens: Tensor) -> Tensor:         # B T, 0 = none -> B 64
+    def caption(self, tokens: Tensor) -> Tensor:  # B T, 0 = none -> B 64
         first, second = tokens[:, :-1], tokens[:, 1:]
         pairs = self.vocab + (first * 1_000_003 + second) % PAIRS
         return F.normalize(self.said(self.words(torch.cat([tokens, torch.where(second > 0, pairs, 0)], 1))), dim=1)
@@ -117,11 +117,11 @@ def picked(matcher: Matcher, pictures: Tensor, tokens: Tensor, pool: Tensor, see
     others = torch.unique(pool, dim=0)
     near = torch.cat([matcher.picture(small(p)) for p in pictures.split(256)])
     own = (near * matcher.caption(tokens)).sum(1)
-    rest = near @ matcher.caption(others).T                              # N M
+    rest = near @ matcher.caption(others).T  # N M
     rng, found = np.random.default_rng(seed), np.empty(len(own), dtype=bool)
     for row in range(len(own)):
         strange = torch.nonzero((others != tokens[row]).any(1))[:, 0].numpy()
-        drawn = rng.permutation(strange)[:CHOICES - 1]
+        drawn = rng.permutation(strange)[: CHOICES - 1]
         found[row] = bool((own[row] > rest[row, drawn] + 1e-6).all())
     return found
 
@@ -129,8 +129,11 @@ def picked(matcher: Matcher, pictures: Tensor, tokens: Tensor, pool: Tensor, see
 def restored(tensors: dict[str, Tensor]) -> Judge | Matcher:
     """A judge as it was saved."""
     channels = tensors["body.0.weight"].shape[1]
-    judge = Matcher(channels, len(tensors["words.weight"]) - PAIRS) if "words.weight" in tensors else \
-        Judge(channels, len(tensors["head.weight"]))
+    judge = (
+        Matcher(channels, len(tensors["words.weight"]) - PAIRS)
+        if "words.weight" in tensors
+        else Judge(channels, len(tensors["head.weight"]))
+    )
     judge.load_state_dict(tensors)
     return judge.eval()
 
@@ -146,7 +149,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Fréchet distance of two clouds taken for Gaussian: |m - n|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017,
     arXiv:1706.08500, equation 6)."""
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values = np.linalg.eigvals(first @ second)                       # of a product of two such: real and not negative
+    values = np.linalg.eigvals(first @ second)  # of a product of two such: real and not negative
     root = np.sqrt(np.maximum(values.real, 0)).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * root)
 
@@ -173,9 +176,11 @@ def around_precision_recall(real: np.ndarray, made: np.ndarray, seed: int = 0) -
     repeats would put copies into every neighbourhood."""
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(HALVES):
-        drawn.append(precision_recall(*(x[rng.permutation(len(x))[:max(len(x) // 2, 1)]] for x in (real, made))))
-    return [(max(0.0, whole - wide), min(1.0, whole + wide))
-            for whole, wide in zip(precision_recall(real, made), 1.96 * np.std(drawn, 0))]
+        drawn.append(precision_recall(*(x[rng.permutation(len(x))[: max(len(x) // 2, 1)]] for x in (real, made))))
+    return [
+        (max(0.0, whole - wide), min(1.0, whole + wide))
+        for whole, wide in zip(precision_recall(real, made), 1.96 * np.std(drawn, 0))
+    ]
 
 
 def precision_recall(real: np.ndarray, made: np.ndarray) -> tuple[float, float]:
@@ -192,5 +197,6 @@ def inside(points: np.ndarray, cloud: np.ndarray) -> float:
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Euclidean, N M."""
-    return torch.cdist(torch.from_numpy(a).double(), torch.from_numpy(b).double(),
-                       compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    return torch.cdist(
+        torch.from_numpy(a).double(), torch.from_numpy(b).double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).numpy()

@@ -23,7 +23,7 @@ class NGram:
         every = np.concatenate([self.tokens, asked])
         ours = np.arange(len(every)) < seen
         p = np.full(len(every), 1 / self.vocab)
-        context = np.zeros(len(every), dtype=np.int64)             # codes of the n - 1 tokens before each; 0 of none
+        context = np.zeros(len(every), dtype=np.int64)  # codes of the n - 1 tokens before each; 0 of none
         for n in range(1, self.order + 1):
             # The first tokens of either text lack such a context.
             whole = np.minimum(np.arange(len(every)), np.where(ours, len(every), np.arange(len(every)) - seen)) >= n - 1
@@ -31,7 +31,7 @@ class NGram:
             used = ours & whole
             of_context = np.bincount(context[used], minlength=context.max() + 1)
             of_pair = np.bincount(pair[used], minlength=pair.max() + 1)
-            first = np.unique(pair[used], return_index=True)[1]    # one place of each pair: its context has one kind more
+            first = np.unique(pair[used], return_index=True)[1]  # one place of each pair: its context has one kind more
             kinds = np.bincount(context[used][first], minlength=len(of_context))
             total = of_context[context] + kinds[context]
             mixed = (of_pair[pair] + kinds[context] * p) / np.maximum(total, 1)

@@ -31,14 +31,18 @@ def overlap(said: str, right: str) -> float:
     return 2 * (mine & theirs).total() / (mine.total() + theirs.total())
 
 
-def scores(said: Sequence[str], right: Sequence[Sequence[str]]) -> np.ndarray:             # N texts, N lists -> N 2
+def scores(said: Sequence[str], right: Sequence[Sequence[str]]) -> np.ndarray:  # N texts, N lists -> N 2
     """Exact match and F1 of each answer with the nearest of its references; `""` says that there is no answer."""
     rows = [(text, references or ("",)) for text, references in zip(said, right, strict=True)]
-    return np.array([(max(float(plain(text) == plain(r)) for r in references), max(overlap(text, r) for r in references))
-                     for text, references in rows]).reshape(-1, 2)
+    return np.array(
+        [
+            (max(float(plain(text) == plain(r)) for r in references), max(overlap(text, r) for r in references))
+            for text, references in rows
+        ]
+    ).reshape(-1, 2)
 
 
-def threshold(margins: np.ndarray, answered: np.ndarray, silent: np.ndarray) -> float:             # N each
+def threshold(margins: np.ndarray, answered: np.ndarray, silent: np.ndarray) -> float:  # N each
     """How much better than none an answer must be to be given: what makes the sum of scores largest, where an answer scores
     `answered` if it is given and `silent` if not (the `na_prob_thresh` of SQuAD 2.0's own script). Between two margins."""
     order = np.argsort(-margins, kind="stable")

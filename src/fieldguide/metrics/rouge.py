@@ -40,14 +40,14 @@ def longest(said: Sequence[str], right: Sequence[str]) -> float:
         return 0.0
     number = {word: i for i, word in enumerate(dict.fromkeys(right))}
     row, want = np.array([number.get(word, -1) for word in said]), np.array([number[word] for word in right])
-    best = np.zeros(len(want) + 1, dtype=np.int64)       # for the words so far: with the first j of the reference
+    best = np.zeros(len(want) + 1, dtype=np.int64)  # for the words so far: with the first j of the reference
     for word in row:
         best[1:] = np.maximum(best[1:], best[:-1] + (want == word))
         best = np.maximum.accumulate(best)
     return harmonic(int(best[-1]), len(row), len(want))
 
 
-def scores(said: Sequence[str], right: Sequence[str]) -> np.ndarray:             # N texts, N references -> N 3
+def scores(said: Sequence[str], right: Sequence[str]) -> np.ndarray:  # N texts, N references -> N 3
     """ROUGE-1, ROUGE-2 and ROUGE-L of each text."""
     rows = [(words(a), words(b)) for a, b in zip(said, right, strict=True)]
     return np.array([(overlap(a, b, 1), overlap(a, b, 2), longest(a, b)) for a, b in rows]).reshape(-1, len(KINDS))

@@ -16,7 +16,7 @@ import numpy as np
 from fieldguide.core.errors import DataError
 
 Unit = Literal["words", "characters"]
-TOGETHER = 4_000_000       # cells of a row of the table, over all pairs in it: 32 MB
+TOGETHER = 4_000_000  # cells of a row of the table, over all pairs in it: 32 MB
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Edits:
     which keeps the most words."""
 
     substitutions: np.ndarray
-    deletions: np.ndarray            # said, but not heard
-    insertions: np.ndarray           # heard, but not said
-    length: np.ndarray               # words or characters that were said
+    deletions: np.ndarray  # said, but not heard
+    insertions: np.ndarray  # heard, but not said
+    length: np.ndarray  # words or characters that were said
 
     @property
     def errors(self) -> np.ndarray:
@@ -41,8 +41,12 @@ class Edits:
         return float(self.errors.sum() / self.length.sum())
 
     def totals(self) -> dict[str, int]:
-        return {"substitutions": int(self.substitutions.sum()), "deletions": int(self.deletions.sum()),
-                "insertions": int(self.insertions.sum()), "length": int(self.length.sum())}
+        return {
+            "substitutions": int(self.substitutions.sum()),
+            "deletions": int(self.deletions.sum()),
+            "insertions": int(self.insertions.sum()),
+            "length": int(self.length.sum()),
+        }
 
 
 def units(text: str, unit: Unit) -> list[str]:
@@ -61,7 +65,7 @@ def edits(references: Sequence[str], hypotheses: Sequence[str], unit: Unit = "wo
     n, m = np.array([len(s) for s in said], np.int64), np.array([len(h) for h in heard], np.int64)
     distance, substitutions = np.zeros(len(n), np.int64), np.zeros(len(n), np.int64)
     order, first = np.argsort(n, kind="stable"), 0
-    while first < len(order):                            # pairs of similar length share a table
+    while first < len(order):  # pairs of similar length share a table
         last = first + 1
         while last < len(order) and (last + 1 - first) * (n[order[last]] + 1) <= TOGETHER:
             last += 1
@@ -81,13 +85,13 @@ def levenshtein(said: Sequence[np.ndarray], heard: Sequence[np.ndarray]) -> tupl
     base = int(max(n.max(initial=0), m.max(initial=0))) + 1
     across, down = filled(said), filled(heard)
     steps = base * np.arange(across.shape[1] + 1)
-    row = np.broadcast_to(steps, (len(n), len(steps))).copy()                    # nothing heard yet: all deleted
-    best = row.copy()                                                            # the row after the last word heard
+    row = np.broadcast_to(steps, (len(n), len(steps))).copy()  # nothing heard yet: all deleted
+    best = row.copy()  # the row after the last word heard
     for i in range(down.shape[1]):
-        other = across != down[:, i:i + 1]
-        new = row + base                                                         # an insertion
+        other = across != down[:, i : i + 1]
+        new = row + base  # an insertion
         np.minimum(new[:, 1:], row[:, :-1] + np.where(other, base + 1, 0), out=new[:, 1:])
-        row = np.minimum.accumulate(new - steps, axis=1) + steps                 # deletions, however many
+        row = np.minimum.accumulate(new - steps, axis=1) + steps  # deletions, however many
         done = m == i + 1
         best[done] = row[done]
     packed = best[np.arange(len(n)), n]

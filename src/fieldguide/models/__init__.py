@@ -12,6 +12,7 @@ class Listing(ModuleType):
 
     def __call__(self, glob: str = "*", *, family: str | None = None, task: str | None = None) -> list[str]:
         import fieldguide
+
         return fieldguide.list_models(glob, family=family, task=task)
 
 

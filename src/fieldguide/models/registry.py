@@ -54,8 +54,7 @@ def find(name: str) -> tuple[Card, str]:
     if name not in _index():
         if (system := closed().get(name.lower().replace(" ", "-").replace("_", "-"))) is not None:
             raise SettingsError(system.text)
-        raise SettingsError(f"no model is called {name!r}.{nearest(name, _index())} "
-                            "`fieldguide models` lists them all.")
+        raise SettingsError(f"no model is called {name!r}.{nearest(name, _index())} `fieldguide models` lists them all.")
     architecture, size = _index()[name]
     return cards()[architecture], size
 
@@ -70,13 +69,20 @@ def card_of(network: Any) -> Card | None:
     return next((found for found in cards().values() if found.model is type(network)), None)
 
 
-def names(glob: str = "*", *, family: str | None = None, takes: str | None = None,
-          gives: str | None = None, tests: bool = False) -> list[str]:
+def names(
+    glob: str = "*", *, family: str | None = None, takes: str | None = None, gives: str | None = None, tests: bool = False
+) -> list[str]:
     """Size names that match a glob (`resnet*`), a family (a folder of models), and what they take and give."""
-    return [size for c in cards().values() for size in c.sizes
-            if fnmatch.fnmatch(size, glob)
-            and (tests or size != c.tiny)
-            and family in (None, c.family) and takes in (None, c.takes) and gives in (None, *c.answers)]
+    return [
+        size
+        for c in cards().values()
+        for size in c.sizes
+        if fnmatch.fnmatch(size, glob)
+        and (tests or size != c.tiny)
+        and family in (None, c.family)
+        and takes in (None, c.takes)
+        and gives in (None, *c.answers)
+    ]
 
 
 def create(name: str, **overrides: Any):

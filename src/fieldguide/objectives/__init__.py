@@ -13,6 +13,28 @@ from fieldguide.objectives.language import NextToken, Restored
 from fieldguide.objectives.masked_lm import MaskedWords, Span, TokenLabels
 from fieldguide.objectives.supervised import Classification, Regression, Supervised
 
-__all__ = ["CTC", "DDIM", "DDPM", "Adversarial", "Classification", "Contrastive", "Detection", "Diffusion", "Distillation",
-           "Forecast", "MaskedWords", "MinSNR", "NextToken", "Objective", "Phase", "Process", "Regression",
-           "Restored", "Span", "Supervised", "TokenLabels", "Uniform", "Vectors"]
+__all__ = [
+    "CTC",
+    "DDIM",
+    "DDPM",
+    "Adversarial",
+    "Classification",
+    "Contrastive",
+    "Detection",
+    "Diffusion",
+    "Distillation",
+    "Forecast",
+    "MaskedWords",
+    "MinSNR",
+    "NextToken",
+    "Objective",
+    "Phase",
+    "Process",
+    "Regression",
+    "Restored",
+    "Span",
+    "Supervised",
+    "TokenLabels",
+    "Uniform",
+    "Vectors",
+]

@@ -31,7 +31,7 @@ class Adversarial(Objective):
         super().__init__()
         self.model, self.critic, self.noise, self.real, self.classes = model, critic, noise, real, classes
 
-    def told(self, x: Tensor, label: Tensor | None) -> Tensor:                   # B Z or B C ..., B -> B Z+K or B C+K ...
+    def told(self, x: Tensor, label: Tensor | None) -> Tensor:  # B Z or B C ..., B -> B Z+K or B C+K ...
         """Noise or data with what is wanted beside it."""
         if not self.classes:
             return x
@@ -58,7 +58,7 @@ class Adversarial(Objective):
         return {"samples": self.model(self.told(noise, batch.get("label")))}
 
     @torch.no_grad()
-    def sample(self, numbers: Sequence[int], label: Tensor | None = None, *, seed: int = 0) -> Tensor:      # -> B ...
+    def sample(self, numbers: Sequence[int], label: Tensor | None = None, *, seed: int = 0) -> Tensor:  # -> B ...
         """An example for each number; it depends on the seed, that number and the label alone, not on the batch."""
         training, like = self.model.training, next(self.model.parameters())
         self.model.eval()
@@ -68,7 +68,7 @@ class Adversarial(Objective):
             self.model.train(training)
 
 
-def realness(probability: Tensor, target: float) -> Tensor:                      # B 1 -> scalar
+def realness(probability: Tensor, target: float) -> Tensor:  # B 1 -> scalar
     # Outside autocast: binary cross-entropy of a probability is unsafe in half precision.
     probability = probability.float()
     with torch.autocast(probability.device.type, enabled=False):

@@ -47,8 +47,13 @@ class Objective(nn.Module):
     def with_asides(self, losses: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
         """The losses of a phase and what the networks that it trains ask for besides: a network with a method `asides` names
         terms of its last pass and what each counts, such as how uneven the load of its experts was."""
-        asides = {name: aside for each in self.phases if each.name == phase for attribute in each.trains
-                  for name, aside in getattr(getattr(self, attribute), "asides", dict)().items()}
+        asides = {
+            name: aside
+            for each in self.phases
+            if each.name == phase
+            for attribute in each.trains
+            for name, aside in getattr(getattr(self, attribute), "asides", dict)().items()
+        }
         total = sum((weight * term for term, weight in asides.values()), losses["loss"])
         return {**losses, "loss": total, **{name: term for name, (term, _) in asides.items()}}
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 
-SAME = ("text", "picture")        # numbers of a batch that say which examples are right answers for each other
-LARGEST = 100.0   # of the scale of the logits (section 2.5)
+SAME = ("text", "picture")  # numbers of a batch that say which examples are right answers for each other
+LARGEST = 100.0  # of the scale of the logits (section 2.5)
 
 
 class Gather(torch.autograd.Function):
@@ -27,19 +27,19 @@ class Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:               # B ... -> W*B ...
+    def forward(ctx, x: Tensor) -> Tensor:  # B ... -> W*B ...
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:           # W*B ... -> B ...
+    def backward(ctx, grad: Tensor) -> Tensor:  # W*B ... -> B ...
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather(x: Tensor) -> tuple[Tensor, int]:             # B ... -> N ..., and the place of the first own row
+def gather(x: Tensor) -> tuple[Tensor, int]:  # B ... -> N ..., and the place of the first own row
     """The rows of all processes, by rank, which may hold different numbers of them; gradients flow to each."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x, 0
@@ -49,7 +49,7 @@ def gather(x: Tensor) -> tuple[Tensor, int]:             # B ... -> N ..., and t
     counts = torch.cat(counts).tolist()
     most = max(counts)
     padded = Gather.apply(torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]))
-    return torch.cat([part[:n] for part, n in zip(padded.split(most), counts)]), sum(counts[:dist.get_rank()])
+    return torch.cat([part[:n] for part, n in zip(padded.split(most), counts)]), sum(counts[: dist.get_rank()])
 
 
 class Contrastive(Objective):
@@ -71,9 +71,9 @@ class Contrastive(Objective):
         self.model, self.inputs = model, tuple(inputs)
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        with torch.no_grad():                            # the parameter itself: a clamp of its use would have no way back
+        with torch.no_grad():  # the parameter itself: a clamp of its use would have no way back
             self.model.logit_scale.clamp_(max=math.log(LARGEST))
-        own = self.model(*(batch[name] for name in self.inputs))                 # B 2 E
+        own = self.model(*(batch[name] for name in self.inputs))  # B 2 E
         everyone, first = gather(own)
         if len(everyone) < 2:
             raise SettingsError("contrastive training compares the examples of a batch: set batch=2 or more")
@@ -82,13 +82,17 @@ class Contrastive(Objective):
         for name in SAME:
             if name in batch:
                 right |= batch[name][:, None] == gather(batch[name])[0]
-        target = right.to(own.dtype) / right.sum(1, keepdim=True)                # B N
-        with torch.autocast(own.device.type, enabled=False):                     # logits up to 100 need their digits
+        target = right.to(own.dtype) / right.sum(1, keepdim=True)  # B N
+        with torch.autocast(own.device.type, enabled=False):  # logits up to 100 need their digits
             image = F.cross_entropy(own[:, 0] @ everyone[:, 1].T, target, reduction="sum")
             text = F.cross_entropy(own[:, 1] @ everyone[:, 0].T, target, reduction="sum")
         share = len(everyone) / (dist.get_world_size() if dist.is_initialized() else 1)  # rows of a process, on average
-        return {"loss": (image + text) / (2 * share), "image": image / share, "text": text / share,
-                "scale": self.model.logit_scale.detach().exp()}
+        return {
+            "loss": (image + text) / (2 * share),
+            "image": image / share,
+            "text": text / share,
+            "scale": self.model.logit_scale.detach().exp(),
+        }
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Vectors of length 1 of pictures and texts, each B E."""

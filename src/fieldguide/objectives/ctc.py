@@ -19,13 +19,13 @@ from fieldguide.objectives.base import Objective
 BLANK = 0
 
 
-def needed(target: Tensor, lengths: Tensor) -> Tensor:   # B L, B -> B
+def needed(target: Tensor, lengths: Tensor) -> Tensor:  # B L, B -> B
     """The fewest frames that a transcript fits in: one a symbol, and a blank between two that are the same."""
     second = torch.arange(1, target.shape[1], device=target.device) < lengths[:, None]
     return lengths + ((target[:, 1:] == target[:, :-1]) & second).sum(1)
 
 
-def log_probabilities(logits: Tensor) -> Tensor:         # B S V -> B S V
+def log_probabilities(logits: Tensor) -> Tensor:  # B S V -> B S V
     """At least in float32: sums over hundreds of frames are no work for bfloat16."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
@@ -62,8 +62,11 @@ class CTC(Objective):
         logits, frames = self.logits(batch)
         best, path = log_probabilities(logits).max(-1)
         real = torch.arange(path.shape[1], device=path.device) < frames[:, None]
-        answer = {"path": path.masked_fill(~real, -1), "frames": frames,
-                  "sure": ((best * real).sum(1) / frames.clamp(min=1)).exp()}
+        answer = {
+            "path": path.masked_fill(~real, -1),
+            "frames": frames,
+            "sure": ((best * real).sum(1) / frames.clamp(min=1)).exp(),
+        }
         if "target" in batch:
             nll, possible = losses(logits, frames, batch["target"], batch["target_lengths"])
             answer["loss"] = (nll / batch["target_lengths"].clamp(min=1)).masked_fill(~possible, torch.nan)

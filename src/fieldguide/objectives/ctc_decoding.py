@@ -21,7 +21,7 @@ NEVER = -math.inf
 Prefix = tuple[int, ...]
 
 
-def collapse(path: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:             # B S, B -> B N, B
+def collapse(path: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:  # B S, B -> B N, B
     """Repeats made one, then blanks dropped: symbols padded with 0, and how many each row has."""
     real = torch.arange(path.shape[1], device=path.device) < frames[:, None]
     before = torch.nn.functional.pad(path[:, :-1], (1, 0), value=BLANK)
@@ -35,13 +35,19 @@ def collapse(path: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:            
 @dataclass(frozen=True)
 class Hypothesis:
     symbols: Prefix
-    log_probability: float           # of all its alignments that the search kept
-    score: float                     # with language model and bonus; what ranks it
+    log_probability: float  # of all its alignments that the search kept
+    score: float  # with language model and bonus; what ranks it
 
 
-def beam_search(log_probabilities: Tensor, width: int = 16, *, symbols: int | None = None,
-                language: Callable[[Prefix, int], float] | None = None, weight: float = 1.0,
-                bonus: float = 0.0) -> list[Hypothesis]:                         # S V -> the best `width`, best first
+def beam_search(
+    log_probabilities: Tensor,
+    width: int = 16,
+    *,
+    symbols: int | None = None,
+    language: Callable[[Prefix, int], float] | None = None,
+    weight: float = 1.0,
+    bonus: float = 0.0,
+) -> list[Hypothesis]:  # S V -> the best `width`, best first
     """Prefix beam search (Hannun et al. 2014, arXiv:1408.2873, algorithm 1), in logarithms, for one recording.
 
     A prefix carries the probability of its alignments that end in a blank and of those that do not; those that write the
@@ -55,7 +61,7 @@ def beam_search(log_probabilities: Tensor, width: int = 16, *, symbols: int | No
     vocab = log_probabilities.shape[1]
     likely = log_probabilities[:, 1:].topk(min(symbols or vocab, vocab - 1)).indices + 1
     rows, likely = log_probabilities.double().tolist(), likely.tolist()
-    beam: dict[Prefix, tuple[float, float]] = {(): (0.0, NEVER)}                 # ends in a blank, does not
+    beam: dict[Prefix, tuple[float, float]] = {(): (0.0, NEVER)}  # ends in a blank, does not
     extra: dict[Prefix, float] = {(): 0.0}
 
     def rank(entry: tuple[Prefix, tuple[float, float]]) -> float:
@@ -92,9 +98,9 @@ def add(a: float, b: float) -> float:
 
 @dataclass(frozen=True)
 class Alignment:
-    spans: Tensor                    # B L 2 int64: first frame of each symbol, and the frame after its last; -1 for none
-    sure: Tensor                     # B L: geometric mean of a symbol's probability over its frames; 0 for none
-    score: Tensor                    # B: log-probability of the whole path; -inf where the transcript does not fit
+    spans: Tensor  # B L 2 int64: first frame of each symbol, and the frame after its last; -1 for none
+    sure: Tensor  # B L: geometric mean of a symbol's probability over its frames; 0 for none
+    score: Tensor  # B: log-probability of the whole path; -inf where the transcript does not fit
 
 
 @torch.no_grad()
@@ -110,26 +116,26 @@ def align(log_probabilities: Tensor, frames: Tensor, target: Tensor, lengths: Te
     states[:, 1::2] = target.where(torch.arange(most, device=target.device) < lengths[:, None], BLANK)
     skips = torch.zeros_like(states, dtype=torch.bool)
     skips[:, 2:] = (states[:, 2:] != BLANK) & (states[:, 2:] != states[:, :-2])
-    heard = log_probabilities.gather(2, states[:, None].expand(-1, steps, -1))   # B S 2L+1
+    heard = log_probabilities.gather(2, states[:, None].expand(-1, steps, -1))  # B S 2L+1
     best = heard.new_full(states.shape, NEVER)
-    best[:, 0] = 0.0                                     # before the first frame, so that it may enter states 0 and 1
+    best[:, 0] = 0.0  # before the first frame, so that it may enter states 0 and 1
     moves = torch.zeros(steps, *states.shape, dtype=torch.int64, device=target.device)
     for t in range(steps):
         one = torch.nn.functional.pad(best[:, :-1], (1, 0), value=NEVER)
-        two = torch.nn.functional.pad(best[:, :-2], (2, 0), value=NEVER)[:, :best.shape[1]]
+        two = torch.nn.functional.pad(best[:, :-2], (2, 0), value=NEVER)[:, : best.shape[1]]
         two = two.masked_fill(~skips, NEVER)
         top, moves[t] = torch.stack([best, one, two]).max(0)
         best = (top + heard[:, t]).where((t < frames)[:, None], best)
-    last = 2 * lengths[:, None]                          # a path ends in the last symbol or the blank after it
+    last = 2 * lengths[:, None]  # a path ends in the last symbol or the blank after it
     ends = torch.cat([last, (last - 1).clamp(min=0)], 1)
     score, which = best.gather(1, ends).max(1)
     state = ends.gather(1, which[:, None])
     path = torch.full((rows, steps), -1, device=target.device)
     for t in reversed(range(steps)):
         real = (t < frames)[:, None]
-        path[:, t:t + 1] = state.where(real, -1)
+        path[:, t : t + 1] = state.where(real, -1)
         state = (state - moves[t].gather(1, state)).where(real, state).clamp(min=0)
-    symbol = ((path - 1) // 2).where((path > 0) & (path % 2 == 1) & score.isfinite()[:, None], most)     # others: spare
+    symbol = ((path - 1) // 2).where((path > 0) & (path % 2 == 1) & score.isfinite()[:, None], most)  # others: spare
     place = torch.arange(steps, device=target.device).expand(rows, -1)
     spare = lambda value: torch.full((rows, most + 1), value, device=target.device)
     first = spare(steps).scatter_reduce(1, symbol, place, "amin")[:, :most]
@@ -141,19 +147,19 @@ def align(log_probabilities: Tensor, frames: Tensor, target: Tensor, lengths: Te
     return Alignment(spans, sure.exp().masked_fill(none, 0.0), score)
 
 
-def stitch(chunks: Tensor, overlap: int, total: int) -> Tensor:                  # C S V -> total V
+def stitch(chunks: Tensor, overlap: int, total: int) -> Tensor:  # C S V -> total V
     """One answer from those of chunks that each begin S - overlap frames after the one before.
 
     Of what two have in common, each gives the half that is farther from its cut; `overlap` is even.
     """
     _, steps, vocab = chunks.shape
     half = overlap // 2
-    middle = chunks[:, half:steps - half].reshape(-1, vocab)
-    return torch.cat([chunks[0, :half], middle, chunks[-1, steps - half:]])[:total]
+    middle = chunks[:, half : steps - half].reshape(-1, vocab)
+    return torch.cat([chunks[0, :half], middle, chunks[-1, steps - half :]])[:total]
 
 
 @torch.no_grad()
-def in_chunks(model: nn.Module, signal: Tensor, *, size: int, overlap: int, batch: int = 8) -> Tensor:    # T * -> S V
+def in_chunks(model: nn.Module, signal: Tensor, *, size: int, overlap: int, batch: int = 8) -> Tensor:  # T * -> S V
     """Logits of one long recording, heard in overlapping chunks of `size` steps, `batch` of them at a time.
 
     Equal to those of the whole wherever the network looks less than half of the overlap around; attention looks
@@ -162,13 +168,14 @@ def in_chunks(model: nn.Module, signal: Tensor, *, size: int, overlap: int, batc
     """
     stride = model.stride
     if size % stride or overlap % (2 * stride) or not 0 <= overlap < size:
-        raise SettingsError(f"size={size} must be a multiple of {stride} and larger than overlap={overlap}, a multiple of "
-                            f"{2 * stride}")
+        raise SettingsError(
+            f"size={size} must be a multiple of {stride} and larger than overlap={overlap}, a multiple of {2 * stride}"
+        )
     length, hop, total = len(signal), size - overlap, int(model.frames(torch.tensor(len(signal))))
     count = max(1, math.ceil((length - overlap) / hop))
     signal = torch.nn.functional.pad(signal, (*[0, 0] * (signal.ndim - 1), 0, (count - 1) * hop + size - length))
-    chunks = signal.unfold(0, size, hop).movedim(-1, 1)                          # C size *
+    chunks = signal.unfold(0, size, hop).movedim(-1, 1)  # C size *
     lengths = (length - hop * torch.arange(count, device=signal.device)).clamp(max=size)
-    answers = torch.cat([model(chunks[i:i + batch], lengths[i:i + batch]) for i in range(0, count, batch)])
+    answers = torch.cat([model(chunks[i : i + batch], lengths[i : i + batch]) for i in range(0, count, batch)])
     answers = torch.nn.functional.pad(answers, (0, 0, 0, size // stride - answers.shape[1]))
     return stitch(answers, overlap // stride, total)

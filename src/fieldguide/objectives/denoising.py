@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-SHARE, MEAN = 0.15, 3.0       # of T5: part of the tokens that is cut out, and tokens of a span on the average
-INFILL = (0.30, 3.0)          # of BART: the same, where spans are drawn from a Poisson distribution
+SHARE, MEAN = 0.15, 3.0  # of T5: part of the tokens that is cut out, and tokens of a span on the average
+INFILL = (0.30, 3.0)  # of BART: the same, where spans are drawn from a Poisson distribution
 
 
-def parted(total: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:      # N, N -> N max(parts)
+def parted(total: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # N, N -> N max(parts)
     """Each total as a sum of that many parts of 1 or more, all sums equally likely; 0 behind the last part."""
     width, most = int(parts.max(initial=1)), int(total.max(initial=1))
     # The ends of parts are `parts - 1` different places among the first total - 1, and the total.
     lot = rng.random((len(total), max(most - 1, 1)))
     lot[np.arange(lot.shape[1])[None] >= (total - 1)[:, None]] = 2.0
-    place = np.argsort(lot, 1)[:, :width - 1] + 1 if width > 1 else np.zeros((len(total), 0), dtype=np.int64)
+    place = np.argsort(lot, 1)[:, : width - 1] + 1 if width > 1 else np.zeros((len(total), 0), dtype=np.int64)
     place = np.pad(place, ((0, 0), (0, width - 1 - place.shape[1])), constant_values=0)
     unused = np.arange(width - 1)[None] >= (parts - 1)[:, None]
     ends = np.sort(np.where(unused, total[:, None], place), 1)
@@ -26,8 +26,9 @@ def parted(total: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np
     return np.diff(ends, axis=1, prepend=0)
 
 
-def spans(lengths: np.ndarray, width: int, rng: np.random.Generator, share: float = SHARE,
-          mean: float = MEAN) -> np.ndarray:             # N -> N width int64
+def spans(
+    lengths: np.ndarray, width: int, rng: np.random.Generator, share: float = SHARE, mean: float = MEAN
+) -> np.ndarray:  # N -> N width int64
     """Number of the span that each token lies in, from 1; 0 where it stays, and behind the end.
 
     Of each row `share` of the tokens are cut out, one at least where there are two, in spans of `mean` tokens on the average;
@@ -36,15 +37,15 @@ def spans(lengths: np.ndarray, width: int, rng: np.random.Generator, share: floa
     """
     cut = np.clip(np.round(lengths * share), 1, np.maximum(lengths - 1, 0)).astype(np.int64)
     count = np.clip(np.round(cut / mean), 1, np.maximum(np.minimum(cut, lengths - cut), 1)).astype(np.int64)
-    fine = cut > 0                                       # rows of two tokens or more
+    fine = cut > 0  # rows of two tokens or more
     gone, kept = (parted(np.where(fine, x, 1), np.where(fine, count, 1), rng) for x in (cut, lengths - cut))
-    ends = np.stack([kept, gone], 2).reshape(len(lengths), -1).cumsum(1)         # stays, goes, stays, goes, ...
+    ends = np.stack([kept, gone], 2).reshape(len(lengths), -1).cumsum(1)  # stays, goes, stays, goes, ...
     at = np.arange(width)
-    run = (at[None, :, None] >= ends[:, None]).sum(2)    # which of these runs a token lies in
+    run = (at[None, :, None] >= ends[:, None]).sum(2)  # which of these runs a token lies in
     return np.where((run % 2 == 1) & (at < lengths[:, None]) & fine[:, None], run // 2 + 1, 0)
 
 
-def packed(tokens: np.ndarray, keep: np.ndarray, pad: int) -> tuple[np.ndarray, np.ndarray]:     # N L, N L bool -> N M, N M
+def packed(tokens: np.ndarray, keep: np.ndarray, pad: int) -> tuple[np.ndarray, np.ndarray]:  # N L, N L bool -> N M, N M
     """The tokens that are kept, moved to the front of their rows; which places of the result are filled."""
     counts = keep.sum(1)
     filled = np.arange(counts.max(initial=1))[None] < counts[:, None]
@@ -53,8 +54,9 @@ def packed(tokens: np.ndarray, keep: np.ndarray, pad: int) -> tuple[np.ndarray, 
     return out, filled
 
 
-def corrupted(tokens: np.ndarray, span: np.ndarray, lengths: np.ndarray, sentinels: np.ndarray, end: int,
-              pad: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:            # N L, N L, N -> N S, N S bool, N T
+def corrupted(
+    tokens: np.ndarray, span: np.ndarray, lengths: np.ndarray, sentinels: np.ndarray, end: int, pad: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # N L, N L, N -> N S, N S bool, N T
     """Source, its mask, and target (padded with -1): each span is one sentinel in the source; the target is every sentinel
     and what it stands for, then one more sentinel; an `end` closes both (figure 2 of T5, and its section 3.1.4).
 
@@ -68,8 +70,9 @@ def corrupted(tokens: np.ndarray, span: np.ndarray, lengths: np.ndarray, sentine
     mark = sentinels[np.maximum(span - 1, 0)]
     ends = np.full((rows, 1), end)
     every = np.ones((rows, 1), dtype=bool)
-    source, mask = packed(np.concatenate([np.where(first, mark, tokens), ends], 1),
-                          np.concatenate([real & ((span == 0) | first), every], 1), pad)
+    source, mask = packed(
+        np.concatenate([np.where(first, mark, tokens), ends], 1), np.concatenate([real & ((span == 0) | first), every], 1), pad
+    )
     # Two places a token: its span's sentinel where that begins, then itself.
     said = np.stack([mark, tokens], 2).reshape(rows, -1)
     keep = np.stack([first, span > 0], 2).reshape(rows, -1)
@@ -78,8 +81,9 @@ def corrupted(tokens: np.ndarray, span: np.ndarray, lengths: np.ndarray, sentine
     return source, mask, target
 
 
-def holes(lengths: np.ndarray, width: int, rng: np.random.Generator, share: float = INFILL[0],
-          mean: float = INFILL[1]) -> tuple[np.ndarray, np.ndarray]:             # N -> N width bool, N width bool
+def holes(
+    lengths: np.ndarray, width: int, rng: np.random.Generator, share: float = INFILL[0], mean: float = INFILL[1]
+) -> tuple[np.ndarray, np.ndarray]:  # N -> N width bool, N width bool
     """Before which tokens BART puts a mask, and which tokens are gone: spans of Poisson lengths, together about `share` of the
     tokens; a span of length 0 is a mask in between.
 
@@ -96,7 +100,7 @@ def holes(lengths: np.ndarray, width: int, rng: np.random.Generator, share: floa
     # They begin at different places, drawn alike.
     lot = np.where(real, rng.random((rows, width)), 2.0)
     start = np.argsort(lot, 1)[:, :most]
-    start, length = start[:, :length.shape[1]], length[:, :start.shape[1]]
+    start, length = start[:, : length.shape[1]], length[:, : start.shape[1]]
     begins = np.full((rows, width), -1)
     np.put_along_axis(begins, start, length, 1)
     begins = np.where(real, begins, -1)
@@ -106,8 +110,9 @@ def holes(lengths: np.ndarray, width: int, rng: np.random.Generator, share: floa
     return begins >= 0, (opened >= 0) & (at < reach) & real
 
 
-def infilled(tokens: np.ndarray, lengths: np.ndarray, hidden: int, pad: int, begins: np.ndarray,
-             gone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:                 # N L, N, N L bool, N L bool -> N S, N S bool
+def infilled(
+    tokens: np.ndarray, lengths: np.ndarray, hidden: int, pad: int, begins: np.ndarray, gone: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # N L, N, N L bool, N L bool -> N S, N S bool
     """BART's source and its mask: each of the `holes` is one mask token. What is to be written is the whole row as it was."""
     real = np.arange(tokens.shape[1])[None] < lengths[:, None]
     both = np.stack([np.full_like(tokens, hidden), tokens], 2).reshape(len(tokens), -1)

@@ -20,7 +20,7 @@ from fieldguide.models.layers.boxes import ciou, iou, nms
 from fieldguide.objectives.base import Objective
 
 
-def grid(height: int, width: int, strides: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:   # -> A 2, A
+def grid(height: int, width: int, strides: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:  # -> A 2, A
     """Points in the middle of every cell, (x, y) in pixels, and the stride of each; as the network orders them."""
     points, sides = [], []
     for stride in strides:
@@ -38,15 +38,25 @@ def decode(raw: Tensor, bins: Tensor, points: Tensor, strides: Tensor) -> tuple[
     """
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
     bins = bins.flatten().to(raw.dtype)
-    distances = raw[..., :4 * len(bins)].unflatten(-1, (4, len(bins)))
+    distances = raw[..., : 4 * len(bins)].unflatten(-1, (4, len(bins)))
     sides = (distances.softmax(-1) * bins).sum(-1) * strides[:, None]
     boxes = torch.cat([points - sides[..., :2], points + sides[..., 2:]], -1)
-    return boxes, distances, raw[..., 4 * len(bins):]
+    return boxes, distances, raw[..., 4 * len(bins) :]
 
 
 @torch.no_grad()
-def assign(scores: Tensor, boxes: Tensor, points: Tensor, truth: Tensor, labels: Tensor, *, topk: int = 10,
-           alpha: float = 0.5, beta: float = 6.0, smallest: float = 8.0) -> tuple[Tensor, Tensor]:
+def assign(
+    scores: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    truth: Tensor,
+    labels: Tensor,
+    *,
+    topk: int = 10,
+    alpha: float = 0.5,
+    beta: float = 6.0,
+    smallest: float = 8.0,
+) -> tuple[Tensor, Tensor]:
     """Task-aligned assignment (Feng et al. 2021, arXiv:2108.07755, section 3.2).
 
     `scores` B A K probabilities and `boxes` B A 4, both as predicted; `points` A 2; `truth` B N 4; `labels` B N.
@@ -62,14 +72,14 @@ def assign(scores: Tensor, boxes: Tensor, points: Tensor, truth: Tensor, labels:
     if not count:
         return labels.new_full((len(labels), size), -1), boxes.new_zeros(len(labels), size)
     middle, half = (truth[..., :2] + truth[..., 2:]) / 2, ((truth[..., 2:] - truth[..., :2]) / 2).clamp(min=smallest / 2)
-    away = points - middle[:, :, None]                                           # B N A 2
+    away = points - middle[:, :, None]  # B N A 2
     inside = ((away >= -half[:, :, None]) & (away < half[:, :, None])).all(-1) & (labels >= 0)[..., None]
-    overlap = iou(truth[:, :, None], boxes[:, None]) * inside                    # B N A
+    overlap = iou(truth[:, :, None], boxes[:, None]) * inside  # B N A
     score = scores.mT.gather(1, labels.clamp(min=0)[..., None].expand(-1, -1, size))
-    aligned = score ** alpha * overlap ** beta
+    aligned = score**alpha * overlap**beta
     best, where = aligned.topk(min(topk, size), -1)
     chosen = torch.zeros_like(inside).scatter(-1, where, best > 0)
-    most, owner = torch.where(chosen, overlap, -1).max(1)                        # B A
+    most, owner = torch.where(chosen, overlap, -1).max(1)  # B A
     owner = owner.masked_fill(most < 0, -1)
     owned = owner[:, None] == torch.arange(count, device=owner.device)[:, None]  # B N A
     aligned, overlap = aligned * owned, overlap * owned
@@ -78,7 +88,7 @@ def assign(scores: Tensor, boxes: Tensor, points: Tensor, truth: Tensor, labels:
     return owner, quality.amax(1)
 
 
-def focal_distances(logits: Tensor, distances: Tensor) -> Tensor:                # ... R, ... -> ...
+def focal_distances(logits: Tensor, distances: Tensor) -> Tensor:  # ... R, ... -> ...
     """Distribution focal loss (arXiv:2006.04388, eq. 6): cross-entropy with the two bins beside a distance, each in
     proportion to its nearness. Distances beyond the last bin count as just below it."""
     distances = distances.clamp(0, logits.shape[-1] - 1.01)
@@ -97,9 +107,22 @@ class Detection(Objective):
     one of its class by more than `overlap` IoU; at most `most` are given.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str] = ("image",), *, box: float = 7.5, label: float = 0.5,
-                 distance: float = 1.5, topk: int = 10, alpha: float = 0.5, beta: float = 6.0,
-                 confidence: float = 0.001, overlap: float = 0.7, candidates: int = 1000, most: int = 300):
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[str] = ("image",),
+        *,
+        box: float = 7.5,
+        label: float = 0.5,
+        distance: float = 1.5,
+        topk: int = 10,
+        alpha: float = 0.5,
+        beta: float = 6.0,
+        confidence: float = 0.001,
+        overlap: float = 0.7,
+        candidates: int = 1000,
+        most: int = 300,
+    ):
         super().__init__()
         self.model, self.inputs = model, tuple(inputs)
         self.weights = {"box": box, "label": label, "distance": distance}
@@ -118,7 +141,7 @@ class Detection(Objective):
         truth, labels = batch["boxes"].to(boxes.dtype), batch["labels"]
         owner, quality = assign(logits.sigmoid(), boxes, points, truth, labels, **self.matching)
         total = quality.sum().clamp(min=1)
-        row, point = (owner >= 0).nonzero(as_tuple=True)                         # P points that answer for a box
+        row, point = (owner >= 0).nonzero(as_tuple=True)  # P points that answer for a box
         at, weight = owner[row, point], quality[row, point]
         wanted = torch.zeros_like(logits)
         wanted[row, point, labels[row, at]] = weight
@@ -135,13 +158,21 @@ class Detection(Objective):
         """`boxes` B D 4 within the picture, `scores` B D from the highest down, `labels` B D; padding is 0, 0 and -1."""
         boxes, _, logits, _, _ = self.predictions(batch)
         height, width = batch[self.inputs[0]].shape[-2:]
-        return detections(boxes, logits.sigmoid(), (height, width), confidence=self.confidence, overlap=self.overlap,
-                          candidates=self.candidates, most=self.most)
+        return detections(
+            boxes,
+            logits.sigmoid(),
+            (height, width),
+            confidence=self.confidence,
+            overlap=self.overlap,
+            candidates=self.candidates,
+            most=self.most,
+        )
 
 
 @torch.no_grad()
-def detections(boxes: Tensor, scores: Tensor, size: tuple[int, int], *, confidence: float, overlap: float,
-               candidates: int, most: int) -> dict[str, Tensor]:
+def detections(
+    boxes: Tensor, scores: Tensor, size: tuple[int, int], *, confidence: float, overlap: float, candidates: int, most: int
+) -> dict[str, Tensor]:
     """Boxes B A 4 and their classes' scores B A K -> what `Detection.outputs` gives; `size` is (height, width).
 
     One box may answer for several classes: each (box, class) above `confidence` is a candidate.
@@ -153,10 +184,12 @@ def detections(boxes: Tensor, scores: Tensor, size: tuple[int, int], *, confiden
     keep = torch.zeros_like(scores, dtype=torch.bool)
     keep[row, place] = nms(boxes[row, place], scores[row, place], row * classes + labels[row, place], overlap)
     scores, order = torch.where(keep, scores, -1).sort(descending=True, stable=True)
-    scores, order = (F.pad(x, (0, max(0, most - x.shape[1])), value=fill)[:, :most]
-                     for x, fill in ((scores, -1), (order, 0)))
+    scores, order = (F.pad(x, (0, max(0, most - x.shape[1])), value=fill)[:, :most] for x, fill in ((scores, -1), (order, 0)))
     real = scores > 0
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     limit = boxes.new_tensor([*reversed(size)] * 2)
-    return {"boxes": torch.minimum(boxes.clamp(min=0), limit) * real[..., None], "scores": scores * real,
-            "labels": torch.where(real, labels.gather(1, order), -1)}
+    return {
+        "boxes": torch.minimum(boxes.clamp(min=0), limit) * real[..., None],
+        "scores": scores * real,
+        "labels": torch.where(real, labels.gather(1, order), -1),
+    }

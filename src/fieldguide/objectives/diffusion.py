@@ -19,17 +19,18 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 from fieldguide.objectives.noise import Noise
 
-PROBES = 4        # noise levels that the loss of an evaluation is measured at
+PROBES = 4  # noise levels that the loss of an evaluation is measured at
 
 
 # ------------------------------------------------------------------------------------------------ the process
 
-def linear(steps: int) -> np.ndarray:                    # -> T
+
+def linear(steps: int) -> np.ndarray:  # -> T
     """Section 4 of the paper, 1e-4 to 0.02 in 1000 steps; fewer steps are as much longer (as in arXiv:2102.09672's code)."""
     return np.minimum(np.linspace(1e-4, 0.02, steps) * 1000 / steps, 0.999)
 
 
-def cosine(steps: int) -> np.ndarray:                    # -> T
+def cosine(steps: int) -> np.ndarray:  # -> T
     """Equation 17 of Nichol and Dhariwal 2021, arXiv:2102.09672: noise comes more slowly at both ends."""
     left = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.minimum(1 - left[1:] / left[:-1], 0.999)
@@ -50,44 +51,47 @@ class Process(nn.Module):
     def __init__(self, schedule: str = "cosine", steps: int = 1000, predicts: str = "eps"):
         super().__init__()
         if schedule not in SCHEDULES or predicts not in PREDICTS or steps < 1:
-            raise SettingsError(f"diffusion with schedule={schedule!r}, steps={steps}, predicts={predicts!r}: schedules "
-                                f"are {', '.join(SCHEDULES)}; predicted is {' or '.join(PREDICTS)}; steps begin at 1")
+            raise SettingsError(
+                f"diffusion with schedule={schedule!r}, steps={steps}, predicts={predicts!r}: schedules "
+                f"are {', '.join(SCHEDULES)}; predicted is {' or '.join(PREDICTS)}; steps begin at 1"
+            )
         self.steps, self.predicts = steps, predicts
         left = np.cumprod(1 - SCHEDULES[schedule](steps))
         self.left: list[float] = left.tolist()
         self.register_buffer("signal", torch.tensor(np.sqrt(left), dtype=torch.float32), persistent=False)
         self.register_buffer("noise", torch.tensor(np.sqrt(1 - left), dtype=torch.float32), persistent=False)
 
-    def rates(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:        # B int64 -> twice B 1 ...
+    def rates(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:  # B int64 -> twice B 1 ...
         shape = (-1, *[1] * (like.ndim - 1))
         return self.signal[time].view(shape), self.noise[time].view(shape)
 
-    def mix(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:         # B ..., B ..., B int64 -> B ...
+    def mix(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:  # B ..., B ..., B int64 -> B ...
         signal, share = self.rates(time, clean)
         return signal * clean + share * noise
 
-    def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:      # B ..., B ..., B int64 -> B ...
+    def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:  # B ..., B ..., B int64 -> B ...
         if self.predicts == "eps":
             return noise
         signal, share = self.rates(time, clean)
         return signal * noise - share * clean
 
-    def clean(self, x: Tensor, output: Tensor, time: int) -> Tensor:             # B ..., B ... -> B ...
+    def clean(self, x: Tensor, output: Tensor, time: int) -> Tensor:  # B ..., B ... -> B ...
         """The data that the network sees in `x`, all of which is at one time."""
         signal, share = math.sqrt(self.left[time]), math.sqrt(1 - self.left[time])
         return (x - share * output) / signal if self.predicts == "eps" else signal * x - share * output
 
-    def ratio(self, time: Tensor) -> Tensor:             # B int64 -> B
+    def ratio(self, time: Tensor) -> Tensor:  # B int64 -> B
         """Signal to noise, squared."""
         return (self.signal[time] / self.noise[time]) ** 2
 
 
 # ------------------------------------------------------------------------------------------------ the weighting
 
+
 class Uniform:
     """Every noise level counts the same (equation 14 of the paper, for eps)."""
 
-    def __call__(self, process: Process, time: Tensor) -> Tensor:                # B int64 -> B
+    def __call__(self, process: Process, time: Tensor) -> Tensor:  # B int64 -> B
         return torch.ones_like(process.signal[time])
 
 
@@ -100,12 +104,13 @@ class MinSNR:
 
     gamma: float = 5.0
 
-    def __call__(self, process: Process, time: Tensor) -> Tensor:                # B int64 -> B
+    def __call__(self, process: Process, time: Tensor) -> Tensor:  # B int64 -> B
         ratio = process.ratio(time)
         return ratio.clamp(max=self.gamma) / (ratio if process.predicts == "eps" else ratio + 1)
 
 
 # ------------------------------------------------------------------------------------------------ the samplers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -121,12 +126,13 @@ class Sampler:
             raise SettingsError(f"sampling in {self.steps} steps: choose 1 to {process.steps}, which the noise process has")
         return [round(left * process.steps / self.steps) - 1 for left in range(self.steps, 0, -1)]
 
-    def seen(self, process: Process, x: Tensor, output: Tensor, time: int) -> Tensor:    # B ..., B ... -> B ...
+    def seen(self, process: Process, x: Tensor, output: Tensor, time: int) -> Tensor:  # B ..., B ... -> B ...
         clean = process.clean(x, output, time)
         return clean.clamp(-self.clip, self.clip) if self.clip else clean
 
-    def step(self, process: Process, x: Tensor, output: Tensor, time: int, before: int,
-             draw: Callable[[], Tensor]) -> Tensor:      # B ..., B ... -> B ...
+    def step(
+        self, process: Process, x: Tensor, output: Tensor, time: int, before: int, draw: Callable[[], Tensor]
+    ) -> Tensor:  # B ..., B ... -> B ...
         """From a time to the one before it, -1 for data; `draw` gives fresh noise."""
         raise NotImplementedError
 
@@ -141,13 +147,14 @@ class DDPM(Sampler):
     steps: int = 1000
     variance: str = "small"
 
-    def step(self, process: Process, x: Tensor, output: Tensor, time: int, before: int,
-             draw: Callable[[], Tensor]) -> Tensor:      # B ..., B ... -> B ...
+    def step(
+        self, process: Process, x: Tensor, output: Tensor, time: int, before: int, draw: Callable[[], Tensor]
+    ) -> Tensor:  # B ..., B ... -> B ...
         clean = self.seen(process, x, output, time)
         if before < 0:
             return clean
         here, there = process.left[time], process.left[before]
-        alpha = here / there                             # of the steps between
+        alpha = here / there  # of the steps between
         x = (math.sqrt(there) * (1 - alpha) * clean + math.sqrt(alpha) * (1 - there) * x) / (1 - here)
         variance = (1 - alpha) * ((1 - there) / (1 - here) if self.variance == "small" else 1.0)
         return x + math.sqrt(variance) * draw()
@@ -163,19 +170,20 @@ class DDIM(Sampler):
 
     eta: float = 0.0
 
-    def step(self, process: Process, x: Tensor, output: Tensor, time: int, before: int,
-             draw: Callable[[], Tensor]) -> Tensor:      # B ..., B ... -> B ...
+    def step(
+        self, process: Process, x: Tensor, output: Tensor, time: int, before: int, draw: Callable[[], Tensor]
+    ) -> Tensor:  # B ..., B ... -> B ...
         clean = self.seen(process, x, output, time)
         if before < 0:
             return clean
         here, there = process.left[time], process.left[before]
         noise = (x - math.sqrt(here) * clean) / math.sqrt(1 - here)
         fresh = self.eta * math.sqrt((1 - there) / (1 - here) * (1 - here / there))
-        x = math.sqrt(there) * clean + math.sqrt(max(1 - there - fresh ** 2, 0.0)) * noise
+        x = math.sqrt(there) * clean + math.sqrt(max(1 - there - fresh**2, 0.0)) * noise
         return x + fresh * draw() if fresh else x
 
 
-def guided(model: nn.Module, x: Tensor, time: Tensor, label: Tensor, guidance: float) -> Tensor:     # B ... -> B ...
+def guided(model: nn.Module, x: Tensor, time: Tensor, label: Tensor, guidance: float) -> Tensor:  # B ... -> B ...
     """Classifier-free guidance: away from the answer without a label, `guidance` times as far as that with it.
 
     1 follows the label, 0 forgets it, more than 1 exaggerates it (Ho and Salimans 2022, arXiv:2207.12598, equation 6
@@ -189,9 +197,18 @@ def guided(model: nn.Module, x: Tensor, time: Tensor, label: Tensor, guidance: f
 
 
 @torch.no_grad()
-def sample(model: nn.Module, process: Process, sampler: Sampler, label: Tensor, shape: Sequence[int], *, seed: int = 0,
-           numbers: Sequence[int] | None = None, guidance: float = 1.0,
-           watch: Callable[[int], None] = lambda done: None) -> Tensor:
+def sample(
+    model: nn.Module,
+    process: Process,
+    sampler: Sampler,
+    label: Tensor,
+    shape: Sequence[int],
+    *,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    guidance: float = 1.0,
+    watch: Callable[[int], None] = lambda done: None,
+) -> Tensor:
     """One example a label (B int64, or B T tokens of captions; 0 = none), each of `shape`: B x shape. `watch` hears of
     every step.
 
@@ -213,6 +230,7 @@ def sample(model: nn.Module, process: Process, sampler: Sampler, label: Tensor, 
 
 # ------------------------------------------------------------------------------------------------ the objective
 
+
 class Diffusion(Objective):
     """Squared error of what the network says of noisy data. The network takes (B ..., B float time, B int64 label).
 
@@ -221,8 +239,15 @@ class Diffusion(Objective):
     both answers that guidance needs (arXiv:2207.12598, algorithm 1).
     """
 
-    def __init__(self, model: nn.Module, process: Process | None = None, weighting: Callable[..., Tensor] | None = None,
-                 *, data: str = "image", drop: float = 0.1):
+    def __init__(
+        self,
+        model: nn.Module,
+        process: Process | None = None,
+        weighting: Callable[..., Tensor] | None = None,
+        *,
+        data: str = "image",
+        drop: float = 0.1,
+    ):
         super().__init__()
         self.model, self.process, self.weighting = model, process or Process(), weighting or Uniform()
         self.data, self.drop = data, drop
@@ -243,12 +268,12 @@ class Diffusion(Objective):
             total = total + self.errors(clean, draw().expand_as(clean), time, label)
         return {"loss": total / PROBES}
 
-    def read(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:           # -> B ..., B or B T int64
+    def read(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # -> B ..., B or B T int64
         clean = batch[self.data]
         none = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
         return clean, batch.get("label", none)
 
-    def errors(self, clean: Tensor, noise: Tensor, time: Tensor, label: Tensor) -> Tensor:       # -> B
+    def errors(self, clean: Tensor, noise: Tensor, time: Tensor, label: Tensor) -> Tensor:  # -> B
         output = self.model(self.process.mix(clean, noise, time), time.float(), label)
         error = (output.to(clean.dtype) - self.process.target(clean, noise, time)) ** 2
         return self.weighting(self.process, time) * error.flatten(1).mean(1)

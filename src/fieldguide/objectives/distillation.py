@@ -29,8 +29,18 @@ class Distillation(Supervised):
     Teachers that answer several times (B K C) say the mean of their probabilities. `share` is lambda, `temperature` tau.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str], loss: Classification, teacher: nn.Module, *,
-                 show: Show | None = None, hard: bool = True, temperature: float = 3.0, share: float = 0.1):
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[str],
+        loss: Classification,
+        teacher: nn.Module,
+        *,
+        show: Show | None = None,
+        hard: bool = True,
+        temperature: float = 3.0,
+        share: float = 0.1,
+    ):
         super().__init__(model, inputs, loss)
         if temperature <= 0 or not 0 <= share <= 1:
             raise SettingsError(f"temperature={temperature} must be above 0 and share={share} from 0 to 1")
@@ -45,12 +55,12 @@ class Distillation(Supervised):
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def heard(self, batch: dict[str, Tensor]) -> Tensor:             # -> B C
+    def heard(self, batch: dict[str, Tensor]) -> Tensor:  # -> B C
         """The teacher's logits."""
         said = self.hidden[0](*self.show(batch)).float()
         if said.ndim > 2:
             said = said.log_softmax(-1).flatten(1, -2)
-            said = said.logsumexp(1)                                 # up to a constant, which no softmax sees
+            said = said.logsumexp(1)  # up to a constant, which no softmax sees
         return said
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
@@ -67,7 +77,10 @@ class Distillation(Supervised):
             lesson = F.cross_entropy(*members(taught, said.argmax(-1)))
             return {"loss": (truth + lesson) / 2, "truth": truth, "teacher": lesson}
         student, teacher = members(taught, said)
-        lesson = self.temperature ** 2 * F.kl_div((student / self.temperature).log_softmax(-1),
-                                                  (teacher / self.temperature).log_softmax(-1),
-                                                  reduction="batchmean", log_target=True)
+        lesson = self.temperature**2 * F.kl_div(
+            (student / self.temperature).log_softmax(-1),
+            (teacher / self.temperature).log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
         return {"loss": torch.lerp(truth, lesson, self.share), "truth": truth, "teacher": lesson}

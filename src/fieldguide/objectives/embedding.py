@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
-POOLED = ("mean", "cls")         # over the tokens of a text, or that of its first token, in which some have learnt to say all
+POOLED = ("mean", "cls")  # over the tokens of a text, or that of its first token, in which some have learnt to say all
 
 
 class Vectors(Objective):
@@ -21,5 +21,5 @@ class Vectors(Objective):
         if "tokens" not in batch:
             return {"vector": F.normalize(self.model(batch["image"]).float(), dim=-1)}
         x = self.model.features(batch["tokens"], batch["mask"]).float()
-        x = x[:, 0] if self.pooled == "cls" else (x * batch["mask"][..., None]).sum(1)       # a sum points where the mean does
+        x = x[:, 0] if self.pooled == "cls" else (x * batch["mask"][..., None]).sum(1)  # a sum points where the mean does
         return {"vector": F.normalize(x, dim=-1)}

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 
-EPSILON = 1e-5         # added to the variance, as in RevIN
+EPSILON = 1e-5  # added to the variance, as in RevIN
 
 
-def scale_of(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:      # B T C, B T C -> B 1 C, B 1 C
+def scale_of(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:  # B T C, B T C -> B 1 C, B 1 C
     """Mean and deviation of each window's observed steps (RevIN, eq. 1 and 2); 0 and nearly 0 where there is none."""
     real = torch.ones_like(series) if observed is None else observed.to(series.dtype)
     count = real.sum(1, keepdim=True).clamp(min=1)
@@ -29,7 +29,7 @@ def scale_of(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Te
     return mean, (variance + EPSILON).sqrt()
 
 
-def pinball(values: Tensor, target: Tensor, quantiles: Tensor) -> Tensor:      # ... Q, ..., Q -> ... Q
+def pinball(values: Tensor, target: Tensor, quantiles: Tensor) -> Tensor:  # ... Q, ..., Q -> ... Q
     """Loss of quantiles (Koenker and Bassett 1978): an outcome above costs q, one below 1 - q, a unit of distance."""
     error = target[..., None] - values
     return torch.maximum(quantiles * error, (quantiles - 1) * error)
@@ -44,8 +44,14 @@ class Forecast(Objective):
     quantiles) that is the plain loss. Means are over known outcomes.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str], quantiles: Sequence[float] = (), point: str = "mae",
-                 normalise: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[str],
+        quantiles: Sequence[float] = (),
+        point: str = "mae",
+        normalise: bool = True,
+    ):
         super().__init__()
         if point not in ("mae", "mse"):
             raise SettingsError(f"point={point!r} is neither mae nor mse")
@@ -54,7 +60,7 @@ class Forecast(Objective):
         self.model, self.inputs, self.point, self.normalise = model, tuple(inputs), point, normalise
         self.register_buffer("quantiles", torch.tensor(tuple(quantiles)), persistent=False)
 
-    def predictions(self, batch: dict[str, Tensor]) -> Tensor:                 # -> B H C Q
+    def predictions(self, batch: dict[str, Tensor]) -> Tensor:  # -> B H C Q
         if not self.normalise:
             return self.model(*(batch[name] for name in self.inputs)).float()
         mean, scale = scale_of(batch["series"], batch.get("observed"))

@@ -28,7 +28,7 @@ class NextToken(Objective):
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         logits, target = self.logits(batch).flatten(0, 1).float(), batch["target"].flatten()
         total = F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing, reduction="sum")
-        return {"loss": total / (target >= 0).sum().clamp(min=1)}        # of a batch in which the assistant says nothing: 0
+        return {"loss": total / (target >= 0).sum().clamp(min=1)}  # of a batch in which the assistant says nothing: 0
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Nats and tokens of each row: B, B."""
@@ -47,5 +47,8 @@ class Restored(NextToken):
         target, asked = batch["target"], batch["asked"]
         logits = self.logits(batch).float()
         nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none").view_as(target)
-        return {"nats": torch.where(asked, nats, 0).sum(1), "right": (asked & (logits.argmax(-1) == target)).sum(1),
-                "count": asked.sum(1)}
+        return {
+            "nats": torch.where(asked, nats, 0).sum(1),
+            "right": (asked & (logits.argmax(-1) == target)).sum(1),
+            "count": asked.sum(1),
+        }

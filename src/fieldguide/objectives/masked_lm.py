@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
-ROWS = 64       # that are searched for answers at a time: a long text has many
+ROWS = 64  # that are searched for answers at a time: a long text has many
 
 
-def hide(tokens: Tensor, open_to: Tensor, mask_token: int, first: int, vocab: int, generator: torch.Generator | None = None,
-         share: float = 0.15) -> tuple[Tensor, Tensor]:  # B T int64, B T bool -> B T int64, B T int64
+def hide(
+    tokens: Tensor,
+    open_to: Tensor,
+    mask_token: int,
+    first: int,
+    vocab: int,
+    generator: torch.Generator | None = None,
+    share: float = 0.15,
+) -> tuple[Tensor, Tensor]:  # B T int64, B T bool -> B T int64, B T int64
     """Tokens with some of them hidden, and what was there: -1 where nothing is asked (section 3.1 and appendix A.1).
 
     Of the places that may be hidden (`open_to`), `share` are asked, one at least in each row that has any. Of those, 80 %
@@ -58,8 +65,7 @@ class MaskedWords(Objective):
         nats = F.cross_entropy(logits, target, reduction="none")
         rows = len(batch["target"])
         sums = lambda x: torch.zeros(rows, dtype=x.dtype, device=x.device).index_add_(0, row, x)
-        return {"nats": sums(nats), "right": sums((logits.argmax(-1) == target).long()),
-                "count": sums(torch.ones_like(row))}
+        return {"nats": sums(nats), "right": sums((logits.argmax(-1) == target).long()), "count": sums(torch.ones_like(row))}
 
 
 class TokenLabels(Objective):
@@ -85,8 +91,10 @@ class TokenLabels(Objective):
         if "words" not in batch:
             return {"label": best.indices, "probability": best.values}
         none, place = batch["words"] < 0, batch["words"].clamp(min=0)
-        return {"label": best.indices.gather(1, place).masked_fill(none, -1),
-                "probability": best.values.gather(1, place).masked_fill(none, torch.nan)}
+        return {
+            "label": best.indices.gather(1, place).masked_fill(none, -1),
+            "probability": best.values.gather(1, place).masked_fill(none, torch.nan),
+        }
 
 
 class Span(Objective):
@@ -99,7 +107,7 @@ class Span(Objective):
         super().__init__()
         self.model, self.inputs, self.longest = model, tuple(inputs), longest
 
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:                        # -> B T 2
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:  # -> B T 2
         logits = self.model(*(batch.get(name) for name in self.inputs)).float()
         allowed = batch["answerable"].clone()
         allowed[:, 0] = True
@@ -119,8 +127,9 @@ class Span(Objective):
         way as BERT's for SQuAD 2.0, section 4.3). `characters` (B T 2), what each token covers, makes of a place the first
         character of the answer and the one behind its last, `begin` and `end`.
         """
-        parts = [self.best({name: x[i:i + ROWS] for name, x in batch.items()})
-                 for i in range(0, len(batch["answerable"]), ROWS)]
+        parts = [
+            self.best({name: x[i : i + ROWS] for name, x in batch.items()}) for i in range(0, len(batch["answerable"]), ROWS)
+        ]
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if "window" not in batch:
             return found
@@ -132,15 +141,15 @@ class Span(Objective):
         return {**{name: x[winner] for name, x in found.items()}, "none": none}
 
     def best(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        begin, end = self.logits(batch).log_softmax(1).unbind(-1)                # B T each
+        begin, end = self.logits(batch).log_softmax(1).unbind(-1)  # B T each
         # Each first token beside the last ones that lie so near behind it.
-        ends = F.pad(end, (0, self.longest - 1), value=-torch.inf).unfold(1, self.longest, 1)    # B T longest
+        ends = F.pad(end, (0, self.longest - 1), value=-torch.inf).unfold(1, self.longest, 1)  # B T longest
         best, at = (begin[..., None] + ends)[:, 1:].flatten(1).max(1)
         first = at // self.longest + 1
         place = torch.stack([first, first + at % self.longest], 1)
         place = torch.where(best[:, None] > -torch.inf, place, 0)
         found = {"place": place, "score": best, "none": begin[:, 0] + end[:, 0]}
         if "characters" in batch:
-            covered = batch["characters"].take_along_dim(place[..., None], 1)    # B 2 2
+            covered = batch["characters"].take_along_dim(place[..., None], 1)  # B 2 2
             found |= {"begin": covered[:, 0, 0], "end": covered[:, 1, 1]}
         return found

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
-TOP = 100          # items of an answer that are kept, where nobody asks for more
+TOP = 100  # items of an answer that are kept, where nobody asks for more
 
 
 class NextItem(Objective):
@@ -22,8 +22,15 @@ class NextItem(Objective):
     beside the drawn ones once. `counts` are the items' occurrences, 0 first.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str], counts: Sequence[int] = (), negatives: int = 0,
-                 smoothing: float = 0.0, repeats: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[str],
+        counts: Sequence[int] = (),
+        negatives: int = 0,
+        smoothing: float = 0.0,
+        repeats: bool = False,
+    ):
         super().__init__()
         self.model, self.inputs, self.negatives = model, tuple(inputs), negatives
         self.smoothing, self.repeats, self.top = smoothing, repeats, TOP
@@ -32,11 +39,11 @@ class NextItem(Objective):
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         hidden, target = self.model.features(*(batch[name] for name in self.inputs)), batch["target"]
-        hidden, target = hidden[target > 0], target[target > 0]                  # N D, N: padding is no work
+        hidden, target = hidden[target > 0], target[target > 0]  # N D, N: padding is no work
         table = self.model.table()
         if not self.negatives:
             logits = F.linear(hidden, table).float()
-            logits[:, 0] = -torch.inf                                            # item 0 is none
+            logits[:, 0] = -torch.inf  # item 0 is none
             if not self.smoothing:
                 return {"loss": F.cross_entropy(logits, target)}
             logp = logits.log_softmax(-1)[:, 1:]

@@ -19,7 +19,7 @@ class Noise:
     def __init__(self, seed: int, numbers: Iterable[int], shape: Sequence[int], like: Tensor):
         self.generators, self.shape, self.like = [generator(seed, number) for number in numbers], tuple(shape), like
 
-    def __call__(self) -> Tensor:                        # -> B ...
+    def __call__(self) -> Tensor:  # -> B ...
         drawn = torch.empty(len(self.generators), *self.shape)
         for row, source in zip(drawn, self.generators):
             row.normal_(generator=source)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fieldguide.core.errors import DataError
 from fieldguide.objectives.base import Objective
 
-THUMB = 192        # pixels of the map's square copy that a report shows
+THUMB = 192  # pixels of the map's square copy that a report shows
 
 
 class Segmentation(Objective):
@@ -35,11 +35,11 @@ class Segmentation(Objective):
         overlap = dice(logits, target)
         return {"loss": entropy + overlap, "entropy": entropy, "dice": overlap}
 
-    def segment(self, image: Tensor) -> Tensor:                                  # B C H W -> B classes H W logits
+    def segment(self, image: Tensor) -> Tensor:  # B C H W -> B classes H W logits
         height, width = image.shape[-2:]
         return self.whole(image) if max(height, width) <= self.tile else tiled(self.whole, image, self.tile)
 
-    def whole(self, image: Tensor) -> Tensor:                                    # B C H W -> B classes H W logits
+    def whole(self, image: Tensor) -> Tensor:  # B C H W -> B classes H W logits
         channels, height, width = image.shape[1:]
         if (height, width) not in self.rooms:
             self.rooms[height, width] = room(self.model, channels, height, width)
@@ -53,23 +53,24 @@ class Segmentation(Objective):
         logits = self.segment(batch["image"]).float()
         maps = torch.full((len(logits), *batch["size"].amax(0).tolist()), -1, dtype=torch.int16, device=logits.device)
         thumbs = torch.empty((len(logits), THUMB, THUMB), dtype=torch.int16, device=logits.device)
-        for row, ((height, width), (inner_height, inner_width)) in enumerate(zip(batch["size"].tolist(),
-                                                                                 batch["inner"].tolist())):
-            own = logits[row:row + 1, :, :inner_height, :inner_width]
+        for row, ((height, width), (inner_height, inner_width)) in enumerate(
+            zip(batch["size"].tolist(), batch["inner"].tolist())
+        ):
+            own = logits[row : row + 1, :, :inner_height, :inner_width]
             if (height, width) != (inner_height, inner_width):
                 own = F.interpolate(own, (height, width), mode="bilinear", align_corners=False)
             maps[row, :height, :width] = own[0].argmax(0)
-            thumbs[row] = F.interpolate(maps[row:row + 1, None, :height, :width].float(), (THUMB, THUMB))[0, 0]
+            thumbs[row] = F.interpolate(maps[row : row + 1, None, :height, :width].float(), (THUMB, THUMB))[0, 0]
         if "truth" not in batch:
             return {"map": maps, "size": batch["size"]}
         real = (batch["truth"] >= 0) & (maps >= 0)
         row = torch.arange(len(maps), device=maps.device)[:, None, None].expand_as(maps)
         pair = (row * self.classes + batch["truth"]) * self.classes + maps
-        counts = torch.bincount(pair[real], minlength=len(maps) * self.classes ** 2)
+        counts = torch.bincount(pair[real], minlength=len(maps) * self.classes**2)
         return {"counts": counts.view(len(maps), self.classes, self.classes), "thumb": thumbs}
 
 
-def dice(logits: Tensor, target: Tensor) -> Tensor:                              # B K H W, B H W -> scalar
+def dice(logits: Tensor, target: Tensor) -> Tensor:  # B K H W, B H W -> scalar
     """1 - the mean over classes that occur in the batch of 2 |both| / (|said| + |is|), said softly."""
     real = (target >= 0)[:, None]
     p = logits.softmax(1) * real
@@ -83,7 +84,7 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:                             
 def middle(x: Tensor, height: int, width: int) -> Tensor:
     """The middle of ... H W."""
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
-    return x[..., top:top + height, left:left + width]
+    return x[..., top : top + height, left : left + width]
 
 
 def room(model: nn.Module, channels: int, height: int, width: int) -> tuple[int, int]:
@@ -95,7 +96,7 @@ def room(model: nn.Module, channels: int, height: int, width: int) -> tuple[int,
         try:
             picture = torch.empty(1, channels, height + high, width + wide, device="meta", dtype=next(trial.parameters()).dtype)
             answer = trial(picture).shape[-2:]
-        except DataError:                                # too small to have an answer at all
+        except DataError:  # too small to have an answer at all
             if max(high, wide) > 4096:
                 raise
             high, wide = high + 32, wide + 32
@@ -124,11 +125,11 @@ def tiled(answer: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tenso
     total, weights = None, torch.zeros(height, width, device=image.device)
     for top in starts(height, high):
         for left in starts(width, wide):
-            part = answer(image[..., top:top + high, left:left + wide]).float()
+            part = answer(image[..., top : top + high, left : left + wide]).float()
             if total is None:
                 total = torch.zeros(*part.shape[:2], height, width, device=image.device)
-            total[..., top:top + high, left:left + wide] += part * weight
-            weights[top:top + high, left:left + wide] += weight
+            total[..., top : top + high, left : left + wide] += part * weight
+            weights[top : top + high, left : left + wide] += weight
     return total / weights
 
 

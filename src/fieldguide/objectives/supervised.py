@@ -21,14 +21,15 @@ class Classification(nn.Module):
     def __init__(self, smoothing: float = 0.0, weights: Sequence[float] | None = None):
         super().__init__()
         self.smoothing = smoothing
-        self.register_buffer("weights", None if weights is None else torch.tensor(weights, dtype=torch.float32),
-                             persistent=False)
+        self.register_buffer(
+            "weights", None if weights is None else torch.tensor(weights, dtype=torch.float32), persistent=False
+        )
 
-    def forward(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:      # B ... C, B | B C -> scalar
+    def forward(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:  # B ... C, B | B C -> scalar
         flat, target = members(logits.float(), target)
         return {"loss": F.cross_entropy(flat, target, weight=self.weights, label_smoothing=self.smoothing)}
 
-    def outputs(self, logits: Tensor) -> dict[str, Tensor]:                      # B ... C -> B C
+    def outputs(self, logits: Tensor) -> dict[str, Tensor]:  # B ... C -> B C
         probabilities = logits.float().softmax(-1)
         return {"probabilities": probabilities.flatten(1, -2).mean(1) if logits.ndim > 2 else probabilities}
 
@@ -36,16 +37,16 @@ class Classification(nn.Module):
 class Regression(nn.Module):
     """Squared error on standardised targets. `values` B ... D, `target` B D."""
 
-    def forward(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:      # B ... D, B D -> scalar
+    def forward(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:  # B ... D, B D -> scalar
         flat, target = members(values.float(), target)
         return {"loss": F.mse_loss(flat, target)}
 
-    def outputs(self, values: Tensor) -> dict[str, Tensor]:                      # B ... D -> B D
+    def outputs(self, values: Tensor) -> dict[str, Tensor]:  # B ... D -> B D
         values = values.float()
         return {"values": values.flatten(1, -2).mean(1) if values.ndim > 2 else values}
 
 
-def members(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:           # B ... C, B * -> BK C, BK *
+def members(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # B ... C, B * -> BK C, BK *
     """Every member of an ensemble meets the same target."""
     count = outputs[0, ..., 0].numel()
     if count == 1:

@@ -23,15 +23,16 @@ from markupsafe import Markup, escape
 
 from fieldguide.core import report_elements
 
-COLOURS = 6                 # .c0 ... .c5 in report.css; later series reuse them dashed
+COLOURS = 6  # .c0 ... .c5 in report.css; later series reuse them dashed
 WIDE, NARROW = (860, 330), (400, 280)
-SQUARE = (400, 370)         # where y = x matters, both axes deserve the same length
+SQUARE = (400, 370)  # where y = x matters, both axes deserve the same length
 LEAF = frozenset({"path", "line", "rect", "circle", "image", "use", "img"})
 # What HTML and XML forbid, lone surrogates, which UTF-8 cannot hold, and the marks that turn all text around.
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff\ufffe\uffff]")
 
 
 # -- mark-up -----------------------------------------------------------------------------------------------
+
 
 def clean(text: Any) -> str:
     """Text that any parser accepts: forbidden characters become the replacement character."""
@@ -44,8 +45,11 @@ def el(name: str, *children: Any, **attributes: Any) -> Markup:
     >>> el("text", "a < b", class_="tick", text_anchor="end")
     Markup('<text class="tick" text-anchor="end">a &lt; b</text>')
     """
-    inside = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(clean(value))}"'
-                     for key, value in attributes.items() if value is not None)
+    inside = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(clean(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
     if name in LEAF:
         return Markup(f"<{name}{inside}/>")
     body = "".join(escape(clean(child)) for child in children if child is not None)
@@ -57,6 +61,7 @@ def join(parts: Iterable[Markup]) -> Markup:
 
 
 # -- figures -----------------------------------------------------------------------------------------------
+
 
 def plain(value: Any) -> Any:
     """NumPy and tensor scalars as Python ones; integers beyond any float as text."""
@@ -115,6 +120,7 @@ def decimals_of(values: Sequence[float]) -> int | None:
 
 # -- axes --------------------------------------------------------------------------------------------------
 
+
 def column(values: Iterable[Any]) -> np.ndarray:
     """A new float array; None and what no axis could hold become NaN."""
     array = np.array(values if isinstance(values, np.ndarray) else list(values), dtype=float)
@@ -138,12 +144,11 @@ def tick_texts(values: Sequence[float]) -> list[str]:
     if len(values) < 2:
         return [number(v) for v in values]
     biggest, step = max(map(abs, values)), min(b - a for a, b in pairwise(values))
-    if step < biggest * 1e-4:          # far from zero and close together: every digit counts
+    if step < biggest * 1e-4:  # far from zero and close together: every digit counts
         return [f"{v:.15g}".replace("-", "−") for v in values]
     if biggest >= 1e15 or biggest < 1e-3:
         return ["0" if v == 0 else ("−" if v < 0 else "") + power(abs(v)) for v in values]
-    unit, name = next((u, n) for u, n in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k"), (0, ""))
-                      if biggest >= u)
+    unit, name = next((u, n) for u, n in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k"), (0, "")) if biggest >= u)
     unit = 1e3 if name == " k" else unit or 1
     digits = next((d for d in range(7) if abs(step / unit * 10**d - round(step / unit * 10**d)) < 1e-6), 7)
     return ["0" if v == 0 else f"{v / unit:.{digits}f}{name}".replace("-", "−") for v in values]
@@ -193,10 +198,10 @@ def axis(values: np.ndarray, *, count: int = 5, log: bool = False, pad: float = 
         low, high = low - margin, high + margin
         if floor >= 0 and (low < 0 or floor < (0.4 if pad else 0.06) * ceiling):
             low = 0.0
-        if ceiling <= 1 < high:      # shares and scores end at one, and the axis should say so
+        if ceiling <= 1 < high:  # shares and scores end at one, and the axis should say so
             high = 1.0
     at = ticks(low, high, count, whole=whole)
-    if pad and len(at) > 1:          # a range that nearly reaches its next round value goes up to it
+    if pad and len(at) > 1:  # a range that nearly reaches its next round value goes up to it
         step = at[1] - at[0]
         low = at[0] - step if at[0] - step > low - 0.4 * step else low
         high = at[-1] + step if at[-1] + step < high + 0.4 * step else high
@@ -205,6 +210,7 @@ def axis(values: np.ndarray, *, count: int = 5, log: bool = False, pad: float = 
 
 
 # -- the frame of a chart ----------------------------------------------------------------------------------
+
 
 def width_of(text: str) -> float:
     """About how wide a label is, in the drawing's units: text cannot be measured without a browser."""
@@ -245,8 +251,16 @@ class Frame:
             parts.append(el("line", class_="axis", x1=f"{at:.1f}", x2=f"{at:.1f}", y1=base, y2=base + 4))
             parts.append(el("text", text, x=f"{min(at, self.width):.1f}", y=base + 18, text_anchor=anchor))
         if x_title:
-            parts.append(el("text", shorten(x_title, most), class_="title", x=f"{self.left + self.w / 2:.1f}",
-                            y=self.height - 6, text_anchor="middle"))
+            parts.append(
+                el(
+                    "text",
+                    shorten(x_title, most),
+                    class_="title",
+                    x=f"{self.left + self.w / 2:.1f}",
+                    y=self.height - 6,
+                    text_anchor="middle",
+                )
+            )
         if y_title:
             parts.append(el("text", shorten(y_title, most), class_="title", x=2, y=12))
         return join(parts)
@@ -256,8 +270,14 @@ class Frame:
         high = min(self.x_axis.high, self.y_axis.high)
         if low >= high:
             return Markup("")
-        return el("line", class_="diagonal", x1=f"{self.x(low):.1f}", y1=f"{self.y(low):.1f}",
-                  x2=f"{self.x(high):.1f}", y2=f"{self.y(high):.1f}")
+        return el(
+            "line",
+            class_="diagonal",
+            x1=f"{self.x(low):.1f}",
+            y1=f"{self.y(low):.1f}",
+            x2=f"{self.x(high):.1f}",
+            y2=f"{self.y(high):.1f}",
+        )
 
     def plot(self, *parts: Markup) -> Markup:
         """What must stay inside the axes: a nested svg clips without needing an id."""
@@ -266,9 +286,17 @@ class Frame:
 
     def svg(self, *parts: Markup, label: str, kind: str) -> Markup:
         x, y, view = self.x_axis, self.y_axis, f"0 0 {self.width} {self.height}"
-        return el("svg", *parts, class_=f"drawing {kind}", viewBox=view, role="img", aria_label=label,
-                  data_box=f"{self.left:.1f} {self.top:.1f} {self.w:.1f} {self.h:.1f}",
-                  data_x=f"{x.low!r} {x.high!r}", data_y=f"{y.low!r} {y.high!r} {int(y.log)}")
+        return el(
+            "svg",
+            *parts,
+            class_=f"drawing {kind}",
+            viewBox=view,
+            role="img",
+            aria_label=label,
+            data_box=f"{self.left:.1f} {self.top:.1f} {self.w:.1f} {self.h:.1f}",
+            data_x=f"{x.low!r} {x.high!r}",
+            data_y=f"{y.low!r} {y.high!r} {int(y.log)}",
+        )
 
 
 def colour(index: int) -> str:
@@ -294,23 +322,25 @@ def thin(ys: np.ndarray, most: int = 320) -> np.ndarray:
     kept = {0, len(ys) - 1}
     for part in np.array_split(np.arange(len(ys)), most // 2):
         here = ys[part]
-        kept |= {int(part[0])} if np.isnan(here).all() else {int(part[np.nanargmin(here)]),
-                                                             int(part[np.nanargmax(here)])}
+        kept |= {int(part[0])} if np.isnan(here).all() else {int(part[np.nanargmin(here)]), int(part[np.nanargmax(here)])}
     return np.array(sorted(kept))
 
 
 def legend(names: Sequence[str], kind: str) -> Markup:
     """Names with swatches, where a drawing has no room for them beside the curves."""
-    return el("ul", *(el("li", el("i", class_=colour(i)), name) for i, name in enumerate(names)),
-              class_=f"legend {kind}")
+    return el("ul", *(el("li", el("i", class_=colour(i)), name) for i, name in enumerate(names)), class_=f"legend {kind}")
 
 
 def hover(series: list[tuple[str, int, np.ndarray, np.ndarray]], x: str, y: str) -> str:
     """What the script needs for read-outs under the pointer."""
+
     def short(values):
         return [None if v != v else float(f"{v:.6g}") for v in values.tolist()]
-    return json.dumps({"x": x, "y": y, "series": [[name, i % COLOURS, short(xs), short(ys)]
-                                                  for name, i, xs, ys in series]}, separators=(",", ":"))
+
+    return json.dumps(
+        {"x": x, "y": y, "series": [[name, i % COLOURS, short(xs), short(ys)] for name, i, xs, ys in series]},
+        separators=(",", ":"),
+    )
 
 
 def left_out(count: int, why: str) -> str:
@@ -326,6 +356,7 @@ NOTHING = el("p", "Nothing to show.", class_="remark")
 
 
 # -- the charts --------------------------------------------------------------------------------------------
+
 
 def lines(exhibit: report_elements.Lines) -> Markup:
     """Curves with bands, vertical marks, y = x and a logarithmic axis."""
@@ -345,15 +376,14 @@ def lines(exhibit: report_elements.Lines) -> Markup:
         n = min(len(xs), len(low), len(high))
         low, high = low[:n], high[:n]
         bands[str(name)] = xs[:n], (np.where(low > 0, low, np.nan) if exhibit.log else low), high
-    marks = {str(name): float(at) for name, at in zip(exhibit.marks, column(exhibit.marks.values()))
-             if not math.isnan(at)}
-    all_x = np.concatenate([*(xs for xs, _ in curves.values()), *(xs for xs, *_ in bands.values()),
-                            np.array(list(marks.values()), dtype=float)])
-    all_y = np.concatenate([*(ys for _, ys in curves.values()),
-                            *(v for _, *edges in bands.values() for v in edges),
-                            np.empty(0)])
-    remarks = [left_out(lost, "missing or not a number"),
-               left_out(hidden, "a logarithmic axis has no place for zero or less")]
+    marks = {str(name): float(at) for name, at in zip(exhibit.marks, column(exhibit.marks.values())) if not math.isnan(at)}
+    all_x = np.concatenate(
+        [*(xs for xs, _ in curves.values()), *(xs for xs, *_ in bands.values()), np.array(list(marks.values()), dtype=float)]
+    )
+    all_y = np.concatenate(
+        [*(ys for _, ys in curves.values()), *(v for _, *edges in bands.values() for v in edges), np.empty(0)]
+    )
+    remarks = [left_out(lost, "missing or not a number"), left_out(hidden, "a logarithmic axis has no place for zero or less")]
     if not np.isfinite(all_y).any():
         return finish(NOTHING, remarks=remarks)
 
@@ -380,8 +410,7 @@ def lines(exhibit: report_elements.Lines) -> Markup:
             fine = " fine" if len(keep) > 200 else ""
             inside.append(el("path", class_=f"line {colour(i)}{fine}", d=path(frame, xs[keep], ys[keep])))
         parts.append(frame.plot(*inside))
-        parts += [dots(frame, xs, ys, colour(i)) for i, (xs, ys) in enumerate(curves.values())
-                  if np.isfinite(ys).sum() <= 24]
+        parts += [dots(frame, xs, ys, colour(i)) for i, (xs, ys) in enumerate(curves.values()) if np.isfinite(ys).sum() <= 24]
         parts += [mark_label(frame, name, at, rows[name]) for name, at in marks.items() if name in rows]
         if direct:
             ends = {name: last(curves[name][1]) if name in curves else last(bands[name][2]) for name in names}
@@ -389,10 +418,8 @@ def lines(exhibit: report_elements.Lines) -> Markup:
         elif len(names) > 1:
             drawings.append(legend(names, kind))
         drawings.append(frame.svg(*parts, label=label, kind=kind))
-    series = [(name, i, xs[keep], ys[keep]) for i, (name, (xs, ys)) in enumerate(curves.items())
-              for keep in (thin(ys),)]
-    return finish(join(drawings), data=hover(series, exhibit.x, exhibit.y), remarks=remarks,
-                  shape="square" if square else "")
+    series = [(name, i, xs[keep], ys[keep]) for i, (name, (xs, ys)) in enumerate(curves.items()) for keep in (thin(ys),)]
+    return finish(join(drawings), data=hover(series, exhibit.x, exhibit.y), remarks=remarks, shape="square" if square else "")
 
 
 def last(ys: np.ndarray) -> float:
@@ -406,15 +433,19 @@ def describe(exhibit: report_elements.Lines, curves: dict) -> str:
     for name, (_, ys) in list(curves.items())[:8]:
         real = ys[np.isfinite(ys)]
         if len(real):
-            said.append(f"{name} goes from {number(float(real[0]))} to {number(float(real[-1]))}, "
-                        f"lowest {number(float(real.min()))}, highest {number(float(real.max()))}")
+            said.append(
+                f"{name} goes from {number(float(real[0]))} to {number(float(real[-1]))}, "
+                f"lowest {number(float(real.min()))}, highest {number(float(real.max()))}"
+            )
     return f"{exhibit.title}: {exhibit.y or 'value'} by {exhibit.x or 'position'}. " + "; ".join(said) + "."
 
 
 def dots(frame: Frame, xs: np.ndarray, ys: np.ndarray, look: str) -> Markup:
     good = np.isfinite(xs) & np.isfinite(ys)
-    return join(el("circle", class_=f"dot {look}", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.2)
-                for x, y in zip(frame.x(xs[good]), frame.y(ys[good])))
+    return join(
+        el("circle", class_=f"dot {look}", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.2)
+        for x, y in zip(frame.x(xs[good]), frame.y(ys[good]))
+    )
 
 
 def draw_band(frame: Frame, band, index: int) -> Markup:
@@ -454,20 +485,21 @@ def stagger(marks: dict[str, float], place, width: float, most: int = 4) -> dict
 
 def direct_labels(frame: Frame, ends: dict[str, float]) -> list[Markup]:
     """Each name beside the end of its curve, pushed apart where curves end close together."""
-    order = sorted(((float(frame.y(y)) if y == y else frame.top, i, name)
-                    for i, (name, y) in enumerate(ends.items())))
+    order = sorted(((float(frame.y(y)) if y == y else frame.top, i, name) for i, (name, y) in enumerate(ends.items())))
     places, floor = [], frame.top + 2
     for y, i, name in order:
         floor = max(y, floor)
         places.append([floor, i, name])
         floor += 15
     spill = max(0.0, places[-1][0] - (frame.top + frame.h)) if places else 0
-    for k in range(len(places) - 1, -1, -1):      # what was pushed below the box moves up again
+    for k in range(len(places) - 1, -1, -1):  # what was pushed below the box moves up again
         roof = frame.top + frame.h if k == len(places) - 1 else places[k + 1][0] - 15
         if spill:
             places[k][0] = min(places[k][0], roof)
-    return [el("text", name, class_=f"direct {colour(i)}", x=f"{frame.left + frame.w + 8:.1f}", y=f"{y:.1f}",
-               dy="0.34em") for y, i, name in places]
+    return [
+        el("text", name, class_=f"direct {colour(i)}", x=f"{frame.left + frame.w + 8:.1f}", y=f"{y:.1f}", dy="0.34em")
+        for y, i, name in places
+    ]
 
 
 def scatter(exhibit: report_elements.Scatter, most: int = 1500) -> Markup:
@@ -482,23 +514,29 @@ def scatter(exhibit: report_elements.Scatter, most: int = 1500) -> Markup:
     if exhibit.diagonal:
         xs = ys = good.ravel()
     drawings = []
-    label = (f"{exhibit.title}: {len(good)} points, {exhibit.x or 'x'} from {number(good[:, 0].min())} to "
-             f"{number(good[:, 0].max())}, {exhibit.y or 'y'} from {number(good[:, 1].min())} to "
-             f"{number(good[:, 1].max())}.")
+    label = (
+        f"{exhibit.title}: {len(good)} points, {exhibit.x or 'x'} from {number(good[:, 0].min())} to "
+        f"{number(good[:, 0].max())}, {exhibit.y or 'y'} from {number(good[:, 1].min())} to "
+        f"{number(good[:, 1].max())}."
+    )
     for kind, size in (("square", SQUARE),) if exhibit.diagonal else (("wide", WIDE), ("narrow", NARROW)):
         y = axis(ys)
         frame = Frame(size, y if exhibit.diagonal else axis(xs, count=5 if size[0] < 500 else 9), y, right=14)
-        places = [f"M{x:g} {y:g}h0" for x, y in np.round(
-            np.stack([frame.x(shown[:, 0]), frame.y(shown[:, 1])], axis=1), 1).tolist()]
+        places = [
+            f"M{x:g} {y:g}h0" for x, y in np.round(np.stack([frame.x(shown[:, 0]), frame.y(shown[:, 1])], axis=1), 1).tolist()
+        ]
         # Dots of one path do not add up where they overlap, those of several do: eight paths show density.
         layers = [el("path", class_="points c0", d="".join(places[i::8])) for i in range(8) if places[i::8]]
         cloud = el("g", *layers, class_="cloud few" if len(shown) <= 150 else "cloud")
         line = frame.diagonal() if exhibit.diagonal else None
         drawings.append(frame.svg(frame.grid(exhibit.x, exhibit.y), line, cloud, label=label, kind=kind))
     fewer = f"{number(len(shown))} of {number(len(good))} points are drawn, evenly chosen."
-    return finish(join(drawings), shape="square" if exhibit.diagonal else "", data=hover(
-        [("", 0, shown[:, 0], shown[:, 1])], exhibit.x, exhibit.y), remarks=[
-        fewer if len(shown) < len(good) else "", lost])
+    return finish(
+        join(drawings),
+        shape="square" if exhibit.diagonal else "",
+        data=hover([("", 0, shown[:, 0], shown[:, 1])], exhibit.x, exhibit.y),
+        remarks=[fewer if len(shown) < len(good) else "", lost],
+    )
 
 
 def bars(exhibit: report_elements.Bars, most: int = 20) -> Markup:
@@ -527,12 +565,12 @@ def bars(exhibit: report_elements.Bars, most: int = 20) -> Markup:
         said = [el("span", f"{text} {unit}" if unit and text != "–" else text, class_="value")]
         if interval is not None:
             said.append(el("span", "–".join(number(v, digits) for v in interval.tolist()), class_="span"))
-        return el("li", el("span", name, class_="label", dir="auto"), track(value, interval),
-                  el("span", *said, class_="said"))
+        return el("li", el("span", name, class_="label", dir="auto"), track(value, interval), el("span", *said, class_="said"))
 
     def track(value: Any, interval) -> Markup:
         def at(v):
             return round((float(v) - low) / span * 100, 2)
+
         zero, parts = at(0), []
         if value is not None and math.isfinite(value):
             start, end = sorted((zero, at(value)))
@@ -548,9 +586,8 @@ def bars(exhibit: report_elements.Bars, most: int = 20) -> Markup:
     longest = max(len(name) for name in values)
     said = max(len(number(v, digits)) for v in values.values()) + len(unit) + (12 if spans else 0)
     style = f"--label:{min(max(longest * 0.56 + 0.5, 3), 15):.1f}em;--said:{said * 0.56 + 1:.1f}em"
-    kind = "bars stacks" if longest > 12 or spans else "bars"      # in a narrow box, labels above their bars
+    kind = "bars stacks" if longest > 12 or spans else "bars"  # in a narrow box, labels above their bars
     shown = [el("ul", *rows[:most], class_=kind, style=style)]
     if len(rows) > most:
-        shown.append(el("details", el("summary", f"{len(rows) - most} more"),
-                        el("ul", *rows[most:], class_=kind, style=style)))
+        shown.append(el("details", el("summary", f"{len(rows) - most} more"), el("ul", *rows[most:], class_=kind, style=style)))
     return el("div", *shown, class_="chart")

@@ -16,7 +16,7 @@ from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Quote, Qu
 from fieldguide.core.settings import Settings
 from fieldguide.training.checkpoint import write_atomically
 
-VIEWS = 8          # of a whole run
+VIEWS = 8  # of a whole run
 
 
 class Glimpses:
@@ -38,37 +38,52 @@ class Glimpses:
 
     def read(self) -> list[tuple[int, list[Exhibit]]]:
         """(step, exhibits) in order of training."""
-        return [(int(path.stem.removeprefix("step-")), [unpacked(e) for e in json.loads(path.read_text())])
-                for path in sorted(self.folder.glob("step-*.json"))]
+        return [
+            (int(path.stem.removeprefix("step-")), [unpacked(e) for e in json.loads(path.read_text())])
+            for path in sorted(self.folder.glob("step-*.json"))
+        ]
 
     def together(self) -> list[Exhibit]:
         """One exhibit for each title, over all steps: the report's view."""
         joined: dict[str, Exhibit] = {}
         for step, exhibits in self.read():
             for e in exhibits:
-                pictures = [Picture(p.image, f"step {step:,}{': ' + p.caption if p.caption else ''}", p.bad)
-                            for p in getattr(e, "pictures", ())]
-                texts = [Quote(q.text, f"step {step:,}{': ' + q.caption if q.caption else ''}", q.bad)
-                         for q in getattr(e, "quotes", ())]
+                pictures = [
+                    Picture(p.image, f"step {step:,}{': ' + p.caption if p.caption else ''}", p.bad)
+                    for p in getattr(e, "pictures", ())
+                ]
+                texts = [
+                    Quote(q.text, f"step {step:,}{': ' + q.caption if q.caption else ''}", q.bad)
+                    for q in getattr(e, "quotes", ())
+                ]
                 before = joined.get(e.title)
-                joined[e.title] = (Gallery(e.title, e.note, [*(before.pictures if before else ()), *pictures])
-                                   if isinstance(e, Gallery) else
-                                   Quotes(e.title, e.note, [*(before.quotes if before else ()), *texts]))
+                joined[e.title] = (
+                    Gallery(e.title, e.note, [*(before.pictures if before else ()), *pictures])
+                    if isinstance(e, Gallery)
+                    else Quotes(e.title, e.note, [*(before.quotes if before else ()), *texts])
+                )
         return list(joined.values())
 
 
 def packed(exhibit: Exhibit) -> dict:
     if isinstance(exhibit, Gallery):
-        return {"title": exhibit.title, "note": exhibit.note, "pictures": [
-            {"image": base64.b64encode(p.image).decode(), "caption": p.caption} for p in exhibit.pictures]}
+        return {
+            "title": exhibit.title,
+            "note": exhibit.note,
+            "pictures": [{"image": base64.b64encode(p.image).decode(), "caption": p.caption} for p in exhibit.pictures],
+        }
     if isinstance(exhibit, Quotes):
-        return {"title": exhibit.title, "note": exhibit.note,
-                "quotes": [{"text": q.text, "caption": q.caption} for q in exhibit.quotes]}
+        return {
+            "title": exhibit.title,
+            "note": exhibit.note,
+            "quotes": [{"text": q.text, "caption": q.caption} for q in exhibit.quotes],
+        }
     raise TypeError(f"a glimpse holds galleries and quotes, not {type(exhibit).__name__}")
 
 
 def unpacked(record: dict) -> Exhibit:
     if "pictures" in record:
-        return Gallery(record["title"], record["note"],
-                       [Picture(base64.b64decode(p["image"]), p["caption"]) for p in record["pictures"]])
+        return Gallery(
+            record["title"], record["note"], [Picture(base64.b64decode(p["image"]), p["caption"]) for p in record["pictures"]]
+        )
     return Quotes(record["title"], record["note"], [Quote(q["text"], q["caption"]) for q in record["quotes"]])

@@ -12,12 +12,13 @@ from fieldguide.core.report_elements import Table
 from fieldguide.report.charts import FORBIDDEN, decimals_of, is_number, number, plain
 
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*(?: [A-Za-z0-9_./-]+)*")
-RESERVED = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})     # not text to YAML
-WIDEST = 60                     # columns are padded to align, but one long cell must not widen the table
+RESERVED = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})  # not text to YAML
+WIDEST = 60  # columns are padded to align, but one long cell must not widen the table
 
 
-def card(*, title: str, verdict: str, facts: Sequence[tuple[str, str]],
-         sections: Sequence[tuple[str, str | Table]], front: dict) -> str:
+def card(
+    *, title: str, verdict: str, facts: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str | Table]], front: dict
+) -> str:
     """The card as Markdown: front matter, title, verdict, facts, then each section under its heading.
 
     A section's text is Markdown and stays as it is; everything else is escaped. `front` becomes the front
@@ -39,6 +40,7 @@ def card(*, title: str, verdict: str, facts: Sequence[tuple[str, str]],
 
 # -- the hub's metadata ------------------------------------------------------------------------------------
 
+
 def metadata(title: str, front: Mapping[str, Any]) -> dict[str, Any]:
     """`front` with `task` as pipeline tag and the scores as the hub's model-index."""
     rest = {key: value for key, value in front.items() if key not in ("task", "metrics", "dataset")}
@@ -52,8 +54,12 @@ def metadata(title: str, front: Mapping[str, Any]) -> dict[str, Any]:
         if task and "model-index" not in rest:
             data = data if isinstance(data, Mapping) else {"name": str(data or "held-out data")}
             data = {"name": data["name"], "type": data.get("type", "private"), **data}
-            rest["model-index"] = [{"name": title, "results": [
-                {"task": {"type": task}, "dataset": data, "metrics": [dict(metric) for metric in metrics]}]}]
+            rest["model-index"] = [
+                {
+                    "name": title,
+                    "results": [{"task": {"type": task}, "dataset": data, "metrics": [dict(metric) for metric in metrics]}],
+                }
+            ]
     elif metrics:
         rest["metrics"] = metrics
     return rest
@@ -91,7 +97,7 @@ def scalar(value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return ".nan" if value != value else ".inf" if value > 0 else "-.inf"
-        text = repr(value)         # YAML 1.1 takes 1e-05 for a word: the mantissa needs a point
+        text = repr(value)  # YAML 1.1 takes 1e-05 for a word: the mantissa needs a point
         return text if "e" not in text or "." in text else text.replace("e", ".0e")
     if isinstance(value, (Mapping, list, tuple)):
         return "{}" if isinstance(value, Mapping) else "[]"
@@ -100,20 +106,20 @@ def scalar(value: Any) -> str:
         return text
     # JSON strings are YAML strings if every character outside printable Unicode is escaped the YAML way
     quoted = json.dumps(text, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
-                   for c in quoted)
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}" for c in quoted)
 
 
 # -- Markdown ----------------------------------------------------------------------------------------------
+
 
 def escape(text: Any) -> str:
     """One line of text that Markdown shows as it is: no mark-up, links, pictures, HTML, or broken table."""
     text = " ".join(FORBIDDEN.sub("\ufffd", str(text)).split())
     text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
-    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)       # inside a word an underscore means nothing
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word an underscore means nothing
     text = text.replace("&", "&amp;").replace("<", "&lt;")
-    text = re.sub(r"(?i)\b(https?|ftp|mailto|www)([:.])(?=\S)", r"\1\\\2", text)     # no bare links
-    return re.sub(r"^(\d+(?=[.)](?: |$))|(?=[#>+=-]))", r"\1\\", text)                      # nor headings or lists
+    text = re.sub(r"(?i)\b(https?|ftp|mailto|www)([:.])(?=\S)", r"\1\\\2", text)  # no bare links
+    return re.sub(r"^(\d+(?=[.)](?: |$))|(?=[#>+=-]))", r"\1\\", text)  # nor headings or lists
 
 
 def markdown_table(table: Table) -> list[str]:

@@ -45,14 +45,14 @@ from fieldguide.core.report_elements import (
 from fieldguide.report import charts
 from fieldguide.report.charts import NOTHING, clean, decimals_of, el, is_number, join, number, plain
 
-ROWS, QUOTES, PICTURES = 400, 50, 60      # the most of each that one exhibit shows; what is left out is said
-PICTURE_BYTES = 2_000_000                 # all pictures of a page together
-LARGEST = 384                             # pixels a side: twice what a tile shows, for dense screens
-WIDEST = 800                              # ... and of a tile of a wide gallery
-SOUND_BYTES = 3_000_000                   # all sounds of a page together
-SOUNDS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mpeg", b"\xff": "mpeg"}      # how a file of each begins
-CLASSES = 30                              # larger confusion matrices show their most confused classes
-UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMBT]|ms|s|min|h|[KMGT]i?B)(?!\w))")     # no line break before a unit
+ROWS, QUOTES, PICTURES = 400, 50, 60  # the most of each that one exhibit shows; what is left out is said
+PICTURE_BYTES = 2_000_000  # all pictures of a page together
+LARGEST = 384  # pixels a side: twice what a tile shows, for dense screens
+WIDEST = 800  # ... and of a tile of a wide gallery
+SOUND_BYTES = 3_000_000  # all sounds of a page together
+SOUNDS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mpeg", b"\xff": "mpeg"}  # how a file of each begins
+CLASSES = 30  # larger confusion matrices show their most confused classes
+UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMBT]|ms|s|min|h|[KMGT]i?B)(?!\w))")  # no line break before a unit
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ class Section:
     exhibits: Sequence[Exhibit] = ()
 
 
-def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section],
-           footer: str = "") -> str:
+def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], footer: str = "") -> str:
     """The whole page. `verdict` is the one sentence to remember; `facts` are label and value of small tiles.
 
     A verdict that begins with a figure ("98.6 % of ...") is set with that figure large.
@@ -74,10 +73,17 @@ def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sectio
     token = _album.set(Album(repeated={image for image, n in Counter(pictures).items() if n > 1}))
     try:
         anchors = anchors_for([s.title for s in sections])
-        drawn = [{"title": s.title, "lead": s.lead, "anchor": anchor,
-                  "figures": [{"exhibit": e, "body": draw(e), "place": place}
-                              for e, place in zip(s.exhibits, places(s.exhibits))]}
-                 for s, anchor in zip(sections, anchors)]
+        drawn = [
+            {
+                "title": s.title,
+                "lead": s.lead,
+                "anchor": anchor,
+                "figures": [
+                    {"exhibit": e, "body": draw(e), "place": place} for e, place in zip(s.exhibits, places(s.exhibits))
+                ],
+            }
+            for s, anchor in zip(sections, anchors)
+        ]
     finally:
         _album.reset(token)
     environment = templates()
@@ -85,17 +91,29 @@ def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sectio
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     figure = re.match(r"(?:[−-]?\d[\d.,]*(?:\s?%)?(?=\s))?", verdict).group()
     return environment.get_template("report.html").render(
-        title=title, figure=figure, verdict=verdict[len(figure):].strip(), facts=facts, sections=drawn,
-        footer=footer, script=Markup(script), digest=digest,
-        style=Markup(environment.loader.get_source(environment, "report.css")[0]))
+        title=title,
+        figure=figure,
+        verdict=verdict[len(figure) :].strip(),
+        facts=facts,
+        sections=drawn,
+        footer=footer,
+        script=Markup(script),
+        digest=digest,
+        style=Markup(environment.loader.get_source(environment, "report.css")[0]),
+    )
 
 
 @cache
 def templates() -> jinja2.Environment:
     # finalize cleans every value a template shows, as `el` does for every value a drawing shows
-    made = jinja2.Environment(loader=jinja2.PackageLoader("fieldguide.report"), autoescape=True,
-                              finalize=clean, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("fieldguide.report"),
+        autoescape=True,
+        finalize=clean,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     made.filters["tie"] = tie
     return made
 
@@ -122,8 +140,7 @@ def places(shown: Sequence[Exhibit]) -> list[str]:
     can use it, which a square chart cannot.
     """
     square = [isinstance(e, (Lines, Scatter)) and e.diagonal and not getattr(e, "log", False) for e in shown]
-    slim = [isinstance(e, (Lines, Scatter, Bars)) or (isinstance(e, Table) and len(e.header) <= 3)
-            for e in shown]
+    slim = [isinstance(e, (Lines, Scatter, Bars)) or (isinstance(e, Table) and len(e.header) <= 3) for e in shown]
     result = ["row"] * len(slim)
     for narrow, run in groupby(range(len(slim)), key=slim.__getitem__):
         if not narrow:
@@ -137,11 +154,14 @@ def places(shown: Sequence[Exhibit]) -> list[str]:
 
 # -- one drawing function a type ---------------------------------------------------------------------------
 
+
 @singledispatch
 def draw(exhibit: Exhibit) -> Markup:
     """The mark-up of one exhibit, chosen by its type."""
-    raise TypeError(f"the report cannot draw an exhibit of type {type(exhibit).__name__!r}: register a "
-                    f"function for it with `fieldguide.report.render.draw.register`")
+    raise TypeError(
+        f"the report cannot draw an exhibit of type {type(exhibit).__name__!r}: register a "
+        f"function for it with `fieldguide.report.render.draw.register`"
+    )
 
 
 draw.register(Lines, charts.lines)
@@ -151,8 +171,9 @@ draw.register(Bars, charts.bars)
 
 def scroll(label: str, *children: Any, tall: bool = False) -> Markup:
     """A box that scrolls by itself, so that the page never does sideways; reachable by keyboard."""
-    return el("div", *children, class_="scroll tall" if tall else "scroll", tabindex="0", role="region",
-              aria_label=label or "table")
+    return el(
+        "div", *children, class_="scroll tall" if tall else "scroll", tabindex="0", role="region", aria_label=label or "table"
+    )
 
 
 def remark(*texts: str) -> Markup:
@@ -171,8 +192,7 @@ def table(exhibit: Table) -> Markup:
     names = [*exhibit.header, *[""] * (width - len(exhibit.header))]
     columns = [Column.of([row[k] for row in rows], names[k] in exhibit.heat) for k in range(width)]
     head = el("tr", *(el("th", name, scope="col", class_=c.look) for name, c in zip(names, columns)))
-    body = (el("tr", *(cell(c, i, first=k == 0 and width > 1) for k, c in enumerate(columns)))
-            for i in range(len(rows)))
+    body = (el("tr", *(cell(c, i, first=k == 0 and width > 1) for k, c in enumerate(columns))) for i in range(len(rows)))
     inside = el("table", el("thead", head) if any(names) else None, el("tbody", *body))
     cut = f"The first {number(ROWS)} of {number(total)} rows are shown." if total > ROWS else ""
     return join([scroll(exhibit.title, inside, tall=len(rows) > 25), remark(cut)])
@@ -203,7 +223,7 @@ class Column:
         shades: list[float | None] = [None] * len(values)
         if heat and numeric:
             sizes = charts.column(values)
-            if (sizes < 0).any() and (sizes > 0).any():      # errors to either side: the distance counts
+            if (sizes < 0).any() and (sizes > 0).any():  # errors to either side: the distance counts
                 sizes = np.abs(sizes)
             real = sizes[np.isfinite(sizes)]
             low, high = (real.min(), real.max()) if len(real) else (0, 0)
@@ -226,11 +246,9 @@ def shown(value: Any, digits: int | None = None) -> tuple[str, str | None]:
 def cell(column: Column, i: int, *, first: bool) -> Markup:
     text, shade = column.texts[i], column.shades[i]
     if column.numeric:
-        return el("td", text, class_=column.look, title=column.full[i],
-                  style=None if shade is None else f"--shade:{shade:.2f}")
+        return el("td", text, class_=column.look, title=column.full[i], style=None if shade is None else f"--shade:{shade:.2f}")
     kind = "long" if len(text) > 60 else "short" if len(text) <= (24 if first else 14) else None
-    return el("th" if first else "td", text, scope="row" if first else None, class_=kind,
-              title=column.full[i], dir="auto")
+    return el("th" if first else "td", text, scope="row" if first else None, class_=kind, title=column.full[i], dir="auto")
 
 
 @draw.register
@@ -247,23 +265,46 @@ def matrix(exhibit: Matrix) -> Markup:
     keep, says = np.arange(n), ""
     if n > CLASSES:
         keep = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[: CLASSES - 5])
-        says = (f"{n} classes are too many to read at once: the matrix shows the {len(keep)} that are "
-                f"confused most. The shares at its edges and the list below are of all {n}.")
+        says = (
+            f"{n} classes are too many to read at once: the matrix shows the {len(keep)} that are "
+            f"confused most. The shares at its edges and the list below are of all {n}."
+        )
     totals, answers = known.sum(1), known.sum(0)
     upright = max(len(labels[k]) for k in keep) > (2 if len(keep) > 14 else 5)
-    head = el("tr", el("th", el("span", "true ↓ predicted →"), scope="col", class_="corner"),
-              *(el("th", el("span", labels[k]), scope="col") for k in keep),
-              el("th", "found", scope="col", class_="sum", title="share of this class found (recall)"))
-    body = [el("tr", el("th", labels[i], scope="row", dir="auto"),
-               *(count(counts[i, j], known[i, j] / totals[i] if totals[i] > 0 else 0, i == j,
-                       f"{labels[i]} taken for {labels[j]}") for j in keep),
-               el("td", percent(known[i, i], totals[i]), class_="sum")) for i in keep]
+    head = el(
+        "tr",
+        el("th", el("span", "true ↓ predicted →"), scope="col", class_="corner"),
+        *(el("th", el("span", labels[k]), scope="col") for k in keep),
+        el("th", "found", scope="col", class_="sum", title="share of this class found (recall)"),
+    )
+    body = [
+        el(
+            "tr",
+            el("th", labels[i], scope="row", dir="auto"),
+            *(
+                count(
+                    counts[i, j], known[i, j] / totals[i] if totals[i] > 0 else 0, i == j, f"{labels[i]} taken for {labels[j]}"
+                )
+                for j in keep
+            ),
+            el("td", percent(known[i, i], totals[i]), class_="sum"),
+        )
+        for i in keep
+    ]
     precise = "share of these predictions that are right (precision)"
-    foot = el("tr", el("th", "right when said", scope="row", title=precise),
-              *(el("td", percent(known[j, j], answers[j]), class_="sum") for j in keep),
-              el("td", percent(np.trace(known), known.sum()), class_="sum all"))
-    inside = el("table", el("thead", head), el("tbody", *body), el("tfoot", foot),
-                class_="matrix" + (" upright" if upright else "") + (" dense" if len(keep) > 14 else ""))
+    foot = el(
+        "tr",
+        el("th", "right when said", scope="row", title=precise),
+        *(el("td", percent(known[j, j], answers[j]), class_="sum") for j in keep),
+        el("td", percent(np.trace(known), known.sum()), class_="sum all"),
+    )
+    inside = el(
+        "table",
+        el("thead", head),
+        el("tbody", *body),
+        el("tfoot", foot),
+        class_="matrix" + (" upright" if upright else "") + (" dense" if len(keep) > 14 else ""),
+    )
     return join([remark(says), scroll(exhibit.title, inside), confusions(labels, wrong, totals)])
 
 
@@ -275,8 +316,9 @@ def count(value: float, share: float, right: bool, words: str) -> Markup:
         return el("td", "·" if not right else "0", class_="none")
     shade = min(share if right else math.sqrt(share), 1.0)
     look = ("right" if right else "wrong") + (" deep" if shade > 0.6 else "")
-    return el("td", number(value), class_=look, style=f"--shade:{shade:.2f}",
-              title=f"{'right' if right else words}: {number(value)}")
+    return el(
+        "td", number(value), class_=look, style=f"--shade:{shade:.2f}", title=f"{'right' if right else words}: {number(value)}"
+    )
 
 
 def percent(part: float, whole: float) -> str:
@@ -289,10 +331,22 @@ def confusions(labels: Sequence[str], wrong: np.ndarray, totals: np.ndarray, mos
         return Markup("")
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     items = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape)) if wrong[i, j] > 0]
-    return el("div", el("h4", "Most frequent confusions"), el("ul", *(
-        el("li", el("span", el("b", labels[i], dir="auto"), " taken for ", el("b", labels[j], dir="auto")),
-           el("span", f"{number(wrong[i, j])} of {number(totals[i])}", class_="times")) for i, j in items)),
-        class_="confusions")
+    return el(
+        "div",
+        el("h4", "Most frequent confusions"),
+        el(
+            "ul",
+            *(
+                el(
+                    "li",
+                    el("span", el("b", labels[i], dir="auto"), " taken for ", el("b", labels[j], dir="auto")),
+                    el("span", f"{number(wrong[i, j])} of {number(totals[i])}", class_="times"),
+                )
+                for i, j in items
+            ),
+        ),
+        class_="confusions",
+    )
 
 
 @dataclass
@@ -302,7 +356,7 @@ class Album:
     repeated: set[bytes] = field(default_factory=set)
     placed: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     spent: int = 0
-    heard: int = 0                            # bytes of sounds
+    heard: int = 0  # bytes of sounds
 
 
 _album: ContextVar[Album] = ContextVar("album")
@@ -316,8 +370,14 @@ def gallery(exhibit: Gallery) -> Markup:
         image = show(picture, album, WIDEST if exhibit.wide else LARGEST)
         over += image is None
         if image is not None:
-            tiles.append(el("li", image, el("span", tie(picture.caption), class_="caption", dir="auto"),
-                            class_="bad" if picture.bad else None))
+            tiles.append(
+                el(
+                    "li",
+                    image,
+                    el("span", tie(picture.caption), class_="caption", dir="auto"),
+                    class_="bad" if picture.bad else None,
+                )
+            )
     over += max(0, len(exhibit.pictures) - PICTURES)
     if not tiles and not over:
         return NOTHING
@@ -336,13 +396,13 @@ def show(picture: Picture, album: Album, largest: int = LARGEST) -> Markup | Non
         return el("svg", el("use", href=f"#{name}"), viewBox=view, role="img", aria_label=picture.caption)
     try:
         kind, data, (width, height) = embed(picture.image, largest)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):   # what Pillow raises
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises
         return el("span", "This picture cannot be read.", class_="broken")
     if album.spent + len(data) > PICTURE_BYTES:
         return None
     album.spent += len(data)
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    small = "pixels" if max(width, height) <= 96 else None       # enlarge digits and icons without blurring
+    small = "pixels" if max(width, height) <= 96 else None  # enlarge digits and icons without blurring
     if picture.image not in album.repeated:
         return el("img", src=source, alt=picture.caption, width=width, height=height, class_=small)
     name, view = f"picture-{len(album.placed)}", f"0 0 {width} {height}"
@@ -359,11 +419,11 @@ def embed(data: bytes, largest: int = LARGEST) -> tuple[str, bytes, tuple[int, i
             raise ValueError(f"{kind or 'unknown'} is not PNG, JPEG, WebP or GIF")
         if max(size) <= largest or len(data) <= 24_000:
             return kind, data, size
-        image.draft("RGB", (largest, largest))               # lets JPEG decode at a fraction of its size
+        image.draft("RGB", (largest, largest))  # lets JPEG decode at a fraction of its size
         clear = "A" in image.getbands() or "transparency" in image.info
         image = image.convert("RGBA" if clear else "RGB")
         image.thumbnail((largest, largest))
-        kind, out = "webp" if clear else "jpeg", io.BytesIO()      # JPEG is several times faster to write
+        kind, out = "webp" if clear else "jpeg", io.BytesIO()  # JPEG is several times faster to write
         image.save(out, kind, quality=80)
         return kind, out.getvalue(), image.size
 
@@ -383,8 +443,9 @@ def sounds(exhibit: Sounds) -> Markup:
             album.heard += len(sound.sound)
             source = f"data:audio/{kind};base64,{base64.b64encode(sound.sound).decode()}"
             player = el("audio", src=source, controls="", preload="metadata", aria_label=sound.caption)
-        items.append(el("li", player, el("span", tie(sound.caption), class_="caption", dir="auto"),
-                        class_="bad" if sound.bad else None))
+        items.append(
+            el("li", player, el("span", tie(sound.caption), class_="caption", dir="auto"), class_="bad" if sound.bad else None)
+        )
     if not items and not over:
         return NOTHING
     return join([el("ul", *items, class_="sounds"), left_out(over, "sound")])
@@ -403,8 +464,15 @@ def quotes(exhibit: Quotes) -> Markup:
             more = el("span", f"all {number(len(quote.text))} characters", class_="more")
             summary = el("summary", el("span", start + " …", class_="text start", dir="auto"), more)
             body = el("details", summary, body)
-        items.append(el("li", body, remark(cut), el("span", tie(quote.caption), class_="caption", dir="auto"),
-                        class_="bad" if quote.bad else None))
+        items.append(
+            el(
+                "li",
+                body,
+                remark(cut),
+                el("span", tie(quote.caption), class_="caption", dir="auto"),
+                class_="bad" if quote.bad else None,
+            )
+        )
     if not items:
         return NOTHING
     return join([el("ul", *items, class_="quotes"), left_out(len(exhibit.quotes) - len(items), "text")])

@@ -34,12 +34,17 @@ def infer(data: Data) -> tuple[type[Task], str]:
         return next(iter(suited.items()))
     seen = ", ".join(f"{c.name} ({c.kind}, {c.role})" for c in data.columns.values())
     if suited:
-        raise DataError(f"{data.source} suits several tasks: {'; '.join(f'{k.name} ({w})' for k, w in suited.items())}. "
-                        "Say which with --task.")
+        raise DataError(
+            f"{data.source} suits several tasks: {'; '.join(f'{k.name} ({w})' for k, w in suited.items())}. "
+            "Say which with --task."
+        )
     possible = [k.name for k in tasks().values() if not k.lacks(data)]
-    raise DataError(f"{data.source} does not say by itself what is to be learnt. It has: {seen}. "
-                    + (f"With --task it could be: {', '.join(possible)}. " if possible else "")
-                    + "Tasks read: " + "; ".join(f"{k.name}: {k.reads}" for k in tasks().values()))
+    raise DataError(
+        f"{data.source} does not say by itself what is to be learnt. It has: {seen}. "
+        + (f"With --task it could be: {', '.join(possible)}. " if possible else "")
+        + "Tasks read: "
+        + "; ".join(f"{k.name}: {k.reads}" for k in tasks().values())
+    )
 
 
 def asked_for(name: str, data: Data) -> type[Task]:

@@ -26,7 +26,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Pictures
 from fieldguide.objectives import Objective
 
-Arrays = dict[str, np.ndarray]      # name -> array whose first axis is the example
+Arrays = dict[str, np.ndarray]  # name -> array whose first axis is the example
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Metric:
     """A score: its name, which direction is better, and how a person reads it."""
 
     name: str
-    better: str                     # max | min, or in words what it should be: near 80 %
-    words: str                      # "of held-out rows right"
+    better: str  # max | min, or in words what it should be: near 80 %
+    words: str  # "of held-out rows right"
     percent: bool = False
 
     def text(self, value: float | None) -> str:
@@ -59,25 +59,26 @@ class Baseline:
     name: str
     what: str
     outputs: Arrays
-    bound: bool = False             # not to be beaten: the best that could be hoped for
+    bound: bool = False  # not to be beaten: the best that could be hoped for
 
 
 @dataclass(frozen=True)
 class Beside:
     """What lies beside the weights of a published network: how examples are prepared, and what answers are called."""
 
-    names: list[str]                # of classes, tags or answers
-    folder: Path | None             # of the tokenizer
-    length: int                     # tokens that the network reads; 0 for networks of pictures alone
+    names: list[str]  # of classes, tags or answers
+    folder: Path | None  # of the tokenizer
+    length: int  # tokens that the network reads; 0 for networks of pictures alone
     pictures: Pictures | None
-    pooled: str                     # how a text's vector is made of those of its tokens
-    columns: tuple[str, ...] = ()   # of tables that are asked about, where the user names them
+    pooled: str  # how a text's vector is made of those of its tokens
+    columns: tuple[str, ...] = ()  # of tables that are asked about, where the user names them
 
     def texts(self, most: int = 1) -> list[Column]:
         """The columns of text that examples have. Raises `SettingsError` for more than there can be."""
         if len(self.columns) > most:
-            raise SettingsError(f"columns={','.join(self.columns)}: this network reads {most} column{'s' if most > 1 else ''} "
-                                "of text.")
+            raise SettingsError(
+                f"columns={','.join(self.columns)}: this network reads {most} column{'s' if most > 1 else ''} of text."
+            )
         return [Column(name, "text") for name in self.columns or ("text",)]
 
 
@@ -85,15 +86,15 @@ class Task:
     """One kind of problem with one preparation. Made by `learn` from training rows, or by `load` from a run folder."""
 
     name: ClassVar[str]
-    reads: ClassVar[str]                            # in words, for error messages and docs
-    takes: ClassVar[tuple[str, ...]]                # card.takes that it can feed
-    gives: ClassVar[tuple[str, ...]]                # card.gives that it can use
-    feature: ClassVar[tuple[str, ...]] = ()         # kinds of the one column that an example is, where it is one
-    further: ClassVar[tuple[str, ...]] = ()         # kinds of columns that are read with it
-    metrics: ClassVar[tuple[Metric, ...]]           # the first is the one to judge a network by
-    decides: ClassVar[str] = ""                     # the metric by which training keeps its best weights, where another
-    recipe: ClassVar[Mapping[str, Any]] = {}        # training settings laid over the general ones
-    wants: ClassVar[Wants] = Wants()                # what it asks of a table's columns
+    reads: ClassVar[str]  # in words, for error messages and docs
+    takes: ClassVar[tuple[str, ...]]  # card.takes that it can feed
+    gives: ClassVar[tuple[str, ...]]  # card.gives that it can use
+    feature: ClassVar[tuple[str, ...]] = ()  # kinds of the one column that an example is, where it is one
+    further: ClassVar[tuple[str, ...]] = ()  # kinds of columns that are read with it
+    metrics: ClassVar[tuple[Metric, ...]]  # the first is the one to judge a network by
+    decides: ClassVar[str] = ""  # the metric by which training keeps its best weights, where another
+    recipe: ClassVar[Mapping[str, Any]] = {}  # training settings laid over the general ones
+    wants: ClassVar[Wants] = Wants()  # what it asks of a table's columns
 
     @dataclass(frozen=True)
     class Options:
@@ -103,14 +104,14 @@ class Task:
     class Asking:
         """What a user may say when asking a trained network (`predict --set NAME=VALUE`)."""
 
-    most = 256                                      # examples a step, where the user names no batch
-    fewest = 16                                     # and at least, where there are so many
-    validated: int | None = None                    # validation rows that are scored while training, where that takes long
-    tested: int | None = None                       # test rows that are asked at most, where answers take long
+    most = 256  # examples a step, where the user names no batch
+    fewest = 16  # and at least, where there are so many
+    validated: int | None = None  # validation rows that are scored while training, where that takes long
+    tested: int | None = None  # test rows that are asked at most, where answers take long
 
     def __init__(self, columns: list[Column], options: Any):
         self.columns, self.options, self.asking = columns, options, self.Asking()
-        self.notes: list[str] = []                  # what was cut, clipped or guessed, for a person to read
+        self.notes: list[str] = []  # what was cut, clipped or guessed, for a person to read
 
     @property
     def column(self) -> str:
@@ -210,14 +211,19 @@ class Task:
         """How batches that this task prepared become the inputs of a network (`card`) that learnt with another of its kind,
         as a teacher did. Raises `SettingsError` where they cannot."""
         if self.preparation() != other.preparation():
-            raise SettingsError(f"the teacher's {self.name} prepares examples in another way. Train it on the same data, with "
-                                "the same --seed, columns and task.* settings.")
+            raise SettingsError(
+                f"the teacher's {self.name} prepares examples in another way. Train it on the same data, with "
+                "the same --seed, columns and task.* settings."
+            )
 
         def show(batch: dict[str, Any]) -> Sequence[Any]:
             if lacking := [name for name in card.inputs if name not in batch]:
-                raise SettingsError(f"the teacher reads {', '.join(lacking)}, and this network's examples have "
-                                    f"{', '.join(batch)}: choose networks that read the same")
+                raise SettingsError(
+                    f"the teacher reads {', '.join(lacking)}, and this network's examples have "
+                    f"{', '.join(batch)}: choose networks that read the same"
+                )
             return [batch[name] for name in card.inputs]
+
         return show
 
     def truth(self, data: Data) -> Arrays:
@@ -272,8 +278,10 @@ class Task:
                     raise
                 unread.append(Unread(before, str(source), str(error)))
                 continue
-            unread += [replace(u, before=u.before + before, place=named(one, u.place) if len(sources) > 1 else u.place)
-                       for u in one.unread]
+            unread += [
+                replace(u, before=u.before + before, place=named(one, u.place) if len(sources) > 1 else u.place)
+                for u in one.unread
+            ]
             before += len(one)
             data.append(one)
         if not data:
@@ -281,11 +289,17 @@ class Task:
         if len(data) == 1:
             return replace(data[0], unread=unread)
         files, rows = [], []
-        for d in data:               # each file is called as it was asked for: two folders may hold a 1.png each
+        for d in data:  # each file is called as it was asked for: two folders may hold a 1.png each
             rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
             files += [replace(f, path=named(d, f.path)) for f in d.manifest.files]
-        return Data(", ".join(d.source for d in data), pl.concat(rows, how="diagonal_relaxed"), data[0].columns,
-                    Manifest("", files), [f for d in data for f in d.findings], unread=unread)
+        return Data(
+            ", ".join(d.source for d in data),
+            pl.concat(rows, how="diagonal_relaxed"),
+            data[0].columns,
+            Manifest("", files),
+            [f for d in data for f in d.findings],
+            unread=unread,
+        )
 
     def read_one(self, source: Any, answered: bool) -> Data:
         data = read(source, schema=self.columns, labels_optional=not answered, lenient=not answered)
@@ -296,8 +310,9 @@ class Task:
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         raise NotImplementedError
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         """Section title -> what to show of the results on test rows. `objective` holds the trained network, for what
         outputs do not tell: attention, samples with fewer steps."""
         return {}
@@ -319,17 +334,23 @@ class Task:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"task": self.name, "columns": [asdict(c) for c in self.columns], "options": asdict(self.options),
-                  "state": self.state()}
+        record = {
+            "task": self.name,
+            "columns": [asdict(c) for c in self.columns],
+            "options": asdict(self.options),
+            "state": self.state(),
+        }
         (folder / "task.json").write_text(json.dumps(record, ensure_ascii=False, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> Task:
         from fieldguide.tasks import task
+
         record = json.loads((folder / "task.json").read_text())
         kind = task(record["task"])
-        return kind.restore([Column(**c) for c in record["columns"]], kind.Options(**record["options"]),
-                            record["state"], folder)
+        return kind.restore(
+            [Column(**c) for c in record["columns"]], kind.Options(**record["options"]), record["state"], folder
+        )
 
 
 def named(data: Data, place: str) -> str:
@@ -343,22 +364,26 @@ def laid_over(defaults: Any, changes: Mapping[str, Any], task: str, prefix: str)
     kinds, known = get_type_hints(type(defaults)), {f.name for f in fields(defaults)}
     for key in changes:
         if key not in known:
-            raise SettingsError(f"{task} has no option {prefix}{key}.{nearest(key, known)} It has: "
-                                f"{', '.join(f'{prefix}{k}' for k in sorted(known)) or 'none'}.")
+            raise SettingsError(
+                f"{task} has no option {prefix}{key}.{nearest(key, known)} It has: "
+                f"{', '.join(f'{prefix}{k}' for k in sorted(known)) or 'none'}."
+            )
     return replace(defaults, **{k: from_text(f"{prefix}{k}", v, kinds[k]) for k, v in changes.items()})
 
 
-def intervals(task: Task, outputs: Arrays, truth: Arrays, *, repeats: int = 300, level: float = 0.95,
-              seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(
+    task: Task, outputs: Arrays, truth: Arrays, *, repeats: int = 300, level: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, float]]:
     """Bootstrap intervals of every score over examples (Efron 1979; percentile method)."""
     rng, count = np.random.default_rng(seed), len(next(iter(truth.values())))
     drawn: dict[str, list[float]] = {}
     for _ in range(repeats):
         rows = rng.integers(0, count, count)
-        for name, value in task.score({k: v[rows] for k, v in outputs.items()},
-                                      {k: v[rows] for k, v in truth.items()}).items():
+        for name, value in task.score({k: v[rows] for k, v in outputs.items()}, {k: v[rows] for k, v in truth.items()}).items():
             drawn.setdefault(name, []).append(value)
     tails = [50 * (1 - level), 50 * (1 + level)]
-    undefined = (float("nan"), float("nan"))         # such as an area under the curve of one class alone
-    return {name: undefined if np.isnan(values).all() else tuple(np.nanpercentile(values, tails).tolist())
-            for name, values in drawn.items()}
+    undefined = (float("nan"), float("nan"))  # such as an area under the curve of one class alone
+    return {
+        name: undefined if np.isnan(values).all() else tuple(np.nanpercentile(values, tails).tolist())
+        for name, values in drawn.items()
+    }

@@ -22,7 +22,7 @@ from fieldguide.data.preprocessing import Labels, Standard
 from fieldguide.objectives import Classification, Objective, Regression, Supervised
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 
-LINEAR_ROWS = 20_000          # the linear baseline learns from this many rows at most, and says so
+LINEAR_ROWS = 20_000  # the linear baseline learns from this many rows at most, and says so
 
 
 def discrete(column: Column) -> bool:
@@ -42,8 +42,10 @@ class Answered(Task):
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, answered)
         if answered and self.target.name not in data.rows.columns:
-            raise DataError(f"{data.source}: the answers are to be in column {self.target.name!r}, which is not there."
-                            f"{nearest(self.target.name, data.rows.columns)} To ask for answers, use `fieldguide predict`.")
+            raise DataError(
+                f"{data.source}: the answers are to be in column {self.target.name!r}, which is not there."
+                f"{nearest(self.target.name, data.rows.columns)} To ask for answers, use `fieldguide predict`."
+            )
         return data
 
     def target_state(self) -> dict[str, Any]:
@@ -71,26 +73,30 @@ class Labelled(Answered):
     )
 
     labels: list[str]
-    counts: list[int]               # of each class in the training rows
-    temperature: float = 1.0        # what the logits are divided by
+    counts: list[int]  # of each class in the training rows
+    temperature: float = 1.0  # what the logits are divided by
 
     def learn_labels(self, data: Data) -> None:
         learnt = Labels.learn(data.rows[self.target.name])
         self.labels = list(learnt.names)
         self.counts = np.bincount(learnt.apply(data.rows[self.target.name]), minlength=len(learnt)).tolist()
         if len(self.labels) < 2:
-            raise DataError(f"{data.source}: the training rows hold one class only, {self.labels[0]!r} in column "
-                            f"{self.target.name!r}. Bring rows of another class.")
+            raise DataError(
+                f"{data.source}: the training rows hold one class only, {self.labels[0]!r} in column "
+                f"{self.target.name!r}. Bring rows of another class."
+            )
 
     def truth(self, data: Data) -> Arrays:
         values = data.rows[self.target.name]
         codes = Labels(tuple(self.labels)).apply(values)
         if (codes < 0).any():
             strange = sorted({str(v) for v in values.filter(pl.Series(codes < 0)).to_list()})
-            raise DataError(f"{data.source}: column {self.target.name!r} has classes that were not in training: "
-                            f"{', '.join(map(repr, strange[:5]))}. Known are: {', '.join(self.labels[:20])}. Correct or "
-                            "remove those rows.")
-        return {"label": codes.copy()}        # polars lends its memory read-only
+            raise DataError(
+                f"{data.source}: column {self.target.name!r} has classes that were not in training: "
+                f"{', '.join(map(repr, strange[:5]))}. Known are: {', '.join(self.labels[:20])}. Correct or "
+                "remove those rows."
+            )
+        return {"label": codes.copy()}  # polars lends its memory read-only
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         weights = None
@@ -104,8 +110,10 @@ class Labelled(Answered):
 
     def shown_to(self, other: Task, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
         if self.labels != other.labels:
-            raise SettingsError(f"the teacher knows the classes {', '.join(other.labels[:10])}, this data has "
-                                f"{', '.join(self.labels[:10])}: they must be the same")
+            raise SettingsError(
+                f"the teacher knows the classes {', '.join(other.labels[:10])}, this data has "
+                f"{', '.join(self.labels[:10])}: they must be the same"
+            )
         return super().shown_to(other, card)
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
@@ -115,7 +123,7 @@ class Labelled(Answered):
 
         def cost(log_temperature: float) -> float:
             scaled = logits / np.exp(log_temperature)
-            return float((logsumexp(scaled, axis=1) - scaled[rows, y]).sum() + 4 * log_temperature ** 2)
+            return float((logsumexp(scaled, axis=1) - scaled[rows, y]).sum() + 4 * log_temperature**2)
 
         self.temperature = float(np.exp(minimize_scalar(cost, bounds=(-1.5, 1.5), method="bounded").x))
 
@@ -143,10 +151,14 @@ class Labelled(Answered):
             hits = np.sum(right & (y == c))
             recall.append(hits / np.sum(y == c))
             f1.append(2 * hits / (np.sum(y == c) + np.sum(guess == c)))
-        return {"accuracy": float(right.mean()), "balanced_accuracy": float(np.mean(recall)),
-                "macro_f1": float(np.mean(f1)),
-                "log_loss": float(-np.log(np.clip(p[np.arange(len(y)), y], 1e-12, 1)).mean()),
-                "auc": area(p, y, present), "calibration_error": calibration_error(p.max(1), right)}
+        return {
+            "accuracy": float(right.mean()),
+            "balanced_accuracy": float(np.mean(recall)),
+            "macro_f1": float(np.mean(f1)),
+            "log_loss": float(-np.log(np.clip(p[np.arange(len(y)), y], 1e-12, 1)).mean()),
+            "auc": area(p, y, present),
+            "calibration_error": calibration_error(p.max(1), right),
+        }
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         right = int((outputs["probabilities"].argmax(1) == truth["label"]).sum())
@@ -154,15 +166,20 @@ class Labelled(Answered):
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         p = outputs["probabilities"]
-        return [{"label": self.labels[row.argmax()], "probability": float(row.max()),
-                 "probabilities": dict(zip(self.labels, map(float, row)))} for row in p]
+        return [
+            {
+                "label": self.labels[row.argmax()],
+                "probability": float(row.max()),
+                "probabilities": dict(zip(self.labels, map(float, row))),
+            }
+            for row in p
+        ]
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         frequencies = np.array(self.counts, dtype=float) / sum(self.counts)
         shown = np.tile(frequencies, (len(test), 1))
         name = self.labels[int(frequencies.argmax())]
-        return [Baseline("majority class", f"always says {name!r}", {"probabilities": shown}),
-                self.logistic(train, test)]
+        return [Baseline("majority class", f"always says {name!r}", {"probabilities": shown}), self.logistic(train, test)]
 
     def logistic(self, train: Data, test: Data) -> Baseline:
         from sklearn.exceptions import ConvergenceWarning
@@ -176,11 +193,11 @@ class Labelled(Answered):
             fitted = LogisticRegression(max_iter=300).fit(x, y)
         probabilities = np.zeros((len(test), len(self.labels)))
         probabilities[:, fitted.classes_] = fitted.predict_proba(x_test)
-        return Baseline("logistic regression", f"a linear model of the same inputs{note}",
-                        {"probabilities": probabilities})
+        return Baseline("logistic regression", f"a linear model of the same inputs{note}", {"probabilities": probabilities})
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         p, y = outputs["probabilities"], truth["label"]
         guess, classes = p.argmax(1), len(self.labels)
         counts = np.bincount(y * classes + guess, minlength=classes * classes).reshape(classes, classes)
@@ -188,24 +205,34 @@ class Labelled(Answered):
         for c, label in enumerate(self.labels):
             said, is_ = counts[:, c].sum(), counts[c].sum()
             precision, recall = (counts[c, c] / said if said else float("nan")), (counts[c, c] / is_ if is_ else float("nan"))
-            rows.append((label, int(is_), precision, recall,
-                         2 * counts[c, c] / (said + is_) if said + is_ else float("nan")))
+            rows.append((label, int(is_), precision, recall, 2 * counts[c, c] / (said + is_) if said + is_ else float("nan")))
         confidence, right = p.max(1), guess == y
         edges = np.unique(np.quantile(confidence, np.linspace(0, 1, 11)))
         bins = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, max(len(edges) - 2, 0))
         groups = [bins == b for b in range(len(edges)) if (bins == b).any()]
-        calibration = Lines("Calibration", "When the network says 80 %, is it right 80 % of the time? The closer to the "
-                            "diagonal, the better. Each point is a tenth of the test examples.",
-                            x="confidence", y="share that is right", diagonal=True,
-                            lines={"this network": ([float(confidence[g].mean()) for g in groups],
-                                                    [float(right[g].mean()) for g in groups])})
-        return {"Errors": [Matrix("Confusion", "Rows are the truth, columns what the network said.", self.labels,
-                                  counts.tolist()),
-                           Table("By class", "Precision: of those it called so, how many were. Recall: of those that "
-                                 "were, how many it found.", ("class", "examples", "precision", "recall", "F1"), rows,
-                                 heat=("precision", "recall", "F1")),
-                           *self.worst(test, p, y)],
-                "Calibration": [calibration]}
+        calibration = Lines(
+            "Calibration",
+            "When the network says 80 %, is it right 80 % of the time? The closer to the "
+            "diagonal, the better. Each point is a tenth of the test examples.",
+            x="confidence",
+            y="share that is right",
+            diagonal=True,
+            lines={"this network": ([float(confidence[g].mean()) for g in groups], [float(right[g].mean()) for g in groups])},
+        )
+        return {
+            "Errors": [
+                Matrix("Confusion", "Rows are the truth, columns what the network said.", self.labels, counts.tolist()),
+                Table(
+                    "By class",
+                    "Precision: of those it called so, how many were. Recall: of those that were, how many it found.",
+                    ("class", "examples", "precision", "recall", "F1"),
+                    rows,
+                    heat=("precision", "recall", "F1"),
+                ),
+                *self.worst(test, p, y),
+            ],
+            "Calibration": [calibration],
+        }
 
     def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         """The most confident mistakes, as a person would want to see them."""
@@ -215,16 +242,24 @@ class Labelled(Answered):
         """Rows that were got wrong, most confident first, each with what to say of it."""
         wrong = np.flatnonzero(probabilities.argmax(1) != truth)
         order = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:most]
-        return [(int(i), f"is {self.labels[truth[i]]}, called {self.labels[probabilities[i].argmax()]} "
-                         f"({100 * probabilities[i].max():.0f} % sure)") for i in order]
+        return [
+            (
+                int(i),
+                f"is {self.labels[truth[i]]}, called {self.labels[probabilities[i].argmax()]} "
+                f"({100 * probabilities[i].max():.0f} % sure)",
+            )
+            for i in order
+        ]
 
 
 class Measured(Answered):
     """Regression of anything. Targets are standardised for training; scores and answers are in the target's unit."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("rmse", "min", "root mean squared error"), Metric("mae", "min", "mean absolute error"),
-        Metric("r2", "max", "of the variance explained", percent=True))
+        Metric("rmse", "min", "root mean squared error"),
+        Metric("mae", "min", "mean absolute error"),
+        Metric("r2", "max", "of the variance explained", percent=True),
+    )
 
     standard: Standard
 
@@ -253,8 +288,7 @@ class Measured(Answered):
         guess, y = self.natural(outputs), truth["value"]
         spread = float(np.mean((y - y.mean()) ** 2))
         mse = float(np.mean((guess - y) ** 2))
-        return {"rmse": mse ** 0.5, "mae": float(np.abs(guess - y).mean()),
-                "r2": 1 - mse / spread if spread else float("nan")}
+        return {"rmse": mse**0.5, "mae": float(np.abs(guess - y).mean()), "r2": 1 - mse / spread if spread else float("nan")}
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{self.target.name: float(v)} for v in self.natural(outputs)]
@@ -265,27 +299,47 @@ class Measured(Answered):
         learnt, note = some(train)
         x, x_test = self.linear_features(learnt, test)
         fitted = Ridge().fit(x, self.standard.apply(self.values(learnt)))
-        return [Baseline("mean", f"always says {self.standard.mean:.4g}", {"values": np.zeros((len(test), 1))}),
-                Baseline("ridge regression", f"a linear model of the same inputs{note}",
-                         {"values": fitted.predict(x_test)[:, None]})]
+        return [
+            Baseline("mean", f"always says {self.standard.mean:.4g}", {"values": np.zeros((len(test), 1))}),
+            Baseline(
+                "ridge regression", f"a linear model of the same inputs{note}", {"values": fitted.predict(x_test)[:, None]}
+            ),
+        ]
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         guess, y = self.natural(outputs), truth["value"]
         shown = np.random.default_rng(0).permutation(len(y))[:1500]
         size = np.histogram(guess - y, bins=21)
         centres = (size[1][1:] + size[1][:-1]) / 2
         worst = np.argsort(-np.abs(guess - y))[:12]
         columns = [c.name for c in self.columns if c.role == "feature"][:8]
-        rows = [(test.place(int(i)), *(test.rows[c][int(i)] for c in columns), float(y[i]), float(guess[i]),
-                 float(guess[i] - y[i])) for i in worst]
-        return {"Errors": [Scatter("Prediction against truth", "Each point is a test row; on the line it is exact.",
-                                   x=f"true {self.target.name}", y="predicted", diagonal=True,
-                                   points=[(float(y[i]), float(guess[i])) for i in shown]),
-                           Bars("Size of the errors", "How many test rows fall into each range of error.",
-                                {f"{c:.4g}": int(n) for c, n in zip(centres, size[0])}, unit="rows"),
-                           Table("Worst rows", "The largest errors of the test part.",
-                                 ("row", *columns, "truth", "predicted", "error"), rows)]}
+        rows = [
+            (test.place(int(i)), *(test.rows[c][int(i)] for c in columns), float(y[i]), float(guess[i]), float(guess[i] - y[i]))
+            for i in worst
+        ]
+        return {
+            "Errors": [
+                Scatter(
+                    "Prediction against truth",
+                    "Each point is a test row; on the line it is exact.",
+                    x=f"true {self.target.name}",
+                    y="predicted",
+                    diagonal=True,
+                    points=[(float(y[i]), float(guess[i])) for i in shown],
+                ),
+                Bars(
+                    "Size of the errors",
+                    "How many test rows fall into each range of error.",
+                    {f"{c:.4g}": int(n) for c, n in zip(centres, size[0])},
+                    unit="rows",
+                ),
+                Table(
+                    "Worst rows", "The largest errors of the test part.", ("row", *columns, "truth", "predicted", "error"), rows
+                ),
+            ]
+        }
 
 
 def some(data: Data) -> tuple[Data, str]:
@@ -313,7 +367,7 @@ def area(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
         order = p[:, c].argsort(kind="stable")
         _, place, counts = np.unique(p[order, c], return_inverse=True, return_counts=True)
         last = np.cumsum(counts)
-        ranks = ((last - counts + 1 + last) / 2)[place]          # ties share their mean rank
+        ranks = ((last - counts + 1 + last) / 2)[place]  # ties share their mean rank
         mine = (y == c)[order]
         n = mine.sum()
         areas.append((ranks[mine].sum() - n * (n + 1) / 2) / (n * (len(y) - n)))
@@ -327,8 +381,9 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15)
     return float(sum(gaps) / len(right))
 
 
-def mix_pairs(batch: dict[str, torch.Tensor], inputs: Sequence[str], classes: int, alpha: float,
-              generator: torch.Generator) -> dict[str, torch.Tensor]:
+def mix_pairs(
+    batch: dict[str, torch.Tensor], inputs: Sequence[str], classes: int, alpha: float, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
     """Mixup (Zhang et al. 2018, arXiv:1710.09412, eq. 1): pairs of examples and their labels in one proportion."""
     rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     part, order = float(rng.beta(alpha, alpha)), torch.randperm(len(batch["target"]), generator=generator)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fieldguide.core.errors import TrainingError
 
-KEPT = 2      # newest checkpoints that stay
+KEPT = 2  # newest checkpoints that stay
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -35,8 +35,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise TrainingError(f"could not write {path}: {error.strerror}. What was saved before is whole. Free some "
-                            "space or choose another folder, then go on with `fieldguide fit --resume`.") from error
+        raise TrainingError(
+            f"could not write {path}: {error.strerror}. What was saved before is whole. Free some "
+            "space or choose another folder, then go on with `fieldguide fit --resume`."
+        ) from error
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
@@ -97,14 +99,15 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[
     return tensors, numbers
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor],
-                     numbers: dict[str, Any]) -> None:
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], numbers: dict[str, Any]
+) -> None:
     """The reverse of `pack_optimizer`."""
     state: dict[int, dict[str, Any]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in [*tensors.items(), *numbers.items()]:
         if name.startswith(prefix + "."):
-            index, key = name[len(prefix) + 1:].split(".", 1)
+            index, key = name[len(prefix) + 1 :].split(".", 1)
             like = parameters[int(index)]
             if isinstance(value, Tensor) and value.shape == like.shape:
                 # In the parameter's own memory layout: fused kernels walk both as flat arrays.

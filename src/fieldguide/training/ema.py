@@ -13,8 +13,7 @@ class Average:
     """Averages the floating-point parameters and buffers of a module with `decay`, warmed up over the first steps."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.live = decay, [t for t in module.state_dict(keep_vars=True).values()
-                                        if t.is_floating_point()]
+        self.decay, self.live = decay, [t for t in module.state_dict(keep_vars=True).values() if t.is_floating_point()]
         self.mean = [t.detach().clone() for t in self.live]
 
     @torch.no_grad()

@@ -14,16 +14,23 @@ from fieldguide.training.precision import autocast, place
 
 
 @torch.inference_mode()
-def collect(objective: Objective, batches: Batches, *, batch: int, device: torch.device, precision: str = "float32",
-            watch: Callable[[int], None] = lambda done: None,
-            ask: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None) -> dict[str, np.ndarray]:
+def collect(
+    objective: Objective,
+    batches: Batches,
+    *,
+    batch: int,
+    device: torch.device,
+    precision: str = "float32",
+    watch: Callable[[int], None] = lambda done: None,
+    ask: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+) -> dict[str, np.ndarray]:
     """Outputs by name, one row an example in its own order. Several processes share the work, and all get the whole.
 
     `ask` answers a batch; without it, `objective.outputs` does. Batches may answer at different widths (the longest
     text of each): narrower ones are filled up with -1 (NaN among real numbers).
     """
     ask = ask or objective.outputs
-    mine = np.arange(len(batches))[distributed.rank()::distributed.world()]
+    mine = np.arange(len(batches))[distributed.rank() :: distributed.world()]
     rows, parts, training = [], [], objective.training
     objective.eval()
     for index, tensors in in_order(batches, batch, mine):

@@ -30,8 +30,9 @@ def tables_of(objective: nn.Module) -> set[int]:
     return {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
 
 
-def optimizers(objective: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]],
-               settings: Settings) -> list[torch.optim.Optimizer]:
+def optimizers(
+    objective: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], settings: Settings
+) -> list[torch.optim.Optimizer]:
     """The optimiser(s) of one phase. Matrices and kernels decay; vectors, norms and embeddings do not. A group's `scale`
     is what of the rate is its own: less in lower layers where `layer_decay` says so."""
     tables = tables_of(objective)
@@ -41,11 +42,12 @@ def optimizers(objective: nn.Module, parameters: Iterable[tuple[str, nn.Paramete
     for name, p in parameters:
         scale = settings.layer_decay ** (top - depth[name]) if settings.layer_decay != 1 else 1.0
         parts.setdefault((scale, p.ndim >= 2 and id(p) not in tables), []).append(p)
-    groups = [{"params": ps, "weight_decay": settings.weight_decay if matrices else 0.0, "scale": scale, "matrices": matrices}
-              for (scale, matrices), ps in sorted(parts.items(), key=lambda part: (-part[0][0], not part[0][1]))]
+    groups = [
+        {"params": ps, "weight_decay": settings.weight_decay if matrices else 0.0, "scale": scale, "matrices": matrices}
+        for (scale, matrices), ps in sorted(parts.items(), key=lambda part: (-part[0][0], not part[0][1]))
+    ]
     if settings.optimizer == "sgd":
-        return [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum,
-                                nesterov=settings.momentum > 0, fused=True)]
+        return [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True)]
     made: list[torch.optim.Optimizer] = []
     matrices = [g for g in groups if g["matrices"]]
     if settings.optimizer == "muon" and matrices:
@@ -84,16 +86,16 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(same, [u.view_as(p).to(p.dtype) for u, p in zip(update, same)], alpha=-scale)
 
 
-A, B, C = 3.4445, -4.7750, 2.0315        # of the quintic a x + b x^3 + c x^5 that every step applies to singular values
+A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic a x + b x^3 + c x^5 that every step applies to singular values
 
 
-def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:                      # N R C -> N R C
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:  # N R C -> N R C
     """Nearest semi-orthogonal matrices, roughly, by the quintic Newton-Schulz iteration of Muon.
 
     Long ones are iterated by what multiplies them, a polynomial of x x^T, which costs products of R x R alone and gives the
     same in float32; in bfloat16 the squares of small singular values would be lost.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()      # not every CPU is quick in bfloat16
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # not every CPU is quick in bfloat16
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -113,18 +115,19 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:                     
     return x.mT if tall else x
 
 
-LONG = 2           # columns a row, from which the way round costs less
+LONG = 2  # columns a row, from which the way round costs less
 
 
 def orthogonalising(objective: nn.Module, device: torch.device) -> float:
     """Seconds that Muon takes for the updates of a step, about: one matrix of each shape is timed."""
     tables = tables_of(objective)
-    shapes = Counter(tuple(p.flatten(1).shape) for p in objective.parameters()
-                     if p.requires_grad and p.ndim >= 2 and id(p) not in tables)
+    shapes = Counter(
+        tuple(p.flatten(1).shape) for p in objective.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in tables
+    )
     total = 0.0
     for shape, count in shapes.items():
         matrix = torch.ones(1, *shape, device=device)
-        for _ in range(2):                                              # the first one warms up
+        for _ in range(2):  # the first one warms up
             started = time.perf_counter()
             orthogonal(matrix)
             if device.type == "cuda":

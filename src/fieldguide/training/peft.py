@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
 
-LAYER = re.compile(r"^(.*?\.\d+(?:\.\d+)?)(?=\.)")       # blocks.3, stages.0.1: what comes before it in a name, too
+LAYER = re.compile(r"^(.*?\.\d+(?:\.\d+)?)(?=\.)")  # blocks.3, stages.0.1: what comes before it in a name, too
 
 
 class LowRank(nn.Module):
@@ -31,9 +31,9 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(torch.empty(rank, into, device=weight.device))
         self.b = nn.Parameter(torch.zeros(out, rank, device=weight.device))
         self.scale = scale
-        nn.init.kaiming_uniform_(self.a, a=5 ** 0.5)
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
 
-    def forward(self, weight: Tensor) -> Tensor:         # out x in -> out x in
+    def forward(self, weight: Tensor) -> Tensor:  # out x in -> out x in
         return weight + self.scale * (self.b @ self.a)
 
 
@@ -48,8 +48,10 @@ def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str] | None) -
     if settings.tune == "whole":
         return
     if fresh is None:
-        raise SettingsError(f"tune={settings.tune} keeps the weights of a network that has learnt already, and this one begins "
-                            "with chance: name a checkpoint by --weights.")
+        raise SettingsError(
+            f"tune={settings.tune} keeps the weights of a network that has learnt already, and this one begins "
+            "with chance: name a checkpoint by --weights."
+        )
     fresh = set(fresh)
     for name, p in model.named_parameters():
         p.requires_grad_(name in fresh)
@@ -57,11 +59,14 @@ def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str] | None) -
         shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and f"{name}.weight" not in fresh and id(module.weight) not in shared:
-                parametrize.register_parametrization(module, "weight", LowRank(module.weight, settings.lora_rank,
-                                                                               settings.lora_scale))
+                parametrize.register_parametrization(
+                    module, "weight", LowRank(module.weight, settings.lora_rank, settings.lora_scale)
+                )
     if not any(p.requires_grad for p in model.parameters()):
-        raise SettingsError("tune=frozen trains new layers alone, and this network has none: the checkpoint fills it all. "
-                            "Choose tune=whole or tune=lora.")
+        raise SettingsError(
+            "tune=frozen trains new layers alone, and this network has none: the checkpoint fills it all. "
+            "Choose tune=whole or tune=lora."
+        )
 
 
 def merge(model: nn.Module) -> None:
@@ -102,8 +107,9 @@ class _Again:
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), unseen(self.block)),
-                          **kwargs)
+        return checkpoint(
+            self.forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), unseen(self.block)), **kwargs
+        )
 
 
 @contextmanager
@@ -112,7 +118,7 @@ def unseen(block: nn.Module) -> Iterator[None]:
     norms = [(m, m.momentum) for m in block.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     for norm, _ in norms:
         norm.momentum = 0.0
-        norm.num_batches_tracked.sub_(1)                 # which the pass adds again
+        norm.num_batches_tracked.sub_(1)  # which the pass adds again
     try:
         yield
     finally:
@@ -122,8 +128,11 @@ def unseen(block: nn.Module) -> Iterator[None]:
 
 def towers(network: nn.Module) -> tuple[str, ...]:
     """Beginnings of the names of parts that stand side by side, as networks name them in `towers`: neither is on top."""
-    return tuple(f"{prefix}.{tower}.".removeprefix(".") for prefix, module in network.named_modules()
-                 for tower in getattr(type(module), "towers", ()))
+    return tuple(
+        f"{prefix}.{tower}.".removeprefix(".")
+        for prefix, module in network.named_modules()
+        for tower in getattr(type(module), "towers", ())
+    )
 
 
 def levels(names: Iterable[str], towers: tuple[str, ...] = ()) -> tuple[dict[str, int], int]:
@@ -142,8 +151,8 @@ def levels(names: Iterable[str], towers: tuple[str, ...] = ()) -> tuple[dict[str
         hit = LAYER.match(name)
         if hit:
             last = found.setdefault(hit[1], len(found) + 1)
-        out[name] = last if hit or not found else -1     # behind the first block, and in none: settled below
-    top = len(found) + 1 if found else 0                 # a new head alone is the top
+        out[name] = last if hit or not found else -1  # behind the first block, and in none: settled below
+    top = len(found) + 1 if found else 0  # a new head alone is the top
     return {name: top if level < 0 else level for name, level in out.items()}, top
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fieldguide.objectives.base import Objective
 
-WORTH = 1.1        # a choice must be this much faster than plain float32 to be taken
+WORTH = 1.1  # a choice must be this much faster than plain float32 to be taken
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -23,9 +23,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def place(batch: dict[str, Tensor], device: torch.device, channels_last: bool = False) -> dict[str, Tensor]:
     """A batch on the device; pictures (B C H W) in channels-last order where asked."""
+
     def move(t: Tensor) -> Tensor:
         t = t.to(device, non_blocking=True)
         return t.contiguous(memory_format=torch.channels_last) if channels_last and t.ndim == 4 else t
+
     return {name: move(t) for name, t in batch.items()}
 
 
@@ -40,15 +42,23 @@ def deterministic_kernels() -> Iterator[None]:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
 
 
-def seconds(objective: Objective, batch: dict[str, Tensor], precision: str, channels_last: bool,
-            device: torch.device, limit: float = float("inf"), repeats: int = 3, enough: float = 0.05) -> float:
+def seconds(
+    objective: Objective,
+    batch: dict[str, Tensor],
+    precision: str,
+    channels_last: bool,
+    device: torch.device,
+    limit: float = float("inf"),
+    repeats: int = 3,
+    enough: float = 0.05,
+) -> float:
     """Fastest of a few forward and backward passes, through every phase, on a copy: at least `repeats`, and quick ones
     for `enough` seconds, so that a moment's load of other work does not decide. Ends at once beyond `limit` seconds."""
     trial = copy.deepcopy(objective).train()
     if channels_last:
         trial = trial.to(memory_format=torch.channels_last)
     batch, best, total, turn = place(batch, device, channels_last), float("inf"), 0.0, 0
-    while turn <= repeats or (total < enough and turn < 20):         # the first one warms up
+    while turn <= repeats or (total < enough and turn < 20):  # the first one warms up
         started = time.perf_counter()
         for phase in trial.phases:
             with autocast(device, precision):
@@ -65,8 +75,9 @@ def seconds(objective: Objective, batch: dict[str, Tensor], precision: str, chan
     return best
 
 
-def fastest(objective: Objective, batch: dict[str, Tensor], device: torch.device,
-            say: Callable[[str], None]) -> tuple[str, bool, dict[str, float]]:
+def fastest(
+    objective: Objective, batch: dict[str, Tensor], device: torch.device, say: Callable[[str], None]
+) -> tuple[str, bool, dict[str, float]]:
     """(precision, channels_last, seconds of each choice). float32 unless another choice is clearly faster."""
     pictures = any(t.ndim == 4 for t in batch.values())
     choices = [("float32", False), ("bfloat16", False)]

@@ -35,10 +35,10 @@ from fieldguide.training.peft import held, levels, thawed, towers
 from fieldguide.training.precision import autocast, deterministic_kernels, place
 from fieldguide.training.tracking import TRACKERS
 
-LOGGED = 400      # lines of losses that a whole run writes, about
-LATE = 1.05       # times the minutes given is when a run that is slower than planned ends
-PACED = 20        # steps after which it is first seen how long a step really takes
-AIM, SLACK, TOLD = 0.97, 0.1, 0.3       # part of the minutes to fill; by which it may miss that; of which a line is worth
+LOGGED = 400  # lines of losses that a whole run writes, about
+LATE = 1.05  # times the minutes given is when a run that is slower than planned ends
+PACED = 20  # steps after which it is first seen how long a step really takes
+AIM, SLACK, TOLD = 0.97, 0.1, 0.3  # part of the minutes to fill; by which it may miss that; of which a line is worth
 
 
 class Interrupted(TrainingError):
@@ -61,14 +61,14 @@ class State:
     step: int = 0
     best: float | None = None
     best_step: int = 0
-    stale: int = 0                                   # evaluations since the best
-    seconds: float = 0.0                             # of training so far, over all resumptions
+    stale: int = 0  # evaluations since the best
+    seconds: float = 0.0  # of training so far, over all resumptions
     sums: dict[str, float] = field(default_factory=dict)
     summed: int = 0
-    stopped: str = ""                                # why training ended before its last step
-    most: int = 0                                    # where time decides: steps that are enough, however quick; else 0
-    steps: int = 0                                   # as counted anew while training; 0 = as the settings say
-    evaluate: int = 0                                # the same
+    stopped: str = ""  # why training ended before its last step
+    most: int = 0  # where time decides: steps that are enough, however quick; else 0
+    steps: int = 0  # as counted anew while training; 0 = as the settings say
+    evaluate: int = 0  # the same
 
 
 class Step(nn.Module):
@@ -95,7 +95,7 @@ class Runner:
         self.lr = 0.0
         self.module: nn.Module = Step(objective, phase)
         if distributed.world() > 1:
-            with only(self.parameters, objective):    # DDP reduces what requires a gradient when it is made
+            with only(self.parameters, objective):  # DDP reduces what requires a gradient when it is made
                 self.module = DistributedDataParallel(self.module, [device] if device.type == "cuda" else None)
 
     def rate(self, step: int) -> float:
@@ -136,9 +136,19 @@ class Trainer:
     and are counted anew, up to so many, where this machine turns out quicker or slower than a trial said.
     """
 
-    def __init__(self, objective: Objective, batches: Batches, settings: Settings, *, device: torch.device,
-                 watch: Watch, folder: Path | None = None, evaluate: Callable[[Objective], dict[str, float]] | None = None,
-                 metric: tuple[str, str] = ("loss", "min"), most: int = 0):
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Batches,
+        settings: Settings,
+        *,
+        device: torch.device,
+        watch: Watch,
+        folder: Path | None = None,
+        evaluate: Callable[[Objective], dict[str, float]] | None = None,
+        metric: tuple[str, str] = ("loss", "min"),
+        most: int = 0,
+    ):
         self.settings, self.device, self.watch, self.folder = settings, device, watch, folder
         self.evaluate, self.metric, self.batches = evaluate, metric, batches
         self.objective = objective.to(device)
@@ -151,7 +161,7 @@ class Trainer:
         self.state, self.best, self.tracker = State(most=most), None, None
         self.stopping = False
         self.held = held(self.objective)
-        self.since = (0, 0.0)                            # step and seconds that the pace is counted from
+        self.since = (0, 0.0)  # step and seconds that the pace is counted from
 
     # What a run goes through
 
@@ -185,9 +195,14 @@ class Trainer:
                     stream = self.stream()
                 if self.agreed(self.stopping):
                     self.save()
-                    raise Interrupted(f"stopped after step {state.step} of {self.settings.steps}; "
-                                      + (f"all is saved. Go on with `fieldguide fit --resume {self.folder}`."
-                                         if self.folder else "nothing is kept."))
+                    raise Interrupted(
+                        f"stopped after step {state.step} of {self.settings.steps}; "
+                        + (
+                            f"all is saved. Go on with `fieldguide fit --resume {self.folder}`."
+                            if self.folder
+                            else "nothing is kept."
+                        )
+                    )
                 if settings.minutes and self.agreed(state.seconds > LATE * 60 * settings.minutes) and not state.stopped:
                     state.stopped = f"{settings.minutes:g} minutes are over"
                     if self.evaluate and not scored:
@@ -212,10 +227,17 @@ class Trainer:
     def stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """This process's batches, from the next step to the last."""
         settings, world, rank = self.settings, distributed.world(), distributed.rank()
-        return training(self.batches, batch=settings.batch, parts=world * settings.accumulate,
-                        mine=range(rank * settings.accumulate, (rank + 1) * settings.accumulate),
-                        seed=settings.seed, start=self.state.step * self.draws, stop=settings.steps * self.draws,
-                        workers=settings.workers, pin=self.device.type == "cuda")
+        return training(
+            self.batches,
+            batch=settings.batch,
+            parts=world * settings.accumulate,
+            mine=range(rank * settings.accumulate, (rank + 1) * settings.accumulate),
+            seed=settings.seed,
+            start=self.state.step * self.draws,
+            stop=settings.steps * self.draws,
+            workers=settings.workers,
+            pin=self.device.type == "cuda",
+        )
 
     def keep_pace(self) -> bool:
         """Counts the steps anew, so that the rate has come down when the minutes are over, and the minutes are used.
@@ -226,12 +248,12 @@ class Trainer:
         """
         settings, state = self.settings, self.state
         if state.step < PACED:
-            self.since = (state.step, state.seconds)     # the first steps prepare kernels, and tell nothing
+            self.since = (state.step, state.seconds)  # the first steps prepare kernels, and tell nothing
             return False
         steps, seconds = state.step - self.since[0], state.seconds - self.since[1]
         goal = (0.9 if self.evaluate and state.best is None else 1.0) * (AIM * 60 * settings.minutes - state.seconds)
         total = min(state.most, state.step + max(1, int(goal * steps / max(seconds, 1e-9))))
-        goal, total = distributed.broadcast((goal, total))           # clocks differ; all must come to the same
+        goal, total = distributed.broadcast((goal, total))  # clocks differ; all must come to the same
         left, planned = total - state.step, settings.steps - state.step
         if goal <= 0 or planned < SLACK * settings.steps or abs(left - planned) <= SLACK * planned:
             return False
@@ -252,9 +274,11 @@ class Trainer:
     def step(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
         """One step of every phase, as often as the phase asks. Returns the losses by name."""
         settings, losses = self.settings, {}
-        reseed(mix(settings.seed, self.state.step, distributed.rank()), self.device)   # dropout and noise
-        drawn = [[place(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.accumulate)]
-                 for _ in range(self.draws)]
+        reseed(mix(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
+        drawn = [
+            [place(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.accumulate)]
+            for _ in range(self.draws)
+        ]
         for runner in self.runners:
             for turn in range(runner.phase.times):
                 scope = only(runner.parameters, self.objective) if len(self.runners) > 1 else nullcontext()
@@ -297,18 +321,21 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def refuse(self, runner: Runner, batches: list[dict[str, Tensor]], parts: dict[str, float],
-               norm: float | None) -> None:
+    def refuse(self, runner: Runner, batches: list[dict[str, Tensor]], parts: dict[str, float], norm: float | None) -> None:
         for optimizer in runner.optimizers:
             optimizer.zero_grad(set_to_none=True)
         name = f"nonfinite-step-{self.state.step}-rank-{distributed.rank()}.safetensors"
         bad = sorted({key for b in batches for key, t in b.items() if t.is_floating_point() and not t.isfinite().all()})
-        cause = (f"The batch itself holds NaN or infinity in {', '.join(bad)}" if bad else
-                 "The batch is finite, so the weights or the rate are the cause: try a lower lr (--set lr=...), "
-                 "clip=1 or precision=float32")
+        cause = (
+            f"The batch itself holds NaN or infinity in {', '.join(bad)}"
+            if bad
+            else "The batch is finite, so the weights or the rate are the cause: try a lower lr (--set lr=...), "
+            "clip=1 or precision=float32"
+        )
         kept = ""
         if self.folder:
             from safetensors.torch import save as pack
+
             batch = checkpoint.separate({f"{i}.{k}": t for i, b in enumerate(batches) for k, t in b.items()})
             checkpoint.write_atomically(self.folder / name, pack(batch))
             kept = f" The batch is kept in {self.folder / name}, the state before it in {self.folder / 'checkpoints'}."
@@ -324,8 +351,9 @@ class Trainer:
             with torch.inference_mode():
                 scores = self.evaluate(self.objective)
             value = scores[name]
-            better = math.isfinite(value) and (state.best is None or (
-                value > state.best if direction == "max" else value < state.best))
+            better = math.isfinite(value) and (
+                state.best is None or (value > state.best if direction == "max" else value < state.best)
+            )
             state.stale = 0 if better else state.stale + 1
             # Accuracy on few rows often ties, most of all at its highest: then more training is the better bet.
             if better or value == state.best:
@@ -358,8 +386,10 @@ class Trainer:
                 with open(self.folder / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
-                raise TrainingError(f"could not write {self.folder / 'metrics.jsonl'}: {error.strerror}. The last "
-                                    "checkpoint is whole; free some space, then `fieldguide fit --resume`.") from error
+                raise TrainingError(
+                    f"could not write {self.folder / 'metrics.jsonl'}: {error.strerror}. The last "
+                    "checkpoint is whole; free some space, then `fieldguide fit --resume`."
+                ) from error
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -403,8 +433,9 @@ class Trainer:
             tensors |= {f"average.{k}": t for k, t in self.average.state().items()}
         if self.best is not None:
             tensors |= {f"best.{k}": t for k, t in self.best.items()}
-        checkpoint.save(self.folder / "checkpoints", self.state.step, tensors,
-                        {"state": vars(self.state).copy(), "optimizers": numbers})
+        checkpoint.save(
+            self.folder / "checkpoints", self.state.step, tensors, {"state": vars(self.state).copy(), "optimizers": numbers}
+        )
 
     def resume(self) -> bool:
         """Takes up the newest whole checkpoint of the run folder; False where there is none yet."""
@@ -414,7 +445,7 @@ class Trainer:
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return False
         step, tensors, record = found
-        part = lambda prefix: {k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)}
+        part = lambda prefix: {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
         self.objective.load_state_dict(part("objective."))
         for r, runner in enumerate(self.runners):
             for o, optimizer in enumerate(runner.optimizers):

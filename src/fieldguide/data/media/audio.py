@@ -19,32 +19,40 @@ import numpy as np
 from fieldguide.core.errors import DataError
 
 THREADS = min(16, (os.cpu_count() or 2) * 2)
-SUFFIXES = {"WAV": (".wav", ".wave"), "WAVEX": (".wav", ".wave"), "RF64": (".wav", ".rf64"), "FLAC": (".flac",),
-            "OGG": (".ogg", ".oga", ".opus"), "MP3": (".mp3", ".mp2", ".mpga"), "MPEG": (".mp3", ".mp2", ".mpga"),
-            "AIFF": (".aif", ".aiff", ".aifc"), "AU": (".au", ".snd")}
+SUFFIXES = {
+    "WAV": (".wav", ".wave"),
+    "WAVEX": (".wav", ".wave"),
+    "RF64": (".wav", ".rf64"),
+    "FLAC": (".flac",),
+    "OGG": (".ogg", ".oga", ".opus"),
+    "MP3": (".mp3", ".mp2", ".mpga"),
+    "MPEG": (".mp3", ".mp2", ".mpga"),
+    "AIFF": (".aif", ".aiff", ".aifc"),
+    "AU": (".au", ".snd"),
+}
 KNOWN = frozenset(s for suffixes in SUFFIXES.values() for s in suffixes)
-UNREAD = (".m4a", ".aac", ".wma", ".amr")       # sounds that libsndfile does not read
-BLOCK = 1 << 20                # frames that are decoded at once, so that an hour of sound fills no memory
-QUIET = 1e-3                   # a peak below it (-60 dB) is silence
-FULL, CLIPPED = 0.999, 1e-3    # samples at full scale, and the share of them from which a recording is clipped
-CUT = re.compile(r"\bdata : (\d+) \(should be (\d+)\)", re.IGNORECASE)     # libsndfile's words on a WAV without its end
-STREAMED = (0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x7FFFF000)             # lengths that a program writes who knows none
+UNREAD = (".m4a", ".aac", ".wma", ".amr")  # sounds that libsndfile does not read
+BLOCK = 1 << 20  # frames that are decoded at once, so that an hour of sound fills no memory
+QUIET = 1e-3  # a peak below it (-60 dB) is silence
+FULL, CLIPPED = 0.999, 1e-3  # samples at full scale, and the share of them from which a recording is clipped
+CUT = re.compile(r"\bdata : (\d+) \(should be (\d+)\)", re.IGNORECASE)  # libsndfile's words on a WAV without its end
+STREAMED = (0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x7FFFF000)  # lengths that a program writes who knows none
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
     """What the check of one file found. `problem` is "" for a recording that can be used."""
 
-    problem: str = ""              # slug of a doctor's check: empty-file, zero-length, not-a-sound, truncated-sound, ...
+    problem: str = ""  # slug of a doctor's check: empty-file, zero-length, not-a-sound, truncated-sound, ...
     detail: str = ""
     bytes: int = 0
     sha256: str = ""
-    samples: str = ""              # digest of the decoded samples
+    samples: str = ""  # digest of the decoded samples
     seconds: float = 0.0
-    rate: int = 0                  # samples a second
+    rate: int = 0  # samples a second
     channels: int = 1
-    form: str = ""                 # what libsndfile calls its format
-    traits: tuple[str, ...] = ()   # of: stereo silent clipped wrong-extension
+    form: str = ""  # what libsndfile calls its format
+    traits: tuple[str, ...] = ()  # of: stereo silent clipped wrong-extension
 
 
 def check(paths: Sequence[str | Path]) -> list[Recording]:
@@ -110,8 +118,12 @@ def decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> Recording:
         return Recording("truncated-sound", problem, *facts)
     if not count:
         return Recording("zero-length", "no samples", *facts)
-    traits = {"stereo": sound.channels > 1, "silent": peak < QUIET, "clipped": full > CLIPPED * count * sound.channels,
-              "wrong-extension": suffix not in SUFFIXES.get(form, (suffix,))}
+    traits = {
+        "stereo": sound.channels > 1,
+        "silent": peak < QUIET,
+        "clipped": full > CLIPPED * count * sound.channels,
+        "wrong-extension": suffix not in SUFFIXES.get(form, (suffix,)),
+    }
     return Recording("", "", *facts, tuple(name for name, seen in traits.items() if seen))
 
 
@@ -121,7 +133,7 @@ def ends(tail: bytes) -> bool:
     if at < 0 or len(tail) < at + 27:
         return False
     table = at + 27 + tail[at + 26]
-    return bool(tail[at + 5] & 4) and len(tail) >= table + sum(tail[at + 27:table])
+    return bool(tail[at + 5] & 4) and len(tail) >= table + sum(tail[at + 27 : table])
 
 
 def load(paths: Sequence[str | Path], rate: int) -> list[np.ndarray]:

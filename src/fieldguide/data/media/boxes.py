@@ -24,47 +24,91 @@ from fieldguide.data.media import images
 from fieldguide.data.source import Raw, relative, sha256
 
 SIDES = ("left", "top", "right", "bottom")
-OBJECT = pl.Struct({"label": pl.String, **dict.fromkeys(SIDES, pl.Float64), "outline": pl.List(pl.List(pl.Float64)),
-                    "runs": pl.List(pl.Int32), "crowd": pl.Boolean})
-SLACK = 1.0                # pixels that a box may reach over the edge without a word: rounding
+OBJECT = pl.Struct(
+    {
+        "label": pl.String,
+        **dict.fromkeys(SIDES, pl.Float64),
+        "outline": pl.List(pl.List(pl.Float64)),
+        "runs": pl.List(pl.Int32),
+        "crowd": pl.Boolean,
+    }
+)
+SLACK = 1.0  # pixels that a box may reach over the edge without a word: rounding
 SHOWN = 5
-CHECKS: dict[str, tuple[Severity, str, str]] = {       # slug: severity, what, remedy
-    "degenerate-box": ("warning", "boxes without area (no width or no height, or turned inside out); they are left out",
-                       "Draw them again or remove them."),
-    "box-outside": ("warning", "boxes that lie wholly outside their picture; they are left out",
-                    "Are they in another unit, or of another picture? Correct or remove them."),
+CHECKS: dict[str, tuple[Severity, str, str]] = {  # slug: severity, what, remedy
+    "degenerate-box": (
+        "warning",
+        "boxes without area (no width or no height, or turned inside out); they are left out",
+        "Draw them again or remove them.",
+    ),
+    "box-outside": (
+        "warning",
+        "boxes that lie wholly outside their picture; they are left out",
+        "Are they in another unit, or of another picture? Correct or remove them.",
+    ),
     "box-over-edge": ("warning", "boxes that reach over the edge of their picture; they are cut there", "Correct them."),
-    "duplicate-box": ("warning", "boxes that are there before, of the same class in the same place; they are left out",
-                      "Remove them."),
-    "size-differs": ("warning", "pictures of another size than their annotation says: nobody knows where the boxes belong",
-                     "Export pictures and annotations together."),
-    "malformed-line": ("warning", "lines that are no box", "A line is: class, then x y width height of the box, or the points "
-                       "of an outline, all as parts (0 to 1) of the picture's width and height."),
-    "class-beyond-names": ("warning", "boxes of a class that has no name", "Add the name, or correct the number (the first "
-                           "class is 0)."),
+    "duplicate-box": (
+        "warning",
+        "boxes that are there before, of the same class in the same place; they are left out",
+        "Remove them.",
+    ),
+    "size-differs": (
+        "warning",
+        "pictures of another size than their annotation says: nobody knows where the boxes belong",
+        "Export pictures and annotations together.",
+    ),
+    "malformed-line": (
+        "warning",
+        "lines that are no box",
+        "A line is: class, then x y width height of the box, or the points "
+        "of an outline, all as parts (0 to 1) of the picture's width and height.",
+    ),
+    "class-beyond-names": (
+        "warning",
+        "boxes of a class that has no name",
+        "Add the name, or correct the number (the first class is 0).",
+    ),
     "unknown-category": ("warning", "boxes of a category that the file does not list", "Add it to its categories."),
     "malformed-box": ("warning", "boxes that are not numbers as they should be", "Correct or remove them."),
-    "malformed-outline": ("warning", "outlines that are none: fewer than three points, no numbers, or runs of pixels that do "
-                          "not fill the picture; their boxes are kept", "Export them again: whoever learns outlines cannot "
-                          "use these objects."),
-    "unknown-picture": ("warning", "boxes of a picture that the file does not list; they are left out",
-                        "Add the picture to its images, or remove them."),
-    "duplicate-id": ("warning", "pictures with the number of one before; nobody knows whose boxes are whose",
-                     "Give each its own number."),
+    "malformed-outline": (
+        "warning",
+        "outlines that are none: fewer than three points, no numbers, or runs of pixels that do "
+        "not fill the picture; their boxes are kept",
+        "Export them again: whoever learns outlines cannot use these objects.",
+    ),
+    "unknown-picture": (
+        "warning",
+        "boxes of a picture that the file does not list; they are left out",
+        "Add the picture to its images, or remove them.",
+    ),
+    "duplicate-id": (
+        "warning",
+        "pictures with the number of one before; nobody knows whose boxes are whose",
+        "Give each its own number.",
+    ),
     "duplicate-picture": ("warning", "pictures that are listed before; they are left out", "List each once."),
     "wrong-encoding": ("warning", "annotations that are no UTF-8 text", "Save them as UTF-8."),
     "malformed-xml": ("warning", "annotations that are no well-formed XML, or lack what they need", "Export them again."),
-    "xml-doctype": ("warning", "annotations with a document type; they are refused, for it can make a small file fill the "
-                    "memory", "Remove the line that begins with <!DOCTYPE."),
+    "xml-doctype": (
+        "warning",
+        "annotations with a document type; they are refused, for it can make a small file fill the memory",
+        "Remove the line that begins with <!DOCTYPE.",
+    ),
     "empty-annotation": ("warning", "annotations that are empty files", "Write them again or remove them."),
     "no-picture": ("warning", "annotations without a picture", "Add the picture or remove them."),
     "no-annotation": ("warning", "pictures that a list names, without an annotation", "Add it or take them off the list."),
     "not-listed": ("note", "annotated pictures that no list of ImageSets/Main names; they are left out", ""),
-    "listed-twice": ("warning", "pictures that stand in two lists; they count as test before validation before training",
-                     "Take them off one."),
+    "listed-twice": (
+        "warning",
+        "pictures that stand in two lists; they count as test before validation before training",
+        "Take them off one.",
+    ),
     "empty-label-file": ("note", "empty label files: their pictures count as background", ""),
-    "no-label-file": ("note", "pictures without a label file: they count as background",
-                      "If they show objects, they were not exported."),
+    "no-label-file": (
+        "note",
+        "pictures without a label file: they count as background",
+        "If they show objects, they were not exported.",
+    ),
     "background": ("note", "pictures without any object: they count as background", ""),
 }
 
@@ -77,10 +121,10 @@ class Shot:
     place: str
     split: str | None = None
     boxes: list[dict[str, Any]] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)                  # of each box, for messages
-    size: tuple[float, float] | None = None                          # width, height
-    relative: bool = False                                           # sides and outlines are parts of width and height
-    bad: bool = False                                                # its annotation cannot be used, a finding says why
+    places: list[str] = field(default_factory=list)  # of each box, for messages
+    size: tuple[float, float] | None = None  # width, height
+    relative: bool = False  # sides and outlines are parts of width and height
+    bad: bool = False  # its annotation cannot be used, a finding says why
 
 
 @dataclass
@@ -100,18 +144,46 @@ class Notes:
         shot.bad = True
 
     def findings(self) -> list[Finding]:
-        return [Finding(check, CHECKS[check][0], CHECKS[check][1], tuple(self.met[check][:SHOWN]), len(self.met[check]),
-                        CHECKS[check][2], self.lost[check]) for check in CHECKS if check in self.met]
+        return [
+            Finding(
+                check,
+                CHECKS[check][0],
+                CHECKS[check][1],
+                tuple(self.met[check][:SHOWN]),
+                len(self.met[check]),
+                CHECKS[check][2],
+                self.lost[check],
+            )
+            for check in CHECKS
+            if check in self.met
+        ]
 
 
-def box(label: str, left: float, top: float, right: float, bottom: float, outline: list[list[float]] | None = None,
-        crowd: bool = False, runs: list[int] | None = None) -> dict[str, Any]:
-    return {"label": label, "left": left, "top": top, "right": right, "bottom": bottom, "outline": outline, "runs": runs,
-            "crowd": crowd}
+def box(
+    label: str,
+    left: float,
+    top: float,
+    right: float,
+    bottom: float,
+    outline: list[list[float]] | None = None,
+    crowd: bool = False,
+    runs: list[int] | None = None,
+) -> dict[str, Any]:
+    return {
+        "label": label,
+        "left": left,
+        "top": top,
+        "right": right,
+        "bottom": bottom,
+        "outline": outline,
+        "runs": runs,
+        "crowd": crowd,
+    }
 
 
 def header_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
     """Width and height as shown, by each file's header alone; None where that cannot be read."""
+
     def one(path: Path) -> tuple[int, int] | None:
         try:
             with Image.open(path) as image:
@@ -145,12 +217,25 @@ def raw(root: Path, shots: list[Shot], files: list[FileEntry], notes: Notes, cla
     for shot in kept:
         if not shot.boxes:
             notes.note("background", relative(shot.path, root))
-    rows = pl.DataFrame([pl.Series("image", [str(s.path.absolute()) for s in kept], dtype=pl.String),
-                         pl.Series("objects", [s.boxes for s in kept], dtype=pl.List(OBJECT))])
+    rows = pl.DataFrame(
+        [
+            pl.Series("image", [str(s.path.absolute()) for s in kept], dtype=pl.String),
+            pl.Series("objects", [s.boxes for s in kept], dtype=pl.List(OBJECT)),
+        ]
+    )
     splits = [s.split for s in kept]
     named = np.array([s or "train" for s in splits], dtype=object) if len({s or "train" for s in splits}) > 1 else None
-    return Raw(rows, files, root, notes.findings(), named, {"image": "image", "objects": "boxes"}, "objects",
-               unusable=sum(notes.lost.values()), context={"classes": list(classes)})
+    return Raw(
+        rows,
+        files,
+        root,
+        notes.findings(),
+        named,
+        {"image": "image", "objects": "boxes"},
+        "objects",
+        unusable=sum(notes.lost.values()),
+        context={"classes": list(classes)},
+    )
 
 
 def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
@@ -181,8 +266,12 @@ def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
         else:
             if left < -SLACK or top < -SLACK or right > width + SLACK or bottom > height + SLACK:
                 notes.note("box-over-edge", place)
-            one |= {"left": max(left, 0.0), "top": max(top, 0.0), "right": min(right, float(width)),
-                    "bottom": min(bottom, float(height))}
+            one |= {
+                "left": max(left, 0.0),
+                "top": max(top, 0.0),
+                "right": min(right, float(width)),
+                "bottom": min(bottom, float(height)),
+            }
             taken.add(key)
             kept.append(one)
     shot.boxes = kept

@@ -26,16 +26,36 @@ from fieldguide.core.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-PIXELS = 90_000_000            # larger is refused: a small file can hold a picture that fills the memory
+PIXELS = 90_000_000  # larger is refused: a small file can hold a picture that fills the memory
 THREADS = min(16, (os.cpu_count() or 2) * 2)
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 GREY = ("1", "L", "LA", *DEEP)
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-          struct.error, MemoryError, Image.DecompressionBombError)
-SUFFIXES = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",),
-            "BMP": (".bmp", ".dib"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "ICO": (".ico",),
-            "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "JPEG2000": (".jp2", ".j2k"), "AVIF": (".avif",),
-            "MPO": (".jpg", ".jpeg", ".mpo")}
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    MemoryError,
+    Image.DecompressionBombError,
+)
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "ICO": (".ico",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k"),
+    "AVIF": (".avif",),
+    "MPO": (".jpg", ".jpeg", ".mpo"),
+}
 KNOWN = frozenset(s for suffixes in SUFFIXES.values() for s in suffixes)
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -44,16 +64,16 @@ Fit = Literal["crop", "pad", "stretch"]
 class Picture:
     """What the check of one file found. `problem` is "" for a picture that can be used."""
 
-    problem: str = ""              # slug of a doctor's check: empty-file, not-an-image, truncated-image, ...
+    problem: str = ""  # slug of a doctor's check: empty-file, not-an-image, truncated-image, ...
     detail: str = ""
     bytes: int = 0
     sha256: str = ""
-    pixels: str = ""               # digest of the decoded pixels
+    pixels: str = ""  # digest of the decoded pixels
     width: int = 0
     height: int = 0
     channels: int = 3
-    form: str = ""                 # what Pillow calls its format
-    traits: tuple[str, ...] = ()   # of: deep transparent palette cmyk animated rotated wrong-extension
+    form: str = ""  # what Pillow calls its format
+    traits: tuple[str, ...] = ()  # of: deep transparent palette cmyk animated rotated wrong-extension
 
 
 def check(paths: Sequence[str | Path]) -> list[Picture]:
@@ -83,11 +103,10 @@ def check_one(path: str | Path) -> Picture:
             shape = (mode, image.size, image.getpalette() if mode == "P" else None)
             pixels = hashlib.blake2b(repr(shape).encode(), digest_size=16)
             pixels.update(image.tobytes())
-            if "rotated" in traits and image.getexif().get(0x0112, 1) >= 5:      # turned by a quarter
+            if "rotated" in traits and image.getexif().get(0x0112, 1) >= 5:  # turned by a quarter
                 width, height = height, width
             channels = 1 if mode in GREY else 3
-            return Picture("", "", size, sha, pixels.hexdigest(), width, height, channels, image.format or "",
-                           traits)
+            return Picture("", "", size, sha, pixels.hexdigest(), width, height, channels, image.format or "", traits)
     except UnidentifiedImageError:
         known = suffix in KNOWN
         return Picture("corrupt-image" if known else "not-an-image", "no picture format begins so", size, sha)
@@ -115,8 +134,14 @@ def traits_of(image: Image.Image, suffix: str) -> tuple[str, ...]:
     return tuple(seen)
 
 
-def load(paths: Sequence[str | Path], side: int, channels: int = 3, *, fit: Fit = "crop",
-         resize: Callable[[Image.Image], Image.Image] | None = None) -> torch.Tensor:
+def load(
+    paths: Sequence[str | Path],
+    side: int,
+    channels: int = 3,
+    *,
+    fit: Fit = "crop",
+    resize: Callable[[Image.Image], Image.Image] | None = None,
+) -> torch.Tensor:
     """Pictures as one uint8 tensor, N C S S; channels 1 (grey) or 3 (RGB), side S in pixels.
 
     `fit` says what becomes of pictures that are not square: "crop" scales the shorter side to S and keeps the
@@ -144,8 +169,13 @@ def load(paths: Sequence[str | Path], side: int, channels: int = 3, *, fit: Fit 
     return torch.from_numpy(out)
 
 
-def pixels(source: str | Path | Image.Image, side: int, channels: int = 3, fit: Fit = "crop",
-           resize: Callable[[Image.Image], Image.Image] | None = None) -> np.ndarray:
+def pixels(
+    source: str | Path | Image.Image,
+    side: int,
+    channels: int = 3,
+    fit: Fit = "crop",
+    resize: Callable[[Image.Image], Image.Image] | None = None,
+) -> np.ndarray:
     """One picture as uint8, C S S."""
     if isinstance(source, Image.Image):
         return as_array(source, side, channels, fit, resize)
@@ -153,12 +183,13 @@ def pixels(source: str | Path | Image.Image, side: int, channels: int = 3, fit: 
         if image.width * image.height > PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than the {PIXELS:,} allowed")
         if resize is None and image.format == "JPEG" and min(image.size) >= 4 * side:
-            image.draft(None, (2 * side, 2 * side))      # libjpeg decodes at a fraction: many times faster
+            image.draft(None, (2 * side, 2 * side))  # libjpeg decodes at a fraction: many times faster
         return as_array(image, side, channels, fit, resize)
 
 
-def as_array(image: Image.Image, side: int, channels: int, fit: Fit,
-             resize: Callable[[Image.Image], Image.Image] | None = None) -> np.ndarray:
+def as_array(
+    image: Image.Image, side: int, channels: int, fit: Fit, resize: Callable[[Image.Image], Image.Image] | None = None
+) -> np.ndarray:
     image = plain(image, "L" if channels == 1 else "RGB")
     if resize is not None:
         image = resize(image)
@@ -168,8 +199,9 @@ def as_array(image: Image.Image, side: int, channels: int, fit: Fit,
         elif fit == "crop":
             image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
         else:
-            image = ImageOps.pad(image, (side, side), Image.Resampling.BILINEAR,
-                                 color=255 if channels == 1 else (255, 255, 255))
+            image = ImageOps.pad(
+                image, (side, side), Image.Resampling.BILINEAR, color=255 if channels == 1 else (255, 255, 255)
+            )
     array = np.asarray(image)
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 

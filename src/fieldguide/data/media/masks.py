@@ -15,17 +15,17 @@ import polars as pl
 
 from fieldguide.data.media.boxes import SIDES
 
-NONE = -1                  # pixels of a drawing that belong to no class
+NONE = -1  # pixels of a drawing that belong to no class
 
 
-def filled(polygon: Sequence[float], height: int, width: int) -> np.ndarray:     # x1 y1 x2 y2 ... -> H W bool
+def filled(polygon: Sequence[float], height: int, width: int) -> np.ndarray:  # x1 y1 x2 y2 ... -> H W bool
     """The pixels whose middle a polygon has around it an odd number of times."""
     out = np.zeros((height, width), dtype=bool)
     start = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
     end = np.roll(start, -1, 0)
     top, bottom = (int(np.clip(v, 0, height)) for v in (np.floor(start[:, 1].min()), np.ceil(start[:, 1].max())))
     middle = np.arange(top, bottom)[:, None] + 0.5
-    row, side = np.nonzero((start[:, 1] <= middle) != (end[:, 1] <= middle))     # where a side crosses the middle of a row
+    row, side = np.nonzero((start[:, 1] <= middle) != (end[:, 1] <= middle))  # where a side crosses the middle of a row
     (x, y), (far_x, far_y) = start[side].T, end[side].T
     across = x + (middle[row, 0] - y) * (far_x - x) / (far_y - y)
     crossed = np.zeros((bottom - top, width + 1), dtype=np.int32)
@@ -47,7 +47,7 @@ def run_lengths(counts: Any) -> list[int] | None:
         last = np.flatnonzero(code & 32 == 0)
         first = np.r_[0, last[:-1] + 1]
         place = np.arange(len(code)) - np.repeat(first, last - first + 1)
-        if place.max() > 7:                              # no picture has runs of so many pixels
+        if place.max() > 7:  # no picture has runs of so many pixels
             return None
         numbers = np.add.reduceat((code & 31) << 5 * place, first)
         numbers -= np.where(code[last] & 16, 1 << 5 * (last - first + 1), 0)
@@ -57,10 +57,10 @@ def run_lengths(counts: Any) -> list[int] | None:
         numbers = np.array(counts, dtype=object)
     else:
         return None
-    return [int(n) for n in numbers] if (numbers >= 0).all() and numbers.sum() < 2 ** 31 else None
+    return [int(n) for n in numbers] if (numbers >= 0).all() and numbers.sum() < 2**31 else None
 
 
-def shape(thing: Mapping[str, Any], height: int, width: int) -> np.ndarray | None:       # -> H W bool
+def shape(thing: Mapping[str, Any], height: int, width: int) -> np.ndarray | None:  # -> H W bool
     """The pixels of an object, of all its parts; None where it has a box alone."""
     if thing["runs"]:
         inside = np.arange(len(thing["runs"])) % 2 == 1
@@ -87,7 +87,7 @@ class Drawing:
     height: int
     values: Mapping[str, int]
 
-    def codes(self) -> np.ndarray:                       # -> H W int32; 0 where no object is
+    def codes(self) -> np.ndarray:  # -> H W int32; 0 where no object is
         out = np.zeros((self.height, self.width), dtype=np.int32)
         objects = self.column[self.row]
         shapes: list[tuple[np.ndarray, int]] = []
@@ -95,7 +95,7 @@ class Drawing:
             known = shape(thing, self.height, self.width)
             if known is None:
                 left, top, right, bottom = (thing[side] for side in SIDES)
-                out[int(top):int(np.ceil(bottom)), int(left):int(np.ceil(right))] = NONE
+                out[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = NONE
             elif thing["crowd"]:
                 out[known] = NONE
             else:

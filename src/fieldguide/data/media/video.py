@@ -31,7 +31,7 @@ class Film:
     detail: str = ""
     bytes: int = 0
     sha256: str = ""
-    pixels: str = ""               # digest of all frames
+    pixels: str = ""  # digest of all frames
     width: int = 0
     height: int = 0
     channels: int = 3
@@ -85,6 +85,7 @@ def frames_of(path: str | Path, content: bytes | None = None) -> Iterator[Image.
     """The frames of a file, one after another."""
     if Path(path).suffix.lower() in FILMS:
         import av
+
         try:
             with av.open(io.BytesIO(content) if content is not None else str(path)) as film:
                 for frame in film.decode(video=0):
@@ -108,7 +109,9 @@ def frames_of(path: str | Path, content: bytes | None = None) -> Iterator[Image.
 
 def load(paths: Sequence[str | Path], side: int, channels: int) -> list[np.ndarray]:
     """Films as uint8, F C S S each: frames cut to their middle square and scaled."""
+
     def one(path: str | Path) -> np.ndarray:
         return np.stack([images.as_array(frame, side, channels, "crop") for frame in frames_of(path)])
+
     with images.quiet(), ThreadPoolExecutor(images.THREADS) as pool:
         return list(pool.map(one, paths))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from fieldguide.core.errors import DataError
 
-FROM, TO = "\ufdd0", "\ufdd1"     # no characters of any text (Unicode 23.7): where a template says that the assistant speaks
+FROM, TO = "\ufdd0", "\ufdd1"  # no characters of any text (Unicode 23.7): where a template says that the assistant speaks
 MARK = re.compile(f"[{FROM}{TO}]")
 
 
@@ -25,6 +25,7 @@ class ChatTemplate:
         from jinja2 import TemplateSyntaxError
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+
         made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, speaking()])
         made.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
         made.globals |= {"raise_exception": refused, "strftime_now": lambda form: datetime.now().strftime(form)}
@@ -41,9 +42,11 @@ class ChatTemplate:
     def marked(self, messages: Sequence[Mapping[str, Any]], answer: bool, **names: Any) -> str:
         """The text, with marks around what the template itself says is the assistant's ({% generation %})."""
         from jinja2 import TemplateError
+
         try:
-            return self.template.render(messages=[dict(m) for m in messages], add_generation_prompt=answer, **self.tokens,
-                                        **names)
+            return self.template.render(
+                messages=[dict(m) for m in messages], add_generation_prompt=answer, **self.tokens, **names
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template does not take these messages: {error}") from None
 
@@ -67,12 +70,12 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             try:
-                before, after = self(messages[:i]), self(messages[:i + 1], answer=False)
+                before, after = self(messages[:i]), self(messages[: i + 1], answer=False)
             except DataError:
                 return whole, None
             said = message["content"].strip()
             begin = whole.find(said, len(before))
-            closing = after[after.rfind(said) + len(said):].rstrip()
+            closing = after[after.rfind(said) + len(said) :].rstrip()
             if not whole.startswith(before) or begin < 0 or (spans and len(before) < spans[-1][1]):
                 return whole, None
             end = begin + len(said)
@@ -85,7 +88,7 @@ class ChatTemplate:
             after = self([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], answer=False)
         except DataError:
             return ""
-        return after[after.rfind("answer") + len("answer"):].strip()
+        return after[after.rfind("answer") + len("answer") :].strip()
 
 
 def speaking() -> Any:
@@ -109,4 +112,5 @@ def speaking() -> Any:
 
 def refused(why: str) -> None:
     from jinja2 import TemplateError
+
     raise TemplateError(why)

@@ -11,7 +11,7 @@ from fieldguide.core.errors import DataError
 from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 
-Turns = Sequence[tuple[str, str]]        # who says what
+Turns = Sequence[tuple[str, str]]  # who says what
 
 
 class Conversations:
@@ -36,8 +36,10 @@ class Conversations:
         """All conversations as one row of tokens, int64, and which of them are to be learnt."""
         written = self.written(rows, place)
         spelt = self.text.spelt([text for text, _ in written])
-        learnt = [np.ones(len(ids), dtype=bool) if spans is None else within(covered, spans)
-                  for (_, spans), (ids, covered) in zip(written, spelt)]
+        learnt = [
+            np.ones(len(ids), dtype=bool) if spans is None else within(covered, spans)
+            for (_, spans), (ids, covered) in zip(written, spelt)
+        ]
         nothing = np.zeros(0, dtype=np.int64)
         return np.concatenate([nothing, *(ids for ids, _ in spelt)]), np.concatenate([nothing > 0, *learnt])
 
@@ -65,7 +67,7 @@ def unanswered(turns: Turns) -> list[tuple[str, str]]:
     return list(itertools.takewhile(lambda turn: turn[0] != "assistant", turns))
 
 
-def within(covered: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:         # N 2 -> N bool
+def within(covered: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:  # N 2 -> N bool
     """Which tokens lie in one of the pieces of a text, by the characters that each covers."""
     found = np.zeros(len(covered), dtype=bool)
     for begin, end in spans:

@@ -16,7 +16,7 @@ import polars as pl
 from fieldguide.data.dataset import Column
 from fieldguide.data.timeseries.frequency import DAY, HOUR, MINUTE, WEEK, Frequency
 
-MANY = 20                  # values of a category that get a column; those that come less often are as none
+MANY = 20  # values of a category that get a column; those that come less often are as none
 KINDS = ("number", "boolean", "category")
 # Of a step shorter than (first), this turn (microseconds, or "month" and "year") tells where in it a moment is.
 TURNS = ((MINUTE, HOUR), (HOUR + 1, DAY), (DAY + 1, WEEK), (DAY + 1, "month"), (370 * DAY, "year"))
@@ -27,7 +27,7 @@ class Covariate:
     """One column: its values' mean and deviation, or the categories that have a column each."""
 
     column: str
-    ahead: bool                          # known for the future too
+    ahead: bool  # known for the future too
     mean: float = 0.0
     std: float = 1.0
     values: tuple[str, ...] = ()
@@ -54,8 +54,9 @@ class Covariates:
     turns: list[Any] = field(default_factory=list)
 
     @classmethod
-    def learn(cls, rows: pl.DataFrame, columns: Sequence[Column], ahead: Sequence[str], frequency: Frequency,
-              steps: int = 0) -> Covariates:
+    def learn(
+        cls, rows: pl.DataFrame, columns: Sequence[Column], ahead: Sequence[str], frequency: Frequency, steps: int = 0
+    ) -> Covariates:
         """From training rows; what is constant there, or of another kind, is left out. `steps` is how long the longest
         series is in training: a turn of the calendar that it did not see twice tells nothing but when that was."""
         found = []
@@ -82,6 +83,7 @@ class Covariates:
     def measured(self, rows: pl.DataFrame, row: np.ndarray, start: np.ndarray) -> np.ndarray:
         """N x past, float32: at each step the row `row`, or none where that is -1."""
         from fieldguide.data.timeseries.panel import forward
+
         parts = [self.at(c, rows, row) for c in self.columns if not c.ahead]
         return forward(np.concatenate(parts, 1), start).astype(np.float32) if parts else np.zeros((len(row), 0), np.float32)
 
@@ -121,4 +123,4 @@ def share_of(turn: Any, times: np.ndarray) -> np.ndarray:
         begin = times.astype("M8[us]").astype("M8[M]" if turn == "month" else "M8[Y]")
         first, after = (x.astype("M8[us]").astype(np.int64) for x in (begin, begin + 1))
         return (times - first) / (after - first)
-    return ((times + (3 * DAY if turn == WEEK else 0)) % turn) / turn       # 1970 began on a Thursday
+    return ((times + (3 * DAY if turn == WEEK else 0)) % turn) / turn  # 1970 began on a Thursday

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FILL = 255                 # what is around a picture; `fieldguide.data.media.images` pads with white too
-SEEN = 0.1                 # a box of which a smaller part is still in the picture is dropped
-SMALLEST = 2.0             # pixels a side; smaller rests are dropped
+FILL = 255  # what is around a picture; `fieldguide.data.media.images` pads with white too
+SEEN = 0.1  # a box of which a smaller part is still in the picture is dropped
+SMALLEST = 2.0  # pixels a side; smaller rests are dropped
 
-Boxed = tuple[Tensor, Tensor, Tensor]      # pictures B C S S, boxes B N 4, labels B N
+Boxed = tuple[Tensor, Tensor, Tensor]  # pictures B C S S, boxes B N 4, labels B N
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Letterbox:
     @classmethod
     def of(cls, widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np.ndarray, side: int) -> Letterbox:
         size = torch.as_tensor(np.stack([widths, heights], -1), dtype=torch.float64)
-        inner = (size / size.amax(-1, keepdim=True) * side).round().clamp(min=1)      # half to even, as Pillow rounds
+        inner = (size / size.amax(-1, keepdim=True) * side).round().clamp(min=1)  # half to even, as Pillow rounds
         corner = ((side - inner) / 2).round()
         return cls((inner / size).float(), corner.float(), size.float())
 
-    def into(self, boxes: Tensor) -> Tensor:             # N M 4 -> N M 4
+    def into(self, boxes: Tensor) -> Tensor:  # N M 4 -> N M 4
         """Pixels of the pictures -> pixels of the squares."""
         return boxes * self.scale.repeat(1, 2)[:, None] + self.corner.repeat(1, 2)[:, None]
 
-    def back(self, boxes: Tensor) -> Tensor:             # N M 4 -> N M 4
+    def back(self, boxes: Tensor) -> Tensor:  # N M 4 -> N M 4
         """Pixels of the squares -> pixels of the pictures, cut at their border."""
         boxes = (boxes - self.corner.repeat(1, 2)[:, None]) / self.scale.repeat(1, 2)[:, None]
         return torch.minimum(boxes.clamp(min=0), self.size.repeat(1, 2)[:, None])
 
 
-def letterbox(picture: Tensor, side: int, fill: int = FILL) -> tuple[Tensor, Letterbox]:     # C H W -> C S S
+def letterbox(picture: Tensor, side: int, fill: int = FILL) -> tuple[Tensor, Letterbox]:  # C H W -> C S S
     """A picture in memory, scaled to fit a square and centred in it; the rest is filled."""
     height, width = picture.shape[1:]
     box = Letterbox.of([width], [height], side)
@@ -60,7 +60,7 @@ def letterbox(picture: Tensor, side: int, fill: int = FILL) -> tuple[Tensor, Let
     left, top = (int(x) for x in box.corner[0])
     out = picture.new_full((len(picture), side, side), fill)
     small = small.round().clamp(0, 255) if not picture.is_floating_point() else small
-    out[:, top:top + inner[0], left:left + inner[1]] = small.to(picture.dtype)
+    out[:, top : top + inner[0], left : left + inner[1]] = small.to(picture.dtype)
     return out, box
 
 
@@ -69,18 +69,18 @@ def pad(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], most: int | N
     count = max([1, *map(len, labels)]) if most is None else most
     out, names = torch.zeros(len(labels), count, 4), torch.full((len(labels), count), -1)
     for i, (some, known) in enumerate(zip(boxes, labels)):
-        out[i, :len(known)] = torch.as_tensor(np.asarray(some, dtype=np.float32).reshape(-1, 4))
-        names[i, :len(known)] = torch.as_tensor(np.asarray(known, dtype=np.int64))
+        out[i, : len(known)] = torch.as_tensor(np.asarray(some, dtype=np.float32).reshape(-1, 4))
+        names[i, : len(known)] = torch.as_tensor(np.asarray(known, dtype=np.int64))
     return out, names
 
 
-def cut(boxes: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:      # B N 4, B N -> B N' 4, B N'
+def cut(boxes: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:  # B N 4, B N -> B N' 4, B N'
     """Boxes cut at the border, without those of which too little is seen; the rest first, and no wider than needed."""
     seen = boxes.clamp(0, side)
     size = seen[..., 2:] - seen[..., :2]
     before = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
     stays = (labels >= 0) & (size.amin(-1) >= SMALLEST) & (size.prod(-1) >= SEEN * before)
-    order = stays.int().argsort(dim=1, descending=True, stable=True)[:, :max(1, int(stays.sum(1).max()))]
+    order = stays.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(stays.sum(1).max()))]
     stays = stays.gather(1, order)
     boxes = seen.gather(1, order[..., None].expand(-1, -1, 4)) * stays[..., None]
     return boxes, torch.where(stays, labels.gather(1, order), -1)
@@ -90,19 +90,21 @@ def flip(pictures: Tensor, boxes: Tensor, labels: Tensor, which: Tensor) -> Boxe
     """The pictures `which` (B bool) names, mirrored left to right."""
     left, top, right, bottom = boxes.unbind(-1)
     mirrored = torch.stack([pictures.shape[-1] - right, top, pictures.shape[-1] - left, bottom], -1)
-    return (torch.where(which.view(-1, 1, 1, 1), pictures.flip(-1), pictures),
-            torch.where(which.view(-1, 1, 1) & (labels >= 0)[..., None], mirrored, boxes), labels)
+    return (
+        torch.where(which.view(-1, 1, 1, 1), pictures.flip(-1), pictures),
+        torch.where(which.view(-1, 1, 1) & (labels >= 0)[..., None], mirrored, boxes),
+        labels,
+    )
 
 
-def warp(pictures: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, side: int,
-         fill: int = FILL) -> Boxed:
+def warp(pictures: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, side: int, fill: int = FILL) -> Boxed:
     """Pictures B C H W on squares of S = `side` pixels: scaled about their middle by `scale` (B), which lies `shift`
     (B 2: right, down, in pixels of the square) from the square's middle. Float pictures."""
     size = torch.tensor([pictures.shape[-1], pictures.shape[-2]], dtype=torch.float32)
-    middle = side / 2 + shift                                                    # B 2, where the picture's middle comes
+    middle = side / 2 + shift  # B 2, where the picture's middle comes
     # A pixel of the square at p shows the picture at (p - middle) / scale + size / 2; grid_sample wants -1 to 1.
     at = (torch.arange(side, dtype=torch.float32) + 0.5).expand(2, -1)
-    x, y = (((at[k] - middle[:, k, None]) / scale[:, None]) * 2 / size[k] for k in (0, 1))           # B S each
+    x, y = (((at[k] - middle[:, k, None]) / scale[:, None]) * 2 / size[k] for k in (0, 1))  # B S each
     places = torch.stack([x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], -1)
     out = F.grid_sample(pictures.float() - fill, places, mode="bilinear", padding_mode="zeros", align_corners=False) + fill
     moved = (boxes - size.repeat(2) / 2) * scale.view(-1, 1, 1) + middle.repeat(1, 2)[:, None]
@@ -120,7 +122,7 @@ def mosaic(pictures: Tensor, boxes: Tensor, labels: Tensor) -> Boxed:
     return torch.cat(rows, -2), (boxes + corner[:, None]).flatten(1, 2), labels.flatten(1, 2)
 
 
-def jitter(pictures: Tensor, hue: Tensor, saturation: Tensor, brightness: Tensor) -> Tensor:    # B C S S -> B C S S
+def jitter(pictures: Tensor, hue: Tensor, saturation: Tensor, brightness: Tensor) -> Tensor:  # B C S S -> B C S S
     """Colours changed, 0 to 255: turned by `hue` of the circle, then times `saturation`, then times `brightness` (B).
 
     Hue and saturation are the angle and length in YIQ, in which greys stay as they are; grey pictures have none.
@@ -139,17 +141,19 @@ def jitter(pictures: Tensor, hue: Tensor, saturation: Tensor, brightness: Tensor
 class Augment:
     """How much training pictures are changed: shares of pictures, and ranges around no change."""
 
-    mosaic: float = 1.0        # share made of four
-    scale: float = 0.5         # a factor of 1 - scale to 1 + scale
-    shift: float = 0.1         # parts of the side, to all directions; half a side for mosaics
-    flip: float = 0.5          # share mirrored
-    hue: float = 0.015         # parts of the colour circle
-    saturation: float = 0.5    # a factor of 1 - saturation to 1 + saturation
-    brightness: float = 0.3    # a factor of 1 - brightness to 1 + brightness
+    mosaic: float = 1.0  # share made of four
+    scale: float = 0.5  # a factor of 1 - scale to 1 + scale
+    shift: float = 0.1  # parts of the side, to all directions; half a side for mosaics
+    flip: float = 0.5  # share mirrored
+    hue: float = 0.015  # parts of the colour circle
+    saturation: float = 0.5  # a factor of 1 - saturation to 1 + saturation
+    brightness: float = 0.3  # a factor of 1 - brightness to 1 + brightness
 
-    def __call__(self, fetch: Callable[[np.ndarray], Boxed], index: np.ndarray, count: int,
-                 generator: torch.Generator) -> Boxed:
+    def __call__(
+        self, fetch: Callable[[np.ndarray], Boxed], index: np.ndarray, count: int, generator: torch.Generator
+    ) -> Boxed:
         """The pictures `index` of `count`, changed; `fetch(rows)` gives them as they are, B C S S."""
+
         def between(span: float, *shape: int) -> Tensor:
             return (2 * torch.rand(*shape, generator=generator) - 1) * span
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 SIDES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
-ENOUGH = 5000              # pictures that mean and deviation are learnt on; more change the third digit
+ENOUGH = 5000  # pictures that mean and deviation are learnt on; more change the third digit
 
 
 def suggest_side(widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np.ndarray) -> int:
@@ -39,10 +39,9 @@ class Pictures:
     @classmethod
     def learn(cls, pixels: torch.Tensor, fit: images.Fit = "crop") -> Pictures:
         """From training pixels as `images.load` gives them: uint8, N C S S."""
-        some = pixels[:: max(1, len(pixels) // ENOUGH)].double() / 255      # evenly spread
+        some = pixels[:: max(1, len(pixels) // ENOUGH)].double() / 255  # evenly spread
         mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0)
-        return cls(pixels.shape[-1], pixels.shape[1], tuple(mean.tolist()),
-                   tuple(max(s, 1e-3) for s in std.tolist()), fit)
+        return cls(pixels.shape[-1], pixels.shape[1], tuple(mean.tolist()), tuple(max(s, 1e-3) for s in std.tolist()), fit)
 
     def scaled(self, text: str) -> Pictures:
         """With mean and deviation of each channel as "mean,mean,mean/std,std,std" says. Raises `SettingsError` where it
@@ -52,9 +51,11 @@ class Pictures:
         except ValueError:
             mean, std = (), ()
         if not len(mean) == len(std) == self.channels or min(std) <= 0:
-            raise SettingsError(f"task.pixels={text!r} is no mean and deviation of {self.channels} "
-                                f"channel{'s' if self.channels > 1 else ''}, such as "
-                                f"{'/'.join(','.join([each] * self.channels) for each in ('0.5', '0.25'))}.")
+            raise SettingsError(
+                f"task.pixels={text!r} is no mean and deviation of {self.channels} "
+                f"channel{'s' if self.channels > 1 else ''}, such as "
+                f"{'/'.join(','.join([each] * self.channels) for each in ('0.5', '0.25'))}."
+            )
         return replace(self, mean=mean, std=std)
 
     def resized(self, text: str) -> Resized:
@@ -66,8 +67,10 @@ class Pictures:
         except (ValueError, KeyError, TypeError):
             fit, part, name = "", 1.0, Image.Resampling.BICUBIC
         if fit not in ("crop", "pad", "stretch") or not 0 < part <= 1 or (part < 1 and fit == "pad"):
-            raise SettingsError(f"task.resize={text!r} is no way to resize pictures, such as: crop bicubic (the middle of it), "
-                                "crop 0.875 bicubic (so much of the middle), pad bilinear, stretch bicubic.")
+            raise SettingsError(
+                f"task.resize={text!r} is no way to resize pictures, such as: crop bicubic (the middle of it), "
+                "crop 0.875 bicubic (so much of the middle), pad bilinear, stretch bicubic."
+            )
         return Resized(self.side, self.channels, self.mean, self.std, fit, round(self.side / part), name, even)
 
     def load(self, paths: Sequence[str | Path]) -> torch.Tensor:
@@ -92,7 +95,7 @@ class Pictures:
         numbers = lambda values: torch.tensor(values, device=x.device, dtype=x.dtype).view(-1, 1, 1)
         x = x * numbers(self.std) + numbers(self.mean)
         if self.channels == 3 and other.channels == 1:
-            x = (x * numbers((0.299, 0.587, 0.114))).sum(1, keepdim=True)        # ITU-R BT.601, as the reader makes grey
+            x = (x * numbers((0.299, 0.587, 0.114))).sum(1, keepdim=True)  # ITU-R BT.601, as the reader makes grey
         elif self.channels != other.channels:
             x = x.expand(-1, other.channels, -1, -1)
         if self.side != other.side:
@@ -105,8 +108,11 @@ class Pictures:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Pictures:
         values = (saved["side"], saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["fit"])
-        return Resized(*values, saved["edge"], Image.Resampling(saved["filter"]),
-                       saved.get("even", False)) if "edge" in saved else cls(*values)
+        return (
+            Resized(*values, saved["edge"], Image.Resampling(saved["filter"]), saved.get("even", False))
+            if "edge" in saved
+            else cls(*values)
+        )
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,9 @@ class Resized(Pictures):
     """Pictures as published networks were shown them, by a filter of Pillow's: "crop" scales the shorter side to `edge`,
     "stretch" both, and the middle is cut out of that; "pad" scales the longer side and fills up with white."""
 
-    edge: int = 224                      # pixels of the shorter side, or of both, before the cut
+    edge: int = 224  # pixels of the shorter side, or of both, before the cut
     filter: int = Image.Resampling.BICUBIC
-    even: bool = False                   # a middle between two pixels is the even one, as torchvision's, not the lower
+    even: bool = False  # a middle between two pixels is the even one, as torchvision's, not the lower
 
     @property
     def way(self) -> str:

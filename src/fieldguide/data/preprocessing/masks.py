@@ -15,7 +15,7 @@ from PIL import Image
 from fieldguide.data.media import images
 from fieldguide.data.media.masks import Drawing
 
-STEP = 32              # canvases are multiples of it, as networks that halve five times like best
+STEP = 32  # canvases are multiples of it, as networks that halve five times like best
 
 
 Mask = str | Path | Drawing
@@ -37,9 +37,11 @@ def codes(path: Mask) -> np.ndarray:
 
 def values(paths: Sequence[str | Path]) -> list[np.ndarray]:
     """The different values of each mask."""
+
     def one(path: str | Path) -> np.ndarray:
         found = codes(path)
         return np.flatnonzero(np.bincount(found.ravel())) if found.min() >= 0 and found.max() < 65536 else np.unique(found)
+
     with ThreadPoolExecutor(images.THREADS) as pool:
         return list(pool.map(one, paths))
 
@@ -78,8 +80,9 @@ class Canvas:
             list(pool.map(one, range(len(paths))))
         return out
 
-    def masks(self, paths: Sequence[Mask], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], *,
-              full: bool = False) -> np.ndarray:
+    def masks(
+        self, paths: Sequence[Mask], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], *, full: bool = False
+    ) -> np.ndarray:
         """Classes of the pixels, int16 N H W, -1 where there is none; in the pictures' own size where `full`."""
         out = np.full((len(paths), *canvas), -1, dtype=np.int16)
         order = np.argsort(self.classes)
@@ -95,7 +98,7 @@ class Canvas:
                     rows = ((np.arange(height) + 0.5) * classes.shape[0] / height).astype(int)
                     columns = ((np.arange(width) + 0.5) * classes.shape[1] / width).astype(int)
                     classes = classes[rows[:, None], columns]
-            out[i, :classes.shape[0], :classes.shape[1]] = classes
+            out[i, : classes.shape[0], : classes.shape[1]] = classes
 
         with ThreadPoolExecutor(images.THREADS) as pool:
             list(pool.map(one, range(len(paths))))

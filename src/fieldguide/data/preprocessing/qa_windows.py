@@ -24,8 +24,8 @@ ANSWERS = ("answers", "answer", "answer_text", "answers.text", "answer.text")
 STARTS = ("answer_start", "answers.answer_start", "answer.answer_start", "answer_offset")
 IDS = ("id", "qid", "question_id")
 IMPOSSIBLE = ("is_impossible", "impossible", "unanswerable")
-SAME = "same context"      # the column whose values are equal where contexts are: a split keeps these on one side
-UNUSABLE = {"context", "question", "lost"}               # what is wrong with rows that are left out
+SAME = "same context"  # the column whose values are equal where contexts are: a split keeps these on one side
+UNUSABLE = {"context", "question", "lost"}  # what is wrong with rows that are left out
 ANSWER = pl.List(pl.Struct({"text": pl.String, "start": pl.Int64}))
 
 
@@ -69,7 +69,7 @@ def columns_of(data: Data, context: str | None = None, question: str | None = No
 
 def given(value: Any, start: Any) -> list[tuple[str, int | None]]:
     """A cell of answers in any layout, as (text, first character or None)."""
-    if isinstance(value, dict):                          # {"text": ..., "answer_start": ...}, maybe lists
+    if isinstance(value, dict):  # {"text": ..., "answer_start": ...}, maybe lists
         return given(value.get("text"), value.get("answer_start", value.get("start", start)))
     if value is None:
         return []
@@ -105,10 +105,15 @@ def examined(data: Data, columns: Columns) -> Examined:
     texts = [rows[name].fill_null("").to_list() for name in (columns.context, columns.question)]
     starts = rows[columns.start].to_list() if columns.start else [None] * len(data)
     values = rows[columns.answers].to_list() if columns.answers else [None] * len(data)
-    none = rows[columns.impossible].cast(pl.String).str.to_lowercase().is_in(["true", "1", "1.0", "yes"]).to_list() \
-        if columns.impossible else [False] * len(data)
-    answers, seen = [], {k: np.zeros(len(data), dtype=bool) for k in ("context", "question", "lost", "moved", "many", "silent",
-                                                                       "both")}
+    none = (
+        rows[columns.impossible].cast(pl.String).str.to_lowercase().is_in(["true", "1", "1.0", "yes"]).to_list()
+        if columns.impossible
+        else [False] * len(data)
+    )
+    answers, seen = (
+        [],
+        {k: np.zeros(len(data), dtype=bool) for k in ("context", "question", "lost", "moved", "many", "silent", "both")},
+    )
     for row, (context, question, value, start, impossible) in enumerate(zip(*texts, values, starts, none)):
         seen["context"][row], seen["question"][row] = not context.strip(), not question.strip()
         wanted, kept = [(t.strip(), s if s is None else s + len(t) - len(t.lstrip())) for t, s in given(value, start)], []
@@ -121,7 +126,7 @@ def examined(data: Data, columns: Columns) -> Examined:
             if place >= 0:
                 seen["moved"][row] |= at is not None and place != at
                 seen["many"][row] |= at is None and context.find(text, place + 1) >= 0
-                kept.append({"text": context[place:place + len(text)], "start": place})
+                kept.append({"text": context[place : place + len(text)], "start": place})
         seen["lost"][row] = bool(wanted) and not kept and not impossible
         seen["silent"][row] = not wanted and not impossible and not columns.impossible
         answers.append(kept)
@@ -142,23 +147,48 @@ def found(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator
 
     yield from tell("context", "empty-context", "questions on an empty context", "Add the text or remove the row.")
     yield from tell("question", "empty-question", "rows with an empty question", "Add the question or remove the row.")
-    yield from tell("lost", "answer-not-there", "answers that do not stand in their context, letter by letter",
-                    "An answer must be a piece of the context; one in other words is for a network that writes.")
-    yield from tell("moved", "answer-moved", f"answers that do not begin where {columns.start or 'answer_start'!r} says; taken "
-                    "where they stand nearest to it", "Count characters (not bytes) from 0, of the context as it stands in the "
-                    "file.")
-    yield from tell("both", "answer-to-impossible", "questions marked as having no answer, and with one: taken to have none",
-                    "Decide which is right.")
-    yield from tell("many", "answer-many-times", "answers that their context has several times, without a start: the first is "
-                    "taken", "Add a column answer_start.", "note")
+    yield from tell(
+        "lost",
+        "answer-not-there",
+        "answers that do not stand in their context, letter by letter",
+        "An answer must be a piece of the context; one in other words is for a network that writes.",
+    )
+    yield from tell(
+        "moved",
+        "answer-moved",
+        f"answers that do not begin where {columns.start or 'answer_start'!r} says; taken where they stand nearest to it",
+        "Count characters (not bytes) from 0, of the context as it stands in the file.",
+    )
+    yield from tell(
+        "both",
+        "answer-to-impossible",
+        "questions marked as having no answer, and with one: taken to have none",
+        "Decide which is right.",
+    )
+    yield from tell(
+        "many",
+        "answer-many-times",
+        "answers that their context has several times, without a start: the first is taken",
+        "Add a column answer_start.",
+        "note",
+    )
     if columns.answers:
-        yield from tell("silent", "no-answer", "questions without an answer: taken as questions that their context does not "
-                        "answer", "Is that so? Say it by a column is_impossible, or fill the answers in.", "note")
+        yield from tell(
+            "silent",
+            "no-answer",
+            "questions without an answer: taken as questions that their context does not answer",
+            "Is that so? Say it by a column is_impossible, or fill the answers in.",
+            "note",
+        )
     if columns.id:
         again = ~data.rows.select(pl.col(columns.id).is_first_distinct() | pl.col(columns.id).is_null()).to_series().to_numpy()
         seen["again"] = again
-        yield from tell("again", "duplicate-id", f"questions whose {columns.id!r} is there before", "Were two files joined, or "
-                        "rows copied? Each question counts.")
+        yield from tell(
+            "again",
+            "duplicate-id",
+            f"questions whose {columns.id!r} is there before",
+            "Were two files joined, or rows copied? Each question counts.",
+        )
 
 
 def check(data: Data) -> Iterator[Finding]:
@@ -167,9 +197,20 @@ def check(data: Data) -> Iterator[Finding]:
         yield from examined(data, columns).findings
 
 
-WANTS = Wants("named", names=ANSWERS, kinds={"target": held}, gaps=True, checks=(*checks.CHECKS, check), columns={
-    **spelt(CONTEXTS, "text"), **spelt(QUESTIONS, "text"), "answer_start": "number", "answers.answer_start": "list",
-    "answer.answer_start": "list"})
+WANTS = Wants(
+    "named",
+    names=ANSWERS,
+    kinds={"target": held},
+    gaps=True,
+    checks=(*checks.CHECKS, check),
+    columns={
+        **spelt(CONTEXTS, "text"),
+        **spelt(QUESTIONS, "text"),
+        "answer_start": "number",
+        "answers.answer_start": "list",
+        "answer.answer_start": "list",
+    },
+)
 
 
 def prepared(data: Data, columns: Columns) -> Data:

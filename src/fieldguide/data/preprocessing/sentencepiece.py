@@ -18,8 +18,8 @@ from fieldguide.core.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-UNIGRAM, PAIRS = 1, 2                                    # kinds of models
-UNKNOWN, CONTROL, WHOLE, UNUSED, BYTE = 2, 3, 4, 5, 6    # kinds of pieces but for plain ones
+UNIGRAM, PAIRS = 1, 2  # kinds of models
+UNKNOWN, CONTROL, WHOLE, UNUSED, BYTE = 2, 3, 4, 5, 6  # kinds of pieces but for plain ones
 BLANK = "▁"
 
 
@@ -29,11 +29,11 @@ class Pieces:
 
     pieces: list[tuple[str, float, int]]
     model: int = UNIGRAM
-    bytes_known: bool = False                            # unknown characters are written as their bytes
-    suffixed: bool = False                               # blanks belong to the word before them
-    charsmap: bytes = b""                                # what characters are replaced by, as compiled
-    begun: bool = True                                   # texts begin with a blank
-    squeezed: bool = True                                # blanks in a row are one, and none stand around a text
+    bytes_known: bool = False  # unknown characters are written as their bytes
+    suffixed: bool = False  # blanks belong to the word before them
+    charsmap: bytes = b""  # what characters are replaced by, as compiled
+    begun: bool = True  # texts begin with a blank
+    squeezed: bool = True  # blanks in a row are one, and none stand around a text
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -62,7 +62,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
         size = number() if kind == 2 else {1: 8, 5: 4}[kind]
         if at + size > len(data):
             raise ValueError(f"field {key >> 3} is cut off")
-        yield key >> 3, data[at:at + size]
+        yield key >> 3, data[at : at + size]
         at += size
 
 
@@ -80,13 +80,21 @@ def parsed(file: Path) -> Pieces:
         raise DataError(f"{file} is damaged or no file of SentencePiece: {error}") from None
     if not pieces or (model := trainer.get(3, UNIGRAM)) not in (UNIGRAM, PAIRS):
         raise DataError(f"{file} holds no pieces of SentencePiece, or whole words or characters, which are not read.")
-    return Pieces(pieces, model, bool(trainer.get(35, 0)), bool(trainer.get(24, 0)), normal.get(2, b""), bool(normal.get(3, 1)),
-                  bool(normal.get(4, 1)))
+    return Pieces(
+        pieces,
+        model,
+        bool(trainer.get(35, 0)),
+        bool(trainer.get(24, 0)),
+        normal.get(2, b""),
+        bool(normal.get(3, 1)),
+        bool(normal.get(4, 1)),
+    )
 
 
 def made(file: Path, said: Pieces) -> Tokenizer:
     """A tokenizer that parts texts as the file does; control tokens are special, and nothing stands around texts yet."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
     if said.suffixed:
         raise DataError(f"{file}: its blanks belong to the word before them, which is not read.")
     steps = [normalizers.Precompiled(said.charsmap)] if said.charsmap else []
@@ -94,8 +102,9 @@ def made(file: Path, said: Pieces) -> Tokenizer:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
     unknown = next((i for i, (_, _, kind) in enumerate(said.pieces) if kind == UNKNOWN), None)
     if said.model == UNIGRAM:
-        tokenizer = Tokenizer(models.Unigram([(piece, score) for piece, score, _ in said.pieces], unk_id=unknown,
-                                             byte_fallback=said.bytes_known))
+        tokenizer = Tokenizer(
+            models.Unigram([(piece, score) for piece, score, _ in said.pieces], unk_id=unknown, byte_fallback=said.bytes_known)
+        )
         scheme = "always" if said.begun else "never"
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(BLANK, prepend_scheme=scheme)
         after = [decoders.Metaspace(BLANK, prepend_scheme=scheme)]
@@ -103,8 +112,15 @@ def made(file: Path, said: Pieces) -> Tokenizer:
         steps += [normalizers.Prepend(BLANK)] if said.begun else []
         steps.append(normalizers.Replace(" ", BLANK))
         vocab = {piece: i for i, (piece, _, _) in enumerate(said.pieces)}
-        tokenizer = Tokenizer(models.BPE(vocab, merges(said, vocab), fuse_unk=True, byte_fallback=said.bytes_known,
-                                         unk_token=None if unknown is None else said.pieces[unknown][0]))
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab,
+                merges(said, vocab),
+                fuse_unk=True,
+                byte_fallback=said.bytes_known,
+                unk_token=None if unknown is None else said.pieces[unknown][0],
+            )
+        )
         after = [decoders.Replace(BLANK, " ")]
     if said.bytes_known:
         after += [decoders.ByteFallback(), decoders.Fuse()]
@@ -112,14 +128,20 @@ def made(file: Path, said: Pieces) -> Tokenizer:
         after += [decoders.Fuse()] + ([decoders.Strip(" ", 1, 0)] if said.begun else [])
     tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(steps), decoders.Sequence(after)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece, _, kind in said.pieces if kind == WHOLE])
-    tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece, _, kind in said.pieces
-                                  if kind in (CONTROL, UNKNOWN)])
+    tokenizer.add_special_tokens(
+        [AddedToken(piece, normalized=False) for piece, _, kind in said.pieces if kind in (CONTROL, UNKNOWN)]
+    )
     return tokenizer
 
 
 def merges(said: Pieces, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """All ways to put a piece together of two others, the best piece first: its score says when it was learnt."""
     plain = {piece for piece, _, kind in said.pieces if kind == 1}
-    found = [(-score, vocab[piece[:i]], vocab[piece[i:]], piece[:i], piece[i:]) for piece, score, kind in said.pieces
-             if kind == 1 for i in range(1, len(piece)) if piece[:i] in plain and piece[i:] in plain]
+    found = [
+        (-score, vocab[piece[:i]], vocab[piece[i:]], piece[:i], piece[i:])
+        for piece, score, kind in said.pieces
+        if kind == 1
+        for i in range(1, len(piece))
+        if piece[:i] in plain and piece[i:] in plain
+    ]
     return [(first, second) for *_, first, second in sorted(found)]

@@ -10,7 +10,7 @@ import numpy as np
 from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.data.preprocessing.tokenizer import Text
 
-CALLED = ("task.source_language", "task.target_language")            # how a user names the languages
+CALLED = ("task.source_language", "task.target_language")  # how a user names the languages
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def framed(text: Text, options: Any, called: tuple[str, str] = CALLED) -> Frame:
         return Frame((), (), (text.cls,), text.end)
     seen = text.tokenizer.encode("a")
     special = np.flatnonzero(~np.array(seen.special_tokens_mask, dtype=bool))
-    before = tuple(seen.ids[:special[0]]) if len(special) else ()
-    after = tuple(seen.ids[special[-1] + 1:]) if len(special) else tuple(seen.ids)
+    before = tuple(seen.ids[: special[0]]) if len(special) else ()
+    after = tuple(seen.ids[special[-1] + 1 :]) if len(special) else tuple(seen.ids)
     languages = [i for i in (*before, *after) if i not in (text.cls, text.sep, text.end)]
     if not languages and not options.source_language and not options.target_language:
         begin = options.begin
@@ -49,11 +49,13 @@ def framed(text: Text, options: Any, called: tuple[str, str] = CALLED) -> Frame:
             begin = text.pad if text.cls == text.unknown else text.cls
         return Frame(before, after, (begin, *before), text.end)
     known = (text.cls, text.sep, text.end, text.pad, text.unknown)
-    begin = None if options.begin in known else options.begin        # a language of its own: mBART of 25, fitted to one
+    begin = None if options.begin in known else options.begin  # a language of its own: mBART of 25, fitted to one
     if options.target_language is None and begin is None:
         example = f" (it reads {text.tokenizer.id_to_token(languages[0])})" if languages else ""
-        raise SettingsError(f"{options.tokenizer} knows languages{example}: say the answers' by its token, such as "
-                            f"--set {called[1]}=de_DE or deu_Latn, and that of the sources as {called[0]}.")
+        raise SettingsError(
+            f"{options.tokenizer} knows languages{example}: say the answers' by its token, such as "
+            f"--set {called[1]}=de_DE or deu_Latn, and that of the sources as {called[0]}."
+        )
     source = named(text, options.source_language, called[0], options.tokenizer, languages)
     target = named(text, options.target_language, called[1], options.tokenizer, [begin])
     if options.begin is None or begin is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-RATES = (8_000, 16_000)    # samples a second that models hear; speech has little above 8 kHz
+RATES = (8_000, 16_000)  # samples a second that models hear; speech has little above 8 kHz
 HOPS = (0.010, 0.008, 0.005)
 # The power in a band that counts as silence. The rounding of 16-bit samples makes about as much in one bin, so
 # recordings with digital silence in them, whose logarithm would be infinite, look like those without.
@@ -43,10 +43,10 @@ def suggest_hop(seconds: np.ndarray, needed: np.ndarray, stride: int = 4) -> flo
     return HOPS[-1]
 
 
-def mono(wave: np.ndarray) -> np.ndarray:                # N | N C -> N
+def mono(wave: np.ndarray) -> np.ndarray:  # N | N C -> N
     """The mean of the channels, which lie along the second axis as soundfile gives them. Whole numbers (PCM) are
     brought to -1 to 1."""
-    if wave.dtype.kind == "u":                           # 8-bit files: 128 is silence
+    if wave.dtype.kind == "u":  # 8-bit files: 128 is silence
         wave = (wave.astype(np.float32) - 2.0 ** (8 * wave.itemsize - 1)) / 2.0 ** (8 * wave.itemsize - 1)
     elif wave.dtype.kind == "i":
         wave = wave.astype(np.float32) / 2.0 ** (8 * wave.itemsize - 1)
@@ -55,7 +55,7 @@ def mono(wave: np.ndarray) -> np.ndarray:                # N | N C -> N
     return (wave if wave.ndim == 1 else wave.mean(1)).astype(np.float32, copy=False)
 
 
-def resample(waves: np.ndarray, rate: int, wanted: int) -> np.ndarray:           # ... N -> ... ceil(N wanted / rate)
+def resample(waves: np.ndarray, rate: int, wanted: int) -> np.ndarray:  # ... N -> ... ceil(N wanted / rate)
     """Waves at another number of samples a second, along the last axis.
 
     scipy's polyphase filter: it computes only the samples that are kept, in C, and its low-pass (Kaiser window) keeps
@@ -69,7 +69,7 @@ def resample(waves: np.ndarray, rate: int, wanted: int) -> np.ndarray:          
     return resample_poly(waves, wanted // shared, rate // shared, axis=-1).astype(waves.dtype, copy=False)
 
 
-def padded(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:                # each N -> B N, B
+def padded(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:  # each N -> B N, B
     """Recordings as one batch with zeros after their end, and the samples of each."""
     import torch
 
@@ -81,7 +81,7 @@ def padded(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:               
 
 
 @cache
-def mel_filters(rate: int, fft: int, bands: int, low: float, high: float) -> np.ndarray:         # fft/2+1 F
+def mel_filters(rate: int, fft: int, bands: int, low: float, high: float) -> np.ndarray:  # fft/2+1 F
     """Triangles that are equally wide on HTK's mel scale, 2595 log10(1 + f/700), and 1 at their peak, between `low`
     and `high` Hz. Slaney's scale, linear below 1 kHz, and its equal areas differ by little and by a constant."""
     if not 0 <= low < high <= rate / 2:
@@ -93,8 +93,10 @@ def mel_filters(rate: int, fft: int, bands: int, low: float, high: float) -> np.
     falling = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
     filters = np.maximum(0, np.minimum(rising, falling))
     if empty := int((filters.max(0) == 0).sum()):
-        raise SettingsError(f"{empty} of {bands} mel bands hold no frequency of a window of {fft} samples at {rate} Hz: "
-                            f"choose fewer bands or a longer window")
+        raise SettingsError(
+            f"{empty} of {bands} mel bands hold no frequency of a window of {fft} samples at {rate} Hz: "
+            f"choose fewer bands or a longer window"
+        )
     return filters.astype(np.float32)
 
 
@@ -108,12 +110,12 @@ class LogMel:
     keeps them, and suits recordings of a word or less. Pre-emphasis would add a constant to each band, and is left out.
     """
 
-    rate: int = 16_000           # samples a second
-    bands: int = 80              # F
-    window: float = 0.025        # seconds
-    hop: float = 0.010           # seconds from one frame to the next
-    low: float = 20.0            # Hz
-    high: float | None = None    # Hz; None is half of the rate
+    rate: int = 16_000  # samples a second
+    bands: int = 80  # F
+    window: float = 0.025  # seconds
+    hop: float = 0.010  # seconds from one frame to the next
+    low: float = 20.0  # Hz
+    high: float | None = None  # Hz; None is half of the rate
     scale: Literal["recording", "corpus"] = "recording"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -133,7 +135,7 @@ class LogMel:
         count = (samples - self.width) // self.step + 1
         return max(count, 1) if isinstance(count, int) else count.clip(1)
 
-    def spectrogram(self, waves: Tensor) -> Tensor:      # B N -> B T F
+    def spectrogram(self, waves: Tensor) -> Tensor:  # B N -> B T F
         """Natural logarithm of the power in each band, not less than `FLOOR`."""
         import torch
 
@@ -162,7 +164,7 @@ class LogMel:
         std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
         return replace(self, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
-    def apply(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:    # B N, B -> B T F, B
+    def apply(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:  # B N, B -> B T F, B
         """Features, zero after the end of each recording, and its frames."""
         import torch
 
@@ -199,7 +201,7 @@ class SpecAugment:
     time_masks: int = 10
     time_share: float = 0.05
 
-    def apply(self, features: Tensor, frames: Tensor, generator: torch.Generator) -> Tensor:     # B T F, B -> B T F
+    def apply(self, features: Tensor, frames: Tensor, generator: torch.Generator) -> Tensor:  # B T F, B -> B T F
         import torch
 
         rows, steps, bands = features.shape
@@ -209,7 +211,7 @@ class SpecAugment:
         return features.masked_fill(hidden.to(features.device), 0.0)
 
 
-def stripes(lengths: Tensor, size: int, count: int, share: float, generator: torch.Generator) -> Tensor:   # B -> B size
+def stripes(lengths: Tensor, size: int, count: int, share: float, generator: torch.Generator) -> Tensor:  # B -> B size
     """Where any of `count` stripes lies, each within the first `lengths` places and at most a `share` of them wide."""
     import torch
 
@@ -220,18 +222,19 @@ def stripes(lengths: Tensor, size: int, count: int, share: float, generator: tor
     return ((place >= first[:, None]) & (place < (first + width)[:, None])).any(-1)
 
 
-def perturb_speed(waves: Tensor, lengths: Tensor, generator: torch.Generator,
-                  speeds: Sequence[float] = (0.9, 1.0, 1.1)) -> tuple[Tensor, Tensor]:           # B N, B -> B N', B
+def perturb_speed(
+    waves: Tensor, lengths: Tensor, generator: torch.Generator, speeds: Sequence[float] = (0.9, 1.0, 1.1)
+) -> tuple[Tensor, Tensor]:  # B N, B -> B N', B
     """Each recording faster or slower by a factor drawn from `speeds`, pitch with it (Ko et al. 2015)."""
     import torch
 
     drawn = torch.randint(len(speeds), (len(waves),), generator=generator).numpy()
-    factors = np.round(100 * np.asarray(speeds)).astype(int)                     # in percent: 110 samples become 100
+    factors = np.round(100 * np.asarray(speeds)).astype(int)  # in percent: 110 samples become 100
     new = -(-lengths.numpy() * 100 // factors[drawn])
     out = np.zeros((len(waves), new.max(initial=1)), np.float32)
     for number in np.unique(drawn):
         rows = drawn == number
-        faster = resample(waves.numpy()[rows], int(factors[number]), 100)[:, :out.shape[1]]
-        out[rows, :faster.shape[1]] = faster
+        faster = resample(waves.numpy()[rows], int(factors[number]), 100)[:, : out.shape[1]]
+        out[rows, : faster.shape[1]] = faster
     out[np.arange(out.shape[1]) >= new[:, None]] = 0.0
     return torch.from_numpy(out), torch.from_numpy(new)

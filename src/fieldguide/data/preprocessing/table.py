@@ -18,10 +18,10 @@ from scipy.special import ndtri
 from fieldguide.data.dataset import Column
 
 QUANTILES = 1000
-EDGE = 1e-7                # probabilities are kept this far from 0 and 1: about +-5.2
-MANY = 20                  # of more values than these, those seen once in training are coded as unseen,
-LIMIT = 10_000             # and only the most frequent are kept: so the code for unseen values is trained too
-DAY = 86_400_000_000       # microseconds
+EDGE = 1e-7  # probabilities are kept this far from 0 and 1: about +-5.2
+MANY = 20  # of more values than these, those seen once in training are coded as unseen,
+LIMIT = 10_000  # and only the most frequent are kept: so the code for unseen values is trained too
+DAY = 86_400_000_000  # microseconds
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Number:
     """One input number: the column it is from, what of it, and the quantiles of its training values."""
 
     column: str
-    part: str              # value | time | year-sin | year-cos | hour-sin | hour-cos
+    part: str  # value | time | year-sin | year-cos | hour-sin | hour-cos
     quantiles: tuple[float, ...] = ()
 
 
@@ -38,7 +38,7 @@ class Category:
     """One input code: 0 unseen, 1 ... the values in order, and one more for missing where training had it."""
 
     column: str
-    part: str              # value | weekday | missing
+    part: str  # value | weekday | missing
     values: tuple[str, ...]
     missing: bool = False
 
@@ -52,7 +52,7 @@ class TablePreparer:
 
     def __init__(self, numbers: Iterable[Number], categories: Iterable[Category]) -> None:
         self.numbers, self.categories = tuple(numbers), tuple(categories)
-        self.unseen: dict[str, int] = {}      # by column: values in the last `apply` that are new
+        self.unseen: dict[str, int] = {}  # by column: values in the last `apply` that are new
 
     @classmethod
     def learn(cls, rows: pl.DataFrame, columns: Iterable[Column]) -> TablePreparer:
@@ -123,21 +123,21 @@ class TablePreparer:
         return out
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": 1, "numbers": [asdict(n) for n in self.numbers],
-                "categories": [asdict(c) for c in self.categories]}
+        return {"version": 1, "numbers": [asdict(n) for n in self.numbers], "categories": [asdict(c) for c in self.categories]}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TablePreparer:
-        return cls([Number(n["column"], n["part"], tuple(n["quantiles"])) for n in saved["numbers"]],
-                   [Category(c["column"], c["part"], tuple(c["values"]), c["missing"])
-                    for c in saved["categories"]])
+        return cls(
+            [Number(n["column"], n["part"], tuple(n["quantiles"])) for n in saved["numbers"]],
+            [Category(c["column"], c["part"], tuple(c["values"]), c["missing"]) for c in saved["categories"]],
+        )
 
 
 def quantiles(values: np.ndarray) -> tuple[float, ...]:
     """Quantiles of training values, evenly spaced in probability: one for every 30 values, 10 to 1000."""
     count = max(10, min(values.size // 30, QUANTILES))
     found = np.quantile(values, np.linspace(0, 1, count))
-    return tuple(np.maximum.accumulate(found).tolist())      # rounding may break the order by a hair
+    return tuple(np.maximum.accumulate(found).tolist())  # rounding may break the order by a hair
 
 
 def normal(values: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:
@@ -154,8 +154,11 @@ def extract(values: pl.Series, part: str) -> np.ndarray:
         return values.cast(pl.Float64).fill_null(np.nan).to_numpy()
     if part == "time":
         return (values.cast(pl.Int64).cast(pl.Float64) / DAY).fill_null(np.nan).to_numpy()
-    turn = hours(values) / 24 if part.startswith("hour") else \
-        (values.dt.ordinal_day().cast(pl.Float64).fill_null(np.nan).to_numpy() - 1) / 365.25
+    turn = (
+        hours(values) / 24
+        if part.startswith("hour")
+        else (values.dt.ordinal_day().cast(pl.Float64).fill_null(np.nan).to_numpy() - 1) / 365.25
+    )
     return (np.sin if part.endswith("sin") else np.cos)(2 * np.pi * turn)
 
 

@@ -15,17 +15,25 @@ from fieldguide.data.preprocessing import tokenizer_files
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-END = "<|endoftext|>"      # between texts that stand in one row
-SPECIAL = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")      # indices 0 to 4
-ENOUGH = 20_000_000        # characters; more teach the tokenizer nothing and take minutes
+END = "<|endoftext|>"  # between texts that stand in one row
+SPECIAL = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")  # indices 0 to 4
+ENOUGH = 20_000_000  # characters; more teach the tokenizer nothing and take minutes
 BLANKS = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
 
 
 class Text:
     """Texts as token indices below `size`, padded with `pad`; an empty text is the one token `unknown`."""
 
-    def __init__(self, tokenizer: Tokenizer, *, lower: bool = False, learnt_on: int = 0,
-                 special: Mapping[str, str] | None = None, template: str | None = None, ends: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        lower: bool = False,
+        learnt_on: int = 0,
+        special: Mapping[str, str] | None = None,
+        template: str | None = None,
+        ends: Sequence[str] = (),
+    ) -> None:
         """`special`: what its tokens are called (eos_token, ...), by which they are found before their usual names are
         tried. `template` writes conversations; `ends` are all tokens that end an answer."""
         self.tokenizer, self.lower, self.learnt_on, self.template = tokenizer, lower, learnt_on, template
@@ -38,8 +46,9 @@ class Text:
         self.cls = self.token(called("cls_token"), "<cls>", "[CLS]", called("bos_token"), "<s>", default=self.unknown)
         self.sep = self.token(called("sep_token"), "<sep>", "[SEP]", called("eos_token"), "</s>", default=self.unknown)
         self.hidden = self.token(called("mask_token"), "<mask>", "[MASK]", default=self.unknown)
-        self.end = self.token(called("eos_token"), *ends[:1], END, "<eos>", "</s>", "<sep>", "[SEP]", "<|end_of_text|>",
-                              default=self.pad)
+        self.end = self.token(
+            called("eos_token"), *ends[:1], END, "<eos>", "</s>", "<sep>", "[SEP]", "<|end_of_text|>", default=self.pad
+        )
         more = (self.token(token, default=self.end) for token in ends)
         self.ends = tuple(dict.fromkeys((self.end, *more)))
 
@@ -54,21 +63,26 @@ class Text:
         texts = list(texts)
         total = sum(map(len, texts))
         if total > ENOUGH:
-            texts = texts[::math.ceil(total / ENOUGH)]
+            texts = texts[:: math.ceil(total / ENOUGH)]
         tokenizer = Tokenizer(models.BPE())
         steps = [normalizers.NFC(), *([normalizers.Lowercase()] if lower else [])]
         tokenizer.normalizer = normalizers.Sequence(steps)
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=size or suggest_size(total), special_tokens=list(SPECIAL),
-                                      min_frequency=2, show_progress=False,
-                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        trainer = trainers.BpeTrainer(
+            vocab_size=size or suggest_size(total),
+            special_tokens=list(SPECIAL),
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        )
         tokenizer.train_from_iterator(batches(texts, 1000), trainer, length=len(texts))
         return cls(tokenizer, lower=lower, learnt_on=len(texts))
 
     @classmethod
-    def learn_exact(cls, texts: Iterable[str], *, size: int | None = None, characters: bool = False,
-                    special: Sequence[str] = (END,)) -> Text:
+    def learn_exact(
+        cls, texts: Iterable[str], *, size: int | None = None, characters: bool = False, special: Sequence[str] = (END,)
+    ) -> Text:
         """Learn tokens that spell texts back to the byte: byte-level BPE, or one token a character.
 
         Tokens in `special` are never read out of texts, only put between them. Characters that the texts lack are
@@ -86,13 +100,17 @@ class Text:
             tokenizer.add_special_tokens(list(special))
         else:
             if total > ENOUGH:
-                texts = texts[::math.ceil(total / ENOUGH)]
+                texts = texts[:: math.ceil(total / ENOUGH)]
             tokenizer = Tokenizer(models.BPE())
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = decoders.ByteLevel()
-            trainer = trainers.BpeTrainer(vocab_size=size or suggest_size(total), special_tokens=list(special),
-                                          min_frequency=2, show_progress=False,
-                                          initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+            trainer = trainers.BpeTrainer(
+                vocab_size=size or suggest_size(total),
+                special_tokens=list(special),
+                min_frequency=2,
+                show_progress=False,
+                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            )
             tokenizer.train_from_iterator(batches(texts, 1000), trainer, length=len(texts))
         return cls(tokenizer, learnt_on=len(texts))
 
@@ -100,8 +118,11 @@ class Text:
         """Token indices of each text, int64, all of it and nothing more: no token is put before or after, and special
         tokens that are spelt out in a text are plain characters."""
         self.tokenizer.encode_special_tokens = True
-        return [np.array(e.ids, dtype=np.int64) for some in batches(texts, 1000)
-                for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)]
+        return [
+            np.array(e.ids, dtype=np.int64)
+            for some in batches(texts, 1000)
+            for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
+        ]
 
     def located(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text its tokens as `exactly` gives them, N int64, and which characters of it each covers, N 2 int64: the
@@ -120,14 +141,17 @@ class Text:
     def opening(self) -> list[int]:
         """The tokens that the tokenizer itself puts before a text."""
         seen = self.tokenizer.encode("a")
-        return seen.ids[:next((i for i, text in enumerate(seen.sequence_ids) if text is not None), 0)]
+        return seen.ids[: next((i for i, text in enumerate(seen.sequence_ids) if text is not None), 0)]
 
     def spelt(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of texts that spell out all of their special tokens, as chat templates write them: the tokens of each, N int64, and
         which characters of it each covers, N 2 int64."""
         before, self.tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens, False
-        found = [(np.array(e.ids, dtype=np.int64), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
-                 for some in batches(texts, 1000) for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)]
+        found = [
+            (np.array(e.ids, dtype=np.int64), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
+            for some in batches(texts, 1000)
+            for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
+        ]
         self.tokenizer.encode_special_tokens = before
         return found
 
@@ -161,8 +185,7 @@ class Text:
                 out.append(np.array(ids[:length], dtype=np.int64))
         return out, cut
 
-    def apply(self, texts: Sequence[str], length: int, *,
-              cls: bool = False) -> tuple[np.ndarray, np.ndarray, int]:
+    def apply(self, texts: Sequence[str], length: int, *, cls: bool = False) -> tuple[np.ndarray, np.ndarray, int]:
         """Texts as one padded batch: indices (int64, N x L), mask (bool, N x L, True for tokens), texts cut.
 
         L is the longest of these texts, at most `length`.
@@ -192,8 +215,12 @@ class Text:
         said = {"lower": self.lower, "learnt_on": self.learnt_on, "size": self.size}
         if not self.special and self.template is None and len(self.ends) == 1:
             return said
-        return {**said, "special": self.special, "template": self.template,
-                "ends": [self.tokenizer.id_to_token(i) for i in self.ends]}
+        return {
+            **said,
+            "special": self.special,
+            "template": self.template,
+            "ends": [self.tokenizer.id_to_token(i) for i in self.ends],
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> Text:
@@ -202,8 +229,14 @@ class Text:
         path = Path(path)
         words = tokenizer_files.read(path)
         saved = tokenizer_files.parsed(path / tokenizer_files.OURS)
-        return cls(words.tokenizer, lower=saved.get("lower", False), learnt_on=saved.get("learnt_on", 0),
-                   special=words.special, template=words.template, ends=words.ends)
+        return cls(
+            words.tokenizer,
+            lower=saved.get("lower", False),
+            learnt_on=saved.get("learnt_on", 0),
+            special=words.special,
+            template=words.template,
+            ends=words.ends,
+        )
 
 
 def suggest_size(characters: int) -> int:
@@ -217,4 +250,4 @@ def suggest_length(sizes: Sequence[int] | np.ndarray, most: int = 512) -> int:
 
 
 def batches(texts: Sequence[str], size: int) -> Iterator[Any]:
-    return (texts[i:i + size] for i in range(0, len(texts), size))
+    return (texts[i : i + size] for i in range(0, len(texts), size))

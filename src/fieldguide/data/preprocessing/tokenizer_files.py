@@ -20,7 +20,7 @@ from fieldguide.data.preprocessing import sentencepiece
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-OURS = "text.json"                                       # what `Text.save` writes beside tokenizer.json
+OURS = "text.json"  # what `Text.save` writes beside tokenizer.json
 CHAT = "chat_template.jinja"
 
 
@@ -39,18 +39,21 @@ def read(place: Path) -> Words:
     """From a folder, a tokenizer.json or a GGUF file. Raises `DataError` where there is none, or one that cannot be read."""
     if place.suffix == ".gguf" and place.is_file():
         from fieldguide.core.gguf import tokenizer
+
         made, special, template = tokenizer(place)
         return Words(made, special, template, tuple(special[k] for k in ("eos_token",) if k in special))
     folder = place if place.is_dir() else place.parent
     said = said_beside(folder)
     of = [(files, way) for files, way in FORMS if place.is_dir() or place.name in files]
-    if place.is_file() and not of:                       # a tokenizer.json by another name
+    if place.is_file() and not of:  # a tokenizer.json by another name
         made = from_json(place)
     else:
         way = next((way for files, way in of if all((folder / name).is_file() for name in files)), None)
         if way is None or not place.exists():
-            raise DataError(f"{place}: there is no such tokenizer. Known are tokenizer.json; vocab.txt; vocab.json with "
-                            "merges.txt; spiece.model, spm.model and tokenizer.model.")
+            raise DataError(
+                f"{place}: there is no such tokenizer. Known are tokenizer.json; vocab.txt; vocab.json with "
+                "merges.txt; spiece.model, spm.model and tokenizer.model."
+            )
         made = way(folder, said)
     if (folder / OURS).is_file() and "special" in (ours := parsed(folder / OURS)):
         return Words(made, ours["special"], ours.get("template"), tuple(ours.get("ends", ())))
@@ -106,11 +109,13 @@ def templated(folder: Path, said: Mapping[str, Any]) -> str | None:
 
 # Forms of tokenizers. Each makes one from a folder and what it says.
 
+
 def from_json(file: Path) -> Tokenizer:
     from tokenizers import Tokenizer
+
     try:
         return Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:          # the library raises nothing narrower; it is passed on, not swallowed
+    except Exception as error:  # the library raises nothing narrower; it is passed on, not swallowed
         raise DataError(f"{file}: not a tokenizer of the tokenizers library ({error}).") from error
 
 
@@ -119,14 +124,30 @@ def kind_of(said: Mapping[str, Any]) -> str:
     return str(said.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
 
 
-WORDPIECE = {"", "Bert", "DistilBert", "Electra", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "RetriBert", "Lxmert",
-             "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "TokenizersBackend", "PreTrained"}
+WORDPIECE = {
+    "",
+    "Bert",
+    "DistilBert",
+    "Electra",
+    "MobileBert",
+    "ConvBert",
+    "SqueezeBert",
+    "LayoutLM",
+    "RetriBert",
+    "Lxmert",
+    "DPRContextEncoder",
+    "DPRQuestionEncoder",
+    "DPRReader",
+    "TokenizersBackend",
+    "PreTrained",
+}
 BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
 
 
 def wordpiece(folder: Path, said: dict[str, Any]) -> Tokenizer:
     """BERT's: one token a line of vocab.txt (Devlin et al. 2019, arXiv:1810.04805; words as in Wu et al. 2016)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
     if (kind := kind_of(said)) not in WORDPIECE or (folder / "bpe.codes").is_file():
         raise DataError(f"{folder / 'vocab.txt'} is of a {kind or 'BPE'} tokenizer, and read are those of BERT's kind.")
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
@@ -136,8 +157,11 @@ def wordpiece(folder: Path, said: dict[str, Any]) -> Tokenizer:
         raise DataError(f"{folder / 'vocab.txt'} has no token {said['unk_token']} for words that it does not know.")
     made = Tokenizer(models.WordPiece(vocab, unk_token=said["unk_token"], max_input_chars_per_word=100))
     made.normalizer = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=said.get("tokenize_chinese_chars", True), strip_accents=said.get("strip_accents"),
-        lowercase=said.get("do_lower_case", True))
+        clean_text=True,
+        handle_chinese_chars=said.get("tokenize_chinese_chars", True),
+        strip_accents=said.get("strip_accents"),
+        lowercase=said.get("do_lower_case", True),
+    )
     made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(prefix="##")
     added(made, folder, said)
     around(made, said)
@@ -145,33 +169,58 @@ def wordpiece(folder: Path, said: dict[str, Any]) -> Tokenizer:
 
 
 ENDED = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
-ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>", "unk_token": "<unk>",
-           "pad_token": "<pad>", "mask_token": "<mask>"}
+ROBERTA = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "sep_token": "</s>",
+    "cls_token": "<s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
 # Whose pairs they are -> special tokens, where the folder names others not.
-PAIRS = {"GPT2": ENDED, "Roberta": ROBERTA, "Bart": ROBERTA, "Deberta": {**BERT, "bos_token": "[CLS]", "eos_token": "[SEP]"},
-         "Qwen2": {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}}
-PARTED = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PAIRS = {
+    "GPT2": ENDED,
+    "Roberta": ROBERTA,
+    "Bart": ROBERTA,
+    "Deberta": {**BERT, "bos_token": "[CLS]", "eos_token": "[SEP]"},
+    "Qwen2": {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+}
+PARTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def pairs(folder: Path, said: dict[str, Any]) -> Tokenizer:
     """Byte-level pairs of GPT-2 (Radford et al. 2019, section 2.2) and of those that took them over."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
     try:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:          # the library raises nothing narrower
+    except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{folder / 'vocab.json'} and merges.txt cannot be read: {error}") from error
-    kind = kind_of(said) or next((kind for kind, needed in (("Roberta", ("<s>", "</s>")), ("Deberta", ("[CLS]", "[SEP]")),
-                                                            ("GPT2", ("<|endoftext|>",))) if set(needed) <= set(vocab)), "")
+    kind = kind_of(said) or next(
+        (
+            kind
+            for kind, needed in (("Roberta", ("<s>", "</s>")), ("Deberta", ("[CLS]", "[SEP]")), ("GPT2", ("<|endoftext|>",)))
+            if set(needed) <= set(vocab)
+        ),
+        "",
+    )
     if kind not in PAIRS or any(second.endswith("</w>") for _, second in merges[:1000]):
-        raise DataError(f"{folder / 'vocab.json'} and merges.txt are of a tokenizer of the kind "
-                        f"{kind or 'that they do not say'}, and read are {', '.join(PAIRS)}.")
+        raise DataError(
+            f"{folder / 'vocab.json'} and merges.txt are of a tokenizer of the kind "
+            f"{kind or 'that they do not say'}, and read are {', '.join(PAIRS)}."
+        )
     settle(said, PAIRS[kind])
     made, prefix = Tokenizer(models.BPE(vocab, merges, fuse_unk=False)), bool(said.get("add_prefix_space"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoders.ByteLevel()
     if kind == "Qwen2":
         made.normalizer = normalizers.NFC()
-        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PARTED), "isolated"),
-                                                      pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)])
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PARTED), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
+            ]
+        )
     added(made, folder, said)
     if kind == "Deberta":
         around(made, said)
@@ -180,8 +229,9 @@ def pairs(folder: Path, said: dict[str, Any]) -> Tokenizer:
         made.post_processor = processors.RobertaProcessing(sep, cls, True, prefix)
     elif said.get("add_bos_token"):
         begin = said["bos_token"]
-        made.post_processor = processors.TemplateProcessing(f"{begin} $A", f"{begin} $A {begin} $B", [
-            (begin, known(made, folder, begin))])
+        made.post_processor = processors.TemplateProcessing(
+            f"{begin} $A", f"{begin} $A {begin} $B", [(begin, known(made, folder, begin))]
+        )
     return made
 
 
@@ -200,55 +250,83 @@ def added(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
     """Special tokens, which no text is cut through, and what was added to the vocabulary later, at its own numbers. Blanks
     before a word that is missing are part of it, as in the published RoBERTa and BART."""
     from tokenizers import AddedToken
+
     later: dict[str, tuple[int, dict[str, Any]]] = {token: (i, {}) for token, i in parsed(folder / "added_tokens.json").items()}
-    later |= {plain(entry): (int(i), entry if isinstance(entry, dict) else {})
-              for i, entry in (said.get("added_tokens_decoder") or {}).items()}
+    later |= {
+        plain(entry): (int(i), entry if isinstance(entry, dict) else {})
+        for i, entry in (said.get("added_tokens_decoder") or {}).items()
+    }
     for token, (place, how) in sorted(later.items(), key=lambda item: item[1][0]):
-        one = AddedToken(token, special=how.get("special", True), normalized=how.get("normalized", False), **{
-            key: how.get(key, False) for key in ("lstrip", "rstrip", "single_word")})
+        one = AddedToken(
+            token,
+            special=how.get("special", True),
+            normalized=how.get("normalized", False),
+            **{key: how.get(key, False) for key in ("lstrip", "rstrip", "single_word")},
+        )
         (made.add_special_tokens if one.special else made.add_tokens)([one])
         if made.token_to_id(token) != place:
-            raise DataError(f"{folder}: the added token {token} is to have the number {place}, and after the tokens before it "
-                            f"comes {made.token_to_id(token)}: a file of the tokenizer is missing or another's.")
+            raise DataError(
+                f"{folder}: the added token {token} is to have the number {place}, and after the tokens before it "
+                f"comes {made.token_to_id(token)}: a file of the tokenizer is missing or another's."
+            )
     byte_level = "ByteLevel" in str(made.decoder)
     named = dict.fromkeys(token for name, token in specials(said).items() if token not in later)
     known_here = [token for token in named if made.token_to_id(token) is not None]
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False,
-                                        lstrip=byte_level and token == said.get("mask_token")) for token in known_here])
+    made.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False, lstrip=byte_level and token == said.get("mask_token"))
+            for token in known_here
+        ]
+    )
 
 
 def around(made: Tokenizer, said: Mapping[str, Any]) -> None:
     """[CLS] A [SEP] B [SEP], the second text and its end of another segment."""
     from tokenizers import processors
+
     cls, sep = said["cls_token"], said["sep_token"]
     if made.token_to_id(cls) is not None and made.token_to_id(sep) is not None:
-        made.post_processor = processors.TemplateProcessing(f"{cls}:0 $A:0 {sep}:0", f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1", [
-            (cls, made.token_to_id(cls)), (sep, made.token_to_id(sep))])
+        made.post_processor = processors.TemplateProcessing(
+            f"{cls}:0 $A:0 {sep}:0",
+            f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+            [(cls, made.token_to_id(cls)), (sep, made.token_to_id(sep))],
+        )
 
 
 # Whose pieces they are, as tokenizer classes and as names of files say -> special tokens.
 LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-PIECES = {"T5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-          "DebertaV2": {**BERT, "bos_token": "[CLS]", "eos_token": "[SEP]"}, "Llama": LLAMA, "CodeLlama": LLAMA,
-          "Gemma": {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}}
-FIRST = {"T5": ("<pad>", "</s>", "<unk>"), "DebertaV2": ("[PAD]", "[CLS]", "[SEP]"), "Llama": ("<unk>", "<s>", "</s>"),
-         "Gemma": ("<pad>", "<eos>", "<bos>")}           # the pieces that such files begin with
+PIECES = {
+    "T5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "DebertaV2": {**BERT, "bos_token": "[CLS]", "eos_token": "[SEP]"},
+    "Llama": LLAMA,
+    "CodeLlama": LLAMA,
+    "Gemma": {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+}
+FIRST = {
+    "T5": ("<pad>", "</s>", "<unk>"),
+    "DebertaV2": ("[PAD]", "[CLS]", "[SEP]"),
+    "Llama": ("<unk>", "<s>", "</s>"),
+    "Gemma": ("<pad>", "<eos>", "<bos>"),
+}  # the pieces that such files begin with
 
 
 def pieces(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
     """SentencePiece's, with the tokens that T5 (what was cut out) and DeBERTa ([MASK]) put behind its pieces."""
     from tokenizers import AddedToken, processors
+
     found = sentencepiece.parsed(folder / name)
     begun = tuple(piece for piece, _, _ in found.pieces[:3])
     kind = kind_of(said) or next((kind for kind, first in FIRST.items() if first == begun), "")
     if kind not in PIECES:
-        raise DataError(f"{folder / name} is of a tokenizer of the kind {kind or 'that it does not say'}, and read are "
-                        f"{', '.join(PIECES)}.")
+        raise DataError(
+            f"{folder / name} is of a tokenizer of the kind {kind or 'that it does not say'}, and read are {', '.join(PIECES)}."
+        )
     settle(said, PIECES[kind])
     made = sentencepiece.made(folder / name, found)
     if kind == "T5":
-        made.add_special_tokens([AddedToken(f"<extra_id_{i}>", normalized=False)
-                                 for i in reversed(range(said.get("extra_ids", 100)))])
+        made.add_special_tokens(
+            [AddedToken(f"<extra_id_{i}>", normalized=False) for i in reversed(range(said.get("extra_ids", 100)))]
+        )
     if kind == "DebertaV2":
         made.add_special_tokens([AddedToken(said["mask_token"], normalized=False)])
     added(made, folder, said)
@@ -258,8 +336,11 @@ def pieces(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
     before = [said["bos_token"]] if kind != "T5" and said.get("add_bos_token", True) else []
     after = [said["eos_token"]] if kind == "T5" or said.get("add_eos_token") else []
     around_one, around_two = ([*before, f"${name}", *after] for name in "AB")
-    made.post_processor = processors.TemplateProcessing(around_one, [*around_one, *around_two], [
-        (token, known(made, folder, token)) for token in dict.fromkeys((*before, *after))])
+    made.post_processor = processors.TemplateProcessing(
+        around_one,
+        [*around_one, *around_two],
+        [(token, known(made, folder, token)) for token in dict.fromkeys((*before, *after))],
+    )
     return made
 
 
@@ -268,8 +349,10 @@ FORMS: tuple[tuple[Iterable[str], Callable[[Path, dict[str, Any]], Tokenizer]], 
     (("tokenizer.json",), lambda folder, said: from_json(folder / "tokenizer.json")),
     (("vocab.txt",), wordpiece),
     (("vocab.json", "merges.txt"), pairs),
-    *(((name,), lambda folder, said, name=name: pieces(folder, said, name))
-      for name in ("spiece.model", "spm.model", "tokenizer.model")),
+    *(
+        ((name,), lambda folder, said, name=name: pieces(folder, said, name))
+        for name in ("spiece.model", "spm.model", "tokenizer.model")
+    ),
 )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fieldguide.core.errors import DataError
 
-SPACE = "▁"                # stands for a space in word pieces
+SPACE = "▁"  # stands for a space in word pieces
 
 
 class Transcripts:
@@ -43,13 +43,19 @@ class Transcripts:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         if SPACE in characters:
-            raise DataError(f"a transcript holds {SPACE!r}, which stands for a space in word pieces: remove it, or use "
-                            "characters (pieces=None)")
+            raise DataError(
+                f"a transcript holds {SPACE!r}, which stands for a space in word pieces: remove it, or use "
+                "characters (pieces=None)"
+            )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)
         tokenizer.decoder = decoders.Metaspace(SPACE)
-        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=pieces, initial_alphabet=[SPACE, *(c for c in characters if c != " ")], show_progress=False))
+        tokenizer.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=pieces, initial_alphabet=[SPACE, *(c for c in characters if c != " ")], show_progress=False
+            ),
+        )
         symbols = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
         return cls(symbols, lower=lower, tokenizer=tokenizer.to_str())
 

@@ -17,10 +17,11 @@ from fieldguide.data.readers.image_folder import places_of
 from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, visible
 
 NAME = "captions"
-UNDERSTANDS = ("pictures with captions: a folder with a .txt of the same name beside each picture, maybe below train, val and "
-               "test")
-MOSTLY = 0.5               # of the pictures have a text: some may have lost theirs
-TRIED = 20                 # texts that are looked into before a folder is taken for one of captions
+UNDERSTANDS = (
+    "pictures with captions: a folder with a .txt of the same name beside each picture, maybe below train, val and test"
+)
+MOSTLY = 0.5  # of the pictures have a text: some may have lost theirs
+TRIED = 20  # texts that are looked into before a folder is taken for one of captions
 NUMBERS = re.compile(r"[\d\s.,eE+-]*")
 
 
@@ -32,8 +33,11 @@ def layout(source: Path) -> list[tuple[list[Path], dict[str, Path], str | None]]
     """(pictures, texts by stem, split) of every part; nothing where this is no such folder."""
     if own := part(source):
         return [(*own, None)]
-    return [(*found, SPLITS[p.name.lower()]) for p in visible(source)[0]
-            if p.is_dir() and p.name.lower() in SPLITS and (found := part(p))]
+    return [
+        (*found, SPLITS[p.name.lower()])
+        for p in visible(source)[0]
+        if p.is_dir() and p.name.lower() in SPLITS and (found := part(p))
+    ]
 
 
 def part(folder: Path) -> tuple[list[Path], dict[str, Path]] | None:
@@ -81,18 +85,53 @@ def load(source: Path, options: Options) -> Raw:
             splits.append(split)
         lone += [p for stem, p in texts.items() if stem not in used]
     if bare:
-        findings.append(Finding("no-caption", "warning", "pictures without a text beside them", places_of(bare, source),
-                                len(bare), "Add the text or remove the picture.", len(bare)))
+        findings.append(
+            Finding(
+                "no-caption",
+                "warning",
+                "pictures without a text beside them",
+                places_of(bare, source),
+                len(bare),
+                "Add the text or remove the picture.",
+                len(bare),
+            )
+        )
     if lone:
-        findings.append(Finding("no-picture", "warning", "texts without a picture beside them", places_of(lone, source),
-                                len(lone), "Add the picture or remove the text.", len(lone)))
-    if unreadable:                                       # without a caption their rows are no examples, which is found next
-        findings.append(Finding("unreadable-file", "warning", "captions that cannot be read", tuple(unreadable[:5]),
-                                len(unreadable), "Save them as UTF-8."))
+        findings.append(
+            Finding(
+                "no-picture",
+                "warning",
+                "texts without a picture beside them",
+                places_of(lone, source),
+                len(lone),
+                "Add the picture or remove the text.",
+                len(lone),
+            )
+        )
+    if unreadable:  # without a caption their rows are no examples, which is found next
+        findings.append(
+            Finding(
+                "unreadable-file",
+                "warning",
+                "captions that cannot be read",
+                tuple(unreadable[:5]),
+                len(unreadable),
+                "Save them as UTF-8.",
+            )
+        )
     if odd:
-        findings.append(Finding("encoding", "warning", "captions that are not UTF-8: read as Windows-1252 or Latin-1",
-                                tuple(odd[:5]), len(odd), "Look at accented letters, or save them as UTF-8."))
+        findings.append(
+            Finding(
+                "encoding",
+                "warning",
+                "captions that are not UTF-8: read as Windows-1252 or Latin-1",
+                tuple(odd[:5]),
+                len(odd),
+                "Look at accented letters, or save them as UTF-8.",
+            )
+        )
     table = pl.DataFrame(rows, schema={"image": pl.String, "caption": pl.String}, orient="row")
     named = np.array(splits, dtype=object) if all(splits) and len(set(splits)) > 1 else None
-    return Raw(table, files, source, findings, named, {"image": "image", "caption": "text"}, "caption",
-               unusable=len(bare) + len(lone))
+    return Raw(
+        table, files, source, findings, named, {"image": "image", "caption": "text"}, "caption", unusable=len(bare) + len(lone)
+    )

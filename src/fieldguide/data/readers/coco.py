@@ -14,10 +14,12 @@ from fieldguide.data.media.masks import run_lengths
 from fieldguide.data.source import Options, Raw, relative, split_of, visible
 
 NAME = "COCO"
-UNDERSTANDS = ("pictures with boxes or outlines, COCO: instances .json (images, annotations, categories) in a folder "
-               "annotations, one for each of train, val and test or one for all, beside folders of pictures; or that file "
-               "itself")
-HEAD = 1 << 16             # bytes of a file that tell whether it is one
+UNDERSTANDS = (
+    "pictures with boxes or outlines, COCO: instances .json (images, annotations, categories) in a folder "
+    "annotations, one for each of train, val and test or one for all, beside folders of pictures; or that file "
+    "itself"
+)
+HEAD = 1 << 16  # bytes of a file that tell whether it is one
 KEYS = (b'"images"', b'"annotations"', b'"categories"', b'"bbox"')
 
 
@@ -65,8 +67,9 @@ def load(source: Path, options: Options) -> Raw:
         theirs = named(document, file)
         for number, name in theirs.items():
             if categories.setdefault(number, name) != name:
-                raise DataError(f"{file}: category {number} is {name!r}, but {categories[number]!r} in another file. Export "
-                                "them together.")
+                raise DataError(
+                    f"{file}: category {number} is {name!r}, but {categories[number]!r} in another file. Export them together."
+                )
         shots += pictures(document, file, root, split if len(found) > 1 else None, theirs, notes)
     return raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in sorted(categories.items()))))
 
@@ -83,8 +86,11 @@ def parsed(file: Path, content: bytes) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{file}{line}: is no complete JSON ({error}). Was the file cut off? Copy it again.") from None
-    lacking = [k for k in ("images", "annotations", "categories")
-               if not isinstance(document, dict) or not isinstance(document.get(k), list)]
+    lacking = [
+        k
+        for k in ("images", "annotations", "categories")
+        if not isinstance(document, dict) or not isinstance(document.get(k), list)
+    ]
     if lacking:
         raise DataError(f"{file}: lacks {', '.join(lacking)} (each a list).")
     return document
@@ -101,8 +107,9 @@ def named(document: dict[str, Any], file: Path) -> dict[int, str]:
     return dict(names)
 
 
-def pictures(document: dict[str, Any], file: Path, root: Path, split: str | None, categories: dict[int, str],
-             notes: Notes) -> list[Shot]:
+def pictures(
+    document: dict[str, Any], file: Path, root: Path, split: str | None, categories: dict[int, str], notes: Notes
+) -> list[Shot]:
     where, shots, by_id = relative(file, root), [], {}
     places = folders(document["images"], file, root)
     for number, image in enumerate(document["images"]):
@@ -125,7 +132,7 @@ def pictures(document: dict[str, Any], file: Path, root: Path, split: str | None
             continue
         parts, runs, whole = outline(annotation.get("segmentation"), shot.size)
         values = finite(annotation["bbox"], 4) if isinstance(annotation.get("bbox"), list) else None
-        if annotation.get("bbox") is None and parts:                     # some export outlines alone
+        if annotation.get("bbox") is None and parts:  # some export outlines alone
             values = around(parts)
         if key(annotation.get("category_id")) not in categories:
             notes.spoil("unknown-category", f"{place} ({annotation.get('category_id')})", shot)
@@ -133,8 +140,18 @@ def pictures(document: dict[str, Any], file: Path, root: Path, split: str | None
             notes.spoil("malformed-box", place, shot)
         else:
             left, top, width, height = values
-            shot.boxes.append(box(categories[annotation["category_id"]], left, top, left + width, top + height,
-                                  parts, bool(annotation.get("iscrowd")), runs))
+            shot.boxes.append(
+                box(
+                    categories[annotation["category_id"]],
+                    left,
+                    top,
+                    left + width,
+                    top + height,
+                    parts,
+                    bool(annotation.get("iscrowd")),
+                    runs,
+                )
+            )
             shot.places.append(place)
             if not whole:
                 notes.note("malformed-outline", place)
@@ -168,10 +185,19 @@ def around(parts: list[list[float]]) -> list[float]:
 
 def folders(listed: list[Any], file: Path, root: Path) -> list[Path]:
     """Where the pictures of a JSON may be, likeliest first: where most of the first fifty are."""
-    ending = file.stem.rpartition("_")[2]                                # instances_train2017 -> train2017
+    ending = file.stem.rpartition("_")[2]  # instances_train2017 -> train2017
     names = [d for d in (ending, file.stem, part_of(file, root) or "") if d]
-    tries = [file.parent, root, *(root / "images" / n for n in names), *(root / n for n in names), root / "images",
-             root / "JPEGImages", *(root / n / "images" for n in names), *(root / n / "data" for n in names), root / "data"]
+    tries = [
+        file.parent,
+        root,
+        *(root / "images" / n for n in names),
+        *(root / n for n in names),
+        root / "images",
+        root / "JPEGImages",
+        *(root / n / "images" for n in names),
+        *(root / n / "data" for n in names),
+        root / "data",
+    ]
     some = [Path(i["file_name"]) for i in listed[:50] if isinstance(i, dict) and isinstance(i.get("file_name"), str)]
     hits = {p: sum((p / n).is_file() or (p / n.name).is_file() for n in some) for p in dict.fromkeys(tries)}
     return sorted(hits, key=lambda p: -hits[p])

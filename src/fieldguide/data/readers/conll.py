@@ -36,8 +36,13 @@ def columns(path: Path) -> bool:
         return False
     lines = [line.split() for line in head.decode("utf-8", "replace").split("\n")[:-1]]
     full = [line for line in lines if line and line[0] != "-DOCSTART-"]
-    return len(full) >= 2 and len(full) < len(lines) and len({len(line) for line in full}) == 1 and len(full[0]) > 1 and all(
-        TAG.fullmatch(line[-1]) for line in full)
+    return (
+        len(full) >= 2
+        and len(full) < len(lines)
+        and len({len(line) for line in full}) == 1
+        and len(full[0]) > 1
+        and all(TAG.fullmatch(line[-1]) for line in full)
+    )
 
 
 def load(source: Path, options: Options) -> Raw:
@@ -65,14 +70,23 @@ def one(path: Path, root: Path) -> Raw:
                 sentences.append((number - len(words), words, tags))
             words, tags = [], []
         elif len(parts) < 2 or not parts[0] or not parts[-1]:
-            raise DataError(f"{name}:{number}: {line[:40]!r} has no tag. Every line is a word, maybe more columns, and a tag; "
-                            "blank lines stand between sentences.")
+            raise DataError(
+                f"{name}:{number}: {line[:40]!r} has no tag. Every line is a word, maybe more columns, and a tag; "
+                "blank lines stand between sentences."
+            )
         else:
             words.append(parts[0])
             tags.append(parts[-1])
     if not sentences:
         raise DataError(f"{name}: no sentences.")
-    rows = pl.DataFrame({"tokens": [s[1] for s in sentences], "tags": [s[2] for s in sentences],
-                         LINE: [s[0] for s in sentences]}).with_columns(pl.lit(0, pl.Int32).alias(FILE))
-    return Raw(rows, [FileEntry(name, len(content), sha256(content), rows=rows.height)], root, findings,
-               kinds={"tokens": "list", "tags": "list"}, target="tags")
+    rows = pl.DataFrame(
+        {"tokens": [s[1] for s in sentences], "tags": [s[2] for s in sentences], LINE: [s[0] for s in sentences]}
+    ).with_columns(pl.lit(0, pl.Int32).alias(FILE))
+    return Raw(
+        rows,
+        [FileEntry(name, len(content), sha256(content), rows=rows.height)],
+        root,
+        findings,
+        kinds={"tokens": "list", "tags": "list"},
+        target="tags",
+    )

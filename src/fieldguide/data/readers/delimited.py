@@ -16,7 +16,7 @@ from fieldguide.data.dataset import BOOKKEEPING, LINE, Finding
 
 DELIMITERS = ",\t;|"
 CHUNK = 1 << 22
-csv.field_size_limit(1 << 30)      # a novel in one cell is no error; the default of 128 KiB is
+csv.field_size_limit(1 << 30)  # a novel in one cell is no error; the default of 128 KiB is
 
 
 @dataclass
@@ -29,18 +29,20 @@ class Table:
 
 def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
     """The content as UTF-8 without a byte order mark. Raises DataError for NUL bytes (a binary file)."""
-    for mark, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"),
-                           (codecs.BOM_UTF16_BE, "utf-16")):
+    for mark, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if raw.startswith(mark):
             try:
                 raw = raw[3:] if encoding == "utf-8" else raw.decode(encoding).encode()
             except UnicodeDecodeError as error:
-                raise DataError(f"{name}: begins as {encoding} but byte {error.start} is not. "
-                                "Save the file again as UTF-8.") from error
+                raise DataError(
+                    f"{name}: begins as {encoding} but byte {error.start} is not. Save the file again as UTF-8."
+                ) from error
             break
     if (at := raw.find(b"\0")) >= 0:
-        raise DataError(f"{name}:{line_at(raw, at)}: a NUL byte (byte {at}), which text never has. The file "
-                        "is binary or damaged, or is UTF-16 without its mark: save it again as UTF-8.")
+        raise DataError(
+            f"{name}:{line_at(raw, at)}: a NUL byte (byte {at}), which text never has. The file "
+            "is binary or damaged, or is UTF-16 without its mark: save it again as UTF-8."
+        )
     at = first_not_utf8(raw)
     if at is None:
         return raw, []
@@ -48,9 +50,16 @@ def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
         text, encoding = raw.decode("cp1252"), "Windows-1252"
     except UnicodeDecodeError:
         text, encoding = raw.decode("latin-1"), "Latin-1"
-    return text.encode(), [Finding(
-        "encoding", "warning", f"{name} is not UTF-8: read as {encoding}",
-        (f"{name}:{line_at(raw, at)}, the first",), 1, "Look at accented letters, or save it as UTF-8.")]
+    return text.encode(), [
+        Finding(
+            "encoding",
+            "warning",
+            f"{name} is not UTF-8: read as {encoding}",
+            (f"{name}:{line_at(raw, at)}, the first",),
+            1,
+            "Look at accented letters, or save it as UTF-8.",
+        )
+    ]
 
 
 def line_at(raw: bytes, at: int) -> int:
@@ -74,9 +83,9 @@ def first_not_utf8(raw: bytes) -> int | None:
 
 def delimiter(raw: bytes) -> str:
     """The delimiter that gives the most columns in the same number on each of the first lines."""
-    text = raw[:1 << 16].decode(errors="replace")
+    text = raw[: 1 << 16].decode(errors="replace")
     if len(raw) > 1 << 16:
-        text = text[:text.rfind("\n") + 1] or text
+        text = text[: text.rfind("\n") + 1] or text
     best, score = ",", (0.0, 0)
     for mark in DELIMITERS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
@@ -89,8 +98,7 @@ def delimiter(raw: bytes) -> str:
     return best
 
 
-def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] = (),
-          target: str | None = None) -> Table:
+def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] = (), target: str | None = None) -> Table:
     """Delimited UTF-8 text as a table of strings. `names` are the columns of a known schema, with `target`.
 
     Raises DataError, naming the line, for broken quoting, lines of the wrong length, and bad column names.
@@ -120,10 +128,16 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     else:
         columns = headerless(width, names, target)
         if header is None:
-            findings.append(Finding(
-                "no-header", "warning", f"{name}: the first line looks like data, so the columns are named "
-                f"{columns[0]} to {columns[-1]}", (f"{name}:1",), 1,
-                "Write a line of column names on top, or say header=True if it is one."))
+            findings.append(
+                Finding(
+                    "no-header",
+                    "warning",
+                    f"{name}: the first line looks like data, so the columns are named {columns[0]} to {columns[-1]}",
+                    (f"{name}:1",),
+                    1,
+                    "Write a line of column names on top, or say header=True if it is one.",
+                )
+            )
     if rows.height == 0:
         raise DataError(f"{name}: column names but no rows.")
     rows.columns = [*columns, LINE]
@@ -177,30 +191,35 @@ def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
                 out.append([v or None for v in row])
     except csv.Error as error:
         ends = "end of data" in str(error)
-        what = "a quotation mark is opened and never closed" if ends else \
-            "text follows a closing quotation mark"
+        what = "a quotation mark is opened and never closed" if ends else "text follows a closing quotation mark"
         at = line + 1 if ends else reader.line_num
-        raise DataError(f"{name}:{at}: broken quoting: {what}. Close it, or write \"\" for a quotation mark "
-                        "inside a quoted cell.") from error
+        raise DataError(
+            f'{name}:{at}: broken quoting: {what}. Close it, or write "" for a quotation mark inside a quoted cell.'
+        ) from error
     if wrong:
         places = ", ".join(f"{name}:{l} has {n}" for l, n in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-        raise DataError(f"{name}: {len(wrong)} of {len(out) + len(wrong)} lines do not have {width} cells "
-                        f"like the first: {places}. Quote cells that hold {mark!r}, or fill in the missing cells.")
+        raise DataError(
+            f"{name}: {len(wrong)} of {len(out) + len(wrong)} lines do not have {width} cells "
+            f"like the first: {places}. Quote cells that hold {mark!r}, or fill in the missing cells."
+        )
     return pl.DataFrame(out, schema={f"c{i}": pl.String for i in range(width)}, orient="row")
 
 
 def unquoted(raw: bytes) -> pl.DataFrame | None:
     """A table between tabs whose quotation marks are no csv's, such as `"Well," he said.`; None where they are, or where lines
     have different widths."""
-    text = raw.decode().replace("\r\n", "\n").removesuffix("\n")      # splitlines would end lines at U+2028, too
+    text = raw.decode().replace("\r\n", "\n").removesuffix("\n")  # splitlines would end lines at U+2028, too
     lines = [line.split("\t") for line in text.split("\n")]
     odd = any(cell.startswith('"') and (cell.count('"') % 2 or not cell.endswith('"')) for line in lines for cell in line)
     widths = {len(line) for line in lines if line != [""]}
     if not odd or len(widths) != 1:
         return None
     width = widths.pop()
-    return pl.DataFrame([[v or None for v in line] if len(line) == width else [None] * width for line in lines],
-                        schema={f"c{i}": pl.String for i in range(width)}, orient="row")
+    return pl.DataFrame(
+        [[v or None for v in line] if len(line) == width else [None] * width for line in lines],
+        schema={f"c{i}": pl.String for i in range(width)},
+        orient="row",
+    )
 
 
 def line_numbers(rows: pl.DataFrame, raw: bytes) -> pl.Series:
@@ -232,8 +251,9 @@ def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> 
         return not all(votes)
     if any(v in set(body[c].str.strip_chars().drop_nulls()) for v, c in zip(first, body.columns)):
         return False
-    return not all(" " in v and 1 / 2 < len(v) / (body[c].str.len_chars().median() or 1) < 3
-                   for v, c in zip(first, body.columns))
+    return not all(
+        " " in v and 1 / 2 < len(v) / (body[c].str.len_chars().median() or 1) < 3 for v, c in zip(first, body.columns)
+    )
 
 
 def headerless(width: int, names: tuple[str, ...], target: str | None) -> list[str]:
@@ -263,5 +283,3 @@ def check_names(columns: list[str], name: str, line: int) -> None:
     if problems:
         hint = " (A first column without a name is often an index: write with index=False.)" if empty == [1] else ""
         raise DataError(f"{name}:{line}: {'; '.join(problems)}. Every column needs a name of its own.{hint}")
-
-

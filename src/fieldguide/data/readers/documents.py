@@ -41,8 +41,17 @@ def load(source: Path, options: Options) -> Raw:
         except DataError as error:
             problem = str(error)
         if problem:
-            findings.append(Finding("unreadable-text", "warning", "files that cannot be read as text", (f"{name} ({problem})",),
-                                    1, "Save them again as UTF-8 text, or remove them.", 1))
+            findings.append(
+                Finding(
+                    "unreadable-text",
+                    "warning",
+                    "files that cannot be read as text",
+                    (f"{name} ({problem})",),
+                    1,
+                    "Save them again as UTF-8 text, or remove them.",
+                    1,
+                )
+            )
             unusable += 1
         else:
             texts.append(text)
@@ -51,8 +60,9 @@ def load(source: Path, options: Options) -> Raw:
     if not texts:
         raise DataError(f"{source}: no text in it." + "".join(f"\n  - {f}" for f in findings))
     index = [i for i, f in enumerate(files) if f.rows]
-    rows = pl.DataFrame({"text": texts, FILE: index, LINE: [1] * len(texts)},
-                        schema={"text": pl.String, FILE: pl.Int32, LINE: pl.Int64})
+    rows = pl.DataFrame(
+        {"text": texts, FILE: index, LINE: [1] * len(texts)}, schema={"text": pl.String, FILE: pl.Int32, LINE: pl.Int64}
+    )
     named = [split_of(p.name) for p in kept]
     splits = np.array(named, dtype=object) if len(kept) > 1 and all(named) and len(set(named)) == len(named) else None
     return Raw(rows, files, root, findings, splits, {"text": "text"}, unusable=unusable)

@@ -16,8 +16,10 @@ from fieldguide.data.media.images import KNOWN
 from fieldguide.data.source import IGNORED, SPLITS, Options, Raw, relative, visible
 
 NAME = "pictures"
-UNDERSTANDS = ("pictures: a folder with a folder of pictures for each class, maybe below train, val and "
-               "test; to predict, also a folder of pictures or one picture")
+UNDERSTANDS = (
+    "pictures: a folder with a folder of pictures for each class, maybe below train, val and "
+    "test; to predict, also a folder of pictures or one picture"
+)
 
 THINGS = {"image": "pictures", "text": "texts", "video": "films"}
 
@@ -107,26 +109,46 @@ class Walk:
         return out
 
 
-def findings_of(walk: Walk, root: Path, found: list, stray: list[Path], empty: dict[str, list[str]],
-                media: str) -> list[Finding]:
+def findings_of(
+    walk: Walk, root: Path, found: list, stray: list[Path], empty: dict[str, list[str]], media: str
+) -> list[Finding]:
     findings = []
     thing = THINGS[media]
     filled = Counter(label for _, label, _ in found)
     for name, places in empty.items():
         elsewhere = filled[name] > 0
-        findings.append(Finding(
-            "empty-class", "warning" if elsewhere else "error", f"class folder {name!r} holds no {thing}",
-            tuple(places), 1, "Fill it (was a copy interrupted?) or remove the folder."))
+        findings.append(
+            Finding(
+                "empty-class",
+                "warning" if elsewhere else "error",
+                f"class folder {name!r} holds no {thing}",
+                tuple(places),
+                1,
+                "Fill it (was a copy interrupted?) or remove the folder.",
+            )
+        )
     if walk.links:
-        findings.append(Finding(
-            "link-outside", "warning", "links that lead out of the folder, or nowhere; they are not followed",
-            places_of(walk.links, root), len(walk.links), "Copy the files into the folder.", len(walk.links)))
+        findings.append(
+            Finding(
+                "link-outside",
+                "warning",
+                "links that lead out of the folder, or nowhere; they are not followed",
+                places_of(walk.links, root),
+                len(walk.links),
+                "Copy the files into the folder.",
+                len(walk.links),
+            )
+        )
     if stray:
-        findings.append(Finding("other-files", "note", f"files left out: no {thing}, and in no class folder",
-                                places_of(stray, root), len(stray)))
+        findings.append(
+            Finding(
+                "other-files", "note", f"files left out: no {thing}, and in no class folder", places_of(stray, root), len(stray)
+            )
+        )
     if walk.hidden:
-        findings.append(Finding("hidden-files", "note", "hidden files and folders left out (.*, __MACOSX, "
-                                "Thumbs.db)", (), walk.hidden))
+        findings.append(
+            Finding("hidden-files", "note", "hidden files and folders left out (.*, __MACOSX, Thumbs.db)", (), walk.hidden)
+        )
     return findings
 
 
@@ -134,21 +156,37 @@ def places_of(paths: list[Path], root: Path) -> tuple[str, ...]:
     return tuple(relative(p, root) for p in paths[:5])
 
 
-def table(found: list[tuple[Path, str | None, str | None]], root: Path, findings: list[Finding],
-          options: Options, media: str = "image") -> Raw:
+def table(
+    found: list[tuple[Path, str | None, str | None]],
+    root: Path,
+    findings: list[Finding],
+    options: Options,
+    media: str = "image",
+) -> Raw:
     labels = [label for _, label, _ in found]
     thing = THINGS[media]
     if not found:
         raise DataError(f"{root}: no {thing} in it." + "".join(f"\n  - {f}" for f in findings))
     orphans = [p for p, label, _ in found if label is None]
     if any(labels) and orphans and not options.labels_optional:
-        findings = [*findings, Finding("no-class", "warning", f"{thing} outside of any class folder",
-                    places_of(orphans, root), len(orphans), "Move them into a class folder.", len(orphans))]
+        findings = [
+            *findings,
+            Finding(
+                "no-class",
+                "warning",
+                f"{thing} outside of any class folder",
+                places_of(orphans, root),
+                len(orphans),
+                "Move them into a class folder.",
+                len(orphans),
+            ),
+        ]
         found = [f for f in found if f[1] is not None]
-    rows = pl.DataFrame({media: [str(p.absolute()) for p, _, _ in found], "label": [c for _, c, _ in found]},
-                        schema={media: pl.String, "label": pl.String})
+    rows = pl.DataFrame(
+        {media: [str(p.absolute()) for p, _, _ in found], "label": [c for _, c, _ in found]},
+        schema={media: pl.String, "label": pl.String},
+    )
     if not any(labels) and not options.labels_optional and not options.names:
         rows = rows.drop("label")
     splits = np.array([s for _, _, s in found], dtype=object) if any(s for _, _, s in found) else None
-    return Raw(rows, [], root, findings, splits, {media: media}, "label",
-               unusable=sum(f.unusable for f in findings))
+    return Raw(rows, [], root, findings, splits, {media: media}, "label", unusable=sum(f.unusable for f in findings))

@@ -66,8 +66,22 @@ def one(path: Path, root: Path) -> Raw:
     rows = rows.with_columns(parts.alias("parts")).unnest("parts").drop("line")
     bad = rows.filter(pl.col("text").is_null())[LINE].to_list()
     if bad:
-        findings.append(Finding("label-only", "warning", "lines with a class and no text", tuple(
-            f"{name}:{l}" for l in bad[:5]), len(bad), "Add the text or remove the line."))
+        findings.append(
+            Finding(
+                "label-only",
+                "warning",
+                "lines with a class and no text",
+                tuple(f"{name}:{l}" for l in bad[:5]),
+                len(bad),
+                "Add the text or remove the line.",
+            )
+        )
     rows = rows.select("text", "label", pl.lit(0, pl.Int32).alias(FILE), LINE)
-    return Raw(rows, [FileEntry(name, len(content), sha256(content), rows=rows.height)], root, findings,
-               kinds={"text": "text"}, target="label")
+    return Raw(
+        rows,
+        [FileEntry(name, len(content), sha256(content), rows=rows.height)],
+        root,
+        findings,
+        kinds={"text": "text"},
+        target="label",
+    )

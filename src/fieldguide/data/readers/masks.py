@@ -15,8 +15,10 @@ from fieldguide.data.media.images import KNOWN
 from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
 
 NAME = "masks"
-UNDERSTANDS = ("pictures with masks: a folder images and a folder masks (or labels, annotations) with files of the same names, "
-               "maybe below train, val and test; classes.txt or class_dict.csv may name the classes")
+UNDERSTANDS = (
+    "pictures with masks: a folder images and a folder masks (or labels, annotations) with files of the same names, "
+    "maybe below train, val and test; classes.txt or class_dict.csv may name the classes"
+)
 IMAGES = ("images", "imgs", "image", "img", "jpegimages", "inputs", "photos")
 MASKS = ("masks", "mask", "labels", "annotations", "segmentationclass", "gt", "groundtruth", "targets", "labelimages")
 ENDINGS = ("", "_mask", "-mask", "_l", "_label", "_labels", "_gt", "_seg", "_labelids", "_gtfine_labelids")
@@ -60,17 +62,28 @@ def load(source: Path, options: Options) -> Raw:
             splits.append(split)
         lone_masks += [p for s, p in partners.items() if s not in used]
     for lone, check, what, remedy in (
-            (lone_images, "no-mask", "pictures without a mask", "Add the mask or remove the picture."),
-            (lone_masks, "no-picture", "masks without a picture", "Add the picture or remove the mask.")):
+        (lone_images, "no-mask", "pictures without a mask", "Add the mask or remove the picture."),
+        (lone_masks, "no-picture", "masks without a picture", "Add the picture or remove the mask."),
+    ):
         if lone:
-            findings.append(Finding(check, "warning", what, tuple(relative(p, source) for p in lone[:5]), len(lone), remedy,
-                                    len(lone)))
+            findings.append(
+                Finding(check, "warning", what, tuple(relative(p, source) for p in lone[:5]), len(lone), remedy, len(lone))
+            )
     if not rows:
         raise DataError(f"{source}: no picture has a mask of its name." + "".join(f"\n  - {f}" for f in findings))
     table = pl.DataFrame(rows, schema={"image": pl.String, "mask": pl.String}, orient="row")
     named = np.array(splits, dtype=object) if all(splits) and len(set(splits)) > 1 else None
-    return Raw(table, [], source, findings, named, {"image": "image", "mask": "mask"}, "mask",
-               unusable=len(lone_images) + len(lone_masks), context=class_names(source))
+    return Raw(
+        table,
+        [],
+        source,
+        findings,
+        named,
+        {"image": "image", "mask": "mask"},
+        "mask",
+        unusable=len(lone_images) + len(lone_masks),
+        context=class_names(source),
+    )
 
 
 def class_names(source: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def series(name: str, values: Any) -> pl.Series:
         raise DataError(f"{name!r} has shape {array.shape}; a column has one dimension.")
     if array.dtype != object:
         return pl.Series(name, array)
-    cells = [None if v is None or v != v else v for v in array.tolist()]      # v != v: NaN and pandas' NaT
+    cells = [None if v is None or v != v else v for v in array.tolist()]  # v != v: NaN and pandas' NaT
     try:
         return pl.Series(name, cells, strict=True)
     except (TypeError, pl.exceptions.PolarsError):

@@ -16,8 +16,10 @@ from fieldguide.data.readers import delimited
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
 
 NAME = "pairs"
-UNDERSTANDS = ("parallel texts: a folder with two files of lines for each part, called by language (train.de, train.en, "
-               "test.de, test.en; or de.txt, en.txt), or one of two such files")
+UNDERSTANDS = (
+    "parallel texts: a folder with two files of lines for each part, called by language (train.de, train.en, "
+    "test.de, test.en; or de.txt, en.txt), or one of two such files"
+)
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -38,12 +40,44 @@ def language(path: Path) -> str:
     """`de` of train.de, `pt-br` of train.pt-br; nothing for a suffix that is no language's."""
     suffix = coded(path).rpartition(".")[2].lower()
     plain = suffix.replace("-", "").replace("_", "")
-    return suffix if 2 <= len(plain) <= 5 and plain.isalpha() and (len(suffix) <= 3 or len(plain) < len(suffix)) and \
-        suffix not in NO_LANGUAGE else ""
+    return (
+        suffix
+        if 2 <= len(plain) <= 5
+        and plain.isalpha()
+        and (len(suffix) <= 3 or len(plain) < len(suffix))
+        and suffix not in NO_LANGUAGE
+        else ""
+    )
 
 
-NO_LANGUAGE = {"txt", "csv", "tsv", "tab", "md", "zip", "gz", "py", "xml", "htm", "pdf", "doc", "jpg", "png", "gif", "wav",
-               "mp", "ogg", "log", "cfg", "ini", "yml", "all", "dat", "bin", "json"}
+NO_LANGUAGE = {
+    "txt",
+    "csv",
+    "tsv",
+    "tab",
+    "md",
+    "zip",
+    "gz",
+    "py",
+    "xml",
+    "htm",
+    "pdf",
+    "doc",
+    "jpg",
+    "png",
+    "gif",
+    "wav",
+    "mp",
+    "ogg",
+    "log",
+    "cfg",
+    "ini",
+    "yml",
+    "all",
+    "dat",
+    "bin",
+    "json",
+}
 
 
 def coded(path: Path) -> str:
@@ -82,16 +116,26 @@ def load(source: Path, options: Options) -> Raw:
             files.append(FileEntry(names[code], len(content), sha256(content), rows=0))
         counts = {code: len(lines) for code, lines in columns.items()}
         if counts[first] != counts[second]:
-            blank = {code: next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
-                     for code, lines in columns.items()}
+            blank = {
+                code: next((i for i, line in enumerate(lines, 1) if not line.strip()), None) for code, lines in columns.items()
+            }
             hint = "".join(f" The first empty line of {names[c]} is {at}." for c, at in blank.items() if at)
-            raise DataError(f"{names[first]} has {counts[first]:,} lines and {names[second]} {counts[second]:,}: which belong "
-                            f"together cannot be known.{hint} Line n of one must translate line n of the other.")
+            raise DataError(
+                f"{names[first]} has {counts[first]:,} lines and {names[second]} {counts[second]:,}: which belong "
+                f"together cannot be known.{hint} Line n of one must translate line n of the other."
+            )
         rows = pl.DataFrame(columns, schema={first: pl.String, second: pl.String}).with_columns(
-            pl.lit(len(files) - 2, pl.Int32).alias(FILE), pl.Series(LINE, range(1, counts[first] + 1), dtype=pl.Int64))
+            pl.lit(len(files) - 2, pl.Int32).alias(FILE), pl.Series(LINE, range(1, counts[first] + 1), dtype=pl.Int64)
+        )
         files[-2] = FileEntry(files[-2].path, files[-2].bytes, files[-2].sha256, rows=counts[first])
         parts.append(rows)
         splits += [split_of(stem)] * counts[first]
     named = np.array(splits, dtype=object)
-    return Raw(pl.concat(parts), files, root, findings, named if all(splits) and len(set(splits)) > 1 else None,
-               {first: "text", second: "text"})
+    return Raw(
+        pl.concat(parts),
+        files,
+        root,
+        findings,
+        named if all(splits) and len(set(splits)) > 1 else None,
+        {first: "text", second: "text"},
+    )

@@ -21,12 +21,23 @@ from fieldguide.data.readers.image_folder import hidden
 from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256
 
 NAME = "recordings"
-UNDERSTANDS = ("recordings (.wav, .flac, .ogg, .mp3): a folder of them with a table of file names and transcripts, or with "
-               "x.txt beside each x.wav, maybe below train, val and test; to predict, recordings alone")
+UNDERSTANDS = (
+    "recordings (.wav, .flac, .ogg, .mp3): a folder of them with a table of file names and transcripts, or with "
+    "x.txt beside each x.wav, maybe below train, val and test; to predict, recordings alone"
+)
 SOUNDS = KNOWN.union(UNREAD)
-TRANSCRIPTS = ("transcript", "transcription", "sentence", "text", "normalized_text", "normalized_transcription", "normalized",
-               "utterance", "words")
-AUDIO, SAID = "audio", "transcript"      # what columns are called where no table names them
+TRANSCRIPTS = (
+    "transcript",
+    "transcription",
+    "sentence",
+    "text",
+    "normalized_text",
+    "normalized_transcription",
+    "normalized",
+    "utterance",
+    "words",
+)
+AUDIO, SAID = "audio", "transcript"  # what columns are called where no table names them
 SHOWN = 5
 
 
@@ -60,8 +71,13 @@ def load(source: Path, options: Options) -> Raw:
 
 def alone(paths: list[Path], root: Path) -> Raw:
     """Recordings without a word of what is said in them."""
-    return Raw(pl.DataFrame({AUDIO: [str(p.absolute()) for p in paths]}), [], root, splits=split_by_folder(paths, root),
-               kinds={AUDIO: "audio"})
+    return Raw(
+        pl.DataFrame({AUDIO: [str(p.absolute()) for p in paths]}),
+        [],
+        root,
+        splits=split_by_folder(paths, root),
+        kinds={AUDIO: "audio"},
+    )
 
 
 def split_by_folder(paths: list[Path], root: Path) -> np.ndarray | None:
@@ -98,21 +114,48 @@ def beside(paths: list[Path], root: Path, options: Options) -> Raw:
     lone = [p for folder in {p.parent for p in paths} for p in sorted(folder.glob("*.txt")) if p.with_suffix("") not in at]
     several = [p for p in paths if at[p.with_suffix("")] > 1]
     for check, severity, what, places, remedy, unusable in (
-            ("no-transcript", "warning", "recordings without a transcript beside them", silent,
-             "Write what is said into a text file of the same name, or remove them.", len(silent)),
-            ("unreadable-text", "warning", "transcripts that cannot be read as text", damaged,
-             "Save them again as UTF-8 text.", len(damaged)),
-            ("shared-transcript", "warning", "recordings that share one transcript, as they differ by suffix alone", several,
-             "Keep one of each.", 0),
-            ("no-recording", "note", "transcripts without a recording", lone, "", 0)):
+        (
+            "no-transcript",
+            "warning",
+            "recordings without a transcript beside them",
+            silent,
+            "Write what is said into a text file of the same name, or remove them.",
+            len(silent),
+        ),
+        (
+            "unreadable-text",
+            "warning",
+            "transcripts that cannot be read as text",
+            damaged,
+            "Save them again as UTF-8 text.",
+            len(damaged),
+        ),
+        (
+            "shared-transcript",
+            "warning",
+            "recordings that share one transcript, as they differ by suffix alone",
+            several,
+            "Keep one of each.",
+            0,
+        ),
+        ("no-recording", "note", "transcripts without a recording", lone, "", 0),
+    ):
         if places:
             shown = tuple(p if isinstance(p, str) else relative(p, root) for p in places[:SHOWN])
             findings.append(Finding(check, severity, what, shown, len(places), remedy, unusable))
     if not rows:
         raise DataError(f"{root}: no recording has a transcript that can be read." + "".join(f"\n  - {f}" for f in findings))
     frame = pl.DataFrame(rows, schema={AUDIO: pl.String, SAID: pl.String}, orient="row")
-    return Raw(frame, files, root, findings, split_by_folder(kept, root), {AUDIO: "audio", SAID: "text"}, SAID,
-               unusable=sum(f.unusable for f in findings))
+    return Raw(
+        frame,
+        files,
+        root,
+        findings,
+        split_by_folder(kept, root),
+        {AUDIO: "audio", SAID: "text"},
+        SAID,
+        unusable=sum(f.unusable for f in findings),
+    )
 
 
 # A table of file names and transcripts
@@ -127,8 +170,10 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
     name = max(shares, key=shares.get, default=None)
     if name is None or shares[name] < 0.5:
         listed = ", ".join(columns)
-        raise DataError(f"{root}: none of the columns of {raw.files[0].path} ({listed}) names the recordings in the folder, "
-                        f"such as {relative(paths[0], root)}. One must hold their file names.")
+        raise DataError(
+            f"{root}: none of the columns of {raw.files[0].path} ({listed}) names the recordings in the folder, "
+            f"such as {relative(paths[0], root)}. One must hold their file names."
+        )
     rows = raw.rows
     full = [where.find(v) or v for v in rows[name].to_list()]
     raw.rows = rows.with_columns(pl.Series(name, full, dtype=pl.String))
@@ -136,13 +181,27 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
     used = Counter(v for v in full if v)
     place = lambda i: f"{raw.files[rows[FILE][i]].path}:{rows[LINE][i]}"
     if again := [i for i, v in enumerate(full) if v and used[v] > 1]:
-        raw.findings.append(Finding("repeated-recording", "warning", "rows that name a recording that another row names, too",
-                                    tuple(f"{place(i)} ({rows[name][i]})" for i in again[:SHOWN]), len(again),
-                                    "Keep one row of each."))
+        raw.findings.append(
+            Finding(
+                "repeated-recording",
+                "warning",
+                "rows that name a recording that another row names, too",
+                tuple(f"{place(i)} ({rows[name][i]})" for i in again[:SHOWN]),
+                len(again),
+                "Keep one row of each.",
+            )
+        )
     if several := [i for i, v in enumerate(rows[name].to_list()) if v in where.ambiguous]:
-        raw.findings.append(Finding("ambiguous-name", "warning", "file names that several folders have",
-                                    tuple(f"{place(i)} ({rows[name][i]})" for i in several[:SHOWN]), len(several),
-                                    "Write the path from the folder of the table."))
+        raw.findings.append(
+            Finding(
+                "ambiguous-name",
+                "warning",
+                "file names that several folders have",
+                tuple(f"{place(i)} ({rows[name][i]})" for i in several[:SHOWN]),
+                len(several),
+                "Write the path from the folder of the table.",
+            )
+        )
     unnamed(raw, [p for p in paths if relative(p, root) not in used])
     if (said := next((c for n in TRANSCRIPTS for c in columns if plain(c) == n and c != name), None)) and not options.target:
         raw.target, raw.kinds[said] = said, "text"
@@ -154,8 +213,15 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
 def unnamed(raw: Raw, lone: list[Path]) -> None:
     """Notes recordings that no row of the table names."""
     if lone:
-        raw.findings.append(Finding("file-without-row", "note", "recordings that no row of the table names; they are left out",
-                                    tuple(relative(p, raw.root) for p in lone[:SHOWN]), len(lone)))
+        raw.findings.append(
+            Finding(
+                "file-without-row",
+                "note",
+                "recordings that no row of the table names; they are left out",
+                tuple(relative(p, raw.root) for p in lone[:SHOWN]),
+                len(lone),
+            )
+        )
 
 
 class Where:

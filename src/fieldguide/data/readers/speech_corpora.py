@@ -16,8 +16,10 @@ from fieldguide.data.readers.recordings import AUDIO, SAID, SHOWN, SOUNDS, unnam
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
 
 NAME = "speech corpora"
-UNDERSTANDS = ("speech in the layout of LJ Speech (metadata.csv with id|transcript|normalised transcript, and wavs/) or of "
-               "Common Voice (train.tsv, dev.tsv and test.tsv with path and sentence, and clips/)")
+UNDERSTANDS = (
+    "speech in the layout of LJ Speech (metadata.csv with id|transcript|normalised transcript, and wavs/) or of "
+    "Common Voice (train.tsv, dev.tsv and test.tsv with path and sentence, and clips/)"
+)
 SPEAKER = "client_id"
 
 
@@ -53,14 +55,23 @@ def load(source: Path, options: Options) -> Raw:
     others = [p for p in visible(source)[0] if p.suffix.lower() == ".tsv" and p not in tables]
     findings = [f for raw, _ in parts for f in raw.findings]
     if others:
-        findings.append(Finding("other-files", "note", "tables that are not used", tuple(p.name for p in others[:SHOWN]),
-                                len(others)))
+        findings.append(
+            Finding("other-files", "note", "tables that are not used", tuple(p.name for p in others[:SHOWN]), len(others))
+        )
     rows = pl.concat([raw.rows for raw, _ in parts], how="diagonal")
     splits = np.repeat(np.array([s for _, s in parts], dtype=object), [raw.rows.height for raw, _ in parts])
     speaker = {SPEAKER: "group"} if SPEAKER in rows.columns else {}
-    raw = Raw(rows, [f for raw, _ in parts for f in raw.files], source, findings, splits if len(parts) > 1 else None,
-              {AUDIO: "audio", SAID: "text", **({SPEAKER: "identifier"} if speaker else {})}, SAID, roles=speaker,
-              unusable=sum(r.unusable for r, _ in parts))
+    raw = Raw(
+        rows,
+        [f for raw, _ in parts for f in raw.files],
+        source,
+        findings,
+        splits if len(parts) > 1 else None,
+        {AUDIO: "audio", SAID: "text", **({SPEAKER: "identifier"} if speaker else {})},
+        SAID,
+        roles=speaker,
+        unusable=sum(r.unusable for r, _ in parts),
+    )
     return complete(raw, source / "clips")
 
 
@@ -71,12 +82,24 @@ def lj(source: Path) -> Raw:
     lines, entry, findings = cells(path, source, "|")
     if lines and not present(source / "wavs", lines[0][1][0]) and lines[0][1][0].lower() in ("id", "file", "filename", "name"):
         lines = lines[1:]
-    rows = [(name(source / "wavs", c[0]), next((x for x in c[:0:-1] if x.strip()), None), 0, n)
-            for n, c in lines if 2 <= len(c) <= 3]
+    rows = [
+        (name(source / "wavs", c[0]), next((x for x in c[:0:-1] if x.strip()), None), 0, n)
+        for n, c in lines
+        if 2 <= len(c) <= 3
+    ]
     wrong = [f"{path.name}:{n} has {len(c)}" for n, c in lines if not 2 <= len(c) <= 3]
     if wrong:
-        findings.append(Finding("wrong-cells", "warning", "lines that do not have 2 or 3 cells with | between",
-                                tuple(wrong[:SHOWN]), len(wrong), "Write id|transcript|normalised transcript.", len(wrong)))
+        findings.append(
+            Finding(
+                "wrong-cells",
+                "warning",
+                "lines that do not have 2 or 3 cells with | between",
+                tuple(wrong[:SHOWN]),
+                len(wrong),
+                "Write id|transcript|normalised transcript.",
+                len(wrong),
+            )
+        )
     return complete(raw_of(rows, source, entry, findings, len(wrong)), source / "wavs")
 
 
@@ -89,9 +112,17 @@ def voice(path: Path, root: Path, number: int) -> Raw:
     good = [(n, c) for n, c in lines[1:] if len(c) == len(head)]
     wrong = [f"{entry.path}:{n} has {len(c)}" for n, c in lines[1:] if len(c) != len(head)]
     if wrong:
-        findings.append(Finding("wrong-cells", "warning", f"lines that do not have {len(head)} cells like the first",
-                                tuple(wrong[:SHOWN]), len(wrong), "Mend them: a tab is missing, or stands in a sentence.",
-                                len(wrong)))
+        findings.append(
+            Finding(
+                "wrong-cells",
+                "warning",
+                f"lines that do not have {len(head)} cells like the first",
+                tuple(wrong[:SHOWN]),
+                len(wrong),
+                "Mend them: a tab is missing, or stands in a sentence.",
+                len(wrong),
+            )
+        )
     at, said = head.index("path"), head.index("sentence")
     rows = [(name(root / "clips", c[at]), c[said].strip() or None, number, n) for n, c in good]
     raw = raw_of(rows, root, entry, findings, len(wrong))
@@ -115,10 +146,21 @@ def complete(raw: Raw, folder: Path) -> Raw:
     again = (~paths.is_first_distinct() & paths.is_not_null()).to_numpy()
     if again.any():
         rows = np.flatnonzero(again)
-        where = tuple(f"{raw.files[raw.rows[FILE][int(i)]].path}:{raw.rows[LINE][int(i)]} ({Path(paths[int(i)]).name})"
-                      for i in rows[:SHOWN])
-        raw.findings.append(Finding("duplicate-id", "warning", "lines for a recording that an earlier line has, too", where,
-                                    len(rows), "Keep one line of each.", len(rows)))
+        where = tuple(
+            f"{raw.files[raw.rows[FILE][int(i)]].path}:{raw.rows[LINE][int(i)]} ({Path(paths[int(i)]).name})"
+            for i in rows[:SHOWN]
+        )
+        raw.findings.append(
+            Finding(
+                "duplicate-id",
+                "warning",
+                "lines for a recording that an earlier line has, too",
+                where,
+                len(rows),
+                "Keep one line of each.",
+                len(rows),
+            )
+        )
         raw.rows = raw.rows.filter(~again)
         raw.splits = None if raw.splits is None else raw.splits[~again]
         raw.unusable += len(rows)
@@ -135,8 +177,11 @@ def cells(path: Path, root: Path, mark: str) -> tuple[list[tuple[int, list[str]]
     content = path.read_bytes()
     called = relative(path, root)
     text, findings = delimited.decode(content, called)
-    lines = [(n, [unquoted(c) for c in line.rstrip("\r").split(mark)])
-             for n, line in enumerate(text.decode().split("\n"), 1) if line.strip()]
+    lines = [
+        (n, [unquoted(c) for c in line.rstrip("\r").split(mark)])
+        for n, line in enumerate(text.decode().split("\n"), 1)
+        if line.strip()
+    ]
     if not lines:
         raise DataError(f"{called}: the file is empty.")
     return lines, FileEntry(called, len(content), sha256(content)), findings

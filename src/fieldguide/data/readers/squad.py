@@ -17,11 +17,20 @@ from fieldguide.data.readers.table import join
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
 
 NAME = "SQuAD"
-UNDERSTANDS = ("questions on texts, SQuAD: one .json of paragraphs, each with a context and its `qas`, or of records with a "
-               "context, a question and answers; or a folder with one such file for each of train, dev and test")
-HEAD = 1 << 16             # bytes of a file that tell whether it is one
-SCHEMA = {"id": pl.String, "title": pl.String, "context": pl.String, "question": pl.String,
-          "answers": pl.List(pl.Struct({"text": pl.String, "start": pl.Int64})), "is_impossible": pl.Boolean, LINE: pl.Int64}
+UNDERSTANDS = (
+    "questions on texts, SQuAD: one .json of paragraphs, each with a context and its `qas`, or of records with a "
+    "context, a question and answers; or a folder with one such file for each of train, dev and test"
+)
+HEAD = 1 << 16  # bytes of a file that tell whether it is one
+SCHEMA = {
+    "id": pl.String,
+    "title": pl.String,
+    "context": pl.String,
+    "question": pl.String,
+    "answers": pl.List(pl.Struct({"text": pl.String, "start": pl.Int64})),
+    "is_impossible": pl.Boolean,
+    LINE: pl.Int64,
+}
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -67,17 +76,29 @@ def one(path: Path, root: Path, options: Options) -> Raw:
         raise DataError(f"{name}: no questions in it.")
     unsaid = [i for i, row in enumerate(found) if not row["answers"] and row["is_impossible"] is None]
     if unsaid and len(unsaid) < len(found):
-        findings.append(Finding("answers-absent", "note", "questions with no answers, and not marked `is_impossible`: taken as "
-                                "questions that their context does not answer", tuple(f"{name}:{i + 1}" for i in unsaid[:5]),
-                                len(unsaid)))
+        findings.append(
+            Finding(
+                "answers-absent",
+                "note",
+                "questions with no answers, and not marked `is_impossible`: taken as "
+                "questions that their context does not answer",
+                tuple(f"{name}:{i + 1}" for i in unsaid[:5]),
+                len(unsaid),
+            )
+        )
     rows = pl.DataFrame([{**row, LINE: i + 1} for i, row in enumerate(found)], schema=SCHEMA)
     if options.labels_optional and not any(row["answers"] for row in found):
         rows = rows.drop("answers")
     empty = [c for c in ("id", "title", "is_impossible") if rows[c].null_count() == rows.height]
     rows = rows.drop(empty).with_columns(pl.lit(0, pl.Int32).alias(FILE))
-    return Raw(rows, [FileEntry(name, len(content), sha256(content), rows=rows.height)], root, findings,
-               kinds={"context": "text", "question": "text", **({"answers": "list"} if "answers" in rows.columns else {})},
-               target="answers")
+    return Raw(
+        rows,
+        [FileEntry(name, len(content), sha256(content), rows=rows.height)],
+        root,
+        findings,
+        kinds={"context": "text", "question": "text", **({"answers": "list"} if "answers" in rows.columns else {})},
+        target="answers",
+    )
 
 
 def records(document: Any, name: str) -> Iterator[dict[str, Any]]:
@@ -107,7 +128,7 @@ def records(document: Any, name: str) -> Iterator[dict[str, Any]]:
 def asked(entry: dict[str, Any], context: str, title: Any, name: str, where: str) -> dict[str, Any]:
     """A question and its answers; characters are counted from the first of the context that is no blank."""
     blanks, given = len(context) - len(context.lstrip()), entry.get("answers", [])
-    if isinstance(given, dict):                          # as in files of Hugging Face: {"text": [], "answer_start": []}
+    if isinstance(given, dict):  # as in files of Hugging Face: {"text": [], "answer_start": []}
         texts = need(given, "text", list, name, f"{where}.answers")
         starts = given.get("answer_start") or [None] * len(texts)
         if len(starts) != len(texts):
@@ -124,14 +145,22 @@ def asked(entry: dict[str, Any], context: str, title: Any, name: str, where: str
     impossible, key = entry.get("is_impossible"), entry.get("id")
     if impossible is not None and not isinstance(impossible, bool):
         raise wrong(name, f"{where}.is_impossible", "true or false", impossible)
-    return {"id": None if key is None else str(key), "title": None if title is None else str(title), "context": context,
-            "question": need(entry, "question", str, name, where), "answers": answers, "is_impossible": impossible}
+    return {
+        "id": None if key is None else str(key),
+        "title": None if title is None else str(title),
+        "context": context,
+        "question": need(entry, "question", str, name, where),
+        "answers": answers,
+        "is_impossible": impossible,
+    }
 
 
 def need(entry: dict[str, Any], key: str, kind: type, name: str, where: str) -> Any:
     if key not in entry:
-        raise DataError(f"{name}: {where or 'the file'} lacks {key!r} (it has {', '.join(map(repr, entry)) or 'nothing'}). "
-                        "SQuAD is data[...].paragraphs[...] with a context and qas[...] of question and answers.")
+        raise DataError(
+            f"{name}: {where or 'the file'} lacks {key!r} (it has {', '.join(map(repr, entry)) or 'nothing'}). "
+            "SQuAD is data[...].paragraphs[...] with a context and qas[...] of question and answers."
+        )
     if not isinstance(entry[key], kind):
         raise wrong(name, f"{where}.{key}".lstrip("."), "a list" if kind is list else "text", entry[key])
     return entry[key]

@@ -16,8 +16,9 @@ from fieldguide.data.readers import delimited
 from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, split_of, visible
 
 NAME = "table"
-UNDERSTANDS = ("a table: .csv, .tsv, .parquet or .jsonl; a folder with one such file, or with one for each "
-               "of train, val and test")
+UNDERSTANDS = (
+    "a table: .csv, .tsv, .parquet or .jsonl; a folder with one such file, or with one for each of train, val and test"
+)
 DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab", ".inter"), (".parquet", ".pq"), (".jsonl", ".ndjson")
 KNOWN = DELIMITED + PARQUET + JSON
 SPLIT_COLUMNS = ("split", "subset", "partition")
@@ -45,8 +46,9 @@ def load(source: Path, options: Options) -> Raw:
     named = {p: split_of(p.name) for p in files}
     if None in named.values() or len(set(named.values())) < len(files):
         listed = ", ".join(p.name for p in files)
-        raise DataError(f"{source}: holds several tables ({listed}). Name the one to read, or name them "
-                        "train, val and test, one file each.")
+        raise DataError(
+            f"{source}: holds several tables ({listed}). Name the one to read, or name them train, val and test, one file each."
+        )
     return join([(one(p, source, options), str(s)) for p, s in named.items()], source)
 
 
@@ -60,8 +62,7 @@ def one(path: Path, root: Path, options: Options) -> Raw:
     if suffix in DELIMITED:
         text, findings = delimited.decode(content, name)
         del content
-        table = delimited.parse(text, name, header=options.header, names=options.names,
-                              target=options.target)
+        table = delimited.parse(text, name, header=options.header, names=options.names, target=options.target)
         rows, findings = table.rows, findings + table.findings
     elif suffix in PARQUET:
         rows = parquet(content, name)
@@ -100,7 +101,7 @@ def json_lines(content: bytes, name: str) -> pl.DataFrame:
             if not ok:
                 raise DataError(f"{name}:{number}: not a JSON object. JSON Lines has one {{...}} a line.")
         raise DataError(f"{name}: could not be read as JSON Lines.")
-    for name in [n for n, kind in rows.schema.items() if isinstance(kind, pl.Struct)]:      # {"a": {"b": 1}} -> a.b
+    for name in [n for n, kind in rows.schema.items() if isinstance(kind, pl.Struct)]:  # {"a": {"b": 1}} -> a.b
         fields = [f"{name}.{field.name}" for field in rows.schema[name].fields]
         rows = rows.with_columns(pl.col(name).struct.rename_fields(fields)).unnest(name)
     return rows.with_columns(pl.Series(LINE, lines, dtype=pl.Int64))
@@ -129,10 +130,13 @@ def join(parts: list[tuple[Raw, str]], root: Path) -> Raw:
         other = [c for c in raw.rows.columns if c not in (FILE, LINE)]
         if set(other) != set(names):
             lacks, extra = sorted(set(names) - set(other)), sorted(set(other) - set(names))
-            raise DataError(f"{raw.files[0].path} and {first.files[0].path} have different columns: the "
-                            f"first lacks {lacks or 'none'} and has {extra or 'none'} besides.")
-    tables = [raw.rows.with_columns(pl.lit(i, pl.Int32).alias(FILE)).select([*names, FILE, LINE])
-              for i, (raw, _) in enumerate(parts)]
+            raise DataError(
+                f"{raw.files[0].path} and {first.files[0].path} have different columns: the "
+                f"first lacks {lacks or 'none'} and has {extra or 'none'} besides."
+            )
+    tables = [
+        raw.rows.with_columns(pl.lit(i, pl.Int32).alias(FILE)).select([*names, FILE, LINE]) for i, (raw, _) in enumerate(parts)
+    ]
     rows = pl.concat(tables, how="vertical_relaxed")
     splits = np.repeat(np.array([s for _, s in parts], dtype=object), [t.height for t in tables])
     findings = [f for raw, _ in parts for f in raw.findings]

@@ -48,8 +48,19 @@ def load(source: Path, options: Options) -> Raw:
                 raw.findings.append(Finding("unreadable-file", "warning", str(error), (name,), 1))
         raw.files.append(FileEntry(name, len(content), sha256(content)))
     if other:
-        raw.findings.append(Finding("not-a-text", "warning", "files in class folders that are no .txt",
-                                    places_of(other, source.absolute()), len(other), "Remove them."))
-    raw.rows = raw.rows.with_columns(pl.Series("text", texts, dtype=pl.String), pl.Series(
-        FILE, range(len(texts)), dtype=pl.Int32), pl.lit(None, pl.Int64).alias(LINE))
+        raw.findings.append(
+            Finding(
+                "not-a-text",
+                "warning",
+                "files in class folders that are no .txt",
+                places_of(other, source.absolute()),
+                len(other),
+                "Remove them.",
+            )
+        )
+    raw.rows = raw.rows.with_columns(
+        pl.Series("text", texts, dtype=pl.String),
+        pl.Series(FILE, range(len(texts)), dtype=pl.Int32),
+        pl.lit(None, pl.Int64).alias(LINE),
+    )
     return raw

@@ -17,10 +17,12 @@ from fieldguide.data.media.images import KNOWN
 from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
 
 NAME = "Pascal VOC"
-UNDERSTANDS = ("pictures with boxes, Pascal VOC: a folder with Annotations (an .xml for each picture), JPEGImages and maybe "
-               "ImageSets/Main/train.txt, val.txt, test.txt; or an .xml beside each picture, maybe below train, val and test")
+UNDERSTANDS = (
+    "pictures with boxes, Pascal VOC: a folder with Annotations (an .xml for each picture), JPEGImages and maybe "
+    "ImageSets/Main/train.txt, val.txt, test.txt; or an .xml beside each picture, maybe below train, val and test"
+)
 IMAGES = ("jpegimages", "images", "imgs", "image")
-LISTS = {"test": "test", "val": "val", "train": "train", "trainval": "train"}      # of two, the first holds
+LISTS = {"test": "test", "val": "val", "train": "train", "trainval": "train"}  # of two, the first holds
 
 
 class Refused(Exception):
@@ -36,9 +38,12 @@ def layout(source: Path) -> list[tuple[Path, list[Path], str | None]]:
     folders = [p for p in visible(source)[0] if p.is_dir()]
     if own := part(source, folders):
         return [(*own, None)]
-    found = [(*own, SPLITS[p.name.lower()]) for p in folders if p.name.lower() in SPLITS and
-             (own := part(p, [f for f in visible(p)[0] if f.is_dir()]))]
-    if not found and len(folders) == 1:                                  # VOCdevkit/VOC2012
+    found = [
+        (*own, SPLITS[p.name.lower()])
+        for p in folders
+        if p.name.lower() in SPLITS and (own := part(p, [f for f in visible(p)[0] if f.is_dir()]))
+    ]
+    if not found and len(folders) == 1:  # VOCdevkit/VOC2012
         return layout(folders[0])
     return found
 
@@ -127,9 +132,11 @@ def understood(content: bytes, shot: Shot, notes: Notes) -> str:
     return text(root, "filename")
 
 
-ENCODING = (expat.errors.codes[expat.errors.XML_ERROR_UNKNOWN_ENCODING],
-            expat.errors.codes[expat.errors.XML_ERROR_INCORRECT_ENCODING],
-            expat.errors.codes[expat.errors.XML_ERROR_INVALID_TOKEN])
+ENCODING = (
+    expat.errors.codes[expat.errors.XML_ERROR_UNKNOWN_ENCODING],
+    expat.errors.codes[expat.errors.XML_ERROR_INCORRECT_ENCODING],
+    expat.errors.codes[expat.errors.XML_ERROR_INVALID_TOKEN],
+)
 
 
 def parsed(content: bytes) -> tuple[Element, dict[Element, int]]:

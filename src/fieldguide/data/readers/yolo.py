@@ -13,10 +13,12 @@ from fieldguide.data.media.images import KNOWN
 from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
 
 NAME = "YOLO"
-UNDERSTANDS = ("pictures with boxes or outlines, YOLO: data.yaml with the names of classes, and folders images and labels with "
-               "train, val and test below or above; in labels a .txt for each picture, its lines: class x y width height, or "
-               "class and the points of an outline")
-FAR = 2.0                  # parts of a picture; what is larger is in pixels
+UNDERSTANDS = (
+    "pictures with boxes or outlines, YOLO: data.yaml with the names of classes, and folders images and labels with "
+    "train, val and test below or above; in labels a .txt for each picture, its lines: class x y width height, or "
+    "class and the points of an outline"
+)
+FAR = 2.0  # parts of a picture; what is larger is in pixels
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -33,8 +35,9 @@ def described(folder: Path) -> Path | None:
     """The YAML file of a folder that names classes."""
     files = [p for p in visible(folder)[0] if p.suffix.lower() in (".yaml", ".yml") and p.is_file()]
     files.sort(key=lambda p: (p.stem.lower() not in ("data", "dataset"), p.name))
-    return next((p for p in files if b"names" in p.read_bytes() and (p.stem.lower() in ("data", "dataset") or guessed(folder))),
-                None)
+    return next(
+        (p for p in files if b"names" in p.read_bytes() and (p.stem.lower() in ("data", "dataset") or guessed(folder))), None
+    )
 
 
 def guessed(root: Path) -> list[tuple[Path, str | None]]:
@@ -58,7 +61,7 @@ def labels_of(folder: Path) -> Path:
     parts = list(folder.parts)
     for i in reversed(range(len(parts))):
         if parts[i] == "images":
-            return Path(*parts[:i], "labels", *parts[i + 1:])
+            return Path(*parts[:i], "labels", *parts[i + 1 :])
     return folder
 
 
@@ -118,8 +121,10 @@ def listed_names(root: Path, files: list[Any]) -> dict[int, str]:
             files.append(entry(path, content, root))
             names = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
             return dict(enumerate(names))
-    raise DataError(f"{root}: the classes have no names. Add data.yaml with `names: [first, second, ...]`, or classes.txt with "
-                    "a name a line.")
+    raise DataError(
+        f"{root}: the classes have no names. Add data.yaml with `names: [first, second, ...]`, or classes.txt with "
+        "a name a line."
+    )
 
 
 def parts_of(told: dict[str, Any], root: Path, file: Path | None) -> list[tuple[Path, str | None]]:
@@ -134,15 +139,16 @@ def parts_of(told: dict[str, Any], root: Path, file: Path | None) -> list[tuple[
             tries = [base / n for n in (str(name), str(name).removeprefix("../").removeprefix("./")) for base in bases]
             where = next((p for p in tries if p.exists()), None)
             if where is None:
-                raise DataError(f"{file}: {key} names {name!r}, which is not there (looked for {tries[0]}). Correct it, or "
-                                "remove the line.")
+                raise DataError(
+                    f"{file}: {key} names {name!r}, which is not there (looked for {tries[0]}). Correct it, or remove the line."
+                )
             where = where / "images" if (where / "images").is_dir() else where
             found.append((where, SPLITS[key]))
     return found
 
 
 def pictures(where: Path, split: str | None, root: Path, names: dict[int, str], notes: Notes, files: list[Any]) -> list[Shot]:
-    if where.is_file():                                                  # a list of pictures
+    if where.is_file():  # a list of pictures
         content = where.read_bytes()
         files.append(entry(where, content, root))
         lines = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
@@ -178,8 +184,12 @@ def understood(line: str, place: str, shot: Shot, names: dict[int, str], notes: 
     """A line: class, then middle and size of a box, or three points or more of an outline."""
     words = line.split()
     values = finite(words, len(words))
-    if values is None or values[0] != int(values[0]) or not (len(words) == 5 or (len(words) >= 7 and len(words) % 2)) or \
-            max(map(abs, values[1:])) > FAR:
+    if (
+        values is None
+        or values[0] != int(values[0])
+        or not (len(words) == 5 or (len(words) >= 7 and len(words) % 2))
+        or max(map(abs, values[1:])) > FAR
+    ):
         notes.spoil("malformed-line", f"{place}: {line.strip()[:40]!r}", shot)
         return
     if int(values[0]) not in names:

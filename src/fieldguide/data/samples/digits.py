@@ -23,6 +23,7 @@ def digits(folder: Path) -> None:
 
 def classes(loader: str, target: str) -> Callable[[Path], None]:
     """A classification table of scikit-learn as CSV, with class names instead of numbers."""
+
     def make(folder: Path) -> None:
         import sklearn.datasets
 
@@ -36,8 +37,18 @@ def classes(loader: str, target: str) -> Callable[[Path], None]:
 def diabetes(folder: Path) -> None:
     from sklearn.datasets import load_diabetes
 
-    names = ("age", "sex", "bmi", "blood_pressure", "cholesterol", "ldl", "hdl", "cholesterol_hdl_ratio",
-             "log_triglycerides", "blood_sugar")
+    names = (
+        "age",
+        "sex",
+        "bmi",
+        "blood_pressure",
+        "cholesterol",
+        "ldl",
+        "hdl",
+        "cholesterol_hdl_ratio",
+        "log_triglycerides",
+        "blood_sugar",
+    )
     data = load_diabetes(scaled=False)
     rows = ([*(f"{v:.10g}" for v in x), f"{y:g}"] for x, y in zip(data.data, data.target))
     write(folder / "data.csv", [*names, "progression"], rows)

@@ -7,13 +7,16 @@ from typing import Any
 
 from fieldguide.data.samples.writers import write
 
-SHOWS = ("tides mines roofs wires salt lanterns orchards comets harbours clocks ravens ponds bridges maps glaciers stoves "
-         "violins deserts letters ferries").split()
+SHOWS = (
+    "tides mines roofs wires salt lanterns orchards comets harbours clocks ravens ponds bridges maps glaciers stoves "
+    "violins deserts letters ferries"
+).split()
 
 
 def episodes(folder: Path) -> None:
     """Who watched which episode when: most go on with the next of a show, some begin another, popular ones first."""
     import random
+
     rng, rows = random.Random(0), []
     for viewer in range(600):
         shows = rng.sample(SHOWS, len(SHOWS), counts=[20 - i for i in range(20)])
@@ -39,6 +42,7 @@ TOPICS = "sport politics science travel food music".split()
 def clicks(folder: Path) -> None:
     """Which articles readers opened: each reader has tastes, each article an appeal of its own; long ones wait for evenings."""
     import numpy as np
+
     rng = np.random.default_rng(0)
     tastes, appeal = rng.normal(0, 1.2, (300, len(TOPICS))), rng.normal(0, 0.7, 120)
     topic, long = rng.integers(len(TOPICS), size=120), rng.random(120) < 0.4
@@ -48,24 +52,40 @@ def clicks(folder: Path) -> None:
         phone = rng.random() < (0.8 if hour < 18 else 0.4)
         wish = tastes[reader, topic[article]] + appeal[article] - (1.2 if long[article] and phone else 0) - 0.4
         opened = rng.random() < 1 / (1 + np.exp(-wish))
-        rows.append([f"reader{reader}", f"article{article}", TOPICS[topic[article]], "long" if long[article] else "short",
-                     "phone" if phone else "computer", str(hour), "yes" if opened else "no"])
+        rows.append(
+            [
+                f"reader{reader}",
+                f"article{article}",
+                TOPICS[topic[article]],
+                "long" if long[article] else "short",
+                "phone" if phone else "computer",
+                str(hour),
+                "yes" if opened else "no",
+            ]
+        )
     write(folder / "data.csv", ["user", "item", "topic", "length", "device", "hour", "clicked"], iter(rows))
 
 
 # Level in MW, share that rests at weekends, more for each degree below 16.
-SITES = {"homes-north": (0.9, 0.0, 0.055), "homes-south": (1.2, 0.0, 0.04), "offices": (2.1, 0.75, 0.02),
-         "school": (0.7, 0.9, 0.03), "shops": (1.5, 0.35, 0.015), "works": (3.0, 0.5, 0.005)}
-HOLIDAYS = (0, 88, 91, 120, 129, 140)                                 # days of 2024: new year, Easter, May, ...
+SITES = {
+    "homes-north": (0.9, 0.0, 0.055),
+    "homes-south": (1.2, 0.0, 0.04),
+    "offices": (2.1, 0.75, 0.02),
+    "school": (0.7, 0.9, 0.03),
+    "shops": (1.5, 0.35, 0.015),
+    "works": (3.0, 0.5, 0.005),
+}
+HOLIDAYS = (0, 88, 91, 120, 129, 140)  # days of 2024: new year, Easter, May, ...
 
 
 def demand(folder: Path) -> None:
     """20 weeks of hourly electricity at six sites: two daily rhythms, weekends, holidays, weather and chance."""
     import numpy as np
+
     rng, hours = np.random.default_rng(0), np.arange(20 * 7 * 24)
     day, hour = hours // 24, hours % 24
     holiday = np.isin(day, HOLIDAYS)
-    rest = (day % 7 >= 5) | holiday                                   # 2024 began on a Monday
+    rest = (day % 7 >= 5) | holiday  # 2024 began on a Monday
     bump = lambda middle, width: np.exp(-0.5 * (((hour - middle + 12) % 24 - 12) / width) ** 2)
 
     def wander(count: int, keep: float) -> Any:
@@ -83,6 +103,8 @@ def demand(folder: Path) -> None:
         shape = (busy if rests else homely * np.where(rest, 1.1, 1)) + degree * np.clip(16 - warmth, 0, None)
         power = level * shape * (1 + 0.03 * wander(len(hours), 0.95) + 0.02 * rng.normal(size=len(hours)))
         times = (np.datetime64("2024-01-01T00:00") + hours.astype("m8[h]")).astype(str)
-        rows += [[name, t.replace("T", " "), f"{p:.4f}", f"{w:.1f}", "yes" if h else "no"]
-                 for t, p, w, h in zip(times, power, warmth, holiday)]
+        rows += [
+            [name, t.replace("T", " "), f"{p:.4f}", f"{w:.1f}", "yes" if h else "no"]
+            for t, p, w, h in zip(times, power, warmth, holiday)
+        ]
     write(folder / "data.csv", ["site", "time", "demand", "temperature", "holiday"], iter(rows))

@@ -9,16 +9,33 @@ from fieldguide.data.samples.writers import write
 
 COUNT = 4000
 TEAMS = "Bonn Kiel Ulm Trier Jena Hof Essen Mainz Celle Gera Emden Worms".split()
-PLAYERS = ("Adler Bauer Cramer Dietz Ebert Franke Graf Huber Issel Jung Keller Lang Maier Neumann Otto Peters Quandt Richter "
-           "Sommer Thiel Ulrich Vogt Weber Zander").split()
-OPENINGS = ("It was a cold evening in {place}.", "Rain fell on {place} all day.", "The sun shone on the ground in {place}.",
-            "The stands in {place} were full.", "Fog lay over {place} when the teams came out.")
-ASIDES = ("The referee had little to do.", "There were {n} thousand people in the stands.", "The grass was wet and slow.",
-          "Both sides changed three players after the break.", "The band played until the end.",
-          "The goalkeeper of {team} was hurt and had to be replaced.", "{player} hit the post.",
-          "Nobody had expected much of {team}.", "{player} of {team} saw yellow.")
-GOALS = ("{player} scored for {team} in minute {n}.", "In minute {n} {player} put the ball in for {team}.",
-         "{team} scored through {player} in minute {n}.")
+PLAYERS = (
+    "Adler Bauer Cramer Dietz Ebert Franke Graf Huber Issel Jung Keller Lang Maier Neumann Otto Peters Quandt Richter "
+    "Sommer Thiel Ulrich Vogt Weber Zander"
+).split()
+OPENINGS = (
+    "It was a cold evening in {place}.",
+    "Rain fell on {place} all day.",
+    "The sun shone on the ground in {place}.",
+    "The stands in {place} were full.",
+    "Fog lay over {place} when the teams came out.",
+)
+ASIDES = (
+    "The referee had little to do.",
+    "There were {n} thousand people in the stands.",
+    "The grass was wet and slow.",
+    "Both sides changed three players after the break.",
+    "The band played until the end.",
+    "The goalkeeper of {team} was hurt and had to be replaced.",
+    "{player} hit the post.",
+    "Nobody had expected much of {team}.",
+    "{player} of {team} saw yellow.",
+)
+GOALS = (
+    "{player} scored for {team} in minute {n}.",
+    "In minute {n} {player} put the ball in for {team}.",
+    "{team} scored through {player} in minute {n}.",
+)
 
 
 def reports(folder: Path) -> None:

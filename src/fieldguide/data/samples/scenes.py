@@ -14,6 +14,7 @@ def scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple[int,
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
+
     data = load_digits()
     slope = rng.uniform(-30, 30, 2)
     y, x = np.mgrid[0:side, 0:side] / side - 0.5
@@ -21,17 +22,23 @@ def scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple[int,
     taken, found = np.zeros((side, side), dtype=bool), []
     for _ in range(int(rng.integers(1, most + 1))):
         size, number = int(rng.integers(side // 5, side // 2 - 2)), int(rng.integers(len(data.images)))
-        ink = np.asarray(Image.fromarray((data.images[number] * 255 / 16).astype(np.uint8)).resize(
-            (size, size), Image.Resampling.BICUBIC)) / 255
+        ink = (
+            np.asarray(
+                Image.fromarray((data.images[number] * 255 / 16).astype(np.uint8)).resize(
+                    (size, size), Image.Resampling.BICUBIC
+                )
+            )
+            / 255
+        )
         left, top = (int(v) for v in rng.integers(0, side - size + 1, 2))
-        if taken[max(0, top - 2):top + size + 2, max(0, left - 2):left + size + 2].any():
+        if taken[max(0, top - 2) : top + size + 2, max(0, left - 2) : left + size + 2].any():
             continue
-        taken[top:top + size, left:left + size] = True
+        taken[top : top + size, left : left + size] = True
         colour = 255 if rng.random() < 0.5 else 0
-        part = ground[top:top + size, left:left + size]
-        ground[top:top + size, left:left + size] = part + (colour - part) * ink
+        part = ground[top : top + size, left : left + size]
+        ground[top : top + size, left : left + size] = part + (colour - part) * ink
         where = np.zeros((side, side), dtype=bool)
-        where[top:top + size, left:left + size] = ink > 0.4
+        where[top : top + size, left : left + size] = ink > 0.4
         rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
         found.append((int(data.target[number]), box, where))
@@ -42,6 +49,7 @@ def inked(folder: Path) -> None:
     """500 scenes with a mask each: ground, white ink, black ink."""
     import numpy as np
     from PIL import Image
+
     rng = np.random.default_rng(0)
     for name in ("images", "masks"):
         (folder / name).mkdir()
@@ -59,6 +67,7 @@ def scattered(folder: Path) -> None:
     """900 scenes of 96 x 96 with the boxes of their digits, as YOLO keeps them."""
     import numpy as np
     from PIL import Image
+
     rng, side = np.random.default_rng(0), 96
     for name in ("images", "labels"):
         (folder / name).mkdir()
@@ -66,31 +75,44 @@ def scattered(folder: Path) -> None:
     for number in range(900):
         picture, found = scene(rng, side, most=5)
         Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
-        lines = [f"{digit} {(left + right) / 2 / side:.6f} {(top + bottom) / 2 / side:.6f} {(right - left) / side:.6f} "
-                 f"{(bottom - top) / side:.6f}\n" for digit, (left, top, right, bottom), _ in found]
+        lines = [
+            f"{digit} {(left + right) / 2 / side:.6f} {(top + bottom) / 2 / side:.6f} {(right - left) / side:.6f} "
+            f"{(bottom - top) / side:.6f}\n"
+            for digit, (left, top, right, bottom), _ in found
+        ]
         (folder / "labels" / f"{number:04d}.txt").write_text("".join(lines))
 
 
-SCENE = 32                 # pixels a side of scenes to be told or asked about
+SCENE = 32  # pixels a side of scenes to be told or asked about
 
 
 def told(picture: Any, found: list[Any]) -> list[tuple[str, float, float, int]]:
     """Of each digit in a scene its colour, the middle of its box (from the left, from above), its area."""
-    return [("white" if picture[where].mean() > 128 else "black", (box[0] + box[2]) / 2, (box[1] + box[3]) / 2,
-             (box[2] - box[0]) * (box[3] - box[1])) for _, box, where in found]
+    return [
+        (
+            "white" if picture[where].mean() > 128 else "black",
+            (box[0] + box[2]) / 2,
+            (box[1] + box[3]) / 2,
+            (box[2] - box[0]) * (box[3] - box[1]),
+        )
+        for _, box, where in found
+    ]
 
 
 def captions(folder: Path) -> None:
     """3,000 scenes of one or two digits, and where what stands: "a small white digit at the top left"."""
     import numpy as np
     from PIL import Image
+
     rng, rows = np.random.default_rng(0), []
     (folder / "images").mkdir()
     for number in range(3000):
         picture, found = scene(rng, SCENE, 2)
-        said = [f"a {'small' if area < SCENE ** 2 / 20 else 'large'} {colour} digit at the "
-                f"{'top' if y < SCENE / 2 else 'bottom'} {'left' if x < SCENE / 2 else 'right'}"
-                for colour, x, y, area in sorted(told(picture, found), key=lambda t: t[1])]
+        said = [
+            f"a {'small' if area < SCENE**2 / 20 else 'large'} {colour} digit at the "
+            f"{'top' if y < SCENE / 2 else 'bottom'} {'left' if x < SCENE / 2 else 'right'}"
+            for colour, x, y, area in sorted(told(picture, found), key=lambda t: t[1])
+        ]
         Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
         rows.append([f"images/{number:04d}.png", " and ".join(said)])
     write(folder / "captions.csv", ["image", "caption"], iter(rows))
@@ -100,6 +122,7 @@ def questions(folder: Path) -> None:
     """1,500 scenes of one to three digits and three questions about each."""
     import numpy as np
     from PIL import Image
+
     rng, rows = np.random.default_rng(0), []
     (folder / "images").mkdir()
     for number in range(1500):
@@ -108,12 +131,17 @@ def questions(folder: Path) -> None:
         white = sum(colour == "white" for colour, *_ in things)
         largest, leftmost = max(things, key=lambda t: t[3]), min(things, key=lambda t: t[1])
         lowest = max(things, key=lambda t: t[2])
-        asked = [("how many digits are there?", len(things)), ("how many digits are white?", white),
-                 ("how many digits are black?", len(things) - white), ("is there a white digit?", "yes" if white else "no"),
-                 ("is there a black digit?", "yes" if white < len(things) else "no"),
-                 ("what colour is the largest digit?", largest[0]), ("what colour is the leftmost digit?", leftmost[0]),
-                 ("what colour is the lowest digit?", lowest[0]),
-                 ("on which side is the largest digit?", "left" if largest[1] < SCENE / 2 else "right")]
+        asked = [
+            ("how many digits are there?", len(things)),
+            ("how many digits are white?", white),
+            ("how many digits are black?", len(things) - white),
+            ("is there a white digit?", "yes" if white else "no"),
+            ("is there a black digit?", "yes" if white < len(things) else "no"),
+            ("what colour is the largest digit?", largest[0]),
+            ("what colour is the leftmost digit?", leftmost[0]),
+            ("what colour is the lowest digit?", lowest[0]),
+            ("on which side is the largest digit?", "left" if largest[1] < SCENE / 2 else "right"),
+        ]
         Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
         for i in rng.choice(len(asked), 3, replace=False):
             rows.append([f"images/{number:04d}.png", asked[i][0], str(asked[i][1])])
@@ -125,6 +153,7 @@ def moving(folder: Path) -> None:
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
+
     rng, data = np.random.default_rng(0), load_digits().images * 255 / 16
     for name, (across, down) in {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.items():
         (folder / name).mkdir()
@@ -134,5 +163,5 @@ def moving(folder: Path) -> None:
             strip = np.zeros((16, 8 * 16), dtype=np.uint8)
             for frame in range(8):
                 x, y = 16 * frame + left + across * frame, top + down * frame
-                strip[y:y + 8, x:x + 8] = digit
+                strip[y : y + 8, x : x + 8] = digit
             Image.fromarray(strip).save(folder / name / f"{number:03d}.png")

@@ -14,6 +14,7 @@ def spoken(folder: Path) -> None:
     import numpy as np
 
     from fieldguide.data.samples import voice
+
     rng, rows = np.random.default_rng(0), []
     (folder / "recordings").mkdir()
     for number in range(600):

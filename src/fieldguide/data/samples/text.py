@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fieldguide.data.samples.writers import digest, write
 
-LEAST = 200                # characters of a topic of `manual`
-EACH = 800                 # texts of every class of `docstrings`
+LEAST = 200  # characters of a topic of `manual`
+EACH = 800  # texts of every class of `docstrings`
 LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars": "polars", "torch": "torch"}
 
 
@@ -38,7 +38,7 @@ def library_folder(package: str) -> Path:
     if not package:
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None      # a dependency of ours
+    assert spec is not None and spec.origin is not None  # a dependency of ours
     return Path(spec.origin).parent
 
 
@@ -57,8 +57,20 @@ def paragraphs(folder: Path) -> Iterator[str]:
 
 def parsed(folder: Path) -> Iterator[ast.Module]:
     """The sources of a package that have docstrings, without its tests and what others wrote."""
-    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "ensurepip",
-            "externals", "_inductor", "_dynamo", "onnx"}
+    skip = {
+        "site-packages",
+        "test",
+        "tests",
+        "testing",
+        "idlelib",
+        "lib2to3",
+        "_vendor",
+        "ensurepip",
+        "externals",
+        "_inductor",
+        "_dynamo",
+        "onnx",
+    }
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")]
     for name in sorted((f for f in files if not skip & set(f.split("/"))), key=digest):
         source = (folder / name).read_bytes()
@@ -74,6 +86,7 @@ def manual(folder: Path) -> None:
     """Python's own help on its language, a text a topic. Many topics are parts of others: each paragraph stays in the longest
     topic that has it, or the test would ask for what was learnt by heart."""
     from pydoc_data.topics import topics
+
     seen: set[str] = set()
     for name, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
         new = []
@@ -85,7 +98,7 @@ def manual(folder: Path) -> None:
             (folder / f"{name}.txt").write_text(own, encoding="utf-8")
 
 
-CONTEXTS = 1500            # of `parameters`
+CONTEXTS = 1500  # of `parameters`
 PARAMETER = re.compile(r"(\w+) : (.+)")
 
 
@@ -101,8 +114,10 @@ def parameters(folder: Path) -> None:
                     context, asked = questioned(pair)
                     found.setdefault(context, asked)
     kept = sorted(found, key=digest)[:CONTEXTS]
-    paragraphs = [{"context": context, "qas": [{"id": f"{number}.{place}", **question} for place, question in enumerate(
-        found[context])]} for number, context in enumerate(kept)]
+    paragraphs = [
+        {"context": context, "qas": [{"id": f"{number}.{place}", **question} for place, question in enumerate(found[context])]}
+        for number, context in enumerate(kept)
+    ]
     document = {"version": "v2.0", "data": [{"title": "Parameters", "paragraphs": paragraphs}]}
     (folder / "data.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
@@ -111,11 +126,11 @@ def documented(text: str) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, default and first sentence of each parameter of a docstring in numpy's style."""
     lines = text.partition("Parameters\n----------\n")[2].split("\n")
     for place, line in enumerate(lines):
-        if line.startswith("---"):                       # the next section
+        if line.startswith("---"):  # the next section
             return
         if not (named := PARAMETER.fullmatch(line)) or not line.isascii():
             continue
-        words = " ".join(inner.strip() for inner in takewhile(lambda inner: inner.startswith(" "), lines[place + 1:]))
+        words = " ".join(inner.strip() for inner in takewhile(lambda inner: inner.startswith(" "), lines[place + 1 :]))
         kind, _, default = named[2].partition(", default=")
         if words.isascii() and (said := re.split(r"(?<=\.)\s(?=[A-Z])", words)[0][:200]):
             yield named[1], kind, default, said
@@ -126,33 +141,52 @@ def questioned(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[d
     context, asked = "", []
     for name, kind, default, said in pair:
         context += f"{' ' if context else ''}{name} : "
-        for question, answer, before in ((f"What type is {name}?", kind, ""),
-                                         (f"What is the default of {name}?", default, ", default=" if default else ""),
-                                         (f"What is {name} for?", said, ". ")):
+        for question, answer, before in (
+            (f"What type is {name}?", kind, ""),
+            (f"What is the default of {name}?", default, ", default=" if default else ""),
+            (f"What is {name} for?", said, ". "),
+        ):
             context += before
-            asked.append({"question": question, "answers": [{"text": answer, "answer_start": len(context)}] if answer else [],
-                          "is_impossible": not answer})
+            asked.append(
+                {
+                    "question": question,
+                    "answers": [{"text": answer, "answer_start": len(context)}] if answer else [],
+                    "is_impossible": not answer,
+                }
+            )
             context += answer
     chosen = [entry for entry in asked if digest(context + entry["question"])[0] % 2]
     return context, chosen or asked[:1]
 
 
-NOUNS = ("man:Mann:m woman:Frau:f child:Kind:n dog:Hund:m cat:Katze:f horse:Pferd:n teacher:Lehrer:m girl:Mädchen:n "
-         "bird:Vogel:m doctor:Arzt:m book:Buch:n letter:Brief:m house:Haus:n apple:Apfel:m flower:Blume:f picture:Bild:n "
-         "bread:Brot:n bag:Tasche:f table:Tisch:m boat:Boot:n").split()
-VERBS = ("sees:sieht buys:kauft finds:findet paints:malt sells:verkauft takes:nimmt brings:bringt loves:liebt knows:kennt "
-         "hears:hört").split()
+NOUNS = (
+    "man:Mann:m woman:Frau:f child:Kind:n dog:Hund:m cat:Katze:f horse:Pferd:n teacher:Lehrer:m girl:Mädchen:n "
+    "bird:Vogel:m doctor:Arzt:m book:Buch:n letter:Brief:m house:Haus:n apple:Apfel:m flower:Blume:f picture:Bild:n "
+    "bread:Brot:n bag:Tasche:f table:Tisch:m boat:Boot:n"
+).split()
+VERBS = (
+    "sees:sieht buys:kauft finds:findet paints:malt sells:verkauft takes:nimmt brings:bringt loves:liebt knows:kennt hears:hört"
+).split()
 ADJECTIVES = "old:alt young:jung small:klein big:groß red:rot green:grün good:gut new:neu quiet:leis beautiful:schön".split()
-TIMES = ("today:heute tomorrow:morgen now:jetzt often:oft never:nie in|the|morning:am|Morgen in|the|garden:im|Garten "
-         "in|summer:im|Sommer at|home:zu|Hause after|lunch:nach|dem|Essen").split()
+TIMES = (
+    "today:heute tomorrow:morgen now:jetzt often:oft never:nie in|the|morning:am|Morgen in|the|garden:im|Garten "
+    "in|summer:im|Sommer at|home:zu|Hause after|lunch:nach|dem|Essen"
+).split()
 # German by gender and case: the, a, and what an adjective ends in after either.
-FORMS = {"m0": ("der", "ein", "e", "er"), "f0": ("die", "eine", "e", "e"), "n0": ("das", "ein", "e", "es"),
-         "m1": ("den", "einen", "en", "en"), "f1": ("die", "eine", "e", "e"), "n1": ("das", "ein", "e", "es")}
+FORMS = {
+    "m0": ("der", "ein", "e", "er"),
+    "f0": ("die", "eine", "e", "e"),
+    "n0": ("das", "ein", "e", "es"),
+    "m1": ("den", "einen", "en", "en"),
+    "f1": ("die", "eine", "e", "e"),
+    "n1": ("das", "ein", "e", "es"),
+}
 
 
 def phrases(folder: Path) -> None:
     """Simple English sentences and their German, by rule: gender, case, endings, and the verb in second place."""
     import random
+
     rng, pairs = random.Random(0), {}
 
     def noun(case: int) -> tuple[str, str]:
@@ -163,8 +197,9 @@ def phrases(folder: Path) -> None:
         german_article, ending = (the, weak) if article == "the" else (a, strong)
         first = adjective or english
         said = "an" if article == "a" and first[0] in "aeiou" else article
-        return " ".join(filter(None, (said, adjective, english))), " ".join(filter(None, (
-            german_article, german_adjective and german_adjective + ending, german)))
+        return " ".join(filter(None, (said, adjective, english))), " ".join(
+            filter(None, (german_article, german_adjective and german_adjective + ending, german))
+        )
 
     while len(pairs) < 6000:
         (subject, ours), (thing, unser) = noun(0), noun(1)

@@ -14,47 +14,72 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-RATE = 8000                    # samples a second
-STEP = 40                      # samples from one frame of control values to the next: 5 ms
-WINDOW = 128                   # samples of a frame in which noise is shaped
+RATE = 8000  # samples a second
+STEP = 40  # samples from one frame of control values to the next: 5 ms
+WINDOW = 128  # samples of a frame in which noise is shaped
 
 # Sound: formants F1 F2 F3 in Hz (of a man; Peterson and Barney 1952 for vowels), loudness of the voice and of the noise,
 # middle and width of the noise in Hz, and seconds. Diphthongs glide to the formants of a second sound.
 SOUNDS: dict[str, tuple[float, ...]] = {
-    "IY": (270, 2290, 3010, 1.0, 0, 0, 0, 0.13), "IH": (390, 1990, 2550, 1.0, 0, 0, 0, 0.10),
-    "EH": (530, 1840, 2480, 1.0, 0, 0, 0, 0.12), "AH": (640, 1190, 2390, 1.0, 0, 0, 0, 0.11),
-    "AA": (730, 1090, 2440, 1.0, 0, 0, 0, 0.12), "AO": (570, 840, 2410, 1.0, 0, 0, 0, 0.13),
-    "UW": (300, 870, 2240, 1.0, 0, 0, 0, 0.14), "UH": (440, 1020, 2240, 1.0, 0, 0, 0, 0.07),
-    "W": (290, 610, 2150, 0.7, 0, 0, 0, 0.08), "R": (310, 1060, 1380, 0.7, 0, 0, 0, 0.08),
-    "N": (250, 1450, 2300, 0.5, 0, 0, 0, 0.08), "V": (300, 1100, 2200, 0.4, 0.15, 2800, 2500, 0.07),
-    "Z": (280, 1700, 2600, 0.3, 0.5, 3600, 900, 0.09), "S": (280, 1700, 2600, 0, 0.8, 3600, 900, 0.12),
-    "F": (300, 1100, 2200, 0, 0.3, 2500, 2800, 0.10), "TH": (300, 1400, 2600, 0, 0.2, 3000, 2500, 0.09),
-    "T": (300, 1700, 2600, 0, 0.9, 3300, 1300, 0.03), "K": (300, 1900, 2400, 0, 0.8, 1900, 700, 0.04),
-    "-": (300, 1500, 2500, 0, 0, 0, 0, 0.06),            # the mouth shut before T and K; the pause between words
+    "IY": (270, 2290, 3010, 1.0, 0, 0, 0, 0.13),
+    "IH": (390, 1990, 2550, 1.0, 0, 0, 0, 0.10),
+    "EH": (530, 1840, 2480, 1.0, 0, 0, 0, 0.12),
+    "AH": (640, 1190, 2390, 1.0, 0, 0, 0, 0.11),
+    "AA": (730, 1090, 2440, 1.0, 0, 0, 0, 0.12),
+    "AO": (570, 840, 2410, 1.0, 0, 0, 0, 0.13),
+    "UW": (300, 870, 2240, 1.0, 0, 0, 0, 0.14),
+    "UH": (440, 1020, 2240, 1.0, 0, 0, 0, 0.07),
+    "W": (290, 610, 2150, 0.7, 0, 0, 0, 0.08),
+    "R": (310, 1060, 1380, 0.7, 0, 0, 0, 0.08),
+    "N": (250, 1450, 2300, 0.5, 0, 0, 0, 0.08),
+    "V": (300, 1100, 2200, 0.4, 0.15, 2800, 2500, 0.07),
+    "Z": (280, 1700, 2600, 0.3, 0.5, 3600, 900, 0.09),
+    "S": (280, 1700, 2600, 0, 0.8, 3600, 900, 0.12),
+    "F": (300, 1100, 2200, 0, 0.3, 2500, 2800, 0.10),
+    "TH": (300, 1400, 2600, 0, 0.2, 3000, 2500, 0.09),
+    "T": (300, 1700, 2600, 0, 0.9, 3300, 1300, 0.03),
+    "K": (300, 1900, 2400, 0, 0.8, 1900, 700, 0.04),
+    "-": (300, 1500, 2500, 0, 0, 0, 0, 0.06),  # the mouth shut before T and K; the pause between words
 }
-WORDS = {"zero": "Z IH R AO UH", "one": "W AH N", "two": "- T UW", "three": "TH R IY", "four": "F AO R",
-         "five": "F AA IH V", "six": "S IH - K S", "seven": "S EH V AH N", "eight": "EH IH - T", "nine": "N AA IH N"}
+WORDS = {
+    "zero": "Z IH R AO UH",
+    "one": "W AH N",
+    "two": "- T UW",
+    "three": "TH R IY",
+    "four": "F AO R",
+    "five": "F AA IH V",
+    "six": "S IH - K S",
+    "seven": "S EH V AH N",
+    "eight": "EH IH - T",
+    "nine": "N AA IH N",
+}
 
 
 @dataclass(frozen=True)
 class Voice:
     """Who speaks, and where."""
 
-    pitch: float = 120.0           # Hz
-    size: float = 1.0              # formants are multiplied by it: larger for a shorter vocal tract
-    tempo: float = 1.0             # sounds are so many times shorter
-    fall: float = 0.15             # part of its pitch that the voice falls by to the end
-    breath: float = 0.02           # noise in the voice
-    hiss: float = 0.003            # noise of the recording
-    loudness: float = 0.3          # largest sample
+    pitch: float = 120.0  # Hz
+    size: float = 1.0  # formants are multiplied by it: larger for a shorter vocal tract
+    tempo: float = 1.0  # sounds are so many times shorter
+    fall: float = 0.15  # part of its pitch that the voice falls by to the end
+    breath: float = 0.02  # noise in the voice
+    hiss: float = 0.003  # noise of the recording
+    loudness: float = 0.3  # largest sample
 
     @classmethod
     def drawn(cls, rng: np.random.Generator) -> Voice:
         """A voice by chance: men, women and children, slow and fast, near and far from the microphone."""
         size = rng.uniform(0.92, 1.22)
-        return cls(pitch=math.exp(rng.uniform(4.45, 5.0) + 1.6 * (size - 1)), size=size, tempo=rng.uniform(0.8, 1.3),
-                   fall=rng.uniform(0.0, 0.3), breath=rng.uniform(0.01, 0.08), hiss=math.exp(rng.uniform(-7.5, -4.5)),
-                   loudness=rng.uniform(0.1, 0.8))
+        return cls(
+            pitch=math.exp(rng.uniform(4.45, 5.0) + 1.6 * (size - 1)),
+            size=size,
+            tempo=rng.uniform(0.8, 1.3),
+            fall=rng.uniform(0.0, 0.3),
+            breath=rng.uniform(0.01, 0.08),
+            hiss=math.exp(rng.uniform(-7.5, -4.5)),
+            loudness=rng.uniform(0.1, 0.8),
+        )
 
 
 def speak(words: list[str], voice: Voice, rng: np.random.Generator) -> np.ndarray:
@@ -69,7 +94,7 @@ def speak(words: list[str], voice: Voice, rng: np.random.Generator) -> np.ndarra
     seconds = table[:, 7] / voice.tempo * rng.uniform(0.8, 1.25, len(sounds))
     seconds[[0, -1]] *= rng.uniform(0.5, 2.0, 2)
     steps = np.maximum(2, (seconds * RATE / STEP).round().astype(int))
-    control = smooth(np.repeat(table[:, :7], steps, axis=0), 9)      # the tongue needs some 40 ms from sound to sound
+    control = smooth(np.repeat(table[:, :7], steps, axis=0), 9)  # the tongue needs some 40 ms from sound to sound
     wave = voiced(control, voice, rng) + hissed(control, rng)
     wave *= voice.loudness / np.abs(wave).max()
     return (wave + voice.hiss * rng.standard_normal(len(wave))).clip(-1, 1).astype(np.float32)
@@ -83,17 +108,17 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.stack([np.convolve(padded[:, k], kernel / kernel.sum(), "valid") for k in range(values.shape[1])], 1)
 
 
-def tract(frequency: np.ndarray, formants: np.ndarray) -> np.ndarray:            # K T, 3 T -> K T
+def tract(frequency: np.ndarray, formants: np.ndarray) -> np.ndarray:  # K T, 3 T -> K T
     """How much of each frequency passes the formants, one after the other."""
     import numpy as np
 
     gain = np.ones_like(frequency)
     for f, width in zip(formants, (70.0, 100.0, 150.0)):
-        gain *= f ** 2 / np.sqrt((f ** 2 - frequency ** 2) ** 2 + (frequency * width) ** 2)
+        gain *= f**2 / np.sqrt((f**2 - frequency**2) ** 2 + (frequency * width) ** 2)
     return gain
 
 
-def voiced(control: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.ndarray:   # T 7 -> T STEP
+def voiced(control: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.ndarray:  # T 7 -> T STEP
     """Harmonics of the vocal folds, 12 dB an octave weaker each, of which the lips take back 6."""
     import numpy as np
 
@@ -101,18 +126,18 @@ def voiced(control: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.nd
     drift = np.interp(np.arange(frames), np.linspace(0, frames, 6), rng.normal(0, 0.03, 6))
     pitch = voice.pitch * (1 - voice.fall * np.linspace(0, 1, frames) + drift)
     harmonics = np.arange(1, int(RATE / 2 / pitch.min()))[:, None]
-    audible = np.clip((RATE / 2 - harmonics * pitch) / 200, 0, 1)    # fades out before it would fold back
+    audible = np.clip((RATE / 2 - harmonics * pitch) / 200, 0, 1)  # fades out before it would fold back
     gain = audible / harmonics * tract(harmonics * pitch, control[:, :3].T) * control[:, 3]
     at, known = np.arange(count) / STEP, np.arange(frames)
     turn = np.exp(2j * np.pi * np.cumsum(np.interp(at, known, pitch)) / RATE)
     wave, one = np.zeros(count), np.ones(count, dtype=complex)
     for k in range(len(harmonics)):
-        one *= turn                                                  # the phase k times
+        one *= turn  # the phase k times
         wave += np.interp(at, known, gain[k]) * one.imag
     return wave + voice.breath * np.abs(wave).mean() * np.interp(at, known, control[:, 3]) * rng.standard_normal(count)
 
 
-def hissed(control: np.ndarray, rng: np.random.Generator) -> np.ndarray:                 # T 7 -> T STEP
+def hissed(control: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # T 7 -> T STEP
     """Breath that rushes past tongue and teeth: noise around a frequency, laid over itself frame by frame."""
     import numpy as np
 
@@ -123,5 +148,5 @@ def hissed(control: np.ndarray, rng: np.random.Generator) -> np.ndarray:        
     shape = np.exp(-0.5 * ((frequency - middle) / (width / 2)) ** 2)
     parts = np.fft.irfft(spectrum * shape, WINDOW) * control[:, 4:5]
     for k in range(frames):
-        wave[k * STEP:k * STEP + WINDOW] += parts[k]
-    return wave[:frames * STEP]
+        wave[k * STEP : k * STEP + WINDOW] += parts[k]
+    return wave[: frames * STEP]

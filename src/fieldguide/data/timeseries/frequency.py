@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SECOND = 1_000_000                                   # in microseconds, as dates are held
+SECOND = 1_000_000  # in microseconds, as dates are held
 MINUTE, HOUR, DAY, WEEK = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND, 604_800 * SECOND
 UNITS = ((WEEK, "week"), (DAY, "day"), (HOUR, "hour"), (MINUTE, "minute"), (SECOND, "second"))
 MONTHS = {1: "month", 3: "quarter", 6: "half-year", 12: "year"}
-CALENDAR = {1: (28, 31), 3: (89, 92), 6: (181, 184), 12: (365, 366)}       # months -> days between two such dates
+CALENDAR = {1: (28, 31), 3: (89, 92), 6: (181, 184), 12: (365, 366)}  # months -> days between two such dates
 SEASONS = {"day": 7, "business day": 5, "week": 52, "month": 12, "quarter": 4, "half-year": 2, "second": 60}
 # What the M4 competition asks (Makridakis et al. 2020, doi:10.1016/j.ijforecast.2019.04.014, table 1).
 HORIZONS = {"hour": 48, "day": 14, "business day": 14, "week": 13, "month": 18, "quarter": 8, "year": 6}
-NEARLY = 0.95              # of all moments: so many must keep to a calendar
-LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)       # seasons that people meet, likeliest first
+NEARLY = 0.95  # of all moments: so many must keep to a calendar
+LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)  # seasons that people meet, likeliest first
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Frequency:
         if self.unit == "month":
             day = (int(first) - int(first) // DAY * DAY, np.int64(first).astype("M8[us]").astype("M8[D]"))
             month = day[1].astype("M8[M]")
-            last = (month + 1).astype("M8[D]") - 1 == day[1]                 # the end of a month stays one
+            last = (month + 1).astype("M8[D]") - 1 == day[1]  # the end of a month stays one
             then = month + (steps * int(self.size)).astype("m8[M]")
             ends = (then + 1).astype("M8[D]") - np.timedelta64(1, "D")
             found = np.minimum(then.astype("M8[D]") + (day[1] - month.astype("M8[D]")), ends)
@@ -65,7 +65,7 @@ class Frequency:
 
     @property
     def article(self) -> str:
-        """"one hour", "15 minutes", "7.5"."""
+        """ "one hour", "15 minutes", "7.5"."""
         if self.unit == "number":
             return f"{self.size:.15g}"
         return self.words if self.words[0].isdigit() else f"one {self.words}"

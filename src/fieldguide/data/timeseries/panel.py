@@ -26,42 +26,66 @@ from fieldguide.data.timeseries.frequency import Frequency, infer
 from fieldguide.data.validation.findings import SHOWN, places
 
 STEP = Frequency("number", 1.0, "step")
-OWN = 0.9                  # of all rows: when so many have a name of their own, a row is a series
-HOLES = 0.5                # of all steps: with more missing, these are events and no series
+OWN = 0.9  # of all rows: when so many have a name of their own, a row is a series
+HOLES = 0.5  # of all steps: with more missing, these are events and no series
 
 READ = "a network reads the last value before there, and they are neither learnt from nor scored"
 BEFORE = "rows whose series and moment were there before"
-FOUND: dict[str, tuple[Severity, str, str]] = {       # slug: severity, what, remedy
-    "layout": ("note", "read as one series a row: {name!r} names it, the {columns:,} other columns are its values in "
-               "their order; there is no time", ""),
-    "repeated-series": ("error", "rows whose {name!r} was there before, and no column says when: a row must be a whole series, "
-                        "or have a time", "Give each series a name of its own, or name the column of time with --time."),
+FOUND: dict[str, tuple[Severity, str, str]] = {  # slug: severity, what, remedy
+    "layout": (
+        "note",
+        "read as one series a row: {name!r} names it, the {columns:,} other columns are its values in "
+        "their order; there is no time",
+        "",
+    ),
+    "repeated-series": (
+        "error",
+        "rows whose {name!r} was there before, and no column says when: a row must be a whole series, or have a time",
+        "Give each series a name of its own, or name the column of time with --time.",
+    ),
     "no-time": ("note", "there is no column of time: rows are taken as equal steps, in their order", "Name it with --time."),
     "frequency": ("note", "a step is {step}", ""),
     "time-missing": ("warning", "rows without a moment", "Fill it in or remove the rows."),
     "time-backwards": ("note", "the latest moments come first; they are sorted", ""),
-    "time-order": ("warning", "timestamps out of order: rows that come after a later moment of their series; they are sorted",
-                   "Look whether their times are right."),
+    "time-order": (
+        "warning",
+        "timestamps out of order: rows that come after a later moment of their series; they are sorted",
+        "Look whether their times are right.",
+    ),
     "duplicate-time": ("note", BEFORE + ", with the same value; they are left out", ""),
-    "conflicting-time": ("warning", BEFORE + ", with another value; the first is used",
-                         "Decide which is right, or add them up. If they are several series, name the column that tells them "
-                         "apart: --set role.series=COLUMN."),
-    "off-grid": ("warning", "rows between the steps of their series, which are {step} apart; they are left out",
-                 "Round their times, or bring the data to equal steps."),
+    "conflicting-time": (
+        "warning",
+        BEFORE + ", with another value; the first is used",
+        "Decide which is right, or add them up. If they are several series, name the column that tells them "
+        "apart: --set role.series=COLUMN.",
+    ),
+    "off-grid": (
+        "warning",
+        "rows between the steps of their series, which are {step} apart; they are left out",
+        "Round their times, or bring the data to equal steps.",
+    ),
     "missing-steps": ("warning", "steps of a series without a row: " + READ, "Fill them in where the values are known."),
-    "missing-values": ("warning", "rows without a value between others of their series: " + READ,
-                       "Fill them in where the values are known."),
+    "missing-values": (
+        "warning",
+        "rows without a value between others of their series: " + READ,
+        "Fill them in where the values are known.",
+    ),
     "empty-series": ("warning", "series without any value: {names}", "Fill them in or remove them."),
     "constant-series": ("note", "series that never change: {names}", ""),
     "nothing-changes": ("error", "every series holds one value from its beginning to its end", "Are these the right columns?"),
     "no-target": ("error", "no column of numbers is to be forecast", "Name it with --target."),
     "no-series": ("error", "no row has a series, a moment and a value", "Look whether the columns are the right ones."),
     "one-moment": ("error", "no series has two moments, so there is nothing to forecast", "{hint}"),
-    "time-unreadable": ("error", "column {name!r} is to be the time, but holds neither dates nor numbers, such as {value!r}",
-                        "Write dates as 2024-12-31 or 2024-12-31 18:00:00."),
-    "irregular-steps": ("error", "the moments are irregular: with steps of {step}, most rows lie between them or more than "
-                        "half of them are missing", "Bring the data to equal steps first: add up or average by hour, day, "
-                        "... {hint}"),
+    "time-unreadable": (
+        "error",
+        "column {name!r} is to be the time, but holds neither dates nor numbers, such as {value!r}",
+        "Write dates as 2024-12-31 or 2024-12-31 18:00:00.",
+    ),
+    "irregular-steps": (
+        "error",
+        "the moments are irregular: with steps of {step}, most rows lie between them or more than half of them are missing",
+        "Bring the data to equal steps first: add up or average by hour, day, ... {hint}",
+    ),
 }
 UNUSABLE = {"time-missing", "conflicting-time", "off-grid"}
 
@@ -72,8 +96,15 @@ def found(data: Data, slug: str, rows: Any = (), count: int | None = None, shown
     rows = np.asarray(rows)
     rows = np.flatnonzero(rows) if rows.dtype.kind == "b" else rows.astype(int)
     count = count if count is not None else max(len(rows), 1)
-    return Finding(slug, severity, what.format(**words), tuple(shown) or places(data, rows.tolist()), count,
-                   remedy.format(**words).strip(), count if slug in UNUSABLE else 0)
+    return Finding(
+        slug,
+        severity,
+        what.format(**words),
+        tuple(shown) or places(data, rows.tolist()),
+        count,
+        remedy.format(**words).strip(),
+        count if slug in UNUSABLE else 0,
+    )
 
 
 @dataclass
@@ -85,19 +116,19 @@ class Panel:
 
     layout: str
     frequency: Frequency
-    columns: list[str]                   # C targets
-    values: np.ndarray                   # N C float64, NaN where missing
-    row: np.ndarray                      # N, the row of the table that a step is from; -1 where it was missing
-    times: np.ndarray                    # N, microseconds since 1970 or plain numbers
-    start: np.ndarray                    # G + 1, where groups begin
-    group: np.ndarray                    # U, of each series
-    column: np.ndarray                   # U
-    low: np.ndarray                      # U, the first step with a value
-    high: np.ndarray                     # U, behind the last one with a value
-    names: list[str]                     # U
+    columns: list[str]  # C targets
+    values: np.ndarray  # N C float64, NaN where missing
+    row: np.ndarray  # N, the row of the table that a step is from; -1 where it was missing
+    times: np.ndarray  # N, microseconds since 1970 or plain numbers
+    start: np.ndarray  # G + 1, where groups begin
+    group: np.ndarray  # U, of each series
+    column: np.ndarray  # U
+    low: np.ndarray  # U, the first step with a value
+    high: np.ndarray  # U, behind the last one with a value
+    names: list[str]  # U
     findings: list[Finding] = field(default_factory=list)
-    filled: np.ndarray = field(init=False)        # N C: the last value before stands where one is missing
-    observed: np.ndarray = field(init=False)      # N C bool
+    filled: np.ndarray = field(init=False)  # N C: the last value before stands where one is missing
+    observed: np.ndarray = field(init=False)  # N C bool
 
     def __post_init__(self) -> None:
         self.observed = np.isfinite(self.values)
@@ -108,7 +139,7 @@ class Panel:
 
     def of(self, series: int) -> np.ndarray:
         """The values of one series from its first to its last."""
-        return self.values[self.low[series]:self.high[series], self.column[series]]
+        return self.values[self.low[series] : self.high[series], self.column[series]]
 
 
 def forward(values: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -207,12 +238,12 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
     else:
         findings.append(found(data, "no-time"))
     frame = pl.DataFrame({"id": names_of_moments(data), "time": times, "row": np.arange(len(data))})
-    if (gone := frame["time"].is_null()).any():              # rows of no series are left out when they are read
+    if (gone := frame["time"].is_null()).any():  # rows of no series are left out when they are read
         findings.append(found(data, "time-missing", gone.to_numpy()))
     frame = frame.drop_nulls()
     if not frame.height:
         return None, [*findings, found(data, "no-series")]
-    names = frame["id"].unique(maintain_order=True).to_list()                # series in the order of the file
+    names = frame["id"].unique(maintain_order=True).to_list()  # series in the order of the file
     codes = frame["id"].replace_strict(names, list(range(len(names)))).to_numpy()
     at, row = frame["time"].to_numpy(), frame["row"].to_numpy()
     findings += order_of(data, codes, at, row)
@@ -228,8 +259,10 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
         return None, [*findings, found(data, "one-moment", hint=hint_of_roles(data))]
     placed = grid(data, frequency, at, row, cuts)
     if placed is None:
-        return None, [*findings, found(data, "irregular-steps", row[:SHOWN], len(row), step=frequency.article,
-                                       hint=hint_of_roles(data))]
+        return None, [
+            *findings,
+            found(data, "irregular-steps", row[:SHOWN], len(row), step=frequency.article, hint=hint_of_roles(data)),
+        ]
     where, start, times, more = placed
     values, source = np.full((start[-1], len(targets)), np.nan), np.full(start[-1], -1)
     source[where[where >= 0]] = row[where >= 0]
@@ -265,14 +298,15 @@ def order_of(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> 
         return []
     if (steps[same] <= 0).all():
         return [found(data, "time-backwards", row[:1])]
-    peak = np.zeros(len(by), dtype=bool)                     # late is what comes after the latest moment so far
+    peak = np.zeros(len(by), dtype=bool)  # late is what comes after the latest moment so far
     for a, b in pairwise(np.r_[0, np.flatnonzero(~same) + 1, len(by)]):
         peak[a:b] = at[a:b] < np.maximum.accumulate(at[a:b])
     return [found(data, "time-order", row[peak])]
 
 
-def once_each(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray, table: np.ndarray
-              ) -> tuple[np.ndarray, list[Finding]]:
+def once_each(
+    data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray, table: np.ndarray
+) -> tuple[np.ndarray, list[Finding]]:
     """Which of the sorted rows have a series and moment that were there before, and findings about them."""
     again = np.r_[False, (np.diff(codes) == 0) & (np.diff(at) == 0)]
     first = row[np.maximum.accumulate(np.where(again, 0, np.arange(len(again))))]
@@ -287,12 +321,16 @@ def once_each(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray, ta
 
 def hint_of_roles(data: Data) -> str:
     columns = ", ".join(repr(c.name) for c in data.role("series"))
-    return (f"Series are told apart by {columns}; say --set role.series=COLUMN for another." if columns else
-            "If the rows are of several series, name the column that tells them apart: --set role.series=COLUMN.")
+    return (
+        f"Series are told apart by {columns}; say --set role.series=COLUMN for another."
+        if columns
+        else "If the rows are of several series, name the column that tells them apart: --set role.series=COLUMN."
+    )
 
 
-def grid(data: Data, frequency: Frequency, at: np.ndarray, row: np.ndarray, cuts: np.ndarray
-         ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Finding]] | None:
+def grid(
+    data: Data, frequency: Frequency, at: np.ndarray, row: np.ndarray, cuts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Finding]] | None:
     """The step of every row (-1: between steps), where groups begin, the time of every step, and findings. None where
     moments are irregular."""
     where, sizes, times, jumps = np.empty(len(at), dtype=np.int64), [], [], []
@@ -300,14 +338,14 @@ def grid(data: Data, frequency: Frequency, at: np.ndarray, row: np.ndarray, cuts
         position = frequency.position(at[a:b])
         phase = np.round(position % 1, 5) % 1
         values, counts = np.unique(phase, return_counts=True)
-        base = values[counts.argmax()]                       # most rows lie so; the first may be the odd one
+        base = values[counts.argmax()]  # most rows lie so; the first may be the odd one
         step = np.round(position - base).astype(np.int64)
         on = np.minimum(abs(phase - base), 1 - abs(phase - base)) < 1e-4
-        on &= np.r_[True, np.diff(step) > 0]                 # two days of one month are one step
+        on &= np.r_[True, np.diff(step) > 0]  # two days of one month are one step
         step -= step[on][0]
         where[a:b] = np.where(on, step, -1)
         sizes.append(int(step[on][-1]) + 1)
-        if sizes[-1] > 100 + 4 * (b - a):                    # far too long a grid is not even made
+        if sizes[-1] > 100 + 4 * (b - a):  # far too long a grid is not even made
             return None
         times.append(frequency.times(at[a:b][on][0], sizes[-1]))
         gaps = np.diff(step[on], prepend=0)
@@ -325,9 +363,18 @@ def grid(data: Data, frequency: Frequency, at: np.ndarray, row: np.ndarray, cuts
     return np.where(off, -1, where + np.repeat(start[:-1], np.diff(cuts))), start, np.concatenate(times), findings
 
 
-def finished(data: Data, layout: str, frequency: Frequency, targets: list[str], values: np.ndarray, row: np.ndarray,
-             times: np.ndarray, start: np.ndarray, ids: list[str], findings: list[Finding]
-             ) -> tuple[Panel | None, list[Finding]]:
+def finished(
+    data: Data,
+    layout: str,
+    frequency: Frequency,
+    targets: list[str],
+    values: np.ndarray,
+    row: np.ndarray,
+    times: np.ndarray,
+    start: np.ndarray,
+    ids: list[str],
+    findings: list[Finding],
+) -> tuple[Panel | None, list[Finding]]:
     """The panel, with what values themselves show: gaps between them, series without any, series that never change."""
     seen, inside = np.isfinite(values), np.zeros(values.shape, dtype=bool)
     units, names = [], []
@@ -339,7 +386,7 @@ def finished(data: Data, layout: str, frequency: Frequency, targets: list[str], 
             if not len(own):
                 odd["empty-series"].append(name)
                 continue
-            inside[own[0]:own[-1] + 1, c] = True
+            inside[own[0] : own[-1] + 1, c] = True
             if len(own) > 1 and np.ptp(values[own, c]) == 0:
                 odd["constant-series"].append(name)
             units.append((g, c, own[0], own[-1] + 1))
@@ -349,8 +396,15 @@ def finished(data: Data, layout: str, frequency: Frequency, targets: list[str], 
         findings.append(found(data, "missing-values", list(dict.fromkeys(row[gaps].tolist()))[:SHOWN], int(gaps.sum())))
     for slug, series in odd.items():
         if series:
-            findings.append(found(data, slug, shown=[repr(n) for n in series[:SHOWN]], count=len(series),
-                                  names=", ".join(map(repr, series[:SHOWN]))))
+            findings.append(
+                found(
+                    data,
+                    slug,
+                    shown=[repr(n) for n in series[:SHOWN]],
+                    count=len(series),
+                    names=", ".join(map(repr, series[:SHOWN])),
+                )
+            )
     if not units or len(odd["constant-series"]) == len(units):
         return None, [*findings, found(data, "nothing-changes" if units else "no-series")]
     group, column, low, high = (np.array(x) for x in zip(*units))

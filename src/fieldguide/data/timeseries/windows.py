@@ -21,10 +21,10 @@ from fieldguide.data.timeseries.panel import Panel, panel
 from fieldguide.data.validation.findings import SHOWN
 
 SERIES, CUT = "#series", "#cut"
-MANY = 30                  # of so many series, the last horizon of each is the test, and the one before it validation
-TEST, VALIDATION = 0.2, 0.1          # shares of fewer, longer ones
-READ = 4                   # horizons that are read, where the user names no length
-MOST = {"train": 2_000_000, "val": 4_000, "test": 40_000}        # windows of each part; of more, every n-th
+MANY = 30  # of so many series, the last horizon of each is the test, and the one before it validation
+TEST, VALIDATION = 0.2, 0.1  # shares of fewer, longer ones
+READ = 4  # horizons that are read, where the user names no length
+MOST = {"train": 2_000_000, "val": 4_000, "test": 40_000}  # windows of each part; of more, every n-th
 
 
 @dataclass
@@ -62,31 +62,42 @@ def cut(data: Data, options: Any) -> Data:
     options = settled(found, options)
     ends = given_ends(data, found, options) if data.splits is not None else chosen_ends(found, options)
     windows = Windows(found, data.rows, options, *ends)
-    least = min(options.length, max(2, min(options.season, options.horizon)))       # steps of a past at least
+    least = min(options.length, max(2, min(options.season, options.horizon)))  # steps of a past at least
     short = found.low + least + options.horizon > windows.train_end
     if short.all():
         longest = int((found.high - found.low).max())
-        raise DataError(f"{data.source}: the longest of {len(found):,} series has {longest:,} steps, too few to learn to "
-                        f"forecast {options.horizon} of them and to keep some for validation and test. Bring longer ones, or "
-                        "lower task.horizon (and task.test, task.validation).")
+        raise DataError(
+            f"{data.source}: the longest of {len(found):,} series has {longest:,} steps, too few to learn to "
+            f"forecast {options.horizon} of them and to keep some for validation and test. Bring longer ones, or "
+            "lower task.horizon (and task.test, task.validation)."
+        )
     findings = [f for f in data.findings if f.check != "short-series"]
     if short.any():
         names = [repr(found.names[i]) for i in np.flatnonzero(short)[:SHOWN]]
-        findings.append(Finding("short-series", "warning", "series too short to be learnt from with a horizon of "
-                                f"{options.horizon} steps beside validation and test", tuple(names), int(short.sum()),
-                                "Bring longer ones, or lower task.horizon."))
+        findings.append(
+            Finding(
+                "short-series",
+                "warning",
+                f"series too short to be learnt from with a horizon of {options.horizon} steps beside validation and test",
+                tuple(names),
+                int(short.sum()),
+                "Bring longer ones, or lower task.horizon.",
+            )
+        )
     parts, said = [], []
     begins = {"train": found.low, "val": windows.train_end, "test": windows.val_end}
     stops = {"train": windows.train_end, "val": windows.val_end, "test": windows.test_end}
     for name, most in MOST.items():
         first, last = begins[name], stops[name] - options.horizon
-        if name == "train":                  # whole pasts only, unless a series is short; then also some of half
+        if name == "train":  # whole pasts only, unless a series is short; then also some of half
             first = first + np.minimum(options.length, np.maximum(least, (last - first) // 2))
             last = np.where(short, 0, last)
         series, at, stride = cuts_between(windows, np.maximum(first, found.low + least), last, most)
         if not len(at):
-            raise DataError(f"{data.source}: no window is left for {name}: none has a known value in its past and in the "
-                            f"{options.horizon} steps of its future. Lower task.horizon, or give that part more steps.")
+            raise DataError(
+                f"{data.source}: no window is left for {name}: none has a known value in its past and in the "
+                f"{options.horizon} steps of its future. Lower task.horizon, or give that part more steps."
+            )
         parts.append((name, series, at))
         said.append(f"{name} {len(at):,}" + (f" (every {stride}.)" if stride > 1 else ""))
     series, at = (np.concatenate([p[i] for p in parts]) for i in (1, 2))
@@ -159,8 +170,10 @@ def chosen_ends(found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.
         return found.high - test - validation, found.high - test, found.high
     train = found.low + steps(options.train, 0)
     if (train + validation + test > found.high).any():
-        raise SettingsError("task.train, task.validation and task.test add up to more than the "
-                            f"{int(size.min()):,} steps of the shortest series.")
+        raise SettingsError(
+            "task.train, task.validation and task.test add up to more than the "
+            f"{int(size.min()):,} steps of the shortest series."
+        )
     return train, train + validation, train + validation + test
 
 
@@ -168,7 +181,7 @@ def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.n
     """Ends of the parts as the source names them, row by row; validation is the end of training where it names none."""
     codes = np.where(data.splits == "test", 2, np.where(data.splits == "val", 1, 0))
     step = np.where(found.row >= 0, codes[np.maximum(found.row, 0)], -1)
-    for start, stop in pairwise(found.start):                                 # a step without a row goes with the one before
+    for start, stop in pairwise(found.start):  # a step without a row goes with the one before
         part = step[start:stop]
         step[start:stop] = part[np.maximum.accumulate(np.where(part >= 0, np.arange(len(part)), 0))]
     train, val, test = [], [], []
@@ -176,8 +189,10 @@ def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.n
         part = step[low:high]
         if (np.diff(part) < 0).any():
             where = low + int(np.argmax(np.diff(part) < 0)) + 1
-            raise DataError(f"{data.place(int(found.row[where]))}: the parts that the source names are not one after "
-                            f"another in time: in series {found.names[i]!r}, training lies behind validation or test.")
+            raise DataError(
+                f"{data.place(int(found.row[where]))}: the parts that the source names are not one after "
+                f"another in time: in series {found.names[i]!r}, training lies behind validation or test."
+            )
         a, b = low + int((part < 1).sum()), low + int((part < 2).sum())
         if a == b and options.horizon < a - low:
             a -= max(options.horizon, round(VALIDATION * (a - low)) if len(found) < MANY else 0)
@@ -192,10 +207,14 @@ def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.n
 def described(windows: Windows) -> str:
     """Where the parts lie, in words: steps, and moments where all series share them."""
     found = windows.panel
-    spans = [np.unique(x) for x in (windows.train_end - found.low, windows.val_end - windows.train_end,
-                                    windows.test_end - windows.val_end)]
-    words = ", ".join(f"{name} {span[0]:,}{f' to {span[-1]:,}' if len(span) > 1 else ''}"
-                      for name, span in zip(("training", "validation", "test"), spans))
+    spans = [
+        np.unique(x)
+        for x in (windows.train_end - found.low, windows.val_end - windows.train_end, windows.test_end - windows.val_end)
+    ]
+    words = ", ".join(
+        f"{name} {span[0]:,}{f' to {span[-1]:,}' if len(span) > 1 else ''}"
+        for name, span in zip(("training", "validation", "test"), spans)
+    )
     unused = int((found.high - windows.test_end).sum())
     rest = f", {unused:,} steps behind the test unused" if unused else ""
     first = windows.val_end[0]

@@ -16,16 +16,16 @@ from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding
 from fieldguide.data.validation.duplicates import same_inputs
 from fieldguide.data.validation.findings import SHOWN, places, simplified
 
-TOLERATED = 0.01           # share of unusable examples above which reading is an error
-LEAK = 0.99                # a single feature that tells so much of the target is a leak
-LINEAR = 0.9999            # ... or, for an amount, one that is so correlated with it
-ENOUGH = 50                # rows below which a perfect feature may be chance
+TOLERATED = 0.01  # share of unusable examples above which reading is an error
+LEAK = 0.99  # a single feature that tells so much of the target is a leak
+LINEAR = 0.9999  # ... or, for an amount, one that is so correlated with it
+ENOUGH = 50  # rows below which a perfect feature may be chance
 BINS = 64
-UNLIKE, LONGER = 8, 60     # a pair of texts is odd whose lengths are so many times, and so many characters, out of proportion
-FASTEST = 45               # characters that nobody speaks in a second
+UNLIKE, LONGER = 8, 60  # a pair of texts is odd whose lengths are so many times, and so many characters, out of proportion
+FASTEST = 45  # characters that nobody speaks in a second
 THINGS = {"image": "pictures", "audio": "recordings", "text": "texts"}
-SAMPLE = 20_000            # rows that leaks are looked for in
-ANSWERS = ("category", "boolean", "number", "date", "identifier")     # kinds of a target that is one of few, or an amount
+SAMPLE = 20_000  # rows that leaks are looked for in
+ANSWERS = ("category", "boolean", "number", "date", "identifier")  # kinds of a target that is one of few, or an amount
 
 
 class BadData(DataError):
@@ -36,8 +36,9 @@ class BadData(DataError):
         self.findings = tuple(findings)
 
 
-def enforce(findings: Sequence[Finding], rows: int, allow_bad: bool = False,
-            source: str = "the data", offer: bool = True) -> None:
+def enforce(
+    findings: Sequence[Finding], rows: int, allow_bad: bool = False, source: str = "the data", offer: bool = True
+) -> None:
     """Raise BadData, listing all that is wrong, for any error or if over 1 % of `rows` examples are unusable.
 
     `rows` counts the examples before any was left out. `allow_bad` accepts unusable examples, never errors; `offer` says
@@ -52,9 +53,11 @@ def enforce(findings: Sequence[Finding], rows: int, allow_bad: bool = False,
     head = f"{source}: the data cannot be used as it is."
     if too_many:
         share = 100 * unusable / max(rows, 1)
-        head += (f" {unusable:,} of {rows:,} examples are unusable ({share:.1f} %; up to "
-                 f"{100 * TOLERATED:.0f} % would be left out and reported). Mend them, or "
-                 + ("leave them all out with --allow-bad (in Python: allow_bad=True)." if offer else "remove them."))
+        head += (
+            f" {unusable:,} of {rows:,} examples are unusable ({share:.1f} %; up to "
+            f"{100 * TOLERATED:.0f} % would be left out and reported). Mend them, or "
+            + ("leave them all out with --allow-bad (in Python: allow_bad=True)." if offer else "remove them.")
+        )
     lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed, 1)]
     raise BadData("\n".join([head, *lines]), findings)
 
@@ -69,15 +72,32 @@ def columns(data: Data) -> Iterator[Finding]:
     for column in data.columns.values():
         where = (f"column {column.name!r}",)
         if column.missing == len(data) and column.role != "target":
-            yield Finding("all-missing", "warning", f"column {column.name!r} has no values; it is ignored",
-                          where, 1, "Fill it or remove it.")
+            yield Finding(
+                "all-missing",
+                "warning",
+                f"column {column.name!r} has no values; it is ignored",
+                where,
+                1,
+                "Fill it or remove it.",
+            )
         elif column.role == "ignored":
-            yield Finding(f"{column.kind}-column", "note", f"column {column.name!r} is ignored: {column.why}",
-                          where, 1, f"To use it, say what it holds: --set 'column.{column.name}=category' (in Python: "
-                          "kinds=).")
+            yield Finding(
+                f"{column.kind}-column",
+                "note",
+                f"column {column.name!r} is ignored: {column.why}",
+                where,
+                1,
+                f"To use it, say what it holds: --set 'column.{column.name}=category' (in Python: kinds=).",
+            )
     if not data.features() and not data.role("series") + data.role("item") + data.role("time"):
-        yield Finding("no-features", "error", "no column is left to learn from", (), 1,
-                      "Every column is the target, constant, empty or an identifier: look at the notes.")
+        yield Finding(
+            "no-features",
+            "error",
+            "no column is left to learn from",
+            (),
+            1,
+            "Every column is the target, constant, empty or an identifier: look at the notes.",
+        )
 
 
 def target(data: Data) -> Iterator[Finding]:
@@ -89,28 +109,49 @@ def target(data: Data) -> Iterator[Finding]:
     counts = values.value_counts(sort=True).sort(column.name)
     names, seen = counts[column.name].to_list(), counts["count"].to_numpy()
     if len(names) == 1:
-        yield Finding("single-class", "error", f"the target {column.name!r} is {names[0]!r} on every row",
-                      where, 1,
-                      "There is nothing to learn: is it the right column?")
+        yield Finding(
+            "single-class",
+            "error",
+            f"the target {column.name!r} is {names[0]!r} on every row",
+            where,
+            1,
+            "There is nothing to learn: is it the right column?",
+        )
     if column.kind != "category":
         return
     if len(names) > max(20, len(data) // 2):
-        yield Finding("many-classes", "warning", f"the target {column.name!r} has {len(names):,} classes for "
-                      f"{len(data):,} rows", where, 1, "Is it the right column? An amount needs numbers.")
+        yield Finding(
+            "many-classes",
+            "warning",
+            f"the target {column.name!r} has {len(names):,} classes for {len(data):,} rows",
+            where,
+            1,
+            "Is it the right column? An amount needs numbers.",
+        )
     single = [n for n, s in zip(names, seen) if s == 1]
     if single and len(names) > 1:
         rows = data.rows[column.name].is_in(single[:SHOWN]).fill_null(False).to_numpy()
         shown = ", ".join(repr(n) for n in single[:SHOWN])
-        yield Finding("class-of-one", "warning", f"classes with a single example ({shown}): one can "
-                      "be learnt or tested, not both", places(data, rows), len(single),
-                      "Add examples or merge classes.")
+        yield Finding(
+            "class-of-one",
+            "warning",
+            f"classes with a single example ({shown}): one can be learnt or tested, not both",
+            places(data, rows),
+            len(single),
+            "Add examples or merge classes.",
+        )
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(simplified(str(name)), []).append(str(name))
     for same in (a for a in alike.values() if len(a) > 1):
-        yield Finding("class-names-alike", "warning", "classes whose names differ only by case, "
-                      f"blanks or a full stop: {', '.join(map(repr, same))}", where, len(same),
-                      "Spell them alike if they are one.")
+        yield Finding(
+            "class-names-alike",
+            "warning",
+            f"classes whose names differ only by case, blanks or a full stop: {', '.join(map(repr, same))}",
+            where,
+            len(same),
+            "Spell them alike if they are one.",
+        )
 
 
 def duplicates(data: Data) -> Iterator[Finding]:
@@ -124,7 +165,7 @@ def duplicates(data: Data) -> Iterator[Finding]:
         return
     what = next((words for kind, words in THINGS.items() if data.features(kind)), "rows")
     rows = np.flatnonzero(twice)
-    order = rows[np.argsort(same[rows], kind="stable")]              # duplicates side by side
+    order = rows[np.argsort(same[rows], kind="stable")]  # duplicates side by side
     heads = order[np.r_[True, np.diff(same[order]) != 0]]
     first = np.zeros(sizes.size, dtype=np.int64)
     first[same[heads]] = heads
@@ -137,32 +178,48 @@ def duplicates(data: Data) -> Iterator[Finding]:
         over = np.flatnonzero((data.splits != "train") & train[same])
         if over.size:
             pairs = tuple(f"{data.place(int(i))} = {data.place(int(source[same[i]]))}" for i in over[:SHOWN])
-            yield Finding("duplicate-across-splits", "warning",
-                          f"{what} of val or test that are in train too: "
-                          "scores will be too good", pairs, int(over.size), "Remove them from one side.")
+            yield Finding(
+                "duplicate-across-splits",
+                "warning",
+                f"{what} of val or test that are in train too: scores will be too good",
+                pairs,
+                int(over.size),
+                "Remove them from one side.",
+            )
     yield from conflicts(data, same, order, first, what)
     extra = int(rows.size - heads.size)
-    pairs = tuple(f"{data.place(int(i))} = {data.place(int(first[same[i]]))}" for i in order
-                  if i != first[same[i]])
-    yield Finding("duplicate", "note", f"{what} that are there before with the same input; a split keeps "
-                  "them on one side", pairs[:SHOWN], extra)
+    pairs = tuple(f"{data.place(int(i))} = {data.place(int(first[same[i]]))}" for i in order if i != first[same[i]])
+    yield Finding(
+        "duplicate",
+        "note",
+        f"{what} that are there before with the same input; a split keeps them on one side",
+        pairs[:SHOWN],
+        extra,
+    )
 
 
-def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray,
-              what: str) -> Iterator[Finding]:
+def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray, what: str) -> Iterator[Finding]:
     column = data.target
-    heard = bool(data.features("audio"))                 # of a recording there is one transcript; of a text, translations
+    heard = bool(data.features("audio"))  # of a recording there is one transcript; of a text, translations
     if column is None or column.kind not in ("category", "boolean", *(["text"] if heard else [])):
         return
     codes = data.rows[column.name].cast(pl.String).fill_null("").rank("dense").to_numpy()
     other = order[codes[order] != codes[first[same[order]]]]
     if other.size:
         label = data.rows[column.name]
-        pairs = tuple(f"{data.place(int(i))} is {label[int(i)]!r}, {data.place(int(first[same[i]]))} is "
-                      f"{label[int(first[same[i]])]!r}" for i in other[:SHOWN])
+        pairs = tuple(
+            f"{data.place(int(i))} is {label[int(i)]!r}, {data.place(int(first[same[i]]))} is {label[int(first[same[i]])]!r}"
+            for i in other[:SHOWN]
+        )
         answers = "transcripts" if heard else "classes"
-        yield Finding("conflicting-duplicate", "warning", f"equal {what} with different {answers}", pairs,
-                      int(other.size), "Decide which is right.")
+        yield Finding(
+            "conflicting-duplicate",
+            "warning",
+            f"equal {what} with different {answers}",
+            pairs,
+            int(other.size),
+            "Decide which is right.",
+        )
 
 
 def leaks(data: Data) -> Iterator[Finding]:
@@ -178,11 +235,15 @@ def leaks(data: Data) -> Iterator[Finding]:
         told = tell(data, feature, column)
         if told:
             exact = told == "exactly" and len(others) > 1
-            yield Finding("leak", "error" if exact else "warning",
-                          f"column {feature.name!r} tells the target "
-                          f"{column.name!r} {told}", (f"column {feature.name!r}",), 1,
-                          f"If it is not known before the target is, remove it, or ignore it with "
-                          f"--set 'column.{feature.name}=identifier' (in Python: kinds=).")
+            yield Finding(
+                "leak",
+                "error" if exact else "warning",
+                f"column {feature.name!r} tells the target {column.name!r} {told}",
+                (f"column {feature.name!r}",),
+                1,
+                f"If it is not known before the target is, remove it, or ignore it with "
+                f"--set 'column.{feature.name}=identifier' (in Python: kinds=).",
+            )
     for feature in data.features("text"):
         if column.kind != "category":
             continue
@@ -191,9 +252,14 @@ def leaks(data: Data) -> Iterator[Finding]:
         found = data.rows.select(named).to_series()
         if (found.mean() or 0) > 0.5:
             rows = found.fill_null(False).to_numpy()
-            yield Finding("label-in-text", "note", f"{100 * found.mean():.0f} % of the texts in {feature.name!r} have "
-                          "the name of their class in them", places(data, rows), int(found.sum()),
-                          "Is the class known when the text is?")
+            yield Finding(
+                "label-in-text",
+                "note",
+                f"{100 * found.mean():.0f} % of the texts in {feature.name!r} have the name of their class in them",
+                places(data, rows),
+                int(found.sum()),
+                "Is the class known when the text is?",
+            )
 
 
 def correlation(data: Data, feature: Column, column: Column) -> str:
@@ -228,8 +294,11 @@ def mapping(data: Data, feature: Column, column: Column) -> str:
     chance = float(np.bincount(classes[tried]).max() / tried.size)
     if right < LEAK or 1 - right > 0.1 * (1 - chance) or chance == 1:
         return ""
-    return "exactly" if right == 1 and not binned and feature.distinct == column.distinct else \
-        f"on {100 * right:.1f} % of the rows"
+    return (
+        "exactly"
+        if right == 1 and not binned and feature.distinct == column.distinct
+        else f"on {100 * right:.1f} % of the rows"
+    )
 
 
 def pairs(data: Data) -> Iterator[Finding]:
@@ -243,13 +312,25 @@ def pairs(data: Data) -> Iterator[Finding]:
     ratio = (sizes[1] + 1) / (sizes[0] + 1) / usual
     odd = (np.maximum(ratio, 1 / ratio) > UNLIKE) & (np.abs(sizes[1] - usual * sizes[0]) > LONGER)
     if odd.any():
-        yield Finding("unlike-lengths", "warning", f"texts in {inputs[0].name!r} and {answer.name!r} whose lengths are "
-                      f"more than {UNLIKE} times off the usual proportion: do they belong together?", places(data, odd),
-                      int(odd.sum()), "Look whether lines have slipped.")
+        yield Finding(
+            "unlike-lengths",
+            "warning",
+            f"texts in {inputs[0].name!r} and {answer.name!r} whose lengths are "
+            f"more than {UNLIKE} times off the usual proportion: do they belong together?",
+            places(data, odd),
+            int(odd.sum()),
+            "Look whether lines have slipped.",
+        )
     same = (first == second).fill_null(False).to_numpy()
     if same.mean() > 0.2:
-        yield Finding("copies", "warning", f"{100 * same.mean():.0f} % of the texts in {inputs[0].name!r} and "
-                      f"{answer.name!r} are the same", places(data, same), int(same.sum()), "Is it the right column?")
+        yield Finding(
+            "copies",
+            "warning",
+            f"{100 * same.mean():.0f} % of the texts in {inputs[0].name!r} and {answer.name!r} are the same",
+            places(data, same),
+            int(same.sum()),
+            "Is it the right column?",
+        )
 
 
 def recordings(data: Data) -> Iterator[Finding]:
@@ -261,8 +342,14 @@ def recordings(data: Data) -> Iterator[Finding]:
         counts = rows[RATE].value_counts(sort=True).sort("count", descending=True)
         listed = ", ".join(f"{rate:,} Hz ({count:,})" for rate, count in counts.head(SHOWN).rows())
         few = (rows[RATE] != counts[RATE][0]).to_numpy()
-        yield Finding("mixed-rates", "note", f"recordings of another rate than most: {listed}; all are brought to one",
-                      places(data, few), int(few.sum()), "Are they of the same kind? Telephone lacks what is above 4 kHz.")
+        yield Finding(
+            "mixed-rates",
+            "note",
+            f"recordings of another rate than most: {listed}; all are brought to one",
+            places(data, few),
+            int(few.sum()),
+            "Are they of the same kind? Telephone lacks what is above 4 kHz.",
+        )
     if SECONDS not in rows.columns or answer is None or answer.kind != "text" or not len(data):
         return
     seconds = rows[SECONDS].to_numpy()
@@ -270,9 +357,16 @@ def recordings(data: Data) -> Iterator[Finding]:
     usual = float(np.median(pace))
     odd = (pace > FASTEST) | ((pace > UNLIKE * usual) | (pace < usual / UNLIKE)) & (seconds > 1)
     if odd.any():
-        yield Finding("unlike-lengths", "warning", f"recordings whose transcript is more than {UNLIKE} times longer or shorter "
-                      f"than usual ({usual:.0f} characters a second), or cannot be spoken in their time (over {FASTEST} a "
-                      "second)", places(data, odd), int(odd.sum()), "Do they belong together? Look whether lines have slipped.")
+        yield Finding(
+            "unlike-lengths",
+            "warning",
+            f"recordings whose transcript is more than {UNLIKE} times longer or shorter "
+            f"than usual ({usual:.0f} characters a second), or cannot be spoken in their time (over {FASTEST} a "
+            "second)",
+            places(data, odd),
+            int(odd.sum()),
+            "Do they belong together? Look whether lines have slipped.",
+        )
 
 
 def events(data: Data) -> Iterator[Finding]:
@@ -283,8 +377,14 @@ def events(data: Data) -> Iterator[Finding]:
     rows = data.rows.select(pl.struct(keys).is_first_distinct()).to_series()
     again = ~rows.to_numpy()
     if again.any():
-        yield Finding("repeated-event", "warning", "events that are there before: the same user, item and time",
-                      places(data, again), int(again.sum()), "Remove them, if each is to count once.")
+        yield Finding(
+            "repeated-event",
+            "warning",
+            "events that are there before: the same user, item and time",
+            places(data, again),
+            int(again.sum()),
+            "Remove them, if each is to count once.",
+        )
 
 
 CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (columns, target, duplicates, leaks, pairs, recordings, events)

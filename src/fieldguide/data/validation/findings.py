@@ -11,7 +11,8 @@ from fieldguide.data.column_types import Typed
 from fieldguide.data.dataset import Data, Finding
 from fieldguide.data.media.media_types import Checked, Medium
 
-SHOWN = 5                  # places named in a finding
+SHOWN = 5  # places named in a finding
+
 
 def places(data: Data, rows: np.ndarray | Iterable[int]) -> tuple[str, ...]:
     """Where the first few rows of a mask, or of a list of rows, are."""
@@ -46,13 +47,26 @@ def of_values(data: Data, typed: Typed) -> list[Finding]:
     if typed.misfits:
         common = Counter(typed.misfits.values()).most_common(3)
         shown = ", ".join(repr(v[:30]) for v, _ in common)
-        findings.append(Finding(
-            "mixed-types", "warning", f"values of column {name!r} (of {typed.expected:,}) that are no "
-            f"{typed.column.kind} as the others are: {shown}; they become missing",
-            places(data, typed.misfits), len(typed.misfits),
-            f"Mend them, or say --set 'column.{name}=category' (in Python: kinds=)."))
+        findings.append(
+            Finding(
+                "mixed-types",
+                "warning",
+                f"values of column {name!r} (of {typed.expected:,}) that are no "
+                f"{typed.column.kind} as the others are: {shown}; they become missing",
+                places(data, typed.misfits),
+                len(typed.misfits),
+                f"Mend them, or say --set 'column.{name}=category' (in Python: kinds=).",
+            )
+        )
     if typed.infinite:
-        findings.append(Finding(
-            "infinite", "warning", f"infinite values in column {name!r}; they become missing",
-            places(data, typed.infinite), len(typed.infinite), "Mend or remove them."))
+        findings.append(
+            Finding(
+                "infinite",
+                "warning",
+                f"infinite values in column {name!r}; they become missing",
+                places(data, typed.infinite),
+                len(typed.infinite),
+                "Mend or remove them.",
+            )
+        )
     return findings + [Finding("reading", "note", n, (f"column {name!r}",)) for n in typed.notes]

@@ -23,10 +23,10 @@ __all__ = ["CARD", "Config", "Discriminator", "Generator"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    noise: int = 100             # Z
-    channels: int = 3            # C
-    image: int = 64              # S: 4 to 7 pixels, doubled a few times
-    dim: int = 64                # maps of the largest level
+    noise: int = 100  # Z
+    channels: int = 3  # C
+    image: int = 64  # S: 4 to 7 pixels, doubled a few times
+    dim: int = 64  # maps of the largest level
 
 
 class Generator(nn.Module):
@@ -37,8 +37,10 @@ class Generator(nn.Module):
         self.config = config
         count, first = halvings(config.image)
         if not count or first << count != config.image:
-            raise SettingsError(f"image={config.image}: the side is 4, 5, 6 or 7 pixels doubled a few times; choose "
-                                f"{max(first << count, 8)} or {max(first + 1 << count, 8)}")
+            raise SettingsError(
+                f"image={config.image}: the side is 4, 5, 6 or 7 pixels doubled a few times; choose "
+                f"{max(first << count, 8)} or {max(first + 1 << count, 8)}"
+            )
         dim = config.dim << (count - 1)
         layers: list[nn.Module] = [nn.ConvTranspose2d(config.noise, dim, first, bias=False), nn.BatchNorm2d(dim), nn.ReLU()]
         for _ in range(count - 1):
@@ -50,12 +52,18 @@ class Generator(nn.Module):
     def reset_parameters(self) -> None:
         reset(self)
 
-    def forward(self, z: Tensor) -> Tensor:              # B Z -> B C S S
+    def forward(self, z: Tensor) -> Tensor:  # B Z -> B C S S
         return self.main(z[:, :, None, None])
 
 
 CARD = Card(
-    name="dcgan", model=Generator, config=Config, paper="arXiv:1511.06434", year=2015, takes="noise", gives="image",
+    name="dcgan",
+    model=Generator,
+    config=Config,
+    paper="arXiv:1511.06434",
+    year=2015,
+    takes="noise",
+    gives="image",
     sizes={
         "dcgan-64": Size(params=3_576_704, source="pytorch/examples, dcgan"),
         # The widths of the paper's figure 1. Ports with a bias in the last layer have 3 more.
@@ -63,8 +71,16 @@ CARD = Card(
         "dcgan-32": Size(image=32),
         "dcgan-test": Size(noise=6, image=20, dim=4, channels=2),
     },
-    recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0, "clip": 0.0, "warmup": 0.0,
-            "schedule": "constant", "ema": 0.999},       # section 4 of the paper, and an average of the generator
-    adapt=lambda need: {"noise": Config.noise + need["classes"]} if need.get("classes") else {},     # told the class
+    recipe={
+        "optimizer": "adamw",
+        "lr": 2e-4,
+        "beta1": 0.5,
+        "weight_decay": 0.0,
+        "clip": 0.0,
+        "warmup": 0.0,
+        "schedule": "constant",
+        "ema": 0.999,
+    },  # section 4 of the paper, and an average of the generator
+    adapt=lambda need: {"noise": Config.noise + need["classes"]} if need.get("classes") else {},  # told the class
     parts={"critic": "dcgan-discriminator"},
 )

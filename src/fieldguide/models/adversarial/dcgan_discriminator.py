@@ -19,9 +19,9 @@ from fieldguide.core.errors import DataError, SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    channels: int = 3            # C
-    image: int = 64              # S
-    dim: int = 64                # maps of the largest level
+    channels: int = 3  # C
+    image: int = 64  # S
+    dim: int = 64  # maps of the largest level
 
 
 def halvings(side: int) -> tuple[int, int]:
@@ -61,21 +61,27 @@ class Discriminator(nn.Module):
     def reset_parameters(self) -> None:
         reset(self)
 
-    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B 1
+    def forward(self, x: Tensor) -> Tensor:  # B C S S -> B 1
         if x.shape[2:] != (self.config.image, self.config.image):
-            raise DataError(f"a picture has {x.shape[3]} x {x.shape[2]} pixels, the network was made for "
-                            f"image={self.config.image}")
+            raise DataError(
+                f"a picture has {x.shape[3]} x {x.shape[2]} pixels, the network was made for image={self.config.image}"
+            )
         return self.main(x).flatten(1)
 
 
 CARD = Card(
-    name="dcgan-discriminator", model=Discriminator, config=Config, paper="arXiv:1511.06434", year=2015,
-    takes="image", gives="score",
+    name="dcgan-discriminator",
+    model=Discriminator,
+    config=Config,
+    paper="arXiv:1511.06434",
+    year=2015,
+    takes="image",
+    gives="score",
     sizes={
         "dcgan-discriminator-64": Size(params=2_765_568, source="pytorch/examples, dcgan"),
         "dcgan-discriminator-32": Size(image=32),
         "dcgan-discriminator-test": Size(image=17, dim=4, channels=2),
     },
     recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0},
-    adapt=lambda need: {"channels": need["channels"] + need.get("classes", 0)},      # told the class, a channel for each
+    adapt=lambda need: {"channels": need["channels"] + need.get("classes", 0)},  # told the class, a channel for each
 )

@@ -21,8 +21,8 @@ __all__ = ["CARD", "Config", "Discriminator", "Generator"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    z_dim: int = 100             # Z
-    img_dim: int = 784           # F
+    z_dim: int = 100  # Z
+    img_dim: int = 784  # F
 
 
 class Generator(nn.Module):
@@ -31,18 +31,28 @@ class Generator(nn.Module):
     def __init__(self, z_dim: int = 100, img_dim: int = 784):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(z_dim, 256), nn.LeakyReLU(0.2),
-            nn.Linear(256, 512), nn.LeakyReLU(0.2),
-            nn.Linear(512, img_dim), nn.Tanh(),
+            nn.Linear(z_dim, 256),
+            nn.LeakyReLU(0.2),
+            nn.Linear(256, 512),
+            nn.LeakyReLU(0.2),
+            nn.Linear(512, img_dim),
+            nn.Tanh(),
         )
 
-    def forward(self, z: Tensor) -> Tensor:              # B Z -> B F
+    def forward(self, z: Tensor) -> Tensor:  # B Z -> B F
         return self.net(z)
 
 
 CARD = Card(
-    name="simple-gan", model=Generator, config=Config, build=lambda config: Generator(**asdict(config)),
-    paper="arXiv:1406.2661", year=2014, takes="noise", gives="vector", names={"features": "img_dim", "noise": "z_dim"},
+    name="simple-gan",
+    model=Generator,
+    config=Config,
+    build=lambda config: Generator(**asdict(config)),
+    paper="arXiv:1406.2661",
+    year=2014,
+    takes="noise",
+    gives="vector",
+    names={"features": "img_dim", "noise": "z_dim"},
     sizes={
         "simple-gan": Size(params=559_632, source="the guide's code"),
         "simple-gan-test": Size(z_dim=5, img_dim=6),

@@ -18,7 +18,7 @@ from fieldguide.core.card import Card, Size
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    img_dim: int = 784           # F
+    img_dim: int = 784  # F
 
 
 class Discriminator(nn.Module):
@@ -27,19 +27,28 @@ class Discriminator(nn.Module):
     def __init__(self, img_dim: int = 784):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(img_dim, 512), nn.LeakyReLU(0.2),
-            nn.Linear(512, 256), nn.LeakyReLU(0.2),
-            nn.Linear(256, 1), nn.Sigmoid(),
+            nn.Linear(img_dim, 512),
+            nn.LeakyReLU(0.2),
+            nn.Linear(512, 256),
+            nn.LeakyReLU(0.2),
+            nn.Linear(256, 1),
+            nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:              # B F -> B 1
+    def forward(self, x: Tensor) -> Tensor:  # B F -> B 1
         return self.net(x)
 
 
 CARD = Card(
-    name="simple-gan-discriminator", model=Discriminator, config=Config,
+    name="simple-gan-discriminator",
+    model=Discriminator,
+    config=Config,
     build=lambda config: Discriminator(**asdict(config)),
-    paper="arXiv:1406.2661", year=2014, takes="vector", gives="score", names={"features": "img_dim"},
+    paper="arXiv:1406.2661",
+    year=2014,
+    takes="vector",
+    gives="score",
+    names={"features": "img_dim"},
     sizes={
         "simple-gan-discriminator": Size(params=533_505, source="the guide's code"),
         "simple-gan-discriminator-test": Size(img_dim=6),

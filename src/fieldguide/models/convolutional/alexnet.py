@@ -22,16 +22,16 @@ from fieldguide.models.layers.conv import check_side
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 1000
-    channels: int = 3                                    # C
-    stem: str = "11x11"                                  # stride 4, or "3x3", stride 1, for pictures up to 64 pixels
-    widths: tuple[int, ...] = (64, 192, 384, 256, 256)   # maps of each convolution
-    hidden: int = 4096                                   # of each dense layer
-    side: int = 6                                        # of the map that the dense layers read
-    dropout: float = 0.5                                 # before each dense layer but the last
+    channels: int = 3  # C
+    stem: str = "11x11"  # stride 4, or "3x3", stride 1, for pictures up to 64 pixels
+    widths: tuple[int, ...] = (64, 192, 384, 256, 256)  # maps of each convolution
+    hidden: int = 4096  # of each dense layer
+    side: int = 6  # of the map that the dense layers read
+    dropout: float = 0.5  # before each dense layer but the last
 
 
-STEMS = {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}          # kernel, stride, padding
-LEAST = {"11x11": 63, "3x3": 15}                         # pixels a side of which the poolings leave something
+STEMS = {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}  # kernel, stride, padding
+LEAST = {"11x11": 63, "3x3": 15}  # pixels a side of which the poolings leave something
 
 
 class AlexNet(nn.Module):
@@ -51,7 +51,7 @@ class AlexNet(nn.Module):
         self.conv3 = nn.Conv2d(two, three, 3, padding=1)
         self.conv4 = nn.Conv2d(three, four, 3, padding=1)
         self.conv5 = nn.Conv2d(four, five, 3, padding=1)
-        self.fc1 = nn.Linear(five * config.side ** 2, config.hidden)
+        self.fc1 = nn.Linear(five * config.side**2, config.hidden)
         self.fc2 = nn.Linear(config.hidden, config.hidden)
         self.head = nn.Linear(config.hidden, config.classes)
         self.dropout = nn.Dropout(config.dropout)
@@ -81,33 +81,41 @@ class AlexNet(nn.Module):
         levels["c5"] = F.max_pool2d(F.relu(self.conv5(x), inplace=True), 3, 2)
         return levels
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes
         x = F.adaptive_avg_pool2d(self.features(x)["c5"], self.config.side).flatten(1)
         x = F.relu(self.fc1(self.dropout(x)), inplace=True)
         return self.head(F.relu(self.fc2(self.dropout(x)), inplace=True))
 
 
 TORCHVISION = {
-    "features.0.*":   "conv1.*",
-    "features.3.*":   "conv2.*",
-    "features.6.*":   "conv3.*",
-    "features.8.*":   "conv4.*",
-    "features.10.*":  "conv5.*",
+    "features.0.*": "conv1.*",
+    "features.3.*": "conv2.*",
+    "features.6.*": "conv3.*",
+    "features.8.*": "conv4.*",
+    "features.10.*": "conv5.*",
     "classifier.1.*": "fc1.*",
     "classifier.4.*": "fc2.*",
     "classifier.6.*": "head.*",
 }
 
+
 def small(side: int) -> dict[str, object]:
     """Without the stem's stride, a map of 1 to 4 pixels a side is left of small pictures, and read as it is."""
     if side < LEAST["3x3"]:
-        raise SettingsError(f"pictures of {side} pixels a side are too small: AlexNet pools three times and needs at least "
-                            f"{LEAST['3x3']}")
+        raise SettingsError(
+            f"pictures of {side} pixels a side are too small: AlexNet pools three times and needs at least {LEAST['3x3']}"
+        )
     return {"stem": "3x3", "side": max(1, side // 16)} if side <= 64 else {}
 
 
 CARD = Card(
-    name="alexnet", model=AlexNet, config=Config, paper="arXiv:1404.5997", year=2014, takes="image", gives="label",
+    name="alexnet",
+    model=AlexNet,
+    config=Config,
+    paper="arXiv:1404.5997",
+    year=2014,
+    takes="image",
+    gives="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         "alexnet": Size(params=61_100_840, source="torchvision"),

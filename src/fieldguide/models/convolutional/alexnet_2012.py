@@ -20,24 +20,24 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError
 
-NEIGHBOURS, BIAS, ALPHA, BETA = 5, 2.0, 1e-4, 0.75       # n, k, alpha, beta of section 3.3
+NEIGHBOURS, BIAS, ALPHA, BETA = 5, 2.0, 1e-4, 0.75  # n, k, alpha, beta of section 3.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 1000
-    channels: int = 3                                    # C
-    image: int = 224                                     # S, pixels a side
-    stem: str = "11x11"                                  # stride 4, or "3x3", stride 1, for pictures up to 64 pixels
-    widths: tuple[int, ...] = (96, 256, 384, 384, 256)   # maps of each convolution, of both groups together
-    hidden: int = 4096                                   # of each dense layer
-    dropout: float = 0.5                                 # after each hidden dense layer
+    channels: int = 3  # C
+    image: int = 224  # S, pixels a side
+    stem: str = "11x11"  # stride 4, or "3x3", stride 1, for pictures up to 64 pixels
+    widths: tuple[int, ...] = (96, 256, 384, 384, 256)  # maps of each convolution, of both groups together
+    hidden: int = 4096  # of each dense layer
+    dropout: float = 0.5  # after each hidden dense layer
 
 
-STEMS = {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}          # kernel, stride; padding, which makes 55 x 55 of 224 x 224
+STEMS = {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}  # kernel, stride; padding, which makes 55 x 55 of 224 x 224
 
 
-def response_norm(x: Tensor) -> Tensor:                  # B D H W -> B D H W
+def response_norm(x: Tensor) -> Tensor:  # B D H W -> B D H W
     """Each value over (k + alpha * sum of squares in `NEIGHBOURS` maps around it) ^ beta.
 
     torch's own divides alpha by the number of maps, so the paper's 1e-4 is `alpha=5e-4` there; it also takes three times
@@ -65,8 +65,10 @@ class AlexNet2012(nn.Module):
         for _ in range(3):
             side = (side - 3) // 2 + 1
         if side < 1:
-            raise SettingsError(f"image={config.image}: AlexNet pools three times and needs at least "
-                                f"{15 if stride == 1 else 63} pixels a side with this stem")
+            raise SettingsError(
+                f"image={config.image}: AlexNet pools three times and needs at least "
+                f"{15 if stride == 1 else 63} pixels a side with this stem"
+            )
         self.config = config
         one, two, three, four, five = config.widths
         self.conv1 = nn.Conv2d(config.channels, one, kernel, stride, padding)
@@ -74,7 +76,7 @@ class AlexNet2012(nn.Module):
         self.conv3 = nn.Conv2d(two, three, 3, padding=1)
         self.conv4 = nn.Conv2d(three, four, 3, padding=1, groups=2)
         self.conv5 = nn.Conv2d(four, five, 3, padding=1, groups=2)
-        self.fc1 = nn.Linear(five * side ** 2, config.hidden)
+        self.fc1 = nn.Linear(five * side**2, config.hidden)
         self.fc2 = nn.Linear(config.hidden, config.hidden)
         self.head = nn.Linear(config.hidden, config.classes)
         self.dropout = nn.Dropout(config.dropout)
@@ -103,19 +105,25 @@ class AlexNet2012(nn.Module):
         levels["c5"] = F.max_pool2d(F.relu(self.conv5(x), inplace=True), 3, 2)
         return levels
 
-    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C S S -> B classes
         if tuple(x.shape[2:]) != (self.config.image,) * 2:
-            raise DataError(f"pictures of {x.shape[2]} x {x.shape[3]}: this AlexNet was made for {self.config.image} x "
-                            f"{self.config.image}, since its dense layers read a map of that size")
+            raise DataError(
+                f"pictures of {x.shape[2]} x {x.shape[3]}: this AlexNet was made for {self.config.image} x "
+                f"{self.config.image}, since its dense layers read a map of that size"
+            )
         x = self.features(x)["c5"].flatten(1)
         x = self.dropout(F.relu(self.fc1(x), inplace=True))
         return self.head(self.dropout(F.relu(self.fc2(x), inplace=True)))
 
 
 CARD = Card(
-    name="alexnet-2012", model=AlexNet2012, config=Config,
+    name="alexnet-2012",
+    model=AlexNet2012,
+    config=Config,
     paper="https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks",
-    year=2012, takes="image", gives="label",
+    year=2012,
+    takes="image",
+    gives="label",
     adapt=lambda need: {"stem": "3x3"} if need["image"] <= 64 else {},
     sizes={
         "alexnet-2012": Size(params=60_965_224, source="counted by hand from section 3"),

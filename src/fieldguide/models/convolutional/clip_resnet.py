@@ -29,21 +29,21 @@ from fieldguide.models.transformer._shared.clip_checkpoints import openai, openc
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "embeddings"                # embeddings, or label: the answer to a question about the picture
-    classes: int = 0                         # answers
-    channels: int = 3                        # C
-    image: int = 224                         # S
-    dim: int = 64                            # inner width of the first level; each further one has twice as much
-    depths: tuple[int, ...] = (3, 4, 6, 3)   # blocks a level
-    heads: int = 32                          # of the attention that pools the last map
+    gives: str = "embeddings"  # embeddings, or label: the answer to a question about the picture
+    classes: int = 0  # answers
+    channels: int = 3  # C
+    image: int = 224  # S
+    dim: int = 64  # inner width of the first level; each further one has twice as much
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a level
+    heads: int = 32  # of the attention that pools the last map
     vocab: int = 49_408
-    length: int = 77                         # longest text, tokens
-    end: int = 49_407                        # token that ends a text: where texts without a mask are read out
+    length: int = 77  # longest text, tokens
+    end: int = 49_407  # token that ends a text: where texts without a mask are read out
     text_dim: int = 512
     text_depth: int = 12
     text_heads: int = 8
-    embed: int = 1024                        # E
-    quick: bool = True                       # x sigmoid(1.702 x) in place of GELU, in the text's tower
+    embed: int = 1024  # E
+    quick: bool = True  # x sigmoid(1.702 x) in place of GELU, in the text's tower
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -59,17 +59,20 @@ class Bottleneck(nn.Module):
         self.conv1, self.norm1 = conv(inputs, width, 1), nn.BatchNorm2d(width)
         self.conv2, self.norm2 = conv(width, width, 3), nn.BatchNorm2d(width)
         self.conv3, self.norm3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
-        self.shortcut = None if stride == 1 and inputs == 4 * width else nn.Sequential(
-            OrderedDict(conv=conv(inputs, 4 * width, 1), norm=nn.BatchNorm2d(4 * width)))
+        self.shortcut = (
+            None
+            if stride == 1 and inputs == 4 * width
+            else nn.Sequential(OrderedDict(conv=conv(inputs, 4 * width, 1), norm=nn.BatchNorm2d(4 * width)))
+        )
 
-    def shrunk(self, x: Tensor) -> Tensor:               # B D H W -> B D H/stride W/stride
+    def shrunk(self, x: Tensor) -> Tensor:  # B D H W -> B D H/stride W/stride
         return F.avg_pool2d(x, self.stride) if self.stride > 1 else x
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H/stride W/stride
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H/stride W/stride
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = F.relu(self.norm2(self.conv2(y)), inplace=True)
         y = self.norm3(self.conv3(self.shrunk(y)))
-        y += x if self.shortcut is None else self.shortcut(self.shrunk(x))       # the normalisation does not need it any more
+        y += x if self.shortcut is None else self.shortcut(self.shrunk(x))  # the normalisation does not need it any more
         return F.relu(y, inplace=True)
 
 
@@ -81,20 +84,20 @@ class Pool(nn.Module):
         if dim % heads:
             raise SettingsError(f"a map of width {dim} cannot be split among heads={heads}: choose a divisor")
         self.heads = heads
-        self.pos = nn.Embedding(1 + side ** 2, dim)
+        self.pos = nn.Embedding(1 + side**2, dim)
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, embed)
 
-    def asked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:                 # B D h h -> B heads 1 d, 2 of B heads N d
+    def asked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B D h h -> B heads 1 d, 2 of B heads N d
         x = x.flatten(2).mT
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.pos.weight
         q = self.q(x[:, :1]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:              # B D h h -> B E
+    def forward(self, x: Tensor) -> Tensor:  # B D h h -> B E
         return self.proj(F.scaled_dot_product_attention(*self.asked(x)).flatten(1))
 
-    def weights(self, x: Tensor) -> Tensor:              # B D h h -> B heads N
+    def weights(self, x: Tensor) -> Tensor:  # B D h h -> B heads N
         """How much the mean looks at itself (first) and at each place: sums to 1."""
         q, k, _ = self.asked(x)
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
@@ -110,15 +113,28 @@ class Vision(nn.Module):
         if c.image % stride:
             raise SettingsError(f"image={c.image} cannot be halved as often as it must be: choose a multiple of {stride}")
         self.side, half = c.image, c.dim // 2
-        self.stem = nn.Sequential(OrderedDict(
-            conv1=conv(c.channels, half, 3, 2), norm1=nn.BatchNorm2d(half), relu1=nn.ReLU(inplace=True),
-            conv2=conv(half, half, 3), norm2=nn.BatchNorm2d(half), relu2=nn.ReLU(inplace=True),
-            conv3=conv(half, c.dim, 3), norm3=nn.BatchNorm2d(c.dim), relu3=nn.ReLU(inplace=True), pool=nn.AvgPool2d(2)))
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv1=conv(c.channels, half, 3, 2),
+                norm1=nn.BatchNorm2d(half),
+                relu1=nn.ReLU(inplace=True),
+                conv2=conv(half, half, 3),
+                norm2=nn.BatchNorm2d(half),
+                relu2=nn.ReLU(inplace=True),
+                conv3=conv(half, c.dim, 3),
+                norm3=nn.BatchNorm2d(c.dim),
+                relu3=nn.ReLU(inplace=True),
+                pool=nn.AvgPool2d(2),
+            )
+        )
         self.stages, inputs = nn.ModuleList(), c.dim
         for level, depth in enumerate(c.depths):
-            width = c.dim * 2 ** level
-            self.stages.append(nn.Sequential(*(Bottleneck(4 * width if i else inputs, width, 1 if i or not level else 2)
-                                               for i in range(depth))))
+            width = c.dim * 2**level
+            self.stages.append(
+                nn.Sequential(
+                    *(Bottleneck(4 * width if i else inputs, width, 1 if i or not level else 2) for i in range(depth))
+                )
+            )
             inputs = 4 * width
         self.pool = Pool(c.image // stride, inputs, c.heads, c.embed)
 
@@ -127,23 +143,23 @@ class Vision(nn.Module):
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                 module.reset_parameters()
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.pool.q.in_features ** -0.5)
+                nn.init.normal_(module.weight, std=self.pool.q.in_features**-0.5)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         for block in (block for stage in self.stages for block in stage):
             nn.init.zeros_(block.norm3.weight)
 
-    def features(self, image: Tensor) -> Tensor:         # B C S S -> B D h h
+    def features(self, image: Tensor) -> Tensor:  # B C S S -> B D h h
         clip.fits(image, self.side)
         x = self.stem(image)
         for stage in self.stages:
             x = stage(x)
         return x
 
-    def forward(self, image: Tensor) -> Tensor:          # B C S S -> B E
+    def forward(self, image: Tensor) -> Tensor:  # B C S S -> B E
         return self.pool(self.features(image))
 
-    def seen(self, image: Tensor) -> Tensor:             # B C S S -> B h h
+    def seen(self, image: Tensor) -> Tensor:  # B C S S -> B h h
         """How much each place counts where the map is pooled, mean over heads."""
         x = self.features(image)
         return self.pool.weights(x).mean(1)[:, 1:].unflatten(1, tuple(x.shape[2:]))
@@ -159,17 +175,17 @@ def names() -> dict[str, Row]:
     """Names of OpenAI's files, and of open_clip's."""
     block, ours = "visual.layer{s+1}.{b}.", "vision.stages.{s}.{b}."
     return {
-        "visual.conv{k}.weight":                "vision.stem.conv{k}.weight",
-        "visual.bn{k}.*":                       "vision.stem.norm{k}.*",
-        block + "conv{k}.weight":               ours + "conv{k}.weight",
-        block + "bn{k}.*":                      ours + "norm{k}.*",
-        block + "downsample.0.weight":          ours + "shortcut.conv.weight",
-        block + "downsample.1.*":               ours + "shortcut.norm.*",
+        "visual.conv{k}.weight": "vision.stem.conv{k}.weight",
+        "visual.bn{k}.*": "vision.stem.norm{k}.*",
+        block + "conv{k}.weight": ours + "conv{k}.weight",
+        block + "bn{k}.*": ours + "norm{k}.*",
+        block + "downsample.0.weight": ours + "shortcut.conv.weight",
+        block + "downsample.1.*": ours + "shortcut.norm.*",
         "visual.attnpool.positional_embedding": "vision.pool.pos.weight",
-        "visual.attnpool.q_proj.*":             "vision.pool.q.*",
-        "visual.attnpool.k_proj.*":             Fused("vision.pool.kv.*", 0, 2),
-        "visual.attnpool.v_proj.*":             Fused("vision.pool.kv.*", 1, 2),
-        "visual.attnpool.c_proj.*":             "vision.pool.proj.*",
+        "visual.attnpool.q_proj.*": "vision.pool.q.*",
+        "visual.attnpool.k_proj.*": Fused("vision.pool.kv.*", 0, 2),
+        "visual.attnpool.v_proj.*": Fused("vision.pool.kv.*", 1, 2),
+        "visual.attnpool.c_proj.*": "vision.pool.proj.*",
     } | openai("", (("text_model.", "", "text."),))
 
 
@@ -177,20 +193,65 @@ OPENAI = names()
 CONFIG = openclip(32, {"width": "dim", "layers": "depths", "patch_size": Is(None, among=(None,))})
 
 CARD = Card(
-    name="clip-resnet", model=CLIPResNet, config=Config, paper="arXiv:2103.00020", year=2021, takes="captioned",
+    name="clip-resnet",
+    model=CLIPResNet,
+    config=Config,
+    paper="arXiv:2103.00020",
+    year=2021,
+    takes="captioned",
     gives=("embeddings", "label"),
     sizes={
         "clip-rn50": Size(params=102_007_137, source="OpenAI's RN50.pt"),
         "clip-rn101": Size(depths=(3, 4, 23, 3), embed=512, params=119_688_033, source="OpenAI's RN101.pt"),
-        "clip-rn50x4": Size(image=288, dim=80, depths=(4, 6, 10, 6), heads=40, text_dim=640, text_heads=10, embed=640,
-                            params=178_300_601, source="OpenAI's RN50x4.pt"),
-        "clip-rn50x16": Size(image=384, dim=96, depths=(6, 8, 18, 8), heads=48, text_dim=768, text_heads=12, embed=768,
-                             params=290_979_217, source="OpenAI's RN50x16.pt"),
-        "clip-rn50x64": Size(image=448, dim=128, depths=(3, 15, 36, 10), heads=64, text_dim=1024, text_heads=16,
-                             params=623_258_305, source="OpenAI's RN50x64.pt"),
-        "clip-resnet-test": Size(image=24, channels=2, dim=8, depths=(1, 2), heads=4, vocab=30, length=12, end=29, text_dim=12,
-                                 text_depth=2, text_heads=3, embed=8),
+        "clip-rn50x4": Size(
+            image=288,
+            dim=80,
+            depths=(4, 6, 10, 6),
+            heads=40,
+            text_dim=640,
+            text_heads=10,
+            embed=640,
+            params=178_300_601,
+            source="OpenAI's RN50x4.pt",
+        ),
+        "clip-rn50x16": Size(
+            image=384,
+            dim=96,
+            depths=(6, 8, 18, 8),
+            heads=48,
+            text_dim=768,
+            text_heads=12,
+            embed=768,
+            params=290_979_217,
+            source="OpenAI's RN50x16.pt",
+        ),
+        "clip-rn50x64": Size(
+            image=448,
+            dim=128,
+            depths=(3, 15, 36, 10),
+            heads=64,
+            text_dim=1024,
+            text_heads=16,
+            params=623_258_305,
+            source="OpenAI's RN50x64.pt",
+        ),
+        "clip-resnet-test": Size(
+            image=24,
+            channels=2,
+            dim=8,
+            depths=(1, 2),
+            heads=4,
+            vocab=30,
+            length=12,
+            end=29,
+            text_dim=12,
+            text_depth=2,
+            text_heads=3,
+            embed=8,
+        ),
     },
-    weights={"openai": OPENAI, "openclip": OPENAI}, configs={"openclip": CONFIG},
-    recipe=clip.CARD.recipe, scale=clip.CARD.scale,
+    weights={"openai": OPENAI, "openclip": OPENAI},
+    configs={"openclip": CONFIG},
+    recipe=clip.CARD.recipe,
+    scale=clip.CARD.scale,
 )

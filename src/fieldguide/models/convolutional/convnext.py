@@ -30,14 +30,14 @@ from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"                                 # or vector: what a label would be read from
+    gives: str = "label"  # or vector: what a label would be read from
     classes: int = 1000
-    channels: int = 3                                    # C
-    patch: int = 4                                       # pixels a side that the stem puts together
-    depths: tuple[int, ...] = (3, 3, 9, 3)               # blocks a level
-    widths: tuple[int, ...] = (96, 192, 384, 768)        # D of each level
-    drop_path: float = 0.1                               # of the last block; rises with depth from 0
-    eps: float = 1e-6                                    # of the last normalisation; 1e-12 in transformers' copies
+    channels: int = 3  # C
+    patch: int = 4  # pixels a side that the stem puts together
+    depths: tuple[int, ...] = (3, 3, 9, 3)  # blocks a level
+    widths: tuple[int, ...] = (96, 192, 384, 768)  # D of each level
+    drop_path: float = 0.1  # of the last block; rises with depth from 0
+    eps: float = 1e-6  # of the last normalisation; 1e-12 in transformers' copies
 
 
 class Block(nn.Module):
@@ -55,10 +55,10 @@ class Block(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.gamma, 1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
         y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # B H W D, as it lies in memory
         y = self.down(F.gelu(self.up(y))) * self.gamma
-        return self.drop_path(y.permute(0, 3, 1, 2)).add_(x)         # nothing needs the product any more
+        return self.drop_path(y.permute(0, 3, 1, 2)).add_(x)  # nothing needs the product any more
 
 
 class ConvNeXt(nn.Module):
@@ -68,7 +68,7 @@ class ConvNeXt(nn.Module):
     """
 
     block: type[nn.Module] = Block
-    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
 
     def __init__(self, config: Config):
         super().__init__()
@@ -76,12 +76,13 @@ class ConvNeXt(nn.Module):
             raise SettingsError(f"depths={config.depths} and widths={config.widths} name different levels")
         self.config = config
         dim = config.widths[0]
-        self.stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(config.channels, dim, config.patch, config.patch),
-                                              norm=ChannelNorm(dim)))
+        self.stem = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(config.channels, dim, config.patch, config.patch), norm=ChannelNorm(dim))
+        )
         self.steps, self.stages = nn.ModuleList(), nn.ModuleList()
         drops = iter(rising(config.drop_path, sum(config.depths)))
         for level, (depth, width) in enumerate(zip(config.depths, config.widths)):
-            if level:                                    # to half the side
+            if level:  # to half the side
                 self.steps.append(nn.Sequential(OrderedDict(norm=ChannelNorm(dim), conv=nn.Conv2d(dim, width, 2, 2))))
             self.stages.append(nn.Sequential(*(self.block(width, next(drops)) for _ in range(depth))))
             dim = width
@@ -100,7 +101,7 @@ class ConvNeXt(nn.Module):
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
         """Name of each map of `features` -> (D, stride in pixels)."""
-        return {f"c{i + 2}": (width, self.config.patch * 2 ** i) for i, width in enumerate(self.config.widths)}
+        return {f"c{i + 2}": (width, self.config.patch * 2**i) for i, width in enumerate(self.config.widths)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
         check_side(x, self.config.patch * 2 ** len(self.steps), type(self).__name__)
@@ -109,62 +110,71 @@ class ConvNeXt(nn.Module):
             levels[f"c{i + 2}"] = x = stage(self.steps[i - 1](x) if i else x)
         return levels
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes, or B D
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes, or B D
         *_, x = self.features(x).values()
         return self.head(self.norm(x.mean((2, 3))))
 
 
 TIMM = {
-    "stem.0.*":                                  "stem.conv.*",
-    "stem.1.*":                                  "stem.norm.*",
-    "stages.{s+1}.downsample.0.*":               "steps.{s}.norm.*",
-    "stages.{s+1}.downsample.1.*":               "steps.{s}.conv.*",
-    "stages.{s}.blocks.{b}.conv_dw.*":           "stages.{s}.{b}.conv.*",
-    "stages.{s}.blocks.{b}.norm.*":              "stages.{s}.{b}.norm.*",
-    "stages.{s}.blocks.{b}.mlp.fc1.*":           "stages.{s}.{b}.up.*",
-    "stages.{s}.blocks.{b}.mlp.fc2.*":           "stages.{s}.{b}.down.*",
-    "stages.{s}.blocks.{b}.gamma":               "stages.{s}.{b}.gamma",
-    "head.norm.*":                               "norm.*",
-    "head.fc.*":                                 "head.*",
+    "stem.0.*": "stem.conv.*",
+    "stem.1.*": "stem.norm.*",
+    "stages.{s+1}.downsample.0.*": "steps.{s}.norm.*",
+    "stages.{s+1}.downsample.1.*": "steps.{s}.conv.*",
+    "stages.{s}.blocks.{b}.conv_dw.*": "stages.{s}.{b}.conv.*",
+    "stages.{s}.blocks.{b}.norm.*": "stages.{s}.{b}.norm.*",
+    "stages.{s}.blocks.{b}.mlp.fc1.*": "stages.{s}.{b}.up.*",
+    "stages.{s}.blocks.{b}.mlp.fc2.*": "stages.{s}.{b}.down.*",
+    "stages.{s}.blocks.{b}.gamma": "stages.{s}.{b}.gamma",
+    "head.norm.*": "norm.*",
+    "head.fc.*": "head.*",
 }
-AUTHORS = {                                              # facebookresearch/ConvNeXt
-    "downsample_layers.0.0.*":                   "stem.conv.*",
-    "downsample_layers.0.1.*":                   "stem.norm.*",
-    "downsample_layers.{s+1}.0.*":               "steps.{s}.norm.*",
-    "downsample_layers.{s+1}.1.*":               "steps.{s}.conv.*",
-    "stages.{s}.{b}.dwconv.*":                   "stages.{s}.{b}.conv.*",
-    "stages.{s}.{b}.norm.*":                     "stages.{s}.{b}.norm.*",
-    "stages.{s}.{b}.pwconv1.*":                  "stages.{s}.{b}.up.*",
-    "stages.{s}.{b}.pwconv2.*":                  "stages.{s}.{b}.down.*",
-    "stages.{s}.{b}.gamma":                      "stages.{s}.{b}.gamma",
-    "norm.*":                                    "norm.*",
-    "head.*":                                    "head.*",
+AUTHORS = {  # facebookresearch/ConvNeXt
+    "downsample_layers.0.0.*": "stem.conv.*",
+    "downsample_layers.0.1.*": "stem.norm.*",
+    "downsample_layers.{s+1}.0.*": "steps.{s}.norm.*",
+    "downsample_layers.{s+1}.1.*": "steps.{s}.conv.*",
+    "stages.{s}.{b}.dwconv.*": "stages.{s}.{b}.conv.*",
+    "stages.{s}.{b}.norm.*": "stages.{s}.{b}.norm.*",
+    "stages.{s}.{b}.pwconv1.*": "stages.{s}.{b}.up.*",
+    "stages.{s}.{b}.pwconv2.*": "stages.{s}.{b}.down.*",
+    "stages.{s}.{b}.gamma": "stages.{s}.{b}.gamma",
+    "norm.*": "norm.*",
+    "head.*": "head.*",
 }
-HUGGINGFACE = {                                          # of ConvNextForImageClassification
-    "convnext.embeddings.patch_embeddings.*":                               "stem.conv.*",
-    "convnext.embeddings.layernorm.*":                                      "stem.norm.*",
-    "convnext.encoder.stages.{s+1}.downsampling_layer.0.*":                 "steps.{s}.norm.*",
-    "convnext.encoder.stages.{s+1}.downsampling_layer.1.*":                 "steps.{s}.conv.*",
-    "convnext.encoder.stages.{s}.layers.{b}.dwconv.*":                      "stages.{s}.{b}.conv.*",
-    "convnext.encoder.stages.{s}.layers.{b}.layernorm.*":                   "stages.{s}.{b}.norm.*",
-    "convnext.encoder.stages.{s}.layers.{b}.pwconv1.*":                     "stages.{s}.{b}.up.*",
-    "convnext.encoder.stages.{s}.layers.{b}.pwconv2.*":                     "stages.{s}.{b}.down.*",
-    "convnext.encoder.stages.{s}.layers.{b}.layer_scale_parameter":         "stages.{s}.{b}.gamma",
-    "convnext.layernorm.*":                                                 "norm.*",
-    "classifier.*":                                                         "head.*",
+HUGGINGFACE = {  # of ConvNextForImageClassification
+    "convnext.embeddings.patch_embeddings.*": "stem.conv.*",
+    "convnext.embeddings.layernorm.*": "stem.norm.*",
+    "convnext.encoder.stages.{s+1}.downsampling_layer.0.*": "steps.{s}.norm.*",
+    "convnext.encoder.stages.{s+1}.downsampling_layer.1.*": "steps.{s}.conv.*",
+    "convnext.encoder.stages.{s}.layers.{b}.dwconv.*": "stages.{s}.{b}.conv.*",
+    "convnext.encoder.stages.{s}.layers.{b}.layernorm.*": "stages.{s}.{b}.norm.*",
+    "convnext.encoder.stages.{s}.layers.{b}.pwconv1.*": "stages.{s}.{b}.up.*",
+    "convnext.encoder.stages.{s}.layers.{b}.pwconv2.*": "stages.{s}.{b}.down.*",
+    "convnext.encoder.stages.{s}.layers.{b}.layer_scale_parameter": "stages.{s}.{b}.gamma",
+    "convnext.layernorm.*": "norm.*",
+    "classifier.*": "head.*",
 }
 
 
 def torchvision(config: Config) -> dict[str, Row]:
     """Its steps and levels are one list."""
-    table: dict[str, Row] = {"features.0.0.*": "stem.conv.*", "features.0.1.*": "stem.norm.*",
-                             "classifier.0.*": "norm.*", "classifier.2.*": "head.*"}
+    table: dict[str, Row] = {
+        "features.0.0.*": "stem.conv.*",
+        "features.0.1.*": "stem.norm.*",
+        "classifier.0.*": "norm.*",
+        "classifier.2.*": "head.*",
+    }
     for s in range(len(config.depths)):
         theirs, ours = f"features.{2 * s + 1}.{{b}}", f"stages.{s}.{{b}}"
-        table |= {f"{theirs}.block.0.*": f"{ours}.conv.*", f"{theirs}.block.2.*": f"{ours}.norm.*",
-                  f"{theirs}.block.3.*": f"{ours}.up.*", f"{theirs}.block.5.*": f"{ours}.down.*",
-                  f"{theirs}.layer_scale": Reshaped(f"{ours}.gamma", (-1,), (-1, 1, 1)),
-                  f"features.{2 * s + 2}.0.*": f"steps.{s}.norm.*", f"features.{2 * s + 2}.1.*": f"steps.{s}.conv.*"}
+        table |= {
+            f"{theirs}.block.0.*": f"{ours}.conv.*",
+            f"{theirs}.block.2.*": f"{ours}.norm.*",
+            f"{theirs}.block.3.*": f"{ours}.up.*",
+            f"{theirs}.block.5.*": f"{ours}.down.*",
+            f"{theirs}.layer_scale": Reshaped(f"{ours}.gamma", (-1,), (-1, 1, 1)),
+            f"features.{2 * s + 2}.0.*": f"steps.{s}.norm.*",
+            f"features.{2 * s + 2}.1.*": f"steps.{s}.conv.*",
+        }
     return table
 
 
@@ -180,7 +190,7 @@ def configuration(model_type: str, name: str) -> dict[str, ConfigRow]:
         "hidden_sizes": "widths",
         "depths": "depths",
         "hidden_act": Is("gelu"),
-        "layer_norm_eps": Absent("eps", 1e-12),          # of the last alone: the others have 1e-6 there, too
+        "layer_norm_eps": Absent("eps", 1e-12),  # of the last alone: the others have 1e-6 there, too
         "drop_path_rate": Absent("drop_path", 0.0),
     }
 
@@ -193,21 +203,35 @@ def small(side: int) -> dict[str, int]:
 
 
 CARD = Card(
-    name="convnext", model=ConvNeXt, config=Config, paper="arXiv:2201.03545", year=2022, takes="image", gives=GIVES,
+    name="convnext",
+    model=ConvNeXt,
+    config=Config,
+    paper="arXiv:2201.03545",
+    year=2022,
+    takes="image",
+    gives=GIVES,
     adapt=lambda need: small(need["image"]),
     sizes={
         "convnext-tiny": Size(params=28_589_128, source="torchvision"),
         "convnext-small": Size(depths=(3, 3, 27, 3), drop_path=0.4, params=50_223_688, source="torchvision"),
-        "convnext-base": Size(depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024), drop_path=0.5, params=88_591_464,
-                              source="torchvision"),
-        "convnext-large": Size(depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536), drop_path=0.5, params=197_767_336,
-                               source="torchvision"),
-        "convnext-xlarge": Size(depths=(3, 3, 27, 3), widths=(256, 512, 1024, 2048), drop_path=0.5, params=350_196_968,
-                                source="timm"),
+        "convnext-base": Size(
+            depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024), drop_path=0.5, params=88_591_464, source="torchvision"
+        ),
+        "convnext-large": Size(
+            depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536), drop_path=0.5, params=197_767_336, source="torchvision"
+        ),
+        "convnext-xlarge": Size(
+            depths=(3, 3, 27, 3), widths=(256, 512, 1024, 2048), drop_path=0.5, params=350_196_968, source="timm"
+        ),
         "convnext-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
     },
-    weights={"timm": TIMM, "torchvision": torchvision, "authors": AUTHORS,
-             "huggingface": HUGGINGFACE, "huggingface-base": unprefixed(HUGGINGFACE, "convnext.")},
+    weights={
+        "timm": TIMM,
+        "torchvision": torchvision,
+        "authors": AUTHORS,
+        "huggingface": HUGGINGFACE,
+        "huggingface-base": unprefixed(HUGGINGFACE, "convnext."),
+    },
     configs={"huggingface": configuration("convnext", "ConvNext")},
     aliases={"timm": {f"convnext_{size}": f"convnext-{size}" for size in ("tiny", "small", "base", "large", "xlarge")}},
     # Section 2.1: AdamW with decay 0.05, smoothing 0.1, a long warm-up; 4e-3 at a batch of 4,096 is 1e-3 at some hundred.

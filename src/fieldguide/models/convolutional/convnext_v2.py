@@ -29,10 +29,10 @@ class ResponseNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim)), eps
 
-    def forward(self, x: Tensor) -> Tensor:              # B H W D -> B H W D
-        length = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)           # B 1 1 D
+    def forward(self, x: Tensor) -> Tensor:  # B H W D -> B H W D
+        length = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # B 1 1 D
         gain = self.weight * (length / (length.mean(-1, keepdim=True) + self.eps)) + 1
-        return torch.addcmul(self.bias, x, gain)         # with the input added: one pass over the map
+        return torch.addcmul(self.bias, x, gain)  # with the input added: one pass over the map
 
 
 class Block(nn.Module):
@@ -51,7 +51,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.response.weight)
         nn.init.zeros_(self.response.bias)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
         y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # B H W D, as it lies in memory
         y = self.down(self.response(F.gelu(self.up(y))))
         return self.drop_path(y.permute(0, 3, 1, 2)) + x
@@ -69,8 +69,10 @@ def without_scale(table: dict[str, Row]) -> dict[str, Row]:
 
 def response(weight: str, bias: str) -> dict[str, Reshaped]:
     """Rows of a map of one pixel each."""
-    return {public: Reshaped(f"stages.{{s}}.{{b}}.response.{kind}", (-1,), (1, 1, 1, -1))
-            for public, kind in ((weight, "weight"), (bias, "bias"))}
+    return {
+        public: Reshaped(f"stages.{{s}}.{{b}}.response.{kind}", (-1,), (1, 1, 1, -1))
+        for public, kind in ((weight, "weight"), (bias, "bias"))
+    }
 
 
 def timm(config: Config) -> dict[str, Row]:
@@ -80,17 +82,24 @@ def timm(config: Config) -> dict[str, Row]:
     for s, dim in enumerate(config.widths):
         for public, part, inputs in (("fc1", "up", dim), ("fc2", "down", 4 * dim)):
             table[f"stages.{s}.blocks.{{b}}.mlp.{public}.weight"] = Reshaped(
-                f"stages.{s}.{{b}}.{part}.weight", (-1, inputs), (-1, inputs, *ones))
+                f"stages.{s}.{{b}}.{part}.weight", (-1, inputs), (-1, inputs, *ones)
+            )
     return table | without_scale(convnext.TIMM)
 
 
 AUTHORS = without_scale(convnext.AUTHORS) | response("stages.{s}.{b}.grn.gamma", "stages.{s}.{b}.grn.beta")
-HUGGINGFACE = {theirs.replace("convnext.", "convnextv2."): ours
-               for theirs, ours in without_scale(convnext.HUGGINGFACE).items()} | response(
-    "convnextv2.encoder.stages.{s}.layers.{b}.grn.weight", "convnextv2.encoder.stages.{s}.layers.{b}.grn.bias")
+HUGGINGFACE = {
+    theirs.replace("convnext.", "convnextv2."): ours for theirs, ours in without_scale(convnext.HUGGINGFACE).items()
+} | response("convnextv2.encoder.stages.{s}.layers.{b}.grn.weight", "convnextv2.encoder.stages.{s}.layers.{b}.grn.bias")
 
 CARD = Card(
-    name="convnextv2", model=ConvNeXtV2, config=Config, paper="arXiv:2301.00808", year=2023, takes="image", gives=GIVES,
+    name="convnextv2",
+    model=ConvNeXtV2,
+    config=Config,
+    paper="arXiv:2301.00808",
+    year=2023,
+    takes="image",
+    gives=GIVES,
     adapt=lambda need: convnext.small(need["image"]),
     sizes={
         "convnextv2-tiny": Size(drop_path=0.2, params=28_635_496, source="timm"),
@@ -99,17 +108,27 @@ CARD = Card(
         "convnextv2-pico": Size(depths=(2, 2, 6, 2), widths=(64, 128, 256, 512), params=9_066_280, source="timm"),
         "convnextv2-nano": Size(depths=(2, 2, 8, 2), widths=(80, 160, 320, 640), params=15_623_800, source="timm"),
         "convnextv2-base": Size(depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024), params=88_717_800, source="timm"),
-        "convnextv2-large": Size(depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536), drop_path=0.2, params=197_956_840,
-                                 source="timm"),
-        "convnextv2-huge": Size(depths=(3, 3, 27, 3), widths=(352, 704, 1408, 2816), drop_path=0.3, params=660_289_640,
-                                source="timm"),
+        "convnextv2-large": Size(
+            depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536), drop_path=0.2, params=197_956_840, source="timm"
+        ),
+        "convnextv2-huge": Size(
+            depths=(3, 3, 27, 3), widths=(352, 704, 1408, 2816), drop_path=0.3, params=660_289_640, source="timm"
+        ),
         "convnextv2-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
     },
-    weights={"timm": timm, "authors": AUTHORS,
-             "huggingface": HUGGINGFACE, "huggingface-base": unprefixed(HUGGINGFACE, "convnextv2.")},
+    weights={
+        "timm": timm,
+        "authors": AUTHORS,
+        "huggingface": HUGGINGFACE,
+        "huggingface-base": unprefixed(HUGGINGFACE, "convnextv2."),
+    },
     configs={"huggingface": convnext.configuration("convnextv2", "ConvNextV2")},
-    aliases={"timm": {f"convnextv2_{size}": f"convnextv2-{size}"
-                      for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")}},
+    aliases={
+        "timm": {
+            f"convnextv2_{size}": f"convnextv2-{size}"
+            for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+        }
+    },
     # As for ConvNeXt.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
 )

@@ -23,22 +23,22 @@ from fieldguide.models.layers.conv import PADDINGS, conv_norm
 from fieldguide.models.layers.mbconv import InvertedResidual
 from fieldguide.models.layers.stochastic_depth import DropPath
 
-FUSED = 3                                                # the first stages, without depthwise convolutions and gates
+FUSED = 3  # the first stages, without depthwise convolutions and gates
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 1000
-    channels: int = 3                                    # C
-    widths: tuple[int, ...] = (24, 48, 64, 128, 160, 256)        # a stage
-    depths: tuple[int, ...] = (2, 4, 4, 6, 9, 15)                # blocks a stage
-    growths: tuple[int, ...] = (1, 4, 4, 4, 6, 6)                # of the width inside a block
-    early: tuple[int, ...] = (2, 2, 2)                   # strides of the stem, the second and the third stage
-    top: int = 1280                                      # width before the head
-    dropout: float = 0.2                                 # before the head
-    drop_path: float = 0.2                               # of the last block; rises with depth from 0
-    eps: float = 1e-3                                    # of normalisation
-    padding: str = "symmetric"                           # or "same", as TensorFlow pads
+    channels: int = 3  # C
+    widths: tuple[int, ...] = (24, 48, 64, 128, 160, 256)  # a stage
+    depths: tuple[int, ...] = (2, 4, 4, 6, 9, 15)  # blocks a stage
+    growths: tuple[int, ...] = (1, 4, 4, 4, 6, 6)  # of the width inside a block
+    early: tuple[int, ...] = (2, 2, 2)  # strides of the stem, the second and the third stage
+    top: int = 1280  # width before the head
+    dropout: float = 0.2  # before the head
+    drop_path: float = 0.2  # of the last block; rises with depth from 0
+    eps: float = 1e-3  # of normalisation
+    padding: str = "symmetric"  # or "same", as TensorFlow pads
 
 
 class FusedResidual(nn.Module):
@@ -52,8 +52,8 @@ class FusedResidual(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.residual = stride == 1 and inputs == outputs
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H/stride W/stride
-        if self.project is None:                         # the activation still needs its result
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H/stride W/stride
+        if self.project is None:  # the activation still needs its result
             y = F.silu(self.expand(x))
             return self.drop_path(y) + x if self.residual else y
         y = self.project(F.silu(self.expand(x), inplace=True))
@@ -62,7 +62,7 @@ class FusedResidual(nn.Module):
 
 def strides(config: Config) -> tuple[int, ...]:
     """Of the first block of each stage, also of a seventh."""
-    return (1, *config.early[1:], 2, 1, 2, 1)[:len(config.widths)]
+    return (1, *config.early[1:], 2, 1, 2, 1)[: len(config.widths)]
 
 
 class EfficientNetV2(nn.Module):
@@ -75,9 +75,11 @@ class EfficientNetV2(nn.Module):
         super().__init__()
         stages = {len(config.widths), len(config.depths), len(config.growths)}
         if config.padding not in PADDINGS or stages not in ({6}, {7}) or len(config.early) != 3:
-            raise SettingsError(f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, widths, depths and "
-                                f"growths of the same 6 or 7 stages (not {sorted(stages)}), and early={config.early} three "
-                                "strides")
+            raise SettingsError(
+                f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, widths, depths and "
+                f"growths of the same 6 or 7 stages (not {sorted(stages)}), and early={config.early} three "
+                "strides"
+            )
         self.config = config
         count, seen = sum(config.depths), 0
         same = {"eps": config.eps, "padding": config.padding}
@@ -88,9 +90,22 @@ class EfficientNetV2(nn.Module):
             stage = nn.Sequential()
             for i in range(depth):
                 stride, drop = 1 if i else first, config.drop_path * seen / count
-                stage.append(FusedResidual(dim, growth * dim, width, stride, drop, **same) if s < FUSED else
-                             InvertedResidual(dim, growth * dim, width, 3, stride, squeeze=max(1, dim // 4), act=F.silu,
-                                              squeeze_act=F.silu, drop_path=drop, **same))
+                stage.append(
+                    FusedResidual(dim, growth * dim, width, stride, drop, **same)
+                    if s < FUSED
+                    else InvertedResidual(
+                        dim,
+                        growth * dim,
+                        width,
+                        3,
+                        stride,
+                        squeeze=max(1, dim // 4),
+                        act=F.silu,
+                        squeeze_act=F.silu,
+                        drop_path=drop,
+                        **same,
+                    )
+                )
                 dim, seen = width, seen + 1
             self.stages.append(stage)
         self.top = conv_norm(dim, config.top, 1, eps=config.eps)
@@ -105,7 +120,7 @@ class EfficientNetV2(nn.Module):
                 nn.init.normal_(module.weight, 0, (2 / fan) ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.uniform_(self.head.weight, -self.config.classes ** -0.5, self.config.classes ** -0.5)
+        nn.init.uniform_(self.head.weight, -(self.config.classes**-0.5), self.config.classes**-0.5)
         nn.init.zeros_(self.head.bias)
 
     def ends(self) -> dict[str, int]:
@@ -117,7 +132,7 @@ class EfficientNetV2(nn.Module):
     def levels(self) -> dict[str, tuple[int, int]]:
         """Name of each map of `features` -> (D, stride in pixels)."""
         c = self.config
-        return {name: (c.widths[s], c.early[0] * math.prod(strides(c)[:s + 1])) for name, s in self.ends().items()}
+        return {name: (c.widths[s], c.early[0] * math.prod(strides(c)[: s + 1])) for name, s in self.ends().items()}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
         x = F.silu(self.stem(x), inplace=True)
@@ -126,7 +141,7 @@ class EfficientNetV2(nn.Module):
             seen.append(x := stage(x))
         return {name: seen[s] for name, s in self.ends().items()}
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes
         x = F.silu(self.top(self.features(x)["c5"]), inplace=True)
         return self.head(self.dropout(x.mean((2, 3))))
 
@@ -138,34 +153,41 @@ def torchvision(config: Config) -> dict[str, str]:
         parts = ("expand", "depth", "squeeze", "project") if s >= FUSED else ("expand", "project")
         for k, part in enumerate(parts):
             theirs, ours = f"features.{s + 1}.{{b}}.block.{k}", f"stages.{s}.{{b}}.{part}"
-            table |= {f"{theirs}.fc1.*": f"{ours}.down.*", f"{theirs}.fc2.*": f"{ours}.up.*"} if part == "squeeze" else {
-                f"{theirs}.0.weight": f"{ours}.conv.weight", f"{theirs}.1.*": f"{ours}.norm.*"}
+            table |= (
+                {f"{theirs}.fc1.*": f"{ours}.down.*", f"{theirs}.fc2.*": f"{ours}.up.*"}
+                if part == "squeeze"
+                else {f"{theirs}.0.weight": f"{ours}.conv.weight", f"{theirs}.1.*": f"{ours}.norm.*"}
+            )
     return table | {
-        "features.0.0.weight": "stem.conv.weight", "features.0.1.*": "stem.norm.*", "classifier.1.*": "head.*",
-        f"features.{stages + 1}.0.weight": "top.conv.weight", f"features.{stages + 1}.1.*": "top.norm.*"}
+        "features.0.0.weight": "stem.conv.weight",
+        "features.0.1.*": "stem.norm.*",
+        "classifier.1.*": "head.*",
+        f"features.{stages + 1}.0.weight": "top.conv.weight",
+        f"features.{stages + 1}.1.*": "top.norm.*",
+    }
 
 
-TIMM = {                                                 # fused stages have rows of their own, before the general ones
-    "blocks.0.{b}.conv.weight":               "stages.0.{b}.expand.conv.weight",
-    "blocks.1.{b}.conv_exp.weight":           "stages.1.{b}.expand.conv.weight",
-    "blocks.1.{b}.conv_pwl.weight":           "stages.1.{b}.project.conv.weight",
-    "blocks.1.{b}.bn2.*":                     "stages.1.{b}.project.norm.*",
-    "blocks.2.{b}.conv_exp.weight":           "stages.2.{b}.expand.conv.weight",
-    "blocks.2.{b}.conv_pwl.weight":           "stages.2.{b}.project.conv.weight",
-    "blocks.2.{b}.bn2.*":                     "stages.2.{b}.project.norm.*",
-    "blocks.{s}.{b}.bn1.*":                   "stages.{s}.{b}.expand.norm.*",
-    "blocks.{s}.{b}.conv_pw.weight":          "stages.{s}.{b}.expand.conv.weight",
-    "blocks.{s}.{b}.conv_dw.weight":          "stages.{s}.{b}.depth.conv.weight",
-    "blocks.{s}.{b}.bn2.*":                   "stages.{s}.{b}.depth.norm.*",
-    "blocks.{s}.{b}.se.conv_reduce.*":        "stages.{s}.{b}.squeeze.down.*",
-    "blocks.{s}.{b}.se.conv_expand.*":        "stages.{s}.{b}.squeeze.up.*",
-    "blocks.{s}.{b}.conv_pwl.weight":         "stages.{s}.{b}.project.conv.weight",
-    "blocks.{s}.{b}.bn3.*":                   "stages.{s}.{b}.project.norm.*",
-    "conv_stem.weight":                       "stem.conv.weight",
-    "bn1.*":                                  "stem.norm.*",
-    "conv_head.weight":                       "top.conv.weight",
-    "bn2.*":                                  "top.norm.*",
-    "classifier.*":                           "head.*",
+TIMM = {  # fused stages have rows of their own, before the general ones
+    "blocks.0.{b}.conv.weight": "stages.0.{b}.expand.conv.weight",
+    "blocks.1.{b}.conv_exp.weight": "stages.1.{b}.expand.conv.weight",
+    "blocks.1.{b}.conv_pwl.weight": "stages.1.{b}.project.conv.weight",
+    "blocks.1.{b}.bn2.*": "stages.1.{b}.project.norm.*",
+    "blocks.2.{b}.conv_exp.weight": "stages.2.{b}.expand.conv.weight",
+    "blocks.2.{b}.conv_pwl.weight": "stages.2.{b}.project.conv.weight",
+    "blocks.2.{b}.bn2.*": "stages.2.{b}.project.norm.*",
+    "blocks.{s}.{b}.bn1.*": "stages.{s}.{b}.expand.norm.*",
+    "blocks.{s}.{b}.conv_pw.weight": "stages.{s}.{b}.expand.conv.weight",
+    "blocks.{s}.{b}.conv_dw.weight": "stages.{s}.{b}.depth.conv.weight",
+    "blocks.{s}.{b}.bn2.*": "stages.{s}.{b}.depth.norm.*",
+    "blocks.{s}.{b}.se.conv_reduce.*": "stages.{s}.{b}.squeeze.down.*",
+    "blocks.{s}.{b}.se.conv_expand.*": "stages.{s}.{b}.squeeze.up.*",
+    "blocks.{s}.{b}.conv_pwl.weight": "stages.{s}.{b}.project.conv.weight",
+    "blocks.{s}.{b}.bn3.*": "stages.{s}.{b}.project.norm.*",
+    "conv_stem.weight": "stem.conv.weight",
+    "bn1.*": "stem.norm.*",
+    "conv_head.weight": "top.conv.weight",
+    "bn2.*": "top.norm.*",
+    "classifier.*": "head.*",
 }
 
 
@@ -174,31 +196,55 @@ def small(side: int) -> dict[str, tuple[int, ...]]:
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
 
 
-GROWTHS = (1, 4, 4, 4, 6, 6, 6)                          # of the sizes with a seventh stage
+GROWTHS = (1, 4, 4, 4, 6, 6, 6)  # of the sizes with a seventh stage
 V2 = {
     "s": {"params": 21_458_488},
-    "m": {"widths": (24, 48, 80, 160, 176, 304, 512), "depths": (3, 5, 5, 7, 14, 18, 5), "growths": GROWTHS, "dropout": 0.3,
-          "params": 54_139_356},
-    "l": {"widths": (32, 64, 96, 192, 224, 384, 640), "depths": (4, 7, 7, 10, 19, 25, 7), "growths": GROWTHS, "dropout": 0.4,
-          "params": 118_515_272},
+    "m": {
+        "widths": (24, 48, 80, 160, 176, 304, 512),
+        "depths": (3, 5, 5, 7, 14, 18, 5),
+        "growths": GROWTHS,
+        "dropout": 0.3,
+        "params": 54_139_356,
+    },
+    "l": {
+        "widths": (32, 64, 96, 192, 224, 384, 640),
+        "depths": (4, 7, 7, 10, 19, 25, 7),
+        "growths": GROWTHS,
+        "dropout": 0.4,
+        "params": 118_515_272,
+    },
 }
-XL = {"widths": (32, 64, 96, 192, 256, 512, 640), "depths": (4, 8, 8, 16, 24, 32, 8), "growths": GROWTHS, "dropout": 0.4,
-      "params": 208_119_808}
+XL = {
+    "widths": (32, 64, 96, 192, 256, 512, 640),
+    "depths": (4, 8, 8, 16, 24, 32, 8),
+    "growths": GROWTHS,
+    "dropout": 0.4,
+    "params": 208_119_808,
+}
 
 CARD = Card(
-    name="efficientnetv2", model=EfficientNetV2, config=Config, paper="arXiv:2104.00298", year=2021,
-    takes="image", gives="label",
+    name="efficientnetv2",
+    model=EfficientNetV2,
+    config=Config,
+    paper="arXiv:2104.00298",
+    year=2021,
+    takes="image",
+    gives="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         **{f"efficientnetv2-{name}": Size(source="torchvision", **size) for name, size in V2.items()},
-        **{f"tf-efficientnetv2-{name}": Size(padding="same", source="timm", **size)
-           for name, size in (V2 | {"xl": XL}).items()},
-        "efficientnetv2-test": Size(widths=(8, 12, 16, 16, 24, 32), depths=(1, 2, 2, 2, 1, 1), top=32, dropout=0.0,
-                                    drop_path=0.0, classes=5),
+        **{
+            f"tf-efficientnetv2-{name}": Size(padding="same", source="timm", **size) for name, size in (V2 | {"xl": XL}).items()
+        },
+        "efficientnetv2-test": Size(
+            widths=(8, 12, 16, 16, 24, 32), depths=(1, 2, 2, 2, 1, 1), top=32, dropout=0.0, drop_path=0.0, classes=5
+        ),
     },
     weights={"torchvision": torchvision, "timm": TIMM},
-    aliases={"timm": {f"tf_efficientnetv2_{name}": f"tf-efficientnetv2-{name}" for name in (*V2, "xl")}
-             | {f"efficientnetv2_{name}": (f"efficientnetv2-{name}", {"eps": 1e-5}) for name in V2}},
+    aliases={
+        "timm": {f"tf_efficientnetv2_{name}": f"tf-efficientnetv2-{name}" for name in (*V2, "xl")}
+        | {f"efficientnetv2_{name}": (f"efficientnetv2-{name}", {"eps": 1e-5}) for name in V2}
+    },
     # As for EfficientNet.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
 )

@@ -27,15 +27,27 @@ from fieldguide.core.card import Card, Size
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 10
-    channels: int = 1            # C
-    image: int = 32              # S, pixels a side; its border pads it to at least 32, a multiple of 4
+    channels: int = 1  # C
+    image: int = 32  # S, pixels a side; its border pads it to at least 32, a multiple of 4
 
 
 # Table I: which of the six maps of S2 each of the sixteen maps of C3 sees.
 SEES = (
-    (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 4, 5), (0, 1, 5),
-    (0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5), (0, 3, 4, 5), (0, 1, 4, 5), (0, 1, 2, 5),
-    (0, 1, 3, 4), (1, 2, 4, 5), (0, 2, 3, 5),
+    (0, 1, 2),
+    (1, 2, 3),
+    (2, 3, 4),
+    (3, 4, 5),
+    (0, 4, 5),
+    (0, 1, 5),
+    (0, 1, 2, 3),
+    (1, 2, 3, 4),
+    (2, 3, 4, 5),
+    (0, 3, 4, 5),
+    (0, 1, 4, 5),
+    (0, 1, 2, 5),
+    (0, 1, 3, 4),
+    (1, 2, 4, 5),
+    (0, 2, 3, 5),
     (0, 1, 2, 3, 4, 5),
 )
 # The ten digits, 7 wide and 12 high, side by side.
@@ -68,11 +80,14 @@ DIGITS = """
 """
 
 
-def codes(classes: int) -> Tensor:                       # -> classes 84
+def codes(classes: int) -> Tensor:  # -> classes 84
     """The target of each class: its drawing for ten digits, else fixed random signs."""
     if classes == 10:
-        rows = [[line.replace(" ", "")[7 * i:7 * i + 7] for line in half.splitlines()]
-                for half in DIGITS.strip().split("\n\n") for i in range(5)]
+        rows = [
+            [line.replace(" ", "")[7 * i : 7 * i + 7] for line in half.splitlines()]
+            for half in DIGITS.strip().split("\n\n")
+            for i in range(5)
+        ]
         return torch.tensor([[1.0 if pixel == "#" else -1.0 for pixel in "".join(digit)] for digit in rows])
     signs = random.Random(1998)
     return torch.tensor([[signs.choice((-1.0, 1.0)) for _ in range(84)] for _ in range(classes)])
@@ -90,7 +105,7 @@ class Subsample(nn.Module):
         self.weight = nn.Parameter(torch.empty(maps))
         self.bias = nn.Parameter(torch.empty(maps))
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H/2 W/2
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H/2 W/2
         return 4 * F.avg_pool2d(x, 2) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
@@ -104,7 +119,7 @@ class Partial(nn.Module):
         place = torch.tensor([6 * out + into for out, seen in enumerate(SEES) for into in seen])
         self.register_buffer("place", place, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:              # B 6 H W -> B 16 H-4 W-4
+    def forward(self, x: Tensor) -> Tensor:  # B 6 H W -> B 16 H-4 W-4
         full = self.weight.new_zeros(len(SEES) * 6, 5, 5).index_copy(0, self.place, self.weight)
         return F.conv2d(x, full.unflatten(0, (len(SEES), 6)), self.bias)
 
@@ -122,15 +137,14 @@ class LeNet5(nn.Module):
         self.s2 = Subsample(6)
         self.c3 = Partial()
         self.s4 = Subsample(16)
-        self.c5 = nn.Conv2d(16, 120, ((side - 4) // 2 - 4) // 2)                 # as wide as what is left
+        self.c5 = nn.Conv2d(16, 120, ((side - 4) // 2 - 4) // 2)  # as wide as what is left
         self.f6 = nn.Linear(120, 84)
         self.register_buffer("codes", codes(config.classes))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        fans = {self.c1: self.c1.weight[0].numel(), self.s2: 4,
-                self.s4: 4, self.c5: self.c5.weight[0].numel(), self.f6: 120}
+        fans = {self.c1: self.c1.weight[0].numel(), self.s2: 4, self.s4: 4, self.c5: self.c5.weight[0].numel(), self.f6: 120}
         for layer, fan in fans.items():
             for parameter in layer.parameters():
                 nn.init.uniform_(parameter, -2.4 / fan, 2.4 / fan)
@@ -149,15 +163,20 @@ class LeNet5(nn.Module):
         s2 = squash(self.s2(squash(self.c1(x))))
         return {"s2": s2, "s4": squash(self.s4(squash(self.c3(s2))))}
 
-    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C S S -> B classes
         x = self.features(x)["s4"]
-        x = squash(self.f6(squash(self.c5(x)).flatten(1)))                       # B 84
+        x = squash(self.f6(squash(self.c5(x)).flatten(1)))  # B 84
         return -(x[:, None] - self.codes).square().sum(-1)
 
 
 CARD = Card(
-    name="lenet5-1998", model=LeNet5, config=Config, paper="doi:10.1109/5.726791", year=1998,
-    takes="image", gives="label",
+    name="lenet5-1998",
+    model=LeNet5,
+    config=Config,
+    paper="doi:10.1109/5.726791",
+    year=1998,
+    takes="image",
+    gives="label",
     sizes={
         "lenet5-1998": Size(params=60_000, source="the paper, section II.B"),
         "lenet5-1998-test": Size(classes=3),

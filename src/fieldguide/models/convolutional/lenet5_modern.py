@@ -21,8 +21,8 @@ from fieldguide.core.errors import SettingsError
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 10
-    channels: int = 1            # C
-    image: int = 28              # S, pixels a side
+    channels: int = 1  # C
+    image: int = 28  # S, pixels a side
 
 
 class LeNet5(nn.Module):
@@ -37,7 +37,7 @@ class LeNet5(nn.Module):
         self.config = config
         self.conv1 = nn.Conv2d(config.channels, 6, 5, padding=2)
         self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * side ** 2, 120)
+        self.fc1 = nn.Linear(16 * side**2, 120)
         self.fc2 = nn.Linear(120, 84)
         self.head = nn.Linear(84, config.classes)
         self.reset_parameters()
@@ -56,14 +56,19 @@ class LeNet5(nn.Module):
         s2 = F.max_pool2d(F.relu(self.conv1(x)), 2)
         return {"s2": s2, "s4": F.max_pool2d(F.relu(self.conv2(s2)), 2)}
 
-    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C S S -> B classes
         x = self.features(x)["s4"].flatten(1)
         return self.head(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
 CARD = Card(
-    name="lenet5-modern", model=LeNet5, config=Config, paper="doi:10.1109/5.726791", year=1998,
-    takes="image", gives="label",
+    name="lenet5-modern",
+    model=LeNet5,
+    config=Config,
+    paper="doi:10.1109/5.726791",
+    year=1998,
+    takes="image",
+    gives="label",
     sizes={
         "lenet5-modern": Size(params=61_706, source="counted by hand"),
         "lenet5-modern-test": Size(classes=3, image=12),

@@ -23,25 +23,27 @@ from fieldguide.models.mapping.key_rules import Row
 
 # Table 2: growth inside a block, width, blocks and stride of each stage; 0: the next of `early`.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 0), (6, 32, 3, 0), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-STEM, TOP = 32, 1280                                     # widths before and after them
-LEVELS = {"c1": 0, "c2": 1, "c3": 2, "c4": 4, "c5": 6}   # the last stage at each stride
+STEM, TOP = 32, 1280  # widths before and after them
+LEVELS = {"c1": 0, "c2": 1, "c3": 2, "c4": 4, "c5": 6}  # the last stage at each stride
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 1000
-    channels: int = 3                                    # C
-    width: float = 1.0                                   # times all widths, but the last never less than published
-    depth: float = 1.0                                   # times all numbers of blocks
-    early: tuple[int, ...] = (2, 2, 2)                   # strides of the stem, the second and the third stage
-    dropout: float = 0.2                                 # before the head
+    channels: int = 3  # C
+    width: float = 1.0  # times all widths, but the last never less than published
+    depth: float = 1.0  # times all numbers of blocks
+    early: tuple[int, ...] = (2, 2, 2)  # strides of the stem, the second and the third stage
+    dropout: float = 0.2  # before the head
 
 
 def scaled(config: Config) -> list[tuple[int, int, int, int]]:
     """`STAGES` at this size."""
     early = iter(config.early[1:])
-    return [(growth, rounded(config.width * width), math.ceil(config.depth * depth), stride or next(early))
-            for growth, width, depth, stride in STAGES]
+    return [
+        (growth, rounded(config.width * width), math.ceil(config.depth * depth), stride or next(early))
+        for growth, width, depth, stride in STAGES
+    ]
 
 
 class MobileNetV2(nn.Module):
@@ -81,8 +83,10 @@ class MobileNetV2(nn.Module):
     def levels(self) -> dict[str, tuple[int, int]]:
         """Name of each map of `features` -> (D, stride in pixels)."""
         stages = scaled(self.config)
-        return {name: (stages[s][1], self.config.early[0] * math.prod(stride for *_, stride in stages[:s + 1]))
-                for name, s in LEVELS.items()}
+        return {
+            name: (stages[s][1], self.config.early[0] * math.prod(stride for *_, stride in stages[: s + 1]))
+            for name, s in LEVELS.items()
+        }
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
         x = F.relu6(self.stem(x), inplace=True)
@@ -91,7 +95,7 @@ class MobileNetV2(nn.Module):
             seen.append(x := stage(x))
         return {name: seen[s] for name, s in LEVELS.items()}
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes
         x = F.relu6(self.top(self.features(x)["c5"]), inplace=True)
         return self.head(self.dropout(x.mean((2, 3))))
 
@@ -100,34 +104,40 @@ def torchvision(config: Config) -> dict[str, Row]:
     """It counts blocks through all stages, and the layers that a block has."""
     places = [(s, b) for s, (_, _, depth, _) in enumerate(scaled(config)) for b in range(depth)]
     last = len(places) + 1
-    table: dict[str, Row] = {"features.0.0.weight": "stem.conv.weight", "features.0.1.*": "stem.norm.*",
-                             "classifier.1.*": "head.*", f"features.{last}.0.weight": "top.conv.weight",
-                             f"features.{last}.1.*": "top.norm.*"}
+    table: dict[str, Row] = {
+        "features.0.0.weight": "stem.conv.weight",
+        "features.0.1.*": "stem.norm.*",
+        "classifier.1.*": "head.*",
+        f"features.{last}.0.weight": "top.conv.weight",
+        f"features.{last}.1.*": "top.norm.*",
+    }
     for n, (s, b) in enumerate(places, 1):
         theirs, ours, wide = f"features.{n}.conv", f"stages.{s}.{b}", int(s > 0)
         for k, part in enumerate(["expand"] * wide + ["depth"]):
             table |= {f"{theirs}.{k}.0.weight": f"{ours}.{part}.conv.weight", f"{theirs}.{k}.1.*": f"{ours}.{part}.norm.*"}
-        table |= {f"{theirs}.{wide + 1}.weight": f"{ours}.project.conv.weight",
-                  f"{theirs}.{wide + 2}.*": f"{ours}.project.norm.*"}
+        table |= {
+            f"{theirs}.{wide + 1}.weight": f"{ours}.project.conv.weight",
+            f"{theirs}.{wide + 2}.*": f"{ours}.project.norm.*",
+        }
     return table
 
 
 TIMM = {
-    "conv_stem.weight":                "stem.conv.weight",
-    "bn1.*":                           "stem.norm.*",
-    "blocks.0.0.conv_dw.weight":       "stages.0.0.depth.conv.weight",
-    "blocks.0.0.bn1.*":                "stages.0.0.depth.norm.*",
-    "blocks.0.0.conv_pw.weight":       "stages.0.0.project.conv.weight",
-    "blocks.0.0.bn2.*":                "stages.0.0.project.norm.*",
-    "blocks.{s}.{b}.conv_pw.weight":   "stages.{s}.{b}.expand.conv.weight",
-    "blocks.{s}.{b}.bn1.*":            "stages.{s}.{b}.expand.norm.*",
-    "blocks.{s}.{b}.conv_dw.weight":   "stages.{s}.{b}.depth.conv.weight",
-    "blocks.{s}.{b}.bn2.*":            "stages.{s}.{b}.depth.norm.*",
-    "blocks.{s}.{b}.conv_pwl.weight":  "stages.{s}.{b}.project.conv.weight",
-    "blocks.{s}.{b}.bn3.*":            "stages.{s}.{b}.project.norm.*",
-    "conv_head.weight":                "top.conv.weight",
-    "bn2.*":                           "top.norm.*",
-    "classifier.*":                    "head.*",
+    "conv_stem.weight": "stem.conv.weight",
+    "bn1.*": "stem.norm.*",
+    "blocks.0.0.conv_dw.weight": "stages.0.0.depth.conv.weight",
+    "blocks.0.0.bn1.*": "stages.0.0.depth.norm.*",
+    "blocks.0.0.conv_pw.weight": "stages.0.0.project.conv.weight",
+    "blocks.0.0.bn2.*": "stages.0.0.project.norm.*",
+    "blocks.{s}.{b}.conv_pw.weight": "stages.{s}.{b}.expand.conv.weight",
+    "blocks.{s}.{b}.bn1.*": "stages.{s}.{b}.expand.norm.*",
+    "blocks.{s}.{b}.conv_dw.weight": "stages.{s}.{b}.depth.conv.weight",
+    "blocks.{s}.{b}.bn2.*": "stages.{s}.{b}.depth.norm.*",
+    "blocks.{s}.{b}.conv_pwl.weight": "stages.{s}.{b}.project.conv.weight",
+    "blocks.{s}.{b}.bn3.*": "stages.{s}.{b}.project.norm.*",
+    "conv_head.weight": "top.conv.weight",
+    "bn2.*": "top.norm.*",
+    "classifier.*": "head.*",
 }
 
 
@@ -137,7 +147,13 @@ def small(side: int) -> dict[str, tuple[int, ...]]:
 
 
 CARD = Card(
-    name="mobilenetv2", model=MobileNetV2, config=Config, paper="arXiv:1801.04381", year=2018, takes="image", gives="label",
+    name="mobilenetv2",
+    model=MobileNetV2,
+    config=Config,
+    paper="arXiv:1801.04381",
+    year=2018,
+    takes="image",
+    gives="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         "mobilenetv2": Size(params=3_504_872, source="torchvision mobilenet_v2, timm mobilenetv2_100"),
@@ -146,8 +162,9 @@ CARD = Card(
         "mobilenetv2-test": Size(width=0.1, depth=0.3, dropout=0.0, classes=5),
     },
     weights={"torchvision": torchvision, "timm": TIMM},
-    aliases={"timm": {"mobilenetv2_100": "mobilenetv2", "mobilenetv2_050": "mobilenetv2-050",
-                      "mobilenetv2_140": "mobilenetv2-140"}},
+    aliases={
+        "timm": {"mobilenetv2_100": "mobilenetv2", "mobilenetv2_050": "mobilenetv2-050", "mobilenetv2_140": "mobilenetv2-140"}
+    },
     # As for EfficientNet; the paper's RMSprop needs many accelerators' batches.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "smoothing": 0.1},
 )

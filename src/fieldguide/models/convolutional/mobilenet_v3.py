@@ -26,37 +26,54 @@ from fieldguide.models.mapping.key_rules import Reshaped, Row
 # Tables 1 and 2: kernel, width inside, width, gate, hard-swish, stride; 0: the next one of `early`.
 LARGE = (
     (3, 16, 16, False, False, 1),
-    (3, 64, 24, False, False, 0), (3, 72, 24, False, False, 1),
-    (5, 72, 40, True, False, 0), (5, 120, 40, True, False, 1), (5, 120, 40, True, False, 1),
-    (3, 240, 80, False, True, 2), (3, 200, 80, False, True, 1), (3, 184, 80, False, True, 1), (3, 184, 80, False, True, 1),
-    (3, 480, 112, True, True, 1), (3, 672, 112, True, True, 1),
-    (5, 672, 160, True, True, 2), (5, 960, 160, True, True, 1), (5, 960, 160, True, True, 1),
+    (3, 64, 24, False, False, 0),
+    (3, 72, 24, False, False, 1),
+    (5, 72, 40, True, False, 0),
+    (5, 120, 40, True, False, 1),
+    (5, 120, 40, True, False, 1),
+    (3, 240, 80, False, True, 2),
+    (3, 200, 80, False, True, 1),
+    (3, 184, 80, False, True, 1),
+    (3, 184, 80, False, True, 1),
+    (3, 480, 112, True, True, 1),
+    (3, 672, 112, True, True, 1),
+    (5, 672, 160, True, True, 2),
+    (5, 960, 160, True, True, 1),
+    (5, 960, 160, True, True, 1),
 )
 SMALL = (
     (3, 16, 16, True, False, 0),
-    (3, 72, 24, False, False, 0), (3, 88, 24, False, False, 1),
-    (5, 96, 40, True, True, 2), (5, 240, 40, True, True, 1), (5, 240, 40, True, True, 1),
-    (5, 120, 48, True, True, 1), (5, 144, 48, True, True, 1),
-    (5, 288, 96, True, True, 2), (5, 576, 96, True, True, 1), (5, 576, 96, True, True, 1),
+    (3, 72, 24, False, False, 0),
+    (3, 88, 24, False, False, 1),
+    (5, 96, 40, True, True, 2),
+    (5, 240, 40, True, True, 1),
+    (5, 240, 40, True, True, 1),
+    (5, 120, 48, True, True, 1),
+    (5, 144, 48, True, True, 1),
+    (5, 288, 96, True, True, 2),
+    (5, 576, 96, True, True, 1),
+    (5, 576, 96, True, True, 1),
 )
 TINY = (
     (3, 8, 8, True, False, 0),
-    (3, 24, 16, False, False, 0), (5, 40, 16, True, True, 1),
-    (5, 48, 24, True, True, 2), (5, 72, 32, True, True, 2),
+    (3, 24, 16, False, False, 0),
+    (5, 40, 16, True, True, 1),
+    (5, 48, 24, True, True, 2),
+    (5, 72, 32, True, True, 2),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 1000
-    channels: int = 3                                    # C
-    stem: int = 16                                       # width of the stem
-    blocks: tuple[tuple, ...] = LARGE                    # a row each
-    hidden: int = 1280                                   # of the dense layer after the mean
-    early: tuple[int, ...] = (2, 2, 2)                   # strides of the stem and the next two that shrink
-    dropout: float = 0.2                                 # before the head
-    eps: float = 1e-3                                    # of normalisation
-    padding: str = "symmetric"                           # or "same", as TensorFlow pads
+    channels: int = 3  # C
+    stem: int = 16  # width of the stem
+    blocks: tuple[tuple, ...] = LARGE  # a row each
+    hidden: int = 1280  # of the dense layer after the mean
+    early: tuple[int, ...] = (2, 2, 2)  # strides of the stem and the next two that shrink
+    dropout: float = 0.2  # before the head
+    eps: float = 1e-3  # of normalisation
+    padding: str = "symmetric"  # or "same", as TensorFlow pads
 
 
 def stages(config: Config) -> list[list[tuple]]:
@@ -84,8 +101,10 @@ class MobileNetV3(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         if config.padding not in PADDINGS or len(config.early) != 3 or sum(not row[-1] for row in config.blocks) != 2:
-            raise SettingsError(f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, and early="
-                                f"{config.early} three strides, two of them for the blocks with stride 0")
+            raise SettingsError(
+                f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, and early="
+                f"{config.early} three strides, two of them for the blocks with stride 0"
+            )
         self.config = config
         same = {"eps": config.eps, "padding": config.padding}
         dim = config.stem
@@ -94,9 +113,19 @@ class MobileNetV3(nn.Module):
         for rows in stages(config):
             stage = nn.Sequential()
             for kernel, hidden, width, gate, swish, stride in rows:
-                stage.append(InvertedResidual(
-                    dim, hidden, width, kernel, stride, squeeze=rounded(hidden // 4) if gate else 0,
-                    act=F.hardswish if swish else F.relu, gate=F.hardsigmoid, **same))
+                stage.append(
+                    InvertedResidual(
+                        dim,
+                        hidden,
+                        width,
+                        kernel,
+                        stride,
+                        squeeze=rounded(hidden // 4) if gate else 0,
+                        act=F.hardswish if swish else F.relu,
+                        gate=F.hardsigmoid,
+                        **same,
+                    )
+                )
                 dim = width
             self.stages.append(stage)
         self.top = conv_norm(dim, 6 * dim, 1, eps=config.eps)
@@ -131,7 +160,7 @@ class MobileNetV3(nn.Module):
             seen.append(stage(seen[-1]))
         return {name: seen[i] for name, i in ends(self.config).items()}
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes
         x = F.hardswish(self.top(self.features(x)["c5"]), inplace=True)
         x = F.hardswish(self.fc(x.mean((2, 3))), inplace=True)
         return self.head(self.dropout(x))
@@ -151,14 +180,21 @@ def torchvision(config: Config) -> dict[str, Row]:
     """It counts blocks through all stages, and the parts that a block has."""
     blocks = parts(config)
     table: dict[str, Row] = {
-        "features.0.0.weight": "stem.conv.weight", "features.0.1.*": "stem.norm.*", "classifier.0.*": "fc.*",
-        "classifier.3.*": "head.*", f"features.{len(blocks) + 1}.0.weight": "top.conv.weight",
-        f"features.{len(blocks) + 1}.1.*": "top.norm.*"}
+        "features.0.0.weight": "stem.conv.weight",
+        "features.0.1.*": "stem.norm.*",
+        "classifier.0.*": "fc.*",
+        "classifier.3.*": "head.*",
+        f"features.{len(blocks) + 1}.0.weight": "top.conv.weight",
+        f"features.{len(blocks) + 1}.1.*": "top.norm.*",
+    }
     for n, (s, b, has) in enumerate(blocks, 1):
         for k, part in enumerate(has):
             theirs, ours = f"features.{n}.block.{k}", f"stages.{s}.{b}.{part}"
-            table |= {f"{theirs}.fc1.*": f"{ours}.down.*", f"{theirs}.fc2.*": f"{ours}.up.*"} if part == "squeeze" else {
-                f"{theirs}.0.weight": f"{ours}.conv.weight", f"{theirs}.1.*": f"{ours}.norm.*"}
+            table |= (
+                {f"{theirs}.fc1.*": f"{ours}.down.*", f"{theirs}.fc2.*": f"{ours}.up.*"}
+                if part == "squeeze"
+                else {f"{theirs}.0.weight": f"{ours}.conv.weight", f"{theirs}.1.*": f"{ours}.norm.*"}
+            )
     return table
 
 
@@ -166,17 +202,24 @@ def timm(config: Config) -> dict[str, Row]:
     """A block without expansion has other names; the widest layer before the mean is its last stage."""
     last = len(stages(config))
     table: dict[str, Row] = {
-        "conv_stem.weight": "stem.conv.weight", "bn1.*": "stem.norm.*",
-        f"blocks.{last}.0.conv.weight": "top.conv.weight", f"blocks.{last}.0.bn1.*": "top.norm.*",
+        "conv_stem.weight": "stem.conv.weight",
+        "bn1.*": "stem.norm.*",
+        f"blocks.{last}.0.conv.weight": "top.conv.weight",
+        f"blocks.{last}.0.bn1.*": "top.norm.*",
         "conv_head.weight": Reshaped("fc.weight", (config.hidden, -1), (config.hidden, -1, 1, 1)),
-        "conv_head.bias": "fc.bias", "classifier.*": "head.*"}
+        "conv_head.bias": "fc.bias",
+        "classifier.*": "head.*",
+    }
     for s, b, has in parts(config):
         theirs, ours = f"blocks.{s}.{b}", f"stages.{s}.{b}"
         names = ["conv_pw", "conv_dw", "conv_pwl"] if "expand" in has else ["conv_dw", "conv_pw"]
         for k, (name, part) in enumerate(zip(names, (part for part in has if part != "squeeze")), 1):
             table |= {f"{theirs}.{name}.weight": f"{ours}.{part}.conv.weight", f"{theirs}.bn{k}.*": f"{ours}.{part}.norm.*"}
-        table |= {f"{theirs}.se.conv_reduce.*": f"{ours}.squeeze.down.*",
-                  f"{theirs}.se.conv_expand.*": f"{ours}.squeeze.up.*"} if "squeeze" in has else {}
+        table |= (
+            {f"{theirs}.se.conv_reduce.*": f"{ours}.squeeze.down.*", f"{theirs}.se.conv_expand.*": f"{ours}.squeeze.up.*"}
+            if "squeeze" in has
+            else {}
+        )
     return table
 
 
@@ -186,8 +229,13 @@ def small(side: int) -> dict[str, tuple[int, ...]]:
 
 
 CARD = Card(
-    name="mobilenetv3", model=MobileNetV3, config=Config, paper="arXiv:1905.02244", year=2019,
-    takes="image", gives="label",
+    name="mobilenetv3",
+    model=MobileNetV3,
+    config=Config,
+    paper="arXiv:1905.02244",
+    year=2019,
+    takes="image",
+    gives="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         "mobilenetv3-large": Size(params=5_483_032, source="torchvision"),
@@ -195,8 +243,13 @@ CARD = Card(
         "mobilenetv3-test": Size(stem=8, blocks=TINY, hidden=24, dropout=0.0, classes=5),
     },
     weights={"torchvision": torchvision, "timm": timm},
-    aliases={"timm": {f"{tf}mobilenetv3_{size}_100": (f"mobilenetv3-{size}", changes) for size in ("large", "small")
-                      for tf, changes in (("", {"eps": 1e-5}), ("tf_", {"padding": "same"}))}},
+    aliases={
+        "timm": {
+            f"{tf}mobilenetv3_{size}_100": (f"mobilenetv3-{size}", changes)
+            for size in ("large", "small")
+            for tf, changes in (("", {"eps": 1e-5}), ("tf_", {"padding": "same"}))
+        }
+    },
     # As for EfficientNet; the paper's RMSprop needs a batch of 4,096.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "smoothing": 0.1},
 )

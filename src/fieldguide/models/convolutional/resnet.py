@@ -29,13 +29,13 @@ from fieldguide.models.mapping.key_rules import unprefixed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"                                 # or vector: what a label would be read from
+    gives: str = "label"  # or vector: what a label would be read from
     classes: int = 1000
-    channels: int = 3                                    # C
-    block: str = "bottleneck"                            # or "basic"
-    depths: tuple[int, ...] = (3, 4, 6, 3)               # blocks a level
-    widths: tuple[int, ...] = (64, 128, 256, 512)        # inner width a level; bottlenecks give 4 times that
-    stem: str = "7x7-pool"                               # or "3x3", stride 1, for pictures below 64 pixels
+    channels: int = 3  # C
+    block: str = "bottleneck"  # or "basic"
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a level
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # inner width a level; bottlenecks give 4 times that
+    stem: str = "7x7-pool"  # or "3x3", stride 1, for pictures below 64 pixels
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -62,10 +62,10 @@ class Basic(nn.Module):
         self.norm2 = nn.BatchNorm2d(width)
         self.shortcut = projection(inputs, width, stride)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H/stride W/stride
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H/stride W/stride
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
-        y += x if self.shortcut is None else self.shortcut(x)        # the normalisation does not need it any more
+        y += x if self.shortcut is None else self.shortcut(x)  # the normalisation does not need it any more
         return F.relu(y, inplace=True)
 
 
@@ -84,16 +84,16 @@ class Bottleneck(nn.Module):
         self.norm3 = nn.BatchNorm2d(4 * width)
         self.shortcut = projection(inputs, 4 * width, stride)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H/stride W/stride
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H/stride W/stride
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = F.relu(self.norm2(self.conv2(y)), inplace=True)
         y = self.norm3(self.conv3(y))
-        y += x if self.shortcut is None else self.shortcut(x)        # the normalisation does not need it any more
+        y += x if self.shortcut is None else self.shortcut(x)  # the normalisation does not need it any more
         return F.relu(y, inplace=True)
 
 
 BLOCKS = {"basic": Basic, "bottleneck": Bottleneck}
-STEMS = {"7x7-pool": (7, 2), "3x3": (3, 1)}              # kernel, stride
+STEMS = {"7x7-pool": (7, 2), "3x3": (3, 1)}  # kernel, stride
 
 
 class ResNet(nn.Module):
@@ -102,21 +102,21 @@ class ResNet(nn.Module):
     Raises `SettingsError` for an unknown block or stem, or where depths and widths differ in number.
     """
 
-    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
 
     def __init__(self, config: Config):
         super().__init__()
         if config.block not in BLOCKS or config.stem not in STEMS:
-            raise SettingsError(f"block={config.block!r}, stem={config.stem!r}: known are "
-                                f"{', '.join(BLOCKS)} and {', '.join(STEMS)}")
+            raise SettingsError(
+                f"block={config.block!r}, stem={config.stem!r}: known are {', '.join(BLOCKS)} and {', '.join(STEMS)}"
+            )
         if len(config.depths) != len(config.widths):
             raise SettingsError(f"depths={config.depths} and widths={config.widths} name different levels")
         self.config = config
         block = BLOCKS[config.block]
         kernel, stride = STEMS[config.stem]
         dim = config.widths[0]
-        self.stem = nn.Sequential(OrderedDict(conv=conv(config.channels, dim, kernel, stride),
-                                              norm=nn.BatchNorm2d(dim)))
+        self.stem = nn.Sequential(OrderedDict(conv=conv(config.channels, dim, kernel, stride), norm=nn.BatchNorm2d(dim)))
         self.stages = nn.ModuleList()
         for level, (depth, width) in enumerate(zip(config.depths, config.widths)):
             stage = nn.Sequential()
@@ -140,7 +140,7 @@ class ResNet(nn.Module):
     def levels(self) -> dict[str, tuple[int, int]]:
         """Name of each map of `features` -> (D, stride in pixels)."""
         growth, first = BLOCKS[self.config.block].growth, 4 if self.config.stem == "7x7-pool" else 1
-        return {f"c{i + 2}": (growth * width, first * 2 ** i) for i, width in enumerate(self.config.widths)}
+        return {f"c{i + 2}": (growth * width, first * 2**i) for i, width in enumerate(self.config.widths)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
         x = F.relu(self.stem(x), inplace=True)
@@ -151,35 +151,36 @@ class ResNet(nn.Module):
             levels[f"c{i + 2}"] = x = stage(x)
         return levels
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes, or B D
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes, or B D
         *_, x = self.features(x).values()
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-TORCHVISION = {                                          # timm uses the same names
-    "conv1.weight":                       "stem.conv.weight",
-    "bn1.*":                              "stem.norm.*",
-    "layer{s+1}.{b}.conv{k}.weight":      "stages.{s}.{b}.conv{k}.weight",
-    "layer{s+1}.{b}.bn{k}.*":             "stages.{s}.{b}.norm{k}.*",
+TORCHVISION = {  # timm uses the same names
+    "conv1.weight": "stem.conv.weight",
+    "bn1.*": "stem.norm.*",
+    "layer{s+1}.{b}.conv{k}.weight": "stages.{s}.{b}.conv{k}.weight",
+    "layer{s+1}.{b}.bn{k}.*": "stages.{s}.{b}.norm{k}.*",
     "layer{s+1}.{b}.downsample.0.weight": "stages.{s}.{b}.shortcut.conv.weight",
-    "layer{s+1}.{b}.downsample.1.*":      "stages.{s}.{b}.shortcut.norm.*",
-    "fc.*":                               "head.*",
+    "layer{s+1}.{b}.downsample.1.*": "stages.{s}.{b}.shortcut.norm.*",
+    "fc.*": "head.*",
 }
-HUGGINGFACE = {                                          # of ResNetForImageClassification
-    "resnet.embedder.embedder.convolution.weight":                     "stem.conv.weight",
-    "resnet.embedder.embedder.normalization.*":                        "stem.norm.*",
+HUGGINGFACE = {  # of ResNetForImageClassification
+    "resnet.embedder.embedder.convolution.weight": "stem.conv.weight",
+    "resnet.embedder.embedder.normalization.*": "stem.norm.*",
     "resnet.encoder.stages.{s}.layers.{b}.layer.{k}.convolution.weight": "stages.{s}.{b}.conv{k+1}.weight",
-    "resnet.encoder.stages.{s}.layers.{b}.layer.{k}.normalization.*":  "stages.{s}.{b}.norm{k+1}.*",
+    "resnet.encoder.stages.{s}.layers.{b}.layer.{k}.normalization.*": "stages.{s}.{b}.norm{k+1}.*",
     "resnet.encoder.stages.{s}.layers.{b}.shortcut.convolution.weight": "stages.{s}.{b}.shortcut.conv.weight",
-    "resnet.encoder.stages.{s}.layers.{b}.shortcut.normalization.*":   "stages.{s}.{b}.shortcut.norm.*",
-    "classifier.1.*":                                                  "head.*",
+    "resnet.encoder.stages.{s}.layers.{b}.shortcut.normalization.*": "stages.{s}.{b}.shortcut.norm.*",
+    "classifier.1.*": "head.*",
 }
+
 
 def growth(block: str) -> int:
     return BLOCKS[block].growth if block in BLOCKS else 1
 
 
-CONFIG = {                                               # of transformers
+CONFIG = {  # of transformers
     "model_type": Is("resnet"),
     "architectures": architectures("ResNet"),
     "id2label": Counted("classes"),
@@ -188,17 +189,23 @@ CONFIG = {                                               # of transformers
     "depths": "depths",
     "hidden_sizes": Derived(
         lambda said: {"widths": tuple(n // growth(said.get("layer_type", "bottleneck")) for n in said["hidden_sizes"])},
-        lambda c: [n * growth(c.block) for n in c.widths]),
+        lambda c: [n * growth(c.block) for n in c.widths],
+    ),
     "embedding_size": Is(lambda c: c.widths[0]),
     "hidden_act": Is("relu"),
     "downsample_in_first_stage": Is(False),
-    "downsample_in_bottleneck": Is(False),               # the stride of the paper, on the 1x1
+    "downsample_in_bottleneck": Is(False),  # the stride of the paper, on the 1x1
     "<the stem is of 7x7>": Fixed("stem", "7x7-pool"),
 }
 
 CARD = Card(
-    name="resnet", model=ResNet, config=Config, paper="arXiv:1512.03385", year=2015,
-    takes="image", gives=GIVES,
+    name="resnet",
+    model=ResNet,
+    config=Config,
+    paper="arXiv:1512.03385",
+    year=2015,
+    takes="image",
+    gives=GIVES,
     # The first stem shrinks four times; pictures this small would have nothing left.
     adapt=lambda need: {"stem": "3x3"} if need["image"] <= 64 else {},
     sizes={

@@ -20,14 +20,14 @@ from fieldguide.core.errors import SettingsError
 @dataclass(frozen=True, kw_only=True)
 class Config:
     num_classes: int = 10
-    channels: int = 3            # C
-    image: int = 32              # S, pixels a side
+    channels: int = 3  # C
+    image: int = 32  # S, pixels a side
 
 
 class Levels(nn.Sequential):
     """Layers that give what each pooling leaves; the parameters keep the names that they have in the guide's code."""
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:   # B C S S -> {"c1": B 32 S/2 S/2, "c2": B 64 S/4 S/4}
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # B C S S -> {"c1": B 32 S/2 S/2, "c2": B 64 S/4 S/4}
         levels: dict[str, Tensor] = {}
         for layer in self:
             x = layer(x)
@@ -68,7 +68,7 @@ class SimpleCNN(nn.Module):
         """Name of each map of `features` -> (D, stride in pixels)."""
         return {"c1": (32, 2), "c2": (64, 4)}
 
-    def forward(self, x: Tensor) -> Tensor:              # B C S S -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C S S -> B classes
         return self.classifier(self.features(x)["c2"])
 
 
@@ -77,8 +77,15 @@ def build(config: Config) -> SimpleCNN:
 
 
 CARD = Card(
-    name="simplecnn", model=SimpleCNN, config=Config, build=build, paper="doi:10.1109/5.726791", year=1998,
-    takes="image", gives="label", names={"classes": "num_classes"},
+    name="simplecnn",
+    model=SimpleCNN,
+    config=Config,
+    build=build,
+    paper="doi:10.1109/5.726791",
+    year=1998,
+    takes="image",
+    gives="label",
+    names={"classes": "num_classes"},
     sizes={
         "simplecnn": Size(params=1_070_986, source="the guide's code"),
         "simplecnn-test": Size(num_classes=3, channels=1, image=8),

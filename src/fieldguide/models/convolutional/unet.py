@@ -25,10 +25,10 @@ from fieldguide.core.errors import DataError, SettingsError
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 2
-    channels: int = 1                                    # C
+    channels: int = 1  # C
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)  # of the levels
-    padding: str = "valid"                               # or "same"
-    dropout: float = 0.5                                 # at the end of the way down
+    padding: str = "valid"  # or "same"
+    dropout: float = 0.5  # at the end of the way down
 
 
 class Level(nn.Module):
@@ -39,14 +39,14 @@ class Level(nn.Module):
         self.conv1 = nn.Conv2d(inputs, width, 3, padding=padding)
         self.conv2 = nn.Conv2d(width, width, 3, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H-4 W-4, or H W
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H-4 W-4, or H W
         return F.relu(self.conv2(F.relu(self.conv1(x))))
 
 
 def middle(x: Tensor, height: int, width: int) -> Tensor:
     """The middle of a map."""
     top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
-    return x[:, :, top:top + height, left:left + width]
+    return x[:, :, top : top + height, left : left + width]
 
 
 class UNet(nn.Module):
@@ -61,8 +61,9 @@ class UNet(nn.Module):
             raise SettingsError(f"padding={config.padding!r}: known are valid and same")
         self.config = config
         pairs = list(pairwise(config.widths))
-        self.down = nn.ModuleList(Level(inputs, width, config.padding)
-                                  for inputs, width in pairwise((config.channels, *config.widths)))
+        self.down = nn.ModuleList(
+            Level(inputs, width, config.padding) for inputs, width in pairwise((config.channels, *config.widths))
+        )
         self.up = nn.ModuleList(nn.ConvTranspose2d(deep, width, 2, 2) for width, deep in reversed(pairs))
         self.merge = nn.ModuleList(Level(2 * width, width, config.padding) for width, _ in reversed(pairs))
         self.dropout = nn.Dropout(config.dropout)
@@ -89,10 +90,12 @@ class UNet(nn.Module):
             side = 2 * side - cut
         return side >= 1
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes H W, or less of it
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes H W, or less of it
         if not self._fits(*x.shape[2:]):
-            raise DataError(f"a picture of {x.shape[3]} x {x.shape[2]} pixels is too small for {len(self.up)} halvings "
-                            f"with padding={self.config.padding!r}: enlarge it, or name fewer widths")
+            raise DataError(
+                f"a picture of {x.shape[3]} x {x.shape[2]} pixels is too small for {len(self.up)} halvings "
+                f"with padding={self.config.padding!r}: enlarge it, or name fewer widths"
+            )
         seen = []
         for level in self.down:
             x = level(F.max_pool2d(x, 2) if seen else x)
@@ -100,14 +103,20 @@ class UNet(nn.Module):
         x = self.dropout(seen.pop())
         for up, merge in zip(self.up, self.merge):
             x, skip = up(x), seen.pop()
-            if self.config.padding == "same":            # where a level had odd size, its last row is back as zeros
+            if self.config.padding == "same":  # where a level had odd size, its last row is back as zeros
                 x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]))
             x = merge(torch.cat([middle(skip, *x.shape[2:]), x], 1))
         return self.head(x)
 
 
 CARD = Card(
-    name="unet", model=UNet, config=Config, paper="arXiv:1505.04597", year=2015, takes="image", gives="mask",
+    name="unet",
+    model=UNet,
+    config=Config,
+    paper="arXiv:1505.04597",
+    year=2015,
+    takes="image",
+    gives="mask",
     sizes={
         "unet-2015": Size(params=31_030_658, source="the paper's figure 1, counted"),
         "unet-same": Size(padding="same", params=31_030_658, source="the paper's figure 1, counted"),

@@ -24,17 +24,20 @@ from fieldguide.models.convolutional import resnet
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 1
-    channels: int = 3                                    # C
-    block: str = "basic"                                 # of the ResNet, or "bottleneck"
-    depths: tuple[int, ...] = (3, 4, 6, 3)               # blocks a level of the ResNet
-    widths: tuple[int, ...] = (64, 128, 256, 512)        # inner width a level of the ResNet
-    up: tuple[int, ...] = (256, 128, 64, 32, 16)         # width a level on the way up
+    channels: int = 3  # C
+    block: str = "basic"  # of the ResNet, or "bottleneck"
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a level of the ResNet
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # inner width a level of the ResNet
+    up: tuple[int, ...] = (256, 128, 64, 32, 16)  # width a level on the way up
 
 
 def step(inputs: int, outputs: int) -> nn.Sequential:
     """3x3 convolution, normalisation, clip at zero."""
-    return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-                                     norm=nn.BatchNorm2d(outputs), act=nn.ReLU(inplace=True)))
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm=nn.BatchNorm2d(outputs), act=nn.ReLU(inplace=True)
+        )
+    )
 
 
 class Up(nn.Module):
@@ -44,10 +47,10 @@ class Up(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = step(inputs + skip, width), step(width, width)
 
-    def forward(self, x: Tensor, skip: Tensor | None, size) -> Tensor:           # B D H W -> B D' size
+    def forward(self, x: Tensor, skip: Tensor | None, size) -> Tensor:  # B D H W -> B D' size
         x = F.interpolate(x, size=size, mode="nearest")
         x = x if skip is None else torch.cat([x, skip], 1)
-        x = self.conv1(x)                                # one name, so that no map outlives its use
+        x = self.conv1(x)  # one name, so that no map outlives its use
         return self.conv2(x)
 
 
@@ -57,9 +60,10 @@ class UNetResNet(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.encoder = resnet.ResNet(resnet.Config(channels=config.channels, block=config.block, depths=config.depths,
-                                                   widths=config.widths))
-        self.encoder.head = nn.Identity()                # the levels are read, not the classes
+        self.encoder = resnet.ResNet(
+            resnet.Config(channels=config.channels, block=config.block, depths=config.depths, widths=config.widths)
+        )
+        self.encoder.head = nn.Identity()  # the levels are read, not the classes
         growth = resnet.BLOCKS[config.block].growth
         *skips, dim = [config.widths[0], *(growth * width for width in config.widths)]
         self.decoder = nn.ModuleList()
@@ -76,7 +80,7 @@ class UNetResNet(nn.Module):
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes H W
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes H W
         size, seen = x.shape[2:], [F.relu(self.encoder.stem(x), inplace=True)]
         x = F.max_pool2d(seen[0], 3, 2, 1)
         for stage in self.encoder.stages:
@@ -87,24 +91,28 @@ class UNetResNet(nn.Module):
         return self.head(x)
 
 
-SMP = {                                                  # of segmentation_models_pytorch.Unet("resnet34") and the like
+SMP = {  # of segmentation_models_pytorch.Unet("resnet34") and the like
     **{f"encoder.{theirs}": f"encoder.{ours}" for theirs, ours in resnet.TORCHVISION.items() if "fc." not in theirs},
     "decoder.blocks.{i}.conv{k}.0.weight": "decoder.{i}.conv{k}.conv.weight",
-    "decoder.blocks.{i}.conv{k}.1.*":      "decoder.{i}.conv{k}.norm.*",
-    "segmentation_head.0.*":               "head.*",
+    "decoder.blocks.{i}.conv{k}.1.*": "decoder.{i}.conv{k}.norm.*",
+    "segmentation_head.0.*": "head.*",
 }
 
 CARD = Card(
-    name="unet-resnet", model=UNetResNet, config=Config,
-    paper="https://github.com/qubvel-org/segmentation_models.pytorch", year=2019, takes="image", gives="mask",
+    name="unet-resnet",
+    model=UNetResNet,
+    config=Config,
+    paper="https://github.com/qubvel-org/segmentation_models.pytorch",
+    year=2019,
+    takes="image",
+    gives="mask",
     sizes={
         "unet-resnet34": Size(params=24_436_369, source="segmentation-models-pytorch"),
         "unet-resnet18": Size(depths=(2, 2, 2, 2), params=14_328_209, source="segmentation-models-pytorch"),
         "unet-resnet50": Size(block="bottleneck", params=32_521_105, source="segmentation-models-pytorch"),
         # Ours, for CPUs: one block a level of half the width.
         "unet-resnet-mini": Size(depths=(1, 1, 1, 1), widths=(32, 64, 128, 256), up=(128, 64, 32, 16, 8)),
-        "unet-resnet-test": Size(classes=3, block="bottleneck", depths=(1, 2, 1), widths=(4, 6, 8),
-                                 up=(10, 8, 6, 4)),
+        "unet-resnet-test": Size(classes=3, block="bottleneck", depths=(1, 2, 1), widths=(4, 6, 8), up=(10, 8, 6, 4)),
     },
     weights={"smp": SMP},
     # CamVid in 2.5 minutes of one core: 0.25 mIoU with adamw at 1e-3, 0.23 at 3e-3, 0.33 with muon.

@@ -25,14 +25,14 @@ from fieldguide.models.mapping.key_rules import Reshaped, Row
 @dataclass(frozen=True, kw_only=True)
 class Config:
     classes: int = 1000
-    channels: int = 3                                    # C
-    depths: tuple[int, ...] = (2, 2, 3, 3, 3)            # convolutions a level
-    widths: tuple[int, ...] = (64, 128, 256, 512, 512)   # maps a level
-    norm: bool = False                                   # batch normalisation after each convolution
-    pools: int = 5                                       # the first levels, that end in a pooling
-    hidden: int = 4096                                   # of each dense layer
-    side: int = 7                                        # of the map that the dense layers read
-    dropout: float = 0.5                                 # after each hidden dense layer
+    channels: int = 3  # C
+    depths: tuple[int, ...] = (2, 2, 3, 3, 3)  # convolutions a level
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)  # maps a level
+    norm: bool = False  # batch normalisation after each convolution
+    pools: int = 5  # the first levels, that end in a pooling
+    hidden: int = 4096  # of each dense layer
+    side: int = 7  # of the map that the dense layers read
+    dropout: float = 0.5  # after each hidden dense layer
 
 
 def step(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
@@ -50,8 +50,9 @@ class VGG(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         if len(config.depths) != len(config.widths) or config.pools > len(config.depths):
-            raise SettingsError(f"depths={config.depths}, widths={config.widths} and pools={config.pools} name different "
-                                "levels")
+            raise SettingsError(
+                f"depths={config.depths}, widths={config.widths} and pools={config.pools} name different levels"
+            )
         self.config = config
         self.stages = nn.ModuleList()
         dim = config.channels
@@ -61,7 +62,7 @@ class VGG(nn.Module):
                 stage.append(step(dim, width, config.norm))
                 dim = width
             self.stages.append(stage)
-        self.fc1 = nn.Linear(dim * config.side ** 2, config.hidden)
+        self.fc1 = nn.Linear(dim * config.side**2, config.hidden)
         self.fc2 = nn.Linear(config.hidden, config.hidden)
         self.head = nn.Linear(config.hidden, config.classes)
         self.dropout = nn.Dropout(config.dropout)
@@ -83,7 +84,7 @@ class VGG(nn.Module):
         return {f"c{i + 1}": (width, 2 ** min(i + 1, self.config.pools)) for i, width in enumerate(self.config.widths)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
-        check_side(x, 2 ** self.config.pools, "VGG")
+        check_side(x, 2**self.config.pools, "VGG")
         levels = {}
         for i, stage in enumerate(self.stages):
             for layer in stage:
@@ -91,7 +92,7 @@ class VGG(nn.Module):
             levels[f"c{i + 1}"] = x = F.max_pool2d(x, 2) if i < self.config.pools else x
         return levels
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B classes
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes
         *_, x = self.features(x).values()
         x = F.adaptive_avg_pool2d(x, self.config.side).flatten(1)
         x = self.dropout(F.relu(self.fc1(x), inplace=True))
@@ -115,12 +116,15 @@ def torchvision(config: Config) -> dict[str, Row]:
     return convolutions(config) | {"classifier.0.*": "fc1.*", "classifier.3.*": "fc2.*", "classifier.6.*": "head.*"}
 
 
-def timm(config: Config) -> dict[str, Row]:              # whose dense layers are convolutions
+def timm(config: Config) -> dict[str, Row]:  # whose dense layers are convolutions
     side, hidden = config.side, config.hidden
     return convolutions(config) | {
         "pre_logits.fc1.weight": Reshaped("fc1.weight", (hidden, -1), (hidden, -1, side, side)),
         "pre_logits.fc2.weight": Reshaped("fc2.weight", (hidden, -1), (hidden, -1, 1, 1)),
-        "pre_logits.fc1.bias": "fc1.bias", "pre_logits.fc2.bias": "fc2.bias", "head.fc.*": "head.*"}
+        "pre_logits.fc1.bias": "fc1.bias",
+        "pre_logits.fc2.bias": "fc2.bias",
+        "head.fc.*": "head.*",
+    }
 
 
 def small(side: int) -> dict[str, int]:
@@ -128,10 +132,16 @@ def small(side: int) -> dict[str, int]:
     return {"side": 1, "pools": min(5, max(side.bit_length() - 2, 0))} if side <= 64 else {}
 
 
-A, B, D, E = (1, 1, 2, 2, 2), (2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4)          # columns of table 1
+A, B, D, E = (1, 1, 2, 2, 2), (2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4)  # columns of table 1
 
 CARD = Card(
-    name="vgg", model=VGG, config=Config, paper="arXiv:1409.1556", year=2014, takes="image", gives="label",
+    name="vgg",
+    model=VGG,
+    config=Config,
+    paper="arXiv:1409.1556",
+    year=2014,
+    takes="image",
+    gives="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         "vgg16": Size(depths=D, params=138_357_544, source="torchvision"),
@@ -142,8 +152,7 @@ CARD = Card(
         "vgg13-bn": Size(depths=B, norm=True, params=133_053_736, source="torchvision"),
         "vgg19": Size(depths=E, params=143_667_240, source="torchvision"),
         "vgg19-bn": Size(depths=E, norm=True, params=143_678_248, source="torchvision"),
-        "vgg-test": Size(depths=(1, 2, 1), widths=(6, 8, 12), norm=True, pools=3, hidden=16, side=2, dropout=0.0,
-                         classes=5),
+        "vgg-test": Size(depths=(1, 2, 1), widths=(6, 8, 12), norm=True, pools=3, hidden=16, side=2, dropout=0.0, classes=5),
     },
     aliases={"timm": {f"vgg{n}{norm}": f"vgg{n}{norm.replace('_', '-')}" for n in (11, 13, 16, 19) for norm in ("", "_bn")}},
     weights={"torchvision": torchvision, "timm": timm},

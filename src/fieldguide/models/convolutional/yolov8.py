@@ -32,19 +32,19 @@ from fieldguide.models.mapping.key_rules import Row
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 80                                    # K
-    channels: int = 3                                    # C
-    image: int = 640                                     # usual side in pixels; only the first odds of classes follow it
-    widths: tuple[int, ...] = (16, 32, 64, 128, 256)     # D of the maps at 1/2, 1/4, ... 1/32 of the picture
-    depths: tuple[int, ...] = (1, 2, 2, 1)               # bottlenecks a level of the backbone, from 1/4 on
-    neck: int = 1                                        # bottlenecks in each block of the neck
-    bins: int = 16                                       # R: a side is at most R - 1 strides from its point
+    classes: int = 80  # K
+    channels: int = 3  # C
+    image: int = 640  # usual side in pixels; only the first odds of classes follow it
+    widths: tuple[int, ...] = (16, 32, 64, 128, 256)  # D of the maps at 1/2, 1/4, ... 1/32 of the picture
+    depths: tuple[int, ...] = (1, 2, 2, 1)  # bottlenecks a level of the backbone, from 1/4 on
+    neck: int = 1  # bottlenecks in each block of the neck
+    bins: int = 16  # R: a side is at most R - 1 strides from its point
 
 
 class SiLU(nn.Module):
     """In place where no gradient is asked for: what comes is the normalisation's own and needed by nobody else."""
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
         return F.silu(x, inplace=not x.requires_grad)
 
 
@@ -52,8 +52,13 @@ class Step(nn.Sequential):
     """Convolution, normalisation, SiLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1):
-        super().__init__(OrderedDict(conv=nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-                                     norm=nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.03), act=SiLU()))
+        super().__init__(
+            OrderedDict(
+                conv=nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+                norm=nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.03),
+                act=SiLU(),
+            )
+        )
 
 
 class Bottleneck(nn.Module):
@@ -63,7 +68,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1, self.conv2, self.residual = Step(dim, dim, 3), Step(dim, dim, 3), residual
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
         y = self.conv2(self.conv1(x))
         return x + y if self.residual else y
 
@@ -78,7 +83,7 @@ class C2f(nn.Module):
         self.blocks = nn.ModuleList(Bottleneck(dim, residual) for _ in range(depth))
         self.conv2 = Step((2 + depth) * dim, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H W
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H W
         seen = list(self.conv1(x).chunk(2, 1))
         for block in self.blocks:
             seen.append(block(seen[-1]))
@@ -92,7 +97,7 @@ class SPPF(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = Step(dim, dim // 2), Step(dim // 2 * 4, dim)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
         seen = [self.conv1(x)]
         for _ in range(3):
             seen.append(F.max_pool2d(seen[-1], 5, 1, 2))
@@ -107,7 +112,7 @@ class Head(nn.Module):
         self.box = nn.Sequential(Step(dim, box, 3), Step(box, box, 3), nn.Conv2d(box, 4 * bins, 1))
         self.label = nn.Sequential(Step(dim, label, 3), Step(label, label, 3), nn.Conv2d(label, classes, 1))
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B HW 4R+K
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B HW 4R+K
         return torch.cat([self.box(x), self.label(x)], 1).flatten(2).mT
 
 
@@ -123,8 +128,10 @@ class YOLOv8(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         if len(config.widths) != 5 or len(config.depths) != 4 or any(width % 2 for width in config.widths[1:]):
-            raise SettingsError(f"widths={config.widths}, depths={config.depths}: YOLOv8 has five widths, all but the "
-                                "first even, and four depths")
+            raise SettingsError(
+                f"widths={config.widths}, depths={config.depths}: YOLOv8 has five widths, all but the "
+                "first even, and four depths"
+            )
         self.config = config
         first, *widths = config.widths
         self.stem = Step(config.channels, first, 3, 2)
@@ -149,7 +156,7 @@ class YOLOv8(nn.Module):
             nn.init.zeros_(head.box[-1].bias)
             nn.init.constant_(head.label[-1].bias, math.log(5 / self.config.classes / (self.config.image / stride) ** 2))
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:      # B C H W -> B D H/8 W/8, .. /16, .. /32
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B C H W -> B D H/8 W/8, .. /16, .. /32
         x = self.stem(x)
         seen = []
         for stage in self.stages:
@@ -161,27 +168,41 @@ class YOLOv8(nn.Module):
         p4 = self.mix[0](torch.cat([self.down[0](p3), p4], 1))
         return p3, p4, self.mix[1](torch.cat([self.down[1](p4), p5], 1))
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B A 4R+K
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B A 4R+K
         return torch.cat([head(level) for head, level in zip(self.heads, self.features(x))], 1)
 
 
 def table() -> dict[str, Row]:
     """Names in public files, which number the modules of the diagram from 0 to 22."""
     step = {"conv.weight": "conv.weight", "bn.*": "norm.*"}
-    inner = {f"{part}.{theirs}": f"{part.replace('cv', 'conv')}.{ours}" for part in ("cv1", "cv2")
-             for theirs, ours in step.items()}
+    inner = {
+        f"{part}.{theirs}": f"{part.replace('cv', 'conv')}.{ours}" for part in ("cv1", "cv2") for theirs, ours in step.items()
+    }
     block = {f"m.{{b}}.{theirs}": f"blocks.{{b}}.{ours}" for theirs, ours in inner.items()}
-    places = {0: ("stem", step), 9: ("pool", inner), 12: ("up.0", inner | block), 15: ("up.1", inner | block),
-              16: ("down.0", step), 18: ("mix.0", inner | block), 19: ("down.1", step), 21: ("mix.1", inner | block)}
+    places = {
+        0: ("stem", step),
+        9: ("pool", inner),
+        12: ("up.0", inner | block),
+        15: ("up.1", inner | block),
+        16: ("down.0", step),
+        18: ("mix.0", inner | block),
+        19: ("down.1", step),
+        21: ("mix.1", inner | block),
+    }
     for stage in range(4):
         places[2 * stage + 1] = (f"stages.{stage}.down", step)
         places[2 * stage + 2] = (f"stages.{stage}.mix", inner | block)
-    rows = {f"model.{number}.{theirs}": f"{place}.{ours}" for number, (place, parts) in sorted(places.items())
-            for theirs, ours in parts.items()}
+    rows = {
+        f"model.{number}.{theirs}": f"{place}.{ours}"
+        for number, (place, parts) in sorted(places.items())
+        for theirs, ours in parts.items()
+    }
     for theirs, ours in (("cv2", "box"), ("cv3", "label")):
-        rows |= {f"model.22.{theirs}.{{l}}.{{k}}.conv.weight": f"heads.{{l}}.{ours}.{{k}}.conv.weight",
-                 f"model.22.{theirs}.{{l}}.{{k}}.bn.*":        f"heads.{{l}}.{ours}.{{k}}.norm.*",
-                 f"model.22.{theirs}.{{l}}.{{k}}.*":           f"heads.{{l}}.{ours}.{{k}}.*"}
+        rows |= {
+            f"model.22.{theirs}.{{l}}.{{k}}.conv.weight": f"heads.{{l}}.{ours}.{{k}}.conv.weight",
+            f"model.22.{theirs}.{{l}}.{{k}}.bn.*": f"heads.{{l}}.{ours}.{{k}}.norm.*",
+            f"model.22.{theirs}.{{l}}.{{k}}.*": f"heads.{{l}}.{ours}.{{k}}.*",
+        }
     return {**rows, "model.22.dfl.conv.weight": "bins"}
 
 
@@ -190,17 +211,25 @@ def table() -> dict[str, Row]:
 SOURCE = "docs.ultralytics.com, without the 16 constants of model.22.dfl.conv: {} with them"
 
 CARD = Card(
-    name="yolov8", model=YOLOv8, config=Config, paper="https://docs.ultralytics.com/models/yolov8", year=2023,
-    takes="image", gives="boxes",
+    name="yolov8",
+    model=YOLOv8,
+    config=Config,
+    paper="https://docs.ultralytics.com/models/yolov8",
+    year=2023,
+    takes="image",
+    gives="boxes",
     sizes={
         "yolov8n": Size(params=3_157_184, source=SOURCE.format("3,157,200")),
         "yolov8s": Size(widths=(32, 64, 128, 256, 512), params=11_166_544, source=SOURCE.format("11,166,560")),
-        "yolov8m": Size(widths=(48, 96, 192, 384, 576), depths=(2, 4, 4, 2), neck=2, params=25_902_624,
-                        source=SOURCE.format("25,902,640")),
-        "yolov8l": Size(widths=(64, 128, 256, 512, 512), depths=(3, 6, 6, 3), neck=3, params=43_691_504,
-                        source=SOURCE.format("43,691,520")),
-        "yolov8x": Size(widths=(80, 160, 320, 640, 640), depths=(3, 6, 6, 3), neck=3, params=68_229_632,
-                        source=SOURCE.format("68,229,648")),
+        "yolov8m": Size(
+            widths=(48, 96, 192, 384, 576), depths=(2, 4, 4, 2), neck=2, params=25_902_624, source=SOURCE.format("25,902,640")
+        ),
+        "yolov8l": Size(
+            widths=(64, 128, 256, 512, 512), depths=(3, 6, 6, 3), neck=3, params=43_691_504, source=SOURCE.format("43,691,520")
+        ),
+        "yolov8x": Size(
+            widths=(80, 160, 320, 640, 640), depths=(3, 6, 6, 3), neck=3, params=68_229_632, source=SOURCE.format("68,229,648")
+        ),
         # Ours, for CPUs: half of n's widths. A side is at most 7 strides away, so an object at most 448 pixels wide.
         "yolov8-pico": Size(widths=(8, 16, 32, 64, 128), bins=8),
         "yolov8-test": Size(classes=3, image=33, widths=(4, 6, 8, 10, 12), depths=(1, 2, 1, 1), bins=4),

@@ -33,20 +33,20 @@ from fieldguide.models.mapping.key_rules import Fused, Row
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    channels: int = 3                                    # C
-    image: int = 32                                      # side of the pictures it is made for
-    classes: int = 0                                     # labels 1 .. classes; 0 means none
-    patch: int = 1                                       # pixels a side that become one, of so many more channels
+    channels: int = 3  # C
+    image: int = 32  # side of the pictures it is made for
+    classes: int = 0  # labels 1 .. classes; 0 means none
+    patch: int = 1  # pixels a side that become one, of so many more channels
     dim: int = 128
-    growth: tuple[int, ...] = (1, 2, 2, 2)               # width of each level, times dim
-    depth: int = 2                                       # blocks a level
-    attend: tuple[int, ...] = (16,)                      # sides that attention is used at
-    groups: int = 32                                     # of the normalisation
+    growth: tuple[int, ...] = (1, 2, 2, 2)  # width of each level, times dim
+    depth: int = 2  # blocks a level
+    attend: tuple[int, ...] = (16,)  # sides that attention is used at
+    groups: int = 32  # of the normalisation
     dropout: float = 0.1
-    vocab: int = 0                                       # tokens of captions, in the place of labels; 0 of them means none
-    length: int = 64                                     # longest caption, tokens
-    words: int = 128                                     # W
-    layers: int = 2                                      # of the caption's reader
+    vocab: int = 0  # tokens of captions, in the place of labels; 0 of them means none
+    length: int = 64  # longest caption, tokens
+    words: int = 128  # W
+    layers: int = 2  # of the caption's reader
 
 
 def norm(c: Config, dim: int) -> nn.GroupNorm:
@@ -64,7 +64,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         self.shortcut = nn.Conv2d(inputs, dim, 1) if inputs != dim else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:                        # B D H W, B E -> B D' H W
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:  # B D H W, B E -> B D' H W
         y = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[:, :, None, None]
         return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(y))))
 
@@ -76,8 +76,8 @@ class Attention(nn.Module):
         super().__init__()
         self.norm, self.qkv, self.proj = norm(c, dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
-        q, k, v = self.qkv(self.norm(x).flatten(2).mT).chunk(3, -1)              # each B H*W D
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
+        q, k, v = self.qkv(self.norm(x).flatten(2).mT).chunk(3, -1)  # each B H*W D
         y = self.proj(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
         return x + y.mT.unflatten(2, x.shape[2:])
 
@@ -91,7 +91,7 @@ class Level(nn.Module):
         self.attns = nn.ModuleList(Attention(c, dim) for _ in inputs) if attend else None
         self.resize = resize
 
-    def forward(self, i: int, x: Tensor, time: Tensor) -> Tensor:                # number of a block, B D H W -> B D' H W
+    def forward(self, i: int, x: Tensor, time: Tensor) -> Tensor:  # number of a block, B D H W -> B D' H W
         x = self.blocks[i](x, time)
         return x if self.attns is None else self.attns[i](x)
 
@@ -104,7 +104,7 @@ class Middle(nn.Module):
         self.blocks = nn.ModuleList(Block(c, dim, dim) for _ in range(2))
         self.attns = nn.ModuleList([Attention(c, dim)])
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:                        # B D H W -> B D H W
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:  # B D H W -> B D H W
         return self.blocks[1](self.attns[0](self.blocks[0](x, time)), time)
 
 
@@ -121,7 +121,7 @@ class DDPMUNet(nn.Module):
         self.time1, self.time2 = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, 4 * c.dim)
         self.label = nn.Embedding(c.classes + 1, 4 * c.dim) if c.classes else None
         self.caption = Caption(c.vocab, c.length, c.words, c.layers, 4 * c.dim, c.dropout) if c.vocab else None
-        pixels, side = c.channels * c.patch ** 2, c.image // c.patch
+        pixels, side = c.channels * c.patch**2, c.image // c.patch
         self.conv_in = nn.Conv2d(pixels, c.dim, 3, padding=1)
         last, dim, skips = len(widths) - 1, c.dim, [c.dim]
         self.down = nn.ModuleList()
@@ -151,10 +151,10 @@ class DDPMUNet(nn.Module):
         if self.caption is not None:
             self.caption.reset_parameters()
 
-    def condition(self, time: Tensor, label: Tensor | None) -> Tensor:           # B, B or B T -> B E
+    def condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B or B T -> B E
         half = self.config.dim // 2
         rate = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1))
-        angle = time.float()[:, None] * rate             # in float32, as the weights have learnt them
+        angle = time.float()[:, None] * rate  # in float32, as the weights have learnt them
         x = torch.cat([angle.sin(), angle.cos()], 1).to(self.time1.weight.dtype)
         x = self.time2(F.silu(self.time1(x)))
         if self.caption is not None:
@@ -163,11 +163,13 @@ class DDPMUNet(nn.Module):
             return x
         return x + self.label(torch.zeros_like(time, dtype=torch.int64) if label is None else label)
 
-    def forward(self, image: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:   # B C H W, B, B (T) -> B C H W
+    def forward(self, image: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:  # B C H W, B, B (T) -> B C H W
         patch = self.config.patch
         if any(side % (patch << len(self.down) - 1) for side in image.shape[2:]):
-            raise DataError(f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be halved "
-                            f"{len(self.down) - 1} times: choose multiples of {patch << len(self.down) - 1}")
+            raise DataError(
+                f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be halved "
+                f"{len(self.down) - 1} times: choose multiples of {patch << len(self.down) - 1}"
+            )
         time = self.condition(time, label)
         x = self.conv_in(F.pixel_unshuffle(image, patch))
         seen = [x]
@@ -189,30 +191,31 @@ def table(query: str, key: str, value: str, out: str) -> dict[str, Row]:
     """Names of diffusers, whose attention has had two sets of them."""
     names: dict[str, Row] = {
         "time_embedding.linear_{k}.*": "time{k}.*",
-        "class_embedding.weight":      "label.weight",
-        "conv_in.*":                   "conv_in.*",
+        "class_embedding.weight": "label.weight",
+        "conv_in.*": "conv_in.*",
         "down_blocks.{i}.downsamplers.0.conv.*": "down.{i}.resize.*",
-        "up_blocks.{i}.upsamplers.0.conv.*":     "up.{i}.resize.*",
-        "conv_norm_out.*":             "norm.*",
-        "conv_out.*":                  "conv_out.*",
+        "up_blocks.{i}.upsamplers.0.conv.*": "up.{i}.resize.*",
+        "conv_norm_out.*": "norm.*",
+        "conv_out.*": "conv_out.*",
     }
     for theirs, ours in (("down_blocks.{i}", "down.{i}"), ("mid_block", "mid"), ("up_blocks.{i}", "up.{i}")):
         names |= {
-            f"{theirs}.resnets.{{j}}.norm{{k}}.*":       f"{ours}.blocks.{{j}}.norm{{k}}.*",
-            f"{theirs}.resnets.{{j}}.conv{{k}}.*":       f"{ours}.blocks.{{j}}.conv{{k}}.*",
-            f"{theirs}.resnets.{{j}}.time_emb_proj.*":   f"{ours}.blocks.{{j}}.time.*",
-            f"{theirs}.resnets.{{j}}.conv_shortcut.*":   f"{ours}.blocks.{{j}}.shortcut.*",
-            f"{theirs}.attentions.{{j}}.group_norm.*":   f"{ours}.attns.{{j}}.norm.*",
-            f"{theirs}.attentions.{{j}}.{query}.*":      Fused(f"{ours}.attns.{{j}}.qkv.*", 0, 3),
-            f"{theirs}.attentions.{{j}}.{key}.*":        Fused(f"{ours}.attns.{{j}}.qkv.*", 1, 3),
-            f"{theirs}.attentions.{{j}}.{value}.*":      Fused(f"{ours}.attns.{{j}}.qkv.*", 2, 3),
-            f"{theirs}.attentions.{{j}}.{out}.*":        f"{ours}.attns.{{j}}.proj.*",
+            f"{theirs}.resnets.{{j}}.norm{{k}}.*": f"{ours}.blocks.{{j}}.norm{{k}}.*",
+            f"{theirs}.resnets.{{j}}.conv{{k}}.*": f"{ours}.blocks.{{j}}.conv{{k}}.*",
+            f"{theirs}.resnets.{{j}}.time_emb_proj.*": f"{ours}.blocks.{{j}}.time.*",
+            f"{theirs}.resnets.{{j}}.conv_shortcut.*": f"{ours}.blocks.{{j}}.shortcut.*",
+            f"{theirs}.attentions.{{j}}.group_norm.*": f"{ours}.attns.{{j}}.norm.*",
+            f"{theirs}.attentions.{{j}}.{query}.*": Fused(f"{ours}.attns.{{j}}.qkv.*", 0, 3),
+            f"{theirs}.attentions.{{j}}.{key}.*": Fused(f"{ours}.attns.{{j}}.qkv.*", 1, 3),
+            f"{theirs}.attentions.{{j}}.{value}.*": Fused(f"{ours}.attns.{{j}}.qkv.*", 2, 3),
+            f"{theirs}.attentions.{{j}}.{out}.*": f"{ours}.attns.{{j}}.proj.*",
         }
     return names
 
 
 DIFFUSERS = table("to_q", "to_k", "to_v", "to_out.0")
-DIFFUSERS_2022 = table("query", "key", "value", "proj_attn")                     # of google/ddpm-cifar10-32 and its kin
+DIFFUSERS_2022 = table("query", "key", "value", "proj_attn")  # of google/ddpm-cifar10-32 and its kin
+
 
 def widths(said: Mapping[str, Any]) -> dict[str, Any]:
     first, *_ = all_widths = said["block_out_channels"]
@@ -222,15 +225,18 @@ def widths(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attended(said: Mapping[str, Any]) -> dict[str, Any]:
-    return {"attend": tuple(said["sample_size"] >> i for i, kind in enumerate(said["down_block_types"])
-                            if kind == "AttnDownBlock2D")}
+    return {
+        "attend": tuple(
+            said["sample_size"] >> i for i, kind in enumerate(said["down_block_types"]) if kind == "AttnDownBlock2D"
+        )
+    }
 
 
 def kinds(where: str, c: Config) -> list[str]:
     return [f"{'Attn' if c.image // c.patch >> i in c.attend else ''}{where}Block2D" for i in range(len(c.growth))]
 
 
-CONFIG = {                                               # of diffusers
+CONFIG = {  # of diffusers
     "_class_name": Is("UNet2DModel"),
     "sample_size": "image",
     "in_channels": "channels",
@@ -243,11 +249,12 @@ CONFIG = {                                               # of diffusers
     "add_attention": Is(True),
     "norm_num_groups": "groups",
     "norm_eps": Is(1e-6, absent=1e-5),
-    "dropout": Absent("dropout", 0.0),                   # which its first files did not say
-    "num_class_embeds": Derived(lambda said: {"classes": (said.get("num_class_embeds") or 1) - 1},
-                                lambda c: c.classes + 1 if c.classes else None),
+    "dropout": Absent("dropout", 0.0),  # which its first files did not say
+    "num_class_embeds": Derived(
+        lambda said: {"classes": (said.get("num_class_embeds") or 1) - 1}, lambda c: c.classes + 1 if c.classes else None
+    ),
     "class_embed_type": Is(None),
-    "attention_head_dim": Is(None, absent=8),            # one head
+    "attention_head_dim": Is(None, absent=8),  # one head
     "downsample_padding": Is(0, absent=1),
     "flip_sin_to_cos": Is(False, absent=True),
     "freq_shift": Is(1, absent=0),
@@ -265,19 +272,29 @@ CONFIG = {                                               # of diffusers
 }
 
 CARD = Card(
-    name="ddpm-unet", model=DDPMUNet, config=Config, paper="arXiv:2006.11239", year=2020, takes="noisy", gives="image",
+    name="ddpm-unet",
+    model=DDPMUNet,
+    config=Config,
+    paper="arXiv:2006.11239",
+    year=2020,
+    takes="noisy",
+    gives="image",
     sizes={
         "ddpm-cifar10": Size(params=35_746_307, source="google/ddpm-cifar10-32"),
-        "ddpm-256": Size(image=256, growth=(1, 1, 2, 2, 4, 4), dropout=0.0, params=113_673_219,
-                         source="google/ddpm-celebahq-256"),
+        "ddpm-256": Size(
+            image=256, growth=(1, 1, 2, 2, 4, 4), dropout=0.0, params=113_673_219, source="google/ddpm-celebahq-256"
+        ),
         "ddpm-28": Size(image=28, channels=1, dim=32, growth=(1, 2, 2), attend=(7,), groups=8),
-        "ddpm-mini": Size(image=28, channels=1, patch=2, dim=32, growth=(1, 2), depth=1, attend=(4, 6, 7, 8), groups=8,
-                          dropout=0.0),
+        "ddpm-mini": Size(
+            image=28, channels=1, patch=2, dim=32, growth=(1, 2), depth=1, attend=(4, 6, 7, 8), groups=8, dropout=0.0
+        ),
         "ddpm-8": Size(image=8, channels=1, dim=32, growth=(1, 2), attend=(4,), groups=8, dropout=0.0),
-        "ddpm-unet-test": Size(image=8, channels=2, classes=3, dim=8, growth=(1, 2), depth=1, attend=(4,), groups=4,
-                               dropout=0.0),
+        "ddpm-unet-test": Size(
+            image=8, channels=2, classes=3, dim=8, growth=(1, 2), depth=1, attend=(4,), groups=4, dropout=0.0
+        ),
     },
-    weights={"diffusers": DIFFUSERS, "diffusers-2022": DIFFUSERS_2022}, configs={"diffusers": CONFIG},
+    weights={"diffusers": DIFFUSERS, "diffusers-2022": DIFFUSERS_2022},
+    configs={"diffusers": CONFIG},
     # Fashion-MNIST in 3 minutes of one core, held-out loss of a small one: adamw at 1e-3 .213, muon .172.
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
 )

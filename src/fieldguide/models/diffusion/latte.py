@@ -24,29 +24,29 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.mapping.key_rules import Dropped, Row
 
-WAVES = 256       # sines and cosines that a time is read as
+WAVES = 256  # sines and cosines that a time is read as
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    frames: int = 16             # F, at most
-    channels: int = 4            # C: 3 for pixels, 4 for the latent pictures of Stable Diffusion's VAE
-    image: int = 32              # S
-    patch: int = 2               # P
-    classes: int = 101           # labels 1 .. classes; 0 means none
-    dim: int = 1152              # D
-    depth: int = 28              # blocks: space, time, space, time, ...
+    frames: int = 16  # F, at most
+    channels: int = 4  # C: 3 for pixels, 4 for the latent pictures of Stable Diffusion's VAE
+    image: int = 32  # S
+    patch: int = 2  # P
+    classes: int = 101  # labels 1 .. classes; 0 means none
+    dim: int = 1152  # D
+    depth: int = 28  # blocks: space, time, space, time, ...
     heads: int = 16
-    variance: bool = False       # a second answer for each number, its variance: in the authors' files, not used here
+    variance: bool = False  # a second answer for each number, its variance: in the authors' files, not used here
 
 
-def waves(places: Tensor, dim: int) -> Tensor:           # ... -> ... dim: sines, then cosines
+def waves(places: Tensor, dim: int) -> Tensor:  # ... -> ... dim: sines, then cosines
     rate = torch.exp(torch.arange(dim // 2, dtype=torch.float64) * (-2 * math.log(10_000) / dim))
     angle = places.double()[..., None] * rate
     return torch.cat([angle.sin(), angle.cos()], -1).float()
 
 
-def grid(side: int, dim: int) -> Tensor:                 # -> N D: the column in the first half, the row in the second
+def grid(side: int, dim: int) -> Tensor:  # -> N D: the column in the first half, the row in the second
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.cat([waves(column.flatten(), dim // 2), waves(row.flatten(), dim // 2)], 1)
 
@@ -58,7 +58,7 @@ class Modulated(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:        # B F N D, B 1 1 D, B 1 1 D -> B F N D
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # B F N D, B 1 1 D, B 1 1 D -> B F N D
         return self.norm(x) * (1 + scale) + shift
 
 
@@ -68,18 +68,18 @@ class Block(nn.Module):
     def __init__(self, c: Config, over_time: bool):
         super().__init__()
         self.over_time = over_time
-        self.condition = nn.Linear(c.dim, 6 * c.dim)     # shift, scale, gate; for attention, then for the network
+        self.condition = nn.Linear(c.dim, 6 * c.dim)  # shift, scale, gate; for attention, then for the network
         self.norm1, self.attn = Modulated(c.dim), Attention(c.dim, c.heads)
         self.norm2 = Modulated(c.dim)
         self.mlp = nn.ModuleDict({"up": nn.Linear(c.dim, 4 * c.dim), "down": nn.Linear(4 * c.dim, c.dim)})
 
-    def attend(self, x: Tensor) -> Tensor:               # B F N D -> B F N D
+    def attend(self, x: Tensor) -> Tensor:  # B F N D -> B F N D
         if self.over_time:
             x = x.transpose(1, 2)
         x = self.attn(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return x.transpose(1, 2) if self.over_time else x
 
-    def forward(self, x: Tensor, what: Tensor) -> Tensor:                        # B F N D, B D -> B F N D
+    def forward(self, x: Tensor, what: Tensor) -> Tensor:  # B F N D, B D -> B F N D
         shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(F.silu(what))[:, None, None].chunk(6, -1)
         x = x + gate1 * self.attend(self.norm1(x, shift1, scale1))
         y = F.gelu(self.mlp["up"](self.norm2(x, shift2, scale2)), approximate="tanh")
@@ -103,12 +103,12 @@ class Latte(nn.Module):
             raise SettingsError(f"dim={c.dim}: places are told by sines and cosines in two directions; choose a multiple of 4")
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
         self.time1, self.time2 = nn.Linear(WAVES, c.dim), nn.Linear(c.dim, c.dim)
-        self.label = nn.Embedding(c.classes + 1, c.dim) if c.classes else None   # the last row is that of no label
+        self.label = nn.Embedding(c.classes + 1, c.dim) if c.classes else None  # the last row is that of no label
         self.register_buffer("places", grid(c.image // c.patch, c.dim), persistent=False)
         self.register_buffer("moments", waves(torch.arange(c.frames), c.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(c, over_time=bool(i % 2)) for i in range(c.depth))
         self.norm, self.condition = Modulated(c.dim), nn.Linear(c.dim, 2 * c.dim)
-        self.head = nn.Linear(c.dim, c.patch ** 2 * c.channels * (1 + c.variance))
+        self.head = nn.Linear(c.dim, c.patch**2 * c.channels * (1 + c.variance))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,60 +118,68 @@ class Latte(nn.Module):
                 if name.endswith("condition") or name == "head":
                     nn.init.zeros_(module.weight)
                 elif name in ("time1", "time2"):
-                    nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-                else:                                    # queries, keys and values as one matrix, as the authors have it
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                else:  # queries, keys and values as one matrix, as the authors have it
                     nn.init.xavier_uniform_(module.weight.flatten(1))
         if self.label is not None:
             nn.init.normal_(self.label.weight)
 
-    def told(self, time: Tensor, label: Tensor | None) -> Tensor:                # B, B -> B D
+    def told(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B -> B D
         places = torch.arange(WAVES // 2, dtype=torch.float32, device=time.device)
         rate = torch.exp(-math.log(10_000) * places / (WAVES // 2))
-        angle = time.float()[:, None] * rate             # in float32, as the weights have learnt them
+        angle = time.float()[:, None] * rate  # in float32, as the weights have learnt them
         x = torch.cat([angle.cos(), angle.sin()], 1).to(self.time1.weight.dtype)
         x = self.time2(F.silu(self.time1(x)))
         if self.label is None:
             return x
         label = torch.zeros_like(time, dtype=torch.int64) if label is None else label
-        return x + self.label((label - 1) % (self.config.classes + 1))           # 0 -> the last row
+        return x + self.label((label - 1) % (self.config.classes + 1))  # 0 -> the last row
 
-    def forward(self, video: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:   # B F C S S, B, B -> B F C S S
+    def forward(self, video: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:  # B F C S S, B, B -> B F C S S
         c = self.config
         if video.shape[3:] != (c.image, c.image) or video.shape[1] > c.frames:
-            raise DataError(f"a video has {video.shape[1]} frames of {video.shape[4]} x {video.shape[3]} pixels, the network "
-                            f"was made for frames={c.frames} at most, of image={c.image}")
+            raise DataError(
+                f"a video has {video.shape[1]} frames of {video.shape[4]} x {video.shape[3]} pixels, the network "
+                f"was made for frames={c.frames} at most, of image={c.image}"
+            )
         what = self.told(time, label)
         x = self.patch(video.flatten(0, 1)).flatten(2).mT.unflatten(0, video.shape[:2]) + self.places
         for i, block in enumerate(self.blocks):
-            if i == 1:                                   # moments are told where time is first looked at
-                x = x + self.moments[:video.shape[1], None]
+            if i == 1:  # moments are told where time is first looked at
+                x = x + self.moments[: video.shape[1], None]
             x = block(x, what)
         shift, scale = self.condition(F.silu(what))[:, None, None].chunk(2, -1)
-        x = self.head(self.norm(x, shift, scale))        # B F N P*P*C
+        x = self.head(self.norm(x, shift, scale))  # B F N P*P*C
         side = c.image // c.patch
-        x = x.unflatten(-1, (c.patch, c.patch, -1)).unflatten(2, (side, side))   # B F rows columns P P C
+        x = x.unflatten(-1, (c.patch, c.patch, -1)).unflatten(2, (side, side))  # B F rows columns P P C
         x = x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-        return x[:, :, :c.channels]
+        return x[:, :, : c.channels]
 
 
-OFFICIAL: dict[str, Row] = {                             # of Vchitect/Latte, class-conditional (extras = 2)
-    "x_embedder.proj.*":                         "patch.*",
-    "t_embedder.mlp.0.*":                        "time1.*",
-    "t_embedder.mlp.2.*":                        "time2.*",
-    "y_embedder.embedding_table.weight":         "label.weight",
-    "pos_embed":                                 Dropped("fixed sines and cosines"),
-    "temp_embed":                                Dropped("fixed sines and cosines"),
-    "blocks.{i}.attn.qkv.*":                     "blocks.{i}.attn.qkv.*",
-    "blocks.{i}.attn.proj.*":                    "blocks.{i}.attn.proj.*",
-    "blocks.{i}.mlp.fc1.*":                      "blocks.{i}.mlp.up.*",
-    "blocks.{i}.mlp.fc2.*":                      "blocks.{i}.mlp.down.*",
-    "blocks.{i}.adaLN_modulation.1.*":           "blocks.{i}.condition.*",
-    "final_layer.adaLN_modulation.1.*":          "condition.*",
-    "final_layer.linear.*":                      "head.*",
+OFFICIAL: dict[str, Row] = {  # of Vchitect/Latte, class-conditional (extras = 2)
+    "x_embedder.proj.*": "patch.*",
+    "t_embedder.mlp.0.*": "time1.*",
+    "t_embedder.mlp.2.*": "time2.*",
+    "y_embedder.embedding_table.weight": "label.weight",
+    "pos_embed": Dropped("fixed sines and cosines"),
+    "temp_embed": Dropped("fixed sines and cosines"),
+    "blocks.{i}.attn.qkv.*": "blocks.{i}.attn.qkv.*",
+    "blocks.{i}.attn.proj.*": "blocks.{i}.attn.proj.*",
+    "blocks.{i}.mlp.fc1.*": "blocks.{i}.mlp.up.*",
+    "blocks.{i}.mlp.fc2.*": "blocks.{i}.mlp.down.*",
+    "blocks.{i}.adaLN_modulation.1.*": "blocks.{i}.condition.*",
+    "final_layer.adaLN_modulation.1.*": "condition.*",
+    "final_layer.linear.*": "head.*",
 }
 
 CARD = Card(
-    name="latte", model=Latte, config=Config, paper="arXiv:2401.03048", year=2024, takes="noisy-video", gives="video",
+    name="latte",
+    model=Latte,
+    config=Config,
+    paper="arXiv:2401.03048",
+    year=2024,
+    takes="noisy-video",
+    gives="video",
     sizes={
         # The authors' counts include the fixed sines of places and moments: 313,344 for XL/2, 674,112,416 in all.
         "latte-xl2": Size(variance=True, params=673_799_072, source="Vchitect/Latte, UCF101, without fixed sines"),

@@ -23,10 +23,10 @@ from fieldguide.models.layers.table import CategoryEmbedding
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    numbers: int = 13                            # N
-    categories: tuple[int, ...] = (100,) * 26    # values of each category column, 0 (unseen) among them
-    classes: int = 2                             # 2: a click or none; 1: an amount
-    dim: int = 10                                # D
+    numbers: int = 13  # N
+    categories: tuple[int, ...] = (100,) * 26  # values of each category column, 0 (unseen) among them
+    classes: int = 2  # 2: a click or none; 1: an amount
+    dim: int = 10  # D
     hidden: tuple[int, ...] = (400, 400, 400)
     dropout: float = 0.5
 
@@ -41,8 +41,9 @@ class DeepFM(nn.Module):
         super().__init__()
         fields = config.numbers + len(config.categories)
         if config.classes not in (1, 2):
-            raise SettingsError(f"DeepFM tells yes from no (classes=2) or gives an amount (classes=1), not {config.classes} "
-                                "classes")
+            raise SettingsError(
+                f"DeepFM tells yes from no (classes=2) or gives an amount (classes=1), not {config.classes} classes"
+            )
         if not fields:
             raise SettingsError("DeepFM needs at least one column of numbers or categories")
         self.config = config
@@ -67,7 +68,7 @@ class DeepFM(nn.Module):
         if self.first is not None:
             self.first.weight.zero_()
 
-    def fields(self, numbers: Tensor, categories: Tensor) -> tuple[Tensor, Tensor]:      # -> B F D, B
+    def fields(self, numbers: Tensor, categories: Tensor) -> tuple[Tensor, Tensor]:  # -> B F D, B
         """Each field's vector times its value, and the sum of the first-order weights times theirs."""
         vectors, linear = numbers[..., None] * self.number_vectors, numbers @ self.first_numbers
         if self.vectors is not None:
@@ -75,7 +76,7 @@ class DeepFM(nn.Module):
             linear = linear + self.first(categories).sum((1, 2))
         return vectors, linear
 
-    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:            # B N, B K -> B classes
+    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:  # B N, B K -> B classes
         vectors, linear = self.fields(numbers, categories)
         # Equation 2: the sum over pairs of products is half of (square of the sum - sum of the squares).
         pairs = (vectors.sum(1).square() - vectors.square().sum(1)).sum(-1) / 2
@@ -84,9 +85,15 @@ class DeepFM(nn.Module):
 
 
 CARD = Card(
-    name="deepfm", model=DeepFM, config=Config, paper="arXiv:1703.04247", year=2017, takes="table", gives="label",
+    name="deepfm",
+    model=DeepFM,
+    config=Config,
+    paper="arXiv:1703.04247",
+    year=2017,
+    takes="table",
+    gives="label",
     sizes={
-        "deepfm": Size(),                                    # as the paper has it for Criteo: 10 wide, 400-400-400
+        "deepfm": Size(),  # as the paper has it for Criteo: 10 wide, 400-400-400
         "deepfm-s": Size(dim=16, hidden=(128, 64), dropout=0.3),
         "deepfm-test": Size(numbers=3, categories=(4, 5, 3), dim=4, hidden=(8, 6), dropout=0.0),
     },

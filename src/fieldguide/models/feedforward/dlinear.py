@@ -21,10 +21,10 @@ from fieldguide.core.errors import DataError, SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    length: int = 336            # T
-    horizon: int = 96            # H
-    values: int = 1              # Q: 1 for a point, more for quantiles
-    window: int = 25             # steps that the average is taken over, odd
+    length: int = 336  # T
+    horizon: int = 96  # H
+    values: int = 1  # Q: 1 for a point, more for quantiles
+    window: int = 25  # steps that the average is taken over, odd
 
 
 class DLinear(nn.Module):
@@ -38,24 +38,28 @@ class DLinear(nn.Module):
         self.seasonal = nn.Linear(config.length, config.horizon * config.values)
         self.trend = nn.Linear(config.length, config.horizon * config.values)
 
-    def forward(self, series: Tensor) -> Tensor:         # B T C -> B H C Q
+    def forward(self, series: Tensor) -> Tensor:  # B T C -> B H C Q
         if series.shape[1] != self.config.length:
-            raise DataError(f"the past has {series.shape[1]} steps, the network was made for "
-                            f"length={self.config.length}")
-        x, edge = series.transpose(1, 2), self.config.window // 2                # B C T
+            raise DataError(f"the past has {series.shape[1]} steps, the network was made for length={self.config.length}")
+        x, edge = series.transpose(1, 2), self.config.window // 2  # B C T
         trend = F.avg_pool1d(F.pad(x, (edge, edge), mode="replicate"), self.config.window, 1)
-        y = self.seasonal(x - trend) + self.trend(trend)                         # B C H*Q
+        y = self.seasonal(x - trend) + self.trend(trend)  # B C H*Q
         return y.unflatten(-1, (self.config.horizon, self.config.values)).transpose(1, 2)
 
 
-OFFICIAL = {                                             # of cure-lab/LTSF-Linear, individual=False
+OFFICIAL = {  # of cure-lab/LTSF-Linear, individual=False
     "Linear_Seasonal.*": "seasonal.*",
-    "Linear_Trend.*":    "trend.*",
+    "Linear_Trend.*": "trend.*",
 }
 
 CARD = Card(
-    name="dlinear", model=DLinear, config=Config, paper="arXiv:2205.13504", year=2022,
-    takes="series", gives="forecast",
+    name="dlinear",
+    model=DLinear,
+    config=Config,
+    paper="arXiv:2205.13504",
+    year=2022,
+    takes="series",
+    gives="forecast",
     sizes={
         "dlinear-336-96": Size(params=64_704, source="the authors' code, counted"),
         "dlinear-96-24": Size(length=96, horizon=24),

@@ -17,9 +17,9 @@ from fieldguide.core.card import Card, Size
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    in_dim: int = 784            # F
+    in_dim: int = 784  # F
     hidden: int = 256
-    out_dim: int = 10            # classes
+    out_dim: int = 10  # classes
 
 
 class FNN(nn.Module):
@@ -35,13 +35,19 @@ class FNN(nn.Module):
             nn.Linear(hidden, out_dim),
         )
 
-    def forward(self, x: Tensor) -> Tensor:              # B ... F -> B ... classes
+    def forward(self, x: Tensor) -> Tensor:  # B ... F -> B ... classes
         return self.net(x)
 
 
 CARD = Card(
-    name="fnn", model=FNN, config=Config, build=lambda config: FNN(**asdict(config)),
-    paper="doi:10.1038/323533a0", year=1986, takes="vector", gives="label",
+    name="fnn",
+    model=FNN,
+    config=Config,
+    build=lambda config: FNN(**asdict(config)),
+    paper="doi:10.1038/323533a0",
+    year=1986,
+    takes="vector",
+    gives="label",
     names={"features": "in_dim", "classes": "out_dim"},
     sizes={
         "fnn": Size(params=269_322, source="the guide's code"),

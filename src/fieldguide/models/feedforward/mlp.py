@@ -22,12 +22,12 @@ from fieldguide.models.layers.table import CategoryEmbedding
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    numbers: int = 8                     # N
-    categories: tuple[int, ...] = ()     # values of each category column, 0 (unseen) among them
+    numbers: int = 8  # N
+    categories: tuple[int, ...] = ()  # values of each category column, 0 (unseen) among them
     classes: int = 2
-    embedding: int = 16                  # E
-    dim: int = 256                       # D
-    depth: int = 3                       # hidden layers
+    embedding: int = 16  # E
+    dim: int = 256  # D
+    depth: int = 3  # hidden layers
     dropout: float = 0.2
 
 
@@ -41,8 +41,7 @@ class MLP(nn.Module):
         self.config = config
         self.embed = CategoryEmbedding(config.categories, config.embedding) if config.categories else None
         width = config.numbers + len(config.categories) * config.embedding
-        self.layers = nn.ModuleList(nn.Linear(config.dim if i else width, config.dim)
-                                    for i in range(config.depth))
+        self.layers = nn.ModuleList(nn.Linear(config.dim if i else width, config.dim) for i in range(config.depth))
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.dim if config.depth else width, config.classes)
         self.reset_parameters()
@@ -54,7 +53,7 @@ class MLP(nn.Module):
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:            # B N, B K -> B classes
+    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:  # B N, B K -> B classes
         x = numbers
         if self.embed is not None:
             x = torch.cat([x, self.embed(categories).flatten(1)], 1)
@@ -64,7 +63,13 @@ class MLP(nn.Module):
 
 
 CARD = Card(
-    name="mlp", model=MLP, config=Config, paper="arXiv:2106.11959", year=2021, takes="table", gives="label",
+    name="mlp",
+    model=MLP,
+    config=Config,
+    paper="arXiv:2106.11959",
+    year=2021,
+    takes="table",
+    gives="label",
     sizes={
         "mlp-s": Size(),
         "mlp-m": Size(dim=512, depth=4),

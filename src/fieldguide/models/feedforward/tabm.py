@@ -26,20 +26,20 @@ from fieldguide.models.layers.table import CategoryEmbedding, OneHot, PiecewiseL
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    numbers: int = 8                     # N
-    categories: tuple[int, ...] = ()     # values of each category column, 0 (unseen) among them
+    numbers: int = 8  # N
+    categories: tuple[int, ...] = ()  # values of each category column, 0 (unseen) among them
     classes: int = 2
-    members: int = 32                    # M
-    bins: int = 48                       # intervals a number column; the paper tunes 2 to 128
-    embedding: int = 16                  # width of a number's or a many-valued category's vector
-    one_hot: int = 64                    # categories with more values than this are embedded instead
-    dim: int = 512                       # D
+    members: int = 32  # M
+    bins: int = 48  # intervals a number column; the paper tunes 2 to 128
+    embedding: int = 16  # width of a number's or a many-valued category's vector
+    one_hot: int = 64  # categories with more values than this are embedded instead
+    dim: int = 512  # D
     depth: int = 2
     dropout: float = 0.1
 
 
 def uniform_(tensor: Tensor, fan_in: int) -> Tensor:
-    return nn.init.uniform_(tensor, -fan_in ** -0.5, fan_in ** -0.5)
+    return nn.init.uniform_(tensor, -(fan_in**-0.5), fan_in**-0.5)
 
 
 class Shared(nn.Module):
@@ -52,7 +52,7 @@ class Shared(nn.Module):
         self.s = nn.Parameter(torch.ones(members, outputs))
         self.bias = nn.Parameter(torch.empty(members, outputs))
 
-    def forward(self, x: Tensor) -> Tensor:              # B M D -> B M D'
+    def forward(self, x: Tensor) -> Tensor:  # B M D -> B M D'
         return torch.addcmul(self.bias, F.linear(x * self.r, self.weight), self.s)
 
 
@@ -64,7 +64,7 @@ class Heads(nn.Module):
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs))
         self.bias = nn.Parameter(torch.empty(members, outputs))
 
-    def forward(self, x: Tensor) -> Tensor:              # B M D -> B M classes
+    def forward(self, x: Tensor) -> Tensor:  # B M D -> B M classes
         return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1) + self.bias
 
 
@@ -80,16 +80,16 @@ class TabM(nn.Module):
         many = [i for i, size in enumerate(config.categories) if size > config.one_hot]
         self.register_buffer("few", torch.tensor(few, dtype=torch.int64), persistent=False)
         self.register_buffer("many", torch.tensor(many, dtype=torch.int64), persistent=False)
-        self.numbers = (PiecewiseLinear(config.numbers, config.bins, config.embedding)
-                        if config.numbers else None)
+        self.numbers = PiecewiseLinear(config.numbers, config.bins, config.embedding) if config.numbers else None
         self.one_hot = OneHot([config.categories[i] for i in few]) if few else None
-        self.embed = (CategoryEmbedding([config.categories[i] for i in many], config.embedding)
-                      if many else None)
+        self.embed = CategoryEmbedding([config.categories[i] for i in many], config.embedding) if many else None
         # Places that each column takes in the row of all columns.
-        self.widths = ([config.embedding] * config.numbers + [config.categories[i] - 1 for i in few]
-                       + [config.embedding] * len(many))
-        self.layers = nn.ModuleList(Shared(config.dim if i else sum(self.widths), config.dim, config.members)
-                                    for i in range(config.depth))
+        self.widths = (
+            [config.embedding] * config.numbers + [config.categories[i] - 1 for i in few] + [config.embedding] * len(many)
+        )
+        self.layers = nn.ModuleList(
+            Shared(config.dim if i else sum(self.widths), config.dim, config.members) for i in range(config.depth)
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.head = Heads(config.dim, config.classes, config.members)
         self.reset_parameters()
@@ -108,7 +108,7 @@ class TabM(nn.Module):
         uniform_(self.head.weight, self.config.dim)
         uniform_(self.head.bias, self.config.dim)
 
-    def features(self, numbers: Tensor, categories: Tensor) -> Tensor:           # B N, B K -> B F
+    def features(self, numbers: Tensor, categories: Tensor) -> Tensor:  # B N, B K -> B F
         parts = []
         if self.numbers is not None:
             parts.append(self.numbers(numbers).flatten(1))
@@ -118,21 +118,26 @@ class TabM(nn.Module):
             parts.append(self.embed(categories[:, self.many]).flatten(1))
         return torch.cat(parts, 1)
 
-    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:            # B N, B K -> B M classes
-        x = self.features(numbers, categories)[:, None]                          # B 1 F: the same for all
+    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:  # B N, B K -> B M classes
+        x = self.features(numbers, categories)[:, None]  # B 1 F: the same for all
         for layer in self.layers:
             x = self.dropout(F.relu(layer(x)))
         return self.head(x)
 
 
 CARD = Card(
-    name="tabm", model=TabM, config=Config, paper="arXiv:2410.24210", year=2024, takes="table", gives="label",
+    name="tabm",
+    model=TabM,
+    config=Config,
+    paper="arXiv:2410.24210",
+    year=2024,
+    takes="table",
+    gives="label",
     sizes={
         # First, so taken where nothing is said: on a CPU it trains small tables in seconds.
         "tabm-s": Size(dim=192, members=16, bins=24),
-        "tabm-m": Size(),                                # the paper's default
-        "tabm-test": Size(numbers=3, categories=(3, 5), classes=3, members=4, bins=5, embedding=4, dim=16,
-                          dropout=0.0),
+        "tabm-m": Size(),  # the paper's default
+        "tabm-test": Size(numbers=3, categories=(3, 5), classes=3, members=4, bins=5, embedding=4, dim=16, dropout=0.0),
     },
     # Learning rate and decay lie in the middle of the ranges that the paper tunes.
     # So many epochs are enough for the small tables of benchmarks/tables.py.

@@ -11,9 +11,19 @@ from fieldguide.models.layers.kv_cache import Cache
 
 
 @torch.inference_mode()
-def beam_search(step: Callable[[Tensor], Tensor], cache: Cache, *, begin: int | Tensor, ends: Sequence[int], beams: int = 4,
-                most: int = 100, penalty: float = 1.0, limits: Tensor | None = None, before: int = 0,
-                adjust: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def beam_search(
+    step: Callable[[Tensor], Tensor],
+    cache: Cache,
+    *,
+    begin: int | Tensor,
+    ends: Sequence[int],
+    beams: int = 4,
+    most: int = 100,
+    penalty: float = 1.0,
+    limits: Tensor | None = None,
+    before: int = 0,
+    adjust: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """For each input the `beams` best answers: tokens B K T (-1 behind the last), without `begin` and the end, best
     first, and scores B K.
 
@@ -33,22 +43,22 @@ def beam_search(step: Callable[[Tensor], Tensor], cache: Cache, *, begin: int | 
     most = int(limits.max())
     ending = torch.tensor(list(ends), dtype=torch.int64, device=device)
     scores = torch.full((width, beams), -torch.inf, device=device)
-    scores[:, 0] = 0                                                             # the beams begin as one
+    scores[:, 0] = 0  # the beams begin as one
     said = torch.full((width, beams, most), -1, device=device)
     done, done_scores = said.clone(), torch.full((width, beams), -torch.inf, device=device)
     going = torch.ones(width, dtype=torch.bool, device=device)
     token = begin if isinstance(begin, Tensor) else torch.full((width * beams,), begin, device=device)
     base = torch.arange(width, device=device)[:, None] * beams
     picked = lambda rows, which: rows.gather(1, which[..., None].expand(-1, -1, most))
-    for length in range(1, most + 1):                                            # of what will have been said
+    for length in range(1, most + 1):  # of what will have been said
         logp = step(token.reshape(-1, 1))[:, -1].float().log_softmax(-1)
         if adjust is not None:
             logp = adjust(logp, said.flatten(0, 1))
         vocab, scale = logp.shape[-1], (before + length) ** penalty
         # So many that K are left to go on with, should all ends be among the best.
-        likely = scores[..., None] + logp.unflatten(0, (width, beams))           # B K V
+        likely = scores[..., None] + logp.unflatten(0, (width, beams))  # B K V
         likely, which = likely.flatten(1).topk(min((1 + len(ending)) * beams, beams * vocab))
-        parent, token = which // vocab, which % vocab                            # B C
+        parent, token = which // vocab, which % vocab  # B C
         end = torch.isin(token, ending)
         rows = picked(said, parent)
         rows[..., length - 1] = torch.where(end, -1, token)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-LEAST, MOST = 7, 32      # rows
-LARGE = 500_000          # numbers in a matrix
+LEAST, MOST = 7, 32  # rows
+LARGE = 500_000  # numbers in a matrix
 
 
 class FewRows(TorchFunctionMode):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fieldguide.models.layers.kv_cache import Cache
 
-ANY = 1 << 30        # tokens, where a network has no longest row
+ANY = 1 << 30  # tokens, where a network has no longest row
 
 
 class Sourced:
@@ -35,5 +35,5 @@ class Sourced:
         cache.cross = self.cross
         return cache
 
-    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # B T -> B vocab
+    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # B T -> B vocab
         return self.network.last(tokens, mask, cache)

@@ -17,7 +17,7 @@ from fieldguide.models.generation.sampling import Sampling, generate, left_padde
 from fieldguide.models.generation.stop_strings import cut, pieces
 
 CHANCE = ("temperature", "top_k", "top_p", "min_p")
-TOGETHER = 32          # prompts that are answered in one batch
+TOGETHER = 32  # prompts that are answered in one batch
 Decode = Callable[[list[int]], str]
 
 
@@ -26,15 +26,15 @@ class Manner:
     """How answers are written. What leaves something to chance (`CHANCE`) and a search among beams exclude each other;
     where a user says neither, `usual` decides. Raises `SettingsError` for both, and for values out of range."""
 
-    tokens: int = 200                    # at most, of an answer
-    beams: int | None = None             # answers that a search keeps; 1 = none is searched for
-    penalty: float = 1.0                 # of length, in a search: 0 = none, 1 = the mean log-probability decides
-    temperature: float | None = None     # 0 = always the likeliest token
-    top_k: int | None = None             # only so many of the likeliest; 0 = off
-    top_p: float | None = None           # only the likeliest that have this probability together; 1 = off
-    min_p: float | None = None           # only those of this part of the likeliest one's probability; 0 = off
-    repetition: float = 1.0              # above 1: tokens that were there become less likely
-    stop: str = ""                       # the answer ends before this text; several as JSON: ["one", "two"]
+    tokens: int = 200  # at most, of an answer
+    beams: int | None = None  # answers that a search keeps; 1 = none is searched for
+    penalty: float = 1.0  # of length, in a search: 0 = none, 1 = the mean log-probability decides
+    temperature: float | None = None  # 0 = always the likeliest token
+    top_k: int | None = None  # only so many of the likeliest; 0 = off
+    top_p: float | None = None  # only the likeliest that have this probability together; 1 = off
+    min_p: float | None = None  # only those of this part of the likeliest one's probability; 0 = off
+    repetition: float = 1.0  # above 1: tokens that were there become less likely
+    stop: str = ""  # the answer ends before this text; several as JSON: ["one", "two"]
     seed: int = 0
 
     usual: ClassVar[Mapping[str, float]] = {"beams": 1, "temperature": 0.8, "top_p": 0.95}
@@ -44,9 +44,11 @@ class Manner:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise SettingsError(f"{name}={value} must be at least 1.")
         if (self.beams or 1) > 1 and self.by_chance:
-            raise SettingsError(f"beams={self.beams} search for the likeliest answer and leave nothing to chance: leave out "
-                                f"{', '.join(self.said)}, or say beams=1.")
-        _ = self.sampling                                # refuses what is out of range
+            raise SettingsError(
+                f"beams={self.beams} search for the likeliest answer and leave nothing to chance: leave out "
+                f"{', '.join(self.said)}, or say beams=1."
+            )
+        _ = self.sampling  # refuses what is out of range
 
     @property
     def said(self) -> dict[str, float]:
@@ -65,7 +67,7 @@ class Manner:
     @property
     def sampling(self) -> Sampling:
         usual = {name: value for name, value in self.usual.items() if name in CHANCE}
-        if self.by_chance and not usual.get("temperature"):          # what is drawn must have a chance
+        if self.by_chance and not usual.get("temperature"):  # what is drawn must have a chance
             usual["temperature"] = 1.0
         return Sampling(**{**usual, **self.said}, repetition=self.repetition)
 
@@ -95,8 +97,17 @@ class Greedy(Manner):
     usual: ClassVar[Mapping[str, float]] = {"beams": 1, "temperature": 0.0}
 
 
-def answers(network: Any, prompts: Sequence[Sequence[int]], how: Manner, *, ends: Sequence[int], decode: Decode | None = None,
-            numbers: Sequence[int] | None = None, limits: Tensor | None = None, before: int = 0) -> list[list[int]]:
+def answers(
+    network: Any,
+    prompts: Sequence[Sequence[int]],
+    how: Manner,
+    *,
+    ends: Sequence[int],
+    decode: Decode | None = None,
+    numbers: Sequence[int] | None = None,
+    limits: Tensor | None = None,
+    before: int = 0,
+) -> list[list[int]]:
     """What a network says after each prompt, in tokens without the one that ends it.
 
     `network` has `new_cache`, `last` and `config.length` (`Sourced` makes such of an encoder-decoder). `numbers` are the
@@ -125,8 +136,15 @@ def answers(network: Any, prompts: Sequence[Sequence[int]], how: Manner, *, ends
     return rows
 
 
-def searched(network: Any, prompts: Sequence[Sequence[int]], how: Manner, *, ends: Sequence[int], limits: Tensor | None = None,
-             before: int = 0) -> list[list[int]]:
+def searched(
+    network: Any,
+    prompts: Sequence[Sequence[int]],
+    how: Manner,
+    *,
+    ends: Sequence[int],
+    limits: Tensor | None = None,
+    before: int = 0,
+) -> list[list[int]]:
     """The best answer to each prompt that beams find: prompts are read once, together, then their beams go on."""
     if not ends:
         raise SettingsError("beams need a token that ends an answer, and this model's tokenizer names none")
@@ -136,8 +154,10 @@ def searched(network: Any, prompts: Sequence[Sequence[int]], how: Manner, *, end
     rows, mask = left_padded(prompts, device)
     most = min(how.tokens if limits is None else int(limits.max()), longest - rows.shape[1] + 1)
     if most < 1:
-        raise SettingsError(f"a prompt of {rows.shape[1]} tokens leaves beams no room in the network's length={longest}: "
-                            "shorten it, or say beams=1, with which what is oldest is forgotten.")
+        raise SettingsError(
+            f"a prompt of {rows.shape[1]} tokens leaves beams no room in the network's length={longest}: "
+            "shorten it, or say beams=1, with which what is oldest is forgotten."
+        )
     with torch.inference_mode():
         cache = network.new_cache(len(rows), min(longest, rows.shape[1] + most))
         if rows.shape[1] > 1:
@@ -145,9 +165,18 @@ def searched(network: Any, prompts: Sequence[Sequence[int]], how: Manner, *, end
         cache.widen(beams)
         seen = torch.where(mask, rows, -1).repeat_interleave(beams, 0)
         adjust = None if how.repetition == 1 else lambda logp, said: how.sampling.punished(logp, torch.cat([seen, said], 1))
-        found, _ = beam_search(lambda token: network.last(token, None, cache)[:, None], cache, begin=seen[:, -1], ends=ends,
-                               beams=beams, most=most, penalty=how.penalty, before=before, adjust=adjust,
-                               limits=None if limits is None else limits.to(device))
+        found, _ = beam_search(
+            lambda token: network.last(token, None, cache)[:, None],
+            cache,
+            begin=seen[:, -1],
+            ends=ends,
+            beams=beams,
+            most=most,
+            penalty=how.penalty,
+            before=before,
+            adjust=adjust,
+            limits=None if limits is None else limits.to(device),
+        )
     return [[i for i in row if i >= 0] for row in found[:, 0].tolist()]
 
 
@@ -167,4 +196,4 @@ def room(network: Any, prompts: Sequence[Sequence[int]], tokens: int) -> int:
 def grouped(lengths: Sequence[int], most: int = TOGETHER) -> list[list[int]]:
     """Places of prompts, those of similar length together, at most so many."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[first:first + most] for first in range(0, len(order), most)]
+    return [order[first : first + most] for first in range(0, len(order), most)]

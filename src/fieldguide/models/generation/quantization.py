@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map
 
 from fieldguide.core.errors import SettingsError
 
-MOST = 127       # -128 has no counterpart
-WIDE = 32        # what the product of eight bits reads at once; it minds no ends
-FEW = 32         # rows up to which the product of eight bits is quicker than making floats of the weights once
+MOST = 127  # -128 has no counterpart
+WIDE = 32  # what the product of eight bits reads at once; it minds no ends
+FEW = 32  # rows up to which the product of eight bits is quicker than making floats of the weights once
 
 
 class Int8(Tensor):
@@ -41,14 +41,14 @@ class Int8(Tensor):
         self.rough = scale.bfloat16()
 
     @classmethod
-    def of(cls, weight: Tensor) -> Int8:                 # O I
+    def of(cls, weight: Tensor) -> Int8:  # O I
         scale = weight.detach().abs().amax(1).clamp(min=torch.finfo(weight.dtype).tiny) / MOST
         return cls((weight.detach() / scale[:, None]).round().to(torch.int8), scale)
 
-    def floats(self) -> Tensor:                          # -> O I
+    def floats(self) -> Tensor:  # -> O I
         return self.whole * self.scale[:, None]
 
-    def linear(self, input: Tensor, bias: Tensor | None = None) -> Tensor:       # ... I -> ... O
+    def linear(self, input: Tensor, bias: Tensor | None = None) -> Tensor:  # ... I -> ... O
         rows = input.reshape(-1, input.shape[-1])
         if len(rows) > FEW or rows.shape[1] % WIDE or not rows.is_cpu:
             return F.linear(input, self.floats(), bias)
@@ -81,7 +81,7 @@ def shrink(network: nn.Module) -> nn.Module:
     layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Embedding) and not isinstance(m.weight, Int8)]
     if not any(isinstance(m, nn.Linear) for m in layers):
         raise SettingsError(f"{type(network).__name__} has no linear layers whose weights could be held in eight bits")
-    before = {id(m.weight): m.weight for m in layers}                            # a head may be a table, too
+    before = {id(m.weight): m.weight for m in layers}  # a head may be a table, too
     made = {key: nn.Parameter(Int8.of(weight), requires_grad=False) for key, weight in before.items()}
     for layer in layers:
         layer.weight = made[id(layer.weight)]

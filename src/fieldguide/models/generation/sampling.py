@@ -34,13 +34,17 @@ class Sampling:
     repetition: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, fine, what in (("temperature", self.temperature >= 0, "at least 0"), ("top_k", self.top_k >= 0, "at least 0"),
-                                 ("top_p", 0 < self.top_p <= 1, "in (0, 1]"), ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-                                 ("repetition", self.repetition > 0, "above 0")):
+        for name, fine, what in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition", self.repetition > 0, "above 0"),
+        ):
             if not fine:
                 raise SettingsError(f"{name}={getattr(self, name)} must be {what}.")
 
-    def punished(self, logits: Tensor, seen: Tensor) -> Tensor:                  # B V, B T (-1 = nothing) -> B V
+    def punished(self, logits: Tensor, seen: Tensor) -> Tensor:  # B V, B T (-1 = nothing) -> B V
         """Logits with those of tokens that were there made worse."""
         logits = logits.float()
         if self.repetition == 1:
@@ -48,7 +52,7 @@ class Sampling:
         worse = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
         return torch.where(occurs(seen, logits.shape[1]), worse, logits)
 
-    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:             # B V, B T (-1 = nothing) -> B V
+    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:  # B V, B T (-1 = nothing) -> B V
         logits = self.punished(logits, seen)
         if self.temperature == 0:
             return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
@@ -58,30 +62,39 @@ class Sampling:
         p = logits.softmax(-1)
         if self.top_p < 1:
             ordered, index = p.sort(dim=-1, descending=True, stable=True)
-            beyond = ordered.cumsum(-1) - ordered >= self.top_p                  # what stands before is enough
+            beyond = ordered.cumsum(-1) - ordered >= self.top_p  # what stands before is enough
             p = p.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), 0)
         if self.min_p:
             p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0)
         return p / p.sum(-1, keepdim=True)
 
-    def choose(self, logits: Tensor, seen: Tensor, uniform: Tensor) -> Tensor:   # B V, B T, B in [0, 1) -> B
+    def choose(self, logits: Tensor, seen: Tensor, uniform: Tensor) -> Tensor:  # B V, B T, B in [0, 1) -> B
         """The token at which the summed probability passes `uniform`: one number a row decides it."""
         if self.temperature == 0:
             return self.punished(logits, seen).argmax(-1)
         total = self.probabilities(logits, seen).double().cumsum(-1)
         return torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0].clamp(
-            max=logits.shape[-1] - 1)
+            max=logits.shape[-1] - 1
+        )
 
 
-def occurs(seen: Tensor, vocab: int) -> Tensor:                                  # B T (-1 = nothing) -> B V
+def occurs(seen: Tensor, vocab: int) -> Tensor:  # B T (-1 = nothing) -> B V
     """Which tokens each row holds."""
     counts = torch.zeros(len(seen), vocab + 1, device=seen.device)
     return counts.scatter(1, seen + 1, 1.0)[:, 1:] > 0
 
 
 @torch.inference_mode()
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, *, sampling: Sampling | None = None,
-             ends: Sequence[int] = (), seed: int = 0, numbers: Sequence[int] | None = None) -> Iterator[Tensor]:
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    *,
+    sampling: Sampling | None = None,
+    ends: Sequence[int] = (),
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
     """Goes on with every prompt, one token a row at a time: yields B int64, -1 for rows that have ended.
 
     Rows end after one of the tokens `ends`, which is yielded, or after `most` tokens; all ended, so does the iterator.
@@ -92,9 +105,13 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, *, s
     if not all(len(p) for p in prompts):
         raise SettingsError("there is nothing to go on from: a prompt is empty.")
     sampling, device, window = sampling or Sampling(), next(model.parameters()).device, model.config.length
-    chance = torch.stack([torch.rand(most, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(row)))
-                          for row in (range(len(prompts)) if numbers is None else numbers)]).to(device)
-    rows, mask = left_padded([list(p)[-(window - 1):] for p in prompts], device)
+    chance = torch.stack(
+        [
+            torch.rand(most, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(row)))
+            for row in (range(len(prompts)) if numbers is None else numbers)
+        ]
+    ).to(device)
+    rows, mask = left_padded([list(p)[-(window - 1) :] for p in prompts], device)
     history = torch.where(mask, rows, -1)
     cache = model.new_cache(len(rows), min(window, rows.shape[1] + most))
     logits = model.last(rows, None if mask.all() else mask, cache)
@@ -106,8 +123,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, *, s
         over = over | torch.isin(token, ending)
         if over.all() or step == most - 1:
             return
-        if cache.used == cache.length:                       # full: begin again with the newest half
-            rows, mask = left_padded([row[row >= 0][-(window // 2):].tolist() for row in history], device)
+        if cache.used == cache.length:  # full: begin again with the newest half
+            rows, mask = left_padded([row[row >= 0][-(window // 2) :].tolist() for row in history], device)
             cache = model.new_cache(len(rows), window)
             logits = model.last(rows, None if mask.all() else mask, cache)
         else:
@@ -115,7 +132,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, *, s
                 logits = model.last(token[:, None], cache=cache)
 
 
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:      # -> B T, B T bool
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:  # -> B T, B T bool
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows], device=device)
     return tokens, torch.arange(width, device=device) >= width - torch.tensor([[len(r)] for r in rows], device=device)

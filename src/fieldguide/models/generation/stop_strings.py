@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 def cut(text: str, stops: Sequence[str]) -> str:
     """A text up to the first of the stops in it."""
-    return text[:min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
 
 
-def pieces(tokens: Iterable[int], decode: Callable[[list[int]], str], ends: Collection[int] = (),
-           stops: Sequence[str] = ()) -> Iterator[str]:
+def pieces(
+    tokens: Iterable[int], decode: Callable[[list[int]], str], ends: Collection[int] = (), stops: Sequence[str] = ()
+) -> Iterator[str]:
     """Parts of a text that no later token changes. Half of a character, or of a stop, is held back until it is clear."""
     said: list[int] = []
     shown, longest = 0, max(map(len, stops), default=0)

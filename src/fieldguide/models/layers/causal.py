@@ -24,10 +24,11 @@ class CausalAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:    # B T D -> B T D
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # each B heads T d
+    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T d
         if cache is not None:
-            k, v = cache.put(layer, k, v)                                                    # B heads K d
-        x = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0,
-                                           is_causal=seen is None and q.shape[2] == k.shape[2])
+            k, v = cache.put(layer, k, v)  # B heads K d
+        x = F.scaled_dot_product_attention(
+            q, k, v, seen, self.dropout if self.training else 0.0, is_causal=seen is None and q.shape[2] == k.shape[2]
+        )
         return self.proj(x.transpose(1, 2).flatten(2))

@@ -17,8 +17,17 @@ class Cache:
     the rest: each source then stands for as many rows that follow one another, the beams of a search.
     """
 
-    def __init__(self, rows: int, length: int, layers: int, heads: int, dim: int, *,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        rows: int,
+        length: int,
+        layers: int,
+        heads: int,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
         shape = (rows, heads, length, dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -37,15 +46,15 @@ class Cache:
         if self.used + steps > self.length:
             raise IndexError(f"the cache has {self.length} places, {self.used} used: {steps} more do not fit")
         self.start, self.used = self.used, self.used + steps
-        self.real[:, self.start:self.used] = True if mask is None else mask
+        self.real[:, self.start : self.used] = True if mask is None else mask
         self.count += steps if mask is None else mask.sum(1)
         self.padded |= mask is not None
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values, B heads steps d; returns all so far, B heads used d."""
-        self.keys[layer][:, :, self.start:self.used] = key
-        self.values[layer][:, :, self.start:self.used] = value
-        return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
+        self.keys[layer][:, :, self.start : self.used] = key
+        self.values[layer][:, :, self.start : self.used] = value
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, int64 of the same number: how a beam search keeps its best beams.
@@ -53,7 +62,7 @@ class Cache:
         Where the source has fewer rows, each for as many beams in a row, beams must stay with their source.
         """
         for buffer in (*self.keys, *self.values):
-            buffer[:, :, :self.used] = buffer[rows, :, :self.used]
+            buffer[:, :, : self.used] = buffer[rows, :, : self.used]
         self.real, self.count = self.real[rows], self.count[rows]
         if self.cross is not None and len(self.cross[0][0][0]) == len(rows):
             pairs, mask = self.cross
@@ -72,7 +81,7 @@ def positions(steps: int, mask: Tensor | None, cache: Cache | None, device: torc
         return torch.arange(steps, device=device) + (cache.start if cache else 0)
     if cache is None:
         return (mask.cumsum(1) - 1).clamp(min=0)
-    new = torch.ones_like(cache.real[:, cache.start:cache.used]) if mask is None else mask
+    new = torch.ones_like(cache.real[:, cache.start : cache.used]) if mask is None else mask
     return ((cache.count - new.sum(1))[:, None] + new.cumsum(1) - 1).clamp(min=0)
 
 
@@ -85,7 +94,7 @@ def causal(steps: int, mask: Tensor | None, cache: Cache | None, device: torch.d
     """
     padded = mask is not None or (cache is not None and cache.padded)
     start, used = (cache.start, cache.used) if cache else (0, steps)
-    near = not window or used <= window                  # all that is there lies in the window
+    near = not window or used <= window  # all that is there lies in the window
     if near and not padded and (start == 0 or steps == 1):
         return None
     query, key = torch.arange(start, used, device=device)[:, None], torch.arange(used, device=device)

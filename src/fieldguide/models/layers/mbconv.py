@@ -32,7 +32,7 @@ class SqueezeExcitation(nn.Module):
         self.up = nn.Conv2d(hidden, dim, 1)
         self.act, self.gate = act, gate
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
         return x * self.gate(self.up(self.act(self.down(x.mean((2, 3), keepdim=True)))))
 
 
@@ -43,9 +43,22 @@ class InvertedResidual(nn.Module):
     where it has the shape of the output. `act` and the gate's functions take a tensor; `act` also `inplace`.
     """
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, kernel: int, stride: int = 1, *, squeeze: int = 0,
-                 act: Act = F.relu6, squeeze_act: Act = F.relu, gate: Act = torch.sigmoid, drop_path: float = 0.0,
-                 eps: float = 1e-5, padding: str = "symmetric"):
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        squeeze: int = 0,
+        act: Act = F.relu6,
+        squeeze_act: Act = F.relu,
+        gate: Act = torch.sigmoid,
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        padding: str = "symmetric",
+    ):
         super().__init__()
         self.expand = conv_norm(inputs, hidden, 1, eps=eps) if hidden != inputs else None
         self.depth = conv_norm(hidden, hidden, kernel, stride, hidden, eps=eps, padding=padding)
@@ -54,8 +67,8 @@ class InvertedResidual(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.residual, self.act = stride == 1 and inputs == outputs, act
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D' H/stride W/stride
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H/stride W/stride
         y = x if self.expand is None else self.act(self.expand(x), inplace=True)
         y = self.act(self.depth(y), inplace=True)
         y = self.project(y if self.squeeze is None else self.squeeze(y))
-        return self.drop_path(y).add_(x) if self.residual else y     # the normalisation does not need it any more
+        return self.drop_path(y).add_(x) if self.residual else y  # the normalisation does not need it any more

@@ -15,5 +15,5 @@ class Mlp(nn.Module):
         self.down = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:              # ... D -> ... D
+    def forward(self, x: Tensor) -> Tensor:  # ... D -> ... D
         return self.down(self.dropout(F.gelu(self.up(x))))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unevenness(scores: Tensor, used: int, real: Tensor | None = None) -> Tensor:         # N E, N bool -> a number
+def unevenness(scores: Tensor, used: int, real: Tensor | None = None) -> Tensor:  # N E, N bool -> a number
     """E times the sum over experts of the share of tokens that have it among their best `used`, times its mean probability;
     `used` where all are even. Only `real` tokens count: padding is served, and says nothing."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))

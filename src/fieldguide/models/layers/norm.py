@@ -15,7 +15,7 @@ class ChannelNorm(nn.LayerNorm):
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__(dim, eps)
 
-    def forward(self, x: Tensor) -> Tensor:              # B D H W -> B D H W
+    def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
 
@@ -24,5 +24,5 @@ class RMSNorm(nn.RMSNorm):
     """Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467) that stays fused where its input is of
     lower precision than its weight, as inside autocast."""
 
-    def forward(self, x: Tensor) -> Tensor:              # ... D -> ... D
+    def forward(self, x: Tensor) -> Tensor:  # ... D -> ... D
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -18,14 +18,15 @@ class Patches(nn.Conv2d):
     def __init__(self, channels: int, dim: int, side: int):
         super().__init__(channels, dim, side, side)
 
-    def forward(self, x: Tensor) -> Tensor:              # B C H W -> B D h w
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B D h w
         side = self.stride[0]
         down, right = -x.shape[2] % side, -x.shape[3] % side
         return super().forward(F.pad(x, (0, right, 0, down)) if down or right else x)
 
 
-def spread(places: Tensor, size: tuple[int, int], *, first: int = 1, antialias: bool = True,
-           offset: float = 0.0) -> Tensor:               # first + S S, D -> first + h w, D
+def spread(
+    places: Tensor, size: tuple[int, int], *, first: int = 1, antialias: bool = True, offset: float = 0.0
+) -> Tensor:  # first + S S, D -> first + h w, D
     """The places of a square grid, for a grid of another `size` (rows, columns): bicubic, in no less than float32.
 
     The `first` places are of tokens that are no patches, and stay. With an `offset`, the grid is stretched by

@@ -23,8 +23,9 @@ class Recurrent(nn.Module):
     bias 1 (Gers et al. 2000).
     """
 
-    def __init__(self, cell: type[nn.RNNBase], dim: int, hidden: int, depth: int = 1, directions: int = 1,
-                 dropout: float = 0.0):
+    def __init__(
+        self, cell: type[nn.RNNBase], dim: int, hidden: int, depth: int = 1, directions: int = 1, dropout: float = 0.0
+    ):
         super().__init__()
         if directions not in (1, 2):
             raise SettingsError(f"directions={directions}: a row is read in 1 or 2 directions")
@@ -32,9 +33,9 @@ class Recurrent(nn.Module):
             raise SettingsError(f"depth={depth}: a stack has at least one layer")
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
-            nn.ModuleList(cell(hidden * directions if i else dim, hidden, batch_first=True)
-                          for _ in range(directions))
-            for i in range(depth))
+            nn.ModuleList(cell(hidden * directions if i else dim, hidden, batch_first=True) for _ in range(directions))
+            for i in range(depth)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -45,12 +46,12 @@ class Recurrent(nn.Module):
                 nn.init.xavier_uniform_(gate)
             nn.init.zeros_(rnn.bias_ih_l0)
             nn.init.zeros_(rnn.bias_hh_l0)
-            if isinstance(rnn, nn.LSTM):                 # gates lie in the order input, forget, cell, output
-                nn.init.ones_(rnn.bias_ih_l0[rnn.hidden_size:2 * rnn.hidden_size])
+            if isinstance(rnn, nn.LSTM):  # gates lie in the order input, forget, cell, output
+                nn.init.ones_(rnn.bias_ih_l0[rnn.hidden_size : 2 * rnn.hidden_size])
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:     # B T D, B T -> B directions*H
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # B T D, B T -> B directions*H
         length = x.new_full(x.shape[:1], x.shape[1], dtype=torch.int64) if mask is None else lengths(mask)
-        states = []                                      # of each direction, B T H
+        states = []  # of each direction, B T H
         for forwards, *backwards in self.layers:
             if states:
                 first, *others = states

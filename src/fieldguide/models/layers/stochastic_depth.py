@@ -26,7 +26,7 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         return f"p={self.p:g}"
 
-    def forward(self, x: Tensor) -> Tensor:              # B ... -> B ...
+    def forward(self, x: Tensor) -> Tensor:  # B ... -> B ...
         if not self.training or self.p == 0:
             return x
         kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.p)

@@ -30,7 +30,7 @@ class OneHot(nn.Module):
         self.register_buffer("offsets", _offsets(sizes), persistent=False)
         self.register_buffer("keep", keep, persistent=False)
 
-    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:       # B K int64 -> B width
+    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:  # B K int64 -> B width
         full = torch.zeros(x.shape[0], self.width + x.shape[1], dtype=dtype, device=x.device)
         return full.scatter(1, x + self.offsets, 1.0)[:, self.keep]
 
@@ -49,10 +49,10 @@ class CategoryEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -self.weight.shape[1] ** -0.5, self.weight.shape[1] ** -0.5)
+        nn.init.uniform_(self.weight, -(self.weight.shape[1] ** -0.5), self.weight.shape[1] ** -0.5)
         self.weight[self.offsets] = 0.0
 
-    def forward(self, x: Tensor) -> Tensor:              # B K int64 -> B K D
+    def forward(self, x: Tensor) -> Tensor:  # B K int64 -> B K D
         return nn.functional.embedding(x + self.offsets, self.weight)
 
 
@@ -102,8 +102,8 @@ class PiecewiseLinear(nn.Module):
             raise SettingsError(f"the edges of column {column} do not increase: {edges[column].tolist()}")
         self.edges.copy_(edges)
 
-    def forward(self, x: Tensor) -> Tensor:              # B N -> B N D
-        part = (x[..., None] - self.edges[:, :-1]) / self.edges.diff(dim=1)           # B N bins
+    def forward(self, x: Tensor) -> Tensor:  # B N -> B N D
+        part = (x[..., None] - self.edges[:, :-1]) / self.edges.diff(dim=1)  # B N bins
         part = part.clamp(self.low, self.high)
-        curve = torch.bmm(part.transpose(0, 1), self.curve).transpose(0, 1)           # one product a column
+        curve = torch.bmm(part.transpose(0, 1), self.curve).transpose(0, 1)  # one product a column
         return curve + self.bias + self.weight * x[..., None]

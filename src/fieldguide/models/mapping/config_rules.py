@@ -40,7 +40,7 @@ class Known:
     """The key is our field, and its values are called otherwise there."""
 
     ours: str
-    values: Mapping[Any, Any]                            # theirs -> ours
+    values: Mapping[Any, Any]  # theirs -> ours
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ class Reshaped:
     """The public tensor holds the same numbers in the same order in another shape; one length of each may be -1."""
 
     ours: str
-    here: tuple[int, ...]                                # shape of ours
-    there: tuple[int, ...]                               # shape of the public tensor
+    here: tuple[int, ...]  # shape of ours
+    there: tuple[int, ...]  # shape of the public tensor
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,13 @@ class GRU(Reader):
 
 
 CARD = Card(
-    name="gru", model=GRU, config=Config, paper="arXiv:1406.1078", year=2014, takes="tokens", gives="label",
+    name="gru",
+    model=GRU,
+    config=Config,
+    paper="arXiv:1406.1078",
+    year=2014,
+    takes="tokens",
+    gives="label",
     sizes={
         "gru-s": Size(),
         "gru-m": Size(dim=256, hidden=512, depth=2),

@@ -22,7 +22,13 @@ class LSTM(Reader):
 
 
 CARD = Card(
-    name="lstm", model=LSTM, config=Config, paper="doi:10.1162/neco.1997.9.8.1735", year=1997, takes="tokens", gives="label",
+    name="lstm",
+    model=LSTM,
+    config=Config,
+    paper="doi:10.1162/neco.1997.9.8.1735",
+    year=1997,
+    takes="tokens",
+    gives="label",
     sizes={
         "lstm-s": Size(),
         "lstm-m": Size(dim=256, hidden=512, depth=2),

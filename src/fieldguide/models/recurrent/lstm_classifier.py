@@ -20,8 +20,8 @@ from fieldguide.models.layers.padding import lengths, pick
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 10_000
-    embed_dim: int = 128         # E
-    hidden: int = 256            # H
+    embed_dim: int = 128  # E
+    hidden: int = 256  # H
     num_classes: int = 2
 
 
@@ -34,15 +34,20 @@ class LSTMClassifier(nn.Module):
         self.lstm = nn.LSTM(embed_dim, hidden, num_layers=2, batch_first=True, dropout=0.3)
         self.fc = nn.Linear(hidden, num_classes)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:          # B T, B T -> B classes
-        states, _ = self.lstm(self.emb(x))                                       # B T H, of the last layer
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B classes
+        states, _ = self.lstm(self.emb(x))  # B T H, of the last layer
         return self.fc(states[:, -1] if mask is None else pick(states, lengths(mask) - 1))
 
 
 CARD = Card(
-    name="lstm-classifier", model=LSTMClassifier, config=Config,
+    name="lstm-classifier",
+    model=LSTMClassifier,
+    config=Config,
     build=lambda config: LSTMClassifier(**asdict(config)),
-    paper="doi:10.1162/neco.1997.9.8.1735", year=1997, takes="tokens", gives="label",
+    paper="doi:10.1162/neco.1997.9.8.1735",
+    year=1997,
+    takes="tokens",
+    gives="label",
     names={"vocab": "vocab_size", "dim": "embed_dim", "classes": "num_classes"},
     sizes={
         "lstm-classifier": Size(params=2_202_114, source="the guide's code"),

@@ -22,7 +22,13 @@ class RNN(Reader):
 
 
 CARD = Card(
-    name="rnn", model=RNN, config=Config, paper="doi:10.1207/s15516709cog1402_1", year=1990, takes="tokens", gives="label",
+    name="rnn",
+    model=RNN,
+    config=Config,
+    paper="doi:10.1207/s15516709cog1402_1",
+    year=1990,
+    takes="tokens",
+    gives="label",
     sizes={
         "rnn-s": Size(directions=1),
         "rnn-m": Size(dim=256, hidden=512, depth=2, directions=1),

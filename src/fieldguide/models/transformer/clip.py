@@ -40,22 +40,22 @@ from fieldguide.models.transformer._shared.clip_checkpoints import (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "embeddings"    # embeddings, or label: the answer to a question about the picture
-    classes: int = 0             # answers
-    channels: int = 3            # C
-    image: int = 224             # S
-    patch: int = 32              # P
-    dim: int = 768               # D of the picture's tower
+    gives: str = "embeddings"  # embeddings, or label: the answer to a question about the picture
+    classes: int = 0  # answers
+    channels: int = 3  # C
+    image: int = 224  # S
+    patch: int = 32  # P
+    dim: int = 768  # D of the picture's tower
     depth: int = 12
     heads: int = 12
     vocab: int = 49_408
-    length: int = 77             # longest text, tokens
-    end: int = 49_407            # token that ends a text: where texts without a mask are read out
-    text_dim: int = 512          # D of the text's tower
+    length: int = 77  # longest text, tokens
+    end: int = 49_407  # token that ends a text: where texts without a mask are read out
+    text_dim: int = 512  # D of the text's tower
     text_depth: int = 12
     text_heads: int = 8
-    embed: int = 512             # E
-    quick: bool = True           # x sigmoid(1.702 x) in place of GELU, as the authors have it; open_clip's own have GELU
+    embed: int = 512  # E
+    quick: bool = True  # x sigmoid(1.702 x) in place of GELU, as the authors have it; open_clip's own have GELU
 
 
 class Block(nn.Module):
@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.ModuleDict({"up": nn.Linear(dim, 4 * dim), "down": nn.Linear(4 * dim, dim)})
 
-    def forward(self, x: Tensor) -> Tensor:              # B T D -> B T D
+    def forward(self, x: Tensor) -> Tensor:  # B T D -> B T D
         y = self.norm1(x)
         x = x + (self.attn(y, None, None, 0) if self.causal else self.attn(y))
         y = self.mlp["up"](self.norm2(x))
@@ -81,8 +81,8 @@ def start(tower: nn.Module, depth: int) -> None:
     for name, module in tower.named_modules():
         if isinstance(module, nn.Linear):
             dim = module.out_features if name.endswith("down") else module.in_features
-            std = (2 * dim) ** -0.5 if name.endswith("up") else dim ** -0.5
-            if name.endswith(("attn.proj", "down")):     # added to the residual path
+            std = (2 * dim) ** -0.5 if name.endswith("up") else dim**-0.5
+            if name.endswith(("attn.proj", "down")):  # added to the residual path
                 std *= (2 * depth) ** -0.5
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
@@ -120,25 +120,25 @@ class Vision(nn.Module):
     def refit(self, name: str, tensor: Tensor) -> Tensor | None:
         """Places learnt for pictures of another size, spread over those of this network."""
         grid = math.isqrt(max(len(tensor) - 1, 0)) if tensor.ndim == 2 else 0
-        square = name == "pos.weight" and grid and len(tensor) == 1 + grid ** 2
+        square = name == "pos.weight" and grid and len(tensor) == 1 + grid**2
         return spread(tensor, (self.grid, self.grid)) if square else None
 
-    def tokens(self, image: Tensor) -> Tensor:           # B C S S -> B N D, before the blocks
+    def tokens(self, image: Tensor) -> Tensor:  # B C S S -> B N D, before the blocks
         fits(image, self.side)
         x = self.patch(image).flatten(2).mT
         x = torch.cat([self.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], 1)
         return self.norm_pre(x + self.pos.weight)
 
-    def features(self, image: Tensor) -> Tensor:         # B C S S -> B N D, after the blocks
+    def features(self, image: Tensor) -> Tensor:  # B C S S -> B N D, after the blocks
         x = self.tokens(image)
         for block in self.blocks:
             x = block(x)
         return x
 
-    def forward(self, image: Tensor) -> Tensor:          # B C S S -> B E
+    def forward(self, image: Tensor) -> Tensor:  # B C S S -> B E
         return self.proj(self.norm(self.features(image)[:, 0]))
 
-    def attention(self, image: Tensor) -> Tensor:        # B C S S -> B depth heads N N
+    def attention(self, image: Tensor) -> Tensor:  # B C S S -> B depth heads N N
         """How much each place (row) looks at each other (column), in every block: rows sum to 1."""
         x, maps = self.tokens(image), []
         for block in self.blocks:
@@ -146,7 +146,7 @@ class Vision(nn.Module):
             x = block(x)
         return torch.stack(maps, 1)
 
-    def seen(self, image: Tensor) -> Tensor:             # B C S S -> B S/P S/P
+    def seen(self, image: Tensor) -> Tensor:  # B C S S -> B S/P S/P
         """How much each patch counts for the picture's vector: rollout, read at the class token."""
         return rollout(self.attention(image).unbind(1))[:, 0, 1:].unflatten(1, (self.grid, self.grid))
 
@@ -167,24 +167,26 @@ class Text(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.pos.weight, std=0.01)
 
-    def last(self, tokens: Tensor, mask: Tensor | None) -> Tensor:               # B T, B T -> B
+    def last(self, tokens: Tensor, mask: Tensor | None) -> Tensor:  # B T, B T -> B
         """Where each text ends: at its last real token, or at its first `end` token where there is no mask."""
         if mask is not None:
             return lengths(mask) - 1
         ends = tokens == self.end
         return torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:     # B T, B T -> B E
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B E
         if (steps := tokens.shape[1]) > self.length:
-            raise DataError(f"a text of {steps} tokens is longer than length={self.length}; cut the texts or create the "
-                            "network with a larger length")
+            raise DataError(
+                f"a text of {steps} tokens is longer than length={self.length}; cut the texts or create the "
+                "network with a larger length"
+            )
         x = self.embed(tokens) + self.pos.weight[:steps]
         for block in self.blocks:
-            x = block(x)                                 # no token looks ahead, so none sees the padding that follows
+            x = block(x)  # no token looks ahead, so none sees the padding that follows
         return self.proj(self.norm(pick(x, self.last(tokens, mask))))
 
 
-def unit(x: Tensor) -> Tensor:                           # B E -> B E
+def unit(x: Tensor) -> Tensor:  # B E -> B E
     """Vectors of length 1, in no less than float32."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
@@ -200,11 +202,11 @@ class Answers(nn.Module):
 
     def reset_parameters(self) -> None:
         for layer in (self.up, self.head):
-            nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:                    # B E, B E of length 1 -> B K
-        image, text = (x * x.shape[-1] ** 0.5 for x in (image, text))            # numbers about 1
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:  # B E, B E of length 1 -> B K
+        image, text = (x * x.shape[-1] ** 0.5 for x in (image, text))  # numbers about 1
         x = torch.cat([image, text, image * text], -1)
         return self.head(self.norm(F.gelu(self.up(x.to(self.up.weight.dtype)))))
 
@@ -216,9 +218,9 @@ class CLIP(nn.Module):
     pictures and questions -> logits of the answers, by a head on both vectors.
     """
 
-    tower: ClassVar[type[nn.Module]] = Vision            # that reads pictures
+    tower: ClassVar[type[nn.Module]] = Vision  # that reads pictures
     heads: ClassVar[tuple[str, ...]] = ("logit_scale", "answers")
-    towers: ClassVar[tuple[str, ...]] = ("vision", "text")                       # neither stands on the other
+    towers: ClassVar[tuple[str, ...]] = ("vision", "text")  # neither stands on the other
 
     def __init__(self, config: Config):
         super().__init__()
@@ -238,13 +240,13 @@ class CLIP(nn.Module):
         else:
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
 
-    def encode_image(self, image: Tensor) -> Tensor:     # B C S S -> B E, of length 1
+    def encode_image(self, image: Tensor) -> Tensor:  # B C S S -> B E, of length 1
         return unit(self.vision(image))
 
-    def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:     # B T, B T -> B E, of length 1
+    def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B E, of length 1
         return unit(self.text(tokens, mask))
 
-    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:      # B C S S, B T -> B 2 E, B K
+    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B C S S, B T -> B 2 E, B K
         image, text = self.encode_image(image), self.encode_text(tokens, mask)
         if self.config.gives == "label":
             return self.answers(image, text)
@@ -260,7 +262,12 @@ class CLIP(nn.Module):
 L14 = {"patch": 14, "dim": 1024, "depth": 24, "heads": 16, "text_dim": 768, "text_heads": 12, "embed": 768}
 
 CARD = Card(
-    name="clip", model=CLIP, config=Config, paper="arXiv:2103.00020", year=2021, takes="captioned",
+    name="clip",
+    model=CLIP,
+    config=Config,
+    paper="arXiv:2103.00020",
+    year=2021,
+    takes="captioned",
     gives=("embeddings", "label"),
     sizes={
         "clip-b32": Size(params=151_277_313, source="openai/clip-vit-base-patch32"),
@@ -268,18 +275,69 @@ CARD = Card(
         "clip-l14": Size(**L14, params=427_616_513, source="openai/clip-vit-large-patch14"),
         "clip-l14-336": Size(image=336, **L14, params=427_944_193, source="openai/clip-vit-large-patch14-336"),
         "clip-b32-laion2b": Size(quick=False, params=151_277_313, source="laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
-        "clip-h14-laion2b": Size(patch=14, dim=1280, depth=32, heads=16, text_dim=1024, text_depth=24, text_heads=16,
-                                 embed=1024, quick=False, params=986_109_441, source="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        "clip-h14-laion2b": Size(
+            patch=14,
+            dim=1280,
+            depth=32,
+            heads=16,
+            text_dim=1024,
+            text_depth=24,
+            text_heads=16,
+            embed=1024,
+            quick=False,
+            params=986_109_441,
+            source="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        ),
         # Small ones to be trained from nothing, on pictures of 96 and 64 pixels.
-        "clip-tiny": Size(image=96, patch=12, dim=192, depth=6, heads=3, vocab=8192, length=32, end=8191, text_dim=192,
-                          text_depth=4, text_heads=3, embed=192, quick=False),
-        "clip-mini": Size(image=64, patch=8, dim=128, depth=4, heads=2, vocab=4096, length=32, end=4095, text_dim=128,
-                          text_depth=2, text_heads=2, embed=128, quick=False),
-        "clip-test": Size(image=12, patch=4, channels=2, dim=16, depth=2, heads=2, vocab=30, length=12, end=29,
-                          text_dim=12, text_depth=2, text_heads=3, embed=8),
+        "clip-tiny": Size(
+            image=96,
+            patch=12,
+            dim=192,
+            depth=6,
+            heads=3,
+            vocab=8192,
+            length=32,
+            end=8191,
+            text_dim=192,
+            text_depth=4,
+            text_heads=3,
+            embed=192,
+            quick=False,
+        ),
+        "clip-mini": Size(
+            image=64,
+            patch=8,
+            dim=128,
+            depth=4,
+            heads=2,
+            vocab=4096,
+            length=32,
+            end=4095,
+            text_dim=128,
+            text_depth=2,
+            text_heads=2,
+            embed=128,
+            quick=False,
+        ),
+        "clip-test": Size(
+            image=12,
+            patch=4,
+            channels=2,
+            dim=16,
+            depth=2,
+            heads=2,
+            vocab=30,
+            length=12,
+            end=29,
+            text_dim=12,
+            text_depth=2,
+            text_heads=3,
+            embed=8,
+        ),
     },
     weights={"huggingface": HUGGINGFACE, "openai": OPENAI, "openclip": OPENAI, "openclip-text": OPENCLIP},
-    configs={"huggingface": CONFIG, "openclip": OPENCLIP_CONFIG}, scale=SCALE,
+    configs={"huggingface": CONFIG, "openclip": OPENCLIP_CONFIG},
+    scale=SCALE,
     # Table 19, but for Muon: the sample `captions` in 2 minutes of one core, mean recall .50 with adamw at 5e-4, .55 so.
     recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.2, "beta2": 0.98, "clip": 1.0, "warmup": 0.1},
 )

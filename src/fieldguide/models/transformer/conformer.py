@@ -26,14 +26,14 @@ from fieldguide.models.mapping.key_rules import Fused
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 1024            # symbols with the blank, which is 0
-    features: int = 80           # F, mel bands
-    dim: int = 144               # D
+    vocab: int = 1024  # symbols with the blank, which is 0
+    features: int = 80  # F, mel bands
+    dim: int = 144  # D
     depth: int = 16
     heads: int = 4
-    growth: int = 4              # width inside a feed-forward network, in D
-    kernel: int = 31             # frames that the depthwise convolution sees; odd. The paper's 32 has no middle
-    dropout: float = 0.1         # on what each module adds, and inside the feed-forward networks
+    growth: int = 4  # width inside a feed-forward network, in D
+    kernel: int = 31  # frames that the depthwise convolution sees; odd. The paper's 32 has no middle
+    dropout: float = 0.1  # on what each module adds, and inside the feed-forward networks
 
 
 class Subsampling(nn.Module):
@@ -48,14 +48,14 @@ class Subsampling(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
         self.proj = nn.Linear(dim * -(-features // 4), dim)
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:              # B T F, B -> B S D
-        x = x[:, None]                                                           # B 1 T F
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:  # B T F, B -> B S D
+        x = x[:, None]  # B 1 T F
         for conv in (self.conv1, self.conv2):
             if lengths is not None:
                 x = x * (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None, :, None]
                 lengths = (lengths + 1) // 2
             x = F.relu(conv(x))
-        return self.proj(x.transpose(1, 2).flatten(2))                           # channels, then bands
+        return self.proj(x.transpose(1, 2).flatten(2))  # channels, then bands
 
 
 class FeedForward(nn.Module):
@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:              # B S D -> B S D
+    def forward(self, x: Tensor) -> Tensor:  # B S D -> B S D
         return self.dropout(self.down(self.dropout(F.silu(self.up(self.norm(x))))))
 
 
@@ -87,13 +87,13 @@ class RelativeAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:     # B S D, 2S D, B S bool -> B S D
+    def forward(self, x: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:  # B S D, 2S D, B S bool -> B S D
         steps = x.shape[1]
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # each B heads S d
-        r = self.pos(places).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)                        # heads d 2S
-        bias = (q + self.v[:, None]) @ r * q.shape[-1] ** -0.5                                       # B heads S 2S
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads S d
+        r = self.pos(places).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)  # heads d 2S
+        bias = (q + self.v[:, None]) @ r * q.shape[-1] ** -0.5  # B heads S 2S
         # Row i wants the distances i, i-1, ... i-S+1, which begin at column S-1-i: each row one earlier than the last.
-        bias = bias.flatten(-2)[..., steps - 1:-1].unflatten(-1, (steps, 2 * steps - 1))[..., :steps]
+        bias = bias.flatten(-2)[..., steps - 1 : -1].unflatten(-1, (steps, 2 * steps - 1))[..., :steps]
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
         q = q + self.u[:, None]
@@ -104,7 +104,7 @@ class RelativeAttention(nn.Module):
 class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation whose statistics are those of real frames only, in training too."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:          # B D S, B S bool -> B D S
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # B D S, B S bool -> B D S
         if mask is None or not self.training:
             return super().forward(x)
         x32 = x if x.dtype == torch.float64 else x.float()
@@ -133,8 +133,8 @@ class Convolution(nn.Module):
         self.down = nn.Conv1d(dim, dim, 1, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # B S D, B S bool -> B S D
-        y = F.glu(self.up(self.norm1(x).transpose(1, 2)), 1)                     # B D S
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # B S D, B S bool -> B S D
+        y = F.glu(self.up(self.norm1(x).transpose(1, 2)), 1)  # B D S
         if mask is not None:
             y = y * mask[:, None]
         y = self.down(F.silu(self.norm2(self.conv(y), mask)))
@@ -152,7 +152,7 @@ class Block(nn.Module):
         self.mlp2 = FeedForward(c.dim, c.growth * c.dim, c.dropout)
         self.norm = nn.LayerNorm(c.dim)
 
-    def forward(self, x: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:     # B S D -> B S D
+    def forward(self, x: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:  # B S D -> B S D
         x = x + self.mlp1(x) / 2
         x = x + self.attn(x, places, mask)
         x = x + self.conv(x, mask)
@@ -167,7 +167,7 @@ class Conformer(nn.Module):
     one that `heads` does not divide, and `DataError` for another number of features.
     """
 
-    stride = 4                   # frames of the spectrogram to one of the logits
+    stride = 4  # frames of the spectrogram to one of the logits
 
     def __init__(self, config: Config):
         super().__init__()
@@ -185,7 +185,7 @@ class Conformer(nn.Module):
         """Logits for so many frames of features; whole numbers or tensors of them."""
         return (lengths + self.stride - 1) // self.stride
 
-    def places(self, x: Tensor) -> Tensor:               # B S D -> 2S D
+    def places(self, x: Tensor) -> Tensor:  # B S D -> 2S D
         """Sinusoids of the distances S-1, ..., 0, ..., -S: to what stands before is positive."""
         steps, dim = x.shape[1:]
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32
@@ -194,10 +194,11 @@ class Conformer(nn.Module):
         angle = distance[:, None] * rate
         return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
-    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:    # B T F, B -> B S vocab
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:  # B T F, B -> B S vocab
         if features.shape[-1] != self.config.features:
-            raise DataError(f"frames have {features.shape[-1]} features, the network was made for "
-                            f"features={self.config.features}")
+            raise DataError(
+                f"frames have {features.shape[-1]} features, the network was made for features={self.config.features}"
+            )
         x = self.dropout(self.stem(features, lengths))
         mask = None
         if lengths is not None:
@@ -209,29 +210,34 @@ class Conformer(nn.Module):
 
 
 LAYER = "wav2vec2_conformer.encoder.layers.{i}."
-HUGGINGFACE_LAYERS = {           # blocks and head of Wav2Vec2ConformerForCTC with relative positions, which hears waveforms
-    LAYER + "ffn{k}_layer_norm.*":                  "blocks.{i}.mlp{k}.norm.*",
-    LAYER + "ffn{k}.intermediate_dense.*":          "blocks.{i}.mlp{k}.up.*",
-    LAYER + "ffn{k}.output_dense.*":                "blocks.{i}.mlp{k}.down.*",
-    LAYER + "self_attn_layer_norm.*":               "blocks.{i}.attn.norm.*",
-    LAYER + "self_attn.linear_q.*":                 Fused("blocks.{i}.attn.qkv.*", 0, 3),
-    LAYER + "self_attn.linear_k.*":                 Fused("blocks.{i}.attn.qkv.*", 1, 3),
-    LAYER + "self_attn.linear_v.*":                 Fused("blocks.{i}.attn.qkv.*", 2, 3),
-    LAYER + "self_attn.linear_pos.*":               "blocks.{i}.attn.pos.*",
-    LAYER + "self_attn.pos_bias_*":                 "blocks.{i}.attn.*",
-    LAYER + "self_attn.linear_out.*":               "blocks.{i}.attn.proj.*",
-    LAYER + "conv_module.layer_norm.*":             "blocks.{i}.conv.norm1.*",
-    LAYER + "conv_module.pointwise_conv1.*":        "blocks.{i}.conv.up.*",
-    LAYER + "conv_module.depthwise_conv.*":         "blocks.{i}.conv.conv.*",
-    LAYER + "conv_module.batch_norm.*":             "blocks.{i}.conv.norm2.*",
-    LAYER + "conv_module.pointwise_conv2.*":        "blocks.{i}.conv.down.*",
-    LAYER + "final_layer_norm.*":                   "blocks.{i}.norm.*",
-    "lm_head.*":                                    "head.*",
+HUGGINGFACE_LAYERS = {  # blocks and head of Wav2Vec2ConformerForCTC with relative positions, which hears waveforms
+    LAYER + "ffn{k}_layer_norm.*": "blocks.{i}.mlp{k}.norm.*",
+    LAYER + "ffn{k}.intermediate_dense.*": "blocks.{i}.mlp{k}.up.*",
+    LAYER + "ffn{k}.output_dense.*": "blocks.{i}.mlp{k}.down.*",
+    LAYER + "self_attn_layer_norm.*": "blocks.{i}.attn.norm.*",
+    LAYER + "self_attn.linear_q.*": Fused("blocks.{i}.attn.qkv.*", 0, 3),
+    LAYER + "self_attn.linear_k.*": Fused("blocks.{i}.attn.qkv.*", 1, 3),
+    LAYER + "self_attn.linear_v.*": Fused("blocks.{i}.attn.qkv.*", 2, 3),
+    LAYER + "self_attn.linear_pos.*": "blocks.{i}.attn.pos.*",
+    LAYER + "self_attn.pos_bias_*": "blocks.{i}.attn.*",
+    LAYER + "self_attn.linear_out.*": "blocks.{i}.attn.proj.*",
+    LAYER + "conv_module.layer_norm.*": "blocks.{i}.conv.norm1.*",
+    LAYER + "conv_module.pointwise_conv1.*": "blocks.{i}.conv.up.*",
+    LAYER + "conv_module.depthwise_conv.*": "blocks.{i}.conv.conv.*",
+    LAYER + "conv_module.batch_norm.*": "blocks.{i}.conv.norm2.*",
+    LAYER + "conv_module.pointwise_conv2.*": "blocks.{i}.conv.down.*",
+    LAYER + "final_layer_norm.*": "blocks.{i}.norm.*",
+    "lm_head.*": "head.*",
 }
 
 CARD = Card(
-    name="conformer", model=Conformer, config=Config, paper="arXiv:2005.08100", year=2020,
-    takes="speech", gives="ctc",
+    name="conformer",
+    model=Conformer,
+    config=Config,
+    paper="arXiv:2005.08100",
+    year=2020,
+    takes="speech",
+    gives="ctc",
     sizes={
         # No count of these is published. Table 1 has 10.3, 30.7 and 118.8 million with a transducer's LSTM and joint network
         # and kernels of 32; these have 8,850,112, 27,574,272 and 115,601,920, head included. The blocks alone have
@@ -240,7 +246,7 @@ CARD = Card(
         "conformer-s": Size(),
         "conformer-m": Size(dim=256),
         "conformer-l": Size(dim=512, depth=17, heads=8),
-        "conformer-xs": Size(dim=64, depth=4, kernel=15),            # ours, for an hour of speech or less
+        "conformer-xs": Size(dim=64, depth=4, kernel=15),  # ours, for an hour of speech or less
         "conformer-test": Size(vocab=7, features=6, dim=8, depth=2, heads=2, growth=2, kernel=3, dropout=0.0),
     },
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "warmup": 0.1, "beta2": 0.98},

@@ -28,20 +28,20 @@ from fieldguide.models.transformer._shared.disentangled_attention import Distanc
 from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
 
-EPS = 1e-7        # of the normalisations
+EPS = 1e-7  # of the normalisations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "words"         # words, label, labels, span or vector
+    gives: str = "words"  # words, label, labels, span or vector
     vocab: int = 50_265
-    classes: int = 2             # of a label, or of labels
-    length: int = 512            # longest row, tokens
-    far: int = 512               # longest distance that is told from longer ones
-    dim: int = 768               # D
+    classes: int = 2  # of a label, or of labels
+    length: int = 512  # longest row, tokens
+    far: int = 512  # longest distance that is told from longer ones
+    dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    hidden: int = 3072           # width inside the two-layer networks
+    hidden: int = 3072  # width inside the two-layer networks
     dropout: float = 0.1
 
 
@@ -55,18 +55,27 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-        self.far_k = nn.Linear(dim, dim, bias=False)     # of distances
+        self.far_k = nn.Linear(dim, dim, bias=False)  # of distances
         self.far_q = nn.Linear(dim, dim)
         self.far_dropout = nn.Dropout(dropout)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None, far: Tensor) -> Tensor:    # B T D, B T, R D -> B T D
+    def forward(self, x: Tensor, mask: Tensor | None, far: Tensor) -> Tensor:  # B T D, B T, R D -> B T D
         q_bias, v_bias = self.q_bias.unflatten(0, (self.heads, -1)), self.v_bias.unflatten(0, (self.heads, -1))
         qkv = F.linear(x, self.qkv.weight, torch.stack([q_bias, torch.zeros_like(q_bias), v_bias], 1).flatten())
         q, k, v = qkv.unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)  # each B heads T d
         far = self.far_dropout(far)
-        return self.proj(attend(q, k, v, heads_of(self.far_k(far), self.heads), heads_of(self.far_q(far), self.heads),
-                                mask, self.dropout if self.training else 0.0))
+        return self.proj(
+            attend(
+                q,
+                k,
+                v,
+                heads_of(self.far_k(far), self.heads),
+                heads_of(self.far_q(far), self.heads),
+                mask,
+                self.dropout if self.training else 0.0,
+            )
+        )
 
 
 class Deberta(TextEncoder):
@@ -81,8 +90,9 @@ class Deberta(TextEncoder):
         self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
         self.far = nn.Embedding(2 * c.far, c.dim)
         self.distances = Distances(range(c.length), c.far)
-        self.blocks = nn.ModuleList(PostNorm(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS)
-                                    for _ in range(c.depth))
+        self.blocks = nn.ModuleList(
+            PostNorm(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS) for _ in range(c.depth)
+        )
         self.add_head(c.dim, c.dropout, EPS)
         self.start(0.02 * max(1.0, 768 / c.dim) ** 0.5)
 
@@ -102,19 +112,23 @@ class Deberta(TextEncoder):
 def huggingface(config: Config) -> dict[str, Row]:
     """Names in files of transformers and of the authors, of the encoder alone or with a head."""
     names: dict[str, Row] = {}
-    for before in ("deberta.", ""):                      # a file of the encoder alone has no prefix
+    for before in ("deberta.", ""):  # a file of the encoder alone has no prefix
         words, attn = before + "embeddings.", before + "encoder.layer.{i}.attention.self."
-        names |= {
-            words + "word_embeddings.weight":          "word.weight",
-            words + "position_ids":                    Dropped("0, 1, 2, ..."),
-            words + "position_embeddings.weight":      "next.places.weight",     # of a decoder for pre-training
-            before + "encoder.rel_embeddings.weight":  "far.weight",
-            attn + "in_proj.weight":                  "blocks.{i}.attn.qkv.weight",
-            attn + "q_bias":                          "blocks.{i}.attn.q_bias",
-            attn + "v_bias":                          "blocks.{i}.attn.v_bias",
-            attn + "pos_proj.*":                      "blocks.{i}.attn.far_k.*",
-            attn + "pos_q_proj.*":                    "blocks.{i}.attn.far_q.*",
-        } | norm(words + "LayerNorm", "norm") | {name: row for name, row in layers(before).items() if isinstance(row, str)}
+        names |= (
+            {
+                words + "word_embeddings.weight": "word.weight",
+                words + "position_ids": Dropped("0, 1, 2, ..."),
+                words + "position_embeddings.weight": "next.places.weight",  # of a decoder for pre-training
+                before + "encoder.rel_embeddings.weight": "far.weight",
+                attn + "in_proj.weight": "blocks.{i}.attn.qkv.weight",
+                attn + "q_bias": "blocks.{i}.attn.q_bias",
+                attn + "v_bias": "blocks.{i}.attn.v_bias",
+                attn + "pos_proj.*": "blocks.{i}.attn.far_k.*",
+                attn + "pos_q_proj.*": "blocks.{i}.attn.far_q.*",
+            }
+            | norm(words + "LayerNorm", "norm")
+            | {name: row for name, row in layers(before).items() if isinstance(row, str)}
+        )
     return names | heads()
 
 
@@ -125,14 +139,14 @@ def heads() -> dict[str, Row]:
         names |= {f"{before}{dense}dense.*": "words.dense.*", before + "bias": "words.bias"}
         names |= norm(f"{before}{dense}LayerNorm", "words.norm")
     return names | {
-        "cls.predictions.decoder.bias":     "words.bias",                        # the same tensor twice in some files
-        "cls.predictions.decoder.weight":   "word.weight",                       # tied; absent from most files
-        "mask_predictions.dense.*":         "next.dense.*",                      # of version 3: which words were replaced
-        "mask_predictions.LayerNorm.*":     "next.norm.*",
-        "mask_predictions.classifier.*":    "next.head.*",
-        "pooler.dense.*":                   "pool.*",
-        "classifier.*":                     "head.*",
-        "qa_outputs.*":                     "span.*",
+        "cls.predictions.decoder.bias": "words.bias",  # the same tensor twice in some files
+        "cls.predictions.decoder.weight": "word.weight",  # tied; absent from most files
+        "mask_predictions.dense.*": "next.dense.*",  # of version 3: which words were replaced
+        "mask_predictions.LayerNorm.*": "next.norm.*",
+        "mask_predictions.classifier.*": "next.head.*",
+        "pooler.dense.*": "pool.*",
+        "classifier.*": "head.*",
+        "qa_outputs.*": "span.*",
     }
 
 
@@ -176,16 +190,24 @@ CONFIG = {
 
 
 CARD = Card(
-    name="deberta", model=Deberta, config=Config, paper="arXiv:2006.03654", year=2020, takes="tokens", gives=GIVES,
+    name="deberta",
+    model=Deberta,
+    config=Config,
+    paper="arXiv:2006.03654",
+    year=2020,
+    takes="tokens",
+    gives=GIVES,
     sizes={
         # Counts are of the head for hidden words: transformers' DebertaForMaskedLM.
         "deberta-base": Size(params=139_244_121, source="microsoft/deberta-base"),
         "deberta-large": Size(dim=1024, depth=24, heads=16, hidden=4096, params=406_264_921, source="microsoft/deberta-large"),
-        "deberta-xlarge": Size(dim=1024, depth=48, heads=16, hidden=4096, params=758_905_945,
-                               source="microsoft/deberta-xlarge"),
+        "deberta-xlarge": Size(
+            dim=1024, depth=48, heads=16, hidden=4096, params=758_905_945, source="microsoft/deberta-xlarge"
+        ),
         "deberta-test": Size(vocab=30, classes=3, length=12, far=6, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
     },
-    weights={"huggingface": huggingface}, configs={"huggingface": CONFIG},
+    weights={"huggingface": huggingface},
+    configs={"huggingface": CONFIG},
     # Table 8, but for the rate, which is that of training a small one from nothing.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.06, "schedule": "linear"},
 )

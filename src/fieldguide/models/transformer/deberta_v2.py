@@ -30,22 +30,22 @@ from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, 
 from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
 from fieldguide.models.transformer.deberta import heads, read_far, read_scores
 
-EPS = 1e-7        # of the normalisations
+EPS = 1e-7  # of the normalisations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "words"         # words, label, labels, span or vector
+    gives: str = "words"  # words, label, labels, span or vector
     vocab: int = 128_100
-    classes: int = 2             # of a label, or of labels
-    length: int = 512            # longest row, tokens
-    far: int = 512               # longest distance that is told from longer ones
-    buckets: int = 256           # kinds of distances to either side: half of them one distance each, the rest ever more
-    conv: int = 0                # tokens that the convolution beside the first layer sees; 0 = none
-    dim: int = 768               # D
+    classes: int = 2  # of a label, or of labels
+    length: int = 512  # longest row, tokens
+    far: int = 512  # longest distance that is told from longer ones
+    buckets: int = 256  # kinds of distances to either side: half of them one distance each, the rest ever more
+    conv: int = 0  # tokens that the convolution beside the first layer sees; 0 = none
+    dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    hidden: int = 3072           # width inside the two-layer networks
+    hidden: int = 3072  # width inside the two-layer networks
     dropout: float = 0.1
 
 
@@ -69,11 +69,11 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.far_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, far: Tensor, index: Tensor) -> Tensor:     # B T D, B T, N D, R -> B T D
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)          # each B heads T d
+    def forward(self, x: Tensor, mask: Tensor | None, far: Tensor, index: Tensor) -> Tensor:  # B T D, B T, N D, R -> B T D
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T d
         size = 2 * x.shape[-1]
         far = F.linear(self.far_dropout(far), self.qkv.weight[:size], self.qkv.bias[:size])
-        far_q, far_k = (heads_of(part, self.heads)[:, index] for part in far.chunk(2, -1))       # each heads R d
+        far_q, far_k = (heads_of(part, self.heads)[:, index] for part in far.chunk(2, -1))  # each heads R d
         return self.proj(attend(q, k, v, far_k, far_q, mask, self.dropout if self.training else 0.0))
 
 
@@ -85,7 +85,7 @@ class Neighbours(nn.Module):
         self.conv = nn.Conv1d(dim, dim, width, padding=(width - 1) // 2)
         self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(dim, EPS)
 
-    def forward(self, before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:             # B T D twice, B T -> B T D
+    def forward(self, before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:  # B T D twice, B T -> B T D
         x = F.gelu(self.dropout(self.conv(before.mT).mT))
         x = self.norm(after + x)
         return x if mask is None else x * mask[..., None]
@@ -105,8 +105,9 @@ class DebertaV2(TextEncoder):
         self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
         self.far, self.norm_far = nn.Embedding(2 * c.buckets, c.dim), nn.LayerNorm(c.dim, EPS)
         self.distances = Distances(bucketed(c.length, c.buckets, c.far), c.buckets)
-        self.blocks = nn.ModuleList(PostNorm(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS)
-                                    for _ in range(c.depth))
+        self.blocks = nn.ModuleList(
+            PostNorm(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS) for _ in range(c.depth)
+        )
         if c.conv:
             self.neighbours = Neighbours(c.dim, c.conv, c.dropout)
         self.add_head(c.dim, c.dropout, EPS)
@@ -131,18 +132,24 @@ class DebertaV2(TextEncoder):
 def huggingface(config: Config) -> dict[str, Row]:
     """Names in files of transformers and of the authors, of the encoder alone or with a head."""
     names: dict[str, Row] = {}
-    for before in ("deberta.", ""):                      # a file of the encoder alone has no prefix
+    for before in ("deberta.", ""):  # a file of the encoder alone has no prefix
         words, inner = before + "embeddings.", before + "encoder."
-        names |= {
-            words + "word_embeddings.weight":     "word.weight",
-            words + "position_ids":               Dropped("0, 1, 2, ..."),
-            words + "position_embeddings.weight": "next.places.weight",          # of a decoder for pre-training
-            inner + "rel_embeddings.weight":      "far.weight",
-            inner + "conv.conv.*":                "neighbours.conv.*",
-        } | norm(words + "LayerNorm", "norm") | norm(inner + "LayerNorm", "norm_far")
+        names |= (
+            {
+                words + "word_embeddings.weight": "word.weight",
+                words + "position_ids": Dropped("0, 1, 2, ..."),
+                words + "position_embeddings.weight": "next.places.weight",  # of a decoder for pre-training
+                inner + "rel_embeddings.weight": "far.weight",
+                inner + "conv.conv.*": "neighbours.conv.*",
+            }
+            | norm(words + "LayerNorm", "norm")
+            | norm(inner + "LayerNorm", "norm_far")
+        )
         names |= norm(inner + "conv.LayerNorm", "neighbours.norm")
-        names |= {f"{inner}layer.{{i}}.attention.self.{part}_proj.*": Fused("blocks.{i}.attn.qkv.*", i, 3)
-                  for i, part in enumerate(("query", "key", "value"))}
+        names |= {
+            f"{inner}layer.{{i}}.attention.self.{part}_proj.*": Fused("blocks.{i}.attn.qkv.*", i, 3)
+            for i, part in enumerate(("query", "key", "value"))
+        }
         names |= {name: row for name, row in layers(before).items() if isinstance(row, str)}
     return names | heads()
 
@@ -180,7 +187,13 @@ CONFIG = {
 
 
 CARD = Card(
-    name="deberta-v2", model=DebertaV2, config=Config, paper="arXiv:2111.09543", year=2021, takes="tokens", gives=GIVES,
+    name="deberta-v2",
+    model=DebertaV2,
+    config=Config,
+    paper="arXiv:2111.09543",
+    year=2021,
+    takes="tokens",
+    gives=GIVES,
     sizes={
         # Counts are of the head for hidden words: transformers' DebertaV2ForMaskedLM.
         "deberta-v3-base": Size(params=184_551_780, source="microsoft/deberta-v3-base"),
@@ -188,14 +201,18 @@ CARD = Card(
         "deberta-v3-small": Size(depth=6, params=142_024_548, source="microsoft/deberta-v3-small"),
         "deberta-v3-large": Size(**LARGE, params=435_191_908, source="microsoft/deberta-v3-large"),
         "mdeberta-v3-base": Size(vocab=251_000, params=279_061_880, source="microsoft/mdeberta-v3-base"),
-        "deberta-v2-xlarge": Size(conv=3, dim=1536, depth=24, heads=24, hidden=6144,
-                                  params=887_085_156, source="microsoft/deberta-v2-xlarge"),
-        "deberta-v2-xxlarge": Size(conv=3, dim=1536, depth=48, heads=24, hidden=6144,
-                                   params=1_567_041_636, source="microsoft/deberta-v2-xxlarge"),
-        "deberta-v2-test": Size(vocab=30, classes=3, length=12, far=8, buckets=4, conv=3, dim=8, depth=2, heads=2, hidden=20,
-                                dropout=0.0),
+        "deberta-v2-xlarge": Size(
+            conv=3, dim=1536, depth=24, heads=24, hidden=6144, params=887_085_156, source="microsoft/deberta-v2-xlarge"
+        ),
+        "deberta-v2-xxlarge": Size(
+            conv=3, dim=1536, depth=48, heads=24, hidden=6144, params=1_567_041_636, source="microsoft/deberta-v2-xxlarge"
+        ),
+        "deberta-v2-test": Size(
+            vocab=30, classes=3, length=12, far=8, buckets=4, conv=3, dim=8, depth=2, heads=2, hidden=20, dropout=0.0
+        ),
     },
-    weights={"huggingface": huggingface}, configs={"huggingface": CONFIG},
+    weights={"huggingface": huggingface},
+    configs={"huggingface": CONFIG},
     # Table 7 of the first paper, but for the rate, which is that of training a small one from nothing.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.06, "schedule": "linear"},
 )

@@ -25,7 +25,7 @@ from fieldguide.models.transformer import vit
 
 @dataclass(frozen=True, kw_only=True)
 class Config(vit.Config):
-    drop_path: float = 0.1       # of the last block; earlier ones less (table 9)
+    drop_path: float = 0.1  # of the last block; earlier ones less (table 9)
 
 
 class DeiT(vit.ViT):
@@ -35,16 +35,16 @@ class DeiT(vit.ViT):
     """
 
     first = 2
-    taught = 1                                           # the answer in training that is to be a teacher's
+    taught = 1  # the answer in training that is to be a teacher's
 
     def make_head(self) -> None:
         self.dist = nn.Parameter(torch.empty(self.config.dim))
-        self.head = readout(self.config, self.config.dim, 2)         # one behind the other
+        self.head = readout(self.config, self.config.dim, 2)  # one behind the other
 
-    def before(self) -> Tensor:                          # -> 2 D
+    def before(self) -> Tensor:  # -> 2 D
         return torch.stack([self.cls, self.dist])
 
-    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, in training B 2 classes; or B D
+    def forward(self, image: Tensor) -> Tensor:  # B C H W -> B classes, in training B 2 classes; or B D
         x = self.read(image)
         if self.config.gives == "vector":
             return x[:, 0]
@@ -56,7 +56,8 @@ class DeiT(vit.ViT):
 def with_two_heads(table: dict[str, Row], head: str, *heads: str) -> dict[str, Row]:
     """The table of a ViT with two heads in the place of one; ours lie one behind the other."""
     return {name: row for name, row in table.items() if name != head} | {
-        f"{name}.*": Fused("head.*", i, 2) for i, name in enumerate(heads)}
+        f"{name}.*": Fused("head.*", i, 2) for i, name in enumerate(heads)
+    }
 
 
 def timm(c: Config) -> dict[str, Row]:
@@ -65,11 +66,18 @@ def timm(c: Config) -> dict[str, Row]:
 
 def huggingface(c: Config, root: str = "deit.") -> dict[str, Row]:
     return {root + "embeddings.distillation_token": vit.token("dist")} | with_two_heads(
-        vit.huggingface(c, root), "classifier.*", "cls_classifier", "distillation_classifier")
+        vit.huggingface(c, root), "classifier.*", "cls_classifier", "distillation_classifier"
+    )
 
 
 CARD = Card(
-    name="deit", model=DeiT, config=Config, paper="arXiv:2012.12877", year=2020, takes="image", gives=GIVES,
+    name="deit",
+    model=DeiT,
+    config=Config,
+    paper="arXiv:2012.12877",
+    year=2020,
+    takes="image",
+    gives=GIVES,
     adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
     sizes={
         "deit-tiny": Size(dim=192, heads=3, params=5_910_800, source="deit_tiny_distilled_patch16_224"),
@@ -82,8 +90,10 @@ CARD = Card(
     },
     weights={"timm": timm, "huggingface": huggingface, "huggingface-base": lambda c: huggingface(c, "")},
     configs={"huggingface": vit.configuration("deit", architectures("DeiT", "ForImageClassificationWithTeacher"))},
-    aliases={"timm": {f"deit_{size}_distilled_patch16_224": f"deit-{size}" for size in ("tiny", "small", "base")}
-             | {"deit_base_distilled_patch16_384": "deit-base-384"}},
+    aliases={
+        "timm": {f"deit_{size}_distilled_patch16_224": f"deit-{size}" for size in ("tiny", "small", "base")}
+        | {"deit_base_distilled_patch16_384": "deit-base-384"}
+    },
     # Table 9 at its batches of 1024, without its mixing of pictures, which pays in hundreds of epochs (--set mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
 )

@@ -32,26 +32,26 @@ from fieldguide.models.layers.stochastic_depth import DropPath
 from fieldguide.models.mapping.config_rules import Absent, Counted, Derived, Fixed, Is
 from fieldguide.models.mapping.key_rules import Fused, Reshaped, Row, Zeros
 
-EPS = 1e-6       # of the normalisations
+EPS = 1e-6  # of the normalisations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"         # or vector: what a label would be read from
+    gives: str = "label"  # or vector: what a label would be read from
     classes: int = 1000
-    channels: int = 3            # C
-    image: int = 518             # side of the pictures that places are learnt for; others may come
-    patch: int = 14              # P
-    dim: int = 768               # D
+    channels: int = 3  # C
+    image: int = 518  # side of the pictures that places are learnt for; others may come
+    patch: int = 14  # P
+    dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    gated: bool = False          # SwiGLU in place of the two layers, as in the largest
-    registers: int = 0           # R
-    read: int = 1                # blocks, from the last, whose class token the head reads: 1 or 4 in the authors' heads
-    scale: float = 1e-5          # of the branches, in the beginning
-    antialias: bool = False      # where places are spread over another size of picture
-    offset: float = 0.1          # and how much too far
-    drop_path: float = 0.0       # of every block alike
+    gated: bool = False  # SwiGLU in place of the two layers, as in the largest
+    registers: int = 0  # R
+    read: int = 1  # blocks, from the last, whose class token the head reads: 1 or 4 in the authors' heads
+    scale: float = 1e-5  # of the branches, in the beginning
+    antialias: bool = False  # where places are spread over another size of picture
+    offset: float = 0.1  # and how much too far
+    drop_path: float = 0.0  # of every block alike
 
 
 class Scale(nn.Module):
@@ -61,7 +61,7 @@ class Scale(nn.Module):
         super().__init__()
         self.start, self.gamma = start, nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor) -> Tensor:              # ... D -> ... D
+    def forward(self, x: Tensor) -> Tensor:  # ... D -> ... D
         return x * self.gamma
 
 
@@ -73,7 +73,7 @@ class SwiGLU(nn.Module):
         hidden = -(-(hidden * 2 // 3) // 8) * 8
         self.up, self.down = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:              # ... D -> ... D
+    def forward(self, x: Tensor) -> Tensor:  # ... D -> ... D
         gate, value = self.up(x).chunk(2, -1)
         return self.down(F.silu(gate) * value)
 
@@ -88,7 +88,7 @@ class Block(nn.Module):
         self.scale1, self.scale2 = Scale(c.dim, c.scale), Scale(c.dim, c.scale)
         self.drop_path = DropPath(c.drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:              # B N D -> B N D
+    def forward(self, x: Tensor) -> Tensor:  # B N D -> B N D
         x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
@@ -99,7 +99,7 @@ class DINOv2(nn.Module):
     Raises `SettingsError` where the head is to read more blocks than there are.
     """
 
-    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
 
     def __init__(self, config: Config):
         super().__init__()
@@ -108,7 +108,7 @@ class DINOv2(nn.Module):
             raise SettingsError(f"read={c.read}: the head can read the class token of 1 to {c.depth} blocks")
         self.patch = Patches(c.channels, c.dim, c.patch)
         self.cls = nn.Parameter(torch.empty(c.dim))
-        self.register_buffer("mask", torch.zeros(1, c.dim))          # stood for hidden patches in pre-training; kept for files
+        self.register_buffer("mask", torch.zeros(1, c.dim))  # stood for hidden patches in pre-training; kept for files
         self.pos = nn.Embedding(1 + math.ceil(c.image / c.patch) ** 2, c.dim)
         self.registers = nn.Embedding(c.registers, c.dim) if c.registers else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
@@ -139,33 +139,33 @@ class DINOv2(nn.Module):
         if name == "pos.weight" and tensor.ndim == 2 and math.isqrt(len(tensor)) ** 2 == len(tensor):
             tensor = torch.cat([tensor.new_zeros(1, tensor.shape[1]), tensor])
         grid = math.isqrt(max(len(tensor) - 1, 0)) if tensor.ndim == 2 else 0
-        if name != "pos.weight" or not grid or len(tensor) != 1 + grid ** 2:
+        if name != "pos.weight" or not grid or len(tensor) != 1 + grid**2:
             return None
         return self.spread(tensor, (math.isqrt(len(self.pos.weight) - 1),) * 2)
 
-    def spread(self, places: Tensor, size: tuple[int, int]) -> Tensor:           # 1 + S S, D -> 1 + h w, D
+    def spread(self, places: Tensor, size: tuple[int, int]) -> Tensor:  # 1 + S S, D -> 1 + h w, D
         return spread(places, size, antialias=self.config.antialias, offset=self.config.offset)
 
-    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:           # B C H W -> B N D, (h, w)
+    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:  # B C H W -> B N D, (h, w)
         x = self.patch(image)
         size = tuple(x.shape[2:])
         places = self.spread(self.pos.weight, size)
         first = (self.cls + places[0])[None]
-        if self.registers:                               # have no place
+        if self.registers:  # have no place
             first = torch.cat([first, self.registers.weight])
         x = x.flatten(2).mT + places[1:]
         return torch.cat([first.to(x.dtype).expand(x.shape[0], -1, -1), x], 1), size
 
-    def features(self, image: Tensor) -> dict[str, Tensor]:                      # B C H W -> {"b3": B D h w, ...}
+    def features(self, image: Tensor) -> dict[str, Tensor]:  # B C H W -> {"b3": B D h w, ...}
         x, size = self.tokens(image)
         found = {}
         for i, block in enumerate(self.blocks, 1):
             x = block(x)
             if f"b{i}" in self.levels:
-                found[f"b{i}"] = self.norm(x[:, 1 + self.config.registers:]).mT.unflatten(2, size)
+                found[f"b{i}"] = self.norm(x[:, 1 + self.config.registers :]).mT.unflatten(2, size)
         return found
 
-    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, or B D
+    def forward(self, image: Tensor) -> Tensor:  # B C H W -> B classes, or B D
         x, _ = self.tokens(image)
         read, first = [], len(self.blocks) - self.config.read
         for i, block in enumerate(self.blocks):
@@ -174,7 +174,7 @@ class DINOv2(nn.Module):
                 read.append(x[:, 0])
         if self.config.gives == "vector":
             return self.norm(x[:, 0])
-        seen = self.norm(x[:, 1 + self.config.registers:]).mean(1)
+        seen = self.norm(x[:, 1 + self.config.registers :]).mean(1)
         return self.head(torch.cat([*(self.norm(token) for token in read), seen], 1))
 
 
@@ -183,22 +183,24 @@ def huggingface(c: Config, root: str = "") -> dict[str, Row]:
     layer, block = root + "encoder.layer.{i}.", "blocks.{i}."
     up, down = ("mlp.weights_in.*", "mlp.weights_out.*") if c.gated else ("mlp.fc1.*", "mlp.fc2.*")
     names: dict[str, Row] = {
-        root + "embeddings.cls_token":                     Reshaped("cls", here=(-1,), there=(1, 1, -1)),
-        root + "embeddings.mask_token":                    "mask",
-        root + "embeddings.position_embeddings":           Reshaped("pos.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
-        root + "embeddings.register_tokens":               Reshaped("registers.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        root + "embeddings.cls_token": Reshaped("cls", here=(-1,), there=(1, 1, -1)),
+        root + "embeddings.mask_token": "mask",
+        root + "embeddings.position_embeddings": Reshaped("pos.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        root + "embeddings.register_tokens": Reshaped("registers.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
         root + "embeddings.patch_embeddings.projection.*": "patch.*",
-        root + "layernorm.*":                              "norm.*",
-        "classifier.*":                                    "head.*",
+        root + "layernorm.*": "norm.*",
+        "classifier.*": "head.*",
     }
-    names |= {f"{layer}attention.attention.{part}.*": Fused(block + "attn.qkv.*", i, 3)
-              for i, part in enumerate(("query", "key", "value"))}
+    names |= {
+        f"{layer}attention.attention.{part}.*": Fused(block + "attn.qkv.*", i, 3)
+        for i, part in enumerate(("query", "key", "value"))
+    }
     return names | {
-        layer + "attention.output.dense.*":  block + "attn.proj.*",
-        layer + "layer_scale{k}.lambda1":    block + "scale{k}.gamma",
-        layer + "norm{k}.*":                 block + "norm{k}.*",
-        layer + up:                          block + "mlp.up.*",
-        layer + down:                        block + "mlp.down.*",
+        layer + "attention.output.dense.*": block + "attn.proj.*",
+        layer + "layer_scale{k}.lambda1": block + "scale{k}.gamma",
+        layer + "norm{k}.*": block + "norm{k}.*",
+        layer + up: block + "mlp.up.*",
+        layer + down: block + "mlp.down.*",
     }
 
 
@@ -207,19 +209,19 @@ def facebook(c: Config, root: str = "") -> dict[str, Row]:
     layer, block = root + "blocks.{i}.", "blocks.{i}."
     up, down = ("mlp.w12.*", "mlp.w3.*") if c.gated else ("mlp.fc1.*", "mlp.fc2.*")
     return {
-        root + "cls_token":             Reshaped("cls", here=(-1,), there=(1, 1, -1)),
-        root + "mask_token":            "mask",
-        root + "pos_embed":             Reshaped("pos.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
-        root + "register_tokens":       Reshaped("registers.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
-        root + "patch_embed.proj.*":    "patch.*",
-        root + "norm.*":                "norm.*",
-        layer + "norm{k}.*":            block + "norm{k}.*",
-        layer + "attn.qkv.*":           block + "attn.qkv.*",
-        layer + "attn.proj.*":          block + "attn.proj.*",
-        layer + "ls{k}.gamma":          block + "scale{k}.gamma",
-        layer + up:                     block + "mlp.up.*",
-        layer + down:                   block + "mlp.down.*",
-        "linear_head.*":                "head.*",
+        root + "cls_token": Reshaped("cls", here=(-1,), there=(1, 1, -1)),
+        root + "mask_token": "mask",
+        root + "pos_embed": Reshaped("pos.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        root + "register_tokens": Reshaped("registers.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        root + "patch_embed.proj.*": "patch.*",
+        root + "norm.*": "norm.*",
+        layer + "norm{k}.*": block + "norm{k}.*",
+        layer + "attn.qkv.*": block + "attn.qkv.*",
+        layer + "attn.proj.*": block + "attn.proj.*",
+        layer + "ls{k}.gamma": block + "scale{k}.gamma",
+        layer + up: block + "mlp.up.*",
+        layer + down: block + "mlp.down.*",
+        "linear_head.*": "head.*",
     }
 
 
@@ -228,21 +230,23 @@ def timm(c: Config) -> dict[str, Row]:
     ours = ("mask", "registers.weight", "blocks.{i}.mlp.up.*", "blocks.{i}.mlp.down.*", "head.*")
     names = {key: row for key, row in facebook(c).items() if getattr(row, "ours", row) not in ours}
     return names | {
-        "reg_token":            Reshaped("registers.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
+        "reg_token": Reshaped("registers.weight", here=(-1, c.dim), there=(1, -1, c.dim)),
         "blocks.{i}.mlp.fc1.*": "blocks.{i}.mlp.up.*",
         "blocks.{i}.mlp.fc2.*": "blocks.{i}.mlp.down.*",
-        "head.*":               "head.*",
-        "<no mask token>":      Zeros("mask", like="pos.weight"),
+        "head.*": "head.*",
+        "<no mask token>": Zeros("mask", like="pos.weight"),
     }
 
 
-WITH, WITHOUT = "dinov2_with_registers", "dinov2"        # what transformers calls them: two networks
+WITH, WITHOUT = "dinov2_with_registers", "dinov2"  # what transformers calls them: two networks
 
 
 def registers(said: Mapping[str, Any]) -> dict[str, Any]:
     with_them = said["model_type"] == WITH
-    return {"registers": said.get("num_register_tokens", 4) if with_them else 0,
-            "antialias": said.get("interpolate_antialias", with_them)}
+    return {
+        "registers": said.get("num_register_tokens", 4) if with_them else 0,
+        "antialias": said.get("interpolate_antialias", with_them),
+    }
 
 
 KINDS = {"label": "ForImageClassification", "vector": "Model"}
@@ -254,12 +258,13 @@ def kind(said: Mapping[str, Any]) -> dict[str, Any]:
     end = name.removeprefix("Dinov2").removeprefix("WithRegisters")
     found = next((gives for gives, known in KINDS.items() if known == end), None)
     if found is None:
-        raise WeightsError(f"architectures={name!r}: known are Dinov2ForImageClassification and Dinov2Model, each also "
-                           "WithRegisters")
+        raise WeightsError(
+            f"architectures={name!r}: known are Dinov2ForImageClassification and Dinov2Model, each also WithRegisters"
+        )
     return {"gives": found}
 
 
-CONFIG = {                                               # of transformers
+CONFIG = {  # of transformers
     "model_type": Is(lambda c: WITH if c.registers else WITHOUT, among=(WITH, WITHOUT)),
     "architectures": Derived(kind, lambda c: [f"Dinov2{'WithRegisters' if c.registers else ''}{KINDS[c.gives]}"]),
     "id2label": Counted("classes"),
@@ -274,8 +279,8 @@ CONFIG = {                                               # of transformers
     "num_register_tokens": Derived(registers, lambda c: c.registers),
     "layerscale_value": Absent("scale", 1.0),
     "drop_path_rate": Absent("drop_path", 0.0),
-    "interpolate_antialias": Derived(registers, lambda c: c.antialias),          # these two are the authors' own keys,
-    "interpolate_offset": Absent("offset", 0.0),                                 # which transformers keeps and does not read
+    "interpolate_antialias": Derived(registers, lambda c: c.antialias),  # these two are the authors' own keys,
+    "interpolate_offset": Absent("offset", 0.0),  # which transformers keeps and does not read
     "layer_norm_eps": Is(EPS),
     "hidden_act": Is("gelu"),
     "hidden_dropout_prob": Is(0.0),
@@ -289,30 +294,50 @@ G = {"dim": 1536, "depth": 40, "heads": 24, "gated": True}
 BUT = "but for the mask token of D numbers, which only pre-training uses"
 
 CARD = Card(
-    name="dinov2", model=DINOv2, config=Config, paper="arXiv:2304.07193", year=2023, takes="image", gives=GIVES,
+    name="dinov2",
+    model=DINOv2,
+    config=Config,
+    paper="arXiv:2304.07193",
+    year=2023,
+    takes="image",
+    gives=GIVES,
     adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
     sizes={
         "dinov2-small": Size(**S, params=22_825_192, source=f"facebook/dinov2-small-imagenet1k-1-layer, {BUT}"),
         "dinov2-base": Size(params=88_116_712, source=f"facebook/dinov2-base-imagenet1k-1-layer, {BUT}"),
         "dinov2-large": Size(**L, params=306_416_616, source=f"facebook/dinov2-large-imagenet1k-1-layer, {BUT}"),
         "dinov2-giant": Size(**G, params=1_139_552_232, source=f"facebook/dinov2-giant-imagenet1k-1-layer, {BUT}"),
-        "dinov2-small-reg": Size(**S, **REGISTERS, params=22_826_728,
-                                 source=f"facebook/dinov2-with-registers-small-imagenet1k-1-layer, {BUT}"),
-        "dinov2-base-reg": Size(**REGISTERS, params=88_119_784,
-                                source=f"facebook/dinov2-with-registers-base-imagenet1k-1-layer, {BUT}"),
-        "dinov2-large-reg": Size(**L, **REGISTERS, params=306_420_712,
-                                 source=f"facebook/dinov2-with-registers-large-imagenet1k-1-layer, {BUT}"),
-        "dinov2-giant-reg": Size(**G, **REGISTERS, params=1_139_558_376,
-                                 source=f"facebook/dinov2-with-registers-giant-imagenet1k-1-layer, {BUT}"),
+        "dinov2-small-reg": Size(
+            **S, **REGISTERS, params=22_826_728, source=f"facebook/dinov2-with-registers-small-imagenet1k-1-layer, {BUT}"
+        ),
+        "dinov2-base-reg": Size(
+            **REGISTERS, params=88_119_784, source=f"facebook/dinov2-with-registers-base-imagenet1k-1-layer, {BUT}"
+        ),
+        "dinov2-large-reg": Size(
+            **L, **REGISTERS, params=306_420_712, source=f"facebook/dinov2-with-registers-large-imagenet1k-1-layer, {BUT}"
+        ),
+        "dinov2-giant-reg": Size(
+            **G, **REGISTERS, params=1_139_558_376, source=f"facebook/dinov2-with-registers-giant-imagenet1k-1-layer, {BUT}"
+        ),
         # To be trained from nothing on small pictures.
         "dinov2-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10, **REGISTERS),
         "dinov2-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, gated=True, **REGISTERS),
     },
-    weights={"facebook": facebook, "facebook-classifier": lambda c: facebook(c, "backbone."), "huggingface-base": huggingface,
-             "huggingface": lambda c: huggingface(c, "dinov2_with_registers." if c.registers else "dinov2."), "timm": timm},
+    weights={
+        "facebook": facebook,
+        "facebook-classifier": lambda c: facebook(c, "backbone."),
+        "huggingface-base": huggingface,
+        "huggingface": lambda c: huggingface(c, "dinov2_with_registers." if c.registers else "dinov2."),
+        "timm": timm,
+    },
     configs={"huggingface": CONFIG},
-    aliases={"timm": {f"vit_{size}_patch14_{kind}dinov2": (f"dinov2-{size}{ours}", {"antialias": True, "offset": 0.0})
-                      for size in ("small", "base", "large", "giant") for kind, ours in (("", ""), ("reg4_", "-reg"))}},
+    aliases={
+        "timm": {
+            f"vit_{size}_patch14_{kind}dinov2": (f"dinov2-{size}{ours}", {"antialias": True, "offset": 0.0})
+            for size in ("small", "base", "large", "giant")
+            for kind, ours in (("", ""), ("reg4_", "-reg"))
+        }
+    },
     # As for a ViT that learns labels from nothing (DeiT, arXiv:2012.12877, table 9).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
 )

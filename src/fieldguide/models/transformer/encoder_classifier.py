@@ -29,14 +29,14 @@ from fieldguide.models.layers.padding import at_least_one, masked_mean
 class Config:
     vocab: int = 16_000
     classes: int = 2
-    length: int = 512            # longest row, tokens
-    dim: int = 128               # D
+    length: int = 512  # longest row, tokens
+    dim: int = 128  # D
     depth: int = 2
     heads: int = 4
     dropout: float = 0.1
 
 
-def sinusoids(length: int, dim: int) -> Tensor:          # -> T D
+def sinusoids(length: int, dim: int) -> Tensor:  # -> T D
     """Sines in the even columns, cosines in the odd, wavelengths from 2 pi to 10000 * 2 pi (section 3.5)."""
     column = torch.arange(0, dim, 2, dtype=torch.float64)
     angle = torch.arange(length)[:, None] * torch.exp(column * (-math.log(10_000) / dim))
@@ -54,7 +54,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # B T D, B T -> B T D
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # B T D, B T -> B T D
         x = x + self.dropout(self.attn(self.norm1(x), mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -68,8 +68,7 @@ class EncoderClassifier(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.register_buffer("pos", sinusoids(config.length, config.dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.dropout)
-                                    for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.classes)
         self.reset_parameters()
@@ -81,43 +80,50 @@ class EncoderClassifier(nn.Module):
                 for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
                     nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embed.weight, std=self.config.dim ** -0.5)
+        nn.init.normal_(self.embed.weight, std=self.config.dim**-0.5)
 
-    def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:    # B T, B T -> B T D
+    def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B T D
         length = tokens.shape[1]
         if length > self.config.length:
-            raise DataError(f"a row of {length} tokens is longer than length={self.config.length}; "
-                            "cut the rows or create the network with a larger length")
+            raise DataError(
+                f"a row of {length} tokens is longer than length={self.config.length}; "
+                "cut the rows or create the network with a larger length"
+            )
         x = self.embed(tokens) * math.sqrt(self.config.dim) + self.pos[:length]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:     # B T, B T -> B classes
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B classes
         if mask is None:
             return self.head(self.features(tokens).mean(1))
         mask = at_least_one(mask)
         return self.head(masked_mean(self.features(tokens, mask), mask))
 
 
-TORCH = {                                                # of nn.TransformerEncoder(norm_first=True)
-    "layers.{i}.norm1.*":              "blocks.{i}.norm1.*",
-    "layers.{i}.self_attn.in_proj_*":  "blocks.{i}.attn.qkv.*",
+TORCH = {  # of nn.TransformerEncoder(norm_first=True)
+    "layers.{i}.norm1.*": "blocks.{i}.norm1.*",
+    "layers.{i}.self_attn.in_proj_*": "blocks.{i}.attn.qkv.*",
     "layers.{i}.self_attn.out_proj.*": "blocks.{i}.attn.proj.*",
-    "layers.{i}.norm2.*":              "blocks.{i}.norm2.*",
-    "layers.{i}.linear1.*":            "blocks.{i}.mlp.up.*",
-    "layers.{i}.linear2.*":            "blocks.{i}.mlp.down.*",
-    "norm.*":                          "norm.*",
+    "layers.{i}.norm2.*": "blocks.{i}.norm2.*",
+    "layers.{i}.linear1.*": "blocks.{i}.mlp.up.*",
+    "layers.{i}.linear2.*": "blocks.{i}.mlp.down.*",
+    "norm.*": "norm.*",
 }
 
 CARD = Card(
-    name="transformer-encoder", model=EncoderClassifier, config=Config, paper="arXiv:1706.03762", year=2017,
-    takes="tokens", gives="label",
+    name="transformer-encoder",
+    model=EncoderClassifier,
+    config=Config,
+    paper="arXiv:1706.03762",
+    year=2017,
+    takes="tokens",
+    gives="label",
     sizes={
         "transformer-encoder-s": Size(),
         "transformer-encoder-m": Size(dim=256, depth=4, heads=8),
-        "transformer-encoder-base": Size(dim=512, depth=6, heads=8),             # the paper's base encoder
+        "transformer-encoder-base": Size(dim=512, depth=6, heads=8),  # the paper's base encoder
         "transformer-encoder-test": Size(vocab=30, classes=3, length=12, dim=8, heads=2, dropout=0.0),
     },
     weights={"torch": TORCH},

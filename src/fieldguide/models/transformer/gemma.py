@@ -31,14 +31,14 @@ from fieldguide.models.transformer.gemma3 import Norm
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab: int = 256_000
-    length: int = 8192           # longest row, tokens
-    dim: int = 2048              # D
+    length: int = 8192  # longest row, tokens
+    dim: int = 2048  # D
     depth: int = 18
     heads: int = 8
-    groups: int = 1              # of heads that share keys and values
-    width: int = 256             # d
-    hidden: int = 16_384         # width inside the gated networks
-    base: float = 10_000.0       # of the rotation's wavelengths
+    groups: int = 1  # of heads that share keys and values
+    width: int = 256  # d
+    hidden: int = 16_384  # width inside the gated networks
+    base: float = 10_000.0  # of the rotation's wavelengths
     eps: float = 1e-6
 
 
@@ -68,10 +68,10 @@ class Gemma(llama.Decoder):
         """What each layer may see."""
         return [causal(steps, mask, cache, device)] * self.config.depth
 
-    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
+    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         c, steps, device = self.config, tokens.shape[1], tokens.device
         self.opened(steps, mask, cache)
-        x = self.embed(tokens) * torch.tensor(c.dim ** 0.5, dtype=self.embed.weight.dtype)   # rounded as the weights are
+        x = self.embed(tokens) * torch.tensor(c.dim**0.5, dtype=self.embed.weight.dtype)  # rounded as the weights are
         turn = turns(positions(steps, mask, cache, device), llama.speed(c.width, c.base, device), x)
         for layer, (block, seen) in enumerate(zip(self.blocks, self.masks(steps, mask, cache, device))):
             x = block(x, turn, seen, cache, layer)
@@ -107,12 +107,21 @@ CONFIG = {
 }
 
 CARD = Card(
-    name="gemma", model=Gemma, config=Config, paper="arXiv:2403.08295", year=2024, takes="tokens", gives="tokens",
+    name="gemma",
+    model=Gemma,
+    config=Config,
+    paper="arXiv:2403.08295",
+    year=2024,
+    takes="tokens",
+    gives="tokens",
     sizes={
         "gemma-2b": Size(params=2_506_172_416, source="google/gemma-2b"),
-        "gemma-7b": Size(dim=3072, depth=28, heads=16, groups=16, hidden=24_576, params=8_537_680_896,
-                         source="google/gemma-7b"),
+        "gemma-7b": Size(
+            dim=3072, depth=28, heads=16, groups=16, hidden=24_576, params=8_537_680_896, source="google/gemma-7b"
+        ),
         "gemma-test": Size(vocab=30, length=12, dim=16, depth=2, heads=4, groups=2, width=6, hidden=10),
     },
-    weights={"huggingface": llama.HUGGINGFACE}, configs={"huggingface": CONFIG}, recipe=llama.CARD.recipe,
+    weights={"huggingface": llama.HUGGINGFACE},
+    configs={"huggingface": CONFIG},
+    recipe=llama.CARD.recipe,
 )

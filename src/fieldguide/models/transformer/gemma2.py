@@ -27,17 +27,17 @@ from fieldguide.models.transformer.gemma3 import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gemma.Config):
-    dim: int = 2304              # D
+    dim: int = 2304  # D
     depth: int = 26
-    groups: int = 4              # of heads that share keys and values
-    hidden: int = 9216           # width inside the gated networks
-    window: int = 4096           # tokens that a local layer sees, itself included
-    scale: int = 256             # products of queries and keys are divided by its root
-    attn_cap: float = 50.0       # no logit of attention is larger
-    cap: float = 30.0            # nor one of a word
+    groups: int = 4  # of heads that share keys and values
+    hidden: int = 9216  # width inside the gated networks
+    window: int = 4096  # tokens that a local layer sees, itself included
+    scale: int = 256  # products of queries and keys are divided by its root
+    attn_cap: float = 50.0  # no logit of attention is larger
+    cap: float = 30.0  # nor one of a word
 
 
-def capped(logits: Tensor, cap: float) -> Tensor:        # ... -> ...
+def capped(logits: Tensor, cap: float) -> Tensor:  # ... -> ...
     return cap * torch.tanh(logits / cap)
 
 
@@ -45,16 +45,16 @@ class Attention(GroupedAttention):
     """With capped logits, which torch's fused attention does not have."""
 
     def __init__(self, c: Config):
-        super().__init__(c.dim, c.heads, c.groups, c.width, scale=c.scale ** -0.5)
+        super().__init__(c.dim, c.heads, c.groups, c.width, scale=c.scale**-0.5)
         self.cap = c.attn_cap
 
-    def looked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:    # B heads T d, B groups K d -> B T D
+    def looked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:  # B heads T d, B groups K d -> B T D
         steps, keys = q.shape[2], k.shape[2]
-        if seen is None and steps > 1:                   # a row read at once, without padding
+        if seen is None and steps > 1:  # a row read at once, without padding
             seen = torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)
-        q = q.unflatten(1, (self.groups, -1)).flatten(2, 3)      # heads of a group are rows of one: B groups heads/groups*T d
+        q = q.unflatten(1, (self.groups, -1)).flatten(2, 3)  # heads of a group are rows of one: B groups heads/groups*T d
         logits = capped((q @ k.mT) * self.scale, self.cap).unflatten(2, (-1, steps))
-        if seen is not None:                             # B 1 T K or T K: the same for all groups and heads
+        if seen is not None:  # B 1 T K or T K: the same for all groups and heads
             logits = logits.masked_fill(~(seen[:, :, None] if seen.ndim == 4 else seen), -torch.inf)
         share = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         x = (share.flatten(2, 3) @ v).unflatten(2, (-1, steps))
@@ -82,10 +82,10 @@ class Gemma2(gemma.Gemma):
         kinds = causal(steps, mask, cache, device, self.config.window), causal(steps, mask, cache, device)
         return [kinds[layer % 2] for layer in range(self.config.depth)]
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # -> B T vocab
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
         return capped(super().forward(tokens, mask, cache), self.config.cap)
 
-    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:       # -> B vocab
+    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B vocab
         return capped(super().last(tokens, mask, cache), self.config.cap)
 
 
@@ -116,15 +116,45 @@ CONFIG = {
 }
 
 CARD = Card(
-    name="gemma2", model=Gemma2, config=Config, paper="arXiv:2408.00118", year=2024, takes="tokens", gives="tokens",
+    name="gemma2",
+    model=Gemma2,
+    config=Config,
+    paper="arXiv:2408.00118",
+    year=2024,
+    takes="tokens",
+    gives="tokens",
     sizes={
         "gemma2-2b": Size(params=2_614_341_888, source="google/gemma-2-2b"),
-        "gemma2-9b": Size(dim=3584, depth=42, heads=16, groups=8, hidden=14_336, params=9_241_705_984,
-                          source="google/gemma-2-9b"),
-        "gemma2-27b": Size(dim=4608, depth=46, heads=32, groups=16, width=128, hidden=36_864, scale=144,
-                           params=27_227_128_320, source="google/gemma-2-27b"),
-        "gemma2-test": Size(vocab=30, length=12, dim=16, depth=3, heads=4, groups=2, width=6, hidden=10, window=3, scale=5,
-                            attn_cap=0.7, cap=0.5),
+        "gemma2-9b": Size(
+            dim=3584, depth=42, heads=16, groups=8, hidden=14_336, params=9_241_705_984, source="google/gemma-2-9b"
+        ),
+        "gemma2-27b": Size(
+            dim=4608,
+            depth=46,
+            heads=32,
+            groups=16,
+            width=128,
+            hidden=36_864,
+            scale=144,
+            params=27_227_128_320,
+            source="google/gemma-2-27b",
+        ),
+        "gemma2-test": Size(
+            vocab=30,
+            length=12,
+            dim=16,
+            depth=3,
+            heads=4,
+            groups=2,
+            width=6,
+            hidden=10,
+            window=3,
+            scale=5,
+            attn_cap=0.7,
+            cap=0.5,
+        ),
     },
-    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG}, recipe=llama.CARD.recipe,
+    weights={"huggingface": HUGGINGFACE},
+    configs={"huggingface": CONFIG},
+    recipe=llama.CARD.recipe,
 )

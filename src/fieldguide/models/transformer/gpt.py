@@ -25,8 +25,8 @@ from fieldguide.models.transformer import gpt2
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab: int = 40_478
-    length: int = 512            # longest row, tokens
-    dim: int = 768               # D
+    length: int = 512  # longest row, tokens
+    dim: int = 768  # D
     depth: int = 12
     heads: int = 12
     dropout: float = 0.1
@@ -35,7 +35,7 @@ class Config:
 class Block(gpt2.Block):
     """Attention, then a two-layer network with GELU in its tanh form; each adds its result, then normalises."""
 
-    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:    # B T D -> B T D
+    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
         x = self.norm1(x + self.dropout(self.attn(x, seen, cache, layer)))
         y = F.gelu(self.mlp["up"](x), approximate="tanh")
         return self.norm2(x + self.dropout(self.mlp["down"](y)))
@@ -54,12 +54,17 @@ class GPT(gpt2.GPT2):
                 nn.init.zeros_(module.bias)
 
 
-OWN = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}      # what GPT-2 has renamed since
+OWN = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}  # what GPT-2 has renamed since
 NAMES = {OWN.get(theirs, theirs): ours for theirs, ours in gpt2.NAMES.items() if not theirs.startswith("ln_f")}
-HUGGINGFACE = {                                          # its linear layers are Conv1D; the first files had no prefix
-    prefix + theirs: Transposed(ours) if ".c_" in theirs else ours
-    for prefix in ("transformer.", "") for theirs, ours in NAMES.items()
-} | gpt2.SHARED | {f"{prefix}position_ids": Dropped("0, 1, 2, ...") for prefix in ("transformer.", "")}
+HUGGINGFACE = (
+    {  # its linear layers are Conv1D; the first files had no prefix
+        prefix + theirs: Transposed(ours) if ".c_" in theirs else ours
+        for prefix in ("transformer.", "")
+        for theirs, ours in NAMES.items()
+    }
+    | gpt2.SHARED
+    | {f"{prefix}position_ids": Dropped("0, 1, 2, ...") for prefix in ("transformer.", "")}
+)
 
 CONFIG = {
     "model_type": Is("openai-gpt"),
@@ -72,17 +77,24 @@ CONFIG = {
     "resid_pdrop": "dropout",
     "embd_pdrop": Is(lambda c: c.dropout),
     "attn_pdrop": Is(lambda c: c.dropout),
-    "afn": Is("gelu"),                                   # there, the tanh form is meant
+    "afn": Is("gelu"),  # there, the tanh form is meant
     "layer_norm_epsilon": Is(1e-5),
     "tie_word_embeddings": Is(True),
 }
 
 CARD = Card(
-    name="gpt", model=GPT, config=Config, year=2018, takes="tokens", gives="tokens",
+    name="gpt",
+    model=GPT,
+    config=Config,
+    year=2018,
+    takes="tokens",
+    gives="tokens",
     paper="https://cdn.openai.com/research-covers/language-unsupervised/language_understanding_paper.pdf",
     sizes={
         "gpt1": Size(params=116_534_784, source="openai-community/openai-gpt"),
         "gpt-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
     },
-    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG}, recipe=gpt2.CARD.recipe,
+    weights={"huggingface": HUGGINGFACE},
+    configs={"huggingface": CONFIG},
+    recipe=gpt2.CARD.recipe,
 )

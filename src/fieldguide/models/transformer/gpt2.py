@@ -26,8 +26,8 @@ from fieldguide.models.mapping.key_rules import Dropped, Transposed
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab: int = 50_257
-    length: int = 1024           # longest row, tokens
-    dim: int = 768               # D
+    length: int = 1024  # longest row, tokens
+    dim: int = 768  # D
     depth: int = 12
     heads: int = 12
     dropout: float = 0.1
@@ -44,7 +44,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"up": nn.Linear(dim, 4 * dim), "down": nn.Linear(4 * dim, dim)})
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:    # B T D -> B T D
+    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
         x = x + self.dropout(self.attn(self.norm1(x), seen, cache, layer))
         y = F.gelu(self.mlp["up"](self.norm2(x)), approximate="tanh")
         return x + self.dropout(self.mlp["down"](y))
@@ -63,7 +63,7 @@ class GPT2(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)          # the head, too
+        self.embed = nn.Embedding(config.vocab, config.dim)  # the head, too
         self.pos = nn.Embedding(config.length, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
@@ -82,14 +82,23 @@ class GPT2(nn.Module):
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
         """Room for `length` tokens a row, at most and by default the network's own."""
         c, weight = self.config, self.embed.weight
-        return Cache(rows, min(length or c.length, c.length), c.depth, c.heads, c.dim // c.heads,
-                     dtype=weight.dtype, device=weight.device)
+        return Cache(
+            rows,
+            min(length or c.length, c.length),
+            c.depth,
+            c.heads,
+            c.dim // c.heads,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
-    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
+    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         steps = tokens.shape[1]
         if (total := steps + (cache.used if cache else 0)) > self.config.length:
-            raise DataError(f"a row of {total} tokens is longer than length={self.config.length}; "
-                            "cut the rows or create the network with a larger length")
+            raise DataError(
+                f"a row of {total} tokens is longer than length={self.config.length}; "
+                "cut the rows or create the network with a larger length"
+            )
         if cache is not None:
             cache.open(steps, mask)
         seen = causal(steps, mask, cache, tokens.device)
@@ -98,35 +107,36 @@ class GPT2(nn.Module):
             x = block(x, seen, cache, layer)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # -> B T vocab
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
         return F.linear(self.features(tokens, mask, cache), self.embed.weight)
 
-    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:       # -> B vocab
+    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B vocab
         """The logits of each row's last place alone: generation asks for no others, and of a long prompt they cost most."""
         return F.linear(self.features(tokens, mask, cache)[:, -1], self.embed.weight)
 
 
 NAMES = {
-    "wte.weight":              "embed.weight",
-    "wpe.weight":              "pos.weight",
-    "h.{i}.ln_1.*":            "blocks.{i}.norm1.*",
-    "h.{i}.attn.c_attn.*":     "blocks.{i}.attn.qkv.*",
-    "h.{i}.attn.c_proj.*":     "blocks.{i}.attn.proj.*",
-    "h.{i}.ln_2.*":            "blocks.{i}.norm2.*",
-    "h.{i}.mlp.c_fc.*":        "blocks.{i}.mlp.up.*",
-    "h.{i}.mlp.c_proj.*":      "blocks.{i}.mlp.down.*",
-    "ln_f.*":                  "norm.*",
+    "wte.weight": "embed.weight",
+    "wpe.weight": "pos.weight",
+    "h.{i}.ln_1.*": "blocks.{i}.norm1.*",
+    "h.{i}.attn.c_attn.*": "blocks.{i}.attn.qkv.*",
+    "h.{i}.attn.c_proj.*": "blocks.{i}.attn.proj.*",
+    "h.{i}.ln_2.*": "blocks.{i}.norm2.*",
+    "h.{i}.mlp.c_fc.*": "blocks.{i}.mlp.up.*",
+    "h.{i}.mlp.c_proj.*": "blocks.{i}.mlp.down.*",
+    "ln_f.*": "norm.*",
 }
 SHARED = {
-    "lm_head.weight":          "embed.weight",           # tied; absent from most files
-    "h.{i}.attn.bias":         Dropped("the causal mask"),
-    "h.{i}.attn.masked_bias":  Dropped("the value of what is masked"),
-    "transformer.h.{i}.attn.bias":        Dropped("the causal mask"),
+    "lm_head.weight": "embed.weight",  # tied; absent from most files
+    "h.{i}.attn.bias": Dropped("the causal mask"),
+    "h.{i}.attn.masked_bias": Dropped("the value of what is masked"),
+    "transformer.h.{i}.attn.bias": Dropped("the causal mask"),
     "transformer.h.{i}.attn.masked_bias": Dropped("the value of what is masked"),
 }
-HUGGINGFACE = {                                          # its linear layers are Conv1D; the first files had no prefix
+HUGGINGFACE = {  # its linear layers are Conv1D; the first files had no prefix
     prefix + theirs: Transposed(ours) if ".c_" in theirs else ours
-    for prefix in ("transformer.", "") for theirs, ours in NAMES.items()
+    for prefix in ("transformer.", "")
+    for theirs, ours in NAMES.items()
 } | SHARED
 # The same names for tensors that lie the other way: for such files say origin="nanogpt".
 NANOGPT = {f"transformer.{theirs}": ours for theirs, ours in NAMES.items()} | SHARED
@@ -155,23 +165,41 @@ CONFIG = {
 # back only some way, how far is not said; so these are its sizes, not its network. Two rows of the table contradict
 # themselves (24 heads of 128 in a width of 2048, 40 of 128 in 5140) and stand here as heads times 128.
 GPT3 = {
-    "125m": (12, 768, 12, 125_226_240), "350m": (24, 1024, 16, 355_871_744), "760m": (24, 1536, 16, 760_300_032),
-    "1.3b": (24, 2048, 16, 1_315_723_264), "2.7b": (32, 2560, 32, 2_651_553_280), "6.7b": (32, 4096, 32, 6_658_404_352),
-    "13b": (40, 5120, 40, 12_853_386_240), "175b": (96, 12288, 96, 174_604_259_328),
+    "125m": (12, 768, 12, 125_226_240),
+    "350m": (24, 1024, 16, 355_871_744),
+    "760m": (24, 1536, 16, 760_300_032),
+    "1.3b": (24, 2048, 16, 1_315_723_264),
+    "2.7b": (32, 2560, 32, 2_651_553_280),
+    "6.7b": (32, 4096, 32, 6_658_404_352),
+    "13b": (40, 5120, 40, 12_853_386_240),
+    "175b": (96, 12288, 96, 174_604_259_328),
 }
 
 CARD = Card(
-    name="gpt2", model=GPT2, config=Config, year=2019,
+    name="gpt2",
+    model=GPT2,
+    config=Config,
+    year=2019,
     paper="https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
-    takes="tokens", gives="tokens",
+    takes="tokens",
+    gives="tokens",
     sizes={
         "gpt2": Size(params=124_439_808, source="openai-community/gpt2"),
         "gpt2-medium": Size(dim=1024, depth=24, heads=16, params=354_823_168, source="openai-community/gpt2-medium"),
         "gpt2-large": Size(dim=1280, depth=36, heads=20, params=774_030_080, source="openai-community/gpt2-large"),
         "gpt2-xl": Size(dim=1600, depth=48, heads=25, params=1_557_611_200, source="openai-community/gpt2-xl"),
-        **{f"gpt3-{name}": Size(length=2048, dim=dim, depth=depth, heads=heads, dropout=0.0, params=params,
-                                source="counted by the shapes of table 2.1 of arXiv:2005.14165")
-           for name, (depth, dim, heads, params) in GPT3.items()},
+        **{
+            f"gpt3-{name}": Size(
+                length=2048,
+                dim=dim,
+                depth=depth,
+                heads=heads,
+                dropout=0.0,
+                params=params,
+                source="counted by the shapes of table 2.1 of arXiv:2005.14165",
+            )
+            for name, (depth, dim, heads, params) in GPT3.items()
+        },
         # Small ones of the same form, to be trained from nothing: nanoGPT's for characters are the last two.
         "gpt2-mini": Size(vocab=8192, length=256, dim=512, depth=8, heads=8, dropout=0.0),
         "gpt2-baby": Size(vocab=65, length=256, dim=384, depth=6, heads=6, dropout=0.2),
@@ -179,7 +207,16 @@ CARD = Card(
         "gpt2-nano": Size(vocab=65, length=64, dim=128, depth=4, heads=4, dropout=0.0),
         "gpt2-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
     },
-    weights={"huggingface": HUGGINGFACE, "nanogpt": NANOGPT}, configs={"huggingface": CONFIG},
-    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.05,
-            "schedule": "linear"},
+    weights={"huggingface": HUGGINGFACE, "nanogpt": NANOGPT},
+    configs={"huggingface": CONFIG},
+    recipe={
+        "optimizer": "muon",
+        "lr": 1e-2,
+        "momentum": 0.95,
+        "weight_decay": 0.1,
+        "beta2": 0.95,
+        "clip": 1.0,
+        "warmup": 0.05,
+        "schedule": "linear",
+    },
 )

@@ -31,16 +31,16 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Paired, Row
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab: int = 32_000
-    length: int = 2048           # longest row, tokens
-    dim: int = 4096              # D
+    length: int = 2048  # longest row, tokens
+    dim: int = 4096  # D
     depth: int = 32
     heads: int = 32
-    groups: int = 32             # of heads that share keys and values
-    hidden: int = 11_008         # width inside the gated networks
-    base: float = 10_000.0       # of the rotation's wavelengths
-    stretch: tuple[float, ...] = ()      # Llama 3.1's: factor, low and high frequency factor, length before
+    groups: int = 32  # of heads that share keys and values
+    hidden: int = 11_008  # width inside the gated networks
+    base: float = 10_000.0  # of the rotation's wavelengths
+    stretch: tuple[float, ...] = ()  # Llama 3.1's: factor, low and high frequency factor, length before
     eps: float = 1e-6
-    tied: bool = False           # the head is the embedding
+    tied: bool = False  # the head is the embedding
 
 
 class Block(nn.Module):
@@ -64,7 +64,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def speed(width: int, base: float, device: torch.device) -> Tensor:                      # -> d/2
+def speed(width: int, base: float, device: torch.device) -> Tensor:  # -> d/2
     """Radians a token by which each pair of a head's numbers turns."""
     return 1.0 / base ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
 
@@ -98,24 +98,27 @@ class Decoder(nn.Module):
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
         """Room for `length` tokens a row, at most and by default the network's own."""
         c, weight = self.config, self.embed.weight
-        return Cache(rows, min(length or c.length, c.length), c.depth, c.groups, self.width,
-                     dtype=weight.dtype, device=weight.device)
+        return Cache(
+            rows, min(length or c.length, c.length), c.depth, c.groups, self.width, dtype=weight.dtype, device=weight.device
+        )
 
     def opened(self, steps: int, mask: Tensor | None, cache: Cache | None) -> None:
         """Makes room for new tokens; refuses more than there may be."""
         if (total := steps + (cache.used if cache else 0)) > self.config.length:
-            raise DataError(f"a row of {total} tokens is longer than length={self.config.length}; "
-                            "cut the rows or create the network with a larger length")
+            raise DataError(
+                f"a row of {total} tokens is longer than length={self.config.length}; "
+                "cut the rows or create the network with a larger length"
+            )
         if cache is not None:
             cache.open(steps, mask)
 
-    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
+    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # -> B T vocab
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
         return self.head(self.features(tokens, mask, cache))
 
-    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:       # -> B vocab
+    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B vocab
         """The logits of each row's last place alone: generation asks for no others, and of a long prompt they cost most."""
         return F.linear(self.features(tokens, mask, cache)[:, -1], self.head.weight)
 
@@ -131,19 +134,19 @@ class Llama(Decoder):
     def __init__(self, config: Config):
         super().__init__(config, RMSNorm(config.dim, config.eps), config.tied)
 
-    def speed(self, device: torch.device) -> Tensor:     # -> d/2
+    def speed(self, device: torch.device) -> Tensor:  # -> d/2
         plain = speed(self.width, self.config.base, device)
         if not self.config.stretch:
             return plain
         factor, low, high, before = self.config.stretch
-        made = before * plain / (2 * math.pi)            # turns within the length that was learnt first
+        made = before * plain / (2 * math.pi)  # turns within the length that was learnt first
         keep = ((made - low) / (high - low)).clamp(0, 1)
         return plain * (keep + (1 - keep) / factor)
 
-    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
+    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         return self.through(self.embed(tokens), mask, cache)
 
-    def through(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:     # B T D -> B T D
+    def through(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # B T D -> B T D
         """Tokens as vectors, or what stands in their places, through all blocks."""
         steps = x.shape[1]
         self.opened(steps, mask, cache)
@@ -154,21 +157,21 @@ class Llama(Decoder):
         return self.norm(x)
 
 
-NAMES: dict[str, Row] = {                                # of a block's attention and norms, shared by its kin
-    "model.embed_tokens.weight":                        "embed.weight",
-    "model.layers.{i}.input_layernorm.weight":          "blocks.{i}.norm1.weight",
-    "model.layers.{i}.self_attn.q_proj.weight":         "blocks.{i}.attn.q.weight",
-    "model.layers.{i}.self_attn.k_proj.weight":         Fused("blocks.{i}.attn.kv.weight", 0, 2),
-    "model.layers.{i}.self_attn.v_proj.weight":         Fused("blocks.{i}.attn.kv.weight", 1, 2),
-    "model.layers.{i}.self_attn.o_proj.weight":         "blocks.{i}.attn.proj.weight",
-    "model.layers.{i}.self_attn.rotary_emb.inv_freq":   Dropped("computed from base"),
+NAMES: dict[str, Row] = {  # of a block's attention and norms, shared by its kin
+    "model.embed_tokens.weight": "embed.weight",
+    "model.layers.{i}.input_layernorm.weight": "blocks.{i}.norm1.weight",
+    "model.layers.{i}.self_attn.q_proj.weight": "blocks.{i}.attn.q.weight",
+    "model.layers.{i}.self_attn.k_proj.weight": Fused("blocks.{i}.attn.kv.weight", 0, 2),
+    "model.layers.{i}.self_attn.v_proj.weight": Fused("blocks.{i}.attn.kv.weight", 1, 2),
+    "model.layers.{i}.self_attn.o_proj.weight": "blocks.{i}.attn.proj.weight",
+    "model.layers.{i}.self_attn.rotary_emb.inv_freq": Dropped("computed from base"),
     "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.norm2.weight",
-    "model.norm.weight":                                "norm.weight",
-    "lm_head.weight":                                   "head.weight",           # absent where it is the embedding
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",  # absent where it is the embedding
 }
 GATED: dict[str, Row] = {
     "model.layers.{i}.mlp.gate_proj.weight": Fused("blocks.{i}.mlp.up.weight", 0, 2),
-    "model.layers.{i}.mlp.up_proj.weight":   Fused("blocks.{i}.mlp.up.weight", 1, 2),
+    "model.layers.{i}.mlp.up_proj.weight": Fused("blocks.{i}.mlp.up.weight", 1, 2),
     "model.layers.{i}.mlp.down_proj.weight": "blocks.{i}.mlp.down.weight",
 }
 HUGGINGFACE = NAMES | GATED
@@ -178,19 +181,19 @@ def gguf(c: Config) -> dict[str, Row]:
     """Names in GGUF files, in which the pairs that turn together are neighbours too."""
     width, layer = c.dim // c.heads, "blk.{i}."
     return {
-        "token_embd.weight":          "embed.weight",
-        layer + "attn_norm.weight":   "blocks.{i}.norm1.weight",
-        layer + "attn_q.weight":      Paired("blocks.{i}.attn.q.weight", width),
-        layer + "attn_k.weight":      Fused("blocks.{i}.attn.kv.weight", 0, 2, width),
-        layer + "attn_v.weight":      Fused("blocks.{i}.attn.kv.weight", 1, 2),
+        "token_embd.weight": "embed.weight",
+        layer + "attn_norm.weight": "blocks.{i}.norm1.weight",
+        layer + "attn_q.weight": Paired("blocks.{i}.attn.q.weight", width),
+        layer + "attn_k.weight": Fused("blocks.{i}.attn.kv.weight", 0, 2, width),
+        layer + "attn_v.weight": Fused("blocks.{i}.attn.kv.weight", 1, 2),
         layer + "attn_output.weight": "blocks.{i}.attn.proj.weight",
-        layer + "ffn_norm.weight":    "blocks.{i}.norm2.weight",
-        layer + "ffn_gate.weight":    Fused("blocks.{i}.mlp.up.weight", 0, 2),
-        layer + "ffn_up.weight":      Fused("blocks.{i}.mlp.up.weight", 1, 2),
-        layer + "ffn_down.weight":    "blocks.{i}.mlp.down.weight",
-        "output_norm.weight":         "norm.weight",
-        "output.weight":              "head.weight",                 # absent where it is the embedding
-        "rope_freqs.weight":          Dropped("computed from base and stretch"),
+        layer + "ffn_norm.weight": "blocks.{i}.norm2.weight",
+        layer + "ffn_gate.weight": Fused("blocks.{i}.mlp.up.weight", 0, 2),
+        layer + "ffn_up.weight": Fused("blocks.{i}.mlp.up.weight", 1, 2),
+        layer + "ffn_down.weight": "blocks.{i}.mlp.down.weight",
+        "output_norm.weight": "norm.weight",
+        "output.weight": "head.weight",  # absent where it is the embedding
+        "rope_freqs.weight": Dropped("computed from base and stretch"),
     }
 
 
@@ -199,19 +202,19 @@ def meta(c: Config) -> dict[str, Row]:
     width = c.dim // c.heads
     layer, attn, mlp = "layers.{i}.", "layers.{i}.attention.w", "layers.{i}.feed_forward.w"
     return {
-        "tok_embeddings.weight":        "embed.weight",
+        "tok_embeddings.weight": "embed.weight",
         layer + "attention_norm.weight": "blocks.{i}.norm1.weight",
-        attn + "q.weight":              Paired("blocks.{i}.attn.q.weight", width),
-        attn + "k.weight":              Fused("blocks.{i}.attn.kv.weight", 0, 2, width),
-        attn + "v.weight":              Fused("blocks.{i}.attn.kv.weight", 1, 2),
-        attn + "o.weight":              "blocks.{i}.attn.proj.weight",
-        layer + "ffn_norm.weight":      "blocks.{i}.norm2.weight",
-        mlp + "1.weight":               Fused("blocks.{i}.mlp.up.weight", 0, 2),
-        mlp + "3.weight":               Fused("blocks.{i}.mlp.up.weight", 1, 2),
-        mlp + "2.weight":               "blocks.{i}.mlp.down.weight",
-        "norm.weight":                  "norm.weight",
-        "output.weight":                "head.weight",
-        "rope.freqs":                   Dropped("computed from base"),
+        attn + "q.weight": Paired("blocks.{i}.attn.q.weight", width),
+        attn + "k.weight": Fused("blocks.{i}.attn.kv.weight", 0, 2, width),
+        attn + "v.weight": Fused("blocks.{i}.attn.kv.weight", 1, 2),
+        attn + "o.weight": "blocks.{i}.attn.proj.weight",
+        layer + "ffn_norm.weight": "blocks.{i}.norm2.weight",
+        mlp + "1.weight": Fused("blocks.{i}.mlp.up.weight", 0, 2),
+        mlp + "3.weight": Fused("blocks.{i}.mlp.up.weight", 1, 2),
+        mlp + "2.weight": "blocks.{i}.mlp.down.weight",
+        "norm.weight": "norm.weight",
+        "output.weight": "head.weight",
+        "rope.freqs": Dropped("computed from base"),
     }
 
 
@@ -228,19 +231,23 @@ def rotation(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written(c: Any) -> dict[str, Any]:
-    return {"rope_type": "llama3" if c.stretch else "default", "rope_theta": c.base,
-            **{key: int(x) if key.startswith("orig") else x for key, x in zip(STRETCH, c.stretch)}}
+    return {
+        "rope_type": "llama3" if c.stretch else "default",
+        "rope_theta": c.base,
+        **{key: int(x) if key.startswith("orig") else x for key, x in zip(STRETCH, c.stretch)},
+    }
 
 
 STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SHARED = {                                               # with its kin
+SHARED = {  # with its kin
     "vocab_size": "vocab",
     "max_position_embeddings": "length",
     "hidden_size": "dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
-    "num_key_value_heads": Derived(lambda t: {"groups": t.get("num_key_value_heads") or t["num_attention_heads"]},
-                                   lambda c: c.groups),
+    "num_key_value_heads": Derived(
+        lambda t: {"groups": t.get("num_key_value_heads") or t["num_attention_heads"]}, lambda c: c.groups
+    ),
     "intermediate_size": "hidden",
     "rms_norm_eps": "eps",
     "hidden_act": Is("silu"),
@@ -272,55 +279,113 @@ SMALL = {"length": 131_072, "stretch": (32.0, 1.0, 4.0, 8192.0), "tied": True}
 
 SIZES = {
     "llama-7b": Size(params=6_738_415_616, source="huggyllama/llama-7b"),
-    "llama-13b": Size(dim=5120, depth=40, heads=40, groups=40, hidden=13_824, params=13_015_864_320,
-                      source="huggyllama/llama-13b"),
-    "llama-30b": Size(dim=6656, depth=60, heads=52, groups=52, hidden=17_920, params=32_528_943_616,
-                      source="huggyllama/llama-30b"),
-    "llama-65b": Size(dim=8192, depth=80, heads=64, groups=64, hidden=22_016, params=65_285_660_672,
-                      source="huggyllama/llama-65b"),
+    "llama-13b": Size(
+        dim=5120, depth=40, heads=40, groups=40, hidden=13_824, params=13_015_864_320, source="huggyllama/llama-13b"
+    ),
+    "llama-30b": Size(
+        dim=6656, depth=60, heads=52, groups=52, hidden=17_920, params=32_528_943_616, source="huggyllama/llama-30b"
+    ),
+    "llama-65b": Size(
+        dim=8192, depth=80, heads=64, groups=64, hidden=22_016, params=65_285_660_672, source="huggyllama/llama-65b"
+    ),
     "llama2-7b": Size(length=4096, eps=1e-5, params=6_738_415_616, source="meta-llama/Llama-2-7b-hf"),
-    "llama2-13b": Size(length=4096, dim=5120, depth=40, heads=40, groups=40, hidden=13_824, eps=1e-5,
-                       params=13_015_864_320, source="meta-llama/Llama-2-13b-hf"),
+    "llama2-13b": Size(
+        length=4096,
+        dim=5120,
+        depth=40,
+        heads=40,
+        groups=40,
+        hidden=13_824,
+        eps=1e-5,
+        params=13_015_864_320,
+        source="meta-llama/Llama-2-13b-hf",
+    ),
     "llama2-70b": Size(length=4096, **B70, eps=1e-5, params=68_976_648_192, source="meta-llama/Llama-2-70b-hf"),
     "llama3-8b": Size(**L3, params=8_030_261_248, source="meta-llama/Meta-Llama-3-8B"),
     "llama3-70b": Size(**{**L3, **B70}, params=70_553_706_496, source="meta-llama/Meta-Llama-3-70B"),
     "llama3.1-8b": Size(**{**L3, **LONG}, params=8_030_261_248, source="meta-llama/Llama-3.1-8B"),
     "llama3.1-70b": Size(**{**L3, **B70, **LONG}, params=70_553_706_496, source="meta-llama/Llama-3.1-70B"),
     "llama3.1-405b": Size(**{**L3, **B405, **LONG}, params=405_853_388_800, source="meta-llama/Llama-3.1-405B"),
-    "llama3.2-1b": Size(**{**L3, **SMALL, "hidden": 8192}, dim=2048, depth=16, params=1_235_814_400,
-                        source="meta-llama/Llama-3.2-1B"),
-    "llama3.2-3b": Size(**{**L3, **SMALL, "hidden": 8192}, dim=3072, depth=28, heads=24, params=3_212_749_824,
-                        source="meta-llama/Llama-3.2-3B"),
-    "smollm2-135m": Size(vocab=49_152, length=8192, dim=576, depth=30, heads=9, groups=3, hidden=1536, base=100_000.0,
-                         eps=1e-5, tied=True, params=134_515_008, source="HuggingFaceTB/SmolLM2-135M"),
-    "smollm2-360m": Size(vocab=49_152, length=8192, dim=960, depth=32, heads=15, groups=5, hidden=2560, base=100_000.0,
-                         eps=1e-5, tied=True, params=361_821_120, source="HuggingFaceTB/SmolLM2-360M"),
-    "smollm2-1.7b": Size(vocab=49_152, length=8192, dim=2048, depth=24, groups=32, hidden=8192, base=130_000.0,
-                         eps=1e-5, tied=True, params=1_711_376_384, source="HuggingFaceTB/SmolLM2-1.7B"),
+    "llama3.2-1b": Size(
+        **{**L3, **SMALL, "hidden": 8192}, dim=2048, depth=16, params=1_235_814_400, source="meta-llama/Llama-3.2-1B"
+    ),
+    "llama3.2-3b": Size(
+        **{**L3, **SMALL, "hidden": 8192}, dim=3072, depth=28, heads=24, params=3_212_749_824, source="meta-llama/Llama-3.2-3B"
+    ),
+    "smollm2-135m": Size(
+        vocab=49_152,
+        length=8192,
+        dim=576,
+        depth=30,
+        heads=9,
+        groups=3,
+        hidden=1536,
+        base=100_000.0,
+        eps=1e-5,
+        tied=True,
+        params=134_515_008,
+        source="HuggingFaceTB/SmolLM2-135M",
+    ),
+    "smollm2-360m": Size(
+        vocab=49_152,
+        length=8192,
+        dim=960,
+        depth=32,
+        heads=15,
+        groups=5,
+        hidden=2560,
+        base=100_000.0,
+        eps=1e-5,
+        tied=True,
+        params=361_821_120,
+        source="HuggingFaceTB/SmolLM2-360M",
+    ),
+    "smollm2-1.7b": Size(
+        vocab=49_152,
+        length=8192,
+        dim=2048,
+        depth=24,
+        groups=32,
+        hidden=8192,
+        base=130_000.0,
+        eps=1e-5,
+        tied=True,
+        params=1_711_376_384,
+        source="HuggingFaceTB/SmolLM2-1.7B",
+    ),
     # Small ones of the same form, to be trained from nothing.
     "llama-mini": Size(vocab=8192, length=512, dim=512, depth=8, heads=8, groups=4, hidden=1408, eps=1e-5, tied=True),
     "llama-micro": Size(vocab=4096, length=256, dim=256, depth=4, heads=4, groups=2, hidden=704, eps=1e-5, tied=True),
-    "llama-test": Size(vocab=30, length=12, dim=16, depth=2, heads=4, groups=2, hidden=12,
-                       stretch=(4.0, 1.0, 4.0, 8.0)),
+    "llama-test": Size(vocab=30, length=12, dim=16, depth=2, heads=4, groups=2, hidden=12, stretch=(4.0, 1.0, 4.0, 8.0)),
 }
 
 
 def meant(params: Mapping[str, Any]) -> dict[str, Any]:
     """What params.json does not say: the longest row, and how far rotations are stretched. They are those of the published
     size that it describes, or comes nearest to: by how many numbers are the same, then by the width."""
-    said = {"vocab": params.get("vocab_size", -1), "base": params.get("rope_theta", 10_000.0), "eps": params["norm_eps"],
-            "dim": params["dim"], "depth": params["n_layers"], "heads": params["n_heads"],
-            "groups": params.get("n_kv_heads") or params["n_heads"], **widened(params)}
+    said = {
+        "vocab": params.get("vocab_size", -1),
+        "base": params.get("rope_theta", 10_000.0),
+        "eps": params["norm_eps"],
+        "dim": params["dim"],
+        "depth": params["n_layers"],
+        "heads": params["n_heads"],
+        "groups": params.get("n_kv_heads") or params["n_heads"],
+        **widened(params),
+    }
 
     def apart(config: Config) -> tuple[int, float]:
-        return (sum(getattr(config, key) != value for key, value in said.items() if value != -1),
-                abs(math.log(config.dim / said["dim"])))
+        return (
+            sum(getattr(config, key) != value for key, value in said.items() if value != -1),
+            abs(math.log(config.dim / said["dim"])),
+        )
+
     known = [Config(**size.overrides) for name, size in SIZES.items() if name.startswith("llama") and size.source]
     nearest = min((c for c in known if bool(c.stretch) == bool(params.get("use_scaled_rope"))), key=apart)
     return {"length": nearest.length, "stretch": nearest.stretch}
 
 
-PARAMS = {                                               # params.json beside Meta's files
+PARAMS = {  # params.json beside Meta's files
     "dim": "dim",
     "n_layers": "depth",
     "n_heads": "heads",
@@ -341,20 +406,36 @@ GGUF = {
     "llama.attention.head_count": "heads",
     "llama.attention.head_count_kv": Derived(
         lambda t: {"groups": t["llama"]["attention"].get("head_count_kv") or t["llama"]["attention"]["head_count"]},
-        lambda c: c.groups),
+        lambda c: c.groups,
+    ),
     "llama.feed_forward_length": "hidden",
     "llama.attention.layer_norm_rms_epsilon": "eps",
     "llama.rope.freq_base": Absent("base", 10_000.0),
     # Of the stretch such files hold what comes out for each pair; all of Llama 3.1 and 3.2 began as it stands here.
-    "slowest": Derived(lambda t: {"stretch": (t["slowest"], 1.0, 4.0, 8192.0)} if "slowest" in t else {},
-                       lambda c: max(c.stretch, default=1.0)),
+    "slowest": Derived(
+        lambda t: {"stretch": (t["slowest"], 1.0, 4.0, 8192.0)} if "slowest" in t else {}, lambda c: max(c.stretch, default=1.0)
+    ),
 }
 
 CARD = Card(
-    name="llama", model=Llama, config=Config, paper="arXiv:2302.13971", year=2023, takes="tokens", gives="tokens",
+    name="llama",
+    model=Llama,
+    config=Config,
+    paper="arXiv:2302.13971",
+    year=2023,
+    takes="tokens",
+    gives="tokens",
     sizes=SIZES,
     weights={"huggingface": HUGGINGFACE, "meta": meta, "gguf": gguf},
     configs={"huggingface": CONFIG, "meta": PARAMS, "gguf": GGUF},
-    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1, "beta2": 0.95, "clip": 1.0, "warmup": 0.05,
-            "schedule": "linear"},
+    recipe={
+        "optimizer": "muon",
+        "lr": 1e-2,
+        "momentum": 0.95,
+        "weight_decay": 0.1,
+        "beta2": 0.95,
+        "clip": 1.0,
+        "warmup": 0.05,
+        "schedule": "linear",
+    },
 )

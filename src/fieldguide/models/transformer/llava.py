@@ -30,25 +30,25 @@ from fieldguide.models.transformer._shared import clip_checkpoints
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    channels: int = 3            # C
-    image: int = 336             # S
-    patch: int = 14              # P
-    seen_dim: int = 1024         # V
+    channels: int = 3  # C
+    image: int = 336  # S
+    patch: int = 14  # P
+    seen_dim: int = 1024  # V
     seen_depth: int = 24
     seen_heads: int = 16
-    quick: bool = True           # x sigmoid(1.702 x) in place of GELU in the tower
-    above: int = 1               # blocks at the tower's end, which its files have and nothing reads
+    quick: bool = True  # x sigmoid(1.702 x) in place of GELU in the tower
+    above: int = 1  # blocks at the tower's end, which its files have and nothing reads
     vocab: int = 32_064
-    length: int = 4096           # longest row, tokens and patches
-    dim: int = 4096              # D
+    length: int = 4096  # longest row, tokens and patches
+    dim: int = 4096  # D
     depth: int = 32
     heads: int = 32
-    groups: int = 32             # of heads that share keys and values
-    hidden: int = 11_008         # width inside the gated networks
-    base: float = 10_000.0       # of the rotation's wavelengths
-    stretch: tuple[float, ...] = ()      # as in LLaMA
+    groups: int = 32  # of heads that share keys and values
+    hidden: int = 11_008  # width inside the gated networks
+    base: float = 10_000.0  # of the rotation's wavelengths
+    stretch: tuple[float, ...] = ()  # as in LLaMA
     eps: float = 1e-5
-    picture: int = 32_000        # the token in whose places a picture stands; the vocabulary may end before it
+    picture: int = 32_000  # the token in whose places a picture stands; the vocabulary may end before it
 
 
 class Tower(clip.Vision):
@@ -57,16 +57,26 @@ class Tower(clip.Vision):
     def __init__(self, c: Config):
         if not 0 <= c.above < c.seen_depth:
             raise SettingsError(f"above={c.above} leaves none of the seen_depth={c.seen_depth} blocks that look at pictures")
-        super().__init__(clip.Config(channels=c.channels, image=c.image, patch=c.patch, dim=c.seen_dim, depth=c.seen_depth,
-                                     heads=c.seen_heads, quick=c.quick, embed=1))
+        super().__init__(
+            clip.Config(
+                channels=c.channels,
+                image=c.image,
+                patch=c.patch,
+                dim=c.seen_dim,
+                depth=c.seen_depth,
+                heads=c.seen_heads,
+                quick=c.quick,
+                embed=1,
+            )
+        )
         del self.proj
         self.read = c.seen_depth - c.above
-        for unread in (*self.blocks[self.read:], self.norm):
-            unread.requires_grad_(False)                 # so that processes which train together do not wait for them
+        for unread in (*self.blocks[self.read :], self.norm):
+            unread.requires_grad_(False)  # so that processes which train together do not wait for them
 
-    def forward(self, image: Tensor) -> Tensor:          # B C S S -> B N V
+    def forward(self, image: Tensor) -> Tensor:  # B C S S -> B N V
         x = self.tokens(image)
-        for block in self.blocks[:self.read]:
+        for block in self.blocks[: self.read]:
             x = block(x)
         return x[:, 1:]
 
@@ -83,9 +93,20 @@ class LLaVA(nn.Module):
         c = self.config = config
         self.vision = Tower(c)
         self.bridge = nn.ModuleDict({"up": nn.Linear(c.seen_dim, c.dim), "down": nn.Linear(c.dim, c.dim)})
-        self.language = llama.Llama(llama.Config(
-            vocab=c.vocab, length=c.length, dim=c.dim, depth=c.depth, heads=c.heads, groups=c.groups, hidden=c.hidden,
-            base=c.base, stretch=c.stretch, eps=c.eps))
+        self.language = llama.Llama(
+            llama.Config(
+                vocab=c.vocab,
+                length=c.length,
+                dim=c.dim,
+                depth=c.depth,
+                heads=c.heads,
+                groups=c.groups,
+                hidden=c.hidden,
+                base=c.base,
+                stretch=c.stretch,
+                eps=c.eps,
+            )
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -98,36 +119,39 @@ class LLaVA(nn.Module):
     @property
     def patches(self) -> int:
         """N: places that a picture fills."""
-        return self.vision.grid ** 2
+        return self.vision.grid**2
 
     def spelt(self, tokens: Sequence[int]) -> list[int]:
         """A row in which the picture is one token, with as many of it as the picture has patches."""
         return [token for one in tokens for token in [one] * (self.patches if one == self.config.picture else 1)]
 
-    def see(self, image: Tensor) -> Tensor:              # B C S S -> B N D
+    def see(self, image: Tensor) -> Tensor:  # B C S S -> B N D
         return self.bridge["down"](F.gelu(self.bridge["up"](self.vision(image))))
 
-    def embed(self, image: Tensor | None, tokens: Tensor, mask: Tensor | None) -> Tensor:    # B C S S, B T, B T -> B T D
+    def embed(self, image: Tensor | None, tokens: Tensor, mask: Tensor | None) -> Tensor:  # B C S S, B T, B T -> B T D
         named = tokens == self.config.picture if mask is None else (tokens == self.config.picture) & mask
         x = self.language.embed(tokens.masked_fill(named, 0))
         if not (torch.compiler.is_compiling() or tokens.is_meta):
             wanted = {0} if image is None else {0, self.patches}
             if strange := sorted(set(named.sum(1).tolist()) - wanted):
-                raise DataError(f"a row has the token {self.config.picture} {strange[0]} times, and {len(tokens)} pictures "
-                                f"of {self.patches} patches each are given: spelt(tokens) writes one as often as it must stand"
-                                if image is not None else
-                                f"a row has the token {self.config.picture}, in whose place a picture stands, and no picture")
+                raise DataError(
+                    f"a row has the token {self.config.picture} {strange[0]} times, and {len(tokens)} pictures "
+                    f"of {self.patches} patches each are given: spelt(tokens) writes one as often as it must stand"
+                    if image is not None
+                    else f"a row has the token {self.config.picture}, in whose place a picture stands, and no picture"
+                )
         if image is None:
             return x
-        place = (named.cumsum(1) - 1).clamp(0, self.patches - 1)                 # the patch that stands at each
+        place = (named.cumsum(1) - 1).clamp(0, self.patches - 1)  # the patch that stands at each
         seen = self.see(image).to(x.dtype)
         return torch.where(named[..., None], seen.gather(1, place[..., None].expand(-1, -1, seen.shape[2])), x)
 
-    def features(self, image: Tensor | None, tokens: Tensor, mask: Tensor | None = None,
-                 cache: Cache | None = None) -> Tensor:  # B C S S, B T, B T -> B T D
+    def features(
+        self, image: Tensor | None, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:  # B C S S, B T, B T -> B T D
         return self.language.through(self.embed(image, tokens, mask), mask, cache)
 
-    def forward(self, image: Tensor | None, tokens: Tensor, mask: Tensor | None = None) -> Tensor:   # ..., B T -> B T vocab
+    def forward(self, image: Tensor | None, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # ..., B T -> B T vocab
         return self.language.head(self.features(image, tokens, mask))
 
     def seeing(self, image: Tensor) -> Seeing:
@@ -147,13 +171,15 @@ class Seeing:
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
         return self.network.language.new_cache(rows, length)
 
-    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:    # B T -> B vocab
+    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # B T -> B vocab
         """The logits of each row's last place; the pictures are looked at with the first tokens. Raises `DataError` where these
         do not name them, as those of a row that was cut to the network's length."""
         first = cache is None or not cache.used
         if first and not (tokens == self.config.picture).any(1).all():
-            raise DataError("a row does not name its picture, or has lost it: prompt and answer together must be no longer "
-                            f"than length={self.config.length} tokens")
+            raise DataError(
+                "a row does not name its picture, or has lost it: prompt and answer together must be no longer "
+                f"than length={self.config.length} tokens"
+            )
         x = self.network.features(self.image if first else None, tokens, mask, cache)
         return self.network.language.head(x[:, -1])
 
@@ -168,20 +194,32 @@ def moved(row: Row, part: str) -> Row:
 def named(tower: str, words: str, head: str, bridge: tuple[str, str]) -> dict[str, Row]:
     """Public names: what stands before those of CLIP's tower and of LLaMA's body; the head; the two layers between."""
     names: dict[str, Row] = {
-        tower + key.removeprefix("vision_model."): moved(row, "") for key, row in clip_checkpoints.HUGGINGFACE.items()
-        if key.startswith("vision_model.")}
-    names |= {words + key.removeprefix("model."): moved(row, "language.") for key, row in llama.HUGGINGFACE.items()
-              if key.startswith("model.")}
+        tower + key.removeprefix("vision_model."): moved(row, "")
+        for key, row in clip_checkpoints.HUGGINGFACE.items()
+        if key.startswith("vision_model.")
+    }
+    names |= {
+        words + key.removeprefix("model."): moved(row, "language.")
+        for key, row in llama.HUGGINGFACE.items()
+        if key.startswith("model.")
+    }
     return names | {head: "language.head.weight", f"{bridge[0]}.*": "bridge.up.*", f"{bridge[1]}.*": "bridge.down.*"}
 
 
 LINEAR = ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
 BODY = ("language_model.model.", "language_model.lm_head.weight", LINEAR)
-HUGGINGFACE = named("vision_tower.vision_model.", *BODY) | named("vision_tower.", *BODY) | named(
-    "model.vision_tower.", "model.language_model.", "lm_head.weight", (f"model.{LINEAR[0]}", f"model.{LINEAR[1]}"))
+HUGGINGFACE = (
+    named("vision_tower.vision_model.", *BODY)
+    | named("vision_tower.", *BODY)
+    | named("model.vision_tower.", "model.language_model.", "lm_head.weight", (f"model.{LINEAR[0]}", f"model.{LINEAR[1]}"))
+)
 # The authors' own, whose tower lies in another file: that of CLIP, whose names get the first of these before them.
-OFFICIAL = named("model.vision_tower.vision_tower.vision_model.", "model.", "lm_head.weight",
-                 ("model.mm_projector.0", "model.mm_projector.2"))
+OFFICIAL = named(
+    "model.vision_tower.vision_tower.vision_model.",
+    "model.",
+    "lm_head.weight",
+    ("model.mm_projector.0", "model.mm_projector.2"),
+)
 
 
 def inside(row: ConfigRow) -> ConfigRow:
@@ -189,8 +227,11 @@ def inside(row: ConfigRow) -> ConfigRow:
     nowhere are those that transformers takes then."""
     if isinstance(row, Derived):
         return Derived(lambda t: row.read({"num_attention_heads": 32, **(t.get("text_config") or {})}), row.write)
-    return {"vocab": Absent("vocab", 32_000), "length": Absent("length", 2048), "eps": Absent("eps", 1e-6)}.get(row, row) \
-        if isinstance(row, str) else row
+    return (
+        {"vocab": Absent("vocab", 32_000), "length": Absent("length", 2048), "eps": Absent("eps", 1e-6)}.get(row, row)
+        if isinstance(row, str)
+        else row
+    )
 
 
 def layer(theirs: Mapping[str, Any]) -> dict[str, int]:
@@ -204,7 +245,7 @@ def layer(theirs: Mapping[str, Any]) -> dict[str, int]:
 
 LANGUAGE = {key: row for key, row in llama.SHARED.items() if key != "tie_word_embeddings"}
 ARCHITECTURES = {name: Is([name], among=([name],)) for name in ("LlavaForConditionalGeneration", "LlavaLlamaForCausalLM")}
-CONFIG: dict[str, ConfigRow] = {                         # of transformers
+CONFIG: dict[str, ConfigRow] = {  # of transformers
     "model_type": Is("llava"),
     "architectures": ARCHITECTURES["LlavaForConditionalGeneration"],
     "image_token_index": Absent("picture", 32_000),
@@ -222,12 +263,13 @@ CONFIG: dict[str, ConfigRow] = {                         # of transformers
     "text_config.model_type": Is("llama"),
     **{f"text_config.{key}": inside(row) for key, row in LANGUAGE.items()},
 }
-OFFICIAL_CONFIG: dict[str, ConfigRow] = {                # of the authors, whose files of 1.5 all have the tower of CLIP L/14
+OFFICIAL_CONFIG: dict[str, ConfigRow] = {  # of the authors, whose files of 1.5 all have the tower of CLIP L/14
     "architectures": ARCHITECTURES["LlavaLlamaForCausalLM"],
     "mm_projector_type": Is("mlp2x_gelu"),
     "mm_vision_tower": Is("openai/clip-vit-large-patch14-336"),
-    "mm_vision_select_layer": Derived(lambda t: layer({"vision_feature_layer": t.get("mm_vision_select_layer", -2)}),
-                                      lambda c: -1 - c.above),
+    "mm_vision_select_layer": Derived(
+        lambda t: layer({"vision_feature_layer": t.get("mm_vision_select_layer", -2)}), lambda c: -1 - c.above
+    ),
     "mm_vision_select_feature": Is("patch"),
     "mm_use_im_start_end": Is(False),
     "mm_hidden_size": "seen_dim",
@@ -236,16 +278,38 @@ OFFICIAL_CONFIG: dict[str, ConfigRow] = {                # of the authors, whose
 }
 
 CARD = Card(
-    name="llava", model=LLaVA, config=Config, paper="arXiv:2310.03744", year=2023, takes="captioned", gives="tokens",
+    name="llava",
+    model=LLaVA,
+    config=Config,
+    paper="arXiv:2310.03744",
+    year=2023,
+    takes="captioned",
+    gives="tokens",
     sizes={
         "llava-1.5-7b": Size(params=7_063_427_072, source="llava-hf/llava-1.5-7b-hf"),
-        "llava-1.5-13b": Size(dim=5120, depth=40, heads=40, groups=40, hidden=13_824, params=13_351_494_656,
-                              source="llava-hf/llava-1.5-13b-hf"),
-        "llava-test": Size(image=8, patch=4, channels=2, seen_dim=16, seen_depth=2, seen_heads=2, vocab=32, length=24, dim=16,
-                           depth=2, heads=4, groups=2, hidden=12, picture=31),
+        "llava-1.5-13b": Size(
+            dim=5120, depth=40, heads=40, groups=40, hidden=13_824, params=13_351_494_656, source="llava-hf/llava-1.5-13b-hf"
+        ),
+        "llava-test": Size(
+            image=8,
+            patch=4,
+            channels=2,
+            seen_dim=16,
+            seen_depth=2,
+            seen_heads=2,
+            vocab=32,
+            length=24,
+            dim=16,
+            depth=2,
+            heads=4,
+            groups=2,
+            hidden=12,
+            picture=31,
+        ),
     },
     weights={"huggingface": HUGGINGFACE, "official": OFFICIAL},
-    configs={"huggingface": CONFIG, "official": OFFICIAL_CONFIG}, scale=SCALE,
+    configs={"huggingface": CONFIG, "official": OFFICIAL_CONFIG},
+    scale=SCALE,
     # Section 4.1 and table 9, the second of two trainings: rate 2e-5, a cosine, 3 % of warm-up, no decay.
     recipe={"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "warmup": 0.03, "clip": 1.0},
 )

@@ -27,16 +27,16 @@ from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab: int = 250_027
-    length: int = 1024           # longest row, tokens
-    dim: int = 1024              # D
-    depth: int = 12              # layers of the encoder
+    length: int = 1024  # longest row, tokens
+    dim: int = 1024  # D
+    depth: int = 12  # layers of the encoder
     decoder_depth: int = 12
     heads: int = 16
-    hidden: int = 4096           # width inside the two-layer networks
+    hidden: int = 4096  # width inside the two-layer networks
     dropout: float = 0.1
-    attn_dropout: float = 0.0    # of attention weights
-    mlp_dropout: float = 0.0     # inside the two-layer networks
-    begin: int | None = None     # the token that answers begin with; None = that of their language
+    attn_dropout: float = 0.0  # of attention weights
+    mlp_dropout: float = 0.0  # inside the two-layer networks
+    begin: int | None = None  # the token that answers begin with; None = that of their language
     end: int = 2
     pad: int = 1
 
@@ -50,7 +50,7 @@ class EncoderBlock(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(c.dim), mlp
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # B S D -> B S D
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # B S D -> B S D
         x = x + self.dropout(self.attn(self.norm1(x), mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -65,7 +65,7 @@ class DecoderBlock(nn.Module):
         self.norm3, self.mlp = nn.LayerNorm(c.dim), mlp
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, seen: Tensor | None, memory: Memory, mask, cache, layer: int) -> Tensor:    # B T D -> B T D
+    def forward(self, x: Tensor, seen: Tensor | None, memory: Memory, mask, cache, layer: int) -> Tensor:  # B T D -> B T D
         x = x + self.dropout(self.attn(self.norm1(x), seen, cache, layer))
         x = x + self.dropout(self.cross(self.norm2(x), memory, mask))
         return x + self.dropout(self.mlp(self.norm3(x)))
@@ -93,7 +93,13 @@ class MBart(bart.Bart):
 
 
 CARD = Card(
-    name="mbart", model=MBart, config=Config, paper="arXiv:2001.08210", year=2020, takes="pair", gives="tokens",
+    name="mbart",
+    model=MBart,
+    config=Config,
+    paper="arXiv:2001.08210",
+    year=2020,
+    takes="pair",
+    gives="tokens",
     denoises="infill",
     sizes={
         "mbart-cc25": Size(params=610_851_840, source="facebook/mbart-large-cc25"),
@@ -103,5 +109,6 @@ CARD = Card(
         "mbart-test": Size(**bart.TEST),
     },
     weights={"huggingface": bart.HUGGINGFACE},
-    configs={"huggingface": bart.config("mbart", "MBartForConditionalGeneration", scaled=True)}, recipe=bart.RECIPE,
+    configs={"huggingface": bart.config("mbart", "MBartForConditionalGeneration", scaled=True)},
+    recipe=bart.RECIPE,
 )

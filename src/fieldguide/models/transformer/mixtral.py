@@ -28,19 +28,19 @@ from fieldguide.models.transformer import llama
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab: int = 32_000
-    length: int = 32_768         # longest row, tokens
-    dim: int = 4096              # D
+    length: int = 32_768  # longest row, tokens
+    dim: int = 4096  # D
     depth: int = 32
     heads: int = 32
-    groups: int = 8              # of heads that share keys and values
-    hidden: int = 14_336         # width inside an expert
-    experts: int = 8             # E
-    used: int = 2                # experts a token
-    base: float = 1_000_000.0    # of the rotation's wavelengths
+    groups: int = 8  # of heads that share keys and values
+    hidden: int = 14_336  # width inside an expert
+    experts: int = 8  # E
+    used: int = 2  # experts a token
+    base: float = 1_000_000.0  # of the rotation's wavelengths
     stretch: tuple[float, ...] = ()
     eps: float = 1e-5
-    tied: bool = False           # the head is the embedding
-    balancing: float = 0.02      # of the loss: what an uneven load of the experts counts in training
+    tied: bool = False  # the head is the embedding
+    balancing: float = 0.02  # of the loss: what an uneven load of the experts counts in training
 
 
 class Experts(nn.Module):
@@ -55,7 +55,7 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(GatedMlp(c.dim, c.hidden) for _ in range(c.experts))
         self.scores: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:              # B T D -> B T D
+    def forward(self, x: Tensor) -> Tensor:  # B T D -> B T D
         flat = x.flatten(0, 1)
         scores = self.router(flat)
         self.scores = scores if self.training else None
@@ -63,8 +63,8 @@ class Experts(nn.Module):
         best, chosen = scores.to(torch.promote_types(x.dtype, torch.float32)).topk(self.used, 1)
         share = best.softmax(1).to(x.dtype)
         out = torch.zeros_like(flat)
-        if x.is_meta:                                    # who is served by whom depends on numbers, the work does not
-            return sum((expert(flat) for expert in self.experts[:self.used]), out).view_as(x)
+        if x.is_meta:  # who is served by whom depends on numbers, the work does not
+            return sum((expert(flat) for expert in self.experts[: self.used]), out).view_as(x)
         for number, expert in enumerate(self.experts):
             token, rank = torch.where(chosen == number)
             out = out.index_add(0, token, expert(flat[token]) * share[token, rank, None])
@@ -82,9 +82,9 @@ class Mixtral(llama.Llama):
     """Tokens -> logits of the token that follows each; used as LLaMA is. Training adds `asides` to the loss."""
 
     block = Block
-    real: Tensor | None = None                           # B T, tokens of the last training pass that are no padding
+    real: Tensor | None = None  # B T, tokens of the last training pass that are no padding
 
-    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:   # -> B T D
+    def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         self.real = mask if self.training else None
         return super().features(tokens, mask, cache)
 
@@ -99,13 +99,19 @@ class Mixtral(llama.Llama):
 
 
 def experts(gate: str, up: str, down: str) -> dict[str, Row]:
-    return {gate: Fused("blocks.{i}.mlp.experts.{e}.up.weight", 0, 2), up: Fused("blocks.{i}.mlp.experts.{e}.up.weight", 1, 2),
-            down: "blocks.{i}.mlp.experts.{e}.down.weight"}
+    return {
+        gate: Fused("blocks.{i}.mlp.experts.{e}.up.weight", 0, 2),
+        up: Fused("blocks.{i}.mlp.experts.{e}.up.weight", 1, 2),
+        down: "blocks.{i}.mlp.experts.{e}.down.weight",
+    }
 
 
 MOE = "model.layers.{i}.block_sparse_moe."
-HUGGINGFACE = llama.NAMES | {MOE + "gate.weight": "blocks.{i}.mlp.router.weight"} | experts(
-    *(f"{MOE}experts.{{e}}.w{k}.weight" for k in (1, 3, 2)))
+HUGGINGFACE = (
+    llama.NAMES
+    | {MOE + "gate.weight": "blocks.{i}.mlp.router.weight"}
+    | experts(*(f"{MOE}experts.{{e}}.w{k}.weight" for k in (1, 3, 2)))
+)
 CONFIG = {
     "model_type": Is("mixtral"),
     "architectures": Is(["MixtralForCausalLM"]),
@@ -117,12 +123,27 @@ CONFIG = {
 }
 
 CARD = Card(
-    name="mixtral", model=Mixtral, config=Config, paper="arXiv:2401.04088", year=2024, takes="tokens", gives="tokens",
+    name="mixtral",
+    model=Mixtral,
+    config=Config,
+    paper="arXiv:2401.04088",
+    year=2024,
+    takes="tokens",
+    gives="tokens",
     sizes={
         "mixtral-8x7b": Size(params=46_702_792_704, source="mistralai/Mixtral-8x7B-v0.1"),
-        "mixtral-8x22b": Size(length=65_536, dim=6144, depth=56, heads=48, hidden=16_384, params=140_620_634_112,
-                              source="mistralai/Mixtral-8x22B-v0.1"),
+        "mixtral-8x22b": Size(
+            length=65_536,
+            dim=6144,
+            depth=56,
+            heads=48,
+            hidden=16_384,
+            params=140_620_634_112,
+            source="mistralai/Mixtral-8x22B-v0.1",
+        ),
         "mixtral-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, groups=1, hidden=6, experts=4),
     },
-    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG}, recipe=llama.CARD.recipe,
+    weights={"huggingface": HUGGINGFACE},
+    configs={"huggingface": CONFIG},
+    recipe=llama.CARD.recipe,
 )

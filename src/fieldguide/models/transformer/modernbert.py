@@ -28,22 +28,22 @@ from fieldguide.models.mapping.key_rules import Row
 from fieldguide.models.transformer._shared.text_encoder import GIVES, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures
 
-EPS = 1e-5        # of the normalisations
+EPS = 1e-5  # of the normalisations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "words"         # words, label, labels, span or vector
+    gives: str = "words"  # words, label, labels, span or vector
     vocab: int = 50_368
-    classes: int = 2             # of a label, or of labels
-    length: int = 8192           # longest row, tokens
-    dim: int = 768               # D
+    classes: int = 2  # of a label, or of labels
+    length: int = 8192  # longest row, tokens
+    dim: int = 768  # D
     depth: int = 22
     heads: int = 12
-    hidden: int = 1152           # width inside the two-layer networks, of which there are two, one the other's gate
-    every: int = 3               # each so many layers, from the first on, look at the whole row
-    window: int = 128            # tokens around one that the other layers look at, half on either side
-    turn: float = 160_000.0      # slowest turn of positions in layers that look at the whole row, in 2 pi tokens
+    hidden: int = 1152  # width inside the two-layer networks, of which there are two, one the other's gate
+    every: int = 3  # each so many layers, from the first on, look at the whole row
+    window: int = 128  # tokens around one that the other layers look at, half on either side
+    turn: float = 160_000.0  # slowest turn of positions in layers that look at the whole row, in 2 pi tokens
     turn_near: float = 10_000.0  # and in the others
     dropout: float = 0.0
 
@@ -62,8 +62,8 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:       # B T D, mask, T d -> B T D
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)          # each B heads T d
+    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:  # B T D, mask, T d -> B T D
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T d
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -74,13 +74,13 @@ class Block(nn.Module):
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.norm1 = plain(c.dim) if layer else nn.Identity()                    # the embeddings are normalised already
+        self.norm1 = plain(c.dim) if layer else nn.Identity()  # the embeddings are normalised already
         self.attn = Attention(c.dim, c.heads, c.dropout)
         self.norm2 = plain(c.dim)
         self.up, self.down = nn.Linear(c.dim, 2 * c.hidden, bias=False), nn.Linear(c.hidden, c.dim, bias=False)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:             # B T D -> B T D
+    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:  # B T D -> B T D
         x = x + self.dropout(self.attn(self.norm1(x), *context))
         inner, gate = self.up(self.norm2(x)).chunk(2, -1)
         return x + self.down(self.dropout(F.gelu(inner) * gate))
@@ -119,14 +119,15 @@ class ModernBert(TextEncoder):
             if isinstance(module, nn.Linear | nn.Embedding):
                 added = name.endswith(("proj", "down", "pool"))
                 each = std * ((2 * self.config.depth) ** -0.5 if added else 1)
-                nn.init.trunc_normal_(module.weight, std=self.config.dim ** -0.5 if name == "head" else each,
-                                      a=-2 * each, b=2 * each)
+                nn.init.trunc_normal_(
+                    module.weight, std=self.config.dim**-0.5 if name == "head" else each, a=-2 * each, b=2 * each
+                )
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def seen(self, mask: Tensor | None, steps: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Which keys each query may see, in layers that look at the whole row and in the others; None for all of them."""
-        whole = None if mask is None else at_least_one(mask)[:, None, None]      # B 1 1 T
+        whole = None if mask is None else at_least_one(mask)[:, None, None]  # B 1 1 T
         near = self.config.window // 2
         if steps <= near + 1:
             return whole, whole
@@ -135,7 +136,7 @@ class ModernBert(TextEncoder):
         if whole is None:
             return None, distance <= near
         # What pads sees itself at least, or its row would be a mean of nothing.
-        return whole, whole & (distance <= near) | (distance == 0)               # B 1 T T
+        return whole, whole & (distance <= near) | (distance == 0)  # B 1 T T
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         self.check(tokens)
@@ -157,7 +158,7 @@ class ModernBert(TextEncoder):
     def pooled(self, x: Tensor) -> Tensor:
         return self.before(x[:, 0])
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:    # B T -> GIVES
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:  # B T -> GIVES
         if self.config.gives in ("labels", "span"):
             return self.head(self.last_dropout(self.before(self.features(tokens, mask))))
         return super().forward(tokens, mask)
@@ -166,24 +167,24 @@ class ModernBert(TextEncoder):
 def huggingface(config: Config) -> dict[str, Row]:
     """Names in files of transformers, of the encoder alone or with a head."""
     names: dict[str, Row] = {}
-    for before in ("model.", ""):                        # a file of the encoder alone has no prefix
+    for before in ("model.", ""):  # a file of the encoder alone has no prefix
         names |= {
-            before + "embeddings.tok_embeddings.weight":    "word.weight",
-            before + "embeddings.norm.*":                   "norm_word.*",
-            before + "layers.{i}.attn_norm.*":              "blocks.{i}.norm1.*",
-            before + "layers.{i}.attn.Wqkv.*":              "blocks.{i}.attn.qkv.*",
-            before + "layers.{i}.attn.Wo.*":                "blocks.{i}.attn.proj.*",
-            before + "layers.{i}.mlp_norm.*":               "blocks.{i}.norm2.*",
-            before + "layers.{i}.mlp.Wi.*":                 "blocks.{i}.up.*",
-            before + "layers.{i}.mlp.Wo.*":                 "blocks.{i}.down.*",
-            before + "final_norm.*":                        "norm.*",
+            before + "embeddings.tok_embeddings.weight": "word.weight",
+            before + "embeddings.norm.*": "norm_word.*",
+            before + "layers.{i}.attn_norm.*": "blocks.{i}.norm1.*",
+            before + "layers.{i}.attn.Wqkv.*": "blocks.{i}.attn.qkv.*",
+            before + "layers.{i}.attn.Wo.*": "blocks.{i}.attn.proj.*",
+            before + "layers.{i}.mlp_norm.*": "blocks.{i}.norm2.*",
+            before + "layers.{i}.mlp.Wi.*": "blocks.{i}.up.*",
+            before + "layers.{i}.mlp.Wo.*": "blocks.{i}.down.*",
+            before + "final_norm.*": "norm.*",
         }
     return names | {
-        "head.dense.*":       "pool.*",
-        "head.norm.*":        "norm_pool.*",
-        "decoder.bias":       "bias",
-        "decoder.weight":     "word.weight",             # tied; absent from most files
-        "classifier.*":       "head.*",
+        "head.dense.*": "pool.*",
+        "head.norm.*": "norm_pool.*",
+        "decoder.bias": "bias",
+        "decoder.weight": "word.weight",  # tied; absent from most files
+        "classifier.*": "head.*",
     }
 
 
@@ -216,17 +217,25 @@ CONFIG = {
 
 
 CARD = Card(
-    name="modernbert", model=ModernBert, config=Config, paper="arXiv:2412.13663", year=2024, takes="tokens", gives=GIVES,
+    name="modernbert",
+    model=ModernBert,
+    config=Config,
+    paper="arXiv:2412.13663",
+    year=2024,
+    takes="tokens",
+    gives=GIVES,
     sizes={
         # Counts are of the head for hidden words: transformers' ModernBertForMaskedLM.
         "modernbert-base": Size(params=149_655_232, source="answerdotai/ModernBERT-base"),
-        "modernbert-large": Size(dim=1024, depth=28, heads=16, hidden=2624, params=395_881_664,
-                                 source="answerdotai/ModernBERT-large"),
+        "modernbert-large": Size(
+            dim=1024, depth=28, heads=16, hidden=2624, params=395_881_664, source="answerdotai/ModernBERT-large"
+        ),
         # A small one to be trained from nothing.
         "modernbert-mini": Size(vocab=8192, length=512, dim=256, depth=6, heads=4, hidden=384),
         "modernbert-test": Size(vocab=30, classes=3, length=12, dim=16, depth=3, heads=2, hidden=20, every=2, window=4),
     },
-    weights={"huggingface": huggingface}, configs={"huggingface": CONFIG},
+    weights={"huggingface": huggingface},
+    configs={"huggingface": CONFIG},
     # Table 3, but for the rate, which is that of training a small one from nothing.
     recipe={"optimizer": "adamw", "lr": 8e-4, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.05},
 )

@@ -27,16 +27,16 @@ from fieldguide.models.transformer.mbart import MBart
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab: int = 256_206
-    length: int = 1024           # longest row, tokens
-    dim: int = 1024              # D
-    depth: int = 12              # layers of the encoder
+    length: int = 1024  # longest row, tokens
+    dim: int = 1024  # D
+    depth: int = 12  # layers of the encoder
     decoder_depth: int = 12
     heads: int = 16
-    hidden: int = 4096           # width inside the two-layer networks
+    hidden: int = 4096  # width inside the two-layer networks
     dropout: float = 0.1
-    attn_dropout: float = 0.1    # of attention weights
-    mlp_dropout: float = 0.0     # inside the two-layer networks
-    begin: int = 2               # the token that answers begin with, before their language
+    attn_dropout: float = 0.1  # of attention weights
+    mlp_dropout: float = 0.0  # inside the two-layer networks
+    begin: int = 2  # the token that answers begin with, before their language
     end: int = 2
     pad: int = 1
 
@@ -51,7 +51,7 @@ class Places(nn.Module):
         angle = torch.arange(length).float()[:, None] * speed
         self.register_buffer("weights", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
 
-    def forward(self, place: Tensor) -> Tensor:          # ... -> ... D
+    def forward(self, place: Tensor) -> Tensor:  # ... -> ... D
         return self.weights[place]
 
 
@@ -82,7 +82,13 @@ def sized(depth: int, dim: int, hidden: int, params: int, source: str, **other: 
 
 
 CARD = Card(
-    name="nllb", model=NLLB, config=Config, paper="arXiv:2207.04672", year=2022, takes="pair", gives="tokens",
+    name="nllb",
+    model=NLLB,
+    config=Config,
+    paper="arXiv:2207.04672",
+    year=2022,
+    takes="pair",
+    gives="tokens",
     sizes={
         "nllb-600m": Size(params=615_073_792, source="facebook/nllb-200-distilled-600M"),
         "nllb-1.3b": sized(24, 1024, 8192, 1_370_638_336, "facebook/nllb-200-1.3B"),
@@ -94,5 +100,6 @@ CARD = Card(
         "nllb-test": Size(**bart.TEST),
     },
     weights={"huggingface": tables() | bart.layers("model.")},
-    configs={"huggingface": bart.config("m2m_100", "M2M100ForConditionalGeneration", "relu", scaled=True)}, recipe=bart.RECIPE,
+    configs={"huggingface": bart.config("m2m_100", "M2M100ForConditionalGeneration", "relu", scaled=True)},
+    recipe=bart.RECIPE,
 )

@@ -24,15 +24,15 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    length: int = 336            # T
-    horizon: int = 96            # H
-    values: int = 1              # Q: 1 for a point, more for quantiles
-    patch: int = 16              # P
-    stride: int = 8              # steps from patch to patch
-    dim: int = 16                # D
+    length: int = 336  # T
+    horizon: int = 96  # H
+    values: int = 1  # Q: 1 for a point, more for quantiles
+    patch: int = 16  # P
+    stride: int = 8  # steps from patch to patch
+    dim: int = 16  # D
     depth: int = 3
     heads: int = 4
-    hidden: int = 128            # width inside the two-layer networks
+    hidden: int = 128  # width inside the two-layer networks
     dropout: float = 0.3
 
 
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm1d(c.dim)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:        # B N D, B h N N -> both
+    def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:  # B N D, B h N N -> both
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         new = q @ k.mT * q.shape[-1] ** -0.5
         scores = new if scores is None else scores + new
@@ -70,7 +70,7 @@ class PatchTST(nn.Module):
             raise SettingsError(f"dim={c.dim} cannot be split among heads={c.heads}: choose a multiple")
         if c.patch > c.length:
             raise SettingsError(f"patch={c.patch} is longer than the past, length={c.length}")
-        patches = (c.length - c.patch) // c.stride + 2   # one more over the end, which is repeated
+        patches = (c.length - c.patch) // c.stride + 2  # one more over the end, which is repeated
         self.embed = nn.Linear(c.patch, c.dim)
         self.pos = nn.Parameter(torch.empty(patches, c.dim))
         self.dropout = nn.Dropout(c.dropout)
@@ -78,48 +78,55 @@ class PatchTST(nn.Module):
         self.head = nn.Linear(c.dim * patches, c.horizon * c.values)
         nn.init.uniform_(self.pos, -0.02, 0.02)
 
-    def forward(self, series: Tensor) -> Tensor:         # B T C -> B H C Q
+    def forward(self, series: Tensor) -> Tensor:  # B T C -> B H C Q
         c = self.config
         if series.shape[1] != c.length:
             raise DataError(f"the past has {series.shape[1]} steps, the network was made for length={c.length}")
-        x = series.transpose(1, 2)                                               # B C T
+        x = series.transpose(1, 2)  # B C T
         mean = x.mean(-1, keepdim=True).detach()
         scale = (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt().detach()
-        x = F.pad((x - mean) / scale, (0, c.stride), mode="replicate").unfold(-1, c.patch, c.stride)     # B C N P
-        x = self.dropout(self.embed(x).flatten(0, 1) + self.pos)                 # B*C N D
+        x = F.pad((x - mean) / scale, (0, c.stride), mode="replicate").unfold(-1, c.patch, c.stride)  # B C N P
+        x = self.dropout(self.embed(x).flatten(0, 1) + self.pos)  # B*C N D
         scores = None
         for block in self.blocks:
             x, scores = block(x, scores)
-        y = self.head(x.mT.flatten(1)).unflatten(0, mean.shape[:2])              # B C H*Q
+        y = self.head(x.mT.flatten(1)).unflatten(0, mean.shape[:2])  # B C H*Q
         return (y * scale + mean).unflatten(-1, (c.horizon, c.values)).transpose(1, 2)
 
 
 LAYER = "model.backbone.encoder.layers.{i}."
-OFFICIAL = {                                             # of yuqinie98/PatchTST, PatchTST_supervised, without decomposition
-    "model.backbone.W_P.*":                  "embed.*",
-    "model.backbone.W_pos":                  "pos",
-    LAYER + "self_attn.W_Q.*":               Fused("blocks.{i}.qkv.*", 0, 3),
-    LAYER + "self_attn.W_K.*":               Fused("blocks.{i}.qkv.*", 1, 3),
-    LAYER + "self_attn.W_V.*":               Fused("blocks.{i}.qkv.*", 2, 3),
-    LAYER + "self_attn.sdp_attn.scale":      Dropped("the root of a head's width"),
-    LAYER + "self_attn.to_out.0.*":          "blocks.{i}.proj.*",
-    LAYER + "norm_attn.1.*":                 "blocks.{i}.norm1.*",
-    LAYER + "ff.0.*":                        "blocks.{i}.up.*",
-    LAYER + "ff.3.*":                        "blocks.{i}.down.*",
-    LAYER + "norm_ffn.1.*":                  "blocks.{i}.norm2.*",
-    "model.head.linear.*":                   "head.*",
+OFFICIAL = {  # of yuqinie98/PatchTST, PatchTST_supervised, without decomposition
+    "model.backbone.W_P.*": "embed.*",
+    "model.backbone.W_pos": "pos",
+    LAYER + "self_attn.W_Q.*": Fused("blocks.{i}.qkv.*", 0, 3),
+    LAYER + "self_attn.W_K.*": Fused("blocks.{i}.qkv.*", 1, 3),
+    LAYER + "self_attn.W_V.*": Fused("blocks.{i}.qkv.*", 2, 3),
+    LAYER + "self_attn.sdp_attn.scale": Dropped("the root of a head's width"),
+    LAYER + "self_attn.to_out.0.*": "blocks.{i}.proj.*",
+    LAYER + "norm_attn.1.*": "blocks.{i}.norm1.*",
+    LAYER + "ff.0.*": "blocks.{i}.up.*",
+    LAYER + "ff.3.*": "blocks.{i}.down.*",
+    LAYER + "norm_ffn.1.*": "blocks.{i}.norm2.*",
+    "model.head.linear.*": "head.*",
 }
 
 CARD = Card(
-    name="patchtst", model=PatchTST, config=Config, paper="arXiv:2211.14730", year=2022,
-    takes="series", gives="forecast",
+    name="patchtst",
+    model=PatchTST,
+    config=Config,
+    paper="arXiv:2211.14730",
+    year=2022,
+    takes="series",
+    gives="forecast",
     sizes={
         # The authors' code has 81,731 and 921,187: it keeps the constant scale of each layer as a parameter.
         "patchtst-etth1": Size(params=81_728, source="the authors' code, without 3 constants"),
-        "patchtst-large": Size(dim=128, heads=16, hidden=256, dropout=0.2, params=921_184,
-                               source="the authors' code, without 3 constants"),
-        "patchtst-test": Size(length=13, horizon=5, values=2, patch=4, stride=3, dim=8, depth=2, heads=2, hidden=12,
-                              dropout=0.0),
+        "patchtst-large": Size(
+            dim=128, heads=16, hidden=256, dropout=0.2, params=921_184, source="the authors' code, without 3 constants"
+        ),
+        "patchtst-test": Size(
+            length=13, horizon=5, values=2, patch=4, stride=3, dim=8, depth=2, heads=2, hidden=12, dropout=0.0
+        ),
     },
     weights={"official": OFFICIAL},
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "warmup": 0.1},

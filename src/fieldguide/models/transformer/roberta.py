@@ -26,22 +26,22 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, Zeros
 from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
 
-EPS = 1e-5        # of the normalisations
+EPS = 1e-5  # of the normalisations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "words"         # words, label, labels, span or vector
+    gives: str = "words"  # words, label, labels, span or vector
     vocab: int = 50_265
-    classes: int = 2             # of a label, or of labels
-    length: int = 512            # longest row, tokens
-    pad: int = 1                 # number of the padding token: positions begin after it
-    dim: int = 768               # D
+    classes: int = 2  # of a label, or of labels
+    length: int = 512  # longest row, tokens
+    pad: int = 1  # number of the padding token: positions begin after it
+    dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    hidden: int = 3072           # width inside the two-layer networks
+    hidden: int = 3072  # width inside the two-layer networks
     dropout: float = 0.1
-    mean: bool = False           # a label is read from the mean over the tokens; else from one more layer at the first token
+    mean: bool = False  # a label is read from the mean over the tokens; else from one more layer at the first token
 
 
 class Roberta(TextEncoder):
@@ -56,8 +56,9 @@ class Roberta(TextEncoder):
         self.pos = nn.Embedding(c.length + c.pad + 1, c.dim)
         self.segment = nn.Embedding(1, c.dim)
         self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(PostNorm(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS)
-                                    for _ in range(c.depth))
+        self.blocks = nn.ModuleList(
+            PostNorm(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS) for _ in range(c.depth)
+        )
         self.add_head(c.dim, c.dropout, EPS)
         self.start(0.02 * max(1.0, 768 / c.dim) ** 0.5)
         nn.init.zeros_(self.segment.weight)
@@ -66,7 +67,7 @@ class Roberta(TextEncoder):
         self.check(tokens)
         if mask is None:
             first = self.config.pad + 1
-            places = self.pos.weight[first:first + tokens.shape[1]]
+            places = self.pos.weight[first : first + tokens.shape[1]]
         else:
             mask = at_least_one(mask)
             places = self.pos(mask.cumsum(1) * mask + self.config.pad)
@@ -82,25 +83,29 @@ class Roberta(TextEncoder):
 def huggingface(config: Config) -> dict[str, Row]:
     """Names in files of transformers, of the encoder alone or with a head."""
     names: dict[str, Row] = {}
-    for before in ("roberta.", ""):                      # a file of the encoder alone has no prefix
+    for before in ("roberta.", ""):  # a file of the encoder alone has no prefix
         words = before + "embeddings."
-        names |= {
-            words + "word_embeddings.weight":       "word.weight",
-            words + "position_embeddings.weight":   "pos.weight",
-            words + "token_type_embeddings.weight": "segment.weight",
-            words + "position_ids":                 Dropped("0, 1, 2, ..."),
-            before + "pooler.dense.*":              "cls.*",                     # never trained; no head here reads it
-        } | norm(words + "LayerNorm", "norm") | layers(before)
+        names |= (
+            {
+                words + "word_embeddings.weight": "word.weight",
+                words + "position_embeddings.weight": "pos.weight",
+                words + "token_type_embeddings.weight": "segment.weight",
+                words + "position_ids": Dropped("0, 1, 2, ..."),
+                before + "pooler.dense.*": "cls.*",  # never trained; no head here reads it
+            }
+            | norm(words + "LayerNorm", "norm")
+            | layers(before)
+        )
     return names | {
-        "lm_head.bias":                 "words.bias",
-        "lm_head.decoder.bias":         "words.bias",                            # the same tensor twice in some files
-        "lm_head.decoder.weight":       "word.weight",                           # tied; absent from most files
-        "lm_head.dense.*":              "words.dense.*",
-        "lm_head.layer_norm.*":         "words.norm.*",
-        "qa_outputs.*":                 "span.*",
-        "classifier.dense.*":           "pool.*",                                # of a label
-        "classifier.out_proj.*":        "cls.label.*" if config.gives == "labels" else "head.*",
-        "classifier.*":                 "head.*" if config.gives == "labels" else "cls.labels.*",
+        "lm_head.bias": "words.bias",
+        "lm_head.decoder.bias": "words.bias",  # the same tensor twice in some files
+        "lm_head.decoder.weight": "word.weight",  # tied; absent from most files
+        "lm_head.dense.*": "words.dense.*",
+        "lm_head.layer_norm.*": "words.norm.*",
+        "qa_outputs.*": "span.*",
+        "classifier.dense.*": "pool.*",  # of a label
+        "classifier.out_proj.*": "cls.label.*" if config.gives == "labels" else "head.*",
+        "classifier.*": "head.*" if config.gives == "labels" else "cls.labels.*",
     }
 
 
@@ -112,32 +117,40 @@ def fairseq(config: Config) -> dict[str, Row]:
         layer, attn = inner + "layers.{i}.", inner + "layers.{i}.self_attn."
         first = before == "decoder."
         names |= {
-            inner + "embed_tokens.weight":    "word.weight",
+            inner + "embed_tokens.weight": "word.weight",
             inner + "embed_positions.weight": "pos.weight",
-            inner + "emb_layer_norm.*":       "norm.*",
-            inner + "layernorm_embedding.*":  "norm.*",
-            attn + "in_proj_weight":          "blocks.{i}.attn.qkv.weight",
-            attn + "in_proj_bias":            "blocks.{i}.attn.qkv.bias",
-            attn + "out_proj.*":              "blocks.{i}.attn.proj.*",
+            inner + "emb_layer_norm.*": "norm.*",
+            inner + "layernorm_embedding.*": "norm.*",
+            attn + "in_proj_weight": "blocks.{i}.attn.qkv.weight",
+            attn + "in_proj_bias": "blocks.{i}.attn.qkv.bias",
+            attn + "out_proj.*": "blocks.{i}.attn.proj.*",
             layer + "self_attn_layer_norm.*": "blocks.{i}.norm1.*",
-            layer + "fc1.*":                  "blocks.{i}.mlp.up.*",
-            layer + "fc2.*":                  "blocks.{i}.mlp.down.*",
-            layer + "final_layer_norm.*":     "blocks.{i}.norm2.*",
-            before + "lm_head.weight":        "word.weight",                     # tied
-            before + "lm_head.bias":          "words.bias",
-            before + "lm_head.dense.*":       "words.dense.*",
-            before + "lm_head.layer_norm.*":  "words.norm.*",
+            layer + "fc1.*": "blocks.{i}.mlp.up.*",
+            layer + "fc2.*": "blocks.{i}.mlp.down.*",
+            layer + "final_layer_norm.*": "blocks.{i}.norm2.*",
+            before + "lm_head.weight": "word.weight",  # tied
+            before + "lm_head.bias": "words.bias",
+            before + "lm_head.dense.*": "words.dense.*",
+            before + "lm_head.layer_norm.*": "words.norm.*",
         } | {f"{attn}{part}_proj.*": Fused("blocks.{i}.attn.qkv.*", i, 3) for i, part in enumerate("qkv")}
         if first:
             names |= {"<no segments>": Zeros("segment.weight", like="word.weight")}
-    return names | {
-        "classification_heads.sentence_classification_head.dense.*":    "pool.*",
-        "classification_heads.sentence_classification_head.out_proj.*": "head.*",
-    } | {f"classification_heads.*.{theirs}.{kind}": f"{ours}.{kind}"             # called by their data: mnli
-         for theirs, ours in (("dense", "pool"), ("out_proj", "head")) for kind in ("weight", "bias")}
+    return (
+        names
+        | {
+            "classification_heads.sentence_classification_head.dense.*": "pool.*",
+            "classification_heads.sentence_classification_head.out_proj.*": "head.*",
+        }
+        | {
+            f"classification_heads.*.{theirs}.{kind}": f"{ours}.{kind}"  # called by their data: mnli
+            for theirs, ours in (("dense", "pool"), ("out_proj", "head"))
+            for kind in ("weight", "bias")
+        }
+    )
 
 
 LARGE = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096}
+
 
 def config(kind: str, name: str) -> dict[str, ConfigRow]:
     """Keys of transformers, which has two names for one network."""
@@ -169,7 +182,13 @@ def read_length(theirs: Mapping[str, Any]) -> dict[str, int]:
 
 
 CARD = Card(
-    name="roberta", model=Roberta, config=Config, paper="arXiv:1907.11692", year=2019, takes="tokens", gives=GIVES,
+    name="roberta",
+    model=Roberta,
+    config=Config,
+    paper="arXiv:1907.11692",
+    year=2019,
+    takes="tokens",
+    gives=GIVES,
     sizes={
         # Counts are of the head for hidden words: transformers' RobertaForMaskedLM.
         "roberta-base": Size(params=124_697_433, source="FacebookAI/roberta-base"),
@@ -181,6 +200,13 @@ CARD = Card(
     weights={"huggingface": huggingface, "fairseq": fairseq, "huggingface-xlm": huggingface},
     configs={"huggingface": config("roberta", "Roberta"), "huggingface-xlm": config("xlm-roberta", "XLMRoberta")},
     # Section 3.1, but for the rate, which is that of training a small one from nothing.
-    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.06,
-            "schedule": "linear"},
+    recipe={
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "weight_decay": 0.01,
+        "beta2": 0.98,
+        "clip": 1.0,
+        "warmup": 0.06,
+        "schedule": "linear",
+    },
 )

@@ -25,9 +25,9 @@ from fieldguide.models.layers.kv_cache import causal
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    items: int = 3417            # with 0, which means none
-    length: int = 200            # longest history; of longer ones give the latest items
-    dim: int = 50                # D
+    items: int = 3417  # with 0, which means none
+    length: int = 200  # longest history; of longer ones give the latest items
+    dim: int = 50  # D
     depth: int = 2
     heads: int = 1
     dropout: float = 0.2
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.down = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:                 # B T D -> B T D
+    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:  # B T D -> B T D
         y = self.norm1(x)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(y), self.key(x), self.value(x)))
         z = F.scaled_dot_product_attention(q, k, v, seen, self.rate if self.training else 0.0, is_causal=seen is None)
@@ -82,16 +82,18 @@ class SASRec(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def table(self) -> Tensor:                           # items D
+    def table(self) -> Tensor:  # items D
         """What items are, where they are read and where they are scored; item 0 is zero."""
         return F.pad(self.embed.weight[1:], (0, 0, 1, 0))
 
-    def features(self, items: Tensor, mask: Tensor | None = None) -> Tensor:     # B T -> B T D
+    def features(self, items: Tensor, mask: Tensor | None = None) -> Tensor:  # B T -> B T D
         """What each history wants next: its product with a row of `table` is that item's logit."""
         steps, length = items.shape[1], self.config.length
         if steps > length:
-            raise DataError(f"a history of {steps} items is longer than length={length}; give the latest "
-                            f"{length}, or create the network with a larger length")
+            raise DataError(
+                f"a history of {steps} items is longer than length={length}; give the latest "
+                f"{length}, or create the network with a larger length"
+            )
         table = self.table()
         if mask is None:
             place, real = torch.arange(length - steps, length, device=items.device), 1.0
@@ -104,13 +106,18 @@ class SASRec(nn.Module):
             x = block(x, seen) * real
         return self.norm(x)
 
-    def forward(self, items: Tensor, mask: Tensor | None = None) -> Tensor:      # B T, B T -> B T items
+    def forward(self, items: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B T items
         return F.linear(self.features(items, mask), self.table())
 
 
 CARD = Card(
-    name="sasrec", model=SASRec, config=Config, paper="arXiv:1808.09781", year=2018,
-    takes="items", gives="items",
+    name="sasrec",
+    model=SASRec,
+    config=Config,
+    paper="arXiv:1808.09781",
+    year=2018,
+    takes="items",
+    gives="items",
     sizes={
         # MovieLens-1M: 3,416 items and none. The port of pmixer has 212,000: two output projections (5,100) and one
         # more place (50).

@@ -20,7 +20,7 @@ from fieldguide.core.errors import SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    d_model: int = 512           # D
+    d_model: int = 512  # D
     n_heads: int = 8
 
 
@@ -41,16 +41,22 @@ class SelfAttention(nn.Module):
         self.W_v = nn.Linear(d_model, d_model)
         self.W_o = nn.Linear(d_model, d_model)
 
-    def forward(self, x: Tensor) -> Tensor:              # B T D -> B T D
-        q, k, v = (matrix(x).unflatten(-1, (self.n_heads, self.d_k)).transpose(1, 2)
-                   for matrix in (self.W_q, self.W_k, self.W_v))                 # each B heads T d_k
+    def forward(self, x: Tensor) -> Tensor:  # B T D -> B T D
+        q, k, v = (
+            matrix(x).unflatten(-1, (self.n_heads, self.d_k)).transpose(1, 2) for matrix in (self.W_q, self.W_k, self.W_v)
+        )  # each B heads T d_k
         return self.W_o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 CARD = Card(
-    name="self-attention", model=SelfAttention, config=Config,
+    name="self-attention",
+    model=SelfAttention,
+    config=Config,
     build=lambda config: SelfAttention(**asdict(config)),
-    paper="arXiv:1706.03762", year=2017, takes="sequence", gives="sequence",
+    paper="arXiv:1706.03762",
+    year=2017,
+    takes="sequence",
+    gives="sequence",
     names={"dim": "d_model", "heads": "n_heads"},
     sizes={
         "self-attention": Size(params=1_050_624, source="torch.nn.MultiheadAttention(512, 8)"),

@@ -26,12 +26,12 @@ from fieldguide.models.transformer.encoder_classifier import sinusoids
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 37_000          # of both languages together
-    length: int = 512            # longest row, tokens
-    dim: int = 512               # D
-    depth: int = 6               # layers of the encoder, and of the decoder
+    vocab: int = 37_000  # of both languages together
+    length: int = 512  # longest row, tokens
+    dim: int = 512  # D
+    depth: int = 6  # layers of the encoder, and of the decoder
     heads: int = 8
-    hidden: int = 2048           # width inside the two-layer networks
+    hidden: int = 2048  # width inside the two-layer networks
     dropout: float = 0.1
 
 
@@ -47,12 +47,12 @@ class CrossAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def remember(self, source: Tensor) -> Memory:        # B S D -> keys, values B heads S d
+    def remember(self, source: Tensor) -> Memory:  # B S D -> keys, values B heads S d
         dim = source.shape[-1]
         k, v = F.linear(source, self.qkv.weight[dim:], self.qkv.bias[dim:]).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:         # B T D, B S -> B T D
+    def forward(self, x: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:  # B T D, B S -> B T D
         dim = x.shape[-1]
         q = F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim]).reshape(memory[0].shape[0], -1, dim)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -67,7 +67,7 @@ class EncoderBlock(nn.Module):
         self.mlp, self.norm2 = FeedForward(c.dim, c.hidden, F.relu), nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # B S D -> B S D
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # B S D -> B S D
         x = self.norm1(x + self.dropout(self.attn(x, mask)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
@@ -80,7 +80,7 @@ class DecoderBlock(nn.Module):
         self.mlp, self.norm3 = FeedForward(c.dim, c.hidden, F.relu), nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, seen: Tensor | None, memory: tuple, mask, cache, layer: int) -> Tensor:     # B T D -> B T D
+    def forward(self, x: Tensor, seen: Tensor | None, memory: tuple, mask, cache, layer: int) -> Tensor:  # B T D -> B T D
         x = self.norm1(x + self.dropout(self.attn(x, seen, cache, layer)))
         x = self.norm2(x + self.dropout(self.cross(x, memory, mask)))
         return self.norm3(x + self.dropout(self.mlp(x)))
@@ -91,7 +91,7 @@ class Transformer(EncoderDecoder):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.embed = nn.Embedding(config.vocab, config.dim)          # of both languages, and the head
+        self.embed = nn.Embedding(config.vocab, config.dim)  # of both languages, and the head
         self.register_buffer("pos", sinusoids(config.length, config.dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
@@ -105,54 +105,66 @@ class Transformer(EncoderDecoder):
                 for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
                     nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embed.weight, std=self.config.dim ** -0.5)
+        nn.init.normal_(self.embed.weight, std=self.config.dim**-0.5)
 
-    def read(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:       # B T -> B T D
+    def read(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:  # B T -> B T D
         self.check(tokens.shape[1], cache)
         place = positions(tokens.shape[1], mask, cache, tokens.device)
         return self.dropout(self.embed(tokens) * math.sqrt(self.config.dim) + self.pos[place])
 
-    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:      # B S -> B S D
+    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:  # B S -> B S D
         x = self.read(source, mask)
         for block in self.encoder:
             x = block(x, mask)
         return x
 
-    def decode(self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None,
-               cache: Cache | None) -> Tensor:           # B T -> B T D
+    def decode(
+        self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:  # B T -> B T D
         seen = causal(tokens.shape[1], mask, cache, tokens.device)
         x = self.read(tokens, mask, cache)
         for layer, block in enumerate(self.decoder):
             x = block(x, seen, memory[layer], source_mask, cache, layer)
         return x
 
-    def say(self, x: Tensor) -> Tensor:                  # ... D -> ... vocab
+    def say(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
         return F.linear(x, self.embed.weight)
 
 
-TORCH = {                                                # of nn.Transformer, which adds a norm after either stack
-    "encoder.layers.{i}.self_attn.in_proj_*":       "encoder.{i}.attn.qkv.*",
-    "encoder.layers.{i}.self_attn.out_proj.*":      "encoder.{i}.attn.proj.*",
-    "encoder.layers.{i}.linear1.*":                 "encoder.{i}.mlp.up.*",
-    "encoder.layers.{i}.linear2.*":                 "encoder.{i}.mlp.down.*",
-    "encoder.layers.{i}.norm{k}.*":                 "encoder.{i}.norm{k}.*",
-    "decoder.layers.{i}.self_attn.in_proj_*":       "decoder.{i}.attn.qkv.*",
-    "decoder.layers.{i}.self_attn.out_proj.*":      "decoder.{i}.attn.proj.*",
-    "decoder.layers.{i}.multihead_attn.in_proj_*":  "decoder.{i}.cross.qkv.*",
+TORCH = {  # of nn.Transformer, which adds a norm after either stack
+    "encoder.layers.{i}.self_attn.in_proj_*": "encoder.{i}.attn.qkv.*",
+    "encoder.layers.{i}.self_attn.out_proj.*": "encoder.{i}.attn.proj.*",
+    "encoder.layers.{i}.linear1.*": "encoder.{i}.mlp.up.*",
+    "encoder.layers.{i}.linear2.*": "encoder.{i}.mlp.down.*",
+    "encoder.layers.{i}.norm{k}.*": "encoder.{i}.norm{k}.*",
+    "decoder.layers.{i}.self_attn.in_proj_*": "decoder.{i}.attn.qkv.*",
+    "decoder.layers.{i}.self_attn.out_proj.*": "decoder.{i}.attn.proj.*",
+    "decoder.layers.{i}.multihead_attn.in_proj_*": "decoder.{i}.cross.qkv.*",
     "decoder.layers.{i}.multihead_attn.out_proj.*": "decoder.{i}.cross.proj.*",
-    "decoder.layers.{i}.linear1.*":                 "decoder.{i}.mlp.up.*",
-    "decoder.layers.{i}.linear2.*":                 "decoder.{i}.mlp.down.*",
-    "decoder.layers.{i}.norm{k}.*":                 "decoder.{i}.norm{k}.*",
+    "decoder.layers.{i}.linear1.*": "decoder.{i}.mlp.up.*",
+    "decoder.layers.{i}.linear2.*": "decoder.{i}.mlp.down.*",
+    "decoder.layers.{i}.norm{k}.*": "decoder.{i}.norm{k}.*",
 }
 
 CARD = Card(
-    name="transformer", model=Transformer, config=Config, paper="arXiv:1706.03762", year=2017,
-    takes="pair", gives="tokens",
+    name="transformer",
+    model=Transformer,
+    config=Config,
+    paper="arXiv:1706.03762",
+    year=2017,
+    takes="pair",
+    gives="tokens",
     sizes={
         # Layers 44,138,496: nn.Transformer's 44,140,544 less its two final norms. The paper says 65 and 213 million.
         "transformer-base": Size(params=63_082_496, source="nn.Transformer without final norms, 37,000 embeddings"),
-        "transformer-big": Size(dim=1024, heads=16, hidden=4096, dropout=0.3, params=214_245_376,
-                                source="nn.Transformer without final norms, 37,000 embeddings"),
+        "transformer-big": Size(
+            dim=1024,
+            heads=16,
+            hidden=4096,
+            dropout=0.3,
+            params=214_245_376,
+            source="nn.Transformer without final norms, 37,000 embeddings",
+        ),
         # Of the same form, for data and machines of every day.
         "transformer-small": Size(vocab=8192, dim=256, depth=3, heads=4, hidden=1024, dropout=0.1),
         "transformer-mini": Size(vocab=8192, dim=128, depth=3, heads=4, hidden=512, dropout=0.1),
@@ -160,6 +172,14 @@ CARD = Card(
     },
     weights={"torch": TORCH},
     # Multi30k in 2.5 minutes of one core, validation loss: adamw at the paper's rate 5.55, muon 3.62.
-    recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.0, "beta2": 0.98, "clip": 1.0, "warmup": 0.04,
-            "smoothing": 0.1},
+    recipe={
+        "optimizer": "muon",
+        "lr": 4e-3,
+        "momentum": 0.95,
+        "weight_decay": 0.0,
+        "beta2": 0.98,
+        "clip": 1.0,
+        "warmup": 0.04,
+        "smoothing": 0.1,
+    },
 )

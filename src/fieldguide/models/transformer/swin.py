@@ -31,16 +31,16 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, unprefixed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"                         # or vector: what a label would be read from
+    gives: str = "label"  # or vector: what a label would be read from
     classes: int = 1000
-    channels: int = 3                            # C
+    channels: int = 3  # C
     patch: int = 4
-    dim: int = 96                                # D of the first stage; each further one has twice as much
-    depths: tuple[int, ...] = (2, 2, 6, 2)       # blocks a stage
-    heads: tuple[int, ...] = (3, 6, 12, 24)      # a stage
-    window: int = 7                              # w
+    dim: int = 96  # D of the first stage; each further one has twice as much
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks a stage
+    heads: tuple[int, ...] = (3, 6, 12, 24)  # a stage
+    window: int = 7  # w
     dropout: float = 0.0
-    drop_path: float = 0.2                       # of the last block; earlier ones less
+    drop_path: float = 0.2  # of the last block; earlier ones less
 
 
 class Windows:
@@ -49,28 +49,31 @@ class Windows:
     def __init__(self, size: tuple[int, int], window: int, device: torch.device):
         self.size = size
         self.sides = h, w = min(size[0], window), min(size[1], window)
-        self.full = size[0] + -size[0] % h, size[1] + -size[1] % w               # filled up
+        self.full = size[0] + -size[0] % h, size[1] + -size[1] % w  # filled up
         self.shift = tuple(side // 2 if length > side else 0 for side, length in zip(self.sides, size))
         # Differences of two places of a window, as rows of the table of biases.
         rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
         down = (rows[:, None] - rows + window - 1)[:, None, :, None] * (2 * window - 1)
         right = (columns[:, None] - columns + window - 1)[None, :, None, :]
-        self.offsets = (down + right).view(h * w, h * w)                         # M M
+        self.offsets = (down + right).view(h * w, h * w)  # M M
         self.mask = self.apart(device) if any(self.shift) else None
 
-    def apart(self, device: torch.device) -> Tensor:     # -> K 1 M M: -inf between places that the shift brought together
+    def apart(self, device: torch.device) -> Tensor:  # -> K 1 M M: -inf between places that the shift brought together
         bands = [torch.arange(full, device=device) for full in self.full]
-        bands = [(at >= full - side).int() + (at >= full - shift).int() if shift else torch.zeros_like(at)
-                 for at, full, side, shift in zip(bands, self.full, self.sides, self.shift)]
-        region = (3 * bands[0][:, None] + bands[1])[None, :, :, None]            # 1 H W 1
-        region = self.cut(region).squeeze(-1)                                    # K M
+        bands = [
+            (at >= full - side).int() + (at >= full - shift).int() if shift else torch.zeros_like(at)
+            for at, full, side, shift in zip(bands, self.full, self.sides, self.shift)
+        ]
+        region = (3 * bands[0][:, None] + bands[1])[None, :, :, None]  # 1 H W 1
+        region = self.cut(region).squeeze(-1)  # K M
         return torch.zeros(*region.shape, region.shape[1], device=device).masked_fill_(
-            region[:, None] != region[..., None], -torch.inf)[:, None]
+            region[:, None] != region[..., None], -torch.inf
+        )[:, None]
 
-    def cut(self, x: Tensor) -> Tensor:                  # B H W D -> B*K M D
+    def cut(self, x: Tensor) -> Tensor:  # B H W D -> B*K M D
         return x.unflatten(2, (-1, self.sides[1])).unflatten(1, (-1, self.sides[0])).transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
-    def join(self, x: Tensor) -> Tensor:                 # B*K M D -> B H W D
+    def join(self, x: Tensor) -> Tensor:  # B*K M D -> B H W D
         (h, w), (height, width) = self.sides, self.full
         return x.view(-1, height // h, width // w, h, w, x.shape[-1]).transpose(2, 3).reshape(-1, height, width, x.shape[-1])
 
@@ -86,9 +89,9 @@ class WindowAttention(nn.Module):
         self.bias = nn.Embedding((2 * window - 1) ** 2, heads)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, offsets: Tensor, mask: Tensor | None) -> Tensor:            # B*K M D, M M, K 1 M M -> B*K M D
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # each B*K heads M d
-        bias = self.bias(offsets).permute(2, 0, 1)[None].to(q.dtype)             # 1 heads M M
+    def forward(self, x: Tensor, offsets: Tensor, mask: Tensor | None) -> Tensor:  # B*K M D, M M, K 1 M M -> B*K M D
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B*K heads M d
+        bias = self.bias(offsets).permute(2, 0, 1)[None].to(q.dtype)  # 1 heads M M
         if mask is not None:
             bias = (bias + mask.to(q.dtype)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
@@ -96,7 +99,7 @@ class WindowAttention(nn.Module):
     def refit(self, name: str, tensor: Tensor) -> Tensor | None:
         """Biases learnt for windows of another size, spread over those of this one: bicubic, as the authors do."""
         side, mine = round(len(tensor) ** 0.5) if tensor.ndim == 2 else 0, 2 * self.window - 1
-        if name != "bias.weight" or not side % 2 or len(tensor) != side ** 2:
+        if name != "bias.weight" or not side % 2 or len(tensor) != side**2:
             return None
         grid = F.interpolate(tensor.float().mT.unflatten(1, (side, side))[None], (mine, mine), mode="bicubic")
         return grid[0].flatten(1).mT.to(tensor.dtype)
@@ -114,7 +117,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim, c.dropout)
         self.dropout, self.drop_path = nn.Dropout(c.dropout), DropPath(drop_path)
 
-    def attend(self, x: Tensor, windows: Windows) -> Tensor:                     # B H W D -> B H W D
+    def attend(self, x: Tensor, windows: Windows) -> Tensor:  # B H W D -> B H W D
         (height, width), (rows, columns) = windows.size, windows.shift if self.shifts else (0, 0)
         if windows.full != windows.size:
             x = F.pad(x, (0, 0, 0, windows.full[1] - width, 0, windows.full[0] - height))
@@ -126,7 +129,7 @@ class Block(nn.Module):
             x = x.roll((rows, columns), (1, 2))
         return x[:, :height, :width]
 
-    def forward(self, x: Tensor, windows: Windows) -> Tensor:                    # B H W D -> B H W D
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:  # B H W D -> B H W D
         x = x + self.drop_path(self.dropout(self.attend(self.norm1(x), windows)))
         return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
 
@@ -139,10 +142,10 @@ class Merge(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:              # B H W D -> B H/2 W/2 2D
+    def forward(self, x: Tensor) -> Tensor:  # B H W D -> B H/2 W/2 2D
         if x.shape[1] % 2 or x.shape[2] % 2:
             x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))            # B H/2 2 W/2 2 D: the row goes round quickest
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H/2 2 W/2 2 D: the row goes round quickest
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
@@ -151,12 +154,12 @@ class Stage(nn.Module):
 
     def __init__(self, c: Config, index: int, rates: list[float]):
         super().__init__()
-        dim = c.dim * 2 ** index
+        dim = c.dim * 2**index
         self.window = c.window
         self.merge = Merge(dim // 2) if index else None
         self.blocks = nn.ModuleList(Block(c, dim, c.heads[index], bool(i % 2), rate) for i, rate in enumerate(rates))
 
-    def forward(self, x: Tensor) -> Tensor:              # B H W D -> B H W D, or B H/2 W/2 2D
+    def forward(self, x: Tensor) -> Tensor:  # B H W D -> B H W D, or B H/2 W/2 2D
         x = self.merge(x) if self.merge else x
         windows = Windows(tuple(x.shape[1:3]), self.window, x.device)
         for block in self.blocks:
@@ -170,7 +173,7 @@ class Swin(nn.Module):
     Raises `SettingsError` where depths and heads differ in number.
     """
 
-    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
 
     def __init__(self, config: Config):
         super().__init__()
@@ -180,7 +183,7 @@ class Swin(nn.Module):
         self.patch, self.norm_patch = Patches(c.channels, c.dim, c.patch), nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
         rates = rising(c.drop_path, sum(c.depths))
-        self.stages = nn.ModuleList(Stage(c, i, rates[sum(c.depths[:i]):][:depth]) for i, depth in enumerate(c.depths))
+        self.stages = nn.ModuleList(Stage(c, i, rates[sum(c.depths[:i]) :][:depth]) for i, depth in enumerate(c.depths))
         width = c.dim * 2 ** (len(c.depths) - 1)
         self.norm, self.head = nn.LayerNorm(width), readout(c, width)
         self.reset_parameters()
@@ -196,9 +199,9 @@ class Swin(nn.Module):
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
         """Name -> (D, stride in pixels) of what `features` gives."""
-        return {f"c{i + 2}": (self.config.dim * 2 ** i, self.config.patch * 2 ** i) for i in range(len(self.stages))}
+        return {f"c{i + 2}": (self.config.dim * 2**i, self.config.patch * 2**i) for i in range(len(self.stages))}
 
-    def features(self, image: Tensor) -> dict[str, Tensor]:                      # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
+    def features(self, image: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
         x = self.dropout(self.norm_patch(self.patch(image).permute(0, 2, 3, 1)))
         found = {}
         for name, stage in zip(self.levels, self.stages):
@@ -206,7 +209,7 @@ class Swin(nn.Module):
             found[name] = x.permute(0, 3, 1, 2)
         return found
 
-    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, or B D
+    def forward(self, image: Tensor) -> Tensor:  # B C H W -> B classes, or B D
         *_, x = self.features(image).values()
         return self.head(self.norm(x.flatten(2).mT).mean(1))
 
@@ -216,21 +219,21 @@ def microsoft(shift: str = "+1", head: str = "head.*") -> dict[str, Row]:
     stage, ours = "layers.{s}.", "stages.{s}."
     block, mine = stage + "blocks.{b}.", ours + "blocks.{b}."
     return {
-        "patch_embed.proj.*":                           "patch.*",
-        "patch_embed.norm.*":                           "norm_patch.*",
-        stage + "downsample.norm.*":                    f"stages.{{s{shift}}}.merge.norm.*",
-        stage + "downsample.reduction.weight":          f"stages.{{s{shift}}}.merge.reduction.weight",
-        block + "norm1.*":                              mine + "norm1.*",
-        block + "attn.relative_position_bias_table":    mine + "attn.bias.weight",
-        block + "attn.relative_position_index":         Dropped("follows from the window"),
-        block + "attn_mask":                            Dropped("follows from the picture"),
-        block + "attn.qkv.*":                           mine + "attn.qkv.*",
-        block + "attn.proj.*":                          mine + "attn.proj.*",
-        block + "norm2.*":                              mine + "norm2.*",
-        block + "mlp.fc1.*":                            mine + "mlp.up.*",
-        block + "mlp.fc2.*":                            mine + "mlp.down.*",
-        "norm.*":                                       "norm.*",
-        head:                                           "head.*",
+        "patch_embed.proj.*": "patch.*",
+        "patch_embed.norm.*": "norm_patch.*",
+        stage + "downsample.norm.*": f"stages.{{s{shift}}}.merge.norm.*",
+        stage + "downsample.reduction.weight": f"stages.{{s{shift}}}.merge.reduction.weight",
+        block + "norm1.*": mine + "norm1.*",
+        block + "attn.relative_position_bias_table": mine + "attn.bias.weight",
+        block + "attn.relative_position_index": Dropped("follows from the window"),
+        block + "attn_mask": Dropped("follows from the picture"),
+        block + "attn.qkv.*": mine + "attn.qkv.*",
+        block + "attn.proj.*": mine + "attn.proj.*",
+        block + "norm2.*": mine + "norm2.*",
+        block + "mlp.fc1.*": mine + "mlp.up.*",
+        block + "mlp.fc2.*": mine + "mlp.down.*",
+        "norm.*": "norm.*",
+        head: "head.*",
     }
 
 
@@ -239,27 +242,28 @@ def huggingface() -> dict[str, Row]:
     stage = "swin.encoder.layers.{s}."
     block, mine = stage + "blocks.{b}.", "stages.{s}.blocks.{b}."
     names: dict[str, Row] = {
-        "swin.embeddings.patch_embeddings.projection.*":        "patch.*",
-        "swin.embeddings.norm.*":                               "norm_patch.*",
-        stage + "downsample.norm.*":                            "stages.{s+1}.merge.norm.*",
-        stage + "downsample.reduction.weight":                  "stages.{s+1}.merge.reduction.weight",
-        block + "attention.self.relative_position_bias_table":  mine + "attn.bias.weight",
-        block + "attention.self.relative_position_index":       Dropped("follows from the window"),
+        "swin.embeddings.patch_embeddings.projection.*": "patch.*",
+        "swin.embeddings.norm.*": "norm_patch.*",
+        stage + "downsample.norm.*": "stages.{s+1}.merge.norm.*",
+        stage + "downsample.reduction.weight": "stages.{s+1}.merge.reduction.weight",
+        block + "attention.self.relative_position_bias_table": mine + "attn.bias.weight",
+        block + "attention.self.relative_position_index": Dropped("follows from the window"),
     }
-    names |= {f"{block}attention.self.{part}.*": Fused(mine + "attn.qkv.*", i, 3)
-              for i, part in enumerate(("query", "key", "value"))}
+    names |= {
+        f"{block}attention.self.{part}.*": Fused(mine + "attn.qkv.*", i, 3) for i, part in enumerate(("query", "key", "value"))
+    }
     return names | {
-        block + "attention.output.dense.*":     mine + "attn.proj.*",
-        block + "layernorm_before.*":           mine + "norm1.*",
-        block + "layernorm_after.*":            mine + "norm2.*",
-        block + "intermediate.dense.*":         mine + "mlp.up.*",
-        block + "output.dense.*":               mine + "mlp.down.*",
-        "swin.layernorm.*":                     "norm.*",
-        "classifier.*":                         "head.*",
+        block + "attention.output.dense.*": mine + "attn.proj.*",
+        block + "layernorm_before.*": mine + "norm1.*",
+        block + "layernorm_after.*": mine + "norm2.*",
+        block + "intermediate.dense.*": mine + "mlp.up.*",
+        block + "output.dense.*": mine + "mlp.down.*",
+        "swin.layernorm.*": "norm.*",
+        "classifier.*": "head.*",
     }
 
 
-CONFIG = {                                               # of transformers
+CONFIG = {  # of transformers
     "model_type": Is("swin"),
     "architectures": architectures("Swin"),
     "id2label": Counted("classes"),
@@ -288,11 +292,21 @@ def adapt(need: dict) -> dict:
     return {"patch": patch, "window": min(max(need["image"] // patch // 4, 4), 7)}
 
 
-S, B, L = ({"depths": (2, 2, 18, 2), "drop_path": 0.3}, {"depths": (2, 2, 18, 2), "dim": 128, "heads": (4, 8, 16, 32),
-           "drop_path": 0.5}, {"depths": (2, 2, 18, 2), "dim": 192, "heads": (6, 12, 24, 48), "drop_path": 0.2})
+S, B, L = (
+    {"depths": (2, 2, 18, 2), "drop_path": 0.3},
+    {"depths": (2, 2, 18, 2), "dim": 128, "heads": (4, 8, 16, 32), "drop_path": 0.5},
+    {"depths": (2, 2, 18, 2), "dim": 192, "heads": (6, 12, 24, 48), "drop_path": 0.2},
+)
 
 CARD = Card(
-    name="swin", model=Swin, config=Config, paper="arXiv:2103.14030", year=2021, takes="image", gives=GIVES, adapt=adapt,
+    name="swin",
+    model=Swin,
+    config=Config,
+    paper="arXiv:2103.14030",
+    year=2021,
+    takes="image",
+    gives=GIVES,
+    adapt=adapt,
     sizes={
         "swin-t": Size(params=28_288_354, source="swin_tiny_patch4_window7_224"),
         "swin-s": Size(**S, params=49_606_258, source="swin_small_patch4_window7_224"),
@@ -304,11 +318,17 @@ CARD = Card(
         "swin-mini": Size(dim=48, depths=(2, 2, 4), heads=(2, 4, 8), patch=2, window=4, classes=10, drop_path=0.1),
         "swin-test": Size(dim=8, depths=(2, 2, 2), heads=(1, 2, 4), patch=2, window=4, channels=2, classes=5, drop_path=0.0),
     },
-    weights={"timm": microsoft("", "head.fc.*"), "microsoft": microsoft(),
-             "huggingface": huggingface(), "huggingface-base": unprefixed(huggingface(), "swin.")},
+    weights={
+        "timm": microsoft("", "head.fc.*"),
+        "microsoft": microsoft(),
+        "huggingface": huggingface(),
+        "huggingface-base": unprefixed(huggingface(), "swin."),
+    },
     configs={"huggingface": CONFIG},
-    aliases={"timm": {f"swin_{name}_patch4_window7_224": f"swin-{name[0]}" for name in ("tiny", "small", "base", "large")}
-             | {f"swin_{name}_patch4_window12_384": f"swin-{name[0]}-384" for name in ("base", "large")}},
+    aliases={
+        "timm": {f"swin_{name}_patch4_window7_224": f"swin-{name[0]}" for name in ("tiny", "small", "base", "large")}
+        | {f"swin_{name}_patch4_window12_384": f"swin-{name[0]}-384" for name in ("base", "large")}
+    },
     # Appendix A2.1, without its mixing of pictures, which pays in hundreds of epochs (--set mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.07, "smoothing": 0.1, "clip": 5.0},
 )

@@ -32,26 +32,26 @@ from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab: int = 32_128
-    length: int = 512            # tokens of the rows that it learnt from; longer ones can be read
-    dim: int = 512               # D
-    depth: int = 6               # layers of the encoder
+    length: int = 512  # tokens of the rows that it learnt from; longer ones can be read
+    dim: int = 512  # D
+    depth: int = 6  # layers of the encoder
     decoder_depth: int = 6
     heads: int = 8
-    width: int = 64              # d
-    hidden: int = 2048           # width inside the two-layer networks
-    buckets: int = 32            # of distances
-    far: int = 128               # tokens from which on all distances are alike
-    gated: bool = False          # version 1.1: networks are gated
-    tied: bool = True            # the head is the embedding
-    scaled: bool = True          # logits are divided by sqrt(D); version 1.1: not
+    width: int = 64  # d
+    hidden: int = 2048  # width inside the two-layer networks
+    buckets: int = 32  # of distances
+    far: int = 128  # tokens from which on all distances are alike
+    gated: bool = False  # version 1.1: networks are gated
+    tied: bool = True  # the head is the embedding
+    scaled: bool = True  # logits are divided by sqrt(D); version 1.1: not
     dropout: float = 0.1
     eps: float = 1e-6
-    begin: int = 0               # the token that answers begin with
+    begin: int = 0  # the token that answers begin with
     end: int = 1
     pad: int = 0
 
 
-def bucketed(distance: Tensor, both: bool, buckets: int, far: int) -> Tensor:    # int64 -> int64
+def bucketed(distance: Tensor, both: bool, buckets: int, far: int) -> Tensor:  # int64 -> int64
     """The bucket of key minus query: half of them hold one distance each, the others more and more, up to `far`. `both`:
     keys ahead have buckets of their own; else they are at distance 0."""
     buckets, ahead = (buckets // 2, (distance > 0) * (buckets // 2)) if both else (buckets, 0)
@@ -71,10 +71,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(c.dim, 3 * c.heads * c.width, bias=False)
         self.proj = nn.Linear(c.heads * c.width, c.dim, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:   # B T D -> B T D
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # each B H T d
+    def forward(self, x: Tensor, bias: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:  # B T D -> B T D
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B H T d
         if cache is not None:
-            k, v = cache.put(layer, k, v)                                                    # B H K d
+            k, v = cache.put(layer, k, v)  # B H K d
         x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), self.dropout if self.training else 0.0, scale=1.0)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -87,7 +87,7 @@ class Gated(nn.Module):
         self.up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:              # ... D -> ... D
+    def forward(self, x: Tensor) -> Tensor:  # ... D -> ... D
         gate, x = self.up(x).chunk(2, -1)
         return self.down(self.dropout(F.gelu(gate, approximate="tanh") * x))
 
@@ -103,7 +103,7 @@ class EncoderBlock(nn.Module):
         self.norm2, self.mlp = RMSNorm(c.dim, c.eps), network(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:                        # B S D -> B S D
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # B S D -> B S D
         x = x + self.dropout(self.attn(self.norm1(x), bias))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -117,7 +117,7 @@ class DecoderBlock(nn.Module):
         self.norm3, self.mlp = RMSNorm(c.dim, c.eps), network(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor, memory: Memory, mask, cache, layer: int) -> Tensor:       # B T D -> B T D
+    def forward(self, x: Tensor, bias: Tensor, memory: Memory, mask, cache, layer: int) -> Tensor:  # B T D -> B T D
         x = x + self.dropout(self.attn(self.norm1(x), bias, cache, layer))
         x = x + self.dropout(self.cross(self.norm2(x), memory, mask))
         return x + self.dropout(self.mlp(self.norm3(x)))
@@ -145,13 +145,13 @@ class T5(EncoderDecoder):
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-                if name.endswith(("attn.qkv", "cross.q")):           # queries, alone or before keys and values
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if name.endswith(("attn.qkv", "cross.q")):  # queries, alone or before keys and values
                     with torch.no_grad():
-                        module.weight[:c.heads * c.width] *= c.width ** -0.5
+                        module.weight[: c.heads * c.width] *= c.width**-0.5
         nn.init.normal_(self.embed.weight)
         for table in (self.encoder_bias, self.decoder_bias):
-            nn.init.normal_(table.weight, std=c.dim ** -0.5)
+            nn.init.normal_(table.weight, std=c.dim**-0.5)
 
     @property
     def width(self) -> int:
@@ -167,14 +167,14 @@ class T5(EncoderDecoder):
         """Room for `length` target tokens a row, as many as wanted; by default those it learnt from."""
         return self.cache(rows, length or self.config.length)
 
-    def bias(self, table: nn.Embedding, steps: int, keys: int, both: bool) -> Tensor:            # -> 1 H T K
+    def bias(self, table: nn.Embedding, steps: int, keys: int, both: bool) -> Tensor:  # -> 1 H T K
         """What the last `steps` of `keys` tokens add for their distance to each."""
         c = self.config
-        distance = torch.arange(1 - keys, steps, device=table.weight.device)     # of the last token, then of those before it
-        line = table(bucketed(distance, both, c.buckets, c.far)).T               # H K+T-1
+        distance = torch.arange(1 - keys, steps, device=table.weight.device)  # of the last token, then of those before it
+        line = table(bucketed(distance, both, c.buckets, c.far)).T  # H K+T-1
         return line.unfold(1, keys, 1).flip(1)[None]
 
-    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:      # B S, B S bool -> B S D
+    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:  # B S, B S bool -> B S D
         bias = self.bias(self.encoder_bias, source.shape[1], source.shape[1], True)
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
@@ -183,8 +183,9 @@ class T5(EncoderDecoder):
             x = block(x, bias)
         return self.dropout(self.encoder_norm(x))
 
-    def decode(self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None,
-               cache: Cache | None) -> Tensor:           # B T -> B T D
+    def decode(
+        self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:  # B T -> B T D
         steps = tokens.shape[1]
         bias = self.bias(self.decoder_bias, steps, cache.used if cache else steps, False)
         seen = causal(steps, mask, cache, tokens.device)
@@ -197,34 +198,34 @@ class T5(EncoderDecoder):
             x = block(x, bias, memory[layer], source_mask, cache, layer)
         return self.dropout(self.decoder_norm(x))
 
-    def say(self, x: Tensor) -> Tensor:                  # ... D -> ... vocab
-        return self.head(x * self.config.dim ** -0.5 if self.config.scaled else x)
+    def say(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
+        return self.head(x * self.config.dim**-0.5 if self.config.scaled else x)
 
 
 def huggingface(c: Config) -> dict[str, Row]:
     """Names in files of transformers."""
     names: dict[str, Row] = {
-        "shared.weight":               "embed.weight",
+        "shared.weight": "embed.weight",
         "encoder.embed_tokens.weight": "embed.weight",
         "decoder.embed_tokens.weight": "embed.weight",
-        "lm_head.weight":              "head.weight",                # absent where it is the embedding
+        "lm_head.weight": "head.weight",  # absent where it is the embedding
         "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": Dropped("of no use: a source has no place"),
     }
     for side, last in (("encoder", 1), ("decoder", 2)):
         layer, ours = f"{side}.block.{{i}}.layer.", f"{side}.{{i}}."
         names |= {
             f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight": f"{side}_bias.weight",
-            f"{side}.final_layer_norm.weight":             f"{side}_norm.weight",
-            f"{layer}0.layer_norm.weight":                 ours + "norm1.weight",
-            f"{layer}0.SelfAttention.o.weight":            ours + "attn.proj.weight",
-            f"{layer}{last}.layer_norm.weight":            f"{ours}norm{last + 1}.weight",
-            f"{layer}{last}.DenseReluDense.wo.weight":     ours + "mlp.down.weight",
+            f"{side}.final_layer_norm.weight": f"{side}_norm.weight",
+            f"{layer}0.layer_norm.weight": ours + "norm1.weight",
+            f"{layer}0.SelfAttention.o.weight": ours + "attn.proj.weight",
+            f"{layer}{last}.layer_norm.weight": f"{ours}norm{last + 1}.weight",
+            f"{layer}{last}.DenseReluDense.wo.weight": ours + "mlp.down.weight",
         } | {f"{layer}0.SelfAttention.{part}.weight": Fused(ours + "attn.qkv.weight", i, 3) for i, part in enumerate("qkv")}
         up = {f"wi_{i}": Fused(ours + "mlp.up.weight", i, 2) for i in range(2)} if c.gated else {"wi": ours + "mlp.up.weight"}
         names |= {f"{layer}{last}.DenseReluDense.{theirs}.weight": row for theirs, row in up.items()}
     cross = "decoder.block.{i}.layer.1."
     return names | {
-        cross + "layer_norm.weight":        "decoder.{i}.norm2.weight",
+        cross + "layer_norm.weight": "decoder.{i}.norm2.weight",
         cross + "EncDecAttention.q.weight": "decoder.{i}.cross.q.weight",
         cross + "EncDecAttention.k.weight": Fused("decoder.{i}.cross.kv.weight", 0, 2),
         cross + "EncDecAttention.v.weight": Fused("decoder.{i}.cross.kv.weight", 1, 2),
@@ -250,8 +251,9 @@ CONFIG = {
     "n_positions": "length",
     "d_model": "dim",
     "num_layers": "depth",
-    "num_decoder_layers": Derived(lambda t: {"decoder_depth": t.get("num_decoder_layers") or t["num_layers"]},
-                                  lambda c: c.decoder_depth),
+    "num_decoder_layers": Derived(
+        lambda t: {"decoder_depth": t.get("num_decoder_layers") or t["num_layers"]}, lambda c: c.decoder_depth
+    ),
     "num_heads": "heads",
     "d_kv": "width",
     "d_ff": "hidden",
@@ -268,23 +270,46 @@ CONFIG = {
     "is_encoder_decoder": Derived(lambda t: {}, lambda c: True),
 }
 # (dim, depth, heads, width, hidden) of each size, and its count.
-FIRST = {"small": (512, 6, 8, 64, 2048, 60_506_624), "base": (768, 12, 12, 64, 3072, 222_903_552),
-         "large": (1024, 24, 16, 64, 4096, 737_668_096), "3b": (1024, 24, 32, 128, 16_384, 2_851_598_336),
-         "11b": (1024, 24, 128, 128, 65_536, 11_307_321_344)}
-SECOND = {"small": (512, 8, 6, 64, 1024, 76_961_152), "base": (768, 12, 12, 64, 2048, 247_577_856),
-          "large": (1024, 24, 16, 64, 2816, 783_150_080), "xl": (2048, 24, 32, 64, 5120, 2_849_757_184),
-          "xxl": (4096, 24, 64, 64, 10_240, 11_135_332_352)}
+FIRST = {
+    "small": (512, 6, 8, 64, 2048, 60_506_624),
+    "base": (768, 12, 12, 64, 3072, 222_903_552),
+    "large": (1024, 24, 16, 64, 4096, 737_668_096),
+    "3b": (1024, 24, 32, 128, 16_384, 2_851_598_336),
+    "11b": (1024, 24, 128, 128, 65_536, 11_307_321_344),
+}
+SECOND = {
+    "small": (512, 8, 6, 64, 1024, 76_961_152),
+    "base": (768, 12, 12, 64, 2048, 247_577_856),
+    "large": (1024, 24, 16, 64, 2816, 783_150_080),
+    "xl": (2048, 24, 32, 64, 5120, 2_849_757_184),
+    "xxl": (4096, 24, 64, 64, 10_240, 11_135_332_352),
+}
 NEW = {"gated": True, "tied": False, "scaled": False}
 
 
 def sized(numbers: tuple[int, ...], source: str, **other: Any) -> Size:
     dim, depth, heads, width, hidden, params = numbers
-    return Size(dim=dim, depth=depth, decoder_depth=depth, heads=heads, width=width, hidden=hidden, **other, params=params,
-                source=source)
+    return Size(
+        dim=dim,
+        depth=depth,
+        decoder_depth=depth,
+        heads=heads,
+        width=width,
+        hidden=hidden,
+        **other,
+        params=params,
+        source=source,
+    )
 
 
 CARD = Card(
-    name="t5", model=T5, config=Config, paper="arXiv:1910.10683", year=2019, takes="pair", gives="tokens",
+    name="t5",
+    model=T5,
+    config=Config,
+    paper="arXiv:1910.10683",
+    year=2019,
+    takes="pair",
+    gives="tokens",
     endless=True,
     sizes={
         **{f"t5-{name}": sized(n, f"google-t5/t5-{name}") for name, n in FIRST.items()},
@@ -294,10 +319,20 @@ CARD = Card(
         # Small ones of the same form, to be trained from nothing.
         "t5-mini": Size(vocab=8192, dim=256, depth=4, decoder_depth=4, heads=4, hidden=704, gated=True, scaled=True),
         "t5-micro": Size(vocab=8192, dim=128, depth=3, decoder_depth=3, heads=4, width=32, hidden=384, gated=True),
-        "t5-test": Size(vocab=30, length=12, dim=16, depth=2, decoder_depth=3, heads=2, width=6, hidden=24, buckets=6, far=5,
-                        dropout=0.0),
+        "t5-test": Size(
+            vocab=30, length=12, dim=16, depth=2, decoder_depth=3, heads=2, width=6, hidden=24, buckets=6, far=5, dropout=0.0
+        ),
     },
-    weights={"huggingface": huggingface}, configs={"huggingface": CONFIG},
-    recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.0, "beta2": 0.98, "clip": 1.0, "warmup": 0.04,
-            "smoothing": 0.1},
+    weights={"huggingface": huggingface},
+    configs={"huggingface": CONFIG},
+    recipe={
+        "optimizer": "muon",
+        "lr": 4e-3,
+        "momentum": 0.95,
+        "weight_decay": 0.0,
+        "beta2": 0.98,
+        "clip": 1.0,
+        "warmup": 0.04,
+        "smoothing": 0.1,
+    },
 )

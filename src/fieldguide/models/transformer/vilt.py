@@ -28,18 +28,18 @@ from fieldguide.models.layers.mlp import Mlp
 from fieldguide.models.mapping.config_rules import Counted, Is
 from fieldguide.models.mapping.key_rules import Dropped, Fused
 
-EPS = 1e-12       # of the normalisations, as in BERT
+EPS = 1e-12  # of the normalisations, as in BERT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 3129          # answers
-    channels: int = 3            # C
-    image: int = 384             # side of the pictures that places are learnt for; others may come
-    patch: int = 32              # P
+    classes: int = 3129  # answers
+    channels: int = 3  # C
+    image: int = 384  # side of the pictures that places are learnt for; others may come
+    patch: int = 32  # P
     vocab: int = 30_522
-    length: int = 40             # longest question, tokens
-    dim: int = 768               # D
+    length: int = 40  # longest question, tokens
+    dim: int = 768  # D
     depth: int = 12
     heads: int = 12
     dropout: float = 0.0
@@ -56,7 +56,7 @@ class Block(nn.Module):
         self.mlp = Mlp(c.dim, 4 * c.dim)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                 # B T+N D, B T+N -> B T+N D
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # B T+N D, B T+N -> B T+N D
         x = x + self.dropout(self.attn(self.norm1(x), mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -74,12 +74,12 @@ class ViLT(nn.Module):
         if c.image % c.patch:
             raise SettingsError(f"image={c.image} cannot be cut into patches of patch={c.patch} pixels: choose a multiple")
         self.word, self.place = nn.Embedding(c.vocab, c.dim), nn.Embedding(c.length, c.dim)
-        self.segment = nn.Embedding(2, c.dim)            # of BERT: a question is all in the first
+        self.segment = nn.Embedding(2, c.dim)  # of BERT: a question is all in the first
         self.norm_text = nn.LayerNorm(c.dim, eps=EPS)
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
         self.cls = nn.Parameter(torch.empty(1, 1, c.dim))
         self.pos = nn.Parameter(torch.empty(1, 1 + (c.image // c.patch) ** 2, c.dim))
-        self.modality = nn.Embedding(2, c.dim)           # word, patch
+        self.modality = nn.Embedding(2, c.dim)  # word, patch
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.dim, eps=EPS)
@@ -104,25 +104,29 @@ class ViLT(nn.Module):
         side = self.config.image // self.config.patch
         return spread(tensor, side, side) if square else None
 
-    def see(self, image: Tensor) -> Tensor:              # B C H W -> B N D
+    def see(self, image: Tensor) -> Tensor:  # B C H W -> B N D
         p = self.config.patch
         if any(side % p or not side for side in image.shape[2:]):
-            raise DataError(f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be cut into patches of {p}: "
-                            f"choose multiples of {p}")
+            raise DataError(
+                f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be cut into patches of {p}: "
+                f"choose multiples of {p}"
+            )
         x = self.patch(image)
         places = spread(self.pos, *x.shape[2:])
         x = x.flatten(2).mT
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1).to(x.dtype), x], 1) + places
         return self.dropout(x) + self.modality.weight[1]
 
-    def read(self, tokens: Tensor) -> Tensor:            # B T -> B T D
+    def read(self, tokens: Tensor) -> Tensor:  # B T -> B T D
         if (steps := tokens.shape[1]) > self.config.length:
-            raise DataError(f"a question of {steps} tokens is longer than length={self.config.length}; cut the questions or "
-                            "create the network with a larger length")
+            raise DataError(
+                f"a question of {steps} tokens is longer than length={self.config.length}; cut the questions or "
+                "create the network with a larger length"
+            )
         x = self.norm_text(self.word(tokens) + self.segment.weight[0] + self.place.weight[:steps])
         return self.dropout(x) + self.modality.weight[0]
 
-    def features(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:         # -> B T+N D
+    def features(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # -> B T+N D
         x, seen = self.read(tokens), self.see(image)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(seen.shape[:2])], 1)
@@ -135,7 +139,7 @@ class ViLT(nn.Module):
         x = torch.tanh(self.pool(self.features(image, tokens, mask)[:, 0]))
         return self.head(F.gelu(self.norm_head(self.up(x))))
 
-    def attention(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:        # -> B H/P W/P
+    def attention(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # -> B H/P W/P
         """How much each patch counts for the answer, summing to 1: rollout, read at the question's first token."""
         x, maps = torch.cat([self.read(tokens), self.see(image)], 1), []
         if mask is not None:
@@ -143,12 +147,12 @@ class ViLT(nn.Module):
         for block in self.blocks:
             maps.append(weights(block.attn, block.norm1(x), mask))
             x = block(x, mask)
-        seen = rollout(maps)[:, 0, tokens.shape[1] + 1:]
+        seen = rollout(maps)[:, 0, tokens.shape[1] + 1 :]
         p = self.config.patch
         return (seen / seen.sum(1, keepdim=True)).unflatten(1, (image.shape[2] // p, image.shape[3] // p))
 
 
-def spread(places: Tensor, rows: int, columns: int) -> Tensor:                   # 1 1+S S D -> 1 1+rows columns D
+def spread(places: Tensor, rows: int, columns: int) -> Tensor:  # 1 1+S S D -> 1 1+rows columns D
     """Places of a square picture spread evenly over one of another size (section 3.2 of ViT, arXiv:2010.11929)."""
     side = math.isqrt(places.shape[1] - 1)
     if (rows, columns) == (side, side):
@@ -160,31 +164,31 @@ def spread(places: Tensor, rows: int, columns: int) -> Tensor:                  
 
 TEXT, LAYER = "vilt.embeddings.text_embeddings.", "vilt.encoder.layer.{i}."
 HUGGINGFACE = {
-    TEXT + "word_embeddings.weight":                         "word.weight",
-    TEXT + "position_embeddings.weight":                     "place.weight",
-    TEXT + "token_type_embeddings.weight":                   "segment.weight",
-    TEXT + "LayerNorm.*":                                    "norm_text.*",
-    TEXT + "position_ids":                                   Dropped("0, 1, 2, ..."),
-    "vilt.embeddings.cls_token":                             "cls",
-    "vilt.embeddings.position_embeddings":                   "pos",
-    "vilt.embeddings.patch_embeddings.projection.*":         "patch.*",
-    "vilt.embeddings.token_type_embeddings.weight":          "modality.weight",
-    LAYER + "attention.attention.query.*":                   Fused("blocks.{i}.attn.qkv.*", 0, 3),
-    LAYER + "attention.attention.key.*":                     Fused("blocks.{i}.attn.qkv.*", 1, 3),
-    LAYER + "attention.attention.value.*":                   Fused("blocks.{i}.attn.qkv.*", 2, 3),
-    LAYER + "attention.output.dense.*":                      "blocks.{i}.attn.proj.*",
-    LAYER + "layernorm_before.*":                            "blocks.{i}.norm1.*",
-    LAYER + "layernorm_after.*":                             "blocks.{i}.norm2.*",
-    LAYER + "intermediate.dense.*":                          "blocks.{i}.mlp.up.*",
-    LAYER + "output.dense.*":                                "blocks.{i}.mlp.down.*",
-    "vilt.layernorm.*":                                      "norm.*",
-    "vilt.pooler.dense.*":                                   "pool.*",
-    "classifier.0.*":                                        "up.*",
-    "classifier.1.*":                                        "norm_head.*",
-    "classifier.3.*":                                        "head.*",
+    TEXT + "word_embeddings.weight": "word.weight",
+    TEXT + "position_embeddings.weight": "place.weight",
+    TEXT + "token_type_embeddings.weight": "segment.weight",
+    TEXT + "LayerNorm.*": "norm_text.*",
+    TEXT + "position_ids": Dropped("0, 1, 2, ..."),
+    "vilt.embeddings.cls_token": "cls",
+    "vilt.embeddings.position_embeddings": "pos",
+    "vilt.embeddings.patch_embeddings.projection.*": "patch.*",
+    "vilt.embeddings.token_type_embeddings.weight": "modality.weight",
+    LAYER + "attention.attention.query.*": Fused("blocks.{i}.attn.qkv.*", 0, 3),
+    LAYER + "attention.attention.key.*": Fused("blocks.{i}.attn.qkv.*", 1, 3),
+    LAYER + "attention.attention.value.*": Fused("blocks.{i}.attn.qkv.*", 2, 3),
+    LAYER + "attention.output.dense.*": "blocks.{i}.attn.proj.*",
+    LAYER + "layernorm_before.*": "blocks.{i}.norm1.*",
+    LAYER + "layernorm_after.*": "blocks.{i}.norm2.*",
+    LAYER + "intermediate.dense.*": "blocks.{i}.mlp.up.*",
+    LAYER + "output.dense.*": "blocks.{i}.mlp.down.*",
+    "vilt.layernorm.*": "norm.*",
+    "vilt.pooler.dense.*": "pool.*",
+    "classifier.0.*": "up.*",
+    "classifier.1.*": "norm_head.*",
+    "classifier.3.*": "head.*",
 }
 
-CONFIG = {                                               # of transformers
+CONFIG = {  # of transformers
     "model_type": Is("vilt"),
     "architectures": Is(["ViltForQuestionAnswering"]),
     "id2label": Counted("classes"),
@@ -204,8 +208,9 @@ CONFIG = {                                               # of transformers
     "qkv_bias": Is(True),
     "type_vocab_size": Is(2),
     "modality_type_vocab_size": Is(2),
-    "max_image_length": Is(-1),                          # otherwise it reads patches drawn by chance
+    "max_image_length": Is(-1),  # otherwise it reads patches drawn by chance
 }
+
 
 def adapted(needs: Mapping[str, Any]) -> dict[str, int]:
     """Small pictures in 4 x 4 patches: DAQUAR in 4 minutes of one core, validation accuracy: 8 x 8 .15, 4 x 4 .19."""
@@ -213,10 +218,16 @@ def adapted(needs: Mapping[str, Any]) -> dict[str, int]:
     return {"patch": side // 4} if side and side <= SMALL and side % 4 == 0 else {}
 
 
-SMALL = 96     # pixels
+SMALL = 96  # pixels
 
 CARD = Card(
-    name="vilt", model=ViLT, config=Config, paper="arXiv:2102.03334", year=2021, takes="captioned", gives="label",
+    name="vilt",
+    model=ViLT,
+    config=Config,
+    paper="arXiv:2102.03334",
+    year=2021,
+    takes="captioned",
+    gives="label",
     sizes={
         "vilt-b32-vqa": Size(params=117_588_537, source="dandelin/vilt-b32-finetuned-vqa"),
         # Small ones to be trained from nothing, on pictures of 96 and 64 pixels.
@@ -224,8 +235,19 @@ CARD = Card(
         "vilt-mini": Size(classes=100, image=64, patch=8, vocab=4096, length=32, dim=128, depth=4, heads=2, dropout=0.1),
         "vilt-test": Size(classes=4, channels=2, image=12, patch=4, vocab=30, length=12, dim=16, depth=2, heads=2),
     },
-    weights={"huggingface": HUGGINGFACE}, configs={"huggingface": CONFIG}, adapt=adapted, scale=HALF,
+    weights={"huggingface": HUGGINGFACE},
+    configs={"huggingface": CONFIG},
+    adapt=adapted,
+    scale=HALF,
     # Section 4.2, but from nothing: DAQUAR in 4 minutes of one core, validation accuracy: adamw at 3e-4 .04, muon .15.
-    recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.1,
-            "schedule": "linear"},
+    recipe={
+        "optimizer": "muon",
+        "lr": 4e-3,
+        "momentum": 0.95,
+        "weight_decay": 0.01,
+        "beta2": 0.98,
+        "clip": 1.0,
+        "warmup": 0.1,
+        "schedule": "linear",
+    },
 )

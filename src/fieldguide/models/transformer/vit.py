@@ -31,17 +31,17 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"         # or vector: what a label would be read from
+    gives: str = "label"  # or vector: what a label would be read from
     classes: int = 1000
-    channels: int = 3            # C
-    image: int = 224             # side of the pictures that places are learnt for; others may come
-    patch: int = 16              # P
-    dim: int = 768               # D
+    channels: int = 3  # C
+    image: int = 224  # side of the pictures that places are learnt for; others may come
+    patch: int = 16  # P
+    dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    eps: float = 1e-6            # of the normalisations
+    eps: float = 1e-6  # of the normalisations
     dropout: float = 0.0
-    drop_path: float = 0.0       # of the last block; earlier ones less
+    drop_path: float = 0.0  # of the last block; earlier ones less
 
 
 class Block(nn.Module):
@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.mlp = Mlp(c.dim, 4 * c.dim, c.dropout)
         self.dropout, self.drop_path = nn.Dropout(c.dropout), DropPath(drop_path)
 
-    def forward(self, x: Tensor, asking: int | None = None) -> Tensor:           # B N D -> B N D, or B asking D
+    def forward(self, x: Tensor, asking: int | None = None) -> Tensor:  # B N D -> B N D, or B asking D
         x = x[:, :asking] + self.drop_path(self.dropout(self.attn(self.norm1(x), asking=asking)))
         return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
 
@@ -66,8 +66,8 @@ class ViT(nn.Module):
     Places are spread over pictures of another size, when they come and when weights learnt at another are loaded.
     """
 
-    first = 1                                            # tokens before the patches
-    heads: ClassVar[tuple[str, ...]] = ("head",)         # a checkpoint may have none, or others
+    first = 1  # tokens before the patches
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
 
     def __init__(self, config: Config):
         super().__init__()
@@ -103,37 +103,37 @@ class ViT(nn.Module):
     def refit(self, name: str, tensor: Tensor) -> Tensor | None:
         """Places learnt for pictures of another size, spread over those of this network."""
         grid = math.isqrt(max(len(tensor) - self.first, 0)) if tensor.ndim == 2 else 0
-        if name != "pos.weight" or not grid or len(tensor) != self.first + grid ** 2:
+        if name != "pos.weight" or not grid or len(tensor) != self.first + grid**2:
             return None
         side = math.isqrt(len(self.pos.weight) - self.first)
         return spread(tensor, (side, side), first=self.first)
 
-    def before(self) -> Tensor:                          # -> first D
+    def before(self) -> Tensor:  # -> first D
         """The tokens before the patches."""
         return self.cls[None]
 
-    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:           # B C H W -> B N D, (h, w)
+    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:  # B C H W -> B N D, (h, w)
         x = self.patch(image)
         size = tuple(x.shape[2:])
         x = torch.cat([self.before().to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(2).mT], 1)
         return self.dropout(x + spread(self.pos.weight, size, first=self.first)), size
 
-    def features(self, image: Tensor) -> dict[str, Tensor]:                      # B C H W -> {"b3": B D h w, ...}
+    def features(self, image: Tensor) -> dict[str, Tensor]:  # B C H W -> {"b3": B D h w, ...}
         x, size = self.tokens(image)
         found = {}
         for i, block in enumerate(self.blocks, 1):
             x = block(x)
             if f"b{i}" in self.levels:
-                found[f"b{i}"] = x[:, self.first:].mT.unflatten(2, size)
+                found[f"b{i}"] = x[:, self.first :].mT.unflatten(2, size)
         return found
 
-    def read(self, image: Tensor) -> Tensor:             # B C H W -> B first D, the tokens that answers are read at
+    def read(self, image: Tensor) -> Tensor:  # B C H W -> B first D, the tokens that answers are read at
         x, _ = self.tokens(image)
-        for i, block in enumerate(self.blocks, 1):       # of the last, nobody asks for the other places
+        for i, block in enumerate(self.blocks, 1):  # of the last, nobody asks for the other places
             x = block(x, self.first if i == len(self.blocks) else None)
         return self.norm(x)
 
-    def forward(self, image: Tensor) -> Tensor:          # B C H W -> B classes, or B D
+    def forward(self, image: Tensor) -> Tensor:  # B C H W -> B classes, or B D
         return self.head(self.read(image)[:, 0])
 
 
@@ -149,37 +149,37 @@ def places(c: Config) -> Reshaped:
 
 def timm(c: Config) -> dict[str, Row]:
     return {
-        "cls_token":                    token("cls"),
-        "pos_embed":                    places(c),
-        "patch_embed.proj.*":           "patch.*",
-        "blocks.{i}.norm1.*":           "blocks.{i}.norm1.*",
-        "blocks.{i}.attn.qkv.*":        "blocks.{i}.attn.qkv.*",
-        "blocks.{i}.attn.proj.*":       "blocks.{i}.attn.proj.*",
-        "blocks.{i}.norm2.*":           "blocks.{i}.norm2.*",
-        "blocks.{i}.mlp.fc1.*":         "blocks.{i}.mlp.up.*",
-        "blocks.{i}.mlp.fc2.*":         "blocks.{i}.mlp.down.*",
-        "norm.*":                       "norm.*",
-        "head.*":                       "head.*",
+        "cls_token": token("cls"),
+        "pos_embed": places(c),
+        "patch_embed.proj.*": "patch.*",
+        "blocks.{i}.norm1.*": "blocks.{i}.norm1.*",
+        "blocks.{i}.attn.qkv.*": "blocks.{i}.attn.qkv.*",
+        "blocks.{i}.attn.proj.*": "blocks.{i}.attn.proj.*",
+        "blocks.{i}.norm2.*": "blocks.{i}.norm2.*",
+        "blocks.{i}.mlp.fc1.*": "blocks.{i}.mlp.up.*",
+        "blocks.{i}.mlp.fc2.*": "blocks.{i}.mlp.down.*",
+        "norm.*": "norm.*",
+        "head.*": "head.*",
     }
 
 
 def torchvision(c: Config) -> dict[str, Row]:
     layer = "encoder.layers.encoder_layer_{i}."
     return {
-        "class_token":                              token("cls"),
-        "encoder.pos_embedding":                    places(c),
-        "conv_proj.*":                              "patch.*",
-        layer + "ln_1.*":                           "blocks.{i}.norm1.*",
-        layer + "self_attention.in_proj_weight":    "blocks.{i}.attn.qkv.weight",
-        layer + "self_attention.in_proj_bias":      "blocks.{i}.attn.qkv.bias",
-        layer + "self_attention.out_proj.*":        "blocks.{i}.attn.proj.*",
-        layer + "ln_2.*":                           "blocks.{i}.norm2.*",
-        layer + "mlp.0.*":                          "blocks.{i}.mlp.up.*",
-        layer + "mlp.3.*":                          "blocks.{i}.mlp.down.*",
-        layer + "mlp.linear_1.*":                   "blocks.{i}.mlp.up.*",       # in its first files
-        layer + "mlp.linear_2.*":                   "blocks.{i}.mlp.down.*",
-        "encoder.ln.*":                             "norm.*",
-        "heads.head.*":                             "head.*",
+        "class_token": token("cls"),
+        "encoder.pos_embedding": places(c),
+        "conv_proj.*": "patch.*",
+        layer + "ln_1.*": "blocks.{i}.norm1.*",
+        layer + "self_attention.in_proj_weight": "blocks.{i}.attn.qkv.weight",
+        layer + "self_attention.in_proj_bias": "blocks.{i}.attn.qkv.bias",
+        layer + "self_attention.out_proj.*": "blocks.{i}.attn.proj.*",
+        layer + "ln_2.*": "blocks.{i}.norm2.*",
+        layer + "mlp.0.*": "blocks.{i}.mlp.up.*",
+        layer + "mlp.3.*": "blocks.{i}.mlp.down.*",
+        layer + "mlp.linear_1.*": "blocks.{i}.mlp.up.*",  # in its first files
+        layer + "mlp.linear_2.*": "blocks.{i}.mlp.down.*",
+        "encoder.ln.*": "norm.*",
+        "heads.head.*": "head.*",
     }
 
 
@@ -187,21 +187,23 @@ def huggingface(c: Config, root: str = "vit.") -> dict[str, Row]:
     """Names of ViTForImageClassification, of ViTModel (`root` is ""), and of its relatives but for their heads."""
     layer, block = root + "encoder.layer.{i}.", "blocks.{i}."
     names: dict[str, Row] = {
-        root + "embeddings.cls_token":                     token("cls"),
-        root + "embeddings.position_embeddings":           places(c),
+        root + "embeddings.cls_token": token("cls"),
+        root + "embeddings.position_embeddings": places(c),
         root + "embeddings.patch_embeddings.projection.*": "patch.*",
-        root + "layernorm.*":                              "norm.*",
-        root + "pooler.dense.*":                           Dropped("a layer that ViT has not"),
-        "classifier.*":                                    "head.*",
+        root + "layernorm.*": "norm.*",
+        root + "pooler.dense.*": Dropped("a layer that ViT has not"),
+        "classifier.*": "head.*",
     }
-    names |= {f"{layer}attention.attention.{part}.*": Fused(block + "attn.qkv.*", i, 3)
-              for i, part in enumerate(("query", "key", "value"))}
+    names |= {
+        f"{layer}attention.attention.{part}.*": Fused(block + "attn.qkv.*", i, 3)
+        for i, part in enumerate(("query", "key", "value"))
+    }
     return names | {
-        layer + "attention.output.dense.*":  block + "attn.proj.*",
-        layer + "layernorm_before.*":        block + "norm1.*",
-        layer + "layernorm_after.*":         block + "norm2.*",
-        layer + "intermediate.dense.*":      block + "mlp.up.*",
-        layer + "output.dense.*":            block + "mlp.down.*",
+        layer + "attention.output.dense.*": block + "attn.proj.*",
+        layer + "layernorm_before.*": block + "norm1.*",
+        layer + "layernorm_after.*": block + "norm2.*",
+        layer + "intermediate.dense.*": block + "mlp.up.*",
+        layer + "output.dense.*": block + "mlp.down.*",
     }
 
 
@@ -221,7 +223,7 @@ def configuration(model_type: str, architecture: Known) -> dict[str, ConfigRow]:
         "layer_norm_eps": Absent("eps", 1e-12),
         "hidden_dropout_prob": "dropout",
         "attention_probs_dropout_prob": Is(0.0),
-        "drop_path_rate": Absent("drop_path", 0.0),      # which transformers does not have here, and does not mind
+        "drop_path_rate": Absent("drop_path", 0.0),  # which transformers does not have here, and does not mind
         "hidden_act": Is("gelu"),
         "qkv_bias": Is(True),
     }
@@ -231,7 +233,13 @@ L = {"dim": 1024, "depth": 24, "heads": 16}
 H = {"patch": 14, "dim": 1280, "depth": 32, "heads": 16}
 
 CARD = Card(
-    name="vit", model=ViT, config=Config, paper="arXiv:2010.11929", year=2020, takes="image", gives=GIVES,
+    name="vit",
+    model=ViT,
+    config=Config,
+    paper="arXiv:2010.11929",
+    year=2020,
+    takes="image",
+    gives=GIVES,
     adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
     sizes={
         "vit-b16": Size(params=86_567_656, source="timm vit_base_patch16_224, torchvision vit_b_16"),
@@ -249,17 +257,35 @@ CARD = Card(
         "vit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10, drop_path=0.1),
         "vit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, drop_path=0.0),
     },
-    weights={"timm": timm, "torchvision": torchvision, "huggingface": huggingface,
-             "huggingface-base": lambda c: huggingface(c, "")},
+    weights={
+        "timm": timm,
+        "torchvision": torchvision,
+        "huggingface": huggingface,
+        "huggingface-base": lambda c: huggingface(c, ""),
+    },
     configs={"huggingface": configuration("vit", architectures("ViT"))},
-    aliases={"timm": {
-        "vit_base_patch16_224": "vit-b16", "vit_base_patch32_224": "vit-b32", "vit_base_patch8_224": "vit-b8",
-        "vit_base_patch16_384": "vit-b16-384", "vit_base_patch32_384": "vit-b32-384", "vit_tiny_patch16_224": "vit-ti16",
-        "vit_small_patch16_224": "vit-s16", "vit_small_patch32_224": "vit-s32", "vit_large_patch16_224": "vit-l16",
-        "vit_large_patch32_224": "vit-l32", "deit_base_patch16_224": "vit-b16", "deit_base_patch16_384": "vit-b16-384",
-        "deit_tiny_patch16_224": "vit-ti16", "deit_small_patch16_224": "vit-s16",
-        "vit_small_patch16_384": ("vit-s16", {"image": 384}), "vit_tiny_patch16_384": ("vit-ti16", {"image": 384}),
-        "vit_large_patch16_384": ("vit-l16", {"image": 384}), "vit_large_patch32_384": ("vit-l32", {"image": 384})}},
+    aliases={
+        "timm": {
+            "vit_base_patch16_224": "vit-b16",
+            "vit_base_patch32_224": "vit-b32",
+            "vit_base_patch8_224": "vit-b8",
+            "vit_base_patch16_384": "vit-b16-384",
+            "vit_base_patch32_384": "vit-b32-384",
+            "vit_tiny_patch16_224": "vit-ti16",
+            "vit_small_patch16_224": "vit-s16",
+            "vit_small_patch32_224": "vit-s32",
+            "vit_large_patch16_224": "vit-l16",
+            "vit_large_patch32_224": "vit-l32",
+            "deit_base_patch16_224": "vit-b16",
+            "deit_base_patch16_384": "vit-b16-384",
+            "deit_tiny_patch16_224": "vit-ti16",
+            "deit_small_patch16_224": "vit-s16",
+            "vit_small_patch16_384": ("vit-s16", {"image": 384}),
+            "vit_tiny_patch16_384": ("vit-ti16", {"image": 384}),
+            "vit_large_patch16_384": ("vit-l16", {"image": 384}),
+            "vit_large_patch32_384": ("vit-l32", {"image": 384}),
+        }
+    },
     # Table 9 of DeiT for batches of 1024, without mixing pictures, which pays in hundreds of epochs (--set mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
 )

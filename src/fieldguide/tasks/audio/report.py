@@ -22,15 +22,16 @@ from fieldguide.tasks.base import Arrays
 if TYPE_CHECKING:
     from fieldguide.tasks.audio.speech_recognition import SpeechRecognition
 
-WORST, DRAWN, PLAYED = 40, 8, 16           # rows of the table, spectrograms, recordings to listen to
-SECONDS_SHOWN = 15.0                       # of a recording in the report
-WIDTH, BAND, TEXT = 640, 3, 26             # pixels: of a spectrogram, of each band, of the line of symbols below
+WORST, DRAWN, PLAYED = 40, 8, 16  # rows of the table, spectrograms, recordings to listen to
+SECONDS_SHOWN = 15.0  # of a recording in the report
+WIDTH, BAND, TEXT = 640, 3, 26  # pixels: of a spectrogram, of each band, of the line of symbols below
 # Dark violet over teal to yellow: even steps of lightness, told apart by everybody (as matplotlib's viridis is).
 COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 
 
-def sections(task: SpeechRecognition, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None
-             ) -> dict[str, list[Exhibit]]:
+def sections(
+    task: SpeechRecognition, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None
+) -> dict[str, list[Exhibit]]:
     said, heard = truth["text"].tolist(), outputs["text"].tolist()
     counts = edits(said, heard, "words")
     characters = edits(said, heard, "characters")
@@ -38,20 +39,35 @@ def sections(task: SpeechRecognition, test: Data, outputs: Arrays, truth: Arrays
     rank = counts.errors / np.maximum(counts.length, 1) + characters.errors / np.maximum(characters.length, 1) / 100
     worst = [int(i) for i in np.argsort(-rank, kind="stable") if counts.errors[i]]
     chance = [int(i) for i in np.random.default_rng(0).permutation(len(said)) if i not in worst[:DRAWN]]
-    pictures = spectrograms(task, test, [*worst[:DRAWN // 2], *chance][:DRAWN], outputs, said, objective) if objective else []
+    pictures = spectrograms(task, test, [*worst[: DRAWN // 2], *chance][:DRAWN], outputs, said, objective) if objective else []
     row = lambda i: (test.place(i), said[i], heard[i], int(counts.errors[i]), float(outputs["sure"][i]))
     recordings: list[Exhibit] = []
     if worst:
-        recordings.append(Sounds("Worst recordings", "Test recordings with the most words wrong by what was said. Listen: is "
-                                 "it the network's mistake, or the transcript's?",
-                                 sounds(task, test, worst[:PLAYED], said, heard)))
-        recordings.append(Table("All that is worst", "", ("recording", "said", "heard", "words wrong", "sure"),
-                                [row(i) for i in worst[:WORST]]))
+        recordings.append(
+            Sounds(
+                "Worst recordings",
+                "Test recordings with the most words wrong by what was said. Listen: is "
+                "it the network's mistake, or the transcript's?",
+                sounds(task, test, worst[:PLAYED], said, heard),
+            )
+        )
+        recordings.append(
+            Table(
+                "All that is worst", "", ("recording", "said", "heard", "words wrong", "sure"), [row(i) for i in worst[:WORST]]
+            )
+        )
     recordings.append(Sounds("By chance", "Test recordings as they come.", sounds(task, test, chance[:4], said, heard)))
     if pictures:
-        recordings.append(Gallery("What was heard when", "Log-mel spectrograms: time to the right, low tones at the bottom, "
-                                  "the brighter the louder. Below each, the symbols that the network heard, where it heard "
-                                  "them (the likeliest alignment).", pictures, wide=True))
+        recordings.append(
+            Gallery(
+                "What was heard when",
+                "Log-mel spectrograms: time to the right, low tones at the bottom, "
+                "the brighter the louder. Below each, the symbols that the network heard, where it heard "
+                "them (the likeliest alignment).",
+                pictures,
+                wide=True,
+            )
+        )
     return {"Recordings": recordings, "Mistakes": mistakes(test, said, heard, counts)}
 
 
@@ -68,10 +84,16 @@ def mistakes(test: Data, said: list[str], heard: list[str], counts: Any) -> list
         inside = (seconds >= low) & ((seconds < high) | (high == edges[-1]))
         if counts.length[inside].sum():
             groups[f"{low:.1f} to {high:.1f} s"] = 100 * float(counts.errors[inside].sum() / counts.length[inside].sum())
-    return [Table("Words taken for others", f"{totals['substitutions']:,} substitutions, {totals['deletions']:,} deletions "
-                  f"(said, not heard) and {totals['insertions']:,} insertions (heard, not said) in {totals['length']:,} words.",
-                  ("said", "heard", "times", "of so many"), rows),
-            Bars("Words wrong by length of the recording", "", groups, unit="%")]
+    return [
+        Table(
+            "Words taken for others",
+            f"{totals['substitutions']:,} substitutions, {totals['deletions']:,} deletions "
+            f"(said, not heard) and {totals['insertions']:,} insertions (heard, not said) in {totals['length']:,} words.",
+            ("said", "heard", "times", "of so many"),
+            rows,
+        ),
+        Bars("Words wrong by length of the recording", "", groups, unit="%"),
+    ]
 
 
 # Sounds
@@ -80,9 +102,15 @@ def mistakes(test: Data, said: list[str], heard: list[str], counts: Any) -> list
 def sounds(task: SpeechRecognition, test: Data, rows: list[int], said: list[str], heard: list[str]) -> list[Sound]:
     waves = audio.load([test.rows[task.column][i] for i in rows], task.mel.rate)
     most = int(SECONDS_SHOWN * task.mel.rate)
-    return [Sound(encoded(wave[:most], task.mel.rate), f"said “{said[i]}”, heard “{heard[i] or '(nothing)'}”"
-                  + (f" (the first {SECONDS_SHOWN:g} of {len(wave) / task.mel.rate:.0f} s)" if len(wave) > most else ""),
-                  bad=said[i] != heard[i]) for i, wave in zip(rows, waves)]
+    return [
+        Sound(
+            encoded(wave[:most], task.mel.rate),
+            f"said “{said[i]}”, heard “{heard[i] or '(nothing)'}”"
+            + (f" (the first {SECONDS_SHOWN:g} of {len(wave) / task.mel.rate:.0f} s)" if len(wave) > most else ""),
+            bad=said[i] != heard[i],
+        )
+        for i, wave in zip(rows, waves)
+    ]
 
 
 def encoded(wave: np.ndarray, rate: int) -> bytes:
@@ -99,8 +127,9 @@ def encoded(wave: np.ndarray, rate: int) -> bytes:
 
 
 @torch.inference_mode()
-def spectrograms(task: SpeechRecognition, test: Data, rows: list[int], outputs: Arrays, said: list[str], objective: Objective
-                 ) -> list[Picture]:
+def spectrograms(
+    task: SpeechRecognition, test: Data, rows: list[int], outputs: Arrays, said: list[str], objective: Objective
+) -> list[Picture]:
     from fieldguide.tasks.audio.speech_recognition import batch_of
 
     where = next(objective.parameters()).device
@@ -115,14 +144,14 @@ def spectrograms(task: SpeechRecognition, test: Data, rows: list[int], outputs: 
     spans, pictures = found.spans.cpu().numpy() * task.stride, []
     loud = task.mel.spectrogram(waves)
     for k, i in enumerate(rows):
-        letters = [(task.transcripts.symbols[s - 1], *spans[k, j]) for j, s in enumerate(symbols[k, :count[k]])]
+        letters = [(task.transcripts.symbols[s - 1], *spans[k, j]) for j, s in enumerate(symbols[k, : count[k]])]
         heard = outputs["text"][i]
         caption = f"“{said[i]}”" if heard == said[i] else f"“{said[i]}”, heard “{heard or '(nothing)'}”"
-        pictures.append(Picture(drawn(loud[k, :frames[k]].numpy(), letters), caption, bad=heard != said[i]))
+        pictures.append(Picture(drawn(loud[k, : frames[k]].numpy(), letters), caption, bad=heard != said[i]))
     return pictures
 
 
-def drawn(loud: np.ndarray, letters: list[tuple[str, int, int]]) -> bytes:       # T F
+def drawn(loud: np.ndarray, letters: list[tuple[str, int, int]]) -> bytes:  # T F
     """A spectrogram as PNG, with symbols below at the middle of the frames that they were heard at."""
     from PIL import Image, ImageDraw, ImageFont
 

@@ -32,50 +32,55 @@ from fieldguide.tasks.audio import report
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import settled
 
-SHARE = 0.3            # of the memory that decoded recordings may fill; beyond it they are decoded batch by batch
-LONGEST = 30.0         # seconds of a recording that is trained on, at most, where the user names none
-SHORT = 2.0            # seconds; recordings of a word or two, of which each alone says little about its microphone
-MASKED = 5.0           # hours of training speech from which stripes of the spectrogram are hidden
-CELLS = 2 ** 24        # rows times frames squared that attention looks at together, when it is asked
-SAMPLE = 2000          # recordings that the scale of the spectrogram is learnt from
+SHARE = 0.3  # of the memory that decoded recordings may fill; beyond it they are decoded batch by batch
+LONGEST = 30.0  # seconds of a recording that is trained on, at most, where the user names none
+SHORT = 2.0  # seconds; recordings of a word or two, of which each alone says little about its microphone
+MASKED = 5.0  # hours of training speech from which stripes of the spectrogram are hidden
+CELLS = 2**24  # rows times frames squared that attention looks at together, when it is asked
+SAMPLE = 2000  # recordings that the scale of the spectrogram is learnt from
 # For a few hours of speech, half as wide and fewer than Conformer's (see docs/log.md, spoken digits).
 MASKS = SpecAugment(band_masks=2, band_share=0.15, time_masks=2, time_share=0.05)
 
 
 class SpeechRecognition(Task):
     name = "automatic-speech-recognition"
-    reads = ("recordings with their transcripts: a folder of .wav, .flac, .ogg or .mp3 with a table of file names and "
-             "transcripts, or with x.txt beside x.wav; LJ Speech and Common Voice as they are")
+    reads = (
+        "recordings with their transcripts: a folder of .wav, .flac, .ogg or .mp3 with a table of file names and "
+        "transcripts, or with x.txt beside x.wav; LJ Speech and Common Voice as they are"
+    )
     takes = ("speech",)
     feature = ("audio",)
     gives = ("ctc",)
     wants = Wants("last", names=TRANSCRIPTS, kinds={"target": "text", "feature": "audio"})
-    metrics = (Metric("wer", "min", "of the words wrong", percent=True),
-               Metric("cer", "min", "of the characters wrong", percent=True), Metric("loss", "min", "nats a symbol"))
+    metrics = (
+        Metric("wer", "min", "of the words wrong", percent=True),
+        Metric("cer", "min", "of the characters wrong", percent=True),
+        Metric("loss", "min", "nats a symbol"),
+    )
     recipe: ClassVar = {"augment": "standard"}
     fewest = 8
 
     @dataclass(frozen=True)
     class Options:
-        rate: int | None = None          # samples a second that the network hears
-        bands: int | None = None         # mel bands of the spectrogram
-        hop: float | None = None         # seconds from one frame of it to the next
-        scale: str | None = None         # "corpus" or "recording": whose mean and deviation the bands are brought to
-        lower: bool = True               # upper case is not heard; False keeps it
-        pieces: int | None = None        # about so many parts of words as symbols; None: characters
-        longest: float | None = None     # seconds; longer recordings are not trained on, and are counted
-        masks: bool | None = None        # whether stripes of the spectrogram are hidden while training
+        rate: int | None = None  # samples a second that the network hears
+        bands: int | None = None  # mel bands of the spectrogram
+        hop: float | None = None  # seconds from one frame of it to the next
+        scale: str | None = None  # "corpus" or "recording": whose mean and deviation the bands are brought to
+        lower: bool = True  # upper case is not heard; False keeps it
+        pieces: int | None = None  # about so many parts of words as symbols; None: characters
+        longest: float | None = None  # seconds; longer recordings are not trained on, and are counted
+        masks: bool | None = None  # whether stripes of the spectrogram are hidden while training
 
     @dataclass(frozen=True)
     class Asking:
-        beams: int = 1                   # prefixes that the search keeps; 1 reads the likeliest symbol of each frame
-        chunk: float | None = None       # seconds that are heard at once; longer recordings are heard piece by piece
+        beams: int = 1  # prefixes that the search keeps; 1 reads the likeliest symbol of each frame
+        chunk: float | None = None  # seconds that are heard at once; longer recordings are heard piece by piece
 
     transcripts: Transcripts
     mel: LogMel
-    heard: float                         # seconds of the longest recording that was trained on
-    shown: list[tuple[str, str]]         # a few training recordings and what they say, listened to while it learns
-    stride = 4                           # frames of the spectrogram to one answer
+    heard: float  # seconds of the longest recording that was trained on
+    shown: list[tuple[str, str]]  # a few training recordings and what they say, listened to while it learns
+    stride = 4  # frames of the spectrogram to one answer
 
     # What it can be made from
 
@@ -83,8 +88,11 @@ class SpeechRecognition(Task):
     def lacks(cls, data: Data) -> str | None:
         if len(data.features("audio")) != 1:
             return "one column of recordings"
-        return None if data.target and data.target.kind in ("text", "category") else \
-            "a column of transcripts (name it with --target)"
+        return (
+            None
+            if data.target and data.target.kind in ("text", "category")
+            else "a column of transcripts (name it with --target)"
+        )
 
     @classmethod
     def suits(cls, data: Data) -> str | None:
@@ -100,17 +108,24 @@ class SpeechRecognition(Task):
         longest = options.longest or LONGEST
         short = np.flatnonzero(seconds <= longest)
         if not short.size:
-            raise DataError(f"{data.source}: all recordings are longer than {longest:g} s. Cut them at pauses, or allow more "
-                            "with --set task.longest=SECONDS (memory grows with its square).")
+            raise DataError(
+                f"{data.source}: all recordings are longer than {longest:g} s. Cut them at pauses, or allow more "
+                "with --set task.longest=SECONDS (memory grows with its square)."
+            )
         task.heard = float(seconds[short].max())
         task.transcripts = Transcripts.learn(task.said(data), lower=options.lower, pieces=options.pieces)
         encoded, lengths = task.transcripts.batch(task.transcripts.encode(task.said(data))[0])
         frames = needed(torch.from_numpy(encoded), torch.from_numpy(lengths)).numpy()
         rate = options.rate or suggest_rate(data.rows[RATE].to_numpy())
-        task.options = settled(options, rate=rate, bands=40 if rate <= 8000 else 80, longest=longest,
-                               hop=suggest_hop(seconds[short], frames[short], cls.stride),
-                               scale="corpus" if np.median(seconds) < SHORT else "recording",
-                               masks=bool(seconds[short].sum() > 3600 * MASKED))
+        task.options = settled(
+            options,
+            rate=rate,
+            bands=40 if rate <= 8000 else 80,
+            longest=longest,
+            hop=suggest_hop(seconds[short], frames[short], cls.stride),
+            scale="corpus" if np.median(seconds) < SHORT else "recording",
+            masks=bool(seconds[short].sum() > 3600 * MASKED),
+        )
         task.mel = task.features(data, short)
         task.note(seconds, frames, data)
         chosen = np.random.default_rng(0).permutation(short)[:3]
@@ -127,21 +142,25 @@ class SpeechRecognition(Task):
         paths = data.rows[self.column].to_list()
         some = [paths[i] for i in np.random.default_rng(0).permutation(short)[:SAMPLE]]
         waves = sorted(audio.load(some, o.rate), key=len)
-        return LogMel.learn((batch_of(waves[i:i + 64]) for i in range(0, len(waves), 64)), **settings)
+        return LogMel.learn((batch_of(waves[i : i + 64]) for i in range(0, len(waves), 64)), **settings)
 
     def note(self, seconds: np.ndarray, frames: np.ndarray, data: Data) -> None:
         """What a person should know of the training rows: recordings too long to train on, or too short to write."""
         long = seconds > self.options.longest
         if long.any():
-            self.notes.append(f"{long.sum():,} recordings are longer than {self.options.longest:g} s (such as "
-                              f"{data.place(int(np.flatnonzero(long)[0]))}, {seconds[long].max():.0f} s) and are not trained "
-                              "on (task.longest=... changes that)")
+            self.notes.append(
+                f"{long.sum():,} recordings are longer than {self.options.longest:g} s (such as "
+                f"{data.place(int(np.flatnonzero(long)[0]))}, {seconds[long].max():.0f} s) and are not trained "
+                "on (task.longest=... changes that)"
+            )
         answers = -(-self.mel.frames((seconds * self.options.rate).astype(int)) // self.stride)
         tight = (answers < frames) & ~long
         if tight.any():
-            self.notes.append(f"{tight.sum():,} recordings have fewer frames than their transcripts need (such as "
-                              f"{data.place(int(np.flatnonzero(tight)[0]))}): they teach nothing (a smaller task.hop, or "
-                              "task.pieces=..., makes them fit)")
+            self.notes.append(
+                f"{tight.sum():,} recordings have fewer frames than their transcripts need (such as "
+                f"{data.place(int(np.flatnonzero(tight)[0]))}): they teach nothing (a smaller task.hop, or "
+                "task.pieces=..., makes them fit)"
+            )
 
     def said(self, data: Data) -> list[str]:
         return data.rows[self.target.name].fill_null("").to_list()
@@ -149,17 +168,23 @@ class SpeechRecognition(Task):
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, answered)
         if answered and self.target.name not in data.rows.columns:
-            raise DataError(f"{data.source}: the transcripts are to be in column {self.target.name!r}, which is not there."
-                            f"{nearest(self.target.name, data.rows.columns)} To have recordings transcribed, use "
-                            "`fieldguide predict`.")
+            raise DataError(
+                f"{data.source}: the transcripts are to be in column {self.target.name!r}, which is not there."
+                f"{nearest(self.target.name, data.rows.columns)} To have recordings transcribed, use "
+                "`fieldguide predict`."
+            )
         return data
 
     def needs(self) -> dict[str, Any]:
         return {"vocab": self.transcripts.size, "features": self.mel.bands}
 
     def profile(self) -> dict[str, Any]:
-        return {"tokens": int(self.mel.frames(int(self.typical * self.mel.rate))), "seconds": self.typical, "hours": self.hours,
-                "symbols": self.transcripts.size}
+        return {
+            "tokens": int(self.mel.frames(int(self.typical * self.mel.rate))),
+            "seconds": self.typical,
+            "hours": self.hours,
+            "symbols": self.transcripts.size,
+        }
 
     @property
     def most(self) -> int:
@@ -229,16 +254,20 @@ class SpeechRecognition(Task):
             real = torch.arange(path.shape[1], device=path.device) < frames[:, None]
             said, count = collapse(path, frames) if self.asking.beams <= 1 else self.search(likely, frames)
             spans = align(likely, frames, said, count).spans
-            outputs = {"said": said.where(torch.arange(said.shape[1], device=said.device) < count[:, None], -1),
-                       "first": spans[..., 0], "end": spans[..., 1],
-                       "sure": ((best * real).sum(1) / frames.clamp(min=1)).exp()}
+            outputs = {
+                "said": said.where(torch.arange(said.shape[1], device=said.device) < count[:, None], -1),
+                "first": spans[..., 0],
+                "end": spans[..., 1],
+                "sure": ((best * real).sum(1) / frames.clamp(min=1)).exp(),
+            }
             if "target" in batch:
                 nll, fits = losses(logits, frames, batch["target"], batch["target_lengths"])
                 outputs["loss"] = (nll / batch["target_lengths"].clamp(min=1)).masked_fill(~fits, torch.nan)
             return outputs
+
         return answer
 
-    def listen(self, model: Any, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:    # B T F, B -> B S V, B
+    def listen(self, model: Any, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:  # B T F, B -> B S V, B
         """Logits, with recordings that are too long to be heard at once heard in chunks; as many rows together as memory
         allows. Nothing depends on the rows beside."""
         size, overlap = self.chunks()
@@ -247,12 +276,12 @@ class SpeechRecognition(Task):
         rows = [i for i in range(len(lengths)) if int(lengths[i]) <= size]
         for i in range(len(lengths)):
             if int(lengths[i]) > size:
-                parts[i] = in_chunks(model, features[i, :int(lengths[i])], size=size, overlap=overlap)
+                parts[i] = in_chunks(model, features[i, : int(lengths[i])], size=size, overlap=overlap)
         while rows:
             together = max(1, CELLS // max(1, int(frames[rows].max())) ** 2)
             some, rows = rows[:together], rows[together:]
-            heard = model(features[some, :int(lengths[some].max())], lengths[some])
-            parts |= {i: heard[k, :int(frames[i])] for k, i in enumerate(some)}
+            heard = model(features[some, : int(lengths[some].max())], lengths[some])
+            parts |= {i: heard[k, : int(frames[i])] for k, i in enumerate(some)}
         return torch.nn.utils.rnn.pad_sequence([parts[i] for i in range(len(lengths))], batch_first=True), frames
 
     def chunks(self) -> tuple[int, int]:
@@ -263,9 +292,8 @@ class SpeechRecognition(Task):
         size = max(4, round(seconds / self.mel.hop / unit)) * unit
         return size, size // unit // 4 * unit
 
-    def search(self, likely: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:   # B S V, B -> B N, B
-        best = [beam_search(row[:n].cpu(), self.asking.beams, symbols=32)[0].symbols
-                for row, n in zip(likely, frames.tolist())]
+    def search(self, likely: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:  # B S V, B -> B N, B
+        best = [beam_search(row[:n].cpu(), self.asking.beams, symbols=32)[0].symbols for row, n in zip(likely, frames.tolist())]
         symbols, counts = self.transcripts.batch([np.array(b, dtype=np.int64) for b in best])
         return torch.from_numpy(symbols).to(likely.device), torch.from_numpy(counts).to(likely.device)
 
@@ -302,8 +330,10 @@ class SpeechRecognition(Task):
         return found
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
-        return [{"text": text, "sure": float(sure), "words": self.words(outputs, i)}
-                for i, (text, sure) in enumerate(zip(outputs["text"], outputs["sure"]))]
+        return [
+            {"text": text, "sure": float(sure), "words": self.words(outputs, i)}
+            for i, (text, sure) in enumerate(zip(outputs["text"], outputs["sure"]))
+        ]
 
     # Scores
 
@@ -336,8 +366,13 @@ class SpeechRecognition(Task):
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         usual, times = Counter(self.truth(train)["text"].tolist()).most_common(1)[0]
         short = usual if len(usual) <= 30 else usual[:29] + "…"
-        return [Baseline("most frequent transcript", f"{short!r}, which {times:,} training recordings say",
-                         {"text": np.array([usual] * len(test), dtype=object)})]
+        return [
+            Baseline(
+                "most frequent transcript",
+                f"{short!r}, which {times:,} training recordings say",
+                {"text": np.array([usual] * len(test), dtype=object)},
+            )
+        ]
 
     # Report
 
@@ -346,19 +381,34 @@ class SpeechRecognition(Task):
         where = next(objective.parameters()).device
         features, frames = self.mel.apply(waves, lengths)
         path = objective.outputs({"features": features.to(where), "lengths": frames.to(where)})["path"]
-        return [Quotes("Heard while it learnt", "Training recordings.", [
-            Quote(text or "(nothing)", f"said: {said}")
-            for text, (_, said) in zip(self.texts({"path": path.cpu().numpy()}), self.shown)])]
+        return [
+            Quotes(
+                "Heard while it learnt",
+                "Training recordings.",
+                [
+                    Quote(text or "(nothing)", f"said: {said}")
+                    for text, (_, said) in zip(self.texts({"path": path.cpu().numpy()}), self.shown)
+                ],
+            )
+        ]
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         return report.sections(self, test, outputs, truth, objective)
 
     # Saved with the run
 
     def state(self) -> dict[str, Any]:
-        return {"transcripts": self.transcripts.to_json(), "mel": self.mel.to_json(), "heard": self.heard, "shown": self.shown,
-                "typical": self.typical, "hours": self.hours, "stride": self.stride}
+        return {
+            "transcripts": self.transcripts.to_json(),
+            "mel": self.mel.to_json(),
+            "heard": self.heard,
+            "shown": self.shown,
+            "typical": self.typical,
+            "hours": self.hours,
+            "stride": self.stride,
+        }
 
     @classmethod
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
@@ -369,7 +419,7 @@ class SpeechRecognition(Task):
         return task
 
 
-def batch_of(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:                  # each N int16 -> B N, B
+def batch_of(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:  # each N int16 -> B N, B
     batch, lengths = padded(waves)
     return batch.div_(32768.0), lengths
 

@@ -25,13 +25,13 @@ from fieldguide.tasks.base import Task
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.vision.image_classification import augment
 
-SIDES = (16, 24, 32, 48, 64, 96, 192)            # that patches of the small networks fill
-MOST = {"cpu": 96, "mps": 96, "cuda": 192}       # pixels a side, where the user names none
-SAMPLE = 5000                                    # pictures and texts that sizes are learnt from
-SHARE = 0.3                                      # of the memory that decoded pictures may fill
-LONGEST = 64                                     # tokens of a text at most, where the user names no length
-THUMB = 128                                      # pixels a side in the report
-PICTURE = "picture"                              # the column that keeps rows of equal pictures on one side
+SIDES = (16, 24, 32, 48, 64, 96, 192)  # that patches of the small networks fill
+MOST = {"cpu": 96, "mps": 96, "cuda": 192}  # pixels a side, where the user names none
+SAMPLE = 5000  # pictures and texts that sizes are learnt from
+SHARE = 0.3  # of the memory that decoded pictures may fill
+LONGEST = 64  # tokens of a text at most, where the user names no length
+THUMB = 128  # pixels a side in the report
+PICTURE = "picture"  # the column that keeps rows of equal pictures on one side
 
 
 class Pictured(Task):
@@ -40,7 +40,7 @@ class Pictured(Task):
     feature = ("image",)
     pictures: Pictures
     text: Text
-    median: int                                  # tokens of a training text
+    median: int  # tokens of a training text
 
     @classmethod
     def examples(cls, data: Data, options: Any) -> Data:
@@ -67,8 +67,7 @@ class Pictured(Task):
         self.text = Text.load(o.tokenizer) if o.tokenizer else Text.learn(texts, size=o.vocab)
         sizes = [len(row) for row in self.framed(texts[:SAMPLE])]
         self.median = int(np.median(sizes))
-        self.options = settled(o, side=side, channels=channels, vocab=self.text.size,
-                               length=suggest_length(sizes, LONGEST))
+        self.options = settled(o, side=side, channels=channels, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
         self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
 
     def framed(self, texts: list[str]) -> list[list[int]]:
@@ -82,21 +81,27 @@ class Pictured(Task):
     def tokens(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
         """The tokens of each text, int64, no more than are read, and how many texts were cut."""
         rows, most = self.framed(texts), self.options.length
-        kept = [[*row[:most - 1], row[-1]] if len(row) > most and self.closes(row) else row[:most] for row in rows]
+        kept = [[*row[: most - 1], row[-1]] if len(row) > most and self.closes(row) else row[:most] for row in rows]
         return [np.array(row, dtype=np.int64) for row in kept], sum(len(row) > most for row in rows)
 
     def note_cut(self, cut: int, texts: int) -> None:
         if cut:
-            self.notes.append(f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
-                              "cut there (task.length=... changes that)")
+            self.notes.append(
+                f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
+                "cut there (task.length=... changes that)"
+            )
 
     def needs(self) -> dict[str, Any]:
-        return {"channels": self.pictures.channels, "image": self.pictures.side, "vocab": self.text.size,
-                "length": self.options.length, "end": self.text.end}
+        return {
+            "channels": self.pictures.channels,
+            "image": self.pictures.side,
+            "vocab": self.text.size,
+            "length": self.options.length,
+            "end": self.text.end,
+        }
 
     def profile(self) -> dict[str, Any]:
-        return {"side": self.pictures.side, "channels": self.pictures.channels, "vocab": self.text.size,
-                "tokens": self.median}
+        return {"side": self.pictures.side, "channels": self.pictures.channels, "vocab": self.text.size, "tokens": self.median}
 
     def pixels(self, data: Data, settings: Settings | None = None) -> Callable[[np.ndarray, torch.Generator | None], Tensor]:
         """Of rows, the pictures as the network sees them: B C S S. Equal files are kept in memory once."""
@@ -104,7 +109,7 @@ class Pictured(Task):
         p, unique = self.pictures, sorted(set(paths))
         place = {path: i for i, path in enumerate(unique)}
         where = np.array([place[path] for path in paths], dtype=np.int64)
-        stored = p.load(unique) if len(unique) * p.channels * p.side ** 2 < SHARE * ram() else None
+        stored = p.load(unique) if len(unique) * p.channels * p.side**2 < SHARE * ram() else None
         how = settings.augment if settings else "none"
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> Tensor:
@@ -115,7 +120,7 @@ class Pictured(Task):
 
     # Drawing
 
-    def picture(self, data: Data, row: int) -> np.ndarray:                       # -> S S 3 uint8
+    def picture(self, data: Data, row: int) -> np.ndarray:  # -> S S 3 uint8
         array = images.load([data.rows[self.column][row]], THUMB, 3, fit="pad")[0]
         return array.permute(1, 2, 0).numpy()
 
@@ -139,7 +144,7 @@ class Pictured(Task):
         self.text.save(folder)
 
 
-def heated(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:                 # S S 3 uint8, h w -> S S 3 uint8
+def heated(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:  # S S 3 uint8, h w -> S S 3 uint8
     """A picture in grey, red where the heat is highest: the mean of the patches adds nothing, twice the mean or more all."""
     side = picture.shape[:2]
     large = F.interpolate(torch.from_numpy(heat).float()[None, None], side, mode="bilinear", align_corners=False)[0, 0]

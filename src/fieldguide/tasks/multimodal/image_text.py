@@ -30,12 +30,12 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.multimodal.base import Pictured
 from fieldguide.tasks.supervised import wilson
 
-AT = (1, 5, 10)         # of the best answers, among which a right one counts
-FEW = 100               # different captions that are taken for names of classes, where each stands on many rows
-KEPT = 1000             # training captions that answers are chosen from, where nobody names others
-CHUNK = 1000            # questions compared with all answers at once
-START = "<|startoftext|>"                # of CLIP: a token that begins texts, in tokenizers that have it
-NEAR = 5                # training pictures that the simple baseline takes its words from
+AT = (1, 5, 10)  # of the best answers, among which a right one counts
+FEW = 100  # different captions that are taken for names of classes, where each stands on many rows
+KEPT = 1000  # training captions that answers are chosen from, where nobody names others
+CHUNK = 1000  # questions compared with all answers at once
+START = "<|startoftext|>"  # of CLIP: a token that begins texts, in tokenizers that have it
+NEAR = 5  # training pictures that the simple baseline takes its words from
 
 
 def pairs(data: Data) -> Iterator[Finding]:
@@ -48,12 +48,24 @@ def pairs(data: Data) -> Iterator[Finding]:
     again = np.ones(len(data), dtype=bool)
     again[first] = False
     if again.any():
-        yield Finding("duplicate-pair", "warning", "rows whose picture and caption are there before", first_places(data, again),
-                      int(again.sum()), "Remove them; until then they count twice.")
+        yield Finding(
+            "duplicate-pair",
+            "warning",
+            "rows whose picture and caption are there before",
+            first_places(data, again),
+            int(again.sum()),
+            "Remove them; until then they count twice.",
+        )
     name = data.rows[column.name].str.contains(r"(?i)^\S+\.(png|jpe?g|gif|webp|bmp|tiff?)$").fill_null(False).to_numpy()
     if name.any():
-        yield Finding("caption-is-file", "warning", "captions that are the name of a picture file", first_places(data, name),
-                      int(name.sum()), "Have the columns slipped in these rows?")
+        yield Finding(
+            "caption-is-file",
+            "warning",
+            "captions that are the name of a picture file",
+            first_places(data, name),
+            int(name.sum()),
+            "Have the columns slipped in these rows?",
+        )
 
 
 def simplified(captions: pl.Series) -> pl.Series:
@@ -68,36 +80,42 @@ class ImageText(Pictured):
     reads = "a table with a column of pictures and one of captions (--target), several captions of a picture in several rows"
     takes = ("captioned",)
     gives = ("embeddings",)
-    wants = Wants("last", names=(*CAPTIONS, "text", "sentence", "description", "title"),
-                  kinds={"target": "text"}, columns={"image": "image", "image_path": "image"},
-                  checks=(*checks.CHECKS, pairs))
-    metrics = (Metric("mean_recall", "max", "mean of the six recalls below", percent=True),
-               *(Metric(f"text_r{k}", "max", f"pictures with a right caption among the best {k}", percent=True) for k in AT),
-               *(Metric(f"image_r{k}", "max", f"captions with a right picture among the best {k}", percent=True) for k in AT),
-               Metric("zero_shot_accuracy", "max", "pictures whose class is named by words alone", percent=True))
+    wants = Wants(
+        "last",
+        names=(*CAPTIONS, "text", "sentence", "description", "title"),
+        kinds={"target": "text"},
+        columns={"image": "image", "image_path": "image"},
+        checks=(*checks.CHECKS, pairs),
+    )
+    metrics = (
+        Metric("mean_recall", "max", "mean of the six recalls below", percent=True),
+        *(Metric(f"text_r{k}", "max", f"pictures with a right caption among the best {k}", percent=True) for k in AT),
+        *(Metric(f"image_r{k}", "max", f"captions with a right picture among the best {k}", percent=True) for k in AT),
+        Metric("zero_shot_accuracy", "max", "pictures whose class is named by words alone", percent=True),
+    )
     recipe: ClassVar = {"augment": "light", "patience": 10}
-    fewest, most = 64, 512                  # what is learnt is told from the rest of the batch
+    fewest, most = 64, 512  # what is learnt is told from the rest of the batch
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None          # pixels a side that the network sees
-        channels: int | None = None      # 1 grey, 3 colour
-        vocab: int | None = None         # tokens in the vocabulary learnt from the training captions
-        tokenizer: str | None = None     # a tokenizer.json to use instead
-        pixels: str | None = None        # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
-        resize: str | None = None        # how a picture gets its side, such as crop bicubic; else it is filled up with white
-        length: int | None = None        # tokens of a caption that are read; the rest is cut off, and counted
-        flip: bool = False               # a mirrored picture keeps its caption: false where these say left and right
-        end: int | None = None           # token that ends a text, where a given tokenizer leaves it open
-        template: str = "{}"             # how a class is said, such as "a photo of a {}"
+        side: int | None = None  # pixels a side that the network sees
+        channels: int | None = None  # 1 grey, 3 colour
+        vocab: int | None = None  # tokens in the vocabulary learnt from the training captions
+        tokenizer: str | None = None  # a tokenizer.json to use instead
+        pixels: str | None = None  # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
+        resize: str | None = None  # how a picture gets its side, such as crop bicubic; else it is filled up with white
+        length: int | None = None  # tokens of a caption that are read; the rest is cut off, and counted
+        flip: bool = False  # a mirrored picture keeps its caption: false where these say left and right
+        end: int | None = None  # token that ends a text, where a given tokenizer leaves it open
+        template: str = "{}"  # how a class is said, such as "a photo of a {}"
 
     @dataclass(frozen=True)
     class Asking:
-        classes: str = ""                # texts to choose from, with commas between
-        templates: str = ""              # how a class is said, with | between several, whose vectors are averaged
+        classes: str = ""  # texts to choose from, with commas between
+        templates: str = ""  # how a class is said, with | between several, whose vectors are averaged
 
-    classes: list[str]                   # that pictures are tested on: of a class column, or few captions; or none
-    known: list[str]                     # captions to choose from where nobody names others
+    classes: list[str]  # that pictures are tested on: of a class column, or few captions; or none
+    known: list[str]  # captions to choose from where nobody names others
 
     @classmethod
     def suits(cls, data: Data) -> str | None:
@@ -128,8 +146,14 @@ class ImageText(Pictured):
 
     @property
     def class_column(self) -> str | None:
-        return next((c.name for c in self.columns if c.role == "ignored" and c.kind in ("category", "boolean")
-                     and plain(c.name) in TARGETS), None)
+        return next(
+            (
+                c.name
+                for c in self.columns
+                if c.role == "ignored" and c.kind in ("category", "boolean") and plain(c.name) in TARGETS
+            ),
+            None,
+        )
 
     def captions(self, data: Data) -> list[str]:
         return data.rows[self.target.name].fill_null("").to_list()
@@ -137,8 +161,10 @@ class ImageText(Pictured):
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, answered)
         if answered and self.target.name not in data.rows.columns:
-            raise DataError(f"{data.source}: the captions are to be in column {self.target.name!r}, which is not there. "
-                            "To ask for answers, use `fieldguide predict`.")
+            raise DataError(
+                f"{data.source}: the captions are to be in column {self.target.name!r}, which is not there. "
+                "To ask for answers, use `fieldguide predict`."
+            )
         return data
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
@@ -169,10 +195,16 @@ class ImageText(Pictured):
         pixels = self.pixels(data, settings)
         there = self.target.name in data.rows.columns and data.rows[self.target.name].null_count() < len(data)
         ids, cut = self.tokens(self.captions(data)) if there else ([], 0)
-        if not settings:                                 # of training texts it was said when the length was chosen
+        if not settings:  # of training texts it was said when the length was chosen
             self.note_cut(cut, len(ids))
-        same = {name: torch.from_numpy(dense(pl.DataFrame([values]))) for name, values in (
-            ("text", simplified(data.rows[self.target.name])), ("picture", data.rows[HASH]))} if there else {}
+        same = (
+            {
+                name: torch.from_numpy(dense(pl.DataFrame([values])))
+                for name, values in (("text", simplified(data.rows[self.target.name])), ("picture", data.rows[HASH]))
+            }
+            if there
+            else {}
+        )
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             batch = {"image": pixels(index, generator)}
@@ -194,18 +226,18 @@ class ImageText(Pictured):
             raise SettingsError(f"templates: {lost[0]!r} has no {{}}, where the class is to stand.")
         return asked or [self.options.template if self.class_column or self.asking.classes else "{}"]
 
-    def said(self, model: Any, where: torch.device) -> Tensor:                   # -> K E, of length 1
+    def said(self, model: Any, where: torch.device) -> Tensor:  # -> K E, of length 1
         """The vector of each of `names`, averaged over the templates."""
         ways = []
         for template in self.templates():
             ids = self.tokens([template.replace("{}", name) for name in self.names()])[0]
-            parts = [self.padded(ids[i:i + CHUNK]) for i in range(0, len(ids), CHUNK)]
+            parts = [self.padded(ids[i : i + CHUNK]) for i in range(0, len(ids), CHUNK)]
             ways.append(torch.cat([model.encode_text(part["tokens"].to(where), part["mask"].to(where)) for part in parts]))
         return ways[0] if len(ways) == 1 else F.normalize(torch.stack(ways).mean(0), dim=-1)
 
     def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        said: list[Tensor] = []                          # of all batches
-        self.templates()                                 # what is wrong with them is said before pictures are read
+        said: list[Tensor] = []  # of all batches
+        self.templates()  # what is wrong with them is said before pictures are read
 
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             model = objective.model
@@ -215,6 +247,7 @@ class ImageText(Pictured):
             near = image @ said[0].T
             out = {"image": image, "similarity": near, "probabilities": (near * model.logit_scale.exp()).softmax(1)}
             return out | ({"text": model.encode_text(batch["tokens"], batch["mask"])} if "tokens" in batch else {})
+
         return answer
 
     # Scores
@@ -223,16 +256,20 @@ class ImageText(Pictured):
         captions, column = data.rows[self.target.name], self.class_column
         said = data.rows[column] if column and column in data.rows.columns else captions
         labels = Labels(tuple(self.classes)).apply(said) if self.classes else np.full(len(data), -1)
-        return {"picture": dense(pl.DataFrame([data.rows[HASH]])), "caption": dense(pl.DataFrame([simplified(captions)])),
-                "class": labels.copy()}
+        return {
+            "picture": dense(pl.DataFrame([data.rows[HASH]])),
+            "caption": dense(pl.DataFrame([simplified(captions)])),
+            "class": labels.copy(),
+        }
 
     def hits(self, outputs: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
         """Metric -> of each question, whether it was answered rightly. Equal pictures are one picture, and so are captions;
         all that stand together in a row are right."""
         found: dict[str, np.ndarray] = {}
         if "text" in outputs:
-            image, text = (outputs[n][np.unique(truth[k], return_index=True)[1]]
-                           for n, k in (("image", "picture"), ("text", "caption")))
+            image, text = (
+                outputs[n][np.unique(truth[k], return_index=True)[1]] for n, k in (("image", "picture"), ("text", "caption"))
+            )
             places = [np.unique(truth[k], return_inverse=True)[1] for k in ("picture", "caption")]
             right = np.unique(np.stack(places, 1), axis=0)
             for name, rank in (("text", ranks(image, text, right)), ("image", ranks(text, image, right[:, ::-1]))):
@@ -260,10 +297,12 @@ class ImageText(Pictured):
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         from sklearn.feature_extraction.text import TfidfVectorizer
+
         rng = np.random.default_rng(0)
         blind = {name: rng.normal(size=(len(test), 64)).astype(np.float32) for name in ("image", "text")}
-        words = TfidfVectorizer(sublinear_tf=True, max_features=20_000, token_pattern=r"\w+", ngram_range=(1, 2),
-                                dtype=np.float32)
+        words = TfidfVectorizer(
+            sublinear_tf=True, max_features=20_000, token_pattern=r"\w+", ngram_range=(1, 2), dtype=np.float32
+        )
         theirs, ours = words.fit_transform(self.captions(train)), words.transform(self.captions(test))
         side = min(16, self.pictures.side)
         small = []
@@ -274,23 +313,34 @@ class ImageText(Pictured):
         some = sum(theirs[near[:, i]] for i in range(near.shape[1]))
         # A dense product of so many words would not fit: their random projection keeps angles.
         down = rng.normal(size=(theirs.shape[1], 512)).astype(np.float32)
-        return [Baseline("chance", "vectors by chance", blind),
-                Baseline("words of similar pictures", f"a picture has the words (TF-IDF) of the {near.shape[1]} nearest "
-                         "training pictures, by pixels", {"image": some @ down, "text": ours @ down})]
+        return [
+            Baseline("chance", "vectors by chance", blind),
+            Baseline(
+                "words of similar pictures",
+                f"a picture has the words (TF-IDF) of the {near.shape[1]} nearest training pictures, by pixels",
+                {"image": some @ down, "text": ours @ down},
+            ),
+        ]
 
     # Answers and report
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         names, answers = self.names(), []
         for p, near in zip(outputs["probabilities"], outputs["similarity"]):
-            best = np.argsort(-p, kind="stable")[:None if len(names) <= FEW else 5]
-            answers.append({"label": names[best[0]], "probability": float(p[best[0]]),
-                            "probabilities": {names[i]: float(p[i]) for i in best},
-                            "similarity": {names[i]: float(near[i]) for i in best}})
+            best = np.argsort(-p, kind="stable")[: None if len(names) <= FEW else 5]
+            answers.append(
+                {
+                    "label": names[best[0]],
+                    "probability": float(p[best[0]]),
+                    "probabilities": {names[i]: float(p[i]) for i in best},
+                    "similarity": {names[i]: float(near[i]) for i in best},
+                }
+            )
         return answers
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         near, captions = outputs["image"] @ outputs["text"].T, self.captions(test)
         pairs_ = set(zip(truth["picture"].tolist(), truth["caption"].tolist()))
         right = lambda i, j: (int(truth["picture"][i]), int(truth["caption"][j])) in pairs_
@@ -304,24 +354,46 @@ class ImageText(Pictured):
             order = np.argsort(-near[i], kind="stable")
             best = list(dict.fromkeys(captions[j] for j in order[:60]))[:3]
             rows.append((Path(str(test.rows[self.column][int(i)])).name, captions[i], *best, *[""] * (3 - len(best))))
-        sections: dict[str, list[Exhibit]] = {"Retrieved": [
-            Gallery("Captions found for pictures", "Test pictures by chance, each with the nearest caption of all; framed "
-                    "where it belongs to another.", by_picture),
-            Gallery("Pictures found for captions", "Test captions by chance, each with the nearest picture.", by_caption),
-            Table("The nearest three", "Captions nearest to test pictures.",
-                  ("picture", "its caption", "first", "second", "third"), rows)]}
+        sections: dict[str, list[Exhibit]] = {
+            "Retrieved": [
+                Gallery(
+                    "Captions found for pictures",
+                    "Test pictures by chance, each with the nearest caption of all; framed where it belongs to another.",
+                    by_picture,
+                ),
+                Gallery("Pictures found for captions", "Test captions by chance, each with the nearest picture.", by_caption),
+                Table(
+                    "The nearest three",
+                    "Captions nearest to test pictures.",
+                    ("picture", "its caption", "first", "second", "third"),
+                    rows,
+                ),
+            ]
+        }
         if worst:
-            sections["Retrieved"].append(Gallery("Worst mistakes", "A wrong caption is much nearer than the picture's own.", [
-                Picture(self.thumbnail(test, int(i)), f"says: {captions[told[i]]}; is: {captions[i]}", bad=True)
-                for i in worst]))
+            sections["Retrieved"].append(
+                Gallery(
+                    "Worst mistakes",
+                    "A wrong caption is much nearer than the picture's own.",
+                    [
+                        Picture(self.thumbnail(test, int(i)), f"says: {captions[told[i]]}; is: {captions[i]}", bad=True)
+                        for i in worst
+                    ],
+                )
+            )
         if objective is not None and hasattr(objective.model, "attention"):
             where, some = next(objective.parameters()).device, chosen[:12]
             with torch.inference_mode():
                 seen = self.pixels(test.take(some))(np.arange(len(some)), None).to(where)
                 heat = objective.model.attention(seen).cpu().numpy()
-            sections["Attention"] = [Gallery("Where it looked", "Test pictures, and in red the patches that count most "
-                                             "for the picture's vector (attention rollout).", [
-                Picture(self.overlay(test, int(i), h), captions[i]) for i, h in zip(some, heat)], wide=True)]
+            sections["Attention"] = [
+                Gallery(
+                    "Where it looked",
+                    "Test pictures, and in red the patches that count most for the picture's vector (attention rollout).",
+                    [Picture(self.overlay(test, int(i), h), captions[i]) for i, h in zip(some, heat)],
+                    wide=True,
+                )
+            ]
         return sections
 
     def state(self) -> dict[str, Any]:
@@ -342,12 +414,12 @@ def ranks(questions: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.n
     """
     found = np.empty(len(questions), dtype=np.int64)
     for first in range(0, len(questions), CHUNK):
-        near = questions[first:first + CHUNK].astype(np.float64) @ answers.T.astype(np.float64)
+        near = questions[first : first + CHUNK].astype(np.float64) @ answers.T.astype(np.float64)
         mine = right[(right[:, 0] >= first) & (right[:, 0] < first + CHUNK)]
         good = np.zeros(near.shape, dtype=bool)
         good[mine[:, 0] - first, mine[:, 1]] = True
         best = np.where(good, near, -np.inf).max(1, keepdims=True)
-        found[first:first + CHUNK] = (~good & (near >= best)).sum(1)
+        found[first : first + CHUNK] = (~good & (near >= best)).sum(1)
     return found
 
 

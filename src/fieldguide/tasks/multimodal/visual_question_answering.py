@@ -26,10 +26,10 @@ from fieldguide.tasks.base import Arrays, Baseline, Beside, Metric
 from fieldguide.tasks.multimodal.base import Pictured
 from fieldguide.tasks.supervised import Labelled, calibration_error, settled
 
-ANSWERS = 1000          # answers that are learnt at most, where the user names no number
-TWICE = 2               # rows that an answer stands on at least
-FEW = 30                # answers up to which the report has their confusion
-TYPES = 25              # kinds of question in the report
+ANSWERS = 1000  # answers that are learnt at most, where the user names no number
+TWICE = 2  # rows that an answer stands on at least
+FEW = 30  # answers up to which the report has their confusion
+TYPES = 25  # kinds of question in the report
 
 
 class VisualQuestionAnswering(Pictured, Labelled):
@@ -40,31 +40,37 @@ class VisualQuestionAnswering(Pictured, Labelled):
     reads = "a table with a column of pictures, one of questions and one of answers (--target)"
     takes = ("captioned",)
     further = ("text",)
-    wants = Wants("last", names=("answer", "answers"), kinds={"target": "category"},
-                  columns={"question": "text", "image": "image", "image_path": "image"})
-    metrics = (Metric("accuracy", "max", "right", percent=True),
-               Metric("balanced_accuracy", "max", "right, averaged over answers", percent=True),
-               Metric("log_loss", "min", "nats a question whose answer was learnt"),
-               Metric("calibration_error", "min", "mean gap between confidence and accuracy"))
+    wants = Wants(
+        "last",
+        names=("answer", "answers"),
+        kinds={"target": "category"},
+        columns={"question": "text", "image": "image", "image_path": "image"},
+    )
+    metrics = (
+        Metric("accuracy", "max", "right", percent=True),
+        Metric("balanced_accuracy", "max", "right, averaged over answers", percent=True),
+        Metric("log_loss", "min", "nats a question whose answer was learnt"),
+        Metric("calibration_error", "min", "mean gap between confidence and accuracy"),
+    )
     # Each picture has several questions, and is soon known by heart. DAQUAR in 4 minutes of one core, 375 steps of 128,
     # validation accuracy: .210 where pictures are augmented lightly, .222 so.
     recipe: ClassVar = {"augment": "standard", "smoothing": 0.05, "patience": 10}
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None          # pixels a side that the network sees
-        channels: int | None = None      # 1 grey, 3 colour
-        vocab: int | None = None         # tokens in the vocabulary learnt from the training questions
-        tokenizer: str | None = None     # a tokenizer.json to use instead
-        pixels: str | None = None        # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
-        resize: str | None = None        # how a picture gets its side, such as crop bicubic; else it is filled up with white
-        length: int | None = None        # tokens of a question that are read; the rest is cut off, and counted
-        answers: int | None = None       # answers that are learnt, the most frequent first; others are never said
-        flip: bool = False               # a mirrored picture keeps its answers: false where they say left and right
+        side: int | None = None  # pixels a side that the network sees
+        channels: int | None = None  # 1 grey, 3 colour
+        vocab: int | None = None  # tokens in the vocabulary learnt from the training questions
+        tokenizer: str | None = None  # a tokenizer.json to use instead
+        pixels: str | None = None  # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
+        resize: str | None = None  # how a picture gets its side, such as crop bicubic; else it is filled up with white
+        length: int | None = None  # tokens of a question that are read; the rest is cut off, and counted
+        answers: int | None = None  # answers that are learnt, the most frequent first; others are never said
+        flip: bool = False  # a mirrored picture keeps its answers: false where they say left and right
 
     @dataclass(frozen=True)
     class Asking:
-        question: str = ""               # asked of every picture, in place of the table's own questions
+        question: str = ""  # asked of every picture, in place of the table's own questions
 
     @classmethod
     def suits(cls, data: Data) -> str | None:
@@ -91,15 +97,19 @@ class VisualQuestionAnswering(Pictured, Labelled):
         frequent = counted if options.answers else counted.filter(pl.col("count") >= TWICE)
         kept = frequent.head(most)[task.target.name].to_list()
         if len(kept) < 2:
-            raise DataError(f"{data.source}: fewer than two answers in column {task.target.name!r} are on {TWICE} training "
-                            "rows or more. There is nothing to choose from.")
+            raise DataError(
+                f"{data.source}: fewer than two answers in column {task.target.name!r} are on {TWICE} training "
+                "rows or more. There is nothing to choose from."
+            )
         task.labels = list(Labels.learn(kept).names)
         codes = task.truth(data)["label"]
         task.counts = np.bincount(codes[codes >= 0], minlength=len(kept)).tolist()
         if rare := counted.height - len(kept):
-            task.notes.append(f"{rare} of {counted.height} answers are rare and not learnt ({100 * (codes < 0).mean():.1f} % "
-                              "of the training rows); where one is the truth, every answer counts as wrong "
-                              "(task.answers=... changes how many are learnt)")
+            task.notes.append(
+                f"{rare} of {counted.height} answers are rare and not learnt ({100 * (codes < 0).mean():.1f} % "
+                "of the training rows); where one is the truth, every answer counts as wrong "
+                "(task.answers=... changes how many are learnt)"
+            )
         task.options = settled(task.options, answers=len(kept))
         return task
 
@@ -170,9 +180,12 @@ class VisualQuestionAnswering(Pictured, Labelled):
         right, known = p.argmax(1) == y, y >= 0
         of = [right[y == answer].mean() for answer in np.unique(y[known])]
         sure = p[np.flatnonzero(known), y[known]]
-        return {"accuracy": float(right.mean()), "balanced_accuracy": float(np.mean(of)) if of else float("nan"),
-                "log_loss": float(-np.log(np.clip(sure, 1e-12, 1)).mean()) if len(sure) else float("nan"),
-                "calibration_error": calibration_error(p.max(1), right)}
+        return {
+            "accuracy": float(right.mean()),
+            "balanced_accuracy": float(np.mean(of)) if of else float("nan"),
+            "log_loss": float(-np.log(np.clip(sure, 1e-12, 1)).mean()) if len(sure) else float("nan"),
+            "calibration_error": calibration_error(p.max(1), right),
+        }
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
         known = truth["label"] >= 0
@@ -181,47 +194,79 @@ class VisualQuestionAnswering(Pictured, Labelled):
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
         from sklearn.feature_extraction.text import TfidfVectorizer
-        words = TfidfVectorizer(sublinear_tf=True, max_features=20_000, token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2),
-                                dtype=np.float32)
+
+        words = TfidfVectorizer(
+            sublinear_tf=True, max_features=20_000, token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), dtype=np.float32
+        )
         return words.fit_transform(self.questions_of(train)), words.transform(self.questions_of(test))
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         majority, blind = super().baselines(self.learnt(train), test)
-        return [replace(majority, name="most frequent answer"),
-                replace(blind, name="question only", what=f"the picture unseen: {blind.what.replace('same inputs', 'words')}")]
+        return [
+            replace(majority, name="most frequent answer"),
+            replace(blind, name="question only", what=f"the picture unseen: {blind.what.replace('same inputs', 'words')}"),
+        ]
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
         for p in outputs["probabilities"]:
             best = np.argsort(-p, kind="stable")[:5]
-            answers.append({"answer": self.labels[best[0]], "probability": float(p[best[0]]),
-                            "probabilities": {self.labels[i]: float(p[i]) for i in best}})
+            answers.append(
+                {
+                    "answer": self.labels[best[0]],
+                    "probability": float(p[best[0]]),
+                    "probabilities": {self.labels[i]: float(p[i]) for i in best},
+                }
+            )
         return answers
 
     # Report
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         p, y, asked = outputs["probabilities"], truth["label"], self.questions_of(test)
         known, said, right = np.flatnonzero(y >= 0), p.argmax(1), p.argmax(1) == y
         is_ = test.rows[self.target.name].cast(pl.String).fill_null("").to_list()
         table = pl.DataFrame({"type": [kind(q) for q in asked], "right": right, "truth": is_})
-        rows = [(name[0], len(part), float(part["right"].mean()), part["truth"].value_counts()["count"].max() / len(part))
-                for name, part in table.group_by("type", maintain_order=True)]
+        rows = [
+            (name[0], len(part), float(part["right"].mean()), part["truth"].value_counts()["count"].max() / len(part))
+            for name, part in table.group_by("type", maintain_order=True)
+        ]
         rows.sort(key=lambda row: -row[1])
-        sections: dict[str, list[Exhibit]] = {"Questions": [
-            Table("By type of question", "Questions that begin alike. A network that looks is right more often than the most "
-                  "frequent answer of each type would be.", ("questions", "asked", "right", "most frequent"), rows[:TYPES],
-                  heat=("right", "most frequent"))]}
+        sections: dict[str, list[Exhibit]] = {
+            "Questions": [
+                Table(
+                    "By type of question",
+                    "Questions that begin alike. A network that looks is right more often than the most "
+                    "frequent answer of each type would be.",
+                    ("questions", "asked", "right", "most frequent"),
+                    rows[:TYPES],
+                    heat=("right", "most frequent"),
+                )
+            ]
+        }
         say = lambda i: f"{asked[i]} {self.labels[said[i]]} ({100 * p[i].max():.0f} % sure)"
         wrong = np.flatnonzero(~right)
         worst = wrong[np.argsort(-p[wrong].max(1), kind="stable")][:16]
         shuffled = np.random.default_rng(0).permutation(len(y))
         sections["Questions"] += [
-            Gallery(title, note, [Picture(self.thumbnail(test, int(i)), say(i) + (f"; is: {is_[i]}" if not right[i] else ""),
-                                          bad=not right[i]) for i in some])
-            for title, note, some in (("Worst mistakes", "Wrong with most confidence.", worst),
-                                      ("By chance", "Test questions as they come.", shuffled[:16])) if len(some)]
+            Gallery(
+                title,
+                note,
+                [
+                    Picture(
+                        self.thumbnail(test, int(i)), say(i) + (f"; is: {is_[i]}" if not right[i] else ""), bad=not right[i]
+                    )
+                    for i in some
+                ],
+            )
+            for title, note, some in (
+                ("Worst mistakes", "Wrong with most confidence.", worst),
+                ("By chance", "Test questions as they come.", shuffled[:16]),
+            )
+            if len(some)
+        ]
         if len(self.labels) <= FEW and len(known):
             sections |= super().exhibits(test.take(known), {"probabilities": p[known]}, {"label": y[known]}, objective)
         if objective is not None and hasattr(objective.model, "attention"):
@@ -232,9 +277,14 @@ class VisualQuestionAnswering(Pictured, Labelled):
             with torch.inference_mode():
                 image = self.pixels(test.take(some))(np.arange(len(some)), None).to(where)
                 heat = objective.model.attention(image, tokens, mask).cpu().numpy()
-            sections["Attention"] = [Gallery("Where it looked", "Test pictures, and in red the patches that count most "
-                                             "for the answer (attention rollout).", [
-                Picture(self.overlay(test, int(i), h), say(i), bad=not right[i]) for i, h in zip(some, heat)], wide=True)]
+            sections["Attention"] = [
+                Gallery(
+                    "Where it looked",
+                    "Test pictures, and in red the patches that count most for the answer (attention rollout).",
+                    [Picture(self.overlay(test, int(i), h), say(i), bad=not right[i]) for i, h in zip(some, heat)],
+                    wide=True,
+                )
+            ]
         return sections
 
     def state(self) -> dict[str, Any]:
@@ -248,7 +298,9 @@ class VisualQuestionAnswering(Pictured, Labelled):
         return cls.restore(
             [Column("image", "image"), Column("question", "text"), Column("answer", "category", "target")],
             cls.Options(side=p.side, channels=p.channels, length=beside.length, answers=len(beside.names)),
-            {"pictures": p.to_json(), "median": 0, **cls.known(beside.names)}, beside.folder)
+            {"pictures": p.to_json(), "median": 0, **cls.known(beside.names)},
+            beside.folder,
+        )
 
     @classmethod
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:

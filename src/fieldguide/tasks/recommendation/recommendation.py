@@ -26,12 +26,12 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.text.base import path_like
 
-ITEMS = "#items"           # of an example: what a user met, in order of time
+ITEMS = "#items"  # of an example: what a user met, in order of time
 CUTS = (5, 10, 20)
-LONGEST = 100              # items of a history that are read, at most, where the user names no length
-MANY = 50_000              # of more items than these, training draws some (`DRAWN`) instead of scoring all
+LONGEST = 100  # items of a history that are read, at most, where the user names no length
+MANY = 50_000  # of more items than these, training draws some (`DRAWN`) instead of scoring all
 DRAWN = 4096
-CHUNK = 512                # users whose baselines are scored together
+CHUNK = 512  # users whose baselines are scored together
 
 
 class Recommendation(Task):
@@ -39,30 +39,36 @@ class Recommendation(Task):
     reads = "a table of who met what, and when: a column of users, one of items, and one of time"
     takes = ("items",)
     gives = ("items",)
-    wants = Wants("none", roles=("user", "item", "rating", "time"),
-                  kinds={"user": "identifier", "item": "identifier", "rating": "number"})
-    metrics = (Metric("ndcg_10", "max", "NDCG among the first 10 of all items"),
-               Metric("hr_10", "max", "of the next items among the first 10 of all", percent=True),
-               Metric("mrr", "max", "mean of 1 / rank among all items"),
-               *(Metric(f"{name}_{k}", "max", f"{words} {k}", percent=name == "hr") for k in (5, 20)
-                 for name, words in (("ndcg", "NDCG among the first"), ("hr", "of the next items among the first"))))
+    wants = Wants(
+        "none", roles=("user", "item", "rating", "time"), kinds={"user": "identifier", "item": "identifier", "rating": "number"}
+    )
+    metrics = (
+        Metric("ndcg_10", "max", "NDCG among the first 10 of all items"),
+        Metric("hr_10", "max", "of the next items among the first 10 of all", percent=True),
+        Metric("mrr", "max", "mean of 1 / rank among all items"),
+        *(
+            Metric(f"{name}_{k}", "max", f"{words} {k}", percent=name == "hr")
+            for k in (5, 20)
+            for name, words in (("ndcg", "NDCG among the first"), ("hr", "of the next items among the first"))
+        ),
+    )
     recipe: ClassVar = {"patience": 10}
     fewest = 32
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None        # items of a history that are read; of longer ones the latest
-        least: float | None = None       # ratings below this are left out
-        repeats: bool | None = None      # whether what a user met before may be recommended again
-        negatives: int | None = None     # items drawn a step; 0 = all are scored
+        length: int | None = None  # items of a history that are read; of longer ones the latest
+        least: float | None = None  # ratings below this are left out
+        repeats: bool | None = None  # whether what a user met before may be recommended again
+        negatives: int | None = None  # items drawn a step; 0 = all are scored
 
     @dataclass(frozen=True)
     class Asking:
-        count: int = 10                  # items recommended to each user
+        count: int = 10  # items recommended to each user
 
-    items: list[str]                     # names of items 1, 2, ...
-    counts: np.ndarray                   # how often each occurs in training, 0 first
-    known: pl.DataFrame                  # users and what they met, in order
+    items: list[str]  # names of items 1, 2, ...
+    counts: np.ndarray  # how often each occurs in training, 0 first
+    known: pl.DataFrame  # users and what they met, in order
 
     # From a table of events to users with their histories
 
@@ -90,13 +96,19 @@ class Recommendation(Task):
             splits += [name] * some.height
         few = int((sizes < 3).sum())
         if few == histories.height:
-            raise DataError(f"{data.source}: no user met three items or more, so none has a last item to test and one before "
-                            "it to validate. Is the column of users the right one (--set role.user=COLUMN)?")
-        made = Data(data.source, pl.concat(parts), data.columns, data.manifest, list(data.findings),
-                    np.array(splits, dtype=object))
+            raise DataError(
+                f"{data.source}: no user met three items or more, so none has a last item to test and one before "
+                "it to validate. Is the column of users the right one (--set role.user=COLUMN)?"
+            )
+        made = Data(
+            data.source, pl.concat(parts), data.columns, data.manifest, list(data.findings), np.array(splits, dtype=object)
+        )
         if few:
-            made.findings.append(Finding("few-items", "note", "users who met fewer than three items: they are trained on, "
-                                         "not tested", place, few))
+            made.findings.append(
+                Finding(
+                    "few-items", "note", "users who met fewer than three items: they are trained on, not tested", place, few
+                )
+            )
         return made
 
     @classmethod
@@ -107,17 +119,23 @@ class Recommendation(Task):
         rows = data.rows.with_columns(pl.Series("#place", range(len(data))))
         if options.least is not None:
             if not data.role("rating"):
-                raise DataError(f"{data.source}: task.least={options.least:g} needs a column of ratings "
-                                "(--set role.rating=COLUMN).")
+                raise DataError(
+                    f"{data.source}: task.least={options.least:g} needs a column of ratings (--set role.rating=COLUMN)."
+                )
             rows = rows.filter(pl.col(data.only("rating").name) >= options.least)
         if data.role("time"):
             time = data.only("time")
             if time.kind not in ("number", "date"):
-                raise DataError(f"{data.source}: column {time.name!r} is to be the time, but holds {time.kind} "
-                                f"({time.why}). Name another with --set role.time=COLUMN.")
+                raise DataError(
+                    f"{data.source}: column {time.name!r} is to be the time, but holds {time.kind} "
+                    f"({time.why}). Name another with --set role.time=COLUMN."
+                )
             rows = rows.sort(time.name, maintain_order=True, nulls_last=False)
-        grouped = rows.group_by(user, maintain_order=True).agg(
-            pl.col(item).alias(ITEMS), pl.col(FILE).first(), pl.col(LINE).first()).sort(user)
+        grouped = (
+            rows.group_by(user, maintain_order=True)
+            .agg(pl.col(item).alias(ITEMS), pl.col(FILE).first(), pl.col(LINE).first())
+            .sort(user)
+        )
         few = grouped.filter(pl.col(ITEMS).list.len() < 3)
         files = data.manifest.files
         place = tuple(f"{files[f].path}:{line}" for f, line in few.select(FILE, LINE).head(5).rows())
@@ -133,19 +151,26 @@ class Recommendation(Task):
         sizes = data.rows[ITEMS].list.len().to_numpy()
         again = 1 - sum(len(set(h)) for h in data.rows[ITEMS].to_list()) / max(sizes.sum(), 1)
         longest = int(min(LONGEST, max(4, np.quantile(sizes, 0.9))))
-        task.options = settled(options, length=longest, repeats=bool(again > 0.05),
-                               negatives=0 if len(task.items) <= MANY else DRAWN)
+        task.options = settled(
+            options, length=longest, repeats=bool(again > 0.05), negatives=0 if len(task.items) <= MANY else DRAWN
+        )
         user = data.only("user").name
         task.known = data.rows.select(user, ITEMS)
         if not data.role("time"):
-            task.notes.append("no column says when: users are taken to have met items in the order of the rows "
-                              "(--set role.time=COLUMN says it)")
+            task.notes.append(
+                "no column says when: users are taken to have met items in the order of the rows "
+                "(--set role.time=COLUMN says it)"
+            )
         if again > 0.05:
-            task.notes.append(f"{100 * again:.0f} % of the events are of items that the user had met before: such items may be "
-                              "recommended again (task.repeats=false changes that)")
-        if (cut := int((sizes > task.options.length).sum())):
-            task.notes.append(f"of {cut:,} users the history is longer than {task.options.length} items: when it is asked what "
-                              "comes next, only the latest are read (task.length=... changes that)")
+            task.notes.append(
+                f"{100 * again:.0f} % of the events are of items that the user had met before: such items may be "
+                "recommended again (task.repeats=false changes that)"
+            )
+        if cut := int((sizes > task.options.length).sum()):
+            task.notes.append(
+                f"of {cut:,} users the history is longer than {task.options.length} items: when it is asked what "
+                "comes next, only the latest are read (task.length=... changes that)"
+            )
         return task
 
     def codes(self, histories: pl.Series) -> list[np.ndarray]:
@@ -154,18 +179,23 @@ class Recommendation(Task):
         known = dict(zip(self.items, range(1, len(self.items) + 1)))
         numbers = flat.replace_strict(known, default=0, return_dtype=pl.Int64).fill_null(0).to_numpy()
         sizes = histories.list.len().to_numpy()
-        return np.split(numbers[:sizes.sum()] if sizes.all() else numbers, sizes.cumsum()[:-1]) if len(sizes) else []
+        return np.split(numbers[: sizes.sum()] if sizes.all() else numbers, sizes.cumsum()[:-1]) if len(sizes) else []
 
     def needs(self) -> dict[str, Any]:
         return {"items": len(self.items) + 1, "length": self.options.length}
 
     def profile(self) -> dict[str, Any]:
-        return {"items": len(self.items), "length": self.options.length, "tokens": self.options.length,
-                "rows": max(1, int(self.counts.sum()) // self.options.length)}
+        return {
+            "items": len(self.items),
+            "length": self.options.length,
+            "tokens": self.options.length,
+            "rows": max(1, int(self.counts.sum()) // self.options.length),
+        }
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return NextItem(model, card.inputs, self.counts.tolist(), self.options.negatives, settings.smoothing,
-                        self.options.repeats)
+        return NextItem(
+            model, card.inputs, self.counts.tolist(), self.options.negatives, settings.smoothing, self.options.repeats
+        )
 
     # Batches
 
@@ -193,8 +223,8 @@ class Recommendation(Task):
                 h = known[owner[i]]
                 end = len(h) - number[i] * length - (moved if len(h) - 1 > length else 0)
                 end = max(end, min(len(h), length + 1))
-                part = h[max(0, end - length - 1):end]
-                items[row, length - len(part) + 1:], target[row, length - len(part) + 1:] = part[:-1], part[1:]
+                part = h[max(0, end - length - 1) : end]
+                items[row, length - len(part) + 1 :], target[row, length - len(part) + 1 :] = part[:-1], part[1:]
             return {"items": torch.from_numpy(items), "mask": torch.from_numpy(items > 0), "target": torch.from_numpy(target)}
 
         return Batches(len(owner), make)
@@ -210,8 +240,11 @@ class Recommendation(Task):
             # A history of unknown items alone is read as one place that says nothing.
             mask = items > 0
             mask[:, -1] = True
-            batch = {"items": torch.from_numpy(items), "mask": torch.from_numpy(mask),
-                     "seen": torch.from_numpy(padded_in_front(known, max([1, *map(len, known)])))}
+            batch = {
+                "items": torch.from_numpy(items),
+                "mask": torch.from_numpy(mask),
+                "seen": torch.from_numpy(padded_in_front(known, max([1, *map(len, known)]))),
+            }
             if asked:
                 batch["asked"] = torch.tensor([int(histories[i][-1]) for i in index])
             return batch
@@ -235,10 +268,12 @@ class Recommendation(Task):
         """Who met what in training, as a sparse matrix users x items. And of users that are asked by name all is known from
         now on, so that nothing they have met is recommended."""
         from scipy.sparse import csr_matrix
+
         histories = self.codes(train.rows[ITEMS])
         rows = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
-        met = csr_matrix((np.ones(len(rows), np.float32), (rows, np.concatenate(histories))),
-                         shape=(len(histories), len(self.items) + 1))
+        met = csr_matrix(
+            (np.ones(len(rows), np.float32), (rows, np.concatenate(histories))), shape=(len(histories), len(self.items) + 1)
+        )
         met.data[:] = 1
         self.met = met
         whole = held.rows.select(self.known.columns)
@@ -246,30 +281,40 @@ class Recommendation(Task):
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         from scipy.sparse import csr_matrix, diags
+
         histories = self.codes(test.rows[ITEMS])
         popular = torch.from_numpy(self.counts.astype(np.float32))
         seldom = 1 / np.sqrt(np.maximum(np.asarray(self.met.sum(0)).ravel(), 1))
-        together = diags(seldom) @ (self.met.T @ self.met) @ diags(seldom)       # cosine of the columns
+        together = diags(seldom) @ (self.met.T @ self.met) @ diags(seldom)  # cosine of the columns
         together = together.tolil()
         together.setdiag(0)
         together = together.tocsr().astype(np.float32)
 
         def neighbours(before: list[np.ndarray]) -> Tensor:
             rows = np.repeat(np.arange(len(before)), [len(h) for h in before])
-            own = csr_matrix((np.ones(len(rows), np.float32), (rows, np.concatenate(before))),
-                             shape=(len(before), len(self.items) + 1))
+            own = csr_matrix(
+                (np.ones(len(rows), np.float32), (rows, np.concatenate(before))), shape=(len(before), len(self.items) + 1)
+            )
             return torch.from_numpy((own @ together).toarray())
 
-        return [Baseline("popularity", "the same to all: what is met most",
-                         self.by(histories, lambda before: popular.expand(len(before), -1))),
-                Baseline("item co-occurrence", "what was met by the same users as the history's items (cosine)",
-                         self.by(histories, neighbours))]
+        return [
+            Baseline(
+                "popularity",
+                "the same to all: what is met most",
+                self.by(histories, lambda before: popular.expand(len(before), -1)),
+            ),
+            Baseline(
+                "item co-occurrence",
+                "what was met by the same users as the history's items (cosine)",
+                self.by(histories, neighbours),
+            ),
+        ]
 
     def by(self, histories: list[np.ndarray], scores: Any) -> Arrays:
         """Outputs of a rule that gives scores for histories."""
         parts = []
         for first in range(0, len(histories), CHUNK):
-            some = histories[first:first + CHUNK]
+            some = histories[first : first + CHUNK]
             before = [h[:-1][h[:-1] > 0] for h in some]
             seen = torch.from_numpy(padded_in_front(before, max([1, *map(len, before)])))
             parts.append(ranked(scores(before), seen, torch.tensor([int(h[-1]) for h in some]), self.options.repeats))
@@ -285,8 +330,10 @@ class Recommendation(Task):
         met = self.known.filter(pl.col(user) == source)[ITEMS].to_list()
         items = met[0] if met else [part.strip() for part in source.split(",") if part.strip()]
         if unknown := [i for i in items if i not in set(self.items)]:
-            raise DataError(f"{source!r} is neither a user of the training data nor items of it (unknown: "
-                            f"{', '.join(map(repr, unknown[:5]))}). Items are such as {', '.join(self.items[:5])}.")
+            raise DataError(
+                f"{source!r} is neither a user of the training data nor items of it (unknown: "
+                f"{', '.join(map(repr, unknown[:5]))}). Items are such as {', '.join(self.items[:5])}."
+            )
         columns = {user: [source] * len(items), item: items}
         others = {c.name: [None] * len(items) for c in self.columns if c.role not in ("user", "item")}
         return read(pl.DataFrame({**columns, **others}), schema=self.columns, labels_optional=True)
@@ -312,42 +359,73 @@ class Recommendation(Task):
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
         for user, top, scores in zip(self.asked, outputs["top"].astype(int), outputs["scores"]):
-            best = [(self.items[i - 1], float(s)) for i, s in zip(top, scores) if i > 0][:self.asking.count]
-            answers.append({"user": user, "recommended": ", ".join(i for i, _ in best),
-                            "items": [i for i, _ in best], "scores": [s for _, s in best]})
+            best = [(self.items[i - 1], float(s)) for i, s in zip(top, scores) if i > 0][: self.asking.count]
+            answers.append(
+                {
+                    "user": user,
+                    "recommended": ", ".join(i for i, _ in best),
+                    "items": [i for i, _ in best],
+                    "scores": [s for _, s in best],
+                }
+            )
         return answers
 
     # Report
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         rank, top = outputs["rank"], outputs["top"].astype(int)[:, :10]
         histories = self.codes(test.rows[ITEMS])
         users = test.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
         name = lambda i: self.items[i - 1] if i else "(unknown)"
-        rows = [(users[i], ", ".join(map(name, histories[i][-9:-1])), ", ".join(name(j) for j in top[i] if j),
-                 name(truth["item"][i]), "–" if np.isinf(rank[i]) else int(np.ceil(rank[i])))
-                for i in np.random.default_rng(0).permutation(len(users))[:30]]
+        rows = [
+            (
+                users[i],
+                ", ".join(map(name, histories[i][-9:-1])),
+                ", ".join(name(j) for j in top[i] if j),
+                name(truth["item"][i]),
+                "–" if np.isinf(rank[i]) else int(np.ceil(rank[i])),
+            )
+            for i in np.random.default_rng(0).permutation(len(users))[:30]
+        ]
         tenth = self.tenths()
         shown = np.bincount(tenth[top[top > 0]], minlength=10) / max((top > 0).sum(), 1)
         met = np.bincount(tenth[truth["item"][truth["item"] > 0]], minlength=10) / max((truth["item"] > 0).sum(), 1)
         sizes = np.array([len(h) - 1 for h in histories])
         edges = np.unique(np.quantile(sizes, np.linspace(0, 1, 6)).astype(int))
-        by_size = {f"{low} to {high} items": float((rank[(sizes >= low) & (sizes <= high)] <= 10).mean())
-                   for low, high in pairwise(edges)}
-        by_fame = {f"tenth {t + 1}": float((rank[tenth[truth["item"]] == t] <= 10).mean()) for t in range(10)
-                   if ((tenth[truth["item"]] == t) & (truth["item"] > 0)).any()}
+        by_size = {
+            f"{low} to {high} items": float((rank[(sizes >= low) & (sizes <= high)] <= 10).mean())
+            for low, high in pairwise(edges)
+        }
+        by_fame = {
+            f"tenth {t + 1}": float((rank[tenth[truth["item"]] == t] <= 10).mean())
+            for t in range(10)
+            if ((tenth[truth["item"]] == t) & (truth["item"] > 0)).any()
+        }
         distinct = len(set(top[top > 0].tolist()))
-        return {"Users": [Table("Recommended", "Test users drawn by chance: what they met last (latest at the end), what the "
-                                "network recommends (best first), what they met next, and its rank among all items.",
-                                ("user", "met", "recommended", "met next", "rank"), rows)],
-                "Popularity": [
-                    Table("Does it recommend what all like?", f"Items by how often training met them: the first tenth of all "
-                          f"items is met most. {distinct:,} of {len(self.items):,} items are recommended to somebody.",
-                          ("tenth of items", "share of recommendations", "share of what is met next"),
-                          [(t + 1, float(shown[t]), float(met[t])) for t in range(10)]),
-                    Bars("Found among the first 10, by popularity of the item", "", by_fame),
-                    Bars("Found among the first 10, by length of the history", "", by_size)]}
+        return {
+            "Users": [
+                Table(
+                    "Recommended",
+                    "Test users drawn by chance: what they met last (latest at the end), what the "
+                    "network recommends (best first), what they met next, and its rank among all items.",
+                    ("user", "met", "recommended", "met next", "rank"),
+                    rows,
+                )
+            ],
+            "Popularity": [
+                Table(
+                    "Does it recommend what all like?",
+                    f"Items by how often training met them: the first tenth of all "
+                    f"items is met most. {distinct:,} of {len(self.items):,} items are recommended to somebody.",
+                    ("tenth of items", "share of recommendations", "share of what is met next"),
+                    [(t + 1, float(shown[t]), float(met[t])) for t in range(10)],
+                ),
+                Bars("Found among the first 10, by popularity of the item", "", by_fame),
+                Bars("Found among the first 10, by length of the history", "", by_size),
+            ],
+        }
 
     def tenths(self) -> np.ndarray:
         """Item number -> tenth of the items by popularity, 0 = most met. `items` are in that order."""
@@ -374,7 +452,7 @@ def padded_in_front(rows: list[np.ndarray], width: int) -> np.ndarray:
     """Rows of numbers padded with 0 in front."""
     out = np.zeros((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
-        out[i, width - len(row):] = row
+        out[i, width - len(row) :] = row
     return out
 
 

@@ -50,8 +50,9 @@ class Tabular(Answered):
         task = cls(list(data.columns.values()), options)
         task.preparer = TablePreparer.learn(data.rows, task.inputs())
         if not task.preparer.width:
-            raise DataError(f"{data.source}: no column is left to learn from: none varies and is a number, category, "
-                            "truth value or date.")
+            raise DataError(
+                f"{data.source}: no column is left to learn from: none varies and is a number, category, truth value or date."
+            )
         if left := [c.name for c in task.columns if c.role == "feature" and c.kind not in USABLE and c.kind != "constant"]:
             task.notes.append(f"not used, being neither number, category, truth value nor date: {', '.join(left)}")
         task.learn_target(data)
@@ -65,15 +66,23 @@ class Tabular(Answered):
 
     def needs(self) -> dict[str, Any]:
         prepared = self.preparer
-        return {"classes": self.width(), "numbers": len(prepared.numbers), "categories": tuple(prepared.cardinalities),
-                "features": prepared.width}
+        return {
+            "classes": self.width(),
+            "numbers": len(prepared.numbers),
+            "categories": tuple(prepared.cardinalities),
+            "features": prepared.width,
+        }
 
     def width(self) -> int:
         raise NotImplementedError
 
     def profile(self) -> dict[str, Any]:
-        return {"columns": len(self.inputs()), "numbers": len(self.preparer.numbers),
-                "categories": len(self.preparer.categories), "classes": self.width()}
+        return {
+            "columns": len(self.inputs()),
+            "numbers": len(self.preparer.numbers),
+            "categories": len(self.preparer.categories),
+            "classes": self.width(),
+        }
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         if card.takes == "vector":
@@ -81,8 +90,11 @@ class Tabular(Answered):
         else:
             numbers, categories = self.preparer.apply(data.rows)
             tensors = {"numbers": torch.from_numpy(numbers), "categories": torch.from_numpy(categories)}
-        self.notes += [f"column {name!r}: {count} value{'s' if count > 1 else ''} that training did not have; taken as unknown"
-                       for name, count in self.preparer.unseen.items() if not settings]
+        self.notes += [
+            f"column {name!r}: {count} value{'s' if count > 1 else ''} that training did not have; taken as unknown"
+            for name, count in self.preparer.unseen.items()
+            if not settings
+        ]
         if settings:
             tensors["target"] = self.target_tensor(data)
 
@@ -134,10 +146,14 @@ class TabularClassification(Tabular, Labelled):
 
     def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         columns = [c.name for c in self.inputs()][:10]
-        rows = [(test.place(i), words, *(test.rows[c][i] for c in columns))
-                for i, words in self.mistakes(probabilities, truth, 15)]
-        return [Table("Worst mistakes", "Test rows that were got wrong with most confidence.",
-                      ("row", "mistake", *columns), rows)] if rows else []
+        rows = [
+            (test.place(i), words, *(test.rows[c][i] for c in columns)) for i, words in self.mistakes(probabilities, truth, 15)
+        ]
+        return (
+            [Table("Worst mistakes", "Test rows that were got wrong with most confidence.", ("row", "mistake", *columns), rows)]
+            if rows
+            else []
+        )
 
 
 class TabularRegression(Tabular, Measured):

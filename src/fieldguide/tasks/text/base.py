@@ -28,7 +28,7 @@ class Typed(Task):
     def framed_texts(self, texts: Sequence[str], longest: int) -> Batches:
         """Texts as encoders read them: a class token, at most so many tokens in all, a separator."""
         text = self.text
-        rows = [np.concatenate([[text.cls], ids[:longest - 2], [text.sep]]) for ids in text.exactly(list(texts))]
+        rows = [np.concatenate([[text.cls], ids[: longest - 2], [text.sep]]) for ids in text.exactly(list(texts))]
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
             tokens, mask = text.batch([rows[i] for i in index])
@@ -44,7 +44,7 @@ class Typed(Task):
         if answered or not isinstance(source, str) or path_like(source):
             return super().read_one(source, answered)
         data = super().read_one(self.typed(source), answered)
-        data.manifest.files[0] = replace(data.manifest.files[0], path=source)      # it is called by what it says
+        data.manifest.files[0] = replace(data.manifest.files[0], path=source)  # it is called by what it says
         data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
         return data
 

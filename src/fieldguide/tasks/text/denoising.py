@@ -28,9 +28,9 @@ from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.text.packing import Packed
 from fieldguide.tasks.text.translation import written
 
-SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))         # what stands for the spans that are cut out, in this order
+SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # what stands for the spans that are cut out, in this order
 USUAL = {"spans": (damage.SHARE, damage.MEAN), "infill": damage.INFILL}
-SHOWN = 12             # test rows in the report
+SHOWN = 12  # test rows in the report
 
 
 class Denoising(Packed):
@@ -43,23 +43,23 @@ class Denoising(Packed):
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None        # tokens of a row, with those that frame it
-        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None     # a tokenizer.json to use instead
-        begin: int | None = None         # of its tokens, the one that answers begin with
-        language: str | None = None      # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
-        damage: str | None = None        # spans | infill; None: as the network was made for
-        share: float | None = None       # of the tokens that are left out; None: .15 for spans, .30 for infill
-        mean: float | None = None        # tokens of a span, on the average; None: 3
+        length: int | None = None  # tokens of a row, with those that frame it
+        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        tokenizer: str | None = None  # a tokenizer.json to use instead
+        begin: int | None = None  # of its tokens, the one that answers begin with
+        language: str | None = None  # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
+        damage: str | None = None  # spans | infill; None: as the network was made for
+        share: float | None = None  # of the tokens that are left out; None: .15 for spans, .30 for infill
+        mean: float | None = None  # tokens of a span, on the average; None: 3
 
     @dataclass(frozen=True)
     class Asking:
         beams: int = 4
-        penalty: float = 1.0             # of length: 0 = none, 1 = the mean log-probability decides
-        tokens: int = 12                 # of what fills a gap, at most, on the average
+        penalty: float = 1.0  # of length: 0 = none, 1 = the mean log-probability decides
+        tokens: int = 12  # of what fills a gap, at most, on the average
 
     frame: Frame
-    sentinels: np.ndarray                # their tokens, in the order of use
+    sentinels: np.ndarray  # their tokens, in the order of use
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
@@ -81,8 +81,10 @@ class Denoising(Packed):
 
     def find_frame(self) -> None:
         o = self.options
-        self.frame = framed(self.text, SimpleNamespace(tokenizer=o.tokenizer, begin=o.begin, source_language=o.language,
-                                                       target_language=o.language))
+        self.frame = framed(
+            self.text,
+            SimpleNamespace(tokenizer=o.tokenizer, begin=o.begin, source_language=o.language, target_language=o.language),
+        )
         self.sentinels = known(self.text)
 
     @property
@@ -104,20 +106,24 @@ class Denoising(Packed):
         o = self.options
         spans = round((o.length - self.around) * o.share / o.mean) + 1
         if o.damage == "spans" and len(self.sentinels) <= spans:
-            raise SettingsError(f"{o.tokenizer or 'the tokenizer'} has {len(self.sentinels)} tokens <extra_id_0> ..., and rows "
-                                f"of {o.length} tokens need {spans + 1}: take shorter rows (task.length), longer spans "
-                                "(task.mean) or another damage (task.damage=infill).")
+            raise SettingsError(
+                f"{o.tokenizer or 'the tokenizer'} has {len(self.sentinels)} tokens <extra_id_0> ..., and rows "
+                f"of {o.length} tokens need {spans + 1}: take shorter rows (task.length), longer spans "
+                "(task.mean) or another damage (task.damage=infill)."
+            )
         if o.damage == "infill" and self.text.hidden == self.text.unknown:
-            raise SettingsError(f"{o.tokenizer}: it has no mask token (<mask> or [MASK]), which stands for what is left out; "
-                                "try task.damage=spans.")
+            raise SettingsError(
+                f"{o.tokenizer}: it has no mask token (<mask> or [MASK]), which stands for what is left out; "
+                "try task.damage=spans."
+            )
 
     # Rows
 
-    def damaged(self, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:      # N L int64, padded
+    def damaged(self, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:  # N L int64, padded
         """Rows as they are read and as they are to be written: source, source_mask, tokens, target, asked."""
         text, frame, o = self.text, self.frame, self.options
         lengths = (tokens != text.pad).sum(1)
-        plain = tokens != text.sep                       # what stands between texts is not asked
+        plain = tokens != text.sep  # what stands between texts is not asked
         if o.damage == "spans":
             span = damage.spans(lengths, tokens.shape[1], rng, o.share, o.mean)
             source, mask, target = damage.corrupted(tokens, span, lengths, self.sentinels, frame.end, text.pad)
@@ -131,10 +137,17 @@ class Denoising(Packed):
             asked = np.pad(gone & plain, ((0, 0), (0, 1)))
         said = np.where(target < 0, text.pad, target)[:, :-1]
         lead = np.broadcast_to(np.array(frame.said), (len(tokens), len(frame.said)))
-        skip = ((0, 0), (len(frame.said) - 1, 0))        # what all answers begin with is not learnt
-        return {name: torch.from_numpy(np.ascontiguousarray(x[:, :o.length])) for name, x in {
-            "source": source, "source_mask": mask, "tokens": np.concatenate([lead, said], 1),
-            "target": np.pad(target, skip, constant_values=-1), "asked": np.pad(asked, skip)}.items()}
+        skip = ((0, 0), (len(frame.said) - 1, 0))  # what all answers begin with is not learnt
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(x[:, : o.length]))
+            for name, x in {
+                "source": source,
+                "source_mask": mask,
+                "tokens": np.concatenate([lead, said], 1),
+                "target": np.pad(target, skip, constant_values=-1),
+                "asked": np.pad(asked, skip),
+            }.items()
+        }
 
     def batches(self, data: Data, card: Card | None, settings: Settings | None = None) -> Batches:
         """While training, rows begin anywhere and other tokens are left out each time; to score, always the same."""
@@ -145,11 +158,11 @@ class Denoising(Packed):
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             chosen = torch.from_numpy(index)
             if generator is None:
-                if not fixed:                            # for all rows at once, whoever shares a batch
+                if not fixed:  # for all rows at once, whoever shares a batch
                     fixed.update(self.damaged(packed.numpy(), np.random.default_rng(0)))
                 return {name: x[chosen] for name, x in fixed.items()}
             rows = drawn(chosen, generator).numpy()
-            return self.damaged(rows, np.random.default_rng(int(torch.randint(2 ** 62, (1,), generator=generator))))
+            return self.damaged(rows, np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator))))
 
         return Batches(len(packed), make)
 
@@ -180,15 +193,19 @@ class Denoising(Packed):
             close = (frame.end,) if spans else frame.after
             rows.append(np.array([*frame.before, *ids, *self.between, *close], dtype=np.int64))
             if len(rows[-1]) > self.options.length:
-                raise DataError(f"{data.place(place)}: {len(rows[-1])} tokens, and the network reads {self.options.length}; "
-                                "shorten it.")
+                raise DataError(
+                    f"{data.place(place)}: {len(rows[-1])} tokens, and the network reads {self.options.length}; shorten it."
+                )
         gaps = np.array([len(pieces) - 1 for pieces in cut])
         self.asked = cut
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             source, mask = self.text.batch([rows[i] for i in index])
-            return {"source": torch.from_numpy(source), "source_mask": torch.from_numpy(mask),
-                    "gaps": torch.from_numpy(gaps[index])}
+            return {
+                "source": torch.from_numpy(source),
+                "source_mask": torch.from_numpy(mask),
+                "gaps": torch.from_numpy(gaps[index]),
+            }
 
         return Batches(len(rows), make, np.array([len(row) for row in rows]))
 
@@ -197,14 +214,16 @@ class Denoising(Packed):
             if "gaps" not in batch:
                 return objective.outputs(batch)
             return {"said": self.search(objective.model, batch["source"], batch["source_mask"], batch["gaps"])}
+
         return answer
 
-    def search(self, model: Any, source: Tensor, mask: Tensor, gaps: Tensor) -> Tensor:      # B S -> B T, -1 behind the end
+    def search(self, model: Any, source: Tensor, mask: Tensor, gaps: Tensor) -> Tensor:  # B S -> B T, -1 behind the end
         """What the network writes: of gaps all, or the whole text."""
         limits = gaps * (self.asking.tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
         limits = limits.clamp(max=self.options.length - len(self.frame.said))
-        return written(model, source, mask, self.frame, limits,
-                       Faithful(beams=self.asking.beams, penalty=self.asking.penalty), self.text)
+        return written(
+            model, source, mask, self.frame, limits, Faithful(beams=self.asking.beams, penalty=self.asking.penalty), self.text
+        )
 
     def fillings(self, said: list[int], gaps: int) -> list[list[int]]:
         """What stands behind each sentinel in what was written; nothing for one that is not there."""
@@ -223,7 +242,7 @@ class Denoising(Packed):
         records = []
         for (first, *others), row in zip(self.asked, outputs["said"].astype(int)):
             said = [token for token in row.tolist() if token >= 0]
-            if self.options.damage == "infill":          # rows are full in training: behind its end another text would begin
+            if self.options.damage == "infill":  # rows are full in training: behind its end another text would begin
                 stop = next((place for place, token in enumerate(said) if token in self.between), len(said))
                 records.append({"text": self.said(said[:stop]).strip()})
                 continue
@@ -235,8 +254,9 @@ class Denoising(Packed):
 
     # Report
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         found = self.by_row(outputs)
         return found if objective is None else {**found, "Restored": self.restored(test, objective)}
 
@@ -253,8 +273,13 @@ class Denoising(Packed):
             runs = np.flatnonzero(np.diff(asked.numpy().astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
             pairs = [f"{self.said(target[a:b].tolist()).strip()!r}: {self.said(said[a:b].tolist()).strip()!r}" for a, b in runs]
             quotes.append(Quote(self.shown(source[mask].tolist()), " · ".join(pairs), bad=False))
-        return [Quotes("Texts as they were read, and what was left out", "Each span that was left out, and what the network "
-                       "wrote for it, one token at a time after the right ones.", quotes)]
+        return [
+            Quotes(
+                "Texts as they were read, and what was left out",
+                "Each span that was left out, and what the network wrote for it, one token at a time after the right ones.",
+                quotes,
+            )
+        ]
 
     def shown(self, ids: list[int]) -> str:
         """Tokens as text, with a line for everything that stands for what was left out."""
@@ -279,11 +304,12 @@ class Denoising(Packed):
 def known(text: Text) -> np.ndarray:
     """The sentinels that a tokenizer has, up to the first that it has not."""
     ids = [text.tokenizer.token_to_id(name) for name in SENTINELS]
-    return np.array(ids[:ids.index(None) if None in ids else len(ids)], dtype=np.int64)
+    return np.array(ids[: ids.index(None) if None in ids else len(ids)], dtype=np.int64)
 
 
-def around(tokens: np.ndarray, mask: np.ndarray, before: tuple[int, ...], after: tuple[int, ...],
-           pad: int) -> tuple[np.ndarray, np.ndarray]:                           # N L, N L bool -> N M, N M bool
+def around(
+    tokens: np.ndarray, mask: np.ndarray, before: tuple[int, ...], after: tuple[int, ...], pad: int
+) -> tuple[np.ndarray, np.ndarray]:  # N L, N L bool -> N M, N M bool
     """Padded rows with these tokens before and behind what is real in each."""
     count = len(tokens)
     first, last = (np.broadcast_to(np.array(ids, dtype=np.int64), (count, len(ids))) for ids in (before, after))

@@ -24,8 +24,8 @@ from fieldguide.objectives.masked_lm import hide
 from fieldguide.tasks.base import Arrays, Beside
 from fieldguide.tasks.text.packing import Packed
 
-SHOWN = 12             # texts in the report
-ROWS = 64              # test rows that are looked at word by word
+SHOWN = 12  # texts in the report
+ROWS = 64  # test rows that are looked at word by word
 
 
 class FillMask(Packed):
@@ -37,14 +37,14 @@ class FillMask(Packed):
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None        # tokens of a row
-        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None     # a tokenizer.json to use instead; it needs a mask token
-        share: float = 0.15              # of the tokens that are hidden
+        length: int | None = None  # tokens of a row
+        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        tokenizer: str | None = None  # a tokenizer.json to use instead; it needs a mask token
+        share: float = 0.15  # of the tokens that are hidden
 
     @dataclass(frozen=True)
     class Asking:
-        top: int = 5                     # guesses for each missing word
+        top: int = 5  # guesses for each missing word
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
@@ -61,7 +61,7 @@ class FillMask(Packed):
 
     # Rows as tokens
 
-    def framed(self, rows: Tensor) -> Tensor:            # B length - 1 -> B length
+    def framed(self, rows: Tensor) -> Tensor:  # B length - 1 -> B length
         return torch.cat([rows.new_full((len(rows), 1), self.text.cls), rows], 1)
 
     def hidden(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class FillMask(Packed):
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             chosen = torch.from_numpy(index)
             if generator is None:
-                if not fixed:                                                    # for all rows at once, whoever shares a batch
+                if not fixed:  # for all rows at once, whoever shares a batch
                     fixed.extend(self.hidden(self.framed(packed), seeded(0)))
                 tokens, target = fixed[0][chosen], fixed[1][chosen]
             else:
@@ -115,8 +115,9 @@ class FillMask(Packed):
         rows = [self.blanks(text)[0] for text in self.gapped(data)]
         for place, ids in enumerate(rows):
             if len(ids) > self.options.length:
-                raise DataError(f"{data.place(place)}: {len(ids)} tokens, and the network reads {self.options.length}; "
-                                "shorten it.")
+                raise DataError(
+                    f"{data.place(place)}: {len(ids)} tokens, and the network reads {self.options.length}; shorten it."
+                )
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             tokens, mask = self.text.batch([np.array(rows[i]) for i in index])
@@ -132,6 +133,7 @@ class FillMask(Packed):
             best = logits.softmax(-1).topk(min(self.asking.top, logits.shape[-1]), -1)
             ids = batch["ids"].masked_fill(~batch["mask"], -1)
             return {"ids": ids, "guess": best.indices, "probability": best.values}
+
         return answer
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
@@ -141,15 +143,25 @@ class FillMask(Packed):
             whole = ids.copy()
             whole[places] = guess[places, 0]
             kept = [i for i in whole.tolist() if i >= 0 and i not in (self.text.cls, self.text.sep)]
-            records.append({"text": self.said(kept), "words": [
-                [{"word": self.said([g]).strip(), "probability": float(p)} for g, p in zip(guess[place], probability[place])]
-                for place in places]})
+            records.append(
+                {
+                    "text": self.said(kept),
+                    "words": [
+                        [
+                            {"word": self.said([g]).strip(), "probability": float(p)}
+                            for g, p in zip(guess[place], probability[place])
+                        ]
+                        for place in places
+                    ],
+                }
+            )
         return records
 
     # Report
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         found = self.by_row(outputs)
         if objective is not None:
             found["Guesses"] = self.guesses(test, objective)
@@ -166,9 +178,11 @@ class FillMask(Packed):
         best = probability.topk(3, -1)
         right, seen = best.indices[:, 0].numpy() == target, self.counts[target]
         edges = [0, 1, 10, 100, 1000, 10_000, np.inf]
-        rows = [(f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more", int(among.sum()),
-                 float(right[among].mean()))
-                for low, high in pairwise(edges) if (among := (seen >= low) & (seen < high)).any()]
+        rows = [
+            (f"{low:g} to {high - 1:g}" if high < np.inf else f"{low:g} or more", int(among.sum()), float(right[among].mean()))
+            for low, high in pairwise(edges)
+            if (among := (seen >= low) & (seen < high)).any()
+        ]
         quotes, place = [], (batch["target"] >= 0).nonzero()[:, 1].numpy()
         for one in range(min(SHOWN, len(batch["tokens"]))):
             number = int(np.flatnonzero(row == one)[0]) if (row == one).any() else None
@@ -176,15 +190,32 @@ class FillMask(Packed):
                 continue
             at, real = int(place[number]), batch["tokens"][one].tolist()
             real = [t for t in real if t != self.text.pad]
-            left, after = self.said(real[max(1, at - 40):at]), self.said(real[at + 1:at + 20])
-            guesses = ", ".join(f"{self.said([int(i)]).strip()} {100 * float(p):.0f} %"
-                                for i, p in zip(best.indices[number], best.values[number]))
-            quotes.append(Quote(f"{left} ▁▁▁{after}", f"was {self.said([int(target[number])]).strip()!r}; guessed: {guesses}",
-                                bad=not right[number]))
-        return [Quotes("Hidden words of test texts", "One missing word each, and the three likeliest guesses. Other words of "
-                       "the row are hidden, too.", quotes),
-                Table("By how common a word is", f"Hidden words of {len(batch['tokens'])} test rows, by how often the training "
-                      "texts have them.", ("times in training", "hidden", "guessed"), rows, heat=("guessed",))]
+            left, after = self.said(real[max(1, at - 40) : at]), self.said(real[at + 1 : at + 20])
+            guesses = ", ".join(
+                f"{self.said([int(i)]).strip()} {100 * float(p):.0f} %"
+                for i, p in zip(best.indices[number], best.values[number])
+            )
+            quotes.append(
+                Quote(
+                    f"{left} ▁▁▁{after}",
+                    f"was {self.said([int(target[number])]).strip()!r}; guessed: {guesses}",
+                    bad=not right[number],
+                )
+            )
+        return [
+            Quotes(
+                "Hidden words of test texts",
+                "One missing word each, and the three likeliest guesses. Other words of the row are hidden, too.",
+                quotes,
+            ),
+            Table(
+                "By how common a word is",
+                f"Hidden words of {len(batch['tokens'])} test rows, by how often the training texts have them.",
+                ("times in training", "hidden", "guessed"),
+                rows,
+                heat=("guessed",),
+            ),
+        ]
 
 
 TASKS = (FillMask,)

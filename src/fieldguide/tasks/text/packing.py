@@ -23,7 +23,7 @@ from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.text.base import Typed
 from fieldguide.tasks.text.text_generation import MOST, PART, TOKENS, TextGeneration
 
-BLANK = re.compile(r"<extra_id_\d+>|<mask>|\[MASK\]|_{3,}")          # how a person writes what is missing
+BLANK = re.compile(r"<extra_id_\d+>|<mask>|\[MASK\]|_{3,}")  # how a person writes what is missing
 
 
 class Packed(Typed):
@@ -32,14 +32,16 @@ class Packed(Typed):
 
     reads = "text files, or a table (CSV, JSON Lines) with a column of text"
     wants = Wants("none", columns={"text": "text"})
-    metrics = (Metric("loss", "min", "nats a hidden token"),
-               Metric("accuracy", "max", "of the hidden tokens guessed", percent=True),
-               Metric("perplexity", "min", "tokens to choose among, in effect"))
+    metrics = (
+        Metric("loss", "min", "nats a hidden token"),
+        Metric("accuracy", "max", "of the hidden tokens guessed", percent=True),
+        Metric("perplexity", "min", "tokens to choose among, in effect"),
+    )
     recipe: ClassVar = {"clip": 1.0, "patience": 8}
     fewest = 8
 
     text: Text
-    counts: np.ndarray                   # how often each token stands in the training texts
+    counts: np.ndarray  # how often each token stands in the training texts
 
     @classmethod
     def lacks(cls, data: Data) -> str | None:
@@ -54,8 +56,9 @@ class Packed(Typed):
         """A task whose tokens are learnt from training texts or given, with tokens counted; row length by their number."""
         task = cls(list(data.columns.values()), options)
         texts = task.texts(data)
-        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn_exact(texts, size=options.vocab,
-                                                                                             special=special)
+        task.text = (
+            Text.load(options.tokenizer) if options.tokenizer else Text.learn_exact(texts, size=options.vocab, special=special)
+        )
         tokens = np.concatenate([np.zeros(0, dtype=np.int64), *task.text.exactly(texts)])
         if not len(tokens):
             raise DataError(f"{data.source}: the training texts are empty.")
@@ -75,8 +78,11 @@ class Packed(Typed):
         """All texts as one row of tokens, int64, with a separator behind each."""
         begins = data.rows[PART].to_numpy() == 0 if PART in data.rows.columns else np.ones(len(data), dtype=bool)
         end = np.array(self.between, dtype=np.int64)
-        pieces = [piece for ids, begin in zip(self.text.exactly(self.texts(data)), begins)
-                  for piece in ((end, ids) if begin else (ids,))]
+        pieces = [
+            piece
+            for ids, begin in zip(self.text.exactly(self.texts(data)), begins)
+            for piece in ((end, ids) if begin else (ids,))
+        ]
         return np.concatenate([*pieces[1:], end] if begins[0] else [*pieces, end])
 
     def rows(self, data: Data, width: int) -> tuple[Tensor, Callable[[Tensor, torch.Generator], Tensor]]:
@@ -85,7 +91,7 @@ class Packed(Typed):
         tokens = self.stream_of(data)
         count = -(-len(tokens) // width)
         flat = torch.from_numpy(np.pad(tokens, (0, count * width - len(tokens)), constant_values=self.text.pad))
-        room, offsets = len(tokens) - width, torch.arange(width)                 # the last place a full row begins
+        room, offsets = len(tokens) - width, torch.arange(width)  # the last place a full row begins
 
         def drawn(index: Tensor, generator: torch.Generator) -> Tensor:
             first = index * width
@@ -121,9 +127,17 @@ class Packed(Typed):
         target = self.truth(test)["target"]
         asked, share = target >= 0, (self.counts + 1) / (self.counts.sum() + len(self.counts))
         nats, best = -np.log(share), int(self.counts.argmax())
-        return [Baseline("token frequency", f"each token as often as in training; always guesses {self.said([best])!r}", {
-            "nats": np.where(asked, nats[np.maximum(target, 0)], 0).sum(1), "right": (target == best).sum(1),
-            "count": asked.sum(1)})]
+        return [
+            Baseline(
+                "token frequency",
+                f"each token as often as in training; always guesses {self.said([best])!r}",
+                {
+                    "nats": np.where(asked, nats[np.maximum(target, 0)], 0).sum(1),
+                    "right": (target == best).sum(1),
+                    "count": asked.sum(1),
+                },
+            )
+        ]
 
     def said(self, ids: list[int]) -> str:
         return self.text.decode(ids)
@@ -144,9 +158,16 @@ class Packed(Typed):
 
     def by_row(self, outputs: Arrays) -> dict[str, list[Exhibit]]:
         per_row = outputs["nats"] / np.maximum(outputs["count"], 1)
-        return {"Scores by row": [Bars(
-            "How the test rows differ", "Nats a hidden token of rows of the test part, by tenths.", {
-                f"{10 * q} %": float(v) for q, v in enumerate(np.quantile(per_row, np.linspace(0, 1, 11)))}, unit="nats")]}
+        return {
+            "Scores by row": [
+                Bars(
+                    "How the test rows differ",
+                    "Nats a hidden token of rows of the test part, by tenths.",
+                    {f"{10 * q} %": float(v) for q, v in enumerate(np.quantile(per_row, np.linspace(0, 1, 11)))},
+                    unit="nats",
+                )
+            ]
+        }
 
     # Saved with the run
 

@@ -33,12 +33,12 @@ from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.text.base import path_like
 from fieldguide.tasks.text.windows import Frame, Windows, covering, ends, framed, starts, whole_words, widened
 
-MOST = {"cpu": 256, "mps": 384, "cuda": 384}             # tokens of a window, where the user names no length
-QUESTION = 64          # tokens of a question that are read (BERT's code for SQuAD)
-TOKENS = 8192          # a step, about, where the user names no batch
-LONGEST = 30           # tokens of an answer at most (BERT's code for SQuAD), where no training answers tell
-PUBLISHED = 384        # tokens of a window that published networks have learnt with (the same), where they read so many
-WHOLE = 0.97           # share of training answers that are whole words above which answers are made so
+MOST = {"cpu": 256, "mps": 384, "cuda": 384}  # tokens of a window, where the user names no length
+QUESTION = 64  # tokens of a question that are read (BERT's code for SQuAD)
+TOKENS = 8192  # a step, about, where the user names no batch
+LONGEST = 30  # tokens of an answer at most (BERT's code for SQuAD), where no training answers tell
+PUBLISHED = 384  # tokens of a window that published networks have learnt with (the same), where they read so many
+WHOLE = 0.97  # share of training answers that are whole words above which answers are made so
 WORD, SENTENCE = re.compile(r"\w+"), re.compile(r"[^.!?\n]+[.!?]*")
 
 
@@ -47,45 +47,52 @@ class QuestionAnswering(Task):
     answer over all windows of a question is its answer, unless none is better by more than a threshold."""
 
     name = "question-answering"
-    reads = ("SQuAD's JSON (1.1, 2.0), or a table (CSV, JSON Lines) with columns context, question, answer, and maybe "
-             "answer_start")
+    reads = (
+        "SQuAD's JSON (1.1, 2.0), or a table (CSV, JSON Lines) with columns context, question, answer, and maybe answer_start"
+    )
     takes = ("tokens",)
     gives = ("span",)
     feature = ("text",)
     wants = WANTS
-    metrics = (Metric("f1", "max", "F1 of words", percent=True), Metric("exact_match", "max", "the same words", percent=True),
-               Metric("answered", "max", "F1 of questions that have an answer", percent=True),
-               Metric("unanswered", "max", "of questions without an answer left without one", percent=True))
+    metrics = (
+        Metric("f1", "max", "F1 of words", percent=True),
+        Metric("exact_match", "max", "the same words", percent=True),
+        Metric("answered", "max", "F1 of questions that have an answer", percent=True),
+        Metric("unanswered", "max", "of questions without an answer left without one", percent=True),
+    )
     recipe: ClassVar = {"clip": 1.0, "patience": 8}
 
     @dataclass(frozen=True)
     class Options:
-        context: str | None = None       # the column of texts, where its name does not say so
-        question: str | None = None      # the column of questions
-        length: int | None = None        # tokens of a window: question and piece of the context
-        stride: int | None = None        # tokens from a window's begin to that of the next one, at most
-        longest: int | None = None       # tokens of an answer
-        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None     # a tokenizer.json to use instead
+        context: str | None = None  # the column of texts, where its name does not say so
+        question: str | None = None  # the column of questions
+        length: int | None = None  # tokens of a window: question and piece of the context
+        stride: int | None = None  # tokens from a window's begin to that of the next one, at most
+        longest: int | None = None  # tokens of an answer
+        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        tokenizer: str | None = None  # a tokenizer.json to use instead
 
     @dataclass(frozen=True)
     class Asking:
-        question: str = ""               # asked of every text, in place of a table's own questions
-        threshold: float | None = None   # how much better than none an answer must be, in nats; None: as chosen on validation
+        question: str = ""  # asked of every text, in place of a table's own questions
+        threshold: float | None = None  # how much better than none an answer must be, in nats; None: as chosen on validation
 
     text: Text
-    frame: Frame                         # tokens around question and context
-    median: int                          # tokens of a question with its context
-    whole: bool                          # whether answers are whole words
-    silent: bool                         # whether some questions have no answer
+    frame: Frame  # tokens around question and context
+    median: int  # tokens of a question with its context
+    whole: bool  # whether answers are whole words
+    silent: bool  # whether some questions have no answer
     threshold: float = 0.0
 
     @classmethod
     def suits(cls, data: Data) -> str | None:
         columns = columns_of(data)
         named = columns and {columns.context.lower(), columns.question.lower()} == {"context", "question"}
-        return f"questions on texts and their answers in {columns.answers!r}" if named and not cls.lacks(data) and \
-            data.target.name.lower().startswith("answer") else None
+        return (
+            f"questions on texts and their answers in {columns.answers!r}"
+            if named and not cls.lacks(data) and data.target.name.lower().startswith("answer")
+            else None
+        )
 
     @classmethod
     def lacks(cls, data: Data) -> str | None:
@@ -98,8 +105,10 @@ class QuestionAnswering(Task):
     def examples(cls, data: Data, options: Any) -> Data:
         columns = columns_of(data, options.context, options.question)
         if columns is None:
-            raise DataError(f"{data.source}: task.context and task.question name no columns of text that are there: "
-                            f"{', '.join(data.columns)}.")
+            raise DataError(
+                f"{data.source}: task.context and task.question name no columns of text that are there: "
+                f"{', '.join(data.columns)}."
+            )
         return prepared(data, columns)
 
     @classmethod
@@ -109,8 +118,9 @@ class QuestionAnswering(Task):
         task.options = options = replace(options, context=columns.context, question=columns.question)
         contexts, which = np.unique(np.array(task.contexts(data), dtype=object), return_inverse=True)
         questions = task.questions_of(data)
-        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn(
-            [*contexts, *questions], size=options.vocab)
+        task.text = (
+            Text.load(options.tokenizer) if options.tokenizer else Text.learn([*contexts, *questions], size=options.vocab)
+        )
         task.frame = framed(task.text)
         located = task.text.located(contexts.tolist())
         around = task.frame.size
@@ -125,21 +135,31 @@ class QuestionAnswering(Task):
         task.silent = len(rows) < len(data)
         length = options.length or suggest_length(sizes, MOST[device().type])
         if length < around + 16:
-            raise DataError(f"task.length={length} has no room for a question and a piece of its context; {around + 16} at "
-                            "least.")
-        task.options = settled(options, length=length, stride=length // 2, vocab=task.text.size,
-                               longest=int(max(30, 1.5 * np.quantile(tokens, 0.99))))
+            raise DataError(
+                f"task.length={length} has no room for a question and a piece of its context; {around + 16} at least."
+            )
+        task.options = settled(
+            options,
+            length=length,
+            stride=length // 2,
+            vocab=task.text.size,
+            longest=int(max(30, 1.5 * np.quantile(tokens, 0.99))),
+        )
         if task.options.stride < 1:
             raise DataError("task.stride is at least 1: windows must go on.")
         if long := sum(n > task.options.longest for n in tokens):
-            task.notes.append(f"{long} training answers are longer than {task.options.longest} tokens, and answers so long are "
-                              "not given (task.longest=... changes that)")
+            task.notes.append(
+                f"{long} training answers are longer than {task.options.longest} tokens, and answers so long are "
+                "not given (task.longest=... changes that)"
+            )
         if cut := sum(n > task.most_asked for n in asked):
             task.notes.append(f"{cut} questions are longer than {task.most_asked} tokens and are cut there")
         if several := sum(n > length for n in sizes):
-            task.notes.append(f"{100 * several / len(sizes):.1f} % of the contexts are read in windows of {length} tokens, "
-                              f"each at most {task.options.stride} behind the last (task.length=... and task.stride=... "
-                              "change that)")
+            task.notes.append(
+                f"{100 * several / len(sizes):.1f} % of the contexts are read in windows of {length} tokens, "
+                f"each at most {task.options.stride} behind the last (task.length=... and task.stride=... "
+                "change that)"
+            )
         return task
 
     # Rows
@@ -167,14 +187,17 @@ class QuestionAnswering(Task):
         if answered:
             data = super().read_one(source, answered)
             if self.target.name not in data.rows.columns:
-                raise DataError(f"{data.source}: the answers are to be in column {self.target.name!r}, which is not there. To "
-                                "ask for answers, use `fieldguide predict`.")
+                raise DataError(
+                    f"{data.source}: the answers are to be in column {self.target.name!r}, which is not there. To "
+                    "ask for answers, use `fieldguide predict`."
+                )
             return data
         typed = isinstance(source, str) and not path_like(source)
         if self.asking.question:
             source = pl.DataFrame({self.options.context: [source]}) if typed else source
-            data = read(source, schema=[c for c in self.columns if c.name != self.options.question], labels_optional=True,
-                        lenient=True)
+            data = read(
+                source, schema=[c for c in self.columns if c.name != self.options.question], labels_optional=True, lenient=True
+            )
             data.rows = data.rows.with_columns(pl.lit(self.asking.question).alias(self.options.question))
         elif typed:
             raise DataError(f'{source[:40]!r} is a text: say what to ask of it: --set question="...".')
@@ -185,8 +208,10 @@ class QuestionAnswering(Task):
         if bad.all():
             raise DataError(f"{data.source}: every row has an empty context or question.")
         before = np.cumsum(~bad)
-        data.unread += [Unread(int(before[row]), data.place(int(row)), "its context or its question is empty")
-                        for row in np.flatnonzero(bad)]
+        data.unread += [
+            Unread(int(before[row]), data.place(int(row)), "its context or its question is empty")
+            for row in np.flatnonzero(bad)
+        ]
         return data.without(bad)
 
     def needs(self) -> dict[str, Any]:
@@ -212,7 +237,7 @@ class QuestionAnswering(Task):
         located = []
         for text, (ids, spans) in zip(contexts.tolist(), self.text.located(contexts.tolist())):
             located.append((ids, widened(text, spans) if self.whole else spans, spans))
-        asked = [ids[:self.most_asked] for ids in self.text.exactly(self.questions_of(data))]
+        asked = [ids[: self.most_asked] for ids in self.text.exactly(self.questions_of(data))]
         rows = []
         for number, (ids, context) in enumerate(zip(asked, which)):
             room = self.options.length - self.frame.size - len(ids)
@@ -230,8 +255,11 @@ class QuestionAnswering(Task):
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             rows = np.concatenate([np.arange(last[i] - count[i], last[i]) for i in index])
-            return {**windows.batch(rows), "window": torch.from_numpy(np.repeat(np.arange(len(index)), count[index])),
-                    "characters": torch.from_numpy(windows.characters(rows))}
+            return {
+                **windows.batch(rows),
+                "window": torch.from_numpy(np.repeat(np.arange(len(index)), count[index])),
+                "characters": torch.from_numpy(windows.characters(rows)),
+            }
 
         return Batches(len(data), make, windows.sizes[last - 1] * count if len(data) else None)
 
@@ -254,8 +282,10 @@ class QuestionAnswering(Task):
 
     def truth(self, data: Data) -> Arrays:
         """Contexts, and tuples of the answers that are right; empty where there is none."""
-        return {"context": objects(self.contexts(data)), "answers": objects(
-            [tuple(a["text"] for a in row) for row in self.right(data)])}
+        return {
+            "context": objects(self.contexts(data)),
+            "answers": objects([tuple(a["text"] for a in row) for row in self.right(data)]),
+        }
 
     def adjust(self, outputs: Arrays) -> Arrays:
         least = self.threshold if self.asking.threshold is None else self.asking.threshold
@@ -266,8 +296,10 @@ class QuestionAnswering(Task):
 
     def said(self, outputs: Arrays, contexts: Sequence[str], everything: bool = False) -> list[str]:
         """Answers as they stand in the contexts; `everything`: also those that were not given."""
-        return [text[int(begin):int(end)].strip() if given or everything else "" for text, begin, end, given in zip(
-            contexts, outputs["begin"], outputs["end"], outputs["given"])]
+        return [
+            text[int(begin) : int(end)].strip() if given or everything else ""
+            for text, begin, end, given in zip(contexts, outputs["begin"], outputs["end"], outputs["given"])
+        ]
 
     def each(self, outputs: Arrays, truth: Arrays) -> np.ndarray:
         """Exact match and F1 of each question: N 2."""
@@ -282,7 +314,7 @@ class QuestionAnswering(Task):
         return {**scores, "answered": mean(each[~none, 1]), "unanswered": mean(each[none, 1])} if none.any() else scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        return super().intervals({**outputs, "each": self.each(outputs, truth)}, truth)      # scored once, not once a repeat
+        return super().intervals({**outputs, "each": self.each(outputs, truth)}, truth)  # scored once, not once a repeat
 
     def choices(self, outputs: Arrays, truth: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each question, how much better than none its best answer is, in nats; F1 if it is given; F1 if none is."""
@@ -299,20 +331,32 @@ class QuestionAnswering(Task):
         seen = Counter(word for text in contexts for word in set(words(text)))
         rare = lambda word: math.log((1 + len(contexts)) / (1 + seen[word]))
         near = np.array([nearest(*pair, rare) for pair in zip(self.questions_of(test), self.contexts(test))]).reshape(-1, 2)
-        found = [Baseline("nearest sentence", "the sentence that shares most with the question, its rare words counting more",
-                          {"begin": near[:, 0], "end": near[:, 1], "given": near[:, 1] > near[:, 0]})]
+        found = [
+            Baseline(
+                "nearest sentence",
+                "the sentence that shares most with the question, its rare words counting more",
+                {"begin": near[:, 0], "end": near[:, 1], "given": near[:, 1] > near[:, 0]},
+            )
+        ]
         if self.silent:
             nothing = np.zeros(len(test), dtype=np.int64)
-            found.append(Baseline("no answer", "says that no question has one", {"begin": nothing, "end": nothing,
-                                                                                 "given": nothing > 0}))
+            found.append(
+                Baseline("no answer", "says that no question has one", {"begin": nothing, "end": nothing, "given": nothing > 0})
+            )
         return found
 
     # Answers
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         records = []
-        for text, begin, end, given, score, none in zip(self.asked, outputs["begin"].astype(int), outputs["end"].astype(int),
-                                                        outputs["given"], outputs["score"], outputs["none"]):
+        for text, begin, end, given, score, none in zip(
+            self.asked,
+            outputs["begin"].astype(int),
+            outputs["end"].astype(int),
+            outputs["given"],
+            outputs["score"],
+            outputs["none"],
+        ):
             if not given:
                 records.append({"answer": "", "start": None, "end": None, "probability": float(np.exp(none))})
                 continue
@@ -324,9 +368,11 @@ class QuestionAnswering(Task):
 
     # Report
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         from fieldguide.tasks.text import question_answering_report
+
         return question_answering_report.shown(self, test, outputs, truth)
 
     # Saved with the run
@@ -337,8 +383,12 @@ class QuestionAnswering(Task):
         answer."""
         length = min(beside.length, PUBLISHED)
         options = cls.Options("context", "question", length=length, stride=length // 2, longest=LONGEST)
-        return cls.restore([Column("context", "text"), Column("question", "text"), Column("answer", "list", "target")], options,
-                           {"median": 0, "whole": False, "silent": False, "threshold": 0.0}, beside.folder)
+        return cls.restore(
+            [Column("context", "text"), Column("question", "text"), Column("answer", "list", "target")],
+            options,
+            {"median": 0, "whole": False, "silent": False, "threshold": 0.0},
+            beside.folder,
+        )
 
     def state(self) -> dict[str, Any]:
         return {"median": self.median, "whole": self.whole, "silent": self.silent, "threshold": self.threshold}

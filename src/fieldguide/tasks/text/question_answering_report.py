@@ -15,23 +15,41 @@ from fieldguide.tasks.text.windows import ends
 if TYPE_CHECKING:
     from fieldguide.tasks.text.question_answering import QuestionAnswering
 
-SHOWN, AROUND = 24, 160          # answers in the report, and characters of their contexts on either side
+SHOWN, AROUND = 24, 160  # answers in the report, and characters of their contexts on either side
 
 
 def shown(task: QuestionAnswering, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
     each, right = task.each(outputs, truth), task.right(test)
-    table = pl.DataFrame({"kind": [" ".join(q.lower().split()[:2]) for q in task.questions_of(test)], "exact": each[:, 0],
-                          "f1": each[:, 1]})
-    kinds = [(name[0], len(rows), float(rows["exact"].mean()), float(rows["f1"].mean()))
-             for name, rows in table.group_by("kind", maintain_order=True)]
+    table = pl.DataFrame(
+        {"kind": [" ".join(q.lower().split()[:2]) for q in task.questions_of(test)], "exact": each[:, 0], "f1": each[:, 1]}
+    )
+    kinds = [
+        (name[0], len(rows), float(rows["exact"].mean()), float(rows["f1"].mean()))
+        for name, rows in table.group_by("kind", maintain_order=True)
+    ]
     length = np.array([len(a[0]["text"].split()) if a else 0 for a in right])
-    groups = {"no answer": length == 0, "1 word": length == 1, "2 words": length == 2,
-              "3 to 5 words": (length > 2) & (length < 6), "6 to 10 words": (length > 5) & (length < 11), "more": length > 10}
+    groups = {
+        "no answer": length == 0,
+        "1 word": length == 1,
+        "2 words": length == 2,
+        "3 to 5 words": (length > 2) & (length < 6),
+        "6 to 10 words": (length > 5) & (length < 11),
+        "more": length > 10,
+    }
     asked: list[Exhibit] = [
-        Table("By how a question begins", "Test questions; the rarer ones are left out.", ("question", "asked", "exact", "F1"),
-              sorted(kinds, key=lambda row: -row[1])[:20], heat=("exact", "F1")),
-        Bars("F1 by length of the answer", "Of the first answer in the data.",
-             {name: float(each[rows, 1].mean()) for name, rows in groups.items() if rows.any()})]
+        Table(
+            "By how a question begins",
+            "Test questions; the rarer ones are left out.",
+            ("question", "asked", "exact", "F1"),
+            sorted(kinds, key=lambda row: -row[1])[:20],
+            heat=("exact", "F1"),
+        ),
+        Bars(
+            "F1 by length of the answer",
+            "Of the first answer in the data.",
+            {name: float(each[rows, 1].mean()) for name, rows in groups.items() if rows.any()},
+        ),
+    ]
     if task.silent:
         asked.append(curve(task, outputs, truth))
     return {"Questions": asked, "Worst answers": worst(task, test, outputs, each)}
@@ -42,9 +60,15 @@ def curve(task: QuestionAnswering, outputs: Arrays, truth: Arrays) -> Exhibit:
     margin, given, none = task.choices(outputs, truth)
     at = np.unique(np.quantile(margin, np.linspace(0, 1, 50)))
     f1 = [float(np.where(margin > edge, given, none).mean()) for edge in at]
-    return Lines("To answer or not", "F1 of the test questions by how much better than none an answer must be. The mark was "
-                 "chosen on the validation questions.", x="threshold (nats)", y="F1", lines={"F1": (at.tolist(), f1)},
-                 marks={"chosen": task.threshold})
+    return Lines(
+        "To answer or not",
+        "F1 of the test questions by how much better than none an answer must be. The mark was "
+        "chosen on the validation questions.",
+        x="threshold (nats)",
+        y="F1",
+        lines={"F1": (at.tolist(), f1)},
+        marks={"chosen": task.threshold},
+    )
 
 
 def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[Exhibit]:
@@ -56,14 +80,27 @@ def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray
         if each[row, 1] >= 1:
             break
         spot = ends(right[row][0]) if right[row] else (int(outputs["begin"][row]), int(outputs["end"][row]))
-        caption = f"{asked[row]} · said: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % sure) · is: " + (
-            "; ".join(dict.fromkeys(a["text"] for a in right[row])) or "no answer") + f" · {test.place(int(row))}"
+        caption = (
+            f"{asked[row]} · said: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % sure) · is: "
+            + ("; ".join(dict.fromkeys(a["text"] for a in right[row])) or "no answer")
+            + f" · {test.place(int(row))}"
+        )
         quotes.append(Quote(marked(contexts[row], *spot), caption, bad=True))
-    return [Quotes("Least right", "Test questions with the lowest F1, those it was surest of first. ⟦ ⟧ is the answer in the "
-                   "data, or what was said where there is none.", quotes)] if quotes else []
+    return (
+        [
+            Quotes(
+                "Least right",
+                "Test questions with the lowest F1, those it was surest of first. ⟦ ⟧ is the answer in the "
+                "data, or what was said where there is none.",
+                quotes,
+            )
+        ]
+        if quotes
+        else []
+    )
 
 
 def marked(text: str, begin: int, end: int) -> str:
     """A piece of a text in brackets, and what stands around it."""
-    before, behind = text[max(0, begin - AROUND):begin], text[end:end + AROUND]
+    before, behind = text[max(0, begin - AROUND) : begin], text[end : end + AROUND]
     return f"{'… ' if begin > AROUND else ''}{before}⟦{text[begin:end]}⟧{behind}{' …' if end + AROUND < len(text) else ''}"

@@ -18,8 +18,8 @@ from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.text.translation import WORST, Translation
 
-LONGEST = 512          # tokens of a document at most, where the user names no length
-SENTENCES = 3          # of a document, which are hard to beat in news
+LONGEST = 512  # tokens of a document at most, where the user names no length
+SENTENCES = 3  # of a document, which are hard to beat in news
 SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 
 
@@ -28,17 +28,20 @@ class Summarization(Translation):
 
     name = "summarization"
     reads = "a table with a column of documents (document, article, text) and one of their summaries (summary, highlights)"
-    wants = Wants("named", names=("summary", "highlights", "summaries", "tldr"),
-                  kinds={"target": "text", "feature": "text"})
-    metrics = (Metric("rouge1", "max", "ROUGE-1", percent=True), Metric("rouge2", "max", "ROUGE-2", percent=True),
-               Metric("rougeL", "max", "ROUGE-L", percent=True), Metric("loss", "min", "nats a token"))
-    tested = 400                         # beams of a hundred tokens and more take long
+    wants = Wants("named", names=("summary", "highlights", "summaries", "tldr"), kinds={"target": "text", "feature": "text"})
+    metrics = (
+        Metric("rouge1", "max", "ROUGE-1", percent=True),
+        Metric("rouge2", "max", "ROUGE-2", percent=True),
+        Metric("rougeL", "max", "ROUGE-L", percent=True),
+        Metric("loss", "min", "nats a token"),
+    )
+    tested = 400  # beams of a hundred tokens and more take long
     longest: ClassVar[int] = LONGEST
     made: ClassVar[str] = "Summaries"
 
     @dataclass(frozen=True)
     class Asking(Faithful):
-        tokens: int = 128                # of a summary at most
+        tokens: int = 128  # of a summary at most
 
     @classmethod
     def lacks(cls, data: Data) -> str | None:
@@ -48,9 +51,9 @@ class Summarization(Translation):
 
     @classmethod
     def suits(cls, data: Data) -> str | None:
-        return None                      # two columns of text make a translation, unless this is asked for
+        return None  # two columns of text make a translation, unless this is asked for
 
-    def limits(self, lengths: Tensor) -> Tensor:         # B tokens of sources -> B tokens of answers at most
+    def limits(self, lengths: Tensor) -> Tensor:  # B tokens of sources -> B tokens of answers at most
         return lengths.new_full(lengths.shape, self.asking.tokens)
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -65,29 +68,48 @@ class Summarization(Translation):
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         scored = {"rouge": rouge.scores(outputs["text"], truth["text"])} if "text" in outputs else {}
-        return Task.intervals(self, {**outputs, **scored}, truth)    # each summary is scored once, not once a repeat
+        return Task.intervals(self, {**outputs, **scored}, truth)  # each summary is scored once, not once a repeat
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         said = [first_sentences(text) for text in self.texts(test)]
         return [Baseline("lead", f"the first {SENTENCES} sentences", {"text": np.array(said, dtype=object)})]
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         said, right, source = outputs["text"].tolist(), truth["text"].tolist(), truth["source"].tolist()
         each = rouge.scores(said, right)
         length = np.array([len(s.split()) for s in source])
-        groups = [(f"{low}-{high} words", (length >= low) & (length <= high))
-                  for low, high in ((1, 50), (51, 150), (151, 300), (301, 600), (601, 100_000))]
+        groups = [
+            (f"{low}-{high} words", (length >= low) & (length <= high))
+            for low, high in ((1, 50), (51, 150), (151, 300), (301, 600), (601, 100_000))
+        ]
         row = lambda i: (test.place(int(i)), shortened(source[i]), right[i], said[i], 100 * float(each[i, 0]))
         header = ("row", "document", "summary in the data", "of the network", "ROUGE-1")
         order = np.argsort(each[:, 0], kind="stable")
-        return {"Summaries": [
-            Bars("ROUGE-1 by length of the document", "F-measure in percent; words in lower case, not stemmed.",
-                 {name: 100 * float(each[rows, 0].mean()) for name, rows in groups if rows.any()}),
-            Table("Worst", "Test documents with the lowest ROUGE-1: the network's mistakes, and the data's.", header,
-                  [row(i) for i in order[:WORST]], heat=("ROUGE-1",)),
-            Table("By chance", "Test documents as they come.", header,
-                  [row(i) for i in np.random.default_rng(0).permutation(len(each))[:WORST // 2]], heat=("ROUGE-1",))]}
+        return {
+            "Summaries": [
+                Bars(
+                    "ROUGE-1 by length of the document",
+                    "F-measure in percent; words in lower case, not stemmed.",
+                    {name: 100 * float(each[rows, 0].mean()) for name, rows in groups if rows.any()},
+                ),
+                Table(
+                    "Worst",
+                    "Test documents with the lowest ROUGE-1: the network's mistakes, and the data's.",
+                    header,
+                    [row(i) for i in order[:WORST]],
+                    heat=("ROUGE-1",),
+                ),
+                Table(
+                    "By chance",
+                    "Test documents as they come.",
+                    header,
+                    [row(i) for i in np.random.default_rng(0).permutation(len(each))[: WORST // 2]],
+                    heat=("ROUGE-1",),
+                ),
+            ]
+        }
 
 
 def first_sentences(text: str, count: int = SENTENCES) -> str:

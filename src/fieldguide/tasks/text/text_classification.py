@@ -24,27 +24,29 @@ from fieldguide.tasks.supervised import Labelled, discrete, settled
 from fieldguide.tasks.text.base import Typed, path_like
 from fieldguide.tasks.text.windows import Frame, framed
 
-SAMPLE = 5000         # texts whose lengths decide how many tokens are read
-LONGEST = 100_000     # tokens of them that are counted
-MOST = {"cpu": 256, "mps": 512, "cuda": 512}     # tokens at most, where the user names no length
-TOKENS = 8192         # a step, about, where the user names no batch
+SAMPLE = 5000  # texts whose lengths decide how many tokens are read
+LONGEST = 100_000  # tokens of them that are counted
+MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # tokens at most, where the user names no length
+TOKENS = 8192  # a step, about, where the user names no batch
 
 
 class TextClassification(Typed, Labelled):
     name = "text-classification"
-    reads = ("a table (CSV, JSON Lines) with a column of text, or two whose texts belong together, and one of labels; or a "
-             "folder of .txt files per class")
+    reads = (
+        "a table (CSV, JSON Lines) with a column of text, or two whose texts belong together, and one of labels; or a "
+        "folder of .txt files per class"
+    )
     takes = ("tokens",)
     recipe: ClassVar = {"smoothing": 0.1, "weight_decay": 0.05, "clip": 1.0}
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None        # tokens of a text that are read; the rest is cut off, and counted
-        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None     # a tokenizer.json to use instead
+        length: int | None = None  # tokens of a text that are read; the rest is cut off, and counted
+        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        tokenizer: str | None = None  # a tokenizer.json to use instead
 
     text: Text
-    median: int              # tokens of a training text
+    median: int  # tokens of a training text
 
     @classmethod
     def suits(cls, data: Data) -> str | None:
@@ -64,7 +66,7 @@ class TextClassification(Typed, Labelled):
         task = cls(list(data.columns.values()), options)
         texts, seconds = task.texts(data), task.seconds(data)
         task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn([*texts, *seconds], size=options.vocab)
-        if seconds:                                      # with the tokens that frame them
+        if seconds:  # with the tokens that frame them
             around, (first, second) = framed(task.text).size, (task.text.exactly(t[:SAMPLE]) for t in (texts, seconds))
             sizes = [around + len(a) + len(b) for a, b in zip(first, second)]
         else:
@@ -87,8 +89,10 @@ class TextClassification(Typed, Labelled):
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if self.second and not answered and isinstance(source, str) and not path_like(source):
-            raise DataError(f"{source[:40]!r} is one text, and this run reads pairs of them: give a table with the columns "
-                            f"{self.column!r} and {self.second!r}.")
+            raise DataError(
+                f"{source[:40]!r} is one text, and this run reads pairs of them: give a table with the columns "
+                f"{self.column!r} and {self.second!r}."
+            )
         return super().read_one(source, answered)
 
     def encoded(self, data: Data, around: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
@@ -111,13 +115,13 @@ class TextClassification(Typed, Labelled):
         for a, b in zip(first, second):
             room = max(2, length - frame.size)
             cut += len(a) + len(b) > room
-            half = max(room // 2, room - len(b))         # a short text leaves its room to the other
+            half = max(room // 2, room - len(b))  # a short text leaves its room to the other
             a = a[:half]
-            b = b[:room - len(a)]
+            b = b[: room - len(a)]
             tokens.append(np.concatenate([frame.before, a, frame.between, b, frame.behind]).astype(np.int64))
             before = len(frame.before) + len(a) + len(frame.between)
             segments.append(np.where(np.arange(len(tokens[-1])) >= before, *frame.segments[::-1]))
-        if not around:                                   # a row of nothing is a token that says so
+        if not around:  # a row of nothing is a token that says so
             tokens = [t if len(t) else np.array([self.text.unknown]) for t in tokens]
         return tokens, segments if seconds else [], cut
 
@@ -134,19 +138,20 @@ class TextClassification(Typed, Labelled):
 
     def note_cut(self, cut: int, texts: int) -> None:
         if cut:
-            self.notes.append(f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
-                              "cut there (task.length=... changes that)")
+            self.notes.append(
+                f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
+                "cut there (task.length=... changes that)"
+            )
 
     def needs(self) -> dict[str, Any]:
         return {"classes": len(self.labels), "vocab": self.text.size, "length": self.options.length}
 
     def profile(self) -> dict[str, Any]:
-        return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median,
-                "classes": len(self.labels)}
+        return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median, "classes": len(self.labels)}
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         tokens, segments, cut = self.encoded(data, bool(card) and card.framed)
-        if not settings:                       # of training texts it was said when the length was chosen
+        if not settings:  # of training texts it was said when the length was chosen
             self.note_cut(cut, len(tokens))
         lengths = np.array([len(t) for t in tokens])
         target = torch.from_numpy(self.truth(data)["label"]) if settings else None
@@ -166,9 +171,11 @@ class TextClassification(Typed, Labelled):
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
         from sklearn.feature_extraction.text import TfidfVectorizer
+
         # Any run of word characters is a word, so that texts of single letters have some too.
-        words = TfidfVectorizer(sublinear_tf=True, max_features=50_000, token_pattern=r"\w+|[^\w\s]",
-                                ngram_range=(1, 2), dtype=np.float32)
+        words = TfidfVectorizer(
+            sublinear_tf=True, max_features=50_000, token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), dtype=np.float32
+        )
         return words.fit_transform(self.shown(train)), words.transform(self.shown(test))
 
     def shown(self, data: Data) -> list[str]:
@@ -177,14 +184,19 @@ class TextClassification(Typed, Labelled):
 
     def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         texts = self.shown(test)
-        quotes = [Quote(texts[i], f"{words}: {test.place(i)}", bad=True)
-                  for i, words in self.mistakes(probabilities, truth, 20)]
+        quotes = [
+            Quote(texts[i], f"{words}: {test.place(i)}", bad=True) for i, words in self.mistakes(probabilities, truth, 20)
+        ]
         return [Quotes("Worst mistakes", "Test texts that were got wrong with most confidence.", quotes)] if quotes else []
 
     @classmethod
     def published(cls, beside: Beside) -> Self:
-        return cls.restore([*beside.texts(2), Column("label", "category", "target")], cls.Options(length=beside.length),
-                           {"median": 0, **cls.known(beside.names)}, beside.folder)
+        return cls.restore(
+            [*beside.texts(2), Column("label", "category", "target")],
+            cls.Options(length=beside.length),
+            {"median": 0, **cls.known(beside.names)},
+            beside.folder,
+        )
 
     def state(self) -> dict[str, Any]:
         return {"median": self.median, **self.target_state()}

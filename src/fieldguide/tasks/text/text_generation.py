@@ -35,39 +35,44 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.text.base import Typed
 
-PASSAGE = 2000         # characters of the pieces that long texts are cut into, at the end of a line, about
-LONG = 20              # a text of so many passages is long: its own end is tested, not whole texts drawn by chance
-TEST, VALIDATION = 0.1, 0.05          # shares of a long text, from its end, where the source names no splits
+PASSAGE = 2000  # characters of the pieces that long texts are cut into, at the end of a line, about
+LONG = 20  # a text of so many passages is long: its own end is tested, not whole texts drawn by chance
+TEST, VALIDATION = 0.1, 0.05  # shares of a long text, from its end, where the source names no splits
 SPECIAL = (END, *(f"<|{who}|>" for who in SPEAKERS))
-MOST = {"cpu": 128, "mps": 512, "cuda": 1024}        # tokens a row, where the user names no length
-TOKENS = 4096          # a step, about, where the user names no batch
-PART = "#part"         # which passage of its text a row is; 0 begins a text
-SHOWN = 160            # tokens of a sample in the report
+MOST = {"cpu": 128, "mps": 512, "cuda": 1024}  # tokens a row, where the user names no length
+TOKENS = 4096  # a step, about, where the user names no batch
+PART = "#part"  # which passage of its text a row is; 0 begins a text
+SHOWN = 160  # tokens of a sample in the report
 
 
 class TextGeneration(Typed):
     name = "text-generation"
-    reads = ("text files, or a table (CSV, JSON Lines) with a column of text, or JSON Lines with conversations "
-             "(`messages` of role and content)")
+    reads = (
+        "text files, or a table (CSV, JSON Lines) with a column of text, or JSON Lines with conversations "
+        "(`messages` of role and content)"
+    )
     takes = ("tokens",)
     feature = ("text", "messages")
     gives = ("tokens",)
     wants = Wants("none", columns={"text": "text"})
-    metrics = (Metric("loss", "min", "nats a token"), Metric("perplexity", "min", "tokens to choose among, in effect"),
-               Metric("bits_per_byte", "min", "bits a byte of text"))
+    metrics = (
+        Metric("loss", "min", "nats a token"),
+        Metric("perplexity", "min", "tokens to choose among, in effect"),
+        Metric("bits_per_byte", "min", "bits a byte of text"),
+    )
     recipe: ClassVar = {"clip": 1.0, "patience": 8}
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None        # tokens of a row
-        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
-        tokenizer: str = "bytes"         # bytes: byte-level BPE; characters; or the path of a tokenizer.json
+        length: int | None = None  # tokens of a row
+        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        tokenizer: str = "bytes"  # bytes: byte-level BPE; characters; or the path of a tokenizer.json
 
     Asking = Manner
 
     text: Text
-    chat: bool = False                   # whether rows are conversations
-    first: Sequence[tuple[str, str]] = ()        # of them, what was said in one before the first answer
+    chat: bool = False  # whether rows are conversations
+    first: Sequence[tuple[str, str]] = ()  # of them, what was said in one before the first answer
 
     # Reading
 
@@ -95,8 +100,9 @@ class TextGeneration(Typed):
         part = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
         whole = data.take(rows)
         line = np.concatenate([np.cumsum([0, *(p.count("\n") for p in pieces[:-1])]) for pieces in cut])
-        whole.rows = whole.rows.with_columns(pl.Series(name, [p for pieces in cut for p in pieces], dtype=pl.String),
-                                             pl.Series(PART, part), pl.col(LINE) + line)
+        whole.rows = whole.rows.with_columns(
+            pl.Series(name, [p for pieces in cut for p in pieces], dtype=pl.String), pl.Series(PART, part), pl.col(LINE) + line
+        )
         side = np.full(len(rows), "train", dtype=object) if data.splits is None else whole.splits
         lacking = [(split, share) for split, share in (("test", TEST), ("val", VALIDATION)) if split not in side]
         for row in np.flatnonzero(counts >= LONG):
@@ -104,7 +110,7 @@ class TextGeneration(Typed):
             end = len(own) if side[own[0]] == "train" else 0
             for split, share in lacking:
                 take = round(share * end)
-                side[own[end - take:end]] = split
+                side[own[end - take : end]] = split
                 end -= take
                 whole.splits = side
         return whole
@@ -115,8 +121,12 @@ class TextGeneration(Typed):
         task.chat = not data.features("text")
         texts = [text for row in task.turns(data) for _, text in row]
         if options.tokenizer in ("bytes", "characters"):
-            task.text = Text.learn_exact(texts, size=options.vocab, characters=options.tokenizer == "characters",
-                                         special=SPECIAL if task.chat else (END,))
+            task.text = Text.learn_exact(
+                texts,
+                size=options.vocab,
+                characters=options.tokenizer == "characters",
+                special=SPECIAL if task.chat else (END,),
+            )
         else:
             task.text = Text.load(options.tokenizer)
         if task.template:
@@ -124,9 +134,11 @@ class TextGeneration(Typed):
             task.notes.append(task.template.note(turns, data.place))
             task.first = next((asked for row in turns if (asked := unanswered(row))), [("user", "")])
         elif task.chat and (lacking := [s for s in SPECIAL if task.text.tokenizer.token_to_id(s) is None]):
-            raise DataError(f"{options.tokenizer}: conversations need a chat template beside it ({CHAT}, or chat_template in "
-                            f"tokenizer_config.json), or else the tokens {', '.join(SPECIAL)}, of which it lacks "
-                            f"{', '.join(lacking)}.")
+            raise DataError(
+                f"{options.tokenizer}: conversations need a chat template beside it ({CHAT}, or chat_template in "
+                f"tokenizer_config.json), or else the tokens {', '.join(SPECIAL)}, of which it lacks "
+                f"{', '.join(lacking)}."
+            )
         tokens = len(task.stream_of(data)[0]) if task.template else sum(map(len, task.text.exactly(texts)))
         longest = options.length or min(MOST[device().type], max(8, tokens // 32))
         task.options = settled(options, length=longest, vocab=task.text.size)
@@ -167,7 +179,7 @@ class TextGeneration(Typed):
         for row, begin in zip(turns, begins):
             if begin:
                 tokens.append(between)
-                learnt.append(np.arange(len(between)) < (not self.chat))         # how a text opens is not the network's to say
+                learnt.append(np.arange(len(between)) < (not self.chat))  # how a text opens is not the network's to say
             for who, _ in row:
                 ids = next(encoded)
                 if who:
@@ -175,7 +187,7 @@ class TextGeneration(Typed):
                 tokens.append(ids)
                 learnt.append(np.full(len(ids), who in ("", "assistant")))
                 if who:
-                    learnt[-1][0] = False                            # who speaks next is not the network's to say
+                    learnt[-1][0] = False  # who speaks next is not the network's to say
         return np.concatenate(tokens), np.concatenate(learnt)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -183,7 +195,7 @@ class TextGeneration(Typed):
         tokens, learnt = self.stream_of(data)
         length = self.options.length
         count = max(1, -(-(len(tokens) - 1) // length))
-        room = len(tokens) - 1 - length                                              # the last place a full row begins
+        room = len(tokens) - 1 - length  # the last place a full row begins
         packed = torch.from_numpy(np.pad(tokens, (0, max(0, count * length + 1 - len(tokens))), constant_values=self.text.end))
         target = torch.from_numpy(np.pad(np.where(learnt, tokens, -1), (0, len(packed) - len(tokens)), constant_values=-1))
         offsets = torch.arange(length)
@@ -218,30 +230,38 @@ class TextGeneration(Typed):
     def truth(self, data: Data) -> Arrays:
         """UTF-8 bytes that each packed row says."""
         target = self.batches(data, None).make(np.arange(len(self.batches(data, None))), None)["target"].numpy()
-        sizes = np.append(self.text.bytes_of(), 0)                   # the last for -1
+        sizes = np.append(self.text.bytes_of(), 0)  # the last for -1
         return {"bytes": sizes[target].sum(1)}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         nats, count, size = outputs["nats"].astype(np.float64).sum(), outputs["count"].sum(), truth["bytes"].sum()
         loss = float(nats / max(count, 1))
-        return {"loss": loss, "perplexity": float(np.exp(min(loss, 700))),
-                "bits_per_byte": float(nats / np.log(2) / size) if size else float("nan")}
+        return {
+            "loss": loss,
+            "perplexity": float(np.exp(min(loss, 700))),
+            "bits_per_byte": float(nats / np.log(2) / size) if size else float("nan"),
+        }
 
     def before_test(self, train: Data, held: Data) -> None:
         self.ngram = NGram(self.stream_of(train)[0], self.text.size)
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         tokens, _ = self.stream_of(test)
-        nats = np.append(self.ngram.nats(tokens)[1:], 0)             # of what follows each token
+        nats = np.append(self.ngram.nats(tokens)[1:], 0)  # of what follows each token
         batches = self.batches(test, None)
         every = batches.make(np.arange(len(batches)), None)
         target = every["target"].numpy()
         padded = np.zeros(target.size)
-        padded[:len(nats)] = nats
-        learnt = (target >= 0)
+        padded[: len(nats)] = nats
+        learnt = target >= 0
         rows = np.where(learnt, padded.reshape(target.shape), 0).sum(1)
-        return [Baseline(f"{self.ngram.order}-gram", f"counts of up to {self.ngram.order} tokens in a row, backing off "
-                         "(Witten-Bell)", {"nats": rows, "count": learnt.sum(1)})]
+        return [
+            Baseline(
+                f"{self.ngram.order}-gram",
+                f"counts of up to {self.ngram.order} tokens in a row, backing off (Witten-Bell)",
+                {"nats": rows, "count": learnt.sum(1)},
+            )
+        ]
 
     # Answers
 
@@ -265,24 +285,27 @@ class TextGeneration(Typed):
         return ids + ([self.text.tokenizer.token_to_id("<|assistant|>")] if self.chat else [])
 
     def sampled(self, objective: Objective, prompts: list[list[int]], asking: Manner) -> Iterator[Tensor]:
-        return generate(objective.model, prompts, asking.tokens, sampling=asking.sampling, ends=self.ends,
-                        seed=asking.seed)
+        return generate(objective.model, prompts, asking.tokens, sampling=asking.sampling, ends=self.ends, seed=asking.seed)
 
     def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             if "prompt" not in batch:
                 return objective.outputs(batch)
             prompts = [[i for i in prompt if i >= 0] for prompt in batch["prompt"].tolist()]
-            said = engine(objective.model, prompts, self.asking, ends=self.ends, decode=self.text.decode,
-                           numbers=batch["row"].tolist())            # chance is a matter of the row's number
-            return {"said": torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in said],
-                                                            batch_first=True, padding_value=-1)}
+            said = engine(
+                objective.model, prompts, self.asking, ends=self.ends, decode=self.text.decode, numbers=batch["row"].tolist()
+            )  # chance is a matter of the row's number
+            return {
+                "said": torch.nn.utils.rnn.pad_sequence(
+                    [torch.tensor(row, dtype=torch.int64) for row in said], batch_first=True, padding_value=-1
+                )
+            }
+
         return answer
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         ends = {-1, *self.ends}
-        return [{"text": self.cut(self.text.decode([i for i in row if i not in ends]))}
-                for row in outputs["said"].astype(int)]
+        return [{"text": self.cut(self.text.decode([i for i in row if i not in ends]))} for row in outputs["said"].astype(int)]
 
     def cut(self, text: str) -> str:
         return cut(text, self.asking.stops)
@@ -295,8 +318,7 @@ class TextGeneration(Typed):
         data = self.read([source])
         if len(data) != 1 or self.asking.searched > 1:
             return None
-        return streamed(objective.model, self.prompt(self.turns(data)[0]), self.asking, ends=self.ends,
-                        decode=self.text.decode)
+        return streamed(objective.model, self.prompt(self.turns(data)[0]), self.asking, ends=self.ends, decode=self.text.decode)
 
     # Report
 
@@ -305,14 +327,26 @@ class TextGeneration(Typed):
         start, ends = self.prompt(self.first if self.chat else [("", "")]), self.ends
         said = torch.cat(list(self.sampled(objective, [start], asking))).tolist()
         what = f"Answers to {self.first[-1][1][:SHOWN]!r}" if self.first else "Written from nothing"
-        return [Quotes("Samples while it learnt", f"{what}, with the same chance each time.",
-                       [Quote(self.text.decode([i for i in said if i not in ends]), "")])]
+        return [
+            Quotes(
+                "Samples while it learnt",
+                f"{what}, with the same chance each time.",
+                [Quote(self.text.decode([i for i in said if i not in ends]), "")],
+            )
+        ]
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         per_row = outputs["nats"] / np.maximum(outputs["count"], 1)
-        shown: list[Exhibit] = [Bars("How the test rows differ", "Nats a token of rows of the test part, by tenths.", {
-            f"{10 * q} %": float(v) for q, v in enumerate(np.quantile(per_row, np.linspace(0, 1, 11)))}, unit="nats")]
+        shown: list[Exhibit] = [
+            Bars(
+                "How the test rows differ",
+                "Nats a token of rows of the test part, by tenths.",
+                {f"{10 * q} %": float(v) for q, v in enumerate(np.quantile(per_row, np.linspace(0, 1, 11)))},
+                unit="nats",
+            )
+        ]
         found = {"Scores by row": shown}
         if objective is not None:
             found["Samples"] = self.samples(test, objective)
@@ -323,7 +357,7 @@ class TextGeneration(Typed):
         if self.template:
             prompts = [self.prompt(unanswered(turns) or self.first) for turns in self.turns(test)[:3]]
         else:
-            prompts = [p[:1 + self.options.length // 4] for p in map(self.prompt, self.turns(test)[:3])]
+            prompts = [p[: 1 + self.options.length // 4] for p in map(self.prompt, self.turns(test)[:3])]
         ends = self.ends
         quotes, speeds = [], []
         for temperature in (0.0, 0.7, 1.0):
@@ -332,12 +366,23 @@ class TextGeneration(Typed):
             taken = time.perf_counter() - started
             speeds.append((f"{temperature:g}", len(prompts), len(steps) * len(prompts) / taken))
             for prompt, row in zip(prompts, torch.stack(steps, 1).tolist()):
-                quotes.append(Quote(self.text.decode(prompt[1:])[-300:] + " ⟶ "
-                                    + self.text.decode([i for i in row if i >= 0 and i not in ends]),
-                                    f"temperature {temperature:g}"))
-        return [Quotes("Beginnings of test texts, continued", "What stands before the arrow was given.", quotes),
-                Table("Speed", "Measured while these samples were made, with a cache of keys and values.",
-                      ("temperature", "texts at once", "tokens a second"), speeds)]
+                quotes.append(
+                    Quote(
+                        self.text.decode(prompt[1:])[-300:]
+                        + " ⟶ "
+                        + self.text.decode([i for i in row if i >= 0 and i not in ends]),
+                        f"temperature {temperature:g}",
+                    )
+                )
+        return [
+            Quotes("Beginnings of test texts, continued", "What stands before the arrow was given.", quotes),
+            Table(
+                "Speed",
+                "Measured while these samples were made, with a cache of keys and values.",
+                ("temperature", "texts at once", "tokens a second"),
+                speeds,
+            ),
+        ]
 
     # Saved with the run
 

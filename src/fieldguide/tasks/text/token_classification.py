@@ -29,11 +29,11 @@ from fieldguide.tasks.base import Arrays, Baseline, Beside, Metric, Task
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.text.base import path_like
 
-MOST = {"cpu": 256, "mps": 512, "cuda": 512}             # tokens at most, where the user names no length
-TOKENS = 8192          # a step, about, where the user names no batch
+MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # tokens at most, where the user names no length
+TOKENS = 8192  # a step, about, where the user names no batch
 NAMED = ("tags", "ner_tags", "pos_tags", "ner", "pos", "labels")
 WORDS = ("tokens", "words")
-SHOWN = 20             # sentences in the report
+SHOWN = 20  # sentences in the report
 
 
 class TokenClassification(Task):
@@ -43,20 +43,24 @@ class TokenClassification(Task):
     gives = ("labels",)
     feature = ("list",)
     wants = Wants("named", names=NAMED, kinds={"target": "list"}, columns=dict.fromkeys(WORDS, "list"))
-    metrics = (Metric("f1", "max", "F1 of whole entities"), Metric("precision", "max", "of entities said that are there"),
-               Metric("recall", "max", "of entities there that are said"), Metric("accuracy", "max", "of words", percent=True))
+    metrics = (
+        Metric("f1", "max", "F1 of whole entities"),
+        Metric("precision", "max", "of entities said that are there"),
+        Metric("recall", "max", "of entities there that are said"),
+        Metric("accuracy", "max", "of words", percent=True),
+    )
     recipe: ClassVar = {"clip": 1.0, "patience": 8}
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None        # tokens of a sentence that are read; words beyond have no tag, and are counted
-        vocab: int | None = None         # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None     # a tokenizer.json to use instead
+        length: int | None = None  # tokens of a sentence that are read; words beyond have no tag, and are counted
+        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        tokenizer: str | None = None  # a tokenizer.json to use instead
 
     text: Text
     tags: list[str]
-    often: dict[str, int]                # the tag that each word of the training part has most often
-    median: int                          # tokens of a training sentence
+    often: dict[str, int]  # the tag that each word of the training part has most often
+    median: int  # tokens of a training sentence
 
     @classmethod
     def suits(cls, data: Data) -> str | None:
@@ -81,8 +85,10 @@ class TokenClassification(Task):
         rows = [[str(tag) for tag in row or ()] for row in data.rows[self.target.name].to_list()]
         for number, (words, tags) in enumerate(zip(self.words(data), rows)):
             if len(words) != len(tags):
-                raise DataError(f"{data.place(number)}: {len(words)} words in {self.column!r} and {len(tags)} tags in "
-                                f"{self.target.name!r}; each word needs one.")
+                raise DataError(
+                    f"{data.place(number)}: {len(words)} words in {self.column!r} and {len(tags)} tags in "
+                    f"{self.target.name!r}; each word needs one."
+                )
         return rows
 
     @classmethod
@@ -95,11 +101,15 @@ class TokenClassification(Task):
                 counts[word][tag] += 1
         task.tags = sorted({tag for own in counts.values() for tag in own}, key=lambda tag: (tag != "O", tag))
         if len(task.tags) < 2:
-            raise DataError(f"{data.source}: the training rows have {len(task.tags)} different tags; there is nothing to tell "
-                            "apart.")
+            raise DataError(
+                f"{data.source}: the training rows have {len(task.tags)} different tags; there is nothing to tell apart."
+            )
         task.often = {word: task.tags.index(own.most_common(1)[0][0]) for word, own in counts.items()}
-        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn(
-            [" ".join(row) for row in words], size=options.vocab, lower=False)
+        task.text = (
+            Text.load(options.tokenizer)
+            if options.tokenizer
+            else Text.learn([" ".join(row) for row in words], size=options.vocab, lower=False)
+        )
         sizes = [len(ids) for ids, _ in task.encoded(words, 1 << 30)[0]]
         task.median = int(np.median(sizes))
         task.options = settled(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
@@ -114,7 +124,7 @@ class TokenClassification(Task):
         for row in words:
             pieces = [ids[word] if len(ids[word]) else np.array([self.text.unknown]) for word in row]
             begins = 1 + np.cumsum([0, *map(len, pieces)])
-            inside = int((begins[1:] < length).sum())                            # whole words before the separator
+            inside = int((begins[1:] < length).sum())  # whole words before the separator
             lost += len(row) - inside
             tokens = np.concatenate([[self.text.cls], *pieces[:inside], [self.text.sep]]).astype(np.int64)
             rows.append((tokens, begins[:inside]))
@@ -133,8 +143,10 @@ class TokenClassification(Task):
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         rows, lost = self.encoded(self.words(data), self.options.length)
         if lost:
-            self.notes.append(f"{lost} words stand beyond {self.options.length} tokens of their sentence; the network does not "
-                              "see them, and they count as untagged (task.length=... changes that)")
+            self.notes.append(
+                f"{lost} words stand beyond {self.options.length} tokens of their sentence; the network does not "
+                "see them, and they count as untagged (task.length=... changes that)"
+            )
         truth = self.truth(data)["label"] if settings else None
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -142,7 +154,7 @@ class TokenClassification(Task):
             places = [rows[i][1] for i in index]
             words = np.full((len(index), max(1, *map(len, places))), -1)
             for row, own in enumerate(places):
-                words[row, :len(own)] = own
+                words[row, : len(own)] = own
             batch = {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask), "words": torch.from_numpy(words)}
             if truth is not None:
                 target = np.full(tokens.shape, -1)
@@ -163,11 +175,13 @@ class TokenClassification(Task):
         rows, known = self.named(data), {tag: number for number, tag in enumerate(self.tags)}
         strange = sorted({tag for row in rows for tag in row} - known.keys())
         if strange:
-            raise DataError(f"{data.source}: column {self.target.name!r} has tags that were not in training: "
-                            f"{', '.join(strange[:5])}. Known are: {', '.join(self.tags[:20])}.")
+            raise DataError(
+                f"{data.source}: column {self.target.name!r} has tags that were not in training: "
+                f"{', '.join(strange[:5])}. Known are: {', '.join(self.tags[:20])}."
+            )
         label = np.full((len(rows), max(1, *map(len, rows)) if rows else 1), -1, dtype=np.int64)
         for number, row in enumerate(rows):
-            label[number, :len(row)] = [known[tag] for tag in row]
+            label[number, : len(row)] = [known[tag] for tag in row]
         return {"label": label}
 
     def aligned(self, outputs: Arrays, truth: Arrays) -> tuple[np.ndarray, np.ndarray]:
@@ -183,8 +197,12 @@ class TokenClassification(Task):
         right, claimed, there = (int(x.sum()) for x in counted(real, said, self.tags))
         outside = self.tags.index("O") if "O" in self.tags else -2
         hits = np.where(said < 0, outside, said)[real >= 0] == real[real >= 0]
-        return {"f1": 2 * right / max(claimed + there, 1), "precision": right / max(claimed, 1),
-                "recall": right / max(there, 1), "accuracy": float(hits.mean()) if len(hits) else float("nan")}
+        return {
+            "f1": 2 * right / max(claimed + there, 1),
+            "precision": right / max(claimed, 1),
+            "recall": right / max(there, 1),
+            "accuracy": float(hits.mean()) if len(hits) else float("nan"),
+        }
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         rows, real = self.words(test), self.truth(test)["label"]
@@ -192,9 +210,14 @@ class TokenClassification(Task):
         common = self.tags.index("O") if "O" in self.tags else common
         said = np.full(real.shape, -1, dtype=np.int64)
         for number, row in enumerate(rows):
-            said[number, :len(row)] = [self.often.get(word, common) for word in row]
-        return [Baseline("tag by word", f"each word's most frequent tag in training; {self.tags[common]!r} for words unseen",
-                         {"label": said, "probability": np.where(said < 0, np.nan, 1.0)})]
+            said[number, : len(row)] = [self.often.get(word, common) for word in row]
+        return [
+            Baseline(
+                "tag by word",
+                f"each word's most frequent tag in training; {self.tags[common]!r} for words unseen",
+                {"label": said, "probability": np.where(said < 0, np.nan, 1.0)},
+            )
+        ]
 
     # Answers
 
@@ -213,30 +236,55 @@ class TokenClassification(Task):
         for words, row, sure in zip(self.asked, outputs["label"].astype(int), outputs["probability"]):
             width = min(len(words), len(row))
             tags, outside = row[:width], "O" if "O" in self.tags else ""
-            found = [{"text": " ".join(words[first:last + 1]), "type": kind, "first": first, "last": last,
-                      "probability": float(np.min(sure[first:last + 1]))} for first, last, kind in spans(tags, self.tags)]
+            found = [
+                {
+                    "text": " ".join(words[first : last + 1]),
+                    "type": kind,
+                    "first": first,
+                    "last": last,
+                    "probability": float(np.min(sure[first : last + 1])),
+                }
+                for first, last, kind in spans(tags, self.tags)
+            ]
             said = [self.tags[tag] if tag >= 0 else outside for tag in tags] + [outside] * (len(words) - width)
             records.append({"tokens": words, "tags": said, "entities": found})
         return records
 
     # Report
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         from fieldguide.metrics.entities import parts
+
         real, said = self.aligned(outputs, truth)
-        rows = [(kind, int(there), r / c if c else float("nan"), r / there if there else float("nan"),
-                 2 * r / (c + there) if c + there else float("nan"))
-                for kind, r, c, there in zip(parts(self.tags)[2], *counted(real, said, self.tags))]
-        shown: list[Exhibit] = [Table("By type", "Precision: of those it said, how many are there. Recall: of those there, how "
-                                      "many it said. An entity counts if its first and last word and its type are right.",
-                                      ("type", "there", "precision", "recall", "F1"), rows, heat=("precision", "recall", "F1"))]
+        rows = [
+            (
+                kind,
+                int(there),
+                r / c if c else float("nan"),
+                r / there if there else float("nan"),
+                2 * r / (c + there) if c + there else float("nan"),
+            )
+            for kind, r, c, there in zip(parts(self.tags)[2], *counted(real, said, self.tags))
+        ]
+        shown: list[Exhibit] = [
+            Table(
+                "By type",
+                "Precision: of those it said, how many are there. Recall: of those there, how "
+                "many it said. An entity counts if its first and last word and its type are right.",
+                ("type", "there", "precision", "recall", "F1"),
+                rows,
+                heat=("precision", "recall", "F1"),
+            )
+        ]
         both = (real >= 0) & (said >= 0)
         size = len(self.tags)
         if size <= 30:
             counts = np.bincount(real[both] * size + said[both], minlength=size * size).reshape(size, size)
-            shown.append(Matrix("Tags of words", "Rows are the truth, columns what the network said.", self.tags,
-                                counts.tolist()))
+            shown.append(
+                Matrix("Tags of words", "Rows are the truth, columns what the network said.", self.tags, counts.tolist())
+            )
         return {"Errors": [*shown, *self.worst(test, outputs, real, said)]}
 
     def worst(self, test: Data, outputs: Arrays, real: np.ndarray, said: np.ndarray) -> list[Exhibit]:
@@ -247,16 +295,21 @@ class TokenClassification(Task):
                 break
             there, claimed = (set(spans(x[row], self.tags)) for x in (real, said))
             missed, wrongly = spelt(words[row], there - claimed), spelt(words[row], claimed - there)
-            quotes.append(Quote(" ".join(words[row]), f"missed: {missed} · wrongly said: {wrongly} · {test.place(int(row))}",
-                                bad=True))
+            quotes.append(
+                Quote(" ".join(words[row]), f"missed: {missed} · wrongly said: {wrongly} · {test.place(int(row))}", bad=True)
+            )
         return [Quotes("Worst sentences", "Test sentences with most words tagged wrong.", quotes)] if quotes else []
 
     # Saved with the run
 
     @classmethod
     def published(cls, beside: Beside) -> Self:
-        return cls.restore([Column("tokens", "list"), Column("tags", "list", "target")], cls.Options(length=beside.length), {
-            "tags": beside.names, "often": {}, "median": 0}, beside.folder)
+        return cls.restore(
+            [Column("tokens", "list"), Column("tags", "list", "target")],
+            cls.Options(length=beside.length),
+            {"tags": beside.names, "often": {}, "median": 0},
+            beside.folder,
+        )
 
     def state(self) -> dict[str, Any]:
         return {"tags": self.tags, "often": self.often, "median": self.median}
@@ -273,7 +326,7 @@ class TokenClassification(Task):
 
 
 def spelt(words: list[str], found: set[tuple[int, int, str]]) -> str:
-    return "; ".join(f"{' '.join(words[first:last + 1])} ({kind})" for first, last, kind in sorted(found)) or "–"
+    return "; ".join(f"{' '.join(words[first : last + 1])} ({kind})" for first, last, kind in sorted(found)) or "–"
 
 
 TASKS = (TokenClassification,)

@@ -30,16 +30,18 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.text.base import Typed
 
-VOCAB = 8192           # tokens of both languages together, at most, where the user names no number
-LONGEST = 200          # tokens of a sentence at most, where the user names no length
-TOKENS = 4096          # of targets a step, about, where the user names no batch
-WORST = 40             # sentences in the report
+VOCAB = 8192  # tokens of both languages together, at most, where the user names no number
+LONGEST = 200  # tokens of a sentence at most, where the user names no length
+TOKENS = 4096  # of targets a step, about, where the user names no batch
+WORST = 40  # sentences in the report
 
 
 class Translation(Typed):
     name = "translation"
-    reads = ("a table with a column of text and one of its translation (--target), or two files of lines that belong "
-             "together (train.de, train.en)")
+    reads = (
+        "a table with a column of text and one of its translation (--target), or two files of lines that belong "
+        "together (train.de, train.en)"
+    )
     takes = ("pair",)
     gives = ("tokens",)
     wants = Wants("last", names=("translation", "target_text", "tgt"), kinds={"target": "text", "feature": "text"})
@@ -51,22 +53,22 @@ class Translation(Typed):
 
     @dataclass(frozen=True)
     class Options:
-        vocab: int | None = None         # tokens in the vocabulary of both languages, learnt from the training texts
-        length: int | None = None        # tokens of a text that are read or written; the rest is cut off, and counted
-        tokenizer: str | None = None     # a tokenizer.json to use instead
-        begin: int | None = None         # of its tokens, the one that answers begin with
-        source_language: str | None = None       # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
+        vocab: int | None = None  # tokens in the vocabulary of both languages, learnt from the training texts
+        length: int | None = None  # tokens of a text that are read or written; the rest is cut off, and counted
+        tokenizer: str | None = None  # a tokenizer.json to use instead
+        begin: int | None = None  # of its tokens, the one that answers begin with
+        source_language: str | None = None  # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
         target_language: str | None = None
-        prefix: str = ""                 # stands before each source: T5 learnt "translate English to German: "
+        prefix: str = ""  # stands before each source: T5 learnt "translate English to German: "
 
     @dataclass(frozen=True)
     class Asking(Faithful):
-        penalty: float = 0.6             # of length: 0 = none, 1 = the mean log-probability decides
+        penalty: float = 0.6  # of length: 0 = none, 1 = the mean log-probability decides
 
     text: Text
     frame: Frame
     median: int
-    shown: list[tuple[str, str]]         # a few training pairs, translated now and then while it learns
+    shown: list[tuple[str, str]]  # a few training pairs, translated now and then while it learns
 
     @classmethod
     def lacks(cls, data: Data) -> str | None:
@@ -95,8 +97,10 @@ class Translation(Typed):
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
         task.options = settled(options, vocab=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000))))
         if cut := sum(s > task.options.length for s in sizes):
-            task.notes.append(f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and "
-                              "are cut there (task.length=... changes that)")
+            task.notes.append(
+                f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and "
+                "are cut there (task.length=... changes that)"
+            )
         return task
 
     def translations(self, data: Data) -> list[str]:
@@ -105,13 +109,20 @@ class Translation(Typed):
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, answered)
         if answered and self.target.name not in data.rows.columns:
-            raise DataError(f"{data.source}: the translations are to be in column {self.target.name!r}, which is not there. "
-                            "To ask for translations, use `fieldguide predict`.")
+            raise DataError(
+                f"{data.source}: the translations are to be in column {self.target.name!r}, which is not there. "
+                "To ask for translations, use `fieldguide predict`."
+            )
         return data
 
     def needs(self) -> dict[str, Any]:
-        return {"vocab": self.text.size, "length": self.options.length, "begin": self.frame.said[0], "end": self.frame.end,
-                "pad": self.text.pad}
+        return {
+            "vocab": self.text.size,
+            "length": self.options.length,
+            "begin": self.frame.said[0],
+            "end": self.frame.end,
+            "pad": self.text.pad,
+        }
 
     def profile(self) -> dict[str, Any]:
         return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median}
@@ -125,8 +136,12 @@ class Translation(Typed):
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         frame = self.frame
-        sources = [np.array([*frame.before, *ids, *frame.after]) for ids in self.ids(
-            [self.options.prefix + t for t in self.texts(data)], self.options.length - len(frame.before) - len(frame.after))]
+        sources = [
+            np.array([*frame.before, *ids, *frame.after])
+            for ids in self.ids(
+                [self.options.prefix + t for t in self.texts(data)], self.options.length - len(frame.before) - len(frame.after)
+            )
+        ]
         if self.target.name not in data.rows.columns:
             targets = None
         else:
@@ -136,8 +151,11 @@ class Translation(Typed):
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             source, mask = self.text.batch([sources[i] for i in index])
-            batch = {"source": torch.from_numpy(source), "source_mask": torch.from_numpy(mask), "row": torch.from_numpy(
-                np.asarray(index))}
+            batch = {
+                "source": torch.from_numpy(source),
+                "source_mask": torch.from_numpy(mask),
+                "row": torch.from_numpy(np.asarray(index)),
+            }
             if targets is not None:
                 said, _ = self.text.batch([np.concatenate([begin, targets[i]]) for i in index])
                 follows, real = self.text.batch([np.concatenate([known, targets[i], end]) for i in index])
@@ -164,15 +182,17 @@ class Translation(Typed):
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             scored = objective.outputs(batch) if "target" in batch else {}
             return {**scored, "said": self.search(objective.model, batch["source"], batch["source_mask"], batch["row"])}
+
         return answer
 
-    def search(self, model: Any, source: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:     # B S -> B T
+    def search(self, model: Any, source: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:  # B S -> B T
         """Answers, -1 behind their end; `numbers` are the rows' own, by which chance comes to them."""
         limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))
-        return written(model, source, mask, self.frame, limits, self.asking, self.text,
-                       None if numbers is None else numbers.tolist())
+        return written(
+            model, source, mask, self.frame, limits, self.asking, self.text, None if numbers is None else numbers.tolist()
+        )
 
-    def limits(self, lengths: Tensor) -> Tensor:         # B tokens of sources -> B tokens of answers at most
+    def limits(self, lengths: Tensor) -> Tensor:  # B tokens of sources -> B tokens of answers at most
         """Half as long again as the source, and 10 tokens more."""
         return (lengths * 3 // 2 + 10).clamp(max=self.asking.tokens)
 
@@ -183,8 +203,13 @@ class Translation(Typed):
         batch = self.batches(data, None).make(np.arange(1), None)
         tokens, mask = (batch[name].to(next(objective.parameters()).device) for name in ("source", "source_mask"))
         most = int(self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))[0])
-        return streamed(Sourced(objective.model, tokens, mask), self.frame.said, replace(self.asking, tokens=most),
-                        ends=(self.frame.end,), decode=self.text.decode)
+        return streamed(
+            Sourced(objective.model, tokens, mask),
+            self.frame.said,
+            replace(self.asking, tokens=most),
+            ends=(self.frame.end,),
+            decode=self.text.decode,
+        )
 
     def adjust(self, outputs: Arrays) -> Arrays:
         if "said" not in outputs:
@@ -207,7 +232,8 @@ class Translation(Typed):
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         from fieldguide.tasks.base import intervals
-        return intervals(self, outputs, truth, repeats=40)           # a score of so many texts takes its time
+
+        return intervals(self, outputs, truth, repeats=40)  # a score of so many texts takes its time
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{"text": text} for text in outputs["text"]]
@@ -217,35 +243,65 @@ class Translation(Typed):
 
     def glimpse(self, objective: Objective) -> list[Exhibit]:
         frame, texts = self.frame, [self.options.prefix + source for source, _ in self.shown]
-        tokens, mask = self.text.batch([np.array([*frame.before, *ids, *frame.after]) for ids in self.ids(
-            texts, self.options.length - len(frame.before) - len(frame.after))])
+        tokens, mask = self.text.batch(
+            [
+                np.array([*frame.before, *ids, *frame.after])
+                for ids in self.ids(texts, self.options.length - len(frame.before) - len(frame.after))
+            ]
+        )
         where = next(objective.parameters()).device
         said = self.search(objective.model, torch.from_numpy(tokens).to(where), torch.from_numpy(mask).to(where))
-        return [Quotes(f"{self.made} while it learnt", "", [
-            Quote(self.text.decode(row[row >= 0]).strip(), f"of: {source} (in the data: {right})")
-            for row, (source, right) in zip(said.cpu().numpy(), self.shown)])]
+        return [
+            Quotes(
+                f"{self.made} while it learnt",
+                "",
+                [
+                    Quote(self.text.decode(row[row >= 0]).strip(), f"of: {source} (in the data: {right})")
+                    for row, (source, right) in zip(said.cpu().numpy(), self.shown)
+                ],
+            )
+        ]
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         said, right, source = outputs["text"].tolist(), truth["text"].tolist(), truth["source"].tolist()
         bleu, chrf = judges(right)
         each = np.array([chrf.sentence_score(s, [r]).score for s, r in zip(said, right)])
         length = np.array([len(s.split()) for s in source])
-        groups = [(f"{low}-{high} words", (length >= low) & (length <= high))
-                  for low, high in ((1, 5), (6, 10), (11, 15), (16, 20), (21, 30), (31, 1000))]
+        groups = [
+            (f"{low}-{high} words", (length >= low) & (length <= high))
+            for low, high in ((1, 5), (6, 10), (11, 15), (16, 20), (21, 30), (31, 1000))
+        ]
         order = np.argsort(each, kind="stable")
         row = lambda i: (test.place(int(i)), source[i], right[i], said[i], float(each[i]))
-        bleu.corpus_score(said, [right])                             # a signature needs to have seen references
+        bleu.corpus_score(said, [right])  # a signature needs to have seen references
         chrf.corpus_score(said, [right])
         signatures = f"{bleu.get_signature()} and {chrf.get_signature()}"
         header = ("row", "source", "translation in the data", "of the network", "chrF")
-        return {"Sentences": [
-            Bars("chrF by length of the source", f"Scores by sacreBLEU: {signatures}.",
-                 {name: float(each[rows].mean()) for name, rows in groups if rows.any()}),
-            Table("Worst", "Test sentences with the lowest chrF: the network's mistakes, and the data's.", header,
-                  [row(i) for i in order[:WORST]], heat=("chrF",)),
-            Table("By chance", "Test sentences as they come.", header,
-                  [row(i) for i in np.random.default_rng(0).permutation(len(each))[:WORST // 2]], heat=("chrF",))]}
+        return {
+            "Sentences": [
+                Bars(
+                    "chrF by length of the source",
+                    f"Scores by sacreBLEU: {signatures}.",
+                    {name: float(each[rows].mean()) for name, rows in groups if rows.any()},
+                ),
+                Table(
+                    "Worst",
+                    "Test sentences with the lowest chrF: the network's mistakes, and the data's.",
+                    header,
+                    [row(i) for i in order[:WORST]],
+                    heat=("chrF",),
+                ),
+                Table(
+                    "By chance",
+                    "Test sentences as they come.",
+                    header,
+                    [row(i) for i in np.random.default_rng(0).permutation(len(each))[: WORST // 2]],
+                    heat=("chrF",),
+                ),
+            ]
+        }
 
     def state(self) -> dict[str, Any]:
         return {"median": self.median, "shown": self.shown}
@@ -263,14 +319,30 @@ class Translation(Typed):
         self.text.save(folder)
 
 
-def written(model: Any, source: Tensor, mask: Tensor, frame: Frame, limits: Tensor, how: Manner, text: Text,
-            numbers: list[int] | None = None) -> Tensor:
+def written(
+    model: Any,
+    source: Tensor,
+    mask: Tensor,
+    frame: Frame,
+    limits: Tensor,
+    how: Manner,
+    text: Text,
+    numbers: list[int] | None = None,
+) -> Tensor:
     """Answers to sources, of at most `limits` (B) tokens: B S, B S bool -> B T, -1 behind their end."""
-    rows = engine(Sourced(model, source, mask), [frame.said] * len(source), how, ends=(frame.end,), decode=text.decode,
-                   numbers=numbers, limits=limits, before=len(frame.said) - 1)
+    rows = engine(
+        Sourced(model, source, mask),
+        [frame.said] * len(source),
+        how,
+        ends=(frame.end,),
+        decode=text.decode,
+        numbers=numbers,
+        limits=limits,
+        before=len(frame.said) - 1,
+    )
     said = torch.full((len(rows), max(map(len, rows))), -1)
     for place, row in zip(said, rows):
-        place[:len(row)] = torch.tensor(row, dtype=torch.int64)
+        place[: len(row)] = torch.tensor(row, dtype=torch.int64)
     return said
 
 
@@ -283,6 +355,7 @@ def judges(right: list[str]) -> tuple[Any, Any]:
     """BLEU (Papineni et al. 2002, doi:10.3115/1073083.1073135) and chrF (Popović 2015, doi:10.18653/v1/W15-3049). Where the
     translations in the data are written without blanks, BLEU counts characters: Chinese ones as sacreBLEU's "zh" does."""
     from sacrebleu.metrics import BLEU, CHRF
+
     text = "".join(right)
     han, others, every = (len(re.findall(kind, text)) for kind in (f"[{HAN}]", f"[{OTHERS}]", r"[^\W\d_]"))
     if 2 * (han + others) <= every:

@@ -22,9 +22,9 @@ class Windows:
     text: Text
     frame: Frame
     length: int
-    located: list[tuple[np.ndarray, np.ndarray, np.ndarray]]     # of each context: tokens, what they stand for, what they cover
-    which: np.ndarray                    # the context of each question
-    asked: list[np.ndarray]              # tokens of each question
+    located: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # of each context: tokens, what they stand for, what they cover
+    which: np.ndarray  # the context of each question
+    asked: list[np.ndarray]  # tokens of each question
     number: np.ndarray
     first: np.ndarray
 
@@ -32,9 +32,9 @@ class Windows:
         before, between, behind = self.frame.before, self.frame.between, self.frame.behind
         asked = np.array([len(ids) for ids in self.asked], dtype=np.int64)[self.number]
         tokens = np.array([len(ids) for ids, _, _ in self.located], dtype=np.int64)[self.which[self.number]]
-        self.begin = asked + len(before) + len(between)          # the place of each window's first token of the context
+        self.begin = asked + len(before) + len(between)  # the place of each window's first token of the context
         room = self.length - self.begin - len(behind)
-        self.stop = np.minimum(tokens, self.first + room)        # behind its last token of the context
+        self.stop = np.minimum(tokens, self.first + room)  # behind its last token of the context
         self.sizes = self.begin + self.stop - self.first + len(behind)
 
     def piece(self, row: int) -> slice:
@@ -42,26 +42,50 @@ class Windows:
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         frame = self.frame
-        tokens, mask = self.text.batch([np.concatenate([frame.before, self.asked[self.number[r]], frame.between, self.located[
-            self.which[self.number[r]]][0][self.piece(r)], frame.behind]).astype(np.int64) for r in rows])
+        tokens, mask = self.text.batch(
+            [
+                np.concatenate(
+                    [
+                        frame.before,
+                        self.asked[self.number[r]],
+                        frame.between,
+                        self.located[self.which[self.number[r]]][0][self.piece(r)],
+                        frame.behind,
+                    ]
+                ).astype(np.int64)
+                for r in rows
+            ]
+        )
         place = np.arange(tokens.shape[1])
         begin, stop = self.begin[rows, None], (self.begin + self.stop - self.first)[rows, None]
         segments = np.where(mask, np.where(place < begin, *frame.segments), 0)
-        return {name: torch.from_numpy(x) for name, x in {
-            "tokens": tokens, "mask": mask, "segments": segments, "answerable": (place >= begin) & (place < stop)}.items()}
+        return {
+            name: torch.from_numpy(x)
+            for name, x in {
+                "tokens": tokens,
+                "mask": mask,
+                "segments": segments,
+                "answerable": (place >= begin) & (place < stop),
+            }.items()
+        }
 
-    def characters(self, rows: np.ndarray) -> np.ndarray:        # -> B T 2
+    def characters(self, rows: np.ndarray) -> np.ndarray:  # -> B T 2
         """What characters of its context each token stands for; 0 0 for those that are not of it."""
         found = np.zeros((len(rows), int(self.sizes[rows].max(initial=1)), 2), dtype=np.int64)
         for at, row in enumerate(rows):
             spans = self.located[self.which[self.number[row]]][1][self.piece(row)]
-            found[at, self.begin[row]:self.begin[row] + len(spans)] = spans
+            found[at, self.begin[row] : self.begin[row] + len(spans)] = spans
         return found
 
-    def spots(self, right: list[list[dict[str, Any]]]) -> np.ndarray:             # -> windows 2
+    def spots(self, right: list[list[dict[str, Any]]]) -> np.ndarray:  # -> windows 2
         """The places of the first and last token of the first answer in each window that holds it; 0 0 in others."""
-        found = np.array([covering(self.located[context][2], *ends(answers[0])) if answers else (-1, -1)
-                          for context, answers in zip(self.which, right)], dtype=np.int64).reshape(-1, 2)[self.number]
+        found = np.array(
+            [
+                covering(self.located[context][2], *ends(answers[0])) if answers else (-1, -1)
+                for context, answers in zip(self.which, right)
+            ],
+            dtype=np.int64,
+        ).reshape(-1, 2)[self.number]
         inside = (found[:, 0] >= self.first) & (found[:, 1] < self.stop)
         return np.where(inside[:, None], found - self.first[:, None] + self.begin[:, None], 0)
 
@@ -89,8 +113,12 @@ def framed(text: Text) -> Frame:
     if not (side < 0).any() or not len(first) or not len(second):
         return Frame((text.cls,), (text.sep,), (text.sep,))
     ids, kinds = pair.ids, pair.type_ids
-    return Frame(tuple(ids[:first[0]]), tuple(ids[first[-1] + 1:second[0]]), tuple(ids[second[-1] + 1:]),
-                 (kinds[first[0]], kinds[second[0]]))
+    return Frame(
+        tuple(ids[: first[0]]),
+        tuple(ids[first[-1] + 1 : second[0]]),
+        tuple(ids[second[-1] + 1 :]),
+        (kinds[first[0]], kinds[second[0]]),
+    )
 
 
 def ends(answer: dict[str, Any]) -> tuple[int, int]:
@@ -98,22 +126,22 @@ def ends(answer: dict[str, Any]) -> tuple[int, int]:
     return answer["start"], answer["start"] + len(answer["text"])
 
 
-def covering(spans: np.ndarray, begin: int, end: int) -> tuple[int, int]:        # N 2 -> first, last
+def covering(spans: np.ndarray, begin: int, end: int) -> tuple[int, int]:  # N 2 -> first, last
     """The tokens that hold a piece of a text: the first that ends behind its begin, the last that begins before its end."""
     inside = np.flatnonzero((spans[:, 1] > begin) & (spans[:, 0] < end) & (spans[:, 1] > spans[:, 0]))
     return (int(inside[0]), int(inside[-1])) if len(inside) else (-1, -1)
 
 
-def widened(text: str, spans: np.ndarray) -> np.ndarray:             # N 2 -> N 2
+def widened(text: str, spans: np.ndarray) -> np.ndarray:  # N 2 -> N 2
     """Pieces of a text made to hold whole words: what they begin and end within is all of theirs."""
     words = np.array([m.span() for m in WORD.finditer(text)], dtype=np.int64).reshape(-1, 2)
     if not len(words):
         return spans
-    within = np.searchsorted(words[:, 0], spans, "right") - 1        # the last word that begins at or before
-    near = words[np.maximum(within, 0)]                              # N 2 2
+    within = np.searchsorted(words[:, 0], spans, "right") - 1  # the last word that begins at or before
+    near = words[np.maximum(within, 0)]  # N 2 2
     begin, end = spans.T
     begins = np.where((within[:, 0] >= 0) & (begin < near[:, 0, 1]), near[:, 0, 0], begin)
-    last = np.searchsorted(words[:, 0], end, "left") - 1             # of the words that begin before the end
+    last = np.searchsorted(words[:, 0], end, "left") - 1  # of the words that begin before the end
     behind = words[np.maximum(last, 0), 1]
     return np.stack([begins, np.where((last >= 0) & (end < behind) & (end > begin), behind, end)], 1)
 

@@ -30,52 +30,62 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.timeseries import report
 
 QUANTILES = (0.05, 0.1, 0.5, 0.9, 0.95)
-LEVELS = {0.8: (1, 3), 0.9: (0, 4)}              # coverage of an interval -> its ends among the quantiles
-EACH = 50                  # validation windows that intervals of one step are calibrated on at least; else all steps together
+LEVELS = {0.8: (1, 3), 0.9: (0, 4)}  # coverage of an interval -> its ends among the quantiles
+EACH = 50  # validation windows that intervals of one step are calibrated on at least; else all steps together
 
 
 class Forecasting(Task):
     name = "time-series-forecasting"
-    reads = ("a table with a column of time and, for many series, one that tells them apart (long), or a column for each "
-             "series (wide); or one series a row, without time")
+    reads = (
+        "a table with a column of time and, for many series, one that tells them apart (long), or a column for each "
+        "series (wide); or one series a row, without time"
+    )
     takes = ("series", "covariates")
     gives = ("forecast",)
-    wants = Wants("numbers", names=("value", "values", "sales", "demand"), roles=("series", "time"),
-                  kinds={"series": "category", "target": "number"}, gaps=True, checks=(panels.check,))
-    metrics = (Metric("mase", "min", "mean absolute scaled error (1: as the seasonal naive forecast did in the past)"),
-               Metric("mse", "min", "squared error of values standardised by training"),
-               Metric("mae", "min", "absolute error of values standardised by training"),
-               Metric("smape", "min", "symmetric error in percent, 0 to 200, of natural values"),
-               Metric("pinball", "min", f"loss of the quantiles {', '.join(f'{q:g}' for q in QUANTILES)}, standardised"),
-               Metric("coverage_80", "near 80 %", "of outcomes inside the 80 % interval", percent=True),
-               Metric("coverage_90", "near 90 %", "of outcomes inside the 90 % interval", percent=True))
+    wants = Wants(
+        "numbers",
+        names=("value", "values", "sales", "demand"),
+        roles=("series", "time"),
+        kinds={"series": "category", "target": "number"},
+        gaps=True,
+        checks=(panels.check,),
+    )
+    metrics = (
+        Metric("mase", "min", "mean absolute scaled error (1: as the seasonal naive forecast did in the past)"),
+        Metric("mse", "min", "squared error of values standardised by training"),
+        Metric("mae", "min", "absolute error of values standardised by training"),
+        Metric("smape", "min", "symmetric error in percent, 0 to 200, of natural values"),
+        Metric("pinball", "min", f"loss of the quantiles {', '.join(f'{q:g}' for q in QUANTILES)}, standardised"),
+        Metric("coverage_80", "near 80 %", "of outcomes inside the 80 % interval", percent=True),
+        Metric("coverage_90", "near 90 %", "of outcomes inside the 90 % interval", percent=True),
+    )
     recipe: ClassVar = {"patience": 10}
     fewest = 32
 
     @dataclass(frozen=True)
     class Options:
-        horizon: int | None = None       # steps ahead; by the frequency
-        length: int | None = None        # steps of the past that are read; by the horizon and the season
-        season: int | None = None        # steps of a season; by the frequency, else as the values show it
-        train: float | None = None       # of every series, as steps (>= 1) or a share; all before validation
+        horizon: int | None = None  # steps ahead; by the frequency
+        length: int | None = None  # steps of the past that are read; by the horizon and the season
+        season: int | None = None  # steps of a season; by the frequency, else as the values show it
+        train: float | None = None  # of every series, as steps (>= 1) or a share; all before validation
         validation: float | None = None  # the same; a tenth, or of many series the last horizon before the test
-        test: float | None = None        # the same; the last fifth, or of many series the last horizon
-        known: str = ""                  # columns that are known ahead, with commas between; others are measured
-        calendar: bool = True            # whether what the calendar says of a step is known ahead
-        point: str = "mae"               # loss of the point: mae (a median) or mse (a mean)
-        normalise: bool = True           # each window by its own past (reversible instance normalisation)
+        test: float | None = None  # the same; the last fifth, or of many series the last horizon
+        known: str = ""  # columns that are known ahead, with commas between; others are measured
+        calendar: bool = True  # whether what the calendar says of a step is known ahead
+        point: str = "mae"  # loss of the point: mae (a median) or mse (a mean)
+        normalise: bool = True  # each window by its own past (reversible instance normalisation)
 
     @dataclass(frozen=True)
     class Asking:
-        interval: float = 0.9            # 0.8 or 0.9: the share of outcomes that intervals shall hold
+        interval: float = 0.9  # 0.8 or 0.9: the share of outcomes that intervals shall hold
 
     covariates: Covariates
-    standards: dict[str, tuple[float, float]]       # series -> mean and deviation of its training part
-    widths: dict[str, list[float]]                  # level -> how much intervals are widened, step by step
+    standards: dict[str, tuple[float, float]]  # series -> mean and deviation of its training part
+    widths: dict[str, list[float]]  # level -> how much intervals are widened, step by step
     frequency: Frequency
     layout: str
     series: int
-    digest: str                                     # of the data that it learnt from
+    digest: str  # of the data that it learnt from
     asked: Data
 
     # Before training
@@ -97,8 +107,10 @@ class Forecasting(Task):
         task = cls(list(data.columns.values()), options)
         task.frequency, task.layout, task.series, task.digest = found.frequency, found.layout, len(found), data.manifest.digest
         task.widths = {}
-        task.standards = {name: standard(found.values[low:end, column]) for name, low, end, column in
-                          zip(found.names, found.low, windows.train_end, found.column)}
+        task.standards = {
+            name: standard(found.values[low:end, column])
+            for name, low, end, column in zip(found.names, found.low, windows.train_end, found.column)
+        }
         trained = np.zeros(len(found.row), dtype=bool)
         for low, end in zip(found.low, windows.train_end):
             trained[low:end] = True
@@ -108,27 +120,43 @@ class Forecasting(Task):
         names = [c.name for c in columns]
         for name in ahead:
             if name not in names:
-                raise SettingsError(f"task.known names {name!r}, which is no covariate.{nearest(name, names)} Covariates are: "
-                                    f"{', '.join(names) or 'none'}.")
+                raise SettingsError(
+                    f"task.known names {name!r}, which is no covariate.{nearest(name, names)} Covariates are: "
+                    f"{', '.join(names) or 'none'}."
+                )
         steps = int((windows.train_end - found.low).max()) if options.calendar else 0
         task.covariates = Covariates.learn(windows.table[rows], columns, ahead, found.frequency, steps)
         season = f"a season of {options.season} steps" if options.season > 1 else "no season"
-        task.notes.append(f"{len(found):,} series, a step is {found.frequency.article}, {season}; {options.length} steps are "
-                          f"read, {options.horizon} forecast (task.season, task.length, task.horizon)")
-        for known, what in ((False, "measured beside the series, so not known ahead (task.known=NAME says which are)"),
-                            (True, "known ahead")):
+        task.notes.append(
+            f"{len(found):,} series, a step is {found.frequency.article}, {season}; {options.length} steps are "
+            f"read, {options.horizon} forecast (task.season, task.length, task.horizon)"
+        )
+        for known, what in (
+            (False, "measured beside the series, so not known ahead (task.known=NAME says which are)"),
+            (True, "known ahead"),
+        ):
             names = list(dict.fromkeys(c.column for c in task.covariates.columns if c.ahead == known))
             if names:
                 task.notes.append(f"{', '.join(names)}: {what}; networks that take series alone do not read them")
         return task
 
     def needs(self) -> dict[str, Any]:
-        return {"length": self.options.length, "horizon": self.options.horizon, "values": 1 + len(QUANTILES), "channels": 1,
-                "past": self.covariates.past, "known": self.covariates.known}
+        return {
+            "length": self.options.length,
+            "horizon": self.options.horizon,
+            "values": 1 + len(QUANTILES),
+            "channels": 1,
+            "past": self.covariates.past,
+            "known": self.covariates.known,
+        }
 
     def profile(self) -> dict[str, Any]:
-        return {"series": self.series, "length": self.options.length, "horizon": self.options.horizon,
-                "known": sum(c.ahead for c in self.covariates.columns)}
+        return {
+            "series": self.series,
+            "length": self.options.length,
+            "horizon": self.options.horizon,
+            "known": sum(c.ahead for c in self.covariates.columns),
+        }
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Forecast(model, card.inputs, QUANTILES, self.options.point, self.options.normalise)
@@ -146,7 +174,7 @@ class Forecasting(Task):
         """Windows cut when they are asked for; the series themselves are in memory once."""
         windows: Windows = data.context
         found, length, horizon = windows.panel, self.options.length, self.options.horizon
-        series, at = (data.rows[name].to_numpy().copy() for name in (SERIES, CUT))      # polars lends its memory read-only
+        series, at = (data.rows[name].to_numpy().copy() for name in (SERIES, CUT))  # polars lends its memory read-only
         mean, std = self.scales(windows)
         low, column, group = (torch.from_numpy(x) for x in (found.low, found.column, found.group))
         filled, observed = torch.from_numpy(found.filled), torch.from_numpy(found.observed)
@@ -160,9 +188,9 @@ class Forecasting(Task):
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             s, cuts = torch.from_numpy(series[index]), torch.from_numpy(at[index])
-            steps = cuts[:, None] + past                                         # B T
+            steps = cuts[:, None] + past  # B T
             real = steps >= low[s][:, None]
-            steps = steps.maximum(low[s][:, None])                               # before its beginning, a series stood still
+            steps = steps.maximum(low[s][:, None])  # before its beginning, a series stood still
             own, centre, scale = column[s][:, None], mean[s][:, None], std[s][:, None]
             batch = {"series": ((filled[steps, own] - centre) / scale).float()[..., None]}
             if gaps:
@@ -171,13 +199,13 @@ class Forecasting(Task):
                 batch["target"] = ((self.outcomes(found, s, cuts[:, None] + future) - centre) / scale).float()[..., None]
             if beside is not None:
                 measured, known = beside
-                shift = (group[s] * horizon)[:, None]                            # `known` has a horizon more of each group
+                shift = (group[s] * horizon)[:, None]  # `known` has a horizon more of each group
                 batch |= {"past": measured[steps], "known": known[torch.cat([steps, cuts[:, None] + future], 1) + shift]}
             return batch
 
         return Batches(len(data), make)
 
-    def outcomes(self, found: panels.Panel, series: Tensor, steps: Tensor) -> Tensor:          # B, B H -> B H
+    def outcomes(self, found: panels.Panel, series: Tensor, steps: Tensor) -> Tensor:  # B, B H -> B H
         """What was, in natural units; NaN where nothing is known."""
         values = torch.from_numpy(found.values)
         high, column = torch.from_numpy(found.high)[series][:, None], torch.from_numpy(found.column)[series][:, None]
@@ -188,7 +216,7 @@ class Forecasting(Task):
         found, horizon = windows.panel, self.options.horizon
         sizes = np.diff(found.start)
         group = np.repeat(np.arange(len(sizes)), sizes + horizon)
-        step = np.arange(len(group)) - group * horizon                           # as the panel counts
+        step = np.arange(len(group)) - group * horizon  # as the panel counts
         inside = step < found.start[group + 1]
         row = np.where(inside, found.row[np.minimum(step, len(found.row) - 1)], -1)
         times = np.concatenate([found.frequency.times(found.times[a], n + horizon) for a, n in zip(found.start, sizes)])
@@ -208,27 +236,39 @@ class Forecasting(Task):
         found, options = windows.panel, self.options
         series, at = (data.rows[name].to_numpy().copy() for name in (SERIES, CUT))
         mean, std = self.scales(windows)
-        before = [[seasonal_scale(found.values[low:end, c], options.season) for end in ends] for low, c, *ends in
-                  zip(found.low, found.column, windows.train_end, windows.val_end)]
+        before = [
+            [seasonal_scale(found.values[low:end, c], options.season) for end in ends]
+            for low, c, *ends in zip(found.low, found.column, windows.train_end, windows.val_end)
+        ]
         tested = (at >= windows.val_end[series]).astype(int)
         steps = torch.from_numpy(at)[:, None] + torch.arange(options.horizon)
         future = self.outcomes(found, torch.from_numpy(series), steps).numpy()
         # Windows that overlap are alike, and so are series of one table at one time.
         block = found.group[series].astype(np.int64) * (len(found.row) + 1) + at // options.horizon
-        return {"future": future, "mean": mean[series], "std": std[series], "naive": np.array(before)[series, tested],
-                "block": block}
+        return {
+            "future": future,
+            "mean": mean[series],
+            "std": std[series],
+            "naive": np.array(before)[series, tested],
+            "block": block,
+        }
 
     def errors(self, outputs: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
         """Of each window: how many outcomes are known, and sums or means of their errors. B each."""
-        values = outputs["values"][:, :, 0].astype(np.float64)                   # B H Q
+        values = outputs["values"][:, :, 0].astype(np.float64)  # B H Q
         future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
         known = np.isfinite(future)
         point, error = values[..., 0], values[..., 0] - future
         natural = point * truth["std"][:, None] + truth["mean"][:, None]
         count = known.sum(1)
         mean = lambda x: np.where(known, x, 0).sum(1) / np.maximum(count, 1)
-        found = {"count": count, "se": np.where(known, error ** 2, 0).sum(1), "ae": np.where(known, abs(error), 0).sum(1),
-                 "mase": mean(abs(error)) * truth["std"] / truth["naive"], "smape": mean(smape(natural, truth["future"]))}
+        found = {
+            "count": count,
+            "se": np.where(known, error**2, 0).sum(1),
+            "ae": np.where(known, abs(error), 0).sum(1),
+            "mase": mean(abs(error)) * truth["std"] / truth["naive"],
+            "smape": mean(smape(natural, truth["future"])),
+        }
         if values.shape[-1] > 1:
             q = values[..., 1:]
             found["pinball"] = np.where(known, pinball(q, future, np.array(QUANTILES)).mean(-1), 0).sum(1)
@@ -241,10 +281,17 @@ class Forecasting(Task):
         means over outcomes. Windows of series that never change have no MASE."""
         count = max(int(errors["count"].sum()), 1)
         scaled = errors["mase"][np.isfinite(errors["mase"])]
-        scores = {"mase": float(scaled.mean()) if len(scaled) else float("nan"), "mse": float(errors["se"].sum() / count),
-                  "mae": float(errors["ae"].sum() / count), "smape": float(errors["smape"].mean())}
-        return scores | {name: float(errors[name].sum() / count) if name in errors else float("nan")
-                         for name in (m.name for m in self.metrics) if name not in scores}
+        scores = {
+            "mase": float(scaled.mean()) if len(scaled) else float("nan"),
+            "mse": float(errors["se"].sum() / count),
+            "mae": float(errors["ae"].sum() / count),
+            "smape": float(errors["smape"].mean()),
+        }
+        return scores | {
+            name: float(errors[name].sum() / count) if name in errors else float("nan")
+            for name in (m.name for m in self.metrics)
+            if name not in scores
+        }
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         return self.total(self.errors(outputs, truth))
@@ -266,8 +313,10 @@ class Forecasting(Task):
         q = outputs["values"][:, :, 0, 1:].astype(np.float64)
         future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
         steps = [slice(h, h + 1) for h in range(q.shape[1])] if len(q) >= EACH else [slice(None)] * q.shape[1]
-        self.widths = {f"{level:g}": [widening(q[:, h, a], q[:, h, b], future[:, h], level) for h in steps]
-                       for level, (a, b) in LEVELS.items()}
+        self.widths = {
+            f"{level:g}": [widening(q[:, h, a], q[:, h, b], future[:, h], level) for h in steps]
+            for level, (a, b) in LEVELS.items()
+        }
 
     def adjust(self, outputs: Arrays) -> Arrays:
         values = outputs["values"].astype(np.float32)
@@ -277,7 +326,7 @@ class Forecasting(Task):
             more = np.array(grow, dtype=np.float32)[:, None] * (high - low)
             values[..., 1 + a], values[..., 1 + b] = low - more, high + more
         values[..., 1:] = np.sort(values[..., 1:], -1)
-        for a, b in LEVELS.values():                     # and an interval holds the point that it belongs to
+        for a, b in LEVELS.values():  # and an interval holds the point that it belongs to
             values[..., 1 + a] = np.minimum(values[..., 1 + a], values[..., 0])
             values[..., 1 + b] = np.maximum(values[..., 1 + b], values[..., 0])
         return {**outputs, "values": values}
@@ -292,9 +341,11 @@ class Forecasting(Task):
         last, first = found.filled[at - 1, column], found.filled[low, column]
         again = np.maximum(at[:, None] - season + ahead % season, low[:, None])
         slope = (last - first) / np.maximum(at - 1 - low, 1)
-        made = {"naive": ("repeats the last value", np.repeat(last[:, None], len(ahead), 1)),
-                "seasonal naive": (f"repeats the last season of {season} steps", found.filled[again, column[:, None]]),
-                "drift": ("the line from the first value to the last, continued", last[:, None] + slope[:, None] * (ahead + 1))}
+        made = {
+            "naive": ("repeats the last value", np.repeat(last[:, None], len(ahead), 1)),
+            "seasonal naive": (f"repeats the last season of {season} steps", found.filled[again, column[:, None]]),
+            "drift": ("the line from the first value to the last, continued", last[:, None] + slope[:, None] * (ahead + 1)),
+        }
         if season == 1:
             del made["seasonal naive"]
         return {name: (what, (x - mean) / std) for name, (what, x) in made.items()}
@@ -320,7 +371,7 @@ class Forecasting(Task):
         return self.asked
 
     def read_one(self, source: Any, answered: bool) -> Data:
-        if self.layout == "rows":                        # the columns are steps: there may be more of them, or fewer
+        if self.layout == "rows":  # the columns are steps: there may be more of them, or fewer
             name = next((c.name for c in self.columns if c.role == "series" or c.kind in ("identifier", "category")), None)
             return read(source, wants=self.wants, roles={"series": name} if name else None, labels_optional=True)
         return read(source, schema=self.columns, wants=self.wants, labels_optional=True)
@@ -339,8 +390,10 @@ class Forecasting(Task):
         lacking = int((~given).sum())
         if lacking:
             names = ", ".join(dict.fromkeys(c.column for c in self.covariates.columns if c.ahead))
-            self.say(f"{lacking:,} of {given.size:,} future steps have no row with {names}: taken as average. Append rows with "
-                     "the time and these columns, and no value")
+            self.say(
+                f"{lacking:,} of {given.size:,} future steps have no row with {names}: taken as average. Append rows with "
+                "the time and these columns, and no value"
+            )
 
     def answers(self, outputs: Arrays) -> list[list[dict[str, Any]]]:
         if self.asking.interval not in LEVELS:
@@ -353,14 +406,25 @@ class Forecasting(Task):
             natural = values * std[i] + mean[i]
             last = found.times[found.high[i] - 1]
             times = found.frequency.times(last, len(natural) + 1)[1:]
-            records.append([{"series": found.names[i], "time": found.frequency.label(time), "value": float(step[0]),
-                             "low": float(step[1 + a]), "high": float(step[1 + b])} for time, step in zip(times, natural)])
+            records.append(
+                [
+                    {
+                        "series": found.names[i],
+                        "time": found.frequency.label(time),
+                        "value": float(step[0]),
+                        "low": float(step[1 + a]),
+                        "high": float(step[1 + b]),
+                    }
+                    for time, step in zip(times, natural)
+                ]
+            )
         return records
 
     # Report
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         simple = {name: values for name, (_, values) in self.simple(test).items()}
         return report.of(test, outputs["values"][:, :, 0].astype(np.float64), truth, simple, LEVELS)
 
@@ -368,9 +432,15 @@ class Forecasting(Task):
 
     def state(self) -> dict[str, Any]:
         f = self.frequency
-        return {"covariates": self.covariates.to_json(), "standards": self.standards, "widths": self.widths,
-                "layout": self.layout, "frequency": {"unit": f.unit, "size": f.size, "words": f.words}, "series": self.series,
-                "digest": self.digest}
+        return {
+            "covariates": self.covariates.to_json(),
+            "standards": self.standards,
+            "widths": self.widths,
+            "layout": self.layout,
+            "frequency": {"unit": f.unit, "size": f.size, "words": f.words},
+            "series": self.series,
+            "digest": self.digest,
+        }
 
     @classmethod
     def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:

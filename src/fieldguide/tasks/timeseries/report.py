@@ -11,14 +11,15 @@ from fieldguide.data.dataset import Data
 from fieldguide.data.timeseries.panel import Panel
 from fieldguide.data.timeseries.windows import CUT, SERIES, Windows
 
-SHOWN = 6                  # series drawn, from the worst to the best
-LISTED = 20                # series in the table of the worst
-PAST = 400                 # steps drawn before a forecast, at most
-Ends = Mapping[float, tuple[int, int]]           # share that an interval holds -> its ends among the quantiles
+SHOWN = 6  # series drawn, from the worst to the best
+LISTED = 20  # series in the table of the worst
+PAST = 400  # steps drawn before a forecast, at most
+Ends = Mapping[float, tuple[int, int]]  # share that an interval holds -> its ends among the quantiles
 
 
-def of(test: Data, values: np.ndarray, truth: Mapping[str, np.ndarray], simple: Mapping[str, np.ndarray], levels: Ends
-       ) -> dict[str, list[Exhibit]]:
+def of(
+    test: Data, values: np.ndarray, truth: Mapping[str, np.ndarray], simple: Mapping[str, np.ndarray], levels: Ends
+) -> dict[str, list[Exhibit]]:
     """`values` B H 1+Q (standardised, the point first) are the network's, `simple` (B H) those of each baseline."""
     windows: Windows = test.context
     future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
@@ -36,31 +37,51 @@ def of(test: Data, values: np.ndarray, truth: Mapping[str, np.ndarray], simple: 
         natural = values[row] * truth["std"][row] + truth["mean"][row]
         at = int(test.rows[CUT][row])
         drawn.append(window(windows.panel, windows.options.season, int(s), at, natural, each[row], levels))
-    return {"Forecasts": drawn, "Errors": [by_step(scaled), worst(windows.panel, series, numbers, order, mean),
-                                           covered(values, future, levels)]}
+    return {
+        "Forecasts": drawn,
+        "Errors": [by_step(scaled), worst(windows.panel, series, numbers, order, mean), covered(values, future, levels)],
+    }
 
 
 def by_step(scaled: Mapping[str, np.ndarray]) -> Lines:
     steps = np.arange(1, next(iter(scaled.values())).shape[1] + 1)
-    return Lines("Error by horizon", "MASE of each step ahead, over all test windows: 1 is the error that the seasonal naive "
-                 "forecast made in the past, one step at a time.", x="steps ahead", y="MASE",
-                 lines={name: (steps, average(x, 0)) for name, x in scaled.items()})
+    return Lines(
+        "Error by horizon",
+        "MASE of each step ahead, over all test windows: 1 is the error that the seasonal naive "
+        "forecast made in the past, one step at a time.",
+        x="steps ahead",
+        y="MASE",
+        lines={name: (steps, average(x, 0)) for name, x in scaled.items()},
+    )
 
 
 def worst(found: Panel, series: np.ndarray, numbers: np.ndarray, order: np.ndarray, mean: Mapping[str, np.ndarray]) -> Table:
-    rows = [(found.names[numbers[i]], int((series == numbers[i]).sum()), *(float(x[i]) for x in mean.values()))
-            for i in order[:LISTED]]
-    return Table("Worst series" if len(numbers) > 1 else "The series", "Mean MASE over the test windows of each.",
-                 ("series", "windows", *mean), rows, heat=("this network",))
+    rows = [
+        (found.names[numbers[i]], int((series == numbers[i]).sum()), *(float(x[i]) for x in mean.values()))
+        for i in order[:LISTED]
+    ]
+    return Table(
+        "Worst series" if len(numbers) > 1 else "The series",
+        "Mean MASE over the test windows of each.",
+        ("series", "windows", *mean),
+        rows,
+        heat=("this network",),
+    )
 
 
 def covered(values: np.ndarray, future: np.ndarray, levels: Ends) -> Lines:
     steps, known = np.arange(1, values.shape[1] + 1), np.isfinite(future)
-    inside = {f"{100 * level:.0f} %": (values[..., 1 + a] <= future) & (future <= values[..., 1 + b])
-              for level, (a, b) in levels.items()}
-    return Lines("Coverage by horizon", "The share of outcomes inside each interval; it should be what the interval promises.",
-                 x="steps ahead", y="share inside",
-                 lines={name: (steps, average(np.where(known, x, np.nan), 0)) for name, x in inside.items()})
+    inside = {
+        f"{100 * level:.0f} %": (values[..., 1 + a] <= future) & (future <= values[..., 1 + b])
+        for level, (a, b) in levels.items()
+    }
+    return Lines(
+        "Coverage by horizon",
+        "The share of outcomes inside each interval; it should be what the interval promises.",
+        x="steps ahead",
+        y="share inside",
+        lines={name: (steps, average(np.where(known, x, np.nan), 0)) for name, x in inside.items()},
+    )
 
 
 def window(found: Panel, season: int, series: int, at: int, natural: np.ndarray, error: float, levels: Ends) -> Lines:
@@ -69,11 +90,18 @@ def window(found: Panel, season: int, series: int, at: int, natural: np.ndarray,
     begin, end = max(at - max(2 * len(natural), 2 * season), low, at - PAST), min(at + len(natural), high)
     moment = f"step {at - low}" if found.layout == "rows" else found.frequency.label(found.times[at])
     was = (np.arange(begin, end) - at, found.values[begin:end, found.column[series]])
-    bands = {f"{100 * level:.0f} %": (ahead, natural[:, 1 + a], natural[:, 1 + b]) for level, (a, b) in
-             sorted(levels.items(), reverse=True)}
-    return Lines(f"{found.names[series]}, from {moment}", f"The test window of middling error of this series: MASE {error:.3g}",
-                 x=f"steps ({found.frequency.article})", bands=bands, marks={"forecast begins": 0.0},
-                 lines={"what was": was, "forecast": (ahead, natural[:, 0])})
+    bands = {
+        f"{100 * level:.0f} %": (ahead, natural[:, 1 + a], natural[:, 1 + b])
+        for level, (a, b) in sorted(levels.items(), reverse=True)
+    }
+    return Lines(
+        f"{found.names[series]}, from {moment}",
+        f"The test window of middling error of this series: MASE {error:.3g}",
+        x=f"steps ({found.frequency.article})",
+        bands=bands,
+        marks={"forecast begins": 0.0},
+        lines={"what was": was, "forecast": (ahead, natural[:, 0])},
+    )
 
 
 def average(values: np.ndarray, axis: int) -> np.ndarray:

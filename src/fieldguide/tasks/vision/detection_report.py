@@ -14,9 +14,9 @@ from fieldguide.data.media import images
 from fieldguide.metrics.detection import average_precision
 from fieldguide.tasks.base import Arrays
 
-SHOWN = 12                 # pictures in each gallery
-CURVES = 12                # classes whose curves are drawn, the most frequent ones
-HALF = 280                 # pixels of a picture's longer side in a gallery
+SHOWN = 12  # pictures in each gallery
+CURVES = 12  # classes whose curves are drawn, the most frequent ones
+HALF = 280  # pixels of a picture's longer side in a gallery
 
 
 def opened(path: str) -> Image.Image:
@@ -29,8 +29,9 @@ def colour(label: int) -> tuple[int, int, int]:
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.33 + 0.618034 * label) % 1, 0.85, 0.95))
 
 
-def drawn(picture: Image.Image, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str],
-          scores: np.ndarray | None = None) -> Image.Image:
+def drawn(
+    picture: Image.Image, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], scores: np.ndarray | None = None
+) -> Image.Image:
     """A picture with boxes (M 4, in its pixels) and their names, and scores where given; lines fit its size."""
     out = picture.copy()
     pen, width = ImageDraw.Draw(out), max(1, round(max(out.size) / 250))
@@ -48,8 +49,9 @@ def drawn(picture: Image.Image, boxes: np.ndarray, labels: np.ndarray, names: Se
     return out
 
 
-def matched(boxes: np.ndarray, labels: np.ndarray, true: np.ndarray, is_: np.ndarray, crowd: np.ndarray, limit: float = 0.5
-            ) -> tuple[np.ndarray, np.ndarray]:
+def matched(
+    boxes: np.ndarray, labels: np.ndarray, true: np.ndarray, is_: np.ndarray, crowd: np.ndarray, limit: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
     """Which found boxes (the surest first) are right, and which true ones are found: each once, IoU at least `limit`.
     What lies on a crowd counts as right, and crowds need not be found."""
     right, met = np.zeros(len(labels), dtype=bool), np.zeros(len(is_), dtype=bool)
@@ -69,8 +71,9 @@ def matched(boxes: np.ndarray, labels: np.ndarray, true: np.ndarray, is_: np.nda
     return right, met
 
 
-def exhibits(paths: Sequence[str], titles: Sequence[str], outputs: Arrays, truth: Arrays, names: Sequence[str],
-             least: float) -> dict[str, list[Exhibit]]:
+def exhibits(
+    paths: Sequence[str], titles: Sequence[str], outputs: Arrays, truth: Arrays, names: Sequence[str], least: float
+) -> dict[str, list[Exhibit]]:
     scores, classes = average_precision(outputs, truth, len(names)), len(names)
     there, found, missed, false = (np.zeros(classes, dtype=int) for _ in range(4))
     wrong, kept = np.zeros(len(paths)), []
@@ -79,15 +82,29 @@ def exhibits(paths: Sequence[str], titles: Sequence[str], outputs: Arrays, truth
         boxes, labels, sure = outputs["boxes"][i][real], outputs["labels"][i][real].astype(int), outputs["scores"][i][real]
         true, is_, crowd = truth["boxes"][i][known], truth["labels"][i][known], truth["crowd"][i][known]
         right, met = matched(boxes, labels, true, is_, crowd)
-        for counts, some in ((there, is_[~crowd]), (found, is_[met & ~crowd]), (missed, is_[~met & ~crowd]),
-                             (false, labels[~right])):
+        for counts, some in (
+            (there, is_[~crowd]),
+            (found, is_[met & ~crowd]),
+            (missed, is_[~met & ~crowd]),
+            (false, labels[~right]),
+        ):
             counts += np.bincount(some, minlength=classes)
         errors = int((~met & ~crowd).sum() + (~right).sum())
         wrong[i] = errors / max(1, len(labels) + len(is_))
         kept.append((boxes, labels, sure, true, is_, errors))
     order = np.argsort(-there, kind="stable")
-    rows = [(names[k], int(there[k]), int(found[k]), int(missed[k]), int(false[k]), float(scores["class_map50"][k]),
-             float(scores["class_map"][k])) for k in order]
+    rows = [
+        (
+            names[k],
+            int(there[k]),
+            int(found[k]),
+            int(missed[k]),
+            int(false[k]),
+            float(scores["class_map50"][k]),
+            float(scores["class_map"][k]),
+        )
+        for k in order
+    ]
     curves = {names[k]: (scores["recall"].tolist(), scores["precision"][k].tolist()) for k in order[:CURVES] if there[k]}
 
     def gallery(title: str, which: Sequence[int]) -> Gallery:
@@ -108,9 +125,23 @@ def exhibits(paths: Sequence[str], titles: Sequence[str], outputs: Arrays, truth
 
     worst = np.argsort(-wrong, kind="stable")[:SHOWN]
     chance = np.random.default_rng(0).permutation(len(paths))[:SHOWN]
-    return {"Classes": [Table("By class", f"Found and false at a score of {least:.2f} or more and an IoU of 0.5. AP50: average "
-                              "precision at IoU 0.5; AP: over IoU 0.5 to 0.95.",
-                              ("class", "there", "found", "missed", "false alarms", "AP50", "AP"), rows, heat=("AP50", "AP")),
-                        Lines("Precision and recall", "At IoU 0.5. To find a larger part of what is there, less sure boxes "
-                              "must be taken, of which fewer are right.", "part that is found", "part that is right", curves)],
-            "Pictures": [gallery("Worst", worst.tolist()), gallery("By chance", chance.tolist())]}
+    return {
+        "Classes": [
+            Table(
+                "By class",
+                f"Found and false at a score of {least:.2f} or more and an IoU of 0.5. AP50: average "
+                "precision at IoU 0.5; AP: over IoU 0.5 to 0.95.",
+                ("class", "there", "found", "missed", "false alarms", "AP50", "AP"),
+                rows,
+                heat=("AP50", "AP"),
+            ),
+            Lines(
+                "Precision and recall",
+                "At IoU 0.5. To find a larger part of what is there, less sure boxes must be taken, of which fewer are right.",
+                "part that is found",
+                "part that is right",
+                curves,
+            ),
+        ],
+        "Pictures": [gallery("Worst", worst.tolist()), gallery("By chance", chance.tolist())],
+    }

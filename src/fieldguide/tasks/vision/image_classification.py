@@ -26,10 +26,10 @@ from fieldguide.data.preprocessing import Pictures, suggest_side
 from fieldguide.tasks.base import Beside
 from fieldguide.tasks.supervised import Labelled, discrete, mix_pairs, settled
 
-LINEAR_SIDE = 16      # the linear baseline sees pictures of this side
-SAMPLE = 5000         # pictures that mean and deviation are learnt from
-MOST = {"cpu": 96, "mps": 160, "cuda": 224}     # pixels a side, where the user names none
-SHARE = 0.3           # of the memory that decoded pictures may fill; beyond it they are decoded batch by batch
+LINEAR_SIDE = 16  # the linear baseline sees pictures of this side
+SAMPLE = 5000  # pictures that mean and deviation are learnt from
+MOST = {"cpu": 96, "mps": 160, "cuda": 224}  # pixels a side, where the user names none
+SHARE = 0.3  # of the memory that decoded pictures may fill; beyond it they are decoded batch by batch
 
 
 class ImageClassification(Labelled):
@@ -41,10 +41,10 @@ class ImageClassification(Labelled):
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None         # pixels a side that the network sees
-        channels: int | None = None     # 1 grey, 3 colour
-        flip: bool | None = None        # mirrored pictures keep their class
-        pixels: str | None = None       # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
+        side: int | None = None  # pixels a side that the network sees
+        channels: int | None = None  # 1 grey, 3 colour
+        flip: bool | None = None  # mirrored pictures keep their class
+        pixels: str | None = None  # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
 
     pictures: Pictures
 
@@ -92,8 +92,7 @@ class ImageClassification(Labelled):
 
     def needs(self) -> dict[str, Any]:
         p = self.pictures
-        return {"classes": len(self.labels), "channels": p.channels, "image": p.side,
-                "features": p.channels * p.side ** 2}
+        return {"classes": len(self.labels), "channels": p.channels, "image": p.side, "features": p.channels * p.side**2}
 
     def profile(self) -> dict[str, Any]:
         return {"side": self.pictures.side, "channels": self.pictures.channels, "classes": len(self.labels)}
@@ -101,7 +100,7 @@ class ImageClassification(Labelled):
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths = data.rows[self.column].to_list()
         p = self.pictures
-        fits = len(paths) * p.channels * p.side ** 2 < SHARE * ram()
+        fits = len(paths) * p.channels * p.side**2 < SHARE * ram()
         stored = p.load(paths) if fits else None
         target = torch.from_numpy(self.truth(data)["label"]) if settings else None
         how = settings.augment if settings else "none"
@@ -123,35 +122,61 @@ class ImageClassification(Labelled):
         return Batches(len(paths), make)
 
     def preparation(self) -> dict[str, Any]:
-        return {"fit": self.pictures.fit}                # all else is undone for a network that learnt with other pictures
+        return {"fit": self.pictures.fit}  # all else is undone for a network that learnt with other pictures
 
     def shown_to(self, other: ImageClassification, card: Card) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
-        super().shown_to(other, card)                    # complains where they differ in more
+        super().shown_to(other, card)  # complains where they differ in more
         mine, theirs = self.pictures, other.pictures
 
         def show(batch: dict[str, Tensor]) -> Sequence[Tensor]:
             x = batch["image"] if "image" in batch else batch["vector"].unflatten(1, (mine.channels, mine.side, mine.side))
             x = mine.remade(x, theirs)
             return [x.flatten(1) if card.takes == "vector" else x]
+
         return show
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        return tuple(images.load(d.rows[self.column].to_list(), min(LINEAR_SIDE, self.pictures.side),
-                                 self.pictures.channels).flatten(1).float().numpy() / 255 for d in (train, test))
+        return tuple(
+            images.load(d.rows[self.column].to_list(), min(LINEAR_SIDE, self.pictures.side), self.pictures.channels)
+            .flatten(1)
+            .float()
+            .numpy()
+            / 255
+            for d in (train, test)
+        )
 
     def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         wrong = self.mistakes(probabilities, truth, 24)
         right = np.flatnonzero(probabilities.argmax(1) == truth)
         sample = np.random.default_rng(0).permutation(right)[:12]
-        shown = [Gallery("Worst mistakes", "Test pictures that were got wrong with most confidence.",
-                         [Picture(self.thumbnail(test, i), f"{words}: {Path(test.place(i)).name}", bad=True)
-                          for i, words in wrong])] if wrong else []
-        return [*shown, Gallery("Some it got right", "Test pictures taken at random.",
-                                [Picture(self.thumbnail(test, int(i)), f"{self.labels[truth[i]]} "
-                                         f"({100 * probabilities[i].max():.0f} % sure)") for i in sample])]
+        shown = (
+            [
+                Gallery(
+                    "Worst mistakes",
+                    "Test pictures that were got wrong with most confidence.",
+                    [Picture(self.thumbnail(test, i), f"{words}: {Path(test.place(i)).name}", bad=True) for i, words in wrong],
+                )
+            ]
+            if wrong
+            else []
+        )
+        return [
+            *shown,
+            Gallery(
+                "Some it got right",
+                "Test pictures taken at random.",
+                [
+                    Picture(
+                        self.thumbnail(test, int(i)), f"{self.labels[truth[i]]} ({100 * probabilities[i].max():.0f} % sure)"
+                    )
+                    for i in sample
+                ],
+            ),
+        ]
 
     def thumbnail(self, data: Data, row: int) -> bytes:
         from PIL import Image
+
         array = images.load([data.rows[self.column][row]], min(self.pictures.side, 128), self.pictures.channels)[0]
         array = array[0].numpy() if len(array) == 1 else array.permute(1, 2, 0).numpy()
         file = io.BytesIO()
@@ -160,10 +185,12 @@ class ImageClassification(Labelled):
 
     @classmethod
     def published(cls, beside: Beside) -> Self | None:
-        if beside.pictures is None:                      # rows of numbers, which may have been anything
+        if beside.pictures is None:  # rows of numbers, which may have been anything
             return None
-        task = cls([Column("image", "image"), Column("label", "category", "target")],
-                   cls.Options(side=beside.pictures.side, channels=beside.pictures.channels, flip=False))
+        task = cls(
+            [Column("image", "image"), Column("label", "category", "target")],
+            cls.Options(side=beside.pictures.side, channels=beside.pictures.channels, flip=False),
+        )
         task.pictures = beside.pictures
         task.restore_target(cls.known(beside.names))
         return task
@@ -179,7 +206,7 @@ class ImageClassification(Labelled):
         return task
 
 
-def augment(x: Tensor, how: str, flip: bool, generator: torch.Generator) -> Tensor:      # B C S S uint8 -> the same
+def augment(x: Tensor, how: str, flip: bool, generator: torch.Generator) -> Tensor:  # B C S S uint8 -> the same
     """A whole batch at once. light: shifts by up to an eighth, mirroring. standard: also turned up to 10 degrees,
     scaled by up to 10 %."""
     if how == "none":
@@ -190,8 +217,9 @@ def augment(x: Tensor, how: str, flip: bool, generator: torch.Generator) -> Tens
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
     if how == "light":
         far = max(1, side // 8)
-        padded = F.pad(x, (far,) * 4, mode="replicate") if x.is_floating_point() else F.pad(x.float(), (far,) * 4,
-                                                                                           mode="replicate")
+        padded = (
+            F.pad(x, (far,) * 4, mode="replicate") if x.is_floating_point() else F.pad(x.float(), (far,) * 4, mode="replicate")
+        )
         rows = torch.randint(2 * far + 1, (count, 1), generator=generator) + torch.arange(side)
         columns = torch.randint(2 * far + 1, (count, 1), generator=generator) + torch.arange(side)
         picture = torch.arange(count)[:, None, None, None]

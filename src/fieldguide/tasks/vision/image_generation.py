@@ -34,74 +34,83 @@ from fieldguide.objectives.diffusion import Sampler
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import discrete, settled, wilson
 
-SIDES = (8, 16, 24, 28, 32, 48, 64)              # sides that pictures are brought to: doubling reaches all of them
-MOST = {"cpu": 32, "mps": 64, "cuda": 64}        # pixels a side, where the user names none
-MEMORY = 0.3                                     # of the machine's, that decoded pictures may fill
-NEEDED = 10_000                                  # training pictures that judges learn from, at most
-LESSONS = 800                                    # steps of the CNN that learns from made pictures alone
+SIDES = (8, 16, 24, 28, 32, 48, 64)  # sides that pictures are brought to: doubling reaches all of them
+MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # pixels a side, where the user names none
+MEMORY = 0.3  # of the machine's, that decoded pictures may fill
+NEEDED = 10_000  # training pictures that judges learn from, at most
+LESSONS = 800  # steps of the CNN that learns from made pictures alone
 JUDGES = ("judge", "motion", "matcher")
-GRID = 16                                        # pictures of a sheet
-LONGEST = 64                                     # tokens of a caption at most, where the user names no length
-KNOWN = 256                                      # training captions that are kept, for samples where nobody names any
-SENTENCES = 20                                   # fewer different texts are names of classes, however long they are
+GRID = 16  # pictures of a sheet
+LONGEST = 64  # tokens of a caption at most, where the user names no length
+KNOWN = 256  # training captions that are kept, for samples where nobody names any
+SENTENCES = 20  # fewer different texts are names of classes, however long they are
 
 
 def said(values: pl.Series) -> Kind | None:
-    """"text" where the values of a target are captions: many different phrases; None where they look like classes."""
+    """ "text" where the values of a target are captions: many different phrases; None where they look like classes."""
     present = blank_missing(values).drop_nulls() if values.dtype == pl.String else values.head(0)
     return "text" if len(present) and present.n_unique() > SENTENCES and spoken(present) else None
 
 
 class ImageGeneration(Task):
     name = "image-generation"
-    reads = ("a folder of pictures, maybe a folder per class or a .txt with a caption beside each; or a table of picture "
-             "paths, maybe with labels or captions")
+    reads = (
+        "a folder of pictures, maybe a folder per class or a .txt with a caption beside each; or a table of picture "
+        "paths, maybe with labels or captions"
+    )
     takes = ("noisy", "noise")
     feature = ("image",)
     gives = ("image",)
     wants = Wants("named", names=CAPTIONS, kinds={"target": said})
-    metrics = (Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN that this data taught"),
-               Metric("precision", "max", "of the made pictures look like real ones", percent=True),
-               Metric("recall", "max", "of the real pictures look like made ones", percent=True),
-               Metric("classifier_accuracy", "max", "of real test pictures right by a CNN that learnt from made ones alone",
-                      percent=True),
-               Metric("caption_match", "max", "of the made pictures whose caption a judge that learnt from real pairs picks "
-                      "out of ten", percent=True),
-               Metric("held_out_loss", "min", "on held-out pictures: error of the named noise; a GAN's distance of thumbnails"))
+    metrics = (
+        Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN that this data taught"),
+        Metric("precision", "max", "of the made pictures look like real ones", percent=True),
+        Metric("recall", "max", "of the real pictures look like made ones", percent=True),
+        Metric(
+            "classifier_accuracy", "max", "of real test pictures right by a CNN that learnt from made ones alone", percent=True
+        ),
+        Metric(
+            "caption_match",
+            "max",
+            "of the made pictures whose caption a judge that learnt from real pairs picks out of ten",
+            percent=True,
+        ),
+        Metric("held_out_loss", "min", "on held-out pictures: error of the named noise; a GAN's distance of thumbnails"),
+    )
     decides = "held_out_loss"
-    recipe: ClassVar = {"patience": 0, "epochs": 1e6}         # few pictures are looked at very often, as long as time allows
+    recipe: ClassVar = {"patience": 0, "epochs": 1e6}  # few pictures are looked at very often, as long as time allows
     validated, tested = 500, 1000
     most, fewest = 64, 16
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None          # pixels a side
-        channels: int | None = None      # 1 grey, 3 colour
-        flip: bool = False               # mirrored pictures are as good as any
-        vocab: int | None = None         # tokens in the vocabulary learnt from captions
-        length: int | None = None        # tokens of a caption that are read; the rest is cut off, and counted
-        schedule: str = "cosine"         # of the noise, for diffusion: cosine | linear
-        predicts: str = "v"              # what a diffusion network names: eps | v
+        side: int | None = None  # pixels a side
+        channels: int | None = None  # 1 grey, 3 colour
+        flip: bool = False  # mirrored pictures are as good as any
+        vocab: int | None = None  # tokens in the vocabulary learnt from captions
+        length: int | None = None  # tokens of a caption that are read; the rest is cut off, and counted
+        schedule: str = "cosine"  # of the noise, for diffusion: cosine | linear
+        predicts: str = "v"  # what a diffusion network names: eps | v
 
     @dataclass(frozen=True)
     class Asking:
-        count: int = 16                  # pictures, where no classes or captions are named; else of each
-        steps: int = 20                  # of the sampler
-        sampler: str = "ddim"            # ddim | ddpm
-        eta: float = 0.0                 # noise that ddim adds at each step; 1 = as much as ddpm
-        guidance: float = 1.5            # how much a class or caption is exaggerated; 1 = not
+        count: int = 16  # pictures, where no classes or captions are named; else of each
+        steps: int = 20  # of the sampler
+        sampler: str = "ddim"  # ddim | ddpm
+        eta: float = 0.0  # noise that ddim adds at each step; 1 = as much as ddpm
+        guidance: float = 1.5  # how much a class or caption is exaggerated; 1 = not
         seed: int = 0
 
     pictures: Pictures
-    labels: list[str]                    # none where the data has no classes
+    labels: list[str]  # none where the data has no classes
 
     def __init__(self, columns: list[Column], options: Any):
         super().__init__(columns, options)
-        self.judge: generative.Judge | None = None               # taught when the network is tested, and kept with the run
-        self.motion: generative.Judge | None = None              # of films
-        self.matcher: generative.Matcher | None = None           # of pictures and captions
-        self.text: Text | None = None                        # where the data has captions
-        self.captions: list[str] = []                        # some of the training part's
+        self.judge: generative.Judge | None = None  # taught when the network is tested, and kept with the run
+        self.motion: generative.Judge | None = None  # of films
+        self.matcher: generative.Matcher | None = None  # of pictures and captions
+        self.text: Text | None = None  # where the data has captions
+        self.captions: list[str] = []  # some of the training part's
         self.memo: dict[int, dict[str, Any]] = {}
 
     @classmethod
@@ -113,12 +122,13 @@ class ImageGeneration(Task):
         task = cls(list(data.columns.values()), options)
         captioned = data.target is not None and data.target.kind == "text"
         if data.target is not None and not captioned and not discrete(data.target):
-            raise DataError(f"{data.source}: the label {data.target.name!r} is to be a class or a caption, but holds "
-                            f"{data.target.kind}.")
+            raise DataError(
+                f"{data.source}: the label {data.target.name!r} is to be a class or a caption, but holds {data.target.kind}."
+            )
         fits = suggest_side(data.rows[WIDTH], data.rows[HEIGHT])
         side = options.side or max((s for s in SIDES if s <= min(fits, MOST[device().type])), default=SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
-        task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)           # -1 .. 1
+        task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target and not captioned else []
         task.options = settled(options, side=side, channels=channels)
         task.note_classes()
@@ -130,8 +140,10 @@ class ImageGeneration(Task):
         """Says which columns could tell what to make, where none does."""
         could = [c.name for c in self.columns if c.role == "ignored" and c.kind in ("category", "boolean")]
         if could and not any(c.role == "target" for c in self.columns):
-            self.notes.append(f"nothing says what to make, so what is made is like all of them together: --target "
-                              f"{could[0]} has it made by class")
+            self.notes.append(
+                f"nothing says what to make, so what is made is like all of them together: --target "
+                f"{could[0]} has it made by class"
+            )
 
     def learn_captions(self, texts: list[str]) -> None:
         """Learns the vocabulary; settles its size and the length."""
@@ -139,15 +151,17 @@ class ImageGeneration(Task):
         sizes = [len(ids) for ids in self.text.encode(texts[:NEEDED], 100_000)[0]]
         self.options = settled(self.options, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
         if cut := sum(size > self.options.length for size in sizes):
-            self.notes.append(f"{100 * cut / len(sizes):.1f} % of the captions are longer than {self.options.length} tokens "
-                              "and are cut there (task.length=... changes that)")
+            self.notes.append(
+                f"{100 * cut / len(sizes):.1f} % of the captions are longer than {self.options.length} tokens "
+                "and are cut there (task.length=... changes that)"
+            )
         different = list(dict.fromkeys(texts))
         self.captions = [different[i] for i in np.random.default_rng(0).permutation(len(different))[:KNOWN]]
 
-    def tokens(self, texts: list[str]) -> np.ndarray:        # -> N T int64, 0 beyond a caption's end
+    def tokens(self, texts: list[str]) -> np.ndarray:  # -> N T int64, 0 beyond a caption's end
         out = np.zeros((len(texts), self.options.length), dtype=np.int64)
         for row, ids in zip(out, self.text.encode(texts, self.options.length)[0]):
-            row[:len(ids)] = ids
+            row[: len(ids)] = ids
         return out
 
     def codes(self, data: Data) -> np.ndarray:
@@ -161,8 +175,12 @@ class ImageGeneration(Task):
         return Labels(tuple(self.labels)).apply(data.rows[target]) + 1
 
     def needs(self) -> dict[str, Any]:
-        return {"image": self.pictures.side, "channels": self.pictures.channels, "classes": len(self.labels),
-                **({"vocab": self.text.size, "length": self.options.length} if self.text else {})}
+        return {
+            "image": self.pictures.side,
+            "channels": self.pictures.channels,
+            "classes": len(self.labels),
+            **({"vocab": self.text.size, "length": self.options.length} if self.text else {}),
+        }
 
     def profile(self) -> dict[str, Any]:
         return {"side": self.pictures.side, "classes": len(self.labels)}
@@ -175,7 +193,7 @@ class ImageGeneration(Task):
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, p = data.rows[self.column].to_list(), self.pictures
-        stored = p.load(paths) if len(paths) * p.channels * p.side ** 2 < MEMORY * ram() else None
+        stored = p.load(paths) if len(paths) * p.channels * p.side**2 < MEMORY * ram() else None
         label = torch.from_numpy(self.codes(data))
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -196,14 +214,16 @@ class ImageGeneration(Task):
             refuse_steps(asking)
             return objective.sample([int(n) for n in numbers], label, seed=asking.seed).clamp(-1, 1)
         guidance = asking.guidance if self.labels or self.text else 1.0
-        return objective.sample(label, (p.channels, p.side, p.side), sampler(asking), seed=asking.seed,
-                                numbers=numbers, guidance=guidance).clamp(-1, 1)
+        return objective.sample(
+            label, (p.channels, p.side, p.side), sampler(asking), seed=asking.seed, numbers=numbers, guidance=guidance
+        ).clamp(-1, 1)
 
     def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             made = self.made(objective, batch["label"], batch["row"].tolist(), self.asking)
             scored = objective.outputs(batch) if "image" in batch else {}
             return {**{k: v for k, v in scored.items() if k == "loss"}, "samples": made, "label": batch["label"]}
+
         return answer
 
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
@@ -214,8 +234,10 @@ class ImageGeneration(Task):
             return self.wishes(list(map(str, sources)), self.captions)
         for name in sources:
             if name not in self.labels:
-                raise DataError(f"{name!r} is none of the classes of this model.{nearest(str(name), self.labels)} It has: "
-                                f"{', '.join(self.labels) or 'none, so name none'}.")
+                raise DataError(
+                    f"{name!r} is none of the classes of this model.{nearest(str(name), self.labels)} It has: "
+                    f"{', '.join(self.labels) or 'none, so name none'}."
+                )
         return self.wishes(sources, self.labels or [""])
 
     def wishes(self, named: Sequence[str], others: Sequence[str]) -> Data:
@@ -231,11 +253,15 @@ class ImageGeneration(Task):
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         if self.text is not None:
-            return [{"caption": self.said(label), "image": Media(png(x), ".png")}
-                    for x, label in zip(outputs["samples"], outputs["label"])]
+            return [
+                {"caption": self.said(label), "image": Media(png(x), ".png")}
+                for x, label in zip(outputs["samples"], outputs["label"])
+            ]
         names = ["", *self.labels]
-        return [{**({"class": names[int(label)]} if self.labels else {}), "image": Media(png(x), ".png")}
-                for x, label in zip(outputs["samples"], outputs["label"].astype(int))]
+        return [
+            {**({"class": names[int(label)]} if self.labels else {}), "image": Media(png(x), ".png")}
+            for x, label in zip(outputs["samples"], outputs["label"].astype(int))
+        ]
 
     def said(self, tokens: np.ndarray) -> str:
         """A caption as the network reads it."""
@@ -265,23 +291,29 @@ class ImageGeneration(Task):
             found: dict[str, Any] = {"made": generative.seen(self.judge, made), "real": generative.seen(self.judge, real)}
             if self.labels:
                 asked = torch.from_numpy(outputs["label"].astype(np.int64)) - 1
-                pupil = generative.taught(made, asked, len(self.labels), steps=LESSONS if self.pictures.side > 16 else LESSONS // 2)
+                pupil = generative.taught(
+                    made, asked, len(self.labels), steps=LESSONS if self.pictures.side > 16 else LESSONS // 2
+                )
                 found["right"] = generative.seen(pupil, real, answer=True) == truth["label"] - 1
             if self.matcher is not None:
-                found["matched"] = generative.picked(self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)),
-                                                 torch.from_numpy(truth["label"]))
-            self.memo[key] = found | {"kept": outputs["samples"]}          # so that the key stays its own
+                found["matched"] = generative.picked(
+                    self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)), torch.from_numpy(truth["label"])
+                )
+            self.memo[key] = found | {"kept": outputs["samples"]}  # so that the key stays its own
         return self.memo[key]
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         scores = {}
         if "samples" in outputs and self.judge is not None:
             found = self.judged(outputs, truth)
-            if "blind" in outputs:                       # real pictures: only whether they show what was asked for counts
+            if "blind" in outputs:  # real pictures: only whether they show what was asked for counts
                 return {"caption_match": float(found["matched"].mean())}
             precision, recall = generative.precision_recall(found["real"], found["made"])
-            scores = {"feature_distance": generative.frechet(found["real"], found["made"]), "precision": precision,
-                      "recall": recall}
+            scores = {
+                "feature_distance": generative.frechet(found["real"], found["made"]),
+                "precision": precision,
+                "recall": recall,
+            }
             if "right" in found:
                 scores["classifier_accuracy"] = float(found["right"].mean())
             if "matched" in found:
@@ -297,8 +329,11 @@ class ImageGeneration(Task):
         found = self.judged(outputs, truth)
         ranges = {"feature_distance": generative.around_distance(found["real"], found["made"])}
         ranges["precision"], ranges["recall"] = generative.around_precision_recall(found["real"], found["made"])
-        ranges["held_out_loss"] = generative.around_mean(outputs["loss"]) if "loss" in outputs else generative.around_distance(
-            thumbnails(outputs["samples"]), thumbnails(truth["real"]))
+        ranges["held_out_loss"] = (
+            generative.around_mean(outputs["loss"])
+            if "loss" in outputs
+            else generative.around_distance(thumbnails(outputs["samples"]), thumbnails(truth["real"]))
+        )
         for name, metric in (("right", "classifier_accuracy"), ("matched", "caption_match")):
             if name in found:
                 ranges[metric] = wilson(int(found[name].sum()), len(found[name]))
@@ -308,21 +343,33 @@ class ImageGeneration(Task):
         rng = np.random.default_rng(0)
         label = self.codes(test)
         noise = rng.uniform(-1, 1, (len(test), *self.known.shape[1:])).astype(np.float32)
-        if self.labels:                                          # training pictures of the same classes
+        if self.labels:  # training pictures of the same classes
             own = [np.flatnonzero(self.known_labels.numpy() == k - 1) for k in range(1, len(self.labels) + 1)]
             rows = np.array([rng.choice(own[k - 1]) for k in label])
         else:
-            rows = rng.permutation(len(self.known))[:len(test)]
+            rows = rng.permutation(len(self.known))[: len(test)]
         copies = self.known[rows].numpy()
         shuffled = []
         if self.text:
-            other = self.known[rng.permutation(len(self.known))[:len(test)]].numpy()
-            shuffled = [Baseline("shuffled captions", "training pictures under captions of other pictures",
-                                 {"samples": other, "label": label[:len(other)], "blind": np.ones(len(other))})]
+            other = self.known[rng.permutation(len(self.known))[: len(test)]].numpy()
+            shuffled = [
+                Baseline(
+                    "shuffled captions",
+                    "training pictures under captions of other pictures",
+                    {"samples": other, "label": label[: len(other)], "blind": np.ones(len(other))},
+                )
+            ]
             label = self.known_labels[rows].numpy()
-        return [Baseline("noise", "every pixel by chance", {"samples": noise, "label": self.codes(test)}), *shuffled,
-                Baseline("training pictures", "the data itself: what a maker of perfect pictures could reach",
-                         {"samples": copies, "label": label[:len(copies)]}, bound=True)]
+        return [
+            Baseline("noise", "every pixel by chance", {"samples": noise, "label": self.codes(test)}),
+            *shuffled,
+            Baseline(
+                "training pictures",
+                "the data itself: what a maker of perfect pictures could reach",
+                {"samples": copies, "label": label[: len(copies)]},
+                bound=True,
+            ),
+        ]
 
     # Report
 
@@ -337,26 +384,40 @@ class ImageGeneration(Task):
         made = self.made(objective, label, range(len(label)), self.Asking())
         return [Gallery("Samples while it learnt", "The same noise each time.", [Picture(sheet(made.numpy()), "")])]
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
         if self.text is not None:
             matched = self.judged(outputs, truth)["matched"]
-            pairs = [Picture(sheet(np.stack([samples[i], truth["real"][i]])), self.said(label[i]), bad=not matched[i])
-                     for i in range(min(3 * GRID, len(samples)))]
+            pairs = [
+                Picture(sheet(np.stack([samples[i], truth["real"][i]])), self.said(label[i]), bad=not matched[i])
+                for i in range(min(3 * GRID, len(samples)))
+            ]
             label = label[:, 0]
         order = np.argsort(label, kind="stable") if self.labels else np.arange(len(label))
         rows = by_class(samples, label, self.labels) if self.labels else []
-        shown: list[Exhibit] = [Gallery("Samples", "Made for the test, not chosen.",
-                                        rows or [Picture(sheet(samples[order[:4 * GRID]]), "")])]
+        shown: list[Exhibit] = [
+            Gallery("Samples", "Made for the test, not chosen.", rows or [Picture(sheet(samples[order[: 4 * GRID]]), "")])
+        ]
         if self.text is not None:
-            shown.append(Gallery("After captions", "Left the picture that was made, right the test picture of that caption; "
-                                 "framed where the judge would pick another caption for the one made.", pairs))
+            shown.append(
+                Gallery(
+                    "After captions",
+                    "Left the picture that was made, right the test picture of that caption; "
+                    "framed where the judge would pick another caption for the one made.",
+                    pairs,
+                )
+            )
         if objective is not None and isinstance(objective, Diffusion):
             wanted = self.some(GRID)
             few = "From the same noise: more steps cost more and add detail."
-            by_steps = [Picture(sheet(self.made(objective, wanted, range(len(wanted)), self.Asking(steps=steps)).numpy()),
-                                f"{steps} steps") for steps in (2, 5, 10, 20, 50)]
+            by_steps = [
+                Picture(
+                    sheet(self.made(objective, wanted, range(len(wanted)), self.Asking(steps=steps)).numpy()), f"{steps} steps"
+                )
+                for steps in (2, 5, 10, 20, 50)
+            ]
             shown.append(Gallery("By steps of the sampler", few, by_steps))
         return {"Samples": shown, "Memory": self.nearest(samples, truth)}
 
@@ -368,14 +429,25 @@ class ImageGeneration(Task):
         beside = [self.known[int(far.argmin())].numpy() for far in far_made[:12]]
         pairs = [Picture(sheet(np.stack([samples[i], other])), f"{far_made[i].min():.2f}") for i, other in enumerate(beside)]
         closer = float((far_made.min(1) < np.quantile(far_real.min(1), 0.05)).mean())
-        return [Gallery("Samples and their nearest training pictures", "Left the sample, right the training picture that the "
-                        "judge finds nearest; below, how far it is. Two that are equal would be a picture learnt by heart.",
-                        pairs),
-                Table("Learnt by heart?", "How far pictures lie from the nearest training picture. Samples that lie nearer "
-                      "than nearly all test pictures do may be copies: 5 % are to be expected.", ("", "value"),
-                      [("median distance of samples", float(np.median(far_made.min(1)))),
-                       ("median distance of test pictures", float(np.median(far_real.min(1)))),
-                       ("samples nearer than 95 % of test pictures", f"{100 * closer:.0f} %")])]
+        return [
+            Gallery(
+                "Samples and their nearest training pictures",
+                "Left the sample, right the training picture that the "
+                "judge finds nearest; below, how far it is. Two that are equal would be a picture learnt by heart.",
+                pairs,
+            ),
+            Table(
+                "Learnt by heart?",
+                "How far pictures lie from the nearest training picture. Samples that lie nearer "
+                "than nearly all test pictures do may be copies: 5 % are to be expected.",
+                ("", "value"),
+                [
+                    ("median distance of samples", float(np.median(far_made.min(1)))),
+                    ("median distance of test pictures", float(np.median(far_real.min(1)))),
+                    ("samples nearer than 95 % of test pictures", f"{100 * closer:.0f} %"),
+                ],
+            ),
+        ]
 
     # Saved with the run
 
@@ -417,24 +489,24 @@ def refuse_steps(asking: Any) -> None:
         raise SettingsError(f"{', '.join(changed)}: this network draws a picture at one go, and takes no such setting.")
 
 
-def thumbnails(pictures: np.ndarray) -> np.ndarray:      # N C S S -> N C * 64
+def thumbnails(pictures: np.ndarray) -> np.ndarray:  # N C S S -> N C * 64
     """Pictures of 8 x 8 pixels, as rows of numbers."""
     return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(pictures)), 8).flatten(1).numpy()
 
 
-def png(x: np.ndarray) -> bytes:                         # C S S in -1 .. 1
+def png(x: np.ndarray) -> bytes:  # C S S in -1 .. 1
     array = np.rint((x + 1) * 127.5).clip(0, 255).astype(np.uint8)
     out = io.BytesIO()
     Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0)).save(out, "PNG")
     return out.getvalue()
 
 
-def by_class(samples: np.ndarray, label: np.ndarray, names: list[str]) -> list[Picture]:     # N C S S, N
+def by_class(samples: np.ndarray, label: np.ndarray, names: list[str]) -> list[Picture]:  # N C S S, N
     """Some pictures of each class that is there: of few test pictures, perhaps not all are."""
     return [Picture(sheet(samples[label == k][:GRID]), names[k - 1]) for k in np.unique(label)]
 
 
-def sheet(pictures: np.ndarray) -> bytes:                # N C S S in -1 .. 1 -> PNG
+def sheet(pictures: np.ndarray) -> bytes:  # N C S S in -1 .. 1 -> PNG
     """Pictures as a square, as nearly as may be, with a thin line between."""
     count, channels, side = len(pictures), *pictures.shape[1:3]
     columns = max(1, math.ceil(math.sqrt(count)))
@@ -442,7 +514,7 @@ def sheet(pictures: np.ndarray) -> bytes:                # N C S S in -1 .. 1 ->
     whole = np.ones((channels, rows * (side + 1) - 1, columns * (side + 1) - 1), dtype=np.float32)
     for i, picture in enumerate(pictures):
         top, left = i // columns * (side + 1), i % columns * (side + 1)
-        whole[:, top:top + side, left:left + side] = picture
+        whole[:, top : top + side, left : left + side] = picture
     return png(whole)
 
 

@@ -34,12 +34,12 @@ from fieldguide.objectives.segmentation import Segmentation
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import settled
 
-VOID = 255                                       # by custom: pixels that belong to no class
-SIDE = {"cpu": 256, "mps": 512, "cuda": 1024}    # pixels of the longer side, where the user names none
-CROP = {"cpu": 192, "mps": 320, "cuda": 512}     # of the square that a step sees of each picture
-SHARE = 0.3                                      # of the memory that decoded pictures may fill
-SHOWN = 24                                       # pictures in the report
-SAMPLE = 500                                     # pictures that mean and deviation are learnt from
+VOID = 255  # by custom: pixels that belong to no class
+SIDE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side, where the user names none
+CROP = {"cpu": 192, "mps": 320, "cuda": 512}  # of the square that a step sees of each picture
+SHARE = 0.3  # of the memory that decoded pictures may fill
+SHOWN = 24  # pictures in the report
+SAMPLE = 500  # pictures that mean and deviation are learnt from
 
 
 def outlined(data: Data) -> Iterator[Finding]:
@@ -49,9 +49,15 @@ def outlined(data: Data) -> Iterator[Finding]:
     seen = objects(data)
     nothing = "belong to no class, and are neither learnt nor scored"
     for check, severity, which, what, remedy in (
-            ("box-without-outline", "warning", ~seen["drawn"] & ~seen["crowd"], "boxes without an outline: a box is no mask, "
-             f"so the pixels within it {nothing}", "Outline these objects, or remove their pictures."),
-            ("crowd-pixels", "note", seen["crowd"], f"crowds: their pixels {nothing}", "")):
+        (
+            "box-without-outline",
+            "warning",
+            ~seen["drawn"] & ~seen["crowd"],
+            f"boxes without an outline: a box is no mask, so the pixels within it {nothing}",
+            "Outline these objects, or remove their pictures.",
+        ),
+        ("crowd-pixels", "note", seen["crowd"], f"crowds: their pixels {nothing}", ""),
+    ):
         if which.any():
             some = seen.filter(which)
             places = tuple(f"{data.place(row)}: {label}" for row, label in some.head(5).select("row", "label").rows())
@@ -60,28 +66,32 @@ def outlined(data: Data) -> Iterator[Finding]:
 
 class ImageSegmentation(Task):
     name = "image-segmentation"
-    reads = ("pictures with masks of the same name: folders images and masks, maybe below train, val and test; or pictures "
-             "with outlines of objects: COCO JSON or YOLO")
+    reads = (
+        "pictures with masks of the same name: folders images and masks, maybe below train, val and test; or pictures "
+        "with outlines of objects: COCO JSON or YOLO"
+    )
     takes = ("image",)
     feature = ("image",)
     gives = ("mask",)
     wants = Wants("named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, outlined))
-    metrics = (Metric("miou", "max", "mean over classes of the intersection over union", percent=True),
-               Metric("pixel_accuracy", "max", "of the pixels right", percent=True),
-               Metric("mean_accuracy", "max", "of a class's pixels found, averaged over classes", percent=True))
+    metrics = (
+        Metric("miou", "max", "mean over classes of the intersection over union", percent=True),
+        Metric("pixel_accuracy", "max", "of the pixels right", percent=True),
+        Metric("mean_accuracy", "max", "of a class's pixels found, averaged over classes", percent=True),
+    )
     recipe: ClassVar = {"augment": "light", "weight_decay": 0.01, "ema": 0.99}
     most, fewest = 16, 4
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None          # pixels of the longer side that the network sees; pictures are made smaller
-        crop: int | None = None          # pixels of the square that a step sees of each picture
-        channels: int | None = None      # 1 grey, 3 colour
-        ignore: str = ""                 # what is no class, with commas between: values of masks (11,255), names of objects
+        side: int | None = None  # pixels of the longer side that the network sees; pictures are made smaller
+        crop: int | None = None  # pixels of the square that a step sees of each picture
+        channels: int | None = None  # 1 grey, 3 colour
+        ignore: str = ""  # what is no class, with commas between: values of masks (11,255), names of objects
 
     @dataclass(frozen=True)
     class Asking:
-        tile: int = 512                  # larger pictures are answered in overlapping tiles of so many pixels
+        tile: int = 512  # larger pictures are answered in overlapping tiles of so many pixels
 
     canvas: Canvas
     names: list[str]
@@ -103,8 +113,10 @@ class ImageSegmentation(Task):
             seen = objects(data)
             if seen["drawn"].any():
                 return None
-            return (f"outlines of the objects: it has {len(seen):,} boxes without any, and a box is no mask. Export polygons "
-                    "or masks, or learn the boxes (--task object-detection)")
+            return (
+                f"outlines of the objects: it has {len(seen):,} boxes without any, and a box is no mask. Export polygons "
+                "or masks, or learn the boxes (--task object-detection)"
+            )
         return None if data.target and data.target.kind == "mask" else "a mask for each picture"
 
     @classmethod
@@ -118,16 +130,25 @@ class ImageSegmentation(Task):
         there = set(seen.filter(pl.col("drawn") & ~pl.col("crowd"))["label"])
         listed = (data.context or {}).get("classes") or sorted(there)
         if strange := [n for n in ignored if n not in listed]:
-            raise SettingsError(f"task.ignore names {strange[0]!r}, which {data.source} has not.{nearest(strange[0], listed)} "
-                                f"It has: {', '.join(listed)}.")
+            raise SettingsError(
+                f"task.ignore names {strange[0]!r}, which {data.source} has not.{nearest(strange[0], listed)} "
+                f"It has: {', '.join(listed)}."
+            )
         names = [n for n in listed if n in there and n not in ignored]
         if not names:
             raise DataError(f"{data.source}: no object with an outline is left to learn.")
         if len(names) >= VOID:
-            raise DataError(f"{data.source}: has objects of {len(names):,} classes, and {VOID - 1} are the most. Leave some "
-                            "out with --set task.ignore=...")
-        return replace(data, context={
-            "values": list(range(len(names) + 1)), "names": ["background" if "background" not in names else "nothing", *names]})
+            raise DataError(
+                f"{data.source}: has objects of {len(names):,} classes, and {VOID - 1} are the most. Leave some "
+                "out with --set task.ignore=..."
+            )
+        return replace(
+            data,
+            context={
+                "values": list(range(len(names) + 1)),
+                "names": ["background" if "background" not in names else "nothing", *names],
+            },
+        )
 
     @classmethod
     def stored(cls, data: Data, options: Any) -> Data:
@@ -139,8 +160,9 @@ class ImageSegmentation(Task):
             ignored = {values[v] if v in values else int(v) for v in named(options.ignore)}
         except ValueError:
             listed = f" or classes ({', '.join(values)})" if values else ""
-            raise SettingsError(f"task.ignore={options.ignore!r}: for masks write values{listed} with commas between, such as "
-                                "11,255.") from None
+            raise SettingsError(
+                f"task.ignore={options.ignore!r}: for masks write values{listed} with commas between, such as 11,255."
+            ) from None
         found = masks.values(data.rows[data.target.name].to_list())
         every = np.unique(np.concatenate(found))
         if len(every) > 2 and every[-1] == VOID and VOID not in given:
@@ -149,24 +171,42 @@ class ImageSegmentation(Task):
             strange = set(every.tolist()) - set(given) - ignored
             if strange:
                 rows = [i for i, v in enumerate(found) if strange & set(v.tolist())]
-                raise DataError(f"{data.source}: {len(rows):,} masks hold values that are none of the {len(given)} classes "
-                                f"({', '.join(map(str, sorted(strange)[:5]))}): {', '.join(data.place(i) for i in rows[:5])}. "
-                                "Correct them, name the classes, or leave those pixels out with --set task.ignore=...")
+                raise DataError(
+                    f"{data.source}: {len(rows):,} masks hold values that are none of the {len(given)} classes "
+                    f"({', '.join(map(str, sorted(strange)[:5]))}): {', '.join(data.place(i) for i in rows[:5])}. "
+                    "Correct them, name the classes, or leave those pixels out with --set task.ignore=..."
+                )
             values = [v for v in sorted(given) if v not in ignored]
         else:
             values = [v for v in every.tolist() if v not in ignored]
         if len(values) > 256:
-            raise DataError(f"{data.source}: the masks hold {len(values):,} different values: they are no classes. Were they "
-                            "saved as JPEG, which blurs? Save them as PNG.")
+            raise DataError(
+                f"{data.source}: the masks hold {len(values):,} different values: they are no classes. Were they "
+                "saved as JPEG, which blurs? Save them as PNG."
+            )
         if len(values) < 2:
             raise DataError(f"{data.source}: the masks hold one class only ({values}): there is nothing to tell apart.")
         binary = values == [0, 255] or values == [0, 1]
         names = [given.get(v, ("background", "foreground")[i] if binary else str(v)) for i, v in enumerate(values)]
-        made = Data(data.source, data.rows, data.columns, data.manifest, list(data.findings), data.splits,
-                    {"values": values, "names": names})
+        made = Data(
+            data.source,
+            data.rows,
+            data.columns,
+            data.manifest,
+            list(data.findings),
+            data.splits,
+            {"values": values, "names": names},
+        )
         if left := sorted(ignored & set(every.tolist())):
-            made.findings.append(Finding("void-pixels", "note", f"pixels of the values {', '.join(map(str, left))} belong to "
-                                         "no class: they are neither learnt nor scored", (), len(left)))
+            made.findings.append(
+                Finding(
+                    "void-pixels",
+                    "note",
+                    f"pixels of the values {', '.join(map(str, left))} belong to no class: they are neither learnt nor scored",
+                    (),
+                    len(left),
+                )
+            )
         return made
 
     @classmethod
@@ -180,16 +220,21 @@ class ImageSegmentation(Task):
         paths, sizes = task.files(data)
         some = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
         pixels = [raw.pictures([paths[i]], [sizes[i]], raw.inner(*sizes[i])).reshape(channels, -1) for i in some]
-        means, squares = (np.mean([p.mean(1, dtype=np.float64) if power == 1 else (p.astype(np.float64) ** 2).mean(1)
-                                   for p in pixels], 0) / 255 ** power for power in (1, 2))
-        deviation = np.maximum(np.sqrt(np.maximum(squares - means ** 2, 0)), 1e-3)
+        means, squares = (
+            np.mean([p.mean(1, dtype=np.float64) if power == 1 else (p.astype(np.float64) ** 2).mean(1) for p in pixels], 0)
+            / 255**power
+            for power in (1, 2)
+        )
+        deviation = np.maximum(np.sqrt(np.maximum(squares - means**2, 0)), 1e-3)
         task.canvas = Canvas(side, channels, raw.classes, tuple(means.tolist()), tuple(deviation.tolist()))
         task.names, task.colours = list(data.context["names"]), palette(len(data.context["names"]))
         crop = options.crop or min(CROP[kind], max(64, side // 32 * 32))
         task.options = settled(options, side=side, crop=crop, channels=channels)
         if side < longest:
-            task.notes.append(f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
-                              "answers and scores are in their own size")
+            task.notes.append(
+                f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
+                "answers and scores are in their own size"
+            )
         return task
 
     # Pictures as tensors
@@ -211,12 +256,15 @@ class ImageSegmentation(Task):
         if not answered or not drawn:
             return data
         if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
-            raise DataError(f"{data.source}: has no outlines to compare answers with. To ask for answers, use `fieldguide "
-                            "predict`.")
+            raise DataError(
+                f"{data.source}: has no outlines to compare answers with. To ask for answers, use `fieldguide predict`."
+            )
         strange = sorted(set(objects(data).filter("drawn")["label"]) - {*self.names, *named(self.options.ignore)})
         if strange:
-            raise DataError(f"{data.source}: has objects of {', '.join(map(repr, strange[:5]))}, which the network does not "
-                            f"know. It knows: {', '.join(self.names[1:20])}. Rename or remove them.")
+            raise DataError(
+                f"{data.source}: has objects of {', '.join(map(repr, strange[:5]))}, which the network does not "
+                f"know. It knows: {', '.join(self.names[1:20])}. Rename or remove them."
+            )
         return data
 
     def needs(self) -> dict[str, Any]:
@@ -245,15 +293,18 @@ class ImageSegmentation(Task):
             if kept:
                 return kept[0][index], kept[1][index] if masks_too else None
             some, their = [paths[i] for i in index], [sizes[i] for i in index]
-            return (self.canvas.pictures(some, their, canvas),
-                    self.canvas.masks([truth[i] for i in index], their, canvas) if masks_too else None)
+            return (
+                self.canvas.pictures(some, their, canvas),
+                self.canvas.masks([truth[i] for i in index], their, canvas) if masks_too else None,
+            )
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             inner = torch.tensor([self.canvas.inner(*sizes[i]) for i in index])
             if generator is not None:
                 pixels, target = load(index, True)
-                image, target = augmented(torch.from_numpy(pixels), torch.from_numpy(target), inner, self.options.crop,
-                                          settings.augment, generator)
+                image, target = augmented(
+                    torch.from_numpy(pixels), torch.from_numpy(target), inner, self.options.crop, settings.augment, generator
+                )
                 return {"image": self.normal(image), "target": target}
             pixels, target = load(index, bool(truth) and settings is not None)
             size = torch.tensor([(sizes[i][1], sizes[i][0]) for i in index])
@@ -262,8 +313,9 @@ class ImageSegmentation(Task):
                 batch["target"] = torch.from_numpy(target).long()
             if truth:
                 largest = tuple(size.amax(0).tolist())
-                batch["truth"] = torch.from_numpy(self.canvas.masks([truth[i] for i in index], [sizes[i] for i in index],
-                                                                    largest, full=True)).long()
+                batch["truth"] = torch.from_numpy(
+                    self.canvas.masks([truth[i] for i in index], [sizes[i] for i in index], largest, full=True)
+                ).long()
             return batch
 
         return Batches(len(paths), make)
@@ -271,7 +323,7 @@ class ImageSegmentation(Task):
     def questions(self, data: Data, card: Card) -> Batches:
         return self.batches(replace(data, rows=data.rows.drop(self.target.name, strict=False)), card)
 
-    def normal(self, pixels: Tensor) -> Tensor:                                  # 0 to 255 -> mean 0, deviation 1
+    def normal(self, pixels: Tensor) -> Tensor:  # 0 to 255 -> mean 0, deviation 1
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.canvas.mean, self.canvas.std))
         return (pixels / 255 - mean) / std
 
@@ -289,8 +341,11 @@ class ImageSegmentation(Task):
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         counts = outputs["counts"].sum(0, dtype=np.float64)
         overlap, found = self.by_class(counts)
-        return {"miou": float(np.nanmean(overlap)), "pixel_accuracy": float(np.trace(counts) / max(counts.sum(), 1)),
-                "mean_accuracy": float(np.nanmean(found))}
+        return {
+            "miou": float(np.nanmean(overlap)),
+            "pixel_accuracy": float(np.trace(counts) / max(counts.sum(), 1)),
+            "mean_accuracy": float(np.nanmean(found)),
+        }
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         """Over pictures drawn with replacement, of whose pixels the counts are all that is needed."""
@@ -301,8 +356,10 @@ class ImageSegmentation(Task):
         """Intersection over union and share found, of each class; NaN of those that do not occur."""
         right, is_, said = np.diag(counts), counts.sum(1), counts.sum(0)
         there = is_ > 0
-        return (np.where(there, right / np.maximum(is_ + said - right, 1), np.nan),
-                np.where(there, right / np.maximum(is_, 1), np.nan))
+        return (
+            np.where(there, right / np.maximum(is_ + said - right, 1), np.nan),
+            np.where(there, right / np.maximum(is_, 1), np.nan),
+        )
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         most = int(self.truth(train)["pixels"].sum(0).argmax())
@@ -319,9 +376,13 @@ class ImageSegmentation(Task):
             mask = map_[:height, :width].astype(np.uint8)
             shares = np.bincount(mask.ravel(), minlength=len(self.names)) / mask.size
             order = [i for i in np.argsort(-shares) if shares[i] > 0]
-            answers.append({"classes": ", ".join(f"{self.names[i]} {100 * shares[i]:.0f} %" for i in order[:5]),
-                            "mask": Media(self.png(mask), ".png"),
-                            "shares": {self.names[i]: float(shares[i]) for i in order}})
+            answers.append(
+                {
+                    "classes": ", ".join(f"{self.names[i]} {100 * shares[i]:.0f} %" for i in order[:5]),
+                    "mask": Media(self.png(mask), ".png"),
+                    "shares": {self.names[i]: float(shares[i]) for i in order},
+                }
+            )
         return answers
 
     def png(self, mask: np.ndarray) -> bytes:
@@ -332,22 +393,39 @@ class ImageSegmentation(Task):
         image.save(out, "PNG")
         return out.getvalue()
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         counts = outputs["counts"].sum(0)
         overlap, found = self.by_class(counts.astype(float))
         rows = [(name, int(counts[i].sum()), float(overlap[i]), float(found[i])) for i, name in enumerate(self.names)]
         each = np.array([np.nanmean(self.by_class(c.astype(float))[0]) for c in outputs["counts"]])
-        worst = np.argsort(each)[:SHOWN // 2]
-        rest = np.random.default_rng(0).permutation(len(each))[:SHOWN // 2]
-        legend = Gallery("Colours", "What the colours below mean.", [
-            Picture(swatch(colour), name) for colour, name in zip(self.colours, self.names)])
-        return {"Classes": [Table("By class", "IoU: of the pixels that are or are called so, how many are both.",
-                                  ("class", "pixels", "IoU", "found"), rows, heat=("IoU", "found")),
-                            Matrix("Confusion of pixels", "Rows are the truth, columns what the network said.", self.names,
-                                   counts.tolist())],
-                "Pictures": [legend, self.gallery("Worst", test, outputs, worst, each),
-                             self.gallery("By chance", test, outputs, rest, each)]}
+        worst = np.argsort(each)[: SHOWN // 2]
+        rest = np.random.default_rng(0).permutation(len(each))[: SHOWN // 2]
+        legend = Gallery(
+            "Colours",
+            "What the colours below mean.",
+            [Picture(swatch(colour), name) for colour, name in zip(self.colours, self.names)],
+        )
+        return {
+            "Classes": [
+                Table(
+                    "By class",
+                    "IoU: of the pixels that are or are called so, how many are both.",
+                    ("class", "pixels", "IoU", "found"),
+                    rows,
+                    heat=("IoU", "found"),
+                ),
+                Matrix(
+                    "Confusion of pixels", "Rows are the truth, columns what the network said.", self.names, counts.tolist()
+                ),
+            ],
+            "Pictures": [
+                legend,
+                self.gallery("Worst", test, outputs, worst, each),
+                self.gallery("By chance", test, outputs, rest, each),
+            ],
+        }
 
     def gallery(self, title: str, test: Data, outputs: Arrays, rows: np.ndarray, each: np.ndarray) -> Exhibit:
         paths, sizes = self.files(test)
@@ -364,16 +442,21 @@ class ImageSegmentation(Task):
             said = thumb[y.astype(int)[:, None], x.astype(int)].astype(int)
             wrong = picture // 3
             wrong[(is_ >= 0) & (said != is_)] = (255, 60, 30)
-            strip = np.concatenate([np.concatenate([picture, self.painted(picture, is_)], 1),
-                                    np.concatenate([self.painted(picture, np.where(is_ < 0, -1, said)), wrong], 1)])
+            strip = np.concatenate(
+                [
+                    np.concatenate([picture, self.painted(picture, is_)], 1),
+                    np.concatenate([self.painted(picture, np.where(is_ < 0, -1, said)), wrong], 1),
+                ]
+            )
             out = io.BytesIO()
             Image.fromarray(strip).save(out, "JPEG", quality=85)
             pictures.append(Picture(out.getvalue(), f"{Path(test.place(int(i))).name}: IoU {each[i]:.2f}"))
-        return Gallery(title, "The picture and its mask in the data; below, the network's mask and, in red, where it is "
-                       "wrong.", pictures)
+        return Gallery(
+            title, "The picture and its mask in the data; below, the network's mask and, in red, where it is wrong.", pictures
+        )
 
     def painted(self, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        colours = np.array([*self.colours, (0, 0, 0)])[mask]         # -1, no class: dark
+        colours = np.array([*self.colours, (0, 0, 0)])[mask]  # -1, no class: dark
         return (0.4 * picture + 0.6 * colours).astype(np.uint8)
 
     # Saved with the run
@@ -395,16 +478,23 @@ def objects(data: Data) -> pl.DataFrame:
     rows = pl.Series("row", np.repeat(np.arange(len(column)), column.list.len().fill_null(0).to_numpy()))
     things = column.filter(column.list.len() > 0).explode()
     part = things.struct.field
-    return pl.DataFrame([rows, part("label"), part("crowd"),
-                         ((part("outline").list.len() > 0) | (part("runs").list.len() > 0)).fill_null(False).alias("drawn")])
+    return pl.DataFrame(
+        [
+            rows,
+            part("label"),
+            part("crowd"),
+            ((part("outline").list.len() > 0) | (part("runs").list.len() > 0)).fill_null(False).alias("drawn"),
+        ]
+    )
 
 
 def named(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def augmented(pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment: str,
-              generator: torch.Generator) -> tuple[Tensor, Tensor]:              # N C H W, N H W -> N C S S, N S S
+def augmented(
+    pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:  # N C H W, N H W -> N C S S, N S S
     """A square of each picture: of another size (0.5 to 2 times), mirrored, lighter or darker, more or less contrast."""
     count, _, height, width = pixels.shape
     uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
@@ -417,7 +507,7 @@ def augmented(pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment:
         low, high = torch.minimum(half, size / 2), torch.maximum(size - half, size / 2)
         middles.append(low + (high - low) * torch.rand(count, generator=generator))
     steps = (torch.arange(crop) + 0.5) / crop * 2 - 1
-    x = middles[0][:, None] + half[:, None] * mirror[:, None] * steps            # N S: pixels from the left
+    x = middles[0][:, None] + half[:, None] * mirror[:, None] * steps  # N S: pixels from the left
     y = middles[1][:, None] + half[:, None] * steps
     across, down = 2 * x / width - 1, 2 * y / height - 1
     grid = torch.stack([across[:, None].expand(-1, crop, -1), down[:, :, None].expand(-1, -1, crop)], -1)
@@ -435,8 +525,10 @@ def augmented(pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment:
 
 def palette(classes: int) -> list[tuple[int, int, int]]:
     """Colours that are told apart: around the circle of hues by the golden angle, in two lights."""
-    return [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 if i % 2 else 0.7))
-            for i in range(classes)]
+    return [
+        tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 if i % 2 else 0.7))
+        for i in range(classes)
+    ]
 
 
 def swatch(colour: tuple[int, int, int]) -> bytes:

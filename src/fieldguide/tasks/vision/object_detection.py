@@ -31,11 +31,11 @@ from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import settled
 from fieldguide.tasks.vision.detection_report import drawn, exhibits, matched, opened
 
-SIDE = {"cpu": 320, "mps": 640, "cuda": 640}     # pixels of the longer side, where the user names none
-STEP = 32                                        # sides are multiples of it: the coarsest grid's cells
-SHARE = 0.3                                      # of the memory that decoded pictures may fill
-MOST = 100                                       # boxes that are kept of a picture, as COCO scores them
-REPEATS, ENOUGH = 30, 2000                       # draws for an interval, and pictures that they are made from at most
+SIDE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side, where the user names none
+STEP = 32  # sides are multiples of it: the coarsest grid's cells
+SHARE = 0.3  # of the memory that decoded pictures may fill
+MOST = 100  # boxes that are kept of a picture, as COCO scores them
+REPEATS, ENOUGH = 30, 2000  # draws for an interval, and pictures that they are made from at most
 
 
 class Framed(Detection):
@@ -55,24 +55,26 @@ class ObjectDetection(Task):
     feature = ("image",)
     gives = ("boxes",)
     wants = Wants("named", names=("objects", "boxes"), kinds={"target": "boxes"})
-    metrics = (Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True),
-               Metric("map50", "max", "mean average precision at IoU 0.50", percent=True))
+    metrics = (
+        Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True),
+        Metric("map50", "max", "mean average precision at IoU 0.50", percent=True),
+    )
     decides = "map50"
-    recipe: ClassVar = {"augment": "light"}     # in the minutes of a CPU mosaics cost more than they give: docs/log.md
+    recipe: ClassVar = {"augment": "light"}  # in the minutes of a CPU mosaics cost more than they give: docs/log.md
     most, fewest = 32, 8
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None          # pixels of the square that the network sees, a multiple of 32
-        channels: int | None = None      # 1 grey, 3 colour
-        classes: str = ""                # only these, with commas between
-        mosaic: float | None = None      # share of training pictures made of four: half where augment=standard, else none
-        flip: float = 0.5                # share of them mirrored; 0 where left and right differ, as in writing
+        side: int | None = None  # pixels of the square that the network sees, a multiple of 32
+        channels: int | None = None  # 1 grey, 3 colour
+        classes: str = ""  # only these, with commas between
+        mosaic: float | None = None  # share of training pictures made of four: half where augment=standard, else none
+        flip: float = 0.5  # share of them mirrored; 0 where left and right differ, as in writing
 
     @dataclass(frozen=True)
     class Asking:
-        threshold: float | None = None   # least score of an answer; by itself the one with the best F1 on validation pictures
-        overlap: float = 0.7             # IoU above which the lower of two boxes of a class is dropped
+        threshold: float | None = None  # least score of an answer; by itself the one with the best F1 on validation pictures
+        overlap: float = 0.7  # IoU above which the lower of two boxes of a class is dropped
 
     names: list[str]
     threshold = 0.25
@@ -99,8 +101,10 @@ class ObjectDetection(Task):
         order = [n for n in (data.context or {}).get("classes", sorted(seen)) if n in seen]
         if asked := [n.strip() for n in options.classes.split(",") if n.strip()]:
             if strange := [n for n in asked if n not in seen]:
-                raise SettingsError(f"task.classes names {', '.join(map(repr, strange))}, of which {data.source} has no box. "
-                                    f"It has: {', '.join(order)}.")
+                raise SettingsError(
+                    f"task.classes names {', '.join(map(repr, strange))}, of which {data.source} has no box. "
+                    f"It has: {', '.join(order)}."
+                )
             order = asked
         if not order:
             raise DataError(f"{data.source}: no picture has a usable box: there is nothing to learn.")
@@ -119,8 +123,10 @@ class ObjectDetection(Task):
             raise SettingsError("task.mosaic and task.flip are shares, from 0 to 1.")
         task.options = settled(options, side=side, channels=channels)
         if side < longest:
-            task.notes.append(f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
-                              "boxes are in their own size")
+            task.notes.append(
+                f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
+                "boxes are in their own size"
+            )
         boxes, labels, _ = task.known(data)
         if not sum(map(len, labels)):
             raise DataError(f"{data.source}: no picture of the training part has a box of {', '.join(task.names[:10])}.")
@@ -128,8 +134,10 @@ class ObjectDetection(Task):
             task.notes.append(f"classes that no training picture shows: {', '.join(lacking)}; they cannot be learnt")
         small = float(np.mean([(b[2:] - b[:2]).min() * min(1, side / longest) < 8 for some in boxes for b in some]))
         if small > 0.2:
-            task.notes.append(f"{100 * small:.0f} % of the boxes have a side of fewer than 8 of the {side} pixels that the "
-                              "network sees: a larger task.side finds more of them, and takes longer")
+            task.notes.append(
+                f"{100 * small:.0f} % of the boxes have a side of fewer than 8 of the {side} pixels that the "
+                "network sees: a larger task.side finds more of them, and takes longer"
+            )
         return task
 
     # Pictures and boxes as tensors
@@ -167,7 +175,7 @@ class ObjectDetection(Task):
         """`with_path`: the batch tells where its pictures are, so that answers can be drawn into them."""
         paths, side, channels = data.rows[self.column].to_list(), self.options.side, self.options.channels
         frame = Letterbox.of(data.rows[WIDTH].to_numpy(), data.rows[HEIGHT].to_numpy(), side)
-        kept = images.load(paths, side, channels, fit="pad") if len(paths) * channels * side ** 2 < SHARE * ram() else None
+        kept = images.load(paths, side, channels, fit="pad") if len(paths) * channels * side**2 < SHARE * ram() else None
         truth = None
         if self.target.name in data.rows.columns and settings is not None:
             boxes, labels, crowd = self.known(data)
@@ -188,8 +196,12 @@ class ObjectDetection(Task):
                 pictures, boxes, labels = fetch(index)
                 return {"image": pictures / 255, "boxes": boxes, "labels": labels}
             pictures = kept[index] if kept is not None else images.load([paths[i] for i in index], side, channels, fit="pad")
-            batch = {"image": pictures / 255, "scale": frame.scale[index], "corner": frame.corner[index],
-                     "size": frame.size[index]}
+            batch = {
+                "image": pictures / 255,
+                "scale": frame.scale[index],
+                "corner": frame.corner[index],
+                "size": frame.size[index],
+            }
             return batch | ({"path": spelt([paths[i] for i in index])} if with_path else {})
 
         return Batches(len(paths), make)
@@ -198,8 +210,15 @@ class ObjectDetection(Task):
         if settings is None or settings.augment == "none":
             return None
         if settings.augment == "light":
-            return Augment(mosaic=self.options.mosaic or 0.0, scale=0.2, shift=0.05, flip=self.options.flip, hue=0.0,
-                           saturation=0.2, brightness=0.15)
+            return Augment(
+                mosaic=self.options.mosaic or 0.0,
+                scale=0.2,
+                shift=0.05,
+                flip=self.options.flip,
+                hue=0.0,
+                saturation=0.2,
+                brightness=0.15,
+            )
         return Augment(mosaic=0.5 if self.options.mosaic is None else self.options.mosaic, flip=self.options.flip)
 
     # Scores
@@ -210,7 +229,7 @@ class ObjectDetection(Task):
         together, names = pad(boxes, labels)
         around = np.zeros(names.shape, dtype=bool)
         for i, some in enumerate(crowd):
-            around[i, :len(some)] = some
+            around[i, : len(some)] = some
         return {"boxes": together.numpy(), "labels": names.numpy(), "crowd": around}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -222,8 +241,9 @@ class ObjectDetection(Task):
         and the spread is made narrower by the root of how many more there are (the m out of n bootstrap)."""
         middle, count = self.score(outputs, truth), len(truth["labels"])
         some = np.sort(np.random.default_rng(0).permutation(count)[:ENOUGH])
-        drawn = bootstrap(*({k: v[some] for k, v in arrays.items()} for arrays in (outputs, truth)), len(self.names),
-                          repeats=REPEATS)
+        drawn = bootstrap(
+            *({k: v[some] for k, v in arrays.items()} for arrays in (outputs, truth)), len(self.names), repeats=REPEATS
+        )
         narrower = (len(some) / count) ** 0.5
         spread = {name: 1.96 * narrower * float(np.std([d[name] for d in drawn], ddof=1)) for name in middle}
         return {name: (max(0.0, middle[name] - spread[name]), min(1.0, middle[name] + spread[name])) for name in middle}
@@ -235,8 +255,9 @@ class ObjectDetection(Task):
         for i in range(len(known)):
             crowd = truth["crowd"][i][known[i]]
             is_ = truth["labels"][i][known[i]]
-            right.append(matched(outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], truth["boxes"][i][known[i]], is_,
-                                 crowd)[0])
+            right.append(
+                matched(outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], truth["boxes"][i][known[i]], is_, crowd)[0]
+            )
             there += np.bincount(is_[~crowd].astype(int), minlength=classes)
         right, scores, labels = np.concatenate(right), outputs["scores"][real], outputs["labels"][real].astype(int)
         grid, best = np.linspace(0.01, 0.9, 90), []
@@ -259,9 +280,14 @@ class ObjectDetection(Task):
         tested = np.tile(test.rows.select(WIDTH, HEIGHT).to_numpy().astype(np.float32), 2)[:, None]
         whole = {"boxes": mean[None] * tested, "scores": np.tile(often, (count, 1)), "labels": np.tile(seen, (count, 1))}
         top = int(np.argmax(np.bincount(names)[seen]))
-        return [Baseline("mean box", "puts the mean box of every class into each picture", whole),
-                Baseline("most frequent class", f"puts the mean box of {self.names[seen[top]]!r} into each picture",
-                         {name: array[:, [top]] for name, array in whole.items()})]
+        return [
+            Baseline("mean box", "puts the mean box of every class into each picture", whole),
+            Baseline(
+                "most frequent class",
+                f"puts the mean box of {self.names[seen[top]]!r} into each picture",
+                {name: array[:, [top]] for name, array in whole.items()},
+            ),
+        ]
 
     # Answers and report
 
@@ -273,22 +299,26 @@ class ObjectDetection(Task):
         answers = []
         for i in range(len(outputs["labels"])):
             real = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= self.least)
-            found = [{"label": self.names[int(n)], "score": float(s), "box": [round(float(v), 1) for v in b]} for n, s, b in
-                     zip(outputs["labels"][i][real], outputs["scores"][i][real], outputs["boxes"][i][real])]
+            found = [
+                {"label": self.names[int(n)], "score": float(s), "box": [round(float(v), 1) for v in b]}
+                for n, s, b in zip(outputs["labels"][i][real], outputs["scores"][i][real], outputs["boxes"][i][real])
+            ]
             counts = Counter(o["label"] for o in found)
             answer = {"found": ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing", "objects": found}
             if "path" in outputs:
                 path = "".join(map(chr, outputs["path"][i][outputs["path"][i] >= 0]))
-                picture = drawn(opened(path), outputs["boxes"][i][real], outputs["labels"][i][real], self.names,
-                                outputs["scores"][i][real])
+                picture = drawn(
+                    opened(path), outputs["boxes"][i][real], outputs["labels"][i][real], self.names, outputs["scores"][i][real]
+                )
                 out = io.BytesIO()
                 picture.save(out, "JPEG", quality=90)
                 answer["picture"] = Media(out.getvalue(), ".jpg")
             answers.append(answer)
         return answers
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         names = [Path(test.place(i)).name for i in range(len(test))]
         return exhibits(test.rows[self.column].to_list(), names, outputs, truth, self.names, self.least)
 
@@ -296,12 +326,15 @@ class ObjectDetection(Task):
         data = super().read_one(source, False)
         if answered:
             if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
-                raise DataError(f"{data.source}: has no boxes to compare answers with. To ask for answers, use `fieldguide "
-                                "predict`.")
+                raise DataError(
+                    f"{data.source}: has no boxes to compare answers with. To ask for answers, use `fieldguide predict`."
+                )
             seen = {o["label"] for objects in data.rows[self.target.name].to_list() for o in objects or []}
             if (strange := sorted(seen - set(self.names))) and not self.options.classes:
-                raise DataError(f"{data.source}: has boxes of {', '.join(map(repr, strange[:5]))}, which the network does not "
-                                f"know. It knows: {', '.join(self.names[:20])}. Rename or remove them.")
+                raise DataError(
+                    f"{data.source}: has boxes of {', '.join(map(repr, strange[:5]))}, which the network does not "
+                    f"know. It knows: {', '.join(self.names[:20])}. Rename or remove them."
+                )
         return data
 
     # Saved with the run
@@ -320,7 +353,7 @@ def spelt(paths: list[str]) -> Tensor:
     """Paths as the numbers of their characters, -1 after their end: B L int32."""
     out = torch.full((len(paths), max(map(len, paths))), -1, dtype=torch.int32)
     for row, path in enumerate(paths):
-        out[row, :len(path)] = torch.tensor([ord(c) for c in path], dtype=torch.int32)
+        out[row, : len(path)] = torch.tensor([ord(c) for c in path], dtype=torch.int32)
     return out
 
 

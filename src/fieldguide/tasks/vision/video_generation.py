@@ -31,39 +31,44 @@ from fieldguide.tasks.supervised import discrete, settled, wilson
 from fieldguide.tasks.vision.image_generation import ImageGeneration, png, sampler
 
 SIDES = (16, 32, 64)
-MOST = {"cpu": 32, "mps": 64, "cuda": 64}        # pixels a side, where the user names none
-LENGTH = {"cpu": 8, "mps": 16, "cuda": 16}       # frames
-FEWEST = 64                                      # films that are made for a test, at least
-SHOWN = 3                                        # films of each class in the report
-PLAYED = 120                                     # milliseconds a frame
+MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # pixels a side, where the user names none
+LENGTH = {"cpu": 8, "mps": 16, "cuda": 16}  # frames
+FEWEST = 64  # films that are made for a test, at least
+SHOWN = 3  # films of each class in the report
+PLAYED = 120  # milliseconds a frame
 
 
 class VideoGeneration(ImageGeneration):
     name = "video-generation"
-    reads = ("a folder of films, maybe a folder per class: MP4 and the like, GIF or WebP, or strips with square frames side by "
-             "side; or a table of their paths")
+    reads = (
+        "a folder of films, maybe a folder per class: MP4 and the like, GIF or WebP, or strips with square frames side by "
+        "side; or a table of their paths"
+    )
     takes = ("noisy-video",)
     feature = ("video",)
     gives = ("video",)
     wants = Wants("named", media={"image": "video"})
-    metrics = (Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN of this data"),
-               Metric("recognised", "max", "of the made films taken for what was asked by a CNN that learnt from real ones",
-                      percent=True),
-               Metric("consistency_gap", "min", "difference to real films in how alike neighbouring frames look"),
-               Metric("next_frame_psnr", "max", "decibels between the next frame as told from those before it and as it was"),
-               Metric("held_out_loss", "min", "error of the named noise on held-out films"))
+    metrics = (
+        Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN of this data"),
+        Metric(
+            "recognised", "max", "of the made films taken for what was asked by a CNN that learnt from real ones", percent=True
+        ),
+        Metric("consistency_gap", "min", "difference to real films in how alike neighbouring frames look"),
+        Metric("next_frame_psnr", "max", "decibels between the next frame as told from those before it and as it was"),
+        Metric("held_out_loss", "min", "error of the named noise on held-out films"),
+    )
     validated, tested = 100, 100
-    each = 1                             # films that are made for each that is asked for
+    each = 1  # films that are made for each that is asked for
     most, fewest = 32, 8
 
     @dataclass(frozen=True)
     class Options(ImageGeneration.Options):
-        frames: int | None = None        # of a film that are learnt and made
-        stride: int = 1                  # every so many frames of the film
+        frames: int | None = None  # of a film that are learnt and made
+        stride: int = 1  # every so many frames of the film
 
     @dataclass(frozen=True)
     class Asking(ImageGeneration.Asking):
-        guidance: float = 3.0            # films of a short training show what they are of at 3 more than at 1.5
+        guidance: float = 3.0  # films of a short training show what they are of at 3 more than at 1.5
 
     # Films as tensors
 
@@ -81,7 +86,7 @@ class VideoGeneration(ImageGeneration):
         side = options.side or max((s for s in SIDES if s <= most), default=SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         frames = options.frames or max(2, min(LENGTH[kind], shortest // options.stride))
-        task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)           # -1 .. 1
+        task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target else []
         task.options = settled(options, side=side, channels=channels, frames=frames)
         task.note_classes()
@@ -126,14 +131,20 @@ class VideoGeneration(ImageGeneration):
 
     def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], asking: Any) -> Tensor:
         p = self.pictures
-        return objective.sample(label, (self.options.frames, p.channels, p.side, p.side), sampler(asking), seed=asking.seed,
-                                numbers=numbers, guidance=asking.guidance if self.labels else 1.0).clamp(-1, 1)
+        return objective.sample(
+            label,
+            (self.options.frames, p.channels, p.side, p.side),
+            sampler(asking),
+            seed=asking.seed,
+            numbers=numbers,
+            guidance=asking.guidance if self.labels else 1.0,
+        ).clamp(-1, 1)
 
     def ask(self, objective: Objective) -> Any:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             extra = torch.arange(self.each, device=batch["label"].device)
             label, numbers = batch["label"][:, None], batch["row"][:, None] * self.each + extra.cpu()
-            if self.labels:                              # beside its own class the others in turn
+            if self.labels:  # beside its own class the others in turn
                 label = (label - 1 + extra) % len(self.labels) + 1
             label = label.expand(-1, self.each)
             samples = self.made(objective, label.flatten(), numbers.flatten().tolist(), self.asking)
@@ -141,9 +152,10 @@ class VideoGeneration(ImageGeneration):
             if "video" in batch:
                 found |= objective.outputs(batch) | {"next": self.continued(objective, batch)}
             return found
+
         return answer
 
-    def continued(self, objective: Diffusion, batch: dict[str, Tensor]) -> Tensor:       # -> B C S S
+    def continued(self, objective: Diffusion, batch: dict[str, Tensor]) -> Tensor:  # -> B C S S
         """The last frame, told from those before: at each step of the sampler they are put back as they are, with the
         noise of that step (Lugmayr et al. 2022, arXiv:2201.09865, equation 8, without resampling)."""
         film, label, process = batch["video"], batch["label"], objective.process
@@ -162,8 +174,10 @@ class VideoGeneration(ImageGeneration):
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         names = ["", *self.labels]
-        return [{**({"class": names[int(label)]} if self.labels else {}), "video": Media(animated(x), ".webp")}
-                for x, label in zip(outputs["samples"], outputs["label"].astype(int))]
+        return [
+            {**({"class": names[int(label)]} if self.labels else {}), "video": Media(animated(x), ".webp")}
+            for x, label in zip(outputs["samples"], outputs["label"].astype(int))
+        ]
 
     # Judging them
 
@@ -171,8 +185,9 @@ class VideoGeneration(ImageGeneration):
         self.known, self.known_labels = self.whole(train), torch.from_numpy(self.codes(train)) - 1
         label = self.known_labels if self.labels else None
         frames = self.options.frames
-        self.judge = generative.taught(self.known.flatten(0, 1), None if label is None else label.repeat_interleave(frames),
-                                   len(self.labels))
+        self.judge = generative.taught(
+            self.known.flatten(0, 1), None if label is None else label.repeat_interleave(frames), len(self.labels)
+        )
         self.motion = generative.taught(motion(self.known), label, len(self.labels)) if self.labels else None
 
     def before_scores(self, rows: int) -> None:
@@ -220,10 +235,15 @@ class VideoGeneration(ImageGeneration):
         own = self.known_labels.numpy() + 1
         rows = np.array([rng.choice(np.flatnonzero(own == k)) for k in label])
         copies = self.known[rows].numpy()
-        return [Baseline("copy-last", "the next frame is the last one again", {"next": real[:, -2]}),
-                Baseline("noise", "every pixel by chance", {"samples": rng.uniform(-1, 1, copies.shape).astype(np.float32),
-                                                            "label": label}),
-                Baseline("training films", "the data itself", {"samples": copies, "label": label}, bound=True)]
+        return [
+            Baseline("copy-last", "the next frame is the last one again", {"next": real[:, -2]}),
+            Baseline(
+                "noise",
+                "every pixel by chance",
+                {"samples": rng.uniform(-1, 1, copies.shape).astype(np.float32), "label": label},
+            ),
+            Baseline("training films", "the data itself", {"samples": copies, "label": label}, bound=True),
+        ]
 
     # Report
 
@@ -233,65 +253,102 @@ class VideoGeneration(ImageGeneration):
         made = self.made(objective, label, range(count), self.Asking()).numpy()
         return [Gallery("Samples while it learnt", "The same noise each time.", [Picture(animated(beside(made)), "")])]
 
-    def exhibits(self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
-                 ) -> dict[str, list[Exhibit]]:
+    def exhibits(
+        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+    ) -> dict[str, list[Exhibit]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
         names = ["films", *self.labels]
         shown = [Picture(animated(samples[i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:SHOWN]]
         real = [Picture(animated(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]]
-        told = [Picture(png(np.concatenate([truth["real"][i, -2], truth["real"][i, -1], outputs["next"][i]], 2)),
-                        f"{psnr(outputs['next'][i], truth['real'][i, -1]):.1f} dB") for i in range(len(outputs["next"]))[:8]]
-        by_class = [(names[k], int((label == k).sum()), float(self.judged(outputs, truth)["right"][label == k].mean()))
-                    for k in np.unique(label)] if self.labels else []
-        return {"Samples": [Gallery("Made films", "Not chosen; they play.", shown),
-                            Gallery("Real films of the test part", "To compare.", real),
-                            *([Table("Recognised", "Share of the made films that a CNN which learnt from real ones takes for "
-                                     "what was asked.", ("class", "films", "recognised"), by_class)] if by_class else []),
-                            Gallery("The next frame", "The last known frame, the next as it was, the next as told.", told)],
-                "Memory": self.copies(samples)}
+        told = [
+            Picture(
+                png(np.concatenate([truth["real"][i, -2], truth["real"][i, -1], outputs["next"][i]], 2)),
+                f"{psnr(outputs['next'][i], truth['real'][i, -1]):.1f} dB",
+            )
+            for i in range(len(outputs["next"]))[:8]
+        ]
+        by_class = (
+            [
+                (names[k], int((label == k).sum()), float(self.judged(outputs, truth)["right"][label == k].mean()))
+                for k in np.unique(label)
+            ]
+            if self.labels
+            else []
+        )
+        return {
+            "Samples": [
+                Gallery("Made films", "Not chosen; they play.", shown),
+                Gallery("Real films of the test part", "To compare.", real),
+                *(
+                    [
+                        Table(
+                            "Recognised",
+                            "Share of the made films that a CNN which learnt from real ones takes for what was asked.",
+                            ("class", "films", "recognised"),
+                            by_class,
+                        )
+                    ]
+                    if by_class
+                    else []
+                ),
+                Gallery("The next frame", "The last known frame, the next as it was, the next as told.", told),
+            ],
+            "Memory": self.copies(samples),
+        }
 
     def copies(self, samples: np.ndarray) -> list[Exhibit]:
         known, made = (generative.seen(self.judge, x.mean(1)) for x in (self.known, torch.from_numpy(samples[:8])))
         far = generative.distances(made, known)
         nearest = [self.known[int(row.argmin())].numpy() for row in far]
-        pairs = [Picture(animated(beside(np.stack([samples[i], other]))), f"{far[i].min():.2f}")
-                 for i, other in enumerate(nearest)]
-        return [Gallery("Samples and their nearest training films", "Left the sample, right the training film that the judge "
-                        "finds nearest. Two that are equal would be a film learnt by heart.", pairs)]
+        pairs = [
+            Picture(animated(beside(np.stack([samples[i], other]))), f"{far[i].min():.2f}") for i, other in enumerate(nearest)
+        ]
+        return [
+            Gallery(
+                "Samples and their nearest training films",
+                "Left the sample, right the training film that the judge "
+                "finds nearest. Two that are equal would be a film learnt by heart.",
+                pairs,
+            )
+        ]
 
 
 def judged_scores(found: dict[str, Any]) -> dict[str, float]:
     """Scores of what judges saw: `made` and `real` N F D, `right` N."""
-    scores = {"frame_distance": generative.frechet(*(found[k].reshape(-1, found[k].shape[-1]) for k in ("real", "made"))),
-              "consistency_gap": abs(consistency(found["made"]) - consistency(found["real"]))}
+    scores = {
+        "frame_distance": generative.frechet(*(found[k].reshape(-1, found[k].shape[-1]) for k in ("real", "made"))),
+        "consistency_gap": abs(consistency(found["made"]) - consistency(found["real"])),
+    }
     return scores | ({"recognised": float(found["right"].mean())} if "right" in found else {})
 
 
-def consistency(features: np.ndarray) -> float:          # N F D
+def consistency(features: np.ndarray) -> float:  # N F D
     """Mean cosine of neighbouring frames' features."""
     return float(consistencies(features).mean())
 
 
-def consistencies(features: np.ndarray) -> np.ndarray:   # N F D -> N
+def consistencies(features: np.ndarray) -> np.ndarray:  # N F D -> N
     a, b = features[:, :-1], features[:, 1:]
     return ((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-9)).mean(1)
 
 
-def around_gap(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:       # N, M
+def around_gap(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:  # N, M
     """95 % interval of how far two means are apart; it begins at 0 where either may be the larger."""
     rng = np.random.default_rng(0)
-    gaps = [made[rng.integers(0, len(made), len(made))].mean() - real[rng.integers(0, len(real), len(real))].mean()
-            for _ in range(generative.MEANS)]
+    gaps = [
+        made[rng.integers(0, len(made), len(made))].mean() - real[rng.integers(0, len(real), len(real))].mean()
+        for _ in range(generative.MEANS)
+    ]
     low, high = np.percentile(gaps, (2.5, 97.5))
     return 0.0 if low <= 0 <= high else float(min(abs(low), abs(high))), float(max(abs(low), abs(high)))
 
 
-def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:                        # N C S S in -1 .. 1 -> N
+def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # N C S S in -1 .. 1 -> N
     """Peak signal-to-noise ratio."""
     return -10 * np.log10(np.maximum(((a - b) ** 2).mean((1, 2, 3)) / 4, 1e-10))
 
 
-def motion(films: Tensor) -> Tensor:                     # N F C S S -> N 3C S S
+def motion(films: Tensor) -> Tensor:  # N F C S S -> N 3C S S
     """A film as one picture: its middle frame, what changes from frame to frame, and whither: early less late."""
     half = films.shape[1] // 2
     change = (films[:, 1:] - films[:, :-1]).abs().mean(1)
@@ -302,11 +359,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(-10 * np.log10(max(((a - b) ** 2).mean() / 4, 1e-10)))
 
 
-def beside(films: np.ndarray) -> np.ndarray:             # N F C S S -> F C S N*S
+def beside(films: np.ndarray) -> np.ndarray:  # N F C S S -> F C S N*S
     return np.concatenate(list(films), -1)
 
 
-def animated(film: np.ndarray) -> bytes:                 # F C S S in -1 .. 1 -> WebP that plays
+def animated(film: np.ndarray) -> bytes:  # F C S S in -1 .. 1 -> WebP that plays
     frames = [Image.open(io.BytesIO(png(frame))).convert("RGB") for frame in film]
     scale = max(1, 96 // frames[0].height)
     frames = [f.resize((f.width * scale, f.height * scale), Image.Resampling.NEAREST) for f in frames]

@@ -39,15 +39,17 @@ class Caption(nn.Module):
                 for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
                     nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embed.weight, std=width ** -0.5)
-        nn.init.normal_(self.head.weight, std=WIDER * width ** -0.5)
+        nn.init.normal_(self.embed.weight, std=width**-0.5)
+        nn.init.normal_(self.head.weight, std=WIDER * width**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:         # B T -> B E
+    def forward(self, tokens: Tensor) -> Tensor:  # B T -> B E
         if tokens.shape[1] > len(self.pos):
-            raise DataError(f"a caption of {tokens.shape[1]} tokens is longer than length={len(self.pos)}; cut the captions or "
-                            "create the network with a larger length")
+            raise DataError(
+                f"a caption of {tokens.shape[1]} tokens is longer than length={len(self.pos)}; cut the captions or "
+                "create the network with a larger length"
+            )
         mask = at_least_one(tokens > 0)
-        x = self.embed(tokens) * math.sqrt(self.embed.embedding_dim) + self.pos[:tokens.shape[1]]
+        x = self.embed(tokens) * math.sqrt(self.embed.embedding_dim) + self.pos[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, mask)
         return self.head(masked_mean(x, mask))

@@ -19,11 +19,11 @@ from fieldguide.models.layers.recurrent import Recurrent
 class Config:
     vocab: int = 16_000
     classes: int = 2
-    dim: int = 128               # D
-    hidden: int = 256            # H
-    depth: int = 1               # layers
-    directions: int = 2          # 2 reads every row backwards too
-    dropout: float = 0.3         # on embeddings, between layers and before the head
+    dim: int = 128  # D
+    hidden: int = 256  # H
+    depth: int = 1  # layers
+    directions: int = 2  # 2 reads every row backwards too
+    dropout: float = 0.3  # on embeddings, between layers and before the head
 
 
 class Reader(nn.Module):
@@ -40,6 +40,6 @@ class Reader(nn.Module):
         self.head = nn.Linear(config.hidden * config.directions, config.classes)
         nn.init.normal_(self.embed.weight, std=0.1)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:     # B T, B T -> B classes
-        x = self.dropout(self.embed(tokens))                                     # B T D
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B classes
+        x = self.dropout(self.embed(tokens))  # B T D
         return self.head(self.dropout(self.rnn(x, mask)))

@@ -9,20 +9,20 @@ from fieldguide.core.errors import WeightsError
 from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Derived, Fixed, Is, Known
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, Transposed
 
-TOWERS = (("vision_model.", "visual.", "vision."), ("text_model.", "", "text."))           # there, there, here
+TOWERS = (("vision_model.", "visual.", "vision."), ("text_model.", "", "text."))  # there, there, here
 
 
 def huggingface() -> dict[str, Row]:
     names: dict[str, Row] = {
-        "vision_model.embeddings.class_embedding":           "vision.cls",
-        "vision_model.embeddings.patch_embedding.weight":    "vision.patch.weight",
-        "vision_model.pre_layrnorm.*":                       "vision.norm_pre.*",            # thus spelt
-        "vision_model.post_layernorm.*":                     "vision.norm.*",
-        "visual_projection.weight":                          "vision.proj.weight",
-        "text_model.embeddings.token_embedding.weight":      "text.embed.weight",
-        "text_model.final_layer_norm.*":                     "text.norm.*",
-        "text_projection.weight":                            "text.proj.weight",
-        "logit_scale":                                       "logit_scale",
+        "vision_model.embeddings.class_embedding": "vision.cls",
+        "vision_model.embeddings.patch_embedding.weight": "vision.patch.weight",
+        "vision_model.pre_layrnorm.*": "vision.norm_pre.*",  # thus spelt
+        "vision_model.post_layernorm.*": "vision.norm.*",
+        "visual_projection.weight": "vision.proj.weight",
+        "text_model.embeddings.token_embedding.weight": "text.embed.weight",
+        "text_model.final_layer_norm.*": "text.norm.*",
+        "text_projection.weight": "text.proj.weight",
+        "logit_scale": "logit_scale",
     }
     for theirs, _, ours in TOWERS:
         layer, block = theirs + "encoder.layers.{i}.", ours + "blocks.{i}."
@@ -31,44 +31,50 @@ def huggingface() -> dict[str, Row]:
             theirs + "embeddings.position_embedding.weight": ours + "pos.weight",
             theirs + "embeddings.position_ids": Dropped("0, 1, 2, ..."),
             layer + "self_attn.out_proj.*": block + "attn.proj.*",
-            layer + "layer_norm1.*":        block + "norm1.*",
-            layer + "layer_norm2.*":        block + "norm2.*",
-            layer + "mlp.fc1.*":            block + "mlp.up.*",
-            layer + "mlp.fc2.*":            block + "mlp.down.*",
+            layer + "layer_norm1.*": block + "norm1.*",
+            layer + "layer_norm2.*": block + "norm2.*",
+            layer + "mlp.fc1.*": block + "mlp.up.*",
+            layer + "mlp.fc2.*": block + "mlp.down.*",
         }
     return names
 
 
 def openai(text: str, towers: tuple[tuple[str, str, str], ...] = TOWERS) -> dict[str, Row]:
     """Names of OpenAI's files and of most of open_clip's; its files with a tower of their own say `text.` before."""
-    names: dict[str, Row] = {
-        "visual.class_embedding":         "vision.cls",
-        "visual.conv1.weight":            "vision.patch.weight",
-        "visual.ln_pre.*":                "vision.norm_pre.*",
-        "visual.ln_post.*":               "vision.norm.*",
-        "visual.proj":                    Transposed("vision.proj.weight"),      # matrices that vectors stand before
-    } if towers is TOWERS else {}
+    names: dict[str, Row] = (
+        {
+            "visual.class_embedding": "vision.cls",
+            "visual.conv1.weight": "vision.patch.weight",
+            "visual.ln_pre.*": "vision.norm_pre.*",
+            "visual.ln_post.*": "vision.norm.*",
+            "visual.proj": Transposed("vision.proj.weight"),  # matrices that vectors stand before
+        }
+        if towers is TOWERS
+        else {}
+    )
     names |= {
-        text + "token_embedding.weight":  "text.embed.weight",
-        text + "ln_final.*":              "text.norm.*",
-        text + "text_projection":         Transposed("text.proj.weight"),
-        text + "attn_mask":               Dropped("the causal mask"),
-        "logit_scale":                    "logit_scale",
+        text + "token_embedding.weight": "text.embed.weight",
+        text + "ln_final.*": "text.norm.*",
+        text + "text_projection": Transposed("text.proj.weight"),
+        text + "attn_mask": Dropped("the causal mask"),
+        "logit_scale": "logit_scale",
     }
-    names |= {name: Dropped("a number of the configuration, in OpenAI's archives alone", means={"quick": True})
-              for name in ("input_resolution", "context_length", "vocab_size")}
+    names |= {
+        name: Dropped("a number of the configuration, in OpenAI's archives alone", means={"quick": True})
+        for name in ("input_resolution", "context_length", "vocab_size")
+    }
     for _, theirs, ours in towers:
         theirs = theirs or text
         layer, block = theirs + "transformer.resblocks.{i}.", ours + "blocks.{i}."
         names |= {
             theirs + "positional_embedding": ours + "pos.weight",
             layer + "attn.in_proj_weight": block + "attn.qkv.weight",
-            layer + "attn.in_proj_bias":   block + "attn.qkv.bias",
-            layer + "attn.out_proj.*":     block + "attn.proj.*",
-            layer + "ln_1.*":              block + "norm1.*",
-            layer + "ln_2.*":              block + "norm2.*",
-            layer + "mlp.c_fc.*":          block + "mlp.up.*",
-            layer + "mlp.c_proj.*":        block + "mlp.down.*",
+            layer + "attn.in_proj_bias": block + "attn.qkv.bias",
+            layer + "attn.out_proj.*": block + "attn.proj.*",
+            layer + "ln_1.*": block + "norm1.*",
+            layer + "ln_2.*": block + "norm2.*",
+            layer + "mlp.c_fc.*": block + "mlp.up.*",
+            layer + "mlp.c_proj.*": block + "mlp.down.*",
         }
     return names
 
@@ -93,7 +99,7 @@ def tower(name: str, dim: str, depth: str, heads: str) -> dict[str, ConfigRow]:
 
 
 ACTS = {"quick_gelu": True, "gelu": False}
-CONFIG: dict[str, ConfigRow] = {                         # of transformers
+CONFIG: dict[str, ConfigRow] = {  # of transformers
     "model_type": Is("clip"),
     "architectures": Is(["CLIPModel"]),
     "projection_dim": "embed",
@@ -111,10 +117,31 @@ CONFIG: dict[str, ConfigRow] = {                         # of transformers
 
 
 # Keys of open_clip that change nothing where they have these values; with any other it is another network.
-PLAIN = {"mlp_ratio": 4.0, "pool_type": ("tok", "argmax"), "pos_embed_type": "learnable", "patch_dropout": 0.0, "pad_id": 0,
-         "proj_type": "linear", "block_type": (None, "default")}
-OWN = {"image_size", "layers", "width", "head_width", "patch_size", "context_length", "vocab_size", "heads",
-       "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "eos_id", "output_tokens", "timm_model_pretrained"}
+PLAIN = {
+    "mlp_ratio": 4.0,
+    "pool_type": ("tok", "argmax"),
+    "pos_embed_type": "learnable",
+    "patch_dropout": 0.0,
+    "pad_id": 0,
+    "proj_type": "linear",
+    "block_type": (None, "default"),
+}
+OWN = {
+    "image_size",
+    "layers",
+    "width",
+    "head_width",
+    "patch_size",
+    "context_length",
+    "vocab_size",
+    "heads",
+    "hf_tokenizer_name",
+    "tokenizer_kwargs",
+    "tokenizer_mode",
+    "eos_id",
+    "output_tokens",
+    "timm_model_pretrained",
+}
 
 
 def checked(said: Mapping[str, Any], unit: int) -> dict[str, int]:

@@ -15,8 +15,8 @@ from fieldguide.core.errors import DataError
 from fieldguide.models.layers.kv_cache import Cache
 from fieldguide.models.layers.padding import at_least_one
 
-Memory = tuple[Tensor, Tensor]    # keys and values of a layer's source, B heads S d each
-Source = tuple[list[Memory], Tensor | None]      # of all layers, and which of its tokens are real, B S
+Memory = tuple[Tensor, Tensor]  # keys and values of a layer's source, B heads S d each
+Source = tuple[list[Memory], Tensor | None]  # of all layers, and which of its tokens are real, B S
 
 
 class CrossAttention(nn.Module):
@@ -27,8 +27,16 @@ class CrossAttention(nn.Module):
     follow one another.
     """
 
-    def __init__(self, dim: int, heads: int, width: int | None = None, *, bias: bool = True, scale: float | None = None,
-                 dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        width: int | None = None,
+        *,
+        bias: bool = True,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.heads, self.scale, self.dropout = heads, scale, dropout
         inner = heads * width if width else dim
@@ -36,14 +44,15 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * inner, bias)
         self.proj = nn.Linear(inner, dim, bias)
 
-    def remember(self, source: Tensor) -> Memory:        # B S D -> B heads S d, twice
+    def remember(self, source: Tensor) -> Memory:  # B S D -> B heads S d, twice
         return tuple(self.kv(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind())
 
-    def forward(self, x: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:         # B T D, B S -> B T D
+    def forward(self, x: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:  # B T D, B S -> B T D
         q = self.q(x)
         q = q.reshape(memory[0].shape[0], -1, q.shape[-1]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, *memory, None if mask is None else mask[:, None, None],
-                                           self.dropout if self.training else 0.0, scale=self.scale)
+        y = F.scaled_dot_product_attention(
+            q, *memory, None if mask is None else mask[:, None, None], self.dropout if self.training else 0.0, scale=self.scale
+        )
         return self.proj(y.transpose(1, 2).flatten(2).reshape(*x.shape[:2], -1))
 
 
@@ -56,7 +65,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, dim, bias)
         self.act, self.dropout = act, nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:              # ... D -> ... D
+    def forward(self, x: Tensor) -> Tensor:  # ... D -> ... D
         return self.down(self.dropout(self.act(self.up(x))))
 
 
@@ -97,20 +106,23 @@ class EncoderDecoder(nn.Module):
     def check(self, steps: int, cache: Cache | None = None) -> None:
         """Raises `DataError` for rows that are too long; call after `open`."""
         if (total := steps + (cache.start if cache else 0)) > self.config.length:
-            raise DataError(f"a row of {total} tokens is longer than length={self.config.length}; "
-                            "cut the rows or create the network with a larger length")
+            raise DataError(
+                f"a row of {total} tokens is longer than length={self.config.length}; "
+                "cut the rows or create the network with a larger length"
+            )
 
-    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:      # B S, B S bool -> B S D
+    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:  # B S, B S bool -> B S D
         raise NotImplementedError
 
-    def decode(self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None,
-               cache: Cache | None) -> Tensor:           # B T -> B T D
+    def decode(
+        self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:  # B T -> B T D
         raise NotImplementedError
 
-    def say(self, x: Tensor) -> Tensor:                  # ... D -> ... vocab
+    def say(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
         raise NotImplementedError
 
-    def remember(self, source: Tensor, mask: Tensor | None) -> Source:           # B S, B S bool
+    def remember(self, source: Tensor, mask: Tensor | None) -> Source:  # B S, B S bool
         """All that a decoder needs of its source."""
         mask = None if mask is None else at_least_one(mask)
         encoded = self.encode(source, mask)
@@ -123,7 +135,7 @@ class EncoderDecoder(nn.Module):
             cache.open(tokens.shape[1], mask)
         return self.say(self.decode(tokens, mask, *known, cache))
 
-    def last(self, tokens: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:     # B T -> B vocab
+    def last(self, tokens: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:  # B T -> B vocab
         """The logits of each row's last place alone, with a cache that has its source (`cross`)."""
         cache.open(tokens.shape[1], mask)
         return self.say(self.decode(tokens, mask, *cache.cross, cache)[:, -1])

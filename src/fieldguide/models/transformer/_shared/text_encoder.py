@@ -28,7 +28,7 @@ class PostNorm(nn.Module):
         self.mlp, self.norm2 = Mlp(dim, hidden), nn.LayerNorm(dim, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:                       # B T D -> B T D
+    def forward(self, x: Tensor, *context: Any) -> Tensor:  # B T D -> B T D
         x = self.norm1(x + self.dropout(self.attn(x, *context)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
@@ -41,7 +41,7 @@ class Words(nn.Module):
         self.dense, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim, eps)
         self.bias = nn.Parameter(torch.zeros(vocab))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:                   # ... D, vocab D -> ... vocab
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # ... D, vocab D -> ... vocab
         return F.linear(self.norm(F.gelu(self.dense(x))), embedding, self.bias)
 
 
@@ -56,7 +56,7 @@ class TextEncoder(nn.Module):
 
     # Parts that belong to heads: a checkpoint may have others, or none of them.
     heads: ClassVar[tuple[str, ...]] = ("words", "pool", "head", "span", "next")
-    bend: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(torch.tanh)       # after the layer before a label's
+    bend: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(torch.tanh)  # after the layer before a label's
 
     word: nn.Embedding
 
@@ -95,8 +95,10 @@ class TextEncoder(nn.Module):
     def check(self, tokens: Tensor) -> None:
         """Raises `DataError` for rows that are too long."""
         if tokens.shape[1] > self.config.length:
-            raise DataError(f"a row of {tokens.shape[1]} tokens is longer than length={self.config.length}; "
-                            "cut the rows or create the network with a larger length")
+            raise DataError(
+                f"a row of {tokens.shape[1]} tokens is longer than length={self.config.length}; "
+                "cut the rows or create the network with a larger length"
+            )
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Tokens B T, True where one is real B T, which of two texts each is of B T -> B T D."""
@@ -110,22 +112,22 @@ class TextEncoder(nn.Module):
         """Features B T D -> what a label is read from, B D."""
         return self.bend(self.pool(x[:, 0]))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:    # B T -> GIVES
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:  # B T -> GIVES
         x = self.features(tokens, mask, segments)
         match self.config.gives:
             case "words":
-                return self.say(x)                                               # B T vocab
+                return self.say(x)  # B T vocab
             case "label" if self.means:
-                return self.head(self.last_dropout(mean(x, mask)))               # B classes
+                return self.head(self.last_dropout(mean(x, mask)))  # B classes
             case "label":
-                return self.head(self.last_dropout(self.pooled(x)))              # B classes
+                return self.head(self.last_dropout(self.pooled(x)))  # B classes
             case "labels":
-                return self.head(self.last_dropout(x))                           # B T classes
+                return self.head(self.last_dropout(x))  # B T classes
             case "span":
-                return self.span(x)                                              # B T 2
+                return self.span(x)  # B T 2
         x = mean(x, mask)
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)            # B D
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)  # B D
 
 
-def mean(x: Tensor, mask: Tensor | None) -> Tensor:                              # B T D -> B D, of the real tokens
+def mean(x: Tensor, mask: Tensor | None) -> Tensor:  # B T D -> B D, of the real tokens
     return x.mean(1) if mask is None else masked_mean(x, at_least_one(mask))
