@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from common import Run
 from torch import Tensor, nn
 
-from fieldguide.automl.fit import Silent
+from fieldguide.automl.fit import NullCallback
 from fieldguide.core import distributed
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches
@@ -38,7 +38,7 @@ def trainer(objective: Objective, batches: Batches, batch: int, **settings: Any)
     def run(steps: int) -> None:
         if steps not in trainers:
             trainers[steps] = Trainer(
-                objective, batches, chosen.with_({"steps": steps}), device=distributed.device(), watch=Silent()
+                objective, batches, chosen.with_({"steps": steps}), device=distributed.device(), watch=NullCallback()
             )
         trainers[steps].state.step = 0
         trainers[steps].train()

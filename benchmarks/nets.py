@@ -108,11 +108,11 @@ class Net:
     def pairs(self) -> list[Pair]:
         return [
             Pair(f"{self.size}, answers", self.said, self.said_by_peer, self.amount, room=self.room(1)),
-            *self.lessons({}),
-            *(self.lessons(self.brief) if self.brief else []),
+            *self.train_batches({}),
+            *(self.train_batches(self.brief) if self.brief else []),
         ]
 
-    def lessons(self, less: dict[str, Any]) -> list[Pair]:
+    def train_batches(self, less: dict[str, Any]) -> list[Pair]:
         """What is timed of training, of the network with changes of its config."""
         what, room = self.size + "".join(f" of {name} {value}" for name, value in less.items()), self.room(4, **less)
         return [

@@ -34,7 +34,7 @@ class Case:
     lr: float = 1e-2  # that learns one batch
     overrides: tuple[tuple[str, Any], ...] = ()  # laid over the tiny size, for a less general peer
     classes: int = 7  # another number of classes that it can have
-    unread: tuple[str, ...] = ()  # how names begin of what files have and nothing reads
+    skipped: tuple[str, ...] = ()  # how names begin of what files have and nothing reads
     slack: float = 1.0  # how much wider float32 may stray in a deep network
 
 
@@ -955,7 +955,7 @@ CASES = {
     "vit": Case(inputs=image, peer=timm_vit, lr=3e-3),
     "deit": Case(inputs=image, peer=timm_deit, lr=3e-3),
     "vilt": Case(inputs=captioned, peer=huggingface_vilt, lr=3e-3),
-    "llava": Case(inputs=shown, peer=huggingface_llava, lr=2e-2, unread=("vision.blocks.1.", "vision.norm.")),
+    "llava": Case(inputs=shown, peer=huggingface_llava, lr=2e-2, skipped=("vision.blocks.1.", "vision.norm.")),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(
         inputs=row("z_dim"), peer=same(lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 import damage
 from fieldguide.automl.fit import fit
-from fieldguide.checkpoints.load import described
+from fieldguide.checkpoints.load import inspect_checkpoint
 from fieldguide.core.errors import SettingsError
 from fieldguide.data.preprocessing import Pictures, Text
 from fieldguide.inference.run import open_run
@@ -85,7 +85,7 @@ def test_logits_equal_those_of_clip_with_its_processor(clip):
 def test_what_was_prepared_is_kept_and_said(clip):
     folder, _, run = clip
     options = run.task.options
-    assert (options.side, options.length, options.vocab, options.channels) == (24, 16, described(folder).values["vocab"], 3)
+    assert (options.side, options.length, options.vocab, options.channels) == (24, 16, inspect_checkpoint(folder).values["vocab"], 3)
     assert options.resize == f"crop {24 / 26} bicubic" and run.task.pictures.edge == 26
     assert run.record["model"]["fresh"] == [] and run.task.end == run.model.config.end
     assert any("are longer than 16 tokens" in note for note in run.record["data"]["notes"])

@@ -194,7 +194,7 @@ def test_folders_of_open_clip(tmp_path, name, quick):
     model = load.load(tmp_path / "x")
     assert model.config == wanted.config and type(model) is type(wanted)
     assert all(torch.equal(x, wanted.state_dict()[key]) for key, x in model.state_dict().items())
-    assert load.described(tmp_path / "x").card is cards()[name]
+    assert load.inspect_checkpoint(tmp_path / "x").card is cards()[name]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fieldguide import fit
-from fieldguide.automl.fit import Silent
+from fieldguide.automl.fit import NullCallback
 from fieldguide.core.errors import DataError
 from fieldguide.data import read
 from fieldguide.data.preprocessing import Text
@@ -88,7 +88,7 @@ CHATS = [
 ALTERNATING = [chat for chat in CHATS if chat[0]["role"] == "user"]
 
 
-class Said(Silent):
+class Said(NullCallback):
     def __init__(self):
         self.words = []
 
@@ -261,7 +261,7 @@ def test_a_fit_on_texts_begins_them_as_the_tokenizer_does(tmp_path):
         settings={**STEPS, "steps": 2},
     )
     rows = read(pl.DataFrame({"text": ["hello", "there"]}))
-    tokens, learnt = run.task.stream_of(TextGeneration.examples(rows, run.task.options))
+    tokens, learnt = run.task.stream_of(TextGeneration.build_examples(rows, run.task.options))
     one, two = (made.encode(text).ids for text in ("hello", "there"))
     assert tokens.tolist() == [run.task.text.end, *one, run.task.text.end, *two] and one[0] == begin
     assert np.flatnonzero(~learnt).tolist() == np.flatnonzero(tokens == begin).tolist()

@@ -32,7 +32,7 @@ def rows() -> list[str]:
 
 
 def got(path, **more):
-    return read(path, wants=Forecasting.wants, **more)
+    return read(path, column_spec=Forecasting.column_spec, **more)
 
 
 # Layouts
@@ -219,6 +219,6 @@ def test_damaged_rows(tmp_path):
         got(write(tmp_path / "t.csv", [*good, *good[1:11]]), roles={"series": "V1"})
     data = got(write(tmp_path / "t.csv", [*good[:3], good[3].partition(",")[0] + ",7" + "," * 39, *good[4:]]))
     with pytest.raises(DataError, match="too few to learn to forecast 30"):
-        Forecasting.examples(data, Forecasting.options_from({"horizon": 30}))
-    made = Forecasting.examples(data, Forecasting.options_from({"horizon": 4}))
+        Forecasting.build_examples(data, Forecasting.options_from({"horizon": 30}))
+    made = Forecasting.build_examples(data, Forecasting.options_from({"horizon": 4}))
     assert finding(made, "short-series").places == ("'H2'",) and finding(made, "short-series").remedy

@@ -168,22 +168,22 @@ def test_direct_speech_between_tabs(tmp_path):
     rows = "".join(f"number {i} of many\tZahl {i} von vielen\n" for i in range(40))
     (tmp_path / "spoken.tsv").write_text('en\tde\n"Well,"\u2028he said.\t"Nun", sagte er.\n' + rows, newline="\r\n")
     (tmp_path / "quoted.tsv").write_text('en\tde\n"a ""b"" c"\tx\n' + rows)
-    wants = task("translation").wants
-    assert read(tmp_path / "spoken.tsv", wants=wants).rows.row(0)[:2] == ('"Well,"\u2028he said.', '"Nun", sagte er.')
-    assert read(tmp_path / "quoted.tsv", wants=wants).rows.row(0)[:2] == ('a "b" c', "x")
+    column_spec = task("translation").column_spec
+    assert read(tmp_path / "spoken.tsv", column_spec=column_spec).rows.row(0)[:2] == ('"Well,"\u2028he said.', '"Nun", sagte er.')
+    assert read(tmp_path / "quoted.tsv", column_spec=column_spec).rows.row(0)[:2] == ('a "b" c', "x")
     (tmp_path / "wide.tsv").write_text('en\tde\n"Well," he said.\n' + rows)
     with pytest.raises(DataError, match=r"wide\.tsv:2"):
-        read(tmp_path / "wide.tsv", wants=wants)
+        read(tmp_path / "wide.tsv", column_spec=column_spec)
 
 
 def test_sentences_in_the_first_line_are_no_names(tmp_path):
     rows = "".join(f"the cat of number {i} sat\tdie Katze Nummer {i} sitzt\n" for i in range(40))
     (tmp_path / "pairs.tsv").write_text(rows)
     (tmp_path / "named.tsv").write_text("in English\tin German\n" + rows)
-    wants = task("translation").wants
-    data = read(tmp_path / "pairs.tsv", wants=wants)
+    column_spec = task("translation").column_spec
+    data = read(tmp_path / "pairs.tsv", column_spec=column_spec)
     assert len(data) == 40 and finding(data, "no-header").places == ("pairs.tsv:1",)
-    assert len(read(tmp_path / "named.tsv", wants=wants)) == 40
+    assert len(read(tmp_path / "named.tsv", column_spec=column_spec)) == 40
 
 
 def test_no_header(tmp_path):

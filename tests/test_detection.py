@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import boxes as slow
-from fieldguide.automl.fit import Silent
+from fieldguide.automl.fit import NullCallback
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing.detection import Augment
@@ -350,7 +350,7 @@ def learnt(size: str, side: int, steps: int, lr: float, augment: Augment | None 
             "evaluate": steps,
         }
     )
-    Trainer(objective, Batches(512, batch), settings, device=torch.device("cpu"), watch=Silent()).train()
+    Trainer(objective, Batches(512, batch), settings, device=torch.device("cpu"), watch=NullCallback()).train()
     answers = Batches(128, lambda rows, _: {"image": test[0][rows] / 255, "boxes": test[1][rows], "labels": test[2][rows]})
     found = collect(objective, answers, batch=48, device=torch.device("cpu"))
     assert found["boxes"].shape == (128, 300, 4) and found["labels"].shape == found["scores"].shape == (128, 300)

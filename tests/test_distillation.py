@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fieldguide.data
-from fieldguide.automl.fit import Silent, decide
+from fieldguide.automl.fit import NullCallback, build_plan
 from fieldguide.core.errors import RunError, SettingsError
 from fieldguide.data.preprocessing import Pictures
 from fieldguide.models.registry import create
@@ -90,7 +90,7 @@ def test_each_answer_has_its_own_aim():
 def test_an_ensemble_teaches_its_mean():
     teachers = [[3.0, 0.0, 0.0], [-8.0, 1.0, 0.9]]
     want = [(a + b) / 2 for a, b in zip(softmax(teachers[0]), softmax(teachers[1]))]
-    said = objective(STUDENT, teachers).heard(BATCH)
+    said = objective(STUDENT, teachers).teacher_logits(BATCH)
     torch.testing.assert_close(said.softmax(-1)[0], torch.tensor(want))
 
 
@@ -185,7 +185,7 @@ def test_a_run_teaches_another(pictures, teacher, tmp_path, monkeypatch):
     assert lines and all(line["teacher"] > 0 and line["truth"] > 0 for line in lines)
     assert run.record["settings"]["teacher"] == str(teacher.path)
 
-    class Stop(Silent):
+    class Stop(NullCallback):
         def step(self, step, losses):
             if step == 2:
                 raise KeyboardInterrupt
@@ -205,24 +205,24 @@ def test_a_run_teaches_another(pictures, teacher, tmp_path, monkeypatch):
 def test_the_form_is_a_setting(pictures, teacher):
     source = fieldguide.data.read(str(pictures))
     for distill, hard in (("hard", True), ("soft", False)):
-        plan = decide(source, model="deit-test", settings={**QUICK, "teacher": str(teacher.path), "distill": distill})
+        plan = build_plan(source, model="deit-test", settings={**QUICK, "teacher": str(teacher.path), "distill": distill})
         assert isinstance(plan.objective, Distillation) and plan.objective.hard is hard
 
 
 def test_a_teacher_that_saw_the_test_rows_is_refused(pictures, teacher):
     with pytest.raises(SettingsError, match=r"learnt from \d+ of the \d+ rows .* --seed 0"):
-        decide(fieldguide.data.read(str(pictures)), model="deit-test", seed=1, settings={**QUICK, "teacher": str(teacher.path)})
+        build_plan(fieldguide.data.read(str(pictures)), model="deit-test", seed=1, settings={**QUICK, "teacher": str(teacher.path)})
 
 
 def test_teachers_that_cannot_teach_are_named(pictures, teacher, tmp_path):
     source = fieldguide.data.read(str(pictures))
     with pytest.raises(RunError, match="nobody"):
-        decide(source, model="deit-test", settings={**QUICK, "teacher": str(tmp_path / "nobody")})
+        build_plan(source, model="deit-test", settings={**QUICK, "teacher": str(tmp_path / "nobody")})
     with pytest.raises(SettingsError, match="trained for image-classification"):
         fieldguide.fit("iris", model="mlp", out=tmp_path / "b", settings={**QUICK, "teacher": str(teacher.path)})
     task = copy.deepcopy(teacher.task)
     task.labels = ["a", "b"]
     with pytest.raises(SettingsError, match="must be the same"):
-        task.shown_to(teacher.task, teacher.card)
+        task.teacher_inputs(teacher.task, teacher.card)
     with pytest.raises(SettingsError, match="distill"):
-        decide(source, settings={"distill": "boiling"})
+        build_plan(source, settings={"distill": "boiling"})

@@ -310,8 +310,8 @@ def test_repositories_of_timm(name, size, fields, tmp_path):
     torch.manual_seed(0)
     theirs = settled(timm.create_model(name, num_classes=5))
     folder(theirs, name, tmp_path / "there")
-    found = load.described(tmp_path / "there")
-    assert found.card is find(size)[0] and found.offers()["pixels"] == "0.5,0.5,0.5/0.25,0.25,0.25"
+    found = load.inspect_checkpoint(tmp_path / "there")
+    assert found.card is find(size)[0] and found.preprocessing_defaults()["pixels"] == "0.5,0.5,0.5/0.25,0.25,0.25"
     ours, x = fieldguide.load(tmp_path / "there"), torch.randn(2, 3, *(2 * ([224] if "vit" in name else [64])))
     assert {key: getattr(ours.config, key) for key in fields} == fields and ours.config.classes == 5
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-3)
@@ -365,11 +365,11 @@ def test_what_timm_calls_them(name, theirs):
     table = card.weights.get("timm", card.weights.get("torchvision"))
     table = table(ours.config) if callable(table) else table
     own, renamed = ours.state_dict(), weights.inwards(peer.state_dict(), table).state
-    if hasattr(ours, "refit"):  # places of a class token that has none there
+    if hasattr(ours, "resize_weight"):  # places of a class token that has none there
         renamed |= {
             key: fitted
             for key, x in renamed.items()
-            if x.shape != own[key].shape and (fitted := ours.refit(key, x)) is not None
+            if x.shape != own[key].shape and (fitted := ours.resize_weight(key, x)) is not None
         }
     assert {key: x.shape for key, x in renamed.items()} == {key: x.shape for key, x in own.items()}
 

@@ -209,14 +209,14 @@ def test_calibration_is_learnt_step_by_step():
     future = rng.normal(size=(900, 2)) * spread[..., 0]
     truth = {"future": future, "mean": np.zeros(900), "std": np.ones(900), "naive": np.ones(900), "block": np.arange(900)}
     task.calibrate({"values": values}, truth)
-    after = task.adjust({"values": values})["values"]
+    after = task.postprocess({"values": values})["values"]
     for h in range(2):
         for level, (a, b) in LEVELS.items():
             share = ((after[:, h, 0, 1 + a] <= future[:, h]) & (future[:, h] <= after[:, h, 0, 1 + b])).mean()
             assert share == pytest.approx(level, abs=0.02)
     assert (np.diff(after[..., 1:], axis=-1) >= 0).all() and (values[0, 0, 0, 1:] == [-1, -0.5, 0, 0.5, 1]).all()
     values[..., 0] = 50.0
-    assert (task.adjust({"values": values})["values"][..., 5] >= 50).all()  # the point lies in its interval
+    assert (task.postprocess({"values": values})["values"][..., 5] >= 50).all()  # the point lies in its interval
 
 
 # Frequencies and the calendar
@@ -313,8 +313,8 @@ def table(days: int = 60, series: int = 2, **columns) -> pl.DataFrame:
 
 
 def windows(rows, **options):
-    data = read(rows, wants=Forecasting.wants)
-    return Forecasting.examples(data, Forecasting.options_from(options))
+    data = read(rows, column_spec=Forecasting.column_spec)
+    return Forecasting.build_examples(data, Forecasting.options_from(options))
 
 
 def test_parts_are_stretches_of_time_and_no_window_looks_ahead():
@@ -429,7 +429,7 @@ def test_what_is_known_ahead_reaches_the_end_of_the_horizon():
     rows = table(60, promo=[float(t % 5) for t in range(60)], weather=[float(t) for t in range(60)])
     made = windows(rows, horizon=5, length=10, known="promo", calendar=False)
     task = Forecasting.learn(made, Forecasting.options_from({"known": "promo"}))
-    assert (task.covariates.past, task.covariates.known) == (1, 1) and task.profile()["known"] == 1
+    assert (task.covariates.past, task.covariates.known) == (1, 1) and task.data_facts()["known"] == 1
     batch = task.batches(made, BESIDE, Settings()).make(np.arange(len(made)), None)
     promo, weather = task.covariates.columns
     at = made.rows[CUT].to_numpy() - made.context.panel.start[made.rows[SERIES].to_numpy()]

@@ -11,7 +11,7 @@ from fieldguide import create
 from fieldguide.data.loader import Batches, mix
 from fieldguide.models.registry import card
 from fieldguide.objectives import Adversarial
-from fieldguide.training.ema import Average
+from fieldguide.training.ema import ExponentialMovingAverage
 from fieldguide.training.optim import optimizers
 from test_diffusion import digits
 from test_loop import settled, trainer
@@ -58,7 +58,7 @@ def test_dcgan_learns_digits_and_its_average_is_kept():
 
 def test_the_average_holds_the_statistics_of_normalisation_too():
     generator = create("dcgan-test").train()
-    average = Average(generator, 0.5)
+    average = ExponentialMovingAverage(generator, 0.5)
     generator(torch.randn(8, 6))
     average.update(100)
     with average.applied():

@@ -109,7 +109,7 @@ def test_files_without_a_head(tmp_path):
 
 
 def test_whole_classifiers_stay_as_they_were(tmp_path):
-    found = load.described(weights.save(create("vit-test"), tmp_path / "x.safetensors", "timm"), "vit-test")
+    found = load.inspect_checkpoint(weights.save(create("vit-test"), tmp_path / "x.safetensors", "timm"), "vit-test")
     assert found.values.get("gives", "label") == "label"
 
 
@@ -118,7 +118,7 @@ def test_fits_begin_with_a_backbone(kind, tmp_path):
     """Of what a checkpoint is made into for ten classes, all but the head is its own."""
     theirs, _ = made(kind)
     theirs.save_pretrained(tmp_path)
-    begun = load.described(tmp_path)
+    begun = load.inspect_checkpoint(tmp_path)
     network = begun.card.make(begun.config({"gives": ("label",), "classes": 10, "image": 24, "channels": 2}, {}))
     fresh = weights.load(network, begun.state, begun.origin, head="skip")
     assert fresh == ["head.weight", "head.bias"] and network(torch.randn(2, 2, 24, 24)).shape[-1] == 10

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from fieldguide.automl.fit import Silent, decide
+from fieldguide.automl.fit import NullCallback, build_plan
 from fieldguide.core.errors import SettingsError, TrainingError
 from fieldguide.core.settings import Settings, parse
 from fieldguide.data import read
 from fieldguide.data.loader import Batches, generator, in_order, mix, plan, steps_per_epoch
 from fieldguide.objectives import Adversarial, Classification, Objective, Phase, Regression, Supervised
-from fieldguide.training.ema import Average
+from fieldguide.training.ema import ExponentialMovingAverage
 from fieldguide.training.optim import Muon, optimizers, orthogonal, schedule
 from fieldguide.training.trainer import Trainer
 
@@ -44,7 +44,7 @@ def trainer(objective, batches=None, folder=None, evaluate=None, **changes) -> T
         batches or line(),
         settled(**changes),
         device=torch.device("cpu"),
-        watch=Silent(),
+        watch=NullCallback(),
         folder=folder,
         evaluate=evaluate,
     )
@@ -72,7 +72,7 @@ def test_another_optimizer_brings_its_own_rate():
     assert recipe.overruled({"optimizer": "muon"}) == recipe.overruled({}) == recipe
     with pytest.raises(SettingsError, match="none of adamw"):
         recipe.overruled({"optimizer": "adam"})
-    made = decide(read("iris"), model="mlp-test", settings={"optimizer": "sgd", "steps": 2, "precision": "float32"})
+    made = build_plan(read("iris"), model="mlp-test", settings={"optimizer": "sgd", "steps": 2, "precision": "float32"})
     assert (made.settings.optimizer, made.settings.lr) == ("sgd", 0.05)
 
 
@@ -143,7 +143,7 @@ def test_schedule_rises_then_falls():
 def test_the_average_follows_the_weights_and_gives_them_back():
     net = nn.Linear(2, 2)
     first = net.weight.detach().clone()
-    average = Average(net, decay=0.9)
+    average = ExponentialMovingAverage(net, decay=0.9)
     with torch.no_grad():
         net.weight += 1
     average.update(1000)
@@ -203,7 +203,7 @@ def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
         line(),
         settled(steps=planned, minutes=1, evaluate=25),
         device=torch.device("cpu"),
-        watch=Silent(),
+        watch=NullCallback(),
         evaluate=lambda _: {"loss": 1.0 - clock.now},
         metric=("loss", "min"),
         most=5000,
@@ -218,8 +218,8 @@ def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and
     objective, said = clock.objective(), []
     pauses = torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.02  # one step in fifty takes 2.1 s
     objective.register_forward_pre_hook(lambda *_: setattr(clock, "now", clock.now + 2.0 * bool(pauses[loop.state.step])))
-    watch = Silent()
-    watch.say, watch.replanned = lambda text: None, said.append
+    watch = NullCallback()
+    watch.log, watch.replanned = lambda text: None, said.append
     loop = Trainer(
         objective,
         line(),
@@ -238,14 +238,14 @@ def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and
 def test_every_process_follows_the_first_ones_clock(monkeypatch):
     clock = Clock(monkeypatch, 1.0)  # this one's minutes are nearly over
     loop = Trainer(
-        clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), watch=Silent(), most=5000
+        clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), watch=NullCallback(), most=5000
     )
     loop.state.step, loop.state.seconds, loop.since = 50, 59.0, (25, 34.0)
     monkeypatch.setattr("fieldguide.core.distributed.broadcast", lambda value: (30.0, 300))
-    assert loop.keep_pace() and loop.settings.steps == 300
+    assert loop.replan_steps() and loop.settings.steps == 300
     loop.state.step = 75
     monkeypatch.setattr("fieldguide.core.distributed.broadcast", lambda value: (-1.0, 76))
-    assert not loop.keep_pace() and loop.settings.steps == 300
+    assert not loop.replan_steps() and loop.settings.steps == 300
 
 
 def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_path):
@@ -255,7 +255,7 @@ def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_p
         line(),
         settled(steps=30, minutes=1, evaluate=25),
         device=torch.device("cpu"),
-        watch=Silent(),
+        watch=NullCallback(),
         folder=tmp_path,
         most=5000,
     )
@@ -269,7 +269,7 @@ def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_p
 def test_steps_stay_where_they_are_fixed_or_enough(most, expected, monkeypatch):
     clock = Clock(monkeypatch, 0.1)
     loop = Trainer(
-        clock.objective(), line(), settled(steps=30, minutes=1), device=torch.device("cpu"), watch=Silent(), most=most
+        clock.objective(), line(), settled(steps=30, minutes=1), device=torch.device("cpu"), watch=NullCallback(), most=most
     )
     assert loop.train().step == expected
 

@@ -9,7 +9,7 @@ from cases import huggingface_decoder
 from fieldguide.models.layers.moe_balance import unevenness
 from fieldguide.models.registry import create
 from fieldguide.objectives import NextToken, Objective, Phase
-from fieldguide.training.trainer import Step
+from fieldguide.training.trainer import PhaseModule
 from test_models import batch, tiny
 
 
@@ -40,7 +40,7 @@ def trained(name, model, inputs):
     said = dict(zip(names, inputs))
     target = torch.where(said["mask"], said["tokens"].roll(-1, 1), -1)
     target[:, -1] = -1
-    return Step(NextToken(model, names), Phase("train", ("model",))), {**said, "target": target}
+    return PhaseModule(NextToken(model, names), Phase("train", ("model",))), {**said, "target": target}
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
@@ -97,7 +97,7 @@ def test_asides_are_of_the_phase_that_trains_them():
             super().__init__()
             self.value = torch.nn.Parameter(torch.tensor(value))
 
-        def asides(self):
+        def auxiliary_losses(self):
             return {f"at {self.value.item()}": (self.value * 1.0, 0.5)}
 
     class Two(Objective):
@@ -111,8 +111,8 @@ def test_asides_are_of_the_phase_that_trains_them():
             return {"loss": torch.tensor(10.0)}
 
     both = Two()
-    assert Step(both, both.phases[0])({}) == {"loss": torch.tensor(12.0), "at 4.0": torch.tensor(4.0)}
-    assert Step(both, both.phases[1])({}) == {"loss": torch.tensor(11.0), "at 2.0": torch.tensor(2.0)}
+    assert PhaseModule(both, both.phases[0])({}) == {"loss": torch.tensor(12.0), "at 4.0": torch.tensor(4.0)}
+    assert PhaseModule(both, both.phases[1])({}) == {"loss": torch.tensor(11.0), "at 2.0": torch.tensor(2.0)}
 
 
 def test_experts_stay_in_use():

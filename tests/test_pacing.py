@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fieldguide.automl import time_budget
-from fieldguide.automl.fit import Silent
+from fieldguide.automl.fit import NullCallback
 from fieldguide.automl.time_budget import resolve, with_batch
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches
@@ -28,7 +28,7 @@ def resolved(rows=4096, fewest=8, **settings):
     table = torch.randn(rows, 4)
     batches = Batches(rows, lambda index, generator=None: {"x": table[index], "target": table[index, :1]})
     chosen = with_batch(Settings(**settings), rows, fewest, 64)
-    return resolve(chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, Silent(), fewest=fewest)
+    return resolve(chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, NullCallback(), fewest=fewest)
 
 
 def test_the_minutes_decide_on_the_steps():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import fieldguide
 from cases import huggingface_llava, shown
 from fieldguide.checkpoints import weights
-from fieldguide.checkpoints.load import described, save
+from fieldguide.checkpoints.load import inspect_checkpoint, save
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.data.loader import Batches
 from fieldguide.models.generation import Sampling, generate
@@ -112,7 +112,7 @@ def test_what_we_write_transformers_reads(tmp_path):
         rtol=1e-4,
         atol=1e-5,
     )
-    assert described(tmp_path).card.name == "llava" and fieldguide.load(tmp_path).config == ours.config
+    assert inspect_checkpoint(tmp_path).card.name == "llava" and fieldguide.load(tmp_path).config == ours.config
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from fieldguide.checkpoints import weights
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.convolutional.alexnet_2012 import response_norm
 from fieldguide.models.layers.conv import SameConv2d
-from fieldguide.models.layers.stochastic_depth import DropPath, rising
+from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
 from fieldguide.models.registry import cards, create, names
 from tv import timm, torchvision, transformers
 
@@ -387,7 +387,7 @@ def test_drop_path_leaves_out_rows_and_keeps_the_mean():
     assert drop(x.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(SettingsError, match=r"lies in \[0, 1\)"):
         DropPath(1.0)
-    assert rising(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3]) and rising(0.3, 1) == [0]
+    assert stochastic_depth_rates(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3]) and stochastic_depth_rates(0.3, 1) == [0]
 
 
 CHANCE = [

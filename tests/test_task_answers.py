@@ -77,7 +77,7 @@ def table(path, rows: list[dict]) -> str:
 
 
 def made(source, **options):
-    data = KIND.examples(read(source, wants=KIND.wants, **options.pop("reading", {})), KIND.options_from(options))
+    data = KIND.build_examples(read(source, column_spec=KIND.column_spec, **options.pop("reading", {})), KIND.options_from(options))
     return KIND.learn(data, KIND.options_from(options)), data
 
 
@@ -150,9 +150,9 @@ def test_the_threshold_is_the_best_of_all():
 
 
 def test_squad_is_read_with_every_place(file):
-    data = read(file, wants=KIND.wants)
+    data = read(file, column_spec=KIND.column_spec)
     assert infer(data)[0] is KIND and data.target.name == "answers" and data.place(3) == "reports.json:4"
-    data = KIND.examples(data, KIND.Options())
+    data = KIND.build_examples(data, KIND.Options())
     for context, answers, impossible in data.rows.select("context", "answers", "is_impossible").iter_rows():
         assert context == context.strip() and bool(answers) != impossible
         assert all(context[a["start"] : a["start"] + len(a["text"])] == a["text"] for a in answers)
@@ -207,7 +207,7 @@ def test_every_layout_gives_the_same(tmp_path):
         ]
     )
     for source in [*sources, str(tmp_path / "g.csv"), frame]:
-        data = KIND.examples(read(source, wants=KIND.wants), KIND.Options())
+        data = KIND.build_examples(read(source, column_spec=KIND.column_spec), KIND.Options())
         found = [(row[0]["text"], row[0]["start"]) for row in data.rows[data.target.name].to_list()]
         assert found == [(a, c.index(f"paid {a}") + 5) for c, _, a in entries], source
         assert KIND.learn(data, KIND.options_from({"vocab": 300})).options.context in ("context", "passage", "Context")
@@ -216,11 +216,11 @@ def test_every_layout_gives_the_same(tmp_path):
 def test_files_by_split(tmp_path):
     stored(tmp_path / "train-v2.0.json", squad(6))
     stored(tmp_path / "dev-v2.0.json", squad(3, seed=1))
-    data = read(tmp_path, wants=KIND.wants)
+    data = read(tmp_path, column_spec=KIND.column_spec)
     assert (data.splits == "val").sum() == sum(len(p["qas"]) for p in squad(3, seed=1)["data"][0]["paragraphs"])
     stored(tmp_path / "test.json", {"data": []})
     with pytest.raises(DataError, match=r"test\.json: no questions in it"):
-        read(tmp_path, wants=KIND.wants)
+        read(tmp_path, column_spec=KIND.column_spec)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +249,13 @@ def test_another_form_is_named_by_its_place(tmp_path, place, value, words):
     else:
         at[place[-1]] = value
     with pytest.raises(DataError, match=words):
-        read(stored(tmp_path / "b.json", document), wants=KIND.wants)
+        read(stored(tmp_path / "b.json", document), column_spec=KIND.column_spec)
 
 
 def test_files_that_are_damaged(tmp_path):
     whole = json.dumps(squad(4))
     with pytest.raises(DataError, match=r"cut\.json: not readable as JSON \(.*line 1 column"):
-        read(stored(tmp_path / "cut.json", whole[:-40]), wants=KIND.wants)
+        read(stored(tmp_path / "cut.json", whole[:-40]), column_spec=KIND.column_spec)
     context = "Zoë said: the café of Orléans is old. It has twelve tables."
     document = {
         "data": [
@@ -273,9 +273,9 @@ def test_files_that_are_damaged(tmp_path):
         ]
     }
     (tmp_path / "old.json").write_bytes(json.dumps(document, ensure_ascii=False).encode("cp1252"))
-    data = read(tmp_path / "old.json", wants=KIND.wants)
+    data = read(tmp_path / "old.json", column_spec=KIND.column_spec)
     assert "Windows-1252" in finding(data, "encoding").what and "answer-moved" not in checks(data)
-    assert KIND.examples(data, KIND.Options()).rows["context"][0] == context
+    assert KIND.build_examples(data, KIND.Options()).rows["context"][0] == context
 
 
 def rows(count: int = 150) -> list[dict]:
@@ -294,26 +294,26 @@ def rows(count: int = 150) -> list[dict]:
 def test_answers_that_are_not_there(tmp_path):
     some = rows()
     some[7]["answer"] = "house number 507"
-    data = read(table(tmp_path / "a.jsonl", some), wants=KIND.wants)
+    data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
     said = finding(data, "answer-not-there")
     assert (said.count, said.unusable, said.places) == (1, 1, ("a.jsonl:8",))
-    kept = KIND.examples(data, KIND.Options())
+    kept = KIND.build_examples(data, KIND.Options())
     assert len(kept) == 149 and kept.manifest.files[0].dropped == 1 and len(data) == 150
     for row in (8, 9):
         some[row]["answer"] = "the town hall"
     with refused("answer-not-there", "3 of 150", "a.jsonl:8"):
-        read(table(tmp_path / "a.jsonl", some), wants=KIND.wants)
-    assert len(KIND.examples(read(tmp_path / "a.jsonl", wants=KIND.wants, allow_bad=True), KIND.Options())) == 147
+        read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
+    assert len(KIND.build_examples(read(tmp_path / "a.jsonl", column_spec=KIND.column_spec, allow_bad=True), KIND.Options())) == 147
 
 
 def test_starts_that_are_wrong_are_mended(tmp_path):
     some = rows()
     some[3]["context"], some[3]["answer"], some[3]["answer_start"] = "Bonn or Ulm or Bonn or Hof or Bonn?", "Bonn", 17
     some[4]["answer_start"], some[5]["answer_start"], some[6]["answer"] = 10_000, -4, some[6]["answer"].upper()
-    data = read(table(tmp_path / "a.jsonl", some), wants=KIND.wants)
+    data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
     said = finding(data, "answer-moved")
     assert (said.count, said.unusable, said.places[0]) == (3, 0, "a.jsonl:4") and "'answer_start'" in said.what
-    answers = KIND.examples(data, KIND.Options()).rows["answer"].to_list()
+    answers = KIND.build_examples(data, KIND.Options()).rows["answer"].to_list()
     assert answers[3] == [{"text": "Bonn", "start": 15}] and answers[6][0]["text"] == "house 506"
     assert [a[0]["start"] for a in answers[4:6]] == [some[2]["answer_start"]] * 2
     for text, near, want in (("ab", 0, 0), ("ab", 3, 4), ("ab", 2, 0), ("ab", 99, 8), ("ab", None, 0), ("x", 2, -1)):
@@ -323,27 +323,27 @@ def test_starts_that_are_wrong_are_mended(tmp_path):
 def test_without_starts_the_first_is_taken(tmp_path):
     some = [{k: v for k, v in row.items() if k != "answer_start"} for row in rows(30)]
     some[2]["context"] = "house 502 is house 502."
-    data = read(table(tmp_path / "a.jsonl", some), wants=KIND.wants)
+    data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
     assert finding(data, "answer-many-times").places == ("a.jsonl:3",)
-    assert KIND.examples(data, KIND.Options()).rows["answer"][2].to_list() == [{"text": "house 502", "start": 0}]
+    assert KIND.build_examples(data, KIND.Options()).rows["answer"][2].to_list() == [{"text": "house 502", "start": 0}]
 
 
 def test_empty_questions_contexts_and_answers(tmp_path):
     some = rows(300)
     some[1]["question"], some[2]["context"], some[3]["answer"] = "  ", "", ""
-    data = read(table(tmp_path / "a.jsonl", some), wants=KIND.wants)
+    data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
     assert finding(data, "empty-question").places == ("a.jsonl:2",) and finding(data, "empty-context").places == ("a.jsonl:3",)
     assert finding(data, "no-answer").places == ("a.jsonl:4",) and finding(data, "no-answer").unusable == 0
-    assert sum(f.unusable for f in data.findings) == 2 and len(KIND.examples(data, KIND.Options())) == 298
+    assert sum(f.unusable for f in data.findings) == 2 and len(KIND.build_examples(data, KIND.Options())) == 298
 
 
 def test_ids_twice_and_answers_to_impossible_questions(tmp_path):
     some = [{**row, "is_impossible": i == 5} for i, row in enumerate(rows(30))]
     some[9]["id"] = some[4]["id"]
-    data = read(table(tmp_path / "a.jsonl", some), wants=KIND.wants)
+    data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
     assert finding(data, "duplicate-id").places == ("a.jsonl:10",)
     assert finding(data, "answer-to-impossible").places == ("a.jsonl:6",)
-    assert KIND.examples(data, KIND.Options()).rows["answer"][5].to_list() == []
+    assert KIND.build_examples(data, KIND.Options()).rows["answer"][5].to_list() == []
 
 
 def test_tables_are_read_alike_by_a_trained_task(tmp_path):
@@ -359,20 +359,20 @@ def test_tables_are_read_alike_by_a_trained_task(tmp_path):
         [{"context": row["context"], "question": row["question"] if i else " "} for i, row in enumerate(some)],
     )
     asked = one.read([tmp_path / "b.jsonl"])
-    assert len(asked) == 39 and [(u.before, u.place) for u in asked.unread] == [(0, "b.jsonl:1")]
+    assert len(asked) == 39 and [(u.before, u.place) for u in asked.skipped] == [(0, "b.jsonl:1")]
     with pytest.raises(DataError, match="use `fieldguide predict`"):
         one.read([tmp_path / "b.jsonl"], answered=True)
 
 
 def test_columns_of_other_names(tmp_path):
     some = [{"report": row["context"], "what": row["question"], "said": row["answer"]} for row in rows(40)]
-    data = read(table(tmp_path / "a.jsonl", some), wants=KIND.wants, target="said")
-    one = KIND.learn(KIND.examples(data, KIND.Options()), KIND.options_from({"vocab": 300}))
+    data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec, target="said")
+    one = KIND.learn(KIND.build_examples(data, KIND.Options()), KIND.options_from({"vocab": 300}))
     assert (one.options.context, one.options.question) == ("report", "what")
     with pytest.raises(DataError, match=r"task\.context and task\.question name no columns"):
-        KIND.examples(data, KIND.options_from({"context": "reports"}))
+        KIND.build_examples(data, KIND.options_from({"context": "reports"}))
     (tmp_path / "b.csv").write_text("context,answer\n" + "one text here,one\n" * 5)
-    assert "a column `question`" in KIND.lacks(read(tmp_path / "b.csv", wants=KIND.wants))
+    assert "a column `question`" in KIND.missing_requirements(read(tmp_path / "b.csv", column_spec=KIND.column_spec))
 
 
 # ---------------------------------------------------------------------------------------------- tokens and windows
@@ -428,7 +428,7 @@ def test_windows_hold_questions_contexts_and_answers(tmp_path, whole, stride):
         some.append({"context": context, "question": f"What is word {i}?", "answers": [{"text": text, "start": begin}]})
     one, data = made(pl.DataFrame(some), vocab=300, length=32, stride=stride)
     assert one.whole is whole and any("windows of 32 tokens" in note for note in one.notes)
-    lessons = one.lessons(data, card("bert"), Settings())
+    lessons = one.train_batches(data, card("bert"), Settings())
     batch, text = lessons.make(np.arange(len(lessons)), None), one.text
     windows = one.windows(data)
     assert len(lessons) == len(windows.number) > 100 and batch["tokens"].shape[1] <= 32
@@ -557,12 +557,12 @@ def test_scores_baselines_and_the_threshold(file):
     }
     sure["begin"] = np.where(none, 0, spots[:, 0])
     one.calibrate(sure, truth)
-    assert 1.9 < one.threshold < 2.1 and set(one.score(one.adjust(sure), truth).values()) == {1.0}
-    one.asking = one.asking_from({"threshold": 5.0})
-    assert one.score(one.adjust(sure), truth)["answered"] == 0
-    one.asking = one.asking_from({})
+    assert 1.9 < one.threshold < 2.1 and set(one.score(one.postprocess(sure), truth).values()) == {1.0}
+    one.asking = one.predict_options({"threshold": 5.0})
+    assert one.score(one.postprocess(sure), truth)["answered"] == 0
+    one.asking = one.predict_options({})
     one.silent = False
-    assert one.adjust(sure)["given"].all()
+    assert one.postprocess(sure)["given"].all()
 
 
 def learnt(path, out, **more):

@@ -80,12 +80,12 @@ def test_a_table_of_pictures_and_captions(tmp_path):
     task = kind.learn(data, kind.Options())
     tokens = task.codes(data)
     assert tokens.shape == (135, task.options.length) and task.labels == [] and len(np.unique(tokens, axis=0)) == 27
-    assert task.said(tokens[0]) == caption(*SCENES[0]).lower() and task.needs()["vocab"] == task.text.size
+    assert task.said(tokens[0]) == caption(*SCENES[0]).lower() and task.model_dims()["vocab"] == task.text.size
     assert task.codes(data.take([3]).__class__(**{**vars(data.take([3])), "rows": data.rows[[3]].drop("caption")})).sum() == 0
     forced, *_ = asked(tmp_path / "table.csv", kinds={"caption": "category"})
     assert len(kind.learn(forced, kind.Options()).labels) == 27
     with pytest.raises(SettingsError, match="dcgan reads no text, and this data has captions"):
-        configured(*find("dcgan-32"), task.needs())
+        configured(*find("dcgan-32"), task.model_dims())
     with pytest.raises(SettingsError, match=r"dcgan-32 cannot be made .* reads no text"):
         fit(str(tmp_path / "table.csv"), task="image-generation", model="dcgan-32", out=tmp_path / "run", settings={"steps": 1})
 

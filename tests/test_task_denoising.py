@@ -49,9 +49,9 @@ def file(tmp_path_factory):
 
 
 def made(file, **options):
-    data = read(file, wants=KIND.wants)
+    data = read(file, column_spec=KIND.column_spec)
     assert asked_for("denoising", data) is KIND
-    data = KIND.examples(data, KIND.options_from(options))
+    data = KIND.build_examples(data, KIND.options_from(options))
     return KIND.learn(data, KIND.options_from(options)), data
 
 
@@ -157,13 +157,13 @@ def given(tmp_path, special=WORDS, **options):
     """A task with a tokenizer of words, on texts of them."""
     path = tokenizer(tmp_path / "tokenizer.json", ("<s>",), ("</s>",), special)
     rows = pl.DataFrame({"text": ["a cat sees a dog", "katze sieht eine hund", "a dog sees a cat a cat"] * 30})
-    data = KIND.examples(read(rows, wants=KIND.wants), KIND.Options())
+    data = KIND.build_examples(read(rows, column_spec=KIND.column_spec), KIND.Options())
     return KIND.learn(data, KIND.options_from({"tokenizer": path, "length": 24, **options})), data
 
 
 def test_sentinels_are_added_where_they_lack(tmp_path):
     one, data = given(tmp_path)
-    assert len(one.sentinels) == 100 and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab == one.needs()["vocab"]
+    assert len(one.sentinels) == 100 and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab == one.model_dims()["vocab"]
     assert len(one.counts) == one.text.size and "are added" in one.notes[-1]
     one.batches(data, card("t5"))
     batch = one.batches(data, card("t5")).make(np.arange(4), None)
@@ -207,7 +207,7 @@ def test_settings_that_cannot_be(file):
 
 def test_gaps_are_written_as_people_do(file):
     one, _ = made(file, length=40, vocab=420)
-    asked = lambda *texts: one.questions(one.read([pl.DataFrame({"text": texts})]), card("t5"))
+    asked = lambda *texts: one.predict_batches(one.read([pl.DataFrame({"text": texts})]), card("t5"))
     texts = ["We saw the <mask> house", "We saw the ___ house and [MASK] tree", "<extra_id_7> saw the house"]
     batch = asked(*texts).make(np.arange(3), None)
     for row, gaps in enumerate((1, 2, 1)):

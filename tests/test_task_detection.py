@@ -42,7 +42,7 @@ def folder(root, count=12):
 
 def learnt(data, **options):
     options = ObjectDetection.options_from(options)
-    data = ObjectDetection.examples(data, options)
+    data = ObjectDetection.build_examples(data, options)
     return ObjectDetection.learn(data, options), data
 
 
@@ -77,7 +77,7 @@ def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
 def test_answers_are_in_the_pictures_own_pixels(tmp_path):
     task, data = learnt(read(folder(tmp_path)), side=64)
     truth = task.truth(data)
-    task.asking = task.asking_from({"threshold": "0.3"})
+    task.asking = task.predict_options({"threshold": "0.3"})
     paths = spelt(data.rows["image"].to_list()).numpy()
     outputs = {**truth, "scores": np.where(np.arange(12)[:, None] < 6, 0.9, 0.2) * (truth["labels"] >= 0), "path": paths}
     answers = task.answers(outputs)
@@ -86,10 +86,10 @@ def test_answers_are_in_the_pictures_own_pixels(tmp_path):
     assert answers[1]["found"] == "1 b" and answers[7] == {**answers[7], "found": "nothing", "objects": []}
     assert isinstance(answers[0]["picture"], Media)
     assert Image.open(io.BytesIO(answers[0]["picture"].content)).size == (40, 70)
-    model = card("yolov8").make(card("yolov8").settle("yolov8-test", **task.needs()))
+    model = card("yolov8").make(card("yolov8").settle("yolov8-test", **task.model_dims()))
     objective = task.objective(model, card("yolov8"), Settings())
     objective.confidence = 0.0
-    found = task.ask(objective)(task.questions(data, card("yolov8")).make(np.arange(2), None))
+    found = task.predict_step(objective)(task.predict_batches(data, card("yolov8")).make(np.arange(2), None))
     assert (found["boxes"][0, :, 0::2] <= 40).all() and found["boxes"][1, :, 0::2].max() > 64  # beyond the square's side
     assert found["path"].shape[0] == 2 and (found["boxes"][1, :, 1::2] <= 50).all()
 
@@ -144,7 +144,7 @@ def test_drawn_pictures_score_as_pictures_do():
 def test_intervals_of_many_pictures_come_from_some(monkeypatch, tmp_path):
     """Drawn from a quarter of the pictures and made half as wide, they are about as wide as drawn from all."""
     kind, rng, count = ObjectDetection, np.random.default_rng(2), 240
-    data = kind.examples(read(folder(tmp_path)), kind.Options())
+    data = kind.build_examples(read(folder(tmp_path)), kind.Options())
     task = kind.learn(data, kind.Options())
     corner = rng.uniform(0, 40, (count, 2, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(8, 30, (count, 2, 2))], -1)
@@ -178,7 +178,7 @@ def test_options_that_cannot_work(tmp_path):
             learnt(data, **options)
     task, some = learnt(data, classes="c,a")
     assert task.names == ["c", "a"] and task.truth(some)["labels"][:3, 0].tolist() == [1, -1, 0]
-    assert ObjectDetection.lacks(read("inked")) and not ObjectDetection.lacks(data)
+    assert ObjectDetection.missing_requirements(read("inked")) and not ObjectDetection.missing_requirements(data)
     (tmp_path / "data.yaml").write_text("names: [a, b, other]\n")
     whole, _ = learnt(data)
     with pytest.raises(DataError, match="has boxes of 'other', which the network does not know"):

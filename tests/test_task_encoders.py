@@ -42,9 +42,9 @@ def file(tmp_path_factory):
 
 def made(file, **options):
     kind = task("fill-mask")
-    data = read(file, wants=kind.wants)
+    data = read(file, column_spec=kind.column_spec)
     assert asked_for("fill-mask", data) is kind
-    data = kind.examples(data, kind.options_from(options))
+    data = kind.build_examples(data, kind.options_from(options))
     return kind.learn(data, kind.options_from(options)), data
 
 
@@ -98,9 +98,9 @@ def test_missing_words_are_written_as_people_do(file):
         assert text.decode(ids[1 : places[0]]) == "We saw the" and text.decode(ids[places[0] + 1 : -1]) == " house"
     assert len(one.blanks("<mask> and <mask>")[1]) == 2
     with pytest.raises(DataError, match="no missing word; write <mask>"):
-        one.questions(one.read([pl.DataFrame({"text": ["all is here"]})]), card("bert"))
+        one.predict_batches(one.read([pl.DataFrame({"text": ["all is here"]})]), card("bert"))
     with pytest.raises(DataError, match="the network reads 24"):
-        one.questions(one.read([pl.DataFrame({"text": ["<mask> " + "one two three " * 20]})]), card("bert"))
+        one.predict_batches(one.read([pl.DataFrame({"text": ["<mask> " + "one two three " * 20]})]), card("bert"))
 
 
 def test_learns_hidden_words_and_answers(file, tmp_path):
@@ -172,7 +172,7 @@ def pairs(tmp_path_factory):
 
 def learnt_pairs(pairs, **options):
     kind = task("text-classification")
-    data = read(pairs, wants=kind.wants, target="label", kinds={"first": "text", "second": "text"})
+    data = read(pairs, column_spec=kind.column_spec, target="label", kinds={"first": "text", "second": "text"})
     return kind.learn(data, kind.options_from(options)), data
 
 

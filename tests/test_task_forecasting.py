@@ -151,7 +151,7 @@ def test_a_series_a_row_from_file_to_forecast(tmp_path):
 
 
 def scores_of_naive(data, **options):
-    made = Forecasting.examples(data, Forecasting.options_from(options))
+    made = Forecasting.build_examples(data, Forecasting.options_from(options))
     parts = split(made)
     task, test = Forecasting.learn(made.take(parts.train), Forecasting.Options()), made.take(parts.test)
     return {b.name: task.score(b.outputs, task.truth(test)) for b in task.baselines(made, test)}
@@ -161,7 +161,7 @@ def scores_of_naive(data, **options):
 def test_repeating_scores_on_ett_as_published(name, mse, mae, tmp_path):
     """Repeating the last value, Zeng et al. 2022, arXiv:2205.13504, table 2: borders, scales, windows are theirs."""
     found = sorted(unpack("series.zip", tmp_path, "").rglob(f"{name}.csv"))[0]
-    scores = scores_of_naive(read(found, wants=Forecasting.wants), horizon=96, train=8640, validation=2880, test=2880)
+    scores = scores_of_naive(read(found, column_spec=Forecasting.column_spec), horizon=96, train=8640, validation=2880, test=2880)
     assert (scores["naive"]["mse"], scores["naive"]["mae"]) == pytest.approx((mse, mae), abs=1.1e-3)
 
 
@@ -175,5 +175,5 @@ def test_seasonal_naive_scores_on_m4_hourly_as_published(tmp_path):
     width = max(map(len, rows))
     with (tmp_path / "hourly.csv").open("w", newline="") as file:
         csv.writer(file).writerows([[f"V{i}" for i in range(1, width + 1)], *([*r, *[""] * (width - len(r))] for r in rows)])
-    scores = scores_of_naive(read(tmp_path / "hourly.csv", wants=Forecasting.wants))["seasonal naive"]
+    scores = scores_of_naive(read(tmp_path / "hourly.csv", column_spec=Forecasting.column_spec))["seasonal naive"]
     assert (scores["smape"], scores["mase"]) == pytest.approx((13.912, 1.193), abs=5e-4)

@@ -45,7 +45,7 @@ def album(folder, count=200, kind="captions"):
 
 
 def read_as(source, name, **asked):
-    return read(source, wants=task(name).wants, **asked)
+    return read(source, column_spec=task(name).column_spec, **asked)
 
 
 def change(table, edits):
@@ -75,7 +75,7 @@ def learnt(tmp_path, name, **options):
     table = album(tmp_path / name, 60, "captions" if name == "image-text" else "questions")
     kind = task(name)
     asked = kind.options_from(options)
-    data = kind.examples(kind.narrowed(read_as(table, name)), asked)
+    data = kind.build_examples(kind.select_columns(read_as(table, name)), asked)
     return kind.learn(data, asked), data
 
 
@@ -114,7 +114,7 @@ def test_equal_captions_have_one_number_in_a_batch(tmp_path):
             assert (batch["picture"][i] == batch["picture"][j]) == (i // 2 == j // 2)  # two captions of each
     ends = batch["mask"].sum(1) - 1
     assert (batch["tokens"].gather(1, ends[:, None])[:, 0] == it.text.end).all()
-    assert it.classes == sorted(set(said)) and it.needs()["end"] == it.text.end
+    assert it.classes == sorted(set(said)) and it.model_dims()["end"] == it.text.end
 
 
 def test_pictures_stay_on_one_side(tmp_path):
@@ -129,7 +129,7 @@ def test_rare_answers_count_as_wrong(tmp_path):
     table = album(tmp_path / "rare", 40, "questions")
     change(table, {2: "photos/000.png,what colour is the square?,mauve"})
     kind = task("visual-question-answering")
-    data = kind.examples(read_as(table, kind.name), kind.options_from({}))
+    data = kind.build_examples(read_as(table, kind.name), kind.options_from({}))
     it = kind.learn(data, kind.options_from({}))
     assert "mauve" not in it.labels and len(it.labels) == 6 and "1 of 7 answers are rare" in it.notes[0]
     truth = it.truth(data)
@@ -368,7 +368,7 @@ def test_classes_of_a_column_are_tested_by_words_alone(tmp_path):
     damage.write(table, ["image,caption,label", *(f"{r},{next(c for c in COLOURS if c in r)}" for r in rows[1:])])
     kind = task("image-text")
     options = kind.options_from({"template": "a {} square"})
-    data = kind.examples(kind.narrowed(read_as(table, kind.name)), options)
+    data = kind.build_examples(kind.select_columns(read_as(table, kind.name)), options)
     it = kind.learn(data, options)
     assert it.classes == sorted(COLOURS) and it.columns[-2].role == "ignored"
     truth = it.truth(data)
@@ -389,7 +389,7 @@ def test_classes_of_a_column_are_tested_by_words_alone(tmp_path):
     class Objective:
         model = Words()
 
-    out = it.ask(Objective())({"image": torch.zeros(2, 3, 16, 16)})
+    out = it.predict_step(Objective())({"image": torch.zeros(2, 3, 16, 16)})
     assert out["probabilities"].argmax(1).tolist() == [2, 0] and "text" not in out
     tokens, mask = Words.asked[0]
     assert it.text.decode(tokens[0][mask[0]].tolist()).strip().startswith("a blue square")

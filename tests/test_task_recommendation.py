@@ -65,7 +65,7 @@ def test_leave_last_out(tmp_path):
         "item_id": "item",
         "timestamp": "time",
     }
-    made = kind.examples(data, kind.Options())
+    made = kind.build_examples(data, kind.Options())
     parts = split(made)
     got = {
         name: {r["user_id"]: r[ITEMS] for r in made.take(rows).rows.to_dicts()}
@@ -76,7 +76,7 @@ def test_leave_last_out(tmp_path):
     assert got["train"] == {"ann": ["jam", "tea"], "bob": ["jam"], "cy": ["bun"], "dee": ["tea", "egg"]}
     found = next(f for f in made.findings if f.check == "few-items")
     assert found.count == 1 and found.places == ("events.csv:12",)
-    least = kind.examples(
+    least = kind.build_examples(
         asked(table(tmp_path / "rated.csv", [(*e[:2], i % 5, e[2]) for i, e in enumerate(EVENTS)], "user,item,rating,time"))[0],
         kind.options_from({"least": "1"}),
     )
@@ -85,7 +85,7 @@ def test_leave_last_out(tmp_path):
 
 def learnt(tmp_path, **options):
     data, kind, _ = asked(table(tmp_path / "events.csv"))
-    made = kind.examples(data, kind.options_from(options))
+    made = kind.build_examples(data, kind.options_from(options))
     return made, kind.learn(made.take(np.flatnonzero(made.splits == "train")), kind.options_from(options))
 
 
@@ -177,7 +177,7 @@ def test_drawn_items_are_corrected_for():
 def test_baselines_by_hand(tmp_path):
     made, task = learnt(tmp_path)
     train, test = (made.take(np.flatnonzero(made.splits == s)) for s in ("train", "test"))
-    task.before_test(train, test)
+    task.prepare_test(train, test)
     popular, near = task.baselines(train, test)
     # ann met jam, tea, bun before; of the known items only egg is left, so it is first for whoever ranks.
     assert popular.outputs["rank"][0] == 1 and np.isinf(popular.outputs["rank"][1])
@@ -190,26 +190,26 @@ def test_damaged_events(tmp_path):
     file = tmp_path / "events.csv"
     many = [(f"u{i % 40}", f"i{i * 7 % 30}", i) for i in range(400)]
     table(file, many)
-    assert not [f for f in read(file, wants=Recommendation.wants).findings if f.unusable]
+    assert not [f for f in read(file, column_spec=Recommendation.column_spec).findings if f.unusable]
     table(file, [*many, ("", "i3", 9), ("u3", "", 10)])
-    lost = [f for f in read(file, wants=Recommendation.wants).findings if f.check == "missing-key"]
+    lost = [f for f in read(file, column_spec=Recommendation.column_spec).findings if f.check == "missing-key"]
     assert [(f.unusable, f.places) for f in lost] == [(1, ("events.csv:402",)), (1, ("events.csv:403",))]
     table(file, [*many, *many[:3]])
-    found = {f.check: f for f in read(file, wants=Recommendation.wants).findings}
+    found = {f.check: f for f in read(file, column_spec=Recommendation.column_spec).findings}
     assert found["repeated-event"].count == 3 and "events.csv:402" in found["repeated-event"].places[0]
     table(file, [(u, i, "soon" if t in (5, 8) else t) for u, i, t in many])
-    found = {f.check: f for f in read(file, wants=Recommendation.wants).findings}
+    found = {f.check: f for f in read(file, column_spec=Recommendation.column_spec).findings}
     assert found["mixed-types"].count == 2 and "events.csv:7" in found["mixed-types"].places
     table(file, [(u, i, "soon") for u, i, t in many])
-    data = read(file, wants=Recommendation.wants)
+    data = read(file, column_spec=Recommendation.column_spec)
     with pytest.raises(DataError, match="'timestamp' is to be the time"):
-        Recommendation.examples(data, Recommendation.Options())
+        Recommendation.build_examples(data, Recommendation.Options())
     table(file, [("", i, t) for u, i, t in many])
     with pytest.raises(BadData, match="400 of 400"):
-        read(file, wants=Recommendation.wants)
+        read(file, column_spec=Recommendation.column_spec)
     table(file, [(f"u{k}", i, t) for k, (u, i, t) in enumerate(many)])
     with pytest.raises(DataError, match="no user met three items"):
-        Recommendation.examples(read(file, wants=Recommendation.wants), Recommendation.Options())
+        Recommendation.build_examples(read(file, column_spec=Recommendation.column_spec), Recommendation.Options())
     table(file, many, "who,what,timestamp")
     with pytest.raises(DataError, match=r"role\.user=COLUMN"):
         asked(file, "recommendation")
@@ -230,7 +230,7 @@ def test_a_network_learns_what_follows(tmp_path):
     assert answer["items"][0] == "tides-4" and len(answer["items"]) == 3 and not {"tides-1", "tides-2"} & set(answer["items"])
     with pytest.raises(DataError, match="neither a user"):
         run.predict(["nobody"])
-    viewer, events = run.task.known.columns[0], read("series", wants=run.task.wants).rows
+    viewer, events = run.task.known.columns[0], read("series", column_spec=run.task.column_spec).rows
     for name in events[viewer].unique(maintain_order=True)[:5]:
         met = set(events.filter(pl.col(viewer) == name)[next(c.name for c in run.task.columns if c.role == "item")])
         said = run.predict([name], count=len(run.task.items))[0]["items"]

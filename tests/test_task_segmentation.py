@@ -185,7 +185,7 @@ def asked(path, **more):
 def test_pictures_with_masks(tmp_path):
     data, kind, _ = asked(folder(tmp_path))
     assert kind is ImageSegmentation and len(data) == 40 and data.target.kind == "mask"
-    made = kind.examples(data, kind.Options())
+    made = kind.build_examples(data, kind.Options())
     assert made.context == {"values": [0, 1], "names": ["background", "foreground"]}
     for part in ("train", "val", "test"):
         folder(tmp_path / "parts" / part, 10)
@@ -194,11 +194,11 @@ def test_pictures_with_masks(tmp_path):
         array = np.asarray(Image.open(path)).copy()
         array[0, :3] = 255
         Image.fromarray(array * (1 if i else 2)).save(path)
-    made = kind.examples(read(tmp_path, wants=kind.wants), kind.Options())
+    made = kind.build_examples(read(tmp_path, column_spec=kind.column_spec), kind.Options())
     assert any(f.check == "void-pixels" for f in made.findings) and 255 not in made.context["values"]
     (tmp_path / "classes.txt").write_text("ground\nsquare\n")
     with pytest.raises(DataError, match=r"1 masks hold values .*masks/p0|images/p0"):
-        kind.examples(read(tmp_path, wants=kind.wants), kind.Options())
+        kind.build_examples(read(tmp_path, column_spec=kind.column_spec), kind.Options())
 
 
 def test_classes_are_left_out_by_name(tmp_path):
@@ -207,10 +207,10 @@ def test_classes_are_left_out_by_name(tmp_path):
         Image.fromarray(np.array([(0, 0, 0), (9, 8, 7)], np.uint8)[np.asarray(Image.open(path))]).save(path)
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nfield,0,0,0\nsquare,9,8,7\nVoid,1,1,1\n")
     data, kind, _ = asked(tmp_path)
-    assert kind.examples(data, kind.Options()).context["names"] == ["field", "Void", "square"]
-    assert kind.examples(data, kind.Options(ignore="Void")).context["names"] == ["field", "square"]
+    assert kind.build_examples(data, kind.Options()).context["names"] == ["field", "Void", "square"]
+    assert kind.build_examples(data, kind.Options(ignore="Void")).context["names"] == ["field", "square"]
     with pytest.raises(SettingsError, match=r"values or classes \(field, square, Void\)"):
-        kind.examples(data, kind.Options(ignore="void"))
+        kind.build_examples(data, kind.Options(ignore="void"))
 
 
 def test_damaged_pictures_with_masks(tmp_path):
@@ -237,15 +237,15 @@ def test_damaged_pictures_with_masks(tmp_path):
     for path in (tmp_path / "masks").iterdir():
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3)).astype(np.uint8)).save(path)
     with pytest.raises(DataError, match="different values: they are no classes"):
-        ImageSegmentation.examples(read(tmp_path), ImageSegmentation.Options())
+        ImageSegmentation.build_examples(read(tmp_path), ImageSegmentation.Options())
     for path in (tmp_path / "masks").iterdir():
         Image.fromarray(np.zeros((24, 32), np.uint8)).save(path)
     with pytest.raises(DataError, match="one class only"):
-        ImageSegmentation.examples(read(tmp_path), ImageSegmentation.Options())
+        ImageSegmentation.build_examples(read(tmp_path), ImageSegmentation.Options())
     for path in (tmp_path / "masks").iterdir():
         path.unlink()
     with pytest.raises(DataError):
-        read(tmp_path, wants=ImageSegmentation.wants, target="mask")
+        read(tmp_path, column_spec=ImageSegmentation.column_spec, target="mask")
     (tmp_path / "masks" / "other.png").write_bytes(good)
     with pytest.raises(DataError, match="no picture has a mask of its name"):
         read(tmp_path)

@@ -14,7 +14,7 @@ import torch
 
 from damage import checks, finding
 from fieldguide import open_run
-from fieldguide.automl.fit import Silent, decide, fit, trainer
+from fieldguide.automl.fit import NullCallback, build_plan, fit, trainer
 from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.report_elements import Sounds
@@ -341,8 +341,8 @@ def test_choices_from_the_data(folder):
     data, task = prepared(folder)
     o = task.options
     assert (o.rate, o.bands, o.scale, o.masks, o.longest) == (8000, 40, "corpus", False, 30.0)
-    assert task.mel.mean and task.needs() == {"vocab": task.transcripts.size, "features": 40}
-    assert [c.name for c in task.columns] == ["file", "transcript"] and task.heard == data.rows[SECONDS].max()
+    assert task.mel.mean and task.model_dims() == {"vocab": task.transcripts.size, "features": 40}
+    assert [c.name for c in task.columns] == ["file", "transcript"] and task.teacher_logits == data.rows[SECONDS].max()
     _, other = prepared(folder, rate="16000", scale="recording", hop="0.01")
     assert (other.mel.rate, other.mel.bands, other.mel.hop, other.mel.mean) == (16000, 80, 0.01, ())
     with pytest.raises(SettingsError, match="ratte"):
@@ -356,7 +356,7 @@ def test_long_recordings_are_said_and_not_trained_on(folder):
     cut = float(data.rows[SECONDS].sort()[8])
     _, task = prepared(folder, longest=str(cut))
     assert any(n.startswith("3 recordings are longer") for n in task.notes)
-    assert len(task.lessons(data, None, Settings())) == 9 and len(task.batches(data, None, Settings())) == 12
+    assert len(task.train_batches(data, None, Settings())) == 9 and len(task.batches(data, None, Settings())) == 12
     _, tight = prepared(folder, hop="0.1")
     assert any("fewer frames than their transcripts need" in n for n in tight.notes)
 
@@ -458,7 +458,7 @@ class Near(torch.nn.Module):
 
 def test_long_recordings_are_heard_in_chunks(folder):
     _, task = prepared(folder)
-    task.asking = task.asking_from({"chunk": "0.8"})
+    task.asking = task.predict_options({"chunk": "0.8"})
     size, overlap = task.chunks()
     assert size % 8 == overlap % 8 == 0 and abs(size * task.mel.hop - 0.8) < 0.05 and size / 8 < overlap <= size / 4
     lengths = torch.tensor([501, 30, 222, 17, 64])
@@ -469,7 +469,7 @@ def test_long_recordings_are_heard_in_chunks(folder):
     for i, n in enumerate(frames.tolist()):
         whole = Near()(features[i : i + 1, : lengths[i]], lengths[i : i + 1])[0]
         assert torch.allclose(heard[i, :n], whole, atol=1e-6), i
-    task.asking = task.asking_from({})
+    task.asking = task.predict_options({})
     assert task.chunks()[0] * task.mel.hop == pytest.approx(10, abs=0.1)
 
 
@@ -534,7 +534,7 @@ def test_evaluate_scores_the_test_part(run):
 def test_exhibits_can_be_played(run):
     task = run.task
     with np.load(run.path / "splits.npz") as splits:
-        data = read("spoken", wants=task.wants).take(splits["test"][:20])
+        data = read("spoken", column_spec=task.column_spec).take(splits["test"][:20])
     outputs, truth = run.outputs(data), task.truth(data)
     shown = task.exhibits(data, outputs, truth, run.objective)
     lists = [e for e in shown["Recordings"] if isinstance(e, Sounds)]
@@ -543,7 +543,7 @@ def test_exhibits_can_be_played(run):
     assert rate == 8000 and len(wave) > 1000 and np.abs(wave).max() > 0.05
 
 
-class Quiet(Silent):
+class Quiet(NullCallback):
     """Stops before a step is counted, as a killed process does."""
 
     def __init__(self, stop=-1):
@@ -560,7 +560,7 @@ def test_halves_are_equal_to_the_whole(tmp_path):
 
     def loop(folder, stop=-1):
         folder.mkdir(exist_ok=True)
-        plan = decide(
+        plan = build_plan(
             data,
             task=TASK,
             model="conformer-test",

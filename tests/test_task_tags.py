@@ -88,7 +88,7 @@ def test_known_cases_of_entities():
 
 
 def test_files_of_conll(folder, tmp_path):
-    data = read(folder / "words.conll", wants=task("token-classification").wants)
+    data = read(folder / "words.conll", column_spec=task("token-classification").column_spec)
     assert len(data) == 400 and data.target.name == "tags" and infer(data)[0].name == "token-classification"
     rng = np.random.default_rng(0)
     words, tags = sentence(rng)
@@ -96,7 +96,7 @@ def test_files_of_conll(folder, tmp_path):
     assert data.place(0) == "words.conll:3"
     (tmp_path / "train.txt").write_text("A\tO\nb\tB-X\n\nc\tO\n\n" * 5)
     (tmp_path / "test.txt").write_text("A O\r\nb B-X\r\n\r\nc O\r\nd O")
-    parts = read(tmp_path, wants=task("token-classification").wants)
+    parts = read(tmp_path, column_spec=task("token-classification").column_spec)
     assert len(parts) == 12 and (parts.splits == "test").sum() == 2
     (tmp_path / "bad.conll").write_text("A O\nb\n")
     with pytest.raises(DataError, match=r"bad\.conll:2: 'b' has no tag"):
@@ -105,7 +105,7 @@ def test_files_of_conll(folder, tmp_path):
 
 def made(source, **options):
     kind = task("token-classification")
-    data = read(source, wants=kind.wants)
+    data = read(source, column_spec=kind.column_spec)
     return kind.learn(data, kind.options_from(options)), data
 
 

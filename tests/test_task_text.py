@@ -47,7 +47,7 @@ def test_a_long_text_is_tested_on_its_end(tmp_path):
     (tmp_path / "story.txt").write_text(STORY)
     data, kind, _ = asked(tmp_path / "story.txt")
     assert kind is TextGeneration and len(data) == 1
-    rows = kind.examples(data, kind.Options())
+    rows = kind.build_examples(data, kind.Options())
     assert "".join(rows.rows["text"]) == STORY  # nothing is lost
     assert rows.rows[PART].to_list() == list(range(len(rows)))
     parts = split(rows, seed=3)
@@ -61,11 +61,11 @@ def test_a_long_text_is_tested_on_its_end(tmp_path):
 def test_a_folder_names_its_splits(tmp_path):
     for name, text in {"train": STORY, "val": STORY[:5000], "test": STORY[-9000:]}.items():
         (tmp_path / f"{name}.txt").write_text(text)
-    rows = TextGeneration.examples(asked(tmp_path)[0], TextGeneration.Options())
+    rows = TextGeneration.build_examples(asked(tmp_path)[0], TextGeneration.Options())
     for name, side in (("train", "train"), ("val", "val"), ("test", "test")):
         assert "".join(rows.rows["text"].filter(pl.Series(rows.splits == side))) == (tmp_path / f"{name}.txt").read_text()
     (tmp_path / "val.txt").unlink()  # made from the end of the training text
-    rows = TextGeneration.examples(asked(tmp_path)[0], TextGeneration.Options())
+    rows = TextGeneration.build_examples(asked(tmp_path)[0], TextGeneration.Options())
     text = {s: "".join(rows.rows["text"].filter(pl.Series(rows.splits == s))) for s in ("train", "val", "test")}
     assert text["test"] == STORY[-9000:] and text["train"] + text["val"] == STORY and len(text["val"]) > 2000
 
@@ -74,7 +74,7 @@ def test_many_short_texts_are_split_by_chance(tmp_path):
     file = tmp_path / "notes.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"note {i}: {i * i} and more words"}) for i in range(60)))
     data, kind, _ = asked(file, "text-generation")
-    rows = kind.examples(data, kind.Options())
+    rows = kind.build_examples(data, kind.Options())
     parts = split(rows)
     assert len(rows) == 60 and rows.splits is None and sorted([*parts.train, *parts.validation, *parts.test]) == list(range(60))
 
@@ -126,7 +126,7 @@ def test_conversations(tmp_path):
     tokens, learnt = task.stream_of(data)
     said = task.text.decode(tokens[learnt])
     assert said == "".join(f"{i + 1}." for i in range(50))  # only what the assistant says
-    asked_ = task.questions(task.read(["What is 3 and 1?"]), None).make(np.arange(1), None)["prompt"][0].tolist()
+    asked_ = task.predict_batches(task.read(["What is 3 and 1?"]), None).make(np.arange(1), None)["prompt"][0].tolist()
     assert asked_ == task.prompt([("user", "What is 3 and 1?")])  # typed by a person
 
 
@@ -173,7 +173,7 @@ def test_tokens_spell_texts_back(characters):
 
 def test_packed_rows_hold_every_token_once(tmp_path):
     data = asked_story(tmp_path)
-    rows = TextGeneration.examples(data, TextGeneration.Options())
+    rows = TextGeneration.build_examples(data, TextGeneration.Options())
     task = TextGeneration.learn(rows, TextGeneration.Options(length=32, tokenizer="characters"))
     tokens, _ = task.stream_of(rows)
     batches = task.batches(rows, None)

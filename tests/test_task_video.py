@@ -84,7 +84,7 @@ def test_what_it_reads(tmp_path):
     data, kind, _ = asked(folder(tmp_path / "films"))
     assert kind is VideoGeneration and data.features("video") and data.target.name == "label"
     task = kind.learn(data, kind.options_from({"frames": 4}))
-    assert task.labels == ["left", "right"] and task.needs() == {"image": 16, "channels": 1, "classes": 2, "frames": 4}
+    assert task.labels == ["left", "right"] and task.model_dims() == {"image": 16, "channels": 1, "classes": 2, "frames": 4}
     film = np.arange(10)
     assert task.cut(film, 0.0).tolist() == [0, 1, 2, 3] and task.cut(film, 0.999).tolist() == [6, 7, 8, 9]
     assert task.cut(film[:2], 0.5).tolist() == [0, 1, 1, 1]
@@ -112,7 +112,7 @@ def filmed(path, frames=8, side=32, seed=0):
 
 def test_films_of_cameras(tmp_path):
     said = [filmed(tmp_path / "walks" / f"{i}.mp4", seed=i) for i in range(120)]
-    data = read(tmp_path, wants=VideoGeneration.wants)
+    data = read(tmp_path, column_spec=VideoGeneration.column_spec)
     assert len(data) == 120 and data.rows["#frames"].unique().to_list() == [8]
     first = data.rows[data.features("video")[0].name].to_list()
     for path, picture in zip(first[:3], (said[int(Path(p).stem)] for p in first[:3])):
@@ -121,7 +121,7 @@ def test_films_of_cameras(tmp_path):
     whole = (tmp_path / "walks" / "7.mp4").read_bytes()
     for content, check in ((whole[: len(whole) // 2], "truncated-film"), (b"", "empty-file"), (b"no film", "truncated-film")):
         (tmp_path / "walks" / "7.mp4").write_bytes(content)
-        found = {f.check: f for f in read(tmp_path, wants=VideoGeneration.wants).findings if f.unusable}
+        found = {f.check: f for f in read(tmp_path, column_spec=VideoGeneration.column_spec).findings if f.unusable}
         assert found[check].count == 1 and found[check].places[0].startswith("walks/7.mp4")
 
 
@@ -131,21 +131,21 @@ def test_damaged_films(tmp_path):
     cases = {"empty-file": b"", "not-a-film": b"no film at all", "truncated-film": good[: len(good) // 2]}
     for check, content in cases.items():
         (root / "left" / "3.png").write_bytes(content)
-        data = read(root, wants=VideoGeneration.wants)
+        data = read(root, column_spec=VideoGeneration.column_spec)
         found = {f.check: f for f in data.findings}
         assert found[check].unusable == 1 and found[check].places[0].startswith("left/3.png") and found[check].remedy
         assert len(data) == 219
     Image.fromarray(np.zeros((16, 37), np.uint8)).save(root / "left" / "3.png")
-    found = {f.check: f for f in read(root, wants=VideoGeneration.wants).findings}
+    found = {f.check: f for f in read(root, column_spec=VideoGeneration.column_spec).findings}
     assert "37 x 16 pixels are no row of square frames" in found["no-strip"].places[0]
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(root / "left" / "3.png")
-    assert any(f.check == "no-strip" for f in read(root, wants=VideoGeneration.wants).findings)
+    assert any(f.check == "no-strip" for f in read(root, column_spec=VideoGeneration.column_spec).findings)
     (root / "left" / "3.png").write_bytes((root / "left" / "4.png").read_bytes())
-    assert any(f.check == "duplicate" for f in read(root, wants=VideoGeneration.wants).findings)
+    assert any(f.check == "duplicate" for f in read(root, column_spec=VideoGeneration.column_spec).findings)
     for i in range(5):
         (root / "left" / f"{i}.png").write_bytes(b"")
     with pytest.raises(BadData, match="5 of 220"):
-        read(root, wants=VideoGeneration.wants)
+        read(root, column_spec=VideoGeneration.column_spec)
     with pytest.raises(DataError, match="a column of films"):
         asked("iris")
 
@@ -196,7 +196,7 @@ def test_a_network_learns_to_film(tmp_path):
     others = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["frame_distance"] < 0.3 * others["noise"]["frame_distance"]
     assert set(others["copy-last"]) == {"next_frame_psnr"} and others["training films"]["recognised"] > 0.9
-    made = run.outputs(read(tmp_path / "films", wants=VideoGeneration.wants).take(np.arange(3)))  # asked one for one
+    made = run.outputs(read(tmp_path / "films", column_spec=VideoGeneration.column_spec).take(np.arange(3)))  # asked one for one
     assert made["samples"].shape == (3, 4, 1, 16, 16) and len(made["label"]) == 3
     low, high = run.record["scores"]["intervals"]["recognised"]
     assert high - low < 0.25  # though the test part is of 8 films

@@ -81,7 +81,7 @@ def test_frames(form, tmp_path, pairs):
     """Rows as the network learnt them: its sources, what answers begin with, and what follows each of their tokens."""
     before, after, options, want = FORMS[form]
     path = tokenizer(tmp_path / "tokenizer.json", before, after)
-    data = Translation.examples(read(pairs, wants=Translation.wants), None)
+    data = Translation.build_examples(read(pairs, column_spec=Translation.column_spec), None)
     task = Translation.learn(data, Translation.options_from({"tokenizer": path, **options}))
     name = task.text.tokenizer.id_to_token
     batch = task.batches(data, card("transformer")).make([2, 0], None)
@@ -96,11 +96,11 @@ def test_frames(form, tmp_path, pairs):
 def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
     before, after, options, _ = FORMS["mbart-50"]
     path = tokenizer(tmp_path / "tokenizer.json", before, after)
-    data = read(pairs, wants=Translation.wants)
+    data = read(pairs, column_spec=Translation.column_spec)
     task = Translation.learn(data, Translation.options_from({"tokenizer": path, "length": 12, **options}))
-    task.asking = Translation.Asking(beams=1, penalty=0.0)
+    task.asking = Translation.PredictOptions(beams=1, penalty=0.0)
     torch.manual_seed(0)
-    model, seen = create("mbart-test", **task.needs()).eval(), []
+    model, seen = create("mbart-test", **task.model_dims()).eval(), []
     last = model.last
     model.last = lambda *a, **k: (seen.append(a[0]), last(*a, **k))[1]
     batch = task.batches(data, card("mbart")).make([0, 1], None)
@@ -193,8 +193,8 @@ def documents(tmp_path):
 
 
 def test_documents_are_read_by_their_usual_names(tmp_path):
-    data = read(documents(tmp_path), wants=Summarization.wants)
-    assert data.target.name == "highlights" and Summarization.lacks(data) is None
+    data = read(documents(tmp_path), column_spec=Summarization.column_spec)
+    assert data.target.name == "highlights" and Summarization.missing_requirements(data) is None
     task = Summarization.learn(data, Summarization.options_from({}))
     assert task.column == "article"
     said = task.baselines(data, data)[0].outputs["text"][0]
@@ -202,7 +202,7 @@ def test_documents_are_read_by_their_usual_names(tmp_path):
     scores = task.score({"text": np.array([said], dtype=object)}, {"text": np.array(["Anna bought bread."], dtype=object)})
     assert scores["rouge1"] == pytest.approx(2 * 1 / (12 + 3)) and scores["rouge2"] == 0
     (tmp_path / "t.csv").write_text('document,summary\n"A b. C d.","a"\n"E f.","e"\n')
-    assert read(tmp_path / "t.csv", wants=Summarization.wants).target.name == "summary"
+    assert read(tmp_path / "t.csv", column_spec=Summarization.column_spec).target.name == "summary"
     assert first_sentences("One. Two!\nThree? Four.") == "One. Two! Three?" and first_sentences("") == ""
 
 
@@ -219,7 +219,7 @@ def test_a_network_learns_to_summarize(tmp_path):
     again = open_run(run.path)
     answer = again.predict(["Dora bought milk."], beams=2, tokens=5)[0]
     assert set(answer) == {"input", "text"}
-    said = again.respond(again.task.questions(again.task.read(["Dora bought milk."]), again.card))["said"]
+    said = again.respond(again.task.predict_batches(again.task.read(["Dora bought milk."]), again.card))["said"]
     assert said.shape[1] <= 5
     page = (run.path / "report.html").read_text()
     assert "Summaries while it learnt" in page and "ROUGE-1 by length" in page

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn import metrics
 
 import fieldguide
-from fieldguide.automl.fit import decide
+from fieldguide.automl.fit import build_plan
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.data import read, samples
@@ -22,7 +22,7 @@ from fieldguide.data.splits import Splits
 from fieldguide.models import registry
 from fieldguide.tasks import infer, task
 from fieldguide.tasks.base import intervals
-from fieldguide.tasks.supervised import area, calibration_error, mix_pairs
+from fieldguide.tasks.supervised import roc_auc, calibration_error, mix_pairs
 from fieldguide.tasks.vision.image_classification import augment
 
 QUICK = {"steps": 8, "precision": "float32"}
@@ -83,7 +83,7 @@ def test_scores_over_the_classes_that_occur():
         assert ours["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(y[two], guess))
     assert ours["macro_f1"] == pytest.approx(metrics.f1_score(y[two], guess, labels=[0, 1], average="macro"))
     assert ours["auc"] == pytest.approx(np.mean([metrics.roc_auc_score(y[two] == c, p[two, c]) for c in (0, 1)]))
-    assert np.isnan(area(p[y == 0], y[y == 0], np.array([0])))
+    assert np.isnan(roc_auc(p[y == 0], y[y == 0], np.array([0])))
 
 
 def test_a_sure_mistake_costs_a_finite_loss():
@@ -113,7 +113,7 @@ def test_temperature_mends_confidence_and_no_answer():
     sharp = p**3 / (p**3).sum(1, keepdims=True)  # three times too sure
     made = classifier(3)
     made.calibrate({"probabilities": sharp[:1500]}, {"label": y[:1500]})
-    mended = made.adjust({"probabilities": sharp[1500:]})
+    mended = made.postprocess({"probabilities": sharp[1500:]})
     before, after = (made.score(o, {"label": y[1500:]}) for o in ({"probabilities": sharp[1500:]}, mended))
     assert after["accuracy"] == before["accuracy"]
     assert after["log_loss"] < before["log_loss"] and after["calibration_error"] < 0.5 * before["calibration_error"]
@@ -168,7 +168,7 @@ def test_intervals_cover():
 
 
 def prepared(source, parts: Splits, model: str):
-    plan = decide(source, parts=parts, model=model, settings={**QUICK, "batch": 8})
+    plan = build_plan(source, parts=parts, model=model, settings={**QUICK, "batch": 8})
     batch = plan.batches.make(np.arange(len(parts.train)), None)
     return plan, batch
 
@@ -490,7 +490,7 @@ def test_pictures_to_be_made_without_classes_are_so_loudly(tmp_path):
     pictures_table(tmp_path).rename({"label": "kind"}).write_csv(tmp_path / "table.csv")
     kind = task("image-generation")
     notes = [
-        kind.learn(kind.narrowed(read(tmp_path / "table.csv", wants=kind.wants, target=target)), kind.Options()).notes
+        kind.learn(kind.select_columns(read(tmp_path / "table.csv", column_spec=kind.column_spec, target=target)), kind.Options()).notes
         for target in (None, "kind")
     ]
     assert "--target kind has it made by class" in notes[0][0] and not notes[1]

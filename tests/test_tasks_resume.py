@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from fieldguide.automl.fit import Silent, fit, resume
+from fieldguide.automl.fit import NullCallback, fit, resume
 from fieldguide.data import samples
 from fieldguide.tasks import task
 from fieldguide.training.trainer import Interrupted
@@ -38,7 +38,7 @@ SMALL = {
 ONE = {sample.task: name for name, sample in samples.SAMPLES.items()}  # a sample of each task
 
 
-class StopAt(Silent):
+class StopAt(NullCallback):
     def __init__(self, at: int):
         self.at = at
 

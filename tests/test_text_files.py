@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from fieldguide.automl import finetune
-from fieldguide.automl.fit import Silent, decide
+from fieldguide.automl.fit import NullCallback, build_plan
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.load import Checkpoint
 from fieldguide.core.errors import DataError, SettingsError
@@ -50,7 +50,7 @@ TEXTS = [
 LEARNT = [t for t in TEXTS if t.strip()] * 3 + ["the cat ran to the mat and sat"] * 9
 
 
-class Said(Silent):
+class Said(NullCallback):
     def __init__(self):
         self.words = []
 
@@ -340,7 +340,7 @@ STEPS = {"steps": 2, "batch": 8, "precision": "float32"}
 
 def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
     folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"))
-    plan = decide(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
+    plan = build_plan(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
     theirs = transformers.BertTokenizerFast.from_pretrained(folder)
     texts = plan.source.take(plan.parts.train).rows["text"].to_list()
     batch = plan.batches.make(np.arange(len(texts)), None)
@@ -352,34 +352,34 @@ def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
 
 def test_rows_are_no_longer_than_the_checkpoint_reads(table, tmp_path):
     folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"), length=6)
-    plan = decide(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
+    plan = build_plan(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
     assert plan.task.options.length == 6 and plan.batches.make(np.arange(8), None)["tokens"].shape[1] == 6
     assert any("task.length=6" in text and "reads no longer rows" in text for text in said.words)
     assert any("longer than 6 tokens and are cut" in text for text in said.words)
     with pytest.raises(SettingsError, match=r"task\.length=7 is more than the 6 tokens"):
-        decide(read(table), weights=folder, settings={**STEPS, "task.length": 7})
+        build_plan(read(table), weights=folder, settings={**STEPS, "task.length": 7})
 
 
 def test_rows_of_networks_that_read_any_are_left_as_they_are():
     """T5's `length` says what it learnt from."""
     begun = Checkpoint(None, card("t5"), None, {}, {})
     learnt = SimpleNamespace(needs=lambda: {"vocab": 30, "length": 900})
-    assert finetune.readable(learnt, None, card("t5").settle(length=512), begun, {"length": 900}, Silent()) is learnt
+    assert finetune.readable(learnt, None, card("t5").settle(length=512), begun, {"length": 900}, NullCallback()) is learnt
     with pytest.raises(SettingsError, match="900 is more than the 512"):
         finetune.readable(
-            learnt, None, card("bart").settle(length=512), replace(begun, card=card("bart")), {"length": 900}, Silent()
+            learnt, None, card("bart").settle(length=512), replace(begun, card=card("bart")), {"length": 900}, NullCallback()
         )
 
 
 def test_words_that_are_not_known_are_said_loudly(table, tmp_path):
     folder = bert(tmp_path / "bert", 700)
-    decide(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
+    build_plan(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
     warning = next(text for text in said.words if text.startswith("WARNING"))
     assert "are not known." in warning and "--set task.tokenizer=PATH" in warning
     (folder / "vocab.txt").write_text("a\n")
-    decide(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
+    build_plan(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
     assert any(text.startswith("WARNING") and "no token [UNK]" in text for text in said.words)
-    decide(read(table), weights=folder, settings={**STEPS, "task.tokenizer": "none"}, watch=(said := Said()))
+    build_plan(read(table), weights=folder, settings={**STEPS, "task.tokenizer": "none"}, watch=(said := Said()))
     assert not any("WARNING" in text for text in said.words)  # it was asked for
 
 
@@ -415,7 +415,7 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     (tmp_path / "t.txt").write_text("".join(f"the cat sat on mat {i}\n" for i in range(400)))
-    plan = decide(
+    plan = build_plan(
         read(tmp_path / "t.txt"), task="text-generation", weights=tmp_path / "t.gguf", watch=(said := Said()), settings=STEPS
     )
     theirs = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "words")

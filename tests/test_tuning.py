@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import fieldguide
 from fieldguide.automl import fit as fitting
-from fieldguide.automl.fit import Silent, fit, resume
+from fieldguide.automl.fit import NullCallback, fit, resume
 from fieldguide.checkpoints import load, weights
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.core.settings import Settings
@@ -69,7 +69,7 @@ def trainer(model: nn.Module, batches: Batches, settings: Settings) -> Trainer:
     objective = Supervised(
         model, ("tokens", "mask") if "tokens" in batches.make(np.arange(1), None) else ("image",), Classification()
     )
-    return Trainer(objective, batches, settings, device=torch.device("cpu"), watch=Silent())
+    return Trainer(objective, batches, settings, device=torch.device("cpu"), watch=NullCallback())
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
@@ -256,7 +256,7 @@ def test_frozen_networks_drop_nothing_out():
     model = bert(dropout=0.5)
     peft.prepare(model, settled(tune="frozen"), HEAD)
     loop = trainer(model, texts(), settled(tune="frozen"))
-    loop.teach()
+    loop.set_train_mode()
     assert model.training and model.last_dropout.training and not model.blocks[0].training
     assert not model.blocks[0].dropout.training and not model.norm.training
 
@@ -276,7 +276,7 @@ def test_ways_that_cannot_be():
 def learnt(model: nn.Module, batches: Batches) -> tuple[list[Tensor], int, dict[str, Tensor]]:
     """Gradients of one pass, numbers kept for the way back, and the state after it."""
     loop, kept = trainer(model, batches, settled()), {}
-    loop.teach()
+    loop.set_train_mode()
     own = {p.data_ptr() for p in model.parameters()}
 
     def pack(t: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ def table(tmp_path_factory):
     return sentences(tmp_path_factory.mktemp("texts") / "texts.csv")
 
 
-class Says(Silent):
+class Says(NullCallback):
     def __init__(self):
         self.said = []
 
@@ -416,23 +416,23 @@ def test_a_run_is_a_checkpoint_too(folder, table, tmp_path):
     first = fit(table, out=tmp_path / "first", weights=folder, settings={**FAST, "steps": 2})
     two = tmp_path / "two.csv"
     two.write_text(table.read_text().replace(",c\n", ",b\n"))
-    plan = fitting.decide(read(table), weights=first.path, settings={**FAST, "steps": 2})
+    plan = fitting.build_plan(read(table), weights=first.path, settings={**FAST, "steps": 2})
     assert plan.fresh == [] and torch.equal(plan.objective.model.head.weight, first.model.head.weight)
     assert plan.task.text.tokenizer.to_str() == first.task.text.tokenizer.to_str()
-    other = fitting.decide(read(two), weights=first.path, settings={**FAST, "steps": 2})
+    other = fitting.build_plan(read(two), weights=first.path, settings={**FAST, "steps": 2})
     assert other.fresh == HEAD and other.objective.model.head.weight.shape == (2, 8)
     assert torch.equal(other.objective.model.word.weight, first.model.word.weight)
 
 
 def test_a_tokenizer_of_more_words_is_refused(folder, table):
     with pytest.raises(SettingsError, match=r"the tokenizer has \d+ tokens, more than .* knows"):
-        fitting.decide(read(table), weights=folder, settings={**FAST, "steps": 2, "task.tokenizer": "none", "task.vocab": 300})
+        fitting.build_plan(read(table), weights=folder, settings={**FAST, "steps": 2, "task.tokenizer": "none", "task.vocab": 300})
 
 
 def test_advice_is_about_the_network_that_is_there(folder, table):
     seen = Says()
     seen.chose = lambda advice, config: seen.said.append(advice.best)
-    plan = fitting.decide(read(table), weights=folder, watch=seen, settings={**FAST, "steps": 2})
+    plan = fitting.build_plan(read(table), weights=folder, watch=seen, settings={**FAST, "steps": 2})
     best = next(one for one in seen.said if not isinstance(one, str))
     assert best.parameters == sum(p.numel() for p in plan.objective.model.parameters()) and best.name == "bert" == plan.size
 
@@ -449,7 +449,7 @@ def test_a_size_is_known_by_all_of_its_numbers():
 def test_vectors_of_texts_become_labels_by_their_mean(folder, table, tmp_path):
     """A network that gives vectors has learnt to say by the mean what a text is; transformers has no such network."""
     transformers.BertModel.from_pretrained(folder).save_pretrained(tmp_path / "bare")
-    plan = fitting.decide(
+    plan = fitting.build_plan(
         read(table), weights=tmp_path / "bare", settings={**FAST, "steps": 2, "task.tokenizer": str(folder / "tokenizer.json")}
     )
     model = plan.objective.model.eval()
@@ -488,7 +488,7 @@ def narrow(library) -> nn.Module:
 def test_a_file_of_pictures_begins_with_their_scale(library, painted, tmp_path):
     theirs = narrow(library)
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    plan = fitting.decide(read(painted), weights=tmp_path / "weights.pth", settings={**FAST, "steps": 2, "augment": "none"})
+    plan = fitting.build_plan(read(painted), weights=tmp_path / "weights.pth", settings={**FAST, "steps": 2, "augment": "none"})
     assert plan.fresh == HEAD and plan.size == "resnet18" and plan.task.pictures.channels == 3
     rows = plan.source.take(plan.parts.test)
     batch = plan.task.batches(rows, plan.card).make(np.arange(len(rows)), None)["image"]
@@ -508,10 +508,10 @@ def test_a_file_of_pictures_begins_with_their_scale(library, painted, tmp_path):
 
 def test_grey_networks_have_one_scale_and_colours_are_refused(painted, tmp_path):
     fieldguide.save(create("resnet18", channels=1, classes=2), tmp_path / "grey.safetensors")
-    plan = fitting.decide(read(painted), weights=tmp_path / "grey.safetensors", model="resnet18", settings={**FAST, "steps": 2})
+    plan = fitting.build_plan(read(painted), weights=tmp_path / "grey.safetensors", model="resnet18", settings={**FAST, "steps": 2})
     assert plan.task.pictures.channels == 1 and plan.task.pictures.mean == pytest.approx([0.449])
     with pytest.raises(SettingsError, match=r"reads pictures of 1 channels.*task\.channels"):
-        fitting.decide(
+        fitting.build_plan(
             read(painted),
             weights=tmp_path / "grey.safetensors",
             model="resnet18",
@@ -524,14 +524,14 @@ def test_grey_networks_have_one_scale_and_colours_are_refused(painted, tmp_path)
 def test_a_run_of_pictures_hands_on_its_scale(painted, tmp_path):
     settings = {**FAST, "steps": 2, "augment": "none"}
     first = fit(painted, model="resnet-test", out=tmp_path / "first", settings=settings)
-    plan = fitting.decide(read(painted), seed=3, weights=first.path, settings=settings)
+    plan = fitting.build_plan(read(painted), seed=3, weights=first.path, settings=settings)
     mine, theirs = plan.task.pictures, first.task.pictures
     assert mine.mean == theirs.mean and mine.std == theirs.std and plan.fresh == [] and plan.size == "resnet-test"
 
 
 def test_of_little_data_a_new_head_alone_learns(folder, table):
     seen = Says()
-    plan = fitting.decide(read(table), weights=folder, watch=seen, settings={**FAST, "steps": 2})
+    plan = fitting.build_plan(read(table), weights=folder, watch=seen, settings={**FAST, "steps": 2})
     assert plan.settings.tune == "frozen" and any("would be learnt by heart" in line for line in seen.said)
     assert {n for n, p in plan.objective.model.named_parameters() if p.requires_grad} == {"pool.weight", "pool.bias", *HEAD}
 

@@ -325,6 +325,6 @@ def test_runs_of_ours(tmp_path, pictures):
         for name in names
     ]
     near = [[r["similarity"][name] for name in names] for r in ways]
-    image = run.respond(run.task.questions(run.task.read([str(pictures)]), run.card))["image"]
+    image = run.respond(run.task.predict_batches(run.task.read([str(pictures)]), run.card))["image"]
     want = [[float(x @ v / np.linalg.norm(v)) for v in vectors] for x in image]
     np.testing.assert_allclose(near, want, rtol=1e-4, atol=1e-5)

@@ -34,7 +34,7 @@ def taught(objective: Objective, task: Task, settings: Settings, source: Data, p
     if type(objective) is not Supervised or not isinstance(objective.loss, Classification):
         raise SettingsError(f"teacher={run.path}: {task.name} with this network learns no classes; only those can be taught")
     refuse_seen(run, source, parts)
-    show = task.shown_to(run.task, run.card)
+    show = task.teacher_inputs(run.task, run.card)
     return Distillation(
         objective.model, objective.inputs, objective.loss, run.model, show=show, hard=settings.distill == "hard"
     )

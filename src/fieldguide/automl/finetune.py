@@ -33,11 +33,11 @@ def offered(kind: type[Task], begun: Checkpoint, asked: Mapping[str, Any], watch
     """Options of a task: those that follow from the checkpoint, such as its tokenizer and its scale of colours, and those that
     were asked for. It is said where the words are not known that a network of words has learnt with."""
     known = {f.name for f in fields(kind.Options)}
-    found = {**{k: v for k, v in begun.offers().items() if k in known}, **asked}
+    found = {**{k: v for k, v in begun.preprocessing_defaults().items() if k in known}, **asked}
     if "tokenizer" in known and "tokenizer" not in found and begun.card.accepts("vocab"):
         why = begun.words()[1]
         why = f" ({why})" if why else ""
-        watch.say(
+        watch.log(
             f"WARNING: the words that {begun.path} has learnt are not known{why}. Others are made from your texts, so "
             "what it knows of words is lost: its embeddings begin anew, with other meanings. "
             "Put the tokenizer.json that it was trained with beside its weights (or vocab.txt, or vocab.json and "
@@ -49,7 +49,7 @@ def offered(kind: type[Task], begun: Checkpoint, asked: Mapping[str, Any], watch
 def readable(learnt: Task, rows: Data, config: Any, begun: Checkpoint, asked: Mapping[str, Any], watch: Any) -> Task:
     """The task with rows no longer than the checkpoint's network reads, learnt anew where they were. Raises `SettingsError`
     where longer ones were asked for."""
-    card, wanted = begun.card, learnt.needs()
+    card, wanted = begun.card, learnt.model_dims()
     if config is None or card.endless or "vocab" not in wanted or not card.accepts("length"):
         return learnt
     room, length = getattr(config, card.names.get("length", "length")), wanted.get("length", 0)
@@ -60,7 +60,7 @@ def readable(learnt: Task, rows: Data, config: Any, begun: Checkpoint, asked: Ma
             f"task.length={length:,} is more than the {room:,} tokens that {begun.path} reads at most: ask for "
             "no more than these, or leave it to the checkpoint."
         )
-    watch.say(f"task.length={room:,}: {begun.path} reads no longer rows")
+    watch.log(f"task.length={room:,}: {begun.path} reads no longer rows")
     return type(learnt).learn(rows, type(learnt).options_from({**asked, "length": room}))
 
 
@@ -76,7 +76,7 @@ def gentle(settings: Settings, training: Mapping[str, Any], rows: int, begun: Ch
         way, why = "frozen", f"{rows:,} examples would be learnt by heart by more than a new head"
     else:
         way, why = "whole", f"{rows:,} examples suffice to move all of it, lower layers less than higher ones"
-    watch.say(f"tune={way}: {why}")
+    watch.log(f"tune={way}: {why}")
     return settings.with_(
         {
             "optimizer": "adamw",
@@ -101,7 +101,7 @@ def rates(way: str, size: int) -> dict[str, float]:
     return said
 
 
-def filled(
+def init_checkpoint(
     network: nn.Module, begun: Checkpoint, settings: Settings, training: Mapping[str, Any], watch: Any
 ) -> tuple[list[str], Settings]:
     """Fills a network from the checkpoint and marks what learns; returns what the checkpoint did not fill, and the settings:
@@ -109,11 +109,11 @@ def filled(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", WeightsWarning)
         fresh = weights.load(network, begun.state, begun.origin, head="skip")
-    watch.say(f"begins with {begun.path}" + (f"; new and yet to learn: {', '.join(fresh)}" if fresh else ""))
+    watch.log(f"begins with {begun.path}" + (f"; new and yet to learn: {', '.join(fresh)}" if fresh else ""))
     for warning in said:
-        watch.say(str(warning.message))
+        watch.log(str(warning.message))
     if settings.tune == "frozen" and not fresh and "tune" not in training:
         settings = settings.with_({"tune": "whole", **rates("whole", sum(t.numel() for t in begun.state.values())), **training})
-        watch.say("tune=whole instead: the checkpoint fills all of the network, and nothing would be left to learn")
+        watch.log("tune=whole instead: the checkpoint fills all of the network, and nothing would be left to learn")
     peft.prepare(network, settings, fresh)
     return fresh, settings

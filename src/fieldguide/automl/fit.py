@@ -41,7 +41,7 @@ from fieldguide.training.trainer import State, Trainer
 CHANGEABLE = {"minutes", "lr", "weight_decay", "clip", "patience", "checkpoint", "workers", "precision", "track"}
 
 
-class Silent:
+class NullCallback:
     """Sees everything, says nothing."""
 
     def say(self, text: str) -> None: ...
@@ -77,7 +77,7 @@ class Plan:
     fresh: list[str] | None = None  # of a network that begins with a checkpoint: what that did not fill
 
 
-def decide(
+def build_plan(
     source: Data,
     *,
     task: str | None = None,
@@ -94,7 +94,7 @@ def decide(
 
     Raises `DataError` and `SettingsError` as `fit` does.
     """
-    watch = watch or Silent()
+    watch = watch or NullCallback()
     training, of_model, of_task, *_ = grouped(settings or {})
     if minutes is not None:
         training["minutes"] = minutes
@@ -103,28 +103,28 @@ def decide(
     training["seed"] = seed
     budget = Settings().with_(training).minutes or float("inf")
     kind, why = (asked_for(task, source), "you asked for it") if task else infer(source)
-    source = kind.narrowed(source)
+    source = kind.select_columns(source)
     watch.found(source, kind, why)
     begun = None
     if weights is not None:
-        begun = load.described(weights, None if model == "auto" else model, watch.say)
+        begun = load.inspect_checkpoint(weights, None if model == "auto" else model, watch.log)
         model = begun.size
         of_task = finetune.offered(kind, begun, of_task, watch)
     options = kind.options_from(of_task)
-    source = kind.examples(source, options)
+    source = kind.build_examples(source, options)
     parts = parts or split(source, seed=seed)
-    watch.say(f"split: {parts.how}")
+    watch.log(f"split: {parts.how}")
     learnt = kind.learn(source.take(parts.train), options)
-    needs = {"gives": kind.gives, **learnt.needs()}
+    needs = {"gives": kind.gives, **learnt.model_dims()}
     config = begun.config(needs, of_model) if begun and set(begun.card.answers) & set(kind.gives) else None
     if begun:
         learnt = finetune.readable(learnt, source.take(parts.train), config, begun, of_task, watch)
-        needs = {"gives": kind.gives, **learnt.needs()}
+        needs = {"gives": kind.gives, **learnt.model_dims()}
     for note in learnt.notes:
-        watch.say(f"note: {note}")
+        watch.log(f"note: {note}")
     advice = advise(
-        facts={"task": kind.name, "rows": len(parts.train), **learnt.profile()},
-        needs=learnt.needs(),
+        facts={"task": kind.name, "rows": len(parts.train), **learnt.data_facts()},
+        needs=learnt.model_dims(),
         takes=kind.takes,
         gives=kind.gives,
         minutes=budget,
@@ -141,20 +141,20 @@ def decide(
     recipe = Settings().with_(kind.recipe).with_(card.recipe)
     chosen = finetune.gentle(recipe, training, len(parts.train), begun, watch) if begun else recipe
     chosen = distillation.named(chosen.overruled(training))
-    batches = learnt.lessons(source.take(parts.train), card, chosen)
+    batches = learnt.train_batches(source.take(parts.train), card, chosen)
     scored = drawn(parts.validation, learnt.validated, seed)
     if len(scored) < len(parts.validation):
-        watch.say(f"scored while it learns: {len(scored):,} of the {len(parts.validation):,} validation rows, drawn by chance")
+        watch.log(f"scored while it learns: {len(scored):,} of the {len(parts.validation):,} validation rows, drawn by chance")
     validation = learnt.batches(source.take(scored), card, chosen)
     chosen = with_batch(chosen, len(batches), learnt.fewest, min(learnt.most, finetune.BATCH) if begun else learnt.most)
     torch.manual_seed(seed)
     network = card.make(config)
     fresh = None
     if begun:
-        fresh, chosen = finetune.filled(network, begun, chosen, training, watch)
+        fresh, chosen = finetune.init_checkpoint(network, begun, chosen, training, watch)
     else:
         peft.prepare(network, chosen, fresh)
-    further = {name: settled_part(part, learnt.needs()) for name, part in card.parts.items()}
+    further = {name: settled_part(part, learnt.model_dims()) for name, part in card.parts.items()}
     objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
     objective = distillation.taught(objective, learnt, chosen, source, parts)
     chosen, cost, enough = distributed.broadcast(
@@ -218,7 +218,7 @@ def fit(
     begin with (see `fieldguide.load`). Raises `DataError` where
     the data cannot be used and `SettingsError` where a setting cannot work; both say what to do.
     """
-    watch = watch or Silent()
+    watch = watch or NullCallback()
     training, _, _, kinds, roles = grouped(settings or {})
     Settings().with_(training)  # complain of settings before reading data
     if minutes is None and not {"minutes", "steps"} & set(training) and isinstance(data, str) and data in SAMPLES:
@@ -239,7 +239,7 @@ def fit(
         refuse_taken(Path(out))
     with distributed.processes():
         source, _, _ = read_for(request, data)
-        plan = decide(
+        plan = build_plan(
             source,
             task=request["task"],
             model=model,
@@ -317,10 +317,10 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
 
     Raises `RunError` where the data has changed since, and `SettingsError` for changes that would make another run.
     """
-    watch = watch or Silent()
+    watch = watch or NullCallback()
     run = open_run(path)
     if run.status == "done":
-        watch.say(f"{path} is finished already.")
+        watch.log(f"{path} is finished already.")
         return run
     with distributed.processes():
         chosen = run.settings
@@ -339,12 +339,12 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
                 "run. Start one with `fieldguide fit`."
             )
         if (before := run.record["cost"]["processes"]) != distributed.world():
-            watch.say(
+            watch.log(
                 f"begun with {before} processes, resumed with {distributed.world()}: the same examples a step, but "
                 "chance falls otherwise"
             )
         for key, value in changed.items():
-            watch.say(
+            watch.log(
                 f"changed on resume: {key} {getattr(chosen, key)} -> {value}; from here the run differs from one "
                 "that was never stopped"
             )
@@ -360,7 +360,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         with np.load(run.path / "splits.npz", allow_pickle=False) as saved:
             parts = Splits(saved["train"], saved["validation"], saved["test"], run.record["data"]["split"]["how"])
         task, card = run.task, run.card
-        source = task.examples(task.narrowed(source), task.options)
+        source = task.build_examples(task.select_columns(source), task.options)
         scored = drawn(parts.validation, task.validated, chosen.seed)
         watch.found(source, type(task), run.record["choice"]["why"])
         torch.manual_seed(chosen.seed)
@@ -370,8 +370,8 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
             peft.prepare(network, chosen, fresh)
         else:  # it was stopped before it had kept a step
             name = run.record["request"]["model"]
-            begun = load.described(run.record["request"]["weights"], None if name == "auto" else name, watch.say)
-            finetune.filled(network, begun, chosen, {"tune": chosen.tune}, watch)
+            begun = load.inspect_checkpoint(run.record["request"]["weights"], None if name == "auto" else name, watch.log)
+            finetune.init_checkpoint(network, begun, chosen, {"tune": chosen.tune}, watch)
         plan = Plan(
             source,
             task,
@@ -383,7 +383,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
             network.config if hasattr(network, "config") else None,
             chosen,
             distillation.taught(task.objective(network, card, chosen, **run.fresh_parts()), task, chosen, source, parts),
-            task.lessons(source.take(parts.train), card, chosen),
+            task.train_batches(source.take(parts.train), card, chosen),
             task.batches(source.take(scored), card, chosen),
             scored,
             most=run.record["cost"].get("most_steps", 0),
@@ -394,14 +394,14 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
 
 def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
     """The loop for a plan, scoring on its validation part."""
-    task, metric, device = plan.task, plan.task.deciding(), distributed.device()
+    task, metric, device = plan.task, plan.task.monitored_metric(), distributed.device()
     truth = task.truth(plan.source.take(plan.scored))
 
     def evaluate(objective: Objective) -> dict[str, float]:
         if folder and distributed.rank() == 0:
             from fieldguide.report.eval_samples import Glimpses
 
-            Glimpses(folder).look(loop.state.step, loop.settings, lambda: task.glimpse(objective))
+            Glimpses(folder).look(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
         return task.score(
             collect(
                 objective, plan.validation, batch=max(64, plan.settings.batch), device=device, precision=plan.settings.precision
@@ -435,12 +435,12 @@ def train(plan: Plan, loop: Trainer) -> State:
 def train_and_test(path: Path, record: dict[str, Any], plan: Plan, watch: Any, resume: bool) -> Run:
     loop = trainer(plan, watch, path)
     if resume and loop.resume():
-        watch.say(f"resumed at step {loop.state.step} of {loop.settings.steps}")
+        watch.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
     watch.begins(loop.settings, loop.state.step)
     state = train(plan, loop)
     record["settings"] = loop.settings.to_dict()  # the steps may have been counted anew
     if state.stopped:
-        watch.say(f"stopped at step {state.step}: {state.stopped}")
+        watch.log(f"stopped at step {state.step}: {state.stopped}")
     finish(path, record, plan, state, watch)
     run = open_run(path)
     watch.ends(run)
@@ -456,11 +456,11 @@ def raw_answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
 
 def answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
     """What the network answers when it is asked as a user asks it."""
-    return plan.task.adjust(
+    return plan.task.postprocess(
         collect(
             plan.objective,
             plan.task.batches(rows, plan.card),
-            ask=plan.task.ask(plan.objective),
+            ask=plan.task.predict_step(plan.objective),
             batch=max(64, plan.settings.batch),
             device=distributed.device(),
         )
@@ -477,9 +477,9 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     test = drawn(plan.parts.test, task.tested, plan.settings.seed)
     held, rows = plan.source.take(test), plan.source.take(plan.parts.train)
     share = "" if len(test) == len(plan.parts.test) else f" of {len(plan.parts.test):,}, drawn by chance"
-    watch.say(f"testing on {len(held):,} examples{share} that no step of training has seen")
-    task.before_test(rows, held)
-    task.before_scores(len(held))
+    watch.log(f"testing on {len(held):,} examples{share} that no step of training has seen")
+    task.prepare_test(rows, held)
+    task.prepare_scoring(len(held))
     outputs = answer(plan, held)
     if distributed.rank() == 0:
         truth = task.truth(held)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.data import read
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
 from fieldguide.data.samples import SAMPLES
 from fieldguide.tasks import Task, asked_for, infer
@@ -47,7 +47,7 @@ def address(data: Any) -> str | None:
 
 def read_request(request: Mapping[str, Any], data: Any) -> Data:
     """Reads data as it was asked for: with what the task wants of its columns, where a task is named."""
-    wants = task_named(request["task"]).wants if request.get("task") else Wants()
+    column_spec = task_named(request["task"]).column_spec if request.get("task") else ColumnSpec()
     return read(
         request["data"] if data is None else data,
         target=request["target"],
@@ -55,7 +55,7 @@ def read_request(request: Mapping[str, Any], data: Any) -> Data:
         group=request["group"],
         time=request["time"],
         roles=request.get("roles"),
-        wants=wants,
+        column_spec=column_spec,
         allow_bad=request["allow_bad"],
     )
 
@@ -64,13 +64,13 @@ def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task
     """The data as the task wants it, the task, and why it is that. A task that is found to be the one is noted in the
     request where it asks more of the columns, so that they are read so again."""
     known = SAMPLES.get(request["data"]) if isinstance(request["data"], str) else None
-    if known and not request["task"] and task_named(known.task).wants != Wants():
+    if known and not request["task"] and task_named(known.task).column_spec != ColumnSpec():
         request["task"], request["target"] = known.task, request["target"] or known.target or None
     source = read_request(request, data)
     if request["task"]:
         return source, asked_for(request["task"], source), "you asked for it"
     kind, why = infer(source)
-    if kind.wants != Wants():
+    if kind.column_spec != ColumnSpec():
         request["task"] = kind.name
         source = read_request(request, data)
     return source, kind, why

@@ -82,7 +82,7 @@ class Tabular(BaseEstimator):
     def train(self, data: Data, settings: dict[str, Any], seed: int) -> None:
         """Decides and trains without a folder; every row that is not held out for validation is trained on."""
         watch = self.watch()
-        plan = fitting.decide(
+        plan = fitting.build_plan(
             data,
             task=self.task,
             model=self.model,
@@ -147,7 +147,7 @@ class Tabular(BaseEstimator):
             def make(rows: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
                 return {k: t.double() if t.is_floating_point() else t for k, t in batches.make(rows, None).items()}
 
-            return self.task_.adjust(
+            return self.task_.postprocess(
                 collect(self.objective_, Batches(len(batches), make), batch=BATCH, device=torch.device("cpu"))
             )
 
@@ -209,7 +209,7 @@ class Tabular(BaseEstimator):
 
     def watch(self) -> Any:
         if not self.verbose:
-            return fitting.Silent()
+            return fitting.NullCallback()
         from fieldguide.cli.console import Progress
 
         return Progress()
@@ -313,7 +313,7 @@ class FieldguideRegressor(RegressorMixin, Tabular):
     def predict(self, X: Any) -> np.ndarray:
         """The expected amount for each row, in the unit of y."""
         outputs = self.outputs(X)
-        return self.task_.natural(outputs)
+        return self.task_.to_target_unit(outputs)
 
 
 def is_frame(X: Any) -> bool:

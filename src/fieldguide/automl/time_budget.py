@@ -56,12 +56,12 @@ def resolve(
     parts = settings.accumulate * distributed.world()
     batch, making = timed_batch(batches, settings.batch // parts)
     precision, last, times = settings.precision, bool(settings.channels_last), {}
-    chosen, chosen_last, times = fastest(objective, batch, distributed.device(), watch.say)
+    chosen, chosen_last, times = fastest(objective, batch, distributed.device(), watch.log)
     if precision == "auto":
         precision = chosen
         last = chosen_last if settings.channels_last is None else last
     step = times.get(f"{precision}{' channels-last' if last else ''}", min(times.values()))
-    watch.say(
+    watch.log(
         "a step in "
         + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
         + f": {precision}{', channels-last' if last else ''}"

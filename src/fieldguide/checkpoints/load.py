@@ -93,7 +93,7 @@ class Checkpoint:
             folder = folder / "preprocess"
         return tokenizer_files.whose(self.path if self.path.suffix == ".gguf" else folder)
 
-    def offers(self) -> dict[str, Any]:
+    def preprocessing_defaults(self) -> dict[str, Any]:
         """What must be prepared for it as it was for its first training, by the names of tasks' options."""
         folder = self.path if self.path.is_dir() else self.path.parent
         offered: dict[str, Any] = {}
@@ -141,7 +141,7 @@ class Checkpoint:
         }
 
 
-def described(source: str | Path, name: str | None = None, watch: Callable[[str], None] | None = None) -> Checkpoint:
+def inspect_checkpoint(source: str | Path, name: str | None = None, watch: Callable[[str], None] | None = None) -> Checkpoint:
     """What a checkpoint is of. `watch` is told how far a download is. Raises `WeightsError` where it cannot be told."""
     if isinstance(source, str) and source.startswith(HUB):
         from fieldguide.checkpoints import hub
@@ -208,7 +208,7 @@ def load(source: str | Path, *, name: str | None = None, head: Literal["load", "
     leaves a head that the file lacks, or has for other classes, as chance made it (see `fieldguide.checkpoints.weights.load`, which
     says what it left). Raises `WeightsError` where nothing fits, and says what came nearest.
     """
-    found = described(source, name)
+    found = inspect_checkpoint(source, name)
     return filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source), head)
 
 

@@ -196,7 +196,7 @@ def load(
     loaded = done.state.keys() & wanted.keys()
     for name, holder, part in _refitting(model):
         if name in loaded and done.state[name].shape != wanted[name].shape:
-            fitted = holder.refit(part, done.state[name])
+            fitted = holder.resize_weight(part, done.state[name])
             done.state[name] = done.state[name] if fitted is None else fitted
     filled = {_place(wanted[name]) for name in loaded}  # a tied tensor is filled by any of its names
     missing = [
@@ -267,7 +267,7 @@ def _refitting(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     return [
         (f"{prefix}.{part}".removeprefix("."), module, part)
         for prefix, module in model.named_modules()
-        if hasattr(module, "refit")
+        if hasattr(module, "resize_weight")
         for part in module.state_dict()
     ]
 

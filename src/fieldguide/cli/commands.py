@@ -66,11 +66,11 @@ def fit(
         raise SettingsError(
             "say either what to train on (`fieldguide fit DATA`) or what to go on with (`fieldguide fit --resume RUN`)."
         )
-    from fieldguide.automl.fit import Silent
+    from fieldguide.automl.fit import NullCallback
     from fieldguide.automl.fit import fit as run_fit
     from fieldguide.automl.fit import resume as run_resume
 
-    watch = Progress() if int(os.environ.get("RANK", 0)) == 0 else Silent()
+    watch = Progress() if int(os.environ.get("RANK", 0)) == 0 else NullCallback()
     if resume is not None:
         said = {
             "--target": target,
@@ -187,9 +187,9 @@ def published(model: str) -> bool:
 
 def ask(model: str, inputs: list[str], asked: dict[str, str], as_json: bool) -> None:
     """Answers of a pretrained network, by what it gives: what follows a text, words on a picture, the class of either, ..."""
-    from fieldguide.checkpoints.load import described
+    from fieldguide.checkpoints.load import inspect_checkpoint
 
-    found = described(model, asked.get("name"))
+    found = inspect_checkpoint(model, asked.get("name"))
     if found.card.takes == "captioned" and "tokens" in found.card.answers:
         from fieldguide.inference import image_to_text
 
@@ -246,9 +246,9 @@ def evaluate(
 
     asked = pairs(changes)
     if published(run):
-        from fieldguide.checkpoints.load import described
+        from fieldguide.checkpoints.load import inspect_checkpoint
 
-        found = described(run, asked.get("name"))
+        found = inspect_checkpoint(run, asked.get("name"))
         if "embeddings" not in found.card.answers:
             from fieldguide.inference.pretrained_task import Published
 
@@ -299,7 +299,7 @@ def check(
             "task": task,
         }
     )
-    kind.examples(kind.narrowed(source), kind.options_from(of_task))  # refuses what only the task can know to be wrong
+    kind.examples(kind.select_columns(source), kind.options_from(of_task))  # refuses what only the task can know to be wrong
     print_data(source, kind, why)
 
 

@@ -57,7 +57,7 @@ NAMES: dict[Role, tuple[str, ...]] = {  # names that people give to columns of t
 
 
 @dataclass(frozen=True)
-class Wants:
+class ColumnSpec:
     """What a task asks of a table's columns.
 
     target   "last": by its name, else the last column; "named": only by its name; "numbers": by its name, else every

@@ -113,7 +113,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Unread:
+class SkippedInput:
     """An input that cannot be used: how many usable rows stand before it, where it is, and why."""
 
     before: int
@@ -139,7 +139,7 @@ class Data:
     splits: np.ndarray | None = None
     context: Any = None
     how: str = ""
-    unread: list[Unread] = field(default_factory=list)
+    skipped: list[SkippedInput] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.rows.height
@@ -173,7 +173,7 @@ class Data:
             None if self.splits is None else self.splits[index],
             self.context,
             self.how,
-            self.unread,
+            self.skipped,
         )
 
     def without(self, bad: np.ndarray) -> Data:

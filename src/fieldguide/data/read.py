@@ -11,7 +11,7 @@ import polars as pl
 
 from fieldguide.core.errors import DataError, nearest
 from fieldguide.data import column_types, source
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import (
     BOOKKEEPING,
     FILE,
@@ -27,7 +27,7 @@ from fieldguide.data.dataset import (
     Kind,
     Manifest,
     Role,
-    Unread,
+    SkippedInput,
 )
 from fieldguide.data.media import media_types
 from fieldguide.data.readers import delimited
@@ -47,7 +47,7 @@ def read(
     group: str | None = None,
     time: str | None = None,
     roles: Mapping[Role, str] | None = None,
-    wants: Wants | None = None,
+    column_spec: ColumnSpec | None = None,
     header: bool | None = None,
     allow_bad: bool = False,
     labels_optional: bool = False,
@@ -74,7 +74,7 @@ def read(
     options = _options(target, header, known, labels_optional)
     raw = _load(where, options)
     asked = {role: column for role, column in {"group": group, "time": time, **(roles or {})}.items() if column}
-    return Reading(name, raw, options, allow_bad, wants or Wants(), lenient).run(dict(kinds or {}), known, asked)
+    return Reading(name, raw, options, allow_bad, column_spec or ColumnSpec(), lenient).run(dict(kinds or {}), known, asked)
 
 
 def locate(source: Any) -> tuple[Any, str]:
@@ -106,10 +106,10 @@ class Reading:
     """One reading, from the raw table to `Data`; collects findings and the rows that cannot be used."""
 
     def __init__(
-        self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool, wants: Wants, lenient: bool = False
+        self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool, column_spec: ColumnSpec, lenient: bool = False
     ) -> None:
         self.lenient, self.why = lenient, dict[int, str]()  # of a row that cannot be used
-        self.name, self.raw, self.options, self.allow_bad, self.wants = name, raw, options, allow_bad, wants
+        self.name, self.raw, self.options, self.allow_bad, self.column_spec = name, raw, options, allow_bad, column_spec
         self.findings = list(raw.findings)
         self.names = [c for c in raw.rows.columns if c not in BOOKKEEPING]
         self.bad = np.zeros(raw.rows.height, dtype=bool)
@@ -123,13 +123,13 @@ class Reading:
             self.require(overrides, "kinds")
             lone = [n for n in self.names if n not in roles]
             asks = {**roles, **({lone[0]: "feature"} if len(lone) == 1 else {})}  # the one input of a task that has one
-            wanted = {name: kind for name, role in asks.items() if (kind := self.wants.kind(role, self.raw.rows[name]))}
-            known_by_name = {n: self.wants.columns[n] for n in self.names if n in self.wants.columns}
+            wanted = {name: kind for name, role in asks.items() if (kind := self.column_spec.kind(role, self.raw.rows[name]))}
+            known_by_name = {n: self.column_spec.columns[n] for n in self.names if n in self.column_spec.columns}
             overrides = {**known_by_name, **wanted, **self.raw.kinds, **overrides}
         columns = self.type_columns(overrides, roles)
         if known:
             columns = {c.name: c for c in known if c.name in columns}
-        elif self.wants.target == "numbers" and "target" not in roles.values():
+        elif self.column_spec.target == "numbers" and "target" not in roles.values():
             for column in columns.values():
                 if column.role == "feature" and column.kind == "number":
                     column.role = "target"
@@ -161,22 +161,22 @@ class Reading:
         total = len(self.data) + self.raw.unusable
         data = self.data.without(self.bad)
         if not known:
-            data.findings += checks.check(data, self.wants.checks)
+            data.findings += checks.check(data, self.column_spec.checks)
         checks.enforce(data.findings, total, self.allow_bad or (self.lenient and len(data) > 0), self.name, offer=not known)
         if self.lenient:
-            data.unread = self.unread()
+            data.skipped = self.skipped()
         return data
 
-    def spoil(self, bad: np.ndarray, why: Callable[[int], str]) -> None:
+    def mark_invalid(self, bad: np.ndarray, why: Callable[[int], str]) -> None:
         """Marks rows as unusable; the first reason holds."""
         self.why |= {int(i): why(int(i)) for i in np.flatnonzero(bad & ~self.bad)}
         self.bad |= bad
 
-    def unread(self) -> list[Unread]:
+    def skipped(self) -> list[SkippedInput]:
         """What was left out, in order; last what the reader could not make a row of."""
         before = np.cumsum(~self.bad)
-        return [Unread(int(before[row]), self.data.place(row), self.why[row]) for row in sorted(self.why)] + [
-            Unread(int((~self.bad).sum()), ", ".join(f.places), f"{f.count:,} x {f.what}" if f.count > 1 else f.what)
+        return [SkippedInput(int(before[row]), self.data.place(row), self.why[row]) for row in sorted(self.why)] + [
+            SkippedInput(int((~self.bad).sum()), ", ".join(f.places), f"{f.count:,} x {f.what}" if f.count > 1 else f.what)
             for f in self.raw.findings
             if f.unusable
         ]
@@ -206,19 +206,19 @@ class Reading:
                 roles.setdefault(name, role)
         target = self.targets(roles)
         roles |= dict.fromkeys(target, "target")
-        wants = self.wants
+        column_spec = self.column_spec
         if (
-            wants == Wants()
+            column_spec == ColumnSpec()
             and not target
-            and not wants.by_name("target", self.names)
-            and all(wants.by_name(role, self.names) for role in EVENTS)
+            and not column_spec.by_name("target", self.names)
+            and all(column_spec.by_name(role, self.names) for role in EVENTS)
         ):
-            wants = Wants("none", roles=EVENTS)  # who met what: no column of it is an answer
-        for role in wants.roles:
+            column_spec = ColumnSpec("none", roles=EVENTS)  # who met what: no column of it is an answer
+        for role in column_spec.roles:
             free = [n for n in self.names if n not in roles]
-            if role not in roles.values() and (name := wants.by_name(role, free)):
+            if role not in roles.values() and (name := column_spec.by_name(role, free)):
                 roles[name] = role
-        if not target and wants.target in ("last", "named"):
+        if not target and column_spec.target in ("last", "named"):
             chosen = self.choose_target([n for n in self.names if n not in roles])
             if chosen:
                 roles[chosen] = "target"
@@ -231,21 +231,21 @@ class Reading:
             several = [n.strip() for n in named.split(",")] if named not in self.names else [named]
             self.require(several, "target")
             return several
-        if self.wants.target == "none":
+        if self.column_spec.target == "none":
             return []
         if self.raw.target in self.names:
-            if self.wants.target == "named" and self.raw.rows[self.raw.target].n_unique() < 2:
+            if self.column_spec.target == "named" and self.raw.rows[self.raw.target].n_unique() < 2:
                 roles[self.raw.target] = "ignored"  # one folder of pictures: no classes
                 return []
             return [self.raw.target]
-        if self.wants.target == "numbers":
+        if self.column_spec.target == "numbers":
             free = [n for n in self.names if n not in roles]
-            return [name] if (name := self.wants.by_name("target", free)) else []
+            return [name] if (name := self.column_spec.by_name("target", free)) else []
         return []
 
     def choose_target(self, names: list[str]) -> str | None:
-        by_name = self.wants.by_name("target", names)
-        if by_name is None and (self.options.labels_optional or len(names) < 2 or self.wants.target != "last"):
+        by_name = self.column_spec.by_name("target", names)
+        if by_name is None and (self.options.labels_optional or len(names) < 2 or self.column_spec.target != "last"):
             return None
         target = by_name or next((n for n in reversed(names) if not column_types.are_files(self.raw.rows[n])), names[-1])
         why = "by its name" if by_name else "because it is the last"
@@ -306,7 +306,7 @@ class Reading:
             text = rows.drop_in_place(name)
             typed = column_types.type_column(text, kind=overrides.get(name), target=role == "target")
             column = typed.column
-            column.kind = self.wants.media.get(column.kind, column.kind)
+            column.kind = self.column_spec.media.get(column.kind, column.kind)
             if role != "feature":
                 column.role = role
                 if role == "time" and column.kind in ("identifier", "constant") and typed.values.dtype.is_numeric():
@@ -357,7 +357,7 @@ class Reading:
         )
         self.data.rows = rows
         self.findings += findings.of_media(self.data, medium, checked, self.bad)
-        self.spoil(bad, lambda i: f"{checked[i].problem.replace('-', ' ')} ({checked[i].detail})")
+        self.mark_invalid(bad, lambda i: f"{checked[i].problem.replace('-', ' ')} ({checked[i].detail})")
 
     def check_masks(self) -> None:
         """Masks of another size than their picture."""
@@ -377,7 +377,7 @@ class Reading:
                 "Export them in the picture's size.",
                 int(other.sum()),
             )
-            self.spoil(other, lambda i: "mask of another size than its picture")
+            self.mark_invalid(other, lambda i: "mask of another size than its picture")
 
     def check_messages(self) -> None:
         """Conversations without a message, of speakers that nobody knows, or of messages without a content."""
@@ -408,7 +408,7 @@ class Reading:
                         "Mend them, or take them out.",
                         int(bad.sum()),
                     )
-                    self.spoil(bad, lambda i, what=what: what.replace("conversations", "a conversation"))
+                    self.mark_invalid(bad, lambda i, what=what: what.replace("conversations", "a conversation"))
 
     def report_misfits(self) -> None:
         for typed in self.typed:
@@ -455,11 +455,11 @@ class Reading:
                 "Add examples to train, or remove these.",
                 int(new.sum()),
             )
-            self.spoil(unknown, lambda i: "class that is not in train")
+            self.mark_invalid(unknown, lambda i: "class that is not in train")
 
     def check_target(self) -> None:
         target = self.data.target
-        if target is None or self.options.labels_optional or self.wants.gaps:
+        if target is None or self.options.labels_optional or self.column_spec.gaps:
             return
         missing = self.data.rows[target.name].is_null().to_numpy() & ~self.bad
         if missing.any():
@@ -473,7 +473,7 @@ class Reading:
                 "Fill it in or remove the rows.",
                 count,
             )
-            self.spoil(missing, lambda i: f"no value of {target.name!r}")
+            self.mark_invalid(missing, lambda i: f"no value of {target.name!r}")
 
     def check_keys(self) -> None:
         """Rows that do not say whose they are."""
@@ -493,12 +493,12 @@ class Reading:
                         "Fill it in or remove the rows.",
                         count,
                     )
-                    self.spoil(missing, lambda i, name=column.name: f"no value of {name!r}")
+                    self.mark_invalid(missing, lambda i, name=column.name: f"no value of {name!r}")
 
     def check_inputs(self) -> None:
         """Rows in which every feature is missing."""
         features = [c.name for c in self.data.features()]
-        if not features or self.options.labels_optional or self.wants.gaps:
+        if not features or self.options.labels_optional or self.column_spec.gaps:
             return
         empty = delimited.blank([self.data.rows[c] for c in features]).to_numpy() & ~self.bad
         if empty.any() and not empty.all():
@@ -512,4 +512,4 @@ class Reading:
                 "Fill them in or remove the rows.",
                 count,
             )
-            self.spoil(empty, lambda i: "every feature is missing")
+            self.mark_invalid(empty, lambda i: "every feature is missing")

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from torch import nn
 
 from fieldguide.checkpoints import config_mapping
-from fieldguide.checkpoints.load import Checkpoint, described, filled
+from fieldguide.checkpoints.load import Checkpoint, inspect_checkpoint, filled
 from fieldguide.core import distributed
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.core.settings import asked_of
@@ -41,7 +41,7 @@ class Viewer:
     def load(cls, source: str | Path | Checkpoint, **overrides: Any) -> Viewer:
         """From a folder of transformers with its tokenizer, or hf:organisation/name; or what `described` said of one. Raises
         `WeightsError` for a network that does not answer to pictures, and for a tokenizer that is missing or another's."""
-        found = source if isinstance(source, Checkpoint) else described(source)
+        found = source if isinstance(source, Checkpoint) else inspect_checkpoint(source)
         if found.card.takes != "captioned" or "tokens" not in found.card.answers:
             raise WeightsError(
                 f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives "

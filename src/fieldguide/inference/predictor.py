@@ -40,12 +40,12 @@ class Answering:
         outputs = collect(
             self.objective,
             batches,
-            ask=self.task.ask(self.objective),
+            ask=self.task.predict_step(self.objective),
             batch=self.together,
             device=distributed.device(),
             watch=watch,
         )
-        return self.task.adjust(outputs)
+        return self.task.postprocess(outputs)
 
     def predict(self, inputs: Any = (), watch=lambda done: None, **asked: Any) -> list[dict[str, Any]]:
         """One record for each raw input (or several: a forecast has one for each step): where it came from, then what the
@@ -55,16 +55,16 @@ class Answering:
         to answer, in the task's own words (`task.Asking`): temperature, beams, threshold, ... Of many inputs, one that
         cannot be read has a record in its place of nothing but `input` and `error`. Raises `DataError` where none can be.
         """
-        self.task.asking = self.task.asking_from(asked)
+        self.task.asking = self.task.predict_options(asked)
         data = self.task.read(listed(inputs))
-        return records(data, self.task.answers(self.respond(self.task.questions(data, self.card), watch)))
+        return records(data, self.task.answers(self.respond(self.task.predict_batches(data, self.card), watch)))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """A vector of length 1 for each text, N D float32, from the mean over its tokens of what the network reads (or as its
         publisher says): products of two are their likeness. Raises `SettingsError` for a network that does not read both
         sides of a word."""
         texts, model = listed(texts), self.model
-        rows = self.task.framed_texts(texts, model.config.length) if "vector" in self.card.answers else None
+        rows = self.task.encode_texts(texts, model.config.length) if "vector" in self.card.answers else None
         if rows is None:
             raise SettingsError(
                 f"{self.card.name}, trained for {self.task.name}, makes no vectors of texts; runs of encoders "
@@ -76,12 +76,12 @@ class Answering:
 
     def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:
         """The answer to one input piece by piece, where the task can; else None."""
-        self.task.asking = self.task.asking_from(asked)
+        self.task.asking = self.task.predict_options(asked)
         return self.task.stream(self.objective, source)
 
     def scored(self, data: Data, note: str) -> dict[str, Any]:
         """Scores, with 95 % intervals, of examples with known answers."""
-        self.task.before_scores(len(data))
+        self.task.prepare_scoring(len(data))
         outputs, truth = self.outputs(data), self.task.truth(data)
         return {
             "rows": len(data),
@@ -93,7 +93,7 @@ class Answering:
 
 def records(data: Data, answers: Sequence[Any]) -> list[dict[str, Any]]:
     """Answers to the rows of data, each with where it came from; in the place of inputs that could not be read, why."""
-    unread = {i: [u for u in data.unread if u.before == i] for i in {u.before for u in data.unread}}
+    unread = {i: [u for u in data.skipped if u.before == i] for i in {u.before for u in data.skipped}}
     found: list[dict[str, Any]] = []
     for i in range(len(answers) + 1):
         found += [{"input": u.place, "error": u.why} for u in unread.get(i, ())]

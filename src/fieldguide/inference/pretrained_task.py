@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fieldguide.checkpoints import config_mapping
-from fieldguide.checkpoints.load import CONFIG, Checkpoint, described, filled
+from fieldguide.checkpoints.load import CONFIG, Checkpoint, inspect_checkpoint, filled
 from fieldguide.checkpoints.preprocessor_config import side_of
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
@@ -26,7 +26,7 @@ from fieldguide.inference.predictor import Answering, listed
 from fieldguide.objectives import Objective, Vectors
 from fieldguide.objectives.embedding import POOLED
 from fieldguide.tasks import Task, tasks
-from fieldguide.tasks.base import Arrays, Beside
+from fieldguide.tasks.base import Arrays, CheckpointAssets
 from fieldguide.tasks.text.base import Typed
 from fieldguide.tasks.vision.image_classification import ImageClassification
 
@@ -55,7 +55,7 @@ class Published(Answering):
 
         Raises `WeightsError` for a network that does no task by itself, and where its tokenizer is missing or another's.
         """
-        found = source if isinstance(source, Checkpoint) else described(source, name)
+        found = source if isinstance(source, Checkpoint) else inspect_checkpoint(source, name)
         values = {**found.values, **overrides}
         gives = values.get("gives", found.card.answers[0])
         beside = replace(described_beside(found, values, gives), columns=tuple(filter(None, columns.split(","))))
@@ -87,7 +87,7 @@ class Published(Answering):
         return self.scored(data, "as published")
 
 
-def described_beside(found: Checkpoint, values: dict[str, Any], gives: str) -> Beside:
+def described_beside(found: Checkpoint, values: dict[str, Any], gives: str) -> CheckpointAssets:
     """What lies beside a network's weights. Raises `WeightsError` where what it cannot do without is missing."""
     folder, card = found.path if found.path.is_dir() else found.path.parent, found.card
     config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
@@ -110,7 +110,7 @@ def described_beside(found: Checkpoint, values: dict[str, Any], gives: str) -> B
     length = getattr(config, "length", 0)
     if gives == "vector" and (folder / LENGTH).is_file():
         length = min(length, config_mapping.read(folder / LENGTH).get("max_seq_length") or length)
-    return Beside(names, words, length, pictures, pooled(folder))
+    return CheckpointAssets(names, words, length, pictures, pooled(folder))
 
 
 def named(said: dict[str, Any], classes: int, where: Path) -> list[str]:
@@ -139,7 +139,7 @@ def pooled(folder: Path) -> str:
     return NAMES[chosen[0]]
 
 
-class Pointing(Task):
+class EmbeddingTask(Task):
     """A task whose answers are vectors of length 1."""
 
     gives = ("vector",)
@@ -147,20 +147,20 @@ class Pointing(Task):
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{"vector": [round(number, 8) for number in row]} for row in outputs["vector"].astype(float).tolist()]
 
-    def adjust(self, outputs: Arrays) -> Arrays:
+    def postprocess(self, outputs: Arrays) -> Arrays:
         return outputs
 
     def truth(self, data: Data) -> Arrays:
         raise DataError(f"{data.source}: a network that gives vectors has no answers that could be right or wrong.")
 
 
-class TextVectors(Pointing, Typed):
+class TextVectors(EmbeddingTask, Typed):
     name = "text-vectors"
     reads = "a text, or a table with a column `text`"
     takes = ("tokens",)
 
     @classmethod
-    def published(cls, beside: Beside) -> TextVectors:
+    def published(cls, beside: CheckpointAssets) -> TextVectors:
         task = cls(beside.texts(), cls.Options())
         task.text, task.length, task.pooled = Text.load(beside.folder), beside.length, beside.pooled
         return task
@@ -172,13 +172,13 @@ class TextVectors(Pointing, Typed):
                 f"{cut} of {len(texts)} texts are longer than the {self.length} tokens that the network reads, "
                 "and are cut there"
             )
-        return self.framed_texts(texts, self.length)
+        return self.encode_texts(texts, self.length)
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Vectors(model, self.pooled)
 
 
-class PictureVectors(Pointing, ImageClassification):
+class PictureVectors(EmbeddingTask, ImageClassification):
     name = "picture-vectors"
     reads = "a picture, a folder of them, or a table with a column `image` of paths"
     takes = ("image",)

@@ -117,9 +117,9 @@ class Run(Answering):
 
         Of the data that the run was trained on, only the rows of its test part are scored.
         """
-        self.task.asking = self.task.asking_from({})  # as when it was tested
+        self.task.asking = self.task.predict_options({})  # as when it was tested
         data, note = self.task.read(listed(source), answered=True), ""
-        enforce(data.findings, len(data) + len(data.unread), source=data.source, offer=False)  # some are read leniently
+        enforce(data.findings, len(data) + len(data.skipped), source=data.source, offer=False)  # some are read leniently
         if data.manifest.digest == self.record["data"]["digest"] and len(data) == self.record["data"]["rows"]:
             with np.load(self.path / "splits.npz", allow_pickle=False) as splits:
                 data = data.take(splits["test"])

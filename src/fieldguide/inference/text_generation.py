@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from fieldguide.checkpoints.load import Checkpoint, described, filled
+from fieldguide.checkpoints.load import Checkpoint, inspect_checkpoint, filled
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.core.settings import asked_of
 from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.data.preprocessing.sequence_markers import Frame, framed
 from fieldguide.data.preprocessing.tokenizer_files import Words, ended, read
-from fieldguide.models.generation import Greedy, Manner, Sourced, engine, streamed
+from fieldguide.models.generation import Greedy, GenerationConfig, Sourced, engine, streamed
 from fieldguide.models.generation.engine import grouped
 from fieldguide.models.generation.quantization import shrink
 from fieldguide.models.generation.stop_strings import cut
@@ -40,7 +40,7 @@ class Speaker:
         frame: Frame | None = None,
     ):
         self.network, self.text, self.ends, self.template = network.eval(), text, tuple(ends), template
-        self.frame, self.manner = frame, Manner if frame is None else Greedy
+        self.frame, self.manner = frame, GenerationConfig if frame is None else Greedy
 
     @classmethod
     def load(
@@ -55,7 +55,7 @@ class Speaker:
         one. With `eight`, its weights are held in eight bits. The languages are those of an encoder-decoder that knows
         several, as its tokenizer calls them. Raises `WeightsError` for a network that does not say what follows, and where
         the tokenizer is missing; `SettingsError` where languages must be named, or are and the network knows none."""
-        found, source = (source, source.path) if isinstance(source, Checkpoint) else (described(source), source)
+        found, source = (source, source.path) if isinstance(source, Checkpoint) else (inspect_checkpoint(source), source)
         if "tokens" not in found.card.answers or found.card.takes not in ("tokens", "pair"):
             raise WeightsError(
                 f"{source} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to speak, a "
@@ -152,15 +152,15 @@ def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str,
     """What a user asks of a language model: how it is loaded and how it answers, as arguments of `load` and `say`, and
     whether it is a conversation (None: as the model likes). Raises `SettingsError` for an unknown key, a value that cannot
     be, or nothing to go on from."""
-    hints = get_type_hints(Manner)
-    kinds = {**{f.name: hints[f.name] for f in fields(Manner)}, "chat": bool, "weights": str, **dict.fromkeys(CALLED, str)}
+    hints = get_type_hints(GenerationConfig)
+    kinds = {**{f.name: hints[f.name] for f in fields(GenerationConfig)}, "chat": bool, "weights": str, **dict.fromkeys(CALLED, str)}
     said = asked_of("a language model", asked, kinds)
     if not prompts:
         raise SettingsError("say what to go on from: fieldguide predict MODEL 'Once upon a time'")
     if said.get("weights", HELD[0]) not in HELD:
         raise SettingsError(f"weights={said['weights']!r} is none of {', '.join(HELD)}.")
-    how = {f.name: said[f.name] for f in fields(Manner) if f.name in said}
-    Manner(**how)  # refuses what is out of range before anything is loaded
+    how = {f.name: said[f.name] for f in fields(GenerationConfig) if f.name in said}
+    GenerationConfig(**how)  # refuses what is out of range before anything is loaded
     made = {"eight": said.get("weights") == "int8", **{f"{side}_language": said[side] for side in CALLED if side in said}}
     return made, how, said.get("chat")
 

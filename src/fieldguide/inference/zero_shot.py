@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fieldguide.checkpoints.load import TEMPLATE, Checkpoint, described, filled
+from fieldguide.checkpoints.load import TEMPLATE, Checkpoint, inspect_checkpoint, filled
 from fieldguide.checkpoints.preprocessor_config import shown
 from fieldguide.core import distributed
 from fieldguide.core.card import OPENAI, Card, Scale
@@ -62,7 +62,7 @@ class ZeroShot:
             if not isinstance(run.task, ImageText):
                 raise WeightsError(f"{source} is a run of {run.task.name}: classes by name alone are told by image-text")
             return cls(run.model, run.card, run.task, [run.task.options.template])
-        found = source if isinstance(source, Checkpoint) else described(source, name)
+        found = source if isinstance(source, Checkpoint) else inspect_checkpoint(source, name)
         if "embeddings" not in found.card.answers:
             raise WeightsError(
                 f"{found.path} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to tell "
@@ -86,13 +86,13 @@ class ZeroShot:
         if not classes:
             raise SettingsError('say which classes there are, such as classes="cat,dog"')
         self.task.classes = list(classes)
-        self.task.asking = self.task.Asking(templates="|".join(templates or self.templates))
+        self.task.asking = self.task.PredictOptions(templates="|".join(templates or self.templates))
 
     def respond(self, data: Data) -> dict[str, np.ndarray]:
         return collect(
             self.objective,
-            self.task.questions(data, self.card),
-            ask=self.task.ask(self.objective),
+            self.task.predict_batches(data, self.card),
+            ask=self.task.predict_step(self.objective),
             batch=BATCH,
             device=distributed.device(),
         )

@@ -44,7 +44,7 @@ class Objective(nn.Module):
         """What scores and predictions are made of; every tensor has the batch as its first axis."""
         raise NotImplementedError
 
-    def with_asides(self, losses: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
+    def with_auxiliary_losses(self, losses: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
         """The losses of a phase and what the networks that it trains ask for besides: a network with a method `asides` names
         terms of its last pass and what each counts, such as how uneven the load of its experts was."""
         asides = {
@@ -52,7 +52,7 @@ class Objective(nn.Module):
             for each in self.phases
             if each.name == phase
             for attribute in each.trains
-            for name, aside in getattr(getattr(self, attribute), "asides", dict)().items()
+            for name, aside in getattr(getattr(self, attribute), "auxiliary_losses", dict)().items()
         }
         total = sum((weight * term for term, weight in asides.values()), losses["loss"])
         return {**losses, "loss": total, **{name: term for name, (term, _) in asides.items()}}

@@ -55,7 +55,7 @@ class Distillation(Supervised):
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def heard(self, batch: dict[str, Tensor]) -> Tensor:  # -> B C
+    def teacher_logits(self, batch: dict[str, Tensor]) -> Tensor:  # -> B C
         """The teacher's logits."""
         said = self.hidden[0](*self.show(batch)).float()
         if said.ndim > 2:
@@ -64,7 +64,7 @@ class Distillation(Supervised):
         return said
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        answers, said = self.predictions(batch).float(), self.heard(batch)
+        answers, said = self.predictions(batch).float(), self.teacher_logits(batch)
         if said.shape[-1] != answers.shape[-1]:
             raise SettingsError(f"the teacher knows {said.shape[-1]} classes, the student {answers.shape[-1]}")
         true = taught = answers

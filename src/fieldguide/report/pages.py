@@ -22,7 +22,7 @@ def write(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> None:
     sections = [
         results(run, metrics),
         *(Section(name, exhibits=shown) for name, shown in exhibits.items()),
-        training(run, run.task.deciding()),
+        training(run, run.task.monitored_metric()),
         choice(record),
         data(record),
         settings(record),

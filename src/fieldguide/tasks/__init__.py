@@ -29,7 +29,7 @@ def task(name: str) -> type[Task]:
 
 def infer(data: Data) -> tuple[type[Task], str]:
     """The one task that the data makes before any other, and why. Raises `DataError` where none or several suit."""
-    suited = {kind: why for kind in tasks().values() if (why := kind.suits(data))}
+    suited = {kind: why for kind in tasks().values() if (why := kind.match(data))}
     if len(suited) == 1:
         return next(iter(suited.items()))
     seen = ", ".join(f"{c.name} ({c.kind}, {c.role})" for c in data.columns.values())
@@ -38,7 +38,7 @@ def infer(data: Data) -> tuple[type[Task], str]:
             f"{data.source} suits several tasks: {'; '.join(f'{k.name} ({w})' for k, w in suited.items())}. "
             "Say which with --task."
         )
-    possible = [k.name for k in tasks().values() if not k.lacks(data)]
+    possible = [k.name for k in tasks().values() if not k.missing_requirements(data)]
     raise DataError(
         f"{data.source} does not say by itself what is to be learnt. It has: {seen}. "
         + (f"With --task it could be: {', '.join(possible)}. " if possible else "")
@@ -50,7 +50,7 @@ def infer(data: Data) -> tuple[type[Task], str]:
 def asked_for(name: str, data: Data) -> type[Task]:
     """The task that the user named. Raises `DataError` where the data lacks what it needs."""
     kind = task(name)
-    if lack := kind.lacks(data):
+    if lack := kind.missing_requirements(data):
         seen = ", ".join(f"{c.name} ({c.kind}, {c.role})" for c in data.columns.values())
         raise DataError(f"{data.source} lacks what {name} needs: {lack}. It has: {seen}. {name} reads {kind.reads}.")
     return kind

@@ -20,8 +20,8 @@ from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.report_elements import Exhibit
 from fieldguide.core.settings import Settings, from_text
 from fieldguide.data import read
-from fieldguide.data.column_spec import Wants
-from fieldguide.data.dataset import FILE, Column, Data, Manifest, Unread
+from fieldguide.data.column_spec import ColumnSpec
+from fieldguide.data.dataset import FILE, Column, Data, Manifest, SkippedInput
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Pictures
 from fieldguide.objectives import Objective
@@ -63,7 +63,7 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class Beside:
+class CheckpointAssets:
     """What lies beside the weights of a published network: how examples are prepared, and what answers are called."""
 
     names: list[str]  # of classes, tags or answers
@@ -92,9 +92,9 @@ class Task:
     feature: ClassVar[tuple[str, ...]] = ()  # kinds of the one column that an example is, where it is one
     further: ClassVar[tuple[str, ...]] = ()  # kinds of columns that are read with it
     metrics: ClassVar[tuple[Metric, ...]]  # the first is the one to judge a network by
-    decides: ClassVar[str] = ""  # the metric by which training keeps its best weights, where another
+    monitor: ClassVar[str] = ""  # the metric by which training keeps its best weights, where another
     recipe: ClassVar[Mapping[str, Any]] = {}  # training settings laid over the general ones
-    wants: ClassVar[Wants] = Wants()  # what it asks of a table's columns
+    column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # what it asks of a table's columns
 
     @dataclass(frozen=True)
     class Options:
@@ -110,7 +110,7 @@ class Task:
     tested: int | None = None  # test rows that are asked at most, where answers take long
 
     def __init__(self, columns: list[Column], options: Any):
-        self.columns, self.options, self.asking = columns, options, self.Asking()
+        self.columns, self.options, self.asking = columns, options, self.PredictOptions()
         self.notes: list[str] = []  # what was cut, clipped or guessed, for a person to read
 
     @property
@@ -125,12 +125,12 @@ class Task:
     # Before training
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         """Why this data makes this task before any other, in words; None where it does not, or only if asked for."""
         return None
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         """What the data has not that this task cannot do without, in words; None where it can be done."""
         return None
 
@@ -140,12 +140,12 @@ class Task:
         return laid_over(cls.Options(), changes, cls.name, "task.")
 
     @classmethod
-    def asking_from(cls, changes: Mapping[str, Any]) -> Any:
+    def predict_options(cls, changes: Mapping[str, Any]) -> Any:
         """What is asked of a trained network, with changes laid over the defaults. Raises `SettingsError`."""
-        return laid_over(cls.Asking(), changes, cls.name, "")
+        return laid_over(cls.PredictOptions(), changes, cls.name, "")
 
     @classmethod
-    def narrowed(cls, data: Data) -> Data:
+    def select_columns(cls, data: Data) -> Data:
         """The table as read whose features are the columns that this task reads; others are ignored."""
         read = (*cls.feature, *cls.further)
         other = lambda c: bool(cls.feature) and c.role == "feature" and c.kind not in read
@@ -153,7 +153,7 @@ class Task:
         return replace(data, columns={n: out(c) if other(c) else c for n, c in data.columns.items()})
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
+    def build_examples(cls, data: Data, options: Any) -> Data:
         """The table, narrowed, made into one with a row an example: series into windows, interactions into users. Sets
         `splits` where chance must not make them."""
         return data
@@ -164,15 +164,15 @@ class Task:
         raise NotImplementedError
 
     @classmethod
-    def deciding(cls) -> Metric:
+    def monitored_metric(cls) -> Metric:
         """The metric by which training keeps its best weights."""
-        return next((m for m in cls.metrics if m.name == cls.decides), cls.metrics[0])
+        return next((m for m in cls.metrics if m.name == cls.monitor), cls.metrics[0])
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         """Sizes that a network must have for this data, in the project's vocabulary: classes, channels, ..."""
         raise NotImplementedError
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         """Plain facts about the data that the advisor's rules compare."""
         return {}
 
@@ -180,12 +180,12 @@ class Task:
         """`parts` are the further networks that `card.parts` names, such as a generator's critic."""
         raise NotImplementedError
 
-    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """How the trained network answers a batch when it is tested and used, following `asking`. While it trains,
         `objective.outputs` does, which may be quicker and say less."""
         return objective.outputs
 
-    def glimpse(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         """What to look at now and then while training: a few samples. Must not depend on torch's global generator."""
         return []
 
@@ -195,22 +195,22 @@ class Task:
         """Prepared examples; with `settings`, augmented as they say when a generator is handed to `make`."""
         raise NotImplementedError
 
-    def lessons(self, data: Data, card: Card, settings: Settings) -> Batches:
+    def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
         """The training rows as they are learnt from; where that is another thing than what is asked of them, or not all."""
         return self.batches(data, card, settings)
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         """Raw inputs as they are put to the network; where that is another thing than what it learnt from."""
         return self.batches(data, card)
 
-    def preparation(self) -> dict[str, Any]:
+    def preprocessing_state(self) -> dict[str, Any]:
         """Of the state, what decides which tensors an example becomes."""
         return self.state()
 
-    def shown_to(self, other: Task, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
+    def teacher_inputs(self, other: Task, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
         """How batches that this task prepared become the inputs of a network (`card`) that learnt with another of its kind,
         as a teacher did. Raises `SettingsError` where they cannot."""
-        if self.preparation() != other.preparation():
+        if self.preprocessing_state() != other.preprocessing_state():
             raise SettingsError(
                 f"the teacher's {self.name} prepares examples in another way. Train it on the same data, with "
                 "the same --seed, columns and task.* settings."
@@ -230,10 +230,10 @@ class Task:
         """The known answers of rows."""
         raise NotImplementedError
 
-    def before_test(self, train: Data, held: Data) -> None:
+    def prepare_test(self, train: Data, held: Data) -> None:
         """Learns from the training rows what scores and exhibits of the test need beside the truth."""
 
-    def before_scores(self, rows: int) -> None:
+    def prepare_scoring(self, rows: int) -> None:
         """Told how many examples are about to be answered and scored."""
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -243,7 +243,7 @@ class Task:
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
         """Learns, from the trained network's outputs on validation rows, what `adjust` shall do."""
 
-    def adjust(self, outputs: Arrays) -> Arrays:
+    def postprocess(self, outputs: Arrays) -> Arrays:
         """Outputs as they are scored and answered: what a network says, corrected for how it is wont to say it."""
         return outputs
 
@@ -256,7 +256,7 @@ class Task:
         picture, a sound) is a `Media`."""
         raise NotImplementedError
 
-    def framed_texts(self, texts: Sequence[str], longest: int) -> Batches | None:
+    def encode_texts(self, texts: Sequence[str], longest: int) -> Batches | None:
         """Texts as the network reads them, at most so many tokens each; None for a task that is not about texts."""
         return None
 
@@ -276,18 +276,18 @@ class Task:
             except DataError as error:
                 if answered or len(sources) == 1:
                     raise
-                unread.append(Unread(before, str(source), str(error)))
+                unread.append(SkippedInput(before, str(source), str(error)))
                 continue
             unread += [
                 replace(u, before=u.before + before, place=named(one, u.place) if len(sources) > 1 else u.place)
-                for u in one.unread
+                for u in one.skipped
             ]
             before += len(one)
             data.append(one)
         if not data:
             raise DataError("none of these can be read:\n" + "\n".join(f"  - {u.why}" for u in unread))
         if len(data) == 1:
-            return replace(data[0], unread=unread)
+            return replace(data[0], skipped=unread)
         files, rows = [], []
         for d in data:  # each file is called as it was asked for: two folders may hold a 1.png each
             rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
@@ -298,12 +298,12 @@ class Task:
             data[0].columns,
             Manifest("", files),
             [f for d in data for f in d.findings],
-            unread=unread,
+            skipped=unread,
         )
 
     def read_one(self, source: Any, answered: bool) -> Data:
         data = read(source, schema=self.columns, labels_optional=not answered, lenient=not answered)
-        return self.examples(self.narrowed(data), self.options) if answered else data
+        return self.build_examples(self.select_columns(data), self.options) if answered else data
 
     # Reporting
 
@@ -320,7 +320,7 @@ class Task:
     # Saved with the run, or told by a publisher
 
     @classmethod
-    def published(cls, beside: Beside) -> Self | None:
+    def published(cls, beside: CheckpointAssets) -> Self | None:
         """The task of a pretrained network with its head. None where weights alone cannot do it, or it has another way."""
         return None
 

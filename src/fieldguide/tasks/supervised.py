@@ -30,13 +30,13 @@ def discrete(column: Column) -> bool:
     return column.kind in ("category", "boolean", "identifier", "constant")
 
 
-class Answered(Task):
+class SupervisedTask(Task):
     """A task with a target column."""
 
     gives = ("label",)
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         return None if data.target else "a column of known answers (name it with --target)"
 
     def read_one(self, source: Any, answered: bool) -> Data:
@@ -60,7 +60,7 @@ class Answered(Task):
         raise NotImplementedError
 
 
-class Labelled(Answered):
+class ClassificationTask(SupervisedTask):
     """Classification of anything."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -105,16 +105,16 @@ class Labelled(Answered):
             weights = inverse.tolist()
         return Supervised(model, card.inputs, Classification(settings.smoothing, weights))
 
-    def preparation(self) -> dict[str, Any]:
+    def preprocessing_state(self) -> dict[str, Any]:
         return {key: value for key, value in self.state().items() if key not in self.target_state()}
 
-    def shown_to(self, other: Task, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
+    def teacher_inputs(self, other: Task, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
         if self.labels != other.labels:
             raise SettingsError(
                 f"the teacher knows the classes {', '.join(other.labels[:10])}, this data has "
                 f"{', '.join(self.labels[:10])}: they must be the same"
             )
-        return super().shown_to(other, card)
+        return super().teacher_inputs(other, card)
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
         """Temperature scaling (Guo et al. 2017, arXiv:1706.04599, section 4.2), held near 1 where rows are few."""
@@ -127,7 +127,7 @@ class Labelled(Answered):
 
         self.temperature = float(np.exp(minimize_scalar(cost, bounds=(-1.5, 1.5), method="bounded").x))
 
-    def adjust(self, outputs: Arrays) -> Arrays:
+    def postprocess(self, outputs: Arrays) -> Arrays:
         logits = np.log(np.clip(outputs["probabilities"].astype(np.float64), 1e-30, 1)) / self.temperature
         return {**outputs, "probabilities": softmax(logits, axis=1)}
 
@@ -156,13 +156,13 @@ class Labelled(Answered):
             "balanced_accuracy": float(np.mean(recall)),
             "macro_f1": float(np.mean(f1)),
             "log_loss": float(-np.log(np.clip(p[np.arange(len(y)), y], 1e-12, 1)).mean()),
-            "auc": area(p, y, present),
+            "auc": roc_auc(p, y, present),
             "calibration_error": calibration_error(p.max(1), right),
         }
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         right = int((outputs["probabilities"].argmax(1) == truth["label"]).sum())
-        return {**super().intervals(outputs, truth), "accuracy": wilson(right, len(truth["label"]))}
+        return {**super().intervals(outputs, truth), "accuracy": binomial_interval(right, len(truth["label"]))}
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         p = outputs["probabilities"]
@@ -185,7 +185,7 @@ class Labelled(Answered):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        learnt, note = some(train)
+        learnt, note = subsample(train)
         x, x_test = self.linear_features(learnt, test)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -229,12 +229,12 @@ class Labelled(Answered):
                     rows,
                     heat=("precision", "recall", "F1"),
                 ),
-                *self.worst(test, p, y),
+                *self.worst_mistakes(test, p, y),
             ],
             "Calibration": [calibration],
         }
 
-    def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         """The most confident mistakes, as a person would want to see them."""
         return []
 
@@ -252,7 +252,7 @@ class Labelled(Answered):
         ]
 
 
-class Measured(Answered):
+class RegressionTask(SupervisedTask):
     """Regression of anything. Targets are standardised for training; scores and answers are in the target's unit."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -281,22 +281,22 @@ class Measured(Answered):
     def restore_target(self, state: dict[str, Any]) -> None:
         self.standard = Standard.from_json(state["standard"])
 
-    def natural(self, outputs: Arrays) -> np.ndarray:
+    def to_target_unit(self, outputs: Arrays) -> np.ndarray:
         return self.standard.inverse(outputs["values"][:, 0])
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        guess, y = self.natural(outputs), truth["value"]
+        guess, y = self.to_target_unit(outputs), truth["value"]
         spread = float(np.mean((y - y.mean()) ** 2))
         mse = float(np.mean((guess - y) ** 2))
         return {"rmse": mse**0.5, "mae": float(np.abs(guess - y).mean()), "r2": 1 - mse / spread if spread else float("nan")}
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
-        return [{self.target.name: float(v)} for v in self.natural(outputs)]
+        return [{self.target.name: float(v)} for v in self.to_target_unit(outputs)]
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         from sklearn.linear_model import Ridge
 
-        learnt, note = some(train)
+        learnt, note = subsample(train)
         x, x_test = self.linear_features(learnt, test)
         fitted = Ridge().fit(x, self.standard.apply(self.values(learnt)))
         return [
@@ -309,7 +309,7 @@ class Measured(Answered):
     def exhibits(
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        guess, y = self.natural(outputs), truth["value"]
+        guess, y = self.to_target_unit(outputs), truth["value"]
         shown = np.random.default_rng(0).permutation(len(y))[:1500]
         size = np.histogram(guess - y, bins=21)
         centres = (size[1][1:] + size[1][:-1]) / 2
@@ -342,7 +342,7 @@ class Measured(Answered):
         }
 
 
-def some(data: Data) -> tuple[Data, str]:
+def subsample(data: Data) -> tuple[Data, str]:
     """At most `LINEAR_ROWS` rows, and what to say about it."""
     if len(data) <= LINEAR_ROWS:
         return data, ""
@@ -350,7 +350,7 @@ def some(data: Data) -> tuple[Data, str]:
     return data.take(rows), f", learnt from {LINEAR_ROWS:,} rows"
 
 
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def binomial_interval(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953): honest where all are right, too."""
     share, weight = right / count, z * z / count
     centre = (share + weight / 2) / (1 + weight)
@@ -358,7 +358,7 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
 
 
-def area(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
+def roc_auc(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
     """Mean one-against-rest area under the ROC curve over the classes that occur, by ranks."""
     if len(present) < 2:
         return float("nan")
@@ -392,6 +392,6 @@ def mix_pairs(
     return {**batch, **mixed, "target": torch.lerp(one_hot[order], one_hot, part)}
 
 
-def settled(options: Any, **values: Any) -> Any:
+def fill_options(options: Any, **values: Any) -> Any:
     """Options with what was chosen from the data filled in where the user said nothing."""
     return replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})

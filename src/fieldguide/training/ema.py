@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class ExponentialMovingAverage:
     """Averages the floating-point parameters and buffers of a module with `decay`, warmed up over the first steps."""
 
     def __init__(self, module: nn.Module, decay: float):

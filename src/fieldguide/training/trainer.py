@@ -29,7 +29,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches, mix, training
 from fieldguide.objectives.base import Objective, Phase
 from fieldguide.training import checkpoint
-from fieldguide.training.ema import Average
+from fieldguide.training.ema import ExponentialMovingAverage
 from fieldguide.training.optim import optimizers, schedule
 from fieldguide.training.peft import held, levels, thawed, towers
 from fieldguide.training.precision import autocast, deterministic_kernels, place
@@ -45,7 +45,7 @@ class Interrupted(TrainingError):
     """Ctrl-C or SIGTERM: the state is saved, and `fieldguide fit --resume` goes on from it."""
 
 
-class Watch(Protocol):
+class Callback(Protocol):
     """Who looks on: a progress bar, a tracker, a test."""
 
     def step(self, step: int, losses: dict[str, float]) -> None: ...
@@ -71,7 +71,7 @@ class State:
     evaluate: int = 0  # the same
 
 
-class Step(nn.Module):
+class PhaseModule(nn.Module):
     """One phase as a module of its own, so that DDP's hooks fire whatever the objective calls inside."""
 
     def __init__(self, objective: Objective, phase: Phase):
@@ -79,10 +79,10 @@ class Step(nn.Module):
         self.objective, self.phase = objective, phase.name
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.objective.with_asides(self.objective(batch, self.phase), self.phase)
+        return self.objective.with_auxiliary_losses(self.objective(batch, self.phase), self.phase)
 
 
-class Runner:
+class PhaseRunner:
     """A phase, its parameters, its optimisers, and its module as DDP wraps it."""
 
     def __init__(self, objective: Objective, phase: Phase, settings: Settings, device: torch.device):
@@ -93,7 +93,7 @@ class Runner:
         self.depth = [depth[name] for name, _ in named]
         self.optimizers = optimizers(objective, named, self.settings)
         self.lr = 0.0
-        self.module: nn.Module = Step(objective, phase)
+        self.module: nn.Module = PhaseModule(objective, phase)
         if distributed.world() > 1:
             with only(self.parameters, objective):  # DDP reduces what requires a gradient when it is made
                 self.module = DistributedDataParallel(self.module, [device] if device.type == "cuda" else None)
@@ -105,7 +105,7 @@ class Runner:
                 group["lr"] = rate * group["scale"]
         return rate
 
-    def hold_back(self, step: int) -> None:
+    def mask_frozen_grads(self, step: int) -> None:
         """Drops the gradients of layers whose time has not come."""
         lowest = thawed(self.settings, step, self.top)
         for p, depth in zip(self.parameters, self.depth):
@@ -143,7 +143,7 @@ class Trainer:
         settings: Settings,
         *,
         device: torch.device,
-        watch: Watch,
+        watch: Callback,
         folder: Path | None = None,
         evaluate: Callable[[Objective], dict[str, float]] | None = None,
         metric: tuple[str, str] = ("loss", "min"),
@@ -154,10 +154,10 @@ class Trainer:
         self.objective = objective.to(device)
         if settings.channels_last:
             self.objective = self.objective.to(memory_format=torch.channels_last)
-        self.runners = [Runner(self.objective, phase, settings, device) for phase in objective.phases]
+        self.runners = [PhaseRunner(self.objective, phase, settings, device) for phase in objective.phases]
         self.draws = max(phase.times for phase in objective.phases)
         self.kept = nn.ModuleDict({name: getattr(self.objective, name) for name in objective.keep})
-        self.average = Average(self.kept, settings.ema) if settings.ema else None
+        self.average = ExponentialMovingAverage(self.kept, settings.ema) if settings.ema else None
         self.state, self.best, self.tracker = State(most=most), None, None
         self.stopping = False
         self.held = held(self.objective)
@@ -177,7 +177,7 @@ class Trainer:
         stream = self.stream()
         if self.folder and distributed.rank() == 0 and settings.track in TRACKERS:
             self.tracker = TRACKERS[settings.track](self.folder, state.step)
-        self.teach()
+        self.set_train_mode()
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
         self.since = (state.step, state.seconds)
@@ -191,7 +191,7 @@ class Trainer:
                 if scored:
                     self.score()
                     state.seconds = before + time.monotonic() - started
-                if state.most and settings.minutes and looked_at(state.step) and self.keep_pace():
+                if state.most and settings.minutes and looked_at(state.step) and self.replan_steps():
                     stream = self.stream()
                 if self.agreed(self.stopping):
                     self.save()
@@ -218,7 +218,7 @@ class Trainer:
         self.objective.eval()
         return state
 
-    def teach(self) -> None:
+    def set_train_mode(self) -> None:
         """Puts what learns in training mode."""
         self.objective.train()
         for module in self.held:
@@ -239,7 +239,7 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
-    def keep_pace(self) -> bool:
+    def replan_steps(self) -> bool:
         """Counts the steps anew, so that the rate has come down when the minutes are over, and the minutes are used.
 
         True where the count has changed. A step's time is the mean over all that this process has made, evaluations
@@ -258,7 +258,7 @@ class Trainer:
         if goal <= 0 or planned < SLACK * settings.steps or abs(left - planned) <= SLACK * planned:
             return False
         if abs(left - planned) > TOLD * planned:
-            self.watch.say(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {settings.steps:,}")
+            self.watch.log(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {settings.steps:,}")
         state.steps, state.evaluate = total, max(1, round(settings.evaluate * total / settings.steps))
         self.replan()
         return True
@@ -291,7 +291,7 @@ class Trainer:
             self.average.update(self.state.step)
         return losses
 
-    def differentiate(self, runner: Runner, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+    def differentiate(self, runner: PhaseRunner, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """Gradients of the mean loss over the accumulated batches, and over processes."""
         totals: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
@@ -308,10 +308,10 @@ class Trainer:
             stacked /= distributed.world()
         return dict(zip(totals, stacked.tolist()))
 
-    def update(self, runner: Runner, batches: list[dict[str, Tensor]], parts: dict[str, float]) -> None:
+    def update(self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float]) -> None:
         """Clips, checks and applies the gradients; nothing that is not finite reaches the weights."""
         runner.lr = runner.rate(self.state.step)
-        runner.hold_back(self.state.step)
+        runner.mask_frozen_grads(self.state.step)
         norm = None
         if self.settings.clip:
             norm = float(nn.utils.clip_grad_norm_(runner.parameters, self.settings.clip))
@@ -321,7 +321,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def refuse(self, runner: Runner, batches: list[dict[str, Tensor]], parts: dict[str, float], norm: float | None) -> None:
+    def refuse(self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float], norm: float | None) -> None:
         for optimizer in runner.optimizers:
             optimizer.zero_grad(set_to_none=True)
         name = f"nonfinite-step-{self.state.step}-rank-{distributed.rank()}.safetensors"
@@ -359,7 +359,7 @@ class Trainer:
             if better or value == state.best:
                 state.best, state.best_step = value, state.step
                 self.best = {k: t.detach().clone() for k, t in self.kept.state_dict().items()}
-        self.teach()
+        self.set_train_mode()
         self.record({"step": state.step, "seconds": round(state.seconds, 3), "scores": scores})
         self.watch.scores(state.step, scores, better)
         if self.settings.patience and state.stale >= self.settings.patience:
@@ -402,7 +402,7 @@ class Trainer:
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
-            self.watch.say("stopping after this step; once more stops at once")
+            self.watch.log("stopping after this step; once more stops at once")
 
         before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -439,7 +439,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Takes up the newest whole checkpoint of the run folder; False where there is none yet."""
-        found = checkpoint.load(self.folder / "checkpoints", self.watch.say)
+        found = checkpoint.load(self.folder / "checkpoints", self.watch.log)
         if found is None:
             if distributed.rank() == 0:
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)

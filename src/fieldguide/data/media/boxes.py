@@ -138,7 +138,7 @@ class Notes:
         self.met.setdefault(check, []).append(place)
         self.lost[check] = self.lost.get(check, 0) + unusable
 
-    def spoil(self, check: str, place: str, shot: Shot) -> None:
+    def mark_invalid(self, check: str, place: str, shot: Shot) -> None:
         """What makes a whole picture unusable: it is counted once."""
         self.note(check, place, 0 if shot.bad else 1)
         shot.bad = True
@@ -206,7 +206,7 @@ def raw(root: Path, shots: list[Shot], files: list[FileEntry], notes: Notes, cla
     seen: dict[Path, Shot] = {}
     for shot in shots:
         if shot.path in seen:
-            notes.spoil("duplicate-picture", shot.place, shot)
+            notes.mark_invalid("duplicate-picture", shot.place, shot)
         seen.setdefault(shot.path, shot)
     usable = [s for s in shots if not s.bad]
     for shot, size in zip(usable, header_sizes([s.path for s in usable])):
@@ -245,7 +245,7 @@ def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
         return
     width, height = size
     if shot.size and all(shot.size) and tuple(round(v) for v in shot.size) != size:
-        notes.spoil("size-differs", f"{shot.place}: {shot.size[0]:g} x {shot.size[1]:g}, the picture {width} x {height}", shot)
+        notes.mark_invalid("size-differs", f"{shot.place}: {shot.size[0]:g} x {shot.size[1]:g}, the picture {width} x {height}", shot)
         return
     kept, taken = [], set()
     for one, place in zip(shot.boxes, shot.places):
@@ -282,7 +282,7 @@ def decoded(content: bytes, place: str, shot: Shot, notes: Notes) -> str | None:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        notes.spoil("wrong-encoding", place, shot)
+        notes.mark_invalid("wrong-encoding", place, shot)
         return None
 
 

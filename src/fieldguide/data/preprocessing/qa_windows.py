@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data.column_spec import Wants, plain
+from fieldguide.data.column_spec import ColumnSpec, plain
 from fieldguide.data.dataset import Column, Data, Finding, Kind, Severity
 from fieldguide.data.validation import checks
 from fieldguide.data.validation.findings import places
@@ -197,7 +197,7 @@ def check(data: Data) -> Iterator[Finding]:
         yield from examined(data, columns).findings
 
 
-WANTS = Wants(
+WANTS = ColumnSpec(
     "named",
     names=ANSWERS,
     kinds={"target": held},

@@ -122,7 +122,7 @@ def pictures(
         shots.append(shot)
         if image["id"] in by_id:
             for one in (by_id[image["id"]], shot):
-                notes.spoil("duplicate-id", f"{one.place} (id {image['id']})", one)
+                notes.mark_invalid("duplicate-id", f"{one.place} (id {image['id']})", one)
         by_id.setdefault(image["id"], shot)
     for number, annotation in enumerate(document["annotations"]):
         place = f"{where}: annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
@@ -135,9 +135,9 @@ def pictures(
         if annotation.get("bbox") is None and parts:  # some export outlines alone
             values = around(parts)
         if key(annotation.get("category_id")) not in categories:
-            notes.spoil("unknown-category", f"{place} ({annotation.get('category_id')})", shot)
+            notes.mark_invalid("unknown-category", f"{place} ({annotation.get('category_id')})", shot)
         elif values is None:
-            notes.spoil("malformed-box", place, shot)
+            notes.mark_invalid("malformed-box", place, shot)
         else:
             left, top, width, height = values
             shot.boxes.append(

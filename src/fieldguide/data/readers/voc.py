@@ -81,7 +81,7 @@ def load(source: Path, options: Options) -> Raw:
             named = understood(content, shot, notes)
             picture = stems.get(stem.lower()) or pictures.get(named.lower())
             if picture is None and not shot.bad:
-                notes.spoil("no-picture", f"{place}: {named or stem}", shot)
+                notes.mark_invalid("no-picture", f"{place}: {named or stem}", shot)
             shot.path = picture or shot.path
             classes |= {b["label"] for b in shot.boxes}
     return raw(source, shots, files, notes, sorted(classes))
@@ -107,16 +107,16 @@ def lists(folder: Path, source: Path, notes: Notes, files: list[Any]) -> dict[st
 def understood(content: bytes, shot: Shot, notes: Notes) -> str:
     """Fills in a picture's size and boxes; the file name that the annotation gives."""
     if not content.strip():
-        notes.spoil("empty-annotation", shot.place, shot)
+        notes.mark_invalid("empty-annotation", shot.place, shot)
         return ""
     try:
         root, lines = parsed(content)
     except Refused:
-        notes.spoil("xml-doctype", shot.place, shot)
+        notes.mark_invalid("xml-doctype", shot.place, shot)
         return ""
     except (expat.ExpatError, AssertionError) as error:
         wrong = "wrong-encoding" if isinstance(error, expat.ExpatError) and error.code in ENCODING else "malformed-xml"
-        notes.spoil(wrong, f"{shot.place}:{getattr(error, 'lineno', 1)}", shot)
+        notes.mark_invalid(wrong, f"{shot.place}:{getattr(error, 'lineno', 1)}", shot)
         return ""
     text = lambda at, path: (at.findtext(path) or "").strip()
     said = finite((text(root, "size/width"), text(root, "size/height")), 2)
@@ -125,7 +125,7 @@ def understood(content: bytes, shot: Shot, notes: Notes) -> str:
         place, label = f"{shot.place}:{lines[thing]}", text(thing, "name")
         sides = finite([text(thing, f"bndbox/{n}") for n in ("xmin", "ymin", "xmax", "ymax")], 4)
         if sides is None or not label:
-            notes.spoil("malformed-box", place, shot)
+            notes.mark_invalid("malformed-box", place, shot)
             continue
         shot.boxes.append(box(label, *sides, crowd=text(thing, "difficult") == "1"))
         shot.places.append(place)

@@ -190,10 +190,10 @@ def understood(line: str, place: str, shot: Shot, names: dict[int, str], notes: 
         or not (len(words) == 5 or (len(words) >= 7 and len(words) % 2))
         or max(map(abs, values[1:])) > FAR
     ):
-        notes.spoil("malformed-line", f"{place}: {line.strip()[:40]!r}", shot)
+        notes.mark_invalid("malformed-line", f"{place}: {line.strip()[:40]!r}", shot)
         return
     if int(values[0]) not in names:
-        notes.spoil("class-beyond-names", f"{place}: {words[0]}", shot)
+        notes.mark_invalid("class-beyond-names", f"{place}: {words[0]}", shot)
         return
     label, points = names[int(values[0])], values[1:]
     if len(points) == 4:

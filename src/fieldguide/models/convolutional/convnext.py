@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
 from fieldguide.models.layers.conv import check_side
 from fieldguide.models.layers.norm import ChannelNorm
-from fieldguide.models.layers.stochastic_depth import DropPath, rising
+from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
 from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Is
 from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
 
@@ -80,14 +80,14 @@ class ConvNeXt(nn.Module):
             OrderedDict(conv=nn.Conv2d(config.channels, dim, config.patch, config.patch), norm=ChannelNorm(dim))
         )
         self.steps, self.stages = nn.ModuleList(), nn.ModuleList()
-        drops = iter(rising(config.drop_path, sum(config.depths)))
+        drops = iter(stochastic_depth_rates(config.drop_path, sum(config.depths)))
         for level, (depth, width) in enumerate(zip(config.depths, config.widths)):
             if level:  # to half the side
                 self.steps.append(nn.Sequential(OrderedDict(norm=ChannelNorm(dim), conv=nn.Conv2d(dim, width, 2, 2))))
             self.stages.append(nn.Sequential(*(self.block(width, next(drops)) for _ in range(depth))))
             dim = width
         self.norm = nn.LayerNorm(dim, config.eps)
-        self.head = readout(config, dim)
+        self.head = classifier_head(config, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

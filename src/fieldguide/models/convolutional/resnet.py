@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
 from fieldguide.models.mapping.config_rules import Counted, Derived, Fixed, Is
 from fieldguide.models.mapping.key_rules import unprefixed
 
@@ -124,7 +124,7 @@ class ResNet(nn.Module):
                 stage.append(block(dim, width, 2 if level and not i else 1))
                 dim = width * block.growth
             self.stages.append(stage)
-        self.head = readout(config, dim)
+        self.head = classifier_head(config, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -22,7 +22,7 @@ Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True)
-class Manner:
+class GenerationConfig:
     """How answers are written. What leaves something to chance (`CHANCE`) and a search among beams exclude each other;
     where a user says neither, `usual` decides. Raises `SettingsError` for both, and for values out of range."""
 
@@ -84,14 +84,14 @@ class Manner:
 
 
 @dataclass(frozen=True)
-class Faithful(Manner):
+class Faithful(GenerationConfig):
     """Of what answers a source: the likeliest, as far as four beams find it."""
 
     usual: ClassVar[Mapping[str, float]] = {"beams": 4, "temperature": 0.0}
 
 
 @dataclass(frozen=True)
-class Greedy(Manner):
+class Greedy(GenerationConfig):
     """Always the likeliest token, where nothing else is said: of what answers as it is asked."""
 
     usual: ClassVar[Mapping[str, float]] = {"beams": 1, "temperature": 0.0}
@@ -100,7 +100,7 @@ class Greedy(Manner):
 def answers(
     network: Any,
     prompts: Sequence[Sequence[int]],
-    how: Manner,
+    how: GenerationConfig,
     *,
     ends: Sequence[int],
     decode: Decode | None = None,
@@ -139,7 +139,7 @@ def answers(
 def searched(
     network: Any,
     prompts: Sequence[Sequence[int]],
-    how: Manner,
+    how: GenerationConfig,
     *,
     ends: Sequence[int],
     limits: Tensor | None = None,
@@ -180,7 +180,7 @@ def searched(
     return [[i for i in row if i >= 0] for row in found[:, 0].tolist()]
 
 
-def streamed(network: Any, prompt: Sequence[int], how: Manner, *, ends: Sequence[int], decode: Decode) -> Iterator[str]:
+def streamed(network: Any, prompt: Sequence[int], how: GenerationConfig, *, ends: Sequence[int], decode: Decode) -> Iterator[str]:
     """The answer to one prompt piece by piece; not searched for."""
     steps = generate(network, [prompt], room(network, [prompt], how.tokens), sampling=how.sampling, ends=ends, seed=how.seed)
     return pieces((int(step) for step in steps), decode, ends, how.stops)

@@ -12,7 +12,7 @@ from fieldguide.models.mapping.config_rules import Known
 GIVES = ("label", "vector")
 
 
-def readout(config: Any, dim: int, heads: int = 1) -> nn.Module:
+def classifier_head(config: Any, dim: int, heads: int = 1) -> nn.Module:
     """The last layer, B D -> B heads*classes; nothing where `config.gives` is "vector". Raises `SettingsError` for others."""
     if config.gives not in GIVES:
         raise SettingsError(f"gives={config.gives!r} is none of {', '.join(GIVES)}")

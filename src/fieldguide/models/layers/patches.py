@@ -24,7 +24,7 @@ class Patches(nn.Conv2d):
         return super().forward(F.pad(x, (0, right, 0, down)) if down or right else x)
 
 
-def spread(
+def interpolate_pos_embed(
     places: Tensor, size: tuple[int, int], *, first: int = 1, antialias: bool = True, offset: float = 0.0
 ) -> Tensor:  # first + S S, D -> first + h w, D
     """The places of a square grid, for a grid of another `size` (rows, columns): bicubic, in no less than float32.

@@ -33,6 +33,6 @@ class DropPath(nn.Module):
         return x * kept.div_(1 - self.p)
 
 
-def rising(p: float, depth: int) -> list[float]:
+def stochastic_depth_rates(p: float, depth: int) -> list[float]:
     """The probability of each of `depth` blocks, from 0 at the first to p at the last in equal steps (section 3)."""
     return [p * i / max(depth - 1, 1) for i in range(depth)]

@@ -28,7 +28,7 @@ from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.attention_rollout import rollout, weights
 from fieldguide.models.layers.causal import CausalAttention
 from fieldguide.models.layers.padding import lengths, pick
-from fieldguide.models.layers.patches import spread
+from fieldguide.models.layers.patches import interpolate_pos_embed
 from fieldguide.models.transformer._shared.clip_checkpoints import (
     CONFIG,
     HUGGINGFACE,
@@ -117,11 +117,11 @@ class Vision(nn.Module):
         for weight in (self.cls, self.pos.weight):
             nn.init.normal_(weight, std=len(self.cls) ** -0.5)
 
-    def refit(self, name: str, tensor: Tensor) -> Tensor | None:
+    def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
         """Places learnt for pictures of another size, spread over those of this network."""
         grid = math.isqrt(max(len(tensor) - 1, 0)) if tensor.ndim == 2 else 0
         square = name == "pos.weight" and grid and len(tensor) == 1 + grid**2
-        return spread(tensor, (self.grid, self.grid)) if square else None
+        return interpolate_pos_embed(tensor, (self.grid, self.grid)) if square else None
 
     def tokens(self, image: Tensor) -> Tensor:  # B C S S -> B N D, before the blocks
         fits(image, self.side)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
-from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
 from fieldguide.models.layers.patches import patch_for
 from fieldguide.models.mapping.key_rules import Fused, Row
 from fieldguide.models.transformer import vit
@@ -39,7 +39,7 @@ class DeiT(vit.ViT):
 
     def make_head(self) -> None:
         self.dist = nn.Parameter(torch.empty(self.config.dim))
-        self.head = readout(self.config, self.config.dim, 2)  # one behind the other
+        self.head = classifier_head(self.config, self.config.dim, 2)  # one behind the other
 
     def before(self) -> Tensor:  # -> 2 D
         return torch.stack([self.cls, self.dist])

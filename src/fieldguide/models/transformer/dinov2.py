@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.layers.attention import Attention
-from fieldguide.models.layers.classifier_head import GIVES, readout
+from fieldguide.models.layers.classifier_head import GIVES, classifier_head
 from fieldguide.models.layers.mlp import Mlp
-from fieldguide.models.layers.patches import Patches, patch_for, spread
+from fieldguide.models.layers.patches import Patches, patch_for, interpolate_pos_embed
 from fieldguide.models.layers.stochastic_depth import DropPath
 from fieldguide.models.mapping.config_rules import Absent, Counted, Derived, Fixed, Is
 from fieldguide.models.mapping.key_rules import Fused, Reshaped, Row, Zeros
@@ -113,7 +113,7 @@ class DINOv2(nn.Module):
         self.registers = nn.Embedding(c.registers, c.dim) if c.registers else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.dim, eps=EPS)
-        self.head = readout(c, (1 + c.read) * c.dim)
+        self.head = classifier_head(c, (1 + c.read) * c.dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -133,7 +133,7 @@ class DINOv2(nn.Module):
         depth = self.config.depth
         return {f"b{i}": (self.config.dim, self.config.patch) for i in sorted({depth * k // 4 for k in (1, 2, 3, 4)} - {0})}
 
-    def refit(self, name: str, tensor: Tensor) -> Tensor | None:
+    def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
         """Places learnt for pictures of another size, spread over those of this network; where the class token had none, it
         has nothing added."""
         if name == "pos.weight" and tensor.ndim == 2 and math.isqrt(len(tensor)) ** 2 == len(tensor):
@@ -144,7 +144,7 @@ class DINOv2(nn.Module):
         return self.spread(tensor, (math.isqrt(len(self.pos.weight) - 1),) * 2)
 
     def spread(self, places: Tensor, size: tuple[int, int]) -> Tensor:  # 1 + S S, D -> 1 + h w, D
-        return spread(places, size, antialias=self.config.antialias, offset=self.config.offset)
+        return interpolate_pos_embed(places, size, antialias=self.config.antialias, offset=self.config.offset)
 
     def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:  # B C H W -> B N D, (h, w)
         x = self.patch(image)

@@ -93,7 +93,7 @@ class Mixtral(llama.Llama):
         scores = torch.cat([block.mlp.scores for block in self.blocks])
         return unevenness(scores, self.config.used, None if self.real is None else self.real.flatten().repeat(len(self.blocks)))
 
-    def asides(self) -> dict[str, tuple[Tensor, float]]:
+    def auxiliary_losses(self) -> dict[str, tuple[Tensor, float]]:
         """What the last training pass adds to the loss, and how much each counts."""
         return {"balance_loss": (self.balance(), self.config.balancing)} if self.config.balancing else {}
 

@@ -113,7 +113,7 @@ class NLLBMoE(nllb.NLLB):
             ]
         ).mean()
 
-    def asides(self) -> dict[str, tuple[Tensor, float]]:
+    def auxiliary_losses(self) -> dict[str, tuple[Tensor, float]]:
         """What the last training pass adds to the loss, and how much each counts."""
         return {"balance_loss": (self.balance(), self.config.balancing)} if self.config.balancing else {}
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
 from fieldguide.models.layers.mlp import Mlp
 from fieldguide.models.layers.patches import Patches
-from fieldguide.models.layers.stochastic_depth import DropPath, rising
+from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
 from fieldguide.models.mapping.config_rules import Absent, Counted, Is
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, unprefixed
 
@@ -96,7 +96,7 @@ class WindowAttention(nn.Module):
             bias = (bias + mask.to(q.dtype)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
-    def refit(self, name: str, tensor: Tensor) -> Tensor | None:
+    def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
         """Biases learnt for windows of another size, spread over those of this one: bicubic, as the authors do."""
         side, mine = round(len(tensor) ** 0.5) if tensor.ndim == 2 else 0, 2 * self.window - 1
         if name != "bias.weight" or not side % 2 or len(tensor) != side**2:
@@ -182,10 +182,10 @@ class Swin(nn.Module):
             raise SettingsError(f"depths={c.depths} and heads={c.heads} name different stages")
         self.patch, self.norm_patch = Patches(c.channels, c.dim, c.patch), nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
-        rates = rising(c.drop_path, sum(c.depths))
+        rates = stochastic_depth_rates(c.drop_path, sum(c.depths))
         self.stages = nn.ModuleList(Stage(c, i, rates[sum(c.depths[:i]) :][:depth]) for i, depth in enumerate(c.depths))
         width = c.dim * 2 ** (len(c.depths) - 1)
-        self.norm, self.head = nn.LayerNorm(width), readout(c, width)
+        self.norm, self.head = nn.LayerNorm(width), classifier_head(c, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

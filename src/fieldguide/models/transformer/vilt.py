@@ -98,7 +98,7 @@ class ViLT(nn.Module):
         for parameter in (self.cls, self.pos):
             nn.init.normal_(parameter, std=std)
 
-    def refit(self, name: str, tensor: Tensor) -> Tensor | None:
+    def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
         """Places learnt for pictures of another size, spread over those of this network."""
         square = name == "pos" and tensor.ndim == 3 and math.isqrt(tensor.shape[1] - 1) ** 2 == tensor.shape[1] - 1 > 0
         side = self.config.image // self.config.patch

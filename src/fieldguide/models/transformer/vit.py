@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.attention import Attention
-from fieldguide.models.layers.classifier_head import GIVES, architectures, readout
+from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
 from fieldguide.models.layers.mlp import Mlp
-from fieldguide.models.layers.patches import Patches, patch_for, spread
-from fieldguide.models.layers.stochastic_depth import DropPath, rising
+from fieldguide.models.layers.patches import Patches, patch_for, interpolate_pos_embed
+from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
 from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Is, Known
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row
 
@@ -76,13 +76,13 @@ class ViT(nn.Module):
         self.cls = nn.Parameter(torch.empty(c.dim))
         self.pos = nn.Embedding(self.first + math.ceil(c.image / c.patch) ** 2, c.dim)
         self.dropout = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(Block(c, p) for p in rising(c.drop_path, c.depth))
+        self.blocks = nn.ModuleList(Block(c, p) for p in stochastic_depth_rates(c.drop_path, c.depth))
         self.norm = nn.LayerNorm(c.dim, eps=c.eps)
         self.make_head()
         self.reset_parameters()
 
     def make_head(self) -> None:
-        self.head = readout(self.config, self.config.dim)
+        self.head = classifier_head(self.config, self.config.dim)
 
     def reset_parameters(self) -> None:
         std = 0.02 * max(768 / self.config.dim, 1) ** 0.5
@@ -100,13 +100,13 @@ class ViT(nn.Module):
         depth = self.config.depth
         return {f"b{i}": (self.config.dim, self.config.patch) for i in sorted({depth * k // 4 for k in (1, 2, 3, 4)} - {0})}
 
-    def refit(self, name: str, tensor: Tensor) -> Tensor | None:
+    def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
         """Places learnt for pictures of another size, spread over those of this network."""
         grid = math.isqrt(max(len(tensor) - self.first, 0)) if tensor.ndim == 2 else 0
         if name != "pos.weight" or not grid or len(tensor) != self.first + grid**2:
             return None
         side = math.isqrt(len(self.pos.weight) - self.first)
-        return spread(tensor, (side, side), first=self.first)
+        return interpolate_pos_embed(tensor, (side, side), first=self.first)
 
     def before(self) -> Tensor:  # -> first D
         """The tokens before the patches."""
@@ -116,7 +116,7 @@ class ViT(nn.Module):
         x = self.patch(image)
         size = tuple(x.shape[2:])
         x = torch.cat([self.before().to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(2).mT], 1)
-        return self.dropout(x + spread(self.pos.weight, size, first=self.first)), size
+        return self.dropout(x + interpolate_pos_embed(self.pos.weight, size, first=self.first)), size
 
     def features(self, image: Tensor) -> dict[str, Tensor]:  # B C H W -> {"b3": B D h w, ...}
         x, size = self.tokens(image)

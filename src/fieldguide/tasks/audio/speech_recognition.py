@@ -17,7 +17,7 @@ from fieldguide.core.errors import DataError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Exhibit, Quote, Quotes
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import Wants, plain
+from fieldguide.data.column_spec import ColumnSpec, plain
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import audio
@@ -30,7 +30,7 @@ from fieldguide.objectives.ctc import CTC, log_probabilities, losses, needed
 from fieldguide.objectives.ctc_decoding import align, beam_search, collapse, in_chunks
 from fieldguide.tasks.audio import report
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import fill_options
 
 SHARE = 0.3  # of the memory that decoded recordings may fill; beyond it they are decoded batch by batch
 LONGEST = 30.0  # seconds of a recording that is trained on, at most, where the user names none
@@ -51,7 +51,7 @@ class SpeechRecognition(Task):
     takes = ("speech",)
     feature = ("audio",)
     gives = ("ctc",)
-    wants = Wants("last", names=TRANSCRIPTS, kinds={"target": "text", "feature": "audio"})
+    column_spec = ColumnSpec("last", names=TRANSCRIPTS, kinds={"target": "text", "feature": "audio"})
     metrics = (
         Metric("wer", "min", "of the words wrong", percent=True),
         Metric("cer", "min", "of the characters wrong", percent=True),
@@ -85,7 +85,7 @@ class SpeechRecognition(Task):
     # What it can be made from
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("audio")) != 1:
             return "one column of recordings"
         return (
@@ -95,8 +95,8 @@ class SpeechRecognition(Task):
         )
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
-        if cls.lacks(data) or not (data.target.kind == "text" or plain(data.target.name) in TRANSCRIPTS):
+    def match(cls, data: Data) -> str | None:
+        if cls.missing_requirements(data) or not (data.target.kind == "text" or plain(data.target.name) in TRANSCRIPTS):
             return None
         return f"recordings in column {data.features('audio')[0].name!r} and transcripts in {data.target.name!r}"
 
@@ -117,7 +117,7 @@ class SpeechRecognition(Task):
         encoded, lengths = task.transcripts.batch(task.transcripts.encode(task.said(data))[0])
         frames = needed(torch.from_numpy(encoded), torch.from_numpy(lengths)).numpy()
         rate = options.rate or suggest_rate(data.rows[RATE].to_numpy())
-        task.options = settled(
+        task.options = fill_options(
             options,
             rate=rate,
             bands=40 if rate <= 8000 else 80,
@@ -175,10 +175,10 @@ class SpeechRecognition(Task):
             )
         return data
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {"vocab": self.transcripts.size, "features": self.mel.bands}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {
             "tokens": int(self.mel.frames(int(self.typical * self.mel.rate))),
             "seconds": self.typical,
@@ -197,7 +197,7 @@ class SpeechRecognition(Task):
 
     # Recordings to batches
 
-    def lessons(self, data: Data, card: Card, settings: Settings) -> Batches:
+    def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
         return self.batches(data.take(np.flatnonzero(data.rows[SECONDS].to_numpy() <= self.options.longest)), card, settings)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -246,7 +246,7 @@ class SpeechRecognition(Task):
 
     # Answers
 
-    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             logits, frames = self.listen(objective.model, batch["features"], batch["lengths"])
             likely = log_probabilities(logits)
@@ -297,7 +297,7 @@ class SpeechRecognition(Task):
         symbols, counts = self.transcripts.batch([np.array(b, dtype=np.int64) for b in best])
         return torch.from_numpy(symbols).to(likely.device), torch.from_numpy(counts).to(likely.device)
 
-    def adjust(self, outputs: Arrays) -> Arrays:
+    def postprocess(self, outputs: Arrays) -> Arrays:
         return {**outputs, "text": self.texts(outputs)}
 
     def texts(self, outputs: Arrays) -> np.ndarray:
@@ -376,7 +376,7 @@ class SpeechRecognition(Task):
 
     # Report
 
-    def glimpse(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         waves, lengths = batch_of(audio.load([path for path, _ in self.shown], self.mel.rate))
         where = next(objective.parameters()).device
         features, frames = self.mel.apply(waves, lengths)

@@ -22,7 +22,7 @@ from fieldguide.data.media import images
 from fieldguide.data.preprocessing import Pictures, Text, suggest_side
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.tasks.base import Task
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision.image_classification import augment
 
 SIDES = (16, 24, 32, 48, 64, 96, 192)  # that patches of the small networks fill
@@ -43,7 +43,7 @@ class Pictured(Task):
     median: int  # tokens of a training text
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
+    def build_examples(cls, data: Data, options: Any) -> Data:
         """Rows of equal pictures become a group, which no split parts."""
         if PICTURE in data.columns or HASH not in data.rows.columns:
             return data
@@ -67,7 +67,7 @@ class Pictured(Task):
         self.text = Text.load(o.tokenizer) if o.tokenizer else Text.learn(texts, size=o.vocab)
         sizes = [len(row) for row in self.framed(texts[:SAMPLE])]
         self.median = int(np.median(sizes))
-        self.options = settled(o, side=side, channels=channels, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
+        self.options = fill_options(o, side=side, channels=channels, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
         self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
 
     def framed(self, texts: list[str]) -> list[list[int]]:
@@ -91,7 +91,7 @@ class Pictured(Task):
                 "cut there (task.length=... changes that)"
             )
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {
             "channels": self.pictures.channels,
             "image": self.pictures.side,
@@ -100,7 +100,7 @@ class Pictured(Task):
             "end": self.text.end,
         }
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {"side": self.pictures.side, "channels": self.pictures.channels, "vocab": self.text.size, "tokens": self.median}
 
     def pixels(self, data: Data, settings: Settings | None = None) -> Callable[[np.ndarray, torch.Generator | None], Tensor]:

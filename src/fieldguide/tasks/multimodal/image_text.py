@@ -17,7 +17,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import CAPTIONS, TARGETS, Wants, plain
+from fieldguide.data.column_spec import CAPTIONS, TARGETS, ColumnSpec, plain
 from fieldguide.data.dataset import HASH, Column, Data, Finding
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
@@ -28,7 +28,7 @@ from fieldguide.data.validation.findings import places as first_places
 from fieldguide.objectives import Contrastive, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.multimodal.base import Pictured
-from fieldguide.tasks.supervised import wilson
+from fieldguide.tasks.supervised import binomial_interval
 
 AT = (1, 5, 10)  # of the best answers, among which a right one counts
 FEW = 100  # different captions that are taken for names of classes, where each stands on many rows
@@ -80,7 +80,7 @@ class ImageText(Pictured):
     reads = "a table with a column of pictures and one of captions (--target), several captions of a picture in several rows"
     takes = ("captioned",)
     gives = ("embeddings",)
-    wants = Wants(
+    column_spec = ColumnSpec(
         "last",
         names=(*CAPTIONS, "text", "sentence", "description", "title"),
         kinds={"target": "text"},
@@ -118,7 +118,7 @@ class ImageText(Pictured):
     known: list[str]  # captions to choose from where nobody names others
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         asked = any(plain(c.name) == "question" for c in data.features())
         if len(data.features("image")) != 1 or asked or data.target is None:
             return None
@@ -126,7 +126,7 @@ class ImageText(Pictured):
         return f"pictures and what is said of each in {data.target.name!r}" if said else None
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
             return "one column of pictures"
         return None if data.target and data.target.kind == "text" else "a column of captions (name it with --target)"
@@ -235,7 +235,7 @@ class ImageText(Pictured):
             ways.append(torch.cat([model.encode_text(part["tokens"].to(where), part["mask"].to(where)) for part in parts]))
         return ways[0] if len(ways) == 1 else F.normalize(torch.stack(ways).mean(0), dim=-1)
 
-    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         said: list[Tensor] = []  # of all batches
         self.templates()  # what is wrong with them is said before pictures are read
 
@@ -287,7 +287,7 @@ class ImageText(Pictured):
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         """Over questions; what they are asked among stays, or a recall would rise with the pictures drawn twice."""
         hits = self.hits(outputs, truth)
-        between = {name: wilson(int(hit.sum()), len(hit)) for name, hit in hits.items()}
+        between = {name: binomial_interval(int(hit.sum()), len(hit)) for name, hit in hits.items()}
         ways = [np.mean([hits[f"{way}_r{k}"] for k in AT], 0) for way in ("text", "image") if f"{way}_r{AT[0]}" in hits]
         if ways:
             mean = float(np.mean([each.mean() for each in ways]))

@@ -16,15 +16,15 @@ from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.column_types import IMAGE_NAME
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Labels
 from fieldguide.objectives import Objective
-from fieldguide.tasks.base import Arrays, Baseline, Beside, Metric
+from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric
 from fieldguide.tasks.multimodal.base import Pictured
-from fieldguide.tasks.supervised import Labelled, calibration_error, settled
+from fieldguide.tasks.supervised import ClassificationTask, calibration_error, fill_options
 
 ANSWERS = 1000  # answers that are learnt at most, where the user names no number
 TWICE = 2  # rows that an answer stands on at least
@@ -32,7 +32,7 @@ FEW = 30  # answers up to which the report has their confusion
 TYPES = 25  # kinds of question in the report
 
 
-class VisualQuestionAnswering(Pictured, Labelled):
+class VisualQuestionAnswering(Pictured, ClassificationTask):
     """`predict RUN table.csv` answers a table of pictures and questions; `predict RUN photo.jpg --set question="how many?"`
     asks one thing of each picture."""
 
@@ -40,7 +40,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
     reads = "a table with a column of pictures, one of questions and one of answers (--target)"
     takes = ("captioned",)
     further = ("text",)
-    wants = Wants(
+    column_spec = ColumnSpec(
         "last",
         names=("answer", "answers"),
         kinds={"target": "category"},
@@ -73,19 +73,19 @@ class VisualQuestionAnswering(Pictured, Labelled):
         question: str = ""  # asked of every picture, in place of the table's own questions
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         asked = [c.name for c in data.features("text", "category") if c.name.strip().lower() == "question"]
         if len(data.features("image")) == 1 and asked and data.target and data.target.kind != "number":
             return f"pictures, questions about them and {data.target.distinct} answers"
         return None
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
             return "one column of pictures"
         if len(data.features("text")) != 1:
             return "one column of questions (call it question, or --set column.NAME=text)"
-        return super().lacks(data)
+        return super().missing_requirements(data)
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
@@ -110,7 +110,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
                 "of the training rows); where one is the truth, every answer counts as wrong "
                 "(task.answers=... changes how many are learnt)"
             )
-        task.options = settled(task.options, answers=len(kept))
+        task.options = fill_options(task.options, answers=len(kept))
         return task
 
     @property
@@ -140,11 +140,11 @@ class VisualQuestionAnswering(Pictured, Labelled):
     def closes(self, row: list[int]) -> bool:
         return row[-1] == self.text.sep != self.text.unknown
 
-    def needs(self) -> dict[str, Any]:
-        return {**super().needs(), "classes": len(self.labels)}
+    def model_dims(self) -> dict[str, Any]:
+        return {**super().model_dims(), "classes": len(self.labels)}
 
-    def profile(self) -> dict[str, Any]:
-        return {**super().profile(), "classes": len(self.labels)}
+    def data_facts(self) -> dict[str, Any]:
+        return {**super().data_facts(), "classes": len(self.labels)}
 
     def truth(self, data: Data) -> Arrays:
         """-1 is an answer that was not learnt."""
@@ -154,7 +154,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
         """The rows whose answer is among those that are learnt."""
         return data.take(np.flatnonzero(self.truth(data)["label"] >= 0))
 
-    def lessons(self, data: Data, card: Card, settings: Settings) -> Batches:
+    def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
         return self.batches(self.learnt(data), card, settings)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -291,7 +291,7 @@ class VisualQuestionAnswering(Pictured, Labelled):
         return {**super().state(), **self.target_state()}
 
     @classmethod
-    def published(cls, beside: Beside) -> Self | None:
+    def published(cls, beside: CheckpointAssets) -> Self | None:
         if beside.pictures is None or beside.folder is None:
             return None
         p = beside.pictures

@@ -9,10 +9,10 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.tasks.base import Baseline, Metric
-from fieldguide.tasks.supervised import Labelled
+from fieldguide.tasks.supervised import ClassificationTask
 from fieldguide.tasks.tabular.tables import TabularClassification
 
 SHRINK = 10  # an item's share of yes is mixed with that of all as if so many more had met it
@@ -25,10 +25,10 @@ class ClickPrediction(TabularClassification):
         "(or a rating: task.positive=4 makes yes of 4 and more)"
     )
     takes = ("table",)
-    wants = Wants(
+    column_spec = ColumnSpec(
         "last", names=("click", "clicked", "rating"), roles=("user", "item"), kinds={"user": "category", "item": "category"}
     )
-    metrics = (Metric("auc", "max", "area under the ROC curve"), *(m for m in Labelled.metrics if m.name != "auc"))
+    metrics = (Metric("auc", "max", "area under the ROC curve"), *(m for m in ClassificationTask.metrics if m.name != "auc"))
     recipe: ClassVar = {"weight_decay": 1e-4, "patience": 6}
 
     @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class ClickPrediction(TabularClassification):
         positive: float | None = None  # a target of numbers is yes from here on
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         return None  # a table like any other, unless asked for
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         missing = [role for role in ("user", "item") if not data.role(role)]
         if missing:
             return " and ".join(f"a column of {role}s (name it with --set role.{role}=COLUMN)" for role in missing)
         return None if data.target else "a column that says yes or no (name it with --target)"
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
+    def build_examples(cls, data: Data, options: Any) -> Data:
         target = data.target
         if options.positive is None:
             if target.distinct != 2 and len(data):

@@ -17,13 +17,13 @@ from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Bars, Exhibit, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, LINE, Column, Data, Finding
 from fieldguide.data.loader import Batches
 from fieldguide.objectives import Objective
 from fieldguide.objectives.next_item import TOP, NextItem, ranked
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 
 ITEMS = "#items"  # of an example: what a user met, in order of time
@@ -39,7 +39,7 @@ class Recommendation(Task):
     reads = "a table of who met what, and when: a column of users, one of items, and one of time"
     takes = ("items",)
     gives = ("items",)
-    wants = Wants(
+    column_spec = ColumnSpec(
         "none", roles=("user", "item", "rating", "time"), kinds={"user": "identifier", "item": "identifier", "rating": "number"}
     )
     metrics = (
@@ -73,16 +73,16 @@ class Recommendation(Task):
     # From a table of events to users with their histories
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         missing = [role for role in ("user", "item") if not data.role(role)]
         return " and ".join(f"a column of {role}s (name it with --set role.{role}=COLUMN)" for role in missing) or None
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
-        return None if cls.lacks(data) else "a column of users and one of items"
+    def match(cls, data: Data) -> str | None:
+        return None if cls.missing_requirements(data) else "a column of users and one of items"
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
+    def build_examples(cls, data: Data, options: Any) -> Data:
         """Of each user three examples: all but the last two items to train on; the last but one to validate, the last
         to test, each predicted from what was before. Who met fewer than three items is trained on only."""
         histories, place = cls.histories(data, options)
@@ -151,7 +151,7 @@ class Recommendation(Task):
         sizes = data.rows[ITEMS].list.len().to_numpy()
         again = 1 - sum(len(set(h)) for h in data.rows[ITEMS].to_list()) / max(sizes.sum(), 1)
         longest = int(min(LONGEST, max(4, np.quantile(sizes, 0.9))))
-        task.options = settled(
+        task.options = fill_options(
             options, length=longest, repeats=bool(again > 0.05), negatives=0 if len(task.items) <= MANY else DRAWN
         )
         user = data.only("user").name
@@ -181,10 +181,10 @@ class Recommendation(Task):
         sizes = histories.list.len().to_numpy()
         return np.split(numbers[: sizes.sum()] if sizes.all() else numbers, sizes.cumsum()[:-1]) if len(sizes) else []
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {"items": len(self.items) + 1, "length": self.options.length}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {
             "items": len(self.items),
             "length": self.options.length,
@@ -264,7 +264,7 @@ class Recommendation(Task):
             scores[f"ndcg_{k}"] = float(np.where(rank <= k, 1 / np.log2(1 + rank), 0).mean())
         return {m.name: float((1 / rank).mean()) if m.name == "mrr" else scores[m.name] for m in self.metrics}
 
-    def before_test(self, train: Data, held: Data) -> None:
+    def prepare_test(self, train: Data, held: Data) -> None:
         """Who met what in training, as a sparse matrix users x items. And of users that are asked by name all is known from
         now on, so that nothing they have met is recommended."""
         from scipy.sparse import csr_matrix
@@ -345,16 +345,16 @@ class Recommendation(Task):
         rows, _ = self.histories(data, self.Options())
         return Data(data.source, rows, data.columns, data.manifest, data.findings)
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         histories = self.codes(data.rows[ITEMS])
         if new := sum(int((h == 0).sum()) for h in histories):
             self.notes.append(f"{new} events are of items that training did not have; they are passed over")
         self.asked = data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
         return self.ask_for_last(histories, asked=False)
 
-    def ask(self, objective: Objective) -> Any:
+    def predict_step(self, objective: Objective) -> Any:
         objective.top = max(TOP, self.asking.count)
-        return super().ask(objective)
+        return super().predict_step(objective)
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []

@@ -16,12 +16,12 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TablePreparer
-from fieldguide.tasks.supervised import Answered, Labelled, Measured, discrete, mix_pairs
+from fieldguide.tasks.supervised import SupervisedTask, ClassificationTask, RegressionTask, discrete, mix_pairs
 
 USABLE = ("number", "category", "boolean", "date")
 
 
-class Tabular(Answered):
+class Tabular(SupervisedTask):
     """What both tasks on tables share: the preparation of rows."""
 
     takes = ("table", "vector")
@@ -42,8 +42,8 @@ class Tabular(Answered):
         return f"{len(usable)} column{'s' if len(usable) > 1 else ''} of numbers and categories"
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
-        return super().lacks(data) if data.features(*USABLE) else "columns of numbers, categories, truth values or dates"
+    def missing_requirements(cls, data: Data) -> str | None:
+        return super().missing_requirements(data) if data.features(*USABLE) else "columns of numbers, categories, truth values or dates"
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
@@ -64,7 +64,7 @@ class Tabular(Answered):
     def learn_target(self, data: Data) -> None:
         raise NotImplementedError
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         prepared = self.preparer
         return {
             "classes": self.width(),
@@ -76,7 +76,7 @@ class Tabular(Answered):
     def width(self) -> int:
         raise NotImplementedError
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {
             "columns": len(self.inputs()),
             "numbers": len(self.preparer.numbers),
@@ -102,7 +102,7 @@ class Tabular(Answered):
             rows = torch.from_numpy(index)
             batch = {name: t[rows] for name, t in tensors.items()}
             # Mixing needs inputs that can be mixed: codes of categories cannot.
-            if generator is not None and settings and settings.mixup and "vector" in batch and isinstance(self, Labelled):
+            if generator is not None and settings and settings.mixup and "vector" in batch and isinstance(self, ClassificationTask):
                 batch = mix_pairs(batch, ("vector",), self.width(), settings.mixup, generator)
             return batch
 
@@ -125,12 +125,12 @@ class Tabular(Answered):
         return task
 
 
-class TabularClassification(Tabular, Labelled):
+class TabularClassification(Tabular, ClassificationTask):
     name = "tabular-classification"
     reads = "a table (CSV, Parquet, JSON Lines) with a column of classes"
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         why = cls.readable(data)
         target = data.target
         return f"{why}, and a target of {target.distinct} classes" if why and target and discrete(target) else None
@@ -144,7 +144,7 @@ class TabularClassification(Tabular, Labelled):
     def target_tensor(self, data: Data) -> torch.Tensor:
         return torch.from_numpy(self.truth(data)["label"])
 
-    def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         columns = [c.name for c in self.inputs()][:10]
         rows = [
             (test.place(i), words, *(test.rows[c][i] for c in columns)) for i, words in self.mistakes(probabilities, truth, 15)
@@ -156,12 +156,12 @@ class TabularClassification(Tabular, Labelled):
         )
 
 
-class TabularRegression(Tabular, Measured):
+class TabularRegression(Tabular, RegressionTask):
     name = "tabular-regression"
     reads = "a table (CSV, Parquet, JSON Lines) with a column of numbers to predict"
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         why, target = cls.readable(data), data.target
         if not why or not target or target.kind != "number" or discrete(target):
             return None

@@ -25,7 +25,7 @@ class Typed(Task):
     def texts(self, data: Data) -> list[str]:
         return data.rows[self.column].fill_null("").to_list()
 
-    def framed_texts(self, texts: Sequence[str], longest: int) -> Batches:
+    def encode_texts(self, texts: Sequence[str], longest: int) -> Batches:
         """Texts as encoders read them: a class token, at most so many tokens in all, a separator."""
         text = self.text
         rows = [np.concatenate([[text.cls], ids[: longest - 2], [text.sep]]) for ids in text.exactly(list(texts))]

@@ -24,7 +24,7 @@ from fieldguide.models.generation import Faithful
 from fieldguide.objectives import Objective, Restored
 from fieldguide.objectives import denoising as damage
 from fieldguide.tasks.base import Arrays
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.packing import Packed
 from fieldguide.tasks.text.translation import written
 
@@ -100,9 +100,9 @@ class Denoising(Packed):
     def settle(self, card: Card | None) -> None:
         """Chooses, once, what is done to texts. Raises `SettingsError` where the tokenizer has no tokens for it."""
         if self.options.damage is None:
-            self.options = settled(self.options, damage=card.denoises if card else "spans")
+            self.options = fill_options(self.options, damage=card.denoises if card else "spans")
         share, mean = USUAL[self.options.damage]
-        self.options = settled(self.options, share=share, mean=mean)
+        self.options = fill_options(self.options, share=share, mean=mean)
         o = self.options
         spans = round((o.length - self.around) * o.share / o.mean) + 1
         if o.damage == "spans" and len(self.sentinels) <= spans:
@@ -166,8 +166,8 @@ class Denoising(Packed):
 
         return Batches(len(packed), make)
 
-    def needs(self) -> dict[str, Any]:
-        return {**super().needs(), "begin": self.frame.said[0], "end": self.frame.end, "pad": self.text.pad}
+    def model_dims(self) -> dict[str, Any]:
+        return {**super().model_dims(), "begin": self.frame.said[0], "end": self.frame.end, "pad": self.text.pad}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Restored(model, card.inputs, settings.smoothing)
@@ -179,7 +179,7 @@ class Denoising(Packed):
 
     # Answers
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         self.settle(card)
         cut = [self.pieces(text) for text in self.gapped(data)]
         spans, frame = self.options.damage == "spans", self.frame
@@ -209,7 +209,7 @@ class Denoising(Packed):
 
         return Batches(len(rows), make, np.array([len(row) for row in rows]))
 
-    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             if "gaps" not in batch:
                 return objective.outputs(batch)

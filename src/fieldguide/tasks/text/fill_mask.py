@@ -21,7 +21,7 @@ from fieldguide.data.loader import generator as seeded
 from fieldguide.data.preprocessing.tokenizer import SPECIAL
 from fieldguide.objectives import MaskedWords, Objective
 from fieldguide.objectives.masked_lm import hide
-from fieldguide.tasks.base import Arrays, Beside
+from fieldguide.tasks.base import Arrays, CheckpointAssets
 from fieldguide.tasks.text.packing import Packed
 
 SHOWN = 12  # texts in the report
@@ -56,7 +56,7 @@ class FillMask(Packed):
         return task
 
     @classmethod
-    def published(cls, beside: Beside) -> Self:
+    def published(cls, beside: CheckpointAssets) -> Self:
         return cls.restore(beside.texts(), cls.Options(length=beside.length), {"counts": []}, beside.folder)
 
     # Rows as tokens
@@ -111,7 +111,7 @@ class FillMask(Packed):
             ids += [self.text.hidden, *piece]
         return [*ids, self.text.sep], places
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         rows = [self.blanks(text)[0] for text in self.gapped(data)]
         for place, ids in enumerate(rows):
             if len(ids) > self.options.length:
@@ -125,7 +125,7 @@ class FillMask(Packed):
 
         return Batches(len(rows), make, np.array([len(r) for r in rows]))
 
-    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             if "ids" not in batch:
                 return objective.outputs(batch)

@@ -15,11 +15,11 @@ from torch import Tensor
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Bars, Exhibit
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.preprocessing import Text
 from fieldguide.tasks.base import Arrays, Baseline, Metric
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import Typed
 from fieldguide.tasks.text.text_generation import MOST, PART, TOKENS, TextGeneration
 
@@ -31,7 +31,7 @@ class Packed(Typed):
     training they begin anywhere, so that no two passes are alike. Options have `length`, `vocab` and `tokenizer`."""
 
     reads = "text files, or a table (CSV, JSON Lines) with a column of text"
-    wants = Wants("none", columns={"text": "text"})
+    column_spec = ColumnSpec("none", columns={"text": "text"})
     metrics = (
         Metric("loss", "min", "nats a hidden token"),
         Metric("accuracy", "max", "of the hidden tokens guessed", percent=True),
@@ -44,12 +44,12 @@ class Packed(Typed):
     counts: np.ndarray  # how often each token stands in the training texts
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         return None if len(data.features("text")) == 1 else "one column of text (name its kind with --set column.NAME=text)"
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
-        return TextGeneration.examples(data, options)
+    def build_examples(cls, data: Data, options: Any) -> Data:
+        return TextGeneration.build_examples(data, options)
 
     @classmethod
     def prepared(cls, data: Data, options: Any, special: tuple[str, ...]) -> Self:
@@ -64,7 +64,7 @@ class Packed(Typed):
             raise DataError(f"{data.source}: the training texts are empty.")
         task.counts = np.bincount(tokens, minlength=task.text.size)
         longest = options.length or min(MOST[device().type], max(8, len(tokens) // 32))
-        task.options = settled(options, length=longest, vocab=task.text.size)
+        task.options = fill_options(options, length=longest, vocab=task.text.size)
         return task
 
     # Rows as tokens
@@ -101,10 +101,10 @@ class Packed(Typed):
 
         return flat.view(count, width), drawn
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {"vocab": self.text.size, "length": self.options.length}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         length = self.options.length
         return {"rows": max(1, int(self.counts.sum()) // length), "tokens": length, "length": length, "vocab": self.text.size}
 

@@ -21,15 +21,15 @@ from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.data.dataset import Column, Data, Unread
+from fieldguide.data.dataset import Column, Data, SkippedInput
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.qa_windows import WANTS, columns_of, prepared
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics import question_answering as measured
 from fieldguide.objectives import Objective, Span
-from fieldguide.tasks.base import Arrays, Baseline, Beside, Metric, Task
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Task
+from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 from fieldguide.tasks.text.windows import Frame, Windows, covering, ends, framed, starts, whole_words, widened
 
@@ -53,7 +53,7 @@ class QuestionAnswering(Task):
     takes = ("tokens",)
     gives = ("span",)
     feature = ("text",)
-    wants = WANTS
+    column_spec = WANTS
     metrics = (
         Metric("f1", "max", "F1 of words", percent=True),
         Metric("exact_match", "max", "the same words", percent=True),
@@ -85,24 +85,24 @@ class QuestionAnswering(Task):
     threshold: float = 0.0
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         columns = columns_of(data)
         named = columns and {columns.context.lower(), columns.question.lower()} == {"context", "question"}
         return (
             f"questions on texts and their answers in {columns.answers!r}"
-            if named and not cls.lacks(data) and data.target.name.lower().startswith("answer")
+            if named and not cls.missing_requirements(data) and data.target.name.lower().startswith("answer")
             else None
         )
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         columns = columns_of(data)
         if columns is None:
             return "a column `context` of texts and a column `question`"
         return None if columns.answers else "a column `answer` (name it with --target)"
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
+    def build_examples(cls, data: Data, options: Any) -> Data:
         columns = columns_of(data, options.context, options.question)
         if columns is None:
             raise DataError(
@@ -138,7 +138,7 @@ class QuestionAnswering(Task):
             raise DataError(
                 f"task.length={length} has no room for a question and a piece of its context; {around + 16} at least."
             )
-        task.options = settled(
+        task.options = fill_options(
             options,
             length=length,
             stride=length // 2,
@@ -208,16 +208,16 @@ class QuestionAnswering(Task):
         if bad.all():
             raise DataError(f"{data.source}: every row has an empty context or question.")
         before = np.cumsum(~bad)
-        data.unread += [
-            Unread(int(before[row]), data.place(int(row)), "its context or its question is empty")
+        data.skipped += [
+            SkippedInput(int(before[row]), data.place(int(row)), "its context or its question is empty")
             for row in np.flatnonzero(bad)
         ]
         return data.without(bad)
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {"vocab": self.text.size, "length": self.options.length}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         length = self.options.length
         return {"vocab": self.text.size, "length": length, "tokens": min(self.median, length)}
 
@@ -263,7 +263,7 @@ class QuestionAnswering(Task):
 
         return Batches(len(data), make, windows.sizes[last - 1] * count if len(data) else None)
 
-    def lessons(self, data: Data, card: Card, settings: Settings) -> Batches:
+    def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
         """Windows: with the first of the answers, where one is wholly in it, else with none."""
         windows = self.windows(data)
         spots = windows.spots(self.right(data))
@@ -274,7 +274,7 @@ class QuestionAnswering(Task):
 
         return Batches(len(windows.number), make, windows.sizes)
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         self.asked = self.contexts(data)
         return self.batches(data, card)
 
@@ -287,7 +287,7 @@ class QuestionAnswering(Task):
             "answers": objects([tuple(a["text"] for a in row) for row in self.right(data)]),
         }
 
-    def adjust(self, outputs: Arrays) -> Arrays:
+    def postprocess(self, outputs: Arrays) -> Arrays:
         least = self.threshold if self.asking.threshold is None else self.asking.threshold
         given = outputs["end"] > outputs["begin"]
         if self.silent or self.asking.threshold is not None:
@@ -306,7 +306,7 @@ class QuestionAnswering(Task):
         return measured.scores(self.said(outputs, truth["context"]), truth["answers"])
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        outputs = outputs if "given" in outputs else self.adjust(outputs)
+        outputs = outputs if "given" in outputs else self.postprocess(outputs)
         each = outputs["each"] if "each" in outputs else self.each(outputs, truth)
         none = np.array([not a for a in truth["answers"]], dtype=bool)
         mean = lambda values: float(values.mean()) if len(values) else float("nan")
@@ -378,7 +378,7 @@ class QuestionAnswering(Task):
     # Saved with the run
 
     @classmethod
-    def published(cls, beside: Beside) -> Self:
+    def published(cls, beside: CheckpointAssets) -> Self:
         """Every question is answered, unless `threshold` is named: from weights alone it cannot be seen whether some have no
         answer."""
         length = min(beside.length, PUBLISHED)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fieldguide.core.report_elements import Bars, Exhibit, Table
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
 from fieldguide.metrics import rouge
 from fieldguide.models.generation import Faithful
@@ -28,7 +28,7 @@ class Summarization(Translation):
 
     name = "summarization"
     reads = "a table with a column of documents (document, article, text) and one of their summaries (summary, highlights)"
-    wants = Wants("named", names=("summary", "highlights", "summaries", "tldr"), kinds={"target": "text", "feature": "text"})
+    column_spec = ColumnSpec("named", names=("summary", "highlights", "summaries", "tldr"), kinds={"target": "text", "feature": "text"})
     metrics = (
         Metric("rouge1", "max", "ROUGE-1", percent=True),
         Metric("rouge2", "max", "ROUGE-2", percent=True),
@@ -44,13 +44,13 @@ class Summarization(Translation):
         tokens: int = 128  # of a summary at most
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("text")) != 1:
             return "one column of documents"
         return None if data.target and data.target.kind == "text" else "a column of their summaries (name it with --target)"
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         return None  # two columns of text make a translation, unless this is asked for
 
     def limits(self, lengths: Tensor) -> Tensor:  # B tokens of sources -> B tokens of answers at most

@@ -19,8 +19,8 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.objectives import Objective
-from fieldguide.tasks.base import Beside
-from fieldguide.tasks.supervised import Labelled, discrete, settled
+from fieldguide.tasks.base import CheckpointAssets
+from fieldguide.tasks.supervised import ClassificationTask, discrete, fill_options
 from fieldguide.tasks.text.base import Typed, path_like
 from fieldguide.tasks.text.windows import Frame, framed
 
@@ -30,7 +30,7 @@ MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # tokens at most, where the user n
 TOKENS = 8192  # a step, about, where the user names no batch
 
 
-class TextClassification(Typed, Labelled):
+class TextClassification(Typed, ClassificationTask):
     name = "text-classification"
     reads = (
         "a table (CSV, JSON Lines) with a column of text, or two whose texts belong together, and one of labels; or a "
@@ -49,7 +49,7 @@ class TextClassification(Typed, Labelled):
     median: int  # tokens of a training text
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         usable = data.features("number", "category", "boolean", "date", "image")
         texts = len(data.features("text"))
         if texts in (1, 2) and not usable and data.target and discrete(data.target):
@@ -57,9 +57,9 @@ class TextClassification(Typed, Labelled):
         return None
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         texts = len(data.features("text"))
-        return super().lacks(data) if texts in (1, 2) else f"a column of text, or two (it has {texts})"
+        return super().missing_requirements(data) if texts in (1, 2) else f"a column of text, or two (it has {texts})"
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
@@ -73,7 +73,7 @@ class TextClassification(Typed, Labelled):
             sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], LONGEST)[0]]
         task.median = int(np.median(sizes))
         task.learn_labels(data)
-        task.options = settled(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
+        task.options = fill_options(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
         task.note_cut(sum(s > task.options.length for s in sizes), len(sizes))
         return task
 
@@ -143,10 +143,10 @@ class TextClassification(Typed, Labelled):
                 "cut there (task.length=... changes that)"
             )
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {"classes": len(self.labels), "vocab": self.text.size, "length": self.options.length}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median, "classes": len(self.labels)}
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -182,7 +182,7 @@ class TextClassification(Typed, Labelled):
         """Each row as one text: a pair with a line between."""
         return [f"{a} ┃ {b}" for a, b in zip(self.texts(data), self.seconds(data))] if self.second else self.texts(data)
 
-    def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         texts = self.shown(test)
         quotes = [
             Quote(texts[i], f"{words}: {test.place(i)}", bad=True) for i, words in self.mistakes(probabilities, truth, 20)
@@ -190,7 +190,7 @@ class TextClassification(Typed, Labelled):
         return [Quotes("Worst mistakes", "Test texts that were got wrong with most confidence.", quotes)] if quotes else []
 
     @classmethod
-    def published(cls, beside: Beside) -> Self:
+    def published(cls, beside: CheckpointAssets) -> Self:
         return cls.restore(
             [*beside.texts(2), Column("label", "category", "target")],
             cls.Options(length=beside.length),

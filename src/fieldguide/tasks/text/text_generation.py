@@ -19,7 +19,7 @@ from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Bars, Exhibit, Quote, Quotes, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.column_types import SPEAKERS
 from fieldguide.data.dataset import LINE, Column, Data
 from fieldguide.data.loader import Batches
@@ -28,11 +28,11 @@ from fieldguide.data.preprocessing.conversations import Conversations, messages,
 from fieldguide.data.preprocessing.tokenizer import END
 from fieldguide.data.preprocessing.tokenizer_files import CHAT
 from fieldguide.metrics.ngram_baseline import NGram
-from fieldguide.models.generation import Manner, engine, generate, streamed
+from fieldguide.models.generation import GenerationConfig, engine, generate, streamed
 from fieldguide.models.generation.stop_strings import cut
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import Typed
 
 PASSAGE = 2000  # characters of the pieces that long texts are cut into, at the end of a line, about
@@ -54,7 +54,7 @@ class TextGeneration(Typed):
     takes = ("tokens",)
     feature = ("text", "messages")
     gives = ("tokens",)
-    wants = Wants("none", columns={"text": "text"})
+    column_spec = ColumnSpec("none", columns={"text": "text"})
     metrics = (
         Metric("loss", "min", "nats a token"),
         Metric("perplexity", "min", "tokens to choose among, in effect"),
@@ -68,7 +68,7 @@ class TextGeneration(Typed):
         vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
         tokenizer: str = "bytes"  # bytes: byte-level BPE; characters; or the path of a tokenizer.json
 
-    Asking = Manner
+    PredictOptions = GenerationConfig
 
     text: Text
     chat: bool = False  # whether rows are conversations
@@ -77,19 +77,19 @@ class TextGeneration(Typed):
     # Reading
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("text")) + len(data.features("messages")) == 1:
             return None
         return "one column of text, or of messages (name its kind with --set column.NAME=text)"
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
-        if data.target is None and not cls.lacks(data) and len(data.features()) == 1:
+    def match(cls, data: Data) -> str | None:
+        if data.target is None and not cls.missing_requirements(data) and len(data.features()) == 1:
             return "texts and nothing else"
         return None
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
+    def build_examples(cls, data: Data, options: Any) -> Data:
         """Long texts in passages, the last of which are tested; short ones stay whole."""
         if not data.features("text"):
             return data
@@ -141,7 +141,7 @@ class TextGeneration(Typed):
             )
         tokens = len(task.stream_of(data)[0]) if task.template else sum(map(len, task.text.exactly(texts)))
         longest = options.length or min(MOST[device().type], max(8, tokens // 32))
-        task.options = settled(options, length=longest, vocab=task.text.size)
+        task.options = fill_options(options, length=longest, vocab=task.text.size)
         task.tokens = tokens
         return task
 
@@ -209,10 +209,10 @@ class TextGeneration(Typed):
 
         return Batches(count, make)
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {"vocab": self.text.size, "length": self.options.length}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         length = self.options.length
         return {"rows": max(1, self.tokens // length), "tokens": length, "length": length, "vocab": self.text.size}
 
@@ -242,7 +242,7 @@ class TextGeneration(Typed):
             "bits_per_byte": float(nats / np.log(2) / size) if size else float("nan"),
         }
 
-    def before_test(self, train: Data, held: Data) -> None:
+    def prepare_test(self, train: Data, held: Data) -> None:
         self.ngram = NGram(self.stream_of(train)[0], self.text.size)
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
@@ -265,7 +265,7 @@ class TextGeneration(Typed):
 
     # Answers
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         prompts = [self.prompt(row) for row in self.turns(data)]
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -284,10 +284,10 @@ class TextGeneration(Typed):
             ids += [self.text.tokenizer.token_to_id(f"<|{who}|>"), *encoded, self.text.end] if who else encoded.tolist()
         return ids + ([self.text.tokenizer.token_to_id("<|assistant|>")] if self.chat else [])
 
-    def sampled(self, objective: Objective, prompts: list[list[int]], asking: Manner) -> Iterator[Tensor]:
+    def sampled(self, objective: Objective, prompts: list[list[int]], asking: GenerationConfig) -> Iterator[Tensor]:
         return generate(objective.model, prompts, asking.tokens, sampling=asking.sampling, ends=self.ends, seed=asking.seed)
 
-    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             if "prompt" not in batch:
                 return objective.outputs(batch)
@@ -322,8 +322,8 @@ class TextGeneration(Typed):
 
     # Report
 
-    def glimpse(self, objective: Objective) -> list[Exhibit]:
-        asking = self.Asking(tokens=min(SHOWN, 2 * self.options.length))
+    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
+        asking = self.PredictOptions(tokens=min(SHOWN, 2 * self.options.length))
         start, ends = self.prompt(self.first if self.chat else [("", "")]), self.ends
         said = torch.cat(list(self.sampled(objective, [start], asking))).tolist()
         what = f"Answers to {self.first[-1][1][:SHOWN]!r}" if self.first else "Written from nothing"
@@ -361,7 +361,7 @@ class TextGeneration(Typed):
         ends = self.ends
         quotes, speeds = [], []
         for temperature in (0.0, 0.7, 1.0):
-            asking = self.Asking(tokens=SHOWN, temperature=temperature, top_p=1.0)
+            asking = self.PredictOptions(tokens=SHOWN, temperature=temperature, top_p=1.0)
             started, steps = time.perf_counter(), list(self.sampled(objective, prompts, asking))
             taken = time.perf_counter() - started
             speeds.append((f"{temperature:g}", len(prompts), len(steps) * len(prompts) / taken))

@@ -18,15 +18,15 @@ from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit, Matrix, Quote, Quotes, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics.entities import counted, spans
 from fieldguide.objectives import Objective, TokenLabels
-from fieldguide.tasks.base import Arrays, Baseline, Beside, Metric, Task
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Task
+from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 
 MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # tokens at most, where the user names no length
@@ -42,7 +42,7 @@ class TokenClassification(Task):
     takes = ("tokens",)
     gives = ("labels",)
     feature = ("list",)
-    wants = Wants("named", names=NAMED, kinds={"target": "list"}, columns=dict.fromkeys(WORDS, "list"))
+    column_spec = ColumnSpec("named", names=NAMED, kinds={"target": "list"}, columns=dict.fromkeys(WORDS, "list"))
     metrics = (
         Metric("f1", "max", "F1 of whole entities"),
         Metric("precision", "max", "of entities said that are there"),
@@ -63,13 +63,13 @@ class TokenClassification(Task):
     median: int  # tokens of a training sentence
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         if data.target and data.target.kind == "list" and len(data.features("list")) == 1:
             return "words and a tag for each"
         return None
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if not data.features("list"):
             return "a column `tokens` with a list of words in each row"
         tagged = data.target and data.target.kind == "list"
@@ -112,7 +112,7 @@ class TokenClassification(Task):
         )
         sizes = [len(ids) for ids, _ in task.encoded(words, 1 << 30)[0]]
         task.median = int(np.median(sizes))
-        task.options = settled(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
+        task.options = fill_options(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
         return task
 
     def encoded(self, words: list[list[str]], length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
@@ -130,10 +130,10 @@ class TokenClassification(Task):
             rows.append((tokens, begins[:inside]))
         return rows, lost
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {"classes": len(self.tags), "vocab": self.text.size, "length": self.options.length}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median, "classes": len(self.tags)}
 
     @property
@@ -227,7 +227,7 @@ class TokenClassification(Task):
         words = re.findall(r"\w+|[^\w\s]", source)
         return super().read_one(pl.DataFrame({self.column: [words]}, schema={self.column: pl.List(pl.String)}), answered)
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         self.asked = self.words(data)
         return self.batches(data, card)
 
@@ -285,9 +285,9 @@ class TokenClassification(Task):
             shown.append(
                 Matrix("Tags of words", "Rows are the truth, columns what the network said.", self.tags, counts.tolist())
             )
-        return {"Errors": [*shown, *self.worst(test, outputs, real, said)]}
+        return {"Errors": [*shown, *self.worst_mistakes(test, outputs, real, said)]}
 
-    def worst(self, test: Data, outputs: Arrays, real: np.ndarray, said: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, outputs: Arrays, real: np.ndarray, said: np.ndarray) -> list[Exhibit]:
         wrong = ((real != said) & (real >= 0)).sum(1)
         quotes, words = [], self.words(test)
         for row in np.argsort(-wrong, kind="stable")[:SHOWN]:
@@ -303,7 +303,7 @@ class TokenClassification(Task):
     # Saved with the run
 
     @classmethod
-    def published(cls, beside: Beside) -> Self:
+    def published(cls, beside: CheckpointAssets) -> Self:
         return cls.restore(
             [Column("tokens", "list"), Column("tags", "list", "target")],
             cls.Options(length=beside.length),

@@ -16,18 +16,18 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Bars, Exhibit, Quote, Quotes, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.sequence_markers import Frame, framed
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics.scripts import HAN, OTHERS
-from fieldguide.models.generation import Faithful, Manner, Sourced, engine, streamed
+from fieldguide.models.generation import Faithful, GenerationConfig, Sourced, engine, streamed
 from fieldguide.models.generation.stop_strings import cut
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import Typed
 
 VOCAB = 8192  # tokens of both languages together, at most, where the user names no number
@@ -44,9 +44,9 @@ class Translation(Typed):
     )
     takes = ("pair",)
     gives = ("tokens",)
-    wants = Wants("last", names=("translation", "target_text", "tgt"), kinds={"target": "text", "feature": "text"})
+    column_spec = ColumnSpec("last", names=("translation", "target_text", "tgt"), kinds={"target": "text", "feature": "text"})
     metrics = (Metric("bleu", "max", "BLEU"), Metric("chrf", "max", "chrF"), Metric("loss", "min", "nats a token"))
-    decides = "loss"
+    monitor = "loss"
     recipe: ClassVar = {"patience": 6}
     longest: ClassVar[int] = LONGEST
     made: ClassVar[str] = "Translations"
@@ -71,14 +71,14 @@ class Translation(Typed):
     shown: list[tuple[str, str]]  # a few training pairs, translated now and then while it learns
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("text")) != 1:
             return "one column of text to translate"
         return None if data.target and data.target.kind == "text" else "a column of its translation (name it with --target)"
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
-        if len(data.features()) == 1 and not cls.lacks(data):
+    def match(cls, data: Data) -> str | None:
+        if len(data.features()) == 1 and not cls.missing_requirements(data):
             return f"texts in column {data.features()[0].name!r} and their translation in {data.target.name!r}"
         return None
 
@@ -95,7 +95,7 @@ class Translation(Typed):
         sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]
         task.median = int(np.median(sizes))
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
-        task.options = settled(options, vocab=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000))))
+        task.options = fill_options(options, vocab=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000))))
         if cut := sum(s > task.options.length for s in sizes):
             task.notes.append(
                 f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and "
@@ -115,7 +115,7 @@ class Translation(Typed):
             )
         return data
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {
             "vocab": self.text.size,
             "length": self.options.length,
@@ -124,7 +124,7 @@ class Translation(Typed):
             "pad": self.text.pad,
         }
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median}
 
     @property
@@ -178,7 +178,7 @@ class Translation(Typed):
             self.notes.append(note)
         return [t[:length] for t in tokens]
 
-    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             scored = objective.outputs(batch) if "target" in batch else {}
             return {**scored, "said": self.search(objective.model, batch["source"], batch["source_mask"], batch["row"])}
@@ -211,7 +211,7 @@ class Translation(Typed):
             decode=self.text.decode,
         )
 
-    def adjust(self, outputs: Arrays) -> Arrays:
+    def postprocess(self, outputs: Arrays) -> Arrays:
         if "said" not in outputs:
             return outputs
         texts = [cut(self.text.decode(row[row >= 0]), self.asking.stops).strip() for row in outputs["said"].astype(int)]
@@ -241,7 +241,7 @@ class Translation(Typed):
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         return [Baseline("copy", "says the source itself", {"text": np.array(self.texts(test), dtype=object)})]
 
-    def glimpse(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         frame, texts = self.frame, [self.options.prefix + source for source, _ in self.shown]
         tokens, mask = self.text.batch(
             [
@@ -325,7 +325,7 @@ def written(
     mask: Tensor,
     frame: Frame,
     limits: Tensor,
-    how: Manner,
+    how: GenerationConfig,
     text: Text,
     numbers: list[int] | None = None,
 ) -> Tensor:

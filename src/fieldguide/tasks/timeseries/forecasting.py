@@ -16,7 +16,7 @@ from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.core.report_elements import Exhibit
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing.covariates import Covariates
@@ -42,7 +42,7 @@ class Forecasting(Task):
     )
     takes = ("series", "covariates")
     gives = ("forecast",)
-    wants = Wants(
+    column_spec = ColumnSpec(
         "numbers",
         names=("value", "values", "sales", "demand"),
         roles=("series", "time"),
@@ -91,13 +91,13 @@ class Forecasting(Task):
     # Before training
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if panels.arrange(data)[0] is not None:
             return None
         return "columns of numbers, or a row for each series, and (unless rows are equal steps) a column of time (--time)"
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
+    def build_examples(cls, data: Data, options: Any) -> Data:
         return cut(data, options)
 
     @classmethod
@@ -140,7 +140,7 @@ class Forecasting(Task):
                 task.notes.append(f"{', '.join(names)}: {what}; networks that take series alone do not read them")
         return task
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {
             "length": self.options.length,
             "horizon": self.options.horizon,
@@ -150,7 +150,7 @@ class Forecasting(Task):
             "known": self.covariates.known,
         }
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {
             "series": self.series,
             "length": self.options.length,
@@ -318,7 +318,7 @@ class Forecasting(Task):
             for level, (a, b) in LEVELS.items()
         }
 
-    def adjust(self, outputs: Arrays) -> Arrays:
+    def postprocess(self, outputs: Arrays) -> Arrays:
         values = outputs["values"].astype(np.float32)
         for level, grow in self.widths.items():
             a, b = LEVELS[float(level)]
@@ -373,10 +373,10 @@ class Forecasting(Task):
     def read_one(self, source: Any, answered: bool) -> Data:
         if self.layout == "rows":  # the columns are steps: there may be more of them, or fewer
             name = next((c.name for c in self.columns if c.role == "series" or c.kind in ("identifier", "category")), None)
-            return read(source, wants=self.wants, roles={"series": name} if name else None, labels_optional=True)
-        return read(source, schema=self.columns, wants=self.wants, labels_optional=True)
+            return read(source, column_spec=self.column_spec, roles={"series": name} if name else None, labels_optional=True)
+        return read(source, schema=self.columns, column_spec=self.column_spec, labels_optional=True)
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         batches = self.batches(data, card)
         if "known" in card.inputs and self.covariates.known > 2 * len(self.covariates.turns):
             self.say_unknown(data)

@@ -23,8 +23,8 @@ from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import Pictures, suggest_side
-from fieldguide.tasks.base import Beside
-from fieldguide.tasks.supervised import Labelled, discrete, mix_pairs, settled
+from fieldguide.tasks.base import CheckpointAssets
+from fieldguide.tasks.supervised import ClassificationTask, discrete, mix_pairs, fill_options
 
 LINEAR_SIDE = 16  # the linear baseline sees pictures of this side
 SAMPLE = 5000  # pictures that mean and deviation are learnt from
@@ -32,7 +32,7 @@ MOST = {"cpu": 96, "mps": 160, "cuda": 224}  # pixels a side, where the user nam
 SHARE = 0.3  # of the memory that decoded pictures may fill; beyond it they are decoded batch by batch
 
 
-class ImageClassification(Labelled):
+class ImageClassification(ClassificationTask):
     name = "image-classification"
     reads = "a folder of pictures per class, or a table of picture paths and labels"
     takes = ("image", "vector")
@@ -49,7 +49,7 @@ class ImageClassification(Labelled):
     pictures: Pictures
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         asked = any(plain(c.name) == "question" for c in data.features())
         said = data.target and plain(data.target.name) in CAPTIONS
         if len(data.features("image")) == 1 and not asked and not said and data.target and discrete(data.target):
@@ -57,8 +57,8 @@ class ImageClassification(Labelled):
         return None
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
-        return super().lacks(data) if data.features("image") else "a column of pictures"
+    def missing_requirements(cls, data: Data) -> str | None:
+        return super().missing_requirements(data) if data.features("image") else "a column of pictures"
 
     @classmethod
     def learn(cls, data: Data, options: Any) -> Self:
@@ -72,7 +72,7 @@ class ImageClassification(Labelled):
             task.pictures = task.pictures.scaled(options.pixels)
         task.learn_labels(data)
         flip = options.flip if options.flip is not None else task.mirrors(data)
-        task.options = settled(options, side=task.pictures.side, channels=task.pictures.channels, flip=flip)
+        task.options = fill_options(options, side=task.pictures.side, channels=task.pictures.channels, flip=flip)
         return task
 
     def mirrors(self, data: Data, most: int = 1500) -> bool:
@@ -90,11 +90,11 @@ class ImageClassification(Labelled):
         plain = (label[near.argmax(1)] == label).float().mean()
         return bool((label[near_mirrored.argmax(1)] == label).float().mean() >= 0.9 * plain)
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         p = self.pictures
         return {"classes": len(self.labels), "channels": p.channels, "image": p.side, "features": p.channels * p.side**2}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {"side": self.pictures.side, "channels": self.pictures.channels, "classes": len(self.labels)}
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -121,11 +121,11 @@ class ImageClassification(Labelled):
 
         return Batches(len(paths), make)
 
-    def preparation(self) -> dict[str, Any]:
+    def preprocessing_state(self) -> dict[str, Any]:
         return {"fit": self.pictures.fit}  # all else is undone for a network that learnt with other pictures
 
-    def shown_to(self, other: ImageClassification, card: Card) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
-        super().shown_to(other, card)  # complains where they differ in more
+    def teacher_inputs(self, other: ImageClassification, card: Card) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
+        super().teacher_inputs(other, card)  # complains where they differ in more
         mine, theirs = self.pictures, other.pictures
 
         def show(batch: dict[str, Tensor]) -> Sequence[Tensor]:
@@ -145,7 +145,7 @@ class ImageClassification(Labelled):
             for d in (train, test)
         )
 
-    def worst(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         wrong = self.mistakes(probabilities, truth, 24)
         right = np.flatnonzero(probabilities.argmax(1) == truth)
         sample = np.random.default_rng(0).permutation(right)[:12]
@@ -184,7 +184,7 @@ class ImageClassification(Labelled):
         return file.getvalue()
 
     @classmethod
-    def published(cls, beside: Beside) -> Self | None:
+    def published(cls, beside: CheckpointAssets) -> Self | None:
         if beside.pictures is None:  # rows of numbers, which may have been anything
             return None
         task = cls(

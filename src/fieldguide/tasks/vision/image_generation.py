@@ -22,7 +22,7 @@ from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import CAPTIONS, Wants
+from fieldguide.data.column_spec import CAPTIONS, ColumnSpec
 from fieldguide.data.column_types import blank_missing, spoken
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Kind, Manifest
 from fieldguide.data.loader import Batches
@@ -32,7 +32,7 @@ from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import Sampler
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
-from fieldguide.tasks.supervised import discrete, settled, wilson
+from fieldguide.tasks.supervised import discrete, fill_options, binomial_interval
 
 SIDES = (8, 16, 24, 28, 32, 48, 64)  # sides that pictures are brought to: doubling reaches all of them
 MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # pixels a side, where the user names none
@@ -61,7 +61,7 @@ class ImageGeneration(Task):
     takes = ("noisy", "noise")
     feature = ("image",)
     gives = ("image",)
-    wants = Wants("named", names=CAPTIONS, kinds={"target": said})
+    column_spec = ColumnSpec("named", names=CAPTIONS, kinds={"target": said})
     metrics = (
         Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN that this data taught"),
         Metric("precision", "max", "of the made pictures look like real ones", percent=True),
@@ -77,7 +77,7 @@ class ImageGeneration(Task):
         ),
         Metric("held_out_loss", "min", "on held-out pictures: error of the named noise; a GAN's distance of thumbnails"),
     )
-    decides = "held_out_loss"
+    monitor = "held_out_loss"
     recipe: ClassVar = {"patience": 0, "epochs": 1e6}  # few pictures are looked at very often, as long as time allows
     validated, tested = 500, 1000
     most, fewest = 64, 16
@@ -114,7 +114,7 @@ class ImageGeneration(Task):
         self.memo: dict[int, dict[str, Any]] = {}
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         return None if len(data.features("image")) == 1 else "a column of pictures"
 
     @classmethod
@@ -130,7 +130,7 @@ class ImageGeneration(Task):
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target and not captioned else []
-        task.options = settled(options, side=side, channels=channels)
+        task.options = fill_options(options, side=side, channels=channels)
         task.note_classes()
         if captioned:
             task.learn_captions(data.rows[data.target.name].fill_null("").to_list())
@@ -149,7 +149,7 @@ class ImageGeneration(Task):
         """Learns the vocabulary; settles its size and the length."""
         self.text = Text.learn(texts, size=self.options.vocab)
         sizes = [len(ids) for ids in self.text.encode(texts[:NEEDED], 100_000)[0]]
-        self.options = settled(self.options, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
+        self.options = fill_options(self.options, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
         if cut := sum(size > self.options.length for size in sizes):
             self.notes.append(
                 f"{100 * cut / len(sizes):.1f} % of the captions are longer than {self.options.length} tokens "
@@ -174,7 +174,7 @@ class ImageGeneration(Task):
             return np.zeros(len(data), dtype=np.int64)
         return Labels(tuple(self.labels)).apply(data.rows[target]) + 1
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {
             "image": self.pictures.side,
             "channels": self.pictures.channels,
@@ -182,7 +182,7 @@ class ImageGeneration(Task):
             **({"vocab": self.text.size, "length": self.options.length} if self.text else {}),
         }
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {"side": self.pictures.side, "classes": len(self.labels)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
@@ -218,7 +218,7 @@ class ImageGeneration(Task):
             label, (p.channels, p.side, p.side), sampler(asking), seed=asking.seed, numbers=numbers, guidance=guidance
         ).clamp(-1, 1)
 
-    def ask(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             made = self.made(objective, batch["label"], batch["row"].tolist(), self.asking)
             scored = objective.outputs(batch) if "image" in batch else {}
@@ -246,7 +246,7 @@ class ImageGeneration(Task):
         wanted = [n for name in named for n in [name] * count] or [others[i % len(others)] for i in range(count)]
         return Data("made", pl.DataFrame({"wanted": wanted}), {}, Manifest(""))
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         known, wanted = {name: i for i, name in enumerate(self.labels, 1)}, data.rows["wanted"].to_list()
         label = torch.from_numpy(self.tokens(wanted)) if self.text else torch.tensor([known.get(name, 0) for name in wanted])
         return Batches(len(data), lambda index, _: {"label": label[torch.from_numpy(index)], "row": torch.from_numpy(index)})
@@ -269,7 +269,7 @@ class ImageGeneration(Task):
 
     # Judging them
 
-    def before_test(self, train: Data, held: Data) -> None:
+    def prepare_test(self, train: Data, held: Data) -> None:
         rows = np.random.default_rng(0).permutation(len(train))[:NEEDED]
         some = train.take(np.sort(rows))
         self.known = self.pictures.apply(self.pictures.load(some.rows[self.column].to_list()))
@@ -336,7 +336,7 @@ class ImageGeneration(Task):
         )
         for name, metric in (("right", "classifier_accuracy"), ("matched", "caption_match")):
             if name in found:
-                ranges[metric] = wilson(int(found[name].sum()), len(found[name]))
+                ranges[metric] = binomial_interval(int(found[name].sum()), len(found[name]))
         return ranges
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
@@ -379,9 +379,9 @@ class ImageGeneration(Task):
             return torch.from_numpy(self.tokens([self.captions[i % len(self.captions)] for i in range(count)]))
         return torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
 
-    def glimpse(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         label = self.some(2 * GRID)
-        made = self.made(objective, label, range(len(label)), self.Asking())
+        made = self.made(objective, label, range(len(label)), self.PredictOptions())
         return [Gallery("Samples while it learnt", "The same noise each time.", [Picture(sheet(made.numpy()), "")])]
 
     def exhibits(
@@ -414,7 +414,7 @@ class ImageGeneration(Task):
             few = "From the same noise: more steps cost more and add detail."
             by_steps = [
                 Picture(
-                    sheet(self.made(objective, wanted, range(len(wanted)), self.Asking(steps=steps)).numpy()), f"{steps} steps"
+                    sheet(self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).numpy()), f"{steps} steps"
                 )
                 for steps in (2, 5, 10, 20, 50)
             ]

@@ -22,7 +22,7 @@ from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Exhibit, Gallery, Matrix, Picture, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Finding
 from fieldguide.data.loader import Batches
 from fieldguide.data.media.masks import Drawing
@@ -32,7 +32,7 @@ from fieldguide.data.validation import checks
 from fieldguide.objectives import Objective
 from fieldguide.objectives.segmentation import Segmentation
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import fill_options
 
 VOID = 255  # by custom: pixels that belong to no class
 SIDE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side, where the user names none
@@ -73,7 +73,7 @@ class ImageSegmentation(Task):
     takes = ("image",)
     feature = ("image",)
     gives = ("mask",)
-    wants = Wants("named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, outlined))
+    column_spec = ColumnSpec("named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, outlined))
     metrics = (
         Metric("miou", "max", "mean over classes of the intersection over union", percent=True),
         Metric("pixel_accuracy", "max", "of the pixels right", percent=True),
@@ -100,13 +100,13 @@ class ImageSegmentation(Task):
     # Which values are classes
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         if len(data.features("image")) == 1 and data.target and data.target.kind == "mask":
             return "pictures and a mask for each"
         return None
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
             return "a column of pictures"
         if data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested():
@@ -120,7 +120,7 @@ class ImageSegmentation(Task):
         return None if data.target and data.target.kind == "mask" else "a mask for each picture"
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
+    def build_examples(cls, data: Data, options: Any) -> Data:
         """Finds the classes, and keeps them in `context`: all values of masks, or all labels of outlined objects."""
         return (cls.drawn if data.target.kind == "boxes" else cls.stored)(data, options)
 
@@ -229,7 +229,7 @@ class ImageSegmentation(Task):
         task.canvas = Canvas(side, channels, raw.classes, tuple(means.tolist()), tuple(deviation.tolist()))
         task.names, task.colours = list(data.context["names"]), palette(len(data.context["names"]))
         crop = options.crop or min(CROP[kind], max(64, side // 32 * 32))
-        task.options = settled(options, side=side, crop=crop, channels=channels)
+        task.options = fill_options(options, side=side, crop=crop, channels=channels)
         if side < longest:
             task.notes.append(
                 f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
@@ -267,16 +267,16 @@ class ImageSegmentation(Task):
             )
         return data
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {"classes": len(self.names), "channels": self.options.channels}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {"side": self.options.crop, "classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Segmentation(model, len(self.names), self.asking.tile)
 
-    def ask(self, objective: Objective) -> Any:
+    def predict_step(self, objective: Objective) -> Any:
         objective.tile = max(64, self.asking.tile)
         return objective.outputs
 
@@ -320,7 +320,7 @@ class ImageSegmentation(Task):
 
         return Batches(len(paths), make)
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         return self.batches(replace(data, rows=data.rows.drop(self.target.name, strict=False)), card)
 
     def normal(self, pixels: Tensor) -> Tensor:  # 0 to 255 -> mean 0, deviation 1

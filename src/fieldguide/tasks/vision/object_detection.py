@@ -18,7 +18,7 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Exhibit
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
@@ -28,7 +28,7 @@ from fieldguide.metrics.detection import average_precision, bootstrap
 from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
-from fieldguide.tasks.supervised import settled
+from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision.detection_report import drawn, exhibits, matched, opened
 
 SIDE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side, where the user names none
@@ -54,12 +54,12 @@ class ObjectDetection(Task):
     takes = ("image",)
     feature = ("image",)
     gives = ("boxes",)
-    wants = Wants("named", names=("objects", "boxes"), kinds={"target": "boxes"})
+    column_spec = ColumnSpec("named", names=("objects", "boxes"), kinds={"target": "boxes"})
     metrics = (
         Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True),
         Metric("map50", "max", "mean average precision at IoU 0.50", percent=True),
     )
-    decides = "map50"
+    monitor = "map50"
     recipe: ClassVar = {"augment": "light"}  # in the minutes of a CPU mosaics cost more than they give: docs/log.md
     most, fewest = 32, 8
 
@@ -82,20 +82,20 @@ class ObjectDetection(Task):
     # What is there to find
 
     @classmethod
-    def suits(cls, data: Data) -> str | None:
+    def match(cls, data: Data) -> str | None:
         if len(data.features("image")) == 1 and data.target and data.target.kind == "boxes":
             return "pictures and the boxes of what is in each"
         return None
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
             return "a column of pictures"
         boxes = data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested()
         return None if boxes else "boxes for each picture (COCO, YOLO or Pascal VOC)"
 
     @classmethod
-    def examples(cls, data: Data, options: Any) -> Data:
+    def build_examples(cls, data: Data, options: Any) -> Data:
         """Finds which classes occur (or those asked for); keeps them in `context`."""
         seen = Counter(o["label"] for objects in data.rows[data.target.name].to_list() for o in objects or [])
         order = [n for n in (data.context or {}).get("classes", sorted(seen)) if n in seen]
@@ -121,7 +121,7 @@ class ObjectDetection(Task):
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         if not all(0 <= share <= 1 for share in (options.mosaic or 0, options.flip)):
             raise SettingsError("task.mosaic and task.flip are shares, from 0 to 1.")
-        task.options = settled(options, side=side, channels=channels)
+        task.options = fill_options(options, side=side, channels=channels)
         if side < longest:
             task.notes.append(
                 f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
@@ -152,23 +152,23 @@ class ObjectDetection(Task):
             crowd.append(np.array([bool(o["crowd"]) for o in objects], dtype=bool))
         return boxes, labels, crowd
 
-    def needs(self) -> dict[str, Any]:
+    def model_dims(self) -> dict[str, Any]:
         return {"classes": len(self.names), "channels": self.options.channels, "image": self.options.side}
 
-    def profile(self) -> dict[str, Any]:
+    def data_facts(self) -> dict[str, Any]:
         return {"side": self.options.side, "classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Framed(model, overlap=self.asking.overlap, most=MOST)
 
-    def ask(self, objective: Objective) -> Any:
+    def predict_step(self, objective: Objective) -> Any:
         objective.overlap = self.asking.overlap
         return objective.outputs
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         return self.prepared(data, settings, with_path=False)
 
-    def questions(self, data: Data, card: Card) -> Batches:
+    def predict_batches(self, data: Data, card: Card) -> Batches:
         return self.prepared(replace(data, rows=data.rows.drop(self.target.name, strict=False)), None, with_path=True)
 
     def prepared(self, data: Data, settings: Settings | None, with_path: bool) -> Batches:

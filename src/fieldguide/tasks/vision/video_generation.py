@@ -17,7 +17,7 @@ from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import Wants
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, FRAMES, HEIGHT, WIDTH, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import video
@@ -27,7 +27,7 @@ from fieldguide.objectives import DDIM, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import guided
 from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
-from fieldguide.tasks.supervised import discrete, settled, wilson
+from fieldguide.tasks.supervised import discrete, fill_options, binomial_interval
 from fieldguide.tasks.vision.image_generation import ImageGeneration, png, sampler
 
 SIDES = (16, 32, 64)
@@ -47,7 +47,7 @@ class VideoGeneration(ImageGeneration):
     takes = ("noisy-video",)
     feature = ("video",)
     gives = ("video",)
-    wants = Wants("named", media={"image": "video"})
+    column_spec = ColumnSpec("named", media={"image": "video"})
     metrics = (
         Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN of this data"),
         Metric(
@@ -67,13 +67,13 @@ class VideoGeneration(ImageGeneration):
         stride: int = 1  # every so many frames of the film
 
     @dataclass(frozen=True)
-    class Asking(ImageGeneration.Asking):
+    class Asking(ImageGeneration.PredictOptions):
         guidance: float = 3.0  # films of a short training show what they are of at 3 more than at 1.5
 
     # Films as tensors
 
     @classmethod
-    def lacks(cls, data: Data) -> str | None:
+    def missing_requirements(cls, data: Data) -> str | None:
         return None if len(data.features("video")) == 1 else "a column of films"
 
     @classmethod
@@ -88,14 +88,14 @@ class VideoGeneration(ImageGeneration):
         frames = options.frames or max(2, min(LENGTH[kind], shortest // options.stride))
         task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target else []
-        task.options = settled(options, side=side, channels=channels, frames=frames)
+        task.options = fill_options(options, side=side, channels=channels, frames=frames)
         task.note_classes()
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
             task.notes.append(f"{short} films are shorter than {frames} frames: their last frame is repeated")
         return task
 
-    def needs(self) -> dict[str, Any]:
-        return {**super().needs(), "frames": self.options.frames}
+    def model_dims(self) -> dict[str, Any]:
+        return {**super().model_dims(), "frames": self.options.frames}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts), data="video")
@@ -140,7 +140,7 @@ class VideoGeneration(ImageGeneration):
             guidance=asking.guidance if self.labels else 1.0,
         ).clamp(-1, 1)
 
-    def ask(self, objective: Objective) -> Any:
+    def predict_step(self, objective: Objective) -> Any:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             extra = torch.arange(self.each, device=batch["label"].device)
             label, numbers = batch["label"][:, None], batch["row"][:, None] * self.each + extra.cpu()
@@ -169,7 +169,7 @@ class VideoGeneration(ImageGeneration):
             x = sampler.step(process, x, guided(objective.model, x, at.float(), label, 1.0), time, before, draw)
         return x[:, -1].clamp(-1, 1)
 
-    def adjust(self, outputs: Arrays) -> Arrays:
+    def postprocess(self, outputs: Arrays) -> Arrays:
         return {**outputs, **{k: np.concatenate(list(outputs[k])) for k in ("samples", "label")}}
 
     def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
@@ -181,7 +181,7 @@ class VideoGeneration(ImageGeneration):
 
     # Judging them
 
-    def before_test(self, train: Data, held: Data) -> None:
+    def prepare_test(self, train: Data, held: Data) -> None:
         self.known, self.known_labels = self.whole(train), torch.from_numpy(self.codes(train)) - 1
         label = self.known_labels if self.labels else None
         frames = self.options.frames
@@ -190,7 +190,7 @@ class VideoGeneration(ImageGeneration):
         )
         self.motion = generative.taught(motion(self.known), label, len(self.labels)) if self.labels else None
 
-    def before_scores(self, rows: int) -> None:
+    def prepare_scoring(self, rows: int) -> None:
         self.each = -(-FEWEST // rows)
 
     def truth(self, data: Data) -> Arrays:
@@ -223,7 +223,7 @@ class VideoGeneration(ImageGeneration):
         ranges["frame_distance"] = generative.around_distance(found["real"], found["made"])
         ranges["consistency_gap"] = around_gap(*(consistencies(found[k]) for k in ("made", "real")))
         if "right" in found:
-            ranges["recognised"] = wilson(int(found["right"].sum()), len(found["right"]))
+            ranges["recognised"] = binomial_interval(int(found["right"].sum()), len(found["right"]))
         if "next" in outputs:
             ranges["next_frame_psnr"] = generative.around_mean(decibels(outputs["next"], truth["real"][:, -1]))
         if "loss" in outputs:
@@ -247,10 +247,10 @@ class VideoGeneration(ImageGeneration):
 
     # Report
 
-    def glimpse(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         count = max(2, min(len(self.labels), 8))
         label = torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
-        made = self.made(objective, label, range(count), self.Asking()).numpy()
+        made = self.made(objective, label, range(count), self.PredictOptions()).numpy()
         return [Gallery("Samples while it learnt", "The same noise each time.", [Picture(animated(beside(made)), "")])]
 
     def exhibits(
