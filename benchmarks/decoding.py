@@ -119,7 +119,7 @@ def measured(
     size: str, rows: int, model: nn.Module, small: nn.Module, peer: nn.Module, speed: float, options: argparse.Namespace
 ) -> tuple[list[list[str]], str]:
     """A line of the table for each way, and how many tokens are the same."""
-    prompts = torch.randint(5, model.config.vocab, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(5, model.config.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
     ways = {
         "transformers": theirs(peer, prompts, disable_compile=True),
         "ours": ours(model, prompts),

@@ -69,7 +69,7 @@ def theirs() -> nn.Module:
 
 def like(model: nn.Module) -> nn.Module:
     """Ours, with the peer's weights."""
-    mine = create("yolov8n", classes=CLASSES)
+    mine = create("yolov8n", num_classes=CLASSES)
     assert not weights.load(mine, model.state_dict())
     return mine
 
@@ -77,7 +77,7 @@ def like(model: nn.Module) -> nn.Module:
 def train(**settings: object) -> Run:
     boxes, labels = truth()
     batch = {"image": images(BATCH), "boxes": boxes, "labels": labels}
-    return trainer(Detection(create("yolov8n", classes=CLASSES)), fixed(batch), 1, **settings)
+    return trainer(Detection(create("yolov8n", num_classes=CLASSES)), fixed(batch), 1, **settings)
 
 
 def peer(**settings: object) -> Run:

@@ -32,7 +32,7 @@ def theirs(size: str) -> nn.Module:
         c = create(size).config
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=c.vocab,
+            vocab_size=c.vocab_size,
             n_positions=c.length,
             n_embd=c.dim,
             n_layer=c.depth,
@@ -73,7 +73,7 @@ def check() -> str:
 
 def train(size: str, shape: tuple[int, int], **settings: object) -> Run:
     model = create(size)
-    x = tokens(shape[0], shape[1] + 1, model.config.vocab)
+    x = tokens(shape[0], shape[1] + 1, model.config.vocab_size)
     return ours(
         model, ("tokens",), fixed({"tokens": x[:, :-1], "target": x[:, 1:]}), 1, NextToken(model, ("tokens",)), **settings
     )

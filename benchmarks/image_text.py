@@ -39,7 +39,13 @@ def theirs() -> nn.Module:
     return CLIP(
         c.embed,
         {"image_size": c.image, "patch_size": c.patch, "width": c.dim, "layers": c.depth, "head_width": c.dim // c.heads},
-        {"context_length": c.length, "vocab_size": c.vocab, "width": c.text_dim, "heads": c.text_heads, "layers": c.text_depth},
+        {
+            "context_length": c.length,
+            "vocab_size": c.vocab_size,
+            "width": c.text_dim,
+            "heads": c.text_heads,
+            "layers": c.text_depth,
+        },
         quick_gelu=c.quick,
         output_dict=True,
     )

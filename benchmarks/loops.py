@@ -38,7 +38,7 @@ def trainer(objective: Objective, batches: Batches, batch: int, **settings: Any)
     def run(steps: int) -> None:
         if steps not in trainers:
             trainers[steps] = Trainer(
-                objective, batches, chosen.with_({"steps": steps}), device=distributed.device(), watch=NullCallback()
+                objective, batches, chosen.with_({"steps": steps}), device=distributed.device(), callback=NullCallback()
             )
         trainers[steps].state.step = 0
         trainers[steps].train()

@@ -53,7 +53,7 @@ class Net:
         return kind(transformers.AutoConfig.for_model(said.pop("model_type"), **said | none | {"pad_token_id": None}))
 
     def tokens(self, rows: int, length: int) -> Tensor:
-        return torch.randint(2, self.empty().config.vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+        return torch.randint(2, self.empty().config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
 
     def batch(self) -> Batch:
         tokens = self.tokens(self.rows, self.length + 1)
@@ -187,7 +187,7 @@ class Picture(Net):
         chance, c = torch.Generator().manual_seed(0), self.empty().config
         return {
             "image": torch.randn(self.rows, c.channels, self.length, self.length, generator=chance),
-            "target": torch.randint(c.classes, (self.rows,), generator=chance),
+            "target": torch.randint(c.num_classes, (self.rows,), generator=chance),
         }
 
     def objective(self, model: nn.Module) -> Objective:

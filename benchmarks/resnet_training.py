@@ -47,7 +47,7 @@ def main() -> None:
             return make(np.arange(i * BATCH, (i + 1) * BATCH))
 
     batches, steps = Batches(len(pictures), make), options.steps
-    new = lambda: create("resnet18", classes=CLASSES)
+    new = lambda: create("resnet18", num_classes=CLASSES)
     peer = lambda: timm.create_model("resnet18", num_classes=CLASSES)
     runs = {
         "ours, float32": ours(new(), ("image",), batches, BATCH, precision="float32"),

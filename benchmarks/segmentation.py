@@ -31,11 +31,11 @@ def batch() -> dict[str, Tensor]:
 
 
 def new() -> nn.Module:
-    return create("unet-resnet34", classes=CLASSES)
+    return create("unet-resnet34", num_classes=CLASSES)
 
 
 def theirs() -> nn.Module:
-    return smp.Unet("resnet34", encoder_weights=None, classes=CLASSES)
+    return smp.Unet("resnet34", encoder_weights=None, num_classes=CLASSES)
 
 
 def train(**settings: object) -> Run:

@@ -122,7 +122,7 @@ def batch_of(rows: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def train() -> Run:
-    model = create("conformer-s", vocab=VOCAB)
+    model = create("conformer-s", vocab_size=VOCAB)
     return ours(model, (), fixed(batch_of(BATCH)), 1, CTC(model), precision="float32", **LIKE)
 
 
@@ -151,11 +151,11 @@ def main() -> None:
         "plain torch",
         [
             Pair("training, like for like", train, peer, seconds),
-            Pair("answer", lambda: answer(create("conformer-s", vocab=VOCAB)), lambda: answer(Plain()), seconds),
+            Pair("answer", lambda: answer(create("conformer-s", vocab_size=VOCAB)), lambda: answer(Plain()), seconds),
         ],
         options,
         lambda: (
-            f"{count(create('conformer-s', vocab=VOCAB), Plain())} Ours also keeps padding out of convolutions and statistics."
+            f"{count(create('conformer-s', vocab_size=VOCAB), Plain())} Ours also keeps padding out of convolutions and statistics."
         ),
     )
 

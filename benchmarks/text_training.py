@@ -75,7 +75,7 @@ def main() -> None:
     batches, rows = Batches(ROWS, make), []
     read = options.steps * float(np.mean([int(b["mask"].sum()) for b in fixed]))
     for name, peer in (("lstm-s", PlainLSTM), ("transformer-encoder-s", PlainEncoder)):
-        new = lambda name=name: create(name, vocab=VOCAB, classes=CLASSES)
+        new = lambda name=name: create(name, vocab_size=VOCAB, num_classes=CLASSES)
         runs = {
             "ours, float32": ours(new(), INPUTS, batches, BATCH, precision="float32"),
             "plain, float32": plain(peer(), INPUTS, fixed, lr=1e-3, fused=True, clip=1.0),

@@ -58,7 +58,7 @@ def theirs() -> nn.Module:
         c = create(SIZE).config
     return transformers.MarianMTModel(
         transformers.MarianConfig(
-            vocab_size=c.vocab,
+            vocab_size=c.vocab_size,
             d_model=c.dim,
             encoder_layers=c.depth,
             decoder_layers=c.depth,

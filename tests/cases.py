@@ -33,7 +33,7 @@ class Case:
     peer: Callable[[nn.Module], Peer]  # our network -> its peer
     lr: float = 1e-2  # that learns one batch
     overrides: tuple[tuple[str, Any], ...] = ()  # laid over the tiny size, for a less general peer
-    classes: int = 7  # another number of classes that it can have
+    num_classes: int = 7  # another number of classes that it can have
     skipped: tuple[str, ...] = ()  # how names begin of what files have and nothing reads
     slack: float = 1.0  # how much wider float32 may stray in a deep network
 
@@ -98,7 +98,7 @@ def noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
     return (
         torch.randn(rows, config.channels, side, side),
         torch.randint(1000, (rows,)).float(),
-        torch.arange(rows) % (config.classes + 1),
+        torch.arange(rows) % (config.num_classes + 1),
     )
 
 
@@ -129,7 +129,7 @@ def noisy_video(config: Any, rows: int) -> tuple[Tensor, ...]:
     return (
         torch.randn(rows, config.frames, config.channels, config.image, config.image),
         torch.randint(1000, (rows,)).float(),
-        torch.arange(rows) % (config.classes + 1),
+        torch.arange(rows) % (config.num_classes + 1),
     )
 
 
@@ -200,7 +200,7 @@ def packed(cell: type[nn.RNNBase]) -> Callable[[nn.Module], Peer]:
                 names[name] = tensor
             return names
 
-        return PackedReader(cell, c.vocab, c.dim, c.hidden, c.depth, c.directions, c.classes), rename
+        return PackedReader(cell, c.vocab_size, c.dim, c.hidden, c.depth, c.directions, c.num_classes), rename
 
     return build
 
@@ -227,8 +227,8 @@ class TorchEncoder(nn.Module):
             config.dim, config.heads, 4 * config.dim, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(config.dim), enable_nested_tensor=False)
-        self.embed = nn.Embedding(config.vocab, config.dim)
-        self.head = nn.Linear(config.dim, config.classes)
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.head = nn.Linear(config.dim, config.num_classes)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         dim = self.embed.embedding_dim
@@ -264,7 +264,7 @@ def huggingface_resnet(model: nn.Module) -> Peer:
             hidden_sizes=[growth * w for w in c.widths],
             depths=list(c.depths),
             layer_type=c.block,
-            num_labels=c.classes,
+            num_labels=c.num_classes,
         )
     )
 
@@ -290,7 +290,7 @@ def tabm_package(model: nn.Module) -> Peer:
     peer = tabm.TabM.make(
         n_num_features=c.numbers,
         cat_cardinalities=[size - 1 for size in c.categories],
-        d_out=c.classes,
+        d_out=c.num_classes,
         num_embeddings=PiecewiseLinearEmbeddings(list(model.numbers.edges.float()), c.embedding, activation=False, version="B"),
         n_blocks=c.depth,
         d_block=c.dim,
@@ -423,7 +423,7 @@ def huggingface_gpt2(model: nn.Module, kind: str = "GPT2", embed: str = "wte") -
     c, names = model.config, tables(model)["huggingface"]
     peer = getattr(transformers, f"{kind}LMHeadModel")(
         getattr(transformers, f"{kind}Config")(
-            vocab_size=c.vocab,
+            vocab_size=c.vocab_size,
             n_positions=c.length,
             n_embd=c.dim,
             n_layer=c.depth,
@@ -435,7 +435,7 @@ def huggingface_gpt2(model: nn.Module, kind: str = "GPT2", embed: str = "wte") -
             eos_token_id=None,
         )
     )
-    peer.lm_head = nn.Linear(c.dim, c.vocab, bias=False)
+    peer.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
     peer.lm_head.weight = peer.transformer.get_submodule(embed).weight
 
     class Tied(Logits):
@@ -455,7 +455,7 @@ class TorchTransformer(nn.Module):
         self.inner = nn.Transformer(config.dim, config.heads, config.depth, config.depth, config.hidden, 0.0, batch_first=True)
         self.inner.encoder.norm = self.inner.decoder.norm = None
         self.inner.encoder.use_nested_tensor = False
-        self.embed = nn.Embedding(config.vocab, config.dim)
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
 
     def read(self, tokens: Tensor) -> Tensor:
         dim = self.embed.embedding_dim
@@ -512,7 +512,7 @@ def smp_unet(model: nn.Module) -> Peer:
                 )
             )
             self.decoder = smp.decoders.unet.decoder.UnetDecoder((c.channels, c.widths[0], *widths), c.up, n_blocks=len(c.up))
-            self.segmentation_head = smp.base.SegmentationHead(c.up[-1], c.classes)
+            self.segmentation_head = smp.base.SegmentationHead(c.up[-1], c.num_classes)
 
         def forward(self, x: Tensor) -> Tensor:
             stem = self.encoder.embedder.embedder(x)
@@ -552,7 +552,7 @@ def diffusers_unet(model: nn.Module) -> Peer:
         freq_shift=1,
         norm_eps=1e-6,
         norm_num_groups=c.groups,
-        num_class_embeds=c.classes + 1 if c.classes else None,
+        num_class_embeds=c.num_classes + 1 if c.num_classes else None,
     )
 
     class Sample(nn.Module):
@@ -561,7 +561,7 @@ def diffusers_unet(model: nn.Module) -> Peer:
             self.peer = peer
 
         def forward(self, image: Tensor, time: Tensor, label: Tensor) -> Tensor:
-            return self.peer(image, time, label if c.classes else None).sample
+            return self.peer(image, time, label if c.num_classes else None).sample
 
     return Sample(), lambda state: {
         f"peer.{name}": tensor for name, tensor in translate(state, DIFFUSERS, reverse=True).items()
@@ -605,7 +605,7 @@ def conformer_layers(model: nn.Module) -> Peer:
         def __init__(self):
             super().__init__()
             self.layers = nn.ModuleList(layer(config) for _ in range(c.depth))
-            self.lm_head = nn.Linear(c.dim, c.vocab)
+            self.lm_head = nn.Linear(c.dim, c.vocab_size)
             stem = {name: x for name, x in model.state_dict().items() if name.startswith("stem.")}
             self.stem = nn.ParameterDict({name.replace(".", "__"): torch.empty_like(x) for name, x in stem.items()})
             for one in self.layers:
@@ -649,7 +649,7 @@ def huggingface_clip(model: nn.Module) -> Peer:
     peer = transformers.CLIPModel(
         transformers.CLIPConfig(
             text_config={
-                "vocab_size": c.vocab,
+                "vocab_size": c.vocab_size,
                 "hidden_size": c.text_dim,
                 "intermediate_size": 4 * c.text_dim,
                 "num_hidden_layers": c.text_depth,
@@ -723,7 +723,7 @@ def huggingface_vilt(model: nn.Module) -> Peer:
     c = model.config
     peer = transformers.ViltForQuestionAnswering(
         transformers.ViltConfig(
-            vocab_size=c.vocab,
+            vocab_size=c.vocab_size,
             max_position_embeddings=c.length,
             hidden_size=c.dim,
             num_hidden_layers=c.depth,
@@ -732,7 +732,7 @@ def huggingface_vilt(model: nn.Module) -> Peer:
             image_size=c.image,
             patch_size=c.patch,
             num_channels=c.channels,
-            num_labels=c.classes,
+            num_labels=c.num_classes,
             pad_token_id=None,
         )
     )
@@ -758,7 +758,7 @@ def timm_vit(model: nn.Module) -> Peer:
         img_size=c.image,
         patch_size=c.patch,
         in_chans=c.channels,
-        num_classes=c.classes,
+        num_classes=c.num_classes,
         embed_dim=c.dim,
         depth=c.depth,
         num_heads=c.heads,
@@ -780,7 +780,7 @@ def timm_deit(model: nn.Module) -> Peer:
         img_size=c.image,
         patch_size=c.patch,
         in_chans=c.channels,
-        num_classes=c.classes,
+        num_classes=c.num_classes,
         embed_dim=c.dim,
         depth=c.depth,
         num_heads=c.heads,
@@ -823,7 +823,7 @@ def huggingface_swin(model: nn.Module) -> Peer:
                 depths=list(c.depths),
                 num_heads=list(c.heads),
                 window_size=c.window,
-                num_labels=c.classes,
+                num_labels=c.num_classes,
                 drop_path_rate=0.0,
             )
         )
@@ -844,7 +844,7 @@ def huggingface_dinov2(model: nn.Module) -> Peer:
             image_size=c.image,
             patch_size=c.patch,
             num_channels=c.channels,
-            num_labels=c.classes,
+            num_labels=c.num_classes,
             num_register_tokens=c.registers,
             use_swiglu_ffn=c.gated,
         )
@@ -944,7 +944,9 @@ CASES = {
     "self-attention": Case(inputs=sequence, peer=same(lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),
     "tabm": Case(inputs=table, peer=tabm_package),
-    "deepfm": Case(inputs=table, classes=1, peer=lambda model: equations(references.deepfm(model.config.categories))(model)),
+    "deepfm": Case(
+        inputs=table, num_classes=1, peer=lambda model: equations(references.deepfm(model.config.categories))(model)
+    ),
     "dcgan": Case(inputs=row("noise"), peer=equations(references.dcgan)),
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),

@@ -151,7 +151,7 @@ class Official(nn.Module):
         super().__init__()
         self.visual = Patches(c) if hasattr(c, "patch") else ModifiedResNet(c)
         self.transformer = Blocks(c.text_dim, c.text_heads, c.text_depth, c.quick)
-        self.token_embedding = nn.Embedding(c.vocab, c.text_dim)
+        self.token_embedding = nn.Embedding(c.vocab_size, c.text_dim)
         self.positional_embedding = nn.Parameter(torch.zeros(c.length, c.text_dim))
         self.ln_final = nn.LayerNorm(c.text_dim)
         self.text_projection = nn.Parameter(torch.zeros(c.text_dim, c.embed))

@@ -28,9 +28,9 @@ def main(path: str, kind: str) -> None:
             columns |= {"text": torch.arange(22) % 5, "picture": torch.arange(22) // 3}
         data = Batches(22, lambda i, _: {name: x[i] for name, x in columns.items()})
         seen = []
-        watch = type("Watch", (), {"step": lambda self, step, losses: seen.append(losses), "say": lambda self, text: None})()
+        callback = type("Watch", (), {"step": lambda self, step, losses: seen.append(losses), "say": lambda self, text: None})()
         t = trainer(objective, data, optimizer="sgd", lr=0.02, steps=6, batch=11)  # 6 and 5 rows for two processes
-        t.watch = watch
+        t.callback = callback
         t.train()
         alike = distributed.gather(weights(objective))
         assert all(torch.equal(alike[0], w) for w in alike), "processes hold different weights"

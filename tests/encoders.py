@@ -52,9 +52,9 @@ transformers.models.deberta.modeling_deberta.DebertaLayerNorm.forward = exact_no
 
 def configuration(name: str, c: Any, **other: Any) -> Any:
     """The configuration of transformers that says what ours says."""
-    classes = 2 if c.gives == "span" else c.classes
+    classes = 2 if c.output_type == "span" else c.num_classes
     known = {
-        "vocab_size": c.vocab,
+        "vocab_size": c.vocab_size,
         "hidden_size": c.dim,
         "num_hidden_layers": c.depth,
         "num_attention_heads": c.heads,
@@ -109,7 +109,7 @@ def configuration(name: str, c: Any, **other: Any) -> Any:
 
 def network(name: str, c: Any, kind: str = "", **other: Any) -> nn.Module:
     """A network of transformers like ours; with the head that ours has unless another `kind` is named."""
-    kind = kind or KIND[c.gives]
+    kind = kind or KIND[c.output_type]
     built = getattr(transformers, STEM[name] + kind)
     plain = {"add_pooling_layer": False} if kind == "Model" and name in ("bert", "roberta") else {}
     return built(configuration(name, c, **other), **plain)
@@ -120,7 +120,7 @@ class Answers(Tied):
 
     def __init__(self, peer: nn.Module, gives: str):
         super().__init__()
-        self.peer, self.gives = peer, gives
+        self.peer, self.output_type = peer, gives
         for module in peer.modules():
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None  # it would keep the gradient of one token from its embedding
@@ -128,9 +128,9 @@ class Answers(Tied):
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         more = {} if segments is None else {"token_type_ids": segments}
         found = self.peer(input_ids=tokens, attention_mask=None if mask is None else mask.long(), **more)
-        if self.gives == "span":
+        if self.output_type == "span":
             return torch.stack([found.start_logits, found.end_logits], -1)
-        if self.gives == "vector":  # as sentence-transformers does it
+        if self.output_type == "vector":  # as sentence-transformers does it
             x, real = found.last_hidden_state, mask[..., None].to(found.last_hidden_state.dtype)
             return F.normalize((x * real).sum(1) / real.sum(1).clamp(min=1e-9), dim=1)
         return found.logits
@@ -139,7 +139,7 @@ class Answers(Tied):
 def encoder(model: nn.Module) -> tuple[nn.Module, Any]:
     """The peer of one of our encoders and what renames our tensors."""
     name = card_of(model).name
-    peer = Answers(network(name, model.config), model.config.gives)
+    peer = Answers(network(name, model.config), model.config.output_type)
     table = tables(model)["huggingface"]
     real = {key for key, _ in peer.named_parameters()}
 

@@ -53,14 +53,14 @@ def peer(build: Callable[[nn.Module], nn.Module], origin: str) -> Callable[[nn.M
 def torchvision_alexnet(model: nn.Module) -> nn.Module:
     c = model.config
     with torch.device("meta"):
-        theirs = tvm.AlexNet(c.classes, c.dropout)
+        theirs = tvm.AlexNet(c.num_classes, c.dropout)
     widths, stem = (c.channels, *c.widths), {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}[c.stem]
     for place, inputs, outputs in zip((0, 3, 6, 8, 10), widths, c.widths):
         old = theirs.features[place]
         shape = stem if place == 0 else (old.kernel_size, old.stride, old.padding)
         theirs.features[place] = nn.Conv2d(inputs, outputs, *shape)
     theirs.avgpool.output_size = (c.side, c.side)
-    dims = (c.widths[-1] * c.side**2, c.hidden, c.hidden, c.classes)
+    dims = (c.widths[-1] * c.side**2, c.hidden, c.hidden, c.num_classes)
     for place, inputs, outputs in zip((1, 4, 6), dims, dims[1:]):
         theirs.classifier[place] = nn.Linear(inputs, outputs)
     return theirs
@@ -74,10 +74,10 @@ def columns(c: Any) -> list:
 def torchvision_vgg(model: nn.Module) -> nn.Module:
     c = model.config
     with torch.device("meta"):
-        theirs = tvm.VGG(nn.Sequential(), c.classes, init_weights=False, dropout=c.dropout)
+        theirs = tvm.VGG(nn.Sequential(), c.num_classes, init_weights=False, dropout=c.dropout)
     theirs.features = tvm.vgg.make_layers(columns(c), batch_norm=c.norm)
     theirs.avgpool.output_size = (c.side, c.side)
-    dims = (c.widths[-1] * c.side**2, c.hidden, c.hidden, c.classes)
+    dims = (c.widths[-1] * c.side**2, c.hidden, c.hidden, c.num_classes)
     for place, inputs, outputs in zip((0, 3, 6), dims, dims[1:]):
         theirs.classifier[place] = nn.Linear(inputs, outputs)
     return theirs
@@ -86,12 +86,12 @@ def torchvision_vgg(model: nn.Module) -> nn.Module:
 def timm_vgg(model: nn.Module) -> nn.Module:
     c, vgg = model.config, timm.models.vgg
     with torch.device("meta"):
-        theirs = vgg.VGG(columns(c), c.classes, norm_layer=nn.BatchNorm2d if c.norm else None)
+        theirs = vgg.VGG(columns(c), c.num_classes, norm_layer=nn.BatchNorm2d if c.norm else None)
     for layer in theirs.features.to_empty(device="cpu"):
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
     theirs.pre_logits = vgg.ConvMlp(c.widths[-1], c.hidden, c.side, drop_rate=c.dropout)
-    theirs.head = vgg.ClassifierHead(c.hidden, c.classes)
+    theirs.head = vgg.ClassifierHead(c.hidden, c.num_classes)
     return theirs
 
 
@@ -110,7 +110,7 @@ def torchvision_efficientnet(model: nn.Module) -> nn.Module:
         (6, 3, 1, 192, 320, 1),
     ]
     rows = [module.MBConvConfig(*row, width_mult=c.width, depth_mult=c.depth) for row in rows]
-    return module.EfficientNet(rows, c.dropout, c.drop_path, c.classes, partial(nn.BatchNorm2d, eps=c.eps))
+    return module.EfficientNet(rows, c.dropout, c.drop_path, c.num_classes, partial(nn.BatchNorm2d, eps=c.eps))
 
 
 def timm_efficientnet(model: nn.Module) -> nn.Module:
@@ -119,7 +119,7 @@ def timm_efficientnet(model: nn.Module) -> nn.Module:
         "efficientnet_b0",
         c.width,
         c.depth,
-        num_classes=c.classes,
+        num_classes=c.num_classes,
         in_chans=c.channels,
         drop_rate=c.dropout,
         drop_path_rate=c.drop_path,
@@ -139,7 +139,7 @@ def huggingface_efficientnet(model: nn.Module) -> nn.Module:
             batch_norm_eps=c.eps,
             dropout_rate=c.dropout,
             drop_connect_rate=c.drop_path,
-            num_labels=c.classes,
+            num_labels=c.num_classes,
         )
     )
 
@@ -150,7 +150,7 @@ def torchvision_efficientnet_v2(model: nn.Module) -> nn.Module:
     for s, (width, depth, growth, stride) in enumerate(zip(c.widths, c.depths, c.growths, efficientnet_v2.strides(c))):
         rows.append((module.FusedMBConvConfig if s < 3 else module.MBConvConfig)(growth, 3, stride, dim, width, depth))
         dim = width
-    theirs = module.EfficientNet(rows, c.dropout, c.drop_path, c.classes, partial(nn.BatchNorm2d, eps=c.eps), c.top)
+    theirs = module.EfficientNet(rows, c.dropout, c.drop_path, c.num_classes, partial(nn.BatchNorm2d, eps=c.eps), c.top)
     return theirs
 
 
@@ -163,7 +163,7 @@ def timm_efficientnet_v2(model: nn.Module) -> nn.Module:
     ]
     return module.EfficientNet(
         module.decode_arch_def(rows),
-        c.classes,
+        c.num_classes,
         c.top,
         c.channels,
         c.widths[0],
@@ -185,7 +185,7 @@ def torchvision_mobilenet_v2(model: nn.Module) -> nn.Module:
     c = model.config
     rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
     return tvm.MobileNetV2(
-        c.classes, c.width, [[t, n, math.ceil(c.depth * deep), stride] for t, n, deep, stride in rows], dropout=c.dropout
+        c.num_classes, c.width, [[t, n, math.ceil(c.depth * deep), stride] for t, n, deep, stride in rows], dropout=c.dropout
     )
 
 
@@ -195,7 +195,7 @@ def torchvision_mobilenet_v3(model: nn.Module) -> nn.Module:
     for kernel, hidden, width, gate, swish, stride in (row for group in mobilenet_v3.stages(c) for row in group):
         rows.append(module.InvertedResidualConfig(dim, kernel, hidden, width, gate, "HS" if swish else "RE", stride, 1, 1.0))
         dim = width
-    return module.MobileNetV3(rows, c.hidden, c.classes, norm_layer=partial(nn.BatchNorm2d, eps=c.eps), dropout=c.dropout)
+    return module.MobileNetV3(rows, c.hidden, c.num_classes, norm_layer=partial(nn.BatchNorm2d, eps=c.eps), dropout=c.dropout)
 
 
 def timm_mobilenet_v3(model: nn.Module) -> nn.Module:
@@ -211,7 +211,7 @@ def timm_mobilenet_v3(model: nn.Module) -> nn.Module:
     round8 = timm.models._efficientnet_builder.round_channels
     return module.MobileNetV3(
         module.decode_arch_def(arch),
-        c.classes,
+        c.num_classes,
         c.channels,
         c.stem,
         num_features=c.hidden,
@@ -231,7 +231,7 @@ def timm_convnext(model: nn.Module) -> nn.Module:
     newer = type(model).__name__ == "ConvNeXtV2"  # whose sizes below Tiny are made of 1x1 convolutions
     return timm.models.convnext.ConvNeXt(
         c.channels,
-        c.classes,
+        c.num_classes,
         depths=c.depths,
         dims=c.widths,
         patch_size=c.patch,
@@ -245,7 +245,7 @@ def timm_convnext(model: nn.Module) -> nn.Module:
 def torchvision_convnext(model: nn.Module) -> nn.Module:
     c, module = model.config, tvm.convnext
     widths = zip(c.widths, (*c.widths[1:], None), c.depths)
-    return module.ConvNeXt([module.CNBlockConfig(*row) for row in widths], c.drop_path, num_classes=c.classes)
+    return module.ConvNeXt([module.CNBlockConfig(*row) for row in widths], c.drop_path, num_classes=c.num_classes)
 
 
 def huggingface_convnext(model: nn.Module) -> nn.Module:
@@ -259,7 +259,7 @@ def huggingface_convnext(model: nn.Module) -> nn.Module:
         hidden_sizes=list(c.widths),
         depths=list(c.depths),
         drop_path_rate=c.drop_path,
-        num_labels=c.classes,
+        num_labels=c.num_classes,
         layer_norm_eps=1e-6,
     )
     return getattr(transformers, f"{kind}ForImageClassification")(config)

@@ -558,7 +558,7 @@ def latte(c) -> Callable[..., Tensor]:
         angles = [time.float() * r for r in rate]
         said = torch.stack([torch.cos(a) for a in angles] + [torch.sin(a) for a in angles], 1).to(video.dtype)
         what = linear("time2", silu(linear("time1", said)))
-        what = what + torch.stack([p["label.weight"][int(one) - 1 if one else c.classes] for one in label])
+        what = what + torch.stack([p["label.weight"][int(one) - 1 if one else c.num_classes] for one in label])
         xs = {}
         for f in range(video.shape[1]):
             for row in range(side):

@@ -126,7 +126,9 @@ def test_what_is_forced_before_an_answer_counts_as_length(pair, monkeypatch):
     folder, _, _, _, forced, languages = pair
     seen = []
     monkeypatch.setattr(
-        sys.modules[GenerationConfig.__module__], "beam_search", lambda *a, **k: (seen.append(k["before"]), beam_search(*a, **k))[1]
+        sys.modules[GenerationConfig.__module__],
+        "beam_search",
+        lambda *a, **k: (seen.append(k["before"]), beam_search(*a, **k))[1],
     )
     Speaker.load(folder, **languages).say(["a"], beams=2, tokens=3)
     assert seen == [len(forced)]
@@ -254,11 +256,19 @@ def test_beams_need_an_end_and_room(decoder):
 
 
 def test_manners():
-    assert (GenerationConfig().searched, GenerationConfig().sampling.temperature, GenerationConfig().sampling.top_p) == (1, 0.8, 0.95)
+    assert (GenerationConfig().searched, GenerationConfig().sampling.temperature, GenerationConfig().sampling.top_p) == (
+        1,
+        0.8,
+        0.95,
+    )
     assert (Faithful().searched, Faithful(temperature=0).searched, Faithful(beams=2).searched) == (4, 1, 2)
     assert Faithful(temperature=0).sampling.temperature == 0 and Faithful(top_p=0.9).sampling.temperature == 1
     assert Faithful(top_k=5).searched == 1 and GenerationConfig(beams=3, temperature=0).searched == 3
-    assert GenerationConfig(stop="x").stops == ["x"] and GenerationConfig().stops == [] and GenerationConfig(stop='["a", "b"]').stops == ["a", "b"]
+    assert (
+        GenerationConfig(stop="x").stops == ["x"]
+        and GenerationConfig().stops == []
+        and GenerationConfig(stop='["a", "b"]').stops == ["a", "b"]
+    )
     assert GenerationConfig(stop="[").stops == ["["]
     for bad, why in (
         ({"beams": 2, "top_k": 3}, "top_k"),

@@ -85,7 +85,12 @@ def test_logits_equal_those_of_clip_with_its_processor(clip):
 def test_what_was_prepared_is_kept_and_said(clip):
     folder, _, run = clip
     options = run.task.options
-    assert (options.side, options.length, options.vocab, options.channels) == (24, 16, inspect_checkpoint(folder).values["vocab"], 3)
+    assert (options.side, options.length, options.vocab, options.channels) == (
+        24,
+        16,
+        inspect_checkpoint(folder).values["vocab"],
+        3,
+    )
     assert options.resize == f"crop {24 / 26} bicubic" and run.task.pictures.edge == 26
     assert run.record["model"]["fresh"] == [] and run.task.end == run.model.config.end
     assert any("are longer than 16 tokens" in note for note in run.record["data"]["notes"])
@@ -96,7 +101,7 @@ def test_classes_by_name_are_told_as_by_the_untouched_checkpoint(clip):
     want = ZeroShot.load(folder).predict(str(place / "photos"), CLASSES)
     for source in (run, ZeroShot.load(run.path)):
         got = (
-            run.predict(str(place / "photos"), classes=",".join(CLASSES))
+            run.predict(str(place / "photos"), num_classes=",".join(CLASSES))
             if source is run
             else source.predict(str(place / "photos"), CLASSES)
         )

@@ -281,7 +281,7 @@ def test_models(good):
     assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152"} <= set(names)
     assert all(n.startswith("resnet") for n in names)
     text = [json.loads(line) for line in good("models", "--task", "text-classification", "--json").splitlines()]
-    assert {"gru-s", "lstm-s", "rnn-s"} <= {m["name"] for m in text} and {m["takes"] for m in text} == {"tokens"}
+    assert {"gru-s", "lstm-s", "rnn-s"} <= {m["name"] for m in text} and {m["input_type"] for m in text} == {"tokens"}
     family = [json.loads(line) for line in good("models", "--family", "recurrent", "--json").splitlines()]
     assert {m["family"] for m in family} == {"recurrent"}
 

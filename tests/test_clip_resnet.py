@@ -169,7 +169,7 @@ def published(folder, name, quick, **said):
     }
     text = {
         "context_length": c.length,
-        "vocab_size": c.vocab,
+        "vocab_size": c.vocab_size,
         "width": c.text_dim,
         "heads": c.text_heads,
         "layers": c.text_depth,

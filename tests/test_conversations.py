@@ -92,7 +92,7 @@ class Said(NullCallback):
     def __init__(self):
         self.words = []
 
-    def say(self, text):
+    def log(self, text):
         self.words.append(text)
 
 
@@ -123,7 +123,7 @@ def table(chats):
 
 
 def learnt_from(folder, chats, **options) -> TextGeneration:
-    return TextGeneration.learn(table(chats), TextGeneration.Options(tokenizer=str(folder), **{"length": 16, **options}))
+    return TextGeneration.fit(table(chats), TextGeneration.Options(tokenizer=str(folder), **{"length": 16, **options}))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -219,7 +219,7 @@ def test_a_fit_on_conversations_learns_to_answer_and_to_end(tmp_path):
         tmp_path / "chat.jsonl",
         weights=tmp_path / "net",
         out=tmp_path / "run",
-        watch=(said := Said()),
+        callback=(said := Said()),
         settings={**STEPS, "steps": 60, "lr": 1e-2, "tune": "whole"},
     )
     assert any("what the assistant says is learnt" in text for text in said.words)
@@ -274,7 +274,7 @@ def test_a_template_in_a_run_is_kept(tmp_path):
     task = learnt_from(tmp_path, CHATS)
     (tmp_path / "kept").mkdir()
     task.save(tmp_path / "kept")
-    again = TextGeneration.restore(task.columns, task.options, json.loads(json.dumps(task.state())), tmp_path / "kept")
+    again = TextGeneration.from_state(task.columns, task.options, json.loads(json.dumps(task.state())), tmp_path / "kept")
     assert again.ends == task.ends and again.first == [("user", "hello there")]
     assert again.prompt(again.first) == task.prompt(task.first)
     assert Text.load(tmp_path / "kept").special["bos_token"] == "<|begin_of_text|>"

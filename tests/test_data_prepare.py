@@ -21,13 +21,13 @@ from fieldguide.data.preprocessing.tokenizer import suggest_length, suggest_size
 
 def learn(table: dict, kinds: dict | None = None):
     data = read({**table, "y": np.arange(len(next(iter(table.values())))) // 5 % 2}, target="y", kinds=kinds)
-    return TablePreparer.learn(data.rows, data.features()), data
+    return TablePreparer.fit(data.rows, data.features()), data
 
 
 def test_numbers_become_standard_normals():
     data = read("breast-cancer")
     train = data.rows[split(data).train]
-    numbers, codes = TablePreparer.learn(train, data.features()).apply(train)
+    numbers, codes = TablePreparer.fit(train, data.features()).apply(train)
     assert numbers.shape == (len(train), 30) and numbers.dtype == np.float32
     assert codes.shape == (len(train), 0)
     assert np.abs(numbers.mean(0)).max() < 0.1 and np.abs(numbers.std(0) - 1).max() < 0.3
@@ -79,18 +79,18 @@ def test_missing_unseen_and_json():
 def test_nothing_of_other_rows_is_learnt():
     data = read("iris")
     made = split(data)
-    before = TablePreparer.learn(data.rows[made.train], data.features()).to_json()
+    before = TablePreparer.fit(data.rows[made.train], data.features()).to_json()
     rows = data.rows.with_columns(
         pl.Series("petal_width_cm", np.where(np.isin(np.arange(150), made.test), 99.0, data.rows["petal_width_cm"].to_numpy()))
     )
-    assert TablePreparer.learn(rows[made.train], data.features()).to_json() == before
+    assert TablePreparer.fit(rows[made.train], data.features()).to_json() == before
 
 
 def test_constant_and_rare():
     n = 300
     names = [f"town {i // 2 % 40}" if i < 280 else f"once {i}" for i in range(n)]
     preparer, data = learn({"same": [1.0] * (n - 1) + [2.0], "town": names})
-    constant = TablePreparer.learn(data.rows[:100], data.features())
+    constant = TablePreparer.fit(data.rows[:100], data.features())
     assert [f.column for f in constant.numbers] == []  # constant in these rows
     town = next(f for f in preparer.categories if f.column == "town")
     assert len(town.values) == 40 and preparer.unseen == {}  # 20 names that are there once: code 0
@@ -122,27 +122,27 @@ def test_dates():
 
 
 def test_labels():
-    labels = Labels.learn(pl.Series(["10", "9", "2", None]))
+    labels = Labels.fit(pl.Series(["10", "9", "2", None]))
     assert labels.names == ("2", "9", "10") and len(labels) == 3
     assert labels.apply(pl.Series(["9", None, "10", "7"])).tolist() == [1, -1, 2, -1]
     assert Labels.from_json(json.loads(json.dumps(labels.to_json()))) == labels
-    assert Labels.learn(["b", "a"]).inverse(np.array([1, 0])) == ["b", "a"]
-    assert Labels.learn(pl.Series([True, False])).apply(pl.Series([True, False])).tolist() == [1, 0]
+    assert Labels.fit(["b", "a"]).inverse(np.array([1, 0])) == ["b", "a"]
+    assert Labels.fit(pl.Series([True, False])).apply(pl.Series([True, False])).tolist() == [1, 0]
 
 
 def test_standard():
     values = np.random.default_rng(0).normal(50, 7, 1000)
-    standard = Standard.learn(values)
+    standard = Standard.fit(values)
     scaled = standard.apply(values)
     assert scaled.dtype == np.float32 and abs(scaled.mean()) < 1e-6 and abs(scaled.std() - 1) < 1e-6
     assert np.allclose(Standard.from_json(standard.to_json()).inverse(scaled), values, atol=1e-5)
-    assert Standard.learn(np.ones(5)).apply(np.ones(5)).tolist() == [0] * 5
+    assert Standard.fit(np.ones(5)).apply(np.ones(5)).tolist() == [0] * 5
     assert np.isnan(standard.apply(pl.Series([None, 1.0]))).tolist() == [True, False]
 
 
 @pytest.fixture(scope="module")
 def text() -> Text:
-    return Text.learn(read("docstrings").rows["text"].to_list())
+    return Text.fit(read("docstrings").rows["text"].to_list())
 
 
 def test_text_round_trip(text, tmp_path):
@@ -173,7 +173,7 @@ def test_text_batches(text):
 
 def test_learning_text_is_deterministic():
     texts = read("docstrings").rows["text"].to_list()[:500]
-    assert Text.learn(texts).tokenizer.to_str() == Text.learn(texts).tokenizer.to_str()
+    assert Text.fit(texts).tokenizer.to_str() == Text.fit(texts).tokenizer.to_str()
 
 
 def test_sizes_of_text():
@@ -193,12 +193,12 @@ def test_given_tokenizer_that_is_none(tmp_path):
 def test_pictures(tmp_path):
     paths = read(digits(tmp_path)).rows["image"].to_list()
     x = Pictures(8, 1, (0.5,), (0.25,)).load(paths)
-    pictures = Pictures.learn(x)
+    pictures = Pictures.from_pixels(x)
     y = pictures.apply(x)
     assert y.dtype == torch.float32 and abs(y.mean()) < 1e-5 and abs(y.std(correction=0) - 1) < 1e-5
     again = Pictures.from_json(json.loads(json.dumps(pictures.to_json())))
     assert again == pictures and torch.equal(again.apply(x[0]), y[0])
-    colour = Pictures.learn(Pictures(16).load(paths))
+    colour = Pictures.from_pixels(Pictures(16).load(paths))
     assert len(colour.mean) == 3 and colour.apply(x.new_zeros(2, 3, 16, 16)).shape == (2, 3, 16, 16)
 
 
@@ -209,5 +209,5 @@ def test_suggested_side():
 
 def test_columns_of_other_kinds_are_passed_over():
     rows = pl.DataFrame({"t": ["a b", "c d"], "x": [1.0, 2.0]})
-    preparer = TablePreparer.learn(rows, [Column("t", "text"), Column("x", "number")])
+    preparer = TablePreparer.fit(rows, [Column("t", "text"), Column("x", "number")])
     assert [n.column for n in preparer.numbers] == ["x"] and preparer.categories == ()

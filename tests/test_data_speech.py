@@ -81,7 +81,7 @@ def test_a_tone_is_where_it_sounds():
 @pytest.mark.parametrize("scale", ["recording", "corpus"])
 def test_recordings_together_are_those_alone(scale):
     many = waves(16_000, 300, 400, 401, 559, 560, 7_777)
-    mel = LogMel() if scale == "recording" else LogMel.learn([padded(many)])
+    mel = LogMel() if scale == "recording" else LogMel.fit([padded(many)])
     together, frames = mel.apply(*padded(many))
     assert frames.tolist() == [98, 1, 1, 1, 1, 2, 47]
     for row, wave in enumerate(many):
@@ -109,8 +109,8 @@ def test_each_recording_has_mean_zero_and_deviation_one():
 
 def test_the_corpus_scale_is_learnt_on_real_frames_in_any_batches():
     many = waves(16_000, 3_000, 9_000, 400)
-    mel = LogMel.learn([padded(many)], bands=40)
-    parts = LogMel.learn([padded(many[:1]), padded(many[1:])], bands=40)
+    mel = LogMel.fit([padded(many)], bands=40)
+    parts = LogMel.fit([padded(many[:1]), padded(many[1:])], bands=40)
     np.testing.assert_allclose(mel.mean, parts.mean, rtol=1e-6)
     np.testing.assert_allclose(mel.std, parts.std, rtol=1e-5)
     x, frames = mel.apply(*padded(many))
@@ -120,7 +120,7 @@ def test_the_corpus_scale_is_learnt_on_real_frames_in_any_batches():
     again = LogMel.from_json(json.loads(json.dumps(mel.to_json())))
     assert again == mel
     with pytest.raises(DataError, match="no recording"):
-        LogMel.learn([])
+        LogMel.fit([])
     with pytest.raises(SettingsError, match="use LogMel"):
         LogMel(scale="corpus").apply(*padded(many))
 
@@ -239,7 +239,7 @@ TEXTS = ["Hello  world", "the quick brown fox", "la fe\u0301e, d'accord ", "hell
 
 @pytest.mark.parametrize("pieces", [None, 40])
 def test_transcripts_there_and_back(pieces):
-    t = Transcripts.learn(TEXTS, pieces=pieces)
+    t = Transcripts.fit(TEXTS, pieces=pieces)
     rows, unknown = t.encode(TEXTS)
     assert not unknown and all(row.min() >= 1 and row.max() < t.size for row in rows)
     assert [t.decode(row) for row in rows] == [normal(text, True) for text in TEXTS]
@@ -262,7 +262,7 @@ def test_transcripts_there_and_back(pieces):
 
 @pytest.mark.parametrize("pieces", [None, 40])
 def test_characters_that_training_never_had_are_counted(pieces):
-    t = Transcripts.learn(TEXTS, pieces=pieces)
+    t = Transcripts.fit(TEXTS, pieces=pieces)
     rows, unknown = t.encode(["the zoo Zz ", "7", ""])
     assert unknown == {"z": 3, "7": 1}
     assert [t.decode(row) for row in rows] == ["the oo", "", ""]
@@ -270,7 +270,7 @@ def test_characters_that_training_never_had_are_counted(pieces):
 
 def test_what_transcripts_refuse():
     with pytest.raises(DataError, match="all transcripts are empty"):
-        Transcripts.learn(["", "  ", None])
+        Transcripts.fit(["", "  ", None])
     with pytest.raises(DataError, match="stands for a space"):
-        Transcripts.learn(["a ▁"], pieces=10)
-    assert Transcripts.learn(["Ab"], lower=False).symbols == ("A", "b")
+        Transcripts.fit(["a ▁"], pieces=10)
+    assert Transcripts.fit(["Ab"], lower=False).symbols == ("A", "b")

@@ -169,7 +169,10 @@ def test_direct_speech_between_tabs(tmp_path):
     (tmp_path / "spoken.tsv").write_text('en\tde\n"Well,"\u2028he said.\t"Nun", sagte er.\n' + rows, newline="\r\n")
     (tmp_path / "quoted.tsv").write_text('en\tde\n"a ""b"" c"\tx\n' + rows)
     column_spec = task("translation").column_spec
-    assert read(tmp_path / "spoken.tsv", column_spec=column_spec).rows.row(0)[:2] == ('"Well,"\u2028he said.', '"Nun", sagte er.')
+    assert read(tmp_path / "spoken.tsv", column_spec=column_spec).rows.row(0)[:2] == (
+        '"Well,"\u2028he said.',
+        '"Nun", sagte er.',
+    )
     assert read(tmp_path / "quoted.tsv", column_spec=column_spec).rows.row(0)[:2] == ('a "b" c', "x")
     (tmp_path / "wide.tsv").write_text('en\tde\n"Well," he said.\n' + rows)
     with pytest.raises(DataError, match=r"wide\.tsv:2"):

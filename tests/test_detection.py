@@ -337,7 +337,7 @@ def learnt(size: str, side: int, steps: int, lr: float, augment: Augment | None 
             pictures, boxes, labels = augment(lambda some: tuple(x[some] for x in train), rows, 512, generator)
         return {"image": pictures / 255, "boxes": boxes, "labels": labels}
 
-    objective = Detection(create(size, classes=3, channels=1, image=side, **overrides))
+    objective = Detection(create(size, num_classes=3, channels=1, image=side, **overrides))
     settings = Settings().with_(
         {
             **find(size)[0].recipe,
@@ -350,7 +350,7 @@ def learnt(size: str, side: int, steps: int, lr: float, augment: Augment | None 
             "evaluate": steps,
         }
     )
-    Trainer(objective, Batches(512, batch), settings, device=torch.device("cpu"), watch=NullCallback()).train()
+    Trainer(objective, Batches(512, batch), settings, device=torch.device("cpu"), callback=NullCallback()).train()
     answers = Batches(128, lambda rows, _: {"image": test[0][rows] / 255, "boxes": test[1][rows], "labels": test[2][rows]})
     found = collect(objective, answers, batch=48, device=torch.device("cpu"))
     assert found["boxes"].shape == (128, 300, 4) and found["labels"].shape == found["scores"].shape == (128, 300)

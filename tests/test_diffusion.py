@@ -389,7 +389,7 @@ def test_sampling_leaves_the_network_and_the_generator_as_they_were():
     model = Wavy().train()
     torch.manual_seed(0)
     before, steps = torch.get_rng_state(), []
-    out = sample(model, Process(), DDIM(steps=3), torch.zeros(2, dtype=torch.int64), (3,), watch=steps.append)
+    out = sample(model, Process(), DDIM(steps=3), torch.zeros(2, dtype=torch.int64), (3,), callback=steps.append)
     assert model.training and torch.equal(torch.get_rng_state(), before) and steps == [1, 2, 3] and not out.requires_grad
 
 
@@ -414,7 +414,7 @@ def test_learns_to_draw_the_digit_that_is_asked_for(side, steps):
     x, y = digits(side)
     torch.manual_seed(0)
     model = create(
-        "ddpm-unet-test", image=side, channels=1, classes=10, dim=16, attend=(4,), growth=(1, 2) if side == 8 else (1, 2, 2)
+        "ddpm-unet-test", image=side, channels=1, num_classes=10, dim=16, attend=(4,), growth=(1, 2) if side == 8 else (1, 2, 2)
     )
     objective = Diffusion(model, Process("cosine", predicts="v"))
     data = Batches(len(x), lambda index, _: {"image": x[index], "label": y[index]})

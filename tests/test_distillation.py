@@ -186,12 +186,12 @@ def test_a_run_teaches_another(pictures, teacher, tmp_path, monkeypatch):
     assert run.record["settings"]["teacher"] == str(teacher.path)
 
     class Stop(NullCallback):
-        def step(self, step, losses):
+        def on_step(self, step, losses):
             if step == 2:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fieldguide.fit(pictures, model="deit-test", out=tmp_path / "half", settings=settings, watch=Stop())
+        fieldguide.fit(pictures, model="deit-test", out=tmp_path / "half", settings=settings, callback=Stop())
     half = fieldguide.resume(tmp_path / "half")
     assert half.scores == run.scores
     assert (half.path / "model.safetensors").read_bytes() == (run.path / "model.safetensors").read_bytes()
@@ -211,7 +211,9 @@ def test_the_form_is_a_setting(pictures, teacher):
 
 def test_a_teacher_that_saw_the_test_rows_is_refused(pictures, teacher):
     with pytest.raises(SettingsError, match=r"learnt from \d+ of the \d+ rows .* --seed 0"):
-        build_plan(fieldguide.data.read(str(pictures)), model="deit-test", seed=1, settings={**QUICK, "teacher": str(teacher.path)})
+        build_plan(
+            fieldguide.data.read(str(pictures)), model="deit-test", seed=1, settings={**QUICK, "teacher": str(teacher.path)}
+        )
 
 
 def test_teachers_that_cannot_teach_are_named(pictures, teacher, tmp_path):

@@ -235,7 +235,7 @@ def test_folders_of_diffusers_there_and_back(labels, tmp_path):
     theirs = unet(num_class_embeds=labels)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fieldguide.load(tmp_path / "theirs")
-    assert (ours.config.attend, ours.config.classes, ours.config.growth) == ((4,), labels - 1 if labels else 0, (1, 2))
+    assert (ours.config.attend, ours.config.num_classes, ours.config.growth) == ((4,), labels - 1 if labels else 0, (1, 2))
     x, time, label = torch.randn(2, 2, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 2]) if labels else None
     want = theirs(x, time, label).sample
     torch.testing.assert_close(ours(x, time, label), want, rtol=1e-4, atol=1e-4)
@@ -313,7 +313,7 @@ def test_repositories_of_timm(name, size, fields, tmp_path):
     found = load.inspect_checkpoint(tmp_path / "there")
     assert found.card is find(size)[0] and found.preprocessing_defaults()["pixels"] == "0.5,0.5,0.5/0.25,0.25,0.25"
     ours, x = fieldguide.load(tmp_path / "there"), torch.randn(2, 3, *(2 * ([224] if "vit" in name else [64])))
-    assert {key: getattr(ours.config, key) for key in fields} == fields and ours.config.classes == 5
+    assert {key: getattr(ours.config, key) for key in fields} == fields and ours.config.num_classes == 5
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-3)
 
 
@@ -361,7 +361,7 @@ def test_what_timm_calls_them(name, theirs):
     size, changes = (meant, {}) if isinstance(meant, str) else meant
     with torch.device("meta"):
         peer = timm.create_model(theirs)
-        ours = create(size, **changes, **({} if peer.num_classes else {"gives": "vector"}))  # some have no head
+        ours = create(size, **changes, **({} if peer.num_classes else {"output_type": "vector"}))  # some have no head
     table = card.weights.get("timm", card.weights.get("torchvision"))
     table = table(ours.config) if callable(table) else table
     own, renamed = ours.state_dict(), weights.inwards(peer.state_dict(), table).state

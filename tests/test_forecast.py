@@ -271,7 +271,7 @@ def test_covariates_of_columns_and_calendar():
         {"price": [1.0, 3.0, None, 5.0], "promo": [True, False, True, None], "kind": ["a", "b", "a", None], "same": [1.0] * 4}
     )
     columns = [Column("price", "number"), Column("promo", "boolean"), Column("kind", "category"), Column("same", "number")]
-    made = Covariates.learn(rows, columns, ["kind"], infer([hours], True), 2 * 365 * 24)
+    made = Covariates.fit(rows, columns, ["kind"], infer([hours], True), 2 * 365 * 24)
     assert (made.past, made.known) == (2, 2 + 2 * 4)  # where in its day, week, month and year
     start = np.array([0, 4, 6])
     past = made.measured(rows, np.array([0, 1, 2, -1, 2, 3]), start)
@@ -283,10 +283,10 @@ def test_covariates_of_columns_and_calendar():
     assert known[0, 4:6] == pytest.approx([0, 1]) and known[3, 4:6] == pytest.approx([0, 1], abs=1e-6)  # Mondays
     again = Covariates.from_json(made.to_json())
     assert (again.measured(rows, np.array([0, 1]), np.array([0, 2])) == past[:2]).all()
-    monthly = Covariates.learn(rows, [], [], infer([moments("2020-01-01", "2020-02-01", "2020-03-01")], True), 25)
+    monthly = Covariates.fit(rows, [], [], infer([moments("2020-01-01", "2020-02-01", "2020-03-01")], True), 25)
     assert monthly.turns == ["year"]
     for weeks, turns in ((0, 0), (1, 1), (2, 2), (8, 2), (9, 3), (104, 3), (105, 4)):  # day, week, month, year: seen twice
-        assert len(Covariates.learn(rows, [], [], infer([hours], True), weeks * 7 * 24).turns) == turns
+        assert len(Covariates.fit(rows, [], [], infer([hours], True), weeks * 7 * 24).turns) == turns
     assert monthly.ahead(rows, np.array([-1]), moments("2020-07-02"))[0] == pytest.approx([np.sin(np.pi), -1], abs=0.01)
 
 
@@ -326,7 +326,7 @@ def test_parts_are_stretches_of_time_and_no_window_looks_ahead():
     assert len(side["test"]) == 2 * 16
     parts = split(made)
     assert (made.splits[parts.train] == "train").all() and "by time" in parts.how and "seed" not in parts.how
-    task = Forecasting.learn(made.take(parts.train), Forecasting.Options(horizon=5, length=10))
+    task = Forecasting.fit(made.take(parts.train), Forecasting.Options(horizon=5, length=10))
     assert task.standards["s1"] == pytest.approx((1000 + 34.5, np.arange(70).std()))  # of the training part alone
     batch = task.batches(made, ALONE, Settings()).make(np.arange(len(made)), None)
     mean, std = (np.array([task.standards[f"s{s}"][i] for s in made.rows[SERIES]]) for i in (0, 1))
@@ -336,7 +336,7 @@ def test_parts_are_stretches_of_time_and_no_window_looks_ahead():
     assert abs(past - (base[:, None] + np.arange(-10, 0))).max() < 0.01
     assert abs(future - (base[:, None] + np.arange(5))).max() < 0.01
     assert "observed" not in batch
-    truth = task.truth(made)
+    truth = task.targets(made)
     assert abs(truth["future"] - (base[:, None] + np.arange(5))).max() < 1e-9
     assert truth["naive"].tolist() == [7.0] * len(made)  # of a line, by the season of seven days
     first = made.take([int(np.flatnonzero(made.splits == "test")[0])])
@@ -361,7 +361,7 @@ def test_the_standard_borders_of_ett():
     assert (cuts[splits == "test"].min(), cuts[splits == "test"].max()) == (11520, 14400 - 96)
     assert (cuts[splits == "val"].max(), cuts[splits == "train"].max()) == (11520 - 96, 8640 - 96)
     assert "6,040 steps behind the test unused" in made.how  # of both series
-    task = Forecasting.learn(made, Forecasting.Options())
+    task = Forecasting.fit(made, Forecasting.Options())
     assert task.standards["a"] == pytest.approx((wave[:8640].mean(), wave[:8640].std()))
 
 
@@ -369,8 +369,8 @@ def test_mase_is_scaled_by_what_was_before_the_part():
     steps = np.r_[np.arange(70.0), 70 + 5 * np.arange(30.0)]  # steeper from validation on
     rows = table(100, series=1).with_columns(pl.Series("y", steps))
     made = windows(rows, horizon=5, length=10, season=1)
-    task = Forecasting.learn(made, Forecasting.Options())
-    naive = task.truth(made)["naive"]
+    task = Forecasting.fit(made, Forecasting.Options())
+    naive = task.targets(made)["naive"]
     assert set(naive[made.splits != "test"]) == {1.0} and set(naive[made.splits == "test"]) == {np.diff(steps[:80]).mean()}
     beyond = task.outcomes(made.context.panel, torch.tensor([0]), torch.tensor([[98, 99, 100, 101]]))[0]
     assert beyond[:2].tolist() == [210, 215] and beyond[2:].isnan().all()  # nothing is known behind the end
@@ -408,7 +408,7 @@ def test_gaps_are_neither_learnt_nor_scored_and_short_pasts_stand_still():
     found = made.context.panel
     assert np.isnan(found.values[[20, 21, 30, 55], 0]).all() and found.row[30] == -1 and len(found.values) == 60
     assert found.filled[[19, 20, 21, 22, 29, 30, 31], 0].tolist() == [19, 19, 19, 22, 29, 29, 31]  # never what comes after
-    task = Forecasting.learn(made, Forecasting.Options())
+    task = Forecasting.fit(made, Forecasting.Options())
     batches = task.batches(made, ALONE, Settings())
     row = int(np.flatnonzero(made.rows[CUT].to_numpy() == 24)[0])
     batch = batches.make(np.array([row]), None)
@@ -418,7 +418,7 @@ def test_gaps_are_neither_learnt_nor_scored_and_short_pasts_stand_still():
     short = windows(table(30, series=1), horizon=3, length=20)
     at = short.rows[CUT].to_numpy()
     assert at.min() < 20
-    task = Forecasting.learn(short, Forecasting.Options())
+    task = Forecasting.fit(short, Forecasting.Options())
     batch = task.batches(short, ALONE, Settings()).make(np.array([0]), None)
     lacking = 20 - int(at[0])
     assert batch["observed"][0, :lacking].sum() == 0 and batch["observed"][0, lacking:].all()
@@ -428,7 +428,7 @@ def test_gaps_are_neither_learnt_nor_scored_and_short_pasts_stand_still():
 def test_what_is_known_ahead_reaches_the_end_of_the_horizon():
     rows = table(60, promo=[float(t % 5) for t in range(60)], weather=[float(t) for t in range(60)])
     made = windows(rows, horizon=5, length=10, known="promo", calendar=False)
-    task = Forecasting.learn(made, Forecasting.options_from({"known": "promo"}))
+    task = Forecasting.fit(made, Forecasting.options_from({"known": "promo"}))
     assert (task.covariates.past, task.covariates.known) == (1, 1) and task.data_facts()["known"] == 1
     batch = task.batches(made, BESIDE, Settings()).make(np.arange(len(made)), None)
     promo, weather = task.covariates.columns
@@ -439,12 +439,12 @@ def test_what_is_known_ahead_reaches_the_end_of_the_horizon():
     assert abs(past - (at[:, None] + np.arange(-10, 0))).max() < 1e-4
     assert weather.mean < 30  # learnt from the training part
     with pytest.raises(SettingsError, match=r"'promos', which is no covariate\. Did you mean 'promo'"):
-        Forecasting.learn(windows(rows, horizon=5, known="promos"), Forecasting.Options())
+        Forecasting.fit(windows(rows, horizon=5, known="promos"), Forecasting.Options())
 
 
 def test_baselines_are_what_they_say():
     made = windows(table(100, series=1), horizon=9, length=10)
-    task = Forecasting.learn(made.take(split(made).train), Forecasting.Options())
+    task = Forecasting.fit(made.take(split(made).train), Forecasting.Options())
     test = made.take(split(made).test)
     mean, std = task.standards["s0"]
     said = {b.name: b.outputs["values"][0, :, 0, 0] * std + mean for b in task.baselines(made, test)}

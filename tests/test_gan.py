@@ -119,7 +119,7 @@ def test_both_are_told_the_class():
             told = (x[:, 1:] * torch.arange(1.0, 4.0)[:, None, None]).sum(1, keepdim=True)
             return self.scale * torch.where((x[:, :1] - told).abs().amax((1, 2, 3)) < 1e-6, 0.999, 0.001)[:, None]
 
-    objective = Adversarial(Copy(), Agree(), noise=4, real="image", classes=3)
+    objective = Adversarial(Copy(), Agree(), noise=4, real="image", num_classes=3)
     label = torch.tensor([0, 1, 2, 3])
     assert objective.sample(range(4), label)[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     right = {"image": label.float()[:, None, None, None].expand(-1, 1, 2, 2), "label": label}

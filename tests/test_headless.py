@@ -58,7 +58,7 @@ def test_vectors_equal_transformers_there_and_back(kind, tmp_path):
     theirs, where = made(kind)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fieldguide.load(tmp_path / "theirs")
-    assert ours.config.gives == "vector" and not any(name.startswith("head") for name in ours.state_dict())
+    assert ours.config.output_type == "vector" and not any(name.startswith("head") for name in ours.state_dict())
     torch.manual_seed(2)
     image = torch.randn(3, 2, 24, 24)
     want, got = vectors(theirs, where, image), ours(image)
@@ -78,25 +78,25 @@ def test_vectors_equal_transformers_there_and_back(kind, tmp_path):
 def test_a_head_may_be_put_on_or_left_out(kind, tmp_path):
     theirs, _ = made(kind)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = fieldguide.load(tmp_path / "theirs", gives="label", classes=5, head="skip")
+    ours = fieldguide.load(tmp_path / "theirs", output_type="label", num_classes=5, head="skip")
     image = torch.randn(2, 2, 24, 24)
     assert ours(image).shape == (2, 5)
     fieldguide.save(ours, tmp_path / "labels", "hf")
     with pytest.warns(WeightsWarning, match="2 tensors of heads that this network has not"):
-        bare = fieldguide.load(tmp_path / "labels", gives="vector")
+        bare = fieldguide.load(tmp_path / "labels", output_type="vector")
     torch.testing.assert_close(bare(image), fieldguide.load(tmp_path / "theirs")(image))
     with pytest.raises(SettingsError, match="gives='words' is none of label, vector"):
-        fieldguide.load(tmp_path / "theirs", gives="words")
+        fieldguide.load(tmp_path / "theirs", output_type="words")
 
 
 @torch.no_grad()
 def test_files_without_a_head(tmp_path):
     """DINOv2's authors publish such, and timm writes them where nobody asked for classes."""
-    model = create("dinov2-small", image=28, gives="vector", depth=1)
+    model = create("dinov2-small", image=28, output_type="vector", depth=1)
     path = weights.save(model, tmp_path / "x.safetensors", "facebook")
     ours = load.load(path, name="dinov2-small", image=28, depth=1)
     image = torch.randn(1, 3, 28, 28)
-    assert ours.config.gives == "vector" and torch.equal(ours(image), model.eval()(image))
+    assert ours.config.output_type == "vector" and torch.equal(ours(image), model.eval()(image))
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(
@@ -110,7 +110,7 @@ def test_files_without_a_head(tmp_path):
 
 def test_whole_classifiers_stay_as_they_were(tmp_path):
     found = load.inspect_checkpoint(weights.save(create("vit-test"), tmp_path / "x.safetensors", "timm"), "vit-test")
-    assert found.values.get("gives", "label") == "label"
+    assert found.values.get("output_type", "label") == "label"
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "swin", "convnext", "deit"])
@@ -119,7 +119,7 @@ def test_fits_begin_with_a_backbone(kind, tmp_path):
     theirs, _ = made(kind)
     theirs.save_pretrained(tmp_path)
     begun = load.inspect_checkpoint(tmp_path)
-    network = begun.card.make(begun.config({"gives": ("label",), "classes": 10, "image": 24, "channels": 2}, {}))
+    network = begun.card.make(begun.config({"output_type": ("label",), "classes": 10, "image": 24, "channels": 2}, {}))
     fresh = weights.load(network, begun.state, begun.origin, head="skip")
     assert fresh == ["head.weight", "head.bias"] and network(torch.randn(2, 2, 24, 24)).shape[-1] == 10
 
@@ -163,7 +163,7 @@ def test_encoders_of_text_without_a_head(name, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = fieldguide.load(tmp_path)
     tokens = torch.randint(5, 40, (2, 9))
-    assert ours.config.gives == "vector"
+    assert ours.config.output_type == "vector"
     torch.testing.assert_close(ours.features(tokens), theirs(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
@@ -191,7 +191,7 @@ def test_a_whole_fit_from_a_backbone(kind, tmp_path):
         cls(cls.config_class(**{**{k: v for k, v in shape.items() if k != "num_labels"}, "num_channels": 1}))
     ).save_pretrained(tmp_path / "theirs")
     run = fit("digits", weights=str(tmp_path / "theirs"), out=tmp_path / "run", settings={"steps": 60, "batch": 32})
-    assert run.model.config.gives == "label" and run.model.config.classes == 10
+    assert run.model.config.output_type == "label" and run.model.config.num_classes == 10
     assert run.scores["accuracy"] > 0.2
     fieldguide.save(run.model, tmp_path / "labels", "hf")
     assert "ForImageClassification" in (tmp_path / "labels/config.json").read_text()

@@ -44,7 +44,7 @@ def trainer(objective, batches=None, folder=None, evaluate=None, **changes) -> T
         batches or line(),
         settled(**changes),
         device=torch.device("cpu"),
-        watch=NullCallback(),
+        callback=NullCallback(),
         folder=folder,
         evaluate=evaluate,
     )
@@ -203,7 +203,7 @@ def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
         line(),
         settled(steps=planned, minutes=1, evaluate=25),
         device=torch.device("cpu"),
-        watch=NullCallback(),
+        callback=NullCallback(),
         evaluate=lambda _: {"loss": 1.0 - clock.now},
         metric=("loss", "min"),
         most=5000,
@@ -218,14 +218,14 @@ def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and
     objective, said = clock.objective(), []
     pauses = torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.02  # one step in fifty takes 2.1 s
     objective.register_forward_pre_hook(lambda *_: setattr(clock, "now", clock.now + 2.0 * bool(pauses[loop.state.step])))
-    watch = NullCallback()
-    watch.log, watch.replanned = lambda text: None, said.append
+    callback = NullCallback()
+    callback.log, callback.on_replan = lambda text: None, said.append
     loop = Trainer(
         objective,
         line(),
         settled(steps=600, minutes=1, evaluate=10),
         device=torch.device("cpu"),
-        watch=watch,
+        callback=callback,
         evaluate=lambda _: {"loss": 1.0 - clock.now},
         metric=("loss", "min"),
         most=5000,
@@ -238,7 +238,7 @@ def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and
 def test_every_process_follows_the_first_ones_clock(monkeypatch):
     clock = Clock(monkeypatch, 1.0)  # this one's minutes are nearly over
     loop = Trainer(
-        clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), watch=NullCallback(), most=5000
+        clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), callback=NullCallback(), most=5000
     )
     loop.state.step, loop.state.seconds, loop.since = 50, 59.0, (25, 34.0)
     monkeypatch.setattr("fieldguide.core.distributed.broadcast", lambda value: (30.0, 300))
@@ -255,7 +255,7 @@ def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_p
         line(),
         settled(steps=30, minutes=1, evaluate=25),
         device=torch.device("cpu"),
-        watch=NullCallback(),
+        callback=NullCallback(),
         folder=tmp_path,
         most=5000,
     )
@@ -269,7 +269,7 @@ def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_p
 def test_steps_stay_where_they_are_fixed_or_enough(most, expected, monkeypatch):
     clock = Clock(monkeypatch, 0.1)
     loop = Trainer(
-        clock.objective(), line(), settled(steps=30, minutes=1), device=torch.device("cpu"), watch=NullCallback(), most=most
+        clock.objective(), line(), settled(steps=30, minutes=1), device=torch.device("cpu"), callback=NullCallback(), most=most
     )
     assert loop.train().step == expected
 
@@ -434,7 +434,7 @@ def test_settings_that_cannot_work_are_refused(key, value, complaint):
 
 def test_settings_are_read_from_text():
     s = Settings().with_({"lr": "1e-2", "steps": "50", "class_weights": "true", "batch": "auto"})
-    assert (s.lr, s.steps, s.class_weights, s.batch) == (0.01, 50, True, None)
+    assert (s.lr, s.steps, s.class_weights, s.batch_size) == (0.01, 50, True, None)
 
 
 def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):

@@ -95,7 +95,7 @@ def test_outputs_of_hidden_words_are_counted_by_row():
 
 
 def test_labels_of_tokens_equal_those_of_transformers():
-    model = tiny("roberta", gives="labels")
+    model = tiny("roberta", output_type="labels")
     tokens, mask = batch("roberta", 6)
     target = torch.randint(3, tokens.shape).masked_fill(~mask | (torch.rand(tokens.shape) < 0.3), -1)
     objective = TokenLabels(model, ("tokens", "mask"))
@@ -117,7 +117,7 @@ def test_labels_of_tokens_equal_those_of_transformers():
 
 
 def test_spans_equal_those_of_transformers_and_a_slow_search():
-    model = tiny("bert", gives="span")
+    model = tiny("bert", output_type="span")
     tokens, mask = batch("bert", 6)
     mask[:] = True
     answerable = mask.clone()
@@ -158,7 +158,7 @@ def test_spans_equal_those_of_transformers_and_a_slow_search():
 def test_a_network_learns_hidden_words_from_both_sides():
     """Rows are runs a, a + 1, a + 2, ...: a hidden token follows from either neighbour."""
     torch.manual_seed(0)
-    model = create("bert-test", dim=32, hidden=64, vocab=15, length=8)
+    model = create("bert-test", dim=32, hidden=64, vocab_size=15, length=8)
     objective, source = MaskedWords(model, ("tokens", "mask")), generator(0)
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3)
     rows = lambda: 5 + (torch.randint(10, (48, 1), generator=source) + torch.arange(8)) % 10

@@ -22,10 +22,10 @@ from fieldguide.models.registry import cards, create, find, names
 EVERY = pytest.mark.parametrize("name", list(CASES))
 # What they take ends in a mask of the tokens or items.
 MASKED = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].inputs[-1] == "mask"])
-IMAGES = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].takes == "image"])
+IMAGES = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].input_type == "image"])
 
 CLASSIFIERS = pytest.mark.parametrize(
-    "name", [name for name in CASES if cards()[name].takes == "image" and "label" in cards()[name].answers]
+    "name", [name for name in CASES if cards()[name].input_type == "image" and "label" in cards()[name].output_types]
 )
 
 
@@ -67,7 +67,7 @@ def batch(name: str, rows: int = 5, dtype: torch.dtype = torch.float64, seed: in
 
 def meant(name: str, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """An answer for each token is meant for the real ones; what stands at padding is set to zero."""
-    gives = cards()[name].answers[0]
+    gives = cards()[name].output_types[0]
     if gives == "ctc":
         real = torch.arange(output.shape[1]) < tiny(name).frames(inputs[-1])[:, None]
         return output * real[..., None]
@@ -142,7 +142,7 @@ def test_docstring_says_what_it_is(name):
 def test_names_that_create_it(name):
     card = cards()[name]
     assert card.tiny in card.sizes and card.tiny not in names() and card.tiny in names(tests=True)
-    assert find(name) == (card, card.default) and card.default in names(family=card.family, takes=card.takes)
+    assert find(name) == (card, card.default) and card.default in names(family=card.family, input_type=card.input_type)
     with pytest.raises(SettingsError, match="no field 'colour'"):
         create(card.tiny, colour=1)
 
@@ -170,10 +170,10 @@ def test_output_has_the_promised_shape(name):
     output = tiny(name)(*inputs)
     assert output.isfinite().all() and output.shape[0] == 3
     config = card.settle(card.tiny, **dict(CASES[name].overrides))
-    gives = card.answers[0]
+    gives = card.output_types[0]
     if gives == "label":
         assert output.shape[-1] == getattr(config, card.names.get("classes", "classes"))
-        assert tiny(name, classes=CASES[name].classes)(*inputs).shape[-1] == CASES[name].classes
+        assert tiny(name, num_classes=CASES[name].num_classes)(*inputs).shape[-1] == CASES[name].num_classes
     word = {"tokens": "vocab", "words": "vocab", "ctc": "vocab", "mask": "classes", "image": "channels", "items": "items"}.get(
         gives, ""
     )
@@ -285,7 +285,7 @@ def test_batch_equals_rows_alone(name):
         for place in [place for place, word in enumerate(card.inputs) if word.endswith("mask")]:
             length = int(alone[place].sum())
             alone[place - 1 : place + 1] = [x[:, :length] for x in alone[place - 1 : place + 1]]
-            want = want[:length] if place == len(alone) - 1 and card.answers[0] in ("tokens", "items", "words") else want
+            want = want[:length] if place == len(alone) - 1 and card.output_types[0] in ("tokens", "items", "words") else want
         if "mask" in card.inputs:
             torch.testing.assert_close(model(*alone)[0], want, rtol=1e-9, atol=1e-11)
             alone = [None if word.endswith("mask") else x for word, x in zip(card.inputs, alone)]
@@ -307,7 +307,7 @@ def test_padding_content_is_never_read(name):
         assert model(*inputs[:place], empty, *inputs[place + 1 :]).isfinite().all()
 
 
-NEXT = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].answers[0] in ("tokens", "items")])
+NEXT = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].output_types[0] in ("tokens", "items")])
 
 
 @NEXT
@@ -367,7 +367,7 @@ def test_learns_one_batch(name):
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        value = loss(card.answers[0], model(*inputs), inputs)
+        value = loss(card.output_types[0], model(*inputs), inputs)
         value.backward()
         optimizer.step()
         losses.append(value.item())
@@ -427,7 +427,7 @@ def test_runs_in_bfloat16_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         half = model(*inputs).float()
         output = model.train()(*inputs).float()
-    value = loss(card.answers[0], output, inputs)  # outside: that on probabilities is not made for autocast
+    value = loss(card.output_types[0], output, inputs)  # outside: that on probabilities is not made for autocast
     assert (half - full).abs().max() < 0.05 * full.abs().max() + 0.05
     value.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -200,17 +200,19 @@ def test_outlines_become_masks(form, tmp_path):
     assert kind is ImageSegmentation and asked(tmp_path, task=None)[1].name == "object-detection"
     data = kind.build_examples(data, kind.Options())
     assert data.context == {"values": [0, 1, 2], "names": ["background", "square", "bar"]}
-    task = kind.learn(data, kind.Options())
+    task = kind.fit(data, kind.Options())
     for i, mask in enumerate(task.masks(data)):
         want = np.zeros((40, 48))
         for k, polygon in scene(i):
             want[filled(polygon, 40, 48)] = k + 1
-        assert (mask.codes() == want).all() and task.truth(data)["pixels"][i].tolist() == [(want == k).sum() for k in range(3)]
+        assert (mask.codes() == want).all() and task.targets(data)["pixels"][i].tolist() == [
+            (want == k).sum() for k in range(3)
+        ]
     batch = task.batches(data, None, None).make(np.arange(5), None)
     assert batch["truth"].shape == (5, 40, 48) and (batch["truth"][4] == task.masks(data)[4].codes()).all()
     fewer = kind.build_examples(data, kind.Options(ignore="bar"))
     assert fewer.context["names"] == ["background", "square"]
-    only = kind.learn(fewer, kind.Options(ignore="bar"))
+    only = kind.fit(fewer, kind.Options(ignore="bar"))
     assert (only.masks(fewer)[0].codes() == -1).sum() == 200  # the pixels of a bar are no background, either
     with pytest.raises(SettingsError, match=r"task.ignore names 'bra', which .* has not\. Did you mean 'bar'"):
         kind.build_examples(data, kind.Options(ignore="bra"))
@@ -255,15 +257,15 @@ def test_crowds_and_other_damage(tmp_path):
         data, kind, _ = asked(damaged(tmp_path / name, segmentation={"counts": counts, "size": [40, 48]}, iscrowd=1))
         assert finding(data, "crowd-pixels").count == 1 and "p000.png" in finding(data, "crowd-pixels").places[0]
         data = kind.build_examples(data, kind.Options())
-        mask = kind.learn(data, kind.Options()).masks(data)[0].codes()
+        mask = kind.fit(data, kind.Options()).masks(data)[0].codes()
         assert (mask[:, 10:15] == -1).all() and (mask == -1).sum() == 200 and (mask == 2).sum() == 200
     whole, kind, _ = asked(damaged(tmp_path / "whole", segmentation={"counts": packed, "size": [40, 48]}))
-    assert kind.learn(kind.build_examples(whole, kind.Options()), kind.Options()).truth(whole)["pixels"][0, 1] == 200
+    assert kind.fit(kind.build_examples(whole, kind.Options()), kind.Options()).truth(whole)["pixels"][0, 1] == 200
     outside, kind, _ = asked(
         damaged(tmp_path / "outside", segmentation=[[-20, -20, 10, -20, 10, 8, -20, 8]], bbox=[-20, -20, 30, 28])
     )
     assert finding(outside, "box-over-edge").count == 1
-    assert kind.learn(kind.build_examples(outside, kind.Options()), kind.Options()).truth(outside)["pixels"][0, 1] == 80
+    assert kind.fit(kind.build_examples(outside, kind.Options()), kind.Options()).truth(outside)["pixels"][0, 1] == 80
     alone = coco(tmp_path / "alone", change=lambda d: [a.pop("bbox") for a in d["annotations"]])
     objects = asked(alone)[0].rows["objects"][0].to_list()
     assert [objects[0][s] for s in ("right", "bottom")] == [max(scene(0)[0][1][::2]), max(scene(0)[0][1][1::2])]

@@ -34,7 +34,7 @@ def resolved(rows=4096, fewest=8, **settings):
 def test_the_minutes_decide_on_the_steps():
     """A tenth of a minute of examples at a millisecond each: less than 84 of 64."""
     chosen, seconds, most = resolved(rows=4096, fewest=64, minutes=0.1)
-    assert chosen.batch == 64 and seconds == pytest.approx(0.064 * 1.1, rel=0.1)
+    assert chosen.batch_size == 64 and seconds == pytest.approx(0.064 * 1.1, rel=0.1)
     assert 6 * 0.9 / 2 / seconds - 1 <= chosen.steps <= 6 * 0.9 / seconds and chosen.steps < most
 
 
@@ -42,20 +42,20 @@ def test_the_minutes_decide_on_the_steps():
 def test_few_minutes_make_batches_smaller(minutes, batch):
     """Half a minute holds a thousand steps of 16 examples and not of 32."""
     chosen, _, most = resolved(minutes=minutes)
-    assert chosen.batch == batch
+    assert chosen.batch_size == batch
     assert (chosen.steps >= min(time_budget.ENOUGH, most)) == (batch == 16)
 
 
 def test_batches_are_not_made_smaller_where_the_optimizer_takes_the_time(monkeypatch):
     monkeypatch.setattr(time_budget, "orthogonalising", lambda objective, device: 0.1)
     chosen, seconds, _ = resolved(minutes=0.1, optimizer="muon")
-    assert chosen.batch == 64 and seconds == pytest.approx(0.064 * 1.1 + 0.1, rel=0.1)
+    assert chosen.batch_size == 64 and seconds == pytest.approx(0.064 * 1.1 + 0.1, rel=0.1)
     assert resolved(minutes=0.1)[0].batch == 8  # AdamW makes nothing orthogonal
 
 
 def test_more_rows_make_larger_batches():
     assert [with_batch(Settings(), rows, 8, 64).batch for rows in (3, 100, 1000, 100_000)] == [3, 8, 32, 64]
-    assert with_batch(Settings(accumulate=4), 1000, 8, 64).batch % 4 == 0
+    assert with_batch(Settings(grad_accum_steps=4), 1000, 8, 64).batch % 4 == 0
 
 
 def test_a_time_that_muon_takes_grows_with_the_matrices():

@@ -169,7 +169,7 @@ def test_answers_are_read_from_both_vectors_and_their_product(size):
     """By the equations, from the vectors that the same towers give in the other use of the network."""
     torch.manual_seed(0)
     pairs = create(size).double()
-    asked = create(size, gives="label", classes=5).double()
+    asked = create(size, output_type="label", num_classes=5).double()
     with pytest.warns(weights.WeightsWarning, match="logit_scale"):
         fresh = weights.load(asked, pairs.state_dict(), head="skip")
     assert {name.partition(".")[0] for name in fresh} == {"answers"}

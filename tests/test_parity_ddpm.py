@@ -31,7 +31,11 @@ def test_files_of_diffusers(tmp_path, shape):
     ours = tiny("ddpm-unet", torch.float32, **shape)
     peer, rename = diffusers_unet(ours)
     peer.load_state_dict(rename(ours.state_dict()))
-    image, time, label = torch.randn(2, 2, 16, 16), torch.tensor([0.0, 999.0]), torch.tensor([0, min(1, ours.config.classes)])
+    image, time, label = (
+        torch.randn(2, 2, 16, 16),
+        torch.tensor([0.0, 999.0]),
+        torch.tensor([0, min(1, ours.config.num_classes)]),
+    )
     torch.testing.assert_close(ours(image, time, label), peer.eval()(image, time, label), rtol=1e-4, atol=1e-4)
     state = peer.peer.state_dict()
     old = {

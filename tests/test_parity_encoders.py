@@ -18,7 +18,7 @@ from fieldguide.checkpoints.weights import tables, translate
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
 from fieldguide.models.registry import cards, create, names
 from fieldguide.models.transformer._shared.disentangled_attention import by_place
-from fieldguide.models.transformer._shared.text_encoder import GIVES
+from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES
 from fieldguide.models.transformer.deberta_v2 import bucketed
 from test_models import batch, tiny
 from tv import transformers
@@ -26,7 +26,7 @@ from tv import transformers
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 NAMES = tuple(encoders.STEM)
 EVERY = pytest.mark.parametrize("name", NAMES)
-HEAD = pytest.mark.parametrize("gives", GIVES)
+HEAD = pytest.mark.parametrize("output_type", OUTPUT_TYPES)
 
 
 def close(model: nn.Module, peer: nn.Module, inputs: tuple, rename) -> None:
@@ -59,7 +59,7 @@ def copied(model: nn.Module) -> tuple[nn.Module, object]:
 @EVERY
 @HEAD
 def test_every_head_equals_that_of_transformers(name, gives):
-    model = tiny(name, gives=gives)
+    model = tiny(name, output_type=gives)
     peer, rename = copied(model)
     close(model, peer, batch(name, 4), rename)
     tokens, _ = batch(name, 3)
@@ -69,7 +69,7 @@ def test_every_head_equals_that_of_transformers(name, gives):
 
 def test_segments_equal_those_of_transformers():
     for gives in ("words", "label"):
-        model = tiny("bert", gives=gives)
+        model = tiny("bert", output_type=gives)
         peer, rename = copied(model)
         tokens, mask = batch("bert", 4)
         segments = (torch.arange(9) >= torch.tensor([[2], [5], [1], [8]])).long()
@@ -81,13 +81,15 @@ def test_segments_equal_those_of_transformers():
 @EVERY
 def test_cards_of_encoders(name):
     card = cards()[name]
-    assert card.answers == GIVES and card.framed and card.also == (("segments",) if name == "bert" else ())
-    assert create(card.tiny).config.gives == "words"
+    assert (
+        card.output_types == OUTPUT_TYPES and card.framed and card.optional_inputs == (("segments",) if name == "bert" else ())
+    )
+    assert create(card.tiny).config.output_type == "words"
     with pytest.raises(SettingsError, match="cannot give 'sequence'; it gives words, label"):
-        create(card.tiny, gives="sequence")
+        create(card.tiny, output_type="sequence")
     with pytest.raises(SettingsError, match="gives='tokens' is none of"):
-        card.model(card.config(gives="tokens"))
-    assert set(names("*bert*", gives="span")) >= {"bert-base"} and "bert-base" not in names(gives="tokens")
+        card.model(card.config(output_type="tokens"))
+    assert set(names("*bert*", output_type="span")) >= {"bert-base"} and "bert-base" not in names(output_type="tokens")
     with pytest.raises(DataError, match="length=12"):
         create(card.tiny)(torch.zeros(1, 13, dtype=torch.int64))
     with pytest.raises(SettingsError, match="heads=3"):
@@ -98,7 +100,7 @@ def test_cards_of_encoders(name):
 @HEAD
 def test_rows_alone_are_the_same(name, gives):
     """Neighbours in the batch and padding change nothing, for every head; what stands in the padding is not read."""
-    model, (tokens, mask) = tiny(name, gives=gives), batch(name, 5)
+    model, (tokens, mask) = tiny(name, output_type=gives), batch(name, 5)
     together = model(tokens, mask)
     other = model(torch.where(mask, tokens, (tokens + 1) % 30), mask)
     for row, (one, real) in enumerate(zip(tokens, mask)):
@@ -114,7 +116,7 @@ def test_rows_alone_are_the_same(name, gives):
 @EVERY
 @HEAD
 def test_gradient_reaches_every_parameter_of_every_head(name, gives):
-    model = tiny(name, gives=gives).train()
+    model = tiny(name, output_type=gives).train()
     tokens, mask = batch(name, 8)
     output = model(tokens, mask)
     (output * torch.randn_like(output)).sum().backward()
@@ -124,19 +126,19 @@ def test_gradient_reaches_every_parameter_of_every_head(name, gives):
 
 @EVERY
 def test_dropout_acts_in_training_alone(name):
-    model = tiny(name, gives="label", dropout=0.3)
+    model = tiny(name, output_type="label", dropout=0.3)
     tokens, mask = batch(name, 4)
     assert torch.equal(model(tokens, mask), model(tokens, mask))
     model.train()
     assert not torch.allclose(model(tokens, mask), model(tokens, mask))
     still = model.eval()(tokens, mask)
-    torch.testing.assert_close(still, tiny(name, gives="label")(tokens, mask), **EXACT)
+    torch.testing.assert_close(still, tiny(name, output_type="label")(tokens, mask), **EXACT)
 
 
 @EVERY
 def test_dropout_acts_as_often_as_in_transformers(name, monkeypatch):
     """On the same places: counted where numbers are drawn, in training and not."""
-    model = tiny(name, torch.float32, gives="label", dropout=0.5)
+    model = tiny(name, torch.float32, output_type="label", dropout=0.5)
     peer, drawn = network(name, model.config), []
     plain, fused = nn.Dropout.forward, F.scaled_dot_product_attention
 
@@ -164,8 +166,8 @@ def test_dropout_acts_as_often_as_in_transformers(name, monkeypatch):
 def test_counts_of_every_size_are_those_of_transformers(size):
     """With every head, for the first size of an architecture; the others with their own."""
     card = next(card for card in cards().values() if size in card.sizes)
-    for gives in GIVES if size == card.default else (create_on_meta(size).config.gives,):
-        ours = create_on_meta(size, gives=gives)
+    for gives in OUTPUT_TYPES if size == card.default else (create_on_meta(size).config.output_type,):
+        ours = create_on_meta(size, output_type=gives)
         with torch.device("meta"):
             theirs = network(card.name, ours.config)
         assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()), gives
@@ -194,7 +196,7 @@ def create_on_meta(size: str, **overrides) -> nn.Module:
 )
 def test_published_counts_of_the_encoder_alone(size, published):
     """BERT's and RoBERTa's have a layer more, which the vector of the first token goes through."""
-    model = create_on_meta(size, gives="vector")
+    model = create_on_meta(size, output_type="vector")
     pooler = model.config.dim * (model.config.dim + 1) if size.startswith(("bert", "roberta", "minilm")) else 0
     assert sum(p.numel() for p in model.parameters()) + pooler == published
 
@@ -212,7 +214,7 @@ def test_published_counts_with_both_heads_of_pre_training():
 def saved(name: str, kind: str, tmp_path, **other) -> tuple[nn.Module, object]:
     """A tiny network of transformers with random numbers everywhere, written as users have it."""
     torch.manual_seed(0)
-    config = cards()[name].settle(cards()[name].tiny, gives="span" if kind == "ForQuestionAnswering" else "words")
+    config = cards()[name].settle(cards()[name].tiny, output_type="span" if kind == "ForQuestionAnswering" else "words")
     theirs = getattr(transformers, encoders.STEM[name] + kind)(configuration(name, config, **other))
     with torch.no_grad():
         for p in theirs.parameters():
@@ -249,8 +251,8 @@ def test_every_file_loads_into_every_head(name, kind, tmp_path):
         "span": ("ForQuestionAnswering",),
         "vector": (),
     }
-    for gives in GIVES:
-        model = create(f"{name}-test", gives=gives).eval()
+    for gives in OUTPUT_TYPES:
+        model = create(f"{name}-test", output_type=gives).eval()
         fresh = weights.load(model, path, head="skip")
         torch.testing.assert_close(model.features(tokens, mask) * mask[..., None], want * mask[..., None], rtol=2e-4, atol=2e-5)
         assert {part.partition(".")[0] for part in fresh} <= set(model.heads)
@@ -280,7 +282,7 @@ def test_what_belongs_to_other_heads_is_said(tmp_path):
         r"bert\.pooler\.dense\.weight(.|\n)*cls\.seq_relationship\.weight",
     ):
         assert weights.load(create("bert-test"), path) == []
-    model = create("bert-test", gives="label")
+    model = create("bert-test", output_type="label")
     with pytest.warns(WeightsWarning, match=r"cls\.predictions\.transform\.dense\.weight"):
         assert weights.load(model, path, head="skip") == ["head.weight", "head.bias"]
     state = weights.read(path) | {"cls.strange.weight": torch.zeros(2)}
@@ -346,7 +348,7 @@ def test_names_of_the_authors_heads(name, tmp_path):
 @HEAD
 def test_written_files_are_those_of_transformers(name, gives, tmp_path):
     """Read by transformers again, with every tensor in its place."""
-    model = tiny(name, torch.float32, gives=gives)
+    model = tiny(name, torch.float32, output_type=gives)
     weights.save(model, tmp_path / "model.safetensors", format="huggingface")
     configuration(name, model.config).save_pretrained(tmp_path)
     kind = getattr(transformers, encoders.STEM[name] + encoders.KIND[gives])
@@ -359,7 +361,7 @@ def test_written_files_are_those_of_transformers(name, gives, tmp_path):
     if found.ndim == 3:
         found, want = found * mask[..., None], want * mask[..., None]
     torch.testing.assert_close(found, want, rtol=2e-4, atol=2e-5)
-    other = create(f"{name}-test", gives=gives)
+    other = create(f"{name}-test", output_type=gives)
     assert weights.load(other, tmp_path / "model.safetensors") == []
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))
 
@@ -369,12 +371,12 @@ def test_written_files_are_those_of_transformers(name, gives, tmp_path):
 def test_folders_of_transformers_there_and_back(name, gives, tmp_path):
     """Recognised by their configuration, head and all; written so that transformers reads the same network."""
     torch.manual_seed(0)
-    config = cards()[name].settle(cards()[name].tiny, gives=gives)
+    config = cards()[name].settle(cards()[name].tiny, output_type=gives)
     theirs = network(name, config)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load.load(tmp_path / "theirs")
     assert type(ours) is cards()[name].model
-    assert ours.config == (replace(config, classes=2) if gives == "span" else config)
+    assert ours.config == (replace(config, num_classes=2) if gives == "span" else config)
     load.save(ours, tmp_path / "ours", "huggingface")
     plain = {"add_pooling_layer": False} if gives == "vector" and name in ("bert", "roberta") else {}
     plain |= {"pad_token_id": 0} if name == "modernbert" else {}  # its own is beyond so small a vocabulary
@@ -407,7 +409,7 @@ def test_attention_of_another_kind_is_refused(tmp_path):
         ("bert", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'"),
     ):
-        config = cards()[name].settle(cards()[name].tiny, gives="label")
+        config = cards()[name].settle(cards()[name].tiny, output_type="label")
         network(name, config, **changes).save_pretrained(tmp_path / name)
         with pytest.raises(WeightsError, match=words):
             load.load(tmp_path / name)
@@ -420,7 +422,7 @@ class Fairseq(nn.Module):
         super().__init__()
         self.c, self.old = c, old
         self.inner = nn.Module()
-        self.inner.embed_tokens = nn.Embedding(c.vocab, c.dim)
+        self.inner.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.inner.embed_positions = nn.Embedding(c.length + c.pad + 1, c.dim)
         setattr(self.inner, "emb_layer_norm" if old else "layernorm_embedding", nn.LayerNorm(c.dim))
         self.inner.layers = nn.ModuleList()
@@ -432,7 +434,7 @@ class Fairseq(nn.Module):
             self.inner.layers.append(layer)
         self.head = nn.Module()
         self.head.dense, self.head.layer_norm = nn.Linear(c.dim, c.dim), nn.LayerNorm(c.dim)
-        self.head.bias = nn.Parameter(torch.zeros(c.vocab))
+        self.head.bias = nn.Parameter(torch.zeros(c.vocab_size))
 
     def forward(self, tokens: Tensor) -> Tensor:  # B T -> B T vocab
         real = tokens != self.c.pad
@@ -472,7 +474,7 @@ def test_files_of_fairseq(old, tmp_path):
     tokens, mask = batch("roberta", 4)
     torch.testing.assert_close(model(tokens, mask) * mask[..., None], peer(tokens) * mask[..., None], rtol=2e-4, atol=2e-5)
     assert not model.segment.weight.any()
-    label = create("roberta-test", gives="label")
+    label = create("roberta-test", output_type="label")
     more = {
         f"classification_heads.mnli.{part}.{kind}": torch.ones(shape)
         for part, sizes in (("dense", ((8, 8), (8,))), ("out_proj", ((3, 8), (3,))))
@@ -571,7 +573,7 @@ def test_only_some_layers_of_modernbert_see_far():
 @torch.no_grad()
 def test_vectors_are_means_of_length_1():
     for name in NAMES:
-        model = tiny(name, torch.float32, gives="vector")
+        model = tiny(name, torch.float32, output_type="vector")
         tokens, mask = batch(name, 4)
         found = model(tokens, mask)
         torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
@@ -586,7 +588,7 @@ def test_vectors_are_means_of_length_1():
 def test_every_encoder_is_here():
     assert {name for name in CASES if cards()[name].framed} == set(NAMES)
     for name in NAMES:
-        for gives in GIVES:
-            model = tiny(name, gives=gives)
+        for gives in OUTPUT_TYPES:
+            model = tiny(name, output_type=gives)
             table, state = tables(model)["huggingface"], model.state_dict()
             assert translate(translate(state, table, reverse=True), table).keys() == state.keys()

@@ -154,7 +154,7 @@ def test_no_label_is_label_zero_and_the_untrained_network_answers_zero():
     assert not fresh(video.float(), time.float(), label).any()
     x = torch.randn(2, 3, 16, 16)
     assert all(torch.equal(block(x, torch.randn(2, 16)), x) for block in fresh.blocks)  # "zero": blocks begin as nothing
-    plain = create("latte-test", classes=0)
+    plain = create("latte-test", num_classes=0)
     assert plain(video.float(), time.float()).shape == video.shape
 
 
@@ -197,7 +197,7 @@ def centres(video: Tensor) -> Tensor:  # B F 1 S S -> B F 2: row and column of t
 def test_learns_to_move_the_way_that_is_asked_for():
     video, label = moving(512)
     torch.manual_seed(0)
-    model = create("latte-test", frames=4, channels=1, image=8, patch=4, classes=2, dim=64, depth=4, heads=4)
+    model = create("latte-test", frames=4, channels=1, image=8, patch=4, num_classes=2, dim=64, depth=4, heads=4)
     objective = Diffusion(model, Process("cosine", predicts="v"), data="video")
     data = Batches(512, lambda i, _: {"video": video[i], "label": label[i]})
     trainer(objective, data, steps=400, batch=32, lr=2e-3, ema=0.98, weight_decay=0.0).train()

@@ -56,7 +56,7 @@ def pair(library: str, block: str) -> tuple[nn.Module, nn.Module]:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
-    ours = create("resnet50", block=block, depths=DEPTHS, classes=CLASSES, **settings)
+    ours = create("resnet50", block=block, depths=DEPTHS, num_classes=CLASSES, **settings)
     return theirs.eval(), ours.eval()
 
 
@@ -148,7 +148,7 @@ def test_small_stem_equals_torchvision_without_its_own():
     torch.manual_seed(0)
     theirs, settings = torchvision_resnet("basic")
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    ours = create("resnet18", depths=DEPTHS, classes=CLASSES, stem="3x3", **settings).eval()
+    ours = create("resnet18", depths=DEPTHS, num_classes=CLASSES, stem="3x3", **settings).eval()
     weights.load(ours, theirs.state_dict())
     x = torch.randn(2, 3, 20, 20)
     assert torch.equal(logits(ours, x), logits(theirs.eval(), x))

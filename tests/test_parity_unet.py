@@ -49,7 +49,10 @@ def test_unet_refuses_what_is_too_small():
 def test_unet_resnet_equals_segmentation_models_pytorch(tmp_path):
     """The whole network of that package, of the smallest published size, and the way back."""
     torch.manual_seed(0)
-    theirs, ours = smp.Unet("resnet18", encoder_weights=None, classes=4).eval(), create("unet-resnet18", classes=4).eval()
+    theirs, ours = (
+        smp.Unet("resnet18", encoder_weights=None, num_classes=4).eval(),
+        create("unet-resnet18", num_classes=4).eval(),
+    )
     assert weights.load(ours, theirs.state_dict()) == []
     x = torch.randn(1, 3, 64, 96)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)

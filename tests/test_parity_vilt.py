@@ -90,7 +90,7 @@ def test_files_of_transformers(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), ours.state_dict().values()))
     back = weights.read(weights.save(ours, tmp_path / "x.safetensors", "huggingface"))
     assert back.keys() == state.keys() and all(torch.equal(back[key], x) for key, x in state.items())
-    fewer = create("vilt-test", classes=9)  # other answers: the last layer stays fresh
+    fewer = create("vilt-test", num_classes=9)  # other answers: the last layer stays fresh
     assert set(weights.load(fewer, state, head="skip")) == {"head.weight", "head.bias"}
 
 

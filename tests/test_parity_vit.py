@@ -78,7 +78,7 @@ def ours(kind: str, side: int = SIDE, **more) -> nn.Module:
         dim=DIM,
         depth=DEPTH,
         heads=HEADS,
-        classes=CLASSES,
+        num_classes=CLASSES,
         **{"eps": eps, **more},
     ).eval()
 

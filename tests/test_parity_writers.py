@@ -24,7 +24,7 @@ NAMES = ["t5", "bart", "mbart", "nllb", "nllb-moe"]
 EVERY = pytest.mark.parametrize("name", NAMES)
 CACHED = pytest.mark.parametrize("name", [*NAMES, "transformer"])  # whose peer and files stand elsewhere
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
-NEW = {"gated": True, "tied": False, "scaled": False}
+NEW = {"gated": True, "tie_embeddings": False, "scaled": False}
 
 
 def random(model: nn.Module) -> nn.Module:
@@ -106,7 +106,7 @@ def test_versions_of_t5(changes):
     theirs, their_grads = gradients("t5", peer, batch("t5"))
     torch.testing.assert_close(ours, theirs, **CLOSE)
     renamed = rename(our_grads)
-    assert renamed.keys() == their_grads.keys() and ("peer.lm_head.weight" in renamed) == (not model.config.tied)
+    assert renamed.keys() == their_grads.keys() and ("peer.lm_head.weight" in renamed) == (not model.config.tie_embeddings)
     for key, grad in renamed.items():
         torch.testing.assert_close(grad, their_grads[key], rtol=1e-8, atol=1e-9)
 
@@ -124,10 +124,10 @@ def test_files_of_t5_of_version_1_1(tmp_path):
     again = fieldguide.load(tmp_path / "published")
     assert again.config == ours.config and torch.equal(again(*inputs), ours(*inputs))
     tied = network(random(create("t5-test", gated=True, scaled=False)))
-    tied.save_pretrained(tmp_path / "tied")
-    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
-    again = fieldguide.load(tmp_path / "tied")
-    assert again.config.tied and not again.config.scaled
+    tied.save_pretrained(tmp_path / "tie_embeddings")
+    assert json.loads((tmp_path / "tie_embeddings" / "config.json").read_text())["tie_word_embeddings"] is True
+    again = fieldguide.load(tmp_path / "tie_embeddings")
+    assert again.config.tie_embeddings and not again.config.scaled
     torch.testing.assert_close(asked(again, *inputs), asked(tied, *inputs), rtol=2e-4, atol=2e-5)
 
 

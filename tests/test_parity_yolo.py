@@ -35,7 +35,7 @@ def ultralytics():
 def test_equals_the_original(ultralytics, size, tmp_path):
     """Boxes and class probabilities as that package decodes them, from one set of weights, and the way back."""
     classes = 7 if size == "yolov8s" else 80
-    theirs, ours = ultralytics(size, classes).eval(), create(size, classes=classes).eval()
+    theirs, ours = ultralytics(size, classes).eval(), create(size, num_classes=classes).eval()
     if classes == 80:
         assert sum(p.numel() for p in theirs.parameters()) == find(size)[0].sizes[size].params + 16
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def test_large_and_oblong_pictures_equal_the_equations():
 def test_widths_of_heads():
     """That of the classes' half grows with them to 100 only; that of the sides' half has four maps a bin at least."""
     for classes, bins, label, side in ((10, 16, 64, 64), (90, 16, 90, 64), (365, 16, 100, 64), (80, 32, 80, 128)):
-        head = create("yolov8n", classes=classes, bins=bins).heads[0]
+        head = create("yolov8n", num_classes=classes, bins=bins).heads[0]
         assert (head.label[0].conv.out_channels, head.box[0].conv.out_channels) == (label, side)
         assert (head.label[-1].out_channels, head.box[-1].out_channels) == (classes, 4 * bins)
 

@@ -39,7 +39,7 @@ def test_a_folder_of_transformers_there_and_back(tmp_path):
     ours = fieldguide.load(tmp_path / "theirs")
     tokens = torch.randint(40, (2, 9))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits)
-    assert not ours.training and (ours.config.depth, ours.config.vocab, ours.config.length) == (3, 40, 16)
+    assert not ours.training and (ours.config.depth, ours.config.vocab_size, ours.config.length) == (3, 40, 16)
     fieldguide.save(ours, tmp_path / "ours", "hf")
     back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(back(tokens).logits, theirs(tokens).logits)
@@ -87,7 +87,7 @@ def test_a_file_is_recognised_by_names_and_shapes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "gives"),
+    ("kind", "output_type"),
     [
         ("Model", "vector"),
         ("ForPreTraining", "words"),
@@ -112,8 +112,8 @@ def test_lone_files_of_bert_are_told_by_their_heads(kind, gives, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", WeightsWarning)  # which names the tensors of other heads
         ours = fieldguide.load(tmp_path / "pytorch_model.bin")
-    assert (ours.config.gives, ours.config.vocab) == (gives, 70)
-    assert ours.config.classes == (5 if more else 2)
+    assert (ours.config.output_type, ours.config.vocab_size) == (gives, 70)
+    assert ours.config.num_classes == (5 if more else 2)
     tokens = torch.randint(70, (2, 9))
     out = theirs(tokens)
     if gives == "vector":
@@ -165,7 +165,7 @@ def test_every_name_of_timm_is_of_the_size_that_it_is_called(tmp_path):
     for name, meant in known.items():
         size = meant if isinstance(meant, str) else meant[0]
         with torch.device("meta"):
-            theirs, ours = timm.create_model(name, num_classes=0), create(size, gives="vector")
+            theirs, ours = timm.create_model(name, num_classes=0), create(size, output_type="vector")
         heads = theirs.blocks[0].attn.num_heads
         assert (len(theirs.blocks), theirs.embed_dim, heads) == (ours.config.depth, ours.config.dim, ours.config.heads), name
         assert theirs.patch_embed.img_size == (ours.config.image,) * 2, name
@@ -232,7 +232,7 @@ def test_export_refuses_what_has_no_table(tmp_path):
 
 
 def test_the_size_may_be_said(tmp_path):
-    ours = create("resnet18", classes=6)
+    ours = create("resnet18", num_classes=6)
     fieldguide.save(ours, tmp_path / "here.safetensors")
     again = fieldguide.load(tmp_path / "here.safetensors", name="resnet18")
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
@@ -315,7 +315,7 @@ def interleaved(matrix: torch.Tensor, heads: int) -> torch.Tensor:
 def test_files_of_meta(shards, tmp_path):
     """Rows of queries and keys turn back; a network parted among machines is put together. It says of itself what Llama 2
     says: nothing of the vocabulary, nor of the longest row."""
-    ours = create("llama-test", stretch=(), eps=1e-5, length=4096)
+    ours = create("llama-test", rope_scaling=(), eps=1e-5, length=4096)
     settled(ours)
     c, state = ours.config, ours.state_dict()
     files: list[dict] = [{} for _ in range(shards)]
@@ -472,7 +472,7 @@ def test_small_files_of_meta_compute_as_their_generation(name, length, factor, t
     torch.save(files, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text(json.dumps(said))
     ours, tokens = fieldguide.load(tmp_path), torch.randint(vocab, (1, 300))
-    assert (ours.config.vocab, ours.config.length) == (vocab, length)
+    assert (ours.config.vocab_size, ours.config.length) == (vocab, length)
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -481,11 +481,13 @@ def test_files_of_llama_cpp(tmp_path):
     gguf = pytest.importorskip("gguf")
     import numpy as np
 
-    ours = settled(create("llama-test", dim=64, hidden=32, heads=2, groups=1, stretch=(4.0, 1.0, 4.0, 8192.0), tied=True))
+    ours = settled(
+        create("llama-test", dim=64, hidden=32, heads=2, groups=1, rope_scaling=(4.0, 1.0, 4.0, 8192.0), tie_embeddings=True)
+    )
     c, state = ours.config, ours.state_dict()
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
     for key, value in {
-        "vocab_size": c.vocab,
+        "vocab_size": c.vocab_size,
         "context_length": c.length,
         "embedding_length": c.dim,
         "block_count": c.depth,

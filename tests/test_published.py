@@ -134,7 +134,7 @@ def test_classes_of_pictures(photos, pictures):
 def test_vectors_of_pictures(photos, pictures):
     folder, theirs, ready = photos
     want = theirs.vit(seen(ready, files(pictures))).last_hidden_state[:, 0]
-    found = Published.load(folder, gives="vector").predict(str(pictures))
+    found = Published.load(folder, output_type="vector").predict(str(pictures))
     np.testing.assert_allclose([r["vector"] for r in found], nn.functional.normalize(want, dim=-1), rtol=1e-4, atol=1e-5)
 
 
@@ -199,7 +199,7 @@ def test_classes_of_pairs(tmp_path):
     found = Published.load(tmp_path, columns="premise,hypothesis").predict(tmp_path / "pairs.jsonl")
     np.testing.assert_allclose([[r["probabilities"][name] for name in KINDS] for r in found], want, rtol=1e-4, atol=1e-6)
     with pytest.raises(SettingsError, match="columns=a,b: this network reads 1 column of text"):
-        Published.load(tmp_path, gives="vector", columns="a,b")
+        Published.load(tmp_path, output_type="vector", columns="a,b")
 
 
 @torch.no_grad()

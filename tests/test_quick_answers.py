@@ -58,10 +58,10 @@ def test_any_other_operation_sees_floats():
     torch.testing.assert_close(torch.cat([held.split([2, 4])[1], held[:2]]), torch.cat([want[2:], want[:2]]))
 
 
-@pytest.mark.parametrize("size, changes", [("gpt2-test", {}), ("llama-test", {}), ("llama-test", {"tied": True})])
+@pytest.mark.parametrize("size, changes", [("gpt2-test", {}), ("llama-test", {}), ("llama-test", {"tie_embeddings": True})])
 def test_a_network_answers_as_with_rounded_weights(size, changes):
     torch.manual_seed(0)
-    network = create(size, dim=64, vocab=100, **changes).eval()
+    network = create(size, dim=64, vocab_size=100, **changes).eval()
     with torch.no_grad():
         for p in network.parameters():
             p.normal_(std=0.3)
@@ -133,7 +133,7 @@ def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
 
     torch.manual_seed(0)
     tokenizer = bpe()
-    network = create("llama-test", vocab=tokenizer.get_vocab_size(), dim=64, length=64)
+    network = create("llama-test", vocab_size=tokenizer.get_vocab_size(), dim=64, length=64)
     fieldguide.save(network, tmp_path, "hf")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     run = lambda weights: CliRunner().invoke(

@@ -47,7 +47,7 @@ def meant(folder: Path, texts: list[str]) -> Tensor:
 @torch.no_grad()
 def test_vectors_of_minilm(minilm):
     with pytest.warns(WeightsWarning, match="pooler"):  # a layer that its vectors do without
-        model = load.load(minilm, gives="vector")
+        model = load.load(minilm, output_type="vector")
     assert sum(p.numel() for p in model.parameters()) == 22_565_376
     batch = transformers.AutoTokenizer.from_pretrained(minilm)(TEXTS, padding=True, return_tensors="pt")
     expected = meant(minilm, TEXTS)

@@ -77,8 +77,10 @@ def table(path, rows: list[dict]) -> str:
 
 
 def made(source, **options):
-    data = KIND.build_examples(read(source, column_spec=KIND.column_spec, **options.pop("reading", {})), KIND.options_from(options))
-    return KIND.learn(data, KIND.options_from(options)), data
+    data = KIND.build_examples(
+        read(source, column_spec=KIND.column_spec, **options.pop("reading", {})), KIND.options_from(options)
+    )
+    return KIND.fit(data, KIND.options_from(options)), data
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +212,7 @@ def test_every_layout_gives_the_same(tmp_path):
         data = KIND.build_examples(read(source, column_spec=KIND.column_spec), KIND.Options())
         found = [(row[0]["text"], row[0]["start"]) for row in data.rows[data.target.name].to_list()]
         assert found == [(a, c.index(f"paid {a}") + 5) for c, _, a in entries], source
-        assert KIND.learn(data, KIND.options_from({"vocab": 300})).options.context in ("context", "passage", "Context")
+        assert KIND.fit(data, KIND.options_from({"vocab": 300})).options.context in ("context", "passage", "Context")
 
 
 def test_files_by_split(tmp_path):
@@ -303,7 +305,10 @@ def test_answers_that_are_not_there(tmp_path):
         some[row]["answer"] = "the town hall"
     with refused("answer-not-there", "3 of 150", "a.jsonl:8"):
         read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
-    assert len(KIND.build_examples(read(tmp_path / "a.jsonl", column_spec=KIND.column_spec, allow_bad=True), KIND.Options())) == 147
+    assert (
+        len(KIND.build_examples(read(tmp_path / "a.jsonl", column_spec=KIND.column_spec, allow_bad=True), KIND.Options()))
+        == 147
+    )
 
 
 def test_starts_that_are_wrong_are_mended(tmp_path):
@@ -352,8 +357,8 @@ def test_tables_are_read_alike_by_a_trained_task(tmp_path):
     path = table(tmp_path / "a.jsonl", some)
     one, data = made(path, vocab=300)
     again = one.read([path], answered=True)
-    assert again.rows["answer"].to_list() == data.rows["answer"].to_list() and one.truth(again)["answers"][0] == ()
-    assert one.truth(again)["answers"][1] == ("house 501",)
+    assert again.rows["answer"].to_list() == data.rows["answer"].to_list() and one.targets(again)["answers"][0] == ()
+    assert one.targets(again)["answers"][1] == ("house 501",)
     table(
         tmp_path / "b.jsonl",
         [{"context": row["context"], "question": row["question"] if i else " "} for i, row in enumerate(some)],
@@ -367,7 +372,7 @@ def test_tables_are_read_alike_by_a_trained_task(tmp_path):
 def test_columns_of_other_names(tmp_path):
     some = [{"report": row["context"], "what": row["question"], "said": row["answer"]} for row in rows(40)]
     data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec, target="said")
-    one = KIND.learn(KIND.build_examples(data, KIND.Options()), KIND.options_from({"vocab": 300}))
+    one = KIND.fit(KIND.build_examples(data, KIND.Options()), KIND.options_from({"vocab": 300}))
     assert (one.options.context, one.options.question) == ("report", "what")
     with pytest.raises(DataError, match=r"task\.context and task\.question name no columns"):
         KIND.build_examples(data, KIND.options_from({"context": "reports"}))
@@ -380,7 +385,7 @@ def test_columns_of_other_names(tmp_path):
 
 def test_tokens_know_their_characters():
     texts = ["  The  Café costs — 1,000\n dollars", "İstanbul, naïve ﬁnd", "", " \t ", "日本語 text"]
-    learnt = Text.learn([t for t in texts if t] * 5, size=300)
+    learnt = Text.fit([t for t in texts if t] * 5, size=300)
     for text, (ids, spans), want in zip(texts, learnt.located(texts), learnt.exactly(texts)):
         assert ids.tolist() == want.tolist() and spans.shape == (len(ids), 2)
         assert (spans[:, 0] <= spans[:, 1]).all() and (np.diff(spans[:, 1]) >= 0).all()
@@ -495,7 +500,7 @@ def test_frames_of_given_tokenizers(tmp_path):
 def test_the_best_answer_over_all_windows(monkeypatch):
     """Against a slow search; however many windows are looked at together."""
     torch.manual_seed(0)
-    model = create("bert-test", gives="span")
+    model = create("bert-test", output_type="span")
     objective = Span(model, ("tokens", "mask"), longest=3)
     tokens, mask = torch.randint(5, 30, (11, 9)), torch.ones(11, 9, dtype=torch.bool)
     answerable = torch.zeros(11, 9, dtype=torch.bool)
@@ -538,7 +543,7 @@ def test_the_best_answer_over_all_windows(monkeypatch):
 
 def test_scores_baselines_and_the_threshold(file):
     one, data = made(file, vocab=300)
-    truth = one.truth(data)
+    truth = one.targets(data)
     spots = np.array([(a[0]["start"], a[0]["start"] + len(a[0]["text"])) if a else (0, 0) for a in one.right(data)])
     right = {"begin": spots[:, 0], "end": spots[:, 1], "given": spots[:, 1] > 0}
     assert set(one.score(right, truth).values()) == {1.0} and one.silent
@@ -589,7 +594,7 @@ def test_learns_to_answer(file, tmp_path):
     """From the file to answers: far better than the nearest sentence, silent where there is nothing to say."""
     run = learnt(file, tmp_path / "run")
     scores, base = run.record["scores"]["test"], run.record["scores"]["baselines"]
-    assert run.record["task"] == "question-answering" and run.record["model"]["config"]["gives"] == "span"
+    assert run.record["task"] == "question-answering" and run.record["model"]["config"]["output_type"] == "span"
     assert scores["f1"] > 0.85 and scores["exact_match"] > 0.8 and scores["unanswered"] > 0.8
     assert max(b["scores"]["f1"] for b in base) < 0.4
     again = open_run(run.path)
@@ -638,7 +643,7 @@ def test_begins_with_a_folder_of_transformers(file, tmp_path):
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     torch.manual_seed(0)
-    config = cards()["bert"].settle("bert-test", gives="span", vocab=len(vocab), length=64)
+    config = cards()["bert"].settle("bert-test", output_type="span", vocab_size=len(vocab), length=64)
     theirs = encoders.network("bert", config)
     theirs.save_pretrained(tmp_path / "theirs")
     tokens.save(str(tmp_path / "theirs" / "tokenizer.json"))

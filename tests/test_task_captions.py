@@ -77,13 +77,13 @@ def test_a_table_of_pictures_and_captions(tmp_path):
     (tmp_path / "table.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
     data, kind, _ = asked(tmp_path / "table.csv")
     assert kind is ImageGeneration and data.target.kind == "text"
-    task = kind.learn(data, kind.Options())
+    task = kind.fit(data, kind.Options())
     tokens = task.codes(data)
     assert tokens.shape == (135, task.options.length) and task.labels == [] and len(np.unique(tokens, axis=0)) == 27
     assert task.said(tokens[0]) == caption(*SCENES[0]).lower() and task.model_dims()["vocab"] == task.text.size
     assert task.codes(data.take([3]).__class__(**{**vars(data.take([3])), "rows": data.rows[[3]].drop("caption")})).sum() == 0
     forced, *_ = asked(tmp_path / "table.csv", kinds={"caption": "category"})
-    assert len(kind.learn(forced, kind.Options()).labels) == 27
+    assert len(kind.fit(forced, kind.Options()).labels) == 27
     with pytest.raises(SettingsError, match="dcgan reads no text, and this data has captions"):
         configured(*find("dcgan-32"), task.model_dims())
     with pytest.raises(SettingsError, match=r"dcgan-32 cannot be made .* reads no text"):

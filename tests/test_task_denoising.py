@@ -52,7 +52,7 @@ def made(file, **options):
     data = read(file, column_spec=KIND.column_spec)
     assert asked_for("denoising", data) is KIND
     data = KIND.build_examples(data, KIND.options_from(options))
-    return KIND.learn(data, KIND.options_from(options)), data
+    return KIND.fit(data, KIND.options_from(options)), data
 
 
 def generator(seed: int) -> torch.Generator:
@@ -82,7 +82,7 @@ def test_rows_hold_the_texts(file, name):
     """Whatever is left out, source and target together spell all texts in a row; chance is a function of the generator."""
     one, data = made(file, length=40, vocab=420)
     batches = one.batches(data, card(name), Settings())
-    assert one.options.damage == {"t5": "spans", "bart": "infill"}[name] == card(name).denoises
+    assert one.options.damage == {"t5": "spans", "bart": "infill"}[name] == card(name).pretraining_objective
     index, text = np.arange(len(batches)), one.text
     first, again = (batches.make(index[::step].copy(), None) for step in (1, -1))
     assert all(torch.equal(first[k], again[k].flip(0)) for k in first)  # the same, whoever shares the batch
@@ -141,7 +141,7 @@ def test_frequency_is_what_the_baseline_knows(file):
     one, data = made(file, length=40, vocab=420)
     one.batches(data, card("t5"))
     (baseline,) = one.baselines(data, data)
-    truth = one.truth(data)
+    truth = one.targets(data)
     target = truth["target"][truth["target"] >= 0]
     share = (one.counts + 1) / (one.counts + 1).sum()
     scores = one.score(baseline.outputs, truth)
@@ -158,12 +158,14 @@ def given(tmp_path, special=WORDS, **options):
     path = tokenizer(tmp_path / "tokenizer.json", ("<s>",), ("</s>",), special)
     rows = pl.DataFrame({"text": ["a cat sees a dog", "katze sieht eine hund", "a dog sees a cat a cat"] * 30})
     data = KIND.build_examples(read(rows, column_spec=KIND.column_spec), KIND.Options())
-    return KIND.learn(data, KIND.options_from({"tokenizer": path, "length": 24, **options})), data
+    return KIND.fit(data, KIND.options_from({"tokenizer": path, "length": 24, **options})), data
 
 
 def test_sentinels_are_added_where_they_lack(tmp_path):
     one, data = given(tmp_path)
-    assert len(one.sentinels) == 100 and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab == one.model_dims()["vocab"]
+    assert (
+        len(one.sentinels) == 100 and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab == one.model_dims()["vocab"]
+    )
     assert len(one.counts) == one.text.size and "are added" in one.notes[-1]
     one.batches(data, card("t5"))
     batch = one.batches(data, card("t5")).make(np.arange(4), None)
@@ -226,10 +228,10 @@ def test_gaps_are_written_as_people_do(file):
     assert one.fillings([red, s[0], blue], 3) == [[blue], [], []]
     one.asked = [one.pieces("We saw the <mask> house and ___")]
     house = one.text.exactly([" red"])[0].tolist()
-    (record,) = one.answers({"said": np.array([[s[0], *house, s[1], *house, s[2], -1, -1]])})
+    (record,) = one.format_predictions({"said": np.array([[s[0], *house, s[1], *house, s[2], -1, -1]])})
     assert record == {"text": "We saw the red house and red", "gaps": ["red", "red"]}
     one.options = replace(one.options, damage="infill")
-    (record,) = one.answers({"said": np.array([[*one.text.exactly(["We saw"])[0], one.text.sep, *house, -1]])})
+    (record,) = one.format_predictions({"said": np.array([[*one.text.exactly(["We saw"])[0], one.text.sep, *house, -1]])})
     assert record == {"text": "We saw"}
 
 
@@ -239,7 +241,7 @@ def test_stopped_and_resumed(name, file, tmp_path):
     arguments = {"task": "denoising", "model": f"{name}-test", "settings": settings}
     whole = fit(file, out=tmp_path / "whole", **arguments)
     with pytest.raises(Interrupted, match="after step 3 of 6"):
-        fit(file, out=tmp_path / "stopped", watch=StopAt(3), **arguments)
+        fit(file, out=tmp_path / "stopped", callback=StopAt(3), **arguments)
     again = resume(tmp_path / "stopped")
     assert log(tmp_path / "whole") == log(tmp_path / "stopped") and again.scores == whole.scores
     assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()

@@ -43,11 +43,11 @@ def folder(root, count=12):
 def learnt(data, **options):
     options = ObjectDetection.options_from(options)
     data = ObjectDetection.build_examples(data, options)
-    return ObjectDetection.learn(data, options), data
+    return ObjectDetection.fit(data, options), data
 
 
 def test_mosaics_are_made_where_they_are_asked_for(tmp_path):
-    data, light, standard = read(folder(tmp_path)), Settings(augment="light"), Settings(augment="standard")
+    data, light, standard = read(folder(tmp_path)), Settings(augmentation="light"), Settings(augmentation="standard")
     for options, expected in (({}, [0, 0.5]), ({"mosaic": 1.0}, [1, 1]), ({"mosaic": 0.0}, [0, 0])):
         task, *_ = learnt(data, **options)
         assert [task.augment(settings).mosaic for settings in (light, standard)] == expected
@@ -68,7 +68,7 @@ def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
         assert inside.mean() > 0.9 and inside.numel() > 50 and batch["labels"][i, 0] == i % 3
     plain = task.batches(data, card("yolov8"), Settings()).make(np.arange(3), None)
     assert {"image", "scale", "corner", "size"} == set(plain) and plain["size"].tolist() == [[40, 70], [90, 50], [40, 70]]
-    changed = task.batches(data, card("yolov8"), Settings(augment="standard"))
+    changed = task.batches(data, card("yolov8"), Settings(augmentation="standard"))
     first, again = (changed.make(np.arange(4), torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first["image"], again["image"]) and torch.equal(first["boxes"], again["boxes"])
     assert not torch.equal(first["image"], changed.make(np.arange(4), torch.Generator().manual_seed(2))["image"])
@@ -76,11 +76,11 @@ def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
 
 def test_answers_are_in_the_pictures_own_pixels(tmp_path):
     task, data = learnt(read(folder(tmp_path)), side=64)
-    truth = task.truth(data)
+    truth = task.targets(data)
     task.asking = task.predict_options({"threshold": "0.3"})
     paths = spelt(data.rows["image"].to_list()).numpy()
     outputs = {**truth, "scores": np.where(np.arange(12)[:, None] < 6, 0.9, 0.2) * (truth["labels"] >= 0), "path": paths}
-    answers = task.answers(outputs)
+    answers = task.format_predictions(outputs)
     first = data.rows["objects"][0][0]
     assert answers[0]["objects"][0]["box"] == pytest.approx([first[s] for s in ("left", "top", "right", "bottom")], abs=0.1)
     assert answers[1]["found"] == "1 b" and answers[7] == {**answers[7], "found": "nothing", "objects": []}
@@ -96,7 +96,7 @@ def test_answers_are_in_the_pictures_own_pixels(tmp_path):
 
 def test_scores_baselines_and_threshold(tmp_path):
     task, data = learnt(read(folder(tmp_path)), side=64)
-    truth = task.truth(data)
+    truth = task.targets(data)
     perfect = {**truth, "scores": np.where(truth["labels"] >= 0, 0.6, 0.0)}
     assert task.score(perfect, truth) == {"map": pytest.approx(1), "map50": pytest.approx(1)}
     low, high = task.intervals(perfect, truth)["map"]
@@ -145,7 +145,7 @@ def test_intervals_of_many_pictures_come_from_some(monkeypatch, tmp_path):
     """Drawn from a quarter of the pictures and made half as wide, they are about as wide as drawn from all."""
     kind, rng, count = ObjectDetection, np.random.default_rng(2), 240
     data = kind.build_examples(read(folder(tmp_path)), kind.Options())
-    task = kind.learn(data, kind.Options())
+    task = kind.fit(data, kind.Options())
     corner = rng.uniform(0, 40, (count, 2, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(8, 30, (count, 2, 2))], -1)
     truth = {"boxes": boxes, "labels": rng.integers(0, 3, (count, 2)), "crowd": np.zeros((count, 2), dtype=bool)}
@@ -177,7 +177,7 @@ def test_options_that_cannot_work(tmp_path):
         with pytest.raises(SettingsError, match=words):
             learnt(data, **options)
     task, some = learnt(data, classes="c,a")
-    assert task.names == ["c", "a"] and task.truth(some)["labels"][:3, 0].tolist() == [1, -1, 0]
+    assert task.names == ["c", "a"] and task.targets(some)["labels"][:3, 0].tolist() == [1, -1, 0]
     assert ObjectDetection.missing_requirements(read("inked")) and not ObjectDetection.missing_requirements(data)
     (tmp_path / "data.yaml").write_text("names: [a, b, other]\n")
     whole, _ = learnt(data)

@@ -45,7 +45,7 @@ def made(file, **options):
     data = read(file, column_spec=kind.column_spec)
     assert asked_for("fill-mask", data) is kind
     data = kind.build_examples(data, kind.options_from(options))
-    return kind.learn(data, kind.options_from(options)), data
+    return kind.fit(data, kind.options_from(options)), data
 
 
 def test_rows_of_hidden_words(file):
@@ -80,7 +80,7 @@ def test_a_text_shorter_than_a_row_is_padded(tmp_path):
 def test_frequency_is_what_the_baseline_knows(file):
     one, data = made(file, length=24, vocab=300)
     (baseline,) = one.baselines(data, data)
-    truth = one.truth(data)
+    truth = one.targets(data)
     scores = one.score(baseline.outputs, truth)
     target = truth["target"][truth["target"] >= 0]
     share = (one.counts + 1) / (one.counts + 1).sum()
@@ -173,7 +173,7 @@ def pairs(tmp_path_factory):
 def learnt_pairs(pairs, **options):
     kind = task("text-classification")
     data = read(pairs, column_spec=kind.column_spec, target="label", kinds={"first": "text", "second": "text"})
-    return kind.learn(data, kind.options_from(options)), data
+    return kind.fit(data, kind.options_from(options)), data
 
 
 def test_pairs_are_framed_with_segments(pairs):
@@ -212,7 +212,7 @@ def test_single_texts_are_framed_for_encoders_alone(file):
     rows = pl.DataFrame({"text": ["red house", "blue tree", "old stone"] * 10, "label": ["a", "b", "a"] * 10})
     kind = task("text-classification")
     data = read(rows, target="label", kinds={"text": "text"})
-    one = kind.learn(data, kind.options_from({"vocab": 300, "length": 16}))
+    one = kind.fit(data, kind.options_from({"vocab": 300, "length": 16}))
     framed, plain = (one.batches(data, card(name)).make(np.arange(3), None) for name in ("modernbert", "gru"))
     for row in range(3):
         a, b = (x["tokens"][row][x["mask"][row]].tolist() for x in (framed, plain))
@@ -241,7 +241,7 @@ def test_learns_pairs_that_neither_text_explains(pairs, tmp_path):
             "column.second": "text",
         },
     )
-    assert run.record["model"]["config"]["gives"] == "label" and run.objective.inputs == ("tokens", "mask", "segments")
+    assert run.record["model"]["config"]["output_type"] == "label" and run.objective.inputs == ("tokens", "mask", "segments")
     records = run.predict(pl.DataFrame({"first": ["On Monday we met Anna ."], "second": ["It was Anna ."]}))
     assert records[0]["label"] in ("same", "other")
     assert run.record["scores"]["baselines"][1]["scores"]["accuracy"] < 0.75  # a bag of words cannot know

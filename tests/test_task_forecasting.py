@@ -153,15 +153,17 @@ def test_a_series_a_row_from_file_to_forecast(tmp_path):
 def scores_of_naive(data, **options):
     made = Forecasting.build_examples(data, Forecasting.options_from(options))
     parts = split(made)
-    task, test = Forecasting.learn(made.take(parts.train), Forecasting.Options()), made.take(parts.test)
-    return {b.name: task.score(b.outputs, task.truth(test)) for b in task.baselines(made, test)}
+    task, test = Forecasting.fit(made.take(parts.train), Forecasting.Options()), made.take(parts.test)
+    return {b.name: task.score(b.outputs, task.targets(test)) for b in task.baselines(made, test)}
 
 
 @pytest.mark.parametrize(("name", "mse", "mae"), [("ETTh1", 1.295, 0.713), ("ETTh2", 0.432, 0.422)])
 def test_repeating_scores_on_ett_as_published(name, mse, mae, tmp_path):
     """Repeating the last value, Zeng et al. 2022, arXiv:2205.13504, table 2: borders, scales, windows are theirs."""
     found = sorted(unpack("series.zip", tmp_path, "").rglob(f"{name}.csv"))[0]
-    scores = scores_of_naive(read(found, column_spec=Forecasting.column_spec), horizon=96, train=8640, validation=2880, test=2880)
+    scores = scores_of_naive(
+        read(found, column_spec=Forecasting.column_spec), horizon=96, train=8640, validation=2880, test=2880
+    )
     assert (scores["naive"]["mse"], scores["naive"]["mae"]) == pytest.approx((mse, mae), abs=1.1e-3)
 
 

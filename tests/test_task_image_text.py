@@ -76,12 +76,12 @@ def learnt(tmp_path, name, **options):
     kind = task(name)
     asked = kind.options_from(options)
     data = kind.build_examples(kind.select_columns(read_as(table, name)), asked)
-    return kind.learn(data, asked), data
+    return kind.fit(data, asked), data
 
 
 def test_equal_pictures_and_captions_are_all_right(tmp_path):
     it, data = learnt(tmp_path, "image-text")
-    truth = it.truth(data)
+    truth = it.targets(data)
     # Four colours, two sides, two ways to say it: 16 captions. One vector for what is meant makes every recall perfect.
     meant = np.array([[colour in c, side in c] for c in it.captions(data) for colour in COLOURS for side in SIDES])
     code = meant.reshape(len(data), 4, 2, 2).all(3).reshape(len(data), 8).astype(np.float32)
@@ -130,15 +130,15 @@ def test_rare_answers_count_as_wrong(tmp_path):
     change(table, {2: "photos/000.png,what colour is the square?,mauve"})
     kind = task("visual-question-answering")
     data = kind.build_examples(read_as(table, kind.name), kind.options_from({}))
-    it = kind.learn(data, kind.options_from({}))
+    it = kind.fit(data, kind.options_from({}))
     assert "mauve" not in it.labels and len(it.labels) == 6 and "1 of 7 answers are rare" in it.notes[0]
-    truth = it.truth(data)
+    truth = it.targets(data)
     assert truth["label"][0] == -1 and (truth["label"][1:] >= 0).all() and len(it.learnt(data)) == len(data) - 1
     sure = np.eye(6)[np.maximum(truth["label"], 0)]
     assert it.score({"probabilities": sure}, truth)["accuracy"] == pytest.approx(1 - 1 / len(data))
-    few = kind.learn(data, kind.options_from({"answers": "2"}))
+    few = kind.fit(data, kind.options_from({"answers": "2"}))
     assert len(few.labels) == 2 and "5 of 7" in few.notes[0]
-    assert few.exhibits(data, {"probabilities": np.tile([0.6, 0.4], (len(data), 1))}, few.truth(data))["Questions"]
+    assert few.exhibits(data, {"probabilities": np.tile([0.6, 0.4], (len(data), 1))}, few.targets(data))["Questions"]
 
 
 def test_the_first_right_answer_counts(tmp_path):
@@ -301,7 +301,9 @@ def test_captions_end_to_end(tmp_path):
     best = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["text_r1"] > 0.8 and run.scores["text_r1"] > 2 * best["chance"]["text_r1"]
     photo = next(p for p in sorted((tmp_path / "data/photos").iterdir()))
-    said = open_run(run.path).predict(str(photo), classes=", ".join(f"a {c} square on the {s}" for c in COLOURS for s in SIDES))
+    said = open_run(run.path).predict(
+        str(photo), num_classes=", ".join(f"a {c} square on the {s}" for c in COLOURS for s in SIDES)
+    )
     caption = table.read_text().splitlines()[1].split(",")[1]
     assert said[0]["label"] == caption and sum(said[0]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     assert len(open_run(run.path).predict(str(photo))[0]["similarity"]) == 16, "without classes, captions of the training part"
@@ -369,9 +371,9 @@ def test_classes_of_a_column_are_tested_by_words_alone(tmp_path):
     kind = task("image-text")
     options = kind.options_from({"template": "a {} square"})
     data = kind.build_examples(kind.select_columns(read_as(table, kind.name)), options)
-    it = kind.learn(data, options)
+    it = kind.fit(data, options)
     assert it.classes == sorted(COLOURS) and it.columns[-2].role == "ignored"
-    truth = it.truth(data)
+    truth = it.targets(data)
     scores = it.score({"probabilities": np.eye(4)[truth["class"]]}, truth)
     assert scores == {"zero_shot_accuracy": 1.0}
 

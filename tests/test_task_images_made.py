@@ -119,10 +119,10 @@ def test_what_it_reads(tmp_path):
         "task": "image-generation",
     }
     data, kind, _ = read_for(request)
-    task = kind.learn(data, kind.Options())
+    task = kind.fit(data, kind.Options())
     assert kind is ImageGeneration and task.labels == ["a", "b"] and task.pictures.side == 8
     bare, *_ = read_for({**request, "data": str(tmp_path / "two" / "a")})
-    assert bare.target is None and kind.learn(bare, kind.Options()).labels == []
+    assert bare.target is None and kind.fit(bare, kind.Options()).labels == []
     with pytest.raises(DataError, match=r"With --task it could be: .*image-generation"):
         infer(bare)
     with pytest.raises(DataError, match="lacks what image-generation needs: a column of pictures"):

@@ -86,18 +86,18 @@ def test_leave_last_out(tmp_path):
 def learnt(tmp_path, **options):
     data, kind, _ = asked(table(tmp_path / "events.csv"))
     made = kind.build_examples(data, kind.options_from(options))
-    return made, kind.learn(made.take(np.flatnonzero(made.splits == "train")), kind.options_from(options))
+    return made, kind.fit(made.take(np.flatnonzero(made.splits == "train")), kind.options_from(options))
 
 
 def test_training_never_sees_what_is_asked(tmp_path):
     made, task = learnt(tmp_path)
     assert sorted(task.items) == ["bun", "egg", "jam", "tea"]  # nut is met in the test part alone
     test = made.take(np.flatnonzero(made.splits == "test"))
-    assert [task.items[i - 1] if i else None for i in task.truth(test)["item"]] == ["egg", None, "jam"]
+    assert [task.items[i - 1] if i else None for i in task.targets(test)["item"]] == ["egg", None, "jam"]
     batch = task.batches(test, None).make(np.arange(3), None)
     for row, (user, before) in enumerate((("ann", ["jam", "tea", "bun"]), ("bob", ["jam", "tea"]), ("cy", ["bun", "tea"]))):
         assert [task.items[i - 1] for i in batch["items"][row] if i > 0] == before, user
-    assert batch["asked"].tolist() == task.truth(test)["item"].tolist()
+    assert batch["asked"].tolist() == task.targets(test)["item"].tolist()
 
 
 @pytest.mark.parametrize("chance", [None, 0, 1, 2])

@@ -334,7 +334,7 @@ def asked_findings(path):
 
 def prepared(folder, **options):
     data = asked(folder)[0]
-    return data, SpeechRecognition.learn(data, SpeechRecognition.options_from(options))
+    return data, SpeechRecognition.fit(data, SpeechRecognition.options_from(options))
 
 
 def test_choices_from_the_data(folder):
@@ -364,16 +364,16 @@ def test_long_recordings_are_said_and_not_trained_on(folder):
 def test_batches_are_functions_of_the_generator(folder):
     data, task = prepared(folder, masks="true")
     chance = lambda n: torch.Generator().manual_seed(n)
-    batches = task.batches(data, None, Settings(augment="standard"))
+    batches = task.batches(data, None, Settings(augmentation="standard"))
     rows = np.array([4, 0, 7])
     plain, again = batches.make(rows, None), batches.make(rows, None)
     one, same, other = (batches.make(rows, chance(n)) for n in (3, 3, 4))
     assert all(torch.equal(plain[k], again[k]) for k in plain) and all(torch.equal(one[k], same[k]) for k in one)
     assert one["features"].shape != other["features"].shape or not torch.equal(one["features"], other["features"])
     assert not torch.equal(one["lengths"], plain["lengths"])  # speed
-    light = task.batches(data, None, Settings(augment="none")).make(rows, chance(3))
-    hidden = task.batches(data, None, Settings(augment="standard")).make(rows, chance(3))
-    without = task.batches(data, None, Settings(augment="light")).make(rows, chance(3))
+    light = task.batches(data, None, Settings(augmentation="none")).make(rows, chance(3))
+    hidden = task.batches(data, None, Settings(augmentation="standard")).make(rows, chance(3))
+    without = task.batches(data, None, Settings(augmentation="light")).make(rows, chance(3))
     assert torch.equal(light["features"], plain["features"])  # none: as it is
     assert torch.equal(hidden["lengths"], without["lengths"])
     assert (hidden["features"] == 0).sum() > (without["features"] == 0).sum()  # standard hides stripes, light does not
@@ -387,7 +387,7 @@ def test_batches_are_functions_of_the_generator(folder):
 
 def test_scores_are_those_of_the_corpus(folder):
     data, task = prepared(folder)
-    truth = task.truth(data)
+    truth = task.targets(data)
     assert task.score({"text": truth["text"]}, truth) == {"wer": 0.0, "cer": 0.0}
     wrong = truth["text"].copy()
     wrong[:6] = ["", "one two three", *(t.split()[0] for t in wrong[2:6])]
@@ -423,7 +423,7 @@ def test_words_have_their_times(folder):
         "sure": np.array([0.9]),
     }
     second = 4 * task.mel.hop
-    assert task.answers(outputs) == [
+    assert task.format_predictions(outputs) == [
         {
             "text": "two six",
             "sure": 0.9,
@@ -535,7 +535,7 @@ def test_exhibits_can_be_played(run):
     task = run.task
     with np.load(run.path / "splits.npz") as splits:
         data = read("spoken", column_spec=task.column_spec).take(splits["test"][:20])
-    outputs, truth = run.outputs(data), task.truth(data)
+    outputs, truth = run.outputs(data), task.targets(data)
     shown = task.exhibits(data, outputs, truth, run.objective)
     lists = [e for e in shown["Recordings"] if isinstance(e, Sounds)]
     assert lists
@@ -549,7 +549,7 @@ class Quiet(NullCallback):
     def __init__(self, stop=-1):
         self.stop = stop
 
-    def step(self, step, losses):
+    def on_step(self, step, losses):
         if step == self.stop:
             raise KeyboardInterrupt
 

@@ -106,7 +106,7 @@ def test_files_of_conll(folder, tmp_path):
 def made(source, **options):
     kind = task("token-classification")
     data = read(source, column_spec=kind.column_spec)
-    return kind.learn(data, kind.options_from(options)), data
+    return kind.fit(data, kind.options_from(options)), data
 
 
 def test_lines_of_json_and_what_is_wrong_with_them(tmp_path):
@@ -121,13 +121,13 @@ def test_lines_of_json_and_what_is_wrong_with_them(tmp_path):
     rows[7]["ner_tags"].append("B-NEW")
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match="tags that were not in training: B-NEW"):
-        one.truth(read(tmp_path / "c.jsonl", schema=one.columns))
+        one.targets(read(tmp_path / "c.jsonl", schema=one.columns))
 
 
 def test_each_word_is_asked_at_its_first_token(folder):
     one, data = made(folder / "words.conll", vocab=270, length=40)
     batch = one.batches(data, card("bert"), Settings()).make(np.arange(20), None)
-    truth = one.truth(data)["label"]
+    truth = one.targets(data)["label"]
     for row in range(20):
         words = data.rows["tokens"][row].to_list()
         tokens, places = batch["tokens"][row].tolist(), [p for p in batch["words"][row].tolist() if p >= 0]
@@ -149,7 +149,7 @@ def test_each_word_is_asked_at_its_first_token(folder):
 
 def test_scores_and_the_baseline(folder):
     one, data = made(folder / "words.conll", vocab=300)
-    truth = one.truth(data)
+    truth = one.targets(data)
     assert set(one.score({"label": truth["label"]}, truth).values()) == {1.0}
     (baseline,) = one.baselines(data, data)
     scores = one.score(baseline.outputs, truth)
@@ -175,7 +175,7 @@ def test_learns_tags_and_answers(folder, tmp_path):
         },
     )
     scores = run.record["scores"]
-    assert run.record["task"] == "token-classification" and run.record["model"]["config"]["gives"] == "labels"
+    assert run.record["task"] == "token-classification" and run.record["model"]["config"]["output_type"] == "labels"
     assert scores["test"]["f1"] > max(0.9, scores["baselines"][0]["scores"]["f1"])
     again = open_run(run.path)
     (record,) = again.predict("Clara Jena visits Hof.")

@@ -105,7 +105,7 @@ def test_damaged_documents(tmp_path):
     with pytest.raises(DataError, match="no text in it"):
         read(tmp_path)
     with pytest.raises(DataError, match="no such tokenizer"):
-        TextGeneration.learn(asked_story(tmp_path), TextGeneration.Options(tokenizer=str(tmp_path / "none.json")))
+        TextGeneration.fit(asked_story(tmp_path), TextGeneration.Options(tokenizer=str(tmp_path / "none.json")))
 
 
 def asked_story(folder):
@@ -122,7 +122,7 @@ def test_conversations(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     data, kind, _ = asked(file)
     assert kind is TextGeneration and data.columns["messages"].kind == "messages"
-    task = kind.learn(data, kind.Options(length=16))
+    task = kind.fit(data, kind.Options(length=16))
     tokens, learnt = task.stream_of(data)
     said = task.text.decode(tokens[learnt])
     assert said == "".join(f"{i + 1}." for i in range(50))  # only what the assistant says
@@ -149,7 +149,7 @@ def test_damaged_conversations(tmp_path):
         "no-content": (1, ("chat.jsonl:21",)),
         "no-messages": (2, ("chat.jsonl:31", "chat.jsonl:41")),
     }
-    kept = TextGeneration.learn(data, TextGeneration.Options(length=16)).turns(data)
+    kept = TextGeneration.fit(data, TextGeneration.Options(length=16)).turns(data)
     assert len(kept) == 595 and kept[7][0][1] == "What is 8 and 1?"
     file.write_text("\n".join(map(json.dumps, rows[:50])))
     with pytest.raises(BadData, match="conversations with a role other than system, user, assistant"):
@@ -174,7 +174,7 @@ def test_tokens_spell_texts_back(characters):
 def test_packed_rows_hold_every_token_once(tmp_path):
     data = asked_story(tmp_path)
     rows = TextGeneration.build_examples(data, TextGeneration.Options())
-    task = TextGeneration.learn(rows, TextGeneration.Options(length=32, tokenizer="characters"))
+    task = TextGeneration.fit(rows, TextGeneration.Options(length=32, tokenizer="characters"))
     tokens, _ = task.stream_of(rows)
     batches = task.batches(rows, None)
     every = batches.make(np.arange(len(batches)), None)
@@ -182,7 +182,7 @@ def test_packed_rows_hold_every_token_once(tmp_path):
     assert target[target >= 0].tolist() == tokens[1:].tolist()
     flat = every["tokens"].flatten()[: len(tokens) - 1]
     assert flat.tolist() == tokens[:-1].tolist()
-    assert task.truth(rows)["bytes"].sum() == len(STORY.encode())
+    assert task.targets(rows)["bytes"].sum() == len(STORY.encode())
 
 
 # Paired files

@@ -83,7 +83,7 @@ def test_films_of_every_form(tmp_path, form):
 def test_what_it_reads(tmp_path):
     data, kind, _ = asked(folder(tmp_path / "films"))
     assert kind is VideoGeneration and data.features("video") and data.target.name == "label"
-    task = kind.learn(data, kind.options_from({"frames": 4}))
+    task = kind.fit(data, kind.options_from({"frames": 4}))
     assert task.labels == ["left", "right"] and task.model_dims() == {"image": 16, "channels": 1, "classes": 2, "frames": 4}
     film = np.arange(10)
     assert task.cut(film, 0.0).tolist() == [0, 1, 2, 3] and task.cut(film, 0.999).tolist() == [6, 7, 8, 9]
@@ -196,7 +196,9 @@ def test_a_network_learns_to_film(tmp_path):
     others = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["frame_distance"] < 0.3 * others["noise"]["frame_distance"]
     assert set(others["copy-last"]) == {"next_frame_psnr"} and others["training films"]["recognised"] > 0.9
-    made = run.outputs(read(tmp_path / "films", column_spec=VideoGeneration.column_spec).take(np.arange(3)))  # asked one for one
+    made = run.outputs(
+        read(tmp_path / "films", column_spec=VideoGeneration.column_spec).take(np.arange(3))
+    )  # asked one for one
     assert made["samples"].shape == (3, 4, 1, 16, 16) and len(made["label"]) == 3
     low, high = run.record["scores"]["intervals"]["recognised"]
     assert high - low < 0.25  # though the test part is of 8 films

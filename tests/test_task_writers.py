@@ -82,7 +82,7 @@ def test_frames(form, tmp_path, pairs):
     before, after, options, want = FORMS[form]
     path = tokenizer(tmp_path / "tokenizer.json", before, after)
     data = Translation.build_examples(read(pairs, column_spec=Translation.column_spec), None)
-    task = Translation.learn(data, Translation.options_from({"tokenizer": path, **options}))
+    task = Translation.fit(data, Translation.options_from({"tokenizer": path, **options}))
     name = task.text.tokenizer.id_to_token
     batch = task.batches(data, card("transformer")).make([2, 0], None)
     assert [name(i) for i in batch["source"][0, : batch["source_mask"][0].sum()]] == [*want[0], "a", "cat", "sees", *want[1]]
@@ -97,7 +97,7 @@ def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
     before, after, options, _ = FORMS["mbart-50"]
     path = tokenizer(tmp_path / "tokenizer.json", before, after)
     data = read(pairs, column_spec=Translation.column_spec)
-    task = Translation.learn(data, Translation.options_from({"tokenizer": path, "length": 12, **options}))
+    task = Translation.fit(data, Translation.options_from({"tokenizer": path, "length": 12, **options}))
     task.asking = Translation.PredictOptions(beams=1, penalty=0.0)
     torch.manual_seed(0)
     model, seen = create("mbart-test", **task.model_dims()).eval(), []
@@ -195,7 +195,7 @@ def documents(tmp_path):
 def test_documents_are_read_by_their_usual_names(tmp_path):
     data = read(documents(tmp_path), column_spec=Summarization.column_spec)
     assert data.target.name == "highlights" and Summarization.missing_requirements(data) is None
-    task = Summarization.learn(data, Summarization.options_from({}))
+    task = Summarization.fit(data, Summarization.options_from({}))
     assert task.column == "article"
     said = task.baselines(data, data)[0].outputs["text"][0]
     assert said == "It was early. Anna went to the market. There were many people."

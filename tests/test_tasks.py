@@ -22,7 +22,7 @@ from fieldguide.data.splits import Splits
 from fieldguide.models import registry
 from fieldguide.tasks import infer, task
 from fieldguide.tasks.base import intervals
-from fieldguide.tasks.supervised import roc_auc, calibration_error, mix_pairs
+from fieldguide.tasks.supervised import calibration_error, mix_pairs, roc_auc
 from fieldguide.tasks.vision.image_classification import augment
 
 QUICK = {"steps": 8, "precision": "float32"}
@@ -339,8 +339,8 @@ def test_symmetric_pictures_are_mirrored(tmp_path):
             Image.fromarray(pixels).save(tmp_path / f"bar{c}" / f"{i}.png")
     source = read(tmp_path)
     kind, _ = infer(source)
-    assert kind.learn(source, kind.options_from({})).options.flip is True
-    assert kind.learn(source, kind.options_from({"flip": "false"})).options.flip is False
+    assert kind.fit(source, kind.options_from({})).options.flip is True
+    assert kind.fit(source, kind.options_from({"flip": "false"})).options.flip is False
 
 
 # Raw inputs get a defined answer
@@ -490,7 +490,9 @@ def test_pictures_to_be_made_without_classes_are_so_loudly(tmp_path):
     pictures_table(tmp_path).rename({"label": "kind"}).write_csv(tmp_path / "table.csv")
     kind = task("image-generation")
     notes = [
-        kind.learn(kind.select_columns(read(tmp_path / "table.csv", column_spec=kind.column_spec, target=target)), kind.Options()).notes
+        kind.fit(
+            kind.select_columns(read(tmp_path / "table.csv", column_spec=kind.column_spec, target=target)), kind.Options()
+        ).notes
         for target in (None, "kind")
     ]
     assert "--target kind has it made by class" in notes[0][0] and not notes[1]
@@ -525,8 +527,8 @@ def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
             minutes=minutes,
             machine=machine,
             needs={"classes": 2, "vocab": 16_000, "length": 256},
-            takes=kind.takes,
-            gives=kind.gives,
+            input_type=kind.takes,
+            output_type=kind.gives,
         ).best
 
     assert best(3).name == "transformer-encoder-s" and any("few" in a for a in best(3).against)
@@ -541,8 +543,8 @@ def advice_on_pictures(rows: int, minutes: float = 20):
         facts={"task": "image-classification", "rows": rows, "side": 64, "classes": 10},
         minutes=minutes,
         needs={"classes": 10, "image": 64, "channels": 3},
-        takes=("image",),
-        gives=("label",),
+        input_type=("image",),
+        output_type=("label",),
         machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e13, "bfloat16": 4e10}},
     )
 
@@ -552,7 +554,7 @@ def test_who_looks_at_all_networks_chooses_the_same(monkeypatch, rows):
     from fieldguide.automl import advisor
     from fieldguide.models import registry
 
-    some = [n for n in registry.names(takes="image", gives="label") if (registry.card(n).sizes[n].params or 0) < 6e6]
+    some = [n for n in registry.names(input_type="image", output_type="label") if (registry.card(n).sizes[n].params or 0) < 6e6]
     monkeypatch.setattr(registry, "names", lambda: some)
     few = advice_on_pictures(rows)
     monkeypatch.setattr(advisor, "LOOKED_AT", 10**6)
@@ -581,8 +583,8 @@ def test_only_promising_networks_are_made(monkeypatch):
         facts={"task": "image-classification", "rows": 2000, "side": 32, "classes": 10},
         minutes=5,
         needs={"classes": 10, "image": 32, "channels": 3},
-        takes=("image",),
-        gives=("label",),
+        input_type=("image",),
+        output_type=("label",),
         machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e11, "bfloat16": 4e10}},
     )
     assert len(made) < 20 and len({o.architecture for o in advice.options}) > 2

@@ -42,7 +42,7 @@ class StopAt(NullCallback):
     def __init__(self, at: int):
         self.at = at
 
-    def step(self, step, losses):
+    def on_step(self, step, losses):
         if step == self.at:
             signal.raise_signal(signal.SIGINT)
 
@@ -64,7 +64,7 @@ def test_stopped_and_resumed(name, tmp_path, monkeypatch):
     arguments = {"model": TINY.get(name, "auto"), "settings": settings}
     whole = fit(ONE[name], out=tmp_path / "whole", **arguments)
     with pytest.raises(Interrupted, match="after step 3 of 6"):
-        fit(ONE[name], out=tmp_path / "stopped", watch=StopAt(3), **arguments)
+        fit(ONE[name], out=tmp_path / "stopped", callback=StopAt(3), **arguments)
     again = resume(tmp_path / "stopped")
     assert log(tmp_path / "whole") == log(tmp_path / "stopped") and len(log(tmp_path / "whole")) >= 6
     for file in whole.path.glob("*.safetensors"):

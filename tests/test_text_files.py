@@ -54,7 +54,7 @@ class Said(NullCallback):
     def __init__(self):
         self.words = []
 
-    def say(self, text):
+    def log(self, text):
         self.words.append(text)
 
 
@@ -318,7 +318,7 @@ def test_pairs_of_texts_are_framed_as_the_network_has_learnt(kind, seconds, tmp_
     firsts = PLAIN[5:12]
     rows = pl.DataFrame({"first": firsts, "second": seconds, "label": list("abababa")})
     data = read(rows, target="label", kinds={"first": "text", "second": "text"})
-    made = TextClassification.learn(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=400))
+    made = TextClassification.fit(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=400))
     batch = made.batches(data, card(kind), Settings()).make(np.arange(len(rows)), None)
     for row, a, b in zip(range(len(rows)), firsts, seconds):
         there = batch["mask"][row]
@@ -326,8 +326,8 @@ def test_pairs_of_texts_are_framed_as_the_network_has_learnt(kind, seconds, tmp_
         assert batch["tokens"][row][there].tolist() == wanted.input_ids
         assert batch["segments"][row][there].tolist() == wanted.token_type_ids
     longest = max(len(theirs(a, b).input_ids) for a, b in zip(firsts, seconds))
-    one = TextClassification.learn(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=longest))
-    short = TextClassification.learn(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=longest - 1))
+    one = TextClassification.fit(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=longest))
+    short = TextClassification.fit(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=longest - 1))
     assert not any("cut there" in note for note in one.notes) and any("cut there" in note for note in short.notes)
     rows, _, cut = short.encoded(data, True)
     assert max(map(len, rows)) == longest - 1 and cut == sum(
@@ -340,7 +340,7 @@ STEPS = {"steps": 2, "batch": 8, "precision": "float32"}
 
 def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
     folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"))
-    plan = build_plan(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
+    plan = build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     theirs = transformers.BertTokenizerFast.from_pretrained(folder)
     texts = plan.source.take(plan.parts.train).rows["text"].to_list()
     batch = plan.batches.make(np.arange(len(texts)), None)
@@ -352,7 +352,7 @@ def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
 
 def test_rows_are_no_longer_than_the_checkpoint_reads(table, tmp_path):
     folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"), length=6)
-    plan = build_plan(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
+    plan = build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     assert plan.task.options.length == 6 and plan.batches.make(np.arange(8), None)["tokens"].shape[1] == 6
     assert any("task.length=6" in text and "reads no longer rows" in text for text in said.words)
     assert any("longer than 6 tokens and are cut" in text for text in said.words)
@@ -373,13 +373,13 @@ def test_rows_of_networks_that_read_any_are_left_as_they_are():
 
 def test_words_that_are_not_known_are_said_loudly(table, tmp_path):
     folder = bert(tmp_path / "bert", 700)
-    build_plan(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
+    build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     warning = next(text for text in said.words if text.startswith("WARNING"))
     assert "are not known." in warning and "--set task.tokenizer=PATH" in warning
     (folder / "vocab.txt").write_text("a\n")
-    build_plan(read(table), weights=folder, settings=STEPS, watch=(said := Said()))
+    build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     assert any(text.startswith("WARNING") and "no token [UNK]" in text for text in said.words)
-    build_plan(read(table), weights=folder, settings={**STEPS, "task.tokenizer": "none"}, watch=(said := Said()))
+    build_plan(read(table), weights=folder, settings={**STEPS, "task.tokenizer": "none"}, callback=(said := Said()))
     assert not any("WARNING" in text for text in said.words)  # it was asked for
 
 
@@ -388,10 +388,12 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
     size = merged(tmp_path / "words", ["<|endoftext|>"])
     merges = (tmp_path / "words" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     vocab = json.loads((tmp_path / "words" / "vocab.json").read_text(encoding="utf-8"))
-    net = create("llama-test", dim=16, hidden=16, heads=2, groups=1, stretch=(), tied=True, vocab=size, length=48)
+    net = create(
+        "llama-test", dim=16, hidden=16, heads=2, groups=1, rope_scaling=(), tie_embeddings=True, vocab_size=size, length=48
+    )
     c, writer = net.config, gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
     for key, value in {
-        "vocab_size": c.vocab,
+        "vocab_size": c.vocab_size,
         "context_length": c.length,
         "embedding_length": c.dim,
         "block_count": c.depth,
@@ -416,7 +418,7 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
         step()
     (tmp_path / "t.txt").write_text("".join(f"the cat sat on mat {i}\n" for i in range(400)))
     plan = build_plan(
-        read(tmp_path / "t.txt"), task="text-generation", weights=tmp_path / "t.gguf", watch=(said := Said()), settings=STEPS
+        read(tmp_path / "t.txt"), task="text-generation", weights=tmp_path / "t.gguf", callback=(said := Said()), settings=STEPS
     )
     theirs = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "words")
     assert all(ids.tolist() == theirs(text).input_ids for ids, text in zip(plan.task.text.exactly(TEXTS[:15]), TEXTS))

@@ -62,14 +62,14 @@ def pictures(count: int = 32, classes: int = 3) -> Batches:
 
 def bert(**changes) -> nn.Module:
     torch.manual_seed(0)
-    return create("bert-test", gives="label", **changes)
+    return create("bert-test", output_type="label", **changes)
 
 
 def trainer(model: nn.Module, batches: Batches, settings: Settings) -> Trainer:
     objective = Supervised(
         model, ("tokens", "mask") if "tokens" in batches.make(np.arange(1), None) else ("image",), Classification()
     )
-    return Trainer(objective, batches, settings, device=torch.device("cpu"), watch=NullCallback())
+    return Trainer(objective, batches, settings, device=torch.device("cpu"), callback=NullCallback())
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def test_low_rank_moves_new_parameters_alone_and_merges(tmp_path):
 
 
 def test_embeddings_tied_to_a_layer_keep_out_of_it():
-    model = create("llama-test", tied=True)
+    model = create("llama-test", tie_embeddings=True)
     peft.prepare(model, settled(tune="lora"), [])
     assert not any(name.startswith(("embed.", "head.")) for name, p in model.named_parameters() if p.requires_grad)
     assert model.head.weight is model.embed.weight
@@ -238,14 +238,14 @@ def test_layers_learn_from_the_top_down():
 
 def test_frozen_networks_keep_weights_and_statistics_to_the_bit():
     torch.manual_seed(0)
-    model = create("resnet-test", classes=3)
+    model = create("resnet-test", num_classes=3)
     peft.prepare(model, settled(tune="frozen"), HEAD)
     before = copied(model)
     loop = trainer(model, pictures(), settled(tune="frozen", lr=0.1, weight_decay=0.1))
     loop.train()
     moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
     assert moved == set(HEAD) and any("running_mean" in name for name in before)
-    free = create("resnet-test", classes=3)
+    free = create("resnet-test", num_classes=3)
     start = copied(free)
     trainer(free, pictures(), settled(lr=0.1)).train()
     assert all(not torch.equal(t, start[n]) for n, t in free.state_dict().items() if "running_mean" in n)
@@ -293,7 +293,7 @@ def learnt(model: nn.Module, batches: Batches) -> tuple[list[Tensor], int, dict[
 
 
 @pytest.mark.parametrize(
-    "make, batches", [(lambda: bert(dropout=0.2, depth=4), texts), (lambda: create("resnet-test", classes=3), pictures)]
+    "make, batches", [(lambda: bert(dropout=0.2, depth=4), texts), (lambda: create("resnet-test", num_classes=3), pictures)]
 )
 def test_recomputed_blocks_give_equal_gradients_for_less_memory(make, batches):
     """With the same dropout, and statistics of batches that are counted once."""
@@ -364,15 +364,15 @@ class Says(NullCallback):
     def __init__(self):
         self.said = []
 
-    def say(self, text):
+    def log(self, text):
         self.said.append(text)
 
 
 def test_a_head_that_a_folder_lacks_is_left_to_chance(folder):
     with pytest.raises(WeightsError, match=r'head="skip"'):
-        load.load(folder, gives="label", classes=3)
+        load.load(folder, output_type="label", num_classes=3)
     with pytest.warns(fieldguide.errors.WeightsWarning, match="heads that this network has not"):
-        model = load.load(folder, gives="label", classes=3, head="skip")
+        model = load.load(folder, output_type="label", num_classes=3, head="skip")
     theirs = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     tokens = torch.randint(5, 14, (2, 6))
     torch.testing.assert_close(model.features(tokens), theirs(tokens).last_hidden_state, rtol=1e-4, atol=1e-5)
@@ -384,16 +384,16 @@ def test_a_fit_begins_with_a_folder_and_resumes_to_the_bit(way, folder, table, t
     """Stopped before the first checkpoint too, which begins again with the same weights."""
     more = {"whole": {"layer_decay": 0.7, "unfreeze": 0.5, "recompute": "true"}, "lora": {"lora_rank": 2}}.get(way, {})
     arguments = {"weights": folder, "settings": {**FAST, "steps": 6, "tune": way, "lr": 0.01, "model.dropout": 0.1, **more}}
-    watch = Says()
-    whole = fit(table, out=tmp_path / "whole", watch=watch, **arguments)
-    assert "begins with" in "\n".join(watch.said) and whole.record["model"]["fresh"] == ["pool.weight", "pool.bias", *HEAD]
+    callback = Says()
+    whole = fit(table, out=tmp_path / "whole", callback=callback, **arguments)
+    assert "begins with" in "\n".join(callback.said) and whole.record["model"]["fresh"] == ["pool.weight", "pool.bias", *HEAD]
     with pytest.raises(Interrupted, match="after step 3 of 6"):
-        fit(table, out=tmp_path / "stopped", watch=StopAt(3), **arguments)
+        fit(table, out=tmp_path / "stopped", callback=StopAt(3), **arguments)
     again = resume(tmp_path / "stopped")
     assert log(whole.path) == log(again.path) and len(log(whole.path)) >= 6
     assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
     with pytest.raises(Interrupted):
-        fit(table, out=tmp_path / "early", watch=StopAt(1), **arguments)
+        fit(table, out=tmp_path / "early", callback=StopAt(1), **arguments)
     for file in (tmp_path / "early" / "checkpoints").iterdir():
         file.unlink()
     first = resume(tmp_path / "early")
@@ -426,13 +426,15 @@ def test_a_run_is_a_checkpoint_too(folder, table, tmp_path):
 
 def test_a_tokenizer_of_more_words_is_refused(folder, table):
     with pytest.raises(SettingsError, match=r"the tokenizer has \d+ tokens, more than .* knows"):
-        fitting.build_plan(read(table), weights=folder, settings={**FAST, "steps": 2, "task.tokenizer": "none", "task.vocab": 300})
+        fitting.build_plan(
+            read(table), weights=folder, settings={**FAST, "steps": 2, "task.tokenizer": "none", "task.vocab": 300}
+        )
 
 
 def test_advice_is_about_the_network_that_is_there(folder, table):
     seen = Says()
     seen.chose = lambda advice, config: seen.said.append(advice.best)
-    plan = fitting.build_plan(read(table), weights=folder, watch=seen, settings={**FAST, "steps": 2})
+    plan = fitting.build_plan(read(table), weights=folder, callback=seen, settings={**FAST, "steps": 2})
     best = next(one for one in seen.said if not isinstance(one, str))
     assert best.parameters == sum(p.numel() for p in plan.objective.model.parameters()) and best.name == "bert" == plan.size
 
@@ -441,7 +443,7 @@ def test_a_size_is_known_by_all_of_its_numbers():
     names = {"minilm-l6": {}, "minilm-l12": {}, "bert-base": {}, "bert-base-cased": {}, "bert-large": {}}
     card = fieldguide.registry.card("bert")
     for name in names:
-        found = load.Checkpoint(None, card, None, {**card.sizes[name].overrides, "gives": "label", "classes": 7}, {})
+        found = load.Checkpoint(None, card, None, {**card.sizes[name].overrides, "output_type": "label", "classes": 7}, {})
         assert found.size == name
     assert load.Checkpoint(None, card, None, {"depth": 5}, {}).size == "bert"
 
@@ -507,8 +509,10 @@ def test_a_file_of_pictures_begins_with_their_scale(library, painted, tmp_path):
 
 
 def test_grey_networks_have_one_scale_and_colours_are_refused(painted, tmp_path):
-    fieldguide.save(create("resnet18", channels=1, classes=2), tmp_path / "grey.safetensors")
-    plan = fitting.build_plan(read(painted), weights=tmp_path / "grey.safetensors", model="resnet18", settings={**FAST, "steps": 2})
+    fieldguide.save(create("resnet18", channels=1, num_classes=2), tmp_path / "grey.safetensors")
+    plan = fitting.build_plan(
+        read(painted), weights=tmp_path / "grey.safetensors", model="resnet18", settings={**FAST, "steps": 2}
+    )
     assert plan.task.pictures.channels == 1 and plan.task.pictures.mean == pytest.approx([0.449])
     with pytest.raises(SettingsError, match=r"reads pictures of 1 channels.*task\.channels"):
         fitting.build_plan(
@@ -531,8 +535,8 @@ def test_a_run_of_pictures_hands_on_its_scale(painted, tmp_path):
 
 def test_of_little_data_a_new_head_alone_learns(folder, table):
     seen = Says()
-    plan = fitting.build_plan(read(table), weights=folder, watch=seen, settings={**FAST, "steps": 2})
-    assert plan.settings.tune == "frozen" and any("would be learnt by heart" in line for line in seen.said)
+    plan = fitting.build_plan(read(table), weights=folder, callback=seen, settings={**FAST, "steps": 2})
+    assert plan.settings.finetune == "frozen" and any("would be learnt by heart" in line for line in seen.said)
     assert {n for n, p in plan.objective.model.named_parameters() if p.requires_grad} == {"pool.weight", "pool.bias", *HEAD}
 
 

@@ -305,10 +305,12 @@ def test_runs_of_ours(tmp_path, pictures):
     run = fit(table, task="image-text", model="clip-mini", out=tmp_path / "run", settings={"steps": 3, "batch": 8})
     zero, names = ZeroShot.load(tmp_path / "run"), ["red", "green", "blue"]
     found = zero.predict(str(pictures), names)
-    asked = run.predict(str(pictures), classes="red,green,blue")
+    asked = run.predict(str(pictures), num_classes="red,green,blue")
     assert [r["probabilities"] for r in found] == [r["probabilities"] for r in asked]
     ways = zero.predict(str(pictures), names, ["a {} square on the left", "a {} square on the right"])
-    asked = run.predict(str(pictures), classes="red,green,blue", templates="a {} square on the left|a {} square on the right")
+    asked = run.predict(
+        str(pictures), num_classes="red,green,blue", templates="a {} square on the left|a {} square on the right"
+    )
     assert [r["probabilities"] for r in ways] == [r["probabilities"] for r in asked] != [r["probabilities"] for r in found]
     vectors = [
         np.mean(

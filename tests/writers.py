@@ -74,7 +74,7 @@ def configuration(model: nn.Module, **other: Any) -> Any:
 def network(model: nn.Module, **other: Any) -> nn.Module:
     config = configuration(model, **other)
     peer = getattr(transformers, KINDS[config.model_type] + "ForConditionalGeneration")(config)
-    if not getattr(model.config, "tied", True):  # transformers 5 ties every T5's head; those of version 1.1 are not
+    if not getattr(model.config, "tie_embeddings", True):  # transformers 5 ties every T5's head; those of version 1.1 are not
         peer.lm_head.weight = nn.Parameter(peer.lm_head.weight.detach().clone())
     return peer
 

@@ -94,12 +94,12 @@ def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping
     """The config of a size for data with these needs, then the user's own changes. Of what a task can use (`gives`, names
     in the order of its liking), a network with several heads gets the first that it can give. Raises `TypeError`, and
     `SettingsError` for a network that reads no text where the data has some."""
-    if needs.get("vocab") and not card.accepts("vocab"):
+    if needs.get("vocab_size") and not card.accepts("vocab_size"):
         raise SettingsError(f"{card.name} reads no text, and this data has captions or the like")
     adapted = card.adapt(needs) if card.adapt else {}
     needs = {k: v for k, v in needs.items() if card.accepts(k)}
-    if "gives" in needs:
-        needs["gives"] = next(given for given in needs["gives"] if given in card.answers)
+    if "output_type" in needs:
+        needs["output_type"] = next(given for given in needs["output_type"] if given in card.output_types)
     return card.settle(size, **needs | dict(adapted) | dict(changes))
 
 
@@ -107,8 +107,8 @@ def advise(
     *,
     facts: Mapping[str, Any],
     needs: Mapping[str, Any],
-    takes: tuple[str, ...],
-    gives: tuple[str, ...],
+    input_types: tuple[str, ...],
+    output_types: tuple[str, ...],
     minutes: float,
     machine: Mapping[str, Any] | None = None,
     model: str = "auto",
@@ -122,8 +122,12 @@ def advise(
     """
     machine = machine or profile.machine()
     speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
-    able = [n for n in registry.names() if registry.card(n).takes in takes and set(registry.card(n).answers) & set(gives)]
-    needs = {"gives": gives, **needs}
+    able = [
+        n
+        for n in registry.names()
+        if registry.card(n).input_type in input_types and set(registry.card(n).output_types) & set(output_types)
+    ]
+    needs = {"output_type": output_types, **needs}
     if model != "auto":
         option = considered(refuse_unable(model, able), facts, needs)
         if config is not None and option.name != model:
@@ -251,7 +255,7 @@ def refuse_unable(model: str, able: list[str]) -> str:
     if size not in [*able, card.tiny]:
         others = sorted({registry.card(n).name for n in able})
         raise SettingsError(
-            f"{model} takes {card.takes} and gives {' or '.join(card.answers)}, which this task cannot use. "
+            f"{model} takes {card.input_type} and gives {' or '.join(card.output_types)}, which this task cannot use. "
             f"Networks that can: {', '.join(others)}."
         )
     return size

@@ -21,13 +21,19 @@ def list_models(glob: str = "*", *, family: str | None = None, task: str | None 
     if task is None:
         return names
     kind = task_named(task)
-    return [n for n in names if registry.card(n).takes in kind.takes and set(registry.card(n).answers) & set(kind.gives)]
+    return [
+        n
+        for n in names
+        if registry.card(n).input_type in kind.input_types and set(registry.card(n).output_types) & set(kind.output_types)
+    ]
 
 
 def tasks_of(name: str) -> list[str]:
     """Tasks that a model can be trained for here."""
     card = registry.card(name)
-    return [t.name for t in tasks().values() if card.takes in t.takes and set(card.answers) & set(t.gives)]
+    return [
+        t.name for t in tasks().values() if card.input_type in t.input_types and set(card.output_types) & set(t.output_types)
+    ]
 
 
 @dataclass
@@ -51,8 +57,8 @@ class Description:
     new: str
     paper: str
     year: int
-    takes: str
-    gives: str
+    input_type: str
+    output_type: str
     tasks: list[str]
     config: dict[str, Any]
     parameters: int
@@ -84,8 +90,8 @@ def show(name: str, **overrides: Any) -> Description | Closed:
         new=card.new,
         paper=card.paper,
         year=card.year,
-        takes=card.takes,
-        gives=" or ".join(card.answers),
+        input_type=card.input_type,
+        output_type=" or ".join(card.output_types),
         tasks=tasks_of(name),
         config=asdict(config),
         parameters=profile.parameters(model),

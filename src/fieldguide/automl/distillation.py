@@ -36,7 +36,7 @@ def taught(objective: Objective, task: Task, settings: Settings, source: Data, p
     refuse_seen(run, source, parts)
     show = task.teacher_inputs(run.task, run.card)
     return Distillation(
-        objective.model, objective.inputs, objective.loss, run.model, show=show, hard=settings.distill == "hard"
+        objective.model, objective.inputs, objective.loss, run.model, show=show, hard=settings.distillation == "hard"
     )
 
 

@@ -38,20 +38,30 @@ from fieldguide.training.inference_loop import collect
 from fieldguide.training.trainer import State, Trainer
 
 # Settings that may change when a run is resumed; all others would make it another run.
-CHANGEABLE = {"minutes", "lr", "weight_decay", "clip", "patience", "checkpoint", "workers", "precision", "track"}
+CHANGEABLE = {
+    "minutes",
+    "lr",
+    "weight_decay",
+    "grad_clip",
+    "patience",
+    "checkpoint_seconds",
+    "num_workers",
+    "precision",
+    "tracker",
+}
 
 
 class NullCallback:
     """Sees everything, says nothing."""
 
-    def say(self, text: str) -> None: ...
-    def found(self, data: Data, task: type[Task], why: str) -> None: ...
-    def chose(self, advice: Advice, config: Any) -> None: ...
-    def begins(self, settings: Settings, done: int) -> None: ...
-    def step(self, step: int, losses: dict[str, float]) -> None: ...
-    def scores(self, step: int, scores: dict[str, float], best: bool) -> None: ...
-    def replanned(self, steps: int) -> None: ...
-    def ends(self, run: Run) -> None: ...
+    def log(self, text: str) -> None: ...
+    def on_data(self, data: Data, task: type[Task], why: str) -> None: ...
+    def on_plan(self, advice: Advice, config: Any) -> None: ...
+    def on_train_start(self, settings: Settings, done: int) -> None: ...
+    def on_step(self, step: int, losses: dict[str, float]) -> None: ...
+    def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None: ...
+    def on_replan(self, steps: int) -> None: ...
+    def on_end(self, run: Run) -> None: ...
 
 
 @dataclass
@@ -86,7 +96,7 @@ def build_plan(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     parts: Splits | None = None,
-    watch: Any = None,
+    callback: Any = None,
     weights: str | Path | None = None,
 ) -> Plan:
     """Chooses task, split, preparation, network and settings for data that is read; trains nothing. `weights` is a
@@ -94,7 +104,7 @@ def build_plan(
 
     Raises `DataError` and `SettingsError` as `fit` does.
     """
-    watch = watch or NullCallback()
+    callback = callback or NullCallback()
     training, of_model, of_task, *_ = grouped(settings or {})
     if minutes is not None:
         training["minutes"] = minutes
@@ -104,29 +114,29 @@ def build_plan(
     budget = Settings().with_(training).minutes or float("inf")
     kind, why = (asked_for(task, source), "you asked for it") if task else infer(source)
     source = kind.select_columns(source)
-    watch.found(source, kind, why)
+    callback.on_data(source, kind, why)
     begun = None
     if weights is not None:
-        begun = load.inspect_checkpoint(weights, None if model == "auto" else model, watch.log)
+        begun = load.inspect_checkpoint(weights, None if model == "auto" else model, callback.log)
         model = begun.size
-        of_task = finetune.offered(kind, begun, of_task, watch)
+        of_task = finetune.offered(kind, begun, of_task, callback)
     options = kind.options_from(of_task)
     source = kind.build_examples(source, options)
     parts = parts or split(source, seed=seed)
-    watch.log(f"split: {parts.how}")
-    learnt = kind.learn(source.take(parts.train), options)
-    needs = {"gives": kind.gives, **learnt.model_dims()}
-    config = begun.config(needs, of_model) if begun and set(begun.card.answers) & set(kind.gives) else None
+    callback.log(f"split: {parts.how}")
+    learnt = kind.fit(source.take(parts.train), options)
+    needs = {"output_type": kind.output_types, **learnt.model_dims()}
+    config = begun.config(needs, of_model) if begun and set(begun.card.output_types) & set(kind.output_types) else None
     if begun:
-        learnt = finetune.readable(learnt, source.take(parts.train), config, begun, of_task, watch)
-        needs = {"gives": kind.gives, **learnt.model_dims()}
+        learnt = finetune.readable(learnt, source.take(parts.train), config, begun, of_task, callback)
+        needs = {"output_type": kind.output_types, **learnt.model_dims()}
     for note in learnt.notes:
-        watch.log(f"note: {note}")
+        callback.log(f"note: {note}")
     advice = advise(
         facts={"task": kind.name, "rows": len(parts.train), **learnt.data_facts()},
         needs=learnt.model_dims(),
-        takes=kind.takes,
-        gives=kind.gives,
+        input_types=kind.input_types,
+        output_types=kind.output_types,
         minutes=budget,
         machine=distributed.broadcast(profile.machine()),
         model=model,
@@ -137,21 +147,23 @@ def build_plan(
         config = config or configured(card, size, needs, of_model)
     except TypeError as error:
         raise SettingsError(f"--set model.…: {error}") from None
-    watch.chose(advice, config)
+    callback.on_plan(advice, config)
     recipe = Settings().with_(kind.recipe).with_(card.recipe)
-    chosen = finetune.gentle(recipe, training, len(parts.train), begun, watch) if begun else recipe
+    chosen = finetune.gentle(recipe, training, len(parts.train), begun, callback) if begun else recipe
     chosen = distillation.named(chosen.overruled(training))
     batches = learnt.train_batches(source.take(parts.train), card, chosen)
     scored = drawn(parts.validation, learnt.validated, seed)
     if len(scored) < len(parts.validation):
-        watch.log(f"scored while it learns: {len(scored):,} of the {len(parts.validation):,} validation rows, drawn by chance")
+        callback.log(
+            f"scored while it learns: {len(scored):,} of the {len(parts.validation):,} validation rows, drawn by chance"
+        )
     validation = learnt.batches(source.take(scored), card, chosen)
     chosen = with_batch(chosen, len(batches), learnt.fewest, min(learnt.most, finetune.BATCH) if begun else learnt.most)
     torch.manual_seed(seed)
     network = card.make(config)
     fresh = None
     if begun:
-        fresh, chosen = finetune.init_checkpoint(network, begun, chosen, training, watch)
+        fresh, chosen = finetune.init_checkpoint(network, begun, chosen, training, callback)
     else:
         peft.prepare(network, chosen, fresh)
     further = {name: settled_part(part, learnt.model_dims()) for name, part in card.parts.items()}
@@ -163,8 +175,8 @@ def build_plan(
             objective,
             batches,
             len(validation),
-            watch,
-            fewest=chosen.batch if "batch" in training else learnt.fewest,
+            callback,
+            fewest=chosen.batch_size if "batch_size" in training else learnt.fewest,
             enough=finetune.ENOUGH if begun else ENOUGH,
         )
     )
@@ -207,7 +219,7 @@ def fit(
     group: str | None = None,
     time_column: str | None = None,
     allow_bad: bool = False,
-    watch: Any = None,
+    callback: Any = None,
     settings: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
 ) -> Run:
@@ -218,7 +230,7 @@ def fit(
     begin with (see `fieldguide.load`). Raises `DataError` where
     the data cannot be used and `SettingsError` where a setting cannot work; both say what to do.
     """
-    watch = watch or NullCallback()
+    callback = callback or NullCallback()
     training, _, _, kinds, roles = grouped(settings or {})
     Settings().with_(training)  # complain of settings before reading data
     if minutes is None and not {"minutes", "steps"} & set(training) and isinstance(data, str) and data in SAMPLES:
@@ -246,7 +258,7 @@ def fit(
             minutes=minutes,
             seed=seed,
             settings=settings,
-            watch=watch,
+            callback=callback,
             weights=weights,
         )
         path = distributed.broadcast(new_folder(out, source) if distributed.rank() == 0 else None)
@@ -257,7 +269,7 @@ def fit(
             np.savez(path / "splits.npz", train=parts.train, validation=parts.validation, test=parts.test)
             (path / "manifest.json").write_text(json.dumps([asdict(f) for f in source.manifest.files]))
             write_record(path, record)
-        return train_and_test(path, record, plan, watch, resume=False)
+        return train_and_test(path, record, plan, callback, resume=False)
 
 
 def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,15 +324,15 @@ def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: Mapping[str, Any] | None = None) -> Run:
+def resume(path: str | Path, *, data: Any = None, callback: Any = None, settings: Mapping[str, Any] | None = None) -> Run:
     """Goes on with a run that was stopped, as if it had never been.
 
     Raises `RunError` where the data has changed since, and `SettingsError` for changes that would make another run.
     """
-    watch = watch or NullCallback()
+    callback = callback or NullCallback()
     run = open_run(path)
     if run.status == "done":
-        watch.log(f"{path} is finished already.")
+        callback.log(f"{path} is finished already.")
         return run
     with distributed.processes():
         chosen = run.settings
@@ -339,12 +351,12 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
                 "run. Start one with `fieldguide fit`."
             )
         if (before := run.record["cost"]["processes"]) != distributed.world():
-            watch.log(
+            callback.log(
                 f"begun with {before} processes, resumed with {distributed.world()}: the same examples a step, but "
                 "chance falls otherwise"
             )
         for key, value in changed.items():
-            watch.log(
+            callback.log(
                 f"changed on resume: {key} {getattr(chosen, key)} -> {value}; from here the run differs from one "
                 "that was never stopped"
             )
@@ -362,7 +374,7 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
         task, card = run.task, run.card
         source = task.build_examples(task.select_columns(source), task.options)
         scored = drawn(parts.validation, task.validated, chosen.seed)
-        watch.found(source, type(task), run.record["choice"]["why"])
+        callback.on_data(source, type(task), run.record["choice"]["why"])
         torch.manual_seed(chosen.seed)
         network = run.fresh()
         fresh = run.record["model"].get("fresh")
@@ -370,8 +382,8 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
             peft.prepare(network, chosen, fresh)
         else:  # it was stopped before it had kept a step
             name = run.record["request"]["model"]
-            begun = load.inspect_checkpoint(run.record["request"]["weights"], None if name == "auto" else name, watch.log)
-            finetune.init_checkpoint(network, begun, chosen, {"tune": chosen.tune}, watch)
+            begun = load.inspect_checkpoint(run.record["request"]["weights"], None if name == "auto" else name, callback.log)
+            finetune.init_checkpoint(network, begun, chosen, {"finetune": chosen.finetune}, callback)
         plan = Plan(
             source,
             task,
@@ -389,13 +401,13 @@ def resume(path: str | Path, *, data: Any = None, watch: Any = None, settings: M
             most=run.record["cost"].get("most_steps", 0),
         )
         run.record["settings"] = chosen.to_dict()
-        return train_and_test(run.path, run.record, plan, watch, resume=True)
+        return train_and_test(run.path, run.record, plan, callback, resume=True)
 
 
-def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
+def trainer(plan: Plan, callback: Any, folder: Path | None = None) -> Trainer:
     """The loop for a plan, scoring on its validation part."""
     task, metric, device = plan.task, plan.task.monitored_metric(), distributed.device()
-    truth = task.truth(plan.source.take(plan.scored))
+    truth = task.targets(plan.source.take(plan.scored))
 
     def evaluate(objective: Objective) -> dict[str, float]:
         if folder and distributed.rank() == 0:
@@ -404,7 +416,11 @@ def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
             Glimpses(folder).look(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
         return task.score(
             collect(
-                objective, plan.validation, batch=max(64, plan.settings.batch), device=device, precision=plan.settings.precision
+                objective,
+                plan.validation,
+                batch=max(64, plan.settings.batch_size),
+                device=device,
+                precision=plan.settings.precision,
             ),
             truth,
         )
@@ -414,7 +430,7 @@ def trainer(plan: Plan, watch: Any, folder: Path | None = None) -> Trainer:
         plan.batches,
         plan.settings,
         device=device,
-        watch=watch,
+        callback=callback,
         folder=folder,
         evaluate=evaluate,
         metric=(metric.name, metric.better),
@@ -428,29 +444,29 @@ def train(plan: Plan, loop: Trainer) -> State:
     state = loop.train()
     peft.merge(plan.objective)
     rows = plan.source.take(plan.scored)
-    plan.task.calibrate(raw_answer(plan, rows), plan.task.truth(rows))
+    plan.task.calibrate(raw_answer(plan, rows), plan.task.targets(rows))
     return state
 
 
-def train_and_test(path: Path, record: dict[str, Any], plan: Plan, watch: Any, resume: bool) -> Run:
-    loop = trainer(plan, watch, path)
+def train_and_test(path: Path, record: dict[str, Any], plan: Plan, callback: Any, resume: bool) -> Run:
+    loop = trainer(plan, callback, path)
     if resume and loop.resume():
-        watch.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
-    watch.begins(loop.settings, loop.state.step)
+        callback.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
+    callback.on_train_start(loop.settings, loop.state.step)
     state = train(plan, loop)
     record["settings"] = loop.settings.to_dict()  # the steps may have been counted anew
     if state.stopped:
-        watch.log(f"stopped at step {state.step}: {state.stopped}")
-    finish(path, record, plan, state, watch)
+        callback.log(f"stopped at step {state.step}: {state.stopped}")
+    finish(path, record, plan, state, callback)
     run = open_run(path)
-    watch.ends(run)
+    callback.on_end(run)
     return run
 
 
 def raw_answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
     """The trained network's outputs, in float32: the same on every machine."""
     return collect(
-        plan.objective, plan.task.batches(rows, plan.card), batch=max(64, plan.settings.batch), device=distributed.device()
+        plan.objective, plan.task.batches(rows, plan.card), batch=max(64, plan.settings.batch_size), device=distributed.device()
     )
 
 
@@ -461,13 +477,13 @@ def answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
             plan.objective,
             plan.task.batches(rows, plan.card),
             ask=plan.task.predict_step(plan.objective),
-            batch=max(64, plan.settings.batch),
+            batch=max(64, plan.settings.batch_size),
             device=distributed.device(),
         )
     )
 
 
-def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: Any) -> None:
+def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, callback: Any) -> None:
     """Tests on rows never touched before, beside the baselines, and writes all that a finished run holds."""
     from safetensors.torch import save as pack
 
@@ -477,12 +493,12 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, watch: 
     test = drawn(plan.parts.test, task.tested, plan.settings.seed)
     held, rows = plan.source.take(test), plan.source.take(plan.parts.train)
     share = "" if len(test) == len(plan.parts.test) else f" of {len(plan.parts.test):,}, drawn by chance"
-    watch.log(f"testing on {len(held):,} examples{share} that no step of training has seen")
+    callback.log(f"testing on {len(held):,} examples{share} that no step of training has seen")
     task.prepare_test(rows, held)
     task.prepare_scoring(len(held))
     outputs = answer(plan, held)
     if distributed.rank() == 0:
-        truth = task.truth(held)
+        truth = task.targets(held)
         record["scores"] = {
             "test": task.score(outputs, truth),
             "intervals": task.intervals(outputs, truth),

@@ -24,55 +24,55 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
     """Inputs of the shapes that a network of this config takes, for measuring: zeros. `length` tokens and `side`
     pixels hold where the config leaves them open."""
     get = lambda word, default: getattr(config, card.names.get(word, word), default)
-    if card.takes == "image":
+    if card.input_type == "image":
         side = get("image", side)
         return (torch.zeros(batch, get("channels", 3), side, side, device=device),)
-    if card.takes == "table":
+    if card.input_type == "table":
         return (
             torch.zeros(batch, get("numbers", 8), device=device),
             torch.zeros(batch, len(get("categories", ())), dtype=torch.int64, device=device),
         )
-    if card.takes == "sequence":
+    if card.input_type == "sequence":
         return (torch.zeros(batch, length, get("dim", 64), device=device),)
-    if card.takes in ("tokens", "pair", "items"):
+    if card.input_type in ("tokens", "pair", "items"):
         length = min(length, get("length", length))
         row = (
             torch.zeros(batch, length, dtype=torch.int64, device=device),
             torch.ones(batch, length, dtype=torch.bool, device=device),
         )
-        return row * 2 if card.takes == "pair" else row
-    if card.takes == "series":
+        return row * 2 if card.input_type == "pair" else row
+    if card.input_type == "series":
         return (torch.zeros(batch, get("length", length), get("channels", 1), device=device),)
-    if card.takes == "covariates":
+    if card.input_type == "covariates":
         length = get("length", length)
         widths = (length, get("channels", 1)), (length, get("past", 0)), (length + get("horizon", 1), get("known", 0))
         return tuple(torch.zeros(batch, *width, device=device) for width in widths)
-    if card.takes == "speech":
+    if card.input_type == "speech":
         return torch.zeros(batch, length, get("features", 80), device=device), torch.full((batch,), length, device=device)
-    if card.takes == "captioned":
+    if card.input_type == "captioned":
         side, length = get("image", side), min(length, get("length", length))
         return (
             torch.zeros(batch, get("channels", 3), side, side, device=device),
             torch.zeros(batch, length, dtype=torch.int64, device=device),
             torch.ones(batch, length, dtype=torch.bool, device=device),
         )
-    if card.takes == "noisy-video":
+    if card.input_type == "noisy-video":
         side = get("image", side)
         return (
             torch.zeros(batch, get("frames", 16), get("channels", 3), side, side, device=device),
             torch.zeros(batch, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
         )
-    if card.takes == "noisy":
+    if card.input_type == "noisy":
         side = get("image", side)
         return (
             torch.zeros(batch, get("channels", 3), side, side, device=device),
             torch.zeros(batch, device=device),
             torch.zeros(
-                batch, *([min(length, get("length", length))] if get("vocab", 0) else []), dtype=torch.int64, device=device
+                batch, *([min(length, get("length", length))] if get("vocab_size", 0) else []), dtype=torch.int64, device=device
             ),
         )
-    width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.takes]
+    width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.input_type]
     return (torch.zeros(batch, width, device=device),)
 
 

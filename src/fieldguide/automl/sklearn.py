@@ -81,7 +81,7 @@ class Tabular(BaseEstimator):
 
     def train(self, data: Data, settings: dict[str, Any], seed: int) -> None:
         """Decides and trains without a folder; every row that is not held out for validation is trained on."""
-        watch = self.watch()
+        callback = self.callback()
         plan = fitting.build_plan(
             data,
             task=self.task,
@@ -90,16 +90,16 @@ class Tabular(BaseEstimator):
             seed=seed,
             settings=settings,
             parts=parts_of(data, seed),
-            watch=watch,
+            callback=callback,
         )
-        loop = fitting.trainer(plan, watch)
-        watch.begins(plan.settings, 0)
+        loop = fitting.trainer(plan, callback)
+        callback.on_train_start(plan.settings, 0)
         try:
             state = fitting.train(plan, loop)
         except Interrupted:
             raise KeyboardInterrupt from None  # nothing is stored that one could go on from
         finally:
-            if bar := getattr(watch, "bar", None):
+            if bar := getattr(callback, "bar", None):
                 bar.stop()
         self.keep(plan.task, plan.objective, plan.card.name, plan.size, plan.settings)
         self.n_steps_, self.validation_score_ = state.step, state.best
@@ -119,7 +119,7 @@ class Tabular(BaseEstimator):
             minutes=self.minutes,
             out=self.out,
             seed=seed,
-            watch=self.watch(),
+            callback=self.callback(),
             settings={f"column.{target}": self.kind, **kinds, **settings},
         )
         run, model = self.run_, self.run_.record["model"]
@@ -207,7 +207,7 @@ class Tabular(BaseEstimator):
         state = self.random_state
         return int(state) if isinstance(state, int | np.integer) else int(check_random_state(state).randint(2**31 - 1))
 
-    def watch(self) -> Any:
+    def callback(self) -> Any:
         if not self.verbose:
             return fitting.NullCallback()
         from fieldguide.cli.console import Progress

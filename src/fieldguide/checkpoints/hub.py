@@ -54,7 +54,7 @@ def aloud(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def fetched(name: str, watch: Callable[[str], None] = aloud) -> Path:
+def fetched(name: str, callback: Callable[[str], None] = aloud) -> Path:
     """The folder that holds the files of `organisation/name` or `organisation/name@revision`; what is there stays.
 
     `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` mean what they mean elsewhere. Raises `WeightsError` for a model that is not
@@ -71,7 +71,7 @@ def fetched(name: str, watch: Callable[[str], None] = aloud) -> Path:
     except Unreachable as error:
         if not note.is_file():
             raise
-        watch(f"{error}\nTaken instead: what was fetched before, in {folder}")
+        callback(f"{error}\nTaken instead: what was fetched before, in {folder}")
         return folder
     wanted = chosen(list(entries))
     if not any(path.endswith((".safetensors", ".bin")) for path in wanted):
@@ -83,7 +83,7 @@ def fetched(name: str, watch: Callable[[str], None] = aloud) -> Path:
     for path in sorted(wanted):
         if noted.get(path) != digest(entries[path]) or not (folder / path).is_file():
             note.unlink(missing_ok=True)  # until all is there again
-            fetch(f"/{repository}/resolve/{quoted}/{urllib.parse.quote(path)}", folder / path, entries[path], name, watch)
+            fetch(f"/{repository}/resolve/{quoted}/{urllib.parse.quote(path)}", folder / path, entries[path], name, callback)
     note.write_text(json.dumps({path: digest(entries[path]) for path in sorted(wanted)}, indent=2))
     return folder
 
@@ -148,14 +148,14 @@ def digested(path: Path, entry: dict[str, Any]) -> str:
     return check.hexdigest()
 
 
-def fetch(url: str, path: Path, entry: dict[str, Any], name: str, watch: Callable[[str], None]) -> None:
+def fetch(url: str, path: Path, entry: dict[str, Any], name: str, callback: Callable[[str], None]) -> None:
     """One file, going on where it was broken off; nothing where the same one is there."""
     if path.is_file() and digested(path, entry) == digest(entry):
         return
     part, size = path.with_name(f"{path.name}.{digest(entry)[:12]}.part"), entry["size"]  # of this content, not another
     start = part.stat().st_size if part.is_file() and part.stat().st_size < size else 0
     with opened(url, name, start) as answer, open(part, "ab" if start and answer.status == 206 else "wb") as file:
-        watch(f"{entry['path']}: {size / 1e6:,.1f} MB" + (f", from {start / 1e6:,.1f} MB on" if file.tell() else ""))
+        callback(f"{entry['path']}: {size / 1e6:,.1f} MB" + (f", from {start / 1e6:,.1f} MB on" if file.tell() else ""))
         began, told, before = time.monotonic(), time.monotonic(), file.tell()
         try:
             while block := answer.read(CHUNK):
@@ -163,7 +163,7 @@ def fetch(url: str, path: Path, entry: dict[str, Any], name: str, watch: Callabl
                 if (now := time.monotonic()) - told > TOLD:
                     told, done = now, file.tell()
                     left = (size - done) * (now - began) / (done - before)
-                    watch(f"{entry['path']}: {done / 1e6:,.1f} of {size / 1e6:,.1f} MB; about {left:,.0f} s left")
+                    callback(f"{entry['path']}: {done / 1e6:,.1f} of {size / 1e6:,.1f} MB; about {left:,.0f} s left")
         except OSError as error:
             raise WeightsError(
                 f"hf:{name}: {entry['path']} broke off after {file.tell():,} of {size:,} bytes "

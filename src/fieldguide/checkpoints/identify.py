@@ -15,7 +15,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import FieldguideError, WeightsError
 from fieldguide.models.registry import cards
 
-FREE = ("classes", "channels", "vocab", "length")  # what checkpoints of one size may differ in
+FREE = ("num_classes", "channels", "vocab_size", "length")  # what checkpoints of one size may differ in
 STEP = 8  # by which a number is changed to see what shapes it decides
 SPARE = 3  # tensors that a file may lack: tied ones
 
@@ -43,9 +43,9 @@ def headed(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], o
 
 def headless(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
     """Whether a checkpoint lacks the head by which its network would give labels, and it can do without."""
-    given = values.get("gives", card.answers[0])
+    given = values.get("output_type", card.output_types[0])
     best = max((done.state for _, done in translations(card, values, state)), key=len, default={})
-    return given == "label" and "vector" in card.answers and bool(best) and not any(n.startswith("head.") for n in best)
+    return given == "label" and "vector" in card.output_types and bool(best) and not any(n.startswith("head.") for n in best)
 
 
 def sibling(card: Card, origin: str, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
@@ -150,10 +150,10 @@ def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str,
 
 def answering(card: Card, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a network may give: first what its size says, then the rest, of which its tensors may tell."""
-    if len(card.answers) == 1:
+    if len(card.output_types) == 1:
         return [{}]
-    usual = getattr(card.config(**values), "gives", None)
-    return [{}, *({"gives": given} for given in card.answers if given != usual)] if usual else [{}]
+    usual = getattr(card.config(**values), "output_type", None)
+    return [{}, *({"output_type": given} for given in card.output_types if given != usual)] if usual else [{}]
 
 
 def fitting(

@@ -49,7 +49,7 @@ class Checkpoint:
         """The size that it is, or else the bare name of its architecture."""
         if self.path and (self.path / "run.json").is_file():
             return config_mapping.read(self.path / "run.json")["model"]["size"]
-        card, free = self.card, {"gives", *(self.card.names.get(word, word) for word in FREE)}
+        card, free = self.card, {"output_type", *(self.card.names.get(word, word) for word in FREE)}
         mine = asdict(card.config(**self.values))
         best, most = card.name, -1
         for size, said in card.sizes.items():
@@ -61,19 +61,21 @@ class Checkpoint:
     def config(self, needs: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
         """Its config with another head, and for pictures of another size. Raises `SettingsError` for more tokens than it
         has, and for numbers that it cannot have."""
-        card, kept = self.card, {k: v for k, v in needs.items() if k in ("classes", "image") and self.card.accepts(k)}
-        if len(card.answers) > 1:
-            kept["gives"] = next(given for given in needs.get("gives", card.answers) if given in card.answers)
-            if kept["gives"] == "label" and self.values.get("gives") == "vector" and card.accepts("mean"):
+        card, kept = self.card, {k: v for k, v in needs.items() if k in ("num_classes", "image") and self.card.accepts(k)}
+        if len(card.output_types) > 1:
+            kept["output_type"] = next(
+                given for given in needs.get("output_type", card.output_types) if given in card.output_types
+            )
+            if kept["output_type"] == "label" and self.values.get("output_type") == "vector" and card.accepts("mean"):
                 kept["mean"] = True  # by which it has learnt to say what a text is
-        if card.takes == "image" and needs.get("channels", self.channels) != self.channels:
+        if card.input_type == "image" and needs.get("channels", self.channels) != self.channels:
             raise SettingsError(
                 f"{self.path} reads pictures of {self.channels} channels, and these are to have "
                 f"{needs['channels']}: leave task.channels to it."
             )
-        if needs.get("vocab", 0) > self.values.get("vocab", getattr(card.config(**self.values), "vocab", 0)):
+        if needs.get("vocab_size", 0) > self.values.get("vocab_size", getattr(card.config(**self.values), "vocab_size", 0)):
             raise SettingsError(
-                f"the tokenizer has {needs['vocab']:,} tokens, more than {self.path} knows: give the one that "
+                f"the tokenizer has {needs['vocab_size']:,} tokens, more than {self.path} knows: give the one that "
                 "it was trained with (--set task.tokenizer=PATH)."
             )
         try:
@@ -101,7 +103,7 @@ class Checkpoint:
             offered["tokenizer"] = str(words)
         if self.card.accepts("begin"):
             offered["begin"] = self.card.config(**self.values).begin
-        if self.card.takes == "image":
+        if self.card.input_type == "image":
             offered["pixels"] = pixels(preparation(folder)[1], self.card.scale, self.channels)
             if (folder / "run.json").is_file():
                 from fieldguide.inference.run import open_run
@@ -109,7 +111,7 @@ class Checkpoint:
                 if pictures := getattr(open_run(folder).task, "pictures", None):
                     offered["pixels"] = pixels({}, (pictures.mean, pictures.std), self.channels)
             offered["channels"] = self.channels
-        if self.card.takes == "captioned":
+        if self.card.input_type == "captioned":
             offered |= self.pictured(folder)
         return offered
 
@@ -124,7 +126,7 @@ class Checkpoint:
             return (
                 offered
                 | shown(folder, side, self.channels, card.scale)
-                | ({"template": TEMPLATE} if "embeddings" in card.answers else {})
+                | ({"template": TEMPLATE} if "embeddings" in card.output_types else {})
             )
         from fieldguide.inference.run import open_run
 
@@ -141,13 +143,15 @@ class Checkpoint:
         }
 
 
-def inspect_checkpoint(source: str | Path, name: str | None = None, watch: Callable[[str], None] | None = None) -> Checkpoint:
+def inspect_checkpoint(
+    source: str | Path, name: str | None = None, callback: Callable[[str], None] | None = None
+) -> Checkpoint:
     """What a checkpoint is of. `watch` is told how far a download is. Raises `WeightsError` where it cannot be told."""
     if isinstance(source, str) and source.startswith(HUB):
         from fieldguide.checkpoints import hub
 
         with distributed.turns():  # one process of a machine fetches, the others find it there
-            source = hub.fetched(source.removeprefix(HUB), watch or hub.aloud)
+            source = hub.fetched(source.removeprefix(HUB), callback or hub.aloud)
     path = Path(source)
     if not path.exists():
         raise WeightsError(
@@ -173,8 +177,8 @@ def inspect_checkpoint(source: str | Path, name: str | None = None, watch: Calla
         values = inwards(card, table, said, beside)
         origin = sibling(card, origin, values, state)
         values |= unsaid(card, values, state)
-        if card.accepts("tied"):  # the file itself says it best: it has a head, or not
-            values["tied"] = not headed(card, values, state, origin)
+        if card.accepts("tie_embeddings"):  # the file itself says it best: it has a head, or not
+            values["tie_embeddings"] = not headed(card, values, state, origin)
         return Checkpoint(path, card, origin, values, state)
     changes: Mapping[str, Any] = {}
     if name is not None:
@@ -195,7 +199,7 @@ def inspect_checkpoint(source: str | Path, name: str | None = None, watch: Calla
             ) from None
     values = {**card.sizes[size].overrides, **changes}
     if headless(card, values, state):
-        values["gives"] = "vector"
+        values["output_type"] = "vector"
     return Checkpoint(path, card, origin, {**values, **seen(card, values, state)}, state)
 
 
@@ -235,8 +239,8 @@ def filled(
 
 def unsaid(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
     """The vocabulary, where the configuration leaves it to the tensors."""
-    field = card.names.get("vocab", "vocab")
-    if not card.accepts("vocab") or field in values:
+    field = card.names.get("vocab_size", "vocab_size")
+    if not card.accepts("vocab_size") or field in values:
         return {}
     return {key: value for key, value in seen(card, values, state).items() if key == field}
 
@@ -289,7 +293,7 @@ def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
     folder, said = Path(folder), outwards(card, known[origin], model.config)
     folder.mkdir(parents=True, exist_ok=True)
     bare = f"{origin}-base"  # names in files without a head, where they differ
-    names = bare if getattr(model.config, "gives", "") == "vector" and bare in card.weights else origin
+    names = bare if getattr(model.config, "output_type", "") == "vector" and bare in card.weights else origin
     weights.save(model, folder / next(FILE[key] for key in WRITTEN if key in said), names)
     (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
     return folder

@@ -70,7 +70,7 @@ def fit(
     from fieldguide.automl.fit import fit as run_fit
     from fieldguide.automl.fit import resume as run_resume
 
-    watch = Progress() if int(os.environ.get("RANK", 0)) == 0 else NullCallback()
+    callback = Progress() if int(os.environ.get("RANK", 0)) == 0 else NullCallback()
     if resume is not None:
         said = {
             "--target": target,
@@ -86,7 +86,7 @@ def fit(
             raise SettingsError(f"{', '.join(given)} cannot change when a run is resumed; start a new one.")
         if minutes is not None:
             settings["minutes"] = minutes
-        run_resume(resume, watch=watch, settings=settings)
+        run_resume(resume, callback=callback, settings=settings)
     else:
         run_fit(
             data,
@@ -99,7 +99,7 @@ def fit(
             group=group,
             time_column=time,
             allow_bad=allow_bad,
-            watch=watch,
+            callback=callback,
             settings=settings,
             weights=weights,
         )
@@ -190,20 +190,20 @@ def ask(model: str, inputs: list[str], asked: dict[str, str], as_json: bool) -> 
     from fieldguide.checkpoints.load import inspect_checkpoint
 
     found = inspect_checkpoint(model, asked.get("name"))
-    if found.card.takes == "captioned" and "tokens" in found.card.answers:
+    if found.card.input_type == "captioned" and "tokens" in found.card.output_types:
         from fieldguide.inference import image_to_text
 
         how = image_to_text.settled(asked)
         answered(image_to_text.Viewer.load(found).answer(inputs, **how), as_json, [])
         return
-    if "embeddings" not in found.card.answers:
+    if "embeddings" not in found.card.output_types:
         asked.pop("name", None)
-        if "tokens" in found.card.answers:
+        if "tokens" in found.card.output_types:
             speak(found, inputs, asked, as_json)
             return
         from fieldguide.inference.pretrained_task import Published
 
-        ready = Published.load(found, **{key: asked.pop(key) for key in ("gives", "columns") if key in asked})
+        ready = Published.load(found, **{key: asked.pop(key) for key in ("output_type", "columns") if key in asked})
         answered(ready.predict(inputs, **asked), as_json, ready.task.notes)
         return
     from fieldguide.inference.zero_shot import ZeroShot, settled
@@ -249,7 +249,7 @@ def evaluate(
         from fieldguide.checkpoints.load import inspect_checkpoint
 
         found = inspect_checkpoint(run, asked.get("name"))
-        if "embeddings" not in found.card.answers:
+        if "embeddings" not in found.card.output_types:
             from fieldguide.inference.pretrained_task import Published
 
             if strange := asked.keys() - {"name"}:

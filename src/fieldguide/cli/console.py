@@ -30,13 +30,13 @@ class Progress:
         self.bar: Bar | None = None
         self.best: str = ""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         (self.bar.console if self.bar else console).print(escape(text))
 
-    def found(self, data: Any, task: Any, why: str) -> None:
+    def on_data(self, data: Any, task: Any, why: str) -> None:
         print_data(data, task, why)
 
-    def chose(self, advice: Any, config: Any) -> None:
+    def on_plan(self, advice: Any, config: Any) -> None:
         best = advice.best
         console.print(
             f"\n[bold]{best.name}[/]: {best.parameters:,} parameters, {best.multiply_adds:,} multiply-adds an example"
@@ -53,7 +53,7 @@ class Progress:
             console.print(f"  [dim]ruled out: {option.name}: {escape(option.rejected)}[/]")
         console.print()
 
-    def begins(self, settings: Any, done: int) -> None:
+    def on_train_start(self, settings: Any, done: int) -> None:
         self.bar = Bar(
             TextColumn("training"),
             BarColumn(None),
@@ -70,20 +70,20 @@ class Progress:
         self.steps, self.told, self.done, self.began = settings.steps, done, done, time.monotonic()
         self.bar.start()
         console.print(
-            f"training {settings.steps:,} steps of {settings.batch} examples, {settings.optimizer} "
+            f"training {settings.steps:,} steps of {settings.batch_size} examples, {settings.optimizer} "
             f"lr {settings.lr:g}, {settings.precision}"
         )
 
-    def replanned(self, steps: int) -> None:
+    def on_replan(self, steps: int) -> None:
         self.steps = steps
         if self.bar:
             self.bar.update(self.line, total=steps)
 
-    def step(self, step: int, losses: dict[str, float]) -> None:
+    def on_step(self, step: int, losses: dict[str, float]) -> None:
         text = " ".join(f"{v:.4g}" for k, v in losses.items() if k.endswith("loss"))
         self.bar.update(self.line, completed=step, loss=text)
 
-    def scores(self, step: int, scores: dict[str, float], best: bool) -> None:
+    def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None:
         name, value = next(iter(scores.items()))
         if best:
             self.best = f"{value:.4g}"
@@ -94,7 +94,7 @@ class Progress:
             left = (time.monotonic() - self.began) / (step - self.done) * (self.steps - step)
             console.print(f"step {step:,} of {self.steps:,}: validation {name} {value:.4g}; about {left:.0f} s left")
 
-    def ends(self, run: Any) -> None:
+    def on_end(self, run: Any) -> None:
         self.stop()
         from fieldguide.report.pages import clock, verdict
 
@@ -215,8 +215,8 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
                 "name": name,
                 "parameters": card.sizes[size].params,
                 "family": card.family,
-                "takes": card.takes,
-                "gives": " or ".join(card.answers),
+                "input_type": card.input_type,
+                "output_type": " or ".join(card.output_types),
                 "year": card.year,
                 "paper": card.paper,
                 "source": card.sizes[size].source,
@@ -228,7 +228,7 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
             print(json.dumps(row))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("name", "parameters", "takes", "gives", "year", "what", "source"):
+    for name in ("name", "parameters", "input_type", "output_type", "year", "what", "source"):
         table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=name not in ("what", "source"))
     said = ""
     for row in rows:  # what an architecture is stands beside the first of its sizes
@@ -236,8 +236,8 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
         table.add_row(
             row["name"],
             f"{row['parameters']:,}" if row["parameters"] else "by data",
-            row["takes"],
-            row["gives"],
+            row["input_type"],
+            row["output_type"],
             str(row["year"]),
             escape(what),
             escape(row["source"]),
@@ -267,7 +267,7 @@ def print_description(d: Any, as_json: bool) -> None:
     console.print(f"[bold]{d.name}[/]  {escape(d.summary)}")
     console.print(f"new: {escape(d.new)}")
     console.print(
-        f"paper: {escape(d.paper)} ({d.year}); family: {d.family}; takes {d.takes}, gives {d.gives}"
+        f"paper: {escape(d.paper)} ({d.year}); family: {d.family}; takes {d.input_type}, gives {d.output_type}"
         + (f"; tasks: {', '.join(d.tasks)}" if d.tasks else "")
     )
     published = (
@@ -288,7 +288,7 @@ def print_description(d: Any, as_json: bool) -> None:
         parts.add_row(part, f"{count:,}", f"{100 * count / max(d.parameters, 1):.1f} %")
     console.print(parts)
     layers = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("layer", "kind", "parameters", "gives"):
+    for name in ("layer", "kind", "parameters", "output_type"):
         layers.add_column(name, justify="right" if name == "parameters" else "left")
     for layer in d.layers:
         layers.add_row(layer.path, layer.kind, f"{layer.parameters:,}" if layer.parameters else "", layer.shape)

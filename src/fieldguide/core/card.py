@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any
 
 # What a network takes -> the names of the batch tensors handed to `forward`, in order.
-TAKES: dict[str, tuple[str, ...]] = {
+INPUT_TYPES: dict[str, tuple[str, ...]] = {
     "image": ("image",),  # B C H W float
     "tokens": ("tokens", "mask"),  # B T int64, B T bool: True where a token is real, not padding
     "table": ("numbers", "categories"),  # B N float, B K int64 (0 = unseen)
@@ -32,12 +32,12 @@ TAKES: dict[str, tuple[str, ...]] = {
 }
 
 # What it may take after that, or do without: `forward` has None for it.
-ALSO: dict[str, str] = {
+OPTIONAL_INPUTS: dict[str, str] = {
     "segments": "B T int64: 0 for tokens of a first text, 1 for those of a second in the same row",
 }
 
 # What it gives back.
-GIVES: dict[str, str] = {
+OUTPUT_TYPES: dict[str, str] = {
     "label": "logits B ... classes; axes between B and classes are members of an ensemble",
     "sequence": "B T D float",
     "vector": "B F float",
@@ -60,7 +60,7 @@ GIVES: dict[str, str] = {
 }
 
 # How a network that reads one row and writes another learns from texts alone: what is done to a text before it reads it.
-DENOISES: dict[str, str] = {
+PRETRAINING_OBJECTIVES: dict[str, str] = {
     "spans": "spans are cut out, a numbered token in the place of each; it writes what they were (T5)",
     "infill": "spans are cut out, the same token in the place of each, and in other places where nothing was; it writes the "
     "whole text (BART)",
@@ -147,8 +147,8 @@ class Card:
     config: type
     paper: str
     year: int
-    takes: str
-    gives: str | tuple[str, ...]
+    input_type: str
+    output_type: str | tuple[str, ...]
     sizes: Mapping[str, Size]
     names: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]] = field(default_factory=dict)
@@ -158,21 +158,23 @@ class Card:
     adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     build: Callable[[Any], Any] | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
-    also: tuple[str, ...] = ()
-    denoises: str = "spans"
+    optional_inputs: tuple[str, ...] = ()
+    pretraining_objective: str = "spans"
     scale: Scale = IMAGENET
     endless: bool = False
 
     def __post_init__(self) -> None:
-        if self.denoises not in DENOISES:
-            raise ValueError(f"card {self.name!r}: denoises={self.denoises!r} is none of {sorted(DENOISES)}")
-        if self.takes not in TAKES:
-            raise ValueError(f"card {self.name!r}: takes={self.takes!r} is none of {sorted(TAKES)}")
-        if strange := [given for given in self.answers if given not in GIVES]:
-            raise ValueError(f"card {self.name!r}: gives={strange[0]!r} is none of {sorted(GIVES)}")
-        if strange := [name for name in self.also if name not in ALSO]:
-            raise ValueError(f"card {self.name!r}: also={strange[0]!r} is none of {sorted(ALSO)}")
-        if len(self.answers) > 1 and not self.accepts("gives"):
+        if self.pretraining_objective not in PRETRAINING_OBJECTIVES:
+            raise ValueError(
+                f"card {self.name!r}: denoises={self.pretraining_objective!r} is none of {sorted(PRETRAINING_OBJECTIVES)}"
+            )
+        if self.input_type not in INPUT_TYPES:
+            raise ValueError(f"card {self.name!r}: takes={self.input_type!r} is none of {sorted(INPUT_TYPES)}")
+        if strange := [given for given in self.output_types if given not in OUTPUT_TYPES]:
+            raise ValueError(f"card {self.name!r}: gives={strange[0]!r} is none of {sorted(OUTPUT_TYPES)}")
+        if strange := [name for name in self.optional_inputs if name not in OPTIONAL_INPUTS]:
+            raise ValueError(f"card {self.name!r}: also={strange[0]!r} is none of {sorted(OPTIONAL_INPUTS)}")
+        if len(self.output_types) > 1 and not self.accepts("output_type"):
             raise ValueError(f"card {self.name!r} gives several things, so its config must have a field `gives`")
 
     @property
@@ -183,17 +185,17 @@ class Card:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the batch tensors that `forward` takes, in order."""
-        return TAKES[self.takes]
+        return INPUT_TYPES[self.input_type]
 
     @property
-    def answers(self) -> tuple[str, ...]:
+    def output_types(self) -> tuple[str, ...]:
         """All that it can give, one at a time; the first is what its bare name gives."""
-        return (self.gives,) if isinstance(self.gives, str) else tuple(self.gives)
+        return (self.output_type,) if isinstance(self.output_type, str) else tuple(self.output_type)
 
     @property
     def framed(self) -> bool:
         """Whether rows of tokens begin with a class token and each text in them ends with a separator, as BERT's do."""
-        return "words" in self.answers
+        return "words" in self.output_types
 
     @property
     def tiny(self) -> str:
@@ -230,8 +232,8 @@ class Card:
             kind, words = KINDS.get(known[name].partition("[")[0], (object, ""))
             if not isinstance(value, kind) or (kind is Integral and value < 0):
                 raise TypeError(f"{self.name}: {key}={value!r} is not {words}")
-            if name == "gives" and value not in self.answers:
-                raise TypeError(f"{self.name} cannot give {value!r}; it gives {', '.join(self.answers)}")
+            if name == "output_type" and value not in self.output_types:
+                raise TypeError(f"{self.name} cannot give {value!r}; it gives {', '.join(self.output_types)}")
             values[name] = value
         return self.config(**values)
 

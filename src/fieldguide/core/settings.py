@@ -14,8 +14,8 @@ class Settings:
     steps: int | None = None  # optimiser steps in all
     epochs: float | None = None  # passes over the training part, where `steps` is not given
     minutes: float = 10.0  # training time, which ends a run that turns out slower; 0 = no limit
-    batch: int | None = None  # examples a step, over all processes and accumulations
-    accumulate: int = 1  # parts that a batch is worked through in, to save memory
+    batch_size: int | None = None  # examples a step, over all processes and accumulations
+    grad_accum_steps: int = 1  # parts that a batch is worked through in, to save memory
     optimizer: str = "adamw"  # adamw | sgd | muon
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.01  # on matrices and kernels; never on biases, norms, embeddings
@@ -24,36 +24,37 @@ class Settings:
     beta2: float = 0.999  # of adamw
     warmup: float = 0.05  # part of the steps over which the rate rises
     schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
-    clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
     ema: float = 0.0  # decay of the running average of weights that is kept; 0 = off
-    smoothing: float = 0.0  # label smoothing
+    label_smoothing: float = 0.0  # label smoothing
     mixup: float = 0.0  # Beta(a, a) of mixed pairs; 0 = off
-    augment: str = "none"  # none | light | standard, in the task's own meaning
+    augmentation: str = "none"  # none | light | standard, in the task's own meaning
     class_weights: bool = False  # weigh classes by inverse frequency
     patience: int = 20  # evaluations without a better score before stopping; 0 = never
-    evaluate: int | None = None  # steps between evaluations
-    checkpoint: float = 60.0  # seconds between checkpoints
-    tune: str = "whole"  # whole | frozen | lora: what of a pretrained network learns
+    eval_steps: int | None = None  # steps between evaluations
+    checkpoint_seconds: float = 60.0  # seconds between checkpoints
+    finetune: str = "whole"  # whole | frozen | lora: what of a pretrained network learns
     lora_rank: int = 8  # of the change of each matrix
     lora_scale: float = 2.0  # times which it is added
     layer_decay: float = 1.0  # rate of each layer as a part of that of the next one up
-    unfreeze: float = 0.0  # part of the steps over which layers begin to learn, from the top down
-    recompute: bool = False  # blocks are computed again on the way back, to save memory
+    unfreeze_fraction: float = 0.0  # part of the steps over which layers begin to learn, from the top down
+    gradient_checkpointing: bool = False  # blocks are computed again on the way back, to save memory
     teacher: str | None = None  # run folder of a network whose answers are learnt beside the truth
-    distill: str = "hard"  # hard | soft: the class that the teacher names, or its probabilities
+    distillation: str = "hard"  # hard | soft: the class that the teacher names, or its probabilities
     precision: str = "auto"  # auto | float32 | bfloat16
     channels_last: bool | None = None  # memory layout of pictures
-    workers: int = 0  # processes that prepare batches
-    track: str = "none"  # none | tensorboard, beside metrics.jsonl
+    num_workers: int = 0  # processes that prepare batches
+    tracker: str = "none"  # none | tensorboard, beside metrics.jsonl
     seed: int = 0
 
     def with_(self, changes: Mapping[str, Any]) -> Settings:
         """These settings with changes laid over; values may be text. Raises `SettingsError` for unknown keys."""
-        return replace(self, **{key: parse(key, value) for key, value in changes.items()})
+        return replace(self, **{key: parse(key, value) for key, value in canonical(changes).items()})
 
     def overruled(self, asked: Mapping[str, Any]) -> Settings:
         """A recipe with what a person asks laid over it. Its rate is for its optimizer: another one brings its own, unless
         the person names a rate, too."""
+        asked = canonical(asked)
         other = "lr" not in asked and asked.get("optimizer", self.optimizer) != self.optimizer
         return self.with_({"lr": RATES.get(asked["optimizer"], self.lr), **asked} if other else asked)
 
@@ -61,35 +62,87 @@ class Settings:
         return asdict(self)
 
 
+# Other names that users know, and those of run folders of schema 1 -> the name of the setting.
+ALIASES = {
+    "batch": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "accumulate": "grad_accum_steps",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "clip": "grad_clip",
+    "max_grad_norm": "grad_clip",
+    "gradient_clip_val": "grad_clip",
+    "smoothing": "label_smoothing",
+    "label_smoothing_factor": "label_smoothing",
+    "augment": "augmentation",
+    "evaluate": "eval_steps",
+    "eval_every": "eval_steps",
+    "checkpoint": "checkpoint_seconds",
+    "tune": "finetune",
+    "unfreeze": "unfreeze_fraction",
+    "recompute": "gradient_checkpointing",
+    "distill": "distillation",
+    "workers": "num_workers",
+    "track": "tracker",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "schedule",
+    "optim": "optimizer",
+    "early_stopping_patience": "patience",
+    "random_state": "seed",
+    "lora_r": "lora_rank",
+}
+
 RATES = {"adamw": 1e-3, "sgd": 0.05, "muon": 4e-3}  # by optimizer, where a recipe's rate is for another one
 CHOICES = {
     "optimizer": ("adamw", "sgd", "muon"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("auto", "float32", "bfloat16"),
-    "augment": ("none", "light", "standard"),
-    "track": ("none", "tensorboard"),
-    "tune": ("whole", "frozen", "lora"),
-    "distill": ("hard", "soft"),
+    "augmentation": ("none", "light", "standard"),
+    "tracker": ("none", "tensorboard"),
+    "finetune": ("whole", "frozen", "lora"),
+    "distillation": ("hard", "soft"),
 }
 AT_LEAST = {
     "steps": 1,
     "epochs": 0,
     "minutes": 0,
-    "batch": 1,
-    "accumulate": 1,
+    "batch_size": 1,
+    "grad_accum_steps": 1,
     "lr": 0,
     "weight_decay": 0,
-    "clip": 0,
-    "workers": 0,
+    "grad_clip": 0,
+    "num_workers": 0,
     "patience": 0,
-    "evaluate": 1,
-    "checkpoint": 0,
+    "eval_steps": 1,
+    "checkpoint_seconds": 0,
     "mixup": 0,
     "seed": 0,
     "lora_rank": 1,
     "layer_decay": 0,
 }
-BELOW = {"ema": 1, "smoothing": 1, "momentum": 1, "beta1": 1, "beta2": 1, "warmup": 1, "unfreeze": 1}  # these lie in [0, 1)
+BELOW = {
+    "ema": 1,
+    "label_smoothing": 1,
+    "momentum": 1,
+    "beta1": 1,
+    "beta2": 1,
+    "warmup": 1,
+    "unfreeze_fraction": 1,
+}  # these lie in [0, 1)
+
+
+def canonical(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings under their own names. Raises `SettingsError` if two names of one setting are given."""
+    named: dict[str, Any] = {}
+    for key, value in changes.items():
+        name = ALIASES.get(key, key)
+        if name in named:
+            raise SettingsError(f"{key} is another name for {name}, which is set already: give one of them.")
+        named[name] = value
+    return named
 
 
 def parse(key: str, value: Any) -> Any:

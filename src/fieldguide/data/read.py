@@ -106,7 +106,13 @@ class Reading:
     """One reading, from the raw table to `Data`; collects findings and the rows that cannot be used."""
 
     def __init__(
-        self, name: str, raw: source.Raw, options: source.Options, allow_bad: bool, column_spec: ColumnSpec, lenient: bool = False
+        self,
+        name: str,
+        raw: source.Raw,
+        options: source.Options,
+        allow_bad: bool,
+        column_spec: ColumnSpec,
+        lenient: bool = False,
     ) -> None:
         self.lenient, self.why = lenient, dict[int, str]()  # of a row that cannot be used
         self.name, self.raw, self.options, self.allow_bad, self.column_spec = name, raw, options, allow_bad, column_spec

@@ -67,9 +67,11 @@ class Raw:
 
 @cache
 def readers() -> tuple[ModuleType, ...]:
+    """Return the modules of `data/readers` that define `accepts`, in alphabetical order."""
     package = importlib.import_module("fieldguide.data.readers")
     names = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
-    return tuple(importlib.import_module(f"{package.__name__}.{n}") for n in names)
+    modules = (importlib.import_module(f"{package.__name__}.{n}") for n in names)
+    return tuple(module for module in modules if hasattr(module, "accepts"))
 
 
 def load(source: Any, options: Options) -> Raw:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from torch import nn
 
 from fieldguide.checkpoints import config_mapping
-from fieldguide.checkpoints.load import Checkpoint, inspect_checkpoint, filled
+from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
 from fieldguide.core import distributed
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.core.settings import asked_of
@@ -42,10 +42,10 @@ class Viewer:
         """From a folder of transformers with its tokenizer, or hf:organisation/name; or what `described` said of one. Raises
         `WeightsError` for a network that does not answer to pictures, and for a tokenizer that is missing or another's."""
         found = source if isinstance(source, Checkpoint) else inspect_checkpoint(source)
-        if found.card.takes != "captioned" or "tokens" not in found.card.answers:
+        if found.card.input_type != "captioned" or "tokens" not in found.card.output_types:
             raise WeightsError(
-                f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives "
-                f"{' or '.join(found.card.answers)}: to speak of pictures, a network must take them with tokens "
+                f"{found.path} is {found.card.name}, which takes {found.card.input_type} and gives "
+                f"{' or '.join(found.card.output_types)}: to speak of pictures, a network must take them with tokens "
                 "and say which token follows"
             )
         network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
@@ -54,9 +54,9 @@ class Viewer:
         made = words.tokenizer
         if words.template is None and (folder / TEMPLATE).is_file():
             words = replace(words, template=config_mapping.read(folder / TEMPLATE).get("chat_template"))
-        if made.get_vocab_size() > c.vocab or made.id_to_token(c.picture) is None:
+        if made.get_vocab_size() > c.vocab_size or made.id_to_token(c.picture) is None:
             raise WeightsError(
-                f"{folder}: its tokenizer has {made.get_vocab_size():,} tokens, the network {c.vocab:,}, of "
+                f"{folder}: its tokenizer has {made.get_vocab_size():,} tokens, the network {c.vocab_size:,}, of "
                 f"which {c.picture:,} stands for pictures: it is that of another network"
             )
         return cls(network, words, prepared(folder, c.image, c.channels, found.card.scale), template_of(words))

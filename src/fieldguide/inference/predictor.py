@@ -36,18 +36,18 @@ class Answering:
         """What the network says of examples, as scores take it."""
         return self.respond(self.task.batches(data, self.card))
 
-    def respond(self, batches: Batches, watch=lambda done: None) -> dict[str, np.ndarray]:
+    def respond(self, batches: Batches, callback=lambda done: None) -> dict[str, np.ndarray]:
         outputs = collect(
             self.objective,
             batches,
             ask=self.task.predict_step(self.objective),
             batch=self.together,
             device=distributed.device(),
-            watch=watch,
+            callback=callback,
         )
         return self.task.postprocess(outputs)
 
-    def predict(self, inputs: Any = (), watch=lambda done: None, **asked: Any) -> list[dict[str, Any]]:
+    def predict(self, inputs: Any = (), callback=lambda done: None, **asked: Any) -> list[dict[str, Any]]:
         """One record for each raw input (or several: a forecast has one for each step): where it came from, then what the
         task says of it.
 
@@ -57,14 +57,14 @@ class Answering:
         """
         self.task.asking = self.task.predict_options(asked)
         data = self.task.read(listed(inputs))
-        return records(data, self.task.answers(self.respond(self.task.predict_batches(data, self.card), watch)))
+        return records(data, self.task.format_predictions(self.respond(self.task.predict_batches(data, self.card), callback)))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """A vector of length 1 for each text, N D float32, from the mean over its tokens of what the network reads (or as its
         publisher says): products of two are their likeness. Raises `SettingsError` for a network that does not read both
         sides of a word."""
         texts, model = listed(texts), self.model
-        rows = self.task.encode_texts(texts, model.config.length) if "vector" in self.card.answers else None
+        rows = self.task.encode_texts(texts, model.config.length) if "vector" in self.card.output_types else None
         if rows is None:
             raise SettingsError(
                 f"{self.card.name}, trained for {self.task.name}, makes no vectors of texts; runs of encoders "
@@ -82,7 +82,7 @@ class Answering:
     def scored(self, data: Data, note: str) -> dict[str, Any]:
         """Scores, with 95 % intervals, of examples with known answers."""
         self.task.prepare_scoring(len(data))
-        outputs, truth = self.outputs(data), self.task.truth(data)
+        outputs, truth = self.outputs(data), self.task.targets(data)
         return {
             "rows": len(data),
             "scores": self.task.score(outputs, truth),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fieldguide.checkpoints import config_mapping
-from fieldguide.checkpoints.load import CONFIG, Checkpoint, inspect_checkpoint, filled
+from fieldguide.checkpoints.load import CONFIG, Checkpoint, filled, inspect_checkpoint
 from fieldguide.checkpoints.preprocessor_config import side_of
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
@@ -57,23 +57,26 @@ class Published(Answering):
         """
         found = source if isinstance(source, Checkpoint) else inspect_checkpoint(source, name)
         values = {**found.values, **overrides}
-        gives = values.get("gives", found.card.answers[0])
+        gives = values.get("output_type", found.card.output_types[0])
         beside = replace(described_beside(found, values, gives), columns=tuple(filter(None, columns.split(","))))
         made = (
             kind.published(beside)
             for kind in (*tasks().values(), TextVectors, PictureVectors)
-            if found.card.takes in kind.takes and gives in kind.gives
+            if found.card.input_type in kind.input_types and gives in kind.output_types
         )
         if (task := next((one for one in made if one is not None), None)) is None:
             raise WeightsError(
-                f"{found.path} is {found.card.name}, which takes {found.card.takes} and gives {gives}: no "
+                f"{found.path} is {found.card.name}, which takes {found.card.input_type} and gives {gives}: no "
                 "task answers or scores that as it is. `fit --weights` trains it on data of yours."
             )
         with warnings.catch_warnings():
             if gives == "vector":  # heads are left on purpose
                 warnings.simplefilter("ignore", WeightsWarning)
             network = filled(found.card, values, found.state, found.origin, str(found.path))
-        text, vocab = getattr(task, "text", None), getattr(network.config, found.card.names.get("vocab", "vocab"), None)
+        text, vocab = (
+            getattr(task, "text", None),
+            getattr(network.config, found.card.names.get("vocab_size", "vocab_size"), None),
+        )
         if text is not None and text.size > vocab:
             raise WeightsError(
                 f"{beside.folder}: its tokenizer has {text.size:,} tokens, the network {vocab:,}: it is that of another network"
@@ -93,17 +96,17 @@ def described_beside(found: Checkpoint, values: dict[str, Any], gives: str) -> C
     config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
     said = config_mapping.read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     words, pictures = None, None
-    if card.takes in ("tokens", "captioned"):
+    if card.input_type in ("tokens", "captioned"):
         words, why = found.words()
         if words is None:
             raise WeightsError(f"{folder} cannot be asked without its tokenizer. {why or 'None lies there.'}")
-    if card.takes in ("image", "captioned"):
+    if card.input_type in ("image", "captioned"):
         from fieldguide.inference.zero_shot import prepared
 
         side = getattr(config, "image", None) or side_of(folder) or SIDE
         pictures = prepared(folder, side, found.channels, card.scale)
     names = (
-        named(said, getattr(config, card.names.get("classes", "classes"), 0), found.path)
+        named(said, getattr(config, card.names.get("num_classes", "num_classes"), 0), found.path)
         if gives in ("label", "labels")
         else []
     )
@@ -142,22 +145,22 @@ def pooled(folder: Path) -> str:
 class EmbeddingTask(Task):
     """A task whose answers are vectors of length 1."""
 
-    gives = ("vector",)
+    output_types = ("vector",)
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{"vector": [round(number, 8) for number in row]} for row in outputs["vector"].astype(float).tolist()]
 
     def postprocess(self, outputs: Arrays) -> Arrays:
         return outputs
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         raise DataError(f"{data.source}: a network that gives vectors has no answers that could be right or wrong.")
 
 
 class TextVectors(EmbeddingTask, Typed):
     name = "text-vectors"
     reads = "a text, or a table with a column `text`"
-    takes = ("tokens",)
+    input_types = ("tokens",)
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> TextVectors:
@@ -181,7 +184,7 @@ class TextVectors(EmbeddingTask, Typed):
 class PictureVectors(EmbeddingTask, ImageClassification):
     name = "picture-vectors"
     reads = "a picture, a folder of them, or a table with a column `image` of paths"
-    takes = ("image",)
+    input_types = ("image",)
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Vectors(model)

@@ -110,7 +110,7 @@ class Run(Answering):
 
     @property
     def together(self) -> int:
-        return max(64, self.settings.batch or 64)
+        return max(64, self.settings.batch_size or 64)
 
     def evaluate(self, source: Any) -> dict[str, Any]:
         """Scores, with 95 % intervals, on data with known answers: {"rows", "scores", "intervals", "note"}.

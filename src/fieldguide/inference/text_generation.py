@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from fieldguide.checkpoints.load import Checkpoint, inspect_checkpoint, filled
+from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.core.settings import asked_of
 from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.data.preprocessing.sequence_markers import Frame, framed
 from fieldguide.data.preprocessing.tokenizer_files import Words, ended, read
-from fieldguide.models.generation import Greedy, GenerationConfig, Sourced, engine, streamed
+from fieldguide.models.generation import GenerationConfig, Greedy, Sourced, engine, streamed
 from fieldguide.models.generation.engine import grouped
 from fieldguide.models.generation.quantization import shrink
 from fieldguide.models.generation.stop_strings import cut
@@ -56,12 +56,12 @@ class Speaker:
         several, as its tokenizer calls them. Raises `WeightsError` for a network that does not say what follows, and where
         the tokenizer is missing; `SettingsError` where languages must be named, or are and the network knows none."""
         found, source = (source, source.path) if isinstance(source, Checkpoint) else (inspect_checkpoint(source), source)
-        if "tokens" not in found.card.answers or found.card.takes not in ("tokens", "pair"):
+        if "tokens" not in found.card.output_types or found.card.input_type not in ("tokens", "pair"):
             raise WeightsError(
-                f"{source} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to speak, a "
+                f"{source} is {found.card.name}, which gives {' or '.join(found.card.output_types)}: to speak, a "
                 "network must say which token follows"
             )
-        if found.card.takes == "tokens" and (source_language or target_language):
+        if found.card.input_type == "tokens" and (source_language or target_language):
             raise SettingsError(
                 f"{source} is {found.card.name}, which goes on from a text and has no languages to be named: "
                 "leave out source and target."
@@ -69,12 +69,12 @@ class Speaker:
         network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source))
         folder = found.path if found.path.is_dir() else found.path.parent
         words = words_of(found)
-        if words.tokenizer.get_vocab_size() > network.config.vocab:
+        if words.tokenizer.get_vocab_size() > network.config.vocab_size:
             raise WeightsError(
-                f"{source}: its tokenizer has {words.tokenizer.get_vocab_size():,} tokens, the network {network.config.vocab:,}"
+                f"{source}: its tokenizer has {words.tokenizer.get_vocab_size():,} tokens, the network {network.config.vocab_size:,}"
             )
         text, frame, ends = Text(words.tokenizer), None, ends_of(words)
-        if found.card.takes == "pair":
+        if found.card.input_type == "pair":
             config = network.config
             frame = framed(
                 text,
@@ -153,7 +153,12 @@ def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str,
     whether it is a conversation (None: as the model likes). Raises `SettingsError` for an unknown key, a value that cannot
     be, or nothing to go on from."""
     hints = get_type_hints(GenerationConfig)
-    kinds = {**{f.name: hints[f.name] for f in fields(GenerationConfig)}, "chat": bool, "weights": str, **dict.fromkeys(CALLED, str)}
+    kinds = {
+        **{f.name: hints[f.name] for f in fields(GenerationConfig)},
+        "chat": bool,
+        "weights": str,
+        **dict.fromkeys(CALLED, str),
+    }
     said = asked_of("a language model", asked, kinds)
     if not prompts:
         raise SettingsError("say what to go on from: fieldguide predict MODEL 'Once upon a time'")

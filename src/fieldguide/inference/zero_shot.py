@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fieldguide.checkpoints.load import TEMPLATE, Checkpoint, inspect_checkpoint, filled
+from fieldguide.checkpoints.load import TEMPLATE, Checkpoint, filled, inspect_checkpoint
 from fieldguide.checkpoints.preprocessor_config import shown
 from fieldguide.core import distributed
 from fieldguide.core.card import OPENAI, Card, Scale
@@ -35,7 +35,7 @@ def published(text: Text, pictures: Pictures, end: int, length: int) -> ImageTex
     """The task of a network whose tokenizer puts its own tokens around a text, and whose pictures are prepared as told."""
     task = ImageText(
         [Column("image", "image"), Column("caption", "text", "target")],
-        ImageText.Options(side=pictures.side, channels=pictures.channels, vocab=text.size, length=length, end=end),
+        ImageText.Options(side=pictures.side, channels=pictures.channels, vocab_size=text.size, length=length, end=end),
     )
     task.text, task.pictures, task.classes, task.known = text, pictures, [], []
     return task
@@ -63,9 +63,9 @@ class ZeroShot:
                 raise WeightsError(f"{source} is a run of {run.task.name}: classes by name alone are told by image-text")
             return cls(run.model, run.card, run.task, [run.task.options.template])
         found = source if isinstance(source, Checkpoint) else inspect_checkpoint(source, name)
-        if "embeddings" not in found.card.answers:
+        if "embeddings" not in found.card.output_types:
             raise WeightsError(
-                f"{found.path} is {found.card.name}, which gives {' or '.join(found.card.answers)}: to tell "
+                f"{found.path} is {found.card.name}, which gives {' or '.join(found.card.output_types)}: to tell "
                 "classes by name, a network must give vectors of pictures and of texts"
             )
         network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
@@ -77,8 +77,8 @@ class ZeroShot:
                 "tokenizer=PATH; that of every CLIP is in the folder openai/clip-vit-base-patch32."
             )
         text, c = Text.load(file), network.config
-        if text.size > c.vocab:
-            raise WeightsError(f"{file} has {text.size:,} tokens, the network {c.vocab:,}")
+        if text.size > c.vocab_size:
+            raise WeightsError(f"{file} has {text.size:,} tokens, the network {c.vocab_size:,}")
         pictures = prepared(folder, c.image, c.channels, found.card.scale)
         return cls(network, found.card, published(text, pictures, c.end, c.length))
 
@@ -105,7 +105,7 @@ class ZeroShot:
         """
         self.asked(classes, templates)
         data = self.task.read(listed(inputs))
-        return records(data, self.task.answers(self.respond(data)))
+        return records(data, self.task.format_predictions(self.respond(data)))
 
     def evaluate(self, source: Any, classes: Mapping[str, str] | None = None, templates: Sequence[str] = ()) -> dict[str, Any]:
         """How many pictures of a folder with a folder for each class, or of a table with a column of classes, are told
@@ -117,7 +117,7 @@ class ZeroShot:
                 f"{data.source}: to be scored, pictures must lie in a folder for each class, or in a table with a "
                 "column of classes."
             )
-        labels = Labels.learn(data.rows[data.target.name])
+        labels = Labels.fit(data.rows[data.target.name])
         if strange := set(classes or ()) - set(labels.names):
             raise DataError(f"{data.source} has no class {', '.join(sorted(strange))}; it has {', '.join(labels.names)}.")
         self.asked([(classes or {}).get(name, name.replace("_", " ")) for name in labels.names], templates)

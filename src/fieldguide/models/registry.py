@@ -70,7 +70,12 @@ def card_of(network: Any) -> Card | None:
 
 
 def names(
-    glob: str = "*", *, family: str | None = None, takes: str | None = None, gives: str | None = None, tests: bool = False
+    glob: str = "*",
+    *,
+    family: str | None = None,
+    input_type: str | None = None,
+    output_type: str | None = None,
+    tests: bool = False,
 ) -> list[str]:
     """Size names that match a glob (`resnet*`), a family (a folder of models), and what they take and give."""
     return [
@@ -80,8 +85,8 @@ def names(
         if fnmatch.fnmatch(size, glob)
         and (tests or size != c.tiny)
         and family in (None, c.family)
-        and takes in (None, c.takes)
-        and gives in (None, *c.answers)
+        and input_type in (None, c.input_type)
+        and output_type in (None, *c.output_types)
     ]
 
 

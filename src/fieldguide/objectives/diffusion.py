@@ -207,7 +207,7 @@ def sample(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     guidance: float = 1.0,
-    watch: Callable[[int], None] = lambda done: None,
+    callback: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """One example a label (B int64, or B T tokens of captions; 0 = none), each of `shape`: B x shape. `watch` hears of
     every step.
@@ -222,7 +222,7 @@ def sample(
         for done, (time, before) in enumerate(zip(times, [*times[1:], -1]), 1):
             output = guided(model, x, torch.full((len(x),), float(time), device=x.device), label, guidance)
             x = sampler.step(process, x, output.to(x.dtype), time, before, draw)
-            watch(done)
+            callback(done)
     finally:
         model.train(training)
     return x

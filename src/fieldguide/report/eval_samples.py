@@ -28,7 +28,7 @@ class Glimpses:
     def look(self, step: int, settings: Settings, make: Callable[[], list[Exhibit]]) -> None:
         """Stores what `make` gives, where this evaluation is one of the few to look at."""
         part = lambda s: s * VIEWS // settings.steps
-        if part(step) == part(max(step - settings.evaluate, 0)) and step != settings.steps:
+        if part(step) == part(max(step - settings.eval_steps, 0)) and step != settings.steps:
             return
         with torch.random.fork_rng():
             shown = [packed(e) for e in make()]

@@ -87,8 +87,8 @@ class Task:
 
     name: ClassVar[str]
     reads: ClassVar[str]  # in words, for error messages and docs
-    takes: ClassVar[tuple[str, ...]]  # card.takes that it can feed
-    gives: ClassVar[tuple[str, ...]]  # card.gives that it can use
+    input_types: ClassVar[tuple[str, ...]]  # card.takes that it can feed
+    output_types: ClassVar[tuple[str, ...]]  # card.gives that it can use
     feature: ClassVar[tuple[str, ...]] = ()  # kinds of the one column that an example is, where it is one
     further: ClassVar[tuple[str, ...]] = ()  # kinds of columns that are read with it
     metrics: ClassVar[tuple[Metric, ...]]  # the first is the one to judge a network by
@@ -101,7 +101,7 @@ class Task:
         """The task's own settings, written task.NAME; None means: chosen from the data."""
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         """What a user may say when asking a trained network (`predict --set NAME=VALUE`)."""
 
     most = 256  # examples a step, where the user names no batch
@@ -159,7 +159,7 @@ class Task:
         return data
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         """Prepares from training rows (`data` holds these alone)."""
         raise NotImplementedError
 
@@ -226,7 +226,7 @@ class Task:
 
         return show
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """The known answers of rows."""
         raise NotImplementedError
 
@@ -251,7 +251,7 @@ class Task:
         """95 % intervals of every score over examples like these."""
         return intervals(self, outputs, truth)
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any] | list[dict[str, Any]]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any] | list[dict[str, Any]]]:
         """One record an example, or a list of them: what a person or a program wants to know. What is to become a file (a
         picture, a sound) is a `Media`."""
         raise NotImplementedError
@@ -329,7 +329,7 @@ class Task:
         raise NotImplementedError
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
@@ -348,7 +348,7 @@ class Task:
 
         record = json.loads((folder / "task.json").read_text())
         kind = task(record["task"])
-        return kind.restore(
+        return kind.from_state(
             [Column(**c) for c in record["columns"]], kind.Options(**record["options"]), record["state"], folder
         )
 

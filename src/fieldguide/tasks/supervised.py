@@ -33,7 +33,7 @@ def discrete(column: Column) -> bool:
 class SupervisedTask(Task):
     """A task with a target column."""
 
-    gives = ("label",)
+    output_types = ("label",)
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
@@ -52,7 +52,7 @@ class SupervisedTask(Task):
         """What is known of the target, as JSON values; `restore_target` takes it back."""
         raise NotImplementedError
 
-    def restore_target(self, state: dict[str, Any]) -> None:
+    def load_target_state(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
@@ -77,7 +77,7 @@ class ClassificationTask(SupervisedTask):
     temperature: float = 1.0  # what the logits are divided by
 
     def learn_labels(self, data: Data) -> None:
-        learnt = Labels.learn(data.rows[self.target.name])
+        learnt = Labels.fit(data.rows[self.target.name])
         self.labels = list(learnt.names)
         self.counts = np.bincount(learnt.apply(data.rows[self.target.name]), minlength=len(learnt)).tolist()
         if len(self.labels) < 2:
@@ -86,7 +86,7 @@ class ClassificationTask(SupervisedTask):
                 f"{self.target.name!r}. Bring rows of another class."
             )
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         values = data.rows[self.target.name]
         codes = Labels(tuple(self.labels)).apply(values)
         if (codes < 0).any():
@@ -103,7 +103,7 @@ class ClassificationTask(SupervisedTask):
         if settings.class_weights:
             inverse = sum(self.counts) / (len(self.counts) * np.maximum(np.array(self.counts), 1))
             weights = inverse.tolist()
-        return Supervised(model, card.inputs, Classification(settings.smoothing, weights))
+        return Supervised(model, card.inputs, Classification(settings.label_smoothing, weights))
 
     def preprocessing_state(self) -> dict[str, Any]:
         return {key: value for key, value in self.state().items() if key not in self.target_state()}
@@ -134,7 +134,7 @@ class ClassificationTask(SupervisedTask):
     def target_state(self) -> dict[str, Any]:
         return {"labels": self.labels, "counts": self.counts, "temperature": self.temperature}
 
-    def restore_target(self, state: dict[str, Any]) -> None:
+    def load_target_state(self, state: dict[str, Any]) -> None:
         self.labels, self.counts, self.temperature = state["labels"], state["counts"], state["temperature"]
 
     @staticmethod
@@ -164,7 +164,7 @@ class ClassificationTask(SupervisedTask):
         right = int((outputs["probabilities"].argmax(1) == truth["label"]).sum())
         return {**super().intervals(outputs, truth), "accuracy": binomial_interval(right, len(truth["label"]))}
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         p = outputs["probabilities"]
         return [
             {
@@ -189,7 +189,7 @@ class ClassificationTask(SupervisedTask):
         x, x_test = self.linear_features(learnt, test)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            y = self.truth(learnt)["label"]
+            y = self.targets(learnt)["label"]
             fitted = LogisticRegression(max_iter=300).fit(x, y)
         probabilities = np.zeros((len(test), len(self.labels)))
         probabilities[:, fitted.classes_] = fitted.predict_proba(x_test)
@@ -264,12 +264,12 @@ class RegressionTask(SupervisedTask):
     standard: Standard
 
     def learn_scale(self, data: Data) -> None:
-        self.standard = Standard.learn(self.values(data))
+        self.standard = Standard.fit(self.values(data))
 
     def values(self, data: Data) -> np.ndarray:
         return data.rows[self.target.name].cast(pl.Float64).to_numpy()
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         return {"value": self.values(data)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
@@ -278,7 +278,7 @@ class RegressionTask(SupervisedTask):
     def target_state(self) -> dict[str, Any]:
         return {"standard": self.standard.to_json()}
 
-    def restore_target(self, state: dict[str, Any]) -> None:
+    def load_target_state(self, state: dict[str, Any]) -> None:
         self.standard = Standard.from_json(state["standard"])
 
     def to_target_unit(self, outputs: Arrays) -> np.ndarray:
@@ -290,7 +290,7 @@ class RegressionTask(SupervisedTask):
         mse = float(np.mean((guess - y) ** 2))
         return {"rmse": mse**0.5, "mae": float(np.abs(guess - y).mean()), "r2": 1 - mse / spread if spread else float("nan")}
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{self.target.name: float(v)} for v in self.to_target_unit(outputs)]
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:

@@ -21,7 +21,7 @@ def collect(
     batch: int,
     device: torch.device,
     precision: str = "float32",
-    watch: Callable[[int], None] = lambda done: None,
+    callback: Callable[[int], None] = lambda done: None,
     ask: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Outputs by name, one row an example in its own order. Several processes share the work, and all get the whole.
@@ -38,7 +38,7 @@ def collect(
             outputs = ask(place(tensors, device))
         rows.append(index)
         parts.append({name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in outputs.items()})
-        watch(sum(map(len, rows)))
+        callback(sum(map(len, rows)))
     objective.train(training)
     gathered = distributed.gather((rows, parts))
     rows = np.concatenate([i for r, _ in gathered for i in r])

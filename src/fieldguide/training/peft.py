@@ -43,19 +43,19 @@ def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str] | None) -
 
     Raises `SettingsError` where nothing would learn, and for a network from nothing of which a part only is to learn.
     """
-    if settings.recompute:
+    if settings.gradient_checkpointing:
         recomputed(model)
-    if settings.tune == "whole":
+    if settings.finetune == "whole":
         return
     if fresh is None:
         raise SettingsError(
-            f"tune={settings.tune} keeps the weights of a network that has learnt already, and this one begins "
+            f"tune={settings.finetune} keeps the weights of a network that has learnt already, and this one begins "
             "with chance: name a checkpoint by --weights."
         )
     fresh = set(fresh)
     for name, p in model.named_parameters():
         p.requires_grad_(name in fresh)
-    if settings.tune == "lora":
+    if settings.finetune == "lora":
         shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and f"{name}.weight" not in fresh and id(module.weight) not in shared:
@@ -159,7 +159,7 @@ def levels(names: Iterable[str], towers: tuple[str, ...] = ()) -> tuple[dict[str
 def thawed(settings: Settings, step: int, top: int) -> int:
     """The lowest level that learns at a step: from the top down, all after a part `unfreeze` of the steps (Howard and
     Ruder 2018, arXiv:1801.06146, section 3.3)."""
-    if not settings.unfreeze:
+    if not settings.unfreeze_fraction:
         return 0
-    done = step / max(1.0, settings.unfreeze * settings.steps)
+    done = step / max(1.0, settings.unfreeze_fraction * settings.steps)
     return max(0, top - int(done * (top + 1)))

@@ -48,10 +48,10 @@ class Interrupted(TrainingError):
 class Callback(Protocol):
     """Who looks on: a progress bar, a tracker, a test."""
 
-    def step(self, step: int, losses: dict[str, float]) -> None: ...
-    def scores(self, step: int, scores: dict[str, float], best: bool) -> None: ...
-    def say(self, text: str) -> None: ...
-    def replanned(self, steps: int) -> None: ...
+    def on_step(self, step: int, losses: dict[str, float]) -> None: ...
+    def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None: ...
+    def log(self, text: str) -> None: ...
+    def on_replan(self, steps: int) -> None: ...
 
 
 @dataclass
@@ -143,13 +143,13 @@ class Trainer:
         settings: Settings,
         *,
         device: torch.device,
-        watch: Callback,
+        callback: Callback,
         folder: Path | None = None,
         evaluate: Callable[[Objective], dict[str, float]] | None = None,
         metric: tuple[str, str] = ("loss", "min"),
         most: int = 0,
     ):
-        self.settings, self.device, self.watch, self.folder = settings, device, watch, folder
+        self.settings, self.device, self.callback, self.folder = settings, device, callback, folder
         self.evaluate, self.metric, self.batches = evaluate, metric, batches
         self.objective = objective.to(device)
         if settings.channels_last:
@@ -175,8 +175,8 @@ class Trainer:
         if self.device.type == "cpu":
             keep_memory()
         stream = self.stream()
-        if self.folder and distributed.rank() == 0 and settings.track in TRACKERS:
-            self.tracker = TRACKERS[settings.track](self.folder, state.step)
+        if self.folder and distributed.rank() == 0 and settings.tracker in TRACKERS:
+            self.tracker = TRACKERS[settings.tracker](self.folder, state.step)
         self.set_train_mode()
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
@@ -187,7 +187,7 @@ class Trainer:
                 state.step += 1
                 state.seconds = before + time.monotonic() - started
                 self.log(losses)
-                scored = self.evaluate and (state.step % self.settings.evaluate == 0 or state.step == self.settings.steps)
+                scored = self.evaluate and (state.step % self.settings.eval_steps == 0 or state.step == self.settings.steps)
                 if scored:
                     self.score()
                     state.seconds = before + time.monotonic() - started
@@ -207,7 +207,7 @@ class Trainer:
                     state.stopped = f"{settings.minutes:g} minutes are over"
                     if self.evaluate and not scored:
                         self.score()
-                if time.monotonic() - saved > settings.checkpoint:
+                if time.monotonic() - saved > settings.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
         self.save()
@@ -229,13 +229,13 @@ class Trainer:
         settings, world, rank = self.settings, distributed.world(), distributed.rank()
         return training(
             self.batches,
-            batch=settings.batch,
-            parts=world * settings.accumulate,
-            mine=range(rank * settings.accumulate, (rank + 1) * settings.accumulate),
+            batch=settings.batch_size,
+            parts=world * settings.grad_accum_steps,
+            mine=range(rank * settings.grad_accum_steps, (rank + 1) * settings.grad_accum_steps),
             seed=settings.seed,
             start=self.state.step * self.draws,
             stop=settings.steps * self.draws,
-            workers=settings.workers,
+            workers=settings.num_workers,
             pin=self.device.type == "cuda",
         )
 
@@ -258,25 +258,25 @@ class Trainer:
         if goal <= 0 or planned < SLACK * settings.steps or abs(left - planned) <= SLACK * planned:
             return False
         if abs(left - planned) > TOLD * planned:
-            self.watch.log(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {settings.steps:,}")
-        state.steps, state.evaluate = total, max(1, round(settings.evaluate * total / settings.steps))
+            self.callback.log(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {settings.steps:,}")
+        state.steps, state.evaluate = total, max(1, round(settings.eval_steps * total / settings.steps))
         self.replan()
         return True
 
     def replan(self) -> None:
         """Takes steps and evaluations as they were counted anew into the settings, whose rates follow them."""
-        if counts := {k: v for k in ("steps", "evaluate") if (v := getattr(self.state, k))}:
+        if counts := {k: v for k, v in (("steps", self.state.steps), ("eval_steps", self.state.evaluate)) if v}:
             self.settings = self.settings.with_(counts)
             for runner in self.runners:
                 runner.settings = runner.settings.with_(counts)
-            self.watch.replanned(self.settings.steps)
+            self.callback.on_replan(self.settings.steps)
 
     def step(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
         """One step of every phase, as often as the phase asks. Returns the losses by name."""
         settings, losses = self.settings, {}
         reseed(mix(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
         drawn = [
-            [place(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.accumulate)]
+            [place(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.grad_accum_steps)]
             for _ in range(self.draws)
         ]
         for runner in self.runners:
@@ -313,15 +313,17 @@ class Trainer:
         runner.lr = runner.rate(self.state.step)
         runner.mask_frozen_grads(self.state.step)
         norm = None
-        if self.settings.clip:
-            norm = float(nn.utils.clip_grad_norm_(runner.parameters, self.settings.clip))
+        if self.settings.grad_clip:
+            norm = float(nn.utils.clip_grad_norm_(runner.parameters, self.settings.grad_clip))
         if not math.isfinite(parts["loss"]) or (norm is not None and not math.isfinite(norm)):
             self.refuse(runner, batches, parts, norm)
         for optimizer in runner.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def refuse(self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float], norm: float | None) -> None:
+    def refuse(
+        self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float], norm: float | None
+    ) -> None:
         for optimizer in runner.optimizers:
             optimizer.zero_grad(set_to_none=True)
         name = f"nonfinite-step-{self.state.step}-rank-{distributed.rank()}.safetensors"
@@ -361,7 +363,7 @@ class Trainer:
                 self.best = {k: t.detach().clone() for k, t in self.kept.state_dict().items()}
         self.set_train_mode()
         self.record({"step": state.step, "seconds": round(state.seconds, 3), "scores": scores})
-        self.watch.scores(state.step, scores, better)
+        self.callback.on_evaluate(state.step, scores, better)
         if self.settings.patience and state.stale >= self.settings.patience:
             state.stopped = f"no better {name} in {state.stale} evaluations; the best was at step {state.best_step}"
 
@@ -372,7 +374,7 @@ class Trainer:
         for name, value in losses.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
         state.summed += 1
-        self.watch.step(state.step, losses)
+        self.callback.on_step(state.step, losses)
         if state.step % max(1, self.settings.steps // LOGGED) == 0 or state.step == self.settings.steps:
             means = {name: total / state.summed for name, total in state.sums.items()}
             self.record({"step": state.step, "seconds": round(state.seconds, 3), **means})
@@ -402,7 +404,7 @@ class Trainer:
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
-            self.watch.log("stopping after this step; once more stops at once")
+            self.callback.log("stopping after this step; once more stops at once")
 
         before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -439,7 +441,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Takes up the newest whole checkpoint of the run folder; False where there is none yet."""
-        found = checkpoint.load(self.folder / "checkpoints", self.watch.log)
+        found = checkpoint.load(self.folder / "checkpoints", self.callback.log)
         if found is None:
             if distributed.rank() == 0:
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)

@@ -245,7 +245,9 @@ def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
         return
     width, height = size
     if shot.size and all(shot.size) and tuple(round(v) for v in shot.size) != size:
-        notes.mark_invalid("size-differs", f"{shot.place}: {shot.size[0]:g} x {shot.size[1]:g}, the picture {width} x {height}", shot)
+        notes.mark_invalid(
+            "size-differs", f"{shot.place}: {shot.size[0]:g} x {shot.size[1]:g}, the picture {width} x {height}", shot
+        )
         return
     kept, taken = [], set()
     for one, place in zip(shot.boxes, shot.places):

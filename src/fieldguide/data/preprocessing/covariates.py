@@ -54,7 +54,7 @@ class Covariates:
     turns: list[Any] = field(default_factory=list)
 
     @classmethod
-    def learn(
+    def fit(
         cls, rows: pl.DataFrame, columns: Sequence[Column], ahead: Sequence[str], frequency: Frequency, steps: int = 0
     ) -> Covariates:
         """From training rows; what is constant there, or of another kind, is left out. `steps` is how long the longest

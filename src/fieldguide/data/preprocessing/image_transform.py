@@ -37,7 +37,7 @@ class Pictures:
     fit: images.Fit = "crop"
 
     @classmethod
-    def learn(cls, pixels: torch.Tensor, fit: images.Fit = "crop") -> Pictures:
+    def from_pixels(cls, pixels: torch.Tensor, fit: images.Fit = "crop") -> Pictures:
         """From training pixels as `images.load` gives them: uint8, N C S S."""
         some = pixels[:: max(1, len(pixels) // ENOUGH)].double() / 255  # evenly spread
         mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0)

@@ -17,7 +17,7 @@ class Labels:
     names: tuple[str, ...]
 
     @classmethod
-    def learn(cls, values: pl.Series | Iterable[Any]) -> Labels:
+    def fit(cls, values: pl.Series | Iterable[Any]) -> Labels:
         series = values if isinstance(values, pl.Series) else pl.Series(list(values))
         names = series.drop_nulls().cast(pl.String).unique().to_list()
         try:
@@ -54,7 +54,7 @@ class Standard:
     std: float
 
     @classmethod
-    def learn(cls, values: pl.Series | np.ndarray) -> Standard:
+    def fit(cls, values: pl.Series | np.ndarray) -> Standard:
         array = np.asarray(values, dtype=np.float64)
         array = array[np.isfinite(array)]
         return cls(float(array.mean()), float(array.std()) or 1.0)

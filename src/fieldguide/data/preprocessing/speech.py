@@ -148,7 +148,7 @@ class LogMel:
         return (power @ filters.to(waves.device)).clamp(min=FLOOR).log()
 
     @classmethod
-    def learn(cls, batches: Iterable[tuple[Tensor, Tensor]], **settings: Any) -> LogMel:
+    def fit(cls, batches: Iterable[tuple[Tensor, Tensor]], **settings: Any) -> LogMel:
         """With mean and deviation of each band over all real frames of training batches (waves, lengths)."""
         import torch
 

@@ -55,7 +55,7 @@ class TablePreparer:
         self.unseen: dict[str, int] = {}  # by column: values in the last `apply` that are new
 
     @classmethod
-    def learn(cls, rows: pl.DataFrame, columns: Iterable[Column]) -> TablePreparer:
+    def fit(cls, rows: pl.DataFrame, columns: Iterable[Column]) -> TablePreparer:
         """Learn from training rows. Passed over are columns that are constant in them, and columns of other
         kinds than number, boolean, category and date."""
         numbers: list[Number] = []

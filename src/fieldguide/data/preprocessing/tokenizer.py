@@ -53,7 +53,7 @@ class Text:
         self.ends = tuple(dict.fromkeys((self.end, *more)))
 
     @classmethod
-    def learn(cls, texts: Iterable[str], *, size: int | None = None, lower: bool = True) -> Text:
+    def fit(cls, texts: Iterable[str], *, size: int | None = None, lower: bool = True) -> Text:
         """Learn from training texts; `size` of the vocabulary by the amount of text if None.
 
         Learns on evenly spread texts of at most 20 million characters in all.

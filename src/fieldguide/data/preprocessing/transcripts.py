@@ -29,7 +29,7 @@ class Transcripts:
         self.alphabet = frozenset("".join(self.symbols).replace(SPACE, " ") if tokenizer else self.symbols)
 
     @classmethod
-    def learn(cls, texts: Iterable[str], *, lower: bool = True, pieces: int | None = None) -> Transcripts:
+    def fit(cls, texts: Iterable[str], *, lower: bool = True, pieces: int | None = None) -> Transcripts:
         """From training transcripts; with `pieces` about so many parts of words (byte-pair encoding), else characters.
 
         Raises `DataError` where there is nothing but empty transcripts.

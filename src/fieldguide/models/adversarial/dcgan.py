@@ -62,8 +62,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:1511.06434",
     year=2015,
-    takes="noise",
-    gives="image",
+    input_type="noise",
+    output_type="image",
     sizes={
         "dcgan-64": Size(params=3_576_704, source="pytorch/examples, dcgan"),
         # The widths of the paper's figure 1. Ports with a bias in the last layer have 3 more.
@@ -76,11 +76,11 @@ CARD = Card(
         "lr": 2e-4,
         "beta1": 0.5,
         "weight_decay": 0.0,
-        "clip": 0.0,
+        "grad_clip": 0.0,
         "warmup": 0.0,
         "schedule": "constant",
         "ema": 0.999,
     },  # section 4 of the paper, and an average of the generator
-    adapt=lambda need: {"noise": Config.noise + need["classes"]} if need.get("classes") else {},  # told the class
+    adapt=lambda need: {"noise": Config.noise + need["num_classes"]} if need.get("num_classes") else {},  # told the class
     parts={"critic": "dcgan-discriminator"},
 )

@@ -75,13 +75,13 @@ CARD = Card(
     config=Config,
     paper="arXiv:1511.06434",
     year=2015,
-    takes="image",
-    gives="score",
+    input_type="image",
+    output_type="score",
     sizes={
         "dcgan-discriminator-64": Size(params=2_765_568, source="pytorch/examples, dcgan"),
         "dcgan-discriminator-32": Size(image=32),
         "dcgan-discriminator-test": Size(image=17, dim=4, channels=2),
     },
     recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0},
-    adapt=lambda need: {"channels": need["channels"] + need.get("classes", 0)},  # told the class, a channel for each
+    adapt=lambda need: {"channels": need["channels"] + need.get("num_classes", 0)},  # told the class, a channel for each
 )

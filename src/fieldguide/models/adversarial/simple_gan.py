@@ -50,8 +50,8 @@ CARD = Card(
     build=lambda config: Generator(**asdict(config)),
     paper="arXiv:1406.2661",
     year=2014,
-    takes="noise",
-    gives="vector",
+    input_type="noise",
+    output_type="vector",
     names={"features": "img_dim", "noise": "z_dim"},
     sizes={
         "simple-gan": Size(params=559_632, source="the guide's code"),

@@ -46,8 +46,8 @@ CARD = Card(
     build=lambda config: Discriminator(**asdict(config)),
     paper="arXiv:1406.2661",
     year=2014,
-    takes="vector",
-    gives="score",
+    input_type="vector",
+    output_type="score",
     names={"features": "img_dim"},
     sizes={
         "simple-gan-discriminator": Size(params=533_505, source="the guide's code"),

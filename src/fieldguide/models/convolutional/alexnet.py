@@ -21,7 +21,7 @@ from fieldguide.models.layers.conv import check_side
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 1000
+    num_classes: int = 1000
     channels: int = 3  # C
     stem: str = "11x11"  # stride 4, or "3x3", stride 1, for pictures up to 64 pixels
     widths: tuple[int, ...] = (64, 192, 384, 256, 256)  # maps of each convolution
@@ -53,7 +53,7 @@ class AlexNet(nn.Module):
         self.conv5 = nn.Conv2d(four, five, 3, padding=1)
         self.fc1 = nn.Linear(five * config.side**2, config.hidden)
         self.fc2 = nn.Linear(config.hidden, config.hidden)
-        self.head = nn.Linear(config.hidden, config.classes)
+        self.head = nn.Linear(config.hidden, config.num_classes)
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 
@@ -114,14 +114,14 @@ CARD = Card(
     config=Config,
     paper="arXiv:1404.5997",
     year=2014,
-    takes="image",
-    gives="label",
+    input_type="image",
+    output_type="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         "alexnet": Size(params=61_100_840, source="torchvision"),
-        "alexnet-test": Size(stem="3x3", widths=(8, 12, 16, 12, 8), hidden=16, side=2, dropout=0.0, classes=5),
+        "alexnet-test": Size(stem="3x3", widths=(8, 12, 16, 12, 8), hidden=16, side=2, dropout=0.0, num_classes=5),
     },
     weights={"torchvision": TORCHVISION},
     # CIFAR-10 at half of these widths begins to learn within 40 steps at this rate, at a third of it within 150.
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -25,7 +25,7 @@ NEIGHBOURS, BIAS, ALPHA, BETA = 5, 2.0, 1e-4, 0.75  # n, k, alpha, beta of secti
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 1000
+    num_classes: int = 1000
     channels: int = 3  # C
     image: int = 224  # S, pixels a side
     stem: str = "11x11"  # stride 4, or "3x3", stride 1, for pictures up to 64 pixels
@@ -78,7 +78,7 @@ class AlexNet2012(nn.Module):
         self.conv5 = nn.Conv2d(four, five, 3, padding=1, groups=2)
         self.fc1 = nn.Linear(five * side**2, config.hidden)
         self.fc2 = nn.Linear(config.hidden, config.hidden)
-        self.head = nn.Linear(config.hidden, config.classes)
+        self.head = nn.Linear(config.hidden, config.num_classes)
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 
@@ -122,13 +122,13 @@ CARD = Card(
     config=Config,
     paper="https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks",
     year=2012,
-    takes="image",
-    gives="label",
+    input_type="image",
+    output_type="label",
     adapt=lambda need: {"stem": "3x3"} if need["image"] <= 64 else {},
     sizes={
         "alexnet-2012": Size(params=60_965_224, source="counted by hand from section 3"),
-        "alexnet-2012-test": Size(image=20, stem="3x3", widths=(8, 12, 16, 12, 8), hidden=16, dropout=0.0, classes=5),
+        "alexnet-2012-test": Size(image=20, stem="3x3", widths=(8, 12, 16, 12, 8), hidden=16, dropout=0.0, num_classes=5),
     },
     # CIFAR-10 at a third of these widths begins to learn within 60 steps at this rate, at half of it within 120.
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -29,14 +29,14 @@ from fieldguide.models.transformer._shared.clip_checkpoints import openai, openc
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "embeddings"  # embeddings, or label: the answer to a question about the picture
-    classes: int = 0  # answers
+    output_type: str = "embeddings"  # embeddings, or label: the answer to a question about the picture
+    num_classes: int = 0  # answers
     channels: int = 3  # C
     image: int = 224  # S
     dim: int = 64  # inner width of the first level; each further one has twice as much
     depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a level
     heads: int = 32  # of the attention that pools the last map
-    vocab: int = 49_408
+    vocab_size: int = 49_408
     length: int = 77  # longest text, tokens
     end: int = 49_407  # token that ends a text: where texts without a mask are read out
     text_dim: int = 512
@@ -198,8 +198,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2103.00020",
     year=2021,
-    takes="captioned",
-    gives=("embeddings", "label"),
+    input_type="captioned",
+    output_type=("embeddings", "label"),
     sizes={
         "clip-rn50": Size(params=102_007_137, source="OpenAI's RN50.pt"),
         "clip-rn101": Size(depths=(3, 4, 23, 3), embed=512, params=119_688_033, source="OpenAI's RN101.pt"),
@@ -241,7 +241,7 @@ CARD = Card(
             dim=8,
             depths=(1, 2),
             heads=4,
-            vocab=30,
+            vocab_size=30,
             length=12,
             end=29,
             text_dim=12,

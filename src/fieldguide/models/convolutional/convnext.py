@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
+from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
 from fieldguide.models.layers.conv import check_side
 from fieldguide.models.layers.norm import ChannelNorm
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
@@ -30,8 +30,8 @@ from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"  # or vector: what a label would be read from
-    classes: int = 1000
+    output_type: str = "label"  # or vector: what a label would be read from
+    num_classes: int = 1000
     channels: int = 3  # C
     patch: int = 4  # pixels a side that the stem puts together
     depths: tuple[int, ...] = (3, 3, 9, 3)  # blocks a level
@@ -183,7 +183,7 @@ def configuration(model_type: str, name: str) -> dict[str, ConfigRow]:
     return {
         "model_type": Is(model_type),
         "architectures": architectures(name),
-        "id2label": Counted("classes"),
+        "id2label": Counted("num_classes"),
         "num_channels": "channels",
         "patch_size": "patch",
         "num_stages": Is(lambda c: len(c.depths)),
@@ -208,8 +208,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2201.03545",
     year=2022,
-    takes="image",
-    gives=GIVES,
+    input_type="image",
+    output_type=OUTPUT_TYPES,
     adapt=lambda need: small(need["image"]),
     sizes={
         "convnext-tiny": Size(params=28_589_128, source="torchvision"),
@@ -223,7 +223,7 @@ CARD = Card(
         "convnext-xlarge": Size(
             depths=(3, 3, 27, 3), widths=(256, 512, 1024, 2048), drop_path=0.5, params=350_196_968, source="timm"
         ),
-        "convnext-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
+        "convnext-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, num_classes=5),
     },
     weights={
         "timm": TIMM,
@@ -235,5 +235,5 @@ CARD = Card(
     configs={"huggingface": configuration("convnext", "ConvNext")},
     aliases={"timm": {f"convnext_{size}": f"convnext-{size}" for size in ("tiny", "small", "base", "large", "xlarge")}},
     # Section 2.1: AdamW with decay 0.05, smoothing 0.1, a long warm-up; 4e-3 at a batch of 4,096 is 1e-3 at some hundred.
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

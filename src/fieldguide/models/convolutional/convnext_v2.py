@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.models.convolutional import convnext
 from fieldguide.models.convolutional.convnext import Config
-from fieldguide.models.layers.classifier_head import GIVES
+from fieldguide.models.layers.classifier_head import OUTPUT_TYPES
 from fieldguide.models.layers.stochastic_depth import DropPath
 from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
 
@@ -98,8 +98,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2301.00808",
     year=2023,
-    takes="image",
-    gives=GIVES,
+    input_type="image",
+    output_type=OUTPUT_TYPES,
     adapt=lambda need: convnext.small(need["image"]),
     sizes={
         "convnextv2-tiny": Size(drop_path=0.2, params=28_635_496, source="timm"),
@@ -114,7 +114,7 @@ CARD = Card(
         "convnextv2-huge": Size(
             depths=(3, 3, 27, 3), widths=(352, 704, 1408, 2816), drop_path=0.3, params=660_289_640, source="timm"
         ),
-        "convnextv2-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, classes=5),
+        "convnextv2-test": Size(patch=2, depths=(1, 2, 1), widths=(8, 12, 16), drop_path=0.0, num_classes=5),
     },
     weights={
         "timm": timm,
@@ -130,5 +130,5 @@ CARD = Card(
         }
     },
     # As for ConvNeXt.
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

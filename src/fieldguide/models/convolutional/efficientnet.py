@@ -41,7 +41,7 @@ LEVELS = {"c1": 0, "c2": 1, "c3": 2, "c4": 4, "c5": 6}  # the last stage at each
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 1000
+    num_classes: int = 1000
     channels: int = 3  # C
     width: float = 1.0  # times all widths of B0
     depth: float = 1.0  # times all numbers of blocks of B0
@@ -101,7 +101,7 @@ class EfficientNet(nn.Module):
             self.stages.append(stage)
         self.top = conv_norm(dim, rounded(config.width * HEAD), 1, eps=config.eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(rounded(config.width * HEAD), config.classes)
+        self.head = nn.Linear(rounded(config.width * HEAD), config.num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -111,7 +111,7 @@ class EfficientNet(nn.Module):
                 nn.init.normal_(module.weight, 0, (2 / fan) ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.uniform_(self.head.weight, -(self.config.classes**-0.5), self.config.classes**-0.5)
+        nn.init.uniform_(self.head.weight, -(self.config.num_classes**-0.5), self.config.num_classes**-0.5)
         nn.init.zeros_(self.head.bias)
 
     @property
@@ -205,7 +205,7 @@ def huggingface(config: Config) -> dict[str, Row]:
 CONFIG = {  # of transformers
     "model_type": Is("efficientnet"),
     "architectures": Is(["EfficientNetForImageClassification"]),
-    "id2label": Counted("classes"),
+    "id2label": Counted("num_classes"),
     "num_channels": "channels",
     "width_coefficient": "width",
     "depth_coefficient": "depth",
@@ -249,8 +249,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:1905.11946",
     year=2019,
-    takes="image",
-    gives="label",
+    input_type="image",
+    output_type="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         **{
@@ -276,7 +276,7 @@ CARD = Card(
             )
             for name, (width, depth, dropout, params) in B.items()
         },
-        "efficientnet-test": Size(width=0.1, depth=0.3, dropout=0.0, drop_path=0.0, padding="same", eps=1e-3, classes=5),
+        "efficientnet-test": Size(width=0.1, depth=0.3, dropout=0.0, drop_path=0.0, padding="same", eps=1e-3, num_classes=5),
     },
     weights={"torchvision": TORCHVISION, "timm": TIMM, "huggingface": huggingface},
     configs={"huggingface": CONFIG},
@@ -285,5 +285,5 @@ CARD = Card(
         | {f"efficientnet_{name}": (f"efficientnet-{name}", {"eps": 1e-5}) for name in B}
     },
     # Batch normalisation in every block bears high rates; the paper's RMSprop needs a TPU pod's batch of 4,096.
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -28,7 +28,7 @@ FUSED = 3  # the first stages, without depthwise convolutions and gates
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 1000
+    num_classes: int = 1000
     channels: int = 3  # C
     widths: tuple[int, ...] = (24, 48, 64, 128, 160, 256)  # a stage
     depths: tuple[int, ...] = (2, 4, 4, 6, 9, 15)  # blocks a stage
@@ -110,7 +110,7 @@ class EfficientNetV2(nn.Module):
             self.stages.append(stage)
         self.top = conv_norm(dim, config.top, 1, eps=config.eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.top, config.classes)
+        self.head = nn.Linear(config.top, config.num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -120,7 +120,7 @@ class EfficientNetV2(nn.Module):
                 nn.init.normal_(module.weight, 0, (2 / fan) ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.uniform_(self.head.weight, -(self.config.classes**-0.5), self.config.classes**-0.5)
+        nn.init.uniform_(self.head.weight, -(self.config.num_classes**-0.5), self.config.num_classes**-0.5)
         nn.init.zeros_(self.head.bias)
 
     def ends(self) -> dict[str, int]:
@@ -228,8 +228,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2104.00298",
     year=2021,
-    takes="image",
-    gives="label",
+    input_type="image",
+    output_type="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         **{f"efficientnetv2-{name}": Size(source="torchvision", **size) for name, size in V2.items()},
@@ -237,7 +237,7 @@ CARD = Card(
             f"tf-efficientnetv2-{name}": Size(padding="same", source="timm", **size) for name, size in (V2 | {"xl": XL}).items()
         },
         "efficientnetv2-test": Size(
-            widths=(8, 12, 16, 16, 24, 32), depths=(1, 2, 2, 2, 1, 1), top=32, dropout=0.0, drop_path=0.0, classes=5
+            widths=(8, 12, 16, 16, 24, 32), depths=(1, 2, 2, 2, 1, 1), top=32, dropout=0.0, drop_path=0.0, num_classes=5
         ),
     },
     weights={"torchvision": torchvision, "timm": TIMM},
@@ -246,5 +246,5 @@ CARD = Card(
         | {f"efficientnetv2_{name}": (f"efficientnetv2-{name}", {"eps": 1e-5}) for name in V2}
     },
     # As for EfficientNet.
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -26,7 +26,7 @@ from fieldguide.core.card import Card, Size
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 10
+    num_classes: int = 10
     channels: int = 1  # C
     image: int = 32  # S, pixels a side; its border pads it to at least 32, a multiple of 4
 
@@ -139,7 +139,7 @@ class LeNet5(nn.Module):
         self.s4 = Subsample(16)
         self.c5 = nn.Conv2d(16, 120, ((side - 4) // 2 - 4) // 2)  # as wide as what is left
         self.f6 = nn.Linear(120, 84)
-        self.register_buffer("codes", codes(config.classes))
+        self.register_buffer("codes", codes(config.num_classes))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -175,12 +175,12 @@ CARD = Card(
     config=Config,
     paper="doi:10.1109/5.726791",
     year=1998,
-    takes="image",
-    gives="label",
+    input_type="image",
+    output_type="label",
     sizes={
         "lenet5-1998": Size(params=60_000, source="the paper, section II.B"),
-        "lenet5-1998-test": Size(classes=3),
+        "lenet5-1998-test": Size(num_classes=3),
     },
     # The squared distances make gradients of the first steps large.
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "clip": 1.0},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "grad_clip": 1.0},
 )

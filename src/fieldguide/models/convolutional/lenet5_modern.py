@@ -20,7 +20,7 @@ from fieldguide.core.errors import SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 10
+    num_classes: int = 10
     channels: int = 1  # C
     image: int = 28  # S, pixels a side
 
@@ -39,7 +39,7 @@ class LeNet5(nn.Module):
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.fc1 = nn.Linear(16 * side**2, 120)
         self.fc2 = nn.Linear(120, 84)
-        self.head = nn.Linear(84, config.classes)
+        self.head = nn.Linear(84, config.num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,11 +67,11 @@ CARD = Card(
     config=Config,
     paper="doi:10.1109/5.726791",
     year=1998,
-    takes="image",
-    gives="label",
+    input_type="image",
+    output_type="label",
     sizes={
         "lenet5-modern": Size(params=61_706, source="counted by hand"),
-        "lenet5-modern-test": Size(classes=3, image=12),
+        "lenet5-modern-test": Size(num_classes=3, image=12),
     },
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
 )

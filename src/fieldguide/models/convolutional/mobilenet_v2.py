@@ -29,7 +29,7 @@ LEVELS = {"c1": 0, "c2": 1, "c3": 2, "c4": 4, "c5": 6}  # the last stage at each
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 1000
+    num_classes: int = 1000
     channels: int = 3  # C
     width: float = 1.0  # times all widths, but the last never less than published
     depth: float = 1.0  # times all numbers of blocks
@@ -68,7 +68,7 @@ class MobileNetV2(nn.Module):
             self.stages.append(stage)
         self.top = conv_norm(dim, top, 1)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(top, config.classes)
+        self.head = nn.Linear(top, config.num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -152,19 +152,19 @@ CARD = Card(
     config=Config,
     paper="arXiv:1801.04381",
     year=2018,
-    takes="image",
-    gives="label",
+    input_type="image",
+    output_type="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         "mobilenetv2": Size(params=3_504_872, source="torchvision mobilenet_v2, timm mobilenetv2_100"),
         "mobilenetv2-050": Size(width=0.5, params=1_968_680, source="timm mobilenetv2_050"),
         "mobilenetv2-140": Size(width=1.4, params=6_108_776, source="timm mobilenetv2_140"),
-        "mobilenetv2-test": Size(width=0.1, depth=0.3, dropout=0.0, classes=5),
+        "mobilenetv2-test": Size(width=0.1, depth=0.3, dropout=0.0, num_classes=5),
     },
     weights={"torchvision": torchvision, "timm": TIMM},
     aliases={
         "timm": {"mobilenetv2_100": "mobilenetv2", "mobilenetv2_050": "mobilenetv2-050", "mobilenetv2_140": "mobilenetv2-140"}
     },
     # As for EfficientNet; the paper's RMSprop needs many accelerators' batches.
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "label_smoothing": 0.1},
 )

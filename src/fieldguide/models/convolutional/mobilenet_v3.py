@@ -65,7 +65,7 @@ TINY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 1000
+    num_classes: int = 1000
     channels: int = 3  # C
     stem: int = 16  # width of the stem
     blocks: tuple[tuple, ...] = LARGE  # a row each
@@ -131,7 +131,7 @@ class MobileNetV3(nn.Module):
         self.top = conv_norm(dim, 6 * dim, 1, eps=config.eps)
         self.fc = nn.Linear(6 * dim, config.hidden)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.hidden, config.classes)
+        self.head = nn.Linear(config.hidden, config.num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -234,13 +234,13 @@ CARD = Card(
     config=Config,
     paper="arXiv:1905.02244",
     year=2019,
-    takes="image",
-    gives="label",
+    input_type="image",
+    output_type="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         "mobilenetv3-large": Size(params=5_483_032, source="torchvision"),
         "mobilenetv3-small": Size(blocks=SMALL, hidden=1024, params=2_542_856, source="torchvision"),
-        "mobilenetv3-test": Size(stem=8, blocks=TINY, hidden=24, dropout=0.0, classes=5),
+        "mobilenetv3-test": Size(stem=8, blocks=TINY, hidden=24, dropout=0.0, num_classes=5),
     },
     weights={"torchvision": torchvision, "timm": timm},
     aliases={
@@ -251,5 +251,5 @@ CARD = Card(
         }
     },
     # As for EfficientNet; the paper's RMSprop needs a batch of 4,096.
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
+from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
 from fieldguide.models.mapping.config_rules import Counted, Derived, Fixed, Is
 from fieldguide.models.mapping.key_rules import unprefixed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"  # or vector: what a label would be read from
-    classes: int = 1000
+    output_type: str = "label"  # or vector: what a label would be read from
+    num_classes: int = 1000
     channels: int = 3  # C
     block: str = "bottleneck"  # or "basic"
     depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a level
@@ -183,7 +183,7 @@ def growth(block: str) -> int:
 CONFIG = {  # of transformers
     "model_type": Is("resnet"),
     "architectures": architectures("ResNet"),
-    "id2label": Counted("classes"),
+    "id2label": Counted("num_classes"),
     "num_channels": "channels",
     "layer_type": "block",
     "depths": "depths",
@@ -204,8 +204,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:1512.03385",
     year=2015,
-    takes="image",
-    gives=GIVES,
+    input_type="image",
+    output_type=OUTPUT_TYPES,
     # The first stem shrinks four times; pictures this small would have nothing left.
     adapt=lambda need: {"stem": "3x3"} if need["image"] <= 64 else {},
     sizes={
@@ -216,14 +216,14 @@ CARD = Card(
         "resnet152": Size(depths=(3, 8, 36, 3), params=60_192_808, source="torchvision"),
         # For small pictures. ResNet-20 is that of section 4.2 with projections in place of padded shortcuts,
         # which is 2,752 parameters more.
-        "resnet20": Size(block="basic", depths=(3, 3, 3), widths=(16, 32, 64), stem="3x3", classes=10),
-        "resnet18-small": Size(block="basic", depths=(2, 2, 2, 2), stem="3x3", classes=10),
-        "resnet-test": Size(depths=(1, 2, 1), widths=(8, 16, 24), classes=5),
+        "resnet20": Size(block="basic", depths=(3, 3, 3), widths=(16, 32, 64), stem="3x3", num_classes=10),
+        "resnet18-small": Size(block="basic", depths=(2, 2, 2, 2), stem="3x3", num_classes=10),
+        "resnet-test": Size(depths=(1, 2, 1), widths=(8, 16, 24), num_classes=5),
     },
     weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE, "huggingface-base": unprefixed(HUGGINGFACE, "resnet.")},
     configs={"huggingface": CONFIG},
     aliases={"timm": {name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}},
     # Batch normalisation bears high learning rates; the decay is what keeps small data sets from being learnt
     # by heart.
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.05, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.05, "label_smoothing": 0.1},
 )

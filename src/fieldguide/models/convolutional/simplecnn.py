@@ -83,9 +83,9 @@ CARD = Card(
     build=build,
     paper="doi:10.1109/5.726791",
     year=1998,
-    takes="image",
-    gives="label",
-    names={"classes": "num_classes"},
+    input_type="image",
+    output_type="label",
+    names={"num_classes": "num_classes"},
     sizes={
         "simplecnn": Size(params=1_070_986, source="the guide's code"),
         "simplecnn-test": Size(num_classes=3, channels=1, image=8),

@@ -24,7 +24,7 @@ from fieldguide.core.errors import DataError, SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 2
+    num_classes: int = 2
     channels: int = 1  # C
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)  # of the levels
     padding: str = "valid"  # or "same"
@@ -67,7 +67,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(deep, width, 2, 2) for width, deep in reversed(pairs))
         self.merge = nn.ModuleList(Level(2 * width, width, config.padding) for width, _ in reversed(pairs))
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Conv2d(config.widths[0], config.classes, 1)
+        self.head = nn.Conv2d(config.widths[0], config.num_classes, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,14 +115,14 @@ CARD = Card(
     config=Config,
     paper="arXiv:1505.04597",
     year=2015,
-    takes="image",
-    gives="mask",
+    input_type="image",
+    output_type="mask",
     sizes={
         "unet-2015": Size(params=31_030_658, source="the paper's figure 1, counted"),
         "unet-same": Size(padding="same", params=31_030_658, source="the paper's figure 1, counted"),
         "unet-small": Size(padding="same", widths=(32, 64, 128, 256), dropout=0.1),
         "unet-mini": Size(padding="same", widths=(16, 32, 64, 128), dropout=0.0),
-        "unet-test": Size(widths=(4, 6), classes=3, channels=2, dropout=0.0),
+        "unet-test": Size(widths=(4, 6), num_classes=3, channels=2, dropout=0.0),
     },
-    recipe={"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.05},
+    recipe={"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.05},
 )

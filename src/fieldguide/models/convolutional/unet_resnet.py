@@ -23,7 +23,7 @@ from fieldguide.models.convolutional import resnet
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 1
+    num_classes: int = 1
     channels: int = 3  # C
     block: str = "basic"  # of the ResNet, or "bottleneck"
     depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a level of the ResNet
@@ -70,7 +70,7 @@ class UNetResNet(nn.Module):
         for skip, width in zip([*reversed(skips), 0], config.up, strict=True):
             self.decoder.append(Up(dim, skip, width))
             dim = width
-        self.head = nn.Conv2d(dim, config.classes, 3, padding=1)
+        self.head = nn.Conv2d(dim, config.num_classes, 3, padding=1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,15 +104,15 @@ CARD = Card(
     config=Config,
     paper="https://github.com/qubvel-org/segmentation_models.pytorch",
     year=2019,
-    takes="image",
-    gives="mask",
+    input_type="image",
+    output_type="mask",
     sizes={
         "unet-resnet34": Size(params=24_436_369, source="segmentation-models-pytorch"),
         "unet-resnet18": Size(depths=(2, 2, 2, 2), params=14_328_209, source="segmentation-models-pytorch"),
         "unet-resnet50": Size(block="bottleneck", params=32_521_105, source="segmentation-models-pytorch"),
         # Ours, for CPUs: one block a level of half the width.
         "unet-resnet-mini": Size(depths=(1, 1, 1, 1), widths=(32, 64, 128, 256), up=(128, 64, 32, 16, 8)),
-        "unet-resnet-test": Size(classes=3, block="bottleneck", depths=(1, 2, 1), widths=(4, 6, 8), up=(10, 8, 6, 4)),
+        "unet-resnet-test": Size(num_classes=3, block="bottleneck", depths=(1, 2, 1), widths=(4, 6, 8), up=(10, 8, 6, 4)),
     },
     weights={"smp": SMP},
     # CamVid in 2.5 minutes of one core: 0.25 mIoU with adamw at 1e-3, 0.23 at 3e-3, 0.33 with muon.

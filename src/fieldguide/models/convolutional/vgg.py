@@ -24,7 +24,7 @@ from fieldguide.models.mapping.key_rules import Reshaped, Row
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 1000
+    num_classes: int = 1000
     channels: int = 3  # C
     depths: tuple[int, ...] = (2, 2, 3, 3, 3)  # convolutions a level
     widths: tuple[int, ...] = (64, 128, 256, 512, 512)  # maps a level
@@ -64,7 +64,7 @@ class VGG(nn.Module):
             self.stages.append(stage)
         self.fc1 = nn.Linear(dim * config.side**2, config.hidden)
         self.fc2 = nn.Linear(config.hidden, config.hidden)
-        self.head = nn.Linear(config.hidden, config.classes)
+        self.head = nn.Linear(config.hidden, config.num_classes)
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 
@@ -140,8 +140,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:1409.1556",
     year=2014,
-    takes="image",
-    gives="label",
+    input_type="image",
+    output_type="label",
     adapt=lambda need: small(need["image"]),
     sizes={
         "vgg16": Size(depths=D, params=138_357_544, source="torchvision"),
@@ -152,10 +152,12 @@ CARD = Card(
         "vgg13-bn": Size(depths=B, norm=True, params=133_053_736, source="torchvision"),
         "vgg19": Size(depths=E, params=143_667_240, source="torchvision"),
         "vgg19-bn": Size(depths=E, norm=True, params=143_678_248, source="torchvision"),
-        "vgg-test": Size(depths=(1, 2, 1), widths=(6, 8, 12), norm=True, pools=3, hidden=16, side=2, dropout=0.0, classes=5),
+        "vgg-test": Size(
+            depths=(1, 2, 1), widths=(6, 8, 12), norm=True, pools=3, hidden=16, side=2, dropout=0.0, num_classes=5
+        ),
     },
     aliases={"timm": {f"vgg{n}{norm}": f"vgg{n}{norm.replace('_', '-')}" for n in (11, 13, 16, 19) for norm in ("", "_bn")}},
     weights={"torchvision": torchvision, "timm": timm},
     # Half of what the sizes with batch normalisation like: the others bear no more, however long the warm-up.
-    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1},
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -32,7 +32,7 @@ from fieldguide.models.mapping.key_rules import Row
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 80  # K
+    num_classes: int = 80  # K
     channels: int = 3  # C
     image: int = 640  # usual side in pixels; only the first odds of classes follow it
     widths: tuple[int, ...] = (16, 32, 64, 128, 256)  # D of the maps at 1/2, 1/4, ... 1/32 of the picture
@@ -143,8 +143,8 @@ class YOLOv8(nn.Module):
         self.up = nn.ModuleList([C2f(c5 + c4, c4, config.neck, False), C2f(c4 + c3, c3, config.neck, False)])
         self.down = nn.ModuleList([Step(c3, c3, 3, 2), Step(c4, c4, 3, 2)])
         self.mix = nn.ModuleList([C2f(c3 + c4, c4, config.neck, False), C2f(c4 + c5, c5, config.neck, False)])
-        box, label = max(16, c3 // 4, 4 * config.bins), max(c3, min(config.classes, 100))
-        self.heads = nn.ModuleList(Head(dim, box, label, config.bins, config.classes) for dim in (c3, c4, c5))
+        box, label = max(16, c3 // 4, 4 * config.bins), max(c3, min(config.num_classes, 100))
+        self.heads = nn.ModuleList(Head(dim, box, label, config.bins, config.num_classes) for dim in (c3, c4, c5))
         self.register_buffer("bins", torch.arange(config.bins, dtype=torch.float32).view(1, -1, 1, 1))
         self.reset_parameters()
 
@@ -154,7 +154,7 @@ class YOLOv8(nn.Module):
                 module.reset_parameters()
         for head, stride in zip(self.heads, self.strides):
             nn.init.zeros_(head.box[-1].bias)
-            nn.init.constant_(head.label[-1].bias, math.log(5 / self.config.classes / (self.config.image / stride) ** 2))
+            nn.init.constant_(head.label[-1].bias, math.log(5 / self.config.num_classes / (self.config.image / stride) ** 2))
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B C H W -> B D H/8 W/8, .. /16, .. /32
         x = self.stem(x)
@@ -216,8 +216,8 @@ CARD = Card(
     config=Config,
     paper="https://docs.ultralytics.com/models/yolov8",
     year=2023,
-    takes="image",
-    gives="boxes",
+    input_type="image",
+    output_type="boxes",
     sizes={
         "yolov8n": Size(params=3_157_184, source=SOURCE.format("3,157,200")),
         "yolov8s": Size(widths=(32, 64, 128, 256, 512), params=11_166_544, source=SOURCE.format("11,166,560")),
@@ -232,7 +232,7 @@ CARD = Card(
         ),
         # Ours, for CPUs: half of n's widths. A side is at most 7 strides away, so an object at most 448 pixels wide.
         "yolov8-pico": Size(widths=(8, 16, 32, 64, 128), bins=8),
-        "yolov8-test": Size(classes=3, image=33, widths=(4, 6, 8, 10, 12), depths=(1, 2, 1, 1), bins=4),
+        "yolov8-test": Size(num_classes=3, image=33, widths=(4, 6, 8, 10, 12), depths=(1, 2, 1, 1), bins=4),
     },
     weights={"ultralytics": table()},
     # The sample `scattered` in 2.3 minutes: mAP50 .70 with adamw at 4e-3, .93 so.

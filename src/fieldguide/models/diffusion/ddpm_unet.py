@@ -35,7 +35,7 @@ from fieldguide.models.mapping.key_rules import Fused, Row
 class Config:
     channels: int = 3  # C
     image: int = 32  # side of the pictures it is made for
-    classes: int = 0  # labels 1 .. classes; 0 means none
+    num_classes: int = 0  # labels 1 .. classes; 0 means none
     patch: int = 1  # pixels a side that become one, of so many more channels
     dim: int = 128
     growth: tuple[int, ...] = (1, 2, 2, 2)  # width of each level, times dim
@@ -43,7 +43,7 @@ class Config:
     attend: tuple[int, ...] = (16,)  # sides that attention is used at
     groups: int = 32  # of the normalisation
     dropout: float = 0.1
-    vocab: int = 0  # tokens of captions, in the place of labels; 0 of them means none
+    vocab_size: int = 0  # tokens of captions, in the place of labels; 0 of them means none
     length: int = 64  # longest caption, tokens
     words: int = 128  # W
     layers: int = 2  # of the caption's reader
@@ -119,8 +119,8 @@ class DDPMUNet(nn.Module):
         c = self.config = config
         widths = [c.dim * growth for growth in c.growth]
         self.time1, self.time2 = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, 4 * c.dim)
-        self.label = nn.Embedding(c.classes + 1, 4 * c.dim) if c.classes else None
-        self.caption = Caption(c.vocab, c.length, c.words, c.layers, 4 * c.dim, c.dropout) if c.vocab else None
+        self.label = nn.Embedding(c.num_classes + 1, 4 * c.dim) if c.num_classes else None
+        self.caption = Caption(c.vocab_size, c.length, c.words, c.layers, 4 * c.dim, c.dropout) if c.vocab_size else None
         pixels, side = c.channels * c.patch**2, c.image // c.patch
         self.conv_in = nn.Conv2d(pixels, c.dim, 3, padding=1)
         last, dim, skips = len(widths) - 1, c.dim, [c.dim]
@@ -251,7 +251,8 @@ CONFIG = {  # of diffusers
     "norm_eps": Is(1e-6, absent=1e-5),
     "dropout": Absent("dropout", 0.0),  # which its first files did not say
     "num_class_embeds": Derived(
-        lambda said: {"classes": (said.get("num_class_embeds") or 1) - 1}, lambda c: c.classes + 1 if c.classes else None
+        lambda said: {"num_classes": (said.get("num_class_embeds") or 1) - 1},
+        lambda c: c.num_classes + 1 if c.num_classes else None,
     ),
     "class_embed_type": Is(None),
     "attention_head_dim": Is(None, absent=8),  # one head
@@ -268,7 +269,7 @@ CONFIG = {  # of diffusers
     "center_input_sample": Is(False),
     "act_fn": Is("silu"),
     "<pixels enter one by one>": Fixed("patch", 1),
-    "<captions are unknown>": Fixed("vocab", 0),
+    "<captions are unknown>": Fixed("vocab_size", 0),
 }
 
 CARD = Card(
@@ -277,8 +278,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2006.11239",
     year=2020,
-    takes="noisy",
-    gives="image",
+    input_type="noisy",
+    output_type="image",
     sizes={
         "ddpm-cifar10": Size(params=35_746_307, source="google/ddpm-cifar10-32"),
         "ddpm-256": Size(
@@ -290,11 +291,11 @@ CARD = Card(
         ),
         "ddpm-8": Size(image=8, channels=1, dim=32, growth=(1, 2), attend=(4,), groups=8, dropout=0.0),
         "ddpm-unet-test": Size(
-            image=8, channels=2, classes=3, dim=8, growth=(1, 2), depth=1, attend=(4,), groups=4, dropout=0.0
+            image=8, channels=2, num_classes=3, dim=8, growth=(1, 2), depth=1, attend=(4,), groups=4, dropout=0.0
         ),
     },
     weights={"diffusers": DIFFUSERS, "diffusers-2022": DIFFUSERS_2022},
     configs={"diffusers": CONFIG},
     # Fashion-MNIST in 3 minutes of one core, held-out loss of a small one: adamw at 1e-3 .213, muon .172.
-    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "grad_clip": 1.0, "ema": 0.999},
 )

@@ -33,7 +33,7 @@ class Config:
     channels: int = 4  # C: 3 for pixels, 4 for the latent pictures of Stable Diffusion's VAE
     image: int = 32  # S
     patch: int = 2  # P
-    classes: int = 101  # labels 1 .. classes; 0 means none
+    num_classes: int = 101  # labels 1 .. classes; 0 means none
     dim: int = 1152  # D
     depth: int = 28  # blocks: space, time, space, time, ...
     heads: int = 16
@@ -103,7 +103,7 @@ class Latte(nn.Module):
             raise SettingsError(f"dim={c.dim}: places are told by sines and cosines in two directions; choose a multiple of 4")
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
         self.time1, self.time2 = nn.Linear(WAVES, c.dim), nn.Linear(c.dim, c.dim)
-        self.label = nn.Embedding(c.classes + 1, c.dim) if c.classes else None  # the last row is that of no label
+        self.label = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None  # the last row is that of no label
         self.register_buffer("places", grid(c.image // c.patch, c.dim), persistent=False)
         self.register_buffer("moments", waves(torch.arange(c.frames), c.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(c, over_time=bool(i % 2)) for i in range(c.depth))
@@ -133,7 +133,7 @@ class Latte(nn.Module):
         if self.label is None:
             return x
         label = torch.zeros_like(time, dtype=torch.int64) if label is None else label
-        return x + self.label((label - 1) % (self.config.classes + 1))  # 0 -> the last row
+        return x + self.label((label - 1) % (self.config.num_classes + 1))  # 0 -> the last row
 
     def forward(self, video: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:  # B F C S S, B, B -> B F C S S
         c = self.config
@@ -178,8 +178,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2401.03048",
     year=2024,
-    takes="noisy-video",
-    gives="video",
+    input_type="noisy-video",
+    output_type="video",
     sizes={
         # The authors' counts include the fixed sines of places and moments: 313,344 for XL/2, 674,112,416 in all.
         "latte-xl2": Size(variance=True, params=673_799_072, source="Vchitect/Latte, UCF101, without fixed sines"),
@@ -187,15 +187,15 @@ CARD = Card(
         "latte-b2": Size(dim=768, depth=12, heads=12, variance=True),
         "latte-s2": Size(dim=384, depth=12, heads=6, variance=True),
         # On pixels, to be trained from nothing: 16 frames of 64, 8 of 32.
-        "latte-pixels-64": Size(channels=3, image=64, patch=8, classes=0, dim=256, depth=8, heads=4),
-        "latte-pixels-32": Size(channels=3, image=32, patch=4, frames=8, classes=0, dim=128, depth=6, heads=2),
-        "latte-pixels-16": Size(channels=1, image=16, patch=8, frames=8, classes=0, dim=128, depth=4, heads=2),
-        "latte-test": Size(frames=3, channels=2, image=8, patch=2, classes=3, dim=16, depth=4, heads=2),
+        "latte-pixels-64": Size(channels=3, image=64, patch=8, num_classes=0, dim=256, depth=8, heads=4),
+        "latte-pixels-32": Size(channels=3, image=32, patch=4, frames=8, num_classes=0, dim=128, depth=6, heads=2),
+        "latte-pixels-16": Size(channels=1, image=16, patch=8, frames=8, num_classes=0, dim=128, depth=4, heads=2),
+        "latte-test": Size(frames=3, channels=2, image=8, patch=2, num_classes=3, dim=16, depth=4, heads=2),
     },
     weights={"official": OFFICIAL},
     # A patch of 8 in colour is 192 numbers, more than the narrow networks' 128 can carry.
     adapt=lambda need: {"patch": 4} if need["channels"] == 3 and need["image"] <= 32 else {},
     # Digits that move, 2.5 minutes of one core, asked actions recognised: adamw at 1e-3 .24 after 478 steps, muon .46 after
     # 265; with patches of 8 instead of 4, 998 steps in these minutes and .82.
-    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "clip": 1.0, "ema": 0.999},
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "grad_clip": 1.0, "ema": 0.999},
 )

@@ -25,7 +25,7 @@ from fieldguide.models.layers.table import CategoryEmbedding
 class Config:
     numbers: int = 13  # N
     categories: tuple[int, ...] = (100,) * 26  # values of each category column, 0 (unseen) among them
-    classes: int = 2  # 2: a click or none; 1: an amount
+    num_classes: int = 2  # 2: a click or none; 1: an amount
     dim: int = 10  # D
     hidden: tuple[int, ...] = (400, 400, 400)
     dropout: float = 0.5
@@ -40,9 +40,9 @@ class DeepFM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         fields = config.numbers + len(config.categories)
-        if config.classes not in (1, 2):
+        if config.num_classes not in (1, 2):
             raise SettingsError(
-                f"DeepFM tells yes from no (classes=2) or gives an amount (classes=1), not {config.classes} classes"
+                f"DeepFM tells yes from no (classes=2) or gives an amount (classes=1), not {config.num_classes} classes"
             )
         if not fields:
             raise SettingsError("DeepFM needs at least one column of numbers or categories")
@@ -81,7 +81,7 @@ class DeepFM(nn.Module):
         # Equation 2: the sum over pairs of products is half of (square of the sum - sum of the squares).
         pairs = (vectors.sum(1).square() - vectors.square().sum(1)).sum(-1) / 2
         y = self.bias + linear + pairs + self.deep(vectors.flatten(1))[:, 0]
-        return y[:, None] if self.config.classes == 1 else torch.stack([torch.zeros_like(y), y], 1)
+        return y[:, None] if self.config.num_classes == 1 else torch.stack([torch.zeros_like(y), y], 1)
 
 
 CARD = Card(
@@ -90,8 +90,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:1703.04247",
     year=2017,
-    takes="table",
-    gives="label",
+    input_type="table",
+    output_type="label",
     sizes={
         "deepfm": Size(),  # as the paper has it for Criteo: 10 wide, 400-400-400
         "deepfm-s": Size(dim=16, hidden=(128, 64), dropout=0.3),

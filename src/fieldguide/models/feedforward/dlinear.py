@@ -58,8 +58,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2205.13504",
     year=2022,
-    takes="series",
-    gives="forecast",
+    input_type="series",
+    output_type="forecast",
     sizes={
         "dlinear-336-96": Size(params=64_704, source="the authors' code, counted"),
         "dlinear-96-24": Size(length=96, horizon=24),

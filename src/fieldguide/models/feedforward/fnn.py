@@ -46,9 +46,9 @@ CARD = Card(
     build=lambda config: FNN(**asdict(config)),
     paper="doi:10.1038/323533a0",
     year=1986,
-    takes="vector",
-    gives="label",
-    names={"features": "in_dim", "classes": "out_dim"},
+    input_type="vector",
+    output_type="label",
+    names={"features": "in_dim", "num_classes": "out_dim"},
     sizes={
         "fnn": Size(params=269_322, source="the guide's code"),
         "fnn-test": Size(in_dim=6, hidden=8, out_dim=3),

@@ -24,7 +24,7 @@ from fieldguide.models.layers.table import CategoryEmbedding
 class Config:
     numbers: int = 8  # N
     categories: tuple[int, ...] = ()  # values of each category column, 0 (unseen) among them
-    classes: int = 2
+    num_classes: int = 2
     embedding: int = 16  # E
     dim: int = 256  # D
     depth: int = 3  # hidden layers
@@ -43,7 +43,7 @@ class MLP(nn.Module):
         width = config.numbers + len(config.categories) * config.embedding
         self.layers = nn.ModuleList(nn.Linear(config.dim if i else width, config.dim) for i in range(config.depth))
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.dim if config.depth else width, config.classes)
+        self.head = nn.Linear(config.dim if config.depth else width, config.num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -68,12 +68,12 @@ CARD = Card(
     config=Config,
     paper="arXiv:2106.11959",
     year=2021,
-    takes="table",
-    gives="label",
+    input_type="table",
+    output_type="label",
     sizes={
         "mlp-s": Size(),
         "mlp-m": Size(dim=512, depth=4),
-        "mlp-test": Size(numbers=3, categories=(3, 5), classes=3, embedding=4, dim=16, depth=2, dropout=0.0),
+        "mlp-test": Size(numbers=3, categories=(3, 5), num_classes=3, embedding=4, dim=16, depth=2, dropout=0.0),
     },
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2, "clip": 1.0},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2, "grad_clip": 1.0},
 )

@@ -28,7 +28,7 @@ from fieldguide.models.layers.table import CategoryEmbedding, OneHot, PiecewiseL
 class Config:
     numbers: int = 8  # N
     categories: tuple[int, ...] = ()  # values of each category column, 0 (unseen) among them
-    classes: int = 2
+    num_classes: int = 2
     members: int = 32  # M
     bins: int = 48  # intervals a number column; the paper tunes 2 to 128
     embedding: int = 16  # width of a number's or a many-valued category's vector
@@ -91,7 +91,7 @@ class TabM(nn.Module):
             Shared(config.dim if i else sum(self.widths), config.dim, config.members) for i in range(config.depth)
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.head = Heads(config.dim, config.classes, config.members)
+        self.head = Heads(config.dim, config.num_classes, config.members)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -131,15 +131,15 @@ CARD = Card(
     config=Config,
     paper="arXiv:2410.24210",
     year=2024,
-    takes="table",
-    gives="label",
+    input_type="table",
+    output_type="label",
     sizes={
         # First, so taken where nothing is said: on a CPU it trains small tables in seconds.
         "tabm-s": Size(dim=192, members=16, bins=24),
         "tabm-m": Size(),  # the paper's default
-        "tabm-test": Size(numbers=3, categories=(3, 5), classes=3, members=4, bins=5, embedding=4, dim=16, dropout=0.0),
+        "tabm-test": Size(numbers=3, categories=(3, 5), num_classes=3, members=4, bins=5, embedding=4, dim=16, dropout=0.0),
     },
     # Learning rate and decay lie in the middle of the ranges that the paper tunes.
     # So many epochs are enough for the small tables of benchmarks/tables.py.
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 3e-4, "clip": 1.0, "epochs": 40},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 3e-4, "grad_clip": 1.0, "epochs": 40},
 )

@@ -2,7 +2,7 @@
 
 from fieldguide.models.generation.beam_search import beam_search
 from fieldguide.models.generation.encoder_decoder import Sourced
-from fieldguide.models.generation.engine import Faithful, Greedy, GenerationConfig, answers, streamed
+from fieldguide.models.generation.engine import Faithful, GenerationConfig, Greedy, answers, streamed
 from fieldguide.models.generation.sampling import Sampling, generate
 
-__all__ = ["Faithful", "Greedy", "GenerationConfig", "Sampling", "Sourced", "answers", "beam_search", "generate", "streamed"]
+__all__ = ["Faithful", "GenerationConfig", "Greedy", "Sampling", "Sourced", "answers", "beam_search", "generate", "streamed"]

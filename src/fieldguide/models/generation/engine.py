@@ -180,7 +180,9 @@ def searched(
     return [[i for i in row if i >= 0] for row in found[:, 0].tolist()]
 
 
-def streamed(network: Any, prompt: Sequence[int], how: GenerationConfig, *, ends: Sequence[int], decode: Decode) -> Iterator[str]:
+def streamed(
+    network: Any, prompt: Sequence[int], how: GenerationConfig, *, ends: Sequence[int], decode: Decode
+) -> Iterator[str]:
     """The answer to one prompt piece by piece; not searched for."""
     steps = generate(network, [prompt], room(network, [prompt], how.tokens), sampling=how.sampling, ends=ends, seed=how.seed)
     return pieces((int(step) for step in steps), decode, ends, how.stops)

@@ -40,7 +40,7 @@ class GroupedAttention(nn.Module):
         super().__init__()
         if heads % groups:
             raise SettingsError(f"heads={heads} cannot be split among groups={groups}: choose a divisor")
-        self.heads, self.groups, self.width, self.scale = heads, groups, width, scale
+        self.heads, self.kv_heads, self.width, self.scale = heads, groups, width, scale
         self.q = nn.Linear(dim, heads * width, bias=False)
         self.kv = nn.Linear(dim, 2 * groups * width, bias=False)
         self.norm_q, self.norm_k = (norm(width), norm(width)) if norm else (None, None)
@@ -50,7 +50,7 @@ class GroupedAttention(nn.Module):
         self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None = None, layer: int = 0
     ) -> Tensor:  # B T D -> B T D
         q = self.q(x).unflatten(-1, (self.heads, self.width)).transpose(1, 2)  # B heads T d
-        k, v = self.kv(x).unflatten(-1, (2, self.groups, self.width)).permute(2, 0, 3, 1, 4)  # each B groups T d
+        k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, self.width)).permute(2, 0, 3, 1, 4)  # each B groups T d
         if self.norm_q is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         q, k = rotate(q, *turn), rotate(k, *turn)
@@ -61,12 +61,12 @@ class GroupedAttention(nn.Module):
     def looked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:  # B heads T d, B groups K d -> B T D
         """What queries take from the values whose keys answer them."""
         whole = seen is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
-        if q.shape[2] == 1 and self.heads > self.groups:
+        if q.shape[2] == 1 and self.heads > self.kv_heads:
             # The heads of a group become rows of one: keys and values are read once, not copied for each.
-            x = F.scaled_dot_product_attention(q.view(len(q), self.groups, -1, self.width), k, v, seen, scale=self.scale)
+            x = F.scaled_dot_product_attention(q.view(len(q), self.kv_heads, -1, self.width), k, v, seen, scale=self.scale)
             return x.reshape(len(x), 1, -1)
         x = F.scaled_dot_product_attention(
-            q, k, v, seen, is_causal=whole, scale=self.scale, enable_gqa=self.heads > self.groups
+            q, k, v, seen, is_causal=whole, scale=self.scale, enable_gqa=self.heads > self.kv_heads
         )
         return x.transpose(1, 2).flatten(2)
 

@@ -28,13 +28,13 @@ CARD = Card(
     config=Config,
     paper="arXiv:1406.1078",
     year=2014,
-    takes="tokens",
-    gives="label",
+    input_type="tokens",
+    output_type="label",
     sizes={
         "gru-s": Size(),
         "gru-m": Size(dim=256, hidden=512, depth=2),
-        "gru-test": Size(vocab=30, classes=3, dim=6, hidden=5, depth=2, directions=2, dropout=0.0),
+        "gru-test": Size(vocab_size=30, num_classes=3, dim=6, hidden=5, depth=2, directions=2, dropout=0.0),
     },
     # Recurrent gradients burst now and then, so they are clipped.
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.05},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.05},
 )

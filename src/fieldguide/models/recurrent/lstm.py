@@ -27,13 +27,13 @@ CARD = Card(
     config=Config,
     paper="doi:10.1162/neco.1997.9.8.1735",
     year=1997,
-    takes="tokens",
-    gives="label",
+    input_type="tokens",
+    output_type="label",
     sizes={
         "lstm-s": Size(),
         "lstm-m": Size(dim=256, hidden=512, depth=2),
-        "lstm-test": Size(vocab=30, classes=3, dim=6, hidden=5, depth=2, directions=2, dropout=0.0),
+        "lstm-test": Size(vocab_size=30, num_classes=3, dim=6, hidden=5, depth=2, directions=2, dropout=0.0),
     },
     # Recurrent gradients burst now and then, so they are clipped.
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.05},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.05},
 )

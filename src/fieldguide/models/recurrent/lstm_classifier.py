@@ -46,12 +46,12 @@ CARD = Card(
     build=lambda config: LSTMClassifier(**asdict(config)),
     paper="doi:10.1162/neco.1997.9.8.1735",
     year=1997,
-    takes="tokens",
-    gives="label",
-    names={"vocab": "vocab_size", "dim": "embed_dim", "classes": "num_classes"},
+    input_type="tokens",
+    output_type="label",
+    names={"vocab_size": "vocab_size", "dim": "embed_dim", "num_classes": "num_classes"},
     sizes={
         "lstm-classifier": Size(params=2_202_114, source="the guide's code"),
         "lstm-classifier-test": Size(vocab_size=30, embed_dim=6, hidden=5, num_classes=3),
     },
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "clip": 1.0},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "grad_clip": 1.0},
 )

@@ -76,12 +76,12 @@ CARD = Card(
     config=Config,
     paper="arXiv:1711.11053",
     year=2017,
-    takes="covariates",
-    gives="forecast",
+    input_type="covariates",
+    output_type="forecast",
     sizes={
         "lstm-forecaster-s": Size(),
         "lstm-forecaster-m": Size(hidden=128, depth=2, context=32, width=128, dropout=0.1),
         "lstm-forecaster-test": Size(length=9, horizon=4, values=2, past=2, known=3, hidden=5, depth=2, context=3, width=7),
     },
-    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-4, "clip": 1.0},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-4, "grad_clip": 1.0},
 )

@@ -27,13 +27,13 @@ CARD = Card(
     config=Config,
     paper="doi:10.1207/s15516709cog1402_1",
     year=1990,
-    takes="tokens",
-    gives="label",
+    input_type="tokens",
+    output_type="label",
     sizes={
         "rnn-s": Size(directions=1),
         "rnn-m": Size(dim=256, hidden=512, depth=2, directions=1),
-        "rnn-test": Size(vocab=30, classes=3, dim=6, hidden=5, depth=2, directions=2, dropout=0.0),
+        "rnn-test": Size(vocab_size=30, num_classes=3, dim=6, hidden=5, depth=2, directions=2, dropout=0.0),
     },
     # Recurrent gradients burst now and then, so they are clipped.
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.05},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.05},
 )

@@ -30,7 +30,7 @@ OFFSET = 2  # rows of the places' tables that nothing reads: in the authors' cod
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 50_265
+    vocab_size: int = 50_265
     length: int = 1024  # longest row, tokens
     dim: int = 768  # D
     depth: int = 6  # layers of the encoder
@@ -84,14 +84,14 @@ class Bart(EncoderDecoder):
     def __init__(self, config: Any):
         super().__init__(config)
         c = config
-        self.embed = nn.Embedding(c.vocab, c.dim)  # of both sides, and the head
+        self.embed = nn.Embedding(c.vocab_size, c.dim)  # of both sides, and the head
         self.encoder_pos, self.decoder_pos = self.places(), self.places()
         # Of what is read, and after each stack.
         (self.encoder_first, self.encoder_norm), (self.decoder_first, self.decoder_norm) = self.norms(), self.norms()
         self.encoder = nn.ModuleList(self.encoder_block(layer) for layer in range(c.depth))
         self.decoder = nn.ModuleList(self.decoder_block(layer) for layer in range(c.decoder_depth))
         self.dropout = nn.Dropout(c.dropout)
-        self.register_buffer("bias", torch.zeros(c.vocab) if self.biased else None)
+        self.register_buffer("bias", torch.zeros(c.vocab_size) if self.biased else None)
         self.reset_parameters()
 
     def places(self) -> nn.Module:
@@ -190,7 +190,7 @@ def config(kind: str, name: str, act: str = "gelu", scaled: bool = False) -> dic
     return {
         "model_type": Is(kind),
         "architectures": Derived(lambda t: {}, lambda c: [name]),
-        "vocab_size": "vocab",
+        "vocab_size": "vocab_size",
         "max_position_embeddings": "length",
         "d_model": "dim",
         "encoder_layers": "depth",
@@ -220,7 +220,7 @@ def stacks(depth: int, dim: int, heads: int, hidden: int) -> dict[str, int]:
 
 
 TEST = {
-    "vocab": 30,
+    "vocab_size": 30,
     "length": 12,
     "dim": 16,
     "depth": 2,
@@ -237,9 +237,9 @@ RECIPE = {
     "momentum": 0.95,
     "weight_decay": 0.0,
     "beta2": 0.98,
-    "clip": 1.0,
+    "grad_clip": 1.0,
     "warmup": 0.04,
-    "smoothing": 0.1,
+    "label_smoothing": 0.1,
 }
 
 CARD = Card(
@@ -248,17 +248,17 @@ CARD = Card(
     config=Config,
     paper="arXiv:1910.13461",
     year=2019,
-    takes="pair",
-    gives="tokens",
-    denoises="infill",
+    input_type="pair",
+    output_type="tokens",
+    pretraining_objective="infill",
     sizes={
         "bart-base": Size(attn_dropout=0.1, mlp_dropout=0.1, params=139_420_416, source="facebook/bart-base"),
         "bart-large": Size(
             **stacks(12, 1024, 16, 4096), attn_dropout=0.1, mlp_dropout=0.1, params=406_291_456, source="facebook/bart-large"
         ),
         # Of the same form, to be trained from nothing.
-        "bart-mini": Size(vocab=8192, **stacks(4, 256, 4, 1024)),
-        "bart-micro": Size(vocab=8192, **stacks(3, 128, 4, 512)),
+        "bart-mini": Size(vocab_size=8192, **stacks(4, 256, 4, 1024)),
+        "bart-micro": Size(vocab_size=8192, **stacks(3, 128, 4, 512)),
         "bart-test": Size(**TEST),
     },
     weights={"huggingface": HUGGINGFACE},

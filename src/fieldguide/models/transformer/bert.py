@@ -20,16 +20,16 @@ from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.padding import at_least_one
 from fieldguide.models.mapping.config_rules import Derived, Fixed, Is, Known
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
-from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, TextEncoder
+from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, PostNorm, TextEncoder
 
 EPS = 1e-12  # of the normalisations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "words"  # words, label, labels, span or vector
-    vocab: int = 30_522
-    classes: int = 2  # of a label, or of labels
+    output_type: str = "words"  # words, label, labels, span or vector
+    vocab_size: int = 30_522
+    num_classes: int = 2  # of a label, or of labels
     length: int = 512  # longest row, tokens
     dim: int = 768  # D
     depth: int = 12
@@ -45,7 +45,7 @@ class Bert(TextEncoder):
     def __init__(self, config: Config):
         super().__init__(config)
         c = config
-        self.word = nn.Embedding(c.vocab, c.dim)
+        self.word = nn.Embedding(c.vocab_size, c.dim)
         self.pos = nn.Embedding(c.length, c.dim)
         self.segment = nn.Embedding(2, c.dim)
         self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
@@ -131,13 +131,13 @@ def architectures(name: str) -> Known:
         "ForQuestionAnswering": "span",
         "Model": "vector",
     }
-    return Known("gives", {name + kind: gives for kind, gives in kinds.items()})
+    return Known("output_type", {name + kind: gives for kind, gives in kinds.items()})
 
 
 # How many labels there are; a span is two.
 CLASSES = Derived(
-    lambda theirs: {"classes": len(theirs["id2label"])} if theirs.get("id2label") else {},
-    lambda c: {str(i): f"LABEL_{i}" for i in range(2 if c.gives == "span" else c.classes)},
+    lambda theirs: {"num_classes": len(theirs["id2label"])} if theirs.get("id2label") else {},
+    lambda c: {str(i): f"LABEL_{i}" for i in range(2 if c.output_type == "span" else c.num_classes)},
 )
 
 
@@ -148,7 +148,7 @@ def small(depth: int, dim: int) -> dict[str, int]:
 CONFIG = {
     "model_type": Is("bert"),
     "architectures": architectures("Bert"),
-    "vocab_size": "vocab",
+    "vocab_size": "vocab_size",
     "id2label": CLASSES,
     "max_position_embeddings": "length",
     "hidden_size": "dim",
@@ -173,31 +173,45 @@ CARD = Card(
     config=Config,
     paper="arXiv:1810.04805",
     year=2018,
-    takes="tokens",
-    also=("segments",),
-    gives=GIVES,
+    input_type="tokens",
+    optional_inputs=("segments",),
+    output_type=OUTPUT_TYPES,
     sizes={
         # Counts are of the head for hidden words: transformers' BertForMaskedLM.
         "bert-base": Size(params=109_514_298, source="google-bert/bert-base-uncased"),
         "bert-large": Size(**small(24, 1024), params=335_174_458, source="google-bert/bert-large-uncased"),
-        "bert-base-cased": Size(vocab=28_996, params=108_340_804, source="google-bert/bert-base-cased"),
-        "bert-large-cased": Size(vocab=28_996, **small(24, 1024), params=333_610_308, source="google-bert/bert-large-cased"),
-        "bert-base-multilingual": Size(vocab=119_547, params=177_974_523, source="google-bert/bert-base-multilingual-cased"),
+        "bert-base-cased": Size(vocab_size=28_996, params=108_340_804, source="google-bert/bert-base-cased"),
+        "bert-large-cased": Size(
+            vocab_size=28_996, **small(24, 1024), params=333_610_308, source="google-bert/bert-large-cased"
+        ),
+        "bert-base-multilingual": Size(
+            vocab_size=119_547, params=177_974_523, source="google-bert/bert-base-multilingual-cased"
+        ),
         "bert-tiny": Size(**small(2, 128), params=4_416_698, source="google/bert_uncased_L-2_H-128_A-2"),
         "bert-mini": Size(**small(4, 256), params=11_201_594, source="google/bert_uncased_L-4_H-256_A-4"),
         "bert-small": Size(**small(4, 512), params=28_795_194, source="google/bert_uncased_L-4_H-512_A-8"),
         "bert-medium": Size(**small(8, 512), params=41_404_730, source="google/bert_uncased_L-8_H-512_A-8"),
         # Vectors of sentences; the published counts have a layer more, which vectors do without.
         "minilm-l6": Size(
-            gives="vector", depth=6, dim=384, hidden=1536, params=22_565_376, source="sentence-transformers/all-MiniLM-L6-v2"
+            output_type="vector",
+            depth=6,
+            dim=384,
+            hidden=1536,
+            params=22_565_376,
+            source="sentence-transformers/all-MiniLM-L6-v2",
         ),
         "minilm-l12": Size(
-            gives="vector", depth=12, dim=384, hidden=1536, params=33_212_160, source="sentence-transformers/all-MiniLM-L12-v2"
+            output_type="vector",
+            depth=12,
+            dim=384,
+            hidden=1536,
+            params=33_212_160,
+            source="sentence-transformers/all-MiniLM-L12-v2",
         ),
-        "bert-test": Size(vocab=30, classes=3, length=12, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
+        "bert-test": Size(vocab_size=30, num_classes=3, length=12, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
     },
     weights={"huggingface": huggingface},
     configs={"huggingface": CONFIG},
     # Appendix A.2 and A.3, but for the rate, which is that of training a small one from nothing.
-    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.1, "schedule": "linear"},
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.1, "schedule": "linear"},
 )

@@ -40,15 +40,15 @@ from fieldguide.models.transformer._shared.clip_checkpoints import (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "embeddings"  # embeddings, or label: the answer to a question about the picture
-    classes: int = 0  # answers
+    output_type: str = "embeddings"  # embeddings, or label: the answer to a question about the picture
+    num_classes: int = 0  # answers
     channels: int = 3  # C
     image: int = 224  # S
     patch: int = 32  # P
     dim: int = 768  # D of the picture's tower
     depth: int = 12
     heads: int = 12
-    vocab: int = 49_408
+    vocab_size: int = 49_408
     length: int = 77  # longest text, tokens
     end: int = 49_407  # token that ends a text: where texts without a mask are read out
     text_dim: int = 512  # D of the text's tower
@@ -157,7 +157,7 @@ class Text(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.end, self.length, self.depth = c.end, c.length, c.text_depth
-        self.embed, self.pos = nn.Embedding(c.vocab, c.text_dim), nn.Embedding(c.length, c.text_dim)
+        self.embed, self.pos = nn.Embedding(c.vocab_size, c.text_dim), nn.Embedding(c.length, c.text_dim)
         self.blocks = nn.ModuleList(Block(c.text_dim, c.text_heads, c.quick, causal=True) for _ in range(c.text_depth))
         self.norm = nn.LayerNorm(c.text_dim)
         self.proj = nn.Linear(c.text_dim, c.embed, bias=False)
@@ -226,8 +226,8 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.vision, self.text = self.tower(config), Text(config)
-        if config.gives == "label":
-            self.answers = Answers(config.embed, config.classes)
+        if config.output_type == "label":
+            self.answers = Answers(config.embed, config.num_classes)
         else:
             self.logit_scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
@@ -235,7 +235,7 @@ class CLIP(nn.Module):
     def reset_parameters(self) -> None:
         self.vision.reset_parameters()
         self.text.reset_parameters()
-        if self.config.gives == "label":
+        if self.config.output_type == "label":
             self.answers.reset_parameters()
         else:
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
@@ -248,7 +248,7 @@ class CLIP(nn.Module):
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B C S S, B T -> B 2 E, B K
         image, text = self.encode_image(image), self.encode_text(tokens, mask)
-        if self.config.gives == "label":
+        if self.config.output_type == "label":
             return self.answers(image, text)
         return torch.stack([image, text], 1) * (self.logit_scale / 2).exp()
 
@@ -267,8 +267,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2103.00020",
     year=2021,
-    takes="captioned",
-    gives=("embeddings", "label"),
+    input_type="captioned",
+    output_type=("embeddings", "label"),
     sizes={
         "clip-b32": Size(params=151_277_313, source="openai/clip-vit-base-patch32"),
         "clip-b16": Size(patch=16, params=149_620_737, source="openai/clip-vit-base-patch16"),
@@ -295,7 +295,7 @@ CARD = Card(
             dim=192,
             depth=6,
             heads=3,
-            vocab=8192,
+            vocab_size=8192,
             length=32,
             end=8191,
             text_dim=192,
@@ -310,7 +310,7 @@ CARD = Card(
             dim=128,
             depth=4,
             heads=2,
-            vocab=4096,
+            vocab_size=4096,
             length=32,
             end=4095,
             text_dim=128,
@@ -326,7 +326,7 @@ CARD = Card(
             dim=16,
             depth=2,
             heads=2,
-            vocab=30,
+            vocab_size=30,
             length=12,
             end=29,
             text_dim=12,
@@ -339,5 +339,13 @@ CARD = Card(
     configs={"huggingface": CONFIG, "openclip": OPENCLIP_CONFIG},
     scale=SCALE,
     # Table 19, but for Muon: the sample `captions` in 2 minutes of one core, mean recall .50 with adamw at 5e-4, .55 so.
-    recipe={"optimizer": "muon", "lr": 4e-3, "momentum": 0.95, "weight_decay": 0.2, "beta2": 0.98, "clip": 1.0, "warmup": 0.1},
+    recipe={
+        "optimizer": "muon",
+        "lr": 4e-3,
+        "momentum": 0.95,
+        "weight_decay": 0.2,
+        "beta2": 0.98,
+        "grad_clip": 1.0,
+        "warmup": 0.1,
+    },
 )

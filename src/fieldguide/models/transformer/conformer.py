@@ -26,7 +26,7 @@ from fieldguide.models.mapping.key_rules import Fused
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 1024  # symbols with the blank, which is 0
+    vocab_size: int = 1024  # symbols with the blank, which is 0
     features: int = 80  # F, mel bands
     dim: int = 144  # D
     depth: int = 16
@@ -179,7 +179,7 @@ class Conformer(nn.Module):
         self.stem = Subsampling(c.features, c.dim)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.head = nn.Linear(c.dim, c.vocab)
+        self.head = nn.Linear(c.dim, c.vocab_size)
 
     def frames(self, lengths: Tensor) -> Tensor:
         """Logits for so many frames of features; whole numbers or tensors of them."""
@@ -236,8 +236,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2005.08100",
     year=2020,
-    takes="speech",
-    gives="ctc",
+    input_type="speech",
+    output_type="ctc",
     sizes={
         # No count of these is published. Table 1 has 10.3, 30.7 and 118.8 million with a transducer's LSTM and joint network
         # and kernels of 32; these have 8,850,112, 27,574,272 and 115,601,920, head included. The blocks alone have
@@ -247,7 +247,7 @@ CARD = Card(
         "conformer-m": Size(dim=256),
         "conformer-l": Size(dim=512, depth=17, heads=8),
         "conformer-xs": Size(dim=64, depth=4, kernel=15),  # ours, for an hour of speech or less
-        "conformer-test": Size(vocab=7, features=6, dim=8, depth=2, heads=2, growth=2, kernel=3, dropout=0.0),
+        "conformer-test": Size(vocab_size=7, features=6, dim=8, depth=2, heads=2, growth=2, kernel=3, dropout=0.0),
     },
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "warmup": 0.1, "beta2": 0.98},
 )

@@ -25,7 +25,7 @@ from fieldguide.models.layers.padding import at_least_one
 from fieldguide.models.mapping.config_rules import Derived, Is
 from fieldguide.models.mapping.key_rules import Dropped, Row
 from fieldguide.models.transformer._shared.disentangled_attention import Distances, attend, heads_of
-from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, TextEncoder
+from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, PostNorm, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
 
 EPS = 1e-7  # of the normalisations
@@ -33,9 +33,9 @@ EPS = 1e-7  # of the normalisations
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "words"  # words, label, labels, span or vector
-    vocab: int = 50_265
-    classes: int = 2  # of a label, or of labels
+    output_type: str = "words"  # words, label, labels, span or vector
+    vocab_size: int = 50_265
+    num_classes: int = 2  # of a label, or of labels
     length: int = 512  # longest row, tokens
     far: int = 512  # longest distance that is told from longer ones
     dim: int = 768  # D
@@ -86,7 +86,7 @@ class Deberta(TextEncoder):
     def __init__(self, config: Config):
         super().__init__(config)
         c = config
-        self.word = nn.Embedding(c.vocab, c.dim)
+        self.word = nn.Embedding(c.vocab_size, c.dim)
         self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
         self.far = nn.Embedding(2 * c.far, c.dim)
         self.distances = Distances(range(c.length), c.far)
@@ -167,7 +167,7 @@ def read_far(theirs: Mapping[str, Any]) -> dict[str, int]:
 CONFIG = {
     "model_type": Is("deberta"),
     "architectures": architectures("Deberta"),
-    "vocab_size": "vocab",
+    "vocab_size": "vocab_size",
     "id2label": CLASSES,
     "max_position_embeddings": "length",
     "hidden_size": "dim",
@@ -195,8 +195,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2006.03654",
     year=2020,
-    takes="tokens",
-    gives=GIVES,
+    input_type="tokens",
+    output_type=OUTPUT_TYPES,
     sizes={
         # Counts are of the head for hidden words: transformers' DebertaForMaskedLM.
         "deberta-base": Size(params=139_244_121, source="microsoft/deberta-base"),
@@ -204,10 +204,10 @@ CARD = Card(
         "deberta-xlarge": Size(
             dim=1024, depth=48, heads=16, hidden=4096, params=758_905_945, source="microsoft/deberta-xlarge"
         ),
-        "deberta-test": Size(vocab=30, classes=3, length=12, far=6, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
+        "deberta-test": Size(vocab_size=30, num_classes=3, length=12, far=6, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
     },
     weights={"huggingface": huggingface},
     configs={"huggingface": CONFIG},
     # Table 8, but for the rate, which is that of training a small one from nothing.
-    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.06, "schedule": "linear"},
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.06, "schedule": "linear"},
 )

@@ -26,7 +26,7 @@ from fieldguide.models.layers.padding import at_least_one
 from fieldguide.models.mapping.config_rules import Absent, Derived, Is
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
 from fieldguide.models.transformer._shared.disentangled_attention import Distances, attend, heads_of
-from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, TextEncoder
+from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, PostNorm, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
 from fieldguide.models.transformer.deberta import heads, read_far, read_scores
 
@@ -35,9 +35,9 @@ EPS = 1e-7  # of the normalisations
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "words"  # words, label, labels, span or vector
-    vocab: int = 128_100
-    classes: int = 2  # of a label, or of labels
+    output_type: str = "words"  # words, label, labels, span or vector
+    vocab_size: int = 128_100
+    num_classes: int = 2  # of a label, or of labels
     length: int = 512  # longest row, tokens
     far: int = 512  # longest distance that is told from longer ones
     buckets: int = 256  # kinds of distances to either side: half of them one distance each, the rest ever more
@@ -101,7 +101,7 @@ class DebertaV2(TextEncoder):
         c = config
         if c.conv and not c.conv % 2:
             raise SettingsError(f"conv={c.conv}: a convolution that keeps the length has an odd number of tokens")
-        self.word = nn.Embedding(c.vocab, c.dim)
+        self.word = nn.Embedding(c.vocab_size, c.dim)
         self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
         self.far, self.norm_far = nn.Embedding(2 * c.buckets, c.dim), nn.LayerNorm(c.dim, EPS)
         self.distances = Distances(bucketed(c.length, c.buckets, c.far), c.buckets)
@@ -159,7 +159,7 @@ LARGE = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096}
 CONFIG = {
     "model_type": Is("deberta-v2"),
     "architectures": architectures("DebertaV2"),
-    "vocab_size": "vocab",
+    "vocab_size": "vocab_size",
     "id2label": CLASSES,
     "max_position_embeddings": "length",
     "hidden_size": "dim",
@@ -192,15 +192,15 @@ CARD = Card(
     config=Config,
     paper="arXiv:2111.09543",
     year=2021,
-    takes="tokens",
-    gives=GIVES,
+    input_type="tokens",
+    output_type=OUTPUT_TYPES,
     sizes={
         # Counts are of the head for hidden words: transformers' DebertaV2ForMaskedLM.
         "deberta-v3-base": Size(params=184_551_780, source="microsoft/deberta-v3-base"),
         "deberta-v3-xsmall": Size(dim=384, heads=6, hidden=1536, params=70_958_820, source="microsoft/deberta-v3-xsmall"),
         "deberta-v3-small": Size(depth=6, params=142_024_548, source="microsoft/deberta-v3-small"),
         "deberta-v3-large": Size(**LARGE, params=435_191_908, source="microsoft/deberta-v3-large"),
-        "mdeberta-v3-base": Size(vocab=251_000, params=279_061_880, source="microsoft/mdeberta-v3-base"),
+        "mdeberta-v3-base": Size(vocab_size=251_000, params=279_061_880, source="microsoft/mdeberta-v3-base"),
         "deberta-v2-xlarge": Size(
             conv=3, dim=1536, depth=24, heads=24, hidden=6144, params=887_085_156, source="microsoft/deberta-v2-xlarge"
         ),
@@ -208,11 +208,11 @@ CARD = Card(
             conv=3, dim=1536, depth=48, heads=24, hidden=6144, params=1_567_041_636, source="microsoft/deberta-v2-xxlarge"
         ),
         "deberta-v2-test": Size(
-            vocab=30, classes=3, length=12, far=8, buckets=4, conv=3, dim=8, depth=2, heads=2, hidden=20, dropout=0.0
+            vocab_size=30, num_classes=3, length=12, far=8, buckets=4, conv=3, dim=8, depth=2, heads=2, hidden=20, dropout=0.0
         ),
     },
     weights={"huggingface": huggingface},
     configs={"huggingface": CONFIG},
     # Table 7 of the first paper, but for the rate, which is that of training a small one from nothing.
-    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "clip": 1.0, "warmup": 0.06, "schedule": "linear"},
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.06, "schedule": "linear"},
 )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
-from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
+from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
 from fieldguide.models.layers.patches import patch_for
 from fieldguide.models.mapping.key_rules import Fused, Row
 from fieldguide.models.transformer import vit
@@ -46,7 +46,7 @@ class DeiT(vit.ViT):
 
     def forward(self, image: Tensor) -> Tensor:  # B C H W -> B classes, in training B 2 classes; or B D
         x = self.read(image)
-        if self.config.gives == "vector":
+        if self.config.output_type == "vector":
             return x[:, 0]
         weights, biases = self.head.weight.chunk(2), self.head.bias.chunk(2)
         x = torch.stack([F.linear(x[:, i], weights[i], biases[i]) for i in (0, 1)], 1)
@@ -76,8 +76,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2012.12877",
     year=2020,
-    takes="image",
-    gives=GIVES,
+    input_type="image",
+    output_type=OUTPUT_TYPES,
     adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
     sizes={
         "deit-tiny": Size(dim=192, heads=3, params=5_910_800, source="deit_tiny_distilled_patch16_224"),
@@ -85,8 +85,8 @@ CARD = Card(
         "deit-base": Size(params=87_338_192, source="deit_base_distilled_patch16_224"),
         "deit-base-384": Size(image=384, params=87_630_032, source="deit_base_distilled_patch16_384"),
         # To be trained from nothing on small pictures.
-        "deit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10),
-        "deit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, drop_path=0.0),
+        "deit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, num_classes=10),
+        "deit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, num_classes=5, drop_path=0.0),
     },
     weights={"timm": timm, "huggingface": huggingface, "huggingface-base": lambda c: huggingface(c, "")},
     configs={"huggingface": vit.configuration("deit", architectures("DeiT", "ForImageClassificationWithTeacher"))},
@@ -95,5 +95,5 @@ CARD = Card(
         | {"deit_base_distilled_patch16_384": "deit-base-384"}
     },
     # Table 9 at its batches of 1024, without its mixing of pictures, which pays in hundreds of epochs (--set mixup=0.8).
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1, "grad_clip": 1.0},
 )

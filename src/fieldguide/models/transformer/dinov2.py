@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.layers.attention import Attention
-from fieldguide.models.layers.classifier_head import GIVES, classifier_head
+from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, classifier_head
 from fieldguide.models.layers.mlp import Mlp
-from fieldguide.models.layers.patches import Patches, patch_for, interpolate_pos_embed
+from fieldguide.models.layers.patches import Patches, interpolate_pos_embed, patch_for
 from fieldguide.models.layers.stochastic_depth import DropPath
 from fieldguide.models.mapping.config_rules import Absent, Counted, Derived, Fixed, Is
 from fieldguide.models.mapping.key_rules import Fused, Reshaped, Row, Zeros
@@ -37,8 +37,8 @@ EPS = 1e-6  # of the normalisations
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"  # or vector: what a label would be read from
-    classes: int = 1000
+    output_type: str = "label"  # or vector: what a label would be read from
+    num_classes: int = 1000
     channels: int = 3  # C
     image: int = 518  # side of the pictures that places are learnt for; others may come
     patch: int = 14  # P
@@ -172,7 +172,7 @@ class DINOv2(nn.Module):
             x = block(x)
             if i >= first:
                 read.append(x[:, 0])
-        if self.config.gives == "vector":
+        if self.config.output_type == "vector":
             return self.norm(x[:, 0])
         seen = self.norm(x[:, 1 + self.config.registers :]).mean(1)
         return self.head(torch.cat([*(self.norm(token) for token in read), seen], 1))
@@ -261,13 +261,13 @@ def kind(said: Mapping[str, Any]) -> dict[str, Any]:
         raise WeightsError(
             f"architectures={name!r}: known are Dinov2ForImageClassification and Dinov2Model, each also WithRegisters"
         )
-    return {"gives": found}
+    return {"output_type": found}
 
 
 CONFIG = {  # of transformers
     "model_type": Is(lambda c: WITH if c.registers else WITHOUT, among=(WITH, WITHOUT)),
-    "architectures": Derived(kind, lambda c: [f"Dinov2{'WithRegisters' if c.registers else ''}{KINDS[c.gives]}"]),
-    "id2label": Counted("classes"),
+    "architectures": Derived(kind, lambda c: [f"Dinov2{'WithRegisters' if c.registers else ''}{KINDS[c.output_type]}"]),
+    "id2label": Counted("num_classes"),
     "num_channels": "channels",
     "image_size": "image",
     "patch_size": "patch",
@@ -299,8 +299,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2304.07193",
     year=2023,
-    takes="image",
-    gives=GIVES,
+    input_type="image",
+    output_type=OUTPUT_TYPES,
     adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
     sizes={
         "dinov2-small": Size(**S, params=22_825_192, source=f"facebook/dinov2-small-imagenet1k-1-layer, {BUT}"),
@@ -320,8 +320,8 @@ CARD = Card(
             **G, **REGISTERS, params=1_139_558_376, source=f"facebook/dinov2-with-registers-giant-imagenet1k-1-layer, {BUT}"
         ),
         # To be trained from nothing on small pictures.
-        "dinov2-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10, **REGISTERS),
-        "dinov2-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, gated=True, **REGISTERS),
+        "dinov2-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, num_classes=10, **REGISTERS),
+        "dinov2-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, num_classes=5, gated=True, **REGISTERS),
     },
     weights={
         "facebook": facebook,
@@ -339,5 +339,5 @@ CARD = Card(
         }
     },
     # As for a ViT that learns labels from nothing (DeiT, arXiv:2012.12877, table 9).
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1, "grad_clip": 1.0},
 )

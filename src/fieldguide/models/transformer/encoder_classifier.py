@@ -27,8 +27,8 @@ from fieldguide.models.layers.padding import at_least_one, masked_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 16_000
-    classes: int = 2
+    vocab_size: int = 16_000
+    num_classes: int = 2
     length: int = 512  # longest row, tokens
     dim: int = 128  # D
     depth: int = 2
@@ -65,12 +65,12 @@ class EncoderClassifier(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.register_buffer("pos", sinusoids(config.length, config.dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim)
-        self.head = nn.Linear(config.dim, config.classes)
+        self.head = nn.Linear(config.dim, config.num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,14 +118,14 @@ CARD = Card(
     config=Config,
     paper="arXiv:1706.03762",
     year=2017,
-    takes="tokens",
-    gives="label",
+    input_type="tokens",
+    output_type="label",
     sizes={
         "transformer-encoder-s": Size(),
         "transformer-encoder-m": Size(dim=256, depth=4, heads=8),
         "transformer-encoder-base": Size(dim=512, depth=6, heads=8),  # the paper's base encoder
-        "transformer-encoder-test": Size(vocab=30, classes=3, length=12, dim=8, heads=2, dropout=0.0),
+        "transformer-encoder-test": Size(vocab_size=30, num_classes=3, length=12, dim=8, heads=2, dropout=0.0),
     },
     weights={"torch": TORCH},
-    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "clip": 1.0, "warmup": 0.1},
+    recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "grad_clip": 1.0, "warmup": 0.1},
 )

@@ -30,15 +30,15 @@ from fieldguide.models.transformer.gemma3 import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 256_000
+    vocab_size: int = 256_000
     length: int = 8192  # longest row, tokens
     dim: int = 2048  # D
     depth: int = 18
     heads: int = 8
-    groups: int = 1  # of heads that share keys and values
+    kv_heads: int = 1  # of heads that share keys and values
     width: int = 256  # d
     hidden: int = 16_384  # width inside the gated networks
-    base: float = 10_000.0  # of the rotation's wavelengths
+    rope_theta: float = 10_000.0  # of the rotation's wavelengths
     eps: float = 1e-6
 
 
@@ -48,7 +48,7 @@ class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.norm1, self.norm2 = Norm(c.dim, c.eps), Norm(c.dim, c.eps)
-        self.attn = GroupedAttention(c.dim, c.heads, c.groups, c.width)
+        self.attn = GroupedAttention(c.dim, c.heads, c.kv_heads, c.width)
         self.mlp = GatedMlp(c.dim, c.hidden, partial(F.gelu, approximate="tanh"))
 
     def forward(self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
@@ -62,7 +62,7 @@ class Gemma(llama.Decoder):
     block = Block
 
     def __init__(self, config: Config):
-        super().__init__(config, Norm(config.dim, config.eps), tied=True)
+        super().__init__(config, Norm(config.dim, config.eps), tie_embeddings=True)
 
     def masks(self, steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> list[Tensor | None]:
         """What each layer may see."""
@@ -72,7 +72,7 @@ class Gemma(llama.Decoder):
         c, steps, device = self.config, tokens.shape[1], tokens.device
         self.opened(steps, mask, cache)
         x = self.embed(tokens) * torch.tensor(c.dim**0.5, dtype=self.embed.weight.dtype)  # rounded as the weights are
-        turn = turns(positions(steps, mask, cache, device), llama.speed(c.width, c.base, device), x)
+        turn = turns(positions(steps, mask, cache, device), llama.speed(c.width, c.rope_theta, device), x)
         for layer, (block, seen) in enumerate(zip(self.blocks, self.masks(steps, mask, cache, device))):
             x = block(x, turn, seen, cache, layer)
         return self.norm(x)
@@ -80,7 +80,7 @@ class Gemma(llama.Decoder):
 
 def rotation(theirs: Mapping[str, Any]) -> dict[str, Any]:
     values = llama.rotation(theirs)
-    if values.get("stretch"):
+    if values.get("rope_scaling"):
         raise WeightsError("rotations of Gemma are not stretched here")
     return values
 
@@ -95,7 +95,7 @@ def act(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 SHARED = {key: row for key, row in llama.SHARED.items() if key not in ("hidden_act", "tie_word_embeddings")} | {
     "head_dim": "width",
-    "rope_parameters": Derived(rotation, lambda c: {"rope_type": "default", "rope_theta": c.base}),
+    "rope_parameters": Derived(rotation, lambda c: {"rope_type": "default", "rope_theta": c.rope_theta}),
     "attention_bias": Is(False),
     "tie_word_embeddings": Is(True),
 }
@@ -112,14 +112,14 @@ CARD = Card(
     config=Config,
     paper="arXiv:2403.08295",
     year=2024,
-    takes="tokens",
-    gives="tokens",
+    input_type="tokens",
+    output_type="tokens",
     sizes={
         "gemma-2b": Size(params=2_506_172_416, source="google/gemma-2b"),
         "gemma-7b": Size(
-            dim=3072, depth=28, heads=16, groups=16, hidden=24_576, params=8_537_680_896, source="google/gemma-7b"
+            dim=3072, depth=28, heads=16, kv_heads=16, hidden=24_576, params=8_537_680_896, source="google/gemma-7b"
         ),
-        "gemma-test": Size(vocab=30, length=12, dim=16, depth=2, heads=4, groups=2, width=6, hidden=10),
+        "gemma-test": Size(vocab_size=30, length=12, dim=16, depth=2, heads=4, kv_heads=2, width=6, hidden=10),
     },
     weights={"huggingface": llama.HUGGINGFACE},
     configs={"huggingface": CONFIG},

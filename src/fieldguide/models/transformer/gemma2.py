@@ -29,7 +29,7 @@ from fieldguide.models.transformer.gemma3 import Norm
 class Config(gemma.Config):
     dim: int = 2304  # D
     depth: int = 26
-    groups: int = 4  # of heads that share keys and values
+    kv_heads: int = 4  # of heads that share keys and values
     hidden: int = 9216  # width inside the gated networks
     window: int = 4096  # tokens that a local layer sees, itself included
     scale: int = 256  # products of queries and keys are divided by its root
@@ -45,14 +45,14 @@ class Attention(GroupedAttention):
     """With capped logits, which torch's fused attention does not have."""
 
     def __init__(self, c: Config):
-        super().__init__(c.dim, c.heads, c.groups, c.width, scale=c.scale**-0.5)
+        super().__init__(c.dim, c.heads, c.kv_heads, c.width, scale=c.scale**-0.5)
         self.cap = c.attn_cap
 
     def looked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:  # B heads T d, B groups K d -> B T D
         steps, keys = q.shape[2], k.shape[2]
         if seen is None and steps > 1:  # a row read at once, without padding
             seen = torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)
-        q = q.unflatten(1, (self.groups, -1)).flatten(2, 3)  # heads of a group are rows of one: B groups heads/groups*T d
+        q = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # heads of a group are rows of one: B groups heads/groups*T d
         logits = capped((q @ k.mT) * self.scale, self.cap).unflatten(2, (-1, steps))
         if seen is not None:  # B 1 T K or T K: the same for all groups and heads
             logits = logits.masked_fill(~(seen[:, :, None] if seen.ndim == 4 else seen), -torch.inf)
@@ -121,18 +121,18 @@ CARD = Card(
     config=Config,
     paper="arXiv:2408.00118",
     year=2024,
-    takes="tokens",
-    gives="tokens",
+    input_type="tokens",
+    output_type="tokens",
     sizes={
         "gemma2-2b": Size(params=2_614_341_888, source="google/gemma-2-2b"),
         "gemma2-9b": Size(
-            dim=3584, depth=42, heads=16, groups=8, hidden=14_336, params=9_241_705_984, source="google/gemma-2-9b"
+            dim=3584, depth=42, heads=16, kv_heads=8, hidden=14_336, params=9_241_705_984, source="google/gemma-2-9b"
         ),
         "gemma2-27b": Size(
             dim=4608,
             depth=46,
             heads=32,
-            groups=16,
+            kv_heads=16,
             width=128,
             hidden=36_864,
             scale=144,
@@ -140,12 +140,12 @@ CARD = Card(
             source="google/gemma-2-27b",
         ),
         "gemma2-test": Size(
-            vocab=30,
+            vocab_size=30,
             length=12,
             dim=16,
             depth=3,
             heads=4,
-            groups=2,
+            kv_heads=2,
             width=6,
             hidden=10,
             window=3,

@@ -29,18 +29,18 @@ from fieldguide.models.transformer import llama
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 262_144
+    vocab_size: int = 262_144
     length: int = 32_768  # longest row, tokens
     dim: int = 1152  # D
     depth: int = 26
     heads: int = 4
-    groups: int = 1  # of heads that share keys and values
+    kv_heads: int = 1  # of heads that share keys and values
     width: int = 256  # d
     hidden: int = 6912  # width inside the gated networks
     window: int = 512  # tokens that a local layer sees, itself included
     every: int = 6  # one layer in so many is global
     scale: int = 256  # products of queries and keys are divided by its root
-    base: float = 1_000_000.0  # of the rotation's wavelengths in global layers
+    rope_theta: float = 1_000_000.0  # of the rotation's wavelengths in global layers
     base_local: float = 10_000.0
     factor: float = 1.0  # by which global rotations are slowed down
     eps: float = 1e-6
@@ -64,7 +64,7 @@ class Block(nn.Module):
         super().__init__()
         for name in ("norm1", "post1", "norm2", "post2"):
             setattr(self, name, Norm(c.dim, c.eps))
-        self.attn = GroupedAttention(c.dim, c.heads, c.groups, c.width, lambda width: Norm(width, c.eps), c.scale**-0.5)
+        self.attn = GroupedAttention(c.dim, c.heads, c.kv_heads, c.width, lambda width: Norm(width, c.eps), c.scale**-0.5)
         self.mlp = GatedMlp(c.dim, c.hidden, partial(F.gelu, approximate="tanh"))
 
     def forward(self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
@@ -78,7 +78,7 @@ class Gemma3(llama.Decoder):
     block = Block
 
     def __init__(self, config: Config):
-        super().__init__(config, Norm(config.dim, config.eps), tied=True)
+        super().__init__(config, Norm(config.dim, config.eps), tie_embeddings=True)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         c, steps, device = self.config, tokens.shape[1], tokens.device
@@ -87,7 +87,10 @@ class Gemma3(llama.Decoder):
         places = positions(steps, mask, cache, device)
         kinds = {
             True: (turns(places, llama.speed(c.width, c.base_local, device), x), causal(steps, mask, cache, device, c.window)),
-            False: (turns(places, llama.speed(c.width, c.base, device) / c.factor, x), causal(steps, mask, cache, device)),
+            False: (
+                turns(places, llama.speed(c.width, c.rope_theta, device) / c.factor, x),
+                causal(steps, mask, cache, device),
+            ),
         }
         for layer, block in enumerate(self.blocks):
             x = block(x, *kinds[(layer + 1) % c.every > 0], cache, layer)
@@ -111,7 +114,7 @@ def rotations(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if (kind := whole.get("rope_type", "default")) not in ("default", "linear"):
         raise WeightsError(f"rope_type={kind!r}: global rotations are slowed down here by a factor (linear), or not at all")
     return {
-        "base": whole.get("rope_theta", theirs.get("rope_theta", 1e6)),
+        "rope_theta": whole.get("rope_theta", theirs.get("rope_theta", 1e6)),
         "factor": whole.get("factor") or 1.0,
         "base_local": said.get("sliding_attention", {}).get("rope_theta", theirs.get("rope_local_base_freq", 1e4)),
     }
@@ -120,7 +123,7 @@ def rotations(theirs: Mapping[str, Any]) -> dict[str, Any]:
 def slowed(c: Config) -> dict[str, Any]:
     whole = {"rope_type": "linear", "factor": c.factor} if c.factor != 1 else {"rope_type": "default"}
     return {
-        "full_attention": {**whole, "rope_theta": c.base},
+        "full_attention": {**whole, "rope_theta": c.rope_theta},
         "sliding_attention": {"rope_type": "default", "rope_theta": c.base_local},
     }
 
@@ -161,13 +164,13 @@ CARD = Card(
     config=Config,
     paper="arXiv:2503.19786",
     year=2025,
-    takes="tokens",
-    gives="tokens",
+    input_type="tokens",
+    output_type="tokens",
     sizes={
         "gemma3-1b": Size(params=999_885_952, source="google/gemma-3-1b-pt"),
         "gemma3-270m": Size(dim=640, depth=18, hidden=2048, params=268_098_176, source="google/gemma-3-270m"),
         "gemma3-test": Size(
-            vocab=30, length=12, dim=16, depth=3, heads=2, width=4, hidden=6, window=3, every=2, scale=5, factor=2.0
+            vocab_size=30, length=12, dim=16, depth=3, heads=2, width=4, hidden=6, window=3, every=2, scale=5, factor=2.0
         ),
     },
     weights={"huggingface": HUGGINGFACE},

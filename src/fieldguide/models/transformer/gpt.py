@@ -24,7 +24,7 @@ from fieldguide.models.transformer import gpt2
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 40_478
+    vocab_size: int = 40_478
     length: int = 512  # longest row, tokens
     dim: int = 768  # D
     depth: int = 12
@@ -69,7 +69,7 @@ HUGGINGFACE = (
 CONFIG = {
     "model_type": Is("openai-gpt"),
     "architectures": Is(["OpenAIGPTLMHeadModel"]),
-    "vocab_size": "vocab",
+    "vocab_size": "vocab_size",
     "n_positions": "length",
     "n_embd": "dim",
     "n_layer": "depth",
@@ -87,12 +87,12 @@ CARD = Card(
     model=GPT,
     config=Config,
     year=2018,
-    takes="tokens",
-    gives="tokens",
+    input_type="tokens",
+    output_type="tokens",
     paper="https://cdn.openai.com/research-covers/language-unsupervised/language_understanding_paper.pdf",
     sizes={
         "gpt1": Size(params=116_534_784, source="openai-community/openai-gpt"),
-        "gpt-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
+        "gpt-test": Size(vocab_size=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
     },
     weights={"huggingface": HUGGINGFACE},
     configs={"huggingface": CONFIG},

@@ -25,7 +25,7 @@ from fieldguide.models.mapping.key_rules import Dropped, Transposed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 50_257
+    vocab_size: int = 50_257
     length: int = 1024  # longest row, tokens
     dim: int = 768  # D
     depth: int = 12
@@ -63,7 +63,7 @@ class GPT2(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)  # the head, too
+        self.embed = nn.Embedding(config.vocab_size, config.dim)  # the head, too
         self.pos = nn.Embedding(config.length, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
@@ -144,7 +144,7 @@ NANOGPT = {f"transformer.{theirs}": ours for theirs, ours in NAMES.items()} | SH
 CONFIG = {
     "model_type": Is("gpt2"),
     "architectures": Is(["GPT2LMHeadModel"]),
-    "vocab_size": "vocab",
+    "vocab_size": "vocab_size",
     "n_positions": "length",
     "n_embd": "dim",
     "n_layer": "depth",
@@ -181,8 +181,8 @@ CARD = Card(
     config=Config,
     year=2019,
     paper="https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
-    takes="tokens",
-    gives="tokens",
+    input_type="tokens",
+    output_type="tokens",
     sizes={
         "gpt2": Size(params=124_439_808, source="openai-community/gpt2"),
         "gpt2-medium": Size(dim=1024, depth=24, heads=16, params=354_823_168, source="openai-community/gpt2-medium"),
@@ -201,11 +201,11 @@ CARD = Card(
             for name, (depth, dim, heads, params) in GPT3.items()
         },
         # Small ones of the same form, to be trained from nothing: nanoGPT's for characters are the last two.
-        "gpt2-mini": Size(vocab=8192, length=256, dim=512, depth=8, heads=8, dropout=0.0),
-        "gpt2-baby": Size(vocab=65, length=256, dim=384, depth=6, heads=6, dropout=0.2),
-        "gpt2-micro": Size(vocab=65, length=256, dim=256, depth=4, heads=4, dropout=0.0),
-        "gpt2-nano": Size(vocab=65, length=64, dim=128, depth=4, heads=4, dropout=0.0),
-        "gpt2-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
+        "gpt2-mini": Size(vocab_size=8192, length=256, dim=512, depth=8, heads=8, dropout=0.0),
+        "gpt2-baby": Size(vocab_size=65, length=256, dim=384, depth=6, heads=6, dropout=0.2),
+        "gpt2-micro": Size(vocab_size=65, length=256, dim=256, depth=4, heads=4, dropout=0.0),
+        "gpt2-nano": Size(vocab_size=65, length=64, dim=128, depth=4, heads=4, dropout=0.0),
+        "gpt2-test": Size(vocab_size=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
     },
     weights={"huggingface": HUGGINGFACE, "nanogpt": NANOGPT},
     configs={"huggingface": CONFIG},
@@ -215,7 +215,7 @@ CARD = Card(
         "momentum": 0.95,
         "weight_decay": 0.1,
         "beta2": 0.95,
-        "clip": 1.0,
+        "grad_clip": 1.0,
         "warmup": 0.05,
         "schedule": "linear",
     },

@@ -30,17 +30,17 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Paired, Row
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 32_000
+    vocab_size: int = 32_000
     length: int = 2048  # longest row, tokens
     dim: int = 4096  # D
     depth: int = 32
     heads: int = 32
-    groups: int = 32  # of heads that share keys and values
+    kv_heads: int = 32  # of heads that share keys and values
     hidden: int = 11_008  # width inside the gated networks
-    base: float = 10_000.0  # of the rotation's wavelengths
-    stretch: tuple[float, ...] = ()  # Llama 3.1's: factor, low and high frequency factor, length before
+    rope_theta: float = 10_000.0  # of the rotation's wavelengths
+    rope_scaling: tuple[float, ...] = ()  # Llama 3.1's: factor, low and high frequency factor, length before
     eps: float = 1e-6
-    tied: bool = False  # the head is the embedding
+    tie_embeddings: bool = False  # the head is the embedding
 
 
 class Block(nn.Module):
@@ -54,7 +54,7 @@ class Block(nn.Module):
     def attention(self, c: Any) -> nn.Module:
         if c.dim % c.heads:
             raise SettingsError(f"dim={c.dim} cannot be split among heads={c.heads}: choose a multiple")
-        return GroupedAttention(c.dim, c.heads, c.groups, c.dim // c.heads)
+        return GroupedAttention(c.dim, c.heads, c.kv_heads, c.dim // c.heads)
 
     def network(self, c: Any) -> nn.Module:
         return GatedMlp(c.dim, c.hidden)
@@ -77,10 +77,10 @@ class Decoder(nn.Module):
     def __init__(self, config: Any, norm: nn.Module, tied: bool):
         super().__init__()
         c = self.config = config
-        self.embed = nn.Embedding(c.vocab, c.dim)
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.blocks = nn.ModuleList(self.block(c) for _ in range(c.depth))
         self.norm = norm
-        self.head = nn.Linear(c.dim, c.vocab, bias=False)
+        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
         if tied:
             self.head.weight = self.embed.weight
         self.reset_parameters()
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         """Room for `length` tokens a row, at most and by default the network's own."""
         c, weight = self.config, self.embed.weight
         return Cache(
-            rows, min(length or c.length, c.length), c.depth, c.groups, self.width, dtype=weight.dtype, device=weight.device
+            rows, min(length or c.length, c.length), c.depth, c.kv_heads, self.width, dtype=weight.dtype, device=weight.device
         )
 
     def opened(self, steps: int, mask: Tensor | None, cache: Cache | None) -> None:
@@ -132,13 +132,13 @@ class Llama(Decoder):
     """
 
     def __init__(self, config: Config):
-        super().__init__(config, RMSNorm(config.dim, config.eps), config.tied)
+        super().__init__(config, RMSNorm(config.dim, config.eps), config.tie_embeddings)
 
     def speed(self, device: torch.device) -> Tensor:  # -> d/2
-        plain = speed(self.width, self.config.base, device)
-        if not self.config.stretch:
+        plain = speed(self.width, self.config.rope_theta, device)
+        if not self.config.rope_scaling:
             return plain
-        factor, low, high, before = self.config.stretch
+        factor, low, high, before = self.config.rope_scaling
         made = before * plain / (2 * math.pi)  # turns within the length that was learnt first
         keep = ((made - low) / (high - low)).clamp(0, 1)
         return plain * (keep + (1 - keep) / factor)
@@ -222,9 +222,9 @@ def rotation(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Base and stretch as files of transformers say them, in today's form or that of before 2025."""
     said = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = said.get("rope_type", said.get("type", "default"))
-    values: dict[str, Any] = {"base": said.get("rope_theta", theirs.get("rope_theta", 10_000.0))}
+    values: dict[str, Any] = {"rope_theta": said.get("rope_theta", theirs.get("rope_theta", 10_000.0))}
     if kind == "llama3":
-        values["stretch"] = tuple(float(said[key]) for key in STRETCH)
+        values["rope_scaling"] = tuple(float(said[key]) for key in STRETCH)
     elif kind != "default":
         raise WeightsError(f"rope_type={kind!r}: rotations are stretched here as Llama 3.1 does (llama3), or not at all")
     return values
@@ -232,27 +232,27 @@ def rotation(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 def written(c: Any) -> dict[str, Any]:
     return {
-        "rope_type": "llama3" if c.stretch else "default",
-        "rope_theta": c.base,
-        **{key: int(x) if key.startswith("orig") else x for key, x in zip(STRETCH, c.stretch)},
+        "rope_type": "llama3" if c.rope_scaling else "default",
+        "rope_theta": c.rope_theta,
+        **{key: int(x) if key.startswith("orig") else x for key, x in zip(STRETCH, c.rope_scaling)},
     }
 
 
 STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SHARED = {  # with its kin
-    "vocab_size": "vocab",
+    "vocab_size": "vocab_size",
     "max_position_embeddings": "length",
     "hidden_size": "dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
     "num_key_value_heads": Derived(
-        lambda t: {"groups": t.get("num_key_value_heads") or t["num_attention_heads"]}, lambda c: c.groups
+        lambda t: {"kv_heads": t.get("num_key_value_heads") or t["num_attention_heads"]}, lambda c: c.kv_heads
     ),
     "intermediate_size": "hidden",
     "rms_norm_eps": "eps",
     "hidden_act": Is("silu"),
     "rope_parameters": Derived(rotation, written),
-    "tie_word_embeddings": Absent("tied", False),
+    "tie_word_embeddings": Absent("tie_embeddings", False),
 }
 CONFIG = {
     "model_type": Is("llama"),
@@ -271,22 +271,22 @@ def widened(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"hidden": multiple * -(-hidden // multiple)}
 
 
-L3 = {"vocab": 128_256, "length": 8192, "groups": 8, "hidden": 14_336, "base": 500_000.0, "eps": 1e-5}
-B70 = {"dim": 8192, "depth": 80, "heads": 64, "groups": 8, "hidden": 28_672}
-B405 = {"dim": 16_384, "depth": 126, "heads": 128, "groups": 8, "hidden": 53_248}
-LONG = {"length": 131_072, "stretch": (8.0, 1.0, 4.0, 8192.0)}
-SMALL = {"length": 131_072, "stretch": (32.0, 1.0, 4.0, 8192.0), "tied": True}
+L3 = {"vocab_size": 128_256, "length": 8192, "kv_heads": 8, "hidden": 14_336, "rope_theta": 500_000.0, "eps": 1e-5}
+B70 = {"dim": 8192, "depth": 80, "heads": 64, "kv_heads": 8, "hidden": 28_672}
+B405 = {"dim": 16_384, "depth": 126, "heads": 128, "kv_heads": 8, "hidden": 53_248}
+LONG = {"length": 131_072, "rope_scaling": (8.0, 1.0, 4.0, 8192.0)}
+SMALL = {"length": 131_072, "rope_scaling": (32.0, 1.0, 4.0, 8192.0), "tie_embeddings": True}
 
 SIZES = {
     "llama-7b": Size(params=6_738_415_616, source="huggyllama/llama-7b"),
     "llama-13b": Size(
-        dim=5120, depth=40, heads=40, groups=40, hidden=13_824, params=13_015_864_320, source="huggyllama/llama-13b"
+        dim=5120, depth=40, heads=40, kv_heads=40, hidden=13_824, params=13_015_864_320, source="huggyllama/llama-13b"
     ),
     "llama-30b": Size(
-        dim=6656, depth=60, heads=52, groups=52, hidden=17_920, params=32_528_943_616, source="huggyllama/llama-30b"
+        dim=6656, depth=60, heads=52, kv_heads=52, hidden=17_920, params=32_528_943_616, source="huggyllama/llama-30b"
     ),
     "llama-65b": Size(
-        dim=8192, depth=80, heads=64, groups=64, hidden=22_016, params=65_285_660_672, source="huggyllama/llama-65b"
+        dim=8192, depth=80, heads=64, kv_heads=64, hidden=22_016, params=65_285_660_672, source="huggyllama/llama-65b"
     ),
     "llama2-7b": Size(length=4096, eps=1e-5, params=6_738_415_616, source="meta-llama/Llama-2-7b-hf"),
     "llama2-13b": Size(
@@ -294,7 +294,7 @@ SIZES = {
         dim=5120,
         depth=40,
         heads=40,
-        groups=40,
+        kv_heads=40,
         hidden=13_824,
         eps=1e-5,
         params=13_015_864_320,
@@ -313,50 +313,56 @@ SIZES = {
         **{**L3, **SMALL, "hidden": 8192}, dim=3072, depth=28, heads=24, params=3_212_749_824, source="meta-llama/Llama-3.2-3B"
     ),
     "smollm2-135m": Size(
-        vocab=49_152,
+        vocab_size=49_152,
         length=8192,
         dim=576,
         depth=30,
         heads=9,
-        groups=3,
+        kv_heads=3,
         hidden=1536,
-        base=100_000.0,
+        rope_theta=100_000.0,
         eps=1e-5,
-        tied=True,
+        tie_embeddings=True,
         params=134_515_008,
         source="HuggingFaceTB/SmolLM2-135M",
     ),
     "smollm2-360m": Size(
-        vocab=49_152,
+        vocab_size=49_152,
         length=8192,
         dim=960,
         depth=32,
         heads=15,
-        groups=5,
+        kv_heads=5,
         hidden=2560,
-        base=100_000.0,
+        rope_theta=100_000.0,
         eps=1e-5,
-        tied=True,
+        tie_embeddings=True,
         params=361_821_120,
         source="HuggingFaceTB/SmolLM2-360M",
     ),
     "smollm2-1.7b": Size(
-        vocab=49_152,
+        vocab_size=49_152,
         length=8192,
         dim=2048,
         depth=24,
-        groups=32,
+        kv_heads=32,
         hidden=8192,
-        base=130_000.0,
+        rope_theta=130_000.0,
         eps=1e-5,
-        tied=True,
+        tie_embeddings=True,
         params=1_711_376_384,
         source="HuggingFaceTB/SmolLM2-1.7B",
     ),
     # Small ones of the same form, to be trained from nothing.
-    "llama-mini": Size(vocab=8192, length=512, dim=512, depth=8, heads=8, groups=4, hidden=1408, eps=1e-5, tied=True),
-    "llama-micro": Size(vocab=4096, length=256, dim=256, depth=4, heads=4, groups=2, hidden=704, eps=1e-5, tied=True),
-    "llama-test": Size(vocab=30, length=12, dim=16, depth=2, heads=4, groups=2, hidden=12, stretch=(4.0, 1.0, 4.0, 8.0)),
+    "llama-mini": Size(
+        vocab_size=8192, length=512, dim=512, depth=8, heads=8, kv_heads=4, hidden=1408, eps=1e-5, tie_embeddings=True
+    ),
+    "llama-micro": Size(
+        vocab_size=4096, length=256, dim=256, depth=4, heads=4, kv_heads=2, hidden=704, eps=1e-5, tie_embeddings=True
+    ),
+    "llama-test": Size(
+        vocab_size=30, length=12, dim=16, depth=2, heads=4, kv_heads=2, hidden=12, rope_scaling=(4.0, 1.0, 4.0, 8.0)
+    ),
 }
 
 
@@ -364,13 +370,13 @@ def meant(params: Mapping[str, Any]) -> dict[str, Any]:
     """What params.json does not say: the longest row, and how far rotations are stretched. They are those of the published
     size that it describes, or comes nearest to: by how many numbers are the same, then by the width."""
     said = {
-        "vocab": params.get("vocab_size", -1),
-        "base": params.get("rope_theta", 10_000.0),
+        "vocab_size": params.get("vocab_size", -1),
+        "rope_theta": params.get("rope_theta", 10_000.0),
         "eps": params["norm_eps"],
         "dim": params["dim"],
         "depth": params["n_layers"],
         "heads": params["n_heads"],
-        "groups": params.get("n_kv_heads") or params["n_heads"],
+        "kv_heads": params.get("n_kv_heads") or params["n_heads"],
         **widened(params),
     }
 
@@ -381,39 +387,42 @@ def meant(params: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     known = [Config(**size.overrides) for name, size in SIZES.items() if name.startswith("llama") and size.source]
-    nearest = min((c for c in known if bool(c.stretch) == bool(params.get("use_scaled_rope"))), key=apart)
-    return {"length": nearest.length, "stretch": nearest.stretch}
+    nearest = min((c for c in known if bool(c.rope_scaling) == bool(params.get("use_scaled_rope"))), key=apart)
+    return {"length": nearest.length, "rope_scaling": nearest.rope_scaling}
 
 
 PARAMS = {  # params.json beside Meta's files
     "dim": "dim",
     "n_layers": "depth",
     "n_heads": "heads",
-    "n_kv_heads": Derived(lambda t: {"groups": t.get("n_kv_heads") or t["n_heads"]}, lambda c: c.groups),
+    "n_kv_heads": Derived(lambda t: {"kv_heads": t.get("n_kv_heads") or t["n_heads"]}, lambda c: c.kv_heads),
     # Of the first two generations -1: as many as the tokenizer has, and the tensors.
-    "vocab_size": Derived(lambda t: {"vocab": t["vocab_size"]} if t.get("vocab_size", -1) > 0 else {}, lambda c: c.vocab),
+    "vocab_size": Derived(
+        lambda t: {"vocab_size": t["vocab_size"]} if t.get("vocab_size", -1) > 0 else {}, lambda c: c.vocab_size
+    ),
     "norm_eps": "eps",
     "multiple_of": Derived(widened, lambda c: c.hidden),
-    "rope_theta": Absent("base", 10_000.0),
-    "use_scaled_rope": Derived(meant, lambda c: bool(c.stretch)),
+    "rope_theta": Absent("rope_theta", 10_000.0),
+    "use_scaled_rope": Derived(meant, lambda c: bool(c.rope_scaling)),
 }
 GGUF = {
     "general.architecture": Is("llama"),
-    "llama.vocab_size": "vocab",
+    "llama.vocab_size": "vocab_size",
     "llama.context_length": "length",
     "llama.embedding_length": "dim",
     "llama.block_count": "depth",
     "llama.attention.head_count": "heads",
     "llama.attention.head_count_kv": Derived(
-        lambda t: {"groups": t["llama"]["attention"].get("head_count_kv") or t["llama"]["attention"]["head_count"]},
-        lambda c: c.groups,
+        lambda t: {"kv_heads": t["llama"]["attention"].get("head_count_kv") or t["llama"]["attention"]["head_count"]},
+        lambda c: c.kv_heads,
     ),
     "llama.feed_forward_length": "hidden",
     "llama.attention.layer_norm_rms_epsilon": "eps",
-    "llama.rope.freq_base": Absent("base", 10_000.0),
+    "llama.rope.freq_base": Absent("rope_theta", 10_000.0),
     # Of the stretch such files hold what comes out for each pair; all of Llama 3.1 and 3.2 began as it stands here.
     "slowest": Derived(
-        lambda t: {"stretch": (t["slowest"], 1.0, 4.0, 8192.0)} if "slowest" in t else {}, lambda c: max(c.stretch, default=1.0)
+        lambda t: {"rope_scaling": (t["slowest"], 1.0, 4.0, 8192.0)} if "slowest" in t else {},
+        lambda c: max(c.rope_scaling, default=1.0),
     ),
 }
 
@@ -423,8 +432,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2302.13971",
     year=2023,
-    takes="tokens",
-    gives="tokens",
+    input_type="tokens",
+    output_type="tokens",
     sizes=SIZES,
     weights={"huggingface": HUGGINGFACE, "meta": meta, "gguf": gguf},
     configs={"huggingface": CONFIG, "meta": PARAMS, "gguf": GGUF},
@@ -434,7 +443,7 @@ CARD = Card(
         "momentum": 0.95,
         "weight_decay": 0.1,
         "beta2": 0.95,
-        "clip": 1.0,
+        "grad_clip": 1.0,
         "warmup": 0.05,
         "schedule": "linear",
     },

@@ -38,15 +38,15 @@ class Config:
     seen_heads: int = 16
     quick: bool = True  # x sigmoid(1.702 x) in place of GELU in the tower
     above: int = 1  # blocks at the tower's end, which its files have and nothing reads
-    vocab: int = 32_064
+    vocab_size: int = 32_064
     length: int = 4096  # longest row, tokens and patches
     dim: int = 4096  # D
     depth: int = 32
     heads: int = 32
-    groups: int = 32  # of heads that share keys and values
+    kv_heads: int = 32  # of heads that share keys and values
     hidden: int = 11_008  # width inside the gated networks
-    base: float = 10_000.0  # of the rotation's wavelengths
-    stretch: tuple[float, ...] = ()  # as in LLaMA
+    rope_theta: float = 10_000.0  # of the rotation's wavelengths
+    rope_scaling: tuple[float, ...] = ()  # as in LLaMA
     eps: float = 1e-5
     picture: int = 32_000  # the token in whose places a picture stands; the vocabulary may end before it
 
@@ -95,15 +95,15 @@ class LLaVA(nn.Module):
         self.bridge = nn.ModuleDict({"up": nn.Linear(c.seen_dim, c.dim), "down": nn.Linear(c.dim, c.dim)})
         self.language = llama.Llama(
             llama.Config(
-                vocab=c.vocab,
+                vocab_size=c.vocab_size,
                 length=c.length,
                 dim=c.dim,
                 depth=c.depth,
                 heads=c.heads,
-                groups=c.groups,
+                kv_heads=c.kv_heads,
                 hidden=c.hidden,
-                base=c.base,
-                stretch=c.stretch,
+                rope_theta=c.rope_theta,
+                rope_scaling=c.rope_scaling,
                 eps=c.eps,
             )
         )
@@ -228,7 +228,7 @@ def inside(row: ConfigRow) -> ConfigRow:
     if isinstance(row, Derived):
         return Derived(lambda t: row.read({"num_attention_heads": 32, **(t.get("text_config") or {})}), row.write)
     return (
-        {"vocab": Absent("vocab", 32_000), "length": Absent("length", 2048), "eps": Absent("eps", 1e-6)}.get(row, row)
+        {"vocab_size": Absent("vocab_size", 32_000), "length": Absent("length", 2048), "eps": Absent("eps", 1e-6)}.get(row, row)
         if isinstance(row, str)
         else row
     )
@@ -283,12 +283,12 @@ CARD = Card(
     config=Config,
     paper="arXiv:2310.03744",
     year=2023,
-    takes="captioned",
-    gives="tokens",
+    input_type="captioned",
+    output_type="tokens",
     sizes={
         "llava-1.5-7b": Size(params=7_063_427_072, source="llava-hf/llava-1.5-7b-hf"),
         "llava-1.5-13b": Size(
-            dim=5120, depth=40, heads=40, groups=40, hidden=13_824, params=13_351_494_656, source="llava-hf/llava-1.5-13b-hf"
+            dim=5120, depth=40, heads=40, kv_heads=40, hidden=13_824, params=13_351_494_656, source="llava-hf/llava-1.5-13b-hf"
         ),
         "llava-test": Size(
             image=8,
@@ -297,12 +297,12 @@ CARD = Card(
             seen_dim=16,
             seen_depth=2,
             seen_heads=2,
-            vocab=32,
+            vocab_size=32,
             length=24,
             dim=16,
             depth=2,
             heads=4,
-            groups=2,
+            kv_heads=2,
             hidden=12,
             picture=31,
         ),
@@ -311,5 +311,5 @@ CARD = Card(
     configs={"huggingface": CONFIG, "official": OFFICIAL_CONFIG},
     scale=SCALE,
     # Section 4.1 and table 9, the second of two trainings: rate 2e-5, a cosine, 3 % of warm-up, no decay.
-    recipe={"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "warmup": 0.03, "clip": 1.0},
+    recipe={"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "warmup": 0.03, "grad_clip": 1.0},
 )

@@ -26,7 +26,7 @@ from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 250_027
+    vocab_size: int = 250_027
     length: int = 1024  # longest row, tokens
     dim: int = 1024  # D
     depth: int = 12  # layers of the encoder
@@ -98,14 +98,14 @@ CARD = Card(
     config=Config,
     paper="arXiv:2001.08210",
     year=2020,
-    takes="pair",
-    gives="tokens",
-    denoises="infill",
+    input_type="pair",
+    output_type="tokens",
+    pretraining_objective="infill",
     sizes={
         "mbart-cc25": Size(params=610_851_840, source="facebook/mbart-large-cc25"),
-        "mbart-50": Size(vocab=250_054, begin=2, params=610_879_488, source="facebook/mbart-large-50"),
+        "mbart-50": Size(vocab_size=250_054, begin=2, params=610_879_488, source="facebook/mbart-large-50"),
         # Of the same form, to be trained from nothing.
-        "mbart-mini": Size(vocab=8192, **bart.stacks(4, 256, 4, 1024)),
+        "mbart-mini": Size(vocab_size=8192, **bart.stacks(4, 256, 4, 1024)),
         "mbart-test": Size(**bart.TEST),
     },
     weights={"huggingface": bart.HUGGINGFACE},

@@ -27,19 +27,19 @@ from fieldguide.models.transformer import llama
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 32_000
+    vocab_size: int = 32_000
     length: int = 32_768  # longest row, tokens
     dim: int = 4096  # D
     depth: int = 32
     heads: int = 32
-    groups: int = 8  # of heads that share keys and values
+    kv_heads: int = 8  # of heads that share keys and values
     hidden: int = 14_336  # width inside an expert
     experts: int = 8  # E
     used: int = 2  # experts a token
-    base: float = 1_000_000.0  # of the rotation's wavelengths
-    stretch: tuple[float, ...] = ()
+    rope_theta: float = 1_000_000.0  # of the rotation's wavelengths
+    rope_scaling: tuple[float, ...] = ()
     eps: float = 1e-5
-    tied: bool = False  # the head is the embedding
+    tie_embeddings: bool = False  # the head is the embedding
     balancing: float = 0.02  # of the loss: what an uneven load of the experts counts in training
 
 
@@ -128,8 +128,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2401.04088",
     year=2024,
-    takes="tokens",
-    gives="tokens",
+    input_type="tokens",
+    output_type="tokens",
     sizes={
         "mixtral-8x7b": Size(params=46_702_792_704, source="mistralai/Mixtral-8x7B-v0.1"),
         "mixtral-8x22b": Size(
@@ -141,7 +141,7 @@ CARD = Card(
             params=140_620_634_112,
             source="mistralai/Mixtral-8x22B-v0.1",
         ),
-        "mixtral-test": Size(vocab=30, length=12, dim=8, depth=2, heads=2, groups=1, hidden=6, experts=4),
+        "mixtral-test": Size(vocab_size=30, length=12, dim=8, depth=2, heads=2, kv_heads=1, hidden=6, experts=4),
     },
     weights={"huggingface": HUGGINGFACE},
     configs={"huggingface": CONFIG},

@@ -25,7 +25,7 @@ from fieldguide.models.layers.padding import at_least_one
 from fieldguide.models.layers.rope import angles, rotate
 from fieldguide.models.mapping.config_rules import Absent, Is
 from fieldguide.models.mapping.key_rules import Row
-from fieldguide.models.transformer._shared.text_encoder import GIVES, TextEncoder
+from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures
 
 EPS = 1e-5  # of the normalisations
@@ -33,9 +33,9 @@ EPS = 1e-5  # of the normalisations
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "words"  # words, label, labels, span or vector
-    vocab: int = 50_368
-    classes: int = 2  # of a label, or of labels
+    output_type: str = "words"  # words, label, labels, span or vector
+    vocab_size: int = 50_368
+    num_classes: int = 2  # of a label, or of labels
     length: int = 8192  # longest row, tokens
     dim: int = 768  # D
     depth: int = 22
@@ -96,7 +96,7 @@ class ModernBert(TextEncoder):
         c = config
         if c.every < 1 or c.window < 2:
             raise SettingsError(f"every={c.every} and window={c.window}: the least are 1 and 2")
-        self.word, self.norm_word = nn.Embedding(c.vocab, c.dim), plain(c.dim)
+        self.word, self.norm_word = nn.Embedding(c.vocab_size, c.dim), plain(c.dim)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.depth))
         self.norm = plain(c.dim)
@@ -106,12 +106,12 @@ class ModernBert(TextEncoder):
     def add_head(self, dim: int, dropout: float, eps: float) -> None:
         c = self.config
         self.last_dropout = nn.Dropout(dropout)
-        if c.gives != "vector":
+        if c.output_type != "vector":
             self.pool, self.norm_pool = nn.Linear(dim, dim, bias=False), plain(dim)
-        if c.gives == "words":
-            self.bias = nn.Parameter(torch.zeros(c.vocab))
-        if c.gives in ("label", "labels", "span"):
-            self.head = nn.Linear(dim, 2 if c.gives == "span" else c.classes)
+        if c.output_type == "words":
+            self.bias = nn.Parameter(torch.zeros(c.vocab_size))
+        if c.output_type in ("label", "labels", "span"):
+            self.head = nn.Linear(dim, 2 if c.output_type == "span" else c.num_classes)
 
     def reset_parameters(self) -> None:
         std = 0.02 * max(1.0, 768 / self.config.dim) ** 0.5
@@ -159,7 +159,7 @@ class ModernBert(TextEncoder):
         return self.before(x[:, 0])
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:  # B T -> GIVES
-        if self.config.gives in ("labels", "span"):
+        if self.config.output_type in ("labels", "span"):
             return self.head(self.last_dropout(self.before(self.features(tokens, mask))))
         return super().forward(tokens, mask)
 
@@ -191,7 +191,7 @@ def huggingface(config: Config) -> dict[str, Row]:
 CONFIG = {
     "model_type": Is("modernbert"),
     "architectures": architectures("ModernBert"),
-    "vocab_size": "vocab",
+    "vocab_size": "vocab_size",
     "id2label": CLASSES,
     "max_position_embeddings": "length",
     "hidden_size": "dim",
@@ -222,8 +222,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2412.13663",
     year=2024,
-    takes="tokens",
-    gives=GIVES,
+    input_type="tokens",
+    output_type=OUTPUT_TYPES,
     sizes={
         # Counts are of the head for hidden words: transformers' ModernBertForMaskedLM.
         "modernbert-base": Size(params=149_655_232, source="answerdotai/ModernBERT-base"),
@@ -231,11 +231,13 @@ CARD = Card(
             dim=1024, depth=28, heads=16, hidden=2624, params=395_881_664, source="answerdotai/ModernBERT-large"
         ),
         # A small one to be trained from nothing.
-        "modernbert-mini": Size(vocab=8192, length=512, dim=256, depth=6, heads=4, hidden=384),
-        "modernbert-test": Size(vocab=30, classes=3, length=12, dim=16, depth=3, heads=2, hidden=20, every=2, window=4),
+        "modernbert-mini": Size(vocab_size=8192, length=512, dim=256, depth=6, heads=4, hidden=384),
+        "modernbert-test": Size(
+            vocab_size=30, num_classes=3, length=12, dim=16, depth=3, heads=2, hidden=20, every=2, window=4
+        ),
     },
     weights={"huggingface": huggingface},
     configs={"huggingface": CONFIG},
     # Table 3, but for the rate, which is that of training a small one from nothing.
-    recipe={"optimizer": "adamw", "lr": 8e-4, "weight_decay": 0.01, "beta2": 0.98, "clip": 1.0, "warmup": 0.05},
+    recipe={"optimizer": "adamw", "lr": 8e-4, "weight_decay": 0.01, "beta2": 0.98, "grad_clip": 1.0, "warmup": 0.05},
 )

@@ -26,7 +26,7 @@ from fieldguide.models.transformer.mbart import MBart
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 256_206
+    vocab_size: int = 256_206
     length: int = 1024  # longest row, tokens
     dim: int = 1024  # D
     depth: int = 12  # layers of the encoder
@@ -87,16 +87,16 @@ CARD = Card(
     config=Config,
     paper="arXiv:2207.04672",
     year=2022,
-    takes="pair",
-    gives="tokens",
+    input_type="pair",
+    output_type="tokens",
     sizes={
         "nllb-600m": Size(params=615_073_792, source="facebook/nllb-200-distilled-600M"),
         "nllb-1.3b": sized(24, 1024, 8192, 1_370_638_336, "facebook/nllb-200-1.3B"),
         "nllb-3.3b": sized(24, 2048, 8192, 3_344_863_232, "facebook/nllb-200-3.3B"),
-        "m2m100-418m": Size(vocab=128_112, params=483_905_536, source="facebook/m2m100_418M"),
-        "m2m100-1.2b": sized(24, 1024, 8192, 1_239_470_080, "facebook/m2m100_1.2B", vocab=128_112),
+        "m2m100-418m": Size(vocab_size=128_112, params=483_905_536, source="facebook/m2m100_418M"),
+        "m2m100-1.2b": sized(24, 1024, 8192, 1_239_470_080, "facebook/m2m100_1.2B", vocab_size=128_112),
         # Of the same form, to be trained from nothing.
-        "nllb-mini": Size(vocab=8192, **bart.stacks(4, 256, 4, 1024), attn_dropout=0.0),
+        "nllb-mini": Size(vocab_size=8192, **bart.stacks(4, 256, 4, 1024), attn_dropout=0.0),
         "nllb-test": Size(**bart.TEST),
     },
     weights={"huggingface": tables() | bart.layers("model.")},

@@ -29,7 +29,7 @@ from fieldguide.models.transformer._shared.encoder_decoder import FeedForward
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 256_206
+    vocab_size: int = 256_206
     length: int = 1024  # longest row, tokens
     dim: int = 2048  # D
     depth: int = 24  # layers of the encoder
@@ -149,12 +149,12 @@ CARD = Card(
     config=Config,
     paper="arXiv:2207.04672",
     year=2022,
-    takes="pair",
-    gives="tokens",
+    input_type="pair",
+    output_type="tokens",
     sizes={
         "nllb-moe-54b": Size(params=54_500_569_088, source="facebook/nllb-moe-54b"),
         # Of the same form, to be trained from nothing.
-        "nllb-moe-mini": Size(vocab=8192, **bart.stacks(4, 256, 4, 512), experts=8, every=2, attn_dropout=0.0),
+        "nllb-moe-mini": Size(vocab_size=8192, **bart.stacks(4, 256, 4, 512), experts=8, every=2, attn_dropout=0.0),
         "nllb-moe-test": Size(**bart.TEST, experts=4, every=2, masking=0.0),
     },
     weights={"huggingface": huggingface},

@@ -116,8 +116,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2211.14730",
     year=2022,
-    takes="series",
-    gives="forecast",
+    input_type="series",
+    output_type="forecast",
     sizes={
         # The authors' code has 81,731 and 921,187: it keeps the constant scale of each layer as a parameter.
         "patchtst-etth1": Size(params=81_728, source="the authors' code, without 3 constants"),

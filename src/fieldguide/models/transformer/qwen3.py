@@ -20,25 +20,25 @@ from fieldguide.models.transformer import llama
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 151_936
+    vocab_size: int = 151_936
     length: int = 40_960  # longest row, tokens
     dim: int = 4096  # D
     depth: int = 36
     heads: int = 32
-    groups: int = 8  # of heads that share keys and values
+    kv_heads: int = 8  # of heads that share keys and values
     width: int = 128  # d
     hidden: int = 12_288  # width inside the gated networks
-    base: float = 1_000_000.0  # of the rotation's wavelengths
-    stretch: tuple[float, ...] = ()
+    rope_theta: float = 1_000_000.0  # of the rotation's wavelengths
+    rope_scaling: tuple[float, ...] = ()
     eps: float = 1e-6
-    tied: bool = False  # the head is the embedding
+    tie_embeddings: bool = False  # the head is the embedding
 
 
 class Block(llama.Block):
     """That of LLaMA with another attention."""
 
     def attention(self, c: Config) -> GroupedAttention:
-        return GroupedAttention(c.dim, c.heads, c.groups, c.width, norm=lambda width: RMSNorm(width, c.eps))
+        return GroupedAttention(c.dim, c.heads, c.kv_heads, c.width, norm=lambda width: RMSNorm(width, c.eps))
 
 
 class Qwen3(llama.Llama):
@@ -66,18 +66,22 @@ CARD = Card(
     config=Config,
     paper="arXiv:2505.09388",
     year=2025,
-    takes="tokens",
-    gives="tokens",
+    input_type="tokens",
+    output_type="tokens",
     sizes={
         "qwen3-8b": Size(params=8_190_735_360, source="Qwen/Qwen3-8B"),
-        "qwen3-0.6b": Size(dim=1024, depth=28, heads=16, hidden=3072, tied=True, params=596_049_920, source="Qwen/Qwen3-0.6B"),
-        "qwen3-1.7b": Size(
-            dim=2048, depth=28, heads=16, hidden=6144, tied=True, params=1_720_574_976, source="Qwen/Qwen3-1.7B"
+        "qwen3-0.6b": Size(
+            dim=1024, depth=28, heads=16, hidden=3072, tie_embeddings=True, params=596_049_920, source="Qwen/Qwen3-0.6B"
         ),
-        "qwen3-4b": Size(dim=2560, depth=36, heads=32, hidden=9728, tied=True, params=4_022_468_096, source="Qwen/Qwen3-4B"),
+        "qwen3-1.7b": Size(
+            dim=2048, depth=28, heads=16, hidden=6144, tie_embeddings=True, params=1_720_574_976, source="Qwen/Qwen3-1.7B"
+        ),
+        "qwen3-4b": Size(
+            dim=2560, depth=36, heads=32, hidden=9728, tie_embeddings=True, params=4_022_468_096, source="Qwen/Qwen3-4B"
+        ),
         "qwen3-14b": Size(dim=5120, depth=40, heads=40, hidden=17_408, params=14_768_307_200, source="Qwen/Qwen3-14B"),
         "qwen3-32b": Size(dim=5120, depth=64, heads=64, hidden=25_600, params=32_762_123_264, source="Qwen/Qwen3-32B"),
-        "qwen3-test": Size(vocab=30, length=12, dim=12, depth=2, heads=4, groups=2, width=4, hidden=10),
+        "qwen3-test": Size(vocab_size=30, length=12, dim=12, depth=2, heads=4, kv_heads=2, width=4, hidden=10),
     },
     weights={"huggingface": HUGGINGFACE},
     configs={"huggingface": CONFIG},

@@ -23,7 +23,7 @@ from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.padding import at_least_one
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Fixed, Is
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, Zeros
-from fieldguide.models.transformer._shared.text_encoder import GIVES, PostNorm, TextEncoder
+from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, PostNorm, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
 
 EPS = 1e-5  # of the normalisations
@@ -31,9 +31,9 @@ EPS = 1e-5  # of the normalisations
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "words"  # words, label, labels, span or vector
-    vocab: int = 50_265
-    classes: int = 2  # of a label, or of labels
+    output_type: str = "words"  # words, label, labels, span or vector
+    vocab_size: int = 50_265
+    num_classes: int = 2  # of a label, or of labels
     length: int = 512  # longest row, tokens
     pad: int = 1  # number of the padding token: positions begin after it
     dim: int = 768  # D
@@ -52,7 +52,7 @@ class Roberta(TextEncoder):
     def __init__(self, config: Config):
         super().__init__(config)
         c = config
-        self.word = nn.Embedding(c.vocab, c.dim)
+        self.word = nn.Embedding(c.vocab_size, c.dim)
         self.pos = nn.Embedding(c.length + c.pad + 1, c.dim)
         self.segment = nn.Embedding(1, c.dim)
         self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
@@ -104,8 +104,8 @@ def huggingface(config: Config) -> dict[str, Row]:
         "lm_head.layer_norm.*": "words.norm.*",
         "qa_outputs.*": "span.*",
         "classifier.dense.*": "pool.*",  # of a label
-        "classifier.out_proj.*": "cls.label.*" if config.gives == "labels" else "head.*",
-        "classifier.*": "head.*" if config.gives == "labels" else "cls.labels.*",
+        "classifier.out_proj.*": "cls.label.*" if config.output_type == "labels" else "head.*",
+        "classifier.*": "head.*" if config.output_type == "labels" else "cls.labels.*",
     }
 
 
@@ -157,7 +157,7 @@ def config(kind: str, name: str) -> dict[str, ConfigRow]:
     return {
         "model_type": Is(kind),
         "architectures": architectures(name),
-        "vocab_size": "vocab",
+        "vocab_size": "vocab_size",
         "id2label": CLASSES,
         "max_position_embeddings": Derived(read_length, lambda c: c.length + c.pad + 1),
         "hidden_size": "dim",
@@ -187,15 +187,15 @@ CARD = Card(
     config=Config,
     paper="arXiv:1907.11692",
     year=2019,
-    takes="tokens",
-    gives=GIVES,
+    input_type="tokens",
+    output_type=OUTPUT_TYPES,
     sizes={
         # Counts are of the head for hidden words: transformers' RobertaForMaskedLM.
         "roberta-base": Size(params=124_697_433, source="FacebookAI/roberta-base"),
         "roberta-large": Size(**LARGE, params=355_412_057, source="FacebookAI/roberta-large"),
-        "xlm-roberta-base": Size(vocab=250_002, params=278_295_186, source="FacebookAI/xlm-roberta-base"),
-        "xlm-roberta-large": Size(vocab=250_002, **LARGE, params=560_142_482, source="FacebookAI/xlm-roberta-large"),
-        "roberta-test": Size(vocab=30, classes=3, length=12, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
+        "xlm-roberta-base": Size(vocab_size=250_002, params=278_295_186, source="FacebookAI/xlm-roberta-base"),
+        "xlm-roberta-large": Size(vocab_size=250_002, **LARGE, params=560_142_482, source="FacebookAI/xlm-roberta-large"),
+        "roberta-test": Size(vocab_size=30, num_classes=3, length=12, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
     },
     weights={"huggingface": huggingface, "fairseq": fairseq, "huggingface-xlm": huggingface},
     configs={"huggingface": config("roberta", "Roberta"), "huggingface-xlm": config("xlm-roberta", "XLMRoberta")},
@@ -205,7 +205,7 @@ CARD = Card(
         "lr": 5e-4,
         "weight_decay": 0.01,
         "beta2": 0.98,
-        "clip": 1.0,
+        "grad_clip": 1.0,
         "warmup": 0.06,
         "schedule": "linear",
     },

@@ -116,8 +116,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:1808.09781",
     year=2018,
-    takes="items",
-    gives="items",
+    input_type="items",
+    output_type="items",
     sizes={
         # MovieLens-1M: 3,416 items and none. The port of pmixer has 212,000: two output projections (5,100) and one
         # more place (50).

@@ -55,8 +55,8 @@ CARD = Card(
     build=lambda config: SelfAttention(**asdict(config)),
     paper="arXiv:1706.03762",
     year=2017,
-    takes="sequence",
-    gives="sequence",
+    input_type="sequence",
+    output_type="sequence",
     names={"dim": "d_model", "heads": "n_heads"},
     sizes={
         "self-attention": Size(params=1_050_624, source="torch.nn.MultiheadAttention(512, 8)"),

@@ -26,7 +26,7 @@ from fieldguide.models.transformer.encoder_classifier import sinusoids
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 37_000  # of both languages together
+    vocab_size: int = 37_000  # of both languages together
     length: int = 512  # longest row, tokens
     dim: int = 512  # D
     depth: int = 6  # layers of the encoder, and of the decoder
@@ -91,7 +91,7 @@ class Transformer(EncoderDecoder):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.embed = nn.Embedding(config.vocab, config.dim)  # of both languages, and the head
+        self.embed = nn.Embedding(config.vocab_size, config.dim)  # of both languages, and the head
         self.register_buffer("pos", sinusoids(config.length, config.dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
@@ -152,8 +152,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:1706.03762",
     year=2017,
-    takes="pair",
-    gives="tokens",
+    input_type="pair",
+    output_type="tokens",
     sizes={
         # Layers 44,138,496: nn.Transformer's 44,140,544 less its two final norms. The paper says 65 and 213 million.
         "transformer-base": Size(params=63_082_496, source="nn.Transformer without final norms, 37,000 embeddings"),
@@ -166,9 +166,9 @@ CARD = Card(
             source="nn.Transformer without final norms, 37,000 embeddings",
         ),
         # Of the same form, for data and machines of every day.
-        "transformer-small": Size(vocab=8192, dim=256, depth=3, heads=4, hidden=1024, dropout=0.1),
-        "transformer-mini": Size(vocab=8192, dim=128, depth=3, heads=4, hidden=512, dropout=0.1),
-        "transformer-test": Size(vocab=30, length=12, dim=16, depth=2, heads=2, hidden=24, dropout=0.0),
+        "transformer-small": Size(vocab_size=8192, dim=256, depth=3, heads=4, hidden=1024, dropout=0.1),
+        "transformer-mini": Size(vocab_size=8192, dim=128, depth=3, heads=4, hidden=512, dropout=0.1),
+        "transformer-test": Size(vocab_size=30, length=12, dim=16, depth=2, heads=2, hidden=24, dropout=0.0),
     },
     weights={"torch": TORCH},
     # Multi30k in 2.5 minutes of one core, validation loss: adamw at the paper's rate 5.55, muon 3.62.
@@ -178,8 +178,8 @@ CARD = Card(
         "momentum": 0.95,
         "weight_decay": 0.0,
         "beta2": 0.98,
-        "clip": 1.0,
+        "grad_clip": 1.0,
         "warmup": 0.04,
-        "smoothing": 0.1,
+        "label_smoothing": 0.1,
     },
 )

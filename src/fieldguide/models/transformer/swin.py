@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
+from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
 from fieldguide.models.layers.mlp import Mlp
 from fieldguide.models.layers.patches import Patches
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
@@ -31,8 +31,8 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, unprefixed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"  # or vector: what a label would be read from
-    classes: int = 1000
+    output_type: str = "label"  # or vector: what a label would be read from
+    num_classes: int = 1000
     channels: int = 3  # C
     patch: int = 4
     dim: int = 96  # D of the first stage; each further one has twice as much
@@ -266,7 +266,7 @@ def huggingface() -> dict[str, Row]:
 CONFIG = {  # of transformers
     "model_type": Is("swin"),
     "architectures": architectures("Swin"),
-    "id2label": Counted("classes"),
+    "id2label": Counted("num_classes"),
     "num_channels": "channels",
     "patch_size": "patch",
     "embed_dim": "dim",
@@ -304,8 +304,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2103.14030",
     year=2021,
-    takes="image",
-    gives=GIVES,
+    input_type="image",
+    output_type=OUTPUT_TYPES,
     adapt=adapt,
     sizes={
         "swin-t": Size(params=28_288_354, source="swin_tiny_patch4_window7_224"),
@@ -315,8 +315,10 @@ CARD = Card(
         "swin-b-384": Size(**B, window=12, params=87_903_584, source="swin_base_patch4_window12_384"),
         "swin-l-384": Size(**L, window=12, params=196_735_516, source="swin_large_patch4_window12_384"),
         # To be trained from nothing on small pictures.
-        "swin-mini": Size(dim=48, depths=(2, 2, 4), heads=(2, 4, 8), patch=2, window=4, classes=10, drop_path=0.1),
-        "swin-test": Size(dim=8, depths=(2, 2, 2), heads=(1, 2, 4), patch=2, window=4, channels=2, classes=5, drop_path=0.0),
+        "swin-mini": Size(dim=48, depths=(2, 2, 4), heads=(2, 4, 8), patch=2, window=4, num_classes=10, drop_path=0.1),
+        "swin-test": Size(
+            dim=8, depths=(2, 2, 2), heads=(1, 2, 4), patch=2, window=4, channels=2, num_classes=5, drop_path=0.0
+        ),
     },
     weights={
         "timm": microsoft("", "head.fc.*"),
@@ -330,5 +332,5 @@ CARD = Card(
         | {f"swin_{name}_patch4_window12_384": f"swin-{name[0]}-384" for name in ("base", "large")}
     },
     # Appendix A2.1, without its mixing of pictures, which pays in hundreds of epochs (--set mixup=0.8).
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.07, "smoothing": 0.1, "clip": 5.0},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.07, "label_smoothing": 0.1, "grad_clip": 5.0},
 )

@@ -31,7 +31,7 @@ from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 32_128
+    vocab_size: int = 32_128
     length: int = 512  # tokens of the rows that it learnt from; longer ones can be read
     dim: int = 512  # D
     depth: int = 6  # layers of the encoder
@@ -42,7 +42,7 @@ class Config:
     buckets: int = 32  # of distances
     far: int = 128  # tokens from which on all distances are alike
     gated: bool = False  # version 1.1: networks are gated
-    tied: bool = True  # the head is the embedding
+    tie_embeddings: bool = True  # the head is the embedding
     scaled: bool = True  # logits are divided by sqrt(D); version 1.1: not
     dropout: float = 0.1
     eps: float = 1e-6
@@ -129,16 +129,16 @@ class T5(EncoderDecoder):
     def __init__(self, config: Config):
         super().__init__(config)
         c = config
-        self.embed = nn.Embedding(c.vocab, c.dim)
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.encoder_bias = nn.Embedding(c.buckets, c.heads)
         self.decoder_bias = nn.Embedding(c.buckets, c.heads)
         self.encoder = nn.ModuleList(EncoderBlock(c) for _ in range(c.depth))
         self.decoder = nn.ModuleList(DecoderBlock(c) for _ in range(c.decoder_depth))
         self.encoder_norm, self.decoder_norm = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
         self.dropout = nn.Dropout(c.dropout)
-        self.head = nn.Linear(c.dim, c.vocab, bias=False)
+        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
         self.reset_parameters()
-        if c.tied:
+        if c.tie_embeddings:
             self.head.weight = self.embed.weight
 
     def reset_parameters(self) -> None:
@@ -247,7 +247,7 @@ def unscaled(theirs: Mapping[str, Any]) -> dict[str, Any]:
 CONFIG = {
     "model_type": Is("t5"),
     "architectures": Derived(lambda t: {}, lambda c: ["T5ForConditionalGeneration"]),
-    "vocab_size": "vocab",
+    "vocab_size": "vocab_size",
     "n_positions": "length",
     "d_model": "dim",
     "num_layers": "depth",
@@ -260,7 +260,7 @@ CONFIG = {
     "relative_attention_num_buckets": "buckets",
     "relative_attention_max_distance": "far",
     "feed_forward_proj": Known("gated", {"relu": False, "gated-gelu": True}),
-    "tie_word_embeddings": Absent("tied", True),
+    "tie_word_embeddings": Absent("tie_embeddings", True),
     "scale_decoder_outputs": Derived(unscaled, lambda c: c.scaled),
     "dropout_rate": "dropout",
     "layer_norm_epsilon": "eps",
@@ -284,7 +284,7 @@ SECOND = {
     "xl": (2048, 24, 32, 64, 5120, 2_849_757_184),
     "xxl": (4096, 24, 64, 64, 10_240, 11_135_332_352),
 }
-NEW = {"gated": True, "tied": False, "scaled": False}
+NEW = {"gated": True, "tie_embeddings": False, "scaled": False}
 
 
 def sized(numbers: tuple[int, ...], source: str, **other: Any) -> Size:
@@ -308,8 +308,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:1910.10683",
     year=2019,
-    takes="pair",
-    gives="tokens",
+    input_type="pair",
+    output_type="tokens",
     endless=True,
     sizes={
         **{f"t5-{name}": sized(n, f"google-t5/t5-{name}") for name, n in FIRST.items()},
@@ -317,10 +317,20 @@ CARD = Card(
         **{f"t5-v1.1-{name}": sized(n, f"google/t5-v1_1-{name}", **NEW) for name, n in SECOND.items()},
         **{f"flan-t5-{name}": sized(n, f"google/flan-t5-{name}", **NEW) for name, n in SECOND.items()},
         # Small ones of the same form, to be trained from nothing.
-        "t5-mini": Size(vocab=8192, dim=256, depth=4, decoder_depth=4, heads=4, hidden=704, gated=True, scaled=True),
-        "t5-micro": Size(vocab=8192, dim=128, depth=3, decoder_depth=3, heads=4, width=32, hidden=384, gated=True),
+        "t5-mini": Size(vocab_size=8192, dim=256, depth=4, decoder_depth=4, heads=4, hidden=704, gated=True, scaled=True),
+        "t5-micro": Size(vocab_size=8192, dim=128, depth=3, decoder_depth=3, heads=4, width=32, hidden=384, gated=True),
         "t5-test": Size(
-            vocab=30, length=12, dim=16, depth=2, decoder_depth=3, heads=2, width=6, hidden=24, buckets=6, far=5, dropout=0.0
+            vocab_size=30,
+            length=12,
+            dim=16,
+            depth=2,
+            decoder_depth=3,
+            heads=2,
+            width=6,
+            hidden=24,
+            buckets=6,
+            far=5,
+            dropout=0.0,
         ),
     },
     weights={"huggingface": huggingface},
@@ -331,8 +341,8 @@ CARD = Card(
         "momentum": 0.95,
         "weight_decay": 0.0,
         "beta2": 0.98,
-        "clip": 1.0,
+        "grad_clip": 1.0,
         "warmup": 0.04,
-        "smoothing": 0.1,
+        "label_smoothing": 0.1,
     },
 )

@@ -33,11 +33,11 @@ EPS = 1e-12  # of the normalisations, as in BERT
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    classes: int = 3129  # answers
+    num_classes: int = 3129  # answers
     channels: int = 3  # C
     image: int = 384  # side of the pictures that places are learnt for; others may come
     patch: int = 32  # P
-    vocab: int = 30_522
+    vocab_size: int = 30_522
     length: int = 40  # longest question, tokens
     dim: int = 768  # D
     depth: int = 12
@@ -73,7 +73,7 @@ class ViLT(nn.Module):
         c = self.config = config
         if c.image % c.patch:
             raise SettingsError(f"image={c.image} cannot be cut into patches of patch={c.patch} pixels: choose a multiple")
-        self.word, self.place = nn.Embedding(c.vocab, c.dim), nn.Embedding(c.length, c.dim)
+        self.word, self.place = nn.Embedding(c.vocab_size, c.dim), nn.Embedding(c.length, c.dim)
         self.segment = nn.Embedding(2, c.dim)  # of BERT: a question is all in the first
         self.norm_text = nn.LayerNorm(c.dim, eps=EPS)
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
@@ -85,7 +85,7 @@ class ViLT(nn.Module):
         self.norm = nn.LayerNorm(c.dim, eps=EPS)
         self.pool = nn.Linear(c.dim, c.dim)
         self.up, self.norm_head = nn.Linear(c.dim, 2 * c.dim), nn.LayerNorm(2 * c.dim)
-        self.head = nn.Linear(2 * c.dim, c.classes)
+        self.head = nn.Linear(2 * c.dim, c.num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -191,11 +191,11 @@ HUGGINGFACE = {
 CONFIG = {  # of transformers
     "model_type": Is("vilt"),
     "architectures": Is(["ViltForQuestionAnswering"]),
-    "id2label": Counted("classes"),
+    "id2label": Counted("num_classes"),
     "num_channels": "channels",
     "image_size": "image",
     "patch_size": "patch",
-    "vocab_size": "vocab",
+    "vocab_size": "vocab_size",
     "max_position_embeddings": "length",
     "hidden_size": "dim",
     "num_hidden_layers": "depth",
@@ -226,14 +226,18 @@ CARD = Card(
     config=Config,
     paper="arXiv:2102.03334",
     year=2021,
-    takes="captioned",
-    gives="label",
+    input_type="captioned",
+    output_type="label",
     sizes={
         "vilt-b32-vqa": Size(params=117_588_537, source="dandelin/vilt-b32-finetuned-vqa"),
         # Small ones to be trained from nothing, on pictures of 96 and 64 pixels.
-        "vilt-tiny": Size(classes=100, image=96, patch=12, vocab=8192, length=32, dim=192, depth=6, heads=3, dropout=0.1),
-        "vilt-mini": Size(classes=100, image=64, patch=8, vocab=4096, length=32, dim=128, depth=4, heads=2, dropout=0.1),
-        "vilt-test": Size(classes=4, channels=2, image=12, patch=4, vocab=30, length=12, dim=16, depth=2, heads=2),
+        "vilt-tiny": Size(
+            num_classes=100, image=96, patch=12, vocab_size=8192, length=32, dim=192, depth=6, heads=3, dropout=0.1
+        ),
+        "vilt-mini": Size(
+            num_classes=100, image=64, patch=8, vocab_size=4096, length=32, dim=128, depth=4, heads=2, dropout=0.1
+        ),
+        "vilt-test": Size(num_classes=4, channels=2, image=12, patch=4, vocab_size=30, length=12, dim=16, depth=2, heads=2),
     },
     weights={"huggingface": HUGGINGFACE},
     configs={"huggingface": CONFIG},
@@ -246,7 +250,7 @@ CARD = Card(
         "momentum": 0.95,
         "weight_decay": 0.01,
         "beta2": 0.98,
-        "clip": 1.0,
+        "grad_clip": 1.0,
         "warmup": 0.1,
         "schedule": "linear",
     },

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.attention import Attention
-from fieldguide.models.layers.classifier_head import GIVES, architectures, classifier_head
+from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
 from fieldguide.models.layers.mlp import Mlp
-from fieldguide.models.layers.patches import Patches, patch_for, interpolate_pos_embed
+from fieldguide.models.layers.patches import Patches, interpolate_pos_embed, patch_for
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
 from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Is, Known
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row
@@ -31,8 +31,8 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    gives: str = "label"  # or vector: what a label would be read from
-    classes: int = 1000
+    output_type: str = "label"  # or vector: what a label would be read from
+    num_classes: int = 1000
     channels: int = 3  # C
     image: int = 224  # side of the pictures that places are learnt for; others may come
     patch: int = 16  # P
@@ -212,7 +212,7 @@ def configuration(model_type: str, architecture: Known) -> dict[str, ConfigRow]:
     return {
         "model_type": Is(model_type),
         "architectures": architecture,
-        "id2label": Counted("classes"),
+        "id2label": Counted("num_classes"),
         "num_channels": "channels",
         "image_size": "image",
         "patch_size": "patch",
@@ -238,8 +238,8 @@ CARD = Card(
     config=Config,
     paper="arXiv:2010.11929",
     year=2020,
-    takes="image",
-    gives=GIVES,
+    input_type="image",
+    output_type=OUTPUT_TYPES,
     adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
     sizes={
         "vit-b16": Size(params=86_567_656, source="timm vit_base_patch16_224, torchvision vit_b_16"),
@@ -254,8 +254,8 @@ CARD = Card(
         "vit-l32": Size(**L, patch=32, params=306_535_400, source="torchvision vit_l_32"),
         "vit-h14": Size(**H, params=632_045_800, source="torchvision vit_h_14 at 224 pixels"),
         # To be trained from nothing on small pictures.
-        "vit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, classes=10, drop_path=0.1),
-        "vit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, classes=5, drop_path=0.0),
+        "vit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, num_classes=10, drop_path=0.1),
+        "vit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, num_classes=5, drop_path=0.0),
     },
     weights={
         "timm": timm,
@@ -287,5 +287,5 @@ CARD = Card(
         }
     },
     # Table 9 of DeiT for batches of 1024, without mixing pictures, which pays in hundreds of epochs (--set mixup=0.8).
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "smoothing": 0.1, "clip": 1.0},
+    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1, "grad_clip": 1.0},
 )

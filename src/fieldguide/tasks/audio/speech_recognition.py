@@ -48,16 +48,16 @@ class SpeechRecognition(Task):
         "recordings with their transcripts: a folder of .wav, .flac, .ogg or .mp3 with a table of file names and "
         "transcripts, or with x.txt beside x.wav; LJ Speech and Common Voice as they are"
     )
-    takes = ("speech",)
+    input_types = ("speech",)
     feature = ("audio",)
-    gives = ("ctc",)
+    output_types = ("ctc",)
     column_spec = ColumnSpec("last", names=TRANSCRIPTS, kinds={"target": "text", "feature": "audio"})
     metrics = (
         Metric("wer", "min", "of the words wrong", percent=True),
         Metric("cer", "min", "of the characters wrong", percent=True),
         Metric("loss", "min", "nats a symbol"),
     )
-    recipe: ClassVar = {"augment": "standard"}
+    recipe: ClassVar = {"augmentation": "standard"}
     fewest = 8
 
     @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class SpeechRecognition(Task):
         masks: bool | None = None  # whether stripes of the spectrogram are hidden while training
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         beams: int = 1  # prefixes that the search keeps; 1 reads the likeliest symbol of each frame
         chunk: float | None = None  # seconds that are heard at once; longer recordings are heard piece by piece
 
@@ -101,7 +101,7 @@ class SpeechRecognition(Task):
         return f"recordings in column {data.features('audio')[0].name!r} and transcripts in {data.target.name!r}"
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         wanted = (data.features("audio")[0], data.target)
         task = cls([c for c in data.columns.values() if any(c is w for w in wanted)], options)
         seconds = data.rows[SECONDS].to_numpy()
@@ -113,7 +113,7 @@ class SpeechRecognition(Task):
                 "with --set task.longest=SECONDS (memory grows with its square)."
             )
         task.heard = float(seconds[short].max())
-        task.transcripts = Transcripts.learn(task.said(data), lower=options.lower, pieces=options.pieces)
+        task.transcripts = Transcripts.fit(task.said(data), lower=options.lower, pieces=options.pieces)
         encoded, lengths = task.transcripts.batch(task.transcripts.encode(task.said(data))[0])
         frames = needed(torch.from_numpy(encoded), torch.from_numpy(lengths)).numpy()
         rate = options.rate or suggest_rate(data.rows[RATE].to_numpy())
@@ -142,7 +142,7 @@ class SpeechRecognition(Task):
         paths = data.rows[self.column].to_list()
         some = [paths[i] for i in np.random.default_rng(0).permutation(short)[:SAMPLE]]
         waves = sorted(audio.load(some, o.rate), key=len)
-        return LogMel.learn((batch_of(waves[i : i + 64]) for i in range(0, len(waves), 64)), **settings)
+        return LogMel.fit((batch_of(waves[i : i + 64]) for i in range(0, len(waves), 64)), **settings)
 
     def note(self, seconds: np.ndarray, frames: np.ndarray, data: Data) -> None:
         """What a person should know of the training rows: recordings too long to train on, or too short to write."""
@@ -176,7 +176,7 @@ class SpeechRecognition(Task):
         return data
 
     def model_dims(self) -> dict[str, Any]:
-        return {"vocab": self.transcripts.size, "features": self.mel.bands}
+        return {"vocab_size": self.transcripts.size, "features": self.mel.bands}
 
     def data_facts(self) -> dict[str, Any]:
         return {
@@ -209,8 +209,8 @@ class SpeechRecognition(Task):
         kept: dict[bytes, dict[str, Tensor]] | None = None
         if settings and 4 * mel.bands * samples.sum() / mel.step < SHARE * ram() / 2:
             kept = {}
-        speed = bool(settings and settings.augment != "none")
-        masks = MASKS if settings and settings.augment == "standard" and self.options.masks else None
+        speed = bool(settings and settings.augmentation != "none")
+        masks = MASKS if settings and settings.augmentation == "standard" and self.options.masks else None
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             key = index.tobytes()
@@ -329,7 +329,7 @@ class SpeechRecognition(Task):
                     found[-1] |= {"word": found[-1]["word"] + part, "end": round(end * second, 3)}
         return found
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [
             {"text": text, "sure": float(sure), "words": self.words(outputs, i)}
             for i, (text, sure) in enumerate(zip(outputs["text"], outputs["sure"]))
@@ -337,7 +337,7 @@ class SpeechRecognition(Task):
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         return {"text": np.array([normal(t, self.options.lower) for t in self.said(data)], dtype=object)}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -364,7 +364,7 @@ class SpeechRecognition(Task):
         return {name: tuple(np.percentile(v, [2.5, 97.5]).tolist()) for name, v in values.items()}
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        usual, times = Counter(self.truth(train)["text"].tolist()).most_common(1)[0]
+        usual, times = Counter(self.targets(train)["text"].tolist()).most_common(1)[0]
         short = usual if len(usual) <= 30 else usual[:29] + "…"
         return [
             Baseline(
@@ -411,7 +411,7 @@ class SpeechRecognition(Task):
         }
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.transcripts, task.mel = Transcripts.from_json(state["transcripts"]), LogMel.from_json(state["mel"])
         task.shown = [tuple(pair) for pair in state["shown"]]

@@ -59,15 +59,17 @@ class Pictured(Task):
         channels = o.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         paths = data.rows[self.column].to_list()
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
-        self.pictures = Pictures.learn(images.load([paths[i] for i in sample], side, channels, fit="pad"), "pad")
+        self.pictures = Pictures.from_pixels(images.load([paths[i] for i in sample], side, channels, fit="pad"), "pad")
         if o.pixels:
             self.pictures = self.pictures.scaled(o.pixels)
         if o.resize:
             self.pictures = self.pictures.resized(o.resize)
-        self.text = Text.load(o.tokenizer) if o.tokenizer else Text.learn(texts, size=o.vocab)
+        self.text = Text.load(o.tokenizer) if o.tokenizer else Text.fit(texts, size=o.vocab)
         sizes = [len(row) for row in self.framed(texts[:SAMPLE])]
         self.median = int(np.median(sizes))
-        self.options = fill_options(o, side=side, channels=channels, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
+        self.options = fill_options(
+            o, side=side, channels=channels, vocab=self.text.size, length=suggest_length(sizes, LONGEST)
+        )
         self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
 
     def framed(self, texts: list[str]) -> list[list[int]]:
@@ -95,13 +97,18 @@ class Pictured(Task):
         return {
             "channels": self.pictures.channels,
             "image": self.pictures.side,
-            "vocab": self.text.size,
+            "vocab_size": self.text.size,
             "length": self.options.length,
             "end": self.text.end,
         }
 
     def data_facts(self) -> dict[str, Any]:
-        return {"side": self.pictures.side, "channels": self.pictures.channels, "vocab": self.text.size, "tokens": self.median}
+        return {
+            "side": self.pictures.side,
+            "channels": self.pictures.channels,
+            "vocab_size": self.text.size,
+            "tokens": self.median,
+        }
 
     def pixels(self, data: Data, settings: Settings | None = None) -> Callable[[np.ndarray, torch.Generator | None], Tensor]:
         """Of rows, the pictures as the network sees them: B C S S. Equal files are kept in memory once."""
@@ -110,7 +117,7 @@ class Pictured(Task):
         place = {path: i for i, path in enumerate(unique)}
         where = np.array([place[path] for path in paths], dtype=np.int64)
         stored = p.load(unique) if len(unique) * p.channels * p.side**2 < SHARE * ram() else None
-        how = settings.augment if settings else "none"
+        how = settings.augmentation if settings else "none"
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> Tensor:
             x = stored[torch.from_numpy(where[index])] if stored is not None else p.load([paths[i] for i in index])

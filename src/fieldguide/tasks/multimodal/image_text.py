@@ -78,8 +78,8 @@ class ImageText(Pictured):
 
     name = "image-text"
     reads = "a table with a column of pictures and one of captions (--target), several captions of a picture in several rows"
-    takes = ("captioned",)
-    gives = ("embeddings",)
+    input_types = ("captioned",)
+    output_types = ("embeddings",)
     column_spec = ColumnSpec(
         "last",
         names=(*CAPTIONS, "text", "sentence", "description", "title"),
@@ -93,7 +93,7 @@ class ImageText(Pictured):
         *(Metric(f"image_r{k}", "max", f"captions with a right picture among the best {k}", percent=True) for k in AT),
         Metric("zero_shot_accuracy", "max", "pictures whose class is named by words alone", percent=True),
     )
-    recipe: ClassVar = {"augment": "light", "patience": 10}
+    recipe: ClassVar = {"augmentation": "light", "patience": 10}
     fewest, most = 64, 512  # what is learnt is told from the rest of the batch
 
     @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class ImageText(Pictured):
         template: str = "{}"  # how a class is said, such as "a photo of a {}"
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         classes: str = ""  # texts to choose from, with commas between
         templates: str = ""  # how a class is said, with | between several, whose vectors are averaged
 
@@ -132,7 +132,7 @@ class ImageText(Pictured):
         return None if data.target and data.target.kind == "text" else "a column of captions (name it with --target)"
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         if "{}" not in options.template:
             raise SettingsError(f"task.template={options.template!r} has no {{}}, where the class is to stand.")
         task = cls(list(data.columns.values()), options)
@@ -140,7 +140,7 @@ class ImageText(Pictured):
         task.learn_inputs(data, captions)
         different = list(dict.fromkeys(captions))
         column, few = task.class_column, len(different) <= min(FEW, len(captions) // 5)
-        task.classes = list(Labels.learn(data.rows[column]).names) if column else sorted(different) if few else []
+        task.classes = list(Labels.fit(data.rows[column]).names) if column else sorted(different) if few else []
         task.known = [different[i] for i in np.sort(np.random.default_rng(0).permutation(len(different))[:KEPT])]
         return task
 
@@ -252,7 +252,7 @@ class ImageText(Pictured):
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         captions, column = data.rows[self.target.name], self.class_column
         said = data.rows[column] if column and column in data.rows.columns else captions
         labels = Labels(tuple(self.classes)).apply(said) if self.classes else np.full(len(data), -1)
@@ -324,7 +324,7 @@ class ImageText(Pictured):
 
     # Answers and report
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         names, answers = self.names(), []
         for p, near in zip(outputs["probabilities"], outputs["similarity"]):
             best = np.argsort(-p, kind="stable")[: None if len(names) <= FEW else 5]
@@ -400,7 +400,7 @@ class ImageText(Pictured):
         return {**super().state(), "classes": self.classes, "known": self.known}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.restore_inputs(state, folder)
         task.classes, task.known = state["classes"], state["known"]

@@ -38,7 +38,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
 
     name = "visual-question-answering"
     reads = "a table with a column of pictures, one of questions and one of answers (--target)"
-    takes = ("captioned",)
+    input_types = ("captioned",)
     further = ("text",)
     column_spec = ColumnSpec(
         "last",
@@ -54,7 +54,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
     )
     # Each picture has several questions, and is soon known by heart. DAQUAR in 4 minutes of one core, 375 steps of 128,
     # validation accuracy: .210 where pictures are augmented lightly, .222 so.
-    recipe: ClassVar = {"augment": "standard", "smoothing": 0.05, "patience": 10}
+    recipe: ClassVar = {"augmentation": "standard", "label_smoothing": 0.05, "patience": 10}
 
     @dataclass(frozen=True)
     class Options:
@@ -69,7 +69,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         flip: bool = False  # a mirrored picture keeps its answers: false where they say left and right
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         question: str = ""  # asked of every picture, in place of the table's own questions
 
     @classmethod
@@ -88,7 +88,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         return super().missing_requirements(data)
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         task.learn_inputs(data, task.questions_of(data))
         counted = data.rows[task.target.name].cast(pl.String).drop_nulls().value_counts()
@@ -101,8 +101,8 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
                 f"{data.source}: fewer than two answers in column {task.target.name!r} are on {TWICE} training "
                 "rows or more. There is nothing to choose from."
             )
-        task.labels = list(Labels.learn(kept).names)
-        codes = task.truth(data)["label"]
+        task.labels = list(Labels.fit(kept).names)
+        codes = task.targets(data)["label"]
         task.counts = np.bincount(codes[codes >= 0], minlength=len(kept)).tolist()
         if rare := counted.height - len(kept):
             task.notes.append(
@@ -141,18 +141,18 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         return row[-1] == self.text.sep != self.text.unknown
 
     def model_dims(self) -> dict[str, Any]:
-        return {**super().model_dims(), "classes": len(self.labels)}
+        return {**super().model_dims(), "num_classes": len(self.labels)}
 
     def data_facts(self) -> dict[str, Any]:
-        return {**super().data_facts(), "classes": len(self.labels)}
+        return {**super().data_facts(), "num_classes": len(self.labels)}
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """-1 is an answer that was not learnt."""
         return {"label": Labels(tuple(self.labels)).apply(data.rows[self.target.name]).copy()}
 
     def learnt(self, data: Data) -> Data:
         """The rows whose answer is among those that are learnt."""
-        return data.take(np.flatnonzero(self.truth(data)["label"] >= 0))
+        return data.take(np.flatnonzero(self.targets(data)["label"] >= 0))
 
     def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
         return self.batches(self.learnt(data), card, settings)
@@ -162,7 +162,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         if cut and not settings:
             self.note_cut(cut, len(ids))
         pixels = self.pixels(data, settings)
-        target = torch.from_numpy(self.truth(data)["label"]) if settings else None
+        target = torch.from_numpy(self.targets(data)["label"]) if settings else None
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             tokens, mask = self.text.batch([ids[i] for i in index])
@@ -207,7 +207,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
             replace(blind, name="question only", what=f"the picture unseen: {blind.what.replace('same inputs', 'words')}"),
         ]
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
         for p in outputs["probabilities"]:
             best = np.argsort(-p, kind="stable")[:5]
@@ -295,7 +295,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         if beside.pictures is None or beside.folder is None:
             return None
         p = beside.pictures
-        return cls.restore(
+        return cls.from_state(
             [Column("image", "image"), Column("question", "text"), Column("answer", "category", "target")],
             cls.Options(side=p.side, channels=p.channels, length=beside.length, answers=len(beside.names)),
             {"pictures": p.to_json(), "median": 0, **cls.known(beside.names)},
@@ -303,10 +303,10 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         )
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.restore_inputs(state, folder)
-        task.restore_target(state)
+        task.load_target_state(state)
         return task
 
 

@@ -24,7 +24,7 @@ class ClickPrediction(TabularClassification):
         "a table with a column of users, one of items, any others, and one that says whether the user took to the item "
         "(or a rating: task.positive=4 makes yes of 4 and more)"
     )
-    takes = ("table",)
+    input_types = ("table",)
     column_spec = ColumnSpec(
         "last", names=("click", "clicked", "rating"), roles=("user", "item"), kinds={"user": "category", "item": "category"}
     )
@@ -86,7 +86,7 @@ class ClickPrediction(TabularClassification):
         return sparse(train), sparse(test)
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        item, yes = train.only("item").name, self.truth(train)["label"].astype(float)
+        item, yes = train.only("item").name, self.targets(train)["label"].astype(float)
         shares = (
             pl.DataFrame({"item": train.rows[item], "yes": yes})
             .group_by("item")

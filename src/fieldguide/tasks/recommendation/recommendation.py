@@ -37,8 +37,8 @@ CHUNK = 512  # users whose baselines are scored together
 class Recommendation(Task):
     name = "recommendation"
     reads = "a table of who met what, and when: a column of users, one of items, and one of time"
-    takes = ("items",)
-    gives = ("items",)
+    input_types = ("items",)
+    output_types = ("items",)
     column_spec = ColumnSpec(
         "none", roles=("user", "item", "rating", "time"), kinds={"user": "identifier", "item": "identifier", "rating": "number"}
     )
@@ -63,7 +63,7 @@ class Recommendation(Task):
         negatives: int | None = None  # items drawn a step; 0 = all are scored
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         count: int = 10  # items recommended to each user
 
     items: list[str]  # names of items 1, 2, ...
@@ -142,7 +142,7 @@ class Recommendation(Task):
         return grouped, place
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         events = data.rows[ITEMS].explode().drop_nulls()
         counted = events.value_counts(sort=True).sort(["count", events.name], descending=[True, False])
@@ -194,7 +194,7 @@ class Recommendation(Task):
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return NextItem(
-            model, card.inputs, self.counts.tolist(), self.options.negatives, settings.smoothing, self.options.repeats
+            model, card.inputs, self.counts.tolist(), self.options.negatives, settings.label_smoothing, self.options.repeats
         )
 
     # Batches
@@ -253,7 +253,7 @@ class Recommendation(Task):
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         return {"item": np.array([h[-1] for h in self.codes(data.rows[ITEMS])])}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -356,7 +356,7 @@ class Recommendation(Task):
         objective.top = max(TOP, self.asking.count)
         return super().predict_step(objective)
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
         for user, top, scores in zip(self.asked, outputs["top"].astype(int), outputs["scores"]):
             best = [(self.items[i - 1], float(s)) for i, s in zip(top, scores) if i > 0][: self.asking.count]
@@ -437,7 +437,7 @@ class Recommendation(Task):
         return {"items": self.items, "counts": self.counts.tolist()}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.items, task.counts = state["items"], np.array(state["counts"])
         task.known = pl.read_parquet(folder / "histories.parquet")

@@ -16,7 +16,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TablePreparer
-from fieldguide.tasks.supervised import SupervisedTask, ClassificationTask, RegressionTask, discrete, mix_pairs
+from fieldguide.tasks.supervised import ClassificationTask, RegressionTask, SupervisedTask, discrete, mix_pairs
 
 USABLE = ("number", "category", "boolean", "date")
 
@@ -24,7 +24,7 @@ USABLE = ("number", "category", "boolean", "date")
 class Tabular(SupervisedTask):
     """What both tasks on tables share: the preparation of rows."""
 
-    takes = ("table", "vector")
+    input_types = ("table", "vector")
     recipe: ClassVar = {"weight_decay": 3e-4}
 
     @dataclass(frozen=True)
@@ -43,12 +43,16 @@ class Tabular(SupervisedTask):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return super().missing_requirements(data) if data.features(*USABLE) else "columns of numbers, categories, truth values or dates"
+        return (
+            super().missing_requirements(data)
+            if data.features(*USABLE)
+            else "columns of numbers, categories, truth values or dates"
+        )
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        task.preparer = TablePreparer.learn(data.rows, task.inputs())
+        task.preparer = TablePreparer.fit(data.rows, task.inputs())
         if not task.preparer.width:
             raise DataError(
                 f"{data.source}: no column is left to learn from: none varies and is a number, category, truth value or date."
@@ -67,7 +71,7 @@ class Tabular(SupervisedTask):
     def model_dims(self) -> dict[str, Any]:
         prepared = self.preparer
         return {
-            "classes": self.width(),
+            "num_classes": self.width(),
             "numbers": len(prepared.numbers),
             "categories": tuple(prepared.cardinalities),
             "features": prepared.width,
@@ -81,11 +85,11 @@ class Tabular(SupervisedTask):
             "columns": len(self.inputs()),
             "numbers": len(self.preparer.numbers),
             "categories": len(self.preparer.categories),
-            "classes": self.width(),
+            "num_classes": self.width(),
         }
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        if card.takes == "vector":
+        if card.input_type == "vector":
             tensors = {"vector": torch.from_numpy(self.preparer.vector(data.rows))}
         else:
             numbers, categories = self.preparer.apply(data.rows)
@@ -102,7 +106,13 @@ class Tabular(SupervisedTask):
             rows = torch.from_numpy(index)
             batch = {name: t[rows] for name, t in tensors.items()}
             # Mixing needs inputs that can be mixed: codes of categories cannot.
-            if generator is not None and settings and settings.mixup and "vector" in batch and isinstance(self, ClassificationTask):
+            if (
+                generator is not None
+                and settings
+                and settings.mixup
+                and "vector" in batch
+                and isinstance(self, ClassificationTask)
+            ):
                 batch = mix_pairs(batch, ("vector",), self.width(), settings.mixup, generator)
             return batch
 
@@ -118,10 +128,10 @@ class Tabular(SupervisedTask):
         return {"preparer": self.preparer.to_json(), **self.target_state()}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.preparer = TablePreparer.from_json(state["preparer"])
-        task.restore_target(state)
+        task.load_target_state(state)
         return task
 
 
@@ -142,7 +152,7 @@ class TabularClassification(Tabular, ClassificationTask):
         return len(self.labels)
 
     def target_tensor(self, data: Data) -> torch.Tensor:
-        return torch.from_numpy(self.truth(data)["label"])
+        return torch.from_numpy(self.targets(data)["label"])
 
     def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         columns = [c.name for c in self.inputs()][:10]

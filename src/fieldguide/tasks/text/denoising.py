@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fieldguide.core.card import DENOISES, Card
+from fieldguide.core.card import PRETRAINING_OBJECTIVES, Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.report_elements import Exhibit, Quote, Quotes
 from fieldguide.core.settings import Settings
@@ -38,8 +38,8 @@ class Denoising(Packed):
     writes is learnt; what is judged are the tokens that were left out."""
 
     name = "denoising"
-    takes = ("pair",)
-    gives = ("tokens",)
+    input_types = ("pair",)
+    output_types = ("tokens",)
 
     @dataclass(frozen=True)
     class Options:
@@ -53,7 +53,7 @@ class Denoising(Packed):
         mean: float | None = None  # tokens of a span, on the average; None: 3
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         beams: int = 4
         penalty: float = 1.0  # of length: 0 = none, 1 = the mean log-probability decides
         tokens: int = 12  # of what fills a gap, at most, on the average
@@ -62,9 +62,9 @@ class Denoising(Packed):
     sentinels: np.ndarray  # their tokens, in the order of use
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
-        if options.damage not in (None, *DENOISES):
-            raise SettingsError(f"task.damage={options.damage!r} is none of {', '.join(DENOISES)}.")
+    def fit(cls, data: Data, options: Any) -> Self:
+        if options.damage not in (None, *PRETRAINING_OBJECTIVES):
+            raise SettingsError(f"task.damage={options.damage!r} is none of {', '.join(PRETRAINING_OBJECTIVES)}.")
         if not 0 < (options.share or 0.5) < 1 or (options.mean or 1) < 1:
             raise SettingsError("task.share lies between 0 and 1, and task.mean is at least 1.")
         task = cls.prepared(data, options, (*SPECIAL, END, *SENTINELS))
@@ -72,7 +72,7 @@ class Denoising(Packed):
             # A network that begins with a checkpoint says what its answers begin with, and has no room for more tokens.
             task.text.tokenizer.add_special_tokens(list(SENTINELS))
             task.counts = np.pad(task.counts, (0, task.text.size - len(task.counts)))
-            task.options = replace(task.options, vocab=task.text.size)
+            task.options = replace(task.options, vocab_size=task.text.size)
             task.notes.append(f"{options.tokenizer} has no tokens <extra_id_0> ... for what is cut out: they are added")
         task.find_frame()
         if task.options.length < task.around + 8:
@@ -100,7 +100,7 @@ class Denoising(Packed):
     def settle(self, card: Card | None) -> None:
         """Chooses, once, what is done to texts. Raises `SettingsError` where the tokenizer has no tokens for it."""
         if self.options.damage is None:
-            self.options = fill_options(self.options, damage=card.denoises if card else "spans")
+            self.options = fill_options(self.options, damage=card.pretraining_objective if card else "spans")
         share, mean = USUAL[self.options.damage]
         self.options = fill_options(self.options, share=share, mean=mean)
         o = self.options
@@ -170,9 +170,9 @@ class Denoising(Packed):
         return {**super().model_dims(), "begin": self.frame.said[0], "end": self.frame.end, "pad": self.text.pad}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Restored(model, card.inputs, settings.smoothing)
+        return Restored(model, card.inputs, settings.label_smoothing)
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         batches = self.batches(data, None)
         batch = batches.make(np.arange(len(batches)), None)
         return {"target": torch.where(batch["asked"], batch["target"], -1).numpy()}
@@ -237,7 +237,7 @@ class Denoising(Packed):
                 found[at].append(token)
         return found[:gaps]
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         """The text with its gaps filled, and, where the network writes nothing else, what each was filled with."""
         records = []
         for (first, *others), row in zip(self.asked, outputs["said"].astype(int)):
@@ -295,8 +295,8 @@ class Denoising(Packed):
     # Saved with the run
 
     @classmethod
-    def restore(cls, columns: list[Any], options: Any, state: dict[str, Any], folder: Any) -> Self:
-        task = super().restore(columns, options, state, folder)
+    def from_state(cls, columns: list[Any], options: Any, state: dict[str, Any], folder: Any) -> Self:
+        task = super().from_state(columns, options, state, folder)
         task.find_frame()
         return task
 

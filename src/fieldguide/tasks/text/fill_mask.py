@@ -32,8 +32,8 @@ class FillMask(Packed):
     """Some tokens of each row are hidden, and the network guesses them where they stand."""
 
     name = "fill-mask"
-    takes = ("tokens",)
-    gives = ("words",)
+    input_types = ("tokens",)
+    output_types = ("words",)
 
     @dataclass(frozen=True)
     class Options:
@@ -43,11 +43,11 @@ class FillMask(Packed):
         share: float = 0.15  # of the tokens that are hidden
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         top: int = 5  # guesses for each missing word
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls.prepared(data, options, SPECIAL)
         if task.text.hidden == task.text.unknown:
             raise DataError(f"{options.tokenizer}: it has no mask token ([MASK] or <mask>), which hidden words are shown as.")
@@ -57,7 +57,7 @@ class FillMask(Packed):
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> Self:
-        return cls.restore(beside.texts(), cls.Options(length=beside.length), {"counts": []}, beside.folder)
+        return cls.from_state(beside.texts(), cls.Options(length=beside.length), {"counts": []}, beside.folder)
 
     # Rows as tokens
 
@@ -95,7 +95,7 @@ class FillMask(Packed):
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """Tokens that are hidden in each row."""
         batches = self.batches(data, None)
         return {"target": batches.make(np.arange(len(batches)), None)["target"].numpy()}
@@ -136,7 +136,7 @@ class FillMask(Packed):
 
         return answer
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         records = []
         for ids, guess, probability in zip(outputs["ids"].astype(int), outputs["guess"].astype(int), outputs["probability"]):
             places = np.flatnonzero(ids == self.text.hidden)

@@ -37,7 +37,7 @@ class Packed(Typed):
         Metric("accuracy", "max", "of the hidden tokens guessed", percent=True),
         Metric("perplexity", "min", "tokens to choose among, in effect"),
     )
-    recipe: ClassVar = {"clip": 1.0, "patience": 8}
+    recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
     fewest = 8
 
     text: Text
@@ -102,11 +102,16 @@ class Packed(Typed):
         return flat.view(count, width), drawn
 
     def model_dims(self) -> dict[str, Any]:
-        return {"vocab": self.text.size, "length": self.options.length}
+        return {"vocab_size": self.text.size, "length": self.options.length}
 
     def data_facts(self) -> dict[str, Any]:
         length = self.options.length
-        return {"rows": max(1, int(self.counts.sum()) // length), "tokens": length, "length": length, "vocab": self.text.size}
+        return {
+            "rows": max(1, int(self.counts.sum()) // length),
+            "tokens": length,
+            "length": length,
+            "vocab_size": self.text.size,
+        }
 
     @property
     def most(self) -> int:
@@ -114,7 +119,7 @@ class Packed(Typed):
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """Tokens that are hidden in each row, -1 elsewhere."""
         raise NotImplementedError
 
@@ -124,7 +129,7 @@ class Packed(Typed):
         return {"loss": loss, "accuracy": float(outputs["right"].sum() / count), "perplexity": float(np.exp(min(loss, 700)))}
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        target = self.truth(test)["target"]
+        target = self.targets(test)["target"]
         asked, share = target >= 0, (self.counts + 1) / (self.counts.sum() + len(self.counts))
         nats, best = -np.log(share), int(self.counts.argmax())
         return [
@@ -175,7 +180,7 @@ class Packed(Typed):
         return {"counts": self.counts.tolist()}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text, task.counts = Text.load(folder), np.array(state["counts"])
         return task

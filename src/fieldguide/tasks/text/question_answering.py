@@ -50,8 +50,8 @@ class QuestionAnswering(Task):
     reads = (
         "SQuAD's JSON (1.1, 2.0), or a table (CSV, JSON Lines) with columns context, question, answer, and maybe answer_start"
     )
-    takes = ("tokens",)
-    gives = ("span",)
+    input_types = ("tokens",)
+    output_types = ("span",)
     feature = ("text",)
     column_spec = WANTS
     metrics = (
@@ -60,7 +60,7 @@ class QuestionAnswering(Task):
         Metric("answered", "max", "F1 of questions that have an answer", percent=True),
         Metric("unanswered", "max", "of questions without an answer left without one", percent=True),
     )
-    recipe: ClassVar = {"clip": 1.0, "patience": 8}
+    recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
 
     @dataclass(frozen=True)
     class Options:
@@ -73,7 +73,7 @@ class QuestionAnswering(Task):
         tokenizer: str | None = None  # a tokenizer.json to use instead
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         question: str = ""  # asked of every text, in place of a table's own questions
         threshold: float | None = None  # how much better than none an answer must be, in nats; None: as chosen on validation
 
@@ -112,15 +112,13 @@ class QuestionAnswering(Task):
         return prepared(data, columns)
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         columns = columns_of(data, options.context, options.question)
         task.options = options = replace(options, context=columns.context, question=columns.question)
         contexts, which = np.unique(np.array(task.contexts(data), dtype=object), return_inverse=True)
         questions = task.questions_of(data)
-        task.text = (
-            Text.load(options.tokenizer) if options.tokenizer else Text.learn([*contexts, *questions], size=options.vocab)
-        )
+        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.fit([*contexts, *questions], size=options.vocab)
         task.frame = framed(task.text)
         located = task.text.located(contexts.tolist())
         around = task.frame.size
@@ -215,18 +213,18 @@ class QuestionAnswering(Task):
         return data.without(bad)
 
     def model_dims(self) -> dict[str, Any]:
-        return {"vocab": self.text.size, "length": self.options.length}
+        return {"vocab_size": self.text.size, "length": self.options.length}
 
     def data_facts(self) -> dict[str, Any]:
         length = self.options.length
-        return {"vocab": self.text.size, "length": length, "tokens": min(self.median, length)}
+        return {"vocab_size": self.text.size, "length": length, "tokens": min(self.median, length)}
 
     @property
     def most(self) -> int:
         return int(np.clip(2 ** int(np.log2(TOKENS / max(min(self.median, self.options.length), 1))), 16, 128))
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        also = ("segments",) if "segments" in card.also else ()
+        also = ("segments",) if "segments" in card.optional_inputs else ()
         return Span(model, (*card.inputs, *also), self.options.longest)
 
     # Windows
@@ -280,7 +278,7 @@ class QuestionAnswering(Task):
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """Contexts, and tuples of the answers that are right; empty where there is none."""
         return {
             "context": objects(self.contexts(data)),
@@ -347,7 +345,7 @@ class QuestionAnswering(Task):
 
     # Answers
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         records = []
         for text, begin, end, given, score, none in zip(
             self.asked,
@@ -383,7 +381,7 @@ class QuestionAnswering(Task):
         answer."""
         length = min(beside.length, PUBLISHED)
         options = cls.Options("context", "question", length=length, stride=length // 2, longest=LONGEST)
-        return cls.restore(
+        return cls.from_state(
             [Column("context", "text"), Column("question", "text"), Column("answer", "list", "target")],
             options,
             {"median": 0, "whole": False, "silent": False, "threshold": 0.0},
@@ -394,7 +392,7 @@ class QuestionAnswering(Task):
         return {"median": self.median, "whole": self.whole, "silent": self.silent, "threshold": self.threshold}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text = Text.load(folder)
         task.frame = framed(task.text)

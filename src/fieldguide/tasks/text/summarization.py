@@ -28,7 +28,9 @@ class Summarization(Translation):
 
     name = "summarization"
     reads = "a table with a column of documents (document, article, text) and one of their summaries (summary, highlights)"
-    column_spec = ColumnSpec("named", names=("summary", "highlights", "summaries", "tldr"), kinds={"target": "text", "feature": "text"})
+    column_spec = ColumnSpec(
+        "named", names=("summary", "highlights", "summaries", "tldr"), kinds={"target": "text", "feature": "text"}
+    )
     metrics = (
         Metric("rouge1", "max", "ROUGE-1", percent=True),
         Metric("rouge2", "max", "ROUGE-2", percent=True),
@@ -40,7 +42,7 @@ class Summarization(Translation):
     made: ClassVar[str] = "Summaries"
 
     @dataclass(frozen=True)
-    class Asking(Faithful):
+    class PredictOptions(Faithful):
         tokens: int = 128  # of a summary at most
 
     @classmethod

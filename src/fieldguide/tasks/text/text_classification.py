@@ -36,8 +36,8 @@ class TextClassification(Typed, ClassificationTask):
         "a table (CSV, JSON Lines) with a column of text, or two whose texts belong together, and one of labels; or a "
         "folder of .txt files per class"
     )
-    takes = ("tokens",)
-    recipe: ClassVar = {"smoothing": 0.1, "weight_decay": 0.05, "clip": 1.0}
+    input_types = ("tokens",)
+    recipe: ClassVar = {"label_smoothing": 0.1, "weight_decay": 0.05, "grad_clip": 1.0}
 
     @dataclass(frozen=True)
     class Options:
@@ -62,10 +62,10 @@ class TextClassification(Typed, ClassificationTask):
         return super().missing_requirements(data) if texts in (1, 2) else f"a column of text, or two (it has {texts})"
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         texts, seconds = task.texts(data), task.seconds(data)
-        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.learn([*texts, *seconds], size=options.vocab)
+        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.fit([*texts, *seconds], size=options.vocab)
         if seconds:  # with the tokens that frame them
             around, (first, second) = framed(task.text).size, (task.text.exactly(t[:SAMPLE]) for t in (texts, seconds))
             sizes = [around + len(a) + len(b) for a, b in zip(first, second)]
@@ -127,7 +127,7 @@ class TextClassification(Typed, ClassificationTask):
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         objective = super().objective(model, card, settings, **parts)
-        if self.second and "segments" in card.also:
+        if self.second and "segments" in card.optional_inputs:
             objective.inputs += ("segments",)
         return objective
 
@@ -144,17 +144,22 @@ class TextClassification(Typed, ClassificationTask):
             )
 
     def model_dims(self) -> dict[str, Any]:
-        return {"classes": len(self.labels), "vocab": self.text.size, "length": self.options.length}
+        return {"num_classes": len(self.labels), "vocab_size": self.text.size, "length": self.options.length}
 
     def data_facts(self) -> dict[str, Any]:
-        return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median, "classes": len(self.labels)}
+        return {
+            "vocab_size": self.text.size,
+            "length": self.options.length,
+            "tokens": self.median,
+            "num_classes": len(self.labels),
+        }
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         tokens, segments, cut = self.encoded(data, bool(card) and card.framed)
         if not settings:  # of training texts it was said when the length was chosen
             self.note_cut(cut, len(tokens))
         lengths = np.array([len(t) for t in tokens])
-        target = torch.from_numpy(self.truth(data)["label"]) if settings else None
+        target = torch.from_numpy(self.targets(data)["label"]) if settings else None
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
             padded, mask = self.text.batch([tokens[i] for i in index])
@@ -191,7 +196,7 @@ class TextClassification(Typed, ClassificationTask):
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> Self:
-        return cls.restore(
+        return cls.from_state(
             [*beside.texts(2), Column("label", "category", "target")],
             cls.Options(length=beside.length),
             {"median": 0, **cls.known(beside.names)},
@@ -202,10 +207,10 @@ class TextClassification(Typed, ClassificationTask):
         return {"median": self.median, **self.target_state()}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text, task.median = Text.load(folder), state["median"]
-        task.restore_target(state)
+        task.load_target_state(state)
         return task
 
     def save(self, folder: Path) -> None:

@@ -51,16 +51,16 @@ class TextGeneration(Typed):
         "text files, or a table (CSV, JSON Lines) with a column of text, or JSON Lines with conversations "
         "(`messages` of role and content)"
     )
-    takes = ("tokens",)
+    input_types = ("tokens",)
     feature = ("text", "messages")
-    gives = ("tokens",)
+    output_types = ("tokens",)
     column_spec = ColumnSpec("none", columns={"text": "text"})
     metrics = (
         Metric("loss", "min", "nats a token"),
         Metric("perplexity", "min", "tokens to choose among, in effect"),
         Metric("bits_per_byte", "min", "bits a byte of text"),
     )
-    recipe: ClassVar = {"clip": 1.0, "patience": 8}
+    recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
 
     @dataclass(frozen=True)
     class Options:
@@ -116,7 +116,7 @@ class TextGeneration(Typed):
         return whole
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         task.chat = not data.features("text")
         texts = [text for row in task.turns(data) for _, text in row]
@@ -210,11 +210,11 @@ class TextGeneration(Typed):
         return Batches(count, make)
 
     def model_dims(self) -> dict[str, Any]:
-        return {"vocab": self.text.size, "length": self.options.length}
+        return {"vocab_size": self.text.size, "length": self.options.length}
 
     def data_facts(self) -> dict[str, Any]:
         length = self.options.length
-        return {"rows": max(1, self.tokens // length), "tokens": length, "length": length, "vocab": self.text.size}
+        return {"rows": max(1, self.tokens // length), "tokens": length, "length": length, "vocab_size": self.text.size}
 
     @property
     def most(self) -> int:
@@ -223,11 +223,11 @@ class TextGeneration(Typed):
     fewest = 8
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return NextToken(model, card.inputs, settings.smoothing)
+        return NextToken(model, card.inputs, settings.label_smoothing)
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """UTF-8 bytes that each packed row says."""
         target = self.batches(data, None).make(np.arange(len(self.batches(data, None))), None)["target"].numpy()
         sizes = np.append(self.text.bytes_of(), 0)  # the last for -1
@@ -303,7 +303,7 @@ class TextGeneration(Typed):
 
         return answer
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         ends = {-1, *self.ends}
         return [{"text": self.cut(self.text.decode([i for i in row if i not in ends]))} for row in outputs["said"].astype(int)]
 
@@ -390,7 +390,7 @@ class TextGeneration(Typed):
         return {"chat": self.chat, "tokens": self.tokens, **({"first": self.first} if self.first else {})}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text, task.chat, task.tokens = Text.load(folder), state["chat"], state["tokens"]
         task.first = [tuple(turn) for turn in state.get("first", ())]

@@ -39,8 +39,8 @@ SHOWN = 20  # sentences in the report
 class TokenClassification(Task):
     name = "token-classification"
     reads = "CoNLL columns (a word and its tag on each line), or JSON Lines with lists `tokens` and `tags`"
-    takes = ("tokens",)
-    gives = ("labels",)
+    input_types = ("tokens",)
+    output_types = ("labels",)
     feature = ("list",)
     column_spec = ColumnSpec("named", names=NAMED, kinds={"target": "list"}, columns=dict.fromkeys(WORDS, "list"))
     metrics = (
@@ -49,7 +49,7 @@ class TokenClassification(Task):
         Metric("recall", "max", "of entities there that are said"),
         Metric("accuracy", "max", "of words", percent=True),
     )
-    recipe: ClassVar = {"clip": 1.0, "patience": 8}
+    recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
 
     @dataclass(frozen=True)
     class Options:
@@ -92,7 +92,7 @@ class TokenClassification(Task):
         return rows
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         words, tags = task.words(data), task.named(data)
         counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -108,7 +108,7 @@ class TokenClassification(Task):
         task.text = (
             Text.load(options.tokenizer)
             if options.tokenizer
-            else Text.learn([" ".join(row) for row in words], size=options.vocab, lower=False)
+            else Text.fit([" ".join(row) for row in words], size=options.vocab, lower=False)
         )
         sizes = [len(ids) for ids, _ in task.encoded(words, 1 << 30)[0]]
         task.median = int(np.median(sizes))
@@ -131,10 +131,15 @@ class TokenClassification(Task):
         return rows, lost
 
     def model_dims(self) -> dict[str, Any]:
-        return {"classes": len(self.tags), "vocab": self.text.size, "length": self.options.length}
+        return {"num_classes": len(self.tags), "vocab_size": self.text.size, "length": self.options.length}
 
     def data_facts(self) -> dict[str, Any]:
-        return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median, "classes": len(self.tags)}
+        return {
+            "vocab_size": self.text.size,
+            "length": self.options.length,
+            "tokens": self.median,
+            "num_classes": len(self.tags),
+        }
 
     @property
     def most(self) -> int:
@@ -147,7 +152,7 @@ class TokenClassification(Task):
                 f"{lost} words stand beyond {self.options.length} tokens of their sentence; the network does not "
                 "see them, and they count as untagged (task.length=... changes that)"
             )
-        truth = self.truth(data)["label"] if settings else None
+        truth = self.targets(data)["label"] if settings else None
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             tokens, mask = self.text.batch([rows[i][0] for i in index])
@@ -166,11 +171,11 @@ class TokenClassification(Task):
         return Batches(len(rows), make, np.array([len(tokens) for tokens, _ in rows]))
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return TokenLabels(model, card.inputs, settings.smoothing)
+        return TokenLabels(model, card.inputs, settings.label_smoothing)
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """The number of each word's tag: N W, -1 where a sentence has no more words."""
         rows, known = self.named(data), {tag: number for number, tag in enumerate(self.tags)}
         strange = sorted({tag for row in rows for tag in row} - known.keys())
@@ -205,7 +210,7 @@ class TokenClassification(Task):
         }
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        rows, real = self.words(test), self.truth(test)["label"]
+        rows, real = self.words(test), self.targets(test)["label"]
         common = Counter(self.often.values()).most_common(1)[0][0]
         common = self.tags.index("O") if "O" in self.tags else common
         said = np.full(real.shape, -1, dtype=np.int64)
@@ -231,7 +236,7 @@ class TokenClassification(Task):
         self.asked = self.words(data)
         return self.batches(data, card)
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         records = []
         for words, row, sure in zip(self.asked, outputs["label"].astype(int), outputs["probability"]):
             width = min(len(words), len(row))
@@ -304,7 +309,7 @@ class TokenClassification(Task):
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> Self:
-        return cls.restore(
+        return cls.from_state(
             [Column("tokens", "list"), Column("tags", "list", "target")],
             cls.Options(length=beside.length),
             {"tags": beside.names, "often": {}, "median": 0},
@@ -315,7 +320,7 @@ class TokenClassification(Task):
         return {"tags": self.tags, "often": self.often, "median": self.median}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text, task.tags, task.often, task.median = Text.load(folder), state["tags"], state["often"], state["median"]
         return task

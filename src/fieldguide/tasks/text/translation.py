@@ -42,8 +42,8 @@ class Translation(Typed):
         "a table with a column of text and one of its translation (--target), or two files of lines that belong "
         "together (train.de, train.en)"
     )
-    takes = ("pair",)
-    gives = ("tokens",)
+    input_types = ("pair",)
+    output_types = ("tokens",)
     column_spec = ColumnSpec("last", names=("translation", "target_text", "tgt"), kinds={"target": "text", "feature": "text"})
     metrics = (Metric("bleu", "max", "BLEU"), Metric("chrf", "max", "chrF"), Metric("loss", "min", "nats a token"))
     monitor = "loss"
@@ -62,7 +62,7 @@ class Translation(Typed):
         prefix: str = ""  # stands before each source: T5 learnt "translate English to German: "
 
     @dataclass(frozen=True)
-    class Asking(Faithful):
+    class PredictOptions(Faithful):
         penalty: float = 0.6  # of length: 0 = none, 1 = the mean log-probability decides
 
     text: Text
@@ -83,19 +83,21 @@ class Translation(Typed):
         return None
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         sources, targets = task.texts(data), task.translations(data)
         if options.tokenizer:
             task.text = Text.load(options.tokenizer)
         else:
             size = options.vocab or min(VOCAB, suggest_vocab(sum(map(len, sources)) + sum(map(len, targets))))
-            task.text = Text.learn([*sources, *targets], size=size, lower=False)
+            task.text = Text.fit([*sources, *targets], size=size, lower=False)
         task.frame = framed(task.text, options)
         sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]
         task.median = int(np.median(sizes))
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
-        task.options = fill_options(options, vocab=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000))))
+        task.options = fill_options(
+            options, vocab=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000)))
+        )
         if cut := sum(s > task.options.length for s in sizes):
             task.notes.append(
                 f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and "
@@ -117,7 +119,7 @@ class Translation(Typed):
 
     def model_dims(self) -> dict[str, Any]:
         return {
-            "vocab": self.text.size,
+            "vocab_size": self.text.size,
             "length": self.options.length,
             "begin": self.frame.said[0],
             "end": self.frame.end,
@@ -125,14 +127,14 @@ class Translation(Typed):
         }
 
     def data_facts(self) -> dict[str, Any]:
-        return {"vocab": self.text.size, "length": self.options.length, "tokens": self.median}
+        return {"vocab_size": self.text.size, "length": self.options.length, "tokens": self.median}
 
     @property
     def most(self) -> int:
         return int(np.clip(2 ** int(np.log2(TOKENS / max(self.median, 1))), 16, 512))
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return NextToken(model, card.inputs, settings.smoothing)
+        return NextToken(model, card.inputs, settings.label_smoothing)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         frame = self.frame
@@ -217,7 +219,7 @@ class Translation(Typed):
         texts = [cut(self.text.decode(row[row >= 0]), self.asking.stops).strip() for row in outputs["said"].astype(int)]
         return {**outputs, "text": np.array(texts, dtype=object)}
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         return {"text": np.array(self.translations(data), dtype=object), "source": np.array(self.texts(data), dtype=object)}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -235,7 +237,7 @@ class Translation(Typed):
 
         return intervals(self, outputs, truth, repeats=40)  # a score of so many texts takes its time
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{"text": text} for text in outputs["text"]]
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
@@ -307,7 +309,7 @@ class Translation(Typed):
         return {"median": self.median, "shown": self.shown}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text, task.median = Text.load(folder), state["median"]
         task.frame = framed(task.text, options)

@@ -40,8 +40,8 @@ class Forecasting(Task):
         "a table with a column of time and, for many series, one that tells them apart (long), or a column for each "
         "series (wide); or one series a row, without time"
     )
-    takes = ("series", "covariates")
-    gives = ("forecast",)
+    input_types = ("series", "covariates")
+    output_types = ("forecast",)
     column_spec = ColumnSpec(
         "numbers",
         names=("value", "values", "sales", "demand"),
@@ -76,7 +76,7 @@ class Forecasting(Task):
         normalise: bool = True  # each window by its own past (reversible instance normalisation)
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         interval: float = 0.9  # 0.8 or 0.9: the share of outcomes that intervals shall hold
 
     covariates: Covariates
@@ -101,7 +101,7 @@ class Forecasting(Task):
         return cut(data, options)
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         windows: Windows = data.context
         found, options = windows.panel, windows.options
         task = cls(list(data.columns.values()), options)
@@ -125,7 +125,7 @@ class Forecasting(Task):
                     f"{', '.join(names) or 'none'}."
                 )
         steps = int((windows.train_end - found.low).max()) if options.calendar else 0
-        task.covariates = Covariates.learn(windows.table[rows], columns, ahead, found.frequency, steps)
+        task.covariates = Covariates.fit(windows.table[rows], columns, ahead, found.frequency, steps)
         season = f"a season of {options.season} steps" if options.season > 1 else "no season"
         task.notes.append(
             f"{len(found):,} series, a step is {found.frequency.article}, {season}; {options.length} steps are "
@@ -230,7 +230,7 @@ class Forecasting(Task):
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """Outcomes as they are and the scales that scores need; `block` numbers windows whose errors are alike."""
         windows: Windows = data.context
         found, options = windows.panel, self.options
@@ -395,7 +395,7 @@ class Forecasting(Task):
                 "the time and these columns, and no value"
             )
 
-    def answers(self, outputs: Arrays) -> list[list[dict[str, Any]]]:
+    def format_predictions(self, outputs: Arrays) -> list[list[dict[str, Any]]]:
         if self.asking.interval not in LEVELS:
             raise SettingsError(f"interval={self.asking.interval:g}: intervals are learnt for 0.8 and 0.9.")
         windows: Windows = self.asked.context
@@ -443,7 +443,7 @@ class Forecasting(Task):
         }
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.covariates, task.frequency = Covariates.from_json(state["covariates"]), Frequency(**state["frequency"])
         task.standards = {name: tuple(pair) for name, pair in state["standards"].items()}

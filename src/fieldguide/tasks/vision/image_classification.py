@@ -24,7 +24,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import Pictures, suggest_side
 from fieldguide.tasks.base import CheckpointAssets
-from fieldguide.tasks.supervised import ClassificationTask, discrete, mix_pairs, fill_options
+from fieldguide.tasks.supervised import ClassificationTask, discrete, fill_options, mix_pairs
 
 LINEAR_SIDE = 16  # the linear baseline sees pictures of this side
 SAMPLE = 5000  # pictures that mean and deviation are learnt from
@@ -35,9 +35,9 @@ SHARE = 0.3  # of the memory that decoded pictures may fill; beyond it they are 
 class ImageClassification(ClassificationTask):
     name = "image-classification"
     reads = "a folder of pictures per class, or a table of picture paths and labels"
-    takes = ("image", "vector")
+    input_types = ("image", "vector")
     feature = ("image",)
-    recipe: ClassVar = {"augment": "standard", "smoothing": 0.1, "weight_decay": 0.05, "ema": 0.998}
+    recipe: ClassVar = {"augmentation": "standard", "label_smoothing": 0.1, "weight_decay": 0.05, "ema": 0.998}
 
     @dataclass(frozen=True)
     class Options:
@@ -61,13 +61,13 @@ class ImageClassification(ClassificationTask):
         return super().missing_requirements(data) if data.features("image") else "a column of pictures"
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         side = options.side or min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[device().type])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         paths = data.rows[task.column].to_list()
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
-        task.pictures = Pictures.learn(images.load([paths[i] for i in sample], side, channels))
+        task.pictures = Pictures.from_pixels(images.load([paths[i] for i in sample], side, channels))
         if options.pixels:
             task.pictures = task.pictures.scaled(options.pixels)
         task.learn_labels(data)
@@ -81,7 +81,7 @@ class ImageClassification(ClassificationTask):
         rows = np.random.default_rng(0).permutation(len(data))[:most]
         some = data.take(rows)
         small = images.load(some.rows[self.column].to_list(), LINEAR_SIDE, self.pictures.channels).float()
-        label = torch.from_numpy(self.truth(some)["label"])
+        label = torch.from_numpy(self.targets(some)["label"])
         flat = F.normalize((small - small.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1)
         mirrored = F.normalize((small - small.mean((1, 2, 3), keepdim=True)).flip(-1).flatten(1), dim=1)
         near, near_mirrored = flat @ flat.T, mirrored @ flat.T
@@ -92,18 +92,18 @@ class ImageClassification(ClassificationTask):
 
     def model_dims(self) -> dict[str, Any]:
         p = self.pictures
-        return {"classes": len(self.labels), "channels": p.channels, "image": p.side, "features": p.channels * p.side**2}
+        return {"num_classes": len(self.labels), "channels": p.channels, "image": p.side, "features": p.channels * p.side**2}
 
     def data_facts(self) -> dict[str, Any]:
-        return {"side": self.pictures.side, "channels": self.pictures.channels, "classes": len(self.labels)}
+        return {"side": self.pictures.side, "channels": self.pictures.channels, "num_classes": len(self.labels)}
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths = data.rows[self.column].to_list()
         p = self.pictures
         fits = len(paths) * p.channels * p.side**2 < SHARE * ram()
         stored = p.load(paths) if fits else None
-        target = torch.from_numpy(self.truth(data)["label"]) if settings else None
-        how = settings.augment if settings else "none"
+        target = torch.from_numpy(self.targets(data)["label"]) if settings else None
+        how = settings.augmentation if settings else "none"
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             rows = torch.from_numpy(index)
@@ -115,7 +115,7 @@ class ImageClassification(ClassificationTask):
                 batch["target"] = target[rows]
             if generator is not None and settings and settings.mixup:
                 batch = mix_pairs(batch, ("image",), len(self.labels), settings.mixup, generator)
-            if card.takes == "vector":
+            if card.input_type == "vector":
                 batch["vector"] = batch.pop("image").flatten(1)
             return batch
 
@@ -131,7 +131,7 @@ class ImageClassification(ClassificationTask):
         def show(batch: dict[str, Tensor]) -> Sequence[Tensor]:
             x = batch["image"] if "image" in batch else batch["vector"].unflatten(1, (mine.channels, mine.side, mine.side))
             x = mine.remade(x, theirs)
-            return [x.flatten(1) if card.takes == "vector" else x]
+            return [x.flatten(1) if card.input_type == "vector" else x]
 
         return show
 
@@ -192,17 +192,17 @@ class ImageClassification(ClassificationTask):
             cls.Options(side=beside.pictures.side, channels=beside.pictures.channels, flip=False),
         )
         task.pictures = beside.pictures
-        task.restore_target(cls.known(beside.names))
+        task.load_target_state(cls.known(beside.names))
         return task
 
     def state(self) -> dict[str, Any]:
         return {"pictures": self.pictures.to_json(), **self.target_state()}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.pictures = Pictures.from_json(state["pictures"])
-        task.restore_target(state)
+        task.load_target_state(state)
         return task
 
 

@@ -32,7 +32,7 @@ from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import Sampler
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
-from fieldguide.tasks.supervised import discrete, fill_options, binomial_interval
+from fieldguide.tasks.supervised import binomial_interval, discrete, fill_options
 
 SIDES = (8, 16, 24, 28, 32, 48, 64)  # sides that pictures are brought to: doubling reaches all of them
 MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # pixels a side, where the user names none
@@ -58,9 +58,9 @@ class ImageGeneration(Task):
         "a folder of pictures, maybe a folder per class or a .txt with a caption beside each; or a table of picture "
         "paths, maybe with labels or captions"
     )
-    takes = ("noisy", "noise")
+    input_types = ("noisy", "noise")
     feature = ("image",)
-    gives = ("image",)
+    output_types = ("image",)
     column_spec = ColumnSpec("named", names=CAPTIONS, kinds={"target": said})
     metrics = (
         Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN that this data taught"),
@@ -93,7 +93,7 @@ class ImageGeneration(Task):
         predicts: str = "v"  # what a diffusion network names: eps | v
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         count: int = 16  # pictures, where no classes or captions are named; else of each
         steps: int = 20  # of the sampler
         sampler: str = "ddim"  # ddim | ddpm
@@ -118,7 +118,7 @@ class ImageGeneration(Task):
         return None if len(data.features("image")) == 1 else "a column of pictures"
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         captioned = data.target is not None and data.target.kind == "text"
         if data.target is not None and not captioned and not discrete(data.target):
@@ -129,7 +129,7 @@ class ImageGeneration(Task):
         side = options.side or max((s for s in SIDES if s <= min(fits, MOST[device().type])), default=SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
-        task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target and not captioned else []
+        task.labels = list(Labels.fit(data.rows[data.target.name]).names) if data.target and not captioned else []
         task.options = fill_options(options, side=side, channels=channels)
         task.note_classes()
         if captioned:
@@ -147,7 +147,7 @@ class ImageGeneration(Task):
 
     def learn_captions(self, texts: list[str]) -> None:
         """Learns the vocabulary; settles its size and the length."""
-        self.text = Text.learn(texts, size=self.options.vocab)
+        self.text = Text.fit(texts, size=self.options.vocab)
         sizes = [len(ids) for ids in self.text.encode(texts[:NEEDED], 100_000)[0]]
         self.options = fill_options(self.options, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
         if cut := sum(size > self.options.length for size in sizes):
@@ -178,17 +178,17 @@ class ImageGeneration(Task):
         return {
             "image": self.pictures.side,
             "channels": self.pictures.channels,
-            "classes": len(self.labels),
-            **({"vocab": self.text.size, "length": self.options.length} if self.text else {}),
+            "num_classes": len(self.labels),
+            **({"vocab_size": self.text.size, "length": self.options.length} if self.text else {}),
         }
 
     def data_facts(self) -> dict[str, Any]:
-        return {"side": self.pictures.side, "classes": len(self.labels)}
+        return {"side": self.pictures.side, "num_classes": len(self.labels)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        if card.takes == "noise":
+        if card.input_type == "noise":
             classes = len(self.labels)
-            return Adversarial(model, parts["critic"], noise=model.config.noise - classes, real="image", classes=classes)
+            return Adversarial(model, parts["critic"], noise=model.config.noise - classes, real="image", num_classes=classes)
         return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts))
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -251,7 +251,7 @@ class ImageGeneration(Task):
         label = torch.from_numpy(self.tokens(wanted)) if self.text else torch.tensor([known.get(name, 0) for name in wanted])
         return Batches(len(data), lambda index, _: {"label": label[torch.from_numpy(index)], "row": torch.from_numpy(index)})
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         if self.text is not None:
             return [
                 {"caption": self.said(label), "image": Media(png(x), ".png")}
@@ -278,7 +278,7 @@ class ImageGeneration(Task):
         self.matcher = generative.paired(self.known, codes, self.text.size) if self.text else None
         self.judge = generative.taught(self.known, self.known_labels if self.labels else None, len(self.labels))
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         real = self.pictures.apply(self.pictures.load(data.rows[self.column].to_list()))
         return {"real": real.numpy(), "label": self.codes(data)}
 
@@ -414,7 +414,8 @@ class ImageGeneration(Task):
             few = "From the same noise: more steps cost more and add detail."
             by_steps = [
                 Picture(
-                    sheet(self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).numpy()), f"{steps} steps"
+                    sheet(self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).numpy()),
+                    f"{steps} steps",
                 )
                 for steps in (2, 5, 10, 20, 50)
             ]
@@ -455,7 +456,7 @@ class ImageGeneration(Task):
         return {"pictures": self.pictures.to_json(), "labels": self.labels, "captions": self.captions}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.pictures, task.labels = Pictures.from_json(state["pictures"]), state["labels"]
         task.captions = state.get("captions", [])

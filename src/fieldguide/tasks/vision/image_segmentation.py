@@ -70,16 +70,18 @@ class ImageSegmentation(Task):
         "pictures with masks of the same name: folders images and masks, maybe below train, val and test; or pictures "
         "with outlines of objects: COCO JSON or YOLO"
     )
-    takes = ("image",)
+    input_types = ("image",)
     feature = ("image",)
-    gives = ("mask",)
-    column_spec = ColumnSpec("named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, outlined))
+    output_types = ("mask",)
+    column_spec = ColumnSpec(
+        "named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, outlined)
+    )
     metrics = (
         Metric("miou", "max", "mean over classes of the intersection over union", percent=True),
         Metric("pixel_accuracy", "max", "of the pixels right", percent=True),
         Metric("mean_accuracy", "max", "of a class's pixels found, averaged over classes", percent=True),
     )
-    recipe: ClassVar = {"augment": "light", "weight_decay": 0.01, "ema": 0.99}
+    recipe: ClassVar = {"augmentation": "light", "weight_decay": 0.01, "ema": 0.99}
     most, fewest = 16, 4
 
     @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class ImageSegmentation(Task):
         ignore: str = ""  # what is no class, with commas between: values of masks (11,255), names of objects
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         tile: int = 512  # larger pictures are answered in overlapping tiles of so many pixels
 
     canvas: Canvas
@@ -210,7 +212,7 @@ class ImageSegmentation(Task):
         return made
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         kind = device().type
         longest = int(max(data.rows[WIDTH].max(), data.rows[HEIGHT].max()))
@@ -268,10 +270,10 @@ class ImageSegmentation(Task):
         return data
 
     def model_dims(self) -> dict[str, Any]:
-        return {"classes": len(self.names), "channels": self.options.channels}
+        return {"num_classes": len(self.names), "channels": self.options.channels}
 
     def data_facts(self) -> dict[str, Any]:
-        return {"side": self.options.crop, "classes": len(self.names)}
+        return {"side": self.options.crop, "num_classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Segmentation(model, len(self.names), self.asking.tile)
@@ -303,7 +305,12 @@ class ImageSegmentation(Task):
             if generator is not None:
                 pixels, target = load(index, True)
                 image, target = augmented(
-                    torch.from_numpy(pixels), torch.from_numpy(target), inner, self.options.crop, settings.augment, generator
+                    torch.from_numpy(pixels),
+                    torch.from_numpy(target),
+                    inner,
+                    self.options.crop,
+                    settings.augmentation,
+                    generator,
                 )
                 return {"image": self.normal(image), "target": target}
             pixels, target = load(index, bool(truth) and settings is not None)
@@ -329,7 +336,7 @@ class ImageSegmentation(Task):
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """Pixels of each class in each picture, N classes."""
         paths, sizes = self.files(data)
         counts = np.zeros((len(paths), len(self.names)), dtype=np.int64)
@@ -362,15 +369,15 @@ class ImageSegmentation(Task):
         )
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        most = int(self.truth(train)["pixels"].sum(0).argmax())
-        pixels = self.truth(test)["pixels"]
+        most = int(self.targets(train)["pixels"].sum(0).argmax())
+        pixels = self.targets(test)["pixels"]
         counts = np.zeros((*pixels.shape, pixels.shape[1]), dtype=np.int64)
         counts[:, :, most] = pixels
         return [Baseline("majority class", f"calls every pixel {self.names[most]!r}", {"counts": counts})]
 
     # Answers and report
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
         for map_, (height, width) in zip(outputs["map"], outputs["size"].astype(int)):
             mask = map_[:height, :width].astype(np.uint8)
@@ -465,7 +472,7 @@ class ImageSegmentation(Task):
         return {"canvas": self.canvas.to_json(), "names": self.names, "colours": self.colours}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.canvas, task.names = Canvas.from_json(state["canvas"]), state["names"]
         task.colours = [tuple(c) for c in state["colours"]]

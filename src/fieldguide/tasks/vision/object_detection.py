@@ -51,16 +51,16 @@ class Framed(Detection):
 class ObjectDetection(Task):
     name = "object-detection"
     reads = "pictures with boxes: COCO JSON, YOLO (data.yaml, images, labels) or Pascal VOC (Annotations, JPEGImages)"
-    takes = ("image",)
+    input_types = ("image",)
     feature = ("image",)
-    gives = ("boxes",)
+    output_types = ("boxes",)
     column_spec = ColumnSpec("named", names=("objects", "boxes"), kinds={"target": "boxes"})
     metrics = (
         Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True),
         Metric("map50", "max", "mean average precision at IoU 0.50", percent=True),
     )
     monitor = "map50"
-    recipe: ClassVar = {"augment": "light"}  # in the minutes of a CPU mosaics cost more than they give: docs/log.md
+    recipe: ClassVar = {"augmentation": "light"}  # in the minutes of a CPU mosaics cost more than they give: docs/log.md
     most, fewest = 32, 8
 
     @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ObjectDetection(Task):
         flip: float = 0.5  # share of them mirrored; 0 where left and right differ, as in writing
 
     @dataclass(frozen=True)
-    class Asking:
+    class PredictOptions:
         threshold: float | None = None  # least score of an answer; by itself the one with the best F1 on validation pictures
         overlap: float = 0.7  # IoU above which the lower of two boxes of a class is dropped
 
@@ -111,7 +111,7 @@ class ObjectDetection(Task):
         return replace(data, context={"classes": order})
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         task.names = list(data.context["classes"])
         longest = int(max(data.rows[WIDTH].max(), data.rows[HEIGHT].max()))
@@ -153,10 +153,10 @@ class ObjectDetection(Task):
         return boxes, labels, crowd
 
     def model_dims(self) -> dict[str, Any]:
-        return {"classes": len(self.names), "channels": self.options.channels, "image": self.options.side}
+        return {"num_classes": len(self.names), "channels": self.options.channels, "image": self.options.side}
 
     def data_facts(self) -> dict[str, Any]:
-        return {"side": self.options.side, "classes": len(self.names)}
+        return {"side": self.options.side, "num_classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Framed(model, overlap=self.asking.overlap, most=MOST)
@@ -207,9 +207,9 @@ class ObjectDetection(Task):
         return Batches(len(paths), make)
 
     def augment(self, settings: Settings | None) -> Augment | None:
-        if settings is None or settings.augment == "none":
+        if settings is None or settings.augmentation == "none":
             return None
-        if settings.augment == "light":
+        if settings.augmentation == "light":
             return Augment(
                 mosaic=self.options.mosaic or 0.0,
                 scale=0.2,
@@ -223,7 +223,7 @@ class ObjectDetection(Task):
 
     # Scores
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         """Boxes N M 4 in the pictures' own pixels, labels N M (-1: padding), crowd N M."""
         boxes, labels, crowd = self.known(data)
         together, names = pad(boxes, labels)
@@ -295,7 +295,7 @@ class ObjectDetection(Task):
     def least(self) -> float:
         return self.threshold if self.asking.threshold is None else self.asking.threshold
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
         for i in range(len(outputs["labels"])):
             real = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= self.least)
@@ -343,7 +343,7 @@ class ObjectDetection(Task):
         return {"names": self.names, "threshold": self.threshold}
 
     @classmethod
-    def restore(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.names, task.threshold = state["names"], state["threshold"]
         return task

@@ -27,7 +27,7 @@ from fieldguide.objectives import DDIM, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import guided
 from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
-from fieldguide.tasks.supervised import discrete, fill_options, binomial_interval
+from fieldguide.tasks.supervised import binomial_interval, discrete, fill_options
 from fieldguide.tasks.vision.image_generation import ImageGeneration, png, sampler
 
 SIDES = (16, 32, 64)
@@ -44,9 +44,9 @@ class VideoGeneration(ImageGeneration):
         "a folder of films, maybe a folder per class: MP4 and the like, GIF or WebP, or strips with square frames side by "
         "side; or a table of their paths"
     )
-    takes = ("noisy-video",)
+    input_types = ("noisy-video",)
     feature = ("video",)
-    gives = ("video",)
+    output_types = ("video",)
     column_spec = ColumnSpec("named", media={"image": "video"})
     metrics = (
         Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN of this data"),
@@ -67,7 +67,7 @@ class VideoGeneration(ImageGeneration):
         stride: int = 1  # every so many frames of the film
 
     @dataclass(frozen=True)
-    class Asking(ImageGeneration.PredictOptions):
+    class PredictOptions(ImageGeneration.PredictOptions):
         guidance: float = 3.0  # films of a short training show what they are of at 3 more than at 1.5
 
     # Films as tensors
@@ -77,7 +77,7 @@ class VideoGeneration(ImageGeneration):
         return None if len(data.features("video")) == 1 else "a column of films"
 
     @classmethod
-    def learn(cls, data: Data, options: Any) -> Self:
+    def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         if data.target is not None and not discrete(data.target):
             raise DataError(f"{data.source}: the label {data.target.name!r} is to be a class, but holds {data.target.kind}.")
@@ -87,7 +87,7 @@ class VideoGeneration(ImageGeneration):
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         frames = options.frames or max(2, min(LENGTH[kind], shortest // options.stride))
         task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
-        task.labels = list(Labels.learn(data.rows[data.target.name]).names) if data.target else []
+        task.labels = list(Labels.fit(data.rows[data.target.name]).names) if data.target else []
         task.options = fill_options(options, side=side, channels=channels, frames=frames)
         task.note_classes()
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
@@ -172,7 +172,7 @@ class VideoGeneration(ImageGeneration):
     def postprocess(self, outputs: Arrays) -> Arrays:
         return {**outputs, **{k: np.concatenate(list(outputs[k])) for k in ("samples", "label")}}
 
-    def answers(self, outputs: Arrays) -> list[dict[str, Any]]:
+    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         names = ["", *self.labels]
         return [
             {**({"class": names[int(label)]} if self.labels else {}), "video": Media(animated(x), ".webp")}
@@ -193,7 +193,7 @@ class VideoGeneration(ImageGeneration):
     def prepare_scoring(self, rows: int) -> None:
         self.each = -(-FEWEST // rows)
 
-    def truth(self, data: Data) -> Arrays:
+    def targets(self, data: Data) -> Arrays:
         return {"real": self.whole(data).numpy(), "label": self.codes(data)}
 
     def judged(self, outputs: Arrays, truth: Arrays) -> dict[str, Any]:

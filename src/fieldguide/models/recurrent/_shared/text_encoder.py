@@ -17,8 +17,8 @@ from fieldguide.models.layers.recurrent import Recurrent
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab: int = 16_000
-    classes: int = 2
+    vocab_size: int = 16_000
+    num_classes: int = 2
     dim: int = 128  # D
     hidden: int = 256  # H
     depth: int = 1  # layers
@@ -34,10 +34,10 @@ class Reader(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.rnn = Recurrent(self.cell, config.dim, config.hidden, config.depth, config.directions, config.dropout)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.hidden * config.directions, config.classes)
+        self.head = nn.Linear(config.hidden * config.directions, config.num_classes)
         nn.init.normal_(self.embed.weight, std=0.1)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B classes

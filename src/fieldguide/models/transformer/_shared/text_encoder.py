@@ -16,7 +16,7 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.layers.mlp import Mlp
 from fieldguide.models.layers.padding import at_least_one, masked_mean
 
-GIVES = ("words", "label", "labels", "span", "vector")
+OUTPUT_TYPES = ("words", "label", "labels", "span", "vector")
 
 
 class PostNorm(nn.Module):
@@ -63,8 +63,8 @@ class TextEncoder(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        if config.gives not in GIVES:
-            raise SettingsError(f"gives={config.gives!r} is none of {', '.join(GIVES)}")
+        if config.output_type not in OUTPUT_TYPES:
+            raise SettingsError(f"gives={config.output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
 
     @property
     def means(self) -> bool:
@@ -75,13 +75,13 @@ class TextEncoder(nn.Module):
         """The layers that this network's `gives` needs, after all others."""
         c = self.config
         self.last_dropout = nn.Dropout(dropout)
-        if c.gives == "words":
-            self.words = Words(dim, c.vocab, eps)
-        if c.gives == "label" and not self.means:
+        if c.output_type == "words":
+            self.words = Words(dim, c.vocab_size, eps)
+        if c.output_type == "label" and not self.means:
             self.pool = nn.Linear(dim, dim)
-        if c.gives in ("label", "labels"):
-            self.head = nn.Linear(dim, c.classes)
-        if c.gives == "span":
+        if c.output_type in ("label", "labels"):
+            self.head = nn.Linear(dim, c.num_classes)
+        if c.output_type == "span":
             self.span = nn.Linear(dim, 2)
 
     def start(self, std: float) -> None:
@@ -114,7 +114,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:  # B T -> GIVES
         x = self.features(tokens, mask, segments)
-        match self.config.gives:
+        match self.config.output_type:
             case "words":
                 return self.say(x)  # B T vocab
             case "label" if self.means:
