@@ -17,10 +17,10 @@ from safetensors import safe_open
 
 import fieldguide
 from fieldguide.core.errors import DataError, RunError, SettingsError, WeightsError
+from fieldguide.core.run_record import SCHEMA
 from fieldguide.core.settings import Settings
 from fieldguide.data import samples
 from fieldguide.data.splits import Splits
-from fieldguide.inference.run import SCHEMA
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = ("iris_run", "digits_run", "text_run")

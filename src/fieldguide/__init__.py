@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+from fieldguide.core.version import __version__
 
 _HOME = {
     "fit": "fieldguide.automl.fit",

@@ -15,8 +15,8 @@ from pathlib import Path
 import polars as pl
 
 import fieldguide
+from fieldguide.core.run_record import SCHEMA
 from fieldguide.data import samples
-from fieldguide.inference.run import SCHEMA
 
 HERE = Path(__file__).parent
 QUICK = {"steps": 150, "precision": "float32", "batch": 32, "lr": 0.01, "ema": 0, "evaluate": 50}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import fieldguide
 from fieldguide.automl import distillation, finetune, profile
 from fieldguide.automl.advisor import Advice, advise, configured
 from fieldguide.automl.request import address, grouped, read_for, read_request
@@ -22,18 +21,21 @@ from fieldguide.checkpoints import load
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import RunError, SettingsError
+from fieldguide.core.files import write_atomically
 from fieldguide.core.hardware import peak_memory
+from fieldguide.core.run_record import SCHEMA, write_record
 from fieldguide.core.settings import Settings
+from fieldguide.core.version import __version__
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.samples import SAMPLES
 from fieldguide.data.splits import Splits, drawn, split
-from fieldguide.inference.run import SCHEMA, Run, open_run, write_record
+from fieldguide.inference.run import Run, open_run
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
 from fieldguide.tasks import Task, asked_for, infer
 from fieldguide.training import peft
-from fieldguide.training.checkpoint import separate, write_atomically
+from fieldguide.training.checkpoint import separate
 from fieldguide.training.inference_loop import collect
 from fieldguide.training.trainer import State, Trainer
 
@@ -558,7 +560,7 @@ def new_folder(out: str | Path | None, source: Data) -> Path:
 
 def versions() -> dict[str, str]:
     return {
-        "fieldguide": fieldguide.__version__,
+        "fieldguide": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),

@@ -210,7 +210,7 @@ class Tabular(BaseEstimator):
     def callback(self) -> Any:
         if not self.verbose:
             return fitting.NullCallback()
-        from fieldguide.cli.console import Progress
+        from fieldguide.automl.progress import Progress
 
         return Progress()
 

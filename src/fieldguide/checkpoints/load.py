@@ -16,14 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fieldguide.checkpoints import config_mapping, weights
+from fieldguide.checkpoints import config_mapping, run_folder, weights
 from fieldguide.checkpoints.config_mapping import TIMM, WRITTEN, Identified, identified, inwards, named, outwards
 from fieldguide.checkpoints.identify import FREE, Unfilled, headed, headless, recognised, seen, sibling
 from fieldguide.checkpoints.preprocessor_config import pixels, preparation, shown
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
-from fieldguide.data.preprocessing import tokenizer_files
+from fieldguide.data.preprocessing import Pictures, tokenizer_files
 from fieldguide.models.registry import card_of, find
 
 CONFIG = "config.json"
@@ -106,10 +106,10 @@ class Checkpoint:
         if self.card.input_type == "image":
             offered["pixels"] = pixels(preparation(folder)[1], self.card.scale, self.channels)
             if (folder / "run.json").is_file():
-                from fieldguide.inference.run import open_run
-
-                if pictures := getattr(open_run(folder).task, "pictures", None):
-                    offered["pixels"] = pixels({}, (pictures.mean, pictures.std), self.channels)
+                state, _ = run_folder.read_preprocessing(folder)
+                if "pictures" in state:
+                    transform = Pictures.from_json(state["pictures"])
+                    offered["pixels"] = pixels({}, (transform.mean, transform.std), self.channels)
             offered["channels"] = self.channels
         if self.card.input_type == "captioned":
             offered |= self.pictured(folder)
@@ -128,19 +128,11 @@ class Checkpoint:
                 | shown(folder, side, self.channels, card.scale)
                 | ({"template": TEMPLATE} if "embeddings" in card.output_types else {})
             )
-        from fieldguide.inference.run import open_run
-
-        task = open_run(folder).task
-        pictures = task.pictures
-        offered["pixels"] = "/".join(",".join(map(str, values)) for values in (pictures.mean, pictures.std))
-        return offered | {
-            key: value
-            for key, value in (
-                ("resize", getattr(pictures, "way", None)),
-                ("template", getattr(task.options, "template", None)),
-            )
-            if value
-        }
+        state, options = run_folder.read_preprocessing(folder)
+        transform = Pictures.from_json(state["pictures"])
+        offered["pixels"] = "/".join(",".join(map(str, values)) for values in (transform.mean, transform.std))
+        resize, template = getattr(transform, "way", None), options.get("template")
+        return offered | ({"resize": resize} if resize else {}) | ({"template": template} if template else {})
 
 
 def inspect_checkpoint(
@@ -158,11 +150,9 @@ def inspect_checkpoint(
             f"{path} does not exist. For a model of the Hugging Face hub say hf:organisation/name; for a "
             "network with fresh weights, fieldguide.create."
         )
-    if (path / "run.json").is_file():
-        from fieldguide.inference.run import open_run
-
-        run = open_run(path)
-        return Checkpoint(path, run.card, weights.OURS, asdict(run.model.config), run.model.state_dict())
+    if run_folder.is_run(path):
+        card, config, state = run_folder.read_network(path)
+        return Checkpoint(path, card, weights.OURS, asdict(config), state)
     folder = path if path.is_dir() else path.parent
     beside = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
     if path.suffix == ".gguf":  # says itself what it is

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import re
 import warnings
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from fieldguide.checkpoints import torchscript
 from fieldguide.checkpoints.key_mapping import State, Table, Translated, forms, inwards, listed, shape_of, translate
 from fieldguide.core.errors import WeightsError, WeightsWarning, nearest
+from fieldguide.core.files import atomic_path
 
 OURS = "fieldguide"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys that hold the tensors
@@ -308,20 +308,6 @@ def save(model: nn.Module, path: str | Path, format: str = OURS) -> Path:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)  # the folder holds the new name
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

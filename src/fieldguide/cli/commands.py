@@ -58,7 +58,7 @@ def fit(
     changes: Set = None,
 ) -> None:
     """Read data, choose a network, train it, test it, and write a run folder."""
-    from fieldguide.cli.console import Progress
+    from fieldguide.automl.progress import Progress
     from fieldguide.core.errors import SettingsError
 
     settings = pairs(changes)
@@ -283,8 +283,8 @@ def check(
     changes: Set = None,
 ) -> None:
     """Let the doctor look at data without training: what it is, and what is wrong with it."""
+    from fieldguide.automl.progress import print_data
     from fieldguide.automl.request import grouped, read_for
-    from fieldguide.cli.console import print_data
 
     _, _, of_task, kinds, roles = grouped(pairs(changes))
     source, kind, why = read_for(

@@ -5,134 +5,14 @@ from __future__ import annotations
 import fnmatch
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
-# Into a pipe or a file, lines are as long as their content asks; on a terminal they fit it.
-console = Console(highlight=False, soft_wrap=True)
-if not console.is_terminal:
-    console = Console(highlight=False, soft_wrap=True, width=200)
-MOST = 30  # columns of a table of data that are listed
-
-
-class Progress:
-    """Tells a person how `fit` goes: what was found and chosen, then a bar with loss, scores and time left."""
-
-    def __init__(self) -> None:
-        self.bar: Bar | None = None
-        self.best: str = ""
-
-    def log(self, text: str) -> None:
-        (self.bar.console if self.bar else console).print(escape(text))
-
-    def on_data(self, data: Any, task: Any, why: str) -> None:
-        print_data(data, task, why)
-
-    def on_plan(self, advice: Any, config: Any) -> None:
-        best = advice.best
-        console.print(
-            f"\n[bold]{best.name}[/]: {best.parameters:,} parameters, {best.multiply_adds:,} multiply-adds an example"
-        )
-        for reason in best.reasons:
-            console.print(f"  + {escape(reason)}")
-        for reason in best.against:
-            console.print(f"  - {escape(reason)}")
-        others = list(dict.fromkeys(o.architecture for o in advice.options[1:] if o.architecture != best.architecture))
-        if others:
-            console.print(f"  next would be: {', '.join(others[:4])}")
-        ruled = list({o.architecture: o for o in advice.rejected if o.rejected}.values())
-        for option in ruled[:4]:
-            console.print(f"  [dim]ruled out: {option.name}: {escape(option.rejected)}[/]")
-        console.print()
-
-    def on_train_start(self, settings: Any, done: int) -> None:
-        self.bar = Bar(
-            TextColumn("training"),
-            BarColumn(None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[score]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.line = self.bar.add_task("", total=settings.steps, completed=done, loss="-", score="")
-        self.steps, self.told, self.done, self.began = settings.steps, done, done, time.monotonic()
-        self.bar.start()
-        console.print(
-            f"training {settings.steps:,} steps of {settings.batch_size} examples, {settings.optimizer} "
-            f"lr {settings.lr:g}, {settings.precision}"
-        )
-
-    def on_replan(self, steps: int) -> None:
-        self.steps = steps
-        if self.bar:
-            self.bar.update(self.line, total=steps)
-
-    def on_step(self, step: int, losses: dict[str, float]) -> None:
-        text = " ".join(f"{v:.4g}" for k, v in losses.items() if k.endswith("loss"))
-        self.bar.update(self.line, completed=step, loss=text)
-
-    def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None:
-        name, value = next(iter(scores.items()))
-        if best:
-            self.best = f"{value:.4g}"
-        self.bar.update(self.line, score=f"{name} {value:.4g} (best {self.best})")
-        # Without a terminal there is no bar: a line now and then instead.
-        if not console.is_terminal and (best or step == self.steps) and step - self.told >= self.steps / 20:
-            self.told = step
-            left = (time.monotonic() - self.began) / (step - self.done) * (self.steps - step)
-            console.print(f"step {step:,} of {self.steps:,}: validation {name} {value:.4g}; about {left:.0f} s left")
-
-    def on_end(self, run: Any) -> None:
-        self.stop()
-        from fieldguide.report.pages import clock, verdict
-
-        cost = run.record["cost"]
-        console.print(f"\n[bold]{escape(verdict(run.record, run.task.metrics[0]))}[/]")
-        console.print(
-            f"Trained {cost['steps']:,} steps in {clock(cost['seconds'])}; peak memory {cost['peak_memory'] / 2**20:,.0f} MiB."
-        )
-        console.print(f"Report:  {escape(str(run.path / 'report.html'))}")
-        console.print(f"Predict: fieldguide predict {escape(str(run.path))} INPUT...")
-
-    def stop(self) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
-
-    def __del__(self) -> None:
-        self.stop()
-
-
-def print_data(data: Any, task: Any, why: str) -> None:
-    summary = data.manifest.summary()
-    console.print(
-        f"[bold]{escape(data.source)}[/]: {len(data):,} examples from {summary['files']:,} "
-        f"file{'s' if summary['files'] != 1 else ''}" + (f", {summary['dropped']:,} dropped" if summary["dropped"] else "")
-    )
-    shown = list(data.columns.values())
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
-    for name in ("column", "kind", "role", "how that was decided"):
-        table.add_column(name)
-    for column in shown[:MOST]:
-        table.add_row(escape(column.name), column.kind, column.role, escape(column.why))
-    console.print(table)
-    if len(shown) > MOST:
-        console.print(f"  and {len(shown) - MOST} more columns")
-    for finding in data.findings:
-        console.print(f"  {finding.severity}: {finding}", markup=False)
-    console.print(f"task: {task.name} ({escape(why)})")
+from fieldguide.automl.progress import console
 
 
 def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Sequence[str] = ()) -> None:
@@ -175,9 +55,9 @@ def print_stream(pieces: Iterator[str]) -> None:
 
 def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        from fieldguide.inference.run import strict
+        from fieldguide.core.run_record import replace_non_finite
 
-        print(json.dumps(strict(result), allow_nan=False))
+        print(json.dumps(replace_non_finite(result), allow_nan=False))
         return
     table = Table("metric", "value", "95 % interval", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for metric in run.task.metrics:

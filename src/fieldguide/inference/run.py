@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ import numpy as np
 import torch
 
 from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.run_folder import build_network
 from fieldguide.core import distributed
-from fieldguide.core.card import Card
 from fieldguide.core.errors import RunError
+from fieldguide.core.run_record import read_record, write_record
 from fieldguide.core.settings import Settings
 from fieldguide.data.splits import drawn
 from fieldguide.data.validation.checks import enforce
@@ -31,9 +31,6 @@ from fieldguide.inference.predictor import Answering, listed
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
 from fieldguide.tasks import Task
-from fieldguide.training.checkpoint import write_atomically
-
-SCHEMA = 1  # of run.json; every released schema stays readable
 
 
 class Run(Answering):
@@ -41,20 +38,7 @@ class Run(Answering):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            self.record: dict[str, Any] = json.loads((self.path / "run.json").read_text())
-        except FileNotFoundError:
-            raise RunError(f"{self.path} is not a run folder: it has no run.json.") from None
-        except ValueError as error:
-            raise RunError(f"{self.path / 'run.json'} is damaged: {error}.") from None
-        schema = self.record.get("schema") if isinstance(self.record, dict) else None
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise RunError(
-                f"{self.path} was written by a newer fieldguide (schema {schema}, this version reads up to "
-                f"{SCHEMA}). Update fieldguide."
-            )
-        if not isinstance(schema, int) or not {"status", "task", "model", "settings", "data"} <= self.record.keys():
-            raise RunError(f"{self.path / 'run.json'} is damaged or not of a run: its fields are missing.")
+        self.record = read_record(self.path)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.record['model']['size']} for {self.record['task']}, {self.status})"
@@ -85,12 +69,12 @@ class Run(Answering):
 
     def fresh(self) -> torch.nn.Module:
         """The run's network with new weights."""
-        return remade(self.card, self.record["model"]["config"])
+        return build_network(self.card, self.record["model"]["config"])
 
     def fresh_parts(self) -> dict[str, torch.nn.Module]:
         """The networks beside it, such as a generator's critic, with new weights."""
         return {
-            name: remade(registry.card(part["architecture"]), part["config"])
+            name: build_network(registry.card(part["architecture"]), part["config"])
             for name, part in self.record["model"].get("parts", {}).items()
         }
 
@@ -139,29 +123,6 @@ class Run(Answering):
         """Every line of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def remade(card: Card, config: dict[str, Any]) -> torch.nn.Module:
-    """A network with new weights from its config as JSON holds it."""
-    return card.make(card.config(**{k: tupled(v) for k, v in config.items()}))
-
-
-def tupled(value: Any) -> Any:
-    return tuple(map(tupled, value)) if isinstance(value, list) else value
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    content = json.dumps(strict(record), indent=1, ensure_ascii=False, default=str, allow_nan=False)
-    write_atomically(path / "run.json", content.encode())
-
-
-def strict(value: Any) -> Any:
-    """The same value with null for what JSON has no number for: NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_run(path: str | Path) -> Run:

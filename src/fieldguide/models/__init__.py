@@ -11,9 +11,7 @@ class Listing(ModuleType):
     """This package, callable: the folder and the public function share the name `models`."""
 
     def __call__(self, glob: str = "*", *, family: str | None = None, task: str | None = None) -> list[str]:
-        import fieldguide
-
-        return fieldguide.list_models(glob, family=family, task=task)
+        return sys.modules[__name__.partition(".")[0]].list_models(glob, family=family, task=task)
 
 
 sys.modules[__name__].__class__ = Listing

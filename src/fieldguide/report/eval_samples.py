@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from fieldguide.core.files import write_atomically
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Quote, Quotes
 from fieldguide.core.settings import Settings
-from fieldguide.training.checkpoint import write_atomically
 
 VIEWS = 8  # of a whole run
 

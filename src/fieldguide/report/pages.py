@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fieldguide.core.files import write_atomically
 from fieldguide.core.report_elements import Bars, Exhibit, Lines, Table
 from fieldguide.inference.run import Run
 from fieldguide.report import model_card
 from fieldguide.report.eval_samples import Glimpses
 from fieldguide.report.render import Section, render
 from fieldguide.tasks.base import Metric
-from fieldguide.training.checkpoint import write_atomically
 
 
 def write(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> None:

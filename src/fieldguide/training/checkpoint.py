@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -20,25 +19,9 @@ from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from fieldguide.core.errors import TrainingError
+from fieldguide.core.files import write_atomically
 
 KEPT = 2  # newest checkpoints that stay
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes under a temporary name, syncs, renames. On failure the old file stands and the temporary one is gone."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise TrainingError(
-            f"could not write {path}: {error.strerror}. What was saved before is whole. Free some "
-            "space or choose another folder, then go on with `fieldguide fit --resume`."
-        ) from error
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:

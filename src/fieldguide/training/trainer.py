@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fieldguide.core import distributed
 from fieldguide.core.errors import TrainingError
+from fieldguide.core.files import write_atomically
 from fieldguide.core.hardware import keep_memory
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches, mix, training
@@ -339,7 +340,7 @@ class Trainer:
             from safetensors.torch import save as pack
 
             batch = checkpoint.separate({f"{i}.{k}": t for i, b in enumerate(batches) for k, t in b.items()})
-            checkpoint.write_atomically(self.folder / name, pack(batch))
+            write_atomically(self.folder / name, pack(batch))
             kept = f" The batch is kept in {self.folder / name}, the state before it in {self.folder / 'checkpoints'}."
             self.save()
         what = f"loss {parts['loss']}" if not math.isfinite(parts["loss"]) else f"gradient norm {norm}"
@@ -484,4 +485,4 @@ def truncate(path: Path, step: int) -> None:
                 lines.append(line)
         except ValueError:
             pass
-    checkpoint.write_atomically(path, "".join(line + "\n" for line in lines).encode())
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())

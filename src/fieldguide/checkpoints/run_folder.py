@@ -1,0 +1,53 @@
+"""Read what a new fit needs of an earlier run: its network, weights, and how it prepared its inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fieldguide.checkpoints import weights
+from fieldguide.core.card import Card
+from fieldguide.core.errors import RunError
+from fieldguide.core.run_record import read_record
+from fieldguide.models import registry
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether `folder` is the folder of a run."""
+    return (folder / "run.json").is_file()
+
+
+def build_network(card: Card, config: dict[str, Any]) -> nn.Module:
+    """Return a network with new weights from its config as stored in JSON, where tuples are lists."""
+    return card.make(card.config(**{key: to_tuple(value) for key, value in config.items()}))
+
+
+def to_tuple(value: Any) -> Any:
+    """Return nested lists as nested tuples."""
+    return tuple(map(to_tuple, value)) if isinstance(value, list) else value
+
+
+def read_network(folder: Path) -> tuple[Card, Any, dict[str, Tensor]]:
+    """Return card, config and state dict of a finished run's network. Raises `RunError` if the run is not finished."""
+    record = read_record(folder)
+    if record["status"] != "done":
+        raise RunError(f"{folder} is not finished. Continue it with `fieldguide fit --resume {folder}`.")
+    card = registry.card(record["model"]["architecture"])
+    network = build_network(card, record["model"]["config"])
+    weights.load(network, folder / "model.safetensors")
+    return card, network.config, network.state_dict()
+
+
+def read_preprocessing(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fitted preprocessing state and the options of a run's task, as its task.json holds them."""
+    path = folder / "preprocess" / "task.json"
+    try:
+        record = json.loads(path.read_text())
+        return record["state"], record["options"]
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: the run folder is incomplete.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error}.") from None
