@@ -1,4 +1,4 @@
-"""Data: any source as one typed, checked table; how to split it, and how to prepare it for a network."""
+"""Data: reading any source into one typed and checked table, splitting it, and preprocessing it for models."""
 
 from fieldguide.data.dataset import Column, Data, FileEntry, Finding, Kind, Manifest, Role
 from fieldguide.data.read import read

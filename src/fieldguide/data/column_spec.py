@@ -1,7 +1,7 @@
-"""Roles: what the columns of a table are for, and what a task wants them to be.
+"""Column roles: what the columns of a table are used for, and which roles and types a task requires.
 
-Columns get a role from the user, else from the reader (a folder of recordings knows its transcripts), else, where a
-task wants that role, from their names.
+A column's role comes from the user, else from the reader (for example the transcripts of a folder of recordings), else,
+if the task uses that role, from the column's name.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import polars as pl
 from fieldguide.data.dataset import Data, Finding, Kind, Role
 
 TARGETS = ("target", "label", "labels", "class", "y", "sentiment", "category", "outcome", "species")
-CAPTIONS = ("caption", "captions", "prompt")  # of what pictures show
-NAMES: dict[Role, tuple[str, ...]] = {  # names that people give to columns of these roles, likeliest first
+CAPTIONS = ("caption", "captions", "prompt")  # names of columns with image captions
+NAMES: dict[Role, tuple[str, ...]] = {  # common names of columns with these roles, most likely first
     "user": ("user", "user_id", "userid", "uid", "customer", "customer_id", "session", "session_id", "reviewer_id"),
     "item": (
         "item",
@@ -58,18 +58,17 @@ NAMES: dict[Role, tuple[str, ...]] = {  # names that people give to columns of t
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """What a task asks of a table's columns.
+    """What a task requires of a table's columns.
 
-    target   "last": by its name, else the last column; "named": only by its name; "numbers": by its name, else every
-             column of numbers that is left; "none": there is none
-    names    further names by which a target is known, likeliest first
-    roles    roles that are given to columns by their names
-    kinds    role -> the kind that columns of this role hold, whatever they look like; or what says it by their values (None:
-             as they look)
-    columns  name -> kind, of columns that mean one thing by convention
-    media    kind -> kind: pictures that are to be read as something else, such as strips of frames
-    gaps     rows without a value of the target are kept: the task knows what to do with them
-    checks   what the doctor looks at in place of what it looks at in tables whose rows are examples
+    target   "last": chosen by name, else the last column; "named": only by name; "numbers": by name, else every
+             remaining numeric column; "none": no target
+    names    additional target names, most likely first
+    roles    roles assigned to columns by name
+    kinds    role -> type of the columns with this role, or a function of their values that returns it (None: inferred)
+    columns  name -> type, for columns with a conventional meaning
+    media    type -> type, for media that are read as another type, such as images that are strips of video frames
+    gaps     keep rows without a target value; the task handles them
+    checks   data checks that replace the default ones, which assume that rows are examples
     """
 
     target: Literal["last", "named", "numbers", "none"] = "last"
@@ -82,17 +81,17 @@ class ColumnSpec:
     checks: tuple[Callable[[Data], Iterator[Finding]], ...] | None = None
 
     def kind(self, role: Role, values: pl.Series) -> Kind | None:
-        """The kind that a column of this role holds; None where it is to be seen from its values."""
+        """Return the type of a column with this role, or None if it is inferred from the values."""
         kind = self.kinds.get(role)
         return kind(values) if callable(kind) else kind
 
     def by_name(self, role: Role, columns: Sequence[str]) -> str | None:
-        """The column whose name says that it has this role."""
+        """Return the column whose name implies this role, or None."""
         names = (*self.names, *TARGETS) if role == "target" else NAMES.get(role, ())
         return next((c for name in names for c in columns if plain(c) == name), None)
 
 
 def plain(name: str) -> str:
-    """A column's name as conventions spell it: lower case, words joined by _, without the type that RecBole's atomic
-    files write behind a colon (`user_id:token`)."""
+    """Normalize a column name: lower case, words joined by "_", without the type suffix of RecBole's atomic files
+    (`user_id:token`)."""
     return name.partition(":")[0].strip().lower().replace(" ", "_").replace("-", "_")

@@ -1,4 +1,4 @@
-"""Kinds: what a column of raw text holds. Everything is read as text first, then typed here by column."""
+"""Column types: inference of what a column of raw text holds. Columns are read as text and typed here, one by one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import polars as pl
 
 from fieldguide.data.dataset import Column, Kind
 
-MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "#n/a")  # compared in lower case
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "#n/a")  # lower case
 TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
-MOSTLY = 0.9  # a column is numeric (a date) when at least this share of its values is
-FEW_CLASSES = 20  # a target of at most so many different whole numbers is classes, not an amount
+MOSTLY = 0.9  # minimum fraction of values that parse as a type for the column to have it
+FEW_CLASSES = 20  # a target with at most this many distinct integers is a class label, not a quantity
 IMAGE_NAME = r"(?i)\.(png|jpe?g|bmp|gif|webp|tiff?|pp?m|pgm|ico|jp2|avif)$"
 VIDEO_NAME = r"(?i)\.(mp4|avi|mov|mkv|webm|m4v|mpe?g)$"
 AUDIO_NAME = r"(?i)\.(wave?|flac|og[ga]|opus|mp3|aiff?|au|m4a|aac|wma)$"
@@ -43,24 +43,24 @@ DATES = (
 )
 ZONED = r"(Z|[+-]\d\d:?\d\d)$"
 DATE = pl.Datetime("us")
-SPEAKERS = ("system", "user", "assistant")  # who may speak in a conversation
-NESTED = ("boxes", "messages", "list")  # kinds whose values are lists
+SPEAKERS = ("system", "user", "assistant")  # valid roles in a conversation
+NESTED = ("boxes", "messages", "list")  # types whose values are lists
 
 
 @dataclass
 class Typed:
-    """A column after typing: description, values, and the rows whose value did not fit (now missing)."""
+    """A typed column: description, values, and the rows whose value could not be converted (now missing)."""
 
     column: Column
     values: pl.Series
-    misfits: dict[int, str] = field(default_factory=dict)  # row -> the text that stood there
+    misfits: dict[int, str] = field(default_factory=dict)  # row -> original text
     infinite: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     expected: int = 0
 
 
 def blank_missing(series: pl.Series) -> pl.Series:
-    """Text without blanks at the ends; markers of missing values ("", NA, ?, ...) as null."""
+    """Strip whitespace and replace markers of missing values ("", NA, ?, ...) with null."""
     text = series.str.strip_chars()
     short = text.str.len_bytes() <= 4
     gone = text.set(~short, "x").str.to_lowercase().is_in(MISSING)
@@ -68,8 +68,8 @@ def blank_missing(series: pl.Series) -> pl.Series:
 
 
 def type_column(series: pl.Series, *, kind: Kind | None = None, target: bool = False) -> Typed:
-    """Decide what a column holds, or convert it to `kind`. Values that do not fit become missing and are kept
-    in `misfits`."""
+    """Infer the type of a column, or convert it to `kind`. Values that cannot be converted become missing and are
+    kept in `misfits`."""
     name = series.name
     if series.dtype in (pl.Categorical, pl.Enum):
         series = series.cast(pl.String)
@@ -80,7 +80,7 @@ def type_column(series: pl.Series, *, kind: Kind | None = None, target: bool = F
 
 
 def native(name: str, series: pl.Series, kind: Kind | None, target: bool) -> Typed:
-    """Columns that already have a type: Parquet, JSON, data frames."""
+    """Type a column that is not text (from Parquet, JSON or a data frame)."""
     if series.dtype.is_numeric() and kind in (None, "number", "constant"):
         typed = number(name, series.cast(pl.Float64), "stored as numbers")
         return typed if kind else refine(typed, series, target)
@@ -93,22 +93,25 @@ def native(name: str, series: pl.Series, kind: Kind | None, target: bool) -> Typ
             series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
         return done(name, series.cast(DATE), "date", "stored as dates")
     if series.dtype.is_nested() and (kind in NESTED or is_messages(series.dtype)):
-        return done(name, series, kind or "messages", "as given" if kind else "lists of who says what: a conversation each")
+        return done(
+            name, series, kind or "messages", "as given" if kind else "lists of {role, content}: one conversation per row"
+        )
     if series.dtype.is_nested() or series.dtype in (pl.Binary, pl.Object, pl.Duration):
-        typed = done(name, series, "constant", f"stored as {series.dtype}, which is not understood")
+        typed = done(name, series, "constant", f"stored as {series.dtype}, which is not supported")
         typed.column.role = "ignored"
-        typed.notes.append(f"column {name!r} holds {series.dtype}, which is not understood; it is ignored")
+        typed.notes.append(f"column {name!r} has type {series.dtype}, which is not supported; it is ignored")
         return typed
     return type_column(series.cast(pl.String), kind=kind, target=target)
 
 
 def is_messages(dtype: pl.DataType) -> bool:
-    """Whether values are lists of {role, content}, as chat data is written."""
+    """Return whether the values are lists of {role, content}, the usual format of chat data."""
     inner = getattr(dtype, "inner", None)
     return isinstance(inner, pl.Struct) and {"role", "content"} <= {f.name for f in inner.fields}
 
 
 def guessed(name: str, text: pl.Series, target: bool) -> Typed:
+    """Infer the type of a text column from its values."""
     present = text.drop_nulls()
     n, distinct = present.len(), present.n_unique()
     if n == 0:
@@ -119,7 +122,7 @@ def guessed(name: str, text: pl.Series, target: bool) -> Typed:
     share = numbers.drop_nulls().len() / n
     if share >= MOSTLY:
         if present.str.contains(r"^-?0\d").any() and present.str.contains(r"^\d+$").all():
-            return done(name, text, "category", "digits with leading zeros: a code, not an amount")
+            return done(name, text, "category", "digits with leading zeros: a code, not a quantity")
         typed = number(name, numbers, f"{percent(share)} of the values are numbers")
         misfit(typed, text, numbers, n)
         return refine(typed, text, target)
@@ -129,43 +132,43 @@ def guessed(name: str, text: pl.Series, target: bool) -> Typed:
     if not target:
         dates, form, other = as_dates(text)
         if dates is not None:
-            typed = done(name, dates, "date", f"dates of the form {form}")
+            typed = done(name, dates, "date", f"dates in the format {form}")
             misfit(typed, text, dates, n)
             if other:
-                typed.notes.append(f"column {name!r}: dates can be read as {form} or {other}; read as {form}")
+                typed.notes.append(f"column {name!r}: dates match both {form} and {other}; parsed as {form}")
             return typed
     return words(name, text, present, n, distinct, share, target)
 
 
 def words(name: str, text: pl.Series, present: pl.Series, n: int, distinct: int, share: float, target: bool) -> Typed:
-    """Pictures, recordings, free text, identifiers or categories: all that is no number, date or truth value."""
+    """Type a column that is not number, date or boolean: media files, free text, identifiers or categories."""
     if not target and present.str.contains(IMAGE_NAME).mean() >= MOSTLY:
-        return done(name, text, "image", "the values are names of picture files")
+        return done(name, text, "image", "the values are names of image files")
     if not target and present.str.contains(VIDEO_NAME).mean() >= MOSTLY:
-        return done(name, text, "video", "the values are names of films")
+        return done(name, text, "video", "the values are names of video files")
     if not target and present.str.contains(AUDIO_NAME).mean() >= MOSTLY:
-        return done(name, text, "audio", "the values are names of sound files")
+        return done(name, text, "audio", "the values are names of audio files")
     length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()
     long = spoken(present) or (spaces >= 2 and distinct > 0.9 * n)
     if target and not (long and distinct > 0.5 * n and n >= 20):
         return done(name, text, "category", f"the target has {distinct} classes")
     if long and (distinct > 0.5 * n or n < 20 or length >= 100):
-        return done(name, text, "text", f"{length:.0f} characters a value, {percent(distinct / n)} distinct")
+        return done(name, text, "text", f"{length:.0f} characters per value, {percent(distinct / n)} distinct")
     if distinct >= 0.95 * n and n >= 20:
         return done(name, text, "identifier", f"{percent(distinct / n)} of the values are distinct")
-    mixed = f"; {percent(share)} are numbers, too few for a number" if share >= 0.1 else ""
-    return done(name, text, "category", f"{distinct} different values{mixed}")
+    mixed = f"; only {percent(share)} are numbers" if share >= 0.1 else ""
+    return done(name, text, "category", f"{distinct} distinct values{mixed}")
 
 
 def spoken(present: pl.Series) -> bool:
-    """Whether values are phrases and sentences, by their mean length: names are shorter."""
+    """Return whether the values are phrases or sentences, judged by mean length."""
     length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()
-    foreign = (present.str.len_bytes() > 2 * present.str.len_chars()).mean()  # scripts without blanks
+    foreign = (present.str.len_bytes() > 2 * present.str.len_chars()).mean()  # scripts without spaces
     return bool((length >= 20 and spaces >= 2) or (length >= 8 and foreign > 0.5))
 
 
 def are_files(values: pl.Series) -> bool:
-    """Whether values are names of pictures, films or recordings."""
+    """Return whether the values are names of image, video or audio files."""
     present = values.drop_nulls() if values.dtype == pl.String else pl.Series(dtype=pl.String)
     return any(
         (present.str.strip_chars().str.contains(name).mean() or 0) >= MOSTLY for name in (IMAGE_NAME, VIDEO_NAME, AUDIO_NAME)
@@ -173,7 +176,7 @@ def are_files(values: pl.Series) -> bool:
 
 
 def refine(typed: Typed, source: pl.Series, target: bool) -> Typed:
-    """A number may be a truth value, a row number, or, as a target, a class."""
+    """Refine a numeric column to boolean, identifier or constant, or to category if it is a target with few values."""
     column, name = typed.column, typed.column.name
     present = typed.values.drop_nulls()
     n, distinct = present.len(), present.n_unique()
@@ -182,7 +185,7 @@ def refine(typed: Typed, source: pl.Series, target: bool) -> Typed:
         if whole and distinct <= max(2, min(FEW_CLASSES, n // 4)):
             text = source if source.dtype == pl.String else whole_text(typed.values)
             text = text.set(typed.values.is_null(), None)
-            new = column_of(name, text, "category", f"the target has {distinct} different whole numbers")
+            new = column_of(name, text, "category", f"the target has {distinct} distinct integers")
             return replace(typed, column=new, values=text)
         return typed
     if distinct == 1 and n == typed.values.len():
@@ -193,12 +196,12 @@ def refine(typed: Typed, source: pl.Series, target: bool) -> Typed:
     elif whole and distinct == n and n >= 20 and n == typed.values.len():
         step = present.diff().drop_nulls()
         if bool((step == 1).all()) or re.search(r"(?i)(^|[_\s])(id|index|key|uuid|nr|no)$|[a-z]I[Dd]$", name):
-            column.kind, column.why = "identifier", "a different whole number on every row"
+            column.kind, column.why = "identifier", "a distinct integer in every row"
     return typed
 
 
 def forced(name: str, text: pl.Series, kind: Kind) -> Typed:
-    """Convert to a kind that is already known: from the user, or from the schema of a trained model."""
+    """Convert text to a known type, given by the user or by the schema of a trained model."""
     n = text.len() - text.null_count()
     why = "as given"
     if kind == "number":
@@ -208,7 +211,7 @@ def forced(name: str, text: pl.Series, kind: Kind) -> Typed:
     elif kind == "date":
         dates, form, _ = as_dates(text, least=0.0)
         values = dates if dates is not None else pl.Series(name, [None] * text.len(), dtype=DATE)
-        why = f"as given; of the form {form}" if form else why
+        why = f"as given, in the format {form}" if form else why
     else:
         return done(name, text, kind, why)
     typed = number(name, values, why) if kind == "number" else done(name, values, kind, why)
@@ -217,6 +220,7 @@ def forced(name: str, text: pl.Series, kind: Kind) -> Typed:
 
 
 def number(name: str, values: pl.Series, why: str) -> Typed:
+    """Return a numeric column; infinite values become missing and their rows are kept in `infinite`."""
     values = values.fill_nan(None)
     infinite = values.is_infinite().fill_null(False)
     places = infinite.arg_true().to_list()
@@ -236,14 +240,14 @@ def column_of(name: str, values: pl.Series, kind: Kind, why: str) -> Column:
 
 
 def misfit(typed: Typed, text: pl.Series, values: pl.Series, expected: int) -> None:
-    """Note rows whose text is there but gave no value."""
+    """Record the rows whose text is not empty but could not be converted."""
     wrong = (text.is_not_null() & values.is_null()).arg_true()
     typed.misfits = dict(zip(wrong.to_list(), text[wrong].to_list())) if wrong.len() else {}
     typed.expected = expected
 
 
 def as_numbers(text: pl.Series) -> pl.Series:
-    """Numbers from text; a decimal comma is understood where a column has no points. NaN is missing."""
+    """Parse numbers from text. Decimal commas are accepted if the column contains no points; NaN is missing."""
     values = text.cast(pl.Float64, strict=False)
     if values.null_count() > text.null_count() and bool(text.str.contains(r"^[+-]?\d+,\d+$").any()):
         commas = text.str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)
@@ -253,13 +257,17 @@ def as_numbers(text: pl.Series) -> pl.Series:
 
 
 def truth(text: pl.Series) -> pl.Series:
+    """Parse booleans from text; other values become null."""
     low = text.str.to_lowercase().str.strip_suffix(".0")
     values = low.is_in(TRUE)
     return values.set((~low.is_in(TRUE + FALSE)).fill_null(True), None).rename(text.name)
 
 
 def as_dates(text: pl.Series, least: float = MOSTLY) -> tuple[pl.Series | None, str, str]:
-    """Dates from text: the values, the form that fits best, and another form that fits as well (or "")."""
+    """Parse dates from text.
+
+    Returns the values (or None), the best matching format, and another format that matches equally well (or "").
+    """
     sample = text.drop_nulls()
     if not bool(sample.head(200).str.contains(r"\d").any()):
         return None, "", ""

@@ -1,7 +1,7 @@
-"""Data: what every reader yields. One table with a row an example, typed columns, a manifest of its files.
+"""Data: one table with one row per example, typed columns and a manifest of the files it was read from.
 
-Media (pictures, sound) stand in the table as absolute paths; tasks open them. So a CSV, a folder of photos
-and a folder of recordings look alike to all that follows.
+Every reader produces this structure. Media (images, audio, video) are stored in the table as absolute paths and are
+opened by the tasks, so a CSV, a folder of images and a folder of recordings look the same to the rest of the code.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ Kind = Literal[
 Role = Literal["feature", "target", "group", "time", "split", "ignored", "user", "item", "rating", "series"]
 Severity = Literal["error", "warning", "note"]
 
-# Bookkeeping columns of `rows`, beside the typed ones of `columns`:
-FILE, LINE = "#file", "#line"  # index into the manifest, line (or row number) there
-HASH = "#hash"  # digest of a row's pixels or samples: equal pictures, equal digest
-WIDTH, HEIGHT, CHANNELS = "#width", "#height", "#channels"  # of a picture as shown; 1 grey, 3 colour
-SECONDS, RATE = "#seconds", "#rate"  # of a recording or a film: its length, its samples (frames) a second
-FRAMES = "#frames"  # of a film
+# Bookkeeping columns of `rows`, in addition to the typed columns in `columns`:
+FILE, LINE = "#file", "#line"  # index into the manifest; line (or row number) in that file
+HASH = "#hash"  # digest of a row's pixels or samples; equal images have equal digests
+WIDTH, HEIGHT, CHANNELS = "#width", "#height", "#channels"  # of an image after EXIF rotation; 1 = gray, 3 = color
+SECONDS, RATE = "#seconds", "#rate"  # of a recording or video: duration and samples (frames) per second
+FRAMES = "#frames"  # number of frames of a video
 MASK_WIDTH, MASK_HEIGHT = "#mask_width", "#mask_height"
 BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS, SECONDS, RATE, FRAMES, MASK_WIDTH, MASK_HEIGHT)
 
 
 @dataclass
 class Column:
-    """A column, what it holds and what it is for. `why` says in words how that was decided."""
+    """A column: its type (`kind`), its role, and a text (`why`) that explains how the type was chosen."""
 
     name: str
     kind: Kind
@@ -56,9 +56,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing the doctor saw: what, where (first few places), how often, and what to do about it.
+    """A problem found by the data checks: what it is, the first places it occurs, how often, and the remedy.
 
-    `unusable` is how many rows or files it makes unusable; an `error` stops `fit` whatever the count.
+    `unusable` is the number of rows or files that cannot be used because of it. A finding with severity `error`
+    stops `fit` regardless of the count.
     """
 
     check: str
@@ -78,7 +79,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file that was read: path from the root, bytes, SHA-256 of its content, rows taken and dropped."""
+    """A file that was read: path relative to the root, size in bytes, SHA-256, number of rows used and dropped."""
 
     path: str
     bytes: int
@@ -89,19 +90,21 @@ class FileEntry:
 
 @dataclass
 class Manifest:
-    """Which files made the data. `digest` names the whole: same digest, same data."""
+    """The files the data was read from. `digest` identifies the data: equal digests mean equal data."""
 
     root: str
     files: list[FileEntry] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
+        """Return the SHA-256 of the hashes and paths of all files."""
         import hashlib
 
         lines = sorted(f"{f.sha256}  {f.path}" for f in self.files)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
+        """Return the root, the totals over all files and the digest as a JSON-compatible dictionary."""
         return {
             "root": self.root,
             "files": len(self.files),
@@ -114,7 +117,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class SkippedInput:
-    """An input that cannot be used: how many usable rows stand before it, where it is, and why."""
+    """An input that cannot be used: number of usable rows before it, its location and the reason."""
 
     before: int
     place: str
@@ -123,12 +126,12 @@ class SkippedInput:
 
 @dataclass
 class Data:
-    """Examples as a table (`rows`), their schema (`columns`), where they are from, what is wrong with them.
+    """Examples as a table (`rows`) with their schema (`columns`), manifest and findings.
 
-    `splits`, where the source names them (folders train/ val/ test/, or a split column), holds "train", "val"
-    or "test" for each row; else it is None and `fieldguide.data.splits` makes them. `context` is what the rows of a
-    task's examples refer to beside themselves, such as the whole series of which they are windows. `how` says in words how
-    `splits` came about, where not the source gave them. `unread` names what a lenient reading could not use.
+    `splits` holds "train", "val" or "test" for each row if the source defines splits (folders train/ val/ test/, or a
+    split column); otherwise it is None and `fieldguide.data.splits` creates them. `context` holds what the rows of a
+    task's examples refer to, such as the full series that windows are cut from. `how` describes how `splits` were
+    made if they do not come from the source. `skipped` lists the inputs that a lenient reader could not use.
     """
 
     source: str
@@ -145,24 +148,26 @@ class Data:
         return self.rows.height
 
     def role(self, role: Role) -> list[Column]:
+        """Return the columns with a role."""
         return [c for c in self.columns.values() if c.role == role]
 
     def features(self, *kinds: Kind) -> list[Column]:
-        """Feature columns, of these kinds only where kinds are given."""
+        """Return the feature columns, restricted to the given types if any are passed."""
         return [c for c in self.role("feature") if not kinds or c.kind in kinds]
 
     @property
     def target(self) -> Column | None:
+        """The first target column, or None."""
         return next(iter(self.role("target")), None)
 
     def place(self, row: int) -> str:
-        """`path:line` of a row, for messages."""
+        """Return `path:line` of a row, for messages."""
         entry = self.manifest.files[self.rows[FILE][row]] if FILE in self.rows.columns else None
         line = self.rows[LINE][row] if LINE in self.rows.columns else None
         return f"{entry.path if entry else self.source}{f':{line}' if line else ''}"
 
     def take(self, index: Sequence[int] | np.ndarray) -> Data:
-        """The same data with these rows only, in this order."""
+        """Return the data restricted to these rows, in this order."""
         index = np.asarray(index)
         return Data(
             self.source,
@@ -177,7 +182,7 @@ class Data:
         )
 
     def without(self, bad: np.ndarray) -> Data:
-        """The same data without these rows (a mask), which the manifest counts, file by file."""
+        """Return the data without the rows marked in `bad` (boolean, N); the manifest counts them as dropped per file."""
         if not bad.any():
             return self
         lost = np.bincount(self.rows[FILE].to_numpy()[bad], minlength=len(self.manifest.files))
@@ -189,10 +194,11 @@ class Data:
         return kept
 
     def only(self, role: Role) -> Column:
-        """The one column of a role. Raises `LookupError` where there is none."""
+        """Return the first column with a role. Raises `LookupError` if there is none."""
         for column in self.role(role):
             return column
-        raise LookupError(f"{self.source} has no column of the role {role!r}")
+        raise LookupError(f"{self.source} has no column with the role {role!r}")
 
     def schema(self) -> list[dict[str, Any]]:
+        """Return the columns as dictionaries, as they are written to run folders."""
         return [asdict(c) for c in self.columns.values()]

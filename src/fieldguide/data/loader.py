@@ -1,7 +1,7 @@
-"""Batches: which examples each step sees, and how they reach the network.
+"""Batches: which examples each training step uses, and how batches are loaded.
 
-Order, augmentation and dropout are pure functions of (seed, step). So resuming at step k needs no saved loader, worker
-or random state: it begins the plan at k, and everything after is bit for bit what it would have been.
+Order, augmentation and dropout are pure functions of (seed, step). Resuming at step k therefore needs no saved loader,
+worker or random state: the plan starts at k, and all later steps are bitwise identical to an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-WINDOW = 32  # batches that are sorted by length together
+WINDOW = 32  # batches per window; examples are sorted by length within a window
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Prepared examples. `make(index, generator)` gives the batch of these rows; with a generator, augmented.
+    """Prepared examples. `make(index, generator)` returns the batch of these rows, augmented if a generator is passed.
 
-    `lengths`, where given (tokens, samples, frames), lets batches hold examples of similar length.
+    `lengths` (tokens, samples or frames per example), if given, lets batches hold examples of similar length.
     """
 
     count: int
@@ -33,13 +33,14 @@ class Batches:
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
+    """Return the number of full batches per epoch, at least 1."""
     return max(1, count // batch)
 
 
 def plan(
     count: int, batch: int, seed: int, lengths: np.ndarray | None = None, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(step, row numbers) from step `start` on. Each epoch is a fresh shuffle; its odd remainder is left out."""
+    """Yield (step, row indices) from step `start` on. Each epoch is reshuffled and drops its last incomplete batch."""
     batch, each = min(batch, count), steps_per_epoch(count, batch)
     step = start
     while stop is None or step < stop:
@@ -56,14 +57,14 @@ def plan(
 
 
 def similar(order: np.ndarray, lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
-    """The shuffled order with neighbours of similar length: sorted within windows, whole batches shuffled again."""
+    """Sort the shuffled order by length within windows, then shuffle whole batches again."""
     windows = np.arange(len(order)) // (WINDOW * batch)
     order = order[np.lexsort((lengths[order], windows))]
     return order.reshape(-1, batch)[rng.permutation(len(order) // batch)].ravel()
 
 
 def typical(batches: Batches, batch: int) -> np.ndarray:
-    """Rows of one batch as a step sees it: of similar length, and that the mean."""
+    """Return the rows of one representative batch: examples with lengths closest to the mean."""
     rows = np.arange(len(batches))
     if batches.lengths is not None:
         rows = np.argsort(np.abs(batches.lengths - batches.lengths.mean()), kind="stable")
@@ -71,22 +72,22 @@ def typical(batches: Batches, batch: int) -> np.ndarray:
 
 
 def share(index: np.ndarray, part: int, parts: int) -> np.ndarray:
-    """The part of a batch that one process, or one accumulation, works through."""
+    """Return the part of a batch that one process or one accumulation step handles."""
     return np.array_split(index, parts)[part]
 
 
 def generator(seed: int, *numbers: int) -> torch.Generator:
-    """A random generator that depends on these numbers alone."""
+    """Return a random generator that depends only on these numbers."""
     return torch.Generator().manual_seed(mix(seed, *numbers))
 
 
 def mix(*numbers: int) -> int:
-    """One 63-bit seed out of several numbers."""
+    """Combine several numbers into one 63-bit seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Fetch(Dataset):
-    """Makes whole batches, in the main process or a worker: no example is handled alone."""
+    """A dataset whose items are whole batches, built in the main process or in a worker."""
 
     def __init__(self, batches: Batches, seed: int, augment: bool):
         self.batches, self.seed, self.augment = batches, seed, augment
@@ -98,7 +99,7 @@ class Fetch(Dataset):
 
 @dataclass(frozen=True)
 class Asked:
-    """The order in which a process fetches: (step, part, rows), for a `DataLoader` to walk as its sampler."""
+    """A `DataLoader` sampler that yields (step, part, row indices) in the order in which a process loads them."""
 
     batches: Batches
     batch: int
@@ -126,8 +127,10 @@ def training(
     workers: int = 0,
     pin: bool = False,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(step, augmented batch) for steps start .. stop. Each step's batch is cut into `parts`, of which this
-    process's (`mine`) are given one after another."""
+    """Yield (step, augmented batch) for steps `start` to `stop` - 1.
+
+    Each step's batch is divided into `parts`; the parts in `mine` are yielded one after another.
+    """
     asked, fetch = Asked(batches, batch, parts, mine, seed, start, stop), Fetch(batches, seed, augment=True)
     if workers == 0:
         return (fetch[one] for one in asked)
@@ -135,7 +138,7 @@ def training(
 
 
 def in_order(batches: Batches, batch: int, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Every example once, unaugmented, with its row numbers; similar lengths together, so not in row order."""
+    """Yield (row indices, batch) for every example once, without augmentation, sorted by length if lengths are known."""
     rows = np.arange(len(batches)) if rows is None else rows
     if batches.lengths is not None:
         rows = rows[np.argsort(batches.lengths[rows], kind="stable")]

@@ -1,4 +1,4 @@
-"""`read`: any source as one `Data`. Find the reader, type the columns, give them roles, check, report."""
+"""`read`: load any source as `Data`: select a reader, infer column types, assign roles and run the data checks."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from fieldguide.data.media import media_types
 from fieldguide.data.readers import delimited
 from fieldguide.data.validation import checks, findings
 
-LONE = ("image", "text", "audio", "video")  # a reader's own name for a column of these gives way to the model's
-EVENTS = ("user", "item")  # a table with columns so called tells who met what
-NEEDED = ("feature", "user", "item", "series")  # roles without whose columns a model cannot predict
+LONE = ("image", "text", "audio", "video")  # types whose column may be renamed to match the schema of a trained model
+EVENTS = ("user", "item")  # a table with columns of these names holds user-item interactions
+NEEDED = ("feature", "user", "item", "series")  # roles of columns that prediction requires
 
 
 def read(
@@ -53,19 +53,24 @@ def read(
     labels_optional: bool = False,
     lenient: bool = False,
 ) -> Data:
-    """Read a table, a folder of pictures or texts, a data frame, or a sample by its name, and check it.
+    """Read and check a table, a folder of images or texts, a data frame, or a built-in sample.
 
-    `target` names the column to learn (by convention `target`, `label`, ..., else the last); `group` one
-    whose rows must stay on one side of a split; `time` one to split by; `roles` columns for any role (user, item,
-    series, ...), several with commas between. `kinds` overrules what columns hold. `wants` is what a task asks of the columns.
-    `schema` (from a trained model) applies known columns exactly: the target may then be absent. With
-    `labels_optional` (to predict), rows are kept that have no target or no values. `header` says whether a
-    CSV's first line is names; None looks.
+    Parameters:
+        source: path, name of a sample, data frame or dictionary of arrays.
+        target: name of the target column; by default `target`, `label`, ..., else the last column.
+        kinds: types of columns, overriding the inferred ones.
+        schema: columns of a trained model, applied exactly; the target may then be absent.
+        group: column whose equal values must stay in the same split.
+        time: column to split by.
+        roles: role -> column, for any role (user, item, series, ...); several columns are separated by commas.
+        column_spec: what the task requires of the columns.
+        header: whether the first line of a CSV holds column names; None detects it.
+        allow_bad: accept data with more than 1 % unusable examples.
+        labels_optional: keep rows without a target or without values, for prediction.
+        lenient: list unusable inputs in `Data.skipped` instead of raising, unless none is usable.
 
-    Where it is `lenient`, inputs that cannot be used are named in `Data.unread`, and are an error only if none is left.
-
-    Raises DataError, listing every problem with its places and remedy, if the data cannot be used, or if over
-    1 % of the examples cannot and `allow_bad` is False. What is dropped below that the manifest counts.
+    Raises DataError, listing every problem with its location and remedy, if the data cannot be used, or if more than
+    1 % of the examples are unusable and `allow_bad` is False. Dropped rows are counted in the manifest.
     """
     known = [c if isinstance(c, Column) else Column(**c) for c in schema or ()]
     if known:
@@ -78,7 +83,7 @@ def read(
 
 
 def locate(source: Any) -> tuple[Any, str]:
-    """The path or object to read, and what to call it. Raises DataError for a path that is not there."""
+    """Return the path or object to read and its display name. Raises DataError for a path that does not exist."""
     if not isinstance(source, str | Path):
         return source, "the table in memory"
     path = Path(source).expanduser()
@@ -91,7 +96,7 @@ def locate(source: Any) -> tuple[Any, str]:
     parent = path.absolute().parent
     names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
     hint = nearest(path.name, [*samples.SAMPLES, *names] if path.name == str(source) else names)
-    raise DataError(f"{source}: there is no such file, folder or sample.{hint} The samples are: {', '.join(samples.SAMPLES)}.")
+    raise DataError(f"{source}: no such file, folder or sample.{hint} The samples are: {', '.join(samples.SAMPLES)}.")
 
 
 def _options(target: str | None, header: bool | None, known: list[Column], optional: bool) -> source.Options:
@@ -103,7 +108,7 @@ def _load(where: Any, options: source.Options) -> source.Raw:
 
 
 class Reading:
-    """One reading, from the raw table to `Data`; collects findings and the rows that cannot be used."""
+    """Converts a raw table to `Data`, collecting findings and unusable rows."""
 
     def __init__(
         self,
@@ -114,13 +119,14 @@ class Reading:
         column_spec: ColumnSpec,
         lenient: bool = False,
     ) -> None:
-        self.lenient, self.why = lenient, dict[int, str]()  # of a row that cannot be used
+        self.lenient, self.why = lenient, dict[int, str]()  # row -> reason why it is unusable
         self.name, self.raw, self.options, self.allow_bad, self.column_spec = name, raw, options, allow_bad, column_spec
         self.findings = list(raw.findings)
         self.names = [c for c in raw.rows.columns if c not in BOOKKEEPING]
         self.bad = np.zeros(raw.rows.height, dtype=bool)
 
     def run(self, overrides: dict[str, Kind], known: list[Column], asked: dict[Role, str]) -> Data:
+        """Assign roles, type columns, run all checks and return the usable rows."""
         if known:
             roles = self.apply_schema(known)
             overrides = {c.name: c.kind for c in known}
@@ -128,7 +134,7 @@ class Reading:
             roles = self.roles(asked)
             self.require(overrides, "kinds")
             lone = [n for n in self.names if n not in roles]
-            asks = {**roles, **({lone[0]: "feature"} if len(lone) == 1 else {})}  # the one input of a task that has one
+            asks = {**roles, **({lone[0]: "feature"} if len(lone) == 1 else {})}  # the only input of a single-input task
             wanted = {name: kind for name, role in asks.items() if (kind := self.column_spec.kind(role, self.raw.rows[name]))}
             known_by_name = {n: self.column_spec.columns[n] for n in self.names if n in self.column_spec.columns}
             overrides = {**known_by_name, **wanted, **self.raw.kinds, **overrides}
@@ -174,12 +180,12 @@ class Reading:
         return data
 
     def mark_invalid(self, bad: np.ndarray, why: Callable[[int], str]) -> None:
-        """Marks rows as unusable; the first reason holds."""
+        """Mark rows as unusable. The first reason given for a row is kept."""
         self.why |= {int(i): why(int(i)) for i in np.flatnonzero(bad & ~self.bad)}
         self.bad |= bad
 
     def skipped(self) -> list[SkippedInput]:
-        """What was left out, in order; last what the reader could not make a row of."""
+        """Return the skipped inputs in order, followed by those that the reader could not turn into rows."""
         before = np.cumsum(~self.bad)
         return [SkippedInput(int(before[row]), self.data.place(row), self.why[row]) for row in sorted(self.why)] + [
             SkippedInput(int((~self.bad).sum()), ", ".join(f.places), f"{f.count:,} x {f.what}" if f.count > 1 else f.what)
@@ -188,18 +194,20 @@ class Reading:
         ]
 
     def find(self, *finding: Any) -> None:
+        """Append a finding."""
         self.findings.append(Finding(*finding))
 
     def require(self, wanted: Any, what: str) -> None:
+        """Raise DataError if one of the columns does not exist."""
         for name in wanted:
             if name not in self.names:
                 raise DataError(
-                    f"{self.name}: {what} names the column {name!r}, which is not there."
+                    f"{self.name}: {what} refers to the column {name!r}, which does not exist."
                     f"{nearest(name, self.names)} The columns are: {', '.join(self.names)}."
                 )
 
     def roles(self, asked: dict[Role, str]) -> dict[str, Role]:
-        """Column -> role, for all that are no features: as asked, as the reader knows, as their names say."""
+        """Return column -> role for all columns that are not features: from the user, the reader, or column names."""
         roles: dict[str, Role] = {}
         for role, name in asked.items():
             several = [name] if name in self.names else [n.strip() for n in name.split(",")]
@@ -219,7 +227,7 @@ class Reading:
             and not column_spec.by_name("target", self.names)
             and all(column_spec.by_name(role, self.names) for role in EVENTS)
         ):
-            column_spec = ColumnSpec("none", roles=EVENTS)  # who met what: no column of it is an answer
+            column_spec = ColumnSpec("none", roles=EVENTS)  # user-item interactions have no target column
         for role in column_spec.roles:
             free = [n for n in self.names if n not in roles]
             if role not in roles.values() and (name := column_spec.by_name(role, free)):
@@ -231,7 +239,7 @@ class Reading:
         return roles
 
     def targets(self, roles: Mapping[str, Role]) -> list[str]:
-        """The targets that the user or the reader names; several are written with commas between."""
+        """Return the targets given by the user (separated by commas) or by the reader."""
         named = self.options.target
         if named is not None:
             several = [n.strip() for n in named.split(",")] if named not in self.names else [named]
@@ -241,7 +249,7 @@ class Reading:
             return []
         if self.raw.target in self.names:
             if self.column_spec.target == "named" and self.raw.rows[self.raw.target].n_unique() < 2:
-                roles[self.raw.target] = "ignored"  # one folder of pictures: no classes
+                roles[self.raw.target] = "ignored"  # a single folder of images defines no classes
                 return []
             return [self.raw.target]
         if self.column_spec.target == "numbers":
@@ -250,23 +258,24 @@ class Reading:
         return []
 
     def choose_target(self, names: list[str]) -> str | None:
+        """Choose a target by its name or position, and add a note about the choice."""
         by_name = self.column_spec.by_name("target", names)
         if by_name is None and (self.options.labels_optional or len(names) < 2 or self.column_spec.target != "last"):
             return None
         target = by_name or next((n for n in reversed(names) if not column_types.are_files(self.raw.rows[n])), names[-1])
-        why = "by its name" if by_name else "because it is the last"
+        why = "by its name" if by_name else "because it is the last column"
         self.find(
             "target-chosen",
             "note",
-            f"no target was named: column {target!r} is taken, {why}",
+            f"no target was specified: column {target!r} was chosen {why}",
             (f"column {target!r}",),
             1,
-            "Name another with --target (in Python: target=).",
+            "Specify another with --target (in Python: target=).",
         )
         return target
 
     def apply_schema(self, known: list[Column]) -> dict[str, str]:
-        """Bring the table into the columns of a trained model."""
+        """Match the table to the columns of a trained model: rename, drop extra columns, and require the needed ones."""
         for found in (n for n, kind in self.raw.kinds.items() if kind in LONE):
             ours = [c.name for c in known if c.role == "feature" and c.kind == self.raw.kinds[found]]
             if len(ours) == 1 and found not in ours and ours[0] not in self.names:
@@ -289,7 +298,7 @@ class Reading:
             self.find(
                 "extra-columns",
                 "note",
-                "columns ignored, because the model does not know them",
+                "columns that the model does not use; they are ignored",
                 tuple(f"column {n!r}" for n in extra[:5]),
                 len(extra),
             )
@@ -303,7 +312,7 @@ class Reading:
         self.names = [new if n == old else n for n in self.names]
 
     def type_columns(self, overrides: dict[str, Kind], roles: dict[str, Any]) -> dict[str, Column]:
-        """Type one column after the other, letting go of its text: memory holds the table about once."""
+        """Type the columns one by one, releasing the text of each, so that memory holds the table about once."""
         rows, columns, self.typed = self.raw.rows, {}, []
         self.raw.rows = pl.DataFrame([rows[c] for c in rows.columns if c in BOOKKEEPING])
         values = []
@@ -316,7 +325,7 @@ class Reading:
             if role != "feature":
                 column.role = role
                 if role == "time" and column.kind in ("identifier", "constant") and typed.values.dtype.is_numeric():
-                    column.kind = "number"  # a count of steps is a time, too
+                    column.kind = "number"  # a step counter is a valid time
             elif column.kind in ("constant", "identifier"):
                 column.role = "ignored"
             if column.kind in media_types.MEDIA:
@@ -330,13 +339,14 @@ class Reading:
         return columns
 
     def absolute(self, paths: pl.Series) -> pl.Series:
+        """Resolve paths relative to the root of the source."""
         root = self.raw.root.absolute()
         unique = paths.drop_nulls().unique().to_list()
         full = [str(root / p) for p in unique]
         return paths.replace_strict(unique, full, default=None, return_dtype=pl.String)
 
     def check_media(self, column: Column) -> None:
-        """Decode every file of a column; note what its medium notes, and the rows whose file cannot be used."""
+        """Decode every file of a media column; add its findings and bookkeeping columns, and mark unusable rows."""
         medium = media_types.MEDIA[column.kind]
         rows = self.data.rows
         paths = rows[column.name].fill_null("").to_list()
@@ -345,7 +355,7 @@ class Reading:
         checked = [seen.get(p, medium.missing) for p in paths]
         bad = np.array([bool(c.problem) for c in checked], dtype=bool)
         files = self.data.manifest.files
-        own = FILE not in rows.columns  # a folder of pictures: a file a row
+        own = FILE not in rows.columns  # a folder of images: one file per row
         root = self.raw.root.absolute()
         entries = [
             FileEntry(source.relative(Path(p), root), seen[p].bytes, seen[p].sha256, rows=1 if own else 0) for p in unique
@@ -366,7 +376,7 @@ class Reading:
         self.mark_invalid(bad, lambda i: f"{checked[i].problem.replace('-', ' ')} ({checked[i].detail})")
 
     def check_masks(self) -> None:
-        """Masks of another size than their picture."""
+        """Mark rows whose mask differs in size from the image."""
         rows = self.data.rows
         if not {WIDTH, MASK_WIDTH} <= set(rows.columns):
             return
@@ -376,29 +386,29 @@ class Reading:
             self.find(
                 "mask-size",
                 "warning",
-                f"masks of another size than their picture (such as {first[MASK_WIDTH]} x "
+                f"masks that differ in size from their image (such as {first[MASK_WIDTH]} x "
                 f"{first[MASK_HEIGHT]} for {first[WIDTH]} x {first[HEIGHT]})",
                 findings.places(self.data, other),
                 int(other.sum()),
-                "Export them in the picture's size.",
+                "Export them in the size of the image.",
                 int(other.sum()),
             )
-            self.mark_invalid(other, lambda i: "mask of another size than its picture")
+            self.mark_invalid(other, lambda i: "mask differs in size from its image")
 
     def check_messages(self) -> None:
-        """Conversations without a message, of speakers that nobody knows, or of messages without a content."""
+        """Mark conversations that have no messages, unknown roles or messages without content."""
         for name in [c.name for c in self.data.columns.values() if c.kind == "messages" and c.role != "ignored"]:
             said, part = self.data.rows[name], pl.element().struct.field
             if not column_types.is_messages(said.dtype):
                 continue
             tests = {
-                "no-messages": ("conversations without a message", said.list.len().fill_null(0) == 0),
+                "no-messages": ("conversations without messages", said.list.len().fill_null(0) == 0),
                 "unknown-speaker": (
                     f"conversations with a role other than {', '.join(column_types.SPEAKERS)}",
                     said.list.eval(~part("role").is_in(column_types.SPEAKERS).fill_null(False)).list.any(),
                 ),
                 "no-content": (
-                    "conversations with a message whose content is missing",
+                    "conversations with a message without content",
                     said.list.eval(part("content").is_null()).list.any(),
                 ),
             }
@@ -411,17 +421,18 @@ class Reading:
                         f"{what} (column {name!r})",
                         findings.places(self.data, bad),
                         int(bad.sum()),
-                        "Mend them, or take them out.",
+                        "Correct or remove them.",
                         int(bad.sum()),
                     )
                     self.mark_invalid(bad, lambda i, what=what: what.replace("conversations", "a conversation"))
 
     def report_misfits(self) -> None:
+        """Add the findings about values that do not match the type of their column."""
         for typed in self.typed:
             self.findings += findings.of_values(self.data, typed)
 
     def merge_class_names(self) -> None:
-        """Splits may spell classes differently ("<=50K." for "<=50K"): spell them as train does."""
+        """Map spelling variants of class names in other splits ("<=50K." for "<=50K") to the spelling in train."""
         data, target = self.data, self.data.target
         if target is None or data.splits is None or target.kind != "category":
             return
@@ -443,10 +454,10 @@ class Reading:
             self.find(
                 "class-spelling",
                 "warning",
-                f"rows whose class is spelt otherwise than in train: read {shown}",
+                f"rows with a class spelled differently than in train: read {shown}",
                 findings.places(data, rows.to_list()),
                 len(rows),
-                "Spell them alike.",
+                "Use the same spelling.",
             )
         unknown = values.is_in([o for o in other if o not in same]).fill_null(False).to_numpy()
         new = unknown & ~self.bad
@@ -455,15 +466,16 @@ class Reading:
             self.find(
                 "class-not-in-train",
                 "warning",
-                f"rows of classes that train does not have: {names[:200]}",
+                f"rows with classes that do not occur in train: {names[:200]}",
                 findings.places(data, new),
                 int(new.sum()),
-                "Add examples to train, or remove these.",
+                "Add examples of them to train, or remove the rows.",
                 int(new.sum()),
             )
-            self.mark_invalid(unknown, lambda i: "class that is not in train")
+            self.mark_invalid(unknown, lambda i: "class that does not occur in train")
 
     def check_target(self) -> None:
+        """Mark rows without a target value."""
         target = self.data.target
         if target is None or self.options.labels_optional or self.column_spec.gaps:
             return
@@ -473,16 +485,16 @@ class Reading:
             self.find(
                 "target-missing",
                 "warning",
-                f"rows without a value of the target {target.name!r}",
+                f"rows without a value in the target column {target.name!r}",
                 findings.places(self.data, missing),
                 count,
-                "Fill it in or remove the rows.",
+                "Fill in the values or remove the rows.",
                 count,
             )
-            self.mark_invalid(missing, lambda i: f"no value of {target.name!r}")
+            self.mark_invalid(missing, lambda i: f"no value in {target.name!r}")
 
     def check_keys(self) -> None:
-        """Rows that do not say whose they are."""
+        """Mark rows without a user, item or series."""
         for role in ("user", "item", "series"):
             for column in self.data.role(role):
                 if column.name not in self.data.rows.columns:
@@ -493,16 +505,16 @@ class Reading:
                     self.find(
                         "missing-key",
                         "warning",
-                        f"rows that do not say which {role} they are of (column {column.name!r})",
+                        f"rows without a value in the {role} column {column.name!r}",
                         findings.places(self.data, missing),
                         count,
-                        "Fill it in or remove the rows.",
+                        "Fill in the values or remove the rows.",
                         count,
                     )
-                    self.mark_invalid(missing, lambda i, name=column.name: f"no value of {name!r}")
+                    self.mark_invalid(missing, lambda i, name=column.name: f"no value in {name!r}")
 
     def check_inputs(self) -> None:
-        """Rows in which every feature is missing."""
+        """Mark rows in which every feature is missing."""
         features = [c.name for c in self.data.features()]
         if not features or self.options.labels_optional or self.column_spec.gaps:
             return
@@ -512,10 +524,10 @@ class Reading:
             self.find(
                 "empty-input",
                 "warning",
-                "rows with nothing to learn from: every feature is missing",
+                "rows in which every feature is missing",
                 findings.places(self.data, empty),
                 count,
-                "Fill them in or remove the rows.",
+                "Fill in the values or remove the rows.",
                 count,
             )
             self.mark_invalid(empty, lambda i: "every feature is missing")

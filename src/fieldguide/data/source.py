@@ -1,11 +1,11 @@
-"""Sources: how a path or an object in memory becomes a raw table. A reader is one file in `readers/`.
+"""Sources: dispatch of a path or an in-memory object to the reader that turns it into a raw table.
 
-A reader module has four names, and is found because its file is there:
+Every file in `readers/` that defines these four names is a reader:
 
-    NAME         what messages call it: "table"
-    UNDERSTANDS  for the user who gave something unknown: "a table: .csv, .tsv, .parquet or .jsonl; ..."
-    accepts(source, options) -> int      0: not mine; the reader that answers highest reads it
-    load(source, options) -> Raw         rows as found: text or native types; typing comes after, for all
+    NAME         name used in messages: "table"
+    UNDERSTANDS  description for the list of supported formats: "a table: .csv, .tsv, .parquet or .jsonl; ..."
+    accepts(source, options) -> int      0 if not supported; the reader with the highest value reads the source
+    load(source, options) -> Raw         rows as text or native types; column types are determined later
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 @dataclass(frozen=True)
 class Options:
-    """What the user said about the source; a reader uses what concerns it."""
+    """Options of the user for reading a source; each reader uses those that apply to it."""
 
     target: str | None = None
     header: bool | None = None
-    names: tuple[str, ...] = ()  # columns of a known schema, when predicting
+    names: tuple[str, ...] = ()  # columns of a known schema, for prediction
     labels_optional: bool = False
 
 
 @dataclass
 class Raw:
-    """What a reader found: a table, its files, what was wrong, and what the form of the source makes sure."""
+    """The result of a reader: table, files, findings, and the types and roles implied by the format."""
 
     rows: pl.DataFrame
     files: list[FileEntry]
@@ -59,10 +59,10 @@ class Raw:
     splits: np.ndarray | None = None
     kinds: dict[str, Kind] = field(default_factory=dict)
     target: str | None = None
-    roles: dict[str, Role] = field(default_factory=dict)  # column -> role, beside the target
+    roles: dict[str, Role] = field(default_factory=dict)  # column -> role, except the target
     split_column: str | None = None
-    context: Any = None  # what rows refer to beside themselves: names of classes, whole series
-    unusable: int = 0  # examples the reader met and could not put in `rows`
+    context: Any = None  # data shared by all rows, such as class names or full series
+    unusable: int = 0  # examples that could not be added to `rows`
 
 
 @cache
@@ -75,36 +75,38 @@ def readers() -> tuple[ModuleType, ...]:
 
 
 def load(source: Any, options: Options) -> Raw:
-    """Read a source with the reader that is surest of it.
+    """Read a source with the best matching reader.
 
-    Raises DataError for a path that does not exist and for a kind of source that no reader knows.
+    Raises DataError if the format is not supported by any reader.
     """
     scores = [(r.accepts(source, options), r) for r in readers()]
     best, reader = max(scores, key=lambda s: s[0])
     if best <= 0:
         what = f"{source}" if isinstance(source, Path) else f"an object of type {type(source).__name__}"
         known = "\n".join(f"  - {r.UNDERSTANDS}" for r in readers())
-        raise DataError(f"{what}: not a kind of data that is understood. Understood are:\n{known}")
+        raise DataError(f"{what}: this kind of data is not supported. Supported are:\n{known}")
     return reader.load(source, options)
 
 
 def sha256(content: bytes) -> str:
+    """Return the SHA-256 of the content as a hexadecimal string."""
     return hashlib.sha256(content).hexdigest()
 
 
 def relative(path: Path, root: Path) -> str:
+    """Return the POSIX path relative to `root`, or the full path if it is outside."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def visible(folder: Path) -> tuple[list[Path], int]:
-    """Entries of a folder in order of name, and how many were left out: dot files, __MACOSX, Thumbs.db."""
+    """Return the sorted entries of a folder and the number of hidden ones (dot files, __MACOSX, Thumbs.db)."""
     every = sorted(folder.iterdir())
     kept = [p for p in every if not p.name.startswith(".") and p.name.lower() not in IGNORED]
     return kept, len(every) - len(kept)
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file or folder name says, or None: `train`, `adult-test.csv`, `TREC.train.all`."""
+    """Return the split in a file or folder name (`train`, `adult-test.csv`, `TREC.train.all`), or None."""
     words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
     found = {SPLITS[w] for w in words if w in SPLITS}
     return found.pop() if len(found) == 1 else None

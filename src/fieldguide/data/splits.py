@@ -1,4 +1,4 @@
-"""Splits: which rows train, choose and test. Same data and seed, same split."""
+"""Splits: assignment of rows to training, validation and test. Equal data and seed give equal splits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fieldguide.data.validation.duplicates import same_inputs
 
 @dataclass(frozen=True)
 class Splits:
-    """Row indices, sorted, for training, validation and test, and in words how they were made."""
+    """Sorted row indices for training, validation and test, and a description of how they were chosen."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -23,27 +23,29 @@ class Splits:
 
 
 def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | None = None) -> Splits:
-    """Split rows. Splits that the source names are kept; those it lacks are made from its training rows.
+    """Split rows into training, validation and test.
 
-    `test` and `validation` are shares of the rows to split; validation is by default 10 to 20 %, more for
-    little data. A column of role `time` puts the latest rows into test. Rows of one `group`, and rows that
-    are equal in all features, are never on two sides. Otherwise classes keep their shares on every side, and
-    a class with two rows or more is always in train.
+    Splits given by the source are kept; missing ones are taken from its training rows. `test` and `validation` are
+    fractions of those rows; by default validation is 0.1 to 0.2, larger for small data. If a column has the role
+    `time`, the latest rows become the test set. Rows of the same `group`, and rows that are equal in all features,
+    are always in the same split. Otherwise the split is stratified by class, and every class with at least two rows
+    has a row in the training set.
+
     Raises DataError if there are too few rows to split.
     """
     n = len(data)
     if validation is None:
         validation = 0.2 if n < 2000 else 0.15 if n < 10_000 else 0.1
     if not (0 <= test < 1 and 0 <= validation < 1 and test + validation < 1):
-        raise DataError(f"{test} for test and {validation} for validation leave nothing to train on.")
+        raise DataError(f"test={test} and validation={validation} leave no rows for training.")
     side = np.zeros(n, dtype=np.int8)  # 0 train, 1 validation, 2 test
     said = []
     if data.splits is not None:
         side[data.splits == "val"], side[data.splits == "test"] = 1, 2
         given = [name for code, name in enumerate(("train", "validation", "test")) if (side == code).any()]
-        said.append(data.how or f"{' and '.join(given)} as the source gives them")
+        said.append(data.how or f"{' and '.join(given)} as given by the source")
         if not (side == 0).any():
-            raise DataError(f"{data.source}: the source names splits but no training rows.")
+            raise DataError(f"{data.source}: the source defines splits but has no training rows.")
     pool = np.flatnonzero(side == 0)
     needed = pool.size
     for name, code, share in (("test", 2, test), ("validation", 1, validation)):
@@ -52,7 +54,7 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
         want = max(1, round(share * needed))
         pool = np.flatnonzero(side == 0)
         if pool.size < 3 or want >= pool.size:
-            raise DataError(f"{data.source}: {n} usable rows are too few for training, validation and test.")
+            raise DataError(f"{data.source}: {n} usable rows are too few for training, validation and test sets.")
         chosen, how = _choose(data, pool, want, seed + code)
         side[chosen] = code
         said.append(f"{name}: {chosen.size:,} rows, {how}")
@@ -62,7 +64,7 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
 
 
 def _choose(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndarray, str]:
-    """About `want` rows of `pool`, whole blocks only, and how they were chosen."""
+    """Select about `want` rows of `pool`, in whole blocks; return them and a description of the method."""
     if data.role("time"):
         return _latest(data, pool, want)
     blocks, why = _blocks(data)
@@ -72,19 +74,19 @@ def _choose(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndar
     target = data.target
     if target is not None and target.kind in ("category", "boolean"):
         classes = data.rows[target.name].cast(pl.String).fill_null("").to_numpy()[pool]
-        # A block goes with the class of its first row: written last, it stays.
+        # A block gets the class of its first row: assigned in reverse order, so the first row is written last.
         codes[blocks[::-1]] = np.unique(classes, return_inverse=True)[1][::-1]
-        how = "the share of every class kept"
+        how = "stratified by class"
     taken = _systematic(codes, sizes, want, np.random.default_rng(seed))
     if not taken.any():
-        raise DataError(f"{data.source}: cannot split: {why or 'too few rows'} leaves nothing for one side.")
+        raise DataError(f"{data.source}: cannot split: {why or 'too few rows'} leaves no rows for one of the splits.")
     return pool[taken[blocks]], f"{how}{', ' + why if why else ''}"
 
 
 def _systematic(codes: np.ndarray, sizes: np.ndarray, want: int, random: np.random.Generator) -> np.ndarray:
-    """Which blocks to take for about `want` rows: every k-th, sorted by class and size, else shuffled.
+    """Return a mask of the blocks to take for about `want` rows: every k-th in random order, sorted by class and size.
 
-    So every class and every size of block gives its share. One block of each class is kept for training.
+    Systematic sampling keeps the proportions of classes and block sizes. One block of each class stays in training.
     """
     order = np.lexsort((random.random(sizes.size), sizes, codes))
     last = np.r_[np.diff(codes[order]) != 0, True]
@@ -97,7 +99,7 @@ def _systematic(codes: np.ndarray, sizes: np.ndarray, want: int, random: np.rand
 
 
 def _blocks(data: Data) -> tuple[np.ndarray, str]:
-    """A number for each row; rows of one number stay together: equal groups, equal inputs, chains of both."""
+    """Return a block number per row; rows in a block stay together (equal groups, equal inputs, or connected by both)."""
     n = len(data)
     groups = [data.rows[c.name].cast(pl.String) for c in data.role("group")]
     same = same_inputs(data)
@@ -106,7 +108,7 @@ def _blocks(data: Data) -> tuple[np.ndarray, str]:
         labels = same
         count = n - np.unique(same).size
         if count:
-            why.append(f"{count:,} duplicates kept with their originals")
+            why.append(f"{count:,} duplicates kept in the same split as their originals")
     for group in groups:
         codes = np.unique(group.fill_null("").to_numpy(), return_inverse=True)[1]
         labels = _join(labels, codes)
@@ -115,7 +117,7 @@ def _blocks(data: Data) -> tuple[np.ndarray, str]:
 
 
 def _join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Connected components of rows that share a number in either labelling."""
+    """Return the connected components of rows that share a number in either labeling."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -126,11 +128,11 @@ def _join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
-    """The rows with the latest times; rows of one time stay together."""
+    """Select the rows with the latest times; rows with equal times stay together."""
     name = data.role("time")[0].name
     times = data.rows[name][pool]
     if times.dtype == pl.String:
-        raise DataError(f"{data.source}: column {name!r} is to be the time, but it holds neither dates nor numbers.")
+        raise DataError(f"{data.source}: the time column {name!r} contains neither dates nor numbers.")
     values = times.cast(pl.Float64) if times.dtype.is_numeric() else times.cast(pl.Int64).cast(pl.Float64)
     values = values.fill_null(-np.inf).to_numpy()
     cut = np.sort(values)[-want]
@@ -138,10 +140,10 @@ def _latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
     if chosen.all():
         chosen = values > cut
     if not chosen.any():
-        raise DataError(f"{data.source}: all rows have the same {name!r}: they cannot be split by time.")
+        raise DataError(f"{data.source}: all rows have the same value in {name!r}, so they cannot be split by time.")
     return pool[chosen], f"the latest by {name!r}"
 
 
 def drawn(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
-    """At most so many rows, drawn by chance; all where `most` is None."""
+    """Return at most `most` rows, sampled at random without replacement; all rows if `most` is None."""
     return rows if most is None or len(rows) <= most else np.sort(np.random.default_rng(seed).permutation(rows)[:most])

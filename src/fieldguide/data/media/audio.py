@@ -1,7 +1,7 @@
-"""Recordings: full checking and loading with libsndfile, in threads (it decodes without Python's lock).
+"""Audio files: checking and loading with libsndfile in threads (decoding releases the GIL).
 
-What a network hears: one channel (the mean of all), at one number of samples a second, as 16-bit numbers. `check` notes
-what was not so. Read are WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF and AU.
+Recordings are loaded as one channel (the mean of all), resampled to one rate, as 16-bit integers; `check` records what
+had to be converted. Supported formats: WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF and AU.
 """
 
 from __future__ import annotations
@@ -31,37 +31,38 @@ SUFFIXES = {
     "AU": (".au", ".snd"),
 }
 KNOWN = frozenset(s for suffixes in SUFFIXES.values() for s in suffixes)
-UNREAD = (".m4a", ".aac", ".wma", ".amr")  # sounds that libsndfile does not read
-BLOCK = 1 << 20  # frames that are decoded at once, so that an hour of sound fills no memory
-QUIET = 1e-3  # a peak below it (-60 dB) is silence
-FULL, CLIPPED = 0.999, 1e-3  # samples at full scale, and the share of them from which a recording is clipped
-CUT = re.compile(r"\bdata : (\d+) \(should be (\d+)\)", re.IGNORECASE)  # libsndfile's words on a WAV without its end
-STREAMED = (0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x7FFFF000)  # lengths that a program writes who knows none
+UNREAD = (".m4a", ".aac", ".wma", ".amr")  # audio formats that libsndfile does not support
+BLOCK = 1 << 20  # frames decoded at once, which bounds the memory for long recordings
+QUIET = 1e-3  # peak amplitude (-60 dB) below which a recording is silent
+FULL, CLIPPED = 0.999, 1e-3  # amplitude of a clipped sample; fraction of such samples in a clipped recording
+CUT = re.compile(r"\bdata : (\d+) \(should be (\d+)\)", re.IGNORECASE)  # libsndfile's log for a truncated WAV
+STREAMED = (0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x7FFFF000)  # placeholder lengths written by streaming encoders
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What the check of one file found. `problem` is "" for a recording that can be used."""
+    """The result of checking one file. `problem` is "" if the recording can be used."""
 
-    problem: str = ""  # slug of a doctor's check: empty-file, zero-length, not-a-sound, truncated-sound, ...
+    problem: str = ""  # name of a data check: empty-file, zero-length, not-a-sound, truncated-sound, ...
     detail: str = ""
     bytes: int = 0
     sha256: str = ""
     samples: str = ""  # digest of the decoded samples
     seconds: float = 0.0
-    rate: int = 0  # samples a second
+    rate: int = 0  # samples per second
     channels: int = 1
-    form: str = ""  # what libsndfile calls its format
-    traits: tuple[str, ...] = ()  # of: stereo silent clipped wrong-extension
+    form: str = ""  # libsndfile's name of the format
+    traits: tuple[str, ...] = ()  # any of: stereo silent clipped wrong-extension
 
 
 def check(paths: Sequence[str | Path]) -> list[Recording]:
-    """Decode every file fully: the only way to find truncation. Never raises for what a file holds."""
+    """Decode every file completely, which is the only way to detect truncation. Never raises for unusable files."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(check_one, paths, chunksize=16))
 
 
 def check_one(path: str | Path) -> Recording:
+    """Decode one file completely and return the result of the check."""
     import soundfile
 
     try:
@@ -75,7 +76,7 @@ def check_one(path: str | Path) -> Recording:
         return Recording("empty-file", "0 bytes", 0, sha)
     suffix = os.path.splitext(str(path))[1].lower()
     if suffix in UNREAD:
-        return Recording("not-a-sound", f"{suffix} is not read: convert it to .flac or .wav", size, sha)
+        return Recording("not-a-sound", f"{suffix} is not supported: convert it to .flac or .wav", size, sha)
     try:
         with soundfile.SoundFile(path) as sound:
             return decoded(sound, suffix, tail, size, sha)
@@ -85,13 +86,13 @@ def check_one(path: str | Path) -> Recording:
 
 
 def words(error) -> str:
-    """What libsndfile says, without what it says wrongly of MP3 files that are there."""
+    """Return libsndfile's error message, replacing its misleading message about undecodable MP3 files."""
     said = error.error_string.removeprefix("Error :").strip().rstrip(".")
-    return "no sound can be decoded" if "not a regular file" in said else (said[:1].lower() + said[1:])[:100]
+    return "no audio can be decoded" if "not a regular file" in said else (said[:1].lower() + said[1:])[:100]
 
 
 def decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> Recording:
-    """The check of an opened file. Raises `LibsndfileError` where nothing of it can be decoded."""
+    """Check an opened file. Raises `LibsndfileError` if nothing of it can be decoded."""
     import soundfile
 
     digest, count, peak, full, problem = hashlib.blake2b(digest_size=16), 0, 0.0, 0, ""
@@ -108,7 +109,7 @@ def decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> Recording:
             raise
         problem = f"after {count:,} of {said:,} samples: {words(error)}"
     if cut and int(cut[1]) > int(cut[2]) and int(cut[1]) not in STREAMED:
-        problem = f"{int(cut[2]):,} of {int(cut[1]):,} bytes of sound"
+        problem = f"{int(cut[2]):,} of {int(cut[1]):,} bytes of audio data"
     elif form == "OGG" and not ends(tail):
         problem = "its last page is missing"
     elif not problem and count < said:
@@ -128,7 +129,7 @@ def decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> Recording:
 
 
 def ends(tail: bytes) -> bool:
-    """Whether the last page of an Ogg file says that it is the last, and is whole."""
+    """Return whether an Ogg file ends with a complete page that is marked as the last."""
     at = tail.rfind(b"OggS")
     if at < 0 or len(tail) < at + 27:
         return False
@@ -137,8 +138,11 @@ def ends(tail: bytes) -> bool:
 
 
 def load(paths: Sequence[str | Path], rate: int) -> list[np.ndarray]:
-    """Recordings as int16, one channel, `rate` samples a second. Raises DataError naming every file that cannot be
-    read. 16 bits take half the memory of floats, and their rounding lies below the floor of a spectrogram."""
+    """Load recordings as int16 arrays with one channel at `rate` samples per second.
+
+    16 bits take half the memory of floats, and their rounding error is below the floor of a spectrogram.
+    Raises DataError naming the files that cannot be read.
+    """
     import soundfile
 
     problems: list[str] = []
@@ -159,7 +163,7 @@ def load(paths: Sequence[str | Path], rate: int) -> list[np.ndarray]:
 
 
 def wave(path: str | Path, rate: int) -> np.ndarray:
-    """One recording as int16, N. Raises `soundfile.LibsndfileError`."""
+    """Load one recording as int16, N. Raises `soundfile.LibsndfileError`."""
     import soundfile
 
     from fieldguide.data.preprocessing.speech import mono, resample

@@ -1,7 +1,8 @@
-"""Pictures: full checking and loading with Pillow, in threads (it decodes without Python's lock).
+"""Image files: checking and loading with Pillow in threads (decoding releases the GIL).
 
-What a network sees: pictures turned as their EXIF says; transparency over white; 16-bit and float greys
-scaled by their range; CMYK and palettes as RGB; the first frame of an animation. `check` notes each.
+Images are loaded upright according to their EXIF orientation, transparency is composited over white, 16-bit and float
+gray values are scaled by their range, CMYK and palettes become RGB, and animations contribute their first frame.
+`check` records each of these conversions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fieldguide.core.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-PIXELS = 90_000_000  # larger is refused: a small file can hold a picture that fills the memory
+PIXELS = 90_000_000  # maximum pixels per image; protects against decompression bombs
 THREADS = min(16, (os.cpu_count() or 2) * 2)
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 GREY = ("1", "L", "LA", *DEEP)
@@ -62,9 +63,9 @@ Fit = Literal["crop", "pad", "stretch"]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What the check of one file found. `problem` is "" for a picture that can be used."""
+    """The result of checking one file. `problem` is "" if the image can be used."""
 
-    problem: str = ""  # slug of a doctor's check: empty-file, not-an-image, truncated-image, ...
+    problem: str = ""  # name of a data check: empty-file, not-an-image, truncated-image, ...
     detail: str = ""
     bytes: int = 0
     sha256: str = ""
@@ -72,17 +73,18 @@ class Picture:
     width: int = 0
     height: int = 0
     channels: int = 3
-    form: str = ""  # what Pillow calls its format
-    traits: tuple[str, ...] = ()  # of: deep transparent palette cmyk animated rotated wrong-extension
+    form: str = ""  # Pillow's name of the format
+    traits: tuple[str, ...] = ()  # any of: deep transparent palette cmyk animated rotated wrong-extension
 
 
 def check(paths: Sequence[str | Path]) -> list[Picture]:
-    """Decode every file fully: the only way to find truncation. Never raises for what a file holds."""
+    """Decode every file completely, which is the only way to detect truncation. Never raises for unusable files."""
     with quiet(), ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(check_one, paths, chunksize=64))
 
 
 def check_one(path: str | Path) -> Picture:
+    """Decode one file completely and return the result of the check."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -103,21 +105,22 @@ def check_one(path: str | Path) -> Picture:
             shape = (mode, image.size, image.getpalette() if mode == "P" else None)
             pixels = hashlib.blake2b(repr(shape).encode(), digest_size=16)
             pixels.update(image.tobytes())
-            if "rotated" in traits and image.getexif().get(0x0112, 1) >= 5:  # turned by a quarter
+            if "rotated" in traits and image.getexif().get(0x0112, 1) >= 5:  # rotated by 90 degrees
                 width, height = height, width
             channels = 1 if mode in GREY else 3
             return Picture("", "", size, sha, pixels.hexdigest(), width, height, channels, image.format or "", traits)
     except UnidentifiedImageError:
         known = suffix in KNOWN
-        return Picture("corrupt-image" if known else "not-an-image", "no picture format begins so", size, sha)
+        return Picture("corrupt-image" if known else "not-an-image", "the content is not a known image format", size, sha)
     except Image.DecompressionBombError:
-        return Picture("too-many-pixels", "more pixels than Pillow opens", size, sha)
+        return Picture("too-many-pixels", "more pixels than Pillow allows", size, sha)
     except BROKEN as error:
         cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
         return Picture("truncated-image" if cut else "corrupt-image", str(error)[:100], size, sha)
 
 
 def traits_of(image: Image.Image, suffix: str) -> tuple[str, ...]:
+    """Return the traits of an image that are reported as findings."""
     seen = []
     if image.mode in DEEP:
         seen.append("deep")
@@ -142,12 +145,13 @@ def load(
     fit: Fit = "crop",
     resize: Callable[[Image.Image], Image.Image] | None = None,
 ) -> torch.Tensor:
-    """Pictures as one uint8 tensor, N C S S; channels 1 (grey) or 3 (RGB), side S in pixels.
+    """Load images as one uint8 tensor, N C S S, with 1 (gray) or 3 (RGB) channels and side S in pixels.
 
-    `fit` says what becomes of pictures that are not square: "crop" scales the shorter side to S and keeps the
-    middle, "pad" scales the longer side and fills up with white, "stretch" changes the proportions. `resize` makes a picture
-    of S x S of each in another way.
-    Raises DataError naming every file that cannot be read.
+    `fit` selects how images that are not square are handled: "crop" scales the shorter side to S and crops the center,
+    "pad" scales the longer side and pads with white, "stretch" changes the aspect ratio. `resize`, if given, replaces
+    this: it returns an S x S image.
+
+    Raises DataError naming the files that cannot be read.
     """
     import torch
 
@@ -165,7 +169,7 @@ def load(
             pass
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise DataError("pictures that cannot be read:\n" + "\n".join(sorted(problems)[:5]) + more)
+        raise DataError("images that cannot be read:\n" + "\n".join(sorted(problems)[:5]) + more)
     return torch.from_numpy(out)
 
 
@@ -176,20 +180,21 @@ def pixels(
     fit: Fit = "crop",
     resize: Callable[[Image.Image], Image.Image] | None = None,
 ) -> np.ndarray:
-    """One picture as uint8, C S S."""
+    """Load one image as uint8, C S S. Raises ValueError if it has more than `PIXELS` pixels."""
     if isinstance(source, Image.Image):
         return as_array(source, side, channels, fit, resize)
     with open(source, "rb") as file, Image.open(file) as image:
         if image.width * image.height > PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than the {PIXELS:,} allowed")
+            raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {PIXELS:,}")
         if resize is None and image.format == "JPEG" and min(image.size) >= 4 * side:
-            image.draft(None, (2 * side, 2 * side))  # libjpeg decodes at a fraction: many times faster
+            image.draft(None, (2 * side, 2 * side))  # libjpeg decodes at reduced size, which is much faster
         return as_array(image, side, channels, fit, resize)
 
 
 def as_array(
     image: Image.Image, side: int, channels: int, fit: Fit, resize: Callable[[Image.Image], Image.Image] | None = None
 ) -> np.ndarray:
+    """Convert an opened image to uint8, C S S."""
     image = plain(image, "L" if channels == 1 else "RGB")
     if resize is not None:
         image = resize(image)
@@ -207,7 +212,7 @@ def as_array(
 
 
 def plain(image: Image.Image, mode: str) -> Image.Image:
-    """A picture of any mode as 8-bit grey ("L") or "RGB", upright, over white."""
+    """Convert an image of any mode to 8-bit gray ("L") or "RGB", upright and composited over white."""
     image.load()
     if image.getexif().get(0x0112, 1) not in (0, 1):
         image = ImageOps.exif_transpose(image)
@@ -221,7 +226,7 @@ def plain(image: Image.Image, mode: str) -> Image.Image:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """16 bits to 8 by the range of the format; 32-bit and float greys by 255, 65535 or their own range."""
+    """Scale to 8 bits: 16-bit images by the format's range, 32-bit and float ones by 255, 65535 or their own range."""
     array = np.nan_to_num(np.asarray(image).astype(np.float64))
     low, high = array.min(initial=0.0), array.max(initial=0.0)
     if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
@@ -235,7 +240,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings from Pillow: what they would say is reported by `check`. Truncated files are refused."""
+    """Suppress Pillow's warnings, which `check` reports as findings, and make it raise for truncated files."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with warnings.catch_warnings():

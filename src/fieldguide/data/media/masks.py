@@ -1,7 +1,7 @@
-"""Outlines: the shapes of objects, as closed polygons or run lengths, and masks drawn of them.
+"""Object masks: object shapes as closed polygons or run lengths, and segmentation masks rasterized from them.
 
-A point lies in the plane whose pixel (column i, row j) is the square from (i, j) to (i + 1, j + 1), as COCO and YOLO have
-it. A pixel belongs to a polygon where its middle does, so neighbours that share a side neither overlap nor leave a gap.
+Pixel (column i, row j) is the square from (i, j) to (i + 1, j + 1), as in COCO and YOLO. A pixel belongs to a polygon
+if its center does, so polygons that share a side neither overlap nor leave a gap.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import polars as pl
 
 from fieldguide.data.media.boxes import SIDES
 
-NONE = -1  # pixels of a drawing that belong to no class
+NONE = -1  # value of pixels that belong to no class
 
 
 def filled(polygon: Sequence[float], height: int, width: int) -> np.ndarray:  # x1 y1 x2 y2 ... -> H W bool
-    """The pixels whose middle a polygon has around it an odd number of times."""
+    """Rasterize a polygon with the even-odd rule at pixel centers."""
     out = np.zeros((height, width), dtype=bool)
     start = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
     end = np.roll(start, -1, 0)
     top, bottom = (int(np.clip(v, 0, height)) for v in (np.floor(start[:, 1].min()), np.ceil(start[:, 1].max())))
     middle = np.arange(top, bottom)[:, None] + 0.5
-    row, side = np.nonzero((start[:, 1] <= middle) != (end[:, 1] <= middle))  # where a side crosses the middle of a row
+    row, side = np.nonzero((start[:, 1] <= middle) != (end[:, 1] <= middle))  # sides that cross the center of a row
     (x, y), (far_x, far_y) = start[side].T, end[side].T
     across = x + (middle[row, 0] - y) * (far_x - x) / (far_y - y)
     crossed = np.zeros((bottom - top, width + 1), dtype=np.int32)
@@ -35,10 +35,11 @@ def filled(polygon: Sequence[float], height: int, width: int) -> np.ndarray:  # 
 
 
 def run_lengths(counts: Any) -> list[int] | None:
-    """COCO's lengths of runs outside and inside by turns, column by column; None for what is none.
+    """Decode COCO run lengths (alternating outside and inside, column by column); return None if they are invalid.
 
-    Packed into text each is the difference to the last but one (from the fourth on), in digits of base 32 with the lowest
-    first and the sign in the last, written as the characters from "0" on; 32 is added to a digit that another follows.
+    In the compressed string form each number, from the fourth on, is stored as the difference to the one two before
+    it, in base 32 with the lowest digit first and the sign bit in the last digit. Digits are characters starting at
+    "0", with 32 added if another digit follows.
     """
     if isinstance(counts, str):
         code = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
@@ -47,7 +48,7 @@ def run_lengths(counts: Any) -> list[int] | None:
         last = np.flatnonzero(code & 32 == 0)
         first = np.r_[0, last[:-1] + 1]
         place = np.arange(len(code)) - np.repeat(first, last - first + 1)
-        if place.max() > 7:  # no picture has runs of so many pixels
+        if place.max() > 7:  # larger than any plausible image
             return None
         numbers = np.add.reduceat((code & 31) << 5 * place, first)
         numbers -= np.where(code[last] & 16, 1 << 5 * (last - first + 1), 0)
@@ -61,7 +62,7 @@ def run_lengths(counts: Any) -> list[int] | None:
 
 
 def shape(thing: Mapping[str, Any], height: int, width: int) -> np.ndarray | None:  # -> H W bool
-    """The pixels of an object, of all its parts; None where it has a box alone."""
+    """Return the mask of an object with all its parts, or None if it only has a box."""
     if thing["runs"]:
         inside = np.arange(len(thing["runs"])) % 2 == 1
         return np.repeat(inside, thing["runs"]).reshape(width, height).T
@@ -75,10 +76,10 @@ def shape(thing: Mapping[str, Any], height: int, width: int) -> np.ndarray | Non
 
 @dataclass(frozen=True)
 class Drawing:
-    """A mask that is drawn when it is asked for: the objects of one row of a column of boxes.
+    """A segmentation mask that is rasterized on demand from the objects in one row of a boxes column.
 
-    `values` says what to write for each label; the pixels of other labels, of crowds, and of boxes without an outline are
-    `NONE`. Crowds and bare boxes lie below, for what else is known of their pixels; then large objects below small ones.
+    `values` maps labels to pixel values. Pixels of other labels, of crowds, and of boxes without an outline are
+    `NONE`. Crowds and boxes are drawn first, so that other objects overwrite them; then large objects before small ones.
     """
 
     column: pl.Series
@@ -87,7 +88,8 @@ class Drawing:
     height: int
     values: Mapping[str, int]
 
-    def codes(self) -> np.ndarray:  # -> H W int32; 0 where no object is
+    def codes(self) -> np.ndarray:  # -> H W int32
+        """Rasterize the mask. Pixels without an object are 0."""
         out = np.zeros((self.height, self.width), dtype=np.int32)
         objects = self.column[self.row]
         shapes: list[tuple[np.ndarray, int]] = []

@@ -1,6 +1,6 @@
-"""Media: kinds of files that stand in a table as paths, and how each is checked before anything is learnt from it.
+"""Media types: the kinds of files that tables refer to by path, and how each is checked before training.
 
-A medium's `check` decodes files fully and never raises for what they hold. A kind of medium is one row of `MEDIA`.
+The `check` of a medium decodes files completely and never raises for unusable content. Each medium is an entry of `MEDIA`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fieldguide.data.media import audio, images, video
 
 
 class Checked(Protocol):
-    """What the check of one file found; `problem` is a slug of `Medium.problems`, "" where it can be used."""
+    """The result of checking one file; `problem` is a key of `Medium.problems`, or "" if the file can be used."""
 
     problem: str
     detail: str
@@ -40,80 +40,82 @@ class Checked(Protocol):
 
 @dataclass(frozen=True)
 class Medium:
-    """One kind of file. `facts` says which bookkeeping columns its check fills: column -> (attribute, type)."""
+    """A kind of media file. `facts` maps the bookkeeping columns filled by its check to (attribute, type)."""
 
     check: Callable[[Sequence[str | Path]], list[Any]]
-    missing: Any  # what the check says of a row without a path
-    problems: Mapping[str, tuple[str, str]]  # slug: what, remedy
-    traits: Mapping[str, tuple[str, Severity, str, str]] = field(default_factory=dict)  # trait: slug, severity, what, remedy
+    missing: Any  # check result for a row without a path
+    problems: Mapping[str, tuple[str, str]]  # name: description, remedy
+    traits: Mapping[str, tuple[str, Severity, str, str]] = field(
+        default_factory=dict
+    )  # trait: name, severity, description, remedy
     facts: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
 
 
-PICTURE_PROBLEMS = {  # slug: what, remedy
+PICTURE_PROBLEMS = {  # name: description, remedy
     "empty-file": ("empty files", "Copy them again or remove them."),
-    "missing-file": ("pictures that are not there", "Mend the paths: they start at the folder of the table."),
-    "unreadable-file": ("files that may not be read", "Change their permissions."),
-    "not-an-image": ("files that are no pictures", "Remove them."),
-    "corrupt-image": ("corrupt pictures", "Copy them again or remove them."),
-    "truncated-image": ("truncated pictures: the end of the file is missing", "Copy them again or remove them."),
+    "missing-file": ("image files that do not exist", "Correct the paths; they are relative to the folder of the table."),
+    "unreadable-file": ("files that cannot be opened", "Change their permissions."),
+    "not-an-image": ("files that are not images", "Remove them."),
+    "corrupt-image": ("corrupt images", "Copy them again or remove them."),
+    "truncated-image": ("truncated images: the end of the file is missing", "Copy them again or remove them."),
     "too-many-pixels": (
-        f"pictures of more than {images.PIXELS:,} pixels, which are refused (a small file can be made to fill the memory)",
+        f"images with more than {images.PIXELS:,} pixels, the limit that protects against decompression bombs",
         "Scale them down or remove them.",
     ),
 }
-PICTURE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {  # trait: slug, severity, what, remedy
+PICTURE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {  # trait: name, severity, description, remedy
     "wrong-extension": (
         "wrong-extension",
         "warning",
-        "files whose name says another format than their content, which is used",
+        "files whose extension does not match their content; the content is used",
         "Rename them.",
     ),
-    "deep": ("deep-image", "note", "pictures of 16 or 32 bits are scaled to 8 bits by their range", ""),
-    "transparent": ("transparent-image", "note", "transparent pictures are laid over white", ""),
-    "cmyk": ("cmyk-image", "note", "CMYK pictures are converted to RGB", ""),
+    "deep": ("deep-image", "note", "images with 16 or 32 bits are scaled to 8 bits by their range", ""),
+    "transparent": ("transparent-image", "note", "transparent images are composited over white", ""),
+    "cmyk": ("cmyk-image", "note", "CMYK images are converted to RGB", ""),
     "animated": ("animated-image", "note", "animations: only the first frame is used", ""),
-    "rotated": ("rotated-image", "note", "pictures are turned as their EXIF says", ""),
+    "rotated": ("rotated-image", "note", "images are rotated according to their EXIF orientation", ""),
 }
 SOUND_PROBLEMS = {
     "empty-file": ("empty files", "Copy them again or remove them."),
-    "missing-file": ("recordings that are not there", "Mend the paths: they start at the folder of the table."),
-    "unreadable-file": ("files that may not be read", "Change their permissions."),
-    "not-a-sound": ("files that are no sound, or of a format that is not read", "Convert them to FLAC or WAV, or remove them."),
+    "missing-file": ("recordings that do not exist", "Correct the paths; they are relative to the folder of the table."),
+    "unreadable-file": ("files that cannot be opened", "Change their permissions."),
+    "not-a-sound": ("files that are not audio or have an unsupported format", "Convert them to FLAC or WAV, or remove them."),
     "corrupt-sound": ("corrupt recordings", "Copy them again or remove them."),
-    "zero-length": ("recordings without a single sample", "Record them again or remove them."),
-    "truncated-sound": ("truncated recordings: the end is missing, or cannot be decoded", "Copy them again or remove them."),
+    "zero-length": ("recordings without samples", "Record them again or remove them."),
+    "truncated-sound": ("truncated recordings: the end is missing or cannot be decoded", "Copy them again or remove them."),
 }
 SOUND_TRAITS: dict[str, tuple[str, Severity, str, str]] = {
     "silent": (
         "silent-sound",
         "note",
         "recordings that are silent (no sample above -60 dB)",
-        "Was the microphone on? Where somebody speaks in the transcript, remove them.",
+        "Check the microphone. Remove them if their transcript contains speech.",
     ),
     "clipped": (
         "clipped-sound",
         "note",
         "recordings that are clipped: over 0.1 % of the samples are at full scale",
-        "Record more softly.",
+        "Record at a lower level.",
     ),
-    "stereo": ("stereo-sound", "note", "recordings of several channels: their mean is used", ""),
+    "stereo": ("stereo-sound", "note", "recordings with several channels: the mean of the channels is used", ""),
     "wrong-extension": (
         "wrong-extension",
         "warning",
-        "files whose name says another format than their content, which is used",
+        "files whose extension does not match their content; the content is used",
         "Rename them.",
     ),
 }
 
 FILM_PROBLEMS = {
     "empty-file": ("empty files", "Copy them again or remove them."),
-    "missing-file": ("films that are not there", "Mend the paths: they start at the folder of the table."),
-    "unreadable-file": ("files that may not be read", "Change their permissions."),
-    "not-a-film": ("files that are no films", "Remove them."),
-    "truncated-film": ("films that cannot be decoded to their end", "Copy them again or remove them."),
-    "no-strip": ("pictures that do not move: neither animated nor a row of square frames", "Remove them, or export films."),
-    "single-frame": ("films of one frame", "Remove them."),
-    "uneven-frames": ("films whose frames differ in size", "Export them again in one size."),
+    "missing-file": ("videos that do not exist", "Correct the paths; they are relative to the folder of the table."),
+    "unreadable-file": ("files that cannot be opened", "Change their permissions."),
+    "not-a-film": ("files that are not videos", "Remove them."),
+    "truncated-film": ("videos that cannot be decoded completely", "Copy them again or remove them."),
+    "no-strip": ("images that are neither animated nor a row of square frames", "Remove them, or export them as videos."),
+    "single-frame": ("videos with a single frame", "Remove them."),
+    "uneven-frames": ("videos whose frames differ in size", "Export them again with one frame size."),
 }
 MISSING = images.Picture("missing-file", "no path in this row")
 MEDIA: dict[Kind, Medium] = {
@@ -129,11 +131,11 @@ MEDIA: dict[Kind, Medium] = {
             CHANNELS: ("channels", pl.Int32),
         },
     ),
-    # A mask's own form (palette, 16 bits, transparency) is read as it is, so its traits are no findings.
+    # Masks are read in their own format (palette, 16 bits, transparency), so these traits are not reported.
     "mask": Medium(
         images.check,
         MISSING,
-        {slug: (what.replace("pictures", "masks"), remedy) for slug, (what, remedy) in PICTURE_PROBLEMS.items()},
+        {slug: (what.replace("images", "masks"), remedy) for slug, (what, remedy) in PICTURE_PROBLEMS.items()},
         facts={MASK_WIDTH: ("width", pl.Int32), MASK_HEIGHT: ("height", pl.Int32)},
     ),
     "audio": Medium(

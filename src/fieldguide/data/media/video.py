@@ -1,6 +1,6 @@
-"""Films: files of moving pictures, animated pictures, or strips (frames side by side in one picture).
+"""Videos: video files, animated images, and strips (square frames side by side in one image).
 
-GIF, WebP, PNG and JPEG are read by Pillow; MP4, AVI, MOV, MKV and WebM by PyAV, which is an extra.
+GIF, WebP, PNG and JPEG are read by Pillow; MP4, AVI, MOV, MKV and WebM by PyAV, an optional dependency.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fieldguide.core.errors import DataError
 from fieldguide.data.media import images
 
 FILMS = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
-INSTALL = "films need PyAV: pip install 'fieldguide[video]'"
+INSTALL = "reading videos requires PyAV: pip install 'fieldguide[video]'"
 
 
 @dataclass(frozen=True, slots=True)
 class Film:
-    """What the check of one file found. `problem` is "" for a film that can be used."""
+    """The result of checking one file. `problem` is "" if the video can be used."""
 
     problem: str = ""
     detail: str = ""
@@ -40,7 +40,7 @@ class Film:
 
 
 def check(paths: Sequence[str | Path]) -> list[Film]:
-    """Decode every file fully. Never raises for what a file holds; raises `DataError` where PyAV is needed and missing."""
+    """Decode every file completely. Never raises for unusable files; raises DataError if PyAV is required but missing."""
     if any(Path(p).suffix.lower() in FILMS for p in paths):
         try:
             import av  # noqa: F401
@@ -51,6 +51,7 @@ def check(paths: Sequence[str | Path]) -> list[Film]:
 
 
 def check_one(path: str | Path) -> Film:
+    """Decode one file completely and return the result of the check."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -65,7 +66,7 @@ def check_one(path: str | Path) -> Film:
             shapes.append(frame.size)
             colour = colour or frame.mode not in images.GREY
     except UnidentifiedImageError:
-        return Film("not-a-film", "no picture or film format begins so", size, sha)
+        return Film("not-a-film", "the content is not a known image or video format", size, sha)
     except NoStrip as error:
         return Film("no-strip", str(error), size, sha)
     except (*images.BROKEN, ValueError) as error:
@@ -73,16 +74,16 @@ def check_one(path: str | Path) -> Film:
     if len(shapes) < 2:
         return Film("single-frame", f"{len(shapes)} frames", size, sha)
     if len(set(shapes)) > 1:
-        return Film("uneven-frames", "frames of different sizes", size, sha)
+        return Film("uneven-frames", "frames with different sizes", size, sha)
     return Film("", "", size, sha, digest.hexdigest(), *shapes[0], 3 if colour else 1, len(shapes))
 
 
 class NoStrip(ValueError):
-    """A picture that neither moves nor is a row of square frames."""
+    """Raised for an image that is neither animated nor a row of square frames."""
 
 
 def frames_of(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
-    """The frames of a file, one after another."""
+    """Yield the frames of a file in order. Raises `NoStrip`, ValueError or one of `images.BROKEN`."""
     if Path(path).suffix.lower() in FILMS:
         import av
 
@@ -102,13 +103,13 @@ def frames_of(path: str | Path, content: bytes | None = None) -> Iterator[Image.
             return
         image.load()
         if image.width % image.height or image.width == image.height:
-            raise NoStrip(f"{image.width} x {image.height} pixels are no row of square frames")
+            raise NoStrip(f"{image.width} x {image.height} pixels are not a row of square frames")
         for left in range(0, image.width, image.height):
             yield image.crop((left, 0, left + image.height, image.height))
 
 
 def load(paths: Sequence[str | Path], side: int, channels: int) -> list[np.ndarray]:
-    """Films as uint8, F C S S each: frames cut to their middle square and scaled."""
+    """Load videos as uint8 arrays, F C S S each; frames are cropped to the center square and scaled."""
 
     def one(path: str | Path) -> np.ndarray:
         return np.stack([images.as_array(frame, side, channels, "crop") for frame in frames_of(path)])
