@@ -1,9 +1,14 @@
-"""Boxes around the objects of pictures: what the readers of COCO, YOLO and VOC share. One row a picture.
+"""Bounding boxes: the table that the COCO, YOLO and VOC readers produce, with one row per image.
 
-Column `image` holds the path, `objects` a list of structs: `label`; `left`, `top`, `right`, `bottom` in pixels of the
-picture as it is shown, right and bottom outside the object; `outline`, null or a list of closed polygons (parts of the one
-object), each x1 y1 x2 y2 ...; `runs`, null or the lengths of runs of pixels outside and inside by turns, column by column;
-`crowd`, true where the box is around many or is not to be judged. No objects: background.
+Column `image` holds the path; `objects` a list of structs with these fields:
+
+    label                     class name
+    left, top, right, bottom  box in pixels of the upright image; right and bottom are exclusive
+    outline                   null, or a list of closed polygons (parts of the object), each x1 y1 x2 y2 ...
+    runs                      null, or alternating lengths of runs of pixels outside and inside, column by column
+    crowd                     true if the box covers a group of objects or is excluded from evaluation
+
+An image without objects counts as background.
 """
 
 from __future__ import annotations
@@ -33,117 +38,119 @@ OBJECT = pl.Struct(
         "crowd": pl.Boolean,
     }
 )
-SLACK = 1.0  # pixels that a box may reach over the edge without a word: rounding
+SLACK = 1.0  # pixels by which a box may exceed the image without a finding (rounding)
 SHOWN = 5
-CHECKS: dict[str, tuple[Severity, str, str]] = {  # slug: severity, what, remedy
+CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, remedy
     "degenerate-box": (
         "warning",
-        "boxes without area (no width or no height, or turned inside out); they are left out",
-        "Draw them again or remove them.",
+        "boxes without area (zero width or height, or inverted corners); they are dropped",
+        "Correct or remove them.",
     ),
     "box-outside": (
         "warning",
-        "boxes that lie wholly outside their picture; they are left out",
-        "Are they in another unit, or of another picture? Correct or remove them.",
+        "boxes completely outside their image; they are dropped",
+        "Check their unit and the image they belong to. Correct or remove them.",
     ),
-    "box-over-edge": ("warning", "boxes that reach over the edge of their picture; they are cut there", "Correct them."),
+    "box-over-edge": ("warning", "boxes that exceed the edge of their image; they are clipped", "Correct them."),
     "duplicate-box": (
         "warning",
-        "boxes that are there before, of the same class in the same place; they are left out",
+        "duplicate boxes of the same class at the same position; they are dropped",
         "Remove them.",
     ),
     "size-differs": (
         "warning",
-        "pictures of another size than their annotation says: nobody knows where the boxes belong",
-        "Export pictures and annotations together.",
+        "images whose size differs from the annotated one, so the boxes cannot be placed",
+        "Export images and annotations together.",
     ),
     "malformed-line": (
         "warning",
-        "lines that are no box",
-        "A line is: class, then x y width height of the box, or the points "
-        "of an outline, all as parts (0 to 1) of the picture's width and height.",
+        "lines that are not valid boxes",
+        "A line consists of: class, then x y width height of the box, or the points "
+        "of an outline, as fractions (0 to 1) of the image's width and height.",
     ),
     "class-beyond-names": (
         "warning",
-        "boxes of a class that has no name",
+        "boxes whose class number has no name",
         "Add the name, or correct the number (the first class is 0).",
     ),
-    "unknown-category": ("warning", "boxes of a category that the file does not list", "Add it to its categories."),
-    "malformed-box": ("warning", "boxes that are not numbers as they should be", "Correct or remove them."),
+    "unknown-category": ("warning", "boxes with a category that the file does not define", "Add it to its categories."),
+    "malformed-box": ("warning", "boxes with invalid coordinates or without a class", "Correct or remove them."),
     "malformed-outline": (
         "warning",
-        "outlines that are none: fewer than three points, no numbers, or runs of pixels that do "
-        "not fill the picture; their boxes are kept",
-        "Export them again: whoever learns outlines cannot use these objects.",
+        "invalid outlines: fewer than three points, non-numeric values, or runs of pixels that do "
+        "not fill the image; their boxes are kept",
+        "Export them again. Instance segmentation cannot use these objects.",
     ),
     "unknown-picture": (
         "warning",
-        "boxes of a picture that the file does not list; they are left out",
-        "Add the picture to its images, or remove them.",
+        "boxes of an image that the file does not list; they are dropped",
+        "Add the image to its images, or remove them.",
     ),
     "duplicate-id": (
         "warning",
-        "pictures with the number of one before; nobody knows whose boxes are whose",
-        "Give each its own number.",
+        "images with a duplicate id, so their boxes cannot be assigned",
+        "Give each image a unique id.",
     ),
-    "duplicate-picture": ("warning", "pictures that are listed before; they are left out", "List each once."),
-    "wrong-encoding": ("warning", "annotations that are no UTF-8 text", "Save them as UTF-8."),
-    "malformed-xml": ("warning", "annotations that are no well-formed XML, or lack what they need", "Export them again."),
+    "duplicate-picture": ("warning", "images that are listed more than once; repetitions are dropped", "List each once."),
+    "wrong-encoding": ("warning", "annotations that are not UTF-8 text", "Save them as UTF-8."),
+    "malformed-xml": ("warning", "annotations that are not well-formed XML or are incomplete", "Export them again."),
     "xml-doctype": (
         "warning",
-        "annotations with a document type; they are refused, for it can make a small file fill the memory",
+        "annotations with a document type, which is rejected because it allows entity expansion attacks",
         "Remove the line that begins with <!DOCTYPE.",
     ),
     "empty-annotation": ("warning", "annotations that are empty files", "Write them again or remove them."),
-    "no-picture": ("warning", "annotations without a picture", "Add the picture or remove them."),
-    "no-annotation": ("warning", "pictures that a list names, without an annotation", "Add it or take them off the list."),
-    "not-listed": ("note", "annotated pictures that no list of ImageSets/Main names; they are left out", ""),
+    "no-picture": ("warning", "annotations without an image", "Add the image or remove them."),
+    "no-annotation": ("warning", "images in a split list without an annotation", "Add it or remove them from the list."),
+    "not-listed": ("note", "annotated images that no list in ImageSets/Main contains; they are dropped", ""),
     "listed-twice": (
         "warning",
-        "pictures that stand in two lists; they count as test before validation before training",
-        "Take them off one.",
+        "images that are in two lists; test has priority over validation, and validation over training",
+        "Remove them from one list.",
     ),
-    "empty-label-file": ("note", "empty label files: their pictures count as background", ""),
+    "empty-label-file": ("note", "empty label files: their images count as background", ""),
     "no-label-file": (
         "note",
-        "pictures without a label file: they count as background",
-        "If they show objects, they were not exported.",
+        "images without a label file: they count as background",
+        "If they contain objects, export their labels.",
     ),
-    "background": ("note", "pictures without any object: they count as background", ""),
+    "background": ("note", "images without any object: they count as background", ""),
 }
 
 
 @dataclass
 class Shot:
-    """A picture as a reader found it: where its annotation is, its boxes, the size that the annotation says."""
+    """An image with its annotation as found by a reader, before the boxes are checked."""
 
     path: Path
-    place: str
+    place: str  # location of the annotation, for messages
     split: str | None = None
     boxes: list[dict[str, Any]] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)  # of each box, for messages
-    size: tuple[float, float] | None = None  # width, height
-    relative: bool = False  # sides and outlines are parts of width and height
-    bad: bool = False  # its annotation cannot be used, a finding says why
+    places: list[str] = field(default_factory=list)  # location of each box, for messages
+    size: tuple[float, float] | None = None  # annotated width, height
+    relative: bool = False  # coordinates are fractions of width and height
+    bad: bool = False  # the annotation cannot be used; a finding explains why
 
 
 @dataclass
 class Notes:
-    """Findings as they are met, by check."""
+    """Collects findings, grouped by check."""
 
     met: dict[str, list[str]] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
 
     def note(self, check: str, place: str, unusable: int = 0) -> None:
+        """Record an occurrence of a check and how many images it makes unusable."""
         self.met.setdefault(check, []).append(place)
         self.lost[check] = self.lost.get(check, 0) + unusable
 
     def mark_invalid(self, check: str, place: str, shot: Shot) -> None:
-        """What makes a whole picture unusable: it is counted once."""
+        """Record a problem that makes the whole image unusable; each image is counted once."""
         self.note(check, place, 0 if shot.bad else 1)
         shot.bad = True
 
     def findings(self) -> list[Finding]:
+        """Return the findings in the order of `CHECKS`."""
         return [
             Finding(
                 check,
@@ -169,6 +176,7 @@ def box(
     crowd: bool = False,
     runs: list[int] | None = None,
 ) -> dict[str, Any]:
+    """Return an object as a struct of type `OBJECT`."""
     return {
         "label": label,
         "left": left,
@@ -182,7 +190,7 @@ def box(
 
 
 def header_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
-    """Width and height as shown, by each file's header alone; None where that cannot be read."""
+    """Return (width, height) of the upright images, reading only file headers; None for unreadable files."""
 
     def one(path: Path) -> tuple[int, int] | None:
         try:
@@ -197,12 +205,12 @@ def header_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
 
 
 def entry(path: Path, content: bytes, root: Path) -> FileEntry:
-    """An annotation file for the manifest: what it says is part of the data, and of its digest."""
+    """Return the manifest entry of an annotation file; it contributes to the digest of the data but has no rows."""
     return FileEntry(relative(path, root), len(content), sha256(content), rows=0)
 
 
 def raw(root: Path, shots: list[Shot], files: list[FileEntry], notes: Notes, classes: Sequence[str]) -> Raw:
-    """Pictures with their boxes checked against the pictures' own sizes, as a raw table. Raises `DataError` if none is left."""
+    """Check boxes against the actual image sizes and return the raw table. Raises DataError if no image is usable."""
     seen: dict[Path, Shot] = {}
     for shot in shots:
         if shot.path in seen:
@@ -213,7 +221,7 @@ def raw(root: Path, shots: list[Shot], files: list[FileEntry], notes: Notes, cla
         checked(shot, size, notes)
     kept = [s for s in usable if not s.bad]
     if not kept:
-        raise DataError(f"{root}: no picture with a usable annotation." + "".join(f"\n  - {f}" for f in notes.findings()))
+        raise DataError(f"{root}: no image with a usable annotation." + "".join(f"\n  - {f}" for f in notes.findings()))
     for shot in kept:
         if not shot.boxes:
             notes.note("background", relative(shot.path, root))
@@ -239,14 +247,15 @@ def raw(root: Path, shots: list[Shot], files: list[FileEntry], notes: Notes, cla
 
 
 def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
-    """Boxes in pixels, within the picture, each once. A picture that does not open is left to the check of pictures."""
+    """Convert the boxes to pixels, clip them to the image and drop invalid ones. Images that cannot be opened are
+    left to the image check."""
     if size is None:
         shot.boxes = []
         return
     width, height = size
     if shot.size and all(shot.size) and tuple(round(v) for v in shot.size) != size:
         notes.mark_invalid(
-            "size-differs", f"{shot.place}: {shot.size[0]:g} x {shot.size[1]:g}, the picture {width} x {height}", shot
+            "size-differs", f"{shot.place}: {shot.size[0]:g} x {shot.size[1]:g}, the image {width} x {height}", shot
         )
         return
     kept, taken = [], set()
@@ -280,7 +289,7 @@ def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
 
 
 def decoded(content: bytes, place: str, shot: Shot, notes: Notes) -> str | None:
-    """Text of an annotation, or None after a finding."""
+    """Decode the text of an annotation; return None and record a finding if it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -289,7 +298,7 @@ def decoded(content: bytes, place: str, shot: Shot, notes: Notes) -> str | None:
 
 
 def finite(values: Any, count: int) -> list[float] | None:
-    """So many finite numbers, or None."""
+    """Return exactly `count` finite numbers, or None."""
     try:
         numbers = [float(v) for v in values if not isinstance(v, bool)]
     except (TypeError, ValueError):
