@@ -1,1 +1,1 @@
-"""One kind of source a file. `fieldguide.data.source` says what a reader is and finds them here."""
+"""Readers, one file per data format. `fieldguide.data.source` describes their interface and finds them."""

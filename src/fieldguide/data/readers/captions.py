@@ -1,4 +1,4 @@
-"""Pictures with captions: beside each picture a .txt of the same name that says what it shows; maybe below train, val, test."""
+"""Reader for images with captions: each image has a .txt file of the same name, optionally below train, val and test."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, visib
 
 NAME = "captions"
 UNDERSTANDS = (
-    "pictures with captions: a folder with a .txt of the same name beside each picture, maybe below train, val and test"
+    "images with captions: a folder with a .txt of the same name for each image, optionally below train, val and test"
 )
-MOSTLY = 0.5  # of the pictures have a text: some may have lost theirs
-TRIED = 20  # texts that are looked into before a folder is taken for one of captions
+MOSTLY = 0.5  # minimum fraction of images with a text; some texts may be missing
+TRIED = 20  # texts that are inspected to decide whether a folder holds captions
 NUMBERS = re.compile(r"[\d\s.,eE+-]*")
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     return 7 if isinstance(source, Path) and source.is_dir() and layout(source) else 0
 
 
 def layout(source: Path) -> list[tuple[list[Path], dict[str, Path], str | None]]:
-    """(pictures, texts by stem, split) of every part; nothing where this is no such folder."""
+    """Return (images, texts by stem, split) of every part, or an empty list if the layout does not match."""
     if own := part(source):
         return [(*own, None)]
     return [
@@ -41,6 +42,7 @@ def layout(source: Path) -> list[tuple[list[Path], dict[str, Path], str | None]]
 
 
 def part(folder: Path) -> tuple[list[Path], dict[str, Path]] | None:
+    """Return the images and the texts by stem of one folder, or None if it does not hold captions."""
     files = [p for p in visible(folder)[0] if p.is_file()]
     pictures = [p for p in files if p.suffix.lower() in KNOWN]
     stems = {p.stem for p in pictures}
@@ -48,13 +50,14 @@ def part(folder: Path) -> tuple[list[Path], dict[str, Path]] | None:
     both = [path for stem, path in texts.items() if stem in stems]
     if not pictures or len(both) < MOSTLY * len(pictures):
         return None
-    # Numbers alone are boxes, as some tools write them.
+    # Files with only numbers are bounding boxes written by annotation tools.
     if all(NUMBERS.fullmatch(path.read_text(encoding="utf-8", errors="replace")) for path in both[:TRIED]):
         return None
     return pictures, texts
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Pair images with captions by file name."""
     rows: list[tuple[str, str | None]] = []
     splits: list[str | None] = []
     files: list[FileEntry] = []
@@ -89,10 +92,10 @@ def load(source: Path, options: Options) -> Raw:
             Finding(
                 "no-caption",
                 "warning",
-                "pictures without a text beside them",
+                "images without a caption file",
                 places_of(bare, source),
                 len(bare),
-                "Add the text or remove the picture.",
+                "Add the caption or remove the image.",
                 len(bare),
             )
         )
@@ -101,14 +104,14 @@ def load(source: Path, options: Options) -> Raw:
             Finding(
                 "no-picture",
                 "warning",
-                "texts without a picture beside them",
+                "caption files without an image",
                 places_of(lone, source),
                 len(lone),
-                "Add the picture or remove the text.",
+                "Add the image or remove the caption.",
                 len(lone),
             )
         )
-    if unreadable:  # without a caption their rows are no examples, which is found next
+    if unreadable:  # not counted as unusable here: their rows are dropped later for the missing caption
         findings.append(
             Finding(
                 "unreadable-file",
@@ -127,7 +130,7 @@ def load(source: Path, options: Options) -> Raw:
                 "captions that are not UTF-8: read as Windows-1252 or Latin-1",
                 tuple(odd[:5]),
                 len(odd),
-                "Look at accented letters, or save them as UTF-8.",
+                "Check the accented letters, or save the files as UTF-8.",
             )
         )
     table = pl.DataFrame(rows, schema={"image": pl.String, "caption": pl.String}, orient="row")

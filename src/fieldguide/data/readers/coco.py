@@ -1,5 +1,5 @@
-"""COCO: one JSON of images, annotations (bbox: left, top, width, height in pixels; segmentation: outlines) and categories,
-maybe one for each split."""
+"""Reader for COCO: a JSON of images, annotations (bbox: left, top, width, height in pixels; segmentation: outlines) and
+categories, optionally one file per split."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from fieldguide.data.source import Options, Raw, relative, split_of, visible
 
 NAME = "COCO"
 UNDERSTANDS = (
-    "pictures with boxes or outlines, COCO: instances .json (images, annotations, categories) in a folder "
-    "annotations, one for each of train, val and test or one for all, beside folders of pictures; or that file "
+    "images with boxes or outlines, COCO: instances .json (images, annotations, categories) in a folder "
+    "annotations, one for each of train, val and test or one for all, next to folders of images; or that file "
     "itself"
 )
-HEAD = 1 << 16  # bytes of a file that tell whether it is one
+HEAD = 1 << 16  # bytes at both ends of a file that are searched for the format's keys
 KEYS = (b'"images"', b'"annotations"', b'"categories"', b'"bbox"')
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     if source.is_file():
@@ -32,7 +33,7 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def boxed(file: Path) -> bool:
-    """Whether a JSON file looks like boxes: its beginning or its end has two of their keys."""
+    """Return whether the start and end of a JSON file contain at least two of the format's keys."""
     with file.open("rb") as opened:
         seen = opened.read(HEAD)
         opened.seek(max(0, file.stat().st_size - HEAD))
@@ -42,7 +43,7 @@ def boxed(file: Path) -> bool:
 
 
 def documents(root: Path) -> list[Path]:
-    """The JSON files of a folder: in `annotations`, in itself, or in its folders of splits; `instances*` before others."""
+    """Return the JSON files in `annotations`, in the folder itself, or in its split folders; prefer `instances*`."""
     folders = [p for p in visible(root)[0] if p.is_dir()]
     for places in ([p for p in folders if p.name.lower() == "annotations"], [root], [p for p in folders if split_of(p.name)]):
         files = [f for p in places for f in visible(p)[0] if f.suffix.lower() == ".json" and f.is_file() and boxed(f)]
@@ -52,6 +53,7 @@ def documents(root: Path) -> list[Path]:
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read a COCO folder or file. Raises DataError if the JSON is invalid or categories of several files conflict."""
     files, shots, notes = [], [], Notes()
     if source.is_file():
         found = [source]
@@ -75,46 +77,50 @@ def load(source: Path, options: Options) -> Raw:
 
 
 def part_of(file: Path, root: Path) -> str | None:
+    """Return the split in the name of a file or its folder, or None."""
     return split_of(file.stem) or (split_of(file.parent.name) if file.parent != root else None)
 
 
 def parsed(file: Path, content: bytes) -> dict[str, Any]:
+    """Parse the JSON. Raises DataError if it is invalid or lacks a required list."""
     try:
         document = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise DataError(f"{file}: is no UTF-8 text. Save it as UTF-8.") from None
+        raise DataError(f"{file}: not UTF-8 text. Save it as UTF-8.") from None
     except (json.JSONDecodeError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{file}{line}: is no complete JSON ({error}). Was the file cut off? Copy it again.") from None
+        raise DataError(f"{file}{line}: invalid JSON ({error}). If the file is truncated, copy it again.") from None
     lacking = [
         k
         for k in ("images", "annotations", "categories")
         if not isinstance(document, dict) or not isinstance(document.get(k), list)
     ]
     if lacking:
-        raise DataError(f"{file}: lacks {', '.join(lacking)} (each a list).")
+        raise DataError(f"{file}: lacks {', '.join(lacking)} (each must be a list).")
     return document
 
 
 def named(document: dict[str, Any], file: Path) -> dict[int, str]:
+    """Return category id -> name. Raises DataError if entries are malformed or ids are duplicated."""
     try:
         names = [(int(c["id"]), str(c["name"])) for c in document["categories"]]
     except (KeyError, TypeError, ValueError):
-        raise DataError(f"{file}: each of its categories needs a whole number as id, and a name.") from None
+        raise DataError(f"{file}: each category needs an integer id and a name.") from None
     twice = [str(n) for n, count in Counter(n for n, _ in names).items() if count > 1]
     if twice:
-        raise DataError(f"{file}: several categories have the id {', '.join(twice[:5])}. Give each its own.")
+        raise DataError(f"{file}: several categories have the id {', '.join(twice[:5])}. Ids must be unique.")
     return dict(names)
 
 
 def pictures(
     document: dict[str, Any], file: Path, root: Path, split: str | None, categories: dict[int, str], notes: Notes
 ) -> list[Shot]:
+    """Return the images of a document with their boxes. Raises DataError if an image lacks its id or file_name."""
     where, shots, by_id = relative(file, root), [], {}
     places = folders(document["images"], file, root)
     for number, image in enumerate(document["images"]):
         if not isinstance(image, dict) or key(image.get("id")) is None or not isinstance(image.get("file_name"), str):
-            raise DataError(f"{file}: image {number} lacks its id or file_name.")
+            raise DataError(f"{file}: image {number} lacks id or file_name.")
         name = image["file_name"]
         path = next((p / n for p in places for n in (name, Path(name).name) if (p / n).is_file()), places[0] / name)
         said = finite((image.get("width"), image.get("height")), 2)
@@ -132,7 +138,7 @@ def pictures(
             continue
         parts, runs, whole = outline(annotation.get("segmentation"), shot.size)
         values = finite(annotation["bbox"], 4) if isinstance(annotation.get("bbox"), list) else None
-        if annotation.get("bbox") is None and parts:  # some export outlines alone
+        if annotation.get("bbox") is None and parts:  # some tools export only outlines
             values = around(parts)
         if key(annotation.get("category_id")) not in categories:
             notes.mark_invalid("unknown-category", f"{place} ({annotation.get('category_id')})", shot)
@@ -159,12 +165,15 @@ def pictures(
 
 
 def key(value: Any) -> int | str | None:
+    """Return the value if it can be an id, else None."""
     return value if isinstance(value, int | str) else None
 
 
 def outline(segmentation: Any, size: tuple[float, float] | None) -> tuple[list[list[float]] | None, list[int] | None, bool]:
-    """Polygons of an object, its parts; or its run lengths, for a picture of (width, height); and whether all of what is
-    given was understood. Nothing, or an empty list, is an object without an outline."""
+    """Return the polygons of an object, its run lengths for an image of (width, height), and whether the input is valid.
+
+    None or an empty list is an object without an outline.
+    """
     if isinstance(segmentation, dict):
         runs, theirs = run_lengths(segmentation.get("counts")), segmentation.get("size")
         fits = isinstance(theirs, list) and finite(theirs, 2) and runs and sum(runs) == theirs[0] * theirs[1]
@@ -178,13 +187,13 @@ def outline(segmentation: Any, size: tuple[float, float] | None) -> tuple[list[l
 
 
 def around(parts: list[list[float]]) -> list[float]:
-    """Left, top, width and height of all parts."""
+    """Return left, top, width and height of the bounding box of all parts."""
     xs, ys = ([v for p in parts for v in p[i::2]] for i in (0, 1))
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def folders(listed: list[Any], file: Path, root: Path) -> list[Path]:
-    """Where the pictures of a JSON may be, likeliest first: where most of the first fifty are."""
+    """Return the folders that may contain the images, ordered by how many of the first 50 images they contain."""
     ending = file.stem.rpartition("_")[2]  # instances_train2017 -> train2017
     names = [d for d in (ending, file.stem, part_of(file, root) or "") if d]
     tries = [

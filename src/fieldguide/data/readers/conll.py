@@ -1,4 +1,4 @@
-"""CoNLL columns: a word and its tag on every line, a blank line between sentences. One file, or a folder of splits."""
+"""Reader for CoNLL columns: a word and its tag per line, blank lines between sentences; one file, or one file per split."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from fieldguide.data.readers.table import join
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of
 
 NAME = "conll"
-UNDERSTANDS = "CoNLL columns (.conll, .iob, .bio, ...): a word first, its tag last on each line, blank lines between sentences"
+UNDERSTANDS = "CoNLL columns (.conll, .iob, .bio, ...): word first and tag last on each line, blank lines between sentences"
 SUFFIXES = {".conll", ".iob", ".iob2", ".bio", ".bioes", ".iobes"}
 TAG = re.compile(r"O|[BIESLU]-\S+")
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     files = [source] if source.is_file() else files_in(source)
@@ -29,7 +30,7 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def columns(path: Path) -> bool:
-    """Whether the first lines have equally many columns, of which the last holds tags, and blank lines among them."""
+    """Return whether the first lines have equally many columns with tags in the last, and contain blank lines."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
     if b"\0" in head or b"\n" not in head:
@@ -46,17 +47,19 @@ def columns(path: Path) -> bool:
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read one file or a folder with one file per split."""
     if source.is_file():
         return one(source, source.parent)
     parts = [(one(p, source), str(split_of(p.name))) for p in files_in(source)]
     if len({split for _, split in parts}) < len(parts):
-        raise DataError(f"{source}: two files for one split: {', '.join(raw.files[0].path for raw, _ in parts)}.")
+        raise DataError(f"{source}: several files for one split: {', '.join(raw.files[0].path for raw, _ in parts)}.")
     raw = join(parts, source)
     raw.kinds, raw.target = {"tokens": "list", "tags": "list"}, "tags"
     return raw
 
 
 def one(path: Path, root: Path) -> Raw:
+    """Read one file with one row per sentence. Raises DataError for a line without a tag."""
     name, content = relative(path, root), path.read_bytes()
     text, findings = delimited.decode(content, name)
     sentences: list[tuple[int, list[str], list[str]]] = []
@@ -71,8 +74,8 @@ def one(path: Path, root: Path) -> Raw:
             words, tags = [], []
         elif len(parts) < 2 or not parts[0] or not parts[-1]:
             raise DataError(
-                f"{name}:{number}: {line[:40]!r} has no tag. Every line is a word, maybe more columns, and a tag; "
-                "blank lines stand between sentences."
+                f"{name}:{number}: {line[:40]!r} has no tag. Each line must hold a word, optional columns and a tag; "
+                "blank lines separate sentences."
             )
         else:
             words.append(parts[0])

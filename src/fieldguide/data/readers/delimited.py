@@ -1,4 +1,4 @@
-"""Delimited text: encoding, delimiter, header, and, when polars gives up, the line that is wrong and why."""
+"""Delimited text: detection of encoding, delimiter and header, and errors that name the malformed line."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from fieldguide.data.dataset import BOOKKEEPING, LINE, Finding
 
 DELIMITERS = ",\t;|"
 CHUNK = 1 << 22
-csv.field_size_limit(1 << 30)  # a novel in one cell is no error; the default of 128 KiB is
+csv.field_size_limit(1 << 30)  # the default of 128 KiB rejects long texts
 
 
 @dataclass
 class Table:
-    """A delimited file as text columns, with the line each row begins on."""
+    """A delimited file as text columns, with the line number on which each row begins."""
 
     rows: pl.DataFrame
     findings: list[Finding] = field(default_factory=list)
 
 
 def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
-    """The content as UTF-8 without a byte order mark. Raises DataError for NUL bytes (a binary file)."""
+    """Return the content as UTF-8 without a byte order mark. Raises DataError for NUL bytes (a binary file)."""
     for mark, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if raw.startswith(mark):
             try:
                 raw = raw[3:] if encoding == "utf-8" else raw.decode(encoding).encode()
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{name}: begins as {encoding} but byte {error.start} is not. Save the file again as UTF-8."
+                    f"{name}: has a {encoding} byte order mark but byte {error.start} is not {encoding}. Save the file as UTF-8."
                 ) from error
             break
     if (at := raw.find(b"\0")) >= 0:
         raise DataError(
-            f"{name}:{line_at(raw, at)}: a NUL byte (byte {at}), which text never has. The file "
-            "is binary or damaged, or is UTF-16 without its mark: save it again as UTF-8."
+            f"{name}:{line_at(raw, at)}: NUL byte at position {at}. The file "
+            "is binary or damaged, or is UTF-16 without a byte order mark. Save it as UTF-8."
         )
     at = first_not_utf8(raw)
     if at is None:
@@ -55,20 +55,20 @@ def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
             "encoding",
             "warning",
             f"{name} is not UTF-8: read as {encoding}",
-            (f"{name}:{line_at(raw, at)}, the first",),
+            (f"{name}:{line_at(raw, at)}, the first occurrence",),
             1,
-            "Look at accented letters, or save it as UTF-8.",
+            "Check the accented letters, or save the file as UTF-8.",
         )
     ]
 
 
 def line_at(raw: bytes, at: int) -> int:
-    """The line that byte `at` is on, from 1."""
+    """Return the line number (from 1) of byte `at`."""
     return raw.count(b"\n", 0, at) + 1
 
 
 def first_not_utf8(raw: bytes) -> int | None:
-    """Position of the first byte that is not UTF-8; checked in chunks, so without a copy of the whole."""
+    """Return the position of the first byte that is not UTF-8, or None. Works in chunks to avoid copying the content."""
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     while start < len(raw):
         stop = start + CHUNK
@@ -82,7 +82,7 @@ def first_not_utf8(raw: bytes) -> int | None:
 
 
 def delimiter(raw: bytes) -> str:
-    """The delimiter that gives the most columns in the same number on each of the first lines."""
+    """Detect the delimiter: the one that gives the most consistent number of columns in the first lines."""
     text = raw[: 1 << 16].decode(errors="replace")
     if len(raw) > 1 << 16:
         text = text[: text.rfind("\n") + 1] or text
@@ -99,9 +99,9 @@ def delimiter(raw: bytes) -> str:
 
 
 def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] = (), target: str | None = None) -> Table:
-    """Delimited UTF-8 text as a table of strings. `names` are the columns of a known schema, with `target`.
+    """Parse delimited UTF-8 text as a table of strings. `names` are the columns of a known schema, including `target`.
 
-    Raises DataError, naming the line, for broken quoting, lines of the wrong length, and bad column names.
+    Raises DataError, naming the line, for broken quoting, lines of the wrong length, and invalid column names.
     """
     if not raw.strip():
         raise DataError(f"{name}: the file is empty.")
@@ -113,13 +113,13 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     findings: list[Finding] = []
     lines = line_numbers(rows, raw)
     width, empty = rows.width, blank(rows.get_columns())
-    # Put together without expressions: those would bring the chunks into line, a copy of the whole table.
+    # Built without expressions, which would rechunk and thereby copy the whole table.
     rows = pl.DataFrame([*rows.get_columns(), lines])
     if width > 1 and empty.any():
         rows = rows.filter(~empty)
         if int(empty.sum()) > 1 or not raw.endswith(b"\n\n"):
             count = int(empty.sum())
-            findings.append(Finding("empty-lines", "note", f"empty lines left out of {name}", (), count))
+            findings.append(Finding("empty-lines", "note", f"empty lines skipped in {name}", (), count))
     first = ["" if v is None else v.strip() for v in rows.row(0)[:width]]
     has = header if header is not None else has_header(rows[1:1001].drop(LINE), first, names)
     if has:
@@ -135,23 +135,23 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
                     f"{name}: the first line looks like data, so the columns are named {columns[0]} to {columns[-1]}",
                     (f"{name}:1",),
                     1,
-                    "Write a line of column names on top, or say header=True if it is one.",
+                    "Add a line of column names, or pass header=True if the first line is one.",
                 )
             )
     if rows.height == 0:
-        raise DataError(f"{name}: column names but no rows.")
+        raise DataError(f"{name}: the file has column names but no rows.")
     rows.columns = [*columns, LINE]
     return Table(rows, findings)
 
 
 def cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
-    """Every cell as text, empty ones as null. What polars refuses is read line by line, to name the line."""
+    """Return all cells as text, empty ones as null. Input that polars rejects is parsed by `slow_cells`."""
     try:
         rows = pl.read_csv(raw, infer_schema=False, has_header=False, separator=mark)
     except pl.exceptions.PolarsError:
         return slow_cells(raw, name, mark)
-    # Polars fills short lines with nulls and says nothing. The delimiters tell: outside of cells there must
-    # be one fewer than columns on every line.
+    # Polars silently pads short lines with nulls. They are detected by counting delimiters outside of cells: each line
+    # must have one less than there are columns.
     quoted = b'"' in raw
     inside = sum(rows[c].str.count_matches(mark, literal=True).sum() for c in rows.columns) if quoted else 0
     marks = raw.count(mark.encode()) - inside
@@ -162,7 +162,7 @@ def cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
 
 
 def blank(columns: list[pl.Series]) -> pl.Series:
-    """Which rows have no values at all. Column by column: an expression over all would copy the table."""
+    """Return which rows have no values. Works column by column, since one expression over all would copy the table."""
     empty = pl.repeat(True, columns[0].len(), eager=True)
     for column in columns:
         if not empty.any():
@@ -172,8 +172,11 @@ def blank(columns: list[pl.Series]) -> pl.Series:
 
 
 def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
-    """The table as Python's csv module reads it. Raises DataError listing the lines that are wrong. Between tabs, direct speech
-    is more often meant than quoted cells: where these would be broken, quotation marks stand for themselves."""
+    """Parse the table with Python's csv module. Raises DataError listing the malformed lines.
+
+    In tab-separated files quotation marks usually are direct speech: if they do not form valid quoted cells, they are
+    taken literally.
+    """
     if mark == "\t" and (spoken := unquoted(raw)) is not None:
         return spoken
     reader = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=mark, strict=True)
@@ -191,7 +194,7 @@ def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
                 out.append([v or None for v in row])
     except csv.Error as error:
         ends = "end of data" in str(error)
-        what = "a quotation mark is opened and never closed" if ends else "text follows a closing quotation mark"
+        what = "a quotation mark is not closed" if ends else "text follows a closing quotation mark"
         at = line + 1 if ends else reader.line_num
         raise DataError(
             f'{name}:{at}: broken quoting: {what}. Close it, or write "" for a quotation mark inside a quoted cell.'
@@ -200,15 +203,17 @@ def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
         places = ", ".join(f"{name}:{l} has {n}" for l, n in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
         raise DataError(
             f"{name}: {len(wrong)} of {len(out) + len(wrong)} lines do not have {width} cells "
-            f"like the first: {places}. Quote cells that hold {mark!r}, or fill in the missing cells."
+            f"like the first: {places}. Quote cells that contain {mark!r}, or add the missing cells."
         )
     return pl.DataFrame(out, schema={f"c{i}": pl.String for i in range(width)}, orient="row")
 
 
 def unquoted(raw: bytes) -> pl.DataFrame | None:
-    """A table between tabs whose quotation marks are no csv's, such as `"Well," he said.`; None where they are, or where lines
-    have different widths."""
-    text = raw.decode().replace("\r\n", "\n").removesuffix("\n")  # splitlines would end lines at U+2028, too
+    """Parse tab-separated text with literal quotation marks, such as `"Well," he said.`.
+
+    Returns None if the quotation marks are valid csv quoting, or if lines differ in width.
+    """
+    text = raw.decode().replace("\r\n", "\n").removesuffix("\n")  # splitlines would also split at U+2028
     lines = [line.split("\t") for line in text.split("\n")]
     odd = any(cell.startswith('"') and (cell.count('"') % 2 or not cell.endswith('"')) for line in lines for cell in line)
     widths = {len(line) for line in lines if line != [""]}
@@ -223,7 +228,7 @@ def unquoted(raw: bytes) -> pl.DataFrame | None:
 
 
 def line_numbers(rows: pl.DataFrame, raw: bytes) -> pl.Series:
-    """The line each row begins on: cells may hold line breaks."""
+    """Return the line number on which each row begins; cells may contain line breaks."""
     first = pl.Series(LINE, range(1, rows.height + 1), dtype=pl.Int64)
     if b'"' not in raw:
         return first
@@ -234,8 +239,10 @@ def line_numbers(rows: pl.DataFrame, raw: bytes) -> pl.Series:
 
 
 def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> bool:
-    """Is the first line names? Not if it has numbers where the columns have, values that come again, or sentences where the
-    columns have sentences."""
+    """Return whether the first line holds column names.
+
+    It does not if it has numbers in numeric columns, values that occur again below, or sentences in columns of sentences.
+    """
     if names:
         known = sum(f in names for f in first)
         return known > 0 or not len(names) - 1 <= len(first) <= len(names)
@@ -257,7 +264,7 @@ def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> 
 
 
 def headerless(width: int, names: tuple[str, ...], target: str | None) -> list[str]:
-    """Names for columns without any: those of the schema where their number fits, else c0, c1, ..."""
+    """Return names for columns without a header: those of the schema if their number matches, else c0, c1, ..."""
     for known in (list(names), [n for n in names if n != target]):
         if len(known) == width:
             return known
@@ -265,6 +272,7 @@ def headerless(width: int, names: tuple[str, ...], target: str | None) -> list[s
 
 
 def is_number(text: str) -> bool:
+    """Return whether the text parses as a float."""
     try:
         float(text)
     except ValueError:
@@ -273,13 +281,14 @@ def is_number(text: str) -> bool:
 
 
 def check_names(columns: list[str], name: str, line: int) -> None:
+    """Raise DataError for missing, duplicate or reserved column names."""
     empty = [i + 1 for i, c in enumerate(columns) if not c]
     at = {c: [i + 1 for i, d in enumerate(columns) if d == c] for c in columns if c}
     twice = {c: where for c, where in at.items() if len(where) > 1}
     hidden = [c for c in columns if c in BOOKKEEPING]
     problems = [f"column {', '.join(map(str, empty))} has no name"] if empty else []
-    problems += [f"{c!r} names columns {', '.join(map(str, where))}" for c, where in twice.items()]
-    problems += [f"{c!r} is a name kept for bookkeeping" for c in hidden]
+    problems += [f"{c!r} is the name of several columns ({', '.join(map(str, where))})" for c, where in twice.items()]
+    problems += [f"{c!r} is a reserved name" for c in hidden]
     if problems:
-        hint = " (A first column without a name is often an index: write with index=False.)" if empty == [1] else ""
-        raise DataError(f"{name}:{line}: {'; '.join(problems)}. Every column needs a name of its own.{hint}")
+        hint = " (An unnamed first column is often an index: export with index=False.)" if empty == [1] else ""
+        raise DataError(f"{name}:{line}: {'; '.join(problems)}. Every column needs a unique name.{hint}")

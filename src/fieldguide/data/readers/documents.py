@@ -1,4 +1,4 @@
-"""Plain texts: a .txt or .md file, or a folder of them; each file is one text, as it stands."""
+"""Reader for plain texts: a .txt or .md file, or a folder of them; each file is one text."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from fieldguide.data.readers import delimited
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
 
 NAME = "documents"
-UNDERSTANDS = "plain texts: a .txt or .md file, or a folder of them; files named train, val and test give the splits"
+UNDERSTANDS = "plain texts: a .txt or .md file, or a folder of them; files named train, val and test define the splits"
 SUFFIXES = (".txt", ".text", ".md")
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     return 2 if (source.suffix.lower() in SUFFIXES if source.is_file() else files_in(source)) else 0
 
 
 def files_in(folder: Path) -> list[Path]:
+    """Return the text files in a folder."""
     return [p for p in visible(folder)[0] if p.is_file() and p.suffix.lower() in SUFFIXES]
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read one text file or a folder of them. Raises DataError if none can be used."""
     root = source if source.is_dir() else source.parent
     paths = files_in(source) if source.is_dir() else [source]
     texts, files, findings, kept, unusable = [], [], [], [], 0
@@ -36,7 +39,7 @@ def load(source: Path, options: Options) -> Raw:
         name, content = relative(path, root), path.read_bytes()
         try:
             decoded, found = delimited.decode(content, name)
-            text, problem = decoded.decode(), None if content.strip() else "it is empty"
+            text, problem = decoded.decode(), None if content.strip() else "the file is empty"
             findings += found
         except DataError as error:
             problem = str(error)
@@ -58,7 +61,7 @@ def load(source: Path, options: Options) -> Raw:
             kept.append(path)
         files.append(FileEntry(name, len(content), sha256(content), rows=int(not problem), dropped=int(bool(problem))))
     if not texts:
-        raise DataError(f"{source}: no text in it." + "".join(f"\n  - {f}" for f in findings))
+        raise DataError(f"{source}: no usable text." + "".join(f"\n  - {f}" for f in findings))
     index = [i for i, f in enumerate(files) if f.rows]
     rows = pl.DataFrame(
         {"text": texts, FILE: index, LINE: [1] * len(texts)}, schema={"text": pl.String, FILE: pl.Int32, LINE: pl.Int64}

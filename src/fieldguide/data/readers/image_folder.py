@@ -1,4 +1,4 @@
-"""Folders of pictures: one for each class, maybe below train/ val/ test/; or no classes; or one picture."""
+"""Reader for images: a folder per class, optionally below train, val and test; or no classes; or a single image."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from fieldguide.data.dataset import Finding
 from fieldguide.data.media.images import KNOWN
 from fieldguide.data.source import IGNORED, SPLITS, Options, Raw, relative, visible
 
-NAME = "pictures"
+NAME = "images"
 UNDERSTANDS = (
-    "pictures: a folder with a folder of pictures for each class, maybe below train, val and "
-    "test; to predict, also a folder of pictures or one picture"
+    "images: a folder with a folder of images for each class, optionally below train, val and "
+    "test; for prediction, also a folder of images or one image"
 )
 
-THINGS = {"image": "pictures", "text": "texts", "video": "films"}
+THINGS = {"image": "images", "text": "texts", "video": "videos"}
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     if source.is_file():
@@ -33,6 +34,7 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def has_pictures(folder: Path) -> bool:
+    """Return whether there is an image anywhere below a folder."""
     for _, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if not hidden(f)]
         if any(os.path.splitext(f)[1].lower() in KNOWN and not hidden(f) for f in files):
@@ -41,17 +43,19 @@ def has_pictures(folder: Path) -> bool:
 
 
 def hidden(name: str) -> bool:
+    """Return whether a file or folder name is hidden or created by an operating system."""
     return name.startswith(".") or name.lower() in IGNORED
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read one image or a folder of them."""
     if source.is_file():
         return table([(source, None, None)], source.parent, [], options)
     return load_classes(source, options, KNOWN)
 
 
 def load_classes(source: Path, options: Options, suffixes: frozenset[str], media: str = "image") -> Raw:
-    """Files below class folders, as rows of (file, label). Shared by pictures and text files."""
+    """Read files below class folders as rows of (file, label). Shared by the readers of images, videos and texts."""
     walk = Walk(source)
     tops, _ = visible(source)
     folders = [p for p in tops if p.is_dir() and not p.is_symlink()]
@@ -82,13 +86,14 @@ def load_classes(source: Path, options: Options, suffixes: frozenset[str], media
 
 
 class Walk:
-    """Walks a folder without following links out of it, and counts what it leaves out."""
+    """Walks a folder without following links out of it, and counts skipped entries."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.hidden, self.links = root.resolve(), 0, list[Path]()
         self.seen: set[Path] = set()
 
     def entries(self, folder: Path) -> list[Path]:
+        """Return the entries of a folder, without hidden ones and links out of the root."""
         kept, left = visible(folder)
         if folder not in self.seen:
             self.hidden += left
@@ -103,6 +108,7 @@ class Walk:
         return inside
 
     def files(self, folder: Path) -> list[Path]:
+        """Return all files below a folder."""
         out = []
         for p in self.entries(folder):
             out += self.files(p) if p.is_dir() and not p.is_symlink() else [p] if p.is_file() else []
@@ -112,6 +118,7 @@ class Walk:
 def findings_of(
     walk: Walk, root: Path, found: list, stray: list[Path], empty: dict[str, list[str]], media: str
 ) -> list[Finding]:
+    """Return the findings about empty class folders, links, and ignored files."""
     findings = []
     thing = THINGS[media]
     filled = Counter(label for _, label, _ in found)
@@ -121,10 +128,10 @@ def findings_of(
             Finding(
                 "empty-class",
                 "warning" if elsewhere else "error",
-                f"class folder {name!r} holds no {thing}",
+                f"class folder {name!r} contains no {thing}",
                 tuple(places),
                 1,
-                "Fill it (was a copy interrupted?) or remove the folder.",
+                "Add files (an interrupted copy?) or remove the folder.",
             )
         )
     if walk.links:
@@ -132,7 +139,7 @@ def findings_of(
             Finding(
                 "link-outside",
                 "warning",
-                "links that lead out of the folder, or nowhere; they are not followed",
+                "links that are broken or lead out of the folder; they are not followed",
                 places_of(walk.links, root),
                 len(walk.links),
                 "Copy the files into the folder.",
@@ -142,17 +149,18 @@ def findings_of(
     if stray:
         findings.append(
             Finding(
-                "other-files", "note", f"files left out: no {thing}, and in no class folder", places_of(stray, root), len(stray)
+                "other-files", "note", f"files ignored: not {thing} and not in a class folder", places_of(stray, root), len(stray)
             )
         )
     if walk.hidden:
         findings.append(
-            Finding("hidden-files", "note", "hidden files and folders left out (.*, __MACOSX, Thumbs.db)", (), walk.hidden)
+            Finding("hidden-files", "note", "hidden files and folders ignored (.*, __MACOSX, Thumbs.db)", (), walk.hidden)
         )
     return findings
 
 
 def places_of(paths: list[Path], root: Path) -> tuple[str, ...]:
+    """Return the first five paths relative to the root, for messages."""
     return tuple(relative(p, root) for p in paths[:5])
 
 
@@ -163,10 +171,11 @@ def table(
     options: Options,
     media: str = "image",
 ) -> Raw:
+    """Build the raw table of files with their labels and splits. Raises DataError if there are no files."""
     labels = [label for _, label, _ in found]
     thing = THINGS[media]
     if not found:
-        raise DataError(f"{root}: no {thing} in it." + "".join(f"\n  - {f}" for f in findings))
+        raise DataError(f"{root}: no {thing} found." + "".join(f"\n  - {f}" for f in findings))
     orphans = [p for p, label, _ in found if label is None]
     if any(labels) and orphans and not options.labels_optional:
         findings = [
@@ -174,7 +183,7 @@ def table(
             Finding(
                 "no-class",
                 "warning",
-                f"{thing} outside of any class folder",
+                f"{thing} outside of class folders",
                 places_of(orphans, root),
                 len(orphans),
                 "Move them into a class folder.",

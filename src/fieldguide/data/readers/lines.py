@@ -1,4 +1,4 @@
-"""Labelled lines: a class, a blank, a text, on every line. One file, or a folder with one file a split."""
+"""Reader for labeled lines: a class, a space and a text on every line; one file, or a folder with one file per split."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from fieldguide.data.readers.table import join
 from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
 
 NAME = "lines"
-UNDERSTANDS = "labelled lines: a text file (.txt, .train, ...) with `class text` on every line"
+UNDERSTANDS = "labeled lines: a text file (.txt, .train, ...) with `class text` on every line"
 OTHER = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".zip", ".gz", ".py", ".md", ".html", ".xml")
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     files = [source] if source.is_file() else files_in(source)
@@ -26,13 +27,13 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files of a folder whose names are splits; none if there is anything else in it."""
+    """Return the files of a folder if all are named after splits, else an empty list."""
     found = visible(folder)[0]
     return found if found and all(p.is_file() and split_of(p.name) for p in found) else []
 
 
 def labelled(path: Path) -> bool:
-    """Do the first lines begin with few different words, each followed by more?"""
+    """Return whether the first lines start with few distinct words, each followed by more text."""
     if path.suffix.lower() in OTHER or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:
@@ -45,17 +46,19 @@ def labelled(path: Path) -> bool:
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read one file or a folder with one file per split."""
     if source.is_file():
         return one(source, source.parent)
     parts = [(one(p, source), str(split_of(p.name))) for p in files_in(source)]
     if len({s for _, s in parts}) < len(parts):
-        raise DataError(f"{source}: two files for one split: {', '.join(r.files[0].path for r, _ in parts)}.")
+        raise DataError(f"{source}: several files for one split: {', '.join(r.files[0].path for r, _ in parts)}.")
     raw = join(parts, source)
     raw.kinds, raw.target = {"text": "text"}, "label"
     return raw
 
 
 def one(path: Path, root: Path) -> Raw:
+    """Read one file of labeled lines."""
     name = relative(path, root)
     content = path.read_bytes()
     text, findings = delimited.decode(content, name)
@@ -70,7 +73,7 @@ def one(path: Path, root: Path) -> Raw:
             Finding(
                 "label-only",
                 "warning",
-                "lines with a class and no text",
+                "lines with a class but no text",
                 tuple(f"{name}:{l}" for l in bad[:5]),
                 len(bad),
                 "Add the text or remove the line.",

@@ -1,4 +1,4 @@
-"""Pictures with masks: a folder `images` and a folder `masks`, maybe below train, val and test; partners share a name."""
+"""Reader for images with segmentation masks: folders `images` and `masks` with matching file names."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
 
 NAME = "masks"
 UNDERSTANDS = (
-    "pictures with masks: a folder images and a folder masks (or labels, annotations) with files of the same names, "
-    "maybe below train, val and test; classes.txt or class_dict.csv may name the classes"
+    "images with masks: a folder images and a folder masks (or labels, annotations) with files of the same names, "
+    "optionally below train, val and test; classes.txt or class_dict.csv may name the classes"
 )
 IMAGES = ("images", "imgs", "image", "img", "jpegimages", "inputs", "photos")
 MASKS = ("masks", "mask", "labels", "annotations", "segmentationclass", "gt", "groundtruth", "targets", "labelimages")
@@ -25,11 +25,12 @@ ENDINGS = ("", "_mask", "-mask", "_l", "_label", "_labels", "_gt", "_seg", "_lab
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     return 9 if isinstance(source, Path) and source.is_dir() and layout(source) else 0
 
 
 def layout(source: Path) -> list[tuple[Path, Path, str | None]]:
-    """(pictures, masks, split) of every part; nothing where this is no such folder."""
+    """Return (images, masks, split) of every part, or an empty list if the layout does not match."""
     if own := pair(source):
         return [(*own, None)]
     parts = [(p, SPLITS[p.name.lower()]) for p in visible(source)[0] if p.is_dir() and p.name.lower() in SPLITS]
@@ -37,6 +38,7 @@ def layout(source: Path) -> list[tuple[Path, Path, str | None]]:
 
 
 def pair(folder: Path) -> tuple[Path, Path] | None:
+    """Return the folders of images and masks, or None."""
     named = {p.name.lower(): p for p in visible(folder)[0] if p.is_dir()}
     first, second = (next((named[n] for n in names if n in named), None) for names in (IMAGES, MASKS))
     if first is None or second is None or not any(p.suffix.lower() in KNOWN for p in second.iterdir()):
@@ -45,6 +47,7 @@ def pair(folder: Path) -> tuple[Path, Path] | None:
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Pair images with masks by name. Raises DataError if there are no pairs."""
     rows, splits, findings = [], [], []
     lone_images: list[Path] = []
     lone_masks: list[Path] = []
@@ -62,15 +65,15 @@ def load(source: Path, options: Options) -> Raw:
             splits.append(split)
         lone_masks += [p for s, p in partners.items() if s not in used]
     for lone, check, what, remedy in (
-        (lone_images, "no-mask", "pictures without a mask", "Add the mask or remove the picture."),
-        (lone_masks, "no-picture", "masks without a picture", "Add the picture or remove the mask."),
+        (lone_images, "no-mask", "images without a mask", "Add the mask or remove the image."),
+        (lone_masks, "no-picture", "masks without an image", "Add the image or remove the mask."),
     ):
         if lone:
             findings.append(
                 Finding(check, "warning", what, tuple(relative(p, source) for p in lone[:5]), len(lone), remedy, len(lone))
             )
     if not rows:
-        raise DataError(f"{source}: no picture has a mask of its name." + "".join(f"\n  - {f}" for f in findings))
+        raise DataError(f"{source}: no image has a mask with its name." + "".join(f"\n  - {f}" for f in findings))
     table = pl.DataFrame(rows, schema={"image": pl.String, "mask": pl.String}, orient="row")
     named = np.array(splits, dtype=object) if all(splits) and len(set(splits)) > 1 else None
     return Raw(
@@ -87,7 +90,7 @@ def load(source: Path, options: Options) -> Raw:
 
 
 def class_names(source: Path) -> dict[str, Any]:
-    """{"classes": names} from classes.txt (a name a line), {"colours": {(r, g, b): name}} from class_dict.csv; or nothing."""
+    """Return {"classes": names} from classes.txt, {"colours": {(r, g, b): name}} from class_dict.csv, or {}."""
     for name in ("classes.txt", "labels.txt", "codes.txt"):
         if (file := source / name).is_file():
             return {"classes": [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]}
@@ -97,5 +100,5 @@ def class_names(source: Path) -> dict[str, Any]:
         try:
             return {"colours": {tuple(int(row[c]) for c in "rgb"): row["name"] for row in rows}}
         except (KeyError, TypeError, ValueError):
-            raise DataError(f"{file}: needs the columns name, r, g, b with whole numbers from 0 to 255.") from None
+            raise DataError(f"{file}: requires the columns name, r, g, b with integers from 0 to 255.") from None
     return {}

@@ -1,4 +1,4 @@
-"""Objects in memory: polars and pandas data frames, and dictionaries of arrays."""
+"""Reader for in-memory data: polars and pandas data frames, and dictionaries of arrays."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ UNDERSTANDS = "in Python: a polars or pandas data frame, or a dictionary of arra
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     return 10 if isinstance(source, pl.DataFrame | dict) or is_pandas(source) else 0
 
 
 def is_pandas(source: Any) -> bool:
+    """Return whether the object is a pandas data frame, without importing pandas."""
     return type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "to_dict")
 
 
 def load(source: Any, options: Options) -> Raw:
+    """Convert a data frame or dictionary of arrays. Raises DataError if it has no rows or lengths differ."""
     if isinstance(source, pl.DataFrame):
         rows = source
     else:
         columns = {str(k): source[k] for k in source}
         lengths = {k: len(v) for k, v in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise DataError(f"the arrays have different lengths: {lengths}.")
+            raise DataError(f"the arrays differ in length: {lengths}.")
         rows = pl.DataFrame([series(k, v) for k, v in columns.items()])
     if rows.height == 0:
         raise DataError("the table in memory has no rows.")
@@ -41,12 +44,13 @@ def load(source: Any, options: Options) -> Raw:
 
 
 def series(name: str, values: Any) -> pl.Series:
-    """A column from an array, list or pandas series; objects of mixed types become text."""
+    """Convert an array, list or pandas series to a column; objects of mixed types become text. Raises DataError if the
+    values are not one-dimensional."""
     if isinstance(values, pl.Series):
         return values.rename(name)
     array = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
     if array.ndim != 1:
-        raise DataError(f"{name!r} has shape {array.shape}; a column has one dimension.")
+        raise DataError(f"{name!r} has shape {array.shape}; a column must be one-dimensional.")
     if array.dtype != object:
         return pl.Series(name, array)
     cells = [None if v is None or v != v else v for v in array.tolist()]  # v != v: NaN and pandas' NaT

@@ -1,5 +1,5 @@
-"""Parallel texts: two files of lines that belong together, `train.de` and `train.en`, or `de.txt` and `en.txt`; a pair, or
-a folder of pairs."""
+"""Reader for parallel texts: two files with corresponding lines, `train.de` and `train.en`, or `de.txt` and `en.txt`; one
+pair or a folder of pairs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from fieldguide.data.source import Options, Raw, relative, sha256, split_of, vis
 
 NAME = "pairs"
 UNDERSTANDS = (
-    "parallel texts: a folder with two files of lines for each part, called by language (train.de, train.en, "
+    "parallel texts: a folder with two line-aligned files per split, named by language (train.de, train.en, "
     "test.de, test.en; or de.txt, en.txt), or one of two such files"
 )
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     return 7 if isinstance(source, Path) and languages(source) else 0
 
 
 def languages(source: Path) -> list[str]:
-    """The two languages of a folder or file by their suffixes; none where there are not two, or files have no partner."""
+    """Return the two languages of a folder or file by their extensions, or an empty list if there are not exactly two."""
     folder = source if source.is_dir() else source.parent
     files = [p for p in visible(folder)[0] if p.is_file() and language(p)]
     if source.is_file():
@@ -37,7 +38,7 @@ def languages(source: Path) -> list[str]:
 
 
 def language(path: Path) -> str:
-    """`de` of train.de, `pt-br` of train.pt-br; nothing for a suffix that is no language's."""
+    """Return the language in a file name (`de` for train.de, `pt-br` for train.pt-br), or ""."""
     suffix = coded(path).rpartition(".")[2].lower()
     plain = suffix.replace("-", "").replace("_", "")
     return (
@@ -81,16 +82,17 @@ NO_LANGUAGE = {
 
 
 def coded(path: Path) -> str:
-    """A name that ends with the language: `train.de` of train.de and of train.de.txt, `de` of de.txt."""
+    """Return the name without .txt if a language precedes it: `train.de` for train.de and train.de.txt."""
     return path.name[:-4] if path.suffix.lower() == ".txt" and len(path.name[:-4].rpartition(".")[2]) == 2 else path.name
 
 
 def part(path: Path) -> str:
-    """What a pair has in common: `train` of train.de."""
+    """Return the part of the name that a pair shares: `train` for train.de."""
     return coded(path).rpartition(".")[0]
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read all pairs. Raises DataError if a partner is missing or line counts differ."""
     root = source if source.is_dir() else source.parent
     first, second = languages(source)
     pairs: dict[str, dict[str, Path]] = defaultdict(dict)
@@ -103,7 +105,7 @@ def load(source: Path, options: Options) -> Raw:
             lone = next(iter(pair.values()))
             other = second if first in pair else first
             partner = (f"{stem}." if stem else "") + other + (".txt" if lone.suffix == ".txt" else "")
-            raise DataError(f"{relative(lone, root)}: its partner {partner} is missing. Add it, or take this file away.")
+            raise DataError(f"{relative(lone, root)}: the partner file {partner} is missing. Add it, or remove this file.")
         columns, names = {}, {}
         for code in (first, second):
             content = pair[code].read_bytes()
@@ -121,8 +123,8 @@ def load(source: Path, options: Options) -> Raw:
             }
             hint = "".join(f" The first empty line of {names[c]} is {at}." for c, at in blank.items() if at)
             raise DataError(
-                f"{names[first]} has {counts[first]:,} lines and {names[second]} {counts[second]:,}: which belong "
-                f"together cannot be known.{hint} Line n of one must translate line n of the other."
+                f"{names[first]} has {counts[first]:,} lines but {names[second]} has {counts[second]:,}, so they cannot be "
+                f"aligned.{hint} Line n of one must be the translation of line n of the other."
             )
         rows = pl.DataFrame(columns, schema={first: pl.String, second: pl.String}).with_columns(
             pl.lit(len(files) - 2, pl.Int32).alias(FILE), pl.Series(LINE, range(1, counts[first] + 1), dtype=pl.Int64)

@@ -1,4 +1,4 @@
-"""Recordings: a folder of them with a table of transcripts, or a text file beside each; to predict, recordings alone."""
+"""Reader for recordings: a folder with a table of transcripts or a text file per recording, or recordings alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256
 NAME = "recordings"
 UNDERSTANDS = (
     "recordings (.wav, .flac, .ogg, .mp3): a folder of them with a table of file names and transcripts, or with "
-    "x.txt beside each x.wav, maybe below train, val and test; to predict, recordings alone"
+    "x.txt next to each x.wav, optionally below train, val and test; for prediction, recordings alone"
 )
 SOUNDS = KNOWN.union(UNREAD)
 TRANSCRIPTS = (
@@ -37,11 +37,12 @@ TRANSCRIPTS = (
     "utterance",
     "words",
 )
-AUDIO, SAID = "audio", "transcript"  # what columns are called where no table names them
+AUDIO, SAID = "audio", "transcript"  # column names if no table defines them
 SHOWN = 5
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     if source.is_file():
@@ -52,13 +53,14 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def sounds(folder: Path) -> Iterable[Path]:
-    """Recordings anywhere in a folder; links out of it are not followed."""
+    """Yield all recordings below a folder without following symbolic links to folders."""
     for at, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not hidden(f))
         yield from (Path(at, f) for f in sorted(files) if os.path.splitext(f)[1].lower() in SOUNDS and not hidden(f))
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read one recording or a folder of them, with transcripts if there are any."""
     if source.is_file():
         said = source.with_suffix(".txt")
         return beside([source], source.parent, options) if said.is_file() else alone([source], source.parent)
@@ -70,7 +72,7 @@ def load(source: Path, options: Options) -> Raw:
 
 
 def alone(paths: list[Path], root: Path) -> Raw:
-    """Recordings without a word of what is said in them."""
+    """Return recordings without transcripts."""
     return Raw(
         pl.DataFrame({AUDIO: [str(p.absolute()) for p in paths]}),
         [],
@@ -81,15 +83,16 @@ def alone(paths: list[Path], root: Path) -> Raw:
 
 
 def split_by_folder(paths: list[Path], root: Path) -> np.ndarray | None:
-    """Splits, where each recording lies below a folder called by one."""
+    """Return the splits if every recording is below a folder named after a split, else None."""
     found = [SPLITS.get(p.relative_to(root).parts[0].lower()) for p in paths]
     return np.array(found, dtype=object) if all(found) and len(set(found)) > 1 else None
 
 
-# A text file beside each
+# One text file per recording
 
 
 def beside(paths: list[Path], root: Path, options: Options) -> Raw:
+    """Read recordings with a text file of the same name each. Raises DataError if no transcript can be read."""
     rows, files, findings, kept = [], [], [], []
     silent: list[Path] = []
     damaged: list[str] = []
@@ -117,9 +120,9 @@ def beside(paths: list[Path], root: Path, options: Options) -> Raw:
         (
             "no-transcript",
             "warning",
-            "recordings without a transcript beside them",
+            "recordings without a transcript file",
             silent,
-            "Write what is said into a text file of the same name, or remove them.",
+            "Write the transcript to a text file of the same name, or remove them.",
             len(silent),
         ),
         (
@@ -133,9 +136,9 @@ def beside(paths: list[Path], root: Path, options: Options) -> Raw:
         (
             "shared-transcript",
             "warning",
-            "recordings that share one transcript, as they differ by suffix alone",
+            "recordings that share a transcript because only their extensions differ",
             several,
-            "Keep one of each.",
+            "Keep one of them.",
             0,
         ),
         ("no-recording", "note", "transcripts without a recording", lone, "", 0),
@@ -144,7 +147,7 @@ def beside(paths: list[Path], root: Path, options: Options) -> Raw:
             shown = tuple(p if isinstance(p, str) else relative(p, root) for p in places[:SHOWN])
             findings.append(Finding(check, severity, what, shown, len(places), remedy, unusable))
     if not rows:
-        raise DataError(f"{root}: no recording has a transcript that can be read." + "".join(f"\n  - {f}" for f in findings))
+        raise DataError(f"{root}: no recording has a readable transcript." + "".join(f"\n  - {f}" for f in findings))
     frame = pl.DataFrame(rows, schema={AUDIO: pl.String, SAID: pl.String}, orient="row")
     return Raw(
         frame,
@@ -162,8 +165,11 @@ def beside(paths: list[Path], root: Path, options: Options) -> Raw:
 
 
 def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
-    """A table with its column of file names brought to the paths of recordings below `root`. The column is found by its
-    values, which may be paths from the folder, names alone, or names without suffix."""
+    """Resolve the column of file names in a table to recordings below `root`.
+
+    The column is found by its values: relative paths, file names, or names without extension. Raises DataError if no
+    column matches.
+    """
     where = Where(paths, root)
     columns = [c for c in raw.rows.columns if c not in BOOKKEEPING and raw.rows[c].dtype == pl.String]
     shares = {c: where.share(raw.rows[c]) for c in columns if c != options.target}
@@ -171,8 +177,8 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
     if name is None or shares[name] < 0.5:
         listed = ", ".join(columns)
         raise DataError(
-            f"{root}: none of the columns of {raw.files[0].path} ({listed}) names the recordings in the folder, "
-            f"such as {relative(paths[0], root)}. One must hold their file names."
+            f"{root}: no column of {raw.files[0].path} ({listed}) contains the names of the recordings in the folder, "
+            f"such as {relative(paths[0], root)}. One column must contain their file names."
         )
     rows = raw.rows
     full = [where.find(v) or v for v in rows[name].to_list()]
@@ -185,10 +191,10 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
             Finding(
                 "repeated-recording",
                 "warning",
-                "rows that name a recording that another row names, too",
+                "rows with a recording that another row also has",
                 tuple(f"{place(i)} ({rows[name][i]})" for i in again[:SHOWN]),
                 len(again),
-                "Keep one row of each.",
+                "Keep one row per recording.",
             )
         )
     if several := [i for i, v in enumerate(rows[name].to_list()) if v in where.ambiguous]:
@@ -196,10 +202,10 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
             Finding(
                 "ambiguous-name",
                 "warning",
-                "file names that several folders have",
+                "file names that occur in several folders",
                 tuple(f"{place(i)} ({rows[name][i]})" for i in several[:SHOWN]),
                 len(several),
-                "Write the path from the folder of the table.",
+                "Use paths relative to the folder of the table.",
             )
         )
     unnamed(raw, [p for p in paths if relative(p, root) not in used])
@@ -211,13 +217,13 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
 
 
 def unnamed(raw: Raw, lone: list[Path]) -> None:
-    """Notes recordings that no row of the table names."""
+    """Add a note about recordings that are in no row of the table."""
     if lone:
         raw.findings.append(
             Finding(
                 "file-without-row",
                 "note",
-                "recordings that no row of the table names; they are left out",
+                "recordings that are in no row of the table; they are ignored",
                 tuple(relative(p, raw.root) for p in lone[:SHOWN]),
                 len(lone),
             )
@@ -225,7 +231,7 @@ def unnamed(raw: Raw, lone: list[Path]) -> None:
 
 
 class Where:
-    """The recordings of a folder by path, by name, and by name without suffix."""
+    """An index of the recordings in a folder by path, by name, and by name without extension."""
 
     def __init__(self, paths: list[Path], root: Path):
         self.root, self.paths = root, {relative(p, root) for p in paths}
@@ -240,7 +246,7 @@ class Where:
                 self.short[key] = path
 
     def find(self, value: str | None) -> str | None:
-        """The path from the root; absolute paths of files that are there stay as they are."""
+        """Return the path relative to the root; absolute paths of existing files are returned unchanged."""
         value = (value or "").strip().replace("\\", "/").removeprefix("./")
         if value in self.paths or not value:
             return value or None
@@ -251,7 +257,7 @@ class Where:
         return self.short.get(value) or self.short.get(value.rsplit("/", 1)[-1])
 
     def share(self, values: pl.Series) -> float:
-        """The part of some values that name recordings, or at least look as if they did."""
+        """Return the fraction of values that are names of recordings, or at least have an audio file extension."""
         some = values.drop_nulls()
         some = some.gather_every(max(1, some.len() // 500))
         if not some.len():

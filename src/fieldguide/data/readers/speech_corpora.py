@@ -1,4 +1,4 @@
-"""Speech corpora in their own layouts: LJ Speech (metadata.csv, wavs/) and Common Voice (train.tsv, dev.tsv, clips/)."""
+"""Reader for speech corpora: LJ Speech (metadata.csv, wavs/) and Common Voice (train.tsv, dev.tsv, clips/)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from fieldguide.data.source import Options, Raw, relative, sha256, split_of, vis
 
 NAME = "speech corpora"
 UNDERSTANDS = (
-    "speech in the layout of LJ Speech (metadata.csv with id|transcript|normalised transcript, and wavs/) or of "
+    "speech corpora: LJ Speech (metadata.csv with id|transcript|normalized transcript, and wavs/) or "
     "Common Voice (train.tsv, dev.tsv and test.tsv with path and sentence, and clips/)"
 )
 SPEAKER = "client_id"
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path) or not source.is_dir():
         return 0
     return 10 if is_lj(source) or voice_tables(source) else 0
 
 
 def is_lj(folder: Path) -> bool:
-    """Whether there are wavs/ and a metadata.csv whose lines are cells with | between."""
+    """Return whether the folder contains wavs/ and a metadata.csv separated by |."""
     file = folder / "metadata.csv"
     if not (file.is_file() and (folder / "wavs").is_dir()):
         return False
@@ -39,7 +40,7 @@ def is_lj(folder: Path) -> bool:
 
 
 def voice_tables(folder: Path) -> dict[Path, str | None]:
-    """Common Voice's tables and their splits: of train, dev and test those that are there, else validated.tsv."""
+    """Return Common Voice's tables and their splits: those of train, dev and test that exist, else validated.tsv."""
     if not (folder / "clips").is_dir():
         return {}
     named = {p: split_of(p.stem) for p in visible(folder)[0] if p.suffix.lower() == ".tsv" and split_of(p.stem)}
@@ -47,6 +48,7 @@ def voice_tables(folder: Path) -> dict[Path, str | None]:
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read an LJ Speech or Common Voice folder."""
     if is_lj(source):
         return lj(source)
     tables, parts = voice_tables(source), []
@@ -56,7 +58,7 @@ def load(source: Path, options: Options) -> Raw:
     findings = [f for raw, _ in parts for f in raw.findings]
     if others:
         findings.append(
-            Finding("other-files", "note", "tables that are not used", tuple(p.name for p in others[:SHOWN]), len(others))
+            Finding("other-files", "note", "tables that are ignored", tuple(p.name for p in others[:SHOWN]), len(others))
         )
     rows = pl.concat([raw.rows for raw, _ in parts], how="diagonal")
     splits = np.repeat(np.array([s for _, s in parts], dtype=object), [raw.rows.height for raw, _ in parts])
@@ -76,8 +78,8 @@ def load(source: Path, options: Options) -> Raw:
 
 
 def lj(source: Path) -> Raw:
-    """A row a line: the recording's name, what it says, and, in a third cell, the same with numbers written out, which is
-    what is spoken and so is used."""
+    """Read LJ Speech. Each line holds the recording's name, the transcript, and optionally the normalized transcript
+    with numbers written out, which is preferred because it matches the speech."""
     path = source / "metadata.csv"
     lines, entry, findings = cells(path, source, "|")
     if lines and not present(source / "wavs", lines[0][1][0]) and lines[0][1][0].lower() in ("id", "file", "filename", "name"):
@@ -93,10 +95,10 @@ def lj(source: Path) -> Raw:
             Finding(
                 "wrong-cells",
                 "warning",
-                "lines that do not have 2 or 3 cells with | between",
+                "lines that do not have 2 or 3 cells separated by |",
                 tuple(wrong[:SHOWN]),
                 len(wrong),
-                "Write id|transcript|normalised transcript.",
+                "Write id|transcript|normalized transcript.",
                 len(wrong),
             )
         )
@@ -104,6 +106,7 @@ def lj(source: Path) -> Raw:
 
 
 def voice(path: Path, root: Path, number: int) -> Raw:
+    """Read one table of Common Voice. Raises DataError if a required column is missing."""
     lines, entry, findings = cells(path, root, "\t")
     head = [c.strip() for c in lines[0][1]] if lines else []
     lacking = [n for n in ("path", "sentence") if n not in head]
@@ -119,7 +122,7 @@ def voice(path: Path, root: Path, number: int) -> Raw:
                 f"lines that do not have {len(head)} cells like the first",
                 tuple(wrong[:SHOWN]),
                 len(wrong),
-                "Mend them: a tab is missing, or stands in a sentence.",
+                "Correct them: a tab is missing, or a sentence contains one.",
                 len(wrong),
             )
         )
@@ -133,15 +136,16 @@ def voice(path: Path, root: Path, number: int) -> Raw:
 
 
 def raw_of(rows: list[tuple], root: Path, entry: FileEntry, findings: list[Finding], unusable: int) -> Raw:
+    """Build the raw table of one file. Raises DataError if it has no rows."""
     table = pl.DataFrame(rows, schema={AUDIO: pl.String, SAID: pl.String, FILE: pl.Int32, LINE: pl.Int64}, orient="row")
     if not rows:
-        raise DataError(f"{entry.path}: no line of it can be used." + "".join(f"\n  - {f}" for f in findings))
+        raise DataError(f"{entry.path}: no usable lines." + "".join(f"\n  - {f}" for f in findings))
     entry = FileEntry(entry.path, entry.bytes, entry.sha256, rows=len(rows))
     return Raw(table, [entry], root, findings, kinds={AUDIO: "audio", SAID: "text"}, target=SAID, unusable=unusable)
 
 
 def complete(raw: Raw, folder: Path) -> Raw:
-    """Says which recordings are named twice, of which the first stays, and which are not named at all."""
+    """Drop repeated rows of a recording, keeping the first, and report them and the recordings without a row."""
     paths = raw.rows[AUDIO]
     again = (~paths.is_first_distinct() & paths.is_not_null()).to_numpy()
     if again.any():
@@ -154,10 +158,10 @@ def complete(raw: Raw, folder: Path) -> Raw:
             Finding(
                 "duplicate-id",
                 "warning",
-                "lines for a recording that an earlier line has, too",
+                "lines for a recording that an earlier line already contains",
                 where,
                 len(rows),
-                "Keep one line of each.",
+                "Keep one line per recording.",
                 len(rows),
             )
         )
@@ -172,8 +176,10 @@ def complete(raw: Raw, folder: Path) -> Raw:
 
 
 def cells(path: Path, root: Path, mark: str) -> tuple[list[tuple[int, list[str]]], FileEntry, list[Finding]]:
-    """(line, cells) of every line that is not empty. Quotation marks are part of the text, as these corpora have it, unless
-    they stand around a whole cell with inner ones doubled."""
+    """Return (line, cells) of every non-empty line, the manifest entry and the findings.
+
+    Quotation marks are part of the text in these corpora, unless they enclose a whole cell and inner ones are doubled.
+    """
     content = path.read_bytes()
     called = relative(path, root)
     text, findings = delimited.decode(content, called)
@@ -188,13 +194,14 @@ def cells(path: Path, root: Path, mark: str) -> tuple[list[tuple[int, list[str]]
 
 
 def unquoted(cell: str) -> str:
+    """Remove csv quoting from a cell that uses it."""
     inner = cell[1:-1]
     whole = len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
     return inner.replace('""', '"') if whole and '""' in inner else cell
 
 
 def present(folder: Path, called: str) -> Path | None:
-    """The recording of a name that may lack its suffix."""
+    """Return the path of a recording whose name may lack the extension, or None if it does not exist."""
     called = called.strip()
     plain = folder / called
     if called and plain.suffix.lower() in SOUNDS and plain.is_file():
@@ -203,7 +210,7 @@ def present(folder: Path, called: str) -> Path | None:
 
 
 def name(folder: Path, called: str) -> str | None:
-    """The full path of a recording; of one that is not there, the path at which it is missed."""
+    """Return the full path of a recording; if it does not exist, the path where it is expected."""
     called = called.strip()
     if not called:
         return None

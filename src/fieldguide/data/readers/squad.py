@@ -1,5 +1,8 @@
-"""Questions on texts, SQuAD: one JSON of paragraphs, each a context with its questions and their answers (`qas`), versions
-1.1 and 2.0; or of records with a context and one question each. One file, or a folder with one a split."""
+"""Reader for question answering data in SQuAD format, versions 1.1 and 2.0.
+
+A JSON of paragraphs, each with a context and its questions and answers (`qas`), or of records with one context and one
+question each; a single file, or a folder with one file per split.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from fieldguide.data.source import Options, Raw, relative, sha256, split_of, vis
 
 NAME = "SQuAD"
 UNDERSTANDS = (
-    "questions on texts, SQuAD: one .json of paragraphs, each with a context and its `qas`, or of records with a "
+    "extractive question answering, SQuAD: a .json of paragraphs, each with a context and `qas`, or of records with a "
     "context, a question and answers; or a folder with one such file for each of train, dev and test"
 )
-HEAD = 1 << 16  # bytes of a file that tell whether it is one
+HEAD = 1 << 16  # bytes at the start of a file that are searched for the format's keys
 SCHEMA = {
     "id": pl.String,
     "title": pl.String,
@@ -34,6 +37,7 @@ SCHEMA = {
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     files = [source] if source.is_file() else files_in(source)
@@ -41,47 +45,48 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The JSON files of a folder whose names are splits."""
+    """Return the JSON files of a folder that are named after splits."""
     return [p for p in visible(folder)[0] if p.is_file() and p.suffix.lower() == ".json" and split_of(p.name)]
 
 
 def asks(path: Path) -> bool:
-    """Whether the beginning of a file speaks of contexts and questions: a long context may come before its first question."""
+    """Return whether the start of a file contains the keys of the format; a long context may precede the first question."""
     with path.open("rb") as file:
         head = file.read(HEAD).replace(b"\0", b"")
     return b'"qas"' in head or b'"paragraphs"' in head or (b'"context"' in head and b'"question"' in head)
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read one file or a folder with one file per split."""
     if source.is_file():
         return one(source, source.parent, options)
     parts = [(one(p, source, options), str(split_of(p.name))) for p in files_in(source)]
     if len({split for _, split in parts}) < len(parts):
-        raise DataError(f"{source}: two files for one split: {', '.join(raw.files[0].path for raw, _ in parts)}.")
+        raise DataError(f"{source}: several files for one split: {', '.join(raw.files[0].path for raw, _ in parts)}.")
     raw = join(parts, source)
     raw.kinds, raw.target = parts[0][0].kinds, parts[0][0].target
     return raw
 
 
 def one(path: Path, root: Path, options: Options) -> Raw:
-    """A row a question; what stands for its line is its number in the file, from 1."""
+    """Read one file with one row per question. The line of a row is the number of the question in the file, from 1."""
     name, content = relative(path, root), path.read_bytes()
     text, findings = delimited.decode(content, name)
     try:
         document = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{name}: not readable as JSON ({error}).") from None
+        raise DataError(f"{name}: not valid JSON ({error}).") from None
     found = [*records(document, name)]
     if not found:
-        raise DataError(f"{name}: no questions in it.")
+        raise DataError(f"{name}: no questions found.")
     unsaid = [i for i, row in enumerate(found) if not row["answers"] and row["is_impossible"] is None]
     if unsaid and len(unsaid) < len(found):
         findings.append(
             Finding(
                 "answers-absent",
                 "note",
-                "questions with no answers, and not marked `is_impossible`: taken as "
-                "questions that their context does not answer",
+                "questions without answers that are not marked `is_impossible`; treated as "
+                "unanswerable from their context",
                 tuple(f"{name}:{i + 1}" for i in unsaid[:5]),
                 len(unsaid),
             )
@@ -102,7 +107,7 @@ def one(path: Path, root: Path, options: Options) -> Raw:
 
 
 def records(document: Any, name: str) -> Iterator[dict[str, Any]]:
-    """Every question of a file as a row. Raises `DataError` naming the place where its form is another."""
+    """Yield every question of a file as a row. Raises DataError with the location of a malformed entry."""
     entries, place = document, ""
     if isinstance(document, dict) and "qas" not in document:
         entries, place = need(document, "data", list, name, ""), "data"
@@ -126,13 +131,13 @@ def records(document: Any, name: str) -> Iterator[dict[str, Any]]:
 
 
 def asked(entry: dict[str, Any], context: str, title: Any, name: str, where: str) -> dict[str, Any]:
-    """A question and its answers; characters are counted from the first of the context that is no blank."""
+    """Return a question with its answers; answer positions are counted from the first non-blank character."""
     blanks, given = len(context) - len(context.lstrip()), entry.get("answers", [])
-    if isinstance(given, dict):  # as in files of Hugging Face: {"text": [], "answer_start": []}
+    if isinstance(given, dict):  # Hugging Face format: {"text": [], "answer_start": []}
         texts = need(given, "text", list, name, f"{where}.answers")
         starts = given.get("answer_start") or [None] * len(texts)
         if len(starts) != len(texts):
-            raise DataError(f"{name}: {where}.answers has {len(texts)} texts and {len(starts)} starts; each text needs one.")
+            raise DataError(f"{name}: {where}.answers has {len(texts)} texts but {len(starts)} starts; each text needs one.")
         given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts)]
     answers = []
     for number, answer in enumerate(listed(given or [], name, f"{where}.answers")):
@@ -140,7 +145,7 @@ def asked(entry: dict[str, Any], context: str, title: Any, name: str, where: str
             raise wrong(name, f"{where}.answers[{number}]", 'an object with a "text"', answer)
         start = answer.get("answer_start")
         if start is not None and (not isinstance(start, int) or isinstance(start, bool)):
-            raise wrong(name, f"{where}.answers[{number}].answer_start", "a whole number", start)
+            raise wrong(name, f"{where}.answers[{number}].answer_start", "an integer", start)
         answers.append({"text": answer["text"], "start": None if start is None else start - blanks})
     impossible, key = entry.get("is_impossible"), entry.get("id")
     if impossible is not None and not isinstance(impossible, bool):
@@ -156,10 +161,11 @@ def asked(entry: dict[str, Any], context: str, title: Any, name: str, where: str
 
 
 def need(entry: dict[str, Any], key: str, kind: type, name: str, where: str) -> Any:
+    """Return `entry[key]`. Raises DataError if it is missing or has another type."""
     if key not in entry:
         raise DataError(
-            f"{name}: {where or 'the file'} lacks {key!r} (it has {', '.join(map(repr, entry)) or 'nothing'}). "
-            "SQuAD is data[...].paragraphs[...] with a context and qas[...] of question and answers."
+            f"{name}: {where or 'the file'} lacks the key {key!r} (it has {', '.join(map(repr, entry)) or 'no keys'}). "
+            "The SQuAD format is data[...].paragraphs[...], each with a context and qas[...] of question and answers."
         )
     if not isinstance(entry[key], kind):
         raise wrong(name, f"{where}.{key}".lstrip("."), "a list" if kind is list else "text", entry[key])
@@ -167,10 +173,12 @@ def need(entry: dict[str, Any], key: str, kind: type, name: str, where: str) -> 
 
 
 def listed(value: Any, name: str, where: str) -> list[Any]:
+    """Return the value. Raises DataError if it is not a list."""
     if not isinstance(value, list):
         raise wrong(name, where, "a list", value)
     return value
 
 
 def wrong(name: str, where: str, want: str, value: Any) -> DataError:
-    return DataError(f"{name}: {where} is {json.dumps(value, ensure_ascii=False)[:60]}, and should be {want}.")
+    """Return the error for a value of the wrong type."""
+    return DataError(f"{name}: {where} is {json.dumps(value, ensure_ascii=False)[:60]} but must be {want}.")

@@ -1,4 +1,4 @@
-"""Tables: CSV, TSV, Parquet and JSON Lines; one file, or a folder with one file a split."""
+"""Reader for tables: CSV, TSV, Parquet and JSON Lines; one file, or a folder with one file per split."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ SPLIT_COLUMNS = ("split", "subset", "partition")
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     if source.is_file():
@@ -33,10 +34,12 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def tables_in(folder: Path) -> list[Path]:
+    """Return the table files in a folder."""
     return [p for p in visible(folder)[0] if p.is_file() and p.suffix.lower() in KNOWN]
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read one table, or one table per split. Raises DataError if a folder holds several other tables."""
     if source.is_file():
         raw = one(source, source.parent, options)
         return by_column(raw)
@@ -47,12 +50,13 @@ def load(source: Path, options: Options) -> Raw:
     if None in named.values() or len(set(named.values())) < len(files):
         listed = ", ".join(p.name for p in files)
         raise DataError(
-            f"{source}: holds several tables ({listed}). Name the one to read, or name them train, val and test, one file each."
+            f"{source}: contains several tables ({listed}). Specify one of them, or name them train, val and test, one file each."
         )
     return join([(one(p, source, options), str(s)) for p, s in named.items()], source)
 
 
 def one(path: Path, root: Path, options: Options) -> Raw:
+    """Read one file. Raises DataError if it is empty or invalid."""
     name, suffix = relative(path, root), path.suffix.lower()
     if path.stat().st_size == 0:
         raise DataError(f"{name}: the file is empty.")
@@ -74,17 +78,18 @@ def one(path: Path, root: Path, options: Options) -> Raw:
 
 
 def parquet(content: bytes, name: str) -> pl.DataFrame:
+    """Read Parquet. Raises DataError if it is invalid or has no rows."""
     try:
         rows = pl.read_parquet(io.BytesIO(content))
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{name}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
     if rows.height == 0:
-        raise DataError(f"{name}: no rows.")
+        raise DataError(f"{name}: the file has no rows.")
     return rows.with_columns(pl.Series(LINE, range(1, rows.height + 1), dtype=pl.Int64))
 
 
 def json_lines(content: bytes, name: str) -> pl.DataFrame:
-    """One JSON object a line. Raises DataError for the first line that is none."""
+    """Read JSON Lines; nested objects become columns such as a.b. Raises DataError for the first invalid line."""
     lines = [i for i, l in enumerate(content.split(b"\n"), 1) if l.strip()]
     try:
         rows = pl.read_ndjson(io.BytesIO(content), infer_schema_length=None)
@@ -99,7 +104,7 @@ def json_lines(content: bytes, name: str) -> pl.DataFrame:
             except ValueError:
                 ok = False
             if not ok:
-                raise DataError(f"{name}:{number}: not a JSON object. JSON Lines has one {{...}} a line.")
+                raise DataError(f"{name}:{number}: not a JSON object. JSON Lines has one {{...}} per line.")
         raise DataError(f"{name}: could not be read as JSON Lines.")
     for name in [n for n, kind in rows.schema.items() if isinstance(kind, pl.Struct)]:  # {"a": {"b": 1}} -> a.b
         fields = [f"{name}.{field.name}" for field in rows.schema[name].fields]
@@ -108,7 +113,7 @@ def json_lines(content: bytes, name: str) -> pl.DataFrame:
 
 
 def by_column(raw: Raw) -> Raw:
-    """A column named `split` that holds nothing but train, val and test gives the splits."""
+    """Use a column named `split` that contains only train, val and test as the splits."""
     for name in raw.rows.columns:
         if name.lower() not in SPLIT_COLUMNS or raw.rows[name].dtype != pl.String:
             continue
@@ -121,7 +126,7 @@ def by_column(raw: Raw) -> Raw:
 
 
 def join(parts: list[tuple[Raw, str]], root: Path) -> Raw:
-    """Several files of the same columns, one a split, as one table."""
+    """Concatenate files with the same columns, one per split. Raises DataError if the columns differ."""
     order = {"train": 0, "val": 1, "test": 2}
     parts = sorted(parts, key=lambda p: order[p[1]])
     first = parts[0][0]
@@ -132,7 +137,7 @@ def join(parts: list[tuple[Raw, str]], root: Path) -> Raw:
             lacks, extra = sorted(set(names) - set(other)), sorted(set(other) - set(names))
             raise DataError(
                 f"{raw.files[0].path} and {first.files[0].path} have different columns: the "
-                f"first lacks {lacks or 'none'} and has {extra or 'none'} besides."
+                f"first lacks {lacks or 'none'} and additionally has {extra or 'none'}."
             )
     tables = [
         raw.rows.with_columns(pl.lit(i, pl.Int32).alias(FILE)).select([*names, FILE, LINE]) for i, (raw, _) in enumerate(parts)

@@ -1,4 +1,4 @@
-"""Folders of text files: a folder a class, as for pictures; each file is one text."""
+"""Reader for folders of text files: a folder per class, as for images; each file is one text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from fieldguide.data.readers.image_folder import hidden, load_classes, places_of
 from fieldguide.data.source import Options, Raw, relative, sha256
 
 NAME = "texts"
-UNDERSTANDS = "texts: a folder with a folder of .txt files for each class, maybe below train, val and test"
+UNDERSTANDS = "texts: a folder with a folder of .txt files for each class, optionally below train, val and test"
 SUFFIXES = frozenset((".txt", ".text"))
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path) or not source.is_dir():
         return 0
     for at, folders, files in os.walk(source):
@@ -31,6 +32,7 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read all text files below class folders."""
     raw = load_classes(source, options, SUFFIXES, "text")
     texts: list[str | None] = []
     other: list[Path] = []
@@ -52,7 +54,7 @@ def load(source: Path, options: Options) -> Raw:
             Finding(
                 "not-a-text",
                 "warning",
-                "files in class folders that are no .txt",
+                "files in class folders that are not .txt files",
                 places_of(other, source.absolute()),
                 len(other),
                 "Remove them.",

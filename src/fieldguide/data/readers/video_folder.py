@@ -1,4 +1,4 @@
-"""Folders of films: a folder a class, maybe below train, val and test; or no classes; or one film."""
+"""Reader for videos: a folder per class, optionally below train, val and test; or no classes; or a single file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from fieldguide.data.media.video import FILMS
 from fieldguide.data.readers.image_folder import hidden, load_classes, table
 from fieldguide.data.source import Options, Raw
 
-NAME = "films"
-UNDERSTANDS = "films: .mp4, .avi, .mov, .mkv or .webm files in a folder, maybe in one folder for each class"
+NAME = "videos"
+UNDERSTANDS = "videos: .mp4, .avi, .mov, .mkv or .webm files in a folder, optionally in one folder per class"
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     if source.is_file():
@@ -27,6 +28,7 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read one video or a folder of them."""
     if source.is_file():
         return table([(source, None, None)], source.parent, [], options, "video")
     return load_classes(source, options, FILMS, "video")

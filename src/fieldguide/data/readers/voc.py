@@ -1,7 +1,7 @@
-"""Pascal VOC: Annotations/*.xml, JPEGImages, and lists of train, val and test in ImageSets/Main; or XML beside pictures.
+"""Reader for Pascal VOC: Annotations/*.xml, JPEGImages and split lists in ImageSets/Main; or XML files next to images.
 
-Coordinates are taken as they stand, xmin to left and xmax to right, as annotation tools write them; the challenge itself
-counted pixels from 1 and xmax as inside, which is one pixel off at most.
+Coordinates are used as written by annotation tools: xmin is left, xmax is right. The original challenge counted pixels
+from 1 with xmax inclusive, which differs by at most one pixel.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
 
 NAME = "Pascal VOC"
 UNDERSTANDS = (
-    "pictures with boxes, Pascal VOC: a folder with Annotations (an .xml for each picture), JPEGImages and maybe "
-    "ImageSets/Main/train.txt, val.txt, test.txt; or an .xml beside each picture, maybe below train, val and test"
+    "images with boxes, Pascal VOC: a folder with Annotations (an .xml per image), JPEGImages and optionally "
+    "ImageSets/Main/train.txt, val.txt, test.txt; or an .xml next to each image, optionally below train, val and test"
 )
 IMAGES = ("jpegimages", "images", "imgs", "image")
-LISTS = {"test": "test", "val": "val", "train": "train", "trainval": "train"}  # of two, the first holds
+LISTS = {"test": "test", "val": "val", "train": "train", "trainval": "train"}  # earlier lists have priority
 
 
 class Refused(Exception):
-    """A document type, which may define entities."""
+    """Raised for an XML document type, which could define entities."""
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     return 9 if isinstance(source, Path) and source.is_dir() and layout(source) else 0
 
 
 def layout(source: Path) -> list[tuple[Path, list[Path], str | None]]:
-    """(folder of XML, folders of pictures, split) of each part; nothing where this is no such folder."""
+    """Return (XML folder, image folders, split) of every part, or an empty list if the layout does not match."""
     folders = [p for p in visible(source)[0] if p.is_dir()]
     if own := part(source, folders):
         return [(*own, None)]
@@ -49,6 +50,7 @@ def layout(source: Path) -> list[tuple[Path, list[Path], str | None]]:
 
 
 def part(folder: Path, folders: list[Path]) -> tuple[Path, list[Path]] | None:
+    """Return the XML folder and the image folders, or None if there are no annotations."""
     named = {p.name.lower(): p for p in folders}
     where = named.get("annotations", folder)
     where = where / "xmls" if (where / "xmls").is_dir() else where
@@ -61,6 +63,7 @@ def part(folder: Path, folders: list[Path]) -> tuple[Path, list[Path]] | None:
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read all annotations and match them to images."""
     notes, shots, files, classes = Notes(), [], [], set()
     for where, places, split in layout(source):
         pictures = {p.name.lower(): p for place in reversed(places) for p in visible(place)[0] if p.suffix.lower() in KNOWN}
@@ -88,7 +91,7 @@ def load(source: Path, options: Options) -> Raw:
 
 
 def lists(folder: Path, source: Path, notes: Notes, files: list[Any]) -> dict[str, str]:
-    """Name of a picture -> its split."""
+    """Return image name -> split from the list files."""
     split: dict[str, str] = {}
     for name, part in LISTS.items():
         if (path := folder / f"{name}.txt").is_file():
@@ -97,7 +100,7 @@ def lists(folder: Path, source: Path, notes: Notes, files: list[Any]) -> dict[st
             try:
                 lines = content.decode("utf-8-sig").splitlines()
             except UnicodeDecodeError:
-                raise DataError(f"{path}: is no UTF-8 text. Save it as UTF-8.") from None
+                raise DataError(f"{path}: not UTF-8 text. Save it as UTF-8.") from None
             for number, line in enumerate(lines, 1):
                 if line.strip() and split.setdefault(line.split()[0], part) != part and name != "trainval":
                     notes.note("listed-twice", f"{relative(path, source)}:{number}")
@@ -105,7 +108,7 @@ def lists(folder: Path, source: Path, notes: Notes, files: list[Any]) -> dict[st
 
 
 def understood(content: bytes, shot: Shot, notes: Notes) -> str:
-    """Fills in a picture's size and boxes; the file name that the annotation gives."""
+    """Parse an annotation into the image's size and boxes, and return the file name it contains."""
     if not content.strip():
         notes.mark_invalid("empty-annotation", shot.place, shot)
         return ""
@@ -140,7 +143,7 @@ ENCODING = (
 
 
 def parsed(content: bytes) -> tuple[Element, dict[Element, int]]:
-    """The tree and the line of each element. A document type is refused, so no entity is ever defined."""
+    """Parse XML and return the tree and the line of each element. Rejects document types, so entities are never expanded."""
     builder, lines, parser = TreeBuilder(), {}, expat.ParserCreate()
 
     def start(tag: str, attributes: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""YOLO: pictures in images/, a text file of the same name in labels/ with a line for each box, names in data.yaml."""
+"""Reader for YOLO: images in images/, a text file per image in labels/ with one line per box, class names in data.yaml."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
 
 NAME = "YOLO"
 UNDERSTANDS = (
-    "pictures with boxes or outlines, YOLO: data.yaml with the names of classes, and folders images and labels with "
-    "train, val and test below or above; in labels a .txt for each picture, its lines: class x y width height, or "
+    "images with boxes or outlines, YOLO: data.yaml with the class names, and folders images and labels, with "
+    "train, val and test below or above; in labels a .txt per image with lines: class x y width height, or "
     "class and the points of an outline"
 )
-FAR = 2.0  # parts of a picture; what is larger is in pixels
+FAR = 2.0  # maximum relative coordinate; larger values are in pixels
 
 
 def accepts(source: Any, options: Options) -> int:
+    """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
     if source.is_file():
@@ -32,7 +33,7 @@ def accepts(source: Any, options: Options) -> int:
 
 
 def described(folder: Path) -> Path | None:
-    """The YAML file of a folder that names classes."""
+    """Return the YAML file of a folder that defines class names, or None."""
     files = [p for p in visible(folder)[0] if p.suffix.lower() in (".yaml", ".yml") and p.is_file()]
     files.sort(key=lambda p: (p.stem.lower() not in ("data", "dataset"), p.name))
     return next(
@@ -41,7 +42,7 @@ def described(folder: Path) -> Path | None:
 
 
 def guessed(root: Path) -> list[tuple[Path, str | None]]:
-    """Folders of pictures and their splits, by the usual names."""
+    """Return the image folders and their splits, found by the usual names."""
     parts = [p for p in visible(root)[0] if p.is_dir() and p.name.lower() in SPLITS and (p / "images").is_dir()]
     if parts:
         return [(p / "images", SPLITS[p.name.lower()]) for p in parts]
@@ -53,11 +54,12 @@ def guessed(root: Path) -> list[tuple[Path, str | None]]:
 
 
 def split_like(name: str) -> str | None:
+    """Return the split of a folder name that may end with a number, or None."""
     return SPLITS.get(name.lower().rstrip("0123456789"))
 
 
 def labels_of(folder: Path) -> Path:
-    """Where the labels of a folder of pictures are: `images` in its path is `labels` there."""
+    """Return the label folder of an image folder: the last `images` in the path is replaced by `labels`."""
     parts = list(folder.parts)
     for i in reversed(range(len(parts))):
         if parts[i] == "images":
@@ -66,11 +68,13 @@ def labels_of(folder: Path) -> Path:
 
 
 def labelled(folder: Path) -> bool:
+    """Return whether the image folder has a folder of label files."""
     labels = labels_of(folder)
     return labels != folder and labels.is_dir() and any(p.suffix == ".txt" for p in labels.iterdir())
 
 
 def load(source: Path, options: Options) -> Raw:
+    """Read a YOLO folder or its data.yaml. Raises DataError if there are no images."""
     notes, files = Notes(), []
     root, file = (source.parent, source) if source.is_file() else (source, described(source))
     told = description(file, files, root) if file else {}
@@ -79,42 +83,45 @@ def load(source: Path, options: Options) -> Raw:
     for where, split in given or guessed(root):
         shots += pictures(where, split, root, names, notes, files)
     if not shots:
-        raise DataError(f"{source}: no pictures were found in the folders that it names, or in images/.")
+        raise DataError(f"{source}: no images found in the configured folders or in images/.")
     return raw(root, shots, files, notes, list(names.values()))
 
 
 def description(file: Path, files: list[Any], root: Path) -> dict[str, Any]:
+    """Load data.yaml and add it to the manifest. Raises DataError if it is invalid or has no names."""
     content = file.read_bytes()
     files.append(entry(file, content, root))
     try:
         told = yaml.safe_load(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise DataError(f"{file}: is no UTF-8 text. Save it as UTF-8.") from None
+        raise DataError(f"{file}: not UTF-8 text. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise DataError(f"{file}{line}: is no YAML ({getattr(error, 'problem', None) or error}). Correct that line.") from None
+        raise DataError(f"{file}{line}: invalid YAML ({getattr(error, 'problem', None) or error}). Correct that line.") from None
     if not isinstance(told, dict) or "names" not in told:
-        raise DataError(f"{file}: lacks the key names, the list of classes.")
+        raise DataError(f"{file}: lacks the key `names`, the list of classes.")
     return told
 
 
 def class_names(told: dict[str, Any], file: Path) -> dict[int, str]:
+    """Return class number -> name. Raises DataError if the names are invalid or duplicated."""
     names = told["names"]
     try:
         named = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
     except (TypeError, ValueError):
-        raise DataError(f"{file}: names is to be a list of classes, or a name for each number.") from None
+        raise DataError(f"{file}: `names` must be a list of classes, or a mapping from number to name.") from None
     count = told.get("nc")
     if isinstance(count, int) and count != len(named):
-        raise DataError(f"{file}: nc says {count} classes, names lists {len(named)}. Which is right?")
+        raise DataError(f"{file}: nc is {count} but names lists {len(named)} classes. Correct one of them.")
     twice = sorted({n for n in named.values() if list(named.values()).count(n) > 1})
     if twice:
-        raise DataError(f"{file}: several classes are called {', '.join(map(repr, twice[:5]))}. Give each its own name.")
+        raise DataError(f"{file}: several classes have the name {', '.join(map(repr, twice[:5]))}. Names must be unique.")
     return dict(sorted(named.items()))
 
 
 def listed_names(root: Path, files: list[Any]) -> dict[int, str]:
+    """Return class number -> name from classes.txt. Raises DataError if it does not exist."""
     for path in (root / "classes.txt", root / "labels" / "classes.txt"):
         if path.is_file():
             content = path.read_bytes()
@@ -123,24 +130,24 @@ def listed_names(root: Path, files: list[Any]) -> dict[int, str]:
             return dict(enumerate(names))
     raise DataError(
         f"{root}: the classes have no names. Add data.yaml with `names: [first, second, ...]`, or classes.txt with "
-        "a name a line."
+        "one name per line."
     )
 
 
 def parts_of(told: dict[str, Any], root: Path, file: Path | None) -> list[tuple[Path, str | None]]:
-    """Folders, or lists of pictures, of each split, as the description names them."""
+    """Return the folders or image lists of each split as configured in data.yaml."""
     found: list[tuple[Path, str | None]] = []
     bases = [root / str(told["path"]), root] if told.get("path") else [root]
     for key in ("train", "val", "valid", "test"):
         for name in told.get(key) if isinstance(told.get(key), list) else [told.get(key)]:
             if not name:
                 continue
-            # Exported files often say ../train/images for train/images.
+            # Exported files often contain ../train/images instead of train/images.
             tries = [base / n for n in (str(name), str(name).removeprefix("../").removeprefix("./")) for base in bases]
             where = next((p for p in tries if p.exists()), None)
             if where is None:
                 raise DataError(
-                    f"{file}: {key} names {name!r}, which is not there (looked for {tries[0]}). Correct it, or remove the line."
+                    f"{file}: {key} refers to {name!r}, which does not exist (expected at {tries[0]}). Correct or remove it."
                 )
             where = where / "images" if (where / "images").is_dir() else where
             found.append((where, SPLITS[key]))
@@ -148,7 +155,8 @@ def parts_of(told: dict[str, Any], root: Path, file: Path | None) -> list[tuple[
 
 
 def pictures(where: Path, split: str | None, root: Path, names: dict[int, str], notes: Notes, files: list[Any]) -> list[Shot]:
-    if where.is_file():  # a list of pictures
+    """Read the images of a folder or list with their labels."""
+    if where.is_file():  # a list of images
         content = where.read_bytes()
         files.append(entry(where, content, root))
         lines = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
@@ -181,7 +189,7 @@ def pictures(where: Path, split: str | None, root: Path, names: dict[int, str], 
 
 
 def understood(line: str, place: str, shot: Shot, names: dict[int, str], notes: Notes) -> None:
-    """A line: class, then middle and size of a box, or three points or more of an outline."""
+    """Parse a line: class, then center and size of a box, or at least three points of an outline."""
     words = line.split()
     values = finite(words, len(words))
     if (
