@@ -17,9 +17,7 @@ from fieldguide.data.readers.image_folder import places_of
 from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, visible
 
 NAME = "captions"
-UNDERSTANDS = (
-    "images with captions: a folder with a .txt of the same name for each image, optionally below train, val and test"
-)
+UNDERSTANDS = "images with captions: a folder with a .txt of the same name for each image, optionally below train, val and test"
 MOSTLY = 0.5  # minimum fraction of images with a text; some texts may be missing
 TRIED = 20  # texts that are inspected to decide whether a folder holds captions
 NUMBERS = re.compile(r"[\d\s.,eE+-]*")

@@ -149,7 +149,11 @@ def findings_of(
     if stray:
         findings.append(
             Finding(
-                "other-files", "note", f"files ignored: not {thing} and not in a class folder", places_of(stray, root), len(stray)
+                "other-files",
+                "note",
+                f"files ignored: not {thing} and not in a class folder",
+                places_of(stray, root),
+                len(stray),
             )
         )
     if walk.hidden:

@@ -85,8 +85,7 @@ def one(path: Path, root: Path, options: Options) -> Raw:
             Finding(
                 "answers-absent",
                 "note",
-                "questions without answers that are not marked `is_impossible`; treated as "
-                "unanswerable from their context",
+                "questions without answers that are not marked `is_impossible`; treated as unanswerable from their context",
                 tuple(f"{name}:{i + 1}" for i in unsaid[:5]),
                 len(unsaid),
             )

@@ -98,7 +98,9 @@ def description(file: Path, files: list[Any], root: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise DataError(f"{file}{line}: invalid YAML ({getattr(error, 'problem', None) or error}). Correct that line.") from None
+        raise DataError(
+            f"{file}{line}: invalid YAML ({getattr(error, 'problem', None) or error}). Correct that line."
+        ) from None
     if not isinstance(told, dict) or "names" not in told:
         raise DataError(f"{file}: lacks the key `names`, the list of classes.")
     return told
