@@ -1,4 +1,4 @@
-"""Preparing: from typed columns to what a network reads. Learnt on training rows, saved as plain JSON."""
+"""Preprocessing from typed columns to model inputs. Fitted on training rows and saved as plain JSON."""
 
 from fieldguide.data.preprocessing.image_transform import Pictures, suggest_side
 from fieldguide.data.preprocessing.labels import Labels, Standard

@@ -1,4 +1,4 @@
-"""Chat templates: what was said so far, as a model's own tokenizer writes it for the network (Jinja, in a sandbox)."""
+"""Chat templates: conversations as text in the format of a checkpoint's tokenizer (Jinja, in a sandbox)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any, ClassVar
 
 from fieldguide.core.errors import DataError
 
-FROM, TO = "\ufdd0", "\ufdd1"  # no characters of any text (Unicode 23.7): where a template says that the assistant speaks
+FROM, TO = "\ufdd0", "\ufdd1"  # noncharacters (Unicode 23.7) that mark the assistant's part of a rendered template
 MARK = re.compile(f"[{FROM}{TO}]")
 
 
 class ChatTemplate:
-    """Messages of role and content -> one text. The template comes with a checkpoint, from a stranger, so it runs in
-    jinja's sandbox: it can neither reach Python nor change what it is given. `tokens` are names such as bos_token.
+    """A chat template that renders messages of role and content as one text.
 
-    Raises `DataError` for a template that cannot be read, does what it may not, or refuses the messages.
+    Templates come with checkpoints from untrusted sources, so they run in jinja's sandbox, which gives no access to
+    Python and cannot change its arguments. `tokens` maps names such as bos_token to special tokens.
+
+    Raises DataError for a template that is invalid, attempts forbidden operations, or rejects the messages.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None):
@@ -33,14 +35,14 @@ class ChatTemplate:
         try:
             self.template = made.from_string(source)
         except TemplateSyntaxError as error:
-            raise DataError(f"the chat template cannot be read: line {error.lineno}: {error.message}") from None
+            raise DataError(f"the chat template is invalid: line {error.lineno}: {error.message}") from None
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], answer: bool = True, **names: Any) -> str:
-        """`answer` ends the text where the assistant begins to speak."""
+        """Render the messages; `answer` appends the start of the assistant's next turn."""
         return MARK.sub("", self.marked(messages, answer, **names))
 
     def marked(self, messages: Sequence[Mapping[str, Any]], answer: bool, **names: Any) -> str:
-        """The text, with marks around what the template itself says is the assistant's ({% generation %})."""
+        """Render the messages, with marks around the parts that the template labels as the assistant's ({% generation %})."""
         from jinja2 import TemplateError
 
         try:
@@ -48,14 +50,13 @@ class ChatTemplate:
                 messages=[dict(m) for m in messages], add_generation_prompt=answer, **self.tokens, **names
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the chat template does not take these messages: {error}") from None
+            raise DataError(f"the chat template rejects these messages: {error}") from None
 
     def spoken(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]] | None]:
-        """The whole text, and which characters of it the assistant says, each turn with what ends it. None where the template
-        does not let this be told.
+        """Return the rendered text and the character spans of the assistant's turns including their end tokens, or None.
 
-        A template may say so itself. Else a turn begins where the text would that asks for it, if the whole begins with that,
-        and ends with its content and what stands behind that, but for blanks, when it is the last.
+        If the template does not label the turns ({% generation %}), a turn begins after the text rendered up to it with
+        a generation prompt, and ends with its content and the closing text. The spans are None if this is ambiguous.
         """
         pieces = re.split(MARK, marked := self.marked(messages, False))
         if len(pieces) > 1:
@@ -83,7 +84,7 @@ class ChatTemplate:
         return whole, spans
 
     def closing(self) -> str:
-        """What stands behind an answer, such as <|im_end|>; empty where that cannot be told."""
+        """Return the text that follows an answer, such as <|im_end|>, or "" if it cannot be determined."""
         try:
             after = self([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], answer=False)
         except DataError:
@@ -92,7 +93,7 @@ class ChatTemplate:
 
 
 def speaking() -> Any:
-    """The tag {% generation %} ... {% endgeneration %} of templates, which says what the assistant speaks."""
+    """Return the Jinja extension for {% generation %} ... {% endgeneration %}, which labels the assistant's text."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 
@@ -111,6 +112,7 @@ def speaking() -> Any:
 
 
 def refused(why: str) -> None:
+    """Raise a template error; available to templates as `raise_exception`."""
     from jinja2 import TemplateError
 
     raise TemplateError(why)

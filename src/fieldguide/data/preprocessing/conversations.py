@@ -1,4 +1,4 @@
-"""Conversations as the chat template of a checkpoint writes them: what is read, and which of it the assistant says."""
+"""Conversations in the format of a checkpoint's chat template: token ids, and which of them the assistant produces."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from fieldguide.core.errors import DataError
 from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 
-Turns = Sequence[tuple[str, str]]  # who says what
+Turns = Sequence[tuple[str, str]]  # (role, content)
 
 
 class Conversations:
-    """`text` has a template. `closing` is the token that it writes behind an answer, where it is one."""
+    """Encoder of conversations. `text` must have a template; `closing` is the token that ends an answer, or None."""
 
     def __init__(self, text: Text):
         self.text, self.template = text, ChatTemplate(text.template, text.special)
         self.closing = text.tokenizer.token_to_id(self.template.closing())
 
     def written(self, rows: Sequence[Turns], place: Callable[[int], str]) -> list[tuple[str, list[tuple[int, int]] | None]]:
-        """Each conversation as a text, and which characters of that the assistant says; None where it cannot be told. Raises
-        `DataError` for one that the template refuses, by the `place` of its row."""
+        """Render each conversation and return (text, character spans of the assistant, or None if unknown).
+
+        Raises DataError with the `place` of the row if the template rejects a conversation.
+        """
         found = []
         for row, turns in enumerate(rows):
             try:
@@ -33,7 +35,7 @@ class Conversations:
         return found
 
     def stream(self, rows: Sequence[Turns], place: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
-        """All conversations as one row of tokens, int64, and which of them are to be learnt."""
+        """Return all conversations as one row of token ids, int64, and a mask of the tokens to train on."""
         written = self.written(rows, place)
         spelt = self.text.spelt([text for text, _ in written])
         learnt = [
@@ -44,31 +46,32 @@ class Conversations:
         return np.concatenate([nothing, *(ids for ids, _ in spelt)]), np.concatenate([nothing > 0, *learnt])
 
     def prompt(self, turns: Turns) -> list[int]:
-        """What was said so far, and where the assistant begins to speak."""
+        """Return the token ids of a conversation up to the start of the assistant's next turn."""
         return self.text.spelt([self.template(messages(turns))])[0][0].tolist()
 
     def note(self, rows: Sequence[Turns], place: Callable[[int], str]) -> str:
-        """What is learnt of these conversations, in words."""
+        """Describe which parts of these conversations are used for training."""
         untold = sum(spans is None for _, spans in self.written(rows, place))
-        how = "what the assistant says is learnt"
+        how = "the assistant's turns are trained on"
         if untold == len(rows):
-            how = "all of them is learnt, as it does not let be told what the assistant says"
+            how = "all text is trained on, since the template does not identify the assistant's turns"
         elif untold:
-            how += f", and all of {untold:,} in which it does not let that be told"
-        return f"conversations are written by the checkpoint's chat template: {how}"
+            how += f", and all text of {untold:,} conversations whose turns cannot be identified"
+        return f"conversations are rendered with the checkpoint's chat template: {how}"
 
 
 def messages(turns: Turns) -> list[dict[str, str]]:
+    """Return the turns as dictionaries of role and content."""
     return [{"role": who, "content": text} for who, text in turns]
 
 
 def unanswered(turns: Turns) -> list[tuple[str, str]]:
-    """A conversation before its first answer."""
+    """Return the turns before the first answer."""
     return list(itertools.takewhile(lambda turn: turn[0] != "assistant", turns))
 
 
 def within(covered: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:  # N 2 -> N bool
-    """Which tokens lie in one of the pieces of a text, by the characters that each covers."""
+    """Return which tokens lie within one of the spans, given the characters that each token covers."""
     found = np.zeros(len(covered), dtype=bool)
     for begin, end in spans:
         found |= (covered[:, 0] >= begin) & (covered[:, 1] <= end) & (covered[:, 1] > covered[:, 0])

@@ -1,7 +1,7 @@
-"""Covariates: what stands beside series as numbers, and what the calendar says of each step.
+"""Covariates of time series: additional columns as numeric features, and calendar features of each step.
 
-Amounts become standard by their training values, truth values 0 and 1, categories a column for each value seen in
-training. Of what is measured, a missing value is the last one before; of what is known ahead, the mean.
+Numbers are standardized by their training values, booleans are 0 and 1, categories are one-hot over the values seen in
+training. Missing values of past covariates are forward-filled; those of future covariates become the mean.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ import polars as pl
 from fieldguide.data.dataset import Column
 from fieldguide.data.timeseries.frequency import DAY, HOUR, MINUTE, WEEK, Frequency
 
-MANY = 20  # values of a category that get a column; those that come less often are as none
+MANY = 20  # maximum number of one-hot columns per category; rarer values are all zeros
 KINDS = ("number", "boolean", "category")
-# Of a step shorter than (first), this turn (microseconds, or "month" and "year") tells where in it a moment is.
+# (maximum step, period): calendar features for series with shorter steps; microseconds, or "month" and "year".
 TURNS = ((MINUTE, HOUR), (HOUR + 1, DAY), (DAY + 1, WEEK), (DAY + 1, "month"), (370 * DAY, "year"))
 
 
 @dataclass(frozen=True)
 class Covariate:
-    """One column: its values' mean and deviation, or the categories that have a column each."""
+    """A covariate column with the mean and standard deviation of its values, or its one-hot categories."""
 
     column: str
-    ahead: bool  # known for the future too
+    ahead: bool  # also known for the future
     mean: float = 0.0
     std: float = 1.0
     values: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
+        """Number of features."""
         return max(1, len(self.values))
 
     def apply(self, values: pl.Series) -> np.ndarray:
-        """rows x width, NaN where the value is missing."""
+        """Return the features, rows x width, with NaN for missing values."""
         if not self.values:
             return (values.cast(pl.Float64).fill_null(np.nan).to_numpy()[:, None] - self.mean) / self.std
         text = values.cast(pl.String)
@@ -48,7 +49,7 @@ class Covariate:
 
 @dataclass
 class Covariates:
-    """What is learnt of the covariates of a table. `turns` are those of the calendar that its frequency leaves open."""
+    """The fitted covariates of a table. `turns` are the calendar periods used as features."""
 
     columns: list[Covariate] = field(default_factory=list)
     turns: list[Any] = field(default_factory=list)
@@ -57,8 +58,10 @@ class Covariates:
     def fit(
         cls, rows: pl.DataFrame, columns: Sequence[Column], ahead: Sequence[str], frequency: Frequency, steps: int = 0
     ) -> Covariates:
-        """From training rows; what is constant there, or of another kind, is left out. `steps` is how long the longest
-        series is in training: a turn of the calendar that it did not see twice tells nothing but when that was."""
+        """Fit on training rows; constant columns and unsupported types are dropped.
+
+        `steps` is the length of the longest training series: calendar periods that it does not cover twice are not used.
+        """
         found = []
         for column in columns:
             if column.kind not in KINDS:
@@ -74,21 +77,23 @@ class Covariates:
 
     @property
     def past(self) -> int:
+        """Number of features known only for the past."""
         return sum(c.width for c in self.columns if not c.ahead)
 
     @property
     def known(self) -> int:
+        """Number of features known for the future, including the calendar."""
         return sum(c.width for c in self.columns if c.ahead) + 2 * len(self.turns)
 
     def measured(self, rows: pl.DataFrame, row: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """N x past, float32: at each step the row `row`, or none where that is -1."""
+        """Return the past covariates, N x past, float32; `row` is the table row of each step, or -1 for none."""
         from fieldguide.data.timeseries.panel import forward
 
         parts = [self.at(c, rows, row) for c in self.columns if not c.ahead]
         return forward(np.concatenate(parts, 1), start).astype(np.float32) if parts else np.zeros((len(row), 0), np.float32)
 
     def ahead(self, rows: pl.DataFrame, row: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """N x known, float32; 0, the mean, where a value is missing."""
+        """Return the future covariates and calendar features, N x known, float32; missing values are 0, the mean."""
         parts = [self.at(c, rows, row) for c in self.columns if c.ahead]
         for turn in self.turns:
             phase = 2 * np.pi * share_of(turn, times)[:, None]
@@ -97,19 +102,22 @@ class Covariates:
         return np.nan_to_num(joined).astype(np.float32)
 
     def at(self, covariate: Covariate, rows: pl.DataFrame, row: np.ndarray) -> np.ndarray:
+        """Return the features of one covariate at the given rows, NaN for row -1."""
         values = covariate.apply(rows[covariate.column])
         return np.where((row >= 0)[:, None], values[np.maximum(row, 0)], np.nan)
 
     def to_json(self) -> dict[str, Any]:
+        """Return a JSON-compatible dictionary."""
         return {"columns": [asdict(c) for c in self.columns], "turns": self.turns}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Covariates:
+        """Restore from `to_json`."""
         return cls([Covariate(**{**c, "values": tuple(c["values"])}) for c in saved["columns"]], saved["turns"])
 
 
 def turns_of(frequency: Frequency, steps: int) -> list[Any]:
-    """The turns of the calendar that steps of this length go through, at least twice in so many of them."""
+    """Return the calendar periods that are longer than a step and occur at least twice in `steps` steps."""
     if frequency.unit == "number":
         return []
     step = {"business": 1.4 * DAY, "month": 30 * DAY * frequency.size}.get(frequency.unit, frequency.size)
@@ -118,9 +126,9 @@ def turns_of(frequency: Frequency, steps: int) -> list[Any]:
 
 
 def share_of(turn: Any, times: np.ndarray) -> np.ndarray:
-    """Where in its hour, day, week (from Monday), month or year a moment is: 0 to 1."""
+    """Return the position of each time within its hour, day, week (from Monday), month or year: 0 to 1."""
     if turn in ("month", "year"):
         begin = times.astype("M8[us]").astype("M8[M]" if turn == "month" else "M8[Y]")
         first, after = (x.astype("M8[us]").astype(np.int64) for x in (begin, begin + 1))
         return (times - first) / (after - first)
-    return ((times + (3 * DAY if turn == WEEK else 0)) % turn) / turn  # 1970 began on a Thursday
+    return ((times + (3 * DAY if turn == WEEK else 0)) % turn) / turn  # 1970-01-01 was a Thursday

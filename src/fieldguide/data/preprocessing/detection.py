@@ -1,8 +1,8 @@
-"""Pictures with boxes: fitted into a square and back, and changed at random for training, boxes and all.
+"""Object detection: letterboxing and augmentation of images with boxes.
 
-Everything here works on whole batches and is a pure function of its arguments; chance comes from the generator given.
-Shapes: B batch, C channels, S side of a square picture, N boxes of a picture. Pictures are uint8 or float 0 to 255,
-boxes (left, top, right, bottom) in pixels, float32; labels int64, -1 = padding.
+All functions work on whole batches and are pure functions of their arguments; randomness comes from the generator passed.
+Shapes: B batch, C channels, S side of a square image, N boxes per image. Images are uint8 or float 0 to 255, boxes
+(left, top, right, bottom) in pixels, float32; labels int64, -1 = padding.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FILL = 255  # what is around a picture; `fieldguide.data.media.images` pads with white too
-SEEN = 0.1  # a box of which a smaller part is still in the picture is dropped
-SMALLEST = 2.0  # pixels a side; smaller rests are dropped
+FILL = 255  # padding color; `fieldguide.data.media.images` also pads with white
+SEEN = 0.1  # minimum fraction of a box that must remain visible
+SMALLEST = 2.0  # minimum width and height of a clipped box in pixels
 
-Boxed = tuple[Tensor, Tensor, Tensor]  # pictures B C S S, boxes B N 4, labels B N
+Boxed = tuple[Tensor, Tensor, Tensor]  # images B C S S, boxes B N 4, labels B N
 
 
 @dataclass(frozen=True)
 class Letterbox:
-    """How pictures of any proportions lie in squares of S pixels: as `images.load(..., fit="pad")` puts them there.
+    """The placement of images with any aspect ratio in squares of S pixels, as `images.load(..., fit="pad")` does it.
 
-    `scale` N 2 (x, y; they differ by the rounding to whole pixels), `corner` N 2 (left, top) and `size` N 2 (width,
-    height) are of the pictures that boxes belong to, all float32.
+    `scale` N 2 (x and y, which differ by rounding to whole pixels), `corner` N 2 (left, top) and `size` N 2 (width,
+    height) of the original images, all float32.
     """
 
     scale: Tensor
@@ -36,23 +36,24 @@ class Letterbox:
 
     @classmethod
     def of(cls, widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np.ndarray, side: int) -> Letterbox:
+        """Return the placement of images with these sizes."""
         size = torch.as_tensor(np.stack([widths, heights], -1), dtype=torch.float64)
-        inner = (size / size.amax(-1, keepdim=True) * side).round().clamp(min=1)  # half to even, as Pillow rounds
+        inner = (size / size.amax(-1, keepdim=True) * side).round().clamp(min=1)  # half to even, like Pillow
         corner = ((side - inner) / 2).round()
         return cls((inner / size).float(), corner.float(), size.float())
 
     def into(self, boxes: Tensor) -> Tensor:  # N M 4 -> N M 4
-        """Pixels of the pictures -> pixels of the squares."""
+        """Convert boxes from image pixels to pixels of the square."""
         return boxes * self.scale.repeat(1, 2)[:, None] + self.corner.repeat(1, 2)[:, None]
 
     def back(self, boxes: Tensor) -> Tensor:  # N M 4 -> N M 4
-        """Pixels of the squares -> pixels of the pictures, cut at their border."""
+        """Convert boxes from pixels of the square to image pixels, clipped to the image."""
         boxes = (boxes - self.corner.repeat(1, 2)[:, None]) / self.scale.repeat(1, 2)[:, None]
         return torch.minimum(boxes.clamp(min=0), self.size.repeat(1, 2)[:, None])
 
 
 def letterbox(picture: Tensor, side: int, fill: int = FILL) -> tuple[Tensor, Letterbox]:  # C H W -> C S S
-    """A picture in memory, scaled to fit a square and centred in it; the rest is filled."""
+    """Scale an in-memory image to fit a square, center it and fill the rest."""
     height, width = picture.shape[1:]
     box = Letterbox.of([width], [height], side)
     inner = [max(1, round(float(x))) for x in (box.scale * box.size)[0].flip(0)]
@@ -65,7 +66,7 @@ def letterbox(picture: Tensor, side: int, fill: int = FILL) -> tuple[Tensor, Let
 
 
 def pad(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Boxes and labels of each picture as two tensors, B N 4 and B N, N at least 1."""
+    """Pad the boxes and labels of several images to tensors, B N 4 and B N, with N at least 1."""
     count = max([1, *map(len, labels)]) if most is None else most
     out, names = torch.zeros(len(labels), count, 4), torch.full((len(labels), count), -1)
     for i, (some, known) in enumerate(zip(boxes, labels)):
@@ -75,7 +76,7 @@ def pad(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], most: int | N
 
 
 def cut(boxes: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:  # B N 4, B N -> B N' 4, B N'
-    """Boxes cut at the border, without those of which too little is seen; the rest first, and no wider than needed."""
+    """Clip boxes to the image, drop those that are hardly visible, and remove unneeded padding."""
     seen = boxes.clamp(0, side)
     size = seen[..., 2:] - seen[..., :2]
     before = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
@@ -87,7 +88,7 @@ def cut(boxes: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:  # B
 
 
 def flip(pictures: Tensor, boxes: Tensor, labels: Tensor, which: Tensor) -> Boxed:
-    """The pictures `which` (B bool) names, mirrored left to right."""
+    """Mirror the images selected by `which` (B bool) horizontally, with their boxes."""
     left, top, right, bottom = boxes.unbind(-1)
     mirrored = torch.stack([pictures.shape[-1] - right, top, pictures.shape[-1] - left, bottom], -1)
     return (
@@ -98,11 +99,14 @@ def flip(pictures: Tensor, boxes: Tensor, labels: Tensor, which: Tensor) -> Boxe
 
 
 def warp(pictures: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, side: int, fill: int = FILL) -> Boxed:
-    """Pictures B C H W on squares of S = `side` pixels: scaled about their middle by `scale` (B), which lies `shift`
-    (B 2: right, down, in pixels of the square) from the square's middle. Float pictures."""
+    """Place images B C H W on squares of S = `side` pixels.
+
+    Each image is scaled about its center by `scale` (B); its center is moved by `shift` (B 2: right, down, in pixels of
+    the square) from the center of the square. Returns float images.
+    """
     size = torch.tensor([pictures.shape[-1], pictures.shape[-2]], dtype=torch.float32)
-    middle = side / 2 + shift  # B 2, where the picture's middle comes
-    # A pixel of the square at p shows the picture at (p - middle) / scale + size / 2; grid_sample wants -1 to 1.
+    middle = side / 2 + shift  # B 2, new position of the image's center
+    # The pixel at p of the square samples the image at (p - middle) / scale + size / 2; grid_sample expects -1 to 1.
     at = (torch.arange(side, dtype=torch.float32) + 0.5).expand(2, -1)
     x, y = (((at[k] - middle[:, k, None]) / scale[:, None]) * 2 / size[k] for k in (0, 1))  # B S each
     places = torch.stack([x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], -1)
@@ -112,9 +116,9 @@ def warp(pictures: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: 
 
 
 def mosaic(pictures: Tensor, boxes: Tensor, labels: Tensor) -> Boxed:
-    """Four pictures each, B 4 C S S, as one of twice the side: B C 2S 2S (Bochkovskiy et al. 2020, arXiv:2004.10934).
+    """Combine four images each, B 4 C S S, into B C 2S 2S (Bochkovskiy et al. 2020, arXiv:2004.10934).
 
-    In the order left top, right top, left bottom, right bottom; boxes B 4 N 4 -> B 4N 4. `warp` then looks at a part.
+    The order is top left, top right, bottom left, bottom right; boxes B 4 N 4 -> B 4N 4. `warp` then crops the result.
     """
     side = pictures.shape[-1]
     rows = [torch.cat([pictures[:, i], pictures[:, i + 1]], -1) for i in (0, 2)]
@@ -123,9 +127,10 @@ def mosaic(pictures: Tensor, boxes: Tensor, labels: Tensor) -> Boxed:
 
 
 def jitter(pictures: Tensor, hue: Tensor, saturation: Tensor, brightness: Tensor) -> Tensor:  # B C S S -> B C S S
-    """Colours changed, 0 to 255: turned by `hue` of the circle, then times `saturation`, then times `brightness` (B).
+    """Change colors (0 to 255): rotate the hue by the fraction `hue`, then multiply saturation and brightness (B each).
 
-    Hue and saturation are the angle and length in YIQ, in which greys stay as they are; grey pictures have none.
+    Hue and saturation are the angle and length in YIQ space, which leaves gray pixels unchanged; gray images only
+    change in brightness.
     """
     factor = brightness.view(-1, 1, 1, 1)
     if pictures.shape[1] != 3:
@@ -139,25 +144,25 @@ def jitter(pictures: Tensor, hue: Tensor, saturation: Tensor, brightness: Tensor
 
 @dataclass(frozen=True)
 class Augment:
-    """How much training pictures are changed: shares of pictures, and ranges around no change."""
+    """Augmentation of training images: fractions of images, and ranges around no change."""
 
-    mosaic: float = 1.0  # share made of four
-    scale: float = 0.5  # a factor of 1 - scale to 1 + scale
-    shift: float = 0.1  # parts of the side, to all directions; half a side for mosaics
-    flip: float = 0.5  # share mirrored
-    hue: float = 0.015  # parts of the colour circle
-    saturation: float = 0.5  # a factor of 1 - saturation to 1 + saturation
-    brightness: float = 0.3  # a factor of 1 - brightness to 1 + brightness
+    mosaic: float = 1.0  # fraction of images combined from four
+    scale: float = 0.5  # factor from 1 - scale to 1 + scale
+    shift: float = 0.1  # fraction of the side, in all directions; half a side for mosaics
+    flip: float = 0.5  # fraction mirrored
+    hue: float = 0.015  # fraction of the color circle
+    saturation: float = 0.5  # factor from 1 - saturation to 1 + saturation
+    brightness: float = 0.3  # factor from 1 - brightness to 1 + brightness
 
     def __call__(
         self, fetch: Callable[[np.ndarray], Boxed], index: np.ndarray, count: int, generator: torch.Generator
     ) -> Boxed:
-        """The pictures `index` of `count`, changed; `fetch(rows)` gives them as they are, B C S S."""
+        """Return the images `index` of `count`, augmented; `fetch(rows)` returns them unchanged, B C S S."""
 
         def between(span: float, *shape: int) -> Tensor:
             return (2 * torch.rand(*shape, generator=generator) - 1) * span
 
-        # All chance is drawn first, whatever is used of it, so that one setting does not move another's draws.
+        # All random numbers are drawn first, so that changing one setting does not change the draws of another.
         rows = len(index)
         others = torch.randint(count, (rows, 3), generator=generator).numpy()
         four, mirrored = (torch.rand(rows, generator=generator) < share for share in (self.mosaic, self.flip))
@@ -181,7 +186,7 @@ class Augment:
 
 
 def joined(parts: Sequence[tuple[np.ndarray, Boxed]]) -> Boxed:
-    """Batches with their places in the whole -> the whole, padded to the most boxes."""
+    """Concatenate batches with their positions in the whole batch, padded to the largest number of boxes."""
     order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts])))
     most = max(labels.shape[1] for _, (_, _, labels) in parts)
     boxes = [F.pad(b, (0, 0, 0, most - b.shape[1])) for _, (_, b, _) in parts]

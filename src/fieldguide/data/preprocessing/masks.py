@@ -1,5 +1,4 @@
-"""Masks: pictures whose pixels are classes, as numbers, palette places or colours, or drawings of outlines; and pictures
-beside them on one canvas."""
+"""Segmentation masks: reading class values from images or rasterized outlines, and placing images and masks on a canvas."""
 
 from __future__ import annotations
 
@@ -15,15 +14,14 @@ from PIL import Image
 from fieldguide.data.media import images
 from fieldguide.data.media.masks import Drawing
 
-STEP = 32  # canvases are multiples of it, as networks that halve five times like best
+STEP = 32  # canvas sizes are multiples of it, for models that downsample five times by 2
 
 
 Mask = str | Path | Drawing
 
 
 def codes(path: Mask) -> np.ndarray:
-    """The pixels of a mask as they are stored, int32 H W: grey values, places in the palette, or r * 65536 + g * 256 + b.
-    A drawing is drawn."""
+    """Return the stored pixel values of a mask, int32 H W: gray values, palette indices, or r * 65536 + g * 256 + b."""
     if isinstance(path, Drawing):
         return path.codes()
     with images.quiet(), Image.open(path) as image:
@@ -36,7 +34,7 @@ def codes(path: Mask) -> np.ndarray:
 
 
 def values(paths: Sequence[str | Path]) -> list[np.ndarray]:
-    """The different values of each mask."""
+    """Return the distinct values of each mask."""
 
     def one(path: str | Path) -> np.ndarray:
         found = codes(path)
@@ -48,8 +46,8 @@ def values(paths: Sequence[str | Path]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Canvas:
-    """How a picture and its mask reach a network: at most `side` pixels long, on a canvas, pixel values with mean 0 and
-    deviation 1; `classes` are the stored values of class 0, 1, ... in a mask."""
+    """The preprocessing of an image and its mask: at most `side` pixels long, on a canvas, pixel values standardized to
+    mean 0 and standard deviation 1; `classes` are the stored mask values of class 0, 1, ..."""
 
     side: int
     channels: int
@@ -58,12 +56,12 @@ class Canvas:
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
 
     def inner(self, width: int, height: int) -> tuple[int, int]:
-        """Height and width that a picture of this size has on the canvas; it is made smaller, never larger."""
+        """Return the height and width of an image of this size on the canvas; images are never enlarged."""
         scale = min(1.0, self.side / max(width, height))
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     def pictures(self, paths: Sequence[str | Path], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int]) -> np.ndarray:
-        """Pictures in the upper left of canvases, uint8 N C H W; `sizes` are their own (width, height)."""
+        """Return images in the top left corner of canvases, uint8 N C H W; `sizes` are their original (width, height)."""
         out = np.zeros((len(paths), self.channels, *canvas), dtype=np.uint8)
         mode = "L" if self.channels == 1 else "RGB"
 
@@ -83,7 +81,7 @@ class Canvas:
     def masks(
         self, paths: Sequence[Mask], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], *, full: bool = False
     ) -> np.ndarray:
-        """Classes of the pixels, int16 N H W, -1 where there is none; in the pictures' own size where `full`."""
+        """Return the class of each pixel, int16 N H W, -1 for none; with `full` in the original image size."""
         out = np.full((len(paths), *canvas), -1, dtype=np.int16)
         order = np.argsort(self.classes)
         known = np.array(self.classes)[order]
@@ -105,13 +103,15 @@ class Canvas:
         return out
 
     def canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """Height and width that hold pictures of these sizes."""
+        """Return the height and width of a canvas that holds images of these sizes."""
         inner = np.array([self.inner(*s) for s in sizes]).max(0)
         return tuple(int(-(-n // STEP) * STEP) for n in inner)
 
     def to_json(self) -> dict[str, Any]:
+        """Return a JSON-compatible dictionary."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Canvas:
+        """Restore from `to_json`."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})

@@ -1,7 +1,7 @@
-"""Questions on texts as rows: which columns they stand in, and whether their answers stand where they are said to.
+"""Question answering tables: finding the columns, and locating answers in their contexts.
 
-Whatever the layout, answers become one list a row, of the text as it stands in the context and its first character:
-`[{"text": "Paris", "start": 12}, ...]`, empty where the context has none.
+Answers in any layout are converted to one list per row of the exact text in the context and its first character:
+`[{"text": "Paris", "start": 12}, ...]`, empty if the context contains no answer.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ ANSWERS = ("answers", "answer", "answer_text", "answers.text", "answer.text")
 STARTS = ("answer_start", "answers.answer_start", "answer.answer_start", "answer_offset")
 IDS = ("id", "qid", "question_id")
 IMPOSSIBLE = ("is_impossible", "impossible", "unanswerable")
-SAME = "same context"  # the column whose values are equal where contexts are: a split keeps these on one side
-UNUSABLE = {"context", "question", "lost"}  # what is wrong with rows that are left out
+SAME = "same context"  # group column that keeps rows with equal contexts in the same split
+UNUSABLE = {"context", "question", "lost"}  # problems that make a row unusable
 ANSWER = pl.List(pl.Struct({"text": pl.String, "start": pl.Int64}))
 
 
 def held(values: pl.Series) -> Kind:
+    """Return the type of an answers column."""
     return "list" if values.dtype.is_nested() else "text"
 
 
 def spelt(names: tuple[str, ...], kind: Kind) -> dict[str, Kind]:
+    """Map names in lower case, capitalized and upper case to a type."""
     return {form: kind for name in names for form in (name, name.capitalize(), name.upper())}
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a table of questions; what may be missing is empty."""
+    """Column names of a question answering table; "" for optional columns that are absent."""
 
     context: str
     question: str
@@ -50,8 +52,10 @@ class Columns:
 
 
 def columns_of(data: Data, context: str | None = None, question: str | None = None) -> Columns | None:
-    """Which columns hold what, by their names; of two texts with other names the shorter are the questions. None where
-    there are no two texts."""
+    """Find the columns by name; if there are two text columns with other names, the shorter one holds the questions.
+
+    Returns None if context and question cannot be determined.
+    """
     names = [c.name for c in data.columns.values() if c.name in data.rows.columns and c.role != "target"]
     texts = [c.name for c in data.columns.values() if c.kind == "text" and c.name in names]
     first = lambda known, among: next((n for k in known for n in among if plain(n) == k or n == k), "")
@@ -68,8 +72,8 @@ def columns_of(data: Data, context: str | None = None, question: str | None = No
 
 
 def given(value: Any, start: Any) -> list[tuple[str, int | None]]:
-    """A cell of answers in any layout, as (text, first character or None)."""
-    if isinstance(value, dict):  # {"text": ..., "answer_start": ...}, maybe lists
+    """Return the answers in a cell of any layout as (text, first character or None)."""
+    if isinstance(value, dict):  # {"text": ..., "answer_start": ...}, possibly lists
         return given(value.get("text"), value.get("answer_start", value.get("start", start)))
     if value is None:
         return []
@@ -82,7 +86,7 @@ def given(value: Any, start: Any) -> list[tuple[str, int | None]]:
 
 
 def occurrence(text: str, context: str, near: int | None) -> int:
-    """Where a text stands in a context: at the place nearest to `near`, else first; -1 where it does not."""
+    """Return the position of a text in a context, the closest to `near` if given, else the first; -1 if not found."""
     if near is None:
         return context.find(text)
     after, before = context.find(text, max(near, 0)), context.rfind(text, 0, max(near, 0) + len(text))
@@ -92,7 +96,7 @@ def occurrence(text: str, context: str, near: int | None) -> int:
 
 @dataclass
 class Examined:
-    """A table of questions, looked at: answers in one form, rows that cannot be used, and findings."""
+    """The result of checking a table: normalized answers, a mask of unusable rows, and findings."""
 
     answers: list[list[dict[str, Any]]]
     bad: np.ndarray
@@ -100,7 +104,7 @@ class Examined:
 
 
 def examined(data: Data, columns: Columns) -> Examined:
-    """Every row's answers, found in its context; what is not there, or elsewhere than it is said to be."""
+    """Locate every row's answers in its context and collect findings."""
     rows = data.rows
     texts = [rows[name].fill_null("").to_list() for name in (columns.context, columns.question)]
     starts = rows[columns.start].to_list() if columns.start else [None] * len(data)
@@ -134,7 +138,7 @@ def examined(data: Data, columns: Columns) -> Examined:
 
 
 def found(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator[Finding]:
-    """What there is to say of the rows that were looked at."""
+    """Yield the findings about the checked rows."""
     told = np.zeros(len(data), dtype=bool)
 
     def tell(key: str, check: str, what: str, remedy: str, severity: Severity = "warning") -> Iterator[Finding]:
@@ -145,30 +149,30 @@ def found(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator
             told |= rows & unusable
             yield Finding(check, severity, what, places(data, rows), int(rows.sum()), remedy, lost)
 
-    yield from tell("context", "empty-context", "questions on an empty context", "Add the text or remove the row.")
-    yield from tell("question", "empty-question", "rows with an empty question", "Add the question or remove the row.")
+    yield from tell("context", "empty-context", "questions with an empty context", "Add the text or remove the rows.")
+    yield from tell("question", "empty-question", "rows with an empty question", "Add the question or remove the rows.")
     yield from tell(
         "lost",
         "answer-not-there",
-        "answers that do not stand in their context, letter by letter",
-        "An answer must be a piece of the context; one in other words is for a network that writes.",
+        "answers that do not occur literally in their context",
+        "An answer must be a part of the context. For answers in other words, use a text generation task.",
     )
     yield from tell(
         "moved",
         "answer-moved",
-        f"answers that do not begin where {columns.start or 'answer_start'!r} says; taken where they stand nearest to it",
-        "Count characters (not bytes) from 0, of the context as it stands in the file.",
+        f"answers that do not begin at {columns.start or 'answer_start'!r}; the closest occurrence is used",
+        "Positions count characters (not bytes) from 0 in the original context.",
     )
     yield from tell(
         "both",
         "answer-to-impossible",
-        "questions marked as having no answer, and with one: taken to have none",
-        "Decide which is right.",
+        "questions marked as unanswerable that have an answer; treated as unanswerable",
+        "Correct the mark or the answer.",
     )
     yield from tell(
         "many",
         "answer-many-times",
-        "answers that their context has several times, without a start: the first is taken",
+        "answers without a start that occur several times in their context; the first occurrence is used",
         "Add a column answer_start.",
         "note",
     )
@@ -176,8 +180,8 @@ def found(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator
         yield from tell(
             "silent",
             "no-answer",
-            "questions without an answer: taken as questions that their context does not answer",
-            "Is that so? Say it by a column is_impossible, or fill the answers in.",
+            "questions without an answer; treated as unanswerable",
+            "If so, mark them in a column is_impossible. Otherwise add the answers.",
             "note",
         )
     if columns.id:
@@ -186,13 +190,13 @@ def found(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator
         yield from tell(
             "again",
             "duplicate-id",
-            f"questions whose {columns.id!r} is there before",
-            "Were two files joined, or rows copied? Each question counts.",
+            f"questions with a duplicate {columns.id!r}",
+            "Check for joined files or copied rows. Each question is counted.",
         )
 
 
 def check(data: Data) -> Iterator[Finding]:
-    """The doctor's look at questions on texts."""
+    """Run the data checks for question answering."""
     if columns := columns_of(data):
         yield from examined(data, columns).findings
 
@@ -214,14 +218,17 @@ WANTS = ColumnSpec(
 
 
 def prepared(data: Data, columns: Columns) -> Data:
-    """The table with answers in one form, without rows that cannot be used; all but context and question is no input."""
+    """Return the table with normalized answers and without unusable rows; only context and question remain features."""
     seen = examined(data, columns)
     codes = data.rows[columns.context].rank("dense").cast(pl.Int64)
     name = columns.answers or "answers"
     rows = data.rows.with_columns(pl.Series(name, seen.answers, dtype=ANSWER), codes.alias(SAME))
     inputs = {columns.context, columns.question}
     kept = {c.name: c if c.name in inputs or c.role != "feature" else replace(c, role="ignored") for c in data.columns.values()}
-    kept |= {name: Column(name, "list", "target", "pieces of the context"), SAME: Column(SAME, "category", "group", "made")}
+    kept |= {
+        name: Column(name, "list", "target", "answers located in the context"),
+        SAME: Column(SAME, "category", "group", "derived from the context"),
+    }
     known = {f.check for f in data.findings}
     whole = replace(data, rows=rows, columns=kept, findings=data.findings + [f for f in seen.findings if f.check not in known])
     return whole.without(seen.bad)

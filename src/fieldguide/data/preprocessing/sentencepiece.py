@@ -1,8 +1,8 @@
-"""SentencePiece's files (`spiece.model`, `spm.model`, `tokenizer.model`) as tokenizers (Kudo and Richardson 2018,
-arXiv:1808.06226): pieces that have a score each, found by the likeliest way to part a text (unigram; Kudo 2018,
-arXiv:1804.10959) or by merging the best pair first.
+"""SentencePiece files (`spiece.model`, `spm.model`, `tokenizer.model`) as tokenizers (Kudo and Richardson 2018,
+arXiv:1808.06226): pieces with scores, segmented by maximum likelihood (unigram; Kudo 2018, arXiv:1804.10959) or by merging
+the best pair first (BPE).
 
-Such a file is a protocol buffer (sentencepiece_model.proto): numbered fields, each with its kind of value.
+The file format is a protocol buffer (sentencepiece_model.proto): numbered fields with typed values.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from fieldguide.core.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-UNIGRAM, PAIRS = 1, 2  # kinds of models
-UNKNOWN, CONTROL, WHOLE, UNUSED, BYTE = 2, 3, 4, 5, 6  # kinds of pieces but for plain ones
+UNIGRAM, PAIRS = 1, 2  # model types
+UNKNOWN, CONTROL, WHOLE, UNUSED, BYTE = 2, 3, 4, 5, 6  # piece types other than normal (1)
 BLANK = "▁"
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a file says: pieces as (text, score, kind), the kind of model, and what is done to a text before."""
+    """The content of a file: pieces as (text, score, type), the model type and the normalization settings."""
 
     pieces: list[tuple[str, float, int]]
     model: int = UNIGRAM
-    bytes_known: bool = False  # unknown characters are written as their bytes
-    suffixed: bool = False  # blanks belong to the word before them
-    charsmap: bytes = b""  # what characters are replaced by, as compiled
-    begun: bool = True  # texts begin with a blank
-    squeezed: bool = True  # blanks in a row are one, and none stand around a text
+    bytes_known: bool = False  # unknown characters are encoded as bytes
+    suffixed: bool = False  # whitespace is a suffix of the preceding word
+    charsmap: bytes = b""  # compiled character normalization map
+    begun: bool = True  # a space is prepended to texts
+    squeezed: bool = True  # repeated spaces are merged, and leading and trailing ones removed
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a message: number and value, whole numbers or bytes. Raises `ValueError` where it ends too early."""
+    """Yield (number, value) of the fields of a message; values are integers or bytes. Raises ValueError if truncated."""
     at = 0
 
     def number() -> int:
+        """Read a varint."""
         nonlocal at
         value, shift = 0, 0
         while True:
             if at >= len(data):
-                raise ValueError("it ends within a number")
+                raise ValueError("the file ends within a number")
             value |= (data[at] & 0x7F) << shift
             at, shift = at + 1, shift + 7
             if data[at - 1] < 0x80:
@@ -58,16 +59,16 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
             yield key >> 3, number()
             continue
         if kind not in (1, 2, 5):
-            raise ValueError(f"field {key >> 3} is of an unknown kind")
+            raise ValueError(f"field {key >> 3} has an unknown wire type")
         size = number() if kind == 2 else {1: 8, 5: 4}[kind]
         if at + size > len(data):
-            raise ValueError(f"field {key >> 3} is cut off")
+            raise ValueError(f"field {key >> 3} is truncated")
         yield key >> 3, data[at : at + size]
         at += size
 
 
 def parsed(file: Path) -> Pieces:
-    """Raises `DataError` for other files, and for models of whole words or characters."""
+    """Parse a SentencePiece file. Raises DataError for other files, and for word and character models."""
     try:
         pieces, trainer, normal = [], {}, {}
         for field, value in fields(file.read_bytes()):
@@ -77,9 +78,9 @@ def parsed(file: Path) -> Pieces:
             elif field in (2, 3):
                 (trainer if field == 2 else normal).update(fields(value))
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise DataError(f"{file} is damaged or no file of SentencePiece: {error}") from None
+        raise DataError(f"{file} is damaged or not a SentencePiece file: {error}") from None
     if not pieces or (model := trainer.get(3, UNIGRAM)) not in (UNIGRAM, PAIRS):
-        raise DataError(f"{file} holds no pieces of SentencePiece, or whole words or characters, which are not read.")
+        raise DataError(f"{file} contains no SentencePiece pieces, or is a word or character model, which is not supported.")
     return Pieces(
         pieces,
         model,
@@ -92,11 +93,14 @@ def parsed(file: Path) -> Pieces:
 
 
 def made(file: Path, said: Pieces) -> Tokenizer:
-    """A tokenizer that parts texts as the file does; control tokens are special, and nothing stands around texts yet."""
+    """Build the equivalent tokenizer. Control tokens are special; no tokens are added around texts.
+
+    Raises DataError if whitespace is a suffix of words.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if said.suffixed:
-        raise DataError(f"{file}: its blanks belong to the word before them, which is not read.")
+        raise DataError(f"{file}: whitespace as a suffix of words (treat_whitespace_as_suffix) is not supported.")
     steps = [normalizers.Precompiled(said.charsmap)] if said.charsmap else []
     if said.squeezed:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
@@ -135,7 +139,7 @@ def made(file: Path, said: Pieces) -> Tokenizer:
 
 
 def merges(said: Pieces, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """All ways to put a piece together of two others, the best piece first: its score says when it was learnt."""
+    """Return all pairs of pieces whose concatenation is a piece, best piece first; scores give the merge order."""
     plain = {piece for piece, _, kind in said.pieces if kind == 1}
     found = [
         (-score, vocab[piece[:i]], vocab[piece[i:]], piece[:i], piece[i:])

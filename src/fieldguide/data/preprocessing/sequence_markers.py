@@ -1,4 +1,4 @@
-"""Frames: what stands around the texts that an encoder-decoder reads and writes, as its tokenizer and its file say it."""
+"""Sequence markers: the tokens around the source and target texts of an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.data.preprocessing.tokenizer import Text
 
-CALLED = ("task.source_language", "task.target_language")  # how a user names the languages
+CALLED = ("task.source_language", "task.target_language")  # names of the language settings
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Tokens around a source, those that an answer begins with (the last of them before its text), and that of its end."""
+    """The tokens around a source, the tokens that a target begins with, and the end token."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -24,17 +24,19 @@ class Frame:
 
     @property
     def longest(self) -> int:
-        """Tokens beside those of a text, at most."""
+        """Maximum number of tokens added to a text."""
         return max(len(self.before) + len(self.after), len(self.said), 1)
 
 
 def framed(text: Text, options: Any, called: tuple[str, str] = CALLED) -> Frame:
-    """How a network reads and says texts. What we learn puts nothing around a source.
+    """Return the markers for a tokenizer. Tokenizers trained by fieldguide add nothing around a source.
 
-    What a given tokenizer puts around a text stands around sources and answers alike, and before the latter what all begin
-    with. It may name a language: of networks whose answers begin with a token for all languages (mBART-50, NLLB) it stands
-    first, in sources and answers; of others (mBART of 25 languages) last in the source, and answers begin with it. `options`
-    has tokenizer (a path), begin, source_language and target_language; `called` says how a user names the last two.
+    A given tokenizer adds the same tokens around sources and targets, and targets additionally begin with a common start
+    token. These may include a language: if targets begin with a token common to all languages (mBART-50, NLLB), the
+    language comes first in sources and targets; otherwise (mBART-25) it is last in the source, and targets begin with it.
+
+    `options` has the fields tokenizer (a path), begin, source_language and target_language; `called` are the setting names
+    of the last two, for messages. Raises SettingsError if a language is required and missing, or unknown.
     """
     if not options.tokenizer:
         return Frame((), (), (text.cls,), text.end)
@@ -49,12 +51,12 @@ def framed(text: Text, options: Any, called: tuple[str, str] = CALLED) -> Frame:
             begin = text.pad if text.cls == text.unknown else text.cls
         return Frame(before, after, (begin, *before), text.end)
     known = (text.cls, text.sep, text.end, text.pad, text.unknown)
-    begin = None if options.begin in known else options.begin  # a language of its own: mBART of 25, fitted to one
+    begin = None if options.begin in known else options.begin  # a language token: mBART-25 fine-tuned to one language
     if options.target_language is None and begin is None:
-        example = f" (it reads {text.tokenizer.id_to_token(languages[0])})" if languages else ""
+        example = f" (default: {text.tokenizer.id_to_token(languages[0])})" if languages else ""
         raise SettingsError(
-            f"{options.tokenizer} knows languages{example}: say the answers' by its token, such as "
-            f"--set {called[1]}=de_DE or deu_Latn, and that of the sources as {called[0]}."
+            f"{options.tokenizer} requires language tokens{example}. Set the target language by its token, such as "
+            f"--set {called[1]}=de_DE or deu_Latn, and the source language with {called[0]}."
         )
     source = named(text, options.source_language, called[0], options.tokenizer, languages)
     target = named(text, options.target_language, called[1], options.tokenizer, [begin])
@@ -64,10 +66,10 @@ def framed(text: Text, options: Any, called: tuple[str, str] = CALLED) -> Frame:
 
 
 def named(text: Text, name: str | None, called: str, file: str, default: list[Any]) -> int:
-    """The token of a language."""
+    """Return the id of a language token. Raises SettingsError if it does not exist."""
     if name is None and default:
         return default[0]
     if name is None or (found := text.tokenizer.token_to_id(name)) is None:
         known = [t.content for t in text.tokenizer.get_added_tokens_decoder().values()]
-        raise SettingsError(f"{called}={name!r} is no token of {file}.{nearest(str(name), known)}")
+        raise SettingsError(f"{called}={name!r} is not a token of {file}.{nearest(str(name), known)}")
     return found

@@ -1,7 +1,7 @@
-"""Speech: recordings of any rate as log-mel spectrograms of one scale, and the noise that training adds.
+"""Speech: recordings of any sample rate as normalized log-mel spectrograms, and augmentation for training.
 
-Waves are float, -1 to 1, one channel; a batch is padded at the end, with the real samples of each row beside it. What is
-padding changes nothing, here or in the network. Nothing depends on the rows beside.
+Waveforms are float, -1 to 1, one channel; a batch is padded at the end and accompanied by the number of samples per row.
+Padding does not affect the result, and rows do not affect each other.
 Shapes: B recordings, N samples, T frames, F mel bands.
 """
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-RATES = (8_000, 16_000)  # samples a second that models hear; speech has little above 8 kHz
+RATES = (8_000, 16_000)  # sample rates used by models, in Hz; speech has little energy above 8 kHz
 HOPS = (0.010, 0.008, 0.005)
-# The power in a band that counts as silence. The rounding of 16-bit samples makes about as much in one bin, so
-# recordings with digital silence in them, whose logarithm would be infinite, look like those without.
+# Minimum power per band. It is about the power that rounding to 16 bits causes in one bin, so that recordings with
+# digital silence, whose logarithm would be infinite, look like those without.
 FLOOR = 1e-8
 
 
 def suggest_rate(rates: Sequence[int] | np.ndarray) -> int:
-    """8 kHz where at least half of the recordings have no more (telephone), else 16 kHz."""
+    """Return 8 kHz if at least half of the recordings have no higher rate (telephone), else 16 kHz."""
     return max((r for r in RATES if r <= np.median(np.asarray(rates))), default=RATES[0])
 
 
 def suggest_hop(seconds: np.ndarray, needed: np.ndarray, stride: int = 4) -> float:
-    """The longest usual hop, in seconds, at which all but one recording in a thousand have the frames that their
-    transcripts need (see `objectives.ctc.needed`) when the network keeps one of `stride`; else the shortest."""
+    """Return the longest usual hop in seconds at which 99.9 % of the recordings have the frames that their transcripts
+    need (see `objectives.ctc`) when the model keeps one frame in `stride`; else the shortest hop."""
     for hop in HOPS:
         frames = np.floor((np.asarray(seconds) - LogMel.window) / hop + 1e-6).clip(0) + 1
         if (np.ceil(frames / stride) < needed).mean() <= 1e-3:
@@ -44,22 +44,22 @@ def suggest_hop(seconds: np.ndarray, needed: np.ndarray, stride: int = 4) -> flo
 
 
 def mono(wave: np.ndarray) -> np.ndarray:  # N | N C -> N
-    """The mean of the channels, which lie along the second axis as soundfile gives them. Whole numbers (PCM) are
-    brought to -1 to 1."""
+    """Return the mean of the channels (second axis, as in soundfile). Integer PCM is scaled to -1 to 1. Raises DataError
+    for arrays with other than one or two axes."""
     if wave.dtype.kind == "u":  # 8-bit files: 128 is silence
         wave = (wave.astype(np.float32) - 2.0 ** (8 * wave.itemsize - 1)) / 2.0 ** (8 * wave.itemsize - 1)
     elif wave.dtype.kind == "i":
         wave = wave.astype(np.float32) / 2.0 ** (8 * wave.itemsize - 1)
     if wave.ndim not in (1, 2):
-        raise DataError(f"a recording has {wave.ndim} axes; give samples, or samples x channels")
+        raise DataError(f"a recording has {wave.ndim} axes; expected samples or samples x channels")
     return (wave if wave.ndim == 1 else wave.mean(1)).astype(np.float32, copy=False)
 
 
 def resample(waves: np.ndarray, rate: int, wanted: int) -> np.ndarray:  # ... N -> ... ceil(N wanted / rate)
-    """Waves at another number of samples a second, along the last axis.
+    """Resample waveforms along the last axis.
 
-    scipy's polyphase filter: it computes only the samples that are kept, in C, and its low-pass (Kaiser window) keeps
-    out what the lower rate cannot hold. Rows with zeros after their end come out as they would alone.
+    Uses scipy's polyphase filter, which computes only the samples that are kept and prevents aliasing (Kaiser window).
+    Rows with trailing zeros give the same result as without them.
     """
     from scipy.signal import resample_poly
 
@@ -70,7 +70,7 @@ def resample(waves: np.ndarray, rate: int, wanted: int) -> np.ndarray:  # ... N 
 
 
 def padded(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:  # each N -> B N, B
-    """Recordings as one batch with zeros after their end, and the samples of each."""
+    """Pad recordings with trailing zeros to one batch, and return their lengths in samples."""
     import torch
 
     lengths = np.array([len(w) for w in waves])
@@ -82,10 +82,13 @@ def padded(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:  # each N -> B
 
 @cache
 def mel_filters(rate: int, fft: int, bands: int, low: float, high: float) -> np.ndarray:  # fft/2+1 F
-    """Triangles that are equally wide on HTK's mel scale, 2595 log10(1 + f/700), and 1 at their peak, between `low`
-    and `high` Hz. Slaney's scale, linear below 1 kHz, and its equal areas differ by little and by a constant."""
+    """Return triangular filters, equally wide on the HTK mel scale, 2595 log10(1 + f/700), with peak 1, from `low` to
+    `high` Hz. Slaney's scale, linear below 1 kHz, with equal areas differs little and by a constant.
+
+    Raises SettingsError if the range is invalid or a band contains no frequency bin.
+    """
     if not 0 <= low < high <= rate / 2:
-        raise SettingsError(f"bands from {low:g} to {high:g} Hz do not lie between 0 and {rate / 2:g} Hz, half of the rate")
+        raise SettingsError(f"mel bands from {low:g} to {high:g} Hz are not within 0 to {rate / 2:g} Hz, half the sample rate")
     mel = lambda f: 2595 * np.log10(1 + np.asarray(f) / 700)
     edges = 700 * (10 ** (np.linspace(mel(low), mel(high), bands + 2) / 2595) - 1)
     bins = np.arange(fft // 2 + 1) * rate / fft
@@ -94,49 +97,49 @@ def mel_filters(rate: int, fft: int, bands: int, low: float, high: float) -> np.
     filters = np.maximum(0, np.minimum(rising, falling))
     if empty := int((filters.max(0) == 0).sum()):
         raise SettingsError(
-            f"{empty} of {bands} mel bands hold no frequency of a window of {fft} samples at {rate} Hz: "
-            f"choose fewer bands or a longer window"
+            f"{empty} of {bands} mel bands contain no frequency bin of a window of {fft} samples at {rate} Hz: "
+            f"use fewer bands or a longer window"
         )
     return filters.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class LogMel:
-    """How waves become features: power spectra of Hann windows, mel bands, natural logarithm, one scale.
+    """Log-mel features: power spectra of Hann windows, mel bands, natural logarithm, normalization.
 
-    Frame t covers the samples from t * hop on, whole windows only, so that no frame reaches into padding; a recording
-    shorter than a window is one frame. `scale="recording"` gives each band mean 0 and deviation 1 over the recording,
-    which takes away loudness and microphone; "corpus" uses `mean` and `std` of the training part (see `learn`), which
-    keeps them, and suits recordings of a word or less. Pre-emphasis would add a constant to each band, and is left out.
+    Frame t covers the samples from t * hop on, whole windows only, so that no frame includes padding; a recording
+    shorter than a window is one frame. `scale="recording"` standardizes each band over the recording, which removes
+    loudness and microphone characteristics; "corpus" uses `mean` and `std` of the training data (see `fit`), which
+    keeps them and suits recordings of a word or less. Pre-emphasis would only add a constant to each band and is omitted.
     """
 
-    rate: int = 16_000  # samples a second
+    rate: int = 16_000  # samples per second
     bands: int = 80  # F
     window: float = 0.025  # seconds
-    hop: float = 0.010  # seconds from one frame to the next
+    hop: float = 0.010  # seconds between frames
     low: float = 20.0  # Hz
-    high: float | None = None  # Hz; None is half of the rate
+    high: float | None = None  # Hz; None: half the sample rate
     scale: Literal["recording", "corpus"] = "recording"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
     @property
     def width(self) -> int:
-        """Samples of a window."""
+        """Samples per window."""
         return max(1, round(self.window * self.rate))
 
     @property
     def step(self) -> int:
-        """Samples from one frame to the next."""
+        """Samples between frames."""
         return max(1, round(self.hop * self.rate))
 
     def frames(self, samples: Any) -> Any:
-        """Frames of so many samples; a number, an array or a tensor of whole numbers."""
+        """Return the number of frames for a number of samples (integer, array or tensor)."""
         count = (samples - self.width) // self.step + 1
         return max(count, 1) if isinstance(count, int) else count.clip(1)
 
     def spectrogram(self, waves: Tensor) -> Tensor:  # B N -> B T F
-        """Natural logarithm of the power in each band, not less than `FLOOR`."""
+        """Return the natural logarithm of the power in each band, at least that of `FLOOR`."""
         import torch
 
         waves = torch.nn.functional.pad(waves.float(), (0, max(0, self.width - waves.shape[-1])))
@@ -149,7 +152,7 @@ class LogMel:
 
     @classmethod
     def fit(cls, batches: Iterable[tuple[Tensor, Tensor]], **settings: Any) -> LogMel:
-        """With mean and deviation of each band over all real frames of training batches (waves, lengths)."""
+        """Fit mean and standard deviation of each band on all frames of training batches (waves, lengths)."""
         import torch
 
         self = cls(scale="corpus", **settings)
@@ -159,13 +162,13 @@ class LogMel:
             x = x[torch.arange(x.shape[1]) < self.frames(lengths)[:, None]]
             count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
         if not count:
-            raise DataError("there is no recording to learn the scale of the spectrogram from")
+            raise DataError("no recordings to fit the scale of the spectrogram on")
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
         return replace(self, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     def apply(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:  # B N, B -> B T F, B
-        """Features, zero after the end of each recording, and its frames."""
+        """Return the features, zero after the end of each recording, and the number of frames."""
         import torch
 
         waves = waves.masked_fill(torch.arange(waves.shape[1], device=waves.device) >= lengths[:, None], 0.0)
@@ -173,7 +176,7 @@ class LogMel:
         real = (torch.arange(x.shape[1], device=x.device) < frames[:, None])[..., None]
         if self.scale == "corpus":
             if len(self.mean) != self.bands:
-                raise SettingsError('scale="corpus" needs a mean and std of each band: use LogMel.learn')
+                raise SettingsError('scale="corpus" requires mean and std for each band: use LogMel.fit')
             mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype) for v in (self.mean, self.std))
         else:
             mean = (x * real).sum(1, keepdim=True) / frames[:, None, None]
@@ -181,19 +184,21 @@ class LogMel:
         return ((x - mean) / std).masked_fill(~real, 0.0), frames
 
     def to_json(self) -> dict[str, Any]:
+        """Return a JSON-compatible dictionary."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> LogMel:
+        """Restore from `to_json`."""
         return cls(**saved | {"mean": tuple(saved["mean"]), "std": tuple(saved["std"])})
 
 
 @dataclass(frozen=True)
 class SpecAugment:
-    """Stripes of a spectrogram hidden behind its mean, 0 (Park et al. 2019, arXiv:1904.08779, without time warping).
+    """SpecAugment: mask stripes of a spectrogram with its mean, 0 (Park et al. 2019, arXiv:1904.08779, no time warping).
 
-    Widths are drawn evenly from 0 to a share of the real frames (adaptive, Park et al. 2020, arXiv:1912.05533) or of
-    the bands. The defaults are Conformer's: 27 of 80 bands twice, 5 % of the frames ten times.
+    Widths are uniform from 0 to a fraction of the frames (adaptive, Park et al. 2020, arXiv:1912.05533) or of the bands.
+    The defaults are those of the Conformer: 27 of 80 bands twice, 5 % of the frames ten times.
     """
 
     band_masks: int = 2
@@ -202,6 +207,7 @@ class SpecAugment:
     time_share: float = 0.05
 
     def apply(self, features: Tensor, frames: Tensor, generator: torch.Generator) -> Tensor:  # B T F, B -> B T F
+        """Return the features with random bands and frames set to 0."""
         import torch
 
         rows, steps, bands = features.shape
@@ -212,7 +218,7 @@ class SpecAugment:
 
 
 def stripes(lengths: Tensor, size: int, count: int, share: float, generator: torch.Generator) -> Tensor:  # B -> B size
-    """Where any of `count` stripes lies, each within the first `lengths` places and at most a `share` of them wide."""
+    """Return a mask of `count` random stripes within the first `lengths` positions, each at most `share` of them wide."""
     import torch
 
     drawn = torch.rand(2, len(lengths), count, generator=generator, dtype=torch.float64)
@@ -225,7 +231,7 @@ def stripes(lengths: Tensor, size: int, count: int, share: float, generator: tor
 def perturb_speed(
     waves: Tensor, lengths: Tensor, generator: torch.Generator, speeds: Sequence[float] = (0.9, 1.0, 1.1)
 ) -> tuple[Tensor, Tensor]:  # B N, B -> B N', B
-    """Each recording faster or slower by a factor drawn from `speeds`, pitch with it (Ko et al. 2015)."""
+    """Change speed and pitch of each recording by a factor sampled from `speeds` (Ko et al. 2015)."""
     import torch
 
     drawn = torch.randint(len(speeds), (len(waves),), generator=generator).numpy()

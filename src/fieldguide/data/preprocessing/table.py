@@ -1,8 +1,8 @@
-"""Tables: numbers as standard normals by training quantiles, categories as codes, dates as both.
+"""Tables: numbers mapped to a standard normal by training quantiles, categories as codes, dates as both.
 
-A number goes through the distribution function of its training values (piecewise linear between up to 1000
-quantiles; Gorishniy et al. 2021, arXiv:2106.11959, found it best for networks) and then to the normal, so it
-lies within +-5.2 whatever comes. A missing number is 0, the median, and a category tells that it was missing.
+A number is mapped through the distribution function of its training values (piecewise linear between up to 1000
+quantiles; Gorishniy et al. 2021, arXiv:2106.11959, found it best for neural networks) and then to the normal, so that
+any value lies within +-5.2. A missing number is 0, the median, and an additional category marks it as missing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from scipy.special import ndtri
 from fieldguide.data.dataset import Column
 
 QUANTILES = 1000
-EDGE = 1e-7  # probabilities are kept this far from 0 and 1: about +-5.2
-MANY = 20  # of more values than these, those seen once in training are coded as unseen,
-LIMIT = 10_000  # and only the most frequent are kept: so the code for unseen values is trained too
+EDGE = 1e-7  # minimum distance of probabilities from 0 and 1: limits values to about +-5.2
+MANY = 20  # with more distinct values than this, values seen once are coded as unseen,
+LIMIT = 10_000  # and only the most frequent are kept; the code for unseen values is therefore also trained
 DAY = 86_400_000_000  # microseconds
 
 
 @dataclass(frozen=True)
 class Number:
-    """One input number: the column it is from, what of it, and the quantiles of its training values."""
+    """A numeric feature: its column, the derived part, and the quantiles of its training values."""
 
     column: str
     part: str  # value | time | year-sin | year-cos | hour-sin | hour-cos
@@ -35,7 +35,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Category:
-    """One input code: 0 unseen, 1 ... the values in order, and one more for missing where training had it."""
+    """A categorical feature: code 0 is unseen, 1 ... the values in order, and the last missing if training had it."""
 
     column: str
     part: str  # value | weekday | missing
@@ -44,20 +44,20 @@ class Category:
 
     @property
     def size(self) -> int:
+        """Number of codes."""
         return 1 + len(self.values) + self.missing
 
 
 class TablePreparer:
-    """Turns rows into `numbers` (float32, N x n) and `categories` (int64 codes, N x k)."""
+    """Converts rows to `numbers` (float32, N x n) and `categories` (int64 codes, N x k)."""
 
     def __init__(self, numbers: Iterable[Number], categories: Iterable[Category]) -> None:
         self.numbers, self.categories = tuple(numbers), tuple(categories)
-        self.unseen: dict[str, int] = {}  # by column: values in the last `apply` that are new
+        self.unseen: dict[str, int] = {}  # column -> number of unseen values in the last `apply`
 
     @classmethod
     def fit(cls, rows: pl.DataFrame, columns: Iterable[Column]) -> TablePreparer:
-        """Learn from training rows. Passed over are columns that are constant in them, and columns of other
-        kinds than number, boolean, category and date."""
+        """Fit on training rows. Constant columns and types other than number, boolean, category and date are skipped."""
         numbers: list[Number] = []
         categories: list[Category] = []
         for column in columns:
@@ -82,16 +82,16 @@ class TablePreparer:
 
     @property
     def cardinalities(self) -> list[int]:
-        """How many codes each category has, 0 included."""
+        """Number of codes of each category, including 0."""
         return [c.size for c in self.categories]
 
     @property
     def width(self) -> int:
-        """Columns of `vector`."""
+        """Number of columns of `vector`."""
         return len(self.numbers) + sum(c.size - 1 for c in self.categories)
 
     def apply(self, rows: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """numbers (float32, N x n) and categories (int64, N x k). Counts unseen values in `unseen`."""
+        """Return numbers (float32, N x n) and categories (int64, N x k). Counts unseen values in `unseen`."""
         numbers = np.empty((rows.height, len(self.numbers)), dtype=np.float32)
         codes = np.empty((rows.height, len(self.categories)), dtype=np.int64)
         self.unseen = {}
@@ -108,12 +108,12 @@ class TablePreparer:
         return numbers, codes
 
     def vector(self, rows: pl.DataFrame) -> np.ndarray:
-        """Everything as one matrix for plain networks, float32, N x width: numbers, then categories one-hot;
-        an unseen value is all zeros."""
+        """Return one matrix, float32, N x width: numbers, then one-hot categories; an unseen value is all zeros."""
         numbers, codes = self.apply(rows)
         return np.concatenate([numbers, self.one_hot(codes)], axis=1)
 
     def one_hot(self, codes: np.ndarray) -> np.ndarray:
+        """Return the one-hot encoding of categories, float32, N x (width - n)."""
         out = np.zeros((codes.shape[0], self.width - len(self.numbers)), dtype=np.float32)
         start = -1
         for i, c in enumerate(self.categories):
@@ -123,10 +123,12 @@ class TablePreparer:
         return out
 
     def to_json(self) -> dict[str, Any]:
+        """Return a JSON-compatible dictionary."""
         return {"version": 1, "numbers": [asdict(n) for n in self.numbers], "categories": [asdict(c) for c in self.categories]}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TablePreparer:
+        """Restore from `to_json`."""
         return cls(
             [Number(n["column"], n["part"], tuple(n["quantiles"])) for n in saved["numbers"]],
             [Category(c["column"], c["part"], tuple(c["values"]), c["missing"]) for c in saved["categories"]],
@@ -134,22 +136,22 @@ class TablePreparer:
 
 
 def quantiles(values: np.ndarray) -> tuple[float, ...]:
-    """Quantiles of training values, evenly spaced in probability: one for every 30 values, 10 to 1000."""
+    """Return quantiles of training values at equally spaced probabilities: one per 30 values, between 10 and 1000."""
     count = max(10, min(values.size // 30, QUANTILES))
     found = np.quantile(values, np.linspace(0, 1, count))
-    return tuple(np.maximum.accumulate(found).tolist())  # rounding may break the order by a hair
+    return tuple(np.maximum.accumulate(found).tolist())  # rounding errors may break the order
 
 
 def normal(values: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:
-    """Standard normal scores. A value that fills several quantiles gets the middle of their probabilities:
-    hence interpolation from both sides."""
+    """Return standard normal scores. A value equal to several quantiles gets the mean of their probabilities, computed by
+    interpolation from both sides."""
     at, p = np.array(knots), np.linspace(0, 1, len(knots))
     below, above = np.interp(values, at, p), -np.interp(-values, -at[::-1], -p[::-1])
     return ndtri(np.clip((below + above) / 2, EDGE, 1 - EDGE))
 
 
 def extract(values: pl.Series, part: str) -> np.ndarray:
-    """A number from each value of a column, float64, NaN where it is missing."""
+    """Return one number per value of a column, float64, NaN if missing."""
     if part == "value":
         return values.cast(pl.Float64).fill_null(np.nan).to_numpy()
     if part == "time":
@@ -163,12 +165,13 @@ def extract(values: pl.Series, part: str) -> np.ndarray:
 
 
 def hours(values: pl.Series) -> np.ndarray:
-    """Hour of the day with its fraction, NaN where the date is missing."""
+    """Return the hour of the day including fractions, NaN if the date is missing."""
     within = (values.cast(pl.Int64) % DAY).cast(pl.Float64) / (DAY / 24)
     return within.fill_null(np.nan).to_numpy()
 
 
 def codes_text(values: pl.Series, part: str) -> pl.Series:
+    """Return the text of a part of a column's values, to be encoded as a category."""
     if part == "missing":
         return values.is_null().replace_strict({True: "yes", False: "no"}, return_dtype=pl.String)
     if part == "weekday":
@@ -177,7 +180,7 @@ def codes_text(values: pl.Series, part: str) -> pl.Series:
 
 
 def vocabulary(column: str, part: str, text: pl.Series) -> list[Category]:
-    """The category for a column, or nothing where all rows agree."""
+    """Return the category of a column in a list, or an empty list if all rows have the same value."""
     counts = text.drop_nulls().value_counts(sort=True)
     names, seen = counts.get_column(text.name).to_list(), counts["count"].to_list()
     if len(names) > MANY:

@@ -1,4 +1,4 @@
-"""Text: a byte-level BPE tokenizer learnt on training texts, so no character is unknown; or a given one."""
+"""Text tokenizers: byte-level BPE trained on the training texts, so that no character is unknown, or a given tokenizer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fieldguide.data.preprocessing import tokenizer_files
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-END = "<|endoftext|>"  # between texts that stand in one row
+END = "<|endoftext|>"  # separates texts in one row
 SPECIAL = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")  # indices 0 to 4
-ENOUGH = 20_000_000  # characters; more teach the tokenizer nothing and take minutes
+ENOUGH = 20_000_000  # characters used for training; more text does not improve the tokenizer and takes minutes
 BLANKS = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
 
 
 class Text:
-    """Texts as token indices below `size`, padded with `pad`; an empty text is the one token `unknown`."""
+    """A tokenizer that maps texts to token ids below `size`, padded with `pad`; an empty text is the token `unknown`."""
 
     def __init__(
         self,
@@ -34,8 +34,11 @@ class Text:
         template: str | None = None,
         ends: Sequence[str] = (),
     ) -> None:
-        """`special`: what its tokens are called (eos_token, ...), by which they are found before their usual names are
-        tried. `template` writes conversations; `ends` are all tokens that end an answer."""
+        """Wrap a tokenizer of the tokenizers library.
+
+        `special` maps the names of special tokens (eos_token, ...) to tokens; they are looked up before the usual ones.
+        `template` is the chat template, `ends` lists the tokens that end an answer.
+        """
         self.tokenizer, self.lower, self.learnt_on, self.template = tokenizer, lower, learnt_on, template
         self.special = dict(special or {})
         self.tokenizer.no_padding()
@@ -54,9 +57,9 @@ class Text:
 
     @classmethod
     def fit(cls, texts: Iterable[str], *, size: int | None = None, lower: bool = True) -> Text:
-        """Learn from training texts; `size` of the vocabulary by the amount of text if None.
+        """Train byte-level BPE on texts, at most 20 million characters sampled at regular intervals.
 
-        Learns on evenly spread texts of at most 20 million characters in all.
+        `size` is the vocabulary size; by default it depends on the amount of text.
         """
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -83,10 +86,10 @@ class Text:
     def learn_exact(
         cls, texts: Iterable[str], *, size: int | None = None, characters: bool = False, special: Sequence[str] = (END,)
     ) -> Text:
-        """Learn tokens that spell texts back to the byte: byte-level BPE, or one token a character.
+        """Train a lossless tokenizer: byte-level BPE, or with `characters` one token per character.
 
-        Tokens in `special` are never read out of texts, only put between them. Characters that the texts lack are
-        `END` tokens, which says that they cannot be read.
+        Tokens in `special` are never produced by encoding text. With `characters`, characters that do not occur in the
+        texts are encoded as `END`.
         """
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -115,8 +118,8 @@ class Text:
         return cls(tokenizer, learnt_on=len(texts))
 
     def exactly(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token indices of each text, int64, all of it and nothing more: no token is put before or after, and special
-        tokens that are spelt out in a text are plain characters."""
+        """Return the token ids of each text, int64, without added tokens; special tokens in a text are treated as plain
+        characters."""
         self.tokenizer.encode_special_tokens = True
         return [
             np.array(e.ids, dtype=np.int64)
@@ -125,8 +128,10 @@ class Text:
         ]
 
     def located(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each text its tokens as `exactly` gives them, N int64, and which characters of it each covers, N 2 int64: the
-        first, blanks left out, and the one behind the last."""
+        """Return (tokens as from `exactly`, spans) for each text.
+
+        Spans (int64, N x 2) are the start and end of the characters that each token covers, without leading whitespace.
+        """
         self.tokenizer.encode_special_tokens = True
         found = []
         for some in batches(texts, 1000):
@@ -139,13 +144,13 @@ class Text:
         return found
 
     def opening(self) -> list[int]:
-        """The tokens that the tokenizer itself puts before a text."""
+        """Return the token ids that the tokenizer puts before every text."""
         seen = self.tokenizer.encode("a")
         return seen.ids[: next((i for i, text in enumerate(seen.sequence_ids) if text is not None), 0)]
 
     def spelt(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of texts that spell out all of their special tokens, as chat templates write them: the tokens of each, N int64, and
-        which characters of it each covers, N 2 int64."""
+        """Return (token ids int64 N, character spans int64 N x 2) for texts in which special tokens are written out, as
+        chat templates do."""
         before, self.tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens, False
         found = [
             (np.array(e.ids, dtype=np.int64), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
@@ -156,7 +161,7 @@ class Text:
         return found
 
     def bytes_of(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int64; special tokens stand for none."""
+        """Return the number of UTF-8 bytes that each token stands for, int64; 0 for special tokens."""
         special = self.tokenizer.get_added_tokens_decoder()
         byte_level = "ByteLevel" in str(self.tokenizer.decoder)
         words = [self.tokenizer.id_to_token(i) or "" for i in range(self.size)]
@@ -164,16 +169,18 @@ class Text:
 
     @property
     def size(self) -> int:
+        """The vocabulary size."""
         return self.tokenizer.get_vocab_size()
 
     def token(self, *names: str | None, default: int) -> int:
+        """Return the id of the first of these tokens that exists, else `default`."""
         found = (self.tokenizer.token_to_id(n) for n in names if n)
         return next((i for i in found if i is not None), default)
 
     def encode(self, texts: Sequence[str], length: int, *, cls: bool = False) -> tuple[list[np.ndarray], int]:
-        """Token indices of each text, int64, at most `length`, and how many texts were cut to it.
+        """Return the token ids of each text (int64, truncated to `length`) and the number of truncated texts.
 
-        `cls` puts the class token first (unless the given tokenizer does that itself).
+        `cls` puts the class token first, unless the tokenizer already does.
         """
         out, cut = [], 0
         for some in batches(texts, 1000):
@@ -186,15 +193,15 @@ class Text:
         return out, cut
 
     def apply(self, texts: Sequence[str], length: int, *, cls: bool = False) -> tuple[np.ndarray, np.ndarray, int]:
-        """Texts as one padded batch: indices (int64, N x L), mask (bool, N x L, True for tokens), texts cut.
+        """Return texts as one padded batch: ids (int64, N x L), mask (bool, N x L, True for tokens), number truncated.
 
-        L is the longest of these texts, at most `length`.
+        L is the length of the longest text, at most `length`.
         """
         ids, cut = self.encode(texts, length, cls=cls)
         return *self.batch(ids), cut
 
     def batch(self, ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Token indices padded to the longest: indices (int64, N x L) and mask (bool, True for tokens)."""
+        """Pad token ids to the longest: ids (int64, N x L) and mask (bool, N x L, True for tokens)."""
         sizes = np.array([len(i) for i in ids])
         mask = np.arange(sizes.max(initial=1))[None] < sizes[:, None]
         out = np.full(mask.shape, self.pad, dtype=np.int64)
@@ -203,6 +210,7 @@ class Text:
         return out, mask
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of token ids."""
         return self.tokenizer.decode([int(i) for i in ids])
 
     def save(self, folder: str | Path) -> None:
@@ -212,6 +220,7 @@ class Text:
         (folder / "text.json").write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
 
     def to_json(self) -> dict[str, Any]:
+        """Return the settings that text.json stores."""
         said = {"lower": self.lower, "learnt_on": self.learnt_on, "size": self.size}
         if not self.special and self.template is None and len(self.ends) == 1:
             return said
@@ -224,8 +233,10 @@ class Text:
 
     @classmethod
     def load(cls, path: str | Path) -> Text:
-        """From a folder that `save` wrote, or from what lies beside published weights: any tokenizer.json, the folder of
-        another form of tokenizer, a GGUF file (see `text_files`). Raises DataError if it is none."""
+        """Load from a folder written by `save`, or from the tokenizer files of a published checkpoint.
+
+        Any format in `tokenizer_files` is supported. Raises DataError if there is none.
+        """
         path = Path(path)
         words = tokenizer_files.read(path)
         saved = tokenizer_files.parsed(path / tokenizer_files.OURS)
@@ -240,14 +251,15 @@ class Text:
 
 
 def suggest_size(characters: int) -> int:
-    """Tokens for so much text: a power of two from 512 to 32,768, growing with the root of the text."""
+    """Return the vocabulary size for an amount of text: a power of two from 512 to 32,768, growing with its square root."""
     return 2 ** round(min(15.0, max(9.0, math.log2(4 * math.sqrt(max(characters, 1))))))
 
 
 def suggest_length(sizes: Sequence[int] | np.ndarray, most: int = 512) -> int:
-    """A length that 95 % of the texts fit in: a multiple of 8, at most `most`."""
+    """Return a length that at least 95 % of the texts fit in: a multiple of 8, at most `most`."""
     return int(min(most, max(8, 8 * math.ceil(np.quantile(np.asarray(sizes), 0.95) / 8))))
 
 
 def batches(texts: Sequence[str], size: int) -> Iterator[Any]:
+    """Yield consecutive slices of `size` texts."""
     return (texts[i : i + size] for i in range(0, len(texts), size))

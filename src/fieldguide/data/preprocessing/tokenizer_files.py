@@ -1,9 +1,9 @@
-"""The words that a network knows: tokenizers as they lie beside published weights, in whichever form.
+"""Tokenizer files: loading the tokenizers of published checkpoints in any common format.
 
-Read are `tokenizer.json` of the tokenizers library; `vocab.txt` of BERT and its kin (WordPiece); `vocab.json` with `merges.txt`
-of GPT-2, RoBERTa, BART, DeBERTa and Qwen (byte-level pairs); files of SentencePiece of T5, DeBERTa v2 and v3, Llama and Gemma
-(see `text_pieces`); and GGUF files. What special tokens are called and how conversations are written, the configurations
-beside them say.
+Supported are `tokenizer.json` of the tokenizers library; `vocab.txt` of BERT and related models (WordPiece); `vocab.json` with
+`merges.txt` of GPT-2, RoBERTa, BART, DeBERTa and Qwen (byte-level BPE); SentencePiece files of T5, DeBERTa v2 and v3, Llama and
+Gemma (see `sentencepiece`); and GGUF files. Special tokens and the chat template come from the configuration files next to
+them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fieldguide.data.preprocessing import sentencepiece
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-OURS = "text.json"  # what `Text.save` writes beside tokenizer.json
+OURS = "text.json"  # written next to tokenizer.json by `Text.save`
 CHAT = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
 class Words:
-    """A tokenizer, what its special tokens are called (bos_token, eos_token, pad_token, ... -> token), how conversations are
-    written (a Jinja template), and all tokens that end an answer."""
+    """A tokenizer with its special tokens (bos_token, eos_token, pad_token, ... -> token), its chat template (Jinja), and
+    all tokens that end an answer."""
 
     tokenizer: Tokenizer
     special: Mapping[str, str]
@@ -36,7 +36,7 @@ class Words:
 
 
 def read(place: Path) -> Words:
-    """From a folder, a tokenizer.json or a GGUF file. Raises `DataError` where there is none, or one that cannot be read."""
+    """Load from a folder, a tokenizer.json or a GGUF file. Raises DataError if there is no valid tokenizer."""
     if place.suffix == ".gguf" and place.is_file():
         from fieldguide.core.gguf import tokenizer
 
@@ -45,13 +45,13 @@ def read(place: Path) -> Words:
     folder = place if place.is_dir() else place.parent
     said = said_beside(folder)
     of = [(files, way) for files, way in FORMS if place.is_dir() or place.name in files]
-    if place.is_file() and not of:  # a tokenizer.json by another name
+    if place.is_file() and not of:  # a tokenizer.json with another name
         made = from_json(place)
     else:
         way = next((way for files, way in of if all((folder / name).is_file() for name in files)), None)
         if way is None or not place.exists():
             raise DataError(
-                f"{place}: there is no such tokenizer. Known are tokenizer.json; vocab.txt; vocab.json with "
+                f"{place}: no tokenizer found. Supported are tokenizer.json; vocab.txt; vocab.json with "
                 "merges.txt; spiece.model, spm.model and tokenizer.model."
             )
         made = way(folder, said)
@@ -62,33 +62,34 @@ def read(place: Path) -> Words:
 
 
 def parsed(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file. Raises `DataError` for a damaged one."""
+    """Load a JSON object; return {} if the file does not exist. Raises DataError if it is damaged."""
     if not file.is_file():
         return {}
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is damaged: {error}") from None
+        raise DataError(f"{file} is not valid JSON: {error}") from None
     return said if isinstance(said, dict) else {}
 
 
 def plain(token: Any) -> Any:
-    """A token as it is spelt, where it is written with its properties."""
+    """Return the text of a token that may be stored as a dictionary with its properties."""
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
 def said_beside(folder: Path) -> dict[str, Any]:
-    """What a folder says of its tokenizer; of the two files that name special tokens, the newer kind has the last word."""
+    """Return the tokenizer configuration of a folder; tokenizer_config.json has priority over special_tokens_map.json."""
     both = {**parsed(folder / "special_tokens_map.json"), **parsed(folder / "tokenizer_config.json")}
     return {key: plain(value) for key, value in both.items()}
 
 
 def specials(said: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens in a tokenizer configuration."""
     return {key: token for key, token in said.items() if key.endswith("_token") and isinstance(token, str) and token}
 
 
 def ended(folder: Path) -> list[int]:
-    """The tokens that end an answer, as the network's own settings say."""
+    """Return the ids of the tokens that end an answer, from the generation or model configuration."""
     for name in ("generation_config.json", "config.json"):
         ids = parsed(folder / name).get("eos_token_id")
         if ids is not None:
@@ -97,7 +98,7 @@ def ended(folder: Path) -> list[int]:
 
 
 def templated(folder: Path, said: Mapping[str, Any]) -> str | None:
-    """How conversations are written; of several ways by name, the default."""
+    """Return the chat template, the default one if there are several, or None."""
     if (folder / CHAT).is_file():
         return (folder / CHAT).read_text(encoding="utf-8")
     template = said.get("chat_template")
@@ -107,20 +108,21 @@ def templated(folder: Path, said: Mapping[str, Any]) -> str | None:
     return template
 
 
-# Forms of tokenizers. Each makes one from a folder and what it says.
+# Tokenizer formats: each function builds a tokenizer from a folder and its configuration.
 
 
 def from_json(file: Path) -> Tokenizer:
+    """Load a file of the tokenizers library. Raises DataError if it is invalid."""
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises nothing narrower; it is passed on, not swallowed
-        raise DataError(f"{file}: not a tokenizer of the tokenizers library ({error}).") from error
+    except Exception as error:  # the library raises nothing more specific
+        raise DataError(f"{file}: not a file of the tokenizers library ({error}).") from error
 
 
 def kind_of(said: Mapping[str, Any]) -> str:
-    """Whose tokenizer it is: Bert, GPT2, ...; empty where the folder does not say."""
+    """Return the tokenizer class (Bert, GPT2, ...) in a configuration, or ""."""
     return str(said.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
 
 
@@ -145,16 +147,19 @@ BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_t
 
 
 def wordpiece(folder: Path, said: dict[str, Any]) -> Tokenizer:
-    """BERT's: one token a line of vocab.txt (Devlin et al. 2019, arXiv:1810.04805; words as in Wu et al. 2016)."""
+    """Build BERT's WordPiece tokenizer from vocab.txt (Devlin et al. 2019, arXiv:1810.04805; Wu et al. 2016).
+
+    Raises DataError for other tokenizer classes and for a vocabulary without the unknown token.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if (kind := kind_of(said)) not in WORDPIECE or (folder / "bpe.codes").is_file():
-        raise DataError(f"{folder / 'vocab.txt'} is of a {kind or 'BPE'} tokenizer, and read are those of BERT's kind.")
+        raise DataError(f"{folder / 'vocab.txt'} belongs to a {kind or 'BPE'} tokenizer; only WordPiece (BERT) is supported.")
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     vocab = {token: i for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
     settle(said, BERT)
     if said["unk_token"] not in vocab:
-        raise DataError(f"{folder / 'vocab.txt'} has no token {said['unk_token']} for words that it does not know.")
+        raise DataError(f"{folder / 'vocab.txt'} lacks the token {said['unk_token']} for unknown words.")
     made = Tokenizer(models.WordPiece(vocab, unk_token=said["unk_token"], max_input_chars_per_word=100))
     made.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -178,7 +183,7 @@ ROBERTA = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
-# Whose pairs they are -> special tokens, where the folder names others not.
+# Tokenizer class -> special tokens used if the configuration does not define them.
 PAIRS = {
     "GPT2": ENDED,
     "Roberta": ROBERTA,
@@ -190,12 +195,15 @@ PARTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 
 
 def pairs(folder: Path, said: dict[str, Any]) -> Tokenizer:
-    """Byte-level pairs of GPT-2 (Radford et al. 2019, section 2.2) and of those that took them over."""
+    """Build the byte-level BPE tokenizer of GPT-2 (Radford et al. 2019, section 2.2) and models that adopted it.
+
+    Raises DataError if the files are invalid or the tokenizer class is not supported.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     try:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises nothing more specific
         raise DataError(f"{folder / 'vocab.json'} and merges.txt cannot be read: {error}") from error
     kind = kind_of(said) or next(
         (
@@ -207,8 +215,8 @@ def pairs(folder: Path, said: dict[str, Any]) -> Tokenizer:
     )
     if kind not in PAIRS or any(second.endswith("</w>") for _, second in merges[:1000]):
         raise DataError(
-            f"{folder / 'vocab.json'} and merges.txt are of a tokenizer of the kind "
-            f"{kind or 'that they do not say'}, and read are {', '.join(PAIRS)}."
+            f"{folder / 'vocab.json'} and merges.txt belong to a tokenizer of the class "
+            f"{kind or '(not specified)'}; supported are {', '.join(PAIRS)}."
         )
     settle(said, PAIRS[kind])
     made, prefix = Tokenizer(models.BPE(vocab, merges, fuse_unk=False)), bool(said.get("add_prefix_space"))
@@ -236,19 +244,23 @@ def pairs(folder: Path, said: dict[str, Any]) -> Tokenizer:
 
 
 def settle(said: dict[str, Any], default: Mapping[str, str]) -> None:
-    """Names special tokens as is the custom of a kind, where the folder does not."""
+    """Fill in the default special tokens that the configuration does not define."""
     said.update({name: said.get(name) or token for name, token in default.items()})
 
 
 def known(made: Tokenizer, folder: Path, token: str) -> int:
+    """Return the id of a special token. Raises DataError if the tokenizer lacks it."""
     if (found := made.token_to_id(token)) is None:
-        raise DataError(f"{folder}: its tokenizer has no token {token}, which is to stand around texts.")
+        raise DataError(f"{folder}: the tokenizer lacks the token {token}, which is added around texts.")
     return found
 
 
 def added(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
-    """Special tokens, which no text is cut through, and what was added to the vocabulary later, at its own numbers. Blanks
-    before a word that is missing are part of it, as in the published RoBERTa and BART."""
+    """Add special tokens and the tokens that were later added to the vocabulary, with their original ids.
+
+    The mask token of RoBERTa and BART includes the whitespace before it, as in the published tokenizers. Raises
+    DataError if an added token gets another id.
+    """
     from tokenizers import AddedToken
 
     later: dict[str, tuple[int, dict[str, Any]]] = {token: (i, {}) for token, i in parsed(folder / "added_tokens.json").items()}
@@ -266,8 +278,8 @@ def added(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
         (made.add_special_tokens if one.special else made.add_tokens)([one])
         if made.token_to_id(token) != place:
             raise DataError(
-                f"{folder}: the added token {token} is to have the number {place}, and after the tokens before it "
-                f"comes {made.token_to_id(token)}: a file of the tokenizer is missing or another's."
+                f"{folder}: the added token {token} should have the id {place} but gets "
+                f"{made.token_to_id(token)}. A file of the tokenizer is missing or belongs to another one."
             )
     byte_level = "ByteLevel" in str(made.decoder)
     named = dict.fromkeys(token for name, token in specials(said).items() if token not in later)
@@ -281,7 +293,7 @@ def added(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
 
 
 def around(made: Tokenizer, said: Mapping[str, Any]) -> None:
-    """[CLS] A [SEP] B [SEP], the second text and its end of another segment."""
+    """Set the template [CLS] A [SEP] B [SEP], with the second text in segment 1."""
     from tokenizers import processors
 
     cls, sep = said["cls_token"], said["sep_token"]
@@ -293,7 +305,7 @@ def around(made: Tokenizer, said: Mapping[str, Any]) -> None:
         )
 
 
-# Whose pieces they are, as tokenizer classes and as names of files say -> special tokens.
+# SentencePiece tokenizer class -> special tokens used if the configuration does not define them.
 LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 PIECES = {
     "T5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
@@ -307,11 +319,14 @@ FIRST = {
     "DebertaV2": ("[PAD]", "[CLS]", "[SEP]"),
     "Llama": ("<unk>", "<s>", "</s>"),
     "Gemma": ("<pad>", "<eos>", "<bos>"),
-}  # the pieces that such files begin with
+}  # tokenizer class -> first pieces, which identify the class if the configuration does not
 
 
 def pieces(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
-    """SentencePiece's, with the tokens that T5 (what was cut out) and DeBERTa ([MASK]) put behind its pieces."""
+    """Build a SentencePiece tokenizer, with the extra tokens of T5 (sentinels) and DeBERTa ([MASK]).
+
+    Raises DataError if the tokenizer class is not supported.
+    """
     from tokenizers import AddedToken, processors
 
     found = sentencepiece.parsed(folder / name)
@@ -319,7 +334,8 @@ def pieces(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
     kind = kind_of(said) or next((kind for kind, first in FIRST.items() if first == begun), "")
     if kind not in PIECES:
         raise DataError(
-            f"{folder / name} is of a tokenizer of the kind {kind or 'that it does not say'}, and read are {', '.join(PIECES)}."
+            f"{folder / name} belongs to a tokenizer of the class {kind or '(not specified)'}; "
+            f"supported are {', '.join(PIECES)}."
         )
     settle(said, PIECES[kind])
     made = sentencepiece.made(folder / name, found)
@@ -344,7 +360,7 @@ def pieces(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
     return made
 
 
-# Files that make up a tokenizer -> how it is made of them; the first that are there.
+# Required files -> function that builds a tokenizer from them, in order of priority.
 FORMS: tuple[tuple[Iterable[str], Callable[[Path, dict[str, Any]], Tokenizer]], ...] = (
     (("tokenizer.json",), lambda folder, said: from_json(folder / "tokenizer.json")),
     (("vocab.txt",), wordpiece),
@@ -357,7 +373,7 @@ FORMS: tuple[tuple[Iterable[str], Callable[[Path, dict[str, Any]], Tokenizer]], 
 
 
 def whose(place: Path) -> tuple[Path | None, str]:
-    """`place` where a tokenizer can be read there, else nothing; and why not, empty where no file of one is there."""
+    """Return (`place`, "") if it holds a valid tokenizer, else (None, reason); the reason is "" if there are no files."""
     try:
         read(place)
     except FieldguideError as error:

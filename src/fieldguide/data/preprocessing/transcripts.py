@@ -1,4 +1,4 @@
-"""Transcripts: what was said, as symbols from 1 up; 0 is the blank of CTC."""
+"""Transcripts: texts as CTC symbols from 1 up; 0 is the blank."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SPACE = "▁"  # stands for a space in word pieces
 
 
 class Transcripts:
-    """Texts as symbols and back. A symbol is a character of the training transcripts, or with `pieces` a part of a
-    word that is frequent in them.
+    """Encoder and decoder of transcripts. A symbol is a character of the training transcripts, or with `pieces` a frequent
+    word piece.
 
-    Before, texts are brought to one form: composed characters (NFC), single spaces, and lower case unless `lower` is
-    False, since upper case cannot be heard. Punctuation stays where transcripts have it.
+    Texts are normalized first: composed characters (NFC), single spaces, and lower case unless `lower` is False, since
+    case is not audible. Punctuation is kept.
     """
 
     def __init__(self, symbols: Sequence[str], *, lower: bool = True, tokenizer: str | None = None) -> None:
@@ -30,21 +30,21 @@ class Transcripts:
 
     @classmethod
     def fit(cls, texts: Iterable[str], *, lower: bool = True, pieces: int | None = None) -> Transcripts:
-        """From training transcripts; with `pieces` about so many parts of words (byte-pair encoding), else characters.
+        """Fit on training transcripts: characters, or with `pieces` about that many word pieces (byte-pair encoding).
 
-        Raises `DataError` where there is nothing but empty transcripts.
+        Raises DataError if all transcripts are empty.
         """
         texts = [normal(text, lower) for text in texts]
         characters = sorted(set("".join(texts)))
         if not characters:
-            raise DataError("all transcripts are empty: there is nothing to learn to write")
+            raise DataError("all transcripts are empty: there is nothing to train on")
         if pieces is None:
             return cls(characters, lower=lower)
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         if SPACE in characters:
             raise DataError(
-                f"a transcript holds {SPACE!r}, which stands for a space in word pieces: remove it, or use "
+                f"a transcript contains {SPACE!r}, which is reserved for spaces in word pieces: remove it, or use "
                 "characters (pieces=None)"
             )
         tokenizer = Tokenizer(models.BPE())
@@ -61,18 +61,19 @@ class Transcripts:
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The BPE tokenizer, restored from its saved form."""
         from tokenizers import Tokenizer
 
         return Tokenizer.from_str(self.saved)
 
     @property
     def size(self) -> int:
-        """Symbols with the blank: `vocab` of the network."""
+        """Number of symbols including the blank: `vocab_size` of the model."""
         return 1 + len(self.symbols)
 
     def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], Counter[str]]:
-        """Symbols of each text, int64, and how often each character stood there that training never had: it is left out,
-        as the network cannot write it."""
+        """Return the symbols of each text (int64) and the count of each character that did not occur in training; these
+        are dropped, as the model cannot produce them."""
         texts, unknown = [normal(text, self.lower) for text in texts], Counter()
         for i, text in enumerate(texts):
             if strange := [c for c in text if c not in self.alphabet]:
@@ -85,26 +86,28 @@ class Transcripts:
         return [np.array(row, dtype=np.int64) for row in rows], unknown
 
     def batch(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Symbols padded with 0 to the longest (int64, B x L) and how many each row has (int64, B)."""
+        """Pad symbols with 0 to the longest (int64, B x L) and return the length of each row (int64, B)."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         out = np.zeros((len(rows), lengths.max(initial=1)), dtype=np.int64)
         out[np.arange(out.shape[1]) < lengths[:, None]] = np.concatenate(list(rows))
         return out, lengths
 
     def decode(self, symbols: Sequence[int] | np.ndarray) -> str:
-        """Text of symbols; blanks and whatever is below 0 are passed over."""
+        """Return the text of symbols; blanks and negative values are skipped."""
         text = "".join(self.symbols[int(i) - 1] for i in symbols if i > 0)
         return " ".join((text.replace(SPACE, " ") if self.saved else text).split())
 
     def to_json(self) -> dict[str, Any]:
+        """Return a JSON-compatible dictionary."""
         return {"symbols": list(self.symbols), "lower": self.lower, "tokenizer": self.saved}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Transcripts:
+        """Restore from `to_json`."""
         return cls(saved["symbols"], lower=saved["lower"], tokenizer=saved["tokenizer"])
 
 
 def normal(text: str, lower: bool) -> str:
-    """One form of a transcript: see `Transcripts`. Scores compare texts in this form, too."""
+    """Normalize a transcript as described in `Transcripts`. Metrics also compare texts in this form."""
     text = unicodedata.normalize("NFC", text or "")
     return " ".join(unicodedata.normalize("NFC", text.lower() if lower else text).split())

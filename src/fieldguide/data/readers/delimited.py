@@ -35,7 +35,7 @@ def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
                 raw = raw[3:] if encoding == "utf-8" else raw.decode(encoding).encode()
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{name}: has a {encoding} byte order mark but byte {error.start} is not {encoding}. Save the file as UTF-8."
+                    f"{name}: has a {encoding} byte order mark, but byte {error.start} is invalid. Save the file as UTF-8."
                 ) from error
             break
     if (at := raw.find(b"\0")) >= 0:

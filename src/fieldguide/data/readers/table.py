@@ -50,7 +50,7 @@ def load(source: Path, options: Options) -> Raw:
     if None in named.values() or len(set(named.values())) < len(files):
         listed = ", ".join(p.name for p in files)
         raise DataError(
-            f"{source}: contains several tables ({listed}). Specify one of them, or name them train, val and test, one file each."
+            f"{source}: contains several tables ({listed}). Specify one, or name them train, val and test, one file each."
         )
     return join([(one(p, source, options), str(s)) for p, s in named.items()], source)
 

@@ -1,4 +1,4 @@
-"""Data sets that scikit-learn brings along: tables, and digits as pictures."""
+"""Samples from scikit-learn's data sets: tables, and handwritten digits as images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fieldguide.data.samples.writers import write
 
 
 def digits(folder: Path) -> None:
-    """1,797 handwritten digits of 8 x 8 pixels as PNG, a folder a class; 17 grey levels become 0 to 255."""
+    """Write 1,797 handwritten digits of 8 x 8 pixels as PNG, one folder per class; 17 gray levels are scaled to 0 to 255."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -22,7 +22,7 @@ def digits(folder: Path) -> None:
 
 
 def classes(loader: str, target: str) -> Callable[[Path], None]:
-    """A classification table of scikit-learn as CSV, with class names instead of numbers."""
+    """Return a generator that writes a classification data set of scikit-learn as CSV, with class names as targets."""
 
     def make(folder: Path) -> None:
         import sklearn.datasets
@@ -35,6 +35,7 @@ def classes(loader: str, target: str) -> Callable[[Path], None]:
 
 
 def diabetes(folder: Path) -> None:
+    """Write scikit-learn's diabetes data set as CSV."""
     from sklearn.datasets import load_diabetes
 
     names = (
@@ -55,4 +56,5 @@ def diabetes(folder: Path) -> None:
 
 
 def plain(name: str) -> str:
+    """Return a feature name as an identifier."""
     return name.replace(" (cm)", "_cm").replace(" ", "_").replace("/", "_")

@@ -1,4 +1,4 @@
-"""What happens in time: who watched what, and how much electricity was used."""
+"""Samples of events and time series: views of episodes, clicks on articles, and electricity demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWS = (
 
 
 def episodes(folder: Path) -> None:
-    """Who watched which episode when: most go on with the next of a show, some begin another, popular ones first."""
+    """Write views of episodes: viewers mostly continue with the next episode of a show, and prefer popular shows."""
     import random
 
     rng, rows = random.Random(0), []
@@ -40,7 +40,7 @@ TOPICS = "sport politics science travel food music".split()
 
 
 def clicks(folder: Path) -> None:
-    """Which articles readers opened: each reader has tastes, each article an appeal of its own; long ones wait for evenings."""
+    """Write impressions of articles: readers have tastes, articles an appeal, and long ones are avoided on phones."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def clicks(folder: Path) -> None:
     write(folder / "data.csv", ["user", "item", "topic", "length", "device", "hour", "clicked"], iter(rows))
 
 
-# Level in MW, share that rests at weekends, more for each degree below 16.
+# Level in MW, fraction that is off on weekends, increase per degree below 16 °C.
 SITES = {
     "homes-north": (0.9, 0.0, 0.055),
     "homes-south": (1.2, 0.0, 0.04),
@@ -75,20 +75,21 @@ SITES = {
     "shops": (1.5, 0.35, 0.015),
     "works": (3.0, 0.5, 0.005),
 }
-HOLIDAYS = (0, 88, 91, 120, 129, 140)  # days of 2024: new year, Easter, May, ...
+HOLIDAYS = (0, 88, 91, 120, 129, 140)  # days of 2024: New Year, Easter, May, ...
 
 
 def demand(folder: Path) -> None:
-    """20 weeks of hourly electricity at six sites: two daily rhythms, weekends, holidays, weather and chance."""
+    """Write 20 weeks of hourly electricity demand at six sites: daily patterns, weekends, holidays, weather and noise."""
     import numpy as np
 
     rng, hours = np.random.default_rng(0), np.arange(20 * 7 * 24)
     day, hour = hours // 24, hours % 24
     holiday = np.isin(day, HOLIDAYS)
-    rest = (day % 7 >= 5) | holiday  # 2024 began on a Monday
+    rest = (day % 7 >= 5) | holiday  # 2024-01-01 was a Monday
     bump = lambda middle, width: np.exp(-0.5 * (((hour - middle + 12) % 24 - 12) / width) ** 2)
 
     def wander(count: int, keep: float) -> Any:
+        """Return a first-order autoregressive process with unit variance."""
         steps = rng.normal(0, (1 - keep * keep) ** 0.5, count)
         for i in range(1, count):
             steps[i] += keep * steps[i - 1]

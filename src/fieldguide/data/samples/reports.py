@@ -1,4 +1,4 @@
-"""Reports of football matches, made by rules, and what they come to in one sentence."""
+"""Summarization sample: rule-based reports of football matches with one-sentence summaries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GOALS = (
 
 
 def reports(folder: Path) -> None:
-    """Who won, how high, and who scored most: said nowhere in these words, and to be found among what does not matter."""
+    """Write reports and summaries. Winner, score and top scorer must be inferred among irrelevant sentences."""
     rng, made = random.Random(0), {}
     while len(made) < COUNT:
         document, summary = match(rng)
@@ -48,6 +48,7 @@ def reports(folder: Path) -> None:
 
 
 def match(rng: random.Random) -> tuple[str, str]:
+    """Return a random report and its summary."""
     home, guest = rng.sample(TEAMS, 2)
     squads = dict(zip((home, guest), (lambda names: (names[:3], names[3:]))(rng.sample(PLAYERS, 6))))
     scored = [rng.choice((home, guest)) for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))]

@@ -1,4 +1,4 @@
-"""Scanned digits composed to scenes: to find, to outline, to tell about, to ask about, and moving."""
+"""Image samples of scanned digits composed into scenes: segmentation, detection, captions, questions, and video."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fieldguide.data.samples.writers import write
 
 
 def scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple[int, tuple[int, int, int, int], Any]]]:
-    """A grey picture (uint8, side x side) with one to `most` scanned digits of scikit-learn's on uneven ground, none over
-    another; and for each digit what it is, its box (left, top, right, bottom) and where its ink is (bool, side x side)."""
+    """Return a gray image (uint8, side x side) with one to `most` non-overlapping digits of scikit-learn on an uneven
+    background, and for each digit its class, box (left, top, right, bottom) and ink mask (bool, side x side)."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -46,7 +46,7 @@ def scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple[int,
 
 
 def inked(folder: Path) -> None:
-    """500 scenes with a mask each: ground, white ink, black ink."""
+    """Write 500 scenes with masks: background, white ink, black ink."""
     import numpy as np
     from PIL import Image
 
@@ -64,7 +64,7 @@ def inked(folder: Path) -> None:
 
 
 def scattered(folder: Path) -> None:
-    """900 scenes of 96 x 96 with the boxes of their digits, as YOLO keeps them."""
+    """Write 900 scenes of 96 x 96 with the boxes of their digits in YOLO format."""
     import numpy as np
     from PIL import Image
 
@@ -83,11 +83,11 @@ def scattered(folder: Path) -> None:
         (folder / "labels" / f"{number:04d}.txt").write_text("".join(lines))
 
 
-SCENE = 32  # pixels a side of scenes to be told or asked about
+SCENE = 32  # side in pixels of scenes with captions or questions
 
 
 def told(picture: Any, found: list[Any]) -> list[tuple[str, float, float, int]]:
-    """Of each digit in a scene its colour, the middle of its box (from the left, from above), its area."""
+    """Return the color, the center of the box (from the left, from the top) and its area for each digit in a scene."""
     return [
         (
             "white" if picture[where].mean() > 128 else "black",
@@ -100,7 +100,7 @@ def told(picture: Any, found: list[Any]) -> list[tuple[str, float, float, int]]:
 
 
 def captions(folder: Path) -> None:
-    """3,000 scenes of one or two digits, and where what stands: "a small white digit at the top left"."""
+    """Write 3,000 scenes of one or two digits with captions: "a small white digit at the top left"."""
     import numpy as np
     from PIL import Image
 
@@ -119,7 +119,7 @@ def captions(folder: Path) -> None:
 
 
 def questions(folder: Path) -> None:
-    """1,500 scenes of one to three digits and three questions about each."""
+    """Write 1,500 scenes of one to three digits with three questions about each."""
     import numpy as np
     from PIL import Image
 
@@ -149,7 +149,7 @@ def questions(folder: Path) -> None:
 
 
 def moving(folder: Path) -> None:
-    """Digits that move one pixel a frame, in four directions, as strips of eight frames of 16 x 16 pixels."""
+    """Write digits that move one pixel per frame in four directions, as strips of eight frames of 16 x 16 pixels."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits

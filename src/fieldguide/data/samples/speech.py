@@ -1,4 +1,4 @@
-"""Recordings that nobody spoke."""
+"""Speech sample: synthetic recordings of digits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fieldguide.data.samples.writers import write
 
 
 def spoken(folder: Path) -> None:
-    """600 recordings of one to three digits that nobody spoke, each in a voice of its own, and a table of what they say."""
+    """Write 600 synthetic recordings of one to three digits, each with a different voice, and a table of transcripts."""
     import wave
 
     import numpy as np

@@ -1,4 +1,4 @@
-"""Texts: of which library is this sentence, help on Python, questions on parameters, and simple sentences in two languages."""
+"""Text samples: classification of docstrings, Python help texts, questions on parameters, and a small parallel corpus."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from fieldguide.data.samples.writers import digest, write
 
-LEAST = 200  # characters of a topic of `manual`
-EACH = 800  # texts of every class of `docstrings`
+LEAST = 200  # minimum characters per topic of `manual`
+EACH = 800  # texts per class of `docstrings`
 LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars": "polars", "torch": "torch"}
 
 
 def docstrings(folder: Path) -> None:
-    """Which library does this sentence document? First paragraphs of docstrings in installed sources."""
+    """Write first paragraphs of docstrings, labeled with the library they document."""
     taken: dict[str, str] = {}
     seen: set[str] = set()
     for library, package in LIBRARIES.items():
@@ -35,17 +35,18 @@ def docstrings(folder: Path) -> None:
 
 
 def library_folder(package: str) -> Path:
+    """Return the source folder of a package, or of the standard library for ""."""
     if not package:
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None  # a dependency of ours
+    assert spec is not None and spec.origin is not None  # a dependency of fieldguide
     return Path(spec.origin).parent
 
 
 def paragraphs(folder: Path) -> Iterator[str]:
-    """First paragraphs of the docstrings of a package, 30 to 400 characters, without running any of its code.
+    """Yield the first paragraphs (30 to 400 characters) of the docstrings of a package, without executing its code.
 
-    In an order that is neither the alphabet's nor the file system's, so that the first few are a fair choice.
+    The order is pseudo-random, so that the first ones are a representative sample.
     """
     for tree in parsed(folder):
         for node in ast.walk(tree):
@@ -56,7 +57,7 @@ def paragraphs(folder: Path) -> Iterator[str]:
 
 
 def parsed(folder: Path) -> Iterator[ast.Module]:
-    """The sources of a package that have docstrings, without its tests and what others wrote."""
+    """Yield the parsed sources of a package that contain docstrings, without tests and vendored code."""
     skip = {
         "site-packages",
         "test",
@@ -83,8 +84,11 @@ def parsed(folder: Path) -> Iterator[ast.Module]:
 
 
 def manual(folder: Path) -> None:
-    """Python's own help on its language, a text a topic. Many topics are parts of others: each paragraph stays in the longest
-    topic that has it, or the test would ask for what was learnt by heart."""
+    """Write Python's help on its language, one text per topic.
+
+    Topics overlap: each paragraph is kept only in the longest topic that contains it, so that the test set does not
+    contain training text.
+    """
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
@@ -98,13 +102,15 @@ def manual(folder: Path) -> None:
             (folder / f"{name}.txt").write_text(own, encoding="utf-8")
 
 
-CONTEXTS = 1500  # of `parameters`
+CONTEXTS = 1500  # number of contexts in `parameters`
 PARAMETER = re.compile(r"(\w+) : (.+)")
 
 
 def parameters(folder: Path) -> None:
-    """What type is it, what is its default, what is it for? Questions by template on what scikit-learn's documentation says
-    of its parameters, two of one function at a time; answers stand there, or nowhere."""
+    """Write template questions on the type, default and purpose of parameters in scikit-learn's documentation.
+
+    Each context describes two parameters of a function; some questions are unanswerable.
+    """
     found: dict[str, list[dict]] = {}
     for tree in parsed(library_folder("sklearn")):
         for node in ast.walk(tree):
@@ -123,7 +129,7 @@ def parameters(folder: Path) -> None:
 
 
 def documented(text: str) -> Iterator[tuple[str, str, str, str]]:
-    """Name, type, default and first sentence of each parameter of a docstring in numpy's style."""
+    """Yield name, type, default and first sentence of each parameter of a numpydoc docstring."""
     lines = text.partition("Parameters\n----------\n")[2].split("\n")
     for place, line in enumerate(lines):
         if line.startswith("---"):  # the next section
@@ -137,7 +143,7 @@ def documented(text: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def questioned(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[dict]]:
-    """What is said of parameters as one text, and about every other of the questions that can be asked of them."""
+    """Return the descriptions of parameters as one context, and about half of the possible questions on them."""
     context, asked = "", []
     for name, kind, default, said in pair:
         context += f"{' ' if context else ''}{name} : "
@@ -172,7 +178,7 @@ TIMES = (
     "today:heute tomorrow:morgen now:jetzt often:oft never:nie in|the|morning:am|Morgen in|the|garden:im|Garten "
     "in|summer:im|Sommer at|home:zu|Hause after|lunch:nach|dem|Essen"
 ).split()
-# German by gender and case: the, a, and what an adjective ends in after either.
+# German by gender and case (0 nominative, 1 accusative): "the", "a", and the adjective endings after either.
 FORMS = {
     "m0": ("der", "ein", "e", "er"),
     "f0": ("die", "eine", "e", "e"),
@@ -184,12 +190,13 @@ FORMS = {
 
 
 def phrases(folder: Path) -> None:
-    """Simple English sentences and their German, by rule: gender, case, endings, and the verb in second place."""
+    """Write simple English sentences with German translations by rules: gender, case, endings, verb in second position."""
     import random
 
     rng, pairs = random.Random(0), {}
 
     def noun(case: int) -> tuple[str, str]:
+        """Return a random noun phrase in English and German."""
         english, german, gender = rng.choice(NOUNS).split(":")
         article, kind = rng.choice(("the", "a")), rng.choice((*ADJECTIVES, "", "", ""))
         adjective, german_adjective = kind.split(":") if kind else ("", "")

@@ -1,8 +1,8 @@
-"""Speech that nobody spoke: words by formant synthesis, each recording with a voice of its own.
+"""Formant synthesis of words, with a different voice for each recording.
 
-The source-filter model of speech (Fant 1960; Klatt 1980, doi:10.1121/1.383940): the vocal folds give a tone of many
-harmonics, breath gives noise, and the vocal tract lets some frequencies, the formants, through. Harmonics are added up
-with the strength that the tract gives them; noise is shaped frame by frame. Imports numpy when it is asked for sound.
+The source-filter model of speech (Fant 1960; Klatt 1980, doi:10.1121/1.383940): the vocal folds produce a tone with many
+harmonics, breath produces noise, and the vocal tract passes some frequencies, the formants. Harmonics are summed with the
+gain of the tract; noise is filtered frame by frame. numpy is imported only when sound is generated.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-RATE = 8000  # samples a second
-STEP = 40  # samples from one frame of control values to the next: 5 ms
-WINDOW = 128  # samples of a frame in which noise is shaped
+RATE = 8000  # samples per second
+STEP = 40  # samples per frame of control values: 5 ms
+WINDOW = 128  # samples per frame of filtered noise
 
-# Sound: formants F1 F2 F3 in Hz (of a man; Peterson and Barney 1952 for vowels), loudness of the voice and of the noise,
-# middle and width of the noise in Hz, and seconds. Diphthongs glide to the formants of a second sound.
+# Sound: formants F1 F2 F3 in Hz (male voice; Peterson and Barney 1952 for vowels), amplitude of voice and of noise,
+# center and bandwidth of the noise in Hz, and duration in seconds. Diphthongs glide to the formants of a second sound.
 SOUNDS: dict[str, tuple[float, ...]] = {
     "IY": (270, 2290, 3010, 1.0, 0, 0, 0, 0.13),
     "IH": (390, 1990, 2550, 1.0, 0, 0, 0, 0.10),
@@ -39,7 +39,7 @@ SOUNDS: dict[str, tuple[float, ...]] = {
     "TH": (300, 1400, 2600, 0, 0.2, 3000, 2500, 0.09),
     "T": (300, 1700, 2600, 0, 0.9, 3300, 1300, 0.03),
     "K": (300, 1900, 2400, 0, 0.8, 1900, 700, 0.04),
-    "-": (300, 1500, 2500, 0, 0, 0, 0, 0.06),  # the mouth shut before T and K; the pause between words
+    "-": (300, 1500, 2500, 0, 0, 0, 0, 0.06),  # closure before T and K; pause between words
 }
 WORDS = {
     "zero": "Z IH R AO UH",
@@ -57,19 +57,19 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Voice:
-    """Who speaks, and where."""
+    """Parameters of a speaker and a recording."""
 
     pitch: float = 120.0  # Hz
-    size: float = 1.0  # formants are multiplied by it: larger for a shorter vocal tract
-    tempo: float = 1.0  # sounds are so many times shorter
-    fall: float = 0.15  # part of its pitch that the voice falls by to the end
+    size: float = 1.0  # factor of the formants; larger for a shorter vocal tract
+    tempo: float = 1.0  # speaking rate; durations are divided by it
+    fall: float = 0.15  # fraction by which the pitch falls toward the end
     breath: float = 0.02  # noise in the voice
     hiss: float = 0.003  # noise of the recording
-    loudness: float = 0.3  # largest sample
+    loudness: float = 0.3  # peak amplitude
 
     @classmethod
     def drawn(cls, rng: np.random.Generator) -> Voice:
-        """A voice by chance: men, women and children, slow and fast, near and far from the microphone."""
+        """Return a random voice: men, women and children, slow and fast, near and far from the microphone."""
         size = rng.uniform(0.92, 1.22)
         return cls(
             pitch=math.exp(rng.uniform(4.45, 5.0) + 1.6 * (size - 1)),
@@ -83,7 +83,7 @@ class Voice:
 
 
 def speak(words: list[str], voice: Voice, rng: np.random.Generator) -> np.ndarray:
-    """Words as a recording: float32, -1 to 1, `RATE` samples a second."""
+    """Synthesize words as float32, -1 to 1, `RATE` samples per second."""
     import numpy as np
 
     sounds = ["-"]
@@ -94,13 +94,14 @@ def speak(words: list[str], voice: Voice, rng: np.random.Generator) -> np.ndarra
     seconds = table[:, 7] / voice.tempo * rng.uniform(0.8, 1.25, len(sounds))
     seconds[[0, -1]] *= rng.uniform(0.5, 2.0, 2)
     steps = np.maximum(2, (seconds * RATE / STEP).round().astype(int))
-    control = smooth(np.repeat(table[:, :7], steps, axis=0), 9)  # the tongue needs some 40 ms from sound to sound
+    control = smooth(np.repeat(table[:, :7], steps, axis=0), 9)  # articulation takes about 40 ms from sound to sound
     wave = voiced(control, voice, rng) + hissed(control, rng)
     wave *= voice.loudness / np.abs(wave).max()
     return (wave + voice.hiss * rng.standard_normal(len(wave))).clip(-1, 1).astype(np.float32)
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Smooth the columns of an array with a Hann window."""
     import numpy as np
 
     kernel = np.hanning(width + 2)[1:-1]
@@ -109,7 +110,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def tract(frequency: np.ndarray, formants: np.ndarray) -> np.ndarray:  # K T, 3 T -> K T
-    """How much of each frequency passes the formants, one after the other."""
+    """Return the gain of the formants in series at each frequency."""
     import numpy as np
 
     gain = np.ones_like(frequency)
@@ -119,26 +120,26 @@ def tract(frequency: np.ndarray, formants: np.ndarray) -> np.ndarray:  # K T, 3 
 
 
 def voiced(control: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.ndarray:  # T 7 -> T STEP
-    """Harmonics of the vocal folds, 12 dB an octave weaker each, of which the lips take back 6."""
+    """Synthesize the harmonics of the vocal folds, falling by 12 dB per octave, of which lip radiation restores 6."""
     import numpy as np
 
     frames, count = len(control), len(control) * STEP
     drift = np.interp(np.arange(frames), np.linspace(0, frames, 6), rng.normal(0, 0.03, 6))
     pitch = voice.pitch * (1 - voice.fall * np.linspace(0, 1, frames) + drift)
     harmonics = np.arange(1, int(RATE / 2 / pitch.min()))[:, None]
-    audible = np.clip((RATE / 2 - harmonics * pitch) / 200, 0, 1)  # fades out before it would fold back
+    audible = np.clip((RATE / 2 - harmonics * pitch) / 200, 0, 1)  # fades out below the Nyquist frequency
     gain = audible / harmonics * tract(harmonics * pitch, control[:, :3].T) * control[:, 3]
     at, known = np.arange(count) / STEP, np.arange(frames)
     turn = np.exp(2j * np.pi * np.cumsum(np.interp(at, known, pitch)) / RATE)
     wave, one = np.zeros(count), np.ones(count, dtype=complex)
     for k in range(len(harmonics)):
-        one *= turn  # the phase k times
+        one *= turn  # k + 1 times the phase
         wave += np.interp(at, known, gain[k]) * one.imag
     return wave + voice.breath * np.abs(wave).mean() * np.interp(at, known, control[:, 3]) * rng.standard_normal(count)
 
 
 def hissed(control: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # T 7 -> T STEP
-    """Breath that rushes past tongue and teeth: noise around a frequency, laid over itself frame by frame."""
+    """Synthesize fricatives: band-pass noise, by overlap-add of frames."""
     import numpy as np
 
     frames, wave = len(control), np.zeros(len(control) * STEP + WINDOW)

@@ -1,4 +1,4 @@
-"""What makers of samples share: tables as CSV, and an order by chance that is always the same."""
+"""Helpers of the sample generators: CSV files and a deterministic pseudo-random order."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 
 
 def digest(text: str) -> bytes:
+    """Return the SHA-256 of a text, used as a sort key."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def write(file: Path, names: list[str], rows: Iterator[list[str]]) -> None:
+    """Write a CSV file with a header."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(names)

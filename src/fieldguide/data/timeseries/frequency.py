@@ -1,4 +1,4 @@
-"""Frequency: how far apart the moments of series are, as a clock or a calendar says it, and what season belongs to that."""
+"""Frequency: inference of the time step of series, with calendar steps, usual seasons and horizons."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SECOND = 1_000_000  # in microseconds, as dates are held
+SECOND = 1_000_000  # microseconds
 MINUTE, HOUR, DAY, WEEK = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND, 604_800 * SECOND
 UNITS = ((WEEK, "week"), (DAY, "day"), (HOUR, "hour"), (MINUTE, "minute"), (SECOND, "second"))
 MONTHS = {1: "month", 3: "quarter", 6: "half-year", 12: "year"}
-CALENDAR = {1: (28, 31), 3: (89, 92), 6: (181, 184), 12: (365, 366)}  # months -> days between two such dates
+CALENDAR = {1: (28, 31), 3: (89, 92), 6: (181, 184), 12: (365, 366)}  # months -> minimum and maximum days between dates
 SEASONS = {"day": 7, "business day": 5, "week": 52, "month": 12, "quarter": 4, "half-year": 2, "second": 60}
-# What the M4 competition asks (Makridakis et al. 2020, doi:10.1016/j.ijforecast.2019.04.014, table 1).
+# Horizons of the M4 competition (Makridakis et al. 2020, doi:10.1016/j.ijforecast.2019.04.014, table 1).
 HORIZONS = {"hour": 48, "day": 14, "business day": 14, "week": 13, "month": 18, "quarter": 8, "year": 6}
-NEARLY = 0.95  # of all moments: so many must keep to a calendar
-LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)  # seasons that people meet, likeliest first
+NEARLY = 0.95  # minimum fraction of times that match a calendar pattern
+LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)  # usual seasons, most likely first
 
 
 @dataclass(frozen=True)
 class Frequency:
-    """One step. `unit` is "clock" (`size` microseconds), "month" (`size` months), "business" (days without weekends)
-    or "number" (times are plain numbers, `size` apart)."""
+    """A time step. `unit` is "clock" (`size` microseconds), "month" (`size` months), "business" (weekdays)
+    or "number" (plain numbers, `size` apart)."""
 
     unit: str
     size: float
     words: str
 
     def position(self, times: np.ndarray) -> np.ndarray:
-        """Steps from an arbitrary origin, float64; whole numbers apart where times lie on one grid."""
+        """Return steps from an arbitrary origin, float64; differences are integers for times on the same grid."""
         if self.unit == "month":
             return months(times) / self.size
         if self.unit == "business":
@@ -38,12 +38,12 @@ class Frequency:
         return (times - first) / self.size
 
     def times(self, first: float, count: int) -> np.ndarray:
-        """`count` moments from `first` on: microseconds since 1970, or plain numbers."""
+        """Return `count` times from `first` on: microseconds since 1970, or plain numbers."""
         steps = np.arange(count)
         if self.unit == "month":
             day = (int(first) - int(first) // DAY * DAY, np.int64(first).astype("M8[us]").astype("M8[D]"))
             month = day[1].astype("M8[M]")
-            last = (month + 1).astype("M8[D]") - 1 == day[1]  # the end of a month stays one
+            last = (month + 1).astype("M8[D]") - 1 == day[1]  # month ends stay month ends
             then = month + (steps * int(self.size)).astype("m8[M]")
             ends = (then + 1).astype("M8[D]") - np.timedelta64(1, "D")
             found = np.minimum(then.astype("M8[D]") + (day[1] - month.astype("M8[D]")), ends)
@@ -55,7 +55,7 @@ class Frequency:
 
     @property
     def season(self) -> int | None:
-        """Steps of the season that such data usually has; None where only the data can tell."""
+        """The usual season of such data in steps, or None if it must be estimated."""
         if self.unit == "number":
             return None
         if self.unit == "clock" and self.size < DAY and self.words not in SEASONS:
@@ -65,13 +65,13 @@ class Frequency:
 
     @property
     def article(self) -> str:
-        """ "one hour", "15 minutes", "7.5"."""
+        """The step as text: "one hour", "15 minutes", "7.5"."""
         if self.unit == "number":
             return f"{self.size:.15g}"
         return self.words if self.words[0].isdigit() else f"one {self.words}"
 
     def label(self, time: float) -> str:
-        """A moment as a person writes it."""
+        """Return a time as text."""
         if self.unit == "number":
             return f"{time:.15g}"
         text = str(np.int64(time).astype("M8[us]").astype("M8[s]")).replace("T", " ")
@@ -79,12 +79,12 @@ class Frequency:
 
 
 def months(times: np.ndarray) -> np.ndarray:
-    """Whole months since 1970."""
+    """Return the number of whole months since 1970."""
     return times.astype("M8[us]").astype("M8[M]").astype(np.int64)
 
 
 def infer(times: Sequence[np.ndarray], dates: bool) -> Frequency | None:
-    """The step that most neighbours in these sorted moments of several series are apart; None where nobody has one."""
+    """Return the most common difference of consecutive times in several sorted series, or None if there is none."""
     gaps = np.concatenate([np.diff(t) for t in times] or [np.empty(0)])
     gaps = gaps[gaps > 0]
     if not len(gaps):
@@ -105,7 +105,7 @@ def infer(times: Sequence[np.ndarray], dates: bool) -> Frequency | None:
 
 
 def same_day(times: np.ndarray) -> bool:
-    """Whether nearly all dates keep to one day of the month, or to its end."""
+    """Return whether nearly all dates fall on the same day of the month, or on its last day."""
     days = times.astype("M8[us]").astype("M8[D]")
     first = days.astype("M8[M]").astype("M8[D]")
     last = (days.astype("M8[M]") + 1).astype("M8[D]") - np.timedelta64(1, "D")
@@ -114,8 +114,11 @@ def same_day(times: np.ndarray) -> bool:
 
 
 def season_of(series: Sequence[np.ndarray], most: int = 200) -> int:
-    """The season that the values themselves show: the shortest lag of `LAGS` at which the autocorrelation of differences,
-    averaged over up to `most` series, is about as high as anywhere, and at least 0.3; else 1."""
+    """Estimate the season from the values.
+
+    It is the smallest lag in `LAGS` whose autocorrelation of differences, averaged over up to `most` series, is at least
+    85 % of the maximum, if that is at least 0.3; else 1.
+    """
     chosen = [series[i] for i in np.linspace(0, len(series) - 1, min(most, len(series))).astype(int)]
     found: dict[int, list[float]] = {}
     for values in chosen:
@@ -132,6 +135,6 @@ def season_of(series: Sequence[np.ndarray], most: int = 200) -> int:
 
 
 def usual_horizon(frequency: Frequency, season: int) -> int:
-    """Steps ahead that are asked for where nobody says: M4's, else by the season."""
+    """Return the default horizon in steps: that of the M4 competition, else one derived from the season."""
     by_season = {24: 48, 7: 14, 52: 13, 12: 18, 4: 8}
     return HORIZONS.get(frequency.words) or by_season.get(season) or (min(season, 96) if season > 1 else 12)

@@ -1,12 +1,12 @@
-"""Series: a table as values on grids of equal steps, and what is wrong with it as that.
+"""Panels: a table as time series on regular grids, and the data checks for time series.
 
-Three layouts are told apart by what the columns are:
-    long    a column of time and one (or several) of series: a row is one moment of one series
-    wide    no column of series: a row is one moment, and every target is a series of its own
-    rows    no time, and one column that is different on every row: a row is a whole series, its numbers in their order
+Three layouts are distinguished by the columns:
+    long    a time column and one or more series columns: a row is one time of one series
+    wide    no series column: a row is one time, and every target is a series
+    rows    no time column, and one column that is distinct in every row: a row is a whole series, in column order
 
-Steps that are missing get rows of their own. What a network reads there is the last value before (never one after, which
-would tell the future); nothing is learnt from them and nothing scored on them.
+Missing steps are inserted. The model reads the last value before them (never one after, which would leak the future);
+they are excluded from training and evaluation.
 """
 
 from __future__ import annotations
@@ -26,72 +26,76 @@ from fieldguide.data.timeseries.frequency import Frequency, infer
 from fieldguide.data.validation.findings import SHOWN, places
 
 STEP = Frequency("number", 1.0, "step")
-OWN = 0.9  # of all rows: when so many have a name of their own, a row is a series
-HOLES = 0.5  # of all steps: with more missing, these are events and no series
+OWN = 0.9  # minimum fraction of distinct values in a column that names one series per row
+HOLES = 0.5  # maximum fraction of missing steps; with more, the data are events rather than series
 
-READ = "a network reads the last value before there, and they are neither learnt from nor scored"
-BEFORE = "rows whose series and moment were there before"
-FOUND: dict[str, tuple[Severity, str, str]] = {  # slug: severity, what, remedy
+READ = "the model reads the last value before them, and they are excluded from training and evaluation"
+BEFORE = "rows with a repeated series and time"
+FOUND: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, remedy
     "layout": (
         "note",
-        "read as one series a row: {name!r} names it, the {columns:,} other columns are its values in "
-        "their order; there is no time",
+        "read as one series per row: {name!r} is its name, the {columns:,} other columns are its values in "
+        "order; there is no time column",
         "",
     ),
     "repeated-series": (
         "error",
-        "rows whose {name!r} was there before, and no column says when: a row must be a whole series, or have a time",
-        "Give each series a name of its own, or name the column of time with --time.",
+        "rows with a repeated {name!r} but no time column: each row must be a whole series, or have a time",
+        "Give each series a unique name, or specify the time column with --time.",
     ),
-    "no-time": ("note", "there is no column of time: rows are taken as equal steps, in their order", "Name it with --time."),
-    "frequency": ("note", "a step is {step}", ""),
-    "time-missing": ("warning", "rows without a moment", "Fill it in or remove the rows."),
-    "time-backwards": ("note", "the latest moments come first; they are sorted", ""),
+    "no-time": (
+        "note",
+        "there is no time column: rows are treated as equally spaced steps in order",
+        "Specify it with --time.",
+    ),
+    "frequency": ("note", "the time step is {step}", ""),
+    "time-missing": ("warning", "rows without a time", "Fill in the values or remove the rows."),
+    "time-backwards": ("note", "rows are in descending order of time; they are sorted", ""),
     "time-order": (
         "warning",
-        "timestamps out of order: rows that come after a later moment of their series; they are sorted",
-        "Look whether their times are right.",
+        "timestamps out of order: rows that follow a later time of their series; they are sorted",
+        "Check that the times are correct.",
     ),
-    "duplicate-time": ("note", BEFORE + ", with the same value; they are left out", ""),
+    "duplicate-time": ("note", BEFORE + " and an equal value; they are dropped", ""),
     "conflicting-time": (
         "warning",
-        BEFORE + ", with another value; the first is used",
-        "Decide which is right, or add them up. If they are several series, name the column that tells them "
-        "apart: --set role.series=COLUMN.",
+        BEFORE + " but a different value; the first is used",
+        "Correct or aggregate them. If they belong to several series, specify the column that identifies "
+        "the series: --set role.series=COLUMN.",
     ),
     "off-grid": (
         "warning",
-        "rows between the steps of their series, which are {step} apart; they are left out",
-        "Round their times, or bring the data to equal steps.",
+        "rows between the time steps of their series, which are {step} apart; they are dropped",
+        "Round their times, or resample the data to equal steps.",
     ),
-    "missing-steps": ("warning", "steps of a series without a row: " + READ, "Fill them in where the values are known."),
+    "missing-steps": ("warning", "time steps without a row: " + READ, "Add them if the values are known."),
     "missing-values": (
         "warning",
         "rows without a value between others of their series: " + READ,
-        "Fill them in where the values are known.",
+        "Fill them in if the values are known.",
     ),
-    "empty-series": ("warning", "series without any value: {names}", "Fill them in or remove them."),
-    "constant-series": ("note", "series that never change: {names}", ""),
-    "nothing-changes": ("error", "every series holds one value from its beginning to its end", "Are these the right columns?"),
-    "no-target": ("error", "no column of numbers is to be forecast", "Name it with --target."),
-    "no-series": ("error", "no row has a series, a moment and a value", "Look whether the columns are the right ones."),
-    "one-moment": ("error", "no series has two moments, so there is nothing to forecast", "{hint}"),
+    "empty-series": ("warning", "series without values: {names}", "Fill them in or remove them."),
+    "constant-series": ("note", "series that are constant: {names}", ""),
+    "nothing-changes": ("error", "all series are constant", "Check that the columns are correct."),
+    "no-target": ("error", "there is no numeric column to forecast", "Specify it with --target."),
+    "no-series": ("error", "no row has a series, a time and a value", "Check that the columns are correct."),
+    "one-moment": ("error", "no series has two time steps, so there is nothing to forecast", "{hint}"),
     "time-unreadable": (
         "error",
-        "column {name!r} is to be the time, but holds neither dates nor numbers, such as {value!r}",
+        "the time column {name!r} contains neither dates nor numbers, such as {value!r}",
         "Write dates as 2024-12-31 or 2024-12-31 18:00:00.",
     ),
     "irregular-steps": (
         "error",
-        "the moments are irregular: with steps of {step}, most rows lie between them or more than half of them are missing",
-        "Bring the data to equal steps first: add up or average by hour, day, ... {hint}",
+        "the times are irregular: with steps of {step}, most rows lie between steps or more than half of the steps are missing",
+        "Resample the data to equal steps first: sum or average by hour, day, ... {hint}",
     ),
 }
 UNUSABLE = {"time-missing", "conflicting-time", "off-grid"}
 
 
 def found(data: Data, slug: str, rows: Any = (), count: int | None = None, shown: Sequence[str] = (), **words: Any) -> Finding:
-    """A finding about these rows (a mask or numbers), or about `shown` places."""
+    """Return a finding about these rows (a mask or indices), or about the locations in `shown`."""
     severity, what, remedy = FOUND[slug]
     rows = np.asarray(rows)
     rows = np.flatnonzero(rows) if rows.dtype.kind == "b" else rows.astype(int)
@@ -109,7 +113,7 @@ def found(data: Data, slug: str, rows: Any = (), count: int | None = None, shown
 
 @dataclass
 class Panel:
-    """Many series, one behind the other. N steps in all, C columns, G groups (each on a grid of its own), U series.
+    """Many series, concatenated. N steps in total, C columns, G groups (each on its own grid), U series.
 
     A group of a long table is one id; a wide table is one group. A series is one column of one group.
     """
@@ -118,16 +122,16 @@ class Panel:
     frequency: Frequency
     columns: list[str]  # C targets
     values: np.ndarray  # N C float64, NaN where missing
-    row: np.ndarray  # N, the row of the table that a step is from; -1 where it was missing
+    row: np.ndarray  # N, the table row of each step; -1 for inserted steps
     times: np.ndarray  # N, microseconds since 1970 or plain numbers
     start: np.ndarray  # G + 1, where groups begin
-    group: np.ndarray  # U, of each series
-    column: np.ndarray  # U
-    low: np.ndarray  # U, the first step with a value
-    high: np.ndarray  # U, behind the last one with a value
+    group: np.ndarray  # U, group of each series
+    column: np.ndarray  # U, column of each series
+    low: np.ndarray  # U, first step with a value
+    high: np.ndarray  # U, one after the last step with a value
     names: list[str]  # U
     findings: list[Finding] = field(default_factory=list)
-    filled: np.ndarray = field(init=False)  # N C: the last value before stands where one is missing
+    filled: np.ndarray = field(init=False)  # N C, forward-filled values
     observed: np.ndarray = field(init=False)  # N C bool
 
     def __post_init__(self) -> None:
@@ -138,12 +142,12 @@ class Panel:
         return len(self.names)
 
     def of(self, series: int) -> np.ndarray:
-        """The values of one series from its first to its last."""
+        """Return the values of one series from its first to its last."""
         return self.values[self.low[series] : self.high[series], self.column[series]]
 
 
 def forward(values: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Each missing value as the last one before it in its group; before the first, the first; 0 where there is none."""
+    """Forward-fill missing values within groups; leading ones get the first value, groups without values 0."""
     at = np.arange(len(values))[:, None]
     begin = np.repeat(start[:-1], np.diff(start))[:, None]
     seen = np.isfinite(values)
@@ -156,12 +160,12 @@ def forward(values: np.ndarray, start: np.ndarray) -> np.ndarray:
 
 
 def check(data: Data) -> Iterator[Finding]:
-    """What is wrong with a table as series."""
+    """Run the data checks for time series."""
     yield from arrange(data)[1]
 
 
 def panel(data: Data) -> Panel:
-    """The series of a table. Raises `DataError` where it holds none that can be used."""
+    """Return the series of a table. Raises DataError if there are none that can be used."""
     made, findings = arrange(data)
     if made is None:
         raise DataError(f"{data.source}: " + " ".join(str(f) for f in findings if f.severity == "error"))
@@ -169,7 +173,7 @@ def panel(data: Data) -> Panel:
 
 
 def arrange(data: Data) -> tuple[Panel | None, list[Finding]]:
-    """The series, and every finding; no series where a finding is an error."""
+    """Return the series and all findings; the series are None if a finding is an error."""
     layout = layout_of(data)
     if layout == "rows":
         return rows_as_series(data)
@@ -177,14 +181,17 @@ def arrange(data: Data) -> tuple[Panel | None, list[Finding]]:
 
 
 def layout_of(data: Data) -> str:
+    """Return the layout of a table: "long", "wide" or "rows"."""
     if data.role("time"):
         return "long" if data.role("series") else "wide"
     return "rows" if names_of_rows(data) else "wide"
 
 
 def names_of_rows(data: Data) -> str | None:
-    """The column that names whole series, where a row is one: without time, the role says so, or it is the only one without
-    numbers and hardly a value of it comes twice."""
+    """Return the column that names one series per row, or None.
+
+    It is the series column, or the only text column if nearly all of its values are distinct.
+    """
     if data.role("series"):
         return data.only("series").name
     chosen = [n for n in data.columns if worded(data.rows[n])]
@@ -194,19 +201,19 @@ def names_of_rows(data: Data) -> str | None:
 
 
 def worded(values: pl.Series) -> bool:
-    """Whether a column holds words: a step at which every series is 0, or has ended, was read as text without being any."""
+    """Return whether a column holds words. A step at which all series are 0 or have ended may be read as text without."""
     return values.dtype == pl.String and column_types.as_numbers(values).null_count() > values.null_count()
 
 
 def steps_of_rows(data: Data, name: str) -> np.ndarray:
-    """Rows x steps, float64: every other column in its order, whatever kind it seemed to be."""
+    """Return the values, rows x steps, float64: all other columns in order, whatever their type."""
     columns = [data.rows[n] for n in data.columns if n != name]
     numbers = [column_types.as_numbers(c) if c.dtype == pl.String else c.cast(pl.Float64) for c in columns]
     return pl.DataFrame(numbers).to_numpy().astype(float)
 
 
 def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
-    """One series a row; blanks at its end are behind its end, blanks between are missing values."""
+    """Build one series per row; trailing blanks are after its end, other blanks are missing values."""
     name = names_of_rows(data)
     again = ~data.rows[name].is_first_distinct().to_numpy()
     if again.any():
@@ -223,7 +230,7 @@ def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
 
 
 def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Finding]]:
-    """Long and wide tables: sorted, freed of doubles and of what lies off the grid, and put on it."""
+    """Build series from long and wide tables: sort, drop duplicates and rows off the grid, and place rows on the grid."""
     targets = [c.name for c in data.role("target") if data.rows[c.name].dtype.is_numeric()]
     if not targets:
         return None, [found(data, "no-target")]
@@ -238,12 +245,12 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
     else:
         findings.append(found(data, "no-time"))
     frame = pl.DataFrame({"id": names_of_moments(data), "time": times, "row": np.arange(len(data))})
-    if (gone := frame["time"].is_null()).any():  # rows of no series are left out when they are read
+    if (gone := frame["time"].is_null()).any():  # rows without a series were dropped by the reader
         findings.append(found(data, "time-missing", gone.to_numpy()))
     frame = frame.drop_nulls()
     if not frame.height:
         return None, [*findings, found(data, "no-series")]
-    names = frame["id"].unique(maintain_order=True).to_list()  # series in the order of the file
+    names = frame["id"].unique(maintain_order=True).to_list()  # in file order
     codes = frame["id"].replace_strict(names, list(range(len(names)))).to_numpy()
     at, row = frame["time"].to_numpy(), frame["row"].to_numpy()
     findings += order_of(data, codes, at, row)
@@ -271,13 +278,13 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
 
 
 def names_of_moments(data: Data) -> pl.Series:
-    """Of which series each row is: the values of all columns of that role; null where one is missing, "" in a wide table."""
+    """Return the series of each row: the joined values of the series columns; null if missing, "" in a wide table."""
     keys = [pl.col(c.name).cast(pl.String) for c in data.role("series")] or [pl.repeat("", len(data))]
     return data.rows.select(pl.concat_str(keys, separator=", ").alias("id")).to_series()
 
 
 def moments(data: Data) -> tuple[pl.Series, bool]:
-    """The time of every row, and whether it is microseconds (else numbers); text where it is neither."""
+    """Return the time of every row and whether it is in microseconds (else numbers); text if it is neither."""
     values = data.rows[data.only("time").name]
     if values.dtype == pl.String:
         numbers, (dates, *_) = column_types.as_numbers(values), column_types.as_dates(values)
@@ -289,7 +296,7 @@ def moments(data: Data) -> tuple[pl.Series, bool]:
 
 
 def order_of(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> list[Finding]:
-    """Rows that come after a later moment of their series; a file that runs backwards throughout is merely said."""
+    """Report rows that follow a later time of their series; a file in descending order is only noted."""
     by = np.lexsort((row, codes))
     codes, at, row = codes[by], at[by], row[by]
     same, steps = np.diff(codes) == 0, np.diff(at)
@@ -298,7 +305,7 @@ def order_of(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> 
         return []
     if (steps[same] <= 0).all():
         return [found(data, "time-backwards", row[:1])]
-    peak = np.zeros(len(by), dtype=bool)  # late is what comes after the latest moment so far
+    peak = np.zeros(len(by), dtype=bool)  # rows before the latest time so far
     for a, b in pairwise(np.r_[0, np.flatnonzero(~same) + 1, len(by)]):
         peak[a:b] = at[a:b] < np.maximum.accumulate(at[a:b])
     return [found(data, "time-order", row[peak])]
@@ -307,7 +314,7 @@ def order_of(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> 
 def once_each(
     data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray, table: np.ndarray
 ) -> tuple[np.ndarray, list[Finding]]:
-    """Which of the sorted rows have a series and moment that were there before, and findings about them."""
+    """Return which of the sorted rows repeat a series and time, and the findings about them."""
     again = np.r_[False, (np.diff(codes) == 0) & (np.diff(at) == 0)]
     first = row[np.maximum.accumulate(np.where(again, 0, np.arange(len(again))))]
     same = ((table[row] == table[first]) | (np.isnan(table[row]) & np.isnan(table[first]))).all(1)
@@ -320,32 +327,35 @@ def once_each(
 
 
 def hint_of_roles(data: Data) -> str:
+    """Return the remedy for rows that may belong to several series."""
     columns = ", ".join(repr(c.name) for c in data.role("series"))
     return (
-        f"Series are told apart by {columns}; say --set role.series=COLUMN for another."
+        f"Series are identified by {columns}; specify others with --set role.series=COLUMN."
         if columns
-        else "If the rows are of several series, name the column that tells them apart: --set role.series=COLUMN."
+        else "If the rows belong to several series, specify the column that identifies them: --set role.series=COLUMN."
     )
 
 
 def grid(
     data: Data, frequency: Frequency, at: np.ndarray, row: np.ndarray, cuts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Finding]] | None:
-    """The step of every row (-1: between steps), where groups begin, the time of every step, and findings. None where
-    moments are irregular."""
+    """Return the step of every row (-1 if between steps), the start of each group, the time of every step, and findings.
+
+    Returns None if the times are irregular.
+    """
     where, sizes, times, jumps = np.empty(len(at), dtype=np.int64), [], [], []
     for a, b in pairwise(cuts):
         position = frequency.position(at[a:b])
         phase = np.round(position % 1, 5) % 1
         values, counts = np.unique(phase, return_counts=True)
-        base = values[counts.argmax()]  # most rows lie so; the first may be the odd one
+        base = values[counts.argmax()]  # the most common phase, since the first row may be off the grid
         step = np.round(position - base).astype(np.int64)
         on = np.minimum(abs(phase - base), 1 - abs(phase - base)) < 1e-4
-        on &= np.r_[True, np.diff(step) > 0]  # two days of one month are one step
+        on &= np.r_[True, np.diff(step) > 0]  # two days in the same month are the same step
         step -= step[on][0]
         where[a:b] = np.where(on, step, -1)
         sizes.append(int(step[on][-1]) + 1)
-        if sizes[-1] > 100 + 4 * (b - a):  # far too long a grid is not even made
+        if sizes[-1] > 100 + 4 * (b - a):  # avoids allocating an extremely long grid
             return None
         times.append(frequency.times(at[a:b][on][0], sizes[-1]))
         gaps = np.diff(step[on], prepend=0)
@@ -375,7 +385,7 @@ def finished(
     ids: list[str],
     findings: list[Finding],
 ) -> tuple[Panel | None, list[Finding]]:
-    """The panel, with what values themselves show: gaps between them, series without any, series that never change."""
+    """Build the panel and report gaps between values, empty series and constant series."""
     seen, inside = np.isfinite(values), np.zeros(values.shape, dtype=bool)
     units, names = [], []
     odd: dict[str, list[str]] = {"empty-series": [], "constant-series": []}

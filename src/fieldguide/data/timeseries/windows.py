@@ -1,8 +1,8 @@
-"""Windows: where series are cut into a past that is read and a future that is asked for, without a look ahead.
+"""Windows: cutting series into a past that the model reads and a future that it predicts, without look-ahead.
 
-An example is a (series, cut): the network reads `length` steps before the cut and forecasts `horizon` from it on. Parts are
-stretches of time: the futures of training windows end before validation begins, those of validation before the test. The
-past of a window may reach back over a border, as it does in use.
+An example is a pair (series, cut): the model reads `length` steps before the cut and predicts `horizon` steps from it on.
+The splits are consecutive periods: the futures of training windows end before validation begins, those of validation
+before the test. The past of a window may extend into the previous split, as it does in practice.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fieldguide.data.timeseries.panel import Panel, panel
 from fieldguide.data.validation.findings import SHOWN
 
 SERIES, CUT = "#series", "#cut"
-MANY = 30  # of so many series, the last horizon of each is the test, and the one before it validation
-TEST, VALIDATION = 0.2, 0.1  # shares of fewer, longer ones
-READ = 4  # horizons that are read, where the user names no length
-MOST = {"train": 2_000_000, "val": 4_000, "test": 40_000}  # windows of each part; of more, every n-th
+MANY = 30  # with at least this many series, the last horizon of each is the test and the one before it validation
+TEST, VALIDATION = 0.2, 0.1  # fractions of each series if there are fewer
+READ = 4  # default input length in horizons
+MOST = {"train": 2_000_000, "val": 4_000, "test": 40_000}  # maximum windows per split; beyond that every n-th is used
 
 
 @dataclass
 class Windows:
-    """What examples of series refer to: all series, the options as they were settled, and where the parts end (absolute
-    steps of the panel, U each)."""
+    """The data that windows refer to: all series, the resolved options, and where the splits end (absolute steps of the
+    panel, U each)."""
 
     panel: Panel
     table: pl.DataFrame
@@ -41,7 +41,7 @@ class Windows:
 
 
 def settled(found: Panel, options: Any) -> Any:
-    """Options with season, horizon and length chosen where the user said nothing."""
+    """Return the options with season, horizon and length filled in. Raises SettingsError for values below 1."""
     season = options.season or found.frequency.season or season_of([found.of(i) for i in range(len(found))])
     horizon = options.horizon or usual_horizon(found.frequency, season)
     typical = float(np.median(found.high - found.low))
@@ -57,18 +57,18 @@ def settled(found: Panel, options: Any) -> Any:
 
 
 def cut(data: Data, options: Any) -> Data:
-    """A row for each window of every part. Raises `DataError` where nothing is left to learn from or to test."""
+    """Return one row per window of every split. Raises DataError if a split has no windows."""
     found = panel(data)
     options = settled(found, options)
     ends = given_ends(data, found, options) if data.splits is not None else chosen_ends(found, options)
     windows = Windows(found, data.rows, options, *ends)
-    least = min(options.length, max(2, min(options.season, options.horizon)))  # steps of a past at least
+    least = min(options.length, max(2, min(options.season, options.horizon)))  # minimum steps of the past
     short = found.low + least + options.horizon > windows.train_end
     if short.all():
         longest = int((found.high - found.low).max())
         raise DataError(
-            f"{data.source}: the longest of {len(found):,} series has {longest:,} steps, too few to learn to "
-            f"forecast {options.horizon} of them and to keep some for validation and test. Bring longer ones, or "
+            f"{data.source}: the longest of {len(found):,} series has {longest:,} steps, too few to train with a horizon "
+            f"of {options.horizon} and keep steps for validation and test. Provide longer series, or "
             "lower task.horizon (and task.test, task.validation)."
         )
     findings = [f for f in data.findings if f.check != "short-series"]
@@ -78,10 +78,10 @@ def cut(data: Data, options: Any) -> Data:
             Finding(
                 "short-series",
                 "warning",
-                f"series too short to be learnt from with a horizon of {options.horizon} steps beside validation and test",
+                f"series too short to train on with a horizon of {options.horizon} steps in addition to validation and test",
                 tuple(names),
                 int(short.sum()),
-                "Bring longer ones, or lower task.horizon.",
+                "Provide longer series, or lower task.horizon.",
             )
         )
     parts, said = [], []
@@ -89,17 +89,17 @@ def cut(data: Data, options: Any) -> Data:
     stops = {"train": windows.train_end, "val": windows.val_end, "test": windows.test_end}
     for name, most in MOST.items():
         first, last = begins[name], stops[name] - options.horizon
-        if name == "train":  # whole pasts only, unless a series is short; then also some of half
+        if name == "train":  # only full pasts, except in short series, where half of the steps are enough
             first = first + np.minimum(options.length, np.maximum(least, (last - first) // 2))
             last = np.where(short, 0, last)
         series, at, stride = cuts_between(windows, np.maximum(first, found.low + least), last, most)
         if not len(at):
             raise DataError(
-                f"{data.source}: no window is left for {name}: none has a known value in its past and in the "
-                f"{options.horizon} steps of its future. Lower task.horizon, or give that part more steps."
+                f"{data.source}: no windows for {name}: none has a known value both in its past and in the "
+                f"{options.horizon} steps of its future. Lower task.horizon, or assign more steps to that split."
             )
         parts.append((name, series, at))
-        said.append(f"{name} {len(at):,}" + (f" (every {stride}.)" if stride > 1 else ""))
+        said.append(f"{name} {len(at):,}" + (f" (every {stride}th)" if stride > 1 else ""))
     series, at = (np.concatenate([p[i] for p in parts]) for i in (1, 2))
     made = rows_of(data, windows, series, at)
     made.findings = findings
@@ -109,25 +109,30 @@ def cut(data: Data, options: Any) -> Data:
 
 
 def at_end(data: Data, found: Panel, options: Any) -> Data:
-    """One window at the end of every series: what is asked of a trained network."""
+    """Return one window at the end of every series, for prediction."""
     windows = Windows(found, data.rows, options, found.high, found.high, found.high)
     return rows_of(data, windows, np.arange(len(found)), found.high)
 
 
 def everywhere(data: Data, found: Panel, options: Any) -> Data:
-    """Windows at every step of series that were not learnt from (or at every n-th, of very many). Raises `DataError` where
-    none has a whole future and some past."""
+    """Return windows at every step of series for evaluation, or at every n-th if there are too many.
+
+    Raises DataError if no series has a complete future and some past.
+    """
     windows = Windows(found, data.rows, options, found.high, found.high, found.high)
     first = found.low + np.minimum(options.length, np.maximum(1, (found.high - found.low - options.horizon) // 2))
     series, at, _ = cuts_between(windows, first, found.high - options.horizon, MOST["test"])
     if not len(at):
-        raise DataError(f"{data.source}: no series has {options.horizon} known steps, the horizon, behind some to read.")
+        raise DataError(f"{data.source}: no series has {options.horizon} known steps (the horizon) after some past steps.")
     return rows_of(data, windows, series, at)
 
 
 def cuts_between(windows: Windows, first: np.ndarray, last: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Series and cut of windows from `first` to `last` of each, every n-th from the last back so that there are at most about
-    `most`, and n; those without a known value in their past or their future are left out."""
+    """Return (series, cut, n) of the windows from `first` to `last` of each series.
+
+    Every n-th window, counted back from the last, is used so that there are at most about `most`. Windows without a known
+    value in their past or their future are dropped.
+    """
     found, options = windows.panel, windows.options
     stride = max(1, -(-int(np.maximum(last - first + 1, 0).sum()) // most))
     cuts = [np.arange(b, a - 1, -stride)[::-1] for a, b in zip(first, last)]
@@ -141,7 +146,7 @@ def cuts_between(windows: Windows, first: np.ndarray, last: np.ndarray, most: in
 
 
 def rows_of(data: Data, windows: Windows, series: np.ndarray, at: np.ndarray) -> Data:
-    """Windows as rows; each is said to be where its future begins, else where its past ends."""
+    """Return windows as rows; the location of each is the first step of its future, else the last of its past."""
     row, end = windows.panel.row, windows.panel.start[windows.panel.group[series] + 1]
     source = np.where((at < end) & (row[np.minimum(at, len(row) - 1)] >= 0), row[np.minimum(at, len(row) - 1)], row[at - 1])
     source = np.where(source >= 0, source, row[windows.panel.low[series]])
@@ -151,8 +156,11 @@ def rows_of(data: Data, windows: Windows, series: np.ndarray, at: np.ndarray) ->
 
 
 def chosen_ends(found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ends of training, validation and test of every series: from the end backwards, or, where the steps of training are
-    named, from the beginning on."""
+    """Return the ends of training, validation and test of every series.
+
+    Counted from the end of the series, or from the start if the number of training steps is specified. Raises
+    SettingsError if a part is shorter than the horizon or the parts exceed a series.
+    """
     many, size = len(found) >= MANY, found.high - found.low
 
     def steps(value: float | None, share: float) -> np.ndarray:
@@ -165,23 +173,25 @@ def chosen_ends(found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.
     test, validation = steps(options.test, TEST), steps(options.validation, VALIDATION)
     for name, part in (("test", test), ("validation", validation)):
         if (part < options.horizon).any():
-            raise SettingsError(f"task.{name} leaves {int(part.min())} steps, fewer than the horizon of {options.horizon}.")
+            raise SettingsError(f"task.{name} has {int(part.min())} steps, fewer than the horizon of {options.horizon}.")
     if options.train is None:
         return found.high - test - validation, found.high - test, found.high
     train = found.low + steps(options.train, 0)
     if (train + validation + test > found.high).any():
         raise SettingsError(
-            "task.train, task.validation and task.test add up to more than the "
-            f"{int(size.min()):,} steps of the shortest series."
+            f"task.train, task.validation and task.test exceed the {int(size.min()):,} steps of the shortest series."
         )
     return train, train + validation, train + validation + test
 
 
 def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ends of the parts as the source names them, row by row; validation is the end of training where it names none."""
+    """Return the ends of the splits that the source assigns to rows; without validation, the end of training is used.
+
+    Raises DataError if the splits are not consecutive in time.
+    """
     codes = np.where(data.splits == "test", 2, np.where(data.splits == "val", 1, 0))
     step = np.where(found.row >= 0, codes[np.maximum(found.row, 0)], -1)
-    for start, stop in pairwise(found.start):  # a step without a row goes with the one before
+    for start, stop in pairwise(found.start):  # a step without a row belongs to the same split as the one before
         part = step[start:stop]
         step[start:stop] = part[np.maximum.accumulate(np.where(part >= 0, np.arange(len(part)), 0))]
     train, val, test = [], [], []
@@ -190,8 +200,8 @@ def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.n
         if (np.diff(part) < 0).any():
             where = low + int(np.argmax(np.diff(part) < 0)) + 1
             raise DataError(
-                f"{data.place(int(found.row[where]))}: the parts that the source names are not one after "
-                f"another in time: in series {found.names[i]!r}, training lies behind validation or test."
+                f"{data.place(int(found.row[where]))}: the splits of the source are not consecutive "
+                f"in time: in series {found.names[i]!r}, training rows follow validation or test rows."
             )
         a, b = low + int((part < 1).sum()), low + int((part < 2).sum())
         if a == b and options.horizon < a - low:
@@ -205,7 +215,7 @@ def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.n
 
 
 def described(windows: Windows) -> str:
-    """Where the parts lie, in words: steps, and moments where all series share them."""
+    """Describe the splits: numbers of steps, and the start of the test if all series share it."""
     found = windows.panel
     spans = [
         np.unique(x)
@@ -216,8 +226,8 @@ def described(windows: Windows) -> str:
         for name, span in zip(("training", "validation", "test"), spans)
     )
     unused = int((found.high - windows.test_end).sum())
-    rest = f", {unused:,} steps behind the test unused" if unused else ""
+    rest = f", {unused:,} steps after the test unused" if unused else ""
     first = windows.val_end[0]
     alone = len(found.start) == 2 and first < len(found.times)
-    since = f", the test from {found.frequency.label(found.times[first])} on" if alone else ""
+    since = f", test from {found.frequency.label(found.times[first])} on" if alone else ""
     return f"steps of {'each' if len(found) > 1 else 'the'} series: {words}{since}{rest}"

@@ -1,7 +1,7 @@
-"""The doctor: what is wrong with data, where, how often, what to do. Nothing is dropped without a finding.
+"""Data checks: problems in data with their locations, counts and remedies. Nothing is dropped without a finding.
 
-`check` looks at data that has been read; what only reading can see (encodings, corrupt pictures, values
-that do not fit) comes in the same form from `symptoms` and the readers. `enforce` makes one error of it.
+`check` examines data after reading; problems that only reading can detect (encodings, corrupt images, values that do
+not fit) are reported in the same form by `findings` and the readers. `enforce` raises one error for all of them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding
 from fieldguide.data.validation.duplicates import same_inputs
 from fieldguide.data.validation.findings import SHOWN, places, simplified
 
-TOLERATED = 0.01  # share of unusable examples above which reading is an error
-LEAK = 0.99  # a single feature that tells so much of the target is a leak
-LINEAR = 0.9999  # ... or, for an amount, one that is so correlated with it
-ENOUGH = 50  # rows below which a perfect feature may be chance
-BINS = 64
-UNLIKE, LONGER = 8, 60  # a pair of texts is odd whose lengths are so many times, and so many characters, out of proportion
-FASTEST = 45  # characters that nobody speaks in a second
-THINGS = {"image": "pictures", "audio": "recordings", "text": "texts"}
-SAMPLE = 20_000  # rows that leaks are looked for in
-ANSWERS = ("category", "boolean", "number", "date", "identifier")  # kinds of a target that is one of few, or an amount
+TOLERATED = 0.01  # maximum fraction of unusable examples
+LEAK = 0.99  # minimum accuracy of a single feature that is reported as a leak,
+LINEAR = 0.9999  # or for a numeric target, minimum correlation
+ENOUGH = 50  # minimum number of rows for leak detection; with fewer, a perfect feature may be chance
+BINS = 64  # quantile bins of a numeric feature
+UNLIKE, LONGER = 8, 60  # factor and number of characters by which the lengths of a pair of texts must deviate to be reported
+FASTEST = 45  # maximum plausible characters per second of speech
+THINGS = {"image": "images", "audio": "recordings", "text": "texts"}
+SAMPLE = 20_000  # maximum number of rows used for leak detection
+ANSWERS = ("category", "boolean", "number", "date", "identifier")  # types of targets that are classes or quantities
 
 
 class BadData(DataError):
-    """The data cannot be used as it is; `findings` has every finding, also what alone would not stop."""
+    """Raised if the data cannot be used. `findings` holds all findings, including those that are not errors."""
 
     def __init__(self, message: str, findings: Sequence[Finding]) -> None:
         super().__init__(message)
@@ -39,10 +39,10 @@ class BadData(DataError):
 def enforce(
     findings: Sequence[Finding], rows: int, allow_bad: bool = False, source: str = "the data", offer: bool = True
 ) -> None:
-    """Raise BadData, listing all that is wrong, for any error or if over 1 % of `rows` examples are unusable.
+    """Raise BadData, listing all problems, for any error or if over 1 % of the examples are unusable.
 
-    `rows` counts the examples before any was left out. `allow_bad` accepts unusable examples, never errors; `offer` says
-    whether whoever reads the message can choose it.
+    `rows` is the number of examples before any were dropped. `allow_bad` accepts unusable examples but never errors;
+    `offer` mentions that option in the message.
     """
     errors = [f for f in findings if f.severity == "error"]
     unusable = sum(f.unusable for f in findings)
@@ -50,25 +50,25 @@ def enforce(
     if not errors and not too_many:
         return
     listed = errors + ([f for f in findings if f.unusable and f.severity != "error"] if too_many else [])
-    head = f"{source}: the data cannot be used as it is."
+    head = f"{source}: the data cannot be used."
     if too_many:
         share = 100 * unusable / max(rows, 1)
         head += (
             f" {unusable:,} of {rows:,} examples are unusable ({share:.1f} %; up to "
-            f"{100 * TOLERATED:.0f} % would be left out and reported). Mend them, or "
-            + ("leave them all out with --allow-bad (in Python: allow_bad=True)." if offer else "remove them.")
+            f"{100 * TOLERATED:.0f} % would be dropped and reported). Correct them, or "
+            + ("drop them all with --allow-bad (in Python: allow_bad=True)." if offer else "remove them.")
         )
     lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed, 1)]
     raise BadData("\n".join([head, *lines]), findings)
 
 
 def check(data: Data, checks: Sequence[Callable[[Data], Iterator[Finding]]] | None = None) -> list[Finding]:
-    """Every finding about data that has been read; CHECKS lists what is looked at where a task names nothing else."""
+    """Return all findings about data. `checks` defaults to `CHECKS`."""
     return [finding for one in (CHECKS if checks is None else checks) for finding in one(data)]
 
 
 def columns(data: Data) -> Iterator[Finding]:
-    """Columns that teach nothing."""
+    """Report columns without information."""
     for column in data.columns.values():
         where = (f"column {column.name!r}",)
         if column.missing == len(data) and column.role != "target":
@@ -87,21 +87,21 @@ def columns(data: Data) -> Iterator[Finding]:
                 f"column {column.name!r} is ignored: {column.why}",
                 where,
                 1,
-                f"To use it, say what it holds: --set 'column.{column.name}=category' (in Python: kinds=).",
+                f"To use it, specify its type: --set 'column.{column.name}=category' (in Python: kinds=).",
             )
     if not data.features() and not data.role("series") + data.role("item") + data.role("time"):
         yield Finding(
             "no-features",
             "error",
-            "no column is left to learn from",
+            "there are no usable feature columns",
             (),
             1,
-            "Every column is the target, constant, empty or an identifier: look at the notes.",
+            "Every column is the target, constant, empty or an identifier; see the notes.",
         )
 
 
 def target(data: Data) -> Iterator[Finding]:
-    """A target that cannot be learnt: one value, classes of one example, names that are nearly the same."""
+    """Report targets that cannot be learned: a single value, classes with one example, nearly equal class names."""
     column = data.target
     if column is None or column.kind not in ANSWERS or len(data.role("target")) > 1 or not len(data):
         return
@@ -112,10 +112,10 @@ def target(data: Data) -> Iterator[Finding]:
         yield Finding(
             "single-class",
             "error",
-            f"the target {column.name!r} is {names[0]!r} on every row",
+            f"the target {column.name!r} is {names[0]!r} in every row",
             where,
             1,
-            "There is nothing to learn: is it the right column?",
+            "There is nothing to learn. Check the target column.",
         )
     if column.kind != "category":
         return
@@ -126,7 +126,7 @@ def target(data: Data) -> Iterator[Finding]:
             f"the target {column.name!r} has {len(names):,} classes for {len(data):,} rows",
             where,
             1,
-            "Is it the right column? An amount needs numbers.",
+            "Check the target column. A regression target must be numeric.",
         )
     single = [n for n, s in zip(names, seen) if s == 1]
     if single and len(names) > 1:
@@ -135,7 +135,7 @@ def target(data: Data) -> Iterator[Finding]:
         yield Finding(
             "class-of-one",
             "warning",
-            f"classes with a single example ({shown}): one can be learnt or tested, not both",
+            f"classes with a single example ({shown}), which can be used for training or test but not both",
             places(data, rows),
             len(single),
             "Add examples or merge classes.",
@@ -147,15 +147,15 @@ def target(data: Data) -> Iterator[Finding]:
         yield Finding(
             "class-names-alike",
             "warning",
-            f"classes whose names differ only by case, blanks or a full stop: {', '.join(map(repr, same))}",
+            f"classes whose names differ only by case, whitespace or a trailing period: {', '.join(map(repr, same))}",
             where,
             len(same),
-            "Spell them alike if they are one.",
+            "Use the same spelling if they are the same class.",
         )
 
 
 def duplicates(data: Data) -> Iterator[Finding]:
-    """Equal inputs: in two given splits, with two answers, or simply twice."""
+    """Report equal inputs: in two given splits, with different targets, or repeated."""
     same = same_inputs(data)
     if same is None or not len(data):
         return
@@ -181,10 +181,10 @@ def duplicates(data: Data) -> Iterator[Finding]:
             yield Finding(
                 "duplicate-across-splits",
                 "warning",
-                f"{what} of val or test that are in train too: scores will be too good",
+                f"{what} of val or test that also occur in train, which makes the scores too optimistic",
                 pairs,
                 int(over.size),
-                "Remove them from one side.",
+                "Remove them from one of the splits.",
             )
     yield from conflicts(data, same, order, first, what)
     extra = int(rows.size - heads.size)
@@ -192,15 +192,16 @@ def duplicates(data: Data) -> Iterator[Finding]:
     yield Finding(
         "duplicate",
         "note",
-        f"{what} that are there before with the same input; a split keeps them on one side",
+        f"duplicate {what} with the same input; they are kept in the same split",
         pairs[:SHOWN],
         extra,
     )
 
 
 def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray, what: str) -> Iterator[Finding]:
+    """Report equal inputs with different targets."""
     column = data.target
-    heard = bool(data.features("audio"))  # of a recording there is one transcript; of a text, translations
+    heard = bool(data.features("audio"))  # a recording has one transcript, whereas a text may have several translations
     if column is None or column.kind not in ("category", "boolean", *(["text"] if heard else [])):
         return
     codes = data.rows[column.name].cast(pl.String).fill_null("").rank("dense").to_numpy()
@@ -218,12 +219,12 @@ def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray
             f"equal {what} with different {answers}",
             pairs,
             int(other.size),
-            "Decide which is right.",
+            "Correct or remove them.",
         )
 
 
 def leaks(data: Data) -> Iterator[Finding]:
-    """Features that give the target away."""
+    """Report features that reveal the target."""
     column = data.target
     if column is None or column.kind not in ANSWERS or len(data.role("target")) > 1 or len(data) < ENOUGH:
         return
@@ -238,10 +239,10 @@ def leaks(data: Data) -> Iterator[Finding]:
             yield Finding(
                 "leak",
                 "error" if exact else "warning",
-                f"column {feature.name!r} tells the target {column.name!r} {told}",
+                f"column {feature.name!r} predicts the target {column.name!r} {told}",
                 (f"column {feature.name!r}",),
                 1,
-                f"If it is not known before the target is, remove it, or ignore it with "
+                f"If it is not known before the target, remove it, or ignore it with "
                 f"--set 'column.{feature.name}=identifier' (in Python: kinds=).",
             )
     for feature in data.features("text"):
@@ -255,14 +256,15 @@ def leaks(data: Data) -> Iterator[Finding]:
             yield Finding(
                 "label-in-text",
                 "note",
-                f"{100 * found.mean():.0f} % of the texts in {feature.name!r} have the name of their class in them",
+                f"{100 * found.mean():.0f} % of the texts in {feature.name!r} contain the name of their class",
                 places(data, rows),
                 int(found.sum()),
-                "Is the class known when the text is?",
+                "Check that the class name is not added to the text.",
             )
 
 
 def correlation(data: Data, feature: Column, column: Column) -> str:
+    """Return a description if a numeric feature is almost perfectly correlated with the target, else ""."""
     if feature.kind != "number":
         return ""
     both = data.rows.select(feature.name, column.name).drop_nulls().to_numpy()
@@ -273,7 +275,8 @@ def correlation(data: Data, feature: Column, column: Column) -> str:
 
 
 def mapping(data: Data, feature: Column, column: Column) -> str:
-    """How well the value of a feature tells the class: learnt on every other row, tried on the rest."""
+    """Return a description if a feature predicts the class almost perfectly, else "". Fitted on half of the rows and
+    evaluated on the rest."""
     values = data.rows[feature.name]
     binned = feature.kind == "number" and feature.distinct > len(data) // 4
     if binned:
@@ -302,7 +305,7 @@ def mapping(data: Data, feature: Column, column: Column) -> str:
 
 
 def pairs(data: Data) -> Iterator[Finding]:
-    """Texts that can hardly belong to their answers: lengths far from the usual proportion, or plain copies."""
+    """Report text pairs that are unlikely to match: unusual length ratios, or identical texts."""
     answer, inputs = data.target, data.features("text")
     if answer is None or answer.kind != "text" or len(inputs) != 1 or not len(data):
         return
@@ -316,10 +319,10 @@ def pairs(data: Data) -> Iterator[Finding]:
             "unlike-lengths",
             "warning",
             f"texts in {inputs[0].name!r} and {answer.name!r} whose lengths are "
-            f"more than {UNLIKE} times off the usual proportion: do they belong together?",
+            f"more than {UNLIKE} times off the usual ratio, which suggests that they do not belong together",
             places(data, odd),
             int(odd.sum()),
-            "Look whether lines have slipped.",
+            "Check for shifted lines.",
         )
     same = (first == second).fill_null(False).to_numpy()
     if same.mean() > 0.2:
@@ -329,12 +332,12 @@ def pairs(data: Data) -> Iterator[Finding]:
             f"{100 * same.mean():.0f} % of the texts in {inputs[0].name!r} and {answer.name!r} are the same",
             places(data, same),
             int(same.sum()),
-            "Is it the right column?",
+            "Check the target column.",
         )
 
 
 def recordings(data: Data) -> Iterator[Finding]:
-    """Recordings of several rates, and those that can hardly belong to their transcripts."""
+    """Report recordings with different sample rates, and recordings that are unlikely to match their transcripts."""
     rows, answer = data.rows, data.target
     if not data.features("audio"):
         return
@@ -345,10 +348,10 @@ def recordings(data: Data) -> Iterator[Finding]:
         yield Finding(
             "mixed-rates",
             "note",
-            f"recordings of another rate than most: {listed}; all are brought to one",
+            f"recordings with a less common sample rate: {listed}; all are resampled to one rate",
             places(data, few),
             int(few.sum()),
-            "Are they of the same kind? Telephone lacks what is above 4 kHz.",
+            "Check that they are comparable. Telephone recordings contain nothing above 4 kHz.",
         )
     if SECONDS not in rows.columns or answer is None or answer.kind != "text" or not len(data):
         return
@@ -361,16 +364,16 @@ def recordings(data: Data) -> Iterator[Finding]:
             "unlike-lengths",
             "warning",
             f"recordings whose transcript is more than {UNLIKE} times longer or shorter "
-            f"than usual ({usual:.0f} characters a second), or cannot be spoken in their time (over {FASTEST} a "
+            f"than usual ({usual:.0f} characters per second), or too long for their duration (over {FASTEST} characters per "
             "second)",
             places(data, odd),
             int(odd.sum()),
-            "Do they belong together? Look whether lines have slipped.",
+            "Check for shifted lines or wrong transcripts.",
         )
 
 
 def events(data: Data) -> Iterator[Finding]:
-    """The same user, item and time twice."""
+    """Report repeated events of the same user, item and time."""
     keys = [c.name for role in ("user", "item", "time") for c in data.role(role)]
     if not (data.role("user") and data.role("item")) or len(keys) < 3:
         return
@@ -380,10 +383,10 @@ def events(data: Data) -> Iterator[Finding]:
         yield Finding(
             "repeated-event",
             "warning",
-            "events that are there before: the same user, item and time",
+            "repeated events with the same user, item and time",
             places(data, again),
             int(again.sum()),
-            "Remove them, if each is to count once.",
+            "Remove them unless each should count.",
         )
 
 

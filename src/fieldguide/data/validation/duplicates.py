@@ -1,4 +1,4 @@
-"""Duplicates: which rows have equal inputs. Splits keep them on one side; the doctor reports them."""
+"""Duplicates: detection of rows with equal inputs, which are reported and kept in the same split."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ MEDIA = ("image", "audio", "video")
 
 
 def same_inputs(data: Data) -> np.ndarray | None:
-    """A number for each row, equal for rows with equal features; None if there is nothing to compare.
+    """Return a number per row that is equal for rows with equal features; None if there is nothing to compare.
 
-    Pictures and recordings are compared by their content, texts without regard to case and blanks.
+    Images, recordings and videos are compared by content, texts ignoring case and whitespace.
     """
     parts = []
     for column in data.features():
@@ -31,5 +31,5 @@ def same_inputs(data: Data) -> np.ndarray | None:
 
 
 def dense(rows: pl.DataFrame) -> np.ndarray:
-    """Numbers from 0, equal for equal rows, by a 64-bit hash of each row."""
+    """Return numbers from 0 that are equal for equal rows, by a 64-bit hash of each row."""
     return np.unique(rows.hash_rows(seed=0).to_numpy(), return_inverse=True)[1]

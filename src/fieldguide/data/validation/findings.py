@@ -1,4 +1,4 @@
-"""Symptoms: findings about what only reading can see: pictures that do not open, values that do not fit."""
+"""Findings that arise while reading data: media files that cannot be decoded and values that do not fit their column."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from fieldguide.data.column_types import Typed
 from fieldguide.data.dataset import Data, Finding
 from fieldguide.data.media.media_types import Checked, Medium
 
-SHOWN = 5  # places named in a finding
+SHOWN = 5  # maximum number of locations in a finding
 
 
 def places(data: Data, rows: np.ndarray | Iterable[int]) -> tuple[str, ...]:
-    """Where the first few rows of a mask, or of a list of rows, are."""
+    """Return the locations of the first rows of a mask or list of indices."""
     mask = isinstance(rows, np.ndarray) and rows.dtype == bool
     return tuple(data.place(int(i)) for i in (np.flatnonzero(rows) if mask else list(rows))[:SHOWN])
 
 
 def simplified(label: str) -> str:
-    """A class name without what people do not mean: case, blanks, a full stop at the end."""
+    """Normalize a class name: ignore case, whitespace, underscores and a trailing period."""
     return " ".join(label.replace("_", " ").casefold().split()).rstrip(".")
 
 
 def of_media(data: Data, medium: Medium, checked: Sequence[Checked], bad: np.ndarray) -> list[Finding]:
-    """What the check of one file a row saw. Rows in `bad` are counted as unusable already."""
+    """Return the findings of a media check with one result per row. Rows in `bad` are already counted as unusable."""
     findings = []
     for slug, (what, remedy) in medium.problems.items():
         rows = [i for i, c in enumerate(checked) if c.problem == slug]
@@ -42,7 +42,7 @@ def of_media(data: Data, medium: Medium, checked: Sequence[Checked], bad: np.nda
 
 
 def of_values(data: Data, typed: Typed) -> list[Finding]:
-    """Values that did not fit the kind of their column, infinite numbers, and notes of typing."""
+    """Return findings about values that do not match the type of their column, infinite numbers, and typing notes."""
     name, findings = typed.column.name, []
     if typed.misfits:
         common = Counter(typed.misfits.values()).most_common(3)
@@ -51,11 +51,11 @@ def of_values(data: Data, typed: Typed) -> list[Finding]:
             Finding(
                 "mixed-types",
                 "warning",
-                f"values of column {name!r} (of {typed.expected:,}) that are no "
-                f"{typed.column.kind} as the others are: {shown}; they become missing",
+                f"values of column {name!r} (of {typed.expected:,}) that are not of the type "
+                f"{typed.column.kind} like the others: {shown}; they become missing",
                 places(data, typed.misfits),
                 len(typed.misfits),
-                f"Mend them, or say --set 'column.{name}=category' (in Python: kinds=).",
+                f"Correct them, or use --set 'column.{name}=category' (in Python: kinds=).",
             )
         )
     if typed.infinite:
@@ -66,7 +66,7 @@ def of_values(data: Data, typed: Typed) -> list[Finding]:
                 f"infinite values in column {name!r}; they become missing",
                 places(data, typed.infinite),
                 len(typed.infinite),
-                "Mend or remove them.",
+                "Correct or remove them.",
             )
         )
     return findings + [Finding("reading", "note", n, (f"column {name!r}",)) for n in typed.notes]
