@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fieldguide.automl import index
+from fieldguide.automl.catalogue import build_index, show
 from fieldguide.core.card import Card
 from fieldguide.models import registry
 
@@ -86,5 +91,15 @@ def read() -> dict[str, Any]:
     return tomllib.loads((HERE / "catalogue.toml").read_text("utf-8"))
 
 
+def write_index() -> None:
+    """Write the index and the descriptions that listing commands read without importing torch."""
+    built = build_index()
+    index.INDEX.write_text(json.dumps(built, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    described = {name: asdict(show(name)) for name, model in built["models"].items() if not model["test"]}
+    content = json.dumps(described, ensure_ascii=False, default=str).encode()
+    index.DESCRIPTIONS.write_bytes(gzip.compress(content, mtime=0))
+
+
 if __name__ == "__main__":
     (HERE / "catalogue.md").write_text(page(read()), "utf-8")
+    write_index()

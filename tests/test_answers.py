@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fieldguide.cli.commands import app
 from fieldguide.core.errors import SettingsError
-from fieldguide.inference.text_generation import Speaker
+from fieldguide.inference.text_generation import TextGenerator
 from fieldguide.models.generation import Faithful, GenerationConfig, beam_search
 from fieldguide.models.registry import create
 from test_pretrained import settled
@@ -110,15 +110,15 @@ def theirs(network, rows, pad, **how):
 )
 def test_folders_of_encoder_decoders_answer_as_in_transformers(pair, how):
     folder, network, form, made, forced, languages = pair
-    speaker = Speaker.load(folder, **languages)
+    speaker = TextGenerator.load(folder, **languages)
     rows = [framed(form, made, languages, p) for p in PROMPTS]
     assert [speaker.tokens(p) for p in PROMPTS] == rows
     names = {"beams": "num_beams", "penalty": "length_penalty", "repetition": "repetition_penalty"}
     said = theirs(network, rows, 1, max_new_tokens=14 + len(forced), **forced, **{names[k]: v for k, v in how.items()})
     skipped = [[i for i in row if i not in (0, 1, 2, *CODE.values())] for row in said]
-    ours = speaker.say(PROMPTS, tokens=14, **how)
+    ours = speaker.generate(PROMPTS, tokens=14, **how)
     assert ours == [made.decode(row) for row in skipped]
-    assert ours == [speaker.say([p], tokens=14, **how)[0] for p in PROMPTS]
+    assert ours == [speaker.generate([p], tokens=14, **how)[0] for p in PROMPTS]
     assert any(ours) and (form == "mbart" or len(set(map(len, skipped))) > 1)  # they say something, and end by themselves
 
 
@@ -130,52 +130,52 @@ def test_what_is_forced_before_an_answer_counts_as_length(pair, monkeypatch):
         "beam_search",
         lambda *a, **k: (seen.append(k["before"]), beam_search(*a, **k))[1],
     )
-    Speaker.load(folder, **languages).say(["a"], beams=2, tokens=3)
+    TextGenerator.load(folder, **languages).say(["a"], beams=2, tokens=3)
     assert seen == [len(forced)]
 
 
 def test_an_answer_in_pieces_stops_and_seeds(pair):
     folder, _, form, _, _, languages = pair
-    speaker = Speaker.load(folder, **languages)
-    whole = speaker.say(PROMPTS, tokens=14)
+    speaker = TextGenerator.load(folder, **languages)
+    whole = speaker.generate(PROMPTS, tokens=14)
     assert ["".join(speaker.stream(p, tokens=14)) for p in PROMPTS] == whole
     longest = max(whole, key=len)
     stop = longest.split()[len(longest.split()) // 2]
     for more in ({}, {"beams": 1}):
-        assert speaker.say(PROMPTS, tokens=14, stop=stop, **more) == [text.partition(stop)[0] for text in whole]
+        assert speaker.generate(PROMPTS, tokens=14, stop=stop, **more) == [text.partition(stop)[0] for text in whole]
     both = json.dumps([stop, longest.split()[0]])
-    assert speaker.say([PROMPTS[whole.index(longest)]], tokens=14, stop=both) == [""]
-    drawn = [speaker.say(PROMPTS, tokens=8, temperature=1.5, seed=s) for s in (1, 1, 2, 3)]
+    assert speaker.generate([PROMPTS[whole.index(longest)]], tokens=14, stop=both) == [""]
+    drawn = [speaker.generate(PROMPTS, tokens=8, temperature=1.5, seed=s) for s in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1] and len({tuple(d) for d in drawn}) > 1
-    assert len("".join(speaker.say(["a"] * 6, tokens=8, temperature=3.0)).split()) > 6
-    assert len(set(speaker.say(["a"] * 6, tokens=8, temperature=3.0))) > 1  # chance comes to each by its number
+    assert len("".join(speaker.generate(["a"] * 6, tokens=8, temperature=3.0)).split()) > 6
+    assert len(set(speaker.generate(["a"] * 6, tokens=8, temperature=3.0))) > 1  # chance comes to each by its number
     if form != "t5":  # no longer than the network has places for
-        assert len(speaker.say(["a"], tokens=300, temperature=3.0, repetition=0.5)[0].split()) <= 40
+        assert len(speaker.generate(["a"], tokens=300, temperature=3.0, repetition=0.5)[0].split()) <= 40
 
 
 def test_languages_are_named_or_known(pair):
     folder, _, form, _, _, _ = pair
     if form == "nllb":
-        with pytest.raises(SettingsError, match=r"it reads eng_Latn.*--set target="):
-            Speaker.load(folder)
-        with pytest.raises(SettingsError, match=r"target='fra_Lat' is no token of .*fra_Latn"):
-            Speaker.load(folder, target_language="fra_Lat")
-        assert Speaker.load(folder, target_language="deu_Latn").frame.before == (CODE["eng_Latn"],)
+        with pytest.raises(SettingsError, match=r"default: eng_Latn.*--set target="):
+            TextGenerator.load(folder)
+        with pytest.raises(SettingsError, match=r"target='fra_Lat' is not a token of .*fra_Latn"):
+            TextGenerator.load(folder, target_language="fra_Lat")
+        assert TextGenerator.load(folder, target_language="deu_Latn").frame.before == (CODE["eng_Latn"],)
     if form == "mbart":  # fitted to one language, with which its answers begin
-        frame = Speaker.load(folder).frame
+        frame = TextGenerator.load(folder).frame
         assert (frame.before, frame.after, frame.said) == ((), (2, CODE["eng_Latn"]), (CODE["deu_Latn"],))
-        assert Speaker.load(folder, target_language="fra_Latn").frame.said == (CODE["fra_Latn"],)
+        assert TextGenerator.load(folder, target_language="fra_Latn").frame.said == (CODE["fra_Latn"],)
 
 
 def test_folders_from_the_shell(pair):
     folder, _, _, _, _, languages = pair
     named = [x for side, name in languages.items() for x in ("--set", f"{side.removesuffix('_language')}={name}")]
     run = lambda *words: CliRunner().invoke(app, ["predict", str(folder), *words, *named, "--set", "tokens=14"])
-    speaker = Speaker.load(folder, **languages)
-    assert run(PROMPTS[0]).stdout.strip("\n") == speaker.say(PROMPTS[:1], tokens=14)[0]  # streamed
-    assert run(PROMPTS[0], "--set", "beams=4").stdout.strip("\n") == speaker.say(PROMPTS[:1], tokens=14, beams=4)[0]
+    speaker = TextGenerator.load(folder, **languages)
+    assert run(PROMPTS[0]).stdout.strip("\n") == speaker.generate(PROMPTS[:1], tokens=14)[0]  # streamed
+    assert run(PROMPTS[0], "--set", "beams=4").stdout.strip("\n") == speaker.generate(PROMPTS[:1], tokens=14, beams=4)[0]
     lines = [json.loads(line) for line in run(*PROMPTS, "--json").stdout.splitlines()]
-    assert [line["text"] for line in lines] == speaker.say(PROMPTS, tokens=14)
+    assert [line["text"] for line in lines] == speaker.generate(PROMPTS, tokens=14)
     failed = run("x", "--set", "beams=4", "--set", "top_p=0.5")
     assert failed.exit_code and "leave nothing to chance" in str(failed.exception)
 
@@ -223,7 +223,7 @@ def decoder(request, tmp_path_factory):
 )
 def test_any_end_ends_an_answer(decoder, how):
     folder, network, made = decoder
-    speaker = Speaker.load(folder)
+    speaker = TextGenerator.load(folder)
     assert speaker.ends == (0, 2)
     names = {"beams": "num_beams", "penalty": "length_penalty", "repetition": "repetition_penalty"}
     peer, lasts = [], set()
@@ -238,21 +238,21 @@ def test_any_end_ends_an_answer(decoder, how):
         )[0, ids.shape[1] :].tolist()
         lasts |= {i for i in said if i in (0, 2)}
         peer.append(made.decode(said[: next((i for i, token in enumerate(said) if token in (0, 2)), len(said))]))
-    assert speaker.say([*PROMPTS, *WORDS], tokens=12, **how) == peer
+    assert speaker.generate([*PROMPTS, *WORDS], tokens=12, **how) == peer
     assert lasts == {0, 2}  # both end answers here
 
 
 def test_beams_need_an_end_and_room(decoder):
-    speaker = Speaker.load(decoder[0])
+    speaker = TextGenerator.load(decoder[0])
     with pytest.raises(SettingsError, match="beams need a token"):
-        Speaker(speaker.network, speaker.text, ()).say(["a"], beams=2)
+        TextGenerator(speaker.network, speaker.text, ()).say(["a"], beams=2)
     with pytest.raises(SettingsError, match="leaves beams no room in the network's length=64"):
-        speaker.say(["a " * 70], beams=2)
-    assert speaker.say(["a " * 60], beams=2, tokens=200)
+        speaker.generate(["a " * 70], beams=2)
+    assert speaker.generate(["a " * 60], beams=2, tokens=200)
     with pytest.raises(SettingsError, match="comes as a whole"):
         speaker.stream("a", beams=2)
     with pytest.raises(SettingsError, match="leave out source"):
-        Speaker.load(decoder[0], source_language="deu_Latn")
+        TextGenerator.load(decoder[0], source_language="deu_Latn")
 
 
 def test_manners():
@@ -261,9 +261,9 @@ def test_manners():
         0.8,
         0.95,
     )
-    assert (Faithful().searched, Faithful(temperature=0).searched, Faithful(beams=2).searched) == (4, 1, 2)
+    assert (Faithful().searched, Faithful(temperature=0).searched, Faithful(num_beams=2).searched) == (4, 1, 2)
     assert Faithful(temperature=0).sampling.temperature == 0 and Faithful(top_p=0.9).sampling.temperature == 1
-    assert Faithful(top_k=5).searched == 1 and GenerationConfig(beams=3, temperature=0).searched == 3
+    assert Faithful(top_k=5).searched == 1 and GenerationConfig(num_beams=3, temperature=0).searched == 3
     assert (
         GenerationConfig(stop="x").stops == ["x"]
         and GenerationConfig().stops == []

@@ -16,7 +16,7 @@ from fieldguide.checkpoints.load import inspect_checkpoint
 from fieldguide.core.errors import SettingsError
 from fieldguide.data.preprocessing import Pictures, Text
 from fieldguide.inference.run import open_run
-from fieldguide.inference.zero_shot import ZeroShot
+from fieldguide.inference.zero_shot import ZeroShotClassifier
 from test_folders import settled
 from test_zero_shot import CLASSES, clip_folder
 from tv import transformers
@@ -85,7 +85,7 @@ def test_logits_equal_those_of_clip_with_its_processor(clip):
 def test_what_was_prepared_is_kept_and_said(clip):
     folder, _, run = clip
     options = run.task.options
-    assert (options.side, options.length, options.vocab, options.channels) == (
+    assert (options.side, options.length, options.vocab_size, options.channels) == (
         24,
         16,
         inspect_checkpoint(folder).values["vocab"],
@@ -98,8 +98,8 @@ def test_what_was_prepared_is_kept_and_said(clip):
 
 def test_classes_by_name_are_told_as_by_the_untouched_checkpoint(clip):
     folder, place, run = clip
-    want = ZeroShot.load(folder).predict(str(place / "photos"), CLASSES)
-    for source in (run, ZeroShot.load(run.path)):
+    want = ZeroShotClassifier.load(folder).predict(str(place / "photos"), CLASSES)
+    for source in (run, ZeroShotClassifier.load(run.path)):
         got = (
             run.predict(str(place / "photos"), num_classes=",".join(CLASSES))
             if source is run
@@ -223,5 +223,5 @@ def test_ways_to_resize():
         "pad 0.5 bicubic",
         "crop 1 2 box",
     ):
-        with pytest.raises(SettingsError, match="no way to resize"):
+        with pytest.raises(SettingsError, match="is not a valid resize method"):
             plain.resized(wrong)

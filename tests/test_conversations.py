@@ -146,7 +146,7 @@ def test_conversations_are_written_as_transformers_does(name, tmp_path):
     else:
         assert said.replace(" ", "") == "".join(wanted).replace(" ", "")
     assert task.ends[0] == peer.eos_token_id and set(task.ends) == {peer.eos_token_id, peer.convert_tokens_to_ids(closing)}
-    assert task.notes == ["conversations are written by the checkpoint's chat template: what the assistant says is learnt"]
+    assert task.notes == ["conversations are rendered with the checkpoint's chat template: the assistant's turns are trained on"]
 
 
 def test_what_the_assistant_says_is_what_the_template_marks(tmp_path):
@@ -161,10 +161,10 @@ def test_what_the_assistant_says_is_what_the_template_marks(tmp_path):
 def test_where_it_cannot_be_told_all_is_learnt_and_said(tmp_path):
     fast(SHOUTS, "<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
     task = learnt_from(tmp_path, CHATS[:2])
-    assert task.stream_of(table(CHATS[:2]))[1].all() and "all of them is learnt" in task.notes[0]
+    assert task.stream_of(table(CHATS[:2]))[1].all() and "all text is trained on" in task.notes[0]
     same = [{"role": "user", "content": "!"}, {"role": "assistant", "content": "?!"}]  # has no letters to raise
     task = learnt_from(tmp_path, [CHATS[0], same])
-    assert "and all of 1 in which it does not let that be told" in task.notes[0]
+    assert "and all text of 1 conversations whose turns cannot be identified" in task.notes[0]
     tokens, learnt = task.stream_of(table([same]))
     assert task.text.tokenizer.decode(tokens[learnt].tolist(), skip_special_tokens=False) == "?!<|im_end|>"
 
@@ -222,7 +222,7 @@ def test_a_fit_on_conversations_learns_to_answer_and_to_end(tmp_path):
         callback=(said := Said()),
         settings={**STEPS, "steps": 60, "lr": 1e-2, "tune": "whole"},
     )
-    assert any("what the assistant says is learnt" in text for text in said.words)
+    assert any("the assistant's turns are trained on" in text for text in said.words)
     greedy = {"temperature": "0.0", "tokens": 12}
     question = [{"role": "user", "content": "hello 77"}]
     answers = [a["text"] for a in run.predict(["hello 77", pl.DataFrame({"messages": [question]})], **greedy)]

@@ -193,7 +193,7 @@ def test_damaged_voc(tmp_path):
         "wrong-encoding": (lambda: (xml / "p010.xml").write_bytes(b"<annotation><name>\xe9t\xe9</name></annotation>"), "p010"),
         "xml-doctype": (lambda: (xml / "p010.xml").write_text('<!DOCTYPE a [<!ENTITY x "y">]>\n<annotation/>'), "p010"),
         "empty-annotation": (lambda: (xml / "p010.xml").write_text(""), "p010.xml"),
-        "size-differs": (lambda: change(xml / "p010.xml", ("<width>40", "<width>41")), "p010.xml: 41 x 30, the picture 40 x"),
+        "size-differs": (lambda: change(xml / "p010.xml", ("<width>40", "<width>41")), "p010.xml: 41 x 30, the image 40 x"),
         "no-picture": (lambda: (root / "JPEGImages" / "p010.jpg").rename(root / "other.jpg"), "p010.xml: p010.jpg"),
         "no-annotation": (lambda: (xml / "p010.xml").unlink(), "ImageSets/Main: p010"),
         "truncated-image": (
@@ -249,11 +249,11 @@ def test_damaged_yolo(tmp_path):
     path.write_bytes(path.read_bytes()[:400])
     assert has(read(root), "truncated-image", unusable=1, place="p010.jpg")
     for text, words in (
-        ("train: images/nowhere\nnames: [cat, dog]\n", "train names 'images/nowhere', which is not there"),
-        ("train: images/train\nnc: 3\nnames: [cat, dog]\n", "nc says 3 classes, names lists 2"),
-        ("train: images/train\nnames: [cat, cat]\n", "several classes are called 'cat'"),
-        ("train: [images/train\nnames: x", "data.yaml:2: is no YAML"),
-        ("train: images/train\nnames: 5\n", "names is to be a list"),
+        ("train: images/nowhere\nnames: [cat, dog]\n", "train refers to 'images/nowhere', which does not exist"),
+        ("train: images/train\nnc: 3\nnames: [cat, dog]\n", "nc is 3 but names lists 2 classes"),
+        ("train: images/train\nnames: [cat, cat]\n", "several classes have the name 'cat'"),
+        ("train: [images/train\nnames: x", "data.yaml:2: invalid YAML"),
+        ("train: images/train\nnames: 5\n", "`names` must be a list"),
     ):
         (root / "data.yaml").write_text(text)
         with pytest.raises(DataError, match=words):
@@ -299,15 +299,15 @@ def test_damaged_coco(tmp_path):
         assert finding(data, check).remedy
     for change, words in (
         (lambda i, n, c: c.append(c[0]), "several categories have the id 7"),
-        (lambda i, n, c: i[3].pop("file_name"), "image 3 lacks its id or file_name"),
-        (lambda i, n, c: c[0].pop("name"), "each of its categories needs"),
+        (lambda i, n, c: i[3].pop("file_name"), "image 3 lacks id or file_name"),
+        (lambda i, n, c: c[0].pop("name"), "each category needs"),
     ):
         with pytest.raises(DataError, match=words):
             damaged(change)
     for text, words in (
-        (whole[: len(whole) // 2], "is no complete JSON"),
+        (whole[: len(whole) // 2], "invalid JSON"),
         (whole.replace('"images"', '"image"', 1), "lacks images"),
-        (whole.replace("cat", "caf\xe9", 1).encode("latin-1"), "is no UTF-8"),
+        (whole.replace("cat", "caf\xe9", 1).encode("latin-1"), "not UTF-8"),
     ):
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(DataError, match=words):

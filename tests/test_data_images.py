@@ -97,7 +97,7 @@ def test_every_problem_in_one_error(tmp_path):
     truncate(files[0])
     files[1].write_bytes(b"")
     (tmp_path / "3").mkdir()
-    with refused("empty-class", "class folder '3' holds no pictures", "[truncated-image]", "[empty-file]"):
+    with refused("empty-class", "class folder '3' contains no images", "[truncated-image]", "[empty-file]"):
         read(tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_table_of_paths(tmp_path):
     data = read(write(tmp_path / "t.csv", rows))
     assert data.columns["file"].kind == "image" and data.target.name == "kind" and len(data) == 179
     found = finding(data, "missing-file")
-    assert found.places[0].startswith("t.csv:10") and "start at the folder of the table" in found.remedy
+    assert found.places[0].startswith("t.csv:10") and "relative to the folder of the table" in found.remedy
     assert data.manifest.files[0].dropped == 1 and len(data.manifest.files) == 181
     assert data.rows["#hash"].null_count() == 0 and os.path.exists(data.rows["file"][0])
     rows[20] = "img/0/lost too.png,zero"

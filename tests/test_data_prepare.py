@@ -183,10 +183,10 @@ def test_sizes_of_text():
 
 
 def test_given_tokenizer_that_is_none(tmp_path):
-    with pytest.raises(DataError, match="there is no such tokenizer"):
+    with pytest.raises(DataError, match="no tokenizer found"):
         Text.load(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match="not a tokenizer"):
+    with pytest.raises(DataError, match="not a file of the tokenizers library"):
         Text.load(tmp_path / "tokenizer.json")
 
 

@@ -43,7 +43,7 @@ def test_california(tmp_path):
 def test_trec(tmp_path):
     data = read(unpack("texts.zip", tmp_path, "trec/") / "trec")
     assert len(data) == 5952 and (data.splits == "test").sum() == 500 and data.target.distinct == 6
-    assert finding(data, "encoding").places == ("TREC.train.all:66, the first",)
+    assert finding(data, "encoding").places == ("TREC.train.all:66, the first occurrence",)
     assert finding(data, "duplicate-across-splits").count == 11
 
 

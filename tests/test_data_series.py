@@ -70,7 +70,7 @@ def test_a_series_a_row(tmp_path):
     data = got(write(tmp_path / "t.csv", rows()))
     found = panel(data)
     assert layout_of(data) == "rows" and found.names[3] == "H3" and len(found) == 40
-    assert found.of(3).tolist() == [30 + t % 7 for t in range(33)] and "one series a row" in finding(data, "layout").what
+    assert found.of(3).tolist() == [30 + t % 7 for t in range(33)] and "one series per row" in finding(data, "layout").what
     assert "missing-values" not in checks(data)
     cells = [line.split(",") for line in rows()]
     for row, line in enumerate(cells[1:]):
@@ -147,13 +147,13 @@ def test_damaged_long_tables(tmp_path, suffix):
     assert finding(data, "time-backwards").severity == "note" and "time-order" not in checks(data)
     with refused("conflicting-time", "240 of 480 examples are unusable", "--set role.series=COLUMN"):
         stored([line_.replace("south", "north") for line_ in good])  # two series under one name
-    with refused("time-unreadable", "'time' is to be the time", "2024-12-31"):
+    with refused("time-unreadable", "time column 'time' contains neither", "2024-12-31"):
         stored([good[0], *(f"{line_.split(',')[0]},day {n},1.5" for n, line_ in enumerate(good[1:]))])
-    with refused("irregular-steps", "the moments are irregular", "by hour, day"):
+    with refused("irregular-steps", "the times are irregular", "by hour, day"):
         stored([good[0], *(f"north,2024-03-{1 + i // 20:02d} {i % 20:02d}:{i * i * 7 % 60:02d},{i}.5" for i in range(300))])
-    with refused("one-moment", "no series has two moments"):
+    with refused("one-moment", "no series has two time steps"):
         stored([good[0], *(f"s{i},2024-03-01 00:00,{i}.5" for i in range(50))])
-    with refused("nothing-changes", "one value from its beginning to its end"):
+    with refused("nothing-changes", "all series are constant"):
         stored([good[0], *(f"{line_.rpartition(',')[0]},7.5" for line_ in good[1:])])
     with refused("no-target", "no column of numbers"):
         stored([line_.rpartition(",")[0] for line_ in good])
@@ -174,7 +174,7 @@ def test_damaged_text(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"PAR1" + b"\0" * 50)
     with pytest.raises(DataError, match="not a readable Parquet file"):
         got(tmp_path / "t.parquet")
-    with pytest.raises(DataError, match=r"'sit', which is not there\. Did you mean 'site'"):
+    with pytest.raises(DataError, match=r"'sit', which does not exist\. Did you mean 'site'"):
         got(write(tmp_path / "t.csv", good), roles={"series": "sit"})
 
 
@@ -194,7 +194,7 @@ def test_damaged_wide_tables(tmp_path):
     assert "missing-values" not in checks(data) and (found.low[1], found.high[1]) == (39, 199)
     data = got(write(tmp_path / "t.csv", [*good[:20], good[20].replace(".5", "x", 1), *good[21:]]))
     assert finding(data, "mixed-types").places == ("t.csv:21",)
-    with refused("conflicting-time", "name the column that tells them apart"):
+    with refused("conflicting-time", "specify the column that identifies them"):
         got(write(tmp_path / "t.csv", [*good, *(line.replace(".5", ".25") for line in good[1:])]))
 
 
@@ -213,12 +213,12 @@ def test_damaged_rows(tmp_path):
     assert "'H99'" in finding(data, "constant-series").what
     with pytest.raises(DataError, match=r"t.csv:3 has 42"):
         got(write(tmp_path / "t.csv", [*good[:2], good[2] + ",7", *good[3:]]))
-    with refused("repeated-series", "rows whose 'V1' was there before", "t.csv:42", "--time"):
+    with refused("repeated-series", "rows with a repeated 'V1'", "t.csv:42", "--time"):
         got(write(tmp_path / "t.csv", [*good, good[1]]))
     with refused("repeated-series", "10 x"):
         got(write(tmp_path / "t.csv", [*good, *good[1:11]]), roles={"series": "V1"})
     data = got(write(tmp_path / "t.csv", [*good[:3], good[3].partition(",")[0] + ",7" + "," * 39, *good[4:]]))
-    with pytest.raises(DataError, match="too few to learn to forecast 30"):
+    with pytest.raises(DataError, match="too few to train with a horizon of 30"):
         Forecasting.build_examples(data, Forecasting.options_from({"horizon": 30}))
     made = Forecasting.build_examples(data, Forecasting.options_from({"horizon": 4}))
     assert finding(made, "short-series").places == ("'H2'",) and finding(made, "short-series").remedy

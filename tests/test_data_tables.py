@@ -102,7 +102,7 @@ def test_wrong_encoding_is_read_and_said(tmp_path):
     (tmp_path / "t.csv").write_bytes("\n".join(rows).encode("cp1252"))
     data = read(tmp_path / "t.csv")
     found = finding(data, "encoding")
-    assert found.severity == "warning" and found.places == ("t.csv:42, the first",)
+    assert found.severity == "warning" and found.places == ("t.csv:42, the first occurrence",)
     assert "Windows-1252" in found.what
     assert "setôsa" in data.rows["species"].to_list()
 
@@ -110,7 +110,7 @@ def test_wrong_encoding_is_read_and_said(tmp_path):
 def test_nul_bytes_are_refused(tmp_path):
     content = "\n".join(lines("iris")).replace("virginica", "virg\0nica", 1)
     (tmp_path / "t.csv").write_text(content)
-    with pytest.raises(DataError, match=r"t\.csv:102: a NUL byte"):
+    with pytest.raises(DataError, match=r"t\.csv:102: NUL byte"):
         read(tmp_path / "t.csv")
 
 
@@ -119,7 +119,7 @@ def test_nul_bytes_are_refused(tmp_path):
     [
         (30, "5.1,3.5,1.4,0.2,setosa,extra", r"1 of 151 lines do not have 5 cells.*t\.csv:30 has 6"),
         (30, "5.1,3.5,1.4", r"1 of 151 lines do not have 5 cells.*t\.csv:30 has 3"),
-        (30, '"5.1,3.5,1.4,0.2,setosa', r"t\.csv:30: broken quoting: a quotation mark is opened"),
+        (30, '"5.1,3.5,1.4,0.2,setosa', r"t\.csv:30: broken quoting: a quotation mark is not closed"),
         (30, '"5.1"0,3.5,1.4,0.2,setosa', r"t\.csv:30: broken quoting: text follows a closing"),
     ],
 )
@@ -153,7 +153,7 @@ def test_empty_lines_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("a,b,a,d,species", r"t\.csv:1: 'a' names columns 1, 3"),
+        ("a,b,a,d,species", r"t\.csv:1: 'a' is the name of several columns \(1, 3\)"),
         ("a,,c,d,species", r"t\.csv:1: column 2 has no name"),
         (",b,c,d,species", r"often an index"),
     ],
@@ -351,7 +351,7 @@ def test_objects_in_memory():
     )
     data = read(mixed, target="y")
     assert data.columns["a"].missing == 20 and data.columns["b"].missing == 20 and data.target.kind == "category"
-    with pytest.raises(DataError, match="different lengths"):
+    with pytest.raises(DataError, match="differ in length"):
         read({"a": [1, 2], "b": [1]})
 
 
@@ -390,7 +390,7 @@ def test_unknown_sources(tmp_path):
     with pytest.raises(DataError, match=r"Did you mean 'data\.csv'"):
         read(tmp_path / "dta.csv")
     (tmp_path / "a.xyz").write_bytes(b"\0\1\2")
-    with pytest.raises(DataError, match=r"(?s)not a kind of data.*pictures: a folder.*a table: \.csv"):
+    with pytest.raises(DataError, match=r"(?s)this kind of data is not supported.*images: a folder.*a table: \.csv"):
         read(tmp_path / "a.xyz")
     with pytest.raises(DataError, match="an object of type int"):
         read(3)

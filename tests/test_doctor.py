@@ -37,14 +37,14 @@ def test_enforce():
 
 def test_single_class(tmp_path):
     rows = lines("iris")
-    with refused("single-class", "'setosa' on every row"):
+    with refused("single-class", "'setosa' in every row"):
         read(write(tmp_path / "t.csv", rows[:51]), allow_bad=True)
-    with refused("single-class", "'0' on every row"):
+    with refused("single-class", "'0' in every row"):
         read(digits(tmp_path / "d", classes=1))
 
 
 def test_constant_amount(tmp_path):
-    with refused("single-class", "7.5 on every row"):
+    with refused("single-class", "7.5 in every row"):
         read(write(tmp_path / "t.csv", ["x,y", *(f"{i},7.5" for i in range(60))]), kinds={"y": "number"})
 
 
@@ -65,7 +65,7 @@ def test_too_many_classes(tmp_path):
 
 def test_nothing_to_learn_from(tmp_path):
     rows = ["id,same,y", *(f"{i},a,{'pq'[i % 2]}" for i in range(60))]
-    with refused("no-features", "no column is left"):
+    with refused("no-features", "no usable feature columns"):
         read(write(tmp_path / "t.csv", rows))
 
 
@@ -121,7 +121,7 @@ def test_leaks(tmp_path):
         "noisy": (y + (rng.random(400) < 0.2)) % 3,
         "grade": np.array(list("pqr"))[y],
     }
-    with refused("leak", "column 'code' tells the target 'grade' exactly", "--set 'column.code=identifier'") as caught:
+    with refused("leak", "column 'code' predicts the target 'grade' exactly", "--set 'column.code=identifier'") as caught:
         read(table, target="grade")
     found = {f.places[0]: f.severity for f in caught.value.findings if f.check == "leak"}
     assert found == {"column 'code'": "error", "column 'almost'": "warning"}
@@ -139,7 +139,7 @@ def test_leaks_into_an_amount():
     rng = np.random.default_rng(0)
     y = rng.normal(20, 5, 300)
     table = {"x": rng.normal(size=300), "fahrenheit": y * 1.8 + 32, "celsius": y}
-    with refused("leak", "'fahrenheit' tells the target 'celsius' exactly"):
+    with refused("leak", "'fahrenheit' predicts the target 'celsius' exactly"):
         read(table, target="celsius")
     table["fahrenheit"] = table["fahrenheit"] + rng.normal(0, 0.05, 300)
     assert "correlation 0.9999" in finding(read(table, target="celsius"), "leak").what

@@ -360,7 +360,7 @@ def test_the_standard_borders_of_ett():
     assert counts == [2 * 8209, 2 * -(-2785 // 2), 2 * 2785]  # validation: every second
     assert (cuts[splits == "test"].min(), cuts[splits == "test"].max()) == (11520, 14400 - 96)
     assert (cuts[splits == "val"].max(), cuts[splits == "train"].max()) == (11520 - 96, 8640 - 96)
-    assert "6,040 steps behind the test unused" in made.how  # of both series
+    assert "6,040 steps after the test unused" in made.how  # of both series
     task = Forecasting.fit(made, Forecasting.Options())
     assert task.standards["a"] == pytest.approx((wave[:8640].mean(), wave[:8640].std()))
 
@@ -383,7 +383,7 @@ def test_many_series_are_tested_on_their_last_horizon():
     assert (rows[CUT].to_numpy() == found.high - 5).all()
     with pytest.raises(SettingsError, match="fewer than the horizon"):
         windows(table(60, series=31), horizon=5, test=3)
-    with pytest.raises(SettingsError, match="add up to more than the 60"):
+    with pytest.raises(SettingsError, match="exceed the 60"):
         windows(table(60), horizon=5, train=50, validation=10, test=10)
     with pytest.raises(DataError, match="longest of 2 series has 60 steps, too few"):
         windows(table(60), horizon=40)
@@ -397,7 +397,7 @@ def test_parts_that_the_source_names(tmp_path):
     assert (at[made.splits == "train"].max(), at[made.splits == "val"].min(), at[made.splits == "test"].min()) == (30, 35, 40)
     rows = table(60).with_columns(pl.Series("split", (["test"] * 20 + ["train"] * 40) * 2))
     rows.write_csv(tmp_path / "odd.csv")
-    with pytest.raises(DataError, match=r"odd.csv:22: .*not one after another in time: in series 's0'"):
+    with pytest.raises(DataError, match=r"odd.csv:22: .*not consecutive in time: in series 's0'"):
         windows(tmp_path / "odd.csv", horizon=5)
 
 

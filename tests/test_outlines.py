@@ -310,7 +310,7 @@ def test_a_network_learns_from_outlines(tmp_path):
     assert other["rows"] == 20 and other["scores"]["miou"] > 0.75
     good = (tmp_path / "other" / "images" / "p003.png").read_bytes()
     (tmp_path / "other" / "images" / "p003.png").write_bytes(good[:60])
-    with pytest.raises(BadData, match=r"1 of 20 examples are unusable .* Mend them, or remove them"):
+    with pytest.raises(BadData, match=r"1 of 20 examples are unusable .* Correct them, or remove them"):
         run.evaluate(str(tmp_path / "other"))
     assert [("error" in answer) for answer in run.predict([str(tmp_path / "other")])] == [i == 3 for i in range(20)]
     (tmp_path / "other" / "images" / "p003.png").write_bytes(good)

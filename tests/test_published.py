@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from fieldguide.cli import commands
 from fieldguide.core.card import IMAGENET
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
-from fieldguide.inference.pretrained_task import Published
-from fieldguide.inference.zero_shot import prepared
+from fieldguide.inference.pretrained_task import PretrainedTask
+from fieldguide.inference.zero_shot import build_transform
 from fieldguide.models.registry import create
 from test_folders import settled
 from test_text_files import wordpieces
@@ -70,10 +70,10 @@ def test_pictures_are_prepared_as_by_transformers(pictures, tmp_path, name, said
     theirs = getattr(transformers, name)(**said)
     theirs.save_pretrained(tmp_path)
     side = 384 if said["size"].get("shortest_edge") == 384 else 24
-    how = prepared(tmp_path, side, 3)
+    how = build_transform(tmp_path, side, 3)
     paths = files(pictures)
     torch.testing.assert_close(how.apply(how.load(paths)), seen(theirs, paths), rtol=0, atol=1e-5)
-    assert how == type(how).from_json(json.loads(json.dumps(how.to_json()))) == prepared(tmp_path, side, 3).resized(how.way)
+    assert how == type(how).from_json(json.loads(json.dumps(how.to_json()))) == build_transform(tmp_path, side, 3).resized(how.way)
 
 
 @pytest.mark.parametrize("kind", OLD)
@@ -81,7 +81,7 @@ def test_old_files_leave_open_whose_they_are(pictures, tmp_path, kind):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(OLD[kind]))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     name = {"vit": "ViTImageProcessorPil", "deit": "DeiTImageProcessorPil", "convnext": "ConvNextImageProcessorPil"}[kind]
-    how, paths = prepared(tmp_path, 24, 3), files(pictures)
+    how, paths = build_transform(tmp_path, 24, 3), files(pictures)
     torch.testing.assert_close(
         how.apply(how.load(paths)), seen(getattr(transformers, name)(**OLD[kind]), paths), rtol=0, atol=1e-5
     )
@@ -102,7 +102,7 @@ def test_pictures_are_prepared_as_by_timm(pictures, tmp_path, said):
         json.dumps({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 24, 24], **said}})
     )
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg={"input_size": (3, 24, 24), **said}))
-    how, paths = prepared(tmp_path, 24, 3, IMAGENET), files(pictures)
+    how, paths = build_transform(tmp_path, 24, 3, IMAGENET), files(pictures)
     want = torch.stack([theirs(Image.open(path).convert("RGB")) for path in paths])
     torch.testing.assert_close(how.apply(how.load(paths)), want, rtol=0, atol=1e-5)
 
@@ -125,7 +125,7 @@ def photos(tmp_path_factory):
 def test_classes_of_pictures(photos, pictures):
     folder, theirs, ready = photos
     want = theirs(seen(ready, files(pictures))).logits.softmax(-1).numpy()
-    found = Published.load(folder).predict(str(pictures))
+    found = PretrainedTask.load(folder).predict(str(pictures))
     assert [r["label"] for r in found] == [KINDS[i] for i in want.argmax(1)] and want.std(0).max() > 1e-3
     np.testing.assert_allclose([[r["probabilities"][name] for name in KINDS] for r in found], want, rtol=1e-4, atol=1e-6)
 
@@ -134,7 +134,7 @@ def test_classes_of_pictures(photos, pictures):
 def test_vectors_of_pictures(photos, pictures):
     folder, theirs, ready = photos
     want = theirs.vit(seen(ready, files(pictures))).last_hidden_state[:, 0]
-    found = Published.load(folder, output_type="vector").predict(str(pictures))
+    found = PretrainedTask.load(folder, output_type="vector").predict(str(pictures))
     np.testing.assert_allclose([r["vector"] for r in found], nn.functional.normalize(want, dim=-1), rtol=1e-4, atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_a_resnet_of_timm_without_names(tmp_path, pictures):
     way = timm.data.create_transform((3, 64, 64), crop_pct=0.95, interpolation="bicubic", mean=[0.5] * 3, std=[0.5] * 3)
     with torch.no_grad():
         want = theirs(torch.stack([way(Image.open(p).convert("RGB")) for p in files(pictures)])).softmax(-1).numpy()
-    found = Published.load(tmp_path).predict(str(pictures))
+    found = PretrainedTask.load(tmp_path).predict(str(pictures))
     np.testing.assert_allclose([list(r["probabilities"].values()) for r in found], want, rtol=1e-4, atol=1e-6)
     assert list(found[0]["probabilities"]) == ["0", "1", "2"]
 
@@ -185,7 +185,7 @@ def texts(path, kind: str, **said):
 def test_classes_of_texts(tmp_path):
     theirs, words = texts(tmp_path, "ForSequenceClassification", **NAMES)
     want = theirs(**words(SENTENCES, return_tensors="pt", padding=True)).logits.softmax(-1).numpy()
-    found = Published.load(tmp_path).predict(SENTENCES)
+    found = PretrainedTask.load(tmp_path).predict(SENTENCES)
     np.testing.assert_allclose([[r["probabilities"][name] for name in KINDS] for r in found], want, rtol=1e-4, atol=1e-6)
     assert [r["label"] for r in found] == [KINDS[i] for i in want.argmax(1)]
 
@@ -196,10 +196,10 @@ def test_classes_of_pairs(tmp_path):
     pairs = [("the cat sat", "the mat ran"), ("don't", "the cat ran to the mat and sat")]
     want = theirs(**words(*map(list, zip(*pairs)), return_tensors="pt", padding=True)).logits.softmax(-1).numpy()
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"premise": a, "hypothesis": b}) + "\n" for a, b in pairs))
-    found = Published.load(tmp_path, columns="premise,hypothesis").predict(tmp_path / "pairs.jsonl")
+    found = PretrainedTask.load(tmp_path, columns="premise,hypothesis").predict(tmp_path / "pairs.jsonl")
     np.testing.assert_allclose([[r["probabilities"][name] for name in KINDS] for r in found], want, rtol=1e-4, atol=1e-6)
     with pytest.raises(SettingsError, match="columns=a,b: this network reads 1 column of text"):
-        Published.load(tmp_path, output_type="vector", columns="a,b")
+        PretrainedTask.load(tmp_path, output_type="vector", columns="a,b")
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def test_tags_of_words(tmp_path):
     made = words(split, is_split_into_words=True, return_tensors="pt")
     likely = theirs(**made).logits[0].softmax(-1)
     begins = [made.word_ids().index(i) for i in range(len(split))]
-    (found,) = Published.load(tmp_path).predict(["the cat xylophonist sat."])
+    (found,) = PretrainedTask.load(tmp_path).predict(["the cat xylophonist sat."])
     assert found["tokens"] == split and found["tags"] == [tags[likely[i].argmax()] for i in begins]
     for entity in found["entities"]:
         inside = begins[entity["first"] : entity["last"] + 1]
@@ -228,7 +228,7 @@ def test_answers_to_questions(tmp_path):
     out, inside = theirs(**made), [i for i, s in enumerate(made.sequence_ids()) if s == 1]
     score = {(a, b): float(out.start_logits[0, a] + out.end_logits[0, b]) for a in inside for b in inside if a <= b < a + 30}
     first, last = max(score, key=score.get)
-    (found,) = Published.load(tmp_path).predict([context], question=question)
+    (found,) = PretrainedTask.load(tmp_path).predict([context], question=question)
     assert found["answer"] == context[where[first][0] : where[last][1]] and found["start"] == where[first][0]
 
 
@@ -238,7 +238,7 @@ def test_hidden_words(tmp_path):
     made = words("the cat [MASK] on the mat", return_tensors="pt")
     place = made["input_ids"][0].tolist().index(words.mask_token_id)
     want = theirs(**made).logits[0, place].softmax(-1).topk(3)
-    (found,) = Published.load(tmp_path).predict(["the cat ___ on the mat"], top=3)
+    (found,) = PretrainedTask.load(tmp_path).predict(["the cat ___ on the mat"], top=3)
     assert [w["probability"] for w in found["words"][0]] == pytest.approx(want.values.tolist(), rel=1e-4)
     assert found["words"][0][0]["word"] == words.decode(want.indices[:1])
 
@@ -263,7 +263,7 @@ def test_vectors_of_texts(tmp_path, pooled):
     made = words(SENTENCES, return_tensors="pt", padding=True, truncation=True, max_length=8 if pooled else 40)
     out, mask = theirs(**made).last_hidden_state, made["attention_mask"][..., None]
     want = nn.functional.normalize(out[:, 0] if pooled == "cls" else (out * mask).sum(1) / mask.sum(1), dim=-1).numpy()
-    ready = Published.load(tmp_path)
+    ready = PretrainedTask.load(tmp_path)
     np.testing.assert_allclose([r["vector"] for r in ready.predict(SENTENCES)], want, rtol=1e-4, atol=1e-5)
     assert bool(ready.task.notes) is bool(pooled)  # that a text is cut
     if not pooled:
@@ -293,7 +293,7 @@ def test_questions_on_pictures(tmp_path, pictures):
     made = transformers.BertTokenizerFast.from_pretrained(tmp_path)(["what sat?"] * 4, return_tensors="pt")
     image = seen(transformers.ViTImageProcessorPil(size={"height": 24, "width": 24}), files(pictures))
     want = theirs(pixel_values=image, **made).logits.softmax(-1).numpy()
-    found = Published.load(tmp_path).predict(files(pictures), question="what sat?")
+    found = PretrainedTask.load(tmp_path).predict(files(pictures), question="what sat?")
     np.testing.assert_allclose([[r["probabilities"][name] for name in KINDS] for r in found], want, rtol=1e-4, atol=1e-6)
 
 
@@ -303,12 +303,12 @@ def test_questions_on_pictures(tmp_path, pictures):
 def test_what_cannot_be_asked(tmp_path):
     texts(tmp_path / "one", "ForSequenceClassification", num_labels=1)
     with pytest.raises(WeightsError, match="gives a number, not one class of several"):
-        Published.load(tmp_path / "one")
+        PretrainedTask.load(tmp_path / "one")
     texts(tmp_path / "many", "ForSequenceClassification", problem_type="multi_label_classification", **NAMES)
     with pytest.raises(WeightsError, match="gives several classes at once"):
-        Published.load(tmp_path / "many")
+        PretrainedTask.load(tmp_path / "many")
     texts(tmp_path / "text", "ForSequenceClassification", **NAMES)
-    ready = Published.load(tmp_path / "text")
+    ready = PretrainedTask.load(tmp_path / "text")
     with pytest.raises(SettingsError, match="no option temperature"):
         ready.predict(["a text"], temperature=1)
     with pytest.raises(DataError, match=r"classes that were not in training: .*horse"):
@@ -317,24 +317,24 @@ def test_what_cannot_be_asked(tmp_path):
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "text" / name).unlink(missing_ok=True)
     with pytest.raises(WeightsError, match="cannot be asked without its tokenizer"):
-        Published.load(tmp_path / "text")
+        PretrainedTask.load(tmp_path / "text")
     texts(tmp_path / "vectors", "Model")
     with pytest.raises(DataError, match="no answers that could be right or wrong"):
-        Published.load(tmp_path / "vectors").evaluate(tmp_path / "t.csv")
+        PretrainedTask.load(tmp_path / "vectors").evaluate(tmp_path / "t.csv")
     (tmp_path / "vectors/1_Pooling").mkdir()
     (tmp_path / "vectors/1_Pooling/config.json").write_text('{"pooling_mode_max_tokens": true}')
     with pytest.raises(WeightsError, match=r"by max_tokens; known are cls_token and mean_tokens"):
-        Published.load(tmp_path / "vectors")
+        PretrainedTask.load(tmp_path / "vectors")
     for name in ("sasrec-test", "fnn-test"):
         torch.save(create(name).state_dict(), tmp_path / f"{name}.pt")
         with pytest.raises(WeightsError, match="no task answers or scores that as it is"):
-            Published.load(tmp_path / f"{name}.pt", name=name)
+            PretrainedTask.load(tmp_path / f"{name}.pt", name=name)
 
 
 def test_on_the_command_line(photos, pictures, tmp_path):
     folder = photos[0]
     run = lambda *words: CliRunner().invoke(commands.app, [*map(str, words)])
-    want = Published.load(folder).predict(str(pictures))
+    want = PretrainedTask.load(folder).predict(str(pictures))
     done = run("predict", folder, pictures, "--json")
     assert done.exit_code == 0 and [json.loads(line) for line in done.stdout.splitlines()] == want
     vectors = run("predict", folder, pictures / "a.png", "--json", "--set", "gives=vector")

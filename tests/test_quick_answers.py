@@ -128,7 +128,7 @@ def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from fieldguide.cli.commands import app
-    from fieldguide.inference.text_generation import Speaker
+    from fieldguide.inference.text_generation import TextGenerator
     from test_speaker import bpe
 
     torch.manual_seed(0)
@@ -144,9 +144,9 @@ def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
         "fieldguide.inference.text_generation.shrink", lambda network: (shrunk.append(network), shrink(network))[1]
     )
     for weights in ("float32", "int8"):
-        speaker = Speaker.load(tmp_path, eight=weights == "int8")
+        speaker = TextGenerator.load(tmp_path, eight=weights == "int8")
         assert isinstance(speaker.network.head.weight, Int8) == (weights == "int8")
-        said = speaker.say(["the cat"], tokens=8, temperature=0.0)
+        said = speaker.generate(["the cat"], tokens=8, temperature=0.0)
         assert run(weights).stdout.rstrip("\n") == said[0].rstrip("\n")
         assert len(shrunk) == (2 if weights == "int8" else 0)
     assert "weights='int4' is none of float32, int8" in str(run("int4").exception)

@@ -90,7 +90,7 @@ def test_second_use_is_quick():
 
 
 def test_unknown_sample():
-    with pytest.raises(DataError, match=r"'digit' is no sample. Did you mean 'digits'\?"):
+    with pytest.raises(DataError, match=r"'digit' is not a sample. Did you mean 'digits'\?"):
         samples.path("digit")
 
 

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
-from fieldguide.inference.text_generation import Speaker
+from fieldguide.inference.text_generation import TextGenerator
 from fieldguide.models.generation.stop_strings import cut, pieces
 from test_pretrained import settled
 from tv import transformers
@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def speaker(folder):
-    return Speaker.load(folder)
+    return TextGenerator.load(folder)
 
 
 def theirs(folder, prompt: str, **how) -> str:
@@ -84,16 +84,16 @@ def theirs(folder, prompt: str, **how) -> str:
 
 def test_greedy_answers_are_those_of_transformers(folder, speaker):
     prompts = ["the cat", "a dog ran after", "who"]
-    together = speaker.say(prompts, tokens=12, **GREEDY)
+    together = speaker.generate(prompts, tokens=12, **GREEDY)
     assert together == [theirs(folder, p) for p in prompts]
-    assert together == [speaker.say([p], tokens=12, **GREEDY)[0] for p in prompts]
+    assert together == [speaker.generate([p], tokens=12, **GREEDY)[0] for p in prompts]
     assert ["".join(speaker.stream(p, tokens=12, **GREEDY)) for p in prompts] == together
 
 
 def test_seeds_decide(speaker):
     hot = {"temperature": 2.0, "tokens": 8}
-    assert speaker.say(["the"], seed=1, **hot) == speaker.say(["the"], seed=1, **hot)
-    assert len({speaker.say(["the"], seed=s, **hot)[0] for s in range(5)}) > 1
+    assert speaker.generate(["the"], seed=1, **hot) == speaker.generate(["the"], seed=1, **hot)
+    assert len({speaker.generate(["the"], seed=s, **hot)[0] for s in range(5)}) > 1
 
 
 def test_conversations_are_written_as_transformers_writes_them(folder, speaker):
@@ -140,14 +140,14 @@ def test_pieces_are_whole_characters_and_hold_back_stops():
 
 def test_refusals(folder, tmp_path, speaker):
     with pytest.raises(SettingsError, match="a prompt is empty"):
-        Speaker(speaker.network, speaker.text, ()).say([""])
+        TextGenerator(speaker.network, speaker.text, ()).say([""])
     with pytest.raises(DataError, match="no chat template"):
-        Speaker(speaker.network, speaker.text, (1,)).tokens([{"role": "user", "content": "?"}])
+        TextGenerator(speaker.network, speaker.text, (1,)).tokens([{"role": "user", "content": "?"}])
     for file in folder.iterdir():
         if "token" not in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(WeightsError, match=r"not complete without its tokenizer"):
-        Speaker.load(tmp_path)
+        TextGenerator.load(tmp_path)
 
 
 @pytest.mark.parametrize(

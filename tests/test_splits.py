@@ -44,7 +44,7 @@ def test_given_splits_are_kept(tmp_path):
     made = split(data)
     assert (data.splits[made.test] == "test").all() and made.test.size == 30
     assert (data.splits[made.validation] == "train").all() and 20 <= made.validation.size <= 28
-    assert "test as the source gives" in made.how and "validation: " in made.how
+    assert "test as given by the source" in made.how and "validation: " in made.how
 
 
 def test_rare_classes_are_in_train(tmp_path):
@@ -113,7 +113,7 @@ def test_time_goes_forward():
 def test_impossible_splits():
     with pytest.raises(DataError, match="too few"):
         split(read({"x": [1.5, 2.5, 3.0], "y": ["a", "b", "a"]}, target="y"))
-    with pytest.raises(DataError, match="leave nothing to train on"):
+    with pytest.raises(DataError, match="leave no rows for training"):
         split(read("iris"), test=0.7, validation=0.4)
     same = read({"x": np.arange(90) * 0.5, "t": [1] * 90, "y": np.arange(90) % 2}, target="y", time="t")
     with pytest.raises(DataError, match="cannot be split by time"):

@@ -221,23 +221,23 @@ def test_files_by_split(tmp_path):
     data = read(tmp_path, column_spec=KIND.column_spec)
     assert (data.splits == "val").sum() == sum(len(p["qas"]) for p in squad(3, seed=1)["data"][0]["paragraphs"])
     stored(tmp_path / "test.json", {"data": []})
-    with pytest.raises(DataError, match=r"test\.json: no questions in it"):
+    with pytest.raises(DataError, match=r"test\.json: no questions found"):
         read(tmp_path, column_spec=KIND.column_spec)
 
 
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (("data",), {"qas": []}, r"b\.json: data is \{.qas.: \[\]\}, and should be a list"),
-        (("data", 0, "paragraphs"), None, r"data\[0\]\.paragraphs is null, and should be a list"),
-        (("data", 0, "paragraphs", 2, "context"), 7, r"data\[0\]\.paragraphs\[2\]\.context is 7, and should be text"),
+        (("data",), {"qas": []}, r"b\.json: data is \{.qas.: \[\]\}, but must be a list"),
+        (("data", 0, "paragraphs"), None, r"data\[0\]\.paragraphs is null, but must be a list"),
+        (("data", 0, "paragraphs", 2, "context"), 7, r"data\[0\]\.paragraphs\[2\]\.context is 7, but must be text"),
         (("data", 0, "paragraphs", 1, "qas", 0, "question"), ..., r"paragraphs\[1\]\.qas\[0\] lacks 'question' \(it has 'id'"),
         (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0), "Bonn", r"qas\[2\]\.answers\[0\] is \"Bonn\".*an object with a"),
         (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0, "answer_start"), "3", r"answer_start is \"3\".*a whole number"),
         (
             ("data", 0, "paragraphs", 1, "qas", 2, "is_impossible"),
             "no",
-            r"is_impossible is \"no\", and should be true or false",
+            r"is_impossible is \"no\", but must be true or false",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_another_form_is_named_by_its_place(tmp_path, place, value, words):
 
 def test_files_that_are_damaged(tmp_path):
     whole = json.dumps(squad(4))
-    with pytest.raises(DataError, match=r"cut\.json: not readable as JSON \(.*line 1 column"):
+    with pytest.raises(DataError, match=r"cut\.json: not valid JSON \(.*line 1 column"):
         read(stored(tmp_path / "cut.json", whole[:-40]), column_spec=KIND.column_spec)
     context = "Zoë said: the café of Orléans is old. It has twelve tables."
     document = {
@@ -355,7 +355,7 @@ def test_tables_are_read_alike_by_a_trained_task(tmp_path):
     """Columns, starts and marks of a table as they were when it was learnt from; without answers only to predict."""
     some = [{**row, "is_impossible": i % 7 == 0, "note": "x" * i} for i, row in enumerate(rows(40))]
     path = table(tmp_path / "a.jsonl", some)
-    one, data = made(path, vocab=300)
+    one, data = made(path, vocab_size=300)
     again = one.read([path], answered=True)
     assert again.rows["answer"].to_list() == data.rows["answer"].to_list() and one.targets(again)["answers"][0] == ()
     assert one.targets(again)["answers"][1] == ("house 501",)
@@ -431,7 +431,7 @@ def test_windows_hold_questions_contexts_and_answers(tmp_path, whole, stride):
         if not whole:
             text, begin = text[1:], begin + 1
         some.append({"context": context, "question": f"What is word {i}?", "answers": [{"text": text, "start": begin}]})
-    one, data = made(pl.DataFrame(some), vocab=300, length=32, stride=stride)
+    one, data = made(pl.DataFrame(some), vocab_size=300, length=32, stride=stride)
     assert one.whole is whole and any("windows of 32 tokens" in note for note in one.notes)
     lessons = one.train_batches(data, card("bert"), Settings())
     batch, text = lessons.make(np.arange(len(lessons)), None), one.text
@@ -542,7 +542,7 @@ def test_the_best_answer_over_all_windows(monkeypatch):
 
 
 def test_scores_baselines_and_the_threshold(file):
-    one, data = made(file, vocab=300)
+    one, data = made(file, vocab_size=300)
     truth = one.targets(data)
     spots = np.array([(a[0]["start"], a[0]["start"] + len(a[0]["text"])) if a else (0, 0) for a in one.right(data)])
     right = {"begin": spots[:, 0], "end": spots[:, 1], "given": spots[:, 1] > 0}
@@ -563,9 +563,9 @@ def test_scores_baselines_and_the_threshold(file):
     sure["begin"] = np.where(none, 0, spots[:, 0])
     one.calibrate(sure, truth)
     assert 1.9 < one.threshold < 2.1 and set(one.score(one.postprocess(sure), truth).values()) == {1.0}
-    one.asking = one.predict_options({"threshold": 5.0})
+    one.predict_options = one.parse_predict_options({"threshold": 5.0})
     assert one.score(one.postprocess(sure), truth)["answered"] == 0
-    one.asking = one.predict_options({})
+    one.predict_options = one.parse_predict_options({})
     one.silent = False
     assert one.postprocess(sure)["given"].all()
 

@@ -80,7 +80,7 @@ def together(one, batch, row: int) -> list[int]:
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_rows_hold_the_texts(file, name):
     """Whatever is left out, source and target together spell all texts in a row; chance is a function of the generator."""
-    one, data = made(file, length=40, vocab=420)
+    one, data = made(file, length=40, vocab_size=420)
     batches = one.batches(data, card(name), Settings())
     assert one.options.damage == {"t5": "spans", "bart": "infill"}[name] == card(name).pretraining_objective
     index, text = np.arange(len(batches)), one.text
@@ -106,7 +106,7 @@ def test_rows_hold_the_texts(file, name):
 
 def test_what_is_left_out_of_a_text_is_what_is_asked(file):
     """Of BART's rows: what the source lacks, token by token."""
-    one, data = made(file, length=40, vocab=420, damage="infill")
+    one, data = made(file, length=40, vocab_size=420, damage="infill")
     batch = one.batches(data, card("t5")).make(np.arange(20), None)  # as the user says, not as the card does
     for row in range(20):
         source = [t for t in batch["source"][row][batch["source_mask"][row]].tolist() if t != one.text.hidden]
@@ -138,7 +138,7 @@ def test_scores_count_what_was_left_out_alone():
 
 
 def test_frequency_is_what_the_baseline_knows(file):
-    one, data = made(file, length=40, vocab=420)
+    one, data = made(file, length=40, vocab_size=420)
     one.batches(data, card("t5"))
     (baseline,) = one.baselines(data, data)
     truth = one.targets(data)
@@ -164,7 +164,7 @@ def given(tmp_path, special=WORDS, **options):
 def test_sentinels_are_added_where_they_lack(tmp_path):
     one, data = given(tmp_path)
     assert (
-        len(one.sentinels) == 100 and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab == one.model_dims()["vocab"]
+        len(one.sentinels) == 100 and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab_size == one.model_dims()["vocab"]
     )
     assert len(one.counts) == one.text.size and "are added" in one.notes[-1]
     one.batches(data, card("t5"))
@@ -201,14 +201,14 @@ def test_settings_that_cannot_be(file):
         ({"length": 5}, "at least 11"),
     ):
         with pytest.raises(SettingsError, match=words):
-            made(file, vocab=420, **options)
-    one, data = made(file, vocab=420, length=1000, share=0.5, mean=1.0)
+            made(file, vocab_size=420, **options)
+    one, data = made(file, vocab_size=420, length=1000, share=0.5, mean=1.0)
     with pytest.raises(SettingsError, match=r"rows of 1000 tokens need 500: take shorter rows"):
         one.batches(data, card("t5"))
 
 
 def test_gaps_are_written_as_people_do(file):
-    one, _ = made(file, length=40, vocab=420)
+    one, _ = made(file, length=40, vocab_size=420)
     asked = lambda *texts: one.predict_batches(one.read([pl.DataFrame({"text": texts})]), card("t5"))
     texts = ["We saw the <mask> house", "We saw the ___ house and [MASK] tree", "<extra_id_7> saw the house"]
     batch = asked(*texts).make(np.arange(3), None)

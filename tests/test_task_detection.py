@@ -77,7 +77,7 @@ def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
 def test_answers_are_in_the_pictures_own_pixels(tmp_path):
     task, data = learnt(read(folder(tmp_path)), side=64)
     truth = task.targets(data)
-    task.asking = task.predict_options({"threshold": "0.3"})
+    task.predict_options = task.parse_predict_options({"threshold": "0.3"})
     paths = spelt(data.rows["image"].to_list()).numpy()
     outputs = {**truth, "scores": np.where(np.arange(12)[:, None] < 6, 0.9, 0.2) * (truth["labels"] >= 0), "path": paths}
     answers = task.format_predictions(outputs)

@@ -49,7 +49,7 @@ def made(file, **options):
 
 
 def test_rows_of_hidden_words(file):
-    one, data = made(file, length=24, vocab=300)
+    one, data = made(file, length=24, vocab_size=300)
     batches = one.batches(data, card("bert"), Settings())
     text, index = one.text, np.arange(len(batches))
     first, again = (batches.make(index[::step].copy(), None) for step in (1, -1))
@@ -72,13 +72,13 @@ def test_rows_of_hidden_words(file):
 
 def test_a_text_shorter_than_a_row_is_padded(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "One little text."}\n{"text": "Another."}\n')
-    one, data = made(tmp_path / "a.jsonl", length=64, vocab=300)
+    one, data = made(tmp_path / "a.jsonl", length=64, vocab_size=300)
     batch = one.batches(data, card("bert")).make(np.arange(1), torch.Generator().manual_seed(0))
     assert batch["mask"].sum() < 64 and not (batch["target"][~batch["mask"]] >= 0).any()
 
 
 def test_frequency_is_what_the_baseline_knows(file):
-    one, data = made(file, length=24, vocab=300)
+    one, data = made(file, length=24, vocab_size=300)
     (baseline,) = one.baselines(data, data)
     truth = one.targets(data)
     scores = one.score(baseline.outputs, truth)
@@ -90,7 +90,7 @@ def test_frequency_is_what_the_baseline_knows(file):
 
 
 def test_missing_words_are_written_as_people_do(file):
-    one, _ = made(file, length=24, vocab=300)
+    one, _ = made(file, length=24, vocab_size=300)
     text = one.text
     for blank in ("<mask>", "[MASK]", "___", "______"):
         ids, places = one.blanks(f"We saw the {blank} house")

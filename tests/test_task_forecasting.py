@@ -72,7 +72,7 @@ def test_evaluation_of_the_same_and_of_other_data(run, tmp_path):
     answers = run.predict(tmp_path / "other.csv")
     assert {r["series"] for r in answers} == {"a new site"} and 300 < answers[12]["value"] < 4000
     other.drop("demand").write_csv(tmp_path / "none.csv")
-    with pytest.raises(DataError, match="no column of numbers is to be forecast"):
+    with pytest.raises(DataError, match="no numeric column to forecast"):
         run.predict(tmp_path / "none.csv")
     other.drop("site").write_csv(tmp_path / "none.csv")
     with pytest.raises(DataError, match="'site'"):

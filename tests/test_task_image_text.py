@@ -209,7 +209,7 @@ def test_heat_lies_where_the_weight_is():
 def test_missing_picture(tmp_path):
     table = album(tmp_path)
     (tmp_path / "photos/003.png").unlink()
-    with damage.refused("missing-file", "table.csv:8", "Mend the paths"):
+    with damage.refused("missing-file", "table.csv:8", "Correct the paths"):
         change(
             table,
             {

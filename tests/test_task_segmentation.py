@@ -247,11 +247,11 @@ def test_damaged_pictures_with_masks(tmp_path):
     with pytest.raises(DataError):
         read(tmp_path, column_spec=ImageSegmentation.column_spec, target="mask")
     (tmp_path / "masks" / "other.png").write_bytes(good)
-    with pytest.raises(DataError, match="no picture has a mask of its name"):
+    with pytest.raises(DataError, match="no image has a mask with its name"):
         read(tmp_path)
     (tmp_path / "class_dict.csv").write_text("name,r,g\na,1,2\n")
     folder(tmp_path, 3)
-    with pytest.raises(DataError, match="needs the columns name, r, g, b"):
+    with pytest.raises(DataError, match="requires the columns name, r, g, b"):
         read(tmp_path)
 
 

@@ -311,7 +311,7 @@ def test_damaged_folders(folder):
 
 def test_tables_that_cannot_be_matched(folder):
     table(folder, [(f"take {i}", said(i)) for i in range(12)])
-    with pytest.raises(DataError, match=r"none of the columns of transcripts.csv \(file, transcript\) names the recordings"):
+    with pytest.raises(DataError, match=r"no column of transcripts.csv \(file, transcript\) contains the names of the recordings"):
         asked(folder)
     shutil.copytree(folder / "wav", folder / "more")  # two folders with files of the same names
     table(folder, [(f"r{i}.wav", said(i)) for i in range(12)])
@@ -458,7 +458,7 @@ class Near(torch.nn.Module):
 
 def test_long_recordings_are_heard_in_chunks(folder):
     _, task = prepared(folder)
-    task.asking = task.predict_options({"chunk": "0.8"})
+    task.predict_options = task.parse_predict_options({"chunk": "0.8"})
     size, overlap = task.chunks()
     assert size % 8 == overlap % 8 == 0 and abs(size * task.mel.hop - 0.8) < 0.05 and size / 8 < overlap <= size / 4
     lengths = torch.tensor([501, 30, 222, 17, 64])
@@ -469,7 +469,7 @@ def test_long_recordings_are_heard_in_chunks(folder):
     for i, n in enumerate(frames.tolist()):
         whole = Near()(features[i : i + 1, : lengths[i]], lengths[i : i + 1])[0]
         assert torch.allclose(heard[i, :n], whole, atol=1e-6), i
-    task.asking = task.predict_options({})
+    task.predict_options = task.parse_predict_options({})
     assert task.chunks()[0] * task.mel.hop == pytest.approx(10, abs=0.1)
 
 

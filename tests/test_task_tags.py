@@ -112,12 +112,12 @@ def made(source, **options):
 def test_lines_of_json_and_what_is_wrong_with_them(tmp_path):
     rows = [dict(zip(("tokens", "ner_tags"), sentence(np.random.default_rng(i)))) for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one, data = made(tmp_path / "a.jsonl", vocab=300)
+    one, data = made(tmp_path / "a.jsonl", vocab_size=300)
     assert one.tags == ["O", "B-LOC", "B-PER", "I-PER"] and infer(data)[0].name == "token-classification"
     rows[7]["ner_tags"].pop()
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"b\.jsonl:8: \d words in 'tokens' and \d tags"):
-        made(tmp_path / "b.jsonl", vocab=300)
+        made(tmp_path / "b.jsonl", vocab_size=300)
     rows[7]["ner_tags"].append("B-NEW")
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match="tags that were not in training: B-NEW"):
@@ -125,7 +125,7 @@ def test_lines_of_json_and_what_is_wrong_with_them(tmp_path):
 
 
 def test_each_word_is_asked_at_its_first_token(folder):
-    one, data = made(folder / "words.conll", vocab=270, length=40)
+    one, data = made(folder / "words.conll", vocab_size=270, length=40)
     batch = one.batches(data, card("bert"), Settings()).make(np.arange(20), None)
     truth = one.targets(data)["label"]
     for row in range(20):
@@ -138,7 +138,7 @@ def test_each_word_is_asked_at_its_first_token(folder):
             assert one.text.decode(tokens[first:last]).strip() == words[number]
             assert batch["target"][row, first] == truth[row, number]
         assert (batch["target"][row] >= 0).sum() == len(words)
-    short, _ = made(folder / "words.conll", vocab=270, length=8)
+    short, _ = made(folder / "words.conll", vocab_size=270, length=8)
     cut = short.batches(data, card("bert"))
     batch = cut.make(np.arange(20), None)
     assert batch["tokens"].shape[1] <= 8 and "words stand beyond 8 tokens" in short.notes[-1]
@@ -148,7 +148,7 @@ def test_each_word_is_asked_at_its_first_token(folder):
 
 
 def test_scores_and_the_baseline(folder):
-    one, data = made(folder / "words.conll", vocab=300)
+    one, data = made(folder / "words.conll", vocab_size=300)
     truth = one.targets(data)
     assert set(one.score({"label": truth["label"]}, truth).values()) == {1.0}
     (baseline,) = one.baselines(data, data)

@@ -137,7 +137,7 @@ def test_damaged_films(tmp_path):
         assert len(data) == 219
     Image.fromarray(np.zeros((16, 37), np.uint8)).save(root / "left" / "3.png")
     found = {f.check: f for f in read(root, column_spec=VideoGeneration.column_spec).findings}
-    assert "37 x 16 pixels are no row of square frames" in found["no-strip"].places[0]
+    assert "37 x 16 pixels are not a row of square frames" in found["no-strip"].places[0]
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(root / "left" / "3.png")
     assert any(f.check == "no-strip" for f in read(root, column_spec=VideoGeneration.column_spec).findings)
     (root / "left" / "3.png").write_bytes((root / "left" / "4.png").read_bytes())

@@ -98,7 +98,7 @@ def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
     path = tokenizer(tmp_path / "tokenizer.json", before, after)
     data = read(pairs, column_spec=Translation.column_spec)
     task = Translation.fit(data, Translation.options_from({"tokenizer": path, "length": 12, **options}))
-    task.asking = Translation.PredictOptions(beams=1, penalty=0.0)
+    task.predict_options = Translation.PredictOptions(num_beams=1, length_penalty=0.0)
     torch.manual_seed(0)
     model, seen = create("mbart-test", **task.model_dims()).eval(), []
     last = model.last
@@ -114,9 +114,9 @@ def test_languages_must_be_named(tmp_path):
     path = tokenizer(tmp_path / "tokenizer.json", ("en_XX",), ("</s>",))
     from fieldguide.data.preprocessing import Text
 
-    with pytest.raises(SettingsError, match=r"it reads en_XX.*task\.target_language"):
+    with pytest.raises(SettingsError, match=r"default: en_XX.*task\.target_language"):
         framed(Text.load(path), Translation.options_from({"tokenizer": path}))
-    with pytest.raises(SettingsError, match=r"task\.target_language='de_DX' is no token.*de_DE"):
+    with pytest.raises(SettingsError, match=r"task\.target_language='de_DX' is not a token.*de_DE"):
         framed(Text.load(path), Translation.options_from({"tokenizer": path, "target_language": "de_DX"}))
 
 

@@ -201,7 +201,7 @@ def test_words_of_qwen(tmp_path):
     assert ours.end == size + 1
     said["added_tokens_decoder"] = {str(size + 7): "<|im_start|>"}
     (tmp_path / "qwen" / "tokenizer_config.json").write_text(json.dumps(said))
-    with pytest.raises(DataError, match=f"to have the number {size + 7}, and after the tokens before it comes {size}"):
+    with pytest.raises(DataError, match=f"should have the id {size + 7} but gets {size}"):
         Text.load(tmp_path / "qwen")
 
 
@@ -245,23 +245,23 @@ def test_what_ends_a_text_is_read(name, said, end, tmp_path):
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"vocab.txt": "a\nb\n"}, "no token .UNK. for words"),
+        ({"vocab.txt": "a\nb\n"}, "lacks the token .UNK. for unknown words"),
         (
             {"vocab.txt": "[UNK]\na", "tokenizer_config.json": '{"tokenizer_class": "BertJapaneseTokenizer"}'},
-            "of a BertJapanese",
+            "belongs to a BertJapanese",
         ),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}, "that they do not say"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}, "\\(not specified\\)"),
         ({"vocab.json": '{"a": 0', "merges.txt": "#version: 0.2\n"}, "cannot be read"),
-        ({"vocab.json": '{"<|endoftext|>": 0}', "merges.txt": "", "tokenizer_config.json": "{"}, "_config.json is damaged"),
+        ({"vocab.json": '{"<|endoftext|>": 0}', "merges.txt": "", "tokenizer_config.json": "{"}, "_config.json is not valid JSON"),
         (
             {
                 "vocab.json": '{"<unk>": 0}',
                 "merges.txt": "",
                 "tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}',
             },
-            "no token </s>",
+            "lacks the token </s>",
         ),
-        ({"vocab.json": "{}"}, "no such tokenizer"),
+        ({"vocab.json": "{}"}, "no tokenizer found"),
     ],
     ids=range(7),
 )
@@ -378,7 +378,7 @@ def test_words_that_are_not_known_are_said_loudly(table, tmp_path):
     assert "are not known." in warning and "--set task.tokenizer=PATH" in warning
     (folder / "vocab.txt").write_text("a\n")
     build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
-    assert any(text.startswith("WARNING") and "no token [UNK]" in text for text in said.words)
+    assert any(text.startswith("WARNING") and "lacks the token [UNK]" in text for text in said.words)
     build_plan(read(table), weights=folder, settings={**STEPS, "task.tokenizer": "none"}, callback=(said := Said()))
     assert not any("WARNING" in text for text in said.words)  # it was asked for
 

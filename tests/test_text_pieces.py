@@ -61,7 +61,7 @@ def test_special_tokens_of_pieces(tmp_path):
 def test_what_the_folder_says_of_pieces(tmp_path):
     text = Text.load(folder(tmp_path, "Llama", add_bos_token=False, add_eos_token=True, tokenizer_class="LlamaTokenizer"))
     assert text.tokenizer.encode("the cat").tokens == ["▁the", "▁cat", "</s>"]
-    with pytest.raises(DataError, match="of the kind XLNet"):
+    with pytest.raises(DataError, match="of the class XLNet"):
         Text.load(folder(tmp_path, "Llama", tokenizer_class="XLNetTokenizer"))
 
 
@@ -72,5 +72,5 @@ def test_what_the_folder_says_of_pieces(tmp_path):
 )
 def test_other_files_are_refused(content, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(DataError, match=r"tokenizer\.model (is damaged|holds no pieces)"):
+    with pytest.raises(DataError, match=r"tokenizer\.model (is damaged|contains no SentencePiece pieces)"):
         Text.load(tmp_path)

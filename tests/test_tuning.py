@@ -402,7 +402,7 @@ def test_a_fit_begins_with_a_folder_and_resumes_to_the_bit(way, folder, table, t
     same = torch.equal(start["bert.encoder.layer.0.output.dense.weight"], end["blocks.0.mlp.down.weight"])
     assert same == (way == "frozen")
     assert not any("parametrizations" in name for name in end)
-    assert whole.task.text.tokenizer.to_str() == _tokenizer(folder) and whole.task.options.vocab == 14
+    assert whole.task.text.tokenizer.to_str() == _tokenizer(folder) and whole.task.options.vocab_size == 14
 
 
 def _tokenizer(folder) -> str:
@@ -521,7 +521,7 @@ def test_grey_networks_have_one_scale_and_colours_are_refused(painted, tmp_path)
             model="resnet18",
             settings={**FAST, "steps": 2, "task.channels": 3, "task.pixels": "0.5,0.5,0.5/1,1,1"},
         )
-    with pytest.raises(SettingsError, match=r"task\.pixels='0\.5/0\.2' is no mean and deviation of 3 channels"):
+    with pytest.raises(SettingsError, match=r"task\.pixels='0\.5/0\.2' is not a mean and standard deviation for 3 channels"):
         fit(painted, settings={"task.pixels": "0.5/0.2", "task.channels": 3, "steps": 2})
 
 

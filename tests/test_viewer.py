@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fieldguide.checkpoints.load import save
 from fieldguide.cli import commands
 from fieldguide.core.errors import SettingsError, WeightsError
-from fieldguide.inference.image_to_text import Viewer
+from fieldguide.inference.image_to_text import ImageToText
 from fieldguide.models.registry import create
 from test_folders import settled
 from tv import transformers
@@ -111,12 +111,12 @@ def test_answers_equal_those_of_transformers_with_its_processor(llava, pictures,
     if template:
         asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ASKED}]}]
         assert ready.apply_chat_template(asked, add_generation_prompt=True) == text
-    viewer = Viewer.load(folder)
-    assert viewer.spelt(ASKED) == text and viewer.tokens(text) == viewer.tokens(ASKED)
+    viewer = ImageToText.load(folder)
+    assert viewer.format_prompt(ASKED) == text and viewer.tokens(text) == viewer.tokens(ASKED)
     assert viewer.tokens(ASKED) == ready(text=text, images=Image.open(paths[0]).convert("RGB"))["input_ids"][0]
-    found = viewer.answer(str(pictures), ASKED, tokens=12)
+    found = viewer.predict(str(pictures), ASKED, tokens=12)
     want = theirs(peer, ready, paths, text)
-    searched = viewer.answer(str(pictures), ASKED, tokens=12, beams=3)
+    searched = viewer.predict(str(pictures), ASKED, tokens=12, beams=3)
     assert [r["text"] for r in searched] == theirs(peer, ready, paths, text, num_beams=3, length_penalty=1.0) != want
     assert (
         [r["text"] for r in found] == want
@@ -126,29 +126,29 @@ def test_answers_equal_those_of_transformers_with_its_processor(llava, pictures,
 
 
 def test_what_is_asked_for(llava, pictures, tmp_path):
-    viewer, photo = Viewer.load(llava[0]), str(pictures / "a.png")
-    plain = viewer.answer(photo, ASKED, tokens=12)[0]["text"]
-    assert plain.startswith(viewer.answer(photo, ASKED, tokens=4)[0]["text"])
-    drawn = [viewer.answer(photo, ASKED, tokens=12, seed=seed, temperature=5.0)[0]["text"] for seed in (1, 1, 2)]
+    viewer, photo = ImageToText.load(llava[0]), str(pictures / "a.png")
+    plain = viewer.predict(photo, ASKED, tokens=12)[0]["text"]
+    assert plain.startswith(viewer.predict(photo, ASKED, tokens=4)[0]["text"])
+    drawn = [viewer.predict(photo, ASKED, tokens=12, seed=seed, temperature=5.0)[0]["text"] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert viewer.answer(photo, ASKED, tokens=12, stop=plain[3:5])[0]["text"] == plain[: plain.find(plain[3:5])].strip()
+    assert viewer.predict(photo, ASKED, tokens=12, stop=plain[3:5])[0]["text"] == plain[: plain.find(plain[3:5])].strip()
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    said = viewer.answer([photo, str(tmp_path / "broken.png")], ASKED, tokens=12)
+    said = viewer.predict([photo, str(tmp_path / "broken.png")], ASKED, tokens=12)
     assert said[0]["text"] == plain and set(said[1]) == {"input", "error"}
     with pytest.raises(SettingsError, match="names 2 pictures by <image>"):
-        viewer.answer(photo, "<image> and <image>")
+        viewer.predict(photo, "<image> and <image>")
     with pytest.raises(SettingsError, match="and the network reads 96"):
-        viewer.answer(photo, "why? " * 40)
+        viewer.predict(photo, "why? " * 40)
     viewer.ends = []
     room = 96 - len(viewer.tokens(ASKED))
-    assert viewer.answer(photo, ASKED, tokens=500) == viewer.answer(photo, ASKED, tokens=room)
+    assert viewer.predict(photo, ASKED, tokens=500) == viewer.predict(photo, ASKED, tokens=room)
 
 
 def test_on_the_command_line(llava, pictures):
     run = lambda *words: CliRunner().invoke(commands.app, ["predict", str(llava[0]), str(pictures), *words])
     done = run("--json", "--set", f"prompt={ASKED}", "--set", "tokens=12")
     assert done.exit_code == 0, done.output
-    want = Viewer.load(llava[0]).answer(str(pictures), ASKED, tokens=12)
+    want = ImageToText.load(llava[0]).predict(str(pictures), ASKED, tokens=12)
     assert [json.loads(line) for line in done.stdout.splitlines()] == want
     for words, said in (((), "--set prompt="), (("--set", "chat=true"), "is not asked with 'chat'")):
         assert said in str(run(*words).exception) and isinstance(run(*words).exception, SettingsError)
@@ -157,10 +157,10 @@ def test_on_the_command_line(llava, pictures):
 def test_others_are_refused(llava, tmp_path):
     save(create("vit-test", channels=3), tmp_path / "vit", "hf")
     with pytest.raises(WeightsError, match="is vit, which takes image and gives label"):
-        Viewer.load(tmp_path / "vit")
+        ImageToText.load(tmp_path / "vit")
     save(create("llava-test", channels=3), tmp_path / "llava", "hf")
     with pytest.raises(WeightsError, match="not complete without its tokenizer"):
-        Viewer.load(tmp_path / "llava")
+        ImageToText.load(tmp_path / "llava")
     words().save(str(tmp_path / "llava/tokenizer.json"))
     with pytest.raises(WeightsError, match=r"has 259 tokens, the network 32, .*another network"):
-        Viewer.load(tmp_path / "llava")
+        ImageToText.load(tmp_path / "llava")

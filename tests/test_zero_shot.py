@@ -18,7 +18,7 @@ from fieldguide.checkpoints.load import load
 from fieldguide.cli import commands
 from fieldguide.core.card import OPENAI
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
-from fieldguide.inference.zero_shot import ZeroShot, prepared
+from fieldguide.inference.zero_shot import ZeroShotClassifier, build_transform
 from fieldguide.models.registry import create
 from test_folders import settled
 from tv import transformers
@@ -95,7 +95,7 @@ def theirs(folder, paths, texts):
     made = transformers.PreTrainedTokenizerFast.from_pretrained(folder)(
         texts, padding=True, truncation=True, max_length=16, return_tensors="pt"
     )
-    how = prepared(folder, 24, 3)
+    how = build_transform(folder, 24, 3)
     return model(
         pixel_values=how.apply(how.load(paths)), input_ids=made.input_ids, attention_mask=made.attention_mask
     ).logits_per_image
@@ -108,7 +108,7 @@ def files(pictures):
 def test_pictures_are_prepared_as_transformers_does(folder, pictures):
     """To the rounding of a pixel: theirs may go through another library than Pillow."""
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, resample=3)
-    how = prepared(folder, 24, 3)
+    how = build_transform(folder, 24, 3)
     found = how.apply(how.load(files(pictures)))
     for path, x in zip(files(pictures), found):
         want = torch.as_tensor(processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0])
@@ -117,7 +117,7 @@ def test_pictures_are_prepared_as_transformers_does(folder, pictures):
 
 
 def test_probabilities_equal_transformers(folder, pictures):
-    zero = ZeroShot.load(folder)
+    zero = ZeroShotClassifier.load(folder)
     found = zero.predict(str(pictures), CLASSES)
     want = theirs(folder, files(pictures), [f"a photo of a {name}." for name in CLASSES]).softmax(1)
     assert [r["input"] for r in found] == ["a.png", "b.png", "c.png", "d.png"]
@@ -150,24 +150,24 @@ def test_several_templates_are_averaged(folder, pictures):
             ).text_embeds
             mean = vectors.mean(0)
             means.append(mean / mean.norm())
-        how = prepared(folder, 24, 3)
+        how = build_transform(folder, 24, 3)
         image = model(pixel_values=how.apply(how.load(files(pictures))), input_ids=made.input_ids).image_embeds
         want = (model.logit_scale.exp() * image @ torch.stack(means).T).softmax(1)
-    found = ZeroShot.load(folder).predict(files(pictures), CLASSES, ways)
+    found = ZeroShotClassifier.load(folder).predict(files(pictures), CLASSES, ways)
     got = torch.tensor([[r["probabilities"][name] for name in CLASSES] for r in found])
     torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
 
 
 def test_texts_are_encoded_once(folder, pictures, monkeypatch):
     monkeypatch.setattr("fieldguide.inference.zero_shot.BATCH", 1)
-    zero, asked = ZeroShot.load(folder), []
+    zero, asked = ZeroShotClassifier.load(folder), []
     plain = zero.objective.model.encode_text
     monkeypatch.setattr(zero.objective.model, "encode_text", lambda *x: asked.append(len(x[0])) or plain(*x))
     assert len(zero.predict(str(pictures), CLASSES)) == 4 and asked == [3]
 
 
 def test_long_names_are_cut_where_the_network_ends(folder):
-    zero = ZeroShot.load(folder)
+    zero = ZeroShotClassifier.load(folder)
     ids, _ = zero.task.tokens(["a " * 40, "cat"])
     end = zero.task.end
     assert [len(ids[0]), ids[0][0], ids[0][-1], ids[1][-1]] == [16, end - 1, end, end] and (ids[0] == end).sum() == 1
@@ -177,12 +177,12 @@ def test_a_file_of_openai_with_a_given_tokenizer(folder, pictures, tmp_path):
     model = load(folder)
     path = weights.save(model, tmp_path / "x.safetensors", "openai")
     with pytest.raises(WeightsError, match=r"tokenizer.json is not there: .*tokenizer=PATH"):
-        ZeroShot.load(path, name="clip-test", **changes(model))
-    zero = ZeroShot.load(path, name="clip-test", tokenizer=folder / "tokenizer.json", **changes(model))
-    assert zero.predict(files(pictures), CLASSES) == ZeroShot.load(folder).predict(files(pictures), CLASSES)
+        ZeroShotClassifier.load(path, name="clip-test", **changes(model))
+    zero = ZeroShotClassifier.load(path, name="clip-test", tokenizer=folder / "tokenizer.json", **changes(model))
+    assert zero.predict(files(pictures), CLASSES) == ZeroShotClassifier.load(folder).predict(files(pictures), CLASSES)
     with pytest.raises(WeightsError, match=r"has 28\d tokens, the network 30"):
         small = weights.save(create("clip-test", channels=3), tmp_path / "small.safetensors", "openai")
-        ZeroShot.load(small, name="clip-test", tokenizer=folder / "tokenizer.json")
+        ZeroShotClassifier.load(small, name="clip-test", tokenizer=folder / "tokenizer.json")
 
 
 def changes(model):
@@ -192,7 +192,7 @@ def changes(model):
 
 
 def test_a_folder_of_classes_is_scored(folder, pictures, tmp_path):
-    zero = ZeroShot.load(folder)
+    zero = ZeroShotClassifier.load(folder)
     told = {r["input"]: r["label"] for r in zero.predict(files(pictures), CLASSES)}
     right = {name: told[path] for name, path in zip("abcd", files(pictures))}
     wrong = next(name for name in CLASSES if name != right["c"])
@@ -229,7 +229,7 @@ def test_on_the_command_line(folder, pictures, tmp_path):
         "predict", folder, pictures, "--json", "--set", "classes=cat, big dog,red bus", "--set", "templates=a photo of a {}.|{}"
     )
     assert done.exit_code == 0, done.output
-    want = ZeroShot.load(folder).predict(str(pictures), CLASSES, ["a photo of a {}.", "{}"])
+    want = ZeroShotClassifier.load(folder).predict(str(pictures), CLASSES, ["a photo of a {}.", "{}"])
     assert [json.loads(line) for line in done.stdout.splitlines()] == want
     (tmp_path / "bad.png").write_bytes(b"no picture")
     done = run_cli("predict", folder, pictures / "a.png", tmp_path / "bad.png", "--json", "--set", "classes=cat,dog")
@@ -244,7 +244,7 @@ def test_on_the_command_line(folder, pictures, tmp_path):
 
 
 def test_what_cannot_be_asked(folder, pictures):
-    zero = ZeroShot.load(folder)
+    zero = ZeroShotClassifier.load(folder)
     with pytest.raises(SettingsError, match="say which classes there are"):
         zero.predict(str(pictures), [])
     with pytest.raises(SettingsError, match=r"'a photo' has no \{\}"):
@@ -261,7 +261,7 @@ def test_other_networks_are_refused(tmp_path):
 
     save(create("vit-test", channels=3), tmp_path / "vit", "hf")
     with pytest.raises(WeightsError, match=r"is vit, which gives label.*vectors of pictures and of texts"):
-        ZeroShot.load(tmp_path / "vit")
+        ZeroShotClassifier.load(tmp_path / "vit")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_other_networks_are_refused(tmp_path):
 def test_preparations_that_the_network_cannot_read(tmp_path, said, wrong):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     with pytest.raises(WeightsError, match=wrong):
-        prepared(tmp_path, 24, 3)
+        build_transform(tmp_path, 24, 3)
 
 
 def test_preparations_in_open_clips_words(tmp_path):
@@ -291,9 +291,9 @@ def test_preparations_in_open_clips_words(tmp_path):
             }
         )
     )
-    how = prepared(tmp_path, 24, 3)
+    how = build_transform(tmp_path, 24, 3)
     assert (how.mean, how.std, how.fit, how.filter) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "stretch", Image.Resampling.BILINEAR)
-    plain = prepared(tmp_path / "none", 24, 3)
+    plain = build_transform(tmp_path / "none", 24, 3)
     assert plain.mean == OPENAI[0] and plain.filter == Image.Resampling.BICUBIC
 
 
@@ -303,7 +303,7 @@ def test_runs_of_ours(tmp_path, pictures):
 
     table = album(tmp_path / "album", 60)
     run = fit(table, task="image-text", model="clip-mini", out=tmp_path / "run", settings={"steps": 3, "batch": 8})
-    zero, names = ZeroShot.load(tmp_path / "run"), ["red", "green", "blue"]
+    zero, names = ZeroShotClassifier.load(tmp_path / "run"), ["red", "green", "blue"]
     found = zero.predict(str(pictures), names)
     asked = run.predict(str(pictures), num_classes="red,green,blue")
     assert [r["probabilities"] for r in found] == [r["probabilities"] for r in asked]

@@ -15,6 +15,8 @@ _HOME = {
     "resume": "fieldguide.automl.fit",
     "open_run": "fieldguide.inference.run",
     "Run": "fieldguide.inference.run",
+    "pipeline": "fieldguide.inference.pipeline",
+    "Predictor": "fieldguide.inference.predictor",
     "create": "fieldguide.models.registry",
     "list_models": "fieldguide.automl.catalogue",
     "show": "fieldguide.automl.catalogue",

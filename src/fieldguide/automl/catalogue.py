@@ -1,22 +1,29 @@
-"""The catalogue: which networks there are, and what one is, in words and numbers."""
+"""The catalogue of models, tasks and settings, built from the modules that define them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import functools
+import inspect
+import io
+import tokenize
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fieldguide.automl import profile
+from fieldguide.automl.description import Description, Layer
+from fieldguide.automl.index import source_digest
 from fieldguide.core.card import Closed
+from fieldguide.core.settings import ALIASES, PREDICT_ALIASES, Settings
 from fieldguide.models import registry
 from fieldguide.tasks import task as task_named
 from fieldguide.tasks import tasks
 
 
 def list_models(glob: str = "*", *, family: str | None = None, task: str | None = None) -> list[str]:
-    """Names of sizes that match a glob (`resnet*`), a family, and a task that they can do."""
+    """Return the names of sizes that match a glob (`resnet*`), belong to a family and can do a task."""
     names = registry.names(glob, family=family)
     if task is None:
         return names
@@ -29,50 +36,18 @@ def list_models(glob: str = "*", *, family: str | None = None, task: str | None 
 
 
 def tasks_of(name: str) -> list[str]:
-    """Tasks that a model can be trained for here."""
+    """Return the names of the tasks that a model can be trained for."""
     card = registry.card(name)
     return [
         t.name for t in tasks().values() if card.input_type in t.input_types and set(card.output_types) & set(t.output_types)
     ]
 
 
-@dataclass
-class Layer:
-    """One module of a network: where, what, its parameters and the shape it gives."""
-
-    path: str
-    kind: str
-    parameters: int
-    shape: str
-
-
-@dataclass
-class Description:
-    """What `fieldguide show` prints."""
-
-    name: str
-    architecture: str
-    family: str
-    summary: str
-    new: str
-    paper: str
-    year: int
-    input_type: str
-    output_type: str
-    tasks: list[str]
-    config: dict[str, Any]
-    parameters: int
-    published: int | None
-    multiply_adds: int
-    inputs: str
-    sizes: dict[str, int]
-    parts: dict[str, int] = field(default_factory=dict)
-    layers: list[Layer] = field(default_factory=list)
-
-
 def show(name: str, **overrides: Any) -> Description | Closed:
-    """Describes a model without allocating it; of a closed system, says what is known. Raises `SettingsError` for an unknown
-    name or field."""
+    """Describe a model without allocating its weights, or a closed system by what is published of it.
+
+    Raises `SettingsError` for an unknown name or field.
+    """
     if (system := registry.closed().get(name.lower())) is not None:
         return system
     card, size = registry.find(name)
@@ -98,15 +73,16 @@ def show(name: str, **overrides: Any) -> Description | Closed:
         published=None if overrides else card.sizes[size].params,
         multiply_adds=profile.multiply_adds(card.name, config),
         inputs=", ".join(shape(x) for x in inputs),
-        sizes=sizes(card),
+        sizes=sizes(card.name),
         parts=parts | ({"(own)": own} if own > 0 else {}),
         layers=layers(model, inputs),
     )
 
 
-def sizes(card: Any) -> dict[str, int]:
-    """Exact parameter counts of every named size."""
-    counts = {}
+@functools.cache
+def sizes(architecture: str) -> dict[str, int]:
+    """Return the exact parameter count of every named size."""
+    counts, card = {}, registry.card(architecture)
     for size in card.sizes:
         if size != card.tiny:
             with torch.device("meta"):
@@ -115,7 +91,7 @@ def sizes(card: Any) -> dict[str, int]:
 
 
 def layers(model: nn.Module, inputs: tuple) -> list[Layer]:
-    """The modules in the order in which they ran, each with the shape it gave."""
+    """Return the modules in the order of their definition, each with its output shape."""
     names, ran, handles = {m: n for n, m in model.named_modules() if n}, [], []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -131,7 +107,7 @@ def layers(model: nn.Module, inputs: tuple) -> list[Layer]:
 
 
 def shape(value: Any) -> str:
-    """`2x3x4` for a tensor, comma-separated for several."""
+    """Return `2x3x4` for a tensor, comma-separated for several."""
     if isinstance(value, Tensor):
         return "x".join(map(str, value.shape)) or "scalar"
     if isinstance(value, dict):
@@ -139,3 +115,73 @@ def shape(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(shape, value)))
     return ""
+
+
+@functools.cache
+def build_index() -> dict[str, Any]:
+    """Return the index that `fieldguide.automl.index` stores: models, tasks and settings as plain data."""
+    from fieldguide.tasks.base import OPTION_ALIASES
+
+    models, names = {}, {}
+    for card in registry.cards().values():
+        names[card.name] = card.default
+        for size in card.sizes:
+            names[size] = size
+            models[size] = {
+                "name": size,
+                "architecture": card.name,
+                "test": size == card.tiny,
+                "parameters": card.sizes[size].params,
+                "family": card.family,
+                "input_type": card.input_type,
+                "output_types": list(card.output_types),
+                "year": card.year,
+                "paper": card.paper,
+                "source": card.sizes[size].source,
+                "summary": card.summary,
+                "tasks": tasks_of(size),
+            }
+    return {
+        "digest": source_digest(),
+        "models": models,
+        "names": names,
+        "closed": {name: asdict(system) for name, system in registry.closed().items()},
+        "tasks": {name: describe_task(kind) for name, kind in tasks().items()},
+        "settings": describe_fields(Settings),
+        "aliases": dict(ALIASES),
+        "option_aliases": dict(OPTION_ALIASES),
+        "predict_aliases": dict(PREDICT_ALIASES),
+    }
+
+
+def describe_task(kind: Any) -> dict[str, Any]:
+    """Return what a task reads, its metrics, and its options with defaults and meanings."""
+    return {
+        "name": kind.name,
+        "reads": kind.reads,
+        "metrics": [{"name": m.name, "better": m.better, "meaning": m.words} for m in kind.metrics],
+        "options": describe_fields(kind.Options),
+        "predict_options": describe_fields(kind.PredictOptions),
+    }
+
+
+def describe_fields(kind: type) -> list[dict[str, Any]]:
+    """Return key, default and meaning of a dataclass's fields. The meaning is the comment behind the field."""
+    meanings: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if base.__module__.startswith("fieldguide"):
+            meanings |= read_field_comments(inspect.getsource(base))
+    return [{"key": f.name, "default": f.default, "meaning": meanings.get(f.name, "")} for f in fields(kind)]
+
+
+def read_field_comments(source: str) -> dict[str, str]:
+    """Return the comment at the end of each line `name: type = default  # comment`, and of comment lines that follow it."""
+    comments: dict[str, str] = {}
+    name, last = "", 0
+    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(source)).readline):
+        if token.type == tokenize.NAME and token.line.strip().startswith(f"{token.string}:"):
+            name, last = token.string, token.start[0]
+        elif token.type == tokenize.COMMENT and name and token.start[0] in (last, last + 1):
+            comments[name] = f"{comments.get(name, '')} {token.string.lstrip('# ')}".strip()
+            last = token.start[0]
+    return comments

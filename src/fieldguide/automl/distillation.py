@@ -1,4 +1,4 @@
-"""Teaching: a finished run's network put into the objective of a new one (`fit --set teacher=RUN`)."""
+"""Distillation from a finished run (`fit --set teacher=RUN`)."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from fieldguide.objectives import Classification, Distillation, Objective, Super
 from fieldguide.tasks import Task
 
 
-def named(settings: Settings) -> Settings:
-    """Settings that name the teacher from any folder."""
+def with_absolute_teacher(settings: Settings) -> Settings:
+    """Return the settings with the absolute path of the teacher's run folder."""
     return settings.with_({"teacher": str(Path(settings.teacher).absolute())}) if settings.teacher else settings
 
 
-def taught(objective: Objective, task: Task, settings: Settings, source: Data, parts: Splits) -> Objective:
-    """The objective, with the teacher that the settings name, or as it is where they name none.
+def add_teacher(objective: Objective, task: Task, settings: Settings, source: Data, splits: Splits) -> Objective:
+    """Return a distillation objective around the network if `settings.teacher` names a run, else the objective unchanged.
 
-    Any task that learns classes can have one, of any architecture. Raises `RunError` for a run that cannot be opened, and
-    `SettingsError` where it cannot teach this task or has seen its test rows.
+    Any task that predicts classes can have a teacher of any architecture. Raises `RunError` if the run cannot be opened,
+    and `SettingsError` if it was trained for another task or has seen the test rows.
     """
     if not settings.teacher:
         return objective
     run = open_run(settings.teacher)
     if run.record["task"] != task.name:
-        raise SettingsError(f"teacher={run.path} was trained for {run.record['task']}, this is {task.name}")
+        raise SettingsError(f"teacher={run.path} was trained for {run.record['task']}, but this task is {task.name}.")
     if type(objective) is not Supervised or not isinstance(objective.loss, Classification):
-        raise SettingsError(f"teacher={run.path}: {task.name} with this network learns no classes; only those can be taught")
-    refuse_seen(run, source, parts)
+        raise SettingsError(f"teacher={run.path}: distillation supports classification only, not {task.name}.")
+    check_unseen(run, source, splits)
     show = task.teacher_inputs(run.task, run.card)
     return Distillation(
         objective.model, objective.inputs, objective.loss, run.model, show=show, hard=settings.distillation == "hard"
     )
 
 
-def refuse_seen(run: Run, source: Data, parts: Splits) -> None:
-    """A teacher that learnt from rows which are tested here would give their answers away."""
+def check_unseen(run: Run, source: Data, splits: Splits) -> None:
+    """Raise `SettingsError` if the teacher was trained on rows of the test part, whose targets it would leak."""
     if run.record["data"]["digest"] != source.manifest.digest or run.record["data"]["rows"] != len(source):
         return
-    with np.load(run.path / "splits.npz", allow_pickle=False) as theirs:
-        seen = np.intersect1d(theirs["train"], parts.test)
+    with np.load(run.path / "splits.npz", allow_pickle=False) as teacher_splits:
+        seen = np.intersect1d(teacher_splits["train"], splits.test)
     if len(seen):
         raise SettingsError(
-            f"teacher={run.path} learnt from {len(seen):,} of the {len(parts.test):,} rows that this run is to "
-            f"be tested on: give both the same split, as --seed {run.record['settings']['seed']} does"
+            f"teacher={run.path} was trained on {len(seen):,} of the {len(splits.test):,} test rows of this run. Use the "
+            f"same split for both: --seed {run.record['settings']['seed']}."
         )

@@ -1,4 +1,4 @@
-"""Fits that begin with a checkpoint: what must be prepared as it was for it, how gently it is trained, and why so."""
+"""Fine-tuning: preprocessing, learning rates and trainable parts of a fit that starts from a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,67 +16,75 @@ from fieldguide.core.errors import SettingsError, WeightsWarning
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.tasks import Task
-from fieldguide.training import peft
 
-ENOUGH = 300  # steps that such a fit should have: where time allows fewer, batches are made smaller
-FEW = 300  # examples below which a pretrained network keeps its weights, and a new head alone learns
-SHARE = 0.5  # of the memory: what training all of a network may fill
-BYTES = 16  # a parameter in training: weight, gradient and two moments, in float32
-BATCH = 64  # examples a step at most
-# Tried on MiniLM: a new head learns ten times as fast as the layers far below it. Larger networks go by smaller steps, with the
-# root of their size, as in table 6 of ELECTRA (Clark et al. 2020, arXiv:2003.10555).
+MIN_STEPS = 300  # if the time allows fewer steps, batches become smaller
+MIN_EXAMPLES_TO_TUNE_BACKBONE = 300  # with fewer, only a new head is trained
+MAX_MEMORY_FRACTION = 0.5  # that full fine-tuning may need; above it, LoRA
+BYTES_PER_PARAMETER = 16  # in training: weight, gradient and two moments, in float32
+MAX_BATCH_SIZE = 64
+# Measured on MiniLM: a new head learns ten times as fast as the lowest layers. Larger networks take smaller steps, with the
+# square root of their size, as in table 6 of ELECTRA (Clark et al. 2020, arXiv:2003.10555).
 RATES = {"whole": {"lr": 1e-3, "layer_decay": 0.65}, "lora": {"lr": 1e-3}, "frozen": {"lr": 5e-3}}
-TRIED = 22_000_000
+PARAMETERS_OF_MEASURED_RATE = 22_000_000
 
 
-def offered(kind: type[Task], begun: Checkpoint, asked: Mapping[str, Any], callback: Any) -> dict[str, Any]:
-    """Options of a task: those that follow from the checkpoint, such as its tokenizer and its scale of colours, and those that
-    were asked for. It is said where the words are not known that a network of words has learnt with."""
+def default_options(
+    kind: type[Task], checkpoint: Checkpoint, requested: Mapping[str, Any], callback: Any
+) -> dict[str, Any]:
+    """Return task options that the checkpoint determines, such as its tokenizer and normalization, then those requested.
+
+    Warns if the checkpoint has a vocabulary and its tokenizer cannot be found.
+    """
     known = {f.name for f in fields(kind.Options)}
-    found = {**{k: v for k, v in begun.preprocessing_defaults().items() if k in known}, **asked}
-    if "tokenizer" in known and "tokenizer" not in found and begun.card.accepts("vocab_size"):
-        why = begun.words()[1]
-        why = f" ({why})" if why else ""
+    options = {**{k: v for k, v in checkpoint.preprocessing_defaults().items() if k in known}, **requested}
+    if "tokenizer" in known and "tokenizer" not in options and checkpoint.card.accepts("vocab_size"):
+        reason = checkpoint.words()[1]
+        reason = f" ({reason})" if reason else ""
         callback.log(
-            f"WARNING: the words that {begun.path} has learnt are not known{why}. Others are made from your texts, so "
-            "what it knows of words is lost: its embeddings begin anew, with other meanings. "
-            "Put the tokenizer.json that it was trained with beside its weights (or vocab.txt, or vocab.json and "
-            "merges.txt, or SentencePiece's file), or name it: --set task.tokenizer=PATH"
+            f"WARNING: no tokenizer found for {checkpoint.path}{reason}. A new one is fitted to your texts, so the "
+            "pretrained embeddings are lost and trained from scratch. Put the original tokenizer.json next to the weights "
+            "(or vocab.txt, vocab.json with merges.txt, or the SentencePiece file), or set --set task.tokenizer=PATH."
         )
-    return found
+    return options
 
 
-def readable(learnt: Task, rows: Data, config: Any, begun: Checkpoint, asked: Mapping[str, Any], callback: Any) -> Task:
-    """The task with rows no longer than the checkpoint's network reads, learnt anew where they were. Raises `SettingsError`
-    where longer ones were asked for."""
-    card, wanted = begun.card, learnt.model_dims()
-    if config is None or card.endless or "vocab_size" not in wanted or not card.accepts("length"):
-        return learnt
-    room, length = getattr(config, card.names.get("length", "length")), wanted.get("length", 0)
-    if length <= room:
-        return learnt
-    if "length" in asked:
+def limit_length(
+    task: Task, rows: Data, config: Any, checkpoint: Checkpoint, requested: Mapping[str, Any], callback: Any
+) -> Task:
+    """Return the task, fitted again with shorter rows if they are longer than the checkpoint's network can read.
+
+    Raises `SettingsError` if the user requested longer rows.
+    """
+    card, dims = checkpoint.card, task.model_dims()
+    if config is None or card.endless or "vocab_size" not in dims or not card.accepts("length"):
+        return task
+    limit, length = getattr(config, card.names.get("length", "length")), dims.get("length", 0)
+    if length <= limit:
+        return task
+    if "length" in requested:
         raise SettingsError(
-            f"task.length={length:,} is more than the {room:,} tokens that {begun.path} reads at most: ask for "
-            "no more than these, or leave it to the checkpoint."
+            f"task.length={length:,} exceeds the {limit:,} tokens that {checkpoint.path} can read. Set a smaller value or "
+            "leave it out."
         )
-    callback.log(f"task.length={room:,}: {begun.path} reads no longer rows")
-    return type(learnt).fit(rows, type(learnt).options_from({**asked, "length": room}))
+    callback.log(f"task.length={limit:,}: the maximum of {checkpoint.path}")
+    return type(task).fit(rows, type(task).options_from({**requested, "length": limit}))
 
 
-def gentle(settings: Settings, training: Mapping[str, Any], rows: int, begun: Checkpoint, callback: Any) -> Settings:
-    """Settings for a network that knows much already, and which of its parts learn, with the reason."""
-    size = sum(t.numel() for t in begun.state.values())
-    share = size * BYTES / profile.machine()["memory"]
-    if "finetune" in training:
-        way, why = training["finetune"], "you asked for it"
-    elif share > SHARE:
-        way, why = "lora", f"weights, gradients and optimiser of all of it would fill {100 * share:.0f} % of the memory"
-    elif rows < FEW:
-        way, why = "frozen", f"{rows:,} examples would be learnt by heart by more than a new head"
+def choose_settings(
+    settings: Settings, requested: Mapping[str, Any], rows: int, checkpoint: Checkpoint, callback: Any
+) -> Settings:
+    """Return training settings for a pretrained network, including which of its parts are trained, and log the reason."""
+    size = sum(t.numel() for t in checkpoint.state.values())
+    memory = size * BYTES_PER_PARAMETER / profile.machine()["memory"]
+    if "finetune" in requested:
+        mode, why = requested["finetune"], "requested"
+    elif memory > MAX_MEMORY_FRACTION:
+        mode, why = "lora", f"full fine-tuning would need {100 * memory:.0f} % of the memory"
+    elif rows < MIN_EXAMPLES_TO_TUNE_BACKBONE:
+        mode, why = "frozen", f"with {rows:,} examples, training more than a new head would overfit"
     else:
-        way, why = "whole", f"{rows:,} examples suffice to move all of it, lower layers less than higher ones"
-    callback.log(f"tune={way}: {why}")
+        mode, why = "whole", f"{rows:,} examples are enough to train all layers, lower ones with smaller rates"
+    callback.log(f"finetune={mode}: {why}")
     return settings.with_(
         {
             "optimizer": "adamw",
@@ -87,35 +95,37 @@ def gentle(settings: Settings, training: Mapping[str, Any], rows: int, begun: Ch
             "warmup": 0.1,
             "grad_clip": 1.0,
             "ema": 0.0,
-            "finetune": way,
-            **rates(way, size),
+            "finetune": mode,
+            **learning_rates(mode, size),
         }
     )
 
 
-def rates(way: str, size: int) -> dict[str, float]:
-    """How fast what learns, of a network of so many parameters."""
-    said = dict(RATES.get(way, {}))
-    if way == "whole":
-        said["lr"] *= min(1.0, (TRIED / max(size, 1)) ** 0.5)
-    return said
+def learning_rates(mode: str, parameters: int) -> dict[str, float]:
+    """Return `lr` and `layer_decay` for a fine-tuning mode and a network size."""
+    rates = dict(RATES.get(mode, {}))
+    if mode == "whole":
+        rates["lr"] *= min(1.0, (PARAMETERS_OF_MEASURED_RATE / max(parameters, 1)) ** 0.5)
+    return rates
 
 
-def init_checkpoint(
-    network: nn.Module, begun: Checkpoint, settings: Settings, training: Mapping[str, Any], callback: Any
-) -> tuple[list[str], Settings]:
-    """Fills a network from the checkpoint and marks what learns; returns what the checkpoint did not fill, and the settings:
-    all learns where a new head alone was to, there is none, and nobody asked for that (`training`)."""
-    with warnings.catch_warnings(record=True) as said:
+def load_weights(network: nn.Module, checkpoint: Checkpoint, callback: Any) -> list[str]:
+    """Load the checkpoint into a network and return the names of the parameters that it does not hold, such as a new head."""
+    with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", WeightsWarning)
-        fresh = weights.load(network, begun.state, begun.origin, head="skip")
-    callback.log(f"begins with {begun.path}" + (f"; new and yet to learn: {', '.join(fresh)}" if fresh else ""))
-    for warning in said:
+        fresh = weights.load(network, checkpoint.state, checkpoint.origin, head="skip")
+    callback.log(f"starting from {checkpoint.path}" + (f"; newly initialized: {', '.join(fresh)}" if fresh else ""))
+    for warning in raised:
         callback.log(str(warning.message))
-    if settings.finetune == "frozen" and not fresh and "finetune" not in training:
-        settings = settings.with_(
-            {"finetune": "whole", **rates("whole", sum(t.numel() for t in begun.state.values())), **training}
-        )
-        callback.log("tune=whole instead: the checkpoint fills all of the network, and nothing would be left to learn")
-    peft.prepare(network, settings, fresh)
-    return fresh, settings
+    return fresh
+
+
+def resolve_finetune(
+    settings: Settings, fresh: list[str], checkpoint: Checkpoint, requested: Mapping[str, Any], callback: Any
+) -> Settings:
+    """Return the settings, with full fine-tuning in place of `frozen` if no parameter is new and the user did not ask."""
+    if settings.finetune == "frozen" and not fresh and "finetune" not in requested:
+        size = sum(t.numel() for t in checkpoint.state.values())
+        settings = settings.with_({"finetune": "whole", **learning_rates("whole", size), **requested})
+        callback.log("finetune=whole instead: the checkpoint fills the whole network, so no new head is left to train")
+    return settings

@@ -1,4 +1,7 @@
-"""fit: from data to a trained, tested network in a run folder. Each step here is one call into the parts below."""
+"""`fit` and `resume`: from data to a trained and tested network in a run folder.
+
+The steps are: read the data, build a plan (`build_plan`), train, calibrate, test, write the run folder.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,38 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fieldguide.automl import distillation, finetune, profile
-from fieldguide.automl.advisor import Advice, advise, configured
+from fieldguide.automl import config_file, profile
+from fieldguide.automl.build_plan import Plan, build_plan
+from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.request import address, grouped, read_for, read_request
-from fieldguide.automl.time_budget import ENOUGH, resolve, with_batch
-from fieldguide.checkpoints import load
 from fieldguide.core import distributed
-from fieldguide.core.card import Card
+from fieldguide.core.deprecation import accept_renamed
 from fieldguide.core.errors import RunError, SettingsError
 from fieldguide.core.files import write_atomically
 from fieldguide.core.hardware import peak_memory
 from fieldguide.core.run_record import SCHEMA, write_record
-from fieldguide.core.settings import Settings
+from fieldguide.core.settings import Settings, canonical
 from fieldguide.core.version import __version__
 from fieldguide.data.dataset import Data
-from fieldguide.data.loader import Batches
 from fieldguide.data.samples import SAMPLES
-from fieldguide.data.splits import Splits, drawn, split
+from fieldguide.data.splits import drawn
+from fieldguide.inference.predictor import TaskPredictor
 from fieldguide.inference.run import Run, open_run
-from fieldguide.models import registry
 from fieldguide.objectives import Objective
-from fieldguide.tasks import Task, asked_for, infer
 from fieldguide.training import peft
 from fieldguide.training.checkpoint import separate
 from fieldguide.training.inference_loop import collect
 from fieldguide.training.trainer import State, Trainer
 
-# Settings that may change when a run is resumed; all others would make it another run.
-CHANGEABLE = {
+# Settings that may change when a run is resumed; any other change would make it a different run.
+RESUMABLE_SETTINGS = {
     "minutes",
     "lr",
     "weight_decay",
@@ -53,162 +53,7 @@ CHANGEABLE = {
 }
 
 
-class NullCallback:
-    """Sees everything, says nothing."""
-
-    def log(self, text: str) -> None: ...
-    def on_data(self, data: Data, task: type[Task], why: str) -> None: ...
-    def on_plan(self, advice: Advice, config: Any) -> None: ...
-    def on_train_start(self, settings: Settings, done: int) -> None: ...
-    def on_step(self, step: int, losses: dict[str, float]) -> None: ...
-    def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None: ...
-    def on_replan(self, steps: int) -> None: ...
-    def on_end(self, run: Run) -> None: ...
-
-
-@dataclass
-class Plan:
-    """Everything decided before the first step: what is trained, on what, and how."""
-
-    source: Data
-    task: Task
-    why: str  # the reason that this is the task
-    parts: Splits
-    advice: Advice
-    card: Card
-    size: str
-    config: Any
-    settings: Settings
-    objective: Objective
-    batches: Batches  # training examples
-    validation: Batches
-    scored: np.ndarray  # validation rows that these are
-    seconds_a_step: float = 0.0
-    most: int = 0  # where the minutes decide on the steps: so many are enough
-    further: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)  # networks beside the one that answers
-    fresh: list[str] | None = None  # of a network that begins with a checkpoint: what that did not fill
-
-
-def build_plan(
-    source: Data,
-    *,
-    task: str | None = None,
-    model: str = "auto",
-    minutes: float | None = None,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    parts: Splits | None = None,
-    callback: Any = None,
-    weights: str | Path | None = None,
-) -> Plan:
-    """Chooses task, split, preparation, network and settings for data that is read; trains nothing. `weights` is a
-    checkpoint to begin with, which then says which network it is.
-
-    Raises `DataError` and `SettingsError` as `fit` does.
-    """
-    callback = callback or NullCallback()
-    training, of_model, of_task, *_ = grouped(settings or {})
-    if minutes is not None:
-        training["minutes"] = minutes
-    elif "steps" in training:
-        training.setdefault("minutes", 0)  # the user counts steps, not time
-    training["seed"] = seed
-    budget = Settings().with_(training).minutes or float("inf")
-    kind, why = (asked_for(task, source), "you asked for it") if task else infer(source)
-    source = kind.select_columns(source)
-    callback.on_data(source, kind, why)
-    begun = None
-    if weights is not None:
-        begun = load.inspect_checkpoint(weights, None if model == "auto" else model, callback.log)
-        model = begun.size
-        of_task = finetune.offered(kind, begun, of_task, callback)
-    options = kind.options_from(of_task)
-    source = kind.build_examples(source, options)
-    parts = parts or split(source, seed=seed)
-    callback.log(f"split: {parts.how}")
-    learnt = kind.fit(source.take(parts.train), options)
-    needs = {"output_type": kind.output_types, **learnt.model_dims()}
-    config = begun.config(needs, of_model) if begun and set(begun.card.output_types) & set(kind.output_types) else None
-    if begun:
-        learnt = finetune.readable(learnt, source.take(parts.train), config, begun, of_task, callback)
-        needs = {"output_type": kind.output_types, **learnt.model_dims()}
-    for note in learnt.notes:
-        callback.log(f"note: {note}")
-    advice = advise(
-        facts={"task": kind.name, "rows": len(parts.train), **learnt.data_facts()},
-        needs=learnt.model_dims(),
-        input_types=kind.input_types,
-        output_types=kind.output_types,
-        minutes=budget,
-        machine=distributed.broadcast(profile.machine()),
-        model=model,
-        config=config,
-    )
-    card, size = (begun.card, model) if begun else registry.find(advice.best.name)
-    try:
-        config = config or configured(card, size, needs, of_model)
-    except TypeError as error:
-        raise SettingsError(f"--set model.…: {error}") from None
-    callback.on_plan(advice, config)
-    recipe = Settings().with_(kind.recipe).with_(card.recipe)
-    chosen = finetune.gentle(recipe, training, len(parts.train), begun, callback) if begun else recipe
-    chosen = distillation.named(chosen.overruled(training))
-    batches = learnt.train_batches(source.take(parts.train), card, chosen)
-    scored = drawn(parts.validation, learnt.validated, seed)
-    if len(scored) < len(parts.validation):
-        callback.log(
-            f"scored while it learns: {len(scored):,} of the {len(parts.validation):,} validation rows, drawn by chance"
-        )
-    validation = learnt.batches(source.take(scored), card, chosen)
-    chosen = with_batch(chosen, len(batches), learnt.fewest, min(learnt.most, finetune.BATCH) if begun else learnt.most)
-    torch.manual_seed(seed)
-    network = card.make(config)
-    fresh = None
-    if begun:
-        fresh, chosen = finetune.init_checkpoint(network, begun, chosen, training, callback)
-    else:
-        peft.prepare(network, chosen, fresh)
-    further = {name: settled_part(part, learnt.model_dims()) for name, part in card.parts.items()}
-    objective = learnt.objective(network, card, chosen, **{n: p.make(c) for n, (p, _, c) in further.items()})
-    objective = distillation.taught(objective, learnt, chosen, source, parts)
-    chosen, cost, enough = distributed.broadcast(
-        resolve(
-            chosen,
-            objective,
-            batches,
-            len(validation),
-            callback,
-            fewest=chosen.batch_size if "batch_size" in training else learnt.fewest,
-            enough=finetune.ENOUGH if begun else ENOUGH,
-        )
-    )
-    return Plan(
-        source,
-        learnt,
-        why,
-        parts,
-        advice,
-        card,
-        size,
-        config,
-        chosen,
-        objective,
-        batches,
-        validation,
-        scored,
-        cost,
-        enough,
-        further,
-        fresh,
-    )
-
-
-def settled_part(name: str, needs: Mapping[str, Any]) -> tuple[Card, str, Any]:
-    """A further network that a card names, sized for the data: its card, size and config."""
-    card, size = registry.find(name)
-    return card, size, configured(card, size, needs)
-
-
+@accept_renamed(watch="callback")
 def fit(
     data: Any,
     *,
@@ -221,21 +66,37 @@ def fit(
     group: str | None = None,
     time_column: str | None = None,
     allow_bad: bool = False,
-    callback: Any = None,
+    callback: NullCallback | None = None,
     settings: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
 ) -> Run:
-    """Reads data, chooses a network, trains and tests it, and returns the run folder.
+    """Read data, choose a network, train and test it, and return the run.
 
-    `data` is a path, the name of a sample, or a data frame. `settings` holds training settings by name, a network's
-    own fields as model.FIELD, the task's as task.FIELD, and kinds of columns as column.NAME. `weights` is a checkpoint to
-    begin with (see `fieldguide.load`). Raises `DataError` where
-    the data cannot be used and `SettingsError` where a setting cannot work; both say what to do.
+    Parameters
+    ----------
+    data : a path, the name of a sample, or a data frame.
+    target : the column to predict; inferred if omitted.
+    task : a name from `fieldguide tasks`; inferred from the data if omitted.
+    model : a name from `fieldguide models`, or "auto".
+    minutes : training time; 10 by default.
+    out : the new run folder; `runs/NAME-N` by default.
+    seed : determines the splits, the initial weights and every batch.
+    group : a column whose rows must not be split between training and test.
+    time_column : a column of times; the latest rows become the test part.
+    allow_bad : continue although more than 1 % of the examples are unusable.
+    settings : training settings by name, fields of the network as `model.FIELD`, options of the task as `task.FIELD`,
+        types of columns as `column.NAME`, and roles as `role.ROLE`.
+    weights : a checkpoint to start from (see `fieldguide.load`).
+
+    Raises
+    ------
+    DataError : the data cannot be used; the message says what to do.
+    SettingsError : a setting is unknown or cannot work.
     """
     callback = callback or NullCallback()
-    training, _, _, kinds, roles = grouped(settings or {})
-    Settings().with_(training)  # complain of settings before reading data
-    if minutes is None and not {"minutes", "steps"} & set(training) and isinstance(data, str) and data in SAMPLES:
+    requested, _, _, kinds, roles = grouped(settings or {})
+    Settings().with_(requested)  # report wrong settings before reading the data
+    if minutes is None and not {"minutes", "steps"} & set(requested) and isinstance(data, str) and data in SAMPLES:
         minutes = SAMPLES[data].minutes
     request = {
         "data": address(data),
@@ -246,11 +107,12 @@ def fit(
         "kinds": kinds,
         "roles": roles,
         "task": task,
+        "settings": {key: config_file.plain(value) for key, value in (settings or {}).items() if "." in key},
         "weights": address(weights) if weights is not None else None,
         "model": model,
     }
     if out is not None:
-        refuse_taken(Path(out))
+        check_available(Path(out))
     with distributed.processes():
         source, _, _ = read_for(request, data)
         plan = build_plan(
@@ -263,20 +125,21 @@ def fit(
             callback=callback,
             weights=weights,
         )
-        path = distributed.broadcast(new_folder(out, source) if distributed.rank() == 0 else None)
-        record = first_record(plan, request)
+        path = distributed.broadcast(create_folder(out, source) if distributed.rank() == 0 else None)
+        record = initial_record(plan, request)
         if distributed.rank() == 0:
-            parts = plan.parts
+            splits = plan.splits
             plan.task.save(path / "preprocess")
-            np.savez(path / "splits.npz", train=parts.train, validation=parts.validation, test=parts.test)
+            np.savez(path / "splits.npz", train=splits.train, validation=splits.validation, test=splits.test)
             (path / "manifest.json").write_text(json.dumps([asdict(f) for f in source.manifest.files]))
             write_record(path, record)
+            config_file.write_config(path, record)
         return train_and_test(path, record, plan, callback, resume=False)
 
 
-def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
-    """run.json before training."""
-    source, parts, best = plan.source, plan.parts, plan.advice.best
+def initial_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return run.json as it is before training."""
+    source, splits, best = plan.source, plan.splits, plan.advice.best
     return {
         "schema": SCHEMA,
         "status": "training",
@@ -288,7 +151,7 @@ def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
             "config": asdict(plan.config),
             "parts": {
                 name: {"architecture": card.name, "size": size, "config": asdict(config)}
-                for name, (card, size, config) in plan.further.items()
+                for name, (card, size, config) in plan.part_networks.items()
             },
             **({"fresh": plan.fresh} if plan.fresh is not None else {}),
         },
@@ -307,17 +170,17 @@ def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
             "findings": [asdict(f) for f in source.findings],
             "notes": plan.task.notes,
             "split": {
-                "how": parts.how,
-                "train": len(parts.train),
-                "validation": len(parts.validation),
-                "test": len(parts.test),
+                "how": splits.how,
+                "train": len(splits.train),
+                "validation": len(splits.validation),
+                "test": len(splits.test),
             },
         },
         "cost": {
             "parameters": profile.parameters(plan.objective.model),
             "multiply_adds": best.multiply_adds,
-            "seconds_a_step": plan.seconds_a_step,
-            "most_steps": plan.most,
+            "seconds_per_step": plan.seconds_per_step,
+            "max_steps": plan.max_steps,
             "processes": distributed.world(),
         },
         "machine": profile.machine(),
@@ -326,10 +189,18 @@ def first_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def resume(path: str | Path, *, data: Any = None, callback: Any = None, settings: Mapping[str, Any] | None = None) -> Run:
-    """Goes on with a run that was stopped, as if it had never been.
+@accept_renamed(watch="callback")
+def resume(
+    path: str | Path,
+    *,
+    data: Any = None,
+    callback: NullCallback | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Continue a run that was stopped. With a fixed number of steps the result is bit-identical to a run never stopped.
 
-    Raises `RunError` where the data has changed since, and `SettingsError` for changes that would make another run.
+    `data` is needed only for a run whose data was in memory. Raises `RunError` if the data has changed, and
+    `SettingsError` for settings that cannot change.
     """
     callback = callback or NullCallback()
     run = open_run(path)
@@ -337,178 +208,128 @@ def resume(path: str | Path, *, data: Any = None, callback: Any = None, settings
         callback.log(f"{path} is finished already.")
         return run
     with distributed.processes():
-        chosen = run.settings
-        changed = (
-            {
-                k: v
-                for k, v in Settings().with_(settings or {}).to_dict().items()
-                if k in (settings or {}) and v != getattr(chosen, k)
-            }
-            if settings
-            else {}
-        )
-        if refused := set(changed) - CHANGEABLE:
-            raise SettingsError(
-                f"{', '.join(sorted(refused))} cannot change when a run is resumed; it would be another "
-                "run. Start one with `fieldguide fit`."
-            )
+        chosen = change_settings(run.settings, settings or {}, callback)
         if (before := run.record["cost"]["processes"]) != distributed.world():
             callback.log(
-                f"begun with {before} processes, resumed with {distributed.world()}: the same examples a step, but "
-                "chance falls otherwise"
+                f"started with {before} processes, resumed with {distributed.world()}: each step sees the same examples, "
+                "but dropout and augmentation differ"
             )
-        for key, value in changed.items():
-            callback.log(
-                f"changed on resume: {key} {getattr(chosen, key)} -> {value}; from here the run differs from one "
-                "that was never stopped"
-            )
-        chosen = chosen.with_(changed)
         if run.record["request"]["data"] is None and data is None:
-            raise RunError(f"{path} was trained from data in memory; hand the same data to resume(data=...).")
+            raise RunError(f"{path} was trained from data in memory; pass the same data to resume(data=...).")
         source = read_request(run.record["request"], data)
         if source.manifest.digest != run.record["data"]["digest"]:
             raise RunError(
-                f"{source.source} has changed since {path} began (another digest); a resumed run must see the "
-                "same data. Put it back, or start a new run."
+                f"{source.source} has changed since {path} was started (its digest differs), and a resumed run must see "
+                "the same data. Restore it, or start a new run."
             )
-        with np.load(run.path / "splits.npz", allow_pickle=False) as saved:
-            parts = Splits(saved["train"], saved["validation"], saved["test"], run.record["data"]["split"]["how"])
-        task, card = run.task, run.card
-        source = task.build_examples(task.select_columns(source), task.options)
-        scored = drawn(parts.validation, task.validated, chosen.seed)
-        callback.on_data(source, type(task), run.record["choice"]["why"])
-        torch.manual_seed(chosen.seed)
-        network = run.fresh()
-        fresh = run.record["model"].get("fresh")
-        if fresh is None or any((run.path / "checkpoints").glob("step-*.json")):
-            peft.prepare(network, chosen, fresh)
-        else:  # it was stopped before it had kept a step
-            name = run.record["request"]["model"]
-            begun = load.inspect_checkpoint(run.record["request"]["weights"], None if name == "auto" else name, callback.log)
-            finetune.init_checkpoint(network, begun, chosen, {"finetune": chosen.finetune}, callback)
-        plan = Plan(
-            source,
-            task,
-            run.record["choice"]["why"],
-            parts,
-            Advice([], []),
-            card,
-            run.record["model"]["size"],
-            network.config if hasattr(network, "config") else None,
-            chosen,
-            distillation.taught(task.objective(network, card, chosen, **run.fresh_parts()), task, chosen, source, parts),
-            task.train_batches(source.take(parts.train), card, chosen),
-            task.batches(source.take(scored), card, chosen),
-            scored,
-            most=run.record["cost"].get("most_steps", 0),
-        )
-        run.record["settings"] = chosen.to_dict()
+        plan = Plan.from_run(run, source, chosen, callback)
+        run.record["settings"] = plan.settings.to_dict()
         return train_and_test(run.path, run.record, plan, callback, resume=True)
 
 
-def trainer(plan: Plan, callback: Any, folder: Path | None = None) -> Trainer:
-    """The loop for a plan, scoring on its validation part."""
+def change_settings(current: Settings, changes: Mapping[str, Any], callback: NullCallback) -> Settings:
+    """Return the settings of a resumed run. Raises `SettingsError` for settings that cannot change."""
+    names = canonical(changes)
+    wanted = Settings().with_(names).to_dict()
+    changed = {key: wanted[key] for key in names if wanted[key] != getattr(current, key)}
+    if fixed := set(changed) - RESUMABLE_SETTINGS:
+        raise SettingsError(
+            f"{', '.join(sorted(fixed))} cannot change when a run is resumed, since it would be a different run. Start a "
+            "new one with `fieldguide fit`."
+        )
+    for key, value in changed.items():
+        callback.log(
+            f"changed on resume: {key} {getattr(current, key)} -> {value}; from here the run differs from one that was "
+            "never stopped"
+        )
+    return current.with_(changed)
+
+
+def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None) -> Trainer:
+    """Return the training loop of a plan, which scores its validation rows."""
     task, metric, device = plan.task, plan.task.monitored_metric(), distributed.device()
-    truth = task.targets(plan.source.take(plan.scored))
+    targets = task.targets(plan.source.take(plan.validation_rows))
 
     def evaluate(objective: Objective) -> dict[str, float]:
         if folder and distributed.rank() == 0:
             from fieldguide.report.eval_samples import Glimpses
 
             Glimpses(folder).look(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
-        return task.score(
-            collect(
-                objective,
-                plan.validation,
-                batch=max(64, plan.settings.batch_size),
-                device=device,
-                precision=plan.settings.precision,
-            ),
-            truth,
-        )
+        batch_size, precision = max(64, plan.settings.batch_size), plan.settings.precision
+        outputs = collect(objective, plan.validation, batch=batch_size, device=device, precision=precision)
+        return task.score(outputs, targets)
 
     loop = Trainer(
         plan.objective,
-        plan.batches,
+        plan.train_batches,
         plan.settings,
         device=device,
         callback=callback,
         folder=folder,
         evaluate=evaluate,
         metric=(metric.name, metric.better),
-        most=plan.most,
+        most=plan.max_steps,
     )
     return loop
 
 
 def train(plan: Plan, loop: Trainer) -> State:
-    """Trains, then calibrates on the validation part."""
+    """Train, then calibrate on the validation rows."""
     state = loop.train()
     peft.merge(plan.objective)
-    rows = plan.source.take(plan.scored)
-    plan.task.calibrate(raw_answer(plan, rows), plan.task.targets(rows))
+    rows = plan.source.take(plan.validation_rows)
+    batches = plan.task.batches(rows, plan.card)
+    # In float32, whatever the precision of training: the same on every machine.
+    outputs = collect(
+        plan.objective, batches, batch=max(64, plan.settings.batch_size), device=distributed.device()
+    )
+    plan.task.calibrate(outputs, plan.task.targets(rows))
     return state
 
 
-def train_and_test(path: Path, record: dict[str, Any], plan: Plan, callback: Any, resume: bool) -> Run:
-    loop = trainer(plan, callback, path)
+def train_and_test(path: Path, record: dict[str, Any], plan: Plan, callback: NullCallback, resume: bool) -> Run:
+    """Train a plan in its run folder, test it, and return the run."""
+    loop = build_trainer(plan, callback, path)
     if resume and loop.resume():
         callback.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
     callback.on_train_start(loop.settings, loop.state.step)
     state = train(plan, loop)
-    record["settings"] = loop.settings.to_dict()  # the steps may have been counted anew
+    record["settings"] = loop.settings.to_dict()  # the number of steps may have been replanned
+    if distributed.rank() == 0:
+        config_file.write_config(path, record)
     if state.stopped:
         callback.log(f"stopped at step {state.step}: {state.stopped}")
-    finish(path, record, plan, state, callback)
+    evaluate_and_save(path, record, plan, state, callback)
     run = open_run(path)
     callback.on_end(run)
     return run
 
 
-def raw_answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
-    """The trained network's outputs, in float32: the same on every machine."""
-    return collect(
-        plan.objective, plan.task.batches(rows, plan.card), batch=max(64, plan.settings.batch_size), device=distributed.device()
-    )
-
-
-def answer(plan: Plan, rows: Data) -> dict[str, np.ndarray]:
-    """What the network answers when it is asked as a user asks it."""
-    return plan.task.postprocess(
-        collect(
-            plan.objective,
-            plan.task.batches(rows, plan.card),
-            ask=plan.task.predict_step(plan.objective),
-            batch=max(64, plan.settings.batch_size),
-            device=distributed.device(),
-        )
-    )
-
-
-def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, callback: Any) -> None:
-    """Tests on rows never touched before, beside the baselines, and writes all that a finished run holds."""
+def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: State, callback: NullCallback) -> None:
+    """Score the test rows next to the baselines, and write weights, record, report and model card."""
     from safetensors.torch import save as pack
 
     from fieldguide.report import pages
 
-    task = plan.task
-    test = drawn(plan.parts.test, task.tested, plan.settings.seed)
-    held, rows = plan.source.take(test), plan.source.take(plan.parts.train)
-    share = "" if len(test) == len(plan.parts.test) else f" of {len(plan.parts.test):,}, drawn by chance"
-    callback.log(f"testing on {len(held):,} examples{share} that no step of training has seen")
-    task.prepare_test(rows, held)
-    task.prepare_scoring(len(held))
-    outputs = answer(plan, held)
+    task, splits = plan.task, plan.splits
+    rows = drawn(splits.test, task.tested, plan.settings.seed)
+    test, training = plan.source.take(rows), plan.source.take(splits.train)
+    sampled = "" if len(rows) == len(splits.test) else f" of {len(splits.test):,}, a random sample,"
+    callback.log(f"testing on {len(test):,} examples{sampled} that were not used in training")
+    task.prepare_test(training, test)
+    task.prepare_scoring(len(test))
+    predictor = TaskPredictor(task, plan.card, plan.objective, batch_size=max(64, plan.settings.batch_size))
+    outputs = predictor.run_batches(task, task.batches(test, plan.card))
     if distributed.rank() == 0:
-        truth = task.targets(held)
+        targets = task.targets(test)
         record["scores"] = {
-            "test": task.score(outputs, truth),
-            "intervals": task.intervals(outputs, truth),
+            "test": task.score(outputs, targets),
+            "intervals": task.intervals(outputs, targets),
             "baselines": [
-                {"name": b.name, "what": b.what, "bound": b.bound, "scores": task.score(b.outputs, truth)}
-                for b in task.baselines(rows, held)
+                {"name": b.name, "what": b.what, "bound": b.bound, "scores": task.score(b.outputs, targets)}
+                for b in task.baselines(training, test)
             ],
-            "tested": len(held),
+            "tested": len(test),
         }
         record["cost"] |= {
             "seconds": round(state.seconds, 2),
@@ -523,28 +344,28 @@ def finish(path: Path, record: dict[str, Any], plan: Plan, state: State, callbac
         task.save(path / "preprocess")
         record["status"] = "done"
         write_record(path, record)
-        pages.write(open_run(path), task.exhibits(held, outputs, truth, plan.objective))
+        pages.write(open_run(path), task.exhibits(test, outputs, targets, plan.objective))
     if distributed.world() > 1:
         torch.distributed.barrier()
 
 
-def refuse_taken(path: Path) -> None:
-    """Raises `RunError` where something is in the way of a new run folder."""
+def check_available(path: Path) -> None:
+    """Raise `RunError` if `path` cannot become a new run folder."""
     if path.is_dir() and not any(path.iterdir()):
         return
     if (path / "run.json").exists():
         raise RunError(
-            f"{path} exists and is not empty. Choose another --out, or go on with it by `fieldguide fit --resume {path}`."
+            f"{path} exists and is not empty. Choose another --out, or continue it with `fieldguide fit --resume {path}`."
         )
     if path.exists():
         raise RunError(f"{path} exists and is {'not empty' if path.is_dir() else 'a file'}. Choose another --out.")
 
 
-def new_folder(out: str | Path | None, source: Data) -> Path:
-    """The run folder, made: `out`, or the next free number under runs/. Raises `RunError` where it is taken."""
+def create_folder(out: str | Path | None, source: Data) -> Path:
+    """Create and return the run folder: `out`, or the next free number under runs/. Raises `RunError` if it is taken."""
     if out is not None:
         path = Path(out)
-        refuse_taken(path)
+        check_available(path)
         path.mkdir(parents=True, exist_ok=True)
         return path
     name = Path(source.source).stem or "data"
@@ -555,13 +376,17 @@ def new_folder(out: str | Path | None, source: Data) -> Path:
             return path
         except FileExistsError:
             continue
-    raise RunError("no free name under runs/")
+    raise RunError("runs/ has no free name left: choose one with --out.")
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of fieldguide, torch, numpy and Python."""
     return {
         "fieldguide": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+__all__ = ["NullCallback", "Plan", "build_plan", "fit", "resume"]

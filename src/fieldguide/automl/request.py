@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fieldguide.automl.index import parse_literal
 from fieldguide.core.errors import SettingsError
+from fieldguide.core.settings import canonical
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
@@ -24,17 +25,7 @@ def grouped(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
         if dot and prefix not in groups:
             raise SettingsError(f"--set {key}: there is no group {prefix!r}; groups are model., task., column. and role.")
         groups[prefix if dot else ""][rest if dot else key] = value
-    return groups[""], {k: literal(v) for k, v in groups["model"].items()}, groups["task"], groups["column"], groups["role"]
-
-
-def literal(value: Any) -> Any:
-    """Text as the number, truth value or tuple it spells."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
-    except (ValueError, SyntaxError):
-        return value
+    return canonical(groups[""]), {k: parse_literal(v) for k, v in groups["model"].items()}, groups["task"], groups["column"], groups["role"]
 
 
 def address(data: Any) -> str | None:

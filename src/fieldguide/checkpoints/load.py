@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fieldguide.checkpoints import config_mapping, run_folder, weights
 from fieldguide.checkpoints.config_mapping import TIMM, WRITTEN, Identified, identified, inwards, named, outwards
 from fieldguide.checkpoints.identify import FREE, Unfilled, headed, headless, recognised, seen, sibling
+from fieldguide.checkpoints.names import CONFIG_FILE, CONFIG_FILES, HUB_PREFIX
 from fieldguide.checkpoints.preprocessor_config import pixels, preparation, shown
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
@@ -26,11 +27,8 @@ from fieldguide.core.errors import SettingsError, WeightsError, nearest
 from fieldguide.data.preprocessing import Pictures, tokenizer_files
 from fieldguide.models.registry import card_of, find
 
-CONFIG = "config.json"
-CONFIGS = (CONFIG, "params.json", "open_clip_config.json")  # the second is Meta's
 FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}  # beside it
 PARTS = "consolidated.*.pth"  # Meta's, one for each machine
-HUB = "hf:"
 TEMPLATE = "a photo of a {}."  # of CLIP's paper, section 3.1.4: how a class is said
 
 
@@ -139,11 +137,11 @@ def inspect_checkpoint(
     source: str | Path, name: str | None = None, callback: Callable[[str], None] | None = None
 ) -> Checkpoint:
     """What a checkpoint is of. `watch` is told how far a download is. Raises `WeightsError` where it cannot be told."""
-    if isinstance(source, str) and source.startswith(HUB):
+    if isinstance(source, str) and source.startswith(HUB_PREFIX):
         from fieldguide.checkpoints import hub
 
         with distributed.turns():  # one process of a machine fetches, the others find it there
-            source = hub.fetched(source.removeprefix(HUB), callback or hub.aloud)
+            source = hub.fetched(source.removeprefix(HUB_PREFIX), callback or hub.aloud)
     path = Path(source)
     if not path.exists():
         raise WeightsError(
@@ -154,7 +152,7 @@ def inspect_checkpoint(
         card, config, state = run_folder.read_network(path)
         return Checkpoint(path, card, weights.OURS, asdict(config), state)
     folder = path if path.is_dir() else path.parent
-    beside = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    beside = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
     if path.suffix == ".gguf":  # says itself what it is
         beside = path
     said = config_mapping.read(beside) if beside and name is None else {}
@@ -238,7 +236,7 @@ def unsaid(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -
 def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapping[str, Any]) -> Checkpoint:
     """A network whose tensors were parted among machines: each along the axis on which its parts make up the whole."""
     if known is None:
-        raise WeightsError(f"{path} holds {len(parts)} parts of a network, and no {' or '.join(CONFIGS)} that says which it is")
+        raise WeightsError(f"{path} holds {len(parts)} parts of a network, and no {' or '.join(CONFIG_FILES)} that says which it is")
     card, origin, _ = known
     files = [weights.read(part) for part in parts]
     values = {**values, **unsaid(card, values, files[0])}
@@ -285,5 +283,5 @@ def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
     bare = f"{origin}-base"  # names in files without a head, where they differ
     names = bare if getattr(model.config, "output_type", "") == "vector" and bare in card.weights else origin
     weights.save(model, folder / next(FILE[key] for key in WRITTEN if key in said), names)
-    (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n")
     return folder

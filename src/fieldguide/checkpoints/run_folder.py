@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fieldguide.checkpoints import weights
 from fieldguide.core.card import Card
@@ -20,9 +20,9 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
-def build_network(card: Card, config: dict[str, Any]) -> nn.Module:
-    """Return a network with new weights from its config as stored in JSON, where tuples are lists."""
-    return card.make(card.config(**{key: to_tuple(value) for key, value in config.items()}))
+def build_config(card: Card, config: dict[str, Any]) -> Any:
+    """Return a network's config from its JSON form, in which tuples are lists."""
+    return card.config(**{key: to_tuple(value) for key, value in config.items()})
 
 
 def to_tuple(value: Any) -> Any:
@@ -36,7 +36,7 @@ def read_network(folder: Path) -> tuple[Card, Any, dict[str, Tensor]]:
     if record["status"] != "done":
         raise RunError(f"{folder} is not finished. Continue it with `fieldguide fit --resume {folder}`.")
     card = registry.card(record["model"]["architecture"])
-    network = build_network(card, record["model"]["config"])
+    network = card.make(build_config(card, record["model"]["config"]))
     weights.load(network, folder / "model.safetensors")
     return card, network.config, network.state_dict()
 

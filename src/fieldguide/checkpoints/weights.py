@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from fieldguide.checkpoints import torchscript
 from fieldguide.checkpoints.key_mapping import State, Table, Translated, forms, inwards, listed, shape_of, translate
+from fieldguide.checkpoints.names import WEIGHT_SUFFIXES
 from fieldguide.core.errors import WeightsError, WeightsWarning, nearest
 from fieldguide.core.files import atomic_path
 
 OURS = "fieldguide"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys that hold the tensors
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 PLAIN = [argparse.Namespace]  # classes that hold values and run nothing: fairseq keeps its arguments in one
 FILES = (
     "model.safetensors",
@@ -90,7 +90,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if path.is_dir():
         known = [path / name for name in FILES if (path / name).is_file()]
-        single = [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES]
+        single = [p for p in sorted(path.iterdir()) if p.suffix in WEIGHT_SUFFIXES]
         if not known and len(single) != 1:
             raise WeightsError(f"{path} has none of {', '.join(FILES)}, and {len(single)} other checkpoints; name one file")
         return read((known or single)[0])

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fieldguide.automl.progress import console
+from fieldguide.core.errors import SettingsError, nearest
 
 
 def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Sequence[str] = ()) -> None:
@@ -24,7 +25,7 @@ def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Seque
         return
     for answer in answers:
         if "error" in answer:
-            print(f"not answered: {answer['input']}: {answer['error']}", file=sys.stderr)
+            print(f"not read: {answer['input']}: {answer['error']}", file=sys.stderr)
     answers = [answer for answer in answers if "error" not in answer]
     plain = [k for k, v in answers[0].items() if not isinstance(v, dict | list)] if answers else []
     shown = plain if len(plain) > 1 or not answers else list(answers[0])  # where else nothing is said
@@ -70,41 +71,45 @@ def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
 
 
 def print_models(glob: str, family: str | None, task: str | None, as_json: bool) -> None:
-    from fieldguide.automl.catalogue import list_models
-    from fieldguide.core.errors import SettingsError
-    from fieldguide.models import registry
+    """Print the models that match. Raises `SettingsError` if there are none."""
+    from fieldguide.automl.index import get_index
 
-    names = list_models(glob, family=family, task=task)
+    index = get_index()
+    if task is not None and task not in index["tasks"]:
+        raise SettingsError(f"there is no task {task!r}.{nearest(task, index['tasks'])} `fieldguide tasks` lists them.")
+    rows = [
+        {
+            "name": row["name"],
+            "parameters": row["parameters"],
+            "family": row["family"],
+            "input_type": row["input_type"],
+            "output_type": " or ".join(row["output_types"]),
+            "year": row["year"],
+            "paper": row["paper"],
+            "source": row["source"],
+            "summary": row["summary"],
+        }
+        for row in index["models"].values()
+        if not row["test"]
+        and fnmatch.fnmatch(row["name"], glob)
+        and family in (None, row["family"])
+        and (task is None or task in row["tasks"])
+    ]
+    systems = {system["names"][0]: system for system in index["closed"].values()}
     closed = [
         system
-        for system in dict.fromkeys(registry.closed().values())
-        if family is None and fnmatch.fnmatch(system.name, glob) and task in (None, *system.tasks)
+        for name, system in systems.items()
+        if family is None and fnmatch.fnmatch(name, glob) and (task is None or task in system["tasks"])
     ]
-    if not names and not closed:
+    if not rows and not closed:
         raise SettingsError(
             f"no model matches {glob!r}"
             + (f" in family {family!r}" if family else "")
             + (f" for task {task!r}" if task else "")
             + ". `fieldguide models` lists them all."
         )
-    rows = []
-    for name in names:
-        card, size = registry.find(name)
-        rows.append(
-            {
-                "name": name,
-                "parameters": card.sizes[size].params,
-                "family": card.family,
-                "input_type": card.input_type,
-                "output_type": " or ".join(card.output_types),
-                "year": card.year,
-                "paper": card.paper,
-                "source": card.sizes[size].source,
-                "summary": card.summary,
-            }
-        )
     if as_json:
-        for row in (*rows, *({**asdict(system), "name": system.name, "closed": True} for system in closed)):
+        for row in (*rows, *({**system, "name": system["names"][0], "closed": True} for system in closed)):
             print(json.dumps(row))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -128,13 +133,66 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
         print_closed(closed)
 
 
-def print_closed(systems: list[Any]) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("closed", "maker", "year", "nearest here"):
-        table.add_column(name, no_wrap=True)
+def print_closed(systems: list[dict[str, Any]]) -> None:
+    """Print systems whose weights and code are not public, with the nearest model here."""
+    table = build_table("closed", "maker", "year", "nearest here", no_wrap=True)
     for system in systems:
-        table.add_row(system.name, escape(system.maker), str(system.year), system.stand_in)
+        table.add_row(system["names"][0], escape(system["maker"]), str(system["year"]), system["stand_in"])
     console.print(table)
+
+
+def print_tasks(as_json: bool) -> None:
+    """Print the tasks with what they read and their metrics."""
+    from fieldguide.automl.index import get_index
+
+    tasks = get_index()["tasks"].values()
+    if as_json:
+        for task in tasks:
+            print(json.dumps(task))
+        return
+    table = build_table("task", "reads", "metrics")
+    for task in tasks:
+        table.add_row(task["name"], escape(task["reads"]), ", ".join(m["name"] for m in task["metrics"]))
+    console.print(table)
+
+
+def print_settings(task: str | None, as_json: bool) -> None:
+    """Print key, default and meaning of the training settings, or of the options of a task and of its predictions."""
+    from fieldguide.automl.index import get_index
+
+    index = get_index()
+    if task is None:
+        groups = {"fit --set": index["settings"]}
+    elif task not in index["tasks"]:
+        raise SettingsError(f"there is no task {task!r}.{nearest(task, index['tasks'])} `fieldguide tasks` lists them.")
+    else:
+        found = index["tasks"][task]
+        options = [{**option, "key": f"task.{option['key']}"} for option in found["options"]]
+        groups = {"fit --set": options, "predict --set": found["predict_options"]}
+    aliases: dict[str, list[str]] = {}
+    for alias, name in (index["aliases"] if task is None else index["predict_aliases"] | index["option_aliases"]).items():
+        aliases.setdefault(name, []).append(alias)
+    for title, rows in groups.items():
+        if as_json:
+            for row in rows:
+                print(json.dumps({"for": title, **row, "aliases": aliases.get(row["key"].removeprefix("task."), [])}))
+            continue
+        table = build_table(title, "default", "meaning")
+        for row in rows:
+            also = aliases.get(row["key"].removeprefix("task."), [])
+            default = "chosen" if row["default"] is None else str(row["default"]) or "none"
+            meaning = row["meaning"] + (f" (also: {', '.join(also)})" if also else "")
+            table.add_row(row["key"], default, escape(meaning))
+        if rows:
+            console.print(table)
+
+
+def build_table(*columns: str, no_wrap: bool = False) -> Table:
+    """Return an empty table without borders."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        table.add_column(column, no_wrap=no_wrap)
+    return table
 
 
 def print_description(d: Any, as_json: bool) -> None:

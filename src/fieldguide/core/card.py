@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
+from fieldguide.core.deprecation import rename_keys
+
 # What a network takes -> the names of the batch tensors handed to `forward`, in order.
 INPUT_TYPES: dict[str, tuple[str, ...]] = {
     "image": ("image",),  # B C H W float
@@ -99,6 +101,18 @@ Scale = tuple[tuple[float, ...], tuple[float, ...]]  # of red, green and blue fr
 IMAGENET: Scale = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI: Scale = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # of CLIP's code
 HALF: Scale = ((0.5,) * 3, (0.5,) * 3)
+
+
+# Former names of config fields -> their names; accepted with a warning.
+FORMER_FIELDS = {
+    "classes": "num_classes",
+    "vocab": "vocab_size",
+    "tied": "tie_embeddings",
+    "gives": "output_type",
+    "base": "rope_theta",
+    "groups": "kv_heads",
+    "stretch": "rope_scaling",
+}
 
 
 class Size:
@@ -225,6 +239,8 @@ class Card:
         """
         values = dict(self.sizes[size or self.default].overrides)
         known = {f.name: str(f.type) for f in fields(self.config)}
+        former = {old: new for old, new in FORMER_FIELDS.items() if old not in known and self.names.get(new, new) in known}
+        overrides = rename_keys(overrides, former, "field")
         for key, value in overrides.items():
             name = self.names.get(key, key)
             if name not in known:

@@ -21,6 +21,7 @@ REQUIRED = {"status", "task", "model", "settings", "data"}
 ROTARY = {"base": "rope_theta", "groups": "kv_heads", "stretch": "rope_scaling"}
 RENAMED: dict[str, dict[str, str]] = {
     "settings": {old: new for old, new in ALIASES.items()},
+    "cost": {"seconds_a_step": "seconds_per_step", "most_steps": "max_steps"},
     "config": {"classes": "num_classes", "vocab": "vocab_size", "tied": "tie_embeddings", "gives": "output_type"},
     **{f"config/{name}": ROTARY for name in ("llama", "llava", "mixtral", "gemma", "gemma2", "gemma3", "qwen3")},
 }
@@ -59,7 +60,8 @@ def migrate(record: dict[str, Any]) -> dict[str, Any]:
         name: {**part, "config": rename_config(part["architecture"], part["config"])}
         for name, part in model.get("parts", {}).items()
     }
-    return {**record, "schema": SCHEMA, "model": model, "settings": rename(record["settings"], RENAMED["settings"])}
+    settings, cost = (rename(record.get(key, {}), RENAMED[key]) for key in ("settings", "cost"))
+    return {**record, "schema": SCHEMA, "model": model, "settings": settings, "cost": cost}
 
 
 def rename_config(architecture: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -186,9 +186,30 @@ def from_text(label: str, value: Any, kind: Any) -> Any:
     raise SettingsError(f"{label}={value!r} is not {'an integer' if want is int else f'a {want.__name__}'}.")
 
 
+# Other names of prediction options -> their names.
+PREDICT_ALIASES = {
+    "tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "beams": "num_beams",
+    "penalty": "length_penalty",
+    "repetition": "repetition_penalty",
+    "guidance_scale": "guidance",
+    "num_inference_steps": "steps",
+    "num_return_sequences": "count",
+    "score_threshold": "threshold",
+    "iou_threshold": "overlap",
+}
+
+
+def canonical_predict_options(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return prediction options under their own names; unknown keys stay."""
+    return {PREDICT_ALIASES.get(key, key): value for key, value in changes.items()}
+
+
 def asked_of(who: str, asked: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, Any]:
     """What a user says on the command line, as these kinds. Raises `SettingsError` for an unknown key and for a value that
     cannot be."""
+    asked = canonical_predict_options(asked)
     for key in asked:
         if key not in kinds:
             raise SettingsError(f"{who} is not asked with {key!r}.{nearest(key, kinds)} It knows {', '.join(sorted(kinds))}.")

@@ -1,8 +1,13 @@
-"""Answering: a trained network with the task that it does, asked about raw inputs. Runs are such, and published networks."""
+"""Predictors: a trained network with everything that turns raw inputs into predictions.
+
+`fieldguide.pipeline` returns one for any source. A predictor holds no state of a request: prediction options are arguments,
+so that one predictor serves many threads at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,90 +23,132 @@ from fieldguide.tasks import Task
 from fieldguide.training.inference_loop import collect
 
 
-class Answering:
-    """Has a task, the card of its network, and the network inside its objective; `together` examples are answered at once."""
+class Predictions(list):
+    """One record for each input, as dictionaries. `notes` say what was truncated or guessed."""
 
-    task: Task
+    def __init__(self, records: Sequence[dict[str, Any]], notes: Sequence[str] = ()):
+        super().__init__(records)
+        self.notes = list(notes)
+
+
+class Predictor:
+    """The interface of everything that predicts."""
+
     card: Card
-    objective: Objective
-    together: int = 64
-    pooled: str = "mean"  # how a text's vector is made of those of its tokens (`Vectors`)
 
     @property
     def model(self) -> torch.nn.Module:
         """The trained network."""
+        raise NotImplementedError
+
+    def predict(self, inputs: Any = (), **options: Any) -> Predictions:
+        """Return one record for each raw input: `input`, then the prediction.
+
+        `inputs` is a path, a data frame, a text, or a list of those. If some of several inputs cannot be read, their
+        records hold `input` and `error` only. Raises `DataError` if none can be read, `SettingsError` for wrong options.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, source: Any, **options: Any) -> dict[str, Any]:
+        """Return scores on data with known targets: {"rows", "scores", "intervals", "note"}."""
+        raise SettingsError(f"{self.card.name} without a trained task has no scores; train it with `fieldguide fit`.")
+
+    def stream(self, source: Any, **options: Any) -> Iterator[str] | None:
+        """Return the generated text of one input piece by piece; None if the prediction is not text."""
+        return None
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Return a unit vector for each text, N D float32; dot products are cosine similarities."""
+        raise SettingsError(
+            f"{self.card.name} does not embed texts. Runs of encoders such as BERT or ModernBERT do, for fill-mask or "
+            "text-classification."
+        )
+
+
+class TaskPredictor(Predictor):
+    """A network with a fitted task: a finished run, or a pretrained network with a head."""
+
+    task: Task
+    objective: Objective
+    batch_size: int = 64
+    pooling: str = "mean"  # of token vectors, for `embed`
+
+    def __init__(self, task: Task, card: Card, objective: Objective, *, batch_size: int = 64, pooling: str = "mean"):
+        self.task, self.card, self.objective, self.batch_size, self.pooling = task, card, objective, batch_size, pooling
+
+    @property
+    def model(self) -> torch.nn.Module:
         return self.objective.model
 
     def outputs(self, data: Data) -> dict[str, np.ndarray]:
-        """What the network says of examples, as scores take it."""
-        return self.respond(self.task.batches(data, self.card))
+        """Return the network's outputs for examples as `Task.score` takes them, with default prediction options."""
+        task = self.task.for_request(self.task.PredictOptions())
+        return self.run_batches(task, task.batches(data, self.card))
 
-    def respond(self, batches: Batches, callback=lambda done: None) -> dict[str, np.ndarray]:
+    def run_batches(
+        self, task: Task, batches: Batches, callback: Callable[[int], None] = lambda done: None
+    ) -> dict[str, np.ndarray]:
+        """Return post-processed outputs of batches. `task` is the request's own, `callback` receives the examples done."""
+        step = task.predict_step(copy.copy(self.objective))  # a copy, since a step may configure it for its request
         outputs = collect(
-            self.objective,
-            batches,
-            ask=self.task.predict_step(self.objective),
-            batch=self.together,
-            device=distributed.device(),
-            callback=callback,
+            self.objective, batches, ask=step, batch=self.batch_size, device=distributed.device(), callback=callback
         )
-        return self.task.postprocess(outputs)
+        return task.postprocess(outputs)
 
-    def predict(self, inputs: Any = (), callback=lambda done: None, **asked: Any) -> list[dict[str, Any]]:
-        """One record for each raw input (or several: a forecast has one for each step): where it came from, then what the
-        task says of it.
+    def predict(self, inputs: Any = (), callback: Callable[[int], None] = lambda done: None, **options: Any) -> Predictions:
+        """Return one record for each raw input, or several: a forecast has one for each step.
 
-        `inputs` is a path, a data frame, or a list of those; folders and tables hold many inputs. `asked` says how
-        to answer, in the task's own words (`task.Asking`): temperature, beams, threshold, ... Of many inputs, one that
-        cannot be read has a record in its place of nothing but `input` and `error`. Raises `DataError` where none can be.
+        `options` are those of the task (`fieldguide settings TASK`): `temperature`, `num_beams`, `threshold`, ...
         """
-        self.task.asking = self.task.predict_options(asked)
-        data = self.task.read(listed(inputs))
-        return records(data, self.task.format_predictions(self.respond(self.task.predict_batches(data, self.card), callback)))
+        task = self.task.for_request(self.task.parse_predict_options(options))
+        data = task.read(as_list(inputs))
+        outputs = self.run_batches(task, task.predict_batches(data, self.card), callback)
+        return Predictions(join_skipped(data, task.format_predictions(outputs)), task.notes)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """A vector of length 1 for each text, N D float32, from the mean over its tokens of what the network reads (or as its
-        publisher says): products of two are their likeness. Raises `SettingsError` for a network that does not read both
-        sides of a word."""
-        texts, model = listed(texts), self.model
+        """Return a unit vector for each text, N D float32, pooled from the last hidden states.
+
+        Raises `SettingsError` for a network that is not a bidirectional text encoder.
+        """
+        texts, model = as_list(texts), self.model
         rows = self.task.encode_texts(texts, model.config.length) if "vector" in self.card.output_types else None
         if rows is None:
-            raise SettingsError(
-                f"{self.card.name}, trained for {self.task.name}, makes no vectors of texts; runs of encoders "
-                "such as BERT and ModernBERT do, for fill-mask or text-classification."
-            )
+            return super().embed(texts)
         if not texts:
             return np.zeros((0, model.config.dim), dtype=np.float32)
-        return collect(Vectors(model, self.pooled), rows, batch=64, device=distributed.device())["vector"]
+        return collect(Vectors(model, self.pooling), rows, batch=64, device=distributed.device())["vector"]
 
-    def stream(self, source: Any, **asked: Any) -> Iterator[str] | None:
-        """The answer to one input piece by piece, where the task can; else None."""
-        self.task.asking = self.task.predict_options(asked)
-        return self.task.stream(self.objective, source)
+    def stream(self, source: Any, **options: Any) -> Iterator[str] | None:
+        task = self.task.for_request(self.task.parse_predict_options(options))
+        return task.stream(self.objective, source)
 
-    def scored(self, data: Data, note: str) -> dict[str, Any]:
-        """Scores, with 95 % intervals, of examples with known answers."""
-        self.task.prepare_scoring(len(data))
-        outputs, truth = self.outputs(data), self.task.targets(data)
+    def score(self, data: Data, note: str) -> dict[str, Any]:
+        """Return scores with 95 % intervals of examples with known targets."""
+        task = self.task.for_request(self.task.PredictOptions())
+        task.prepare_scoring(len(data))
+        outputs, targets = self.run_batches(task, task.batches(data, self.card)), task.targets(data)
         return {
             "rows": len(data),
-            "scores": self.task.score(outputs, truth),
-            "intervals": self.task.intervals(outputs, truth),
+            "scores": task.score(outputs, targets),
+            "intervals": task.intervals(outputs, targets),
             "note": note,
         }
 
 
-def records(data: Data, answers: Sequence[Any]) -> list[dict[str, Any]]:
-    """Answers to the rows of data, each with where it came from; in the place of inputs that could not be read, why."""
-    unread = {i: [u for u in data.skipped if u.before == i] for i in {u.before for u in data.skipped}}
-    found: list[dict[str, Any]] = []
-    for i in range(len(answers) + 1):
-        found += [{"input": u.place, "error": u.why} for u in unread.get(i, ())]
-        if i < len(answers):
-            each = answers[i] if isinstance(answers[i], list) else [answers[i]]
-            found += [{"input": data.place(i), **record} for record in each]
-    return found
+def join_skipped(data: Data, predictions: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the predictions for rows of data with their places, and records of errors in the place of skipped inputs."""
+    skipped: dict[int, list[Any]] = {}
+    for item in data.skipped:
+        skipped.setdefault(item.before, []).append(item)
+    records: list[dict[str, Any]] = []
+    for i in range(len(predictions) + 1):
+        records += [{"input": item.place, "error": item.why} for item in skipped.get(i, ())]
+        if i < len(predictions):
+            each = predictions[i] if isinstance(predictions[i], list) else [predictions[i]]
+            records += [{"input": data.place(i), **record} for record in each]
+    return records
 
 
-def listed(inputs: Any) -> Sequence[Any]:
+def as_list(inputs: Any) -> Sequence[Any]:
+    """Return `inputs` as a list; anything but a list or tuple is one input."""
     return list(inputs) if isinstance(inputs, list | tuple) else [inputs]

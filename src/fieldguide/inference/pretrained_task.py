@@ -8,21 +8,22 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from fieldguide.checkpoints import config_mapping
-from fieldguide.checkpoints.load import CONFIG, Checkpoint, filled, inspect_checkpoint
+from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
+from fieldguide.checkpoints.names import CONFIG_FILE
 from fieldguide.checkpoints.preprocessor_config import side_of
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
-from fieldguide.core.errors import DataError, WeightsError, WeightsWarning
+from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Text
-from fieldguide.inference.predictor import Answering, listed
+from fieldguide.inference.predictor import TaskPredictor, as_list
 from fieldguide.objectives import Objective, Vectors
 from fieldguide.objectives.embedding import POOLED
 from fieldguide.tasks import Task, tasks
@@ -38,73 +39,87 @@ NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
 ONE = {"regression": "a number", "multi_label_classification": "several classes at once"}
 
 
-class Published(Answering):
-    """`predict(inputs)` answers, `evaluate(data)` scores what has known answers, `embed(texts)` gives vectors."""
+class PretrainedTask(TaskPredictor):
+    """A pretrained network that does the task of its head: classes, tags, answers, masked words; vectors without a head."""
 
-    def __init__(self, network: torch.nn.Module, card: Card, task: Task, pooled: str = "mean"):
-        self.card, self.task, self.pooled = card, task, pooled
-        self.objective = task.objective(network, card, Settings()).to(distributed.device()).eval()
+    LOAD_OPTIONS: ClassVar = {"output_type": str, "gives": str, "columns": str}
+
+    def __init__(self, network: torch.nn.Module, card: Card, task: Task, pooling: str = "mean"):
+        super().__init__(task, card, task.objective(network, card, Settings()).to(distributed.device()).eval(), pooling=pooling)
 
     @classmethod
     def load(
-        cls, source: str | Path | Checkpoint, *, name: str | None = None, columns: str = "", **overrides: Any
-    ) -> Published:
-        """From a folder or file of transformers or timm, or hf:organisation/name; `gives="vector"` leaves its head off.
-        `columns` names the columns of text in tables that are asked about, "text" where nothing is said: two, with a comma
-        between, for a network that reads pairs.
+        cls,
+        source: str | Path | Checkpoint,
+        *,
+        name: str | None = None,
+        columns: str = "",
+        output_type: str | None = None,
+        gives: str | None = None,
+        **overrides: Any,
+    ) -> PretrainedTask:
+        """Load a folder or file of transformers or timm, or hf:organization/name.
 
-        Raises `WeightsError` for a network that does no task by itself, and where its tokenizer is missing or another's.
+        `output_type="vector"` leaves out the head. `columns` names the text columns of tables, "text" by default; two,
+        separated by a comma, for a network that reads pairs. `gives` is the former name of `output_type`.
+
+        Raises `WeightsError` for a network that does no task by itself, and if its tokenizer is missing or belongs to
+        another network.
         """
         found = source if isinstance(source, Checkpoint) else inspect_checkpoint(source, name)
         values = {**found.values, **overrides}
-        gives = values.get("output_type", found.card.output_types[0])
-        beside = replace(described_beside(found, values, gives), columns=tuple(filter(None, columns.split(","))))
-        made = (
-            kind.published(beside)
+        if output_type or gives:
+            values["output_type"] = output_type or gives
+        chosen = values.get("output_type", found.card.output_types[0])
+        assets = replace(read_assets(found, values, chosen), columns=tuple(filter(None, columns.split(","))))
+        candidates = (
+            kind.published(assets)
             for kind in (*tasks().values(), TextVectors, PictureVectors)
-            if found.card.input_type in kind.input_types and gives in kind.output_types
+            if found.card.input_type in kind.input_types and chosen in kind.output_types
         )
-        if (task := next((one for one in made if one is not None), None)) is None:
+        if (task := next((candidate for candidate in candidates if candidate is not None), None)) is None:
             raise WeightsError(
-                f"{found.path} is {found.card.name}, which takes {found.card.input_type} and gives {gives}: no "
-                "task answers or scores that as it is. `fit --weights` trains it on data of yours."
+                f"{found.path} is {found.card.name}, which maps {found.card.input_type} to {chosen}: no task predicts or "
+                "scores that without training. Train it on your data with `fieldguide fit --weights`."
             )
         with warnings.catch_warnings():
-            if gives == "vector":  # heads are left on purpose
+            if chosen == "vector":  # leaves out the head on purpose
                 warnings.simplefilter("ignore", WeightsWarning)
             network = filled(found.card, values, found.state, found.origin, str(found.path))
-        text, vocab = (
-            getattr(task, "text", None),
-            getattr(network.config, found.card.names.get("vocab_size", "vocab_size"), None),
-        )
-        if text is not None and text.size > vocab:
+        text = getattr(task, "text", None)
+        vocab_size = getattr(network.config, found.card.names.get("vocab_size", "vocab_size"), None)
+        if text is not None and text.size > vocab_size:
             raise WeightsError(
-                f"{beside.folder}: its tokenizer has {text.size:,} tokens, the network {vocab:,}: it is that of another network"
+                f"{assets.folder}: the tokenizer has {text.size:,} tokens, but the network {vocab_size:,}: it belongs to "
+                "another network."
             )
-        return cls(network, found.card, task, beside.pooled)
+        return cls(network, found.card, task, assets.pooled)
 
-    def evaluate(self, source: Any) -> dict[str, Any]:
-        """Scores on data with known answers: {"rows", "scores", "intervals", "note"}. Raises `DataError` for data whose answers
-        are not called as the network calls them."""
-        data = self.task.read(listed(source), answered=True)
-        return self.scored(data, "as published")
+    def evaluate(self, source: Any, **options: Any) -> dict[str, Any]:
+        """Return scores on data with known targets: {"rows", "scores", "intervals", "note"}.
+
+        Raises `DataError` for targets that the network does not know, and `SettingsError` for any option.
+        """
+        if options:
+            raise SettingsError(f"{', '.join(sorted(options))}: a pretrained network is evaluated without options.")
+        return self.score(self.task.read(as_list(source), answered=True), "pretrained, without training on this data")
 
 
-def described_beside(found: Checkpoint, values: dict[str, Any], gives: str) -> CheckpointAssets:
+def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> CheckpointAssets:
     """What lies beside a network's weights. Raises `WeightsError` where what it cannot do without is missing."""
     folder, card = found.path if found.path.is_dir() else found.path.parent, found.card
     config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
-    said = config_mapping.read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    said = config_mapping.read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     words, pictures = None, None
     if card.input_type in ("tokens", "captioned"):
         words, why = found.words()
         if words is None:
             raise WeightsError(f"{folder} cannot be asked without its tokenizer. {why or 'None lies there.'}")
     if card.input_type in ("image", "captioned"):
-        from fieldguide.inference.zero_shot import prepared
+        from fieldguide.inference.zero_shot import build_transform
 
         side = getattr(config, "image", None) or side_of(folder) or SIDE
-        pictures = prepared(folder, side, found.channels, card.scale)
+        pictures = build_transform(folder, side, found.channels, card.scale)
     names = (
         named(said, getattr(config, card.names.get("num_classes", "num_classes"), 0), found.path)
         if gives in ("label", "labels")

@@ -1,4 +1,4 @@
-"""Speaker: a pretrained language model with its tokenizer, ready to go on from a text or to answer in a conversation."""
+"""Text generation with a pretrained language model or encoder-decoder and its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,183 +6,190 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 import torch
 from torch import nn
 
 from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
+from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
-from fieldguide.core.settings import asked_of
+from fieldguide.core.settings import asked_of, canonical_predict_options, from_text
 from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.data.preprocessing.sequence_markers import Frame, framed
 from fieldguide.data.preprocessing.tokenizer_files import Words, ended, read
-from fieldguide.models.generation import GenerationConfig, Greedy, Sourced, engine, streamed
+from fieldguide.inference.predictor import Predictions, Predictor, as_list
+from fieldguide.models.generation import GenerationConfig, Greedy, Sourced, answers, streamed
 from fieldguide.models.generation.engine import grouped
 from fieldguide.models.generation.quantization import shrink
 from fieldguide.models.generation.stop_strings import cut
 
-Prompt = str | Sequence[Mapping[str, Any]]  # a text to go on from, or messages of role and content
+Prompt = str | Sequence[Mapping[str, Any]]  # a text to continue, or messages with role and content
+# Tokens that known models end an answer with, beside those that their files name.
+END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>", "</s>")
+WEIGHT_TYPES = ("float32", "int8")
+LANGUAGES = ("source", "target")  # load options of multilingual encoder-decoders
 
 
-class Speaker:
-    """`network` gives the next token; `ends` are tokens that end an answer; `template` writes conversations; `frame`, of an
-    encoder-decoder, is what stands around its sources and before its answers."""
+class TextGenerator(Predictor):
+    """A language model that continues texts and answers in conversations, or an encoder-decoder that maps text to text.
+
+    `end_tokens` end an answer. `template` formats conversations. `markers` are the special tokens around the sources and
+    before the answers of an encoder-decoder.
+    """
+
+    LOAD_OPTIONS: ClassVar = {"weights": str, "source": str, "target": str}
 
     def __init__(
         self,
         network: nn.Module,
         text: Text,
-        ends: Sequence[int],
+        end_tokens: Sequence[int],
         template: ChatTemplate | None = None,
-        frame: Frame | None = None,
+        markers: Frame | None = None,
+        card: Card | None = None,
     ):
-        self.network, self.text, self.ends, self.template = network.eval(), text, tuple(ends), template
-        self.frame, self.manner = frame, GenerationConfig if frame is None else Greedy
+        self.network, self.text, self.end_tokens, self.template = network.eval(), text, tuple(end_tokens), template
+        self.markers, self.card = markers, card
+        self.config_type = GenerationConfig if markers is None else Greedy
 
     @classmethod
     def load(
         cls,
-        source: str | Path | Checkpoint,
-        eight: bool = False,
-        source_language: str | None = None,
-        target_language: str | None = None,
+        checkpoint: str | Path | Checkpoint,
+        weights: str = WEIGHT_TYPES[0],
+        source: str | None = None,
+        target: str | None = None,
         **overrides: Any,
-    ) -> Speaker:
-        """From a folder of transformers with its tokenizer, a GGUF file, or hf:organisation/name; or what `described` said of
-        one. With `eight`, its weights are held in eight bits. The languages are those of an encoder-decoder that knows
-        several, as its tokenizer calls them. Raises `WeightsError` for a network that does not say what follows, and where
-        the tokenizer is missing; `SettingsError` where languages must be named, or are and the network knows none."""
-        found, source = (source, source.path) if isinstance(source, Checkpoint) else (inspect_checkpoint(source), source)
-        if "tokens" not in found.card.output_types or found.card.input_type not in ("tokens", "pair"):
+    ) -> TextGenerator:
+        """Load a folder of transformers with its tokenizer, a GGUF file, or hf:organization/name.
+
+        `weights="int8"` quantizes the linear layers. `source` and `target` are the languages of a multilingual
+        encoder-decoder, as its tokenizer names them. Raises `WeightsError` if the network does not generate text or its
+        tokenizer is missing, and `SettingsError` for languages that are missing, unknown or not supported.
+        """
+        if weights not in WEIGHT_TYPES:
+            raise SettingsError(f"weights={weights!r} is not one of {', '.join(WEIGHT_TYPES)}.")
+        found = checkpoint if isinstance(checkpoint, Checkpoint) else inspect_checkpoint(checkpoint)
+        card, path = found.card, found.path
+        if "tokens" not in card.output_types or card.input_type not in ("tokens", "pair"):
             raise WeightsError(
-                f"{source} is {found.card.name}, which gives {' or '.join(found.card.output_types)}: to speak, a "
-                "network must say which token follows"
+                f"{path} is {card.name}, whose output is {' or '.join(card.output_types)}; text generation needs a network "
+                "that predicts the next token."
             )
-        if found.card.input_type == "tokens" and (source_language or target_language):
-            raise SettingsError(
-                f"{source} is {found.card.name}, which goes on from a text and has no languages to be named: "
-                "leave out source and target."
+        if card.input_type == "tokens" and (source or target):
+            raise SettingsError(f"{path} is {card.name}, a decoder without languages: leave out source and target.")
+        network = filled(card, {**found.values, **overrides}, found.state, found.origin, str(path))
+        files = read_tokenizer(found)
+        size, vocab_size = files.tokenizer.get_vocab_size(), network.config.vocab_size
+        if size > vocab_size:
+            raise WeightsError(f"{path}: the tokenizer has {size:,} tokens, but the network {vocab_size:,}.")
+        text, markers, end_tokens = Text(files.tokenizer), None, find_end_tokens(files)
+        if card.input_type == "pair":
+            config, folder = network.config, path if path.is_dir() else path.parent
+            options = SimpleNamespace(
+                tokenizer=str(folder),
+                begin=getattr(config, "begin", None),
+                source_language=source,
+                target_language=target,
             )
-        network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source))
-        folder = found.path if found.path.is_dir() else found.path.parent
-        words = words_of(found)
-        if words.tokenizer.get_vocab_size() > network.config.vocab_size:
-            raise WeightsError(
-                f"{source}: its tokenizer has {words.tokenizer.get_vocab_size():,} tokens, the network {network.config.vocab_size:,}"
-            )
-        text, frame, ends = Text(words.tokenizer), None, ends_of(words)
-        if found.card.input_type == "pair":
-            config = network.config
-            frame = framed(
-                text,
-                SimpleNamespace(
-                    tokenizer=str(folder),
-                    begin=getattr(config, "begin", None),
-                    source_language=source_language,
-                    target_language=target_language,
-                ),
-                CALLED,
-            )
-            ends = sorted({getattr(config, "end", frame.end), *ended(folder)})
-        network = shrink(network) if eight else network
-        return cls(network, text, ends, template_of(words) if frame is None else None, frame)
+            markers = framed(text, options, LANGUAGES)
+            end_tokens = sorted({getattr(config, "end", markers.end), *ended(folder)})
+        network = shrink(network) if weights == "int8" else network
+        return cls(network, text, end_tokens, build_chat_template(files) if markers is None else None, markers, card)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.network
 
     def tokens(self, prompt: Prompt) -> list[int]:
-        """What the network reads. Raises `DataError` for messages where there is no chat template."""
-        made = self.text.tokenizer
-        made.encode_special_tokens = False  # what is spelt out in a prompt is meant
+        """Return the token ids that the network reads. Raises `DataError` for messages if there is no chat template."""
+        tokenizer = self.text.tokenizer
+        tokenizer.encode_special_tokens = False  # special tokens written out in a prompt are meant as such
         if not isinstance(prompt, str):
             if self.template is None:
-                raise DataError("this model has no chat template: give a text to go on from")
+                raise DataError("this model has no chat template: pass a text to continue instead of messages.")
             # The template writes special tokens itself.
-            return made.encode(self.template(prompt), add_special_tokens=False).ids or list(self.ends[:1])
-        if self.frame is not None:
-            return [*self.frame.before, *made.encode(prompt, add_special_tokens=False).ids, *self.frame.after]
-        return made.encode(prompt).ids or list(self.ends[:1])
+            return tokenizer.encode(self.template(prompt), add_special_tokens=False).ids or list(self.end_tokens[:1])
+        if self.markers is not None:
+            ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+            return [*self.markers.before, *ids, *self.markers.after]
+        return tokenizer.encode(prompt).ids or list(self.end_tokens[:1])
 
-    def question(self, text: str, chat: bool | None = None) -> Prompt:
-        """A text as a question in a conversation, where the model knows such or the user says so; else as it is."""
+    def to_prompt(self, text: str, chat: bool | None = None) -> Prompt:
+        """Return a text as a user message if `chat` is true, or None and the model has a chat template; else unchanged."""
         return [{"role": "user", "content": text}] if chat or (chat is None and self.template is not None) else text
 
-    def ready(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Sequence[Sequence[int]]]:
-        """What goes on, and from what: decoders from the prompts, others from the begin of answers, once they have read."""
-        if self.frame is None:
+    def prepare(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Sequence[Sequence[int]]]:
+        """Return what generates and the tokens it starts from: for an encoder-decoder, after encoding the sources."""
+        if self.markers is None:
             return self.network, rows
         source, mask = self.text.batch([np.array(row, dtype=np.int64) for row in rows])
         device = next(self.network.parameters()).device
-        sourced = Sourced(self.network, torch.from_numpy(source).to(device), torch.from_numpy(mask).to(device))
-        return sourced, [self.frame.said] * len(rows)
+        state = Sourced(self.network, torch.from_numpy(source).to(device), torch.from_numpy(mask).to(device))
+        return state, [self.markers.said] * len(rows)
 
-    def say(self, prompts: Sequence[Prompt], **how: Any) -> list[str]:
-        """An answer to each prompt; prompts of any length together. `how` is said in the words of `Manner`."""
-        rows, manner, said = [self.tokens(p) for p in prompts], self.manner(**how), {}
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
+        """Return the answer to each prompt; prompts of any length share batches. `options` are those of `GenerationConfig`."""
+        config, answers_by_row = self.config_type(**canonical_predict_options(options)), {}
+        rows = [self.tokens(prompt) for prompt in prompts]
         for group in grouped([len(row) for row in rows]):
-            network, begun = self.ready([rows[i] for i in group])
-            found = engine(
+            network, starts = self.prepare([rows[i] for i in group])
+            generated = answers(
                 network,
-                begun,
-                manner,
-                ends=self.ends,
+                starts,
+                config,
+                ends=self.end_tokens,
                 decode=self.text.decode,
                 numbers=group,
-                before=len(self.frame.said) - 1 if self.frame else 0,
+                before=len(self.markers.said) - 1 if self.markers else 0,
             )
-            said |= {i: cut(self.text.decode(row), manner.stops) for i, row in zip(group, found)}
-        return [said[i] for i in range(len(rows))]
+            answers_by_row |= {i: cut(self.text.decode(row), config.stops) for i, row in zip(group, generated)}
+        return [answers_by_row[i] for i in range(len(rows))]
 
-    def stream(self, prompt: Prompt, **how: Any) -> Iterator[str]:
-        """The answer piece by piece. Raises `SettingsError` for beams, which know the answer when they are done."""
-        manner = self.manner(**how)
-        if manner.searched > 1:
-            raise SettingsError("an answer that beams search for comes as a whole: leave out beams, or use `say`")
-        network, begun = self.ready([self.tokens(prompt)])
-        return streamed(network, begun[0], manner, ends=self.ends, decode=self.text.decode)
+    def predict(self, inputs: Any = (), *, chat: Any = None, **options: Any) -> Predictions:
+        """Return `input` and `text` for each prompt. `chat` forces or prevents the chat template."""
+        prompts = as_list(inputs)
+        if not prompts:
+            raise SettingsError("no prompt: fieldguide predict MODEL 'Once upon a time'")
+        chat, options = self.parse(chat, options)
+        texts = self.generate([self.to_prompt(p, chat) if isinstance(p, str) else p for p in prompts], **options)
+        return Predictions([{"input": prompt, "text": text} for prompt, text in zip(prompts, texts)])
 
+    def stream(self, source: Any, *, chat: Any = None, **options: Any) -> Iterator[str] | None:
+        """Return the answer to one prompt piece by piece; None for beam search, whose answer is known only at its end."""
+        chat, options = self.parse(chat, options)
+        config = self.config_type(**options)
+        if config.searched > 1:
+            return None
+        network, starts = self.prepare([self.tokens(self.to_prompt(source, chat) if isinstance(source, str) else source)])
+        return streamed(network, starts[0], config, ends=self.end_tokens, decode=self.text.decode)
 
-CALLED = ("source", "target")  # how a user names languages
-ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>", "</s>")  # that answers end with
-
-HELD = ("float32", "int8")  # what weights may be while they answer
-
-
-def settled(asked: Mapping[str, str], prompts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], bool | None]:
-    """What a user asks of a language model: how it is loaded and how it answers, as arguments of `load` and `say`, and
-    whether it is a conversation (None: as the model likes). Raises `SettingsError` for an unknown key, a value that cannot
-    be, or nothing to go on from."""
-    hints = get_type_hints(GenerationConfig)
-    kinds = {
-        **{f.name: hints[f.name] for f in fields(GenerationConfig)},
-        "chat": bool,
-        "weights": str,
-        **dict.fromkeys(CALLED, str),
-    }
-    said = asked_of("a language model", asked, kinds)
-    if not prompts:
-        raise SettingsError("say what to go on from: fieldguide predict MODEL 'Once upon a time'")
-    if said.get("weights", HELD[0]) not in HELD:
-        raise SettingsError(f"weights={said['weights']!r} is none of {', '.join(HELD)}.")
-    how = {f.name: said[f.name] for f in fields(GenerationConfig) if f.name in said}
-    GenerationConfig(**how)  # refuses what is out of range before anything is loaded
-    made = {"eight": said.get("weights") == "int8", **{f"{side}_language": said[side] for side in CALLED if side in said}}
-    return made, how, said.get("chat")
+    def parse(self, chat: Any, options: Mapping[str, Any]) -> tuple[bool | None, dict[str, Any]]:
+        """Return prediction options with their types. Raises `SettingsError` for unknown keys and values out of range."""
+        hints = get_type_hints(self.config_type)
+        types = {f.name: hints[f.name] for f in fields(self.config_type)}
+        parsed = asked_of("a language model", options, types)
+        self.config_type(**parsed)
+        return None if chat is None else from_text("chat", chat, bool), parsed
 
 
-def words_of(found: Checkpoint) -> Words:
-    """The tokenizer of a pretrained network. Raises `WeightsError` where none lies beside it that can be read."""
-    place = found.path if found.path.is_dir() or found.path.suffix == ".gguf" else found.path.parent
+def read_tokenizer(checkpoint: Checkpoint) -> Words:
+    """Return the tokenizer files of a checkpoint. Raises `WeightsError` if none can be read."""
+    path = checkpoint.path
     try:
-        return read(place)
+        return read(path if path.is_dir() or path.suffix == ".gguf" else path.parent)
     except DataError as error:
-        raise WeightsError(f"a language model is not complete without its tokenizer. {error}") from None
+        raise WeightsError(f"this model needs its tokenizer. {error}") from None
 
 
-def ends_of(words: Words) -> list[int]:
-    """The tokens that end an answer: those that the files name, and those that models are known to end with."""
-    return sorted({i for token in (*words.ends, *ENDS) if (i := words.tokenizer.token_to_id(token)) is not None})
+def find_end_tokens(files: Words) -> list[int]:
+    """Return the ids of the tokens that end an answer: those that the files name, and those of known models."""
+    return sorted({i for token in (*files.ends, *END_TOKENS) if (i := files.tokenizer.token_to_id(token)) is not None})
 
 
-def template_of(words: Words) -> ChatTemplate | None:
-    return ChatTemplate(words.template, words.special) if words.template else None
+def build_chat_template(files: Words) -> ChatTemplate | None:
+    """Return the chat template of the tokenizer files, if there is one."""
+    return ChatTemplate(files.template, files.special) if files.template else None

@@ -6,6 +6,7 @@ alone and saved with the run, so that prediction takes raw inputs.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,7 +19,8 @@ import polars as pl
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.report_elements import Exhibit
-from fieldguide.core.settings import Settings, from_text
+from fieldguide.core.run_record import rename
+from fieldguide.core.settings import Settings, canonical_predict_options, from_text
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, Column, Data, Manifest, SkippedInput
@@ -26,6 +28,8 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Pictures
 from fieldguide.objectives import Objective
 
+# Other names of task options, and those of run folders of schema 1 -> their names.
+OPTION_ALIASES = {"vocab": "vocab_size", "image_size": "side", "max_length": "length", "max_seq_length": "length"}
 Arrays = dict[str, np.ndarray]  # name -> array whose first axis is the example
 
 
@@ -94,6 +98,7 @@ class Task:
     metrics: ClassVar[tuple[Metric, ...]]  # the first is the one to judge a network by
     monitor: ClassVar[str] = ""  # the metric by which training keeps its best weights, where another
     recipe: ClassVar[Mapping[str, Any]] = {}  # training settings laid over the general ones
+    needs_reference: ClassVar[bool] = False  # its objective takes a frozen copy of the initial network as `reference`
     column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # what it asks of a table's columns
 
     @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Task:
     tested: int | None = None  # test rows that are asked at most, where answers take long
 
     def __init__(self, columns: list[Column], options: Any):
-        self.columns, self.options, self.asking = columns, options, self.PredictOptions()
+        self.columns, self.options, self.predict_options = columns, options, self.PredictOptions()
         self.notes: list[str] = []  # what was cut, clipped or guessed, for a person to read
 
     @property
@@ -137,12 +142,22 @@ class Task:
     @classmethod
     def options_from(cls, changes: Mapping[str, Any]) -> Any:
         """Options with changes laid over the defaults. Raises `SettingsError` for an unknown key."""
-        return laid_over(cls.Options(), changes, cls.name, "task.")
+        return laid_over(cls.Options(), rename(changes, OPTION_ALIASES), cls.name, "task.")
 
     @classmethod
-    def predict_options(cls, changes: Mapping[str, Any]) -> Any:
-        """What is asked of a trained network, with changes laid over the defaults. Raises `SettingsError`."""
-        return laid_over(cls.PredictOptions(), changes, cls.name, "")
+    def parse_predict_options(cls, changes: Mapping[str, Any]) -> Any:
+        """Return prediction options with `changes` over the defaults. Raises `SettingsError` for unknown keys and values."""
+        return laid_over(cls.PredictOptions(), canonical_predict_options(changes), cls.name, "")
+
+    def for_request(self, options: Any) -> Self:
+        """Return a copy of the task for one request, with its own prediction options and notes.
+
+        What a task keeps between reading inputs and formatting predictions stays in the copy, so that one fitted task
+        serves many threads.
+        """
+        request = copy.copy(self)
+        request.predict_options, request.notes = options, []
+        return request
 
     @classmethod
     def select_columns(cls, data: Data) -> Data:
@@ -349,7 +364,7 @@ class Task:
         record = json.loads((folder / "task.json").read_text())
         kind = task(record["task"])
         return kind.from_state(
-            [Column(**c) for c in record["columns"]], kind.Options(**record["options"]), record["state"], folder
+            [Column(**c) for c in record["columns"]], kind.Options(**rename(record["options"], OPTION_ALIASES)), record["state"], folder
         )
 
 

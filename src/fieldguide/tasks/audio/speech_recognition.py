@@ -73,7 +73,7 @@ class SpeechRecognition(Task):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        beams: int = 1  # prefixes that the search keeps; 1 reads the likeliest symbol of each frame
+        num_beams: int = 1  # prefixes that the search keeps; 1 reads the likeliest symbol of each frame
         chunk: float | None = None  # seconds that are heard at once; longer recordings are heard piece by piece
 
     transcripts: Transcripts
@@ -252,7 +252,7 @@ class SpeechRecognition(Task):
             likely = log_probabilities(logits)
             best, path = likely.max(-1)
             real = torch.arange(path.shape[1], device=path.device) < frames[:, None]
-            said, count = collapse(path, frames) if self.asking.beams <= 1 else self.search(likely, frames)
+            said, count = collapse(path, frames) if self.predict_options.num_beams <= 1 else self.search(likely, frames)
             spans = align(likely, frames, said, count).spans
             outputs = {
                 "said": said.where(torch.arange(said.shape[1], device=said.device) < count[:, None], -1),
@@ -287,13 +287,13 @@ class SpeechRecognition(Task):
     def chunks(self) -> tuple[int, int]:
         """Frames of the spectrogram that are heard at once, and how many of them two neighbours share: by default as much
         as the longest training recording and a quarter more, but at least 10 s."""
-        seconds = self.asking.chunk or min(max(10.0, 1.25 * self.heard), 40.0)
+        seconds = self.predict_options.chunk or min(max(10.0, 1.25 * self.heard), 40.0)
         unit = 2 * self.stride
         size = max(4, round(seconds / self.mel.hop / unit)) * unit
         return size, size // unit // 4 * unit
 
     def search(self, likely: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:  # B S V, B -> B N, B
-        best = [beam_search(row[:n].cpu(), self.asking.beams, symbols=32)[0].symbols for row, n in zip(likely, frames.tolist())]
+        best = [beam_search(row[:n].cpu(), self.predict_options.num_beams, symbols=32)[0].symbols for row, n in zip(likely, frames.tolist())]
         symbols, counts = self.transcripts.batch([np.array(b, dtype=np.int64) for b in best])
         return torch.from_numpy(symbols).to(likely.device), torch.from_numpy(counts).to(likely.device)
 

@@ -64,11 +64,11 @@ class Pictured(Task):
             self.pictures = self.pictures.scaled(o.pixels)
         if o.resize:
             self.pictures = self.pictures.resized(o.resize)
-        self.text = Text.load(o.tokenizer) if o.tokenizer else Text.fit(texts, size=o.vocab)
+        self.text = Text.load(o.tokenizer) if o.tokenizer else Text.fit(texts, size=o.vocab_size)
         sizes = [len(row) for row in self.framed(texts[:SAMPLE])]
         self.median = int(np.median(sizes))
         self.options = fill_options(
-            o, side=side, channels=channels, vocab=self.text.size, length=suggest_length(sizes, LONGEST)
+            o, side=side, channels=channels, vocab_size=self.text.size, length=suggest_length(sizes, LONGEST)
         )
         self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
 

@@ -100,7 +100,7 @@ class ImageText(Pictured):
     class Options:
         side: int | None = None  # pixels a side that the network sees
         channels: int | None = None  # 1 grey, 3 colour
-        vocab: int | None = None  # tokens in the vocabulary learnt from the training captions
+        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training captions
         tokenizer: str | None = None  # a tokenizer.json to use instead
         pixels: str | None = None  # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
         resize: str | None = None  # how a picture gets its side, such as crop bicubic; else it is filled up with white
@@ -216,15 +216,15 @@ class ImageText(Pictured):
 
     def names(self) -> list[str]:
         """The texts that a picture is compared with."""
-        asked = [name.strip() for name in self.asking.classes.split(",") if name.strip()]
+        asked = [name.strip() for name in self.predict_options.classes.split(",") if name.strip()]
         return asked or self.classes or self.known
 
     def templates(self) -> list[str]:
         """How each of `names` is said. Raises `SettingsError` for one without {}, where the class is to stand."""
-        asked = [each.strip() for each in self.asking.templates.split("|") if each.strip()]
+        asked = [each.strip() for each in self.predict_options.templates.split("|") if each.strip()]
         if lost := [each for each in asked if "{}" not in each]:
             raise SettingsError(f"templates: {lost[0]!r} has no {{}}, where the class is to stand.")
-        return asked or [self.options.template if self.class_column or self.asking.classes else "{}"]
+        return asked or [self.options.template if self.class_column or self.predict_options.classes else "{}"]
 
     def said(self, model: Any, where: torch.device) -> Tensor:  # -> K E, of length 1
         """The vector of each of `names`, averaged over the templates."""

@@ -60,7 +60,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
     class Options:
         side: int | None = None  # pixels a side that the network sees
         channels: int | None = None  # 1 grey, 3 colour
-        vocab: int | None = None  # tokens in the vocabulary learnt from the training questions
+        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training questions
         tokenizer: str | None = None  # a tokenizer.json to use instead
         pixels: str | None = None  # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
         resize: str | None = None  # how a picture gets its side, such as crop bicubic; else it is filled up with white
@@ -124,12 +124,12 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered:
             return super().read_one(source, answered)
-        if not self.asking.question:
+        if not self.predict_options.question:
             if isinstance(source, str | Path) and pl.Series([str(source)]).str.contains(IMAGE_NAME)[0]:
                 raise DataError(f'{source}: say what to ask of the picture: --set question="...".')
             return super().read_one(source, answered)
         data = read(source, schema=[c for c in self.columns if c.name != self.asked], labels_optional=True, lenient=True)
-        data.rows = data.rows.with_columns(pl.lit(self.asking.question).alias(self.asked))
+        data.rows = data.rows.with_columns(pl.lit(self.predict_options.question).alias(self.asked))
         return data
 
     def framed(self, texts: list[str]) -> list[list[int]]:

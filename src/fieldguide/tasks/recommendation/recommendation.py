@@ -353,13 +353,13 @@ class Recommendation(Task):
         return self.ask_for_last(histories, asked=False)
 
     def predict_step(self, objective: Objective) -> Any:
-        objective.top = max(TOP, self.asking.count)
+        objective.top = max(TOP, self.predict_options.count)
         return super().predict_step(objective)
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
         for user, top, scores in zip(self.asked, outputs["top"].astype(int), outputs["scores"]):
-            best = [(self.items[i - 1], float(s)) for i, s in zip(top, scores) if i > 0][: self.asking.count]
+            best = [(self.items[i - 1], float(s)) for i, s in zip(top, scores) if i > 0][: self.predict_options.count]
             answers.append(
                 {
                     "user": user,

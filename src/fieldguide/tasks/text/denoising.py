@@ -44,7 +44,7 @@ class Denoising(Packed):
     @dataclass(frozen=True)
     class Options:
         length: int | None = None  # tokens of a row, with those that frame it
-        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
         tokenizer: str | None = None  # a tokenizer.json to use instead
         begin: int | None = None  # of its tokens, the one that answers begin with
         language: str | None = None  # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
@@ -54,9 +54,9 @@ class Denoising(Packed):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        beams: int = 4
-        penalty: float = 1.0  # of length: 0 = none, 1 = the mean log-probability decides
-        tokens: int = 12  # of what fills a gap, at most, on the average
+        num_beams: int = 4
+        length_penalty: float = 1.0  # of length: 0 = none, 1 = the mean log-probability decides
+        max_new_tokens: int = 12  # of what fills a gap, at most, on the average
 
     frame: Frame
     sentinels: np.ndarray  # their tokens, in the order of use
@@ -219,10 +219,10 @@ class Denoising(Packed):
 
     def search(self, model: Any, source: Tensor, mask: Tensor, gaps: Tensor) -> Tensor:  # B S -> B T, -1 behind the end
         """What the network writes: of gaps all, or the whole text."""
-        limits = gaps * (self.asking.tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
+        limits = gaps * (self.predict_options.max_new_tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
         limits = limits.clamp(max=self.options.length - len(self.frame.said))
         return written(
-            model, source, mask, self.frame, limits, Faithful(beams=self.asking.beams, penalty=self.asking.penalty), self.text
+            model, source, mask, self.frame, limits, Faithful(num_beams=self.predict_options.num_beams, length_penalty=self.predict_options.length_penalty), self.text
         )
 
     def fillings(self, said: list[int], gaps: int) -> list[list[int]]:

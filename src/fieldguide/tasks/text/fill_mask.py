@@ -38,7 +38,7 @@ class FillMask(Packed):
     @dataclass(frozen=True)
     class Options:
         length: int | None = None  # tokens of a row
-        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
         tokenizer: str | None = None  # a tokenizer.json to use instead; it needs a mask token
         share: float = 0.15  # of the tokens that are hidden
 
@@ -130,7 +130,7 @@ class FillMask(Packed):
             if "ids" not in batch:
                 return objective.outputs(batch)
             logits = objective.model(batch["ids"], batch["mask"]).float()
-            best = logits.softmax(-1).topk(min(self.asking.top, logits.shape[-1]), -1)
+            best = logits.softmax(-1).topk(min(self.predict_options.top, logits.shape[-1]), -1)
             ids = batch["ids"].masked_fill(~batch["mask"], -1)
             return {"ids": ids, "guess": best.indices, "probability": best.values}
 

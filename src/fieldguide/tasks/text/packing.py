@@ -57,14 +57,14 @@ class Packed(Typed):
         task = cls(list(data.columns.values()), options)
         texts = task.texts(data)
         task.text = (
-            Text.load(options.tokenizer) if options.tokenizer else Text.learn_exact(texts, size=options.vocab, special=special)
+            Text.load(options.tokenizer) if options.tokenizer else Text.learn_exact(texts, size=options.vocab_size, special=special)
         )
         tokens = np.concatenate([np.zeros(0, dtype=np.int64), *task.text.exactly(texts)])
         if not len(tokens):
             raise DataError(f"{data.source}: the training texts are empty.")
         task.counts = np.bincount(tokens, minlength=task.text.size)
         longest = options.length or min(MOST[device().type], max(8, len(tokens) // 32))
-        task.options = fill_options(options, length=longest, vocab=task.text.size)
+        task.options = fill_options(options, length=longest, vocab_size=task.text.size)
         return task
 
     # Rows as tokens

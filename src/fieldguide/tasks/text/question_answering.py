@@ -69,7 +69,7 @@ class QuestionAnswering(Task):
         length: int | None = None  # tokens of a window: question and piece of the context
         stride: int | None = None  # tokens from a window's begin to that of the next one, at most
         longest: int | None = None  # tokens of an answer
-        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
         tokenizer: str | None = None  # a tokenizer.json to use instead
 
     @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class QuestionAnswering(Task):
         task.options = options = replace(options, context=columns.context, question=columns.question)
         contexts, which = np.unique(np.array(task.contexts(data), dtype=object), return_inverse=True)
         questions = task.questions_of(data)
-        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.fit([*contexts, *questions], size=options.vocab)
+        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.fit([*contexts, *questions], size=options.vocab_size)
         task.frame = framed(task.text)
         located = task.text.located(contexts.tolist())
         around = task.frame.size
@@ -140,7 +140,7 @@ class QuestionAnswering(Task):
             options,
             length=length,
             stride=length // 2,
-            vocab=task.text.size,
+            vocab_size=task.text.size,
             longest=int(max(30, 1.5 * np.quantile(tokens, 0.99))),
         )
         if task.options.stride < 1:
@@ -191,12 +191,12 @@ class QuestionAnswering(Task):
                 )
             return data
         typed = isinstance(source, str) and not path_like(source)
-        if self.asking.question:
+        if self.predict_options.question:
             source = pl.DataFrame({self.options.context: [source]}) if typed else source
             data = read(
                 source, schema=[c for c in self.columns if c.name != self.options.question], labels_optional=True, lenient=True
             )
-            data.rows = data.rows.with_columns(pl.lit(self.asking.question).alias(self.options.question))
+            data.rows = data.rows.with_columns(pl.lit(self.predict_options.question).alias(self.options.question))
         elif typed:
             raise DataError(f'{source[:40]!r} is a text: say what to ask of it: --set question="...".')
         else:
@@ -286,9 +286,9 @@ class QuestionAnswering(Task):
         }
 
     def postprocess(self, outputs: Arrays) -> Arrays:
-        least = self.threshold if self.asking.threshold is None else self.asking.threshold
+        least = self.threshold if self.predict_options.threshold is None else self.predict_options.threshold
         given = outputs["end"] > outputs["begin"]
-        if self.silent or self.asking.threshold is not None:
+        if self.silent or self.predict_options.threshold is not None:
             given &= outputs["score"] - outputs["none"] > least
         return {**outputs, "given": given}
 

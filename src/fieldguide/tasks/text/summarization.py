@@ -43,7 +43,7 @@ class Summarization(Translation):
 
     @dataclass(frozen=True)
     class PredictOptions(Faithful):
-        tokens: int = 128  # of a summary at most
+        max_new_tokens: int = 128  # of a summary at most
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
@@ -56,7 +56,7 @@ class Summarization(Translation):
         return None  # two columns of text make a translation, unless this is asked for
 
     def limits(self, lengths: Tensor) -> Tensor:  # B tokens of sources -> B tokens of answers at most
-        return lengths.new_full(lengths.shape, self.asking.tokens)
+        return lengths.new_full(lengths.shape, self.predict_options.max_new_tokens)
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         scores = {}

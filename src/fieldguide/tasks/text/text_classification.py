@@ -42,7 +42,7 @@ class TextClassification(Typed, ClassificationTask):
     @dataclass(frozen=True)
     class Options:
         length: int | None = None  # tokens of a text that are read; the rest is cut off, and counted
-        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
         tokenizer: str | None = None  # a tokenizer.json to use instead
 
     text: Text
@@ -65,7 +65,7 @@ class TextClassification(Typed, ClassificationTask):
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         texts, seconds = task.texts(data), task.seconds(data)
-        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.fit([*texts, *seconds], size=options.vocab)
+        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.fit([*texts, *seconds], size=options.vocab_size)
         if seconds:  # with the tokens that frame them
             around, (first, second) = framed(task.text).size, (task.text.exactly(t[:SAMPLE]) for t in (texts, seconds))
             sizes = [around + len(a) + len(b) for a, b in zip(first, second)]
@@ -73,7 +73,7 @@ class TextClassification(Typed, ClassificationTask):
             sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], LONGEST)[0]]
         task.median = int(np.median(sizes))
         task.learn_labels(data)
-        task.options = fill_options(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
+        task.options = fill_options(options, length=suggest_length(sizes, MOST[device().type]), vocab_size=task.text.size)
         task.note_cut(sum(s > task.options.length for s in sizes), len(sizes))
         return task
 

@@ -28,7 +28,7 @@ from fieldguide.data.preprocessing.conversations import Conversations, messages,
 from fieldguide.data.preprocessing.tokenizer import END
 from fieldguide.data.preprocessing.tokenizer_files import CHAT
 from fieldguide.metrics.ngram_baseline import NGram
-from fieldguide.models.generation import GenerationConfig, engine, generate, streamed
+from fieldguide.models.generation import GenerationConfig, answers, generate, streamed
 from fieldguide.models.generation.stop_strings import cut
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
@@ -65,7 +65,7 @@ class TextGeneration(Typed):
     @dataclass(frozen=True)
     class Options:
         length: int | None = None  # tokens of a row
-        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
         tokenizer: str = "bytes"  # bytes: byte-level BPE; characters; or the path of a tokenizer.json
 
     PredictOptions = GenerationConfig
@@ -123,7 +123,7 @@ class TextGeneration(Typed):
         if options.tokenizer in ("bytes", "characters"):
             task.text = Text.learn_exact(
                 texts,
-                size=options.vocab,
+                size=options.vocab_size,
                 characters=options.tokenizer == "characters",
                 special=SPECIAL if task.chat else (END,),
             )
@@ -141,7 +141,7 @@ class TextGeneration(Typed):
             )
         tokens = len(task.stream_of(data)[0]) if task.template else sum(map(len, task.text.exactly(texts)))
         longest = options.length or min(MOST[device().type], max(8, tokens // 32))
-        task.options = fill_options(options, length=longest, vocab=task.text.size)
+        task.options = fill_options(options, length=longest, vocab_size=task.text.size)
         task.tokens = tokens
         return task
 
@@ -284,16 +284,16 @@ class TextGeneration(Typed):
             ids += [self.text.tokenizer.token_to_id(f"<|{who}|>"), *encoded, self.text.end] if who else encoded.tolist()
         return ids + ([self.text.tokenizer.token_to_id("<|assistant|>")] if self.chat else [])
 
-    def sampled(self, objective: Objective, prompts: list[list[int]], asking: GenerationConfig) -> Iterator[Tensor]:
-        return generate(objective.model, prompts, asking.tokens, sampling=asking.sampling, ends=self.ends, seed=asking.seed)
+    def sampled(self, objective: Objective, prompts: list[list[int]], predict_options: GenerationConfig) -> Iterator[Tensor]:
+        return generate(objective.model, prompts, predict_options.max_new_tokens, sampling=predict_options.sampling, ends=self.ends, seed=predict_options.seed)
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             if "prompt" not in batch:
                 return objective.outputs(batch)
             prompts = [[i for i in prompt if i >= 0] for prompt in batch["prompt"].tolist()]
-            said = engine(
-                objective.model, prompts, self.asking, ends=self.ends, decode=self.text.decode, numbers=batch["row"].tolist()
+            said = answers(
+                objective.model, prompts, self.predict_options, ends=self.ends, decode=self.text.decode, numbers=batch["row"].tolist()
             )  # chance is a matter of the row's number
             return {
                 "said": torch.nn.utils.rnn.pad_sequence(
@@ -308,7 +308,7 @@ class TextGeneration(Typed):
         return [{"text": self.cut(self.text.decode([i for i in row if i not in ends]))} for row in outputs["said"].astype(int)]
 
     def cut(self, text: str) -> str:
-        return cut(text, self.asking.stops)
+        return cut(text, self.predict_options.stops)
 
     def typed(self, text: str) -> pl.DataFrame:
         """What a person types into a conversation is a question."""
@@ -316,16 +316,16 @@ class TextGeneration(Typed):
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
         data = self.read([source])
-        if len(data) != 1 or self.asking.searched > 1:
+        if len(data) != 1 or self.predict_options.searched > 1:
             return None
-        return streamed(objective.model, self.prompt(self.turns(data)[0]), self.asking, ends=self.ends, decode=self.text.decode)
+        return streamed(objective.model, self.prompt(self.turns(data)[0]), self.predict_options, ends=self.ends, decode=self.text.decode)
 
     # Report
 
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
-        asking = self.PredictOptions(tokens=min(SHOWN, 2 * self.options.length))
+        predict_options = self.PredictOptions(max_new_tokens=min(SHOWN, 2 * self.options.length))
         start, ends = self.prompt(self.first if self.chat else [("", "")]), self.ends
-        said = torch.cat(list(self.sampled(objective, [start], asking))).tolist()
+        said = torch.cat(list(self.sampled(objective, [start], predict_options))).tolist()
         what = f"Answers to {self.first[-1][1][:SHOWN]!r}" if self.first else "Written from nothing"
         return [
             Quotes(
@@ -361,8 +361,8 @@ class TextGeneration(Typed):
         ends = self.ends
         quotes, speeds = [], []
         for temperature in (0.0, 0.7, 1.0):
-            asking = self.PredictOptions(tokens=SHOWN, temperature=temperature, top_p=1.0)
-            started, steps = time.perf_counter(), list(self.sampled(objective, prompts, asking))
+            predict_options = self.PredictOptions(max_new_tokens=SHOWN, temperature=temperature, top_p=1.0)
+            started, steps = time.perf_counter(), list(self.sampled(objective, prompts, predict_options))
             taken = time.perf_counter() - started
             speeds.append((f"{temperature:g}", len(prompts), len(steps) * len(prompts) / taken))
             for prompt, row in zip(prompts, torch.stack(steps, 1).tolist()):

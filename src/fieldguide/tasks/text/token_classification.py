@@ -54,7 +54,7 @@ class TokenClassification(Task):
     @dataclass(frozen=True)
     class Options:
         length: int | None = None  # tokens of a sentence that are read; words beyond have no tag, and are counted
-        vocab: int | None = None  # tokens in the vocabulary learnt from the training texts
+        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
         tokenizer: str | None = None  # a tokenizer.json to use instead
 
     text: Text
@@ -108,11 +108,11 @@ class TokenClassification(Task):
         task.text = (
             Text.load(options.tokenizer)
             if options.tokenizer
-            else Text.fit([" ".join(row) for row in words], size=options.vocab, lower=False)
+            else Text.fit([" ".join(row) for row in words], size=options.vocab_size, lower=False)
         )
         sizes = [len(ids) for ids, _ in task.encoded(words, 1 << 30)[0]]
         task.median = int(np.median(sizes))
-        task.options = fill_options(options, length=suggest_length(sizes, MOST[device().type]), vocab=task.text.size)
+        task.options = fill_options(options, length=suggest_length(sizes, MOST[device().type]), vocab_size=task.text.size)
         return task
 
     def encoded(self, words: list[list[str]], length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:

@@ -23,7 +23,7 @@ from fieldguide.data.preprocessing import Text
 from fieldguide.data.preprocessing.sequence_markers import Frame, framed
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics.scripts import HAN, OTHERS
-from fieldguide.models.generation import Faithful, GenerationConfig, Sourced, engine, streamed
+from fieldguide.models.generation import Faithful, GenerationConfig, Sourced, answers, streamed
 from fieldguide.models.generation.stop_strings import cut
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
@@ -53,7 +53,7 @@ class Translation(Typed):
 
     @dataclass(frozen=True)
     class Options:
-        vocab: int | None = None  # tokens in the vocabulary of both languages, learnt from the training texts
+        vocab_size: int | None = None  # tokens in the vocabulary of both languages, learnt from the training texts
         length: int | None = None  # tokens of a text that are read or written; the rest is cut off, and counted
         tokenizer: str | None = None  # a tokenizer.json to use instead
         begin: int | None = None  # of its tokens, the one that answers begin with
@@ -63,7 +63,7 @@ class Translation(Typed):
 
     @dataclass(frozen=True)
     class PredictOptions(Faithful):
-        penalty: float = 0.6  # of length: 0 = none, 1 = the mean log-probability decides
+        length_penalty: float = 0.6  # of length: 0 = none, 1 = the mean log-probability decides
 
     text: Text
     frame: Frame
@@ -89,14 +89,14 @@ class Translation(Typed):
         if options.tokenizer:
             task.text = Text.load(options.tokenizer)
         else:
-            size = options.vocab or min(VOCAB, suggest_vocab(sum(map(len, sources)) + sum(map(len, targets))))
+            size = options.vocab_size or min(VOCAB, suggest_vocab(sum(map(len, sources)) + sum(map(len, targets))))
             task.text = Text.fit([*sources, *targets], size=size, lower=False)
         task.frame = framed(task.text, options)
         sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]
         task.median = int(np.median(sizes))
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
         task.options = fill_options(
-            options, vocab=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000)))
+            options, vocab_size=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000)))
         )
         if cut := sum(s > task.options.length for s in sizes):
             task.notes.append(
@@ -191,16 +191,16 @@ class Translation(Typed):
         """Answers, -1 behind their end; `numbers` are the rows' own, by which chance comes to them."""
         limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))
         return written(
-            model, source, mask, self.frame, limits, self.asking, self.text, None if numbers is None else numbers.tolist()
+            model, source, mask, self.frame, limits, self.predict_options, self.text, None if numbers is None else numbers.tolist()
         )
 
     def limits(self, lengths: Tensor) -> Tensor:  # B tokens of sources -> B tokens of answers at most
         """Half as long again as the source, and 10 tokens more."""
-        return (lengths * 3 // 2 + 10).clamp(max=self.asking.tokens)
+        return (lengths * 3 // 2 + 10).clamp(max=self.predict_options.max_new_tokens)
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
         data = self.read([source])
-        if len(data) != 1 or self.asking.searched > 1:
+        if len(data) != 1 or self.predict_options.searched > 1:
             return None
         batch = self.batches(data, None).make(np.arange(1), None)
         tokens, mask = (batch[name].to(next(objective.parameters()).device) for name in ("source", "source_mask"))
@@ -208,7 +208,7 @@ class Translation(Typed):
         return streamed(
             Sourced(objective.model, tokens, mask),
             self.frame.said,
-            replace(self.asking, tokens=most),
+            replace(self.predict_options, max_new_tokens=most),
             ends=(self.frame.end,),
             decode=self.text.decode,
         )
@@ -216,7 +216,7 @@ class Translation(Typed):
     def postprocess(self, outputs: Arrays) -> Arrays:
         if "said" not in outputs:
             return outputs
-        texts = [cut(self.text.decode(row[row >= 0]), self.asking.stops).strip() for row in outputs["said"].astype(int)]
+        texts = [cut(self.text.decode(row[row >= 0]), self.predict_options.stops).strip() for row in outputs["said"].astype(int)]
         return {**outputs, "text": np.array(texts, dtype=object)}
 
     def targets(self, data: Data) -> Arrays:
@@ -332,7 +332,7 @@ def written(
     numbers: list[int] | None = None,
 ) -> Tensor:
     """Answers to sources, of at most `limits` (B) tokens: B S, B S bool -> B T, -1 behind their end."""
-    rows = engine(
+    rows = answers(
         Sourced(model, source, mask),
         [frame.said] * len(source),
         how,

@@ -396,10 +396,10 @@ class Forecasting(Task):
             )
 
     def format_predictions(self, outputs: Arrays) -> list[list[dict[str, Any]]]:
-        if self.asking.interval not in LEVELS:
-            raise SettingsError(f"interval={self.asking.interval:g}: intervals are learnt for 0.8 and 0.9.")
+        if self.predict_options.interval not in LEVELS:
+            raise SettingsError(f"interval={self.predict_options.interval:g}: intervals are learnt for 0.8 and 0.9.")
         windows: Windows = self.asked.context
-        found, (a, b) = windows.panel, LEVELS[self.asking.interval]
+        found, (a, b) = windows.panel, LEVELS[self.predict_options.interval]
         mean, std = self.scales(windows)
         records = []
         for i, values in enumerate(outputs["values"][:, :, 0].astype(np.float64)):

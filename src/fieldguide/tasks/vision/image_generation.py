@@ -87,7 +87,7 @@ class ImageGeneration(Task):
         side: int | None = None  # pixels a side
         channels: int | None = None  # 1 grey, 3 colour
         flip: bool = False  # mirrored pictures are as good as any
-        vocab: int | None = None  # tokens in the vocabulary learnt from captions
+        vocab_size: int | None = None  # tokens in the vocabulary learnt from captions
         length: int | None = None  # tokens of a caption that are read; the rest is cut off, and counted
         schedule: str = "cosine"  # of the noise, for diffusion: cosine | linear
         predicts: str = "v"  # what a diffusion network names: eps | v
@@ -147,9 +147,9 @@ class ImageGeneration(Task):
 
     def learn_captions(self, texts: list[str]) -> None:
         """Learns the vocabulary; settles its size and the length."""
-        self.text = Text.fit(texts, size=self.options.vocab)
+        self.text = Text.fit(texts, size=self.options.vocab_size)
         sizes = [len(ids) for ids in self.text.encode(texts[:NEEDED], 100_000)[0]]
-        self.options = fill_options(self.options, vocab=self.text.size, length=suggest_length(sizes, LONGEST))
+        self.options = fill_options(self.options, vocab_size=self.text.size, length=suggest_length(sizes, LONGEST))
         if cut := sum(size > self.options.length for size in sizes):
             self.notes.append(
                 f"{100 * cut / len(sizes):.1f} % of the captions are longer than {self.options.length} tokens "
@@ -188,7 +188,7 @@ class ImageGeneration(Task):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         if card.input_type == "noise":
             classes = len(self.labels)
-            return Adversarial(model, parts["critic"], noise=model.config.noise - classes, real="image", num_classes=classes)
+            return Adversarial(model, parts["critic"], noise=model.config.noise - classes, real="image", classes=classes)
         return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts))
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -207,20 +207,20 @@ class ImageGeneration(Task):
 
     # Making pictures
 
-    def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], asking: Any) -> Tensor:
+    def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
         """Pictures of these labels or captions (0 = none), B C S S in -1 .. 1; each a matter of seed and number alone."""
         p = self.pictures
         if isinstance(objective, Adversarial):
-            refuse_steps(asking)
-            return objective.sample([int(n) for n in numbers], label, seed=asking.seed).clamp(-1, 1)
-        guidance = asking.guidance if self.labels or self.text else 1.0
+            refuse_steps(predict_options)
+            return objective.sample([int(n) for n in numbers], label, seed=predict_options.seed).clamp(-1, 1)
+        guidance = predict_options.guidance if self.labels or self.text else 1.0
         return objective.sample(
-            label, (p.channels, p.side, p.side), sampler(asking), seed=asking.seed, numbers=numbers, guidance=guidance
+            label, (p.channels, p.side, p.side), sampler(predict_options), seed=predict_options.seed, numbers=numbers, guidance=guidance
         ).clamp(-1, 1)
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            made = self.made(objective, batch["label"], batch["row"].tolist(), self.asking)
+            made = self.made(objective, batch["label"], batch["row"].tolist(), self.predict_options)
             scored = objective.outputs(batch) if "image" in batch else {}
             return {**{k: v for k, v in scored.items() if k == "loss"}, "samples": made, "label": batch["label"]}
 
@@ -242,7 +242,7 @@ class ImageGeneration(Task):
 
     def wishes(self, named: Sequence[str], others: Sequence[str]) -> Data:
         """So many rows of each that is named, else of the others in turn."""
-        count = self.asking.count
+        count = self.predict_options.count
         wanted = [n for name in named for n in [name] * count] or [others[i % len(others)] for i in range(count)]
         return Data("made", pl.DataFrame({"wanted": wanted}), {}, Manifest(""))
 
@@ -475,18 +475,18 @@ class ImageGeneration(Task):
                 save_file({k: t.contiguous() for k, t in judge.state_dict().items()}, folder / f"{name}.safetensors")
 
 
-def sampler(asking: Any) -> Sampler:
+def sampler(predict_options: Any) -> Sampler:
     """What is asked for. Raises `SettingsError` for one that is not there."""
-    samplers = {"ddim": lambda: DDIM(steps=asking.steps, eta=asking.eta), "ddpm": lambda: DDPM(steps=asking.steps)}
-    if asking.sampler not in samplers:
-        raise SettingsError(f"sampler={asking.sampler!r} is none of {', '.join(samplers)}.")
-    return samplers[asking.sampler]()
+    samplers = {"ddim": lambda: DDIM(steps=predict_options.steps, eta=predict_options.eta), "ddpm": lambda: DDPM(steps=predict_options.steps)}
+    if predict_options.sampler not in samplers:
+        raise SettingsError(f"sampler={predict_options.sampler!r} is none of {', '.join(samplers)}.")
+    return samplers[predict_options.sampler]()
 
 
-def refuse_steps(asking: Any) -> None:
+def refuse_steps(predict_options: Any) -> None:
     """Raises `SettingsError` where a generator that draws at one go is asked how to do it step by step."""
-    usual = type(asking)()
-    if changed := [name for name in ("steps", "sampler", "eta", "guidance") if getattr(asking, name) != getattr(usual, name)]:
+    usual = type(predict_options)()
+    if changed := [name for name in ("steps", "sampler", "eta", "guidance") if getattr(predict_options, name) != getattr(usual, name)]:
         raise SettingsError(f"{', '.join(changed)}: this network draws a picture at one go, and takes no such setting.")
 
 

@@ -276,10 +276,10 @@ class ImageSegmentation(Task):
         return {"side": self.options.crop, "num_classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Segmentation(model, len(self.names), self.asking.tile)
+        return Segmentation(model, len(self.names), self.predict_options.tile)
 
     def predict_step(self, objective: Objective) -> Any:
-        objective.tile = max(64, self.asking.tile)
+        objective.tile = max(64, self.predict_options.tile)
         return objective.outputs
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:

@@ -159,10 +159,10 @@ class ObjectDetection(Task):
         return {"side": self.options.side, "num_classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Framed(model, overlap=self.asking.overlap, most=MOST)
+        return Framed(model, overlap=self.predict_options.overlap, most=MOST)
 
     def predict_step(self, objective: Objective) -> Any:
-        objective.overlap = self.asking.overlap
+        objective.overlap = self.predict_options.overlap
         return objective.outputs
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -293,7 +293,7 @@ class ObjectDetection(Task):
 
     @property
     def least(self) -> float:
-        return self.threshold if self.asking.threshold is None else self.asking.threshold
+        return self.threshold if self.predict_options.threshold is None else self.predict_options.threshold
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []

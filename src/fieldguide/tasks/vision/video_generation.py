@@ -129,15 +129,15 @@ class VideoGeneration(ImageGeneration):
 
     # Making films
 
-    def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], asking: Any) -> Tensor:
+    def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
         p = self.pictures
         return objective.sample(
             label,
             (self.options.frames, p.channels, p.side, p.side),
-            sampler(asking),
-            seed=asking.seed,
+            sampler(predict_options),
+            seed=predict_options.seed,
             numbers=numbers,
-            guidance=asking.guidance if self.labels else 1.0,
+            guidance=predict_options.guidance if self.labels else 1.0,
         ).clamp(-1, 1)
 
     def predict_step(self, objective: Objective) -> Any:
@@ -147,7 +147,7 @@ class VideoGeneration(ImageGeneration):
             if self.labels:  # beside its own class the others in turn
                 label = (label - 1 + extra) % len(self.labels) + 1
             label = label.expand(-1, self.each)
-            samples = self.made(objective, label.flatten(), numbers.flatten().tolist(), self.asking)
+            samples = self.made(objective, label.flatten(), numbers.flatten().tolist(), self.predict_options)
             found = {"samples": samples.unflatten(0, label.shape), "label": label}
             if "video" in batch:
                 found |= objective.outputs(batch) | {"next": self.continued(objective, batch)}
@@ -159,8 +159,8 @@ class VideoGeneration(ImageGeneration):
         """The last frame, told from those before: at each step of the sampler they are put back as they are, with the
         noise of that step (Lugmayr et al. 2022, arXiv:2201.09865, equation 8, without resampling)."""
         film, label, process = batch["video"], batch["label"], objective.process
-        sampler = DDIM(steps=self.asking.steps)
-        draw = Noise(self.asking.seed, batch["row"].tolist(), film.shape[1:], film)
+        sampler = DDIM(steps=self.predict_options.steps)
+        draw = Noise(self.predict_options.seed, batch["row"].tolist(), film.shape[1:], film)
         noise = draw()
         x, times = noise.clone(), sampler.times(process)
         for time, before in zip(times, [*times[1:], -1]):

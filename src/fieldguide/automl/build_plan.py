@@ -1,0 +1,214 @@
+"""The plan of a run: everything that is decided and built before the first training step.
+
+A new run decides with `build_plan`; a stopped run takes its decisions from its record with `Plan.from_run`. Both build
+batches, networks and objective through the same two steps, `Plan.build_batches` and `Plan.build_objective`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fieldguide.automl import distillation, finetune, profile
+from fieldguide.automl.advisor import Advice, advise, configured
+from fieldguide.automl.callbacks import NullCallback
+from fieldguide.automl.request import grouped
+from fieldguide.automl.time_budget import ENOUGH, resolve, with_batch
+from fieldguide.checkpoints import load
+from fieldguide.core import distributed
+from fieldguide.core.card import Card
+from fieldguide.core.errors import SettingsError
+from fieldguide.core.settings import Settings
+from fieldguide.data.dataset import Data
+from fieldguide.data.loader import Batches
+from fieldguide.data.splits import Splits, drawn, split
+from fieldguide.inference.run import Run
+from fieldguide.models import registry
+from fieldguide.objectives import Objective
+from fieldguide.tasks import Task, asked_for, infer
+from fieldguide.training import peft
+
+
+@dataclass
+class Plan:
+    """What is trained, on what data, and how."""
+
+    source: Data
+    task: Task
+    why: str  # the reason for this task
+    splits: Splits
+    card: Card
+    size: str
+    config: Any
+    settings: Settings
+    advice: Advice = field(default_factory=lambda: Advice([], []))
+    part_networks: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)  # such as a generator's critic
+    fresh: list[str] | None = None  # parameters that the initial checkpoint did not fill; None without a checkpoint
+    seconds_per_step: float = 0.0
+    max_steps: int = 0  # an upper limit of the steps if they follow from the minutes; else 0
+    objective: Objective = field(init=False)
+    train_batches: Batches = field(init=False)
+    validation: Batches = field(init=False)
+    validation_rows: np.ndarray = field(init=False)  # rows of `source` that `validation` holds
+
+    @classmethod
+    def from_run(cls, run: Run, source: Data, settings: Settings, callback: Any) -> Plan:
+        """Return the plan of a run that was stopped, with batches and objective built as when it was started.
+
+        `source` is the data as it was read for the run.
+        """
+        with np.load(run.path / "splits.npz", allow_pickle=False) as saved:
+            splits = Splits(saved["train"], saved["validation"], saved["test"], run.record["data"]["split"]["how"])
+        task, model, request = run.task, run.record["model"], run.record["request"]
+        plan = cls(
+            source=task.build_examples(task.select_columns(source), task.options),
+            task=task,
+            why=run.record["choice"]["why"],
+            splits=splits,
+            card=run.card,
+            size=model["size"],
+            config=run.config,
+            settings=settings,
+            part_networks=run.part_networks,
+            fresh=model.get("fresh"),
+            seconds_per_step=run.record["cost"]["seconds_per_step"] or 0.0,
+            max_steps=run.record["cost"].get("max_steps", 0),
+        )
+        callback.on_data(plan.source, type(task), plan.why)
+        checkpoint = None
+        has_trained = any((run.path / "checkpoints").glob("step-*.json"))
+        if plan.fresh is not None and (task.needs_reference or not has_trained):
+            name = None if request["model"] == "auto" else request["model"]
+            checkpoint = load.inspect_checkpoint(request["weights"], name, callback.log)
+        plan.build_batches(callback)
+        plan.build_objective(callback, checkpoint, {"finetune": settings.finetune})
+        return plan
+
+    def build_batches(self, callback: Any) -> None:
+        """Build the training batches and those of the validation rows that are scored during training."""
+        task, splits = self.task, self.splits
+        self.train_batches = task.train_batches(self.source.take(splits.train), self.card, self.settings)
+        self.validation_rows = drawn(splits.validation, task.validated, self.settings.seed)
+        if len(self.validation_rows) < len(splits.validation):
+            callback.log(
+                f"scored during training: {len(self.validation_rows):,} of {len(splits.validation):,} validation rows, "
+                "a random sample"
+            )
+        self.validation = task.batches(self.source.take(self.validation_rows), self.card, self.settings)
+
+    def build_objective(self, callback: Any, checkpoint: load.Checkpoint | None, requested: Mapping[str, Any]) -> None:
+        """Build the networks and the objective around them, with initial weights from `checkpoint` if there is one.
+
+        `requested` are the settings that the user gave. The random weights depend on the seed alone.
+        """
+        torch.manual_seed(self.settings.seed)
+        network = self.card.make(self.config)
+        if checkpoint is not None:
+            self.fresh = finetune.load_weights(network, checkpoint, callback)
+            self.settings = finetune.resolve_finetune(self.settings, self.fresh, checkpoint, requested, callback)
+        frozen = {}
+        if self.task.needs_reference:  # before LoRA is added: the network as it is at the start
+            frozen["reference"] = copy.deepcopy(network).requires_grad_(False).eval()
+        peft.prepare(network, self.settings, self.fresh)
+        parts = {name: card.make(config) for name, (card, _, config) in self.part_networks.items()} | frozen
+        objective = self.task.objective(network, self.card, self.settings, **parts)
+        self.objective = distillation.add_teacher(objective, self.task, self.settings, self.source, self.splits)
+
+
+def build_plan(
+    source: Data,
+    *,
+    task: str | None = None,
+    model: str = "auto",
+    minutes: float | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    splits: Splits | None = None,
+    callback: Any = None,
+    weights: str | Path | None = None,
+) -> Plan:
+    """Choose task, splits, preprocessing, network and settings for data that has been read; nothing is trained.
+
+    `weights` is a checkpoint to start from, which then determines the network. Raises `DataError` and `SettingsError` as
+    `fit` does.
+    """
+    callback = callback or NullCallback()
+    requested, model_fields, task_options, *_ = grouped(settings or {})
+    if minutes is not None:
+        requested["minutes"] = minutes
+    elif "steps" in requested:
+        requested.setdefault("minutes", 0)  # with a number of steps, time does not limit the run
+    requested["seed"] = seed
+    kind, why = (asked_for(task, source), "requested") if task else infer(source)
+    source = kind.select_columns(source)
+    callback.on_data(source, kind, why)
+    checkpoint = None
+    if weights is not None:
+        checkpoint = load.inspect_checkpoint(weights, None if model == "auto" else model, callback.log)
+        model = checkpoint.size
+        task_options = finetune.default_options(kind, checkpoint, task_options, callback)
+    options = kind.options_from(task_options)
+    source = kind.build_examples(source, options)
+    splits = splits or split(source, seed=seed)
+    callback.log(f"split: {splits.how}")
+    train_rows = source.take(splits.train)
+    fitted = kind.fit(train_rows, options)
+    dims = {"output_type": kind.output_types, **fitted.model_dims()}
+    config = None
+    if checkpoint is not None:
+        if set(checkpoint.card.output_types) & set(kind.output_types):
+            config = checkpoint.config(dims, model_fields)
+        fitted = finetune.limit_length(fitted, train_rows, config, checkpoint, task_options, callback)
+        dims = {"output_type": kind.output_types, **fitted.model_dims()}
+    for note in fitted.notes:
+        callback.log(f"note: {note}")
+    advice = advise(
+        facts={"task": kind.name, "rows": len(splits.train), **fitted.data_facts()},
+        needs=fitted.model_dims(),
+        input_types=kind.input_types,
+        output_types=kind.output_types,
+        minutes=Settings().with_(requested).minutes or float("inf"),
+        machine=distributed.broadcast(profile.machine()),
+        model=model,
+        config=config,
+    )
+    card, size = (checkpoint.card, model) if checkpoint else registry.find(advice.best.name)
+    try:
+        config = config or configured(card, size, dims, model_fields)
+    except TypeError as error:
+        raise SettingsError(f"--set model.FIELD: {error}") from None
+    callback.on_plan(advice, config)
+    chosen = Settings().with_(kind.recipe).with_(card.recipe)
+    if checkpoint is not None:
+        chosen = finetune.choose_settings(chosen, requested, len(splits.train), checkpoint, callback)
+    chosen = distillation.with_absolute_teacher(chosen.overruled(requested))
+    parts = {name: configure_part(part, fitted.model_dims()) for name, part in card.parts.items()}
+    plan = Plan(source, fitted, why, splits, card, size, config, chosen, advice, parts)
+    plan.build_batches(callback)
+    largest = min(fitted.most, finetune.MAX_BATCH_SIZE) if checkpoint else fitted.most
+    plan.settings = with_batch(chosen, len(plan.train_batches), fitted.fewest, largest)
+    plan.build_objective(callback, checkpoint, requested)
+    plan.settings, plan.seconds_per_step, plan.max_steps = distributed.broadcast(
+        resolve(
+            plan.settings,
+            plan.objective,
+            plan.train_batches,
+            len(plan.validation),
+            callback,
+            fewest=plan.settings.batch_size if "batch_size" in requested else fitted.fewest,
+            enough=finetune.MIN_STEPS if checkpoint else ENOUGH,
+        )
+    )
+    return plan
+
+
+def configure_part(name: str, dims: Mapping[str, Any]) -> tuple[Card, str, Any]:
+    """Return card, size and config of a further network that a card names, such as a generator's critic."""
+    card, size = registry.find(name)
+    return card, size, configured(card, size, dims)

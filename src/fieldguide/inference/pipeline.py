@@ -1,0 +1,82 @@
+"""`pipeline`: a predictor for any source, chosen by what the source is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fieldguide.checkpoints.names import CONFIG_FILES, HUB_PREFIX, WEIGHT_SUFFIXES
+from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.run_record import read_record
+from fieldguide.core.settings import from_text
+
+if TYPE_CHECKING:
+    from fieldguide.inference.predictor import Predictor
+
+
+def pipeline(source: str | Path, **load_options: Any) -> Predictor:
+    """Return a predictor for a run folder or a pretrained checkpoint.
+
+    `source` is a run folder, a folder of transformers, open_clip or timm, a `.gguf` file, a file of weights, or
+    `hf:organization/name`. All predictors have `predict`, `evaluate`, `stream` and `embed`.
+
+    `load_options` depend on the source: `name` (the size, if a file could be several), `weights` ("int8" for language
+    models), `source` and `target` (languages), `tokenizer` (for CLIP), `output_type` ("vector" for embeddings) and `columns`.
+
+    Raises `RunError` or `WeightsError` if the source cannot be read, and `SettingsError` for unknown options.
+    """
+    predictor, rest = open_source(source, load_options)
+    if rest:
+        known = sorted(getattr(type(predictor), "LOAD_OPTIONS", {}))
+        raise SettingsError(
+            f"{', '.join(rest)}: not a load option of {source}.{nearest(next(iter(rest)), known)} It has: "
+            f"{', '.join(known) or 'none'}. Prediction options are arguments of predict()."
+        )
+    return predictor
+
+
+def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predictor, dict[str, Any]]:
+    """Return the predictor of a source, loaded with those of `options` that are load options, and the other options."""
+    if is_run(source):
+        read_record(Path(source))  # report a wrong path before torch is imported
+        from fieldguide.inference.run import open_run
+
+        return open_run(source), dict(options)
+    from fieldguide.checkpoints.load import inspect_checkpoint
+
+    options = dict(options)
+    checkpoint = inspect_checkpoint(source, options.pop("name", None))
+    kind = predictor_type(checkpoint.card)
+    load_options = {
+        key: from_text(key, options.pop(key), kind.LOAD_OPTIONS[key]) for key in kind.LOAD_OPTIONS if key in options
+    }
+    return kind.load(checkpoint, **load_options), options
+
+
+def predictor_type(card: Any) -> Any:
+    """Return the predictor class for a pretrained network, by its inputs and outputs."""
+    if "tokens" in card.output_types:
+        if card.input_type == "captioned":
+            from fieldguide.inference.image_to_text import ImageToText
+
+            return ImageToText
+        from fieldguide.inference.text_generation import TextGenerator
+
+        return TextGenerator
+    if "embeddings" in card.output_types:
+        from fieldguide.inference.zero_shot import ZeroShotClassifier
+
+        return ZeroShotClassifier
+    from fieldguide.inference.pretrained_task import PretrainedTask
+
+    return PretrainedTask
+
+
+def is_run(source: str | Path) -> bool:
+    """Return whether a source is meant as a run folder; checkpoints have a configuration, weights or the prefix `hf:`."""
+    path = Path(source)
+    if str(source).startswith(HUB_PREFIX) or (path.is_file() and path.suffix in WEIGHT_SUFFIXES):
+        return False
+    return (path / "run.json").exists() or not any((path / name).is_file() for name in CONFIG_FILES)
+
