@@ -155,7 +155,7 @@ def test_damaged_long_tables(tmp_path, suffix):
         stored([good[0], *(f"s{i},2024-03-01 00:00,{i}.5" for i in range(50))])
     with refused("nothing-changes", "all series are constant"):
         stored([good[0], *(f"{line_.rpartition(',')[0]},7.5" for line_ in good[1:])])
-    with refused("no-target", "no column of numbers"):
+    with refused("no-target", "no numeric column"):
         stored([line_.rpartition(",")[0] for line_ in good])
 
 

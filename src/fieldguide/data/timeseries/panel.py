@@ -61,7 +61,7 @@ FOUND: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, 
         "warning",
         BEFORE + " but a different value; the first is used",
         "Correct or aggregate them. If they belong to several series, specify the column that identifies "
-        "the series: --set role.series=COLUMN.",
+        "them: --set role.series=COLUMN.",
     ),
     "off-grid": (
         "warning",
