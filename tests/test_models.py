@@ -172,9 +172,9 @@ def test_output_has_the_promised_shape(name):
     config = card.settle(card.tiny, **dict(CASES[name].overrides))
     gives = card.output_types[0]
     if gives == "label":
-        assert output.shape[-1] == getattr(config, card.names.get("classes", "classes"))
+        assert output.shape[-1] == getattr(config, card.names.get("num_classes", "num_classes"))
         assert tiny(name, num_classes=CASES[name].num_classes)(*inputs).shape[-1] == CASES[name].num_classes
-    word = {"tokens": "vocab", "words": "vocab", "ctc": "vocab", "mask": "classes", "image": "channels", "items": "items"}.get(
+    word = {"tokens": "vocab_size", "words": "vocab_size", "ctc": "vocab_size", "mask": "num_classes", "image": "channels", "items": "items"}.get(
         gives, ""
     )
     width = getattr(config, card.names.get(word, word), None)
@@ -191,7 +191,7 @@ def test_output_has_the_promised_shape(name):
         "video": output.shape == inputs[0].shape,
         "mask": output.ndim == 4 and output.shape[1] == width,
         "image": output.ndim == 4 and output.shape[1] == width,
-        "boxes": output.ndim == 3 and output.shape[2] == 4 * getattr(config, "bins", 0) + getattr(config, "classes", 0),
+        "boxes": output.ndim == 3 and output.shape[2] == 4 * getattr(config, "bins", 0) + getattr(config, "num_classes", 0),
         "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1],
     }[gives]
 

@@ -74,14 +74,14 @@ class Decoder(nn.Module):
 
     block: type[nn.Module] = Block
 
-    def __init__(self, config: Any, norm: nn.Module, tied: bool):
+    def __init__(self, config: Any, norm: nn.Module, tie_embeddings: bool):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.blocks = nn.ModuleList(self.block(c) for _ in range(c.depth))
         self.norm = norm
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
-        if tied:
+        if tie_embeddings:
             self.head.weight = self.embed.weight
         self.reset_parameters()
 
