@@ -6,8 +6,8 @@ worker or random state: the plan starts at k, and all later steps are bitwise id
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ WINDOW = 32  # batches per window; examples are sorted by length within a window
 class Batches:
     """Prepared examples. `make(index, generator)` returns the batch of these rows, augmented if a generator is passed.
 
-    `lengths` (tokens, samples or frames per example), if given, lets batches hold examples of similar length.
+    `lengths` (tokens, samples or frames per example), if given, lets batches hold examples of similar length. `meta` holds
+    what else belongs to each example and is no tensor, such as the path of its file; predictions receive it with the outputs.
     """
 
     count: int
     make: Callable[[np.ndarray, torch.Generator | None], dict[str, Tensor]]
     lengths: np.ndarray | None = None
+    meta: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.count

@@ -93,7 +93,7 @@ class TaskPredictor(Predictor):
         outputs = collect(
             self.objective, batches, ask=step, batch=self.batch_size, device=distributed.device(), callback=callback
         )
-        return task.postprocess(outputs)
+        return task.postprocess({**outputs, **batches.meta})
 
     def predict(self, inputs: Any = (), callback: Callable[[int], None] = lambda done: None, **options: Any) -> Predictions:
         """Return one record for each raw input, or several: a forecast has one for each step.

@@ -45,7 +45,7 @@ class Framed(Detection):
         found = super().outputs(batch)
         frame = Letterbox(batch["scale"], batch["corner"], batch["size"])
         boxes = frame.back(found["boxes"]) * (found["labels"] >= 0)[..., None]
-        return {**found, "boxes": boxes, **({"path": batch["path"]} if "path" in batch else {})}
+        return {**found, "boxes": boxes}
 
 
 class ObjectDetection(Task):
@@ -166,13 +166,14 @@ class ObjectDetection(Task):
         return objective.outputs
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        return self.prepared(data, settings, with_path=False)
+        return self.prepared(data, settings)
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
-        return self.prepared(replace(data, rows=data.rows.drop(self.target.name, strict=False)), None, with_path=True)
+        batches = self.prepared(replace(data, rows=data.rows.drop(self.target.name, strict=False)), None)
+        return replace(batches, meta={"path": np.array(data.rows[self.column].to_list(), dtype=object)})
 
-    def prepared(self, data: Data, settings: Settings | None, with_path: bool) -> Batches:
-        """`with_path`: the batch tells where its pictures are, so that answers can be drawn into them."""
+    def prepared(self, data: Data, settings: Settings | None) -> Batches:
+        """Return batches of letterboxed images, with boxes if `settings` are given for training."""
         paths, side, channels = data.rows[self.column].to_list(), self.options.side, self.options.channels
         frame = Letterbox.of(data.rows[WIDTH].to_numpy(), data.rows[HEIGHT].to_numpy(), side)
         kept = images.load(paths, side, channels, fit="pad") if len(paths) * channels * side**2 < SHARE * ram() else None
@@ -202,7 +203,7 @@ class ObjectDetection(Task):
                 "corner": frame.corner[index],
                 "size": frame.size[index],
             }
-            return batch | ({"path": spelt([paths[i] for i in index])} if with_path else {})
+            return batch
 
         return Batches(len(paths), make)
 
@@ -306,9 +307,8 @@ class ObjectDetection(Task):
             counts = Counter(o["label"] for o in found)
             answer = {"found": ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing", "objects": found}
             if "path" in outputs:
-                path = "".join(map(chr, outputs["path"][i][outputs["path"][i] >= 0]))
                 picture = drawn(
-                    opened(path), outputs["boxes"][i][real], outputs["labels"][i][real], self.names, outputs["scores"][i][real]
+                    opened(outputs["path"][i]), outputs["boxes"][i][real], outputs["labels"][i][real], self.names, outputs["scores"][i][real]
                 )
                 out = io.BytesIO()
                 picture.save(out, "JPEG", quality=90)
@@ -347,14 +347,6 @@ class ObjectDetection(Task):
         task = cls(columns, options)
         task.names, task.threshold = state["names"], state["threshold"]
         return task
-
-
-def spelt(paths: list[str]) -> Tensor:
-    """Paths as the numbers of their characters, -1 after their end: B L int32."""
-    out = torch.full((len(paths), max(map(len, paths))), -1, dtype=torch.int32)
-    for row, path in enumerate(paths):
-        out[row, : len(path)] = torch.tensor([ord(c) for c in path], dtype=torch.int32)
-    return out
 
 
 TASKS = (ObjectDetection,)
