@@ -14,7 +14,7 @@ import damage
 from fieldguide.automl.fit import fit
 from fieldguide.checkpoints.load import inspect_checkpoint
 from fieldguide.core.errors import SettingsError
-from fieldguide.data.preprocessing import Pictures, Text
+from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.inference.run import open_run
 from fieldguide.inference.zero_shot import ZeroShotClassifier
 from test_folders import settled
@@ -119,7 +119,7 @@ def test_tokens_stand_around_a_text_whoever_puts_them_there(clip):
     said = json.loads((folder / "tokenizer.json").read_text())
     assert said["post_processor"]
     bare = open_run(run.path).task
-    bare.text = Text(Tokenizer.from_str(json.dumps({**said, "post_processor": None})))
+    bare.text = TextTokenizer(Tokenizer.from_str(json.dumps({**said, "post_processor": None})))
     for ours, want in zip(bare.tokens([*SAID, ""])[0], run.task.tokens([*SAID, ""])[0]):
         assert ours.tolist() == want.tolist() and ours[0] == run.task.end - 1
 
@@ -205,12 +205,12 @@ def test_vilt_reads_as_with_its_processor(tmp_path):
 
 
 def test_ways_to_resize():
-    plain, picture = Pictures(8, 3), Image.effect_noise((20, 13), 50).convert("RGB")
+    plain, picture = ImageTransform(8, 3), Image.effect_noise((20, 13), 50).convert("RGB")
     for way, edge in (("crop bicubic", 8), ("crop 0.875 bilinear", 9), ("pad lanczos", 8), ("stretch box", 8)):
         how = plain.resized(way)
         assert how.edge == edge and how.cut(picture).size == (8, 8)
-        assert plain.resized(how.way) == how == Pictures.from_json(json.loads(json.dumps(how.to_json())))
-    assert Pictures.from_json(plain.to_json()) == plain
+        assert plain.resized(how.way) == how == ImageTransform.from_json(json.loads(json.dumps(how.to_json())))
+    assert ImageTransform.from_json(plain.to_json()) == plain
     white = np.asarray(plain.resized("pad bicubic").cut(picture))
     assert (white[0] == 255).all() and not (white[4] == 255).any()
     for wrong in (

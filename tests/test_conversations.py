@@ -14,7 +14,7 @@ from fieldguide import fit
 from fieldguide.automl.fit import NullCallback
 from fieldguide.core.errors import DataError
 from fieldguide.data import read
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.objectives import NextToken
 from fieldguide.tasks.text.text_generation import SPECIAL, TextGeneration
@@ -146,7 +146,9 @@ def test_conversations_are_written_as_transformers_does(name, tmp_path):
     else:
         assert said.replace(" ", "") == "".join(wanted).replace(" ", "")
     assert task.ends[0] == peer.eos_token_id and set(task.ends) == {peer.eos_token_id, peer.convert_tokens_to_ids(closing)}
-    assert task.notes == ["conversations are rendered with the checkpoint's chat template: the assistant's turns are trained on"]
+    assert task.notes == [
+        "conversations are rendered with the checkpoint's chat template: the assistant's turns are trained on"
+    ]
 
 
 def test_what_the_assistant_says_is_what_the_template_marks(tmp_path):
@@ -277,4 +279,4 @@ def test_a_template_in_a_run_is_kept(tmp_path):
     again = TextGeneration.from_state(task.columns, task.options, json.loads(json.dumps(task.state())), tmp_path / "kept")
     assert again.ends == task.ends and again.first == [("user", "hello there")]
     assert again.prompt(again.first) == task.prompt(task.first)
-    assert Text.load(tmp_path / "kept").special["bos_token"] == "<|begin_of_text|>"
+    assert TextTokenizer.load(tmp_path / "kept").special["bos_token"] == "<|begin_of_text|>"

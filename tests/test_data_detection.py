@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fieldguide.data.loader import generator
+from fieldguide.data.loader import make_generator
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing.detection import (
     Augment,
     Letterbox,
-    cut,
+    clip_boxes,
     flip,
     jitter,
     letterbox,
     mosaic,
-    pad,
+    pad_boxes,
     warp,
 )
 
@@ -67,7 +67,7 @@ def test_letterbox_is_where_pillow_pads():
     sizes = [(64, 64), (100, 37), (37, 100), (640, 480), (5, 3), (999, 1000), (8, 200)]
     for width, height in sizes + rng.integers(20, 300, (40, 2)).tolist():
         for side in (32, 65):
-            black = images.as_array(Image.new("L", (width, height)), side, 1, "pad")[0]
+            black = images.to_array(Image.new("L", (width, height)), side, 1, "pad")[0]
             rows, columns = (np.flatnonzero((black < 255).any(axis)) for axis in (1, 0))
             box = Letterbox.of([width], [height], side)
             whole = box.into(torch.tensor([[[0.0, 0, width, height]]]))[0, 0]
@@ -89,16 +89,16 @@ def test_letterbox_of_a_picture_in_memory():
     for width, height in ((90, 40), (31, 77), (20, 20)):
         pixels = np.asarray(Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((width, height)))
         got, box = letterbox(torch.from_numpy(pixels.copy()).permute(2, 0, 1), 48)
-        want = images.as_array(Image.fromarray(pixels), 48, 3, "pad")
+        want = images.to_array(Image.fromarray(pixels), 48, 3, "pad")
         assert got.dtype == torch.uint8 and np.abs(got.numpy().astype(int) - want).max() <= 2
         assert torch.equal(box.corner, Letterbox.of([width], [height], 48).corner)
 
 
 def test_pad():
-    boxes, labels = pad([np.array([[1, 2, 3, 4]]), np.zeros((0, 4)), [[5, 6, 7, 8], [9, 9, 10, 10]]], [[2], [], [0, 1]])
+    boxes, labels = pad_boxes([np.array([[1, 2, 3, 4]]), np.zeros((0, 4)), [[5, 6, 7, 8], [9, 9, 10, 10]]], [[2], [], [0, 1]])
     assert boxes.tolist() == [[[1, 2, 3, 4], [0] * 4], [[0] * 4] * 2, [[5, 6, 7, 8], [9, 9, 10, 10]]]
     assert labels.tolist() == [[2, -1], [-1, -1], [0, 1]] and labels.dtype == torch.int64
-    assert pad([[]], [[]])[0].shape == (1, 1, 4)
+    assert pad_boxes([[]], [[]])[0].shape == (1, 1, 4)
 
 
 # ---------------------------------------------------------------------------------------------- changes
@@ -112,10 +112,10 @@ def test_boxes_that_are_hardly_seen_are_dropped():
         ]
     )
     labels = torch.tensor([[0, 1, 2, 3, 4, 5], [7, -1, -1, -1, -1, -1]])
-    kept, names = cut(boxes, labels, 100)
+    kept, names = clip_boxes(boxes, labels, 100)
     assert names.tolist() == [[1, 5], [7, -1]]
     assert kept.tolist() == [[[0, 0, 11, 20], [5, 5, 20, 30]], [[0, 0, 50, 50], [0, 0, 0, 0]]]
-    assert cut(boxes, torch.full_like(labels, -1), 100)[1].tolist() == [[-1], [-1]]
+    assert clip_boxes(boxes, torch.full_like(labels, -1), 100)[1].tolist() == [[-1], [-1]]
 
 
 def test_flip_moves_boxes_with_the_pixels():
@@ -183,7 +183,7 @@ def test_jitter_turns_colours_and_leaves_greys():
 
 def augmented(how: Augment, seed: int = 0):
     """Twelve pictures; what is fetched for a mosaic has classes of its own wherever it comes from."""
-    return how(lambda rows: scenes(len(rows), 64, 96), np.arange(12), 12, generator(seed, 5))
+    return how(lambda rows: scenes(len(rows), 64, 96), np.arange(12), 12, make_generator(seed, 5))
 
 
 def test_without_any_change_pictures_stay():
@@ -213,7 +213,7 @@ def test_mosaics_and_single_pictures_keep_their_places():
         )
 
     rows = np.array([30, 7, 19, 2, 11, 24, 3, 5])
-    pictures, _, labels = replace(PLAIN, mosaic=0.5)(fetch, rows, 40, generator(3))
+    pictures, _, labels = replace(PLAIN, mosaic=0.5)(fetch, rows, 40, make_generator(3))
     alone = (pictures == pictures[:, :, :1, :1]).all(-1).all(-1)[:, 0]
     assert 0 < alone.sum() < 8 and torch.equal(pictures[alone][:, 0, 0, 0], torch.from_numpy(rows).float()[alone])
     assert labels.shape == (8, 1)

@@ -15,7 +15,7 @@ from sklearn.preprocessing import QuantileTransformer
 from damage import digits
 from fieldguide.core.errors import DataError
 from fieldguide.data import Column, read, split
-from fieldguide.data.preprocessing import Labels, Pictures, Standard, TablePreparer, Text, suggest_side
+from fieldguide.data.preprocessing import ImageTransform, Labels, Standardizer, TablePreparer, TextTokenizer, suggest_side
 from fieldguide.data.preprocessing.tokenizer import suggest_length, suggest_size
 
 
@@ -132,17 +132,17 @@ def test_labels():
 
 def test_standard():
     values = np.random.default_rng(0).normal(50, 7, 1000)
-    standard = Standard.fit(values)
+    standard = Standardizer.fit(values)
     scaled = standard.apply(values)
     assert scaled.dtype == np.float32 and abs(scaled.mean()) < 1e-6 and abs(scaled.std() - 1) < 1e-6
-    assert np.allclose(Standard.from_json(standard.to_json()).inverse(scaled), values, atol=1e-5)
-    assert Standard.fit(np.ones(5)).apply(np.ones(5)).tolist() == [0] * 5
+    assert np.allclose(Standardizer.from_json(standard.to_json()).inverse(scaled), values, atol=1e-5)
+    assert Standardizer.fit(np.ones(5)).apply(np.ones(5)).tolist() == [0] * 5
     assert np.isnan(standard.apply(pl.Series([None, 1.0]))).tolist() == [True, False]
 
 
 @pytest.fixture(scope="module")
-def text() -> Text:
-    return Text.fit(read("docstrings").rows["text"].to_list())
+def text() -> TextTokenizer:
+    return TextTokenizer.fit(read("docstrings").rows["text"].to_list())
 
 
 def test_text_round_trip(text, tmp_path):
@@ -151,12 +151,12 @@ def test_text_round_trip(text, tmp_path):
         assert ids.dtype == np.int64 and mask.all() and cut == 0 and text.unknown not in ids
         assert text.decode(ids[0]).strip() == given
     text.save(tmp_path)
-    again = Text.load(tmp_path)
+    again = TextTokenizer.load(tmp_path)
     some = ["Fit the model.", "", "Compute the mean of x along an axis"]
     assert all(np.array_equal(a, b) for a, b in zip(again.apply(some, 9), text.apply(some, 9)))
     assert (again.size, again.pad, again.lower) == (text.size, 0, True)
     assert {p.name for p in tmp_path.iterdir()} == {"tokenizer.json", "text.json"}
-    other = Text.load(tmp_path / "tokenizer.json")
+    other = TextTokenizer.load(tmp_path / "tokenizer.json")
     assert np.array_equal(other.apply(some, 9)[0], text.apply(some, 9)[0])
 
 
@@ -173,7 +173,7 @@ def test_text_batches(text):
 
 def test_learning_text_is_deterministic():
     texts = read("docstrings").rows["text"].to_list()[:500]
-    assert Text.fit(texts).tokenizer.to_str() == Text.fit(texts).tokenizer.to_str()
+    assert TextTokenizer.fit(texts).tokenizer.to_str() == TextTokenizer.fit(texts).tokenizer.to_str()
 
 
 def test_sizes_of_text():
@@ -184,21 +184,21 @@ def test_sizes_of_text():
 
 def test_given_tokenizer_that_is_none(tmp_path):
     with pytest.raises(DataError, match="no tokenizer found"):
-        Text.load(tmp_path / "tokenizer.json")
+        TextTokenizer.load(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="not a file of the tokenizers library"):
-        Text.load(tmp_path / "tokenizer.json")
+        TextTokenizer.load(tmp_path / "tokenizer.json")
 
 
 def test_pictures(tmp_path):
     paths = read(digits(tmp_path)).rows["image"].to_list()
-    x = Pictures(8, 1, (0.5,), (0.25,)).load(paths)
-    pictures = Pictures.from_pixels(x)
+    x = ImageTransform(8, 1, (0.5,), (0.25,)).load(paths)
+    pictures = ImageTransform.from_pixels(x)
     y = pictures.apply(x)
     assert y.dtype == torch.float32 and abs(y.mean()) < 1e-5 and abs(y.std(correction=0) - 1) < 1e-5
-    again = Pictures.from_json(json.loads(json.dumps(pictures.to_json())))
+    again = ImageTransform.from_json(json.loads(json.dumps(pictures.to_json())))
     assert again == pictures and torch.equal(again.apply(x[0]), y[0])
-    colour = Pictures.from_pixels(Pictures(16).load(paths))
+    colour = ImageTransform.from_pixels(ImageTransform(16).load(paths))
     assert len(colour.mean) == 3 and colour.apply(x.new_zeros(2, 3, 16, 16)).shape == (2, 3, 16, 16)
 
 

@@ -16,15 +16,15 @@ from fieldguide.data.preprocessing.speech import (
     LogMel,
     SpecAugment,
     mel_filters,
-    mono,
-    padded,
+    pad_waves,
     perturb_speed,
     resample,
-    stripes,
+    sample_stripes,
     suggest_hop,
     suggest_rate,
+    to_mono,
 )
-from fieldguide.data.preprocessing.transcripts import Transcripts, normal
+from fieldguide.data.preprocessing.transcripts import Transcripts, normalize_text
 
 
 def waves(*lengths: int, seed: int = 0) -> list[np.ndarray]:
@@ -81,11 +81,11 @@ def test_a_tone_is_where_it_sounds():
 @pytest.mark.parametrize("scale", ["recording", "corpus"])
 def test_recordings_together_are_those_alone(scale):
     many = waves(16_000, 300, 400, 401, 559, 560, 7_777)
-    mel = LogMel() if scale == "recording" else LogMel.fit([padded(many)])
-    together, frames = mel.apply(*padded(many))
+    mel = LogMel() if scale == "recording" else LogMel.fit([pad_waves(many)])
+    together, frames = mel.apply(*pad_waves(many))
     assert frames.tolist() == [98, 1, 1, 1, 1, 2, 47]
     for row, wave in enumerate(many):
-        alone, count = mel.apply(*padded([wave]))
+        alone, count = mel.apply(*pad_waves([wave]))
         assert count.item() == frames[row] == mel.frames(len(wave)) == alone.shape[1]
         torch.testing.assert_close(together[row, :count], alone[0], rtol=1e-4, atol=1e-4)
         assert not together[row, count:].any()
@@ -93,14 +93,14 @@ def test_recordings_together_are_those_alone(scale):
 
 def test_padding_is_never_heard():
     mel = LogMel()
-    batch, lengths = padded(waves(16_000, 5_000, 300))
+    batch, lengths = pad_waves(waves(16_000, 5_000, 300))
     before = mel.apply(batch, lengths)
     batch[1, 5_000:], batch[2, 300:] = 1.0, -1.0
     assert all(torch.equal(a, b) for a, b in zip(mel.apply(batch, lengths), before))
 
 
 def test_each_recording_has_mean_zero_and_deviation_one():
-    x, frames = LogMel().apply(*padded(waves(16_000, 8_000)))
+    x, frames = LogMel().apply(*pad_waves(waves(16_000, 8_000)))
     for row, count in zip(x, frames):
         torch.testing.assert_close(row[:count].mean(0), torch.zeros(80), atol=1e-4, rtol=0)
         torch.testing.assert_close(row[:count].std(0, correction=0), torch.ones(80), atol=1e-3, rtol=0)
@@ -109,11 +109,11 @@ def test_each_recording_has_mean_zero_and_deviation_one():
 
 def test_the_corpus_scale_is_learnt_on_real_frames_in_any_batches():
     many = waves(16_000, 3_000, 9_000, 400)
-    mel = LogMel.fit([padded(many)], bands=40)
-    parts = LogMel.fit([padded(many[:1]), padded(many[1:])], bands=40)
+    mel = LogMel.fit([pad_waves(many)], bands=40)
+    parts = LogMel.fit([pad_waves(many[:1]), pad_waves(many[1:])], bands=40)
     np.testing.assert_allclose(mel.mean, parts.mean, rtol=1e-6)
     np.testing.assert_allclose(mel.std, parts.std, rtol=1e-5)
-    x, frames = mel.apply(*padded(many))
+    x, frames = mel.apply(*pad_waves(many))
     real = torch.cat([row[:count] for row, count in zip(x, frames)])
     torch.testing.assert_close(real.mean(0), torch.zeros(40), atol=1e-4, rtol=0)
     torch.testing.assert_close(real.std(0, correction=0), torch.ones(40), atol=1e-3, rtol=0)
@@ -122,7 +122,7 @@ def test_the_corpus_scale_is_learnt_on_real_frames_in_any_batches():
     with pytest.raises(DataError, match="no recording"):
         LogMel.fit([])
     with pytest.raises(SettingsError, match="use LogMel"):
-        LogMel(scale="corpus").apply(*padded(many))
+        LogMel(scale="corpus").apply(*pad_waves(many))
 
 
 def test_bands_that_cannot_be():
@@ -157,7 +157,7 @@ def test_resampling_keeps_what_can_be_heard_and_nothing_else(rate, wanted):
 
 def test_resampling_a_padded_batch():
     many = waves(500, 333)
-    batch, _ = padded(many)
+    batch, _ = pad_waves(many)
     out = resample(batch.numpy(), 44_100, 16_000)
     for row, wave in zip(out, many):
         alone = resample(wave, 44_100, 16_000)
@@ -166,11 +166,11 @@ def test_resampling_a_padded_batch():
 
 def test_rates_and_channels():
     assert [suggest_rate(r) for r in ([8_000], [11_025, 8_000], [16_000, 44_100], [4_000])] == [8_000, 8_000, 16_000, 8_000]
-    assert mono(np.array([[32767, -32768], [16384, 0]], np.int16)) == pytest.approx([-0.5 / 32768, 0.25])
-    assert mono(np.array([128, 0, 255], np.uint8)) == pytest.approx([0, -1, 127 / 128])
-    assert mono(np.array([0.5, -1.0])).dtype == np.float32
+    assert to_mono(np.array([[32767, -32768], [16384, 0]], np.int16)) == pytest.approx([-0.5 / 32768, 0.25])
+    assert to_mono(np.array([128, 0, 255], np.uint8)) == pytest.approx([0, -1, 127 / 128])
+    assert to_mono(np.array([0.5, -1.0])).dtype == np.float32
     with pytest.raises(DataError, match="3 axes"):
-        mono(np.zeros((2, 2, 2)))
+        to_mono(np.zeros((2, 2, 2)))
 
 
 @pytest.mark.parametrize(("seconds", "hop"), [(0.186, 0.010), (0.184, 0.008), (0.154, 0.008), (0.152, 0.005), (0.01, 0.005)])
@@ -186,7 +186,7 @@ def test_the_hop_leaves_frames_for_every_symbol(seconds, hop):
 def test_speed_changes_length_and_pitch():
     t = np.arange(8_000) / 8_000
     many = [np.sin(2 * np.pi * 400 * t).astype(np.float32), np.sin(2 * np.pi * 400 * t[:4_000]).astype(np.float32)] * 8
-    batch, lengths = padded(many)
+    batch, lengths = pad_waves(many)
     out, new = perturb_speed(batch, lengths, generator())
     seen = set()
     for row, old, count in zip(out, lengths.tolist(), new.tolist()):
@@ -227,7 +227,7 @@ def test_masks_follow_from_the_generator():
 
 
 def test_widths_are_even():
-    hidden = stripes(torch.full((20_000,), 50), 50, 1, 0.1, generator()).sum(1)
+    hidden = sample_stripes(torch.full((20_000,), 50), 50, 1, 0.1, generator()).sum(1)
     shares = torch.bincount(hidden, minlength=6) / len(hidden)
     torch.testing.assert_close(shares, torch.full((6,), 1 / 6), atol=0.01, rtol=0)
 
@@ -242,7 +242,7 @@ def test_transcripts_there_and_back(pieces):
     t = Transcripts.fit(TEXTS, pieces=pieces)
     rows, unknown = t.encode(TEXTS)
     assert not unknown and all(row.min() >= 1 and row.max() < t.size for row in rows)
-    assert [t.decode(row) for row in rows] == [normal(text, True) for text in TEXTS]
+    assert [t.decode(row) for row in rows] == [normalize_text(text, True) for text in TEXTS]
     assert t.decode(rows[2]) == "la fée, d'accord"
     again = Transcripts.from_json(json.loads(json.dumps(t.to_json())))
     assert [a.tolist() for a in again.encode(TEXTS)[0]] == [a.tolist() for a in rows] and again.size == t.size
@@ -256,7 +256,7 @@ def test_transcripts_there_and_back(pieces):
     if pieces:
         assert t.size == 41 and len(rows[3]) < len(TEXTS[3]) - 4
     else:
-        assert t.symbols == tuple(sorted(set("".join(normal(text, True) for text in TEXTS))))
+        assert t.symbols == tuple(sorted(set("".join(normalize_text(text, True) for text in TEXTS))))
         assert t.encode([" a"])[0][0].tolist() == [1 + t.symbols.index("a")]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fieldguide import create
 from fieldguide.core.errors import SettingsError
-from fieldguide.data.loader import Batches, mix
+from fieldguide.data.loader import Batches, mix_seeds
 from fieldguide.objectives import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
 from fieldguide.objectives.diffusion import PROBES, guided, sample
 from fieldguide.objectives.noise import Noise
@@ -431,7 +431,7 @@ def test_noise_is_a_function_of_seed_and_number():
     draw = Noise(3, [7, 8], (5,), torch.zeros((), dtype=torch.float64))
     first, second = draw(), draw()
     assert first.dtype == torch.float64 and not torch.equal(first, second)
-    torch.testing.assert_close(first[1], torch.randn(5, generator=torch.Generator().manual_seed(mix(3, 8))).double())
+    torch.testing.assert_close(first[1], torch.randn(5, generator=torch.Generator().manual_seed(mix_seeds(3, 8))).double())
     many = Noise(0, range(4000), (4,), torch.zeros(()))()
     assert abs(float(many.mean())) < 0.03 and abs(float(many.std()) - 1) < 0.03
     assert abs(float(torch.corrcoef(torch.stack([many[:-1, 0], many[1:, 0]]))[0, 1])) < 0.06

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fieldguide.data
 from fieldguide.automl.fit import NullCallback, build_plan
 from fieldguide.core.errors import RunError, SettingsError
-from fieldguide.data.preprocessing import Pictures
+from fieldguide.data.preprocessing import ImageTransform
 from fieldguide.models.registry import create
 from fieldguide.objectives import Classification, Distillation
 
@@ -140,19 +140,21 @@ def test_another_number_of_classes_is_refused():
 
 def test_pictures_are_remade_as_the_teacher_learnt_them():
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    mine = Pictures(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))
+    mine = ImageTransform(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))
     x = mine.apply(pixels)
-    assert mine.remade(x, Pictures(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))) is x
-    other = Pictures(8, 3, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    assert mine.remade(x, ImageTransform(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))) is x
+    other = ImageTransform(8, 3, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     torch.testing.assert_close(mine.remade(x, other), other.apply(pixels))
-    grey = Pictures(8, 1, (0.5,), (0.2,))
+    grey = ImageTransform(8, 1, (0.5,), (0.2,))
     want = (pixels.float() / 255 * torch.tensor([0.299, 0.587, 0.114]).view(-1, 1, 1)).sum(1, keepdim=True)
     torch.testing.assert_close(mine.remade(x, grey), (want - 0.5) / 0.2)
     back = grey.remade(grey.apply(pixels[:, :1]), mine)
     torch.testing.assert_close(back, mine.apply(pixels[:, :1].expand(-1, 3, -1, -1)))
-    assert mine.remade(x, Pictures(16, 3)).shape == (2, 3, 16, 16)
+    assert mine.remade(x, ImageTransform(16, 3)).shape == (2, 3, 16, 16)
     flat = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
-    torch.testing.assert_close(mine.remade(mine.apply(flat), Pictures(4, 3)), Pictures(4, 3).apply(flat[..., :4, :4]))
+    torch.testing.assert_close(
+        mine.remade(mine.apply(flat), ImageTransform(4, 3)), ImageTransform(4, 3).apply(flat[..., :4, :4])
+    )
 
 
 QUICK = {"steps": 2, "batch": 16, "precision": "float32", "evaluate": 1}

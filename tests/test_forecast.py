@@ -16,7 +16,7 @@ from fieldguide.data import read
 from fieldguide.data.dataset import Column
 from fieldguide.data.preprocessing.covariates import Covariates
 from fieldguide.data.splits import split
-from fieldguide.data.timeseries.frequency import DAY, HOUR, MINUTE, infer, season_of, usual_horizon
+from fieldguide.data.timeseries.frequency import DAY, HOUR, MINUTE, default_horizon, estimate_season, infer_frequency
 from fieldguide.data.timeseries.windows import CUT, SERIES
 from fieldguide.metrics import forecasts
 from fieldguide.models import registry
@@ -244,25 +244,28 @@ def moments(*texts: str) -> np.ndarray:
     ],
 )
 def test_frequencies_are_those_of_clock_and_calendar(times, words, season, horizon):
-    found = infer([times, times[:3]], dates=True)
-    assert (found.words, found.season, usual_horizon(found, found.season)) == (words, season, horizon)
+    found = infer_frequency([times, times[:3]], dates=True)
+    assert (found.words, found.season, default_horizon(found, found.season)) == (words, season, horizon)
     assert (found.times(times[0], len(times)) == times).all()  # going on gives the same moments
     position = found.position(times)
     assert np.diff(position) == pytest.approx(np.ones(len(times) - 1))
 
 
 def test_numbers_have_steps_too():
-    assert infer([np.array([3.0, 5.0, 7.0, 11.0])], dates=False).size == 2 and infer([np.array([1.0])], dates=False) is None
-    assert infer([np.array([3.0, 5.0])], dates=False).season is None
+    assert (
+        infer_frequency([np.array([3.0, 5.0, 7.0, 11.0])], dates=False).size == 2
+        and infer_frequency([np.array([1.0])], dates=False) is None
+    )
+    assert infer_frequency([np.array([3.0, 5.0])], dates=False).season is None
 
 
 def test_the_season_that_values_show():
     rng, t = np.random.default_rng(0), np.arange(600)
     for season in (7, 12, 24):
         shape = rng.normal(size=season)
-        assert season_of([shape[t % season] + 0.1 * rng.normal(size=600) + 0.01 * t for _ in range(4)]) == season
-    assert season_of([rng.normal(size=600).cumsum() for _ in range(4)]) == 1
-    assert season_of([np.ones(100)]) == 1 == season_of([np.ones(3)])
+        assert estimate_season([shape[t % season] + 0.1 * rng.normal(size=600) + 0.01 * t for _ in range(4)]) == season
+    assert estimate_season([rng.normal(size=600).cumsum() for _ in range(4)]) == 1
+    assert estimate_season([np.ones(100)]) == 1 == estimate_season([np.ones(3)])
 
 
 def test_covariates_of_columns_and_calendar():
@@ -271,7 +274,7 @@ def test_covariates_of_columns_and_calendar():
         {"price": [1.0, 3.0, None, 5.0], "promo": [True, False, True, None], "kind": ["a", "b", "a", None], "same": [1.0] * 4}
     )
     columns = [Column("price", "number"), Column("promo", "boolean"), Column("kind", "category"), Column("same", "number")]
-    made = Covariates.fit(rows, columns, ["kind"], infer([hours], True), 2 * 365 * 24)
+    made = Covariates.fit(rows, columns, ["kind"], infer_frequency([hours], True), 2 * 365 * 24)
     assert (made.past, made.known) == (2, 2 + 2 * 4)  # where in its day, week, month and year
     start = np.array([0, 4, 6])
     past = made.measured(rows, np.array([0, 1, 2, -1, 2, 3]), start)
@@ -283,10 +286,10 @@ def test_covariates_of_columns_and_calendar():
     assert known[0, 4:6] == pytest.approx([0, 1]) and known[3, 4:6] == pytest.approx([0, 1], abs=1e-6)  # Mondays
     again = Covariates.from_json(made.to_json())
     assert (again.measured(rows, np.array([0, 1]), np.array([0, 2])) == past[:2]).all()
-    monthly = Covariates.fit(rows, [], [], infer([moments("2020-01-01", "2020-02-01", "2020-03-01")], True), 25)
+    monthly = Covariates.fit(rows, [], [], infer_frequency([moments("2020-01-01", "2020-02-01", "2020-03-01")], True), 25)
     assert monthly.turns == ["year"]
     for weeks, turns in ((0, 0), (1, 1), (2, 2), (8, 2), (9, 3), (104, 3), (105, 4)):  # day, week, month, year: seen twice
-        assert len(Covariates.fit(rows, [], [], infer([hours], True), weeks * 7 * 24).turns) == turns
+        assert len(Covariates.fit(rows, [], [], infer_frequency([hours], True), weeks * 7 * 24).turns) == turns
     assert monthly.ahead(rows, np.array([-1]), moments("2020-07-02"))[0] == pytest.approx([np.sin(np.pi), -1], abs=0.01)
 
 

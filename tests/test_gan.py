@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fieldguide import create
-from fieldguide.data.loader import Batches, mix
+from fieldguide.data.loader import Batches, mix_seeds
 from fieldguide.models.registry import card
 from fieldguide.objectives import Adversarial
 from fieldguide.training.ema import ExponentialMovingAverage
@@ -76,7 +76,7 @@ def test_samples_depend_on_seed_and_number_alone():
     assert not torch.allclose(objective.sample(range(5), seed=3), whole) and not torch.allclose(whole[0], whole[1])
     assert objective.training and objective.model.training and not whole.requires_grad
     assert torch.equal(objective.model.main[1].running_mean, statistics)
-    noise = torch.randn(8, generator=torch.Generator().manual_seed(mix(2, 4))).double()
+    noise = torch.randn(8, generator=torch.Generator().manual_seed(mix_seeds(2, 4))).double()
     objective.eval()
     torch.testing.assert_close(objective.model(noise[None])[0], whole[4])
 

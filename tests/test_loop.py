@@ -13,7 +13,7 @@ from fieldguide.automl.fit import NullCallback, build_plan
 from fieldguide.core.errors import SettingsError, TrainingError
 from fieldguide.core.settings import Settings, parse
 from fieldguide.data import read
-from fieldguide.data.loader import Batches, generator, in_order, mix, plan, steps_per_epoch
+from fieldguide.data.loader import Batches, iterate_in_order, make_generator, mix_seeds, plan_batches, steps_per_epoch
 from fieldguide.objectives import Adversarial, Classification, Objective, Phase, Regression, Supervised
 from fieldguide.training.ema import ExponentialMovingAverage
 from fieldguide.training.optim import Muon, optimizers, orthogonal, schedule
@@ -281,8 +281,8 @@ def test_two_phases_equal_a_gan_trained_by_hand():
     trainer(ours, data, steps=12, batch=32, lr=1e-3, schedule="constant", warmup=0.0, clip=0, weight_decay=0.0).train()
     bce, adam = nn.functional.binary_cross_entropy, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0}
     critic, generator_ = (torch.optim.AdamW(m.parameters(), **adam) for m in (theirs.critic, theirs.model))
-    for step, index in plan(len(pixels), 32, seed=0, stop=12):
-        torch.manual_seed(mix(0, step, 0))
+    for step, index in plan_batches(len(pixels), 32, seed=0, stop=12):
+        torch.manual_seed(mix_seeds(0, step, 0))
         real, one, zero = pixels[index], torch.ones(32, 1), torch.zeros(32, 1)
         fake = theirs.model(torch.randn(32, 16))
         critic.zero_grad()
@@ -367,19 +367,19 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(where, tmp_path):
 
 
 def test_every_epoch_is_a_fresh_shuffle_and_any_step_can_be_begun_at():
-    whole = list(plan(50, 8, seed=3, stop=30))
+    whole = list(plan_batches(50, 8, seed=3, stop=30))
     each = steps_per_epoch(50, 8)
     first = np.concatenate([i for s, i in whole[:each]])
     assert len(set(first)) == len(first) == each * 8
     assert not np.array_equal(whole[0][1], whole[each][1])
     for start in (1, 6, 7, 17, 29):
-        for (s, i), (t, j) in zip(plan(50, 8, seed=3, start=start, stop=30), whole[start:], strict=True):
+        for (s, i), (t, j) in zip(plan_batches(50, 8, seed=3, start=start, stop=30), whole[start:], strict=True):
             assert s == t and np.array_equal(i, j)
 
 
 def test_batches_hold_similar_lengths():
     lengths = np.random.default_rng(0).integers(1, 500, 2000)
-    batches = [i for _, i in plan(2000, 16, seed=0, lengths=lengths, stop=125)]
+    batches = [i for _, i in plan_batches(2000, 16, seed=0, lengths=lengths, stop=125)]
     assert np.mean([np.ptp(lengths[i]) for i in batches]) < 0.2 * np.ptp(lengths)
     assert len(set(np.concatenate(batches))) == 2000
     order = [lengths[i].mean() for i in batches]
@@ -387,23 +387,25 @@ def test_batches_hold_similar_lengths():
 
 
 def test_workers_make_the_same_batches():
-    from fieldguide.data.loader import training
+    from fieldguide.data.loader import iterate_training_batches
 
     batches = Batches(40, lambda index, rng: {"x": torch.rand(len(index), generator=rng) + torch.from_numpy(index)})
-    alone, helped = ([b["x"] for _, b in training(batches, batch=8, seed=1, start=2, stop=9, workers=w)] for w in (0, 2))
+    alone, helped = (
+        [b["x"] for _, b in iterate_training_batches(batches, batch=8, seed=1, start=2, stop=9, workers=w)] for w in (0, 2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
 
 
 def test_in_order_gives_every_example_once():
     lengths = np.array([5, 1, 4, 2, 3])
     batches = Batches(5, lambda index, _: {"x": torch.from_numpy(index)}, lengths)
-    got = list(in_order(batches, 2))
+    got = list(iterate_in_order(batches, 2))
     assert [lengths[i].tolist() for i, _ in got] == [[1, 2], [3, 4], [5]]
     assert all(np.array_equal(i, b["x"].numpy()) for i, b in got)
 
 
 def test_generators_depend_on_all_their_numbers():
-    draw = lambda *n: torch.rand(1, generator=generator(*n)).item()
+    draw = lambda *n: torch.rand(1, generator=make_generator(*n)).item()
     assert len({draw(0, 1), draw(1, 0), draw(0, 0), draw(0, 1, 0)}) >= 3 and draw(5, 7) == draw(5, 7)
 
 

@@ -16,8 +16,8 @@ from fieldguide.automl.fit import fit
 from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
-from fieldguide.data.media.boxes import OBJECT, box
-from fieldguide.data.media.masks import Drawing, filled, run_lengths, shape
+from fieldguide.data.media.boxes import OBJECT, make_object
+from fieldguide.data.media.masks import LazyMask, decode_run_lengths, fill_polygon, object_mask
 from fieldguide.data.validation.checks import BadData
 from fieldguide.tasks.vision.image_segmentation import ImageSegmentation
 
@@ -40,19 +40,19 @@ def inside(polygon, x, y):
 
 
 def test_a_polygon_has_the_pixels_whose_middle_it_surrounds():
-    square = filled([1, 2, 4, 2, 4, 5, 1, 5], 7, 6)
+    square = fill_polygon([1, 2, 4, 2, 4, 5, 1, 5], 7, 6)
     by_hand = np.zeros((7, 6), bool)
     by_hand[2:5, 1:4] = True
     assert (square == by_hand).all()
-    triangle = filled([0, 0, 4, 0, 0, 4], 4, 4)  # middles on the slanting side count once, for either side of it
+    triangle = fill_polygon([0, 0, 4, 0, 0, 4], 4, 4)  # middles on the slanting side count once, for either side of it
     assert triangle.astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    assert (triangle ^ filled([4, 0, 4, 4, 0, 4], 4, 4)).all()
+    assert (triangle ^ fill_polygon([4, 0, 4, 4, 0, 4], 4, 4)).all()
     rng = np.random.default_rng(0)
     for _ in range(30):
         polygon = blob(rng, int(rng.integers(3, 12)), 30, 20)
         want = [[inside(polygon, x + 0.5, y + 0.5) for x in range(30)] for y in range(20)]
-        assert (filled(polygon, 20, 30) == want).all()
-    assert not filled([1, 1, 5, 1, 3, 1], 4, 4).any() and not filled([-9, -9, -5, -9, -5, -3], 4, 4).any()
+        assert (fill_polygon(polygon, 20, 30) == want).all()
+    assert not fill_polygon([1, 1, 5, 1, 3, 1], 4, 4).any() and not fill_polygon([-9, -9, -5, -9, -5, -3], 4, 4).any()
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
@@ -60,7 +60,7 @@ def test_polygons_are_those_of_pycocotools():
     rng, overlaps = np.random.default_rng(1), []
     for _ in range(60):
         polygon = blob(rng, int(rng.integers(5, 12)), 60, 50)
-        ours = filled(polygon, 50, 60)
+        ours = fill_polygon(polygon, 50, 60)
         theirs = coco_mask.decode(coco_mask.frPyObjects([polygon], 50, 60))[..., 0].astype(bool)
         overlaps.append((ours & theirs).sum() / max((ours | theirs).sum(), 1))
         # It lets a pixel in that is touched at one side; beyond the border between, both say the same.
@@ -78,12 +78,12 @@ def test_run_lengths_are_those_of_pycocotools():
         for share in (0.0, 0.02, 0.5, 1.0):
             mask = rng.random(size) < share
             packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            runs = run_lengths(packed["counts"].decode())
-            assert sum(runs) == mask.size and (shape({"runs": runs, "outline": None}, *size) == mask).all()
+            runs = decode_run_lengths(packed["counts"].decode())
+            assert sum(runs) == mask.size and (object_mask({"runs": runs, "outline": None}, *size) == mask).all()
             again = coco_mask.frPyObjects({"counts": runs, "size": list(size)}, *size)
-            assert again["counts"] == packed["counts"] and run_lengths(runs) == runs
+            assert again["counts"] == packed["counts"] and decode_run_lengths(runs) == runs
     for wrong in ("", "P", "\x10", "é", "0" * 3 + "o", [], [3, -1], [1.5], [True], None, 5, "o" * 20 + "1"):
-        assert run_lengths(wrong) is None
+        assert decode_run_lengths(wrong) is None
 
 
 def one(*things):
@@ -91,7 +91,7 @@ def one(*things):
 
 
 def square(label, left, top, right, bottom, **more):
-    return box(label, left, top, right, bottom, [[left, top, right, top, right, bottom, left, bottom]], **more)
+    return make_object(label, left, top, right, bottom, [[left, top, right, top, right, bottom, left, bottom]], **more)
 
 
 def test_a_drawing_by_hand():
@@ -99,8 +99,8 @@ def test_a_drawing_by_hand():
     things = one(
         square("b", 2, 1, 4, 3),
         square("a", 1, 0, 6, 4),
-        box("a", 5, 0, 8, 2),
-        {**box("a", 0, 0, 8, 5, crowd=True), "runs": [0, 5, 35]},
+        make_object("a", 5, 0, 8, 2),
+        {**make_object("a", 0, 0, 8, 5, crowd=True), "runs": [0, 5, 35]},
         square("other", 0, 4, 8, 5),
     )
     want = [
@@ -110,11 +110,11 @@ def test_a_drawing_by_hand():
         [-1, 1, 1, 1, 1, 1, 0, 0],
         [-1, -1, -1, -1, -1, -1, -1, -1],
     ]
-    assert Drawing(things, 0, 8, 5, {"a": 1, "b": 2}).codes().tolist() == want
+    assert LazyMask(things, 0, 8, 5, {"a": 1, "b": 2}).codes().tolist() == want
     two = one({**square("a", 0, 0, 2, 2), "outline": [[0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 3, 1, 3, 3, 1, 3]]})
-    assert Drawing(two, 0, 3, 3, {"a": 7}).codes().tolist() == [[7, 7, 0], [7, 7, 7], [0, 7, 7]]  # parts add up
+    assert LazyMask(two, 0, 3, 3, {"a": 7}).codes().tolist() == [[7, 7, 0], [7, 7, 7], [0, 7, 7]]  # parts add up
     empty = pl.Series("objects", [[], None], dtype=pl.List(OBJECT))
-    assert not any(Drawing(empty, row, 3, 3, {}).codes().any() for row in (0, 1))
+    assert not any(LazyMask(empty, row, 3, 3, {}).codes().any() for row in (0, 1))
 
 
 # Data as users have it
@@ -134,7 +134,7 @@ def picture(path, number):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(number).integers(0, 50, (40, 48))
     for kind, polygon in scene(number):
-        pixels[filled(polygon, 40, 48)] += (190, 100)[kind]
+        pixels[fill_polygon(polygon, 40, 48)] += (190, 100)[kind]
     Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
@@ -204,7 +204,7 @@ def test_outlines_become_masks(form, tmp_path):
     for i, mask in enumerate(task.masks(data)):
         want = np.zeros((40, 48))
         for k, polygon in scene(i):
-            want[filled(polygon, 40, 48)] = k + 1
+            want[fill_polygon(polygon, 40, 48)] = k + 1
         assert (mask.codes() == want).all() and task.targets(data)["pixels"][i].tolist() == [
             (want == k).sum() for k in range(3)
         ]
@@ -325,7 +325,7 @@ def test_a_network_learns_from_outlines(tmp_path):
 def run_mask(number):
     want = np.zeros((40, 48))
     for k, polygon in scene(number):
-        want[filled(polygon, 40, 48)] = k + 1
+        want[fill_polygon(polygon, 40, 48)] = k + 1
     return want
 
 

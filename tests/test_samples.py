@@ -15,7 +15,7 @@ from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError
 from fieldguide.data import read, samples, split
 from fieldguide.data.media import images
-from fieldguide.data.samples.text import EACH
+from fieldguide.data.samples.text import TEXTS_PER_CLASS
 
 
 @pytest.mark.parametrize("name", samples.SAMPLES)
@@ -47,7 +47,7 @@ def test_docstrings_can_be_learnt_and_are_not_trivial():
     data = read("docstrings")
     made = split(data)
     counts = data.rows["library"].value_counts()["count"].to_list()
-    assert counts == [EACH] * 5
+    assert counts == [TEXTS_PER_CLASS] * 5
     text, label = data.rows["text"].to_numpy(), data.rows["library"].to_numpy()
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     linear = SGDClassifier(random_state=0).fit(words.fit_transform(text[made.train]), label[made.train])

@@ -19,8 +19,8 @@ from fieldguide.checkpoints import load
 from fieldguide.core.errors import DataError
 from fieldguide.core.settings import Settings
 from fieldguide.data import read, split
-from fieldguide.data.preprocessing import Text
-from fieldguide.data.preprocessing.qa_windows import occurrence
+from fieldguide.data.preprocessing import TextTokenizer
+from fieldguide.data.preprocessing.qa_windows import find_occurrence
 from fieldguide.inference.run import open_run
 from fieldguide.metrics import question_answering as measured
 from fieldguide.models.registry import card, cards, create
@@ -322,7 +322,7 @@ def test_starts_that_are_wrong_are_mended(tmp_path):
     assert answers[3] == [{"text": "Bonn", "start": 15}] and answers[6][0]["text"] == "house 506"
     assert [a[0]["start"] for a in answers[4:6]] == [some[2]["answer_start"]] * 2
     for text, near, want in (("ab", 0, 0), ("ab", 3, 4), ("ab", 2, 0), ("ab", 99, 8), ("ab", None, 0), ("x", 2, -1)):
-        assert occurrence(text, "ab..ab..ab", near) == want
+        assert find_occurrence(text, "ab..ab..ab", near) == want
 
 
 def test_without_starts_the_first_is_taken(tmp_path):
@@ -385,7 +385,7 @@ def test_columns_of_other_names(tmp_path):
 
 def test_tokens_know_their_characters():
     texts = ["  The  Café costs — 1,000\n dollars", "İstanbul, naïve ﬁnd", "", " \t ", "日本語 text"]
-    learnt = Text.fit([t for t in texts if t] * 5, size=300)
+    learnt = TextTokenizer.fit([t for t in texts if t] * 5, size=300)
     for text, (ids, spans), want in zip(texts, learnt.located(texts), learnt.exactly(texts)):
         assert ids.tolist() == want.tolist() and spans.shape == (len(ids), 2)
         assert (spans[:, 0] <= spans[:, 1]).all() and (np.diff(spans[:, 1]) >= 0).all()
@@ -490,7 +490,7 @@ def test_frames_of_given_tokenizers(tmp_path):
                 single="$A", pair=pair, special_tokens=[(w, made.token_to_id(w)) for w in used]
             )
         made.save(str(tmp_path / "t.json"))
-        return Text.load(tmp_path / "t.json")
+        return TextTokenizer.load(tmp_path / "t.json")
 
     assert framed(saved("[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1")) == Frame((3,), (4,), (4,), (0, 1))
     assert framed(saved("<s>:0 $A:0 </s>:0 </s>:0 $B:0 </s>:0")) == Frame((0,), (1, 1), (1,), (0, 0))

@@ -16,7 +16,7 @@ from fieldguide.automl.fit import fit
 from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
-from fieldguide.data.preprocessing.masks import Canvas, codes
+from fieldguide.data.preprocessing.masks import Canvas, read_codes
 from fieldguide.data.validation.checks import BadData
 from fieldguide.objectives.segmentation import Segmentation, dice, mirrored, room, starts, tiled
 from fieldguide.tasks.base import Media
@@ -125,7 +125,7 @@ def test_masks_of_every_form(tmp_path, form):
         image = Image.fromarray(classes.astype(np.uint16) * 300 if form == "I;16" else classes)
     image.save(tmp_path / "mask.png")
     values = {"L": (0, 1, 2), "P": (0, 1, 2), "I;16": (0, 300, 600)}.get(form, (0, (200 << 16) + 7, (90 << 8) + 3))
-    assert sorted(np.unique(codes(tmp_path / "mask.png"))) == sorted(values)
+    assert sorted(np.unique(read_codes(tmp_path / "mask.png"))) == sorted(values)
     canvas = Canvas(64, 3, values)
     assert (canvas.masks([tmp_path / "mask.png"], [(30, 20)], (32, 32))[0, :20, :30] == classes).all()
     fewer = Canvas(64, 3, values[:2])

@@ -23,7 +23,7 @@ from fieldguide.data import read, samples
 from fieldguide.data.dataset import HASH, RATE, SECONDS
 from fieldguide.data.media import audio
 from fieldguide.data.media.media_types import MEDIA
-from fieldguide.data.preprocessing.transcripts import normal
+from fieldguide.data.preprocessing.transcripts import normalize_text
 from fieldguide.data.samples import voice
 from fieldguide.data.validation.checks import BadData
 from fieldguide.tasks.audio.speech_recognition import SpeechRecognition, batch_of
@@ -311,7 +311,9 @@ def test_damaged_folders(folder):
 
 def test_tables_that_cannot_be_matched(folder):
     table(folder, [(f"take {i}", said(i)) for i in range(12)])
-    with pytest.raises(DataError, match=r"no column of transcripts.csv \(file, transcript\) contains the names of the recordings"):
+    with pytest.raises(
+        DataError, match=r"no column of transcripts.csv \(file, transcript\) contains the names of the recordings"
+    ):
         asked(folder)
     shutil.copytree(folder / "wav", folder / "more")  # two folders with files of the same names
     table(folder, [(f"r{i}.wav", said(i)) for i in range(12)])
@@ -402,7 +404,7 @@ def test_scores_are_those_of_the_corpus(folder):
     often = data.take([0, 5, 3, 5, 7, 5])
     assert task.baselines(often, data)[0].outputs["text"].tolist() == [said(5)] * 12
     _, upper = prepared(folder, lower="false")
-    assert normal("Two", True) == "two" and upper.transcripts.lower is False
+    assert normalize_text("Two", True) == "two" and upper.transcripts.lower is False
 
 
 def errors(a, b):

@@ -13,7 +13,7 @@ from fieldguide.automl.fit import fit
 from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.splits import split
 from fieldguide.data.validation.checks import BadData
 from fieldguide.tasks.text.text_generation import PART, TextGeneration, passages
@@ -165,7 +165,7 @@ def test_damaged_conversations(tmp_path):
 @pytest.mark.parametrize("characters", [False, True])
 def test_tokens_spell_texts_back(characters):
     texts = ["Hello wörld\n\n  two  spaces", "日本 😀\r\n\t<|endoftext|> is a text here"]
-    text = Text.learn_exact(texts, size=300, characters=characters)
+    text = TextTokenizer.learn_exact(texts, size=300, characters=characters)
     for ids, whole in zip(text.exactly(texts), texts):
         assert text.decode(ids) == whole and text.end not in ids
         assert text.bytes_of()[ids].sum() == len(whole.encode())

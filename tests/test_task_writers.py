@@ -112,12 +112,12 @@ def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
 
 def test_languages_must_be_named(tmp_path):
     path = tokenizer(tmp_path / "tokenizer.json", ("en_XX",), ("</s>",))
-    from fieldguide.data.preprocessing import Text
+    from fieldguide.data.preprocessing import TextTokenizer
 
     with pytest.raises(SettingsError, match=r"default: en_XX.*task\.target_language"):
-        framed(Text.load(path), Translation.options_from({"tokenizer": path}))
+        framed(TextTokenizer.load(path), Translation.options_from({"tokenizer": path}))
     with pytest.raises(SettingsError, match=r"task\.target_language='de_DX' is not a token.*de_DE"):
-        framed(Text.load(path), Translation.options_from({"tokenizer": path, "target_language": "de_DX"}))
+        framed(TextTokenizer.load(path), Translation.options_from({"tokenizer": path, "target_language": "de_DX"}))
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "mbart", "nllb", "nllb-moe"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.preprocessing import Text, sentencepiece
+from fieldguide.data.preprocessing import TextTokenizer, sentencepiece
 
 GOLDEN = Path(__file__).parent / "golden" / "pieces"
 SAID = json.loads((GOLDEN / "encoded.json").read_text(encoding="utf-8"))
@@ -27,13 +27,15 @@ def folder(tmp_path, kind, **said):
 
 @pytest.mark.parametrize("kind", FILE)
 def test_pieces_are_those_of_sentencepiece(kind, tmp_path):
-    text = Text.load(folder(tmp_path, kind))
+    text = TextTokenizer.load(folder(tmp_path, kind))
     before, after = ([text.tokenizer.token_to_id(t) for t in tokens] for tokens in FRAME[kind])
     for one, ids, back in SAID[kind]:
         assert text.exactly([one])[0].tolist() == ids, one
         assert text.tokenizer.encode(one).ids == [*before, *ids, *after], one
         assert text.unknown in ids or text.decode(ids) == back, one
-    assert any(text.unknown in ids for _, ids, _ in SAID[kind]) != sentencepiece.parsed(GOLDEN / f"{kind}.model").bytes_known
+    assert (
+        any(text.unknown in ids for _, ids, _ in SAID[kind]) != sentencepiece.parse_file(GOLDEN / f"{kind}.model").bytes_known
+    )
 
 
 def test_special_tokens_of_pieces(tmp_path):
@@ -44,7 +46,10 @@ def test_special_tokens_of_pieces(tmp_path):
         ("Gemma", "<eos>", "<pad>", 0),
     ):
         (tmp_path / kind).mkdir()
-        text, found = Text.load(folder(tmp_path / kind, kind)), sentencepiece.parsed(GOLDEN / f"{kind}.model").pieces
+        text, found = (
+            TextTokenizer.load(folder(tmp_path / kind, kind)),
+            sentencepiece.parse_file(GOLDEN / f"{kind}.model").pieces,
+        )
         assert text.size == len(found) + size
         assert text.end == text.tokenizer.token_to_id(end) and (pad is None or text.pad == text.tokenizer.token_to_id(pad))
         assert [text.tokenizer.id_to_token(i) for i in range(len(found))] == [piece for piece, _, _ in found]
@@ -59,10 +64,12 @@ def test_special_tokens_of_pieces(tmp_path):
 
 
 def test_what_the_folder_says_of_pieces(tmp_path):
-    text = Text.load(folder(tmp_path, "Llama", add_bos_token=False, add_eos_token=True, tokenizer_class="LlamaTokenizer"))
+    text = TextTokenizer.load(
+        folder(tmp_path, "Llama", add_bos_token=False, add_eos_token=True, tokenizer_class="LlamaTokenizer")
+    )
     assert text.tokenizer.encode("the cat").tokens == ["▁the", "▁cat", "</s>"]
     with pytest.raises(DataError, match="of the class XLNet"):
-        Text.load(folder(tmp_path, "Llama", tokenizer_class="XLNetTokenizer"))
+        TextTokenizer.load(folder(tmp_path, "Llama", tokenizer_class="XLNetTokenizer"))
 
 
 @pytest.mark.parametrize(
@@ -73,4 +80,4 @@ def test_what_the_folder_says_of_pieces(tmp_path):
 def test_other_files_are_refused(content, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer\.model (is damaged|contains no SentencePiece pieces)"):
-        Text.load(tmp_path)
+        TextTokenizer.load(tmp_path)

@@ -27,7 +27,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
-from fieldguide.data.splits import Splits, drawn, split
+from fieldguide.data.splits import Splits, sample_rows, split
 from fieldguide.inference.run import Run
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
@@ -94,7 +94,7 @@ class Plan:
         """Build the training batches and those of the validation rows that are scored during training."""
         task, splits = self.task, self.splits
         self.train_batches = task.train_batches(self.source.take(splits.train), self.card, self.settings)
-        self.validation_rows = drawn(splits.validation, task.validated, self.settings.seed)
+        self.validation_rows = sample_rows(splits.validation, task.validated, self.settings.seed)
         if len(self.validation_rows) < len(splits.validation):
             callback.log(
                 f"scored during training: {len(self.validation_rows):,} of {len(splits.validation):,} validation rows, "

@@ -30,7 +30,7 @@ from fieldguide.core.settings import Settings, canonical
 from fieldguide.core.version import __version__
 from fieldguide.data.dataset import Data
 from fieldguide.data.samples import SAMPLES
-from fieldguide.data.splits import drawn
+from fieldguide.data.splits import sample_rows
 from fieldguide.inference.predictor import TaskPredictor
 from fieldguide.inference.run import Run, open_run
 from fieldguide.objectives import Objective
@@ -280,9 +280,7 @@ def train(plan: Plan, loop: Trainer) -> State:
     rows = plan.source.take(plan.validation_rows)
     batches = plan.task.batches(rows, plan.card)
     # In float32, whatever the precision of training: the same on every machine.
-    outputs = collect(
-        plan.objective, batches, batch=max(64, plan.settings.batch_size), device=distributed.device()
-    )
+    outputs = collect(plan.objective, batches, batch=max(64, plan.settings.batch_size), device=distributed.device())
     plan.task.calibrate(outputs, plan.task.targets(rows))
     return state
 
@@ -312,7 +310,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: Sta
     from fieldguide.report import pages
 
     task, splits = plan.task, plan.splits
-    rows = drawn(splits.test, task.tested, plan.settings.seed)
+    rows = sample_rows(splits.test, task.tested, plan.settings.seed)
     test, training = plan.source.take(rows), plan.source.take(splits.train)
     sampled = "" if len(rows) == len(splits.test) else f" of {len(splits.test):,}, a random sample,"
     callback.log(f"testing on {len(test):,} examples{sampled} that were not used in training")

@@ -11,7 +11,7 @@ import torch
 from fieldguide.core import distributed
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
-from fieldguide.data.loader import Batches, steps_per_epoch, typical
+from fieldguide.data.loader import Batches, representative_rows, steps_per_epoch
 from fieldguide.objectives import Objective
 from fieldguide.training.optim import orthogonalising
 from fieldguide.training.precision import fastest, seconds
@@ -93,6 +93,6 @@ def resolve(
 
 def timed_batch(batches: Batches, rows: int) -> tuple[dict[str, torch.Tensor], float]:
     """A typical batch for training, and the seconds that making it took."""
-    index, started = typical(batches, rows), time.perf_counter()
+    index, started = representative_rows(batches, rows), time.perf_counter()
     batch = batches.make(index, torch.Generator().manual_seed(0))
     return batch, time.perf_counter() - started

@@ -24,7 +24,7 @@ from fieldguide.checkpoints.preprocessor_config import pixels, preparation, show
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
-from fieldguide.data.preprocessing import Pictures, tokenizer_files
+from fieldguide.data.preprocessing import ImageTransform, tokenizer_files
 from fieldguide.models.registry import card_of, find
 
 FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}  # beside it
@@ -91,7 +91,7 @@ class Checkpoint:
         folder = self.path if self.path.is_dir() else self.path.parent
         if (folder / "run.json").is_file():
             folder = folder / "preprocess"
-        return tokenizer_files.whose(self.path if self.path.suffix == ".gguf" else folder)
+        return tokenizer_files.find_tokenizer(self.path if self.path.suffix == ".gguf" else folder)
 
     def preprocessing_defaults(self) -> dict[str, Any]:
         """What must be prepared for it as it was for its first training, by the names of tasks' options."""
@@ -106,7 +106,7 @@ class Checkpoint:
             if (folder / "run.json").is_file():
                 state, _ = run_folder.read_preprocessing(folder)
                 if "pictures" in state:
-                    transform = Pictures.from_json(state["pictures"])
+                    transform = ImageTransform.from_json(state["pictures"])
                     offered["pixels"] = pixels({}, (transform.mean, transform.std), self.channels)
             offered["channels"] = self.channels
         if self.card.input_type == "captioned":
@@ -127,7 +127,7 @@ class Checkpoint:
                 | ({"template": TEMPLATE} if "embeddings" in card.output_types else {})
             )
         state, options = run_folder.read_preprocessing(folder)
-        transform = Pictures.from_json(state["pictures"])
+        transform = ImageTransform.from_json(state["pictures"])
         offered["pixels"] = "/".join(",".join(map(str, values)) for values in (transform.mean, transform.std))
         resize, template = getattr(transform, "way", None), options.get("template")
         return offered | ({"resize": resize} if resize else {}) | ({"template": template} if template else {})
@@ -236,7 +236,9 @@ def unsaid(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -
 def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapping[str, Any]) -> Checkpoint:
     """A network whose tensors were parted among machines: each along the axis on which its parts make up the whole."""
     if known is None:
-        raise WeightsError(f"{path} holds {len(parts)} parts of a network, and no {' or '.join(CONFIG_FILES)} that says which it is")
+        raise WeightsError(
+            f"{path} holds {len(parts)} parts of a network, and no {' or '.join(CONFIG_FILES)} that says which it is"
+        )
     card, origin, _ = known
     files = [weights.read(part) for part in parts]
     values = {**values, **unsaid(card, values, files[0])}

@@ -14,9 +14,9 @@ import polars as pl
 
 from fieldguide.data.dataset import Data, Finding, Kind, Role
 
-TARGETS = ("target", "label", "labels", "class", "y", "sentiment", "category", "outcome", "species")
-CAPTIONS = ("caption", "captions", "prompt")  # names of columns with image captions
-NAMES: dict[Role, tuple[str, ...]] = {  # common names of columns with these roles, most likely first
+TARGET_NAMES = ("target", "label", "labels", "class", "y", "sentiment", "category", "outcome", "species")
+CAPTION_NAMES = ("caption", "captions", "prompt")  # names of columns with image captions
+ROLE_NAMES: dict[Role, tuple[str, ...]] = {  # common names of columns with these roles, most likely first
     "user": ("user", "user_id", "userid", "uid", "customer", "customer_id", "session", "session_id", "reviewer_id"),
     "item": (
         "item",
@@ -87,11 +87,11 @@ class ColumnSpec:
 
     def by_name(self, role: Role, columns: Sequence[str]) -> str | None:
         """Return the column whose name implies this role, or None."""
-        names = (*self.names, *TARGETS) if role == "target" else NAMES.get(role, ())
-        return next((c for name in names for c in columns if plain(c) == name), None)
+        names = (*self.names, *TARGET_NAMES) if role == "target" else ROLE_NAMES.get(role, ())
+        return next((c for name in names for c in columns if normalize_name(c) == name), None)
 
 
-def plain(name: str) -> str:
+def normalize_name(name: str) -> str:
     """Normalize a column name: lower case, words joined by "_", without the type suffix of RecBole's atomic files
     (`user_id:token`)."""
     return name.partition(":")[0].strip().lower().replace(" ", "_").replace("-", "_")

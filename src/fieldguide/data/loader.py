@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-WINDOW = 32  # batches per window; examples are sorted by length within a window
+SORT_WINDOW_BATCHES = 32  # batches per window; examples are sorted by length within a window
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def steps_per_epoch(count: int, batch: int) -> int:
     return max(1, count // batch)
 
 
-def plan(
+def plan_batches(
     count: int, batch: int, seed: int, lengths: np.ndarray | None = None, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (step, row indices) from step `start` on. Each epoch is reshuffled and drops its last incomplete batch."""
@@ -50,7 +50,7 @@ def plan(
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(count)[: each * batch]
         if lengths is not None and each > 1:
-            order = similar(order, lengths, batch, rng)
+            order = sort_by_length(order, lengths, batch, rng)
         for position in range(step - epoch * each, each):
             if step == stop:
                 return
@@ -58,14 +58,14 @@ def plan(
             step += 1
 
 
-def similar(order: np.ndarray, lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
+def sort_by_length(order: np.ndarray, lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
     """Sort the shuffled order by length within windows, then shuffle whole batches again."""
-    windows = np.arange(len(order)) // (WINDOW * batch)
+    windows = np.arange(len(order)) // (SORT_WINDOW_BATCHES * batch)
     order = order[np.lexsort((lengths[order], windows))]
     return order.reshape(-1, batch)[rng.permutation(len(order) // batch)].ravel()
 
 
-def typical(batches: Batches, batch: int) -> np.ndarray:
+def representative_rows(batches: Batches, batch: int) -> np.ndarray:
     """Return the rows of one representative batch: examples with lengths closest to the mean."""
     rows = np.arange(len(batches))
     if batches.lengths is not None:
@@ -73,22 +73,22 @@ def typical(batches: Batches, batch: int) -> np.ndarray:
     return rows[:batch]
 
 
-def share(index: np.ndarray, part: int, parts: int) -> np.ndarray:
+def select_part(index: np.ndarray, part: int, parts: int) -> np.ndarray:
     """Return the part of a batch that one process or one accumulation step handles."""
     return np.array_split(index, parts)[part]
 
 
-def generator(seed: int, *numbers: int) -> torch.Generator:
+def make_generator(seed: int, *numbers: int) -> torch.Generator:
     """Return a random generator that depends only on these numbers."""
-    return torch.Generator().manual_seed(mix(seed, *numbers))
+    return torch.Generator().manual_seed(mix_seeds(seed, *numbers))
 
 
-def mix(*numbers: int) -> int:
+def mix_seeds(*numbers: int) -> int:
     """Combine several numbers into one 63-bit seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class Fetch(Dataset):
+class BatchDataset(Dataset):
     """A dataset whose items are whole batches, built in the main process or in a worker."""
 
     def __init__(self, batches: Batches, seed: int, augment: bool):
@@ -96,11 +96,11 @@ class Fetch(Dataset):
 
     def __getitem__(self, asked: tuple[int, int, np.ndarray]) -> tuple[int, dict[str, Tensor]]:
         step, part, index = asked
-        return step, self.batches.make(index, generator(self.seed, step, part) if self.augment else None)
+        return step, self.batches.make(index, make_generator(self.seed, step, part) if self.augment else None)
 
 
 @dataclass(frozen=True)
-class Asked:
+class BatchSampler:
     """A `DataLoader` sampler that yields (step, part, row indices) in the order in which a process loads them."""
 
     batches: Batches
@@ -113,11 +113,11 @@ class Asked:
 
     def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
         b = self.batches
-        for step, whole in plan(len(b), self.batch, self.seed, b.lengths, self.start, self.stop):
-            yield from ((step, part, share(whole, part, self.parts)) for part in self.mine)
+        for step, whole in plan_batches(len(b), self.batch, self.seed, b.lengths, self.start, self.stop):
+            yield from ((step, part, select_part(whole, part, self.parts)) for part in self.mine)
 
 
-def training(
+def iterate_training_batches(
     batches: Batches,
     *,
     batch: int,
@@ -133,13 +133,15 @@ def training(
 
     Each step's batch is divided into `parts`; the parts in `mine` are yielded one after another.
     """
-    asked, fetch = Asked(batches, batch, parts, mine, seed, start, stop), Fetch(batches, seed, augment=True)
+    asked, fetch = BatchSampler(batches, batch, parts, mine, seed, start, stop), BatchDataset(batches, seed, augment=True)
     if workers == 0:
         return (fetch[one] for one in asked)
     return iter(DataLoader(fetch, sampler=asked, batch_size=None, num_workers=workers, pin_memory=pin))
 
 
-def in_order(batches: Batches, batch: int, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+def iterate_in_order(
+    batches: Batches, batch: int, rows: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """Yield (row indices, batch) for every example once, without augmentation, sorted by length if lengths are known."""
     rows = np.arange(len(batches)) if rows is None else rows
     if batches.lengths is not None:

@@ -33,9 +33,14 @@ from fieldguide.data.media import media_types
 from fieldguide.data.readers import delimited
 from fieldguide.data.validation import checks, findings
 
-LONE = ("image", "text", "audio", "video")  # types whose column may be renamed to match the schema of a trained model
-EVENTS = ("user", "item")  # a table with columns of these names holds user-item interactions
-NEEDED = ("feature", "user", "item", "series")  # roles of columns that prediction requires
+RENAMABLE_TYPES = (
+    "image",
+    "text",
+    "audio",
+    "video",
+)  # types whose column may be renamed to match the schema of a trained model
+INTERACTION_ROLES = ("user", "item")  # a table with columns of these names holds user-item interactions
+REQUIRED_ROLES = ("feature", "user", "item", "series")  # roles of columns that prediction requires
 
 
 def read(
@@ -79,7 +84,7 @@ def read(
     options = _options(target, header, known, labels_optional)
     raw = _load(where, options)
     asked = {role: column for role, column in {"group": group, "time": time, **(roles or {})}.items() if column}
-    return Reading(name, raw, options, allow_bad, column_spec or ColumnSpec(), lenient).run(dict(kinds or {}), known, asked)
+    return TableReader(name, raw, options, allow_bad, column_spec or ColumnSpec(), lenient).run(dict(kinds or {}), known, asked)
 
 
 def locate(source: Any) -> tuple[Any, str]:
@@ -103,17 +108,17 @@ def _options(target: str | None, header: bool | None, known: list[Column], optio
     return source.Options(target, header, tuple(c.name for c in known), optional)
 
 
-def _load(where: Any, options: source.Options) -> source.Raw:
+def _load(where: Any, options: source.Options) -> source.RawTable:
     return source.load(where, options)
 
 
-class Reading:
+class TableReader:
     """Converts a raw table to `Data`, collecting findings and unusable rows."""
 
     def __init__(
         self,
         name: str,
-        raw: source.Raw,
+        raw: source.RawTable,
         options: source.Options,
         allow_bad: bool,
         column_spec: ColumnSpec,
@@ -225,9 +230,9 @@ class Reading:
             column_spec == ColumnSpec()
             and not target
             and not column_spec.by_name("target", self.names)
-            and all(column_spec.by_name(role, self.names) for role in EVENTS)
+            and all(column_spec.by_name(role, self.names) for role in INTERACTION_ROLES)
         ):
-            column_spec = ColumnSpec("none", roles=EVENTS)  # user-item interactions have no target column
+            column_spec = ColumnSpec("none", roles=INTERACTION_ROLES)  # user-item interactions have no target column
         for role in column_spec.roles:
             free = [n for n in self.names if n not in roles]
             if role not in roles.values() and (name := column_spec.by_name(role, free)):
@@ -262,7 +267,7 @@ class Reading:
         by_name = self.column_spec.by_name("target", names)
         if by_name is None and (self.options.labels_optional or len(names) < 2 or self.column_spec.target != "last"):
             return None
-        target = by_name or next((n for n in reversed(names) if not column_types.are_files(self.raw.rows[n])), names[-1])
+        target = by_name or next((n for n in reversed(names) if not column_types.are_media_files(self.raw.rows[n])), names[-1])
         why = "by its name" if by_name else "because it is the last column"
         self.find(
             "target-chosen",
@@ -276,14 +281,14 @@ class Reading:
 
     def apply_schema(self, known: list[Column]) -> dict[str, str]:
         """Match the table to the columns of a trained model: rename, drop extra columns, and require the needed ones."""
-        for found in (n for n, kind in self.raw.kinds.items() if kind in LONE):
+        for found in (n for n, kind in self.raw.kinds.items() if kind in RENAMABLE_TYPES):
             ours = [c.name for c in known if c.role == "feature" and c.kind == self.raw.kinds[found]]
             if len(ours) == 1 and found not in ours and ours[0] not in self.names:
                 self.rename(found, ours[0])
         target = self.options.target
         if self.raw.target in self.names and target and target not in self.names:
             self.rename(str(self.raw.target), target)
-        needed = [c.name for c in known if c.role in NEEDED]
+        needed = [c.name for c in known if c.role in REQUIRED_ROLES]
         lacking = [n for n in needed if n not in self.names]
         if lacking:
             others = [n for n in self.names if n not in needed]
@@ -358,7 +363,7 @@ class Reading:
         own = FILE not in rows.columns  # a folder of images: one file per row
         root = self.raw.root.absolute()
         entries = [
-            FileEntry(source.relative(Path(p), root), seen[p].bytes, seen[p].sha256, rows=1 if own else 0) for p in unique
+            FileEntry(source.relative_path(Path(p), root), seen[p].bytes, seen[p].sha256, rows=1 if own else 0) for p in unique
         ]
         if own:
             index = {p: i + len(files) for i, p in enumerate(unique)}
@@ -372,7 +377,7 @@ class Reading:
             if fact not in rows.columns
         )
         self.data.rows = rows
-        self.findings += findings.of_media(self.data, medium, checked, self.bad)
+        self.findings += findings.media_findings(self.data, medium, checked, self.bad)
         self.mark_invalid(bad, lambda i: f"{checked[i].problem.replace('-', ' ')} ({checked[i].detail})")
 
     def check_masks(self) -> None:
@@ -404,8 +409,8 @@ class Reading:
             tests = {
                 "no-messages": ("conversations without messages", said.list.len().fill_null(0) == 0),
                 "unknown-speaker": (
-                    f"conversations with a role other than {', '.join(column_types.SPEAKERS)}",
-                    said.list.eval(~part("role").is_in(column_types.SPEAKERS).fill_null(False)).list.any(),
+                    f"conversations with a role other than {', '.join(column_types.CHAT_ROLES)}",
+                    said.list.eval(~part("role").is_in(column_types.CHAT_ROLES).fill_null(False)).list.any(),
                 ),
                 "no-content": (
                     "conversations with a message without content",
@@ -429,7 +434,7 @@ class Reading:
     def report_misfits(self) -> None:
         """Add the findings about values that do not match the type of their column."""
         for typed in self.typed:
-            self.findings += findings.of_values(self.data, typed)
+            self.findings += findings.value_findings(self.data, typed)
 
     def merge_class_names(self) -> None:
         """Map spelling variants of class names in other splits ("<=50K." for "<=50K") to the spelling in train."""
@@ -442,9 +447,13 @@ class Reading:
             return
         plain: dict[str, set[str]] = {}
         for label in train:
-            plain.setdefault(findings.simplified(label), set()).add(label)
+            plain.setdefault(findings.simplify_label(label), set()).add(label)
         other = sorted(set(values.drop_nulls().unique()) - train)
-        same = {o: next(iter(plain[findings.simplified(o)])) for o in other if len(plain.get(findings.simplified(o), ())) == 1}
+        same = {
+            o: next(iter(plain[findings.simplify_label(o)]))
+            for o in other
+            if len(plain.get(findings.simplify_label(o), ())) == 1
+        }
         if same:
             rows = values.is_in(list(same)).arg_true()
             data.rows = data.rows.with_columns(values.replace(same))
@@ -518,7 +527,7 @@ class Reading:
         features = [c.name for c in self.data.features()]
         if not features or self.options.labels_optional or self.column_spec.gaps:
             return
-        empty = delimited.blank([self.data.rows[c] for c in features]).to_numpy() & ~self.bad
+        empty = delimited.find_blank_rows([self.data.rows[c] for c in features]).to_numpy() & ~self.bad
         if empty.any() and not empty.all():
             count = int(empty.sum())
             self.find(

@@ -25,7 +25,7 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FileEntry, Finding, Kind, Role
 
-SPLITS = {
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -35,7 +35,7 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
-IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
+IGNORED_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Options:
 
 
 @dataclass
-class Raw:
+class RawTable:
     """The result of a reader: table, files, findings, and the types and roles implied by the format."""
 
     rows: pl.DataFrame
@@ -66,7 +66,7 @@ class Raw:
 
 
 @cache
-def readers() -> tuple[ModuleType, ...]:
+def find_readers() -> tuple[ModuleType, ...]:
     """Return the modules of `data/readers` that define `accepts`, in alphabetical order."""
     package = importlib.import_module("fieldguide.data.readers")
     names = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
@@ -74,16 +74,16 @@ def readers() -> tuple[ModuleType, ...]:
     return tuple(module for module in modules if hasattr(module, "accepts"))
 
 
-def load(source: Any, options: Options) -> Raw:
+def load(source: Any, options: Options) -> RawTable:
     """Read a source with the best matching reader.
 
     Raises DataError if the format is not supported by any reader.
     """
-    scores = [(r.accepts(source, options), r) for r in readers()]
+    scores = [(r.accepts(source, options), r) for r in find_readers()]
     best, reader = max(scores, key=lambda s: s[0])
     if best <= 0:
         what = f"{source}" if isinstance(source, Path) else f"an object of type {type(source).__name__}"
-        known = "\n".join(f"  - {r.UNDERSTANDS}" for r in readers())
+        known = "\n".join(f"  - {r.UNDERSTANDS}" for r in find_readers())
         raise DataError(f"{what}: this kind of data is not supported. Supported are:\n{known}")
     return reader.load(source, options)
 
@@ -93,20 +93,20 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def relative(path: Path, root: Path) -> str:
+def relative_path(path: Path, root: Path) -> str:
     """Return the POSIX path relative to `root`, or the full path if it is outside."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def visible(folder: Path) -> tuple[list[Path], int]:
+def list_visible(folder: Path) -> tuple[list[Path], int]:
     """Return the sorted entries of a folder and the number of hidden ones (dot files, __MACOSX, Thumbs.db)."""
     every = sorted(folder.iterdir())
-    kept = [p for p in every if not p.name.startswith(".") and p.name.lower() not in IGNORED]
+    kept = [p for p in every if not p.name.startswith(".") and p.name.lower() not in IGNORED_NAMES]
     return kept, len(every) - len(kept)
 
 
 def split_of(name: str) -> str | None:
     """Return the split in a file or folder name (`train`, `adult-test.csv`, `TREC.train.all`), or None."""
     words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
-    found = {SPLITS[w] for w in words if w in SPLITS}
+    found = {SPLIT_NAMES[w] for w in words if w in SPLIT_NAMES}
     return found.pop() if len(found) == 1 else None

@@ -55,7 +55,7 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
         pool = np.flatnonzero(side == 0)
         if pool.size < 3 or want >= pool.size:
             raise DataError(f"{data.source}: {n} usable rows are too few for training, validation and test sets.")
-        chosen, how = _choose(data, pool, want, seed + code)
+        chosen, how = _choose_rows(data, pool, want, seed + code)
         side[chosen] = code
         said.append(f"{name}: {chosen.size:,} rows, {how}")
     parts = [np.flatnonzero(side == code) for code in (0, 1, 2)]
@@ -63,11 +63,11 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
     return Splits(*parts, how="; ".join(said) + by_chance)
 
 
-def _choose(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndarray, str]:
+def _choose_rows(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndarray, str]:
     """Select about `want` rows of `pool`, in whole blocks; return them and a description of the method."""
     if data.role("time"):
-        return _latest(data, pool, want)
-    blocks, why = _blocks(data)
+        return _select_latest(data, pool, want)
+    blocks, why = _assign_blocks(data)
     blocks = np.unique(blocks[pool], return_inverse=True)[1]
     sizes = np.bincount(blocks)
     codes, how = np.zeros(sizes.size, dtype=np.int64), "at random"
@@ -77,13 +77,13 @@ def _choose(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndar
         # A block gets the class of its first row: assigned in reverse order, so the first row is written last.
         codes[blocks[::-1]] = np.unique(classes, return_inverse=True)[1][::-1]
         how = "stratified by class"
-    taken = _systematic(codes, sizes, want, np.random.default_rng(seed))
+    taken = _systematic_sample(codes, sizes, want, np.random.default_rng(seed))
     if not taken.any():
         raise DataError(f"{data.source}: cannot split: {why or 'too few rows'} leaves no rows for one of the splits.")
     return pool[taken[blocks]], f"{how}{', ' + why if why else ''}"
 
 
-def _systematic(codes: np.ndarray, sizes: np.ndarray, want: int, random: np.random.Generator) -> np.ndarray:
+def _systematic_sample(codes: np.ndarray, sizes: np.ndarray, want: int, random: np.random.Generator) -> np.ndarray:
     """Return a mask of the blocks to take for about `want` rows: every k-th in random order, sorted by class and size.
 
     Systematic sampling keeps the proportions of classes and block sizes. One block of each class stays in training.
@@ -98,7 +98,7 @@ def _systematic(codes: np.ndarray, sizes: np.ndarray, want: int, random: np.rand
     return taken
 
 
-def _blocks(data: Data) -> tuple[np.ndarray, str]:
+def _assign_blocks(data: Data) -> tuple[np.ndarray, str]:
     """Return a block number per row; rows in a block stay together (equal groups, equal inputs, or connected by both)."""
     n = len(data)
     groups = [data.rows[c.name].cast(pl.String) for c in data.role("group")]
@@ -111,12 +111,12 @@ def _blocks(data: Data) -> tuple[np.ndarray, str]:
             why.append(f"{count:,} duplicates kept in the same split as their originals")
     for group in groups:
         codes = np.unique(group.fill_null("").to_numpy(), return_inverse=True)[1]
-        labels = _join(labels, codes)
+        labels = _connect_labels(labels, codes)
         why.append(f"groups by {group.name!r} kept whole")
     return labels, ", ".join(why)
 
 
-def _join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _connect_labels(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the connected components of rows that share a number in either labeling."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -127,7 +127,7 @@ def _join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return connected_components(graph, directed=False)[1][first]
 
 
-def _latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
+def _select_latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
     """Select the rows with the latest times; rows with equal times stay together."""
     name = data.role("time")[0].name
     times = data.rows[name][pool]
@@ -144,6 +144,6 @@ def _latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
     return pool[chosen], f"the latest by {name!r}"
 
 
-def drawn(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+def sample_rows(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
     """Return at most `most` rows, sampled at random without replacement; all rows if `most` is None."""
     return rows if most is None or len(rows) <= most else np.sort(np.random.default_rng(seed).permutation(rows)[:most])

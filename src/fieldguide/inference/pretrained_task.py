@@ -22,7 +22,7 @@ from fieldguide.core.errors import DataError, SettingsError, WeightsError, Weigh
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.inference.predictor import TaskPredictor, as_list
 from fieldguide.objectives import Objective, Vectors
 from fieldguide.objectives.embedding import POOLED
@@ -180,7 +180,7 @@ class TextVectors(EmbeddingTask, Typed):
     @classmethod
     def published(cls, beside: CheckpointAssets) -> TextVectors:
         task = cls(beside.texts(), cls.Options())
-        task.text, task.length, task.pooled = Text.load(beside.folder), beside.length, beside.pooled
+        task.text, task.length, task.pooled = TextTokenizer.load(beside.folder), beside.length, beside.pooled
         return task
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:

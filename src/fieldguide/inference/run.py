@@ -25,7 +25,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import RunError, SettingsError
 from fieldguide.core.run_record import read_record, write_record
 from fieldguide.core.settings import Settings
-from fieldguide.data.splits import drawn
+from fieldguide.data.splits import sample_rows
 from fieldguide.data.validation.checks import enforce
 from fieldguide.inference.predictor import TaskPredictor, as_list
 from fieldguide.models import registry
@@ -114,7 +114,7 @@ class Run(TaskPredictor):
             with np.load(self.path / "splits.npz", allow_pickle=False) as splits:
                 data = data.take(splits["test"])
             note = "the run was trained on this data; only its test rows are scored"
-        rows = drawn(np.arange(len(data)), self.task.tested, self.record["settings"]["seed"])
+        rows = sample_rows(np.arange(len(data)), self.task.tested, self.record["settings"]["seed"])
         if len(rows) < len(data):
             note += f"{'; ' if note else ''}a random sample of {len(rows):,} of {len(data):,} rows, since prediction is slow"
             data = data.take(rows)

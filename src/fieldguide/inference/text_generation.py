@@ -16,10 +16,10 @@ from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.core.settings import asked_of, canonical_predict_options, from_text
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
-from fieldguide.data.preprocessing.sequence_markers import Frame, framed
-from fieldguide.data.preprocessing.tokenizer_files import Words, ended, read
+from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
+from fieldguide.data.preprocessing.tokenizer_files import TokenizerFiles, read, read_eos_token_ids
 from fieldguide.inference.predictor import Predictions, Predictor, as_list
 from fieldguide.models.generation import GenerationConfig, Greedy, Sourced, answers, streamed
 from fieldguide.models.generation.engine import grouped
@@ -45,10 +45,10 @@ class TextGenerator(Predictor):
     def __init__(
         self,
         network: nn.Module,
-        text: Text,
+        text: TextTokenizer,
         end_tokens: Sequence[int],
         template: ChatTemplate | None = None,
-        markers: Frame | None = None,
+        markers: SequenceMarkers | None = None,
         card: Card | None = None,
     ):
         self.network, self.text, self.end_tokens, self.template = network.eval(), text, tuple(end_tokens), template
@@ -86,7 +86,7 @@ class TextGenerator(Predictor):
         size, vocab_size = files.tokenizer.get_vocab_size(), network.config.vocab_size
         if size > vocab_size:
             raise WeightsError(f"{path}: the tokenizer has {size:,} tokens, but the network {vocab_size:,}.")
-        text, markers, end_tokens = Text(files.tokenizer), None, find_end_tokens(files)
+        text, markers, end_tokens = TextTokenizer(files.tokenizer), None, find_end_tokens(files)
         if card.input_type == "pair":
             config, folder = network.config, path if path.is_dir() else path.parent
             options = SimpleNamespace(
@@ -95,8 +95,8 @@ class TextGenerator(Predictor):
                 source_language=source,
                 target_language=target,
             )
-            markers = framed(text, options, LANGUAGES)
-            end_tokens = sorted({getattr(config, "end", markers.end), *ended(folder)})
+            markers = resolve_markers(text, options, LANGUAGES)
+            end_tokens = sorted({getattr(config, "end", markers.end), *read_eos_token_ids(folder)})
         network = shrink(network) if weights == "int8" else network
         return cls(network, text, end_tokens, build_chat_template(files) if markers is None else None, markers, card)
 
@@ -176,7 +176,7 @@ class TextGenerator(Predictor):
         return None if chat is None else from_text("chat", chat, bool), parsed
 
 
-def read_tokenizer(checkpoint: Checkpoint) -> Words:
+def read_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
     """Return the tokenizer files of a checkpoint. Raises `WeightsError` if none can be read."""
     path = checkpoint.path
     try:
@@ -185,11 +185,11 @@ def read_tokenizer(checkpoint: Checkpoint) -> Words:
         raise WeightsError(f"this model needs its tokenizer. {error}") from None
 
 
-def find_end_tokens(files: Words) -> list[int]:
+def find_end_tokens(files: TokenizerFiles) -> list[int]:
     """Return the ids of the tokens that end an answer: those that the files name, and those of known models."""
     return sorted({i for token in (*files.ends, *END_TOKENS) if (i := files.tokenizer.token_to_id(token)) is not None})
 
 
-def build_chat_template(files: Words) -> ChatTemplate | None:
+def build_chat_template(files: TokenizerFiles) -> ChatTemplate | None:
     """Return the chat template of the tokenizer files, if there is one."""
     return ChatTemplate(files.template, files.special) if files.template else None

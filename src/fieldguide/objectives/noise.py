@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fieldguide.data.loader import generator
+from fieldguide.data.loader import make_generator
 
 
 class Noise:
@@ -17,7 +17,7 @@ class Noise:
     """
 
     def __init__(self, seed: int, numbers: Iterable[int], shape: Sequence[int], like: Tensor):
-        self.generators, self.shape, self.like = [generator(seed, number) for number in numbers], tuple(shape), like
+        self.generators, self.shape, self.like = [make_generator(seed, number) for number in numbers], tuple(shape), like
 
     def __call__(self) -> Tensor:  # -> B ...
         drawn = torch.empty(len(self.generators), *self.shape)

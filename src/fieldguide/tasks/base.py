@@ -25,7 +25,7 @@ from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, Column, Data, Manifest, SkippedInput
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import Pictures
+from fieldguide.data.preprocessing import ImageTransform
 from fieldguide.objectives import Objective
 
 # Other names of task options, and those of run folders of schema 1 -> their names.
@@ -73,7 +73,7 @@ class CheckpointAssets:
     names: list[str]  # of classes, tags or answers
     folder: Path | None  # of the tokenizer
     length: int  # tokens that the network reads; 0 for networks of pictures alone
-    pictures: Pictures | None
+    pictures: ImageTransform | None
     pooled: str  # how a text's vector is made of those of its tokens
     columns: tuple[str, ...] = ()  # of tables that are asked about, where the user names them
 
@@ -364,7 +364,10 @@ class Task:
         record = json.loads((folder / "task.json").read_text())
         kind = task(record["task"])
         return kind.from_state(
-            [Column(**c) for c in record["columns"]], kind.Options(**rename(record["options"], OPTION_ALIASES)), record["state"], folder
+            [Column(**c) for c in record["columns"]],
+            kind.Options(**rename(record["options"], OPTION_ALIASES)),
+            record["state"],
+            folder,
         )
 
 

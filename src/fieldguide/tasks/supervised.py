@@ -18,7 +18,7 @@ from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.report_elements import Bars, Exhibit, Lines, Matrix, Scatter, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Column, Data
-from fieldguide.data.preprocessing import Labels, Standard
+from fieldguide.data.preprocessing import Labels, Standardizer
 from fieldguide.objectives import Classification, Objective, Regression, Supervised
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 
@@ -261,10 +261,10 @@ class RegressionTask(SupervisedTask):
         Metric("r2", "max", "of the variance explained", percent=True),
     )
 
-    standard: Standard
+    standard: Standardizer
 
     def learn_scale(self, data: Data) -> None:
-        self.standard = Standard.fit(self.values(data))
+        self.standard = Standardizer.fit(self.values(data))
 
     def values(self, data: Data) -> np.ndarray:
         return data.rows[self.target.name].cast(pl.Float64).to_numpy()
@@ -279,7 +279,7 @@ class RegressionTask(SupervisedTask):
         return {"standard": self.standard.to_json()}
 
     def load_target_state(self, state: dict[str, Any]) -> None:
-        self.standard = Standard.from_json(state["standard"])
+        self.standard = Standardizer.from_json(state["standard"])
 
     def to_target_unit(self, outputs: Arrays) -> np.ndarray:
         return self.standard.inverse(outputs["values"][:, 0])

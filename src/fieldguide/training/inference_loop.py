@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fieldguide.core import distributed
-from fieldguide.data.loader import Batches, in_order
+from fieldguide.data.loader import Batches, iterate_in_order
 from fieldguide.objectives import Objective
 from fieldguide.training.precision import autocast, place
 
@@ -33,7 +33,7 @@ def collect(
     mine = np.arange(len(batches))[distributed.rank() :: distributed.world()]
     rows, parts, training = [], [], objective.training
     objective.eval()
-    for index, tensors in in_order(batches, batch, mine):
+    for index, tensors in iterate_in_order(batches, batch, mine):
         with autocast(device, precision):
             outputs = ask(place(tensors, device))
         rows.append(index)

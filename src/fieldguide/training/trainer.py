@@ -27,7 +27,7 @@ from fieldguide.core.errors import TrainingError
 from fieldguide.core.files import write_atomically
 from fieldguide.core.hardware import keep_memory
 from fieldguide.core.settings import Settings
-from fieldguide.data.loader import Batches, mix, training
+from fieldguide.data.loader import Batches, iterate_training_batches, mix_seeds
 from fieldguide.objectives.base import Objective, Phase
 from fieldguide.training import checkpoint
 from fieldguide.training.ema import ExponentialMovingAverage
@@ -228,7 +228,7 @@ class Trainer:
     def stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """This process's batches, from the next step to the last."""
         settings, world, rank = self.settings, distributed.world(), distributed.rank()
-        return training(
+        return iterate_training_batches(
             self.batches,
             batch=settings.batch_size,
             parts=world * settings.grad_accum_steps,
@@ -275,7 +275,7 @@ class Trainer:
     def step(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
         """One step of every phase, as often as the phase asks. Returns the losses by name."""
         settings, losses = self.settings, {}
-        reseed(mix(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
+        reseed(mix_seeds(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
         drawn = [
             [place(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.grad_accum_steps)]
             for _ in range(self.draws)

@@ -19,7 +19,7 @@ import numpy as np
 from fieldguide.core.errors import DataError
 
 THREADS = min(16, (os.cpu_count() or 2) * 2)
-SUFFIXES = {
+FORMAT_SUFFIXES = {
     "WAV": (".wav", ".wave"),
     "WAVEX": (".wav", ".wave"),
     "RF64": (".wav", ".rf64"),
@@ -30,17 +30,17 @@ SUFFIXES = {
     "AIFF": (".aif", ".aiff", ".aifc"),
     "AU": (".au", ".snd"),
 }
-KNOWN = frozenset(s for suffixes in SUFFIXES.values() for s in suffixes)
-UNREAD = (".m4a", ".aac", ".wma", ".amr")  # audio formats that libsndfile does not support
-BLOCK = 1 << 20  # frames decoded at once, which bounds the memory for long recordings
-QUIET = 1e-3  # peak amplitude (-60 dB) below which a recording is silent
-FULL, CLIPPED = 0.999, 1e-3  # amplitude of a clipped sample; fraction of such samples in a clipped recording
-CUT = re.compile(r"\bdata : (\d+) \(should be (\d+)\)", re.IGNORECASE)  # libsndfile's log for a truncated WAV
-STREAMED = (0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x7FFFF000)  # placeholder lengths written by streaming encoders
+SUPPORTED_SUFFIXES = frozenset(s for suffixes in FORMAT_SUFFIXES.values() for s in suffixes)
+UNSUPPORTED_SUFFIXES = (".m4a", ".aac", ".wma", ".amr")  # audio formats that libsndfile does not support
+BLOCK_FRAMES = 1 << 20  # frames decoded at once, which bounds the memory for long recordings
+MAX_SILENT_PEAK = 1e-3  # peak amplitude (-60 dB) below which a recording is silent
+FULL_SCALE, MAX_CLIPPED_FRACTION = 0.999, 1e-3  # amplitude of a clipped sample; fraction of such samples in a clipped recording
+TRUNCATED_WAV_PATTERN = re.compile(r"\bdata : (\d+) \(should be (\d+)\)", re.IGNORECASE)  # libsndfile's log for a truncated WAV
+PLACEHOLDER_LENGTHS = (0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x7FFFF000)  # placeholder lengths written by streaming encoders
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class AudioCheck:
     """The result of checking one file. `problem` is "" if the recording can be used."""
 
     problem: str = ""  # name of a data check: empty-file, zero-length, not-a-sound, truncated-sound, ...
@@ -55,13 +55,13 @@ class Recording:
     traits: tuple[str, ...] = ()  # any of: stereo silent clipped wrong-extension
 
 
-def check(paths: Sequence[str | Path]) -> list[Recording]:
+def check(paths: Sequence[str | Path]) -> list[AudioCheck]:
     """Decode every file completely, which is the only way to detect truncation. Never raises for unusable files."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(check_one, paths, chunksize=16))
 
 
-def check_one(path: str | Path) -> Recording:
+def check_one(path: str | Path) -> AudioCheck:
     """Decode one file completely and return the result of the check."""
     import soundfile
 
@@ -71,64 +71,64 @@ def check_one(path: str | Path) -> Recording:
             file.seek(max(0, size - (1 << 16)))
             tail = file.read()
     except OSError as error:
-        return Recording("unreadable-file" if os.path.exists(path) else "missing-file", error.strerror or str(error))
+        return AudioCheck("unreadable-file" if os.path.exists(path) else "missing-file", error.strerror or str(error))
     if not size:
-        return Recording("empty-file", "0 bytes", 0, sha)
+        return AudioCheck("empty-file", "0 bytes", 0, sha)
     suffix = os.path.splitext(str(path))[1].lower()
-    if suffix in UNREAD:
-        return Recording("not-a-sound", f"{suffix} is not supported: convert it to .flac or .wav", size, sha)
+    if suffix in UNSUPPORTED_SUFFIXES:
+        return AudioCheck("not-a-sound", f"{suffix} is not supported: convert it to .flac or .wav", size, sha)
     try:
         with soundfile.SoundFile(path) as sound:
-            return decoded(sound, suffix, tail, size, sha)
+            return check_decoded(sound, suffix, tail, size, sha)
     except soundfile.LibsndfileError as error:
-        strange = "not recognised" in error.error_string and suffix not in KNOWN
-        return Recording("not-a-sound" if strange else "corrupt-sound", words(error), size, sha)
+        strange = "not recognised" in error.error_string and suffix not in SUPPORTED_SUFFIXES
+        return AudioCheck("not-a-sound" if strange else "corrupt-sound", error_text(error), size, sha)
 
 
-def words(error) -> str:
+def error_text(error) -> str:
     """Return libsndfile's error message, replacing its misleading message about undecodable MP3 files."""
     said = error.error_string.removeprefix("Error :").strip().rstrip(".")
     return "no audio can be decoded" if "not a regular file" in said else (said[:1].lower() + said[1:])[:100]
 
 
-def decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> Recording:
+def check_decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> AudioCheck:
     """Check an opened file. Raises `LibsndfileError` if nothing of it can be decoded."""
     import soundfile
 
     digest, count, peak, full, problem = hashlib.blake2b(digest_size=16), 0, 0.0, 0, ""
     digest.update(f"{sound.samplerate} {sound.channels}".encode())
     said, form = sound.frames, sound.format
-    cut = CUT.search(sound.extra_info)
+    cut = TRUNCATED_WAV_PATTERN.search(sound.extra_info)
     try:
-        while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+        while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
             digest.update(np.ascontiguousarray(block))
             loud = np.abs(block)
-            count, peak, full = count + len(block), max(peak, float(loud.max())), full + int((loud >= FULL).sum())
+            count, peak, full = count + len(block), max(peak, float(loud.max())), full + int((loud >= FULL_SCALE).sum())
     except soundfile.LibsndfileError as error:
         if not count and form != "FLAC":
             raise
-        problem = f"after {count:,} of {said:,} samples: {words(error)}"
-    if cut and int(cut[1]) > int(cut[2]) and int(cut[1]) not in STREAMED:
+        problem = f"after {count:,} of {said:,} samples: {error_text(error)}"
+    if cut and int(cut[1]) > int(cut[2]) and int(cut[1]) not in PLACEHOLDER_LENGTHS:
         problem = f"{int(cut[2]):,} of {int(cut[1]):,} bytes of audio data"
-    elif form == "OGG" and not ends(tail):
+    elif form == "OGG" and not has_last_page(tail):
         problem = "its last page is missing"
     elif not problem and count < said:
         problem = f"{count:,} of {said:,} samples"
     facts = (size, sha, digest.hexdigest(), count / sound.samplerate, sound.samplerate, sound.channels, form)
     if problem:
-        return Recording("truncated-sound", problem, *facts)
+        return AudioCheck("truncated-sound", problem, *facts)
     if not count:
-        return Recording("zero-length", "no samples", *facts)
+        return AudioCheck("zero-length", "no samples", *facts)
     traits = {
         "stereo": sound.channels > 1,
-        "silent": peak < QUIET,
-        "clipped": full > CLIPPED * count * sound.channels,
-        "wrong-extension": suffix not in SUFFIXES.get(form, (suffix,)),
+        "silent": peak < MAX_SILENT_PEAK,
+        "clipped": full > MAX_CLIPPED_FRACTION * count * sound.channels,
+        "wrong-extension": suffix not in FORMAT_SUFFIXES.get(form, (suffix,)),
     }
-    return Recording("", "", *facts, tuple(name for name, seen in traits.items() if seen))
+    return AudioCheck("", "", *facts, tuple(name for name, seen in traits.items() if seen))
 
 
-def ends(tail: bytes) -> bool:
+def has_last_page(tail: bytes) -> bool:
     """Return whether an Ogg file ends with a complete page that is marked as the last."""
     at = tail.rfind(b"OggS")
     if at < 0 or len(tail) < at + 27:
@@ -149,7 +149,7 @@ def load(paths: Sequence[str | Path], rate: int) -> list[np.ndarray]:
 
     def one(path: str | Path) -> np.ndarray:
         try:
-            return wave(path, rate)
+            return load_wave(path, rate)
         except (soundfile.LibsndfileError, OSError, ValueError) as error:
             problems.append(f"{path}: {getattr(error, 'error_string', error)}")
             return np.zeros(0, np.int16)
@@ -162,11 +162,11 @@ def load(paths: Sequence[str | Path], rate: int) -> list[np.ndarray]:
     return waves
 
 
-def wave(path: str | Path, rate: int) -> np.ndarray:
+def load_wave(path: str | Path, rate: int) -> np.ndarray:
     """Load one recording as int16, N. Raises `soundfile.LibsndfileError`."""
     import soundfile
 
-    from fieldguide.data.preprocessing.speech import mono, resample
+    from fieldguide.data.preprocessing.speech import resample, to_mono
 
     samples, own = soundfile.read(path, dtype="float32")
-    return np.rint(resample(mono(samples), own, rate) * 32768.0).clip(-32768, 32767).astype(np.int16)
+    return np.rint(resample(to_mono(samples), own, rate) * 32768.0).clip(-32768, 32767).astype(np.int16)

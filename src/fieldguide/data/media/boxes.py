@@ -26,7 +26,7 @@ from PIL import Image
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FileEntry, Finding, Severity
 from fieldguide.data.media import images
-from fieldguide.data.source import Raw, relative, sha256
+from fieldguide.data.source import RawTable, relative_path, sha256
 
 SIDES = ("left", "top", "right", "bottom")
 OBJECT = pl.Struct(
@@ -38,8 +38,8 @@ OBJECT = pl.Struct(
         "crowd": pl.Boolean,
     }
 )
-SLACK = 1.0  # pixels by which a box may exceed the image without a finding (rounding)
-SHOWN = 5
+EDGE_TOLERANCE_PIXELS = 1.0  # pixels by which a box may exceed the image without a finding (rounding)
+MAX_SHOWN_PLACES = 5
 CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, remedy
     "degenerate-box": (
         "warning",
@@ -119,7 +119,7 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description,
 
 
 @dataclass
-class Shot:
+class AnnotatedImage:
     """An image with its annotation as found by a reader, before the boxes are checked."""
 
     path: Path
@@ -133,7 +133,7 @@ class Shot:
 
 
 @dataclass
-class Notes:
+class FindingCollector:
     """Collects findings, grouped by check."""
 
     met: dict[str, list[str]] = field(default_factory=dict)
@@ -144,7 +144,7 @@ class Notes:
         self.met.setdefault(check, []).append(place)
         self.lost[check] = self.lost.get(check, 0) + unusable
 
-    def mark_invalid(self, check: str, place: str, shot: Shot) -> None:
+    def mark_invalid(self, check: str, place: str, shot: AnnotatedImage) -> None:
         """Record a problem that makes the whole image unusable; each image is counted once."""
         self.note(check, place, 0 if shot.bad else 1)
         shot.bad = True
@@ -156,7 +156,7 @@ class Notes:
                 check,
                 CHECKS[check][0],
                 CHECKS[check][1],
-                tuple(self.met[check][:SHOWN]),
+                tuple(self.met[check][:MAX_SHOWN_PLACES]),
                 len(self.met[check]),
                 CHECKS[check][2],
                 self.lost[check],
@@ -166,7 +166,7 @@ class Notes:
         ]
 
 
-def box(
+def make_object(
     label: str,
     left: float,
     top: float,
@@ -189,7 +189,7 @@ def box(
     }
 
 
-def header_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
+def read_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
     """Return (width, height) of the upright images, reading only file headers; None for unreadable files."""
 
     def one(path: Path) -> tuple[int, int] | None:
@@ -197,34 +197,36 @@ def header_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
             with Image.open(path) as image:
                 width, height = image.size
                 return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)
-        except images.BROKEN:
+        except images.DECODE_ERRORS:
             return None
 
-    with images.quiet(), ThreadPoolExecutor(images.THREADS) as pool:
+    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
         return list(pool.map(one, paths, chunksize=64))
 
 
-def entry(path: Path, content: bytes, root: Path) -> FileEntry:
+def annotation_entry(path: Path, content: bytes, root: Path) -> FileEntry:
     """Return the manifest entry of an annotation file; it contributes to the digest of the data but has no rows."""
-    return FileEntry(relative(path, root), len(content), sha256(content), rows=0)
+    return FileEntry(relative_path(path, root), len(content), sha256(content), rows=0)
 
 
-def raw(root: Path, shots: list[Shot], files: list[FileEntry], notes: Notes, classes: Sequence[str]) -> Raw:
+def build_raw(
+    root: Path, shots: list[AnnotatedImage], files: list[FileEntry], notes: FindingCollector, classes: Sequence[str]
+) -> RawTable:
     """Check boxes against the actual image sizes and return the raw table. Raises DataError if no image is usable."""
-    seen: dict[Path, Shot] = {}
+    seen: dict[Path, AnnotatedImage] = {}
     for shot in shots:
         if shot.path in seen:
             notes.mark_invalid("duplicate-picture", shot.place, shot)
         seen.setdefault(shot.path, shot)
     usable = [s for s in shots if not s.bad]
-    for shot, size in zip(usable, header_sizes([s.path for s in usable])):
-        checked(shot, size, notes)
+    for shot, size in zip(usable, read_sizes([s.path for s in usable])):
+        check_boxes(shot, size, notes)
     kept = [s for s in usable if not s.bad]
     if not kept:
         raise DataError(f"{root}: no image with a usable annotation." + "".join(f"\n  - {f}" for f in notes.findings()))
     for shot in kept:
         if not shot.boxes:
-            notes.note("background", relative(shot.path, root))
+            notes.note("background", relative_path(shot.path, root))
     rows = pl.DataFrame(
         [
             pl.Series("image", [str(s.path.absolute()) for s in kept], dtype=pl.String),
@@ -233,7 +235,7 @@ def raw(root: Path, shots: list[Shot], files: list[FileEntry], notes: Notes, cla
     )
     splits = [s.split for s in kept]
     named = np.array([s or "train" for s in splits], dtype=object) if len({s or "train" for s in splits}) > 1 else None
-    return Raw(
+    return RawTable(
         rows,
         files,
         root,
@@ -246,7 +248,7 @@ def raw(root: Path, shots: list[Shot], files: list[FileEntry], notes: Notes, cla
     )
 
 
-def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
+def check_boxes(shot: AnnotatedImage, size: tuple[int, int] | None, notes: FindingCollector) -> None:
     """Convert the boxes to pixels, clip them to the image and drop invalid ones. Images that cannot be opened are
     left to the image check."""
     if size is None:
@@ -275,7 +277,12 @@ def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
         elif key in taken:
             notes.note("duplicate-box", place)
         else:
-            if left < -SLACK or top < -SLACK or right > width + SLACK or bottom > height + SLACK:
+            if (
+                left < -EDGE_TOLERANCE_PIXELS
+                or top < -EDGE_TOLERANCE_PIXELS
+                or right > width + EDGE_TOLERANCE_PIXELS
+                or bottom > height + EDGE_TOLERANCE_PIXELS
+            ):
                 notes.note("box-over-edge", place)
             one |= {
                 "left": max(left, 0.0),
@@ -288,7 +295,7 @@ def checked(shot: Shot, size: tuple[int, int] | None, notes: Notes) -> None:
     shot.boxes = kept
 
 
-def decoded(content: bytes, place: str, shot: Shot, notes: Notes) -> str | None:
+def decode_text(content: bytes, place: str, shot: AnnotatedImage, notes: FindingCollector) -> str | None:
     """Decode the text of an annotation; return None and record a finding if it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
@@ -297,7 +304,7 @@ def decoded(content: bytes, place: str, shot: Shot, notes: Notes) -> str | None:
         return None
 
 
-def finite(values: Any, count: int) -> list[float] | None:
+def parse_finite(values: Any, count: int) -> list[float] | None:
     """Return exactly `count` finite numbers, or None."""
     try:
         numbers = [float(v) for v in values if not isinstance(v, bool)]

@@ -27,11 +27,11 @@ from fieldguide.core.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-PIXELS = 90_000_000  # maximum pixels per image; protects against decompression bombs
+MAX_PIXELS = 90_000_000  # maximum pixels per image; protects against decompression bombs
 THREADS = min(16, (os.cpu_count() or 2) * 2)
-DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-GREY = ("1", "L", "LA", *DEEP)
-BROKEN = (
+HIGH_BIT_DEPTH_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+GRAY_MODES = ("1", "L", "LA", *HIGH_BIT_DEPTH_MODES)
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -44,7 +44,7 @@ BROKEN = (
     MemoryError,
     Image.DecompressionBombError,
 )
-SUFFIXES = {
+FORMAT_SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
     "GIF": (".gif",),
@@ -57,12 +57,12 @@ SUFFIXES = {
     "AVIF": (".avif",),
     "MPO": (".jpg", ".jpeg", ".mpo"),
 }
-KNOWN = frozenset(s for suffixes in SUFFIXES.values() for s in suffixes)
+SUPPORTED_SUFFIXES = frozenset(s for suffixes in FORMAT_SUFFIXES.values() for s in suffixes)
 Fit = Literal["crop", "pad", "stretch"]
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ImageCheck:
     """The result of checking one file. `problem` is "" if the image can be used."""
 
     problem: str = ""  # name of a data check: empty-file, not-an-image, truncated-image, ...
@@ -77,29 +77,29 @@ class Picture:
     traits: tuple[str, ...] = ()  # any of: deep transparent palette cmyk animated rotated wrong-extension
 
 
-def check(paths: Sequence[str | Path]) -> list[Picture]:
+def check(paths: Sequence[str | Path]) -> list[ImageCheck]:
     """Decode every file completely, which is the only way to detect truncation. Never raises for unusable files."""
-    with quiet(), ThreadPoolExecutor(THREADS) as pool:
+    with suppress_warnings(), ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(check_one, paths, chunksize=64))
 
 
-def check_one(path: str | Path) -> Picture:
+def check_one(path: str | Path) -> ImageCheck:
     """Decode one file completely and return the result of the check."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         there = os.path.exists(path)
-        return Picture("unreadable-file" if there else "missing-file", error.strerror or str(error))
+        return ImageCheck("unreadable-file" if there else "missing-file", error.strerror or str(error))
     sha = hashlib.sha256(content).hexdigest()
     size = len(content)
     if not content:
-        return Picture("empty-file", "0 bytes", 0, sha)
+        return ImageCheck("empty-file", "0 bytes", 0, sha)
     suffix = os.path.splitext(str(path))[1].lower()
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > PIXELS:
-                return Picture("too-many-pixels", f"{image.width} x {image.height}", size, sha)
-            traits = traits_of(image, suffix)
+            if image.width * image.height > MAX_PIXELS:
+                return ImageCheck("too-many-pixels", f"{image.width} x {image.height}", size, sha)
+            traits = find_traits(image, suffix)
             image.load()
             width, height, mode = *image.size, image.mode
             shape = (mode, image.size, image.getpalette() if mode == "P" else None)
@@ -107,22 +107,22 @@ def check_one(path: str | Path) -> Picture:
             pixels.update(image.tobytes())
             if "rotated" in traits and image.getexif().get(0x0112, 1) >= 5:  # rotated by 90 degrees
                 width, height = height, width
-            channels = 1 if mode in GREY else 3
-            return Picture("", "", size, sha, pixels.hexdigest(), width, height, channels, image.format or "", traits)
+            channels = 1 if mode in GRAY_MODES else 3
+            return ImageCheck("", "", size, sha, pixels.hexdigest(), width, height, channels, image.format or "", traits)
     except UnidentifiedImageError:
-        known = suffix in KNOWN
-        return Picture("corrupt-image" if known else "not-an-image", "the content is not a known image format", size, sha)
+        known = suffix in SUPPORTED_SUFFIXES
+        return ImageCheck("corrupt-image" if known else "not-an-image", "the content is not a known image format", size, sha)
     except Image.DecompressionBombError:
-        return Picture("too-many-pixels", "more pixels than Pillow allows", size, sha)
-    except BROKEN as error:
+        return ImageCheck("too-many-pixels", "more pixels than Pillow allows", size, sha)
+    except DECODE_ERRORS as error:
         cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
-        return Picture("truncated-image" if cut else "corrupt-image", str(error)[:100], size, sha)
+        return ImageCheck("truncated-image" if cut else "corrupt-image", str(error)[:100], size, sha)
 
 
-def traits_of(image: Image.Image, suffix: str) -> tuple[str, ...]:
+def find_traits(image: Image.Image, suffix: str) -> tuple[str, ...]:
     """Return the traits of an image that are reported as findings."""
     seen = []
-    if image.mode in DEEP:
+    if image.mode in HIGH_BIT_DEPTH_MODES:
         seen.append("deep")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         seen.append("transparent")
@@ -132,7 +132,7 @@ def traits_of(image: Image.Image, suffix: str) -> tuple[str, ...]:
         seen.append("animated")
     if image.getexif().get(0x0112, 1) not in (0, 1):
         seen.append("rotated")
-    if suffix and suffix not in SUFFIXES.get(image.format or "", (suffix,)):
+    if suffix and suffix not in FORMAT_SUFFIXES.get(image.format or "", (suffix,)):
         seen.append("wrong-extension")
     return tuple(seen)
 
@@ -160,11 +160,11 @@ def load(
 
     def one(index: int) -> None:
         try:
-            out[index] = pixels(paths[index], side, channels, fit, resize)
-        except BROKEN as error:
+            out[index] = load_pixels(paths[index], side, channels, fit, resize)
+        except DECODE_ERRORS as error:
             problems.append(f"{paths[index]}: {error}")
 
-    with quiet(), ThreadPoolExecutor(THREADS) as pool:
+    with suppress_warnings(), ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(one, range(len(paths)), chunksize=64):
             pass
     if problems:
@@ -173,7 +173,7 @@ def load(
     return torch.from_numpy(out)
 
 
-def pixels(
+def load_pixels(
     source: str | Path | Image.Image,
     side: int,
     channels: int = 3,
@@ -182,20 +182,20 @@ def pixels(
 ) -> np.ndarray:
     """Load one image as uint8, C S S. Raises ValueError if it has more than `PIXELS` pixels."""
     if isinstance(source, Image.Image):
-        return as_array(source, side, channels, fit, resize)
+        return to_array(source, side, channels, fit, resize)
     with open(source, "rb") as file, Image.open(file) as image:
-        if image.width * image.height > PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {PIXELS:,}")
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
         if resize is None and image.format == "JPEG" and min(image.size) >= 4 * side:
             image.draft(None, (2 * side, 2 * side))  # libjpeg decodes at reduced size, which is much faster
-        return as_array(image, side, channels, fit, resize)
+        return to_array(image, side, channels, fit, resize)
 
 
-def as_array(
+def to_array(
     image: Image.Image, side: int, channels: int, fit: Fit, resize: Callable[[Image.Image], Image.Image] | None = None
 ) -> np.ndarray:
     """Convert an opened image to uint8, C S S."""
-    image = plain(image, "L" if channels == 1 else "RGB")
+    image = convert_mode(image, "L" if channels == 1 else "RGB")
     if resize is not None:
         image = resize(image)
     if image.size != (side, side):
@@ -211,13 +211,13 @@ def as_array(
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
-def plain(image: Image.Image, mode: str) -> Image.Image:
+def convert_mode(image: Image.Image, mode: str) -> Image.Image:
     """Convert an image of any mode to 8-bit gray ("L") or "RGB", upright and composited over white."""
     image.load()
     if image.getexif().get(0x0112, 1) not in (0, 1):
         image = ImageOps.exif_transpose(image)
-    if image.mode in DEEP:
-        image = eight_bit(image)
+    if image.mode in HIGH_BIT_DEPTH_MODES:
+        image = to_8_bit(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -225,7 +225,7 @@ def plain(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def eight_bit(image: Image.Image) -> Image.Image:
+def to_8_bit(image: Image.Image) -> Image.Image:
     """Scale to 8 bits: 16-bit images by the format's range, 32-bit and float ones by 255, 65535 or their own range."""
     array = np.nan_to_num(np.asarray(image).astype(np.float64))
     low, high = array.min(initial=0.0), array.max(initial=0.0)
@@ -239,7 +239,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppress_warnings() -> Iterator[None]:
     """Suppress Pillow's warnings, which `check` reports as findings, and make it raise for truncated files."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -15,10 +15,10 @@ import polars as pl
 
 from fieldguide.data.media.boxes import SIDES
 
-NONE = -1  # value of pixels that belong to no class
+NO_CLASS = -1  # value of pixels that belong to no class
 
 
-def filled(polygon: Sequence[float], height: int, width: int) -> np.ndarray:  # x1 y1 x2 y2 ... -> H W bool
+def fill_polygon(polygon: Sequence[float], height: int, width: int) -> np.ndarray:  # x1 y1 x2 y2 ... -> H W bool
     """Rasterize a polygon with the even-odd rule at pixel centers."""
     out = np.zeros((height, width), dtype=bool)
     start = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
@@ -34,7 +34,7 @@ def filled(polygon: Sequence[float], height: int, width: int) -> np.ndarray:  # 
     return out
 
 
-def run_lengths(counts: Any) -> list[int] | None:
+def decode_run_lengths(counts: Any) -> list[int] | None:
     """Decode COCO run lengths (alternating outside and inside, column by column); return None if they are invalid.
 
     In the compressed string form each number, from the fourth on, is stored as the difference to the one two before
@@ -61,21 +61,21 @@ def run_lengths(counts: Any) -> list[int] | None:
     return [int(n) for n in numbers] if (numbers >= 0).all() and numbers.sum() < 2**31 else None
 
 
-def shape(thing: Mapping[str, Any], height: int, width: int) -> np.ndarray | None:  # -> H W bool
+def object_mask(thing: Mapping[str, Any], height: int, width: int) -> np.ndarray | None:  # -> H W bool
     """Return the mask of an object with all its parts, or None if it only has a box."""
     if thing["runs"]:
         inside = np.arange(len(thing["runs"])) % 2 == 1
         return np.repeat(inside, thing["runs"]).reshape(width, height).T
     if not thing["outline"]:
         return None
-    whole = filled(thing["outline"][0], height, width)
+    whole = fill_polygon(thing["outline"][0], height, width)
     for part in thing["outline"][1:]:
-        whole |= filled(part, height, width)
+        whole |= fill_polygon(part, height, width)
     return whole
 
 
 @dataclass(frozen=True)
-class Drawing:
+class LazyMask:
     """A segmentation mask that is rasterized on demand from the objects in one row of a boxes column.
 
     `values` maps labels to pixel values. Pixels of other labels, of crowds, and of boxes without an outline are
@@ -94,14 +94,14 @@ class Drawing:
         objects = self.column[self.row]
         shapes: list[tuple[np.ndarray, int]] = []
         for thing in objects.to_list() if objects is not None else ():
-            known = shape(thing, self.height, self.width)
+            known = object_mask(thing, self.height, self.width)
             if known is None:
                 left, top, right, bottom = (thing[side] for side in SIDES)
-                out[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = NONE
+                out[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = NO_CLASS
             elif thing["crowd"]:
-                out[known] = NONE
+                out[known] = NO_CLASS
             else:
-                shapes.append((known, self.values.get(thing["label"], NONE)))
+                shapes.append((known, self.values.get(thing["label"], NO_CLASS)))
         for known, value in sorted(shapes, key=lambda s: -int(s[0].sum())):
             out[known] = value
         return out

@@ -28,7 +28,7 @@ from fieldguide.data.dataset import (
 from fieldguide.data.media import audio, images, video
 
 
-class Checked(Protocol):
+class MediaCheck(Protocol):
     """The result of checking one file; `problem` is a key of `Medium.problems`, or "" if the file can be used."""
 
     problem: str
@@ -51,7 +51,7 @@ class Medium:
     facts: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
 
 
-PICTURE_PROBLEMS = {  # name: description, remedy
+IMAGE_PROBLEMS = {  # name: description, remedy
     "empty-file": ("empty files", "Copy them again or remove them."),
     "missing-file": ("image files that do not exist", "Correct the paths; they are relative to the folder of the table."),
     "unreadable-file": ("files that cannot be opened", "Change their permissions."),
@@ -59,11 +59,11 @@ PICTURE_PROBLEMS = {  # name: description, remedy
     "corrupt-image": ("corrupt images", "Copy them again or remove them."),
     "truncated-image": ("truncated images: the end of the file is missing", "Copy them again or remove them."),
     "too-many-pixels": (
-        f"images with more than {images.PIXELS:,} pixels, the limit that protects against decompression bombs",
+        f"images with more than {images.MAX_PIXELS:,} pixels, the limit that protects against decompression bombs",
         "Scale them down or remove them.",
     ),
 }
-PICTURE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {  # trait: name, severity, description, remedy
+IMAGE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {  # trait: name, severity, description, remedy
     "wrong-extension": (
         "wrong-extension",
         "warning",
@@ -76,7 +76,7 @@ PICTURE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {  # trait: name, se
     "animated": ("animated-image", "note", "animations: only the first frame is used", ""),
     "rotated": ("rotated-image", "note", "images are rotated according to their EXIF orientation", ""),
 }
-SOUND_PROBLEMS = {
+AUDIO_PROBLEMS = {
     "empty-file": ("empty files", "Copy them again or remove them."),
     "missing-file": ("recordings that do not exist", "Correct the paths; they are relative to the folder of the table."),
     "unreadable-file": ("files that cannot be opened", "Change their permissions."),
@@ -85,7 +85,7 @@ SOUND_PROBLEMS = {
     "zero-length": ("recordings without samples", "Record them again or remove them."),
     "truncated-sound": ("truncated recordings: the end is missing or cannot be decoded", "Copy them again or remove them."),
 }
-SOUND_TRAITS: dict[str, tuple[str, Severity, str, str]] = {
+AUDIO_TRAITS: dict[str, tuple[str, Severity, str, str]] = {
     "silent": (
         "silent-sound",
         "note",
@@ -107,7 +107,7 @@ SOUND_TRAITS: dict[str, tuple[str, Severity, str, str]] = {
     ),
 }
 
-FILM_PROBLEMS = {
+VIDEO_PROBLEMS = {
     "empty-file": ("empty files", "Copy them again or remove them."),
     "missing-file": ("videos that do not exist", "Correct the paths; they are relative to the folder of the table."),
     "unreadable-file": ("files that cannot be opened", "Change their permissions."),
@@ -117,13 +117,13 @@ FILM_PROBLEMS = {
     "single-frame": ("videos with a single frame", "Remove them."),
     "uneven-frames": ("videos whose frames differ in size", "Export them again with one frame size."),
 }
-MISSING = images.Picture("missing-file", "no path in this row")
+MISSING_IMAGE = images.ImageCheck("missing-file", "no path in this row")
 MEDIA: dict[Kind, Medium] = {
     "image": Medium(
         images.check,
-        MISSING,
-        PICTURE_PROBLEMS,
-        PICTURE_TRAITS,
+        MISSING_IMAGE,
+        IMAGE_PROBLEMS,
+        IMAGE_TRAITS,
         {
             HASH: ("pixels", pl.String),
             WIDTH: ("width", pl.Int32),
@@ -134,21 +134,21 @@ MEDIA: dict[Kind, Medium] = {
     # Masks are read in their own format (palette, 16 bits, transparency), so these traits are not reported.
     "mask": Medium(
         images.check,
-        MISSING,
-        {slug: (what.replace("images", "masks"), remedy) for slug, (what, remedy) in PICTURE_PROBLEMS.items()},
+        MISSING_IMAGE,
+        {slug: (what.replace("images", "masks"), remedy) for slug, (what, remedy) in IMAGE_PROBLEMS.items()},
         facts={MASK_WIDTH: ("width", pl.Int32), MASK_HEIGHT: ("height", pl.Int32)},
     ),
     "audio": Medium(
         audio.check,
-        audio.Recording("missing-file", "no path in this row"),
-        SOUND_PROBLEMS,
-        SOUND_TRAITS,
+        audio.AudioCheck("missing-file", "no path in this row"),
+        AUDIO_PROBLEMS,
+        AUDIO_TRAITS,
         {HASH: ("samples", pl.String), SECONDS: ("seconds", pl.Float64), RATE: ("rate", pl.Int32)},
     ),
     "video": Medium(
         video.check,
-        video.Film("missing-file", "no path in this row"),
-        FILM_PROBLEMS,
+        video.VideoCheck("missing-file", "no path in this row"),
+        VIDEO_PROBLEMS,
         {},
         {
             HASH: ("pixels", pl.String),

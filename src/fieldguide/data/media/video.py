@@ -19,12 +19,12 @@ from PIL import Image, UnidentifiedImageError
 from fieldguide.core.errors import DataError
 from fieldguide.data.media import images
 
-FILMS = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
-INSTALL = "reading videos requires PyAV: pip install 'fieldguide[video]'"
+VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
+INSTALL_HINT = "reading videos requires PyAV: pip install 'fieldguide[video]'"
 
 
 @dataclass(frozen=True, slots=True)
-class Film:
+class VideoCheck:
     """The result of checking one file. `problem` is "" if the video can be used."""
 
     problem: str = ""
@@ -39,52 +39,52 @@ class Film:
     traits: tuple[str, ...] = ()
 
 
-def check(paths: Sequence[str | Path]) -> list[Film]:
+def check(paths: Sequence[str | Path]) -> list[VideoCheck]:
     """Decode every file completely. Never raises for unusable files; raises DataError if PyAV is required but missing."""
-    if any(Path(p).suffix.lower() in FILMS for p in paths):
+    if any(Path(p).suffix.lower() in VIDEO_SUFFIXES for p in paths):
         try:
             import av  # noqa: F401
         except ImportError:
-            raise DataError(INSTALL) from None
-    with images.quiet(), ThreadPoolExecutor(images.THREADS) as pool:
+            raise DataError(INSTALL_HINT) from None
+    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
         return list(pool.map(check_one, paths))
 
 
-def check_one(path: str | Path) -> Film:
+def check_one(path: str | Path) -> VideoCheck:
     """Decode one file completely and return the result of the check."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        return Film("unreadable-file" if os.path.exists(path) else "missing-file", error.strerror or str(error))
+        return VideoCheck("unreadable-file" if os.path.exists(path) else "missing-file", error.strerror or str(error))
     sha, size = hashlib.sha256(content).hexdigest(), len(content)
     if not content:
-        return Film("empty-file", "0 bytes", 0, sha)
+        return VideoCheck("empty-file", "0 bytes", 0, sha)
     digest, shapes, colour = hashlib.blake2b(digest_size=16), [], False
     try:
-        for frame in frames_of(path, content):
+        for frame in read_frames(path, content):
             digest.update(frame.tobytes())
             shapes.append(frame.size)
-            colour = colour or frame.mode not in images.GREY
+            colour = colour or frame.mode not in images.GRAY_MODES
     except UnidentifiedImageError:
-        return Film("not-a-film", "the content is not a known image or video format", size, sha)
-    except NoStrip as error:
-        return Film("no-strip", str(error), size, sha)
-    except (*images.BROKEN, ValueError) as error:
-        return Film("truncated-film", str(error)[:100], size, sha)
+        return VideoCheck("not-a-film", "the content is not a known image or video format", size, sha)
+    except NotAStripError as error:
+        return VideoCheck("no-strip", str(error), size, sha)
+    except (*images.DECODE_ERRORS, ValueError) as error:
+        return VideoCheck("truncated-film", str(error)[:100], size, sha)
     if len(shapes) < 2:
-        return Film("single-frame", f"{len(shapes)} frames", size, sha)
+        return VideoCheck("single-frame", f"{len(shapes)} frames", size, sha)
     if len(set(shapes)) > 1:
-        return Film("uneven-frames", "frames with different sizes", size, sha)
-    return Film("", "", size, sha, digest.hexdigest(), *shapes[0], 3 if colour else 1, len(shapes))
+        return VideoCheck("uneven-frames", "frames with different sizes", size, sha)
+    return VideoCheck("", "", size, sha, digest.hexdigest(), *shapes[0], 3 if colour else 1, len(shapes))
 
 
-class NoStrip(ValueError):
+class NotAStripError(ValueError):
     """Raised for an image that is neither animated nor a row of square frames."""
 
 
-def frames_of(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
+def read_frames(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
     """Yield the frames of a file in order. Raises `NoStrip`, ValueError or one of `images.BROKEN`."""
-    if Path(path).suffix.lower() in FILMS:
+    if Path(path).suffix.lower() in VIDEO_SUFFIXES:
         import av
 
         try:
@@ -103,7 +103,7 @@ def frames_of(path: str | Path, content: bytes | None = None) -> Iterator[Image.
             return
         image.load()
         if image.width % image.height or image.width == image.height:
-            raise NoStrip(f"{image.width} x {image.height} pixels are not a row of square frames")
+            raise NotAStripError(f"{image.width} x {image.height} pixels are not a row of square frames")
         for left in range(0, image.width, image.height):
             yield image.crop((left, 0, left + image.height, image.height))
 
@@ -112,7 +112,7 @@ def load(paths: Sequence[str | Path], side: int, channels: int) -> list[np.ndarr
     """Load videos as uint8 arrays, F C S S each; frames are cropped to the center square and scaled."""
 
     def one(path: str | Path) -> np.ndarray:
-        return np.stack([images.as_array(frame, side, channels, "crop") for frame in frames_of(path)])
+        return np.stack([images.to_array(frame, side, channels, "crop") for frame in read_frames(path)])
 
-    with images.quiet(), ThreadPoolExecutor(images.THREADS) as pool:
+    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
         return list(pool.map(one, paths))

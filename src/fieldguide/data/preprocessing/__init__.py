@@ -1,8 +1,8 @@
 """Preprocessing from typed columns to model inputs. Fitted on training rows and saved as plain JSON."""
 
-from fieldguide.data.preprocessing.image_transform import Pictures, suggest_side
-from fieldguide.data.preprocessing.labels import Labels, Standard
+from fieldguide.data.preprocessing.image_transform import ImageTransform, suggest_side
+from fieldguide.data.preprocessing.labels import Labels, Standardizer
 from fieldguide.data.preprocessing.table import TablePreparer
-from fieldguide.data.preprocessing.tokenizer import Text
+from fieldguide.data.preprocessing.tokenizer import TextTokenizer
 
-__all__ = ["Labels", "Pictures", "Standard", "TablePreparer", "Text", "suggest_side"]
+__all__ = ["ImageTransform", "Labels", "Standardizer", "TablePreparer", "TextTokenizer", "suggest_side"]

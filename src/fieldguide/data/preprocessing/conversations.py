@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 
 Turns = Sequence[tuple[str, str]]  # (role, content)
@@ -17,7 +17,7 @@ Turns = Sequence[tuple[str, str]]  # (role, content)
 class Conversations:
     """Encoder of conversations. `text` must have a template; `closing` is the token that ends an answer, or None."""
 
-    def __init__(self, text: Text):
+    def __init__(self, text: TextTokenizer):
         self.text, self.template = text, ChatTemplate(text.template, text.special)
         self.closing = text.tokenizer.token_to_id(self.template.closing())
 
@@ -29,7 +29,7 @@ class Conversations:
         found = []
         for row, turns in enumerate(rows):
             try:
-                found.append(self.template.spoken(messages(turns)))
+                found.append(self.template.spoken(to_messages(turns)))
             except DataError as error:
                 raise DataError(f"{place(row)}: {error}") from None
         return found
@@ -39,7 +39,7 @@ class Conversations:
         written = self.written(rows, place)
         spelt = self.text.spelt([text for text, _ in written])
         learnt = [
-            np.ones(len(ids), dtype=bool) if spans is None else within(covered, spans)
+            np.ones(len(ids), dtype=bool) if spans is None else find_covered_tokens(covered, spans)
             for (_, spans), (ids, covered) in zip(written, spelt)
         ]
         nothing = np.zeros(0, dtype=np.int64)
@@ -47,7 +47,7 @@ class Conversations:
 
     def prompt(self, turns: Turns) -> list[int]:
         """Return the token ids of a conversation up to the start of the assistant's next turn."""
-        return self.text.spelt([self.template(messages(turns))])[0][0].tolist()
+        return self.text.spelt([self.template(to_messages(turns))])[0][0].tolist()
 
     def note(self, rows: Sequence[Turns], place: Callable[[int], str]) -> str:
         """Describe which parts of these conversations are used for training."""
@@ -60,17 +60,17 @@ class Conversations:
         return f"conversations are rendered with the checkpoint's chat template: {how}"
 
 
-def messages(turns: Turns) -> list[dict[str, str]]:
+def to_messages(turns: Turns) -> list[dict[str, str]]:
     """Return the turns as dictionaries of role and content."""
     return [{"role": who, "content": text} for who, text in turns]
 
 
-def unanswered(turns: Turns) -> list[tuple[str, str]]:
+def take_until_answer(turns: Turns) -> list[tuple[str, str]]:
     """Return the turns before the first answer."""
     return list(itertools.takewhile(lambda turn: turn[0] != "assistant", turns))
 
 
-def within(covered: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:  # N 2 -> N bool
+def find_covered_tokens(covered: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:  # N 2 -> N bool
     """Return which tokens lie within one of the spans, given the characters that each token covers."""
     found = np.zeros(len(covered), dtype=bool)
     for begin, end in spans:

@@ -16,10 +16,10 @@ import polars as pl
 from fieldguide.data.dataset import Column
 from fieldguide.data.timeseries.frequency import DAY, HOUR, MINUTE, WEEK, Frequency
 
-MANY = 20  # maximum number of one-hot columns per category; rarer values are all zeros
-KINDS = ("number", "boolean", "category")
+MAX_CATEGORIES = 20  # maximum number of one-hot columns per category; rarer values are all zeros
+SUPPORTED_TYPES = ("number", "boolean", "category")
 # (maximum step, period): calendar features for series with shorter steps; microseconds, or "month" and "year".
-TURNS = ((MINUTE, HOUR), (HOUR + 1, DAY), (DAY + 1, WEEK), (DAY + 1, "month"), (370 * DAY, "year"))
+CALENDAR_PERIODS = ((MINUTE, HOUR), (HOUR + 1, DAY), (DAY + 1, WEEK), (DAY + 1, "month"), (370 * DAY, "year"))
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class Covariates:
         """
         found = []
         for column in columns:
-            if column.kind not in KINDS:
+            if column.kind not in SUPPORTED_TYPES:
                 continue
             values, known = rows[column.name].drop_nulls(), column.name in ahead
             if column.kind == "category":
-                names = values.cast(pl.String).value_counts(sort=True)[column.name].to_list()[:MANY]
+                names = values.cast(pl.String).value_counts(sort=True)[column.name].to_list()[:MAX_CATEGORIES]
                 found += [Covariate(column.name, known, values=tuple(sorted(names)))] if len(names) > 1 else []
             elif values.n_unique() > 1:
                 numbers = values.cast(pl.Float64).to_numpy()
                 found.append(Covariate(column.name, known, float(numbers.mean()), float(numbers.std())))
-        return cls(found, turns_of(frequency, steps))
+        return cls(found, choose_periods(frequency, steps))
 
     @property
     def past(self) -> int:
@@ -87,16 +87,18 @@ class Covariates:
 
     def measured(self, rows: pl.DataFrame, row: np.ndarray, start: np.ndarray) -> np.ndarray:
         """Return the past covariates, N x past, float32; `row` is the table row of each step, or -1 for none."""
-        from fieldguide.data.timeseries.panel import forward
+        from fieldguide.data.timeseries.panel import forward_fill
 
         parts = [self.at(c, rows, row) for c in self.columns if not c.ahead]
-        return forward(np.concatenate(parts, 1), start).astype(np.float32) if parts else np.zeros((len(row), 0), np.float32)
+        return (
+            forward_fill(np.concatenate(parts, 1), start).astype(np.float32) if parts else np.zeros((len(row), 0), np.float32)
+        )
 
     def ahead(self, rows: pl.DataFrame, row: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Return the future covariates and calendar features, N x known, float32; missing values are 0, the mean."""
         parts = [self.at(c, rows, row) for c in self.columns if c.ahead]
         for turn in self.turns:
-            phase = 2 * np.pi * share_of(turn, times)[:, None]
+            phase = 2 * np.pi * period_phase(turn, times)[:, None]
             parts += [np.sin(phase), np.cos(phase)]
         joined = np.concatenate(parts, 1) if parts else np.zeros((len(row), 0))
         return np.nan_to_num(joined).astype(np.float32)
@@ -116,16 +118,16 @@ class Covariates:
         return cls([Covariate(**{**c, "values": tuple(c["values"])}) for c in saved["columns"]], saved["turns"])
 
 
-def turns_of(frequency: Frequency, steps: int) -> list[Any]:
+def choose_periods(frequency: Frequency, steps: int) -> list[Any]:
     """Return the calendar periods that are longer than a step and occur at least twice in `steps` steps."""
     if frequency.unit == "number":
         return []
     step = {"business": 1.4 * DAY, "month": 30 * DAY * frequency.size}.get(frequency.unit, frequency.size)
     days = {"month": 30 * DAY, "year": 365 * DAY}
-    return [turn for shorter, turn in TURNS if step < shorter and 2 * days.get(turn, turn) <= steps * step]
+    return [turn for shorter, turn in CALENDAR_PERIODS if step < shorter and 2 * days.get(turn, turn) <= steps * step]
 
 
-def share_of(turn: Any, times: np.ndarray) -> np.ndarray:
+def period_phase(turn: Any, times: np.ndarray) -> np.ndarray:
     """Return the position of each time within its hour, day, week (from Monday), month or year: 0 to 1."""
     if turn in ("month", "year"):
         begin = times.astype("M8[us]").astype("M8[M]" if turn == "month" else "M8[Y]")

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FILL = 255  # padding color; `fieldguide.data.media.images` also pads with white
-SEEN = 0.1  # minimum fraction of a box that must remain visible
-SMALLEST = 2.0  # minimum width and height of a clipped box in pixels
+FILL_COLOR = 255  # padding color; `fieldguide.data.media.images` also pads with white
+MIN_VISIBLE_FRACTION = 0.1  # minimum fraction of a box that must remain visible
+MIN_BOX_SIDE_PIXELS = 2.0  # minimum width and height of a clipped box in pixels
 
 Boxed = tuple[Tensor, Tensor, Tensor]  # images B C S S, boxes B N 4, labels B N
 
@@ -52,7 +52,7 @@ class Letterbox:
         return torch.minimum(boxes.clamp(min=0), self.size.repeat(1, 2)[:, None])
 
 
-def letterbox(picture: Tensor, side: int, fill: int = FILL) -> tuple[Tensor, Letterbox]:  # C H W -> C S S
+def letterbox(picture: Tensor, side: int, fill: int = FILL_COLOR) -> tuple[Tensor, Letterbox]:  # C H W -> C S S
     """Scale an in-memory image to fit a square, center it and fill the rest."""
     height, width = picture.shape[1:]
     box = Letterbox.of([width], [height], side)
@@ -65,7 +65,7 @@ def letterbox(picture: Tensor, side: int, fill: int = FILL) -> tuple[Tensor, Let
     return out, box
 
 
-def pad(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], most: int | None = None) -> tuple[Tensor, Tensor]:
+def pad_boxes(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], most: int | None = None) -> tuple[Tensor, Tensor]:
     """Pad the boxes and labels of several images to tensors, B N 4 and B N, with N at least 1."""
     count = max([1, *map(len, labels)]) if most is None else most
     out, names = torch.zeros(len(labels), count, 4), torch.full((len(labels), count), -1)
@@ -75,12 +75,12 @@ def pad(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], most: int | N
     return out, names
 
 
-def cut(boxes: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:  # B N 4, B N -> B N' 4, B N'
+def clip_boxes(boxes: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:  # B N 4, B N -> B N' 4, B N'
     """Clip boxes to the image, drop those that are hardly visible, and remove unneeded padding."""
     seen = boxes.clamp(0, side)
     size = seen[..., 2:] - seen[..., :2]
     before = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
-    stays = (labels >= 0) & (size.amin(-1) >= SMALLEST) & (size.prod(-1) >= SEEN * before)
+    stays = (labels >= 0) & (size.amin(-1) >= MIN_BOX_SIDE_PIXELS) & (size.prod(-1) >= MIN_VISIBLE_FRACTION * before)
     order = stays.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(stays.sum(1).max()))]
     stays = stays.gather(1, order)
     boxes = seen.gather(1, order[..., None].expand(-1, -1, 4)) * stays[..., None]
@@ -98,7 +98,9 @@ def flip(pictures: Tensor, boxes: Tensor, labels: Tensor, which: Tensor) -> Boxe
     )
 
 
-def warp(pictures: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, side: int, fill: int = FILL) -> Boxed:
+def warp(
+    pictures: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, side: int, fill: int = FILL_COLOR
+) -> Boxed:
     """Place images B C H W on squares of S = `side` pixels.
 
     Each image is scaled about its center by `scale` (B); its center is moved by `shift` (B 2: right, down, in pixels of
@@ -112,7 +114,7 @@ def warp(pictures: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: 
     places = torch.stack([x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], -1)
     out = F.grid_sample(pictures.float() - fill, places, mode="bilinear", padding_mode="zeros", align_corners=False) + fill
     moved = (boxes - size.repeat(2) / 2) * scale.view(-1, 1, 1) + middle.repeat(1, 2)[:, None]
-    return out, *cut(moved, labels, side)
+    return out, *clip_boxes(moved, labels, side)
 
 
 def mosaic(pictures: Tensor, boxes: Tensor, labels: Tensor) -> Boxed:
@@ -180,12 +182,12 @@ class Augment:
             fetched = [x.unflatten(0, (len(several), 4)) for x in fetch(chosen.ravel())]
             side = fetched[0].shape[-1]
             parts.append((several, warp(*mosaic(*fetched), scale[several], (shift + middle)[several] * side, side)))
-        pictures, boxes, labels = joined(parts)
+        pictures, boxes, labels = merge_batches(parts)
         pictures, boxes, labels = flip(pictures, boxes, labels, mirrored)
         return jitter(pictures, *colours), boxes, labels
 
 
-def joined(parts: Sequence[tuple[np.ndarray, Boxed]]) -> Boxed:
+def merge_batches(parts: Sequence[tuple[np.ndarray, Boxed]]) -> Boxed:
     """Concatenate batches with their positions in the whole batch, padded to the largest number of boxes."""
     order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts])))
     most = max(labels.shape[1] for _, (_, _, labels) in parts)

@@ -16,18 +16,18 @@ from fieldguide.data.media import images
 if TYPE_CHECKING:
     import torch
 
-SIDES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
-ENOUGH = 5000  # images used to estimate mean and standard deviation; more change only the third digit
+USUAL_SIDES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
+MAX_FIT_IMAGES = 5000  # images used to estimate mean and standard deviation; more change only the third digit
 
 
 def suggest_side(widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np.ndarray) -> int:
     """Return the largest usual side, 8 to 224 pixels, that at least half of the images reach."""
     median = float(np.median(np.minimum(np.asarray(widths), np.asarray(heights))))
-    return max((s for s in SIDES if s <= median), default=SIDES[0])
+    return max((s for s in USUAL_SIDES if s <= median), default=USUAL_SIDES[0])
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageTransform:
     """The conversion of images to tensors: S pixels per side, 1 or 3 channels, `mean` and `std` per channel (0 to 1)."""
 
     side: int
@@ -37,13 +37,13 @@ class Pictures:
     fit: images.Fit = "crop"
 
     @classmethod
-    def from_pixels(cls, pixels: torch.Tensor, fit: images.Fit = "crop") -> Pictures:
+    def from_pixels(cls, pixels: torch.Tensor, fit: images.Fit = "crop") -> ImageTransform:
         """Fit mean and standard deviation on training images as returned by `images.load`: uint8, N C S S."""
-        some = pixels[:: max(1, len(pixels) // ENOUGH)].double() / 255  # evenly spread
+        some = pixels[:: max(1, len(pixels) // MAX_FIT_IMAGES)].double() / 255  # evenly spread
         mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0)
         return cls(pixels.shape[-1], pixels.shape[1], tuple(mean.tolist()), tuple(max(s, 1e-3) for s in std.tolist()), fit)
 
-    def scaled(self, text: str) -> Pictures:
+    def scaled(self, text: str) -> ImageTransform:
         """Return a copy with mean and std parsed from "mean,mean,mean/std,std,std". Raises SettingsError if invalid."""
         try:
             mean, std = (tuple(float(number) for number in part.split(",")) for part in text.split("/"))
@@ -57,7 +57,7 @@ class Pictures:
             )
         return replace(self, mean=mean, std=std)
 
-    def resized(self, text: str) -> Resized:
+    def resized(self, text: str) -> ResizeTransform:
         """Return a copy that resizes as in "crop 0.875 bicubic" (see `Resized`). Raises SettingsError if invalid."""
         even = text.endswith(" even")
         try:
@@ -70,7 +70,7 @@ class Pictures:
                 f"task.resize={text!r} is not a valid resize method, such as: crop bicubic (center crop), "
                 "crop 0.875 bicubic (that fraction of the center), pad bilinear, stretch bicubic."
             )
-        return Resized(self.side, self.channels, self.mean, self.std, fit, round(self.side / part), name, even)
+        return ResizeTransform(self.side, self.channels, self.mean, self.std, fit, round(self.side / part), name, even)
 
     def load(self, paths: Sequence[str | Path]) -> torch.Tensor:
         """Load files as uint8, N C S S. Raises DataError naming those that cannot be read."""
@@ -84,7 +84,7 @@ class Pictures:
         std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
         return (pixels.float() / 255 - mean) / std
 
-    def remade(self, x: torch.Tensor, other: Pictures) -> torch.Tensor:
+    def remade(self, x: torch.Tensor, other: ImageTransform) -> torch.Tensor:
         """Convert images from `apply`, B C S S, to what `other.apply` would return, except for its resize filter."""
         import torch
         import torch.nn.functional as F
@@ -106,18 +106,18 @@ class Pictures:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> Pictures:
+    def from_json(cls, saved: dict[str, Any]) -> ImageTransform:
         """Restore from `to_json`."""
         values = (saved["side"], saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["fit"])
         return (
-            Resized(*values, saved["edge"], Image.Resampling(saved["filter"]), saved.get("even", False))
+            ResizeTransform(*values, saved["edge"], Image.Resampling(saved["filter"]), saved.get("even", False))
             if "edge" in saved
             else cls(*values)
         )
 
 
 @dataclass(frozen=True)
-class Resized(Pictures):
+class ResizeTransform(ImageTransform):
     """Image transform of published models with a Pillow filter: "crop" scales the shorter side to `edge`, "stretch" both
     sides, followed by a center crop; "pad" scales the longer side and pads with white."""
 

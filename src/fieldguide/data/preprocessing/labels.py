@@ -51,14 +51,14 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Standard:
+class Standardizer:
     """Standardization of a number so that training values have mean 0 and standard deviation 1."""
 
     mean: float
     std: float
 
     @classmethod
-    def fit(cls, values: pl.Series | np.ndarray) -> Standard:
+    def fit(cls, values: pl.Series | np.ndarray) -> Standardizer:
         """Fit on the finite values."""
         array = np.asarray(values, dtype=np.float64)
         array = array[np.isfinite(array)]
@@ -77,6 +77,6 @@ class Standard:
         return {"mean": self.mean, "std": self.std}
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> Standard:
+    def from_json(cls, saved: dict[str, Any]) -> Standardizer:
         """Restore from `to_json`."""
         return cls(saved["mean"], saved["std"])

@@ -12,19 +12,19 @@ import numpy as np
 from PIL import Image
 
 from fieldguide.data.media import images
-from fieldguide.data.media.masks import Drawing
+from fieldguide.data.media.masks import LazyMask
 
-STEP = 32  # canvas sizes are multiples of it, for models that downsample five times by 2
-
-
-Mask = str | Path | Drawing
+CANVAS_MULTIPLE = 32  # canvas sizes are multiples of it, for models that downsample five times by 2
 
 
-def codes(path: Mask) -> np.ndarray:
+Mask = str | Path | LazyMask
+
+
+def read_codes(path: Mask) -> np.ndarray:
     """Return the stored pixel values of a mask, int32 H W: gray values, palette indices, or r * 65536 + g * 256 + b."""
-    if isinstance(path, Drawing):
+    if isinstance(path, LazyMask):
         return path.codes()
-    with images.quiet(), Image.open(path) as image:
+    with images.suppress_warnings(), Image.open(path) as image:
         if image.mode in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N"):
             return np.asarray(image if image.mode != "1" else image.convert("L")).astype(np.int32)
         if image.mode in ("LA", "F"):
@@ -33,11 +33,11 @@ def codes(path: Mask) -> np.ndarray:
         return (colour[..., 0] << 16) | (colour[..., 1] << 8) | colour[..., 2]
 
 
-def values(paths: Sequence[str | Path]) -> list[np.ndarray]:
+def distinct_values(paths: Sequence[str | Path]) -> list[np.ndarray]:
     """Return the distinct values of each mask."""
 
     def one(path: str | Path) -> np.ndarray:
-        found = codes(path)
+        found = read_codes(path)
         return np.flatnonzero(np.bincount(found.ravel())) if found.min() >= 0 and found.max() < 65536 else np.unique(found)
 
     with ThreadPoolExecutor(images.THREADS) as pool:
@@ -70,11 +70,11 @@ class Canvas:
             with open(paths[i], "rb") as file, Image.open(file) as image:
                 if image.format == "JPEG" and min(image.size) >= 2 * max(height, width):
                     image.draft(None, (2 * width, 2 * height))
-                picture = images.plain(image, mode).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+                picture = images.convert_mode(image, mode).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
             array = np.asarray(picture)
             out[i, :, :height, :width] = array if array.ndim == 2 else array.transpose(2, 0, 1)
 
-        with images.quiet(), ThreadPoolExecutor(images.THREADS) as pool:
+        with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
             list(pool.map(one, range(len(paths))))
         return out
 
@@ -87,7 +87,7 @@ class Canvas:
         known = np.array(self.classes)[order]
 
         def one(i: int) -> None:
-            stored = codes(paths[i])
+            stored = read_codes(paths[i])
             place = np.minimum(np.searchsorted(known, stored), len(known) - 1)
             classes = np.where(known[place] == stored, order[place], -1).astype(np.int16)
             if not full:
@@ -105,7 +105,7 @@ class Canvas:
     def canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Return the height and width of a canvas that holds images of these sizes."""
         inner = np.array([self.inner(*s) for s in sizes]).max(0)
-        return tuple(int(-(-n // STEP) * STEP) for n in inner)
+        return tuple(int(-(-n // CANVAS_MULTIPLE) * CANVAS_MULTIPLE) for n in inner)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-compatible dictionary."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fieldguide.data.column_spec import ColumnSpec, plain
+from fieldguide.data.column_spec import ColumnSpec, normalize_name
 from fieldguide.data.dataset import Column, Data, Finding, Kind, Severity
 from fieldguide.data.validation import checks
 from fieldguide.data.validation.findings import places
@@ -24,17 +24,17 @@ ANSWERS = ("answers", "answer", "answer_text", "answers.text", "answer.text")
 STARTS = ("answer_start", "answers.answer_start", "answer.answer_start", "answer_offset")
 IDS = ("id", "qid", "question_id")
 IMPOSSIBLE = ("is_impossible", "impossible", "unanswerable")
-SAME = "same context"  # group column that keeps rows with equal contexts in the same split
-UNUSABLE = {"context", "question", "lost"}  # problems that make a row unusable
+CONTEXT_GROUP = "same context"  # group column that keeps rows with equal contexts in the same split
+UNUSABLE_PROBLEMS = {"context", "question", "lost"}  # problems that make a row unusable
 ANSWER = pl.List(pl.Struct({"text": pl.String, "start": pl.Int64}))
 
 
-def held(values: pl.Series) -> Kind:
+def answers_type(values: pl.Series) -> Kind:
     """Return the type of an answers column."""
     return "list" if values.dtype.is_nested() else "text"
 
 
-def spelt(names: tuple[str, ...], kind: Kind) -> dict[str, Kind]:
+def name_variants(names: tuple[str, ...], kind: Kind) -> dict[str, Kind]:
     """Map names in lower case, capitalized and upper case to a type."""
     return {form: kind for name in names for form in (name, name.capitalize(), name.upper())}
 
@@ -51,14 +51,14 @@ class Columns:
     impossible: str = ""
 
 
-def columns_of(data: Data, context: str | None = None, question: str | None = None) -> Columns | None:
+def find_columns(data: Data, context: str | None = None, question: str | None = None) -> Columns | None:
     """Find the columns by name; if there are two text columns with other names, the shorter one holds the questions.
 
     Returns None if context and question cannot be determined.
     """
     names = [c.name for c in data.columns.values() if c.name in data.rows.columns and c.role != "target"]
     texts = [c.name for c in data.columns.values() if c.kind == "text" and c.name in names]
-    first = lambda known, among: next((n for k in known for n in among if plain(n) == k or n == k), "")
+    first = lambda known, among: next((n for k in known for n in among if normalize_name(n) == k or n == k), "")
     question = question or first(QUESTIONS, names)
     context = context or first(CONTEXTS, [n for n in names if n != question])
     if len(texts) == 2 and not (question and context):
@@ -71,10 +71,10 @@ def columns_of(data: Data, context: str | None = None, question: str | None = No
     return Columns(context, question, target, first(STARTS, names), first(IDS, names), first(IMPOSSIBLE, names))
 
 
-def given(value: Any, start: Any) -> list[tuple[str, int | None]]:
+def parse_answers(value: Any, start: Any) -> list[tuple[str, int | None]]:
     """Return the answers in a cell of any layout as (text, first character or None)."""
     if isinstance(value, dict):  # {"text": ..., "answer_start": ...}, possibly lists
-        return given(value.get("text"), value.get("answer_start", value.get("start", start)))
+        return parse_answers(value.get("text"), value.get("answer_start", value.get("start", start)))
     if value is None:
         return []
     if not isinstance(value, list):
@@ -82,10 +82,10 @@ def given(value: Any, start: Any) -> list[tuple[str, int | None]]:
         return [(str(value), int(start) if isinstance(start, int | float) else None)]
     if not (isinstance(start, list) and len(start) == len(value)):
         start = [start if len(value) == 1 else None] * len(value)
-    return [pair for one, begin in zip(value, start) for pair in given(one, begin)]
+    return [pair for one, begin in zip(value, start) for pair in parse_answers(one, begin)]
 
 
-def occurrence(text: str, context: str, near: int | None) -> int:
+def find_occurrence(text: str, context: str, near: int | None) -> int:
     """Return the position of a text in a context, the closest to `near` if given, else the first; -1 if not found."""
     if near is None:
         return context.find(text)
@@ -95,7 +95,7 @@ def occurrence(text: str, context: str, near: int | None) -> int:
 
 
 @dataclass
-class Examined:
+class CheckedTable:
     """The result of checking a table: normalized answers, a mask of unusable rows, and findings."""
 
     answers: list[list[dict[str, Any]]]
@@ -103,7 +103,7 @@ class Examined:
     findings: list[Finding]
 
 
-def examined(data: Data, columns: Columns) -> Examined:
+def check_answers(data: Data, columns: Columns) -> CheckedTable:
     """Locate every row's answers in its context and collect findings."""
     rows = data.rows
     texts = [rows[name].fill_null("").to_list() for name in (columns.context, columns.question)]
@@ -120,13 +120,16 @@ def examined(data: Data, columns: Columns) -> Examined:
     )
     for row, (context, question, value, start, impossible) in enumerate(zip(*texts, values, starts, none)):
         seen["context"][row], seen["question"][row] = not context.strip(), not question.strip()
-        wanted, kept = [(t.strip(), s if s is None else s + len(t) - len(t.lstrip())) for t, s in given(value, start)], []
+        wanted, kept = (
+            [(t.strip(), s if s is None else s + len(t) - len(t.lstrip())) for t, s in parse_answers(value, start)],
+            [],
+        )
         wanted = [(text, at) for text, at in wanted if text]
         seen["both"][row] = bool(wanted and impossible)
         for text, at in [] if impossible else wanted:
-            place = at if at is not None and at >= 0 and context.startswith(text, at) else occurrence(text, context, at)
+            place = at if at is not None and at >= 0 and context.startswith(text, at) else find_occurrence(text, context, at)
             if place < 0 and len(context.lower()) == len(context):
-                place = occurrence(text.lower(), context.lower(), at)
+                place = find_occurrence(text.lower(), context.lower(), at)
             if place >= 0:
                 seen["moved"][row] |= at is not None and place != at
                 seen["many"][row] |= at is None and context.find(text, place + 1) >= 0
@@ -134,16 +137,18 @@ def examined(data: Data, columns: Columns) -> Examined:
         seen["lost"][row] = bool(wanted) and not kept and not impossible
         seen["silent"][row] = not wanted and not impossible and not columns.impossible
         answers.append(kept)
-    return Examined(answers, np.any([seen[key] for key in sorted(UNUSABLE)], axis=0), [*found(data, seen, columns)])
+    return CheckedTable(
+        answers, np.any([seen[key] for key in sorted(UNUSABLE_PROBLEMS)], axis=0), [*make_findings(data, seen, columns)]
+    )
 
 
-def found(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator[Finding]:
+def make_findings(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator[Finding]:
     """Yield the findings about the checked rows."""
     told = np.zeros(len(data), dtype=bool)
 
     def tell(key: str, check: str, what: str, remedy: str, severity: Severity = "warning") -> Iterator[Finding]:
         nonlocal told
-        rows, unusable = seen[key], key in UNUSABLE
+        rows, unusable = seen[key], key in UNUSABLE_PROBLEMS
         if rows.any():
             lost = int((rows & ~told).sum()) if unusable else 0
             told |= rows & unusable
@@ -197,19 +202,19 @@ def found(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator
 
 def check(data: Data) -> Iterator[Finding]:
     """Run the data checks for question answering."""
-    if columns := columns_of(data):
-        yield from examined(data, columns).findings
+    if columns := find_columns(data):
+        yield from check_answers(data, columns).findings
 
 
-WANTS = ColumnSpec(
+COLUMN_SPEC = ColumnSpec(
     "named",
     names=ANSWERS,
-    kinds={"target": held},
+    kinds={"target": answers_type},
     gaps=True,
     checks=(*checks.CHECKS, check),
     columns={
-        **spelt(CONTEXTS, "text"),
-        **spelt(QUESTIONS, "text"),
+        **name_variants(CONTEXTS, "text"),
+        **name_variants(QUESTIONS, "text"),
         "answer_start": "number",
         "answers.answer_start": "list",
         "answer.answer_start": "list",
@@ -217,17 +222,17 @@ WANTS = ColumnSpec(
 )
 
 
-def prepared(data: Data, columns: Columns) -> Data:
+def prepare(data: Data, columns: Columns) -> Data:
     """Return the table with normalized answers and without unusable rows; only context and question remain features."""
-    seen = examined(data, columns)
+    seen = check_answers(data, columns)
     codes = data.rows[columns.context].rank("dense").cast(pl.Int64)
     name = columns.answers or "answers"
-    rows = data.rows.with_columns(pl.Series(name, seen.answers, dtype=ANSWER), codes.alias(SAME))
+    rows = data.rows.with_columns(pl.Series(name, seen.answers, dtype=ANSWER), codes.alias(CONTEXT_GROUP))
     inputs = {columns.context, columns.question}
     kept = {c.name: c if c.name in inputs or c.role != "feature" else replace(c, role="ignored") for c in data.columns.values()}
     kept |= {
         name: Column(name, "list", "target", "answers located in the context"),
-        SAME: Column(SAME, "category", "group", "derived from the context"),
+        CONTEXT_GROUP: Column(CONTEXT_GROUP, "category", "group", "derived from the context"),
     }
     known = {f.check for f in data.findings}
     whole = replace(data, rows=rows, columns=kept, findings=data.findings + [f for f in seen.findings if f.check not in known])

@@ -18,13 +18,13 @@ from fieldguide.core.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-UNIGRAM, PAIRS = 1, 2  # model types
+UNIGRAM, BPE = 1, 2  # model types
 UNKNOWN, CONTROL, WHOLE, UNUSED, BYTE = 2, 3, 4, 5, 6  # piece types other than normal (1)
-BLANK = "▁"
+SPACE = "▁"
 
 
 @dataclass(frozen=True)
-class Pieces:
+class SentencePieceModel:
     """The content of a file: pieces as (text, score, type), the model type and the normalization settings."""
 
     pieces: list[tuple[str, float, int]]
@@ -36,7 +36,7 @@ class Pieces:
     squeezed: bool = True  # repeated spaces are merged, and leading and trailing ones removed
 
 
-def fields(data: bytes) -> Iterator[tuple[int, Any]]:
+def read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Yield (number, value) of the fields of a message; values are integers or bytes. Raises ValueError if truncated."""
     at = 0
 
@@ -67,21 +67,21 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
         at += size
 
 
-def parsed(file: Path) -> Pieces:
+def parse_file(file: Path) -> SentencePieceModel:
     """Parse a SentencePiece file. Raises DataError for other files, and for word and character models."""
     try:
         pieces, trainer, normal = [], {}, {}
-        for field, value in fields(file.read_bytes()):
+        for field, value in read_fields(file.read_bytes()):
             if field == 1:
-                piece = dict(fields(value))
+                piece = dict(read_fields(value))
                 pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0], piece.get(3, 1)))
             elif field in (2, 3):
-                (trainer if field == 2 else normal).update(fields(value))
+                (trainer if field == 2 else normal).update(read_fields(value))
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise DataError(f"{file} is damaged or not a SentencePiece file: {error}") from None
-    if not pieces or (model := trainer.get(3, UNIGRAM)) not in (UNIGRAM, PAIRS):
+    if not pieces or (model := trainer.get(3, UNIGRAM)) not in (UNIGRAM, BPE):
         raise DataError(f"{file} contains no SentencePiece pieces, or is a word or character model, which is not supported.")
-    return Pieces(
+    return SentencePieceModel(
         pieces,
         model,
         bool(trainer.get(35, 0)),
@@ -92,7 +92,7 @@ def parsed(file: Path) -> Pieces:
     )
 
 
-def made(file: Path, said: Pieces) -> Tokenizer:
+def build_tokenizer(file: Path, said: SentencePieceModel) -> Tokenizer:
     """Build the equivalent tokenizer. Control tokens are special; no tokens are added around texts.
 
     Raises DataError if whitespace is a suffix of words.
@@ -110,25 +110,25 @@ def made(file: Path, said: Pieces) -> Tokenizer:
             models.Unigram([(piece, score) for piece, score, _ in said.pieces], unk_id=unknown, byte_fallback=said.bytes_known)
         )
         scheme = "always" if said.begun else "never"
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(BLANK, prepend_scheme=scheme)
-        after = [decoders.Metaspace(BLANK, prepend_scheme=scheme)]
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)
+        after = [decoders.Metaspace(SPACE, prepend_scheme=scheme)]
     else:
-        steps += [normalizers.Prepend(BLANK)] if said.begun else []
-        steps.append(normalizers.Replace(" ", BLANK))
+        steps += [normalizers.Prepend(SPACE)] if said.begun else []
+        steps.append(normalizers.Replace(" ", SPACE))
         vocab = {piece: i for i, (piece, _, _) in enumerate(said.pieces)}
         tokenizer = Tokenizer(
             models.BPE(
                 vocab,
-                merges(said, vocab),
+                merge_pairs(said, vocab),
                 fuse_unk=True,
                 byte_fallback=said.bytes_known,
                 unk_token=None if unknown is None else said.pieces[unknown][0],
             )
         )
-        after = [decoders.Replace(BLANK, " ")]
+        after = [decoders.Replace(SPACE, " ")]
     if said.bytes_known:
         after += [decoders.ByteFallback(), decoders.Fuse()]
-    if said.model == PAIRS:
+    if said.model == BPE:
         after += [decoders.Fuse()] + ([decoders.Strip(" ", 1, 0)] if said.begun else [])
     tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(steps), decoders.Sequence(after)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece, _, kind in said.pieces if kind == WHOLE])
@@ -138,7 +138,7 @@ def made(file: Path, said: Pieces) -> Tokenizer:
     return tokenizer
 
 
-def merges(said: Pieces, vocab: dict[str, int]) -> list[tuple[str, str]]:
+def merge_pairs(said: SentencePieceModel, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """Return all pairs of pieces whose concatenation is a piece, best piece first; scores give the merge order."""
     plain = {piece for piece, _, kind in said.pieces if kind == 1}
     found = [

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from fieldguide.core.errors import SettingsError, nearest
-from fieldguide.data.preprocessing.tokenizer import Text
+from fieldguide.data.preprocessing.tokenizer import TextTokenizer
 
-CALLED = ("task.source_language", "task.target_language")  # names of the language settings
+LANGUAGE_SETTINGS = ("task.source_language", "task.target_language")  # names of the language settings
 
 
 @dataclass(frozen=True)
-class Frame:
+class SequenceMarkers:
     """The tokens around a source, the tokens that a target begins with, and the end token."""
 
     before: tuple[int, ...]
@@ -28,7 +28,7 @@ class Frame:
         return max(len(self.before) + len(self.after), len(self.said), 1)
 
 
-def framed(text: Text, options: Any, called: tuple[str, str] = CALLED) -> Frame:
+def resolve_markers(text: TextTokenizer, options: Any, called: tuple[str, str] = LANGUAGE_SETTINGS) -> SequenceMarkers:
     """Return the markers for a tokenizer. Tokenizers trained by fieldguide add nothing around a source.
 
     A given tokenizer adds the same tokens around sources and targets, and targets additionally begin with a common start
@@ -39,7 +39,7 @@ def framed(text: Text, options: Any, called: tuple[str, str] = CALLED) -> Frame:
     of the last two, for messages. Raises SettingsError if a language is required and missing, or unknown.
     """
     if not options.tokenizer:
-        return Frame((), (), (text.cls,), text.end)
+        return SequenceMarkers((), (), (text.cls,), text.end)
     seen = text.tokenizer.encode("a")
     special = np.flatnonzero(~np.array(seen.special_tokens_mask, dtype=bool))
     before = tuple(seen.ids[: special[0]]) if len(special) else ()
@@ -49,7 +49,7 @@ def framed(text: Text, options: Any, called: tuple[str, str] = CALLED) -> Frame:
         begin = options.begin
         if begin is None:
             begin = text.pad if text.cls == text.unknown else text.cls
-        return Frame(before, after, (begin, *before), text.end)
+        return SequenceMarkers(before, after, (begin, *before), text.end)
     known = (text.cls, text.sep, text.end, text.pad, text.unknown)
     begin = None if options.begin in known else options.begin  # a language token: mBART-25 fine-tuned to one language
     if options.target_language is None and begin is None:
@@ -58,14 +58,14 @@ def framed(text: Text, options: Any, called: tuple[str, str] = CALLED) -> Frame:
             f"{options.tokenizer} requires language tokens{example}. Set the target language by its token, such as "
             f"--set {called[1]}=de_DE or deu_Latn, and the source language with {called[0]}."
         )
-    source = named(text, options.source_language, called[0], options.tokenizer, languages)
-    target = named(text, options.target_language, called[1], options.tokenizer, [begin])
+    source = find_language_token(text, options.source_language, called[0], options.tokenizer, languages)
+    target = find_language_token(text, options.target_language, called[1], options.tokenizer, [begin])
     if options.begin is None or begin is not None:
-        return Frame((), (text.end, source), (target,), text.end)
-    return Frame((source,), (text.end,), (options.begin, target), text.end)
+        return SequenceMarkers((), (text.end, source), (target,), text.end)
+    return SequenceMarkers((source,), (text.end,), (options.begin, target), text.end)
 
 
-def named(text: Text, name: str | None, called: str, file: str, default: list[Any]) -> int:
+def find_language_token(text: TextTokenizer, name: str | None, called: str, file: str, default: list[Any]) -> int:
     """Return the id of a language token. Raises SettingsError if it does not exist."""
     if name is None and default:
         return default[0]

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-RATES = (8_000, 16_000)  # sample rates used by models, in Hz; speech has little energy above 8 kHz
+SAMPLE_RATES = (8_000, 16_000)  # sample rates used by models, in Hz; speech has little energy above 8 kHz
 HOPS = (0.010, 0.008, 0.005)
 # Minimum power per band. It is about the power that rounding to 16 bits causes in one bin, so that recordings with
 # digital silence, whose logarithm would be infinite, look like those without.
-FLOOR = 1e-8
+MIN_POWER = 1e-8
 
 
 def suggest_rate(rates: Sequence[int] | np.ndarray) -> int:
     """Return 8 kHz if at least half of the recordings have no higher rate (telephone), else 16 kHz."""
-    return max((r for r in RATES if r <= np.median(np.asarray(rates))), default=RATES[0])
+    return max((r for r in SAMPLE_RATES if r <= np.median(np.asarray(rates))), default=SAMPLE_RATES[0])
 
 
 def suggest_hop(seconds: np.ndarray, needed: np.ndarray, stride: int = 4) -> float:
@@ -43,7 +43,7 @@ def suggest_hop(seconds: np.ndarray, needed: np.ndarray, stride: int = 4) -> flo
     return HOPS[-1]
 
 
-def mono(wave: np.ndarray) -> np.ndarray:  # N | N C -> N
+def to_mono(wave: np.ndarray) -> np.ndarray:  # N | N C -> N
     """Return the mean of the channels (second axis, as in soundfile). Integer PCM is scaled to -1 to 1. Raises DataError
     for arrays with other than one or two axes."""
     if wave.dtype.kind == "u":  # 8-bit files: 128 is silence
@@ -69,7 +69,7 @@ def resample(waves: np.ndarray, rate: int, wanted: int) -> np.ndarray:  # ... N 
     return resample_poly(waves, wanted // shared, rate // shared, axis=-1).astype(waves.dtype, copy=False)
 
 
-def padded(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:  # each N -> B N, B
+def pad_waves(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:  # each N -> B N, B
     """Pad recordings with trailing zeros to one batch, and return their lengths in samples."""
     import torch
 
@@ -148,7 +148,7 @@ class LogMel:
         spectra = torch.fft.rfft(waves.unfold(-1, self.width, self.step) * hann, fft)
         filters = torch.from_numpy(mel_filters(self.rate, fft, self.bands, self.low, self.high or self.rate / 2))
         power = spectra.real.square() + spectra.imag.square()
-        return (power @ filters.to(waves.device)).clamp(min=FLOOR).log()
+        return (power @ filters.to(waves.device)).clamp(min=MIN_POWER).log()
 
     @classmethod
     def fit(cls, batches: Iterable[tuple[Tensor, Tensor]], **settings: Any) -> LogMel:
@@ -211,13 +211,13 @@ class SpecAugment:
         import torch
 
         rows, steps, bands = features.shape
-        hidden_bands = stripes(torch.full((rows,), bands), bands, self.band_masks, self.band_share, generator)
-        hidden_steps = stripes(frames.cpu(), steps, self.time_masks, self.time_share, generator)
+        hidden_bands = sample_stripes(torch.full((rows,), bands), bands, self.band_masks, self.band_share, generator)
+        hidden_steps = sample_stripes(frames.cpu(), steps, self.time_masks, self.time_share, generator)
         hidden = hidden_steps[:, :, None] | hidden_bands[:, None]
         return features.masked_fill(hidden.to(features.device), 0.0)
 
 
-def stripes(lengths: Tensor, size: int, count: int, share: float, generator: torch.Generator) -> Tensor:  # B -> B size
+def sample_stripes(lengths: Tensor, size: int, count: int, share: float, generator: torch.Generator) -> Tensor:  # B -> B size
     """Return a mask of `count` random stripes within the first `lengths` positions, each at most `share` of them wide."""
     import torch
 

@@ -17,11 +17,11 @@ from scipy.special import ndtri
 
 from fieldguide.data.dataset import Column
 
-QUANTILES = 1000
-EDGE = 1e-7  # minimum distance of probabilities from 0 and 1: limits values to about +-5.2
-MANY = 20  # with more distinct values than this, values seen once are coded as unseen,
-LIMIT = 10_000  # and only the most frequent are kept; the code for unseen values is therefore also trained
-DAY = 86_400_000_000  # microseconds
+MAX_QUANTILES = 1000
+MIN_PROBABILITY = 1e-7  # minimum distance of probabilities from 0 and 1: limits values to about +-5.2
+MAX_FULL_CATEGORIES = 20  # with more distinct values than this, values seen once are coded as unseen,
+MAX_CATEGORIES = 10_000  # and only the most frequent are kept; the code for unseen values is therefore also trained
+DAY_MICROSECONDS = 86_400_000_000  # microseconds
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,20 @@ class TablePreparer:
             name, values = column.name, rows[column.name]
             if column.kind in ("number", "date"):
                 parts = ["value"] if column.kind == "number" else ["time", "year-sin", "year-cos"]
-                if column.kind == "date" and np.nansum(hours(values)) > 0:
+                if column.kind == "date" and np.nansum(hour_of_day(values)) > 0:
                     parts += ["hour-sin", "hour-cos"]
                 for part in parts:
-                    raw = extract(values, part)
+                    raw = extract_part(values, part)
                     raw = raw[~np.isnan(raw)]
                     if raw.size and raw.min() < raw.max():
-                        knots = quantiles(raw) if part in ("value", "time") else ()
+                        knots = fit_quantiles(raw) if part in ("value", "time") else ()
                         numbers.append(Number(name, part, knots))
                 if column.kind == "date":
-                    categories += vocabulary(name, "weekday", codes_text(values, "weekday"))
+                    categories += fit_category(name, "weekday", category_text(values, "weekday"))
                 if 0 < values.null_count() < values.len():
                     categories.append(Category(name, "missing", ("no", "yes")))
             elif column.kind in ("category", "boolean"):
-                categories += vocabulary(name, "value", codes_text(values, "value"))
+                categories += fit_category(name, "value", category_text(values, "value"))
         return cls(numbers, categories)
 
     @property
@@ -96,10 +96,10 @@ class TablePreparer:
         codes = np.empty((rows.height, len(self.categories)), dtype=np.int64)
         self.unseen = {}
         for i, n in enumerate(self.numbers):
-            raw = extract(rows[n.column], n.part)
-            numbers[:, i] = np.nan_to_num(normal(raw, n.quantiles) if n.quantiles else raw)
+            raw = extract_part(rows[n.column], n.part)
+            numbers[:, i] = np.nan_to_num(to_normal(raw, n.quantiles) if n.quantiles else raw)
         for i, c in enumerate(self.categories):
-            text = codes_text(rows[c.column], c.part)
+            text = category_text(rows[c.column], c.part)
             index = {v: k for k, v in enumerate(c.values, 1)}
             code = text.replace_strict(index, default=0, return_dtype=pl.Int64)
             codes[:, i] = code.set(text.is_null(), c.size - 1 if c.missing else 0).to_numpy()
@@ -135,42 +135,42 @@ class TablePreparer:
         )
 
 
-def quantiles(values: np.ndarray) -> tuple[float, ...]:
+def fit_quantiles(values: np.ndarray) -> tuple[float, ...]:
     """Return quantiles of training values at equally spaced probabilities: one per 30 values, between 10 and 1000."""
-    count = max(10, min(values.size // 30, QUANTILES))
+    count = max(10, min(values.size // 30, MAX_QUANTILES))
     found = np.quantile(values, np.linspace(0, 1, count))
     return tuple(np.maximum.accumulate(found).tolist())  # rounding errors may break the order
 
 
-def normal(values: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:
+def to_normal(values: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:
     """Return standard normal scores. A value equal to several quantiles gets the mean of their probabilities, computed by
     interpolation from both sides."""
     at, p = np.array(knots), np.linspace(0, 1, len(knots))
     below, above = np.interp(values, at, p), -np.interp(-values, -at[::-1], -p[::-1])
-    return ndtri(np.clip((below + above) / 2, EDGE, 1 - EDGE))
+    return ndtri(np.clip((below + above) / 2, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
 
 
-def extract(values: pl.Series, part: str) -> np.ndarray:
+def extract_part(values: pl.Series, part: str) -> np.ndarray:
     """Return one number per value of a column, float64, NaN if missing."""
     if part == "value":
         return values.cast(pl.Float64).fill_null(np.nan).to_numpy()
     if part == "time":
-        return (values.cast(pl.Int64).cast(pl.Float64) / DAY).fill_null(np.nan).to_numpy()
+        return (values.cast(pl.Int64).cast(pl.Float64) / DAY_MICROSECONDS).fill_null(np.nan).to_numpy()
     turn = (
-        hours(values) / 24
+        hour_of_day(values) / 24
         if part.startswith("hour")
         else (values.dt.ordinal_day().cast(pl.Float64).fill_null(np.nan).to_numpy() - 1) / 365.25
     )
     return (np.sin if part.endswith("sin") else np.cos)(2 * np.pi * turn)
 
 
-def hours(values: pl.Series) -> np.ndarray:
+def hour_of_day(values: pl.Series) -> np.ndarray:
     """Return the hour of the day including fractions, NaN if the date is missing."""
-    within = (values.cast(pl.Int64) % DAY).cast(pl.Float64) / (DAY / 24)
+    within = (values.cast(pl.Int64) % DAY_MICROSECONDS).cast(pl.Float64) / (DAY_MICROSECONDS / 24)
     return within.fill_null(np.nan).to_numpy()
 
 
-def codes_text(values: pl.Series, part: str) -> pl.Series:
+def category_text(values: pl.Series, part: str) -> pl.Series:
     """Return the text of a part of a column's values, to be encoded as a category."""
     if part == "missing":
         return values.is_null().replace_strict({True: "yes", False: "no"}, return_dtype=pl.String)
@@ -179,12 +179,12 @@ def codes_text(values: pl.Series, part: str) -> pl.Series:
     return values.cast(pl.String)
 
 
-def vocabulary(column: str, part: str, text: pl.Series) -> list[Category]:
+def fit_category(column: str, part: str, text: pl.Series) -> list[Category]:
     """Return the category of a column in a list, or an empty list if all rows have the same value."""
     counts = text.drop_nulls().value_counts(sort=True)
     names, seen = counts.get_column(text.name).to_list(), counts["count"].to_list()
-    if len(names) > MANY:
-        names = [n for n, s in zip(names, seen) if s > 1][:LIMIT]
+    if len(names) > MAX_FULL_CATEGORIES:
+        names = [n for n, s in zip(names, seen) if s > 1][:MAX_CATEGORIES]
     missing = text.null_count() > 0
     if len(names) + missing + (len(names) < len(seen)) < 2:
         return []

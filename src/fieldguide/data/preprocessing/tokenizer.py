@@ -15,13 +15,13 @@ from fieldguide.data.preprocessing import tokenizer_files
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-END = "<|endoftext|>"  # separates texts in one row
-SPECIAL = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")  # indices 0 to 4
-ENOUGH = 20_000_000  # characters used for training; more text does not improve the tokenizer and takes minutes
-BLANKS = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
+END_OF_TEXT = "<|endoftext|>"  # separates texts in one row
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")  # indices 0 to 4
+MAX_TRAINING_CHARACTERS = 20_000_000  # characters used for training; more text does not improve the tokenizer and takes minutes
+WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
 
 
-class Text:
+class TextTokenizer:
     """A tokenizer that maps texts to token ids below `size`, padded with `pad`; an empty text is the token `unknown`."""
 
     def __init__(
@@ -50,13 +50,13 @@ class Text:
         self.sep = self.token(called("sep_token"), "<sep>", "[SEP]", called("eos_token"), "</s>", default=self.unknown)
         self.hidden = self.token(called("mask_token"), "<mask>", "[MASK]", default=self.unknown)
         self.end = self.token(
-            called("eos_token"), *ends[:1], END, "<eos>", "</s>", "<sep>", "[SEP]", "<|end_of_text|>", default=self.pad
+            called("eos_token"), *ends[:1], END_OF_TEXT, "<eos>", "</s>", "<sep>", "[SEP]", "<|end_of_text|>", default=self.pad
         )
         more = (self.token(token, default=self.end) for token in ends)
         self.ends = tuple(dict.fromkeys((self.end, *more)))
 
     @classmethod
-    def fit(cls, texts: Iterable[str], *, size: int | None = None, lower: bool = True) -> Text:
+    def fit(cls, texts: Iterable[str], *, size: int | None = None, lower: bool = True) -> TextTokenizer:
         """Train byte-level BPE on texts, at most 20 million characters sampled at regular intervals.
 
         `size` is the vocabulary size; by default it depends on the amount of text.
@@ -65,8 +65,8 @@ class Text:
 
         texts = list(texts)
         total = sum(map(len, texts))
-        if total > ENOUGH:
-            texts = texts[:: math.ceil(total / ENOUGH)]
+        if total > MAX_TRAINING_CHARACTERS:
+            texts = texts[:: math.ceil(total / MAX_TRAINING_CHARACTERS)]
         tokenizer = Tokenizer(models.BPE())
         steps = [normalizers.NFC(), *([normalizers.Lowercase()] if lower else [])]
         tokenizer.normalizer = normalizers.Sequence(steps)
@@ -74,18 +74,18 @@ class Text:
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=size or suggest_size(total),
-            special_tokens=list(SPECIAL),
+            special_tokens=list(SPECIAL_TOKENS),
             min_frequency=2,
             show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         )
-        tokenizer.train_from_iterator(batches(texts, 1000), trainer, length=len(texts))
+        tokenizer.train_from_iterator(split_chunks(texts, 1000), trainer, length=len(texts))
         return cls(tokenizer, lower=lower, learnt_on=len(texts))
 
     @classmethod
     def learn_exact(
-        cls, texts: Iterable[str], *, size: int | None = None, characters: bool = False, special: Sequence[str] = (END,)
-    ) -> Text:
+        cls, texts: Iterable[str], *, size: int | None = None, characters: bool = False, special: Sequence[str] = (END_OF_TEXT,)
+    ) -> TextTokenizer:
         """Train a lossless tokenizer: byte-level BPE, or with `characters` one token per character.
 
         Tokens in `special` are never produced by encoding text. With `characters`, characters that do not occur in the
@@ -97,13 +97,13 @@ class Text:
         total = sum(map(len, texts))
         if characters:
             found = sorted(set().union(*map(set, texts)) if texts else ())
-            tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *found])}, unk_token=END))
+            tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *found])}, unk_token=END_OF_TEXT))
             tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
             tokenizer.decoder = decoders.Fuse()
             tokenizer.add_special_tokens(list(special))
         else:
-            if total > ENOUGH:
-                texts = texts[:: math.ceil(total / ENOUGH)]
+            if total > MAX_TRAINING_CHARACTERS:
+                texts = texts[:: math.ceil(total / MAX_TRAINING_CHARACTERS)]
             tokenizer = Tokenizer(models.BPE())
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = decoders.ByteLevel()
@@ -114,7 +114,7 @@ class Text:
                 show_progress=False,
                 initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             )
-            tokenizer.train_from_iterator(batches(texts, 1000), trainer, length=len(texts))
+            tokenizer.train_from_iterator(split_chunks(texts, 1000), trainer, length=len(texts))
         return cls(tokenizer, learnt_on=len(texts))
 
     def exactly(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -123,7 +123,7 @@ class Text:
         self.tokenizer.encode_special_tokens = True
         return [
             np.array(e.ids, dtype=np.int64)
-            for some in batches(texts, 1000)
+            for some in split_chunks(texts, 1000)
             for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
         ]
 
@@ -134,10 +134,12 @@ class Text:
         """
         self.tokenizer.encode_special_tokens = True
         found = []
-        for some in batches(texts, 1000):
+        for some in split_chunks(texts, 1000):
             for text, e in zip(some, self.tokenizer.encode_batch(list(some), add_special_tokens=False)):
                 spans = np.array(e.offsets, dtype=np.int64).reshape(-1, 2)
-                letters = np.flatnonzero(~np.isin(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), BLANKS))
+                letters = np.flatnonzero(
+                    ~np.isin(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), WHITESPACE)
+                )
                 after = np.append(letters, len(text))[np.searchsorted(letters, spans[:, 0])]
                 spans[:, 0] = np.minimum(after, spans[:, 1])
                 found.append((np.array(e.ids, dtype=np.int64), spans))
@@ -154,7 +156,7 @@ class Text:
         before, self.tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens, False
         found = [
             (np.array(e.ids, dtype=np.int64), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
-            for some in batches(texts, 1000)
+            for some in split_chunks(texts, 1000)
             for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
         ]
         self.tokenizer.encode_special_tokens = before
@@ -183,7 +185,7 @@ class Text:
         `cls` puts the class token first, unless the tokenizer already does.
         """
         out, cut = [], 0
-        for some in batches(texts, 1000):
+        for some in split_chunks(texts, 1000):
             for encoding in self.tokenizer.encode_batch([t or "" for t in some]):
                 ids = encoding.ids or [self.unknown]
                 if cls and ids[0] != self.cls:
@@ -232,14 +234,14 @@ class Text:
         }
 
     @classmethod
-    def load(cls, path: str | Path) -> Text:
+    def load(cls, path: str | Path) -> TextTokenizer:
         """Load from a folder written by `save`, or from the tokenizer files of a published checkpoint.
 
         Any format in `tokenizer_files` is supported. Raises DataError if there is none.
         """
         path = Path(path)
         words = tokenizer_files.read(path)
-        saved = tokenizer_files.parsed(path / tokenizer_files.OURS)
+        saved = tokenizer_files.read_json(path / tokenizer_files.SETTINGS_FILE)
         return cls(
             words.tokenizer,
             lower=saved.get("lower", False),
@@ -260,6 +262,6 @@ def suggest_length(sizes: Sequence[int] | np.ndarray, most: int = 512) -> int:
     return int(min(most, max(8, 8 * math.ceil(np.quantile(np.asarray(sizes), 0.95) / 8))))
 
 
-def batches(texts: Sequence[str], size: int) -> Iterator[Any]:
+def split_chunks(texts: Sequence[str], size: int) -> Iterator[Any]:
     """Yield consecutive slices of `size` texts."""
     return (texts[i : i + size] for i in range(0, len(texts), size))

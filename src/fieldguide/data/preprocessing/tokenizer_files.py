@@ -20,12 +20,12 @@ from fieldguide.data.preprocessing import sentencepiece
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-OURS = "text.json"  # written next to tokenizer.json by `Text.save`
-CHAT = "chat_template.jinja"
+SETTINGS_FILE = "text.json"  # written next to tokenizer.json by `Text.save`
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
-class Words:
+class TokenizerFiles:
     """A tokenizer with its special tokens (bos_token, eos_token, pad_token, ... -> token), its chat template (Jinja), and
     all tokens that end an answer."""
 
@@ -35,18 +35,18 @@ class Words:
     ends: tuple[str, ...] = ()
 
 
-def read(place: Path) -> Words:
+def read(place: Path) -> TokenizerFiles:
     """Load from a folder, a tokenizer.json or a GGUF file. Raises DataError if there is no valid tokenizer."""
     if place.suffix == ".gguf" and place.is_file():
         from fieldguide.core.gguf import tokenizer
 
         made, special, template = tokenizer(place)
-        return Words(made, special, template, tuple(special[k] for k in ("eos_token",) if k in special))
+        return TokenizerFiles(made, special, template, tuple(special[k] for k in ("eos_token",) if k in special))
     folder = place if place.is_dir() else place.parent
-    said = said_beside(folder)
-    of = [(files, way) for files, way in FORMS if place.is_dir() or place.name in files]
+    said = read_config(folder)
+    of = [(files, way) for files, way in FORMATS if place.is_dir() or place.name in files]
     if place.is_file() and not of:  # a tokenizer.json with another name
-        made = from_json(place)
+        made = load_tokenizer_json(place)
     else:
         way = next((way for files, way in of if all((folder / name).is_file() for name in files)), None)
         if way is None or not place.exists():
@@ -55,13 +55,15 @@ def read(place: Path) -> Words:
                 "merges.txt; spiece.model, spm.model and tokenizer.model."
             )
         made = way(folder, said)
-    if (folder / OURS).is_file() and "special" in (ours := parsed(folder / OURS)):
-        return Words(made, ours["special"], ours.get("template"), tuple(ours.get("ends", ())))
-    ends = [said.get("eos_token"), *(made.id_to_token(i) for i in ended(folder))]
-    return Words(made, specials(said), templated(folder, said), tuple(dict.fromkeys(e for e in ends if e)))
+    if (folder / SETTINGS_FILE).is_file() and "special" in (ours := read_json(folder / SETTINGS_FILE)):
+        return TokenizerFiles(made, ours["special"], ours.get("template"), tuple(ours.get("ends", ())))
+    ends = [said.get("eos_token"), *(made.id_to_token(i) for i in read_eos_token_ids(folder))]
+    return TokenizerFiles(
+        made, special_tokens(said), read_chat_template(folder, said), tuple(dict.fromkeys(e for e in ends if e))
+    )
 
 
-def parsed(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Load a JSON object; return {} if the file does not exist. Raises DataError if it is damaged."""
     if not file.is_file():
         return {}
@@ -72,35 +74,35 @@ def parsed(file: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def plain(token: Any) -> Any:
+def token_text(token: Any) -> Any:
     """Return the text of a token that may be stored as a dictionary with its properties."""
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
-def said_beside(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """Return the tokenizer configuration of a folder; tokenizer_config.json has priority over special_tokens_map.json."""
-    both = {**parsed(folder / "special_tokens_map.json"), **parsed(folder / "tokenizer_config.json")}
-    return {key: plain(value) for key, value in both.items()}
+    both = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+    return {key: token_text(value) for key, value in both.items()}
 
 
-def specials(said: Mapping[str, Any]) -> dict[str, str]:
+def special_tokens(said: Mapping[str, Any]) -> dict[str, str]:
     """Return the special tokens in a tokenizer configuration."""
     return {key: token for key, token in said.items() if key.endswith("_token") and isinstance(token, str) and token}
 
 
-def ended(folder: Path) -> list[int]:
+def read_eos_token_ids(folder: Path) -> list[int]:
     """Return the ids of the tokens that end an answer, from the generation or model configuration."""
     for name in ("generation_config.json", "config.json"):
-        ids = parsed(folder / name).get("eos_token_id")
+        ids = read_json(folder / name).get("eos_token_id")
         if ids is not None:
             return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= 0]
     return []
 
 
-def templated(folder: Path, said: Mapping[str, Any]) -> str | None:
+def read_chat_template(folder: Path, said: Mapping[str, Any]) -> str | None:
     """Return the chat template, the default one if there are several, or None."""
-    if (folder / CHAT).is_file():
-        return (folder / CHAT).read_text(encoding="utf-8")
+    if (folder / CHAT_TEMPLATE_FILE).is_file():
+        return (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
     template = said.get("chat_template")
     if isinstance(template, list):
         named = {t["name"]: t["template"] for t in template}
@@ -111,7 +113,7 @@ def templated(folder: Path, said: Mapping[str, Any]) -> str | None:
 # Tokenizer formats: each function builds a tokenizer from a folder and its configuration.
 
 
-def from_json(file: Path) -> Tokenizer:
+def load_tokenizer_json(file: Path) -> Tokenizer:
     """Load a file of the tokenizers library. Raises DataError if it is invalid."""
     from tokenizers import Tokenizer
 
@@ -121,12 +123,12 @@ def from_json(file: Path) -> Tokenizer:
         raise DataError(f"{file}: not a file of the tokenizers library ({error}).") from error
 
 
-def kind_of(said: Mapping[str, Any]) -> str:
+def tokenizer_class(said: Mapping[str, Any]) -> str:
     """Return the tokenizer class (Bert, GPT2, ...) in a configuration, or ""."""
     return str(said.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
 
 
-WORDPIECE = {
+WORDPIECE_CLASSES = {
     "",
     "Bert",
     "DistilBert",
@@ -143,21 +145,21 @@ WORDPIECE = {
     "TokenizersBackend",
     "PreTrained",
 }
-BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+BERT_TOKENS = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
 
 
-def wordpiece(folder: Path, said: dict[str, Any]) -> Tokenizer:
+def build_wordpiece(folder: Path, said: dict[str, Any]) -> Tokenizer:
     """Build BERT's WordPiece tokenizer from vocab.txt (Devlin et al. 2019, arXiv:1810.04805; Wu et al. 2016).
 
     Raises DataError for other tokenizer classes and for a vocabulary without the unknown token.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if (kind := kind_of(said)) not in WORDPIECE or (folder / "bpe.codes").is_file():
+    if (kind := tokenizer_class(said)) not in WORDPIECE_CLASSES or (folder / "bpe.codes").is_file():
         raise DataError(f"{folder / 'vocab.txt'} belongs to a {kind or 'BPE'} tokenizer; only WordPiece (BERT) is supported.")
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     vocab = {token: i for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
-    settle(said, BERT)
+    set_default_tokens(said, BERT_TOKENS)
     if said["unk_token"] not in vocab:
         raise DataError(f"{folder / 'vocab.txt'} lacks the token {said['unk_token']} for unknown words.")
     made = Tokenizer(models.WordPiece(vocab, unk_token=said["unk_token"], max_input_chars_per_word=100))
@@ -168,13 +170,13 @@ def wordpiece(folder: Path, said: dict[str, Any]) -> Tokenizer:
         lowercase=said.get("do_lower_case", True),
     )
     made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(prefix="##")
-    added(made, folder, said)
-    around(made, said)
+    add_tokens(made, folder, said)
+    set_pair_template(made, said)
     return made
 
 
-ENDED = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
-ROBERTA = {
+GPT2_TOKENS = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
+ROBERTA_TOKENS = {
     "bos_token": "<s>",
     "eos_token": "</s>",
     "sep_token": "</s>",
@@ -184,17 +186,17 @@ ROBERTA = {
     "mask_token": "<mask>",
 }
 # Tokenizer class -> special tokens used if the configuration does not define them.
-PAIRS = {
-    "GPT2": ENDED,
-    "Roberta": ROBERTA,
-    "Bart": ROBERTA,
-    "Deberta": {**BERT, "bos_token": "[CLS]", "eos_token": "[SEP]"},
+BPE_CLASSES = {
+    "GPT2": GPT2_TOKENS,
+    "Roberta": ROBERTA_TOKENS,
+    "Bart": ROBERTA_TOKENS,
+    "Deberta": {**BERT_TOKENS, "bos_token": "[CLS]", "eos_token": "[SEP]"},
     "Qwen2": {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
 }
-PARTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def pairs(folder: Path, said: dict[str, Any]) -> Tokenizer:
+def build_byte_level_bpe(folder: Path, said: dict[str, Any]) -> Tokenizer:
     """Build the byte-level BPE tokenizer of GPT-2 (Radford et al. 2019, section 2.2) and models that adopted it.
 
     Raises DataError if the files are invalid or the tokenizer class is not supported.
@@ -205,7 +207,7 @@ def pairs(folder: Path, said: dict[str, Any]) -> Tokenizer:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(f"{folder / 'vocab.json'} and merges.txt cannot be read: {error}") from error
-    kind = kind_of(said) or next(
+    kind = tokenizer_class(said) or next(
         (
             kind
             for kind, needed in (("Roberta", ("<s>", "</s>")), ("Deberta", ("[CLS]", "[SEP]")), ("GPT2", ("<|endoftext|>",)))
@@ -213,49 +215,49 @@ def pairs(folder: Path, said: dict[str, Any]) -> Tokenizer:
         ),
         "",
     )
-    if kind not in PAIRS or any(second.endswith("</w>") for _, second in merges[:1000]):
+    if kind not in BPE_CLASSES or any(second.endswith("</w>") for _, second in merges[:1000]):
         raise DataError(
             f"{folder / 'vocab.json'} and merges.txt belong to a tokenizer of the class "
-            f"{kind or '(not specified)'}; supported are {', '.join(PAIRS)}."
+            f"{kind or '(not specified)'}; supported are {', '.join(BPE_CLASSES)}."
         )
-    settle(said, PAIRS[kind])
+    set_default_tokens(said, BPE_CLASSES[kind])
     made, prefix = Tokenizer(models.BPE(vocab, merges, fuse_unk=False)), bool(said.get("add_prefix_space"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoders.ByteLevel()
     if kind == "Qwen2":
         made.normalizer = normalizers.NFC()
         made.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(PARTED), "isolated"),
+                pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
             ]
         )
-    added(made, folder, said)
+    add_tokens(made, folder, said)
     if kind == "Deberta":
-        around(made, said)
-    elif PAIRS[kind] is ROBERTA:
-        sep, cls = ((said[name], known(made, folder, said[name])) for name in ("sep_token", "cls_token"))
+        set_pair_template(made, said)
+    elif BPE_CLASSES[kind] is ROBERTA_TOKENS:
+        sep, cls = ((said[name], find_token(made, folder, said[name])) for name in ("sep_token", "cls_token"))
         made.post_processor = processors.RobertaProcessing(sep, cls, True, prefix)
     elif said.get("add_bos_token"):
         begin = said["bos_token"]
         made.post_processor = processors.TemplateProcessing(
-            f"{begin} $A", f"{begin} $A {begin} $B", [(begin, known(made, folder, begin))]
+            f"{begin} $A", f"{begin} $A {begin} $B", [(begin, find_token(made, folder, begin))]
         )
     return made
 
 
-def settle(said: dict[str, Any], default: Mapping[str, str]) -> None:
+def set_default_tokens(said: dict[str, Any], default: Mapping[str, str]) -> None:
     """Fill in the default special tokens that the configuration does not define."""
     said.update({name: said.get(name) or token for name, token in default.items()})
 
 
-def known(made: Tokenizer, folder: Path, token: str) -> int:
+def find_token(made: Tokenizer, folder: Path, token: str) -> int:
     """Return the id of a special token. Raises DataError if the tokenizer lacks it."""
     if (found := made.token_to_id(token)) is None:
         raise DataError(f"{folder}: the tokenizer lacks the token {token}, which is added around texts.")
     return found
 
 
-def added(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
+def add_tokens(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
     """Add special tokens and the tokens that were later added to the vocabulary, with their original ids.
 
     The mask token of RoBERTa and BART includes the whitespace before it, as in the published tokenizers. Raises
@@ -263,9 +265,11 @@ def added(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
     """
     from tokenizers import AddedToken
 
-    later: dict[str, tuple[int, dict[str, Any]]] = {token: (i, {}) for token, i in parsed(folder / "added_tokens.json").items()}
+    later: dict[str, tuple[int, dict[str, Any]]] = {
+        token: (i, {}) for token, i in read_json(folder / "added_tokens.json").items()
+    }
     later |= {
-        plain(entry): (int(i), entry if isinstance(entry, dict) else {})
+        token_text(entry): (int(i), entry if isinstance(entry, dict) else {})
         for i, entry in (said.get("added_tokens_decoder") or {}).items()
     }
     for token, (place, how) in sorted(later.items(), key=lambda item: item[1][0]):
@@ -282,7 +286,7 @@ def added(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
                 f"{made.token_to_id(token)}. A file of the tokenizer is missing or belongs to another one."
             )
     byte_level = "ByteLevel" in str(made.decoder)
-    named = dict.fromkeys(token for name, token in specials(said).items() if token not in later)
+    named = dict.fromkeys(token for name, token in special_tokens(said).items() if token not in later)
     known_here = [token for token in named if made.token_to_id(token) is not None]
     made.add_special_tokens(
         [
@@ -292,7 +296,7 @@ def added(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
     )
 
 
-def around(made: Tokenizer, said: Mapping[str, Any]) -> None:
+def set_pair_template(made: Tokenizer, said: Mapping[str, Any]) -> None:
     """Set the template [CLS] A [SEP] B [SEP], with the second text in segment 1."""
     from tokenizers import processors
 
@@ -306,15 +310,15 @@ def around(made: Tokenizer, said: Mapping[str, Any]) -> None:
 
 
 # SentencePiece tokenizer class -> special tokens used if the configuration does not define them.
-LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-PIECES = {
+LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+SENTENCEPIECE_CLASSES = {
     "T5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-    "DebertaV2": {**BERT, "bos_token": "[CLS]", "eos_token": "[SEP]"},
-    "Llama": LLAMA,
-    "CodeLlama": LLAMA,
+    "DebertaV2": {**BERT_TOKENS, "bos_token": "[CLS]", "eos_token": "[SEP]"},
+    "Llama": LLAMA_TOKENS,
+    "CodeLlama": LLAMA_TOKENS,
     "Gemma": {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
 }
-FIRST = {
+FIRST_PIECES = {
     "T5": ("<pad>", "</s>", "<unk>"),
     "DebertaV2": ("[PAD]", "[CLS]", "[SEP]"),
     "Llama": ("<unk>", "<s>", "</s>"),
@@ -322,32 +326,32 @@ FIRST = {
 }  # tokenizer class -> first pieces, which identify the class if the configuration does not
 
 
-def pieces(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
+def build_sentencepiece(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
     """Build a SentencePiece tokenizer, with the extra tokens of T5 (sentinels) and DeBERTa ([MASK]).
 
     Raises DataError if the tokenizer class is not supported.
     """
     from tokenizers import AddedToken, processors
 
-    found = sentencepiece.parsed(folder / name)
+    found = sentencepiece.parse_file(folder / name)
     begun = tuple(piece for piece, _, _ in found.pieces[:3])
-    kind = kind_of(said) or next((kind for kind, first in FIRST.items() if first == begun), "")
-    if kind not in PIECES:
+    kind = tokenizer_class(said) or next((kind for kind, first in FIRST_PIECES.items() if first == begun), "")
+    if kind not in SENTENCEPIECE_CLASSES:
         raise DataError(
             f"{folder / name} belongs to a tokenizer of the class {kind or '(not specified)'}; "
-            f"supported are {', '.join(PIECES)}."
+            f"supported are {', '.join(SENTENCEPIECE_CLASSES)}."
         )
-    settle(said, PIECES[kind])
-    made = sentencepiece.made(folder / name, found)
+    set_default_tokens(said, SENTENCEPIECE_CLASSES[kind])
+    made = sentencepiece.build_tokenizer(folder / name, found)
     if kind == "T5":
         made.add_special_tokens(
             [AddedToken(f"<extra_id_{i}>", normalized=False) for i in reversed(range(said.get("extra_ids", 100)))]
         )
     if kind == "DebertaV2":
         made.add_special_tokens([AddedToken(said["mask_token"], normalized=False)])
-    added(made, folder, said)
+    add_tokens(made, folder, said)
     if kind == "DebertaV2":
-        around(made, said)
+        set_pair_template(made, said)
         return made
     before = [said["bos_token"]] if kind != "T5" and said.get("add_bos_token", True) else []
     after = [said["eos_token"]] if kind == "T5" or said.get("add_eos_token") else []
@@ -355,28 +359,28 @@ def pieces(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
     made.post_processor = processors.TemplateProcessing(
         around_one,
         [*around_one, *around_two],
-        [(token, known(made, folder, token)) for token in dict.fromkeys((*before, *after))],
+        [(token, find_token(made, folder, token)) for token in dict.fromkeys((*before, *after))],
     )
     return made
 
 
 # Required files -> function that builds a tokenizer from them, in order of priority.
-FORMS: tuple[tuple[Iterable[str], Callable[[Path, dict[str, Any]], Tokenizer]], ...] = (
-    (("tokenizer.json",), lambda folder, said: from_json(folder / "tokenizer.json")),
-    (("vocab.txt",), wordpiece),
-    (("vocab.json", "merges.txt"), pairs),
+FORMATS: tuple[tuple[Iterable[str], Callable[[Path, dict[str, Any]], Tokenizer]], ...] = (
+    (("tokenizer.json",), lambda folder, said: load_tokenizer_json(folder / "tokenizer.json")),
+    (("vocab.txt",), build_wordpiece),
+    (("vocab.json", "merges.txt"), build_byte_level_bpe),
     *(
-        ((name,), lambda folder, said, name=name: pieces(folder, said, name))
+        ((name,), lambda folder, said, name=name: build_sentencepiece(folder, said, name))
         for name in ("spiece.model", "spm.model", "tokenizer.model")
     ),
 )
 
 
-def whose(place: Path) -> tuple[Path | None, str]:
+def find_tokenizer(place: Path) -> tuple[Path | None, str]:
     """Return (`place`, "") if it holds a valid tokenizer, else (None, reason); the reason is "" if there are no files."""
     try:
         read(place)
     except FieldguideError as error:
-        there = place.is_file() or any((place / name).is_file() for files, _ in FORMS for name in files)
+        there = place.is_file() or any((place / name).is_file() for files, _ in FORMATS for name in files)
         return None, str(error) if there else ""
     return place, ""

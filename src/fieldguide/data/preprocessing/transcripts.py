@@ -34,7 +34,7 @@ class Transcripts:
 
         Raises DataError if all transcripts are empty.
         """
-        texts = [normal(text, lower) for text in texts]
+        texts = [normalize_text(text, lower) for text in texts]
         characters = sorted(set("".join(texts)))
         if not characters:
             raise DataError("all transcripts are empty: there is nothing to train on")
@@ -74,11 +74,11 @@ class Transcripts:
     def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], Counter[str]]:
         """Return the symbols of each text (int64) and the count of each character that did not occur in training; these
         are dropped, as the model cannot produce them."""
-        texts, unknown = [normal(text, self.lower) for text in texts], Counter()
+        texts, unknown = [normalize_text(text, self.lower) for text in texts], Counter()
         for i, text in enumerate(texts):
             if strange := [c for c in text if c not in self.alphabet]:
                 unknown.update(strange)
-                texts[i] = normal("".join(c for c in text if c in self.alphabet), self.lower)
+                texts[i] = normalize_text("".join(c for c in text if c in self.alphabet), self.lower)
         if self.saved:
             rows = [[i + 1 for i in encoding.ids] for encoding in self.tokenizer.encode_batch(texts)]
         else:
@@ -107,7 +107,7 @@ class Transcripts:
         return cls(saved["symbols"], lower=saved["lower"], tokenizer=saved["tokenizer"])
 
 
-def normal(text: str, lower: bool) -> str:
+def normalize_text(text: str, lower: bool) -> str:
     """Normalize a transcript as described in `Transcripts`. Metrics also compare texts in this form."""
     text = unicodedata.normalize("NFC", text or "")
     return " ".join(unicodedata.normalize("NFC", text.lower() if lower else text).split())

@@ -11,50 +11,50 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FileEntry, Finding
-from fieldguide.data.media.images import KNOWN
+from fieldguide.data.media.images import SUPPORTED_SUFFIXES
 from fieldguide.data.readers import delimited
-from fieldguide.data.readers.image_folder import places_of
-from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, visible
+from fieldguide.data.readers.image_folder import relative_paths
+from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path, sha256
 
 NAME = "captions"
 UNDERSTANDS = "images with captions: a folder with a .txt of the same name for each image, optionally below train, val and test"
-MOSTLY = 0.5  # minimum fraction of images with a text; some texts may be missing
-TRIED = 20  # texts that are inspected to decide whether a folder holds captions
+MIN_CAPTION_FRACTION = 0.5  # minimum fraction of images with a text; some texts may be missing
+MAX_INSPECTED_TEXTS = 20  # texts that are inspected to decide whether a folder holds captions
 NUMBERS = re.compile(r"[\d\s.,eE+-]*")
 
 
 def accepts(source: Any, options: Options) -> int:
     """Return the priority of this reader for the source, 0 if not supported."""
-    return 7 if isinstance(source, Path) and source.is_dir() and layout(source) else 0
+    return 7 if isinstance(source, Path) and source.is_dir() and find_layout(source) else 0
 
 
-def layout(source: Path) -> list[tuple[list[Path], dict[str, Path], str | None]]:
+def find_layout(source: Path) -> list[tuple[list[Path], dict[str, Path], str | None]]:
     """Return (images, texts by stem, split) of every part, or an empty list if the layout does not match."""
-    if own := part(source):
+    if own := find_part(source):
         return [(*own, None)]
     return [
-        (*found, SPLITS[p.name.lower()])
-        for p in visible(source)[0]
-        if p.is_dir() and p.name.lower() in SPLITS and (found := part(p))
+        (*found, SPLIT_NAMES[p.name.lower()])
+        for p in list_visible(source)[0]
+        if p.is_dir() and p.name.lower() in SPLIT_NAMES and (found := find_part(p))
     ]
 
 
-def part(folder: Path) -> tuple[list[Path], dict[str, Path]] | None:
+def find_part(folder: Path) -> tuple[list[Path], dict[str, Path]] | None:
     """Return the images and the texts by stem of one folder, or None if it does not hold captions."""
-    files = [p for p in visible(folder)[0] if p.is_file()]
-    pictures = [p for p in files if p.suffix.lower() in KNOWN]
+    files = [p for p in list_visible(folder)[0] if p.is_file()]
+    pictures = [p for p in files if p.suffix.lower() in SUPPORTED_SUFFIXES]
     stems = {p.stem for p in pictures}
     texts = {p.stem: p for p in files if p.suffix.lower() == ".txt"}
     both = [path for stem, path in texts.items() if stem in stems]
-    if not pictures or len(both) < MOSTLY * len(pictures):
+    if not pictures or len(both) < MIN_CAPTION_FRACTION * len(pictures):
         return None
     # Files with only numbers are bounding boxes written by annotation tools.
-    if all(NUMBERS.fullmatch(path.read_text(encoding="utf-8", errors="replace")) for path in both[:TRIED]):
+    if all(NUMBERS.fullmatch(path.read_text(encoding="utf-8", errors="replace")) for path in both[:MAX_INSPECTED_TEXTS]):
         return None
     return pictures, texts
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Pair images with captions by file name."""
     rows: list[tuple[str, str | None]] = []
     splits: list[str | None] = []
@@ -64,14 +64,14 @@ def load(source: Path, options: Options) -> Raw:
     lone: list[Path] = []
     unreadable: list[str] = []
     odd: list[str] = []
-    for pictures, texts, split in layout(source):
+    for pictures, texts, split in find_layout(source):
         used = set()
         for path in pictures:
             text = None
             if path.stem in texts:
                 used.add(path.stem)
                 file = texts[path.stem]
-                name, content = relative(file, source), file.read_bytes()
+                name, content = relative_path(file, source), file.read_bytes()
                 files.append(FileEntry(name, len(content), sha256(content), rows=0))
                 try:
                     decoded, more = delimited.decode(content, name) if content else (b"", [])
@@ -91,7 +91,7 @@ def load(source: Path, options: Options) -> Raw:
                 "no-caption",
                 "warning",
                 "images without a caption file",
-                places_of(bare, source),
+                relative_paths(bare, source),
                 len(bare),
                 "Add the caption or remove the image.",
                 len(bare),
@@ -103,7 +103,7 @@ def load(source: Path, options: Options) -> Raw:
                 "no-picture",
                 "warning",
                 "caption files without an image",
-                places_of(lone, source),
+                relative_paths(lone, source),
                 len(lone),
                 "Add the image or remove the caption.",
                 len(lone),
@@ -133,6 +133,6 @@ def load(source: Path, options: Options) -> Raw:
         )
     table = pl.DataFrame(rows, schema={"image": pl.String, "caption": pl.String}, orient="row")
     named = np.array(splits, dtype=object) if all(splits) and len(set(splits)) > 1 else None
-    return Raw(
+    return RawTable(
         table, files, source, findings, named, {"image": "image", "caption": "text"}, "caption", unusable=len(bare) + len(lone)
     )

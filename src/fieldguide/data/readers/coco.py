@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.media.boxes import Notes, Shot, box, entry, finite, raw
-from fieldguide.data.media.masks import run_lengths
-from fieldguide.data.source import Options, Raw, relative, split_of, visible
+from fieldguide.data.media.boxes import AnnotatedImage, FindingCollector, annotation_entry, build_raw, make_object, parse_finite
+from fieldguide.data.media.masks import decode_run_lengths
+from fieldguide.data.source import Options, RawTable, list_visible, relative_path, split_of
 
 NAME = "COCO"
 UNDERSTANDS = (
@@ -19,7 +19,7 @@ UNDERSTANDS = (
     "annotations, one for each of train, val and test or one for all, next to folders of images; or that file "
     "itself"
 )
-HEAD = 1 << 16  # bytes at both ends of a file that are searched for the format's keys
+HEAD_BYTES = 1 << 16  # bytes at both ends of a file that are searched for the format's keys
 KEYS = (b'"images"', b'"annotations"', b'"categories"', b'"bbox"')
 
 
@@ -28,60 +28,62 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
         return 0
     if source.is_file():
-        return 11 if source.suffix.lower() == ".json" and boxed(source) else 0
-    return 11 if documents(source) else 0
+        return 11 if source.suffix.lower() == ".json" and has_coco_keys(source) else 0
+    return 11 if find_documents(source) else 0
 
 
-def boxed(file: Path) -> bool:
+def has_coco_keys(file: Path) -> bool:
     """Return whether the start and end of a JSON file contain at least two of the format's keys."""
     with file.open("rb") as opened:
-        seen = opened.read(HEAD)
-        opened.seek(max(0, file.stat().st_size - HEAD))
-        seen += opened.read(HEAD)
+        seen = opened.read(HEAD_BYTES)
+        opened.seek(max(0, file.stat().st_size - HEAD_BYTES))
+        seen += opened.read(HEAD_BYTES)
     begins = seen.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
     return begins and sum(k in seen for k in KEYS) >= 2 and b'"caption"' not in seen
 
 
-def documents(root: Path) -> list[Path]:
+def find_documents(root: Path) -> list[Path]:
     """Return the JSON files in `annotations`, in the folder itself, or in its split folders; prefer `instances*`."""
-    folders = [p for p in visible(root)[0] if p.is_dir()]
+    folders = [p for p in list_visible(root)[0] if p.is_dir()]
     for places in ([p for p in folders if p.name.lower() == "annotations"], [root], [p for p in folders if split_of(p.name)]):
-        files = [f for p in places for f in visible(p)[0] if f.suffix.lower() == ".json" and f.is_file() and boxed(f)]
+        files = [
+            f for p in places for f in list_visible(p)[0] if f.suffix.lower() == ".json" and f.is_file() and has_coco_keys(f)
+        ]
         if files:
             return [f for f in files if f.name.lower().startswith("instances")] or files
     return []
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read a COCO folder or file. Raises DataError if the JSON is invalid or categories of several files conflict."""
-    files, shots, notes = [], [], Notes()
+    files, shots, notes = [], [], FindingCollector()
     if source.is_file():
         found = [source]
         root = source.parent.parent if source.parent.name.lower() == "annotations" else source.parent
     else:
-        found, root = documents(source), source
-    splits = [part_of(f, root) for f in found]
+        found, root = find_documents(source), source
+    splits = [document_split(f, root) for f in found]
     categories: dict[int, str] = {}
     for file, split in zip(found, splits):
         content = file.read_bytes()
-        files.append(entry(file, content, root))
-        document = parsed(file, content)
-        theirs = named(document, file)
+        files.append(annotation_entry(file, content, root))
+        document = parse_document(file, content)
+        theirs = read_categories(document, file)
         for number, name in theirs.items():
             if categories.setdefault(number, name) != name:
                 raise DataError(
                     f"{file}: category {number} is {name!r}, but {categories[number]!r} in another file. Export them together."
                 )
-        shots += pictures(document, file, root, split if len(found) > 1 else None, theirs, notes)
-    return raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in sorted(categories.items()))))
+        shots += read_images(document, file, root, split if len(found) > 1 else None, theirs, notes)
+    return build_raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in sorted(categories.items()))))
 
 
-def part_of(file: Path, root: Path) -> str | None:
+def document_split(file: Path, root: Path) -> str | None:
     """Return the split in the name of a file or its folder, or None."""
     return split_of(file.stem) or (split_of(file.parent.name) if file.parent != root else None)
 
 
-def parsed(file: Path, content: bytes) -> dict[str, Any]:
+def parse_document(file: Path, content: bytes) -> dict[str, Any]:
     """Parse the JSON. Raises DataError if it is invalid or lacks a required list."""
     try:
         document = json.loads(content.decode("utf-8-sig"))
@@ -100,7 +102,7 @@ def parsed(file: Path, content: bytes) -> dict[str, Any]:
     return document
 
 
-def named(document: dict[str, Any], file: Path) -> dict[int, str]:
+def read_categories(document: dict[str, Any], file: Path) -> dict[int, str]:
     """Return category id -> name. Raises DataError if entries are malformed or ids are duplicated."""
     try:
         names = [(int(c["id"]), str(c["name"])) for c in document["categories"]]
@@ -112,19 +114,19 @@ def named(document: dict[str, Any], file: Path) -> dict[int, str]:
     return dict(names)
 
 
-def pictures(
-    document: dict[str, Any], file: Path, root: Path, split: str | None, categories: dict[int, str], notes: Notes
-) -> list[Shot]:
+def read_images(
+    document: dict[str, Any], file: Path, root: Path, split: str | None, categories: dict[int, str], notes: FindingCollector
+) -> list[AnnotatedImage]:
     """Return the images of a document with their boxes. Raises DataError if an image lacks its id or file_name."""
-    where, shots, by_id = relative(file, root), [], {}
-    places = folders(document["images"], file, root)
+    where, shots, by_id = relative_path(file, root), [], {}
+    places = find_image_folders(document["images"], file, root)
     for number, image in enumerate(document["images"]):
-        if not isinstance(image, dict) or key(image.get("id")) is None or not isinstance(image.get("file_name"), str):
+        if not isinstance(image, dict) or as_id(image.get("id")) is None or not isinstance(image.get("file_name"), str):
             raise DataError(f"{file}: image {number} lacks id or file_name.")
         name = image["file_name"]
         path = next((p / n for p in places for n in (name, Path(name).name) if (p / n).is_file()), places[0] / name)
-        said = finite((image.get("width"), image.get("height")), 2)
-        shot = Shot(path, f"{where}: {name}", split, size=tuple(said) if said else None)
+        said = parse_finite((image.get("width"), image.get("height")), 2)
+        shot = AnnotatedImage(path, f"{where}: {name}", split, size=tuple(said) if said else None)
         shots.append(shot)
         if image["id"] in by_id:
             for one in (by_id[image["id"]], shot):
@@ -132,22 +134,22 @@ def pictures(
         by_id.setdefault(image["id"], shot)
     for number, annotation in enumerate(document["annotations"]):
         place = f"{where}: annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
-        shot = by_id.get(key(annotation.get("image_id"))) if isinstance(annotation, dict) else None
+        shot = by_id.get(as_id(annotation.get("image_id"))) if isinstance(annotation, dict) else None
         if shot is None:
             notes.note("unknown-picture", place)
             continue
-        parts, runs, whole = outline(annotation.get("segmentation"), shot.size)
-        values = finite(annotation["bbox"], 4) if isinstance(annotation.get("bbox"), list) else None
+        parts, runs, whole = parse_outline(annotation.get("segmentation"), shot.size)
+        values = parse_finite(annotation["bbox"], 4) if isinstance(annotation.get("bbox"), list) else None
         if annotation.get("bbox") is None and parts:  # some tools export only outlines
-            values = around(parts)
-        if key(annotation.get("category_id")) not in categories:
+            values = bounding_box(parts)
+        if as_id(annotation.get("category_id")) not in categories:
             notes.mark_invalid("unknown-category", f"{place} ({annotation.get('category_id')})", shot)
         elif values is None:
             notes.mark_invalid("malformed-box", place, shot)
         else:
             left, top, width, height = values
             shot.boxes.append(
-                box(
+                make_object(
                     categories[annotation["category_id"]],
                     left,
                     top,
@@ -164,38 +166,40 @@ def pictures(
     return shots
 
 
-def key(value: Any) -> int | str | None:
+def as_id(value: Any) -> int | str | None:
     """Return the value if it can be an id, else None."""
     return value if isinstance(value, int | str) else None
 
 
-def outline(segmentation: Any, size: tuple[float, float] | None) -> tuple[list[list[float]] | None, list[int] | None, bool]:
+def parse_outline(
+    segmentation: Any, size: tuple[float, float] | None
+) -> tuple[list[list[float]] | None, list[int] | None, bool]:
     """Return the polygons of an object, its run lengths for an image of (width, height), and whether the input is valid.
 
     None or an empty list is an object without an outline.
     """
     if isinstance(segmentation, dict):
-        runs, theirs = run_lengths(segmentation.get("counts")), segmentation.get("size")
-        fits = isinstance(theirs, list) and finite(theirs, 2) and runs and sum(runs) == theirs[0] * theirs[1]
+        runs, theirs = decode_run_lengths(segmentation.get("counts")), segmentation.get("size")
+        fits = isinstance(theirs, list) and parse_finite(theirs, 2) and runs and sum(runs) == theirs[0] * theirs[1]
         if fits and size and all(size):
             fits = (theirs[1], theirs[0]) == tuple(round(v) for v in size)
         return (None, runs, True) if fits else (None, None, False)
     if not isinstance(segmentation, list):
         return None, None, segmentation is None
-    parts = [finite(p, len(p)) if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 else None for p in segmentation]
+    parts = [parse_finite(p, len(p)) if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 else None for p in segmentation]
     return [p for p in parts if p] or None, None, all(parts)
 
 
-def around(parts: list[list[float]]) -> list[float]:
+def bounding_box(parts: list[list[float]]) -> list[float]:
     """Return left, top, width and height of the bounding box of all parts."""
     xs, ys = ([v for p in parts for v in p[i::2]] for i in (0, 1))
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
-def folders(listed: list[Any], file: Path, root: Path) -> list[Path]:
+def find_image_folders(listed: list[Any], file: Path, root: Path) -> list[Path]:
     """Return the folders that may contain the images, ordered by how many of the first 50 images they contain."""
     ending = file.stem.rpartition("_")[2]  # instances_train2017 -> train2017
-    names = [d for d in (ending, file.stem, part_of(file, root) or "") if d]
+    names = [d for d in (ending, file.stem, document_split(file, root) or "") if d]
     tries = [
         file.parent,
         root,

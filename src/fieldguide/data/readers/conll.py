@@ -11,25 +11,25 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry
 from fieldguide.data.readers import delimited
-from fieldguide.data.readers.lines import files_in
-from fieldguide.data.readers.table import join
-from fieldguide.data.source import Options, Raw, relative, sha256, split_of
+from fieldguide.data.readers.lines import list_files
+from fieldguide.data.readers.table import join_splits
+from fieldguide.data.source import Options, RawTable, relative_path, sha256, split_of
 
 NAME = "conll"
 UNDERSTANDS = "CoNLL columns (.conll, .iob, .bio, ...): word first and tag last on each line, blank lines between sentences"
 SUFFIXES = {".conll", ".iob", ".iob2", ".bio", ".bioes", ".iobes"}
-TAG = re.compile(r"O|[BIESLU]-\S+")
+TAG_PATTERN = re.compile(r"O|[BIESLU]-\S+")
 
 
 def accepts(source: Any, options: Options) -> int:
     """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
-    files = [source] if source.is_file() else files_in(source)
-    return 8 if files and all(p.suffix.lower() in SUFFIXES or columns(p) for p in files) else 0
+    files = [source] if source.is_file() else list_files(source)
+    return 8 if files and all(p.suffix.lower() in SUFFIXES or has_tag_columns(p) for p in files) else 0
 
 
-def columns(path: Path) -> bool:
+def has_tag_columns(path: Path) -> bool:
     """Return whether the first lines have equally many columns with tags in the last, and contain blank lines."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
@@ -42,25 +42,25 @@ def columns(path: Path) -> bool:
         and len(full) < len(lines)
         and len({len(line) for line in full}) == 1
         and len(full[0]) > 1
-        and all(TAG.fullmatch(line[-1]) for line in full)
+        and all(TAG_PATTERN.fullmatch(line[-1]) for line in full)
     )
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read one file or a folder with one file per split."""
     if source.is_file():
-        return one(source, source.parent)
-    parts = [(one(p, source), str(split_of(p.name))) for p in files_in(source)]
+        return load_file(source, source.parent)
+    parts = [(load_file(p, source), str(split_of(p.name))) for p in list_files(source)]
     if len({split for _, split in parts}) < len(parts):
         raise DataError(f"{source}: several files for one split: {', '.join(raw.files[0].path for raw, _ in parts)}.")
-    raw = join(parts, source)
+    raw = join_splits(parts, source)
     raw.kinds, raw.target = {"tokens": "list", "tags": "list"}, "tags"
     return raw
 
 
-def one(path: Path, root: Path) -> Raw:
+def load_file(path: Path, root: Path) -> RawTable:
     """Read one file with one row per sentence. Raises DataError for a line without a tag."""
-    name, content = relative(path, root), path.read_bytes()
+    name, content = relative_path(path, root), path.read_bytes()
     text, findings = delimited.decode(content, name)
     sentences: list[tuple[int, list[str], list[str]]] = []
     words: list[str] = []
@@ -85,7 +85,7 @@ def one(path: Path, root: Path) -> Raw:
     rows = pl.DataFrame(
         {"tokens": [s[1] for s in sentences], "tags": [s[2] for s in sentences], LINE: [s[0] for s in sentences]}
     ).with_columns(pl.lit(0, pl.Int32).alias(FILE))
-    return Raw(
+    return RawTable(
         rows,
         [FileEntry(name, len(content), sha256(content), rows=rows.height)],
         root,

@@ -11,11 +11,11 @@ from itertools import islice
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.column_types import MISSING, as_numbers, blank_missing
+from fieldguide.data.column_types import MISSING_MARKERS, as_numbers, blank_missing
 from fieldguide.data.dataset import BOOKKEEPING, LINE, Finding
 
 DELIMITERS = ",\t;|"
-CHUNK = 1 << 22
+CHUNK_BYTES = 1 << 22
 csv.field_size_limit(1 << 30)  # the default of 128 KiB rejects long texts
 
 
@@ -43,7 +43,7 @@ def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
             f"{name}:{line_at(raw, at)}: NUL byte at position {at}. The file "
             "is binary or damaged, or is UTF-16 without a byte order mark. Save it as UTF-8."
         )
-    at = first_not_utf8(raw)
+    at = find_invalid_utf8(raw)
     if at is None:
         return raw, []
     try:
@@ -67,11 +67,11 @@ def line_at(raw: bytes, at: int) -> int:
     return raw.count(b"\n", 0, at) + 1
 
 
-def first_not_utf8(raw: bytes) -> int | None:
+def find_invalid_utf8(raw: bytes) -> int | None:
     """Return the position of the first byte that is not UTF-8, or None. Works in chunks to avoid copying the content."""
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     while start < len(raw):
-        stop = start + CHUNK
+        stop = start + CHUNK_BYTES
         pending = len(decoder.getstate()[0])
         try:
             decoder.decode(raw[start:stop], final=stop >= len(raw))
@@ -81,7 +81,7 @@ def first_not_utf8(raw: bytes) -> int | None:
     return None
 
 
-def delimiter(raw: bytes) -> str:
+def detect_delimiter(raw: bytes) -> str:
     """Detect the delimiter: the one that gives the most consistent number of columns in the first lines."""
     text = raw[: 1 << 16].decode(errors="replace")
     if len(raw) > 1 << 16:
@@ -108,11 +108,11 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     if name.lower().endswith((".tsv", ".tab")):
         mark = "\t"
     else:
-        mark = delimiter(raw)
-    rows = cells(raw, name, mark)
+        mark = detect_delimiter(raw)
+    rows = read_cells(raw, name, mark)
     findings: list[Finding] = []
     lines = line_numbers(rows, raw)
-    width, empty = rows.width, blank(rows.get_columns())
+    width, empty = rows.width, find_blank_rows(rows.get_columns())
     # Built without expressions, which would rechunk and thereby copy the whole table.
     rows = pl.DataFrame([*rows.get_columns(), lines])
     if width > 1 and empty.any():
@@ -126,7 +126,7 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
         columns, rows = first, rows[1:]
         check_names(columns, name, int(rows[LINE][0]) - 1 if rows.height else 1)
     else:
-        columns = headerless(width, names, target)
+        columns = default_names(width, names, target)
         if header is None:
             findings.append(
                 Finding(
@@ -144,24 +144,24 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     return Table(rows, findings)
 
 
-def cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
+def read_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
     """Return all cells as text, empty ones as null. Input that polars rejects is parsed by `slow_cells`."""
     try:
         rows = pl.read_csv(raw, infer_schema=False, has_header=False, separator=mark)
     except pl.exceptions.PolarsError:
-        return slow_cells(raw, name, mark)
+        return read_cells_with_csv(raw, name, mark)
     # Polars silently pads short lines with nulls. They are detected by counting delimiters outside of cells: each line
     # must have one less than there are columns.
     quoted = b'"' in raw
     inside = sum(rows[c].str.count_matches(mark, literal=True).sum() for c in rows.columns) if quoted else 0
     marks = raw.count(mark.encode()) - inside
     each = rows.width - 1
-    if marks != each * rows.height and marks != each * (rows.height - int(blank(rows.get_columns()).sum())):
-        return slow_cells(raw, name, mark)
+    if marks != each * rows.height and marks != each * (rows.height - int(find_blank_rows(rows.get_columns()).sum())):
+        return read_cells_with_csv(raw, name, mark)
     return rows
 
 
-def blank(columns: list[pl.Series]) -> pl.Series:
+def find_blank_rows(columns: list[pl.Series]) -> pl.Series:
     """Return which rows have no values. Works column by column, since one expression over all would copy the table."""
     empty = pl.repeat(True, columns[0].len(), eager=True)
     for column in columns:
@@ -171,13 +171,13 @@ def blank(columns: list[pl.Series]) -> pl.Series:
     return empty
 
 
-def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
+def read_cells_with_csv(raw: bytes, name: str, mark: str) -> pl.DataFrame:
     """Parse the table with Python's csv module. Raises DataError listing the malformed lines.
 
     In tab-separated files quotation marks usually are direct speech: if they do not form valid quoted cells, they are
     taken literally.
     """
-    if mark == "\t" and (spoken := unquoted(raw)) is not None:
+    if mark == "\t" and (spoken := read_unquoted(raw)) is not None:
         return spoken
     reader = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=mark, strict=True)
     width, out, wrong, line = 0, [], [], 0
@@ -208,7 +208,7 @@ def slow_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
     return pl.DataFrame(out, schema={f"c{i}": pl.String for i in range(width)}, orient="row")
 
 
-def unquoted(raw: bytes) -> pl.DataFrame | None:
+def read_unquoted(raw: bytes) -> pl.DataFrame | None:
     """Parse tab-separated text with literal quotation marks, such as `"Well," he said.`.
 
     Returns None if the quotation marks are valid csv quoting, or if lines differ in width.
@@ -253,7 +253,7 @@ def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> 
         text = blank_missing(body[column])
         present = text.drop_nulls()
         if present.len() and as_numbers(text).drop_nulls().len() >= 0.9 * present.len():
-            votes.append(is_number(value) or value.lower() in MISSING[1:])
+            votes.append(is_number(value) or value.lower() in MISSING_MARKERS[1:])
     if votes:
         return not all(votes)
     if any(v in set(body[c].str.strip_chars().drop_nulls()) for v, c in zip(first, body.columns)):
@@ -263,7 +263,7 @@ def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> 
     )
 
 
-def headerless(width: int, names: tuple[str, ...], target: str | None) -> list[str]:
+def default_names(width: int, names: tuple[str, ...], target: str | None) -> list[str]:
     """Return names for columns without a header: those of the schema if their number matches, else c0, c1, ..."""
     for known in (list(names), [n for n in names if n != target]):
         if len(known) == width:

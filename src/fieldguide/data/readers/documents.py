@@ -11,7 +11,7 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
 from fieldguide.data.readers import delimited
-from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
+from fieldguide.data.source import Options, RawTable, list_visible, relative_path, sha256, split_of
 
 NAME = "documents"
 UNDERSTANDS = "plain texts: a .txt or .md file, or a folder of them; files named train, val and test define the splits"
@@ -22,21 +22,21 @@ def accepts(source: Any, options: Options) -> int:
     """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
-    return 2 if (source.suffix.lower() in SUFFIXES if source.is_file() else files_in(source)) else 0
+    return 2 if (source.suffix.lower() in SUFFIXES if source.is_file() else list_files(source)) else 0
 
 
-def files_in(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """Return the text files in a folder."""
-    return [p for p in visible(folder)[0] if p.is_file() and p.suffix.lower() in SUFFIXES]
+    return [p for p in list_visible(folder)[0] if p.is_file() and p.suffix.lower() in SUFFIXES]
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read one text file or a folder of them. Raises DataError if none can be used."""
     root = source if source.is_dir() else source.parent
-    paths = files_in(source) if source.is_dir() else [source]
+    paths = list_files(source) if source.is_dir() else [source]
     texts, files, findings, kept, unusable = [], [], [], [], 0
     for path in paths:
-        name, content = relative(path, root), path.read_bytes()
+        name, content = relative_path(path, root), path.read_bytes()
         try:
             decoded, found = delimited.decode(content, name)
             text, problem = decoded.decode(), None if content.strip() else "the file is empty"
@@ -68,4 +68,4 @@ def load(source: Path, options: Options) -> Raw:
     )
     named = [split_of(p.name) for p in kept]
     splits = np.array(named, dtype=object) if len(kept) > 1 and all(named) and len(set(named)) == len(named) else None
-    return Raw(rows, files, root, findings, splits, {"text": "text"}, unusable=unusable)
+    return RawTable(rows, files, root, findings, splits, {"text": "text"}, unusable=unusable)

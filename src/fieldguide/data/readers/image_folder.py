@@ -12,8 +12,8 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import Finding
-from fieldguide.data.media.images import KNOWN
-from fieldguide.data.source import IGNORED, SPLITS, Options, Raw, relative, visible
+from fieldguide.data.media.images import SUPPORTED_SUFFIXES
+from fieldguide.data.source import IGNORED_NAMES, SPLIT_NAMES, Options, RawTable, list_visible, relative_path
 
 NAME = "images"
 UNDERSTANDS = (
@@ -21,7 +21,7 @@ UNDERSTANDS = (
     "test; for prediction, also a folder of images or one image"
 )
 
-THINGS = {"image": "images", "text": "texts", "video": "videos"}
+MEDIA_NOUNS = {"image": "images", "text": "texts", "video": "videos"}
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -29,37 +29,37 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
         return 0
     if source.is_file():
-        return 10 if source.suffix.lower() in KNOWN else 0
-    return 6 if has_pictures(source) else 0
+        return 10 if source.suffix.lower() in SUPPORTED_SUFFIXES else 0
+    return 6 if has_images(source) else 0
 
 
-def has_pictures(folder: Path) -> bool:
+def has_images(folder: Path) -> bool:
     """Return whether there is an image anywhere below a folder."""
     for _, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not hidden(f)]
-        if any(os.path.splitext(f)[1].lower() in KNOWN and not hidden(f) for f in files):
+        folders[:] = [f for f in folders if not is_hidden(f)]
+        if any(os.path.splitext(f)[1].lower() in SUPPORTED_SUFFIXES and not is_hidden(f) for f in files):
             return True
     return False
 
 
-def hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Return whether a file or folder name is hidden or created by an operating system."""
-    return name.startswith(".") or name.lower() in IGNORED
+    return name.startswith(".") or name.lower() in IGNORED_NAMES
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read one image or a folder of them."""
     if source.is_file():
-        return table([(source, None, None)], source.parent, [], options)
-    return load_classes(source, options, KNOWN)
+        return build_table([(source, None, None)], source.parent, [], options)
+    return load_classes(source, options, SUPPORTED_SUFFIXES)
 
 
-def load_classes(source: Path, options: Options, suffixes: frozenset[str], media: str = "image") -> Raw:
+def load_classes(source: Path, options: Options, suffixes: frozenset[str], media: str = "image") -> RawTable:
     """Read files below class folders as rows of (file, label). Shared by the readers of images, videos and texts."""
-    walk = Walk(source)
-    tops, _ = visible(source)
+    walk = FolderWalk(source)
+    tops, _ = list_visible(source)
     folders = [p for p in tops if p.is_dir() and not p.is_symlink()]
-    splits = {p: SPLITS[p.name.lower()] for p in folders if p.name.lower() in SPLITS}
+    splits = {p: SPLIT_NAMES[p.name.lower()] for p in folders if p.name.lower() in SPLIT_NAMES}
     if folders and len(splits) == len(folders):
         if len(set(splits.values())) < len(splits):
             raise DataError(f"{source}: several folders for one split: {', '.join(p.name for p in splits)}.")
@@ -75,17 +75,17 @@ def load_classes(source: Path, options: Options, suffixes: frozenset[str], media
                 files = walk.files(entry)
                 found += [(f, entry.name, split) for f in files]
                 if not any(f.suffix.lower() in suffixes for f in files):
-                    empty.setdefault(entry.name, []).append(relative(entry, source))
+                    empty.setdefault(entry.name, []).append(relative_path(entry, source))
             elif entry.suffix.lower() in suffixes:
                 found.append((entry, None, split))
             else:
                 stray.append(entry)
     if layout[0][0] != source:
         stray += [p for p in walk.entries(source) if p.is_file()]
-    return table(found, source, findings_of(walk, source, found, stray, empty, media), options, media)
+    return build_table(found, source, folder_findings(walk, source, found, stray, empty, media), options, media)
 
 
-class Walk:
+class FolderWalk:
     """Walks a folder without following links out of it, and counts skipped entries."""
 
     def __init__(self, root: Path) -> None:
@@ -94,7 +94,7 @@ class Walk:
 
     def entries(self, folder: Path) -> list[Path]:
         """Return the entries of a folder, without hidden ones and links out of the root."""
-        kept, left = visible(folder)
+        kept, left = list_visible(folder)
         if folder not in self.seen:
             self.hidden += left
         inside = []
@@ -115,12 +115,12 @@ class Walk:
         return out
 
 
-def findings_of(
-    walk: Walk, root: Path, found: list, stray: list[Path], empty: dict[str, list[str]], media: str
+def folder_findings(
+    walk: FolderWalk, root: Path, found: list, stray: list[Path], empty: dict[str, list[str]], media: str
 ) -> list[Finding]:
     """Return the findings about empty class folders, links, and ignored files."""
     findings = []
-    thing = THINGS[media]
+    thing = MEDIA_NOUNS[media]
     filled = Counter(label for _, label, _ in found)
     for name, places in empty.items():
         elsewhere = filled[name] > 0
@@ -140,7 +140,7 @@ def findings_of(
                 "link-outside",
                 "warning",
                 "links that are broken or lead out of the folder; they are not followed",
-                places_of(walk.links, root),
+                relative_paths(walk.links, root),
                 len(walk.links),
                 "Copy the files into the folder.",
                 len(walk.links),
@@ -152,7 +152,7 @@ def findings_of(
                 "other-files",
                 "note",
                 f"files ignored: not {thing} and not in a class folder",
-                places_of(stray, root),
+                relative_paths(stray, root),
                 len(stray),
             )
         )
@@ -163,21 +163,21 @@ def findings_of(
     return findings
 
 
-def places_of(paths: list[Path], root: Path) -> tuple[str, ...]:
+def relative_paths(paths: list[Path], root: Path) -> tuple[str, ...]:
     """Return the first five paths relative to the root, for messages."""
-    return tuple(relative(p, root) for p in paths[:5])
+    return tuple(relative_path(p, root) for p in paths[:5])
 
 
-def table(
+def build_table(
     found: list[tuple[Path, str | None, str | None]],
     root: Path,
     findings: list[Finding],
     options: Options,
     media: str = "image",
-) -> Raw:
+) -> RawTable:
     """Build the raw table of files with their labels and splits. Raises DataError if there are no files."""
     labels = [label for _, label, _ in found]
-    thing = THINGS[media]
+    thing = MEDIA_NOUNS[media]
     if not found:
         raise DataError(f"{root}: no {thing} found." + "".join(f"\n  - {f}" for f in findings))
     orphans = [p for p, label, _ in found if label is None]
@@ -188,7 +188,7 @@ def table(
                 "no-class",
                 "warning",
                 f"{thing} outside of class folders",
-                places_of(orphans, root),
+                relative_paths(orphans, root),
                 len(orphans),
                 "Move them into a class folder.",
                 len(orphans),
@@ -202,4 +202,4 @@ def table(
     if not any(labels) and not options.labels_optional and not options.names:
         rows = rows.drop("label")
     splits = np.array([s for _, _, s in found], dtype=object) if any(s for _, _, s in found) else None
-    return Raw(rows, [], root, findings, splits, {media: media}, "label", unusable=sum(f.unusable for f in findings))
+    return RawTable(rows, [], root, findings, splits, {media: media}, "label", unusable=sum(f.unusable for f in findings))

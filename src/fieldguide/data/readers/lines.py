@@ -10,31 +10,31 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
 from fieldguide.data.readers import delimited
-from fieldguide.data.readers.table import join
-from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
+from fieldguide.data.readers.table import join_splits
+from fieldguide.data.source import Options, RawTable, list_visible, relative_path, sha256, split_of
 
 NAME = "lines"
 UNDERSTANDS = "labeled lines: a text file (.txt, .train, ...) with `class text` on every line"
-OTHER = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".zip", ".gz", ".py", ".md", ".html", ".xml")
+OTHER_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".zip", ".gz", ".py", ".md", ".html", ".xml")
 
 
 def accepts(source: Any, options: Options) -> int:
     """Return the priority of this reader for the source, 0 if not supported."""
     if not isinstance(source, Path):
         return 0
-    files = [source] if source.is_file() else files_in(source)
-    return 4 if files and all(labelled(p) for p in files) else 0
+    files = [source] if source.is_file() else list_files(source)
+    return 4 if files and all(is_labeled(p) for p in files) else 0
 
 
-def files_in(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """Return the files of a folder if all are named after splits, else an empty list."""
-    found = visible(folder)[0]
+    found = list_visible(folder)[0]
     return found if found and all(p.is_file() and split_of(p.name) for p in found) else []
 
 
-def labelled(path: Path) -> bool:
+def is_labeled(path: Path) -> bool:
     """Return whether the first lines start with few distinct words, each followed by more text."""
-    if path.suffix.lower() in OTHER or path.stat().st_size == 0:
+    if path.suffix.lower() in OTHER_SUFFIXES or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:
         head = file.read(1 << 16)
@@ -45,21 +45,21 @@ def labelled(path: Path) -> bool:
     return len(lines) >= 4 and all(len(l) == 2 for l in lines) and 2 <= len(firsts) <= max(2, len(lines) // 4)
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read one file or a folder with one file per split."""
     if source.is_file():
-        return one(source, source.parent)
-    parts = [(one(p, source), str(split_of(p.name))) for p in files_in(source)]
+        return load_file(source, source.parent)
+    parts = [(load_file(p, source), str(split_of(p.name))) for p in list_files(source)]
     if len({s for _, s in parts}) < len(parts):
         raise DataError(f"{source}: several files for one split: {', '.join(r.files[0].path for r, _ in parts)}.")
-    raw = join(parts, source)
+    raw = join_splits(parts, source)
     raw.kinds, raw.target = {"text": "text"}, "label"
     return raw
 
 
-def one(path: Path, root: Path) -> Raw:
+def load_file(path: Path, root: Path) -> RawTable:
     """Read one file of labeled lines."""
-    name = relative(path, root)
+    name = relative_path(path, root)
     content = path.read_bytes()
     text, findings = delimited.decode(content, name)
     lines = pl.Series("line", text.decode().split("\n")).str.strip_chars()
@@ -80,7 +80,7 @@ def one(path: Path, root: Path) -> Raw:
             )
         )
     rows = rows.select("text", "label", pl.lit(0, pl.Int32).alias(FILE), LINE)
-    return Raw(
+    return RawTable(
         rows,
         [FileEntry(name, len(content), sha256(content), rows=rows.height)],
         root,

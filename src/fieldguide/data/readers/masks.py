@@ -11,8 +11,8 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import Finding
-from fieldguide.data.media.images import KNOWN
-from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
+from fieldguide.data.media.images import SUPPORTED_SUFFIXES
+from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path
 
 NAME = "masks"
 UNDERSTANDS = (
@@ -26,34 +26,34 @@ ENDINGS = ("", "_mask", "-mask", "_l", "_label", "_labels", "_gt", "_seg", "_lab
 
 def accepts(source: Any, options: Options) -> int:
     """Return the priority of this reader for the source, 0 if not supported."""
-    return 9 if isinstance(source, Path) and source.is_dir() and layout(source) else 0
+    return 9 if isinstance(source, Path) and source.is_dir() and find_layout(source) else 0
 
 
-def layout(source: Path) -> list[tuple[Path, Path, str | None]]:
+def find_layout(source: Path) -> list[tuple[Path, Path, str | None]]:
     """Return (images, masks, split) of every part, or an empty list if the layout does not match."""
-    if own := pair(source):
+    if own := find_folders(source):
         return [(*own, None)]
-    parts = [(p, SPLITS[p.name.lower()]) for p in visible(source)[0] if p.is_dir() and p.name.lower() in SPLITS]
-    return [(*found, split) for p, split in parts if (found := pair(p))]
+    parts = [(p, SPLIT_NAMES[p.name.lower()]) for p in list_visible(source)[0] if p.is_dir() and p.name.lower() in SPLIT_NAMES]
+    return [(*found, split) for p, split in parts if (found := find_folders(p))]
 
 
-def pair(folder: Path) -> tuple[Path, Path] | None:
+def find_folders(folder: Path) -> tuple[Path, Path] | None:
     """Return the folders of images and masks, or None."""
-    named = {p.name.lower(): p for p in visible(folder)[0] if p.is_dir()}
+    named = {p.name.lower(): p for p in list_visible(folder)[0] if p.is_dir()}
     first, second = (next((named[n] for n in names if n in named), None) for names in (IMAGES, MASKS))
-    if first is None or second is None or not any(p.suffix.lower() in KNOWN for p in second.iterdir()):
+    if first is None or second is None or not any(p.suffix.lower() in SUPPORTED_SUFFIXES for p in second.iterdir()):
         return None
     return first, second
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Pair images with masks by name. Raises DataError if there are no pairs."""
     rows, splits, findings = [], [], []
     lone_images: list[Path] = []
     lone_masks: list[Path] = []
-    for pictures, masks, split in layout(source):
-        files = [p for p in visible(pictures)[0] if p.is_file() and p.suffix.lower() in KNOWN]
-        partners = {p.stem.lower(): p for p in visible(masks)[0] if p.is_file() and p.suffix.lower() in KNOWN}
+    for pictures, masks, split in find_layout(source):
+        files = [p for p in list_visible(pictures)[0] if p.is_file() and p.suffix.lower() in SUPPORTED_SUFFIXES]
+        partners = {p.stem.lower(): p for p in list_visible(masks)[0] if p.is_file() and p.suffix.lower() in SUPPORTED_SUFFIXES}
         used = set()
         for path in files:
             stem = next((path.stem.lower() + e for e in ENDINGS if path.stem.lower() + e in partners), None)
@@ -70,13 +70,13 @@ def load(source: Path, options: Options) -> Raw:
     ):
         if lone:
             findings.append(
-                Finding(check, "warning", what, tuple(relative(p, source) for p in lone[:5]), len(lone), remedy, len(lone))
+                Finding(check, "warning", what, tuple(relative_path(p, source) for p in lone[:5]), len(lone), remedy, len(lone))
             )
     if not rows:
         raise DataError(f"{source}: no image has a mask with its name." + "".join(f"\n  - {f}" for f in findings))
     table = pl.DataFrame(rows, schema={"image": pl.String, "mask": pl.String}, orient="row")
     named = np.array(splits, dtype=object) if all(splits) and len(set(splits)) > 1 else None
-    return Raw(
+    return RawTable(
         table,
         [],
         source,
@@ -85,11 +85,11 @@ def load(source: Path, options: Options) -> Raw:
         {"image": "image", "mask": "mask"},
         "mask",
         unusable=len(lone_images) + len(lone_masks),
-        context=class_names(source),
+        context=read_class_names(source),
     )
 
 
-def class_names(source: Path) -> dict[str, Any]:
+def read_class_names(source: Path) -> dict[str, Any]:
     """Return {"classes": names} from classes.txt, {"colours": {(r, g, b): name}} from class_dict.csv, or {}."""
     for name in ("classes.txt", "labels.txt", "codes.txt"):
         if (file := source / name).is_file():

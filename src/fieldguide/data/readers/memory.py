@@ -10,7 +10,7 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry
-from fieldguide.data.source import Options, Raw, sha256
+from fieldguide.data.source import Options, RawTable, sha256
 
 NAME = "memory"
 UNDERSTANDS = "in Python: a polars or pandas data frame, or a dictionary of arrays"
@@ -26,7 +26,7 @@ def is_pandas(source: Any) -> bool:
     return type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "to_dict")
 
 
-def load(source: Any, options: Options) -> Raw:
+def load(source: Any, options: Options) -> RawTable:
     """Convert a data frame or dictionary of arrays. Raises DataError if it has no rows or lengths differ."""
     if isinstance(source, pl.DataFrame):
         rows = source
@@ -35,15 +35,15 @@ def load(source: Any, options: Options) -> Raw:
         lengths = {k: len(v) for k, v in columns.items()}
         if len(set(lengths.values())) > 1:
             raise DataError(f"the arrays differ in length: {lengths}.")
-        rows = pl.DataFrame([series(k, v) for k, v in columns.items()])
+        rows = pl.DataFrame([to_series(k, v) for k, v in columns.items()])
     if rows.height == 0:
         raise DataError("the table in memory has no rows.")
     content = rows.write_ipc(None).getvalue() if not any(t == pl.Object for t in rows.dtypes) else b""
     rows = rows.with_columns(pl.lit(0, pl.Int32).alias(FILE), pl.Series(LINE, range(1, rows.height + 1)))
-    return Raw(rows, [FileEntry("memory", len(content), sha256(content), rows=rows.height)], Path.cwd())
+    return RawTable(rows, [FileEntry("memory", len(content), sha256(content), rows=rows.height)], Path.cwd())
 
 
-def series(name: str, values: Any) -> pl.Series:
+def to_series(name: str, values: Any) -> pl.Series:
     """Convert an array, list or pandas series to a column; objects of mixed types become text. Raises DataError if the
     values are not one-dimensional."""
     if isinstance(values, pl.Series):

@@ -13,7 +13,7 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry
 from fieldguide.data.readers import delimited
-from fieldguide.data.source import Options, Raw, relative, sha256, split_of, visible
+from fieldguide.data.source import Options, RawTable, list_visible, relative_path, sha256, split_of
 
 NAME = "pairs"
 UNDERSTANDS = (
@@ -24,22 +24,22 @@ UNDERSTANDS = (
 
 def accepts(source: Any, options: Options) -> int:
     """Return the priority of this reader for the source, 0 if not supported."""
-    return 7 if isinstance(source, Path) and languages(source) else 0
+    return 7 if isinstance(source, Path) and find_languages(source) else 0
 
 
-def languages(source: Path) -> list[str]:
+def find_languages(source: Path) -> list[str]:
     """Return the two languages of a folder or file by their extensions, or an empty list if there are not exactly two."""
     folder = source if source.is_dir() else source.parent
-    files = [p for p in visible(folder)[0] if p.is_file() and language(p)]
+    files = [p for p in list_visible(folder)[0] if p.is_file() and find_language(p)]
     if source.is_file():
-        files = [p for p in files if part(p) == part(source)] if language(source) else []
-    found = sorted({language(p) for p in files})
+        files = [p for p in files if pair_stem(p) == pair_stem(source)] if find_language(source) else []
+    found = sorted({find_language(p) for p in files})
     return found if len(found) == 2 and len(files) >= 2 else []
 
 
-def language(path: Path) -> str:
+def find_language(path: Path) -> str:
     """Return the language in a file name (`de` for train.de, `pt-br` for train.pt-br), or ""."""
-    suffix = coded(path).rpartition(".")[2].lower()
+    suffix = strip_txt(path).rpartition(".")[2].lower()
     plain = suffix.replace("-", "").replace("_", "")
     return (
         suffix
@@ -81,35 +81,35 @@ NO_LANGUAGE = {
 }
 
 
-def coded(path: Path) -> str:
+def strip_txt(path: Path) -> str:
     """Return the name without .txt if a language precedes it: `train.de` for train.de and train.de.txt."""
     return path.name[:-4] if path.suffix.lower() == ".txt" and len(path.name[:-4].rpartition(".")[2]) == 2 else path.name
 
 
-def part(path: Path) -> str:
+def pair_stem(path: Path) -> str:
     """Return the part of the name that a pair shares: `train` for train.de."""
-    return coded(path).rpartition(".")[0]
+    return strip_txt(path).rpartition(".")[0]
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read all pairs. Raises DataError if a partner is missing or line counts differ."""
     root = source if source.is_dir() else source.parent
-    first, second = languages(source)
+    first, second = find_languages(source)
     pairs: dict[str, dict[str, Path]] = defaultdict(dict)
-    for path in visible(root)[0]:
-        if path.is_file() and language(path) and (source.is_dir() or part(path) == part(source)):
-            pairs[part(path)][language(path)] = path
+    for path in list_visible(root)[0]:
+        if path.is_file() and find_language(path) and (source.is_dir() or pair_stem(path) == pair_stem(source)):
+            pairs[pair_stem(path)][find_language(path)] = path
     parts, files, findings, splits = [], [], [], []
     for stem, pair in pairs.items():
         if len(pair) < 2:
             lone = next(iter(pair.values()))
             other = second if first in pair else first
             partner = (f"{stem}." if stem else "") + other + (".txt" if lone.suffix == ".txt" else "")
-            raise DataError(f"{relative(lone, root)}: the partner file {partner} is missing. Add it, or remove this file.")
+            raise DataError(f"{relative_path(lone, root)}: the partner file {partner} is missing. Add it, or remove this file.")
         columns, names = {}, {}
         for code in (first, second):
             content = pair[code].read_bytes()
-            names[code] = relative(pair[code], root)
+            names[code] = relative_path(pair[code], root)
             if not content.strip():
                 raise DataError(f"{names[code]}: the file is empty.")
             text, found = delimited.decode(content, names[code])
@@ -133,7 +133,7 @@ def load(source: Path, options: Options) -> Raw:
         parts.append(rows)
         splits += [split_of(stem)] * counts[first]
     named = np.array(splits, dtype=object)
-    return Raw(
+    return RawTable(
         pl.concat(parts),
         files,
         root,

@@ -12,21 +12,21 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.column_spec import plain
-from fieldguide.data.column_types import AUDIO_NAME
+from fieldguide.data.column_spec import normalize_name
+from fieldguide.data.column_types import AUDIO_FILE_PATTERN
 from fieldguide.data.dataset import BOOKKEEPING, FILE, LINE, FileEntry, Finding
-from fieldguide.data.media.audio import KNOWN, UNREAD
+from fieldguide.data.media.audio import SUPPORTED_SUFFIXES, UNSUPPORTED_SUFFIXES
 from fieldguide.data.readers import delimited, table
-from fieldguide.data.readers.image_folder import hidden
-from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256
+from fieldguide.data.readers.image_folder import is_hidden
+from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, relative_path, sha256
 
 NAME = "recordings"
 UNDERSTANDS = (
     "recordings (.wav, .flac, .ogg, .mp3): a folder of them with a table of file names and transcripts, or with "
     "x.txt next to each x.wav, optionally below train, val and test; for prediction, recordings alone"
 )
-SOUNDS = KNOWN.union(UNREAD)
-TRANSCRIPTS = (
+SOUND_SUFFIXES = SUPPORTED_SUFFIXES.union(UNSUPPORTED_SUFFIXES)
+TRANSCRIPT_NAMES = (
     "transcript",
     "transcription",
     "sentence",
@@ -37,8 +37,8 @@ TRANSCRIPTS = (
     "utterance",
     "words",
 )
-AUDIO, SAID = "audio", "transcript"  # column names if no table defines them
-SHOWN = 5
+AUDIO, TRANSCRIPT = "audio", "transcript"  # column names if no table defines them
+MAX_SHOWN_PLACES = 5
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -46,34 +46,42 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
         return 0
     if source.is_file():
-        return 10 if source.suffix.lower() in SOUNDS else 0
-    if not any(True for _ in sounds(source)):
+        return 10 if source.suffix.lower() in SOUND_SUFFIXES else 0
+    if not any(True for _ in find_recordings(source)):
         return 0
-    return 9 if table.tables_in(source) or any(p.with_suffix(".txt").is_file() for p in sounds(source)) else 7
+    return 9 if table.list_tables(source) or any(p.with_suffix(".txt").is_file() for p in find_recordings(source)) else 7
 
 
-def sounds(folder: Path) -> Iterable[Path]:
+def find_recordings(folder: Path) -> Iterable[Path]:
     """Yield all recordings below a folder without following symbolic links to folders."""
     for at, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not hidden(f))
-        yield from (Path(at, f) for f in sorted(files) if os.path.splitext(f)[1].lower() in SOUNDS and not hidden(f))
+        folders[:] = sorted(f for f in folders if not is_hidden(f))
+        yield from (Path(at, f) for f in sorted(files) if os.path.splitext(f)[1].lower() in SOUND_SUFFIXES and not is_hidden(f))
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read one recording or a folder of them, with transcripts if there are any."""
     if source.is_file():
         said = source.with_suffix(".txt")
-        return beside([source], source.parent, options) if said.is_file() else alone([source], source.parent)
-    paths = list(sounds(source))
-    if table.tables_in(source):
+        return (
+            load_with_text_files([source], source.parent, options)
+            if said.is_file()
+            else load_without_transcripts([source], source.parent)
+        )
+    paths = list(find_recordings(source))
+    if table.list_tables(source):
         raw = table.load(source, options)
-        return named(raw, paths, source, options)
-    return beside(paths, source, options) if any(p.with_suffix(".txt").is_file() for p in paths) else alone(paths, source)
+        return resolve_file_names(raw, paths, source, options)
+    return (
+        load_with_text_files(paths, source, options)
+        if any(p.with_suffix(".txt").is_file() for p in paths)
+        else load_without_transcripts(paths, source)
+    )
 
 
-def alone(paths: list[Path], root: Path) -> Raw:
+def load_without_transcripts(paths: list[Path], root: Path) -> RawTable:
     """Return recordings without transcripts."""
-    return Raw(
+    return RawTable(
         pl.DataFrame({AUDIO: [str(p.absolute()) for p in paths]}),
         [],
         root,
@@ -84,21 +92,21 @@ def alone(paths: list[Path], root: Path) -> Raw:
 
 def split_by_folder(paths: list[Path], root: Path) -> np.ndarray | None:
     """Return the splits if every recording is below a folder named after a split, else None."""
-    found = [SPLITS.get(p.relative_to(root).parts[0].lower()) for p in paths]
+    found = [SPLIT_NAMES.get(p.relative_to(root).parts[0].lower()) for p in paths]
     return np.array(found, dtype=object) if all(found) and len(set(found)) > 1 else None
 
 
 # One text file per recording
 
 
-def beside(paths: list[Path], root: Path, options: Options) -> Raw:
+def load_with_text_files(paths: list[Path], root: Path, options: Options) -> RawTable:
     """Read recordings with a text file of the same name each. Raises DataError if no transcript can be read."""
     rows, files, findings, kept = [], [], [], []
     silent: list[Path] = []
     damaged: list[str] = []
     for path in paths:
         said = path.with_suffix(".txt")
-        text, name = None, relative(said, root)
+        text, name = None, relative_path(said, root)
         if said.is_file():
             content = said.read_bytes()
             try:
@@ -144,19 +152,19 @@ def beside(paths: list[Path], root: Path, options: Options) -> Raw:
         ("no-recording", "note", "transcripts without a recording", lone, "", 0),
     ):
         if places:
-            shown = tuple(p if isinstance(p, str) else relative(p, root) for p in places[:SHOWN])
+            shown = tuple(p if isinstance(p, str) else relative_path(p, root) for p in places[:MAX_SHOWN_PLACES])
             findings.append(Finding(check, severity, what, shown, len(places), remedy, unusable))
     if not rows:
         raise DataError(f"{root}: no recording has a readable transcript." + "".join(f"\n  - {f}" for f in findings))
-    frame = pl.DataFrame(rows, schema={AUDIO: pl.String, SAID: pl.String}, orient="row")
-    return Raw(
+    frame = pl.DataFrame(rows, schema={AUDIO: pl.String, TRANSCRIPT: pl.String}, orient="row")
+    return RawTable(
         frame,
         files,
         root,
         findings,
         split_by_folder(kept, root),
-        {AUDIO: "audio", SAID: "text"},
-        SAID,
+        {AUDIO: "audio", TRANSCRIPT: "text"},
+        TRANSCRIPT,
         unusable=sum(f.unusable for f in findings),
     )
 
@@ -164,13 +172,13 @@ def beside(paths: list[Path], root: Path, options: Options) -> Raw:
 # A table of file names and transcripts
 
 
-def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
+def resolve_file_names(raw: RawTable, paths: list[Path], root: Path, options: Options) -> RawTable:
     """Resolve the column of file names in a table to recordings below `root`.
 
     The column is found by its values: relative paths, file names, or names without extension. Raises DataError if no
     column matches.
     """
-    where = Where(paths, root)
+    where = RecordingIndex(paths, root)
     columns = [c for c in raw.rows.columns if c not in BOOKKEEPING and raw.rows[c].dtype == pl.String]
     shares = {c: where.share(raw.rows[c]) for c in columns if c != options.target}
     name = max(shares, key=shares.get, default=None)
@@ -178,7 +186,7 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
         listed = ", ".join(columns)
         raise DataError(
             f"{root}: no column of {raw.files[0].path} ({listed}) contains the names of the recordings in the folder, "
-            f"such as {relative(paths[0], root)}. One column must contain their file names."
+            f"such as {relative_path(paths[0], root)}. One column must contain their file names."
         )
     rows = raw.rows
     full = [where.find(v) or v for v in rows[name].to_list()]
@@ -192,7 +200,7 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
                 "repeated-recording",
                 "warning",
                 "rows with a recording that another row also has",
-                tuple(f"{place(i)} ({rows[name][i]})" for i in again[:SHOWN]),
+                tuple(f"{place(i)} ({rows[name][i]})" for i in again[:MAX_SHOWN_PLACES]),
                 len(again),
                 "Keep one row per recording.",
             )
@@ -203,20 +211,22 @@ def named(raw: Raw, paths: list[Path], root: Path, options: Options) -> Raw:
                 "ambiguous-name",
                 "warning",
                 "file names that occur in several folders",
-                tuple(f"{place(i)} ({rows[name][i]})" for i in several[:SHOWN]),
+                tuple(f"{place(i)} ({rows[name][i]})" for i in several[:MAX_SHOWN_PLACES]),
                 len(several),
                 "Use paths relative to the folder of the table.",
             )
         )
-    unnamed(raw, [p for p in paths if relative(p, root) not in used])
-    if (said := next((c for n in TRANSCRIPTS for c in columns if plain(c) == n and c != name), None)) and not options.target:
+    note_unlisted(raw, [p for p in paths if relative_path(p, root) not in used])
+    if (
+        said := next((c for n in TRANSCRIPT_NAMES for c in columns if normalize_name(c) == n and c != name), None)
+    ) and not options.target:
         raw.target, raw.kinds[said] = said, "text"
     elif options.target in columns:
         raw.kinds[options.target] = "text"
     return raw
 
 
-def unnamed(raw: Raw, lone: list[Path]) -> None:
+def note_unlisted(raw: RawTable, lone: list[Path]) -> None:
     """Add a note about recordings that are in no row of the table."""
     if lone:
         raw.findings.append(
@@ -224,21 +234,21 @@ def unnamed(raw: Raw, lone: list[Path]) -> None:
                 "file-without-row",
                 "note",
                 "recordings that are in no row of the table; they are ignored",
-                tuple(relative(p, raw.root) for p in lone[:SHOWN]),
+                tuple(relative_path(p, raw.root) for p in lone[:MAX_SHOWN_PLACES]),
                 len(lone),
             )
         )
 
 
-class Where:
+class RecordingIndex:
     """An index of the recordings in a folder by path, by name, and by name without extension."""
 
     def __init__(self, paths: list[Path], root: Path):
-        self.root, self.paths = root, {relative(p, root) for p in paths}
+        self.root, self.paths = root, {relative_path(p, root) for p in paths}
         self.short: dict[str, str] = {}
         self.ambiguous: set[str] = set()
         for p in paths:
-            path = relative(p, root)
+            path = relative_path(p, root)
             stems = {p.name, p.stem, path.removesuffix(p.suffix)} - {path}
             for key in stems:
                 if key in self.short and self.short[key] != path:
@@ -263,4 +273,4 @@ class Where:
         if not some.len():
             return 0.0
         found = sum(self.find(v) is not None or v in self.ambiguous for v in some.to_list()) / some.len()
-        return max(found, 0.9 * float(some.str.contains(AUDIO_NAME).mean()))
+        return max(found, 0.9 * float(some.str.contains(AUDIO_FILE_PATTERN).mean()))

@@ -13,14 +13,14 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
 from fieldguide.data.readers import delimited
-from fieldguide.data.source import SPLITS, Options, Raw, relative, sha256, split_of, visible
+from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path, sha256, split_of
 
 NAME = "table"
 UNDERSTANDS = (
     "a table: .csv, .tsv, .parquet or .jsonl; a folder with one such file, or with one for each of train, val and test"
 )
 DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab", ".inter"), (".parquet", ".pq"), (".jsonl", ".ndjson")
-KNOWN = DELIMITED + PARQUET + JSON
+SUPPORTED_SUFFIXES = DELIMITED + PARQUET + JSON
 SPLIT_COLUMNS = ("split", "subset", "partition")
 
 
@@ -29,35 +29,35 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
         return 0
     if source.is_file():
-        return 10 if source.suffix.lower() in KNOWN else 0
-    return 8 if tables_in(source) else 0
+        return 10 if source.suffix.lower() in SUPPORTED_SUFFIXES else 0
+    return 8 if list_tables(source) else 0
 
 
-def tables_in(folder: Path) -> list[Path]:
+def list_tables(folder: Path) -> list[Path]:
     """Return the table files in a folder."""
-    return [p for p in visible(folder)[0] if p.is_file() and p.suffix.lower() in KNOWN]
+    return [p for p in list_visible(folder)[0] if p.is_file() and p.suffix.lower() in SUPPORTED_SUFFIXES]
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read one table, or one table per split. Raises DataError if a folder holds several other tables."""
     if source.is_file():
-        raw = one(source, source.parent, options)
-        return by_column(raw)
-    files = tables_in(source)
+        raw = load_file(source, source.parent, options)
+        return split_by_column(raw)
+    files = list_tables(source)
     if len(files) == 1:
-        return by_column(one(files[0], source, options))
+        return split_by_column(load_file(files[0], source, options))
     named = {p: split_of(p.name) for p in files}
     if None in named.values() or len(set(named.values())) < len(files):
         listed = ", ".join(p.name for p in files)
         raise DataError(
             f"{source}: contains several tables ({listed}). Specify one, or name them train, val and test, one file each."
         )
-    return join([(one(p, source, options), str(s)) for p, s in named.items()], source)
+    return join_splits([(load_file(p, source, options), str(s)) for p, s in named.items()], source)
 
 
-def one(path: Path, root: Path, options: Options) -> Raw:
+def load_file(path: Path, root: Path, options: Options) -> RawTable:
     """Read one file. Raises DataError if it is empty or invalid."""
-    name, suffix = relative(path, root), path.suffix.lower()
+    name, suffix = relative_path(path, root), path.suffix.lower()
     if path.stat().st_size == 0:
         raise DataError(f"{name}: the file is empty.")
     content = path.read_bytes()
@@ -69,15 +69,15 @@ def one(path: Path, root: Path, options: Options) -> Raw:
         table = delimited.parse(text, name, header=options.header, names=options.names, target=options.target)
         rows, findings = table.rows, findings + table.findings
     elif suffix in PARQUET:
-        rows = parquet(content, name)
+        rows = read_parquet(content, name)
     else:
         content, findings = delimited.decode(content, name)
-        rows = json_lines(content, name)
+        rows = read_json_lines(content, name)
     rows.insert_column(rows.width, pl.repeat(0, rows.height, dtype=pl.Int32, eager=True).alias(FILE))
-    return Raw(rows, [FileEntry(name, *entry, rows=rows.height)], root, findings)
+    return RawTable(rows, [FileEntry(name, *entry, rows=rows.height)], root, findings)
 
 
-def parquet(content: bytes, name: str) -> pl.DataFrame:
+def read_parquet(content: bytes, name: str) -> pl.DataFrame:
     """Read Parquet. Raises DataError if it is invalid or has no rows."""
     try:
         rows = pl.read_parquet(io.BytesIO(content))
@@ -88,7 +88,7 @@ def parquet(content: bytes, name: str) -> pl.DataFrame:
     return rows.with_columns(pl.Series(LINE, range(1, rows.height + 1), dtype=pl.Int64))
 
 
-def json_lines(content: bytes, name: str) -> pl.DataFrame:
+def read_json_lines(content: bytes, name: str) -> pl.DataFrame:
     """Read JSON Lines; nested objects become columns such as a.b. Raises DataError for the first invalid line."""
     lines = [i for i, l in enumerate(content.split(b"\n"), 1) if l.strip()]
     try:
@@ -112,20 +112,20 @@ def json_lines(content: bytes, name: str) -> pl.DataFrame:
     return rows.with_columns(pl.Series(LINE, lines, dtype=pl.Int64))
 
 
-def by_column(raw: Raw) -> Raw:
+def split_by_column(raw: RawTable) -> RawTable:
     """Use a column named `split` that contains only train, val and test as the splits."""
     for name in raw.rows.columns:
         if name.lower() not in SPLIT_COLUMNS or raw.rows[name].dtype != pl.String:
             continue
         values = raw.rows[name].str.strip_chars().str.to_lowercase()
-        if values.null_count() == 0 and bool(values.is_in(list(SPLITS)).all()):
-            raw.splits = values.replace_strict(SPLITS).to_numpy().astype(object)
+        if values.null_count() == 0 and bool(values.is_in(list(SPLIT_NAMES)).all()):
+            raw.splits = values.replace_strict(SPLIT_NAMES).to_numpy().astype(object)
             raw.kinds[name] = "category"
             raw.split_column = name
     return raw
 
 
-def join(parts: list[tuple[Raw, str]], root: Path) -> Raw:
+def join_splits(parts: list[tuple[RawTable, str]], root: Path) -> RawTable:
     """Concatenate files with the same columns, one per split. Raises DataError if the columns differ."""
     order = {"train": 0, "val": 1, "test": 2}
     parts = sorted(parts, key=lambda p: order[p[1]])
@@ -145,4 +145,4 @@ def join(parts: list[tuple[Raw, str]], root: Path) -> Raw:
     rows = pl.concat(tables, how="vertical_relaxed")
     splits = np.repeat(np.array([s for _, s in parts], dtype=object), [t.height for t in tables])
     findings = [f for raw, _ in parts for f in raw.findings]
-    return Raw(rows, [raw.files[0] for raw, _ in parts], root, findings, splits)
+    return RawTable(rows, [raw.files[0] for raw, _ in parts], root, findings, splits)

@@ -11,8 +11,8 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
 from fieldguide.data.readers import delimited
-from fieldguide.data.readers.image_folder import hidden, load_classes, places_of
-from fieldguide.data.source import Options, Raw, relative, sha256
+from fieldguide.data.readers.image_folder import is_hidden, load_classes, relative_paths
+from fieldguide.data.source import Options, RawTable, relative_path, sha256
 
 NAME = "texts"
 UNDERSTANDS = "texts: a folder with a folder of .txt files for each class, optionally below train, val and test"
@@ -24,20 +24,20 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path) or not source.is_dir():
         return 0
     for at, folders, files in os.walk(source):
-        folders[:] = [f for f in folders if not hidden(f)]
-        texts = [f for f in files if os.path.splitext(f)[1].lower() in SUFFIXES and not hidden(f)]
+        folders[:] = [f for f in folders if not is_hidden(f)]
+        texts = [f for f in files if os.path.splitext(f)[1].lower() in SUFFIXES and not is_hidden(f)]
         if texts and Path(at) != source:
             return 3
     return 0
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read all text files below class folders."""
     raw = load_classes(source, options, SUFFIXES, "text")
     texts: list[str | None] = []
     other: list[Path] = []
     for index, path in enumerate(map(Path, raw.rows["text"])):
-        name, content = relative(path, source.absolute()), path.read_bytes()
+        name, content = relative_path(path, source.absolute()), path.read_bytes()
         texts.append(None)
         if path.suffix.lower() not in SUFFIXES:
             other.append(path)
@@ -55,7 +55,7 @@ def load(source: Path, options: Options) -> Raw:
                 "not-a-text",
                 "warning",
                 "files in class folders that are not .txt files",
-                places_of(other, source.absolute()),
+                relative_paths(other, source.absolute()),
                 len(other),
                 "Remove them.",
             )

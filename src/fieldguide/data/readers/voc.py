@@ -12,9 +12,9 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.media.boxes import Notes, Shot, box, entry, finite, raw
-from fieldguide.data.media.images import KNOWN
-from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
+from fieldguide.data.media.boxes import AnnotatedImage, FindingCollector, annotation_entry, build_raw, make_object, parse_finite
+from fieldguide.data.media.images import SUPPORTED_SUFFIXES
+from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path
 
 NAME = "Pascal VOC"
 UNDERSTANDS = (
@@ -25,31 +25,31 @@ IMAGES = ("jpegimages", "images", "imgs", "image")
 LISTS = {"test": "test", "val": "val", "train": "train", "trainval": "train"}  # earlier lists have priority
 
 
-class Refused(Exception):
+class DoctypeError(Exception):
     """Raised for an XML document type, which could define entities."""
 
 
 def accepts(source: Any, options: Options) -> int:
     """Return the priority of this reader for the source, 0 if not supported."""
-    return 9 if isinstance(source, Path) and source.is_dir() and layout(source) else 0
+    return 9 if isinstance(source, Path) and source.is_dir() and find_layout(source) else 0
 
 
-def layout(source: Path) -> list[tuple[Path, list[Path], str | None]]:
+def find_layout(source: Path) -> list[tuple[Path, list[Path], str | None]]:
     """Return (XML folder, image folders, split) of every part, or an empty list if the layout does not match."""
-    folders = [p for p in visible(source)[0] if p.is_dir()]
-    if own := part(source, folders):
+    folders = [p for p in list_visible(source)[0] if p.is_dir()]
+    if own := find_part(source, folders):
         return [(*own, None)]
     found = [
-        (*own, SPLITS[p.name.lower()])
+        (*own, SPLIT_NAMES[p.name.lower()])
         for p in folders
-        if p.name.lower() in SPLITS and (own := part(p, [f for f in visible(p)[0] if f.is_dir()]))
+        if p.name.lower() in SPLIT_NAMES and (own := find_part(p, [f for f in list_visible(p)[0] if f.is_dir()]))
     ]
     if not found and len(folders) == 1:  # VOCdevkit/VOC2012
-        return layout(folders[0])
+        return find_layout(folders[0])
     return found
 
 
-def part(folder: Path, folders: list[Path]) -> tuple[Path, list[Path]] | None:
+def find_part(folder: Path, folders: list[Path]) -> tuple[Path, list[Path]] | None:
     """Return the XML folder and the image folders, or None if there are no annotations."""
     named = {p.name.lower(): p for p in folders}
     where = named.get("annotations", folder)
@@ -57,92 +57,97 @@ def part(folder: Path, folders: list[Path]) -> tuple[Path, list[Path]] | None:
     if not any(p.suffix.lower() == ".xml" for p in where.iterdir()):
         return None
     places = [named[n] for n in IMAGES if n in named]
-    if where == folder and not places and not any(p.suffix.lower() in KNOWN for p in folder.iterdir()):
+    if where == folder and not places and not any(p.suffix.lower() in SUPPORTED_SUFFIXES for p in folder.iterdir()):
         return None
     return where, [*places, where, folder]
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read all annotations and match them to images."""
-    notes, shots, files, classes = Notes(), [], [], set()
-    for where, places, split in layout(source):
-        pictures = {p.name.lower(): p for place in reversed(places) for p in visible(place)[0] if p.suffix.lower() in KNOWN}
+    notes, shots, files, classes = FindingCollector(), [], [], set()
+    for where, places, split in find_layout(source):
+        pictures = {
+            p.name.lower(): p
+            for place in reversed(places)
+            for p in list_visible(place)[0]
+            if p.suffix.lower() in SUPPORTED_SUFFIXES
+        }
         stems = {p.stem.lower(): p for p in pictures.values()}
-        listed = lists(where.parent / "ImageSets" / "Main", source, notes, files) if split is None else {}
-        xmls = {p.stem: p for p in visible(where)[0] if p.suffix.lower() == ".xml"}
+        listed = read_lists(where.parent / "ImageSets" / "Main", source, notes, files) if split is None else {}
+        xmls = {p.stem: p for p in list_visible(where)[0] if p.suffix.lower() == ".xml"}
         for stem in sorted(set(listed) - set(xmls)):
             notes.note("no-annotation", f"ImageSets/Main: {stem}", 1)
         for stem, path in xmls.items():
-            place = relative(path, source)
+            place = relative_path(path, source)
             if listed and stem not in listed:
                 notes.note("not-listed", place)
                 continue
             content = path.read_bytes()
-            files.append(entry(path, content, source))
-            shot = Shot(path.with_suffix(".jpg"), place, listed.get(stem, split))
+            files.append(annotation_entry(path, content, source))
+            shot = AnnotatedImage(path.with_suffix(".jpg"), place, listed.get(stem, split))
             shots.append(shot)
-            named = understood(content, shot, notes)
+            named = parse_annotation(content, shot, notes)
             picture = stems.get(stem.lower()) or pictures.get(named.lower())
             if picture is None and not shot.bad:
                 notes.mark_invalid("no-picture", f"{place}: {named or stem}", shot)
             shot.path = picture or shot.path
             classes |= {b["label"] for b in shot.boxes}
-    return raw(source, shots, files, notes, sorted(classes))
+    return build_raw(source, shots, files, notes, sorted(classes))
 
 
-def lists(folder: Path, source: Path, notes: Notes, files: list[Any]) -> dict[str, str]:
+def read_lists(folder: Path, source: Path, notes: FindingCollector, files: list[Any]) -> dict[str, str]:
     """Return image name -> split from the list files."""
     split: dict[str, str] = {}
     for name, part in LISTS.items():
         if (path := folder / f"{name}.txt").is_file():
             content = path.read_bytes()
-            files.append(entry(path, content, source))
+            files.append(annotation_entry(path, content, source))
             try:
                 lines = content.decode("utf-8-sig").splitlines()
             except UnicodeDecodeError:
                 raise DataError(f"{path}: not UTF-8 text. Save it as UTF-8.") from None
             for number, line in enumerate(lines, 1):
                 if line.strip() and split.setdefault(line.split()[0], part) != part and name != "trainval":
-                    notes.note("listed-twice", f"{relative(path, source)}:{number}")
+                    notes.note("listed-twice", f"{relative_path(path, source)}:{number}")
     return split
 
 
-def understood(content: bytes, shot: Shot, notes: Notes) -> str:
+def parse_annotation(content: bytes, shot: AnnotatedImage, notes: FindingCollector) -> str:
     """Parse an annotation into the image's size and boxes, and return the file name it contains."""
     if not content.strip():
         notes.mark_invalid("empty-annotation", shot.place, shot)
         return ""
     try:
-        root, lines = parsed(content)
-    except Refused:
+        root, lines = parse_xml(content)
+    except DoctypeError:
         notes.mark_invalid("xml-doctype", shot.place, shot)
         return ""
     except (expat.ExpatError, AssertionError) as error:
-        wrong = "wrong-encoding" if isinstance(error, expat.ExpatError) and error.code in ENCODING else "malformed-xml"
+        wrong = "wrong-encoding" if isinstance(error, expat.ExpatError) and error.code in ENCODING_ERRORS else "malformed-xml"
         notes.mark_invalid(wrong, f"{shot.place}:{getattr(error, 'lineno', 1)}", shot)
         return ""
     text = lambda at, path: (at.findtext(path) or "").strip()
-    said = finite((text(root, "size/width"), text(root, "size/height")), 2)
+    said = parse_finite((text(root, "size/width"), text(root, "size/height")), 2)
     shot.size = tuple(said) if said else None
     for thing in root.findall("object"):
         place, label = f"{shot.place}:{lines[thing]}", text(thing, "name")
-        sides = finite([text(thing, f"bndbox/{n}") for n in ("xmin", "ymin", "xmax", "ymax")], 4)
+        sides = parse_finite([text(thing, f"bndbox/{n}") for n in ("xmin", "ymin", "xmax", "ymax")], 4)
         if sides is None or not label:
             notes.mark_invalid("malformed-box", place, shot)
             continue
-        shot.boxes.append(box(label, *sides, crowd=text(thing, "difficult") == "1"))
+        shot.boxes.append(make_object(label, *sides, crowd=text(thing, "difficult") == "1"))
         shot.places.append(place)
     return text(root, "filename")
 
 
-ENCODING = (
+ENCODING_ERRORS = (
     expat.errors.codes[expat.errors.XML_ERROR_UNKNOWN_ENCODING],
     expat.errors.codes[expat.errors.XML_ERROR_INCORRECT_ENCODING],
     expat.errors.codes[expat.errors.XML_ERROR_INVALID_TOKEN],
 )
 
 
-def parsed(content: bytes) -> tuple[Element, dict[Element, int]]:
+def parse_xml(content: bytes) -> tuple[Element, dict[Element, int]]:
     """Parse XML and return the tree and the line of each element. Rejects document types, so entities are never expanded."""
     builder, lines, parser = TreeBuilder(), {}, expat.ParserCreate()
 
@@ -150,7 +155,7 @@ def parsed(content: bytes) -> tuple[Element, dict[Element, int]]:
         lines[builder.start(tag, attributes)] = parser.CurrentLineNumber
 
     def refuse(*_: Any) -> None:
-        raise Refused
+        raise DoctypeError
 
     parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, builder.end, builder.data
     parser.StartDoctypeDeclHandler = refuse

@@ -8,9 +8,17 @@ from typing import Any
 import yaml
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.media.boxes import Notes, Shot, box, decoded, entry, finite, raw
-from fieldguide.data.media.images import KNOWN
-from fieldguide.data.source import SPLITS, Options, Raw, relative, visible
+from fieldguide.data.media.boxes import (
+    AnnotatedImage,
+    FindingCollector,
+    annotation_entry,
+    build_raw,
+    decode_text,
+    make_object,
+    parse_finite,
+)
+from fieldguide.data.media.images import SUPPORTED_SUFFIXES
+from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path
 
 NAME = "YOLO"
 UNDERSTANDS = (
@@ -18,7 +26,7 @@ UNDERSTANDS = (
     "train, val and test below or above; in labels a .txt per image with lines: class x y width height, or "
     "class and the points of an outline"
 )
-FAR = 2.0  # maximum relative coordinate; larger values are in pixels
+MAX_COORDINATE = 2.0  # maximum relative coordinate; larger values are in pixels
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -27,38 +35,39 @@ def accepts(source: Any, options: Options) -> int:
         return 0
     if source.is_file():
         return 9 if source.suffix.lower() in (".yaml", ".yml") else 0
-    if described(source):
+    if find_description(source):
         return 9
-    return 9 if any(labelled(folder) for folder, _ in guessed(source)) else 0
+    return 9 if any(has_labels(folder) for folder, _ in guess_folders(source)) else 0
 
 
-def described(folder: Path) -> Path | None:
+def find_description(folder: Path) -> Path | None:
     """Return the YAML file of a folder that defines class names, or None."""
-    files = [p for p in visible(folder)[0] if p.suffix.lower() in (".yaml", ".yml") and p.is_file()]
+    files = [p for p in list_visible(folder)[0] if p.suffix.lower() in (".yaml", ".yml") and p.is_file()]
     files.sort(key=lambda p: (p.stem.lower() not in ("data", "dataset"), p.name))
     return next(
-        (p for p in files if b"names" in p.read_bytes() and (p.stem.lower() in ("data", "dataset") or guessed(folder))), None
+        (p for p in files if b"names" in p.read_bytes() and (p.stem.lower() in ("data", "dataset") or guess_folders(folder))),
+        None,
     )
 
 
-def guessed(root: Path) -> list[tuple[Path, str | None]]:
+def guess_folders(root: Path) -> list[tuple[Path, str | None]]:
     """Return the image folders and their splits, found by the usual names."""
-    parts = [p for p in visible(root)[0] if p.is_dir() and p.name.lower() in SPLITS and (p / "images").is_dir()]
+    parts = [p for p in list_visible(root)[0] if p.is_dir() and p.name.lower() in SPLIT_NAMES and (p / "images").is_dir()]
     if parts:
-        return [(p / "images", SPLITS[p.name.lower()]) for p in parts]
+        return [(p / "images", SPLIT_NAMES[p.name.lower()]) for p in parts]
     images = root / "images"
     if not images.is_dir():
         return []
-    below = [p for p in visible(images)[0] if p.is_dir() and split_like(p.name)]
-    return [(p, split_like(p.name)) for p in below] or [(images, None)]
+    below = [p for p in list_visible(images)[0] if p.is_dir() and folder_split(p.name)]
+    return [(p, folder_split(p.name)) for p in below] or [(images, None)]
 
 
-def split_like(name: str) -> str | None:
+def folder_split(name: str) -> str | None:
     """Return the split of a folder name that may end with a number, or None."""
-    return SPLITS.get(name.lower().rstrip("0123456789"))
+    return SPLIT_NAMES.get(name.lower().rstrip("0123456789"))
 
 
-def labels_of(folder: Path) -> Path:
+def labels_folder(folder: Path) -> Path:
     """Return the label folder of an image folder: the last `images` in the path is replaced by `labels`."""
     parts = list(folder.parts)
     for i in reversed(range(len(parts))):
@@ -67,30 +76,30 @@ def labels_of(folder: Path) -> Path:
     return folder
 
 
-def labelled(folder: Path) -> bool:
+def has_labels(folder: Path) -> bool:
     """Return whether the image folder has a folder of label files."""
-    labels = labels_of(folder)
+    labels = labels_folder(folder)
     return labels != folder and labels.is_dir() and any(p.suffix == ".txt" for p in labels.iterdir())
 
 
-def load(source: Path, options: Options) -> Raw:
+def load(source: Path, options: Options) -> RawTable:
     """Read a YOLO folder or its data.yaml. Raises DataError if there are no images."""
-    notes, files = Notes(), []
-    root, file = (source.parent, source) if source.is_file() else (source, described(source))
-    told = description(file, files, root) if file else {}
-    names, given = class_names(told, file) if told else listed_names(root, files), parts_of(told, root, file)
-    shots: list[Shot] = []
-    for where, split in given or guessed(root):
-        shots += pictures(where, split, root, names, notes, files)
+    notes, files = FindingCollector(), []
+    root, file = (source.parent, source) if source.is_file() else (source, find_description(source))
+    told = load_description(file, files, root) if file else {}
+    names, given = parse_class_names(told, file) if told else read_class_list(root, files), find_split_folders(told, root, file)
+    shots: list[AnnotatedImage] = []
+    for where, split in given or guess_folders(root):
+        shots += read_images(where, split, root, names, notes, files)
     if not shots:
         raise DataError(f"{source}: no images found in the configured folders or in images/.")
-    return raw(root, shots, files, notes, list(names.values()))
+    return build_raw(root, shots, files, notes, list(names.values()))
 
 
-def description(file: Path, files: list[Any], root: Path) -> dict[str, Any]:
+def load_description(file: Path, files: list[Any], root: Path) -> dict[str, Any]:
     """Load data.yaml and add it to the manifest. Raises DataError if it is invalid or has no names."""
     content = file.read_bytes()
-    files.append(entry(file, content, root))
+    files.append(annotation_entry(file, content, root))
     try:
         told = yaml.safe_load(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -106,7 +115,7 @@ def description(file: Path, files: list[Any], root: Path) -> dict[str, Any]:
     return told
 
 
-def class_names(told: dict[str, Any], file: Path) -> dict[int, str]:
+def parse_class_names(told: dict[str, Any], file: Path) -> dict[int, str]:
     """Return class number -> name. Raises DataError if the names are invalid or duplicated."""
     names = told["names"]
     try:
@@ -122,12 +131,12 @@ def class_names(told: dict[str, Any], file: Path) -> dict[int, str]:
     return dict(sorted(named.items()))
 
 
-def listed_names(root: Path, files: list[Any]) -> dict[int, str]:
+def read_class_list(root: Path, files: list[Any]) -> dict[int, str]:
     """Return class number -> name from classes.txt. Raises DataError if it does not exist."""
     for path in (root / "classes.txt", root / "labels" / "classes.txt"):
         if path.is_file():
             content = path.read_bytes()
-            files.append(entry(path, content, root))
+            files.append(annotation_entry(path, content, root))
             names = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
             return dict(enumerate(names))
     raise DataError(
@@ -136,7 +145,7 @@ def listed_names(root: Path, files: list[Any]) -> dict[int, str]:
     )
 
 
-def parts_of(told: dict[str, Any], root: Path, file: Path | None) -> list[tuple[Path, str | None]]:
+def find_split_folders(told: dict[str, Any], root: Path, file: Path | None) -> list[tuple[Path, str | None]]:
     """Return the folders or image lists of each split as configured in data.yaml."""
     found: list[tuple[Path, str | None]] = []
     bases = [root / str(told["path"]), root] if told.get("path") else [root]
@@ -152,53 +161,55 @@ def parts_of(told: dict[str, Any], root: Path, file: Path | None) -> list[tuple[
                     f"{file}: {key} refers to {name!r}, which does not exist (expected at {tries[0]}). Correct or remove it."
                 )
             where = where / "images" if (where / "images").is_dir() else where
-            found.append((where, SPLITS[key]))
+            found.append((where, SPLIT_NAMES[key]))
     return found
 
 
-def pictures(where: Path, split: str | None, root: Path, names: dict[int, str], notes: Notes, files: list[Any]) -> list[Shot]:
+def read_images(
+    where: Path, split: str | None, root: Path, names: dict[int, str], notes: FindingCollector, files: list[Any]
+) -> list[AnnotatedImage]:
     """Read the images of a folder or list with their labels."""
     if where.is_file():  # a list of images
         content = where.read_bytes()
-        files.append(entry(where, content, root))
+        files.append(annotation_entry(where, content, root))
         lines = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
         paths = [next((base / x for base in (where.parent, root) if (base / x).exists()), where.parent / x) for x in lines]
     else:
-        paths = sorted(p for p in where.rglob("*") if p.suffix.lower() in KNOWN and not p.name.startswith("."))
+        paths = sorted(p for p in where.rglob("*") if p.suffix.lower() in SUPPORTED_SUFFIXES and not p.name.startswith("."))
     shots, used = [], set()
     for path in paths:
-        file = labels_of(path.parent) / f"{path.stem}.txt"
+        file = labels_folder(path.parent) / f"{path.stem}.txt"
         used.add(file)
-        shot = Shot(path, relative(file, root), split, relative=True)
+        shot = AnnotatedImage(path, relative_path(file, root), split, relative=True)
         shots.append(shot)
         if not file.is_file():
-            notes.note("no-label-file", relative(path, root))
+            notes.note("no-label-file", relative_path(path, root))
             continue
         content = file.read_bytes()
-        files.append(entry(file, content, root))
-        text = decoded(content, shot.place, shot, notes)
+        files.append(annotation_entry(file, content, root))
+        text = decode_text(content, shot.place, shot, notes)
         if text is not None and not text.strip():
             notes.note("empty-label-file", shot.place)
         for number, line in enumerate((text or "").splitlines(), 1):
             if line.strip():
-                understood(line, f"{shot.place}:{number}", shot, names, notes)
-    labels = labels_of(where)
+                parse_line(line, f"{shot.place}:{number}", shot, names, notes)
+    labels = labels_folder(where)
     if where.is_dir() and labels != where and labels.is_dir():
         for lone in sorted(set(labels.rglob("*.txt")) - used):
             if lone.name != "classes.txt":
-                notes.note("no-picture", relative(lone, root), 1)
+                notes.note("no-picture", relative_path(lone, root), 1)
     return shots
 
 
-def understood(line: str, place: str, shot: Shot, names: dict[int, str], notes: Notes) -> None:
+def parse_line(line: str, place: str, shot: AnnotatedImage, names: dict[int, str], notes: FindingCollector) -> None:
     """Parse a line: class, then center and size of a box, or at least three points of an outline."""
     words = line.split()
-    values = finite(words, len(words))
+    values = parse_finite(words, len(words))
     if (
         values is None
         or values[0] != int(values[0])
         or not (len(words) == 5 or (len(words) >= 7 and len(words) % 2))
-        or max(map(abs, values[1:])) > FAR
+        or max(map(abs, values[1:])) > MAX_COORDINATE
     ):
         notes.mark_invalid("malformed-line", f"{place}: {line.strip()[:40]!r}", shot)
         return
@@ -208,8 +219,8 @@ def understood(line: str, place: str, shot: Shot, names: dict[int, str], notes: 
     label, points = names[int(values[0])], values[1:]
     if len(points) == 4:
         x, y, width, height = points
-        shot.boxes.append(box(label, x - width / 2, y - height / 2, x + width / 2, y + height / 2))
+        shot.boxes.append(make_object(label, x - width / 2, y - height / 2, x + width / 2, y + height / 2))
     else:
         xs, ys = points[::2], points[1::2]
-        shot.boxes.append(box(label, min(xs), min(ys), max(xs), max(ys), [points]))
+        shot.boxes.append(make_object(label, min(xs), min(ys), max(xs), max(ys), [points]))
     shot.places.append(place)

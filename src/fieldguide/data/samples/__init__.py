@@ -85,7 +85,7 @@ SAMPLES: dict[str, Sample] = {
             "scikit-learn load_iris (Fisher 1936)",
             False,
             "species",
-            digits.classes("load_iris", "species"),
+            digits.classification_table("load_iris", "species"),
             reaches=("accuracy", 0.85),
         ),
         Sample(
@@ -96,7 +96,7 @@ SAMPLES: dict[str, Sample] = {
             "scikit-learn load_wine (UCI)",
             False,
             "grower",
-            digits.classes("load_wine", "grower"),
+            digits.classification_table("load_wine", "grower"),
             reaches=("accuracy", 0.88),
         ),
         Sample(
@@ -107,7 +107,7 @@ SAMPLES: dict[str, Sample] = {
             "scikit-learn load_breast_cancer (UCI, Wisconsin)",
             False,
             "diagnosis",
-            digits.classes("load_breast_cancer", "diagnosis"),
+            digits.classification_table("load_breast_cancer", "diagnosis"),
             reaches=("accuracy", 0.9),
         ),
         Sample(
@@ -124,7 +124,7 @@ SAMPLES: dict[str, Sample] = {
         Sample(
             "docstrings",
             "text-classification",
-            f"about {text.EACH * len(text.LIBRARIES):,} sentences of documentation from {len(text.LIBRARIES)} "
+            f"about {text.TEXTS_PER_CLASS * len(text.LIBRARIES):,} sentences of documentation from {len(text.LIBRARIES)} "
             "libraries, labeled with the library; varies slightly with the installed versions",
             "each library's own; generated on your machine, not distributed",
             "docstrings in the installed sources of " + ", ".join(text.LIBRARIES),

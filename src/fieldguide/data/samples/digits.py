@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fieldguide.data.samples.writers import write
+from fieldguide.data.samples.writers import write_csv
 
 
 def digits(folder: Path) -> None:
@@ -21,7 +21,7 @@ def digits(folder: Path) -> None:
         Image.fromarray(grey).save(folder / str(digit) / f"{i:04d}.png")
 
 
-def classes(loader: str, target: str) -> Callable[[Path], None]:
+def classification_table(loader: str, target: str) -> Callable[[Path], None]:
     """Return a generator that writes a classification data set of scikit-learn as CSV, with class names as targets."""
 
     def make(folder: Path) -> None:
@@ -29,7 +29,7 @@ def classes(loader: str, target: str) -> Callable[[Path], None]:
 
         data = getattr(sklearn.datasets, loader)()
         rows = ([*(f"{v:g}" for v in x), str(data.target_names[y])] for x, y in zip(data.data, data.target))
-        write(folder / "data.csv", [*(plain(n) for n in data.feature_names), target], rows)
+        write_csv(folder / "data.csv", [*(column_name(n) for n in data.feature_names), target], rows)
 
     return make
 
@@ -52,9 +52,9 @@ def diabetes(folder: Path) -> None:
     )
     data = load_diabetes(scaled=False)
     rows = ([*(f"{v:.10g}" for v in x), f"{y:g}"] for x, y in zip(data.data, data.target))
-    write(folder / "data.csv", [*names, "progression"], rows)
+    write_csv(folder / "data.csv", [*names, "progression"], rows)
 
 
-def plain(name: str) -> str:
+def column_name(name: str) -> str:
     """Return a feature name as an identifier."""
     return name.replace(" (cm)", "_cm").replace(" ", "_").replace("/", "_")

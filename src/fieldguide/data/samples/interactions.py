@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fieldguide.data.samples.writers import write
+from fieldguide.data.samples.writers import write_csv
 
 SHOWS = (
     "tides mines roofs wires salt lanterns orchards comets harbours clocks ravens ponds bridges maps glaciers stoves "
@@ -33,7 +33,7 @@ def episodes(folder: Path) -> None:
             rows.append([f"viewer{viewer}", f"{show}-{at[show]}", str(day)])
             at[show] += 1
             day += rng.randrange(1, 4)
-    write(folder / "data.csv", ["user", "item", "time"], sorted(rows, key=lambda r: int(r[2])))
+    write_csv(folder / "data.csv", ["user", "item", "time"], sorted(rows, key=lambda r: int(r[2])))
 
 
 TOPICS = "sport politics science travel food music".split()
@@ -63,7 +63,7 @@ def clicks(folder: Path) -> None:
                 "yes" if opened else "no",
             ]
         )
-    write(folder / "data.csv", ["user", "item", "topic", "length", "device", "hour", "clicked"], iter(rows))
+    write_csv(folder / "data.csv", ["user", "item", "topic", "length", "device", "hour", "clicked"], iter(rows))
 
 
 # Level in MW, fraction that is off on weekends, increase per degree below 16 °C.
@@ -108,4 +108,4 @@ def demand(folder: Path) -> None:
             [name, t.replace("T", " "), f"{p:.4f}", f"{w:.1f}", "yes" if h else "no"]
             for t, p, w, h in zip(times, power, warmth, holiday)
         ]
-    write(folder / "data.csv", ["site", "time", "demand", "temperature", "holiday"], iter(rows))
+    write_csv(folder / "data.csv", ["site", "time", "demand", "temperature", "holiday"], iter(rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from fieldguide.data.samples.writers import write
+from fieldguide.data.samples.writers import write_csv
 
 COUNT = 4000
 TEAMS = "Bonn Kiel Ulm Trier Jena Hof Essen Mainz Celle Gera Emden Worms".split()
@@ -42,12 +42,12 @@ def reports(folder: Path) -> None:
     """Write reports and summaries. Winner, score and top scorer must be inferred among irrelevant sentences."""
     rng, made = random.Random(0), {}
     while len(made) < COUNT:
-        document, summary = match(rng)
+        document, summary = make_match(rng)
         made.setdefault(document, summary)
-    write(folder / "data.csv", ["report", "summary"], iter(map(list, made.items())))
+    write_csv(folder / "data.csv", ["report", "summary"], iter(map(list, made.items())))
 
 
-def match(rng: random.Random) -> tuple[str, str]:
+def make_match(rng: random.Random) -> tuple[str, str]:
     """Return a random report and its summary."""
     home, guest = rng.sample(TEAMS, 2)
     squads = dict(zip((home, guest), (lambda names: (names[:3], names[3:]))(rng.sample(PLAYERS, 6))))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fieldguide.data.samples.writers import write
+from fieldguide.data.samples.writers import write_csv
 
 
-def scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple[int, tuple[int, int, int, int], Any]]]:
+def make_scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple[int, tuple[int, int, int, int], Any]]]:
     """Return a gray image (uint8, side x side) with one to `most` non-overlapping digits of scikit-learn on an uneven
     background, and for each digit its class, box (left, top, right, bottom) and ink mask (bool, side x side)."""
     import numpy as np
@@ -55,7 +55,7 @@ def inked(folder: Path) -> None:
         (folder / name).mkdir()
     (folder / "classes.txt").write_text("ground\nwhite ink\nblack ink\n")
     for number in range(500):
-        picture, found = scene(rng)
+        picture, found = make_scene(rng)
         mask = np.zeros(picture.shape, dtype=np.uint8)
         for _, _, where in found:
             mask[where] = 1 if picture[where].mean() > 128 else 2
@@ -73,7 +73,7 @@ def scattered(folder: Path) -> None:
         (folder / name).mkdir()
     (folder / "data.yaml").write_text(f"train: images\nnames: [{', '.join(map(repr, map(str, range(10))))}]\n")
     for number in range(900):
-        picture, found = scene(rng, side, most=5)
+        picture, found = make_scene(rng, side, most=5)
         Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
         lines = [
             f"{digit} {(left + right) / 2 / side:.6f} {(top + bottom) / 2 / side:.6f} {(right - left) / side:.6f} "
@@ -83,10 +83,10 @@ def scattered(folder: Path) -> None:
         (folder / "labels" / f"{number:04d}.txt").write_text("".join(lines))
 
 
-SCENE = 32  # side in pixels of scenes with captions or questions
+SCENE_SIDE = 32  # side in pixels of scenes with captions or questions
 
 
-def told(picture: Any, found: list[Any]) -> list[tuple[str, float, float, int]]:
+def describe_digits(picture: Any, found: list[Any]) -> list[tuple[str, float, float, int]]:
     """Return the color, the center of the box (from the left, from the top) and its area for each digit in a scene."""
     return [
         (
@@ -107,15 +107,15 @@ def captions(folder: Path) -> None:
     rng, rows = np.random.default_rng(0), []
     (folder / "images").mkdir()
     for number in range(3000):
-        picture, found = scene(rng, SCENE, 2)
+        picture, found = make_scene(rng, SCENE_SIDE, 2)
         said = [
-            f"a {'small' if area < SCENE**2 / 20 else 'large'} {colour} digit at the "
-            f"{'top' if y < SCENE / 2 else 'bottom'} {'left' if x < SCENE / 2 else 'right'}"
-            for colour, x, y, area in sorted(told(picture, found), key=lambda t: t[1])
+            f"a {'small' if area < SCENE_SIDE**2 / 20 else 'large'} {colour} digit at the "
+            f"{'top' if y < SCENE_SIDE / 2 else 'bottom'} {'left' if x < SCENE_SIDE / 2 else 'right'}"
+            for colour, x, y, area in sorted(describe_digits(picture, found), key=lambda t: t[1])
         ]
         Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
         rows.append([f"images/{number:04d}.png", " and ".join(said)])
-    write(folder / "captions.csv", ["image", "caption"], iter(rows))
+    write_csv(folder / "captions.csv", ["image", "caption"], iter(rows))
 
 
 def questions(folder: Path) -> None:
@@ -126,8 +126,8 @@ def questions(folder: Path) -> None:
     rng, rows = np.random.default_rng(0), []
     (folder / "images").mkdir()
     for number in range(1500):
-        picture, found = scene(rng, SCENE, 3)
-        things = told(picture, found)
+        picture, found = make_scene(rng, SCENE_SIDE, 3)
+        things = describe_digits(picture, found)
         white = sum(colour == "white" for colour, *_ in things)
         largest, leftmost = max(things, key=lambda t: t[3]), min(things, key=lambda t: t[1])
         lowest = max(things, key=lambda t: t[2])
@@ -140,12 +140,12 @@ def questions(folder: Path) -> None:
             ("what colour is the largest digit?", largest[0]),
             ("what colour is the leftmost digit?", leftmost[0]),
             ("what colour is the lowest digit?", lowest[0]),
-            ("on which side is the largest digit?", "left" if largest[1] < SCENE / 2 else "right"),
+            ("on which side is the largest digit?", "left" if largest[1] < SCENE_SIDE / 2 else "right"),
         ]
         Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
         for i in rng.choice(len(asked), 3, replace=False):
             rows.append([f"images/{number:04d}.png", asked[i][0], str(asked[i][1])])
-    write(folder / "questions.csv", ["image", "question", "answer"], iter(rows))
+    write_csv(folder / "questions.csv", ["image", "question", "answer"], iter(rows))
 
 
 def moving(folder: Path) -> None:

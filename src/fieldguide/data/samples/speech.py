@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fieldguide.data.samples.writers import write
+from fieldguide.data.samples.writers import write_csv
 
 
 def spoken(folder: Path) -> None:
@@ -26,4 +26,4 @@ def spoken(folder: Path) -> None:
             file.setframerate(voice.RATE)
             file.writeframes((sound * 32767).astype("<i2").tobytes())
         rows.append([f"recordings/{number:04d}.wav", " ".join(words)])
-    write(folder / "transcripts.csv", ["file", "transcript"], iter(rows))
+    write_csv(folder / "transcripts.csv", ["file", "transcript"], iter(rows))

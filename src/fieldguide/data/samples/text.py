@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
-from fieldguide.data.samples.writers import digest, write
+from fieldguide.data.samples.writers import text_digest, write_csv
 
-LEAST = 200  # minimum characters per topic of `manual`
-EACH = 800  # texts per class of `docstrings`
+MIN_TOPIC_CHARACTERS = 200  # minimum characters per topic of `manual`
+TEXTS_PER_CLASS = 800  # texts per class of `docstrings`
 LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars": "polars", "torch": "torch"}
 
 
@@ -28,10 +28,10 @@ def docstrings(folder: Path) -> None:
             if text.lower() not in seen:
                 seen.add(text.lower())
                 taken[text] = library
-            if len(taken) == before + EACH:
+            if len(taken) == before + TEXTS_PER_CLASS:
                 break
-    order = sorted(taken, key=digest)
-    write(folder / "data.csv", ["text", "library"], ([t, taken[t]] for t in order))
+    order = sorted(taken, key=text_digest)
+    write_csv(folder / "data.csv", ["text", "library"], ([t, taken[t]] for t in order))
 
 
 def library_folder(package: str) -> Path:
@@ -48,7 +48,7 @@ def paragraphs(folder: Path) -> Iterator[str]:
 
     The order is pseudo-random, so that the first ones are a representative sample.
     """
-    for tree in parsed(folder):
+    for tree in parse_sources(folder):
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
                 text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
@@ -56,7 +56,7 @@ def paragraphs(folder: Path) -> Iterator[str]:
                     yield text
 
 
-def parsed(folder: Path) -> Iterator[ast.Module]:
+def parse_sources(folder: Path) -> Iterator[ast.Module]:
     """Yield the parsed sources of a package that contain docstrings, without tests and vendored code."""
     skip = {
         "site-packages",
@@ -73,7 +73,7 @@ def parsed(folder: Path) -> Iterator[ast.Module]:
         "onnx",
     }
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")]
-    for name in sorted((f for f in files if not skip & set(f.split("/"))), key=digest):
+    for name in sorted((f for f in files if not skip & set(f.split("/"))), key=text_digest):
         source = (folder / name).read_bytes()
         if b'"""' not in source:
             continue
@@ -98,7 +98,7 @@ def manual(folder: Path) -> None:
             if (words := " ".join(paragraph.split())) not in seen:
                 seen.add(words)
                 new.append(paragraph)
-        if len(own := "\n\n".join(new)) >= LEAST:
+        if len(own := "\n\n".join(new)) >= MIN_TOPIC_CHARACTERS:
             (folder / f"{name}.txt").write_text(own, encoding="utf-8")
 
 
@@ -112,14 +112,14 @@ def parameters(folder: Path) -> None:
     Each context describes two parameters of a function; some questions are unanswerable.
     """
     found: dict[str, list[dict]] = {}
-    for tree in parsed(library_folder("sklearn")):
+    for tree in parse_sources(library_folder("sklearn")):
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                described = list(documented(ast.get_docstring(node) or ""))
+                described = list(parse_parameters(ast.get_docstring(node) or ""))
                 for pair in zip(described[::2], described[1::2]):
-                    context, asked = questioned(pair)
+                    context, asked = make_questions(pair)
                     found.setdefault(context, asked)
-    kept = sorted(found, key=digest)[:CONTEXTS]
+    kept = sorted(found, key=text_digest)[:CONTEXTS]
     paragraphs = [
         {"context": context, "qas": [{"id": f"{number}.{place}", **question} for place, question in enumerate(found[context])]}
         for number, context in enumerate(kept)
@@ -128,7 +128,7 @@ def parameters(folder: Path) -> None:
     (folder / "data.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
-def documented(text: str) -> Iterator[tuple[str, str, str, str]]:
+def parse_parameters(text: str) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, type, default and first sentence of each parameter of a numpydoc docstring."""
     lines = text.partition("Parameters\n----------\n")[2].split("\n")
     for place, line in enumerate(lines):
@@ -142,7 +142,7 @@ def documented(text: str) -> Iterator[tuple[str, str, str, str]]:
             yield named[1], kind, default, said
 
 
-def questioned(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[dict]]:
+def make_questions(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[dict]]:
     """Return the descriptions of parameters as one context, and about half of the possible questions on them."""
     context, asked = "", []
     for name, kind, default, said in pair:
@@ -161,7 +161,7 @@ def questioned(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[d
                 }
             )
             context += answer
-    chosen = [entry for entry in asked if digest(context + entry["question"])[0] % 2]
+    chosen = [entry for entry in asked if text_digest(context + entry["question"])[0] % 2]
     return context, chosen or asked[:1]
 
 
@@ -217,4 +217,4 @@ def phrases(folder: Path) -> None:
         else:
             english, german = f"{subject} {verb} {thing} {when}", f"{ours} {german_verb} {unser} {wann}"
         pairs.setdefault(english[0].upper() + english[1:] + ".", german[0].upper() + german[1:] + ".")
-    write(folder / "data.csv", ["english", "german"], iter(map(list, pairs.items())))
+    write_csv(folder / "data.csv", ["english", "german"], iter(map(list, pairs.items())))

@@ -95,7 +95,7 @@ def speak(words: list[str], voice: Voice, rng: np.random.Generator) -> np.ndarra
     seconds[[0, -1]] *= rng.uniform(0.5, 2.0, 2)
     steps = np.maximum(2, (seconds * RATE / STEP).round().astype(int))
     control = smooth(np.repeat(table[:, :7], steps, axis=0), 9)  # articulation takes about 40 ms from sound to sound
-    wave = voiced(control, voice, rng) + hissed(control, rng)
+    wave = synthesize_voice(control, voice, rng) + synthesize_noise(control, rng)
     wave *= voice.loudness / np.abs(wave).max()
     return (wave + voice.hiss * rng.standard_normal(len(wave))).clip(-1, 1).astype(np.float32)
 
@@ -109,7 +109,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.stack([np.convolve(padded[:, k], kernel / kernel.sum(), "valid") for k in range(values.shape[1])], 1)
 
 
-def tract(frequency: np.ndarray, formants: np.ndarray) -> np.ndarray:  # K T, 3 T -> K T
+def tract_gain(frequency: np.ndarray, formants: np.ndarray) -> np.ndarray:  # K T, 3 T -> K T
     """Return the gain of the formants in series at each frequency."""
     import numpy as np
 
@@ -119,7 +119,7 @@ def tract(frequency: np.ndarray, formants: np.ndarray) -> np.ndarray:  # K T, 3 
     return gain
 
 
-def voiced(control: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.ndarray:  # T 7 -> T STEP
+def synthesize_voice(control: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.ndarray:  # T 7 -> T STEP
     """Synthesize the harmonics of the vocal folds, falling by 12 dB per octave, of which lip radiation restores 6."""
     import numpy as np
 
@@ -128,7 +128,7 @@ def voiced(control: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.nd
     pitch = voice.pitch * (1 - voice.fall * np.linspace(0, 1, frames) + drift)
     harmonics = np.arange(1, int(RATE / 2 / pitch.min()))[:, None]
     audible = np.clip((RATE / 2 - harmonics * pitch) / 200, 0, 1)  # fades out below the Nyquist frequency
-    gain = audible / harmonics * tract(harmonics * pitch, control[:, :3].T) * control[:, 3]
+    gain = audible / harmonics * tract_gain(harmonics * pitch, control[:, :3].T) * control[:, 3]
     at, known = np.arange(count) / STEP, np.arange(frames)
     turn = np.exp(2j * np.pi * np.cumsum(np.interp(at, known, pitch)) / RATE)
     wave, one = np.zeros(count), np.ones(count, dtype=complex)
@@ -138,7 +138,7 @@ def voiced(control: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.nd
     return wave + voice.breath * np.abs(wave).mean() * np.interp(at, known, control[:, 3]) * rng.standard_normal(count)
 
 
-def hissed(control: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # T 7 -> T STEP
+def synthesize_noise(control: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # T 7 -> T STEP
     """Synthesize fricatives: band-pass noise, by overlap-add of frames."""
     import numpy as np
 

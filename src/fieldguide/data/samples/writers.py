@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def digest(text: str) -> bytes:
+def text_digest(text: str) -> bytes:
     """Return the SHA-256 of a text, used as a sort key."""
     return hashlib.sha256(text.encode()).digest()
 
 
-def write(file: Path, names: list[str], rows: Iterator[list[str]]) -> None:
+def write_csv(file: Path, names: list[str], rows: Iterator[list[str]]) -> None:
     """Write a CSV file with a header."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")

@@ -15,8 +15,8 @@ CALENDAR = {1: (28, 31), 3: (89, 92), 6: (181, 184), 12: (365, 366)}  # months -
 SEASONS = {"day": 7, "business day": 5, "week": 52, "month": 12, "quarter": 4, "half-year": 2, "second": 60}
 # Horizons of the M4 competition (Makridakis et al. 2020, doi:10.1016/j.ijforecast.2019.04.014, table 1).
 HORIZONS = {"hour": 48, "day": 14, "business day": 14, "week": 13, "month": 18, "quarter": 8, "year": 6}
-NEARLY = 0.95  # minimum fraction of times that match a calendar pattern
-LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)  # usual seasons, most likely first
+MIN_CALENDAR_FRACTION = 0.95  # minimum fraction of times that match a calendar pattern
+SEASON_LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)  # usual seasons, most likely first
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Frequency:
     def position(self, times: np.ndarray) -> np.ndarray:
         """Return steps from an arbitrary origin, float64; differences are integers for times on the same grid."""
         if self.unit == "month":
-            return months(times) / self.size
+            return months_since_1970(times) / self.size
         if self.unit == "business":
             return np.busday_count("1970-01-05", times.astype("M8[us]").astype("M8[D]")).astype(float)
         first = times.min() if len(times) else 0
@@ -78,12 +78,12 @@ class Frequency:
         return text.removesuffix(" 00:00:00") if self.unit != "clock" or self.size % DAY == 0 else text
 
 
-def months(times: np.ndarray) -> np.ndarray:
+def months_since_1970(times: np.ndarray) -> np.ndarray:
     """Return the number of whole months since 1970."""
     return times.astype("M8[us]").astype("M8[M]").astype(np.int64)
 
 
-def infer(times: Sequence[np.ndarray], dates: bool) -> Frequency | None:
+def infer_frequency(times: Sequence[np.ndarray], dates: bool) -> Frequency | None:
     """Return the most common difference of consecutive times in several sorted series, or None if there is none."""
     gaps = np.concatenate([np.diff(t) for t in times] or [np.empty(0)])
     gaps = gaps[gaps > 0]
@@ -95,25 +95,29 @@ def infer(times: Sequence[np.ndarray], dates: bool) -> Frequency | None:
         return Frequency("number", float(size), "step")
     every = np.concatenate(times)
     for count, (low, high) in CALENDAR.items():
-        if low * DAY <= size <= high * DAY and size % DAY == 0 and same_day(every):
+        if low * DAY <= size <= high * DAY and size % DAY == 0 and is_same_day(every):
             return Frequency("month", count, MONTHS[count])
-    if size == DAY and np.ptp(every) >= 14 * DAY and np.is_busday(every.astype("M8[us]").astype("M8[D]")).mean() >= NEARLY:
+    if (
+        size == DAY
+        and np.ptp(every) >= 14 * DAY
+        and np.is_busday(every.astype("M8[us]").astype("M8[D]")).mean() >= MIN_CALENDAR_FRACTION
+    ):
         return Frequency("business", 1, "business day")
     length, unit = next(((u, w) for u, w in UNITS if size % u == 0), (1, "microsecond"))
     many = int(size // length)
     return Frequency("clock", int(size), unit if many == 1 else f"{many} {unit}s")
 
 
-def same_day(times: np.ndarray) -> bool:
+def is_same_day(times: np.ndarray) -> bool:
     """Return whether nearly all dates fall on the same day of the month, or on its last day."""
     days = times.astype("M8[us]").astype("M8[D]")
     first = days.astype("M8[M]").astype("M8[D]")
     last = (days.astype("M8[M]") + 1).astype("M8[D]") - np.timedelta64(1, "D")
     usual = np.unique(days - first, return_counts=True)
-    return bool(((days - first == usual[0][usual[1].argmax()]) | (days == last)).mean() >= NEARLY)
+    return bool(((days - first == usual[0][usual[1].argmax()]) | (days == last)).mean() >= MIN_CALENDAR_FRACTION)
 
 
-def season_of(series: Sequence[np.ndarray], most: int = 200) -> int:
+def estimate_season(series: Sequence[np.ndarray], most: int = 200) -> int:
     """Estimate the season from the values.
 
     It is the smallest lag in `LAGS` whose autocorrelation of differences, averaged over up to `most` series, is at least
@@ -125,7 +129,7 @@ def season_of(series: Sequence[np.ndarray], most: int = 200) -> int:
         change = np.diff(values[np.isfinite(values)])
         change = change - change.mean() if len(change) else change
         power = float(change @ change)
-        for lag in LAGS:
+        for lag in SEASON_LAGS:
             if power > 0 and len(change) >= 3 * lag:
                 share = float(change[lag:] @ change[:-lag]) / power
                 found.setdefault(lag, []).append(share * len(change) / (len(change) - lag))
@@ -134,7 +138,7 @@ def season_of(series: Sequence[np.ndarray], most: int = 200) -> int:
     return min((lag for lag, mean in means.items() if mean >= 0.85 * best), default=1) if best >= 0.3 else 1
 
 
-def usual_horizon(frequency: Frequency, season: int) -> int:
+def default_horizon(frequency: Frequency, season: int) -> int:
     """Return the default horizon in steps: that of the M4 competition, else one derived from the season."""
     by_season = {24: 48, 7: 14, 52: 13, 12: 18, 4: 8}
     return HORIZONS.get(frequency.words) or by_season.get(season) or (min(season, 96) if season > 1 else 12)

@@ -22,16 +22,16 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data import column_types
 from fieldguide.data.dataset import Data, Finding, Severity
-from fieldguide.data.timeseries.frequency import Frequency, infer
-from fieldguide.data.validation.findings import SHOWN, places
+from fieldguide.data.timeseries.frequency import Frequency, infer_frequency
+from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places
 
-STEP = Frequency("number", 1.0, "step")
-OWN = 0.9  # minimum fraction of distinct values in a column that names one series per row
-HOLES = 0.5  # maximum fraction of missing steps; with more, the data are events rather than series
+PLAIN_STEP = Frequency("number", 1.0, "step")
+MIN_DISTINCT_FRACTION = 0.9  # minimum fraction of distinct values in a column that names one series per row
+MAX_MISSING_FRACTION = 0.5  # maximum fraction of missing steps; with more, the data are events rather than series
 
-READ = "the model reads the last value before them, and they are excluded from training and evaluation"
-BEFORE = "rows with a repeated series and time"
-FOUND: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, remedy
+FILL_NOTE = "the model reads the last value before them, and they are excluded from training and evaluation"
+REPEATED = "rows with a repeated series and time"
+FINDINGS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, remedy
     "layout": (
         "note",
         "read as one series per row: {name!r} is its name, the {columns:,} other columns are its values in "
@@ -56,10 +56,10 @@ FOUND: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, 
         "timestamps out of order: rows that follow a later time of their series; they are sorted",
         "Check that the times are correct.",
     ),
-    "duplicate-time": ("note", BEFORE + " and an equal value; they are dropped", ""),
+    "duplicate-time": ("note", REPEATED + " and an equal value; they are dropped", ""),
     "conflicting-time": (
         "warning",
-        BEFORE + " but a different value; the first is used",
+        REPEATED + " but a different value; the first is used",
         "Correct or aggregate them. If they belong to several series, specify the column that identifies "
         "them: --set role.series=COLUMN.",
     ),
@@ -68,10 +68,10 @@ FOUND: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, 
         "rows between the time steps of their series, which are {step} apart; they are dropped",
         "Round their times, or resample the data to equal steps.",
     ),
-    "missing-steps": ("warning", "time steps without a row: " + READ, "Add them if the values are known."),
+    "missing-steps": ("warning", "time steps without a row: " + FILL_NOTE, "Add them if the values are known."),
     "missing-values": (
         "warning",
-        "rows without a value between others of their series: " + READ,
+        "rows without a value between others of their series: " + FILL_NOTE,
         "Fill them in if the values are known.",
     ),
     "empty-series": ("warning", "series without values: {names}", "Fill them in or remove them."),
@@ -94,9 +94,11 @@ FOUND: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, 
 UNUSABLE = {"time-missing", "conflicting-time", "off-grid"}
 
 
-def found(data: Data, slug: str, rows: Any = (), count: int | None = None, shown: Sequence[str] = (), **words: Any) -> Finding:
+def make_finding(
+    data: Data, slug: str, rows: Any = (), count: int | None = None, shown: Sequence[str] = (), **words: Any
+) -> Finding:
     """Return a finding about these rows (a mask or indices), or about the locations in `shown`."""
-    severity, what, remedy = FOUND[slug]
+    severity, what, remedy = FINDINGS[slug]
     rows = np.asarray(rows)
     rows = np.flatnonzero(rows) if rows.dtype.kind == "b" else rows.astype(int)
     count = count if count is not None else max(len(rows), 1)
@@ -136,7 +138,7 @@ class Panel:
 
     def __post_init__(self) -> None:
         self.observed = np.isfinite(self.values)
-        self.filled = forward(self.values, self.start)
+        self.filled = forward_fill(self.values, self.start)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -146,7 +148,7 @@ class Panel:
         return self.values[self.low[series] : self.high[series], self.column[series]]
 
 
-def forward(values: np.ndarray, start: np.ndarray) -> np.ndarray:
+def forward_fill(values: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Forward-fill missing values within groups; leading ones get the first value, groups without values 0."""
     at = np.arange(len(values))[:, None]
     begin = np.repeat(start[:-1], np.diff(start))[:, None]
@@ -161,51 +163,51 @@ def forward(values: np.ndarray, start: np.ndarray) -> np.ndarray:
 
 def check(data: Data) -> Iterator[Finding]:
     """Run the data checks for time series."""
-    yield from arrange(data)[1]
+    yield from arrange_series(data)[1]
 
 
-def panel(data: Data) -> Panel:
+def build_panel(data: Data) -> Panel:
     """Return the series of a table. Raises DataError if there are none that can be used."""
-    made, findings = arrange(data)
+    made, findings = arrange_series(data)
     if made is None:
         raise DataError(f"{data.source}: " + " ".join(str(f) for f in findings if f.severity == "error"))
     return made
 
 
-def arrange(data: Data) -> tuple[Panel | None, list[Finding]]:
+def arrange_series(data: Data) -> tuple[Panel | None, list[Finding]]:
     """Return the series and all findings; the series are None if a finding is an error."""
-    layout = layout_of(data)
+    layout = find_layout(data)
     if layout == "rows":
         return rows_as_series(data)
     return moments_as_series(data, layout)
 
 
-def layout_of(data: Data) -> str:
+def find_layout(data: Data) -> str:
     """Return the layout of a table: "long", "wide" or "rows"."""
     if data.role("time"):
         return "long" if data.role("series") else "wide"
-    return "rows" if names_of_rows(data) else "wide"
+    return "rows" if series_name_column(data) else "wide"
 
 
-def names_of_rows(data: Data) -> str | None:
+def series_name_column(data: Data) -> str | None:
     """Return the column that names one series per row, or None.
 
     It is the series column, or the only text column if nearly all of its values are distinct.
     """
     if data.role("series"):
         return data.only("series").name
-    chosen = [n for n in data.columns if worded(data.rows[n])]
-    if len(chosen) == 1 and len(data.columns) > 2 and data.rows[chosen[0]].n_unique() >= OWN * len(data):
+    chosen = [n for n in data.columns if holds_words(data.rows[n])]
+    if len(chosen) == 1 and len(data.columns) > 2 and data.rows[chosen[0]].n_unique() >= MIN_DISTINCT_FRACTION * len(data):
         return chosen[0]
     return None
 
 
-def worded(values: pl.Series) -> bool:
+def holds_words(values: pl.Series) -> bool:
     """Return whether a column holds words. A step at which all series are 0 or have ended may be read as text without."""
     return values.dtype == pl.String and column_types.as_numbers(values).null_count() > values.null_count()
 
 
-def steps_of_rows(data: Data, name: str) -> np.ndarray:
+def row_values(data: Data, name: str) -> np.ndarray:
     """Return the values, rows x steps, float64: all other columns in order, whatever their type."""
     columns = [data.rows[n] for n in data.columns if n != name]
     numbers = [column_types.as_numbers(c) if c.dtype == pl.String else c.cast(pl.Float64) for c in columns]
@@ -214,88 +216,92 @@ def steps_of_rows(data: Data, name: str) -> np.ndarray:
 
 def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
     """Build one series per row; trailing blanks are after its end, other blanks are missing values."""
-    name = names_of_rows(data)
+    name = series_name_column(data)
     again = ~data.rows[name].is_first_distinct().to_numpy()
     if again.any():
-        return None, [found(data, "repeated-series", again, name=name)]
-    table = steps_of_rows(data, name)
+        return None, [make_finding(data, "repeated-series", again, name=name)]
+    table = row_values(data, name)
     seen = np.isfinite(table)
-    findings = [found(data, "layout", name=name, columns=table.shape[1])]
+    findings = [make_finding(data, "layout", name=name, columns=table.shape[1])]
     ends = np.where(seen.any(1), table.shape[1] - seen[:, ::-1].argmax(1), 0)
     ids = data.rows[name].cast(pl.String).to_list()
     start, inside = np.r_[0, ends.cumsum()], np.arange(table.shape[1]) < ends[:, None]
     values = np.where(seen, table, np.nan)[inside][:, None]
     times = np.concatenate([np.arange(n) for n in ends]).astype(float)
-    return finished(data, "rows", STEP, ["value"], values, np.repeat(np.arange(len(data)), ends), times, start, ids, findings)
+    return finish_panel(
+        data, "rows", PLAIN_STEP, ["value"], values, np.repeat(np.arange(len(data)), ends), times, start, ids, findings
+    )
 
 
 def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Finding]]:
     """Build series from long and wide tables: sort, drop duplicates and rows off the grid, and place rows on the grid."""
     targets = [c.name for c in data.role("target") if data.rows[c.name].dtype.is_numeric()]
     if not targets:
-        return None, [found(data, "no-target")]
+        return None, [make_finding(data, "no-target")]
     findings, dates = [], False
     times = pl.Series(np.arange(len(data), dtype=float))
     if data.role("time"):
-        times, dates = moments(data)
+        times, dates = row_times(data)
         if times.dtype == pl.String:
             column = data.only("time").name
             wrong = times.is_not_null().to_numpy()
-            return None, [found(data, "time-unreadable", wrong, name=column, value=times.drop_nulls()[0])]
+            return None, [make_finding(data, "time-unreadable", wrong, name=column, value=times.drop_nulls()[0])]
     else:
-        findings.append(found(data, "no-time"))
-    frame = pl.DataFrame({"id": names_of_moments(data), "time": times, "row": np.arange(len(data))})
+        findings.append(make_finding(data, "no-time"))
+    frame = pl.DataFrame({"id": row_series(data), "time": times, "row": np.arange(len(data))})
     if (gone := frame["time"].is_null()).any():  # rows without a series were dropped by the reader
-        findings.append(found(data, "time-missing", gone.to_numpy()))
+        findings.append(make_finding(data, "time-missing", gone.to_numpy()))
     frame = frame.drop_nulls()
     if not frame.height:
-        return None, [*findings, found(data, "no-series")]
+        return None, [*findings, make_finding(data, "no-series")]
     names = frame["id"].unique(maintain_order=True).to_list()  # in file order
     codes = frame["id"].replace_strict(names, list(range(len(names)))).to_numpy()
     at, row = frame["time"].to_numpy(), frame["row"].to_numpy()
-    findings += order_of(data, codes, at, row)
+    findings += check_order(data, codes, at, row)
     order = np.lexsort((row, at, codes))
     codes, at, row = codes[order], at[order], row[order]
     table = data.rows.select(pl.col(targets).cast(pl.Float64)).to_numpy()
-    again, doubles = once_each(data, codes, at, row, table)
+    again, doubles = find_repeats(data, codes, at, row, table)
     findings += doubles
     codes, at, row = codes[~again], at[~again], row[~again]
     cuts = np.r_[0, np.flatnonzero(np.diff(codes)) + 1, len(codes)]
-    frequency = infer([at[a:b] for a, b in pairwise(cuts)], dates) if data.role("time") else STEP
+    frequency = infer_frequency([at[a:b] for a, b in pairwise(cuts)], dates) if data.role("time") else PLAIN_STEP
     if frequency is None:
-        return None, [*findings, found(data, "one-moment", hint=hint_of_roles(data))]
-    placed = grid(data, frequency, at, row, cuts)
+        return None, [*findings, make_finding(data, "one-moment", hint=series_hint(data))]
+    placed = place_on_grid(data, frequency, at, row, cuts)
     if placed is None:
         return None, [
             *findings,
-            found(data, "irregular-steps", row[:SHOWN], len(row), step=frequency.article, hint=hint_of_roles(data)),
+            make_finding(
+                data, "irregular-steps", row[:MAX_SHOWN_PLACES], len(row), step=frequency.article, hint=series_hint(data)
+            ),
         ]
     where, start, times, more = placed
     values, source = np.full((start[-1], len(targets)), np.nan), np.full(start[-1], -1)
     source[where[where >= 0]] = row[where >= 0]
     values[where[where >= 0]] = table[row[where >= 0]]
-    return finished(data, layout, frequency, targets, values, source, times, start, names, [*findings, *more])
+    return finish_panel(data, layout, frequency, targets, values, source, times, start, names, [*findings, *more])
 
 
-def names_of_moments(data: Data) -> pl.Series:
+def row_series(data: Data) -> pl.Series:
     """Return the series of each row: the joined values of the series columns; null if missing, "" in a wide table."""
     keys = [pl.col(c.name).cast(pl.String) for c in data.role("series")] or [pl.repeat("", len(data))]
     return data.rows.select(pl.concat_str(keys, separator=", ").alias("id")).to_series()
 
 
-def moments(data: Data) -> tuple[pl.Series, bool]:
+def row_times(data: Data) -> tuple[pl.Series, bool]:
     """Return the time of every row and whether it is in microseconds (else numbers); text if it is neither."""
     values = data.rows[data.only("time").name]
     if values.dtype == pl.String:
         numbers, (dates, *_) = column_types.as_numbers(values), column_types.as_dates(values)
-        least = column_types.MOSTLY * (len(values) - values.null_count())
+        least = column_types.MIN_TYPE_FRACTION * (len(values) - values.null_count())
         values = numbers if len(values) - numbers.null_count() >= max(least, 1) else values if dates is None else dates
     if values.dtype.is_temporal():
-        return values.cast(column_types.DATE).cast(pl.Int64), True
+        return values.cast(column_types.DATE_DTYPE).cast(pl.Int64), True
     return (values.cast(pl.Float64) if values.dtype.is_numeric() else values.cast(pl.String)), False
 
 
-def order_of(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> list[Finding]:
+def check_order(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> list[Finding]:
     """Report rows that follow a later time of their series; a file in descending order is only noted."""
     by = np.lexsort((row, codes))
     codes, at, row = codes[by], at[by], row[by]
@@ -304,14 +310,14 @@ def order_of(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> 
     if not back.any():
         return []
     if (steps[same] <= 0).all():
-        return [found(data, "time-backwards", row[:1])]
+        return [make_finding(data, "time-backwards", row[:1])]
     peak = np.zeros(len(by), dtype=bool)  # rows before the latest time so far
     for a, b in pairwise(np.r_[0, np.flatnonzero(~same) + 1, len(by)]):
         peak[a:b] = at[a:b] < np.maximum.accumulate(at[a:b])
-    return [found(data, "time-order", row[peak])]
+    return [make_finding(data, "time-order", row[peak])]
 
 
-def once_each(
+def find_repeats(
     data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray, table: np.ndarray
 ) -> tuple[np.ndarray, list[Finding]]:
     """Return which of the sorted rows repeat a series and time, and the findings about them."""
@@ -321,12 +327,14 @@ def once_each(
     findings = []
     for slug, which in (("duplicate-time", again & same), ("conflicting-time", again & ~same)):
         if which.any():
-            pairs = [f"{data.place(int(row[i]))} = {data.place(int(first[i]))}" for i in np.flatnonzero(which)[:SHOWN]]
-            findings.append(found(data, slug, row[which], shown=pairs))
+            pairs = [
+                f"{data.place(int(row[i]))} = {data.place(int(first[i]))}" for i in np.flatnonzero(which)[:MAX_SHOWN_PLACES]
+            ]
+            findings.append(make_finding(data, slug, row[which], shown=pairs))
     return again, findings
 
 
-def hint_of_roles(data: Data) -> str:
+def series_hint(data: Data) -> str:
     """Return the remedy for rows that may belong to several series."""
     columns = ", ".join(repr(c.name) for c in data.role("series"))
     return (
@@ -336,7 +344,7 @@ def hint_of_roles(data: Data) -> str:
     )
 
 
-def grid(
+def place_on_grid(
     data: Data, frequency: Frequency, at: np.ndarray, row: np.ndarray, cuts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Finding]] | None:
     """Return the step of every row (-1 if between steps), the start of each group, the time of every step, and findings.
@@ -362,18 +370,18 @@ def grid(
         jumps += [(int(gaps[i]) - 1, int(row[a:b][on][i])) for i in np.flatnonzero(gaps > 1)]
     off, start = where < 0, np.r_[0, np.cumsum(sizes)]
     missing = int(start[-1] - (~off).sum())
-    if off.mean() > HOLES or missing > HOLES * start[-1]:
+    if off.mean() > MAX_MISSING_FRACTION or missing > MAX_MISSING_FRACTION * start[-1]:
         return None
-    findings = [found(data, "frequency", step=frequency.article)]
+    findings = [make_finding(data, "frequency", step=frequency.article)]
     if off.any():
-        findings.append(found(data, "off-grid", row[off], step=frequency.article))
+        findings.append(make_finding(data, "off-grid", row[off], step=frequency.article))
     if missing:
-        told = [f"{count} before {data.place(r)}" for count, r in jumps[:SHOWN]]
-        findings.append(found(data, "missing-steps", shown=told, count=missing))
+        told = [f"{count} before {data.place(r)}" for count, r in jumps[:MAX_SHOWN_PLACES]]
+        findings.append(make_finding(data, "missing-steps", shown=told, count=missing))
     return np.where(off, -1, where + np.repeat(start[:-1], np.diff(cuts))), start, np.concatenate(times), findings
 
 
-def finished(
+def finish_panel(
     data: Data,
     layout: str,
     frequency: Frequency,
@@ -403,19 +411,21 @@ def finished(
             names.append(name)
     gaps = (inside & ~seen).any(1) & (row >= 0)
     if gaps.any():
-        findings.append(found(data, "missing-values", list(dict.fromkeys(row[gaps].tolist()))[:SHOWN], int(gaps.sum())))
+        findings.append(
+            make_finding(data, "missing-values", list(dict.fromkeys(row[gaps].tolist()))[:MAX_SHOWN_PLACES], int(gaps.sum()))
+        )
     for slug, series in odd.items():
         if series:
             findings.append(
-                found(
+                make_finding(
                     data,
                     slug,
-                    shown=[repr(n) for n in series[:SHOWN]],
+                    shown=[repr(n) for n in series[:MAX_SHOWN_PLACES]],
                     count=len(series),
-                    names=", ".join(map(repr, series[:SHOWN])),
+                    names=", ".join(map(repr, series[:MAX_SHOWN_PLACES])),
                 )
             )
     if not units or len(odd["constant-series"]) == len(units):
-        return None, [*findings, found(data, "nothing-changes" if units else "no-series")]
+        return None, [*findings, make_finding(data, "nothing-changes" if units else "no-series")]
     group, column, low, high = (np.array(x) for x in zip(*units))
     return Panel(layout, frequency, targets, values, row, times, start, group, column, low, high, names, findings), findings

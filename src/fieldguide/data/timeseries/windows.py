@@ -16,15 +16,15 @@ import polars as pl
 
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data.dataset import FILE, LINE, Data, Finding
-from fieldguide.data.timeseries.frequency import season_of, usual_horizon
-from fieldguide.data.timeseries.panel import Panel, panel
-from fieldguide.data.validation.findings import SHOWN
+from fieldguide.data.timeseries.frequency import default_horizon, estimate_season
+from fieldguide.data.timeseries.panel import Panel, build_panel
+from fieldguide.data.validation.findings import MAX_SHOWN_PLACES
 
 SERIES, CUT = "#series", "#cut"
-MANY = 30  # with at least this many series, the last horizon of each is the test and the one before it validation
-TEST, VALIDATION = 0.2, 0.1  # fractions of each series if there are fewer
-READ = 4  # default input length in horizons
-MOST = {"train": 2_000_000, "val": 4_000, "test": 40_000}  # maximum windows per split; beyond that every n-th is used
+MIN_MANY_SERIES = 30  # with at least this many series, the last horizon of each is the test and the one before it validation
+TEST_FRACTION, VALIDATION_FRACTION = 0.2, 0.1  # fractions of each series if there are fewer
+INPUT_HORIZONS = 4  # default input length in horizons
+MAX_WINDOWS = {"train": 2_000_000, "val": 4_000, "test": 40_000}  # maximum windows per split; beyond that every n-th is used
 
 
 @dataclass
@@ -40,14 +40,14 @@ class Windows:
     test_end: np.ndarray
 
 
-def settled(found: Panel, options: Any) -> Any:
+def resolve_options(found: Panel, options: Any) -> Any:
     """Return the options with season, horizon and length filled in. Raises SettingsError for values below 1."""
-    season = options.season or found.frequency.season or season_of([found.of(i) for i in range(len(found))])
-    horizon = options.horizon or usual_horizon(found.frequency, season)
+    season = options.season or found.frequency.season or estimate_season([found.of(i) for i in range(len(found))])
+    horizon = options.horizon or default_horizon(found.frequency, season)
     typical = float(np.median(found.high - found.low))
     length = options.length
     if length is None:
-        length = max(READ * horizon, 2 * season if 2 * season <= typical / 4 else 0)
+        length = max(INPUT_HORIZONS * horizon, 2 * season if 2 * season <= typical / 4 else 0)
         length = -(-length // season) * season if season <= length else length
         length = max(2, min(length, int(typical - 2 * horizon) // 2))
     for name, value in (("season", season), ("horizon", horizon), ("length", length)):
@@ -56,11 +56,11 @@ def settled(found: Panel, options: Any) -> Any:
     return replace(options, season=season, horizon=horizon, length=length)
 
 
-def cut(data: Data, options: Any) -> Data:
+def build_windows(data: Data, options: Any) -> Data:
     """Return one row per window of every split. Raises DataError if a split has no windows."""
-    found = panel(data)
-    options = settled(found, options)
-    ends = given_ends(data, found, options) if data.splits is not None else chosen_ends(found, options)
+    found = build_panel(data)
+    options = resolve_options(found, options)
+    ends = read_ends(data, found, options) if data.splits is not None else choose_ends(found, options)
     windows = Windows(found, data.rows, options, *ends)
     least = min(options.length, max(2, min(options.season, options.horizon)))  # minimum steps of the past
     short = found.low + least + options.horizon > windows.train_end
@@ -73,7 +73,7 @@ def cut(data: Data, options: Any) -> Data:
         )
     findings = [f for f in data.findings if f.check != "short-series"]
     if short.any():
-        names = [repr(found.names[i]) for i in np.flatnonzero(short)[:SHOWN]]
+        names = [repr(found.names[i]) for i in np.flatnonzero(short)[:MAX_SHOWN_PLACES]]
         findings.append(
             Finding(
                 "short-series",
@@ -87,12 +87,12 @@ def cut(data: Data, options: Any) -> Data:
     parts, said = [], []
     begins = {"train": found.low, "val": windows.train_end, "test": windows.val_end}
     stops = {"train": windows.train_end, "val": windows.val_end, "test": windows.test_end}
-    for name, most in MOST.items():
+    for name, most in MAX_WINDOWS.items():
         first, last = begins[name], stops[name] - options.horizon
         if name == "train":  # only full pasts, except in short series, where half of the steps are enough
             first = first + np.minimum(options.length, np.maximum(least, (last - first) // 2))
             last = np.where(short, 0, last)
-        series, at, stride = cuts_between(windows, np.maximum(first, found.low + least), last, most)
+        series, at, stride = find_cuts(windows, np.maximum(first, found.low + least), last, most)
         if not len(at):
             raise DataError(
                 f"{data.source}: no windows for {name}: none has a known value both in its past and in the "
@@ -101,33 +101,33 @@ def cut(data: Data, options: Any) -> Data:
         parts.append((name, series, at))
         said.append(f"{name} {len(at):,}" + (f" (every {stride}th)" if stride > 1 else ""))
     series, at = (np.concatenate([p[i] for p in parts]) for i in (1, 2))
-    made = rows_of(data, windows, series, at)
+    made = window_rows(data, windows, series, at)
     made.findings = findings
     made.splits = np.repeat(np.array([p[0] for p in parts], dtype=object), [len(p[1]) for p in parts])
-    made.how = f"by time, {described(windows)}; windows: {', '.join(said)}"
+    made.how = f"by time, {describe_splits(windows)}; windows: {', '.join(said)}"
     return made
 
 
-def at_end(data: Data, found: Panel, options: Any) -> Data:
+def windows_at_end(data: Data, found: Panel, options: Any) -> Data:
     """Return one window at the end of every series, for prediction."""
     windows = Windows(found, data.rows, options, found.high, found.high, found.high)
-    return rows_of(data, windows, np.arange(len(found)), found.high)
+    return window_rows(data, windows, np.arange(len(found)), found.high)
 
 
-def everywhere(data: Data, found: Panel, options: Any) -> Data:
+def all_windows(data: Data, found: Panel, options: Any) -> Data:
     """Return windows at every step of series for evaluation, or at every n-th if there are too many.
 
     Raises DataError if no series has a complete future and some past.
     """
     windows = Windows(found, data.rows, options, found.high, found.high, found.high)
     first = found.low + np.minimum(options.length, np.maximum(1, (found.high - found.low - options.horizon) // 2))
-    series, at, _ = cuts_between(windows, first, found.high - options.horizon, MOST["test"])
+    series, at, _ = find_cuts(windows, first, found.high - options.horizon, MAX_WINDOWS["test"])
     if not len(at):
         raise DataError(f"{data.source}: no series has {options.horizon} known steps (the horizon) after some past steps.")
-    return rows_of(data, windows, series, at)
+    return window_rows(data, windows, series, at)
 
 
-def cuts_between(windows: Windows, first: np.ndarray, last: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, int]:
+def find_cuts(windows: Windows, first: np.ndarray, last: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Return (series, cut, n) of the windows from `first` to `last` of each series.
 
     Every n-th window, counted back from the last, is used so that there are at most about `most`. Windows without a known
@@ -145,7 +145,7 @@ def cuts_between(windows: Windows, first: np.ndarray, last: np.ndarray, most: in
     return series[keep], at[keep], stride
 
 
-def rows_of(data: Data, windows: Windows, series: np.ndarray, at: np.ndarray) -> Data:
+def window_rows(data: Data, windows: Windows, series: np.ndarray, at: np.ndarray) -> Data:
     """Return windows as rows; the location of each is the first step of its future, else the last of its past."""
     row, end = windows.panel.row, windows.panel.start[windows.panel.group[series] + 1]
     source = np.where((at < end) & (row[np.minimum(at, len(row) - 1)] >= 0), row[np.minimum(at, len(row) - 1)], row[at - 1])
@@ -155,13 +155,13 @@ def rows_of(data: Data, windows: Windows, series: np.ndarray, at: np.ndarray) ->
     return Data(data.source, table, data.columns, data.manifest, data.findings, None, windows)
 
 
-def chosen_ends(found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def choose_ends(found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the ends of training, validation and test of every series.
 
     Counted from the end of the series, or from the start if the number of training steps is specified. Raises
     SettingsError if a part is shorter than the horizon or the parts exceed a series.
     """
-    many, size = len(found) >= MANY, found.high - found.low
+    many, size = len(found) >= MIN_MANY_SERIES, found.high - found.low
 
     def steps(value: float | None, share: float) -> np.ndarray:
         if value is None and many:
@@ -170,7 +170,7 @@ def chosen_ends(found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.
             return np.maximum(np.round(share * size), options.horizon).astype(int)
         return np.round(value * size).astype(int) if value < 1 else np.full(len(found), int(value))
 
-    test, validation = steps(options.test, TEST), steps(options.validation, VALIDATION)
+    test, validation = steps(options.test, TEST_FRACTION), steps(options.validation, VALIDATION_FRACTION)
     for name, part in (("test", test), ("validation", validation)):
         if (part < options.horizon).any():
             raise SettingsError(f"task.{name} has {int(part.min())} steps, fewer than the horizon of {options.horizon}.")
@@ -184,7 +184,7 @@ def chosen_ends(found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.
     return train, train + validation, train + validation + test
 
 
-def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the ends of the splits that the source assigns to rows; without validation, the end of training is used.
 
     Raises DataError if the splits are not consecutive in time.
@@ -205,7 +205,7 @@ def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.n
             )
         a, b = low + int((part < 1).sum()), low + int((part < 2).sum())
         if a == b and options.horizon < a - low:
-            a -= max(options.horizon, round(VALIDATION * (a - low)) if len(found) < MANY else 0)
+            a -= max(options.horizon, round(VALIDATION_FRACTION * (a - low)) if len(found) < MIN_MANY_SERIES else 0)
         if b == high and b - a > 2 * options.horizon:
             b -= (b - a) // 2
         train.append(a)
@@ -214,7 +214,7 @@ def given_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.n
     return np.array(train), np.array(val), np.array(test)
 
 
-def described(windows: Windows) -> str:
+def describe_splits(windows: Windows) -> str:
     """Describe the splits: numbers of steps, and the start of the test if all series share it."""
     found = windows.panel
     spans = [

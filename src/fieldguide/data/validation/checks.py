@@ -14,18 +14,21 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding
 from fieldguide.data.validation.duplicates import same_inputs
-from fieldguide.data.validation.findings import SHOWN, places, simplified
+from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places, simplify_label
 
-TOLERATED = 0.01  # maximum fraction of unusable examples
-LEAK = 0.99  # minimum accuracy of a single feature that is reported as a leak,
-LINEAR = 0.9999  # or for a numeric target, minimum correlation
-ENOUGH = 50  # minimum number of rows for leak detection; with fewer, a perfect feature may be chance
+MAX_UNUSABLE_FRACTION = 0.01  # maximum fraction of unusable examples
+MIN_LEAK_ACCURACY = 0.99  # minimum accuracy of a single feature that is reported as a leak,
+MIN_LEAK_CORRELATION = 0.9999  # or for a numeric target, minimum correlation
+MIN_LEAK_ROWS = 50  # minimum number of rows for leak detection; with fewer, a perfect feature may be chance
 BINS = 64  # quantile bins of a numeric feature
-UNLIKE, LONGER = 8, 60  # factor and number of characters by which the lengths of a pair of texts must deviate to be reported
-FASTEST = 45  # maximum plausible characters per second of speech
-THINGS = {"image": "images", "audio": "recordings", "text": "texts"}
-SAMPLE = 20_000  # maximum number of rows used for leak detection
-ANSWERS = ("category", "boolean", "number", "date", "identifier")  # types of targets that are classes or quantities
+MAX_LENGTH_RATIO, MIN_LENGTH_DIFFERENCE = (
+    8,
+    60,
+)  # factor and number of characters by which the lengths of a pair of texts must deviate to be reported
+MAX_CHARACTERS_PER_SECOND = 45  # maximum plausible characters per second of speech
+INPUT_NOUNS = {"image": "images", "audio": "recordings", "text": "texts"}
+MAX_LEAK_ROWS = 20_000  # maximum number of rows used for leak detection
+TARGET_TYPES = ("category", "boolean", "number", "date", "identifier")  # types of targets that are classes or quantities
 
 
 class BadData(DataError):
@@ -46,7 +49,7 @@ def enforce(
     """
     errors = [f for f in findings if f.severity == "error"]
     unusable = sum(f.unusable for f in findings)
-    too_many = unusable > TOLERATED * rows and not allow_bad
+    too_many = unusable > MAX_UNUSABLE_FRACTION * rows and not allow_bad
     if not errors and not too_many:
         return
     listed = errors + ([f for f in findings if f.unusable and f.severity != "error"] if too_many else [])
@@ -55,7 +58,7 @@ def enforce(
         share = 100 * unusable / max(rows, 1)
         head += (
             f" {unusable:,} of {rows:,} examples are unusable ({share:.1f} %; up to "
-            f"{100 * TOLERATED:.0f} % would be dropped and reported). Correct them, or "
+            f"{100 * MAX_UNUSABLE_FRACTION:.0f} % would be dropped and reported). Correct them, or "
             + ("drop them all with --allow-bad (in Python: allow_bad=True)." if offer else "remove them.")
         )
     lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed, 1)]
@@ -67,7 +70,7 @@ def check(data: Data, checks: Sequence[Callable[[Data], Iterator[Finding]]] | No
     return [finding for one in (CHECKS if checks is None else checks) for finding in one(data)]
 
 
-def columns(data: Data) -> Iterator[Finding]:
+def check_columns(data: Data) -> Iterator[Finding]:
     """Report columns without information."""
     for column in data.columns.values():
         where = (f"column {column.name!r}",)
@@ -100,10 +103,10 @@ def columns(data: Data) -> Iterator[Finding]:
         )
 
 
-def target(data: Data) -> Iterator[Finding]:
+def check_target(data: Data) -> Iterator[Finding]:
     """Report targets that cannot be learned: a single value, classes with one example, nearly equal class names."""
     column = data.target
-    if column is None or column.kind not in ANSWERS or len(data.role("target")) > 1 or not len(data):
+    if column is None or column.kind not in TARGET_TYPES or len(data.role("target")) > 1 or not len(data):
         return
     values, where = data.rows[column.name].drop_nulls(), (f"column {column.name!r}",)
     counts = values.value_counts(sort=True).sort(column.name)
@@ -130,8 +133,8 @@ def target(data: Data) -> Iterator[Finding]:
         )
     single = [n for n, s in zip(names, seen) if s == 1]
     if single and len(names) > 1:
-        rows = data.rows[column.name].is_in(single[:SHOWN]).fill_null(False).to_numpy()
-        shown = ", ".join(repr(n) for n in single[:SHOWN])
+        rows = data.rows[column.name].is_in(single[:MAX_SHOWN_PLACES]).fill_null(False).to_numpy()
+        shown = ", ".join(repr(n) for n in single[:MAX_SHOWN_PLACES])
         yield Finding(
             "class-of-one",
             "warning",
@@ -142,7 +145,7 @@ def target(data: Data) -> Iterator[Finding]:
         )
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(simplified(str(name)), []).append(str(name))
+        alike.setdefault(simplify_label(str(name)), []).append(str(name))
     for same in (a for a in alike.values() if len(a) > 1):
         yield Finding(
             "class-names-alike",
@@ -154,7 +157,7 @@ def target(data: Data) -> Iterator[Finding]:
         )
 
 
-def duplicates(data: Data) -> Iterator[Finding]:
+def check_duplicates(data: Data) -> Iterator[Finding]:
     """Report equal inputs: in two given splits, with different targets, or repeated."""
     same = same_inputs(data)
     if same is None or not len(data):
@@ -163,7 +166,7 @@ def duplicates(data: Data) -> Iterator[Finding]:
     twice = sizes[same] > 1
     if not twice.any():
         return
-    what = next((words for kind, words in THINGS.items() if data.features(kind)), "rows")
+    what = next((words for kind, words in INPUT_NOUNS.items() if data.features(kind)), "rows")
     rows = np.flatnonzero(twice)
     order = rows[np.argsort(same[rows], kind="stable")]  # duplicates side by side
     heads = order[np.r_[True, np.diff(same[order]) != 0]]
@@ -177,7 +180,7 @@ def duplicates(data: Data) -> Iterator[Finding]:
         source[same[at]] = at
         over = np.flatnonzero((data.splits != "train") & train[same])
         if over.size:
-            pairs = tuple(f"{data.place(int(i))} = {data.place(int(source[same[i]]))}" for i in over[:SHOWN])
+            pairs = tuple(f"{data.place(int(i))} = {data.place(int(source[same[i]]))}" for i in over[:MAX_SHOWN_PLACES])
             yield Finding(
                 "duplicate-across-splits",
                 "warning",
@@ -186,19 +189,19 @@ def duplicates(data: Data) -> Iterator[Finding]:
                 int(over.size),
                 "Remove them from one of the splits.",
             )
-    yield from conflicts(data, same, order, first, what)
+    yield from check_conflicts(data, same, order, first, what)
     extra = int(rows.size - heads.size)
     pairs = tuple(f"{data.place(int(i))} = {data.place(int(first[same[i]]))}" for i in order if i != first[same[i]])
     yield Finding(
         "duplicate",
         "note",
         f"duplicate {what} with the same input; they are kept in the same split",
-        pairs[:SHOWN],
+        pairs[:MAX_SHOWN_PLACES],
         extra,
     )
 
 
-def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray, what: str) -> Iterator[Finding]:
+def check_conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray, what: str) -> Iterator[Finding]:
     """Report equal inputs with different targets."""
     column = data.target
     heard = bool(data.features("audio"))  # a recording has one transcript, whereas a text may have several translations
@@ -210,7 +213,7 @@ def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray
         label = data.rows[column.name]
         pairs = tuple(
             f"{data.place(int(i))} is {label[int(i)]!r}, {data.place(int(first[same[i]]))} is {label[int(first[same[i]])]!r}"
-            for i in other[:SHOWN]
+            for i in other[:MAX_SHOWN_PLACES]
         )
         answers = "transcripts" if heard else "classes"
         yield Finding(
@@ -223,14 +226,14 @@ def conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray
         )
 
 
-def leaks(data: Data) -> Iterator[Finding]:
+def check_leaks(data: Data) -> Iterator[Finding]:
     """Report features that reveal the target."""
     column = data.target
-    if column is None or column.kind not in ANSWERS or len(data.role("target")) > 1 or len(data) < ENOUGH:
+    if column is None or column.kind not in TARGET_TYPES or len(data.role("target")) > 1 or len(data) < MIN_LEAK_ROWS:
         return
     others = [c for c in data.features("number", "category", "boolean") if c.distinct > 1]
-    if len(data) > SAMPLE:
-        data = data.take(np.random.default_rng(0).choice(len(data), SAMPLE, replace=False))
+    if len(data) > MAX_LEAK_ROWS:
+        data = data.take(np.random.default_rng(0).choice(len(data), MAX_LEAK_ROWS, replace=False))
     for feature in others:
         tell = correlation if column.kind == "number" else mapping
         told = tell(data, feature, column)
@@ -268,10 +271,10 @@ def correlation(data: Data, feature: Column, column: Column) -> str:
     if feature.kind != "number":
         return ""
     both = data.rows.select(feature.name, column.name).drop_nulls().to_numpy()
-    if len(both) < ENOUGH or not both.std(0).all():
+    if len(both) < MIN_LEAK_ROWS or not both.std(0).all():
         return ""
     r = abs(np.corrcoef(both.T)[0, 1])
-    return "exactly" if r > 1 - 1e-9 else f"(correlation {r:.5f})" if r > LINEAR else ""
+    return "exactly" if r > 1 - 1e-9 else f"(correlation {r:.5f})" if r > MIN_LEAK_CORRELATION else ""
 
 
 def mapping(data: Data, feature: Column, column: Column) -> str:
@@ -295,7 +298,7 @@ def mapping(data: Data, feature: Column, column: Column) -> str:
     answer[best["x"].to_numpy()] = best["y"].to_numpy()
     right = float((answer[codes[tried]] == classes[tried]).mean())
     chance = float(np.bincount(classes[tried]).max() / tried.size)
-    if right < LEAK or 1 - right > 0.1 * (1 - chance) or chance == 1:
+    if right < MIN_LEAK_ACCURACY or 1 - right > 0.1 * (1 - chance) or chance == 1:
         return ""
     return (
         "exactly"
@@ -304,7 +307,7 @@ def mapping(data: Data, feature: Column, column: Column) -> str:
     )
 
 
-def pairs(data: Data) -> Iterator[Finding]:
+def check_text_pairs(data: Data) -> Iterator[Finding]:
     """Report text pairs that are unlikely to match: unusual length ratios, or identical texts."""
     answer, inputs = data.target, data.features("text")
     if answer is None or answer.kind != "text" or len(inputs) != 1 or not len(data):
@@ -313,13 +316,13 @@ def pairs(data: Data) -> Iterator[Finding]:
     sizes = np.stack([c.str.len_chars().fill_null(0).to_numpy().astype(float) for c in (first, second)])
     usual = np.median((sizes[1] + 1) / (sizes[0] + 1))
     ratio = (sizes[1] + 1) / (sizes[0] + 1) / usual
-    odd = (np.maximum(ratio, 1 / ratio) > UNLIKE) & (np.abs(sizes[1] - usual * sizes[0]) > LONGER)
+    odd = (np.maximum(ratio, 1 / ratio) > MAX_LENGTH_RATIO) & (np.abs(sizes[1] - usual * sizes[0]) > MIN_LENGTH_DIFFERENCE)
     if odd.any():
         yield Finding(
             "unlike-lengths",
             "warning",
             f"texts in {inputs[0].name!r} and {answer.name!r} whose lengths are "
-            f"more than {UNLIKE} times off the usual ratio, which suggests that they do not belong together",
+            f"more than {MAX_LENGTH_RATIO} times off the usual ratio, which suggests that they do not belong together",
             places(data, odd),
             int(odd.sum()),
             "Check for shifted lines.",
@@ -336,14 +339,14 @@ def pairs(data: Data) -> Iterator[Finding]:
         )
 
 
-def recordings(data: Data) -> Iterator[Finding]:
+def check_recordings(data: Data) -> Iterator[Finding]:
     """Report recordings with different sample rates, and recordings that are unlikely to match their transcripts."""
     rows, answer = data.rows, data.target
     if not data.features("audio"):
         return
     if RATE in rows.columns and rows[RATE].n_unique() > 1:
         counts = rows[RATE].value_counts(sort=True).sort("count", descending=True)
-        listed = ", ".join(f"{rate:,} Hz ({count:,})" for rate, count in counts.head(SHOWN).rows())
+        listed = ", ".join(f"{rate:,} Hz ({count:,})" for rate, count in counts.head(MAX_SHOWN_PLACES).rows())
         few = (rows[RATE] != counts[RATE][0]).to_numpy()
         yield Finding(
             "mixed-rates",
@@ -358,21 +361,23 @@ def recordings(data: Data) -> Iterator[Finding]:
     seconds = rows[SECONDS].to_numpy()
     pace = rows[answer.name].str.len_chars().fill_null(0).to_numpy() / np.maximum(seconds, 0.01)
     usual = float(np.median(pace))
-    odd = (pace > FASTEST) | ((pace > UNLIKE * usual) | (pace < usual / UNLIKE)) & (seconds > 1)
+    odd = (pace > MAX_CHARACTERS_PER_SECOND) | ((pace > MAX_LENGTH_RATIO * usual) | (pace < usual / MAX_LENGTH_RATIO)) & (
+        seconds > 1
+    )
     if odd.any():
         yield Finding(
             "unlike-lengths",
             "warning",
-            f"recordings whose transcript is more than {UNLIKE} times longer or shorter "
-            f"than usual ({usual:.0f} characters per second), or too long for their duration (over {FASTEST} characters per "
-            "second)",
+            f"recordings whose transcript is more than {MAX_LENGTH_RATIO} times longer or shorter "
+            f"than usual ({usual:.0f} characters per second), or too long for their duration "
+            f"(over {MAX_CHARACTERS_PER_SECOND} characters per second)",
             places(data, odd),
             int(odd.sum()),
             "Check for shifted lines or wrong transcripts.",
         )
 
 
-def events(data: Data) -> Iterator[Finding]:
+def check_events(data: Data) -> Iterator[Finding]:
     """Report repeated events of the same user, item and time."""
     keys = [c.name for role in ("user", "item", "time") for c in data.role(role)]
     if not (data.role("user") and data.role("item")) or len(keys) < 3:
@@ -390,4 +395,12 @@ def events(data: Data) -> Iterator[Finding]:
         )
 
 
-CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (columns, target, duplicates, leaks, pairs, recordings, events)
+CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (
+    check_columns,
+    check_target,
+    check_duplicates,
+    check_leaks,
+    check_text_pairs,
+    check_recordings,
+    check_events,
+)

@@ -27,9 +27,9 @@ def same_inputs(data: Data) -> np.ndarray | None:
         parts.append(values)
     if HASH in data.rows.columns and data.features(*MEDIA):
         parts.append(data.rows[HASH])
-    return dense(pl.DataFrame(parts)) if parts else None
+    return number_rows(pl.DataFrame(parts)) if parts else None
 
 
-def dense(rows: pl.DataFrame) -> np.ndarray:
+def number_rows(rows: pl.DataFrame) -> np.ndarray:
     """Return numbers from 0 that are equal for equal rows, by a 64-bit hash of each row."""
     return np.unique(rows.hash_rows(seed=0).to_numpy(), return_inverse=True)[1]

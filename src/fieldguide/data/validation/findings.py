@@ -7,31 +7,31 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fieldguide.data.column_types import Typed
+from fieldguide.data.column_types import TypedColumn
 from fieldguide.data.dataset import Data, Finding
-from fieldguide.data.media.media_types import Checked, Medium
+from fieldguide.data.media.media_types import MediaCheck, Medium
 
-SHOWN = 5  # maximum number of locations in a finding
+MAX_SHOWN_PLACES = 5  # maximum number of locations in a finding
 
 
 def places(data: Data, rows: np.ndarray | Iterable[int]) -> tuple[str, ...]:
     """Return the locations of the first rows of a mask or list of indices."""
     mask = isinstance(rows, np.ndarray) and rows.dtype == bool
-    return tuple(data.place(int(i)) for i in (np.flatnonzero(rows) if mask else list(rows))[:SHOWN])
+    return tuple(data.place(int(i)) for i in (np.flatnonzero(rows) if mask else list(rows))[:MAX_SHOWN_PLACES])
 
 
-def simplified(label: str) -> str:
+def simplify_label(label: str) -> str:
     """Normalize a class name: ignore case, whitespace, underscores and a trailing period."""
     return " ".join(label.replace("_", " ").casefold().split()).rstrip(".")
 
 
-def of_media(data: Data, medium: Medium, checked: Sequence[Checked], bad: np.ndarray) -> list[Finding]:
+def media_findings(data: Data, medium: Medium, checked: Sequence[MediaCheck], bad: np.ndarray) -> list[Finding]:
     """Return the findings of a media check with one result per row. Rows in `bad` are already counted as unusable."""
     findings = []
     for slug, (what, remedy) in medium.problems.items():
         rows = [i for i, c in enumerate(checked) if c.problem == slug]
         if rows:
-            named = tuple(f"{data.place(i)} ({checked[i].detail})" for i in rows[:SHOWN])
+            named = tuple(f"{data.place(i)} ({checked[i].detail})" for i in rows[:MAX_SHOWN_PLACES])
             unusable = sum(1 for i in rows if not bad[i])
             findings.append(Finding(slug, "warning", what, named, len(rows), remedy, unusable))
     for trait, (slug, severity, what, remedy) in medium.traits.items():
@@ -41,7 +41,7 @@ def of_media(data: Data, medium: Medium, checked: Sequence[Checked], bad: np.nda
     return findings
 
 
-def of_values(data: Data, typed: Typed) -> list[Finding]:
+def value_findings(data: Data, typed: TypedColumn) -> list[Finding]:
     """Return findings about values that do not match the type of their column, infinite numbers, and typing notes."""
     name, findings = typed.column.name, []
     if typed.misfits:

@@ -17,13 +17,13 @@ from fieldguide.core.errors import DataError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Exhibit, Quote, Quotes
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import ColumnSpec, plain
+from fieldguide.data.column_spec import ColumnSpec, normalize_name
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import audio
-from fieldguide.data.preprocessing.speech import LogMel, SpecAugment, padded, perturb_speed, suggest_hop, suggest_rate
-from fieldguide.data.preprocessing.transcripts import SPACE, Transcripts, normal
-from fieldguide.data.readers.recordings import TRANSCRIPTS
+from fieldguide.data.preprocessing.speech import LogMel, SpecAugment, pad_waves, perturb_speed, suggest_hop, suggest_rate
+from fieldguide.data.preprocessing.transcripts import SPACE, Transcripts, normalize_text
+from fieldguide.data.readers.recordings import TRANSCRIPT_NAMES
 from fieldguide.metrics.speech import Edits, edits
 from fieldguide.objectives import Objective
 from fieldguide.objectives.ctc import CTC, log_probabilities, losses, needed
@@ -51,7 +51,7 @@ class SpeechRecognition(Task):
     input_types = ("speech",)
     feature = ("audio",)
     output_types = ("ctc",)
-    column_spec = ColumnSpec("last", names=TRANSCRIPTS, kinds={"target": "text", "feature": "audio"})
+    column_spec = ColumnSpec("last", names=TRANSCRIPT_NAMES, kinds={"target": "text", "feature": "audio"})
     metrics = (
         Metric("wer", "min", "of the words wrong", percent=True),
         Metric("cer", "min", "of the characters wrong", percent=True),
@@ -96,7 +96,9 @@ class SpeechRecognition(Task):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        if cls.missing_requirements(data) or not (data.target.kind == "text" or plain(data.target.name) in TRANSCRIPTS):
+        if cls.missing_requirements(data) or not (
+            data.target.kind == "text" or normalize_name(data.target.name) in TRANSCRIPT_NAMES
+        ):
             return None
         return f"recordings in column {data.features('audio')[0].name!r} and transcripts in {data.target.name!r}"
 
@@ -293,7 +295,10 @@ class SpeechRecognition(Task):
         return size, size // unit // 4 * unit
 
     def search(self, likely: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:  # B S V, B -> B N, B
-        best = [beam_search(row[:n].cpu(), self.predict_options.num_beams, symbols=32)[0].symbols for row, n in zip(likely, frames.tolist())]
+        best = [
+            beam_search(row[:n].cpu(), self.predict_options.num_beams, symbols=32)[0].symbols
+            for row, n in zip(likely, frames.tolist())
+        ]
         symbols, counts = self.transcripts.batch([np.array(b, dtype=np.int64) for b in best])
         return torch.from_numpy(symbols).to(likely.device), torch.from_numpy(counts).to(likely.device)
 
@@ -338,7 +343,7 @@ class SpeechRecognition(Task):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        return {"text": np.array([normal(t, self.options.lower) for t in self.said(data)], dtype=object)}
+        return {"text": np.array([normalize_text(t, self.options.lower) for t in self.said(data)], dtype=object)}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         heard, said = self.texts(outputs).tolist(), truth["text"].tolist()
@@ -420,7 +425,7 @@ class SpeechRecognition(Task):
 
 
 def batch_of(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:  # each N int16 -> B N, B
-    batch, lengths = padded(waves)
+    batch, lengths = pad_waves(waves)
     return batch.div_(32768.0), lengths
 
 

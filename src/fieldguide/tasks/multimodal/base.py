@@ -19,7 +19,7 @@ from fieldguide.core.hardware import ram
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import CHANNELS, HASH, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.media import images
-from fieldguide.data.preprocessing import Pictures, Text, suggest_side
+from fieldguide.data.preprocessing import ImageTransform, TextTokenizer, suggest_side
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.tasks.base import Task
 from fieldguide.tasks.supervised import fill_options
@@ -38,8 +38,8 @@ class Pictured(Task):
     """A task with one column of pictures and texts beside them."""
 
     feature = ("image",)
-    pictures: Pictures
-    text: Text
+    pictures: ImageTransform
+    text: TextTokenizer
     median: int  # tokens of a training text
 
     @classmethod
@@ -59,12 +59,12 @@ class Pictured(Task):
         channels = o.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         paths = data.rows[self.column].to_list()
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
-        self.pictures = Pictures.from_pixels(images.load([paths[i] for i in sample], side, channels, fit="pad"), "pad")
+        self.pictures = ImageTransform.from_pixels(images.load([paths[i] for i in sample], side, channels, fit="pad"), "pad")
         if o.pixels:
             self.pictures = self.pictures.scaled(o.pixels)
         if o.resize:
             self.pictures = self.pictures.resized(o.resize)
-        self.text = Text.load(o.tokenizer) if o.tokenizer else Text.fit(texts, size=o.vocab_size)
+        self.text = TextTokenizer.load(o.tokenizer) if o.tokenizer else TextTokenizer.fit(texts, size=o.vocab_size)
         sizes = [len(row) for row in self.framed(texts[:SAMPLE])]
         self.median = int(np.median(sizes))
         self.options = fill_options(
@@ -140,8 +140,8 @@ class Pictured(Task):
         return encoded(np.concatenate([plain, heated(plain, heat)], 1))
 
     def restore_inputs(self, state: dict[str, Any], folder: Any) -> None:
-        self.pictures, self.median = Pictures.from_json(state["pictures"]), state["median"]
-        self.text = Text.load(folder)
+        self.pictures, self.median = ImageTransform.from_json(state["pictures"]), state["median"]
+        self.text = TextTokenizer.load(folder)
 
     def state(self) -> dict[str, Any]:
         return {"pictures": self.pictures.to_json(), "median": self.median}

@@ -17,13 +17,13 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import CAPTIONS, TARGETS, ColumnSpec, plain
+from fieldguide.data.column_spec import CAPTION_NAMES, TARGET_NAMES, ColumnSpec, normalize_name
 from fieldguide.data.dataset import HASH, Column, Data, Finding
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import Labels
 from fieldguide.data.validation import checks
-from fieldguide.data.validation.duplicates import dense
+from fieldguide.data.validation.duplicates import number_rows
 from fieldguide.data.validation.findings import places as first_places
 from fieldguide.objectives import Contrastive, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
@@ -43,7 +43,7 @@ def pairs(data: Data) -> Iterator[Finding]:
     column = data.target
     if column is None or HASH not in data.rows.columns or not len(data):
         return
-    same = dense(pl.DataFrame([data.rows[HASH], simplified(data.rows[column.name])]))
+    same = number_rows(pl.DataFrame([data.rows[HASH], simplified(data.rows[column.name])]))
     first = np.unique(same, return_index=True)[1]
     again = np.ones(len(data), dtype=bool)
     again[first] = False
@@ -82,7 +82,7 @@ class ImageText(Pictured):
     output_types = ("embeddings",)
     column_spec = ColumnSpec(
         "last",
-        names=(*CAPTIONS, "text", "sentence", "description", "title"),
+        names=(*CAPTION_NAMES, "text", "sentence", "description", "title"),
         kinds={"target": "text"},
         columns={"image": "image", "image_path": "image"},
         checks=(*checks.CHECKS, pairs),
@@ -119,10 +119,12 @@ class ImageText(Pictured):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        asked = any(plain(c.name) == "question" for c in data.features())
+        asked = any(normalize_name(c.name) == "question" for c in data.features())
         if len(data.features("image")) != 1 or asked or data.target is None:
             return None
-        said = data.target.kind == "text" or (data.target.kind == "category" and plain(data.target.name) in CAPTIONS)
+        said = data.target.kind == "text" or (
+            data.target.kind == "category" and normalize_name(data.target.name) in CAPTION_NAMES
+        )
         return f"pictures and what is said of each in {data.target.name!r}" if said else None
 
     @classmethod
@@ -150,7 +152,7 @@ class ImageText(Pictured):
             (
                 c.name
                 for c in self.columns
-                if c.role == "ignored" and c.kind in ("category", "boolean") and plain(c.name) in TARGETS
+                if c.role == "ignored" and c.kind in ("category", "boolean") and normalize_name(c.name) in TARGET_NAMES
             ),
             None,
         )
@@ -199,7 +201,7 @@ class ImageText(Pictured):
             self.note_cut(cut, len(ids))
         same = (
             {
-                name: torch.from_numpy(dense(pl.DataFrame([values])))
+                name: torch.from_numpy(number_rows(pl.DataFrame([values])))
                 for name, values in (("text", simplified(data.rows[self.target.name])), ("picture", data.rows[HASH]))
             }
             if there
@@ -257,8 +259,8 @@ class ImageText(Pictured):
         said = data.rows[column] if column and column in data.rows.columns else captions
         labels = Labels(tuple(self.classes)).apply(said) if self.classes else np.full(len(data), -1)
         return {
-            "picture": dense(pl.DataFrame([data.rows[HASH]])),
-            "caption": dense(pl.DataFrame([simplified(captions)])),
+            "picture": number_rows(pl.DataFrame([data.rows[HASH]])),
+            "caption": number_rows(pl.DataFrame([simplified(captions)])),
             "class": labels.copy(),
         }
 

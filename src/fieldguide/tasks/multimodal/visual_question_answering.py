@@ -17,7 +17,7 @@ from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
-from fieldguide.data.column_types import IMAGE_NAME
+from fieldguide.data.column_types import IMAGE_FILE_PATTERN
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Labels
@@ -125,7 +125,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         if answered:
             return super().read_one(source, answered)
         if not self.predict_options.question:
-            if isinstance(source, str | Path) and pl.Series([str(source)]).str.contains(IMAGE_NAME)[0]:
+            if isinstance(source, str | Path) and pl.Series([str(source)]).str.contains(IMAGE_FILE_PATTERN)[0]:
                 raise DataError(f'{source}: say what to ask of the picture: --set question="...".')
             return super().read_one(source, answered)
         data = read(source, schema=[c for c in self.columns if c.name != self.asked], labels_optional=True, lenient=True)

@@ -17,9 +17,9 @@ from fieldguide.core.report_elements import Exhibit, Quote, Quotes
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import Text
-from fieldguide.data.preprocessing.sequence_markers import Frame, framed
-from fieldguide.data.preprocessing.tokenizer import END, SPECIAL
+from fieldguide.data.preprocessing import TextTokenizer
+from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
+from fieldguide.data.preprocessing.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
 from fieldguide.models.generation import Faithful
 from fieldguide.objectives import Objective, Restored
 from fieldguide.objectives import denoising as damage
@@ -58,7 +58,7 @@ class Denoising(Packed):
         length_penalty: float = 1.0  # of length: 0 = none, 1 = the mean log-probability decides
         max_new_tokens: int = 12  # of what fills a gap, at most, on the average
 
-    frame: Frame
+    frame: SequenceMarkers
     sentinels: np.ndarray  # their tokens, in the order of use
 
     @classmethod
@@ -67,7 +67,7 @@ class Denoising(Packed):
             raise SettingsError(f"task.damage={options.damage!r} is none of {', '.join(PRETRAINING_OBJECTIVES)}.")
         if not 0 < (options.share or 0.5) < 1 or (options.mean or 1) < 1:
             raise SettingsError("task.share lies between 0 and 1, and task.mean is at least 1.")
-        task = cls.prepared(data, options, (*SPECIAL, END, *SENTINELS))
+        task = cls.prepared(data, options, (*SPECIAL_TOKENS, END_OF_TEXT, *SENTINELS))
         if options.begin is None and len(known(task.text)) < len(SENTINELS):
             # A network that begins with a checkpoint says what its answers begin with, and has no room for more tokens.
             task.text.tokenizer.add_special_tokens(list(SENTINELS))
@@ -81,7 +81,7 @@ class Denoising(Packed):
 
     def find_frame(self) -> None:
         o = self.options
-        self.frame = framed(
+        self.frame = resolve_markers(
             self.text,
             SimpleNamespace(tokenizer=o.tokenizer, begin=o.begin, source_language=o.language, target_language=o.language),
         )
@@ -222,7 +222,13 @@ class Denoising(Packed):
         limits = gaps * (self.predict_options.max_new_tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
         limits = limits.clamp(max=self.options.length - len(self.frame.said))
         return written(
-            model, source, mask, self.frame, limits, Faithful(num_beams=self.predict_options.num_beams, length_penalty=self.predict_options.length_penalty), self.text
+            model,
+            source,
+            mask,
+            self.frame,
+            limits,
+            Faithful(num_beams=self.predict_options.num_beams, length_penalty=self.predict_options.length_penalty),
+            self.text,
         )
 
     def fillings(self, said: list[int], gaps: int) -> list[list[int]]:
@@ -301,7 +307,7 @@ class Denoising(Packed):
         return task
 
 
-def known(text: Text) -> np.ndarray:
+def known(text: TextTokenizer) -> np.ndarray:
     """The sentinels that a tokenizer has, up to the first that it has not."""
     ids = [text.tokenizer.token_to_id(name) for name in SENTINELS]
     return np.array(ids[: ids.index(None) if None in ids else len(ids)], dtype=np.int64)

@@ -17,8 +17,8 @@ from fieldguide.core.report_elements import Exhibit, Quote, Quotes, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
-from fieldguide.data.loader import generator as seeded
-from fieldguide.data.preprocessing.tokenizer import SPECIAL
+from fieldguide.data.loader import make_generator as seeded
+from fieldguide.data.preprocessing.tokenizer import SPECIAL_TOKENS
 from fieldguide.objectives import MaskedWords, Objective
 from fieldguide.objectives.masked_lm import hide
 from fieldguide.tasks.base import Arrays, CheckpointAssets
@@ -48,7 +48,7 @@ class FillMask(Packed):
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
-        task = cls.prepared(data, options, SPECIAL)
+        task = cls.prepared(data, options, SPECIAL_TOKENS)
         if task.text.hidden == task.text.unknown:
             raise DataError(f"{options.tokenizer}: it has no mask token ([MASK] or <mask>), which hidden words are shown as.")
         if not 0 < task.options.share < 1 or task.options.length < 3:
@@ -69,7 +69,7 @@ class FillMask(Packed):
         open_to = torch.ones_like(tokens, dtype=torch.bool)
         for special in {self.text.pad, self.text.cls, self.text.sep, self.text.hidden}:
             open_to &= tokens != special
-        first = len(SPECIAL) if not self.options.tokenizer else 0
+        first = len(SPECIAL_TOKENS) if not self.options.tokenizer else 0
         return hide(tokens, open_to, self.text.hidden, first, self.text.size, generator, self.options.share)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:

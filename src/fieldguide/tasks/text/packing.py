@@ -17,7 +17,7 @@ from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Bars, Exhibit
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import Typed
@@ -40,7 +40,7 @@ class Packed(Typed):
     recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
     fewest = 8
 
-    text: Text
+    text: TextTokenizer
     counts: np.ndarray  # how often each token stands in the training texts
 
     @classmethod
@@ -57,7 +57,9 @@ class Packed(Typed):
         task = cls(list(data.columns.values()), options)
         texts = task.texts(data)
         task.text = (
-            Text.load(options.tokenizer) if options.tokenizer else Text.learn_exact(texts, size=options.vocab_size, special=special)
+            TextTokenizer.load(options.tokenizer)
+            if options.tokenizer
+            else TextTokenizer.learn_exact(texts, size=options.vocab_size, special=special)
         )
         tokens = np.concatenate([np.zeros(0, dtype=np.int64), *task.text.exactly(texts)])
         if not len(tokens):
@@ -182,7 +184,7 @@ class Packed(Typed):
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
-        task.text, task.counts = Text.load(folder), np.array(state["counts"])
+        task.text, task.counts = TextTokenizer.load(folder), np.array(state["counts"])
         return task
 
     def save(self, folder: Path) -> None:

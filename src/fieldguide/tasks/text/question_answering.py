@@ -23,8 +23,8 @@ from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.dataset import Column, Data, SkippedInput
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import Text
-from fieldguide.data.preprocessing.qa_windows import WANTS, columns_of, prepared
+from fieldguide.data.preprocessing import TextTokenizer
+from fieldguide.data.preprocessing.qa_windows import COLUMN_SPEC, find_columns, prepare
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics import question_answering as measured
 from fieldguide.objectives import Objective, Span
@@ -53,7 +53,7 @@ class QuestionAnswering(Task):
     input_types = ("tokens",)
     output_types = ("span",)
     feature = ("text",)
-    column_spec = WANTS
+    column_spec = COLUMN_SPEC
     metrics = (
         Metric("f1", "max", "F1 of words", percent=True),
         Metric("exact_match", "max", "the same words", percent=True),
@@ -77,7 +77,7 @@ class QuestionAnswering(Task):
         question: str = ""  # asked of every text, in place of a table's own questions
         threshold: float | None = None  # how much better than none an answer must be, in nats; None: as chosen on validation
 
-    text: Text
+    text: TextTokenizer
     frame: Frame  # tokens around question and context
     median: int  # tokens of a question with its context
     whole: bool  # whether answers are whole words
@@ -86,7 +86,7 @@ class QuestionAnswering(Task):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        columns = columns_of(data)
+        columns = find_columns(data)
         named = columns and {columns.context.lower(), columns.question.lower()} == {"context", "question"}
         return (
             f"questions on texts and their answers in {columns.answers!r}"
@@ -96,29 +96,33 @@ class QuestionAnswering(Task):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        columns = columns_of(data)
+        columns = find_columns(data)
         if columns is None:
             return "a column `context` of texts and a column `question`"
         return None if columns.answers else "a column `answer` (name it with --target)"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        columns = columns_of(data, options.context, options.question)
+        columns = find_columns(data, options.context, options.question)
         if columns is None:
             raise DataError(
                 f"{data.source}: task.context and task.question name no columns of text that are there: "
                 f"{', '.join(data.columns)}."
             )
-        return prepared(data, columns)
+        return prepare(data, columns)
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        columns = columns_of(data, options.context, options.question)
+        columns = find_columns(data, options.context, options.question)
         task.options = options = replace(options, context=columns.context, question=columns.question)
         contexts, which = np.unique(np.array(task.contexts(data), dtype=object), return_inverse=True)
         questions = task.questions_of(data)
-        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.fit([*contexts, *questions], size=options.vocab_size)
+        task.text = (
+            TextTokenizer.load(options.tokenizer)
+            if options.tokenizer
+            else TextTokenizer.fit([*contexts, *questions], size=options.vocab_size)
+        )
         task.frame = framed(task.text)
         located = task.text.located(contexts.tolist())
         around = task.frame.size
@@ -394,7 +398,7 @@ class QuestionAnswering(Task):
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
-        task.text = Text.load(folder)
+        task.text = TextTokenizer.load(folder)
         task.frame = framed(task.text)
         task.median, task.whole, task.silent, task.threshold = (state[k] for k in ("median", "whole", "silent", "threshold"))
         return task

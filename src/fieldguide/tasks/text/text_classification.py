@@ -16,7 +16,7 @@ from fieldguide.core.report_elements import Exhibit, Quote, Quotes
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import CheckpointAssets
@@ -45,7 +45,7 @@ class TextClassification(Typed, ClassificationTask):
         vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
         tokenizer: str | None = None  # a tokenizer.json to use instead
 
-    text: Text
+    text: TextTokenizer
     median: int  # tokens of a training text
 
     @classmethod
@@ -65,7 +65,11 @@ class TextClassification(Typed, ClassificationTask):
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         texts, seconds = task.texts(data), task.seconds(data)
-        task.text = Text.load(options.tokenizer) if options.tokenizer else Text.fit([*texts, *seconds], size=options.vocab_size)
+        task.text = (
+            TextTokenizer.load(options.tokenizer)
+            if options.tokenizer
+            else TextTokenizer.fit([*texts, *seconds], size=options.vocab_size)
+        )
         if seconds:  # with the tokens that frame them
             around, (first, second) = framed(task.text).size, (task.text.exactly(t[:SAMPLE]) for t in (texts, seconds))
             sizes = [around + len(a) + len(b) for a, b in zip(first, second)]
@@ -209,7 +213,7 @@ class TextClassification(Typed, ClassificationTask):
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
-        task.text, task.median = Text.load(folder), state["median"]
+        task.text, task.median = TextTokenizer.load(folder), state["median"]
         task.load_target_state(state)
         return task
 

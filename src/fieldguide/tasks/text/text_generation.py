@@ -20,13 +20,13 @@ from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Bars, Exhibit, Quote, Quotes, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec
-from fieldguide.data.column_types import SPEAKERS
+from fieldguide.data.column_types import CHAT_ROLES
 from fieldguide.data.dataset import LINE, Column, Data
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import Text
-from fieldguide.data.preprocessing.conversations import Conversations, messages, unanswered
-from fieldguide.data.preprocessing.tokenizer import END
-from fieldguide.data.preprocessing.tokenizer_files import CHAT
+from fieldguide.data.preprocessing import TextTokenizer
+from fieldguide.data.preprocessing.conversations import Conversations, take_until_answer, to_messages
+from fieldguide.data.preprocessing.tokenizer import END_OF_TEXT
+from fieldguide.data.preprocessing.tokenizer_files import CHAT_TEMPLATE_FILE
 from fieldguide.metrics.ngram_baseline import NGram
 from fieldguide.models.generation import GenerationConfig, answers, generate, streamed
 from fieldguide.models.generation.stop_strings import cut
@@ -38,7 +38,7 @@ from fieldguide.tasks.text.base import Typed
 PASSAGE = 2000  # characters of the pieces that long texts are cut into, at the end of a line, about
 LONG = 20  # a text of so many passages is long: its own end is tested, not whole texts drawn by chance
 TEST, VALIDATION = 0.1, 0.05  # shares of a long text, from its end, where the source names no splits
-SPECIAL = (END, *(f"<|{who}|>" for who in SPEAKERS))
+SPECIAL = (END_OF_TEXT, *(f"<|{who}|>" for who in CHAT_ROLES))
 MOST = {"cpu": 128, "mps": 512, "cuda": 1024}  # tokens a row, where the user names no length
 TOKENS = 4096  # a step, about, where the user names no batch
 PART = "#part"  # which passage of its text a row is; 0 begins a text
@@ -70,7 +70,7 @@ class TextGeneration(Typed):
 
     PredictOptions = GenerationConfig
 
-    text: Text
+    text: TextTokenizer
     chat: bool = False  # whether rows are conversations
     first: Sequence[tuple[str, str]] = ()  # of them, what was said in one before the first answer
 
@@ -121,21 +121,21 @@ class TextGeneration(Typed):
         task.chat = not data.features("text")
         texts = [text for row in task.turns(data) for _, text in row]
         if options.tokenizer in ("bytes", "characters"):
-            task.text = Text.learn_exact(
+            task.text = TextTokenizer.learn_exact(
                 texts,
                 size=options.vocab_size,
                 characters=options.tokenizer == "characters",
-                special=SPECIAL if task.chat else (END,),
+                special=SPECIAL if task.chat else (END_OF_TEXT,),
             )
         else:
-            task.text = Text.load(options.tokenizer)
+            task.text = TextTokenizer.load(options.tokenizer)
         if task.template:
             turns = task.turns(data)
             task.notes.append(task.template.note(turns, data.place))
-            task.first = next((asked for row in turns if (asked := unanswered(row))), [("user", "")])
+            task.first = next((asked for row in turns if (asked := take_until_answer(row))), [("user", "")])
         elif task.chat and (lacking := [s for s in SPECIAL if task.text.tokenizer.token_to_id(s) is None]):
             raise DataError(
-                f"{options.tokenizer}: conversations need a chat template beside it ({CHAT}, or chat_template in "
+                f"{options.tokenizer}: conversations need a chat template beside it ({CHAT_TEMPLATE_FILE}, or chat_template in "
                 f"tokenizer_config.json), or else the tokens {', '.join(SPECIAL)}, of which it lacks "
                 f"{', '.join(lacking)}."
             )
@@ -285,7 +285,14 @@ class TextGeneration(Typed):
         return ids + ([self.text.tokenizer.token_to_id("<|assistant|>")] if self.chat else [])
 
     def sampled(self, objective: Objective, prompts: list[list[int]], predict_options: GenerationConfig) -> Iterator[Tensor]:
-        return generate(objective.model, prompts, predict_options.max_new_tokens, sampling=predict_options.sampling, ends=self.ends, seed=predict_options.seed)
+        return generate(
+            objective.model,
+            prompts,
+            predict_options.max_new_tokens,
+            sampling=predict_options.sampling,
+            ends=self.ends,
+            seed=predict_options.seed,
+        )
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -293,7 +300,12 @@ class TextGeneration(Typed):
                 return objective.outputs(batch)
             prompts = [[i for i in prompt if i >= 0] for prompt in batch["prompt"].tolist()]
             said = answers(
-                objective.model, prompts, self.predict_options, ends=self.ends, decode=self.text.decode, numbers=batch["row"].tolist()
+                objective.model,
+                prompts,
+                self.predict_options,
+                ends=self.ends,
+                decode=self.text.decode,
+                numbers=batch["row"].tolist(),
             )  # chance is a matter of the row's number
             return {
                 "said": torch.nn.utils.rnn.pad_sequence(
@@ -312,13 +324,15 @@ class TextGeneration(Typed):
 
     def typed(self, text: str) -> pl.DataFrame:
         """What a person types into a conversation is a question."""
-        return pl.DataFrame({self.column: [messages([("user", text)])]}) if self.chat else super().typed(text)
+        return pl.DataFrame({self.column: [to_messages([("user", text)])]}) if self.chat else super().typed(text)
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
         data = self.read([source])
         if len(data) != 1 or self.predict_options.searched > 1:
             return None
-        return streamed(objective.model, self.prompt(self.turns(data)[0]), self.predict_options, ends=self.ends, decode=self.text.decode)
+        return streamed(
+            objective.model, self.prompt(self.turns(data)[0]), self.predict_options, ends=self.ends, decode=self.text.decode
+        )
 
     # Report
 
@@ -355,7 +369,7 @@ class TextGeneration(Typed):
     def samples(self, test: Data, objective: Objective) -> list[Exhibit]:
         """Beginnings of test texts continued with several temperatures, and how fast."""
         if self.template:
-            prompts = [self.prompt(unanswered(turns) or self.first) for turns in self.turns(test)[:3]]
+            prompts = [self.prompt(take_until_answer(turns) or self.first) for turns in self.turns(test)[:3]]
         else:
             prompts = [p[: 1 + self.options.length // 4] for p in map(self.prompt, self.turns(test)[:3])]
         ends = self.ends
@@ -392,7 +406,7 @@ class TextGeneration(Typed):
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
-        task.text, task.chat, task.tokens = Text.load(folder), state["chat"], state["tokens"]
+        task.text, task.chat, task.tokens = TextTokenizer.load(folder), state["chat"], state["tokens"]
         task.first = [tuple(turn) for turn in state.get("first", ())]
         return task
 

@@ -21,7 +21,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics.entities import counted, spans
 from fieldguide.objectives import Objective, TokenLabels
@@ -57,7 +57,7 @@ class TokenClassification(Task):
         vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
         tokenizer: str | None = None  # a tokenizer.json to use instead
 
-    text: Text
+    text: TextTokenizer
     tags: list[str]
     often: dict[str, int]  # the tag that each word of the training part has most often
     median: int  # tokens of a training sentence
@@ -106,9 +106,9 @@ class TokenClassification(Task):
             )
         task.often = {word: task.tags.index(own.most_common(1)[0][0]) for word, own in counts.items()}
         task.text = (
-            Text.load(options.tokenizer)
+            TextTokenizer.load(options.tokenizer)
             if options.tokenizer
-            else Text.fit([" ".join(row) for row in words], size=options.vocab_size, lower=False)
+            else TextTokenizer.fit([" ".join(row) for row in words], size=options.vocab_size, lower=False)
         )
         sizes = [len(ids) for ids, _ in task.encoded(words, 1 << 30)[0]]
         task.median = int(np.median(sizes))
@@ -322,7 +322,12 @@ class TokenClassification(Task):
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
-        task.text, task.tags, task.often, task.median = Text.load(folder), state["tags"], state["often"], state["median"]
+        task.text, task.tags, task.often, task.median = (
+            TextTokenizer.load(folder),
+            state["tags"],
+            state["often"],
+            state["median"],
+        )
         return task
 
     def save(self, folder: Path) -> None:

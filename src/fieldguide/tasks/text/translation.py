@@ -19,8 +19,8 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import Text
-from fieldguide.data.preprocessing.sequence_markers import Frame, framed
+from fieldguide.data.preprocessing import TextTokenizer
+from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics.scripts import HAN, OTHERS
 from fieldguide.models.generation import Faithful, GenerationConfig, Sourced, answers, streamed
@@ -65,8 +65,8 @@ class Translation(Typed):
     class PredictOptions(Faithful):
         length_penalty: float = 0.6  # of length: 0 = none, 1 = the mean log-probability decides
 
-    text: Text
-    frame: Frame
+    text: TextTokenizer
+    frame: SequenceMarkers
     median: int
     shown: list[tuple[str, str]]  # a few training pairs, translated now and then while it learns
 
@@ -87,11 +87,11 @@ class Translation(Typed):
         task = cls(list(data.columns.values()), options)
         sources, targets = task.texts(data), task.translations(data)
         if options.tokenizer:
-            task.text = Text.load(options.tokenizer)
+            task.text = TextTokenizer.load(options.tokenizer)
         else:
             size = options.vocab_size or min(VOCAB, suggest_vocab(sum(map(len, sources)) + sum(map(len, targets))))
-            task.text = Text.fit([*sources, *targets], size=size, lower=False)
-        task.frame = framed(task.text, options)
+            task.text = TextTokenizer.fit([*sources, *targets], size=size, lower=False)
+        task.frame = resolve_markers(task.text, options)
         sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]
         task.median = int(np.median(sizes))
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
@@ -191,7 +191,14 @@ class Translation(Typed):
         """Answers, -1 behind their end; `numbers` are the rows' own, by which chance comes to them."""
         limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))
         return written(
-            model, source, mask, self.frame, limits, self.predict_options, self.text, None if numbers is None else numbers.tolist()
+            model,
+            source,
+            mask,
+            self.frame,
+            limits,
+            self.predict_options,
+            self.text,
+            None if numbers is None else numbers.tolist(),
         )
 
     def limits(self, lengths: Tensor) -> Tensor:  # B tokens of sources -> B tokens of answers at most
@@ -216,7 +223,9 @@ class Translation(Typed):
     def postprocess(self, outputs: Arrays) -> Arrays:
         if "said" not in outputs:
             return outputs
-        texts = [cut(self.text.decode(row[row >= 0]), self.predict_options.stops).strip() for row in outputs["said"].astype(int)]
+        texts = [
+            cut(self.text.decode(row[row >= 0]), self.predict_options.stops).strip() for row in outputs["said"].astype(int)
+        ]
         return {**outputs, "text": np.array(texts, dtype=object)}
 
     def targets(self, data: Data) -> Arrays:
@@ -311,8 +320,8 @@ class Translation(Typed):
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
-        task.text, task.median = Text.load(folder), state["median"]
-        task.frame = framed(task.text, options)
+        task.text, task.median = TextTokenizer.load(folder), state["median"]
+        task.frame = resolve_markers(task.text, options)
         task.shown = [tuple(pair) for pair in state["shown"]]
         return task
 
@@ -325,10 +334,10 @@ def written(
     model: Any,
     source: Tensor,
     mask: Tensor,
-    frame: Frame,
+    frame: SequenceMarkers,
     limits: Tensor,
     how: GenerationConfig,
-    text: Text,
+    text: TextTokenizer,
     numbers: list[int] | None = None,
 ) -> Tensor:
     """Answers to sources, of at most `limits` (B) tokens: B S, B S bool -> B T, -1 behind their end."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 
 WORD = re.compile(r"\w+")
 
@@ -19,7 +19,7 @@ WORD = re.compile(r"\w+")
 class Windows:
     """Windows of questions: which question each is of (`number`, in order) and at which token of its context it begins."""
 
-    text: Text
+    text: TextTokenizer
     frame: Frame
     length: int
     located: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # of each context: tokens, what they stand for, what they cover
@@ -104,7 +104,7 @@ class Frame:
         return len(self.before) + len(self.between) + len(self.behind)
 
 
-def framed(text: Text) -> Frame:
+def framed(text: TextTokenizer) -> Frame:
     """As the tokenizer frames pairs; of one that puts nothing around them, BERT's frame: a class token first, a separator
     behind each."""
     pair = text.tokenizer.encode("a", "b")

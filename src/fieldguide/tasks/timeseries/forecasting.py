@@ -22,7 +22,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing.covariates import Covariates
 from fieldguide.data.timeseries import panel as panels
 from fieldguide.data.timeseries.frequency import Frequency
-from fieldguide.data.timeseries.windows import CUT, SERIES, Windows, at_end, cut, everywhere
+from fieldguide.data.timeseries.windows import CUT, SERIES, Windows, all_windows, build_windows, windows_at_end
 from fieldguide.data.validation import checks
 from fieldguide.metrics.forecasts import pinball, seasonal_scale, smape, widening
 from fieldguide.objectives import Forecast, Objective
@@ -92,13 +92,13 @@ class Forecasting(Task):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        if panels.arrange(data)[0] is not None:
+        if panels.arrange_series(data)[0] is not None:
             return None
         return "columns of numbers, or a row for each series, and (unless rows are equal steps) a column of time (--time)"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        return cut(data, options)
+        return build_windows(data, options)
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -358,16 +358,20 @@ class Forecasting(Task):
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
         """One window at the end of every series; to evaluate, those of the test, or all of data that it never saw."""
         data = super().read(sources, answered=answered)
-        found, findings = panels.arrange(data)
+        found, findings = panels.arrange_series(data)
         checks.enforce(findings, len(data), source=data.source)
         for finding in findings:
             if finding.severity == "warning":
                 self.say(str(finding))
         if answered:
-            return cut(data, self.options) if data.manifest.digest == self.digest else everywhere(data, found, self.options)
+            return (
+                build_windows(data, self.options)
+                if data.manifest.digest == self.digest
+                else all_windows(data, found, self.options)
+            )
         if found.frequency.words != self.frequency.words:
             self.say(f"the steps are {found.frequency.article}; those of training were {self.frequency.article}")
-        self.asked = at_end(data, found, self.options)
+        self.asked = windows_at_end(data, found, self.options)
         return self.asked
 
     def read_one(self, source: Any, answered: bool) -> Data:

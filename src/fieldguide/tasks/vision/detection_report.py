@@ -20,8 +20,8 @@ HALF = 280  # pixels of a picture's longer side in a gallery
 
 
 def opened(path: str) -> Image.Image:
-    with images.quiet(), Image.open(path) as image:
-        return images.plain(image, "RGB").copy()
+    with images.suppress_warnings(), Image.open(path) as image:
+        return images.convert_mode(image, "RGB").copy()
 
 
 def colour(label: int) -> tuple[int, int, int]:

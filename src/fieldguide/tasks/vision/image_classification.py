@@ -18,11 +18,11 @@ from fieldguide.core.distributed import device
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import CAPTIONS, plain
+from fieldguide.data.column_spec import CAPTION_NAMES, normalize_name
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
-from fieldguide.data.preprocessing import Pictures, suggest_side
+from fieldguide.data.preprocessing import ImageTransform, suggest_side
 from fieldguide.tasks.base import CheckpointAssets
 from fieldguide.tasks.supervised import ClassificationTask, discrete, fill_options, mix_pairs
 
@@ -46,12 +46,12 @@ class ImageClassification(ClassificationTask):
         flip: bool | None = None  # mirrored pictures keep their class
         pixels: str | None = None  # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
 
-    pictures: Pictures
+    pictures: ImageTransform
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        asked = any(plain(c.name) == "question" for c in data.features())
-        said = data.target and plain(data.target.name) in CAPTIONS
+        asked = any(normalize_name(c.name) == "question" for c in data.features())
+        said = data.target and normalize_name(data.target.name) in CAPTION_NAMES
         if len(data.features("image")) == 1 and not asked and not said and data.target and discrete(data.target):
             return f"pictures and {data.target.distinct} classes"
         return None
@@ -67,7 +67,7 @@ class ImageClassification(ClassificationTask):
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         paths = data.rows[task.column].to_list()
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
-        task.pictures = Pictures.from_pixels(images.load([paths[i] for i in sample], side, channels))
+        task.pictures = ImageTransform.from_pixels(images.load([paths[i] for i in sample], side, channels))
         if options.pixels:
             task.pictures = task.pictures.scaled(options.pixels)
         task.learn_labels(data)
@@ -201,7 +201,7 @@ class ImageClassification(ClassificationTask):
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
-        task.pictures = Pictures.from_json(state["pictures"])
+        task.pictures = ImageTransform.from_json(state["pictures"])
         task.load_target_state(state)
         return task
 

@@ -22,11 +22,11 @@ from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.column_spec import CAPTIONS, ColumnSpec
-from fieldguide.data.column_types import blank_missing, spoken
+from fieldguide.data.column_spec import CAPTION_NAMES, ColumnSpec
+from fieldguide.data.column_types import blank_missing, has_sentences
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Kind, Manifest
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import Labels, Pictures, Text, suggest_side
+from fieldguide.data.preprocessing import ImageTransform, Labels, TextTokenizer, suggest_side
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
@@ -49,7 +49,7 @@ SENTENCES = 20  # fewer different texts are names of classes, however long they 
 def said(values: pl.Series) -> Kind | None:
     """ "text" where the values of a target are captions: many different phrases; None where they look like classes."""
     present = blank_missing(values).drop_nulls() if values.dtype == pl.String else values.head(0)
-    return "text" if len(present) and present.n_unique() > SENTENCES and spoken(present) else None
+    return "text" if len(present) and present.n_unique() > SENTENCES and has_sentences(present) else None
 
 
 class ImageGeneration(Task):
@@ -61,7 +61,7 @@ class ImageGeneration(Task):
     input_types = ("noisy", "noise")
     feature = ("image",)
     output_types = ("image",)
-    column_spec = ColumnSpec("named", names=CAPTIONS, kinds={"target": said})
+    column_spec = ColumnSpec("named", names=CAPTION_NAMES, kinds={"target": said})
     metrics = (
         Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN that this data taught"),
         Metric("precision", "max", "of the made pictures look like real ones", percent=True),
@@ -101,7 +101,7 @@ class ImageGeneration(Task):
         guidance: float = 1.5  # how much a class or caption is exaggerated; 1 = not
         seed: int = 0
 
-    pictures: Pictures
+    pictures: ImageTransform
     labels: list[str]  # none where the data has no classes
 
     def __init__(self, columns: list[Column], options: Any):
@@ -109,7 +109,7 @@ class ImageGeneration(Task):
         self.judge: generative.Judge | None = None  # taught when the network is tested, and kept with the run
         self.motion: generative.Judge | None = None  # of films
         self.matcher: generative.Matcher | None = None  # of pictures and captions
-        self.text: Text | None = None  # where the data has captions
+        self.text: TextTokenizer | None = None  # where the data has captions
         self.captions: list[str] = []  # some of the training part's
         self.memo: dict[int, dict[str, Any]] = {}
 
@@ -128,7 +128,7 @@ class ImageGeneration(Task):
         fits = suggest_side(data.rows[WIDTH], data.rows[HEIGHT])
         side = options.side or max((s for s in SIDES if s <= min(fits, MOST[device().type])), default=SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
-        task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
+        task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.fit(data.rows[data.target.name]).names) if data.target and not captioned else []
         task.options = fill_options(options, side=side, channels=channels)
         task.note_classes()
@@ -147,7 +147,7 @@ class ImageGeneration(Task):
 
     def learn_captions(self, texts: list[str]) -> None:
         """Learns the vocabulary; settles its size and the length."""
-        self.text = Text.fit(texts, size=self.options.vocab_size)
+        self.text = TextTokenizer.fit(texts, size=self.options.vocab_size)
         sizes = [len(ids) for ids in self.text.encode(texts[:NEEDED], 100_000)[0]]
         self.options = fill_options(self.options, vocab_size=self.text.size, length=suggest_length(sizes, LONGEST))
         if cut := sum(size > self.options.length for size in sizes):
@@ -215,7 +215,12 @@ class ImageGeneration(Task):
             return objective.sample([int(n) for n in numbers], label, seed=predict_options.seed).clamp(-1, 1)
         guidance = predict_options.guidance if self.labels or self.text else 1.0
         return objective.sample(
-            label, (p.channels, p.side, p.side), sampler(predict_options), seed=predict_options.seed, numbers=numbers, guidance=guidance
+            label,
+            (p.channels, p.side, p.side),
+            sampler(predict_options),
+            seed=predict_options.seed,
+            numbers=numbers,
+            guidance=guidance,
         ).clamp(-1, 1)
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -458,9 +463,9 @@ class ImageGeneration(Task):
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
-        task.pictures, task.labels = Pictures.from_json(state["pictures"]), state["labels"]
+        task.pictures, task.labels = ImageTransform.from_json(state["pictures"]), state["labels"]
         task.captions = state.get("captions", [])
-        task.text = Text.load(folder) if task.captions else None
+        task.text = TextTokenizer.load(folder) if task.captions else None
         for name in JUDGES:
             if (folder / f"{name}.safetensors").exists():
                 setattr(task, name, generative.restored(load_file(folder / f"{name}.safetensors")))
@@ -477,7 +482,10 @@ class ImageGeneration(Task):
 
 def sampler(predict_options: Any) -> Sampler:
     """What is asked for. Raises `SettingsError` for one that is not there."""
-    samplers = {"ddim": lambda: DDIM(steps=predict_options.steps, eta=predict_options.eta), "ddpm": lambda: DDPM(steps=predict_options.steps)}
+    samplers = {
+        "ddim": lambda: DDIM(steps=predict_options.steps, eta=predict_options.eta),
+        "ddpm": lambda: DDPM(steps=predict_options.steps),
+    }
     if predict_options.sampler not in samplers:
         raise SettingsError(f"sampler={predict_options.sampler!r} is none of {', '.join(samplers)}.")
     return samplers[predict_options.sampler]()
@@ -486,7 +494,9 @@ def sampler(predict_options: Any) -> Sampler:
 def refuse_steps(predict_options: Any) -> None:
     """Raises `SettingsError` where a generator that draws at one go is asked how to do it step by step."""
     usual = type(predict_options)()
-    if changed := [name for name in ("steps", "sampler", "eta", "guidance") if getattr(predict_options, name) != getattr(usual, name)]:
+    if changed := [
+        name for name in ("steps", "sampler", "eta", "guidance") if getattr(predict_options, name) != getattr(usual, name)
+    ]:
         raise SettingsError(f"{', '.join(changed)}: this network draws a picture at one go, and takes no such setting.")
 
 

@@ -25,7 +25,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Finding
 from fieldguide.data.loader import Batches
-from fieldguide.data.media.masks import Drawing
+from fieldguide.data.media.masks import LazyMask
 from fieldguide.data.preprocessing import masks
 from fieldguide.data.preprocessing.masks import Canvas, Mask
 from fieldguide.data.validation import checks
@@ -165,7 +165,7 @@ class ImageSegmentation(Task):
             raise SettingsError(
                 f"task.ignore={options.ignore!r}: for masks write values{listed} with commas between, such as 11,255."
             ) from None
-        found = masks.values(data.rows[data.target.name].to_list())
+        found = masks.distinct_values(data.rows[data.target.name].to_list())
         every = np.unique(np.concatenate(found))
         if len(every) > 2 and every[-1] == VOID and VOID not in given:
             ignored.add(VOID)
@@ -250,7 +250,7 @@ class ImageSegmentation(Task):
         if not column.dtype.is_nested():
             return column.to_list()
         values = {name: value for value, name in enumerate(self.names) if value}
-        return [Drawing(column, row, *size, values) for row, size in enumerate(self.files(data)[1])]
+        return [LazyMask(column, row, *size, values) for row, size in enumerate(self.files(data)[1])]
 
     def read_one(self, source: Any, answered: bool) -> Data:
         drawn = any(c.role == "target" and c.kind == "boxes" for c in self.columns)

@@ -23,7 +23,7 @@ from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.media.boxes import SIDES
-from fieldguide.data.preprocessing.detection import Augment, Boxed, Letterbox, pad
+from fieldguide.data.preprocessing.detection import Augment, Boxed, Letterbox, pad_boxes
 from fieldguide.metrics.detection import average_precision, bootstrap
 from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
@@ -180,7 +180,7 @@ class ObjectDetection(Task):
         truth = None
         if self.target.name in data.rows.columns and settings is not None:
             boxes, labels, crowd = self.known(data)
-            boxes, labels = pad([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
+            boxes, labels = pad_boxes([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
             truth = frame.into(boxes) * (labels >= 0)[..., None], labels
 
         def fetch(index: np.ndarray) -> Boxed:
@@ -227,7 +227,7 @@ class ObjectDetection(Task):
     def targets(self, data: Data) -> Arrays:
         """Boxes N M 4 in the pictures' own pixels, labels N M (-1: padding), crowd N M."""
         boxes, labels, crowd = self.known(data)
-        together, names = pad(boxes, labels)
+        together, names = pad_boxes(boxes, labels)
         around = np.zeros(names.shape, dtype=bool)
         for i, some in enumerate(crowd):
             around[i, : len(some)] = some
@@ -308,7 +308,11 @@ class ObjectDetection(Task):
             answer = {"found": ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing", "objects": found}
             if "path" in outputs:
                 picture = drawn(
-                    opened(outputs["path"][i]), outputs["boxes"][i][real], outputs["labels"][i][real], self.names, outputs["scores"][i][real]
+                    opened(outputs["path"][i]),
+                    outputs["boxes"][i][real],
+                    outputs["labels"][i][real],
+                    self.names,
+                    outputs["scores"][i][real],
                 )
                 out = io.BytesIO()
                 picture.save(out, "JPEG", quality=90)

@@ -21,7 +21,7 @@ from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, FRAMES, HEIGHT, WIDTH, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import video
-from fieldguide.data.preprocessing import Labels, Pictures, suggest_side
+from fieldguide.data.preprocessing import ImageTransform, Labels, suggest_side
 from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import guided
@@ -86,7 +86,7 @@ class VideoGeneration(ImageGeneration):
         side = options.side or max((s for s in SIDES if s <= most), default=SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         frames = options.frames or max(2, min(LENGTH[kind], shortest // options.stride))
-        task.pictures = Pictures(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
+        task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.fit(data.rows[data.target.name]).names) if data.target else []
         task.options = fill_options(options, side=side, channels=channels, frames=frames)
         task.note_classes()
