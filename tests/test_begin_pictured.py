@@ -207,11 +207,11 @@ def test_vilt_reads_as_with_its_processor(tmp_path):
 def test_ways_to_resize():
     plain, picture = ImageTransform(8, 3), Image.effect_noise((20, 13), 50).convert("RGB")
     for way, edge in (("crop bicubic", 8), ("crop 0.875 bilinear", 9), ("pad lanczos", 8), ("stretch box", 8)):
-        how = plain.resized(way)
+        how = plain.with_resize(way)
         assert how.edge == edge and how.cut(picture).size == (8, 8)
-        assert plain.resized(how.way) == how == ImageTransform.from_json(json.loads(json.dumps(how.to_json())))
+        assert plain.with_resize(how.method) == how == ImageTransform.from_json(json.loads(json.dumps(how.to_json())))
     assert ImageTransform.from_json(plain.to_json()) == plain
-    white = np.asarray(plain.resized("pad bicubic").cut(picture))
+    white = np.asarray(plain.with_resize("pad bicubic").cut(picture))
     assert (white[0] == 255).all() and not (white[4] == 255).any()
     for wrong in (
         "",
@@ -224,4 +224,4 @@ def test_ways_to_resize():
         "crop 1 2 box",
     ):
         with pytest.raises(SettingsError, match="is not a valid resize method"):
-            plain.resized(wrong)
+            plain.with_resize(wrong)

@@ -173,7 +173,7 @@ def test_where_it_cannot_be_told_all_is_learnt_and_said(tmp_path):
 
 def test_marks_that_do_not_match_are_not_believed():
     template = ChatTemplate("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
-    assert template.spoken([{"role": "assistant", "content": "a\ufdd1b"}]) == ("ab", None)
+    assert template.render_with_spans([{"role": "assistant", "content": "a\ufdd1b"}]) == ("ab", None)
     assert template([{"role": "assistant", "content": "a"}]) == "a"
 
 

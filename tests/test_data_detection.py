@@ -70,17 +70,17 @@ def test_letterbox_is_where_pillow_pads():
             black = images.to_array(Image.new("L", (width, height)), side, 1, "pad")[0]
             rows, columns = (np.flatnonzero((black < 255).any(axis)) for axis in (1, 0))
             box = Letterbox.of([width], [height], side)
-            whole = box.into(torch.tensor([[[0.0, 0, width, height]]]))[0, 0]
+            whole = box.to_square(torch.tensor([[[0.0, 0, width, height]]]))[0, 0]
             assert whole.tolist() == pytest.approx([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], abs=1e-3)
 
 
 def test_letterbox_goes_there_and_back():
     boxes = torch.tensor([[[0.0, 0, 640, 480], [100, 50, 200, 450]], [[0, 0, 33, 99], [1, 2, 3, 4]]])
     box = Letterbox.of([640, 33], [480, 99], 64)
-    inside = box.into(boxes)
+    inside = box.to_square(boxes)
     torch.testing.assert_close(inside[0], torch.tensor([[0.0, 8, 64, 56], [10, 13, 20, 53]]))
-    torch.testing.assert_close(box.back(inside), boxes)
-    beyond = box.back(torch.tensor([[[-5.0, -5, 90, 90]]] * 2))
+    torch.testing.assert_close(box.to_image(inside), boxes)
+    beyond = box.to_image(torch.tensor([[[-5.0, -5, 90, 90]]] * 2))
     assert beyond[:, 0].tolist() == [[0, 0, 640, 480], [0, 0, 33, 99]]
 
 

@@ -32,7 +32,7 @@ def test_folder_of_classes(tmp_path):
     assert data.columns["image"].kind == "image" and data.target.name == "label"
     assert all(os.path.isabs(p) and os.path.exists(p) for p in data.rows["image"])
     assert data.rows["#width"].unique().to_list() == [8] and data.rows["#channels"].unique().to_list() == [1]
-    assert data.place(0).startswith("0/") and len(data.manifest.files) == 120
+    assert data.locate_row(0).startswith("0/") and len(data.manifest.files) == 120
     summary = data.manifest.summary()
     assert [summary[k] for k in ("root", "files", "rows", "dropped")] == [str(tmp_path), 120, 120, 0]
 

@@ -43,7 +43,7 @@ def test_long_tables(tmp_path):
     assert find_layout(data) == "long" and data.columns["site"].role == "series" and data.columns["value"].role == "target"
     found = build_panel(data)
     assert found.names == ["north", "south"] and found.frequency.words == "hour" and len(found.values) == 480
-    assert found.of(1)[:3].tolist() == [10.5, 11.5, 12.5] and checks(data) == {"frequency"}
+    assert found.series_values(1)[:3].tolist() == [10.5, 11.5, 12.5] and checks(data) == {"frequency"}
     pl.read_csv(tmp_path / "t.csv", try_parse_dates=True).write_parquet(tmp_path / "t.parquet")
     again = build_panel(got(tmp_path / "t.parquet"))
     assert again.names == found.names and (again.values == found.values).all() and (again.times == found.times).all()
@@ -59,7 +59,7 @@ def test_wide_tables(tmp_path):
     data = got(write(tmp_path / "t.csv", wide()))
     found = build_panel(data)
     assert find_layout(data) == "wide" and found.names == ["a", "b"] and len(found.values) == 240
-    assert found.of(1)[:2].tolist() == [100.5, 101.5] and found.frequency.label(found.times[25]) == "2024-03-02 01:00:00"
+    assert found.series_values(1)[:2].tolist() == [100.5, 101.5] and found.frequency.label(found.times[25]) == "2024-03-02 01:00:00"
     one = got(write(tmp_path / "one.csv", [line.partition(",")[2] for line in wide()]))  # no time: steps in their order
     assert build_panel(one).names == ["a", "b"] and finding(one, "no-time").severity == "note"
     only = got(tmp_path / "t.csv", target="b")  # then a stands beside it
@@ -70,13 +70,13 @@ def test_a_series_a_row(tmp_path):
     data = got(write(tmp_path / "t.csv", rows()))
     found = build_panel(data)
     assert find_layout(data) == "rows" and found.names[3] == "H3" and len(found) == 40
-    assert found.of(3).tolist() == [30 + t % 7 for t in range(33)] and "one series per row" in finding(data, "layout").what
+    assert found.series_values(3).tolist() == [30 + t % 7 for t in range(33)] and "one series per row" in finding(data, "layout").what
     assert "missing-values" not in checks(data)
     cells = [line.split(",") for line in rows()]
     for row, line in enumerate(cells[1:]):
         line[4], line[6], line[-1] = str(row % 2), "0", ""  # steps that look like truth values, a constant, nothing
     odd = build_panel(got(write(tmp_path / "t.csv", [",".join(line) for line in cells])))
-    assert odd.names == found.names and odd.of(3)[:7].tolist() == [30, 31, 32, 1, 34, 0, 36]
+    assert odd.names == found.names and odd.series_values(3)[:7].tolist() == [30, 31, 32, 1, 34, 0, 36]
 
 
 def test_numbers_and_other_frequencies_as_time(tmp_path):
@@ -203,7 +203,7 @@ def test_damaged_rows(tmp_path):
     cells = good[5].split(",")
     cells[7] = ""
     data = got(write(tmp_path / "t.csv", [*good[:5], ",".join(cells), *good[6:]]))
-    assert finding(data, "missing-values").places == ("t.csv:6",) and np.isnan(build_panel(data).of(4)[6])
+    assert finding(data, "missing-values").places == ("t.csv:6",) and np.isnan(build_panel(data).series_values(4)[6])
     cells[7] = "x"
     data = got(write(tmp_path / "t.csv", [*good[:5], ",".join(cells), *good[6:]]))
     assert finding(data, "mixed-types").places == ("t.csv:6",)

@@ -43,14 +43,14 @@ def test_kinds_of_columns(tmp_path):
         "y": "category",
     }
     assert data.target.name == "y" and data.target.distinct == 2
-    assert {c.name for c in data.role("ignored")} == {"id", "code", "only", "nothing"}
+    assert {c.name for c in data.columns_with_role("ignored")} == {"id", "code", "only", "nothing"}
     assert all(c.why for c in data.columns.values())
     assert sorted(data.rows["colour"].unique()) == ["blue", "green", "red"]
     assert data.rows["when"][1] == dt.datetime(2024, 3, 2, 12, 1)
     assert data.rows["height"].dtype == pl.Float64 and data.rows["smoker"].dtype == pl.Boolean
     assert finding(data, "all-missing").places == ("column 'nothing'",)
     assert finding(data, "target-chosen").severity == "note"
-    assert data.place(0) == "t.csv:2" and data.place(59) == "t.csv:61"
+    assert data.locate_row(0) == "t.csv:2" and data.locate_row(59) == "t.csv:61"
     assert data.manifest.summary()["rows"] == n and len(data.manifest.files[0].sha256) == 64
 
 
@@ -140,14 +140,14 @@ def test_lines_are_right_where_cells_hold_line_breaks(tmp_path):
     rows = ["text,label"] + [f'"a first line, number {i}\nand ""a second"" of it",{"ab"[i % 2]}' for i in range(40)]
     data = read(write(tmp_path / "t.csv", rows))
     assert data.rows["text"][1] == 'a first line, number 1\nand "a second" of it'
-    assert data.columns["text"].kind == "text" and data.place(10) == "t.csv:22"
+    assert data.columns["text"].kind == "text" and data.locate_row(10) == "t.csv:22"
 
 
 def test_empty_lines_are_counted(tmp_path):
     rows = lines("iris")
     data = read(write(tmp_path / "t.csv", [*rows[:50], "", *rows[50:], "", ""]))
     assert len(data) == 150 and finding(data, "empty-lines").count == 3
-    assert data.place(49) == "t.csv:52"
+    assert data.locate_row(49) == "t.csv:52"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_one_file_for_each_split(tmp_path):
         write(tmp_path / name, [names, *part])
     data = read(tmp_path)
     assert [int((data.splits == s).sum()) for s in ("train", "val", "test")] == [75, 38, 37]
-    assert data.place(80) == "my_valid.csv:7" and len(data.manifest.files) == 3
+    assert data.locate_row(80) == "my_valid.csv:7" and len(data.manifest.files) == 3
     write(tmp_path / "my.test.csv", [names.replace("petal_width_cm", "width"), *rows[3::4]])
     with pytest.raises(DataError, match=r"different columns.*petal_width_cm.*width"):
         read(tmp_path)
@@ -360,7 +360,7 @@ def test_labelled_lines(tmp_path):
     path = write(tmp_path / "questions.txt", rows)
     data = read(path)
     assert data.target.name == "label" and data.target.distinct == 3 and data.columns["text"].kind == "text"
-    assert data.rows["text"][4] == "what is thing number 4 ?" and data.place(4) == "questions.txt:5"
+    assert data.rows["text"][4] == "what is thing number 4 ?" and data.locate_row(4) == "questions.txt:5"
     write(tmp_path / "q.train", rows[:40])
     write(tmp_path / "q.test", rows[40:])
     path.unlink()
@@ -373,7 +373,7 @@ def test_folders_of_texts(tmp_path):
         for i in range(30):
             (tmp_path / label / f"{i}.txt").write_text(f"this is {label} text number {i}", encoding="utf-8")
     data = read(tmp_path)
-    assert data.target.distinct == 2 and len(data) == 60 and data.place(0) == "bad/0.txt"
+    assert data.target.distinct == 2 and len(data) == 60 and data.locate_row(0) == "bad/0.txt"
     (tmp_path / "bad" / "3.txt").write_text("")
     with refused("empty-input", "bad/3.txt", "1 of 60"):
         read(tmp_path)

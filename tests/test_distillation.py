@@ -142,18 +142,18 @@ def test_pictures_are_remade_as_the_teacher_learnt_them():
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     mine = ImageTransform(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))
     x = mine.apply(pixels)
-    assert mine.remade(x, ImageTransform(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))) is x
+    assert mine.convert_for(x, ImageTransform(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))) is x
     other = ImageTransform(8, 3, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-    torch.testing.assert_close(mine.remade(x, other), other.apply(pixels))
+    torch.testing.assert_close(mine.convert_for(x, other), other.apply(pixels))
     grey = ImageTransform(8, 1, (0.5,), (0.2,))
     want = (pixels.float() / 255 * torch.tensor([0.299, 0.587, 0.114]).view(-1, 1, 1)).sum(1, keepdim=True)
-    torch.testing.assert_close(mine.remade(x, grey), (want - 0.5) / 0.2)
-    back = grey.remade(grey.apply(pixels[:, :1]), mine)
+    torch.testing.assert_close(mine.convert_for(x, grey), (want - 0.5) / 0.2)
+    back = grey.convert_for(grey.apply(pixels[:, :1]), mine)
     torch.testing.assert_close(back, mine.apply(pixels[:, :1].expand(-1, 3, -1, -1)))
-    assert mine.remade(x, ImageTransform(16, 3)).shape == (2, 3, 16, 16)
+    assert mine.convert_for(x, ImageTransform(16, 3)).shape == (2, 3, 16, 16)
     flat = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     torch.testing.assert_close(
-        mine.remade(mine.apply(flat), ImageTransform(4, 3)), ImageTransform(4, 3).apply(flat[..., :4, :4])
+        mine.convert_for(mine.apply(flat), ImageTransform(4, 3)), ImageTransform(4, 3).apply(flat[..., :4, :4])
     )
 
 

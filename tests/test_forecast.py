@@ -277,20 +277,20 @@ def test_covariates_of_columns_and_calendar():
     made = Covariates.fit(rows, columns, ["kind"], infer_frequency([hours], True), 2 * 365 * 24)
     assert (made.past, made.known) == (2, 2 + 2 * 4)  # where in its day, week, month and year
     start = np.array([0, 4, 6])
-    past = made.measured(rows, np.array([0, 1, 2, -1, 2, 3]), start)
+    past = made.past_values(rows, np.array([0, 1, 2, -1, 2, 3]), start)
     z = lambda v: (v - 3) / np.std([1, 3, 5])
     assert past[:, 0] == pytest.approx([z(1), z(3), z(3), z(3), z(5), z(5)])  # the last before; in a new series, the next
-    known = made.ahead(rows, np.array([0, 1, 3, -1]), hours[[0, 6, 30, 24 * 7]])
+    known = made.future_values(rows, np.array([0, 1, 3, -1]), hours[[0, 6, 30, 24 * 7]])
     assert known[:, :2].tolist() == [[1, 0], [0, 1], [0, 0], [0, 0]]
     assert known[:, 2] == pytest.approx([0, 1, 1, 0], abs=1e-6)  # sine of the hour: 0, 6, 6, 0 o'clock
     assert known[0, 4:6] == pytest.approx([0, 1]) and known[3, 4:6] == pytest.approx([0, 1], abs=1e-6)  # Mondays
     again = Covariates.from_json(made.to_json())
-    assert (again.measured(rows, np.array([0, 1]), np.array([0, 2])) == past[:2]).all()
+    assert (again.past_values(rows, np.array([0, 1]), np.array([0, 2])) == past[:2]).all()
     monthly = Covariates.fit(rows, [], [], infer_frequency([moments("2020-01-01", "2020-02-01", "2020-03-01")], True), 25)
     assert monthly.turns == ["year"]
     for weeks, turns in ((0, 0), (1, 1), (2, 2), (8, 2), (9, 3), (104, 3), (105, 4)):  # day, week, month, year: seen twice
         assert len(Covariates.fit(rows, [], [], infer_frequency([hours], True), weeks * 7 * 24).turns) == turns
-    assert monthly.ahead(rows, np.array([-1]), moments("2020-07-02"))[0] == pytest.approx([np.sin(np.pi), -1], abs=0.01)
+    assert monthly.future_values(rows, np.array([-1]), moments("2020-07-02"))[0] == pytest.approx([np.sin(np.pi), -1], abs=0.01)
 
 
 # Windows
@@ -328,7 +328,7 @@ def test_parts_are_stretches_of_time_and_no_window_looks_ahead():
     assert (side["val"].min(), side["val"].max()) == (70, 75) and (side["test"].min(), side["test"].max()) == (80, 95)
     assert len(side["test"]) == 2 * 16
     parts = split(made)
-    assert (made.splits[parts.train] == "train").all() and "by time" in parts.how and "seed" not in parts.how
+    assert (made.splits[parts.train] == "train").all() and "by time" in parts.description and "seed" not in parts.description
     task = Forecasting.fit(made.take(parts.train), Forecasting.Options(horizon=5, length=10))
     assert task.standards["s1"] == pytest.approx((1000 + 34.5, np.arange(70).std()))  # of the training part alone
     batch = task.batches(made, ALONE, Settings()).make(np.arange(len(made)), None)
@@ -343,7 +343,7 @@ def test_parts_are_stretches_of_time_and_no_window_looks_ahead():
     assert abs(truth["future"] - (base[:, None] + np.arange(5))).max() < 1e-9
     assert truth["naive"].tolist() == [7.0] * len(made)  # of a line, by the season of seven days
     first = made.take([int(np.flatnonzero(made.splits == "test")[0])])
-    assert first.place(0).endswith(":81") and found.names == ["s0", "s1"]  # row 81 is step 80, where the future begins
+    assert first.locate_row(0).endswith(":81") and found.names == ["s0", "s1"]  # row 81 is step 80, where the future begins
 
 
 def test_the_standard_borders_of_ett():
@@ -363,7 +363,7 @@ def test_the_standard_borders_of_ett():
     assert counts == [2 * 8209, 2 * -(-2785 // 2), 2 * 2785]  # validation: every second
     assert (cuts[splits == "test"].min(), cuts[splits == "test"].max()) == (11520, 14400 - 96)
     assert (cuts[splits == "val"].max(), cuts[splits == "train"].max()) == (11520 - 96, 8640 - 96)
-    assert "6,040 steps after the test unused" in made.how  # of both series
+    assert "6,040 steps after the test unused" in made.split_description  # of both series
     task = Forecasting.fit(made, Forecasting.Options())
     assert task.standards["a"] == pytest.approx((wave[:8640].mean(), wave[:8640].std()))
 

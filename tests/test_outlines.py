@@ -110,11 +110,11 @@ def test_a_drawing_by_hand():
         [-1, 1, 1, 1, 1, 1, 0, 0],
         [-1, -1, -1, -1, -1, -1, -1, -1],
     ]
-    assert LazyMask(things, 0, 8, 5, {"a": 1, "b": 2}).codes().tolist() == want
+    assert LazyMask(things, 0, 8, 5, {"a": 1, "b": 2}).rasterize().tolist() == want
     two = one({**square("a", 0, 0, 2, 2), "outline": [[0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 3, 1, 3, 3, 1, 3]]})
-    assert LazyMask(two, 0, 3, 3, {"a": 7}).codes().tolist() == [[7, 7, 0], [7, 7, 7], [0, 7, 7]]  # parts add up
+    assert LazyMask(two, 0, 3, 3, {"a": 7}).rasterize().tolist() == [[7, 7, 0], [7, 7, 7], [0, 7, 7]]  # parts add up
     empty = pl.Series("objects", [[], None], dtype=pl.List(OBJECT))
-    assert not any(LazyMask(empty, row, 3, 3, {}).codes().any() for row in (0, 1))
+    assert not any(LazyMask(empty, row, 3, 3, {}).rasterize().any() for row in (0, 1))
 
 
 # Data as users have it
@@ -205,15 +205,15 @@ def test_outlines_become_masks(form, tmp_path):
         want = np.zeros((40, 48))
         for k, polygon in scene(i):
             want[fill_polygon(polygon, 40, 48)] = k + 1
-        assert (mask.codes() == want).all() and task.targets(data)["pixels"][i].tolist() == [
+        assert (mask.rasterize() == want).all() and task.targets(data)["pixels"][i].tolist() == [
             (want == k).sum() for k in range(3)
         ]
     batch = task.batches(data, None, None).make(np.arange(5), None)
-    assert batch["truth"].shape == (5, 40, 48) and (batch["truth"][4] == task.masks(data)[4].codes()).all()
+    assert batch["truth"].shape == (5, 40, 48) and (batch["truth"][4] == task.masks(data)[4].rasterize()).all()
     fewer = kind.build_examples(data, kind.Options(ignore="bar"))
     assert fewer.context["names"] == ["background", "square"]
     only = kind.fit(fewer, kind.Options(ignore="bar"))
-    assert (only.masks(fewer)[0].codes() == -1).sum() == 200  # the pixels of a bar are no background, either
+    assert (only.masks(fewer)[0].rasterize() == -1).sum() == 200  # the pixels of a bar are no background, either
     with pytest.raises(SettingsError, match=r"task.ignore names 'bra', which .* has not\. Did you mean 'bar'"):
         kind.build_examples(data, kind.Options(ignore="bra"))
     with pytest.raises(DataError, match="no object with an outline is left"):
@@ -257,15 +257,15 @@ def test_crowds_and_other_damage(tmp_path):
         data, kind, _ = asked(damaged(tmp_path / name, segmentation={"counts": counts, "size": [40, 48]}, iscrowd=1))
         assert finding(data, "crowd-pixels").count == 1 and "p000.png" in finding(data, "crowd-pixels").places[0]
         data = kind.build_examples(data, kind.Options())
-        mask = kind.fit(data, kind.Options()).masks(data)[0].codes()
+        mask = kind.fit(data, kind.Options()).masks(data)[0].rasterize()
         assert (mask[:, 10:15] == -1).all() and (mask == -1).sum() == 200 and (mask == 2).sum() == 200
     whole, kind, _ = asked(damaged(tmp_path / "whole", segmentation={"counts": packed, "size": [40, 48]}))
-    assert kind.fit(kind.build_examples(whole, kind.Options()), kind.Options()).truth(whole)["pixels"][0, 1] == 200
+    assert kind.fit(kind.build_examples(whole, kind.Options()), kind.Options()).targets(whole)["pixels"][0, 1] == 200
     outside, kind, _ = asked(
         damaged(tmp_path / "outside", segmentation=[[-20, -20, 10, -20, 10, 8, -20, 8]], bbox=[-20, -20, 30, 28])
     )
     assert finding(outside, "box-over-edge").count == 1
-    assert kind.fit(kind.build_examples(outside, kind.Options()), kind.Options()).truth(outside)["pixels"][0, 1] == 80
+    assert kind.fit(kind.build_examples(outside, kind.Options()), kind.Options()).targets(outside)["pixels"][0, 1] == 80
     alone = coco(tmp_path / "alone", change=lambda d: [a.pop("bbox") for a in d["annotations"]])
     objects = asked(alone)[0].rows["objects"][0].to_list()
     assert [objects[0][s] for s in ("right", "bottom")] == [max(scene(0)[0][1][::2]), max(scene(0)[0][1][1::2])]

@@ -25,7 +25,7 @@ def test_shares_and_classes(name):
     data = read(name)
     made = split(data, seed=3)
     side = sides(made, len(data))
-    assert abs((side == 2).mean() - 0.2) < 0.02 and (side == 0).mean() > 0.55 and "seed 3" in made.how
+    assert abs((side == 2).mean() - 0.2) < 0.02 and (side == 0).mean() > 0.55 and "seed 3" in made.description
     if data.target.kind == "category":
         classes = data.rows[data.target.name].to_numpy()
         for c in np.unique(classes):
@@ -44,7 +44,7 @@ def test_given_splits_are_kept(tmp_path):
     made = split(data)
     assert (data.splits[made.test] == "test").all() and made.test.size == 30
     assert (data.splits[made.validation] == "train").all() and 20 <= made.validation.size <= 28
-    assert "test as given by the source" in made.how and "validation: " in made.how
+    assert "test as given by the source" in made.description and "validation: " in made.description
 
 
 def test_rare_classes_are_in_train(tmp_path):
@@ -73,7 +73,7 @@ def test_groups_stay_whole():
     side = sides(made, 600)
     for person in range(60):
         assert np.unique(side[who == person]).size == 1
-    assert abs((side == 2).mean() - 0.2) < 0.06 and "groups by 'who' kept whole" in made.how
+    assert abs((side == 2).mean() - 0.2) < 0.06 and "groups by 'who' kept whole" in made.description
     assert "who" not in [c.name for c in data.features()]
 
 
@@ -84,7 +84,7 @@ def test_duplicates_stay_together_also_across_groups():
     data = read({"x": x, "y": rng.integers(0, 2, 400)}, target="y")
     side = sides(split(data), 400)
     assert all(np.unique(side[x == v]).size == 1 for v in np.unique(x))
-    assert "300 duplicates kept" in split(data).how
+    assert "300 duplicates kept" in split(data).description
     chained = read({"x": x, "g": [f"g{v}" for v in group], "y": rng.integers(0, 2, 400)}, target="y", group="g")
     with pytest.raises(DataError, match="cannot split"):
         split(chained)
@@ -107,7 +107,7 @@ def test_time_goes_forward():
     )
     made = split(data)
     assert when[made.train].max() < when[made.validation].min() <= when[made.validation].max() < when[made.test].min()
-    assert made.test.size == 100 and "the latest by 'when'" in made.how
+    assert made.test.size == 100 and "the latest by 'when'" in made.description
 
 
 def test_impossible_splits():

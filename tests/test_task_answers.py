@@ -153,7 +153,7 @@ def test_the_threshold_is_the_best_of_all():
 
 def test_squad_is_read_with_every_place(file):
     data = read(file, column_spec=KIND.column_spec)
-    assert infer(data)[0] is KIND and data.target.name == "answers" and data.place(3) == "reports.json:4"
+    assert infer(data)[0] is KIND and data.target.name == "answers" and data.locate_row(3) == "reports.json:4"
     data = KIND.build_examples(data, KIND.Options())
     for context, answers, impossible in data.rows.select("context", "answers", "is_impossible").iter_rows():
         assert context == context.strip() and bool(answers) != impossible
@@ -386,7 +386,7 @@ def test_columns_of_other_names(tmp_path):
 def test_tokens_know_their_characters():
     texts = ["  The  Café costs — 1,000\n dollars", "İstanbul, naïve ﬁnd", "", " \t ", "日本語 text"]
     learnt = TextTokenizer.fit([t for t in texts if t] * 5, size=300)
-    for text, (ids, spans), want in zip(texts, learnt.located(texts), learnt.exactly(texts)):
+    for text, (ids, spans), want in zip(texts, learnt.encode_with_spans(texts), learnt.encode_exact(texts)):
         assert ids.tolist() == want.tolist() and spans.shape == (len(ids), 2)
         assert (spans[:, 0] <= spans[:, 1]).all() and (np.diff(spans[:, 1]) >= 0).all()
         for begin, end in spans:

@@ -94,7 +94,7 @@ def test_rows_hold_the_texts(file, name):
         share = asked.sum() / (len(ids) - len(data))
         assert {"spans": 0.13, "infill": 0.2}[one.options.damage] < share < {"spans": 0.17, "infill": 0.31}[one.options.damage]
         assert not np.isin(target[asked].numpy(), [*one.sentinels, text.sep, text.pad, one.frame.end, -1]).any()
-        assert torch.equal(batch["tokens"][:, 0], torch.full((len(index),), one.frame.said[0]))
+        assert torch.equal(batch["tokens"][:, 0], torch.full((len(index),), one.frame.target_start[0]))
         follows = torch.where(target[:, :-1] < 0, text.pad, target[:, :-1])
         assert torch.equal(batch["tokens"][:, 1:], follows) and max(x.shape[1] for x in batch.values()) <= 40
     drawn = [batches.make(index, generator(seed)) for seed in (1, 1, 2)]
@@ -109,7 +109,7 @@ def test_what_is_left_out_of_a_text_is_what_is_asked(file):
     one, data = made(file, length=40, vocab_size=420, damage="infill")
     batch = one.batches(data, card("t5")).make(np.arange(20), None)  # as the user says, not as the card does
     for row in range(20):
-        source = [t for t in batch["source"][row][batch["source_mask"][row]].tolist() if t != one.text.hidden]
+        source = [t for t in batch["source"][row][batch["source_mask"][row]].tolist() if t != one.text.mask_token]
         asked, target = batch["asked"][row].tolist(), batch["target"][row].tolist()
         kept = [t for t, a in zip(target, asked) if not a and t >= 0 and t != one.frame.end]
         assert [t for t in source if t != one.text.sep] == [t for t in kept if t != one.text.sep] and any(asked)
@@ -223,15 +223,15 @@ def test_gaps_are_written_as_people_do(file):
     with pytest.raises(DataError, match="the network reads 40"):
         asked("<mask> " + "one two three " * 20)
     # What was written, taken apart: out of order, twice, or not at all.
-    s, (red, blue) = one.sentinels.tolist(), (int(ids[0]) for ids in one.text.exactly([" a", "b"]))
+    s, (red, blue) = one.sentinels.tolist(), (int(ids[0]) for ids in one.text.encode_exact([" a", "b"]))
     assert one.fillings([s[1], red, s[0], blue, red, s[2], one.frame.end], 2) == [[blue, red], [red]]
     assert one.fillings([red, s[0], blue], 3) == [[blue], [], []]
     one.asked = [one.pieces("We saw the <mask> house and ___")]
-    house = one.text.exactly([" red"])[0].tolist()
+    house = one.text.encode_exact([" red"])[0].tolist()
     (record,) = one.format_predictions({"said": np.array([[s[0], *house, s[1], *house, s[2], -1, -1]])})
     assert record == {"text": "We saw the red house and red", "gaps": ["red", "red"]}
     one.options = replace(one.options, damage="infill")
-    (record,) = one.format_predictions({"said": np.array([[*one.text.exactly(["We saw"])[0], one.text.sep, *house, -1]])})
+    (record,) = one.format_predictions({"said": np.array([[*one.text.encode_exact(["We saw"])[0], one.text.sep, *house, -1]])})
     assert record == {"text": "We saw"}
 
 

@@ -94,7 +94,7 @@ def test_missing_words_are_written_as_people_do(file):
     text = one.text
     for blank in ("<mask>", "[MASK]", "___", "______"):
         ids, places = one.blanks(f"We saw the {blank} house")
-        assert len(places) == 1 and ids[places[0]] == text.hidden and ids[0] == text.cls and ids[-1] == text.sep
+        assert len(places) == 1 and ids[places[0]] == text.mask_token and ids[0] == text.cls and ids[-1] == text.sep
         assert text.decode(ids[1 : places[0]]) == "We saw the" and text.decode(ids[places[0] + 1 : -1]) == " house"
     assert len(one.blanks("<mask> and <mask>")[1]) == 2
     with pytest.raises(DataError, match="no missing word; write <mask>"):
@@ -139,7 +139,7 @@ def test_learns_hidden_words_and_answers(file, tmp_path):
     np.testing.assert_allclose((vectors**2).sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(again.embed(texts[1]), vectors[1:2], rtol=1e-4, atol=1e-5)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
-    ids = torch.from_numpy(again.task.text.exactly(texts)[0])[None]
+    ids = torch.from_numpy(again.task.text.encode_exact(texts)[0])[None]
     x = again.objective.model.features(torch.cat([torch.tensor([[2]]), ids, torch.tensor([[3]])], 1))[0].mean(0)
     np.testing.assert_allclose(vectors[0], (x / x.norm()).detach().numpy(), rtol=1e-4, atol=1e-5)
     assert again.embed([]).shape == (0, 64)
@@ -202,7 +202,7 @@ def test_long_pairs_lose_the_end_of_the_longer_text(pairs):
     tokens, segments, cut = one.encoded(data, around=True)
     assert cut == 3 and [len(t) for t in tokens] == [13, 13, 13]
     ends = [int((s == 0).sum()) for s in segments]  # [CLS] A [SEP]
-    short = len(one.text.exactly(["blue"])[0]), len(one.text.exactly(["red"])[0])
+    short = len(one.text.encode_exact(["blue"])[0]), len(one.text.encode_exact(["red"])[0])
     assert ends == [2 + 10 - short[0], 2 + short[1], 7]
     with pytest.raises(DataError, match="one text, and this run reads pairs"):
         one.read(["only one text here"])

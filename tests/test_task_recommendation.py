@@ -214,7 +214,7 @@ def test_damaged_events(tmp_path):
     with pytest.raises(DataError, match=r"role\.user=COLUMN"):
         asked(file, "recommendation")
     data, *_ = asked(file, "recommendation", roles={"user": "who", "item": "what"})
-    assert data.only("user").name == "who"
+    assert data.require_role("user").name == "who"
     file.write_bytes(file.read_bytes().replace(b"u7,", "ü7,".encode("latin-1")))
     data, *_ = asked(file, "recommendation", roles={"user": "who", "item": "what"})
     assert "ü7" in data.rows["who"].to_list()

@@ -127,9 +127,9 @@ def test_masks_of_every_form(tmp_path, form):
     values = {"L": (0, 1, 2), "P": (0, 1, 2), "I;16": (0, 300, 600)}.get(form, (0, (200 << 16) + 7, (90 << 8) + 3))
     assert sorted(np.unique(read_codes(tmp_path / "mask.png"))) == sorted(values)
     canvas = Canvas(64, 3, values)
-    assert (canvas.masks([tmp_path / "mask.png"], [(30, 20)], (32, 32))[0, :20, :30] == classes).all()
+    assert (canvas.load_masks([tmp_path / "mask.png"], [(30, 20)], (32, 32))[0, :20, :30] == classes).all()
     fewer = Canvas(64, 3, values[:2])
-    got = fewer.masks([tmp_path / "mask.png"], [(30, 20)], (20, 30), full=True)[0]
+    got = fewer.load_masks([tmp_path / "mask.png"], [(30, 20)], (20, 30), full=True)[0]
     assert (got[classes == 2] == -1).all() and (got[classes < 2] == classes[classes < 2]).all()
 
 

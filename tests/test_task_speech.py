@@ -160,7 +160,7 @@ def test_equal_sounds_have_equal_digests_whatever_their_files(tmp_path):
 def test_a_folder_with_a_table(folder):
     data, kind, _ = asked(folder, None)  # recognised without --task
     assert kind is SpeechRecognition and data.target.name == "transcript" and data.columns["file"].kind == "audio"
-    assert len(data) == 12 and data.rows["transcript"][3] == said(3) and data.place(3) == "transcripts.csv:5"
+    assert len(data) == 12 and data.rows["transcript"][3] == said(3) and data.locate_row(3) == "transcripts.csv:5"
     assert data.rows[RATE].to_list() == [8000] * 12 and data.rows[SECONDS].min() > 0.3 and data.rows[HASH].n_unique() == 12
     assert not [f for f in data.findings if f.severity != "note"]
 
@@ -216,7 +216,7 @@ def test_lj_speech(twelve, tmp_path):
     (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
     data, kind, _ = asked(tmp_path, None)
     assert kind is SpeechRecognition and data.rows["transcript"].to_list() == [said(i) for i in range(12)]  # normalised
-    assert data.place(4) == "metadata.csv:5" and data.rows["audio"][4].endswith("wavs/r4.wav")
+    assert data.locate_row(4) == "metadata.csv:5" and data.rows["audio"][4].endswith("wavs/r4.wav")
     lines[1] = 'r1|He said "no'  # two cells, and a lone quotation mark
     lines[2] = "r2|one|two|three"
     lines[3] = "r3||"
@@ -247,7 +247,7 @@ def test_common_voice(twelve, tmp_path):
         (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     data, kind, _ = asked(tmp_path, None)
     assert kind is SpeechRecognition and [int((data.splits == s).sum()) for s in ("train", "val", "test")] == [6, 2, 4]
-    assert data.role("group")[0].name == "client_id" and finding(data, "other-files").places == ("invalidated.tsv",)
+    assert data.columns_with_role("group")[0].name == "client_id" and finding(data, "other-files").places == ("invalidated.tsv",)
     lines = (tmp_path / "train.tsv").read_text().split("\n")
     lines[1] = 's0\tr0.wav\t"""Two,"" he said."\t2'
     lines[2] = "s1\tr1.wav\tone\ttwo\t2"

@@ -93,7 +93,7 @@ def test_files_of_conll(folder, tmp_path):
     rng = np.random.default_rng(0)
     words, tags = sentence(rng)
     assert data.rows["tokens"][0].to_list() == words and data.rows["tags"][0].to_list() == tags
-    assert data.place(0) == "words.conll:3"
+    assert data.locate_row(0) == "words.conll:3"
     (tmp_path / "train.txt").write_text("A\tO\nb\tB-X\n\nc\tO\n\n" * 5)
     (tmp_path / "test.txt").write_text("A O\r\nb B-X\r\n\r\nc O\r\nd O")
     parts = read(tmp_path, column_spec=task("token-classification").column_spec)

@@ -54,7 +54,7 @@ def test_a_long_text_is_tested_on_its_end(tmp_path):
     assert [parts.train[-1] + 1, parts.validation[-1] + 1] == [parts.validation[0], parts.test[0]]
     assert 0.08 < len(parts.test) / len(rows) < 0.12 and 0.03 < len(parts.validation) / len(rows) < 0.07
     row = int(parts.test[0])  # places are lines of the file
-    line = int(rows.place(row).split(":")[1])
+    line = int(rows.locate_row(row).split(":")[1])
     assert STORY.split("\n")[line - 1] == rows.rows["text"][row].split("\n")[0]
 
 
@@ -165,10 +165,10 @@ def test_damaged_conversations(tmp_path):
 @pytest.mark.parametrize("characters", [False, True])
 def test_tokens_spell_texts_back(characters):
     texts = ["Hello wörld\n\n  two  spaces", "日本 😀\r\n\t<|endoftext|> is a text here"]
-    text = TextTokenizer.learn_exact(texts, size=300, characters=characters)
-    for ids, whole in zip(text.exactly(texts), texts):
+    text = TextTokenizer.fit_exact(texts, size=300, characters=characters)
+    for ids, whole in zip(text.encode_exact(texts), texts):
         assert text.decode(ids) == whole and text.end not in ids
-        assert text.bytes_of()[ids].sum() == len(whole.encode())
+        assert text.count_token_bytes()[ids].sum() == len(whole.encode())
 
 
 def test_packed_rows_hold_every_token_once(tmp_path):
@@ -197,7 +197,7 @@ def pair(folder, rows=200):
 def test_paired_files(tmp_path):
     data, kind, _ = asked(pair(tmp_path), target="en")
     assert kind is Translation and data.target.name == "en" and [c.name for c in data.features()] == ["de"]
-    assert data.rows["de"][7] == "die Zahl 7" and data.rows["en"][7] == "the number 7" and data.place(7).endswith(":8")
+    assert data.rows["de"][7] == "die Zahl 7" and data.rows["en"][7] == "the number 7" and data.locate_row(7).endswith(":8")
     assert len(read(tmp_path / "all.de")) == 200  # one of them is enough
     for part in ("train", "dev", "test"):
         for code in ("de", "en"):

@@ -163,7 +163,7 @@ def test_fits_from_a_folder_of_transformers(name, form, more, tmp_path, pairs):
         settings={"steps": 1, "batch": 8, "precision": "float32", "lr": 1e-8, "tune": "whole", **more},
     )
     known = open_run(run.path)
-    assert [known.task.text.tokenizer.id_to_token(i) for i in known.task.frame.said] == want[2]
+    assert [known.task.text.tokenizer.id_to_token(i) for i in known.task.frame.target_start] == want[2]
     torch.testing.assert_close(
         known.model.embed.weight.detach(), theirs.get_input_embeddings().weight.detach(), rtol=0, atol=1e-5
     )

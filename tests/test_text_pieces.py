@@ -30,7 +30,7 @@ def test_pieces_are_those_of_sentencepiece(kind, tmp_path):
     text = TextTokenizer.load(folder(tmp_path, kind))
     before, after = ([text.tokenizer.token_to_id(t) for t in tokens] for tokens in FRAME[kind])
     for one, ids, back in SAID[kind]:
-        assert text.exactly([one])[0].tolist() == ids, one
+        assert text.encode_exact([one])[0].tolist() == ids, one
         assert text.tokenizer.encode(one).ids == [*before, *ids, *after], one
         assert text.unknown in ids or text.decode(ids) == back, one
     assert (
@@ -57,7 +57,7 @@ def test_special_tokens_of_pieces(tmp_path):
             assert [text.tokenizer.token_to_id(f"<extra_id_{i}>") for i in (99, 0)] == [len(found), len(found) + 99]
         if kind == "DebertaV2":
             pair = text.tokenizer.encode("a", "b")
-            assert text.hidden == len(found) and pair.type_ids == [0, 0, 0, 1, 1] and pair.ids[2] == pair.ids[4] == text.sep
+            assert text.mask_token == len(found) and pair.type_ids == [0, 0, 0, 1, 1] and pair.ids[2] == pair.ids[4] == text.sep
         if kind == "Gemma":
             turn = text.tokenizer.encode("<start_of_turn>user")
             assert turn.tokens == ["<bos>", "<start_of_turn>", *"user"]

@@ -156,7 +156,7 @@ def build_plan(
     options = kind.options_from(task_options)
     source = kind.build_examples(source, options)
     splits = splits or split(source, seed=seed)
-    callback.log(f"split: {splits.how}")
+    callback.log(f"split: {splits.description}")
     train_rows = source.take(splits.train)
     fitted = kind.fit(train_rows, options)
     dims = {"output_type": kind.output_types, **fitted.model_dims()}

@@ -170,7 +170,7 @@ def initial_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
             "findings": [asdict(f) for f in source.findings],
             "notes": plan.task.notes,
             "split": {
-                "how": splits.how,
+                "how": splits.description,
                 "train": len(splits.train),
                 "validation": len(splits.validation),
                 "test": len(splits.test),

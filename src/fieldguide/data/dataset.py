@@ -130,7 +130,7 @@ class Data:
 
     `splits` holds "train", "val" or "test" for each row if the source defines splits (folders train/ val/ test/, or a
     split column); otherwise it is None and `fieldguide.data.splits` creates them. `context` holds what the rows of a
-    task's examples refer to, such as the full series that windows are cut from. `how` describes how `splits` were
+    task's examples refer to, such as the full series that windows are cut from. `split_description` describes how `splits` were
     made if they do not come from the source. `skipped` lists the inputs that a lenient reader could not use.
     """
 
@@ -141,26 +141,26 @@ class Data:
     findings: list[Finding] = field(default_factory=list)
     splits: np.ndarray | None = None
     context: Any = None
-    how: str = ""
+    split_description: str = ""
     skipped: list[SkippedInput] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.rows.height
 
-    def role(self, role: Role) -> list[Column]:
+    def columns_with_role(self, role: Role) -> list[Column]:
         """Return the columns with a role."""
         return [c for c in self.columns.values() if c.role == role]
 
     def features(self, *kinds: Kind) -> list[Column]:
         """Return the feature columns, restricted to the given types if any are passed."""
-        return [c for c in self.role("feature") if not kinds or c.kind in kinds]
+        return [c for c in self.columns_with_role("feature") if not kinds or c.kind in kinds]
 
     @property
     def target(self) -> Column | None:
         """The first target column, or None."""
-        return next(iter(self.role("target")), None)
+        return next(iter(self.columns_with_role("target")), None)
 
-    def place(self, row: int) -> str:
+    def locate_row(self, row: int) -> str:
         """Return `path:line` of a row, for messages."""
         entry = self.manifest.files[self.rows[FILE][row]] if FILE in self.rows.columns else None
         line = self.rows[LINE][row] if LINE in self.rows.columns else None
@@ -177,11 +177,11 @@ class Data:
             self.findings,
             None if self.splits is None else self.splits[index],
             self.context,
-            self.how,
+            self.split_description,
             self.skipped,
         )
 
-    def without(self, bad: np.ndarray) -> Data:
+    def drop_rows(self, bad: np.ndarray) -> Data:
         """Return the data without the rows marked in `bad` (boolean, N); the manifest counts them as dropped per file."""
         if not bad.any():
             return self
@@ -193,9 +193,9 @@ class Data:
         kept.manifest = Manifest(self.manifest.root, files)
         return kept
 
-    def only(self, role: Role) -> Column:
+    def require_role(self, role: Role) -> Column:
         """Return the first column with a role. Raises `LookupError` if there is none."""
-        for column in self.role(role):
+        for column in self.columns_with_role(role):
             return column
         raise LookupError(f"{self.source} has no column with the role {role!r}")
 

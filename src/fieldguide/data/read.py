@@ -136,8 +136,8 @@ class TableReader:
             roles = self.apply_schema(known)
             overrides = {c.name: c.kind for c in known}
         else:
-            roles = self.roles(asked)
-            self.require(overrides, "kinds")
+            roles = self.assign_roles(asked)
+            self.require_columns(overrides, "kinds")
             lone = [n for n in self.names if n not in roles]
             asks = {**roles, **({lone[0]: "feature"} if len(lone) == 1 else {})}  # the only input of a single-input task
             wanted = {name: kind for name, role in asks.items() if (kind := self.column_spec.kind(role, self.raw.rows[name]))}
@@ -176,12 +176,12 @@ class TableReader:
         self.check_keys()
         self.check_inputs()
         total = len(self.data) + self.raw.unusable
-        data = self.data.without(self.bad)
+        data = self.data.drop_rows(self.bad)
         if not known:
             data.findings += checks.check(data, self.column_spec.checks)
         checks.enforce(data.findings, total, self.allow_bad or (self.lenient and len(data) > 0), self.name, offer=not known)
         if self.lenient:
-            data.skipped = self.skipped()
+            data.skipped = self.collect_skipped()
         return data
 
     def mark_invalid(self, bad: np.ndarray, why: Callable[[int], str]) -> None:
@@ -189,20 +189,20 @@ class TableReader:
         self.why |= {int(i): why(int(i)) for i in np.flatnonzero(bad & ~self.bad)}
         self.bad |= bad
 
-    def skipped(self) -> list[SkippedInput]:
+    def collect_skipped(self) -> list[SkippedInput]:
         """Return the skipped inputs in order, followed by those that the reader could not turn into rows."""
         before = np.cumsum(~self.bad)
-        return [SkippedInput(int(before[row]), self.data.place(row), self.why[row]) for row in sorted(self.why)] + [
+        return [SkippedInput(int(before[row]), self.data.locate_row(row), self.why[row]) for row in sorted(self.why)] + [
             SkippedInput(int((~self.bad).sum()), ", ".join(f.places), f"{f.count:,} x {f.what}" if f.count > 1 else f.what)
             for f in self.raw.findings
             if f.unusable
         ]
 
-    def find(self, *finding: Any) -> None:
+    def add_finding(self, *finding: Any) -> None:
         """Append a finding."""
         self.findings.append(Finding(*finding))
 
-    def require(self, wanted: Any, what: str) -> None:
+    def require_columns(self, wanted: Any, what: str) -> None:
         """Raise DataError if one of the columns does not exist."""
         for name in wanted:
             if name not in self.names:
@@ -211,19 +211,19 @@ class TableReader:
                     f"{nearest(name, self.names)} The columns are: {', '.join(self.names)}."
                 )
 
-    def roles(self, asked: dict[Role, str]) -> dict[str, Role]:
+    def assign_roles(self, asked: dict[Role, str]) -> dict[str, Role]:
         """Return column -> role for all columns that are not features: from the user, the reader, or column names."""
         roles: dict[str, Role] = {}
         for role, name in asked.items():
             several = [name] if name in self.names else [n.strip() for n in name.split(",")]
-            self.require(several, role)
+            self.require_columns(several, role)
             roles |= dict.fromkeys(several, role)
         if self.raw.split_column:
             roles.setdefault(self.raw.split_column, "split")
         for name, role in self.raw.roles.items():
             if role not in roles.values():
                 roles.setdefault(name, role)
-        target = self.targets(roles)
+        target = self.find_targets(roles)
         roles |= dict.fromkeys(target, "target")
         column_spec = self.column_spec
         if (
@@ -243,12 +243,12 @@ class TableReader:
                 roles[chosen] = "target"
         return roles
 
-    def targets(self, roles: Mapping[str, Role]) -> list[str]:
+    def find_targets(self, roles: Mapping[str, Role]) -> list[str]:
         """Return the targets given by the user (separated by commas) or by the reader."""
         named = self.options.target
         if named is not None:
             several = [n.strip() for n in named.split(",")] if named not in self.names else [named]
-            self.require(several, "target")
+            self.require_columns(several, "target")
             return several
         if self.column_spec.target == "none":
             return []
@@ -269,7 +269,7 @@ class TableReader:
             return None
         target = by_name or next((n for n in reversed(names) if not column_types.are_media_files(self.raw.rows[n])), names[-1])
         why = "by its name" if by_name else "because it is the last column"
-        self.find(
+        self.add_finding(
             "target-chosen",
             "note",
             f"no target was specified: column {target!r} was chosen {why}",
@@ -284,10 +284,10 @@ class TableReader:
         for found in (n for n, kind in self.raw.kinds.items() if kind in RENAMABLE_TYPES):
             ours = [c.name for c in known if c.role == "feature" and c.kind == self.raw.kinds[found]]
             if len(ours) == 1 and found not in ours and ours[0] not in self.names:
-                self.rename(found, ours[0])
+                self.rename_column(found, ours[0])
         target = self.options.target
         if self.raw.target in self.names and target and target not in self.names:
-            self.rename(str(self.raw.target), target)
+            self.rename_column(str(self.raw.target), target)
         needed = [c.name for c in known if c.role in REQUIRED_ROLES]
         lacking = [n for n in needed if n not in self.names]
         if lacking:
@@ -300,7 +300,7 @@ class TableReader:
         wanted = {c.name for c in known}
         extra = [n for n in self.names if n not in wanted]
         if extra:
-            self.find(
+            self.add_finding(
                 "extra-columns",
                 "note",
                 "columns that the model does not use; they are ignored",
@@ -311,7 +311,7 @@ class TableReader:
             self.names = [n for n in self.names if n in wanted]
         return {c.name: c.role for c in known}
 
-    def rename(self, old: str, new: str) -> None:
+    def rename_column(self, old: str, new: str) -> None:
         self.raw.rows = self.raw.rows.rename({old: new})
         self.raw.kinds = {new if n == old else n: k for n, k in self.raw.kinds.items()}
         self.names = [new if n == old else n for n in self.names]
@@ -334,7 +334,7 @@ class TableReader:
             elif column.kind in ("constant", "identifier"):
                 column.role = "ignored"
             if column.kind in media_types.MEDIA:
-                typed.values = self.absolute(typed.values)
+                typed.values = self.resolve_paths(typed.values)
             columns[name] = column
             values.append(typed.values)
             typed.values = pl.Series()
@@ -343,7 +343,7 @@ class TableReader:
         self.raw.rows = table.hstack(self.raw.rows) if self.raw.rows.width else table
         return columns
 
-    def absolute(self, paths: pl.Series) -> pl.Series:
+    def resolve_paths(self, paths: pl.Series) -> pl.Series:
         """Resolve paths relative to the root of the source."""
         root = self.raw.root.absolute()
         unique = paths.drop_nulls().unique().to_list()
@@ -388,7 +388,7 @@ class TableReader:
         other = ((rows[WIDTH] != rows[MASK_WIDTH]) | (rows[HEIGHT] != rows[MASK_HEIGHT])).to_numpy() & ~self.bad
         if other.any():
             first = rows.row(int(np.flatnonzero(other)[0]), named=True)
-            self.find(
+            self.add_finding(
                 "mask-size",
                 "warning",
                 f"masks that differ in size from their image (such as {first[MASK_WIDTH]} x "
@@ -420,7 +420,7 @@ class TableReader:
             for check, (what, wrong) in tests.items():
                 bad = wrong.fill_null(False).to_numpy() & ~self.bad
                 if bad.any():
-                    self.find(
+                    self.add_finding(
                         check,
                         "warning",
                         f"{what} (column {name!r})",
@@ -460,7 +460,7 @@ class TableReader:
             target.distinct = data.rows[target.name].drop_nulls().n_unique()
             shown = ", ".join(f"{a!r} as {b!r}" for a, b in list(same.items())[:5])
             target.why = f"the target has {target.distinct} classes"
-            self.find(
+            self.add_finding(
                 "class-spelling",
                 "warning",
                 f"rows with a class spelled differently than in train: read {shown}",
@@ -472,7 +472,7 @@ class TableReader:
         new = unknown & ~self.bad
         if new.any():
             names = ", ".join(repr(o) for o in other if o not in same)
-            self.find(
+            self.add_finding(
                 "class-not-in-train",
                 "warning",
                 f"rows with classes that do not occur in train: {names[:200]}",
@@ -491,7 +491,7 @@ class TableReader:
         missing = self.data.rows[target.name].is_null().to_numpy() & ~self.bad
         if missing.any():
             count = int(missing.sum())
-            self.find(
+            self.add_finding(
                 "target-missing",
                 "warning",
                 f"rows without a value in the target column {target.name!r}",
@@ -505,13 +505,13 @@ class TableReader:
     def check_keys(self) -> None:
         """Mark rows without a user, item or series."""
         for role in ("user", "item", "series"):
-            for column in self.data.role(role):
+            for column in self.data.columns_with_role(role):
                 if column.name not in self.data.rows.columns:
                     continue
                 missing = self.data.rows[column.name].is_null().to_numpy() & ~self.bad
                 if missing.any():
                     count = int(missing.sum())
-                    self.find(
+                    self.add_finding(
                         "missing-key",
                         "warning",
                         f"rows without a value in the {role} column {column.name!r}",
@@ -530,7 +530,7 @@ class TableReader:
         empty = delimited.find_blank_rows([self.data.rows[c] for c in features]).to_numpy() & ~self.bad
         if empty.any() and not empty.all():
             count = int(empty.sum())
-            self.find(
+            self.add_finding(
                 "empty-input",
                 "warning",
                 "rows in which every feature is missing",

@@ -19,7 +19,7 @@ class Splits:
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
-    how: str
+    description: str
 
 
 def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | None = None) -> Splits:
@@ -43,7 +43,7 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
     if data.splits is not None:
         side[data.splits == "val"], side[data.splits == "test"] = 1, 2
         given = [name for code, name in enumerate(("train", "validation", "test")) if (side == code).any()]
-        said.append(data.how or f"{' and '.join(given)} as given by the source")
+        said.append(data.split_description or f"{' and '.join(given)} as given by the source")
         if not (side == 0).any():
             raise DataError(f"{data.source}: the source defines splits but has no training rows.")
     pool = np.flatnonzero(side == 0)
@@ -59,13 +59,13 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
         side[chosen] = code
         said.append(f"{name}: {chosen.size:,} rows, {how}")
     parts = [np.flatnonzero(side == code) for code in (0, 1, 2)]
-    by_chance = f" (seed {seed})" if len(said) > bool(data.how) else ""
-    return Splits(*parts, how="; ".join(said) + by_chance)
+    by_chance = f" (seed {seed})" if len(said) > bool(data.split_description) else ""
+    return Splits(*parts, description="; ".join(said) + by_chance)
 
 
 def _choose_rows(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndarray, str]:
     """Select about `want` rows of `pool`, in whole blocks; return them and a description of the method."""
-    if data.role("time"):
+    if data.columns_with_role("time"):
         return _select_latest(data, pool, want)
     blocks, why = _assign_blocks(data)
     blocks = np.unique(blocks[pool], return_inverse=True)[1]
@@ -101,7 +101,7 @@ def _systematic_sample(codes: np.ndarray, sizes: np.ndarray, want: int, random: 
 def _assign_blocks(data: Data) -> tuple[np.ndarray, str]:
     """Return a block number per row; rows in a block stay together (equal groups, equal inputs, or connected by both)."""
     n = len(data)
-    groups = [data.rows[c.name].cast(pl.String) for c in data.role("group")]
+    groups = [data.rows[c.name].cast(pl.String) for c in data.columns_with_role("group")]
     same = same_inputs(data)
     labels, why = np.arange(n), []
     if same is not None:
@@ -129,7 +129,7 @@ def _connect_labels(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def _select_latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray, str]:
     """Select the rows with the latest times; rows with equal times stay together."""
-    name = data.role("time")[0].name
+    name = data.columns_with_role("time")[0].name
     times = data.rows[name][pool]
     if times.dtype == pl.String:
         raise DataError(f"{data.source}: the time column {name!r} contains neither dates nor numbers.")

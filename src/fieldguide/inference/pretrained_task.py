@@ -185,7 +185,7 @@ class TextVectors(EmbeddingTask, Typed):
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         texts = self.texts(data)
-        if cut := sum(len(ids) > self.length - 2 for ids in self.text.exactly(texts)):
+        if cut := sum(len(ids) > self.length - 2 for ids in self.text.encode_exact(texts)):
             self.notes.append(
                 f"{cut} of {len(texts)} texts are longer than the {self.length} tokens that the network reads, "
                 "and are cut there"

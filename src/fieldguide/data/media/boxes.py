@@ -139,14 +139,14 @@ class FindingCollector:
     met: dict[str, list[str]] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
 
-    def note(self, check: str, place: str, unusable: int = 0) -> None:
+    def add(self, check: str, place: str, unusable: int = 0) -> None:
         """Record an occurrence of a check and how many images it makes unusable."""
         self.met.setdefault(check, []).append(place)
         self.lost[check] = self.lost.get(check, 0) + unusable
 
     def mark_invalid(self, check: str, place: str, shot: AnnotatedImage) -> None:
         """Record a problem that makes the whole image unusable; each image is counted once."""
-        self.note(check, place, 0 if shot.bad else 1)
+        self.add(check, place, 0 if shot.bad else 1)
         shot.bad = True
 
     def findings(self) -> list[Finding]:
@@ -226,7 +226,7 @@ def build_raw(
         raise DataError(f"{root}: no image with a usable annotation." + "".join(f"\n  - {f}" for f in notes.findings()))
     for shot in kept:
         if not shot.boxes:
-            notes.note("background", relative_path(shot.path, root))
+            notes.add("background", relative_path(shot.path, root))
     rows = pl.DataFrame(
         [
             pl.Series("image", [str(s.path.absolute()) for s in kept], dtype=pl.String),
@@ -266,16 +266,16 @@ def check_boxes(shot: AnnotatedImage, size: tuple[int, int] | None, notes: Findi
             one |= {s: one[s] * (width, height)[i % 2] for i, s in enumerate(SIDES)}
             one["outline"] = one["outline"] and [[v * (width, height)[i % 2] for i, v in enumerate(p)] for p in one["outline"]]
         if one["runs"] and sum(one["runs"]) != width * height:
-            notes.note("malformed-outline", place)
+            notes.add("malformed-outline", place)
             one["runs"] = None
         left, top, right, bottom = (one[s] for s in SIDES)
         key = (one["label"], round(left, 2), round(top, 2), round(right, 2), round(bottom, 2))
         if not (right > left and bottom > top):
-            notes.note("degenerate-box", place)
+            notes.add("degenerate-box", place)
         elif right <= 0 or bottom <= 0 or left >= width or top >= height:
-            notes.note("box-outside", place)
+            notes.add("box-outside", place)
         elif key in taken:
-            notes.note("duplicate-box", place)
+            notes.add("duplicate-box", place)
         else:
             if (
                 left < -EDGE_TOLERANCE_PIXELS
@@ -283,7 +283,7 @@ def check_boxes(shot: AnnotatedImage, size: tuple[int, int] | None, notes: Findi
                 or right > width + EDGE_TOLERANCE_PIXELS
                 or bottom > height + EDGE_TOLERANCE_PIXELS
             ):
-                notes.note("box-over-edge", place)
+                notes.add("box-over-edge", place)
             one |= {
                 "left": max(left, 0.0),
                 "top": max(top, 0.0),

@@ -88,7 +88,7 @@ class LazyMask:
     height: int
     values: Mapping[str, int]
 
-    def codes(self) -> np.ndarray:  # -> H W int32
+    def rasterize(self) -> np.ndarray:  # -> H W int32
         """Rasterize the mask. Pixels without an object are 0."""
         out = np.zeros((self.height, self.width), dtype=np.int32)
         objects = self.column[self.row]

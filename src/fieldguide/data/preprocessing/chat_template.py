@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from fieldguide.core.errors import DataError
 
-FROM, TO = "\ufdd0", "\ufdd1"  # noncharacters (Unicode 23.7) that mark the assistant's part of a rendered template
-MARK = re.compile(f"[{FROM}{TO}]")
+SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"  # noncharacters (Unicode 23.7) that mark the assistant's part of a rendered template
+SPAN_MARKS = re.compile(f"[{SPAN_START}{SPAN_END}]")
 
 
 class ChatTemplate:
@@ -28,9 +28,11 @@ class ChatTemplate:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, speaking()])
+        made = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, generation_extension()]
+        )
         made.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-        made.globals |= {"raise_exception": refused, "strftime_now": lambda form: datetime.now().strftime(form)}
+        made.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
         self.tokens = dict(tokens or {})
         try:
             self.template = made.from_string(source)
@@ -39,9 +41,9 @@ class ChatTemplate:
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], answer: bool = True, **names: Any) -> str:
         """Render the messages; `answer` appends the start of the assistant's next turn."""
-        return MARK.sub("", self.marked(messages, answer, **names))
+        return SPAN_MARKS.sub("", self.render_marked(messages, answer, **names))
 
-    def marked(self, messages: Sequence[Mapping[str, Any]], answer: bool, **names: Any) -> str:
+    def render_marked(self, messages: Sequence[Mapping[str, Any]], answer: bool, **names: Any) -> str:
         """Render the messages, with marks around the parts that the template labels as the assistant's ({% generation %})."""
         from jinja2 import TemplateError
 
@@ -52,15 +54,15 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template rejects these messages: {error}") from None
 
-    def spoken(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]] | None]:
+    def render_with_spans(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]] | None]:
         """Return the rendered text and the character spans of the assistant's turns including their end tokens, or None.
 
         If the template does not label the turns ({% generation %}), a turn begins after the text rendered up to it with
         a generation prompt, and ends with its content and the closing text. The spans are None if this is ambiguous.
         """
-        pieces = re.split(MARK, marked := self.marked(messages, False))
+        pieces = re.split(SPAN_MARKS, marked := self.render_marked(messages, False))
         if len(pieces) > 1:
-            if [c for c in marked if c in (FROM, TO)] != [FROM, TO] * (len(pieces) // 2):
+            if [c for c in marked if c in (SPAN_START, SPAN_END)] != [SPAN_START, SPAN_END] * (len(pieces) // 2):
                 return "".join(pieces), None
             ends = [0]
             for piece in pieces:
@@ -83,7 +85,7 @@ class ChatTemplate:
             spans.append((len(before), end + len(closing) if whole.startswith(closing, end) else end))
         return whole, spans
 
-    def closing(self) -> str:
+    def closing_text(self) -> str:
         """Return the text that follows an answer, such as <|im_end|>, or "" if it cannot be determined."""
         try:
             after = self([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], answer=False)
@@ -92,12 +94,12 @@ class ChatTemplate:
         return after[after.rfind("answer") + len("answer") :].strip()
 
 
-def speaking() -> Any:
+def generation_extension() -> Any:
     """Return the Jinja extension for {% generation %} ... {% endgeneration %}, which labels the assistant's text."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 
-    class Speaking(Extension):
+    class GenerationExtension(Extension):
         tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
@@ -106,12 +108,12 @@ def speaking() -> Any:
             return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
 
         def marked(self, caller: Any) -> str:
-            return f"{FROM}{caller()}{TO}"
+            return f"{SPAN_START}{caller()}{SPAN_END}"
 
-    return Speaking
+    return GenerationExtension
 
 
-def refused(why: str) -> None:
+def raise_exception(why: str) -> None:
     """Raise a template error; available to templates as `raise_exception`."""
     from jinja2 import TemplateError
 

@@ -19,9 +19,9 @@ class Conversations:
 
     def __init__(self, text: TextTokenizer):
         self.text, self.template = text, ChatTemplate(text.template, text.special)
-        self.closing = text.tokenizer.token_to_id(self.template.closing())
+        self.closing = text.tokenizer.token_to_id(self.template.closing_text())
 
-    def written(self, rows: Sequence[Turns], place: Callable[[int], str]) -> list[tuple[str, list[tuple[int, int]] | None]]:
+    def render(self, rows: Sequence[Turns], place: Callable[[int], str]) -> list[tuple[str, list[tuple[int, int]] | None]]:
         """Render each conversation and return (text, character spans of the assistant, or None if unknown).
 
         Raises DataError with the `place` of the row if the template rejects a conversation.
@@ -29,15 +29,15 @@ class Conversations:
         found = []
         for row, turns in enumerate(rows):
             try:
-                found.append(self.template.spoken(to_messages(turns)))
+                found.append(self.template.render_with_spans(to_messages(turns)))
             except DataError as error:
                 raise DataError(f"{place(row)}: {error}") from None
         return found
 
     def stream(self, rows: Sequence[Turns], place: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
         """Return all conversations as one row of token ids, int64, and a mask of the tokens to train on."""
-        written = self.written(rows, place)
-        spelt = self.text.spelt([text for text, _ in written])
+        written = self.render(rows, place)
+        spelt = self.text.encode_rendered([text for text, _ in written])
         learnt = [
             np.ones(len(ids), dtype=bool) if spans is None else find_covered_tokens(covered, spans)
             for (_, spans), (ids, covered) in zip(written, spelt)
@@ -47,11 +47,11 @@ class Conversations:
 
     def prompt(self, turns: Turns) -> list[int]:
         """Return the token ids of a conversation up to the start of the assistant's next turn."""
-        return self.text.spelt([self.template(to_messages(turns))])[0][0].tolist()
+        return self.text.encode_rendered([self.template(to_messages(turns))])[0][0].tolist()
 
-    def note(self, rows: Sequence[Turns], place: Callable[[int], str]) -> str:
+    def describe(self, rows: Sequence[Turns], place: Callable[[int], str]) -> str:
         """Describe which parts of these conversations are used for training."""
-        untold = sum(spans is None for _, spans in self.written(rows, place))
+        untold = sum(spans is None for _, spans in self.render(rows, place))
         how = "the assistant's turns are trained on"
         if untold == len(rows):
             how = "all text is trained on, since the template does not identify the assistant's turns"

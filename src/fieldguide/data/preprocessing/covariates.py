@@ -85,25 +85,25 @@ class Covariates:
         """Number of features known for the future, including the calendar."""
         return sum(c.width for c in self.columns if c.ahead) + 2 * len(self.turns)
 
-    def measured(self, rows: pl.DataFrame, row: np.ndarray, start: np.ndarray) -> np.ndarray:
+    def past_values(self, rows: pl.DataFrame, row: np.ndarray, start: np.ndarray) -> np.ndarray:
         """Return the past covariates, N x past, float32; `row` is the table row of each step, or -1 for none."""
         from fieldguide.data.timeseries.panel import forward_fill
 
-        parts = [self.at(c, rows, row) for c in self.columns if not c.ahead]
+        parts = [self.values_at(c, rows, row) for c in self.columns if not c.ahead]
         return (
             forward_fill(np.concatenate(parts, 1), start).astype(np.float32) if parts else np.zeros((len(row), 0), np.float32)
         )
 
-    def ahead(self, rows: pl.DataFrame, row: np.ndarray, times: np.ndarray) -> np.ndarray:
+    def future_values(self, rows: pl.DataFrame, row: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Return the future covariates and calendar features, N x known, float32; missing values are 0, the mean."""
-        parts = [self.at(c, rows, row) for c in self.columns if c.ahead]
+        parts = [self.values_at(c, rows, row) for c in self.columns if c.ahead]
         for turn in self.turns:
             phase = 2 * np.pi * period_phase(turn, times)[:, None]
             parts += [np.sin(phase), np.cos(phase)]
         joined = np.concatenate(parts, 1) if parts else np.zeros((len(row), 0))
         return np.nan_to_num(joined).astype(np.float32)
 
-    def at(self, covariate: Covariate, rows: pl.DataFrame, row: np.ndarray) -> np.ndarray:
+    def values_at(self, covariate: Covariate, rows: pl.DataFrame, row: np.ndarray) -> np.ndarray:
         """Return the features of one covariate at the given rows, NaN for row -1."""
         values = covariate.apply(rows[covariate.column])
         return np.where((row >= 0)[:, None], values[np.maximum(row, 0)], np.nan)

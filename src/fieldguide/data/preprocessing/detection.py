@@ -42,11 +42,11 @@ class Letterbox:
         corner = ((side - inner) / 2).round()
         return cls((inner / size).float(), corner.float(), size.float())
 
-    def into(self, boxes: Tensor) -> Tensor:  # N M 4 -> N M 4
+    def to_square(self, boxes: Tensor) -> Tensor:  # N M 4 -> N M 4
         """Convert boxes from image pixels to pixels of the square."""
         return boxes * self.scale.repeat(1, 2)[:, None] + self.corner.repeat(1, 2)[:, None]
 
-    def back(self, boxes: Tensor) -> Tensor:  # N M 4 -> N M 4
+    def to_image(self, boxes: Tensor) -> Tensor:  # N M 4 -> N M 4
         """Convert boxes from pixels of the square to image pixels, clipped to the image."""
         boxes = (boxes - self.corner.repeat(1, 2)[:, None]) / self.scale.repeat(1, 2)[:, None]
         return torch.minimum(boxes.clamp(min=0), self.size.repeat(1, 2)[:, None])

@@ -43,7 +43,7 @@ class ImageTransform:
         mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0)
         return cls(pixels.shape[-1], pixels.shape[1], tuple(mean.tolist()), tuple(max(s, 1e-3) for s in std.tolist()), fit)
 
-    def scaled(self, text: str) -> ImageTransform:
+    def with_normalization(self, text: str) -> ImageTransform:
         """Return a copy with mean and std parsed from "mean,mean,mean/std,std,std". Raises SettingsError if invalid."""
         try:
             mean, std = (tuple(float(number) for number in part.split(",")) for part in text.split("/"))
@@ -57,7 +57,7 @@ class ImageTransform:
             )
         return replace(self, mean=mean, std=std)
 
-    def resized(self, text: str) -> ResizeTransform:
+    def with_resize(self, text: str) -> ResizeTransform:
         """Return a copy that resizes as in "crop 0.875 bicubic" (see `Resized`). Raises SettingsError if invalid."""
         even = text.endswith(" even")
         try:
@@ -84,7 +84,7 @@ class ImageTransform:
         std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
         return (pixels.float() / 255 - mean) / std
 
-    def remade(self, x: torch.Tensor, other: ImageTransform) -> torch.Tensor:
+    def convert_for(self, x: torch.Tensor, other: ImageTransform) -> torch.Tensor:
         """Convert images from `apply`, B C S S, to what `other.apply` would return, except for its resize filter."""
         import torch
         import torch.nn.functional as F
@@ -126,8 +126,8 @@ class ResizeTransform(ImageTransform):
     even: bool = False  # round a half-pixel crop offset to even, like torchvision, instead of down
 
     @property
-    def way(self) -> str:
-        """The method as text that `resized` accepts."""
+    def method(self) -> str:
+        """The method as text that `with_resize` accepts."""
         share = f" {self.side / self.edge}" if self.edge != self.side else ""
         return f"{self.fit}{share} {Image.Resampling(self.filter).name.lower()}{' even' if self.even else ''}"
 

@@ -23,7 +23,7 @@ Mask = str | Path | LazyMask
 def read_codes(path: Mask) -> np.ndarray:
     """Return the stored pixel values of a mask, int32 H W: gray values, palette indices, or r * 65536 + g * 256 + b."""
     if isinstance(path, LazyMask):
-        return path.codes()
+        return path.rasterize()
     with images.suppress_warnings(), Image.open(path) as image:
         if image.mode in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N"):
             return np.asarray(image if image.mode != "1" else image.convert("L")).astype(np.int32)
@@ -55,18 +55,18 @@ class Canvas:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
 
-    def inner(self, width: int, height: int) -> tuple[int, int]:
+    def fit_size(self, width: int, height: int) -> tuple[int, int]:
         """Return the height and width of an image of this size on the canvas; images are never enlarged."""
         scale = min(1.0, self.side / max(width, height))
         return max(1, round(height * scale)), max(1, round(width * scale))
 
-    def pictures(self, paths: Sequence[str | Path], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int]) -> np.ndarray:
+    def load_images(self, paths: Sequence[str | Path], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int]) -> np.ndarray:
         """Return images in the top left corner of canvases, uint8 N C H W; `sizes` are their original (width, height)."""
         out = np.zeros((len(paths), self.channels, *canvas), dtype=np.uint8)
         mode = "L" if self.channels == 1 else "RGB"
 
         def one(i: int) -> None:
-            height, width = self.inner(*sizes[i])
+            height, width = self.fit_size(*sizes[i])
             with open(paths[i], "rb") as file, Image.open(file) as image:
                 if image.format == "JPEG" and min(image.size) >= 2 * max(height, width):
                     image.draft(None, (2 * width, 2 * height))
@@ -78,7 +78,7 @@ class Canvas:
             list(pool.map(one, range(len(paths))))
         return out
 
-    def masks(
+    def load_masks(
         self, paths: Sequence[Mask], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], *, full: bool = False
     ) -> np.ndarray:
         """Return the class of each pixel, int16 N H W, -1 for none; with `full` in the original image size."""
@@ -91,7 +91,7 @@ class Canvas:
             place = np.minimum(np.searchsorted(known, stored), len(known) - 1)
             classes = np.where(known[place] == stored, order[place], -1).astype(np.int16)
             if not full:
-                height, width = self.inner(*sizes[i])
+                height, width = self.fit_size(*sizes[i])
                 if classes.shape != (height, width):
                     rows = ((np.arange(height) + 0.5) * classes.shape[0] / height).astype(int)
                     columns = ((np.arange(width) + 0.5) * classes.shape[1] / width).astype(int)
@@ -102,9 +102,9 @@ class Canvas:
             list(pool.map(one, range(len(paths))))
         return out
 
-    def canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    def canvas_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Return the height and width of a canvas that holds images of these sizes."""
-        inner = np.array([self.inner(*s) for s in sizes]).max(0)
+        inner = np.array([self.fit_size(*s) for s in sizes]).max(0)
         return tuple(int(-(-n // CANVAS_MULTIPLE) * CANVAS_MULTIPLE) for n in inner)
 
     def to_json(self) -> dict[str, Any]:

@@ -236,4 +236,4 @@ def prepare(data: Data, columns: Columns) -> Data:
     }
     known = {f.check for f in data.findings}
     whole = replace(data, rows=rows, columns=kept, findings=data.findings + [f for f in seen.findings if f.check not in known])
-    return whole.without(seen.bad)
+    return whole.drop_rows(seen.bad)

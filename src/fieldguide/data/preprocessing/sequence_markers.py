@@ -19,13 +19,13 @@ class SequenceMarkers:
 
     before: tuple[int, ...]
     after: tuple[int, ...]
-    said: tuple[int, ...]
+    target_start: tuple[int, ...]
     end: int
 
     @property
     def longest(self) -> int:
         """Maximum number of tokens added to a text."""
-        return max(len(self.before) + len(self.after), len(self.said), 1)
+        return max(len(self.before) + len(self.after), len(self.target_start), 1)
 
 
 def resolve_markers(text: TextTokenizer, options: Any, called: tuple[str, str] = LANGUAGE_SETTINGS) -> SequenceMarkers:

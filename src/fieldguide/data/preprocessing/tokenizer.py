@@ -48,7 +48,7 @@ class TextTokenizer:
         self.unknown = self.token(called("unk_token"), "<unk>", "[UNK]", "<s>", "<|endoftext|>", default=self.pad)
         self.cls = self.token(called("cls_token"), "<cls>", "[CLS]", called("bos_token"), "<s>", default=self.unknown)
         self.sep = self.token(called("sep_token"), "<sep>", "[SEP]", called("eos_token"), "</s>", default=self.unknown)
-        self.hidden = self.token(called("mask_token"), "<mask>", "[MASK]", default=self.unknown)
+        self.mask_token = self.token(called("mask_token"), "<mask>", "[MASK]", default=self.unknown)
         self.end = self.token(
             called("eos_token"), *ends[:1], END_OF_TEXT, "<eos>", "</s>", "<sep>", "[SEP]", "<|end_of_text|>", default=self.pad
         )
@@ -83,7 +83,7 @@ class TextTokenizer:
         return cls(tokenizer, lower=lower, learnt_on=len(texts))
 
     @classmethod
-    def learn_exact(
+    def fit_exact(
         cls, texts: Iterable[str], *, size: int | None = None, characters: bool = False, special: Sequence[str] = (END_OF_TEXT,)
     ) -> TextTokenizer:
         """Train a lossless tokenizer: byte-level BPE, or with `characters` one token per character.
@@ -117,7 +117,7 @@ class TextTokenizer:
             tokenizer.train_from_iterator(split_chunks(texts, 1000), trainer, length=len(texts))
         return cls(tokenizer, learnt_on=len(texts))
 
-    def exactly(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_exact(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int64, without added tokens; special tokens in a text are treated as plain
         characters."""
         self.tokenizer.encode_special_tokens = True
@@ -127,8 +127,8 @@ class TextTokenizer:
             for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
         ]
 
-    def located(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return (tokens as from `exactly`, spans) for each text.
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return (tokens as from `encode_exact`, spans) for each text.
 
         Spans (int64, N x 2) are the start and end of the characters that each token covers, without leading whitespace.
         """
@@ -145,12 +145,12 @@ class TextTokenizer:
                 found.append((np.array(e.ids, dtype=np.int64), spans))
         return found
 
-    def opening(self) -> list[int]:
+    def prefix_ids(self) -> list[int]:
         """Return the token ids that the tokenizer puts before every text."""
         seen = self.tokenizer.encode("a")
         return seen.ids[: next((i for i, text in enumerate(seen.sequence_ids) if text is not None), 0)]
 
-    def spelt(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def encode_rendered(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return (token ids int64 N, character spans int64 N x 2) for texts in which special tokens are written out, as
         chat templates do."""
         before, self.tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens, False
@@ -162,7 +162,7 @@ class TextTokenizer:
         self.tokenizer.encode_special_tokens = before
         return found
 
-    def bytes_of(self) -> np.ndarray:
+    def count_token_bytes(self) -> np.ndarray:
         """Return the number of UTF-8 bytes that each token stands for, int64; 0 for special tokens."""
         special = self.tokenizer.get_added_tokens_decoder()
         byte_level = "ByteLevel" in str(self.tokenizer.decoder)

@@ -136,7 +136,7 @@ def read_images(
         place = f"{where}: annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
         shot = by_id.get(as_id(annotation.get("image_id"))) if isinstance(annotation, dict) else None
         if shot is None:
-            notes.note("unknown-picture", place)
+            notes.add("unknown-picture", place)
             continue
         parts, runs, whole = parse_outline(annotation.get("segmentation"), shot.size)
         values = parse_finite(annotation["bbox"], 4) if isinstance(annotation.get("bbox"), list) else None
@@ -162,7 +162,7 @@ def read_images(
             )
             shot.places.append(place)
             if not whole:
-                notes.note("malformed-outline", place)
+                notes.add("malformed-outline", place)
     return shots
 
 

@@ -180,7 +180,7 @@ def resolve_file_names(raw: RawTable, paths: list[Path], root: Path, options: Op
     """
     where = RecordingIndex(paths, root)
     columns = [c for c in raw.rows.columns if c not in BOOKKEEPING and raw.rows[c].dtype == pl.String]
-    shares = {c: where.share(raw.rows[c]) for c in columns if c != options.target}
+    shares = {c: where.match_fraction(raw.rows[c]) for c in columns if c != options.target}
     name = max(shares, key=shares.get, default=None)
     if name is None or shares[name] < 0.5:
         listed = ", ".join(columns)
@@ -266,7 +266,7 @@ class RecordingIndex:
             return value
         return self.short.get(value) or self.short.get(value.rsplit("/", 1)[-1])
 
-    def share(self, values: pl.Series) -> float:
+    def match_fraction(self, values: pl.Series) -> float:
         """Return the fraction of values that are names of recordings, or at least have an audio file extension."""
         some = values.drop_nulls()
         some = some.gather_every(max(1, some.len() // 500))

@@ -76,11 +76,11 @@ def load(source: Path, options: Options) -> RawTable:
         listed = read_lists(where.parent / "ImageSets" / "Main", source, notes, files) if split is None else {}
         xmls = {p.stem: p for p in list_visible(where)[0] if p.suffix.lower() == ".xml"}
         for stem in sorted(set(listed) - set(xmls)):
-            notes.note("no-annotation", f"ImageSets/Main: {stem}", 1)
+            notes.add("no-annotation", f"ImageSets/Main: {stem}", 1)
         for stem, path in xmls.items():
             place = relative_path(path, source)
             if listed and stem not in listed:
-                notes.note("not-listed", place)
+                notes.add("not-listed", place)
                 continue
             content = path.read_bytes()
             files.append(annotation_entry(path, content, source))
@@ -108,7 +108,7 @@ def read_lists(folder: Path, source: Path, notes: FindingCollector, files: list[
                 raise DataError(f"{path}: not UTF-8 text. Save it as UTF-8.") from None
             for number, line in enumerate(lines, 1):
                 if line.strip() and split.setdefault(line.split()[0], part) != part and name != "trainval":
-                    notes.note("listed-twice", f"{relative_path(path, source)}:{number}")
+                    notes.add("listed-twice", f"{relative_path(path, source)}:{number}")
     return split
 
 

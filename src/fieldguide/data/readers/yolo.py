@@ -183,13 +183,13 @@ def read_images(
         shot = AnnotatedImage(path, relative_path(file, root), split, relative=True)
         shots.append(shot)
         if not file.is_file():
-            notes.note("no-label-file", relative_path(path, root))
+            notes.add("no-label-file", relative_path(path, root))
             continue
         content = file.read_bytes()
         files.append(annotation_entry(file, content, root))
         text = decode_text(content, shot.place, shot, notes)
         if text is not None and not text.strip():
-            notes.note("empty-label-file", shot.place)
+            notes.add("empty-label-file", shot.place)
         for number, line in enumerate((text or "").splitlines(), 1):
             if line.strip():
                 parse_line(line, f"{shot.place}:{number}", shot, names, notes)
@@ -197,7 +197,7 @@ def read_images(
     if where.is_dir() and labels != where and labels.is_dir():
         for lone in sorted(set(labels.rglob("*.txt")) - used):
             if lone.name != "classes.txt":
-                notes.note("no-picture", relative_path(lone, root), 1)
+                notes.add("no-picture", relative_path(lone, root), 1)
     return shots
 
 

@@ -19,7 +19,7 @@ def spoken(folder: Path) -> None:
     (folder / "recordings").mkdir()
     for number in range(600):
         words = [str(w) for w in rng.choice(list(voice.WORDS), rng.integers(1, 4))]
-        sound = voice.speak(words, voice.Voice.drawn(rng), rng)
+        sound = voice.speak(words, voice.Voice.sample(rng), rng)
         with wave.open(str(folder / "recordings" / f"{number:04d}.wav"), "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)

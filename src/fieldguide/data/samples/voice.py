@@ -68,7 +68,7 @@ class Voice:
     loudness: float = 0.3  # peak amplitude
 
     @classmethod
-    def drawn(cls, rng: np.random.Generator) -> Voice:
+    def sample(cls, rng: np.random.Generator) -> Voice:
         """Return a random voice: men, women and children, slow and fast, near and far from the microphone."""
         size = rng.uniform(0.92, 1.22)
         return cls(

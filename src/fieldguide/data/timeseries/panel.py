@@ -143,7 +143,7 @@ class Panel:
     def __len__(self) -> int:
         return len(self.names)
 
-    def of(self, series: int) -> np.ndarray:
+    def series_values(self, series: int) -> np.ndarray:
         """Return the values of one series from its first to its last."""
         return self.values[self.low[series] : self.high[series], self.column[series]]
 
@@ -184,8 +184,8 @@ def arrange_series(data: Data) -> tuple[Panel | None, list[Finding]]:
 
 def find_layout(data: Data) -> str:
     """Return the layout of a table: "long", "wide" or "rows"."""
-    if data.role("time"):
-        return "long" if data.role("series") else "wide"
+    if data.columns_with_role("time"):
+        return "long" if data.columns_with_role("series") else "wide"
     return "rows" if series_name_column(data) else "wide"
 
 
@@ -194,8 +194,8 @@ def series_name_column(data: Data) -> str | None:
 
     It is the series column, or the only text column if nearly all of its values are distinct.
     """
-    if data.role("series"):
-        return data.only("series").name
+    if data.columns_with_role("series"):
+        return data.require_role("series").name
     chosen = [n for n in data.columns if holds_words(data.rows[n])]
     if len(chosen) == 1 and len(data.columns) > 2 and data.rows[chosen[0]].n_unique() >= MIN_DISTINCT_FRACTION * len(data):
         return chosen[0]
@@ -235,15 +235,15 @@ def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
 
 def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Finding]]:
     """Build series from long and wide tables: sort, drop duplicates and rows off the grid, and place rows on the grid."""
-    targets = [c.name for c in data.role("target") if data.rows[c.name].dtype.is_numeric()]
+    targets = [c.name for c in data.columns_with_role("target") if data.rows[c.name].dtype.is_numeric()]
     if not targets:
         return None, [make_finding(data, "no-target")]
     findings, dates = [], False
     times = pl.Series(np.arange(len(data), dtype=float))
-    if data.role("time"):
+    if data.columns_with_role("time"):
         times, dates = row_times(data)
         if times.dtype == pl.String:
-            column = data.only("time").name
+            column = data.require_role("time").name
             wrong = times.is_not_null().to_numpy()
             return None, [make_finding(data, "time-unreadable", wrong, name=column, value=times.drop_nulls()[0])]
     else:
@@ -265,7 +265,7 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
     findings += doubles
     codes, at, row = codes[~again], at[~again], row[~again]
     cuts = np.r_[0, np.flatnonzero(np.diff(codes)) + 1, len(codes)]
-    frequency = infer_frequency([at[a:b] for a, b in pairwise(cuts)], dates) if data.role("time") else PLAIN_STEP
+    frequency = infer_frequency([at[a:b] for a, b in pairwise(cuts)], dates) if data.columns_with_role("time") else PLAIN_STEP
     if frequency is None:
         return None, [*findings, make_finding(data, "one-moment", hint=series_hint(data))]
     placed = place_on_grid(data, frequency, at, row, cuts)
@@ -285,13 +285,13 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
 
 def row_series(data: Data) -> pl.Series:
     """Return the series of each row: the joined values of the series columns; null if missing, "" in a wide table."""
-    keys = [pl.col(c.name).cast(pl.String) for c in data.role("series")] or [pl.repeat("", len(data))]
+    keys = [pl.col(c.name).cast(pl.String) for c in data.columns_with_role("series")] or [pl.repeat("", len(data))]
     return data.rows.select(pl.concat_str(keys, separator=", ").alias("id")).to_series()
 
 
 def row_times(data: Data) -> tuple[pl.Series, bool]:
     """Return the time of every row and whether it is in microseconds (else numbers); text if it is neither."""
-    values = data.rows[data.only("time").name]
+    values = data.rows[data.require_role("time").name]
     if values.dtype == pl.String:
         numbers, (dates, *_) = column_types.as_numbers(values), column_types.as_dates(values)
         least = column_types.MIN_TYPE_FRACTION * (len(values) - values.null_count())
@@ -328,7 +328,8 @@ def find_repeats(
     for slug, which in (("duplicate-time", again & same), ("conflicting-time", again & ~same)):
         if which.any():
             pairs = [
-                f"{data.place(int(row[i]))} = {data.place(int(first[i]))}" for i in np.flatnonzero(which)[:MAX_SHOWN_PLACES]
+                f"{data.locate_row(int(row[i]))} = {data.locate_row(int(first[i]))}"
+                for i in np.flatnonzero(which)[:MAX_SHOWN_PLACES]
             ]
             findings.append(make_finding(data, slug, row[which], shown=pairs))
     return again, findings
@@ -336,7 +337,7 @@ def find_repeats(
 
 def series_hint(data: Data) -> str:
     """Return the remedy for rows that may belong to several series."""
-    columns = ", ".join(repr(c.name) for c in data.role("series"))
+    columns = ", ".join(repr(c.name) for c in data.columns_with_role("series"))
     return (
         f"Series are identified by {columns}; specify others with --set role.series=COLUMN."
         if columns
@@ -376,7 +377,7 @@ def place_on_grid(
     if off.any():
         findings.append(make_finding(data, "off-grid", row[off], step=frequency.article))
     if missing:
-        told = [f"{count} before {data.place(r)}" for count, r in jumps[:MAX_SHOWN_PLACES]]
+        told = [f"{count} before {data.locate_row(r)}" for count, r in jumps[:MAX_SHOWN_PLACES]]
         findings.append(make_finding(data, "missing-steps", shown=told, count=missing))
     return np.where(off, -1, where + np.repeat(start[:-1], np.diff(cuts))), start, np.concatenate(times), findings
 

@@ -42,7 +42,7 @@ class Windows:
 
 def resolve_options(found: Panel, options: Any) -> Any:
     """Return the options with season, horizon and length filled in. Raises SettingsError for values below 1."""
-    season = options.season or found.frequency.season or estimate_season([found.of(i) for i in range(len(found))])
+    season = options.season or found.frequency.season or estimate_season([found.series_values(i) for i in range(len(found))])
     horizon = options.horizon or default_horizon(found.frequency, season)
     typical = float(np.median(found.high - found.low))
     length = options.length
@@ -104,7 +104,7 @@ def build_windows(data: Data, options: Any) -> Data:
     made = window_rows(data, windows, series, at)
     made.findings = findings
     made.splits = np.repeat(np.array([p[0] for p in parts], dtype=object), [len(p[1]) for p in parts])
-    made.how = f"by time, {describe_splits(windows)}; windows: {', '.join(said)}"
+    made.split_description = f"by time, {describe_splits(windows)}; windows: {', '.join(said)}"
     return made
 
 
@@ -200,7 +200,7 @@ def read_ends(data: Data, found: Panel, options: Any) -> tuple[np.ndarray, np.nd
         if (np.diff(part) < 0).any():
             where = low + int(np.argmax(np.diff(part) < 0)) + 1
             raise DataError(
-                f"{data.place(int(found.row[where]))}: the splits of the source are not consecutive "
+                f"{data.locate_row(int(found.row[where]))}: the splits of the source are not consecutive "
                 f"in time: in series {found.names[i]!r}, training rows follow validation or test rows."
             )
         a, b = low + int((part < 1).sum()), low + int((part < 2).sum())

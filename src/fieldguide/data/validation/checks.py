@@ -92,7 +92,9 @@ def check_columns(data: Data) -> Iterator[Finding]:
                 1,
                 f"To use it, specify its type: --set 'column.{column.name}=category' (in Python: kinds=).",
             )
-    if not data.features() and not data.role("series") + data.role("item") + data.role("time"):
+    if not data.features() and not data.columns_with_role("series") + data.columns_with_role("item") + data.columns_with_role(
+        "time"
+    ):
         yield Finding(
             "no-features",
             "error",
@@ -106,7 +108,7 @@ def check_columns(data: Data) -> Iterator[Finding]:
 def check_target(data: Data) -> Iterator[Finding]:
     """Report targets that cannot be learned: a single value, classes with one example, nearly equal class names."""
     column = data.target
-    if column is None or column.kind not in TARGET_TYPES or len(data.role("target")) > 1 or not len(data):
+    if column is None or column.kind not in TARGET_TYPES or len(data.columns_with_role("target")) > 1 or not len(data):
         return
     values, where = data.rows[column.name].drop_nulls(), (f"column {column.name!r}",)
     counts = values.value_counts(sort=True).sort(column.name)
@@ -180,7 +182,9 @@ def check_duplicates(data: Data) -> Iterator[Finding]:
         source[same[at]] = at
         over = np.flatnonzero((data.splits != "train") & train[same])
         if over.size:
-            pairs = tuple(f"{data.place(int(i))} = {data.place(int(source[same[i]]))}" for i in over[:MAX_SHOWN_PLACES])
+            pairs = tuple(
+                f"{data.locate_row(int(i))} = {data.locate_row(int(source[same[i]]))}" for i in over[:MAX_SHOWN_PLACES]
+            )
             yield Finding(
                 "duplicate-across-splits",
                 "warning",
@@ -191,7 +195,7 @@ def check_duplicates(data: Data) -> Iterator[Finding]:
             )
     yield from check_conflicts(data, same, order, first, what)
     extra = int(rows.size - heads.size)
-    pairs = tuple(f"{data.place(int(i))} = {data.place(int(first[same[i]]))}" for i in order if i != first[same[i]])
+    pairs = tuple(f"{data.locate_row(int(i))} = {data.locate_row(int(first[same[i]]))}" for i in order if i != first[same[i]])
     yield Finding(
         "duplicate",
         "note",
@@ -212,8 +216,9 @@ def check_conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.n
     if other.size:
         label = data.rows[column.name]
         pairs = tuple(
-            f"{data.place(int(i))} is {label[int(i)]!r}, {data.place(int(first[same[i]]))} is {label[int(first[same[i]])]!r}"
+            f"{data.locate_row(int(i))} is {label[int(i)]!r}, {data.locate_row(j)} is {label[j]!r}"
             for i in other[:MAX_SHOWN_PLACES]
+            for j in (int(first[same[i]]),)
         )
         answers = "transcripts" if heard else "classes"
         yield Finding(
@@ -229,7 +234,12 @@ def check_conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.n
 def check_leaks(data: Data) -> Iterator[Finding]:
     """Report features that reveal the target."""
     column = data.target
-    if column is None or column.kind not in TARGET_TYPES or len(data.role("target")) > 1 or len(data) < MIN_LEAK_ROWS:
+    if (
+        column is None
+        or column.kind not in TARGET_TYPES
+        or len(data.columns_with_role("target")) > 1
+        or len(data) < MIN_LEAK_ROWS
+    ):
         return
     others = [c for c in data.features("number", "category", "boolean") if c.distinct > 1]
     if len(data) > MAX_LEAK_ROWS:
@@ -379,8 +389,8 @@ def check_recordings(data: Data) -> Iterator[Finding]:
 
 def check_events(data: Data) -> Iterator[Finding]:
     """Report repeated events of the same user, item and time."""
-    keys = [c.name for role in ("user", "item", "time") for c in data.role(role)]
-    if not (data.role("user") and data.role("item")) or len(keys) < 3:
+    keys = [c.name for role in ("user", "item", "time") for c in data.columns_with_role(role)]
+    if not (data.columns_with_role("user") and data.columns_with_role("item")) or len(keys) < 3:
         return
     rows = data.rows.select(pl.struct(keys).is_first_distinct()).to_series()
     again = ~rows.to_numpy()

@@ -17,7 +17,7 @@ MAX_SHOWN_PLACES = 5  # maximum number of locations in a finding
 def places(data: Data, rows: np.ndarray | Iterable[int]) -> tuple[str, ...]:
     """Return the locations of the first rows of a mask or list of indices."""
     mask = isinstance(rows, np.ndarray) and rows.dtype == bool
-    return tuple(data.place(int(i)) for i in (np.flatnonzero(rows) if mask else list(rows))[:MAX_SHOWN_PLACES])
+    return tuple(data.locate_row(int(i)) for i in (np.flatnonzero(rows) if mask else list(rows))[:MAX_SHOWN_PLACES])
 
 
 def simplify_label(label: str) -> str:
@@ -31,7 +31,7 @@ def media_findings(data: Data, medium: Medium, checked: Sequence[MediaCheck], ba
     for slug, (what, remedy) in medium.problems.items():
         rows = [i for i, c in enumerate(checked) if c.problem == slug]
         if rows:
-            named = tuple(f"{data.place(i)} ({checked[i].detail})" for i in rows[:MAX_SHOWN_PLACES])
+            named = tuple(f"{data.locate_row(i)} ({checked[i].detail})" for i in rows[:MAX_SHOWN_PLACES])
             unusable = sum(1 for i in rows if not bad[i])
             findings.append(Finding(slug, "warning", what, named, len(rows), remedy, unusable))
     for trait, (slug, severity, what, remedy) in medium.traits.items():

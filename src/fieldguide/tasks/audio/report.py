@@ -40,7 +40,7 @@ def sections(
     worst = [int(i) for i in np.argsort(-rank, kind="stable") if counts.errors[i]]
     chance = [int(i) for i in np.random.default_rng(0).permutation(len(said)) if i not in worst[:DRAWN]]
     pictures = spectrograms(task, test, [*worst[: DRAWN // 2], *chance][:DRAWN], outputs, said, objective) if objective else []
-    row = lambda i: (test.place(i), said[i], heard[i], int(counts.errors[i]), float(outputs["sure"][i]))
+    row = lambda i: (test.locate_row(i), said[i], heard[i], int(counts.errors[i]), float(outputs["sure"][i]))
     recordings: list[Exhibit] = []
     if worst:
         recordings.append(

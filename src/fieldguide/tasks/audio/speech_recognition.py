@@ -152,7 +152,7 @@ class SpeechRecognition(Task):
         if long.any():
             self.notes.append(
                 f"{long.sum():,} recordings are longer than {self.options.longest:g} s (such as "
-                f"{data.place(int(np.flatnonzero(long)[0]))}, {seconds[long].max():.0f} s) and are not trained "
+                f"{data.locate_row(int(np.flatnonzero(long)[0]))}, {seconds[long].max():.0f} s) and are not trained "
                 "on (task.longest=... changes that)"
             )
         answers = -(-self.mel.frames((seconds * self.options.rate).astype(int)) // self.stride)
@@ -160,7 +160,7 @@ class SpeechRecognition(Task):
         if tight.any():
             self.notes.append(
                 f"{tight.sum():,} recordings have fewer frames than their transcripts need (such as "
-                f"{data.place(int(np.flatnonzero(tight)[0]))}): they teach nothing (a smaller task.hop, or "
+                f"{data.locate_row(int(np.flatnonzero(tight)[0]))}): they teach nothing (a smaller task.hop, or "
                 "task.pieces=..., makes them fit)"
             )
 

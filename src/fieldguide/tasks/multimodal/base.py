@@ -61,9 +61,9 @@ class Pictured(Task):
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
         self.pictures = ImageTransform.from_pixels(images.load([paths[i] for i in sample], side, channels, fit="pad"), "pad")
         if o.pixels:
-            self.pictures = self.pictures.scaled(o.pixels)
+            self.pictures = self.pictures.with_normalization(o.pixels)
         if o.resize:
-            self.pictures = self.pictures.resized(o.resize)
+            self.pictures = self.pictures.with_resize(o.resize)
         self.text = TextTokenizer.load(o.tokenizer) if o.tokenizer else TextTokenizer.fit(texts, size=o.vocab_size)
         sizes = [len(row) for row in self.framed(texts[:SAMPLE])]
         self.median = int(np.median(sizes))

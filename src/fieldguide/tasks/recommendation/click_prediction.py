@@ -41,7 +41,7 @@ class ClickPrediction(TabularClassification):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        missing = [role for role in ("user", "item") if not data.role(role)]
+        missing = [role for role in ("user", "item") if not data.columns_with_role(role)]
         if missing:
             return " and ".join(f"a column of {role}s (name it with --set role.{role}=COLUMN)" for role in missing)
         return None if data.target else "a column that says yes or no (name it with --target)"
@@ -86,7 +86,7 @@ class ClickPrediction(TabularClassification):
         return sparse(train), sparse(test)
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        item, yes = train.only("item").name, self.targets(train)["label"].astype(float)
+        item, yes = train.require_role("item").name, self.targets(train)["label"].astype(float)
         shares = (
             pl.DataFrame({"item": train.rows[item], "yes": yes})
             .group_by("item")

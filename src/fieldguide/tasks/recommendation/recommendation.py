@@ -74,7 +74,7 @@ class Recommendation(Task):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        missing = [role for role in ("user", "item") if not data.role(role)]
+        missing = [role for role in ("user", "item") if not data.columns_with_role(role)]
         return " and ".join(f"a column of {role}s (name it with --set role.{role}=COLUMN)" for role in missing) or None
 
     @classmethod
@@ -115,16 +115,16 @@ class Recommendation(Task):
     def histories(cls, data: Data, options: Any) -> tuple[pl.DataFrame, tuple[str, ...]]:
         """A row a user: who, the place of their first event, and their items in order of time. And, for the doctor, places
         of users with few items."""
-        user, item = data.only("user").name, data.only("item").name
+        user, item = data.require_role("user").name, data.require_role("item").name
         rows = data.rows.with_columns(pl.Series("#place", range(len(data))))
         if options.least is not None:
-            if not data.role("rating"):
+            if not data.columns_with_role("rating"):
                 raise DataError(
                     f"{data.source}: task.least={options.least:g} needs a column of ratings (--set role.rating=COLUMN)."
                 )
-            rows = rows.filter(pl.col(data.only("rating").name) >= options.least)
-        if data.role("time"):
-            time = data.only("time")
+            rows = rows.filter(pl.col(data.require_role("rating").name) >= options.least)
+        if data.columns_with_role("time"):
+            time = data.require_role("time")
             if time.kind not in ("number", "date"):
                 raise DataError(
                     f"{data.source}: column {time.name!r} is to be the time, but holds {time.kind} "
@@ -154,9 +154,9 @@ class Recommendation(Task):
         task.options = fill_options(
             options, length=longest, repeats=bool(again > 0.05), negatives=0 if len(task.items) <= MANY else DRAWN
         )
-        user = data.only("user").name
+        user = data.require_role("user").name
         task.known = data.rows.select(user, ITEMS)
-        if not data.role("time"):
+        if not data.columns_with_role("time"):
             task.notes.append(
                 "no column says when: users are taken to have met items in the order of the rows "
                 "(--set role.time=COLUMN says it)"

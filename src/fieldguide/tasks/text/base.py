@@ -28,7 +28,7 @@ class Typed(Task):
     def encode_texts(self, texts: Sequence[str], longest: int) -> Batches:
         """Texts as encoders read them: a class token, at most so many tokens in all, a separator."""
         text = self.text
-        rows = [np.concatenate([[text.cls], ids[: longest - 2], [text.sep]]) for ids in text.exactly(list(texts))]
+        rows = [np.concatenate([[text.cls], ids[: longest - 2], [text.sep]]) for ids in text.encode_exact(list(texts))]
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
             tokens, mask = text.batch([rows[i] for i in index])

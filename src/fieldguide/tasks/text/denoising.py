@@ -111,7 +111,7 @@ class Denoising(Packed):
                 f"of {o.length} tokens need {spans + 1}: take shorter rows (task.length), longer spans "
                 "(task.mean) or another damage (task.damage=infill)."
             )
-        if o.damage == "infill" and self.text.hidden == self.text.unknown:
+        if o.damage == "infill" and self.text.mask_token == self.text.unknown:
             raise SettingsError(
                 f"{o.tokenizer}: it has no mask token (<mask> or [MASK]), which stands for what is left out; "
                 "try task.damage=spans."
@@ -130,14 +130,14 @@ class Denoising(Packed):
             asked = (target >= 0) & ~np.isin(target, self.sentinels) & (target != frame.end) & (target != text.sep)
         else:
             begins, gone = damage.holes(lengths, tokens.shape[1], rng, o.share, o.mean)
-            source, mask = damage.infilled(tokens, lengths, text.hidden, text.pad, begins, gone)
+            source, mask = damage.infilled(tokens, lengths, text.mask_token, text.pad, begins, gone)
             source, mask = around(source, mask, frame.before, frame.after, text.pad)
             target, real = around(tokens, tokens != text.pad, (), (frame.end,), text.pad)
             target = np.where(real, target, -1)
             asked = np.pad(gone & plain, ((0, 0), (0, 1)))
         said = np.where(target < 0, text.pad, target)[:, :-1]
-        lead = np.broadcast_to(np.array(frame.said), (len(tokens), len(frame.said)))
-        skip = ((0, 0), (len(frame.said) - 1, 0))  # what all answers begin with is not learnt
+        lead = np.broadcast_to(np.array(frame.target_start), (len(tokens), len(frame.target_start)))
+        skip = ((0, 0), (len(frame.target_start) - 1, 0))  # what all answers begin with is not learnt
         return {
             name: torch.from_numpy(np.ascontiguousarray(x[:, : o.length]))
             for name, x in {
@@ -167,7 +167,7 @@ class Denoising(Packed):
         return Batches(len(packed), make)
 
     def model_dims(self) -> dict[str, Any]:
-        return {**super().model_dims(), "begin": self.frame.said[0], "end": self.frame.end, "pad": self.text.pad}
+        return {**super().model_dims(), "begin": self.frame.target_start[0], "end": self.frame.end, "pad": self.text.pad}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Restored(model, card.inputs, settings.label_smoothing)
@@ -186,15 +186,15 @@ class Denoising(Packed):
         rows = []
         for place, pieces in enumerate(cut):
             if spans and len(pieces) > len(self.sentinels):
-                raise DataError(f"{data.place(place)}: {len(pieces) - 1} gaps, and {len(self.sentinels) - 1} can be filled.")
+                raise DataError(f"{data.locate_row(place)}: {len(pieces) - 1} gaps, and {len(self.sentinels) - 1} can be filled.")
             ids = list(pieces[0])
             for number, piece in enumerate(pieces[1:]):
-                ids += [int(self.sentinels[number]) if spans else self.text.hidden, *piece]
+                ids += [int(self.sentinels[number]) if spans else self.text.mask_token, *piece]
             close = (frame.end,) if spans else frame.after
             rows.append(np.array([*frame.before, *ids, *self.between, *close], dtype=np.int64))
             if len(rows[-1]) > self.options.length:
                 raise DataError(
-                    f"{data.place(place)}: {len(rows[-1])} tokens, and the network reads {self.options.length}; shorten it."
+                    f"{data.locate_row(place)}: {len(rows[-1])} tokens, and the network reads {self.options.length}; shorten it."
                 )
         gaps = np.array([len(pieces) - 1 for pieces in cut])
         self.asked = cut
@@ -220,7 +220,7 @@ class Denoising(Packed):
     def search(self, model: Any, source: Tensor, mask: Tensor, gaps: Tensor) -> Tensor:  # B S -> B T, -1 behind the end
         """What the network writes: of gaps all, or the whole text."""
         limits = gaps * (self.predict_options.max_new_tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
-        limits = limits.clamp(max=self.options.length - len(self.frame.said))
+        limits = limits.clamp(max=self.options.length - len(self.frame.target_start))
         return written(
             model,
             source,
@@ -289,7 +289,7 @@ class Denoising(Packed):
 
     def shown(self, ids: list[int]) -> str:
         """Tokens as text, with a line for everything that stands for what was left out."""
-        marks = {*self.sentinels.tolist(), self.text.hidden}
+        marks = {*self.sentinels.tolist(), self.text.mask_token}
         pieces: list[list[int]] = [[]]
         for token in ids:
             if token in marks:

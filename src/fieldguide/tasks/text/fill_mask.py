@@ -49,7 +49,7 @@ class FillMask(Packed):
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls.prepared(data, options, SPECIAL_TOKENS)
-        if task.text.hidden == task.text.unknown:
+        if task.text.mask_token == task.text.unknown:
             raise DataError(f"{options.tokenizer}: it has no mask token ([MASK] or <mask>), which hidden words are shown as.")
         if not 0 < task.options.share < 1 or task.options.length < 3:
             raise DataError("task.share is between 0 and 1, and task.length at least 3.")
@@ -67,10 +67,10 @@ class FillMask(Packed):
     def hidden(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows with words hidden, and what was there; neither padding nor tokens between texts are."""
         open_to = torch.ones_like(tokens, dtype=torch.bool)
-        for special in {self.text.pad, self.text.cls, self.text.sep, self.text.hidden}:
+        for special in {self.text.pad, self.text.cls, self.text.sep, self.text.mask_token}:
             open_to &= tokens != special
         first = len(SPECIAL_TOKENS) if not self.options.tokenizer else 0
-        return hide(tokens, open_to, self.text.hidden, first, self.text.size, generator, self.options.share)
+        return hide(tokens, open_to, self.text.mask_token, first, self.text.size, generator, self.options.share)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         """While training, rows begin anywhere and other words are hidden each time; to score, always the same."""
@@ -108,7 +108,7 @@ class FillMask(Packed):
         ids, places = [self.text.cls, *first], []
         for piece in others:
             places.append(len(ids))
-            ids += [self.text.hidden, *piece]
+            ids += [self.text.mask_token, *piece]
         return [*ids, self.text.sep], places
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
@@ -116,7 +116,7 @@ class FillMask(Packed):
         for place, ids in enumerate(rows):
             if len(ids) > self.options.length:
                 raise DataError(
-                    f"{data.place(place)}: {len(ids)} tokens, and the network reads {self.options.length}; shorten it."
+                    f"{data.locate_row(place)}: {len(ids)} tokens, and the network reads {self.options.length}; shorten it."
                 )
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class FillMask(Packed):
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         records = []
         for ids, guess, probability in zip(outputs["ids"].astype(int), outputs["guess"].astype(int), outputs["probability"]):
-            places = np.flatnonzero(ids == self.text.hidden)
+            places = np.flatnonzero(ids == self.text.mask_token)
             whole = ids.copy()
             whole[places] = guess[places, 0]
             kept = [i for i in whole.tolist() if i >= 0 and i not in (self.text.cls, self.text.sep)]

@@ -59,9 +59,9 @@ class Packed(Typed):
         task.text = (
             TextTokenizer.load(options.tokenizer)
             if options.tokenizer
-            else TextTokenizer.learn_exact(texts, size=options.vocab_size, special=special)
+            else TextTokenizer.fit_exact(texts, size=options.vocab_size, special=special)
         )
-        tokens = np.concatenate([np.zeros(0, dtype=np.int64), *task.text.exactly(texts)])
+        tokens = np.concatenate([np.zeros(0, dtype=np.int64), *task.text.encode_exact(texts)])
         if not len(tokens):
             raise DataError(f"{data.source}: the training texts are empty.")
         task.counts = np.bincount(tokens, minlength=task.text.size)
@@ -82,7 +82,7 @@ class Packed(Typed):
         end = np.array(self.between, dtype=np.int64)
         pieces = [
             piece
-            for ids, begin in zip(self.text.exactly(self.texts(data)), begins)
+            for ids, begin in zip(self.text.encode_exact(self.texts(data)), begins)
             for piece in ((end, ids) if begin else (ids,))
         ]
         return np.concatenate([*pieces[1:], end] if begins[0] else [*pieces, end])
@@ -153,14 +153,14 @@ class Packed(Typed):
         """The tokens of what stands before, between and behind the gaps of a text. The blank before a gap is its own, as the
         blank before a word is part of the word."""
         parts = BLANK.split(text)
-        return [ids.tolist() for ids in self.text.exactly([*(p.rstrip(" ") for p in parts[:-1]), parts[-1]])]
+        return [ids.tolist() for ids in self.text.encode_exact([*(p.rstrip(" ") for p in parts[:-1]), parts[-1]])]
 
     def gapped(self, data: Data) -> list[str]:
         """Texts that are to be filled. Raises `DataError` for one without a gap."""
         texts = self.texts(data)
         for place, text in enumerate(texts):
             if not BLANK.search(text):
-                raise DataError(f"{data.place(place)}: {text[:40]!r} has no missing word; write <mask> where one is.")
+                raise DataError(f"{data.locate_row(place)}: {text[:40]!r} has no missing word; write <mask> where one is.")
         return texts
 
     def by_row(self, outputs: Arrays) -> dict[str, list[Exhibit]]:

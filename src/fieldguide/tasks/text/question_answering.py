@@ -124,9 +124,9 @@ class QuestionAnswering(Task):
             else TextTokenizer.fit([*contexts, *questions], size=options.vocab_size)
         )
         task.frame = framed(task.text)
-        located = task.text.located(contexts.tolist())
+        located = task.text.encode_with_spans(contexts.tolist())
         around = task.frame.size
-        asked = [len(ids) for ids in task.text.exactly(questions)]
+        asked = [len(ids) for ids in task.text.encode_exact(questions)]
         sizes = [around + min(n, QUESTION) + len(located[i][0]) for n, i in zip(asked, which)]
         task.median = int(np.median(sizes))
         rows = [(contexts[i], located[i][1], a[0]) for i, a in zip(which, task.right(data)) if a]
@@ -211,10 +211,10 @@ class QuestionAnswering(Task):
             raise DataError(f"{data.source}: every row has an empty context or question.")
         before = np.cumsum(~bad)
         data.skipped += [
-            SkippedInput(int(before[row]), data.place(int(row)), "its context or its question is empty")
+            SkippedInput(int(before[row]), data.locate_row(int(row)), "its context or its question is empty")
             for row in np.flatnonzero(bad)
         ]
-        return data.without(bad)
+        return data.drop_rows(bad)
 
     def model_dims(self) -> dict[str, Any]:
         return {"vocab_size": self.text.size, "length": self.options.length}
@@ -237,9 +237,9 @@ class QuestionAnswering(Task):
         """Every window of every question."""
         contexts, which = np.unique(np.array(self.contexts(data), dtype=object), return_inverse=True)
         located = []
-        for text, (ids, spans) in zip(contexts.tolist(), self.text.located(contexts.tolist())):
+        for text, (ids, spans) in zip(contexts.tolist(), self.text.encode_with_spans(contexts.tolist())):
             located.append((ids, widened(text, spans) if self.whole else spans, spans))
-        asked = [ids[: self.most_asked] for ids in self.text.exactly(self.questions_of(data))]
+        asked = [ids[: self.most_asked] for ids in self.text.encode_exact(self.questions_of(data))]
         rows = []
         for number, (ids, context) in enumerate(zip(asked, which)):
             room = self.options.length - self.frame.size - len(ids)

@@ -83,7 +83,7 @@ def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray
         caption = (
             f"{asked[row]} · said: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % sure) · is: "
             + ("; ".join(dict.fromkeys(a["text"] for a in right[row])) or "no answer")
-            + f" · {test.place(int(row))}"
+            + f" · {test.locate_row(int(row))}"
         )
         quotes.append(Quote(marked(contexts[row], *spot), caption, bad=True))
     return (

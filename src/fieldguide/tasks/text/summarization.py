@@ -86,7 +86,7 @@ class Summarization(Translation):
             (f"{low}-{high} words", (length >= low) & (length <= high))
             for low, high in ((1, 50), (51, 150), (151, 300), (301, 600), (601, 100_000))
         ]
-        row = lambda i: (test.place(int(i)), shortened(source[i]), right[i], said[i], 100 * float(each[i, 0]))
+        row = lambda i: (test.locate_row(int(i)), shortened(source[i]), right[i], said[i], 100 * float(each[i, 0]))
         header = ("row", "document", "summary in the data", "of the network", "ROUGE-1")
         order = np.argsort(each[:, 0], kind="stable")
         return {

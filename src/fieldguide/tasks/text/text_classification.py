@@ -71,7 +71,7 @@ class TextClassification(Typed, ClassificationTask):
             else TextTokenizer.fit([*texts, *seconds], size=options.vocab_size)
         )
         if seconds:  # with the tokens that frame them
-            around, (first, second) = framed(task.text).size, (task.text.exactly(t[:SAMPLE]) for t in (texts, seconds))
+            around, (first, second) = framed(task.text).size, (task.text.encode_exact(t[:SAMPLE]) for t in (texts, seconds))
             sizes = [around + len(a) + len(b) for a, b in zip(first, second)]
         else:
             sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], LONGEST)[0]]
@@ -113,8 +113,8 @@ class TextClassification(Typed, ClassificationTask):
         frame = Frame((), (self.text.sep,), ())
         if around:
             frame = framed(self.text) if seconds else Frame((self.text.cls,), (), (self.text.sep,))
-        first = self.text.exactly(self.texts(data))
-        second = self.text.exactly(seconds) if seconds else [np.zeros(0, dtype=np.int64)] * len(first)
+        first = self.text.encode_exact(self.texts(data))
+        second = self.text.encode_exact(seconds) if seconds else [np.zeros(0, dtype=np.int64)] * len(first)
         tokens, segments, cut = [], [], 0
         for a, b in zip(first, second):
             room = max(2, length - frame.size)
@@ -194,7 +194,7 @@ class TextClassification(Typed, ClassificationTask):
     def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         texts = self.shown(test)
         quotes = [
-            Quote(texts[i], f"{words}: {test.place(i)}", bad=True) for i, words in self.mistakes(probabilities, truth, 20)
+            Quote(texts[i], f"{words}: {test.locate_row(i)}", bad=True) for i, words in self.mistakes(probabilities, truth, 20)
         ]
         return [Quotes("Worst mistakes", "Test texts that were got wrong with most confidence.", quotes)] if quotes else []
 

@@ -121,7 +121,7 @@ class TextGeneration(Typed):
         task.chat = not data.features("text")
         texts = [text for row in task.turns(data) for _, text in row]
         if options.tokenizer in ("bytes", "characters"):
-            task.text = TextTokenizer.learn_exact(
+            task.text = TextTokenizer.fit_exact(
                 texts,
                 size=options.vocab_size,
                 characters=options.tokenizer == "characters",
@@ -131,7 +131,7 @@ class TextGeneration(Typed):
             task.text = TextTokenizer.load(options.tokenizer)
         if task.template:
             turns = task.turns(data)
-            task.notes.append(task.template.note(turns, data.place))
+            task.notes.append(task.template.describe(turns, data.locate_row))
             task.first = next((asked for row in turns if (asked := take_until_answer(row))), [("user", "")])
         elif task.chat and (lacking := [s for s in SPECIAL if task.text.tokenizer.token_to_id(s) is None]):
             raise DataError(
@@ -139,7 +139,7 @@ class TextGeneration(Typed):
                 f"tokenizer_config.json), or else the tokens {', '.join(SPECIAL)}, of which it lacks "
                 f"{', '.join(lacking)}."
             )
-        tokens = len(task.stream_of(data)[0]) if task.template else sum(map(len, task.text.exactly(texts)))
+        tokens = len(task.stream_of(data)[0]) if task.template else sum(map(len, task.text.encode_exact(texts)))
         longest = options.length or min(MOST[device().type], max(8, tokens // 32))
         task.options = fill_options(options, length=longest, vocab_size=task.text.size)
         task.tokens = tokens
@@ -169,12 +169,12 @@ class TextGeneration(Typed):
         """All rows as one row of tokens, int64, and which of them are to be learnt: of conversations, what the
         assistant says, with its end. Texts have the end token between them, and what the tokenizer puts before a text."""
         if self.template:
-            return self.template.stream(self.turns(data), data.place)
+            return self.template.stream(self.turns(data), data.locate_row)
         begins = data.rows[PART].to_numpy() == 0 if PART in data.rows.columns else np.ones(len(data), dtype=bool)
         turns = self.turns(data)
-        encoded = iter(self.text.exactly([text for row in turns for _, text in row]))
+        encoded = iter(self.text.encode_exact([text for row in turns for _, text in row]))
         special, end = (lambda who: self.text.tokenizer.token_to_id(f"<|{who}|>")), np.array([self.text.end])
-        between = np.array([self.text.end, *([] if self.chat else self.text.opening())])
+        between = np.array([self.text.end, *([] if self.chat else self.text.prefix_ids())])
         tokens, learnt = [], []
         for row, begin in zip(turns, begins):
             if begin:
@@ -230,7 +230,7 @@ class TextGeneration(Typed):
     def targets(self, data: Data) -> Arrays:
         """UTF-8 bytes that each packed row says."""
         target = self.batches(data, None).make(np.arange(len(self.batches(data, None))), None)["target"].numpy()
-        sizes = np.append(self.text.bytes_of(), 0)  # the last for -1
+        sizes = np.append(self.text.count_token_bytes(), 0)  # the last for -1
         return {"bytes": sizes[target].sum(1)}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -279,8 +279,8 @@ class TextGeneration(Typed):
         """What a network reads before it goes on: a text behind the end of another, or what was said so far."""
         if self.template:
             return self.template.prompt(turns)
-        ids = [self.text.end] if self.chat else self.text.opening() or [self.text.end]
-        for (who, _), encoded in zip(turns, self.text.exactly([text for _, text in turns])):
+        ids = [self.text.end] if self.chat else self.text.prefix_ids() or [self.text.end]
+        for (who, _), encoded in zip(turns, self.text.encode_exact([text for _, text in turns])):
             ids += [self.text.tokenizer.token_to_id(f"<|{who}|>"), *encoded, self.text.end] if who else encoded.tolist()
         return ids + ([self.text.tokenizer.token_to_id("<|assistant|>")] if self.chat else [])
 

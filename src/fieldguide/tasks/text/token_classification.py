@@ -86,7 +86,7 @@ class TokenClassification(Task):
         for number, (words, tags) in enumerate(zip(self.words(data), rows)):
             if len(words) != len(tags):
                 raise DataError(
-                    f"{data.place(number)}: {len(words)} words in {self.column!r} and {len(tags)} tags in "
+                    f"{data.locate_row(number)}: {len(words)} words in {self.column!r} and {len(tags)} tags in "
                     f"{self.target.name!r}; each word needs one."
                 )
         return rows
@@ -119,7 +119,7 @@ class TokenClassification(Task):
         """The tokens of each sentence, in the frame of a class token and a separator, with the token where each word
         begins; and how many words had no room."""
         every = sorted({word for row in words for word in row})
-        ids = dict(zip(every, self.text.exactly([f" {word}" for word in every])))
+        ids = dict(zip(every, self.text.encode_exact([f" {word}" for word in every])))
         rows, lost = [], 0
         for row in words:
             pieces = [ids[word] if len(ids[word]) else np.array([self.text.unknown]) for word in row]
@@ -301,7 +301,7 @@ class TokenClassification(Task):
             there, claimed = (set(spans(x[row], self.tags)) for x in (real, said))
             missed, wrongly = spelt(words[row], there - claimed), spelt(words[row], claimed - there)
             quotes.append(
-                Quote(" ".join(words[row]), f"missed: {missed} · wrongly said: {wrongly} · {test.place(int(row))}", bad=True)
+                Quote(" ".join(words[row]), f"missed: {missed} · wrongly said: {wrongly} · {test.locate_row(int(row))}", bad=True)
             )
         return [Quotes("Worst sentences", "Test sentences with most words tagged wrong.", quotes)] if quotes else []
 

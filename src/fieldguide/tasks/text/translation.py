@@ -121,7 +121,7 @@ class Translation(Typed):
         return {
             "vocab_size": self.text.size,
             "length": self.options.length,
-            "begin": self.frame.said[0],
+            "begin": self.frame.target_start[0],
             "end": self.frame.end,
             "pad": self.text.pad,
         }
@@ -147,9 +147,9 @@ class Translation(Typed):
         if self.target.name not in data.rows.columns:
             targets = None
         else:
-            targets = self.ids(self.translations(data), self.options.length - len(frame.said))
+            targets = self.ids(self.translations(data), self.options.length - len(frame.target_start))
         lengths = np.array([len(s) for s in sources])
-        begin, end, known = np.array(frame.said), np.array([frame.end]), np.full(len(frame.said) - 1, -1)
+        begin, end, known = np.array(frame.target_start), np.array([frame.end]), np.full(len(frame.target_start) - 1, -1)
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             source, mask = self.text.batch([sources[i] for i in index])
@@ -171,7 +171,7 @@ class Translation(Typed):
         """Tokens of texts without what frames them; an empty text is the unknown token."""
         if not self.options.tokenizer:
             return self.text.encode(texts, 100_000)[0]
-        return [ids if len(ids) else np.array([self.text.unknown]) for ids in self.text.exactly(texts)]
+        return [ids if len(ids) else np.array([self.text.unknown]) for ids in self.text.encode_exact(texts)]
 
     def ids(self, texts: list[str], length: int) -> list[np.ndarray]:
         tokens = self.bare(texts)
@@ -189,7 +189,7 @@ class Translation(Typed):
 
     def search(self, model: Any, source: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:  # B S -> B T
         """Answers, -1 behind their end; `numbers` are the rows' own, by which chance comes to them."""
-        limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))
+        limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.target_start))
         return written(
             model,
             source,
@@ -211,10 +211,10 @@ class Translation(Typed):
             return None
         batch = self.batches(data, None).make(np.arange(1), None)
         tokens, mask = (batch[name].to(next(objective.parameters()).device) for name in ("source", "source_mask"))
-        most = int(self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.said))[0])
+        most = int(self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.target_start))[0])
         return streamed(
             Sourced(objective.model, tokens, mask),
-            self.frame.said,
+            self.frame.target_start,
             replace(self.predict_options, max_new_tokens=most),
             ends=(self.frame.end,),
             decode=self.text.decode,
@@ -285,7 +285,7 @@ class Translation(Typed):
             for low, high in ((1, 5), (6, 10), (11, 15), (16, 20), (21, 30), (31, 1000))
         ]
         order = np.argsort(each, kind="stable")
-        row = lambda i: (test.place(int(i)), source[i], right[i], said[i], float(each[i]))
+        row = lambda i: (test.locate_row(int(i)), source[i], right[i], said[i], float(each[i]))
         bleu.corpus_score(said, [right])  # a signature needs to have seen references
         chrf.corpus_score(said, [right])
         signatures = f"{bleu.get_signature()} and {chrf.get_signature()}"
@@ -343,13 +343,13 @@ def written(
     """Answers to sources, of at most `limits` (B) tokens: B S, B S bool -> B T, -1 behind their end."""
     rows = answers(
         Sourced(model, source, mask),
-        [frame.said] * len(source),
+        [frame.target_start] * len(source),
         how,
         ends=(frame.end,),
         decode=text.decode,
         numbers=numbers,
         limits=limits,
-        before=len(frame.said) - 1,
+        before=len(frame.target_start) - 1,
     )
     said = torch.full((len(rows), max(map(len, rows))), -1)
     for place, row in zip(said, rows):

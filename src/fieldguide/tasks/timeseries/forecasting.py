@@ -166,7 +166,7 @@ class Forecasting(Task):
     def scales(self, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation of every series: of its training part, or, of one that was not there, of what is known of it."""
         found = windows.panel
-        pairs = [self.standards.get(name) or standard(found.of(i)) for i, name in enumerate(found.names)]
+        pairs = [self.standards.get(name) or standard(found.series_values(i)) for i, name in enumerate(found.names)]
         mean, std = np.array(pairs).T
         return mean, std
 
@@ -220,8 +220,8 @@ class Forecasting(Task):
         inside = step < found.start[group + 1]
         row = np.where(inside, found.row[np.minimum(step, len(found.row) - 1)], -1)
         times = np.concatenate([found.frequency.times(found.times[a], n + horizon) for a, n in zip(found.start, sizes)])
-        known = self.covariates.ahead(windows.table, row, times)
-        measured = self.covariates.measured(windows.table, found.row, found.start)
+        known = self.covariates.future_values(windows.table, row, times)
+        measured = self.covariates.past_values(windows.table, found.row, found.start)
         return torch.from_numpy(measured), torch.from_numpy(known)
 
     def say(self, note: str) -> None:

@@ -69,7 +69,7 @@ class ImageClassification(ClassificationTask):
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
         task.pictures = ImageTransform.from_pixels(images.load([paths[i] for i in sample], side, channels))
         if options.pixels:
-            task.pictures = task.pictures.scaled(options.pixels)
+            task.pictures = task.pictures.with_normalization(options.pixels)
         task.learn_labels(data)
         flip = options.flip if options.flip is not None else task.mirrors(data)
         task.options = fill_options(options, side=task.pictures.side, channels=task.pictures.channels, flip=flip)
@@ -130,7 +130,7 @@ class ImageClassification(ClassificationTask):
 
         def show(batch: dict[str, Tensor]) -> Sequence[Tensor]:
             x = batch["image"] if "image" in batch else batch["vector"].unflatten(1, (mine.channels, mine.side, mine.side))
-            x = mine.remade(x, theirs)
+            x = mine.convert_for(x, theirs)
             return [x.flatten(1) if card.input_type == "vector" else x]
 
         return show
@@ -154,7 +154,7 @@ class ImageClassification(ClassificationTask):
                 Gallery(
                     "Worst mistakes",
                     "Test pictures that were got wrong with most confidence.",
-                    [Picture(self.thumbnail(test, i), f"{words}: {Path(test.place(i)).name}", bad=True) for i, words in wrong],
+                    [Picture(self.thumbnail(test, i), f"{words}: {Path(test.locate_row(i)).name}", bad=True) for i, words in wrong],
                 )
             ]
             if wrong

@@ -60,7 +60,7 @@ def outlined(data: Data) -> Iterator[Finding]:
     ):
         if which.any():
             some = seen.filter(which)
-            places = tuple(f"{data.place(row)}: {label}" for row, label in some.head(5).select("row", "label").rows())
+            places = tuple(f"{data.locate_row(row)}: {label}" for row, label in some.head(5).select("row", "label").rows())
             yield Finding(check, severity, what, places, len(some), remedy)
 
 
@@ -175,7 +175,7 @@ class ImageSegmentation(Task):
                 rows = [i for i, v in enumerate(found) if strange & set(v.tolist())]
                 raise DataError(
                     f"{data.source}: {len(rows):,} masks hold values that are none of the {len(given)} classes "
-                    f"({', '.join(map(str, sorted(strange)[:5]))}): {', '.join(data.place(i) for i in rows[:5])}. "
+                    f"({', '.join(map(str, sorted(strange)[:5]))}): {', '.join(data.locate_row(i) for i in rows[:5])}. "
                     "Correct them, name the classes, or leave those pixels out with --set task.ignore=..."
                 )
             values = [v for v in sorted(given) if v not in ignored]
@@ -221,7 +221,7 @@ class ImageSegmentation(Task):
         raw = Canvas(side, channels, tuple(data.context["values"]))
         paths, sizes = task.files(data)
         some = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
-        pixels = [raw.pictures([paths[i]], [sizes[i]], raw.inner(*sizes[i])).reshape(channels, -1) for i in some]
+        pixels = [raw.load_images([paths[i]], [sizes[i]], raw.fit_size(*sizes[i])).reshape(channels, -1) for i in some]
         means, squares = (
             np.mean([p.mean(1, dtype=np.float64) if power == 1 else (p.astype(np.float64) ** 2).mean(1) for p in pixels], 0)
             / 255**power
@@ -285,23 +285,23 @@ class ImageSegmentation(Task):
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, sizes = self.files(data)
         truth = self.masks(data) if self.target.name in data.rows.columns else None
-        canvas = self.canvas.canvas(sizes)
+        canvas = self.canvas.canvas_size(sizes)
         bytes_ = len(paths) * canvas[0] * canvas[1] * (self.options.channels + 2)
         kept = None
         if bytes_ < SHARE * ram():
-            kept = self.canvas.pictures(paths, sizes, canvas), self.canvas.masks(truth, sizes, canvas) if truth else None
+            kept = self.canvas.load_images(paths, sizes, canvas), self.canvas.load_masks(truth, sizes, canvas) if truth else None
 
         def load(index: np.ndarray, masks_too: bool) -> tuple[np.ndarray, np.ndarray | None]:
             if kept:
                 return kept[0][index], kept[1][index] if masks_too else None
             some, their = [paths[i] for i in index], [sizes[i] for i in index]
             return (
-                self.canvas.pictures(some, their, canvas),
-                self.canvas.masks([truth[i] for i in index], their, canvas) if masks_too else None,
+                self.canvas.load_images(some, their, canvas),
+                self.canvas.load_masks([truth[i] for i in index], their, canvas) if masks_too else None,
             )
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
-            inner = torch.tensor([self.canvas.inner(*sizes[i]) for i in index])
+            inner = torch.tensor([self.canvas.fit_size(*sizes[i]) for i in index])
             if generator is not None:
                 pixels, target = load(index, True)
                 image, target = augmented(
@@ -321,7 +321,7 @@ class ImageSegmentation(Task):
             if truth:
                 largest = tuple(size.amax(0).tolist())
                 batch["truth"] = torch.from_numpy(
-                    self.canvas.masks([truth[i] for i in index], [sizes[i] for i in index], largest, full=True)
+                    self.canvas.load_masks([truth[i] for i in index], [sizes[i] for i in index], largest, full=True)
                 ).long()
             return batch
 
@@ -341,7 +341,7 @@ class ImageSegmentation(Task):
         paths, sizes = self.files(data)
         counts = np.zeros((len(paths), len(self.names)), dtype=np.int64)
         for i, mask in enumerate(self.masks(data)):
-            mask = self.canvas.masks([mask], [sizes[i]], (sizes[i][1], sizes[i][0]), full=True)
+            mask = self.canvas.load_masks([mask], [sizes[i]], (sizes[i][1], sizes[i][0]), full=True)
             counts[i] = np.bincount(mask[mask >= 0].astype(np.int64), minlength=len(self.names))
         return {"pixels": counts}
 
@@ -441,9 +441,9 @@ class ImageSegmentation(Task):
         for i in rows:
             width, height = sizes[i]
             small = Canvas(192, 3, self.canvas.classes)
-            inner = small.inner(width, height)
-            picture = small.pictures([paths[i]], [sizes[i]], inner)[0].transpose(1, 2, 0)
-            is_ = small.masks([truth[i]], [sizes[i]], inner)[0]
+            inner = small.fit_size(width, height)
+            picture = small.load_images([paths[i]], [sizes[i]], inner)[0].transpose(1, 2, 0)
+            is_ = small.load_masks([truth[i]], [sizes[i]], inner)[0]
             thumb = outputs["thumb"][i]
             y, x = ((np.arange(size) + 0.5) / size * len(thumb) for size in inner)
             said = thumb[y.astype(int)[:, None], x.astype(int)].astype(int)
@@ -457,7 +457,7 @@ class ImageSegmentation(Task):
             )
             out = io.BytesIO()
             Image.fromarray(strip).save(out, "JPEG", quality=85)
-            pictures.append(Picture(out.getvalue(), f"{Path(test.place(int(i))).name}: IoU {each[i]:.2f}"))
+            pictures.append(Picture(out.getvalue(), f"{Path(test.locate_row(int(i))).name}: IoU {each[i]:.2f}"))
         return Gallery(
             title, "The picture and its mask in the data; below, the network's mask and, in red, where it is wrong.", pictures
         )

@@ -44,7 +44,7 @@ class Framed(Detection):
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         found = super().outputs(batch)
         frame = Letterbox(batch["scale"], batch["corner"], batch["size"])
-        boxes = frame.back(found["boxes"]) * (found["labels"] >= 0)[..., None]
+        boxes = frame.to_image(found["boxes"]) * (found["labels"] >= 0)[..., None]
         return {**found, "boxes": boxes}
 
 
@@ -181,7 +181,7 @@ class ObjectDetection(Task):
         if self.target.name in data.rows.columns and settings is not None:
             boxes, labels, crowd = self.known(data)
             boxes, labels = pad_boxes([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
-            truth = frame.into(boxes) * (labels >= 0)[..., None], labels
+            truth = frame.to_square(boxes) * (labels >= 0)[..., None], labels
 
         def fetch(index: np.ndarray) -> Boxed:
             pictures = kept[index] if kept is not None else images.load([paths[i] for i in index], side, channels, fit="pad")
@@ -323,7 +323,7 @@ class ObjectDetection(Task):
     def exhibits(
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        names = [Path(test.place(i)).name for i in range(len(test))]
+        names = [Path(test.locate_row(i)).name for i in range(len(test))]
         return exhibits(test.rows[self.column].to_list(), names, outputs, truth, self.names, self.least)
 
     def read_one(self, source: Any, answered: bool) -> Data:
