@@ -59,7 +59,10 @@ def test_wide_tables(tmp_path):
     data = got(write(tmp_path / "t.csv", wide()))
     found = build_panel(data)
     assert find_layout(data) == "wide" and found.names == ["a", "b"] and len(found.values) == 240
-    assert found.series_values(1)[:2].tolist() == [100.5, 101.5] and found.frequency.label(found.times[25]) == "2024-03-02 01:00:00"
+    assert (
+        found.series_values(1)[:2].tolist() == [100.5, 101.5]
+        and found.frequency.label(found.times[25]) == "2024-03-02 01:00:00"
+    )
     one = got(write(tmp_path / "one.csv", [line.partition(",")[2] for line in wide()]))  # no time: steps in their order
     assert build_panel(one).names == ["a", "b"] and finding(one, "no-time").severity == "note"
     only = got(tmp_path / "t.csv", target="b")  # then a stands beside it
@@ -70,7 +73,10 @@ def test_a_series_a_row(tmp_path):
     data = got(write(tmp_path / "t.csv", rows()))
     found = build_panel(data)
     assert find_layout(data) == "rows" and found.names[3] == "H3" and len(found) == 40
-    assert found.series_values(3).tolist() == [30 + t % 7 for t in range(33)] and "one series per row" in finding(data, "layout").what
+    assert (
+        found.series_values(3).tolist() == [30 + t % 7 for t in range(33)]
+        and "one series per row" in finding(data, "layout").what
+    )
     assert "missing-values" not in checks(data)
     cells = [line.split(",") for line in rows()]
     for row, line in enumerate(cells[1:]):

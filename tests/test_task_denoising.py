@@ -164,7 +164,8 @@ def given(tmp_path, special=WORDS, **options):
 def test_sentinels_are_added_where_they_lack(tmp_path):
     one, data = given(tmp_path)
     assert (
-        len(one.sentinels) == 100 and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab_size == one.model_dims()["vocab"]
+        len(one.sentinels) == 100
+        and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab_size == one.model_dims()["vocab"]
     )
     assert len(one.counts) == one.text.size and "are added" in one.notes[-1]
     one.batches(data, card("t5"))

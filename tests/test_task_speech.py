@@ -247,7 +247,9 @@ def test_common_voice(twelve, tmp_path):
         (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     data, kind, _ = asked(tmp_path, None)
     assert kind is SpeechRecognition and [int((data.splits == s).sum()) for s in ("train", "val", "test")] == [6, 2, 4]
-    assert data.columns_with_role("group")[0].name == "client_id" and finding(data, "other-files").places == ("invalidated.tsv",)
+    assert data.columns_with_role("group")[0].name == "client_id" and finding(data, "other-files").places == (
+        "invalidated.tsv",
+    )
     lines = (tmp_path / "train.tsv").read_text().split("\n")
     lines[1] = 's0\tr0.wav\t"""Two,"" he said."\t2'
     lines[2] = "s1\tr1.wav\tone\ttwo\t2"

@@ -316,7 +316,13 @@ class RegressionTask(SupervisedTask):
         worst = np.argsort(-np.abs(guess - y))[:12]
         columns = [c.name for c in self.columns if c.role == "feature"][:8]
         rows = [
-            (test.locate_row(int(i)), *(test.rows[c][int(i)] for c in columns), float(y[i]), float(guess[i]), float(guess[i] - y[i]))
+            (
+                test.locate_row(int(i)),
+                *(test.rows[c][int(i)] for c in columns),
+                float(y[i]),
+                float(guess[i]),
+                float(guess[i] - y[i]),
+            )
             for i in worst
         ]
         return {

@@ -157,7 +157,8 @@ class TabularClassification(Tabular, ClassificationTask):
     def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
         columns = [c.name for c in self.inputs()][:10]
         rows = [
-            (test.locate_row(i), words, *(test.rows[c][i] for c in columns)) for i, words in self.mistakes(probabilities, truth, 15)
+            (test.locate_row(i), words, *(test.rows[c][i] for c in columns))
+            for i, words in self.mistakes(probabilities, truth, 15)
         ]
         return (
             [Table("Worst mistakes", "Test rows that were got wrong with most confidence.", ("row", "mistake", *columns), rows)]

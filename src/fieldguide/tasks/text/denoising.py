@@ -186,7 +186,9 @@ class Denoising(Packed):
         rows = []
         for place, pieces in enumerate(cut):
             if spans and len(pieces) > len(self.sentinels):
-                raise DataError(f"{data.locate_row(place)}: {len(pieces) - 1} gaps, and {len(self.sentinels) - 1} can be filled.")
+                raise DataError(
+                    f"{data.locate_row(place)}: {len(pieces) - 1} gaps, and {len(self.sentinels) - 1} can be filled."
+                )
             ids = list(pieces[0])
             for number, piece in enumerate(pieces[1:]):
                 ids += [int(self.sentinels[number]) if spans else self.text.mask_token, *piece]

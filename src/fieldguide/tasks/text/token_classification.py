@@ -301,7 +301,9 @@ class TokenClassification(Task):
             there, claimed = (set(spans(x[row], self.tags)) for x in (real, said))
             missed, wrongly = spelt(words[row], there - claimed), spelt(words[row], claimed - there)
             quotes.append(
-                Quote(" ".join(words[row]), f"missed: {missed} · wrongly said: {wrongly} · {test.locate_row(int(row))}", bad=True)
+                Quote(
+                    " ".join(words[row]), f"missed: {missed} · wrongly said: {wrongly} · {test.locate_row(int(row))}", bad=True
+                )
             )
         return [Quotes("Worst sentences", "Test sentences with most words tagged wrong.", quotes)] if quotes else []
 

@@ -154,7 +154,10 @@ class ImageClassification(ClassificationTask):
                 Gallery(
                     "Worst mistakes",
                     "Test pictures that were got wrong with most confidence.",
-                    [Picture(self.thumbnail(test, i), f"{words}: {Path(test.locate_row(i)).name}", bad=True) for i, words in wrong],
+                    [
+                        Picture(self.thumbnail(test, i), f"{words}: {Path(test.locate_row(i)).name}", bad=True)
+                        for i, words in wrong
+                    ],
                 )
             ]
             if wrong

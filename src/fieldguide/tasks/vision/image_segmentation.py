@@ -289,7 +289,10 @@ class ImageSegmentation(Task):
         bytes_ = len(paths) * canvas[0] * canvas[1] * (self.options.channels + 2)
         kept = None
         if bytes_ < SHARE * ram():
-            kept = self.canvas.load_images(paths, sizes, canvas), self.canvas.load_masks(truth, sizes, canvas) if truth else None
+            kept = (
+                self.canvas.load_images(paths, sizes, canvas),
+                self.canvas.load_masks(truth, sizes, canvas) if truth else None,
+            )
 
         def load(index: np.ndarray, masks_too: bool) -> tuple[np.ndarray, np.ndarray | None]:
             if kept:
