@@ -94,8 +94,8 @@ class BatchDataset(Dataset):
     def __init__(self, batches: Batches, seed: int, augment: bool):
         self.batches, self.seed, self.augment = batches, seed, augment
 
-    def __getitem__(self, asked: tuple[int, int, np.ndarray]) -> tuple[int, dict[str, Tensor]]:
-        step, part, index = asked
+    def __getitem__(self, item: tuple[int, int, np.ndarray]) -> tuple[int, dict[str, Tensor]]:
+        step, part, index = item
         return step, self.batches.make(index, make_generator(self.seed, step, part) if self.augment else None)
 
 
@@ -133,10 +133,10 @@ def iterate_training_batches(
 
     Each step's batch is divided into `parts`; the parts in `mine` are yielded one after another.
     """
-    asked, fetch = BatchSampler(batches, batch, parts, mine, seed, start, stop), BatchDataset(batches, seed, augment=True)
+    sampler, fetch = BatchSampler(batches, batch, parts, mine, seed, start, stop), BatchDataset(batches, seed, augment=True)
     if workers == 0:
-        return (fetch[one] for one in asked)
-    return iter(DataLoader(fetch, sampler=asked, batch_size=None, num_workers=workers, pin_memory=pin))
+        return (fetch[one] for one in sampler)
+    return iter(DataLoader(fetch, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pin))
 
 
 def iterate_in_order(

@@ -83,8 +83,10 @@ def read(
     where, name = locate(source)
     options = _options(target, header, known, labels_optional)
     raw = _load(where, options)
-    asked = {role: column for role, column in {"group": group, "time": time, **(roles or {})}.items() if column}
-    return TableReader(name, raw, options, allow_bad, column_spec or ColumnSpec(), lenient).run(dict(kinds or {}), known, asked)
+    requested_roles = {role: column for role, column in {"group": group, "time": time, **(roles or {})}.items() if column}
+    return TableReader(name, raw, options, allow_bad, column_spec or ColumnSpec(), lenient).run(
+        dict(kinds or {}), known, requested_roles
+    )
 
 
 def locate(source: Any) -> tuple[Any, str]:
@@ -130,19 +132,24 @@ class TableReader:
         self.names = [c for c in raw.rows.columns if c not in BOOKKEEPING]
         self.bad = np.zeros(raw.rows.height, dtype=bool)
 
-    def run(self, overrides: dict[str, Kind], known: list[Column], asked: dict[Role, str]) -> Data:
+    def run(self, overrides: dict[str, Kind], known: list[Column], requested_roles: dict[Role, str]) -> Data:
         """Assign roles, type columns, run all checks and return the usable rows."""
         if known:
             roles = self.apply_schema(known)
             overrides = {c.name: c.kind for c in known}
         else:
-            roles = self.assign_roles(asked)
+            roles = self.assign_roles(requested_roles)
             self.require_columns(overrides, "kinds")
-            lone = [n for n in self.names if n not in roles]
-            asks = {**roles, **({lone[0]: "feature"} if len(lone) == 1 else {})}  # the only input of a single-input task
-            wanted = {name: kind for name, role in asks.items() if (kind := self.column_spec.kind(role, self.raw.rows[name]))}
+            unassigned = [n for n in self.names if n not in roles]
+            input_roles = {
+                **roles,
+                **({unassigned[0]: "feature"} if len(unassigned) == 1 else {}),
+            }  # the only input of a single-input task
+            required = {
+                name: kind for name, role in input_roles.items() if (kind := self.column_spec.kind(role, self.raw.rows[name]))
+            }
             known_by_name = {n: self.column_spec.columns[n] for n in self.names if n in self.column_spec.columns}
-            overrides = {**known_by_name, **wanted, **self.raw.kinds, **overrides}
+            overrides = {**known_by_name, **required, **self.raw.kinds, **overrides}
         columns = self.type_columns(overrides, roles)
         if known:
             columns = {c.name: c for c in known if c.name in columns}
@@ -160,13 +167,13 @@ class TableReader:
             self.raw.context,
         )
         for column in columns.values():
-            asked = (
+            is_absent_target = (
                 column.role == "target"
                 and self.options.labels_optional
                 and column.name in self.data.rows.columns
                 and self.data.rows[column.name].null_count() == len(self.data)
             )
-            if column.kind in media_types.MEDIA and column.role != "ignored" and not asked:
+            if column.kind in media_types.MEDIA and column.role != "ignored" and not is_absent_target:
                 self.check_media(column)
         self.check_masks()
         self.check_messages()
@@ -211,10 +218,10 @@ class TableReader:
                     f"{nearest(name, self.names)} The columns are: {', '.join(self.names)}."
                 )
 
-    def assign_roles(self, asked: dict[Role, str]) -> dict[str, Role]:
+    def assign_roles(self, requested_roles: dict[Role, str]) -> dict[str, Role]:
         """Return column -> role for all columns that are not features: from the user, the reader, or column names."""
         roles: dict[str, Role] = {}
-        for role, name in asked.items():
+        for role, name in requested_roles.items():
             several = [name] if name in self.names else [n.strip() for n in name.split(",")]
             self.require_columns(several, role)
             roles |= dict.fromkeys(several, role)
@@ -289,12 +296,12 @@ class TableReader:
         if self.raw.target in self.names and target and target not in self.names:
             self.rename_column(str(self.raw.target), target)
         needed = [c.name for c in known if c.role in REQUIRED_ROLES]
-        lacking = [n for n in needed if n not in self.names]
-        if lacking:
+        missing = [n for n in needed if n not in self.names]
+        if missing:
             others = [n for n in self.names if n not in needed]
-            listed = "\n".join(f"  - {n!r}.{nearest(n, others)}" for n in lacking)
+            listed = "\n".join(f"  - {n!r}.{nearest(n, others)}" for n in missing)
             raise DataError(
-                f"{self.name}: {len(lacking)} of the {len(needed)} columns that the model needs "
+                f"{self.name}: {len(missing)} of the {len(needed)} columns that the model needs "
                 f"are missing:\n{listed}\nThe columns are: {', '.join(self.names)}."
             )
         wanted = {c.name for c in known}
@@ -403,18 +410,18 @@ class TableReader:
     def check_messages(self) -> None:
         """Mark conversations that have no messages, unknown roles or messages without content."""
         for name in [c.name for c in self.data.columns.values() if c.kind == "messages" and c.role != "ignored"]:
-            said, part = self.data.rows[name], pl.element().struct.field
-            if not column_types.is_messages(said.dtype):
+            messages, part = self.data.rows[name], pl.element().struct.field
+            if not column_types.is_messages(messages.dtype):
                 continue
             tests = {
-                "no-messages": ("conversations without messages", said.list.len().fill_null(0) == 0),
+                "no-messages": ("conversations without messages", messages.list.len().fill_null(0) == 0),
                 "unknown-speaker": (
                     f"conversations with a role other than {', '.join(column_types.CHAT_ROLES)}",
-                    said.list.eval(~part("role").is_in(column_types.CHAT_ROLES).fill_null(False)).list.any(),
+                    messages.list.eval(~part("role").is_in(column_types.CHAT_ROLES).fill_null(False)).list.any(),
                 ),
                 "no-content": (
                     "conversations with a message without content",
-                    said.list.eval(part("content").is_null()).list.any(),
+                    messages.list.eval(part("content").is_null()).list.any(),
                 ),
             }
             for check, (what, wrong) in tests.items():

@@ -39,11 +39,11 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
     if not (0 <= test < 1 and 0 <= validation < 1 and test + validation < 1):
         raise DataError(f"test={test} and validation={validation} leave no rows for training.")
     side = np.zeros(n, dtype=np.int8)  # 0 train, 1 validation, 2 test
-    said = []
+    notes = []
     if data.splits is not None:
         side[data.splits == "val"], side[data.splits == "test"] = 1, 2
         given = [name for code, name in enumerate(("train", "validation", "test")) if (side == code).any()]
-        said.append(data.split_description or f"{' and '.join(given)} as given by the source")
+        notes.append(data.split_description or f"{' and '.join(given)} as given by the source")
         if not (side == 0).any():
             raise DataError(f"{data.source}: the source defines splits but has no training rows.")
     pool = np.flatnonzero(side == 0)
@@ -57,10 +57,10 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
             raise DataError(f"{data.source}: {n} usable rows are too few for training, validation and test sets.")
         chosen, how = _choose_rows(data, pool, want, seed + code)
         side[chosen] = code
-        said.append(f"{name}: {chosen.size:,} rows, {how}")
+        notes.append(f"{name}: {chosen.size:,} rows, {how}")
     parts = [np.flatnonzero(side == code) for code in (0, 1, 2)]
-    by_chance = f" (seed {seed})" if len(said) > bool(data.split_description) else ""
-    return Splits(*parts, description="; ".join(said) + by_chance)
+    by_chance = f" (seed {seed})" if len(notes) > bool(data.split_description) else ""
+    return Splits(*parts, description="; ".join(notes) + by_chance)
 
 
 def _choose_rows(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndarray, str]:
@@ -70,17 +70,17 @@ def _choose_rows(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np
     blocks, why = _assign_blocks(data)
     blocks = np.unique(blocks[pool], return_inverse=True)[1]
     sizes = np.bincount(blocks)
-    codes, how = np.zeros(sizes.size, dtype=np.int64), "at random"
+    codes, method = np.zeros(sizes.size, dtype=np.int64), "at random"
     target = data.target
     if target is not None and target.kind in ("category", "boolean"):
         classes = data.rows[target.name].cast(pl.String).fill_null("").to_numpy()[pool]
         # A block gets the class of its first row: assigned in reverse order, so the first row is written last.
         codes[blocks[::-1]] = np.unique(classes, return_inverse=True)[1][::-1]
-        how = "stratified by class"
+        method = "stratified by class"
     taken = _systematic_sample(codes, sizes, want, np.random.default_rng(seed))
     if not taken.any():
         raise DataError(f"{data.source}: cannot split: {why or 'too few rows'} leaves no rows for one of the splits.")
-    return pool[taken[blocks]], f"{how}{', ' + why if why else ''}"
+    return pool[taken[blocks]], f"{method}{', ' + why if why else ''}"
 
 
 def _systematic_sample(codes: np.ndarray, sizes: np.ndarray, want: int, random: np.random.Generator) -> np.ndarray:

@@ -81,14 +81,14 @@ def check_one(path: str | Path) -> AudioCheck:
         with soundfile.SoundFile(path) as sound:
             return check_decoded(sound, suffix, tail, size, sha)
     except soundfile.LibsndfileError as error:
-        strange = "not recognised" in error.error_string and suffix not in SUPPORTED_SUFFIXES
-        return AudioCheck("not-a-sound" if strange else "corrupt-sound", error_text(error), size, sha)
+        unknown_format = "not recognised" in error.error_string and suffix not in SUPPORTED_SUFFIXES
+        return AudioCheck("not-a-sound" if unknown_format else "corrupt-sound", error_text(error), size, sha)
 
 
 def error_text(error) -> str:
     """Return libsndfile's error message, replacing its misleading message about undecodable MP3 files."""
-    said = error.error_string.removeprefix("Error :").strip().rstrip(".")
-    return "no audio can be decoded" if "not a regular file" in said else (said[:1].lower() + said[1:])[:100]
+    message = error.error_string.removeprefix("Error :").strip().rstrip(".")
+    return "no audio can be decoded" if "not a regular file" in message else (message[:1].lower() + message[1:])[:100]
 
 
 def check_decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> AudioCheck:
@@ -97,7 +97,7 @@ def check_decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> Audio
 
     digest, count, peak, full, problem = hashlib.blake2b(digest_size=16), 0, 0.0, 0, ""
     digest.update(f"{sound.samplerate} {sound.channels}".encode())
-    said, form = sound.frames, sound.format
+    expected, form = sound.frames, sound.format
     cut = TRUNCATED_WAV_PATTERN.search(sound.extra_info)
     try:
         while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
@@ -107,13 +107,13 @@ def check_decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> Audio
     except soundfile.LibsndfileError as error:
         if not count and form != "FLAC":
             raise
-        problem = f"after {count:,} of {said:,} samples: {error_text(error)}"
+        problem = f"after {count:,} of {expected:,} samples: {error_text(error)}"
     if cut and int(cut[1]) > int(cut[2]) and int(cut[1]) not in PLACEHOLDER_LENGTHS:
         problem = f"{int(cut[2]):,} of {int(cut[1]):,} bytes of audio data"
     elif form == "OGG" and not has_last_page(tail):
         problem = "its last page is missing"
-    elif not problem and count < said:
-        problem = f"{count:,} of {said:,} samples"
+    elif not problem and count < expected:
+        problem = f"{count:,} of {expected:,} samples"
     facts = (size, sha, digest.hexdigest(), count / sound.samplerate, sound.samplerate, sound.channels, form)
     if problem:
         return AudioCheck("truncated-sound", problem, *facts)

@@ -61,15 +61,15 @@ def decode_run_lengths(counts: Any) -> list[int] | None:
     return [int(n) for n in numbers] if (numbers >= 0).all() and numbers.sum() < 2**31 else None
 
 
-def object_mask(thing: Mapping[str, Any], height: int, width: int) -> np.ndarray | None:  # -> H W bool
+def object_mask(instance: Mapping[str, Any], height: int, width: int) -> np.ndarray | None:  # -> H W bool
     """Return the mask of an object with all its parts, or None if it only has a box."""
-    if thing["runs"]:
-        inside = np.arange(len(thing["runs"])) % 2 == 1
-        return np.repeat(inside, thing["runs"]).reshape(width, height).T
-    if not thing["outline"]:
+    if instance["runs"]:
+        inside = np.arange(len(instance["runs"])) % 2 == 1
+        return np.repeat(inside, instance["runs"]).reshape(width, height).T
+    if not instance["outline"]:
         return None
-    whole = fill_polygon(thing["outline"][0], height, width)
-    for part in thing["outline"][1:]:
+    whole = fill_polygon(instance["outline"][0], height, width)
+    for part in instance["outline"][1:]:
         whole |= fill_polygon(part, height, width)
     return whole
 
@@ -93,15 +93,15 @@ class LazyMask:
         out = np.zeros((self.height, self.width), dtype=np.int32)
         objects = self.column[self.row]
         shapes: list[tuple[np.ndarray, int]] = []
-        for thing in objects.to_list() if objects is not None else ():
-            known = object_mask(thing, self.height, self.width)
+        for instance in objects.to_list() if objects is not None else ():
+            known = object_mask(instance, self.height, self.width)
             if known is None:
-                left, top, right, bottom = (thing[side] for side in SIDES)
+                left, top, right, bottom = (instance[side] for side in SIDES)
                 out[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = NO_CLASS
-            elif thing["crowd"]:
+            elif instance["crowd"]:
                 out[known] = NO_CLASS
             else:
-                shapes.append((known, self.values.get(thing["label"], NO_CLASS)))
+                shapes.append((known, self.values.get(instance["label"], NO_CLASS)))
         for known, value in sorted(shapes, key=lambda s: -int(s[0].sum())):
             out[known] = value
         return out

@@ -59,12 +59,12 @@ def check_one(path: str | Path) -> VideoCheck:
     sha, size = hashlib.sha256(content).hexdigest(), len(content)
     if not content:
         return VideoCheck("empty-file", "0 bytes", 0, sha)
-    digest, shapes, colour = hashlib.blake2b(digest_size=16), [], False
+    digest, shapes, is_color = hashlib.blake2b(digest_size=16), [], False
     try:
         for frame in read_frames(path, content):
             digest.update(frame.tobytes())
             shapes.append(frame.size)
-            colour = colour or frame.mode not in images.GRAY_MODES
+            is_color = is_color or frame.mode not in images.GRAY_MODES
     except UnidentifiedImageError:
         return VideoCheck("not-a-film", "the content is not a known image or video format", size, sha)
     except NotAStripError as error:
@@ -75,7 +75,7 @@ def check_one(path: str | Path) -> VideoCheck:
         return VideoCheck("single-frame", f"{len(shapes)} frames", size, sha)
     if len(set(shapes)) > 1:
         return VideoCheck("uneven-frames", "frames with different sizes", size, sha)
-    return VideoCheck("", "", size, sha, digest.hexdigest(), *shapes[0], 3 if colour else 1, len(shapes))
+    return VideoCheck("", "", size, sha, digest.hexdigest(), *shapes[0], 3 if is_color else 1, len(shapes))
 
 
 class NotAStripError(ValueError):
@@ -88,8 +88,8 @@ def read_frames(path: str | Path, content: bytes | None = None) -> Iterator[Imag
         import av
 
         try:
-            with av.open(io.BytesIO(content) if content is not None else str(path)) as film:
-                for frame in film.decode(video=0):
+            with av.open(io.BytesIO(content) if content is not None else str(path)) as container:
+                for frame in container.decode(video=0):
                     yield frame.to_image()
         except av.FFmpegError as error:
             raise ValueError(str(error)) from error

@@ -76,12 +76,12 @@ class ChatTemplate:
                 before, after = self(messages[:i]), self(messages[: i + 1], answer=False)
             except DataError:
                 return whole, None
-            said = message["content"].strip()
-            begin = whole.find(said, len(before))
-            closing = after[after.rfind(said) + len(said) :].rstrip()
+            content = message["content"].strip()
+            begin = whole.find(content, len(before))
+            closing = after[after.rfind(content) + len(content) :].rstrip()
             if not whole.startswith(before) or begin < 0 or (spans and len(before) < spans[-1][1]):
                 return whole, None
-            end = begin + len(said)
+            end = begin + len(content)
             spans.append((len(before), end + len(closing) if whole.startswith(closing, end) else end))
         return whole, spans
 

@@ -36,14 +36,14 @@ class Conversations:
 
     def stream(self, rows: Sequence[Turns], place: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
         """Return all conversations as one row of token ids, int64, and a mask of the tokens to train on."""
-        written = self.render(rows, place)
-        spelt = self.text.encode_rendered([text for text, _ in written])
-        learnt = [
+        rendered = self.render(rows, place)
+        encoded = self.text.encode_rendered([text for text, _ in rendered])
+        trained = [
             np.ones(len(ids), dtype=bool) if spans is None else find_covered_tokens(covered, spans)
-            for (_, spans), (ids, covered) in zip(written, spelt)
+            for (_, spans), (ids, covered) in zip(rendered, encoded)
         ]
         nothing = np.zeros(0, dtype=np.int64)
-        return np.concatenate([nothing, *(ids for ids, _ in spelt)]), np.concatenate([nothing > 0, *learnt])
+        return np.concatenate([nothing, *(ids for ids, _ in encoded)]), np.concatenate([nothing > 0, *trained])
 
     def prompt(self, turns: Turns) -> list[int]:
         """Return the token ids of a conversation up to the start of the assistant's next turn."""
@@ -51,13 +51,13 @@ class Conversations:
 
     def describe(self, rows: Sequence[Turns], place: Callable[[int], str]) -> str:
         """Describe which parts of these conversations are used for training."""
-        untold = sum(spans is None for _, spans in self.render(rows, place))
-        how = "the assistant's turns are trained on"
-        if untold == len(rows):
-            how = "all text is trained on, since the template does not identify the assistant's turns"
-        elif untold:
-            how += f", and all text of {untold:,} conversations whose turns cannot be identified"
-        return f"conversations are rendered with the checkpoint's chat template: {how}"
+        unknown = sum(spans is None for _, spans in self.render(rows, place))
+        note = "the assistant's turns are trained on"
+        if unknown == len(rows):
+            note = "all text is trained on, since the template does not identify the assistant's turns"
+        elif unknown:
+            note += f", and all text of {unknown:,} conversations whose turns cannot be identified"
+        return f"conversations are rendered with the checkpoint's chat template: {note}"
 
 
 def to_messages(turns: Turns) -> list[dict[str, str]]:

@@ -52,22 +52,22 @@ class Letterbox:
         return torch.minimum(boxes.clamp(min=0), self.size.repeat(1, 2)[:, None])
 
 
-def letterbox(picture: Tensor, side: int, fill: int = FILL_COLOR) -> tuple[Tensor, Letterbox]:  # C H W -> C S S
+def letterbox(image: Tensor, side: int, fill: int = FILL_COLOR) -> tuple[Tensor, Letterbox]:  # C H W -> C S S
     """Scale an in-memory image to fit a square, center it and fill the rest."""
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     box = Letterbox.of([width], [height], side)
     inner = [max(1, round(float(x))) for x in (box.scale * box.size)[0].flip(0)]
-    small = F.interpolate(picture[None].float(), inner, mode="bilinear", antialias=True, align_corners=False)[0]
+    small = F.interpolate(image[None].float(), inner, mode="bilinear", antialias=True, align_corners=False)[0]
     left, top = (int(x) for x in box.corner[0])
-    out = picture.new_full((len(picture), side, side), fill)
-    small = small.round().clamp(0, 255) if not picture.is_floating_point() else small
-    out[:, top : top + inner[0], left : left + inner[1]] = small.to(picture.dtype)
+    out = image.new_full((len(image), side, side), fill)
+    small = small.round().clamp(0, 255) if not image.is_floating_point() else small
+    out[:, top : top + inner[0], left : left + inner[1]] = small.to(image.dtype)
     return out, box
 
 
-def pad_boxes(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], most: int | None = None) -> tuple[Tensor, Tensor]:
+def pad_boxes(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], max_boxes: int | None = None) -> tuple[Tensor, Tensor]:
     """Pad the boxes and labels of several images to tensors, B N 4 and B N, with N at least 1."""
-    count = max([1, *map(len, labels)]) if most is None else most
+    count = max([1, *map(len, labels)]) if max_boxes is None else max_boxes
     out, names = torch.zeros(len(labels), count, 4), torch.full((len(labels), count), -1)
     for i, (some, known) in enumerate(zip(boxes, labels)):
         out[i, : len(known)] = torch.as_tensor(np.asarray(some, dtype=np.float32).reshape(-1, 4))
@@ -87,61 +87,61 @@ def clip_boxes(boxes: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor
     return boxes, torch.where(stays, labels.gather(1, order), -1)
 
 
-def flip(pictures: Tensor, boxes: Tensor, labels: Tensor, which: Tensor) -> Boxed:
+def flip(images: Tensor, boxes: Tensor, labels: Tensor, which: Tensor) -> Boxed:
     """Mirror the images selected by `which` (B bool) horizontally, with their boxes."""
     left, top, right, bottom = boxes.unbind(-1)
-    mirrored = torch.stack([pictures.shape[-1] - right, top, pictures.shape[-1] - left, bottom], -1)
+    mirrored = torch.stack([images.shape[-1] - right, top, images.shape[-1] - left, bottom], -1)
     return (
-        torch.where(which.view(-1, 1, 1, 1), pictures.flip(-1), pictures),
+        torch.where(which.view(-1, 1, 1, 1), images.flip(-1), images),
         torch.where(which.view(-1, 1, 1) & (labels >= 0)[..., None], mirrored, boxes),
         labels,
     )
 
 
 def warp(
-    pictures: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, side: int, fill: int = FILL_COLOR
+    images: Tensor, boxes: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, side: int, fill: int = FILL_COLOR
 ) -> Boxed:
     """Place images B C H W on squares of S = `side` pixels.
 
     Each image is scaled about its center by `scale` (B); its center is moved by `shift` (B 2: right, down, in pixels of
     the square) from the center of the square. Returns float images.
     """
-    size = torch.tensor([pictures.shape[-1], pictures.shape[-2]], dtype=torch.float32)
+    size = torch.tensor([images.shape[-1], images.shape[-2]], dtype=torch.float32)
     middle = side / 2 + shift  # B 2, new position of the image's center
     # The pixel at p of the square samples the image at (p - middle) / scale + size / 2; grid_sample expects -1 to 1.
     at = (torch.arange(side, dtype=torch.float32) + 0.5).expand(2, -1)
     x, y = (((at[k] - middle[:, k, None]) / scale[:, None]) * 2 / size[k] for k in (0, 1))  # B S each
     places = torch.stack([x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], -1)
-    out = F.grid_sample(pictures.float() - fill, places, mode="bilinear", padding_mode="zeros", align_corners=False) + fill
+    out = F.grid_sample(images.float() - fill, places, mode="bilinear", padding_mode="zeros", align_corners=False) + fill
     moved = (boxes - size.repeat(2) / 2) * scale.view(-1, 1, 1) + middle.repeat(1, 2)[:, None]
     return out, *clip_boxes(moved, labels, side)
 
 
-def mosaic(pictures: Tensor, boxes: Tensor, labels: Tensor) -> Boxed:
+def mosaic(images: Tensor, boxes: Tensor, labels: Tensor) -> Boxed:
     """Combine four images each, B 4 C S S, into B C 2S 2S (Bochkovskiy et al. 2020, arXiv:2004.10934).
 
     The order is top left, top right, bottom left, bottom right; boxes B 4 N 4 -> B 4N 4. `warp` then crops the result.
     """
-    side = pictures.shape[-1]
-    rows = [torch.cat([pictures[:, i], pictures[:, i + 1]], -1) for i in (0, 2)]
+    side = images.shape[-1]
+    rows = [torch.cat([images[:, i], images[:, i + 1]], -1) for i in (0, 2)]
     corner = torch.tensor([[0, 0], [side, 0], [0, side], [side, side]], dtype=boxes.dtype).repeat(1, 2)
     return torch.cat(rows, -2), (boxes + corner[:, None]).flatten(1, 2), labels.flatten(1, 2)
 
 
-def jitter(pictures: Tensor, hue: Tensor, saturation: Tensor, brightness: Tensor) -> Tensor:  # B C S S -> B C S S
+def jitter(images: Tensor, hue: Tensor, saturation: Tensor, brightness: Tensor) -> Tensor:  # B C S S -> B C S S
     """Change colors (0 to 255): rotate the hue by the fraction `hue`, then multiply saturation and brightness (B each).
 
     Hue and saturation are the angle and length in YIQ space, which leaves gray pixels unchanged; gray images only
     change in brightness.
     """
     factor = brightness.view(-1, 1, 1, 1)
-    if pictures.shape[1] != 3:
-        return (pictures.float() * factor).clamp(0, 255)
+    if images.shape[1] != 3:
+        return (images.float() * factor).clamp(0, 255)
     yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     angle = 2 * torch.pi * hue
     cos, sin, zero, one = saturation * angle.cos(), saturation * angle.sin(), torch.zeros_like(hue), torch.ones_like(hue)
     turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], -1).view(-1, 3, 3)
-    return (torch.einsum("bdc,bchw->bdhw", torch.linalg.inv(yiq) @ turn @ yiq, pictures.float()) * factor).clamp(0, 255)
+    return (torch.einsum("bdc,bchw->bdhw", torch.linalg.inv(yiq) @ turn @ yiq, images.float()) * factor).clamp(0, 255)
 
 
 @dataclass(frozen=True)
@@ -169,22 +169,22 @@ class Augment:
         others = torch.randint(count, (rows, 3), generator=generator).numpy()
         four, mirrored = (torch.rand(rows, generator=generator) < share for share in (self.mosaic, self.flip))
         scale, shift, middle = 1 + between(self.scale, rows), between(self.shift, rows, 2), between(0.5, rows, 2)
-        colours = between(self.hue, rows), 1 + between(self.saturation, rows), 1 + between(self.brightness, rows)
+        colors = between(self.hue, rows), 1 + between(self.saturation, rows), 1 + between(self.brightness, rows)
 
         parts: list[tuple[np.ndarray, Boxed]] = []
         single, several = (~four).nonzero()[:, 0].numpy(), four.nonzero()[:, 0].numpy()
         if len(single):
-            pictures, boxes, labels = fetch(index[single])
-            side = pictures.shape[-1]
-            parts.append((single, warp(pictures, boxes, labels, scale[single], shift[single] * side, side)))
+            images, boxes, labels = fetch(index[single])
+            side = images.shape[-1]
+            parts.append((single, warp(images, boxes, labels, scale[single], shift[single] * side, side)))
         if len(several):
             chosen = np.concatenate([index[several][:, None], others[several]], 1)
             fetched = [x.unflatten(0, (len(several), 4)) for x in fetch(chosen.ravel())]
             side = fetched[0].shape[-1]
             parts.append((several, warp(*mosaic(*fetched), scale[several], (shift + middle)[several] * side, side)))
-        pictures, boxes, labels = merge_batches(parts)
-        pictures, boxes, labels = flip(pictures, boxes, labels, mirrored)
-        return jitter(pictures, *colours), boxes, labels
+        images, boxes, labels = merge_batches(parts)
+        images, boxes, labels = flip(images, boxes, labels, mirrored)
+        return jitter(images, *colors), boxes, labels
 
 
 def merge_batches(parts: Sequence[tuple[np.ndarray, Boxed]]) -> Boxed:

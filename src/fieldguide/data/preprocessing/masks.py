@@ -29,8 +29,8 @@ def read_codes(path: Mask) -> np.ndarray:
             return np.asarray(image if image.mode != "1" else image.convert("L")).astype(np.int32)
         if image.mode in ("LA", "F"):
             return np.asarray(image.convert("L")).astype(np.int32)
-        colour = np.asarray(image.convert("RGB")).astype(np.int32)
-        return (colour[..., 0] << 16) | (colour[..., 1] << 8) | colour[..., 2]
+        color = np.asarray(image.convert("RGB")).astype(np.int32)
+        return (color[..., 0] << 16) | (color[..., 1] << 8) | color[..., 2]
 
 
 def distinct_values(paths: Sequence[str | Path]) -> list[np.ndarray]:
@@ -70,8 +70,8 @@ class Canvas:
             with open(paths[i], "rb") as file, Image.open(file) as image:
                 if image.format == "JPEG" and min(image.size) >= 2 * max(height, width):
                     image.draft(None, (2 * width, 2 * height))
-                picture = images.convert_mode(image, mode).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-            array = np.asarray(picture)
+                resized = images.convert_mode(image, mode).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+            array = np.asarray(resized)
             out[i, :, :height, :width] = array if array.ndim == 2 else array.transpose(2, 0, 1)
 
         with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:

@@ -144,37 +144,37 @@ def check_answers(data: Data, columns: Columns) -> CheckedTable:
 
 def make_findings(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> Iterator[Finding]:
     """Yield the findings about the checked rows."""
-    told = np.zeros(len(data), dtype=bool)
+    counted = np.zeros(len(data), dtype=bool)
 
-    def tell(key: str, check: str, what: str, remedy: str, severity: Severity = "warning") -> Iterator[Finding]:
-        nonlocal told
+    def report(key: str, check: str, what: str, remedy: str, severity: Severity = "warning") -> Iterator[Finding]:
+        nonlocal counted
         rows, unusable = seen[key], key in UNUSABLE_PROBLEMS
         if rows.any():
-            lost = int((rows & ~told).sum()) if unusable else 0
-            told |= rows & unusable
+            lost = int((rows & ~counted).sum()) if unusable else 0
+            counted |= rows & unusable
             yield Finding(check, severity, what, places(data, rows), int(rows.sum()), remedy, lost)
 
-    yield from tell("context", "empty-context", "questions with an empty context", "Add the text or remove the rows.")
-    yield from tell("question", "empty-question", "rows with an empty question", "Add the question or remove the rows.")
-    yield from tell(
+    yield from report("context", "empty-context", "questions with an empty context", "Add the text or remove the rows.")
+    yield from report("question", "empty-question", "rows with an empty question", "Add the question or remove the rows.")
+    yield from report(
         "lost",
         "answer-not-there",
         "answers that do not occur literally in their context",
         "An answer must be a part of the context. For answers in other words, use a text generation task.",
     )
-    yield from tell(
+    yield from report(
         "moved",
         "answer-moved",
         f"answers that do not begin at {columns.start or 'answer_start'!r}; the closest occurrence is used",
         "Positions count characters (not bytes) from 0 in the original context.",
     )
-    yield from tell(
+    yield from report(
         "both",
         "answer-to-impossible",
         "questions marked as unanswerable that have an answer; treated as unanswerable",
         "Correct the mark or the answer.",
     )
-    yield from tell(
+    yield from report(
         "many",
         "answer-many-times",
         "answers without a start that occur several times in their context; the first occurrence is used",
@@ -182,7 +182,7 @@ def make_findings(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> 
         "note",
     )
     if columns.answers:
-        yield from tell(
+        yield from report(
             "silent",
             "no-answer",
             "questions without an answer; treated as unanswerable",
@@ -192,7 +192,7 @@ def make_findings(data: Data, seen: dict[str, np.ndarray], columns: Columns) -> 
     if columns.id:
         again = ~data.rows.select(pl.col(columns.id).is_first_distinct() | pl.col(columns.id).is_null()).to_series().to_numpy()
         seen["again"] = again
-        yield from tell(
+        yield from report(
             "again",
             "duplicate-id",
             f"questions with a duplicate {columns.id!r}",

@@ -29,11 +29,11 @@ class SentencePieceModel:
 
     pieces: list[tuple[str, float, int]]
     model: int = UNIGRAM
-    bytes_known: bool = False  # unknown characters are encoded as bytes
-    suffixed: bool = False  # whitespace is a suffix of the preceding word
+    byte_fallback: bool = False  # unknown characters are encoded as bytes
+    whitespace_as_suffix: bool = False  # whitespace is a suffix of the preceding word
     charsmap: bytes = b""  # compiled character normalization map
-    begun: bool = True  # a space is prepended to texts
-    squeezed: bool = True  # repeated spaces are merged, and leading and trailing ones removed
+    add_dummy_prefix: bool = True  # a space is prepended to texts
+    remove_extra_whitespace: bool = True  # repeated spaces are merged, and leading and trailing ones removed
 
 
 def read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -92,58 +92,60 @@ def parse_file(file: Path) -> SentencePieceModel:
     )
 
 
-def build_tokenizer(file: Path, said: SentencePieceModel) -> Tokenizer:
+def build_tokenizer(file: Path, model: SentencePieceModel) -> Tokenizer:
     """Build the equivalent tokenizer. Control tokens are special; no tokens are added around texts.
 
     Raises DataError if whitespace is a suffix of words.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if said.suffixed:
+    if model.whitespace_as_suffix:
         raise DataError(f"{file}: whitespace as a suffix of words (treat_whitespace_as_suffix) is not supported.")
-    steps = [normalizers.Precompiled(said.charsmap)] if said.charsmap else []
-    if said.squeezed:
+    steps = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    if model.remove_extra_whitespace:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
-    unknown = next((i for i, (_, _, kind) in enumerate(said.pieces) if kind == UNKNOWN), None)
-    if said.model == UNIGRAM:
+    unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN), None)
+    if model.model == UNIGRAM:
         tokenizer = Tokenizer(
-            models.Unigram([(piece, score) for piece, score, _ in said.pieces], unk_id=unknown, byte_fallback=said.bytes_known)
+            models.Unigram(
+                [(piece, score) for piece, score, _ in model.pieces], unk_id=unknown, byte_fallback=model.byte_fallback
+            )
         )
-        scheme = "always" if said.begun else "never"
+        scheme = "always" if model.add_dummy_prefix else "never"
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)
         after = [decoders.Metaspace(SPACE, prepend_scheme=scheme)]
     else:
-        steps += [normalizers.Prepend(SPACE)] if said.begun else []
+        steps += [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
         steps.append(normalizers.Replace(" ", SPACE))
-        vocab = {piece: i for i, (piece, _, _) in enumerate(said.pieces)}
+        vocab = {piece: i for i, (piece, _, _) in enumerate(model.pieces)}
         tokenizer = Tokenizer(
             models.BPE(
                 vocab,
-                merge_pairs(said, vocab),
+                merge_pairs(model, vocab),
                 fuse_unk=True,
-                byte_fallback=said.bytes_known,
-                unk_token=None if unknown is None else said.pieces[unknown][0],
+                byte_fallback=model.byte_fallback,
+                unk_token=None if unknown is None else model.pieces[unknown][0],
             )
         )
         after = [decoders.Replace(SPACE, " ")]
-    if said.bytes_known:
+    if model.byte_fallback:
         after += [decoders.ByteFallback(), decoders.Fuse()]
-    if said.model == BPE:
-        after += [decoders.Fuse()] + ([decoders.Strip(" ", 1, 0)] if said.begun else [])
+    if model.model == BPE:
+        after += [decoders.Fuse()] + ([decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else [])
     tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(steps), decoders.Sequence(after)
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece, _, kind in said.pieces if kind == WHOLE])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece, _, kind in model.pieces if kind == WHOLE])
     tokenizer.add_special_tokens(
-        [AddedToken(piece, normalized=False) for piece, _, kind in said.pieces if kind in (CONTROL, UNKNOWN)]
+        [AddedToken(piece, normalized=False) for piece, _, kind in model.pieces if kind in (CONTROL, UNKNOWN)]
     )
     return tokenizer
 
 
-def merge_pairs(said: SentencePieceModel, vocab: dict[str, int]) -> list[tuple[str, str]]:
+def merge_pairs(model: SentencePieceModel, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """Return all pairs of pieces whose concatenation is a piece, best piece first; scores give the merge order."""
-    plain = {piece for piece, _, kind in said.pieces if kind == 1}
+    plain = {piece for piece, _, kind in model.pieces if kind == 1}
     found = [
         (-score, vocab[piece[:i]], vocab[piece[i:]], piece[:i], piece[i:])
-        for piece, score, kind in said.pieces
+        for piece, score, kind in model.pieces
         if kind == 1
         for i in range(1, len(piece))
         if piece[:i] in plain and piece[i:] in plain

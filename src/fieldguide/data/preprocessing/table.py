@@ -103,8 +103,8 @@ class TablePreparer:
             index = {v: k for k, v in enumerate(c.values, 1)}
             code = text.replace_strict(index, default=0, return_dtype=pl.Int64)
             codes[:, i] = code.set(text.is_null(), c.size - 1 if c.missing else 0).to_numpy()
-            if strange := int((code.filter(text.is_not_null()) == 0).sum()):
-                self.unseen[c.column] = strange
+            if unseen := int((code.filter(text.is_not_null()) == 0).sum()):
+                self.unseen[c.column] = unseen
         return numbers, codes
 
     def vector(self, rows: pl.DataFrame) -> np.ndarray:

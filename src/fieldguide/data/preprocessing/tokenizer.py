@@ -43,14 +43,28 @@ class TextTokenizer:
         self.special = dict(special or {})
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        called = self.special.get
-        self.pad = self.token(called("pad_token"), "<pad>", "[PAD]", "<|endoftext|>", called("eos_token"), default=0)
-        self.unknown = self.token(called("unk_token"), "<unk>", "[UNK]", "<s>", "<|endoftext|>", default=self.pad)
-        self.cls = self.token(called("cls_token"), "<cls>", "[CLS]", called("bos_token"), "<s>", default=self.unknown)
-        self.sep = self.token(called("sep_token"), "<sep>", "[SEP]", called("eos_token"), "</s>", default=self.unknown)
-        self.mask_token = self.token(called("mask_token"), "<mask>", "[MASK]", default=self.unknown)
+        special_token = self.special.get
+        self.pad = self.token(
+            special_token("pad_token"), "<pad>", "[PAD]", "<|endoftext|>", special_token("eos_token"), default=0
+        )
+        self.unknown = self.token(special_token("unk_token"), "<unk>", "[UNK]", "<s>", "<|endoftext|>", default=self.pad)
+        self.cls = self.token(
+            special_token("cls_token"), "<cls>", "[CLS]", special_token("bos_token"), "<s>", default=self.unknown
+        )
+        self.sep = self.token(
+            special_token("sep_token"), "<sep>", "[SEP]", special_token("eos_token"), "</s>", default=self.unknown
+        )
+        self.mask_token = self.token(special_token("mask_token"), "<mask>", "[MASK]", default=self.unknown)
         self.end = self.token(
-            called("eos_token"), *ends[:1], END_OF_TEXT, "<eos>", "</s>", "<sep>", "[SEP]", "<|end_of_text|>", default=self.pad
+            special_token("eos_token"),
+            *ends[:1],
+            END_OF_TEXT,
+            "<eos>",
+            "</s>",
+            "<sep>",
+            "[SEP]",
+            "<|end_of_text|>",
+            default=self.pad,
         )
         more = (self.token(token, default=self.end) for token in ends)
         self.ends = tuple(dict.fromkeys((self.end, *more)))
@@ -223,11 +237,11 @@ class TextTokenizer:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings that text.json stores."""
-        said = {"lower": self.lower, "learnt_on": self.learnt_on, "size": self.size}
+        state = {"lower": self.lower, "learnt_on": self.learnt_on, "size": self.size}
         if not self.special and self.template is None and len(self.ends) == 1:
-            return said
+            return state
         return {
-            **said,
+            **state,
             "special": self.special,
             "template": self.template,
             "ends": [self.tokenizer.id_to_token(i) for i in self.ends],

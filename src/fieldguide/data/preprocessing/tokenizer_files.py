@@ -43,7 +43,7 @@ def read(place: Path) -> TokenizerFiles:
         made, special, template = tokenizer(place)
         return TokenizerFiles(made, special, template, tuple(special[k] for k in ("eos_token",) if k in special))
     folder = place if place.is_dir() else place.parent
-    said = read_config(folder)
+    config = read_config(folder)
     of = [(files, way) for files, way in FORMATS if place.is_dir() or place.name in files]
     if place.is_file() and not of:  # a tokenizer.json with another name
         made = load_tokenizer_json(place)
@@ -54,12 +54,12 @@ def read(place: Path) -> TokenizerFiles:
                 f"{place}: no tokenizer found. Supported are tokenizer.json; vocab.txt; vocab.json with "
                 "merges.txt; spiece.model, spm.model and tokenizer.model."
             )
-        made = way(folder, said)
+        made = way(folder, config)
     if (folder / SETTINGS_FILE).is_file() and "special" in (ours := read_json(folder / SETTINGS_FILE)):
         return TokenizerFiles(made, ours["special"], ours.get("template"), tuple(ours.get("ends", ())))
-    ends = [said.get("eos_token"), *(made.id_to_token(i) for i in read_eos_token_ids(folder))]
+    ends = [config.get("eos_token"), *(made.id_to_token(i) for i in read_eos_token_ids(folder))]
     return TokenizerFiles(
-        made, special_tokens(said), read_chat_template(folder, said), tuple(dict.fromkeys(e for e in ends if e))
+        made, special_tokens(config), read_chat_template(folder, config), tuple(dict.fromkeys(e for e in ends if e))
     )
 
 
@@ -68,10 +68,10 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not valid JSON: {error}") from None
-    return said if isinstance(said, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def token_text(token: Any) -> Any:
@@ -85,9 +85,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {key: token_text(value) for key, value in both.items()}
 
 
-def special_tokens(said: Mapping[str, Any]) -> dict[str, str]:
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the special tokens in a tokenizer configuration."""
-    return {key: token for key, token in said.items() if key.endswith("_token") and isinstance(token, str) and token}
+    return {key: token for key, token in config.items() if key.endswith("_token") and isinstance(token, str) and token}
 
 
 def read_eos_token_ids(folder: Path) -> list[int]:
@@ -99,11 +99,11 @@ def read_eos_token_ids(folder: Path) -> list[int]:
     return []
 
 
-def read_chat_template(folder: Path, said: Mapping[str, Any]) -> str | None:
+def read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the chat template, the default one if there are several, or None."""
     if (folder / CHAT_TEMPLATE_FILE).is_file():
         return (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
-    template = said.get("chat_template")
+    template = config.get("chat_template")
     if isinstance(template, list):
         named = {t["name"]: t["template"] for t in template}
         template = named.get("default", next(iter(named.values()), None))
@@ -123,9 +123,9 @@ def load_tokenizer_json(file: Path) -> Tokenizer:
         raise DataError(f"{file}: not a file of the tokenizers library ({error}).") from error
 
 
-def tokenizer_class(said: Mapping[str, Any]) -> str:
+def tokenizer_class(config: Mapping[str, Any]) -> str:
     """Return the tokenizer class (Bert, GPT2, ...) in a configuration, or ""."""
-    return str(said.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
+    return str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
 
 
 WORDPIECE_CLASSES = {
@@ -148,30 +148,30 @@ WORDPIECE_CLASSES = {
 BERT_TOKENS = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
 
 
-def build_wordpiece(folder: Path, said: dict[str, Any]) -> Tokenizer:
+def build_wordpiece(folder: Path, config: dict[str, Any]) -> Tokenizer:
     """Build BERT's WordPiece tokenizer from vocab.txt (Devlin et al. 2019, arXiv:1810.04805; Wu et al. 2016).
 
     Raises DataError for other tokenizer classes and for a vocabulary without the unknown token.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if (kind := tokenizer_class(said)) not in WORDPIECE_CLASSES or (folder / "bpe.codes").is_file():
+    if (kind := tokenizer_class(config)) not in WORDPIECE_CLASSES or (folder / "bpe.codes").is_file():
         raise DataError(f"{folder / 'vocab.txt'} belongs to a {kind or 'BPE'} tokenizer; only WordPiece (BERT) is supported.")
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     vocab = {token: i for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
-    set_default_tokens(said, BERT_TOKENS)
-    if said["unk_token"] not in vocab:
-        raise DataError(f"{folder / 'vocab.txt'} lacks the token {said['unk_token']} for unknown words.")
-    made = Tokenizer(models.WordPiece(vocab, unk_token=said["unk_token"], max_input_chars_per_word=100))
+    set_default_tokens(config, BERT_TOKENS)
+    if config["unk_token"] not in vocab:
+        raise DataError(f"{folder / 'vocab.txt'} lacks the token {config['unk_token']} for unknown words.")
+    made = Tokenizer(models.WordPiece(vocab, unk_token=config["unk_token"], max_input_chars_per_word=100))
     made.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=said.get("tokenize_chinese_chars", True),
-        strip_accents=said.get("strip_accents"),
-        lowercase=said.get("do_lower_case", True),
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
     )
     made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(prefix="##")
-    add_tokens(made, folder, said)
-    set_pair_template(made, said)
+    add_tokens(made, folder, config)
+    set_pair_template(made, config)
     return made
 
 
@@ -196,7 +196,7 @@ BPE_CLASSES = {
 QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def build_byte_level_bpe(folder: Path, said: dict[str, Any]) -> Tokenizer:
+def build_byte_level_bpe(folder: Path, config: dict[str, Any]) -> Tokenizer:
     """Build the byte-level BPE tokenizer of GPT-2 (Radford et al. 2019, section 2.2) and models that adopted it.
 
     Raises DataError if the files are invalid or the tokenizer class is not supported.
@@ -207,7 +207,7 @@ def build_byte_level_bpe(folder: Path, said: dict[str, Any]) -> Tokenizer:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(f"{folder / 'vocab.json'} and merges.txt cannot be read: {error}") from error
-    kind = tokenizer_class(said) or next(
+    kind = tokenizer_class(config) or next(
         (
             kind
             for kind, needed in (("Roberta", ("<s>", "</s>")), ("Deberta", ("[CLS]", "[SEP]")), ("GPT2", ("<|endoftext|>",)))
@@ -220,8 +220,8 @@ def build_byte_level_bpe(folder: Path, said: dict[str, Any]) -> Tokenizer:
             f"{folder / 'vocab.json'} and merges.txt belong to a tokenizer of the class "
             f"{kind or '(not specified)'}; supported are {', '.join(BPE_CLASSES)}."
         )
-    set_default_tokens(said, BPE_CLASSES[kind])
-    made, prefix = Tokenizer(models.BPE(vocab, merges, fuse_unk=False)), bool(said.get("add_prefix_space"))
+    set_default_tokens(config, BPE_CLASSES[kind])
+    made, prefix = Tokenizer(models.BPE(vocab, merges, fuse_unk=False)), bool(config.get("add_prefix_space"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoders.ByteLevel()
     if kind == "Qwen2":
         made.normalizer = normalizers.NFC()
@@ -231,23 +231,23 @@ def build_byte_level_bpe(folder: Path, said: dict[str, Any]) -> Tokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
             ]
         )
-    add_tokens(made, folder, said)
+    add_tokens(made, folder, config)
     if kind == "Deberta":
-        set_pair_template(made, said)
+        set_pair_template(made, config)
     elif BPE_CLASSES[kind] is ROBERTA_TOKENS:
-        sep, cls = ((said[name], find_token(made, folder, said[name])) for name in ("sep_token", "cls_token"))
+        sep, cls = ((config[name], find_token(made, folder, config[name])) for name in ("sep_token", "cls_token"))
         made.post_processor = processors.RobertaProcessing(sep, cls, True, prefix)
-    elif said.get("add_bos_token"):
-        begin = said["bos_token"]
+    elif config.get("add_bos_token"):
+        begin = config["bos_token"]
         made.post_processor = processors.TemplateProcessing(
             f"{begin} $A", f"{begin} $A {begin} $B", [(begin, find_token(made, folder, begin))]
         )
     return made
 
 
-def set_default_tokens(said: dict[str, Any], default: Mapping[str, str]) -> None:
+def set_default_tokens(config: dict[str, Any], default: Mapping[str, str]) -> None:
     """Fill in the default special tokens that the configuration does not define."""
-    said.update({name: said.get(name) or token for name, token in default.items()})
+    config.update({name: config.get(name) or token for name, token in default.items()})
 
 
 def find_token(made: Tokenizer, folder: Path, token: str) -> int:
@@ -257,7 +257,7 @@ def find_token(made: Tokenizer, folder: Path, token: str) -> int:
     return found
 
 
-def add_tokens(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
+def add_tokens(made: Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
     """Add special tokens and the tokens that were later added to the vocabulary, with their original ids.
 
     The mask token of RoBERTa and BART includes the whitespace before it, as in the published tokenizers. Raises
@@ -270,7 +270,7 @@ def add_tokens(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
     }
     later |= {
         token_text(entry): (int(i), entry if isinstance(entry, dict) else {})
-        for i, entry in (said.get("added_tokens_decoder") or {}).items()
+        for i, entry in (config.get("added_tokens_decoder") or {}).items()
     }
     for token, (place, how) in sorted(later.items(), key=lambda item: item[1][0]):
         one = AddedToken(
@@ -286,21 +286,21 @@ def add_tokens(made: Tokenizer, folder: Path, said: Mapping[str, Any]) -> None:
                 f"{made.token_to_id(token)}. A file of the tokenizer is missing or belongs to another one."
             )
     byte_level = "ByteLevel" in str(made.decoder)
-    named = dict.fromkeys(token for name, token in special_tokens(said).items() if token not in later)
+    named = dict.fromkeys(token for name, token in special_tokens(config).items() if token not in later)
     known_here = [token for token in named if made.token_to_id(token) is not None]
     made.add_special_tokens(
         [
-            AddedToken(token, special=True, normalized=False, lstrip=byte_level and token == said.get("mask_token"))
+            AddedToken(token, special=True, normalized=False, lstrip=byte_level and token == config.get("mask_token"))
             for token in known_here
         ]
     )
 
 
-def set_pair_template(made: Tokenizer, said: Mapping[str, Any]) -> None:
+def set_pair_template(made: Tokenizer, config: Mapping[str, Any]) -> None:
     """Set the template [CLS] A [SEP] B [SEP], with the second text in segment 1."""
     from tokenizers import processors
 
-    cls, sep = said["cls_token"], said["sep_token"]
+    cls, sep = config["cls_token"], config["sep_token"]
     if made.token_to_id(cls) is not None and made.token_to_id(sep) is not None:
         made.post_processor = processors.TemplateProcessing(
             f"{cls}:0 $A:0 {sep}:0",
@@ -326,7 +326,7 @@ FIRST_PIECES = {
 }  # tokenizer class -> first pieces, which identify the class if the configuration does not
 
 
-def build_sentencepiece(folder: Path, said: dict[str, Any], name: str) -> Tokenizer:
+def build_sentencepiece(folder: Path, config: dict[str, Any], name: str) -> Tokenizer:
     """Build a SentencePiece tokenizer, with the extra tokens of T5 (sentinels) and DeBERTa ([MASK]).
 
     Raises DataError if the tokenizer class is not supported.
@@ -334,27 +334,27 @@ def build_sentencepiece(folder: Path, said: dict[str, Any], name: str) -> Tokeni
     from tokenizers import AddedToken, processors
 
     found = sentencepiece.parse_file(folder / name)
-    begun = tuple(piece for piece, _, _ in found.pieces[:3])
-    kind = tokenizer_class(said) or next((kind for kind, first in FIRST_PIECES.items() if first == begun), "")
+    first_pieces = tuple(piece for piece, _, _ in found.pieces[:3])
+    kind = tokenizer_class(config) or next((kind for kind, first in FIRST_PIECES.items() if first == first_pieces), "")
     if kind not in SENTENCEPIECE_CLASSES:
         raise DataError(
             f"{folder / name} belongs to a tokenizer of the class {kind or '(not specified)'}; "
             f"supported are {', '.join(SENTENCEPIECE_CLASSES)}."
         )
-    set_default_tokens(said, SENTENCEPIECE_CLASSES[kind])
+    set_default_tokens(config, SENTENCEPIECE_CLASSES[kind])
     made = sentencepiece.build_tokenizer(folder / name, found)
     if kind == "T5":
         made.add_special_tokens(
-            [AddedToken(f"<extra_id_{i}>", normalized=False) for i in reversed(range(said.get("extra_ids", 100)))]
+            [AddedToken(f"<extra_id_{i}>", normalized=False) for i in reversed(range(config.get("extra_ids", 100)))]
         )
     if kind == "DebertaV2":
-        made.add_special_tokens([AddedToken(said["mask_token"], normalized=False)])
-    add_tokens(made, folder, said)
+        made.add_special_tokens([AddedToken(config["mask_token"], normalized=False)])
+    add_tokens(made, folder, config)
     if kind == "DebertaV2":
-        set_pair_template(made, said)
+        set_pair_template(made, config)
         return made
-    before = [said["bos_token"]] if kind != "T5" and said.get("add_bos_token", True) else []
-    after = [said["eos_token"]] if kind == "T5" or said.get("add_eos_token") else []
+    before = [config["bos_token"]] if kind != "T5" and config.get("add_bos_token", True) else []
+    after = [config["eos_token"]] if kind == "T5" or config.get("add_eos_token") else []
     around_one, around_two = ([*before, f"${name}", *after] for name in "AB")
     made.post_processor = processors.TemplateProcessing(
         around_one,
@@ -366,11 +366,11 @@ def build_sentencepiece(folder: Path, said: dict[str, Any], name: str) -> Tokeni
 
 # Required files -> function that builds a tokenizer from them, in order of priority.
 FORMATS: tuple[tuple[Iterable[str], Callable[[Path, dict[str, Any]], Tokenizer]], ...] = (
-    (("tokenizer.json",), lambda folder, said: load_tokenizer_json(folder / "tokenizer.json")),
+    (("tokenizer.json",), lambda folder, config: load_tokenizer_json(folder / "tokenizer.json")),
     (("vocab.txt",), build_wordpiece),
     (("vocab.json", "merges.txt"), build_byte_level_bpe),
     *(
-        ((name,), lambda folder, said, name=name: build_sentencepiece(folder, said, name))
+        ((name,), lambda folder, config, name=name: build_sentencepiece(folder, config, name))
         for name in ("spiece.model", "spm.model", "tokenizer.model")
     ),
 )

@@ -76,8 +76,8 @@ class Transcripts:
         are dropped, as the model cannot produce them."""
         texts, unknown = [normalize_text(text, self.lower) for text in texts], Counter()
         for i, text in enumerate(texts):
-            if strange := [c for c in text if c not in self.alphabet]:
-                unknown.update(strange)
+            if unseen := [c for c in text if c not in self.alphabet]:
+                unknown.update(unseen)
                 texts[i] = normalize_text("".join(c for c in text if c in self.alphabet), self.lower)
         if self.saved:
             rows = [[i + 1 for i in encoding.ids] for encoding in self.tokenizer.encode_batch(texts)]

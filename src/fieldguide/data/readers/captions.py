@@ -42,16 +42,16 @@ def find_layout(source: Path) -> list[tuple[list[Path], dict[str, Path], str | N
 def find_part(folder: Path) -> tuple[list[Path], dict[str, Path]] | None:
     """Return the images and the texts by stem of one folder, or None if it does not hold captions."""
     files = [p for p in list_visible(folder)[0] if p.is_file()]
-    pictures = [p for p in files if p.suffix.lower() in SUPPORTED_SUFFIXES]
-    stems = {p.stem for p in pictures}
+    images = [p for p in files if p.suffix.lower() in SUPPORTED_SUFFIXES]
+    stems = {p.stem for p in images}
     texts = {p.stem: p for p in files if p.suffix.lower() == ".txt"}
     both = [path for stem, path in texts.items() if stem in stems]
-    if not pictures or len(both) < MIN_CAPTION_FRACTION * len(pictures):
+    if not images or len(both) < MIN_CAPTION_FRACTION * len(images):
         return None
     # Files with only numbers are bounding boxes written by annotation tools.
     if all(NUMBERS.fullmatch(path.read_text(encoding="utf-8", errors="replace")) for path in both[:MAX_INSPECTED_TEXTS]):
         return None
-    return pictures, texts
+    return images, texts
 
 
 def load(source: Path, options: Options) -> RawTable:
@@ -60,13 +60,13 @@ def load(source: Path, options: Options) -> RawTable:
     splits: list[str | None] = []
     files: list[FileEntry] = []
     findings: list[Finding] = []
-    bare: list[Path] = []
-    lone: list[Path] = []
+    without_text: list[Path] = []
+    without_image: list[Path] = []
     unreadable: list[str] = []
-    odd: list[str] = []
-    for pictures, texts, split in find_layout(source):
+    recoded: list[str] = []
+    for images, texts, split in find_layout(source):
         used = set()
-        for path in pictures:
+        for path in images:
             text = None
             if path.stem in texts:
                 used.add(path.stem)
@@ -76,37 +76,37 @@ def load(source: Path, options: Options) -> RawTable:
                 try:
                     decoded, more = delimited.decode(content, name) if content else (b"", [])
                     text = " ".join(decoded.decode().split()) or None
-                    odd += [place for one in more for place in one.places]
+                    recoded += [place for one in more for place in one.places]
                 except DataError as error:
                     unreadable.append(str(error))
             elif not options.labels_optional:
-                bare.append(path)
+                without_text.append(path)
                 continue
             rows.append((str(path.absolute()), text))
             splits.append(split)
-        lone += [p for stem, p in texts.items() if stem not in used]
-    if bare:
+        without_image += [p for stem, p in texts.items() if stem not in used]
+    if without_text:
         findings.append(
             Finding(
                 "no-caption",
                 "warning",
                 "images without a caption file",
-                relative_paths(bare, source),
-                len(bare),
+                relative_paths(without_text, source),
+                len(without_text),
                 "Add the caption or remove the image.",
-                len(bare),
+                len(without_text),
             )
         )
-    if lone:
+    if without_image:
         findings.append(
             Finding(
                 "no-picture",
                 "warning",
                 "caption files without an image",
-                relative_paths(lone, source),
-                len(lone),
+                relative_paths(without_image, source),
+                len(without_image),
                 "Add the image or remove the caption.",
-                len(lone),
+                len(without_image),
             )
         )
     if unreadable:  # not counted as unusable here: their rows are dropped later for the missing caption
@@ -120,19 +120,26 @@ def load(source: Path, options: Options) -> RawTable:
                 "Save them as UTF-8.",
             )
         )
-    if odd:
+    if recoded:
         findings.append(
             Finding(
                 "encoding",
                 "warning",
                 "captions that are not UTF-8: read as Windows-1252 or Latin-1",
-                tuple(odd[:5]),
-                len(odd),
+                tuple(recoded[:5]),
+                len(recoded),
                 "Check the accented letters, or save the files as UTF-8.",
             )
         )
     table = pl.DataFrame(rows, schema={"image": pl.String, "caption": pl.String}, orient="row")
     named = np.array(splits, dtype=object) if all(splits) and len(set(splits)) > 1 else None
     return RawTable(
-        table, files, source, findings, named, {"image": "image", "caption": "text"}, "caption", unusable=len(bare) + len(lone)
+        table,
+        files,
+        source,
+        findings,
+        named,
+        {"image": "image", "caption": "text"},
+        "caption",
+        unusable=len(without_text) + len(without_image),
     )

@@ -68,13 +68,13 @@ def load(source: Path, options: Options) -> RawTable:
         content = file.read_bytes()
         files.append(annotation_entry(file, content, root))
         document = parse_document(file, content)
-        theirs = read_categories(document, file)
-        for number, name in theirs.items():
+        own_categories = read_categories(document, file)
+        for number, name in own_categories.items():
             if categories.setdefault(number, name) != name:
                 raise DataError(
                     f"{file}: category {number} is {name!r}, but {categories[number]!r} in another file. Export them together."
                 )
-        shots += read_images(document, file, root, split if len(found) > 1 else None, theirs, notes)
+        shots += read_images(document, file, root, split if len(found) > 1 else None, own_categories, notes)
     return build_raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in sorted(categories.items()))))
 
 
@@ -92,13 +92,13 @@ def parse_document(file: Path, content: bytes) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{file}{line}: invalid JSON ({error}). If the file is truncated, copy it again.") from None
-    lacking = [
+    missing = [
         k
         for k in ("images", "annotations", "categories")
         if not isinstance(document, dict) or not isinstance(document.get(k), list)
     ]
-    if lacking:
-        raise DataError(f"{file}: lacks {', '.join(lacking)} (each must be a list).")
+    if missing:
+        raise DataError(f"{file}: lacks {', '.join(missing)} (each must be a list).")
     return document
 
 
@@ -125,8 +125,8 @@ def read_images(
             raise DataError(f"{file}: image {number} lacks id or file_name.")
         name = image["file_name"]
         path = next((p / n for p in places for n in (name, Path(name).name) if (p / n).is_file()), places[0] / name)
-        said = parse_finite((image.get("width"), image.get("height")), 2)
-        shot = AnnotatedImage(path, f"{where}: {name}", split, size=tuple(said) if said else None)
+        size = parse_finite((image.get("width"), image.get("height")), 2)
+        shot = AnnotatedImage(path, f"{where}: {name}", split, size=tuple(size) if size else None)
         shots.append(shot)
         if image["id"] in by_id:
             for one in (by_id[image["id"]], shot):
@@ -179,10 +179,15 @@ def parse_outline(
     None or an empty list is an object without an outline.
     """
     if isinstance(segmentation, dict):
-        runs, theirs = decode_run_lengths(segmentation.get("counts")), segmentation.get("size")
-        fits = isinstance(theirs, list) and parse_finite(theirs, 2) and runs and sum(runs) == theirs[0] * theirs[1]
+        runs, own_categories = decode_run_lengths(segmentation.get("counts")), segmentation.get("size")
+        fits = (
+            isinstance(own_categories, list)
+            and parse_finite(own_categories, 2)
+            and runs
+            and sum(runs) == own_categories[0] * own_categories[1]
+        )
         if fits and size and all(size):
-            fits = (theirs[1], theirs[0]) == tuple(round(v) for v in size)
+            fits = (own_categories[1], own_categories[0]) == tuple(round(v) for v in size)
         return (None, runs, True) if fits else (None, None, False)
     if not isinstance(segmentation, list):
         return None, None, segmentation is None

@@ -51,8 +51,8 @@ def load(source: Path, options: Options) -> RawTable:
     rows, splits, findings = [], [], []
     lone_images: list[Path] = []
     lone_masks: list[Path] = []
-    for pictures, masks, split in find_layout(source):
-        files = [p for p in list_visible(pictures)[0] if p.is_file() and p.suffix.lower() in SUPPORTED_SUFFIXES]
+    for image_folder, masks, split in find_layout(source):
+        files = [p for p in list_visible(image_folder)[0] if p.is_file() and p.suffix.lower() in SUPPORTED_SUFFIXES]
         partners = {p.stem.lower(): p for p in list_visible(masks)[0] if p.is_file() and p.suffix.lower() in SUPPORTED_SUFFIXES}
         used = set()
         for path in files:

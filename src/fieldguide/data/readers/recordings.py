@@ -62,10 +62,10 @@ def find_recordings(folder: Path) -> Iterable[Path]:
 def load(source: Path, options: Options) -> RawTable:
     """Read one recording or a folder of them, with transcripts if there are any."""
     if source.is_file():
-        said = source.with_suffix(".txt")
+        text_file = source.with_suffix(".txt")
         return (
             load_with_text_files([source], source.parent, options)
-            if said.is_file()
+            if text_file.is_file()
             else load_without_transcripts([source], source.parent)
         )
     paths = list(find_recordings(source))
@@ -105,10 +105,10 @@ def load_with_text_files(paths: list[Path], root: Path, options: Options) -> Raw
     silent: list[Path] = []
     damaged: list[str] = []
     for path in paths:
-        said = path.with_suffix(".txt")
-        text, name = None, relative_path(said, root)
-        if said.is_file():
-            content = said.read_bytes()
+        text_file = path.with_suffix(".txt")
+        text, name = None, relative_path(text_file, root)
+        if text_file.is_file():
+            content = text_file.read_bytes()
             try:
                 decoded, found = delimited.decode(content, name)
                 text, findings = decoded.decode().strip(), findings + found
@@ -218,9 +218,9 @@ def resolve_file_names(raw: RawTable, paths: list[Path], root: Path, options: Op
         )
     note_unlisted(raw, [p for p in paths if relative_path(p, root) not in used])
     if (
-        said := next((c for n in TRANSCRIPT_NAMES for c in columns if normalize_name(c) == n and c != name), None)
+        transcript := next((c for n in TRANSCRIPT_NAMES for c in columns if normalize_name(c) == n and c != name), None)
     ) and not options.target:
-        raw.target, raw.kinds[said] = said, "text"
+        raw.target, raw.kinds[transcript] = transcript, "text"
     elif options.target in columns:
         raw.kinds[options.target] = "text"
     return raw

@@ -115,9 +115,9 @@ def load_common_voice(path: Path, root: Path, number: int) -> RawTable:
     """Read one table of Common Voice. Raises DataError if a required column is missing."""
     lines, entry, findings = read_cells(path, root, "\t")
     head = [c.strip() for c in lines[0][1]] if lines else []
-    lacking = [n for n in ("path", "sentence") if n not in head]
-    if lacking:
-        raise DataError(f"{entry.path}:1: the column {lacking[0]!r} is missing. The columns are: {', '.join(head)}.")
+    missing = [n for n in ("path", "sentence") if n not in head]
+    if missing:
+        raise DataError(f"{entry.path}:1: the column {missing[0]!r} is missing. The columns are: {', '.join(head)}.")
     good = [(n, c) for n, c in lines[1:] if len(c) == len(head)]
     wrong = [f"{entry.path}:{n} has {len(c)}" for n, c in lines[1:] if len(c) != len(head)]
     if wrong:
@@ -132,8 +132,8 @@ def load_common_voice(path: Path, root: Path, number: int) -> RawTable:
                 len(wrong),
             )
         )
-    at, said = head.index("path"), head.index("sentence")
-    rows = [(recording_path(root / "clips", c[at]), c[said].strip() or None, number, n) for n, c in good]
+    at, sentence = head.index("path"), head.index("sentence")
+    rows = [(recording_path(root / "clips", c[at]), c[sentence].strip() or None, number, n) for n, c in good]
     raw = build_raw(rows, root, entry, findings, len(wrong))
     if SPEAKER in head:
         speaker = head.index(SPEAKER)

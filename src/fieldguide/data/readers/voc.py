@@ -66,13 +66,13 @@ def load(source: Path, options: Options) -> RawTable:
     """Read all annotations and match them to images."""
     notes, shots, files, classes = FindingCollector(), [], [], set()
     for where, places, split in find_layout(source):
-        pictures = {
+        images_by_name = {
             p.name.lower(): p
             for place in reversed(places)
             for p in list_visible(place)[0]
             if p.suffix.lower() in SUPPORTED_SUFFIXES
         }
-        stems = {p.stem.lower(): p for p in pictures.values()}
+        stems = {p.stem.lower(): p for p in images_by_name.values()}
         listed = read_lists(where.parent / "ImageSets" / "Main", source, notes, files) if split is None else {}
         xmls = {p.stem: p for p in list_visible(where)[0] if p.suffix.lower() == ".xml"}
         for stem in sorted(set(listed) - set(xmls)):
@@ -87,10 +87,10 @@ def load(source: Path, options: Options) -> RawTable:
             shot = AnnotatedImage(path.with_suffix(".jpg"), place, listed.get(stem, split))
             shots.append(shot)
             named = parse_annotation(content, shot, notes)
-            picture = stems.get(stem.lower()) or pictures.get(named.lower())
-            if picture is None and not shot.bad:
+            image = stems.get(stem.lower()) or images_by_name.get(named.lower())
+            if image is None and not shot.bad:
                 notes.mark_invalid("no-picture", f"{place}: {named or stem}", shot)
-            shot.path = picture or shot.path
+            shot.path = image or shot.path
             classes |= {b["label"] for b in shot.boxes}
     return build_raw(source, shots, files, notes, sorted(classes))
 
@@ -127,8 +127,8 @@ def parse_annotation(content: bytes, shot: AnnotatedImage, notes: FindingCollect
         notes.mark_invalid(wrong, f"{shot.place}:{getattr(error, 'lineno', 1)}", shot)
         return ""
     text = lambda at, path: (at.findtext(path) or "").strip()
-    said = parse_finite((text(root, "size/width"), text(root, "size/height")), 2)
-    shot.size = tuple(said) if said else None
+    size = parse_finite((text(root, "size/width"), text(root, "size/height")), 2)
+    shot.size = tuple(size) if size else None
     for thing in root.findall("object"):
         place, label = f"{shot.place}:{lines[thing]}", text(thing, "name")
         sides = parse_finite([text(thing, f"bndbox/{n}") for n in ("xmin", "ymin", "xmax", "ymax")], 4)

@@ -86,8 +86,11 @@ def load(source: Path, options: Options) -> RawTable:
     """Read a YOLO folder or its data.yaml. Raises DataError if there are no images."""
     notes, files = FindingCollector(), []
     root, file = (source.parent, source) if source.is_file() else (source, find_description(source))
-    told = load_description(file, files, root) if file else {}
-    names, given = parse_class_names(told, file) if told else read_class_list(root, files), find_split_folders(told, root, file)
+    config = load_description(file, files, root) if file else {}
+    names, given = (
+        parse_class_names(config, file) if config else read_class_list(root, files),
+        find_split_folders(config, root, file),
+    )
     shots: list[AnnotatedImage] = []
     for where, split in given or guess_folders(root):
         shots += read_images(where, split, root, names, notes, files)
@@ -101,7 +104,7 @@ def load_description(file: Path, files: list[Any], root: Path) -> dict[str, Any]
     content = file.read_bytes()
     files.append(annotation_entry(file, content, root))
     try:
-        told = yaml.safe_load(content.decode("utf-8-sig"))
+        config = yaml.safe_load(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise DataError(f"{file}: not UTF-8 text. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
@@ -110,19 +113,19 @@ def load_description(file: Path, files: list[Any], root: Path) -> dict[str, Any]
         raise DataError(
             f"{file}{line}: invalid YAML ({getattr(error, 'problem', None) or error}). Correct that line."
         ) from None
-    if not isinstance(told, dict) or "names" not in told:
+    if not isinstance(config, dict) or "names" not in config:
         raise DataError(f"{file}: lacks the key `names`, the list of classes.")
-    return told
+    return config
 
 
-def parse_class_names(told: dict[str, Any], file: Path) -> dict[int, str]:
+def parse_class_names(config: dict[str, Any], file: Path) -> dict[int, str]:
     """Return class number -> name. Raises DataError if the names are invalid or duplicated."""
-    names = told["names"]
+    names = config["names"]
     try:
         named = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
     except (TypeError, ValueError):
         raise DataError(f"{file}: `names` must be a list of classes, or a mapping from number to name.") from None
-    count = told.get("nc")
+    count = config.get("nc")
     if isinstance(count, int) and count != len(named):
         raise DataError(f"{file}: nc is {count} but names lists {len(named)} classes. Correct one of them.")
     twice = sorted({n for n in named.values() if list(named.values()).count(n) > 1})
@@ -145,12 +148,12 @@ def read_class_list(root: Path, files: list[Any]) -> dict[int, str]:
     )
 
 
-def find_split_folders(told: dict[str, Any], root: Path, file: Path | None) -> list[tuple[Path, str | None]]:
+def find_split_folders(config: dict[str, Any], root: Path, file: Path | None) -> list[tuple[Path, str | None]]:
     """Return the folders or image lists of each split as configured in data.yaml."""
     found: list[tuple[Path, str | None]] = []
-    bases = [root / str(told["path"]), root] if told.get("path") else [root]
+    bases = [root / str(config["path"]), root] if config.get("path") else [root]
     for key in ("train", "val", "valid", "test"):
-        for name in told.get(key) if isinstance(told.get(key), list) else [told.get(key)]:
+        for name in config.get(key) if isinstance(config.get(key), list) else [config.get(key)]:
             if not name:
                 continue
             # Exported files often contain ../train/images instead of train/images.

@@ -17,8 +17,8 @@ def digits(folder: Path) -> None:
     for digit in range(10):
         (folder / str(digit)).mkdir()
     for i, (pixels, digit) in enumerate(zip(data.images, data.target)):
-        grey = (pixels * (255 / 16)).round().astype("uint8")
-        Image.fromarray(grey).save(folder / str(digit) / f"{i:04d}.png")
+        gray = (pixels * (255 / 16)).round().astype("uint8")
+        Image.fromarray(gray).save(folder / str(digit) / f"{i:04d}.png")
 
 
 def classification_table(loader: str, target: str) -> Callable[[Path], None]:

@@ -34,9 +34,9 @@ def make_scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple
         if taken[max(0, top - 2) : top + size + 2, max(0, left - 2) : left + size + 2].any():
             continue
         taken[top : top + size, left : left + size] = True
-        colour = 255 if rng.random() < 0.5 else 0
+        color = 255 if rng.random() < 0.5 else 0
         part = ground[top : top + size, left : left + size]
-        ground[top : top + size, left : left + size] = part + (colour - part) * ink
+        ground[top : top + size, left : left + size] = part + (color - part) * ink
         where = np.zeros((side, side), dtype=bool)
         where[top : top + size, left : left + size] = ink > 0.4
         rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
@@ -55,11 +55,11 @@ def inked(folder: Path) -> None:
         (folder / name).mkdir()
     (folder / "classes.txt").write_text("ground\nwhite ink\nblack ink\n")
     for number in range(500):
-        picture, found = make_scene(rng)
-        mask = np.zeros(picture.shape, dtype=np.uint8)
+        image, found = make_scene(rng)
+        mask = np.zeros(image.shape, dtype=np.uint8)
         for _, _, where in found:
-            mask[where] = 1 if picture[where].mean() > 128 else 2
-        Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
+            mask[where] = 1 if image[where].mean() > 128 else 2
+        Image.fromarray(image).save(folder / "images" / f"{number:04d}.png")
         Image.fromarray(mask).save(folder / "masks" / f"{number:04d}.png")
 
 
@@ -73,8 +73,8 @@ def scattered(folder: Path) -> None:
         (folder / name).mkdir()
     (folder / "data.yaml").write_text(f"train: images\nnames: [{', '.join(map(repr, map(str, range(10))))}]\n")
     for number in range(900):
-        picture, found = make_scene(rng, side, most=5)
-        Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
+        image, found = make_scene(rng, side, most=5)
+        Image.fromarray(image).save(folder / "images" / f"{number:04d}.png")
         lines = [
             f"{digit} {(left + right) / 2 / side:.6f} {(top + bottom) / 2 / side:.6f} {(right - left) / side:.6f} "
             f"{(bottom - top) / side:.6f}\n"
@@ -86,11 +86,11 @@ def scattered(folder: Path) -> None:
 SCENE_SIDE = 32  # side in pixels of scenes with captions or questions
 
 
-def describe_digits(picture: Any, found: list[Any]) -> list[tuple[str, float, float, int]]:
+def describe_digits(image: Any, found: list[Any]) -> list[tuple[str, float, float, int]]:
     """Return the color, the center of the box (from the left, from the top) and its area for each digit in a scene."""
     return [
         (
-            "white" if picture[where].mean() > 128 else "black",
+            "white" if image[where].mean() > 128 else "black",
             (box[0] + box[2]) / 2,
             (box[1] + box[3]) / 2,
             (box[2] - box[0]) * (box[3] - box[1]),
@@ -107,14 +107,14 @@ def captions(folder: Path) -> None:
     rng, rows = np.random.default_rng(0), []
     (folder / "images").mkdir()
     for number in range(3000):
-        picture, found = make_scene(rng, SCENE_SIDE, 2)
-        said = [
-            f"a {'small' if area < SCENE_SIDE**2 / 20 else 'large'} {colour} digit at the "
+        image, found = make_scene(rng, SCENE_SIDE, 2)
+        phrases = [
+            f"a {'small' if area < SCENE_SIDE**2 / 20 else 'large'} {color} digit at the "
             f"{'top' if y < SCENE_SIDE / 2 else 'bottom'} {'left' if x < SCENE_SIDE / 2 else 'right'}"
-            for colour, x, y, area in sorted(describe_digits(picture, found), key=lambda t: t[1])
+            for color, x, y, area in sorted(describe_digits(image, found), key=lambda t: t[1])
         ]
-        Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
-        rows.append([f"images/{number:04d}.png", " and ".join(said)])
+        Image.fromarray(image).save(folder / "images" / f"{number:04d}.png")
+        rows.append([f"images/{number:04d}.png", " and ".join(phrases)])
     write_csv(folder / "captions.csv", ["image", "caption"], iter(rows))
 
 
@@ -126,12 +126,12 @@ def questions(folder: Path) -> None:
     rng, rows = np.random.default_rng(0), []
     (folder / "images").mkdir()
     for number in range(1500):
-        picture, found = make_scene(rng, SCENE_SIDE, 3)
-        things = describe_digits(picture, found)
-        white = sum(colour == "white" for colour, *_ in things)
+        image, found = make_scene(rng, SCENE_SIDE, 3)
+        things = describe_digits(image, found)
+        white = sum(color == "white" for color, *_ in things)
         largest, leftmost = max(things, key=lambda t: t[3]), min(things, key=lambda t: t[1])
         lowest = max(things, key=lambda t: t[2])
-        asked = [
+        candidates = [
             ("how many digits are there?", len(things)),
             ("how many digits are white?", white),
             ("how many digits are black?", len(things) - white),
@@ -142,9 +142,9 @@ def questions(folder: Path) -> None:
             ("what colour is the lowest digit?", lowest[0]),
             ("on which side is the largest digit?", "left" if largest[1] < SCENE_SIDE / 2 else "right"),
         ]
-        Image.fromarray(picture).save(folder / "images" / f"{number:04d}.png")
-        for i in rng.choice(len(asked), 3, replace=False):
-            rows.append([f"images/{number:04d}.png", asked[i][0], str(asked[i][1])])
+        Image.fromarray(image).save(folder / "images" / f"{number:04d}.png")
+        for i in rng.choice(len(candidates), 3, replace=False):
+            rows.append([f"images/{number:04d}.png", candidates[i][0], str(candidates[i][1])])
     write_csv(folder / "questions.csv", ["image", "question", "answer"], iter(rows))
 
 

@@ -95,21 +95,21 @@ UNUSABLE = {"time-missing", "conflicting-time", "off-grid"}
 
 
 def make_finding(
-    data: Data, slug: str, rows: Any = (), count: int | None = None, shown: Sequence[str] = (), **words: Any
+    data: Data, check_name: str, rows: Any = (), count: int | None = None, shown: Sequence[str] = (), **words: Any
 ) -> Finding:
     """Return a finding about these rows (a mask or indices), or about the locations in `shown`."""
-    severity, what, remedy = FINDINGS[slug]
+    severity, what, remedy = FINDINGS[check_name]
     rows = np.asarray(rows)
     rows = np.flatnonzero(rows) if rows.dtype.kind == "b" else rows.astype(int)
     count = count if count is not None else max(len(rows), 1)
     return Finding(
-        slug,
+        check_name,
         severity,
         what.format(**words),
         tuple(shown) or places(data, rows.tolist()),
         count,
         remedy.format(**words).strip(),
-        count if slug in UNUSABLE else 0,
+        count if check_name in UNUSABLE else 0,
     )
 
 
@@ -152,9 +152,9 @@ def forward_fill(values: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Forward-fill missing values within groups; leading ones get the first value, groups without values 0."""
     at = np.arange(len(values))[:, None]
     begin = np.repeat(start[:-1], np.diff(start))[:, None]
-    seen = np.isfinite(values)
-    last = np.maximum.accumulate(np.where(seen, at, -1), 0)
-    first = np.minimum.accumulate(np.where(seen, at, len(values))[::-1], 0)[::-1]
+    known = np.isfinite(values)
+    last = np.maximum.accumulate(np.where(known, at, -1), 0)
+    first = np.minimum.accumulate(np.where(known, at, len(values))[::-1], 0)[::-1]
     source = np.where(last >= begin, last, np.minimum(first, len(values) - 1))
     filled = np.take_along_axis(values, source, 0)
     end = np.repeat(start[1:], np.diff(start))[:, None]
@@ -221,12 +221,12 @@ def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
     if again.any():
         return None, [make_finding(data, "repeated-series", again, name=name)]
     table = row_values(data, name)
-    seen = np.isfinite(table)
+    known = np.isfinite(table)
     findings = [make_finding(data, "layout", name=name, columns=table.shape[1])]
-    ends = np.where(seen.any(1), table.shape[1] - seen[:, ::-1].argmax(1), 0)
+    ends = np.where(known.any(1), table.shape[1] - known[:, ::-1].argmax(1), 0)
     ids = data.rows[name].cast(pl.String).to_list()
     start, inside = np.r_[0, ends.cumsum()], np.arange(table.shape[1]) < ends[:, None]
-    values = np.where(seen, table, np.nan)[inside][:, None]
+    values = np.where(known, table, np.nan)[inside][:, None]
     times = np.concatenate([np.arange(n) for n in ends]).astype(float)
     return finish_panel(
         data, "rows", PLAIN_STEP, ["value"], values, np.repeat(np.arange(len(data)), ends), times, start, ids, findings
@@ -325,13 +325,13 @@ def find_repeats(
     first = row[np.maximum.accumulate(np.where(again, 0, np.arange(len(again))))]
     same = ((table[row] == table[first]) | (np.isnan(table[row]) & np.isnan(table[first]))).all(1)
     findings = []
-    for slug, which in (("duplicate-time", again & same), ("conflicting-time", again & ~same)):
+    for check_name, which in (("duplicate-time", again & same), ("conflicting-time", again & ~same)):
         if which.any():
             pairs = [
                 f"{data.locate_row(int(row[i]))} = {data.locate_row(int(first[i]))}"
                 for i in np.flatnonzero(which)[:MAX_SHOWN_PLACES]
             ]
-            findings.append(make_finding(data, slug, row[which], shown=pairs))
+            findings.append(make_finding(data, check_name, row[which], shown=pairs))
     return again, findings
 
 
@@ -377,8 +377,8 @@ def place_on_grid(
     if off.any():
         findings.append(make_finding(data, "off-grid", row[off], step=frequency.article))
     if missing:
-        told = [f"{count} before {data.locate_row(r)}" for count, r in jumps[:MAX_SHOWN_PLACES]]
-        findings.append(make_finding(data, "missing-steps", shown=told, count=missing))
+        locations = [f"{count} before {data.locate_row(r)}" for count, r in jumps[:MAX_SHOWN_PLACES]]
+        findings.append(make_finding(data, "missing-steps", shown=locations, count=missing))
     return np.where(off, -1, where + np.repeat(start[:-1], np.diff(cuts))), start, np.concatenate(times), findings
 
 
@@ -395,38 +395,38 @@ def finish_panel(
     findings: list[Finding],
 ) -> tuple[Panel | None, list[Finding]]:
     """Build the panel and report gaps between values, empty series and constant series."""
-    seen, inside = np.isfinite(values), np.zeros(values.shape, dtype=bool)
+    known, inside = np.isfinite(values), np.zeros(values.shape, dtype=bool)
     units, names = [], []
-    odd: dict[str, list[str]] = {"empty-series": [], "constant-series": []}
+    unusual: dict[str, list[str]] = {"empty-series": [], "constant-series": []}
     for g, (a, b) in enumerate(pairwise(start)):
         for c, target in enumerate(targets):
             name = target if not ids[g] else ids[g] if len(targets) == 1 else f"{ids[g]}: {target}"
-            own = a + np.flatnonzero(seen[a:b, c])
+            own = a + np.flatnonzero(known[a:b, c])
             if not len(own):
-                odd["empty-series"].append(name)
+                unusual["empty-series"].append(name)
                 continue
             inside[own[0] : own[-1] + 1, c] = True
             if len(own) > 1 and np.ptp(values[own, c]) == 0:
-                odd["constant-series"].append(name)
+                unusual["constant-series"].append(name)
             units.append((g, c, own[0], own[-1] + 1))
             names.append(name)
-    gaps = (inside & ~seen).any(1) & (row >= 0)
+    gaps = (inside & ~known).any(1) & (row >= 0)
     if gaps.any():
         findings.append(
             make_finding(data, "missing-values", list(dict.fromkeys(row[gaps].tolist()))[:MAX_SHOWN_PLACES], int(gaps.sum()))
         )
-    for slug, series in odd.items():
+    for check_name, series in unusual.items():
         if series:
             findings.append(
                 make_finding(
                     data,
-                    slug,
+                    check_name,
                     shown=[repr(n) for n in series[:MAX_SHOWN_PLACES]],
                     count=len(series),
                     names=", ".join(map(repr, series[:MAX_SHOWN_PLACES])),
                 )
             )
-    if not units or len(odd["constant-series"]) == len(units):
+    if not units or len(unusual["constant-series"]) == len(units):
         return None, [*findings, make_finding(data, "nothing-changes" if units else "no-series")]
     group, column, low, high = (np.array(x) for x in zip(*units))
     return Panel(layout, frequency, targets, values, row, times, start, group, column, low, high, names, findings), findings

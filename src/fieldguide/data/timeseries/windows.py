@@ -84,7 +84,7 @@ def build_windows(data: Data, options: Any) -> Data:
                 "Provide longer series, or lower task.horizon.",
             )
         )
-    parts, said = [], []
+    parts, counts = [], []
     begins = {"train": found.low, "val": windows.train_end, "test": windows.val_end}
     stops = {"train": windows.train_end, "val": windows.val_end, "test": windows.test_end}
     for name, most in MAX_WINDOWS.items():
@@ -99,12 +99,12 @@ def build_windows(data: Data, options: Any) -> Data:
                 f"{options.horizon} steps of its future. Lower task.horizon, or assign more steps to that split."
             )
         parts.append((name, series, at))
-        said.append(f"{name} {len(at):,}" + (f" (every {stride}th)" if stride > 1 else ""))
+        counts.append(f"{name} {len(at):,}" + (f" (every {stride}th)" if stride > 1 else ""))
     series, at = (np.concatenate([p[i] for p in parts]) for i in (1, 2))
     made = window_rows(data, windows, series, at)
     made.findings = findings
     made.splits = np.repeat(np.array([p[0] for p in parts], dtype=object), [len(p[1]) for p in parts])
-    made.split_description = f"by time, {describe_splits(windows)}; windows: {', '.join(said)}"
+    made.split_description = f"by time, {describe_splits(windows)}; windows: {', '.join(counts)}"
     return made
 
 

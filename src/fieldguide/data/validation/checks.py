@@ -208,8 +208,8 @@ def check_duplicates(data: Data) -> Iterator[Finding]:
 def check_conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.ndarray, what: str) -> Iterator[Finding]:
     """Report equal inputs with different targets."""
     column = data.target
-    heard = bool(data.features("audio"))  # a recording has one transcript, whereas a text may have several translations
-    if column is None or column.kind not in ("category", "boolean", *(["text"] if heard else [])):
+    has_audio = bool(data.features("audio"))  # a recording has one transcript, whereas a text may have several translations
+    if column is None or column.kind not in ("category", "boolean", *(["text"] if has_audio else [])):
         return
     codes = data.rows[column.name].cast(pl.String).fill_null("").rank("dense").to_numpy()
     other = order[codes[order] != codes[first[same[order]]]]
@@ -220,7 +220,7 @@ def check_conflicts(data: Data, same: np.ndarray, order: np.ndarray, first: np.n
             for i in other[:MAX_SHOWN_PLACES]
             for j in (int(first[same[i]]),)
         )
-        answers = "transcripts" if heard else "classes"
+        answers = "transcripts" if has_audio else "classes"
         yield Finding(
             "conflicting-duplicate",
             "warning",
@@ -245,14 +245,14 @@ def check_leaks(data: Data) -> Iterator[Finding]:
     if len(data) > MAX_LEAK_ROWS:
         data = data.take(np.random.default_rng(0).choice(len(data), MAX_LEAK_ROWS, replace=False))
     for feature in others:
-        tell = correlation if column.kind == "number" else mapping
-        told = tell(data, feature, column)
-        if told:
-            exact = told == "exactly" and len(others) > 1
+        measure = correlation if column.kind == "number" else mapping
+        strength = measure(data, feature, column)
+        if strength:
+            exact = strength == "exactly" and len(others) > 1
             yield Finding(
                 "leak",
                 "error" if exact else "warning",
-                f"column {feature.name!r} predicts the target {column.name!r} {told}",
+                f"column {feature.name!r} predicts the target {column.name!r} {strength}",
                 (f"column {feature.name!r}",),
                 1,
                 f"If it is not known before the target, remove it, or ignore it with "
@@ -319,10 +319,10 @@ def mapping(data: Data, feature: Column, column: Column) -> str:
 
 def check_text_pairs(data: Data) -> Iterator[Finding]:
     """Report text pairs that are unlikely to match: unusual length ratios, or identical texts."""
-    answer, inputs = data.target, data.features("text")
-    if answer is None or answer.kind != "text" or len(inputs) != 1 or not len(data):
+    target, inputs = data.target, data.features("text")
+    if target is None or target.kind != "text" or len(inputs) != 1 or not len(data):
         return
-    first, second = data.rows[inputs[0].name], data.rows[answer.name]
+    first, second = data.rows[inputs[0].name], data.rows[target.name]
     sizes = np.stack([c.str.len_chars().fill_null(0).to_numpy().astype(float) for c in (first, second)])
     usual = np.median((sizes[1] + 1) / (sizes[0] + 1))
     ratio = (sizes[1] + 1) / (sizes[0] + 1) / usual
@@ -331,7 +331,7 @@ def check_text_pairs(data: Data) -> Iterator[Finding]:
         yield Finding(
             "unlike-lengths",
             "warning",
-            f"texts in {inputs[0].name!r} and {answer.name!r} whose lengths are "
+            f"texts in {inputs[0].name!r} and {target.name!r} whose lengths are "
             f"more than {MAX_LENGTH_RATIO} times off the usual ratio, which suggests that they do not belong together",
             places(data, odd),
             int(odd.sum()),
@@ -342,7 +342,7 @@ def check_text_pairs(data: Data) -> Iterator[Finding]:
         yield Finding(
             "copies",
             "warning",
-            f"{100 * same.mean():.0f} % of the texts in {inputs[0].name!r} and {answer.name!r} are the same",
+            f"{100 * same.mean():.0f} % of the texts in {inputs[0].name!r} and {target.name!r} are the same",
             places(data, same),
             int(same.sum()),
             "Check the target column.",

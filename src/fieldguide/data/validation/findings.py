@@ -28,16 +28,16 @@ def simplify_label(label: str) -> str:
 def media_findings(data: Data, medium: Medium, checked: Sequence[MediaCheck], bad: np.ndarray) -> list[Finding]:
     """Return the findings of a media check with one result per row. Rows in `bad` are already counted as unusable."""
     findings = []
-    for slug, (what, remedy) in medium.problems.items():
-        rows = [i for i, c in enumerate(checked) if c.problem == slug]
+    for name, (what, remedy) in medium.problems.items():
+        rows = [i for i, c in enumerate(checked) if c.problem == name]
         if rows:
             named = tuple(f"{data.locate_row(i)} ({checked[i].detail})" for i in rows[:MAX_SHOWN_PLACES])
             unusable = sum(1 for i in rows if not bad[i])
-            findings.append(Finding(slug, "warning", what, named, len(rows), remedy, unusable))
-    for trait, (slug, severity, what, remedy) in medium.traits.items():
+            findings.append(Finding(name, "warning", what, named, len(rows), remedy, unusable))
+    for trait, (name, severity, what, remedy) in medium.traits.items():
         rows = [i for i, c in enumerate(checked) if trait in c.traits]
         if rows:
-            findings.append(Finding(slug, severity, what, places(data, rows), len(rows), remedy))
+            findings.append(Finding(name, severity, what, places(data, rows), len(rows), remedy))
     return findings
 
 
