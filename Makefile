@@ -1,25 +1,34 @@
-# Two commands on a fresh machine with Python >= 3.11 and make: `make run` and `make test`.
+# On a fresh machine with Python >= 3.11 and make: `make run` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CODE := src tests benchmarks docs tools
 
-.PHONY: run test test-all lint catalogue clean
+.PHONY: run test test-all lint format catalogue new-model clean
 
-run: $(VENV)/ready-to-run          ## the main job on real data: handwritten digits
+run: $(VENV)/ready-to-run          ## train on real data: handwritten digits
 	$(BIN)/fieldguide fit digits
 
-test: $(VENV)/ready-to-test        ## everything that is quick: under 12 minutes on 2 cores
+test: lint                         ## style and quick tests: under 12 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: $(VENV)/ready-to-test    ## the slow checks too
+test-all: lint                     ## the slow tests too
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: $(VENV)/ready-to-test
-	$(BIN)/ruff check src tests benchmarks docs
+lint: $(VENV)/ready-to-test        ## style
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 
-catalogue: $(VENV)/ready-to-run    ## docs/catalogue.md from the cards
+format: $(VENV)/ready-to-test
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+catalogue: $(VENV)/ready-to-run    ## docs/catalogue.md and the index of the command line, from the cards
 	$(BIN)/python docs/catalogue.py
+
+new-model: $(VENV)/ready-to-run    ## make new-model NAME=my-net FAMILY=convolutional
+	$(BIN)/python tools/new_model.py $(NAME) $(FAMILY)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
