@@ -20,7 +20,7 @@ from fieldguide.checkpoints.load import Checkpoint
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.data.preprocessing import Text
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.models.registry import card, create
 from fieldguide.tasks.text.text_classification import TextClassification
 from tv import transformers
@@ -100,7 +100,7 @@ def merged(folder, special, **said):
     return made.get_vocab_size()
 
 
-def same(ours: Text, theirs, texts=TEXTS, pairs=True):
+def same(ours: TextTokenizer, theirs, texts=TEXTS, pairs=True):
     """One text at a time and in pairs, special tokens and segments too; and every token by its number."""
     for text in texts:
         assert ours.tokenizer.encode(text).ids == theirs(text).input_ids, text
@@ -110,7 +110,7 @@ def same(ours: Text, theirs, texts=TEXTS, pairs=True):
     assert ours.tokenizer.get_vocab() == theirs.get_vocab()
     for name in ("pad", "unk", "cls", "sep", "mask", "eos"):
         wanted = getattr(theirs, f"{name}_token_id")
-        mine = getattr(ours, {"unk": "unknown", "mask": "hidden", "eos": "end"}.get(name, name))
+        mine = getattr(ours, {"unk": "unknown", "mask": "mask_token", "eos": "end"}.get(name, name))
         assert wanted is None or mine == wanted, name
 
 
@@ -127,10 +127,10 @@ def same(ours: Text, theirs, texts=TEXTS, pairs=True):
 def test_words_of_bert(said, tmp_path):
     wordpieces(tmp_path / "bert", lower=said.get("do_lower_case", True), **said)
     theirs = transformers.BertTokenizerFast.from_pretrained(tmp_path / "bert")
-    ours = Text.load(tmp_path / "bert")
+    ours = TextTokenizer.load(tmp_path / "bert")
     same(ours, theirs)
-    assert ours.decode(ours.exactly(["the cat sat"])[0]) == "the cat sat"
-    assert any(ours.unknown in ids for ids in ours.exactly(TEXTS))  # some words here are not known
+    assert ours.decode(ours.encode_exact(["the cat sat"])[0]) == "the cat sat"
+    assert any(ours.unknown in ids for ids in ours.encode_exact(TEXTS))  # some words here are not known
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_words_of_bert(said, tmp_path):
 )
 def test_words_of_gpt2(said, tmp_path):
     merged(tmp_path / "gpt2", ["<|endoftext|>"], **said)
-    ours = Text.load(tmp_path / "gpt2")
+    ours = TextTokenizer.load(tmp_path / "gpt2")
     same(ours, transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "gpt2"))
-    assert all(ours.decode(i) == t for i, t in zip(ours.exactly(TEXTS), TEXTS) if not said.get("add_prefix_space"))
+    assert all(ours.decode(i) == t for i, t in zip(ours.encode_exact(TEXTS), TEXTS) if not said.get("add_prefix_space"))
 
 
 @pytest.mark.parametrize("said", [{}, {"add_prefix_space": True, "tokenizer_class": "RobertaTokenizer"}], ids=str)
@@ -159,7 +159,7 @@ def test_words_of_roberta(said, tmp_path):
     # As in the published tokenizer.json: blanks before a word that is missing belong to it.
     mask = AddedToken("<mask>", lstrip=True)
     theirs = transformers.RobertaTokenizerFast.from_pretrained(tmp_path / "roberta", mask_token=mask)
-    ours = Text.load(tmp_path / "roberta")
+    ours = TextTokenizer.load(tmp_path / "roberta")
     same(ours, theirs)
     hidden = ours.tokenizer.encode("the <mask>").ids
     assert len(hidden) == 4 and hidden[-2:] == [4, 2] and ours.end == ours.sep == 2
@@ -169,7 +169,7 @@ def test_words_of_deberta(tmp_path):
     merged(tmp_path / "deberta", ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"], do_lower_case=False, vocab_type="gpt2")
     mask = AddedToken("[MASK]", lstrip=True)
     theirs = transformers.DebertaTokenizerFast.from_pretrained(tmp_path / "deberta", mask_token=mask)
-    ours = Text.load(tmp_path / "deberta")
+    ours = TextTokenizer.load(tmp_path / "deberta")
     same(ours, theirs, pairs=False)
     # Theirs of version 5 puts two separators between; their converter of the published files, and its authors, one.
     pair, (one, two) = ours.tokenizer.encode("the cat", "a mat"), theirs(["the cat", "a mat"]).input_ids
@@ -196,27 +196,27 @@ def test_words_of_qwen(tmp_path):
             "single_word": False,
         }
     (tmp_path / "qwen" / "tokenizer_config.json").write_text(json.dumps(said))
-    ours = Text.load(tmp_path / "qwen")
+    ours = TextTokenizer.load(tmp_path / "qwen")
     same(ours, transformers.Qwen2Tokenizer.from_pretrained(tmp_path / "qwen"), [*TEXTS, "<|im_start|>user\nhi<|im_end|>"])
     assert ours.end == size + 1
     said["added_tokens_decoder"] = {str(size + 7): "<|im_start|>"}
     (tmp_path / "qwen" / "tokenizer_config.json").write_text(json.dumps(said))
     with pytest.raises(DataError, match=f"should have the id {size + 7} but gets {size}"):
-        Text.load(tmp_path / "qwen")
+        TextTokenizer.load(tmp_path / "qwen")
 
 
 def test_saved_with_a_run_nothing_is_lost(tmp_path):
     merged(tmp_path / "roberta", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     (tmp_path / "roberta" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
     (tmp_path / "roberta" / "chat_template.jinja").write_text("{{ messages }}")
-    first = Text.load(tmp_path / "roberta")
+    first = TextTokenizer.load(tmp_path / "roberta")
     (tmp_path / "run").mkdir()
     first.save(tmp_path / "run")
-    again = Text.load(tmp_path / "run")
-    for name in ("pad", "unknown", "cls", "sep", "hidden", "end", "ends", "special", "template"):
+    again = TextTokenizer.load(tmp_path / "run")
+    for name in ("pad", "unknown", "cls", "sep", "mask_token", "end", "ends", "special", "template"):
         assert getattr(again, name) == getattr(first, name), name
     assert first.ends == (2, 3) and first.template == "{{ messages }}" and first.special["mask_token"] == "<mask>"
-    assert np.array_equal(again.exactly(TEXTS[2:3])[0], first.exactly(TEXTS[2:3])[0])
+    assert np.array_equal(again.encode_exact(TEXTS[2:3])[0], first.encode_exact(TEXTS[2:3])[0])
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_what_ends_a_text_is_read(name, said, end, tmp_path):
     Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
     if name:
         (tmp_path / name).write_text(json.dumps(said))
-    text = Text.load(tmp_path)
-    assert text.end == end and text.ends[0] == end and Text.load(tmp_path / "tokenizer.json").end == end
+    text = TextTokenizer.load(tmp_path)
+    assert text.end == end and text.ends[0] == end and TextTokenizer.load(tmp_path / "tokenizer.json").end == end
     if name == "generation_config.json":
         assert text.ends == (4, 1)
 
@@ -269,7 +269,7 @@ def test_tokenizers_that_cannot_be_read(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        Text.load(tmp_path)
+        TextTokenizer.load(tmp_path)
 
 
 # Fits
@@ -342,8 +342,8 @@ def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
     folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"))
     plan = build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     theirs = transformers.BertTokenizerFast.from_pretrained(folder)
-    texts = plan.source.take(plan.parts.train).rows["text"].to_list()
-    batch = plan.batches.make(np.arange(len(texts)), None)
+    texts = plan.source.take(plan.splits.train).rows["text"].to_list()
+    batch = plan.train_batches.make(np.arange(len(texts)), None)
     assert [[i for i, there in zip(*row) if there] for row in zip(batch["tokens"].tolist(), batch["mask"].tolist())] == [
         ids[:32] for ids in theirs(texts).input_ids
     ]
@@ -353,20 +353,20 @@ def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
 def test_rows_are_no_longer_than_the_checkpoint_reads(table, tmp_path):
     folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"), length=6)
     plan = build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
-    assert plan.task.options.length == 6 and plan.batches.make(np.arange(8), None)["tokens"].shape[1] == 6
-    assert any("task.length=6" in text and "reads no longer rows" in text for text in said.words)
+    assert plan.task.options.length == 6 and plan.train_batches.make(np.arange(8), None)["tokens"].shape[1] == 6
+    assert any("task.length=6" in text and "the maximum of" in text for text in said.words)
     assert any("longer than 6 tokens and are cut" in text for text in said.words)
-    with pytest.raises(SettingsError, match=r"task\.length=7 is more than the 6 tokens"):
+    with pytest.raises(SettingsError, match=r"task\.length=7 exceeds the 6 tokens"):
         build_plan(read(table), weights=folder, settings={**STEPS, "task.length": 7})
 
 
 def test_rows_of_networks_that_read_any_are_left_as_they_are():
     """T5's `length` says what it learnt from."""
     begun = Checkpoint(None, card("t5"), None, {}, {})
-    learnt = SimpleNamespace(needs=lambda: {"vocab": 30, "length": 900})
-    assert finetune.readable(learnt, None, card("t5").settle(length=512), begun, {"length": 900}, NullCallback()) is learnt
-    with pytest.raises(SettingsError, match="900 is more than the 512"):
-        finetune.readable(
+    learnt = SimpleNamespace(model_dims=lambda: {"vocab_size": 30, "length": 900})
+    assert finetune.limit_length(learnt, None, card("t5").settle(length=512), begun, {"length": 900}, NullCallback()) is learnt
+    with pytest.raises(SettingsError, match="900 exceeds the 512"):
+        finetune.limit_length(
             learnt, None, card("bart").settle(length=512), replace(begun, card=card("bart")), {"length": 900}, NullCallback()
         )
 
@@ -375,7 +375,7 @@ def test_words_that_are_not_known_are_said_loudly(table, tmp_path):
     folder = bert(tmp_path / "bert", 700)
     build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     warning = next(text for text in said.words if text.startswith("WARNING"))
-    assert "are not known." in warning and "--set task.tokenizer=PATH" in warning
+    assert "no tokenizer found" in warning and "--set task.tokenizer=PATH" in warning
     (folder / "vocab.txt").write_text("a\n")
     build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     assert any(text.startswith("WARNING") and "lacks the token [UNK]" in text for text in said.words)
@@ -389,7 +389,7 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
     merges = (tmp_path / "words" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     vocab = json.loads((tmp_path / "words" / "vocab.json").read_text(encoding="utf-8"))
     net = create(
-        "llama-test", dim=16, hidden=16, heads=2, groups=1, rope_scaling=(), tie_embeddings=True, vocab_size=size, length=48
+        "llama-test", dim=16, hidden=16, heads=2, kv_heads=1, rope_scaling=(), tie_embeddings=True, vocab_size=size, length=48
     )
     c, writer = net.config, gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
     for key, value in {
@@ -399,9 +399,9 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
         "block_count": c.depth,
         "feed_forward_length": c.hidden,
         "head_count": c.heads,
-        "head_count_kv": c.groups,
+        "head_count_kv": c.kv_heads,
         "layer_norm_rms_eps": c.eps,
-        "rope_freq_base": c.base,
+        "rope_freq_base": c.rope_theta,
         "tokenizer_model": "gpt2",
         "tokenizer_pre": "gpt-2",
         "token_list": sorted(vocab, key=vocab.get),
@@ -421,7 +421,7 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
         read(tmp_path / "t.txt"), task="text-generation", weights=tmp_path / "t.gguf", callback=(said := Said()), settings=STEPS
     )
     theirs = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "words")
-    assert all(ids.tolist() == theirs(text).input_ids for ids, text in zip(plan.task.text.exactly(TEXTS[:15]), TEXTS))
+    assert all(ids.tolist() == theirs(text).input_ids for ids, text in zip(plan.task.text.encode_exact(TEXTS[:15]), TEXTS))
     assert plan.task.text.end == 0 and not any("WARNING" in text for text in said.words)
     assert plan.task.options.length == 48 and any("task.length=48" in text for text in said.words)
     assert plan.task.text.template == "{{ eos_token }}" and plan.task.text.special == {"eos_token": "<|endoftext|>"}
