@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from fieldguide.core.report_elements import Table
 from fieldguide.report.charts import FORBIDDEN, decimals_of, is_number, number, plain
 
-PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*(?: [A-Za-z0-9_./-]+)*")
-RESERVED = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})  # not text to YAML
 WIDEST = 60  # columns are padded to align, but one long cell must not widen the table
 
 
@@ -25,7 +23,8 @@ def card(
     matter key by key. Where it has `task` and `metrics` but no `model-index`, these become one: `metrics` is
     name -> value or a list of {"type", "value", "name"}, `dataset` a name or the hub's {"name", "type"}.
     """
-    lines = ["---", *yaml(metadata(title, front)), "---", ""]
+    matter = yaml.safe_dump(to_plain(metadata(title, front)), sort_keys=False, allow_unicode=True, width=1000)
+    lines = ["---", *matter.rstrip("\n").split("\n"), "---", ""]
     lines += [f"# {escape(title)}", "", f"**{escape(verdict)}**", ""]
     lines += [f"- {escape(label)}: {escape(value)}" for label, value in facts]
     lines += [""] if facts else []
@@ -65,48 +64,13 @@ def metadata(title: str, front: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def yaml(value: Any, indent: int = 0) -> list[str]:
-    """Lines of YAML for dicts, lists and scalars: the part of the language that front matter needs."""
-    pad, lines = " " * indent, []
+def to_plain(value: Any) -> Any:
+    """Return nested values as the plain dictionaries, lists and scalars that YAML holds."""
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            if isinstance(item, (Mapping, list, tuple)) and item:
-                deeper = indent + (2 if isinstance(item, Mapping) else 0)
-                lines += [f"{pad}{scalar(str(key))}:", *yaml(item, deeper)]
-            else:
-                lines.append(f"{pad}{scalar(str(key))}: {scalar(item)}")
-        return lines
-    for item in value:
-        if isinstance(item, (Mapping, list, tuple)) and item:
-            inner = yaml(item, indent + 2)
-            lines += [f"{pad}- {inner[0].lstrip()}", *inner[1:]]
-        else:
-            lines.append(f"{pad}- {scalar(item)}")
-    return lines
-
-
-def scalar(value: Any) -> str:
-    """One value such that every YAML reader gets back what was meant."""
-    value = plain(value)
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return ".nan" if value != value else ".inf" if value > 0 else "-.inf"
-        text = repr(value)  # YAML 1.1 takes 1e-05 for a word: the mantissa needs a point
-        return text if "e" not in text or "." in text else text.replace("e", ".0e")
-    if isinstance(value, (Mapping, list, tuple)):
-        return "{}" if isinstance(value, Mapping) else "[]"
-    text = str(value)
-    if PLAIN.fullmatch(text) and text.lower() not in RESERVED:
-        return text
-    # JSON strings are YAML strings if every character outside printable Unicode is escaped the YAML way
-    quoted = json.dumps(text, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}" for c in quoted)
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return plain(value)
 
 
 # -- Markdown ----------------------------------------------------------------------------------------------

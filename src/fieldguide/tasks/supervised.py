@@ -356,12 +356,12 @@ def subsample(data: Data) -> tuple[Data, str]:
     return data.take(rows), f", learnt from {LINEAR_ROWS:,} rows"
 
 
-def binomial_interval(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953): honest where all are right, too."""
-    share, weight = right / count, z * z / count
-    centre = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * (share * (1 - share) / count + weight / (4 * count)) ** 0.5
-    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+def binomial_interval(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    from scipy.stats import binomtest  # here, since importing it takes half a second
+
+    interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def roc_auc(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
