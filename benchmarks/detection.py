@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fieldguide import create
 from fieldguide.checkpoints import weights
 from fieldguide.objectives import Detection
-from fieldguide.objectives.detection import decode, grid
+from fieldguide.objectives.detection import decode, make_grid
 
 try:
     logging.disable(logging.WARNING)
@@ -114,7 +114,7 @@ def check() -> str:
     mine = like(model).eval()
     with torch.inference_mode():
         want = model(x)[0].mT
-        boxes, _, logits = decode(mine(x), mine.bins, *grid(SIDE, SIDE, mine.strides, x.device))
+        boxes, _, logits = decode(mine(x), mine.bins, *make_grid(SIDE, SIDE, mine.strides, x.device))
         middle, side = want[..., :4].chunk(2, -1)
         notes = [
             count(mine, model),

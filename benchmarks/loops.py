@@ -16,7 +16,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches
 from fieldguide.models.registry import find
 from fieldguide.objectives import Classification, Objective, Supervised
-from fieldguide.training.precision import fastest
+from fieldguide.training.precision import choose_precision
 from fieldguide.training.trainer import Trainer
 
 LIKE = {"lr": 1e-3, "clip": 1.0}  # of the runs like for like; both sides have fused AdamW in float32
@@ -30,7 +30,7 @@ def trainer(objective: Objective, batches: Batches, batch: int, **settings: Any)
     chosen = Settings().with_({"minutes": 0, "batch": batch, "channels_last": False, **settings})
     if chosen.precision == "auto":
         first = batches.make(torch.arange(batch).numpy(), None)
-        precision, last, _ = fastest(objective, first, distributed.device(), print)
+        precision, last, _ = choose_precision(objective, first, distributed.device(), print)
         chosen = chosen.with_({"precision": precision, "channels_last": last})
     print("our settings:", chosen.optimizer, chosen.precision, "channels-last" if chosen.channels_last else "contiguous")
     trainers: dict[int, Trainer] = {}

@@ -16,7 +16,7 @@ from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.config_mapping import outwards
 from fieldguide.models.registry import find
 from fieldguide.objectives import Classification, NextToken, Objective, Supervised
-from fieldguide.objectives.masked_lm import MaskedWords
+from fieldguide.objectives.masked_lm import MaskedLM
 from tv import timm, transformers
 
 Batch = dict[str, Tensor]
@@ -145,7 +145,7 @@ class Masked(Net):
         return {"tokens": tokens, "target": tokens.where(torch.arange(self.length) % 8 == 3, -1)}
 
     def objective(self, model: nn.Module) -> Objective:
-        return MaskedWords(model, self.inputs)
+        return MaskedLM(model, self.inputs)
 
     def compile(self, model: nn.Module, backend: str) -> None:
         model.compile(backend=backend)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.data.loader import Batches
-from fieldguide.objectives.ctc import CTC, needed
-from fieldguide.objectives.ctc_decoding import align, beam_search, collapse, in_chunks, stitch
+from fieldguide.objectives.ctc import CTC, min_frames
+from fieldguide.objectives.ctc_decoding import align, beam_search, collapse, compute_logits_in_chunks, stitch_chunks
 from fieldguide.training.inference_loop import collect
 from test_models import tiny
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_written_is_counted_and_teaches_nothing():
     features, lengths = answers(3, 6, 4), torch.tensor([6, 6, 4])  # 3, 3 and 2 frames
     target, size = torch.tensor([[1, 2, 3], [1, 1, 0], [2, 2, 3]]), torch.tensor([3, 2, 2])
     batch = {"features": features, "lengths": lengths, "target": target, "target_lengths": size}
-    assert needed(target, size).tolist() == [3, 3, 3]
+    assert min_frames(target, size).tolist() == [3, 3, 3]
     objective = CTC(Saying())
     values, answer = objective(batch), objective.outputs(batch)
     assert values["impossible"].item() == pytest.approx(1 / 3)
@@ -100,7 +100,7 @@ def test_what_cannot_be_written_is_counted_and_teaches_nothing():
 
 def test_needed_counts_only_the_real_symbols():
     target = torch.tensor([[1, 1, 1, 1], [1, 2, 2, 9], [3, 0, 0, 0], [0, 0, 0, 0]])
-    assert needed(target, torch.tensor([3, 3, 1, 0])).tolist() == [5, 4, 1, 0]
+    assert min_frames(target, torch.tensor([3, 3, 1, 0])).tolist() == [5, 4, 1, 0]
 
 
 def test_low_precision_answers_are_summed_in_high():
@@ -242,9 +242,9 @@ def test_alignment_is_the_best_of_all_paths(seed):
         assert got.spans[row, : len(symbols)].tolist() == spans and (got.spans[row, len(symbols) :] == -1).all()
         for i, (first, end) in enumerate(spans):
             mean = sum(logs[row, t, symbols[i]].item() for t in range(first, end)) / (end - first)
-            assert got.sure[row, i].item() == pytest.approx(math.exp(mean))
-        assert not got.sure[row, len(symbols) :].any()
-    assert got.score[-1] == -math.inf and (got.spans[-1] == -1).all() and not got.sure[-1].any()
+            assert got.confidence[row, i].item() == pytest.approx(math.exp(mean))
+        assert not got.confidence[row, len(symbols) :].any()
+    assert got.score[-1] == -math.inf and (got.spans[-1] == -1).all() and not got.confidence[-1].any()
 
 
 def test_alignment_is_batched_and_bounded_by_the_loss():
@@ -278,26 +278,26 @@ def test_chunks_of_a_network_that_sees_little_are_the_whole(length):
     x = torch.randn(length, 6, dtype=torch.float64)
     whole = model(x[None])[0].detach()
     for batch in (1, 3):
-        got = in_chunks(model, x, size=48, overlap=24, batch=batch)
+        got = compute_logits_in_chunks(model, x, size=48, overlap=24, batch=batch)
         torch.testing.assert_close(got, whole, rtol=1e-9, atol=1e-11)
     if length > 60:
-        cut = in_chunks(model, x, size=48, overlap=0)
+        cut = compute_logits_in_chunks(model, x, size=48, overlap=0)
         assert cut.shape == whole.shape and not torch.allclose(cut, whole)
 
 
 @torch.no_grad()
 def test_one_chunk_is_the_whole_with_attention():
     model, x = tiny("conformer"), torch.randn(47, 6, dtype=torch.float64)
-    torch.testing.assert_close(in_chunks(model, x, size=48, overlap=24), model(x[None])[0])
+    torch.testing.assert_close(compute_logits_in_chunks(model, x, size=48, overlap=24), model(x[None])[0])
 
 
 def test_stitching_takes_each_half():
     chunks = torch.arange(3)[:, None, None] * 100 + torch.arange(10)[:, None].expand(3, 10, 1)
-    got = stitch(chunks, 4, 21)[:, 0].tolist()
+    got = stitch_chunks(chunks, 4, 21)[:, 0].tolist()
     assert got == [*range(8), *range(102, 108), *range(202, 209)]
 
 
 @pytest.mark.parametrize("wrong", [{"size": 47, "overlap": 8}, {"size": 48, "overlap": 12}, {"size": 48, "overlap": 48}])
 def test_chunks_that_do_not_fall_on_frames(wrong):
     with pytest.raises(SettingsError, match="must be a multiple of 4"):
-        in_chunks(tiny("conformer"), torch.zeros(100, 6), **wrong)
+        compute_logits_in_chunks(tiny("conformer"), torch.zeros(100, 6), **wrong)

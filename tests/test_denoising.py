@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fieldguide.objectives import denoising
-from fieldguide.objectives.denoising import corrupted, holes, infilled, parted, spans
+from fieldguide.objectives.denoising import apply_infilling, corrupt_spans, sample_infill_masks, sample_partitions, sample_spans
 
 SENTINELS = np.arange(99, 79, -1)  # as T5's: the first is the highest number
 
@@ -18,32 +18,32 @@ def test_the_example_of_the_paper():
     # Thank you [for inviting] me to your party [last] week.
     tokens = np.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 0, 0, 0, 0, 0, 0, 0]])
     span = np.array([[0, 0, 1, 1, 0, 0, 0, 0, 2, 0], [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]])
-    source, mask, target = corrupted(tokens, span, np.array([10, 3]), SENTINELS, end=50, pad=0)
+    source, mask, target = corrupt_spans(tokens, span, np.array([10, 3]), SENTINELS, end=50, pad=0)
     assert source.tolist() == [[1, 2, 99, 5, 6, 7, 8, 98, 10, 50], [1, 99, 3, 50, 0, 0, 0, 0, 0, 0]]
     assert mask.sum(1).tolist() == [10, 4] and mask[1].tolist() == [True] * 4 + [False] * 6
     assert target.tolist() == [[99, 3, 4, 98, 9, 97, 50], [99, 2, 98, 50, -1, -1, -1]]
 
 
 def test_spans_side_by_side_are_two():
-    source, _, target = corrupted(np.array([[1, 2, 3, 4]]), np.array([[0, 1, 2, 2]]), np.array([4]), SENTINELS, 50, 0)
+    source, _, target = corrupt_spans(np.array([[1, 2, 3, 4]]), np.array([[0, 1, 2, 2]]), np.array([4]), SENTINELS, 50, 0)
     assert source.tolist() == [[1, 99, 98, 50]] and target.tolist() == [[99, 2, 98, 3, 4, 97, 50]]
     with pytest.raises(ValueError, match="2 spans in a row need 3 sentinels, and the tokenizer has 2"):
-        corrupted(np.array([[1, 2, 3, 4]]), np.array([[0, 1, 2, 2]]), np.array([4]), SENTINELS[:2], 50, 0)
+        corrupt_spans(np.array([[1, 2, 3, 4]]), np.array([[0, 1, 2, 2]]), np.array([4]), SENTINELS[:2], 50, 0)
 
 
 def test_parts_sum_to_the_total_and_all_sums_are_drawn_alike():
     rng = np.random.default_rng(0)
-    found = parted(np.full(12_000, 5), np.full(12_000, 3), rng)
+    found = sample_partitions(np.full(12_000, 5), np.full(12_000, 3), rng)
     assert (found.sum(1) == 5).all() and (found >= 1).all()
     kinds, counts = np.unique(found, axis=0, return_counts=True)
     assert len(kinds) == 6 and abs(counts / 2000 - 1).max() < 0.1  # 4 choose 2
-    mixed = parted(np.array([7, 1, 4, 9]), np.array([2, 1, 4, 1]), rng)
+    mixed = sample_partitions(np.array([7, 1, 4, 9]), np.array([2, 1, 4, 1]), rng)
     assert mixed.sum(1).tolist() == [7, 1, 4, 9] and (mixed > 0).sum(1).tolist() == [2, 1, 4, 1]
 
 
 def test_share_and_length_of_spans():
     lengths = np.concatenate([np.full(500, 512), np.arange(0, 200)])
-    span = spans(lengths, 512, np.random.default_rng(0))
+    span = sample_spans(lengths, 512, np.random.default_rng(0))
     real = np.arange(512)[None] < lengths[:, None]
     assert not span[~real].any() and (span[:500] > 0).sum(1).tolist() == [77] * 500 and (span[:500].max(1) == 26).all()
     gone, count = (span > 0).sum(1), span.max(1)
@@ -64,7 +64,7 @@ def test_a_damaged_row_and_its_target_hold_the_text():
     rng = np.random.default_rng(1)
     lengths = rng.integers(2, 60, 200)
     tokens = np.where(np.arange(60)[None] < lengths[:, None], rng.integers(1, 50, (200, 60)), 0)
-    source, mask, target = corrupted(tokens, spans(lengths, 60, rng), lengths, SENTINELS, 50, 0)
+    source, mask, target = corrupt_spans(tokens, sample_spans(lengths, 60, rng), lengths, SENTINELS, 50, 0)
     for i in range(200):
         said: dict[int, list[int]] = {}
         for t in target[i][target[i] >= 0][:-1]:
@@ -80,7 +80,7 @@ class Fixed:
         self.lengths, self.order = lengths, order
 
     def poisson(self, mean, shape):
-        assert mean == denoising.INFILL[1]
+        assert mean == denoising.BART_INFILLING[1]
         return np.broadcast_to(np.array(self.lengths)[: shape[1]], shape).copy()
 
     def random(self, shape):
@@ -91,8 +91,8 @@ class Fixed:
 
 def test_infilling_by_hand():
     tokens, size = np.arange(1, 11)[None], np.array([10])
-    cut = lambda lengths, order, share: holes(size, 10, Fixed(lengths, order), share)
-    row = lambda *how: infilled(tokens, size, 77, 0, *cut(*how))[0][0].tolist()
+    cut = lambda lengths, order, share: sample_infill_masks(size, 10, Fixed(lengths, order), share)
+    row = lambda *how: apply_infilling(tokens, size, 77, 0, *cut(*how))[0][0].tolist()
     assert row([2, 1, 9], [3, 7, 0], 0.3) == [1, 2, 3, 77, 6, 7, 77, 9, 10]
     assert row([0, 3, 9], [5, 0, 9], 0.3) == [77, 4, 5, 77, 6, 7, 8, 9, 10]  # nothing is lost where 77 stands alone
     assert row([9, 9, 9], [2, 0, 1], 0.3) == [1, 2, 77, 6, 7, 8, 9, 10]  # cut to the share
@@ -103,8 +103,8 @@ def test_infilling_keeps_the_order_and_the_share():
     rng = np.random.default_rng(0)
     lengths = np.concatenate([np.full(300, 200), [0, 1, 2, 5]])
     tokens = np.where(np.arange(200)[None] < lengths[:, None], np.arange(1, 201)[None], 0)
-    begins, gone = holes(lengths, 200, rng)
-    source, mask = infilled(tokens, lengths, 999, 0, begins, gone)
+    begins, gone = sample_infill_masks(lengths, 200, rng)
+    source, mask = apply_infilling(tokens, lengths, 999, 0, begins, gone)
     assert (source[~mask] == 0).all()
     for row, real, length in zip(source, mask, lengths):
         kept = row[real & (row != 999)]

@@ -18,7 +18,7 @@ from fieldguide.data.preprocessing.detection import Augment
 from fieldguide.metrics.detection import average_precision
 from fieldguide.models.layers import boxes as fast
 from fieldguide.models.registry import create, find
-from fieldguide.objectives.detection import Detection, assign, decode, detections, focal_distances, grid
+from fieldguide.objectives.detection import Detection, assign, decode, distribution_focal_loss, make_grid, select_detections
 from fieldguide.training.inference_loop import collect
 from fieldguide.training.trainer import Trainer
 
@@ -137,18 +137,18 @@ def test_detections_of_a_batch():
     """The best of every class, from the highest score down, within the picture, and padding after."""
     boxes = torch.tensor([[[-4.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 40, 70]], [[0.0, 0, 9, 9]] * 3])
     scores = torch.tensor([[[0.9, 0.2], [0.8, 0.3], [0.05, 0.6]], [[0.0, 0.0]] * 3])
-    found = detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=100, most=4)
+    found = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=100, most=4)
     assert found["labels"].tolist() == [[0, 1, 1, -1], [-1] * 4]
     torch.testing.assert_close(found["scores"][0], torch.tensor([0.9, 0.6, 0.3, 0]))
     assert found["boxes"][0].tolist() == [[0, 0, 10, 10], [20, 20, 32, 64], [0, 0, 10, 10], [0, 0, 0, 0]]
     assert not found["scores"][1].any() and not found["boxes"][1].any()
-    few = detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=2, most=1)
+    few = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=2, most=1)
     assert few["labels"].tolist() == [[0], [-1]]
-    same = detections(
+    same = select_detections(
         boxes[:1].expand(2, -1, -1), scores[:1].expand(2, -1, -1), (64, 32), confidence=0.1, overlap=0.5, candidates=100, most=4
     )  # pictures drop nothing of each other's
     assert same["labels"].tolist() == [[0, 1, 1, -1]] * 2
-    many = detections(boxes, scores, (64, 32), confidence=0.1, overlap=1.0, candidates=100, most=50)
+    many = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=1.0, candidates=100, most=50)
     assert many["labels"].shape == (2, 50) and (many["labels"][0] >= 0).sum() == 5
 
 
@@ -172,7 +172,7 @@ class Answers(nn.Module):
 def situation(bins: int = 6, classes: int = 3, height: int = 40, width: int = 52):
     """Three pictures: crowded, with objects of all sizes and odd places, with padding in between, and empty."""
     torch.manual_seed(0)
-    points = len(grid(height, width, STRIDES, torch.device("cpu"))[0])
+    points = len(make_grid(height, width, STRIDES, torch.device("cpu"))[0])
     raw = torch.randn(3, points, 4 * bins + classes, dtype=torch.float64) * 1.5
     truth = some_boxes(3, 7, side=40)
     truth[0, 1] = truth[0, 0] + 1  # two that want the same points
@@ -186,7 +186,7 @@ def situation(bins: int = 6, classes: int = 3, height: int = 40, width: int = 52
 
 def test_grid_and_decoding_equal_loops():
     raw, _, _, size = situation()
-    points, strides = grid(*size, STRIDES, raw.device)
+    points, strides = make_grid(*size, STRIDES, raw.device)
     boxes, distances, logits = decode(raw, torch.arange(6), points, strides)
     for picture, row in enumerate(raw.tolist()):
         want = slow.answers(row, 6, *size)
@@ -200,7 +200,7 @@ def test_grid_and_decoding_equal_loops():
 @pytest.mark.parametrize("topk", [1, 3, 10, 10_000])
 def test_assignment_equals_loops(topk):
     raw, truth, labels, size = situation()
-    points, strides = grid(*size, STRIDES, raw.device)
+    points, strides = make_grid(*size, STRIDES, raw.device)
     boxes, _, logits = decode(raw, torch.arange(6), points, strides)
     owner, quality = assign(logits.sigmoid(), boxes, points, truth, labels, topk=topk)
     fought = 0
@@ -214,7 +214,7 @@ def test_assignment_equals_loops(topk):
 
 def test_the_smallest_boxes_have_points_to_answer():
     """Boxes of 1 to 7 pixels anywhere, most of them without a point: one of the finest grid is near enough."""
-    points, strides = grid(64, 64, STRIDES, torch.device("cpu"))
+    points, strides = make_grid(64, 64, STRIDES, torch.device("cpu"))
     random = torch.Generator().manual_seed(0)
     middle = 4 + 56 * torch.rand(200, 1, 2, generator=random)
     outwards = torch.tensor([-1.0, -1, 1, 1])
@@ -232,7 +232,7 @@ def test_the_smallest_boxes_have_points_to_answer():
 
 def test_assignment_without_any_box():
     raw, truth, labels, size = situation()
-    points, strides = grid(*size, STRIDES, raw.device)
+    points, strides = make_grid(*size, STRIDES, raw.device)
     boxes, _, logits = decode(raw, torch.arange(6), points, strides)
     owner, quality = assign(logits.sigmoid(), boxes, points, truth[:, :0], labels[:, :0])
     assert owner.shape == quality.shape == boxes.shape[:2] and (owner == -1).all() and not quality.any()
@@ -241,7 +241,7 @@ def test_assignment_without_any_box():
 def test_distribution_focal_loss_by_hand():
     logits = torch.tensor([[0.0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 5], [0, 0, 0, 5]])
     logs = logits.log_softmax(-1)
-    got = focal_distances(logits, torch.tensor([1.25, -3.0, 3.0, 700.0]))
+    got = distribution_focal_loss(logits, torch.tensor([1.25, -3.0, 3.0, 700.0]))
     want = [-0.75 * logs[0, 1] - 0.25 * logs[0, 2], -logs[1, 0], -0.01 * logs[2, 2] - 0.99 * logs[2, 3]]
     torch.testing.assert_close(got, torch.stack([*want, want[2]]))
 
@@ -260,7 +260,7 @@ def test_loss_equals_loops():
 def test_gradient_is_the_slope_where_owners_stay(monkeypatch):
     """Owners and qualities are constants to it. (Complete IoU, with its constant alpha, is held to its own above.)"""
     raw, truth, labels, size = situation()
-    points, strides = grid(*size, STRIDES, raw.device)
+    points, strides = make_grid(*size, STRIDES, raw.device)
     boxes, _, logits = decode(raw, torch.arange(6), points, strides)
     fixed = assign(logits.sigmoid(), boxes, points, truth, labels)
     batch, model = {"image": torch.zeros(3, 1, *size), "boxes": truth, "labels": labels}, Answers(6)

@@ -15,7 +15,7 @@ from fieldguide import create
 from fieldguide.core.errors import SettingsError
 from fieldguide.data.loader import Batches, mix_seeds
 from fieldguide.objectives import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
-from fieldguide.objectives.diffusion import PROBES, guided, sample
+from fieldguide.objectives.diffusion import EVAL_NOISE_LEVELS, predict_with_guidance, sample
 from fieldguide.objectives.noise import Noise
 from test_loop import trainer
 
@@ -42,7 +42,7 @@ def scheduler(kind: str, process: Process, schedule: str, **options):
             clip_sample=True,
             **options,
         )
-    peer.alphas_cumprod = torch.tensor(process.left, dtype=torch.float64)
+    peer.alphas_cumprod = torch.tensor(process.alpha_bar, dtype=torch.float64)
     peer.one = peer.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     return peer
 
@@ -57,14 +57,14 @@ def test_noise_schedules_equal_those_of_diffusers(schedule, steps):
         num_train_timesteps=steps, beta_schedule=NAMES[schedule], beta_start=1e-4 * scale, beta_end=0.02 * scale
     )
     # There in float32: a thousand roundings of 6e-8 add up.
-    torch.testing.assert_close(torch.tensor(process.left), peer.alphas_cumprod.double().float(), rtol=1e-4, atol=1e-8)
-    assert process.left[-1] < 1e-4 and np.all(np.diff(process.left) < 0)
+    torch.testing.assert_close(torch.tensor(process.alpha_bar), peer.alphas_cumprod.double().float(), rtol=1e-4, atol=1e-8)
+    assert process.alpha_bar[-1] < 1e-4 and np.all(np.diff(process.alpha_bar) < 0)
     torch.testing.assert_close(process.signal**2 + process.noise**2, torch.ones(steps))
 
 
 def test_cosine_schedule_is_the_papers_curve():
     curve = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-    left = Process("cosine", 1000).left
+    left = Process("cosine", 1000).alpha_bar
     for t in (0, 10, 500, 900, 990):
         assert left[t] == pytest.approx(curve(t + 1) / curve(0), rel=1e-9)
 
@@ -76,13 +76,13 @@ def test_mixing_and_targets_equal_those_of_diffusers(predicts, shape):
     peer = scheduler("DDPMScheduler", process, "cosine")
     torch.manual_seed(0)
     clean, noise, time = *torch.randn(2, 5, *shape, dtype=torch.float64), torch.tensor([0, 1, 300, 998, 999])
-    torch.testing.assert_close(process.mix(clean, noise, time), peer.add_noise(clean, noise, time), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(process.add_noise(clean, noise, time), peer.add_noise(clean, noise, time), rtol=1e-6, atol=1e-6)
     want = noise if predicts == "eps" else peer.get_velocity(clean, noise, time)
-    torch.testing.assert_close(process.target(clean, noise, time), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(process.compute_target(clean, noise, time), want, rtol=1e-6, atol=1e-6)
     for i, t in enumerate(time.tolist()):  # what was mixed comes out again, but for the last steps
-        x, output = process.mix(clean, noise, time), process.target(clean, noise, time)
-        if process.left[t] > 1e-3:
-            torch.testing.assert_close(process.clean(x, output, t)[i], clean[i], rtol=1e-4, atol=1e-4)
+        x, output = process.add_noise(clean, noise, time), process.compute_target(clean, noise, time)
+        if process.alpha_bar[t] > 1e-3:
+            torch.testing.assert_close(process.predict_clean(x, output, t)[i], clean[i], rtol=1e-4, atol=1e-4)
 
 
 class Wavy(nn.Module):
@@ -166,11 +166,11 @@ def test_ddim_with_eta_1_is_ddpm(predicts):
 def test_times_begin_at_the_last_and_are_evenly_spaced():
     process = Process(steps=1000)
     for steps in (1, 2, 3, 7, 20, 49, 333, 999, 1000):
-        times = DDIM(steps=steps).times(process)
+        times = DDIM(steps=steps).get_timesteps(process)
         assert len(times) == steps and times[0] == 999 and times[-1] >= 0
         gaps = -np.diff([*times, -1])
         assert gaps.min() >= 1000 // steps and gaps.max() <= math.ceil(1000 / steps)
-    assert DDIM(steps=1000).times(process) == list(range(999, -1, -1))
+    assert DDIM(steps=1000).get_timesteps(process) == list(range(999, -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_times_begin_at_the_last_and_are_evenly_spaced():
         (lambda: Process("square"), "schedules are linear, cosine"),
         (lambda: Process(predicts="x"), "predicted is eps or v"),
         (lambda: Process(steps=0), "steps begin at 1"),
-        (lambda: DDIM(steps=0).times(Process()), "1 to 1000"),
-        (lambda: DDIM(steps=1001).times(Process()), "1 to 1000"),
+        (lambda: DDIM(steps=0).get_timesteps(Process()), "1 to 1000"),
+        (lambda: DDIM(steps=1001).get_timesteps(Process()), "1 to 1000"),
     ],
 )
 def test_refuses_what_cannot_be(make, words):
@@ -246,14 +246,14 @@ def test_the_weights_of_eps_and_v_mean_the_same_error_of_the_data():
     found = []
     for predicts in ("eps", "v"):
         process = Process("linear", predicts=predicts).double()
-        signal, share = process.rates(time, clean)
-        x = process.mix(clean, noise, time)
+        signal, share = process.get_rates(time, clean)
+        x = process.add_noise(clean, noise, time)
         seen = clean + wrong
         eps = (x - signal * seen) / share  # what belongs to that wrong x_0
         output = eps if predicts == "eps" else signal * eps - share * seen
-        error = ((output - process.target(clean, noise, time)) ** 2).mean(1)
+        error = ((output - process.compute_target(clean, noise, time)) ** 2).mean(1)
         found.append(MinSNR(5.0)(process, time) * error)
-    want = process.ratio(time).clamp(max=5) * (wrong**2).mean(1)
+    want = process.compute_snr(time).clamp(max=5) * (wrong**2).mean(1)
     torch.testing.assert_close(found[0], want, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(found[1], want, rtol=1e-5, atol=1e-9)
 
@@ -273,7 +273,7 @@ def test_labels_are_dropped_as_often_as_asked_and_only_in_training():
     assert set(seen[0].tolist()) == {0, 3} and abs(float((seen[0] == 0).double().mean()) - 0.25) < 0.03
     seen.clear()
     objective.outputs(batch)
-    assert len(seen) == PROBES and all((label == 3).all() for label in seen)
+    assert len(seen) == EVAL_NOISE_LEVELS and all((label == 3).all() for label in seen)
     seen.clear()
     objective({"image": batch["image"]})  # no labels at all
     assert (seen[0] == 0).all()
@@ -305,7 +305,7 @@ class BestDenoiser(nn.Module):
         self.process, self.still = process, nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:  # B D, B, B -> B D
-        left = torch.tensor(self.process.left, dtype=x.dtype)[time.long()][:, None, None]
+        left = torch.tensor(self.process.alpha_bar, dtype=x.dtype)[time.long()][:, None, None]
         mean, spread, share = (torch.tensor(v, dtype=x.dtype) for v in (MEANS, SPREADS, SHARES))
         total = left * spread**2 + 1 - left  # variance of x_t, B 1 K
         away = x[:, :, None] - left**0.5 * mean  # B D K
@@ -366,7 +366,7 @@ def test_a_label_asks_for_one_component_and_guidance_for_more_of_it():
     with_, without = model(x, time, label), model(x, time, 0 * label)
     for strength in (0.0, 0.5, 1.0, 3.0):
         want = strength * with_ + (1 - strength) * without
-        torch.testing.assert_close(guided(model, x, time, label, strength), want, **EXACT)
+        torch.testing.assert_close(predict_with_guidance(model, x, time, label, strength), want, **EXACT)
 
 
 @pytest.mark.parametrize("sampler", [DDPM(steps=10), DDIM(steps=10), DDIM(steps=10, eta=1.0)], ids=["ddpm", "ddim", "eta"])

@@ -78,7 +78,7 @@ def test_each_answer_has_its_own_aim():
     """The class token learns the truth alone, the distillation token the teacher alone; other ensembles learn both."""
     both = [STUDENT, [1.0, 0.0, -1.0]]
     student = objective(both, TEACHER)
-    student.model.taught = 1
+    student.model.distillation_head = 1
     losses = student(BATCH)
     assert losses["truth"].item() == pytest.approx((cross(both[0], 0) + cross(both[0], 2)) / 2)
     assert losses["teacher"].item() == pytest.approx(cross(both[1], 1))
@@ -114,7 +114,7 @@ def test_deit_sends_the_teacher_to_its_second_token():
 def test_the_teacher_is_only_asked():
     """Frozen, in evaluation whatever happens, in no checkpoint and no optimiser; it moves along with the student."""
     found = objective(STUDENT, TEACHER)
-    teacher = found.hidden[0]
+    teacher = found.frozen_teacher[0]
     before = teacher.logits.clone()
     found.train()
     assert not teacher.training and not teacher.logits.requires_grad
@@ -128,7 +128,7 @@ def test_the_teacher_is_only_asked():
     found.double()
     assert teacher.logits.dtype == torch.float64
     other = copy.deepcopy(found)
-    assert other.hidden[0] is not teacher and torch.equal(other.hidden[0].logits, teacher.logits)
+    assert other.frozen_teacher[0] is not teacher and torch.equal(other.frozen_teacher[0].logits, teacher.logits)
     found.outputs(BATCH)
     assert teacher.asked == 1  # scores do not ask it
 
@@ -212,7 +212,7 @@ def test_the_form_is_a_setting(pictures, teacher):
 
 
 def test_a_teacher_that_saw_the_test_rows_is_refused(pictures, teacher):
-    with pytest.raises(SettingsError, match=r"learnt from \d+ of the \d+ rows .* --seed 0"):
+    with pytest.raises(SettingsError, match=r"trained on \d+ of the \d+ test rows .* --seed 0"):
         build_plan(
             fieldguide.data.read(str(pictures)), model="deit-test", seed=1, settings={**QUICK, "teacher": str(teacher.path)}
         )

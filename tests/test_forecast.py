@@ -21,7 +21,7 @@ from fieldguide.data.timeseries.windows import CUT, SERIES
 from fieldguide.metrics import forecasts
 from fieldguide.models import registry
 from fieldguide.objectives import Forecast
-from fieldguide.objectives.forecast import pinball, scale_of
+from fieldguide.objectives.forecast import compute_mean_and_scale, pinball_loss
 from fieldguide.tasks.timeseries.forecasting import LEVELS, QUANTILES, Forecasting
 
 NAN = float("nan")
@@ -45,10 +45,10 @@ class Last(nn.Module):
 def test_each_window_is_normalised_by_what_is_observed():
     series = torch.tensor([[[1.0, 7.0], [3.0, 7.0], [100.0, 7.0], [5.0, 7.0]]])
     observed = torch.tensor([[[True, True], [True, True], [False, True], [True, True]]])
-    mean, scale = scale_of(series, observed)
+    mean, scale = compute_mean_and_scale(series, observed)
     assert mean.flatten().tolist() == [3.0, 7.0]
     assert scale.flatten().tolist() == pytest.approx([(8 / 3 + 1e-5) ** 0.5, 1e-5**0.5])
-    nobody = scale_of(series, torch.zeros_like(observed))
+    nobody = compute_mean_and_scale(series, torch.zeros_like(observed))
     assert torch.isfinite(nobody[0]).all() and nobody[1].max() < 0.01
     objective = Forecast(Last(), ["series"])
     values = objective.outputs({"series": series, "observed": observed})["values"]
@@ -100,9 +100,9 @@ def test_losses_are_their_formulas(point):
 def test_the_least_pinball_loss_is_at_the_quantile():
     draws, levels = torch.randn(20_000, generator=torch.Generator().manual_seed(0)), torch.tensor([0.05, 0.5, 0.9])
     tried = torch.linspace(-3, 3, 601)
-    loss = pinball(tried[:, None, None].expand(-1, 1, 3), draws[:1].expand(601, 1), levels)  # shapes broadcast
+    loss = pinball_loss(tried[:, None, None].expand(-1, 1, 3), draws[:1].expand(601, 1), levels)  # shapes broadcast
     assert loss.shape == (601, 1, 3)
-    mean = torch.stack([pinball(t.expand(len(draws), 3), draws, levels).mean(0) for t in tried])
+    mean = torch.stack([pinball_loss(t.expand(len(draws), 3), draws, levels).mean(0) for t in tried])
     assert tried[mean.argmin(0)].tolist() == pytest.approx(draws.quantile(levels).tolist(), abs=0.03)
 
 
@@ -142,10 +142,10 @@ def test_widened_intervals_hold_what_they_promise():
     for spread in (0.3, 1.0, 4.0):  # far too narrow, and far too wide
         y = rng.normal(size=4000)
         low, high = np.full(4000, -spread), np.full(4000, spread)
-        grow = forecasts.widening(low, high, y, 0.9)
+        grow = forecasts.compute_interval_widening(low, high, y, 0.9)
         more = grow * (high - low)
         assert ((low - more <= y) & (y <= high + more)).mean() == pytest.approx(0.9, abs=0.01)
-    assert forecasts.widening(low, high, np.full(4000, NAN), 0.9) == 0
+    assert forecasts.compute_interval_widening(low, high, np.full(4000, NAN), 0.9) == 0
 
 
 def task_of(horizon=4, season=2, **more):

@@ -12,7 +12,7 @@ from fieldguide.data.loader import Batches, mix_seeds
 from fieldguide.models.registry import card
 from fieldguide.objectives import Adversarial
 from fieldguide.training.ema import ExponentialMovingAverage
-from fieldguide.training.optim import optimizers
+from fieldguide.training.optim import build_optimizers
 from test_diffusion import digits
 from test_loop import settled, trainer
 
@@ -61,7 +61,7 @@ def test_the_average_holds_the_statistics_of_normalisation_too():
     average = ExponentialMovingAverage(generator, 0.5)
     generator(torch.randn(8, 6))
     average.update(100)
-    with average.applied():
+    with average.average_parameters():
         mean = generator.main[1].running_mean.clone()
     torch.testing.assert_close(mean, generator.main[1].running_mean / 2)
 
@@ -95,7 +95,7 @@ def test_each_phase_moves_its_own_network_only():
 @pytest.mark.parametrize("beta1", [0.5, 0.9])
 def test_beta1_reaches_the_optimiser(beta1):
     net = torch.nn.Linear(2, 2)
-    (made,) = optimizers(net, net.named_parameters(), settled(beta1=beta1))
+    (made,) = build_optimizers(net, net.named_parameters(), settled(beta1=beta1))
     assert made.param_groups[0]["betas"] == (beta1, 0.999)
 
 

@@ -119,7 +119,7 @@ def test_fits_begin_with_a_backbone(kind, tmp_path):
     theirs, _ = made(kind)
     theirs.save_pretrained(tmp_path)
     begun = load.inspect_checkpoint(tmp_path)
-    network = begun.card.make(begun.config({"output_type": ("label",), "classes": 10, "image": 24, "channels": 2}, {}))
+    network = begun.card.make(begun.config({"output_type": ("label",), "num_classes": 10, "image": 24, "channels": 2}, {}))
     fresh = weights.load(network, begun.state, begun.origin, head="skip")
     assert fresh == ["head.weight", "head.bias"] and network(torch.randn(2, 2, 24, 24)).shape[-1] == 10
 

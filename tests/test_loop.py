@@ -16,7 +16,7 @@ from fieldguide.data import read
 from fieldguide.data.loader import Batches, iterate_in_order, make_generator, mix_seeds, plan_batches, steps_per_epoch
 from fieldguide.objectives import Adversarial, Classification, Objective, Phase, Regression, Supervised
 from fieldguide.training.ema import ExponentialMovingAverage
-from fieldguide.training.optim import Muon, optimizers, orthogonal, schedule
+from fieldguide.training.optim import Muon, build_optimizers, get_lr_factor, orthogonalize
 from fieldguide.training.trainer import Trainer
 
 
@@ -106,11 +106,11 @@ def test_updates_are_what_the_iteration_gives(shape):
     for _ in range(5):
         square = expected @ expected.mT
         expected = 3.4445 * expected - 4.7750 * square @ expected + 2.0315 * square @ square @ expected
-    torch.testing.assert_close(orthogonal(x).double(), expected, rtol=0, atol=3e-4)
+    torch.testing.assert_close(orthogonalize(x).double(), expected, rtol=0, atol=3e-4)
 
 
 def test_muon_takes_kernels_as_matrices_and_makes_updates_orthogonal():
-    singular = torch.linalg.svdvals(orthogonal(torch.randn(3, 16, 40)).float())
+    singular = torch.linalg.svdvals(orthogonalize(torch.randn(3, 16, 40)).float())
     assert (singular > 0.5).all() and (singular < 1.4).all()
     kernel = nn.Parameter(torch.randn(8, 3, 3, 3))
     before, kernel.grad = kernel.detach().clone(), torch.randn(8, 3, 3, 3)
@@ -121,7 +121,7 @@ def test_muon_takes_kernels_as_matrices_and_makes_updates_orthogonal():
 
 def test_vectors_and_embeddings_do_not_decay():
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
-    made = optimizers(net, net.named_parameters(), settled(weight_decay=0.5))
+    made = build_optimizers(net, net.named_parameters(), settled(weight_decay=0.5))
     decay = {id(p): g["weight_decay"] for o in made for g in o.param_groups for p in g["params"]}
     assert {n: decay[id(p)] for n, p in net.named_parameters()} == {
         "0.weight": 0,
@@ -134,7 +134,7 @@ def test_vectors_and_embeddings_do_not_decay():
 
 def test_schedule_rises_then_falls():
     s = settled(steps=100, warmup=0.1)
-    rates = [schedule(s, i) for i in range(100)]
+    rates = [get_lr_factor(s, i) for i in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert np.all(np.diff(rates[10:]) <= 0) and rates[-1] < 0.001
     assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
@@ -147,7 +147,7 @@ def test_the_average_follows_the_weights_and_gives_them_back():
     with torch.no_grad():
         net.weight += 1
     average.update(1000)
-    with average.applied():
+    with average.average_parameters():
         torch.testing.assert_close(net.weight.detach(), first + 0.1)
     torch.testing.assert_close(net.weight.detach(), first + 1)
 
@@ -206,7 +206,7 @@ def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
         callback=NullCallback(),
         evaluate=lambda _: {"loss": 1.0 - clock.now},
         metric=("loss", "min"),
-        most=5000,
+        max_steps=5000,
     )
     state = loop.train()
     assert 50 < clock.now < 62 and not state.stopped and state.step == loop.settings.steps
@@ -228,7 +228,7 @@ def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and
         callback=callback,
         evaluate=lambda _: {"loss": 1.0 - clock.now},
         metric=("loss", "min"),
-        most=5000,
+        max_steps=5000,
     )
     state = loop.train()
     assert 50 < clock.now < 64 and not state.stopped and state.step == loop.settings.steps
@@ -238,9 +238,14 @@ def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and
 def test_every_process_follows_the_first_ones_clock(monkeypatch):
     clock = Clock(monkeypatch, 1.0)  # this one's minutes are nearly over
     loop = Trainer(
-        clock.objective(), line(), settled(steps=100, minutes=1), device=torch.device("cpu"), callback=NullCallback(), most=5000
+        clock.objective(),
+        line(),
+        settled(steps=100, minutes=1),
+        device=torch.device("cpu"),
+        callback=NullCallback(),
+        max_steps=5000,
     )
-    loop.state.step, loop.state.seconds, loop.since = 50, 59.0, (25, 34.0)
+    loop.state.step, loop.state.seconds, loop.pace_start = 50, 59.0, (25, 34.0)
     monkeypatch.setattr("fieldguide.core.distributed.broadcast", lambda value: (30.0, 300))
     assert loop.replan_steps() and loop.settings.steps == 300
     loop.state.step = 75
@@ -257,7 +262,7 @@ def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_p
         device=torch.device("cpu"),
         callback=NullCallback(),
         folder=tmp_path,
-        most=5000,
+        max_steps=5000,
     )
     first, second = make(), make()
     first.train()
@@ -269,7 +274,12 @@ def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_p
 def test_steps_stay_where_they_are_fixed_or_enough(most, expected, monkeypatch):
     clock = Clock(monkeypatch, 0.1)
     loop = Trainer(
-        clock.objective(), line(), settled(steps=30, minutes=1), device=torch.device("cpu"), callback=NullCallback(), most=most
+        clock.objective(),
+        line(),
+        settled(steps=30, minutes=1),
+        device=torch.device("cpu"),
+        callback=NullCallback(),
+        max_steps=most,
     )
     assert loop.train().step == expected
 
@@ -422,10 +432,10 @@ def test_members_of_an_ensemble_are_trained_on_the_mean_of_their_losses():
     [
         ("lrr", 1, "Did you mean 'lr'"),
         ("lr", "fast", "not a float"),
-        ("batch", 2.5, "not an integer"),
+        ("batch_size", 2.5, "not an integer"),
         ("optimizer", "adam", "none of adamw"),
-        ("batch", 0, "at least 1"),
-        ("smoothing", 1.0, r"lie in \[0, 1\)"),
+        ("batch_size", 0, "at least 1"),
+        ("label_smoothing", 1.0, r"lie in \[0, 1\)"),
         ("class_weights", "maybe", "not a bool"),
     ],
 )

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from encoders import encoder
 from fieldguide.models.registry import create
-from fieldguide.objectives import MaskedWords, Span, TokenLabels
-from fieldguide.objectives.masked_lm import hide
+from fieldguide.objectives import MaskedLM, SpanPrediction, TokenClassificationObjective
+from fieldguide.objectives.masked_lm import mask_tokens
 from test_models import batch, tiny
 
 MASK, FIRST, VOCAB = 4, 5, 1000
@@ -24,7 +24,7 @@ def test_how_often_words_are_hidden():
     """15 % of the places that may be; of them 80 % the mask, 10 % another token, 10 % as they were."""
     tokens = torch.randint(FIRST, VOCAB, (400, 500), generator=generator(0))
     open_to = torch.rand(tokens.shape, generator=generator(1)) < 0.7
-    shown, target = hide(tokens, open_to, MASK, FIRST, VOCAB, generator(2))
+    shown, target = mask_tokens(tokens, open_to, MASK, FIRST, VOCAB, generator(2))
     asked = target >= 0
     assert not (asked & ~open_to).any() and torch.equal(target[asked], tokens[asked])
     assert torch.equal(shown[~asked], tokens[~asked]) and (target[~asked] == -1).all()
@@ -42,7 +42,7 @@ def test_how_often_words_are_hidden():
 def test_hiding_is_a_function_of_the_generator():
     tokens = torch.randint(FIRST, VOCAB, (8, 40), generator=generator(0))
     open_to = torch.ones_like(tokens, dtype=torch.bool)
-    first, again, other = (hide(tokens, open_to, MASK, FIRST, VOCAB, generator(seed)) for seed in (3, 3, 4))
+    first, again, other = (mask_tokens(tokens, open_to, MASK, FIRST, VOCAB, generator(seed)) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[1], other[1])
 
 
@@ -50,7 +50,7 @@ def test_short_rows_have_one_hidden_word_and_empty_ones_none():
     tokens = torch.randint(FIRST, VOCAB, (300, 3), generator=generator(0))
     open_to = torch.zeros_like(tokens, dtype=torch.bool)
     open_to[:200, 1] = True
-    _, target = hide(tokens, open_to, MASK, FIRST, VOCAB, generator(1))
+    _, target = mask_tokens(tokens, open_to, MASK, FIRST, VOCAB, generator(1))
     assert (target[:200, 1] >= 0).all() and (target[:, [0, 2]] == -1).all() and (target[200:] == -1).all()
 
 
@@ -58,8 +58,8 @@ def test_short_rows_have_one_hidden_word_and_empty_ones_none():
 def test_loss_and_gradients_equal_those_of_transformers(name):
     model = tiny(name)
     tokens, mask = batch(name, 6)
-    shown, target = hide(tokens, mask, MASK, FIRST, 30, generator(0))
-    found = MaskedWords(model, ("tokens", "mask"))({"tokens": shown, "mask": mask, "target": target})["loss"]
+    shown, target = mask_tokens(tokens, mask, MASK, FIRST, 30, generator(0))
+    found = MaskedLM(model, ("tokens", "mask"))({"tokens": shown, "mask": mask, "target": target})["loss"]
     peer, rename = encoder(model)
     peer.double().load_state_dict(rename(model.state_dict()))
     want = peer.eval().peer(input_ids=shown, attention_mask=mask.long(), labels=target.masked_fill(target < 0, -100)).loss
@@ -75,10 +75,10 @@ def test_loss_and_gradients_equal_those_of_transformers(name):
 def test_outputs_of_hidden_words_are_counted_by_row():
     model = tiny("bert")
     tokens, mask = batch("bert", 6)
-    shown, target = hide(tokens, mask, MASK, FIRST, 30, generator(0), share=0.5)
+    shown, target = mask_tokens(tokens, mask, MASK, FIRST, 30, generator(0), share=0.5)
     target[2] = -1  # a row of which nothing is asked
     inputs = {"tokens": shown, "mask": mask, "target": target}
-    objective = MaskedWords(model, ("tokens", "mask"))
+    objective = MaskedLM(model, ("tokens", "mask"))
     found = objective.outputs(inputs)
     logits = model(shown, mask)
     for row in range(6):
@@ -98,7 +98,7 @@ def test_labels_of_tokens_equal_those_of_transformers():
     model = tiny("roberta", output_type="labels")
     tokens, mask = batch("roberta", 6)
     target = torch.randint(3, tokens.shape).masked_fill(~mask | (torch.rand(tokens.shape) < 0.3), -1)
-    objective = TokenLabels(model, ("tokens", "mask"))
+    objective = TokenClassificationObjective(model, ("tokens", "mask"))
     found = objective({"tokens": tokens, "mask": mask, "target": target})["loss"]
     peer, rename = encoder(model)
     peer.double().load_state_dict(rename(model.state_dict()))
@@ -121,7 +121,7 @@ def test_spans_equal_those_of_transformers_and_a_slow_search():
     tokens, mask = batch("bert", 6)
     mask[:] = True
     answerable = mask.clone()
-    objective = Span(model, ("tokens", "mask"))
+    objective = SpanPrediction(model, ("tokens", "mask"))
     inputs = {
         "tokens": tokens,
         "mask": mask,
@@ -159,13 +159,13 @@ def test_a_network_learns_hidden_words_from_both_sides():
     """Rows are runs a, a + 1, a + 2, ...: a hidden token follows from either neighbour."""
     torch.manual_seed(0)
     model = create("bert-test", dim=32, hidden=64, vocab_size=15, length=8)
-    objective, source = MaskedWords(model, ("tokens", "mask")), generator(0)
+    objective, source = MaskedLM(model, ("tokens", "mask")), generator(0)
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3)
     rows = lambda: 5 + (torch.randint(10, (48, 1), generator=source) + torch.arange(8)) % 10
 
     def inputs():
         tokens = rows()
-        shown, target = hide(tokens, torch.ones_like(tokens, dtype=torch.bool), MASK, FIRST, 15, source, share=0.25)
+        shown, target = mask_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool), MASK, FIRST, 15, source, share=0.25)
         return {"tokens": shown, "target": target}
 
     for _ in range(100):
@@ -188,10 +188,10 @@ def test_only_asked_places_are_said():
     """The head of words sees as many places as are asked, not all of them."""
     model = tiny("bert", torch.float32)
     tokens, mask = batch("bert", 6)
-    shown, target = hide(tokens, mask, MASK, FIRST, 30, generator(0))
+    shown, target = mask_tokens(tokens, mask, MASK, FIRST, 30, generator(0))
     seen = []
     model.words.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    loss = MaskedWords(model, ("tokens", "mask"))({"tokens": shown, "mask": mask, "target": target})["loss"]
+    loss = MaskedLM(model, ("tokens", "mask"))({"tokens": shown, "mask": mask, "target": target})["loss"]
     assert seen == [(int((target >= 0).sum()), 30)]
     want = F.cross_entropy(model(shown, mask).flatten(0, 1), target.flatten(), ignore_index=-1)
     torch.testing.assert_close(loss, want)

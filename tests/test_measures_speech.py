@@ -11,7 +11,7 @@ import pytest
 
 from fieldguide.core.errors import DataError
 from fieldguide.metrics import speech
-from fieldguide.metrics.speech import cer, compare, edits, wer
+from fieldguide.metrics.speech import cer, compare, count_edits, wer
 
 
 def slow(said: tuple, heard: tuple) -> tuple[int, int, int, int]:
@@ -52,15 +52,15 @@ def corpus(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("unit", ["words", "characters"])
-@pytest.mark.parametrize("together", [speech.TOGETHER, 40])
+@pytest.mark.parametrize("together", [speech.MAX_TABLE_CELLS, 40])
 def test_edits_are_those_of_every_way(unit, together, monkeypatch):
-    monkeypatch.setattr(speech, "TOGETHER", together)
+    monkeypatch.setattr(speech, "MAX_TABLE_CELLS", together)
     said, heard = corpus(300)
-    got = edits(said, heard, unit)
+    got = count_edits(said, heard, unit)
     for row, (a, b) in enumerate(zip(said, heard)):
-        want = slow(tuple(speech.units(a, unit)), tuple(speech.units(b, unit)))
+        want = slow(tuple(speech.split_units(a, unit)), tuple(speech.split_units(b, unit)))
         assert (got.errors[row], got.substitutions[row], got.deletions[row], got.insertions[row]) == want, (a, b)
-    assert got.length.tolist() == [len(speech.units(text, unit)) for text in said]
+    assert got.length.tolist() == [len(speech.split_units(text, unit)) for text in said]
     assert got.rate == got.errors.sum() / got.length.sum()
     assert got.totals() == {
         "substitutions": got.substitutions.sum(),
@@ -73,10 +73,12 @@ def test_edits_are_those_of_every_way(unit, together, monkeypatch):
 @pytest.mark.parametrize("unit", ["words", "characters"])
 def test_pairs_tell_the_same_edits(unit):
     said, heard = corpus(200, seed=1)
-    got = edits(said, heard, unit)
+    got = count_edits(said, heard, unit)
     for row, (a, b) in enumerate(zip(said, heard)):
         pairs = compare(a, b, unit)
-        assert [x for x, _ in pairs if x] == speech.units(a, unit) and [y for _, y in pairs if y] == speech.units(b, unit)
+        assert [x for x, _ in pairs if x] == speech.split_units(a, unit) and [y for _, y in pairs if y] == speech.split_units(
+            b, unit
+        )
         kinds = [(bool(x), bool(y)) for x, y in pairs if x != y]
         assert [kinds.count(k) for k in ((True, True), (True, False), (False, True))] == [
             got.substitutions[row],
@@ -90,8 +92,8 @@ def test_known_rates():
     assert cer(["abc  d"], ["abd d"]) == 1 / 5  # spaces count, once
     assert wer(["a b"], ["c d e f g"]) == 2.5
     assert compare("the cat sat", "cat sits down") == [("the", ""), ("cat", "cat"), ("", "sits"), ("sat", "down")]
-    assert edits(["a b c"], ["b x"]).totals() == {"substitutions": 1, "deletions": 1, "insertions": 0, "length": 3}
-    assert edits([], []).errors.shape == (0,) and edits(["", "a"], ["", "a"]).rate == 0
+    assert count_edits(["a b c"], ["b x"]).totals() == {"substitutions": 1, "deletions": 1, "insertions": 0, "length": 3}
+    assert count_edits([], []).errors.shape == (0,) and count_edits(["", "a"], ["", "a"]).rate == 0
 
 
 def test_refusals():

@@ -19,9 +19,9 @@ def clock(monkeypatch):
     """Passes take their time in proportion to the rows, on whatever machine."""
     took = lambda batch: EACH * len(batch["x"])
     monkeypatch.setattr(
-        time_budget, "fastest", lambda objective, batch, device, say: ("float32", False, {"float32": took(batch)})
+        time_budget, "choose_precision", lambda objective, batch, device, say: ("float32", False, {"float32": took(batch)})
     )
-    monkeypatch.setattr(time_budget, "seconds", lambda objective, batch, *how: took(batch))
+    monkeypatch.setattr(time_budget, "measure_step_seconds", lambda objective, batch, *how: took(batch))
 
 
 def resolved(rows=4096, fewest=8, **settings):
@@ -47,21 +47,26 @@ def test_few_minutes_make_batches_smaller(minutes, batch):
 
 
 def test_batches_are_not_made_smaller_where_the_optimizer_takes_the_time(monkeypatch):
-    monkeypatch.setattr(time_budget, "orthogonalising", lambda objective, device: 0.1)
+    monkeypatch.setattr(time_budget, "measure_orthogonalization_seconds", lambda objective, device: 0.1)
     chosen, seconds, _ = resolved(minutes=0.1, optimizer="muon")
     assert chosen.batch_size == 64 and seconds == pytest.approx(0.064 * 1.1 + 0.1, rel=0.1)
-    assert resolved(minutes=0.1)[0].batch == 8  # AdamW makes nothing orthogonal
+    assert resolved(minutes=0.1)[0].batch_size == 8  # AdamW makes nothing orthogonal
 
 
 def test_more_rows_make_larger_batches():
-    assert [with_batch(Settings(), rows, 8, 64).batch for rows in (3, 100, 1000, 100_000)] == [3, 8, 32, 64]
-    assert with_batch(Settings(grad_accum_steps=4), 1000, 8, 64).batch % 4 == 0
+    assert [with_batch(Settings(), rows, 8, 64).batch_size for rows in (3, 100, 1000, 100_000)] == [3, 8, 32, 64]
+    assert with_batch(Settings(grad_accum_steps=4), 1000, 8, 64).batch_size % 4 == 0
 
 
 def test_a_time_that_muon_takes_grows_with_the_matrices():
     few, many = (
-        time_budget.orthogonalising(nn.Sequential(*[nn.Linear(256, 256) for _ in range(n)]), torch.device("cpu"))
+        time_budget.measure_orthogonalization_seconds(
+            nn.Sequential(*[nn.Linear(256, 256) for _ in range(n)]), torch.device("cpu")
+        )
         for n in (1, 50)
     )
     assert 0 < 5 * few < many
-    assert time_budget.orthogonalising(nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4)), torch.device("cpu")) == 0
+    assert (
+        time_budget.measure_orthogonalization_seconds(nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4)), torch.device("cpu"))
+        == 0
+    )

@@ -196,9 +196,9 @@ AUTHORS = {  # that of liuhaotian/llava-v1.5-7b
     [
         ("llava-1.5-7b", PUBLISHED, {}),
         ("llava-1.5-13b", {**PUBLISHED, "text_config": {**PUBLISHED["text_config"], **LARGE}}, {}),
-        ("llava-1.5-7b", AUTHORS, {"vocab": 32_000}),
-        ("llava-1.5-7b", {**AUTHORS, "model_type": "llava"}, {"vocab": 32_000}),
-        ("llava-1.5-13b", {**AUTHORS, **LARGE}, {"vocab": 32_000}),
+        ("llava-1.5-7b", AUTHORS, {"vocab_size": 32_000}),
+        ("llava-1.5-7b", {**AUTHORS, "model_type": "llava"}, {"vocab_size": 32_000}),
+        ("llava-1.5-13b", {**AUTHORS, **LARGE}, {"vocab_size": 32_000}),
     ],
 )
 def test_published_configurations(tmp_path, size, said, changes):

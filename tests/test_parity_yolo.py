@@ -18,7 +18,7 @@ from fieldguide.checkpoints import weights
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.convolutional.yolov8 import table
 from fieldguide.models.registry import create, find
-from fieldguide.objectives.detection import decode, grid
+from fieldguide.objectives.detection import decode, make_grid
 from test_models import tiny
 
 
@@ -52,7 +52,7 @@ def test_equals_the_original(ultralytics, size, tmp_path):
     assert all(torch.equal(tensor, back[name]) for name, tensor in theirs.state_dict().items())
     x = torch.rand(2, 3, 96, 160, dtype=torch.float64)
     want, _ = theirs.double()(x)
-    found, _, logits = decode(ours.double()(x), ours.bins, *grid(96, 160, ours.strides, x.device))
+    found, _, logits = decode(ours.double()(x), ours.bins, *make_grid(96, 160, ours.strides, x.device))
     torch.testing.assert_close(logits.sigmoid(), want[:, 4:].mT, rtol=1e-9, atol=1e-12)
     middle, side = want[:, :4].mT.chunk(2, -1)
     torch.testing.assert_close(found, torch.cat([middle - side / 2, middle + side / 2], -1), rtol=1e-9, atol=1e-9)

@@ -28,7 +28,7 @@ class StayClose(Supervised):
 
     def forward(self, batch, phase="train"):
         losses = super().forward(batch, phase)
-        logits = self.predictions(batch)
+        logits = self.compute_predictions(batch)
         with torch.no_grad():
             target = self.held[0](*(batch[name] for name in self.inputs)).softmax(-1)
         drift = F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")

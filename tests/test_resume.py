@@ -172,7 +172,7 @@ def test_changes_on_resume_are_shown_or_refused(tmp_path):
     process.communicate()
     process = start(["--resume", str(run), "--set", "batch=7"])
     said, _ = process.communicate()
-    assert process.returncode == 1 and "batch cannot change" in said
+    assert process.returncode == 1 and "batch_size cannot change" in said
     said = complete(["--resume", str(run), "--set", "lr=0.0001"])
     assert "changed on resume: lr" in said and "-> 0.0001" in said
 

@@ -24,7 +24,7 @@ from fieldguide.data.preprocessing.qa_windows import find_occurrence
 from fieldguide.inference.run import open_run
 from fieldguide.metrics import question_answering as measured
 from fieldguide.models.registry import card, cards, create
-from fieldguide.objectives import Span, masked_lm
+from fieldguide.objectives import SpanPrediction, masked_lm
 from fieldguide.tasks import infer, task
 from fieldguide.tasks.text.windows import Frame, covering, framed, starts, whole_words, widened
 
@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_paper():
     one, other = ([" ".join(rng.choice(words, rng.integers(0, 6))) for _ in range(600)] for _ in range(2))
     many = [[other[i], other[(i * 7) % 600]][: 1 + i % 2] for i in range(600)]
     want = [np.max([reference(said, right) for right in references], axis=0) for said, references in zip(one, many)]
-    found = measured.scores(one, many)
+    found = measured.score_answers(one, many)
     np.testing.assert_allclose(found, want)
     assert 0.05 < found[:, 0].mean() < 0.5 and (found[:, 1] > found[:, 0]).sum() > 100
 
@@ -134,7 +134,7 @@ def test_scores_by_hand():
         ("1,000", ["1000"], 1, 1),
     ]
     said, right, exact, f1 = zip(*cases)
-    np.testing.assert_allclose(measured.scores(said, right), np.stack([exact, f1], 1))
+    np.testing.assert_allclose(measured.score_answers(said, right), np.stack([exact, f1], 1))
 
 
 def test_the_threshold_is_the_best_of_all():
@@ -142,10 +142,10 @@ def test_the_threshold_is_the_best_of_all():
     for _ in range(200):
         margins = np.round(rng.normal(size=12), 1)
         given, silent = rng.random(12), rng.integers(0, 2, 12).astype(float)
-        at = measured.threshold(margins, given, silent)
+        at = measured.find_threshold(margins, given, silent)
         total = [float(np.where(margins > edge, given, silent).sum()) for edge in [at, -9, 9, *margins, *(margins - 0.01)]]
         assert total[0] == pytest.approx(max(total))
-    assert measured.threshold(np.array([1.0]), np.array([1.0]), np.array([0.0])) < 1.0
+    assert measured.find_threshold(np.array([1.0]), np.array([1.0]), np.array([0.0])) < 1.0
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -228,16 +228,16 @@ def test_files_by_split(tmp_path):
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (("data",), {"qas": []}, r"b\.json: data is \{.qas.: \[\]\}, but must be a list"),
-        (("data", 0, "paragraphs"), None, r"data\[0\]\.paragraphs is null, but must be a list"),
-        (("data", 0, "paragraphs", 2, "context"), 7, r"data\[0\]\.paragraphs\[2\]\.context is 7, but must be text"),
-        (("data", 0, "paragraphs", 1, "qas", 0, "question"), ..., r"paragraphs\[1\]\.qas\[0\] lacks 'question' \(it has 'id'"),
+        (("data",), {"qas": []}, r"b\.json: data is \{.qas.: \[\]\} but must be a list"),
+        (("data", 0, "paragraphs"), None, r"data\[0\]\.paragraphs is null but must be a list"),
+        (("data", 0, "paragraphs", 2, "context"), 7, r"data\[0\]\.paragraphs\[2\]\.context is 7 but must be text"),
+        (("data", 0, "paragraphs", 1, "qas", 0, "question"), ..., r"paragraphs\[1\]\.qas\[0\] lacks the key 'question' \(it has 'id'"),
         (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0), "Bonn", r"qas\[2\]\.answers\[0\] is \"Bonn\".*an object with a"),
-        (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0, "answer_start"), "3", r"answer_start is \"3\".*a whole number"),
+        (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0, "answer_start"), "3", r"answer_start is \"3\".*an integer"),
         (
             ("data", 0, "paragraphs", 1, "qas", 2, "is_impossible"),
             "no",
-            r"is_impossible is \"no\", but must be true or false",
+            r"is_impossible is \"no\" but must be true or false",
         ),
     ],
 )
@@ -501,7 +501,7 @@ def test_the_best_answer_over_all_windows(monkeypatch):
     """Against a slow search; however many windows are looked at together."""
     torch.manual_seed(0)
     model = create("bert-test", output_type="span")
-    objective = Span(model, ("tokens", "mask"), longest=3)
+    objective = SpanPrediction(model, ("tokens", "mask"), longest=3)
     tokens, mask = torch.randint(5, 30, (11, 9)), torch.ones(11, 9, dtype=torch.bool)
     answerable = torch.zeros(11, 9, dtype=torch.bool)
     answerable[:, 3:8] = True
@@ -513,7 +513,7 @@ def test_the_best_answer_over_all_windows(monkeypatch):
     with torch.no_grad():
         found = objective.outputs(batch)
         logits = model(tokens, mask).float()
-        monkeypatch.setattr(masked_lm, "ROWS", 4)
+        monkeypatch.setattr(masked_lm, "ROWS_PER_CHUNK", 4)
         for name, value in objective.outputs(batch).items():
             torch.testing.assert_close(value, found[name])
     for text in range(4):

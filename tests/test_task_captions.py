@@ -137,15 +137,15 @@ def test_damaged_captions(tmp_path):
 
 def test_the_judge_of_pairs_is_its_definition():
     torch.manual_seed(0)
-    judge, x, pool = generative.Matcher(1, 40).eval(), torch.randn(100, 1, 8, 8), torch.randint(1, 6, (150, 5))
+    judge, x, pool = generative.CaptionMatcher(1, 40).eval(), torch.randn(100, 1, 8, 8), torch.randint(1, 6, (150, 5))
     pool[:, 3:] *= torch.randint(0, 2, (150, 1))
     with torch.no_grad():  # own captions are some of the best, or hardly any would be picked
-        best = (judge.picture(x) @ judge.caption(pool).T).topk(12, 1).indices
+        best = (judge.embed_images(x) @ judge.embed_captions(pool).T).topk(12, 1).indices
     tokens = pool[best[torch.arange(100), torch.randint(12, (100,))]]
-    got, rng = generative.picked(judge, x, tokens, pool), np.random.default_rng(0)
+    got, rng = generative.match_captions(judge, x, tokens, pool), np.random.default_rng(0)
     distinct = torch.unique(pool, dim=0)
     with torch.no_grad():
-        seen, own, rest = judge.picture(x), judge.caption(tokens), judge.caption(distinct)
+        seen, own, rest = judge.embed_images(x), judge.embed_captions(tokens), judge.embed_captions(distinct)
     for i in range(100):
         others = [j for j in range(len(distinct)) if distinct[j].tolist() != tokens[i].tolist()]
         drawn = rng.permutation(np.array(others))[:9]
@@ -153,8 +153,10 @@ def test_the_judge_of_pairs_is_its_definition():
     assert 20 < got.sum() < 100
     assert torch.allclose(seen.norm(dim=1), torch.ones(100)) and torch.allclose(own.norm(dim=1), torch.ones(100))
     longer = torch.nn.functional.pad(tokens, (0, 4))
-    torch.testing.assert_close(judge.caption(longer), own)  # what is beyond the end says nothing
-    assert not torch.allclose(judge.caption(torch.tensor([[5, 6, 7, 0]])), judge.caption(torch.tensor([[7, 6, 5, 0]])))
+    torch.testing.assert_close(judge.embed_captions(longer), own)  # what is beyond the end says nothing
+    assert not torch.allclose(
+        judge.embed_captions(torch.tensor([[5, 6, 7, 0]])), judge.embed_captions(torch.tensor([[7, 6, 5, 0]]))
+    )
 
 
 def test_a_judge_of_pairs_learns_and_leaves_chance_alone():
@@ -162,12 +164,12 @@ def test_a_judge_of_pairs_learns_and_leaves_chance_alone():
     x = torch.stack([torch.from_numpy(np.asarray(picture(SCENES[i % 27], i)).copy()) for i in range(162)])[:, None] / 127.5 - 1
     before = torch.random.get_rng_state()
     with torch.inference_mode():  # as it is called when a run is tested
-        judge = generative.paired(x[:120], tokens[:120], 20, steps=100)
+        judge = generative.train_caption_matcher(x[:120], tokens[:120], 20, steps=100)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert generative.picked(judge, x[120:], tokens[120:], tokens).mean() > 0.9  # nine captions in all
-    assert generative.picked(judge, x[120:], tokens[120:].roll(1, 0), tokens).mean() < 0.2
-    again = generative.restored(judge.state_dict())
-    assert torch.equal(again.caption(tokens), judge.caption(tokens)) and again.vocab == 20
+    assert generative.match_captions(judge, x[120:], tokens[120:], tokens).mean() > 0.9  # nine captions in all
+    assert generative.match_captions(judge, x[120:], tokens[120:].roll(1, 0), tokens).mean() < 0.2
+    again = generative.load_state(judge.state_dict())
+    assert torch.equal(again.caption(tokens), judge.embed_captions(tokens)) and again.vocab == 20
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.inference.run import open_run
 from fieldguide.models.registry import card, cards, create
-from fieldguide.objectives import Restored
+from fieldguide.objectives import DenoisingObjective
 from fieldguide.tasks import asked_for, task
 from fieldguide.tasks.text.denoising import SENTINELS
 from fieldguide.training.trainer import Interrupted
@@ -129,7 +129,7 @@ def test_scores_count_what_was_left_out_alone():
         "asked": asked,
     }
     with torch.no_grad():
-        found = Restored(model, cards()["bart"].inputs).outputs(batch)
+        found = DenoisingObjective(model, cards()["bart"].inputs).outputs(batch)
         logp = model(tokens, batch["source_mask"], tokens).log_softmax(-1)
     want = [-sum(logp[row, t, target[row, t]].item() for t in range(length) if asked[row, t]) for row in range(3)]
     assert found["nats"].tolist() == pytest.approx(want, rel=1e-5) and found["count"].tolist() == [2, 1, 0]

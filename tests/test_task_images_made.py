@@ -26,8 +26,8 @@ def test_frechet_distance_is_its_definition():
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(first @ second).real
     wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
-    assert generative.frechet(a, b) == pytest.approx(wanted, rel=1e-6)
-    assert abs(generative.frechet(a, a)) < 1e-9
+    assert generative.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
+    assert abs(generative.frechet_distance(a, a)) < 1e-9
 
 
 def test_precision_and_recall_are_their_definition():
@@ -39,7 +39,7 @@ def test_precision_and_recall_are_their_definition():
         for p in points:
             for i, c in enumerate(cloud):
                 near = sorted(float(np.linalg.norm(c - o)) for j, o in enumerate(cloud) if j != i)
-                if np.linalg.norm(p - c) <= near[generative.NEAREST - 1] + 1e-12:
+                if np.linalg.norm(p - c) <= near[generative.NEAREST_NEIGHBORS - 1] + 1e-12:
                     hits += 1
                     break
         return hits / len(points)
@@ -53,16 +53,21 @@ def test_intervals_are_as_wide_as_scores_stray():
     rng = np.random.default_rng(0)
     worlds = [(rng.normal(size=(150, 4)), rng.normal(0.5, 1.2, (150, 4))) for _ in range(80)]
     for score, around in (
-        (generative.frechet, generative.around_distance),
-        (lambda a, b: generative.precision_recall(a, b)[0], lambda a, b: generative.around_precision_recall(a, b)[0]),
-        (lambda a, b: b[:, 0].mean(), lambda a, b: generative.around_mean(b[:, 0])),
+        (generative.frechet_distance, generative.bootstrap_distance_interval),
+        (
+            lambda a, b: generative.precision_recall(a, b)[0],
+            lambda a, b: generative.jackknife_precision_recall_intervals(a, b)[0],
+        ),
+        (lambda a, b: b[:, 0].mean(), lambda a, b: generative.bootstrap_mean_interval(b[:, 0])),
     ):
         true = 1.96 * np.std([score(*w) for w in worlds])
         said = np.mean([np.diff(around(*w)) / 2 for w in worlds[:5]])
         low, high = around(*worlds[0])
         assert 0.75 < said / true < 1.2 and low < score(*worlds[0]) < high
     films = np.repeat(worlds[0][0][:, None], 5, 1)  # frames of a film that say the same: no more is known for them
-    wide, single = (np.diff(generative.around_distance(x, x[:, ::-1] + 0.5)) for x in (films, worlds[0][0][:, None]))
+    wide, single = (
+        np.diff(generative.bootstrap_distance_interval(x, x[:, ::-1] + 0.5)) for x in (films, worlds[0][0][:, None])
+    )
     assert wide == pytest.approx(single, rel=0.05)
 
 
@@ -72,14 +77,16 @@ def test_a_judge_learns_classes_and_leaves_chance_alone():
     x = 0.3 * torch.randn(300, 1, 16, 16, generator=rng)
     x[label == 1, :, 4:8] += 1
     before = torch.random.get_rng_state()
-    judge = generative.taught(x, label, 2, steps=60)
+    judge = generative.train_classifier(x, label, 2, steps=60)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert (generative.seen(judge, x, answer=True) == label.numpy()).mean() > 0.95 and generative.seen(judge, x).shape == (
+    assert (generative.extract_features(judge, x, answer=True) == label.numpy()).mean() > 0.95 and generative.extract_features(
+        judge, x
+    ).shape == (
         300,
         64,
     )
     with torch.inference_mode():  # as it is called when a run is tested
-        generative.taught(x, None, 0, steps=5)
+        generative.train_classifier(x, None, 0, steps=5)
 
 
 def test_pictures_are_written_as_they_are():

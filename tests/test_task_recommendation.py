@@ -16,7 +16,7 @@ from fieldguide.core.errors import DataError
 from fieldguide.data import read
 from fieldguide.data.splits import split
 from fieldguide.data.validation.checks import BadData
-from fieldguide.objectives.next_item import NextItem, ranked
+from fieldguide.objectives.next_item import NextItem, rank_items
 from fieldguide.tasks.recommendation.recommendation import ITEMS, Recommendation
 from test_models import tiny
 
@@ -123,7 +123,7 @@ def test_ranks_are_counted_over_all_items():
     seen = torch.randint(0, 25, (40, 6))
     target = torch.randint(0, 25, (40,))
     for repeats in (False, True):
-        got = ranked(scores, seen, target, repeats)
+        got = rank_items(scores, seen, target, repeats)
         for row in range(40):
             out = {0} | (set() if repeats else set(seen[row].tolist()))
             left = {i: float(scores[row, i]) for i in range(25) if i not in out}

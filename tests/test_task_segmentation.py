@@ -18,7 +18,14 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
 from fieldguide.data.preprocessing.masks import Canvas, read_codes
 from fieldguide.data.validation.checks import BadData
-from fieldguide.objectives.segmentation import Segmentation, dice, mirrored, room, starts, tiled
+from fieldguide.objectives.segmentation import (
+    Segmentation,
+    dice_loss,
+    find_padding,
+    get_tile_starts,
+    predict_tiled,
+    reflect_pad,
+)
 from fieldguide.tasks.base import Media
 from fieldguide.tasks.vision.image_segmentation import ImageSegmentation, augmented
 from test_models import tiny
@@ -48,7 +55,7 @@ def test_dice_is_its_definition():
                         both, said, is_ = both + float(p[b, k, y, x]) * t, said + float(p[b, k, y, x]), is_ + t
         if is_:
             scores.append((2 * both + 1) / (said + is_ + 1))
-    assert float(dice(logits, target)) == pytest.approx(1 - sum(scores) / len(scores), rel=1e-12)
+    assert float(dice_loss(logits, target)) == pytest.approx(1 - sum(scores) / len(scores), rel=1e-12)
 
 
 def test_loss_leaves_out_what_has_no_class():
@@ -67,9 +74,9 @@ def test_loss_leaves_out_what_has_no_class():
 def test_tiles_make_the_whole(size):
     """A network that looks at a pixel alone answers alike however the picture is cut; weights make a mean."""
     model, image = Pixelwise().double(), torch.randn(2, 2, *size, dtype=torch.float64)
-    torch.testing.assert_close(tiled(model, image, 16).double(), model(image), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(predict_tiled(model, image, 16).double(), model(image), rtol=1e-5, atol=1e-5)
     for n in size:
-        begins = starts(n, 16)
+        begins = get_tile_starts(n, 16)
         covered = {i for b in begins for i in range(b, min(b + 16, n))}
         assert covered == set(range(n)) and all(b2 - b1 <= 12 for b1, b2 in pairwise(begins))
 
@@ -77,18 +84,18 @@ def test_tiles_make_the_whole(size):
 def test_a_network_without_padding_answers_for_the_whole_picture():
     image = torch.randn(1, 2, 50, 43)
     five = nn.Conv2d(2, 3, 5)  # loses two pixels at each side
-    assert room(five, 2, 50, 43) == (4, 4)
-    logits = Segmentation(five, 3).whole(image)
+    assert find_padding(five, 2, 50, 43) == (4, 4)
+    logits = Segmentation(five, 3).predict_untiled(image)
     assert logits.shape == (1, 3, 50, 43)
     torch.testing.assert_close(logits[..., 2:-2, 2:-2], five(image))
     torch.testing.assert_close(logits, five(F.pad(image, (2, 2, 2, 2), "reflect")))
     model, image = tiny("unet"), image.double()  # the 2015 form: less comes out than goes in
-    assert model(image).shape[2:] != (50, 43) and Segmentation(model, 3).whole(image).shape == (1, 3, 50, 43)
-    small = Segmentation(model, 3).whole(image[..., :3, :5])  # too small for it to have an answer by itself
+    assert model(image).shape[2:] != (50, 43) and Segmentation(model, 3).predict_untiled(image).shape == (1, 3, 50, 43)
+    small = Segmentation(model, 3).predict_untiled(image[..., :3, :5])  # too small for it to have an answer by itself
     assert small.shape == (1, 3, 3, 5)
-    assert room(tiny("unet-resnet"), 3, 50, 43) == (0, 0)
+    assert find_padding(tiny("unet-resnet"), 3, 50, 43) == (0, 0)
     row = torch.arange(5.0).view(1, 1, 1, 5)
-    assert mirrored(row, 0, 12)[0, 0, 0].tolist() == [2, 3, 4, 3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2]
+    assert reflect_pad(row, 0, 12)[0, 0, 0].tolist() == [2, 3, 4, 3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2]
 
 
 def test_counts_are_of_the_pictures_own_size():

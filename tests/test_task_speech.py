@@ -410,9 +410,9 @@ def test_scores_are_those_of_the_corpus(folder):
 
 
 def errors(a, b):
-    from fieldguide.metrics.speech import edits
+    from fieldguide.metrics.speech import count_edits
 
-    return int(edits([b], [a]).errors[0])
+    return int(count_edits([b], [a]).errors[0])
 
 
 def test_words_have_their_times(folder):

@@ -12,7 +12,7 @@ from fieldguide.core.errors import DataError
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.inference.run import open_run
-from fieldguide.metrics.entities import counted, spans
+from fieldguide.metrics.entities import count_entities, extract_entities
 from fieldguide.models.registry import card
 from fieldguide.tasks import infer, task
 
@@ -74,17 +74,17 @@ def test_entities_are_those_of_conlleval(letters):
     right = claimed = there = 0
     for a, b, n in zip(real, said, length):
         one, other = (slow([tags[t] for t in row[:n]]) for row in (a, b))
-        assert set(spans(a, tags)) == one and set(spans(b, tags)) == other
+        assert set(extract_entities(a, tags)) == one and set(extract_entities(b, tags)) == other
         right, claimed, there = right + len(one & other), claimed + len(other), there + len(one)
-    assert [int(x.sum()) for x in counted(real, said, tags)] == [right, claimed, there] and right > 100
+    assert [int(x.sum()) for x in count_entities(real, said, tags)] == [right, claimed, there] and right > 100
 
 
 def test_known_cases_of_entities():
     tags = ["O", "B-A", "I-A", "B-B", "I-B"]
-    assert spans(np.array([1, 2, 1, 0, 4, 4]), tags) == [(0, 1, "A"), (2, 2, "A"), (4, 5, "B")]
-    assert spans(np.array([1, 4]), tags) == [(0, 0, "A"), (1, 1, "B")]
-    assert spans(np.array([0, 1, 1]), ["DT", "NN"]) == [(0, 0, "DT"), (1, 1, "NN"), (2, 2, "NN")]
-    assert spans(np.array([0, 1, 2]), ["U-A", "B-A", "L-A"]) == [(0, 0, "A"), (1, 2, "A")]
+    assert extract_entities(np.array([1, 2, 1, 0, 4, 4]), tags) == [(0, 1, "A"), (2, 2, "A"), (4, 5, "B")]
+    assert extract_entities(np.array([1, 4]), tags) == [(0, 0, "A"), (1, 1, "B")]
+    assert extract_entities(np.array([0, 1, 1]), ["DT", "NN"]) == [(0, 0, "DT"), (1, 1, "NN"), (2, 2, "NN")]
+    assert extract_entities(np.array([0, 1, 2]), ["U-A", "B-A", "L-A"]) == [(0, 0, "A"), (1, 2, "A")]
 
 
 def test_files_of_conll(folder, tmp_path):

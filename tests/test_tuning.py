@@ -16,12 +16,12 @@ import fieldguide
 from fieldguide.automl import fit as fitting
 from fieldguide.automl.fit import NullCallback, fit, resume
 from fieldguide.checkpoints import load, weights
-from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.core.errors import SettingsError, WeightsError, WeightsWarning
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.loader import Batches
 from fieldguide.inference.run import open_run
-from fieldguide.models.registry import create
+from fieldguide.models.registry import create, find
 from fieldguide.objectives import Classification, Supervised
 from fieldguide.training import peft
 from fieldguide.training.trainer import Interrupted, Trainer
@@ -164,7 +164,7 @@ def test_every_layer_has_its_rate():
         for name, p in plain.named_parameters()
     ]
     by_hand = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    stream = loop.stream()
+    stream = loop.make_batch_stream()
     for _, batch in stream:
         Supervised(plain, ("tokens", "mask"), Classification())(batch)["loss"].backward()
         by_hand.step()
@@ -177,13 +177,13 @@ def test_every_layer_has_its_rate():
 def test_towers_that_stand_side_by_side_end_equally_high():
     net = create("clip-test", depth=3, text_depth=2)
     named = [f"model.{name}" for name, _ in net.named_parameters()]
-    found, top = peft.levels(named, peft.towers(nn.ModuleDict({"model": net})))
-    assert top == 4 and peft.towers(nn.ModuleDict({"model": net})) == ("model.vision.", "model.text.")
+    found, top = peft.get_layer_depths(named, peft.get_tower_prefixes(nn.ModuleDict({"model": net})))
+    assert top == 4 and peft.get_tower_prefixes(nn.ModuleDict({"model": net})) == ("model.vision.", "model.text.")
     assert [found[f"model.vision.blocks.{i}.norm1.weight"] for i in range(3)] == [1, 2, 3]
     assert [found[f"model.text.blocks.{i}.norm1.weight"] for i in range(2)] == [2, 3]
     assert found["model.vision.patch.weight"] == 0 and found["model.text.embed.weight"] == 1
     assert found["model.text.proj.weight"] == found["model.vision.proj.weight"] == found["model.logit_scale"] == top
-    part, top = peft.levels([name for name in named if "text" in name], ("model.vision.", "model.text."))
+    part, top = peft.get_layer_depths([name for name in named if "text" in name], ("model.vision.", "model.text."))
     assert top == 3 and part["model.text.blocks.1.norm1.weight"] == 2
 
 
@@ -201,7 +201,7 @@ def test_towers_that_stand_side_by_side_end_equally_high():
     ],
 )
 def test_levels(names, expected, top):
-    found, highest = peft.levels(names)
+    found, highest = peft.get_layer_depths(names)
     assert [found[name] for name in names] == expected and highest == top
 
 
@@ -211,7 +211,7 @@ def test_a_lone_head_has_all_of_its_rate_from_the_first_step():
     peft.prepare(model, settings, HEAD)
     loop = trainer(model, texts(), settings)
     before = copied(model)
-    loop.step(loop.stream())
+    loop.train_step(loop.make_batch_stream())
     assert [g["lr"] for o in loop.runners[0].optimizers for g in o.param_groups] == [0.1, 0.1]
     assert not torch.equal(model.head.weight, before["head.weight"])
 
@@ -222,9 +222,9 @@ def test_layers_learn_from_the_top_down():
     settings = settled(steps=16, unfreeze=0.5, lr=0.01, weight_decay=0.1)
     loop = trainer(model, texts(64), settings)
     parts = [["head.weight", "pool.weight"], ["blocks.1.mlp.up.weight"], ["blocks.0.attn.qkv.weight"], ["word.weight"]]
-    before, stream, first = copied(model), loop.stream(), {}
+    before, stream, first = copied(model), loop.make_batch_stream(), {}
     for step in range(10):
-        loop.step(stream)
+        loop.train_step(stream)
         loop.state.step += 1
         state = model.state_dict()
         for name in (name for names in parts for name in names):
@@ -371,7 +371,7 @@ class Says(NullCallback):
 def test_a_head_that_a_folder_lacks_is_left_to_chance(folder):
     with pytest.raises(WeightsError, match=r'head="skip"'):
         load.load(folder, output_type="label", num_classes=3)
-    with pytest.warns(fieldguide.errors.WeightsWarning, match="heads that this network has not"):
+    with pytest.warns(WeightsWarning, match="heads that this network has not"):
         model = load.load(folder, output_type="label", num_classes=3, head="skip")
     theirs = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     tokens = torch.randint(5, 14, (2, 6))
@@ -386,7 +386,7 @@ def test_a_fit_begins_with_a_folder_and_resumes_to_the_bit(way, folder, table, t
     arguments = {"weights": folder, "settings": {**FAST, "steps": 6, "tune": way, "lr": 0.01, "model.dropout": 0.1, **more}}
     callback = Says()
     whole = fit(table, out=tmp_path / "whole", callback=callback, **arguments)
-    assert "begins with" in "\n".join(callback.said) and whole.record["model"]["fresh"] == ["pool.weight", "pool.bias", *HEAD]
+    assert "starting from" in "\n".join(callback.said) and whole.record["model"]["fresh"] == ["pool.weight", "pool.bias", *HEAD]
     with pytest.raises(Interrupted, match="after step 3 of 6"):
         fit(table, out=tmp_path / "stopped", callback=StopAt(3), **arguments)
     again = resume(tmp_path / "stopped")
@@ -433,7 +433,7 @@ def test_a_tokenizer_of_more_words_is_refused(folder, table):
 
 def test_advice_is_about_the_network_that_is_there(folder, table):
     seen = Says()
-    seen.chose = lambda advice, config: seen.said.append(advice.best)
+    seen.on_plan = lambda advice, config: seen.said.append(advice.best)
     plan = fitting.build_plan(read(table), weights=folder, callback=seen, settings={**FAST, "steps": 2})
     best = next(one for one in seen.said if not isinstance(one, str))
     assert best.parameters == sum(p.numel() for p in plan.objective.model.parameters()) and best.name == "bert" == plan.size
@@ -441,9 +441,9 @@ def test_advice_is_about_the_network_that_is_there(folder, table):
 
 def test_a_size_is_known_by_all_of_its_numbers():
     names = {"minilm-l6": {}, "minilm-l12": {}, "bert-base": {}, "bert-base-cased": {}, "bert-large": {}}
-    card = fieldguide.registry.card("bert")
+    card = find("bert")[0]
     for name in names:
-        found = load.Checkpoint(None, card, None, {**card.sizes[name].overrides, "output_type": "label", "classes": 7}, {})
+        found = load.Checkpoint(None, card, None, {**card.sizes[name].overrides, "output_type": "label", "num_classes": 7}, {})
         assert found.size == name
     assert load.Checkpoint(None, card, None, {"depth": 5}, {}).size == "bert"
 
@@ -492,7 +492,7 @@ def test_a_file_of_pictures_begins_with_their_scale(library, painted, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     plan = fitting.build_plan(read(painted), weights=tmp_path / "weights.pth", settings={**FAST, "steps": 2, "augment": "none"})
     assert plan.fresh == HEAD and plan.size == "resnet18" and plan.task.pictures.channels == 3
-    rows = plan.source.take(plan.parts.test)
+    rows = plan.source.take(plan.splits.test)
     batch = plan.task.batches(rows, plan.card).make(np.arange(len(rows)), None)["image"]
     transform = timm.data.create_transform(
         32, is_training=False, crop_pct=1.0, mean=timm.data.IMAGENET_DEFAULT_MEAN, std=timm.data.IMAGENET_DEFAULT_STD
@@ -536,7 +536,7 @@ def test_a_run_of_pictures_hands_on_its_scale(painted, tmp_path):
 def test_of_little_data_a_new_head_alone_learns(folder, table):
     seen = Says()
     plan = fitting.build_plan(read(table), weights=folder, callback=seen, settings={**FAST, "steps": 2})
-    assert plan.settings.finetune == "frozen" and any("would be learnt by heart" in line for line in seen.said)
+    assert plan.settings.finetune == "frozen" and any("would overfit" in line for line in seen.said)
     assert {n for n, p in plan.objective.model.named_parameters() if p.requires_grad} == {"pool.weight", "pool.bias", *HEAD}
 
 
@@ -544,6 +544,6 @@ def test_record_says_with_what_it_began(folder, table, tmp_path, monkeypatch):
     monkeypatch.chdir(folder.parent)
     run = fit(table, out=tmp_path / "run", weights=folder.name, settings={**FAST, "steps": 2})
     record = json.loads((run.path / "run.json").read_text())
-    assert record["request"]["weights"] == str(folder) and record["settings"]["tune"] == "frozen"
+    assert record["request"]["weights"] == str(folder) and record["settings"]["finetune"] == "frozen"
     (answer,) = open_run(run.path).predict("the red house is green old")
     assert answer["label"] in "abc"

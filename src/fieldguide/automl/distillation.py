@@ -36,7 +36,7 @@ def add_teacher(objective: Objective, task: Task, settings: Settings, source: Da
     check_unseen(run, source, splits)
     show = task.teacher_inputs(run.task, run.card)
     return Distillation(
-        objective.model, objective.inputs, objective.loss, run.model, show=show, hard=settings.distillation == "hard"
+        objective.model, objective.inputs, objective.loss, run.model, teacher_inputs=show, hard=settings.distillation == "hard"
     )
 
 

@@ -35,7 +35,7 @@ from fieldguide.inference.predictor import TaskPredictor
 from fieldguide.inference.run import Run, open_run
 from fieldguide.objectives import Objective
 from fieldguide.training import peft
-from fieldguide.training.checkpoint import separate
+from fieldguide.training.checkpoint import copy_to_cpu
 from fieldguide.training.inference_loop import collect
 from fieldguide.training.trainer import State, Trainer
 
@@ -268,7 +268,7 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
         folder=folder,
         evaluate=evaluate,
         metric=(metric.name, metric.better),
-        most=plan.max_steps,
+        max_steps=plan.max_steps,
     )
     return loop
 
@@ -337,7 +337,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: Sta
             "peak_memory": peak_memory(),
         }
         for name in plan.objective.keep:
-            content = pack(separate(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
+            content = pack(copy_to_cpu(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
             write_atomically(path / f"{name}.safetensors", content)
         task.save(path / "preprocess")
         record["status"] = "done"

@@ -89,10 +89,10 @@ class Tabular(BaseEstimator):
             minutes=self.minutes,
             seed=seed,
             settings=settings,
-            parts=parts_of(data, seed),
+            splits=parts_of(data, seed),
             callback=callback,
         )
-        loop = fitting.trainer(plan, callback)
+        loop = fitting.build_trainer(plan, callback)
         callback.on_train_start(plan.settings, 0)
         try:
             state = fitting.train(plan, loop)
@@ -321,9 +321,9 @@ def is_frame(X: Any) -> bool:
 
 
 def memory_column(name: str, values: Any) -> pl.Series:
-    from fieldguide.data.readers.memory import series
+    from fieldguide.data.readers.memory import to_series
 
-    return series(name, values)
+    return to_series(name, values)
 
 
 def parts_of(data: Data, seed: int) -> Splits:
@@ -342,7 +342,7 @@ def parts_of(data: Data, seed: int) -> Splits:
                 np.sort(np.r_[parts.train, parts.validation[strange]]),
                 parts.validation if strange.all() else parts.validation[~strange],
                 nothing,
-                parts.how,
+                parts.description,
             )
     return parts
 

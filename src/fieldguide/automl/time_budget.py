@@ -13,8 +13,8 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches, representative_rows, steps_per_epoch
 from fieldguide.objectives import Objective
-from fieldguide.training.optim import orthogonalising
-from fieldguide.training.precision import fastest, seconds
+from fieldguide.training.optim import measure_orthogonalization_seconds
+from fieldguide.training.precision import choose_precision, measure_step_seconds
 
 BUDGET = 0.9  # part of the minutes that the planned steps take; the rest is for evaluations and surprises
 CHECKS = 40  # evaluations in a whole run, at most
@@ -56,7 +56,7 @@ def resolve(
     parts = settings.grad_accum_steps * distributed.world()
     batch, making = timed_batch(batches, settings.batch_size // parts)
     precision, last, times = settings.precision, bool(settings.channels_last), {}
-    chosen, chosen_last, times = fastest(objective, batch, distributed.device(), callback.log)
+    chosen, chosen_last, times = choose_precision(objective, batch, distributed.device(), callback.log)
     if precision == "auto":
         precision = chosen
         last = chosen_last if settings.channels_last is None else last
@@ -67,7 +67,7 @@ def resolve(
         + f": {precision}{', channels-last' if last else ''}"
     )
     steps, checks, most = settings.steps, CHECKS, 0
-    update = orthogonalising(objective, distributed.device()) if settings.optimizer == "muon" else 0.0
+    update = measure_orthogonalization_seconds(objective, distributed.device()) if settings.optimizer == "muon" else 0.0
     cost = lambda: (step + (making if not settings.num_workers else 0)) * settings.grad_accum_steps * 1.1 + update
     if steps is None:
         epochs = settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200))
@@ -86,7 +86,7 @@ def resolve(
                 break
             settings = settings.with_({"batch_size": half * parts})
             batch, making = timed_batch(batches, half)
-            step = seconds(objective, batch, precision, last, distributed.device())
+            step = measure_step_seconds(objective, batch, precision, last, distributed.device())
     evaluate = settings.eval_steps or max(1, min(steps, max(each, -(-steps // checks))))
     return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "eval_steps": evaluate}), cost(), most
 

@@ -18,7 +18,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
-from fieldguide.objectives import Objective, Vectors
+from fieldguide.objectives import EmbeddingObjective, Objective
 from fieldguide.tasks import Task
 from fieldguide.training.inference_loop import collect
 
@@ -35,6 +35,7 @@ class Predictor:
     """The interface of everything that predicts."""
 
     card: Card
+    generates_text: bool = False  # each prediction is a text, to be printed as it is
 
     @property
     def model(self) -> torch.nn.Module:
@@ -91,7 +92,7 @@ class TaskPredictor(Predictor):
         """Return post-processed outputs of batches. `task` is the request's own, `callback` receives the examples done."""
         step = task.predict_step(copy.copy(self.objective))  # a copy, since a step may configure it for its request
         outputs = collect(
-            self.objective, batches, ask=step, batch=self.batch_size, device=distributed.device(), callback=callback
+            self.objective, batches, step=step, batch=self.batch_size, device=distributed.device(), callback=callback
         )
         return task.postprocess({**outputs, **batches.meta})
 
@@ -116,7 +117,7 @@ class TaskPredictor(Predictor):
             return super().embed(texts)
         if not texts:
             return np.zeros((0, model.config.dim), dtype=np.float32)
-        return collect(Vectors(model, self.pooling), rows, batch=64, device=distributed.device())["vector"]
+        return collect(EmbeddingObjective(model, self.pooling), rows, batch=64, device=distributed.device())["vector"]
 
     def stream(self, source: Any, **options: Any) -> Iterator[str] | None:
         task = self.task.for_request(self.task.parse_predict_options(options))
@@ -145,7 +146,7 @@ def join_skipped(data: Data, predictions: Sequence[Any]) -> list[dict[str, Any]]
         records += [{"input": item.place, "error": item.why} for item in skipped.get(i, ())]
         if i < len(predictions):
             each = predictions[i] if isinstance(predictions[i], list) else [predictions[i]]
-            records += [{"input": data.place(i), **record} for record in each]
+            records += [{"input": data.locate_row(i), **record} for record in each]
     return records
 
 

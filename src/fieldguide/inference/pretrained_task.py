@@ -24,8 +24,8 @@ from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.inference.predictor import TaskPredictor, as_list
-from fieldguide.objectives import Objective, Vectors
-from fieldguide.objectives.embedding import POOLED
+from fieldguide.objectives import EmbeddingObjective, Objective
+from fieldguide.objectives.embedding import POOLING_MODES
 from fieldguide.tasks import Task, tasks
 from fieldguide.tasks.base import Arrays, CheckpointAssets
 from fieldguide.tasks.text.base import Typed
@@ -146,7 +146,7 @@ def named(said: dict[str, Any], classes: int, where: Path) -> list[str]:
 def pooled(folder: Path) -> str:
     """How a text's vector is made, as sentence-transformers says it beside weights; else the mean."""
     if not (folder / POOLING).is_file():
-        return POOLED[0]
+        return POOLING_MODES[0]
     said = config_mapping.read(folder / POOLING)
     chosen = [key.removeprefix(ANYHOW) for key, on in said.items() if key.startswith(ANYHOW) and on is True]
     if len(chosen) != 1 or chosen[0] not in NAMES:
@@ -193,7 +193,7 @@ class TextVectors(EmbeddingTask, Typed):
         return self.encode_texts(texts, self.length)
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Vectors(model, self.pooled)
+        return EmbeddingObjective(model, self.pooled)
 
 
 class PictureVectors(EmbeddingTask, ImageClassification):
@@ -202,4 +202,4 @@ class PictureVectors(EmbeddingTask, ImageClassification):
     input_types = ("image",)
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Vectors(model)
+        return EmbeddingObjective(model)

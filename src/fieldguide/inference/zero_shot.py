@@ -5,7 +5,7 @@ It is the task `image-text` with the preprocessing of the pretrained network in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from fieldguide.core.card import OPENAI, Card, Scale
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, nearest
 from fieldguide.data import read
 from fieldguide.data.dataset import Column, Data
-from fieldguide.data.preprocessing import Labels, Pictures, Text
+from fieldguide.data.preprocessing import ImageTransform, Labels, TextTokenizer
 from fieldguide.inference.predictor import Predictions, TaskPredictor, as_list, join_skipped
 from fieldguide.inference.run import open_run
 from fieldguide.objectives import Contrastive
@@ -28,13 +28,11 @@ from fieldguide.tasks.multimodal.image_text import ImageText
 BATCH_SIZE = 64
 
 
-def build_task(text: Text, transform: Pictures, end: int, length: int) -> ImageText:
+def build_task(text: TextTokenizer, transform: ImageTransform, end: int, length: int) -> ImageText:
     """Return the task `image-text` of a pretrained network with its own tokenizer and image preprocessing."""
     task = ImageText(
         [Column("image", "image"), Column("caption", "text", "target")],
-        ImageText.Options(
-            side=transform.side, channels=transform.channels, vocab_size=text.size, length=length, end=end
-        ),
+        ImageText.Options(side=transform.side, channels=transform.channels, vocab_size=text.size, length=length, end=end),
     )
     task.text, task.pictures, task.classes, task.known = text, transform, [], []
     return task
@@ -48,9 +46,7 @@ class ZeroShotClassifier(TaskPredictor):
 
     LOAD_OPTIONS: ClassVar = {"tokenizer": str}
 
-    def __init__(
-        self, network: nn.Module, card: Card, task: ImageText, templates: Sequence[str] = (DEFAULT_TEMPLATE,)
-    ):
+    def __init__(self, network: nn.Module, card: Card, task: ImageText, templates: Sequence[str] = (DEFAULT_TEMPLATE,)):
         objective = Contrastive(network, card.inputs).to(distributed.device()).eval()
         super().__init__(task, card, objective, batch_size=BATCH_SIZE)
         self.templates = tuple(templates)
@@ -88,7 +84,7 @@ class ZeroShotClassifier(TaskPredictor):
                 f"{file} does not exist, and class names cannot be encoded without a tokenizer. Set tokenizer=PATH; all "
                 "CLIP models share that of openai/clip-vit-base-patch32."
             )
-        text, c = Text.load(file), network.config
+        text, c = TextTokenizer.load(file), network.config
         if text.size > c.vocab_size:
             raise WeightsError(f"{file} has {text.size:,} tokens, but the network {c.vocab_size:,}.")
         transform = build_transform(folder, c.image, c.channels, found.card.scale)
@@ -103,7 +99,7 @@ class ZeroShotClassifier(TaskPredictor):
         return task
 
     def predict(
-        self, inputs: Any = (), *, classes: str | Sequence[str] = (), templates: str | Sequence[str] = (), **unknown: Any
+        self, inputs: Any = (), classes: str | Sequence[str] = (), templates: str | Sequence[str] = (), **unknown: Any
     ) -> Predictions:
         """Return for each image its most probable class and the probabilities of all.
 
@@ -116,10 +112,12 @@ class ZeroShotClassifier(TaskPredictor):
         outputs = self.run_batches(task, task.predict_batches(data, self.card))
         return Predictions(join_skipped(data, task.format_predictions(outputs)), task.notes)
 
+    def stream(self, source: Any, **options: Any) -> Iterator[str] | None:
+        return None
+
     def evaluate(
         self,
         source: Any,
-        *,
         classes: Mapping[str, str] | None = None,
         templates: str | Sequence[str] = (),
         **unknown: Any,
@@ -151,10 +149,10 @@ class ZeroShotClassifier(TaskPredictor):
         }
 
 
-def build_transform(folder: Path, side: int, channels: int, scale: Scale = OPENAI) -> Pictures:
+def build_transform(folder: Path, side: int, channels: int, scale: Scale = OPENAI) -> ImageTransform:
     """Return the image preprocessing that the files next to the weights describe, by default with the given scale."""
     described = shown(folder, side, channels, scale)
-    return Pictures(side, channels).scaled(described["pixels"]).resized(described["resize"])
+    return ImageTransform(side, channels).with_normalization(described["pixels"]).with_resize(described["resize"])
 
 
 def split_text(value: str | Sequence[str], separator: str) -> list[str]:

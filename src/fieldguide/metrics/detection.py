@@ -16,8 +16,8 @@ import numpy as np
 
 from fieldguide.core.errors import DataError
 
-MOST = 100  # boxes of one class and picture that count, the most confident ones
-EVERY = ((0.0, 1e10),)  # boxes of every area; COCO's small, medium and large are not asked for
+MAX_DETECTIONS_PER_CLASS = 100  # boxes of one class and picture that count, the most confident ones
+ALL_AREAS = ((0.0, 1e10),)  # boxes of every area; COCO's small, medium and large are not asked for
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -33,37 +33,37 @@ def average_precision(found: Arrays, truth: Arrays, classes: int) -> dict[str, A
     class, boxes from this score up must be taken, and such a part of them is right (0 where it cannot be reached).
     Raises `DataError` for arrays that do not fit together, scores that are no numbers, or a truth without any box.
     """
-    return summed(evaluated(found, truth, classes))
+    return summarize(run_coco_evaluator(found, truth, classes))
 
 
 def bootstrap(found: Arrays, truth: Arrays, classes: int, *, repeats: int, seed: int = 0) -> list[dict[str, Any]]:
     """Scores of pictures drawn with replacement, as many as there are; boxes are matched once for all draws."""
-    evaluator, rng = evaluated(found, truth, classes), np.random.default_rng(seed)
+    evaluator, rng = run_coco_evaluator(found, truth, classes), np.random.default_rng(seed)
     count, each, drawn = len(truth["labels"]), np.empty(len(evaluator.evalImgs), dtype=object), []
     each[:] = evaluator.evalImgs  # for each class, each picture
     each = each.reshape(-1, count)
     while len(drawn) < repeats:
         evaluator.evalImgs = each[:, rng.integers(0, count, count)].ravel().tolist()
-        scores = summed(evaluator)
+        scores = summarize(evaluator)
         if not np.isnan(scores["class_map"]).all():
             drawn.append(scores)
     return drawn
 
 
-def evaluated(found: Arrays, truth: Arrays, classes: int) -> Any:
+def run_coco_evaluator(found: Arrays, truth: Arrays, classes: int) -> Any:
     """COCO's evaluator with every picture's boxes matched."""
-    check(found, truth, classes)
+    check_arrays(found, truth, classes)
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        evaluator = COCOeval(index(truth, classes), index(found, classes), "bbox")
-        evaluator.params.areaRng, evaluator.params.areaRngLbl = [list(span) for span in EVERY], ["all"]
-        evaluator.params.maxDets = [MOST]
+        evaluator = COCOeval(build_coco(truth, classes), build_coco(found, classes), "bbox")
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [list(span) for span in ALL_AREAS], ["all"]
+        evaluator.params.maxDets = [MAX_DETECTIONS_PER_CLASS]
         evaluator.evaluate()
     return evaluator
 
 
-def summed(evaluator: Any) -> dict[str, Any]:
+def summarize(evaluator: Any) -> dict[str, Any]:
     """Scores over the pictures that `evaluator` holds matched."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.accumulate()
@@ -84,7 +84,7 @@ def summed(evaluator: Any) -> dict[str, Any]:
     }
 
 
-def index(arrays: Arrays, classes: int) -> Any:
+def build_coco(arrays: Arrays, classes: int) -> Any:
     """Boxes of all pictures as pycocotools keeps them."""
     from pycocotools.coco import COCO
 
@@ -115,7 +115,7 @@ def index(arrays: Arrays, classes: int) -> Any:
     return whole
 
 
-def check(found: Arrays, truth: Arrays, classes: int) -> None:
+def check_arrays(found: Arrays, truth: Arrays, classes: int) -> None:
     for what, arrays, flat in (("found", found, ("labels", "scores")), ("true", truth, ("labels",))):
         if lacking := [name for name in ("boxes", *flat) if name not in arrays]:
             raise DataError(f"the {what} boxes come without {' and '.join(lacking)}")

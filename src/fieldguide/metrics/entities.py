@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ALONE = {"U": "S", "L": "E"}  # letters of BILOU as BIOES has them
+BILOU_TO_BIOES = {"U": "S", "L": "E"}  # letters of BILOU as BIOES has them
 
 
-def parts(tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def parse_tags(tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """For each tag its letter (O B I E S as 0 to 4), its type as a number from 1 (0 for O), and the types' names."""
     schemed = all(tag == "O" or tag[:2] in ("B-", "I-", "E-", "S-", "L-", "U-") for tag in tags)
-    split = [("O", "") if tag == "O" else (ALONE.get(tag[0], tag[0]), tag[2:]) if schemed else ("S", tag) for tag in tags]
+    split = [("O", "") if tag == "O" else (BILOU_TO_BIOES.get(tag[0], tag[0]), tag[2:]) if schemed else ("S", tag) for tag in tags]
     types = sorted({kind for letter, kind in split if letter != "O"})
     return (
         np.array(["OBIES".index(letter) for letter, _ in split]),
@@ -25,7 +25,7 @@ def parts(tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     )
 
 
-def bounds(letter: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_boundaries(letter: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """N W letters and types -> N W: where entities begin; N W: for each place, where the next one ends at or after it."""
     before = lambda x: np.pad(x, ((0, 0), (1, 0)))[:, :-1]
     after = lambda x: np.pad(x, ((0, 0), (0, 1)))[:, 1:]
@@ -41,21 +41,21 @@ def bounds(letter: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return begins, np.minimum.accumulate(place[:, ::-1], 1)[:, ::-1]
 
 
-def counted(truth: np.ndarray, said: np.ndarray, tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def count_entities(truth: np.ndarray, said: np.ndarray, tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Entities of each type that are right, said, and there: types, types, types. `truth` and `said` are N W numbers of
     tags, -1 where there is no word."""
-    letters, kinds, types = parts(tags)
+    letters, kinds, types = parse_tags(tags)
     letters, kinds = np.append(letters, 0), np.append(kinds, 0)  # -1 is O
     real, guess = ((letters[x], kinds[x]) for x in (truth, said))
-    (real_begins, real_ends), (said_begins, said_ends) = bounds(*real), bounds(*guess)
+    (real_begins, real_ends), (said_begins, said_ends) = find_boundaries(*real), find_boundaries(*guess)
     right = real_begins & said_begins & (real[1] == guess[1]) & (real_ends == said_ends)
     count = lambda where, kind: np.bincount(kind[where], minlength=len(types) + 1)[1:]
     return count(right, real[1]), count(said_begins, guess[1]), count(real_begins, real[1])
 
 
-def spans(tags: np.ndarray, names: Sequence[str]) -> list[tuple[int, int, str]]:
+def extract_entities(tags: np.ndarray, names: Sequence[str]) -> list[tuple[int, int, str]]:
     """The entities of one row of numbers of tags: first word, last word, type."""
-    letters, kinds, types = parts(names)
+    letters, kinds, types = parse_tags(names)
     letter, kind = np.append(letters, 0)[tags][None], np.append(kinds, 0)[tags][None]
-    begins, ends = bounds(letter, kind)
+    begins, ends = find_boundaries(letter, kind)
     return [(int(i), int(ends[0, i]), types[kind[0, i] - 1]) for i in np.flatnonzero(begins[0])]

@@ -25,13 +25,13 @@ def smape(point: np.ndarray, future: np.ndarray) -> np.ndarray:
         return np.where(total == 0, 0.0, 200 * np.abs(future - point) / total)
 
 
-def pinball(values: np.ndarray, future: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
+def pinball_loss(values: np.ndarray, future: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     """Loss of each quantile (Koenker and Bassett 1978): ... Q, ... -> ... Q."""
     error = future[..., None] - values
     return np.maximum(quantiles * error, (quantiles - 1) * error)
 
 
-def widening(low: np.ndarray, high: np.ndarray, future: np.ndarray, level: float) -> float:
+def compute_interval_widening(low: np.ndarray, high: np.ndarray, future: np.ndarray, level: float) -> float:
     """By how many widths intervals must grow at each end so that `level` of the outcomes lie inside; below 0: shrink.
     Conformal quantile regression (Romano et al. 2019, arXiv:1905.03222, eq. 6 to 8), its score in widths (Sesia and Candes
     2020, arXiv:1909.05433). 0 where nothing is known."""

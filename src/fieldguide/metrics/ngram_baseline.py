@@ -17,7 +17,7 @@ class NGram:
     def __init__(self, tokens: np.ndarray, vocab: int, order: int = 5):
         self.tokens, self.vocab, self.order = tokens.astype(np.int64), vocab, order
 
-    def nats(self, tokens: np.ndarray) -> np.ndarray:
+    def compute_nats(self, tokens: np.ndarray) -> np.ndarray:
         """-log p of each token given those before it (T float64)."""
         seen, asked = len(self.tokens), np.asarray(tokens, dtype=np.int64)
         every = np.concatenate([self.tokens, asked])
@@ -27,7 +27,7 @@ class NGram:
         for n in range(1, self.order + 1):
             # The first tokens of either text lack such a context.
             whole = np.minimum(np.arange(len(every)), np.where(ours, len(every), np.arange(len(every)) - seen)) >= n - 1
-            pair = dense(context * (self.vocab + 1) + every)
+            pair = to_dense_codes(context * (self.vocab + 1) + every)
             used = ours & whole
             of_context = np.bincount(context[used], minlength=context.max() + 1)
             of_pair = np.bincount(pair[used], minlength=pair.max() + 1)
@@ -38,10 +38,10 @@ class NGram:
             p = np.where(whole & (total > 0), mixed, p)
             longer = np.zeros_like(every)
             longer[n:] = every[:-n]
-            context = dense(context * (self.vocab + 1) + longer + 1)
+            context = to_dense_codes(context * (self.vocab + 1) + longer + 1)
         return -np.log(p[seen:])
 
 
-def dense(codes: np.ndarray) -> np.ndarray:
+def to_dense_codes(codes: np.ndarray) -> np.ndarray:
     """Numbers from 0, equal for equal codes."""
     return np.unique(codes, return_inverse=True)[1]

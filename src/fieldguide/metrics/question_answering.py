@@ -18,31 +18,31 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
-def plain(text: str) -> str:
+def normalize_text(text: str) -> str:
     """A text as it is compared."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
-def overlap(said: str, right: str) -> float:
+def f1_score(said: str, right: str) -> float:
     """F1 of the words that both have, each as often as both have it; where one has no words, whether both have none."""
-    mine, theirs = Counter(plain(said).split()), Counter(plain(right).split())
+    mine, theirs = Counter(normalize_text(said).split()), Counter(normalize_text(right).split())
     if not mine or not theirs:
         return float(mine == theirs)
     return 2 * (mine & theirs).total() / (mine.total() + theirs.total())
 
 
-def scores(said: Sequence[str], right: Sequence[Sequence[str]]) -> np.ndarray:  # N texts, N lists -> N 2
+def score_answers(said: Sequence[str], right: Sequence[Sequence[str]]) -> np.ndarray:  # N texts, N lists -> N 2
     """Exact match and F1 of each answer with the nearest of its references; `""` says that there is no answer."""
     rows = [(text, references or ("",)) for text, references in zip(said, right, strict=True)]
     return np.array(
         [
-            (max(float(plain(text) == plain(r)) for r in references), max(overlap(text, r) for r in references))
+            (max(float(normalize_text(text) == normalize_text(r)) for r in references), max(f1_score(text, r) for r in references))
             for text, references in rows
         ]
     ).reshape(-1, 2)
 
 
-def threshold(margins: np.ndarray, answered: np.ndarray, silent: np.ndarray) -> float:  # N each
+def find_threshold(margins: np.ndarray, answered: np.ndarray, silent: np.ndarray) -> float:  # N each
     """How much better than none an answer must be to be given: what makes the sum of scores largest, where an answer scores
     `answered` if it is given and `silent` if not (the `na_prob_thresh` of SQuAD 2.0's own script). Between two margins."""
     order = np.argsort(-margins, kind="stable")

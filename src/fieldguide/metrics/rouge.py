@@ -13,28 +13,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fieldguide.metrics.scripts import HAN, OTHERS
+from fieldguide.metrics.scripts import HAN, OTHER_UNSPACED
 
-WORD = re.compile(f"[{HAN}{OTHERS}]|[^\\W_{HAN}{OTHERS}]+")
-KINDS = ("rouge1", "rouge2", "rougeL")
+WORD = re.compile(f"[{HAN}{OTHER_UNSPACED}]|[^\\W_{HAN}{OTHER_UNSPACED}]+")
+ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def harmonic(shared: int, said: int, right: int) -> float:
+def f_measure(shared: int, said: int, right: int) -> float:
     """F-measure of what is shared of so much that was said and so much that was right to say."""
     return 2 * shared / (said + right) if shared else 0.0
 
 
-def overlap(said: Sequence[str], right: Sequence[str], size: int) -> float:
+def rouge_n(said: Sequence[str], right: Sequence[str], size: int) -> float:
     """ROUGE-N: runs of `size` words that both have, each as often as both have it (section 2)."""
     mine, theirs = (Counter(zip(*(row[i:] for i in range(size)))) for row in (said, right))
-    return harmonic((mine & theirs).total(), mine.total(), theirs.total())
+    return f_measure((mine & theirs).total(), mine.total(), theirs.total())
 
 
-def longest(said: Sequence[str], right: Sequence[str]) -> float:
+def rouge_l(said: Sequence[str], right: Sequence[str]) -> float:
     """ROUGE-L: the longest row of words that both have in this order, not necessarily side by side (section 3.1)."""
     if not said or not right:
         return 0.0
@@ -44,10 +44,10 @@ def longest(said: Sequence[str], right: Sequence[str]) -> float:
     for word in row:
         best[1:] = np.maximum(best[1:], best[:-1] + (want == word))
         best = np.maximum.accumulate(best)
-    return harmonic(int(best[-1]), len(row), len(want))
+    return f_measure(int(best[-1]), len(row), len(want))
 
 
-def scores(said: Sequence[str], right: Sequence[str]) -> np.ndarray:  # N texts, N references -> N 3
+def score_texts(said: Sequence[str], right: Sequence[str]) -> np.ndarray:  # N texts, N references -> N 3
     """ROUGE-1, ROUGE-2 and ROUGE-L of each text."""
-    rows = [(words(a), words(b)) for a, b in zip(said, right, strict=True)]
-    return np.array([(overlap(a, b, 1), overlap(a, b, 2), longest(a, b)) for a, b in rows]).reshape(-1, len(KINDS))
+    rows = [(split_words(a), split_words(b)) for a, b in zip(said, right, strict=True)]
+    return np.array([(rouge_n(a, b, 1), rouge_n(a, b, 2), rouge_l(a, b)) for a, b in rows]).reshape(-1, len(ROUGE_NAMES))

@@ -16,7 +16,7 @@ import numpy as np
 from fieldguide.core.errors import DataError
 
 Unit = Literal["words", "characters"]
-TOGETHER = 4_000_000  # cells of a row of the table, over all pairs in it: 32 MB
+MAX_TABLE_CELLS = 4_000_000  # cells of a row of the table, over all pairs in it: 32 MB
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,25 @@ class Edits:
         }
 
 
-def units(text: str, unit: Unit) -> list[str]:
+def split_units(text: str, unit: Unit) -> list[str]:
     """Words, or characters with one space between words."""
     words = text.split()
     return words if unit == "words" else list(" ".join(words))
 
 
-def edits(references: Sequence[str], hypotheses: Sequence[str], unit: Unit = "words") -> Edits:
+def count_edits(references: Sequence[str], hypotheses: Sequence[str], unit: Unit = "words") -> Edits:
     """Edits from what was said to what was heard, pair by pair. Raises `DataError` for lists of unequal length."""
     if len(references) != len(hypotheses):
         raise DataError(f"{len(references)} reference transcripts stand beside {len(hypotheses)} hypotheses")
     known: dict[str, int] = {}
-    number = lambda text: np.array([known.setdefault(u, len(known)) for u in units(text, unit)], dtype=np.int64)
+    number = lambda text: np.array([known.setdefault(u, len(known)) for u in split_units(text, unit)], dtype=np.int64)
     said, heard = [number(text) for text in references], [number(text) for text in hypotheses]
     n, m = np.array([len(s) for s in said], np.int64), np.array([len(h) for h in heard], np.int64)
     distance, substitutions = np.zeros(len(n), np.int64), np.zeros(len(n), np.int64)
     order, first = np.argsort(n, kind="stable"), 0
     while first < len(order):  # pairs of similar length share a table
         last = first + 1
-        while last < len(order) and (last + 1 - first) * (n[order[last]] + 1) <= TOGETHER:
+        while last < len(order) and (last + 1 - first) * (n[order[last]] + 1) <= MAX_TABLE_CELLS:
             last += 1
         rows, first = order[first:last], last
         distance[rows], substitutions[rows] = levenshtein([said[i] for i in rows], [heard[i] for i in rows])
@@ -83,7 +83,7 @@ def levenshtein(said: Sequence[np.ndarray], heard: Sequence[np.ndarray]) -> tupl
     """
     n, m = np.array([len(s) for s in said], np.int64), np.array([len(h) for h in heard], np.int64)
     base = int(max(n.max(initial=0), m.max(initial=0))) + 1
-    across, down = filled(said), filled(heard)
+    across, down = pad_rows(said), pad_rows(heard)
     steps = base * np.arange(across.shape[1] + 1)
     row = np.broadcast_to(steps, (len(n), len(steps))).copy()  # nothing heard yet: all deleted
     best = row.copy()  # the row after the last word heard
@@ -98,7 +98,7 @@ def levenshtein(said: Sequence[np.ndarray], heard: Sequence[np.ndarray]) -> tupl
     return packed // base, packed % base
 
 
-def filled(rows: Sequence[np.ndarray]) -> np.ndarray:
+def pad_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Rows as one table, filled up at the end with anything: what stands there is never looked at."""
     sizes = np.array([len(r) for r in rows])
     table = np.zeros((len(rows), sizes.max(initial=0)), np.int64)
@@ -108,18 +108,18 @@ def filled(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     """Word error rate of the corpus."""
-    return edits(references, hypotheses, "words").rate
+    return count_edits(references, hypotheses, "words").rate
 
 
 def cer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     """Character error rate of the corpus, spaces between words included."""
-    return edits(references, hypotheses, "characters").rate
+    return count_edits(references, hypotheses, "characters").rate
 
 
 def compare(reference: str, hypothesis: str, unit: Unit = "words") -> list[tuple[str, str]]:
     """What was said beside what was heard, word by word; an empty text stands for nothing: ("the", "a") is a
     substitution, ("the", "") a deletion, ("", "the") an insertion. Counts as `edits` does. For single transcripts."""
-    said, heard = units(reference, unit), units(hypothesis, unit)
+    said, heard = split_units(reference, unit), split_units(hypothesis, unit)
     cost = [[(j, 0) for j in range(len(said) + 1)]]
     for i, h in enumerate(heard, 1):
         line = [(i, 0)]

@@ -7,10 +7,10 @@ from fieldguide.objectives.ctc import CTC
 from fieldguide.objectives.detection import Detection
 from fieldguide.objectives.diffusion import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
 from fieldguide.objectives.distillation import Distillation
-from fieldguide.objectives.embedding import Vectors
+from fieldguide.objectives.embedding import EmbeddingObjective
 from fieldguide.objectives.forecast import Forecast
-from fieldguide.objectives.language import NextToken, Restored
-from fieldguide.objectives.masked_lm import MaskedWords, Span, TokenLabels
+from fieldguide.objectives.language import DenoisingObjective, NextToken
+from fieldguide.objectives.masked_lm import MaskedLM, SpanPrediction, TokenClassificationObjective
 from fieldguide.objectives.supervised import Classification, Regression, Supervised
 
 __all__ = [
@@ -20,21 +20,21 @@ __all__ = [
     "Adversarial",
     "Classification",
     "Contrastive",
+    "DenoisingObjective",
     "Detection",
     "Diffusion",
     "Distillation",
+    "EmbeddingObjective",
     "Forecast",
-    "MaskedWords",
+    "MaskedLM",
     "MinSNR",
     "NextToken",
     "Objective",
     "Phase",
     "Process",
     "Regression",
-    "Restored",
-    "Span",
+    "SpanPrediction",
     "Supervised",
-    "TokenLabels",
+    "TokenClassificationObjective",
     "Uniform",
-    "Vectors",
 ]

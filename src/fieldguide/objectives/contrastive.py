@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 
-SAME = ("text", "picture")  # numbers of a batch that say which examples are right answers for each other
-LARGEST = 100.0  # of the scale of the logits (section 2.5)
+DUPLICATE_KEYS = ("text", "picture")  # numbers of a batch that say which examples are right answers for each other
+MAX_LOGIT_SCALE = 100.0  # of the scale of the logits (section 2.5)
 
 
 class Gather(torch.autograd.Function):
@@ -39,7 +39,7 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather(x: Tensor) -> tuple[Tensor, int]:  # B ... -> N ..., and the place of the first own row
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:  # B ... -> N ..., and the place of the first own row
     """The rows of all processes, by rank, which may hold different numbers of them; gradients flow to each."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x, 0
@@ -72,16 +72,16 @@ class Contrastive(Objective):
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         with torch.no_grad():  # the parameter itself: a clamp of its use would have no way back
-            self.model.logit_scale.clamp_(max=math.log(LARGEST))
+            self.model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         own = self.model(*(batch[name] for name in self.inputs))  # B 2 E
-        everyone, first = gather(own)
+        everyone, first = gather_rows(own)
         if len(everyone) < 2:
             raise SettingsError("contrastive training compares the examples of a batch: set batch=2 or more")
         rows = torch.arange(first, first + len(own), device=own.device)
         right = F.one_hot(rows, len(everyone)).bool()
-        for name in SAME:
+        for name in DUPLICATE_KEYS:
             if name in batch:
-                right |= batch[name][:, None] == gather(batch[name])[0]
+                right |= batch[name][:, None] == gather_rows(batch[name])[0]
         target = right.to(own.dtype) / right.sum(1, keepdim=True)  # B N
         with torch.autocast(own.device.type, enabled=False):  # logits up to 100 need their digits
             image = F.cross_entropy(own[:, 0] @ everyone[:, 1].T, target, reduction="sum")

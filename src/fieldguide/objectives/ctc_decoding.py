@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.ctc import BLANK
 
-NEVER = -math.inf
+LOG_ZERO = -math.inf
 Prefix = tuple[int, ...]
 
 
@@ -61,45 +61,45 @@ def beam_search(
     vocab = log_probabilities.shape[1]
     likely = log_probabilities[:, 1:].topk(min(symbols or vocab, vocab - 1)).indices + 1
     rows, likely = log_probabilities.double().tolist(), likely.tolist()
-    beam: dict[Prefix, tuple[float, float]] = {(): (0.0, NEVER)}  # ends in a blank, does not
+    beam: dict[Prefix, tuple[float, float]] = {(): (0.0, LOG_ZERO)}  # ends in a blank, does not
     extra: dict[Prefix, float] = {(): 0.0}
 
     def rank(entry: tuple[Prefix, tuple[float, float]]) -> float:
-        return add(*entry[1]) + extra[entry[0]]
+        return log_add(*entry[1]) + extra[entry[0]]
 
     for row, candidates in zip(rows, likely):
         after: dict[Prefix, tuple[float, float]] = {}
         for prefix, (blank, symbol) in beam.items():
-            both = add(blank, symbol)
-            b, s = after.get(prefix, (NEVER, NEVER))
-            repeated = symbol + row[prefix[-1]] if prefix else NEVER
-            after[prefix] = add(b, both + row[BLANK]), add(s, repeated)
+            both = log_add(blank, symbol)
+            b, s = after.get(prefix, (LOG_ZERO, LOG_ZERO))
+            repeated = symbol + row[prefix[-1]] if prefix else LOG_ZERO
+            after[prefix] = log_add(b, both + row[BLANK]), log_add(s, repeated)
             for c in candidates:
                 longer = (*prefix, c)
                 # The same symbol again begins a new one only after a blank.
                 gain = (blank if prefix and c == prefix[-1] else both) + row[c]
-                if gain == NEVER:
+                if gain == LOG_ZERO:
                     continue
                 if longer not in extra:
                     extra[longer] = extra[prefix] + bonus + (weight * language(prefix, c) if language else 0.0)
-                b, s = after.get(longer, (NEVER, NEVER))
-                after[longer] = b, add(s, gain)
+                b, s = after.get(longer, (LOG_ZERO, LOG_ZERO))
+                after[longer] = b, log_add(s, gain)
         beam = dict(sorted(after.items(), key=rank, reverse=True)[:width])
         extra = {prefix: extra[prefix] for prefix in beam}
-    return [Hypothesis(prefix, add(*ends), add(*ends) + extra[prefix]) for prefix, ends in beam.items()]
+    return [Hypothesis(prefix, log_add(*ends), log_add(*ends) + extra[prefix]) for prefix, ends in beam.items()]
 
 
-def add(a: float, b: float) -> float:
+def log_add(a: float, b: float) -> float:
     """log(exp(a) + exp(b))"""
     if a < b:
         a, b = b, a
-    return a if b == NEVER else a + math.log1p(math.exp(b - a))
+    return a if b == LOG_ZERO else a + math.log1p(math.exp(b - a))
 
 
 @dataclass(frozen=True)
 class Alignment:
     spans: Tensor  # B L 2 int64: first frame of each symbol, and the frame after its last; -1 for none
-    sure: Tensor  # B L: geometric mean of a symbol's probability over its frames; 0 for none
+    confidence: Tensor  # B L: geometric mean of a symbol's probability over its frames; 0 for none
     score: Tensor  # B: log-probability of the whole path; -inf where the transcript does not fit
 
 
@@ -117,13 +117,13 @@ def align(log_probabilities: Tensor, frames: Tensor, target: Tensor, lengths: Te
     skips = torch.zeros_like(states, dtype=torch.bool)
     skips[:, 2:] = (states[:, 2:] != BLANK) & (states[:, 2:] != states[:, :-2])
     heard = log_probabilities.gather(2, states[:, None].expand(-1, steps, -1))  # B S 2L+1
-    best = heard.new_full(states.shape, NEVER)
+    best = heard.new_full(states.shape, LOG_ZERO)
     best[:, 0] = 0.0  # before the first frame, so that it may enter states 0 and 1
     moves = torch.zeros(steps, *states.shape, dtype=torch.int64, device=target.device)
     for t in range(steps):
-        one = torch.nn.functional.pad(best[:, :-1], (1, 0), value=NEVER)
-        two = torch.nn.functional.pad(best[:, :-2], (2, 0), value=NEVER)[:, : best.shape[1]]
-        two = two.masked_fill(~skips, NEVER)
+        one = torch.nn.functional.pad(best[:, :-1], (1, 0), value=LOG_ZERO)
+        two = torch.nn.functional.pad(best[:, :-2], (2, 0), value=LOG_ZERO)[:, : best.shape[1]]
+        two = two.masked_fill(~skips, LOG_ZERO)
         top, moves[t] = torch.stack([best, one, two]).max(0)
         best = (top + heard[:, t]).where((t < frames)[:, None], best)
     last = 2 * lengths[:, None]  # a path ends in the last symbol or the blank after it
@@ -147,7 +147,7 @@ def align(log_probabilities: Tensor, frames: Tensor, target: Tensor, lengths: Te
     return Alignment(spans, sure.exp().masked_fill(none, 0.0), score)
 
 
-def stitch(chunks: Tensor, overlap: int, total: int) -> Tensor:  # C S V -> total V
+def stitch_chunks(chunks: Tensor, overlap: int, total: int) -> Tensor:  # C S V -> total V
     """One answer from those of chunks that each begin S - overlap frames after the one before.
 
     Of what two have in common, each gives the half that is farther from its cut; `overlap` is even.
@@ -159,7 +159,9 @@ def stitch(chunks: Tensor, overlap: int, total: int) -> Tensor:  # C S V -> tota
 
 
 @torch.no_grad()
-def in_chunks(model: nn.Module, signal: Tensor, *, size: int, overlap: int, batch: int = 8) -> Tensor:  # T * -> S V
+def compute_logits_in_chunks(
+    model: nn.Module, signal: Tensor, *, size: int, overlap: int, batch: int = 8
+) -> Tensor:  # T * -> S V
     """Logits of one long recording, heard in overlapping chunks of `size` steps, `batch` of them at a time.
 
     Equal to those of the whole wherever the network looks less than half of the overlap around; attention looks
@@ -178,4 +180,4 @@ def in_chunks(model: nn.Module, signal: Tensor, *, size: int, overlap: int, batc
     lengths = (length - hop * torch.arange(count, device=signal.device)).clamp(max=size)
     answers = torch.cat([model(chunks[i : i + batch], lengths[i : i + batch]) for i in range(0, count, batch)])
     answers = torch.nn.functional.pad(answers, (0, 0, 0, size // stride - answers.shape[1]))
-    return stitch(answers, overlap // stride, total)
+    return stitch_chunks(answers, overlap // stride, total)

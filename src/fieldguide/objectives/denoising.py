@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-SHARE, MEAN = 0.15, 3.0  # of T5: part of the tokens that is cut out, and tokens of a span on the average
-INFILL = (0.30, 3.0)  # of BART: the same, where spans are drawn from a Poisson distribution
+T5_CORRUPTED_FRACTION, T5_MEAN_SPAN_LENGTH = 0.15, 3.0  # of T5: part of the tokens that is cut out, and tokens of a span on the average
+BART_INFILLING = (0.30, 3.0)  # of BART: the same, where spans are drawn from a Poisson distribution
 
 
-def parted(total: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # N, N -> N max(parts)
+def sample_partitions(total: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # N, N -> N max(parts)
     """Each total as a sum of that many parts of 1 or more, all sums equally likely; 0 behind the last part."""
     width, most = int(parts.max(initial=1)), int(total.max(initial=1))
     # The ends of parts are `parts - 1` different places among the first total - 1, and the total.
@@ -26,8 +26,8 @@ def parted(total: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np
     return np.diff(ends, axis=1, prepend=0)
 
 
-def spans(
-    lengths: np.ndarray, width: int, rng: np.random.Generator, share: float = SHARE, mean: float = MEAN
+def sample_spans(
+    lengths: np.ndarray, width: int, rng: np.random.Generator, share: float = T5_CORRUPTED_FRACTION, mean: float = T5_MEAN_SPAN_LENGTH
 ) -> np.ndarray:  # N -> N width int64
     """Number of the span that each token lies in, from 1; 0 where it stays, and behind the end.
 
@@ -38,14 +38,14 @@ def spans(
     cut = np.clip(np.round(lengths * share), 1, np.maximum(lengths - 1, 0)).astype(np.int64)
     count = np.clip(np.round(cut / mean), 1, np.maximum(np.minimum(cut, lengths - cut), 1)).astype(np.int64)
     fine = cut > 0  # rows of two tokens or more
-    gone, kept = (parted(np.where(fine, x, 1), np.where(fine, count, 1), rng) for x in (cut, lengths - cut))
+    gone, kept = (sample_partitions(np.where(fine, x, 1), np.where(fine, count, 1), rng) for x in (cut, lengths - cut))
     ends = np.stack([kept, gone], 2).reshape(len(lengths), -1).cumsum(1)  # stays, goes, stays, goes, ...
     at = np.arange(width)
     run = (at[None, :, None] >= ends[:, None]).sum(2)  # which of these runs a token lies in
     return np.where((run % 2 == 1) & (at < lengths[:, None]) & fine[:, None], run // 2 + 1, 0)
 
 
-def packed(tokens: np.ndarray, keep: np.ndarray, pad: int) -> tuple[np.ndarray, np.ndarray]:  # N L, N L bool -> N M, N M
+def pack_kept(tokens: np.ndarray, keep: np.ndarray, pad: int) -> tuple[np.ndarray, np.ndarray]:  # N L, N L bool -> N M, N M
     """The tokens that are kept, moved to the front of their rows; which places of the result are filled."""
     counts = keep.sum(1)
     filled = np.arange(counts.max(initial=1))[None] < counts[:, None]
@@ -54,7 +54,7 @@ def packed(tokens: np.ndarray, keep: np.ndarray, pad: int) -> tuple[np.ndarray, 
     return out, filled
 
 
-def corrupted(
+def corrupt_spans(
     tokens: np.ndarray, span: np.ndarray, lengths: np.ndarray, sentinels: np.ndarray, end: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # N L, N L, N -> N S, N S bool, N T
     """Source, its mask, and target (padded with -1): each span is one sentinel in the source; the target is every sentinel
@@ -70,19 +70,19 @@ def corrupted(
     mark = sentinels[np.maximum(span - 1, 0)]
     ends = np.full((rows, 1), end)
     every = np.ones((rows, 1), dtype=bool)
-    source, mask = packed(
+    source, mask = pack_kept(
         np.concatenate([np.where(first, mark, tokens), ends], 1), np.concatenate([real & ((span == 0) | first), every], 1), pad
     )
     # Two places a token: its span's sentinel where that begins, then itself.
     said = np.stack([mark, tokens], 2).reshape(rows, -1)
     keep = np.stack([first, span > 0], 2).reshape(rows, -1)
     last = sentinels[span.max(1, initial=0)][:, None]
-    target, _ = packed(np.concatenate([said, last, ends], 1), np.concatenate([keep, every, every], 1), -1)
+    target, _ = pack_kept(np.concatenate([said, last, ends], 1), np.concatenate([keep, every, every], 1), -1)
     return source, mask, target
 
 
-def holes(
-    lengths: np.ndarray, width: int, rng: np.random.Generator, share: float = INFILL[0], mean: float = INFILL[1]
+def sample_infill_masks(
+    lengths: np.ndarray, width: int, rng: np.random.Generator, share: float = BART_INFILLING[0], mean: float = BART_INFILLING[1]
 ) -> tuple[np.ndarray, np.ndarray]:  # N -> N width bool, N width bool
     """Before which tokens BART puts a mask, and which tokens are gone: spans of Poisson lengths, together about `share` of the
     tokens; a span of length 0 is a mask in between.
@@ -110,11 +110,11 @@ def holes(
     return begins >= 0, (opened >= 0) & (at < reach) & real
 
 
-def infilled(
+def apply_infilling(
     tokens: np.ndarray, lengths: np.ndarray, hidden: int, pad: int, begins: np.ndarray, gone: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # N L, N, N L bool, N L bool -> N S, N S bool
     """BART's source and its mask: each of the `holes` is one mask token. What is to be written is the whole row as it was."""
     real = np.arange(tokens.shape[1])[None] < lengths[:, None]
     both = np.stack([np.full_like(tokens, hidden), tokens], 2).reshape(len(tokens), -1)
     keep = np.stack([begins, real & ~gone], 2).reshape(len(tokens), -1)
-    return packed(both, keep, pad)
+    return pack_kept(both, keep, pad)

@@ -20,7 +20,7 @@ from fieldguide.models.layers.boxes import ciou, iou, nms
 from fieldguide.objectives.base import Objective
 
 
-def grid(height: int, width: int, strides: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:  # -> A 2, A
+def make_grid(height: int, width: int, strides: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:  # -> A 2, A
     """Points in the middle of every cell, (x, y) in pixels, and the stride of each; as the network orders them."""
     points, sides = [], []
     for stride in strides:
@@ -88,7 +88,7 @@ def assign(
     return owner, quality.amax(1)
 
 
-def focal_distances(logits: Tensor, distances: Tensor) -> Tensor:  # ... R, ... -> ...
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:  # ... R, ... -> ...
     """Distribution focal loss (arXiv:2006.04388, eq. 6): cross-entropy with the two bins beside a distance, each in
     proportion to its nearness. Distances beyond the last bin count as just below it."""
     distances = distances.clamp(0, logits.shape[-1] - 1.01)
@@ -129,15 +129,15 @@ class Detection(Objective):
         self.matching = {"topk": topk, "alpha": alpha, "beta": beta, "smallest": float(min(model.strides))}
         self.confidence, self.overlap, self.candidates, self.most = confidence, overlap, candidates, most
 
-    def predictions(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def compute_predictions(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Boxes, logits of distances and of classes (see `decode`), and the points and strides they are of."""
         raw = self.model(*(batch[name] for name in self.inputs))
-        points, strides = grid(*batch[self.inputs[0]].shape[-2:], self.model.strides, raw.device)
+        points, strides = make_grid(*batch[self.inputs[0]].shape[-2:], self.model.strides, raw.device)
         return *decode(raw, self.model.bins, points, strides), points, strides
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         """Every part is a sum over points divided by the sum of their qualities: a mean over objects, about."""
-        boxes, distances, logits, points, strides = self.predictions(batch)
+        boxes, distances, logits, points, strides = self.compute_predictions(batch)
         truth, labels = batch["boxes"].to(boxes.dtype), batch["labels"]
         owner, quality = assign(logits.sigmoid(), boxes, points, truth, labels, **self.matching)
         total = quality.sum().clamp(min=1)
@@ -150,15 +150,15 @@ class Detection(Objective):
         parts = {
             "box": ((1 - ciou(boxes[row, point], mine)) * weight).sum() / total,
             "label": F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / total,
-            "distance": (focal_distances(distances[row, point], sides).mean(-1) * weight).sum() / total,
+            "distance": (distribution_focal_loss(distances[row, point], sides).mean(-1) * weight).sum() / total,
         }
         return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`boxes` B D 4 within the picture, `scores` B D from the highest down, `labels` B D; padding is 0, 0 and -1."""
-        boxes, _, logits, _, _ = self.predictions(batch)
+        boxes, _, logits, _, _ = self.compute_predictions(batch)
         height, width = batch[self.inputs[0]].shape[-2:]
-        return detections(
+        return select_detections(
             boxes,
             logits.sigmoid(),
             (height, width),
@@ -170,7 +170,7 @@ class Detection(Objective):
 
 
 @torch.no_grad()
-def detections(
+def select_detections(
     boxes: Tensor, scores: Tensor, size: tuple[int, int], *, confidence: float, overlap: float, candidates: int, most: int
 ) -> dict[str, Tensor]:
     """Boxes B A 4 and their classes' scores B A K -> what `Detection.outputs` gives; `size` is (height, width).

@@ -19,25 +19,25 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 from fieldguide.objectives.noise import Noise
 
-PROBES = 4  # noise levels that the loss of an evaluation is measured at
+EVAL_NOISE_LEVELS = 4  # noise levels that the loss of an evaluation is measured at
 
 
 # ------------------------------------------------------------------------------------------------ the process
 
 
-def linear(steps: int) -> np.ndarray:  # -> T
+def linear_betas(steps: int) -> np.ndarray:  # -> T
     """Section 4 of the paper, 1e-4 to 0.02 in 1000 steps; fewer steps are as much longer (as in arXiv:2102.09672's code)."""
     return np.minimum(np.linspace(1e-4, 0.02, steps) * 1000 / steps, 0.999)
 
 
-def cosine(steps: int) -> np.ndarray:  # -> T
+def cosine_betas(steps: int) -> np.ndarray:  # -> T
     """Equation 17 of Nichol and Dhariwal 2021, arXiv:2102.09672: noise comes more slowly at both ends."""
     left = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.minimum(1 - left[1:] / left[:-1], 0.999)
 
 
-SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": linear, "cosine": cosine}
-PREDICTS = ("eps", "v")
+SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": linear_betas, "cosine": cosine_betas}
+PREDICTION_TYPES = ("eps", "v")
 
 
 class Process(nn.Module):
@@ -50,37 +50,37 @@ class Process(nn.Module):
 
     def __init__(self, schedule: str = "cosine", steps: int = 1000, predicts: str = "eps"):
         super().__init__()
-        if schedule not in SCHEDULES or predicts not in PREDICTS or steps < 1:
+        if schedule not in SCHEDULES or predicts not in PREDICTION_TYPES or steps < 1:
             raise SettingsError(
                 f"diffusion with schedule={schedule!r}, steps={steps}, predicts={predicts!r}: schedules "
-                f"are {', '.join(SCHEDULES)}; predicted is {' or '.join(PREDICTS)}; steps begin at 1"
+                f"are {', '.join(SCHEDULES)}; predicted is {' or '.join(PREDICTION_TYPES)}; steps begin at 1"
             )
         self.steps, self.predicts = steps, predicts
         left = np.cumprod(1 - SCHEDULES[schedule](steps))
-        self.left: list[float] = left.tolist()
+        self.alpha_bar: list[float] = left.tolist()
         self.register_buffer("signal", torch.tensor(np.sqrt(left), dtype=torch.float32), persistent=False)
         self.register_buffer("noise", torch.tensor(np.sqrt(1 - left), dtype=torch.float32), persistent=False)
 
-    def rates(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:  # B int64 -> twice B 1 ...
+    def get_rates(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:  # B int64 -> twice B 1 ...
         shape = (-1, *[1] * (like.ndim - 1))
         return self.signal[time].view(shape), self.noise[time].view(shape)
 
-    def mix(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:  # B ..., B ..., B int64 -> B ...
-        signal, share = self.rates(time, clean)
+    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:  # B ..., B ..., B int64 -> B ...
+        signal, share = self.get_rates(time, clean)
         return signal * clean + share * noise
 
-    def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:  # B ..., B ..., B int64 -> B ...
+    def compute_target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:  # B ..., B ..., B int64 -> B ...
         if self.predicts == "eps":
             return noise
-        signal, share = self.rates(time, clean)
+        signal, share = self.get_rates(time, clean)
         return signal * noise - share * clean
 
-    def clean(self, x: Tensor, output: Tensor, time: int) -> Tensor:  # B ..., B ... -> B ...
+    def predict_clean(self, x: Tensor, output: Tensor, time: int) -> Tensor:  # B ..., B ... -> B ...
         """The data that the network sees in `x`, all of which is at one time."""
-        signal, share = math.sqrt(self.left[time]), math.sqrt(1 - self.left[time])
+        signal, share = math.sqrt(self.alpha_bar[time]), math.sqrt(1 - self.alpha_bar[time])
         return (x - share * output) / signal if self.predicts == "eps" else signal * x - share * output
 
-    def ratio(self, time: Tensor) -> Tensor:  # B int64 -> B
+    def compute_snr(self, time: Tensor) -> Tensor:  # B int64 -> B
         """Signal to noise, squared."""
         return (self.signal[time] / self.noise[time]) ** 2
 
@@ -105,7 +105,7 @@ class MinSNR:
     gamma: float = 5.0
 
     def __call__(self, process: Process, time: Tensor) -> Tensor:  # B int64 -> B
-        ratio = process.ratio(time)
+        ratio = process.compute_snr(time)
         return ratio.clamp(max=self.gamma) / (ratio if process.predicts == "eps" else ratio + 1)
 
 
@@ -119,15 +119,15 @@ class Sampler:
     steps: int = 50
     clip: float = 1.0
 
-    def times(self, process: Process) -> list[int]:
+    def get_timesteps(self, process: Process) -> list[int]:
         """Evenly spaced times from the last to near the first; the last is pure noise, as the start of sampling is
         (Lin et al. 2023, arXiv:2305.08891, section 3.3). Raises `SettingsError` for more steps than there are."""
         if not 1 <= self.steps <= process.steps:
             raise SettingsError(f"sampling in {self.steps} steps: choose 1 to {process.steps}, which the noise process has")
         return [round(left * process.steps / self.steps) - 1 for left in range(self.steps, 0, -1)]
 
-    def seen(self, process: Process, x: Tensor, output: Tensor, time: int) -> Tensor:  # B ..., B ... -> B ...
-        clean = process.clean(x, output, time)
+    def predict_clean(self, process: Process, x: Tensor, output: Tensor, time: int) -> Tensor:  # B ..., B ... -> B ...
+        clean = process.predict_clean(x, output, time)
         return clean.clamp(-self.clip, self.clip) if self.clip else clean
 
     def step(
@@ -150,10 +150,10 @@ class DDPM(Sampler):
     def step(
         self, process: Process, x: Tensor, output: Tensor, time: int, before: int, draw: Callable[[], Tensor]
     ) -> Tensor:  # B ..., B ... -> B ...
-        clean = self.seen(process, x, output, time)
+        clean = self.predict_clean(process, x, output, time)
         if before < 0:
             return clean
-        here, there = process.left[time], process.left[before]
+        here, there = process.alpha_bar[time], process.alpha_bar[before]
         alpha = here / there  # of the steps between
         x = (math.sqrt(there) * (1 - alpha) * clean + math.sqrt(alpha) * (1 - there) * x) / (1 - here)
         variance = (1 - alpha) * ((1 - there) / (1 - here) if self.variance == "small" else 1.0)
@@ -173,17 +173,19 @@ class DDIM(Sampler):
     def step(
         self, process: Process, x: Tensor, output: Tensor, time: int, before: int, draw: Callable[[], Tensor]
     ) -> Tensor:  # B ..., B ... -> B ...
-        clean = self.seen(process, x, output, time)
+        clean = self.predict_clean(process, x, output, time)
         if before < 0:
             return clean
-        here, there = process.left[time], process.left[before]
+        here, there = process.alpha_bar[time], process.alpha_bar[before]
         noise = (x - math.sqrt(here) * clean) / math.sqrt(1 - here)
         fresh = self.eta * math.sqrt((1 - there) / (1 - here) * (1 - here / there))
         x = math.sqrt(there) * clean + math.sqrt(max(1 - there - fresh**2, 0.0)) * noise
         return x + fresh * draw() if fresh else x
 
 
-def guided(model: nn.Module, x: Tensor, time: Tensor, label: Tensor, guidance: float) -> Tensor:  # B ... -> B ...
+def predict_with_guidance(
+    model: nn.Module, x: Tensor, time: Tensor, label: Tensor, guidance: float
+) -> Tensor:  # B ... -> B ...
     """Classifier-free guidance: away from the answer without a label, `guidance` times as far as that with it.
 
     1 follows the label, 0 forgets it, more than 1 exaggerates it (Ho and Salimans 2022, arXiv:2207.12598, equation 6
@@ -216,11 +218,11 @@ def sample(
     """
     like, training = next(model.parameters()), model.training
     draw = Noise(seed, range(len(label)) if numbers is None else map(int, numbers), shape, like)
-    x, label, times = draw(), label.to(like.device), sampler.times(process)
+    x, label, times = draw(), label.to(like.device), sampler.get_timesteps(process)
     model.eval()
     try:
         for done, (time, before) in enumerate(zip(times, [*times[1:], -1]), 1):
-            output = guided(model, x, torch.full((len(x),), float(time), device=x.device), label, guidance)
+            output = predict_with_guidance(model, x, torch.full((len(x),), float(time), device=x.device), label, guidance)
             x = sampler.step(process, x, output.to(x.dtype), time, before, draw)
             callback(done)
     finally:
@@ -253,29 +255,29 @@ class Diffusion(Objective):
         self.data, self.drop = data, drop
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        clean, label = self.read(batch)
+        clean, label = self.get_data_and_label(batch)
         time = torch.randint(self.process.steps, (len(clean),), device=clean.device)
         kept = torch.rand(len(clean), device=clean.device) >= self.drop
         label = label * kept.view(-1, *[1] * (label.ndim - 1))
-        return {"loss": self.errors(clean, torch.randn_like(clean), time, label).mean()}
+        return {"loss": self.compute_errors(clean, torch.randn_like(clean), time, label).mean()}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of each example, at fixed times and noise, the same for all: repeatable in batches of any size."""
-        clean, label = self.read(batch)
+        clean, label = self.get_data_and_label(batch)
         draw, total = Noise(0, [0], clean.shape[1:], clean), 0.0
-        for i in range(PROBES):
-            time = torch.full((len(clean),), (2 * i + 1) * self.process.steps // (2 * PROBES), device=clean.device)
-            total = total + self.errors(clean, draw().expand_as(clean), time, label)
-        return {"loss": total / PROBES}
+        for i in range(EVAL_NOISE_LEVELS):
+            time = torch.full((len(clean),), (2 * i + 1) * self.process.steps // (2 * EVAL_NOISE_LEVELS), device=clean.device)
+            total = total + self.compute_errors(clean, draw().expand_as(clean), time, label)
+        return {"loss": total / EVAL_NOISE_LEVELS}
 
-    def read(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # -> B ..., B or B T int64
+    def get_data_and_label(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # -> B ..., B or B T int64
         clean = batch[self.data]
         none = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
         return clean, batch.get("label", none)
 
-    def errors(self, clean: Tensor, noise: Tensor, time: Tensor, label: Tensor) -> Tensor:  # -> B
-        output = self.model(self.process.mix(clean, noise, time), time.float(), label)
-        error = (output.to(clean.dtype) - self.process.target(clean, noise, time)) ** 2
+    def compute_errors(self, clean: Tensor, noise: Tensor, time: Tensor, label: Tensor) -> Tensor:  # -> B
+        output = self.model(self.process.add_noise(clean, noise, time), time.float(), label)
+        error = (output.to(clean.dtype) - self.process.compute_target(clean, noise, time)) ** 2
         return self.weighting(self.process, time) * error.flatten(1).mean(1)
 
     def sample(self, label: Tensor, shape: Sequence[int], sampler: Sampler | None = None, **options) -> Tensor:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
-from fieldguide.objectives.supervised import Classification, Supervised, members
+from fieldguide.objectives.supervised import Classification, Supervised, flatten_ensemble
 
-Show = Callable[[dict[str, Tensor]], Sequence[Tensor]]
+TeacherInputs = Callable[[dict[str, Tensor]], Sequence[Tensor]]
 
 
 class Distillation(Supervised):
@@ -36,7 +36,7 @@ class Distillation(Supervised):
         loss: Classification,
         teacher: nn.Module,
         *,
-        show: Show | None = None,
+        teacher_inputs: TeacherInputs | None = None,
         hard: bool = True,
         temperature: float = 3.0,
         share: float = 0.1,
@@ -45,38 +45,38 @@ class Distillation(Supervised):
         if temperature <= 0 or not 0 <= share <= 1:
             raise SettingsError(f"temperature={temperature} must be above 0 and share={share} from 0 to 1")
         self.hard, self.temperature, self.share = hard, temperature, share
-        self.show = show or (lambda batch: [batch[name] for name in self.inputs])
+        self.teacher_inputs = teacher_inputs or (lambda batch: [batch[name] for name in self.inputs])
         # In a tuple, so that it is no part of this module: not trained, not switched to training, not in checkpoints.
-        self.hidden = (teacher.requires_grad_(False).eval(),)
+        self.frozen_teacher = (teacher.requires_grad_(False).eval(),)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """To another device or layout the teacher comes along."""
-        self.hidden[0]._apply(fn, recurse)
+        self.frozen_teacher[0]._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def teacher_logits(self, batch: dict[str, Tensor]) -> Tensor:  # -> B C
         """The teacher's logits."""
-        said = self.hidden[0](*self.show(batch)).float()
+        said = self.frozen_teacher[0](*self.teacher_inputs(batch)).float()
         if said.ndim > 2:
             said = said.log_softmax(-1).flatten(1, -2)
             said = said.logsumexp(1)  # up to a constant, which no softmax sees
         return said
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        answers, said = self.predictions(batch).float(), self.teacher_logits(batch)
+        answers, said = self.compute_predictions(batch).float(), self.teacher_logits(batch)
         if said.shape[-1] != answers.shape[-1]:
             raise SettingsError(f"the teacher knows {said.shape[-1]} classes, the student {answers.shape[-1]}")
         true = taught = answers
-        token = getattr(self.model, "taught", None)
+        token = getattr(self.model, "distillation_head", None)
         if token is not None and answers.ndim > 2:
             taught = answers[:, token]
             true = answers[:, [i for i in range(answers.shape[1]) if i != token]]
         truth = self.loss(true, batch["target"])["loss"]
         if self.hard:
-            lesson = F.cross_entropy(*members(taught, said.argmax(-1)))
+            lesson = F.cross_entropy(*flatten_ensemble(taught, said.argmax(-1)))
             return {"loss": (truth + lesson) / 2, "truth": truth, "teacher": lesson}
-        student, teacher = members(taught, said)
+        student, teacher = flatten_ensemble(taught, said)
         lesson = self.temperature**2 * F.kl_div(
             (student / self.temperature).log_softmax(-1),
             (teacher / self.temperature).log_softmax(-1),

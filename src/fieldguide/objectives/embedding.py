@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
-POOLED = ("mean", "cls")  # over the tokens of a text, or that of its first token, in which some have learnt to say all
+POOLING_MODES = ("mean", "cls")  # over the tokens of a text, or that of its first token, in which some have learnt to say all
 
 
-class Vectors(Objective):
+class EmbeddingObjective(Objective):
     """A vector of length 1 for each example: products of two are their likeness."""
 
     def __init__(self, model: nn.Module, pooled: str = "mean"):

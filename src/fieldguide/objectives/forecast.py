@@ -20,7 +20,9 @@ from fieldguide.objectives.base import Objective
 EPSILON = 1e-5  # added to the variance, as in RevIN
 
 
-def scale_of(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:  # B T C, B T C -> B 1 C, B 1 C
+def compute_mean_and_scale(
+    series: Tensor, observed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # B T C, B T C -> B 1 C, B 1 C
     """Mean and deviation of each window's observed steps (RevIN, eq. 1 and 2); 0 and nearly 0 where there is none."""
     real = torch.ones_like(series) if observed is None else observed.to(series.dtype)
     count = real.sum(1, keepdim=True).clamp(min=1)
@@ -29,7 +31,7 @@ def scale_of(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Te
     return mean, (variance + EPSILON).sqrt()
 
 
-def pinball(values: Tensor, target: Tensor, quantiles: Tensor) -> Tensor:  # ... Q, ..., Q -> ... Q
+def pinball_loss(values: Tensor, target: Tensor, quantiles: Tensor) -> Tensor:  # ... Q, ..., Q -> ... Q
     """Loss of quantiles (Koenker and Bassett 1978): an outcome above costs q, one below 1 - q, a unit of distance."""
     error = target[..., None] - values
     return torch.maximum(quantiles * error, (quantiles - 1) * error)
@@ -60,28 +62,28 @@ class Forecast(Objective):
         self.model, self.inputs, self.point, self.normalise = model, tuple(inputs), point, normalise
         self.register_buffer("quantiles", torch.tensor(tuple(quantiles)), persistent=False)
 
-    def predictions(self, batch: dict[str, Tensor]) -> Tensor:  # -> B H C Q
+    def compute_predictions(self, batch: dict[str, Tensor]) -> Tensor:  # -> B H C Q
         if not self.normalise:
             return self.model(*(batch[name] for name in self.inputs)).float()
-        mean, scale = scale_of(batch["series"], batch.get("observed"))
+        mean, scale = compute_mean_and_scale(batch["series"], batch.get("observed"))
         inputs = {**batch, "series": (batch["series"] - mean) / scale}
         values = self.model(*(inputs[name] for name in self.inputs)).float()
         return values * scale[..., None] + mean[..., None]
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        values, target = self.predictions(batch), batch["target"]
+        values, target = self.compute_predictions(batch), batch["target"]
         known = ~target.isnan()
         target, count = target.nan_to_num(), known.sum().clamp(min=1)
         error = (values[..., 0] - target) * known
         point = (error.abs() if self.point == "mae" else error.square()).sum() / count
         if not len(self.quantiles):
             return {"loss": point}
-        each = pinball(values[..., 1:], target, self.quantiles.to(values.dtype)).mean(-1) * known
+        each = pinball_loss(values[..., 1:], target, self.quantiles.to(values.dtype)).mean(-1) * known
         spread = each.sum() / count
         return {"loss": point + spread, self.point: point.detach(), "pinball": spread.detach()}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`values` B H C Q: the point, then the quantiles in order. Where they cross they are sorted, which never makes
         them worse (Chernozhukov et al. 2010, doi:10.3982/ECTA7880)."""
-        values = self.predictions(batch)
+        values = self.compute_predictions(batch)
         return {"values": torch.cat([values[..., :1], values[..., 1:].sort(-1).values], -1)}

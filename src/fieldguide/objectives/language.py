@@ -22,30 +22,30 @@ class NextToken(Objective):
         super().__init__()
         self.model, self.inputs, self.smoothing = model, tuple(inputs), smoothing
 
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+    def compute_logits(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model(*(batch.get(name) for name in self.inputs))
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        logits, target = self.logits(batch).flatten(0, 1).float(), batch["target"].flatten()
+        logits, target = self.compute_logits(batch).flatten(0, 1).float(), batch["target"].flatten()
         total = F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing, reduction="sum")
         return {"loss": total / (target >= 0).sum().clamp(min=1)}  # of a batch in which the assistant says nothing: 0
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Nats and tokens of each row: B, B."""
         target = batch["target"]
-        logits = self.logits(batch).float()
+        logits = self.compute_logits(batch).float()
         nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none").view_as(target)
         return {"nats": nats.sum(1, dtype=torch.float64).float(), "count": (target >= 0).sum(1)}
 
 
-class Restored(NextToken):
+class DenoisingObjective(NextToken):
     """Of a text that was damaged all of `target` is learnt, and what is judged are the tokens that were left out: `asked`,
     B T bool."""
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Nats, tokens that were guessed right and tokens asked, of each row: B, B, B; the tokens before each are given."""
         target, asked = batch["target"], batch["asked"]
-        logits = self.logits(batch).float()
+        logits = self.compute_logits(batch).float()
         nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none").view_as(target)
         return {
             "nats": torch.where(asked, nats, 0).sum(1),

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
-ROWS = 64  # that are searched for answers at a time: a long text has many
+ROWS_PER_CHUNK = 64  # that are searched for answers at a time: a long text has many
 
 
-def hide(
+def mask_tokens(
     tokens: Tensor,
     open_to: Tensor,
     mask_token: int,
@@ -37,7 +37,7 @@ def hide(
     return torch.where(asked, shown, tokens), torch.where(asked, tokens, -1)
 
 
-class MaskedWords(Objective):
+class MaskedLM(Objective):
     """Cross-entropy of `target` (B T int64, -1 = not asked) at the places that are asked, mean over them.
 
     A network that gives "words" first reads the whole row, then says its words where they are asked and nowhere else:
@@ -49,10 +49,10 @@ class MaskedWords(Objective):
         self.model, self.inputs = model, tuple(inputs)
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        logits, target, _ = self.answers(batch)
+        logits, target, _ = self.compute_masked_logits(batch)
         return {"loss": F.cross_entropy(logits, target, reduction="sum") / max(len(target), 1)}
 
-    def answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def compute_masked_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the N places that are asked, what was there, and the row of each: N vocab, N, N."""
         asked = batch["target"] >= 0
         hidden = self.model.features(*(batch.get(name) for name in self.inputs))
@@ -61,25 +61,25 @@ class MaskedWords(Objective):
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Nats, places that were guessed right and places asked, of each row: B, B, B."""
-        logits, target, row = self.answers(batch)
+        logits, target, row = self.compute_masked_logits(batch)
         nats = F.cross_entropy(logits, target, reduction="none")
         rows = len(batch["target"])
         sums = lambda x: torch.zeros(rows, dtype=x.dtype, device=x.device).index_add_(0, row, x)
         return {"nats": sums(nats), "right": sums((logits.argmax(-1) == target).long()), "count": sums(torch.ones_like(row))}
 
 
-class TokenLabels(Objective):
+class TokenClassificationObjective(Objective):
     """Cross-entropy of a class for each token: `target` B T int64, -1 where none is asked; mean over those asked."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[str], smoothing: float = 0.0):
         super().__init__()
         self.model, self.inputs, self.smoothing = model, tuple(inputs), smoothing
 
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+    def compute_logits(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model(*(batch.get(name) for name in self.inputs)).float()
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        logits, target = self.logits(batch).flatten(0, 1), batch["target"].flatten()
+        logits, target = self.compute_logits(batch).flatten(0, 1), batch["target"].flatten()
         # The sum is divided by hand: where a batch asks for nothing, the loss is 0, not NaN.
         nats = F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing, reduction="sum")
         return {"loss": nats / (target >= 0).sum().clamp(min=1)}
@@ -87,7 +87,7 @@ class TokenLabels(Objective):
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The likeliest class of each word, -1 where there is none, and its probability: B W, B W. `words` (B W int64) says
         at which token each word is asked, -1 for none; without it every token is a word."""
-        best = self.logits(batch).softmax(-1).max(-1)
+        best = self.compute_logits(batch).softmax(-1).max(-1)
         if "words" not in batch:
             return {"label": best.indices, "probability": best.values}
         none, place = batch["words"] < 0, batch["words"].clamp(min=0)
@@ -97,7 +97,7 @@ class TokenLabels(Objective):
         }
 
 
-class Span(Objective):
+class SpanPrediction(Objective):
     """Where an answer begins and ends in a row of tokens: the mean of two cross-entropies over the places of a row
     (BERT, section 4.2). `first` and `last`: B int64; place 0, the class token, means that the row has no answer.
     `answerable` (B T bool) says where an answer may stand, and place 0 always may. It has at most `longest` tokens.
@@ -107,14 +107,14 @@ class Span(Objective):
         super().__init__()
         self.model, self.inputs, self.longest = model, tuple(inputs), longest
 
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:  # -> B T 2
+    def compute_logits(self, batch: dict[str, Tensor]) -> Tensor:  # -> B T 2
         logits = self.model(*(batch.get(name) for name in self.inputs)).float()
         allowed = batch["answerable"].clone()
         allowed[:, 0] = True
         return logits.masked_fill(~allowed[..., None], -torch.inf)
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        logits = self.logits(batch)
+        logits = self.compute_logits(batch)
         first, last = F.cross_entropy(logits[..., 0], batch["first"]), F.cross_entropy(logits[..., 1], batch["last"])
         return {"loss": (first + last) / 2, "first": first, "last": last}
 
@@ -128,7 +128,8 @@ class Span(Objective):
         character of the answer and the one behind its last, `begin` and `end`.
         """
         parts = [
-            self.best({name: x[i : i + ROWS] for name, x in batch.items()}) for i in range(0, len(batch["answerable"]), ROWS)
+            self.find_best_spans({name: x[i : i + ROWS_PER_CHUNK] for name, x in batch.items()})
+            for i in range(0, len(batch["answerable"]), ROWS_PER_CHUNK)
         ]
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if "window" not in batch:
@@ -140,8 +141,8 @@ class Span(Objective):
         none = torch.full_like(most, torch.inf).scatter_reduce(0, text, found["none"], "amin")
         return {**{name: x[winner] for name, x in found.items()}, "none": none}
 
-    def best(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        begin, end = self.logits(batch).log_softmax(1).unbind(-1)  # B T each
+    def find_best_spans(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        begin, end = self.compute_logits(batch).log_softmax(1).unbind(-1)  # B T each
         # Each first token beside the last ones that lie so near behind it.
         ends = F.pad(end, (0, self.longest - 1), value=-torch.inf).unfold(1, self.longest, 1)  # B T longest
         best, at = (begin[..., None] + ends)[:, 1:].flatten(1).max(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
-TOP = 100  # items of an answer that are kept, where nobody asks for more
+DEFAULT_TOP_K = 100  # items of an answer that are kept, where nobody asks for more
 
 
 class NextItem(Objective):
@@ -33,7 +33,7 @@ class NextItem(Objective):
     ):
         super().__init__()
         self.model, self.inputs, self.negatives = model, tuple(inputs), negatives
-        self.smoothing, self.repeats, self.top = smoothing, repeats, TOP
+        self.smoothing, self.repeats, self.top = smoothing, repeats, DEFAULT_TOP_K
         weights = torch.tensor(counts or [0.0], dtype=torch.float64)
         self.register_buffer("share", (weights / weights.sum().clamp(min=1)).float(), persistent=False)
 
@@ -61,10 +61,12 @@ class NextItem(Objective):
         all items: 1 + those with a higher logit + half of those with the same."""
         hidden = self.model.features(*(batch[name] for name in self.inputs))[:, -1]
         scores = F.linear(hidden, self.model.table()).float()
-        return ranked(scores, batch["seen"], batch.get("asked"), self.repeats, self.top)
+        return rank_items(scores, batch["seen"], batch.get("asked"), self.repeats, self.top)
 
 
-def ranked(scores: Tensor, seen: Tensor, asked: Tensor | None, repeats: bool = False, top: int = TOP) -> dict[str, Tensor]:
+def rank_items(
+    scores: Tensor, seen: Tensor, asked: Tensor | None, repeats: bool = False, top: int = DEFAULT_TOP_K
+) -> dict[str, Tensor]:
     """Scores B V of items, those of `seen` (B T, 0 = none) left out unless `repeats`, as `NextItem.outputs` gives them."""
     scores = scores.clone()
     if not repeats:

@@ -26,7 +26,7 @@ class Classification(nn.Module):
         )
 
     def forward(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:  # B ... C, B | B C -> scalar
-        flat, target = members(logits.float(), target)
+        flat, target = flatten_ensemble(logits.float(), target)
         return {"loss": F.cross_entropy(flat, target, weight=self.weights, label_smoothing=self.smoothing)}
 
     def outputs(self, logits: Tensor) -> dict[str, Tensor]:  # B ... C -> B C
@@ -38,7 +38,7 @@ class Regression(nn.Module):
     """Squared error on standardised targets. `values` B ... D, `target` B D."""
 
     def forward(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:  # B ... D, B D -> scalar
-        flat, target = members(values.float(), target)
+        flat, target = flatten_ensemble(values.float(), target)
         return {"loss": F.mse_loss(flat, target)}
 
     def outputs(self, values: Tensor) -> dict[str, Tensor]:  # B ... D -> B D
@@ -46,7 +46,7 @@ class Regression(nn.Module):
         return {"values": values.flatten(1, -2).mean(1) if values.ndim > 2 else values}
 
 
-def members(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # B ... C, B * -> BK C, BK *
+def flatten_ensemble(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # B ... C, B * -> BK C, BK *
     """Every member of an ensemble meets the same target."""
     count = outputs[0, ..., 0].numel()
     if count == 1:
@@ -62,10 +62,10 @@ class Supervised(Objective):
         self.model, self.loss, self.inputs = model, loss, tuple(inputs)
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        return self.loss(self.predictions(batch), batch["target"])
+        return self.loss(self.compute_predictions(batch), batch["target"])
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.loss.outputs(self.predictions(batch))
+        return self.loss.outputs(self.compute_predictions(batch))
 
-    def predictions(self, batch: dict[str, Tensor]) -> Tensor:
+    def compute_predictions(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model(*(batch[name] for name in self.inputs))

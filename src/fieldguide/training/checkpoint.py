@@ -21,24 +21,24 @@ from torch import Tensor
 from fieldguide.core.errors import TrainingError
 from fieldguide.core.files import write_atomically
 
-KEPT = 2  # newest checkpoints that stay
+MAX_KEPT_CHECKPOINTS = 2  # newest checkpoints that stay
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Stores a checkpoint and removes those before the last two. Raises `TrainingError` where writing fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = pack_tensors(separate(tensors))
+    content = pack_tensors(copy_to_cpu(tensors))
     path = folder / f"step-{step:08d}.json"
     write_atomically(path.with_suffix(".safetensors"), content)
     record = {"step": step, "sha256": hashlib.sha256(content).hexdigest(), "state": state}
     write_atomically(path, json.dumps(record, allow_nan=True).encode())
-    for old in sorted(folder.glob("step-*.json"))[:-KEPT]:
+    for old in sorted(folder.glob("step-*.json"))[:-MAX_KEPT_CHECKPOINTS]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
     return path
 
 
-def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, contiguous, and none sharing memory with another, as safetensors wants them."""
     out, seen = {}, set()
     for name, t in tensors.items():

@@ -21,25 +21,25 @@ class ExponentialMovingAverage:
         torch._foreach_lerp_(self.mean, [t.detach() for t in self.live], 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def average_parameters(self) -> Iterator[None]:
         """The module holds the averages inside, its own weights again after."""
-        self.swap()
+        self.swap_parameters()
         try:
             yield
         finally:
-            self.swap()
+            self.swap_parameters()
 
     @torch.no_grad()
-    def swap(self) -> None:
+    def swap_parameters(self) -> None:
         for live, mean in zip(self.live, self.mean):
             kept = live.detach().clone()
             live.copy_(mean)
             mean.copy_(kept)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {str(i): t for i, t in enumerate(self.mean)}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for i, mean in enumerate(self.mean):
             mean.copy_(state[str(i)])

@@ -10,7 +10,7 @@ import torch
 from fieldguide.core import distributed
 from fieldguide.data.loader import Batches, iterate_in_order
 from fieldguide.objectives import Objective
-from fieldguide.training.precision import autocast, place
+from fieldguide.training.precision import autocast, move_batch
 
 
 @torch.inference_mode()
@@ -22,32 +22,32 @@ def collect(
     device: torch.device,
     precision: str = "float32",
     callback: Callable[[int], None] = lambda done: None,
-    ask: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+    step: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Outputs by name, one row an example in its own order. Several processes share the work, and all get the whole.
 
     `ask` answers a batch; without it, `objective.outputs` does. Batches may answer at different widths (the longest
     text of each): narrower ones are filled up with -1 (NaN among real numbers).
     """
-    ask = ask or objective.outputs
+    step = step or objective.outputs
     mine = np.arange(len(batches))[distributed.rank() :: distributed.world()]
     rows, parts, training = [], [], objective.training
     objective.eval()
     for index, tensors in iterate_in_order(batches, batch, mine):
         with autocast(device, precision):
-            outputs = ask(place(tensors, device))
+            outputs = step(move_batch(tensors, device))
         rows.append(index)
         parts.append({name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in outputs.items()})
         callback(sum(map(len, rows)))
     objective.train(training)
     gathered = distributed.gather((rows, parts))
     rows = np.concatenate([i for r, _ in gathered for i in r])
-    joined = {name: stacked([p[name] for _, ps in gathered for p in ps]) for name in gathered[0][1][0]}
+    joined = {name: concatenate_padded([p[name] for _, ps in gathered for p in ps]) for name in gathered[0][1][0]}
     order = np.argsort(rows)
     return {name: values[order] for name, values in joined.items()}
 
 
-def stacked(parts: list[np.ndarray]) -> np.ndarray:
+def concatenate_padded(parts: list[np.ndarray]) -> np.ndarray:
     """Arrays joined along the first axis, filled up to the widest along the others."""
     shape = np.max([p.shape[1:] for p in parts], axis=0).astype(int)
     if all(p.shape[1:] == tuple(shape) for p in parts):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.settings import Settings
-from fieldguide.training.peft import levels, towers
+from fieldguide.training.peft import get_layer_depths, get_tower_prefixes
 
 
-def schedule(settings: Settings, step: int) -> float:
+def get_lr_factor(settings: Settings, step: int) -> float:
     """Learning rate of a step as a part of the peak: linear warm-up, then cosine or linear to zero."""
     warm = max(1, round(settings.warmup * settings.steps))
     if step < warm:
@@ -25,19 +25,19 @@ def schedule(settings: Settings, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
 
 
-def tables_of(objective: nn.Module) -> set[int]:
+def get_embedding_ids(objective: nn.Module) -> set[int]:
     """Identities of the embeddings, which are tables of vectors and no matrices."""
     return {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
 
 
-def optimizers(
+def build_optimizers(
     objective: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], settings: Settings
 ) -> list[torch.optim.Optimizer]:
     """The optimiser(s) of one phase. Matrices and kernels decay; vectors, norms and embeddings do not. A group's `scale`
     is what of the rate is its own: less in lower layers where `layer_decay` says so."""
-    tables = tables_of(objective)
+    tables = get_embedding_ids(objective)
     parameters = list(parameters)
-    depth, top = levels((name for name, _ in parameters), towers(objective))
+    depth, top = get_layer_depths((name for name, _ in parameters), get_tower_prefixes(objective))
     parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, p in parameters:
         scale = settings.layer_decay ** (top - depth[name]) if settings.layer_decay != 1 else 1.0
@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
                 grads, moments = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
                 torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, moments, group["momentum"])
-                update = orthogonal(torch.stack([u.flatten(1) for u in nesterov]))
+                update = orthogonalize(torch.stack([u.flatten(1) for u in nesterov]))
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
                 scale = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
                 torch._foreach_add_(same, [u.view_as(p).to(p.dtype) for u, p in zip(update, same)], alpha=-scale)
@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic a x + b x^3 + c x^5 that every step applies to singular values
 
 
-def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:  # N R C -> N R C
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:  # N R C -> N R C
     """Nearest semi-orthogonal matrices, roughly, by the quintic Newton-Schulz iteration of Muon.
 
     Long ones are iterated by what multiplies them, a polynomial of x x^T, which costs products of R x R alone and gives the
@@ -99,7 +99,7 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:  # N R C -> N R C
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if x.shape[-1] >= LONG * x.shape[-2] and x.dtype == torch.float32:
+    if x.shape[-1] >= MIN_ASPECT_RATIO_FOR_GRAM * x.shape[-2] and x.dtype == torch.float32:
         gram, whole = x @ x.mT, None
         for step in range(steps):
             factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
@@ -115,12 +115,12 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:  # N R C -> N R C
     return x.mT if tall else x
 
 
-LONG = 2  # columns a row, from which the way round costs less
+MIN_ASPECT_RATIO_FOR_GRAM = 2  # columns a row, from which the way round costs less
 
 
-def orthogonalising(objective: nn.Module, device: torch.device) -> float:
+def measure_orthogonalization_seconds(objective: nn.Module, device: torch.device) -> float:
     """Seconds that Muon takes for the updates of a step, about: one matrix of each shape is timed."""
-    tables = tables_of(objective)
+    tables = get_embedding_ids(objective)
     shapes = Counter(
         tuple(p.flatten(1).shape) for p in objective.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in tables
     )
@@ -129,7 +129,7 @@ def orthogonalising(objective: nn.Module, device: torch.device) -> float:
         matrix = torch.ones(1, *shape, device=device)
         for _ in range(2):  # the first one warms up
             started = time.perf_counter()
-            orthogonal(matrix)
+            orthogonalize(matrix)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             taken = time.perf_counter() - started

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
 
-LAYER = re.compile(r"^(.*?\.\d+(?:\.\d+)?)(?=\.)")  # blocks.3, stages.0.1: what comes before it in a name, too
+LAYER_NAME = re.compile(r"^(.*?\.\d+(?:\.\d+)?)(?=\.)")  # blocks.3, stages.0.1: what comes before it in a name, too
 
 
 class LowRank(nn.Module):
@@ -44,7 +44,7 @@ def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str] | None) -
     Raises `SettingsError` where nothing would learn, and for a network from nothing of which a part only is to learn.
     """
     if settings.gradient_checkpointing:
-        recomputed(model)
+        enable_gradient_checkpointing(model)
     if settings.finetune == "whole":
         return
     if fresh is None:
@@ -76,13 +76,13 @@ def merge(model: nn.Module) -> None:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
-def held(model: nn.Module) -> list[nn.Module]:
+def get_frozen_modules(model: nn.Module) -> list[nn.Module]:
     """Modules none of whose parameters learn: they stay as in evaluation, statistics and all."""
     learns = lambda m: [p.requires_grad for p in m.parameters()]
     return [m for m in model.modules() if learns(m) and not any(learns(m))]
 
 
-def recomputed(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Blocks keep their inputs alone for the way back, and compute the rest again (Chen et al. 2016, arXiv:1604.06174).
     Blocks are what stands in a row and is more than a layer of torch.
 
@@ -95,10 +95,10 @@ def recomputed(model: nn.Module) -> None:
     if not found:
         raise SettingsError(f"recompute=true: {type(model).__name__} has no blocks that could be computed again")
     for block in found:
-        block.forward = _Again(block)
+        block.forward = _CheckpointedForward(block)
 
 
-class _Again:
+class _CheckpointedForward:
     """A block's forward pass that is made a second time on the way back, with the same dropout."""
 
     def __init__(self, block: nn.Module):
@@ -108,12 +108,12 @@ class _Again:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         return checkpoint(
-            self.forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), unseen(self.block)), **kwargs
+            self.forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), freeze_batch_norm_statistics(self.block)), **kwargs
         )
 
 
 @contextmanager
-def unseen(block: nn.Module) -> Iterator[None]:
+def freeze_batch_norm_statistics(block: nn.Module) -> Iterator[None]:
     """Inside, normalisations take no account of batches in their running statistics: those have been counted."""
     norms = [(m, m.momentum) for m in block.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     for norm, _ in norms:
@@ -126,7 +126,7 @@ def unseen(block: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def towers(network: nn.Module) -> tuple[str, ...]:
+def get_tower_prefixes(network: nn.Module) -> tuple[str, ...]:
     """Beginnings of the names of parts that stand side by side, as networks name them in `towers`: neither is on top."""
     return tuple(
         f"{prefix}.{tower}.".removeprefix(".")
@@ -135,12 +135,12 @@ def towers(network: nn.Module) -> tuple[str, ...]:
     )
 
 
-def levels(names: Iterable[str], towers: tuple[str, ...] = ()) -> tuple[dict[str, int], int]:
+def get_layer_depths(names: Iterable[str], towers: tuple[str, ...] = ()) -> tuple[dict[str, int], int]:
     """How deep each parameter lies, and how deep the deepest: 0 for what stands before the blocks, the last for what stands
     behind them. Names are in the order of the network; names that begin with one of `towers` are counted by themselves, so
     that the last blocks of all towers lie equally high."""
     names = list(names)
-    parts = {tower: levels(name for name in names if name.startswith(tower)) for tower in towers}
+    parts = {tower: get_layer_depths(name for name in names if name.startswith(tower)) for tower in towers}
     if any(found for found, _ in parts.values()):
         top = max(own for _, own in parts.values())
         risen = {name: level + top - own for found, own in parts.values() for name, level in found.items()}
@@ -148,7 +148,7 @@ def levels(names: Iterable[str], towers: tuple[str, ...] = ()) -> tuple[dict[str
     found: dict[str, int] = {}
     out, last = {}, 0
     for name in names:
-        hit = LAYER.match(name)
+        hit = LAYER_NAME.match(name)
         if hit:
             last = found.setdefault(hit[1], len(found) + 1)
         out[name] = last if hit or not found else -1  # behind the first block, and in none: settled below
@@ -156,7 +156,7 @@ def levels(names: Iterable[str], towers: tuple[str, ...] = ()) -> tuple[dict[str
     return {name: top if level < 0 else level for name, level in out.items()}, top
 
 
-def thawed(settings: Settings, step: int, top: int) -> int:
+def get_lowest_trainable_depth(settings: Settings, step: int, top: int) -> int:
     """The lowest level that learns at a step: from the top down, all after a part `unfreeze` of the steps (Howard and
     Ruder 2018, arXiv:1801.06146, section 3.3)."""
     if not settings.unfreeze_fraction:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fieldguide.objectives.base import Objective
 
-WORTH = 1.1  # a choice must be this much faster than plain float32 to be taken
+MIN_SPEEDUP = 1.1  # a choice must be this much faster than plain float32 to be taken
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -21,7 +21,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def place(batch: dict[str, Tensor], device: torch.device, channels_last: bool = False) -> dict[str, Tensor]:
+def move_batch(batch: dict[str, Tensor], device: torch.device, channels_last: bool = False) -> dict[str, Tensor]:
     """A batch on the device; pictures (B C H W) in channels-last order where asked."""
 
     def move(t: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def deterministic_kernels() -> Iterator[None]:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
 
 
-def seconds(
+def measure_step_seconds(
     objective: Objective,
     batch: dict[str, Tensor],
     precision: str,
@@ -57,7 +57,7 @@ def seconds(
     trial = copy.deepcopy(objective).train()
     if channels_last:
         trial = trial.to(memory_format=torch.channels_last)
-    batch, best, total, turn = place(batch, device, channels_last), float("inf"), 0.0, 0
+    batch, best, total, turn = move_batch(batch, device, channels_last), float("inf"), 0.0, 0
     while turn <= repeats or (total < enough and turn < 20):  # the first one warms up
         started = time.perf_counter()
         for phase in trial.phases:
@@ -75,7 +75,7 @@ def seconds(
     return best
 
 
-def fastest(
+def choose_precision(
     objective: Objective, batch: dict[str, Tensor], device: torch.device, say: Callable[[str], None]
 ) -> tuple[str, bool, dict[str, float]]:
     """(precision, channels_last, seconds of each choice). float32 unless another choice is clearly faster."""
@@ -87,13 +87,15 @@ def fastest(
     with torch.random.fork_rng():
         for choice in choices:
             try:
-                timed[choice] = seconds(objective, batch, *choice, device, limit=2 * min(timed.values(), default=float("inf")))
+                timed[choice] = measure_step_seconds(
+                    objective, batch, *choice, device, limit=2 * min(timed.values(), default=float("inf"))
+                )
             except RuntimeError as error:
                 if choice == choices[0]:
                     raise
                 # A kernel that lacks this precision or layout rules the choice out.
                 say(f"{choice[0]} cannot be used here: {str(error).splitlines()[0]}")
     best = min(timed, key=timed.get)
-    if timed[("float32", False)] < WORTH * timed[best]:
+    if timed[("float32", False)] < MIN_SPEEDUP * timed[best]:
         best = ("float32", False)
     return *best, {f"{p}{' channels-last' if c else ''}": t for (p, c), t in timed.items()}

@@ -20,7 +20,7 @@ class TensorBoard:
         # What was written after the checkpoint that is resumed from is hidden by its reader.
         self.writer = SummaryWriter(str(folder / "events"), purge_step=step + 1 if step else None)
 
-    def record(self, line: Mapping[str, Any]) -> None:
+    def log_metrics(self, line: Mapping[str, Any]) -> None:
         for name, value in line.items():
             if isinstance(value, Mapping):
                 for score, number in value.items():

@@ -31,15 +31,19 @@ from fieldguide.data.loader import Batches, iterate_training_batches, mix_seeds
 from fieldguide.objectives.base import Objective, Phase
 from fieldguide.training import checkpoint
 from fieldguide.training.ema import ExponentialMovingAverage
-from fieldguide.training.optim import optimizers, schedule
-from fieldguide.training.peft import held, levels, thawed, towers
-from fieldguide.training.precision import autocast, deterministic_kernels, place
+from fieldguide.training.optim import build_optimizers, get_lr_factor
+from fieldguide.training.peft import get_frozen_modules, get_layer_depths, get_lowest_trainable_depth, get_tower_prefixes
+from fieldguide.training.precision import autocast, deterministic_kernels, move_batch
 from fieldguide.training.tracking import TRACKERS
 
-LOGGED = 400  # lines of losses that a whole run writes, about
-LATE = 1.05  # times the minutes given is when a run that is slower than planned ends
-PACED = 20  # steps after which it is first seen how long a step really takes
-AIM, SLACK, TOLD = 0.97, 0.1, 0.3  # part of the minutes to fill; by which it may miss that; of which a line is worth
+MAX_LOG_LINES = 400  # lines of losses that a whole run writes, about
+MAX_TIME_OVERRUN = 1.05  # times the minutes given is when a run that is slower than planned ends
+PACE_CHECK_STEPS = 20  # steps after which it is first seen how long a step really takes
+TARGET_TIME_FRACTION, MIN_REPLAN_CHANGE, MIN_REPORTED_CHANGE = (
+    0.97,
+    0.1,
+    0.3,
+)  # part of the minutes to fill; by which it may miss that; of which a line is worth
 
 
 class Interrupted(TrainingError):
@@ -90,17 +94,17 @@ class PhaseRunner:
         self.phase, self.settings = phase, settings.with_(dict(phase.settings))
         named = [(n, p) for n, p in objective.phase_parameters(phase) if p.requires_grad]
         self.parameters = [p for _, p in named]
-        depth, self.top = levels((name for name, _ in named), towers(objective))
+        depth, self.top = get_layer_depths((name for name, _ in named), get_tower_prefixes(objective))
         self.depth = [depth[name] for name, _ in named]
-        self.optimizers = optimizers(objective, named, self.settings)
+        self.optimizers = build_optimizers(objective, named, self.settings)
         self.lr = 0.0
         self.module: nn.Module = PhaseModule(objective, phase)
         if distributed.world() > 1:
-            with only(self.parameters, objective):  # DDP reduces what requires a gradient when it is made
+            with require_grad_only(self.parameters, objective):  # DDP reduces what requires a gradient when it is made
                 self.module = DistributedDataParallel(self.module, [device] if device.type == "cuda" else None)
 
-    def rate(self, step: int) -> float:
-        rate = self.settings.lr * schedule(self.settings, step)
+    def set_lr(self, step: int) -> float:
+        rate = self.settings.lr * get_lr_factor(self.settings, step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
@@ -108,14 +112,14 @@ class PhaseRunner:
 
     def mask_frozen_grads(self, step: int) -> None:
         """Drops the gradients of layers whose time has not come."""
-        lowest = thawed(self.settings, step, self.top)
+        lowest = get_lowest_trainable_depth(self.settings, step, self.top)
         for p, depth in zip(self.parameters, self.depth):
             if depth < lowest:
                 p.grad = None
 
 
 @contextmanager
-def only(parameters: list[nn.Parameter], objective: nn.Module) -> Iterator[None]:
+def require_grad_only(parameters: list[nn.Parameter], objective: nn.Module) -> Iterator[None]:
     """Inside, these parameters alone require a gradient."""
     chosen = {id(p) for p in parameters}
     others = [p for p in objective.parameters() if p.requires_grad and id(p) not in chosen]
@@ -148,7 +152,7 @@ class Trainer:
         folder: Path | None = None,
         evaluate: Callable[[Objective], dict[str, float]] | None = None,
         metric: tuple[str, str] = ("loss", "min"),
-        most: int = 0,
+        max_steps: int = 0,
     ):
         self.settings, self.device, self.callback, self.folder = settings, device, callback, folder
         self.evaluate, self.metric, self.batches = evaluate, metric, batches
@@ -156,13 +160,13 @@ class Trainer:
         if settings.channels_last:
             self.objective = self.objective.to(memory_format=torch.channels_last)
         self.runners = [PhaseRunner(self.objective, phase, settings, device) for phase in objective.phases]
-        self.draws = max(phase.times for phase in objective.phases)
+        self.batches_per_step = max(phase.times for phase in objective.phases)
         self.kept = nn.ModuleDict({name: getattr(self.objective, name) for name in objective.keep})
         self.average = ExponentialMovingAverage(self.kept, settings.ema) if settings.ema else None
-        self.state, self.best, self.tracker = State(most=most), None, None
+        self.state, self.best, self.tracker = State(most=max_steps), None, None
         self.stopping = False
-        self.held = held(self.objective)
-        self.since = (0, 0.0)  # step and seconds that the pace is counted from
+        self.frozen_modules = get_frozen_modules(self.objective)
+        self.pace_start = (0, 0.0)  # step and seconds that the pace is counted from
 
     # What a run goes through
 
@@ -175,26 +179,26 @@ class Trainer:
         settings, state = self.settings, self.state
         if self.device.type == "cpu":
             keep_memory()
-        stream = self.stream()
+        stream = self.make_batch_stream()
         if self.folder and distributed.rank() == 0 and settings.tracker in TRACKERS:
             self.tracker = TRACKERS[settings.tracker](self.folder, state.step)
         self.set_train_mode()
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
-        self.since = (state.step, state.seconds)
-        with self.signals(), deterministic_kernels():
+        self.pace_start = (state.step, state.seconds)
+        with self.handle_signals(), deterministic_kernels():
             while state.step < self.settings.steps and not state.stopped:
-                losses = self.step(stream)
+                losses = self.train_step(stream)
                 state.step += 1
                 state.seconds = before + time.monotonic() - started
-                self.log(losses)
+                self.log_losses(losses)
                 scored = self.evaluate and (state.step % self.settings.eval_steps == 0 or state.step == self.settings.steps)
                 if scored:
-                    self.score()
+                    self.evaluate_and_keep_best()
                     state.seconds = before + time.monotonic() - started
-                if state.most and settings.minutes and looked_at(state.step) and self.replan_steps():
-                    stream = self.stream()
-                if self.agreed(self.stopping):
+                if state.most and settings.minutes and is_pace_check(state.step) and self.replan_steps():
+                    stream = self.make_batch_stream()
+                if self.is_true_anywhere(self.stopping):
                     self.save()
                     raise Interrupted(
                         f"stopped after step {state.step} of {self.settings.steps}; "
@@ -204,10 +208,14 @@ class Trainer:
                             else "nothing is kept."
                         )
                     )
-                if settings.minutes and self.agreed(state.seconds > LATE * 60 * settings.minutes) and not state.stopped:
+                if (
+                    settings.minutes
+                    and self.is_true_anywhere(state.seconds > MAX_TIME_OVERRUN * 60 * settings.minutes)
+                    and not state.stopped
+                ):
                     state.stopped = f"{settings.minutes:g} minutes are over"
                     if self.evaluate and not scored:
-                        self.score()
+                        self.evaluate_and_keep_best()
                 if time.monotonic() - saved > settings.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
@@ -215,17 +223,17 @@ class Trainer:
         if self.best is not None:
             self.kept.load_state_dict(self.best)
         elif self.average:
-            self.average.swap()
+            self.average.swap_parameters()
         self.objective.eval()
         return state
 
     def set_train_mode(self) -> None:
         """Puts what learns in training mode."""
         self.objective.train()
-        for module in self.held:
+        for module in self.frozen_modules:
             module.train(False)
 
-    def stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def make_batch_stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """This process's batches, from the next step to the last."""
         settings, world, rank = self.settings, distributed.world(), distributed.rank()
         return iterate_training_batches(
@@ -234,8 +242,8 @@ class Trainer:
             parts=world * settings.grad_accum_steps,
             mine=range(rank * settings.grad_accum_steps, (rank + 1) * settings.grad_accum_steps),
             seed=settings.seed,
-            start=self.state.step * self.draws,
-            stop=settings.steps * self.draws,
+            start=self.state.step * self.batches_per_step,
+            stop=settings.steps * self.batches_per_step,
             workers=settings.num_workers,
             pin=self.device.type == "cuda",
         )
@@ -248,17 +256,19 @@ class Trainer:
         busy moment of the machine changes little.
         """
         settings, state = self.settings, self.state
-        if state.step < PACED:
-            self.since = (state.step, state.seconds)  # the first steps prepare kernels, and tell nothing
+        if state.step < PACE_CHECK_STEPS:
+            self.pace_start = (state.step, state.seconds)  # the first steps prepare kernels, and tell nothing
             return False
-        steps, seconds = state.step - self.since[0], state.seconds - self.since[1]
-        goal = (0.9 if self.evaluate and state.best is None else 1.0) * (AIM * 60 * settings.minutes - state.seconds)
+        steps, seconds = state.step - self.pace_start[0], state.seconds - self.pace_start[1]
+        goal = (0.9 if self.evaluate and state.best is None else 1.0) * (
+            TARGET_TIME_FRACTION * 60 * settings.minutes - state.seconds
+        )
         total = min(state.most, state.step + max(1, int(goal * steps / max(seconds, 1e-9))))
         goal, total = distributed.broadcast((goal, total))  # clocks differ; all must come to the same
         left, planned = total - state.step, settings.steps - state.step
-        if goal <= 0 or planned < SLACK * settings.steps or abs(left - planned) <= SLACK * planned:
+        if goal <= 0 or planned < MIN_REPLAN_CHANGE * settings.steps or abs(left - planned) <= MIN_REPLAN_CHANGE * planned:
             return False
-        if abs(left - planned) > TOLD * planned:
+        if abs(left - planned) > MIN_REPORTED_CHANGE * planned:
             self.callback.log(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {settings.steps:,}")
         state.steps, state.evaluate = total, max(1, round(settings.eval_steps * total / settings.steps))
         self.replan()
@@ -272,27 +282,27 @@ class Trainer:
                 runner.settings = runner.settings.with_(counts)
             self.callback.on_replan(self.settings.steps)
 
-    def step(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
+    def train_step(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
         """One step of every phase, as often as the phase asks. Returns the losses by name."""
         settings, losses = self.settings, {}
-        reseed(mix_seeds(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
+        seed_generators(mix_seeds(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
         drawn = [
-            [place(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.grad_accum_steps)]
-            for _ in range(self.draws)
+            [move_batch(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.grad_accum_steps)]
+            for _ in range(self.batches_per_step)
         ]
         for runner in self.runners:
             for turn in range(runner.phase.times):
-                scope = only(runner.parameters, self.objective) if len(self.runners) > 1 else nullcontext()
+                scope = require_grad_only(runner.parameters, self.objective) if len(self.runners) > 1 else nullcontext()
                 with scope:
-                    parts = self.differentiate(runner, drawn[turn])
-                    self.update(runner, drawn[turn], parts)
+                    parts = self.compute_gradients(runner, drawn[turn])
+                    self.apply_gradients(runner, drawn[turn], parts)
             prefix = f"{runner.phase.name}." if len(self.runners) > 1 else ""
             losses |= {prefix + name: value for name, value in parts.items()} | {prefix + "lr": runner.lr}
         if self.average:
             self.average.update(self.state.step)
         return losses
 
-    def differentiate(self, runner: PhaseRunner, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+    def compute_gradients(self, runner: PhaseRunner, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """Gradients of the mean loss over the accumulated batches, and over processes."""
         totals: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
@@ -309,20 +319,20 @@ class Trainer:
             stacked /= distributed.world()
         return dict(zip(totals, stacked.tolist()))
 
-    def update(self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float]) -> None:
+    def apply_gradients(self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float]) -> None:
         """Clips, checks and applies the gradients; nothing that is not finite reaches the weights."""
-        runner.lr = runner.rate(self.state.step)
+        runner.lr = runner.set_lr(self.state.step)
         runner.mask_frozen_grads(self.state.step)
         norm = None
         if self.settings.grad_clip:
             norm = float(nn.utils.clip_grad_norm_(runner.parameters, self.settings.grad_clip))
         if not math.isfinite(parts["loss"]) or (norm is not None and not math.isfinite(norm)):
-            self.refuse(runner, batches, parts, norm)
+            self.raise_nonfinite(runner, batches, parts, norm)
         for optimizer in runner.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def refuse(
+    def raise_nonfinite(
         self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float], norm: float | None
     ) -> None:
         for optimizer in runner.optimizers:
@@ -339,18 +349,18 @@ class Trainer:
         if self.folder:
             from safetensors.torch import save as pack
 
-            batch = checkpoint.separate({f"{i}.{k}": t for i, b in enumerate(batches) for k, t in b.items()})
+            batch = checkpoint.copy_to_cpu({f"{i}.{k}": t for i, b in enumerate(batches) for k, t in b.items()})
             write_atomically(self.folder / name, pack(batch))
             kept = f" The batch is kept in {self.folder / name}, the state before it in {self.folder / 'checkpoints'}."
             self.save()
         what = f"loss {parts['loss']}" if not math.isfinite(parts["loss"]) else f"gradient norm {norm}"
         raise TrainingError(f"{what} at step {self.state.step}, phase {runner.phase.name}. {cause}.{kept}")
 
-    def score(self) -> None:
+    def evaluate_and_keep_best(self) -> None:
         """Scores the averaged weights, keeps the best, counts evaluations without progress."""
         state, (name, direction) = self.state, self.metric
         self.objective.eval()
-        with self.average.applied() if self.average else nullcontext():
+        with self.average.average_parameters() if self.average else nullcontext():
             with torch.inference_mode():
                 scores = self.evaluate(self.objective)
             value = scores[name]
@@ -363,27 +373,27 @@ class Trainer:
                 state.best, state.best_step = value, state.step
                 self.best = {k: t.detach().clone() for k, t in self.kept.state_dict().items()}
         self.set_train_mode()
-        self.record({"step": state.step, "seconds": round(state.seconds, 3), "scores": scores})
+        self.log_metrics({"step": state.step, "seconds": round(state.seconds, 3), "scores": scores})
         self.callback.on_evaluate(state.step, scores, better)
         if self.settings.patience and state.stale >= self.settings.patience:
             state.stopped = f"no better {name} in {state.stale} evaluations; the best was at step {state.best_step}"
 
     # Logs, signals, checkpoints
 
-    def log(self, losses: dict[str, float]) -> None:
+    def log_losses(self, losses: dict[str, float]) -> None:
         state = self.state
         for name, value in losses.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
         state.summed += 1
         self.callback.on_step(state.step, losses)
-        if state.step % max(1, self.settings.steps // LOGGED) == 0 or state.step == self.settings.steps:
+        if state.step % max(1, self.settings.steps // MAX_LOG_LINES) == 0 or state.step == self.settings.steps:
             means = {name: total / state.summed for name, total in state.sums.items()}
-            self.record({"step": state.step, "seconds": round(state.seconds, 3), **means})
+            self.log_metrics({"step": state.step, "seconds": round(state.seconds, 3), **means})
             state.sums, state.summed = {}, 0
 
-    def record(self, line: dict[str, Any]) -> None:
+    def log_metrics(self, line: dict[str, Any]) -> None:
         if self.tracker:
-            self.tracker.record(line)
+            self.tracker.log_metrics(line)
         if self.folder and distributed.rank() == 0:
             try:
                 with open(self.folder / "metrics.jsonl", "a") as file:
@@ -395,7 +405,7 @@ class Trainer:
                 ) from error
 
     @contextmanager
-    def signals(self) -> Iterator[None]:
+    def handle_signals(self) -> Iterator[None]:
         """The first Ctrl-C or SIGTERM lets the step end and saves; the second stops at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -414,7 +424,7 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def agreed(self, flag: bool) -> bool:
+    def is_true_anywhere(self, flag: bool) -> bool:
         """True in all processes as soon as it is in one."""
         if distributed.world() == 1:
             return flag
@@ -433,7 +443,7 @@ class Trainer:
                 tensors |= packed
                 numbers |= plain
         if self.average:
-            tensors |= {f"average.{k}": t for k, t in self.average.state().items()}
+            tensors |= {f"average.{k}": t for k, t in self.average.state_dict().items()}
         if self.best is not None:
             tensors |= {f"best.{k}": t for k, t in self.best.items()}
         checkpoint.save(
@@ -454,21 +464,21 @@ class Trainer:
             for o, optimizer in enumerate(runner.optimizers):
                 checkpoint.unpack_optimizer(optimizer, f"optimizer.{r}.{o}", tensors, record["optimizers"])
         if self.average:
-            self.average.load(part("average."))
+            self.average.load_state_dict(part("average."))
         self.best = {k: t.to(self.device) for k, t in part("best.").items()} or None
         self.state = State(**record["state"])
         self.replan()
         if distributed.rank() == 0:
-            truncate(self.folder / "metrics.jsonl", step)
+            truncate_log(self.folder / "metrics.jsonl", step)
         return True
 
 
-def looked_at(step: int) -> bool:
+def is_pace_check(step: int) -> bool:
     """Whether the pace is looked at after this step: at 3, `PACED`, twice that, four times that, ..."""
-    return step == 3 or (step % PACED == 0 and (step // PACED).bit_count() == 1)
+    return step == 3 or (step % PACE_CHECK_STEPS == 0 and (step // PACE_CHECK_STEPS).bit_count() == 1)
 
 
-def reseed(seed: int, device: torch.device) -> None:
+def seed_generators(seed: int, device: torch.device) -> None:
     """Seeds the CPU and this device. `torch.manual_seed` also queues a call, with its stack, for each kind of device
     that is not there: a millisecond a step and memory that grows."""
     torch.default_generator.manual_seed(seed)
@@ -476,7 +486,7 @@ def reseed(seed: int, device: torch.device) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-def truncate(path: Path, step: int) -> None:
+def truncate_log(path: Path, step: int) -> None:
     """Drops log lines written after the checkpoint that is resumed from, and a line cut short by a crash."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:

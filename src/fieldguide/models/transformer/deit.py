@@ -35,7 +35,7 @@ class DeiT(vit.ViT):
     """
 
     first = 2
-    taught = 1  # the answer in training that is to be a teacher's
+    distillation_head = 1  # the answer in training that is to be a teacher's
 
     def make_head(self) -> None:
         self.dist = nn.Parameter(torch.empty(self.config.dim))

@@ -13,9 +13,9 @@ import torch
 from fieldguide.core.report_elements import Bars, Exhibit, Gallery, Picture, Sound, Sounds, Table
 from fieldguide.data.dataset import SECONDS, Data
 from fieldguide.data.media import audio
-from fieldguide.metrics.speech import compare, edits
+from fieldguide.metrics.speech import compare, count_edits
 from fieldguide.objectives import Objective
-from fieldguide.objectives.ctc import log_probabilities
+from fieldguide.objectives.ctc import compute_log_probabilities
 from fieldguide.objectives.ctc_decoding import align
 from fieldguide.tasks.base import Arrays
 
@@ -33,8 +33,8 @@ def sections(
     task: SpeechRecognition, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None
 ) -> dict[str, list[Exhibit]]:
     said, heard = truth["text"].tolist(), outputs["text"].tolist()
-    counts = edits(said, heard, "words")
-    characters = edits(said, heard, "characters")
+    counts = count_edits(said, heard, "words")
+    characters = count_edits(said, heard, "characters")
     # The most errors by what was said; where words tie, the more wrong characters.
     rank = counts.errors / np.maximum(counts.length, 1) + characters.errors / np.maximum(characters.length, 1) / 100
     worst = [int(i) for i in np.argsort(-rank, kind="stable") if counts.errors[i]]
@@ -140,7 +140,9 @@ def spectrograms(
     features, frames = task.mel.apply(waves, lengths)
     logits, answers = task.listen(objective.model, features.to(where), frames.to(where))
     symbols, count = task.transcripts.batch([outputs["said"][i][outputs["said"][i] > 0].astype(np.int64) for i in rows])
-    found = align(log_probabilities(logits), answers, torch.from_numpy(symbols).to(where), torch.from_numpy(count).to(where))
+    found = align(
+        compute_log_probabilities(logits), answers, torch.from_numpy(symbols).to(where), torch.from_numpy(count).to(where)
+    )
     spans, pictures = found.spans.cpu().numpy() * task.stride, []
     loud = task.mel.spectrogram(waves)
     for k, i in enumerate(rows):

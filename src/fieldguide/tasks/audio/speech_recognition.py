@@ -24,10 +24,10 @@ from fieldguide.data.media import audio
 from fieldguide.data.preprocessing.speech import LogMel, SpecAugment, pad_waves, perturb_speed, suggest_hop, suggest_rate
 from fieldguide.data.preprocessing.transcripts import SPACE, Transcripts, normalize_text
 from fieldguide.data.readers.recordings import TRANSCRIPT_NAMES
-from fieldguide.metrics.speech import Edits, edits
+from fieldguide.metrics.speech import Edits, count_edits
 from fieldguide.objectives import Objective
-from fieldguide.objectives.ctc import CTC, log_probabilities, losses, needed
-from fieldguide.objectives.ctc_decoding import align, beam_search, collapse, in_chunks
+from fieldguide.objectives.ctc import CTC, compute_log_probabilities, compute_losses, min_frames
+from fieldguide.objectives.ctc_decoding import align, beam_search, collapse, compute_logits_in_chunks
 from fieldguide.tasks.audio import report
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import fill_options
@@ -117,7 +117,7 @@ class SpeechRecognition(Task):
         task.heard = float(seconds[short].max())
         task.transcripts = Transcripts.fit(task.said(data), lower=options.lower, pieces=options.pieces)
         encoded, lengths = task.transcripts.batch(task.transcripts.encode(task.said(data))[0])
-        frames = needed(torch.from_numpy(encoded), torch.from_numpy(lengths)).numpy()
+        frames = min_frames(torch.from_numpy(encoded), torch.from_numpy(lengths)).numpy()
         rate = options.rate or suggest_rate(data.rows[RATE].to_numpy())
         task.options = fill_options(
             options,
@@ -251,7 +251,7 @@ class SpeechRecognition(Task):
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             logits, frames = self.listen(objective.model, batch["features"], batch["lengths"])
-            likely = log_probabilities(logits)
+            likely = compute_log_probabilities(logits)
             best, path = likely.max(-1)
             real = torch.arange(path.shape[1], device=path.device) < frames[:, None]
             said, count = collapse(path, frames) if self.predict_options.num_beams <= 1 else self.search(likely, frames)
@@ -263,7 +263,7 @@ class SpeechRecognition(Task):
                 "sure": ((best * real).sum(1) / frames.clamp(min=1)).exp(),
             }
             if "target" in batch:
-                nll, fits = losses(logits, frames, batch["target"], batch["target_lengths"])
+                nll, fits = compute_losses(logits, frames, batch["target"], batch["target_lengths"])
                 outputs["loss"] = (nll / batch["target_lengths"].clamp(min=1)).masked_fill(~fits, torch.nan)
             return outputs
 
@@ -278,7 +278,7 @@ class SpeechRecognition(Task):
         rows = [i for i in range(len(lengths)) if int(lengths[i]) <= size]
         for i in range(len(lengths)):
             if int(lengths[i]) > size:
-                parts[i] = in_chunks(model, features[i, : int(lengths[i])], size=size, overlap=overlap)
+                parts[i] = compute_logits_in_chunks(model, features[i, : int(lengths[i])], size=size, overlap=overlap)
         while rows:
             together = max(1, CELLS // max(1, int(frames[rows].max())) ** 2)
             some, rows = rows[:together], rows[together:]
@@ -347,7 +347,7 @@ class SpeechRecognition(Task):
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         heard, said = self.texts(outputs).tolist(), truth["text"].tolist()
-        scores = {"wer": edits(said, heard).rate, "cer": edits(said, heard, "characters").rate}
+        scores = {"wer": count_edits(said, heard).rate, "cer": count_edits(said, heard, "characters").rate}
         if "loss" in outputs and not np.isnan(outputs["loss"]).all():
             scores["loss"] = float(np.nanmean(outputs["loss"]))
         return scores
@@ -361,7 +361,7 @@ class SpeechRecognition(Task):
             length = counts.length[rows].sum(1)
             return counts.errors[rows].sum(1) / np.maximum(length, 1)
 
-        values = {"wer": drawn(edits(said, heard)), "cer": drawn(edits(said, heard, "characters"))}
+        values = {"wer": drawn(count_edits(said, heard)), "cer": drawn(count_edits(said, heard, "characters"))}
         loss = outputs.get("loss")
         if loss is not None and not np.isnan(loss).all():
             known = loss[~np.isnan(loss)]

@@ -21,7 +21,7 @@ from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, LINE, Column, Data, Finding
 from fieldguide.data.loader import Batches
 from fieldguide.objectives import Objective
-from fieldguide.objectives.next_item import TOP, NextItem, ranked
+from fieldguide.objectives.next_item import DEFAULT_TOP_K, NextItem, rank_items
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
@@ -317,7 +317,7 @@ class Recommendation(Task):
             some = histories[first : first + CHUNK]
             before = [h[:-1][h[:-1] > 0] for h in some]
             seen = torch.from_numpy(padded_in_front(before, max([1, *map(len, before)])))
-            parts.append(ranked(scores(before), seen, torch.tensor([int(h[-1]) for h in some]), self.options.repeats))
+            parts.append(rank_items(scores(before), seen, torch.tensor([int(h[-1]) for h in some]), self.options.repeats))
         return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}
 
     # Answers
@@ -353,7 +353,7 @@ class Recommendation(Task):
         return self.ask_for_last(histories, asked=False)
 
     def predict_step(self, objective: Objective) -> Any:
-        objective.top = max(TOP, self.predict_options.count)
+        objective.top = max(DEFAULT_TOP_K, self.predict_options.count)
         return super().predict_step(objective)
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
 from fieldguide.data.preprocessing.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
 from fieldguide.models.generation import Faithful
-from fieldguide.objectives import Objective, Restored
+from fieldguide.objectives import DenoisingObjective, Objective
 from fieldguide.objectives import denoising as damage
 from fieldguide.tasks.base import Arrays
 from fieldguide.tasks.supervised import fill_options
@@ -29,7 +29,7 @@ from fieldguide.tasks.text.packing import Packed
 from fieldguide.tasks.text.translation import written
 
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # what stands for the spans that are cut out, in this order
-USUAL = {"spans": (damage.SHARE, damage.MEAN), "infill": damage.INFILL}
+USUAL = {"spans": (damage.T5_CORRUPTED_FRACTION, damage.T5_MEAN_SPAN_LENGTH), "infill": damage.BART_INFILLING}
 SHOWN = 12  # test rows in the report
 
 
@@ -125,12 +125,12 @@ class Denoising(Packed):
         lengths = (tokens != text.pad).sum(1)
         plain = tokens != text.sep  # what stands between texts is not asked
         if o.damage == "spans":
-            span = damage.spans(lengths, tokens.shape[1], rng, o.share, o.mean)
-            source, mask, target = damage.corrupted(tokens, span, lengths, self.sentinels, frame.end, text.pad)
+            span = damage.sample_spans(lengths, tokens.shape[1], rng, o.share, o.mean)
+            source, mask, target = damage.corrupt_spans(tokens, span, lengths, self.sentinels, frame.end, text.pad)
             asked = (target >= 0) & ~np.isin(target, self.sentinels) & (target != frame.end) & (target != text.sep)
         else:
-            begins, gone = damage.holes(lengths, tokens.shape[1], rng, o.share, o.mean)
-            source, mask = damage.infilled(tokens, lengths, text.mask_token, text.pad, begins, gone)
+            begins, gone = damage.sample_infill_masks(lengths, tokens.shape[1], rng, o.share, o.mean)
+            source, mask = damage.apply_infilling(tokens, lengths, text.mask_token, text.pad, begins, gone)
             source, mask = around(source, mask, frame.before, frame.after, text.pad)
             target, real = around(tokens, tokens != text.pad, (), (frame.end,), text.pad)
             target = np.where(real, target, -1)
@@ -170,7 +170,7 @@ class Denoising(Packed):
         return {**super().model_dims(), "begin": self.frame.target_start[0], "end": self.frame.end, "pad": self.text.pad}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Restored(model, card.inputs, settings.label_smoothing)
+        return DenoisingObjective(model, card.inputs, settings.label_smoothing)
 
     def targets(self, data: Data) -> Arrays:
         batches = self.batches(data, None)
@@ -274,7 +274,7 @@ class Denoising(Packed):
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(SHOWN, len(batches))), None)
         device = next(objective.model.parameters()).device
-        guess = objective.logits({name: x.to(device) for name, x in batch.items()}).argmax(-1).cpu()
+        guess = objective.compute_logits({name: x.to(device) for name, x in batch.items()}).argmax(-1).cpu()
         quotes = []
         rows = zip(*(batch[k] for k in ("source", "source_mask", "asked", "target")), guess)
         for source, mask, asked, target, said in rows:
@@ -322,7 +322,7 @@ def around(
     count = len(tokens)
     first, last = (np.broadcast_to(np.array(ids, dtype=np.int64), (count, len(ids))) for ids in (before, after))
     real = [np.ones(first.shape, dtype=bool), mask, np.ones(last.shape, dtype=bool)]
-    return damage.packed(np.concatenate([first, tokens, last], 1), np.concatenate(real, 1), pad)
+    return damage.pack_kept(np.concatenate([first, tokens, last], 1), np.concatenate(real, 1), pad)
 
 
 TASKS = (Denoising,)

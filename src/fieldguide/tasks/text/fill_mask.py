@@ -19,8 +19,8 @@ from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.loader import make_generator as seeded
 from fieldguide.data.preprocessing.tokenizer import SPECIAL_TOKENS
-from fieldguide.objectives import MaskedWords, Objective
-from fieldguide.objectives.masked_lm import hide
+from fieldguide.objectives import MaskedLM, Objective
+from fieldguide.objectives.masked_lm import mask_tokens
 from fieldguide.tasks.base import Arrays, CheckpointAssets
 from fieldguide.tasks.text.packing import Packed
 
@@ -70,7 +70,7 @@ class FillMask(Packed):
         for special in {self.text.pad, self.text.cls, self.text.sep, self.text.mask_token}:
             open_to &= tokens != special
         first = len(SPECIAL_TOKENS) if not self.options.tokenizer else 0
-        return hide(tokens, open_to, self.text.mask_token, first, self.text.size, generator, self.options.share)
+        return mask_tokens(tokens, open_to, self.text.mask_token, first, self.text.size, generator, self.options.share)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         """While training, rows begin anywhere and other words are hidden each time; to score, always the same."""
@@ -91,7 +91,7 @@ class FillMask(Packed):
         return Batches(len(packed), make)
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return MaskedWords(model, card.inputs)
+        return MaskedLM(model, card.inputs)
 
     # Scores
 
@@ -173,7 +173,7 @@ class FillMask(Packed):
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(ROWS, len(batches))), None)
         device = next(objective.model.parameters()).device
-        logits, target, row = objective.answers({name: x.to(device) for name, x in batch.items()})
+        logits, target, row = objective.compute_masked_logits({name: x.to(device) for name, x in batch.items()})
         probability, target, row = logits.softmax(-1).cpu(), target.cpu().numpy(), row.cpu().numpy()
         best = probability.topk(3, -1)
         right, seen = best.indices[:, 0].numpy() == target, self.counts[target]

@@ -27,7 +27,7 @@ from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.qa_windows import COLUMN_SPEC, find_columns, prepare
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics import question_answering as measured
-from fieldguide.objectives import Objective, Span
+from fieldguide.objectives import Objective, SpanPrediction
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
@@ -229,7 +229,7 @@ class QuestionAnswering(Task):
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         also = ("segments",) if "segments" in card.optional_inputs else ()
-        return Span(model, (*card.inputs, *also), self.options.longest)
+        return SpanPrediction(model, (*card.inputs, *also), self.options.longest)
 
     # Windows
 
@@ -305,7 +305,7 @@ class QuestionAnswering(Task):
 
     def each(self, outputs: Arrays, truth: Arrays) -> np.ndarray:
         """Exact match and F1 of each question: N 2."""
-        return measured.scores(self.said(outputs, truth["context"]), truth["answers"])
+        return measured.score_answers(self.said(outputs, truth["context"]), truth["answers"])
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         outputs = outputs if "given" in outputs else self.postprocess(outputs)
@@ -326,7 +326,7 @@ class QuestionAnswering(Task):
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
         if self.silent:
-            self.threshold = measured.threshold(*self.choices(outputs, truth))
+            self.threshold = measured.find_threshold(*self.choices(outputs, truth))
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         contexts = set(self.contexts(train))

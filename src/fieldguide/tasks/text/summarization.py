@@ -61,15 +61,15 @@ class Summarization(Translation):
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         scores = {}
         if "rouge" in outputs:
-            scores = dict(zip(rouge.KINDS, outputs["rouge"].mean(0).tolist()))
+            scores = dict(zip(rouge.ROUGE_NAMES, outputs["rouge"].mean(0).tolist()))
         elif "text" in outputs:
-            scores = dict(zip(rouge.KINDS, rouge.scores(outputs["text"], truth["text"]).mean(0).tolist()))
+            scores = dict(zip(rouge.ROUGE_NAMES, rouge.score_texts(outputs["text"], truth["text"]).mean(0).tolist()))
         if "nats" in outputs:
             scores["loss"] = float(outputs["nats"].sum(dtype=np.float64) / max(outputs["count"].sum(), 1))
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        scored = {"rouge": rouge.scores(outputs["text"], truth["text"])} if "text" in outputs else {}
+        scored = {"rouge": rouge.score_texts(outputs["text"], truth["text"])} if "text" in outputs else {}
         return Task.intervals(self, {**outputs, **scored}, truth)  # each summary is scored once, not once a repeat
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
@@ -80,7 +80,7 @@ class Summarization(Translation):
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         said, right, source = outputs["text"].tolist(), truth["text"].tolist(), truth["source"].tolist()
-        each = rouge.scores(said, right)
+        each = rouge.score_texts(said, right)
         length = np.array([len(s.split()) for s in source])
         groups = [
             (f"{low}-{high} words", (length >= low) & (length <= high))

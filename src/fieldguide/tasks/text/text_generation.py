@@ -247,7 +247,7 @@ class TextGeneration(Typed):
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         tokens, _ = self.stream_of(test)
-        nats = np.append(self.ngram.nats(tokens)[1:], 0)  # of what follows each token
+        nats = np.append(self.ngram.compute_nats(tokens)[1:], 0)  # of what follows each token
         batches = self.batches(test, None)
         every = batches.make(np.arange(len(batches)), None)
         target = every["target"].numpy()

@@ -23,8 +23,8 @@ from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.tokenizer import suggest_length
-from fieldguide.metrics.entities import counted, spans
-from fieldguide.objectives import Objective, TokenLabels
+from fieldguide.metrics.entities import count_entities, extract_entities
+from fieldguide.objectives import Objective, TokenClassificationObjective
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
@@ -171,7 +171,7 @@ class TokenClassification(Task):
         return Batches(len(rows), make, np.array([len(tokens) for tokens, _ in rows]))
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return TokenLabels(model, card.inputs, settings.label_smoothing)
+        return TokenClassificationObjective(model, card.inputs, settings.label_smoothing)
 
     # Scores
 
@@ -199,7 +199,7 @@ class TokenClassification(Task):
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         real, said = self.aligned(outputs, truth)
-        right, claimed, there = (int(x.sum()) for x in counted(real, said, self.tags))
+        right, claimed, there = (int(x.sum()) for x in count_entities(real, said, self.tags))
         outside = self.tags.index("O") if "O" in self.tags else -2
         hits = np.where(said < 0, outside, said)[real >= 0] == real[real >= 0]
         return {
@@ -249,7 +249,7 @@ class TokenClassification(Task):
                     "last": last,
                     "probability": float(np.min(sure[first : last + 1])),
                 }
-                for first, last, kind in spans(tags, self.tags)
+                for first, last, kind in extract_entities(tags, self.tags)
             ]
             said = [self.tags[tag] if tag >= 0 else outside for tag in tags] + [outside] * (len(words) - width)
             records.append({"tokens": words, "tags": said, "entities": found})
@@ -260,7 +260,7 @@ class TokenClassification(Task):
     def exhibits(
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        from fieldguide.metrics.entities import parts
+        from fieldguide.metrics.entities import parse_tags
 
         real, said = self.aligned(outputs, truth)
         rows = [
@@ -271,7 +271,7 @@ class TokenClassification(Task):
                 r / there if there else float("nan"),
                 2 * r / (c + there) if c + there else float("nan"),
             )
-            for kind, r, c, there in zip(parts(self.tags)[2], *counted(real, said, self.tags))
+            for kind, r, c, there in zip(parse_tags(self.tags)[2], *count_entities(real, said, self.tags))
         ]
         shown: list[Exhibit] = [
             Table(
@@ -298,7 +298,7 @@ class TokenClassification(Task):
         for row in np.argsort(-wrong, kind="stable")[:SHOWN]:
             if not wrong[row]:
                 break
-            there, claimed = (set(spans(x[row], self.tags)) for x in (real, said))
+            there, claimed = (set(extract_entities(x[row], self.tags)) for x in (real, said))
             missed, wrongly = spelt(words[row], there - claimed), spelt(words[row], claimed - there)
             quotes.append(
                 Quote(

@@ -22,7 +22,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
 from fieldguide.data.preprocessing.tokenizer import suggest_length
-from fieldguide.metrics.scripts import HAN, OTHERS
+from fieldguide.metrics.scripts import HAN, OTHER_UNSPACED
 from fieldguide.models.generation import Faithful, GenerationConfig, Sourced, answers, streamed
 from fieldguide.models.generation.stop_strings import cut
 from fieldguide.objectives import NextToken, Objective
@@ -368,7 +368,7 @@ def judges(right: list[str]) -> tuple[Any, Any]:
     from sacrebleu.metrics import BLEU, CHRF
 
     text = "".join(right)
-    han, others, every = (len(re.findall(kind, text)) for kind in (f"[{HAN}]", f"[{OTHERS}]", r"[^\W\d_]"))
+    han, others, every = (len(re.findall(kind, text)) for kind in (f"[{HAN}]", f"[{OTHER_UNSPACED}]", r"[^\W\d_]"))
     if 2 * (han + others) <= every:
         return BLEU(), CHRF()
     return BLEU(tokenize="zh" if han > 9 * others else "char"), CHRF()

@@ -24,7 +24,7 @@ from fieldguide.data.timeseries import panel as panels
 from fieldguide.data.timeseries.frequency import Frequency
 from fieldguide.data.timeseries.windows import CUT, SERIES, Windows, all_windows, build_windows, windows_at_end
 from fieldguide.data.validation import checks
-from fieldguide.metrics.forecasts import pinball, seasonal_scale, smape, widening
+from fieldguide.metrics.forecasts import compute_interval_widening, pinball_loss, seasonal_scale, smape
 from fieldguide.objectives import Forecast, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.timeseries import report
@@ -271,7 +271,7 @@ class Forecasting(Task):
         }
         if values.shape[-1] > 1:
             q = values[..., 1:]
-            found["pinball"] = np.where(known, pinball(q, future, np.array(QUANTILES)).mean(-1), 0).sum(1)
+            found["pinball"] = np.where(known, pinball_loss(q, future, np.array(QUANTILES)).mean(-1), 0).sum(1)
             for level, (a, b) in LEVELS.items():
                 found[f"coverage_{100 * level:.0f}"] = (known & (q[..., a] <= future) & (future <= q[..., b])).sum(1)
         return found
@@ -314,7 +314,7 @@ class Forecasting(Task):
         future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
         steps = [slice(h, h + 1) for h in range(q.shape[1])] if len(q) >= EACH else [slice(None)] * q.shape[1]
         self.widths = {
-            f"{level:g}": [widening(q[:, h, a], q[:, h, b], future[:, h], level) for h in steps]
+            f"{level:g}": [compute_interval_widening(q[:, h, a], q[:, h, b], future[:, h], level) for h in steps]
             for level, (a, b) in LEVELS.items()
         }
 

@@ -106,9 +106,9 @@ class ImageGeneration(Task):
 
     def __init__(self, columns: list[Column], options: Any):
         super().__init__(columns, options)
-        self.judge: generative.Judge | None = None  # taught when the network is tested, and kept with the run
-        self.motion: generative.Judge | None = None  # of films
-        self.matcher: generative.Matcher | None = None  # of pictures and captions
+        self.judge: generative.FeatureClassifier | None = None  # taught when the network is tested, and kept with the run
+        self.motion: generative.FeatureClassifier | None = None  # of films
+        self.matcher: generative.CaptionMatcher | None = None  # of pictures and captions
         self.text: TextTokenizer | None = None  # where the data has captions
         self.captions: list[str] = []  # some of the training part's
         self.memo: dict[int, dict[str, Any]] = {}
@@ -188,7 +188,7 @@ class ImageGeneration(Task):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         if card.input_type == "noise":
             classes = len(self.labels)
-            return Adversarial(model, parts["critic"], noise=model.config.noise - classes, real="image", classes=classes)
+            return Adversarial(model, parts["critic"], noise=model.config.noise - classes, real="image", num_classes=classes)
         return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts))
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -280,8 +280,8 @@ class ImageGeneration(Task):
         self.known = self.pictures.apply(self.pictures.load(some.rows[self.column].to_list()))
         codes = torch.from_numpy(self.codes(some))
         self.known_labels = codes if self.text else codes - 1
-        self.matcher = generative.paired(self.known, codes, self.text.size) if self.text else None
-        self.judge = generative.taught(self.known, self.known_labels if self.labels else None, len(self.labels))
+        self.matcher = generative.train_caption_matcher(self.known, codes, self.text.size) if self.text else None
+        self.judge = generative.train_classifier(self.known, self.known_labels if self.labels else None, len(self.labels))
 
     def targets(self, data: Data) -> Arrays:
         real = self.pictures.apply(self.pictures.load(data.rows[self.column].to_list()))
@@ -293,15 +293,18 @@ class ImageGeneration(Task):
         key = id(outputs["samples"])
         if key not in self.memo:
             made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(truth["real"])
-            found: dict[str, Any] = {"made": generative.seen(self.judge, made), "real": generative.seen(self.judge, real)}
+            found: dict[str, Any] = {
+                "made": generative.extract_features(self.judge, made),
+                "real": generative.extract_features(self.judge, real),
+            }
             if self.labels:
                 asked = torch.from_numpy(outputs["label"].astype(np.int64)) - 1
-                pupil = generative.taught(
+                pupil = generative.train_classifier(
                     made, asked, len(self.labels), steps=LESSONS if self.pictures.side > 16 else LESSONS // 2
                 )
-                found["right"] = generative.seen(pupil, real, answer=True) == truth["label"] - 1
+                found["right"] = generative.extract_features(pupil, real, answer=True) == truth["label"] - 1
             if self.matcher is not None:
-                found["matched"] = generative.picked(
+                found["matched"] = generative.match_captions(
                     self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)), torch.from_numpy(truth["label"])
                 )
             self.memo[key] = found | {"kept": outputs["samples"]}  # so that the key stays its own
@@ -315,7 +318,7 @@ class ImageGeneration(Task):
                 return {"caption_match": float(found["matched"].mean())}
             precision, recall = generative.precision_recall(found["real"], found["made"])
             scores = {
-                "feature_distance": generative.frechet(found["real"], found["made"]),
+                "feature_distance": generative.frechet_distance(found["real"], found["made"]),
                 "precision": precision,
                 "recall": recall,
             }
@@ -326,18 +329,18 @@ class ImageGeneration(Task):
         if "loss" in outputs:
             scores["held_out_loss"] = float(outputs["loss"].mean())
         elif "samples" in outputs:
-            scores["held_out_loss"] = generative.frechet(thumbnails(outputs["samples"]), thumbnails(truth["real"]))
+            scores["held_out_loss"] = generative.frechet_distance(thumbnails(outputs["samples"]), thumbnails(truth["real"]))
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         """Over pictures drawn with replacement; of precision and recall from halves."""
         found = self.judged(outputs, truth)
-        ranges = {"feature_distance": generative.around_distance(found["real"], found["made"])}
-        ranges["precision"], ranges["recall"] = generative.around_precision_recall(found["real"], found["made"])
+        ranges = {"feature_distance": generative.bootstrap_distance_interval(found["real"], found["made"])}
+        ranges["precision"], ranges["recall"] = generative.jackknife_precision_recall_intervals(found["real"], found["made"])
         ranges["held_out_loss"] = (
-            generative.around_mean(outputs["loss"])
+            generative.bootstrap_mean_interval(outputs["loss"])
             if "loss" in outputs
-            else generative.around_distance(thumbnails(outputs["samples"]), thumbnails(truth["real"]))
+            else generative.bootstrap_distance_interval(thumbnails(outputs["samples"]), thumbnails(truth["real"]))
         )
         for name, metric in (("right", "classifier_accuracy"), ("matched", "caption_match")):
             if name in found:
@@ -429,9 +432,9 @@ class ImageGeneration(Task):
 
     def nearest(self, samples: np.ndarray, truth: Arrays) -> list[Exhibit]:
         """The training picture nearest to each of a few samples, and whether samples are nearer than they should be."""
-        known = generative.seen(self.judge, self.known)
-        made, real = (generative.seen(self.judge, torch.from_numpy(x[:300])) for x in (samples, truth["real"]))
-        far_made, far_real = generative.distances(made, known), generative.distances(real, known)
+        known = generative.extract_features(self.judge, self.known)
+        made, real = (generative.extract_features(self.judge, torch.from_numpy(x[:300])) for x in (samples, truth["real"]))
+        far_made, far_real = generative.pairwise_distances(made, known), generative.pairwise_distances(real, known)
         beside = [self.known[int(far.argmin())].numpy() for far in far_made[:12]]
         pairs = [Picture(sheet(np.stack([samples[i], other])), f"{far_made[i].min():.2f}") for i, other in enumerate(beside)]
         closer = float((far_made.min(1) < np.quantile(far_real.min(1), 0.05)).mean())
@@ -468,7 +471,7 @@ class ImageGeneration(Task):
         task.text = TextTokenizer.load(folder) if task.captions else None
         for name in JUDGES:
             if (folder / f"{name}.safetensors").exists():
-                setattr(task, name, generative.restored(load_file(folder / f"{name}.safetensors")))
+                setattr(task, name, generative.load_state(load_file(folder / f"{name}.safetensors")))
         return task
 
     def save(self, folder: Path) -> None:

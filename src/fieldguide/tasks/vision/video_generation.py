@@ -24,7 +24,7 @@ from fieldguide.data.media import video
 from fieldguide.data.preprocessing import ImageTransform, Labels, suggest_side
 from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, Diffusion, Objective, Process
-from fieldguide.objectives.diffusion import guided
+from fieldguide.objectives.diffusion import predict_with_guidance
 from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
 from fieldguide.tasks.supervised import binomial_interval, discrete, fill_options
@@ -162,11 +162,11 @@ class VideoGeneration(ImageGeneration):
         sampler = DDIM(steps=self.predict_options.steps)
         draw = Noise(self.predict_options.seed, batch["row"].tolist(), film.shape[1:], film)
         noise = draw()
-        x, times = noise.clone(), sampler.times(process)
+        x, times = noise.clone(), sampler.get_timesteps(process)
         for time, before in zip(times, [*times[1:], -1]):
             at = torch.full((len(x),), time, device=x.device)
-            x[:, :-1] = process.mix(film, noise, at)[:, :-1]
-            x = sampler.step(process, x, guided(objective.model, x, at.float(), label, 1.0), time, before, draw)
+            x[:, :-1] = process.add_noise(film, noise, at)[:, :-1]
+            x = sampler.step(process, x, predict_with_guidance(objective.model, x, at.float(), label, 1.0), time, before, draw)
         return x[:, -1].clamp(-1, 1)
 
     def postprocess(self, outputs: Arrays) -> Arrays:
@@ -185,10 +185,10 @@ class VideoGeneration(ImageGeneration):
         self.known, self.known_labels = self.whole(train), torch.from_numpy(self.codes(train)) - 1
         label = self.known_labels if self.labels else None
         frames = self.options.frames
-        self.judge = generative.taught(
+        self.judge = generative.train_classifier(
             self.known.flatten(0, 1), None if label is None else label.repeat_interleave(frames), len(self.labels)
         )
-        self.motion = generative.taught(motion(self.known), label, len(self.labels)) if self.labels else None
+        self.motion = generative.train_classifier(motion(self.known), label, len(self.labels)) if self.labels else None
 
     def prepare_scoring(self, rows: int) -> None:
         self.each = -(-FEWEST // rows)
@@ -200,10 +200,12 @@ class VideoGeneration(ImageGeneration):
         key = id(outputs["samples"])
         if key not in self.memo:
             made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(truth["real"])
-            see = lambda x: generative.seen(self.judge, x.flatten(0, 1)).reshape(len(x), x.shape[1], -1)
+            see = lambda x: generative.extract_features(self.judge, x.flatten(0, 1)).reshape(len(x), x.shape[1], -1)
             found: dict[str, Any] = {"made": see(made), "real": see(real), "kept": outputs["samples"]}
             if self.motion is not None:
-                found["right"] = generative.seen(self.motion, motion(made), answer=True) == outputs["label"].astype(int) - 1
+                found["right"] = (
+                    generative.extract_features(self.motion, motion(made), answer=True) == outputs["label"].astype(int) - 1
+                )
             self.memo[key] = found
         return self.memo[key]
 
@@ -220,14 +222,14 @@ class VideoGeneration(ImageGeneration):
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         """Over films drawn with replacement."""
         found, ranges = self.judged(outputs, truth), {}
-        ranges["frame_distance"] = generative.around_distance(found["real"], found["made"])
+        ranges["frame_distance"] = generative.bootstrap_distance_interval(found["real"], found["made"])
         ranges["consistency_gap"] = around_gap(*(consistencies(found[k]) for k in ("made", "real")))
         if "right" in found:
             ranges["recognised"] = binomial_interval(int(found["right"].sum()), len(found["right"]))
         if "next" in outputs:
-            ranges["next_frame_psnr"] = generative.around_mean(decibels(outputs["next"], truth["real"][:, -1]))
+            ranges["next_frame_psnr"] = generative.bootstrap_mean_interval(decibels(outputs["next"], truth["real"][:, -1]))
         if "loss" in outputs:
-            ranges["held_out_loss"] = generative.around_mean(outputs["loss"])
+            ranges["held_out_loss"] = generative.bootstrap_mean_interval(outputs["loss"])
         return ranges
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
@@ -297,8 +299,8 @@ class VideoGeneration(ImageGeneration):
         }
 
     def copies(self, samples: np.ndarray) -> list[Exhibit]:
-        known, made = (generative.seen(self.judge, x.mean(1)) for x in (self.known, torch.from_numpy(samples[:8])))
-        far = generative.distances(made, known)
+        known, made = (generative.extract_features(self.judge, x.mean(1)) for x in (self.known, torch.from_numpy(samples[:8])))
+        far = generative.pairwise_distances(made, known)
         nearest = [self.known[int(row.argmin())].numpy() for row in far]
         pairs = [
             Picture(animated(beside(np.stack([samples[i], other]))), f"{far[i].min():.2f}") for i, other in enumerate(nearest)
@@ -316,7 +318,7 @@ class VideoGeneration(ImageGeneration):
 def judged_scores(found: dict[str, Any]) -> dict[str, float]:
     """Scores of what judges saw: `made` and `real` N F D, `right` N."""
     scores = {
-        "frame_distance": generative.frechet(*(found[k].reshape(-1, found[k].shape[-1]) for k in ("real", "made"))),
+        "frame_distance": generative.frechet_distance(*(found[k].reshape(-1, found[k].shape[-1]) for k in ("real", "made"))),
         "consistency_gap": abs(consistency(found["made"]) - consistency(found["real"])),
     }
     return scores | ({"recognised": float(found["right"].mean())} if "right" in found else {})
@@ -337,7 +339,7 @@ def around_gap(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:  # N,
     rng = np.random.default_rng(0)
     gaps = [
         made[rng.integers(0, len(made), len(made))].mean() - real[rng.integers(0, len(real), len(real))].mean()
-        for _ in range(generative.MEANS)
+        for _ in range(generative.MEAN_RESAMPLES)
     ]
     low, high = np.percentile(gaps, (2.5, 97.5))
     return 0.0 if low <= 0 <= high else float(min(abs(low), abs(high))), float(max(abs(low), abs(high)))
