@@ -19,6 +19,7 @@ from fieldguide.core.settings import asked_of, canonical_predict_options, from_t
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
+from fieldguide.data.preprocessing.tokenizer import LOCK
 from fieldguide.data.preprocessing.tokenizer_files import TokenizerFiles, read, read_eos_token_ids
 from fieldguide.inference.predictor import Predictions, Predictor, as_list
 from fieldguide.models.generation import GenerationConfig, Greedy, Sourced, answers, streamed
@@ -40,6 +41,7 @@ class TextGenerator(Predictor):
     before the answers of an encoder-decoder.
     """
 
+    generates_text = True
     LOAD_OPTIONS: ClassVar = {"weights": str, "source": str, "target": str}
 
     def __init__(
@@ -107,16 +109,17 @@ class TextGenerator(Predictor):
     def tokens(self, prompt: Prompt) -> list[int]:
         """Return the token ids that the network reads. Raises `DataError` for messages if there is no chat template."""
         tokenizer = self.text.tokenizer
-        tokenizer.encode_special_tokens = False  # special tokens written out in a prompt are meant as such
-        if not isinstance(prompt, str):
-            if self.template is None:
-                raise DataError("this model has no chat template: pass a text to continue instead of messages.")
-            # The template writes special tokens itself.
-            return tokenizer.encode(self.template(prompt), add_special_tokens=False).ids or list(self.end_tokens[:1])
-        if self.markers is not None:
-            ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-            return [*self.markers.before, *ids, *self.markers.after]
-        return tokenizer.encode(prompt).ids or list(self.end_tokens[:1])
+        with LOCK:
+            tokenizer.encode_special_tokens = False  # special tokens written out in a prompt are meant as such
+            if not isinstance(prompt, str):
+                if self.template is None:
+                    raise DataError("this model has no chat template: pass a text to continue instead of messages.")
+                # The template writes special tokens itself.
+                return tokenizer.encode(self.template(prompt), add_special_tokens=False).ids or list(self.end_tokens[:1])
+            if self.markers is not None:
+                ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+                return [*self.markers.before, *ids, *self.markers.after]
+            return tokenizer.encode(prompt).ids or list(self.end_tokens[:1])
 
     def to_prompt(self, text: str, chat: bool | None = None) -> Prompt:
         """Return a text as a user message if `chat` is true, or None and the model has a chat template; else unchanged."""
@@ -129,7 +132,7 @@ class TextGenerator(Predictor):
         source, mask = self.text.batch([np.array(row, dtype=np.int64) for row in rows])
         device = next(self.network.parameters()).device
         state = Sourced(self.network, torch.from_numpy(source).to(device), torch.from_numpy(mask).to(device))
-        return state, [self.markers.said] * len(rows)
+        return state, [self.markers.target_start] * len(rows)
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
         """Return the answer to each prompt; prompts of any length share batches. `options` are those of `GenerationConfig`."""
@@ -144,7 +147,7 @@ class TextGenerator(Predictor):
                 ends=self.end_tokens,
                 decode=self.text.decode,
                 numbers=group,
-                before=len(self.markers.said) - 1 if self.markers else 0,
+                before=len(self.markers.target_start) - 1 if self.markers else 0,
             )
             answers_by_row |= {i: cut(self.text.decode(row), config.stops) for i, row in zip(group, generated)}
         return [answers_by_row[i] for i in range(len(rows))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"  # separates texts in one row
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")  # indices 0 to 4
 MAX_TRAINING_CHARACTERS = 20_000_000  # characters used for training; more text does not improve the tokenizer and takes minutes
+MAX_RECENT_ENCODINGS = 4  # lists of texts whose tokens are kept: each part of the data is tokenized once
+LOCK = threading.Lock()  # how special tokens are treated is state of the shared tokenizer
 WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
 
 
@@ -41,6 +44,7 @@ class TextTokenizer:
         """
         self.tokenizer, self.lower, self.learnt_on, self.template = tokenizer, lower, learnt_on, template
         self.special = dict(special or {})
+        self.recent: dict[tuple[str, ...], list[np.ndarray]] = {}
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         special_token = self.special.get
@@ -134,22 +138,33 @@ class TextTokenizer:
     def encode_exact(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int64, without added tokens; special tokens in a text are treated as plain
         characters."""
-        self.tokenizer.encode_special_tokens = True
-        return [
-            np.array(e.ids, dtype=np.int64)
-            for some in split_chunks(texts, 1000)
-            for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
-        ]
+        key = tuple(texts)
+        with LOCK:
+            if (known := self.recent.pop(key, None)) is None:
+                self.tokenizer.encode_special_tokens = True
+                known = [
+                    np.array(e.ids, dtype=np.int64)
+                    for some in split_chunks(texts, 1000)
+                    for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
+                ]
+                for ids in known:
+                    ids.flags.writeable = False  # several callers share them
+            self.recent[key] = known  # the most recent one last
+            while len(self.recent) > MAX_RECENT_ENCODINGS:
+                self.recent.pop(next(iter(self.recent)))
+        return list(known)
 
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return (tokens as from `encode_exact`, spans) for each text.
 
         Spans (int64, N x 2) are the start and end of the characters that each token covers, without leading whitespace.
         """
-        self.tokenizer.encode_special_tokens = True
         found = []
         for some in split_chunks(texts, 1000):
-            for text, e in zip(some, self.tokenizer.encode_batch(list(some), add_special_tokens=False)):
+            with LOCK:
+                self.tokenizer.encode_special_tokens = True
+                encoded = self.tokenizer.encode_batch(list(some), add_special_tokens=False)
+            for text, e in zip(some, encoded):
                 spans = np.array(e.offsets, dtype=np.int64).reshape(-1, 2)
                 letters = np.flatnonzero(
                     ~np.isin(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), WHITESPACE)
@@ -167,13 +182,14 @@ class TextTokenizer:
     def encode_rendered(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return (token ids int64 N, character spans int64 N x 2) for texts in which special tokens are written out, as
         chat templates do."""
-        before, self.tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens, False
-        found = [
-            (np.array(e.ids, dtype=np.int64), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
-            for some in split_chunks(texts, 1000)
-            for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
-        ]
-        self.tokenizer.encode_special_tokens = before
+        with LOCK:
+            before, self.tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens, False
+            found = [
+                (np.array(e.ids, dtype=np.int64), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
+                for some in split_chunks(texts, 1000)
+                for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
+            ]
+            self.tokenizer.encode_special_tokens = before
         return found
 
     def count_token_bytes(self) -> np.ndarray:
