@@ -98,7 +98,7 @@ def found(model: nn.Module, x: Tensor, confidence: float) -> list[Tensor]:
     """Boxes, scores, labels (D 6) of each picture, by either side, as each scores a validation part."""
     if isinstance(model, DetectionModel):
         return non_max_suppression(model(x), confidence, OVERLAP, multi_label=True, max_det=MOST)
-    said = Detection(model, confidence=confidence, overlap=OVERLAP, most=MOST).outputs({"image": x})
+    said = Detection(model, confidence=confidence, overlap=OVERLAP, max_detections=MOST).outputs({"image": x})
     rows = torch.cat([said["boxes"], said["scores"][..., None], said["labels"][..., None]], -1)
     return [row[row[:, 4] > 0] for row in rows]
 

@@ -215,7 +215,7 @@ def test_a_narrow_search_keeps_to_its_limits():
     few = beam_search(logs, width=50, symbols=2)
     allowed = {int(c) for row in logs for c in row[1:].topk(2).indices + 1}
     assert len(allowed) < 19 and {c for h in few for c in h.symbols} <= allowed
-    with pytest.raises(SettingsError, match="at least one"):
+    with pytest.raises(SettingsError, match="at least 1"):
         beam_search(logs, width=0)
 
 

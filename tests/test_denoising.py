@@ -27,7 +27,7 @@ def test_the_example_of_the_paper():
 def test_spans_side_by_side_are_two():
     source, _, target = corrupt_spans(np.array([[1, 2, 3, 4]]), np.array([[0, 1, 2, 2]]), np.array([4]), SENTINELS, 50, 0)
     assert source.tolist() == [[1, 99, 98, 50]] and target.tolist() == [[99, 2, 98, 3, 4, 97, 50]]
-    with pytest.raises(ValueError, match="2 spans in a row need 3 sentinels, and the tokenizer has 2"):
+    with pytest.raises(ValueError, match="2 spans in a row need 3 sentinels, but the tokenizer has 2"):
         corrupt_spans(np.array([[1, 2, 3, 4]]), np.array([[0, 1, 2, 2]]), np.array([4]), SENTINELS[:2], 50, 0)
 
 

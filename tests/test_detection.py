@@ -137,18 +137,18 @@ def test_detections_of_a_batch():
     """The best of every class, from the highest score down, within the picture, and padding after."""
     boxes = torch.tensor([[[-4.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 40, 70]], [[0.0, 0, 9, 9]] * 3])
     scores = torch.tensor([[[0.9, 0.2], [0.8, 0.3], [0.05, 0.6]], [[0.0, 0.0]] * 3])
-    found = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=100, most=4)
+    found = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=100, max_detections=4)
     assert found["labels"].tolist() == [[0, 1, 1, -1], [-1] * 4]
     torch.testing.assert_close(found["scores"][0], torch.tensor([0.9, 0.6, 0.3, 0]))
     assert found["boxes"][0].tolist() == [[0, 0, 10, 10], [20, 20, 32, 64], [0, 0, 10, 10], [0, 0, 0, 0]]
     assert not found["scores"][1].any() and not found["boxes"][1].any()
-    few = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=2, most=1)
+    few = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=2, max_detections=1)
     assert few["labels"].tolist() == [[0], [-1]]
     same = select_detections(
-        boxes[:1].expand(2, -1, -1), scores[:1].expand(2, -1, -1), (64, 32), confidence=0.1, overlap=0.5, candidates=100, most=4
+        boxes[:1].expand(2, -1, -1), scores[:1].expand(2, -1, -1), (64, 32), confidence=0.1, overlap=0.5, candidates=100, max_detections=4
     )  # pictures drop nothing of each other's
     assert same["labels"].tolist() == [[0, 1, 1, -1]] * 2
-    many = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=1.0, candidates=100, most=50)
+    many = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=1.0, candidates=100, max_detections=50)
     assert many["labels"].shape == (2, 50) and (many["labels"][0] >= 0).sum() == 5
 
 

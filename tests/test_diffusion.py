@@ -176,9 +176,9 @@ def test_times_begin_at_the_last_and_are_evenly_spaced():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Process("square"), "schedules are linear, cosine"),
-        (lambda: Process(predicts="x"), "predicted is eps or v"),
-        (lambda: Process(steps=0), "steps begin at 1"),
+        (lambda: Process("square"), "schedule must be linear or cosine"),
+        (lambda: Process(predicts="x"), "predicts eps or v"),
+        (lambda: Process(steps=0), "steps at least 1"),
         (lambda: DDIM(steps=0).get_timesteps(Process()), "1 to 1000"),
         (lambda: DDIM(steps=1001).get_timesteps(Process()), "1 to 1000"),
     ],

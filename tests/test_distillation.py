@@ -134,7 +134,7 @@ def test_the_teacher_is_only_asked():
 
 
 def test_another_number_of_classes_is_refused():
-    with pytest.raises(SettingsError, match="teacher knows 2 classes, the student 3"):
+    with pytest.raises(SettingsError, match="teacher has 2 classes, the student 3"):
         objective(STUDENT, [0.0, 1.0])(BATCH)
 
 

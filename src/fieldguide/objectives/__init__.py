@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""Training objectives: losses as modules around the networks that they train."""
 
 from fieldguide.objectives.adversarial import Adversarial
 from fieldguide.objectives.base import Objective, Phase

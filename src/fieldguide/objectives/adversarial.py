@@ -1,6 +1,6 @@
-"""Adversarial: a generator against a critic (Goodfellow et al. 2014, arXiv:1406.2661, algorithm 1).
+"""Adversarial training of a generator and a critic (Goodfellow et al. 2014, arXiv:1406.2661, algorithm 1).
 
-The generator minimises -log D(G(z)), the paper's non-saturating form (section 3, last paragraph).
+The generator minimizes -log D(G(z)), the paper's non-saturating form (section 3, last paragraph).
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from fieldguide.objectives.noise import Noise
 
 
 class Adversarial(Objective):
-    """`model` maps noise B Z to data, `critic` maps data to a probability B 1 of being real.
+    """GAN objective: `model` maps noise B Z to data, `critic` maps data to the probability B 1 that it is real.
 
-    `real` names the batch tensor of real examples; `noise` is Z, the width of the noise. With `num_classes` K above 0 both are
-    told what is wanted, by the batch's `label` (B int64, 1 .. K, 0 = nothing): the generator by K more numbers beside the
-    noise, the critic by K more channels, all zero but the label's (Mirza and Osindero 2014, arXiv:1411.1784, figure 1).
+    Args:
+        noise: Z, the width of the noise.
+        real: name of the batch tensor with the real examples.
+        num_classes: number of classes K. If above 0, both networks are conditioned on the batch's `label` (B int64,
+            1 .. K, 0 = no class) by a one-hot vector: K values appended to the noise, and K channels appended to the
+            critic's input (Mirza and Osindero 2014, arXiv:1411.1784, figure 1).
     """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase("critic", ("critic",)), Phase("generator", ("model",)))
@@ -32,12 +35,12 @@ class Adversarial(Objective):
         self.model, self.critic, self.noise, self.real, self.num_classes = model, critic, noise, real, num_classes
 
     def add_condition(self, x: Tensor, label: Tensor | None) -> Tensor:  # B Z or B C ..., B -> B Z+K or B C+K ...
-        """Noise or data with what is wanted beside it."""
+        """Append the one-hot condition to noise or data."""
         if not self.num_classes:
             return x
         label = torch.zeros(len(x), dtype=torch.int64, device=x.device) if label is None else label.to(x.device)
-        wanted = F.one_hot(label, self.num_classes + 1)[:, 1:].to(x.dtype)
-        return torch.cat([x, wanted.view(*wanted.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])], 1)
+        condition = F.one_hot(label, self.num_classes + 1)[:, 1:].to(x.dtype)
+        return torch.cat([x, condition.view(*condition.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])], 1)
 
     def forward(self, batch: dict[str, Tensor], phase: str = "critic") -> dict[str, Tensor]:
         real, label = batch[self.real], batch.get("label")
@@ -49,7 +52,7 @@ class Adversarial(Objective):
         return {"loss": on_real + on_fake, "real": on_real, "fake": on_fake}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As many samples as the batch has examples; where it numbers them (`row`), always the same."""
+        """Return `samples`, one per example of the batch. They are reproducible if the batch has row numbers (`row`)."""
         like = next(self.model.parameters())
         if "row" in batch:
             noise = Noise(0, batch["row"].tolist(), (self.noise,), like)()
@@ -59,7 +62,7 @@ class Adversarial(Objective):
 
     @torch.no_grad()
     def sample(self, numbers: Sequence[int], label: Tensor | None = None, *, seed: int = 0) -> Tensor:  # -> B ...
-        """An example for each number; it depends on the seed, that number and the label alone, not on the batch."""
+        """Return one sample per number. A sample depends only on the seed, its number and its label, not on the batch."""
         training, like = self.model.training, next(self.model.parameters())
         self.model.eval()
         try:
@@ -69,6 +72,7 @@ class Adversarial(Objective):
 
 
 def adversarial_loss(probability: Tensor, target: float) -> Tensor:  # B 1 -> scalar
+    """Return the mean binary cross-entropy of probabilities against one target."""
     # Outside autocast: binary cross-entropy of a probability is unsafe in half precision.
     probability = probability.float()
     with torch.autocast(probability.device.type, enabled=False):

@@ -1,8 +1,8 @@
-"""Objective: what training minimises, as a module around the network(s).
+"""Base class of objectives: the loss to minimize, as a module around the network(s).
 
-The loop knows phases and losses; it never learns which architecture or task it trains. A classifier has one phase.
-A GAN has two, each with its own parameters and optimiser. Frozen parts (a VAE, a text encoder, a teacher) are
-attributes that no phase trains.
+The training loop knows only phases and losses, not the architecture or the task. A classifier has one phase. A GAN has
+two, each with its own parameters and optimizer. Frozen parts (a VAE, a text encoder, a teacher) are attributes that no
+phase trains.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Phase:
-    """One kind of optimiser step: which attributes of the objective it trains, and how often per loop step.
+    """A kind of optimizer step: the attributes of the objective that it trains, and how often it runs per training step.
 
-    `settings` are laid over the run's settings for this phase's optimiser, as (key, value) pairs: a critic's `lr`.
+    `settings` are (key, value) pairs that override the run's settings for the optimizer of this phase, such as the `lr`
+    of a critic.
     """
 
     name: str
@@ -28,36 +29,39 @@ class Phase:
 
 
 class Objective(nn.Module):
-    """Base of all objectives. Subclasses hold networks as attributes and define `forward` and `outputs`.
+    """Base class of all objectives. Subclasses hold networks as attributes and define `forward` and `outputs`.
 
-    `model` is by convention the network that predicts; `keep` names the networks that a finished run stores.
+    By convention `model` is the network that predicts. `keep` names the networks that a finished run saves.
     """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase("train", ("model",)),)
     keep: ClassVar[tuple[str, ...]] = ("model",)
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        """Losses of one phase: `{"loss": scalar, named parts...}`; the loop differentiates `loss`."""
+        """Return the losses of one phase: `{"loss": scalar, named parts...}`. The training loop differentiates `loss`."""
         raise NotImplementedError
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What scores and predictions are made of; every tensor has the batch as its first axis."""
+        """Return the tensors from which metrics and predictions are computed. The first axis of each is the batch."""
         raise NotImplementedError
 
     def with_auxiliary_losses(self, losses: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """The losses of a phase and what the networks that it trains ask for besides: a network with a method `asides` names
-        terms of its last pass and what each counts, such as how uneven the load of its experts was."""
-        asides = {
-            name: aside
+        """Return the losses of a phase plus the auxiliary losses of the networks that it trains.
+
+        A network may define `auxiliary_losses()`, which returns `{name: (term, weight)}` for its last forward pass, such
+        as the load-balancing loss of a mixture of experts. The weighted terms are added to `loss`.
+        """
+        auxiliary = {
+            name: entry
             for each in self.phases
             if each.name == phase
             for attribute in each.trains
-            for name, aside in getattr(getattr(self, attribute), "auxiliary_losses", dict)().items()
+            for name, entry in getattr(getattr(self, attribute), "auxiliary_losses", dict)().items()
         }
-        total = sum((weight * term for term, weight in asides.values()), losses["loss"])
-        return {**losses, "loss": total, **{name: term for name, (term, _) in asides.items()}}
+        total = sum((weight * term for term, weight in auxiliary.values()), losses["loss"])
+        return {**losses, "loss": total, **{name: term for name, (term, _) in auxiliary.items()}}
 
     def phase_parameters(self, phase: Phase) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that a phase trains."""
+        """Yield the names and parameters that a phase trains."""
         for attribute in phase.trains:
             yield from getattr(self, attribute).named_parameters(prefix=attribute)

@@ -1,6 +1,6 @@
-"""Contrastive: of all pairings in a batch, find those that belong together (Radford et al. 2021, arXiv:2103.00020).
+"""Contrastive image-text objective: match the pairs of a batch (CLIP, Radford et al. 2021, arXiv:2103.00020).
 
-Shapes: B examples of this process, N of all W processes, E width of a vector.
+Shapes: B examples of this process, N examples of all W processes, E embedding width.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 
-DUPLICATE_KEYS = ("text", "picture")  # numbers of a batch that say which examples are right answers for each other
-MAX_LOGIT_SCALE = 100.0  # of the scale of the logits (section 2.5)
+DUPLICATE_KEYS = ("text", "picture")  # batch tensors of ids: examples with equal ids are positives of each other
+MAX_LOGIT_SCALE = 100.0  # limit of exp(logit_scale) (section 2.5)
 
 
 class Gather(torch.autograd.Function):
-    """The tensors of all processes, one after another, in every process; all have the same shape.
+    """Differentiable all-gather of tensors of equal shape along the first axis.
 
-    What the loss of each process says of a tensor comes back to the process that it came from, added up.
+    The backward pass sums the gradients of all processes and returns to each the part of its own tensor.
     """
 
     @staticmethod
@@ -39,31 +39,36 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather_rows(x: Tensor) -> tuple[Tensor, int]:  # B ... -> N ..., and the place of the first own row
-    """The rows of all processes, by rank, which may hold different numbers of them; gradients flow to each."""
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:  # B ... -> N ..., int
+    """Return the rows of all processes, ordered by rank, and the index of this process's first row.
+
+    Processes may hold different numbers of rows. Gradients flow back to each process.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x, 0
     count = torch.tensor([len(x)], device=x.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
     counts = torch.cat(counts).tolist()
-    most = max(counts)
-    padded = Gather.apply(torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]))
-    return torch.cat([part[:n] for part, n in zip(padded.split(most), counts)]), sum(counts[: dist.get_rank()])
+    longest = max(counts)
+    padded = Gather.apply(torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]))
+    return torch.cat([part[:n] for part, n in zip(padded.split(longest), counts)]), sum(counts[: dist.get_rank()])
 
 
 class Contrastive(Objective):
-    """Symmetric cross-entropy: each picture finds its text among all, each text its picture (figure 3).
+    """Symmetric cross-entropy over image-text similarities: each image selects its text, each text its image (figure 3).
 
-    The network gives B 2 E, whose products are logits (`embeddings` of a card), and has a `logit_scale`, the logarithm
-    of their scale, which never exceeds `LARGEST`. Across processes every example meets those of all: the mean of the
-    processes' losses, and of their gradients, is that of the joined batch. The parts of a batch that accumulates do not
-    meet; the loss is then that of smaller batches.
+    The network returns B 2 E (output type "embeddings"), whose dot products are logits, and has a parameter
+    `logit_scale`, the logarithm of their scale, clamped to `log(MAX_LOGIT_SCALE)`. With several processes every example
+    is compared with those of all processes: the mean of the losses, and of the gradients, over processes equals that of
+    the joint batch. With gradient accumulation each part of the batch is compared only with itself.
 
-    The batch may hold `text` and `picture`, B int64: examples of one number have the same text, or the same picture with
-    several texts, so none is a wrong answer for another and they share the right one (Yang et al. 2022, arXiv:2204.03610,
+    The batch may hold the ids `text` and `picture` (B int64): examples with an equal id have the same text or the same
+    image, so they are not negatives of each other and share the target probability (Yang et al. 2022, arXiv:2204.03610,
     equations 2 and 3).
-    Raises `SettingsError` for a batch of one, which has nothing to be told from.
+
+    Raises:
+        SettingsError: if the joint batch has a single example.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[str] = ("image", "tokens", "mask")):
@@ -71,30 +76,32 @@ class Contrastive(Objective):
         self.model, self.inputs = model, tuple(inputs)
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        with torch.no_grad():  # the parameter itself: a clamp of its use would have no way back
+        with torch.no_grad():  # clamp the parameter: a clamp in the forward pass would stop its gradient at the limit
             self.model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         own = self.model(*(batch[name] for name in self.inputs))  # B 2 E
         everyone, first = gather_rows(own)
         if len(everyone) < 2:
-            raise SettingsError("contrastive training compares the examples of a batch: set batch=2 or more")
+            raise SettingsError(
+                "contrastive training compares the examples of a batch with each other: set batch_size=2 or more"
+            )
         rows = torch.arange(first, first + len(own), device=own.device)
-        right = F.one_hot(rows, len(everyone)).bool()
+        positive = F.one_hot(rows, len(everyone)).bool()
         for name in DUPLICATE_KEYS:
             if name in batch:
-                right |= batch[name][:, None] == gather_rows(batch[name])[0]
-        target = right.to(own.dtype) / right.sum(1, keepdim=True)  # B N
-        with torch.autocast(own.device.type, enabled=False):  # logits up to 100 need their digits
+                positive |= batch[name][:, None] == gather_rows(batch[name])[0]
+        target = positive.to(own.dtype) / positive.sum(1, keepdim=True)  # B N
+        with torch.autocast(own.device.type, enabled=False):  # logits up to 100 need float32
             image = F.cross_entropy(own[:, 0] @ everyone[:, 1].T, target, reduction="sum")
             text = F.cross_entropy(own[:, 1] @ everyone[:, 0].T, target, reduction="sum")
-        share = len(everyone) / (dist.get_world_size() if dist.is_initialized() else 1)  # rows of a process, on average
+        rows_per_process = len(everyone) / (dist.get_world_size() if dist.is_initialized() else 1)
         return {
-            "loss": (image + text) / (2 * share),
-            "image": image / share,
-            "text": text / share,
+            "loss": (image + text) / (2 * rows_per_process),
+            "image": image / rows_per_process,
+            "text": text / rows_per_process,
             "scale": self.model.logit_scale.detach().exp(),
         }
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Vectors of length 1 of pictures and texts, each B E."""
+        """Return the normalized embeddings `image` and `text`, B E each."""
         image, text = F.normalize(self.model(*(batch[name] for name in self.inputs)), dim=-1).unbind(1)
         return {"image": image, "text": text}

@@ -1,9 +1,9 @@
-"""CTC: a network says a symbol or nothing at each frame; any way of stretching a transcript over the frames is right.
+"""CTC objective (Graves et al. 2006, "Connectionist Temporal Classification").
 
-Graves et al. 2006, "Connectionist Temporal Classification". The loss is the negative logarithm of the probability of all
-alignments that collapse (repeats first, then blanks) to the transcript. How such answers are read is in
+The network predicts a symbol or a blank at each frame. The loss is the negative log-probability of all alignments that
+collapse to the transcript (repeats are merged first, then blanks are removed). Decoding is in
 `fieldguide.objectives.ctc_decoding`.
-Shapes: B recordings, S frames of the network's answer, L symbols of a transcript, V symbols with the blank, 0.
+Shapes: B recordings, S output frames, L symbols of a transcript, V symbols including the blank, which is 0.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ BLANK = 0
 
 
 def min_frames(target: Tensor, lengths: Tensor) -> Tensor:  # B L, B -> B
-    """The fewest frames that a transcript fits in: one a symbol, and a blank between two that are the same."""
+    """Return the minimum number of frames of each transcript: one per symbol, plus a blank between equal neighbors."""
     second = torch.arange(1, target.shape[1], device=target.device) < lengths[:, None]
     return lengths + ((target[:, 1:] == target[:, :-1]) & second).sum(1)
 
 
 def compute_log_probabilities(logits: Tensor) -> Tensor:  # B S V -> B S V
-    """At least in float32: sums over hundreds of frames are no work for bfloat16."""
+    """Return log-probabilities in float32 or better, because bfloat16 is too coarse for sums over hundreds of frames."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def compute_losses(logits: Tensor, frames: Tensor, target: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, B bool): negative log-likelihood of each transcript, and whether it fits. Of one that does not, the loss is
-    infinite; here it is 0, without gradient, for the caller to count."""
+    """Return the negative log-likelihood of each transcript (B) and whether it fits into its frames (B bool).
+
+    The loss of a transcript that does not fit is infinite; it is returned as 0, without gradient.
+    """
     nll = F.ctc_loss(
         compute_log_probabilities(logits).transpose(0, 1), target, frames, lengths, BLANK, "none", zero_infinity=True
     )
@@ -40,12 +42,14 @@ def compute_losses(logits: Tensor, frames: Tensor, target: Tensor, lengths: Tens
 
 
 class CTC(Objective):
-    """A network that gives "ctc", and transcripts: batches hold `target` (B L int64, padded with 0) and
-    `target_lengths` (B int64) beside the network's `inputs`, of which `lengths` are the real frames.
+    """CTC loss for a network with output type "ctc".
 
-    The loss is the mean over transcripts of the loss a symbol, so that long ones do not outweigh short ones. A transcript
-    with more symbols than the network has frames is impossible: it teaches nothing, and their share is returned as
-    `impossible`, not hidden. A smaller hop, or larger symbols, make them possible.
+    Batches hold `target` (B L int64, padded with 0) and `target_lengths` (B int64) in addition to the network's `inputs`,
+    of which `lengths` is the number of real frames.
+
+    The loss of each transcript is divided by its number of symbols and averaged over transcripts, so that long ones do
+    not dominate. A transcript that needs more frames than the network outputs does not contribute; the fraction of such
+    transcripts is returned as `impossible`. A smaller hop or larger symbols make them fit.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[str] = ("features", "lengths")):
@@ -59,21 +63,22 @@ class CTC(Objective):
         return {"loss": each.sum() / possible.sum().clamp(min=1), "impossible": 1 - possible.float().mean()}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`path` (B S int64: the likeliest symbol of each frame, -1 after the last), `frames` (B), `sure` (B: geometric
-        mean of the path's probabilities) and, where there are transcripts, `loss` (B: per symbol, NaN if impossible)."""
+        """Return `path` (B S int64: the most likely symbol of each frame, -1 after the last), `frames` (B), `sure` (B:
+        geometric mean of the path's probabilities) and, if the batch has transcripts, `loss` (B: per symbol, NaN if the
+        transcript does not fit)."""
         logits, frames = self.compute_logits(batch)
         best, path = compute_log_probabilities(logits).max(-1)
         real = torch.arange(path.shape[1], device=path.device) < frames[:, None]
-        answer = {
+        outputs = {
             "path": path.masked_fill(~real, -1),
             "frames": frames,
             "sure": ((best * real).sum(1) / frames.clamp(min=1)).exp(),
         }
         if "target" in batch:
             nll, possible = compute_losses(logits, frames, batch["target"], batch["target_lengths"])
-            answer["loss"] = (nll / batch["target_lengths"].clamp(min=1)).masked_fill(~possible, torch.nan)
-        return answer
+            outputs["loss"] = (nll / batch["target_lengths"].clamp(min=1)).masked_fill(~possible, torch.nan)
+        return outputs
 
     def compute_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(B S V, B): the network's answer and the real frames of it."""
+        """Return the logits (B S V) and the number of real frames of each row (B)."""
         return self.model(*(batch[name] for name in self.inputs)), self.model.frames(batch["lengths"])

@@ -1,11 +1,11 @@
-"""Detection: points of a grid that answer for boxes; which point answers for which is found while training.
+"""Anchor-free object detection with task-aligned assignment of grid points to boxes.
 
-For networks that give "boxes" (see `fieldguide.core.card.GIVES`). Three parts in the loss, all of them weighted by how well
-a point's answer and its object are aligned: complete IoU of the box, the distribution focal loss of its four
-distances, and binary cross-entropy of every class with that alignment as the wanted probability.
+For networks with output type "boxes" (see `fieldguide.core.card.OUTPUT_TYPES`). The loss has three parts, all weighted by
+the alignment between a point's prediction and its object: complete IoU of the box, distribution focal loss of its four
+distances, and binary cross-entropy of every class with the alignment as the target probability.
 
-Shapes: B batch, N boxes of a picture, A points of all levels, R bins of a distance, K classes, D detections. Boxes are
-(left, top, right, bottom) in pixels of the tensor that the network sees; labels are class numbers, -1 = padding.
+Shapes: B batch, N boxes of an image, A points of all levels, R bins of a distance, K classes, D detections. Boxes are
+(left, top, right, bottom) in pixels of the input tensor; labels are class indices, -1 = padding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fieldguide.objectives.base import Objective
 
 
 def make_grid(height: int, width: int, strides: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:  # -> A 2, A
-    """Points in the middle of every cell, (x, y) in pixels, and the stride of each; as the network orders them."""
+    """Return the centers (x, y) of all grid cells in pixels, and the stride of each, in the order of the network's outputs."""
     points, sides = [], []
     for stride in strides:
         ys, xs = ((torch.arange(-(-size // stride), device=device) + 0.5) * stride for size in (height, width))
@@ -32,9 +32,9 @@ def make_grid(height: int, width: int, strides: Sequence[int], device: torch.dev
 
 
 def decode(raw: Tensor, bins: Tensor, points: Tensor, strides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """B A 4R+K -> boxes B A 4 in pixels, logits of distances B A 4 R, logits of classes B A K.
+    """Split raw outputs B A 4R+K into boxes B A 4 in pixels, distance logits B A 4 R and class logits B A K.
 
-    A distance is the mean of its distribution (Li et al. 2020, arXiv:2006.04388, eq. 5). Never below float32.
+    A distance is the mean of its distribution (Li et al. 2020, arXiv:2006.04388, eq. 5). Computed in float32 or better.
     """
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
     bins = bins.flatten().to(raw.dtype)
@@ -57,30 +57,38 @@ def assign(
     beta: float = 6.0,
     smallest: float = 8.0,
 ) -> tuple[Tensor, Tensor]:
-    """Task-aligned assignment (Feng et al. 2021, arXiv:2108.07755, section 3.2).
+    """Assign grid points to ground-truth boxes by task alignment (Feng et al. 2021, arXiv:2108.07755, section 3.2).
 
-    `scores` B A K probabilities and `boxes` B A 4, both as predicted; `points` A 2; `truth` B N 4; `labels` B N.
-    Returns `owner` B A, the number of the box that a point answers for (-1 = none), and `quality` B A, 0 to 1, the
-    probability that it should give that box's class.
+    The alignment of a point with a box is t = s^alpha u^beta, with the score s of the box's class and the IoU u. The
+    `topk` points inside a box with the largest t > 0 are assigned to it; a point chosen by several boxes goes to the one
+    with the highest IoU. The quality is t, scaled per box so that its maximum is the highest IoU among its points.
+    Unlike the paper, box sides shorter than `smallest` pixels are treated as `smallest` when points inside the box are
+    searched, because very small boxes may contain no point.
 
-    Alignment is t = s^alpha u^beta of the class's score s and the IoU u. Of the points within a box the `topk` best
-    with t > 0 answer for it; one that is wanted by several boxes is for that of the highest IoU. Quality is t, scaled
-    for each box so that its best is the highest IoU among its points. Beside the paper: a side of fewer than
-    `smallest` pixels counts as that long when points are looked for, or the smallest boxes might hold none.
+    Args:
+        scores: predicted class probabilities, B A K.
+        boxes: predicted boxes, B A 4.
+        points: centers of the grid cells, A 2.
+        truth: ground-truth boxes, B N 4.
+        labels: class indices of the ground-truth boxes, B N, -1 = padding.
+
+    Returns:
+        `owner` B A, the index of the box assigned to each point (-1 = none), and `quality` B A, the target probability
+        of that box's class, 0 to 1.
     """
     count, size = labels.shape[1], len(points)
     if not count:
         return labels.new_full((len(labels), size), -1), boxes.new_zeros(len(labels), size)
-    middle, half = (truth[..., :2] + truth[..., 2:]) / 2, ((truth[..., 2:] - truth[..., :2]) / 2).clamp(min=smallest / 2)
-    away = points - middle[:, :, None]  # B N A 2
+    center, half = (truth[..., :2] + truth[..., 2:]) / 2, ((truth[..., 2:] - truth[..., :2]) / 2).clamp(min=smallest / 2)
+    away = points - center[:, :, None]  # B N A 2
     inside = ((away >= -half[:, :, None]) & (away < half[:, :, None])).all(-1) & (labels >= 0)[..., None]
     overlap = iou(truth[:, :, None], boxes[:, None]) * inside  # B N A
     score = scores.mT.gather(1, labels.clamp(min=0)[..., None].expand(-1, -1, size))
     aligned = score**alpha * overlap**beta
-    best, where = aligned.topk(min(topk, size), -1)
-    chosen = torch.zeros_like(inside).scatter(-1, where, best > 0)
-    most, owner = torch.where(chosen, overlap, -1).max(1)  # B A
-    owner = owner.masked_fill(most < 0, -1)
+    best, index = aligned.topk(min(topk, size), -1)
+    chosen = torch.zeros_like(inside).scatter(-1, index, best > 0)
+    max_iou, owner = torch.where(chosen, overlap, -1).max(1)  # B A
+    owner = owner.masked_fill(max_iou < 0, -1)
     owned = owner[:, None] == torch.arange(count, device=owner.device)[:, None]  # B N A
     aligned, overlap = aligned * owned, overlap * owned
     top = aligned.amax(-1, keepdim=True)
@@ -89,8 +97,11 @@ def assign(
 
 
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:  # ... R, ... -> ...
-    """Distribution focal loss (arXiv:2006.04388, eq. 6): cross-entropy with the two bins beside a distance, each in
-    proportion to its nearness. Distances beyond the last bin count as just below it."""
+    """Return the distribution focal loss (arXiv:2006.04388, eq. 6).
+
+    It is the cross-entropy with the two bins next to a distance, weighted linearly. Distances beyond the last bin are
+    clamped to just below it.
+    """
     distances = distances.clamp(0, logits.shape[-1] - 1.01)
     low = distances.floor().long()
     part = distances - low
@@ -100,11 +111,17 @@ def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:  # ...
 
 
 class Detection(Objective):
-    """A network that gives boxes. The batch holds its `inputs` (first of them the picture), `boxes` and `labels`.
+    """Detection loss for a network with output type "boxes".
 
-    `box`, `label` and `distance` are the weights of the loss's parts, `topk`, `alpha` and `beta` those of the
-    assignment. An answer has a score above `confidence`, of the `candidates` best of a picture, and overlaps no better
-    one of its class by more than `overlap` IoU; at most `most` are given.
+    The batch holds the network's `inputs` (the image first), `boxes` and `labels`.
+
+    Args:
+        box: weight of the box loss; `label` and `distance` are those of the class and distance losses.
+        topk: points per box in the assignment; `alpha` and `beta` are its exponents.
+        confidence: minimum score of a detection.
+        overlap: IoU above which non-maximum suppression drops the lower-scored of two boxes of a class.
+        candidates: number of highest-scored candidates per image that enter non-maximum suppression.
+        most: maximum number of detections per image.
     """
 
     def __init__(
@@ -121,41 +138,41 @@ class Detection(Objective):
         confidence: float = 0.001,
         overlap: float = 0.7,
         candidates: int = 1000,
-        most: int = 300,
+        max_detections: int = 300,
     ):
         super().__init__()
         self.model, self.inputs = model, tuple(inputs)
         self.weights = {"box": box, "label": label, "distance": distance}
         self.matching = {"topk": topk, "alpha": alpha, "beta": beta, "smallest": float(min(model.strides))}
-        self.confidence, self.overlap, self.candidates, self.most = confidence, overlap, candidates, most
+        self.confidence, self.overlap, self.candidates, self.max_detections = confidence, overlap, candidates, max_detections
 
     def compute_predictions(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Boxes, logits of distances and of classes (see `decode`), and the points and strides they are of."""
+        """Return boxes, distance logits and class logits (see `decode`), and the points and strides of the grid."""
         raw = self.model(*(batch[name] for name in self.inputs))
         points, strides = make_grid(*batch[self.inputs[0]].shape[-2:], self.model.strides, raw.device)
         return *decode(raw, self.model.bins, points, strides), points, strides
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        """Every part is a sum over points divided by the sum of their qualities: a mean over objects, about."""
+        """Return the losses. Each part is a sum over points divided by the sum of their qualities."""
         boxes, distances, logits, points, strides = self.compute_predictions(batch)
         truth, labels = batch["boxes"].to(boxes.dtype), batch["labels"]
         owner, quality = assign(logits.sigmoid(), boxes, points, truth, labels, **self.matching)
         total = quality.sum().clamp(min=1)
-        row, point = (owner >= 0).nonzero(as_tuple=True)  # P points that answer for a box
+        row, point = (owner >= 0).nonzero(as_tuple=True)  # P assigned points
         at, weight = owner[row, point], quality[row, point]
-        wanted = torch.zeros_like(logits)
-        wanted[row, point, labels[row, at]] = weight
+        target = torch.zeros_like(logits)
+        target[row, point, labels[row, at]] = weight
         mine, near, stride = truth[row, at], points[point], strides[point, None]
         sides = torch.cat([near - mine[:, :2], mine[:, 2:] - near], -1) / stride
         parts = {
             "box": ((1 - ciou(boxes[row, point], mine)) * weight).sum() / total,
-            "label": F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / total,
+            "label": F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / total,
             "distance": (distribution_focal_loss(distances[row, point], sides).mean(-1) * weight).sum() / total,
         }
         return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`boxes` B D 4 within the picture, `scores` B D from the highest down, `labels` B D; padding is 0, 0 and -1."""
+        """Return `boxes` B D 4 clipped to the image, `scores` B D in descending order, `labels` B D; padding is 0, 0, -1."""
         boxes, _, logits, _, _ = self.compute_predictions(batch)
         height, width = batch[self.inputs[0]].shape[-2:]
         return select_detections(
@@ -165,17 +182,25 @@ class Detection(Objective):
             confidence=self.confidence,
             overlap=self.overlap,
             candidates=self.candidates,
-            most=self.most,
+            max_detections=self.max_detections,
         )
 
 
 @torch.no_grad()
 def select_detections(
-    boxes: Tensor, scores: Tensor, size: tuple[int, int], *, confidence: float, overlap: float, candidates: int, most: int
+    boxes: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    *,
+    confidence: float,
+    overlap: float,
+    candidates: int,
+    max_detections: int,
 ) -> dict[str, Tensor]:
-    """Boxes B A 4 and their classes' scores B A K -> what `Detection.outputs` gives; `size` is (height, width).
+    """Select detections from boxes B A 4 and class scores B A K, in the format of `Detection.outputs`.
 
-    One box may answer for several classes: each (box, class) above `confidence` is a candidate.
+    `size` is (height, width). Each (box, class) pair above `confidence` is a candidate, so a box may yield several
+    classes.
     """
     classes = scores.shape[-1]
     scores, which = scores.flatten(1).topk(min(candidates, scores[0].numel()))
@@ -184,7 +209,10 @@ def select_detections(
     keep = torch.zeros_like(scores, dtype=torch.bool)
     keep[row, place] = nms(boxes[row, place], scores[row, place], row * classes + labels[row, place], overlap)
     scores, order = torch.where(keep, scores, -1).sort(descending=True, stable=True)
-    scores, order = (F.pad(x, (0, max(0, most - x.shape[1])), value=fill)[:, :most] for x, fill in ((scores, -1), (order, 0)))
+    scores, order = (
+        F.pad(x, (0, max(0, max_detections - x.shape[1])), value=fill)[:, :max_detections]
+        for x, fill in ((scores, -1), (order, 0))
+    )
     real = scores > 0
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     limit = boxes.new_tensor([*reversed(size)] * 2)

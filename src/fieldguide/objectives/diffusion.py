@@ -1,8 +1,8 @@
-"""Diffusion: a network learns to name the noise in data, and samplers take it away (Ho et al. 2020, arXiv:2006.11239).
+"""Diffusion models: noise process, loss weightings, samplers and the training objective (Ho et al. 2020, arXiv:2006.11239).
 
-Three things stand around a plain network, none knowing another's choices (Karras et al. 2022, arXiv:2206.00364, table
-1): the `Process` mixes data with noise, a weighting says how much each noise level counts, a sampler goes back.
-Shapes: B batch, ... any further axes: C H W of pictures, F C H W of videos. T steps of the process.
+The three parts around a network are independent of each other (Karras et al. 2022, arXiv:2206.00364, table 1): the
+`Process` adds noise to data, a weighting weights the loss per noise level, a sampler reverses the process.
+Shapes: B batch, ... any further axes: C H W of images, F C H W of videos. T steps of the process.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 from fieldguide.objectives.noise import Noise
 
-EVAL_NOISE_LEVELS = 4  # noise levels that the loss of an evaluation is measured at
+EVAL_NOISE_LEVELS = 4  # noise levels at which the evaluation loss is computed
 
 
 # ------------------------------------------------------------------------------------------------ the process
 
 
 def linear_betas(steps: int) -> np.ndarray:  # -> T
-    """Section 4 of the paper, 1e-4 to 0.02 in 1000 steps; fewer steps are as much longer (as in arXiv:2102.09672's code)."""
+    """Return linear betas, 1e-4 to 0.02 in 1000 steps (section 4), rescaled for fewer steps (code of arXiv:2102.09672)."""
     return np.minimum(np.linspace(1e-4, 0.02, steps) * 1000 / steps, 0.999)
 
 
 def cosine_betas(steps: int) -> np.ndarray:  # -> T
-    """Equation 17 of Nichol and Dhariwal 2021, arXiv:2102.09672: noise comes more slowly at both ends."""
-    left = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1 - left[1:] / left[:-1], 0.999)
+    """Return betas of the cosine schedule (Nichol and Dhariwal 2021, arXiv:2102.09672, equation 17)."""
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": linear_betas, "cosine": cosine_betas}
@@ -41,47 +41,58 @@ PREDICTION_TYPES = ("eps", "v")
 
 
 class Process(nn.Module):
-    """x_t = signal_t x_0 + noise_t eps, for t = 0 .. T-1 (equation 4), and what the network is asked for.
+    """Noise process x_t = signal_t x_0 + noise_t eps for t = 0 .. T-1 (equation 4), and the prediction target.
 
-    `predicts="eps"` asks for the noise; `"v"` for signal eps - noise x_0 (Salimans and Ho 2022, arXiv:2202.00512,
-    appendix D), which stays well-posed where hardly any signal is left. `left` holds signal_t squared, the paper's
-    alpha-bar, in float64. Raises `SettingsError` for an unknown schedule or prediction.
+    Args:
+        schedule: "linear" or "cosine".
+        steps: number of steps T.
+        predicts: "eps" to predict the noise, or "v" to predict signal eps - noise x_0 (Salimans and Ho 2022,
+            arXiv:2202.00512, appendix D), which stays well-posed at very low signal.
+
+    Attributes:
+        alpha_bar: signal_t squared (alpha-bar in the paper), in float64.
+
+    Raises:
+        SettingsError: if `schedule` or `predicts` is unknown, or `steps` is below 1.
     """
 
     def __init__(self, schedule: str = "cosine", steps: int = 1000, predicts: str = "eps"):
         super().__init__()
         if schedule not in SCHEDULES or predicts not in PREDICTION_TYPES or steps < 1:
             raise SettingsError(
-                f"diffusion with schedule={schedule!r}, steps={steps}, predicts={predicts!r}: schedules "
-                f"are {', '.join(SCHEDULES)}; predicted is {' or '.join(PREDICTION_TYPES)}; steps begin at 1"
+                f"invalid diffusion process schedule={schedule!r}, steps={steps}, predicts={predicts!r}: schedule must be "
+                f"{' or '.join(SCHEDULES)}, predicts {' or '.join(PREDICTION_TYPES)}, and steps at least 1"
             )
         self.steps, self.predicts = steps, predicts
-        left = np.cumprod(1 - SCHEDULES[schedule](steps))
-        self.alpha_bar: list[float] = left.tolist()
-        self.register_buffer("signal", torch.tensor(np.sqrt(left), dtype=torch.float32), persistent=False)
-        self.register_buffer("noise", torch.tensor(np.sqrt(1 - left), dtype=torch.float32), persistent=False)
+        alpha_bar = np.cumprod(1 - SCHEDULES[schedule](steps))
+        self.alpha_bar: list[float] = alpha_bar.tolist()
+        self.register_buffer("signal", torch.tensor(np.sqrt(alpha_bar), dtype=torch.float32), persistent=False)
+        self.register_buffer("noise", torch.tensor(np.sqrt(1 - alpha_bar), dtype=torch.float32), persistent=False)
 
     def get_rates(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:  # B int64 -> twice B 1 ...
+        """Return the factors of signal and noise, shaped to broadcast over `like`."""
         shape = (-1, *[1] * (like.ndim - 1))
         return self.signal[time].view(shape), self.noise[time].view(shape)
 
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:  # B ..., B ..., B int64 -> B ...
+        """Return the noisy data x_t."""
         signal, share = self.get_rates(time, clean)
         return signal * clean + share * noise
 
     def compute_target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:  # B ..., B ..., B int64 -> B ...
+        """Return the training target of the network: eps or v."""
         if self.predicts == "eps":
             return noise
         signal, share = self.get_rates(time, clean)
         return signal * noise - share * clean
 
     def predict_clean(self, x: Tensor, output: Tensor, time: int) -> Tensor:  # B ..., B ... -> B ...
-        """The data that the network sees in `x`, all of which is at one time."""
+        """Return the prediction of x_0 from the network's output; all examples are at the same time."""
         signal, share = math.sqrt(self.alpha_bar[time]), math.sqrt(1 - self.alpha_bar[time])
         return (x - share * output) / signal if self.predicts == "eps" else signal * x - share * output
 
     def compute_snr(self, time: Tensor) -> Tensor:  # B int64 -> B
-        """Signal to noise, squared."""
+        """Return the signal-to-noise ratio, squared."""
         return (self.signal[time] / self.noise[time]) ** 2
 
 
@@ -89,7 +100,7 @@ class Process(nn.Module):
 
 
 class Uniform:
-    """Every noise level counts the same (equation 14 of the paper, for eps)."""
+    """Equal weight for every noise level (equation 14 of the paper, for eps)."""
 
     def __call__(self, process: Process, time: Tensor) -> Tensor:  # B int64 -> B
         return torch.ones_like(process.signal[time])
@@ -97,9 +108,10 @@ class Uniform:
 
 @dataclass(frozen=True)
 class MinSNR:
-    """min(SNR, gamma) times the squared error of x_0 (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+    """Weight min(SNR, gamma) on the squared error of x_0 (Hang et al. 2023, arXiv:2303.09556, section 3.4).
 
-    Written for what the network predicts: the error of x_0 is that of eps over the SNR, that of v over SNR + 1.
+    The weight is converted to the network's prediction: the squared error of x_0 is that of eps divided by the SNR, or
+    that of v divided by SNR + 1.
     """
 
     gamma: float = 5.0
@@ -114,34 +126,40 @@ class MinSNR:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How noise becomes data in `steps` steps. What the network sees is held within -clip .. clip (0 = as it is)."""
+    """Base class of samplers that turn noise into data in `steps` steps.
+
+    The predicted x_0 is clamped to -clip .. clip; 0 disables this.
+    """
 
     steps: int = 50
     clip: float = 1.0
 
     def get_timesteps(self, process: Process) -> list[int]:
-        """Evenly spaced times from the last to near the first; the last is pure noise, as the start of sampling is
-        (Lin et al. 2023, arXiv:2305.08891, section 3.3). Raises `SettingsError` for more steps than there are."""
+        """Return evenly spaced times in descending order, starting at the last time, which is closest to pure noise (Lin et
+        al. 2023, arXiv:2305.08891, section 3.3). Raises `SettingsError` if the process has fewer steps."""
         if not 1 <= self.steps <= process.steps:
-            raise SettingsError(f"sampling in {self.steps} steps: choose 1 to {process.steps}, which the noise process has")
-        return [round(left * process.steps / self.steps) - 1 for left in range(self.steps, 0, -1)]
+            raise SettingsError(
+                f"cannot sample in {self.steps} steps: choose 1 to {process.steps}, the steps of the noise process"
+            )
+        return [round(i * process.steps / self.steps) - 1 for i in range(self.steps, 0, -1)]
 
     def predict_clean(self, process: Process, x: Tensor, output: Tensor, time: int) -> Tensor:  # B ..., B ... -> B ...
+        """Return the clamped prediction of x_0."""
         clean = process.predict_clean(x, output, time)
         return clean.clamp(-self.clip, self.clip) if self.clip else clean
 
     def step(
         self, process: Process, x: Tensor, output: Tensor, time: int, before: int, draw: Callable[[], Tensor]
     ) -> Tensor:  # B ..., B ... -> B ...
-        """From a time to the one before it, -1 for data; `draw` gives fresh noise."""
+        """Return x at time `before`, given x at `time`. `before` is -1 for data; `draw` returns new noise."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDPM(Sampler):
-    """Ancestral sampling (algorithm 2 of the paper), over any subset of the times.
+    """Ancestral sampling over any subset of the times (algorithm 2 of the paper).
 
-    The noise added has the variance of the posterior (`variance="small"`, equation 7) or of the step ("large").
+    The added noise has the variance of the posterior (`variance="small"`, equation 7) or of the forward step ("large").
     """
 
     steps: int = 1000
@@ -162,10 +180,10 @@ class DDPM(Sampler):
 
 @dataclass(frozen=True, kw_only=True)
 class DDIM(Sampler):
-    """Steps that may be few (Song et al. 2021, arXiv:2010.02502, equations 12 and 16).
+    """DDIM sampling, which needs few steps (Song et al. 2021, arXiv:2010.02502, equations 12 and 16).
 
-    `eta=0` adds no noise: the same start gives the same data. `eta=1` is `DDPM` with small variance. The noise is read
-    anew from what is left after clipping, so that the two always add up to x.
+    `eta=0` is deterministic given the initial noise; `eta=1` equals `DDPM` with small variance. The noise is recomputed
+    from the clamped x_0, so that the two remain consistent with x.
     """
 
     eta: float = 0.0
@@ -186,10 +204,10 @@ class DDIM(Sampler):
 def predict_with_guidance(
     model: nn.Module, x: Tensor, time: Tensor, label: Tensor, guidance: float
 ) -> Tensor:  # B ... -> B ...
-    """Classifier-free guidance: away from the answer without a label, `guidance` times as far as that with it.
+    """Return the output with classifier-free guidance: unconditional + guidance * (conditional - unconditional).
 
-    1 follows the label, 0 forgets it, more than 1 exaggerates it (Ho and Salimans 2022, arXiv:2207.12598, equation 6
-    with w = guidance - 1). Both answers are asked for in one batch.
+    1 is the conditional output, 0 the unconditional one, more than 1 strengthens the condition (Ho and Salimans 2022,
+    arXiv:2207.12598, equation 6 with w = guidance - 1). Both outputs are computed in one batch.
     """
     if guidance in (0.0, 1.0):
         return model(x, time, label * int(guidance))
@@ -211,10 +229,16 @@ def sample(
     guidance: float = 1.0,
     callback: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """One example a label (B int64, or B T tokens of captions; 0 = none), each of `shape`: B x shape. `watch` hears of
-    every step.
+    """Sample one example per label: B x shape.
 
-    The noise of an example depends on the seed and its number alone, by default 0 and up: batches of any size agree.
+    Args:
+        label: B int64, or B T tokens of captions; 0 = unconditional.
+        shape: shape of an example.
+        seed: seed of the noise.
+        numbers: a number per example, 0, 1, ... by default. The noise of an example depends only on the seed and its
+            number, so the result does not depend on the batch size.
+        guidance: scale of classifier-free guidance.
+        callback: called with the number of completed steps.
     """
     like, training = next(model.parameters()), model.training
     draw = Noise(seed, range(len(label)) if numbers is None else map(int, numbers), shape, like)
@@ -234,11 +258,11 @@ def sample(
 
 
 class Diffusion(Objective):
-    """Squared error of what the network says of noisy data. The network takes (B ..., B float time, B int64 label).
+    """Mean squared error of the network's prediction for noisy data. The network takes (B ..., B float time, B int64 label).
 
-    `data` names the batch tensor of clean examples, in -1 .. 1: pictures or videos. The batch may hold `label`, 1 and
-    up, or B T tokens of captions; in training each becomes 0, "none", with probability `drop`, so that one network learns
-    both answers that guidance needs (arXiv:2207.12598, algorithm 1).
+    `data` names the batch tensor of clean examples, in -1 .. 1: images or videos. The batch may hold `label`, 1 and up,
+    or B T tokens of captions. In training each label is replaced by 0, "no condition", with probability `drop`, so that
+    the network learns the conditional and the unconditional output that guidance needs (arXiv:2207.12598, algorithm 1).
     """
 
     def __init__(
@@ -262,7 +286,7 @@ class Diffusion(Objective):
         return {"loss": self.compute_errors(clean, torch.randn_like(clean), time, label).mean()}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of each example, at fixed times and noise, the same for all: repeatable in batches of any size."""
+        """Return the loss of each example at fixed times and noise, so that it does not depend on the batch size."""
         clean, label = self.get_data_and_label(batch)
         draw, total = Noise(0, [0], clean.shape[1:], clean), 0.0
         for i in range(EVAL_NOISE_LEVELS):
@@ -271,15 +295,17 @@ class Diffusion(Objective):
         return {"loss": total / EVAL_NOISE_LEVELS}
 
     def get_data_and_label(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # -> B ..., B or B T int64
+        """Return the clean examples and their labels (0 if the batch has none)."""
         clean = batch[self.data]
         none = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
         return clean, batch.get("label", none)
 
     def compute_errors(self, clean: Tensor, noise: Tensor, time: Tensor, label: Tensor) -> Tensor:  # -> B
+        """Return the weighted squared error of each example."""
         output = self.model(self.process.add_noise(clean, noise, time), time.float(), label)
         error = (output.to(clean.dtype) - self.process.compute_target(clean, noise, time)) ** 2
         return self.weighting(self.process, time) * error.flatten(1).mean(1)
 
     def sample(self, label: Tensor, shape: Sequence[int], sampler: Sampler | None = None, **options) -> Tensor:
-        """See `sample`; by default DDIM in 50 steps."""
+        """Sample examples as the function `sample` does; the default sampler is DDIM with 50 steps."""
         return sample(self.model, self.process, sampler or DDIM(), label, shape, **options)

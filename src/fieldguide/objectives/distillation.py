@@ -1,9 +1,10 @@
-"""Distillation: a network learns from the truth and from what a trained one says (Touvron et al. 2020, arXiv:2012.12877).
+"""Knowledge distillation: training on labels and on the outputs of a teacher (Touvron et al. 2020, arXiv:2012.12877).
 
-With Z_s the student's logits, Z_t the teacher's, y the truth (section 3):
+With Z_s the student's logits, Z_t the teacher's, y the label (section 3):
     hard (equation 3)   1/2 CE(Z_s, y) + 1/2 CE(Z_s, argmax Z_t)
     soft (equation 2)   (1 - lambda) CE(Z_s, y) + lambda tau^2 KL(softmax(Z_t / tau) || softmax(Z_s / tau))
-A student with a distillation token answers twice in training: the first term is its class token's, the second the other's.
+A student with a distillation token has two outputs in training: the first term uses that of the class token, the second
+that of the distillation token.
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ TeacherInputs = Callable[[dict[str, Tensor]], Sequence[Tensor]]
 
 
 class Distillation(Supervised):
-    """A student, the loss of its task, and a teacher, which is in evaluation mode, never trained and never stored.
+    """Task loss of a student plus the distillation loss from a teacher.
 
-    `show` makes a batch into the teacher's inputs; without it, it takes the student's. Where the student's `taught` names
-    one of its answers in training (B K C), that one learns from the teacher and the others the truth; else all learn both.
-    Teachers that answer several times (B K C) say the mean of their probabilities. `share` is lambda, `temperature` tau.
+    The teacher stays in evaluation mode and is never trained or saved. If the student has an attribute
+    `distillation_head`, the index of one of its training outputs (B K C), that output is trained on the teacher and the
+    others on the labels; otherwise all outputs are trained on both. If the teacher has several outputs (B K C), their
+    probabilities are averaged.
+
+    Args:
+        teacher_inputs: function that returns the teacher's inputs for a batch; None passes the student's inputs.
+        hard: use the teacher's most likely class as the label instead of its probabilities.
+        temperature: tau of soft distillation.
+        share: lambda of soft distillation.
+
+    Raises:
+        SettingsError: if `temperature` or `share` is out of range, or the numbers of classes differ.
     """
 
     def __init__(
@@ -46,41 +57,41 @@ class Distillation(Supervised):
             raise SettingsError(f"temperature={temperature} must be above 0 and share={share} from 0 to 1")
         self.hard, self.temperature, self.share = hard, temperature, share
         self.teacher_inputs = teacher_inputs or (lambda batch: [batch[name] for name in self.inputs])
-        # In a tuple, so that it is no part of this module: not trained, not switched to training, not in checkpoints.
+        # A tuple keeps the teacher from being registered as a submodule: not trained, not in checkpoints.
         self.frozen_teacher = (teacher.requires_grad_(False).eval(),)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """To another device or layout the teacher comes along."""
+        """Apply device and layout changes to the teacher, too."""
         self.frozen_teacher[0]._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def teacher_logits(self, batch: dict[str, Tensor]) -> Tensor:  # -> B C
-        """The teacher's logits."""
-        said = self.frozen_teacher[0](*self.teacher_inputs(batch)).float()
-        if said.ndim > 2:
-            said = said.log_softmax(-1).flatten(1, -2)
-            said = said.logsumexp(1)  # up to a constant, which no softmax sees
-        return said
+        """Return the teacher's logits, or log-probabilities up to a constant if it has several outputs."""
+        logits = self.frozen_teacher[0](*self.teacher_inputs(batch)).float()
+        if logits.ndim > 2:
+            logits = logits.log_softmax(-1).flatten(1, -2)
+            logits = logits.logsumexp(1)  # the omitted constant does not change a softmax
+        return logits
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        answers, said = self.compute_predictions(batch).float(), self.teacher_logits(batch)
-        if said.shape[-1] != answers.shape[-1]:
-            raise SettingsError(f"the teacher knows {said.shape[-1]} classes, the student {answers.shape[-1]}")
-        true = taught = answers
-        token = getattr(self.model, "distillation_head", None)
-        if token is not None and answers.ndim > 2:
-            taught = answers[:, token]
-            true = answers[:, [i for i in range(answers.shape[1]) if i != token]]
-        truth = self.loss(true, batch["target"])["loss"]
+        logits, teacher_logits = self.compute_predictions(batch).float(), self.teacher_logits(batch)
+        if teacher_logits.shape[-1] != logits.shape[-1]:
+            raise SettingsError(f"the teacher has {teacher_logits.shape[-1]} classes, the student {logits.shape[-1]}")
+        label_logits = distilled_logits = logits
+        head = getattr(self.model, "distillation_head", None)
+        if head is not None and logits.ndim > 2:
+            distilled_logits = logits[:, head]
+            label_logits = logits[:, [i for i in range(logits.shape[1]) if i != head]]
+        label_loss = self.loss(label_logits, batch["target"])["loss"]
         if self.hard:
-            lesson = F.cross_entropy(*flatten_ensemble(taught, said.argmax(-1)))
-            return {"loss": (truth + lesson) / 2, "truth": truth, "teacher": lesson}
-        student, teacher = flatten_ensemble(taught, said)
-        lesson = self.temperature**2 * F.kl_div(
+            teacher_loss = F.cross_entropy(*flatten_ensemble(distilled_logits, teacher_logits.argmax(-1)))
+            return {"loss": (label_loss + teacher_loss) / 2, "truth": label_loss, "teacher": teacher_loss}
+        student, teacher = flatten_ensemble(distilled_logits, teacher_logits)
+        teacher_loss = self.temperature**2 * F.kl_div(
             (student / self.temperature).log_softmax(-1),
             (teacher / self.temperature).log_softmax(-1),
             reduction="batchmean",
             log_target=True,
         )
-        return {"loss": torch.lerp(truth, lesson, self.share), "truth": truth, "teacher": lesson}
+        return {"loss": torch.lerp(label_loss, teacher_loss, self.share), "truth": label_loss, "teacher": teacher_loss}

@@ -1,10 +1,10 @@
-"""Forecast: the future of series as a point and quantiles, each window on its own scale.
+"""Forecasting objective: point and quantile losses with reversible instance normalization.
 
-Reversible instance normalisation (Kim et al. 2022, RevIN, ICLR): a window is brought to mean 0 and deviation 1 by its own
-past, and the forecast is brought back, so a network that learnt at one level is of use at another. It is done here,
-without RevIN's learnt affine map: a gain and a shift shared by all series are no more than a linear layer can do, and
-ones for each series would be undefined for a series that comes new. A network that normalises by itself (PatchTST) loses
-nothing: to do it twice is to do it once.
+Reversible instance normalization (RevIN, Kim et al. 2022, ICLR) scales each window to mean 0 and standard deviation 1 by
+its own past, and scales the forecast back, so that the network does not depend on the level of a series. RevIN's learned
+affine map is omitted: a gain and a shift shared by all series can be expressed by a linear layer, and ones per series
+would be undefined for new series. Networks that normalize internally (PatchTST) are unaffected, because the
+normalization is idempotent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ EPSILON = 1e-5  # added to the variance, as in RevIN
 def compute_mean_and_scale(
     series: Tensor, observed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # B T C, B T C -> B 1 C, B 1 C
-    """Mean and deviation of each window's observed steps (RevIN, eq. 1 and 2); 0 and nearly 0 where there is none."""
+    """Return mean and standard deviation of the observed steps of each window (RevIN, eq. 1 and 2).
+
+    Without observed steps they are 0 and the square root of `EPSILON`.
+    """
     real = torch.ones_like(series) if observed is None else observed.to(series.dtype)
     count = real.sum(1, keepdim=True).clamp(min=1)
     mean = (series * real).sum(1, keepdim=True) / count
@@ -32,18 +35,25 @@ def compute_mean_and_scale(
 
 
 def pinball_loss(values: Tensor, target: Tensor, quantiles: Tensor) -> Tensor:  # ... Q, ..., Q -> ... Q
-    """Loss of quantiles (Koenker and Bassett 1978): an outcome above costs q, one below 1 - q, a unit of distance."""
+    """Return the quantile loss (Koenker and Bassett 1978): q per unit above the forecast, 1 - q per unit below it."""
     error = target[..., None] - values
     return torch.maximum(quantiles * error, (quantiles - 1) * error)
 
 
 class Forecast(Objective):
-    """A network B T C -> B H C Q and the loss of its forecasts: a point, then quantiles.
+    """Loss of a network B T C -> B H C Q that predicts a point followed by quantiles.
 
-    Batches hold `series` (B T C, nothing missing), `observed` (B T C bool: False where a value was filled in) where there
-    is something missing, `target` (B H C, NaN where the outcome is not known) and what else the network takes (`inputs`).
-    `point` is "mae" or "mse": its loss is added to the mean pinball loss of `quantiles`. With one value a step (no
-    quantiles) that is the plain loss. Means are over known outcomes.
+    Batches hold `series` (B T C, without missing values), optionally `observed` (B T C bool: False for filled values),
+    `target` (B H C, NaN for unknown outcomes) and the other `inputs` of the network. The losses are averaged over known
+    outcomes.
+
+    Args:
+        quantiles: levels between 0 and 1 in ascending order; the mean pinball loss of these is added to the point loss.
+        point: "mae" or "mse", the loss of the point forecast.
+        normalise: apply reversible instance normalization.
+
+    Raises:
+        SettingsError: if `point` is unknown, or `quantiles` are not ascending or not between 0 and 1.
     """
 
     def __init__(
@@ -56,9 +66,9 @@ class Forecast(Objective):
     ):
         super().__init__()
         if point not in ("mae", "mse"):
-            raise SettingsError(f"point={point!r} is neither mae nor mse")
+            raise SettingsError(f"point={point!r} must be mae or mse")
         if list(quantiles) != sorted(set(quantiles)) or not all(0 < q < 1 for q in quantiles):
-            raise SettingsError(f"quantiles={tuple(quantiles)}: give numbers between 0 and 1, each larger than the one before")
+            raise SettingsError(f"quantiles={tuple(quantiles)} must be numbers between 0 and 1 in ascending order")
         self.model, self.inputs, self.point, self.normalise = model, tuple(inputs), point, normalise
         self.register_buffer("quantiles", torch.tensor(tuple(quantiles)), persistent=False)
 
@@ -83,7 +93,9 @@ class Forecast(Objective):
         return {"loss": point + spread, self.point: point.detach(), "pinball": spread.detach()}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`values` B H C Q: the point, then the quantiles in order. Where they cross they are sorted, which never makes
-        them worse (Chernozhukov et al. 2010, doi:10.3982/ECTA7880)."""
+        """Return `values` B H C Q: the point, then the quantiles in ascending order.
+
+        Crossing quantiles are sorted, which never increases their loss (Chernozhukov et al. 2010, doi:10.3982/ECTA7880).
+        """
         values = self.compute_predictions(batch)
         return {"values": torch.cat([values[..., :1], values[..., 1:].sort(-1).values], -1)}

@@ -1,4 +1,4 @@
-"""Next token: what follows each token, of a text or of an answer to a source (Bengio et al. 2003, JMLR 3:1137, eq. 2)."""
+"""Next-token prediction for decoders and encoder-decoders (Bengio et al. 2003, JMLR 3:1137, eq. 2)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fieldguide.objectives.base import Objective
 
 
 class NextToken(Objective):
-    """Cross-entropy of `target` (B T int64, -1 = not to be learnt) under the network's logits B T V, mean over tokens.
+    """Mean cross-entropy of `target` (B T int64, -1 = ignored) under the network's logits B T V.
 
-    `inputs` names the batch tensors that the network takes, in order; what a batch lacks (a mask where nothing is
-    padded) is None. `smoothing` is that of Szegedy et al. 2016, section 7.
+    `inputs` names the batch tensors that the network takes, in order; tensors that a batch lacks, such as a mask without
+    padding, are passed as None. `smoothing` is label smoothing (Szegedy et al. 2016, section 7).
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[str], smoothing: float = 0.0):
@@ -28,10 +28,12 @@ class NextToken(Objective):
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         logits, target = self.compute_logits(batch).flatten(0, 1).float(), batch["target"].flatten()
         total = F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing, reduction="sum")
-        return {"loss": total / (target >= 0).sum().clamp(min=1)}  # of a batch in which the assistant says nothing: 0
+        return {
+            "loss": total / (target >= 0).sum().clamp(min=1)
+        }  # 0 if the batch has no target, such as a chat without assistant turns
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Nats and tokens of each row: B, B."""
+        """Return `nats`, the summed negative log-likelihood of each row, and `count`, its number of targets: B, B."""
         target = batch["target"]
         logits = self.compute_logits(batch).float()
         nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none").view_as(target)
@@ -39,11 +41,13 @@ class NextToken(Objective):
 
 
 class DenoisingObjective(NextToken):
-    """Of a text that was damaged all of `target` is learnt, and what is judged are the tokens that were left out: `asked`,
-    B T bool."""
+    """Next-token objective for denoising: the loss covers all of `target`, the metrics only the removed tokens.
+
+    `asked` (B T bool) marks the removed tokens.
+    """
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Nats, tokens that were guessed right and tokens asked, of each row: B, B, B; the tokens before each are given."""
+        """Return `nats`, `right` (correct predictions) and `count` over the removed tokens of each row (teacher forcing)."""
         target, asked = batch["target"], batch["asked"]
         logits = self.compute_logits(batch).float()
         nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none").view_as(target)

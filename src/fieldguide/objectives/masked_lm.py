@@ -1,4 +1,5 @@
-"""Masked words: some tokens of a text are hidden, and the network guesses them (Devlin et al. 2018, arXiv:1810.04805)."""
+"""Objectives of text encoders: masked language modeling, token classification and span prediction (Devlin et al. 2018,
+arXiv:1810.04805)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
-ROWS_PER_CHUNK = 64  # that are searched for answers at a time: a long text has many
+ROWS_PER_CHUNK = 64  # rows that span prediction evaluates at once; a long text may have many windows
 
 
 def mask_tokens(
@@ -22,26 +23,27 @@ def mask_tokens(
     generator: torch.Generator | None = None,
     share: float = 0.15,
 ) -> tuple[Tensor, Tensor]:  # B T int64, B T bool -> B T int64, B T int64
-    """Tokens with some of them hidden, and what was there: -1 where nothing is asked (section 3.1 and appendix A.1).
+    """Mask tokens for masked language modeling. Return the masked tokens and the targets, -1 elsewhere (section 3.1 and
+    appendix A.1).
 
-    Of the places that may be hidden (`open_to`), `share` are asked, one at least in each row that has any. Of those, 80 %
-    become the mask token, 10 % another token drawn from `first` .. `vocab` - 1, 10 % stay. Which ones is drawn anew each
-    time (RoBERTa, section 4.1) from a generator on the CPU, whatever the device.
+    A fraction `share` of the positions in `open_to` is selected, at least one per row that has any. Of those, 80 % become
+    `mask_token`, 10 % a random token from `first` .. `vocab` - 1, and 10 % stay unchanged. The selection is random on
+    each call (RoBERTa, section 4.1) and uses a CPU generator for every device.
     """
     draw = lambda: torch.rand(tokens.shape, generator=generator).to(tokens.device)
     lot, fate = draw().masked_fill(~open_to, 2.0), draw()
-    asked = (lot < share) | (lot == lot.amin(1, keepdim=True))
-    asked &= open_to
+    selected = (lot < share) | (lot == lot.amin(1, keepdim=True))
+    selected &= open_to
     other = torch.randint(first, vocab, tokens.shape, generator=generator).to(tokens.device)
     shown = torch.where(fate < 0.8, mask_token, torch.where(fate < 0.9, other, tokens))
-    return torch.where(asked, shown, tokens), torch.where(asked, tokens, -1)
+    return torch.where(selected, shown, tokens), torch.where(selected, tokens, -1)
 
 
 class MaskedLM(Objective):
-    """Cross-entropy of `target` (B T int64, -1 = not asked) at the places that are asked, mean over them.
+    """Mean cross-entropy of `target` (B T int64, -1 = ignored) at the masked positions.
 
-    A network that gives "words" first reads the whole row, then says its words where they are asked and nowhere else:
-    the logits of all places would take more time than the rest.
+    A network with output type "words" encodes the whole row, but computes logits only at the masked positions, because
+    logits at all positions would take longer than the rest of the network.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[str]):
@@ -53,14 +55,14 @@ class MaskedLM(Objective):
         return {"loss": F.cross_entropy(logits, target, reduction="sum") / max(len(target), 1)}
 
     def compute_masked_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the N places that are asked, what was there, and the row of each: N vocab, N, N."""
-        asked = batch["target"] >= 0
+        """Return the logits at the N masked positions, their targets and their rows: N vocab, N, N."""
+        selected = batch["target"] >= 0
         hidden = self.model.features(*(batch.get(name) for name in self.inputs))
-        row = asked.nonzero()[:, 0]
-        return self.model.say(hidden[asked]).float(), batch["target"][asked], row
+        row = selected.nonzero()[:, 0]
+        return self.model.say(hidden[selected]).float(), batch["target"][selected], row
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Nats, places that were guessed right and places asked, of each row: B, B, B."""
+        """Return `nats`, `right` (correct predictions) and `count` over the masked positions of each row: B, B, B."""
         logits, target, row = self.compute_masked_logits(batch)
         nats = F.cross_entropy(logits, target, reduction="none")
         rows = len(batch["target"])
@@ -69,7 +71,7 @@ class MaskedLM(Objective):
 
 
 class TokenClassificationObjective(Objective):
-    """Cross-entropy of a class for each token: `target` B T int64, -1 where none is asked; mean over those asked."""
+    """Mean cross-entropy of a class per token; `target` is B T int64, -1 = ignored."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[str], smoothing: float = 0.0):
         super().__init__()
@@ -80,13 +82,16 @@ class TokenClassificationObjective(Objective):
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         logits, target = self.compute_logits(batch).flatten(0, 1), batch["target"].flatten()
-        # The sum is divided by hand: where a batch asks for nothing, the loss is 0, not NaN.
+        # Not reduction="mean", which would be NaN for a batch without targets.
         nats = F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing, reduction="sum")
         return {"loss": nats / (target >= 0).sum().clamp(min=1)}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The likeliest class of each word, -1 where there is none, and its probability: B W, B W. `words` (B W int64) says
-        at which token each word is asked, -1 for none; without it every token is a word."""
+        """Return `label`, the most likely class of each word (-1 for padding), and its `probability`: B W, B W.
+
+        `words` (B W int64) holds the token position at which each word is classified, -1 for padding. Without it every
+        token is a word.
+        """
         best = self.compute_logits(batch).softmax(-1).max(-1)
         if "words" not in batch:
             return {"label": best.indices, "probability": best.values}
@@ -98,9 +103,11 @@ class TokenClassificationObjective(Objective):
 
 
 class SpanPrediction(Objective):
-    """Where an answer begins and ends in a row of tokens: the mean of two cross-entropies over the places of a row
-    (BERT, section 4.2). `first` and `last`: B int64; place 0, the class token, means that the row has no answer.
-    `answerable` (B T bool) says where an answer may stand, and place 0 always may. It has at most `longest` tokens.
+    """Start and end positions of an answer: the mean of two cross-entropies over the positions of a row (BERT, section 4.2).
+
+    The targets `first` and `last` are B int64; position 0, the class token, means that the row has no answer.
+    `answerable` (B T bool) marks the positions where an answer may be; position 0 is always allowed. Predicted answers
+    have at most `longest` tokens.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[str], longest: int = 30):
@@ -119,13 +126,13 @@ class SpanPrediction(Objective):
         return {"loss": (first + last) / 2, "first": first, "last": last}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The best answer in each row, and how good it is beside none: `place` B 2 and `score`, `none` B, logarithms of
-        what the two ends have. `place` is 0 0 where a row has no room for an answer.
+        """Return the best answer of each row: `place` B 2 (first and last token), its log-probability `score` B, and that
+        of no answer, `none` B. `place` is 0 0 if a row has no position for an answer.
 
-        Where rows are windows of longer texts, `window` (B int64) numbers the text of each from 0. Then there is an output
-        a text: the best of its windows' answers, and none as unlikely as in the window where it is least likely (the same
-        way as BERT's for SQuAD 2.0, section 4.3). `characters` (B T 2), what each token covers, makes of a place the first
-        character of the answer and the one behind its last, `begin` and `end`.
+        If the rows are windows of longer texts, `window` (B int64) holds the index of the text of each. Then there is one
+        output per text: the best answer of its windows, and the lowest `none` of its windows (as BERT does for SQuAD 2.0,
+        section 4.3). With `characters` (B T 2), the character range of each token, the answer's character range is
+        returned as `begin` and `end`, which is exclusive.
         """
         parts = [
             self.find_best_spans({name: x[i : i + ROWS_PER_CHUNK] for name, x in batch.items()})
@@ -135,15 +142,16 @@ class SpanPrediction(Objective):
         if "window" not in batch:
             return found
         text, rows = batch["window"], torch.arange(len(batch["window"]), device=batch["window"].device)
-        most = found["score"].new_full((int(text.max()) + 1,), -torch.inf).scatter_reduce(0, text, found["score"], "amax")
-        reached = torch.where(found["score"] >= most[text], rows, len(rows))
-        winner = torch.full_like(most, len(rows), dtype=torch.int64).scatter_reduce(0, text, reached, "amin")
-        none = torch.full_like(most, torch.inf).scatter_reduce(0, text, found["none"], "amin")
+        best = found["score"].new_full((int(text.max()) + 1,), -torch.inf).scatter_reduce(0, text, found["score"], "amax")
+        reached = torch.where(found["score"] >= best[text], rows, len(rows))
+        winner = torch.full_like(best, len(rows), dtype=torch.int64).scatter_reduce(0, text, reached, "amin")
+        none = torch.full_like(best, torch.inf).scatter_reduce(0, text, found["none"], "amin")
         return {**{name: x[winner] for name, x in found.items()}, "none": none}
 
     def find_best_spans(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return `place`, `score`, `none` and, if available, `begin` and `end` of each row; see `outputs`."""
         begin, end = self.compute_logits(batch).log_softmax(1).unbind(-1)  # B T each
-        # Each first token beside the last ones that lie so near behind it.
+        # For each first token, the scores of the `longest` possible last tokens.
         ends = F.pad(end, (0, self.longest - 1), value=-torch.inf).unfold(1, self.longest, 1)  # B T longest
         best, at = (begin[..., None] + ends)[:, 1:].flatten(1).max(1)
         first = at // self.longest + 1

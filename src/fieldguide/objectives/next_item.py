@@ -1,4 +1,4 @@
-"""Next item: what a user wants after each item of a history (Kang and McAuley 2018, section III.E, with a softmax)."""
+"""Next-item prediction for sequential recommendation (Kang and McAuley 2018, section III.E, with a softmax)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective
 
-DEFAULT_TOP_K = 100  # items of an answer that are kept, where nobody asks for more
+DEFAULT_TOP_K = 100  # items returned per prediction unless more are requested
 
 
 class NextItem(Objective):
-    """Cross-entropy of `target` (B T int64, 0 = none) over all items, or over `negatives` drawn ones.
+    """Cross-entropy of `target` (B T int64, 0 = none) over all items, or a sampled softmax over `negatives` items.
 
-    Items are drawn as often as they occur, and what is drawn too easily is corrected for: each counts by 1 / (draws
-    times its probability), so that their sum is that over all items in expectation (Bengio and Senécal 2008,
-    doi:10.1109/TNN.2007.912312, equation 9). A drawn item that is a row's own target does not count: the target stands
-    beside the drawn ones once. `counts` are the items' occurrences, 0 first.
+    Negatives are sampled in proportion to their frequency and weighted by 1 / (number of samples times probability), so
+    that their sum equals that over all items in expectation (Bengio and Senécal 2008, doi:10.1109/TNN.2007.912312,
+    equation 9). A sampled item that is a row's own target is masked.
+
+    Args:
+        counts: occurrences of each item, item 0 first.
+        negatives: number of sampled negatives; 0 uses all items.
+        smoothing: label smoothing over all items.
+        repeats: whether items of the history may be recommended again.
     """
 
     def __init__(
@@ -39,26 +44,29 @@ class NextItem(Objective):
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         hidden, target = self.model.features(*(batch[name] for name in self.inputs)), batch["target"]
-        hidden, target = hidden[target > 0], target[target > 0]  # N D, N: padding is no work
+        hidden, target = hidden[target > 0], target[target > 0]  # N D, N: without padding
         table = self.model.table()
         if not self.negatives:
             logits = F.linear(hidden, table).float()
-            logits[:, 0] = -torch.inf  # item 0 is none
+            logits[:, 0] = -torch.inf  # item 0 is padding
             if not self.smoothing:
                 return {"loss": F.cross_entropy(logits, target)}
             logp = logits.log_softmax(-1)[:, 1:]
             hit = logp.gather(1, target[:, None] - 1).mean()
             return {"loss": -(1 - self.smoothing) * hit - self.smoothing * logp.mean()}
-        drawn = torch.multinomial(self.share, self.negatives, replacement=True)
-        right = (hidden * table[target]).sum(-1).float()
-        wrong = F.linear(hidden, table[drawn]).float() - (self.negatives * self.share[drawn]).log()
-        wrong = wrong.masked_fill(target[:, None] == drawn, -torch.inf)
-        logits = torch.cat([right[:, None], wrong], 1)
+        sampled = torch.multinomial(self.share, self.negatives, replacement=True)
+        positive = (hidden * table[target]).sum(-1).float()
+        negative = F.linear(hidden, table[sampled]).float() - (self.negatives * self.share[sampled]).log()
+        negative = negative.masked_fill(target[:, None] == sampled, -torch.inf)
+        logits = torch.cat([positive[:, None], negative], 1)
         return {"loss": F.cross_entropy(logits, torch.zeros_like(target))}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The best items of each row, best first, and their logits; with `asked` (B int64, 0 = unknown), its rank among
-        all items: 1 + those with a higher logit + half of those with the same."""
+        """Return `top`, the best items of each row in descending order, and their logits, `scores`.
+
+        With `asked` (B int64, 0 = unknown), the item to rank, also return its `rank` among all items: 1 + the number of
+        items with a higher logit + half the number of other items with the same logit.
+        """
         hidden = self.model.features(*(batch[name] for name in self.inputs))[:, -1]
         scores = F.linear(hidden, self.model.table()).float()
         return rank_items(scores, batch["seen"], batch.get("asked"), self.repeats, self.top)
@@ -67,7 +75,7 @@ class NextItem(Objective):
 def rank_items(
     scores: Tensor, seen: Tensor, asked: Tensor | None, repeats: bool = False, top: int = DEFAULT_TOP_K
 ) -> dict[str, Tensor]:
-    """Scores B V of items, those of `seen` (B T, 0 = none) left out unless `repeats`, as `NextItem.outputs` gives them."""
+    """Rank items by scores B V, excluding those of `seen` (B T, 0 = none) unless `repeats`; see `NextItem.outputs`."""
     scores = scores.clone()
     if not repeats:
         scores.scatter_(1, seen, -torch.inf)

@@ -1,4 +1,4 @@
-"""Standard normal numbers that depend on a seed and on each example's number alone, not on who shares its batch."""
+"""Standard normal noise that depends only on a seed and the number of each example, not on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from fieldguide.data.loader import make_generator
 
 
 class Noise:
-    """Each call draws the next B x shape, B being how many `numbers` of examples there are.
+    """Noise source: each call returns the next B x shape, with one row per entry of `numbers`.
 
-    Drawn on the CPU in float32 whatever the device and precision, so that all of them begin at the same noise.
+    The noise is sampled on the CPU in float32, so that it is the same on every device and at every precision. The result
+    has the device and dtype of `like`.
     """
 
     def __init__(self, seed: int, numbers: Iterable[int], shape: Sequence[int], like: Tensor):
         self.generators, self.shape, self.like = [make_generator(seed, number) for number in numbers], tuple(shape), like
 
     def __call__(self) -> Tensor:  # -> B ...
-        drawn = torch.empty(len(self.generators), *self.shape)
-        for row, source in zip(drawn, self.generators):
+        noise = torch.empty(len(self.generators), *self.shape)
+        for row, source in zip(noise, self.generators):
             row.normal_(generator=source)
-        return drawn.to(self.like)
+        return noise.to(self.like)

@@ -1,4 +1,4 @@
-"""Segmentation: a class for every pixel; cross-entropy and overlap together (Isensee et al. 2021, section "Training")."""
+"""Semantic segmentation objective: cross-entropy plus Dice loss (Isensee et al. 2021, section "Training")."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from fieldguide.core.errors import DataError
 from fieldguide.objectives.base import Objective
 
-THUMBNAIL_PIXELS = 192  # pixels of the map's square copy that a report shows
+THUMBNAIL_PIXELS = 192  # side of the square copies of the maps for the report, in pixels
 
 
 class Segmentation(Objective):
     """Cross-entropy plus soft Dice loss (Milletari et al. 2016, arXiv:1606.04797, averaged over the classes that occur).
 
-    `image` B C H W, `target` B H W int64, -1 where nothing is to be learnt. For a network without padding, which
-    answers for the middle of its picture alone, the picture is mirrored outwards, so that its middle is all of it
-    (Ronneberger et al. 2015, arXiv:1505.04597, figure 2). Pictures larger than `tile` pixels a side are answered in
-    tiles that overlap by a quarter, each pixel by a mean that trusts the middle of a tile most.
+    Batches hold `image` B C H W and `target` B H W int64, -1 = ignored. For a network without padding, whose output covers
+    only the center of its input, the image is extended by reflection so that the output covers all of it (Ronneberger et
+    al. 2015, arXiv:1505.04597, figure 2). For prediction, images with a side of more than `tile` pixels are split into
+    tiles that overlap by at least a quarter; their logits are averaged with weights that decrease from the center of a tile.
     """
 
     def __init__(self, model: nn.Module, classes: int, tile: int = 512):
@@ -36,6 +36,7 @@ class Segmentation(Objective):
         return {"loss": entropy + overlap, "entropy": entropy, "dice": overlap}
 
     def segment(self, image: Tensor) -> Tensor:  # B C H W -> B classes H W logits
+        """Return the logits of every pixel, in tiles for large images."""
         height, width = image.shape[-2:]
         return (
             self.predict_untiled(image)
@@ -44,16 +45,20 @@ class Segmentation(Objective):
         )
 
     def predict_untiled(self, image: Tensor) -> Tensor:  # B C H W -> B classes H W logits
+        """Return the logits of every pixel in one forward pass, with reflection padding if the network needs it."""
         channels, height, width = image.shape[1:]
         if (height, width) not in self.paddings:
             self.paddings[height, width] = find_padding(self.model, channels, height, width)
-        more = self.paddings[height, width]
-        logits = self.model(reflect_pad(image, *more) if any(more) else image)
+        padding = self.paddings[height, width]
+        logits = self.model(reflect_pad(image, *padding) if any(padding) else image)
         return center_crop(logits, height, width) if logits.shape[-2:] != (height, width) else logits
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`map`: B H W classes in the pictures' own size (`size` B 2; beyond it -1). With a target in that size (`truth`
-        B H W) instead `counts`, B classes classes pixels, row = truth, and `thumb`, every few pixels of each map."""
+        """Return `map`, the class of each pixel (B H W) at the original sizes of the images (`size` B 2; -1 outside).
+
+        If the batch has the target at that size (`truth` B H W), return instead `counts`, the confusion matrices in pixels
+        (B classes classes, row = truth), and `thumb`, small copies of the maps.
+        """
         logits = self.segment(batch["image"]).float()
         maps = torch.full((len(logits), *batch["size"].amax(0).tolist()), -1, dtype=torch.int16, device=logits.device)
         thumbs = torch.empty((len(logits), THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), dtype=torch.int16, device=logits.device)
@@ -77,44 +82,47 @@ class Segmentation(Objective):
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:  # B K H W, B H W -> scalar
-    """1 - the mean over classes that occur in the batch of 2 |both| / (|said| + |is|), said softly."""
+    """Return 1 - the soft Dice score, averaged over the classes that occur in the batch."""
     real = (target >= 0)[:, None]
     p = logits.softmax(1) * real
     one_hot = torch.zeros_like(p).scatter_(1, target.clamp(min=0)[:, None], 1.0) * real
-    both, said, is_ = (x.sum((0, 2, 3)) for x in (p * one_hot, p, one_hot))
-    there = is_ > 0
-    scores = (2 * both + 1) / (said + is_ + 1)
-    return 1 - scores[there].mean() if there.any() else logits.sum() * 0
+    intersection, predicted, true = (x.sum((0, 2, 3)) for x in (p * one_hot, p, one_hot))
+    present = true > 0
+    scores = (2 * intersection + 1) / (predicted + true + 1)
+    return 1 - scores[present].mean() if present.any() else logits.sum() * 0
 
 
 def center_crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The middle of ... H W."""
+    """Crop the center of ... H W."""
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]
 
 
 def find_padding(model: nn.Module, channels: int, height: int, width: int) -> tuple[int, int]:
-    """How many rows and columns a picture must have more, so that the answer covers all of it: none for most networks.
-    How much a network without padding leaves out depends a little on the size, so it is tried, without computing."""
+    """Return the rows and columns by which an image must be extended so that the output covers all of it.
+
+    They are 0 for most networks. The margin that a network without padding loses depends on the size, so it is found by
+    shape-only forward passes on the meta device.
+    """
     trial = copy.deepcopy(model).to("meta").eval()
     high = wide = 0
     while True:
         try:
-            picture = torch.empty(1, channels, height + high, width + wide, device="meta", dtype=next(trial.parameters()).dtype)
-            answer = trial(picture).shape[-2:]
-        except DataError:  # too small to have an answer at all
+            image = torch.empty(1, channels, height + high, width + wide, device="meta", dtype=next(trial.parameters()).dtype)
+            output = trial(image).shape[-2:]
+        except DataError:  # the image is too small for the network
             if max(high, wide) > 4096:
                 raise
             high, wide = high + 32, wide + 32
             continue
-        lack = height - answer[0], width - answer[1]
-        if lack[0] <= 0 and lack[1] <= 0:
+        missing = height - output[0], width - output[1]
+        if missing[0] <= 0 and missing[1] <= 0:
             return high, wide
-        high, wide = high + max(lack[0], 0), wide + max(lack[1], 0)
+        high, wide = high + max(missing[0], 0), wide + max(missing[1], 0)
 
 
 def reflect_pad(image: Tensor, high: int, wide: int) -> Tensor:
-    """A picture with so many more rows and columns around it, mirrored again and again where it is small."""
+    """Extend an image by `high` rows and `wide` columns in total, by repeated reflection if it is small."""
     index = []
     for size, more in zip(image.shape[-2:], (high, wide)):
         place = torch.arange(-(more // 2), size + more - more // 2, device=image.device) % max(2 * size - 2, 1)
@@ -122,8 +130,8 @@ def reflect_pad(image: Tensor, high: int, wide: int) -> Tensor:
     return image[..., index[0][:, None], index[1]]
 
 
-def predict_tiled(answer: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:
-    """Answers for a large picture from tiles that overlap by a quarter, weighted by closeness to a tile's middle."""
+def predict_tiled(predict: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:
+    """Return the outputs for a large image from overlapping tiles, weighted by the distance from the tile's edge."""
     height, width = image.shape[-2:]
     high, wide = min(tile, height), min(tile, width)
     ramp = lambda n: torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float().to(image.device)
@@ -131,7 +139,7 @@ def predict_tiled(answer: Callable[[Tensor], Tensor], image: Tensor, tile: int) 
     total, weights = None, torch.zeros(height, width, device=image.device)
     for top in get_tile_starts(height, high):
         for left in get_tile_starts(width, wide):
-            part = answer(image[..., top : top + high, left : left + wide]).float()
+            part = predict(image[..., top : top + high, left : left + wide]).float()
             if total is None:
                 total = torch.zeros(*part.shape[:2], height, width, device=image.device)
             total[..., top : top + high, left : left + wide] += part * weight
@@ -140,7 +148,7 @@ def predict_tiled(answer: Callable[[Tensor], Tensor], image: Tensor, tile: int) 
 
 
 def get_tile_starts(size: int, tile: int) -> list[int]:
-    """Where tiles begin: evenly, a quarter over each other at least, the last at the end."""
+    """Return evenly spaced tile starts that cover `size` with an overlap of at least a quarter of a tile."""
     if size <= tile:
         return [0]
     count = 1 + -(-(size - tile) // (tile - tile // 4))

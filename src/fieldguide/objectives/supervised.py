@@ -1,4 +1,4 @@
-"""Supervised: one network, one known answer an example; classification and regression."""
+"""Supervised learning with one target per example: classification and regression."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fieldguide.objectives.base import Objective
 
 
 class Classification(nn.Module):
-    """Cross-entropy with label smoothing and class weights (Szegedy et al. 2016, section 7).
+    """Cross-entropy with label smoothing (Szegedy et al. 2016, section 7) and class weights.
 
-    `logits` B ... C; axes between are members of an ensemble, and their losses are averaged. `target` is B class
-    numbers, or B C probabilities, as mixup makes them.
+    `logits` is B ... C; axes in between are members of an ensemble, whose losses are averaged. `target` is B class
+    indices, or B C probabilities, as produced by mixup.
     """
 
     def __init__(self, smoothing: float = 0.0, weights: Sequence[float] | None = None):
@@ -35,7 +35,7 @@ class Classification(nn.Module):
 
 
 class Regression(nn.Module):
-    """Squared error on standardised targets. `values` B ... D, `target` B D."""
+    """Mean squared error on standardized targets. `values` is B ... D, `target` B D."""
 
     def forward(self, values: Tensor, target: Tensor) -> dict[str, Tensor]:  # B ... D, B D -> scalar
         flat, target = flatten_ensemble(values.float(), target)
@@ -47,7 +47,7 @@ class Regression(nn.Module):
 
 
 def flatten_ensemble(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # B ... C, B * -> BK C, BK *
-    """Every member of an ensemble meets the same target."""
+    """Flatten the members of an ensemble into the batch axis and repeat the target for each."""
     count = outputs[0, ..., 0].numel()
     if count == 1:
         return outputs.flatten(0, -2), target
@@ -55,7 +55,7 @@ def flatten_ensemble(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]: 
 
 
 class Supervised(Objective):
-    """A network and a loss. `inputs` names the batch tensors that the network takes, in order (`Card.inputs`)."""
+    """Objective of a network and a loss. `inputs` names the batch tensors that the network takes, in order (`Card.inputs`)."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[str], loss: Classification | Regression):
         super().__init__()
@@ -68,4 +68,5 @@ class Supervised(Objective):
         return self.loss.outputs(self.compute_predictions(batch))
 
     def compute_predictions(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the raw outputs of the network."""
         return self.model(*(batch[name] for name in self.inputs))

@@ -159,7 +159,7 @@ class ObjectDetection(Task):
         return {"side": self.options.side, "num_classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Framed(model, overlap=self.predict_options.overlap, most=MOST)
+        return Framed(model, overlap=self.predict_options.overlap, max_detections=MOST)
 
     def predict_step(self, objective: Objective) -> Any:
         objective.overlap = self.predict_options.overlap
