@@ -1,7 +1,8 @@
-"""Task: what a kind of problem reads, which networks it can use, what they minimise, and how answers are judged.
+"""The Task interface: what a task reads, which models it accepts, the training objective, and how predictions are
+scored.
 
-The loop, run folder, report and CLI call only what stands here. A task's preparation is learnt from training rows
-alone and saved with the run, so that prediction takes raw inputs.
+The training loop, run folder, report and CLI use only this interface. A task's preprocessing is fitted on the
+training rows alone and saved with the run, so that prediction takes raw inputs.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import ImageTransform
 from fieldguide.objectives import Objective
 
-# Other names of task options, and those of run folders of schema 1 -> their names.
+# Aliases of task options, including their names in run folders of schema 1 -> current names.
 OPTION_ALIASES = {"vocab": "vocab_size", "image_size": "side", "max_length": "length", "max_seq_length": "length"}
 Arrays = dict[str, np.ndarray]  # name -> array whose first axis is the example
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score: its name, which direction is better, and how a person reads it."""
+    """A metric: its name, the direction that is better, and a short description."""
 
     name: str
-    better: str  # max | min, or in words what it should be: near 80 %
-    words: str  # "of held-out rows right"
+    better: str  # max | min, or a description of the target value: near 80 %
+    words: str  # short description: "of held-out rows correct"
     percent: bool = False
 
     def text(self, value: float | None) -> str:
@@ -50,7 +51,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Media:
-    """Part of an answer that is a file: its content, and the suffix that says what it is (".png", ".wav", ...)."""
+    """A prediction value that is written as a file: its content and its file suffix (".png", ".wav", ...)."""
 
     content: bytes
     suffix: str
@@ -58,69 +59,72 @@ class Media:
 
 @dataclass(frozen=True)
 class Baseline:
-    """An honest thing to beat: its outputs on the test rows, scored exactly as the network's are."""
+    """A reference to compare with: its outputs on the test rows, scored exactly like the model's outputs."""
 
     name: str
     what: str
     outputs: Arrays
-    bound: bool = False  # not to be beaten: the best that could be hoped for
+    bound: bool = False  # True for an upper bound: the best result that can be expected
 
 
 @dataclass(frozen=True)
 class CheckpointAssets:
-    """What lies beside the weights of a published network: how examples are prepared, and what answers are called."""
+    """The preprocessing and label names that are published with pretrained weights."""
 
     names: list[str]  # of classes, tags or answers
-    folder: Path | None  # of the tokenizer
-    length: int  # tokens that the network reads; 0 for networks of pictures alone
+    folder: Path | None  # folder of the tokenizer
+    length: int  # number of tokens the model reads; 0 for image-only models
     pictures: ImageTransform | None
-    pooled: str  # how a text's vector is made of those of its tokens
-    columns: tuple[str, ...] = ()  # of tables that are asked about, where the user names them
+    pooled: str  # how token vectors are pooled into a text vector
+    columns: tuple[str, ...] = ()  # names of the text columns, if the user sets them
 
     def texts(self, most: int = 1) -> list[Column]:
-        """The columns of text that examples have. Raises `SettingsError` for more than there can be."""
+        """Return the text columns of the examples.
+
+        Raises `SettingsError` if more columns are named than the model reads.
+        """
         if len(self.columns) > most:
             raise SettingsError(
-                f"columns={','.join(self.columns)}: this network reads {most} column{'s' if most > 1 else ''} of text."
+                f"columns={','.join(self.columns)}: this model reads at most {most} text column{'s' if most > 1 else ''}."
             )
         return [Column(name, "text") for name in self.columns or ("text",)]
 
 
 class Task:
-    """One kind of problem with one preparation. Made by `learn` from training rows, or by `load` from a run folder."""
+    """A task with fitted preprocessing. Create one with `fit` from training rows, or with `load` from a run folder."""
 
     name: ClassVar[str]
-    reads: ClassVar[str]  # in words, for error messages and docs
-    input_types: ClassVar[tuple[str, ...]]  # card.takes that it can feed
-    output_types: ClassVar[tuple[str, ...]]  # card.gives that it can use
-    feature: ClassVar[tuple[str, ...]] = ()  # kinds of the one column that an example is, where it is one
-    further: ClassVar[tuple[str, ...]] = ()  # kinds of columns that are read with it
-    metrics: ClassVar[tuple[Metric, ...]]  # the first is the one to judge a network by
-    monitor: ClassVar[str] = ""  # the metric by which training keeps its best weights, where another
-    recipe: ClassVar[Mapping[str, Any]] = {}  # training settings laid over the general ones
-    needs_reference: ClassVar[bool] = False  # its objective takes a frozen copy of the initial network as `reference`
-    column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # what it asks of a table's columns
+    reads: ClassVar[str]  # description of the accepted data, for error messages and documentation
+    input_types: ClassVar[tuple[str, ...]]  # accepted values of card.input_type
+    output_types: ClassVar[tuple[str, ...]]  # accepted values of card.output_type
+    feature: ClassVar[tuple[str, ...]] = ()  # column kinds of the single feature column, if examples have only one
+    further: ClassVar[tuple[str, ...]] = ()  # further column kinds that are read with it
+    metrics: ClassVar[tuple[Metric, ...]]  # the first one ranks models
+    monitor: ClassVar[str] = ""  # the metric that selects the best checkpoint, if it is not the first one
+    recipe: ClassVar[Mapping[str, Any]] = {}  # training settings that override the general defaults
+    needs_reference: ClassVar[bool] = False  # the objective takes a frozen copy of the initial model as `reference`
+    column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # how the columns of a table are assigned to roles
 
     @dataclass(frozen=True)
     class Options:
-        """The task's own settings, written task.NAME; None means: chosen from the data."""
+        """The task's own settings, set with task.NAME; None means that the value is chosen from the data."""
 
     @dataclass(frozen=True)
     class PredictOptions:
-        """What a user may say when asking a trained network (`predict --set NAME=VALUE`)."""
+        """Options for prediction with a trained model (`predict --set NAME=VALUE`)."""
 
-    most = 256  # examples a step, where the user names no batch
-    fewest = 16  # and at least, where there are so many
-    validated: int | None = None  # validation rows that are scored while training, where that takes long
-    tested: int | None = None  # test rows that are asked at most, where answers take long
+    most = 256  # maximum examples per step, if the user sets no batch size
+    fewest = 16  # minimum examples per step, if the data has that many
+    validated: int | None = None  # maximum validation rows scored during training; set if scoring is slow
+    tested: int | None = None  # maximum test rows that are predicted; set if prediction is slow
 
     def __init__(self, columns: list[Column], options: Any):
         self.columns, self.options, self.predict_options = columns, options, self.PredictOptions()
-        self.notes: list[str] = []  # what was cut, clipped or guessed, for a person to read
+        self.notes: list[str] = []  # messages for the user about truncated, clipped or inferred values
 
     @property
     def column(self) -> str:
-        """Name of the one column that an example is."""
+        """Return the name of the single feature column."""
         return next(c.name for c in self.columns if c.kind in self.feature and c.role == "feature")
 
     @property
@@ -131,17 +135,17 @@ class Task:
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        """Why this data makes this task before any other, in words; None where it does not, or only if asked for."""
+        """Return the reason why this data implies this task, or None if it does not or if the task must be requested."""
         return None
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        """What the data has not that this task cannot do without, in words; None where it can be done."""
+        """Return what the data lacks for this task, or None if the task is possible."""
         return None
 
     @classmethod
     def options_from(cls, changes: Mapping[str, Any]) -> Any:
-        """Options with changes laid over the defaults. Raises `SettingsError` for an unknown key."""
+        """Return the options with `changes` over the defaults. Raises `SettingsError` for unknown keys."""
         return laid_over(cls.Options(), rename(changes, OPTION_ALIASES), cls.name, "task.")
 
     @classmethod
@@ -161,129 +165,140 @@ class Task:
 
     @classmethod
     def select_columns(cls, data: Data) -> Data:
-        """The table as read whose features are the columns that this task reads; others are ignored."""
+        """Return the data with only the feature columns that this task reads; other features are ignored."""
         read = (*cls.feature, *cls.further)
         other = lambda c: bool(cls.feature) and c.role == "feature" and c.kind not in read
-        out = lambda c: replace(c, role="ignored", why=f"{cls.name} reads {' and '.join(read)} alone")
+        out = lambda c: replace(c, role="ignored", why=f"{cls.name} reads only {' and '.join(read)}")
         return replace(data, columns={n: out(c) if other(c) else c for n, c in data.columns.items()})
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        """The table, narrowed, made into one with a row an example: series into windows, interactions into users. Sets
-        `splits` where chance must not make them."""
+        """Return the selected data with one row per example, for example time series cut into windows.
+
+        Sets `splits` if the rows must not be split at random.
+        """
         return data
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
-        """Prepares from training rows (`data` holds these alone)."""
+        """Fit the preprocessing on `data`, which holds only training rows, and return the task."""
         raise NotImplementedError
 
     @classmethod
     def monitored_metric(cls) -> Metric:
-        """The metric by which training keeps its best weights."""
+        """Return the metric that selects the best checkpoint."""
         return next((m for m in cls.metrics if m.name == cls.monitor), cls.metrics[0])
 
     def model_dims(self) -> dict[str, Any]:
-        """Sizes that a network must have for this data, in the project's vocabulary: classes, channels, ..."""
+        """Return the dimensions that the data requires of a model, by their standard names: num_classes, channels, ..."""
         raise NotImplementedError
 
     def data_facts(self) -> dict[str, Any]:
-        """Plain facts about the data that the advisor's rules compare."""
+        """Return facts about the data that the advisor's rules compare."""
         return {}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        """`parts` are the further networks that `card.parts` names, such as a generator's critic."""
+        """Return the training objective. `parts` are the further models named in `card.parts`, such as a GAN's
+        discriminator.
+        """
         raise NotImplementedError
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """How the trained network answers a batch when it is tested and used, following `asking`. While it trains,
-        `objective.outputs` does, which may be quicker and say less."""
+        """Return the function that predicts a batch for test and prediction, which uses `predict_options`.
+
+        During training `objective.outputs` is used instead; it may be faster and return less.
+        """
         return objective.outputs
 
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
-        """What to look at now and then while training: a few samples. Must not depend on torch's global generator."""
+        """Return a few samples to log during training. Must not depend on torch's global generator."""
         return []
 
-    # Data to tensors, tensors to answers
+    # Data to tensors, tensors to predictions
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        """Prepared examples; with `settings`, augmented as they say when a generator is handed to `make`."""
+        """Return the preprocessed examples. With `settings`, they are augmented if `make` gets a generator."""
         raise NotImplementedError
 
     def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
-        """The training rows as they are learnt from; where that is another thing than what is asked of them, or not all."""
+        """Return the training examples. Override this if they differ from the examples that are scored."""
         return self.batches(data, card, settings)
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
-        """Raw inputs as they are put to the network; where that is another thing than what it learnt from."""
+        """Return the raw inputs for prediction. Override this if they differ from the training examples."""
         return self.batches(data, card)
 
     def preprocessing_state(self) -> dict[str, Any]:
-        """Of the state, what decides which tensors an example becomes."""
+        """Return the part of the state that determines how an example becomes tensors."""
         return self.state()
 
     def teacher_inputs(self, other: Task, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
-        """How batches that this task prepared become the inputs of a network (`card`) that learnt with another of its kind,
-        as a teacher did. Raises `SettingsError` where they cannot."""
+        """Return a function that maps batches of this task to the inputs of a teacher model with card `card`.
+
+        `other` is the teacher's task. Raises `SettingsError` if the two tasks preprocess examples differently.
+        """
         if self.preprocessing_state() != other.preprocessing_state():
             raise SettingsError(
-                f"the teacher's {self.name} prepares examples in another way. Train it on the same data, with "
-                "the same --seed, columns and task.* settings."
+                f"the teacher's {self.name} task preprocesses examples differently. Train it on the same data, "
+                "with the same --seed, columns and task.* settings."
             )
 
         def show(batch: dict[str, Any]) -> Sequence[Any]:
             if lacking := [name for name in card.inputs if name not in batch]:
                 raise SettingsError(
-                    f"the teacher reads {', '.join(lacking)}, and this network's examples have "
-                    f"{', '.join(batch)}: choose networks that read the same"
+                    f"the teacher reads {', '.join(lacking)}, but this model's examples have "
+                    f"{', '.join(batch)}. Choose models with the same inputs."
                 )
             return [batch[name] for name in card.inputs]
 
         return show
 
     def targets(self, data: Data) -> Arrays:
-        """The known answers of rows."""
+        """Return the known targets of the rows."""
         raise NotImplementedError
 
     def prepare_test(self, train: Data, held: Data) -> None:
-        """Learns from the training rows what scores and exhibits of the test need beside the truth."""
+        """Compute from the training rows what the test's scores and exhibits need in addition to the targets."""
 
     def prepare_scoring(self, rows: int) -> None:
-        """Told how many examples are about to be answered and scored."""
+        """Receive the number of examples that are about to be predicted and scored."""
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        """Every metric of `metrics` that these outputs allow; while training, at least the one that decides."""
+        """Return every metric of `metrics` that the outputs allow; during training, at least the monitored one."""
         raise NotImplementedError
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
-        """Learns, from the trained network's outputs on validation rows, what `adjust` shall do."""
+        """Fit the parameters of `postprocess` on the trained model's outputs for the validation rows."""
 
     def postprocess(self, outputs: Arrays) -> Arrays:
-        """Outputs as they are scored and answered: what a network says, corrected for how it is wont to say it."""
+        """Return the outputs as they are scored and formatted, for example with calibrated probabilities."""
         return outputs
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """95 % intervals of every score over examples like these."""
+        """Return the 95 % confidence interval of every metric, by resampling examples."""
         return intervals(self, outputs, truth)
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any] | list[dict[str, Any]]]:
-        """One record an example, or a list of them: what a person or a program wants to know. What is to become a file (a
-        picture, a sound) is a `Media`."""
+        """Return one record per example, or a list of them. A value that is written to a file (image, audio) is a
+        `Media`.
+        """
         raise NotImplementedError
 
     def encode_texts(self, texts: Sequence[str], longest: int) -> Batches | None:
-        """Texts as the network reads them, at most so many tokens each; None for a task that is not about texts."""
+        """Return the texts as model inputs of at most `longest` tokens each; None if the task does not read text."""
         return None
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
-        """The answer to one input piece by piece, as it comes into being; None where answers come whole."""
+        """Yield the prediction for one input piece by piece as it is generated; None if predictions are not streamed."""
         return None
 
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
-        """Raw inputs for prediction, or for evaluation where the answers must be there too (`answered`). To predict, one
-        of several sources that cannot be read is named in `Data.unread`."""
+        """Read raw inputs for prediction, or for evaluation with their targets (`answered`).
+
+        For prediction, inputs that cannot be read are listed in `Data.skipped`, unless there is only one source.
+        """
         if not sources:
-            raise DataError(f"say what to answer: {self.name} reads {self.reads}.")
+            raise DataError(f"no input given. {self.name} reads {self.reads}.")
         data, unread, before = [], [], 0
         for source in sources:
             try:
@@ -300,11 +315,11 @@ class Task:
             before += len(one)
             data.append(one)
         if not data:
-            raise DataError("none of these can be read:\n" + "\n".join(f"  - {u.why}" for u in unread))
+            raise DataError("none of the inputs can be read:\n" + "\n".join(f"  - {u.why}" for u in unread))
         if len(data) == 1:
             return replace(data[0], skipped=unread)
         files, rows = [], []
-        for d in data:  # each file is called as it was asked for: two folders may hold a 1.png each
+        for d in data:  # paths include the source's folder: two folders may hold a 1.png each
             rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
             files += [replace(f, path=named(d, f.path)) for f in d.manifest.files]
         return Data(
@@ -328,19 +343,21 @@ class Task:
     def exhibits(
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        """Section title -> what to show of the results on test rows. `objective` holds the trained network, for what
-        outputs do not tell: attention, samples with fewer steps."""
+        """Return the report's exhibits for the test rows, by section title.
+
+        `objective` holds the trained model, for exhibits that need more than the outputs, such as attention.
+        """
         return {}
 
-    # Saved with the run, or told by a publisher
+    # Saved with the run, or created from published weights
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> Self | None:
-        """The task of a pretrained network with its head. None where weights alone cannot do it, or it has another way."""
+        """Return the task of a pretrained model with its head; None if the weights alone do not define it."""
         return None
 
     def state(self) -> dict[str, Any]:
-        """The preparation as JSON values."""
+        """Return the fitted preprocessing as JSON values."""
         raise NotImplementedError
 
     @classmethod
@@ -372,18 +389,18 @@ class Task:
 
 
 def named(data: Data, place: str) -> str:
-    """A place in data as it is called from where the data was asked for."""
+    """Return the path of a place in the data, relative to where the user's source path starts."""
     base = Path(data.source)
     return str((base if base.is_dir() else base.parent) / place) if base.exists() else place
 
 
 def laid_over(defaults: Any, changes: Mapping[str, Any], task: str, prefix: str) -> Any:
-    """A dataclass with changes laid over it, read from text. Raises `SettingsError` for an unknown key."""
+    """Return the dataclass with `changes` parsed from text and applied. Raises `SettingsError` for an unknown key."""
     kinds, known = get_type_hints(type(defaults)), {f.name for f in fields(defaults)}
     for key in changes:
         if key not in known:
             raise SettingsError(
-                f"{task} has no option {prefix}{key}.{nearest(key, known)} It has: "
+                f"{task} has no option {prefix}{key}.{nearest(key, known)} Options are: "
                 f"{', '.join(f'{prefix}{k}' for k in sorted(known)) or 'none'}."
             )
     return replace(defaults, **{k: from_text(f"{prefix}{k}", v, kinds[k]) for k, v in changes.items()})
@@ -392,7 +409,7 @@ def laid_over(defaults: Any, changes: Mapping[str, Any], task: str, prefix: str)
 def intervals(
     task: Task, outputs: Arrays, truth: Arrays, *, repeats: int = 300, level: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Bootstrap intervals of every score over examples (Efron 1979; percentile method)."""
+    """Return bootstrap intervals of every metric over examples (Efron 1979; percentile method)."""
     rng, count = np.random.default_rng(seed), len(next(iter(truth.values())))
     drawn: dict[str, list[float]] = {}
     for _ in range(repeats):
@@ -400,7 +417,7 @@ def intervals(
         for name, value in task.score({k: v[rows] for k, v in outputs.items()}, {k: v[rows] for k, v in truth.items()}).items():
             drawn.setdefault(name, []).append(value)
     tails = [50 * (1 - level), 50 * (1 + level)]
-    undefined = (float("nan"), float("nan"))  # such as an area under the curve of one class alone
+    undefined = (float("nan"), float("nan"))  # for example the AUC of a single class
     return {
         name: undefined if np.isnan(values).all() else tuple(np.nanpercentile(values, tails).tolist())
         for name, values in drawn.items()

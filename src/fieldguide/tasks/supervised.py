@@ -1,4 +1,4 @@
-"""What all tasks with one known answer an example share: class labels or a number, their scores and pictures."""
+"""Base classes of tasks with one known target per example: classification and regression, their scores and charts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fieldguide.data.preprocessing import Labels, Standardizer
 from fieldguide.objectives import Classification, Objective, Regression, Supervised
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 
-LINEAR_ROWS = 20_000  # the linear baseline learns from this many rows at most, and says so
+LINEAR_ROWS = 20_000  # maximum rows for fitting the linear baseline; stated in its description
 
 
 def discrete(column: Column) -> bool:
-    """Whether a target column names classes rather than measuring something."""
+    """Return whether a target column holds classes rather than measurements."""
     return column.kind in ("category", "boolean", "identifier", "constant")
 
 
@@ -37,44 +37,45 @@ class SupervisedTask(Task):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return None if data.target else "a column of known answers (name it with --target)"
+        return None if data.target else "a target column (name it with --target)"
 
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, answered)
         if answered and self.target.name not in data.rows.columns:
             raise DataError(
-                f"{data.source}: the answers are to be in column {self.target.name!r}, which is not there."
-                f"{nearest(self.target.name, data.rows.columns)} To ask for answers, use `fieldguide predict`."
+                f"{data.source}: evaluation needs the target column {self.target.name!r}, which is "
+                f"missing.{nearest(self.target.name, data.rows.columns)} To predict without targets, use "
+                "`fieldguide predict`."
             )
         return data
 
     def target_state(self) -> dict[str, Any]:
-        """What is known of the target, as JSON values; `restore_target` takes it back."""
+        """Return the fitted target information as JSON values, for `load_target_state`."""
         raise NotImplementedError
 
     def load_target_state(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        """Matrices for the linear baseline, learnt on the training rows."""
+        """Return the feature matrices of the linear baseline, fitted on the training rows."""
         raise NotImplementedError
 
 
 class ClassificationTask(SupervisedTask):
-    """Classification of anything."""
+    """A classification task."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("accuracy", "max", "right", percent=True),
-        Metric("balanced_accuracy", "max", "right, averaged over classes", percent=True),
+        Metric("accuracy", "max", "correct", percent=True),
+        Metric("balanced_accuracy", "max", "mean recall over classes", percent=True),
         Metric("macro_f1", "max", "F1 averaged over classes"),
-        Metric("log_loss", "min", "nats an example"),
-        Metric("auc", "max", "area under the ROC curve, one against rest"),
+        Metric("log_loss", "min", "nats per example"),
+        Metric("auc", "max", "area under the ROC curve, one versus rest"),
         Metric("calibration_error", "min", "mean gap between confidence and accuracy"),
     )
 
     labels: list[str]
     counts: list[int]  # of each class in the training rows
-    temperature: float = 1.0  # what the logits are divided by
+    temperature: float = 1.0  # divisor of the logits, set by `calibrate`
 
     def learn_labels(self, data: Data) -> None:
         learnt = Labels.fit(data.rows[self.target.name])
@@ -82,8 +83,8 @@ class ClassificationTask(SupervisedTask):
         self.counts = np.bincount(learnt.apply(data.rows[self.target.name]), minlength=len(learnt)).tolist()
         if len(self.labels) < 2:
             raise DataError(
-                f"{data.source}: the training rows hold one class only, {self.labels[0]!r} in column "
-                f"{self.target.name!r}. Bring rows of another class."
+                f"{data.source}: the training rows hold only one class, {self.labels[0]!r} in column "
+                f"{self.target.name!r}. Add rows of another class."
             )
 
     def targets(self, data: Data) -> Arrays:
@@ -92,11 +93,11 @@ class ClassificationTask(SupervisedTask):
         if (codes < 0).any():
             strange = sorted({str(v) for v in values.filter(pl.Series(codes < 0)).to_list()})
             raise DataError(
-                f"{data.source}: column {self.target.name!r} has classes that were not in training: "
-                f"{', '.join(map(repr, strange[:5]))}. Known are: {', '.join(self.labels[:20])}. Correct or "
+                f"{data.source}: column {self.target.name!r} has classes that are not in the training data: "
+                f"{', '.join(map(repr, strange[:5]))}. Known classes: {', '.join(self.labels[:20])}. Correct or "
                 "remove those rows."
             )
-        return {"label": codes.copy()}  # polars lends its memory read-only
+        return {"label": codes.copy()}  # polars returns read-only memory
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         weights = None
@@ -111,13 +112,15 @@ class ClassificationTask(SupervisedTask):
     def teacher_inputs(self, other: Task, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
         if self.labels != other.labels:
             raise SettingsError(
-                f"the teacher knows the classes {', '.join(other.labels[:10])}, this data has "
-                f"{', '.join(self.labels[:10])}: they must be the same"
+                f"the teacher's classes ({', '.join(other.labels[:10])}) differ from those of this data "
+                f"({', '.join(self.labels[:10])}). They must be the same."
             )
         return super().teacher_inputs(other, card)
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
-        """Temperature scaling (Guo et al. 2017, arXiv:1706.04599, section 4.2), held near 1 where rows are few."""
+        """Fit the temperature (Guo et al. 2017, arXiv:1706.04599, section 4.2), with a penalty that keeps it near 1 if
+        rows are few.
+        """
         logits = np.log(np.clip(outputs["probabilities"].astype(np.float64), 1e-12, 1))
         rows, y = np.arange(len(logits)), truth["label"]
 
@@ -139,7 +142,7 @@ class ClassificationTask(SupervisedTask):
 
     @staticmethod
     def known(names: list[str]) -> dict[str, Any]:
-        """The state of a target whose classes are known, and nothing of their training rows."""
+        """Return the target state of a task whose class names are known but not its training rows."""
         return {"labels": names, "counts": [0] * len(names), "temperature": 1.0}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -179,7 +182,7 @@ class ClassificationTask(SupervisedTask):
         frequencies = np.array(self.counts, dtype=float) / sum(self.counts)
         shown = np.tile(frequencies, (len(test), 1))
         name = self.labels[int(frequencies.argmax())]
-        return [Baseline("majority class", f"always says {name!r}", {"probabilities": shown}), self.logistic(train, test)]
+        return [Baseline("majority class", f"always predicts {name!r}", {"probabilities": shown}), self.logistic(train, test)]
 
     def logistic(self, train: Data, test: Data) -> Baseline:
         from sklearn.exceptions import ConvergenceWarning
@@ -212,8 +215,8 @@ class ClassificationTask(SupervisedTask):
         groups = [bins == b for b in range(len(edges)) if (bins == b).any()]
         calibration = Lines(
             "Calibration",
-            "When the network says 80 %, is it right 80 % of the time? The closer to the "
-            "diagonal, the better. Each point is a tenth of the test examples.",
+            "When the model is 80 % confident, is it correct 80 % of the time? The closer to the diagonal, "
+            "the better. Each point is a tenth of the test examples.",
             x="confidence",
             y="share that is right",
             diagonal=True,
@@ -221,10 +224,11 @@ class ClassificationTask(SupervisedTask):
         )
         return {
             "Errors": [
-                Matrix("Confusion", "Rows are the truth, columns what the network said.", self.labels, counts.tolist()),
+                Matrix("Confusion", "Rows are the true classes, columns the predicted classes.", self.labels, counts.tolist()),
                 Table(
                     "By class",
-                    "Precision: of those it called so, how many were. Recall: of those that were, how many it found.",
+                    "Precision: fraction of the predictions of a class that are correct. Recall: "
+                    "fraction of a class that is predicted.",
                     ("class", "examples", "precision", "recall", "F1"),
                     rows,
                     heat=("precision", "recall", "F1"),
@@ -235,25 +239,25 @@ class ClassificationTask(SupervisedTask):
         }
 
     def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
-        """The most confident mistakes, as a person would want to see them."""
+        """Return exhibits of the most confident mistakes."""
         return []
 
     def mistakes(self, probabilities: np.ndarray, truth: np.ndarray, most: int) -> list[tuple[int, str]]:
-        """Rows that were got wrong, most confident first, each with what to say of it."""
+        """Return the wrongly predicted rows, most confident first, each with a caption."""
         wrong = np.flatnonzero(probabilities.argmax(1) != truth)
         order = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:most]
         return [
             (
                 int(i),
-                f"is {self.labels[truth[i]]}, called {self.labels[probabilities[i].argmax()]} "
-                f"({100 * probabilities[i].max():.0f} % sure)",
+                f"is {self.labels[truth[i]]}, predicted {self.labels[probabilities[i].argmax()]} "
+                f"({100 * probabilities[i].max():.0f} % confident)",
             )
             for i in order
         ]
 
 
 class RegressionTask(SupervisedTask):
-    """Regression of anything. Targets are standardised for training; scores and answers are in the target's unit."""
+    """A regression task. Targets are standardized for training; scores and predictions are in the target's unit."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("rmse", "min", "root mean squared error"),
@@ -300,7 +304,7 @@ class RegressionTask(SupervisedTask):
         x, x_test = self.linear_features(learnt, test)
         fitted = Ridge().fit(x, self.standard.apply(self.values(learnt)))
         return [
-            Baseline("mean", f"always says {self.standard.mean:.4g}", {"values": np.zeros((len(test), 1))}),
+            Baseline("mean", f"always predicts {self.standard.mean:.4g}", {"values": np.zeros((len(test), 1))}),
             Baseline(
                 "ridge regression", f"a linear model of the same inputs{note}", {"values": fitted.predict(x_test)[:, None]}
             ),
@@ -328,8 +332,8 @@ class RegressionTask(SupervisedTask):
         return {
             "Errors": [
                 Scatter(
-                    "Prediction against truth",
-                    "Each point is a test row; on the line it is exact.",
+                    "Prediction against target",
+                    "Each point is a test row; points on the line are exact.",
                     x=f"true {self.target.name}",
                     y="predicted",
                     diagonal=True,
@@ -337,35 +341,35 @@ class RegressionTask(SupervisedTask):
                 ),
                 Bars(
                     "Size of the errors",
-                    "How many test rows fall into each range of error.",
+                    "Number of test rows in each range of error.",
                     {f"{c:.4g}": int(n) for c, n in zip(centres, size[0])},
                     unit="rows",
                 ),
                 Table(
-                    "Worst rows", "The largest errors of the test part.", ("row", *columns, "truth", "predicted", "error"), rows
+                    "Worst rows", "The largest errors on the test rows.", ("row", *columns, "truth", "predicted", "error"), rows
                 ),
             ]
         }
 
 
 def subsample(data: Data) -> tuple[Data, str]:
-    """At most `LINEAR_ROWS` rows, and what to say about it."""
+    """Return at most `LINEAR_ROWS` rows, and a note if rows were left out."""
     if len(data) <= LINEAR_ROWS:
         return data, ""
     rows = np.sort(np.random.default_rng(0).permutation(len(data))[:LINEAR_ROWS])
-    return data.take(rows), f", learnt from {LINEAR_ROWS:,} rows"
+    return data.take(rows), f", fitted on {LINEAR_ROWS:,} rows"
 
 
 def binomial_interval(right: int, count: int) -> tuple[float, float]:
     """Return the 95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
-    from scipy.stats import binomtest  # here, since importing it takes half a second
+    from scipy.stats import binomtest  # imported here because it takes half a second
 
     interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def roc_auc(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
-    """Mean one-against-rest area under the ROC curve over the classes that occur, by ranks."""
+    """Return the mean one-versus-rest area under the ROC curve over the classes that occur, computed from ranks."""
     if len(present) < 2:
         return float("nan")
     areas = []
@@ -381,7 +385,7 @@ def roc_auc(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error over equal-width bins (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    """Return the expected calibration error over equal-width bins (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = [abs(confidence[which == b].sum() - right[which == b].sum()) for b in np.unique(which)]
     return float(sum(gaps) / len(right))
@@ -390,7 +394,9 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15)
 def mix_pairs(
     batch: dict[str, torch.Tensor], inputs: Sequence[str], classes: int, alpha: float, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Mixup (Zhang et al. 2018, arXiv:1710.09412, eq. 1): pairs of examples and their labels in one proportion."""
+    """Apply mixup (Zhang et al. 2018, arXiv:1710.09412, eq. 1): mix pairs of examples and their labels in one
+    proportion.
+    """
     rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     part, order = float(rng.beta(alpha, alpha)), torch.randperm(len(batch["target"]), generator=generator)
     one_hot = torch.nn.functional.one_hot(batch["target"], classes).float()
@@ -399,5 +405,5 @@ def mix_pairs(
 
 
 def fill_options(options: Any, **values: Any) -> Any:
-    """Options with what was chosen from the data filled in where the user said nothing."""
+    """Return the options with `values` for those that the user has not set."""
     return replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})

@@ -1,4 +1,4 @@
-"""What the report shows of recognised speech: spectrograms with what was heard when, sounds to listen to, mistakes."""
+"""Report exhibits of speech recognition: spectrograms with alignments, audio examples and mistakes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from fieldguide.tasks.base import Arrays
 if TYPE_CHECKING:
     from fieldguide.tasks.audio.speech_recognition import SpeechRecognition
 
-WORST, DRAWN, PLAYED = 40, 8, 16  # rows of the table, spectrograms, recordings to listen to
-SECONDS_SHOWN = 15.0  # of a recording in the report
-WIDTH, BAND, TEXT = 640, 3, 26  # pixels: of a spectrogram, of each band, of the line of symbols below
-# Dark violet over teal to yellow: even steps of lightness, told apart by everybody (as matplotlib's viridis is).
+WORST, DRAWN, PLAYED = 40, 8, 16  # rows of the table, spectrograms, audio examples
+SECONDS_SHOWN = 15.0  # maximum seconds of a recording in the report
+WIDTH, BAND, TEXT = 640, 3, 26  # pixels: spectrogram width, height per band, height of the line of symbols below
+# Dark violet over teal to yellow: perceptually uniform and readable with color blindness (matplotlib's
+# viridis).
 COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 
 
@@ -35,7 +36,7 @@ def sections(
     said, heard = truth["text"].tolist(), outputs["text"].tolist()
     counts = count_edits(said, heard, "words")
     characters = count_edits(said, heard, "characters")
-    # The most errors by what was said; where words tie, the more wrong characters.
+    # By word error rate; ties by character error rate.
     rank = counts.errors / np.maximum(counts.length, 1) + characters.errors / np.maximum(characters.length, 1) / 100
     worst = [int(i) for i in np.argsort(-rank, kind="stable") if counts.errors[i]]
     chance = [int(i) for i in np.random.default_rng(0).permutation(len(said)) if i not in worst[:DRAWN]]
@@ -46,24 +47,25 @@ def sections(
         recordings.append(
             Sounds(
                 "Worst recordings",
-                "Test recordings with the most words wrong by what was said. Listen: is "
-                "it the network's mistake, or the transcript's?",
+                "Test recordings with the highest word error rate. Listen: is the prediction wrong, or the transcript?",
                 sounds(task, test, worst[:PLAYED], said, heard),
             )
         )
         recordings.append(
             Table(
-                "All that is worst", "", ("recording", "said", "heard", "words wrong", "sure"), [row(i) for i in worst[:WORST]]
+                "Worst rows",
+                "",
+                ("recording", "transcript", "predicted", "wrong words", "confidence"),
+                [row(i) for i in worst[:WORST]],
             )
         )
-    recordings.append(Sounds("By chance", "Test recordings as they come.", sounds(task, test, chance[:4], said, heard)))
+    recordings.append(Sounds("Random sample", "Random test recordings.", sounds(task, test, chance[:4], said, heard)))
     if pictures:
         recordings.append(
             Gallery(
-                "What was heard when",
-                "Log-mel spectrograms: time to the right, low tones at the bottom, "
-                "the brighter the louder. Below each, the symbols that the network heard, where it heard "
-                "them (the likeliest alignment).",
+                "Alignment",
+                "Log-mel spectrograms: time runs to the right, low frequencies are at the bottom, brighter is "
+                "louder. Below each, the predicted symbols at their time (most probable alignment).",
                 pictures,
                 wide=True,
             )
@@ -72,7 +74,7 @@ def sections(
 
 
 def mistakes(test: Data, said: list[str], heard: list[str], counts: Any) -> list[Exhibit]:
-    """Which words are taken for which, and where the errors are."""
+    """Return which words are confused, and the error rate by duration."""
     pairs = Counter(pair for i in np.flatnonzero(counts.errors) for pair in compare(said[i], heard[i]) if pair[0] != pair[1])
     spoken = Counter(word for text in said for word in text.split())
     rows = [(a or "(nothing)", b or "(nothing)", n, spoken[a] if a else None) for (a, b), n in pairs.most_common(WORST)]
@@ -86,13 +88,13 @@ def mistakes(test: Data, said: list[str], heard: list[str], counts: Any) -> list
             groups[f"{low:.1f} to {high:.1f} s"] = 100 * float(counts.errors[inside].sum() / counts.length[inside].sum())
     return [
         Table(
-            "Words taken for others",
-            f"{totals['substitutions']:,} substitutions, {totals['deletions']:,} deletions "
-            f"(said, not heard) and {totals['insertions']:,} insertions (heard, not said) in {totals['length']:,} words.",
-            ("said", "heard", "times", "of so many"),
+            "Confused words",
+            f"{totals['substitutions']:,} substitutions, {totals['deletions']:,} deletions and "
+            f"{totals['insertions']:,} insertions in {totals['length']:,} words.",
+            ("transcript", "predicted", "count", "total"),
             rows,
         ),
-        Bars("Words wrong by length of the recording", "", groups, unit="%"),
+        Bars("Word error rate by duration", "", groups, unit="%"),
     ]
 
 
@@ -105,7 +107,7 @@ def sounds(task: SpeechRecognition, test: Data, rows: list[int], said: list[str]
     return [
         Sound(
             encoded(wave[:most], task.mel.rate),
-            f"said “{said[i]}”, heard “{heard[i] or '(nothing)'}”"
+            f"transcript “{said[i]}”, predicted “{heard[i] or '(nothing)'}”"
             + (f" (the first {SECONDS_SHOWN:g} of {len(wave) / task.mel.rate:.0f} s)" if len(wave) > most else ""),
             bad=said[i] != heard[i],
         )
@@ -114,7 +116,7 @@ def sounds(task: SpeechRecognition, test: Data, rows: list[int], said: list[str]
 
 
 def encoded(wave: np.ndarray, rate: int) -> bytes:
-    """A sound as small as browsers play it: MP3, or WAV where libsndfile is too old to write that."""
+    """Encode a waveform for browsers: MP3, or WAV if libsndfile is too old for MP3."""
     import soundfile
 
     file = io.BytesIO()
@@ -148,13 +150,13 @@ def spectrograms(
     for k, i in enumerate(rows):
         letters = [(task.transcripts.symbols[s - 1], *spans[k, j]) for j, s in enumerate(symbols[k, : count[k]])]
         heard = outputs["text"][i]
-        caption = f"“{said[i]}”" if heard == said[i] else f"“{said[i]}”, heard “{heard or '(nothing)'}”"
+        caption = f"“{said[i]}”" if heard == said[i] else f"“{said[i]}”, predicted “{heard or '(nothing)'}”"
         pictures.append(Picture(drawn(loud[k, : frames[k]].numpy(), letters), caption, bad=heard != said[i]))
     return pictures
 
 
 def drawn(loud: np.ndarray, letters: list[tuple[str, int, int]]) -> bytes:  # T F
-    """A spectrogram as PNG, with symbols below at the middle of the frames that they were heard at."""
+    """Return a spectrogram as PNG, with each symbol below the middle of its frames."""
     from PIL import Image, ImageDraw, ImageFont
 
     steps, bands = loud.shape

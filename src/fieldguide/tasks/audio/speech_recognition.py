@@ -1,4 +1,4 @@
-"""Speech recognition: recordings of any rate and length, and what is said in them."""
+"""Speech recognition: recordings of any sampling rate and length, and their transcripts."""
 
 from __future__ import annotations
 
@@ -32,66 +32,64 @@ from fieldguide.tasks.audio import report
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 
-SHARE = 0.3  # of the memory that decoded recordings may fill; beyond it they are decoded batch by batch
-LONGEST = 30.0  # seconds of a recording that is trained on, at most, where the user names none
-SHORT = 2.0  # seconds; recordings of a word or two, of which each alone says little about its microphone
-MASKED = 5.0  # hours of training speech from which stripes of the spectrogram are hidden
-CELLS = 2**24  # rows times frames squared that attention looks at together, when it is asked
-SAMPLE = 2000  # recordings that the scale of the spectrogram is learnt from
-# For a few hours of speech, half as wide and fewer than Conformer's (see docs/log.md, spoken digits).
+SHARE = 0.3  # maximum fraction of RAM for decoded recordings; beyond it they are decoded batch by batch
+LONGEST = 30.0  # maximum seconds of a training recording, if the user sets none
+SHORT = 2.0  # seconds; recordings this short are too short to estimate their own scale
+MASKED = 5.0  # hours of training speech from which SpecAugment is used
+CELLS = 2**24  # rows times squared frames that attention processes together during prediction
+SAMPLE = 2000  # recordings that the scale of the spectrogram is fitted on
+# For a few hours of speech: fewer and narrower masks than Conformer's (see docs/log.md, spoken digits).
 MASKS = SpecAugment(band_masks=2, band_share=0.15, time_masks=2, time_share=0.05)
 
 
 class SpeechRecognition(Task):
     name = "automatic-speech-recognition"
     reads = (
-        "recordings with their transcripts: a folder of .wav, .flac, .ogg or .mp3 with a table of file names and "
-        "transcripts, or with x.txt beside x.wav; LJ Speech and Common Voice as they are"
+        "recordings with transcripts: a folder of .wav, .flac, .ogg or .mp3 files with a table of file "
+        "names and transcripts, or with x.txt next to x.wav; LJ Speech and Common Voice as distributed"
     )
     input_types = ("speech",)
     feature = ("audio",)
     output_types = ("ctc",)
     column_spec = ColumnSpec("last", names=TRANSCRIPT_NAMES, kinds={"target": "text", "feature": "audio"})
     metrics = (
-        Metric("wer", "min", "of the words wrong", percent=True),
-        Metric("cer", "min", "of the characters wrong", percent=True),
-        Metric("loss", "min", "nats a symbol"),
+        Metric("wer", "min", "of words wrong", percent=True),
+        Metric("cer", "min", "of characters wrong", percent=True),
+        Metric("loss", "min", "nats per symbol"),
     )
     recipe: ClassVar = {"augmentation": "standard"}
     fewest = 8
 
     @dataclass(frozen=True)
     class Options:
-        rate: int | None = None  # samples a second that the network hears
+        rate: int | None = None  # sampling rate of the input in Hz
         bands: int | None = None  # mel bands of the spectrogram
-        hop: float | None = None  # seconds from one frame of it to the next
-        scale: str | None = None  # "corpus" or "recording": whose mean and deviation the bands are brought to
-        lower: bool = True  # upper case is not heard; False keeps it
-        pieces: int | None = None  # about so many parts of words as symbols; None: characters
-        longest: float | None = None  # seconds; longer recordings are not trained on, and are counted
-        masks: bool | None = None  # whether stripes of the spectrogram are hidden while training
+        hop: float | None = None  # seconds between consecutive frames
+        scale: str | None = None  # "corpus" or "recording": the statistics used to normalize the bands
+        lower: bool = True  # lowercase the transcripts
+        pieces: int | None = None  # approximate number of subword symbols; None: characters
+        longest: float | None = None  # seconds; longer recordings are left out of training and counted
+        masks: bool | None = None  # use SpecAugment during training
 
     @dataclass(frozen=True)
     class PredictOptions:
-        num_beams: int = 1  # prefixes that the search keeps; 1 reads the likeliest symbol of each frame
-        chunk: float | None = None  # seconds that are heard at once; longer recordings are heard piece by piece
+        num_beams: int = 1  # beam width; 1 takes the most probable symbol of each frame
+        chunk: float | None = None  # maximum seconds processed at once; longer recordings are split into chunks
 
     transcripts: Transcripts
     mel: LogMel
-    heard: float  # seconds of the longest recording that was trained on
-    shown: list[tuple[str, str]]  # a few training recordings and what they say, listened to while it learns
-    stride = 4  # frames of the spectrogram to one answer
+    heard: float  # seconds of the longest training recording
+    shown: list[tuple[str, str]]  # a few training recordings that are transcribed during training
+    stride = 4  # spectrogram frames per output frame
 
-    # What it can be made from
+    # Matching data
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("audio")) != 1:
-            return "one column of recordings"
+            return "one audio column"
         return (
-            None
-            if data.target and data.target.kind in ("text", "category")
-            else "a column of transcripts (name it with --target)"
+            None if data.target and data.target.kind in ("text", "category") else "a transcript column (name it with --target)"
         )
 
     @classmethod
@@ -100,7 +98,7 @@ class SpeechRecognition(Task):
             data.target.kind == "text" or normalize_name(data.target.name) in TRANSCRIPT_NAMES
         ):
             return None
-        return f"recordings in column {data.features('audio')[0].name!r} and transcripts in {data.target.name!r}"
+        return f"recordings in column {data.features('audio')[0].name!r} with transcripts in {data.target.name!r}"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -111,8 +109,8 @@ class SpeechRecognition(Task):
         short = np.flatnonzero(seconds <= longest)
         if not short.size:
             raise DataError(
-                f"{data.source}: all recordings are longer than {longest:g} s. Cut them at pauses, or allow more "
-                "with --set task.longest=SECONDS (memory grows with its square)."
+                f"{data.source}: all recordings are longer than {longest:g} s. Cut them at pauses, or raise the "
+                "limit with --set task.longest=SECONDS (memory grows with its square)."
             )
         task.heard = float(seconds[short].max())
         task.transcripts = Transcripts.fit(task.said(data), lower=options.lower, pieces=options.pieces)
@@ -147,21 +145,21 @@ class SpeechRecognition(Task):
         return LogMel.fit((batch_of(waves[i : i + 64]) for i in range(0, len(waves), 64)), **settings)
 
     def note(self, seconds: np.ndarray, frames: np.ndarray, data: Data) -> None:
-        """What a person should know of the training rows: recordings too long to train on, or too short to write."""
+        """Add notes about training recordings that are too long to train on or too short for their transcript."""
         long = seconds > self.options.longest
         if long.any():
             self.notes.append(
-                f"{long.sum():,} recordings are longer than {self.options.longest:g} s (such as "
-                f"{data.locate_row(int(np.flatnonzero(long)[0]))}, {seconds[long].max():.0f} s) and are not trained "
-                "on (task.longest=... changes that)"
+                f"{long.sum():,} recordings are longer than {self.options.longest:g} s (for example "
+                f"{data.locate_row(int(np.flatnonzero(long)[0]))}, {seconds[long].max():.0f} s) and are left out "
+                "of training (change this with task.longest=...)"
             )
         answers = -(-self.mel.frames((seconds * self.options.rate).astype(int)) // self.stride)
         tight = (answers < frames) & ~long
         if tight.any():
             self.notes.append(
-                f"{tight.sum():,} recordings have fewer frames than their transcripts need (such as "
-                f"{data.locate_row(int(np.flatnonzero(tight)[0]))}): they teach nothing (a smaller task.hop, or "
-                "task.pieces=..., makes them fit)"
+                f"{tight.sum():,} recordings have fewer frames than their transcripts need (for example "
+                f"{data.locate_row(int(np.flatnonzero(tight)[0]))}) and have no effect on training (use a smaller "
+                "task.hop or task.pieces=...)"
             )
 
     def said(self, data: Data) -> list[str]:
@@ -171,8 +169,8 @@ class SpeechRecognition(Task):
         data = super().read_one(source, answered)
         if answered and self.target.name not in data.rows.columns:
             raise DataError(
-                f"{data.source}: the transcripts are to be in column {self.target.name!r}, which is not there."
-                f"{nearest(self.target.name, data.rows.columns)} To have recordings transcribed, use "
+                f"{data.source}: evaluation needs the transcript column {self.target.name!r}, which is "
+                f"missing.{nearest(self.target.name, data.rows.columns)} To predict without transcripts, use "
                 "`fieldguide predict`."
             )
         return data
@@ -190,7 +188,7 @@ class SpeechRecognition(Task):
 
     @property
     def most(self) -> int:
-        """Recordings a step: about two minutes of sound, and no more than 32."""
+        """Return the maximum recordings per step: about two minutes of audio, and at most 32."""
         return int(np.clip(2 ** int(np.log2(120 / max(self.typical, 0.1))), self.fewest, 32))
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
@@ -207,7 +205,7 @@ class SpeechRecognition(Task):
         samples = data.rows[SECONDS].to_numpy() * mel.rate
         stored = audio.load(paths, mel.rate) if 2 * samples.sum() < SHARE * ram() else None
         target = self.encoded(data)
-        # Validation asks for the same batches again and again; where they are small, their features are kept.
+        # Validation repeats the same batches; if their features are small, they are cached.
         kept: dict[bytes, dict[str, Tensor]] | None = None
         if settings and 4 * mel.bands * samples.sum() / mel.step < SHARE * ram() / 2:
             kept = {}
@@ -235,18 +233,18 @@ class SpeechRecognition(Task):
         return Batches(len(paths), make, samples)
 
     def encoded(self, data: Data) -> list[np.ndarray] | None:
-        """Transcripts as symbols; None where there are none."""
+        """Return the transcripts as symbol ids; None if there are none."""
         name = self.target.name
         if name not in data.rows.columns or data.rows[name].null_count() == len(data):
             return None
         rows, unknown = self.transcripts.encode(self.said(data))
         if unknown:
             listed = " ".join(f"{c!r} ({n})" for c, n in unknown.most_common(5))
-            note = f"characters that training did not have cannot be written, and count as errors: {listed}"
+            note = f"characters that are not in the training data cannot be predicted and count as errors: {listed}"
             self.notes += [note] * (note not in self.notes)
         return rows
 
-    # Answers
+    # Predictions
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -270,8 +268,10 @@ class SpeechRecognition(Task):
         return answer
 
     def listen(self, model: Any, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:  # B T F, B -> B S V, B
-        """Logits, with recordings that are too long to be heard at once heard in chunks; as many rows together as memory
-        allows. Nothing depends on the rows beside."""
+        """Compute the logits; recordings longer than a chunk are processed in chunks.
+
+        As many rows are processed together as memory allows. The result of a row does not depend on the other rows.
+        """
         size, overlap = self.chunks()
         frames = model.frames(lengths)
         parts: dict[int, Tensor] = {}
@@ -287,8 +287,10 @@ class SpeechRecognition(Task):
         return torch.nn.utils.rnn.pad_sequence([parts[i] for i in range(len(lengths))], batch_first=True), frames
 
     def chunks(self) -> tuple[int, int]:
-        """Frames of the spectrogram that are heard at once, and how many of them two neighbours share: by default as much
-        as the longest training recording and a quarter more, but at least 10 s."""
+        """Return the number of frames per chunk, and the overlap of consecutive chunks.
+
+        The default is 1.25 times the longest training recording, from 10 to 40 s.
+        """
         seconds = self.predict_options.chunk or min(max(10.0, 1.25 * self.heard), 40.0)
         unit = 2 * self.stride
         size = max(4, round(seconds / self.mel.hop / unit)) * unit
@@ -306,7 +308,7 @@ class SpeechRecognition(Task):
         return {**outputs, "text": self.texts(outputs)}
 
     def texts(self, outputs: Arrays) -> np.ndarray:
-        """What was heard, as texts: of `said`, or, while training, of the likeliest symbol of each frame."""
+        """Return the predicted texts: from `said`, or during training from the most probable symbol of each frame."""
         if "text" in outputs:
             return outputs["text"]
         symbols = outputs.get("said")
@@ -317,7 +319,7 @@ class SpeechRecognition(Task):
         return np.array([self.transcripts.decode(row) for row in symbols], dtype=object)
 
     def words(self, outputs: Arrays, row: int) -> list[dict[str, Any]]:
-        """Each word with the seconds at which it begins and ends."""
+        """Return each word with the seconds at which it begins and ends."""
         second = self.mel.hop * self.stride
         found: list[dict[str, Any]] = []
         gap = True
@@ -353,7 +355,9 @@ class SpeechRecognition(Task):
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """Bootstrap over recordings (Bisani and Ney 2004, doi:10.1109/ICASSP.2004.1326009), of counts made once."""
+        """Return bootstrap intervals over recordings (Bisani and Ney 2004, doi:10.1109/ICASSP.2004.1326009); errors
+        are counted once.
+        """
         heard, said = self.texts(outputs).tolist(), truth["text"].tolist()
         rows = np.random.default_rng(0).integers(0, len(said), (1000, len(said)))
 
@@ -374,7 +378,7 @@ class SpeechRecognition(Task):
         return [
             Baseline(
                 "most frequent transcript",
-                f"{short!r}, which {times:,} training recordings say",
+                f"{short!r}, the transcript of {times:,} training recordings",
                 {"text": np.array([usual] * len(test), dtype=object)},
             )
         ]
@@ -388,10 +392,10 @@ class SpeechRecognition(Task):
         path = objective.outputs({"features": features.to(where), "lengths": frames.to(where)})["path"]
         return [
             Quotes(
-                "Heard while it learnt",
+                "Transcripts during training",
                 "Training recordings.",
                 [
-                    Quote(text or "(nothing)", f"said: {said}")
+                    Quote(text or "(nothing)", f"transcript: {said}")
                     for text, (_, said) in zip(self.texts({"path": path.cpu().numpy()}), self.shown)
                 ],
             )

@@ -1,4 +1,4 @@
-"""What tasks share that read a picture and a text together: both prepared, batched, and drawn with what was looked at."""
+"""Base class of tasks that read an image and a text together: preprocessing, batching and attention overlays."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from fieldguide.tasks.base import Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision.image_classification import augment
 
-SIDES = (16, 24, 32, 48, 64, 96, 192)  # that patches of the small networks fill
-MOST = {"cpu": 96, "mps": 96, "cuda": 192}  # pixels a side, where the user names none
-SAMPLE = 5000  # pictures and texts that sizes are learnt from
-SHARE = 0.3  # of the memory that decoded pictures may fill
-LONGEST = 64  # tokens of a text at most, where the user names no length
-THUMB = 128  # pixels a side in the report
-PICTURE = "picture"  # the column that keeps rows of equal pictures on one side
+SIDES = (16, 24, 32, 48, 64, 96, 192)  # image sizes that the patches of the small models divide
+MOST = {"cpu": 96, "mps": 96, "cuda": 192}  # maximum pixels per side by device, if the user sets no size
+SAMPLE = 5000  # images and texts sampled to choose sizes
+SHARE = 0.3  # maximum fraction of RAM for decoded images
+LONGEST = 64  # maximum tokens of a text, if the user sets no length
+THUMB = 128  # pixels per side in the report
+PICTURE = "picture"  # the column that keeps rows with the same image in one split
 
 
 class Pictured(Task):
-    """A task with one column of pictures and texts beside them."""
+    """A task with one image column and one text column."""
 
     feature = ("image",)
     pictures: ImageTransform
@@ -44,7 +44,7 @@ class Pictured(Task):
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        """Rows of equal pictures become a group, which no split parts."""
+        """Group rows with equal images so that splits keep them together."""
         if PICTURE in data.columns or HASH not in data.rows.columns:
             return data
         group = Column(PICTURE, "identifier", "group", "equal pictures have the same value")
@@ -52,7 +52,9 @@ class Pictured(Task):
         return replace(data, rows=rows, columns={**data.columns, PICTURE: group})
 
     def learn_inputs(self, data: Data, texts: list[str]) -> None:
-        """Learns pictures and vocabulary, or takes those that the options name. Settles side, channels, vocab and length."""
+        """Fit the image transform and the tokenizer, or load those that the options name. Sets side, channels,
+        vocab_size and length.
+        """
         o = self.options
         most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[device().type])
         side = o.side or max((s for s in SIDES if s <= most), default=SIDES[0])
@@ -73,15 +75,15 @@ class Pictured(Task):
         self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
 
     def framed(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text, all of them, with those that stand before and behind."""
+        """Return all token ids of each text, including special tokens."""
         raise NotImplementedError
 
     def closes(self, row: list[int]) -> bool:
-        """Whether the last token of a row says that it ends, and so stays where the row is cut."""
+        """Return whether the last token of a row is an end token, which truncation keeps."""
         raise NotImplementedError
 
     def tokens(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
-        """The tokens of each text, int64, no more than are read, and how many texts were cut."""
+        """Return the token ids of each text (int64), truncated to the length, and the number of truncated texts."""
         rows, most = self.framed(texts), self.options.length
         kept = [[*row[: most - 1], row[-1]] if len(row) > most and self.closes(row) else row[:most] for row in rows]
         return [np.array(row, dtype=np.int64) for row in kept], sum(len(row) > most for row in rows)
@@ -90,7 +92,7 @@ class Pictured(Task):
         if cut:
             self.notes.append(
                 f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
-                "cut there (task.length=... changes that)"
+                "truncated (change this with task.length=...)"
             )
 
     def model_dims(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class Pictured(Task):
         }
 
     def pixels(self, data: Data, settings: Settings | None = None) -> Callable[[np.ndarray, torch.Generator | None], Tensor]:
-        """Of rows, the pictures as the network sees them: B C S S. Equal files are kept in memory once."""
+        """Return a function from row numbers to normalized images (B, C, S, S). Equal files are kept in memory once."""
         paths = data.rows[self.column].to_list()
         p, unique = self.pictures, sorted(set(paths))
         place = {path: i for i, path in enumerate(unique)}
@@ -125,7 +127,7 @@ class Pictured(Task):
 
         return make
 
-    # Drawing
+    # Visualization
 
     def picture(self, data: Data, row: int) -> np.ndarray:  # -> S S 3 uint8
         array = images.load([data.rows[self.column][row]], THUMB, 3, fit="pad")[0]
@@ -135,7 +137,7 @@ class Pictured(Task):
         return encoded(self.picture(data, row))
 
     def overlay(self, data: Data, row: int, heat: np.ndarray) -> bytes:
-        """The picture beside itself under a heat of the weights of its patches, h w."""
+        """Return the image next to the same image under a heatmap (h, w) of its patch weights."""
         plain = self.picture(data, row)
         return encoded(np.concatenate([plain, heated(plain, heat)], 1))
 
@@ -152,7 +154,9 @@ class Pictured(Task):
 
 
 def heated(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:  # S S 3 uint8, h w -> S S 3 uint8
-    """A picture in grey, red where the heat is highest: the mean of the patches adds nothing, twice the mean or more all."""
+    """Return the image in gray, red where the heat is high: mean heat adds nothing, twice the mean or more adds full
+    red.
+    """
     side = picture.shape[:2]
     large = F.interpolate(torch.from_numpy(heat).float()[None, None], side, mode="bilinear", align_corners=False)[0, 0]
     strength = ((large / heat.mean() - 1).clamp(0, 1) * 0.75).numpy()[..., None]

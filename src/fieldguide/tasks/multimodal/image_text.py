@@ -1,4 +1,4 @@
-"""Pictures and captions: both as points of one space, so that each finds the other and any text can be a class."""
+"""Image-text retrieval and zero-shot classification: images and captions in one embedding space."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.multimodal.base import Pictured
 from fieldguide.tasks.supervised import binomial_interval
 
-AT = (1, 5, 10)  # of the best answers, among which a right one counts
-FEW = 100  # different captions that are taken for names of classes, where each stands on many rows
-KEPT = 1000  # training captions that answers are chosen from, where nobody names others
-CHUNK = 1000  # questions compared with all answers at once
-START = "<|startoftext|>"  # of CLIP: a token that begins texts, in tokenizers that have it
-NEAR = 5  # training pictures that the simple baseline takes its words from
+AT = (1, 5, 10)  # k of recall at k
+FEW = 100  # maximum number of different captions that are treated as class names
+KEPT = 1000  # maximum training captions to choose from, if the user names no classes
+CHUNK = 1000  # queries compared with all candidates at once
+START = "<|startoftext|>"  # CLIP's start token, which some tokenizers have
+NEAR = 5  # training images whose captions the baseline uses
 
 
 def pairs(data: Data) -> Iterator[Finding]:
-    """Rows that say the same of the same picture."""
+    """Find rows that repeat a caption of the same image, and captions that are file names."""
     column = data.target
     if column is None or HASH not in data.rows.columns or not len(data):
         return
@@ -61,10 +61,10 @@ def pairs(data: Data) -> Iterator[Finding]:
         yield Finding(
             "caption-is-file",
             "warning",
-            "captions that are the name of a picture file",
+            "captions that are the name of an image file",
             first_places(data, name),
             int(name.sum()),
-            "Have the columns slipped in these rows?",
+            "Check the columns of these rows.",
         )
 
 
@@ -73,11 +73,14 @@ def simplified(captions: pl.Series) -> pl.Series:
 
 
 class ImageText(Pictured):
-    """`predict RUN photo.jpg --set classes="a cat,a dog"` says how probable each is, and how near each is to the picture
-    (`similarity`, by which pictures can be ranked for one text); without `classes` those of the training data."""
+    """Contrastive image-text learning.
+
+    `predict RUN photo.jpg --set classes="a cat,a dog"` returns each text's probability and its cosine `similarity`,
+    which can rank images for one text. Without `classes` the candidates are those of the training data.
+    """
 
     name = "image-text"
-    reads = "a table with a column of pictures and one of captions (--target), several captions of a picture in several rows"
+    reads = "a table with an image column and a caption column (--target); several captions of an image are several rows"
     input_types = ("captioned",)
     output_types = ("embeddings",)
     column_spec = ColumnSpec(
@@ -88,34 +91,34 @@ class ImageText(Pictured):
         checks=(*checks.CHECKS, pairs),
     )
     metrics = (
-        Metric("mean_recall", "max", "mean of the six recalls below", percent=True),
-        *(Metric(f"text_r{k}", "max", f"pictures with a right caption among the best {k}", percent=True) for k in AT),
-        *(Metric(f"image_r{k}", "max", f"captions with a right picture among the best {k}", percent=True) for k in AT),
-        Metric("zero_shot_accuracy", "max", "pictures whose class is named by words alone", percent=True),
+        Metric("mean_recall", "max", "mean of the six recalls", percent=True),
+        *(Metric(f"text_r{k}", "max", f"images with a correct caption in the top {k}", percent=True) for k in AT),
+        *(Metric(f"image_r{k}", "max", f"captions with a correct image in the top {k}", percent=True) for k in AT),
+        Metric("zero_shot_accuracy", "max", "images classified correctly by class names alone", percent=True),
     )
     recipe: ClassVar = {"augmentation": "light", "patience": 10}
-    fewest, most = 64, 512  # what is learnt is told from the rest of the batch
+    fewest, most = 64, 512  # contrastive learning needs many negatives per batch
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None  # pixels a side that the network sees
-        channels: int | None = None  # 1 grey, 3 colour
-        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training captions
-        tokenizer: str | None = None  # a tokenizer.json to use instead
-        pixels: str | None = None  # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
-        resize: str | None = None  # how a picture gets its side, such as crop bicubic; else it is filled up with white
-        length: int | None = None  # tokens of a caption that are read; the rest is cut off, and counted
-        flip: bool = False  # a mirrored picture keeps its caption: false where these say left and right
-        end: int | None = None  # token that ends a text, where a given tokenizer leaves it open
-        template: str = "{}"  # how a class is said, such as "a photo of a {}"
+        side: int | None = None  # pixels per side of the input image
+        channels: int | None = None  # 1 gray, 3 color
+        vocab_size: int | None = None  # vocabulary size if a tokenizer is fitted on the training captions
+        tokenizer: str | None = None  # path of a tokenizer.json to use instead
+        pixels: str | None = None  # mean and standard deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
+        resize: str | None = None  # how images are resized, such as crop bicubic; default: padded with white
+        length: int | None = None  # maximum tokens of a caption; longer captions are truncated and counted
+        flip: bool = False  # mirror images at random; false if captions mention left and right
+        end: int | None = None  # id of the end token, if the tokenizer does not define one
+        template: str = "{}"  # text made from a class name, such as "a photo of a {}"
 
     @dataclass(frozen=True)
     class PredictOptions:
-        classes: str = ""  # texts to choose from, with commas between
-        templates: str = ""  # how a class is said, with | between several, whose vectors are averaged
+        classes: str = ""  # texts to choose from, separated by commas
+        templates: str = ""  # texts made from a class name, separated by |; their embeddings are averaged
 
-    classes: list[str]  # that pictures are tested on: of a class column, or few captions; or none
-    known: list[str]  # captions to choose from where nobody names others
+    classes: list[str]  # test classes: of a class column, or of few captions; or empty
+    known: list[str]  # captions to choose from if no classes are named
 
     @classmethod
     def match(cls, data: Data) -> str | None:
@@ -125,18 +128,18 @@ class ImageText(Pictured):
         said = data.target.kind == "text" or (
             data.target.kind == "category" and normalize_name(data.target.name) in CAPTION_NAMES
         )
-        return f"pictures and what is said of each in {data.target.name!r}" if said else None
+        return f"images and captions in {data.target.name!r}" if said else None
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
-            return "one column of pictures"
-        return None if data.target and data.target.kind == "text" else "a column of captions (name it with --target)"
+            return "one image column"
+        return None if data.target and data.target.kind == "text" else "a caption column (name it with --target)"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         if "{}" not in options.template:
-            raise SettingsError(f"task.template={options.template!r} has no {{}}, where the class is to stand.")
+            raise SettingsError(f"task.template={options.template!r} has no {{}}. Put {{}} where the class name goes.")
         task = cls(list(data.columns.values()), options)
         captions = task.captions(data)
         task.learn_inputs(data, captions)
@@ -164,8 +167,8 @@ class ImageText(Pictured):
         data = super().read_one(source, answered)
         if answered and self.target.name not in data.rows.columns:
             raise DataError(
-                f"{data.source}: the captions are to be in column {self.target.name!r}, which is not there. "
-                "To ask for answers, use `fieldguide predict`."
+                f"{data.source}: evaluation needs the caption column {self.target.name!r}, which is missing. To "
+                "predict without captions, use `fieldguide predict`."
             )
         return data
 
@@ -174,11 +177,11 @@ class ImageText(Pictured):
 
     @property
     def end(self) -> int:
-        """The token at which a text ends, where the network reads it out."""
+        """Return the end token, at which the text embedding is read."""
         return self.text.end if self.options.end is None else self.options.end
 
     def framed(self, texts: list[str]) -> list[list[int]]:
-        """Each text with the token at which it ends, and before it the one that begins it, where there is such a token."""
+        """Return the token ids of each text with an end token, and a start token if the tokenizer has one."""
         start, rows = self.text.tokenizer.token_to_id(START), []
         for encoding in self.text.tokenizer.encode_batch(texts):
             ids = encoding.ids[:-1] if encoding.ids[-1:] == [self.end] else encoding.ids
@@ -197,7 +200,7 @@ class ImageText(Pictured):
         pixels = self.pixels(data, settings)
         there = self.target.name in data.rows.columns and data.rows[self.target.name].null_count() < len(data)
         ids, cut = self.tokens(self.captions(data)) if there else ([], 0)
-        if not settings:  # of training texts it was said when the length was chosen
+        if not settings:  # for training texts `fit` has added the note
             self.note_cut(cut, len(ids))
         same = (
             {
@@ -217,19 +220,19 @@ class ImageText(Pictured):
         return Batches(len(data), make)
 
     def names(self) -> list[str]:
-        """The texts that a picture is compared with."""
+        """Return the texts that an image is compared with."""
         asked = [name.strip() for name in self.predict_options.classes.split(",") if name.strip()]
         return asked or self.classes or self.known
 
     def templates(self) -> list[str]:
-        """How each of `names` is said. Raises `SettingsError` for one without {}, where the class is to stand."""
+        """Return the templates of `names`. Raises `SettingsError` for a template without {}."""
         asked = [each.strip() for each in self.predict_options.templates.split("|") if each.strip()]
         if lost := [each for each in asked if "{}" not in each]:
-            raise SettingsError(f"templates: {lost[0]!r} has no {{}}, where the class is to stand.")
+            raise SettingsError(f"templates: {lost[0]!r} has no {{}}. Put {{}} where the class name goes.")
         return asked or [self.options.template if self.class_column or self.predict_options.classes else "{}"]
 
     def said(self, model: Any, where: torch.device) -> Tensor:  # -> K E, of length 1
-        """The vector of each of `names`, averaged over the templates."""
+        """Return the normalized embedding of each of `names`, averaged over the templates."""
         ways = []
         for template in self.templates():
             ids = self.tokens([template.replace("{}", name) for name in self.names()])[0]
@@ -238,8 +241,8 @@ class ImageText(Pictured):
         return ways[0] if len(ways) == 1 else F.normalize(torch.stack(ways).mean(0), dim=-1)
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        said: list[Tensor] = []  # of all batches
-        self.templates()  # what is wrong with them is said before pictures are read
+        said: list[Tensor] = []  # computed at the first batch
+        self.templates()  # report invalid templates before images are read
 
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             model = objective.model
@@ -265,8 +268,11 @@ class ImageText(Pictured):
         }
 
     def hits(self, outputs: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
-        """Metric -> of each question, whether it was answered rightly. Equal pictures are one picture, and so are captions;
-        all that stand together in a row are right."""
+        """Return, by metric, whether each query was answered correctly.
+
+        Equal images count as one image and equal captions as one caption; all pairs that occur in a row are
+        correct.
+        """
         found: dict[str, np.ndarray] = {}
         if "text" in outputs:
             image, text = (
@@ -287,7 +293,7 @@ class ImageText(Pictured):
         return ({"mean_recall": float(np.mean(recalls))} if recalls else {}) | scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """Over questions; what they are asked among stays, or a recall would rise with the pictures drawn twice."""
+        """Return intervals over queries. The candidates stay fixed, else recall would rise with images drawn twice."""
         hits = self.hits(outputs, truth)
         between = {name: binomial_interval(int(hit.sum()), len(hit)) for name, hit in hits.items()}
         ways = [np.mean([hits[f"{way}_r{k}"] for k in AT], 0) for way in ("text", "image") if f"{way}_r{AT[0]}" in hits]
@@ -313,18 +319,18 @@ class ImageText(Pictured):
             small.append(F.normalize((x - x.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1))
         near = torch.cat([(part @ small[0].T).topk(min(NEAR, len(train)), 1).indices for part in small[1].split(CHUNK)]).numpy()
         some = sum(theirs[near[:, i]] for i in range(near.shape[1]))
-        # A dense product of so many words would not fit: their random projection keeps angles.
+        # A dense product of so many words would not fit in memory; a random projection keeps angles.
         down = rng.normal(size=(theirs.shape[1], 512)).astype(np.float32)
         return [
-            Baseline("chance", "vectors by chance", blind),
+            Baseline("chance", "random vectors", blind),
             Baseline(
-                "words of similar pictures",
-                f"a picture has the words (TF-IDF) of the {near.shape[1]} nearest training pictures, by pixels",
+                "words of similar images",
+                f"an image gets the words (TF-IDF) of the {near.shape[1]} nearest training images, by pixels",
                 {"image": some @ down, "text": ours @ down},
             ),
         ]
 
-    # Answers and report
+    # Predictions and report
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         names, answers = self.names(), []
@@ -359,15 +365,15 @@ class ImageText(Pictured):
         sections: dict[str, list[Exhibit]] = {
             "Retrieved": [
                 Gallery(
-                    "Captions found for pictures",
-                    "Test pictures by chance, each with the nearest caption of all; framed where it belongs to another.",
+                    "Captions retrieved for images",
+                    "Random test images with the nearest caption of all; framed if the caption belongs to another image.",
                     by_picture,
                 ),
-                Gallery("Pictures found for captions", "Test captions by chance, each with the nearest picture.", by_caption),
+                Gallery("Images retrieved for captions", "Random test captions with the nearest image.", by_caption),
                 Table(
-                    "The nearest three",
-                    "Captions nearest to test pictures.",
-                    ("picture", "its caption", "first", "second", "third"),
+                    "Nearest three",
+                    "Captions nearest to test images.",
+                    ("image", "own caption", "first", "second", "third"),
                     rows,
                 ),
             ]
@@ -376,9 +382,11 @@ class ImageText(Pictured):
             sections["Retrieved"].append(
                 Gallery(
                     "Worst mistakes",
-                    "A wrong caption is much nearer than the picture's own.",
+                    "A wrong caption is much nearer than the image's own.",
                     [
-                        Picture(self.thumbnail(test, int(i)), f"says: {captions[told[i]]}; is: {captions[i]}", bad=True)
+                        Picture(
+                            self.thumbnail(test, int(i)), f"predicted: {captions[told[i]]}; target: {captions[i]}", bad=True
+                        )
                         for i in worst
                     ],
                 )
@@ -390,8 +398,8 @@ class ImageText(Pictured):
                 heat = objective.model.attention(seen).cpu().numpy()
             sections["Attention"] = [
                 Gallery(
-                    "Where it looked",
-                    "Test pictures, and in red the patches that count most for the picture's vector (attention rollout).",
+                    "Attention",
+                    "Test images; red marks the patches that contribute most to the image embedding (attention rollout).",
                     [Picture(self.overlay(test, int(i), h), captions[i]) for i, h in zip(some, heat)],
                     wide=True,
                 )
@@ -410,9 +418,9 @@ class ImageText(Pictured):
 
 
 def ranks(questions: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Of each question (Q E), how many wrong answers (of A E) are as near as its nearest right one or nearer.
+    """Return, per query (Q, E), how many wrong candidates (A, E) are at least as near as its nearest correct one.
 
-    `right` holds pairs (question, answer), and every question has one.
+    `right` holds pairs (query, candidate); every query has one.
     """
     found = np.empty(len(questions), dtype=np.int64)
     for first in range(0, len(questions), CHUNK):

@@ -1,4 +1,4 @@
-"""Questions about pictures: each answered by one of the answers that are frequent in training."""
+"""Visual question answering: classification of image and question into the frequent training answers."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric
 from fieldguide.tasks.multimodal.base import Pictured
 from fieldguide.tasks.supervised import ClassificationTask, calibration_error, fill_options
 
-ANSWERS = 1000  # answers that are learnt at most, where the user names no number
-TWICE = 2  # rows that an answer stands on at least
-FEW = 30  # answers up to which the report has their confusion
-TYPES = 25  # kinds of question in the report
+ANSWERS = 1000  # maximum number of answers, if the user sets none
+TWICE = 2  # minimum training rows of an answer
+FEW = 30  # maximum answers for which the report shows the confusion matrix
+TYPES = 25  # question types in the report
 
 
 class VisualQuestionAnswering(Pictured, ClassificationTask):
-    """`predict RUN table.csv` answers a table of pictures and questions; `predict RUN photo.jpg --set question="how many?"`
-    asks one thing of each picture."""
+    """Visual question answering.
+
+    `predict RUN table.csv` answers a table of images and questions; `predict RUN photo.jpg --set question="how
+    many?"` asks the same question of each image.
+    """
 
     name = "visual-question-answering"
-    reads = "a table with a column of pictures, one of questions and one of answers (--target)"
+    reads = "a table with an image column, a question column and an answer column (--target)"
     input_types = ("captioned",)
     further = ("text",)
     column_spec = ColumnSpec(
@@ -47,44 +50,44 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         columns={"question": "text", "image": "image", "image_path": "image"},
     )
     metrics = (
-        Metric("accuracy", "max", "right", percent=True),
-        Metric("balanced_accuracy", "max", "right, averaged over answers", percent=True),
-        Metric("log_loss", "min", "nats a question whose answer was learnt"),
+        Metric("accuracy", "max", "correct", percent=True),
+        Metric("balanced_accuracy", "max", "mean recall over answers", percent=True),
+        Metric("log_loss", "min", "nats per question with a known answer"),
         Metric("calibration_error", "min", "mean gap between confidence and accuracy"),
     )
-    # Each picture has several questions, and is soon known by heart. DAQUAR in 4 minutes of one core, 375 steps of 128,
-    # validation accuracy: .210 where pictures are augmented lightly, .222 so.
+    # Each image has several questions and is soon memorized. DAQUAR in 4 minutes on one core (375 steps of
+    # 128): validation accuracy .210 with light augmentation, .222 with standard.
     recipe: ClassVar = {"augmentation": "standard", "label_smoothing": 0.05, "patience": 10}
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None  # pixels a side that the network sees
-        channels: int | None = None  # 1 grey, 3 colour
-        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training questions
-        tokenizer: str | None = None  # a tokenizer.json to use instead
-        pixels: str | None = None  # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
-        resize: str | None = None  # how a picture gets its side, such as crop bicubic; else it is filled up with white
-        length: int | None = None  # tokens of a question that are read; the rest is cut off, and counted
-        answers: int | None = None  # answers that are learnt, the most frequent first; others are never said
-        flip: bool = False  # a mirrored picture keeps its answers: false where they say left and right
+        side: int | None = None  # pixels per side of the input image
+        channels: int | None = None  # 1 gray, 3 color
+        vocab_size: int | None = None  # vocabulary size if a tokenizer is fitted on the training questions
+        tokenizer: str | None = None  # path of a tokenizer.json to use instead
+        pixels: str | None = None  # mean and standard deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
+        resize: str | None = None  # how images are resized, such as crop bicubic; default: padded with white
+        length: int | None = None  # maximum tokens of a question; longer questions are truncated and counted
+        answers: int | None = None  # number of answers to predict, most frequent first; others are never predicted
+        flip: bool = False  # mirror images at random; false if answers mention left and right
 
     @dataclass(frozen=True)
     class PredictOptions:
-        question: str = ""  # asked of every picture, in place of the table's own questions
+        question: str = ""  # asked of every image, instead of the table's own questions
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         asked = [c.name for c in data.features("text", "category") if c.name.strip().lower() == "question"]
         if len(data.features("image")) == 1 and asked and data.target and data.target.kind != "number":
-            return f"pictures, questions about them and {data.target.distinct} answers"
+            return f"images, questions and {data.target.distinct} answers"
         return None
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
-            return "one column of pictures"
+            return "one image column"
         if len(data.features("text")) != 1:
-            return "one column of questions (call it question, or --set column.NAME=text)"
+            return "one question column (name it question, or use --set column.NAME=text)"
         return super().missing_requirements(data)
 
     @classmethod
@@ -98,24 +101,24 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         kept = frequent.head(most)[task.target.name].to_list()
         if len(kept) < 2:
             raise DataError(
-                f"{data.source}: fewer than two answers in column {task.target.name!r} are on {TWICE} training "
-                "rows or more. There is nothing to choose from."
+                f"{data.source}: fewer than two answers in column {task.target.name!r} occur on {TWICE} or more "
+                "training rows. At least two are needed."
             )
         task.labels = list(Labels.fit(kept).names)
         codes = task.targets(data)["label"]
         task.counts = np.bincount(codes[codes >= 0], minlength=len(kept)).tolist()
         if rare := counted.height - len(kept):
             task.notes.append(
-                f"{rare} of {counted.height} answers are rare and not learnt ({100 * (codes < 0).mean():.1f} % "
-                "of the training rows); where one is the truth, every answer counts as wrong "
-                "(task.answers=... changes how many are learnt)"
+                f"{rare} of {counted.height} answers are rare and cannot be predicted "
+                f"({100 * (codes < 0).mean():.1f} % of the training rows). Questions with such an answer count as "
+                "wrong (change this with task.answers=...)"
             )
         task.options = fill_options(task.options, answers=len(kept))
         return task
 
     @property
     def asked(self) -> str:
-        """The column of questions."""
+        """Return the name of the question column."""
         return next(c.name for c in self.columns if c.kind == "text" and c.role == "feature")
 
     def questions_of(self, data: Data) -> list[str]:
@@ -126,14 +129,14 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
             return super().read_one(source, answered)
         if not self.predict_options.question:
             if isinstance(source, str | Path) and pl.Series([str(source)]).str.contains(IMAGE_FILE_PATTERN)[0]:
-                raise DataError(f'{source}: say what to ask of the picture: --set question="...".')
+                raise DataError(f'{source}: the image has no question. Set one: --set question="...".')
             return super().read_one(source, answered)
         data = read(source, schema=[c for c in self.columns if c.name != self.asked], labels_optional=True, lenient=True)
         data.rows = data.rows.with_columns(pl.lit(self.predict_options.question).alias(self.asked))
         return data
 
     def framed(self, texts: list[str]) -> list[list[int]]:
-        """Each text behind the class token, at which the network answers, and what else a given tokenizer puts around it."""
+        """Return the token ids of each text with [CLS] first, plus the tokenizer's own special tokens."""
         rows = [encoding.ids or [self.text.unknown] for encoding in self.text.tokenizer.encode_batch(texts)]
         return [row if row[0] == self.text.cls else [self.text.cls, *row] for row in rows]
 
@@ -147,11 +150,11 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         return {**super().data_facts(), "num_classes": len(self.labels)}
 
     def targets(self, data: Data) -> Arrays:
-        """-1 is an answer that was not learnt."""
+        """Return the index of each row's answer; -1 for an answer that cannot be predicted."""
         return {"label": Labels(tuple(self.labels)).apply(data.rows[self.target.name]).copy()}
 
     def learnt(self, data: Data) -> Data:
-        """The rows whose answer is among those that are learnt."""
+        """Return the rows whose answer can be predicted."""
         return data.take(np.flatnonzero(self.targets(data)["label"] >= 0))
 
     def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
@@ -204,7 +207,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         majority, blind = super().baselines(self.learnt(train), test)
         return [
             replace(majority, name="most frequent answer"),
-            replace(blind, name="question only", what=f"the picture unseen: {blind.what.replace('same inputs', 'words')}"),
+            replace(blind, name="question only", what=f"without the image: {blind.what.replace('same inputs', 'words')}"),
         ]
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
@@ -237,16 +240,16 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         sections: dict[str, list[Exhibit]] = {
             "Questions": [
                 Table(
-                    "By type of question",
-                    "Questions that begin alike. A network that looks is right more often than the most "
-                    "frequent answer of each type would be.",
-                    ("questions", "asked", "right", "most frequent"),
+                    "By question type",
+                    "Questions grouped by their first two words. A model that uses the image is correct "
+                    "more often than the most frequent answer of each type.",
+                    ("questions", "examples", "correct", "most frequent"),
                     rows[:TYPES],
-                    heat=("right", "most frequent"),
+                    heat=("right", "correct"),
                 )
             ]
         }
-        say = lambda i: f"{asked[i]} {self.labels[said[i]]} ({100 * p[i].max():.0f} % sure)"
+        say = lambda i: f"{asked[i]} {self.labels[said[i]]} ({100 * p[i].max():.0f} % confident)"
         wrong = np.flatnonzero(~right)
         worst = wrong[np.argsort(-p[wrong].max(1), kind="stable")][:16]
         shuffled = np.random.default_rng(0).permutation(len(y))
@@ -256,14 +259,14 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
                 note,
                 [
                     Picture(
-                        self.thumbnail(test, int(i)), say(i) + (f"; is: {is_[i]}" if not right[i] else ""), bad=not right[i]
+                        self.thumbnail(test, int(i)), say(i) + (f"; target: {is_[i]}" if not right[i] else ""), bad=not right[i]
                     )
                     for i in some
                 ],
             )
             for title, note, some in (
-                ("Worst mistakes", "Wrong with most confidence.", worst),
-                ("By chance", "Test questions as they come.", shuffled[:16]),
+                ("Worst mistakes", "Wrong with the highest confidence.", worst),
+                ("Random sample", "Random test questions.", shuffled[:16]),
             )
             if len(some)
         ]
@@ -279,8 +282,8 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
                 heat = objective.model.attention(image, tokens, mask).cpu().numpy()
             sections["Attention"] = [
                 Gallery(
-                    "Where it looked",
-                    "Test pictures, and in red the patches that count most for the answer (attention rollout).",
+                    "Attention",
+                    "Test images; red marks the patches that contribute most to the answer (attention rollout).",
                     [Picture(self.overlay(test, int(i), h), say(i), bad=not right[i]) for i, h in zip(some, heat)],
                     wide=True,
                 )
@@ -311,7 +314,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
 
 
 def kind(question: str) -> str:
-    """How a question begins: two words."""
+    """Return the first two words of a question."""
     return " ".join(question.lower().split()[:2])
 
 

@@ -1,4 +1,4 @@
-"""What tasks share whose input a person may type: texts, prompts, questions."""
+"""Base class of tasks whose input is a text: passages, prompts, questions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fieldguide.tasks.base import Task
 
 
 class Typed(Task):
-    """A task with one column of text as its input, which may also be given as the text itself."""
+    """A task whose input is one text column; the input may also be given as the text itself."""
 
     feature = ("text",)
 
@@ -26,7 +26,7 @@ class Typed(Task):
         return data.rows[self.column].fill_null("").to_list()
 
     def encode_texts(self, texts: Sequence[str], longest: int) -> Batches:
-        """Texts as encoders read them: a class token, at most so many tokens in all, a separator."""
+        """Encode texts as encoder inputs [CLS] ... [SEP] of at most `longest` tokens."""
         text = self.text
         rows = [np.concatenate([[text.cls], ids[: longest - 2], [text.sep]]) for ids in text.encode_exact(list(texts))]
 
@@ -37,20 +37,20 @@ class Typed(Task):
         return Batches(len(rows), make, np.array([len(row) for row in rows]))
 
     def typed(self, text: str) -> pl.DataFrame:
-        """A text that a person typed, as a row of the table."""
+        """Return a row of the table for a text given as input."""
         return pl.DataFrame({self.column: [text]})
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered or not isinstance(source, str) or path_like(source):
             return super().read_one(source, answered)
         data = super().read_one(self.typed(source), answered)
-        data.manifest.files[0] = replace(data.manifest.files[0], path=source)  # it is called by what it says
+        data.manifest.files[0] = replace(data.manifest.files[0], path=source)  # the prediction is listed under the text itself
         data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
         return data
 
 
 def path_like(text: str) -> bool:
-    """Whether a person who typed this means a file, a folder or a sample rather than a text."""
+    """Return whether the input is a file, a folder or a sample name rather than a text."""
     if len(text.split()) == 1 and ("/" in text or Path(text).suffix):
         return True
     return text in SAMPLES or (0 < len(text) < 256 and Path(text).exists())

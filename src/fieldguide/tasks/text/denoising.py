@@ -1,4 +1,4 @@
-"""Left out: a network that reads one row and writes another learns to restore damaged texts, from nothing but texts."""
+"""Denoising: a sequence-to-sequence model learns to restore corrupted texts, from plain texts alone."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.packing import Packed
 from fieldguide.tasks.text.translation import written
 
-SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # what stands for the spans that are cut out, in this order
+SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # sentinels that replace the removed spans, in this order
 USUAL = {"spans": (damage.T5_CORRUPTED_FRACTION, damage.T5_MEAN_SPAN_LENGTH), "infill": damage.BART_INFILLING}
 SHOWN = 12  # test rows in the report
 
 
 class Denoising(Packed):
-    """Pieces of full rows are damaged as the network's card says (`card.DENOISES`), and it writes what was there. All that it
-    writes is learnt; what is judged are the tokens that were left out."""
+    """Packed rows are corrupted as the card's `pretraining_objective` says, and the model writes the original.
+
+    The loss covers all target tokens; the scores cover the removed tokens alone.
+    """
 
     name = "denoising"
     input_types = ("pair",)
@@ -43,40 +45,42 @@ class Denoising(Packed):
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None  # tokens of a row, with those that frame it
-        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None  # a tokenizer.json to use instead
-        begin: int | None = None  # of its tokens, the one that answers begin with
-        language: str | None = None  # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
-        damage: str | None = None  # spans | infill; None: as the network was made for
-        share: float | None = None  # of the tokens that are left out; None: .15 for spans, .30 for infill
-        mean: float | None = None  # tokens of a span, on the average; None: 3
+        length: int | None = None  # tokens of a row, including special tokens
+        vocab_size: int | None = None  # vocabulary size if a tokenizer is fitted on the training texts
+        tokenizer: str | None = None  # path of a tokenizer.json to use instead
+        begin: int | None = None  # id of the token that starts the target
+        language: str | None = None  # language code of a multilingual tokenizer (de_DE, deu_Latn)
+        damage: str | None = None  # spans | infill; None: the model's own pretraining objective
+        share: float | None = None  # fraction of the tokens that is removed; None: .15 for spans, .30 for infill
+        mean: float | None = None  # mean tokens per removed span; None: 3
 
     @dataclass(frozen=True)
     class PredictOptions:
         num_beams: int = 4
-        length_penalty: float = 1.0  # of length: 0 = none, 1 = the mean log-probability decides
-        max_new_tokens: int = 12  # of what fills a gap, at most, on the average
+        length_penalty: float = 1.0  # exponent of the length in the beam score: 0 = none, 1 = mean log-probability
+        max_new_tokens: int = 12  # maximum tokens per gap, on average
 
     frame: SequenceMarkers
-    sentinels: np.ndarray  # their tokens, in the order of use
+    sentinels: np.ndarray  # their token ids, in the order of use
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         if options.damage not in (None, *PRETRAINING_OBJECTIVES):
-            raise SettingsError(f"task.damage={options.damage!r} is none of {', '.join(PRETRAINING_OBJECTIVES)}.")
+            raise SettingsError(
+                f"task.damage={options.damage!r} is unknown. Choose one of {', '.join(PRETRAINING_OBJECTIVES)}."
+            )
         if not 0 < (options.share or 0.5) < 1 or (options.mean or 1) < 1:
-            raise SettingsError("task.share lies between 0 and 1, and task.mean is at least 1.")
+            raise SettingsError("task.share must lie between 0 and 1, and task.mean must be at least 1.")
         task = cls.prepared(data, options, (*SPECIAL_TOKENS, END_OF_TEXT, *SENTINELS))
         if options.begin is None and len(known(task.text)) < len(SENTINELS):
-            # A network that begins with a checkpoint says what its answers begin with, and has no room for more tokens.
+            # With a checkpoint, `begin` is known and the vocabulary cannot grow.
             task.text.tokenizer.add_special_tokens(list(SENTINELS))
             task.counts = np.pad(task.counts, (0, task.text.size - len(task.counts)))
             task.options = replace(task.options, vocab_size=task.text.size)
-            task.notes.append(f"{options.tokenizer} has no tokens <extra_id_0> ... for what is cut out: they are added")
+            task.notes.append(f"{options.tokenizer} has no sentinel tokens <extra_id_0> ... for removed spans: they are added")
         task.find_frame()
         if task.options.length < task.around + 8:
-            raise SettingsError(f"task.length is at least {task.around + 8}.")
+            raise SettingsError(f"task.length must be at least {task.around + 8}.")
         return task
 
     def find_frame(self) -> None:
@@ -89,16 +93,16 @@ class Denoising(Packed):
 
     @property
     def between(self) -> list[int]:
-        """Nothing where the one separator that there is ends what is written: else the network would end at it."""
+        """Return the separator, or nothing if it also ends the target: the model would stop there."""
         return [self.text.sep] if self.text.sep != self.frame.end else []
 
     @property
     def around(self) -> int:
-        """Tokens of a row beside those of its text, at most."""
+        """Return the maximum number of special tokens in a row."""
         return self.frame.longest + 2
 
     def settle(self, card: Card | None) -> None:
-        """Chooses, once, what is done to texts. Raises `SettingsError` where the tokenizer has no tokens for it."""
+        """Set the corruption options that are None. Raises `SettingsError` if the tokenizer lacks the tokens."""
         if self.options.damage is None:
             self.options = fill_options(self.options, damage=card.pretraining_objective if card else "spans")
         share, mean = USUAL[self.options.damage]
@@ -107,23 +111,22 @@ class Denoising(Packed):
         spans = round((o.length - self.around) * o.share / o.mean) + 1
         if o.damage == "spans" and len(self.sentinels) <= spans:
             raise SettingsError(
-                f"{o.tokenizer or 'the tokenizer'} has {len(self.sentinels)} tokens <extra_id_0> ..., and rows "
-                f"of {o.length} tokens need {spans + 1}: take shorter rows (task.length), longer spans "
-                "(task.mean) or another damage (task.damage=infill)."
+                f"{o.tokenizer or 'the tokenizer'} has {len(self.sentinels)} tokens <extra_id_0> ..., but rows of "
+                f"{o.length} tokens need {spans + 1}. Use shorter rows (task.length), longer spans (task.mean) or "
+                "task.damage=infill."
             )
         if o.damage == "infill" and self.text.mask_token == self.text.unknown:
             raise SettingsError(
-                f"{o.tokenizer}: it has no mask token (<mask> or [MASK]), which stands for what is left out; "
-                "try task.damage=spans."
+                f"{o.tokenizer} has no mask token (<mask> or [MASK]) to replace the removed tokens. Use task.damage=spans."
             )
 
     # Rows
 
     def damaged(self, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:  # N L int64, padded
-        """Rows as they are read and as they are to be written: source, source_mask, tokens, target, asked."""
+        """Corrupt rows; returns source, source_mask, tokens, target and asked (the removed tokens)."""
         text, frame, o = self.text, self.frame, self.options
         lengths = (tokens != text.pad).sum(1)
-        plain = tokens != text.sep  # what stands between texts is not asked
+        plain = tokens != text.sep  # separators are not scored
         if o.damage == "spans":
             span = damage.sample_spans(lengths, tokens.shape[1], rng, o.share, o.mean)
             source, mask, target = damage.corrupt_spans(tokens, span, lengths, self.sentinels, frame.end, text.pad)
@@ -137,7 +140,7 @@ class Denoising(Packed):
             asked = np.pad(gone & plain, ((0, 0), (0, 1)))
         said = np.where(target < 0, text.pad, target)[:, :-1]
         lead = np.broadcast_to(np.array(frame.target_start), (len(tokens), len(frame.target_start)))
-        skip = ((0, 0), (len(frame.target_start) - 1, 0))  # what all answers begin with is not learnt
+        skip = ((0, 0), (len(frame.target_start) - 1, 0))  # the tokens that start every target have no loss
         return {
             name: torch.from_numpy(np.ascontiguousarray(x[:, : o.length]))
             for name, x in {
@@ -150,7 +153,9 @@ class Denoising(Packed):
         }
 
     def batches(self, data: Data, card: Card | None, settings: Settings | None = None) -> Batches:
-        """While training, rows begin anywhere and other tokens are left out each time; to score, always the same."""
+        """Return the examples. Training rows get random offsets and new corruption each time; scored rows are always
+        the same.
+        """
         self.settle(card)
         packed, drawn = self.rows(data, self.options.length - self.around)
         fixed: dict[str, Tensor] = {}
@@ -158,7 +163,7 @@ class Denoising(Packed):
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             chosen = torch.from_numpy(index)
             if generator is None:
-                if not fixed:  # for all rows at once, whoever shares a batch
+                if not fixed:  # for all rows at once, so that the batch size has no effect
                     fixed.update(self.damaged(packed.numpy(), np.random.default_rng(0)))
                 return {name: x[chosen] for name, x in fixed.items()}
             rows = drawn(chosen, generator).numpy()
@@ -187,7 +192,8 @@ class Denoising(Packed):
         for place, pieces in enumerate(cut):
             if spans and len(pieces) > len(self.sentinels):
                 raise DataError(
-                    f"{data.locate_row(place)}: {len(pieces) - 1} gaps, and {len(self.sentinels) - 1} can be filled."
+                    f"{data.locate_row(place)}: the text has {len(pieces) - 1} gaps, but at most "
+                    f"{len(self.sentinels) - 1} can be filled."
                 )
             ids = list(pieces[0])
             for number, piece in enumerate(pieces[1:]):
@@ -196,7 +202,8 @@ class Denoising(Packed):
             rows.append(np.array([*frame.before, *ids, *self.between, *close], dtype=np.int64))
             if len(rows[-1]) > self.options.length:
                 raise DataError(
-                    f"{data.locate_row(place)}: {len(rows[-1])} tokens, and the network reads {self.options.length}; shorten it."
+                    f"{data.locate_row(place)}: the text has {len(rows[-1])} tokens, but the model reads "
+                    f"at most {self.options.length}. Shorten it."
                 )
         gaps = np.array([len(pieces) - 1 for pieces in cut])
         self.asked = cut
@@ -220,7 +227,7 @@ class Denoising(Packed):
         return answer
 
     def search(self, model: Any, source: Tensor, mask: Tensor, gaps: Tensor) -> Tensor:  # B S -> B T, -1 behind the end
-        """What the network writes: of gaps all, or the whole text."""
+        """Generate the fillings of all gaps, or the whole text; -1 after the end."""
         limits = gaps * (self.predict_options.max_new_tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
         limits = limits.clamp(max=self.options.length - len(self.frame.target_start))
         return written(
@@ -234,7 +241,7 @@ class Denoising(Packed):
         )
 
     def fillings(self, said: list[int], gaps: int) -> list[list[int]]:
-        """What stands behind each sentinel in what was written; nothing for one that is not there."""
+        """Return the tokens generated after each sentinel; empty for a sentinel that was not generated."""
         number = {int(token): i for i, token in enumerate(self.sentinels)}
         found: list[list[int]] = [[] for _ in range(max(gaps, len(number)))]
         at = None
@@ -246,11 +253,11 @@ class Denoising(Packed):
         return found[:gaps]
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
-        """The text with its gaps filled, and, where the network writes nothing else, what each was filled with."""
+        """Return the text with its gaps filled and, for the objective "spans", the filling of each gap."""
         records = []
         for (first, *others), row in zip(self.asked, outputs["said"].astype(int)):
             said = [token for token in row.tolist() if token >= 0]
-            if self.options.damage == "infill":  # rows are full in training: behind its end another text would begin
+            if self.options.damage == "infill":  # training rows are packed, so the model would continue with another text
                 stop = next((place for place, token in enumerate(said) if token in self.between), len(said))
                 records.append({"text": self.said(said[:stop]).strip()})
                 continue
@@ -270,7 +277,7 @@ class Denoising(Packed):
 
     @torch.no_grad()
     def restored(self, test: Data, objective: Objective) -> list[Exhibit]:
-        """Test rows as they were read, and what was written of what was left out, each token after those that are right."""
+        """Return test rows as they were read, with the removed spans and the predictions under teacher forcing."""
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(SHOWN, len(batches))), None)
         device = next(objective.model.parameters()).device
@@ -283,14 +290,14 @@ class Denoising(Packed):
             quotes.append(Quote(self.shown(source[mask].tolist()), " · ".join(pairs), bad=False))
         return [
             Quotes(
-                "Texts as they were read, and what was left out",
-                "Each span that was left out, and what the network wrote for it, one token at a time after the right ones.",
+                "Corrupted texts and their removed spans",
+                "Each removed span, and the model's prediction of it: each token given the correct ones before it.",
                 quotes,
             )
         ]
 
     def shown(self, ids: list[int]) -> str:
-        """Tokens as text, with a line for everything that stands for what was left out."""
+        """Return tokens as text, with ▁▁▁ for the removed spans."""
         marks = {*self.sentinels.tolist(), self.text.mask_token}
         pieces: list[list[int]] = [[]]
         for token in ids:
@@ -310,7 +317,7 @@ class Denoising(Packed):
 
 
 def known(text: TextTokenizer) -> np.ndarray:
-    """The sentinels that a tokenizer has, up to the first that it has not."""
+    """Return the ids of the sentinels that the tokenizer has, up to the first missing one."""
     ids = [text.tokenizer.token_to_id(name) for name in SENTINELS]
     return np.array(ids[: ids.index(None) if None in ids else len(ids)], dtype=np.int64)
 
@@ -318,7 +325,7 @@ def known(text: TextTokenizer) -> np.ndarray:
 def around(
     tokens: np.ndarray, mask: np.ndarray, before: tuple[int, ...], after: tuple[int, ...], pad: int
 ) -> tuple[np.ndarray, np.ndarray]:  # N L, N L bool -> N M, N M bool
-    """Padded rows with these tokens before and behind what is real in each."""
+    """Return padded rows with `before` and `after` added around the real tokens of each."""
     count = len(tokens)
     first, last = (np.broadcast_to(np.array(ids, dtype=np.int64), (count, len(ids))) for ids in (before, after))
     real = [np.ones(first.shape, dtype=bool), mask, np.ones(last.shape, dtype=bool)]

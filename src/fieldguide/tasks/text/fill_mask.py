@@ -1,4 +1,4 @@
-"""Hidden words: a network that reads both sides learns what is missing, from nothing but texts."""
+"""Masked language modeling: an encoder learns to predict hidden tokens, from plain texts alone."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fieldguide.tasks.base import Arrays, CheckpointAssets
 from fieldguide.tasks.text.packing import Packed
 
 SHOWN = 12  # texts in the report
-ROWS = 64  # test rows that are looked at word by word
+ROWS = 64  # test rows whose single predictions are shown
 
 
 class FillMask(Packed):
-    """Some tokens of each row are hidden, and the network guesses them where they stand."""
+    """Some tokens of each row are masked, and the model predicts them."""
 
     name = "fill-mask"
     input_types = ("tokens",)
@@ -38,34 +38,36 @@ class FillMask(Packed):
     @dataclass(frozen=True)
     class Options:
         length: int | None = None  # tokens of a row
-        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None  # a tokenizer.json to use instead; it needs a mask token
-        share: float = 0.15  # of the tokens that are hidden
+        vocab_size: int | None = None  # vocabulary size if a tokenizer is fitted on the training texts
+        tokenizer: str | None = None  # path of a tokenizer.json to use instead; it must have a mask token
+        share: float = 0.15  # fraction of the tokens that is masked
 
     @dataclass(frozen=True)
     class PredictOptions:
-        top: int = 5  # guesses for each missing word
+        top: int = 5  # predictions per missing word
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls.prepared(data, options, SPECIAL_TOKENS)
         if task.text.mask_token == task.text.unknown:
-            raise DataError(f"{options.tokenizer}: it has no mask token ([MASK] or <mask>), which hidden words are shown as.")
+            raise DataError(
+                f"{options.tokenizer} has no mask token ([MASK] or <mask>) to replace hidden words. Use a tokenizer with one."
+            )
         if not 0 < task.options.share < 1 or task.options.length < 3:
-            raise DataError("task.share is between 0 and 1, and task.length at least 3.")
+            raise DataError("task.share must lie between 0 and 1, and task.length must be at least 3.")
         return task
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> Self:
         return cls.from_state(beside.texts(), cls.Options(length=beside.length), {"counts": []}, beside.folder)
 
-    # Rows as tokens
+    # Token rows
 
     def framed(self, rows: Tensor) -> Tensor:  # B length - 1 -> B length
         return torch.cat([rows.new_full((len(rows), 1), self.text.cls), rows], 1)
 
     def hidden(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Rows with words hidden, and what was there; neither padding nor tokens between texts are."""
+        """Mask tokens of rows, and return the masked rows and the targets. Padding and separators are never masked."""
         open_to = torch.ones_like(tokens, dtype=torch.bool)
         for special in {self.text.pad, self.text.cls, self.text.sep, self.text.mask_token}:
             open_to &= tokens != special
@@ -73,14 +75,16 @@ class FillMask(Packed):
         return mask_tokens(tokens, open_to, self.text.mask_token, first, self.text.size, generator, self.options.share)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        """While training, rows begin anywhere and other words are hidden each time; to score, always the same."""
+        """Return the examples. Training rows get random offsets and new masks each time; scored rows are always the
+        same.
+        """
         packed, drawn = self.rows(data, self.options.length - 1)
         fixed: list[Tensor] = []
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             chosen = torch.from_numpy(index)
             if generator is None:
-                if not fixed:  # for all rows at once, whoever shares a batch
+                if not fixed:  # for all rows at once, so that the batch size has no effect
                     fixed.extend(self.hidden(self.framed(packed), seeded(0)))
                 tokens, target = fixed[0][chosen], fixed[1][chosen]
             else:
@@ -96,14 +100,14 @@ class FillMask(Packed):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        """Tokens that are hidden in each row."""
+        """Return the hidden tokens of each row."""
         batches = self.batches(data, None)
         return {"target": batches.make(np.arange(len(batches)), None)["target"].numpy()}
 
-    # Answers
+    # Predictions
 
     def blanks(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens of a text with missing words, and where these stand."""
+        """Return the token ids of a text with gaps, and the positions of the gaps."""
         first, *others = self.pieces(text)
         ids, places = [self.text.cls, *first], []
         for piece in others:
@@ -116,7 +120,8 @@ class FillMask(Packed):
         for place, ids in enumerate(rows):
             if len(ids) > self.options.length:
                 raise DataError(
-                    f"{data.locate_row(place)}: {len(ids)} tokens, and the network reads {self.options.length}; shorten it."
+                    f"{data.locate_row(place)}: the text has {len(ids)} tokens, but the model reads at "
+                    f"most {self.options.length}. Shorten it."
                 )
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -169,7 +174,7 @@ class FillMask(Packed):
 
     @torch.no_grad()
     def guesses(self, test: Data, objective: Objective) -> list[Exhibit]:
-        """Hidden words of the test part: what was guessed, and how that depends on how common a word is."""
+        """Return predictions of hidden test words, and the accuracy by word frequency."""
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(ROWS, len(batches))), None)
         device = next(objective.model.parameters()).device
@@ -198,20 +203,20 @@ class FillMask(Packed):
             quotes.append(
                 Quote(
                     f"{left} ▁▁▁{after}",
-                    f"was {self.said([int(target[number])]).strip()!r}; guessed: {guesses}",
+                    f"was {self.said([int(target[number])]).strip()!r}; predicted: {guesses}",
                     bad=not right[number],
                 )
             )
         return [
             Quotes(
                 "Hidden words of test texts",
-                "One missing word each, and the three likeliest guesses. Other words of the row are hidden, too.",
+                "One missing word each, and the three most probable predictions. Other words of the row are hidden, too.",
                 quotes,
             ),
             Table(
-                "By how common a word is",
-                f"Hidden words of {len(batch['tokens'])} test rows, by how often the training texts have them.",
-                ("times in training", "hidden", "guessed"),
+                "By word frequency",
+                f"Hidden words of {len(batch['tokens'])} test rows, by their frequency in the training texts.",
+                ("times in training", "hidden", "predicted"),
                 rows,
                 heat=("guessed",),
             ),

@@ -1,5 +1,4 @@
-"""What tasks share that learn from plain texts by leaving out some of their tokens: full rows, scores, and gaps as a person
-writes them."""
+"""Base class of tasks that train on plain texts with some tokens removed: packed rows, scores, and parsing of gaps."""
 
 from __future__ import annotations
 
@@ -23,29 +22,37 @@ from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import Typed
 from fieldguide.tasks.text.text_generation import MOST, PART, TOKENS, TextGeneration
 
-BLANK = re.compile(r"<extra_id_\d+>|<mask>|\[MASK\]|_{3,}")  # how a person writes what is missing
+BLANK = re.compile(r"<extra_id_\d+>|<mask>|\[MASK\]|_{3,}")  # the ways to write a gap in an input
 
 
 class Packed(Typed):
-    """Rows are full: texts one after another, a separator between them, as RoBERTa's (its table 2, "full sentences"). While
-    training they begin anywhere, so that no two passes are alike. Options have `length`, `vocab` and `tokenizer`."""
+    """A task with packed rows: texts are concatenated with separators and cut into full rows, as in RoBERTa (table 2,
+    "full sentences").
 
-    reads = "text files, or a table (CSV, JSON Lines) with a column of text"
+    During training rows begin at random offsets, so that every epoch differs. Options must have `length`,
+    `vocab_size` and `tokenizer`.
+    """
+
+    reads = "text files, or a table (CSV, JSON Lines) with a text column"
     column_spec = ColumnSpec("none", columns={"text": "text"})
     metrics = (
-        Metric("loss", "min", "nats a hidden token"),
-        Metric("accuracy", "max", "of the hidden tokens guessed", percent=True),
-        Metric("perplexity", "min", "tokens to choose among, in effect"),
+        Metric("loss", "min", "nats per hidden token"),
+        Metric("accuracy", "max", "of the hidden tokens predicted correctly", percent=True),
+        Metric("perplexity", "min", "effective number of tokens to choose from"),
     )
     recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
     fewest = 8
 
     text: TextTokenizer
-    counts: np.ndarray  # how often each token stands in the training texts
+    counts: np.ndarray  # frequency of each token in the training texts
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return None if len(data.features("text")) == 1 else "one column of text (name its kind with --set column.NAME=text)"
+        return (
+            None
+            if len(data.features("one text column (set its kind with --set column.NAME=text)")) == 1
+            else "one column of text (name its kind with --set column.NAME=text)"
+        )
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
@@ -53,7 +60,10 @@ class Packed(Typed):
 
     @classmethod
     def prepared(cls, data: Data, options: Any, special: tuple[str, ...]) -> Self:
-        """A task whose tokens are learnt from training texts or given, with tokens counted; row length by their number."""
+        """Create a task whose tokenizer is loaded or fitted on the training texts.
+
+        Counts the tokens and derives the row length from their number.
+        """
         task = cls(list(data.columns.values()), options)
         texts = task.texts(data)
         task.text = (
@@ -63,21 +73,21 @@ class Packed(Typed):
         )
         tokens = np.concatenate([np.zeros(0, dtype=np.int64), *task.text.encode_exact(texts)])
         if not len(tokens):
-            raise DataError(f"{data.source}: the training texts are empty.")
+            raise DataError(f"{data.source}: the training texts are empty. Add text.")
         task.counts = np.bincount(tokens, minlength=task.text.size)
         longest = options.length or min(MOST[device().type], max(8, len(tokens) // 32))
         task.options = fill_options(options, length=longest, vocab_size=task.text.size)
         return task
 
-    # Rows as tokens
+    # Token rows
 
     @property
     def between(self) -> list[int]:
-        """What stands between texts."""
+        """Return the token ids between texts."""
         return [self.text.sep]
 
     def stream_of(self, data: Data) -> np.ndarray:
-        """All texts as one row of tokens, int64, with a separator behind each."""
+        """Return all texts as one int64 array of token ids, with a separator after each."""
         begins = data.rows[PART].to_numpy() == 0 if PART in data.rows.columns else np.ones(len(data), dtype=bool)
         end = np.array(self.between, dtype=np.int64)
         pieces = [
@@ -88,12 +98,14 @@ class Packed(Typed):
         return np.concatenate([*pieces[1:], end] if begins[0] else [*pieces, end])
 
     def rows(self, data: Data, width: int) -> tuple[Tensor, Callable[[Tensor, torch.Generator], Tensor]]:
-        """All texts in full rows, N width, the last filled up with padding; and what draws rows for training: of the same
-        numbers, each beginning anywhere."""
+        """Return all texts as packed rows (N, width), the last one padded, and a function that samples training rows.
+
+        The function takes row numbers and shifts each row by a random offset.
+        """
         tokens = self.stream_of(data)
         count = -(-len(tokens) // width)
         flat = torch.from_numpy(np.pad(tokens, (0, count * width - len(tokens)), constant_values=self.text.pad))
-        room, offsets = len(tokens) - width, torch.arange(width)  # the last place a full row begins
+        room, offsets = len(tokens) - width, torch.arange(width)  # the last position at which a full row can begin
 
         def drawn(index: Tensor, generator: torch.Generator) -> Tensor:
             first = index * width
@@ -122,7 +134,7 @@ class Packed(Typed):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        """Tokens that are hidden in each row, -1 elsewhere."""
+        """Return the hidden tokens of each row, -1 elsewhere."""
         raise NotImplementedError
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -137,7 +149,7 @@ class Packed(Typed):
         return [
             Baseline(
                 "token frequency",
-                f"each token as often as in training; always guesses {self.said([best])!r}",
+                f"each token with its training frequency; always predicts {self.said([best])!r}",
                 {
                     "nats": np.where(asked, nats[np.maximum(target, 0)], 0).sum(1),
                     "right": (target == best).sum(1),
@@ -150,17 +162,19 @@ class Packed(Typed):
         return self.text.decode(ids)
 
     def pieces(self, text: str) -> list[list[int]]:
-        """The tokens of what stands before, between and behind the gaps of a text. The blank before a gap is its own, as the
-        blank before a word is part of the word."""
+        """Return the token ids before, between and after the gaps of a text.
+
+        A space before a gap belongs to the gap, as a space before a word is part of the word's token.
+        """
         parts = BLANK.split(text)
         return [ids.tolist() for ids in self.text.encode_exact([*(p.rstrip(" ") for p in parts[:-1]), parts[-1]])]
 
     def gapped(self, data: Data) -> list[str]:
-        """Texts that are to be filled. Raises `DataError` for one without a gap."""
+        """Return the texts to fill. Raises `DataError` for a text without a gap."""
         texts = self.texts(data)
         for place, text in enumerate(texts):
             if not BLANK.search(text):
-                raise DataError(f"{data.locate_row(place)}: {text[:40]!r} has no missing word; write <mask> where one is.")
+                raise DataError(f"{data.locate_row(place)}: {text[:40]!r} has no gap. Write <mask> for the missing word.")
         return texts
 
     def by_row(self, outputs: Arrays) -> dict[str, list[Exhibit]]:
@@ -168,8 +182,8 @@ class Packed(Typed):
         return {
             "Scores by row": [
                 Bars(
-                    "How the test rows differ",
-                    "Nats a hidden token of rows of the test part, by tenths.",
+                    "Loss by test row",
+                    "Nats per hidden token of the test rows, by decile.",
                     {f"{10 * q} %": float(v) for q, v in enumerate(np.quantile(per_row, np.linspace(0, 1, 11)))},
                     unit="nats",
                 )

@@ -1,4 +1,4 @@
-"""Answers that stand in a text: a network reads a question and a context, and says where the answer begins and ends."""
+"""Extractive question answering: the model reads a question and a context and predicts the answer's span."""
 
 from __future__ import annotations
 
@@ -33,52 +33,56 @@ from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 from fieldguide.tasks.text.windows import Frame, Windows, covering, ends, framed, starts, whole_words, widened
 
-MOST = {"cpu": 256, "mps": 384, "cuda": 384}  # tokens of a window, where the user names no length
-QUESTION = 64  # tokens of a question that are read (BERT's code for SQuAD)
-TOKENS = 8192  # a step, about, where the user names no batch
-LONGEST = 30  # tokens of an answer at most (BERT's code for SQuAD), where no training answers tell
-PUBLISHED = 384  # tokens of a window that published networks have learnt with (the same), where they read so many
-WHOLE = 0.97  # share of training answers that are whole words above which answers are made so
+MOST = {"cpu": 256, "mps": 384, "cuda": 384}  # maximum tokens of a window by device, if the user sets no length
+QUESTION = 64  # maximum tokens of a question (as in BERT's code for SQuAD)
+TOKENS = 8192  # approximate tokens per step, if the user sets no batch size
+LONGEST = 30  # maximum tokens of an answer (as in BERT's code for SQuAD), if no training answers are known
+PUBLISHED = 384  # tokens of a window of published models (same source), if they read that many
+WHOLE = 0.97  # fraction of training answers at word boundaries above which predictions are widened to whole words
 WORD, SENTENCE = re.compile(r"\w+"), re.compile(r"[^.!?\n]+[.!?]*")
 
 
 class QuestionAnswering(Task):
-    """Examples are questions; a network learns from windows: [CLS] question [SEP] piece of the context [SEP]. The best
-    answer over all windows of a question is its answer, unless none is better by more than a threshold."""
+    """Extractive question answering. Examples are questions; training rows are windows: [CLS] question [SEP] context
+    piece [SEP].
+
+    The prediction is the best answer over all windows of a question, or no answer if none exceeds the null score by
+    more than a threshold.
+    """
 
     name = "question-answering"
     reads = (
-        "SQuAD's JSON (1.1, 2.0), or a table (CSV, JSON Lines) with columns context, question, answer, and maybe answer_start"
+        "SQuAD JSON (1.1, 2.0), or a table (CSV, JSON Lines) with columns context, question, answer and optionally answer_start"
     )
     input_types = ("tokens",)
     output_types = ("span",)
     feature = ("text",)
     column_spec = COLUMN_SPEC
     metrics = (
-        Metric("f1", "max", "F1 of words", percent=True),
-        Metric("exact_match", "max", "the same words", percent=True),
-        Metric("answered", "max", "F1 of questions that have an answer", percent=True),
-        Metric("unanswered", "max", "of questions without an answer left without one", percent=True),
+        Metric("f1", "max", "F1 over words", percent=True),
+        Metric("exact_match", "max", "exact match", percent=True),
+        Metric("answered", "max", "F1 over questions that have an answer", percent=True),
+        Metric("unanswered", "max", "of questions without an answer predicted to have none", percent=True),
     )
     recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
 
     @dataclass(frozen=True)
     class Options:
-        context: str | None = None  # the column of texts, where its name does not say so
-        question: str | None = None  # the column of questions
-        length: int | None = None  # tokens of a window: question and piece of the context
-        stride: int | None = None  # tokens from a window's begin to that of the next one, at most
-        longest: int | None = None  # tokens of an answer
-        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None  # a tokenizer.json to use instead
+        context: str | None = None  # name of the context column, if it is not "context"
+        question: str | None = None  # name of the question column
+        length: int | None = None  # tokens of a window: question and context piece
+        stride: int | None = None  # maximum tokens between the starts of consecutive windows
+        longest: int | None = None  # maximum tokens of an answer
+        vocab_size: int | None = None  # vocabulary size if a tokenizer is fitted on the training texts
+        tokenizer: str | None = None  # path of a tokenizer.json to use instead
 
     @dataclass(frozen=True)
     class PredictOptions:
-        question: str = ""  # asked of every text, in place of a table's own questions
-        threshold: float | None = None  # how much better than none an answer must be, in nats; None: as chosen on validation
+        question: str = ""  # asked of every text, instead of a table's own questions
+        threshold: float | None = None  # minimum margin of an answer over no answer, in nats; None: chosen on validation data
 
     text: TextTokenizer
-    frame: Frame  # tokens around question and context
+    frame: Frame  # special tokens around question and context
     median: int  # tokens of a question with its context
     whole: bool  # whether answers are whole words
     silent: bool  # whether some questions have no answer
@@ -89,7 +93,7 @@ class QuestionAnswering(Task):
         columns = find_columns(data)
         named = columns and {columns.context.lower(), columns.question.lower()} == {"context", "question"}
         return (
-            f"questions on texts and their answers in {columns.answers!r}"
+            f"questions on texts with answers in {columns.answers!r}"
             if named and not cls.missing_requirements(data) and data.target.name.lower().startswith("answer")
             else None
         )
@@ -98,16 +102,15 @@ class QuestionAnswering(Task):
     def missing_requirements(cls, data: Data) -> str | None:
         columns = find_columns(data)
         if columns is None:
-            return "a column `context` of texts and a column `question`"
-        return None if columns.answers else "a column `answer` (name it with --target)"
+            return "a context column `context` and a question column `question`"
+        return None if columns.answers else "an answer column `answer` (name it with --target)"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
         columns = find_columns(data, options.context, options.question)
         if columns is None:
             raise DataError(
-                f"{data.source}: task.context and task.question name no columns of text that are there: "
-                f"{', '.join(data.columns)}."
+                f"{data.source}: task.context and task.question must name text columns of the data: {', '.join(data.columns)}."
             )
         return prepare(data, columns)
 
@@ -131,15 +134,13 @@ class QuestionAnswering(Task):
         task.median = int(np.median(sizes))
         rows = [(contexts[i], located[i][1], a[0]) for i, a in zip(which, task.right(data)) if a]
         if not rows:
-            raise DataError(f"{data.source}: no training question has an answer.")
+            raise DataError(f"{data.source}: no training question has an answer. Add rows with answers.")
         tokens = [1 + np.ptp(covering(spans, *ends(answer))) for _, spans, answer in rows]
         task.whole = float(np.mean([whole_words(context, *ends(answer)) for context, _, answer in rows])) >= WHOLE
         task.silent = len(rows) < len(data)
         length = options.length or suggest_length(sizes, MOST[device().type])
         if length < around + 16:
-            raise DataError(
-                f"task.length={length} has no room for a question and a piece of its context; {around + 16} at least."
-            )
+            raise DataError(f"task.length={length} has no room for a question and a context piece. Use at least {around + 16}.")
         task.options = fill_options(
             options,
             length=length,
@@ -148,19 +149,18 @@ class QuestionAnswering(Task):
             longest=int(max(30, 1.5 * np.quantile(tokens, 0.99))),
         )
         if task.options.stride < 1:
-            raise DataError("task.stride is at least 1: windows must go on.")
+            raise DataError("task.stride must be at least 1.")
         if long := sum(n > task.options.longest for n in tokens):
             task.notes.append(
-                f"{long} training answers are longer than {task.options.longest} tokens, and answers so long are "
-                "not given (task.longest=... changes that)"
+                f"{long} training answers are longer than {task.options.longest} tokens; such answers are not "
+                "predicted (change this with task.longest=...)"
             )
         if cut := sum(n > task.most_asked for n in asked):
-            task.notes.append(f"{cut} questions are longer than {task.most_asked} tokens and are cut there")
+            task.notes.append(f"{cut} questions are longer than {task.most_asked} tokens and are truncated")
         if several := sum(n > length for n in sizes):
             task.notes.append(
-                f"{100 * several / len(sizes):.1f} % of the contexts are read in windows of {length} tokens, "
-                f"each at most {task.options.stride} behind the last (task.length=... and task.stride=... "
-                "change that)"
+                f"{100 * several / len(sizes):.1f} % of the contexts are read in windows of {length} tokens, at "
+                f"most {task.options.stride} tokens apart (change this with task.length=... and task.stride=...)"
             )
         return task
 
@@ -177,12 +177,12 @@ class QuestionAnswering(Task):
         return data.rows[self.options.question].fill_null("").to_list()
 
     def right(self, data: Data) -> list[list[dict[str, Any]]]:
-        """The known answers of each row: {"text", "start"}."""
+        """Return the known answers of each row: {"text", "start"}."""
         return [row or [] for row in data.rows[self.target.name].to_list()]
 
     @property
     def most_asked(self) -> int:
-        """Tokens of a question that are read."""
+        """Return the maximum tokens of a question."""
         return min(QUESTION, (self.options.length - self.frame.size) // 2)
 
     def read_one(self, source: Any, answered: bool) -> Data:
@@ -190,8 +190,8 @@ class QuestionAnswering(Task):
             data = super().read_one(source, answered)
             if self.target.name not in data.rows.columns:
                 raise DataError(
-                    f"{data.source}: the answers are to be in column {self.target.name!r}, which is not there. To "
-                    "ask for answers, use `fieldguide predict`."
+                    f"{data.source}: evaluation needs the answer column {self.target.name!r}, which is "
+                    "missing. To predict without answers, use `fieldguide predict`."
                 )
             return data
         typed = isinstance(source, str) and not path_like(source)
@@ -202,7 +202,7 @@ class QuestionAnswering(Task):
             )
             data.rows = data.rows.with_columns(pl.lit(self.predict_options.question).alias(self.options.question))
         elif typed:
-            raise DataError(f'{source[:40]!r} is a text: say what to ask of it: --set question="...".')
+            raise DataError(f'{source[:40]!r} is a text without a question. Set one: --set question="...".')
         else:
             data = super().read_one(source, answered)
         pairs = zip(self.contexts(data), self.questions_of(data))
@@ -211,7 +211,7 @@ class QuestionAnswering(Task):
             raise DataError(f"{data.source}: every row has an empty context or question.")
         before = np.cumsum(~bad)
         data.skipped += [
-            SkippedInput(int(before[row]), data.locate_row(int(row)), "its context or its question is empty")
+            SkippedInput(int(before[row]), data.locate_row(int(row)), "the context or the question is empty")
             for row in np.flatnonzero(bad)
         ]
         return data.drop_rows(bad)
@@ -234,7 +234,7 @@ class QuestionAnswering(Task):
     # Windows
 
     def windows(self, data: Data) -> Windows:
-        """Every window of every question."""
+        """Return every window of every question."""
         contexts, which = np.unique(np.array(self.contexts(data), dtype=object), return_inverse=True)
         located = []
         for text, (ids, spans) in zip(contexts.tolist(), self.text.encode_with_spans(contexts.tolist())):
@@ -243,14 +243,15 @@ class QuestionAnswering(Task):
         rows = []
         for number, (ids, context) in enumerate(zip(asked, which)):
             room = self.options.length - self.frame.size - len(ids)
-            # Windows overlap by the longest answer, or by half where they have little room, or an answer may be in none.
+            # Consecutive windows overlap by the longest answer, or by half if there is little room: else an
+            # answer might be in no window.
             stride = min(self.options.stride, max(room // 2, room - self.options.longest))
             rows += [(number, first) for first in starts(len(located[context][0]), room, stride)]
         number, first = np.array(rows, dtype=np.int64).reshape(-1, 2).T
         return Windows(self.text, self.frame, self.options.length, located, which, asked, number, first)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        """Questions, each with all its windows."""
+        """Return the questions, each with all its windows."""
         windows = self.windows(data)
         last = np.searchsorted(windows.number, np.arange(len(data)), "right")
         count = np.diff(last, prepend=0)
@@ -266,7 +267,7 @@ class QuestionAnswering(Task):
         return Batches(len(data), make, windows.sizes[last - 1] * count if len(data) else None)
 
     def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
-        """Windows: with the first of the answers, where one is wholly in it, else with none."""
+        """Return the windows with the span of the first answer, or with no answer if the span is not wholly inside."""
         windows = self.windows(data)
         spots = windows.spots(self.right(data))
 
@@ -283,7 +284,7 @@ class QuestionAnswering(Task):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        """Contexts, and tuples of the answers that are right; empty where there is none."""
+        """Return the contexts, and tuples of the correct answers; empty for questions without one."""
         return {
             "context": objects(self.contexts(data)),
             "answers": objects([tuple(a["text"] for a in row) for row in self.right(data)]),
@@ -297,14 +298,14 @@ class QuestionAnswering(Task):
         return {**outputs, "given": given}
 
     def said(self, outputs: Arrays, contexts: Sequence[str], everything: bool = False) -> list[str]:
-        """Answers as they stand in the contexts; `everything`: also those that were not given."""
+        """Return the answers as text. With `everything`, include those below the threshold."""
         return [
             text[int(begin) : int(end)].strip() if given or everything else ""
             for text, begin, end, given in zip(contexts, outputs["begin"], outputs["end"], outputs["given"])
         ]
 
     def each(self, outputs: Arrays, truth: Arrays) -> np.ndarray:
-        """Exact match and F1 of each question: N 2."""
+        """Return exact match and F1 of each question: (N, 2)."""
         return measured.score_answers(self.said(outputs, truth["context"]), truth["answers"])
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -316,10 +317,12 @@ class QuestionAnswering(Task):
         return {**scores, "answered": mean(each[~none, 1]), "unanswered": mean(each[none, 1])} if none.any() else scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        return super().intervals({**outputs, "each": self.each(outputs, truth)}, truth)  # scored once, not once a repeat
+        return super().intervals({**outputs, "each": self.each(outputs, truth)}, truth)  # scored once, not once per repeat
 
     def choices(self, outputs: Arrays, truth: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each question, how much better than none its best answer is, in nats; F1 if it is given; F1 if none is."""
+        """Return, per question, the best answer's margin over no answer in nats, F1 if it is given, and F1 if none is
+        given.
+        """
         margin = np.clip(outputs["score"].astype(np.float64) - outputs["none"], -1e6, 1e6)
         given = self.each({**outputs, "given": outputs["end"] > outputs["begin"]}, truth)[:, 1]
         return margin, given, np.array([float(not answers) for answers in truth["answers"]])
@@ -336,18 +339,18 @@ class QuestionAnswering(Task):
         found = [
             Baseline(
                 "nearest sentence",
-                "the sentence that shares most with the question, its rare words counting more",
+                "the sentence that shares most words with the question, weighted by rarity",
                 {"begin": near[:, 0], "end": near[:, 1], "given": near[:, 1] > near[:, 0]},
             )
         ]
         if self.silent:
             nothing = np.zeros(len(test), dtype=np.int64)
             found.append(
-                Baseline("no answer", "says that no question has one", {"begin": nothing, "end": nothing, "given": nothing > 0})
+                Baseline("no answer", "always predicts no answer", {"begin": nothing, "end": nothing, "given": nothing > 0})
             )
         return found
 
-    # Answers
+    # Predictions
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         records = []
@@ -381,8 +384,9 @@ class QuestionAnswering(Task):
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> Self:
-        """Every question is answered, unless `threshold` is named: from weights alone it cannot be seen whether some have no
-        answer."""
+        """Return a task that answers every question unless `threshold` is set: weights alone do not tell whether some
+        have none.
+        """
         length = min(beside.length, PUBLISHED)
         options = cls.Options("context", "question", length=length, stride=length // 2, longest=LONGEST)
         return cls.from_state(
@@ -413,14 +417,14 @@ def words(text: str) -> list[str]:
 
 
 def nearest(question: str, context: str, rare: Callable[[str], float]) -> tuple[int, int]:
-    """Where the sentence stands that has most of a question's words, rare ones counting more."""
+    """Return the span of the sentence that shares most words with the question, weighted by rarity."""
     wanted = set(words(question))
     best = max(SENTENCE.finditer(context), key=lambda m: sum(map(rare, sorted(wanted & set(words(m.group()))))), default=None)
     return best.span() if best else (0, len(context))
 
 
 def objects(values: Sequence[Any]) -> np.ndarray:
-    """An array of anything, one an example."""
+    """Return a one-dimensional object array of the values."""
     array = np.empty(len(values), dtype=object)
     for place, value in enumerate(values):
         array[place] = value

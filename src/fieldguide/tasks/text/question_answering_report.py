@@ -1,4 +1,6 @@
-"""What the report shows of answers found in texts: by kind of question, by length, by threshold, and the worst ones."""
+"""Report exhibits of extractive question answering: scores by question type, answer length and threshold, and
+mistakes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from fieldguide.tasks.text.windows import ends
 if TYPE_CHECKING:
     from fieldguide.tasks.text.question_answering import QuestionAnswering
 
-SHOWN, AROUND = 24, 160  # answers in the report, and characters of their contexts on either side
+SHOWN, AROUND = 24, 160  # answers in the report, and characters of context on either side
 
 
 def shown(task: QuestionAnswering, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
@@ -38,15 +40,15 @@ def shown(task: QuestionAnswering, test: Data, outputs: Arrays, truth: Arrays) -
     }
     asked: list[Exhibit] = [
         Table(
-            "By how a question begins",
-            "Test questions; the rarer ones are left out.",
+            "Test questions; rare types are left out.",
+            "Test questions; rare types are left out.",
             ("question", "asked", "exact", "F1"),
             sorted(kinds, key=lambda row: -row[1])[:20],
             heat=("exact", "F1"),
         ),
         Bars(
             "F1 by length of the answer",
-            "Of the first answer in the data.",
+            "Length of the first answer in the data.",
             {name: float(each[rows, 1].mean()) for name, rows in groups.items() if rows.any()},
         ),
     ]
@@ -56,14 +58,14 @@ def shown(task: QuestionAnswering, test: Data, outputs: Arrays, truth: Arrays) -
 
 
 def curve(task: QuestionAnswering, outputs: Arrays, truth: Arrays) -> Exhibit:
-    """F1 by how much better than none an answer must be."""
+    """Return F1 by the threshold on the margin over no answer."""
     margin, given, none = task.choices(outputs, truth)
     at = np.unique(np.quantile(margin, np.linspace(0, 1, 50)))
     f1 = [float(np.where(margin > edge, given, none).mean()) for edge in at]
     return Lines(
-        "To answer or not",
-        "F1 of the test questions by how much better than none an answer must be. The mark was "
-        "chosen on the validation questions.",
+        "Threshold for answering",
+        "F1 on the test questions by the margin over no answer that an answer needs. The mark was chosen "
+        "on the validation questions.",
         x="threshold (nats)",
         y="F1",
         lines={"F1": (at.tolist(), f1)},
@@ -72,7 +74,7 @@ def curve(task: QuestionAnswering, outputs: Arrays, truth: Arrays) -> Exhibit:
 
 
 def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[Exhibit]:
-    """Wrong answers with most confidence, within their contexts."""
+    """Return wrong answers with the highest confidence, in their contexts."""
     contexts, asked, right = task.contexts(test), task.questions_of(test), task.right(test)
     sure = np.where(outputs["given"], outputs["score"], outputs["none"])
     said, quotes = task.said(outputs, contexts), []
@@ -81,7 +83,7 @@ def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray
             break
         spot = ends(right[row][0]) if right[row] else (int(outputs["begin"][row]), int(outputs["end"][row]))
         caption = (
-            f"{asked[row]} · said: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % sure) · is: "
+            f"{asked[row]} · predicted: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % confident) · target: "
             + ("; ".join(dict.fromkeys(a["text"] for a in right[row])) or "no answer")
             + f" · {test.locate_row(int(row))}"
         )
@@ -89,9 +91,9 @@ def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray
     return (
         [
             Quotes(
-                "Least right",
-                "Test questions with the lowest F1, those it was surest of first. ⟦ ⟧ is the answer in the "
-                "data, or what was said where there is none.",
+                "Lowest F1",
+                "Test questions with the lowest F1, most confident first. ⟦ ⟧ marks the answer in the data, or "
+                "the prediction if there is none.",
                 quotes,
             )
         ]
@@ -101,6 +103,6 @@ def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray
 
 
 def marked(text: str, begin: int, end: int) -> str:
-    """A piece of a text in brackets, and what stands around it."""
+    """Return a piece of a text in brackets, with the text around it."""
     before, behind = text[max(0, begin - AROUND) : begin], text[end : end + AROUND]
     return f"{'… ' if begin > AROUND else ''}{before}⟦{text[begin:end]}⟧{behind}{' …' if end + AROUND < len(text) else ''}"

@@ -1,4 +1,4 @@
-"""Summarization: a document, and in a few words what it says."""
+"""Summarization: a document and its summary."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.text.translation import WORST, Translation
 
-LONGEST = 512  # tokens of a document at most, where the user names no length
-SENTENCES = 3  # of a document, which are hard to beat in news
+LONGEST = 512  # maximum tokens of a document, if the user sets no length
+SENTENCES = 3  # leading sentences of a document: a strong baseline for news
 SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 
 
 class Summarization(Translation):
-    """Reads and learns as translation does; judged by what words of the reference it says."""
+    """Summarization, trained like translation and scored by ROUGE."""
 
     name = "summarization"
-    reads = "a table with a column of documents (document, article, text) and one of their summaries (summary, highlights)"
+    reads = "a table with a document column (document, article, text) and a summary column (summary, highlights)"
     column_spec = ColumnSpec(
         "named", names=("summary", "highlights", "summaries", "tldr"), kinds={"target": "text", "feature": "text"}
     )
@@ -35,27 +35,27 @@ class Summarization(Translation):
         Metric("rouge1", "max", "ROUGE-1", percent=True),
         Metric("rouge2", "max", "ROUGE-2", percent=True),
         Metric("rougeL", "max", "ROUGE-L", percent=True),
-        Metric("loss", "min", "nats a token"),
+        Metric("loss", "min", "nats per token"),
     )
-    tested = 400  # beams of a hundred tokens and more take long
+    tested = 400  # beam search over a hundred tokens and more is slow
     longest: ClassVar[int] = LONGEST
     made: ClassVar[str] = "Summaries"
 
     @dataclass(frozen=True)
     class PredictOptions(Faithful):
-        max_new_tokens: int = 128  # of a summary at most
+        max_new_tokens: int = 128  # maximum tokens of a summary
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("text")) != 1:
-            return "one column of documents"
-        return None if data.target and data.target.kind == "text" else "a column of their summaries (name it with --target)"
+            return "one document column"
+        return None if data.target and data.target.kind == "text" else "a summary column (name it with --target)"
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        return None  # two columns of text make a translation, unless this is asked for
+        return None  # two text columns are a translation by default
 
-    def limits(self, lengths: Tensor) -> Tensor:  # B tokens of sources -> B tokens of answers at most
+    def limits(self, lengths: Tensor) -> Tensor:  # B source lengths -> B maximum output lengths
         return lengths.new_full(lengths.shape, self.predict_options.max_new_tokens)
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -70,7 +70,7 @@ class Summarization(Translation):
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         scored = {"rouge": rouge.score_texts(outputs["text"], truth["text"])} if "text" in outputs else {}
-        return Task.intervals(self, {**outputs, **scored}, truth)  # each summary is scored once, not once a repeat
+        return Task.intervals(self, {**outputs, **scored}, truth)  # each summary is scored once, not once per repeat
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         said = [first_sentences(text) for text in self.texts(test)]
@@ -87,7 +87,7 @@ class Summarization(Translation):
             for low, high in ((1, 50), (51, 150), (151, 300), (301, 600), (601, 100_000))
         ]
         row = lambda i: (test.locate_row(int(i)), shortened(source[i]), right[i], said[i], 100 * float(each[i, 0]))
-        header = ("row", "document", "summary in the data", "of the network", "ROUGE-1")
+        header = ("row", "reference summary", "predicted summary", "of the network", "ROUGE-1")
         order = np.argsort(each[:, 0], kind="stable")
         return {
             "Summaries": [
@@ -98,14 +98,14 @@ class Summarization(Translation):
                 ),
                 Table(
                     "Worst",
-                    "Test documents with the lowest ROUGE-1: the network's mistakes, and the data's.",
+                    "Test documents with the lowest ROUGE-1: wrong predictions or wrong references.",
                     header,
                     [row(i) for i in order[:WORST]],
                     heat=("ROUGE-1",),
                 ),
                 Table(
-                    "By chance",
-                    "Test documents as they come.",
+                    "Random sample",
+                    "Random test documents.",
                     header,
                     [row(i) for i in np.random.default_rng(0).permutation(len(each))[: WORST // 2]],
                     heat=("ROUGE-1",),

@@ -1,4 +1,4 @@
-"""Texts: one text, or two that belong together, and one label."""
+"""Text classification: a text, or a pair of texts, and one label."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from fieldguide.tasks.supervised import ClassificationTask, discrete, fill_optio
 from fieldguide.tasks.text.base import Typed, path_like
 from fieldguide.tasks.text.windows import Frame, framed
 
-SAMPLE = 5000  # texts whose lengths decide how many tokens are read
-LONGEST = 100_000  # tokens of them that are counted
-MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # tokens at most, where the user names no length
-TOKENS = 8192  # a step, about, where the user names no batch
+SAMPLE = 5000  # texts sampled to choose the maximum number of tokens
+LONGEST = 100_000  # maximum tokens of a sampled text that are counted
+MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # maximum tokens by device, if the user sets no length
+TOKENS = 8192  # approximate tokens per step, if the user sets no batch size
 
 
 class TextClassification(Typed, ClassificationTask):
     name = "text-classification"
     reads = (
-        "a table (CSV, JSON Lines) with a column of text, or two whose texts belong together, and one of labels; or a "
+        "a table (CSV, JSON Lines) with one text column or two (text pairs) and a label column; or a "
         "folder of .txt files per class"
     )
     input_types = ("tokens",)
@@ -41,9 +41,9 @@ class TextClassification(Typed, ClassificationTask):
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None  # tokens of a text that are read; the rest is cut off, and counted
-        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None  # a tokenizer.json to use instead
+        length: int | None = None  # maximum tokens of a text; longer texts are truncated and counted
+        vocab_size: int | None = None  # vocabulary size if a tokenizer is fitted on the training texts
+        tokenizer: str | None = None  # path of a tokenizer.json to use instead
 
     text: TextTokenizer
     median: int  # tokens of a training text
@@ -59,7 +59,7 @@ class TextClassification(Typed, ClassificationTask):
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         texts = len(data.features("text"))
-        return super().missing_requirements(data) if texts in (1, 2) else f"a column of text, or two (it has {texts})"
+        return super().missing_requirements(data) if texts in (1, 2) else f"one text column or two (the data has {texts})"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -83,28 +83,28 @@ class TextClassification(Typed, ClassificationTask):
 
     @property
     def second(self) -> str | None:
-        """Name of the column of second texts, where rows are pairs."""
+        """Return the name of the second text column if rows are pairs."""
         names = [c.name for c in self.columns if c.kind in self.feature and c.role == "feature"]
         return names[1] if len(names) == 2 else None
 
     def seconds(self, data: Data) -> list[str]:
-        """The second text of each pair; nothing where rows are single texts."""
+        """Return the second text of each pair; an empty list if rows are single texts."""
         return data.rows[self.second].fill_null("").to_list() if self.second else []
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if self.second and not answered and isinstance(source, str) and not path_like(source):
             raise DataError(
-                f"{source[:40]!r} is one text, and this run reads pairs of them: give a table with the columns "
+                f"{source[:40]!r} is one text, but this run reads pairs of texts. Give a table with the columns "
                 f"{self.column!r} and {self.second!r}."
             )
         return super().read_one(source, answered)
 
     def encoded(self, data: Data, around: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-        """The tokens of each row, which segment each token is of (0 or 1), and how many rows were cut.
+        """Return the token ids of each row, the segment of each token (0 or 1), and the number of truncated rows.
 
-        `around`: [CLS] A [SEP], as BERT reads them, or pairs as the tokenizer frames them: [CLS] A [SEP] B [SEP] of BERT,
-        <s> A </s></s> B </s> of RoBERTa; otherwise A, or A [SEP] B. Of a pair that is too long, the longer text loses its
-        end (appendix A.2 of BERT).
+        With `around`, rows get special tokens: [CLS] A [SEP] as in BERT, or pairs in the tokenizer's format: [CLS]
+        A [SEP] B [SEP] of BERT, <s> A </s></s> B </s> of RoBERTa. Otherwise rows are A, or A [SEP] B. If a pair is
+        too long, the end of the longer text is truncated (appendix A.2 of BERT).
         """
         length, seconds = self.options.length, self.seconds(data)
         if not around and not seconds:
@@ -119,13 +119,13 @@ class TextClassification(Typed, ClassificationTask):
         for a, b in zip(first, second):
             room = max(2, length - frame.size)
             cut += len(a) + len(b) > room
-            half = max(room // 2, room - len(b))  # a short text leaves its room to the other
+            half = max(room // 2, room - len(b))  # a short text leaves its unused tokens to the other text
             a = a[:half]
             b = b[: room - len(a)]
             tokens.append(np.concatenate([frame.before, a, frame.between, b, frame.behind]).astype(np.int64))
             before = len(frame.before) + len(a) + len(frame.between)
             segments.append(np.where(np.arange(len(tokens[-1])) >= before, *frame.segments[::-1]))
-        if not around:  # a row of nothing is a token that says so
+        if not around:  # an empty row becomes the unknown token
             tokens = [t if len(t) else np.array([self.text.unknown]) for t in tokens]
         return tokens, segments if seconds else [], cut
 
@@ -137,14 +137,14 @@ class TextClassification(Typed, ClassificationTask):
 
     @property
     def most(self) -> int:
-        """Examples a step: fewer where texts are long."""
+        """Return the maximum examples per step: fewer if texts are long."""
         return int(np.clip(2 ** int(np.log2(TOKENS / max(self.median, 1))), 16, 256))
 
     def note_cut(self, cut: int, texts: int) -> None:
         if cut:
             self.notes.append(
                 f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
-                "cut there (task.length=... changes that)"
+                "truncated (change this with task.length=...)"
             )
 
     def model_dims(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class TextClassification(Typed, ClassificationTask):
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         tokens, segments, cut = self.encoded(data, bool(card) and card.framed)
-        if not settings:  # of training texts it was said when the length was chosen
+        if not settings:  # for training texts `fit` has added the note
             self.note_cut(cut, len(tokens))
         lengths = np.array([len(t) for t in tokens])
         target = torch.from_numpy(self.targets(data)["label"]) if settings else None
@@ -181,14 +181,14 @@ class TextClassification(Typed, ClassificationTask):
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        # Any run of word characters is a word, so that texts of single letters have some too.
+        # Any run of word characters is a word, including single letters.
         words = TfidfVectorizer(
             sublinear_tf=True, max_features=50_000, token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), dtype=np.float32
         )
         return words.fit_transform(self.shown(train)), words.transform(self.shown(test))
 
     def shown(self, data: Data) -> list[str]:
-        """Each row as one text: a pair with a line between."""
+        """Return each row as one text; pairs are joined with a bar."""
         return [f"{a} ┃ {b}" for a, b in zip(self.texts(data), self.seconds(data))] if self.second else self.texts(data)
 
     def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
@@ -196,7 +196,7 @@ class TextClassification(Typed, ClassificationTask):
         quotes = [
             Quote(texts[i], f"{words}: {test.locate_row(i)}", bad=True) for i, words in self.mistakes(probabilities, truth, 20)
         ]
-        return [Quotes("Worst mistakes", "Test texts that were got wrong with most confidence.", quotes)] if quotes else []
+        return [Quotes("Worst mistakes", "Test texts that are wrong with the highest confidence.", quotes)] if quotes else []
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> Self:

@@ -1,4 +1,4 @@
-"""Text that goes on: a network learns what follows, and then continues prompts."""
+"""Text generation: a language model that continues prompts."""
 
 from __future__ import annotations
 
@@ -35,44 +35,44 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import Typed
 
-PASSAGE = 2000  # characters of the pieces that long texts are cut into, at the end of a line, about
-LONG = 20  # a text of so many passages is long: its own end is tested, not whole texts drawn by chance
-TEST, VALIDATION = 0.1, 0.05  # shares of a long text, from its end, where the source names no splits
+PASSAGE = 2000  # approximate characters of the passages that long texts are split into, at line ends
+LONG = 20  # a text of at least this many passages is split by position: its end is the test set
+TEST, VALIDATION = 0.1, 0.05  # fractions of a long text, from its end, if the source has no splits
 SPECIAL = (END_OF_TEXT, *(f"<|{who}|>" for who in CHAT_ROLES))
-MOST = {"cpu": 128, "mps": 512, "cuda": 1024}  # tokens a row, where the user names no length
-TOKENS = 4096  # a step, about, where the user names no batch
-PART = "#part"  # which passage of its text a row is; 0 begins a text
+MOST = {"cpu": 128, "mps": 512, "cuda": 1024}  # maximum tokens of a row by device, if the user sets no length
+TOKENS = 4096  # approximate tokens per step, if the user sets no batch size
+PART = "#part"  # index of the row's passage within its text; 0 begins a text
 SHOWN = 160  # tokens of a sample in the report
 
 
 class TextGeneration(Typed):
     name = "text-generation"
     reads = (
-        "text files, or a table (CSV, JSON Lines) with a column of text, or JSON Lines with conversations "
-        "(`messages` of role and content)"
+        "text files, or a table (CSV, JSON Lines) with a text column, or JSON Lines with conversations "
+        "(`messages` with role and content)"
     )
     input_types = ("tokens",)
     feature = ("text", "messages")
     output_types = ("tokens",)
     column_spec = ColumnSpec("none", columns={"text": "text"})
     metrics = (
-        Metric("loss", "min", "nats a token"),
-        Metric("perplexity", "min", "tokens to choose among, in effect"),
-        Metric("bits_per_byte", "min", "bits a byte of text"),
+        Metric("loss", "min", "nats per token"),
+        Metric("perplexity", "min", "effective number of tokens to choose from"),
+        Metric("bits_per_byte", "min", "bits per byte of text"),
     )
     recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
 
     @dataclass(frozen=True)
     class Options:
         length: int | None = None  # tokens of a row
-        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
+        vocab_size: int | None = None  # vocabulary size if a tokenizer is fitted on the training texts
         tokenizer: str = "bytes"  # bytes: byte-level BPE; characters; or the path of a tokenizer.json
 
     PredictOptions = GenerationConfig
 
     text: TextTokenizer
     chat: bool = False  # whether rows are conversations
-    first: Sequence[tuple[str, str]] = ()  # of them, what was said in one before the first answer
+    first: Sequence[tuple[str, str]] = ()  # an example conversation up to its first answer
 
     # Reading
 
@@ -80,17 +80,17 @@ class TextGeneration(Typed):
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("text")) + len(data.features("messages")) == 1:
             return None
-        return "one column of text, or of messages (name its kind with --set column.NAME=text)"
+        return "one column of text or messages (set its kind with --set column.NAME=text)"
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         if data.target is None and not cls.missing_requirements(data) and len(data.features()) == 1:
-            return "texts and nothing else"
+            return "texts and no other column"
         return None
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        """Long texts in passages, the last of which are tested; short ones stay whole."""
+        """Split long texts into passages, of which the last are the test set; short texts stay whole."""
         if not data.features("text"):
             return data
         name = data.features("text")[0].name
@@ -135,9 +135,9 @@ class TextGeneration(Typed):
             task.first = next((asked for row in turns if (asked := take_until_answer(row))), [("user", "")])
         elif task.chat and (lacking := [s for s in SPECIAL if task.text.tokenizer.token_to_id(s) is None]):
             raise DataError(
-                f"{options.tokenizer}: conversations need a chat template beside it ({CHAT_TEMPLATE_FILE}, or chat_template in "
-                f"tokenizer_config.json), or else the tokens {', '.join(SPECIAL)}, of which it lacks "
-                f"{', '.join(lacking)}."
+                f"{options.tokenizer}: conversations need a chat template in the tokenizer's folder "
+                f"({CHAT_TEMPLATE_FILE}, or chat_template in tokenizer_config.json) or the tokens "
+                f"{', '.join(SPECIAL)}. Missing tokens: {', '.join(lacking)}."
             )
         tokens = len(task.stream_of(data)[0]) if task.template else sum(map(len, task.text.encode_exact(texts)))
         longest = options.length or min(MOST[device().type], max(8, tokens // 32))
@@ -145,10 +145,10 @@ class TextGeneration(Typed):
         task.tokens = tokens
         return task
 
-    # Rows as tokens
+    # Token rows
 
     def turns(self, data: Data) -> list[list[tuple[str, str]]]:
-        """Each row as (speaker, text) pairs; a plain text has one, of nobody."""
+        """Return each row as (speaker, text) pairs; a plain text has one pair with an empty speaker."""
         values = data.rows[self.column].to_list()
         if not self.chat:
             return [[("", text or "")] for text in values]
@@ -156,18 +156,21 @@ class TextGeneration(Typed):
 
     @cached_property
     def template(self) -> Conversations | None:
-        """How the checkpoint writes conversations, where rows are such and it says so."""
+        """Return the chat template if rows are conversations and the tokenizer has one."""
         return Conversations(self.text) if self.chat and self.text.template else None
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer: what a template writes behind answers is one too."""
+        """Return the tokens that end an answer, including the token that the chat template puts after answers."""
         closing = self.template.closing if self.template else None
         return tuple(dict.fromkeys((*self.text.ends, *([] if closing is None else [closing]))))
 
     def stream_of(self, data: Data) -> tuple[np.ndarray, np.ndarray]:
-        """All rows as one row of tokens, int64, and which of them are to be learnt: of conversations, what the
-        assistant says, with its end. Texts have the end token between them, and what the tokenizer puts before a text."""
+        """Return all rows as one int64 array of token ids, and which of them have a loss.
+
+        In conversations the loss covers the assistant's messages with their end token. Texts are separated by the
+        end token and the tokenizer's prefix.
+        """
         if self.template:
             return self.template.stream(self.turns(data), data.locate_row)
         begins = data.rows[PART].to_numpy() == 0 if PART in data.rows.columns else np.ones(len(data), dtype=bool)
@@ -179,7 +182,7 @@ class TextGeneration(Typed):
         for row, begin in zip(turns, begins):
             if begin:
                 tokens.append(between)
-                learnt.append(np.arange(len(between)) < (not self.chat))  # how a text opens is not the network's to say
+                learnt.append(np.arange(len(between)) < (not self.chat))  # the tokenizer's prefix is not predicted
             for who, _ in row:
                 ids = next(encoded)
                 if who:
@@ -187,15 +190,15 @@ class TextGeneration(Typed):
                 tokens.append(ids)
                 learnt.append(np.full(len(ids), who in ("", "assistant")))
                 if who:
-                    learnt[-1][0] = False  # who speaks next is not the network's to say
+                    learnt[-1][0] = False  # the next speaker is not predicted
         return np.concatenate(tokens), np.concatenate(learnt)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        """Rows of `length` tokens, packed; while training each begins anywhere, so that no two passes are alike."""
+        """Return packed rows of `length` tokens. Training rows begin at random offsets, so that every epoch differs."""
         tokens, learnt = self.stream_of(data)
         length = self.options.length
         count = max(1, -(-(len(tokens) - 1) // length))
-        room = len(tokens) - 1 - length  # the last place a full row begins
+        room = len(tokens) - 1 - length  # the last position at which a full row can begin
         packed = torch.from_numpy(np.pad(tokens, (0, max(0, count * length + 1 - len(tokens))), constant_values=self.text.end))
         target = torch.from_numpy(np.pad(np.where(learnt, tokens, -1), (0, len(packed) - len(tokens)), constant_values=-1))
         offsets = torch.arange(length)
@@ -228,9 +231,9 @@ class TextGeneration(Typed):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        """UTF-8 bytes that each packed row says."""
+        """Return the UTF-8 bytes of each packed row's targets."""
         target = self.batches(data, None).make(np.arange(len(self.batches(data, None))), None)["target"].numpy()
-        sizes = np.append(self.text.count_token_bytes(), 0)  # the last for -1
+        sizes = np.append(self.text.count_token_bytes(), 0)  # the last entry for -1
         return {"bytes": sizes[target].sum(1)}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
@@ -247,7 +250,7 @@ class TextGeneration(Typed):
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         tokens, _ = self.stream_of(test)
-        nats = np.append(self.ngram.compute_nats(tokens)[1:], 0)  # of what follows each token
+        nats = np.append(self.ngram.compute_nats(tokens)[1:], 0)  # of the token that follows each token
         batches = self.batches(test, None)
         every = batches.make(np.arange(len(batches)), None)
         target = every["target"].numpy()
@@ -258,12 +261,12 @@ class TextGeneration(Typed):
         return [
             Baseline(
                 f"{self.ngram.order}-gram",
-                f"counts of up to {self.ngram.order} tokens in a row, backing off (Witten-Bell)",
+                f"counts of up to {self.ngram.order} consecutive tokens, with Witten-Bell backoff",
                 {"nats": rows, "count": learnt.sum(1)},
             )
         ]
 
-    # Answers
+    # Predictions
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
         prompts = [self.prompt(row) for row in self.turns(data)]
@@ -276,7 +279,7 @@ class TextGeneration(Typed):
         return Batches(len(prompts), make, np.array([len(p) for p in prompts]))
 
     def prompt(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """What a network reads before it goes on: a text behind the end of another, or what was said so far."""
+        """Return the token ids that the model continues: the start of a text, or the conversation so far."""
         if self.template:
             return self.template.prompt(turns)
         ids = [self.text.end] if self.chat else self.text.prefix_ids() or [self.text.end]
@@ -306,7 +309,7 @@ class TextGeneration(Typed):
                 ends=self.ends,
                 decode=self.text.decode,
                 numbers=batch["row"].tolist(),
-            )  # chance is a matter of the row's number
+            )  # sampling depends on the row number, not on the batch
             return {
                 "said": torch.nn.utils.rnn.pad_sequence(
                     [torch.tensor(row, dtype=torch.int64) for row in said], batch_first=True, padding_value=-1
@@ -323,7 +326,7 @@ class TextGeneration(Typed):
         return cut(text, self.predict_options.stops)
 
     def typed(self, text: str) -> pl.DataFrame:
-        """What a person types into a conversation is a question."""
+        """Return a row of the table for a text given as input; in a conversation it is the user's message."""
         return pl.DataFrame({self.column: [to_messages([("user", text)])]}) if self.chat else super().typed(text)
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
@@ -340,11 +343,11 @@ class TextGeneration(Typed):
         predict_options = self.PredictOptions(max_new_tokens=min(SHOWN, 2 * self.options.length))
         start, ends = self.prompt(self.first if self.chat else [("", "")]), self.ends
         said = torch.cat(list(self.sampled(objective, [start], predict_options))).tolist()
-        what = f"Answers to {self.first[-1][1][:SHOWN]!r}" if self.first else "Written from nothing"
+        what = f"Answers to {self.first[-1][1][:SHOWN]!r}" if self.first else "Generated without a prompt"
         return [
             Quotes(
-                "Samples while it learnt",
-                f"{what}, with the same chance each time.",
+                "Samples during training",
+                f"{what}, with the same random seed each time.",
                 [Quote(self.text.decode([i for i in said if i not in ends]), "")],
             )
         ]
@@ -355,8 +358,8 @@ class TextGeneration(Typed):
         per_row = outputs["nats"] / np.maximum(outputs["count"], 1)
         shown: list[Exhibit] = [
             Bars(
-                "How the test rows differ",
-                "Nats a token of rows of the test part, by tenths.",
+                "Loss by test row",
+                "Nats per token of the test rows, by decile.",
                 {f"{10 * q} %": float(v) for q, v in enumerate(np.quantile(per_row, np.linspace(0, 1, 11)))},
                 unit="nats",
             )
@@ -367,7 +370,7 @@ class TextGeneration(Typed):
         return found
 
     def samples(self, test: Data, objective: Objective) -> list[Exhibit]:
-        """Beginnings of test texts continued with several temperatures, and how fast."""
+        """Return continuations of test texts at several temperatures, and the generation speed."""
         if self.template:
             prompts = [self.prompt(take_until_answer(turns) or self.first) for turns in self.turns(test)[:3]]
         else:
@@ -389,11 +392,11 @@ class TextGeneration(Typed):
                     )
                 )
         return [
-            Quotes("Beginnings of test texts, continued", "What stands before the arrow was given.", quotes),
+            Quotes("Continued beginnings of test texts", "The text before the arrow is the prompt.", quotes),
             Table(
                 "Speed",
-                "Measured while these samples were made, with a cache of keys and values.",
-                ("temperature", "texts at once", "tokens a second"),
+                "Measured while generating these samples, with a key-value cache.",
+                ("temperature", "batch size", "tokens per second"),
                 speeds,
             ),
         ]
@@ -416,7 +419,7 @@ class TextGeneration(Typed):
 
 
 def passages(text: str | None) -> list[str]:
-    """A text in pieces of about `PASSAGE` characters that end where a line does; together they are the text."""
+    """Split a text into pieces of about `PASSAGE` characters that end at line ends; joined they are the text."""
     text = text or ""
     pieces, start = [], 0
     while len(text) - start > 1.5 * PASSAGE:

@@ -1,4 +1,4 @@
-"""Words with a tag each: names, places, parts of speech; found by a network that reads the whole sentence."""
+"""Token classification: one tag per word, for example named entities or parts of speech."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Ta
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 
-MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # tokens at most, where the user names no length
-TOKENS = 8192  # a step, about, where the user names no batch
+MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # maximum tokens by device, if the user sets no length
+TOKENS = 8192  # approximate tokens per step, if the user sets no batch size
 NAMED = ("tags", "ner_tags", "pos_tags", "ner", "pos", "labels")
 WORDS = ("tokens", "words")
 SHOWN = 20  # sentences in the report
@@ -38,42 +38,42 @@ SHOWN = 20  # sentences in the report
 
 class TokenClassification(Task):
     name = "token-classification"
-    reads = "CoNLL columns (a word and its tag on each line), or JSON Lines with lists `tokens` and `tags`"
+    reads = "CoNLL columns (a word and its tag per line), or JSON Lines with lists `tokens` and `tags`"
     input_types = ("tokens",)
     output_types = ("labels",)
     feature = ("list",)
     column_spec = ColumnSpec("named", names=NAMED, kinds={"target": "list"}, columns=dict.fromkeys(WORDS, "list"))
     metrics = (
         Metric("f1", "max", "F1 of whole entities"),
-        Metric("precision", "max", "of entities said that are there"),
-        Metric("recall", "max", "of entities there that are said"),
-        Metric("accuracy", "max", "of words", percent=True),
+        Metric("precision", "max", "of predicted entities correct"),
+        Metric("recall", "max", "of entities found"),
+        Metric("accuracy", "max", "of words correct", percent=True),
     )
     recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None  # tokens of a sentence that are read; words beyond have no tag, and are counted
-        vocab_size: int | None = None  # tokens in the vocabulary learnt from the training texts
-        tokenizer: str | None = None  # a tokenizer.json to use instead
+        length: int | None = None  # maximum tokens of a sentence; words beyond get no tag and are counted
+        vocab_size: int | None = None  # vocabulary size if a tokenizer is fitted on the training texts
+        tokenizer: str | None = None  # path of a tokenizer.json to use instead
 
     text: TextTokenizer
     tags: list[str]
-    often: dict[str, int]  # the tag that each word of the training part has most often
+    often: dict[str, int]  # most frequent tag of each training word
     median: int  # tokens of a training sentence
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         if data.target and data.target.kind == "list" and len(data.features("list")) == 1:
-            return "words and a tag for each"
+            return "words with one tag each"
         return None
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if not data.features("list"):
-            return "a column `tokens` with a list of words in each row"
+            return "a column `tokens` with a list of words per row"
         tagged = data.target and data.target.kind == "list"
-        return None if tagged else "a column `tags` with as many tags (name it with --target)"
+        return None if tagged else "a column `tags` with one tag per word (name it with --target)"
 
     # Preparation
 
@@ -81,13 +81,13 @@ class TokenClassification(Task):
         return [[str(word) for word in row or ()] for row in data.rows[self.column].to_list()]
 
     def named(self, data: Data) -> list[list[str]]:
-        """The tags of each row. Raises `DataError` where they are not as many as its words."""
+        """Return the tags of each row. Raises `DataError` if their number differs from that of the words."""
         rows = [[str(tag) for tag in row or ()] for row in data.rows[self.target.name].to_list()]
         for number, (words, tags) in enumerate(zip(self.words(data), rows)):
             if len(words) != len(tags):
                 raise DataError(
-                    f"{data.locate_row(number)}: {len(words)} words in {self.column!r} and {len(tags)} tags in "
-                    f"{self.target.name!r}; each word needs one."
+                    f"{data.locate_row(number)}: {len(words)} words in {self.column!r}, but {len(tags)} "
+                    f"tags in {self.target.name!r}. Each word needs one tag."
                 )
         return rows
 
@@ -101,9 +101,7 @@ class TokenClassification(Task):
                 counts[word][tag] += 1
         task.tags = sorted({tag for own in counts.values() for tag in own}, key=lambda tag: (tag != "O", tag))
         if len(task.tags) < 2:
-            raise DataError(
-                f"{data.source}: the training rows have {len(task.tags)} different tags; there is nothing to tell apart."
-            )
+            raise DataError(f"{data.source}: the training rows have {len(task.tags)} different tags. At least 2 are needed.")
         task.often = {word: task.tags.index(own.most_common(1)[0][0]) for word, own in counts.items()}
         task.text = (
             TextTokenizer.load(options.tokenizer)
@@ -116,8 +114,9 @@ class TokenClassification(Task):
         return task
 
     def encoded(self, words: list[list[str]], length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-        """The tokens of each sentence, in the frame of a class token and a separator, with the token where each word
-        begins; and how many words had no room."""
+        """Return the token ids of each sentence with [CLS] and [SEP], the token at which each word begins, and the
+        number of words that were cut off.
+        """
         every = sorted({word for row in words for word in row})
         ids = dict(zip(every, self.text.encode_exact([f" {word}" for word in every])))
         rows, lost = [], 0
@@ -149,8 +148,8 @@ class TokenClassification(Task):
         rows, lost = self.encoded(self.words(data), self.options.length)
         if lost:
             self.notes.append(
-                f"{lost} words stand beyond {self.options.length} tokens of their sentence; the network does not "
-                "see them, and they count as untagged (task.length=... changes that)"
+                f"{lost} words lie beyond the first {self.options.length} tokens of their sentence. They are not "
+                "read and count as untagged (change this with task.length=...)"
             )
         truth = self.targets(data)["label"] if settings else None
 
@@ -176,13 +175,13 @@ class TokenClassification(Task):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        """The number of each word's tag: N W, -1 where a sentence has no more words."""
+        """Return the index of each word's tag: (N, W), -1 beyond the end of a sentence."""
         rows, known = self.named(data), {tag: number for number, tag in enumerate(self.tags)}
         strange = sorted({tag for row in rows for tag in row} - known.keys())
         if strange:
             raise DataError(
-                f"{data.source}: column {self.target.name!r} has tags that were not in training: "
-                f"{', '.join(strange[:5])}. Known are: {', '.join(self.tags[:20])}."
+                f"{data.source}: column {self.target.name!r} has tags that are not in the training data: "
+                f"{', '.join(strange[:5])}. Known tags: {', '.join(self.tags[:20])}."
             )
         label = np.full((len(rows), max(1, *map(len, rows)) if rows else 1), -1, dtype=np.int64)
         for number, row in enumerate(rows):
@@ -190,7 +189,7 @@ class TokenClassification(Task):
         return {"label": label}
 
     def aligned(self, outputs: Arrays, truth: Arrays) -> tuple[np.ndarray, np.ndarray]:
-        """Truth and answers in one shape; what was not answered is the tag O, or none where there is no such tag."""
+        """Return targets and predictions in one shape. Words without a prediction get -1."""
         real = truth["label"]
         said = np.full(real.shape, -1, dtype=np.int64)
         width = min(real.shape[1], outputs["label"].shape[1])
@@ -219,12 +218,12 @@ class TokenClassification(Task):
         return [
             Baseline(
                 "tag by word",
-                f"each word's most frequent tag in training; {self.tags[common]!r} for words unseen",
+                f"each word's most frequent training tag; {self.tags[common]!r} for unknown words",
                 {"label": said, "probability": np.where(said < 0, np.nan, 1.0)},
             )
         ]
 
-    # Answers
+    # Predictions
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered or not isinstance(source, str) or path_like(source):
@@ -276,9 +275,9 @@ class TokenClassification(Task):
         shown: list[Exhibit] = [
             Table(
                 "By type",
-                "Precision: of those it said, how many are there. Recall: of those there, how "
-                "many it said. An entity counts if its first and last word and its type are right.",
-                ("type", "there", "precision", "recall", "F1"),
+                "Precision: fraction of predicted entities that are correct. Recall: fraction of entities that "
+                "are found. An entity is correct if its first word, last word and type are correct.",
+                ("type", "entities", "precision", "recall", "F1"),
                 rows,
                 heat=("precision", "recall", "F1"),
             )
@@ -288,7 +287,7 @@ class TokenClassification(Task):
         if size <= 30:
             counts = np.bincount(real[both] * size + said[both], minlength=size * size).reshape(size, size)
             shown.append(
-                Matrix("Tags of words", "Rows are the truth, columns what the network said.", self.tags, counts.tolist())
+                Matrix("Tags of words", "Rows are the true tags, columns the predicted tags.", self.tags, counts.tolist())
             )
         return {"Errors": [*shown, *self.worst_mistakes(test, outputs, real, said)]}
 
@@ -302,10 +301,12 @@ class TokenClassification(Task):
             missed, wrongly = spelt(words[row], there - claimed), spelt(words[row], claimed - there)
             quotes.append(
                 Quote(
-                    " ".join(words[row]), f"missed: {missed} · wrongly said: {wrongly} · {test.locate_row(int(row))}", bad=True
+                    f"missed: {missed} · wrongly predicted: {wrongly} · {test.locate_row(int(row))}".join(words[row]),
+                    f"missed: {missed} · wrongly said: {wrongly} · {test.locate_row(int(row))}",
+                    bad=True,
                 )
             )
-        return [Quotes("Worst sentences", "Test sentences with most words tagged wrong.", quotes)] if quotes else []
+        return [Quotes("Worst sentences", "Test sentences with the most wrong tags.", quotes)] if quotes else []
 
     # Saved with the run
 

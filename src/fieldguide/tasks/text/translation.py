@@ -1,4 +1,4 @@
-"""Translation: a text in one language, a text in another."""
+"""Translation: a text and its translation."""
 
 from __future__ import annotations
 
@@ -30,22 +30,21 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import Typed
 
-VOCAB = 8192  # tokens of both languages together, at most, where the user names no number
-LONGEST = 200  # tokens of a sentence at most, where the user names no length
-TOKENS = 4096  # of targets a step, about, where the user names no batch
+VOCAB = 8192  # maximum tokens of the vocabulary of both languages, if the user sets no size
+LONGEST = 200  # maximum tokens of a sentence, if the user sets no length
+TOKENS = 4096  # approximate target tokens per step, if the user sets no batch size
 WORST = 40  # sentences in the report
 
 
 class Translation(Typed):
     name = "translation"
     reads = (
-        "a table with a column of text and one of its translation (--target), or two files of lines that belong "
-        "together (train.de, train.en)"
+        "a table with a text column and a translation column (--target), or two files of parallel lines (train.de, train.en)"
     )
     input_types = ("pair",)
     output_types = ("tokens",)
     column_spec = ColumnSpec("last", names=("translation", "target_text", "tgt"), kinds={"target": "text", "feature": "text"})
-    metrics = (Metric("bleu", "max", "BLEU"), Metric("chrf", "max", "chrF"), Metric("loss", "min", "nats a token"))
+    metrics = (Metric("bleu", "max", "BLEU"), Metric("chrf", "max", "chrF"), Metric("loss", "min", "nats per token"))
     monitor = "loss"
     recipe: ClassVar = {"patience": 6}
     longest: ClassVar[int] = LONGEST
@@ -53,33 +52,33 @@ class Translation(Typed):
 
     @dataclass(frozen=True)
     class Options:
-        vocab_size: int | None = None  # tokens in the vocabulary of both languages, learnt from the training texts
-        length: int | None = None  # tokens of a text that are read or written; the rest is cut off, and counted
-        tokenizer: str | None = None  # a tokenizer.json to use instead
-        begin: int | None = None  # of its tokens, the one that answers begin with
-        source_language: str | None = None  # as the tokenizer calls it (de_DE, deu_Latn), where it knows languages
+        vocab_size: int | None = None  # vocabulary size of both languages if a tokenizer is fitted on the training texts
+        length: int | None = None  # maximum tokens of a source or target; longer texts are truncated and counted
+        tokenizer: str | None = None  # path of a tokenizer.json to use instead
+        begin: int | None = None  # id of the token that starts the target
+        source_language: str | None = None  # language code of a multilingual tokenizer (de_DE, deu_Latn)
         target_language: str | None = None
-        prefix: str = ""  # stands before each source: T5 learnt "translate English to German: "
+        prefix: str = ""  # text before each source, such as T5's "translate English to German: "
 
     @dataclass(frozen=True)
     class PredictOptions(Faithful):
-        length_penalty: float = 0.6  # of length: 0 = none, 1 = the mean log-probability decides
+        length_penalty: float = 0.6  # exponent of the length in the beam score: 0 = none, 1 = mean log-probability
 
     text: TextTokenizer
     frame: SequenceMarkers
     median: int
-    shown: list[tuple[str, str]]  # a few training pairs, translated now and then while it learns
+    shown: list[tuple[str, str]]  # a few training pairs that are translated during training
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("text")) != 1:
-            return "one column of text to translate"
-        return None if data.target and data.target.kind == "text" else "a column of its translation (name it with --target)"
+            return "one text column to translate"
+        return None if data.target and data.target.kind == "text" else "a translation column (name it with --target)"
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         if len(data.features()) == 1 and not cls.missing_requirements(data):
-            return f"texts in column {data.features()[0].name!r} and their translation in {data.target.name!r}"
+            return f"texts in column {data.features()[0].name!r} with translations in {data.target.name!r}"
         return None
 
     @classmethod
@@ -101,7 +100,7 @@ class Translation(Typed):
         if cut := sum(s > task.options.length for s in sizes):
             task.notes.append(
                 f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and "
-                "are cut there (task.length=... changes that)"
+                "are truncated (change this with task.length=...)"
             )
         return task
 
@@ -112,8 +111,8 @@ class Translation(Typed):
         data = super().read_one(source, answered)
         if answered and self.target.name not in data.rows.columns:
             raise DataError(
-                f"{data.source}: the translations are to be in column {self.target.name!r}, which is not there. "
-                "To ask for translations, use `fieldguide predict`."
+                f"{data.source}: evaluation needs the translation column {self.target.name!r}, which is missing. "
+                "To predict without translations, use `fieldguide predict`."
             )
         return data
 
@@ -161,14 +160,14 @@ class Translation(Typed):
             if targets is not None:
                 said, _ = self.text.batch([np.concatenate([begin, targets[i]]) for i in index])
                 follows, real = self.text.batch([np.concatenate([known, targets[i], end]) for i in index])
-                # Padding stands behind: no real token looks at it, so the network needs no mask.
+                # Padding comes last and attention is causal, so that no mask is needed.
                 batch |= {"tokens": torch.from_numpy(said), "target": torch.from_numpy(np.where(real, follows, -1))}
             return batch
 
         return Batches(len(sources), make, lengths if targets is None else lengths + np.array([len(t) for t in targets]))
 
     def bare(self, texts: list[str]) -> list[np.ndarray]:
-        """Tokens of texts without what frames them; an empty text is the unknown token."""
+        """Return token ids without special tokens; an empty text becomes the unknown token."""
         if not self.options.tokenizer:
             return self.text.encode(texts, 100_000)[0]
         return [ids if len(ids) else np.array([self.text.unknown]) for ids in self.text.encode_exact(texts)]
@@ -176,7 +175,7 @@ class Translation(Typed):
     def ids(self, texts: list[str], length: int) -> list[np.ndarray]:
         tokens = self.bare(texts)
         cut = sum(len(t) > length for t in tokens)
-        if cut and (note := f"{cut} texts are longer than {length} tokens and are cut there") not in self.notes:
+        if cut and (note := f"{cut} texts are longer than {length} tokens and are truncated") not in self.notes:
             self.notes.append(note)
         return [t[:length] for t in tokens]
 
@@ -188,7 +187,7 @@ class Translation(Typed):
         return answer
 
     def search(self, model: Any, source: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:  # B S -> B T
-        """Answers, -1 behind their end; `numbers` are the rows' own, by which chance comes to them."""
+        """Generate outputs, -1 after their end; `numbers` are row numbers that seed sampling per row."""
         limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.target_start))
         return written(
             model,
@@ -201,8 +200,8 @@ class Translation(Typed):
             None if numbers is None else numbers.tolist(),
         )
 
-    def limits(self, lengths: Tensor) -> Tensor:  # B tokens of sources -> B tokens of answers at most
-        """Half as long again as the source, and 10 tokens more."""
+    def limits(self, lengths: Tensor) -> Tensor:  # B source lengths -> B maximum output lengths
+        """Return 1.5 times the source length plus 10 tokens."""
         return (lengths * 3 // 2 + 10).clamp(max=self.predict_options.max_new_tokens)
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
@@ -244,13 +243,13 @@ class Translation(Typed):
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         from fieldguide.tasks.base import intervals
 
-        return intervals(self, outputs, truth, repeats=40)  # a score of so many texts takes its time
+        return intervals(self, outputs, truth, repeats=40)  # corpus scores are slow
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{"text": text} for text in outputs["text"]]
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        return [Baseline("copy", "says the source itself", {"text": np.array(self.texts(test), dtype=object)})]
+        return [Baseline("copy", "returns the source itself", {"text": np.array(self.texts(test), dtype=object)})]
 
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         frame, texts = self.frame, [self.options.prefix + source for source, _ in self.shown]
@@ -264,10 +263,10 @@ class Translation(Typed):
         said = self.search(objective.model, torch.from_numpy(tokens).to(where), torch.from_numpy(mask).to(where))
         return [
             Quotes(
-                f"{self.made} while it learnt",
+                f"{self.made} during training",
                 "",
                 [
-                    Quote(self.text.decode(row[row >= 0]).strip(), f"of: {source} (in the data: {right})")
+                    Quote(self.text.decode(row[row >= 0]).strip(), f"source: {source} (reference: {right})")
                     for row, (source, right) in zip(said.cpu().numpy(), self.shown)
                 ],
             )
@@ -286,10 +285,10 @@ class Translation(Typed):
         ]
         order = np.argsort(each, kind="stable")
         row = lambda i: (test.locate_row(int(i)), source[i], right[i], said[i], float(each[i]))
-        bleu.corpus_score(said, [right])  # a signature needs to have seen references
+        bleu.corpus_score(said, [right])  # signatures exist only after a score was computed
         chrf.corpus_score(said, [right])
         signatures = f"{bleu.get_signature()} and {chrf.get_signature()}"
-        header = ("row", "source", "translation in the data", "of the network", "chrF")
+        header = ("row", "source", "reference translation", "predicted translation", "chrF")
         return {
             "Sentences": [
                 Bars(
@@ -299,14 +298,14 @@ class Translation(Typed):
                 ),
                 Table(
                     "Worst",
-                    "Test sentences with the lowest chrF: the network's mistakes, and the data's.",
+                    "Test sentences with the lowest chrF: wrong predictions or wrong references.",
                     header,
                     [row(i) for i in order[:WORST]],
                     heat=("chrF",),
                 ),
                 Table(
-                    "By chance",
-                    "Test sentences as they come.",
+                    "Random sample",
+                    "Random test sentences.",
                     header,
                     [row(i) for i in np.random.default_rng(0).permutation(len(each))[: WORST // 2]],
                     heat=("chrF",),
@@ -340,7 +339,7 @@ def written(
     text: TextTokenizer,
     numbers: list[int] | None = None,
 ) -> Tensor:
-    """Answers to sources, of at most `limits` (B) tokens: B S, B S bool -> B T, -1 behind their end."""
+    """Generate outputs of at most `limits` (B) tokens from sources: B S, B S bool -> B T, -1 after their end."""
     rows = answers(
         Sourced(model, source, mask),
         [frame.target_start] * len(source),
@@ -358,13 +357,17 @@ def written(
 
 
 def suggest_vocab(characters: int) -> int:
-    """Tokens for so much text in two languages: a power of two from 512."""
+    """Return a vocabulary size for this many characters of two languages: a power of two, at least 512."""
     return 2 ** round(max(9.0, np.log2(4 * np.sqrt(max(characters, 1)))))
 
 
 def judges(right: list[str]) -> tuple[Any, Any]:
-    """BLEU (Papineni et al. 2002, doi:10.3115/1073083.1073135) and chrF (Popović 2015, doi:10.18653/v1/W15-3049). Where the
-    translations in the data are written without blanks, BLEU counts characters: Chinese ones as sacreBLEU's "zh" does."""
+    """Return BLEU (Papineni et al. 2002, doi:10.3115/1073083.1073135) and chrF (Popović 2015,
+    doi:10.18653/v1/W15-3049).
+
+    If the references are in a language written without spaces, BLEU counts characters: Chinese as sacreBLEU's "zh"
+    does.
+    """
     from sacrebleu.metrics import BLEU, CHRF
 
     text = "".join(right)

@@ -1,4 +1,4 @@
-"""Windows of long texts: a question and a piece of its context in one row, and which characters each token stands for."""
+"""Windows over long texts: a question and a piece of its context in one row, with the character span of each token."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ WORD = re.compile(r"\w+")
 
 @dataclass
 class Windows:
-    """Windows of questions: which question each is of (`number`, in order) and at which token of its context it begins."""
+    """Windows of questions: the index of each window's question (`number`, sorted) and the context token at which it
+    begins.
+    """
 
     text: TextTokenizer
     frame: Frame
     length: int
-    located: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # of each context: tokens, what they stand for, what they cover
+    located: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # of each context: token ids, answer spans and character spans
     which: np.ndarray  # the context of each question
-    asked: list[np.ndarray]  # tokens of each question
+    asked: list[np.ndarray]  # token ids of each question
     number: np.ndarray
     first: np.ndarray
 
@@ -32,9 +34,9 @@ class Windows:
         before, between, behind = self.frame.before, self.frame.between, self.frame.behind
         asked = np.array([len(ids) for ids in self.asked], dtype=np.int64)[self.number]
         tokens = np.array([len(ids) for ids, _, _ in self.located], dtype=np.int64)[self.which[self.number]]
-        self.begin = asked + len(before) + len(between)  # the place of each window's first token of the context
+        self.begin = asked + len(before) + len(between)  # the position of each window's first context token
         room = self.length - self.begin - len(behind)
-        self.stop = np.minimum(tokens, self.first + room)  # behind its last token of the context
+        self.stop = np.minimum(tokens, self.first + room)  # one past its last context token
         self.sizes = self.begin + self.stop - self.first + len(behind)
 
     def piece(self, row: int) -> slice:
@@ -70,7 +72,7 @@ class Windows:
         }
 
     def characters(self, rows: np.ndarray) -> np.ndarray:  # -> B T 2
-        """What characters of its context each token stands for; 0 0 for those that are not of it."""
+        """Return the character span in the context of each token; 0 0 for tokens outside the context."""
         found = np.zeros((len(rows), int(self.sizes[rows].max(initial=1)), 2), dtype=np.int64)
         for at, row in enumerate(rows):
             spans = self.located[self.which[self.number[row]]][1][self.piece(row)]
@@ -78,7 +80,9 @@ class Windows:
         return found
 
     def spots(self, right: list[list[dict[str, Any]]]) -> np.ndarray:  # -> windows 2
-        """The places of the first and last token of the first answer in each window that holds it; 0 0 in others."""
+        """Return the positions of the first and last token of the first answer in each window that holds it; 0 0 in
+        others.
+        """
         found = np.array(
             [
                 covering(self.located[context][2], *ends(answers[0])) if answers else (-1, -1)
@@ -92,7 +96,9 @@ class Windows:
 
 @dataclass(frozen=True)
 class Frame:
-    """Tokens before a question, between it and its context, and behind that; the numbers of their two segments."""
+    """The special tokens before a question, between question and context, and after the context; and the two segment
+    ids.
+    """
 
     before: tuple[int, ...]
     between: tuple[int, ...]
@@ -105,8 +111,10 @@ class Frame:
 
 
 def framed(text: TextTokenizer) -> Frame:
-    """As the tokenizer frames pairs; of one that puts nothing around them, BERT's frame: a class token first, a separator
-    behind each."""
+    """Return the tokenizer's special tokens for pairs.
+
+    If the tokenizer adds none, return BERT's: [CLS] first, [SEP] after each text.
+    """
     pair = text.tokenizer.encode("a", "b")
     side = np.array([-1 if n is None else n for n in pair.sequence_ids])
     first, second = np.flatnonzero(side == 0), np.flatnonzero(side == 1)
@@ -122,22 +130,22 @@ def framed(text: TextTokenizer) -> Frame:
 
 
 def ends(answer: dict[str, Any]) -> tuple[int, int]:
-    """The first character of an answer and the one behind its last."""
+    """Return the index of the first character of an answer and one past its last."""
     return answer["start"], answer["start"] + len(answer["text"])
 
 
 def covering(spans: np.ndarray, begin: int, end: int) -> tuple[int, int]:  # N 2 -> first, last
-    """The tokens that hold a piece of a text: the first that ends behind its begin, the last that begins before its end."""
+    """Return the first and last token that overlap the characters begin to end; (-1, -1) if none does."""
     inside = np.flatnonzero((spans[:, 1] > begin) & (spans[:, 0] < end) & (spans[:, 1] > spans[:, 0]))
     return (int(inside[0]), int(inside[-1])) if len(inside) else (-1, -1)
 
 
 def widened(text: str, spans: np.ndarray) -> np.ndarray:  # N 2 -> N 2
-    """Pieces of a text made to hold whole words: what they begin and end within is all of theirs."""
+    """Widen spans of a text to whole words."""
     words = np.array([m.span() for m in WORD.finditer(text)], dtype=np.int64).reshape(-1, 2)
     if not len(words):
         return spans
-    within = np.searchsorted(words[:, 0], spans, "right") - 1  # the last word that begins at or before
+    within = np.searchsorted(words[:, 0], spans, "right") - 1  # the last word that begins at or before it
     near = words[np.maximum(within, 0)]  # N 2 2
     begin, end = spans.T
     begins = np.where((within[:, 0] >= 0) & (begin < near[:, 0, 1]), near[:, 0, 0], begin)
@@ -147,12 +155,12 @@ def widened(text: str, spans: np.ndarray) -> np.ndarray:  # N 2 -> N 2
 
 
 def whole_words(context: str, begin: int, end: int) -> bool:
-    """Whether a piece neither begins nor ends within a word."""
+    """Return whether a span begins and ends at word boundaries."""
     return tuple(widened(context, np.array([[begin, end]]))[0]) == (begin, end)
 
 
 def starts(tokens: int, room: int, stride: int) -> list[int]:
-    """Where windows of `room` tokens begin that together cover a text: each `stride` behind the last, and one at the end."""
+    """Return the starts of windows of `room` tokens that cover a text: `stride` apart, and one at the end."""
     if tokens <= room:
         return [0]
     return [*range(0, tokens - room, min(stride, room)), tokens - room]

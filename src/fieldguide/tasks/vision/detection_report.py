@@ -1,4 +1,4 @@
-"""What a report shows of detections: scores by class, curves, and pictures with the true boxes beside the found ones."""
+"""Report exhibits of object detection: scores by class, curves, and images with true and predicted boxes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fieldguide.data.media import images
 from fieldguide.metrics.detection import average_precision
 from fieldguide.tasks.base import Arrays
 
-SHOWN = 12  # pictures in each gallery
+SHOWN = 12  # images in each gallery
 CURVES = 12  # classes whose curves are drawn, the most frequent ones
-HALF = 280  # pixels of a picture's longer side in a gallery
+HALF = 280  # pixels of an image's longer side in a gallery
 
 
 def opened(path: str) -> Image.Image:
@@ -25,14 +25,16 @@ def opened(path: str) -> Image.Image:
 
 
 def colour(label: int) -> tuple[int, int, int]:
-    """Colours that are told apart: around the circle of hues by the golden angle."""
+    """Return a color per class: hues spaced by the golden angle."""
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.33 + 0.618034 * label) % 1, 0.85, 0.95))
 
 
 def drawn(
     picture: Image.Image, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], scores: np.ndarray | None = None
 ) -> Image.Image:
-    """A picture with boxes (M 4, in its pixels) and their names, and scores where given; lines fit its size."""
+    """Return the image with boxes (M, 4, in pixels) and class names, and scores if given; line width follows the image
+    size.
+    """
     out = picture.copy()
     pen, width = ImageDraw.Draw(out), max(1, round(max(out.size) / 250))
     font = ImageFont.load_default(max(9, round(max(out.size) / 40)))
@@ -52,8 +54,11 @@ def drawn(
 def matched(
     boxes: np.ndarray, labels: np.ndarray, true: np.ndarray, is_: np.ndarray, crowd: np.ndarray, limit: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which found boxes (the surest first) are right, and which true ones are found: each once, IoU at least `limit`.
-    What lies on a crowd counts as right, and crowds need not be found."""
+    """Match predicted boxes (sorted by score) to true boxes one to one, with IoU of at least `limit`.
+
+    Returns which predictions are correct and which true boxes are found. A prediction on a crowd box counts as
+    correct, and crowd boxes need not be found.
+    """
     right, met = np.zeros(len(labels), dtype=bool), np.zeros(len(is_), dtype=bool)
     if not len(labels) or not len(is_):
         return right, met
@@ -119,9 +124,9 @@ def exhibits(
             pair.paste(drawn(small, boxes * scale, labels, names, sure), (small.width + 4, 0))
             out = io.BytesIO()
             pair.save(out, "JPEG", quality=80)
-            caption = f"{titles[i]}: {len(is_)} there, {len(labels)} found, {errors} wrong"
+            caption = f"{titles[i]}: {len(is_)} true, {len(labels)} predicted, {errors} wrong"
             pictures.append(Picture(out.getvalue(), caption, errors > 0))
-        return Gallery(title, "The boxes in the data on the left, the network's on the right.", pictures, wide=True)
+        return Gallery(title, "True boxes on the left, predicted boxes on the right.", pictures, wide=True)
 
     worst = np.argsort(-wrong, kind="stable")[:SHOWN]
     chance = np.random.default_rng(0).permutation(len(paths))[:SHOWN]
@@ -129,19 +134,19 @@ def exhibits(
         "Classes": [
             Table(
                 "By class",
-                f"Found and false at a score of {least:.2f} or more and an IoU of 0.5. AP50: average "
-                "precision at IoU 0.5; AP: over IoU 0.5 to 0.95.",
-                ("class", "there", "found", "missed", "false alarms", "AP50", "AP"),
+                f"Found and false at a score of at least {least:.2f} and an IoU of 0.5. AP50: average precision "
+                "at IoU 0.5; AP: mean over IoU 0.5 to 0.95.",
+                ("class", "true boxes", "found", "missed", "false positives", "AP50", "AP"),
                 rows,
                 heat=("AP50", "AP"),
             ),
             Lines(
                 "Precision and recall",
-                "At IoU 0.5. To find a larger part of what is there, less sure boxes must be taken, of which fewer are right.",
-                "part that is found",
-                "part that is right",
+                "At IoU 0.5. Higher recall needs boxes with lower scores, of which fewer are correct.",
+                "recall",
+                "precision",
                 curves,
             ),
         ],
-        "Pictures": [gallery("Worst", worst.tolist()), gallery("By chance", chance.tolist())],
+        "Images": [gallery("Worst", worst.tolist()), gallery("Random sample", chance.tolist())],
     }
