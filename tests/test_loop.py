@@ -161,7 +161,7 @@ def test_the_best_weights_are_kept_and_training_stops():
 
     t = trainer(objective, evaluate=evaluate, steps=1000, patience=4)
     state = t.train()
-    assert state.best_step == 15 and state.step == 35 and "no better loss" in state.stopped
+    assert state.best_step == 15 and state.step == 35 and "loss has not improved" in state.stopped
     torch.testing.assert_close(weights(objective), seen[2])
 
 

@@ -262,9 +262,9 @@ def test_frozen_networks_drop_nothing_out():
 
 
 def test_ways_that_cannot_be():
-    with pytest.raises(SettingsError, match=r"tune=frozen trains new layers alone.*tune=whole or tune=lora"):
+    with pytest.raises(SettingsError, match=r"finetune=frozen trains only new layers.*finetune=whole or finetune=lora"):
         peft.prepare(bert(), settled(tune="frozen"), [])
-    with pytest.raises(SettingsError, match=r"tune=lora keeps the weights.*--weights"):
+    with pytest.raises(SettingsError, match=r"finetune=lora needs pretrained weights.*--weights"):
         fit("iris", model="mlp-test", settings={"steps": 2, "tune": "lora"})
     with pytest.raises(SettingsError, match="has no blocks"):
         peft.prepare(nn.Sequential(nn.Linear(2, 2)), settled(recompute=True), None)

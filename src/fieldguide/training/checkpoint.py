@@ -1,7 +1,7 @@
-"""Checkpoints: all that a run needs to go on, as safetensors and JSON.
+"""Checkpoints: everything that is needed to resume a run, as safetensors and JSON.
 
-A checkpoint is two files, `step-N.safetensors` and `step-N.json`; the JSON holds the digest of the tensors and is
-written last, so that a checkpoint exists whole or not at all. The one before is kept until the next is safe.
+A checkpoint consists of two files, `step-N.safetensors` and `step-N.json`. The JSON file holds the digest of the tensors
+and is written last, so that an interrupted write leaves no partial checkpoint. The previous checkpoint is kept.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from fieldguide.core.errors import TrainingError
 from fieldguide.core.files import write_atomically
 
-MAX_KEPT_CHECKPOINTS = 2  # newest checkpoints that stay
+MAX_KEPT_CHECKPOINTS = 2  # older ones are deleted
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Stores a checkpoint and removes those before the last two. Raises `TrainingError` where writing fails."""
+    """Save a checkpoint and delete all but the newest `MAX_KEPT_CHECKPOINTS`. Raises `TrainingError` if writing fails."""
     folder.mkdir(parents=True, exist_ok=True)
     content = pack_tensors(copy_to_cpu(tensors))
     path = folder / f"step-{step:08d}.json"
@@ -39,7 +39,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
 
 
 def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, and none sharing memory with another, as safetensors wants them."""
+    """Return contiguous copies on the CPU that share no memory with each other, as safetensors requires."""
     out, seen = {}, set()
     for name, t in tensors.items():
         t = t.detach().cpu().contiguous()
@@ -48,10 +48,11 @@ def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def load(folder: Path, say: Callable[[str], None] = print) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that is whole, or None where there is none yet.
+def load(folder: Path, log: Callable[[str], None] = print) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    """Load the newest intact checkpoint: its step, tensors and state. Return None if there is no checkpoint.
 
-    A damaged one is named through `say` and the one before is taken. Raises `TrainingError` where all are damaged.
+    A damaged checkpoint is reported through `log` and the previous one is used. Raises `TrainingError` if all checkpoints
+    are damaged.
     """
     records = sorted(folder.glob("step-*.json"), reverse=True)
     for path in records:
@@ -60,17 +61,17 @@ def load(folder: Path, say: Callable[[str], None] = print) -> tuple[int, dict[st
             content = path.with_suffix(".safetensors").read_bytes()
             if hashlib.sha256(content).hexdigest() == record["sha256"]:
                 return record["step"], read_tensors(content), record["state"]
-            why = "its content does not match its digest"
+            reason = "its content does not match its digest"
         except (OSError, ValueError, KeyError, struct.error) as error:
-            why = str(error)
-        say(f"checkpoint {path.with_suffix('').name} is damaged ({why}); taking the one before.")
+            reason = str(error)
+        log(f"checkpoint {path.with_suffix('').name} is damaged ({reason}); using the previous one.")
     if records:
-        raise TrainingError(f"all checkpoints in {folder} are damaged. Train again from the start with a new --out.")
+        raise TrainingError(f"all checkpoints in {folder} are damaged. Start a new run with another --out.")
     return None
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as named tensors and plain numbers."""
+    """Return the state of an optimizer as named tensors and plain numbers."""
     tensors, numbers = {}, {}
     for index, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
@@ -85,7 +86,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], numbers: dict[str, Any]
 ) -> None:
-    """The reverse of `pack_optimizer`."""
+    """Restore the state that `pack_optimizer` returned."""
     state: dict[int, dict[str, Any]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in [*tensors.items(), *numbers.items()]:
@@ -93,7 +94,7 @@ def unpack_optimizer(
             index, key = name[len(prefix) + 1 :].split(".", 1)
             like = parameters[int(index)]
             if isinstance(value, Tensor) and value.shape == like.shape:
-                # In the parameter's own memory layout: fused kernels walk both as flat arrays.
+                # Use the parameter's memory layout: fused kernels treat both as flat arrays.
                 value = torch.empty_like(like, dtype=value.dtype).copy_(value)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,4 +1,4 @@
-"""A running average of weights (Polyak & Juditsky 1992), which usually scores better than the last weights."""
+"""Exponential moving average of weights (Polyak & Juditsky 1992), which usually scores better than the last weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
-    """Averages the floating-point parameters and buffers of a module with `decay`, warmed up over the first steps."""
+    """Moving average of the floating-point parameters and buffers of a module, with a warm-up of `decay`."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.live = decay, [t for t in module.state_dict(keep_vars=True).values() if t.is_floating_point()]
@@ -18,11 +18,12 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Update the averages after optimizer step `step`."""
         torch._foreach_lerp_(self.mean, [t.detach() for t in self.live], 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
-        """The module holds the averages inside, its own weights again after."""
+        """Use the averages as the weights of the module inside the context."""
         self.swap_parameters()
         try:
             yield
@@ -31,6 +32,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def swap_parameters(self) -> None:
+        """Exchange the weights of the module and the averages."""
         for live, mean in zip(self.live, self.mean):
             kept = live.detach().clone()
             live.copy_(mean)

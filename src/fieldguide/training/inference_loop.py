@@ -1,4 +1,4 @@
-"""Outputs of a trained network over many examples."""
+"""Batched inference over a data set."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def collect(
     callback: Callable[[int], None] = lambda done: None,
     step: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Outputs by name, one row an example in its own order. Several processes share the work, and all get the whole.
+    """Return the outputs by name, one row per example, in the order of the examples.
 
-    `ask` answers a batch; without it, `objective.outputs` does. Batches may answer at different widths (the longest
-    text of each): narrower ones are filled up with -1 (NaN among real numbers).
+    Several processes share the work, and each gets the whole result. `step` computes the outputs of a batch;
+    `objective.outputs` by default. Outputs of batches may differ in width, such as the longest text: narrower ones are
+    padded with -1, or NaN for floating-point outputs. `callback` gets the number of examples done by this process.
     """
     step = step or objective.outputs
     mine = np.arange(len(batches))[distributed.rank() :: distributed.world()]
@@ -48,7 +49,7 @@ def collect(
 
 
 def concatenate_padded(parts: list[np.ndarray]) -> np.ndarray:
-    """Arrays joined along the first axis, filled up to the widest along the others."""
+    """Concatenate arrays along the first axis, padded to the largest size along the others."""
     shape = np.max([p.shape[1:] for p in parts], axis=0).astype(int)
     if all(p.shape[1:] == tuple(shape) for p in parts):
         return np.concatenate(parts)

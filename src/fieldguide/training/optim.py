@@ -1,4 +1,4 @@
-"""Optimisers and the learning-rate schedule."""
+"""Optimizers and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fieldguide.training.peft import get_layer_depths, get_tower_prefixes
 
 
 def get_lr_factor(settings: Settings, step: int) -> float:
-    """Learning rate of a step as a part of the peak: linear warm-up, then cosine or linear to zero."""
+    """Return the learning rate of a step relative to the peak: linear warm-up, then constant, cosine or linear decay."""
     warm = max(1, round(settings.warmup * settings.steps))
     if step < warm:
         return (step + 1) / warm
@@ -26,15 +26,18 @@ def get_lr_factor(settings: Settings, step: int) -> float:
 
 
 def get_embedding_ids(objective: nn.Module) -> set[int]:
-    """Identities of the embeddings, which are tables of vectors and no matrices."""
+    """Return the ids of the embedding weights, which get neither weight decay nor Muon."""
     return {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
 
 
 def build_optimizers(
     objective: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], settings: Settings
 ) -> list[torch.optim.Optimizer]:
-    """The optimiser(s) of one phase. Matrices and kernels decay; vectors, norms and embeddings do not. A group's `scale`
-    is what of the rate is its own: less in lower layers where `layer_decay` says so."""
+    """Return the optimizer(s) of one phase.
+
+    Weight decay applies to matrices and kernels, not to vectors, norms and embeddings. `scale` of a parameter group is its
+    factor of the learning rate: below 1 in lower layers if `layer_decay` is below 1.
+    """
     tables = get_embedding_ids(objective)
     parameters = list(parameters)
     depth, top = get_layer_depths((name for name, _ in parameters), get_tower_prefixes(objective))
@@ -48,21 +51,21 @@ def build_optimizers(
     ]
     if settings.optimizer == "sgd":
         return [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True)]
-    made: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     matrices = [g for g in groups if g["matrices"]]
     if settings.optimizer == "muon" and matrices:
-        made.append(Muon(matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay))
+        optimizers.append(Muon(matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay))
         groups = [g for g in groups if not g["matrices"]]
     if groups:
-        made.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True))
-    return made
+        optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True))
+    return optimizers
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Muon: momentum with orthogonalized updates (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    Kernels are taken as matrices out x (in * height * width). The update is scaled by 0.2 sqrt(max(rows, columns)) so
-    that its size matches AdamW's and the same learning rate suits both (Liu et al. 2025, arXiv:2502.16982, eq. 4).
+    Kernels are reshaped to matrices out x (in * height * width). The update is scaled by 0.2 sqrt(max(rows, columns)), so
+    that its magnitude matches AdamW's and the same learning rate suits both (Liu et al. 2025, arXiv:2502.16982, eq. 4).
     """
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -86,16 +89,16 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(same, [u.view_as(p).to(p.dtype) for u, p in zip(update, same)], alpha=-scale)
 
 
-A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic a x + b x^3 + c x^5 that every step applies to singular values
+A, B, C = 3.4445, -4.7750, 2.0315  # coefficients of a x + b x^3 + c x^5, which each iteration applies to the singular values
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:  # N R C -> N R C
-    """Nearest semi-orthogonal matrices, roughly, by the quintic Newton-Schulz iteration of Muon.
+    """Return approximately the nearest semi-orthogonal matrices, by the quintic Newton-Schulz iteration of Muon.
 
-    Long ones are iterated by what multiplies them, a polynomial of x x^T, which costs products of R x R alone and gives the
-    same in float32; in bfloat16 the squares of small singular values would be lost.
+    For elongated matrices the factor of x, a polynomial of x x^T, is iterated instead of x, because this needs only R x R
+    products and gives the same result in float32. In bfloat16 the squares of small singular values would be lost.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # not every CPU is quick in bfloat16
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # bfloat16 is slow on some CPUs
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -115,11 +118,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:  # N R C -> N R C
     return x.mT if tall else x
 
 
-MIN_ASPECT_RATIO_FOR_GRAM = 2  # columns a row, from which the way round costs less
+MIN_ASPECT_RATIO_FOR_GRAM = 2  # columns per row from which iterating x x^T is cheaper
 
 
 def measure_orthogonalization_seconds(objective: nn.Module, device: torch.device) -> float:
-    """Seconds that Muon takes for the updates of a step, about: one matrix of each shape is timed."""
+    """Estimate the seconds per step that Muon takes for its updates, by timing one matrix of each shape."""
     tables = get_embedding_ids(objective)
     shapes = Counter(
         tuple(p.flatten(1).shape) for p in objective.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in tables
@@ -127,7 +130,7 @@ def measure_orthogonalization_seconds(objective: nn.Module, device: torch.device
     total = 0.0
     for shape, count in shapes.items():
         matrix = torch.ones(1, *shape, device=device)
-        for _ in range(2):  # the first one warms up
+        for _ in range(2):  # the first run is a warm-up
             started = time.perf_counter()
             orthogonalize(matrix)
             if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Precision and memory layout, chosen by timing real steps on this machine."""
+"""Choice of precision and memory layout by timing training steps on this machine."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from fieldguide.objectives.base import Objective
 
-MIN_SPEEDUP = 1.1  # a choice must be this much faster than plain float32 to be taken
+MIN_SPEEDUP = 1.1  # factor by which a choice must be faster than float32
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Return the autocast context of a precision."""
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
 def move_batch(batch: dict[str, Tensor], device: torch.device, channels_last: bool = False) -> dict[str, Tensor]:
-    """A batch on the device; pictures (B C H W) in channels-last order where asked."""
+    """Move a batch to the device; with `channels_last`, store images (B C H W) in that layout."""
 
     def move(t: Tensor) -> Tensor:
         t = t.to(device, non_blocking=True)
@@ -33,7 +34,7 @@ def move_batch(batch: dict[str, Tensor], device: torch.device, channels_last: bo
 
 @contextmanager
 def deterministic_kernels() -> Iterator[None]:
-    """cuDNN tries no algorithms while inside, so a resumed run takes the same ones."""
+    """Use deterministic cuDNN algorithms inside, so that a resumed run uses the same ones."""
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     try:
@@ -52,13 +53,16 @@ def measure_step_seconds(
     repeats: int = 3,
     enough: float = 0.05,
 ) -> float:
-    """Fastest of a few forward and backward passes, through every phase, on a copy: at least `repeats`, and quick ones
-    for `enough` seconds, so that a moment's load of other work does not decide. Ends at once beyond `limit` seconds."""
+    """Return the seconds of the fastest of several forward and backward passes through all phases, on a copy.
+
+    At least `repeats` passes are timed, and more until `enough` seconds are reached, to reduce the effect of other load.
+    Timing stops early if a pass takes more than `limit` seconds.
+    """
     trial = copy.deepcopy(objective).train()
     if channels_last:
         trial = trial.to(memory_format=torch.channels_last)
     batch, best, total, turn = move_batch(batch, device, channels_last), float("inf"), 0.0, 0
-    while turn <= repeats or (total < enough and turn < 20):  # the first one warms up
+    while turn <= repeats or (total < enough and turn < 20):  # the first pass is a warm-up
         started = time.perf_counter()
         for phase in trial.phases:
             with autocast(device, precision):
@@ -67,7 +71,7 @@ def measure_step_seconds(
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken = time.perf_counter() - started
-        if taken > 20 or (turn and taken > limit):  # nobody waits for more of these
+        if taken > 20 or (turn and taken > limit):  # too slow to time more passes
             return min(best, taken)
         if turn:
             best, total = min(best, taken), total + taken
@@ -76,12 +80,15 @@ def measure_step_seconds(
 
 
 def choose_precision(
-    objective: Objective, batch: dict[str, Tensor], device: torch.device, say: Callable[[str], None]
+    objective: Objective, batch: dict[str, Tensor], device: torch.device, log: Callable[[str], None]
 ) -> tuple[str, bool, dict[str, float]]:
-    """(precision, channels_last, seconds of each choice). float32 unless another choice is clearly faster."""
-    pictures = any(t.ndim == 4 for t in batch.values())
+    """Return the precision, whether to use channels-last, and the seconds of each choice.
+
+    float32 is returned unless another choice is at least `MIN_SPEEDUP` times as fast.
+    """
+    has_images = any(t.ndim == 4 for t in batch.values())
     choices = [("float32", False), ("bfloat16", False)]
-    if pictures:
+    if has_images:
         choices += [("float32", True), ("bfloat16", True)]
     timed: dict[tuple[str, bool], float] = {}
     with torch.random.fork_rng():
@@ -93,8 +100,8 @@ def choose_precision(
             except RuntimeError as error:
                 if choice == choices[0]:
                     raise
-                # A kernel that lacks this precision or layout rules the choice out.
-                say(f"{choice[0]} cannot be used here: {str(error).splitlines()[0]}")
+                # A kernel does not support this precision or layout.
+                log(f"{choice[0]} is not supported here: {str(error).splitlines()[0]}")
     best = min(timed, key=timed.get)
     if timed[("float32", False)] < MIN_SPEEDUP * timed[best]:
         best = ("float32", False)

@@ -1,4 +1,4 @@
-"""Trackers: where losses and scores go beside metrics.jsonl, on request (`--set track=tensorboard`)."""
+"""Experiment trackers that receive losses and scores in addition to metrics.jsonl (`--set tracker=tensorboard`)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from fieldguide.core.errors import SettingsError
 
 
 class TensorBoard:
-    """Event files in the run folder's `events/`. Raises `SettingsError` with the install line where it is missing."""
+    """TensorBoard event files in the `events/` folder of the run. Raises `SettingsError` if tensorboard is not installed."""
 
     def __init__(self, folder: Path, step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise SettingsError("track=tensorboard needs a package: pip install 'fieldguide[track]'.") from None
-        # What was written after the checkpoint that is resumed from is hidden by its reader.
+            raise SettingsError("tracker=tensorboard needs an optional package: pip install 'fieldguide[track]'.") from None
+        # Hide events that were written after the checkpoint from which the run resumes.
         self.writer = SummaryWriter(str(folder / "events"), purge_step=step + 1 if step else None)
 
     def log_metrics(self, line: Mapping[str, Any]) -> None:
+        """Write one line of metrics.jsonl."""
         for name, value in line.items():
             if isinstance(value, Mapping):
                 for score, number in value.items():

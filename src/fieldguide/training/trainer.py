@@ -1,7 +1,7 @@
-"""The loop: any objective, any number of phases, one or many processes, resumable to the bit.
+"""The training loop, for any objective, any number of phases, and one or several processes.
 
-It owns accumulation, clipping, precision, averaging of weights, schedules, logging, checkpoints and early stopping.
-It knows neither tasks nor architectures.
+It handles gradient accumulation and clipping, precision, weight averaging, schedules, logging, checkpoints and early
+stopping, and is independent of tasks and architectures. A resumed run gives bit-identical results.
 """
 
 from __future__ import annotations
@@ -36,22 +36,20 @@ from fieldguide.training.peft import get_frozen_modules, get_layer_depths, get_l
 from fieldguide.training.precision import autocast, deterministic_kernels, move_batch
 from fieldguide.training.tracking import TRACKERS
 
-MAX_LOG_LINES = 400  # lines of losses that a whole run writes, about
-MAX_TIME_OVERRUN = 1.05  # times the minutes given is when a run that is slower than planned ends
-PACE_CHECK_STEPS = 20  # steps after which it is first seen how long a step really takes
-TARGET_TIME_FRACTION, MIN_REPLAN_CHANGE, MIN_REPORTED_CHANGE = (
-    0.97,
-    0.1,
-    0.3,
-)  # part of the minutes to fill; by which it may miss that; of which a line is worth
+MAX_LOG_LINES = 400  # approximate number of loss lines that a run writes to metrics.jsonl
+MAX_TIME_OVERRUN = 1.05  # a run stops after this factor times the given minutes
+PACE_CHECK_STEPS = 20  # steps before the time of a step is first measured; then after twice as many steps, and so on
+TARGET_TIME_FRACTION = 0.97  # fraction of the given minutes that training should use
+MIN_REPLAN_CHANGE = 0.1  # relative change of the remaining steps below which the plan is kept
+MIN_REPORTED_CHANGE = 0.3  # relative change of the remaining steps above which it is logged
 
 
 class Interrupted(TrainingError):
-    """Ctrl-C or SIGTERM: the state is saved, and `fieldguide fit --resume` goes on from it."""
+    """Raised on Ctrl-C or SIGTERM, after the state was saved. `fieldguide fit --resume` continues the run."""
 
 
 class Callback(Protocol):
-    """Who looks on: a progress bar, a tracker, a test."""
+    """Interface of an observer of training, such as a progress bar."""
 
     def on_step(self, step: int, losses: dict[str, float]) -> None: ...
     def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None: ...
@@ -61,23 +59,23 @@ class Callback(Protocol):
 
 @dataclass
 class State:
-    """What a checkpoint holds beside tensors. All of it survives JSON exactly."""
+    """State of training that is saved in a checkpoint as JSON, in addition to the tensors."""
 
     step: int = 0
     best: float | None = None
     best_step: int = 0
-    stale: int = 0  # evaluations since the best
-    seconds: float = 0.0  # of training so far, over all resumptions
+    stale: int = 0  # evaluations since the best one
+    seconds: float = 0.0  # training time, including time before resumptions
     sums: dict[str, float] = field(default_factory=dict)
     summed: int = 0
-    stopped: str = ""  # why training ended before its last step
-    most: int = 0  # where time decides: steps that are enough, however quick; else 0
-    steps: int = 0  # as counted anew while training; 0 = as the settings say
-    evaluate: int = 0  # the same
+    stopped: str = ""  # reason why training ended before its last step
+    most: int = 0  # upper limit of the steps if they follow from the minutes; else 0
+    steps: int = 0  # steps as replanned during training; 0 = as in the settings
+    evaluate: int = 0  # steps between evaluations as replanned during training; 0 = as in the settings
 
 
 class PhaseModule(nn.Module):
-    """One phase as a module of its own, so that DDP's hooks fire whatever the objective calls inside."""
+    """A phase as a module, so that the hooks of DDP run for everything that the objective calls."""
 
     def __init__(self, objective: Objective, phase: Phase):
         super().__init__()
@@ -88,7 +86,7 @@ class PhaseModule(nn.Module):
 
 
 class PhaseRunner:
-    """A phase, its parameters, its optimisers, and its module as DDP wraps it."""
+    """A phase with its parameters, its optimizers and its module, wrapped in DDP if there are several processes."""
 
     def __init__(self, objective: Objective, phase: Phase, settings: Settings, device: torch.device):
         self.phase, self.settings = phase, settings.with_(dict(phase.settings))
@@ -100,10 +98,13 @@ class PhaseRunner:
         self.lr = 0.0
         self.module: nn.Module = PhaseModule(objective, phase)
         if distributed.world() > 1:
-            with require_grad_only(self.parameters, objective):  # DDP reduces what requires a gradient when it is made
+            with require_grad_only(
+                self.parameters, objective
+            ):  # DDP reduces the parameters that require a gradient at construction
                 self.module = DistributedDataParallel(self.module, [device] if device.type == "cuda" else None)
 
     def set_lr(self, step: int) -> float:
+        """Set the learning rate of a step in all parameter groups and return it."""
         rate = self.settings.lr * get_lr_factor(self.settings, step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -111,7 +112,7 @@ class PhaseRunner:
         return rate
 
     def mask_frozen_grads(self, step: int) -> None:
-        """Drops the gradients of layers whose time has not come."""
+        """Drop the gradients of layers that are not unfrozen yet."""
         lowest = get_lowest_trainable_depth(self.settings, step, self.top)
         for p, depth in zip(self.parameters, self.depth):
             if depth < lowest:
@@ -120,7 +121,7 @@ class PhaseRunner:
 
 @contextmanager
 def require_grad_only(parameters: list[nn.Parameter], objective: nn.Module) -> Iterator[None]:
-    """Inside, these parameters alone require a gradient."""
+    """Make only these parameters require a gradient inside."""
     chosen = {id(p) for p in parameters}
     others = [p for p in objective.parameters() if p.requires_grad and id(p) not in chosen]
     for p in others:
@@ -133,12 +134,16 @@ def require_grad_only(parameters: list[nn.Parameter], objective: nn.Module) -> I
 
 
 class Trainer:
-    """Trains an objective. `folder` is the run folder, None where nothing is to be stored.
+    """Trains an objective.
 
-    `evaluate(objective)` returns scores, called every `settings.evaluate` steps with averaged weights in place;
-    `metric` is the (name, "max" | "min") that decides which weights are best. `settings` must be resolved: steps,
-    batch, evaluate, precision and channels_last are numbers here, not None. `most`: the steps follow from the minutes,
-    and are counted anew, up to so many, where this machine turns out quicker or slower than a trial said.
+    Args:
+        settings: resolved settings: steps, batch_size, eval_steps, precision and channels_last must not be None.
+        folder: the run folder; None saves nothing.
+        evaluate: `evaluate(objective)` returns scores. It is called every `settings.eval_steps` steps, with the averaged
+            weights in place.
+        metric: (name, "max" | "min") of the score that selects the best weights.
+        max_steps: if above 0, the steps follow from the minutes: they are replanned during training, up to this number,
+            if steps turn out faster or slower than expected.
     """
 
     def __init__(
@@ -168,13 +173,12 @@ class Trainer:
         self.frozen_modules = get_frozen_modules(self.objective)
         self.pace_start = (0, 0.0)  # step and seconds that the pace is counted from
 
-    # What a run goes through
-
     def train(self) -> State:
-        """Trains to the last step, or until no better score comes. Leaves the best weights in the objective.
+        """Train to the last step or until early stopping, and load the best weights into the objective.
 
-        Raises `Interrupted` on Ctrl-C, `TrainingError` on a non-finite loss or where the disk is full; what was done
-        before is saved in each case.
+        Raises:
+            Interrupted: on Ctrl-C or SIGTERM.
+            TrainingError: on a non-finite loss, or if the disk is full. The progress so far is saved in each case.
         """
         settings, state = self.settings, self.state
         if self.device.type == "cpu":
@@ -203,9 +207,9 @@ class Trainer:
                     raise Interrupted(
                         f"stopped after step {state.step} of {self.settings.steps}; "
                         + (
-                            f"all is saved. Go on with `fieldguide fit --resume {self.folder}`."
+                            f"the state is saved. Continue with `fieldguide fit --resume {self.folder}`."
                             if self.folder
-                            else "nothing is kept."
+                            else "nothing is saved."
                         )
                     )
                 if (
@@ -213,7 +217,7 @@ class Trainer:
                     and self.is_true_anywhere(state.seconds > MAX_TIME_OVERRUN * 60 * settings.minutes)
                     and not state.stopped
                 ):
-                    state.stopped = f"{settings.minutes:g} minutes are over"
+                    state.stopped = f"the time limit of {settings.minutes:g} minutes was reached"
                     if self.evaluate and not scored:
                         self.evaluate_and_keep_best()
                 if time.monotonic() - saved > settings.checkpoint_seconds:
@@ -228,13 +232,13 @@ class Trainer:
         return state
 
     def set_train_mode(self) -> None:
-        """Puts what learns in training mode."""
+        """Put the trainable modules in training mode."""
         self.objective.train()
         for module in self.frozen_modules:
             module.train(False)
 
     def make_batch_stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """This process's batches, from the next step to the last."""
+        """Return the batches of this process, from the next step to the last."""
         settings, world, rank = self.settings, distributed.world(), distributed.rank()
         return iterate_training_batches(
             self.batches,
@@ -249,22 +253,22 @@ class Trainer:
         )
 
     def replan_steps(self) -> bool:
-        """Counts the steps anew, so that the rate has come down when the minutes are over, and the minutes are used.
+        """Recompute the number of steps, so that the learning-rate schedule ends when the minutes are used up.
 
-        True where the count has changed. A step's time is the mean over all that this process has made, evaluations
-        too once there are any; it is looked at whenever twice as many steps are done as at the last look, so that one
-        busy moment of the machine changes little.
+        Return whether the number changed. The time of a step is the mean over all steps of this process, including
+        evaluations. It is measured each time the number of steps has doubled, so that a short load on the machine has
+        little effect.
         """
         settings, state = self.settings, self.state
         if state.step < PACE_CHECK_STEPS:
-            self.pace_start = (state.step, state.seconds)  # the first steps prepare kernels, and tell nothing
+            self.pace_start = (state.step, state.seconds)  # the first steps include the preparation of kernels
             return False
         steps, seconds = state.step - self.pace_start[0], state.seconds - self.pace_start[1]
         goal = (0.9 if self.evaluate and state.best is None else 1.0) * (
             TARGET_TIME_FRACTION * 60 * settings.minutes - state.seconds
         )
         total = min(state.most, state.step + max(1, int(goal * steps / max(seconds, 1e-9))))
-        goal, total = distributed.broadcast((goal, total))  # clocks differ; all must come to the same
+        goal, total = distributed.broadcast((goal, total))  # clocks differ between processes, but the plan must not
         left, planned = total - state.step, settings.steps - state.step
         if goal <= 0 or planned < MIN_REPLAN_CHANGE * settings.steps or abs(left - planned) <= MIN_REPLAN_CHANGE * planned:
             return False
@@ -275,7 +279,7 @@ class Trainer:
         return True
 
     def replan(self) -> None:
-        """Takes steps and evaluations as they were counted anew into the settings, whose rates follow them."""
+        """Apply the replanned steps to the settings, and thereby to the schedules."""
         if counts := {k: v for k, v in (("steps", self.state.steps), ("eval_steps", self.state.evaluate)) if v}:
             self.settings = self.settings.with_(counts)
             for runner in self.runners:
@@ -283,10 +287,10 @@ class Trainer:
             self.callback.on_replan(self.settings.steps)
 
     def train_step(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
-        """One step of every phase, as often as the phase asks. Returns the losses by name."""
+        """Run one training step: each phase as often as its `times`. Return the losses by name."""
         settings, losses = self.settings, {}
         seed_generators(mix_seeds(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
-        drawn = [
+        batches = [
             [move_batch(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.grad_accum_steps)]
             for _ in range(self.batches_per_step)
         ]
@@ -294,8 +298,8 @@ class Trainer:
             for turn in range(runner.phase.times):
                 scope = require_grad_only(runner.parameters, self.objective) if len(self.runners) > 1 else nullcontext()
                 with scope:
-                    parts = self.compute_gradients(runner, drawn[turn])
-                    self.apply_gradients(runner, drawn[turn], parts)
+                    parts = self.compute_gradients(runner, batches[turn])
+                    self.apply_gradients(runner, batches[turn], parts)
             prefix = f"{runner.phase.name}." if len(self.runners) > 1 else ""
             losses |= {prefix + name: value for name, value in parts.items()} | {prefix + "lr": runner.lr}
         if self.average:
@@ -303,11 +307,11 @@ class Trainer:
         return losses
 
     def compute_gradients(self, runner: PhaseRunner, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Gradients of the mean loss over the accumulated batches, and over processes."""
+        """Compute the gradients of the mean loss over accumulated batches and processes. Return the losses."""
         totals: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
-            waits = number < len(batches) - 1 and isinstance(runner.module, DistributedDataParallel)
-            with runner.module.no_sync() if waits else nullcontext():
+            accumulates = number < len(batches) - 1 and isinstance(runner.module, DistributedDataParallel)
+            with runner.module.no_sync() if accumulates else nullcontext():
                 with autocast(self.device, self.settings.precision):
                     parts = runner.module(batch)
                 (parts["loss"] / len(batches)).backward()
@@ -320,7 +324,7 @@ class Trainer:
         return dict(zip(totals, stacked.tolist()))
 
     def apply_gradients(self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float]) -> None:
-        """Clips, checks and applies the gradients; nothing that is not finite reaches the weights."""
+        """Clip and apply the gradients. Raises `TrainingError` before the update if the loss or their norm is not finite."""
         runner.lr = runner.set_lr(self.state.step)
         runner.mask_frozen_grads(self.state.step)
         norm = None
@@ -335,29 +339,30 @@ class Trainer:
     def raise_nonfinite(
         self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float], norm: float | None
     ) -> None:
+        """Save the batch and the state, and raise `TrainingError` for a non-finite loss or gradient norm."""
         for optimizer in runner.optimizers:
             optimizer.zero_grad(set_to_none=True)
         name = f"nonfinite-step-{self.state.step}-rank-{distributed.rank()}.safetensors"
         bad = sorted({key for b in batches for key, t in b.items() if t.is_floating_point() and not t.isfinite().all()})
         cause = (
-            f"The batch itself holds NaN or infinity in {', '.join(bad)}"
+            f"The batch contains NaN or infinity in {', '.join(bad)}"
             if bad
-            else "The batch is finite, so the weights or the rate are the cause: try a lower lr (--set lr=...), "
-            "clip=1 or precision=float32"
+            else "The batch is finite, so the cause is the weights or the learning rate: try a lower lr (--set lr=...), "
+            "grad_clip=1 or precision=float32"
         )
-        kept = ""
+        saved = ""
         if self.folder:
             from safetensors.torch import save as pack
 
             batch = checkpoint.copy_to_cpu({f"{i}.{k}": t for i, b in enumerate(batches) for k, t in b.items()})
             write_atomically(self.folder / name, pack(batch))
-            kept = f" The batch is kept in {self.folder / name}, the state before it in {self.folder / 'checkpoints'}."
+            saved = f" The batch is saved in {self.folder / name}, the state before it in {self.folder / 'checkpoints'}."
             self.save()
         what = f"loss {parts['loss']}" if not math.isfinite(parts["loss"]) else f"gradient norm {norm}"
-        raise TrainingError(f"{what} at step {self.state.step}, phase {runner.phase.name}. {cause}.{kept}")
+        raise TrainingError(f"{what} at step {self.state.step}, phase {runner.phase.name}. {cause}.{saved}")
 
     def evaluate_and_keep_best(self) -> None:
-        """Scores the averaged weights, keeps the best, counts evaluations without progress."""
+        """Evaluate the averaged weights, keep the best ones and apply early stopping."""
         state, (name, direction) = self.state, self.metric
         self.objective.eval()
         with self.average.average_parameters() if self.average else nullcontext():
@@ -368,7 +373,7 @@ class Trainer:
                 state.best is None or (value > state.best if direction == "max" else value < state.best)
             )
             state.stale = 0 if better else state.stale + 1
-            # Accuracy on few rows often ties, most of all at its highest: then more training is the better bet.
+            # Accuracy on few rows often ties, especially at its maximum; then the later weights are preferred.
             if better or value == state.best:
                 state.best, state.best_step = value, state.step
                 self.best = {k: t.detach().clone() for k, t in self.kept.state_dict().items()}
@@ -376,11 +381,10 @@ class Trainer:
         self.log_metrics({"step": state.step, "seconds": round(state.seconds, 3), "scores": scores})
         self.callback.on_evaluate(state.step, scores, better)
         if self.settings.patience and state.stale >= self.settings.patience:
-            state.stopped = f"no better {name} in {state.stale} evaluations; the best was at step {state.best_step}"
-
-    # Logs, signals, checkpoints
+            state.stopped = f"{name} has not improved in {state.stale} evaluations; the best was at step {state.best_step}"
 
     def log_losses(self, losses: dict[str, float]) -> None:
+        """Accumulate the losses of a step, and write their means from time to time."""
         state = self.state
         for name, value in losses.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
@@ -392,6 +396,7 @@ class Trainer:
             state.sums, state.summed = {}, 0
 
     def log_metrics(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl and to the tracker. Raises `TrainingError` if writing fails."""
         if self.tracker:
             self.tracker.log_metrics(line)
         if self.folder and distributed.rank() == 0:
@@ -400,13 +405,13 @@ class Trainer:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 raise TrainingError(
-                    f"could not write {self.folder / 'metrics.jsonl'}: {error.strerror}. The last "
-                    "checkpoint is whole; free some space, then `fieldguide fit --resume`."
+                    f"could not write {self.folder / 'metrics.jsonl'}: {error.strerror}. The last checkpoint is intact. "
+                    "Free some disk space and continue with `fieldguide fit --resume`."
                 ) from error
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM lets the step end and saves; the second stops at once."""
+        """Stop after the current step and save on the first Ctrl-C or SIGTERM; stop immediately on the second."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -415,7 +420,7 @@ class Trainer:
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
-            self.callback.log("stopping after this step; once more stops at once")
+            self.callback.log("stopping after this step; press Ctrl-C again to stop immediately")
 
         before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -425,7 +430,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def is_true_anywhere(self, flag: bool) -> bool:
-        """True in all processes as soon as it is in one."""
+        """Return True in all processes if `flag` is True in any."""
         if distributed.world() == 1:
             return flag
         tensor = torch.tensor(float(flag), device=self.device)
@@ -433,6 +438,7 @@ class Trainer:
         return bool(tensor > 0)
 
     def save(self) -> None:
+        """Save a checkpoint in the run folder."""
         if not self.folder or distributed.rank() != 0:
             return
         tensors = {f"objective.{k}": t for k, t in self.objective.state_dict().items()}
@@ -451,7 +457,7 @@ class Trainer:
         )
 
     def resume(self) -> bool:
-        """Takes up the newest whole checkpoint of the run folder; False where there is none yet."""
+        """Load the newest intact checkpoint of the run folder. Return False if there is none."""
         found = checkpoint.load(self.folder / "checkpoints", self.callback.log)
         if found is None:
             if distributed.rank() == 0:
@@ -474,20 +480,23 @@ class Trainer:
 
 
 def is_pace_check(step: int) -> bool:
-    """Whether the pace is looked at after this step: at 3, `PACED`, twice that, four times that, ..."""
+    """Return whether the time of a step is measured after this step: at 3, `PACE_CHECK_STEPS` and its doublings."""
     return step == 3 or (step % PACE_CHECK_STEPS == 0 and (step // PACE_CHECK_STEPS).bit_count() == 1)
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds the CPU and this device. `torch.manual_seed` also queues a call, with its stack, for each kind of device
-    that is not there: a millisecond a step and memory that grows."""
+    """Seed the CPU and this device.
+
+    `torch.manual_seed` would also queue a call, with its stack, for each missing kind of device, which costs a millisecond
+    per step and growing memory.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
 
 
 def truncate_log(path: Path, step: int) -> None:
-    """Drops log lines written after the checkpoint that is resumed from, and a line cut short by a crash."""
+    """Drop log lines after the checkpoint from which the run resumes, and a line truncated by a crash."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
