@@ -51,10 +51,10 @@ def pairs(data: Data) -> Iterator[Finding]:
         yield Finding(
             "duplicate-pair",
             "warning",
-            "rows whose picture and caption are there before",
+            "rows that repeat an earlier image and caption",
             first_places(data, again),
             int(again.sum()),
-            "Remove them; until then they count twice.",
+            "Remove them; each counts twice.",
         )
     name = data.rows[column.name].str.contains(r"(?i)^\S+\.(png|jpe?g|gif|webp|bmp|tiff?)$").fill_null(False).to_numpy()
     if name.any():

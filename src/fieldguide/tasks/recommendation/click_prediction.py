@@ -1,4 +1,4 @@
-"""Click prediction: will this user take to this item? A table of users, items, what else is known, and yes or no."""
+"""Click prediction: the probability that a user clicks an item, from a table of users, items and other columns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fieldguide.tasks.base import Baseline, Metric
 from fieldguide.tasks.supervised import ClassificationTask
 from fieldguide.tasks.tabular.tables import TabularClassification
 
-SHRINK = 10  # an item's share of yes is mixed with that of all as if so many more had met it
+SHRINK = 10  # prior examples of the smoothed click rate per item
 
 
 class ClickPrediction(TabularClassification):
     name = "click-prediction"
     reads = (
-        "a table with a column of users, one of items, any others, and one that says whether the user took to the item "
-        "(or a rating: task.positive=4 makes yes of 4 and more)"
+        "a table with a user column, an item column, any others, and a yes/no target (or a rating: with "
+        "task.positive=4, ratings of at least 4 are yes)"
     )
     input_types = ("table",)
     column_spec = ColumnSpec(
@@ -33,18 +33,18 @@ class ClickPrediction(TabularClassification):
 
     @dataclass(frozen=True)
     class Options:
-        positive: float | None = None  # a target of numbers is yes from here on
+        positive: float | None = None  # numeric targets of at least this value are yes
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        return None  # a table like any other, unless asked for
+        return None  # an ordinary table unless the task is requested
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         missing = [role for role in ("user", "item") if not data.columns_with_role(role)]
         if missing:
-            return " and ".join(f"a column of {role}s (name it with --set role.{role}=COLUMN)" for role in missing)
-        return None if data.target else "a column that says yes or no (name it with --target)"
+            return " and ".join(f"a {role} column (name it with --set role.{role}=COLUMN)" for role in missing)
+        return None if data.target else "a yes/no target column (name it with --target)"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
@@ -52,24 +52,25 @@ class ClickPrediction(TabularClassification):
         if options.positive is None:
             if target.distinct != 2 and len(data):
                 raise DataError(
-                    f"{data.source}: the target {target.name!r} has {target.distinct} values, not yes and no. Say "
-                    "from which rating on it is yes: --set task.positive=4."
+                    f"{data.source}: the target {target.name!r} has {target.distinct} values, not two. "
+                    "Set the rating from which it is yes: --set task.positive=4."
                 )
             return data
         values = data.rows[target.name].cast(pl.Float64, strict=False)
         if values.null_count() > data.rows[target.name].null_count():
             raise DataError(
-                f"{data.source}: task.positive={options.positive:g} needs a target of numbers, and {target.name!r} has others."
+                f"{data.source}: task.positive={options.positive:g} needs a numeric target, but {target.name!r} "
+                "has other values."
             )
         yes = (values >= options.positive).replace_strict({True: "yes", False: "no"}, default=None, return_dtype=pl.String)
-        column = replace(target, kind="category", distinct=2, why=f"yes from {options.positive:g} on")
+        column = replace(target, kind="category", distinct=2, why=f"yes from {options.positive:g}")
         return replace(data, rows=data.rows.with_columns(yes.alias(target.name)), columns={**data.columns, target.name: column})
 
     def inputs(self) -> list[Column]:
         return [*(c for c in self.columns if c.role in ("user", "item")), *super().inputs()]
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        """One-hot columns, sparse: there are as many as users and items."""
+        """Return sparse one-hot columns, since users and items are many."""
         from scipy.sparse import csr_matrix, hstack
 
         sizes = np.array(self.preparer.cardinalities)
@@ -95,8 +96,8 @@ class ClickPrediction(TabularClassification):
         known = dict(zip(shares["item"].to_list(), shares["share"].to_list()))
         p = np.array([known.get(i, yes.mean()) for i in test.rows[item].to_list()])
         own = Baseline(
-            "the item's own share",
-            "how often the item was taken to in training, whoever asks",
+            "item click rate",
+            "the item's click rate in training, the same for all users",
             {"probabilities": np.stack([1 - p, p], 1)},
         )
         return [*super().baselines(train, test), own]

@@ -1,4 +1,4 @@
-"""Recommendation: what a user will want next, from what they met before."""
+"""Recommendation: predict the next items of each user from the items of the past."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 
-ITEMS = "#items"  # of an example: what a user met, in order of time
+ITEMS = "#items"  # items of a user, ordered by time
 CUTS = (5, 10, 20)
-LONGEST = 100  # items of a history that are read, at most, where the user names no length
-MANY = 50_000  # of more items than these, training draws some (`DRAWN`) instead of scoring all
+LONGEST = 100  # maximum items of a history, if the user sets no length
+MANY = 50_000  # above this many items, training samples negatives (`DRAWN`) instead of scoring all items
 DRAWN = 4096
 CHUNK = 512  # users whose baselines are scored together
 
 
 class Recommendation(Task):
     name = "recommendation"
-    reads = "a table of who met what, and when: a column of users, one of items, and one of time"
+    reads = "a table of events: a user column, an item column and a time column"
     input_types = ("items",)
     output_types = ("items",)
     column_spec = ColumnSpec(
         "none", roles=("user", "item", "rating", "time"), kinds={"user": "identifier", "item": "identifier", "rating": "number"}
     )
     metrics = (
-        Metric("ndcg_10", "max", "NDCG among the first 10 of all items"),
-        Metric("hr_10", "max", "of the next items among the first 10 of all", percent=True),
-        Metric("mrr", "max", "mean of 1 / rank among all items"),
+        Metric("ndcg_10", "max", "NDCG at 10 over all items"),
+        Metric("hr_10", "max", "of next items ranked in the top 10 of all items", percent=True),
+        Metric("mrr", "max", "mean reciprocal rank over all items"),
         *(
             Metric(f"{name}_{k}", "max", f"{words} {k}", percent=name == "hr")
             for k in (5, 20)
-            for name, words in (("ndcg", "NDCG among the first"), ("hr", "of the next items among the first"))
+            for name, words in (("ndcg", "NDCG at"), ("hr", "of next items ranked in the top"))
         ),
     )
     recipe: ClassVar = {"patience": 10}
@@ -57,34 +57,37 @@ class Recommendation(Task):
 
     @dataclass(frozen=True)
     class Options:
-        length: int | None = None  # items of a history that are read; of longer ones the latest
+        length: int | None = None  # maximum items of a history; of longer ones the latest
         least: float | None = None  # ratings below this are left out
-        repeats: bool | None = None  # whether what a user met before may be recommended again
-        negatives: int | None = None  # items drawn a step; 0 = all are scored
+        repeats: bool | None = None  # whether items of the history may be recommended again
+        negatives: int | None = None  # negative items sampled per step; 0 = all items are scored
 
     @dataclass(frozen=True)
     class PredictOptions:
         count: int = 10  # items recommended to each user
 
     items: list[str]  # names of items 1, 2, ...
-    counts: np.ndarray  # how often each occurs in training, 0 first
-    known: pl.DataFrame  # users and what they met, in order
+    counts: np.ndarray  # frequency of each item in training, with 0 first
+    known: pl.DataFrame  # users and their items in time order
 
-    # From a table of events to users with their histories
+    # From events to user histories
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         missing = [role for role in ("user", "item") if not data.columns_with_role(role)]
-        return " and ".join(f"a column of {role}s (name it with --set role.{role}=COLUMN)" for role in missing) or None
+        return " and ".join(f"a {role} column (name it with --set role.{role}=COLUMN)" for role in missing) or None
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        return None if cls.missing_requirements(data) else "a column of users and one of items"
+        return None if cls.missing_requirements(data) else "a user column and an item column"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        """Of each user three examples: all but the last two items to train on; the last but one to validate, the last
-        to test, each predicted from what was before. Who met fewer than three items is trained on only."""
+        """Build three examples per user (leave-one-out).
+
+        Training uses all but the last two items, validation predicts the last but one, and the test predicts the
+        last, each from the items before. Users with fewer than three items are only trained on.
+        """
         histories, place = cls.histories(data, options)
         sizes = histories[ITEMS].list.len()
         parts, splits = [], []
@@ -97,38 +100,37 @@ class Recommendation(Task):
         few = int((sizes < 3).sum())
         if few == histories.height:
             raise DataError(
-                f"{data.source}: no user met three items or more, so none has a last item to test and one before "
-                "it to validate. Is the column of users the right one (--set role.user=COLUMN)?"
+                f"{data.source}: no user has three or more items, which validation and test need. Check the user "
+                "column (--set role.user=COLUMN)."
             )
         made = Data(
             data.source, pl.concat(parts), data.columns, data.manifest, list(data.findings), np.array(splits, dtype=object)
         )
         if few:
             made.findings.append(
-                Finding(
-                    "few-items", "note", "users who met fewer than three items: they are trained on, not tested", place, few
-                )
+                Finding("few-items", "note", "users with fewer than three items are trained on but not tested", place, few)
             )
         return made
 
     @classmethod
     def histories(cls, data: Data, options: Any) -> tuple[pl.DataFrame, tuple[str, ...]]:
-        """A row a user: who, the place of their first event, and their items in order of time. And, for the doctor, places
-        of users with few items."""
+        """Return one row per user with the place of the first event and the items in time order, and the places of
+        users with few items.
+        """
         user, item = data.require_role("user").name, data.require_role("item").name
         rows = data.rows.with_columns(pl.Series("#place", range(len(data))))
         if options.least is not None:
             if not data.columns_with_role("rating"):
                 raise DataError(
-                    f"{data.source}: task.least={options.least:g} needs a column of ratings (--set role.rating=COLUMN)."
+                    f"{data.source}: task.least={options.least:g} needs a rating column (--set role.rating=COLUMN)."
                 )
             rows = rows.filter(pl.col(data.require_role("rating").name) >= options.least)
         if data.columns_with_role("time"):
             time = data.require_role("time")
             if time.kind not in ("number", "date"):
                 raise DataError(
-                    f"{data.source}: column {time.name!r} is to be the time, but holds {time.kind} "
-                    f"({time.why}). Name another with --set role.time=COLUMN."
+                    f"{data.source}: the time column {time.name!r} holds {time.kind} values ({time.why}). "
+                    "Name another with --set role.time=COLUMN."
                 )
             rows = rows.sort(time.name, maintain_order=True, nulls_last=False)
         grouped = (
@@ -157,24 +159,21 @@ class Recommendation(Task):
         user = data.require_role("user").name
         task.known = data.rows.select(user, ITEMS)
         if not data.columns_with_role("time"):
-            task.notes.append(
-                "no column says when: users are taken to have met items in the order of the rows "
-                "(--set role.time=COLUMN says it)"
-            )
+            task.notes.append("there is no time column: items are ordered by row (name one with --set role.time=COLUMN)")
         if again > 0.05:
             task.notes.append(
-                f"{100 * again:.0f} % of the events are of items that the user had met before: such items may be "
-                "recommended again (task.repeats=false changes that)"
+                f"{100 * again:.0f} % of the events repeat an item of the same user: such items may be "
+                "recommended again (disable this with task.repeats=false)"
             )
         if cut := int((sizes > task.options.length).sum()):
             task.notes.append(
-                f"of {cut:,} users the history is longer than {task.options.length} items: when it is asked what "
-                "comes next, only the latest are read (task.length=... changes that)"
+                f"{cut:,} users have histories longer than {task.options.length} items: prediction reads only the "
+                "latest (change this with task.length=...)"
             )
         return task
 
     def codes(self, histories: pl.Series) -> list[np.ndarray]:
-        """Each history as numbers of items; 0 for one that training did not have."""
+        """Return each history as item numbers; 0 for an item that is not in the training data."""
         flat = histories.explode()
         known = dict(zip(self.items, range(1, len(self.items) + 1)))
         numbers = flat.replace_strict(known, default=0, return_dtype=pl.Int64).fill_null(0).to_numpy()
@@ -206,8 +205,10 @@ class Recommendation(Task):
         return self.ask_for_last(histories)
 
     def windows(self, histories: list[np.ndarray]) -> Batches:
-        """Histories in windows of `length` items, each to be told from those before; while training a window of a long
-        history begins anywhere in it."""
+        """Return windows of `length` items, each predicted from the items before.
+
+        During training the windows of a long history begin at random offsets.
+        """
         length = self.options.length
         known = [h[h > 0] for h in histories]
         known = [h for h in known if len(h) >= 2]
@@ -230,14 +231,14 @@ class Recommendation(Task):
         return Batches(len(owner), make)
 
     def ask_for_last(self, histories: list[np.ndarray], asked: bool = True) -> Batches:
-        """Each history without its last item, which is asked for; or all of it, and what comes next is asked for."""
+        """Return each history without its last item, which is the target; with `asked=False`, the whole history."""
         length = self.options.length
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             before = [histories[i][:-1] if asked else histories[i] for i in index]
             known = [h[h > 0] for h in before]
             items = padded_in_front([h[-length:] for h in known], length)
-            # A history of unknown items alone is read as one place that says nothing.
+            # a history of unknown items is read as one padding position
             mask = items > 0
             mask[:, -1] = True
             batch = {
@@ -265,8 +266,10 @@ class Recommendation(Task):
         return {m.name: float((1 / rank).mean()) if m.name == "mrr" else scores[m.name] for m in self.metrics}
 
     def prepare_test(self, train: Data, held: Data) -> None:
-        """Who met what in training, as a sparse matrix users x items. And of users that are asked by name all is known from
-        now on, so that nothing they have met is recommended."""
+        """Build the sparse user-item matrix of the training rows, for the baselines.
+
+        Also extends the known histories with those of the test users, so that none of their items is recommended.
+        """
         from scipy.sparse import csr_matrix
 
         histories = self.codes(train.rows[ITEMS])
@@ -285,7 +288,7 @@ class Recommendation(Task):
         histories = self.codes(test.rows[ITEMS])
         popular = torch.from_numpy(self.counts.astype(np.float32))
         seldom = 1 / np.sqrt(np.maximum(np.asarray(self.met.sum(0)).ravel(), 1))
-        together = diags(seldom) @ (self.met.T @ self.met) @ diags(seldom)  # cosine of the columns
+        together = diags(seldom) @ (self.met.T @ self.met) @ diags(seldom)  # cosine similarity of the columns
         together = together.tolil()
         together.setdiag(0)
         together = together.tocsr().astype(np.float32)
@@ -300,18 +303,18 @@ class Recommendation(Task):
         return [
             Baseline(
                 "popularity",
-                "the same to all: what is met most",
+                "the most frequent items, the same for all users",
                 self.by(histories, lambda before: popular.expand(len(before), -1)),
             ),
             Baseline(
                 "item co-occurrence",
-                "what was met by the same users as the history's items (cosine)",
+                "items of the same users as the history's items (cosine similarity)",
                 self.by(histories, neighbours),
             ),
         ]
 
     def by(self, histories: list[np.ndarray], scores: Any) -> Arrays:
-        """Outputs of a rule that gives scores for histories."""
+        """Return the outputs of a function that scores all items for histories."""
         parts = []
         for first in range(0, len(histories), CHUNK):
             some = histories[first : first + CHUNK]
@@ -320,10 +323,10 @@ class Recommendation(Task):
             parts.append(rank_items(scores(before), seen, torch.tensor([int(h[-1]) for h in some]), self.options.repeats))
         return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}
 
-    # Answers
+    # Predictions
 
     def read_one(self, source: Any, answered: bool) -> Data:
-        """A table of events; or, typed, a user of the training data, or items that somebody met, with commas between."""
+        """Read a table of events, a user of the training data, or item names separated by commas."""
         if answered or not isinstance(source, str) or path_like(source):
             return super().read_one(source, answered)
         user, item = (next(c.name for c in self.columns if c.role == role) for role in ("user", "item"))
@@ -331,8 +334,8 @@ class Recommendation(Task):
         items = met[0] if met else [part.strip() for part in source.split(",") if part.strip()]
         if unknown := [i for i in items if i not in set(self.items)]:
             raise DataError(
-                f"{source!r} is neither a user of the training data nor items of it (unknown: "
-                f"{', '.join(map(repr, unknown[:5]))}). Items are such as {', '.join(self.items[:5])}."
+                f"{source!r} is neither a user nor a list of items of the training data (unknown: "
+                f"{', '.join(map(repr, unknown[:5]))}). Items are, for example, {', '.join(self.items[:5])}."
             )
         columns = {user: [source] * len(items), item: items}
         others = {c.name: [None] * len(items) for c in self.columns if c.role not in ("user", "item")}
@@ -348,7 +351,7 @@ class Recommendation(Task):
     def predict_batches(self, data: Data, card: Card) -> Batches:
         histories = self.codes(data.rows[ITEMS])
         if new := sum(int((h == 0).sum()) for h in histories):
-            self.notes.append(f"{new} events are of items that training did not have; they are passed over")
+            self.notes.append(f"{new} events have items that are not in the training data; they are ignored")
         self.asked = data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
         return self.ask_for_last(histories, asked=False)
 
@@ -408,27 +411,27 @@ class Recommendation(Task):
             "Users": [
                 Table(
                     "Recommended",
-                    "Test users drawn by chance: what they met last (latest at the end), what the "
-                    "network recommends (best first), what they met next, and its rank among all items.",
-                    ("user", "met", "recommended", "met next", "rank"),
+                    "Random test users: their last items (latest last), the recommendations (best "
+                    "first), the actual next item, and its rank among all items.",
+                    ("user", "history", "recommended", "next item", "rank"),
                     rows,
                 )
             ],
             "Popularity": [
                 Table(
-                    "Does it recommend what all like?",
-                    f"Items by how often training met them: the first tenth of all "
-                    f"items is met most. {distinct:,} of {len(self.items):,} items are recommended to somebody.",
-                    ("tenth of items", "share of recommendations", "share of what is met next"),
+                    "Popularity bias",
+                    f"Items by training frequency: the first tenth is the most frequent. {distinct:,} of "
+                    f"{len(self.items):,} items are recommended to at least one user.",
+                    ("tenth of items", "fraction of recommendations", "fraction of next items"),
                     [(t + 1, float(shown[t]), float(met[t])) for t in range(10)],
                 ),
-                Bars("Found among the first 10, by popularity of the item", "", by_fame),
-                Bars("Found among the first 10, by length of the history", "", by_size),
+                Bars("Hit rate at 10 by item popularity", "", by_fame),
+                Bars("Hit rate at 10 by history length", "", by_size),
             ],
         }
 
     def tenths(self) -> np.ndarray:
-        """Item number -> tenth of the items by popularity, 0 = most met. `items` are in that order."""
+        """Return the popularity decile of each item number, 0 = most frequent. `items` are sorted by frequency."""
         return np.concatenate([[0], np.arange(len(self.items)) * 10 // max(len(self.items), 1)])
 
     # Saved with the run
@@ -449,7 +452,7 @@ class Recommendation(Task):
 
 
 def padded_in_front(rows: list[np.ndarray], width: int) -> np.ndarray:
-    """Rows of numbers padded with 0 in front."""
+    """Return the rows left-padded with 0."""
     out = np.zeros((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
         out[i, width - len(row) :] = row

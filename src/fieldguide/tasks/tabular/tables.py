@@ -1,4 +1,4 @@
-"""Tables: one row, one label or one number."""
+"""Tabular classification and regression."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ USABLE = ("number", "category", "boolean", "date")
 
 
 class Tabular(SupervisedTask):
-    """What both tasks on tables share: the preparation of rows."""
+    """Base class of the tabular tasks, with the preprocessing of rows."""
 
     input_types = ("table", "vector")
     recipe: ClassVar = {"weight_decay": 3e-4}
@@ -35,19 +35,15 @@ class Tabular(SupervisedTask):
 
     @classmethod
     def readable(cls, data: Data) -> str | None:
-        """Why the features can be used here; None where a picture or a lone text says otherwise."""
+        """Return a description of the usable features, or None if there are none or if there are images."""
         usable = data.features(*USABLE)
         if not usable or data.features("image"):
             return None
-        return f"{len(usable)} column{'s' if len(usable) > 1 else ''} of numbers and categories"
+        return f"{len(usable)} numeric or categorical column{'s' if len(usable) > 1 else ''}"
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return (
-            super().missing_requirements(data)
-            if data.features(*USABLE)
-            else "columns of numbers, categories, truth values or dates"
-        )
+        return super().missing_requirements(data) if data.features(*USABLE) else "numeric, categorical, boolean or date columns"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -55,10 +51,13 @@ class Tabular(SupervisedTask):
         task.preparer = TablePreparer.fit(data.rows, task.inputs())
         if not task.preparer.width:
             raise DataError(
-                f"{data.source}: no column is left to learn from: none varies and is a number, category, truth value or date."
+                f"{data.source}: no usable feature column is left. Features must vary and be numeric, "
+                "categorical, boolean or dates."
             )
         if left := [c.name for c in task.columns if c.role == "feature" and c.kind not in USABLE and c.kind != "constant"]:
-            task.notes.append(f"not used, being neither number, category, truth value nor date: {', '.join(left)}")
+            task.notes.append(
+                f"columns not used, since they are neither numeric, categorical, boolean nor dates: {', '.join(left)}"
+            )
         task.learn_target(data)
         return task
 
@@ -95,7 +94,7 @@ class Tabular(SupervisedTask):
             numbers, categories = self.preparer.apply(data.rows)
             tensors = {"numbers": torch.from_numpy(numbers), "categories": torch.from_numpy(categories)}
         self.notes += [
-            f"column {name!r}: {count} value{'s' if count > 1 else ''} that training did not have; taken as unknown"
+            f"column {name!r}: {count} value{'s' if count > 1 else ''} not seen in training, treated as unknown"
             for name, count in self.preparer.unseen.items()
             if not settings
         ]
@@ -105,7 +104,7 @@ class Tabular(SupervisedTask):
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
             rows = torch.from_numpy(index)
             batch = {name: t[rows] for name, t in tensors.items()}
-            # Mixing needs inputs that can be mixed: codes of categories cannot.
+            # mixup needs continuous inputs, not category codes
             if (
                 generator is not None
                 and settings
@@ -137,13 +136,13 @@ class Tabular(SupervisedTask):
 
 class TabularClassification(Tabular, ClassificationTask):
     name = "tabular-classification"
-    reads = "a table (CSV, Parquet, JSON Lines) with a column of classes"
+    reads = "a table (CSV, Parquet, JSON Lines) with a class column"
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         why = cls.readable(data)
         target = data.target
-        return f"{why}, and a target of {target.distinct} classes" if why and target and discrete(target) else None
+        return f"{why} and a target with {target.distinct} classes" if why and target and discrete(target) else None
 
     def learn_target(self, data: Data) -> None:
         self.learn_labels(data)
@@ -161,7 +160,14 @@ class TabularClassification(Tabular, ClassificationTask):
             for i, words in self.mistakes(probabilities, truth, 15)
         ]
         return (
-            [Table("Worst mistakes", "Test rows that were got wrong with most confidence.", ("row", "mistake", *columns), rows)]
+            [
+                Table(
+                    "Worst mistakes",
+                    "Test rows that are wrong with the highest confidence.",
+                    ("row", "mistake", *columns),
+                    rows,
+                )
+            ]
             if rows
             else []
         )
@@ -169,14 +175,14 @@ class TabularClassification(Tabular, ClassificationTask):
 
 class TabularRegression(Tabular, RegressionTask):
     name = "tabular-regression"
-    reads = "a table (CSV, Parquet, JSON Lines) with a column of numbers to predict"
+    reads = "a table (CSV, Parquet, JSON Lines) with a numeric target column"
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         why, target = cls.readable(data), data.target
         if not why or not target or target.kind != "number" or discrete(target):
             return None
-        return f"{why}, and a target that is a number with {target.distinct} values"
+        return f"{why} and a numeric target with {target.distinct} values"
 
     def learn_target(self, data: Data) -> None:
         self.learn_scale(data)

@@ -1,4 +1,4 @@
-"""Time series: from what was, what will be; as a point and as an interval."""
+"""Time series forecasting: point forecasts and prediction intervals."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.timeseries import report
 
 QUANTILES = (0.05, 0.1, 0.5, 0.9, 0.95)
-LEVELS = {0.8: (1, 3), 0.9: (0, 4)}  # coverage of an interval -> its ends among the quantiles
-EACH = 50  # validation windows that intervals of one step are calibrated on at least; else all steps together
+LEVELS = {0.8: (1, 3), 0.9: (0, 4)}  # coverage of an interval -> indices of its ends in QUANTILES
+EACH = 50  # minimum validation windows to calibrate each step separately; otherwise all steps share one width
 
 
 class Forecasting(Task):
     name = "time-series-forecasting"
     reads = (
-        "a table with a column of time and, for many series, one that tells them apart (long), or a column for each "
-        "series (wide); or one series a row, without time"
+        "a table with a time column and, for many series, a series column (long), or one column per "
+        "series (wide); or one series per row, without time"
     )
     input_types = ("series", "covariates")
     output_types = ("forecast",)
@@ -51,41 +51,43 @@ class Forecasting(Task):
         checks=(panels.check,),
     )
     metrics = (
-        Metric("mase", "min", "mean absolute scaled error (1: as the seasonal naive forecast did in the past)"),
-        Metric("mse", "min", "squared error of values standardised by training"),
-        Metric("mae", "min", "absolute error of values standardised by training"),
-        Metric("smape", "min", "symmetric error in percent, 0 to 200, of natural values"),
-        Metric("pinball", "min", f"loss of the quantiles {', '.join(f'{q:g}' for q in QUANTILES)}, standardised"),
-        Metric("coverage_80", "near 80 %", "of outcomes inside the 80 % interval", percent=True),
-        Metric("coverage_90", "near 90 %", "of outcomes inside the 90 % interval", percent=True),
+        Metric("mase", "min", "mean absolute scaled error (1: the in-sample error of the seasonal naive forecast)"),
+        Metric("mse", "min", "squared error of standardized values"),
+        Metric("mae", "min", "absolute error of standardized values"),
+        Metric("smape", "min", "symmetric percentage error, 0 to 200, in the series' unit"),
+        Metric("pinball", "min", f"loss of the quantiles {', '.join(f'{q:g}' for q in QUANTILES)}, standardized"),
+        Metric("coverage_80", "near 80 %", "of values inside the 80 % interval", percent=True),
+        Metric("coverage_90", "near 90 %", "of values inside the 90 % interval", percent=True),
     )
     recipe: ClassVar = {"patience": 10}
     fewest = 32
 
     @dataclass(frozen=True)
     class Options:
-        horizon: int | None = None  # steps ahead; by the frequency
-        length: int | None = None  # steps of the past that are read; by the horizon and the season
-        season: int | None = None  # steps of a season; by the frequency, else as the values show it
-        train: float | None = None  # of every series, as steps (>= 1) or a share; all before validation
-        validation: float | None = None  # the same; a tenth, or of many series the last horizon before the test
-        test: float | None = None  # the same; the last fifth, or of many series the last horizon
-        known: str = ""  # columns that are known ahead, with commas between; others are measured
-        calendar: bool = True  # whether what the calendar says of a step is known ahead
-        point: str = "mae"  # loss of the point: mae (a median) or mse (a mean)
-        normalise: bool = True  # each window by its own past (reversible instance normalisation)
+        horizon: int | None = None  # steps to forecast; None: from the frequency
+        length: int | None = None  # past steps that the model reads; None: from the horizon and the season
+        season: int | None = None  # steps of a season; None: from the frequency, else from the autocorrelation
+        train: float | None = None  # training part of every series, as steps (>= 1) or a fraction; None: all before validation
+        validation: float | None = (
+            None  # the same for validation; None: a tenth, or with many series the last horizon before the test
+        )
+        test: float | None = None  # the same for test; None: the last fifth, or with many series the last horizon
+        known: str = ""  # columns that are known for the future, separated by commas; others are known for the past only
+        calendar: bool = True  # use calendar features of each step
+        point: str = "mae"  # loss of the point forecast: mae (median) or mse (mean)
+        normalise: bool = True  # normalize each window by its own past (reversible instance normalization)
 
     @dataclass(frozen=True)
     class PredictOptions:
-        interval: float = 0.9  # 0.8 or 0.9: the share of outcomes that intervals shall hold
+        interval: float = 0.9  # 0.8 or 0.9: the nominal coverage of the intervals
 
     covariates: Covariates
-    standards: dict[str, tuple[float, float]]  # series -> mean and deviation of its training part
-    widths: dict[str, list[float]]  # level -> how much intervals are widened, step by step
+    standards: dict[str, tuple[float, float]]  # series -> mean and standard deviation of its training part
+    widths: dict[str, list[float]]  # level -> relative widening of the interval, per step
     frequency: Frequency
     layout: str
     series: int
-    digest: str  # of the data that it learnt from
+    digest: str  # digest of the training data
     asked: Data
 
     # Before training
@@ -94,7 +96,7 @@ class Forecasting(Task):
     def missing_requirements(cls, data: Data) -> str | None:
         if panels.arrange_series(data)[0] is not None:
             return None
-        return "columns of numbers, or a row for each series, and (unless rows are equal steps) a column of time (--time)"
+        return "numeric columns, or one row per series, and a time column (--time) unless rows are equal steps"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
@@ -121,19 +123,19 @@ class Forecasting(Task):
         for name in ahead:
             if name not in names:
                 raise SettingsError(
-                    f"task.known names {name!r}, which is no covariate.{nearest(name, names)} Covariates are: "
-                    f"{', '.join(names) or 'none'}."
+                    f"task.known names {name!r}, which is no covariate.{nearest(name, names)} Covariates "
+                    f"are: {', '.join(names) or 'none'}."
                 )
         steps = int((windows.train_end - found.low).max()) if options.calendar else 0
         task.covariates = Covariates.fit(windows.table[rows], columns, ahead, found.frequency, steps)
         season = f"a season of {options.season} steps" if options.season > 1 else "no season"
         task.notes.append(
-            f"{len(found):,} series, a step is {found.frequency.article}, {season}; {options.length} steps are "
-            f"read, {options.horizon} forecast (task.season, task.length, task.horizon)"
+            f"{len(found):,} series, one step is {found.frequency.article}, {season}; {options.length} steps "
+            f"are read, {options.horizon} forecast (task.season, task.length, task.horizon)"
         )
         for known, what in (
-            (False, "measured beside the series, so not known ahead (task.known=NAME says which are)"),
-            (True, "known ahead"),
+            (False, "known for the past only (task.known=NAME marks columns that are known for the future)"),
+            (True, "known for the future"),
         ):
             names = list(dict.fromkeys(c.column for c in task.covariates.columns if c.ahead == known))
             if names:
@@ -164,17 +166,17 @@ class Forecasting(Task):
     # Windows as tensors
 
     def scales(self, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of every series: of its training part, or, of one that was not there, of what is known of it."""
+        """Return mean and standard deviation of every series: of its training part, or of a new series' own values."""
         found = windows.panel
         pairs = [self.standards.get(name) or standard(found.series_values(i)) for i, name in enumerate(found.names)]
         mean, std = np.array(pairs).T
         return mean, std
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        """Windows cut when they are asked for; the series themselves are in memory once."""
+        """Return windows that are cut per batch; the series are in memory once."""
         windows: Windows = data.context
         found, length, horizon = windows.panel, self.options.length, self.options.horizon
-        series, at = (data.rows[name].to_numpy().copy() for name in (SERIES, CUT))  # polars lends its memory read-only
+        series, at = (data.rows[name].to_numpy().copy() for name in (SERIES, CUT))  # polars returns read-only memory
         mean, std = self.scales(windows)
         low, column, group = (torch.from_numpy(x) for x in (found.low, found.column, found.group))
         filled, observed = torch.from_numpy(found.filled), torch.from_numpy(found.observed)
@@ -183,14 +185,14 @@ class Forecasting(Task):
         beside = self.beside(windows) if "known" in card.inputs else None
         if beside is None and self.covariates.columns and settings:
             names = dict.fromkeys(c.column for c in self.covariates.columns)
-            self.say(f"{card.name} reads series alone: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not used")
+            self.say(f"{card.name} reads only the series: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not used")
         past, future = torch.arange(-length, 0), torch.arange(horizon)
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             s, cuts = torch.from_numpy(series[index]), torch.from_numpy(at[index])
             steps = cuts[:, None] + past  # B T
             real = steps >= low[s][:, None]
-            steps = steps.maximum(low[s][:, None])  # before its beginning, a series stood still
+            steps = steps.maximum(low[s][:, None])  # before its start, a series repeats its first value
             own, centre, scale = column[s][:, None], mean[s][:, None], std[s][:, None]
             batch = {"series": ((filled[steps, own] - centre) / scale).float()[..., None]}
             if gaps:
@@ -199,24 +201,24 @@ class Forecasting(Task):
                 batch["target"] = ((self.outcomes(found, s, cuts[:, None] + future) - centre) / scale).float()[..., None]
             if beside is not None:
                 measured, known = beside
-                shift = (group[s] * horizon)[:, None]  # `known` has a horizon more of each group
+                shift = (group[s] * horizon)[:, None]  # `known` has one extra horizon per group
                 batch |= {"past": measured[steps], "known": known[torch.cat([steps, cuts[:, None] + future], 1) + shift]}
             return batch
 
         return Batches(len(data), make)
 
     def outcomes(self, found: panels.Panel, series: Tensor, steps: Tensor) -> Tensor:  # B, B H -> B H
-        """What was, in natural units; NaN where nothing is known."""
+        """Return the actual values in the series' unit; NaN if unknown."""
         values = torch.from_numpy(found.values)
         high, column = torch.from_numpy(found.high)[series][:, None], torch.from_numpy(found.column)[series][:, None]
         return torch.where(steps < high, values[steps.minimum(high - 1), column], float("nan"))
 
     def beside(self, windows: Windows) -> tuple[Tensor, Tensor]:
-        """What was measured beside each step, and what is known ahead, with a horizon more behind every group."""
+        """Return the past covariates of each step, and the future covariates, with one extra horizon per group."""
         found, horizon = windows.panel, self.options.horizon
         sizes = np.diff(found.start)
         group = np.repeat(np.arange(len(sizes)), sizes + horizon)
-        step = np.arange(len(group)) - group * horizon  # as the panel counts
+        step = np.arange(len(group)) - group * horizon  # panel step
         inside = step < found.start[group + 1]
         row = np.where(inside, found.row[np.minimum(step, len(found.row) - 1)], -1)
         times = np.concatenate([found.frequency.times(found.times[a], n + horizon) for a, n in zip(found.start, sizes)])
@@ -231,7 +233,7 @@ class Forecasting(Task):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        """Outcomes as they are and the scales that scores need; `block` numbers windows whose errors are alike."""
+        """Return the actual values and the scales that metrics need; `block` numbers windows with correlated errors."""
         windows: Windows = data.context
         found, options = windows.panel, self.options
         series, at = (data.rows[name].to_numpy().copy() for name in (SERIES, CUT))
@@ -243,7 +245,7 @@ class Forecasting(Task):
         tested = (at >= windows.val_end[series]).astype(int)
         steps = torch.from_numpy(at)[:, None] + torch.arange(options.horizon)
         future = self.outcomes(found, torch.from_numpy(series), steps).numpy()
-        # Windows that overlap are alike, and so are series of one table at one time.
+        # Overlapping windows are correlated, and so are series of one table at one time.
         block = found.group[series].astype(np.int64) * (len(found.row) + 1) + at // options.horizon
         return {
             "future": future,
@@ -254,7 +256,7 @@ class Forecasting(Task):
         }
 
     def errors(self, outputs: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
-        """Of each window: how many outcomes are known, and sums or means of their errors. B each."""
+        """Return, per window (B), the number of known values and the sums or means of their errors."""
         values = outputs["values"][:, :, 0].astype(np.float64)  # B H Q
         future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
         known = np.isfinite(future)
@@ -277,8 +279,11 @@ class Forecasting(Task):
         return found
 
     def total(self, errors: dict[str, np.ndarray]) -> dict[str, float]:
-        """Scores of windows together. MASE and sMAPE are means over windows, as the M4 competition has them; the others are
-        means over outcomes. Windows of series that never change have no MASE."""
+        """Aggregate the errors of windows to scores.
+
+        MASE and sMAPE are means over windows, as in the M4 competition; the others are means over values. Windows
+        of constant series have no MASE.
+        """
         count = max(int(errors["count"].sum()), 1)
         scaled = errors["mase"][np.isfinite(errors["mase"])]
         scores = {
@@ -297,7 +302,7 @@ class Forecasting(Task):
         return self.total(self.errors(outputs, truth))
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """95 % intervals over blocks of windows: those that overlap in time are drawn together (Künsch 1989)."""
+        """Return 95 % intervals from a block bootstrap: windows that overlap in time are drawn together (Künsch 1989)."""
         errors, rng = self.errors(outputs, truth), np.random.default_rng(0)
         _, block = np.unique(truth["block"], return_inverse=True)
         order = np.argsort(block, kind="stable")
@@ -309,7 +314,7 @@ class Forecasting(Task):
         return {name: tuple(np.quantile([d[name] for d in drawn], [0.025, 0.975]).tolist()) for name in drawn[0]}
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
-        """Widens intervals, step by step of the horizon, until they hold as many validation outcomes as they promise."""
+        """Fit the widening of the intervals, per step, so that they have nominal coverage on the validation data."""
         q = outputs["values"][:, :, 0, 1:].astype(np.float64)
         future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
         steps = [slice(h, h + 1) for h in range(q.shape[1])] if len(q) >= EACH else [slice(None)] * q.shape[1]
@@ -326,13 +331,13 @@ class Forecasting(Task):
             more = np.array(grow, dtype=np.float32)[:, None] * (high - low)
             values[..., 1 + a], values[..., 1 + b] = low - more, high + more
         values[..., 1:] = np.sort(values[..., 1:], -1)
-        for a, b in LEVELS.values():  # and an interval holds the point that it belongs to
+        for a, b in LEVELS.values():  # an interval contains its point forecast
             values[..., 1 + a] = np.minimum(values[..., 1 + a], values[..., 0])
             values[..., 1 + b] = np.maximum(values[..., 1 + b], values[..., 0])
         return {**outputs, "values": values}
 
     def simple(self, test: Data) -> dict[str, tuple[str, np.ndarray]]:
-        """Forecasts that need no learning: name -> (what it does, B H standardised)."""
+        """Return naive forecasts by name: a description, and standardized values (B, H)."""
         windows: Windows = test.context
         found, season, ahead = windows.panel, self.options.season, np.arange(self.options.horizon)
         series, at = test.rows[SERIES].to_numpy(), test.rows[CUT].to_numpy()
@@ -344,7 +349,7 @@ class Forecasting(Task):
         made = {
             "naive": ("repeats the last value", np.repeat(last[:, None], len(ahead), 1)),
             "seasonal naive": (f"repeats the last season of {season} steps", found.filled[again, column[:, None]]),
-            "drift": ("the line from the first value to the last, continued", last[:, None] + slope[:, None] * (ahead + 1)),
+            "drift": ("continues the line from the first value to the last", last[:, None] + slope[:, None] * (ahead + 1)),
         }
         if season == 1:
             del made["seasonal naive"]
@@ -353,10 +358,10 @@ class Forecasting(Task):
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         return [Baseline(name, what, {"values": x[:, :, None, None]}) for name, (what, x) in self.simple(test).items()]
 
-    # Answers
+    # Predictions
 
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
-        """One window at the end of every series; to evaluate, those of the test, or all of data that it never saw."""
+        """Read one window at the end of every series; for evaluation the test windows, or all windows of new data."""
         data = super().read(sources, answered=answered)
         found, findings = panels.arrange_series(data)
         checks.enforce(findings, len(data), source=data.source)
@@ -370,12 +375,12 @@ class Forecasting(Task):
                 else all_windows(data, found, self.options)
             )
         if found.frequency.words != self.frequency.words:
-            self.say(f"the steps are {found.frequency.article}; those of training were {self.frequency.article}")
+            self.say(f"the frequency is {found.frequency.article}, but training used {self.frequency.article}")
         self.asked = windows_at_end(data, found, self.options)
         return self.asked
 
     def read_one(self, source: Any, answered: bool) -> Data:
-        if self.layout == "rows":  # the columns are steps: there may be more of them, or fewer
+        if self.layout == "rows":  # the columns are steps, whose number may differ
             name = next((c.name for c in self.columns if c.role == "series" or c.kind in ("identifier", "category")), None)
             return read(source, column_spec=self.column_spec, roles={"series": name} if name else None, labels_optional=True)
         return read(source, schema=self.columns, column_spec=self.column_spec, labels_optional=True)
@@ -387,7 +392,7 @@ class Forecasting(Task):
         return batches
 
     def say_unknown(self, data: Data) -> None:
-        """Counts the steps of the future for which what should be known ahead is not given."""
+        """Add a note with the number of future steps whose known covariates are missing."""
         found, horizon = data.context.panel, self.options.horizon
         steps = found.high[:, None] + np.arange(horizon)
         given = steps < found.start[found.group + 1][:, None]
@@ -395,13 +400,13 @@ class Forecasting(Task):
         if lacking:
             names = ", ".join(dict.fromkeys(c.column for c in self.covariates.columns if c.ahead))
             self.say(
-                f"{lacking:,} of {given.size:,} future steps have no row with {names}: taken as average. Append rows with "
-                "the time and these columns, and no value"
+                f"{lacking:,} of {given.size:,} future steps have no row with {names}: the mean is used. Append "
+                "rows with the time and these columns, and no value"
             )
 
     def format_predictions(self, outputs: Arrays) -> list[list[dict[str, Any]]]:
         if self.predict_options.interval not in LEVELS:
-            raise SettingsError(f"interval={self.predict_options.interval:g}: intervals are learnt for 0.8 and 0.9.")
+            raise SettingsError(f"interval={self.predict_options.interval:g} is not available. Choose 0.8 or 0.9.")
         windows: Windows = self.asked.context
         found, (a, b) = windows.panel, LEVELS[self.predict_options.interval]
         mean, std = self.scales(windows)
@@ -456,7 +461,7 @@ class Forecasting(Task):
 
 
 def standard(values: np.ndarray) -> tuple[float, float]:
-    """Mean and deviation of what is known; (0, 1) of nothing."""
+    """Return mean and standard deviation of the finite values; (0, 1) if there are none."""
     known = values[np.isfinite(values)]
     return (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""What a report shows of forecasts: windows with their intervals, errors by step ahead, the worst series."""
+"""Report exhibits of forecasting: windows with intervals, errors by step, and the worst series."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from fieldguide.data.timeseries.windows import CUT, SERIES, Windows
 
 SHOWN = 6  # series drawn, from the worst to the best
 LISTED = 20  # series in the table of the worst
-PAST = 400  # steps drawn before a forecast, at most
-Ends = Mapping[float, tuple[int, int]]  # share that an interval holds -> its ends among the quantiles
+PAST = 400  # maximum steps drawn before a forecast
+Ends = Mapping[float, tuple[int, int]]  # nominal coverage -> indices of the interval's ends among the quantiles
 
 
 def of(
     test: Data, values: np.ndarray, truth: Mapping[str, np.ndarray], simple: Mapping[str, np.ndarray], levels: Ends
 ) -> dict[str, list[Exhibit]]:
-    """`values` B H 1+Q (standardised, the point first) are the network's, `simple` (B H) those of each baseline."""
+    """Return the exhibits. `values` (B, H, 1+Q; standardized, point forecast first) are the model's, `simple` (B, H)
+    those of each baseline.
+    """
     windows: Windows = test.context
     future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
     series = test.rows[SERIES].to_numpy()
@@ -47,8 +49,7 @@ def by_step(scaled: Mapping[str, np.ndarray]) -> Lines:
     steps = np.arange(1, next(iter(scaled.values())).shape[1] + 1)
     return Lines(
         "Error by horizon",
-        "MASE of each step ahead, over all test windows: 1 is the error that the seasonal naive "
-        "forecast made in the past, one step at a time.",
+        "MASE by step, over all test windows. 1 is the in-sample one-step error of the seasonal naive forecast.",
         x="steps ahead",
         y="MASE",
         lines={name: (steps, average(x, 0)) for name, x in scaled.items()},
@@ -62,7 +63,7 @@ def worst(found: Panel, series: np.ndarray, numbers: np.ndarray, order: np.ndarr
     ]
     return Table(
         "Worst series" if len(numbers) > 1 else "The series",
-        "Mean MASE over the test windows of each.",
+        "Mean MASE over the test windows of each series.",
         ("series", "windows", *mean),
         rows,
         heat=("this network",),
@@ -77,15 +78,17 @@ def covered(values: np.ndarray, future: np.ndarray, levels: Ends) -> Lines:
     }
     return Lines(
         "Coverage by horizon",
-        "The share of outcomes inside each interval; it should be what the interval promises.",
+        "Fraction of values inside each interval; it should equal the nominal coverage.",
         x="steps ahead",
-        y="share inside",
+        y="fraction inside",
         lines={name: (steps, average(np.where(known, x, np.nan), 0)) for name, x in inside.items()},
     )
 
 
 def window(found: Panel, season: int, series: int, at: int, natural: np.ndarray, error: float, levels: Ends) -> Lines:
-    """One window: the end of its past, what came, and what was forecast with its intervals (`natural` H 1+Q)."""
+    """Return the chart of one window: the end of its past, the actual values, and the forecast with intervals
+    (`natural`: H, 1+Q).
+    """
     ahead, low, high = np.arange(len(natural)), int(found.low[series]), int(found.high[series])
     begin, end = max(at - max(2 * len(natural), 2 * season), low, at - PAST), min(at + len(natural), high)
     moment = f"step {at - low}" if found.layout == "rows" else found.frequency.label(found.times[at])
@@ -96,16 +99,16 @@ def window(found: Panel, season: int, series: int, at: int, natural: np.ndarray,
     }
     return Lines(
         f"{found.names[series]}, from {moment}",
-        f"The test window of middling error of this series: MASE {error:.3g}",
+        f"The test window with the median error of this series: MASE {error:.3g}",
         x=f"steps ({found.frequency.article})",
         bands=bands,
-        marks={"forecast begins": 0.0},
-        lines={"what was": was, "forecast": (ahead, natural[:, 0])},
+        marks={"forecast starts": 0.0},
+        lines={"actual": was, "forecast": (ahead, natural[:, 0])},
     )
 
 
 def average(values: np.ndarray, axis: int) -> np.ndarray:
-    """The mean of what is finite; NaN where nothing is."""
+    """Return the mean of the finite values; NaN if there are none."""
     real = np.isfinite(values)
     count = real.sum(axis)
     return np.where(count, np.where(real, values, 0).sum(axis) / np.maximum(count, 1), np.nan)

@@ -1,4 +1,4 @@
-"""Pictures: one picture, one label."""
+"""Image classification: one label per image."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ from fieldguide.data.preprocessing import ImageTransform, suggest_side
 from fieldguide.tasks.base import CheckpointAssets
 from fieldguide.tasks.supervised import ClassificationTask, discrete, fill_options, mix_pairs
 
-LINEAR_SIDE = 16  # the linear baseline sees pictures of this side
-SAMPLE = 5000  # pictures that mean and deviation are learnt from
-MOST = {"cpu": 96, "mps": 160, "cuda": 224}  # pixels a side, where the user names none
-SHARE = 0.3  # of the memory that decoded pictures may fill; beyond it they are decoded batch by batch
+LINEAR_SIDE = 16  # image size of the linear baseline
+SAMPLE = 5000  # images that mean and standard deviation are computed from
+MOST = {"cpu": 96, "mps": 160, "cuda": 224}  # maximum pixels per side by device, if the user sets no size
+SHARE = 0.3  # maximum fraction of RAM for decoded images; beyond it they are decoded batch by batch
 
 
 class ImageClassification(ClassificationTask):
     name = "image-classification"
-    reads = "a folder of pictures per class, or a table of picture paths and labels"
+    reads = "a folder of images per class, or a table of image paths and labels"
     input_types = ("image", "vector")
     feature = ("image",)
     recipe: ClassVar = {"augmentation": "standard", "label_smoothing": 0.1, "weight_decay": 0.05, "ema": 0.998}
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None  # pixels a side that the network sees
-        channels: int | None = None  # 1 grey, 3 colour
-        flip: bool | None = None  # mirrored pictures keep their class
-        pixels: str | None = None  # mean and deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
+        side: int | None = None  # pixels per side of the input image
+        channels: int | None = None  # 1 gray, 3 color
+        flip: bool | None = (
+            None  # mirror training images at random; None: if that keeps their class, judged by nearest neighbors
+        )
+        pixels: str | None = None  # mean and standard deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
 
     pictures: ImageTransform
 
@@ -53,12 +55,12 @@ class ImageClassification(ClassificationTask):
         asked = any(normalize_name(c.name) == "question" for c in data.features())
         said = data.target and normalize_name(data.target.name) in CAPTION_NAMES
         if len(data.features("image")) == 1 and not asked and not said and data.target and discrete(data.target):
-            return f"pictures and {data.target.distinct} classes"
+            return f"images and {data.target.distinct} classes"
         return None
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return super().missing_requirements(data) if data.features("image") else "a column of pictures"
+        return super().missing_requirements(data) if data.features("image") else "an image column"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -76,8 +78,11 @@ class ImageClassification(ClassificationTask):
         return task
 
     def mirrors(self, data: Data, most: int = 1500) -> bool:
-        """Whether mirrored pictures may stand for their class: their nearest neighbours must agree about as often as
-        those of the pictures themselves. So letters and digits are never mirrored, animals are."""
+        """Return whether mirrored images keep their class.
+
+        The nearest neighbors of mirrored images must have the same class about as often as those of the images
+        themselves. Letters and digits are therefore not mirrored, animals are.
+        """
         rows = np.random.default_rng(0).permutation(len(data))[:most]
         some = data.take(rows)
         small = images.load(some.rows[self.column].to_list(), LINEAR_SIDE, self.pictures.channels).float()
@@ -122,10 +127,10 @@ class ImageClassification(ClassificationTask):
         return Batches(len(paths), make)
 
     def preprocessing_state(self) -> dict[str, Any]:
-        return {"fit": self.pictures.fit}  # all else is undone for a network that learnt with other pictures
+        return {"fit": self.pictures.fit}  # other differences are converted by `teacher_inputs`
 
     def teacher_inputs(self, other: ImageClassification, card: Card) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
-        super().teacher_inputs(other, card)  # complains where they differ in more
+        super().teacher_inputs(other, card)  # raises if they differ otherwise
         mine, theirs = self.pictures, other.pictures
 
         def show(batch: dict[str, Tensor]) -> Sequence[Tensor]:
@@ -153,7 +158,7 @@ class ImageClassification(ClassificationTask):
             [
                 Gallery(
                     "Worst mistakes",
-                    "Test pictures that were got wrong with most confidence.",
+                    "Test images that are wrong with the highest confidence.",
                     [
                         Picture(self.thumbnail(test, i), f"{words}: {Path(test.locate_row(i)).name}", bad=True)
                         for i, words in wrong
@@ -166,11 +171,12 @@ class ImageClassification(ClassificationTask):
         return [
             *shown,
             Gallery(
-                "Some it got right",
-                "Test pictures taken at random.",
+                "Correct predictions",
+                "Random test images.",
                 [
                     Picture(
-                        self.thumbnail(test, int(i)), f"{self.labels[truth[i]]} ({100 * probabilities[i].max():.0f} % sure)"
+                        self.thumbnail(test, int(i)),
+                        f"{self.labels[truth[i]]} ({100 * probabilities[i].max():.0f} % confident)",
                     )
                     for i in sample
                 ],
@@ -188,7 +194,7 @@ class ImageClassification(ClassificationTask):
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> Self | None:
-        if beside.pictures is None:  # rows of numbers, which may have been anything
+        if beside.pictures is None:  # the inputs are plain vectors of unknown meaning
             return None
         task = cls(
             [Column("image", "image"), Column("label", "category", "target")],
@@ -210,8 +216,9 @@ class ImageClassification(ClassificationTask):
 
 
 def augment(x: Tensor, how: str, flip: bool, generator: torch.Generator) -> Tensor:  # B C S S uint8 -> the same
-    """A whole batch at once. light: shifts by up to an eighth, mirroring. standard: also turned up to 10 degrees,
-    scaled by up to 10 %."""
+    """Augment a batch. light: shifts by up to an eighth, mirroring. standard: rotation by up to 10 degrees, scaling by
+    up to 10 %, and shifts.
+    """
     if how == "none":
         return x
     count, side = len(x), x.shape[-1]

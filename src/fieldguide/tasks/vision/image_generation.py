@@ -1,4 +1,4 @@
-"""Image generation: pictures like those of a folder, of a class or after a caption where it has such."""
+"""Image generation: images like those of a folder, by class or caption if it has them."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from fieldguide.objectives.diffusion import Sampler
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import binomial_interval, discrete, fill_options
 
-SIDES = (8, 16, 24, 28, 32, 48, 64)  # sides that pictures are brought to: doubling reaches all of them
-MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # pixels a side, where the user names none
-MEMORY = 0.3  # of the machine's, that decoded pictures may fill
-NEEDED = 10_000  # training pictures that judges learn from, at most
-LESSONS = 800  # steps of the CNN that learns from made pictures alone
+SIDES = (8, 16, 24, 28, 32, 48, 64)  # supported image sizes: doubling reaches all of them
+MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
+MEMORY = 0.3  # maximum fraction of RAM for decoded images
+NEEDED = 10_000  # maximum training images for the evaluation models
+LESSONS = 800  # training steps of the CNN that is trained on generated images alone
 JUDGES = ("judge", "motion", "matcher")
-GRID = 16  # pictures of a sheet
-LONGEST = 64  # tokens of a caption at most, where the user names no length
-KNOWN = 256  # training captions that are kept, for samples where nobody names any
-SENTENCES = 20  # fewer different texts are names of classes, however long they are
+GRID = 16  # images of a sheet
+LONGEST = 64  # maximum tokens of a caption, if the user sets no length
+KNOWN = 256  # training captions kept for sampling without given captions
+SENTENCES = 20  # with at most this many different texts, they are class names regardless of length
 
 
 def said(values: pl.Series) -> Kind | None:
-    """ "text" where the values of a target are captions: many different phrases; None where they look like classes."""
+    """Return "text" if the values of a target are captions (many different phrases), None if they look like classes."""
     present = blank_missing(values).drop_nulls() if values.dtype == pl.String else values.head(0)
     return "text" if len(present) and present.n_unique() > SENTENCES and has_sentences(present) else None
 
@@ -55,67 +55,70 @@ def said(values: pl.Series) -> Kind | None:
 class ImageGeneration(Task):
     name = "image-generation"
     reads = (
-        "a folder of pictures, maybe a folder per class or a .txt with a caption beside each; or a table of picture "
-        "paths, maybe with labels or captions"
+        "a folder of images, optionally one folder per class or a .txt caption next to each; or a table "
+        "of image paths, optionally with labels or captions"
     )
     input_types = ("noisy", "noise")
     feature = ("image",)
     output_types = ("image",)
     column_spec = ColumnSpec("named", names=CAPTION_NAMES, kinds={"target": said})
     metrics = (
-        Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN that this data taught"),
-        Metric("precision", "max", "of the made pictures look like real ones", percent=True),
-        Metric("recall", "max", "of the real pictures look like made ones", percent=True),
+        Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN trained on this data"),
+        Metric("precision", "max", "of generated images look real", percent=True),
+        Metric("recall", "max", "of real images are covered by generated ones", percent=True),
         Metric(
-            "classifier_accuracy", "max", "of real test pictures right by a CNN that learnt from made ones alone", percent=True
+            "classifier_accuracy",
+            "max",
+            "of real test images classified correctly by a CNN trained on generated images alone",
+            percent=True,
         ),
         Metric(
             "caption_match",
             "max",
-            "of the made pictures whose caption a judge that learnt from real pairs picks out of ten",
+            "of generated images whose caption a model trained on real pairs picks out of ten",
             percent=True,
         ),
-        Metric("held_out_loss", "min", "on held-out pictures: error of the named noise; a GAN's distance of thumbnails"),
+        Metric("held_out_loss", "min", "on held-out images: noise prediction error; for GANs a distance of thumbnails"),
     )
     monitor = "held_out_loss"
-    recipe: ClassVar = {"patience": 0, "epochs": 1e6}  # few pictures are looked at very often, as long as time allows
+    recipe: ClassVar = {"patience": 0, "epochs": 1e6}  # train on small data until the time limit
     validated, tested = 500, 1000
     most, fewest = 64, 16
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None  # pixels a side
-        channels: int | None = None  # 1 grey, 3 colour
-        flip: bool = False  # mirrored pictures are as good as any
-        vocab_size: int | None = None  # tokens in the vocabulary learnt from captions
-        length: int | None = None  # tokens of a caption that are read; the rest is cut off, and counted
-        schedule: str = "cosine"  # of the noise, for diffusion: cosine | linear
-        predicts: str = "v"  # what a diffusion network names: eps | v
+        side: int | None = None  # pixels per side
+        channels: int | None = None  # 1 gray, 3 color
+        flip: bool = False  # mirror training images at random
+        vocab_size: int | None = None  # vocabulary size of captions
+        length: int | None = None  # maximum tokens of a caption; longer captions are truncated and counted
+        schedule: str = "cosine"  # noise schedule of diffusion: cosine | linear
+        predicts: str = "v"  # prediction target of the diffusion model: eps | v
 
     @dataclass(frozen=True)
     class PredictOptions:
-        count: int = 16  # pictures, where no classes or captions are named; else of each
-        steps: int = 20  # of the sampler
+        count: int = 16  # images in total, or per given class or caption
+        steps: int = 20  # sampler steps
         sampler: str = "ddim"  # ddim | ddpm
         eta: float = 0.0  # noise that ddim adds at each step; 1 = as much as ddpm
-        guidance: float = 1.5  # how much a class or caption is exaggerated; 1 = not
+        guidance: float = 1.5  # classifier-free guidance scale; 1 = none
         seed: int = 0
 
     pictures: ImageTransform
-    labels: list[str]  # none where the data has no classes
+    labels: list[str]  # empty if the data has no classes
 
     def __init__(self, columns: list[Column], options: Any):
         super().__init__(columns, options)
-        self.judge: generative.FeatureClassifier | None = None  # taught when the network is tested, and kept with the run
-        self.motion: generative.FeatureClassifier | None = None  # of films
-        self.matcher: generative.CaptionMatcher | None = None  # of pictures and captions
-        self.text: TextTokenizer | None = None  # where the data has captions
-        self.captions: list[str] = []  # some of the training part's
+        self.judge: generative.FeatureClassifier | None = None  # trained for the test, and saved with the run
+        self.motion: generative.FeatureClassifier | None = None  # for videos
+        self.matcher: generative.CaptionMatcher | None = None  # for images and captions
+        self.text: TextTokenizer | None = None  # set if the data has captions
+        self.captions: list[str] = []  # a sample of the training captions
         self.memo: dict[int, dict[str, Any]] = {}
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return None if len(data.features("image")) == 1 else "a column of pictures"
+        return None if len(data.features("image")) == 1 else "an image column"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -123,7 +126,8 @@ class ImageGeneration(Task):
         captioned = data.target is not None and data.target.kind == "text"
         if data.target is not None and not captioned and not discrete(data.target):
             raise DataError(
-                f"{data.source}: the label {data.target.name!r} is to be a class or a caption, but holds {data.target.kind}."
+                f"{data.source}: the label column {data.target.name!r} must hold classes or captions, but holds "
+                f"{data.target.kind}."
             )
         fits = suggest_side(data.rows[WIDTH], data.rows[HEIGHT])
         side = options.side or max((s for s in SIDES if s <= min(fits, MOST[device().type])), default=SIDES[0])
@@ -137,23 +141,20 @@ class ImageGeneration(Task):
         return task
 
     def note_classes(self) -> None:
-        """Says which columns could tell what to make, where none does."""
+        """Add a note with a column that could be used as class if there is no target."""
         could = [c.name for c in self.columns if c.role == "ignored" and c.kind in ("category", "boolean")]
         if could and not any(c.role == "target" for c in self.columns):
-            self.notes.append(
-                f"nothing says what to make, so what is made is like all of them together: --target "
-                f"{could[0]} has it made by class"
-            )
+            self.notes.append(f"there is no target, so generation is unconditional: --target {could[0]} generates by class")
 
     def learn_captions(self, texts: list[str]) -> None:
-        """Learns the vocabulary; settles its size and the length."""
+        """Fit the caption tokenizer; sets vocab_size and length."""
         self.text = TextTokenizer.fit(texts, size=self.options.vocab_size)
         sizes = [len(ids) for ids in self.text.encode(texts[:NEEDED], 100_000)[0]]
         self.options = fill_options(self.options, vocab_size=self.text.size, length=suggest_length(sizes, LONGEST))
         if cut := sum(size > self.options.length for size in sizes):
             self.notes.append(
-                f"{100 * cut / len(sizes):.1f} % of the captions are longer than {self.options.length} tokens "
-                "and are cut there (task.length=... changes that)"
+                f"{100 * cut / len(sizes):.1f} % of the captions are longer than {self.options.length} tokens and "
+                "are truncated (change this with task.length=...)"
             )
         different = list(dict.fromkeys(texts))
         self.captions = [different[i] for i in np.random.default_rng(0).permutation(len(different))[:KNOWN]]
@@ -165,7 +166,7 @@ class ImageGeneration(Task):
         return out
 
     def codes(self, data: Data) -> np.ndarray:
-        """Labels from 1 on, N; or the tokens of captions, N T. 0 where there is none."""
+        """Return labels from 1 (N), or caption tokens (N, T); 0 means none."""
         target = next((c.name for c in self.columns if c.role == "target"), None)
         if self.text is not None:
             there = target in data.rows.columns
@@ -205,10 +206,12 @@ class ImageGeneration(Task):
 
         return Batches(len(paths), make)
 
-    # Making pictures
+    # Generation
 
     def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
-        """Pictures of these labels or captions (0 = none), B C S S in -1 .. 1; each a matter of seed and number alone."""
+        """Generate images of these labels or captions (0 = none): B C S S in -1 .. 1. Each depends only on seed and
+        number.
+        """
         p = self.pictures
         if isinstance(objective, Adversarial):
             refuse_steps(predict_options)
@@ -232,7 +235,7 @@ class ImageGeneration(Task):
         return answer
 
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
-        """Classes or captions to make pictures of; nothing means all classes, or some training captions, in turn."""
+        """Read the classes or captions to generate; without input, all classes or some training captions in turn."""
         if answered:
             return super().read(sources, answered=True)
         if self.text is not None:
@@ -240,13 +243,13 @@ class ImageGeneration(Task):
         for name in sources:
             if name not in self.labels:
                 raise DataError(
-                    f"{name!r} is none of the classes of this model.{nearest(str(name), self.labels)} It has: "
-                    f"{', '.join(self.labels) or 'none, so name none'}."
+                    f"unknown class {name!r}.{nearest(str(name), self.labels)} Classes are: "
+                    f"{', '.join(self.labels) or 'none, so give no class'}."
                 )
         return self.wishes(sources, self.labels or [""])
 
     def wishes(self, named: Sequence[str], others: Sequence[str]) -> Data:
-        """So many rows of each that is named, else of the others in turn."""
+        """Return `count` rows of each given text, or else `count` rows of the others in turn."""
         count = self.predict_options.count
         wanted = [n for name in named for n in [name] * count] or [others[i % len(others)] for i in range(count)]
         return Data("made", pl.DataFrame({"wanted": wanted}), {}, Manifest(""))
@@ -269,10 +272,10 @@ class ImageGeneration(Task):
         ]
 
     def said(self, tokens: np.ndarray) -> str:
-        """A caption as the network reads it."""
+        """Return a caption as the model reads it."""
         return self.text.decode(tokens[tokens > 0]).strip()
 
-    # Judging them
+    # Evaluation
 
     def prepare_test(self, train: Data, held: Data) -> None:
         rows = np.random.default_rng(0).permutation(len(train))[:NEEDED]
@@ -288,8 +291,11 @@ class ImageGeneration(Task):
         return {"real": real.numpy(), "label": self.codes(data)}
 
     def judged(self, outputs: Arrays, truth: Arrays) -> dict[str, Any]:
-        """What judges see, once for each set of samples: features of both, and which test pictures a CNN taught by the
-        samples gets right."""
+        """Return evaluation features, computed once per set of samples.
+
+        These are features of generated and real images, and which real images a CNN trained on the samples
+        classifies correctly.
+        """
         key = id(outputs["samples"])
         if key not in self.memo:
             made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(truth["real"])
@@ -307,14 +313,14 @@ class ImageGeneration(Task):
                 found["matched"] = generative.match_captions(
                     self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)), torch.from_numpy(truth["label"])
                 )
-            self.memo[key] = found | {"kept": outputs["samples"]}  # so that the key stays its own
+            self.memo[key] = found | {"kept": outputs["samples"]}  # keeps the array alive, so that its id stays unique
         return self.memo[key]
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         scores = {}
         if "samples" in outputs and self.judge is not None:
             found = self.judged(outputs, truth)
-            if "blind" in outputs:  # real pictures: only whether they show what was asked for counts
+            if "blind" in outputs:  # real images: only their match with the captions is scored
                 return {"caption_match": float(found["matched"].mean())}
             precision, recall = generative.precision_recall(found["real"], found["made"])
             scores = {
@@ -333,7 +339,7 @@ class ImageGeneration(Task):
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """Over pictures drawn with replacement; of precision and recall from halves."""
+        """Return bootstrap intervals over images; precision and recall use halves."""
         found = self.judged(outputs, truth)
         ranges = {"feature_distance": generative.bootstrap_distance_interval(found["real"], found["made"])}
         ranges["precision"], ranges["recall"] = generative.jackknife_precision_recall_intervals(found["real"], found["made"])
@@ -363,17 +369,17 @@ class ImageGeneration(Task):
             shuffled = [
                 Baseline(
                     "shuffled captions",
-                    "training pictures under captions of other pictures",
+                    "training images with captions of other images",
                     {"samples": other, "label": label[: len(other)], "blind": np.ones(len(other))},
                 )
             ]
             label = self.known_labels[rows].numpy()
         return [
-            Baseline("noise", "every pixel by chance", {"samples": noise, "label": self.codes(test)}),
+            Baseline("noise", "random pixels", {"samples": noise, "label": self.codes(test)}),
             *shuffled,
             Baseline(
-                "training pictures",
-                "the data itself: what a maker of perfect pictures could reach",
+                "training images",
+                "the training data itself: an upper bound",
                 {"samples": copies, "label": label[: len(copies)]},
                 bound=True,
             ),
@@ -382,7 +388,7 @@ class ImageGeneration(Task):
     # Report
 
     def some(self, count: int) -> Tensor:
-        """So many classes, or training captions, in turn."""
+        """Return `count` classes, or training captions, in turn."""
         if self.text is not None:
             return torch.from_numpy(self.tokens([self.captions[i % len(self.captions)] for i in range(count)]))
         return torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
@@ -390,7 +396,9 @@ class ImageGeneration(Task):
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         label = self.some(2 * GRID)
         made = self.made(objective, label, range(len(label)), self.PredictOptions())
-        return [Gallery("Samples while it learnt", "The same noise each time.", [Picture(sheet(made.numpy()), "")])]
+        return [
+            Gallery("Samples during training", "Generated from the same noise each time.", [Picture(sheet(made.numpy()), "")])
+        ]
 
     def exhibits(
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
@@ -406,20 +414,20 @@ class ImageGeneration(Task):
         order = np.argsort(label, kind="stable") if self.labels else np.arange(len(label))
         rows = by_class(samples, label, self.labels) if self.labels else []
         shown: list[Exhibit] = [
-            Gallery("Samples", "Made for the test, not chosen.", rows or [Picture(sheet(samples[order[: 4 * GRID]]), "")])
+            Gallery("Samples", "Generated for the test, unselected.", rows or [Picture(sheet(samples[order[: 4 * GRID]]), "")])
         ]
         if self.text is not None:
             shown.append(
                 Gallery(
-                    "After captions",
-                    "Left the picture that was made, right the test picture of that caption; "
-                    "framed where the judge would pick another caption for the one made.",
+                    "By caption",
+                    "Left the generated image, right the test image of that caption; framed if the "
+                    "evaluation model would pick another caption for the generated image.",
                     pairs,
                 )
             )
         if objective is not None and isinstance(objective, Diffusion):
             wanted = self.some(GRID)
-            few = "From the same noise: more steps cost more and add detail."
+            few = "Generated from the same noise: more steps are slower and add detail."
             by_steps = [
                 Picture(
                     sheet(self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).numpy()),
@@ -427,11 +435,11 @@ class ImageGeneration(Task):
                 )
                 for steps in (2, 5, 10, 20, 50)
             ]
-            shown.append(Gallery("By steps of the sampler", few, by_steps))
+            shown.append(Gallery("By sampler steps", few, by_steps))
         return {"Samples": shown, "Memory": self.nearest(samples, truth)}
 
     def nearest(self, samples: np.ndarray, truth: Arrays) -> list[Exhibit]:
-        """The training picture nearest to each of a few samples, and whether samples are nearer than they should be."""
+        """Return the nearest training image of a few samples, and whether samples are closer than expected."""
         known = generative.extract_features(self.judge, self.known)
         made, real = (generative.extract_features(self.judge, torch.from_numpy(x[:300])) for x in (samples, truth["real"]))
         far_made, far_real = generative.pairwise_distances(made, known), generative.pairwise_distances(real, known)
@@ -440,20 +448,20 @@ class ImageGeneration(Task):
         closer = float((far_made.min(1) < np.quantile(far_real.min(1), 0.05)).mean())
         return [
             Gallery(
-                "Samples and their nearest training pictures",
-                "Left the sample, right the training picture that the "
-                "judge finds nearest; below, how far it is. Two that are equal would be a picture learnt by heart.",
+                "Samples and their nearest training images",
+                "Left the sample, right the nearest training image in the features of the evaluation CNN, with "
+                "the distance. Equal pairs indicate memorization.",
                 pairs,
             ),
             Table(
-                "Learnt by heart?",
-                "How far pictures lie from the nearest training picture. Samples that lie nearer "
-                "than nearly all test pictures do may be copies: 5 % are to be expected.",
+                "Memorization",
+                "Distances to the nearest training image. Samples closer than almost all test images may be "
+                "copies; 5 % are expected.",
                 ("", "value"),
                 [
                     ("median distance of samples", float(np.median(far_made.min(1)))),
-                    ("median distance of test pictures", float(np.median(far_real.min(1)))),
-                    ("samples nearer than 95 % of test pictures", f"{100 * closer:.0f} %"),
+                    ("median distance of test images", float(np.median(far_real.min(1)))),
+                    ("samples closer than 95 % of test images", f"{100 * closer:.0f} %"),
                 ],
             ),
         ]
@@ -484,27 +492,27 @@ class ImageGeneration(Task):
 
 
 def sampler(predict_options: Any) -> Sampler:
-    """What is asked for. Raises `SettingsError` for one that is not there."""
+    """Return the sampler that the options name. Raises `SettingsError` for an unknown one."""
     samplers = {
         "ddim": lambda: DDIM(steps=predict_options.steps, eta=predict_options.eta),
         "ddpm": lambda: DDPM(steps=predict_options.steps),
     }
     if predict_options.sampler not in samplers:
-        raise SettingsError(f"sampler={predict_options.sampler!r} is none of {', '.join(samplers)}.")
+        raise SettingsError(f"sampler={predict_options.sampler!r} is unknown. Choose one of {', '.join(samplers)}.")
     return samplers[predict_options.sampler]()
 
 
 def refuse_steps(predict_options: Any) -> None:
-    """Raises `SettingsError` where a generator that draws at one go is asked how to do it step by step."""
+    """Raise `SettingsError` if sampler options are set for a one-step generator."""
     usual = type(predict_options)()
     if changed := [
         name for name in ("steps", "sampler", "eta", "guidance") if getattr(predict_options, name) != getattr(usual, name)
     ]:
-        raise SettingsError(f"{', '.join(changed)}: this network draws a picture at one go, and takes no such setting.")
+        raise SettingsError(f"{', '.join(changed)}: not supported. This model generates an image in one step.")
 
 
 def thumbnails(pictures: np.ndarray) -> np.ndarray:  # N C S S -> N C * 64
-    """Pictures of 8 x 8 pixels, as rows of numbers."""
+    """Return 8 x 8 thumbnails as vectors."""
     return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(pictures)), 8).flatten(1).numpy()
 
 
@@ -516,12 +524,12 @@ def png(x: np.ndarray) -> bytes:  # C S S in -1 .. 1
 
 
 def by_class(samples: np.ndarray, label: np.ndarray, names: list[str]) -> list[Picture]:  # N C S S, N
-    """Some pictures of each class that is there: of few test pictures, perhaps not all are."""
+    """Return some images of each class that occurs."""
     return [Picture(sheet(samples[label == k][:GRID]), names[k - 1]) for k in np.unique(label)]
 
 
 def sheet(pictures: np.ndarray) -> bytes:  # N C S S in -1 .. 1 -> PNG
-    """Pictures as a square, as nearly as may be, with a thin line between."""
+    """Return the images as a grid with thin lines between."""
     count, channels, side = len(pictures), *pictures.shape[1:3]
     columns = max(1, math.ceil(math.sqrt(count)))
     rows = -(-count // columns)

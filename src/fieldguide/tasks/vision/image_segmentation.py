@@ -1,4 +1,4 @@
-"""Segmentation: a class for every pixel of a picture."""
+"""Semantic segmentation: a class for every pixel of an image."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ from fieldguide.objectives.segmentation import Segmentation
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 
-VOID = 255  # by custom: pixels that belong to no class
-SIDE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side, where the user names none
-CROP = {"cpu": 192, "mps": 320, "cuda": 512}  # of the square that a step sees of each picture
-SHARE = 0.3  # of the memory that decoded pictures may fill
-SHOWN = 24  # pictures in the report
-SAMPLE = 500  # pictures that mean and deviation are learnt from
+VOID = 255  # conventional value of pixels without a class
+SIDE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side by device, if the user sets no size
+CROP = {"cpu": 192, "mps": 320, "cuda": 512}  # side in pixels of the training crop by device
+SHARE = 0.3  # maximum fraction of RAM for decoded images
+SHOWN = 24  # images in the report
+SAMPLE = 500  # images that mean and standard deviation are computed from
 
 
 def outlined(data: Data) -> Iterator[Finding]:
-    """Where outlines are to be drawn: boxes that have none, and crowds."""
+    """Find boxes without outlines, and crowds."""
     if data.target is None or data.target.kind != "boxes" or not data.rows[data.target.name].dtype.is_nested():
         return
     seen = objects(data)
-    nothing = "belong to no class, and are neither learnt nor scored"
+    nothing = "belong to no class, and are neither trained on nor scored"
     for check, severity, which, what, remedy in (
         (
             "box-without-outline",
             "warning",
             ~seen["drawn"] & ~seen["crowd"],
-            f"boxes without an outline: a box is no mask, so the pixels within it {nothing}",
-            "Outline these objects, or remove their pictures.",
+            f"boxes without an outline: a box is not a mask, so the pixels within it {nothing}",
+            "Outline these objects, or remove their images.",
         ),
         ("crowd-pixels", "note", seen["crowd"], f"crowds: their pixels {nothing}", ""),
     ):
@@ -67,8 +67,8 @@ def outlined(data: Data) -> Iterator[Finding]:
 class ImageSegmentation(Task):
     name = "image-segmentation"
     reads = (
-        "pictures with masks of the same name: folders images and masks, maybe below train, val and test; or pictures "
-        "with outlines of objects: COCO JSON or YOLO"
+        "images with masks of the same name: folders images and masks, optionally below train, val and "
+        "test; or images with object outlines: COCO JSON or YOLO"
     )
     input_types = ("image",)
     feature = ("image",)
@@ -77,53 +77,53 @@ class ImageSegmentation(Task):
         "named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, outlined)
     )
     metrics = (
-        Metric("miou", "max", "mean over classes of the intersection over union", percent=True),
-        Metric("pixel_accuracy", "max", "of the pixels right", percent=True),
-        Metric("mean_accuracy", "max", "of a class's pixels found, averaged over classes", percent=True),
+        Metric("miou", "max", "mean intersection over union over classes", percent=True),
+        Metric("pixel_accuracy", "max", "of pixels correct", percent=True),
+        Metric("mean_accuracy", "max", "mean recall over classes", percent=True),
     )
     recipe: ClassVar = {"augmentation": "light", "weight_decay": 0.01, "ema": 0.99}
     most, fewest = 16, 4
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None  # pixels of the longer side that the network sees; pictures are made smaller
-        crop: int | None = None  # pixels of the square that a step sees of each picture
-        channels: int | None = None  # 1 grey, 3 colour
-        ignore: str = ""  # what is no class, with commas between: values of masks (11,255), names of objects
+        side: int | None = None  # pixels of the longer side of the input; larger images are downscaled
+        crop: int | None = None  # side in pixels of the training crop
+        channels: int | None = None  # 1 gray, 3 color
+        ignore: str = ""  # values of masks (11,255) or object names that are no class, separated by commas
 
     @dataclass(frozen=True)
     class PredictOptions:
-        tile: int = 512  # larger pictures are answered in overlapping tiles of so many pixels
+        tile: int = 512  # larger images are predicted in overlapping tiles of this many pixels
 
     canvas: Canvas
     names: list[str]
     colours: list[tuple[int, int, int]]
 
-    # Which values are classes
+    # Classes
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         if len(data.features("image")) == 1 and data.target and data.target.kind == "mask":
-            return "pictures and a mask for each"
+            return "images with masks"
         return None
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
-            return "a column of pictures"
+            return "one image column"
         if data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested():
             seen = objects(data)
             if seen["drawn"].any():
                 return None
             return (
-                f"outlines of the objects: it has {len(seen):,} boxes without any, and a box is no mask. Export polygons "
-                "or masks, or learn the boxes (--task object-detection)"
+                f"object outlines: the data has {len(seen):,} boxes without any, and a box is not a mask. Export "
+                "polygons or masks, or train on the boxes (--task object-detection)"
             )
-        return None if data.target and data.target.kind == "mask" else "a mask for each picture"
+        return None if data.target and data.target.kind == "mask" else "one mask per image"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        """Finds the classes, and keeps them in `context`: all values of masks, or all labels of outlined objects."""
+        """Find the classes (values of masks or labels of outlined objects) and keep them in `context`."""
         return (cls.drawn if data.target.kind == "boxes" else cls.stored)(data, options)
 
     @classmethod
@@ -133,16 +133,16 @@ class ImageSegmentation(Task):
         listed = (data.context or {}).get("classes") or sorted(there)
         if strange := [n for n in ignored if n not in listed]:
             raise SettingsError(
-                f"task.ignore names {strange[0]!r}, which {data.source} has not.{nearest(strange[0], listed)} "
-                f"It has: {', '.join(listed)}."
+                f"task.ignore names {strange[0]!r}, which {data.source} does not "
+                f"have.{nearest(strange[0], listed)} Names are: {', '.join(listed)}."
             )
         names = [n for n in listed if n in there and n not in ignored]
         if not names:
-            raise DataError(f"{data.source}: no object with an outline is left to learn.")
+            raise DataError(f"{data.source}: no object with an outline is left. Add outlines or ignore fewer classes.")
         if len(names) >= VOID:
             raise DataError(
-                f"{data.source}: has objects of {len(names):,} classes, and {VOID - 1} are the most. Leave some "
-                "out with --set task.ignore=..."
+                f"{data.source}: there are {len(names):,} object classes, but at most {VOID - 1} are supported. "
+                "Leave some out with --set task.ignore=..."
             )
         return replace(
             data,
@@ -163,7 +163,7 @@ class ImageSegmentation(Task):
         except ValueError:
             listed = f" or classes ({', '.join(values)})" if values else ""
             raise SettingsError(
-                f"task.ignore={options.ignore!r}: for masks write values{listed} with commas between, such as 11,255."
+                f"task.ignore={options.ignore!r}: for masks give values{listed} separated by commas, such as 11,255."
             ) from None
         found = masks.distinct_values(data.rows[data.target.name].to_list())
         every = np.unique(np.concatenate(found))
@@ -174,20 +174,21 @@ class ImageSegmentation(Task):
             if strange:
                 rows = [i for i, v in enumerate(found) if strange & set(v.tolist())]
                 raise DataError(
-                    f"{data.source}: {len(rows):,} masks hold values that are none of the {len(given)} classes "
-                    f"({', '.join(map(str, sorted(strange)[:5]))}): {', '.join(data.locate_row(i) for i in rows[:5])}. "
-                    "Correct them, name the classes, or leave those pixels out with --set task.ignore=..."
+                    f"{data.source}: {len(rows):,} masks hold values outside the {len(given)} classes "
+                    f"({', '.join(map(str, sorted(strange)[:5]))}): "
+                    f"{', '.join(data.locate_row(i) for i in rows[:5])}. Correct them, name the classes, "
+                    "or leave those pixels out with --set task.ignore=..."
                 )
             values = [v for v in sorted(given) if v not in ignored]
         else:
             values = [v for v in every.tolist() if v not in ignored]
         if len(values) > 256:
             raise DataError(
-                f"{data.source}: the masks hold {len(values):,} different values: they are no classes. Were they "
-                "saved as JPEG, which blurs? Save them as PNG."
+                f"{data.source}: the masks hold {len(values):,} different values, too many for classes. If they "
+                "were saved as JPEG, which blurs, save them as PNG."
             )
         if len(values) < 2:
-            raise DataError(f"{data.source}: the masks hold one class only ({values}): there is nothing to tell apart.")
+            raise DataError(f"{data.source}: the masks hold only one class ({values}). At least two are needed.")
         binary = values == [0, 255] or values == [0, 1]
         names = [given.get(v, ("background", "foreground")[i] if binary else str(v)) for i, v in enumerate(values)]
         made = Data(
@@ -204,7 +205,8 @@ class ImageSegmentation(Task):
                 Finding(
                     "void-pixels",
                     "note",
-                    f"pixels of the values {', '.join(map(str, left))} belong to no class: they are neither learnt nor scored",
+                    f"pixels of the values {', '.join(map(str, left))} belong to no class: they are "
+                    "neither trained on nor scored",
                     (),
                     len(left),
                 )
@@ -234,18 +236,18 @@ class ImageSegmentation(Task):
         task.options = fill_options(options, side=side, crop=crop, channels=channels)
         if side < longest:
             task.notes.append(
-                f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
-                "answers and scores are in their own size"
+                f"images are downscaled to {side} pixels on the longer side (change this with task.side=...); "
+                "predictions and scores are in original size"
             )
         return task
 
-    # Pictures as tensors
+    # Images as tensors
 
     def files(self, data: Data) -> tuple[list[str], list[tuple[int, int]]]:
         return data.rows[self.column].to_list(), list(zip(data.rows[WIDTH].to_list(), data.rows[HEIGHT].to_list()))
 
     def masks(self, data: Data) -> list[Mask]:
-        """Of each row its mask: a file, or what is to be drawn."""
+        """Return the mask of each row: a file, or outlines to draw."""
         column = data.rows[self.target.name]
         if not column.dtype.is_nested():
             return column.to_list()
@@ -259,13 +261,13 @@ class ImageSegmentation(Task):
             return data
         if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
             raise DataError(
-                f"{data.source}: has no outlines to compare answers with. To ask for answers, use `fieldguide predict`."
+                f"{data.source}: there are no outlines to evaluate with. To predict without outlines, use `fieldguide predict`."
             )
         strange = sorted(set(objects(data).filter("drawn")["label"]) - {*self.names, *named(self.options.ignore)})
         if strange:
             raise DataError(
-                f"{data.source}: has objects of {', '.join(map(repr, strange[:5]))}, which the network does not "
-                f"know. It knows: {', '.join(self.names[1:20])}. Rename or remove them."
+                f"{data.source}: has objects of {', '.join(map(repr, strange[:5]))}, which are not classes of "
+                f"this model. Classes are: {', '.join(self.names[1:20])}. Rename or remove them."
             )
         return data
 
@@ -333,14 +335,14 @@ class ImageSegmentation(Task):
     def predict_batches(self, data: Data, card: Card) -> Batches:
         return self.batches(replace(data, rows=data.rows.drop(self.target.name, strict=False)), card)
 
-    def normal(self, pixels: Tensor) -> Tensor:  # 0 to 255 -> mean 0, deviation 1
+    def normal(self, pixels: Tensor) -> Tensor:  # 0 to 255 -> mean 0, standard deviation 1
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.canvas.mean, self.canvas.std))
         return (pixels / 255 - mean) / std
 
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        """Pixels of each class in each picture, N classes."""
+        """Return the pixels of each class in each image: (N, classes)."""
         paths, sizes = self.files(data)
         counts = np.zeros((len(paths), len(self.names)), dtype=np.int64)
         for i, mask in enumerate(self.masks(data)):
@@ -358,12 +360,12 @@ class ImageSegmentation(Task):
         }
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """Over pictures drawn with replacement, of whose pixels the counts are all that is needed."""
+        """Return bootstrap intervals over images; the pixel counts suffice."""
         return super().intervals({"counts": outputs["counts"]}, truth)
 
     @staticmethod
     def by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Intersection over union and share found, of each class; NaN of those that do not occur."""
+        """Return IoU and recall of each class; NaN for classes that do not occur."""
         right, is_, said = np.diag(counts), counts.sum(1), counts.sum(0)
         there = is_ > 0
         return (
@@ -376,9 +378,9 @@ class ImageSegmentation(Task):
         pixels = self.targets(test)["pixels"]
         counts = np.zeros((*pixels.shape, pixels.shape[1]), dtype=np.int64)
         counts[:, :, most] = pixels
-        return [Baseline("majority class", f"calls every pixel {self.names[most]!r}", {"counts": counts})]
+        return [Baseline("majority class", f"predicts {self.names[most]!r} for every pixel", {"counts": counts})]
 
-    # Answers and report
+    # Predictions and report
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
@@ -396,7 +398,7 @@ class ImageSegmentation(Task):
         return answers
 
     def png(self, mask: np.ndarray) -> bytes:
-        """A mask with a palette: its numbers are the classes, its colours are for eyes."""
+        """Return a mask as a PNG with palette: pixel values are class indices."""
         image = Image.fromarray(mask, "P")
         image.putpalette([c for colour in self.colours for c in colour])
         out = io.BytesIO()
@@ -413,27 +415,31 @@ class ImageSegmentation(Task):
         worst = np.argsort(each)[: SHOWN // 2]
         rest = np.random.default_rng(0).permutation(len(each))[: SHOWN // 2]
         legend = Gallery(
-            "Colours",
-            "What the colours below mean.",
+            "Colors",
+            "Colors of the classes.",
             [Picture(swatch(colour), name) for colour, name in zip(self.colours, self.names)],
         )
         return {
             "Classes": [
                 Table(
                     "By class",
-                    "IoU: of the pixels that are or are called so, how many are both.",
-                    ("class", "pixels", "IoU", "found"),
+                    "IoU: pixels of a class that are predicted correctly, divided by pixels that are of "
+                    "the class or predicted so.",
+                    ("class", "pixels", "IoU", "recall"),
                     rows,
-                    heat=("IoU", "found"),
+                    heat=("IoU", "recall"),
                 ),
                 Matrix(
-                    "Confusion of pixels", "Rows are the truth, columns what the network said.", self.names, counts.tolist()
+                    "Confusion of pixels",
+                    "Rows are the true classes, columns the predicted classes.",
+                    self.names,
+                    counts.tolist(),
                 ),
             ],
-            "Pictures": [
+            "Images": [
                 legend,
                 self.gallery("Worst", test, outputs, worst, each),
-                self.gallery("By chance", test, outputs, rest, each),
+                self.gallery("Random sample", test, outputs, rest, each),
             ],
         }
 
@@ -462,11 +468,11 @@ class ImageSegmentation(Task):
             Image.fromarray(strip).save(out, "JPEG", quality=85)
             pictures.append(Picture(out.getvalue(), f"{Path(test.locate_row(int(i))).name}: IoU {each[i]:.2f}"))
         return Gallery(
-            title, "The picture and its mask in the data; below, the network's mask and, in red, where it is wrong.", pictures
+            title, "Top: the image and its true mask. Bottom: the predicted mask and, in red, the wrong pixels.", pictures
         )
 
     def painted(self, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        colours = np.array([*self.colours, (0, 0, 0)])[mask]  # -1, no class: dark
+        colours = np.array([*self.colours, (0, 0, 0)])[mask]  # -1 (no class) is dark
         return (0.4 * picture + 0.6 * colours).astype(np.uint8)
 
     # Saved with the run
@@ -483,7 +489,9 @@ class ImageSegmentation(Task):
 
 
 def objects(data: Data) -> pl.DataFrame:
-    """A row for each object of a column of boxes: `row` of its picture, `label`, whether it is a `crowd` and can be `drawn`."""
+    """Return one row per object of a box column: `row` of its image, `label`, `crowd`, and `drawn` (it has an
+    outline).
+    """
     column = data.rows[data.target.name]
     rows = pl.Series("row", np.repeat(np.arange(len(column)), column.list.len().fill_null(0).to_numpy()))
     things = column.filter(column.list.len() > 0).explode()
@@ -505,12 +513,14 @@ def named(text: str) -> list[str]:
 def augmented(
     pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # N C H W, N H W -> N C S S, N S S
-    """A square of each picture: of another size (0.5 to 2 times), mirrored, lighter or darker, more or less contrast."""
+    """Return a random square crop of each image: rescaled (0.5 to 2 times), mirrored, with random brightness and
+    contrast.
+    """
     count, _, height, width = pixels.shape
     uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
     scale = torch.ones(count) if augment == "none" else 2 ** uniform(-0.5, 0.5) if augment == "light" else 2 ** uniform(-1, 1)
     mirror = torch.ones(count) if augment == "none" else torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    # The square covers crop / scale pixels; its middle lies so that it stays within the picture where it can.
+    # The square covers crop / scale pixels, and is placed inside the image if possible.
     half = crop / scale / 2
     middles = []
     for size in (inner[:, 1].float(), inner[:, 0].float()):
@@ -522,7 +532,7 @@ def augmented(
     across, down = 2 * x / width - 1, 2 * y / height - 1
     grid = torch.stack([across[:, None].expand(-1, crop, -1), down[:, :, None].expand(-1, -1, crop)], -1)
     image = F.grid_sample(pixels.float(), grid, "bilinear", "zeros", align_corners=False)
-    # Masks are shifted by one, so that outside, where 0 is sampled, is -1: nothing to learn.
+    # Masks are shifted by one, so that outside the image, where 0 is sampled, the target is -1 (ignored).
     classes = F.grid_sample(target[:, None].float() + 1, grid, "nearest", "zeros", align_corners=False)[:, 0].long() - 1
     inside = ((x >= 0) & (x < inner[:, 1:]))[:, None] & ((y >= 0) & (y < inner[:, :1]))[:, :, None]
     classes = torch.where(inside, classes, -1)
@@ -534,7 +544,7 @@ def augmented(
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:
-    """Colours that are told apart: around the circle of hues by the golden angle, in two lights."""
+    """Return one color per class: hues spaced by the golden angle, in two brightness levels."""
     return [
         tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 if i % 2 else 0.7))
         for i in range(classes)

@@ -1,4 +1,4 @@
-"""Object detection: boxes around the things in a picture, and what each is."""
+"""Object detection: bounding boxes with class labels."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision.detection_report import drawn, exhibits, matched, opened
 
-SIDE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side, where the user names none
-STEP = 32  # sides are multiples of it: the coarsest grid's cells
-SHARE = 0.3  # of the memory that decoded pictures may fill
-MOST = 100  # boxes that are kept of a picture, as COCO scores them
-REPEATS, ENOUGH = 30, 2000  # draws for an interval, and pictures that they are made from at most
+SIDE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side by device, if the user sets no size
+STEP = 32  # image sizes are multiples of the coarsest grid's stride
+SHARE = 0.3  # maximum fraction of RAM for decoded images
+MOST = 100  # maximum boxes per image, as in COCO evaluation
+REPEATS, ENOUGH = 30, 2000  # bootstrap repeats, and the maximum images they are drawn from
 
 
 class Framed(Detection):
-    """Detection whose answers are in the pixels of the pictures themselves: the batch says how they lie in the squares."""
+    """A detection objective whose predictions are in image pixels: the batch holds the letterbox of each image."""
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         found = super().outputs(batch)
@@ -50,7 +50,7 @@ class Framed(Detection):
 
 class ObjectDetection(Task):
     name = "object-detection"
-    reads = "pictures with boxes: COCO JSON, YOLO (data.yaml, images, labels) or Pascal VOC (Annotations, JPEGImages)"
+    reads = "images with boxes: COCO JSON, YOLO (data.yaml, images, labels) or Pascal VOC (Annotations, JPEGImages)"
     input_types = ("image",)
     feature = ("image",)
     output_types = ("boxes",)
@@ -60,54 +60,56 @@ class ObjectDetection(Task):
         Metric("map50", "max", "mean average precision at IoU 0.50", percent=True),
     )
     monitor = "map50"
-    recipe: ClassVar = {"augmentation": "light"}  # in the minutes of a CPU mosaics cost more than they give: docs/log.md
+    recipe: ClassVar = {"augmentation": "light"}  # mosaics do not pay off in short CPU runs: docs/log.md
     most, fewest = 32, 8
 
     @dataclass(frozen=True)
     class Options:
-        side: int | None = None  # pixels of the square that the network sees, a multiple of 32
-        channels: int | None = None  # 1 grey, 3 colour
-        classes: str = ""  # only these, with commas between
-        mosaic: float | None = None  # share of training pictures made of four: half where augment=standard, else none
-        flip: float = 0.5  # share of them mirrored; 0 where left and right differ, as in writing
+        side: int | None = None  # pixels per side of the square input, a multiple of 32
+        channels: int | None = None  # 1 gray, 3 color
+        classes: str = ""  # use only these classes, separated by commas
+        mosaic: float | None = (
+            None  # fraction of training images made of four (mosaic); None: half if augment=standard, else none
+        )
+        flip: float = 0.5  # fraction of training images mirrored; 0 if left and right differ, as in text
 
     @dataclass(frozen=True)
     class PredictOptions:
-        threshold: float | None = None  # least score of an answer; by itself the one with the best F1 on validation pictures
-        overlap: float = 0.7  # IoU above which the lower of two boxes of a class is dropped
+        threshold: float | None = None  # minimum score of a prediction; None: the one with the best F1 on validation images
+        overlap: float = 0.7  # IoU above which the lower-scored of two boxes of a class is dropped
 
     names: list[str]
     threshold = 0.25
 
-    # What is there to find
+    # Classes
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         if len(data.features("image")) == 1 and data.target and data.target.kind == "boxes":
-            return "pictures and the boxes of what is in each"
+            return "images with boxes"
         return None
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
-            return "a column of pictures"
+            return "one image column"
         boxes = data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested()
         return None if boxes else "boxes for each picture (COCO, YOLO or Pascal VOC)"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        """Finds which classes occur (or those asked for); keeps them in `context`."""
+        """Find the classes (all, or those of `classes`) and keep them in `context`."""
         seen = Counter(o["label"] for objects in data.rows[data.target.name].to_list() for o in objects or [])
         order = [n for n in (data.context or {}).get("classes", sorted(seen)) if n in seen]
         if asked := [n.strip() for n in options.classes.split(",") if n.strip()]:
             if strange := [n for n in asked if n not in seen]:
                 raise SettingsError(
-                    f"task.classes names {', '.join(map(repr, strange))}, of which {data.source} has no box. "
-                    f"It has: {', '.join(order)}."
+                    f"task.classes names {', '.join(map(repr, strange))}, but {data.source} has no such "
+                    f"boxes. Classes are: {', '.join(order)}."
                 )
             order = asked
         if not order:
-            raise DataError(f"{data.source}: no picture has a usable box: there is nothing to learn.")
+            raise DataError(f"{data.source}: no image has a usable box. Add annotated images.")
         return replace(data, context={"classes": order})
 
     @classmethod
@@ -117,33 +119,35 @@ class ObjectDetection(Task):
         longest = int(max(data.rows[WIDTH].max(), data.rows[HEIGHT].max()))
         side = options.side or min(SIDE[device().type], -(-longest // STEP) * STEP)
         if side < STEP or side % STEP:
-            raise SettingsError(f"task.side={side} is to be a multiple of {STEP}, such as {max(1, round(side / STEP)) * STEP}.")
+            raise SettingsError(
+                f"task.side={side} must be a multiple of {STEP}, for example {max(1, round(side / STEP)) * STEP}."
+            )
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         if not all(0 <= share <= 1 for share in (options.mosaic or 0, options.flip)):
-            raise SettingsError("task.mosaic and task.flip are shares, from 0 to 1.")
+            raise SettingsError("task.mosaic and task.flip must lie between 0 and 1.")
         task.options = fill_options(options, side=side, channels=channels)
         if side < longest:
             task.notes.append(
-                f"pictures are made smaller, to {side} pixels of the longer side (task.side=... changes that); "
-                "boxes are in their own size"
+                f"images are downscaled to {side} pixels on the longer side (change this with task.side=...); "
+                "boxes are in original pixels"
             )
         boxes, labels, _ = task.known(data)
         if not sum(map(len, labels)):
-            raise DataError(f"{data.source}: no picture of the training part has a box of {', '.join(task.names[:10])}.")
+            raise DataError(f"{data.source}: no training image has a box of {', '.join(task.names[:10])}.")
         if lacking := [n for i, n in enumerate(task.names) if not any((some == i).any() for some in labels)]:
-            task.notes.append(f"classes that no training picture shows: {', '.join(lacking)}; they cannot be learnt")
+            task.notes.append(f"classes without training images: {', '.join(lacking)}; they cannot be predicted")
         small = float(np.mean([(b[2:] - b[:2]).min() * min(1, side / longest) < 8 for some in boxes for b in some]))
         if small > 0.2:
             task.notes.append(
-                f"{100 * small:.0f} % of the boxes have a side of fewer than 8 of the {side} pixels that the "
-                "network sees: a larger task.side finds more of them, and takes longer"
+                f"{100 * small:.0f} % of the boxes have a side of fewer than 8 of the {side} input pixels. A "
+                "larger task.side finds more of them but is slower"
             )
         return task
 
-    # Pictures and boxes as tensors
+    # Images and boxes as tensors
 
     def known(self, data: Data) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-        """Of each picture the true boxes (M 4), labels and which are crowds."""
+        """Return, per image, the true boxes (M, 4), their labels and their crowd flags."""
         place, boxes, labels, crowd = {n: i for i, n in enumerate(self.names)}, [], [], []
         for objects in data.rows[self.target.name].to_list():
             objects = [o for o in objects or [] if o["label"] in place]
@@ -225,7 +229,7 @@ class ObjectDetection(Task):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        """Boxes N M 4 in the pictures' own pixels, labels N M (-1: padding), crowd N M."""
+        """Return boxes (N, M, 4) in original pixels, labels (N, M; -1 is padding) and crowd flags (N, M)."""
         boxes, labels, crowd = self.known(data)
         together, names = pad_boxes(boxes, labels)
         around = np.zeros(names.shape, dtype=bool)
@@ -238,8 +242,11 @@ class ObjectDetection(Task):
         return {"map": scores["map"], "map50": scores["map50"]}
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """By few draws of pictures, and their normal spread. The evaluator takes long, so of many pictures some are drawn from,
-        and the spread is made narrower by the root of how many more there are (the m out of n bootstrap)."""
+        """Return normal intervals from a bootstrap over images.
+
+        Evaluation is slow, so that at most `ENOUGH` images are resampled; the spread is scaled by the root of the
+        sampled fraction (the m out of n bootstrap).
+        """
         middle, count = self.score(outputs, truth), len(truth["labels"])
         some = np.sort(np.random.default_rng(0).permutation(count)[:ENOUGH])
         drawn = bootstrap(
@@ -250,7 +257,7 @@ class ObjectDetection(Task):
         return {name: (max(0.0, middle[name] - spread[name]), min(1.0, middle[name] + spread[name])) for name in middle}
 
     def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
-        """The score from which on an answer is given: where precision and recall are best together, over classes."""
+        """Set the score threshold that maximizes F1, averaged over classes."""
         classes, right, there = len(self.names), [], np.zeros(len(self.names))
         real, known = outputs["labels"] >= 0, truth["labels"] >= 0
         for i in range(len(known)):
@@ -269,7 +276,9 @@ class ObjectDetection(Task):
         self.threshold = float(grid[int(np.argmax(best))]) if max(best) > 0 else 0.25
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        """Each class's mean box, in parts of the picture, as sure as the class is frequent; and of the most frequent alone."""
+        """Return two baselines: each class's mean box with the class frequency as score, and the most frequent class
+        alone.
+        """
         boxes, labels, _ = self.known(train)
         sizes = train.rows.select(WIDTH, HEIGHT).to_numpy().astype(np.float32)
         parts = np.concatenate([b / np.tile(s, 2) for b, s in zip(boxes, sizes)])
@@ -282,15 +291,15 @@ class ObjectDetection(Task):
         whole = {"boxes": mean[None] * tested, "scores": np.tile(often, (count, 1)), "labels": np.tile(seen, (count, 1))}
         top = int(np.argmax(np.bincount(names)[seen]))
         return [
-            Baseline("mean box", "puts the mean box of every class into each picture", whole),
+            Baseline("mean box", "predicts the mean box of every class in each image", whole),
             Baseline(
                 "most frequent class",
-                f"puts the mean box of {self.names[seen[top]]!r} into each picture",
+                f"predicts the mean box of {self.names[seen[top]]!r} in each image",
                 {name: array[:, [top]] for name, array in whole.items()},
             ),
         ]
 
-    # Answers and report
+    # Predictions and report
 
     @property
     def least(self) -> float:
@@ -331,13 +340,14 @@ class ObjectDetection(Task):
         if answered:
             if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
                 raise DataError(
-                    f"{data.source}: has no boxes to compare answers with. To ask for answers, use `fieldguide predict`."
+                    f"{data.source}: there are no boxes to evaluate with. To predict without boxes, use `fieldguide predict`."
                 )
             seen = {o["label"] for objects in data.rows[self.target.name].to_list() for o in objects or []}
             if (strange := sorted(seen - set(self.names))) and not self.options.classes:
                 raise DataError(
-                    f"{data.source}: has boxes of {', '.join(map(repr, strange[:5]))}, which the network does not "
-                    f"know. It knows: {', '.join(self.names[:20])}. Rename or remove them."
+                    f"{data.source}: has boxes of {', '.join(map(repr, strange[:5]))}, which are not "
+                    f"classes of this model. Classes are: {', '.join(self.names[:20])}. Rename or remove "
+                    "them."
                 )
         return data
 

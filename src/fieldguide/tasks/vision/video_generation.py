@@ -1,4 +1,4 @@
-"""Video generation: films like those of a folder, of a class that is asked for where it has classes."""
+"""Video generation: videos like those of a folder, by class if it has classes."""
 
 from __future__ import annotations
 
@@ -31,56 +31,61 @@ from fieldguide.tasks.supervised import binomial_interval, discrete, fill_option
 from fieldguide.tasks.vision.image_generation import ImageGeneration, png, sampler
 
 SIDES = (16, 32, 64)
-MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # pixels a side, where the user names none
-LENGTH = {"cpu": 8, "mps": 16, "cuda": 16}  # frames
-FEWEST = 64  # films that are made for a test, at least
-SHOWN = 3  # films of each class in the report
-PLAYED = 120  # milliseconds a frame
+MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
+LENGTH = {"cpu": 8, "mps": 16, "cuda": 16}  # frames by device
+FEWEST = 64  # minimum number of videos generated for a test
+SHOWN = 3  # videos of each class in the report
+PLAYED = 120  # milliseconds per frame
 
 
 class VideoGeneration(ImageGeneration):
     name = "video-generation"
     reads = (
-        "a folder of films, maybe a folder per class: MP4 and the like, GIF or WebP, or strips with square frames side by "
-        "side; or a table of their paths"
+        "a folder of videos, optionally one folder per class: MP4 and similar, GIF or WebP, or strips of "
+        "square frames; or a table of their paths"
     )
     input_types = ("noisy-video",)
     feature = ("video",)
     output_types = ("video",)
     column_spec = ColumnSpec("named", media={"image": "video"})
     metrics = (
-        Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN of this data"),
+        Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN trained on this data"),
         Metric(
-            "recognised", "max", "of the made films taken for what was asked by a CNN that learnt from real ones", percent=True
+            "recognised",
+            "max",
+            "of generated videos assigned to the requested class by a CNN trained on real videos",
+            percent=True,
         ),
-        Metric("consistency_gap", "min", "difference to real films in how alike neighbouring frames look"),
-        Metric("next_frame_psnr", "max", "decibels between the next frame as told from those before it and as it was"),
-        Metric("held_out_loss", "min", "error of the named noise on held-out films"),
+        Metric("consistency_gap", "min", "difference to real videos in the similarity of consecutive frames"),
+        Metric("next_frame_psnr", "max", "dB between the next frame predicted from the frames before it and the real one"),
+        Metric("held_out_loss", "min", "noise prediction error on held-out videos"),
     )
     validated, tested = 100, 100
-    each = 1  # films that are made for each that is asked for
+    each = 1  # videos generated per requested label
     most, fewest = 32, 8
 
     @dataclass(frozen=True)
     class Options(ImageGeneration.Options):
-        frames: int | None = None  # of a film that are learnt and made
-        stride: int = 1  # every so many frames of the film
+        frames: int | None = None  # frames per video
+        stride: int = 1  # use every n-th frame of a video
 
     @dataclass(frozen=True)
     class PredictOptions(ImageGeneration.PredictOptions):
-        guidance: float = 3.0  # films of a short training show what they are of at 3 more than at 1.5
+        guidance: float = 3.0  # classifier-free guidance scale; after short training 3 shows the class better than 1.5
 
-    # Films as tensors
+    # Videos as tensors
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return None if len(data.features("video")) == 1 else "a column of films"
+        return None if len(data.features("a video column")) == 1 else "a column of films"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         if data.target is not None and not discrete(data.target):
-            raise DataError(f"{data.source}: the label {data.target.name!r} is to be a class, but holds {data.target.kind}.")
+            raise DataError(
+                f"{data.source}: the label column {data.target.name!r} must hold classes, but holds {data.target.kind}."
+            )
         kind, shortest = device().type, int(data.rows[FRAMES].min())
         most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[kind])
         side = options.side or max((s for s in SIDES if s <= most), default=SIDES[0])
@@ -91,7 +96,7 @@ class VideoGeneration(ImageGeneration):
         task.options = fill_options(options, side=side, channels=channels, frames=frames)
         task.note_classes()
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
-            task.notes.append(f"{short} films are shorter than {frames} frames: their last frame is repeated")
+            task.notes.append(f"{short} videos are shorter than {frames} frames: their last frame is repeated")
         return task
 
     def model_dims(self) -> dict[str, Any]:
@@ -104,7 +109,7 @@ class VideoGeneration(ImageGeneration):
         return video.load(data.rows[self.column].to_list(), self.pictures.side, self.pictures.channels)
 
     def cut(self, film: np.ndarray, start: float) -> np.ndarray:
-        """`frames` frames that begin at a part of what room there is: 0 at the film's beginning, 1 at its end."""
+        """Return `frames` frames; `start` places them from the beginning (0) to the end (1) of the video."""
         wanted = self.options.frames * self.options.stride
         first = int(start * max(len(film) - wanted + 1, 0))
         index = np.minimum(first + np.arange(0, wanted, self.options.stride), len(film) - 1)
@@ -124,10 +129,10 @@ class VideoGeneration(ImageGeneration):
         return Batches(len(films), make)
 
     def whole(self, data: Data) -> Tensor:
-        """The middle of each film, N F C S S in -1 .. 1."""
+        """Return the middle of each video, (N, F, C, S, S) in -1 .. 1."""
         return self.pictures.apply(torch.from_numpy(np.stack([self.cut(f, 0.5) for f in self.films(data)])))
 
-    # Making films
+    # Generation
 
     def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
         p = self.pictures
@@ -144,7 +149,7 @@ class VideoGeneration(ImageGeneration):
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             extra = torch.arange(self.each, device=batch["label"].device)
             label, numbers = batch["label"][:, None], batch["row"][:, None] * self.each + extra.cpu()
-            if self.labels:  # beside its own class the others in turn
+            if self.labels:  # the sample's own class first, then the others in turn
                 label = (label - 1 + extra) % len(self.labels) + 1
             label = label.expand(-1, self.each)
             samples = self.made(objective, label.flatten(), numbers.flatten().tolist(), self.predict_options)
@@ -156,8 +161,11 @@ class VideoGeneration(ImageGeneration):
         return answer
 
     def continued(self, objective: Diffusion, batch: dict[str, Tensor]) -> Tensor:  # -> B C S S
-        """The last frame, told from those before: at each step of the sampler they are put back as they are, with the
-        noise of that step (Lugmayr et al. 2022, arXiv:2201.09865, equation 8, without resampling)."""
+        """Predict the last frame from those before it.
+
+        At each sampler step the known frames are restored with the noise of that step (Lugmayr et al. 2022,
+        arXiv:2201.09865, equation 8, without resampling).
+        """
         film, label, process = batch["video"], batch["label"], objective.process
         sampler = DDIM(steps=self.predict_options.steps)
         draw = Noise(self.predict_options.seed, batch["row"].tolist(), film.shape[1:], film)
@@ -179,7 +187,7 @@ class VideoGeneration(ImageGeneration):
             for x, label in zip(outputs["samples"], outputs["label"].astype(int))
         ]
 
-    # Judging them
+    # Evaluation
 
     def prepare_test(self, train: Data, held: Data) -> None:
         self.known, self.known_labels = self.whole(train), torch.from_numpy(self.codes(train)) - 1
@@ -220,7 +228,7 @@ class VideoGeneration(ImageGeneration):
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        """Over films drawn with replacement."""
+        """Return bootstrap intervals over videos."""
         found, ranges = self.judged(outputs, truth), {}
         ranges["frame_distance"] = generative.bootstrap_distance_interval(found["real"], found["made"])
         ranges["consistency_gap"] = around_gap(*(consistencies(found[k]) for k in ("made", "real")))
@@ -238,13 +246,13 @@ class VideoGeneration(ImageGeneration):
         rows = np.array([rng.choice(np.flatnonzero(own == k)) for k in label])
         copies = self.known[rows].numpy()
         return [
-            Baseline("copy-last", "the next frame is the last one again", {"next": real[:, -2]}),
+            Baseline("copy-last", "repeats the last frame", {"next": real[:, -2]}),
             Baseline(
                 "noise",
-                "every pixel by chance",
+                "random pixels",
                 {"samples": rng.uniform(-1, 1, copies.shape).astype(np.float32), "label": label},
             ),
-            Baseline("training films", "the data itself", {"samples": copies, "label": label}, bound=True),
+            Baseline("training videos", "the training data itself", {"samples": copies, "label": label}, bound=True),
         ]
 
     # Report
@@ -253,13 +261,17 @@ class VideoGeneration(ImageGeneration):
         count = max(2, min(len(self.labels), 8))
         label = torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
         made = self.made(objective, label, range(count), self.PredictOptions()).numpy()
-        return [Gallery("Samples while it learnt", "The same noise each time.", [Picture(animated(beside(made)), "")])]
+        return [
+            Gallery(
+                "Samples during training", "Generated from the same noise each time.", [Picture(animated(beside(made)), "")]
+            )
+        ]
 
     def exhibits(
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
-        names = ["films", *self.labels]
+        names = ["videos", *self.labels]
         shown = [Picture(animated(samples[i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:SHOWN]]
         real = [Picture(animated(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]]
         told = [
@@ -279,21 +291,22 @@ class VideoGeneration(ImageGeneration):
         )
         return {
             "Samples": [
-                Gallery("Made films", "Not chosen; they play.", shown),
-                Gallery("Real films of the test part", "To compare.", real),
+                Gallery("Generated videos", "Random samples.", shown),
+                Gallery("Real test videos", "For comparison.", real),
                 *(
                     [
                         Table(
-                            "Recognised",
-                            "Share of the made films that a CNN which learnt from real ones takes for what was asked.",
-                            ("class", "films", "recognised"),
+                            "Recognized",
+                            "Fraction of the generated videos that a CNN trained on real videos assigns to the "
+                            "requested class.",
+                            ("class", "videos", "recognised"),
                             by_class,
                         )
                     ]
                     if by_class
                     else []
                 ),
-                Gallery("The next frame", "The last known frame, the next as it was, the next as told.", told),
+                Gallery("Next frame", "The last known frame, the real next frame, and the predicted next frame.", told),
             ],
             "Memory": self.copies(samples),
         }
@@ -307,16 +320,16 @@ class VideoGeneration(ImageGeneration):
         ]
         return [
             Gallery(
-                "Samples and their nearest training films",
-                "Left the sample, right the training film that the judge "
-                "finds nearest. Two that are equal would be a film learnt by heart.",
+                "Samples and their nearest training videos",
+                "Left the sample, right the nearest training video in the features of the evaluation CNN. Equal "
+                "pairs indicate memorization.",
                 pairs,
             )
         ]
 
 
 def judged_scores(found: dict[str, Any]) -> dict[str, float]:
-    """Scores of what judges saw: `made` and `real` N F D, `right` N."""
+    """Return the scores from features `made` and `real` (N, F, D) and predictions `right` (N)."""
     scores = {
         "frame_distance": generative.frechet_distance(*(found[k].reshape(-1, found[k].shape[-1]) for k in ("real", "made"))),
         "consistency_gap": abs(consistency(found["made"]) - consistency(found["real"])),
@@ -325,7 +338,7 @@ def judged_scores(found: dict[str, Any]) -> dict[str, float]:
 
 
 def consistency(features: np.ndarray) -> float:  # N F D
-    """Mean cosine of neighbouring frames' features."""
+    """Return the mean cosine similarity of consecutive frames' features."""
     return float(consistencies(features).mean())
 
 
@@ -335,7 +348,7 @@ def consistencies(features: np.ndarray) -> np.ndarray:  # N F D -> N
 
 
 def around_gap(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:  # N, M
-    """95 % interval of how far two means are apart; it begins at 0 where either may be the larger."""
+    """Return the 95 % interval of the absolute difference of two means; it starts at 0 if the sign is uncertain."""
     rng = np.random.default_rng(0)
     gaps = [
         made[rng.integers(0, len(made), len(made))].mean() - real[rng.integers(0, len(real), len(real))].mean()
@@ -346,12 +359,14 @@ def around_gap(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:  # N,
 
 
 def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # N C S S in -1 .. 1 -> N
-    """Peak signal-to-noise ratio."""
+    """Return the peak signal-to-noise ratio in dB."""
     return -10 * np.log10(np.maximum(((a - b) ** 2).mean((1, 2, 3)) / 4, 1e-10))
 
 
 def motion(films: Tensor) -> Tensor:  # N F C S S -> N 3C S S
-    """A film as one picture: its middle frame, what changes from frame to frame, and whither: early less late."""
+    """Return each video as one image: its middle frame, the mean change between frames, and the first half minus the
+    second half.
+    """
     half = films.shape[1] // 2
     change = (films[:, 1:] - films[:, :-1]).abs().mean(1)
     return torch.cat([films[:, half], change, films[:, :half].mean(1) - films[:, half:].mean(1)], 1)
