@@ -88,7 +88,7 @@ def test_what_was_prepared_is_kept_and_said(clip):
     assert (options.side, options.length, options.vocab_size, options.channels) == (
         24,
         16,
-        inspect_checkpoint(folder).values["vocab"],
+        inspect_checkpoint(folder).values["vocab_size"],
         3,
     )
     assert options.resize == f"crop {24 / 26} bicubic" and run.task.pictures.edge == 26
@@ -101,7 +101,7 @@ def test_classes_by_name_are_told_as_by_the_untouched_checkpoint(clip):
     want = ZeroShotClassifier.load(folder).predict(str(place / "photos"), CLASSES)
     for source in (run, ZeroShotClassifier.load(run.path)):
         got = (
-            run.predict(str(place / "photos"), num_classes=",".join(CLASSES))
+            run.predict(str(place / "photos"), classes=",".join(CLASSES))
             if source is run
             else source.predict(str(place / "photos"), CLASSES)
         )

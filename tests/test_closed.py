@@ -40,7 +40,7 @@ def test_their_stand_ins_do_their_tasks(system):
     fits = {
         name
         for name, task in tasks().items()
-        if card.input_type in task.input_type and set(card.output_types) & set(task.output_type)
+        if card.input_type in task.input_types and set(card.output_types) & set(task.output_types)
     }
     assert size == system.stand_in and set(system.tasks) <= fits and bool(system.tasks) == bool(fits)
     assert system.published.endswith(".") and system.source and not system.source.endswith(".") and system.why

@@ -113,7 +113,7 @@ def test_outputs_are_unit_vectors_of_both():
 
 def test_refuses_a_batch_of_one():
     inputs = {name: x[:1] for name, x in zip(("image", "tokens", "mask"), batch("clip"))}
-    with pytest.raises(SettingsError, match="batch=2"):
+    with pytest.raises(SettingsError, match="batch_size=2"):
         Contrastive(tiny("clip"))(inputs)
 
 

@@ -166,8 +166,8 @@ def test_same_machinery_as_fit(iris):
     )
     from fieldguide.automl.sklearn import parts_of
 
-    plan = fit.build_plan(data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"}, parts=parts_of(data, 0))
-    fit.trainer(plan, fit.NullCallback()).train()
+    plan = fit.build_plan(data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"}, splits=parts_of(data, 0))
+    fit.build_trainer(plan, fit.NullCallback()).train()
     for mine, theirs in zip(ours.model_.parameters(), plan.objective.model.parameters()):
         np.testing.assert_array_equal(mine.detach().numpy(), theirs.detach().double().numpy())
 

@@ -55,7 +55,7 @@ FOLDERS = {  # their class, its configuration, what ours must have understood
     "two labels": (
         "ResNetForImageClassification",
         {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"},
-        {"classes": 2},
+        {"num_classes": 2},
     ),
     "convnext": (
         "ConvNextForImageClassification",
@@ -95,7 +95,7 @@ FOLDERS = {  # their class, its configuration, what ours must have understood
             "image_size": 12,
             "patch_size": 4,
         },
-        {"length": 12, "classes": 5},
+        {"length": 12, "num_classes": 5},
     ),
 }
 
@@ -295,7 +295,7 @@ def folder(model: nn.Module, name: str, path, **args) -> None:
 @pytest.mark.parametrize(
     "name, size, fields",
     [
-        ("resnet18", "resnet18", {"classes": 5}),
+        ("resnet18", "resnet18", {"num_classes": 5}),
         ("mobilenetv3_small_100", "mobilenetv3-small", {"eps": 1e-5, "padding": "symmetric", "blocks": SMALL}),
         ("tf_mobilenetv3_small_100", "mobilenetv3-small", {"eps": 1e-3, "padding": "same"}),
         ("mobilenetv2_050", "mobilenetv2-050", {"width": 0.5}),

@@ -213,10 +213,10 @@ def test_ngram_equals_its_definition():
         kinds = len(set(follow))
         return (follow.count(word) + kinds * shorter) / (len(follow) + kinds)
 
-    got = model.nats(asked)
+    got = model.compute_nats(asked)
     for i, word in enumerate(asked):
         np.testing.assert_allclose(got[i], -np.log(p(word, tuple(asked[max(0, i - 2) : i]))), rtol=1e-10)
-    total = sum(np.exp(-model.nats(np.array([1, 2, w]))[2]) for w in range(vocab))
+    total = sum(np.exp(-model.compute_nats(np.array([1, 2, w]))[2]) for w in range(vocab))
     assert abs(total - 1) < 1e-9  # a distribution
 
 

@@ -201,6 +201,8 @@ EXPORTED = {
     "resume",
     "open_run",
     "Run",
+    "pipeline",
+    "Predictor",
     "create",
     "list_models",
     "show",

@@ -126,9 +126,9 @@ def test_equals_a_sweep_in_python():
     ("change", "words"),
     [
         ({"labels": np.array([[5, -1]])}, "class 5"),
-        ({"scores": np.array([[np.nan, 0]])}, "no finite"),
-        ({"scores": np.zeros((1, 3))}, "fit together"),
-        ({"boxes": np.zeros((1, 2, 5))}, "fit together"),
+        ({"scores": np.array([[np.nan, 0]])}, "not finite"),
+        ({"scores": np.zeros((1, 3))}, "shapes of the predicted boxes do not match"),
+        ({"boxes": np.zeros((1, 2, 5))}, "shapes of the predicted boxes do not match"),
     ],
 )
 def test_refuses_what_does_not_fit(change, words):
@@ -136,11 +136,11 @@ def test_refuses_what_does_not_fit(change, words):
     del truth["scores"]
     with pytest.raises(DataError, match=words):
         average_precision(found | change, truth, 2)
-    with pytest.raises(DataError, match="without scores"):
+    with pytest.raises(DataError, match="have no scores"):
         average_precision(truth, truth, 2)
-    with pytest.raises(DataError, match="no picture has a true box"):
+    with pytest.raises(DataError, match="no image has a true box"):
         average_precision(found, truth | {"labels": np.array([[-1, -1]])}, 2)
-    with pytest.raises(DataError, match="3 pictures"):
+    with pytest.raises(DataError, match="3 images"):
         average_precision(pad([[(0, A, 0.9)]] * 3, 2), truth, 2)
 
 

@@ -24,7 +24,7 @@ def test_names_and_shapes_of_published_sizes(size):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "shape", [{}, {"attend": (16, 8), "image": 16, "growth": (1, 2, 1), "classes": 0, "depth": 2}], ids=["tiny", "three levels"]
+    "shape", [{}, {"attend": (16, 8), "image": 16, "growth": (1, 2, 1), "num_classes": 0, "depth": 2}], ids=["tiny", "three levels"]
 )
 def test_files_of_diffusers(tmp_path, shape):
     """Under today's names and those of the hub's old files; the network is found by its names."""
@@ -79,7 +79,7 @@ def test_a_patched_network_is_the_plain_one_on_patches():
 
 # Captions
 
-CAPTIONED = {"classes": 0, "vocab": 30, "length": 9, "words": 16, "layers": 2}
+CAPTIONED = {"num_classes": 0, "vocab_size": 30, "length": 9, "words": 16, "layers": 2}
 CAPTIONS = torch.tensor([[5, 7, 7, 0, 0], [1, 2, 3, 4, 29], [9, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
 
 
@@ -114,7 +114,7 @@ def torch_reader(model):
 def test_captions_against_torch_and_diffusers():
     """What torch's encoder reads goes into diffusers' network in the place of a label's vector; gradients agree, too."""
     model = tiny("ddpm-unet", **CAPTIONED)
-    peer, rename = diffusers_unet(tiny("ddpm-unet", classes=0))
+    peer, rename = diffusers_unet(tiny("ddpm-unet", num_classes=0))
     state = {name: x for name, x in model.state_dict().items() if not name.startswith("caption.")}
     peer.double().eval().load_state_dict(rename(state))
     peer.peer.class_embedding = torch.nn.Identity()

@@ -31,7 +31,7 @@ def ours(kind: str = "plain", **more) -> nn.Module:
             "dim": DIM,
             "depth": DEPTH,
             "heads": HEADS,
-            "classes": CLASSES,
+            "num_classes": CLASSES,
             "registers": registers,
             "gated": gated,
             **spread,

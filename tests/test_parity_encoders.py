@@ -58,8 +58,8 @@ def copied(model: nn.Module) -> tuple[nn.Module, object]:
 
 @EVERY
 @HEAD
-def test_every_head_equals_that_of_transformers(name, gives):
-    model = tiny(name, output_type=gives)
+def test_every_head_equals_that_of_transformers(name, output_type):
+    model = tiny(name, output_type=output_type)
     peer, rename = copied(model)
     close(model, peer, batch(name, 4), rename)
     tokens, _ = batch(name, 3)
@@ -68,8 +68,8 @@ def test_every_head_equals_that_of_transformers(name, gives):
 
 
 def test_segments_equal_those_of_transformers():
-    for gives in ("words", "label"):
-        model = tiny("bert", output_type=gives)
+    for output_type in ("words", "label"):
+        model = tiny("bert", output_type=output_type)
         peer, rename = copied(model)
         tokens, mask = batch("bert", 4)
         segments = (torch.arange(9) >= torch.tensor([[2], [5], [1], [8]])).long()
@@ -98,9 +98,9 @@ def test_cards_of_encoders(name):
 
 @EVERY
 @HEAD
-def test_rows_alone_are_the_same(name, gives):
+def test_rows_alone_are_the_same(name, output_type):
     """Neighbours in the batch and padding change nothing, for every head; what stands in the padding is not read."""
-    model, (tokens, mask) = tiny(name, output_type=gives), batch(name, 5)
+    model, (tokens, mask) = tiny(name, output_type=output_type), batch(name, 5)
     together = model(tokens, mask)
     other = model(torch.where(mask, tokens, (tokens + 1) % 30), mask)
     for row, (one, real) in enumerate(zip(tokens, mask)):
@@ -115,8 +115,8 @@ def test_rows_alone_are_the_same(name, gives):
 
 @EVERY
 @HEAD
-def test_gradient_reaches_every_parameter_of_every_head(name, gives):
-    model = tiny(name, output_type=gives).train()
+def test_gradient_reaches_every_parameter_of_every_head(name, output_type):
+    model = tiny(name, output_type=output_type).train()
     tokens, mask = batch(name, 8)
     output = model(tokens, mask)
     (output * torch.randn_like(output)).sum().backward()
@@ -166,11 +166,11 @@ def test_dropout_acts_as_often_as_in_transformers(name, monkeypatch):
 def test_counts_of_every_size_are_those_of_transformers(size):
     """With every head, for the first size of an architecture; the others with their own."""
     card = next(card for card in cards().values() if size in card.sizes)
-    for gives in OUTPUT_TYPES if size == card.default else (create_on_meta(size).config.output_type,):
-        ours = create_on_meta(size, output_type=gives)
+    for output_type in OUTPUT_TYPES if size == card.default else (create_on_meta(size).config.output_type,):
+        ours = create_on_meta(size, output_type=output_type)
         with torch.device("meta"):
             theirs = network(card.name, ours.config)
-        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()), gives
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()), output_type
 
 
 def create_on_meta(size: str, **overrides) -> nn.Module:
@@ -251,21 +251,21 @@ def test_every_file_loads_into_every_head(name, kind, tmp_path):
         "span": ("ForQuestionAnswering",),
         "vector": (),
     }
-    for gives in OUTPUT_TYPES:
-        model = create(f"{name}-test", output_type=gives).eval()
+    for output_type in OUTPUT_TYPES:
+        model = create(f"{name}-test", output_type=output_type).eval()
         fresh = weights.load(model, path, head="skip")
         torch.testing.assert_close(model.features(tokens, mask) * mask[..., None], want * mask[..., None], rtol=2e-4, atol=2e-5)
         assert {part.partition(".")[0] for part in fresh} <= set(model.heads)
-        if kind in heads[gives]:
+        if kind in heads[output_type]:
             assert fresh == []
-            peer = encoders.Answers(theirs, gives)
+            peer = encoders.Answers(theirs, output_type)
             if kind == "ForPreTraining":
                 ours, other = model(tokens, mask), theirs(input_ids=tokens, attention_mask=mask.long()).prediction_logits
             else:
                 ours, other = model(tokens, mask), peer(tokens, mask)
             ours, other = (x * mask[..., None] if x.ndim == 3 else x for x in (ours, other))
             torch.testing.assert_close(ours, other, rtol=2e-4, atol=2e-5)
-        elif gives == "vector":
+        elif output_type == "vector":
             assert fresh == []
         elif kind == "Model":
             head = {key for key in model.state_dict() if key.partition(".")[0] in model.heads}
@@ -346,44 +346,44 @@ def test_names_of_the_authors_heads(name, tmp_path):
 
 @EVERY
 @HEAD
-def test_written_files_are_those_of_transformers(name, gives, tmp_path):
+def test_written_files_are_those_of_transformers(name, output_type, tmp_path):
     """Read by transformers again, with every tensor in its place."""
-    model = tiny(name, torch.float32, output_type=gives)
+    model = tiny(name, torch.float32, output_type=output_type)
     weights.save(model, tmp_path / "model.safetensors", format="huggingface")
     configuration(name, model.config).save_pretrained(tmp_path)
-    kind = getattr(transformers, encoders.STEM[name] + encoders.KIND[gives])
-    plain = {"add_pooling_layer": False} if gives == "vector" and name in ("bert", "roberta") else {}
+    kind = getattr(transformers, encoders.STEM[name] + encoders.KIND[output_type])
+    plain = {"add_pooling_layer": False} if output_type == "vector" and name in ("bert", "roberta") else {}
     theirs, said = kind.from_pretrained(tmp_path, output_loading_info=True, **plain)
     assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
     tokens, mask = batch(name, 3)
-    peer = encoders.Answers(theirs.eval(), gives)
+    peer = encoders.Answers(theirs.eval(), output_type)
     found, want = model(tokens, mask), peer(tokens, mask)
     if found.ndim == 3:
         found, want = found * mask[..., None], want * mask[..., None]
     torch.testing.assert_close(found, want, rtol=2e-4, atol=2e-5)
-    other = create(f"{name}-test", output_type=gives)
+    other = create(f"{name}-test", output_type=output_type)
     assert weights.load(other, tmp_path / "model.safetensors") == []
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))
 
 
 @EVERY
 @HEAD
-def test_folders_of_transformers_there_and_back(name, gives, tmp_path):
+def test_folders_of_transformers_there_and_back(name, output_type, tmp_path):
     """Recognised by their configuration, head and all; written so that transformers reads the same network."""
     torch.manual_seed(0)
-    config = cards()[name].settle(cards()[name].tiny, output_type=gives)
+    config = cards()[name].settle(cards()[name].tiny, output_type=output_type)
     theirs = network(name, config)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load.load(tmp_path / "theirs")
     assert type(ours) is cards()[name].model
-    assert ours.config == (replace(config, num_classes=2) if gives == "span" else config)
+    assert ours.config == (replace(config, num_classes=2) if output_type == "span" else config)
     load.save(ours, tmp_path / "ours", "huggingface")
-    plain = {"add_pooling_layer": False} if gives == "vector" and name in ("bert", "roberta") else {}
+    plain = {"add_pooling_layer": False} if output_type == "vector" and name in ("bert", "roberta") else {}
     plain |= {"pad_token_id": 0} if name == "modernbert" else {}  # its own is beyond so small a vocabulary
     back = type(theirs).from_pretrained(tmp_path / "ours", **plain)
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), theirs.state_dict().values()))
     tokens, mask = batch(name, 3)
-    found, want = (net(tokens, mask) for net in (ours, encoders.Answers(back.eval(), gives)))
+    found, want = (net(tokens, mask) for net in (ours, encoders.Answers(back.eval(), output_type)))
     keep = mask[..., None] if found.ndim == 3 else 1
     torch.testing.assert_close(found * keep, want * keep, rtol=2e-4, atol=2e-5)
 
@@ -588,7 +588,7 @@ def test_vectors_are_means_of_length_1():
 def test_every_encoder_is_here():
     assert {name for name in CASES if cards()[name].framed} == set(NAMES)
     for name in NAMES:
-        for gives in OUTPUT_TYPES:
-            model = tiny(name, output_type=gives)
+        for output_type in OUTPUT_TYPES:
+            model = tiny(name, output_type=output_type)
             table, state = tables(model)["huggingface"], model.state_dict()
             assert translate(translate(state, table, reverse=True), table).keys() == state.keys()

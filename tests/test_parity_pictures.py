@@ -17,7 +17,7 @@ from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth
 from fieldguide.models.registry import cards, create, names
 from tv import timm, torchvision, transformers
 
-SHORT = {"classes": 5}
+SHORT = {"num_classes": 5}
 SHAPES = {  # our small networks: size, what differs from it
     "alexnet": ("alexnet", {"widths": (8, 12, 16, 12, 8), "hidden": 16}),
     "vgg": ("vgg11", {"widths": (4, 6, 8, 10, 12), "hidden": 16}),

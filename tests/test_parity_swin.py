@@ -29,7 +29,7 @@ def ours(**more) -> nn.Module:
             "heads": HEADS,
             "window": WINDOW,
             "patch": PATCH,
-            "classes": CLASSES,
+            "num_classes": CLASSES,
             **more,
         },
     ).eval()

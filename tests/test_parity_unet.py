@@ -50,7 +50,7 @@ def test_unet_resnet_equals_segmentation_models_pytorch(tmp_path):
     """The whole network of that package, of the smallest published size, and the way back."""
     torch.manual_seed(0)
     theirs, ours = (
-        smp.Unet("resnet18", encoder_weights=None, num_classes=4).eval(),
+        smp.Unet("resnet18", encoder_weights=None, classes=4).eval(),
         create("unet-resnet18", num_classes=4).eval(),
     )
     assert weights.load(ours, theirs.state_dict()) == []

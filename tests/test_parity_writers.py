@@ -10,7 +10,7 @@ from torch import nn
 
 import fieldguide
 from fieldguide.checkpoints import weights
-from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.generation import beam_search
 from fieldguide.models.registry import create
 from fieldguide.models.transformer.nllb import Places
@@ -88,7 +88,7 @@ def test_files_of_the_stacks_alone(name, tmp_path):
 def test_a_network_that_bends_otherwise_is_refused(tmp_path):
     theirs = network(create("bart-test"), activation_function="relu", scale_embedding=True)
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(fieldguide.errors.WeightsError, match=r"(?s)activation_function='relu'.*scale_embedding=True"):
+    with pytest.raises(WeightsError, match=r"(?s)activation_function='relu'.*scale_embedding=True"):
         fieldguide.load(tmp_path)
 
 
@@ -140,7 +140,7 @@ def test_old_files_of_t5_hold_more(tmp_path):
     said = theirs.config.to_dict()
     del said["num_decoder_layers"], said["relative_attention_max_distance"], said["scale_decoder_outputs"]
     (tmp_path / "config.json").write_text(json.dumps(said | {"num_layers": 2}))
-    with pytest.raises(fieldguide.errors.WeightsError, match=r"decoder\.block\.2"):
+    with pytest.raises(WeightsError, match=r"decoder\.block\.2"):
         fieldguide.load(tmp_path)  # without num_decoder_layers there are as many as in the encoder
     (tmp_path / "config.json").write_text(json.dumps(said | {"num_decoder_layers": 3, "relative_attention_max_distance": 5}))
     inputs = batch("t5")

@@ -98,7 +98,7 @@ def test_a_file_is_recognised_by_names_and_shapes(tmp_path):
     ],
 )
 @torch.no_grad()
-def test_lone_files_of_bert_are_told_by_their_heads(kind, gives, tmp_path):
+def test_lone_files_of_bert_are_told_by_their_heads(kind, output_type, tmp_path):
     torch.manual_seed(0)
     more = {} if kind in ("Model", "ForPreTraining", "ForMaskedLM", "ForQuestionAnswering") else {"num_labels": 5}
     theirs = settled(
@@ -112,13 +112,13 @@ def test_lone_files_of_bert_are_told_by_their_heads(kind, gives, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", WeightsWarning)  # which names the tensors of other heads
         ours = fieldguide.load(tmp_path / "pytorch_model.bin")
-    assert (ours.config.output_type, ours.config.vocab_size) == (gives, 70)
+    assert (ours.config.output_type, ours.config.vocab_size) == (output_type, 70)
     assert ours.config.num_classes == (5 if more else 2)
     tokens = torch.randint(70, (2, 9))
     out = theirs(tokens)
-    if gives == "vector":
+    if output_type == "vector":
         torch.testing.assert_close(ours.features(tokens), out.last_hidden_state, rtol=1e-4, atol=1e-5)
-    elif gives == "span":
+    elif output_type == "span":
         wanted = torch.stack([out.start_logits, out.end_logits], -1)
         torch.testing.assert_close(
             ours(tokens).reshape_as(wanted) if ours(tokens).shape == wanted.shape else ours(tokens).mT,
@@ -188,7 +188,7 @@ def test_a_file_of_fairseq_with_its_arguments(tmp_path):
     assert weights.load(again, tmp_path / "model.pt") == []
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values()))
     torch.save({"cfg": WeightsWarning("x"), "model": ours.state_dict()}, tmp_path / "bad.pt")
-    with pytest.raises(WeightsError, match=r"(?s)holds a Python object besides tensors: fieldguide\.errors.*safetensors"):
+    with pytest.raises(WeightsError, match=r"(?s)holds a Python object besides tensors: fieldguide\.core\.errors.*safetensors"):
         weights.read(tmp_path / "bad.pt")
 
 
@@ -332,7 +332,7 @@ def test_files_of_meta(shards, tmp_path):
         k, v = state[f"blocks.{i}.attn.kv.weight"].chunk(2)
         gate, up = state[f"blocks.{i}.mlp.up.weight"].chunk(2)
         put(f"layers.{i}.attention.wq.weight", interleaved(state[f"blocks.{i}.attn.q.weight"], c.heads), 0)
-        put(f"layers.{i}.attention.wk.weight", interleaved(k, c.groups), 0)
+        put(f"layers.{i}.attention.wk.weight", interleaved(k, c.kv_heads), 0)
         put(f"layers.{i}.attention.wv.weight", v, 0)
         put(f"layers.{i}.attention.wo.weight", state[f"blocks.{i}.attn.proj.weight"], 1)
         put(f"layers.{i}.feed_forward.w1.weight", gate, 0)
@@ -348,7 +348,7 @@ def test_files_of_meta(shards, tmp_path):
                 "dim": c.dim,
                 "n_layers": c.depth,
                 "n_heads": c.heads,
-                "n_kv_heads": c.groups,
+                "n_kv_heads": c.kv_heads,
                 "vocab_size": -1,
                 "norm_eps": c.eps,
                 "multiple_of": 4,
@@ -403,7 +403,7 @@ def test_params_of_meta_as_published(name):
     wanted = dict(card.sizes[name].overrides)
     got, full = card.config(**values), card.config(**wanted)
     assert (card.name, origin) == ("llama", "meta")
-    for field in ("dim", "depth", "heads", "groups", "hidden", "base", "length", "stretch", "vocab"):
+    for field in ("dim", "depth", "heads", "kv_heads", "hidden", "rope_theta", "length", "rope_scaling", "vocab_size"):
         assert getattr(got, field) == getattr(full, field), field
     assert got.eps == said["norm_eps"]
 
@@ -482,7 +482,7 @@ def test_files_of_llama_cpp(tmp_path):
     import numpy as np
 
     ours = settled(
-        create("llama-test", dim=64, hidden=32, heads=2, groups=1, rope_scaling=(4.0, 1.0, 4.0, 8192.0), tie_embeddings=True)
+        create("llama-test", dim=64, hidden=32, heads=2, kv_heads=1, rope_scaling=(4.0, 1.0, 4.0, 8192.0), tie_embeddings=True)
     )
     c, state = ours.config, ours.state_dict()
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
@@ -493,9 +493,9 @@ def test_files_of_llama_cpp(tmp_path):
         "block_count": c.depth,
         "feed_forward_length": c.hidden,
         "head_count": c.heads,
-        "head_count_kv": c.groups,
+        "head_count_kv": c.kv_heads,
         "layer_norm_rms_eps": c.eps,
-        "rope_freq_base": c.base,
+        "rope_freq_base": c.rope_theta,
     }.items():
         getattr(writer, f"add_{key}")(value)
     names = weights.tables(ours)["gguf"]

@@ -144,9 +144,9 @@ def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
         "fieldguide.inference.text_generation.shrink", lambda network: (shrunk.append(network), shrink(network))[1]
     )
     for weights in ("float32", "int8"):
-        speaker = TextGenerator.load(tmp_path, eight=weights == "int8")
+        speaker = TextGenerator.load(tmp_path, weights=weights)
         assert isinstance(speaker.network.head.weight, Int8) == (weights == "int8")
         said = speaker.generate(["the cat"], tokens=8, temperature=0.0)
         assert run(weights).stdout.rstrip("\n") == said[0].rstrip("\n")
         assert len(shrunk) == (2 if weights == "int8" else 0)
-    assert "weights='int4' is none of float32, int8" in str(run("int4").exception)
+    assert "weights='int4' is not one of float32, int8" in str(run("int4").exception)

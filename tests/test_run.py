@@ -62,6 +62,7 @@ def test_a_run_folder_holds_what_is_documented(run):
         "metrics.jsonl",
         "report.html",
         "README.md",
+        "fit.yaml",
         "checkpoints",
     }
     assert {p.name for p in (run.path / "preprocess").iterdir()} == PREPROCESS[run.kind]
@@ -88,7 +89,7 @@ def test_nothing_in_it_is_pickled(run):
                 assert set(arrays) == {"train", "validation", "test"}
                 assert all(arrays[a].dtype.kind == "i" for a in arrays)
         else:
-            assert path.suffix in (".html", ".md"), f"{path} is of no documented kind"
+            assert path.suffix in (".html", ".md", ".yaml"), f"{path} is of no documented kind"
             content.decode()
 
 
@@ -119,6 +120,7 @@ def test_run_json(run):
         "kinds",
         "roles",
         "task",
+        "settings",
         "weights",
         "model",
     }
@@ -187,7 +189,7 @@ def test_answers_are_the_same_when_opened_again(run, tmp_path):
 
 def test_training_data_is_scored_on_its_test_part(run):
     found = run.evaluate(run.record["request"]["data"])
-    assert found["rows"] == run.record["data"]["split"]["test"] and "test part" in found["note"]
+    assert found["rows"] == run.record["data"]["split"]["test"] and "only its test rows" in found["note"]
     assert found["scores"] == pytest.approx(run.scores, abs=1e-6)
     assert found["intervals"].keys() == run.record["scores"]["intervals"].keys()
 
@@ -390,7 +392,7 @@ def test_settings_and_configs_of_schema_1_have_their_new_names():
 
 
 def test_splits_are_plain_arrays():
-    assert [f.name for f in Splits.__dataclass_fields__.values()] == ["train", "validation", "test", "how"]
+    assert [f.name for f in Splits.__dataclass_fields__.values()] == ["train", "validation", "test", "description"]
 
 
 def test_a_verdict_says_where_a_baseline_is_better(iris_run):

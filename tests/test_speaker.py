@@ -87,7 +87,7 @@ def test_greedy_answers_are_those_of_transformers(folder, speaker):
     together = speaker.generate(prompts, tokens=12, **GREEDY)
     assert together == [theirs(folder, p) for p in prompts]
     assert together == [speaker.generate([p], tokens=12, **GREEDY)[0] for p in prompts]
-    assert ["".join(speaker.stream(p, tokens=12, **GREEDY)) for p in prompts] == together
+    assert ["".join(speaker.stream(p, chat=False, tokens=12, **GREEDY)) for p in prompts] == together
 
 
 def test_seeds_decide(speaker):
@@ -140,13 +140,13 @@ def test_pieces_are_whole_characters_and_hold_back_stops():
 
 def test_refusals(folder, tmp_path, speaker):
     with pytest.raises(SettingsError, match="a prompt is empty"):
-        TextGenerator(speaker.network, speaker.text, ()).say([""])
+        TextGenerator(speaker.network, speaker.text, ()).generate([""])
     with pytest.raises(DataError, match="no chat template"):
         TextGenerator(speaker.network, speaker.text, (1,)).tokens([{"role": "user", "content": "?"}])
     for file in folder.iterdir():
         if "token" not in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(WeightsError, match=r"not complete without its tokenizer"):
+    with pytest.raises(WeightsError, match=r"needs its tokenizer"):
         TextGenerator.load(tmp_path)
 
 
@@ -202,8 +202,8 @@ def test_from_the_shell(folder, capsys):
     assert [line["text"] for line in lines] == [theirs(folder, p) for p in ("the cat", "who")]
     assert "nothing" not in run("--set", "tokens=3").stdout
     for words, message in (
-        (("x", "--set", "heat=1"), "not asked with 'heat'"),
-        ((), "say what to go on from"),
+        (("x", "--set", "heat=1"), "has no option 'heat'"),
+        ((), "no prompt"),
         (("x", "--set", "temperature=-1"), "must be at least 0"),
     ):
         failed = run(*words)

@@ -135,11 +135,11 @@ def test_what_is_asked_for(llava, pictures, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     said = viewer.predict([photo, str(tmp_path / "broken.png")], ASKED, tokens=12)
     assert said[0]["text"] == plain and set(said[1]) == {"input", "error"}
-    with pytest.raises(SettingsError, match="names 2 pictures by <image>"):
+    with pytest.raises(SettingsError, match="contains <image> 2 times"):
         viewer.predict(photo, "<image> and <image>")
-    with pytest.raises(SettingsError, match="and the network reads 96"):
+    with pytest.raises(SettingsError, match="but the network reads 96"):
         viewer.predict(photo, "why? " * 40)
-    viewer.ends = []
+    viewer.end_tokens = []
     room = 96 - len(viewer.tokens(ASKED))
     assert viewer.predict(photo, ASKED, tokens=500) == viewer.predict(photo, ASKED, tokens=room)
 
@@ -150,17 +150,17 @@ def test_on_the_command_line(llava, pictures):
     assert done.exit_code == 0, done.output
     want = ImageToText.load(llava[0]).predict(str(pictures), ASKED, tokens=12)
     assert [json.loads(line) for line in done.stdout.splitlines()] == want
-    for words, said in (((), "--set prompt="), (("--set", "chat=true"), "is not asked with 'chat'")):
+    for words, said in (((), "--set prompt="), (("--set", "chat=true"), "has no option 'chat'")):
         assert said in str(run(*words).exception) and isinstance(run(*words).exception, SettingsError)
 
 
 def test_others_are_refused(llava, tmp_path):
     save(create("vit-test", channels=3), tmp_path / "vit", "hf")
-    with pytest.raises(WeightsError, match="is vit, which takes image and gives label"):
+    with pytest.raises(WeightsError, match="is vit, which maps image to label"):
         ImageToText.load(tmp_path / "vit")
     save(create("llava-test", channels=3), tmp_path / "llava", "hf")
-    with pytest.raises(WeightsError, match="not complete without its tokenizer"):
+    with pytest.raises(WeightsError, match="needs its tokenizer"):
         ImageToText.load(tmp_path / "llava")
     words().save(str(tmp_path / "llava/tokenizer.json"))
-    with pytest.raises(WeightsError, match=r"has 259 tokens, the network 32, .*another network"):
+    with pytest.raises(WeightsError, match=r"has 259 tokens, but the network 32 .*another network"):
         ImageToText.load(tmp_path / "llava")

@@ -279,7 +279,7 @@ def test_long_lists_are_cut_with_their_count():
 
 
 def test_another_number_of_classes():
-    source, model = resnet(classes=9), resnet()
+    source, model = resnet(num_classes=9), resnet()
     head, stem = model.head.weight.clone(), source.stem.conv.weight
     with pytest.raises(WeightsError, match=r"Only the layer 'head' differs: load\(..., head=\"skip\"\)"):
         weights.load(model, public(source))
@@ -295,7 +295,7 @@ def test_head_may_be_absent_but_no_other_layer():
     tensors = {key: tensor for key, tensor in public(resnet()).items() if not key.startswith("bn1.")}
     with pytest.raises(WeightsError, match=r"missing: stem\.norm\.weight"):
         weights.load(model, tensors, head="skip")
-    tensors = public(resnet(classes=9)) | {"extra.weight": torch.zeros(1)}
+    tensors = public(resnet(num_classes=9)) | {"extra.weight": torch.zeros(1)}
     with pytest.raises(WeightsError, match=r"unknown: extra\.weight"):
         weights.load(model, tensors, head="skip")
 
@@ -352,9 +352,9 @@ def test_saves_any_layout_and_leaves_the_old_file_when_it_fails(tmp_path, monkey
     def full(*arguments, **keywords):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
-        weights.save(resnet(classes=9), path)
+        weights.save(resnet(num_classes=9), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 

@@ -159,7 +159,7 @@ def test_several_templates_are_averaged(folder, pictures):
 
 
 def test_texts_are_encoded_once(folder, pictures, monkeypatch):
-    monkeypatch.setattr("fieldguide.inference.zero_shot.BATCH", 1)
+    monkeypatch.setattr("fieldguide.inference.zero_shot.BATCH_SIZE", 1)
     zero, asked = ZeroShotClassifier.load(folder), []
     plain = zero.objective.model.encode_text
     monkeypatch.setattr(zero.objective.model, "encode_text", lambda *x: asked.append(len(x[0])) or plain(*x))
@@ -176,11 +176,11 @@ def test_long_names_are_cut_where_the_network_ends(folder):
 def test_a_file_of_openai_with_a_given_tokenizer(folder, pictures, tmp_path):
     model = load(folder)
     path = weights.save(model, tmp_path / "x.safetensors", "openai")
-    with pytest.raises(WeightsError, match=r"tokenizer.json is not there: .*tokenizer=PATH"):
+    with pytest.raises(WeightsError, match=r"tokenizer.json does not exist.*tokenizer=PATH"):
         ZeroShotClassifier.load(path, name="clip-test", **changes(model))
     zero = ZeroShotClassifier.load(path, name="clip-test", tokenizer=folder / "tokenizer.json", **changes(model))
     assert zero.predict(files(pictures), CLASSES) == ZeroShotClassifier.load(folder).predict(files(pictures), CLASSES)
-    with pytest.raises(WeightsError, match=r"has 28\d tokens, the network 30"):
+    with pytest.raises(WeightsError, match=r"has 28\d tokens, but the network 30"):
         small = weights.save(create("clip-test", channels=3), tmp_path / "small.safetensors", "openai")
         ZeroShotClassifier.load(small, name="clip-test", tokenizer=folder / "tokenizer.json")
 
@@ -208,14 +208,14 @@ def test_a_folder_of_classes_is_scored(folder, pictures, tmp_path):
     hits = sum(right["a" if name == "again" else name] == label for name, label in placed)
     found = zero.evaluate(str(tmp_path))
     assert found["rows"] == len(placed) and found["scores"] == {"zero_shot_accuracy": pytest.approx(hits / len(placed))}
-    assert 0 < hits < len(placed) and zero.task.classes == sorted(CLASSES)
+    assert 0 < hits < len(placed)
     low, high = found["intervals"]["zero_shot_accuracy"]
     assert low < hits / len(placed) < high
     said = zero.evaluate(str(tmp_path), {"cat": "red bus"}) if (tmp_path / "cat").is_dir() else None
     assert said is None or said["rows"] == len(placed)
     with pytest.raises(DataError, match="has no class horse"):
         zero.evaluate(str(tmp_path), {"horse": "a horse"})
-    with pytest.raises(DataError, match="a folder for each class"):
+    with pytest.raises(DataError, match="a folder of images for each class"):
         zero.evaluate(str(pictures))
 
 
@@ -234,7 +234,7 @@ def test_on_the_command_line(folder, pictures, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     done = run_cli("predict", folder, pictures / "a.png", tmp_path / "bad.png", "--json", "--set", "classes=cat,dog")
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.exit_code == commands.PARTLY and "label" in records[0] and set(records[1]) == {"input", "error"}
+    assert done.exit_code == commands.PARTIAL_FAILURE and "label" in records[0] and set(records[1]) == {"input", "error"}
     for label in ("cat", "dog"):
         (tmp_path / "all" / label).mkdir(parents=True)
         shutil.copy(pictures / "a.png", tmp_path / "all" / label)
@@ -245,11 +245,11 @@ def test_on_the_command_line(folder, pictures, tmp_path):
 
 def test_what_cannot_be_asked(folder, pictures):
     zero = ZeroShotClassifier.load(folder)
-    with pytest.raises(SettingsError, match="say which classes there are"):
+    with pytest.raises(SettingsError, match="no classes"):
         zero.predict(str(pictures), [])
     with pytest.raises(SettingsError, match=r"'a photo' has no \{\}"):
         zero.predict(str(pictures), CLASSES, ["a photo"])
-    for key, said in (("temperature=2", "is not asked with 'temperature'"), ("templates={}", "say which classes")):
+    for key, said in (("temperature=2", "'temperature' is not an option"), ("templates={}", "no classes")):
         done = run_cli("predict", folder, pictures, "--set", key)
         assert done.exit_code == 1 and said in str(done.exception)
     for key in ("classes=cat", "beams=2"):
@@ -260,7 +260,7 @@ def test_other_networks_are_refused(tmp_path):
     from fieldguide.checkpoints.load import save
 
     save(create("vit-test", channels=3), tmp_path / "vit", "hf")
-    with pytest.raises(WeightsError, match=r"is vit, which gives label.*vectors of pictures and of texts"):
+    with pytest.raises(WeightsError, match=r"is vit, whose output is label.*embeds images and texts"):
         ZeroShotClassifier.load(tmp_path / "vit")
 
 
