@@ -1,8 +1,8 @@
-"""Detection: average precision as COCO defines it, by COCO's own evaluator (pycocotools).
+"""Average precision of object detection as defined by COCO, computed by COCO's evaluator (pycocotools).
 
-Found boxes are matched to true ones of their class, the most confident first, each true box once, at an IoU of at
-least 0.5, 0.55, ... 0.95. The precision at 101 recalls is averaged: that is the average precision of a class and an
-IoU; `map` is its mean over IoUs and the classes that have a true box (cocodataset.org/#detection-eval).
+Predicted boxes are matched to true boxes of their class in descending order of score, each true box once, at IoU
+thresholds 0.5, 0.55, ... 0.95. The average precision of a class at a threshold is the mean precision at 101 recalls;
+`map` is its mean over thresholds and over the classes that have a true box (cocodataset.org/#detection-eval).
 """
 
 from __future__ import annotations
@@ -16,42 +16,46 @@ import numpy as np
 
 from fieldguide.core.errors import DataError
 
-MAX_DETECTIONS_PER_CLASS = 100  # boxes of one class and picture that count, the most confident ones
-ALL_AREAS = ((0.0, 1e10),)  # boxes of every area; COCO's small, medium and large are not asked for
+MAX_DETECTIONS_PER_CLASS = 100  # highest-scored boxes per class and image that are evaluated
+ALL_AREAS = ((0.0, 1e10),)  # a single area range, instead of COCO's small, medium and large
 Arrays = Mapping[str, np.ndarray]
 
 
 def average_precision(found: Arrays, truth: Arrays, classes: int) -> dict[str, Any]:
-    """Scores of detections: N pictures, D boxes found and M true ones of each at most, K classes.
+    """Compute the average precision of detections for N images, at most D predicted and M true boxes each, K classes.
 
-    `found` holds `boxes` N D 4, `scores` N D and `labels` N D; `truth` holds `boxes` N M 4, `labels` N M and, where
-    some boxes are around crowds that may be found or not, `crowd` N M bool. Boxes are (left, top, right, bottom), in
-    any unit that both share; a label of -1 is padding.
+    Args:
+        found: `boxes` N D 4, `scores` N D and `labels` N D.
+        truth: `boxes` N M 4, `labels` N M and optionally `crowd` N M bool, which marks boxes that are not evaluated.
+            Boxes are (left, top, right, bottom) in any common unit; a label of -1 is padding.
 
-    Returns `map` and `map50`, `map75` (at one IoU); `class_map` and `class_map50`, K each, NaN for a class without a
-    true box; and the curves at IoU 0.5: `recall` 101, `precision` and `confidence` K 101: to find such a part of a
-    class, boxes from this score up must be taken, and such a part of them is right (0 where it cannot be reached).
-    Raises `DataError` for arrays that do not fit together, scores that are no numbers, or a truth without any box.
+    Returns:
+        `map`; `map50` and `map75` (at one IoU); `class_map` and `class_map50`, K each, NaN for a class without a true
+        box; and the curves at IoU 0.5: `recall` 101, and for each recall the `precision` and the score threshold
+        `confidence`, K 101 each (0 if the recall is not reached).
+
+    Raises:
+        DataError: if the shapes of the arrays do not match, values are not finite, or there is no true box.
     """
     return summarize(run_coco_evaluator(found, truth, classes))
 
 
 def bootstrap(found: Arrays, truth: Arrays, classes: int, *, repeats: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Scores of pictures drawn with replacement, as many as there are; boxes are matched once for all draws."""
+    """Return the scores of `repeats` bootstrap samples of the images. Boxes are matched only once."""
     evaluator, rng = run_coco_evaluator(found, truth, classes), np.random.default_rng(seed)
-    count, each, drawn = len(truth["labels"]), np.empty(len(evaluator.evalImgs), dtype=object), []
-    each[:] = evaluator.evalImgs  # for each class, each picture
+    count, each, samples = len(truth["labels"]), np.empty(len(evaluator.evalImgs), dtype=object), []
+    each[:] = evaluator.evalImgs  # one entry per class and image
     each = each.reshape(-1, count)
-    while len(drawn) < repeats:
+    while len(samples) < repeats:
         evaluator.evalImgs = each[:, rng.integers(0, count, count)].ravel().tolist()
         scores = summarize(evaluator)
         if not np.isnan(scores["class_map"]).all():
-            drawn.append(scores)
-    return drawn
+            samples.append(scores)
+    return samples
 
 
 def run_coco_evaluator(found: Arrays, truth: Arrays, classes: int) -> Any:
-    """COCO's evaluator with every picture's boxes matched."""
+    """Return COCO's evaluator after matching the boxes of every image."""
     check_arrays(found, truth, classes)
     from pycocotools.cocoeval import COCOeval
 
@@ -64,7 +68,7 @@ def run_coco_evaluator(found: Arrays, truth: Arrays, classes: int) -> Any:
 
 
 def summarize(evaluator: Any) -> dict[str, Any]:
-    """Scores over the pictures that `evaluator` holds matched."""
+    """Compute the scores from the matches of `evaluator`."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.accumulate()
     precision, scores = (evaluator.eval[name][..., 0, 0] for name in ("precision", "scores"))  # IoU, recall, K
@@ -85,57 +89,60 @@ def summarize(evaluator: Any) -> dict[str, Any]:
 
 
 def build_coco(arrays: Arrays, classes: int) -> Any:
-    """Boxes of all pictures as pycocotools keeps them."""
+    """Convert the boxes of all images to a pycocotools data set."""
     from pycocotools.coco import COCO
 
-    pictures, places = np.nonzero(arrays["labels"] >= 0)
-    boxes = np.asarray(arrays["boxes"], dtype=np.float64)[pictures, places]
+    images, places = np.nonzero(arrays["labels"] >= 0)
+    boxes = np.asarray(arrays["boxes"], dtype=np.float64)[images, places]
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
     rows = {
-        "image_id": pictures,
-        "category_id": arrays["labels"][pictures, places].astype(np.int64),
+        "image_id": images,
+        "category_id": arrays["labels"][images, places].astype(np.int64),
         "bbox": np.concatenate([boxes[:, :2], sides], 1),
         "area": sides.prod(1),
     }
     if "scores" in arrays:
-        rows["score"] = np.asarray(arrays["scores"], dtype=np.float64)[pictures, places]
-    crowd = arrays["crowd"][pictures, places] if "crowd" in arrays else np.zeros(len(pictures))
+        rows["score"] = np.asarray(arrays["scores"], dtype=np.float64)[images, places]
+    crowd = arrays["crowd"][images, places] if "crowd" in arrays else np.zeros(len(images))
     rows["iscrowd"] = crowd.astype(np.int64)
-    whole = COCO()
-    whole.dataset = {
+    coco = COCO()
+    coco.dataset = {
         "images": [{"id": i} for i in range(len(arrays["labels"]))],
         "categories": [{"id": i} for i in range(classes)],
-        # Numbered from 1: the evaluator marks with 0 a box that was not matched.
+        # Ids start at 1, because the evaluator uses 0 for unmatched boxes.
         "annotations": [
             dict(zip(("id", *rows), values))
-            for values in zip(range(1, len(pictures) + 1), *(column.tolist() for column in rows.values()))
+            for values in zip(range(1, len(images) + 1), *(column.tolist() for column in rows.values()))
         ],
     }
-    whole.createIndex()
-    return whole
+    coco.createIndex()
+    return coco
 
 
 def check_arrays(found: Arrays, truth: Arrays, classes: int) -> None:
-    for what, arrays, flat in (("found", found, ("labels", "scores")), ("true", truth, ("labels",))):
-        if lacking := [name for name in ("boxes", *flat) if name not in arrays]:
-            raise DataError(f"the {what} boxes come without {' and '.join(lacking)}")
+    """Raise `DataError` if the arrays cannot be evaluated."""
+    for name_of_boxes, arrays, flat in (("predicted", found, ("labels", "scores")), ("true", truth, ("labels",))):
+        if missing := [name for name in ("boxes", *flat) if name not in arrays]:
+            raise DataError(f"the {name_of_boxes} boxes have no {' and '.join(missing)}")
         shape = arrays["labels"].shape
         flat += tuple({"crowd"} & arrays.keys())
         if arrays["boxes"].shape != (*shape, 4) or any(arrays[name].shape != shape for name in flat):
             raise DataError(
-                f"the {what} boxes do not fit together: "
+                f"the shapes of the {name_of_boxes} boxes do not match: "
                 + ", ".join(f"{name} {arrays[name].shape}" for name in ("boxes", *flat))
-                + "; wanted are N M 4 and N M"
+                + "; expected N M 4 and N M"
             )
         real = arrays["labels"] >= 0
         if (arrays["labels"] >= classes).any():
-            raise DataError(f"the {what} boxes have class {int(arrays['labels'].max())}, but there are only {classes}")
+            raise DataError(
+                f"the {name_of_boxes} boxes have class {int(arrays['labels'].max())}, but there are only {classes} classes"
+            )
         if not all(np.isfinite(arrays[name][real]).all() for name in ("boxes", *flat)):
-            raise DataError(f"some {what} boxes or their scores are no finite numbers")
+            raise DataError(f"some {name_of_boxes} boxes or their scores are not finite")
     if len(found["labels"]) != len(truth["labels"]):
-        raise DataError(f"boxes were found in {len(found['labels'])} pictures, but are known of {len(truth['labels'])}")
+        raise DataError(f"there are predictions for {len(found['labels'])} images, but true boxes for {len(truth['labels'])}")
     ordinary = truth["labels"] >= 0
     if "crowd" in truth:
         ordinary &= ~truth["crowd"].astype(bool)
     if not ordinary.any():
-        raise DataError("no picture has a true box, so nothing can be scored. Bring pictures with objects that are known.")
+        raise DataError("no image has a true box, so the detections cannot be scored. Provide images with labeled objects.")

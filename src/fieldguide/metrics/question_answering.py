@@ -1,8 +1,8 @@
-"""How near answers come to those that people gave: exact match and F1, as SQuAD counts them (Rajpurkar et al. 2016,
-arXiv:1606.05250, section 6.1; of questions that have no answer: Rajpurkar et al. 2018, arXiv:1806.03822, section 5).
+"""Exact match and F1 of extractive question answering, as defined by SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250,
+section 6.1; for questions without an answer: Rajpurkar et al. 2018, arXiv:1806.03822, section 5).
 
-Texts are compared in lower case, without ASCII punctuation, without the English articles, and whatever blanks stand between
-their words. Of several references the nearest counts. A question that has none is answered rightly by nothing.
+Texts are compared in lower case, without ASCII punctuation and English articles, and with normalized whitespace. Of
+several references the best match counts. The right answer to a question without references is the empty string.
 """
 
 from __future__ import annotations
@@ -19,35 +19,38 @@ PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
 def normalize_text(text: str) -> str:
-    """A text as it is compared."""
+    """Normalize a text for comparison."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
-def f1_score(said: str, right: str) -> float:
-    """F1 of the words that both have, each as often as both have it; where one has no words, whether both have none."""
-    mine, theirs = Counter(normalize_text(said).split()), Counter(normalize_text(right).split())
+def f1_score(predicted: str, reference: str) -> float:
+    """Return the F1 score of the shared words, with multiplicity. If a text has no words, return whether both have none."""
+    mine, theirs = Counter(normalize_text(predicted).split()), Counter(normalize_text(reference).split())
     if not mine or not theirs:
         return float(mine == theirs)
     return 2 * (mine & theirs).total() / (mine.total() + theirs.total())
 
 
-def score_answers(said: Sequence[str], right: Sequence[Sequence[str]]) -> np.ndarray:  # N texts, N lists -> N 2
-    """Exact match and F1 of each answer with the nearest of its references; `""` says that there is no answer."""
-    rows = [(text, references or ("",)) for text, references in zip(said, right, strict=True)]
+def score_answers(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:  # N texts, N lists -> N 2
+    """Return exact match and F1 of each answer with the best of its references; `""` means no answer."""
+    rows = [(text, options or ("",)) for text, options in zip(predicted, references, strict=True)]
     return np.array(
         [
-            (max(float(normalize_text(text) == normalize_text(r)) for r in references), max(f1_score(text, r) for r in references))
-            for text, references in rows
+            (max(float(normalize_text(text) == normalize_text(r)) for r in options), max(f1_score(text, r) for r in options))
+            for text, options in rows
         ]
     ).reshape(-1, 2)
 
 
 def find_threshold(margins: np.ndarray, answered: np.ndarray, silent: np.ndarray) -> float:  # N each
-    """How much better than none an answer must be to be given: what makes the sum of scores largest, where an answer scores
-    `answered` if it is given and `silent` if not (the `na_prob_thresh` of SQuAD 2.0's own script). Between two margins."""
+    """Return the margin over no answer above which an answer is given, such that the sum of scores is maximal.
+
+    An example scores `answered` if its answer is given, and `silent` if not. This is `na_prob_thresh` of SQuAD 2.0's
+    script. The threshold lies halfway between two margins.
+    """
     order = np.argsort(-margins, kind="stable")
     margins, gain = margins[order], (answered - silent)[order]
-    # With the first k answers given, the rest not; k only where the next margin is another.
+    # Score with the first k answers given; only k between different margins are possible.
     total = np.concatenate([[0.0], np.cumsum(gain)])
     edges = np.concatenate([[margins[0] + 2.0], margins, [margins[-1] - 2.0]]) if len(margins) else np.zeros(2)
     possible = edges[:-1] > edges[1:]

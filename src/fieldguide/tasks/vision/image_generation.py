@@ -308,7 +308,7 @@ class ImageGeneration(Task):
                 pupil = generative.train_classifier(
                     made, asked, len(self.labels), steps=LESSONS if self.pictures.side > 16 else LESSONS // 2
                 )
-                found["right"] = generative.extract_features(pupil, real, answer=True) == truth["label"] - 1
+                found["right"] = generative.extract_features(pupil, real, return_classes=True) == truth["label"] - 1
             if self.matcher is not None:
                 found["matched"] = generative.match_captions(
                     self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)), torch.from_numpy(truth["label"])
