@@ -96,9 +96,9 @@ def compiling() -> dict[str, Any]:
 
 def encoded(path: Path) -> Iterator[Tensor]:
     """The texts as tokens of the file's own tokenizer, each a row."""
-    from fieldguide.inference.text_generation import Speaker
+    from fieldguide.inference.text_generation import TextGenerator
 
-    speaker = Speaker.load(path)
+    speaker = TextGenerator.load(path)
     for name in TEXTS:
         yield torch.tensor([speaker.tokens((Path(__file__).parents[1] / name).read_text())[:LONGEST]])
 

@@ -129,7 +129,7 @@ class Checkpoint:
         state, options = run_folder.read_preprocessing(folder)
         transform = ImageTransform.from_json(state["pictures"])
         offered["pixels"] = "/".join(",".join(map(str, values)) for values in (transform.mean, transform.std))
-        resize, template = getattr(transform, "way", None), options.get("template")
+        resize, template = getattr(transform, "method", None), options.get("template")
         return offered | ({"resize": resize} if resize else {}) | ({"template": template} if template else {})
 
 

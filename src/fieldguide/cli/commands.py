@@ -188,6 +188,10 @@ def predict(
         return
     predictions = predictor.predict(values, **options)
     notes = predictions.notes
+    if predictor.generates_text and not as_json:
+        for record in predictions:
+            print(record["text"])
+        return
     report_predictions(save_media(predictions, out), as_json, notes)
 
 

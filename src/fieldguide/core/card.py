@@ -185,7 +185,7 @@ class Card:
         if self.input_type not in INPUT_TYPES:
             raise ValueError(f"card {self.name!r}: takes={self.input_type!r} is none of {sorted(INPUT_TYPES)}")
         if strange := [given for given in self.output_types if given not in OUTPUT_TYPES]:
-            raise ValueError(f"card {self.name!r}: gives={strange[0]!r} is none of {sorted(OUTPUT_TYPES)}")
+            raise ValueError(f"card {self.name!r}: output_type={strange[0]!r} is none of {sorted(OUTPUT_TYPES)}")
         if strange := [name for name in self.optional_inputs if name not in OPTIONAL_INPUTS]:
             raise ValueError(f"card {self.name!r}: also={strange[0]!r} is none of {sorted(OPTIONAL_INPUTS)}")
         if len(self.output_types) > 1 and not self.accepts("output_type"):

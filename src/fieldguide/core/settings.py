@@ -212,5 +212,5 @@ def asked_of(who: str, asked: Mapping[str, str], kinds: Mapping[str, Any]) -> di
     asked = canonical_predict_options(asked)
     for key in asked:
         if key not in kinds:
-            raise SettingsError(f"{who} is not asked with {key!r}.{nearest(key, kinds)} It knows {', '.join(sorted(kinds))}.")
+            raise SettingsError(f"{who} has no option {key!r}.{nearest(key, kinds)} It has {', '.join(sorted(kinds))}.")
     return {key: from_text(key, value, kinds[key]) for key, value in asked.items()}

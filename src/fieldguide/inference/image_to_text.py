@@ -14,9 +14,9 @@ from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.core.settings import asked_of
-from fieldguide.data.preprocessing import Pictures, Text
+from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
-from fieldguide.data.preprocessing.tokenizer_files import Words
+from fieldguide.data.preprocessing.tokenizer_files import TokenizerFiles
 from fieldguide.inference.predictor import Predictions, Predictor, as_list, join_skipped
 from fieldguide.inference.text_generation import build_chat_template, find_end_tokens, read_tokenizer
 from fieldguide.inference.zero_shot import build_task, build_transform
@@ -35,12 +35,12 @@ class ImageToText(Predictor):
     def __init__(
         self,
         network: nn.Module,
-        files: Words,
-        transform: Pictures,
+        files: TokenizerFiles,
+        transform: ImageTransform,
         template: ChatTemplate | None = None,
         card: Card | None = None,
     ):
-        self.network, self.text, self.template = network.to(distributed.device()).eval(), Text(files.tokenizer), template
+        self.network, self.text, self.template = network.to(distributed.device()).eval(), TextTokenizer(files.tokenizer), template
         self.begin, self.image_token = files.special.get("bos_token"), files.tokenizer.id_to_token(network.config.picture)
         self.end_tokens, self.card = find_end_tokens(files), card
         self.task = build_task(self.text, transform, self.text.end, network.config.length)
@@ -97,7 +97,7 @@ class ImageToText(Predictor):
         has_begin = bool(self.begin) and text.startswith(self.begin)  # from a template that writes special tokens itself
         return self.network.spelt(self.text.tokenizer.encode(text, add_special_tokens=not has_begin).ids)
 
-    def predict(self, inputs: Any = (), *, prompt: str = "", **options: Any) -> Predictions:
+    def predict(self, inputs: Any = (), prompt: str = "", **options: Any) -> Predictions:
         """Return `input` and `text` for each image; decoding is greedy by default.
 
         `inputs` is a path or a list of them; folders hold many images. `options` are those of `GenerationConfig`. An answer

@@ -47,7 +47,7 @@ def verdict(record: Mapping[str, Any], metric: Metric) -> str:
     value = metric.text(scores["test"][metric.name])
     said = (
         f"{value} of the held-out examples {metric.words}"
-        if metric.words == "right"
+        if metric.words == "correct"
         else f"{value} {metric.words} on held-out examples"
     )
     sign = 1 if metric.better == "max" else -1

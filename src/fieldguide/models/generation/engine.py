@@ -26,27 +26,27 @@ class GenerationConfig:
     """How answers are written. What leaves something to chance (`CHANCE`) and a search among beams exclude each other;
     where a user says neither, `usual` decides. Raises `SettingsError` for both, and for values out of range."""
 
-    tokens: int = 200  # at most, of an answer
-    beams: int | None = None  # answers that a search keeps; 1 = none is searched for
-    penalty: float = 1.0  # of length, in a search: 0 = none, 1 = the mean log-probability decides
+    max_new_tokens: int = 200  # at most, of an answer
+    num_beams: int | None = None  # answers that a search keeps; 1 = none is searched for
+    length_penalty: float = 1.0  # of length, in a search: 0 = none, 1 = the mean log-probability decides
     temperature: float | None = None  # 0 = always the likeliest token
     top_k: int | None = None  # only so many of the likeliest; 0 = off
     top_p: float | None = None  # only the likeliest that have this probability together; 1 = off
     min_p: float | None = None  # only those of this part of the likeliest one's probability; 0 = off
-    repetition: float = 1.0  # above 1: tokens that were there become less likely
+    repetition_penalty: float = 1.0  # above 1: tokens that were there become less likely
     stop: str = ""  # the answer ends before this text; several as JSON: ["one", "two"]
     seed: int = 0
 
-    usual: ClassVar[Mapping[str, float]] = {"beams": 1, "temperature": 0.8, "top_p": 0.95}
+    usual: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.8, "top_p": 0.95}
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "beams"):
+        for name in ("max_new_tokens", "num_beams"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise SettingsError(f"{name}={value} must be at least 1.")
-        if (self.beams or 1) > 1 and self.by_chance:
+        if (self.num_beams or 1) > 1 and self.by_chance:
             raise SettingsError(
-                f"beams={self.beams} search for the likeliest answer and leave nothing to chance: leave out "
-                f"{', '.join(self.said)}, or say beams=1."
+                f"num_beams={self.num_beams} is a deterministic search and cannot be combined with sampling: leave out "
+                f"{', '.join(self.said)}, or set num_beams=1."
             )
         _ = self.sampling  # refuses what is out of range
 
@@ -62,14 +62,14 @@ class GenerationConfig:
     @property
     def searched(self) -> int:
         """Beams of the search; 1 = there is none."""
-        return self.beams or (1 if self.said else int(self.usual["beams"]))
+        return self.num_beams or (1 if self.said else int(self.usual["num_beams"]))
 
     @property
     def sampling(self) -> Sampling:
         usual = {name: value for name, value in self.usual.items() if name in CHANCE}
         if self.by_chance and not usual.get("temperature"):  # what is drawn must have a chance
             usual["temperature"] = 1.0
-        return Sampling(**{**usual, **self.said}, repetition=self.repetition)
+        return Sampling(**{**usual, **self.said}, repetition=self.repetition_penalty)
 
     @property
     def stops(self) -> list[str]:
@@ -87,14 +87,14 @@ class GenerationConfig:
 class Faithful(GenerationConfig):
     """Of what answers a source: the likeliest, as far as four beams find it."""
 
-    usual: ClassVar[Mapping[str, float]] = {"beams": 4, "temperature": 0.0}
+    usual: ClassVar[Mapping[str, float]] = {"num_beams": 4, "temperature": 0.0}
 
 
 @dataclass(frozen=True)
 class Greedy(GenerationConfig):
     """Always the likeliest token, where nothing else is said: of what answers as it is asked."""
 
-    usual: ClassVar[Mapping[str, float]] = {"beams": 1, "temperature": 0.0}
+    usual: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.0}
 
 
 def answers(
@@ -117,7 +117,7 @@ def answers(
     """
     if how.searched > 1:
         return searched(network, prompts, how, ends=ends, limits=limits, before=before)
-    most = room(network, prompts, how.tokens if limits is None else int(limits.max()))
+    most = room(network, prompts, how.max_new_tokens if limits is None else int(limits.max()))
     bounds = [most] * len(prompts) if limits is None else limits.tolist()
     stops = how.stops if decode else []
     rows: list[list[int]] = [[] for _ in prompts]
@@ -152,7 +152,7 @@ def searched(
         raise SettingsError("there is nothing to go on from: a prompt is empty.")
     beams, device, longest = how.searched, next(network.parameters()).device, network.config.length
     rows, mask = left_padded(prompts, device)
-    most = min(how.tokens if limits is None else int(limits.max()), longest - rows.shape[1] + 1)
+    most = min(how.max_new_tokens if limits is None else int(limits.max()), longest - rows.shape[1] + 1)
     if most < 1:
         raise SettingsError(
             f"a prompt of {rows.shape[1]} tokens leaves beams no room in the network's length={longest}: "
@@ -164,7 +164,7 @@ def searched(
             network.last(rows[:, :-1], None if mask.all() else mask[:, :-1], cache)
         cache.widen(beams)
         seen = torch.where(mask, rows, -1).repeat_interleave(beams, 0)
-        adjust = None if how.repetition == 1 else lambda logp, said: how.sampling.punished(logp, torch.cat([seen, said], 1))
+        adjust = None if how.repetition_penalty == 1 else lambda logp, said: how.sampling.punished(logp, torch.cat([seen, said], 1))
         found, _ = beam_search(
             lambda token: network.last(token, None, cache)[:, None],
             cache,
@@ -172,7 +172,7 @@ def searched(
             ends=ends,
             beams=beams,
             most=most,
-            penalty=how.penalty,
+            penalty=how.length_penalty,
             before=before,
             adjust=adjust,
             limits=None if limits is None else limits.to(device),
@@ -184,7 +184,7 @@ def streamed(
     network: Any, prompt: Sequence[int], how: GenerationConfig, *, ends: Sequence[int], decode: Decode
 ) -> Iterator[str]:
     """The answer to one prompt piece by piece; not searched for."""
-    steps = generate(network, [prompt], room(network, [prompt], how.tokens), sampling=how.sampling, ends=ends, seed=how.seed)
+    steps = generate(network, [prompt], room(network, [prompt], how.max_new_tokens), sampling=how.sampling, ends=ends, seed=how.seed)
     return pieces((int(step) for step in steps), decode, ends, how.stops)
 
 

@@ -23,13 +23,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, asking: int | None = None) -> Tensor:  # B T D, B T -> B T D
+    def forward(self, x: Tensor, mask: Tensor | None = None, predict_options: int | None = None) -> Tensor:  # B T D, B T -> B T D
         """With `asking`, answers of the first so many tokens alone: at the end, only a class token is read."""
-        if asking is None:
+        if predict_options is None:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T d
         else:
             weights, biases = (p.split([x.shape[-1], 2 * x.shape[-1]]) for p in (self.qkv.weight, self.qkv.bias))
-            q = F.linear(x[:, :asking], weights[0], biases[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            q = F.linear(x[:, :predict_options], weights[0], biases[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             k, v = F.linear(x, weights[1], biases[1]).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if mask is not None:
             mask = mask[:, None, None, :]  # which keys may be seen; the same for all queries

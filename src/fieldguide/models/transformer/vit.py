@@ -55,8 +55,8 @@ class Block(nn.Module):
         self.mlp = Mlp(c.dim, 4 * c.dim, c.dropout)
         self.dropout, self.drop_path = nn.Dropout(c.dropout), DropPath(drop_path)
 
-    def forward(self, x: Tensor, asking: int | None = None) -> Tensor:  # B N D -> B N D, or B asking D
-        x = x[:, :asking] + self.drop_path(self.dropout(self.attn(self.norm1(x), asking=asking)))
+    def forward(self, x: Tensor, predict_options: int | None = None) -> Tensor:  # B N D -> B N D, or B asking D
+        x = x[:, :predict_options] + self.drop_path(self.dropout(self.attn(self.norm1(x), predict_options=predict_options)))
         return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
 
 

@@ -47,7 +47,7 @@ class Pictured(Task):
         """Group rows with equal images so that splits keep them together."""
         if PICTURE in data.columns or HASH not in data.rows.columns:
             return data
-        group = Column(PICTURE, "identifier", "group", "equal pictures have the same value")
+        group = Column(PICTURE, "identifier", "group", "rows with equal images have the same value")
         rows = data.rows.with_columns(pl.col(HASH).alias(PICTURE))
         return replace(data, rows=rows, columns={**data.columns, PICTURE: group})
 

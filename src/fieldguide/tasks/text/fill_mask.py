@@ -218,7 +218,7 @@ class FillMask(Packed):
                 f"Hidden words of {len(batch['tokens'])} test rows, by their frequency in the training texts.",
                 ("times in training", "hidden", "predicted"),
                 rows,
-                heat=("guessed",),
+                heat=("accuracy",),
             ),
         ]
 

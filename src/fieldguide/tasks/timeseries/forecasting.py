@@ -139,7 +139,7 @@ class Forecasting(Task):
         ):
             names = list(dict.fromkeys(c.column for c in task.covariates.columns if c.ahead == known))
             if names:
-                task.notes.append(f"{', '.join(names)}: {what}; networks that take series alone do not read them")
+                task.notes.append(f"{', '.join(names)}: {what}; models that read only the series ignore them")
         return task
 
     def model_dims(self) -> dict[str, Any]:
