@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--errors", action="store_true", help="only messages of raised errors")
     options = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # some data are lone surrogates
     for path in sorted((ROOT / "src").rglob("*.py")):
         for line, kind, text in sorted(strings(ast.parse(path.read_text()))):
             if kind == "error" or not options.errors:

@@ -1,4 +1,4 @@
-"""Public configurations: whose they are, and what their keys say, as fields of ours and back."""
+"""Public configuration files: which model they describe, and their keys as config fields and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Identified = tuple[Card, str, Mapping[str, ConfigRow]]  # card, origin, table of
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys of a file of JSON or GGUF. Raises `WeightsError` where it holds none."""
+    """Return the keys of a JSON or GGUF file. Raises `WeightsError` if it holds none."""
     if path.suffix == ".gguf":
         from fieldguide.core.gguf import metadata
 
@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def identified(config: Mapping[str, Any]) -> Identified | None:
-    """Whose configuration this is; None where no card knows it."""
+    """Return card, size and origin of a configuration, or None if no card matches."""
     for card in cards().values():
         for origin, table in card.configs.items():
             said = {
@@ -54,8 +54,10 @@ def identified(config: Mapping[str, Any]) -> Identified | None:
 
 
 def named(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, Any]]:
-    """What timm calls by the name that its configuration says: card, size, and what differs from that. Raises `WeightsError`
-    for a name that is no network here, or changes that are unknown."""
+    """Return card, size and overrides for the architecture name in a configuration of timm.
+
+    Raises `WeightsError` for an unknown name or unknown overrides.
+    """
     known = {name: (card, meant) for card in cards().values() for name, meant in card.aliases.get(TIMM, {}).items()}
     name = str(config["architecture"]).partition(".")[0]
     if name not in known:
@@ -72,7 +74,7 @@ def named(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, A
 
 
 def at(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
-    """Whether a dotted key is there, and what it says."""
+    """Return whether a dotted key exists, and its value."""
     for part in key.split("."):
         if not isinstance(config, Mapping) or part not in config:
             return False, None
@@ -81,7 +83,10 @@ def at(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
 
 
 def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any], where: Any) -> dict[str, Any]:
-    """A public configuration as fields of ours. Raises `WeightsError` that lists every key by which it is another network."""
+    """Return a public configuration as config fields.
+
+    Raises `WeightsError` that lists every key by which it describes another network.
+    """
     values: dict[str, Any] = {}
     kinds = {f.name: str(f.type) for f in fields(card.config)}
     faults = []
@@ -118,7 +123,7 @@ def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any
 
 
 def outwards(card: Card, table: Mapping[str, ConfigRow], config: Any) -> dict[str, Any]:
-    """Our config under public keys. Raises `WeightsError` for what cannot be said there."""
+    """Return a config under public keys. Raises `WeightsError` for values that the origin cannot express."""
     out: dict[str, Any] = {}
     for key, row in table.items():
         if isinstance(row, Fixed):

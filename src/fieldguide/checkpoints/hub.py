@@ -1,8 +1,8 @@
-"""Downloads from the Hugging Face hub, when and only when the user names a model there.
+"""Downloads from the Hugging Face Hub, only for models that the user names.
 
-Files come whole or not at all: each is written aside, goes on where an earlier attempt stopped, is checked against the
-digest that the hub states, and only then gets its name. What is there is compared with what the hub has now by the digests
-noted beside it; where the hub cannot be reached, what is there whole is used.
+A file is downloaded to a temporary name, resumed if it was interrupted, checked against the digest that the hub
+states, and then renamed. Files that exist are compared with the hub by the digests stored next to them. If the
+hub is unreachable, a complete earlier download is used.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # only where t
 
 
 class Unreachable(WeightsError):
-    """Nobody answers."""
+    """The hub is unreachable."""
 
 
 def aloud(text: str) -> None:
@@ -55,10 +55,11 @@ def aloud(text: str) -> None:
 
 
 def fetched(name: str, callback: Callable[[str], None] = aloud) -> Path:
-    """The folder that holds the files of `organisation/name` or `organisation/name@revision`; what is there stays.
+    """Return the folder with the files of `organization/name` or `organization/name@revision`, downloading what is
+    missing.
 
-    `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` mean what they mean elsewhere. Raises `WeightsError` for a model that is not
-    there, a network that cannot be reached, or a file whose digest is another than the hub's.
+    `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` have their usual meaning. Raises `WeightsError` for a model that
+    does not exist, an unreachable hub, or a file whose digest differs from the hub's.
     """
     repository, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
@@ -89,7 +90,7 @@ def fetched(name: str, callback: Callable[[str], None] = aloud) -> Path:
 
 
 def chosen(paths: list[str]) -> set[str]:
-    """The files of a model that are of use: configuration, tokenizer, and weights, as safetensors where there are such."""
+    """Return the files to download: configuration, tokenizer and weights, as safetensors if there are any."""
     import fnmatch
 
     def of(kinds: tuple[str, ...]) -> set[str]:
@@ -135,12 +136,12 @@ def answered(url: str, name: str) -> list[dict[str, Any]]:
 
 
 def digest(entry: dict[str, Any]) -> str:
-    """What the hub says a file's content is: SHA-256 of large files, git's blob hash of small ones."""
+    """Return the digest that the hub states for a file: SHA-256 for large files, git's blob hash for small ones."""
     return entry["lfs"]["oid"] if entry.get("lfs") else entry["oid"]
 
 
 def digested(path: Path, entry: dict[str, Any]) -> str:
-    """The same of a file that is here."""
+    """Return the same digest, computed from a local file."""
     check = hashlib.sha256() if entry.get("lfs") else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
         while block := file.read(CHUNK):
@@ -149,7 +150,7 @@ def digested(path: Path, entry: dict[str, Any]) -> str:
 
 
 def fetch(url: str, path: Path, entry: dict[str, Any], name: str, callback: Callable[[str], None]) -> None:
-    """One file, going on where it was broken off; nothing where the same one is there."""
+    """Download one file, resuming an interrupted download; do nothing if the same file exists."""
     if path.is_file() and digested(path, entry) == digest(entry):
         return
     part, size = path.with_name(f"{path.name}.{digest(entry)[:12]}.part"), entry["size"]  # of this content, not another

@@ -1,4 +1,4 @@
-"""What a checkpoint is of, as far as its tensors tell: by their names and shapes."""
+"""Identification of a checkpoint by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DRAWN = {Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.
 
 
 class Unfilled(TorchFunctionMode):
-    """Inside, zeros stand for chance: all tensors are about to be read."""
+    """Skip random initialization inside the block, for networks whose tensors are all loaded next."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func not in DRAWN:
@@ -36,20 +36,20 @@ class Unfilled(TorchFunctionMode):
 
 
 def headed(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> bool:
-    """Whether a file has a head of its own."""
+    """Return whether a file has its own head."""
     names = {name: tensor.to("meta") for name, tensor in state.items()}
     return "head.weight" in inwards(names, card.tables(card.config(**values))[origin]).state
 
 
 def headless(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint lacks the head by which its network would give labels, and it can do without."""
+    """Return whether a checkpoint lacks the classification head of its network, which then yields vectors."""
     given = values.get("output_type", card.output_types[0])
     best = max((done.state for _, done in translations(card, values, state)), key=len, default={})
     return given == "label" and "vector" in card.output_types and bool(best) and not any(n.startswith("head.") for n in best)
 
 
 def sibling(card: Card, origin: str, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """Of an origin and those named after it ("diffusers-2022"), the one that knows most of a file's names."""
+    """Return, of an origin and its variants (such as "diffusers-2022"), the one that matches most names of a file."""
     names = {name: tensor.to("meta") for name, tensor in state.items()}
     tables = {
         key: table for key, table in card.tables(card.config(**values)).items() if key == origin or key.startswith(f"{origin}-")
@@ -68,7 +68,7 @@ def shapes_of(name: str, config: Any) -> dict[str, torch.Size]:
 
 
 def translations(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Translated]]:
-    """A checkpoint's names as each table of a card reads them, where it knows most of the first few."""
+    """Yield a checkpoint's names as read by each table of a card that matches most of the first few."""
     for origin, table in card.tables(card.config(**values)).items():
         for form in forms(state):
             first = dict(list(form.items())[:12])
@@ -77,7 +77,7 @@ def translations(card: Card, values: Mapping[str, Any], state: Mapping[str, Tens
 
 
 def differing(card: Card, values: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, int]:
-    """The numbers of `FREE` in which tensors under our names differ from a config, read off the shapes they decide."""
+    """Return the values of the fields `FREE` that differ from a config, read from the shapes they determine."""
     here, out = shapes(card, values), {}
     for word in FREE:
         field = card.names.get(word, word)
@@ -106,14 +106,16 @@ def differing(card: Card, values: Mapping[str, Any], found: Mapping[str, Tensor]
 
 
 def seen(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
-    """In what a checkpoint differs from what it is said to be: classes, vocabulary."""
+    """Return how a checkpoint differs from the model it is said to be: classes, vocabulary."""
     best = max((done.state for _, done in translations(card, values, state)), key=len, default=state)
     return differing(card, values, best)
 
 
 def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str, dict[str, Any]]:
-    """The card, size and origin whose tensors these are, and what it gives where that is not what the size says. Raises
-    `WeightsError` where none is, or several could be."""
+    """Return card, size and origin of the tensors, and the output type if it differs from the size's.
+
+    Raises `WeightsError` if no model matches, or several do.
+    """
     fits, near = [], []
     for card in cards().values():
         for size in card.sizes:
@@ -149,7 +151,7 @@ def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str,
 
 
 def answering(card: Card, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a network may give: first what its size says, then the rest, of which its tensors may tell."""
+    """Yield the possible output types of a network: that of its size first, then the others."""
     if len(card.output_types) == 1:
         return [{}]
     usual = getattr(card.config(**values), "output_type", None)
@@ -159,8 +161,11 @@ def answering(card: Card, values: Mapping[str, Any]) -> list[dict[str, Any]]:
 def fitting(
     card: Card, values: Mapping[str, Any], done: Translated, there: Mapping[str, torch.Size]
 ) -> tuple[int, int, int, Any] | None:
-    """How far tensors under our names are from a network: what they lack, what they have for other heads, and in how many
-    numbers of `FREE` the config must differ, with that config. None where they are of another."""
+    """Return the distance between tensors under our names and a network, with the config that fits best.
+
+    Counts missing tensors, tensors of other heads, and the fields `FREE` that must differ. None if the tensors
+    belong to another network.
+    """
     wanted, heads = shapes(card, values), getattr(card.model, "heads", ())
     apart = [n for n in wanted if n not in there and not n.endswith("num_batches_tracked")]
     spare = there.keys() - wanted.keys()

@@ -1,4 +1,4 @@
-"""Names of tensors: public ones -> ours by a table, and back. The only code that renames parameters."""
+"""Mapping of tensor names between public checkpoints and this library. No other module renames parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LISTED = 20  # keys shown of each kind in an error
 
 @cache
 def compiled(pattern: str) -> tuple[re.Pattern, tuple[tuple[str, int], ...]]:
-    """A pattern as a regular expression, with the name and offset of each of its groups."""
+    """Return a pattern as a regular expression, with the name and offset of each of its groups."""
     groups, text = [], ""
     for piece in re.split(r"(\{\w+(?:[+-]\d+)?\}|\*)", pattern):
         if piece == "*":
@@ -40,7 +40,7 @@ def compiled(pattern: str) -> tuple[re.Pattern, tuple[tuple[str, int], ...]]:
 
 
 def matched(pattern: str, name: str) -> dict[str, int | str] | None:
-    """The values of a pattern's groups in a name; None where it does not match."""
+    """Return the values of a pattern's groups in a name, or None if it does not match."""
     expression, groups = compiled(pattern)
     if not (found := expression.fullmatch(name)):
         return None
@@ -53,7 +53,7 @@ def matched(pattern: str, name: str) -> dict[str, int | str] | None:
 
 
 def spelt(pattern: str, values: Mapping[str, int | str]) -> str:
-    """A name from a pattern and the values of its groups."""
+    """Return the name for a pattern and the values of its groups."""
 
     def text(found: re.Match) -> str:
         if found[0] == "*":
@@ -72,7 +72,7 @@ def ours_of(row: Row) -> str | None:
 
 
 def turned(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
-    """The tensor as it lies on our side or on theirs."""
+    """Return the tensor in our layout, or in theirs."""
     if isinstance(row, Reshaped):
         return tensor.reshape(getattr(row, side))
     if pairs := getattr(row, "pairs", 0):
@@ -82,7 +82,7 @@ def turned(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
 
 
 def holds(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a shape, in which one length may be open, has room for exactly this tensor."""
+    """Return whether a shape, in which one length may be open, fits this tensor exactly."""
     known = math.prod(length for length in shape if length != -1)
     return tensor.numel() % known == 0 if -1 in shape else tensor.numel() == known
 
@@ -102,7 +102,7 @@ class Translated:
 
 
 def inwards(state: State, table: Table) -> Translated:
-    """Public names -> ours."""
+    """Map public names to ours."""
     done, parts = Translated(), {}
     for name, tensor in state.items():
         hit = next(((row, values) for public, row in table.items() if (values := matched(public, name)) is not None), None)
@@ -138,7 +138,7 @@ def inwards(state: State, table: Table) -> Translated:
 
 
 def outwards(state: State, table: Table) -> Translated:
-    """Our names -> public ones. Of several public names for one tensor, the first row counts."""
+    """Map our names to public ones. If several public names mean one tensor, the first row counts."""
     done = Translated()
     for name, tensor in state.items():
         hits = [
@@ -181,7 +181,7 @@ def translate(state: State, table: Table, reverse: bool = False) -> dict[str, Te
 
 
 def forms(state: State) -> list[State]:
-    """The state itself, then without each prefix that all its names share."""
+    """Yield the state, then the state without each prefix that all its names share."""
     forms = [state]
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in forms[-1])), ""):
         forms.append({name.removeprefix(prefix): tensor for name, tensor in forms[-1].items()})

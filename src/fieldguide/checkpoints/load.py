@@ -1,7 +1,7 @@
-"""Pretrained networks: a folder or file of anybody's -> a network of ours with its weights, and back.
+"""Loading of pretrained networks from any supported source, and saving in the format of other libraries.
 
-`load` recognises architecture and size by the configuration beside the weights, or by names and shapes of the tensors
-themselves. `save` writes a folder that transformers reads. Tables in the model files say how keys are called.
+`load` identifies architecture and size by the configuration next to the weights, or by names and shapes of the
+tensors. `save` writes a folder that transformers reads. The key tables are in the model files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TEMPLATE = "a photo of a {}."  # of CLIP's paper, section 3.1.4: how a class is 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network as it lies on disk: whose it is, and the config that its file or its tensors imply."""
+    """A checkpoint on disk: its card and origin, the config that its files imply, and its tensors."""
 
     path: Path
     card: Card
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @property
     def size(self) -> str:
-        """The size that it is, or else the bare name of its architecture."""
+        """The name of its size, or the bare name of its architecture if it matches none."""
         if self.path and (self.path / "run.json").is_file():
             return config_mapping.read(self.path / "run.json")["model"]["size"]
         card, free = self.card, {"output_type", *(self.card.names.get(word, word) for word in FREE)}
@@ -57,8 +57,11 @@ class Checkpoint:
         return best
 
     def config(self, needs: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
-        """Its config with another head, and for pictures of another size. Raises `SettingsError` for more tokens than it
-        has, and for numbers that it cannot have."""
+        """Return its config with another head, and for images of another size.
+
+        Raises `SettingsError` for a tokenizer with more tokens than the checkpoint has, and for impossible
+        values.
+        """
         card, kept = self.card, {k: v for k, v in needs.items() if k in ("num_classes", "image") and self.card.accepts(k)}
         if len(card.output_types) > 1:
             kept["output_type"] = next(
@@ -83,18 +86,18 @@ class Checkpoint:
 
     @property
     def channels(self) -> int:
-        """Of the pictures that it reads."""
+        """The number of channels of its input images."""
         return getattr(self.card.config(**self.values), self.card.names.get("channels", "channels"), 3)
 
     def words(self) -> tuple[Path | None, str]:
-        """Where the tokenizer lies that it has learnt with; else why none can be read, empty where none is there."""
+        """Return the path of its tokenizer, or None and the reason why it cannot be read (empty if there is none)."""
         folder = self.path if self.path.is_dir() else self.path.parent
         if (folder / "run.json").is_file():
             folder = folder / "preprocess"
         return tokenizer_files.find_tokenizer(self.path if self.path.suffix == ".gguf" else folder)
 
     def preprocessing_defaults(self) -> dict[str, Any]:
-        """What must be prepared for it as it was for its first training, by the names of tasks' options."""
+        """Return the task options that reproduce the checkpoint's own preprocessing."""
         folder = self.path if self.path.is_dir() else self.path.parent
         offered: dict[str, Any] = {}
         if words := self.words()[0]:
@@ -114,7 +117,7 @@ class Checkpoint:
         return offered
 
     def pictured(self, folder: Path) -> dict[str, Any]:
-        """The same of a network of pictures and texts, with the side of those and the length of these."""
+        """Return these options for a network of images and texts, with image size and text length."""
         card, config = self.card, self.card.config(**self.values)
         side, length = (getattr(config, card.names.get(word, word)) for word in ("image", "length"))
         offered = {"side": side, "channels": self.channels, "length": length}
@@ -136,7 +139,10 @@ class Checkpoint:
 def inspect_checkpoint(
     source: str | Path, name: str | None = None, callback: Callable[[str], None] | None = None
 ) -> Checkpoint:
-    """What a checkpoint is of. `watch` is told how far a download is. Raises `WeightsError` where it cannot be told."""
+    """Return what a checkpoint holds. `callback` receives the progress of a download.
+
+    Raises `WeightsError` if it cannot be identified.
+    """
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
         from fieldguide.checkpoints import hub
 
@@ -192,13 +198,15 @@ def inspect_checkpoint(
 
 
 def load(source: str | Path, *, name: str | None = None, head: Literal["load", "skip"] = "load", **overrides: Any) -> nn.Module:
-    """A network with the weights of a checkpoint, in evaluation mode.
+    """Load a pretrained network, in evaluation mode.
 
-    `source`: a folder of transformers, diffusers or of a fieldguide run; a file of timm, torchvision, llama.cpp or the
-    authors; or `hf:organisation/name`, which downloads it first. `name` says which size it is, where that cannot be seen;
-    `overrides` are laid over the config that the file implies, such as `gives="vector"` or another `image`. `head="skip"`
-    leaves a head that the file lacks, or has for other classes, as chance made it (see `fieldguide.checkpoints.weights.load`, which
-    says what it left). Raises `WeightsError` where nothing fits, and says what came nearest.
+    `source` is a folder of transformers, diffusers or a fieldguide run; a file of timm, torchvision, llama.cpp
+    or the authors; or `hf:organization/name`, which is downloaded first. `name` is the size if it cannot be
+    identified. `overrides` replace fields of the implied config, such as `output_type="vector"` or another
+    `image`. `head="skip"` leaves a head that the file lacks, or has for other classes, randomly initialized
+    (see `fieldguide.checkpoints.weights.load`).
+
+    Raises `WeightsError` if no model matches, with the nearest ones.
     """
     found = inspect_checkpoint(source, name)
     return filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source), head)
@@ -226,7 +234,7 @@ def filled(
 
 
 def unsaid(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The vocabulary, where the configuration leaves it to the tensors."""
+    """Add the vocabulary size if the configuration leaves it to the tensors."""
     field = card.names.get("vocab_size", "vocab_size")
     if not card.accepts("vocab_size") or field in values:
         return {}
@@ -234,7 +242,9 @@ def unsaid(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -
 
 
 def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapping[str, Any]) -> Checkpoint:
-    """A network whose tensors were parted among machines: each along the axis on which its parts make up the whole."""
+    """Return a network whose tensors are sharded across files: each along the axis on which its parts form the
+    whole.
+    """
     if known is None:
         raise WeightsError(
             f"{path} holds {len(parts)} parts of a network, and no {' or '.join(CONFIG_FILES)} that says which it is"
@@ -257,10 +267,11 @@ def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapp
 
 
 def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path:
-    """Writes a network under our names or those of an origin ("torchvision", "hf"): one file where `path` ends in
-    .safetensors, else a folder that the origin's library reads, with its configuration.
+    """Save a network under our names or those of an origin ("torchvision", "hf").
 
-    Raises `WeightsError` for an unknown format, or one whose configuration is not known here.
+    Writes one file if `path` ends in .safetensors, else a folder that the origin's library reads, with its
+    configuration. Raises `WeightsError` for an unknown format, or an origin whose configuration is not
+    supported for this network.
     """
     format = "huggingface" if format == "hf" else format
     card = card_of(model)
@@ -272,7 +283,7 @@ def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path
 
 
 def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
-    """Writes config.json and model.safetensors as the library of that origin reads them."""
+    """Write config.json and model.safetensors in the format of an origin."""
     card = card_of(model)
     known = {name: table for name, table in (card.configs if card else {}).items() if any(key in table for key in WRITTEN)}
     if origin not in known:

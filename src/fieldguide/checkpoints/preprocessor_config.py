@@ -1,7 +1,8 @@
-"""How publishers prepared the pictures that their networks learnt with, as the files beside the weights say it.
+"""Image preprocessing of pretrained networks, as the files next to the weights describe it.
 
-Read are the preprocessors of transformers, `pretrained_cfg` of timm and `preprocess_cfg` of open_clip; all are brought into
-transformers' newer words: `size` (shortest_edge, or height and width), `crop_size`, `image_mean`, `image_std`, `resample`.
+The formats of transformers, timm (`pretrained_cfg`) and open_clip (`preprocess_cfg`) are converted to the newer
+keys of transformers: `size` (shortest_edge, or height and width), `crop_size`, `image_mean`, `image_std`,
+`resample`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Said = dict[str, Any]
 
 
 def timm(content: Said, file: Path) -> Said:
-    """What timm's evaluation does with a picture: the shorter side is `crop_pct` larger than the middle that is cut out."""
+    """Return timm's evaluation preprocessing: the shorter side is scaled to the crop divided by `crop_pct`."""
     said = content.get("pretrained_cfg") or {}
     if "input_size" not in said:
         return {}
@@ -66,7 +67,7 @@ def open_clip(content: Said, file: Path) -> Said:
 
 
 def transformers(content: Said, file: Path) -> Said:
-    """With what a preprocessor does unsaid. Of pictures and texts together, that of the pictures."""
+    """Return a preprocessor's values with its defaults filled in; of one for images and texts, those for images."""
     said = content if file.name.startswith("pre") else content.get("image_processor") or {}
     if not said:
         return {}
@@ -103,25 +104,31 @@ PREPARED: Mapping[str, Callable[[Said, Path], Said]] = {
 
 
 def preparation(folder: Path) -> tuple[Path | None, Said]:
-    """Which of the files beside weights says how pictures are prepared, and what it says. Raises `WeightsError`."""
+    """Return the name and content of the file next to the weights that describes the preprocessing.
+
+    Raises `WeightsError` if it cannot be read.
+    """
     there = ((folder / name, way) for name, way in PREPARED.items() if (folder / name).is_file())
     return next(((file, said) for file, way in there if (said := way(read(file), file))), (None, {}))
 
 
 def number(size: Any, *keys: str) -> int | None:
-    """A side as a number, or under one of these keys."""
+    """Return a side length given as a number, or under one of these keys."""
     return size if isinstance(size, int) or not size else next((size[key] for key in keys if size.get(key)), None)
 
 
 def side_of(folder: Path) -> int | None:
-    """Pixels a side of the pictures as the network is shown them."""
+    """Return the side of the network's input images in pixels."""
     said = preparation(folder)[1]
     return number(said.get("crop_size"), "height") or number(said.get("size"), "shortest_edge", "height")
 
 
 def shown(folder: Path, side: int, channels: int, scale: Scale) -> dict[str, str]:
-    """How a network that reads pictures of `side` pixels was shown them, as tasks' options `pixels` and `resize` say it: by
-    the files beside the weights, else with this scale. Raises `WeightsError` where they are made for another side."""
+    """Return the task options `pixels` and `resize` for input images of `side` pixels.
+
+    They come from the files next to the weights, else from `scale`. Raises `WeightsError` if the files are for
+    another side.
+    """
     file, said = preparation(folder)
     size = said.get("size") or side
     short, both = number(size, "shortest_edge"), number({} if isinstance(size, int) else size, "height")
@@ -138,7 +145,7 @@ def shown(folder: Path, side: int, channels: int, scale: Scale) -> dict[str, str
 
 
 def pixels(said: Mapping[str, Any], scale: Scale, channels: int) -> str:
-    """Mean and deviation of each channel, or of the one that there is, as options write them."""
+    """Return mean and standard deviation of each channel as the task option `pixels` writes them."""
     values = [list(said.get(key) or own) for key, own in zip(("image_mean", "image_std"), scale)]
     one: Callable[[list[float]], list[float]] = lambda numbers: [sum(numbers) / len(numbers)]
     values = [own if len(own) == channels else one(own) if channels == 1 else own[:channels] for own in values]

@@ -1,7 +1,7 @@
-"""TorchScript archives, as OpenAI published CLIP: their tensors by name. None of the code in them is run.
+"""Tensors of TorchScript archives, the format in which OpenAI published CLIP. None of their code is run.
 
-An archive is a zip file: `data.pkl` describes a tree of modules, `data/` holds the numbers, and `code/` says of each class
-which of its tensors are parameters and buffers, so that the names are exactly those of its `state_dict()`.
+An archive is a zip file: `data.pkl` describes a tree of modules, `data/` holds the numbers, and `code/` lists
+the parameters and buffers of each class, so that the names are exactly those of its `state_dict()`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES = {
 
 
 class Part:
-    """A module of the archive: its attributes, without any of its code."""
+    """A module of the archive: its attributes without its code."""
 
     kind = ""  # the class that it was of
     state: Any = None
@@ -52,7 +52,9 @@ def same(value: Any, *_: Any) -> Any:
 
 
 class Reader(pickle.Unpickler):
-    """Makes tensors, plain values and `Part`s; refuses all else, so nothing in the file can be called."""
+    """An unpickler that creates tensors, plain values and `Part`s and rejects everything else, so that no code is
+    called.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(root + "data.pkl"))
@@ -86,7 +88,7 @@ class Reader(pickle.Unpickler):
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is of torch.jit.save; torch.save writes zip files too, without code."""
+    """Return whether a file was written by torch.jit.save; torch.save also writes zip files, but without code."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -94,7 +96,9 @@ def is_archive(path: Path) -> bool:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """Parameters and buffers of an archive by name. Raises `WeightsError` where it is damaged or holds anything else."""
+    """Return parameters and buffers of an archive by name. Raises `WeightsError` if it is damaged or holds other
+    objects.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             root = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)).partition("/")[0] + "/"
@@ -117,7 +121,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 def declared(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:
-    """Class -> its parameters and buffers."""
+    """Return the names of the parameters and buffers of each class."""
     found = {}
     for name in archive.namelist():
         if name.startswith(root + "code/") and name.endswith(".py"):

@@ -1,7 +1,7 @@
-"""Weights: public checkpoints in, ours out.
+"""Reading and writing of weights.
 
-`load` reads a file or folder of fieldguide, or of any origin whose names a card lists, into a network.
-`save` writes safetensors under our names or those of an origin.
+`load` reads a file or folder of fieldguide, or of any origin in a card's tables, into a network. `save` writes
+safetensors under our names or those of an origin.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FILES = (
 
 
 def _pickled(path: Path) -> object:
-    """A file of torch.save, read without running any code in it."""
+    """Read a file of torch.save without running any code in it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on the protocol of the pickle
@@ -67,7 +67,7 @@ def _pickled(path: Path) -> object:
 
 
 def _sharded(path: Path) -> dict[str, Tensor]:
-    """All shards that an index names."""
+    """Read all shards that an index lists."""
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
@@ -83,9 +83,10 @@ def _sharded(path: Path) -> dict[str, Tensor]:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: .safetensors, .gguf, .pth/.pt/.bin/.ckpt, an index of shards, or a folder.
+    """Return the tensors of a checkpoint: .safetensors, .gguf, .pth/.pt/.bin/.ckpt, an index of shards, or a
+    folder.
 
-    Raises `WeightsError` where nothing can be read, or only by running code that the file contains.
+    Raises `WeightsError` if nothing can be read, or only by running code that the file contains.
     """
     path = Path(path)
     if path.is_dir():
@@ -113,7 +114,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def _tensors(content: object, where: str) -> dict[str, Tensor]:
-    """The dictionary of tensors in what people save: itself, or under a usual key."""
+    """Return the dictionary of tensors in a loaded object: the object itself, or its value under a usual key."""
     while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -133,7 +134,7 @@ def _tensors(content: object, where: str) -> dict[str, Tensor]:
 
 
 def tables(model: nn.Module) -> dict[str, Table]:
-    """The tables of public names of a network's card, by origin."""
+    """Return the tables of public names of a network's card, by origin."""
     from fieldguide.models.registry import card_of
 
     card = card_of(model)
@@ -141,7 +142,7 @@ def tables(model: nn.Module) -> dict[str, Table]:
 
 
 def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str, Translated]:
-    """The origin, and the form of its names, that fills most of the network."""
+    """Return the origin, and the form of its names, that matches most parameters of the network."""
     wanted, known = model.state_dict().keys(), tables(model)
     if origin not in (None, OURS, *known):
         raise WeightsError(
@@ -171,17 +172,16 @@ def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str,
 def load(
     model: nn.Module, source: str | Path | State, origin: str | None = None, head: Literal["load", "skip"] = "load"
 ) -> list[str]:
-    """Fill a network from a checkpoint; returns the names that were left as they were.
+    """Load a checkpoint into a network and return the names of the parameters that keep their values.
 
-    `source` is a path for `read`, or tensors by name. The origin is recognised by its names unless given.
-    `head="skip"` keeps the network's own last layer where the checkpoint's has another shape or is missing.
-    Raises one `WeightsError` with every missing, unknown and misshaped key; the network is then unchanged.
-    Numbers are converted to the network's precision. Batch counters of normalisation may be missing. Where a tensor has
-    another shape and the module that holds it has a method `refit(name, tensor)`, that says what to take in its place
-    (places learnt for another size of picture); None refuses.
+    `source` is a path for `read`, or tensors by name. The origin is identified by its names unless given.
+    `head="skip"` keeps the network's own last layer if the checkpoint's has another shape or is missing. Raises
+    one `WeightsError` with every missing, unknown and mismatched key; the network is then unchanged.
 
-    Parts of a network that belong to one of several heads (its class names them in `heads`) may differ as a whole: what a
-    file has for other heads is left out, with a `WeightsWarning` that names it, and `head="skip"` keeps all of the
+    Tensors are converted to the network's precision. Batch counters of normalization layers may be missing. If
+    a tensor has another shape and the module that holds it has a method `resize_weight(name, tensor)`, its
+    result is used (such as position embeddings for another image size); None rejects the tensor. Tensors of
+    heads that the network does not have are skipped with a `WeightsWarning`, and `head="skip"` keeps all of the
     network's own head that the file lacks or has in another shape.
     """
     if not isinstance(model, nn.Module):
@@ -263,7 +263,7 @@ def load(
 
 
 def _refitting(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Every tensor of a module that can make others fit: its name, the module, its name there."""
+    """Return the tensors of modules that can resize: name, module, name there."""
     return [
         (f"{prefix}.{part}".removeprefix("."), module, part)
         for prefix, module in model.named_modules()
@@ -277,7 +277,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _place(tensor: Tensor) -> object:
-    """The same for two names of one tensor."""
+    """Return this for two names of one tensor."""
     if not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
@@ -286,8 +286,8 @@ def _place(tensor: Tensor) -> object:
 def save(model: nn.Module, path: str | Path, format: str = OURS) -> Path:
     """Write a network's tensors as safetensors, under our names or those of an origin (`"torchvision"`).
 
-    Tied tensors are written once. The file appears whole or not at all: it is written beside `path`, synced,
-    then renamed. Raises `WeightsError` for an unknown format or a tensor that has no public name.
+    Tied tensors are written once. The file is written atomically. Raises `WeightsError` for an unknown format
+    or a tensor without a public name.
     """
     state = model.state_dict()
     if format != OURS:
