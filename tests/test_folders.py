@@ -322,7 +322,7 @@ def test_names_of_timm_that_are_no_network_here(tmp_path):
     theirs = timm.create_model("resnetblur18", num_classes=5)
     assert theirs.state_dict().keys() == timm.create_model("resnet18", num_classes=5).state_dict().keys()
     folder(theirs, "resnetblur18", tmp_path / "blur")
-    with pytest.raises(WeightsError, match=r"timm's resnetblur18, which is no network here.*resnet18"):
+    with pytest.raises(WeightsError, match=r"timm's resnetblur18, which is not in this library.*resnet18"):
         fieldguide.load(tmp_path / "blur")
     folder(theirs, "resnet18", tmp_path / "odd", num_classes=5, output_stride=8)
     with pytest.raises(WeightsError, match=r"another network than resnet18: model_args\.output_stride=8"):
@@ -333,7 +333,7 @@ def test_names_of_timm_that_are_no_network_here(tmp_path):
 def test_without_its_name_a_file_of_tensorflow_is_refused(tmp_path):
     theirs = timm.create_model("tf_efficientnet_b0", num_classes=5)
     torch.save(theirs.state_dict(), tmp_path / "alone.pth")
-    with pytest.raises(WeightsError, match=r"could be .*efficientnet-b0.*Say which"):
+    with pytest.raises(WeightsError, match=r"could be .*efficientnet-b0.*Specify one"):
         fieldguide.load(tmp_path / "alone.pth")
 
 

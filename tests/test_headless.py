@@ -174,7 +174,7 @@ def test_networks_that_are_not_here_are_named(tmp_path):
         )
     )
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"config.json is of MPNetModel \(model_type='mpnet'\), which is no network here"):
+    with pytest.raises(WeightsError, match=r"config.json is of MPNetModel \(model_type='mpnet'\), which is not in this library"):
         fieldguide.load(tmp_path)
 
 

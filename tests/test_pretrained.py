@@ -196,12 +196,12 @@ def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     state["layer1.0.gate.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "odd.pth")
-    with pytest.raises(WeightsError, match=r"odd\.pth: these 123 tensors are of no network here; nearest come resnet"):
+    with pytest.raises(WeightsError, match=r"odd\.pth: these 123 tensors match no model of this library; the nearest are resnet"):
         fieldguide.load(tmp_path / "odd.pth")
-    with pytest.raises(WeightsError, match=r"does not exist.*hf:organisation/name"):
+    with pytest.raises(WeightsError, match=r"does not exist.*hf:organization/name"):
         fieldguide.load(tmp_path / "none")
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(WeightsError, match=r"config\.json is no JSON"):
+    with pytest.raises(WeightsError, match=r"config\.json is not valid JSON"):
         fieldguide.load(tmp_path / "odd.pth")
 
 

@@ -1,4 +1,6 @@
-"""The advisor: rules held as data, applied to facts about data and machine; every option gets its reasons."""
+"""The advisor: rules held as data (rules.toml), applied to facts about data and machine. Every option gets its
+reasons.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
 
 @dataclass
 class Option:
-    """One size of one architecture: its points, why, and what rules it out (empty where nothing does)."""
+    """One size of one architecture: its points, the reasons for and against it, and why it was rejected (empty if
+    not).
+    """
 
     name: str
     architecture: str
@@ -49,7 +53,7 @@ class Option:
 
 @dataclass
 class Advice:
-    """Options in order of preference, then those ruled out."""
+    """Options in order of preference, then the rejected ones."""
 
     options: list[Option]
     rejected: list[Option]
@@ -70,7 +74,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def holds(when: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
-    """Whether every condition holds: "<1000" and ">0.5" compare numbers, other text is a glob."""
+    """Return whether every condition holds: "<1000" and ">0.5" compare numbers, other text is a glob."""
     for key, wanted in when.items():
         fact = facts.get(key)
         if fact is None:
@@ -91,9 +95,11 @@ def speaks_of(rule: Mapping[str, Any], card: Card) -> bool:
 
 
 def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping[str, Any] = {}) -> Any:
-    """The config of a size for data with these needs, then the user's own changes. Of what a task can use (`gives`, names
-    in the order of its liking), a network with several heads gets the first that it can give. Raises `TypeError`, and
-    `SettingsError` for a network that reads no text where the data has some."""
+    """Return the config of a size for the dimensions of the data, then the user's own fields.
+
+    A network with several heads gets the first output type of the task that it supports. Raises `TypeError` for
+    unknown fields, and `SettingsError` for a network that reads no text if the data has text.
+    """
     if needs.get("vocab_size") and not card.accepts("vocab_size"):
         raise SettingsError(f"{card.name} reads no text, and this data has captions or the like")
     adapted = card.adapt(needs) if card.adapt else {}
@@ -114,11 +120,11 @@ def advise(
     model: str = "auto",
     config: Any = None,
 ) -> Advice:
-    """Ranks every size of every architecture that can be fed (`takes`) and used (`gives`).
+    """Rank every size of every architecture that takes one of the input types and gives one of the output types.
 
-    `facts` are what rules compare: task, rows, and the task's profile. `needs` are the sizes that the data demands.
-    `model` other than "auto" narrows the choice to one name or glob, and then nothing but impossibility rejects; `config` is
-    that of a network of this name which is there already.
+    `facts` are compared by the rules: task, rows, and the task's data facts. `needs` are the dimensions of the
+    data. `model` other than "auto" is one name or glob, and then only what is impossible is rejected. `config`
+    is that of an existing network of this name.
     """
     machine = machine or profile.machine()
     speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
@@ -158,7 +164,7 @@ def advise(
 
 
 def considered(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) -> Option:
-    """An option with the points that rules give it, and its published count of parameters; what it costs is not counted."""
+    """Return an option with the points of the rules and its published parameter count, without measuring its cost."""
     card, size = registry.find(name)
     option = Option(name, card.name)
     try:
@@ -183,7 +189,9 @@ def look_closer(
     machine: Mapping[str, Any],
     config: Any = None,
 ) -> None:
-    """Counts parameters and work of the network as it is (`config`) or would be made for this data, and sizes it up."""
+    """Count parameters and multiply-adds of the network as it is (`config`) or would be built for this data, and
+    rate them.
+    """
     card, size = registry.find(option.name)
     option.parameters, option.rejected = 0, ""
     try:
@@ -204,17 +212,17 @@ def counted(card: Card, config: Any) -> int:
 
 
 def proportion(parameters: int, rows: int) -> float:
-    """Points that a network loses for being ten times too large or too small for the data: half a point."""
+    """Return the points lost for the size of the network: half a point for each factor of ten from the target."""
     return 0.5 * abs(math.log10(max(parameters, 1) / wanted(rows)))
 
 
 def wanted(rows: int) -> float:
-    """Parameters in proportion to the data."""
+    """Return the number of parameters in proportion to the data."""
     return min(max(PARAMETERS * rows, 1e5), 1e8)
 
 
 def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: float, machine: Mapping[str, Any]) -> None:
-    """Rules out what cannot fit or finish, and prefers sizes in proportion to the data."""
+    """Reject what cannot fit or finish, and prefer sizes in proportion to the data."""
     option.seconds = seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed  # backward is twice forward
     if option.parameters * BYTES > 0.8 * machine["memory"]:
         option.seconds, option.slow = math.inf, True
@@ -239,7 +247,7 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
 
 
 def hurried(options: list[Option], minutes: float) -> None:
-    """Where no network can see even a part of the data in the time given, lets the best of the quick ones do what it can."""
+    """If no network can see even part of the data in the given time, accept the best of the fast ones."""
     quickest = min(o.seconds for o in options)
     if quickest < math.inf:
         best = max((o for o in options if o.seconds <= HURRY * quickest), key=lambda o: o.points)
@@ -250,7 +258,7 @@ def hurried(options: list[Option], minutes: float) -> None:
 
 
 def refuse_unable(model: str, able: list[str]) -> str:
-    """The size that the user asked for. Raises `SettingsError` where it cannot do this task."""
+    """Return the option that the user named. Raises `SettingsError` if it cannot do this task."""
     card, size = registry.find(model)
     if size not in [*able, card.tiny]:
         others = sorted({registry.card(n).name for n in able})
@@ -262,7 +270,7 @@ def refuse_unable(model: str, able: list[str]) -> str:
 
 
 def asked_for(option: Option) -> Advice:
-    """The one that the user named: nothing but impossibility rejects it."""
+    """Return the named option, rejected only if it is impossible."""
     option.reasons.insert(0, "you asked for it")
     if not option.parameters:
         raise SettingsError(

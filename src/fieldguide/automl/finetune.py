@@ -28,9 +28,7 @@ RATES = {"whole": {"lr": 1e-3, "layer_decay": 0.65}, "lora": {"lr": 1e-3}, "froz
 PARAMETERS_OF_MEASURED_RATE = 22_000_000
 
 
-def default_options(
-    kind: type[Task], checkpoint: Checkpoint, requested: Mapping[str, Any], callback: Any
-) -> dict[str, Any]:
+def default_options(kind: type[Task], checkpoint: Checkpoint, requested: Mapping[str, Any], callback: Any) -> dict[str, Any]:
     """Return task options that the checkpoint determines, such as its tokenizer and normalization, then those requested.
 
     Warns if the checkpoint has a vocabulary and its tokenizer cannot be found.

@@ -69,9 +69,7 @@ def describe(name: str, fields: Mapping[str, Any]) -> Any:
     return show(name, **fields)
 
 
-def check_names(
-    *, task: str | None = None, model: str = "auto", settings: Mapping[str, Any] | None = None
-) -> None:
+def check_names(*, task: str | None = None, model: str = "auto", settings: Mapping[str, Any] | None = None) -> None:
     """Raise `SettingsError` for unknown names of task, model or settings, without importing torch.
 
     Does nothing if the index is out of date: the names are checked again where they are used.

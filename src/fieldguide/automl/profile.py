@@ -1,4 +1,4 @@
-"""What a network and a machine are, in numbers: parameters, multiply-adds, speed, memory."""
+"""Cost of networks and speed of this machine: parameters, multiply-adds, memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from fieldguide.core.hardware import cores, ram
 
 
 def parameters(model: nn.Module) -> int:
-    """Parameters, buffers excluded, tied ones once."""
+    """Return the number of parameters, without buffers, counting tied ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int = 224, device: str = "meta") -> tuple:
-    """Inputs of the shapes that a network of this config takes, for measuring: zeros. `length` tokens and `side`
-    pixels hold where the config leaves them open."""
+    """Return zero inputs with the shapes that a network of this config takes. `length` tokens and `side` pixels
+    apply if the config leaves them open.
+    """
     get = lambda word, default: getattr(config, card.names.get(word, word), default)
     if card.input_type == "image":
         side = get("image", side)
@@ -77,8 +78,10 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
 
 
 class RecurrentFlops:
-    """Counts recurrent layers by formula, and lets them only say their shapes: torch's counter gives fused ones 0, and
-    on meta they would walk every token in Python."""
+    """Count recurrent layers by formula inside the block, and compute only their output shapes.
+
+    torch's counter gives fused recurrent layers 0, and on the meta device they would run every token in Python.
+    """
 
     def __init__(self, model: nn.Module):
         self.total = 0
@@ -97,7 +100,7 @@ class RecurrentFlops:
 
 @functools.cache
 def multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224) -> int:
-    """Multiply-adds of one forward pass of one example: half of the floating-point operations."""
+    """Return the multiply-adds of one forward pass of one example: half of the floating-point operations."""
     from fieldguide.models import registry
 
     card = registry.cards()[card_name]
@@ -111,7 +114,7 @@ def multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """This machine: device, cores, memory in bytes, and measured floating-point operations a second."""
+    """Return this machine's device, cores, memory in bytes, and measured floating-point operations per second."""
     from fieldguide.core import distributed
 
     device = distributed.device()
@@ -130,7 +133,7 @@ def machine() -> dict[str, Any]:
 
 
 def flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 8) -> float:
-    """Floating-point operations a second of a square matrix product, the best of a few."""
+    """Return the floating-point operations per second of a square matrix product, the best of a few runs."""
     x = torch.randn(side, side, device=device).to(dtype)
     best = float("inf")
     for _ in range(repeats):

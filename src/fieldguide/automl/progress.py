@@ -19,7 +19,9 @@ MOST = 30  # columns of a table of data that are listed
 
 
 class Progress:
-    """Tells a person how `fit` goes: what was found and chosen, then a bar with loss, scores and time left."""
+    """Show the progress of `fit` on the terminal: the data, the choice, then a bar with loss, scores and time
+    left.
+    """
 
     def __init__(self) -> None:
         self.bar: Bar | None = None

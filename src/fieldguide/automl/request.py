@@ -1,4 +1,4 @@
-"""What a user asks of a fit, as run.json keeps it: settings by where they belong, and the data that is meant."""
+"""The request of a fit as run.json stores it: settings by group, and the location of the data."""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ from fieldguide.tasks import task as task_named
 
 
 def grouped(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
-    """Settings by where they belong: training, model.*, task.*, column.*, role.*"""
+    """Return settings by group: training, model.*, task.*, column.*, role.*."""
     groups: dict[str, dict[str, Any]] = {"": {}, "model": {}, "task": {}, "column": {}, "role": {}}
     for key, value in settings.items():
         prefix, dot, rest = key.partition(".")
         if dot and prefix not in groups:
             raise SettingsError(f"--set {key}: there is no group {prefix!r}; groups are model., task., column. and role.")
         groups[prefix if dot else ""][rest if dot else key] = value
-    return canonical(groups[""]), {k: parse_literal(v) for k, v in groups["model"].items()}, groups["task"], groups["column"], groups["role"]
+    return (
+        canonical(groups[""]),
+        {k: parse_literal(v) for k, v in groups["model"].items()},
+        groups["task"],
+        groups["column"],
+        groups["role"],
+    )
 
 
 def address(data: Any) -> str | None:
-    """Where data can be found again, from any folder; None for what is in memory."""
+    """Return a location from which the data can be read again from any folder, or None for data in memory."""
     if not isinstance(data, str | Path):
         return None
     path = Path(data).expanduser()
@@ -37,7 +43,7 @@ def address(data: Any) -> str | None:
 
 
 def read_request(request: Mapping[str, Any], data: Any) -> Data:
-    """Reads data as it was asked for: with what the task wants of its columns, where a task is named."""
+    """Read the requested data, with the column specification of the task if one is named."""
     column_spec = task_named(request["task"]).column_spec if request.get("task") else ColumnSpec()
     return read(
         request["data"] if data is None else data,
@@ -52,8 +58,11 @@ def read_request(request: Mapping[str, Any], data: Any) -> Data:
 
 
 def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task], str]:
-    """The data as the task wants it, the task, and why it is that. A task that is found to be the one is noted in the
-    request where it asks more of the columns, so that they are read so again."""
+    """Return the data, its task, and the reason for that task.
+
+    If the inferred task has its own column specification, it is noted in the request and the data is read with
+    it.
+    """
     known = SAMPLES.get(request["data"]) if isinstance(request["data"], str) else None
     if known and not request["task"] and task_named(known.task).column_spec != ColumnSpec():
         request["task"], request["target"] = known.task, request["target"] or known.target or None

@@ -36,7 +36,7 @@ BATCH = 1024  # rows that are predicted at once
 
 
 class Tabular(BaseEstimator):
-    """What classifier and regressor share."""
+    """The common part of classifier and regressor."""
 
     task: ClassVar[str]
     kind: ClassVar[str]  # of the target column
@@ -61,10 +61,10 @@ class Tabular(BaseEstimator):
         self.out = out
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Chooses a network for the rows of X, an array or data frame, and trains it to answer y.
+        """Choose a network for the rows of X, an array or data frame, and train it to predict y.
 
-        Part of the rows is held out to choose the best weights by. Raises `ValueError` where the data or a setting
-        cannot be used; the text says what to do.
+        Part of the rows is held out to select the best weights. Raises `ValueError` if the data or a setting
+        cannot be used; the message says what to do.
         """
         X, y = self.checked(X, y)
         y, seed = self.encoded(y), self.seed()
@@ -80,7 +80,9 @@ class Tabular(BaseEstimator):
         return self
 
     def train(self, data: Data, settings: dict[str, Any], seed: int) -> None:
-        """Decides and trains without a folder; every row that is not held out for validation is trained on."""
+        """Plan and train without a run folder; all rows that are not held out for validation are used for
+        training.
+        """
         callback = self.callback()
         plan = fitting.build_plan(
             data,
@@ -105,7 +107,7 @@ class Tabular(BaseEstimator):
         self.n_steps_, self.validation_score_ = state.step, state.best
 
     def record(self, X: Any, y: np.ndarray, settings: dict[str, Any], seed: int) -> None:
-        """Trains into a run folder, with a test part and a report, exactly as `fieldguide.fit` does."""
+        """Train into a run folder, with a test part and a report, as `fieldguide.fit` does."""
         table, kinds = self.columns(X), {}
         if isinstance(X, np.ndarray):
             kinds = {f"column.{name}": "number" for name in table.columns}

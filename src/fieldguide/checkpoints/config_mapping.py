@@ -30,9 +30,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise WeightsError(f"{path} is no JSON: {error}") from None
+        raise WeightsError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not the keys of a configuration")
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a dictionary of keys")
     return content
 
 
@@ -62,7 +62,7 @@ def named(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, A
     name = str(config["architecture"]).partition(".")[0]
     if name not in known:
         raise WeightsError(
-            f"{where} is of timm's {name}, which is no network here.{nearest(name, known)} Relatives may have "
+            f"{where} is of timm's {name}, which is not in this library.{nearest(name, known)} Relatives may have "
             "the same tensors and compute otherwise; where you know what it is, say name=..."
         )
     card, meant = known[name]

@@ -63,7 +63,7 @@ def fetched(name: str, callback: Callable[[str], None] = aloud) -> Path:
     """
     repository, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise WeightsError(f"hf:{name} is no model of the hub: say hf:organisation/name, or hf:organisation/name@revision")
+        raise WeightsError(f"hf:{name} is not a model name: use hf:organization/name or hf:organization/name@revision")
     revision = revision or "main"
     folder = home() / repository.replace("/", "--") / revision.replace("/", "--")
     quoted, note = urllib.parse.quote(revision, safe=""), folder / NOTED
@@ -72,7 +72,7 @@ def fetched(name: str, callback: Callable[[str], None] = aloud) -> Path:
     except Unreachable as error:
         if not note.is_file():
             raise
-        callback(f"{error}\nTaken instead: what was fetched before, in {folder}")
+        callback(f"{error}\nUsing the files downloaded before, in {folder}")
         return folder
     wanted = chosen(list(entries))
     if not any(path.endswith((".safetensors", ".bin")) for path in wanted):
@@ -119,14 +119,14 @@ def opened(url: str, name: str, start: int = 0) -> Any:
     except urllib.error.HTTPError as error:
         why = {
             401: "it is private or gated: accept its terms on its page, then set HF_TOKEN",
-            403: "you may not read it",
-            404: "there is no such model or revision",
+            403: "access is denied",
+            404: "this model or revision does not exist",
         }.get(error.code, error.reason)
         raise WeightsError(f"hf:{name}: {why} ({endpoint} answered {error.code})") from None
     except (urllib.error.URLError, OSError) as error:
         raise Unreachable(
-            f"hf:{name}: {endpoint} cannot be reached ({getattr(error, 'reason', error)}). Where the files lie "
-            "on this machine already, give their folder."
+            f"hf:{name}: {endpoint} cannot be reached ({getattr(error, 'reason', error)}). If the files are "
+            "on this machine already, pass their folder."
         ) from None
 
 
@@ -167,18 +167,18 @@ def fetch(url: str, path: Path, entry: dict[str, Any], name: str, callback: Call
                     callback(f"{entry['path']}: {done / 1e6:,.1f} of {size / 1e6:,.1f} MB; about {left:,.0f} s left")
         except OSError as error:
             raise WeightsError(
-                f"hf:{name}: {entry['path']} broke off after {file.tell():,} of {size:,} bytes "
-                f"({error}). Ask again to go on from there."
+                f"hf:{name}: {entry['path']} was interrupted after {file.tell():,} of {size:,} bytes "
+                f"({error}). Run again to resume the download."
             ) from None
     if part.stat().st_size < size:
         raise WeightsError(
-            f"hf:{name}: {entry['path']} broke off after {part.stat().st_size:,} of {size:,} bytes. "
-            "Ask again to go on from there."
+            f"hf:{name}: {entry['path']} was interrupted after {part.stat().st_size:,} of {size:,} bytes. "
+            "Run again to resume the download."
         )
     if digested(part, entry) != digest(entry):
         part.unlink()
         raise WeightsError(
-            f"hf:{name}: {entry['path']} is not what the hub says it is (another digest); it was not kept. "
-            "Ask again; where it happens again, something between here and the hub changes files."
+            f"hf:{name}: {entry['path']} does not match the digest of the hub and was discarded. "
+            "Run again; if it fails again, something between this machine and the hub alters files."
         )
     os.replace(part, path)

@@ -133,9 +133,9 @@ def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str,
     if not fits:
         nearby = ", ".join(dict.fromkeys(f"{name} ({origin})" for _, name, origin in sorted(near, reverse=True)))
         raise WeightsError(
-            f"{where}: these {len(state)} tensors are of no network here"
+            f"{where}: these {len(state)} tensors match no model of this library"
             + (
-                f"; nearest come {nearby}. Say which it is: name=..."
+                f"; the nearest are {nearby}. Specify it with name=..."
                 if nearby
                 else f" (they begin {', '.join(list(state)[:3])})."
             )
@@ -145,7 +145,7 @@ def recognised(state: Mapping[str, Tensor], where: str) -> tuple[Card, str, str,
     if len({(card.name, config) for _, _, _, config, card, *_ in best}) > 1:
         raise WeightsError(
             f"{where} could be {' or '.join(dict.fromkeys(fit[5] for fit in best))}: their tensors look "
-            "the same, but they compute differently. Say which: name=..."
+            "the same, but they compute differently. Specify one with name=..."
         )
     return best[0][4:]
 

@@ -151,8 +151,8 @@ def inspect_checkpoint(
     path = Path(source)
     if not path.exists():
         raise WeightsError(
-            f"{path} does not exist. For a model of the Hugging Face hub say hf:organisation/name; for a "
-            "network with fresh weights, fieldguide.create."
+            f"{path} does not exist. For a model of the Hugging Face Hub use hf:organization/name; for a "
+            "network with new weights, fieldguide.create."
         )
     if run_folder.is_run(path):
         card, config, state = run_folder.read_network(path)
@@ -189,7 +189,7 @@ def inspect_checkpoint(
                 raise
             raise WeightsError(
                 f"{beside} is of {' or '.join(said.get('architectures') or ['a network'])} "
-                f"(model_type={said['model_type']!r}), which is no network here. {error}"
+                f"(model_type={said['model_type']!r}), which is not in this library. {error}"
             ) from None
     values = {**card.sizes[size].overrides, **changes}
     if headless(card, values, state):

@@ -71,7 +71,7 @@ def _sharded(path: Path) -> dict[str, Tensor]:
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{path} is no index of shards: it has no readable weight_map ({error})") from None
+        raise WeightsError(f"{path} is not an index of shards: it has no readable weight_map ({error})") from None
     if outside := [name for name in shards if Path(name).name != name]:
         raise WeightsError(f"{path} names files outside its folder: {', '.join(outside)}")
     if lost := [name for name in shards if not (path.parent / name).is_file()]:
@@ -185,7 +185,9 @@ def load(
     network's own head that the file lacks or has in another shape.
     """
     if not isinstance(model, nn.Module):
-        raise WeightsError(f"load fills a network, and {model!r} is none: make one first with fieldguide.create('resnet18').")
+        raise WeightsError(
+            f"load needs a network, but got {model!r} is none: make one first with fieldguide.create('resnet18')."
+        )
     where = "the checkpoint" if isinstance(source, Mapping) else str(source)
     state = _tensors(source, where) if isinstance(source, Mapping) else read(source)
     found, done = _recognise(model, state, origin)

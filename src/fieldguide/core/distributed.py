@@ -1,4 +1,4 @@
-"""Several processes under `torchrun`: gloo on CPUs, NCCL on GPUs. Alone, every call here costs nothing."""
+"""Processes started by `torchrun`: gloo on CPUs, NCCL on GPUs. With a single process, every call is free."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def world() -> int:
 
 
 def device() -> torch.device:
-    """This process's accelerator, else the CPU."""
+    """Return this process's accelerator, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if torch.backends.mps.is_available():
@@ -30,7 +30,7 @@ def device() -> torch.device:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Joins the group that `torchrun` started, if it did, and leaves it at the end."""
+    """Join the process group of `torchrun`, if there is one, and leave it at the end."""
     started = "RANK" in os.environ and not dist.is_initialized()
     if started:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -45,7 +45,7 @@ def processes() -> Iterator[None]:
 
 @contextmanager
 def turns() -> Iterator[None]:
-    """The first process of each machine goes first, then the others: what it leaves on the disk, they find there."""
+    """Run the block first on the first process of each machine, then on the others, which find its files."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world() > 1 and not first:
         dist.barrier()
@@ -57,7 +57,7 @@ def turns() -> Iterator[None]:
 
 
 def broadcast(value: Any) -> Any:
-    """What the first process holds, in every process (settings measured there, a path chosen there)."""
+    """Return the value of the first process in every process."""
     if world() == 1:
         return value
     box = [value]
@@ -66,7 +66,7 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank, in every process."""
+    """Return the values of all processes, by rank, in every process."""
     if world() == 1:
         return [value]
     box: list[Any] = [None] * world()

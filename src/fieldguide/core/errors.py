@@ -1,4 +1,4 @@
-"""Errors that a user can act on. The CLI prints their text alone, without a traceback."""
+"""Errors that a user can act on. The command line prints their text without a traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class FieldguideError(Exception):
-    """Something in the data, the settings or the machine that the user can mend."""
+    """A problem in the data, the settings or the machine that the user can fix."""
 
 
 class DataError(FieldguideError):
@@ -19,7 +19,7 @@ class SettingsError(FieldguideError):
 
 
 class WeightsWarning(UserWarning):
-    """Part of a checkpoint has no place in the network, and needs none."""
+    """Part of a checkpoint is not used by the network, which does not need it."""
 
 
 class WeightsError(FieldguideError):
@@ -35,7 +35,7 @@ class TrainingError(FieldguideError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the closest known word, or an empty string."""
+    """Return `" Did you mean 'x'?"` for the closest known word, or an empty string."""
     match = difflib.get_close_matches(word.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.5)
     names = {k.lower(): k for k in known}
     return f" Did you mean {names[match[0]]!r}?" if match else ""

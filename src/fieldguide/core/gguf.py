@@ -1,5 +1,7 @@
-"""GGUF files, of llama.cpp and its kin: tensors as numbers of float32, whatever they are packed in, and what the file says
-of its network and tokenizer. Needs the package `gguf`."""
+"""GGUF files of llama.cpp: tensors as float32, whatever their quantization, metadata and tokenizer.
+
+Needs the package `gguf`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from fieldguide.core.errors import WeightsError
 
 
 def opened(path: Path) -> Any:
-    """The file, mapped into memory. Raises `WeightsError` where it is none or the package is missing."""
+    """Map a file into memory. Raises `WeightsError` if it is not GGUF or the package is missing."""
     return reader(path, path.stat().st_mtime_ns)
 
 
@@ -37,7 +39,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """What the file says, each part of a key a level: {"general": {"architecture": "llama"}, ...}."""
+    """Return the metadata as nested dictionaries: {"general": {"architecture": "llama"}, ...}."""
     said: dict[str, Any] = {}
     for key, field in opened(path).fields.items():
         *parents, last = key.split(".")
@@ -65,8 +67,10 @@ PARTED = {"llama-bpe": LLAMA3, "qwen2": LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
 def tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
-    """The tokenizer that a file holds, its special tokens by name, and its chat template. Raises `WeightsError` for kinds
-    other than byte-level pairs."""
+    """Return the tokenizer of a file, its special tokens by name, and its chat template.
+
+    Raises `WeightsError` for tokenizers other than byte-level BPE.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     said = metadata(path).get("tokenizer", {})

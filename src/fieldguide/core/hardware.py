@@ -1,4 +1,4 @@
-"""The machine under us: cores and memory. Imports nothing of the project."""
+"""Cores and memory of this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def cores() -> int:
 
 
 def ram() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's limit."""
+    """Return the bytes of memory that this process may use: the machine's, or its container's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
     try:
         with open("/sys/fs/cgroup/memory.max") as file:
@@ -24,17 +24,17 @@ def ram() -> int:
 
 
 def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+    """Return the largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def keep_memory() -> bool:
-    """From now on this process keeps large blocks of memory that are freed, to use them again; True where that could be
-    said, which is on Linux with glibc.
+    """Keep freed blocks of memory in this process for reuse. Returns whether that is supported (Linux with glibc).
 
-    Else each step of training gives its gradients and activations back to the system, which hands them out again page by
-    page, filled with zeros: 6 to 10 % of a step on a CPU (T5-small, GPT-2). The most that is ever held stays the same.
+    Otherwise each training step returns its gradients and activations to the system, which hands them out again
+    page by page, filled with zeros: 6 to 10 % of a step on a CPU (T5-small, GPT-2). The peak memory stays the
+    same.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,6 +1,6 @@
-"""Exhibits: what a report shows, as plain data. Tasks make them, the report draws them; neither knows the other.
+"""Elements of a report as plain data: tasks create them, the report draws them, and neither knows the other.
 
-A new task needs no change in the report, a new look no change in any task. Imports no torch.
+A new task needs no change in the report, and a new design no change in any task. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Exhibit:
-    """`title` heads it; `note` says in a sentence or two how to read it."""
+    """An element with a title and a note of a sentence or two on how to read it."""
 
     title: str
     note: str = ""
@@ -69,7 +69,7 @@ class Matrix(Exhibit):
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a gallery: PNG, JPEG or WebP bytes, and what to say under it."""
+    """One image of a gallery: PNG, JPEG or WebP bytes, and its caption."""
 
     image: bytes
     caption: str
@@ -78,7 +78,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery(Exhibit):
-    """Pictures side by side; `wide` ones in their own proportions, few in a row."""
+    """Images side by side; `wide` ones in their own proportions, few in a row."""
 
     pictures: Sequence[Picture] = ()
     wide: bool = False
@@ -86,7 +86,7 @@ class Gallery(Exhibit):
 
 @dataclass(frozen=True)
 class Sound:
-    """One sound of a list: MP3, Ogg, FLAC or WAV bytes, and what to say under it."""
+    """One recording: MP3, Ogg, FLAC or WAV bytes, and its caption."""
 
     sound: bytes
     caption: str
@@ -95,14 +95,14 @@ class Sound:
 
 @dataclass(frozen=True)
 class Sounds(Exhibit):
-    """Sounds to listen to, one below another."""
+    """Recordings with a player each."""
 
     sounds: Sequence[Sound] = ()
 
 
 @dataclass(frozen=True)
 class Quote:
-    """One text of a list: the text, what was true, what was said, how sure."""
+    """One text with its target, its prediction and the confidence."""
 
     text: str
     caption: str
@@ -111,6 +111,6 @@ class Quote:
 
 @dataclass(frozen=True)
 class Quotes(Exhibit):
-    """Texts, one below another."""
+    """Texts with targets and predictions."""
 
     quotes: Sequence[Quote] = ()

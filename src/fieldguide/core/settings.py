@@ -1,4 +1,4 @@
-"""Settings: every number that training follows, with its meaning. None means: chosen from data and machine."""
+"""Training settings with their defaults and meanings. None means: chosen from data and machine."""
 
 from __future__ import annotations
 
@@ -48,12 +48,17 @@ class Settings:
     seed: int = 0
 
     def with_(self, changes: Mapping[str, Any]) -> Settings:
-        """These settings with changes laid over; values may be text. Raises `SettingsError` for unknown keys."""
+        """Return these settings with changes applied; values may be text. Raises `SettingsError` for unknown keys
+        and values.
+        """
         return replace(self, **{key: parse(key, value) for key, value in canonical(changes).items()})
 
     def overruled(self, asked: Mapping[str, Any]) -> Settings:
-        """A recipe with what a person asks laid over it. Its rate is for its optimizer: another one brings its own, unless
-        the person names a rate, too."""
+        """Return a recipe with the user's settings applied.
+
+        The recipe's learning rate belongs to its optimizer: another optimizer brings its own, unless the user
+        sets a rate too.
+        """
         asked = canonical(asked)
         other = "lr" not in asked and asked.get("optimizer", self.optimizer) != self.optimizer
         return self.with_({"lr": RATES.get(asked["optimizer"], self.lr), **asked} if other else asked)
@@ -146,7 +151,7 @@ def canonical(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(key: str, value: Any) -> Any:
-    """A value for a setting, read from text where it is text. Raises `SettingsError` naming the key."""
+    """Return the value of a setting, parsed if it is text. Raises `SettingsError` naming the key."""
     known = {f.name for f in fields(Settings)}
     if key not in known:
         raise SettingsError(
@@ -167,7 +172,7 @@ def parse(key: str, value: Any) -> Any:
 
 
 def from_text(label: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind` (a type or a union with None). Text is read; a number of the wrong kind is refused."""
+    """Return `value` as `kind`, a type or a union with None. Raises `SettingsError` for values of another type."""
     kinds = getattr(kind, "__args__", (kind,))
     if value is None or (isinstance(value, str) and value.lower() in ("none", "auto") and type(None) in kinds):
         return None
@@ -207,8 +212,7 @@ def canonical_predict_options(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def asked_of(who: str, asked: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """What a user says on the command line, as these kinds. Raises `SettingsError` for an unknown key and for a value that
-    cannot be."""
+    """Return command-line options with these types. Raises `SettingsError` for unknown keys and wrong values."""
     asked = canonical_predict_options(asked)
     for key in asked:
         if key not in kinds:

@@ -1,11 +1,9 @@
-"""Charts as inline SVG, and the small tools every drawing shares: `el` for mark-up, `number` for figures.
+"""Charts as inline SVG, and the helpers of all drawings: `el` for markup, `number` for figures.
 
-No plotting library: a report has three kinds of chart, and their text must stay crisp and selectable, follow
-the page's light or dark colours and read well on a telephone. Colours live in report.css; here are only class
-names.
-
-A curve is drawn twice, wide and narrow, and the style sheet shows the one that fits its box: one drawing
-scaled to both would have tiny text on a telephone or huge text on a desk.
+No plotting library: a report has three kinds of chart, whose text must be selectable, follow the page's light
+or dark colors and be readable on a phone. Colors are in report.css; this module uses class names only. A curve
+is drawn twice, wide and narrow, and the style sheet shows the one that fits: one drawing scaled to both would
+have tiny text on a phone or huge text on a desktop.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ud800-\
 
 
 def clean(text: Any) -> str:
-    """Text that any parser accepts: forbidden characters become the replacement character."""
+    """Return text that any parser accepts, with forbidden characters replaced."""
     return text if isinstance(text, Markup) else FORBIDDEN.sub("\ufffd", str(text))
 
 
@@ -64,14 +62,14 @@ def join(parts: Iterable[Markup]) -> Markup:
 
 
 def plain(value: Any) -> Any:
-    """NumPy and tensor scalars as Python ones; integers beyond any float as text."""
+    """Return NumPy and tensor scalars as Python ones; integers beyond the range of floats as text."""
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         value = value.item()
     return str(value) if isinstance(value, int) and value.bit_length() > 1000 else value
 
 
 def number(value: Any, decimals: int | None = None) -> str:
-    """A figure for people: `0.9861`, `12,345`, `1.23 M`, `3·10⁻⁵`; what is missing or not a number is `–`."""
+    """Format a number for people: `0.9861`, `12,345`, `1.23 M`, `3·10⁻⁵`; missing values and NaN are `–`."""
     value = plain(value)
     if value is None or value != value:
         return "–"
@@ -96,7 +94,7 @@ def number(value: Any, decimals: int | None = None) -> str:
 
 
 def power(size: float) -> str:
-    """Scientific notation without the E: 3·10⁻⁵."""
+    """Format in scientific notation without the E: 3·10⁻⁵."""
     size = float(min(size, 10**308))
     mantissa, exponent = f"{size:.2e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".")
@@ -109,7 +107,7 @@ def is_number(value: Any) -> bool:
 
 
 def decimals_of(values: Sequence[float]) -> int | None:
-    """Decimals that suit a whole column, so that its points align; None where sizes differ too much."""
+    """Return a number of decimals for a whole column, so that its points align, or None if sizes differ too much."""
     sizes = [abs(v) for v in values if v and math.isfinite(v)]
     if not sizes or max(sizes) >= 1e4 or min(sizes) < 1e-4 or max(sizes) / min(sizes) > 1e4:
         return None
@@ -122,14 +120,14 @@ def decimals_of(values: Sequence[float]) -> int | None:
 
 
 def column(values: Iterable[Any]) -> np.ndarray:
-    """A new float array; None and what no axis could hold become NaN."""
+    """Return a new float array; None and infinite values become NaN."""
     array = np.array(values if isinstance(values, np.ndarray) else list(values), dtype=float)
     array[~(np.abs(array) < 1e300)] = np.nan
     return array
 
 
 def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
-    """About `count` round values within [low, high]: steps of 1, 2, 2.5 or 5 times a power of ten."""
+    """Return about `count` round values within [low, high]: steps of 1, 2, 2.5 or 5 times a power of ten."""
     rough = (high - low) / max(count, 1)
     base = 10.0 ** math.floor(math.log10(rough))
     step = base * next(f for f in (1, 2, 2.5, 5, 10) if f * base >= rough * 0.999)
@@ -140,7 +138,7 @@ def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> li
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:
-    """One style for all ticks of an axis, with no more digits than their distance needs."""
+    """Format all ticks of an axis alike, with no more digits than their distance needs."""
     if len(values) < 2:
         return [number(v) for v in values]
     biggest, step = max(map(abs, values)), min(b - a for a, b in pairwise(values))
@@ -170,7 +168,7 @@ class Axis:
 
 
 def axis(values: np.ndarray, *, count: int = 5, log: bool = False, pad: float = 0.04) -> Axis:
-    """An axis that holds all finite values; it starts at zero where the data come near it."""
+    """Return an axis for all finite values; it starts at zero if the data come near it."""
     values = values[np.isfinite(values)]
     if log:
         values = values[values > 0]
@@ -213,7 +211,7 @@ def axis(values: np.ndarray, *, count: int = 5, log: bool = False, pad: float = 
 
 
 def width_of(text: str) -> float:
-    """About how wide a label is, in the drawing's units: text cannot be measured without a browser."""
+    """Estimate the width of a label in drawing units: text cannot be measured without a browser."""
     return 6.5 * len(text)
 
 
@@ -304,7 +302,7 @@ def colour(index: int) -> str:
 
 
 def path(frame: Frame, xs: np.ndarray, ys: np.ndarray) -> str:
-    """The `d` of a curve; a value that is missing leaves a gap instead of a bridge."""
+    """Return the `d` attribute of a curve; missing values leave a gap."""
     pen, parts = "M", []
     for x, y in zip(np.round(frame.x(xs), 1).tolist(), np.round(frame.y(ys), 1).tolist()):
         if y != y or x != x:
@@ -316,7 +314,7 @@ def path(frame: Frame, xs: np.ndarray, ys: np.ndarray) -> str:
 
 
 def thin(ys: np.ndarray, most: int = 320) -> np.ndarray:
-    """Indices to draw of a long curve: lowest and highest of each stretch, so that no spike is lost."""
+    """Return the indices to draw of a long curve: the extremes of each stretch, so that no spike is lost."""
     if len(ys) <= most:
         return np.arange(len(ys))
     kept = {0, len(ys) - 1}
@@ -428,7 +426,7 @@ def last(ys: np.ndarray) -> float:
 
 
 def describe(exhibit: report_elements.Lines, curves: dict) -> str:
-    """The chart in words, for those who hear the page."""
+    """Describe the chart in words, for screen readers."""
     said = []
     for name, (_, ys) in list(curves.items())[:8]:
         real = ys[np.isfinite(ys)]
@@ -471,7 +469,9 @@ def mark_label(frame: Frame, name: str, at: float, row: int) -> Markup:
 
 
 def stagger(marks: dict[str, float], place, width: float, most: int = 4) -> dict[str, int]:
-    """A row for the label of each mark, so that labels do not overlap; those beyond `most` rows get none."""
+    """Assign a row to the label of each mark, so that labels do not overlap; labels beyond `most` rows are left
+    out.
+    """
     rows: dict[str, int] = {}
     ends = [-math.inf] * most
     for name, at in sorted(marks.items(), key=lambda pair: pair[1]):
@@ -503,7 +503,7 @@ def direct_labels(frame: Frame, ends: dict[str, float]) -> list[Markup]:
 
 
 def scatter(exhibit: report_elements.Scatter, most: int = 1500) -> Markup:
-    """Points; a very large cloud is thinned evenly, and the page says so."""
+    """Draw points; a very large cloud is thinned evenly, which the page states."""
     points = column(exhibit.points).reshape(-1, 2) if len(exhibit.points) else np.empty((0, 2))
     good = points[np.isfinite(points).all(axis=1)]
     lost = left_out(len(points) - len(good), "missing or not a number")
@@ -540,7 +540,7 @@ def scatter(exhibit: report_elements.Scatter, most: int = 1500) -> Markup:
 
 
 def bars(exhibit: report_elements.Bars, most: int = 20) -> Markup:
-    """Horizontal bars from zero. Labels and figures are text of the page, so that long names wrap."""
+    """Draw horizontal bars from zero. Labels and figures are text of the page, so that long names wrap."""
     if not exhibit.values:
         return NOTHING
     values = {str(name): plain(v) for name, v in exhibit.values.items()}

@@ -1,6 +1,6 @@
-"""Glimpses: what a network makes while it learns, kept in the run folder for the report.
+"""Samples that a network produces during training, kept in the run folder for the report.
 
-Which evaluations are looked at is a function of the step alone, so a resumed run looks at the same ones.
+Which evaluations are sampled depends on the step alone, so a resumed run samples the same ones.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ VIEWS = 8  # of a whole run
 
 
 class Glimpses:
-    """Looks, stores and reads. `exhibits` of a glimpse are galleries and quotes."""
+    """Store and read the samples of a run. They are galleries and quotes."""
 
     def __init__(self, run: Path):
         self.folder = run / "glimpses"
 
     def look(self, step: int, settings: Settings, make: Callable[[], list[Exhibit]]) -> None:
-        """Stores what `make` gives, where this evaluation is one of the few to look at."""
+        """Store the result of `make` if this evaluation is one of the few to sample."""
         part = lambda s: s * VIEWS // settings.steps
         if part(step) == part(max(step - settings.eval_steps, 0)) and step != settings.steps:
             return
@@ -37,14 +37,14 @@ class Glimpses:
             write_atomically(self.folder / f"step-{step:08d}.json", json.dumps(shown, ensure_ascii=False).encode())
 
     def read(self) -> list[tuple[int, list[Exhibit]]]:
-        """(step, exhibits) in order of training."""
+        """Return (step, elements) in order of training."""
         return [
             (int(path.stem.removeprefix("step-")), [unpacked(e) for e in json.loads(path.read_text())])
             for path in sorted(self.folder.glob("step-*.json"))
         ]
 
     def together(self) -> list[Exhibit]:
-        """One exhibit for each title, over all steps: the report's view."""
+        """Return one element for each title over all steps, as the report shows them."""
         joined: dict[str, Exhibit] = {}
         for step, exhibits in self.read():
             for e in exhibits:

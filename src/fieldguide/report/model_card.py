@@ -1,4 +1,4 @@
-"""The model card: README.md with the metadata the Hugging Face hub reads, laid out for a terminal too."""
+"""The model card: README.md with the metadata that the Hugging Face Hub reads."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WIDEST = 60  # columns are padded to align, but one long cell must not widen the
 def card(
     *, title: str, verdict: str, facts: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str | Table]], front: dict
 ) -> str:
-    """The card as Markdown: front matter, title, verdict, facts, then each section under its heading.
+    """Return the card as Markdown: front matter, title, verdict, facts, then each section under its heading.
 
-    A section's text is Markdown and stays as it is; everything else is escaped. `front` becomes the front
-    matter key by key. Where it has `task` and `metrics` but no `model-index`, these become one: `metrics` is
-    name -> value or a list of {"type", "value", "name"}, `dataset` a name or the hub's {"name", "type"}.
+    The text of a section is Markdown and stays as it is; everything else is escaped. `front` becomes the front
+    matter key by key. If it has `task` and `metrics` but no `model-index`, these become one: `metrics` is name
+    -> value or a list of {"type", "value", "name"}, `dataset` a name or the hub's {"name", "type"}.
     """
     matter = yaml.safe_dump(to_plain(metadata(title, front)), sort_keys=False, allow_unicode=True, width=1000)
     lines = ["---", *matter.rstrip("\n").split("\n"), "---", ""]
@@ -41,7 +41,7 @@ def card(
 
 
 def metadata(title: str, front: Mapping[str, Any]) -> dict[str, Any]:
-    """`front` with `task` as pipeline tag and the scores as the hub's model-index."""
+    """Return `front` with `task` as pipeline tag and the scores as the hub's model-index."""
     rest = {key: value for key, value in front.items() if key not in ("task", "metrics", "dataset")}
     task, metrics, data = front.get("task"), front.get("metrics"), front.get("dataset")
     if task:
@@ -77,7 +77,7 @@ def to_plain(value: Any) -> Any:
 
 
 def escape(text: Any) -> str:
-    """One line of text that Markdown shows as it is: no mark-up, links, pictures, HTML, or broken table."""
+    """Escape text for one line of Markdown: no markup, links, images, HTML, or broken table."""
     text = " ".join(FORBIDDEN.sub("\ufffd", str(text)).split())
     text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word an underscore means nothing
@@ -87,7 +87,7 @@ def escape(text: Any) -> str:
 
 
 def markdown_table(table: Table) -> list[str]:
-    """A table with aligned columns, numbers to the right."""
+    """Return a table with aligned columns, numbers to the right."""
     width = max([len(table.header), *map(len, table.rows)], default=0)
     if not width:
         return ["Nothing to show."]

@@ -1,4 +1,4 @@
-"""What a finished run shows: report.html and README.md, made from the run folder and the task's exhibits."""
+"""The pages of a finished run, report.html and README.md, from the run folder and the task's report elements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fieldguide.tasks.base import Metric
 
 
 def write(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> None:
-    """Stores report.html and README.md in the run folder."""
+    """Write report.html and README.md to the run folder."""
     record = run.record
     metrics = [m for m in run.task.metrics if m.name in record["scores"]["test"]]
     title = f"{record['model']['size']} on {record['data']['source']}"
@@ -37,7 +37,7 @@ def write(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> None:
 
 
 def verdict(record: Mapping[str, Any], metric: Metric) -> str:
-    """The result in one sentence, beside the baselines."""
+    """Return the result in one sentence, next to the baselines."""
     scores = record["scores"]
     low, high = (metric.text(v) for v in scores["intervals"][metric.name])
     beaten, bounds = ([b for b in scores["baselines"] if bool(b.get("bound")) == bound] for bound in (False, True))
@@ -142,7 +142,7 @@ def training(run: Run, metric: Metric) -> Section:
 
 
 def curves(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, tuple]:
-    """Logged values called `name`, of every phase: phase -> (steps, values)."""
+    """Return the logged values called `name` of every phase: phase -> (steps, values)."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for key, value in line.items():

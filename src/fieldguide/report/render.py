@@ -57,7 +57,7 @@ UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMBT]|ms|s|min|h|[KMGT]i?B)(?!\w))")  # no 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two that say what to see, and the exhibits."""
+    """A section: a heading, a sentence or two on what to look for, and the elements."""
 
     title: str
     lead: str = ""
@@ -123,7 +123,7 @@ def tie(text: str) -> str:
 
 
 def anchors_for(titles: Sequence[str]) -> list[str]:
-    """Readable link targets, each once: `worst-errors`, `scores`, `scores-2`."""
+    """Return readable link targets, each unique: `worst-errors`, `scores`, `scores-2`."""
     seen: Counter[str] = Counter()
     anchors = []
     for title in titles:
@@ -157,7 +157,7 @@ def places(shown: Sequence[Exhibit]) -> list[str]:
 
 @singledispatch
 def draw(exhibit: Exhibit) -> Markup:
-    """The mark-up of one exhibit, chosen by its type."""
+    """Return the markup of one element, chosen by its type."""
     raise TypeError(
         f"the report cannot draw an exhibit of type {type(exhibit).__name__!r}: register a "
         f"function for it with `fieldguide.report.render.draw.register`"
