@@ -58,7 +58,7 @@ def measure_step_seconds(
     At least `repeats` passes are timed, and more until `enough` seconds are reached, to reduce the effect of other load.
     Timing stops early if a pass takes more than `limit` seconds.
     """
-    trial = copy.deepcopy(objective).train()
+    trial = copy.deepcopy(objective).to(device).train()
     if channels_last:
         trial = trial.to(memory_format=torch.channels_last)
     batch, best, total, turn = move_batch(batch, device, channels_last), float("inf"), 0.0, 0
