@@ -9,29 +9,33 @@ from fieldguide.core.errors import SettingsError
 
 
 class Attention(nn.Module):
-    """Every token looks at every real token of its own row.
+    """Bidirectional multi-head self-attention.
 
-    `qkv` makes queries, keys and values in one product, in this order. `dropout` acts on the attention
-    weights. Raises `SettingsError` where `heads` does not divide `dim`.
+    `qkv` computes queries, keys and values, in this order, in one matrix product. `dropout` acts on the attention
+    weights. Raises `SettingsError` if `heads` does not divide `dim`.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0):
         super().__init__()
         if dim % heads:
-            raise SettingsError(f"dim={dim} cannot be split among heads={heads}: choose a multiple")
+            raise SettingsError(f"dim={dim} must be divisible by heads={heads}.")
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, predict_options: int | None = None) -> Tensor:  # B T D, B T -> B T D
-        """With `asking`, answers of the first so many tokens alone: at the end, only a class token is read."""
-        if predict_options is None:
+    def forward(self, x: Tensor, mask: Tensor | None = None, num_queries: int | None = None) -> Tensor:  # B T D, B T -> B T D
+        """Return the attention output of all tokens, or of the first `num_queries` tokens only (for example the class
+        token of the last block).
+
+        `mask` is True for real tokens; padding is never attended to.
+        """
+        if num_queries is None:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T d
         else:
             weights, biases = (p.split([x.shape[-1], 2 * x.shape[-1]]) for p in (self.qkv.weight, self.qkv.bias))
-            q = F.linear(x[:, :predict_options], weights[0], biases[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            q = F.linear(x[:, :num_queries], weights[0], biases[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             k, v = F.linear(x, weights[1], biases[1]).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if mask is not None:
-            mask = mask[:, None, None, :]  # which keys may be seen; the same for all queries
+            mask = mask[:, None, None, :]  # the key mask is the same for all queries and heads
         x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).flatten(2))

@@ -1,6 +1,7 @@
-"""Boxes: overlap, the loss on it, and which of many boxes of one object to keep.
+"""Bounding boxes: intersection over union, complete IoU and non-maximum suppression.
 
-A box is (left, top, right, bottom) in pixels, right and bottom outside it: its area is (right - left)(bottom - top).
+A box is (left, top, right, bottom) in pixels; right and bottom are exclusive, so its area is (right - left)(bottom -
+top).
 Shapes: B batch, M N numbers of boxes.
 """
 
@@ -11,34 +12,35 @@ import math
 import torch
 from torch import Tensor
 
-PAIRS = 1_000_000  # pairs of boxes that `nms` compares at once, in about 100 MB
+MAX_PAIRS_PER_CHUNK = 1_000_000  # pairs of boxes that `nms` compares at once; takes about 100 MB
 
 
 def area(boxes: Tensor) -> Tensor:  # ... 4 -> ...
-    """Square pixels; 0 where a box is turned inside out."""
+    """Return the area in square pixels; 0 for boxes with negative width or height."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
     return width * height
 
 
-def common(a: Tensor, b: Tensor) -> Tensor:  # ... 4, ... 4 -> ...
-    """Area of the common part of each box of `a` and the box of `b` at the same place."""
+def intersection_area(a: Tensor, b: Tensor) -> Tensor:  # ... 4, ... 4 -> ...
+    """Return the area of the intersection of `a` and `b`, elementwise."""
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     width, height = sides.clamp(min=0).unbind(-1)
     return width * height
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:  # ... 4, ... 4 -> ...
-    """Common area over joint area, 0 to 1; 0 where both are empty. For all pairs, give `a[:, None], b[None]`."""
-    shared = common(a, b)
+    """Return the intersection over union, 0 to 1; 0 if both boxes are empty. For all pairs, pass `a[:, None], b[None]`."""
+    shared = intersection_area(a, b)
     joint = area(a) + area(b) - shared
     return torch.where(joint > 0, shared / torch.where(joint > 0, joint, 1), 0)
 
 
 def ciou(a: Tensor, b: Tensor) -> Tensor:  # ... 4, ... 4 -> ...
-    """Complete IoU (Zheng et al. 2019, arXiv:1911.08287, eqs. 8 to 11), at most 1; the loss is 1 minus this.
+    """Return the complete IoU (Zheng et al. 2019, arXiv:1911.08287, eqs. 8 to 11), at most 1; the loss is 1 - CIoU.
 
-    IoU, less the squared distance of the middles over the squared diagonal of what encloses both, less alpha v, where
-    v compares the proportions. Through alpha no gradient goes. Finite for empty boxes too.
+    CIoU is the IoU minus the squared distance of the centers over the squared diagonal of the enclosing box, minus
+    alpha v, where v compares the aspect ratios. No gradient flows through alpha. The result is finite for empty
+    boxes.
     """
     overlap, tiny = iou(a, b), torch.finfo(a.dtype).eps
     enclosing = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
@@ -51,30 +53,32 @@ def ciou(a: Tensor, b: Tensor) -> Tensor:  # ... 4, ... 4 -> ...
 
 
 def nms(boxes: Tensor, scores: Tensor, groups: Tensor, limit: float) -> Tensor:  # M 4, M, M int64 -> M bool
-    """Non-maximum suppression: exactly what the greedy sweep keeps, for all groups (picture and class) at once.
+    """Return a mask of the boxes kept by greedy non-maximum suppression, computed for all groups (image and class) at
+    once.
 
-    The sweep takes boxes from the highest score down, of equal scores the first in the list, and drops a box that
-    overlaps one kept before it, of its group, by more than `limit` IoU. Here only pairs within a group are compared,
-    and those that overlap become arrows from the higher score to the lower. A box that no arrow points at is kept; those
-    its arrows point at are dropped, with all their arrows; and so on until none is left. There are as many rounds as
-    the longest chain of arrows has links, which is few, and each has fewer arrows than the last.
+    The result equals that of the greedy sweep, which visits boxes by descending score (ties in input order) and drops
+    a box that overlaps a previously kept box of its group by more than `limit` IoU. Here the overlapping pairs of
+    each group form a graph with edges from the higher to the lower score. In each round, boxes without incoming edges
+    are kept, their neighbors are dropped, and the edges of both are removed. The number of rounds is the longest
+    chain of edges, which is short in practice.
     """
     order = scores.argsort(descending=True, stable=True)
     order = order[groups[order].argsort(stable=True)]
     (left, top, right, bottom), areas = boxes[order].T.contiguous(), area(boxes)[order]
     sizes = torch.unique_consecutive(groups[order], return_counts=True)[1]
-    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # M: where the group of each begins
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # M: index of the first box of each box's group
     place = torch.arange(len(order), device=order.device)
-    before = place - first  # boxes of its group that come before each
+    before = place - first  # number of boxes of its group with a higher score
     high, low = [], []
-    for part in chunks(before):
+    for part in split_by_total(before):
         count = before[part]
         target = place[part].repeat_interleave(count)
-        # Those before it, from the first of its group: the pair's number less that of the target's first pair.
+        # The sources of a target are the boxes before it in its group: pair number minus the first pair of the
+        # target.
         start = first[part] - (count.cumsum(0) - count)
         source = torch.arange(len(target), device=order.device) + start.repeat_interleave(count)
         width = torch.minimum(right[source], right[target]) - torch.maximum(left[source], left[target])
-        beside = (width > 0).nonzero()[:, 0]  # most pairs end here
+        beside = (width > 0).nonzero()[:, 0]  # discards most pairs early
         source, target, width = source[beside], target[beside], width[beside]
         height = torch.minimum(bottom[source], bottom[target]) - torch.maximum(top[source], top[target])
         shared = width * height.clamp(min=0)
@@ -86,7 +90,7 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, limit: float) -> Tensor: 
     while len(high):
         waits = torch.zeros_like(dropped)
         waits[low] = True
-        dropped[low[~waits[high]]] = True  # their highest neighbour is kept
+        dropped[low[~waits[high]]] = True  # a kept neighbor with a higher score
         open_ = waits[high] & ~dropped[high] & ~dropped[low]
         high, low = high[open_], low[open_]
     keep = torch.empty_like(dropped)
@@ -94,7 +98,7 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, limit: float) -> Tensor: 
     return keep
 
 
-def chunks(counts: Tensor) -> list[slice]:  # M int64 -> slices of M
-    """Stretches whose counts add up to about `PAIRS` at most."""
-    sizes = torch.unique_consecutive(counts.cumsum(0) // PAIRS, return_counts=True)[1]
+def split_by_total(counts: Tensor) -> list[slice]:  # M int64 -> slices of M
+    """Split into consecutive slices whose counts add up to about `MAX_PAIRS_PER_CHUNK` at most."""
+    sizes = torch.unique_consecutive(counts.cumsum(0) // MAX_PAIRS_PER_CHUNK, return_counts=True)[1]
     return [slice(end - size, end) for size, end in zip(sizes.tolist(), sizes.cumsum(0).tolist())]

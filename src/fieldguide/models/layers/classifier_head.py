@@ -1,4 +1,4 @@
-"""How a network of pictures ends: with logits of classes, or with the vector that they would be read from."""
+"""The output layer of image models: a linear classifier, or no layer for models that return features."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ OUTPUT_TYPES = ("label", "vector")
 
 
 def classifier_head(config: Any, dim: int, heads: int = 1) -> nn.Module:
-    """The last layer, B D -> B heads*classes; nothing where `config.gives` is "vector". Raises `SettingsError` for others."""
+    """Return the output layer, B D -> B heads*classes, or the identity if `config.output_type` is "vector".
+
+    Raises `SettingsError` for any other output type.
+    """
     if config.output_type not in OUTPUT_TYPES:
-        raise SettingsError(f"gives={config.output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+        raise SettingsError(f"output_type={config.output_type!r} is not supported. Choose one of {', '.join(OUTPUT_TYPES)}.")
     return nn.Linear(dim, heads * config.num_classes) if config.output_type == "label" else nn.Identity()
 
 
 def architectures(name: str, label: str = "ForImageClassification") -> Known:
-    """Which end a configuration of transformers is of."""
+    """Return the rule that maps the class name in a transformers configuration to the output type."""
     return Known("output_type", {name + label: "label", f"{name}Model": "vector"})

@@ -1,4 +1,4 @@
-"""Convolution and batch normalisation as one unit, with either library's padding."""
+"""Convolution followed by batch normalization, with PyTorch or TensorFlow padding."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from fieldguide.core.errors import DataError
 PADDINGS = ("symmetric", "same")
 
 
-def extra(side: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after a side, so that it shrinks to ceil(side / stride): TensorFlow's SAME."""
+def same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Return the padding before and after a side that gives ceil(side / stride) outputs: TensorFlow's SAME padding."""
     total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
     return total // 2, total - total // 2
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution with TensorFlow's SAME padding: where the zeros are odd in number, the one more stands after the
-    picture, so the grid of stride 2 lies elsewhere than with torch's padding of kernel // 2 on both sides.
+    """A convolution with TensorFlow's SAME padding.
+
+    If the total padding is odd, the extra pixel is added at the bottom and right, so with stride 2 the output grid is
+    shifted compared to PyTorch's symmetric padding of kernel // 2.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' ceil(H/stride) ceil(W/stride)
-        height, width = (extra(n, k, s) for n, k, s in zip(x.shape[2:], self.kernel_size, self.stride))
-        if height[0] == height[1] and width[0] == width[1]:  # then the convolution adds them itself
+        height, width = (same_padding(n, k, s) for n, k, s in zip(x.shape[2:], self.kernel_size, self.stride))
+        if height[0] == height[1] and width[0] == width[1]:  # symmetric: the convolution pads by itself
             return F.conv2d(x, self.weight, self.bias, self.stride, (height[0], width[0]), 1, self.groups)
         return F.conv2d(F.pad(x, width + height), self.weight, self.bias, self.stride, 0, 1, self.groups)
 
@@ -33,7 +35,7 @@ class SameConv2d(nn.Conv2d):
 def conv_norm(
     inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, eps: float = 1e-5, padding: str = "symmetric"
 ) -> nn.Sequential:
-    """Convolution without bias, then batch normalisation. With a stride of 1 both paddings are the same."""
+    """Return a convolution without bias followed by batch normalization. With stride 1 both paddings are the same."""
     if padding == "same" and stride > 1:
         conv = SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
     else:
@@ -41,11 +43,11 @@ def conv_norm(
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs, eps)))
 
 
-def check_side(x: Tensor, least: int, name: str) -> None:
-    """Raises `DataError` for pictures (B C H W) of which nothing would be left."""
+def check_min_side(x: Tensor, least: int, name: str) -> None:
+    """Raise `DataError` for images (B C H W) with a side of less than `least` pixels."""
     if min(x.shape[2:]) < least:
         height, width = x.shape[2:]
         raise DataError(
-            f"pictures of {height} x {width} are too small: {name} shrinks them and needs at least {least} "
-            "pixels a side. Give larger ones, or a network for small pictures."
+            f"Images of {height} x {width} pixels are too small for {name}, which needs at least {least} pixels per side. "
+            "Use larger images or a model for small images."
         )

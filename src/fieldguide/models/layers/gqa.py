@@ -1,7 +1,8 @@
-"""Causal attention in which several heads of queries share one of keys and values, with rotary positions.
+"""Causal grouped-query attention with rotary position embeddings, and the gated MLP.
 
-(Ainslie et al. 2023, arXiv:2305.13245; Shazeer 2019, arXiv:1911.02150 where all share one; Su et al. 2021,
-arXiv:2104.09864 for the positions.) What is kept of read tokens shrinks by as much.
+Several query heads share one head of keys and values (Ainslie et al. 2023, arXiv:2305.13245; multi-query attention if
+all share one: Shazeer 2019, arXiv:1911.02150), which reduces the key/value cache by the same factor. Rotary
+positions: Su et al. 2021, arXiv:2104.09864.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.kv_cache import Cache
 from fieldguide.models.layers.rope import rotate
 
-Turn = tuple[Tensor, Tensor]  # cosines and sines
+CosSin = tuple[Tensor, Tensor]  # cosines and signed sines of the rotary angles
 
 
 class GroupedAttention(nn.Module):
-    """`heads` of queries and `groups` of keys and values, each `width` wide; `norm(width)` makes what normalises each
-    query and key before they turn. `scale` multiplies their products, by default 1 / sqrt(width).
+    """Causal attention with `heads` query heads and `groups` key/value heads of width `width`.
 
-    `turn` are cosines and sines for the new tokens' places; `seen` is that of `fieldguide.models.layers.kv_cache.causal`. With a
-    cache, keys and values of layer number `layer` are kept there. Raises `SettingsError` where `groups` does not divide
-    `heads`.
+    `norm(width)` creates the optional normalization of queries and keys, applied before the rotation. `scale`
+    multiplies the attention scores; the default is 1 / sqrt(width). `turn` holds the cosines and sines for the
+    positions of the new tokens; `seen` is the mask returned by `fieldguide.models.layers.kv_cache.causal_mask`. If a
+    cache is given, the keys and values of layer number `layer` are appended to it. Raises `SettingsError` if `groups`
+    does not divide `heads`.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class GroupedAttention(nn.Module):
     ):
         super().__init__()
         if heads % groups:
-            raise SettingsError(f"heads={heads} cannot be split among groups={groups}: choose a divisor")
+            raise SettingsError(f"heads={heads} must be divisible by kv_heads={groups}.")
         self.heads, self.kv_heads, self.width, self.scale = heads, groups, width, scale
         self.q = nn.Linear(dim, heads * width, bias=False)
         self.kv = nn.Linear(dim, 2 * groups * width, bias=False)
@@ -47,7 +49,7 @@ class GroupedAttention(nn.Module):
         self.proj = nn.Linear(heads * width, dim, bias=False)
 
     def forward(
-        self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None = None, layer: int = 0
+        self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None = None, layer: int = 0
     ) -> Tensor:  # B T D -> B T D
         q = self.q(x).unflatten(-1, (self.heads, self.width)).transpose(1, 2)  # B heads T d
         k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, self.width)).permute(2, 0, 3, 1, 4)  # each B groups T d
@@ -55,14 +57,15 @@ class GroupedAttention(nn.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
-            k, v = cache.put(layer, k, v)  # B groups K d
-        return self.proj(self.looked(q, k, v, seen))
+            k, v = cache.update(layer, k, v)  # B groups K d
+        return self.proj(self.attend(q, k, v, seen))
 
-    def looked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:  # B heads T d, B groups K d -> B T D
-        """What queries take from the values whose keys answer them."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:  # B heads T d, B groups K d -> B T D
+        """Return the attention output, heads concatenated."""
         whole = seen is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
         if q.shape[2] == 1 and self.heads > self.kv_heads:
-            # The heads of a group become rows of one: keys and values are read once, not copied for each.
+            # The query heads of a group become rows of one head, so keys and values are read once, not copied per
+            # head.
             x = F.scaled_dot_product_attention(q.view(len(q), self.kv_heads, -1, self.width), k, v, seen, scale=self.scale)
             return x.reshape(len(x), 1, -1)
         x = F.scaled_dot_product_attention(
@@ -72,8 +75,10 @@ class GroupedAttention(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """Two layers, the first gated: down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, equation 6). Both halves
-    of the first are one matrix, gates first."""
+    """A gated MLP: down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, equation 6).
+
+    The gate and up projections are stored in one matrix, the gate first.
+    """
 
     def __init__(self, dim: int, hidden: int, act: Callable[[Tensor], Tensor] = F.silu):
         super().__init__()
@@ -84,9 +89,12 @@ class GatedMlp(nn.Module):
         return self.down(self.act(gate) * x)
 
 
-def turns(places: Tensor, speed: Tensor, like: Tensor) -> Turn:  # T or B T, d/2 -> (B 1) T d, twice
-    """Cosines and sines by which queries and keys at these places turn, signed as `rotate` takes them; computed in
-    float32."""
+def cos_sin_at(places: Tensor, speed: Tensor, like: Tensor) -> CosSin:  # T or B T, d/2 -> (B 1) T d, twice
+    """Return the cosines and sines of the rotary angles at these positions, signed as `rotate` expects; computed in
+    float32.
+
+    `speed` holds the inverse frequencies in radians per token; the result has the dtype of `like`.
+    """
     angle = places[..., None].float() * speed
     cos, sin = angle.cos(), angle.sin()
     cos, sin = torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)

@@ -1,4 +1,4 @@
-"""What a causal network keeps of the tokens it has read, so that the next one costs one step, not a row."""
+"""The key/value cache of causal decoders, token positions and causal attention masks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 
 class Cache:
-    """Keys and values of every layer, in buffers allocated once.
+    """A key/value cache of all layers, in buffers allocated once.
 
-    `keys[i]`, `values[i]` are B heads length d; the first `used` places are filled. `real` (B length bool) says
-    which of them hold a token, not padding; `count` (B int64) how many do, which is the position of the next token
-    of each row. A network calls `open` once a forward pass, then `put` once a layer; use under `torch.no_grad`.
+    `keys[i]` and `values[i]` are B heads length d; the first `used` positions are filled. `real` (B length bool) is
+    True for tokens that are not padding; `count` (B int64) is the number of real tokens, which is the position of the
+    next token of each row. A model calls `reserve` once per forward pass and `update` once per layer. Use it under
+    `torch.no_grad`.
 
-    `cross` holds what a decoder needs of its source once it is read: keys, values and mask. It may have fewer rows than
-    the rest: each source then stands for as many rows that follow one another, the beams of a search.
+    `cross` holds what a decoder needs of its source: keys, values and mask. It may have fewer rows than the rest;
+    each source row then serves several consecutive rows, the beams of a search.
     """
 
     def __init__(
@@ -38,28 +39,31 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Places there are."""
+        """Capacity in tokens."""
         return self.real.shape[1]
 
-    def open(self, steps: int, mask: Tensor | None) -> None:
-        """Take places for new tokens; `mask` (B steps bool) says which are real. Raises `IndexError` when full."""
+    def reserve(self, steps: int, mask: Tensor | None) -> None:
+        """Reserve positions for new tokens; `mask` (B steps bool) marks the real ones. Raises `IndexError` if the cache
+        is full.
+        """
         if self.used + steps > self.length:
-            raise IndexError(f"the cache has {self.length} places, {self.used} used: {steps} more do not fit")
+            raise IndexError(f"The cache is full: {steps} tokens do not fit, {self.used} of {self.length} positions are used.")
         self.start, self.used = self.used, self.used + steps
         self.real[:, self.start : self.used] = True if mask is None else mask
         self.count += steps if mask is None else mask.sum(1)
         self.padded |= mask is not None
 
-    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, B heads steps d; returns all so far, B heads used d."""
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, B heads steps d; return all stored so far, B heads used d."""
         self.keys[layer][:, :, self.start : self.used] = key
         self.values[layer][:, :, self.start : self.used] = value
         return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, int64 of the same number: how a beam search keeps its best beams.
+        """Reorder the rows to these indices, int64 of the same number of rows; used by beam search to keep the best
+        beams.
 
-        Where the source has fewer rows, each for as many beams in a row, beams must stay with their source.
+        If the source has fewer rows (one per group of beams), beams must stay within their group.
         """
         for buffer in (*self.keys, *self.values):
             buffer[:, :, : self.used] = buffer[rows, :, : self.used]
@@ -69,14 +73,16 @@ class Cache:
             self.cross = ([(key[rows], value[rows]) for key, value in pairs], None if mask is None else mask[rows])
 
     def widen(self, times: int) -> None:
-        """Each row `times` times, one behind the other: how the beams of a search begin once a prompt is read."""
+        """Repeat each row `times` times, consecutively; used to start the beams after the prompt was read."""
         for buffers in (self.keys, self.values):
             buffers[:] = [buffer.repeat_interleave(times, 0) for buffer in buffers]
         self.real, self.count = self.real.repeat_interleave(times, 0), self.count.repeat_interleave(times, 0)
 
 
-def positions(steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> Tensor:
-    """The place of each new token among the real ones of its row: T, or B T where rows differ. Call after `open`."""
+def token_positions(steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> Tensor:
+    """Return the position of each new token among the real tokens of its row: T, or B T if rows differ. Call it after
+    `reserve`.
+    """
     if mask is None and (cache is None or not cache.padded):
         return torch.arange(steps, device=device) + (cache.start if cache else 0)
     if cache is None:
@@ -85,16 +91,16 @@ def positions(steps: int, mask: Tensor | None, cache: Cache | None, device: torc
     return ((cache.count - new.sum(1))[:, None] + new.cumsum(1) - 1).clamp(min=0)
 
 
-def causal(steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device, window: int = 0) -> Tensor | None:
-    """Which keys each new token may see: itself, and what is real before it, of that only the last `window` places with
-    its own (0 = all). Call after `open`.
+def causal_mask(steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device, window: int = 0) -> Tensor | None:
+    """Return which keys each new token attends to: itself and the real tokens before it. Call it after `reserve`.
 
-    None where plain causality says all, `is_causal` where queries and keys are as many. Otherwise bool, T K or
-    B 1 T K. A padding token sees itself, so that no row of weights is empty.
+    A `window` > 0 limits attention to the last `window` positions, including the token's own. The result is None if
+    plain causal attention suffices (`is_causal` if there are as many queries as keys); otherwise bool, T K or B 1 T
+    K. Padding tokens attend to themselves, so that no row of the mask is empty.
     """
     padded = mask is not None or (cache is not None and cache.padded)
     start, used = (cache.start, cache.used) if cache else (0, steps)
-    near = not window or used <= window  # all that is there lies in the window
+    near = not window or used <= window  # all keys are within the window
     if near and not padded and (start == 0 or steps == 1):
         return None
     query, key = torch.arange(start, used, device=device)[:, None], torch.arange(used, device=device)

@@ -1,4 +1,4 @@
-"""The inverted residual block, wide inside and thin between (Sandler et al. 2018, arXiv:1801.04381, section 3.3).
+"""The inverted residual block (Sandler et al. 2018, arXiv:1801.04381, section 3.3).
 
 With squeeze-and-excitation (Hu et al. 2017, arXiv:1709.01507) it is the MBConv of MnasNet and EfficientNet.
 """
@@ -17,14 +17,14 @@ from fieldguide.models.layers.stochastic_depth import DropPath
 Act = Callable[..., Tensor]
 
 
-def rounded(width: float) -> int:
-    """The nearest multiple of 8, but never below nine tenths of the width: how such networks are scaled."""
+def make_divisible(width: float) -> int:
+    """Return the width rounded to a multiple of 8 that is at least 90 % of the width."""
     nearest = max(8, int(width + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * width else nearest
 
 
 class SqueezeExcitation(nn.Module):
-    """Weighs each map by what all maps' means say: a gate of two 1x1 convolutions, D -> `hidden` -> D."""
+    """Channel attention: a gate computed from the channel means by two 1x1 convolutions, D -> `hidden` -> D."""
 
     def __init__(self, dim: int, hidden: int, act: Act = F.relu, gate: Act = torch.sigmoid):
         super().__init__()
@@ -37,10 +37,12 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 up to `hidden`, `kernel` on each map alone, a gate of `squeeze` inner maps, 1x1 down without activation.
+    """An inverted residual: 1x1 expansion to `hidden` channels, depthwise convolution, squeeze-and-excitation, linear
+    1x1 projection.
 
-    The first is left out where `hidden` is the width of the input, the gate where `squeeze` is 0. The input is added
-    where it has the shape of the output. `act` and the gate's functions take a tensor; `act` also `inplace`.
+    The expansion is omitted if `hidden` equals `inputs`, squeeze-and-excitation if `squeeze` (its hidden width) is 0.
+    The residual connection is used if input and output have the same shape. `act`, `squeeze_act` and `gate` take a
+    tensor; `act` also takes `inplace`.
     """
 
     def __init__(
@@ -71,4 +73,4 @@ class InvertedResidual(nn.Module):
         y = x if self.expand is None else self.act(self.expand(x), inplace=True)
         y = self.act(self.depth(y), inplace=True)
         y = self.project(y if self.squeeze is None else self.squeeze(y))
-        return self.drop_path(y).add_(x) if self.residual else y  # the normalisation does not need it any more
+        return self.drop_path(y).add_(x) if self.residual else y  # in place is safe: the normalization does not need its output

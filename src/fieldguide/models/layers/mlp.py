@@ -1,4 +1,4 @@
-"""The two-layer network inside a Transformer block (Vaswani et al. 2017, section 3.3), with GELU."""
+"""The MLP of a Transformer block (Vaswani et al. 2017, section 3.3), with GELU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Widen, bend, narrow. GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415) in its exact form."""
+    """Two linear layers with exact GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415) in between."""
 
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Normalisations that torch has not, or not for every precision."""
+"""Normalization layers that torch lacks, or lacks for some precisions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation (Ba et al. 2016, arXiv:1607.06450) of the channels at each place of a map.
+    """Layer normalization (Ba et al. 2016, arXiv:1607.06450) over the channels of a feature map.
 
-    The result lies in memory with channels last, as convolutions then keep it.
+    The output is in channels-last memory format, which following convolutions keep.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -21,8 +21,10 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467) that stays fused where its input is of
-    lower precision than its weight, as inside autocast."""
+    """Root-mean-square normalization (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    It stays fused if the input has a lower precision than the weight, as under autocast.
+    """
 
     def forward(self, x: Tensor) -> Tensor:  # ... D -> ... D
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -1,4 +1,4 @@
-"""Rows of different length in one tensor: what is real and what only fills up."""
+"""Helpers for padded batches of sequences."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import torch
 from torch import Tensor
 
 
-def at_least_one(mask: Tensor) -> Tensor:  # B T bool -> B T bool
-    """The mask with the first place of an empty row made real, so that nothing is divided by zero."""
+def ensure_nonempty(mask: Tensor) -> Tensor:  # B T bool -> B T bool
+    """Return the mask with the first position of empty rows set to True, which avoids division by zero."""
     first = torch.arange(mask.shape[1], device=mask.device) == 0
     return mask | (first & ~mask.any(1, keepdim=True))
 
 
 def lengths(mask: Tensor) -> Tensor:  # B T bool -> B int64
-    """Tokens up to and with the last real one; at least 1."""
+    """Return the number of positions up to and including the last real token; at least 1."""
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (mask * places).amax(1).clamp(min=1)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:  # B T D, B T bool -> B D
-    """Mean over the real places."""
+    """Return the mean over the real positions."""
     weight = mask[..., None].to(x.dtype)
     return (x * weight).sum(1) / weight.sum(1)
 
 
-def pick(x: Tensor, place: Tensor) -> Tensor:  # B T D, B int64 -> B D
-    """One place a row."""
+def select_position(x: Tensor, place: Tensor) -> Tensor:  # B T D, B int64 -> B D
+    """Select one position per row."""
     return x.gather(1, place[:, None, None].expand(-1, 1, x.shape[-1])).squeeze(1)
 
 
 def reverse(x: Tensor, length: Tensor) -> Tensor:  # B T D, B int64 -> B T D
-    """The first `length` places of each row in reverse order; what follows stays. Its own inverse."""
+    """Reverse the first `length` positions of each row; the rest is unchanged. Applying it twice restores the input."""
     place = torch.arange(x.shape[1], device=x.device)
     place = torch.where(place < length[:, None], length[:, None] - 1 - place, place)
     return x.gather(1, place[..., None].expand(-1, -1, x.shape[-1]))

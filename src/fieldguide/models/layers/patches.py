@@ -1,6 +1,6 @@
-"""Pictures as rows of patches, and places learnt for one size of picture spread over another.
+"""Patch embedding and interpolation of position embeddings.
 
-Dosovitskiy et al. 2020 (arXiv:2010.11929), section 3.1, and the end of 3.2.
+Dosovitskiy et al. 2020 (arXiv:2010.11929), section 3.1 and the end of section 3.2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 
 class Patches(nn.Conv2d):
-    """Each patch of `side` pixels a vector. Sides that patches do not fill grow by black on the right and below."""
+    """A patch embedding with patches of `side` pixels. Images are zero-padded at the right and bottom to a multiple of
+    `side`.
+    """
 
     def __init__(self, channels: int, dim: int, side: int):
         super().__init__(channels, dim, side, side)
@@ -27,10 +29,12 @@ class Patches(nn.Conv2d):
 def interpolate_pos_embed(
     places: Tensor, size: tuple[int, int], *, first: int = 1, antialias: bool = True, offset: float = 0.0
 ) -> Tensor:  # first + S S, D -> first + h w, D
-    """The places of a square grid, for a grid of another `size` (rows, columns): bicubic, in no less than float32.
+    """Interpolate the position embeddings of a square grid to a grid of another `size` (rows, columns): bicubic, in at
+    least float32.
 
-    The `first` places are of tokens that are no patches, and stay. With an `offset`, the grid is stretched by
-    (side + offset) / S in place of side / S, as DINOv2 was trained (github.com/facebookresearch/dino, issue 8).
+    The `first` embeddings belong to prefix tokens (such as the class token) and are unchanged. With an `offset`, the
+    scale factor is (side + offset) / S instead of side / S, as in the training of DINOv2
+    (github.com/facebookresearch/dino, issue 8).
     """
     side = math.isqrt(len(places) - first)
     if size == (side, side):
@@ -41,7 +45,10 @@ def interpolate_pos_embed(
     return torch.cat([places[:first], grid[0].flatten(1).mT.to(places.dtype)])
 
 
-def patch_for(image: int) -> int | None:
-    """A side of patches, a power of two from 2 up, that leaves a small picture at least 7 rows of them where it has 14 pixels;
-    None for pictures that need no such care."""
+def choose_patch_size(image: int) -> int | None:
+    """Return a patch size for small images: a power of two, at least 2, that gives at least 7 patches per side for
+    images of 14 pixels or more.
+
+    Return None for images of 128 pixels or more, which need no other patch size.
+    """
     return 2 ** max(int(math.log2(image / 7)), 1) if image < 128 else None

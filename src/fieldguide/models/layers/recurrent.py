@@ -1,4 +1,4 @@
-"""A stack of recurrent layers in one or two directions that reads rows of different length."""
+"""A stack of uni- or bidirectional recurrent layers for padded sequences."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.padding import lengths, pick, reverse
+from fieldguide.models.layers.padding import lengths, reverse, select_position
 
 
 class Recurrent(nn.Module):
-    """What the last layer knows after the last real token.
+    """A recurrent encoder that returns the state of the last layer after the last real token.
 
-    `cell` is `nn.RNN`, `nn.LSTM` or `nn.GRU`. With two directions, every layer reads the row forwards and
-    backwards, and the next layer sees both (Schuster and Paliwal 1997). The backward pass starts at the last
-    real token: the real part of each row is reversed by index and read by an ordinary forward pass. Packed
-    sequences would do the same, but their per-step loop was 1.3 to 4 times slower to train on a CPU, and they
-    want the lengths on the host. Padding never reaches a state that is read.
+    `cell` is `nn.RNN`, `nn.LSTM` or `nn.GRU`. With two directions, every layer reads the sequence forward and
+    backward and the next layer receives both outputs (Schuster and Paliwal 1997). The backward pass starts at the
+    last real token: the real part of each row is reversed by index and read by an ordinary forward pass. Packed
+    sequences give the same result, but were 1.3 to 4 times slower to train on a CPU and need the lengths on the host.
+    Padding never affects a returned state.
 
-    `dropout` acts between layers. Initialisation: orthogonal recurrent weights (Saxe et al. 2013,
-    arXiv:1312.6120), Glorot uniform input weights, zero biases; the forget gate of an LSTM starts open, with
-    bias 1 (Gers et al. 2000).
+    `dropout` acts between layers. Weights are initialized as follows: orthogonal recurrent weights (Saxe et al. 2013,
+    arXiv:1312.6120), Glorot uniform input weights, zero biases, except for a bias of 1 for the forget gate of an LSTM
+    (Gers et al. 2000). Raises `SettingsError` if `directions` is not 1 or 2 or `depth` is less than 1.
     """
 
     def __init__(
@@ -28,9 +28,9 @@ class Recurrent(nn.Module):
     ):
         super().__init__()
         if directions not in (1, 2):
-            raise SettingsError(f"directions={directions}: a row is read in 1 or 2 directions")
+            raise SettingsError(f"directions={directions} must be 1 or 2.")
         if depth < 1:
-            raise SettingsError(f"depth={depth}: a stack has at least one layer")
+            raise SettingsError(f"depth={depth} must be at least 1.")
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
             nn.ModuleList(cell(hidden * directions if i else dim, hidden, batch_first=True) for _ in range(directions))
@@ -46,16 +46,16 @@ class Recurrent(nn.Module):
                 nn.init.xavier_uniform_(gate)
             nn.init.zeros_(rnn.bias_ih_l0)
             nn.init.zeros_(rnn.bias_hh_l0)
-            if isinstance(rnn, nn.LSTM):  # gates lie in the order input, forget, cell, output
+            if isinstance(rnn, nn.LSTM):  # gate order: input, forget, cell, output
                 nn.init.ones_(rnn.bias_ih_l0[rnn.hidden_size : 2 * rnn.hidden_size])
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # B T D, B T -> B directions*H
         length = x.new_full(x.shape[:1], x.shape[1], dtype=torch.int64) if mask is None else lengths(mask)
-        states = []  # of each direction, B T H
+        states = []  # one per direction, B T H
         for forwards, *backwards in self.layers:
             if states:
                 first, *others = states
                 x = self.dropout(torch.cat([first, *(reverse(state, length) for state in others)], -1))
             states = [forwards(x)[0], *(rnn(reverse(x, length))[0] for rnn in backwards)]
-        # Each way of reading, the second in reversed order, has seen the whole row at place length - 1.
-        return torch.cat([pick(state, length - 1) for state in states], -1)
+        # In both directions, position length - 1 has seen the whole sequence (the backward output is reversed).
+        return torch.cat([select_position(state, length - 1) for state in states], -1)

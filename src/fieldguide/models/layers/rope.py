@@ -1,7 +1,7 @@
-"""Rotary positions: a query and a key are turned by angles that grow with their places (Su et al. 2021, arXiv:2104.09864).
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864).
 
-What they say to each other then depends on their distance alone. The two halves of a head make the pairs that turn, as in
-GPT-NeoX and most networks since; RoFormer itself pairs neighbours.
+Queries and keys are rotated by angles proportional to their positions, so attention scores depend on relative
+positions only. Dimension i is paired with i + d/2, as in GPT-NeoX and LLaMA; RoFormer pairs adjacent dimensions.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 
-def angles(steps: int, dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:  # -> T d, T d
-    """Cosines and sines for places 0, 1, 2, ... and heads of width d: wavelengths from 2 pi to 2 pi `base`, in float32.
-    The sines of the first half have the sign that the rotation gives them."""
+def cos_sin_table(steps: int, dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:  # -> T d, T d
+    """Return cosines and sines for positions 0 to steps - 1 and heads of width d, with wavelengths from 2 pi to 2 pi
+    `base`.
+
+    Computed in float32, returned in the dtype of `like`. The sines of the first half are negated, as `rotate`
+    expects.
+    """
     speed = 1.0 / base ** (torch.arange(0, dim, 2, device=like.device, dtype=torch.float32) / dim)
     angle = torch.outer(torch.arange(steps, device=like.device, dtype=torch.float32), speed)
     cos, sin = angle.cos(), angle.sin()
@@ -20,5 +24,6 @@ def angles(steps: int, dim: int, base: float, like: Tensor) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # ... T d, T d, T d -> ... T d
+    """Rotate queries or keys by the given angles."""
     first, second = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([second, first], -1), sin)

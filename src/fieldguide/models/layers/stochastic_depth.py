@@ -1,7 +1,7 @@
-"""Stochastic depth: in training, whole branches of a residual network are left out at random.
+"""Stochastic depth: residual branches are dropped at random during training (Huang et al. 2016, arXiv:1603.09382).
 
-Huang et al. 2016 (arXiv:1603.09382), as EfficientNet, DeiT and ConvNeXt use it: each row of a batch draws for itself,
-and what stays is divided by the chance to stay, so that nothing changes in evaluation.
+As in EfficientNet, DeiT and ConvNeXt, each sample is dropped independently and the others are divided by the keep
+probability, so evaluation needs no scaling.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from fieldguide.core.errors import SettingsError
 
 
 class DropPath(nn.Module):
-    """A branch, of each row with probability `p` zero; the rest times 1 / (1 - p). Off in evaluation.
+    """Zero a residual branch per sample with probability `p` and scale the rest by 1 / (1 - p). The identity in
+    evaluation.
 
-    Raises `SettingsError` where p is not from 0 up to, but without, 1.
+    Raises `SettingsError` if p is not in [0, 1).
     """
 
     def __init__(self, p: float = 0.0):
         super().__init__()
         if not 0 <= p < 1:
-            raise SettingsError(f"drop_path={p}: the chance that a branch is left out lies in [0, 1)")
+            raise SettingsError(f"drop_path={p} must be in [0, 1).")
         self.p = p
 
     def extra_repr(self) -> str:
@@ -34,5 +35,5 @@ class DropPath(nn.Module):
 
 
 def stochastic_depth_rates(p: float, depth: int) -> list[float]:
-    """The probability of each of `depth` blocks, from 0 at the first to p at the last in equal steps (section 3)."""
+    """Return the drop probability of each of `depth` blocks, increasing linearly from 0 to p (section 3)."""
     return [p * i / max(depth - 1, 1) for i in range(depth)]

@@ -1,4 +1,4 @@
-"""Columns of a table as vectors: one-hot rows, embeddings, piecewise-linear embeddings of numbers."""
+"""Encodings of table columns: one-hot, category embeddings and piecewise-linear embeddings of numbers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fieldguide.core.errors import SettingsError
 
 
 def _offsets(sizes: Sequence[int]) -> Tensor:
-    """Where each column's part of a joint table starts."""
+    """Return the offset of each column in the joint table."""
     return torch.tensor([0, *sizes[:-1]], dtype=torch.int64).cumsum(0)
 
 
 class OneHot(nn.Module):
-    """Each category as a one among zeros; value 0, unseen in training, as zeros alone.
+    """One-hot encoding of categories; value 0 (unseen in training) is encoded as zeros.
 
-    `sizes` counts the values of each column with the 0 among them, so a column takes `size - 1` places.
+    `sizes` counts the values of each column including 0, so a column takes `size - 1` positions.
     """
 
     def __init__(self, sizes: Sequence[int]):
@@ -36,9 +36,9 @@ class OneHot(nn.Module):
 
 
 class CategoryEmbedding(nn.Module):
-    """Each category as a learned vector, all columns in one table (Guo and Berkhahn 2016, arXiv:1604.06737).
+    """An embedding of categories, with all columns in one table (Guo and Berkhahn 2016, arXiv:1604.06737).
 
-    Value 0 of a column, unseen in training, starts as zeros, so that it says nothing unless it is trained.
+    The embedding of value 0 of a column (unseen in training) is initialized to zeros.
     """
 
     def __init__(self, sizes: Sequence[int], dim: int):
@@ -57,15 +57,16 @@ class CategoryEmbedding(nn.Module):
 
 
 class PiecewiseLinear(nn.Module):
-    """Numbers as learned piecewise-linear curves (Gorishniy et al. 2022, arXiv:2203.05556; form "B" of TabM).
+    """Piecewise-linear embeddings of numbers (Gorishniy et al. 2022, arXiv:2203.05556; version B of TabM).
 
-    Every column has `bins` intervals. A number fills those below it with 1, its own in part, the rest with 0;
-    the outer two go on beyond their ends. The vector is a linear map of this plus a linear map of the number
-    itself; the first starts at zero, so training starts from a linear embedding.
+    Every column has `bins` intervals. A number is encoded as 1 for the intervals below it, the fraction of its own
+    interval, and 0 for the rest; the outer intervals extrapolate linearly. The embedding is a linear map of this
+    encoding plus a linear map of the number itself; the former is initialized to zero, so training starts from a
+    linear embedding.
 
-    `edges` (columns x bins + 1, increasing) are kept with the weights. They start at the quantiles of the
-    standard normal, which are the bins of quantiles for columns brought to that distribution; for other
-    columns call `set_edges`.
+    `edges` (columns x bins + 1, increasing) are stored with the weights. They are initialized to the quantiles of the
+    standard normal distribution, which are the quantile bins of columns transformed to that distribution; for other
+    columns call `set_edges`. Raises `SettingsError` if `bins` is less than 1.
     """
 
     edges: Tensor
@@ -73,7 +74,7 @@ class PiecewiseLinear(nn.Module):
     def __init__(self, columns: int, bins: int, dim: int):
         super().__init__()
         if bins < 1:
-            raise SettingsError(f"bins={bins}: a column needs at least one interval")
+            raise SettingsError(f"bins={bins} must be at least 1.")
         inner = [NormalDist().inv_cdf(i / bins) for i in range(1, bins)]
         end = max(3.0, 1.2 * abs(inner[0])) if inner else 3.0
         self.register_buffer("edges", torch.tensor([[-end, *inner, end]]).repeat(columns, 1))
@@ -94,16 +95,18 @@ class PiecewiseLinear(nn.Module):
 
     @torch.no_grad()
     def set_edges(self, edges: Tensor) -> None:
-        """Take other intervals: columns x (bins + 1), increasing. Raises `SettingsError` otherwise."""
+        """Set the edges of the intervals, columns x (bins + 1). Raises `SettingsError` if the shape is wrong or a row
+        does not increase.
+        """
         if edges.shape != self.edges.shape:
-            raise SettingsError(f"edges have shape {tuple(edges.shape)}, not {tuple(self.edges.shape)}")
+            raise SettingsError(f"edges must have shape {tuple(self.edges.shape)}, got {tuple(edges.shape)}.")
         if not (edges.diff(dim=1) > 0).all():
             column = int((edges.diff(dim=1) <= 0).any(1).nonzero()[0])
-            raise SettingsError(f"the edges of column {column} do not increase: {edges[column].tolist()}")
+            raise SettingsError(f"The edges of column {column} must increase, got {edges[column].tolist()}.")
         self.edges.copy_(edges)
 
     def forward(self, x: Tensor) -> Tensor:  # B N -> B N D
         part = (x[..., None] - self.edges[:, :-1]) / self.edges.diff(dim=1)  # B N bins
         part = part.clamp(self.low, self.high)
-        curve = torch.bmm(part.transpose(0, 1), self.curve).transpose(0, 1)  # one product a column
+        curve = torch.bmm(part.transpose(0, 1), self.curve).transpose(0, 1)  # one product per column
         return curve + self.bias + self.weight * x[..., None]
