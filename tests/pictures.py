@@ -147,7 +147,7 @@ def huggingface_efficientnet(model: nn.Module) -> nn.Module:
 def torchvision_efficientnet_v2(model: nn.Module) -> nn.Module:
     c, module = model.config, tvm.efficientnet
     rows, dim = [], c.widths[0]
-    for s, (width, depth, growth, stride) in enumerate(zip(c.widths, c.depths, c.growths, efficientnet_v2.strides(c))):
+    for s, (width, depth, growth, stride) in enumerate(zip(c.widths, c.depths, c.growths, efficientnet_v2.get_strides(c))):
         rows.append((module.FusedMBConvConfig if s < 3 else module.MBConvConfig)(growth, 3, stride, dim, width, depth))
         dim = width
     theirs = module.EfficientNet(rows, c.dropout, c.drop_path, c.num_classes, partial(nn.BatchNorm2d, eps=c.eps), c.top)
@@ -159,7 +159,7 @@ def timm_efficientnet_v2(model: nn.Module) -> nn.Module:
     kinds = ["cn_r{}_k3_s{}_e{}_c{}_skip", *["er_r{}_k3_s{}_e{}_c{}"] * 2, *["ir_r{}_k3_s{}_e{}_c{}_se0.25"] * 4]
     rows = [
         [kind.format(depth, stride, growth, width)]
-        for kind, depth, stride, growth, width in zip(kinds, c.depths, efficientnet_v2.strides(c), c.growths, c.widths)
+        for kind, depth, stride, growth, width in zip(kinds, c.depths, efficientnet_v2.get_strides(c), c.growths, c.widths)
     ]
     return module.EfficientNet(
         module.decode_arch_def(rows),
@@ -192,7 +192,7 @@ def torchvision_mobilenet_v2(model: nn.Module) -> nn.Module:
 def torchvision_mobilenet_v3(model: nn.Module) -> nn.Module:
     c, module = model.config, tvm.mobilenetv3
     rows, dim = [], c.stem
-    for kernel, hidden, width, gate, swish, stride in (row for group in mobilenet_v3.stages(c) for row in group):
+    for kernel, hidden, width, gate, swish, stride in (row for group in mobilenet_v3.group_stages(c) for row in group):
         rows.append(module.InvertedResidualConfig(dim, kernel, hidden, width, gate, "HS" if swish else "RE", stride, 1, 1.0))
         dim = width
     return module.MobileNetV3(rows, c.hidden, c.num_classes, norm_layer=partial(nn.BatchNorm2d, eps=c.eps), dropout=c.dropout)
@@ -201,7 +201,7 @@ def torchvision_mobilenet_v3(model: nn.Module) -> nn.Module:
 def timm_mobilenet_v3(model: nn.Module) -> nn.Module:
     c, module = model.config, timm.models.mobilenetv3
     arch, dim = [], c.stem
-    for group in mobilenet_v3.stages(c):
+    for group in mobilenet_v3.group_stages(c):
         arch.append([])
         for kernel, hidden, width, gate, swish, stride in group:
             kind = "ds" if hidden == dim else "ir"

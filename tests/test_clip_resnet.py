@@ -43,8 +43,8 @@ def test_what_the_pool_looks_at():
     model = tiny("clip-resnet")
     image = batch("clip-resnet")[0]
     pool, x = model.vision.pool, model.vision.features(image)
-    *_, v = pool.asked(x)
-    share = pool.weights(x)
+    *_, v = pool.project_qkv(x)
+    share = pool.compute_attention(x)
     torch.testing.assert_close(share.sum(2), torch.ones(5, 4, dtype=torch.float64))
     torch.testing.assert_close(pool.proj(torch.einsum("bhn,bhnd->bhd", share, v).flatten(1)), pool(x), **EXACT)
     seen = model.attention(image)

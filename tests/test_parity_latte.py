@@ -14,7 +14,7 @@ from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.weights import translate
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data.loader import Batches
-from fieldguide.models.diffusion.latte import OFFICIAL, grid, waves
+from fieldguide.models.diffusion.latte import OFFICIAL, position_embedding, sinusoidal_embedding
 from fieldguide.models.registry import create
 from fieldguide.objectives import DDIM, Diffusion, Process
 from test_loop import trainer
@@ -46,9 +46,9 @@ def test_counts_and_names_are_those_of_the_authors_xl2():
 def test_places_and_moments_equal_those_of_diffusers():
     embeddings = part("embeddings")
     theirs = embeddings.get_2d_sincos_pos_embed(16, 5, base_size=5, output_type="pt")
-    torch.testing.assert_close(grid(5, 16), theirs.float().view(25, 16), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(position_embedding(5, 16), theirs.float().view(25, 16), rtol=1e-5, atol=1e-6)
     theirs = embeddings.get_1d_sincos_pos_embed_from_grid(16, torch.arange(7), output_type="pt")
-    torch.testing.assert_close(waves(torch.arange(7), 16), theirs.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sinusoidal_embedding(torch.arange(7), 16), theirs.float(), rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.adversarial.dcgan_discriminator import Discriminator, halvings, reset
+from fieldguide.models.adversarial.dcgan_discriminator import Discriminator, count_halvings, init_weights
 
 __all__ = ["CARD", "Config", "Discriminator", "Generator"]
 
@@ -35,7 +35,7 @@ class Generator(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        count, first = halvings(config.image)
+        count, first = count_halvings(config.image)
         if not count or first << count != config.image:
             raise SettingsError(
                 f"image={config.image}: the side is 4, 5, 6 or 7 pixels doubled a few times; choose "
@@ -50,7 +50,7 @@ class Generator(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        reset(self)
+        init_weights(self)
 
     def forward(self, z: Tensor) -> Tensor:  # B Z -> B C S S
         return self.main(z[:, :, None, None])

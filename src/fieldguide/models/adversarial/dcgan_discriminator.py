@@ -24,7 +24,7 @@ class Config:
     dim: int = 64  # maps of the largest level
 
 
-def halvings(side: int) -> tuple[int, int]:
+def count_halvings(side: int) -> tuple[int, int]:
     """How often a side is halved, rounding down, until less than 8 pixels are left, and how many those are."""
     count = 0
     while side >= 8:
@@ -32,7 +32,7 @@ def halvings(side: int) -> tuple[int, int]:
     return count, side
 
 
-def reset(model: nn.Module) -> None:
+def init_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(module.weight, 0.0, 0.02)
@@ -47,7 +47,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        count, last = halvings(config.image)
+        count, last = count_halvings(config.image)
         if not count:
             raise SettingsError(f"image={config.image}: pictures need at least 8 pixels a side")
         dim = config.dim
@@ -59,7 +59,7 @@ class Discriminator(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        reset(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:  # B C S S -> B 1
         if x.shape[2:] != (self.config.image, self.config.image):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.conv import check_side
+from fieldguide.models.layers.conv import check_min_side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Config:
 
 
 STEMS = {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}  # kernel, stride, padding
-LEAST = {"11x11": 63, "3x3": 15}  # pixels a side of which the poolings leave something
+MIN_IMAGE_PIXELS = {"11x11": 63, "3x3": 15}  # pixels a side of which the poolings leave something
 
 
 class AlexNet(nn.Module):
@@ -72,7 +72,7 @@ class AlexNet(nn.Module):
         return {"c2": (one, stride), "c3": (one, 2 * stride), "c4": (two, 4 * stride), "c5": (five, 8 * stride)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
-        check_side(x, LEAST[self.config.stem], "AlexNet")
+        check_min_side(x, MIN_IMAGE_PIXELS[self.config.stem], "AlexNet")
         levels = {}
         levels["c2"] = x = F.relu(self.conv1(x), inplace=True)
         levels["c3"] = x = F.max_pool2d(x, 3, 2)
@@ -99,11 +99,11 @@ TORCHVISION = {
 }
 
 
-def small(side: int) -> dict[str, object]:
+def adapt_to_image_size(side: int) -> dict[str, object]:
     """Without the stem's stride, a map of 1 to 4 pixels a side is left of small pictures, and read as it is."""
-    if side < LEAST["3x3"]:
+    if side < MIN_IMAGE_PIXELS["3x3"]:
         raise SettingsError(
-            f"pictures of {side} pixels a side are too small: AlexNet pools three times and needs at least {LEAST['3x3']}"
+            f"pictures of {side} pixels a side are too small: AlexNet pools three times and needs at least {MIN_IMAGE_PIXELS['3x3']}"
         )
     return {"stem": "3x3", "side": max(1, side // 16)} if side <= 64 else {}
 
@@ -116,7 +116,7 @@ CARD = Card(
     year=2014,
     input_type="image",
     output_type="label",
-    adapt=lambda need: small(need["image"]),
+    adapt=lambda need: adapt_to_image_size(need["image"]),
     sizes={
         "alexnet": Size(params=61_100_840, source="torchvision"),
         "alexnet-test": Size(stem="3x3", widths=(8, 12, 16, 12, 8), hidden=16, side=2, dropout=0.0, num_classes=5),

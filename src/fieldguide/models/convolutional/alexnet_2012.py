@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError
 
-NEIGHBOURS, BIAS, ALPHA, BETA = 5, 2.0, 1e-4, 0.75  # n, k, alpha, beta of section 3.3
+NUM_NEIGHBORS, BIAS, ALPHA, BETA = 5, 2.0, 1e-4, 0.75  # n, k, alpha, beta of section 3.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def response_norm(x: Tensor) -> Tensor:  # B D H W -> B D H W
     as long as this sum over neighbours by a 1x1 convolution.
     """
     place = torch.arange(x.shape[1], device=x.device)
-    near = (place[:, None] - place).abs() <= NEIGHBOURS // 2
+    near = (place[:, None] - place).abs() <= NUM_NEIGHBORS // 2
     total = F.conv2d(x.square(), ALPHA * near[..., None, None].to(x.dtype), x.new_full((x.shape[1],), BIAS))
     return x * total.pow(-BETA)
 

@@ -65,14 +65,14 @@ class Bottleneck(nn.Module):
             else nn.Sequential(OrderedDict(conv=conv(inputs, 4 * width, 1), norm=nn.BatchNorm2d(4 * width)))
         )
 
-    def shrunk(self, x: Tensor) -> Tensor:  # B D H W -> B D H/stride W/stride
+    def downsample(self, x: Tensor) -> Tensor:  # B D H W -> B D H/stride W/stride
         return F.avg_pool2d(x, self.stride) if self.stride > 1 else x
 
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H/stride W/stride
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = F.relu(self.norm2(self.conv2(y)), inplace=True)
-        y = self.norm3(self.conv3(self.shrunk(y)))
-        y += x if self.shortcut is None else self.shortcut(self.shrunk(x))  # the normalisation does not need it any more
+        y = self.norm3(self.conv3(self.downsample(y)))
+        y += x if self.shortcut is None else self.shortcut(self.downsample(x))  # the normalisation does not need it any more
         return F.relu(y, inplace=True)
 
 
@@ -87,7 +87,7 @@ class Pool(nn.Module):
         self.pos = nn.Embedding(1 + side**2, dim)
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, embed)
 
-    def asked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B D h h -> B heads 1 d, 2 of B heads N d
+    def project_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B D h h -> B heads 1 d, 2 of B heads N d
         x = x.flatten(2).mT
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.pos.weight
         q = self.q(x[:, :1]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -95,11 +95,11 @@ class Pool(nn.Module):
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:  # B D h h -> B E
-        return self.proj(F.scaled_dot_product_attention(*self.asked(x)).flatten(1))
+        return self.proj(F.scaled_dot_product_attention(*self.project_qkv(x)).flatten(1))
 
-    def weights(self, x: Tensor) -> Tensor:  # B D h h -> B heads N
+    def compute_attention(self, x: Tensor) -> Tensor:  # B D h h -> B heads N
         """How much the mean looks at itself (first) and at each place: sums to 1."""
-        q, k, _ = self.asked(x)
+        q, k, _ = self.project_qkv(x)
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
 
 
@@ -150,7 +150,7 @@ class Vision(nn.Module):
             nn.init.zeros_(block.norm3.weight)
 
     def features(self, image: Tensor) -> Tensor:  # B C S S -> B D h h
-        clip.fits(image, self.side)
+        clip.check_image_size(image, self.side)
         x = self.stem(image)
         for stage in self.stages:
             x = stage(x)
@@ -159,10 +159,10 @@ class Vision(nn.Module):
     def forward(self, image: Tensor) -> Tensor:  # B C S S -> B E
         return self.pool(self.features(image))
 
-    def seen(self, image: Tensor) -> Tensor:  # B C S S -> B h h
+    def patch_relevance(self, image: Tensor) -> Tensor:  # B C S S -> B h h
         """How much each place counts where the map is pooled, mean over heads."""
         x = self.features(image)
-        return self.pool.weights(x).mean(1)[:, 1:].unflatten(1, tuple(x.shape[2:]))
+        return self.pool.compute_attention(x).mean(1)[:, 1:].unflatten(1, tuple(x.shape[2:]))
 
 
 class CLIPResNet(clip.CLIP):
@@ -171,7 +171,7 @@ class CLIPResNet(clip.CLIP):
     tower = Vision
 
 
-def names() -> dict[str, Row]:
+def openai_keys() -> dict[str, Row]:
     """Names of OpenAI's files, and of open_clip's."""
     block, ours = "visual.layer{s+1}.{b}.", "vision.stages.{s}.{b}."
     return {
@@ -189,7 +189,7 @@ def names() -> dict[str, Row]:
     } | openai("", (("text_model.", "", "text."),))
 
 
-OPENAI = names()
+OPENAI = openai_keys()
 CONFIG = openclip(32, {"width": "dim", "layers": "depths", "patch_size": Is(None, among=(None,))})
 
 CARD = Card(

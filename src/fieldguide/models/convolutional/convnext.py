@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
-from fieldguide.models.layers.conv import check_side
+from fieldguide.models.layers.conv import check_min_side
 from fieldguide.models.layers.norm import ChannelNorm
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
 from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Is
@@ -104,7 +104,7 @@ class ConvNeXt(nn.Module):
         return {f"c{i + 2}": (width, self.config.patch * 2**i) for i, width in enumerate(self.config.widths)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
-        check_side(x, self.config.patch * 2 ** len(self.steps), type(self).__name__)
+        check_min_side(x, self.config.patch * 2 ** len(self.steps), type(self).__name__)
         x, levels = self.stem(x), {}
         for i, stage in enumerate(self.stages):
             levels[f"c{i + 2}"] = x = stage(self.steps[i - 1](x) if i else x)
@@ -178,7 +178,7 @@ def torchvision(config: Config) -> dict[str, Row]:
     return table
 
 
-def configuration(model_type: str, name: str) -> dict[str, ConfigRow]:
+def config_rules(model_type: str, name: str) -> dict[str, ConfigRow]:
     """Keys of transformers' configurations of both versions."""
     return {
         "model_type": Is(model_type),
@@ -195,7 +195,7 @@ def configuration(model_type: str, name: str) -> dict[str, ConfigRow]:
     }
 
 
-def small(side: int) -> dict[str, int]:
+def adapt_to_image_size(side: int) -> dict[str, int]:
     """A patch that leaves small pictures something after three halvings."""
     if side < 8:
         raise SettingsError(f"pictures of {side} pixels a side are too small: ConvNeXt halves three times and needs at least 8")
@@ -210,7 +210,7 @@ CARD = Card(
     year=2022,
     input_type="image",
     output_type=OUTPUT_TYPES,
-    adapt=lambda need: small(need["image"]),
+    adapt=lambda need: adapt_to_image_size(need["image"]),
     sizes={
         "convnext-tiny": Size(params=28_589_128, source="torchvision"),
         "convnext-small": Size(depths=(3, 3, 27, 3), drop_path=0.4, params=50_223_688, source="torchvision"),
@@ -232,7 +232,7 @@ CARD = Card(
         "huggingface": HUGGINGFACE,
         "huggingface-base": unprefixed(HUGGINGFACE, "convnext."),
     },
-    configs={"huggingface": configuration("convnext", "ConvNext")},
+    configs={"huggingface": config_rules("convnext", "ConvNext")},
     aliases={"timm": {f"convnext_{size}": f"convnext-{size}" for size in ("tiny", "small", "base", "large", "xlarge")}},
     # Section 2.1: AdamW with decay 0.05, smoothing 0.1, a long warm-up; 4e-3 at a batch of 4,096 is 1e-3 at some hundred.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},

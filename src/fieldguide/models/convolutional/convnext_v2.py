@@ -63,11 +63,11 @@ class ConvNeXtV2(convnext.ConvNeXt):
     block = Block
 
 
-def without_scale(table: dict[str, Row]) -> dict[str, Row]:
+def drop_layer_scale(table: dict[str, Row]) -> dict[str, Row]:
     return {theirs: ours for theirs, ours in table.items() if not str(ours).endswith("gamma")}
 
 
-def response(weight: str, bias: str) -> dict[str, Reshaped]:
+def response_norm_rows(weight: str, bias: str) -> dict[str, Reshaped]:
     """Rows of a map of one pixel each."""
     return {
         public: Reshaped(f"stages.{{s}}.{{b}}.response.{kind}", (-1,), (1, 1, 1, -1))
@@ -84,13 +84,13 @@ def timm(config: Config) -> dict[str, Row]:
             table[f"stages.{s}.blocks.{{b}}.mlp.{public}.weight"] = Reshaped(
                 f"stages.{s}.{{b}}.{part}.weight", (-1, inputs), (-1, inputs, *ones)
             )
-    return table | without_scale(convnext.TIMM)
+    return table | drop_layer_scale(convnext.TIMM)
 
 
-AUTHORS = without_scale(convnext.AUTHORS) | response("stages.{s}.{b}.grn.gamma", "stages.{s}.{b}.grn.beta")
+AUTHORS = drop_layer_scale(convnext.AUTHORS) | response_norm_rows("stages.{s}.{b}.grn.gamma", "stages.{s}.{b}.grn.beta")
 HUGGINGFACE = {
-    theirs.replace("convnext.", "convnextv2."): ours for theirs, ours in without_scale(convnext.HUGGINGFACE).items()
-} | response("convnextv2.encoder.stages.{s}.layers.{b}.grn.weight", "convnextv2.encoder.stages.{s}.layers.{b}.grn.bias")
+    theirs.replace("convnext.", "convnextv2."): ours for theirs, ours in drop_layer_scale(convnext.HUGGINGFACE).items()
+} | response_norm_rows("convnextv2.encoder.stages.{s}.layers.{b}.grn.weight", "convnextv2.encoder.stages.{s}.layers.{b}.grn.bias")
 
 CARD = Card(
     name="convnextv2",
@@ -100,7 +100,7 @@ CARD = Card(
     year=2023,
     input_type="image",
     output_type=OUTPUT_TYPES,
-    adapt=lambda need: convnext.small(need["image"]),
+    adapt=lambda need: convnext.adapt_to_image_size(need["image"]),
     sizes={
         "convnextv2-tiny": Size(drop_path=0.2, params=28_635_496, source="timm"),
         "convnextv2-atto": Size(depths=(2, 2, 6, 2), widths=(40, 80, 160, 320), params=3_708_400, source="timm"),
@@ -122,7 +122,7 @@ CARD = Card(
         "huggingface": HUGGINGFACE,
         "huggingface-base": unprefixed(HUGGINGFACE, "convnextv2."),
     },
-    configs={"huggingface": convnext.configuration("convnextv2", "ConvNextV2")},
+    configs={"huggingface": convnext.config_rules("convnextv2", "ConvNextV2")},
     aliases={
         "timm": {
             f"convnextv2_{size}": f"convnextv2-{size}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.conv import PADDINGS, conv_norm
-from fieldguide.models.layers.mbconv import InvertedResidual, rounded
+from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
 from fieldguide.models.mapping.config_rules import Counted, Fixed, Is
 from fieldguide.models.mapping.key_rules import Row
 
@@ -52,11 +52,11 @@ class Config:
     padding: str = "symmetric"  # or "same", as TensorFlow pads
 
 
-def scaled(config: Config) -> list[tuple[int, int, int, int, int]]:
+def scale_stages(config: Config) -> list[tuple[int, int, int, int, int]]:
     """`STAGES` at this size."""
     early = iter(config.early[1:])
     return [
-        (growth, kernel, rounded(config.width * width), math.ceil(config.depth * depth), stride or next(early))
+        (growth, kernel, make_divisible(config.width * width), math.ceil(config.depth * depth), stride or next(early))
         for growth, kernel, width, depth, stride in STAGES
     ]
 
@@ -74,10 +74,10 @@ class EfficientNet(nn.Module):
                 f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, and early={config.early} three strides"
             )
         self.config = config
-        stages = scaled(config)
+        stages = scale_stages(config)
         count, seen = sum(depth for *_, depth, _ in stages), 0
         same = {"eps": config.eps, "padding": config.padding}
-        dim = rounded(config.width * STEM)
+        dim = make_divisible(config.width * STEM)
         self.stem = conv_norm(config.channels, dim, 3, config.early[0], **same)
         self.stages = nn.ModuleList()
         for growth, kernel, width, depth, stride in stages:
@@ -99,9 +99,9 @@ class EfficientNet(nn.Module):
                 )
                 dim, seen = width, seen + 1
             self.stages.append(stage)
-        self.top = conv_norm(dim, rounded(config.width * HEAD), 1, eps=config.eps)
+        self.top = conv_norm(dim, make_divisible(config.width * HEAD), 1, eps=config.eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(rounded(config.width * HEAD), config.num_classes)
+        self.head = nn.Linear(make_divisible(config.width * HEAD), config.num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -117,7 +117,7 @@ class EfficientNet(nn.Module):
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
         """Name of each map of `features` -> (D, stride in pixels)."""
-        stages = scaled(self.config)
+        stages = scale_stages(self.config)
         return {
             name: (stages[s][2], self.config.early[0] * math.prod(stride for *_, stride in stages[: s + 1]))
             for name, s in LEVELS.items()
@@ -186,7 +186,7 @@ def huggingface(config: Config) -> dict[str, Row]:
         "efficientnet.encoder.top_bn.*": "top.norm.*",
         "classifier.*": "head.*",
     }
-    places = [(s, b) for s, (*_, depth, _) in enumerate(scaled(config)) for b in range(depth)]
+    places = [(s, b) for s, (*_, depth, _) in enumerate(scale_stages(config)) for b in range(depth)]
     for n, (s, b) in enumerate(places):
         theirs, ours = f"efficientnet.encoder.blocks.{n}", f"stages.{s}.{b}"
         table |= {
@@ -212,7 +212,7 @@ CONFIG = {  # of transformers
     "dropout_rate": "dropout",
     "drop_connect_rate": "drop_path",
     "batch_norm_eps": "eps",
-    "hidden_dim": Is(lambda c: rounded(c.width * HEAD)),
+    "hidden_dim": Is(lambda c: make_divisible(c.width * HEAD)),
     "depth_divisor": Is(8),
     "expand_ratios": Is([stage[0] for stage in STAGES]),
     "kernel_sizes": Is([stage[1] for stage in STAGES]),
@@ -228,7 +228,7 @@ CONFIG = {  # of transformers
 }
 
 
-def small(side: int) -> dict[str, tuple[int, ...]]:
+def adapt_to_image_size(side: int) -> dict[str, tuple[int, ...]]:
     """Strides that leave small pictures a map of 2 to 4 pixels a side."""
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
 
@@ -251,7 +251,7 @@ CARD = Card(
     year=2019,
     input_type="image",
     output_type="label",
-    adapt=lambda need: small(need["image"]),
+    adapt=lambda need: adapt_to_image_size(need["image"]),
     sizes={
         **{
             f"efficientnet-{name}": Size(

@@ -23,7 +23,7 @@ from fieldguide.models.layers.conv import PADDINGS, conv_norm
 from fieldguide.models.layers.mbconv import InvertedResidual
 from fieldguide.models.layers.stochastic_depth import DropPath
 
-FUSED = 3  # the first stages, without depthwise convolutions and gates
+NUM_FUSED_STAGES = 3  # the first stages, without depthwise convolutions and gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class FusedResidual(nn.Module):
         return self.drop_path(y).add_(x) if self.residual else y
 
 
-def strides(config: Config) -> tuple[int, ...]:
+def get_strides(config: Config) -> tuple[int, ...]:
     """Of the first block of each stage, also of a seventh."""
     return (1, *config.early[1:], 2, 1, 2, 1)[: len(config.widths)]
 
@@ -86,13 +86,13 @@ class EfficientNetV2(nn.Module):
         dim = config.widths[0]
         self.stem = conv_norm(config.channels, dim, 3, config.early[0], **same)
         self.stages = nn.ModuleList()
-        for s, (width, depth, growth, first) in enumerate(zip(config.widths, config.depths, config.growths, strides(config))):
+        for s, (width, depth, growth, first) in enumerate(zip(config.widths, config.depths, config.growths, get_strides(config))):
             stage = nn.Sequential()
             for i in range(depth):
                 stride, drop = 1 if i else first, config.drop_path * seen / count
                 stage.append(
                     FusedResidual(dim, growth * dim, width, stride, drop, **same)
-                    if s < FUSED
+                    if s < NUM_FUSED_STAGES
                     else InvertedResidual(
                         dim,
                         growth * dim,
@@ -123,7 +123,7 @@ class EfficientNetV2(nn.Module):
         nn.init.uniform_(self.head.weight, -(self.config.num_classes**-0.5), self.config.num_classes**-0.5)
         nn.init.zeros_(self.head.bias)
 
-    def ends(self) -> dict[str, int]:
+    def get_last_stages(self) -> dict[str, int]:
         """Level -> its last stage: the one before a stride of the published network."""
         last = len(self.stages) - 1
         return {"c1": 0, "c2": 1, "c3": 2, "c4": min(4, last), "c5": last}
@@ -132,14 +132,14 @@ class EfficientNetV2(nn.Module):
     def levels(self) -> dict[str, tuple[int, int]]:
         """Name of each map of `features` -> (D, stride in pixels)."""
         c = self.config
-        return {name: (c.widths[s], c.early[0] * math.prod(strides(c)[: s + 1])) for name, s in self.ends().items()}
+        return {name: (c.widths[s], c.early[0] * math.prod(get_strides(c)[: s + 1])) for name, s in self.get_last_stages().items()}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
         x = F.silu(self.stem(x), inplace=True)
         seen = []
         for stage in self.stages:
             seen.append(x := stage(x))
-        return {name: seen[s] for name, s in self.ends().items()}
+        return {name: seen[s] for name, s in self.get_last_stages().items()}
 
     def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes
         x = F.silu(self.top(self.features(x)["c5"]), inplace=True)
@@ -150,7 +150,7 @@ def torchvision(config: Config) -> dict[str, str]:
     """Its blocks count their parts, of which fused ones have two and the first stage's one."""
     table, stages = {}, len(config.widths)
     for s in range(stages):
-        parts = ("expand", "depth", "squeeze", "project") if s >= FUSED else ("expand", "project")
+        parts = ("expand", "depth", "squeeze", "project") if s >= NUM_FUSED_STAGES else ("expand", "project")
         for k, part in enumerate(parts):
             theirs, ours = f"features.{s + 1}.{{b}}.block.{k}", f"stages.{s}.{{b}}.{part}"
             table |= (
@@ -191,7 +191,7 @@ TIMM = {  # fused stages have rows of their own, before the general ones
 }
 
 
-def small(side: int) -> dict[str, tuple[int, ...]]:
+def adapt_to_image_size(side: int) -> dict[str, tuple[int, ...]]:
     """Strides that leave small pictures a map of 2 to 4 pixels a side."""
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
 
@@ -230,7 +230,7 @@ CARD = Card(
     year=2021,
     input_type="image",
     output_type="label",
-    adapt=lambda need: small(need["image"]),
+    adapt=lambda need: adapt_to_image_size(need["image"]),
     sizes={
         **{f"efficientnetv2-{name}": Size(source="torchvision", **size) for name, size in V2.items()},
         **{

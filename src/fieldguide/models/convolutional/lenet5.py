@@ -32,7 +32,7 @@ class Config:
 
 
 # Table I: which of the six maps of S2 each of the sixteen maps of C3 sees.
-SEES = (
+C3_CONNECTIONS = (
     (0, 1, 2),
     (1, 2, 3),
     (2, 3, 4),
@@ -80,7 +80,7 @@ DIGITS = """
 """
 
 
-def codes(classes: int) -> Tensor:  # -> classes 84
+def class_codes(classes: int) -> Tensor:  # -> classes 84
     """The target of each class: its drawing for ten digits, else fixed random signs."""
     if classes == 10:
         rows = [
@@ -93,7 +93,7 @@ def codes(classes: int) -> Tensor:  # -> classes 84
     return torch.tensor([[signs.choice((-1.0, 1.0)) for _ in range(84)] for _ in range(classes)])
 
 
-def squash(x: Tensor) -> Tensor:
+def scaled_tanh(x: Tensor) -> Tensor:
     return 1.7159 * torch.tanh(x * (2 / 3))
 
 
@@ -114,14 +114,14 @@ class Partial(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(sum(map(len, SEES)), 5, 5))
-        self.bias = nn.Parameter(torch.empty(len(SEES)))
-        place = torch.tensor([6 * out + into for out, seen in enumerate(SEES) for into in seen])
+        self.weight = nn.Parameter(torch.empty(sum(map(len, C3_CONNECTIONS)), 5, 5))
+        self.bias = nn.Parameter(torch.empty(len(C3_CONNECTIONS)))
+        place = torch.tensor([6 * out + into for out, seen in enumerate(C3_CONNECTIONS) for into in seen])
         self.register_buffer("place", place, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # B 6 H W -> B 16 H-4 W-4
-        full = self.weight.new_zeros(len(SEES) * 6, 5, 5).index_copy(0, self.place, self.weight)
-        return F.conv2d(x, full.unflatten(0, (len(SEES), 6)), self.bias)
+        full = self.weight.new_zeros(len(C3_CONNECTIONS) * 6, 5, 5).index_copy(0, self.place, self.weight)
+        return F.conv2d(x, full.unflatten(0, (len(C3_CONNECTIONS), 6)), self.bias)
 
 
 class LeNet5(nn.Module):
@@ -139,7 +139,7 @@ class LeNet5(nn.Module):
         self.s4 = Subsample(16)
         self.c5 = nn.Conv2d(16, 120, ((side - 4) // 2 - 4) // 2)  # as wide as what is left
         self.f6 = nn.Linear(120, 84)
-        self.register_buffer("codes", codes(config.num_classes))
+        self.register_buffer("codes", class_codes(config.num_classes))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -148,9 +148,9 @@ class LeNet5(nn.Module):
         for layer, fan in fans.items():
             for parameter in layer.parameters():
                 nn.init.uniform_(parameter, -2.4 / fan, 2.4 / fan)
-        fan = torch.tensor([25.0 * len(seen) for seen in SEES], device=self.c3.bias.device)
+        fan = torch.tensor([25.0 * len(seen) for seen in C3_CONNECTIONS], device=self.c3.bias.device)
         nn.init.uniform_(self.c3.bias, -2.4, 2.4).div_(fan)
-        fan = torch.tensor([25.0 * len(seen) for seen in SEES for _ in seen], device=self.c3.bias.device)
+        fan = torch.tensor([25.0 * len(seen) for seen in C3_CONNECTIONS for _ in seen], device=self.c3.bias.device)
         nn.init.uniform_(self.c3.weight, -2.4, 2.4).div_(fan[:, None, None])
 
     @property
@@ -160,12 +160,12 @@ class LeNet5(nn.Module):
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C S S -> {"s2": B 6 14 14, "s4": B 16 5 5}
         x = F.pad(x, self.padding, mode="replicate")
-        s2 = squash(self.s2(squash(self.c1(x))))
-        return {"s2": s2, "s4": squash(self.s4(squash(self.c3(s2))))}
+        s2 = scaled_tanh(self.s2(scaled_tanh(self.c1(x))))
+        return {"s2": s2, "s4": scaled_tanh(self.s4(scaled_tanh(self.c3(s2))))}
 
     def forward(self, x: Tensor) -> Tensor:  # B C S S -> B classes
         x = self.features(x)["s4"]
-        x = squash(self.f6(squash(self.c5(x)).flatten(1)))  # B 84
+        x = scaled_tanh(self.f6(scaled_tanh(self.c5(x)).flatten(1)))  # B 84
         return -(x[:, None] - self.codes).square().sum(-1)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.conv import conv_norm
-from fieldguide.models.layers.mbconv import InvertedResidual, rounded
+from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
 from fieldguide.models.mapping.key_rules import Row
 
 # Table 2: growth inside a block, width, blocks and stride of each stage; 0: the next of `early`.
@@ -37,11 +37,11 @@ class Config:
     dropout: float = 0.2  # before the head
 
 
-def scaled(config: Config) -> list[tuple[int, int, int, int]]:
+def scale_stages(config: Config) -> list[tuple[int, int, int, int]]:
     """`STAGES` at this size."""
     early = iter(config.early[1:])
     return [
-        (growth, rounded(config.width * width), math.ceil(config.depth * depth), stride or next(early))
+        (growth, make_divisible(config.width * width), math.ceil(config.depth * depth), stride or next(early))
         for growth, width, depth, stride in STAGES
     ]
 
@@ -57,10 +57,10 @@ class MobileNetV2(nn.Module):
         if len(config.early) != 3:
             raise SettingsError(f"early={config.early} must be three strides")
         self.config = config
-        dim, top = rounded(config.width * STEM), rounded(TOP * max(config.width, 1.0))
+        dim, top = make_divisible(config.width * STEM), make_divisible(TOP * max(config.width, 1.0))
         self.stem = conv_norm(config.channels, dim, 3, config.early[0])
         self.stages = nn.ModuleList()
-        for growth, width, depth, stride in scaled(config):
+        for growth, width, depth, stride in scale_stages(config):
             stage = nn.Sequential()
             for i in range(depth):
                 stage.append(InvertedResidual(dim, growth * dim, width, 3, 1 if i else stride, act=F.relu6))
@@ -82,7 +82,7 @@ class MobileNetV2(nn.Module):
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
         """Name of each map of `features` -> (D, stride in pixels)."""
-        stages = scaled(self.config)
+        stages = scale_stages(self.config)
         return {
             name: (stages[s][1], self.config.early[0] * math.prod(stride for *_, stride in stages[: s + 1]))
             for name, s in LEVELS.items()
@@ -102,7 +102,7 @@ class MobileNetV2(nn.Module):
 
 def torchvision(config: Config) -> dict[str, Row]:
     """It counts blocks through all stages, and the layers that a block has."""
-    places = [(s, b) for s, (_, _, depth, _) in enumerate(scaled(config)) for b in range(depth)]
+    places = [(s, b) for s, (_, _, depth, _) in enumerate(scale_stages(config)) for b in range(depth)]
     last = len(places) + 1
     table: dict[str, Row] = {
         "features.0.0.weight": "stem.conv.weight",
@@ -141,7 +141,7 @@ TIMM = {
 }
 
 
-def small(side: int) -> dict[str, tuple[int, ...]]:
+def adapt_to_image_size(side: int) -> dict[str, tuple[int, ...]]:
     """Strides that leave small pictures a map of 2 to 4 pixels a side."""
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
 
@@ -154,7 +154,7 @@ CARD = Card(
     year=2018,
     input_type="image",
     output_type="label",
-    adapt=lambda need: small(need["image"]),
+    adapt=lambda need: adapt_to_image_size(need["image"]),
     sizes={
         "mobilenetv2": Size(params=3_504_872, source="torchvision mobilenet_v2, timm mobilenetv2_100"),
         "mobilenetv2-050": Size(width=0.5, params=1_968_680, source="timm mobilenetv2_050"),

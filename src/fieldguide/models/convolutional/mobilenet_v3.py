@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.conv import PADDINGS, conv_norm
-from fieldguide.models.layers.mbconv import InvertedResidual, rounded
+from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
 from fieldguide.models.mapping.key_rules import Reshaped, Row
 
 # Tables 1 and 2: kernel, width inside, width, gate, hard-swish, stride; 0: the next one of `early`.
@@ -76,14 +76,14 @@ class Config:
     padding: str = "symmetric"  # or "same", as TensorFlow pads
 
 
-def stages(config: Config) -> list[list[tuple]]:
+def group_stages(config: Config) -> list[list[tuple]]:
     """The rows, those of one width together, with all strides filled in."""
     early = iter(config.early[1:])
     rows = [(*rest, stride or next(early)) for *rest, stride in config.blocks]
     return [list(group) for _, group in groupby(rows, key=lambda row: row[2])]
 
 
-def ends(config: Config) -> dict[str, int]:
+def get_last_stages(config: Config) -> dict[str, int]:
     """Level -> its last stage in the published network, counted from 1; 0 is the stem."""
     level, found = 1, {"c1": 0}
     for s, (_, group) in enumerate(groupby(config.blocks, key=lambda row: row[2]), 1):
@@ -110,7 +110,7 @@ class MobileNetV3(nn.Module):
         dim = config.stem
         self.stem = conv_norm(config.channels, dim, 3, config.early[0], **same)
         self.stages = nn.ModuleList()
-        for rows in stages(config):
+        for rows in group_stages(config):
             stage = nn.Sequential()
             for kernel, hidden, width, gate, swish, stride in rows:
                 stage.append(
@@ -120,7 +120,7 @@ class MobileNetV3(nn.Module):
                         width,
                         kernel,
                         stride,
-                        squeeze=rounded(hidden // 4) if gate else 0,
+                        squeeze=make_divisible(hidden // 4) if gate else 0,
                         act=F.hardswish if swish else F.relu,
                         gate=F.hardsigmoid,
                         **same,
@@ -149,16 +149,16 @@ class MobileNetV3(nn.Module):
         """Name of each map of `features` -> (D, stride in pixels)."""
         config, stride = self.config, self.config.early[0]
         widths, reached = [config.stem], [stride]
-        for rows in stages(config):
+        for rows in group_stages(config):
             widths.append(rows[-1][2])
             reached.append(stride := stride * rows[0][-1])
-        return {name: (widths[i], reached[i]) for name, i in ends(config).items()}
+        return {name: (widths[i], reached[i]) for name, i in get_last_stages(config).items()}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
         seen = [F.hardswish(self.stem(x), inplace=True)]
         for stage in self.stages:
             seen.append(stage(seen[-1]))
-        return {name: seen[i] for name, i in ends(self.config).items()}
+        return {name: seen[i] for name, i in get_last_stages(self.config).items()}
 
     def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes
         x = F.hardswish(self.top(self.features(x)["c5"]), inplace=True)
@@ -166,10 +166,10 @@ class MobileNetV3(nn.Module):
         return self.head(self.dropout(x))
 
 
-def parts(config: Config) -> list[tuple[int, int, list[str]]]:
+def get_block_parts(config: Config) -> list[tuple[int, int, list[str]]]:
     """(stage, block, the parts that it has) of each block."""
     found, dim = [], config.stem
-    for s, rows in enumerate(stages(config)):
+    for s, rows in enumerate(group_stages(config)):
         for b, (_, hidden, width, gate, *_) in enumerate(rows):
             found.append((s, b, [*["expand"] * (hidden != dim), "depth", *["squeeze"] * gate, "project"]))
             dim = width
@@ -178,7 +178,7 @@ def parts(config: Config) -> list[tuple[int, int, list[str]]]:
 
 def torchvision(config: Config) -> dict[str, Row]:
     """It counts blocks through all stages, and the parts that a block has."""
-    blocks = parts(config)
+    blocks = get_block_parts(config)
     table: dict[str, Row] = {
         "features.0.0.weight": "stem.conv.weight",
         "features.0.1.*": "stem.norm.*",
@@ -200,7 +200,7 @@ def torchvision(config: Config) -> dict[str, Row]:
 
 def timm(config: Config) -> dict[str, Row]:
     """A block without expansion has other names; the widest layer before the mean is its last stage."""
-    last = len(stages(config))
+    last = len(group_stages(config))
     table: dict[str, Row] = {
         "conv_stem.weight": "stem.conv.weight",
         "bn1.*": "stem.norm.*",
@@ -210,7 +210,7 @@ def timm(config: Config) -> dict[str, Row]:
         "conv_head.bias": "fc.bias",
         "classifier.*": "head.*",
     }
-    for s, b, has in parts(config):
+    for s, b, has in get_block_parts(config):
         theirs, ours = f"blocks.{s}.{b}", f"stages.{s}.{b}"
         names = ["conv_pw", "conv_dw", "conv_pwl"] if "expand" in has else ["conv_dw", "conv_pw"]
         for k, (name, part) in enumerate(zip(names, (part for part in has if part != "squeeze")), 1):
@@ -223,7 +223,7 @@ def timm(config: Config) -> dict[str, Row]:
     return table
 
 
-def small(side: int) -> dict[str, tuple[int, ...]]:
+def adapt_to_image_size(side: int) -> dict[str, tuple[int, ...]]:
     """Strides that leave small pictures a map of 2 to 4 pixels a side."""
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
 
@@ -236,7 +236,7 @@ CARD = Card(
     year=2019,
     input_type="image",
     output_type="label",
-    adapt=lambda need: small(need["image"]),
+    adapt=lambda need: adapt_to_image_size(need["image"]),
     sizes={
         "mobilenetv3-large": Size(params=5_483_032, source="torchvision"),
         "mobilenetv3-small": Size(blocks=SMALL, hidden=1024, params=2_542_856, source="torchvision"),

@@ -176,7 +176,7 @@ HUGGINGFACE = {  # of ResNetForImageClassification
 }
 
 
-def growth(block: str) -> int:
+def get_growth(block: str) -> int:
     return BLOCKS[block].growth if block in BLOCKS else 1
 
 
@@ -188,8 +188,8 @@ CONFIG = {  # of transformers
     "layer_type": "block",
     "depths": "depths",
     "hidden_sizes": Derived(
-        lambda said: {"widths": tuple(n // growth(said.get("layer_type", "bottleneck")) for n in said["hidden_sizes"])},
-        lambda c: [n * growth(c.block) for n in c.widths],
+        lambda said: {"widths": tuple(n // get_growth(said.get("layer_type", "bottleneck")) for n in said["hidden_sizes"])},
+        lambda c: [n * get_growth(c.block) for n in c.widths],
     ),
     "embedding_size": Is(lambda c: c.widths[0]),
     "hidden_act": Is("relu"),

@@ -43,7 +43,7 @@ class Level(nn.Module):
         return F.relu(self.conv2(F.relu(self.conv1(x))))
 
 
-def middle(x: Tensor, height: int, width: int) -> Tensor:
+def center_crop(x: Tensor, height: int, width: int) -> Tensor:
     """The middle of a map."""
     top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
     return x[:, :, top : top + height, left : left + width]
@@ -105,7 +105,7 @@ class UNet(nn.Module):
             x, skip = up(x), seen.pop()
             if self.config.padding == "same":  # where a level had odd size, its last row is back as zeros
                 x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]))
-            x = merge(torch.cat([middle(skip, *x.shape[2:]), x], 1))
+            x = merge(torch.cat([center_crop(skip, *x.shape[2:]), x], 1))
         return self.head(x)
 
 

@@ -31,7 +31,7 @@ class Config:
     up: tuple[int, ...] = (256, 128, 64, 32, 16)  # width a level on the way up
 
 
-def step(inputs: int, outputs: int) -> nn.Sequential:
+def conv_norm_relu(inputs: int, outputs: int) -> nn.Sequential:
     """3x3 convolution, normalisation, clip at zero."""
     return nn.Sequential(
         OrderedDict(
@@ -45,7 +45,7 @@ class Up(nn.Module):
 
     def __init__(self, inputs: int, skip: int, width: int):
         super().__init__()
-        self.conv1, self.conv2 = step(inputs + skip, width), step(width, width)
+        self.conv1, self.conv2 = conv_norm_relu(inputs + skip, width), conv_norm_relu(width, width)
 
     def forward(self, x: Tensor, skip: Tensor | None, size) -> Tensor:  # B D H W -> B D' size
         x = F.interpolate(x, size=size, mode="nearest")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.conv import check_side
+from fieldguide.models.layers.conv import check_min_side
 from fieldguide.models.mapping.key_rules import Reshaped, Row
 
 
@@ -35,7 +35,7 @@ class Config:
     dropout: float = 0.5  # after each hidden dense layer
 
 
-def step(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
+def conv_layer(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
     """A convolution, clipped at zero where it is used."""
     layers = OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1))
     return nn.Sequential(layers | {"norm": nn.BatchNorm2d(outputs)} if norm else layers)
@@ -59,7 +59,7 @@ class VGG(nn.Module):
         for depth, width in zip(config.depths, config.widths):
             stage = nn.Sequential()
             for _ in range(depth):
-                stage.append(step(dim, width, config.norm))
+                stage.append(conv_layer(dim, width, config.norm))
                 dim = width
             self.stages.append(stage)
         self.fc1 = nn.Linear(dim * config.side**2, config.hidden)
@@ -84,7 +84,7 @@ class VGG(nn.Module):
         return {f"c{i + 1}": (width, 2 ** min(i + 1, self.config.pools)) for i, width in enumerate(self.config.widths)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
-        check_side(x, 2**self.config.pools, "VGG")
+        check_min_side(x, 2**self.config.pools, "VGG")
         levels = {}
         for i, stage in enumerate(self.stages):
             for layer in stage:
@@ -99,7 +99,7 @@ class VGG(nn.Module):
         return self.head(self.dropout(F.relu(self.fc2(x), inplace=True)))
 
 
-def convolutions(config: Config) -> dict[str, Row]:
+def conv_keys(config: Config) -> dict[str, Row]:
     """Both libraries number every layer, clips and poolings too."""
     table, n = {}, 0
     for s, depth in enumerate(config.depths):
@@ -113,12 +113,12 @@ def convolutions(config: Config) -> dict[str, Row]:
 
 
 def torchvision(config: Config) -> dict[str, Row]:
-    return convolutions(config) | {"classifier.0.*": "fc1.*", "classifier.3.*": "fc2.*", "classifier.6.*": "head.*"}
+    return conv_keys(config) | {"classifier.0.*": "fc1.*", "classifier.3.*": "fc2.*", "classifier.6.*": "head.*"}
 
 
 def timm(config: Config) -> dict[str, Row]:  # whose dense layers are convolutions
     side, hidden = config.side, config.hidden
-    return convolutions(config) | {
+    return conv_keys(config) | {
         "pre_logits.fc1.weight": Reshaped("fc1.weight", (hidden, -1), (hidden, -1, side, side)),
         "pre_logits.fc2.weight": Reshaped("fc2.weight", (hidden, -1), (hidden, -1, 1, 1)),
         "pre_logits.fc1.bias": "fc1.bias",
@@ -127,7 +127,7 @@ def timm(config: Config) -> dict[str, Row]:  # whose dense layers are convolutio
     }
 
 
-def small(side: int) -> dict[str, int]:
+def adapt_to_image_size(side: int) -> dict[str, int]:
     """Poolings that leave a map of 2 to 3 pixels a side, whose mean the dense layers read."""
     return {"side": 1, "pools": min(5, max(side.bit_length() - 2, 0))} if side <= 64 else {}
 
@@ -142,7 +142,7 @@ CARD = Card(
     year=2014,
     input_type="image",
     output_type="label",
-    adapt=lambda need: small(need["image"]),
+    adapt=lambda need: adapt_to_image_size(need["image"]),
     sizes={
         "vgg16": Size(depths=D, params=138_357_544, source="torchvision"),
         "vgg16-bn": Size(depths=D, norm=True, params=138_365_992, source="torchvision"),

@@ -172,7 +172,7 @@ class YOLOv8(nn.Module):
         return torch.cat([head(level) for head, level in zip(self.heads, self.features(x))], 1)
 
 
-def table() -> dict[str, Row]:
+def ultralytics_keys() -> dict[str, Row]:
     """Names in public files, which number the modules of the diagram from 0 to 22."""
     step = {"conv.weight": "conv.weight", "bn.*": "norm.*"}
     inner = {
@@ -234,7 +234,7 @@ CARD = Card(
         "yolov8-pico": Size(widths=(8, 16, 32, 64, 128), bins=8),
         "yolov8-test": Size(num_classes=3, image=33, widths=(4, 6, 8, 10, 12), depths=(1, 2, 1, 1), bins=4),
     },
-    weights={"ultralytics": table()},
+    weights={"ultralytics": ultralytics_keys()},
     # The sample `scattered` in 2.3 minutes: mAP50 .70 with adamw at 4e-3, .93 so.
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01, "warmup": 0.1, "ema": 0.99},
 )

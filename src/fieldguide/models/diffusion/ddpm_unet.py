@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, WeightsError
-from fieldguide.models.diffusion._shared.caption_encoder import Caption
+from fieldguide.models.diffusion._shared.caption_encoder import CaptionEncoder
 from fieldguide.models.mapping.config_rules import Absent, Derived, Fixed, Is
 from fieldguide.models.mapping.key_rules import Fused, Row
 
@@ -120,7 +120,7 @@ class DDPMUNet(nn.Module):
         widths = [c.dim * growth for growth in c.growth]
         self.time1, self.time2 = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, 4 * c.dim)
         self.label = nn.Embedding(c.num_classes + 1, 4 * c.dim) if c.num_classes else None
-        self.caption = Caption(c.vocab_size, c.length, c.words, c.layers, 4 * c.dim, c.dropout) if c.vocab_size else None
+        self.caption = CaptionEncoder(c.vocab_size, c.length, c.words, c.layers, 4 * c.dim, c.dropout) if c.vocab_size else None
         pixels, side = c.channels * c.patch**2, c.image // c.patch
         self.conv_in = nn.Conv2d(pixels, c.dim, 3, padding=1)
         last, dim, skips = len(widths) - 1, c.dim, [c.dim]
@@ -151,7 +151,7 @@ class DDPMUNet(nn.Module):
         if self.caption is not None:
             self.caption.reset_parameters()
 
-    def condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B or B T -> B E
+    def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B or B T -> B E
         half = self.config.dim // 2
         rate = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1))
         angle = time.float()[:, None] * rate  # in float32, as the weights have learnt them
@@ -170,7 +170,7 @@ class DDPMUNet(nn.Module):
                 f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be halved "
                 f"{len(self.down) - 1} times: choose multiples of {patch << len(self.down) - 1}"
             )
-        time = self.condition(time, label)
+        time = self.embed_condition(time, label)
         x = self.conv_in(F.pixel_unshuffle(image, patch))
         seen = [x]
         for level in self.down:
@@ -187,7 +187,7 @@ class DDPMUNet(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm(x))), patch)
 
 
-def table(query: str, key: str, value: str, out: str) -> dict[str, Row]:
+def diffusers_keys(query: str, key: str, value: str, out: str) -> dict[str, Row]:
     """Names of diffusers, whose attention has had two sets of them."""
     names: dict[str, Row] = {
         "time_embedding.linear_{k}.*": "time{k}.*",
@@ -213,18 +213,18 @@ def table(query: str, key: str, value: str, out: str) -> dict[str, Row]:
     return names
 
 
-DIFFUSERS = table("to_q", "to_k", "to_v", "to_out.0")
-DIFFUSERS_2022 = table("query", "key", "value", "proj_attn")  # of google/ddpm-cifar10-32 and its kin
+DIFFUSERS = diffusers_keys("to_q", "to_k", "to_v", "to_out.0")
+DIFFUSERS_2022 = diffusers_keys("query", "key", "value", "proj_attn")  # of google/ddpm-cifar10-32 and its kin
 
 
-def widths(said: Mapping[str, Any]) -> dict[str, Any]:
+def parse_widths(said: Mapping[str, Any]) -> dict[str, Any]:
     first, *_ = all_widths = said["block_out_channels"]
     if odd := [width for width in all_widths if width % first]:
         raise WeightsError(f"block_out_channels={all_widths}: {odd[0]} is no multiple of {first}")
     return {"dim": first, "growth": tuple(width // first for width in all_widths)}
 
 
-def attended(said: Mapping[str, Any]) -> dict[str, Any]:
+def parse_attention(said: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "attend": tuple(
             said["sample_size"] >> i for i, kind in enumerate(said["down_block_types"]) if kind == "AttnDownBlock2D"
@@ -232,7 +232,7 @@ def attended(said: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def kinds(where: str, c: Config) -> list[str]:
+def block_types(where: str, c: Config) -> list[str]:
     return [f"{'Attn' if c.image // c.patch >> i in c.attend else ''}{where}Block2D" for i in range(len(c.growth))]
 
 
@@ -241,10 +241,10 @@ CONFIG = {  # of diffusers
     "sample_size": "image",
     "in_channels": "channels",
     "out_channels": Is(lambda c: c.channels),
-    "block_out_channels": Derived(widths, lambda c: [c.dim * growth for growth in c.growth]),
+    "block_out_channels": Derived(parse_widths, lambda c: [c.dim * growth for growth in c.growth]),
     "layers_per_block": "depth",
-    "down_block_types": Derived(attended, lambda c: kinds("Down", c)),
-    "up_block_types": Is(lambda c: kinds("Up", c)[::-1]),
+    "down_block_types": Derived(parse_attention, lambda c: block_types("Down", c)),
+    "up_block_types": Is(lambda c: block_types("Up", c)[::-1]),
     "mid_block_type": Is("UNetMidBlock2D"),
     "add_attention": Is(True),
     "norm_num_groups": "groups",

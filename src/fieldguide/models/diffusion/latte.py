@@ -24,7 +24,7 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.mapping.key_rules import Dropped, Row
 
-WAVES = 256  # sines and cosines that a time is read as
+TIME_EMBEDDING_DIM = 256  # sines and cosines that a time is read as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,15 @@ class Config:
     variance: bool = False  # a second answer for each number, its variance: in the authors' files, not used here
 
 
-def waves(places: Tensor, dim: int) -> Tensor:  # ... -> ... dim: sines, then cosines
+def sinusoidal_embedding(places: Tensor, dim: int) -> Tensor:  # ... -> ... dim: sines, then cosines
     rate = torch.exp(torch.arange(dim // 2, dtype=torch.float64) * (-2 * math.log(10_000) / dim))
     angle = places.double()[..., None] * rate
     return torch.cat([angle.sin(), angle.cos()], -1).float()
 
 
-def grid(side: int, dim: int) -> Tensor:  # -> N D: the column in the first half, the row in the second
+def position_embedding(side: int, dim: int) -> Tensor:  # -> N D: the column in the first half, the row in the second
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return torch.cat([waves(column.flatten(), dim // 2), waves(row.flatten(), dim // 2)], 1)
+    return torch.cat([sinusoidal_embedding(column.flatten(), dim // 2), sinusoidal_embedding(row.flatten(), dim // 2)], 1)
 
 
 class Modulated(nn.Module):
@@ -102,10 +102,10 @@ class Latte(nn.Module):
         if c.dim % 4:
             raise SettingsError(f"dim={c.dim}: places are told by sines and cosines in two directions; choose a multiple of 4")
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
-        self.time1, self.time2 = nn.Linear(WAVES, c.dim), nn.Linear(c.dim, c.dim)
+        self.time1, self.time2 = nn.Linear(TIME_EMBEDDING_DIM, c.dim), nn.Linear(c.dim, c.dim)
         self.label = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None  # the last row is that of no label
-        self.register_buffer("places", grid(c.image // c.patch, c.dim), persistent=False)
-        self.register_buffer("moments", waves(torch.arange(c.frames), c.dim), persistent=False)
+        self.register_buffer("places", position_embedding(c.image // c.patch, c.dim), persistent=False)
+        self.register_buffer("moments", sinusoidal_embedding(torch.arange(c.frames), c.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(c, over_time=bool(i % 2)) for i in range(c.depth))
         self.norm, self.condition = Modulated(c.dim), nn.Linear(c.dim, 2 * c.dim)
         self.head = nn.Linear(c.dim, c.patch**2 * c.channels * (1 + c.variance))
@@ -124,9 +124,9 @@ class Latte(nn.Module):
         if self.label is not None:
             nn.init.normal_(self.label.weight)
 
-    def told(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B -> B D
-        places = torch.arange(WAVES // 2, dtype=torch.float32, device=time.device)
-        rate = torch.exp(-math.log(10_000) * places / (WAVES // 2))
+    def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B -> B D
+        places = torch.arange(TIME_EMBEDDING_DIM // 2, dtype=torch.float32, device=time.device)
+        rate = torch.exp(-math.log(10_000) * places / (TIME_EMBEDDING_DIM // 2))
         angle = time.float()[:, None] * rate  # in float32, as the weights have learnt them
         x = torch.cat([angle.cos(), angle.sin()], 1).to(self.time1.weight.dtype)
         x = self.time2(F.silu(self.time1(x)))
@@ -142,7 +142,7 @@ class Latte(nn.Module):
                 f"a video has {video.shape[1]} frames of {video.shape[4]} x {video.shape[3]} pixels, the network "
                 f"was made for frames={c.frames} at most, of image={c.image}"
             )
-        what = self.told(time, label)
+        what = self.embed_condition(time, label)
         x = self.patch(video.flatten(0, 1)).flatten(2).mT.unflatten(0, video.shape[:2]) + self.places
         for i, block in enumerate(self.blocks):
             if i == 1:  # moments are told where time is first looked at

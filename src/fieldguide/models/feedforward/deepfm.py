@@ -68,7 +68,7 @@ class DeepFM(nn.Module):
         if self.first is not None:
             self.first.weight.zero_()
 
-    def fields(self, numbers: Tensor, categories: Tensor) -> tuple[Tensor, Tensor]:  # -> B F D, B
+    def embed_fields(self, numbers: Tensor, categories: Tensor) -> tuple[Tensor, Tensor]:  # -> B F D, B
         """Each field's vector times its value, and the sum of the first-order weights times theirs."""
         vectors, linear = numbers[..., None] * self.number_vectors, numbers @ self.first_numbers
         if self.vectors is not None:
@@ -77,7 +77,7 @@ class DeepFM(nn.Module):
         return vectors, linear
 
     def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:  # B N, B K -> B classes
-        vectors, linear = self.fields(numbers, categories)
+        vectors, linear = self.embed_fields(numbers, categories)
         # Equation 2: the sum over pairs of products is half of (square of the sum - sum of the squares).
         pairs = (vectors.sum(1).square() - vectors.square().sum(1)).sum(-1) / 2
         y = self.bias + linear + pairs + self.deep(vectors.flatten(1))[:, 0]

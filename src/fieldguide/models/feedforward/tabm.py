@@ -42,7 +42,7 @@ def uniform_(tensor: Tensor, fan_in: int) -> Tensor:
     return nn.init.uniform_(tensor, -(fan_in**-0.5), fan_in**-0.5)
 
 
-class Shared(nn.Module):
+class BatchEnsembleLinear(nn.Module):
     """A linear layer whose matrix all members share; `r` scales what goes in, `s` what comes out."""
 
     def __init__(self, inputs: int, outputs: int, members: int):
@@ -56,7 +56,7 @@ class Shared(nn.Module):
         return torch.addcmul(self.bias, F.linear(x * self.r, self.weight), self.s)
 
 
-class Heads(nn.Module):
+class MemberHeads(nn.Module):
     """A linear layer for each member."""
 
     def __init__(self, inputs: int, outputs: int, members: int):
@@ -88,10 +88,10 @@ class TabM(nn.Module):
             [config.embedding] * config.numbers + [config.categories[i] - 1 for i in few] + [config.embedding] * len(many)
         )
         self.layers = nn.ModuleList(
-            Shared(config.dim if i else sum(self.widths), config.dim, config.members) for i in range(config.depth)
+            BatchEnsembleLinear(config.dim if i else sum(self.widths), config.dim, config.members) for i in range(config.depth)
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.head = Heads(config.dim, config.num_classes, config.members)
+        self.head = MemberHeads(config.dim, config.num_classes, config.members)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -12,10 +12,10 @@ from __future__ import annotations
 from torch import nn
 
 from fieldguide.core.card import Card, Size
-from fieldguide.models.recurrent._shared.text_encoder import Config, Reader
+from fieldguide.models.recurrent._shared.text_encoder import Config, RecurrentClassifier
 
 
-class LSTM(Reader):
+class LSTM(RecurrentClassifier):
     """Tokens -> class logits, read after the last real token of each row (and after the first, backwards)."""
 
     cell = nn.LSTM

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
-from fieldguide.models.layers.padding import lengths, pick
+from fieldguide.models.layers.padding import lengths, select_position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class LSTMClassifier(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B classes
         states, _ = self.lstm(self.emb(x))  # B T H, of the last layer
-        return self.fc(states[:, -1] if mask is None else pick(states, lengths(mask) - 1))
+        return self.fc(states[:, -1] if mask is None else select_position(states, lengths(mask) - 1))
 
 
 CARD = Card(

@@ -15,14 +15,14 @@ import math
 from torch import Tensor, nn
 
 from fieldguide.core.errors import DataError
-from fieldguide.models.layers.padding import at_least_one, masked_mean
+from fieldguide.models.layers.padding import ensure_nonempty, masked_mean
 from fieldguide.models.transformer.encoder_classifier import Block, sinusoids
 
 HEADS = 4
-WIDER = 2.5
+HEAD_STD_SCALE = 2.5
 
 
-class Caption(nn.Module):
+class CaptionEncoder(nn.Module):
     """Tokens -> what is added to the time. 0 is no token; none but 0 is no caption, which has a vector of its own."""
 
     def __init__(self, vocab: int, length: int, dim: int, depth: int, out: int, dropout: float):
@@ -40,7 +40,7 @@ class Caption(nn.Module):
                     nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.embed.weight, std=width**-0.5)
-        nn.init.normal_(self.head.weight, std=WIDER * width**-0.5)
+        nn.init.normal_(self.head.weight, std=HEAD_STD_SCALE * width**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:  # B T -> B E
         if tokens.shape[1] > len(self.pos):
@@ -48,7 +48,7 @@ class Caption(nn.Module):
                 f"a caption of {tokens.shape[1]} tokens is longer than length={len(self.pos)}; cut the captions or "
                 "create the network with a larger length"
             )
-        mask = at_least_one(tokens > 0)
+        mask = ensure_nonempty(tokens > 0)
         x = self.embed(tokens) * math.sqrt(self.embed.embedding_dim) + self.pos[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, mask)

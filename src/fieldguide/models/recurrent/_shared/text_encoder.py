@@ -26,7 +26,7 @@ class Config:
     dropout: float = 0.3  # on embeddings, between layers and before the head
 
 
-class Reader(nn.Module):
+class RecurrentClassifier(nn.Module):
     """Tokens -> class logits, read after the last real token of each row (and after the first, backwards)."""
 
     cell: ClassVar[type[nn.RNNBase]]
