@@ -1,11 +1,11 @@
-"""DCGAN: a generator of transposed convolutions, noise to picture (Radford et al. 2015, arXiv:1511.06434).
+"""DCGAN: an image generator of transposed convolutions (Radford et al. 2015, arXiv:1511.06434).
 
-New here: the noise is one pixel of many maps, and each layer doubles the side and halves the maps; batch
-normalisation and ReLU between, tanh at the end. Steps in the noise give steps in meaning. Its adversary is
+New here: the noise is a map of one pixel, and each layer doubles the side and halves the number of channels, with batch
+norm and ReLU in between and tanh at the end. Interpolation in the noise gives semantic interpolation. The critic is
 `dcgan-discriminator`.
 
-Initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of normalisation (section 4 and torch's example).
-Shapes: B batch, Z noise, C channels, S side of a picture.
+Initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of batch norm (section 4 and torch's example).
+Shapes: B batch, Z noise, C channels, S side of an image.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["CARD", "Config", "Discriminator", "Generator"]
 class Config:
     noise: int = 100  # Z
     channels: int = 3  # C
-    image: int = 64  # S: 4 to 7 pixels, doubled a few times
-    dim: int = 64  # maps of the largest level
+    image: int = 64  # S: 4, 5, 6 or 7 times a power of 2
+    dim: int = 64  # channels at the highest resolution
 
 
 class Generator(nn.Module):
-    """Noise -> pictures in -1 .. 1. Raises `SettingsError` for a side that doubling does not reach."""
+    """DCGAN generator: noise -> images in -1 .. 1. Raises `SettingsError` for a side that doubling cannot reach."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -38,7 +38,7 @@ class Generator(nn.Module):
         count, first = count_halvings(config.image)
         if not count or first << count != config.image:
             raise SettingsError(
-                f"image={config.image}: the side is 4, 5, 6 or 7 pixels doubled a few times; choose "
+                f"image={config.image} must be 4, 5, 6 or 7 times a power of 2: choose "
                 f"{max(first << count, 8)} or {max(first + 1 << count, 8)}"
             )
         dim = config.dim << (count - 1)
@@ -66,7 +66,7 @@ CARD = Card(
     output_type="image",
     sizes={
         "dcgan-64": Size(params=3_576_704, source="pytorch/examples, dcgan"),
-        # The widths of the paper's figure 1. Ports with a bias in the last layer have 3 more.
+        # The widths of the paper's figure 1. Ports with a bias in the last layer have 3 more parameters.
         "dcgan-64-wide": Size(dim=128, params=12_658_432, source="the paper's figure 1, counted"),
         "dcgan-32": Size(image=32),
         "dcgan-test": Size(noise=6, image=20, dim=4, channels=2),
@@ -81,6 +81,6 @@ CARD = Card(
         "schedule": "constant",
         "ema": 0.999,
     },  # section 4 of the paper, and an average of the generator
-    adapt=lambda need: {"noise": Config.noise + need["num_classes"]} if need.get("num_classes") else {},  # told the class
+    adapt=lambda need: {"noise": Config.noise + need["num_classes"]} if need.get("num_classes") else {},  # plus a one-hot class
     parts={"critic": "dcgan-discriminator"},
 )

@@ -1,10 +1,10 @@
-"""DCGAN discriminator: convolutions alone tell made from real (Radford et al. 2015, arXiv:1511.06434).
+"""DCGAN discriminator: an all-convolutional critic (Radford et al. 2015, arXiv:1511.06434).
 
-New here: strides in place of pooling, batch normalisation everywhere but at the ends, and no hidden linear layers;
-with these rules a convolutional pair of networks trains. Widths as in torch's own example, from which names come.
+New here: strides instead of pooling, batch norm everywhere except in the first and last layer, and no hidden dense
+layers, with which the training of convolutional GANs is stable. Widths and parameter names are those of torch's example.
 
-Initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of normalisation (section 4 and the example).
-Shapes: B batch, C channels, S side of a picture.
+Initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of batch norm (section 4 and the example).
+Shapes: B batch, C channels, S side of an image.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fieldguide.core.errors import DataError, SettingsError
 class Config:
     channels: int = 3  # C
     image: int = 64  # S
-    dim: int = 64  # maps of the largest level
+    dim: int = 64  # channels at the highest resolution
 
 
 def count_halvings(side: int) -> tuple[int, int]:
-    """How often a side is halved, rounding down, until less than 8 pixels are left, and how many those are."""
+    """Return how often a side can be halved (rounding down) until it is below 8, and the resulting side."""
     count = 0
     while side >= 8:
         side, count = side // 2, count + 1
@@ -42,14 +42,17 @@ def init_weights(model: nn.Module) -> None:
 
 
 class Discriminator(nn.Module):
-    """A picture of side `image` -> the probability that it is real. Raises `DataError` for another side."""
+    """DCGAN discriminator: an image -> the probability that it is real.
+
+    Raises `SettingsError` if `image` is below 8, and `DataError` for images of another side.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         count, last = count_halvings(config.image)
         if not count:
-            raise SettingsError(f"image={config.image}: pictures need at least 8 pixels a side")
+            raise SettingsError(f"image={config.image} is too small: images need at least 8 pixels per side")
         dim = config.dim
         layers: list[nn.Module] = [nn.Conv2d(config.channels, dim, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
         for _ in range(count - 1):
@@ -64,7 +67,7 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B C S S -> B 1
         if x.shape[2:] != (self.config.image, self.config.image):
             raise DataError(
-                f"a picture has {x.shape[3]} x {x.shape[2]} pixels, the network was made for image={self.config.image}"
+                f"the images have {x.shape[3]} x {x.shape[2]} pixels, but the network was created for image={self.config.image}"
             )
         return self.main(x).flatten(1)
 
@@ -83,5 +86,5 @@ CARD = Card(
         "dcgan-discriminator-test": Size(image=17, dim=4, channels=2),
     },
     recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0},
-    adapt=lambda need: {"channels": need["channels"] + need.get("num_classes", 0)},  # told the class, a channel for each
+    adapt=lambda need: {"channels": need["channels"] + need.get("num_classes", 0)},  # plus one channel per class
 )

@@ -1,10 +1,10 @@
-"""SimpleGAN: the generator of the guide's GAN, noise to picture (Goodfellow et al. 2014, arXiv:1406.2661).
+"""SimpleGAN: the generator of the guide's GAN (Goodfellow et al. 2014, arXiv:1406.2661).
 
-New here: a network learns to make data from noise by fooling a second one, the discriminator, that is trained
-to tell made from real. No likelihood is ever computed.
+New here: a generator is trained to fool a second network, the discriminator, which is trained to distinguish generated
+from real data. No likelihood is computed.
 
-Initialisation: torch's default for linear layers, as the guide's code has it.
-Shapes: B batch, Z noise, F values of a flat picture in -1 .. 1.
+Initialisation: torch's default for linear layers, as in the guide's code.
+Shapes: B batch, Z noise, F values of a flat image in -1 .. 1.
 """
 
 from __future__ import annotations

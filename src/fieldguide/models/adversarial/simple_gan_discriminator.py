@@ -1,10 +1,10 @@
-"""SimpleGAN discriminator: the probability that a picture is real (Goodfellow et al. 2014, arXiv:1406.2661).
+"""SimpleGAN discriminator: the probability that an image is real (Goodfellow et al. 2014, arXiv:1406.2661).
 
-New here: a classifier that is the other network's loss. It gives probabilities, as the guide's code does;
-`net[:-1]` gives logits, whose loss is steadier.
+New here: a classifier that serves as the loss of the generator. It returns probabilities, as in the guide's code;
+`net[:-1]` returns logits, with which the loss is numerically more stable.
 
-Initialisation: torch's default for linear layers, as the guide's code has it.
-Shapes: B batch, F values of a flat picture.
+Initialisation: torch's default for linear layers, as in the guide's code.
+Shapes: B batch, F values of a flat image.
 """
 
 from __future__ import annotations

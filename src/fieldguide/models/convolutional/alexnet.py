@@ -1,9 +1,9 @@
-"""AlexNet as torchvision has it: five convolutions and three dense layers (Krizhevsky 2014, arXiv:1404.5997).
+"""AlexNet of torchvision: five convolutions and three dense layers (Krizhevsky 2014, arXiv:1404.5997).
 
-New here: after AlexNet of 2012 (`alexnet-2012`), the same idea on one device, with fewer maps, one group, and no
-normalisation of responses; a map of any size is averaged to 6 x 6 before the dense layers.
+New here: compared to AlexNet of 2012 (`alexnet-2012`), a single-device network with fewer channels, one group and no
+response normalization. The last map is average-pooled to 6 x 6 before the dense layers, so images may have any size.
 
-Initialisation: He normal weights (arXiv:1502.01852), those of the head normal with deviation 0.01, zero biases.
+Initialisation: He normal weights (arXiv:1502.01852), those of the head normal with standard deviation 0.01, zero biases.
 Shapes: B batch, C channels, H W height and width, D width of a level.
 """
 
@@ -23,27 +23,27 @@ from fieldguide.models.layers.conv import check_min_side
 class Config:
     num_classes: int = 1000
     channels: int = 3  # C
-    stem: str = "11x11"  # stride 4, or "3x3", stride 1, for pictures up to 64 pixels
-    widths: tuple[int, ...] = (64, 192, 384, 256, 256)  # maps of each convolution
-    hidden: int = 4096  # of each dense layer
-    side: int = 6  # of the map that the dense layers read
-    dropout: float = 0.5  # before each dense layer but the last
+    stem: str = "11x11"  # stride 4, or "3x3", stride 1, for images up to 64 pixels
+    widths: tuple[int, ...] = (64, 192, 384, 256, 256)  # channels of each convolution
+    hidden: int = 4096  # width of the dense layers
+    side: int = 6  # side of the map that the dense layers take
+    dropout: float = 0.5  # before each dense layer except the last
 
 
 STEMS = {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}  # kernel, stride, padding
-MIN_IMAGE_PIXELS = {"11x11": 63, "3x3": 15}  # pixels a side of which the poolings leave something
+MIN_IMAGE_PIXELS = {"11x11": 63, "3x3": 15}  # minimum image side in pixels
 
 
 class AlexNet(nn.Module):
-    """A picture of any size -> class logits; `features` gives a map of each stride.
+    """AlexNet classifier for images of any size. `features` returns a map of each stride.
 
-    Raises `SettingsError` for an unknown stem, `DataError` for pictures too small for the poolings.
+    Raises `SettingsError` for an unknown stem, `DataError` for images that are too small for the poolings.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         if config.stem not in STEMS:
-            raise SettingsError(f"stem={config.stem!r}: known are {', '.join(STEMS)}")
+            raise SettingsError(f"unknown stem={config.stem!r}: choose one of {', '.join(STEMS)}")
         self.config = config
         one, two, three, four, five = config.widths
         self.conv1 = nn.Conv2d(config.channels, one, *STEMS[config.stem])
@@ -66,7 +66,7 @@ class AlexNet(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         one, two, _, _, five = self.config.widths
         stride = STEMS[self.config.stem][1]
         return {"c2": (one, stride), "c3": (one, 2 * stride), "c4": (two, 4 * stride), "c5": (five, 8 * stride)}
@@ -100,11 +100,9 @@ TORCHVISION = {
 
 
 def adapt_to_image_size(side: int) -> dict[str, object]:
-    """Without the stem's stride, a map of 1 to 4 pixels a side is left of small pictures, and read as it is."""
+    """Return a stem without stride for small images, whose last map then has 1 to 4 pixels per side."""
     if side < MIN_IMAGE_PIXELS["3x3"]:
-        raise SettingsError(
-            f"pictures of {side} pixels a side are too small: AlexNet pools three times and needs at least {MIN_IMAGE_PIXELS['3x3']}"
-        )
+        raise SettingsError(f"images of {side} pixels per side are too small: AlexNet needs at least {MIN_IMAGE_PIXELS['3x3']}")
     return {"stem": "3x3", "side": max(1, side // 16)} if side <= 64 else {}
 
 
@@ -122,6 +120,6 @@ CARD = Card(
         "alexnet-test": Size(stem="3x3", widths=(8, 12, 16, 12, 8), hidden=16, side=2, dropout=0.0, num_classes=5),
     },
     weights={"torchvision": TORCHVISION},
-    # CIFAR-10 at half of these widths begins to learn within 40 steps at this rate, at a third of it within 150.
+    # At half of these widths, the loss on CIFAR-10 starts to fall within 40 steps at this rate, within 150 at a third of it.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -1,11 +1,11 @@
-"""AlexNet, the network that began deep learning on pictures (Krizhevsky et al. 2012, NeurIPS).
+"""AlexNet: the original deep convolutional network for ImageNet (Krizhevsky et al. 2012, NeurIPS).
 
-New here: clipping at zero (ReLU) instead of tanh, dropout, overlapping pooling, responses normalised by those of
-neighbouring maps, and two groups of maps, once on two GPUs, that see each other only in the third convolution.
+New here: ReLU instead of tanh, dropout, overlapping pooling, local response normalization, and two groups of channels,
+originally on two GPUs, that are connected only in the third convolution.
 
-Initialisation: as in section 5, biases of one in the second, fourth and fifth convolution and the hidden dense
-layers, of zero elsewhere; weights of the head normal with deviation 0.01, the others, where that would fit the
-paper's own widths only, He normal (arXiv:1502.01852).
+Initialisation: biases as in section 5: one in the second, fourth and fifth convolution and the hidden dense layers,
+zero elsewhere; head weights normal with standard deviation 0.01. The other weights are He normal (arXiv:1502.01852),
+because the paper's 0.01 suits only its own widths.
 Shapes: B batch, C channels, S side, D width of a level.
 """
 
@@ -27,21 +27,21 @@ NUM_NEIGHBORS, BIAS, ALPHA, BETA = 5, 2.0, 1e-4, 0.75  # n, k, alpha, beta of se
 class Config:
     num_classes: int = 1000
     channels: int = 3  # C
-    image: int = 224  # S, pixels a side
-    stem: str = "11x11"  # stride 4, or "3x3", stride 1, for pictures up to 64 pixels
-    widths: tuple[int, ...] = (96, 256, 384, 384, 256)  # maps of each convolution, of both groups together
-    hidden: int = 4096  # of each dense layer
+    image: int = 224  # S, pixels per side
+    stem: str = "11x11"  # stride 4, or "3x3", stride 1, for images up to 64 pixels
+    widths: tuple[int, ...] = (96, 256, 384, 384, 256)  # channels of each convolution, both groups together
+    hidden: int = 4096  # width of the dense layers
     dropout: float = 0.5  # after each hidden dense layer
 
 
-STEMS = {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}  # kernel, stride; padding, which makes 55 x 55 of 224 x 224
+STEMS = {"11x11": (11, 4, 2), "3x3": (3, 1, 1)}  # kernel, stride, padding, with which 224 x 224 gives 55 x 55
 
 
 def response_norm(x: Tensor) -> Tensor:  # B D H W -> B D H W
-    """Each value over (k + alpha * sum of squares in `NEIGHBOURS` maps around it) ^ beta.
+    """Divide each value by (k + alpha * sum of squares over `NUM_NEIGHBORS` adjacent channels) ^ beta.
 
-    torch's own divides alpha by the number of maps, so the paper's 1e-4 is `alpha=5e-4` there; it also takes three times
-    as long as this sum over neighbours by a 1x1 convolution.
+    `torch.nn.LocalResponseNorm` divides alpha by the number of channels, so the paper's 1e-4 is `alpha=5e-4` there; it
+    also takes three times as long as this sum over neighbors by a 1x1 convolution.
     """
     place = torch.arange(x.shape[1], device=x.device)
     near = (place[:, None] - place).abs() <= NUM_NEIGHBORS // 2
@@ -50,24 +50,24 @@ def response_norm(x: Tensor) -> Tensor:  # B D H W -> B D H W
 
 
 class AlexNet2012(nn.Module):
-    """Pictures of `image` pixels a side -> class logits.
+    """AlexNet classifier for images of `image` pixels per side.
 
-    Raises `SettingsError` for an unknown stem or pictures too small for the poolings, `DataError` for others than
-    `image` pixels a side.
+    Raises `SettingsError` for an unknown stem or if `image` is too small for the poolings, `DataError` for images of
+    another size.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         if config.stem not in STEMS:
-            raise SettingsError(f"stem={config.stem!r}: known are {', '.join(STEMS)}")
+            raise SettingsError(f"unknown stem={config.stem!r}: choose one of {', '.join(STEMS)}")
         kernel, stride, padding = STEMS[config.stem]
         side = (config.image + 2 * padding - kernel) // stride + 1
         for _ in range(3):
             side = (side - 3) // 2 + 1
         if side < 1:
             raise SettingsError(
-                f"image={config.image}: AlexNet pools three times and needs at least "
-                f"{15 if stride == 1 else 63} pixels a side with this stem"
+                f"image={config.image} is too small: AlexNet needs at least "
+                f"{15 if stride == 1 else 63} pixels per side with this stem"
             )
         self.config = config
         one, two, three, four, five = config.widths
@@ -91,7 +91,7 @@ class AlexNet2012(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         one, two, _, _, five = self.config.widths
         stride = STEMS[self.config.stem][1]
         return {"c2": (one, stride), "c3": (one, 2 * stride), "c4": (two, 4 * stride), "c5": (five, 8 * stride)}
@@ -108,8 +108,8 @@ class AlexNet2012(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B C S S -> B classes
         if tuple(x.shape[2:]) != (self.config.image,) * 2:
             raise DataError(
-                f"pictures of {x.shape[2]} x {x.shape[3]}: this AlexNet was made for {self.config.image} x "
-                f"{self.config.image}, since its dense layers read a map of that size"
+                f"the images have {x.shape[2]} x {x.shape[3]} pixels, but this AlexNet was created for "
+                f"{self.config.image} x {self.config.image}, on which its dense layers depend"
             )
         x = self.features(x)["c5"].flatten(1)
         x = self.dropout(F.relu(self.fc1(x), inplace=True))
@@ -129,6 +129,6 @@ CARD = Card(
         "alexnet-2012": Size(params=60_965_224, source="counted by hand from section 3"),
         "alexnet-2012-test": Size(image=20, stem="3x3", widths=(8, 12, 16, 12, 8), hidden=16, dropout=0.0, num_classes=5),
     },
-    # CIFAR-10 at a third of these widths begins to learn within 60 steps at this rate, at half of it within 120.
+    # At a third of these widths, the loss on CIFAR-10 starts to fall within 60 steps at this rate, within 120 at half of it.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

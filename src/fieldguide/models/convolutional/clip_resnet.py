@@ -1,13 +1,13 @@
-"""CLIP with ResNets: convolutions read pictures, a small GPT texts (Radford et al. 2021, arXiv:2103.00020).
+"""CLIP with a ResNet image encoder (Radford et al. 2021, arXiv:2103.00020).
 
-New here: no stride drops a pixel unseen, as means of 2 x 2 stand before every one (Zhang 2019, arXiv:1904.11486); the stem
-is three small convolutions (He et al. 2018, arXiv:1812.01187, section 4); and the last map is not averaged: its mean asks
-all places, and attention says which of them count (section 2.4).
+New here: strided convolutions are replaced by 2 x 2 average pooling (Zhang 2019, arXiv:1904.11486); the stem has three small
+convolutions (He et al. 2018, arXiv:1812.01187, section 4); and the last map is pooled by attention, with its mean as the
+query, instead of being averaged (section 2.4).
 
-Initialisation: torch's own for convolutions, N(0, 1/D) for what pools the last map; the last normalisation of each block
-starts at zero. The text's tower and the temperature as in the other CLIP.
-Shapes: B batch, C channels, S side of a picture, h = S/32 that of the last map, D its width, N = 1 + h^2, E width of the
-vectors.
+Initialisation: torch's default for convolutions, N(0, 1/D) for the attention pooling; the last norm of each block starts at
+zero. The text encoder and the temperature are as in `clip`.
+Shapes: B batch, C channels, S side of an image, h = S/32 that of the last map, D its width, N = 1 + h^2, E width of the
+embeddings.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from fieldguide.models.transformer._shared.clip_checkpoints import openai, openc
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    output_type: str = "embeddings"  # embeddings, or label: the answer to a question about the picture
-    num_classes: int = 0  # answers
+    output_type: str = "embeddings"  # or "label": an answer to a question about the image
+    num_classes: int = 0  # number of answers
     channels: int = 3  # C
     image: int = 224  # S
-    dim: int = 64  # inner width of the first level; each further one has twice as much
-    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a level
-    heads: int = 32  # of the attention that pools the last map
+    dim: int = 64  # inner width of the first level; doubles with each level
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks per level
+    heads: int = 32  # of the attention pooling
     vocab_size: int = 49_408
-    length: int = 77  # longest text, tokens
-    end: int = 49_407  # token that ends a text: where texts without a mask are read out
+    length: int = 77  # maximum length of a text in tokens
+    end: int = 49_407  # end-of-text token, at which texts without a mask are pooled
     text_dim: int = 512
     text_depth: int = 12
     text_heads: int = 8
     embed: int = 1024  # E
-    quick: bool = True  # x sigmoid(1.702 x) in place of GELU, in the text's tower
+    quick: bool = True  # x sigmoid(1.702 x) instead of GELU in the text encoder
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -51,7 +51,7 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3, 1x1 up to four times the width; a stride is a mean of 2 x 2, also on the shortcut."""
+    """Bottleneck block: 1x1, 3x3, 1x1 with four times the width. Strides are average poolings, also on the shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -72,17 +72,19 @@ class Bottleneck(nn.Module):
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = F.relu(self.norm2(self.conv2(y)), inplace=True)
         y = self.norm3(self.conv3(self.downsample(y)))
-        y += x if self.shortcut is None else self.shortcut(self.downsample(x))  # the normalisation does not need it any more
+        y += (
+            x if self.shortcut is None else self.shortcut(self.downsample(x))
+        )  # in place: the output of the norm is not needed for its gradient
         return F.relu(y, inplace=True)
 
 
 class Pool(nn.Module):
-    """A map -> a vector: its mean asks all places and itself, with several heads."""
+    """Attention pooling: a multi-head attention over all positions with their mean as the query."""
 
     def __init__(self, side: int, dim: int, heads: int, embed: int):
         super().__init__()
         if dim % heads:
-            raise SettingsError(f"a map of width {dim} cannot be split among heads={heads}: choose a divisor")
+            raise SettingsError(f"heads={heads} must divide the width {dim} of the last map")
         self.heads = heads
         self.pos = nn.Embedding(1 + side**2, dim)
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, embed)
@@ -98,20 +100,22 @@ class Pool(nn.Module):
         return self.proj(F.scaled_dot_product_attention(*self.project_qkv(x)).flatten(1))
 
     def compute_attention(self, x: Tensor) -> Tensor:  # B D h h -> B heads N
-        """How much the mean looks at itself (first) and at each place: sums to 1."""
+        """Return the attention weights of the mean itself (first) and of each position."""
         q, k, _ = self.project_qkv(x)
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
 
 
 class Vision(nn.Module):
-    """A picture -> its vector. Raises `DataError` for a picture of another side than the network was made for, and
-    `SettingsError` for a side that the strides do not divide."""
+    """ResNet image encoder: an image -> its embedding.
+
+    Raises `DataError` for images of another side than `image`, and `SettingsError` if the total stride does not divide it.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
         stride = 4 * 2 ** (len(c.depths) - 1)
         if c.image % stride:
-            raise SettingsError(f"image={c.image} cannot be halved as often as it must be: choose a multiple of {stride}")
+            raise SettingsError(f"image={c.image} must be a multiple of {stride}, the total stride")
         self.side, half = c.image, c.dim // 2
         self.stem = nn.Sequential(
             OrderedDict(
@@ -160,19 +164,19 @@ class Vision(nn.Module):
         return self.pool(self.features(image))
 
     def patch_relevance(self, image: Tensor) -> Tensor:  # B C S S -> B h h
-        """How much each place counts where the map is pooled, mean over heads."""
+        """Return the attention weight of each position in the pooling, averaged over heads."""
         x = self.features(image)
         return self.pool.compute_attention(x).mean(1)[:, 1:].unflatten(1, tuple(x.shape[2:]))
 
 
 class CLIPResNet(clip.CLIP):
-    """Pictures and texts -> two unit vectors each pair; used as CLIP is."""
+    """CLIP with a ResNet image encoder; the interface is that of `CLIP`."""
 
     tower = Vision
 
 
 def openai_keys() -> dict[str, Row]:
-    """Names of OpenAI's files, and of open_clip's."""
+    """Return the key table of the checkpoints of OpenAI and of open_clip."""
     block, ours = "visual.layer{s+1}.{b}.", "vision.stages.{s}.{b}."
     return {
         "visual.conv{k}.weight": "vision.stem.conv{k}.weight",

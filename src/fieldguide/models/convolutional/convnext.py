@@ -1,10 +1,10 @@
-"""ConvNeXt: a ResNet with the habits of Transformers, and no attention (Liu et al. 2022, arXiv:2201.03545).
+"""ConvNeXt: a ResNet modernized with design choices of Transformers (Liu et al. 2022, arXiv:2201.03545).
 
-New here: each change of a Swin Transformer is tried on a ResNet-50, and those that help are kept: a stem of patches,
-depthwise 7x7 convolutions before an inverted bottleneck, GELU once a block, layer instead of batch normalisation
-once a block, and steps between levels as layers of their own.
+New here: the design choices of Swin Transformer are applied to a ResNet-50, and those that help are kept: a patch stem,
+depthwise 7x7 convolutions before an inverted bottleneck, one GELU per block, one layer norm per block instead of batch
+norm, and separate downsampling layers.
 
-Initialisation: normal with deviation 0.02, cut at 2, zero biases; the scale of each block starts at 1e-6.
+Initialisation: normal with standard deviation 0.02, truncated at 2, zero biases; layer scales start at 1e-6.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c2 is at H/4, c5 at H/32.
 """
 
@@ -30,18 +30,18 @@ from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    output_type: str = "label"  # or vector: what a label would be read from
+    output_type: str = "label"  # or "vector": the features before the classifier
     num_classes: int = 1000
     channels: int = 3  # C
-    patch: int = 4  # pixels a side that the stem puts together
-    depths: tuple[int, ...] = (3, 3, 9, 3)  # blocks a level
+    patch: int = 4  # side of a patch of the stem in pixels
+    depths: tuple[int, ...] = (3, 3, 9, 3)  # blocks per level
     widths: tuple[int, ...] = (96, 192, 384, 768)  # D of each level
-    drop_path: float = 0.1  # of the last block; rises with depth from 0
-    eps: float = 1e-6  # of the last normalisation; 1e-12 in transformers' copies
+    drop_path: float = 0.1  # of the last block; increases linearly from 0
+    eps: float = 1e-6  # of the last norm; 1e-12 in the checkpoints of transformers
 
 
 class Block(nn.Module):
-    """Depthwise 7x7, normalisation, up to four times the width, GELU, down; times a scale of each map."""
+    """Depthwise 7x7 convolution, layer norm, expansion by four, GELU, projection, layer scale."""
 
     def __init__(self, dim: int, drop_path: float):
         super().__init__()
@@ -56,24 +56,24 @@ class Block(nn.Module):
         nn.init.constant_(self.gamma, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
-        y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # B H W D, as it lies in memory
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # B H W D, the memory layout
         y = self.down(F.gelu(self.up(y))) * self.gamma
-        return self.drop_path(y.permute(0, 3, 1, 2)).add_(x)  # nothing needs the product any more
+        return self.drop_path(y.permute(0, 3, 1, 2)).add_(x)  # in place: the product is not needed for a gradient
 
 
 class ConvNeXt(nn.Module):
-    """A picture of any size from 8 patches a side -> class logits; `features` gives the map of each level.
+    """ConvNeXt classifier for images of at least 8 patches per side. `features` returns the map of each level.
 
-    Raises `SettingsError` where depths and widths differ in number, `DataError` for smaller pictures.
+    Raises `SettingsError` if the numbers of depths and widths differ, `DataError` for smaller images.
     """
 
     block: type[nn.Module] = Block
-    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # layers that a checkpoint may lack or have in another size
 
     def __init__(self, config: Config):
         super().__init__()
         if len(config.depths) != len(config.widths):
-            raise SettingsError(f"depths={config.depths} and widths={config.widths} name different levels")
+            raise SettingsError(f"depths={config.depths} and widths={config.widths} must have the same length")
         self.config = config
         dim = config.widths[0]
         self.stem = nn.Sequential(
@@ -82,7 +82,7 @@ class ConvNeXt(nn.Module):
         self.steps, self.stages = nn.ModuleList(), nn.ModuleList()
         drops = iter(stochastic_depth_rates(config.drop_path, sum(config.depths)))
         for level, (depth, width) in enumerate(zip(config.depths, config.widths)):
-            if level:  # to half the side
+            if level:  # downsampling by 2
                 self.steps.append(nn.Sequential(OrderedDict(norm=ChannelNorm(dim), conv=nn.Conv2d(dim, width, 2, 2))))
             self.stages.append(nn.Sequential(*(self.block(width, next(drops)) for _ in range(depth))))
             dim = width
@@ -100,7 +100,7 @@ class ConvNeXt(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         return {f"c{i + 2}": (width, self.config.patch * 2**i) for i, width in enumerate(self.config.widths)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
@@ -141,7 +141,7 @@ AUTHORS = {  # facebookresearch/ConvNeXt
     "norm.*": "norm.*",
     "head.*": "head.*",
 }
-HUGGINGFACE = {  # of ConvNextForImageClassification
+HUGGINGFACE = {  # ConvNextForImageClassification
     "convnext.embeddings.patch_embeddings.*": "stem.conv.*",
     "convnext.embeddings.layernorm.*": "stem.norm.*",
     "convnext.encoder.stages.{s+1}.downsampling_layer.0.*": "steps.{s}.norm.*",
@@ -157,7 +157,7 @@ HUGGINGFACE = {  # of ConvNextForImageClassification
 
 
 def torchvision(config: Config) -> dict[str, Row]:
-    """Its steps and levels are one list."""
+    """Return the key table of torchvision, which numbers downsampling layers and stages in one list."""
     table: dict[str, Row] = {
         "features.0.0.*": "stem.conv.*",
         "features.0.1.*": "stem.norm.*",
@@ -179,7 +179,7 @@ def torchvision(config: Config) -> dict[str, Row]:
 
 
 def config_rules(model_type: str, name: str) -> dict[str, ConfigRow]:
-    """Keys of transformers' configurations of both versions."""
+    """Return the rules for the configurations of transformers, for both versions of ConvNeXt."""
     return {
         "model_type": Is(model_type),
         "architectures": architectures(name),
@@ -190,15 +190,15 @@ def config_rules(model_type: str, name: str) -> dict[str, ConfigRow]:
         "hidden_sizes": "widths",
         "depths": "depths",
         "hidden_act": Is("gelu"),
-        "layer_norm_eps": Absent("eps", 1e-12),  # of the last alone: the others have 1e-6 there, too
+        "layer_norm_eps": Absent("eps", 1e-12),  # of the last norm; the others have 1e-6 there, too
         "drop_path_rate": Absent("drop_path", 0.0),
     }
 
 
 def adapt_to_image_size(side: int) -> dict[str, int]:
-    """A patch that leaves small pictures something after three halvings."""
+    """Return a smaller patch for small images, so that they can be halved three times."""
     if side < 8:
-        raise SettingsError(f"pictures of {side} pixels a side are too small: ConvNeXt halves three times and needs at least 8")
+        raise SettingsError(f"images of {side} pixels per side are too small: ConvNeXt needs at least 8")
     return {"patch": 2 if side > 16 else 1} if side <= 64 else {}
 
 
@@ -234,6 +234,6 @@ CARD = Card(
     },
     configs={"huggingface": config_rules("convnext", "ConvNext")},
     aliases={"timm": {f"convnext_{size}": f"convnext-{size}" for size in ("tiny", "small", "base", "large", "xlarge")}},
-    # Section 2.1: AdamW with decay 0.05, smoothing 0.1, a long warm-up; 4e-3 at a batch of 4,096 is 1e-3 at some hundred.
+    # Section 2.1: AdamW with decay 0.05, smoothing 0.1, a long warm-up; 4e-3 at batch 4,096 is 1e-3 at a few hundred.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -1,10 +1,10 @@
-"""ConvNeXt V2: maps that compete with each other (Woo et al. 2023, arXiv:2301.00808).
+"""ConvNeXt V2: ConvNeXt with global response normalization (Woo et al. 2023, arXiv:2301.00808).
 
-New here: global response normalisation inside each block, in place of a learned scale after it: each map is weighed
-by its length over the mean length of all, so that maps do not come to say the same. It was found when ConvNeXt was
-pretrained by filling in hidden parts of pictures, where many maps died.
+New here: global response normalization inside each block instead of a layer scale after it. Each channel is scaled by its
+norm relative to the mean norm of all channels, which makes channels compete and avoids redundant features. It addresses
+the feature collapse of ConvNeXt in masked-autoencoder pretraining.
 
-Initialisation: as ConvNeXt; the normalisation starts as the identity.
+Initialisation: as ConvNeXt; the response normalization starts as the identity.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c2 is at H/4, c5 at H/32.
 """
 
@@ -23,7 +23,7 @@ from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
 
 
 class ResponseNorm(nn.Module):
-    """Each map times its length over all places, relative to the mean length of the D maps (section 3, GRN)."""
+    """Global response normalization: scales each channel by its spatial norm relative to the mean of all D (section 3)."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -32,11 +32,11 @@ class ResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B H W D -> B H W D
         length = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # B 1 1 D
         gain = self.weight * (length / (length.mean(-1, keepdim=True) + self.eps)) + 1
-        return torch.addcmul(self.bias, x, gain)  # with the input added: one pass over the map
+        return torch.addcmul(self.bias, x, gain)  # the residual is included in the gain: one pass over the map
 
 
 class Block(nn.Module):
-    """Depthwise 7x7, normalisation, up to four times the width, GELU, response normalisation, down."""
+    """Depthwise 7x7 convolution, layer norm, expansion by four, GELU, response norm, projection."""
 
     def __init__(self, dim: int, drop_path: float):
         super().__init__()
@@ -52,13 +52,13 @@ class Block(nn.Module):
         nn.init.zeros_(self.response.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
-        y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # B H W D, as it lies in memory
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # B H W D, the memory layout
         y = self.down(self.response(F.gelu(self.up(y))))
         return self.drop_path(y.permute(0, 3, 1, 2)) + x
 
 
 class ConvNeXtV2(convnext.ConvNeXt):
-    """A picture of any size from 8 patches a side -> class logits; `features` gives the map of each level."""
+    """ConvNeXt V2 classifier for images of at least 8 patches per side. `features` returns the map of each level."""
 
     block = Block
 
@@ -68,7 +68,7 @@ def drop_layer_scale(table: dict[str, Row]) -> dict[str, Row]:
 
 
 def response_norm_rows(weight: str, bias: str) -> dict[str, Reshaped]:
-    """Rows of a map of one pixel each."""
+    """Return key rules for parameters that are stored as 1 x 1 x 1 x D."""
     return {
         public: Reshaped(f"stages.{{s}}.{{b}}.response.{kind}", (-1,), (1, 1, 1, -1))
         for public, kind in ((weight, "weight"), (bias, "bias"))
@@ -76,7 +76,7 @@ def response_norm_rows(weight: str, bias: str) -> dict[str, Reshaped]:
 
 
 def timm(config: Config) -> dict[str, Row]:
-    """The sizes below Tiny have 1x1 convolutions there in place of dense layers."""
+    """Return the key table of timm, whose sizes below Tiny have 1x1 convolutions instead of dense layers."""
     ones = (1, 1) if config.widths[0] < 96 else ()
     table: dict[str, Row] = {"stages.{s}.blocks.{b}.mlp.grn.*": "stages.{s}.{b}.response.*"}
     for s, dim in enumerate(config.widths):
@@ -90,7 +90,9 @@ def timm(config: Config) -> dict[str, Row]:
 AUTHORS = drop_layer_scale(convnext.AUTHORS) | response_norm_rows("stages.{s}.{b}.grn.gamma", "stages.{s}.{b}.grn.beta")
 HUGGINGFACE = {
     theirs.replace("convnext.", "convnextv2."): ours for theirs, ours in drop_layer_scale(convnext.HUGGINGFACE).items()
-} | response_norm_rows("convnextv2.encoder.stages.{s}.layers.{b}.grn.weight", "convnextv2.encoder.stages.{s}.layers.{b}.grn.bias")
+} | response_norm_rows(
+    "convnextv2.encoder.stages.{s}.layers.{b}.grn.weight", "convnextv2.encoder.stages.{s}.layers.{b}.grn.bias"
+)
 
 CARD = Card(
     name="convnextv2",

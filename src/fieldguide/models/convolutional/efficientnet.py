@@ -1,12 +1,12 @@
-"""EfficientNet: depth, width and picture grow together (Tan and Le 2019, arXiv:1905.11946).
+"""EfficientNet: compound scaling of depth, width and resolution (Tan and Le 2019, arXiv:1905.11946).
 
-New here: one small network, B0, found by search, and one rule that makes it larger: with each step depth grows by
-1.2, width by 1.1 and the side of the picture by 1.15, which costs about twice the multiply-adds. Its blocks are the
-inverted residuals of MobileNetV2 with squeeze-and-excitation.
+New here: a small network, B0, found by architecture search, and one rule to scale it: each step multiplies the depth by
+1.2, the width by 1.1 and the image side by 1.15, which costs about twice the multiply-adds. The blocks are the inverted
+residuals of MobileNetV2 with squeeze-and-excitation.
 
-Names that begin with `tf` have TensorFlow's padding and epsilon, which weights trained there need ("google/
-efficientnet-b0" too); the others are as torchvision has them, whose B5 to B7 share that epsilon.
-Initialisation: normal by fan-out, of one group where a convolution has several; the head uniform in 1 / sqrt(classes).
+Names that begin with `tf` have TensorFlow's padding and epsilon, for weights trained there (including
+"google/efficientnet-b0"); the others follow torchvision, whose B5 to B7 have the same epsilon.
+Initialisation: normal by fan-out, per group for grouped convolutions; the head uniform in +-1 / sqrt(classes).
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
 
@@ -25,7 +25,7 @@ from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
 from fieldguide.models.mapping.config_rules import Counted, Fixed, Is
 from fieldguide.models.mapping.key_rules import Row
 
-# Of B0, table 1: growth inside a block, kernel, width, blocks and stride of each stage; 0: that of `early`.
+# B0, table 1: expansion, kernel, width, blocks and stride of each stage; stride 0: the next one of `early`.
 STAGES = (
     (1, 3, 16, 1, 1),
     (6, 3, 24, 2, 0),
@@ -35,25 +35,25 @@ STAGES = (
     (6, 5, 192, 4, 2),
     (6, 3, 320, 1, 1),
 )
-STEM, HEAD = 32, 1280  # widths before and after them
-LEVELS = {"c1": 0, "c2": 1, "c3": 2, "c4": 4, "c5": 6}  # the last stage at each stride
+STEM, HEAD = 32, 1280  # widths of the layers before and after the stages
+LEVELS = {"c1": 0, "c2": 1, "c3": 2, "c4": 4, "c5": 6}  # index of the last stage at each stride
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     num_classes: int = 1000
     channels: int = 3  # C
-    width: float = 1.0  # times all widths of B0
-    depth: float = 1.0  # times all numbers of blocks of B0
+    width: float = 1.0  # multiplier of the widths of B0
+    depth: float = 1.0  # multiplier of the numbers of blocks of B0
     early: tuple[int, ...] = (2, 2, 2)  # strides of the stem, the second and the third stage
     dropout: float = 0.2  # before the head
-    drop_path: float = 0.2  # of the last block; rises with depth from 0
-    eps: float = 1e-5  # of normalisation
-    padding: str = "symmetric"  # or "same", as TensorFlow pads
+    drop_path: float = 0.2  # of the last block; increases linearly from 0
+    eps: float = 1e-5  # of normalization
+    padding: str = "symmetric"  # or "same", the padding of TensorFlow
 
 
 def scale_stages(config: Config) -> list[tuple[int, int, int, int, int]]:
-    """`STAGES` at this size."""
+    """Return `STAGES` scaled to this configuration."""
     early = iter(config.early[1:])
     return [
         (growth, kernel, make_divisible(config.width * width), math.ceil(config.depth * depth), stride or next(early))
@@ -62,16 +62,16 @@ def scale_stages(config: Config) -> list[tuple[int, int, int, int, int]]:
 
 
 class EfficientNet(nn.Module):
-    """A picture of any size -> class logits; `features` gives the last map of each stride.
+    """EfficientNet classifier for images of any size. `features` returns the last map of each stride.
 
-    Raises `SettingsError` for an unknown padding or other than three early strides.
+    Raises `SettingsError` for an unknown padding, or if `early` does not have three strides.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         if config.padding not in PADDINGS or len(config.early) != 3:
             raise SettingsError(
-                f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, and early={config.early} three strides"
+                f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, and early={config.early} have three strides"
             )
         self.config = config
         stages = scale_stages(config)
@@ -82,7 +82,7 @@ class EfficientNet(nn.Module):
         self.stages = nn.ModuleList()
         for growth, kernel, width, depth, stride in stages:
             stage = nn.Sequential()
-            for i in range(depth):  # the gate is as narrow as for the block's input
+            for i in range(depth):  # the squeeze width follows the width of the block's input
                 stage.append(
                     InvertedResidual(
                         dim,
@@ -116,7 +116,7 @@ class EfficientNet(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         stages = scale_stages(self.config)
         return {
             name: (stages[s][2], self.config.early[0] * math.prod(stride for *_, stride in stages[: s + 1]))
@@ -135,7 +135,7 @@ class EfficientNet(nn.Module):
         return self.head(self.dropout(x.mean((2, 3))))
 
 
-TORCHVISION = {  # the first stage has no expansion, so it counts from 0
+TORCHVISION = {  # the first stage has no expansion, so its layers are numbered differently
     "features.0.0.weight": "stem.conv.weight",
     "features.0.1.*": "stem.norm.*",
     "features.1.{b}.block.0.0.weight": "stages.0.{b}.depth.conv.weight",
@@ -178,7 +178,7 @@ TIMM = {
 
 
 def huggingface(config: Config) -> dict[str, Row]:
-    """Of EfficientNetForImageClassification, which counts blocks through all stages."""
+    """Return the key table of EfficientNetForImageClassification, which numbers blocks across stages."""
     table = {
         "efficientnet.embeddings.convolution.weight": "stem.conv.weight",
         "efficientnet.embeddings.batchnorm.*": "stem.norm.*",
@@ -223,13 +223,13 @@ CONFIG = {  # of transformers
     "squeeze_expansion_ratio": Is(0.25),
     "hidden_act": Is("swish"),
     "pooling_type": Is("mean"),
-    "<sides are padded as in TensorFlow>": Fixed("padding", "same"),  # which `depthwise_padding` spells out for one side
+    "<sides are padded as in TensorFlow>": Fixed("padding", "same"),  # `depthwise_padding` lists it for one image size
     "<strides are those of the paper>": Fixed("early", (2, 2, 2)),
 }
 
 
 def adapt_to_image_size(side: int) -> dict[str, tuple[int, ...]]:
-    """Strides that leave small pictures a map of 2 to 4 pixels a side."""
+    """Return strides with which small images have a last map of 2 to 4 pixels per side."""
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
 
 
@@ -284,6 +284,6 @@ CARD = Card(
         "timm": {f"tf_efficientnet_{name}": f"tf-efficientnet-{name}" for name in B}
         | {f"efficientnet_{name}": (f"efficientnet-{name}", {"eps": 1e-5}) for name in B}
     },
-    # Batch normalisation in every block bears high rates; the paper's RMSprop needs a TPU pod's batch of 4,096.
+    # Batch norm in every block allows high learning rates; the paper's RMSprop settings need a batch of 4,096.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

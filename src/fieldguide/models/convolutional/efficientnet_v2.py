@@ -1,11 +1,11 @@
-"""EfficientNetV2: quicker to train at the same accuracy (Tan and Le 2021, arXiv:2104.00298).
+"""EfficientNetV2: faster training at the same accuracy (Tan and Le 2021, arXiv:2104.00298).
 
-New here: in the first three stages one full 3x3 convolution does the work of expansion and depthwise convolution,
-which accelerators run faster (Fused-MBConv); kernels are small and early stages shallow. The paper also lets
-pictures and regularisation grow during training.
+New here: in the first three stages one full 3x3 convolution replaces the expansion and the depthwise convolution
+(Fused-MBConv), which is faster on accelerators; kernels are small and early stages shallow. The paper's progressive
+increase of image size and regularization during training is not implemented.
 
-Names that begin with `tf` have TensorFlow's padding, which weights trained there need; the others are torchvision's.
-Initialisation: normal by fan-out, of one group where a convolution has several; the head uniform in 1 / sqrt(classes).
+Names that begin with `tf` have TensorFlow's padding, for weights trained there; the others follow torchvision.
+Initialisation: normal by fan-out, per group for grouped convolutions; the head uniform in +-1 / sqrt(classes).
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
 
@@ -23,37 +23,37 @@ from fieldguide.models.layers.conv import PADDINGS, conv_norm
 from fieldguide.models.layers.mbconv import InvertedResidual
 from fieldguide.models.layers.stochastic_depth import DropPath
 
-NUM_FUSED_STAGES = 3  # the first stages, without depthwise convolutions and gates
+NUM_FUSED_STAGES = 3  # stages with Fused-MBConv, from the first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     num_classes: int = 1000
     channels: int = 3  # C
-    widths: tuple[int, ...] = (24, 48, 64, 128, 160, 256)  # a stage
-    depths: tuple[int, ...] = (2, 4, 4, 6, 9, 15)  # blocks a stage
-    growths: tuple[int, ...] = (1, 4, 4, 4, 6, 6)  # of the width inside a block
+    widths: tuple[int, ...] = (24, 48, 64, 128, 160, 256)  # per stage
+    depths: tuple[int, ...] = (2, 4, 4, 6, 9, 15)  # blocks per stage
+    growths: tuple[int, ...] = (1, 4, 4, 4, 6, 6)  # expansion ratio per stage
     early: tuple[int, ...] = (2, 2, 2)  # strides of the stem, the second and the third stage
     top: int = 1280  # width before the head
     dropout: float = 0.2  # before the head
-    drop_path: float = 0.2  # of the last block; rises with depth from 0
-    eps: float = 1e-3  # of normalisation
-    padding: str = "symmetric"  # or "same", as TensorFlow pads
+    drop_path: float = 0.2  # of the last block; increases linearly from 0
+    eps: float = 1e-3  # of normalization
+    padding: str = "symmetric"  # or "same", the padding of TensorFlow
 
 
 class FusedResidual(nn.Module):
-    """3x3 up to `hidden`, 1x1 down without activation; one 3x3 alone where `hidden` is the width of the input."""
+    """Fused-MBConv: 3x3 expansion to `hidden`, 1x1 projection; a single 3x3 if `hidden` equals the input width."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, stride: int, drop_path: float, eps: float, padding: str):
         super().__init__()
-        alone = hidden == inputs
-        self.expand = conv_norm(inputs, outputs if alone else hidden, 3, stride, eps=eps, padding=padding)
-        self.project = None if alone else conv_norm(hidden, outputs, 1, eps=eps)
+        single = hidden == inputs
+        self.expand = conv_norm(inputs, outputs if single else hidden, 3, stride, eps=eps, padding=padding)
+        self.project = None if single else conv_norm(hidden, outputs, 1, eps=eps)
         self.drop_path = DropPath(drop_path)
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H/stride W/stride
-        if self.project is None:  # the activation still needs its result
+        if self.project is None:  # not in place: the result is needed for the gradient of the activation
             y = F.silu(self.expand(x))
             return self.drop_path(y) + x if self.residual else y
         y = self.project(F.silu(self.expand(x), inplace=True))
@@ -61,14 +61,14 @@ class FusedResidual(nn.Module):
 
 
 def get_strides(config: Config) -> tuple[int, ...]:
-    """Of the first block of each stage, also of a seventh."""
+    """Return the stride of the first block of each of the 6 or 7 stages."""
     return (1, *config.early[1:], 2, 1, 2, 1)[: len(config.widths)]
 
 
 class EfficientNetV2(nn.Module):
-    """A picture of any size -> class logits; `features` gives the last map of each stride.
+    """EfficientNetV2 classifier for images of any size. `features` returns the last map of each stride.
 
-    Raises `SettingsError` for an unknown padding, or where the numbers of stages differ.
+    Raises `SettingsError` for an unknown padding, or if the numbers of stages differ.
     """
 
     def __init__(self, config: Config):
@@ -77,8 +77,8 @@ class EfficientNetV2(nn.Module):
         if config.padding not in PADDINGS or stages not in ({6}, {7}) or len(config.early) != 3:
             raise SettingsError(
                 f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, widths, depths and "
-                f"growths of the same 6 or 7 stages (not {sorted(stages)}), and early={config.early} three "
-                "strides"
+                f"growths must have the same 6 or 7 stages (not {sorted(stages)}), and early={config.early} "
+                "must have three strides"
             )
         self.config = config
         count, seen = sum(config.depths), 0
@@ -86,7 +86,9 @@ class EfficientNetV2(nn.Module):
         dim = config.widths[0]
         self.stem = conv_norm(config.channels, dim, 3, config.early[0], **same)
         self.stages = nn.ModuleList()
-        for s, (width, depth, growth, first) in enumerate(zip(config.widths, config.depths, config.growths, get_strides(config))):
+        for s, (width, depth, growth, first) in enumerate(
+            zip(config.widths, config.depths, config.growths, get_strides(config))
+        ):
             stage = nn.Sequential()
             for i in range(depth):
                 stride, drop = 1 if i else first, config.drop_path * seen / count
@@ -124,15 +126,17 @@ class EfficientNetV2(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def get_last_stages(self) -> dict[str, int]:
-        """Level -> its last stage: the one before a stride of the published network."""
+        """Return the index of the last stage of each level, the one before a stride of the published network."""
         last = len(self.stages) - 1
         return {"c1": 0, "c2": 1, "c3": 2, "c4": min(4, last), "c5": last}
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         c = self.config
-        return {name: (c.widths[s], c.early[0] * math.prod(get_strides(c)[: s + 1])) for name, s in self.get_last_stages().items()}
+        return {
+            name: (c.widths[s], c.early[0] * math.prod(get_strides(c)[: s + 1])) for name, s in self.get_last_stages().items()
+        }
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
         x = F.silu(self.stem(x), inplace=True)
@@ -147,7 +151,7 @@ class EfficientNetV2(nn.Module):
 
 
 def torchvision(config: Config) -> dict[str, str]:
-    """Its blocks count their parts, of which fused ones have two and the first stage's one."""
+    """Return the key table of torchvision, which numbers the parts of a block: fused blocks have one or two."""
     table, stages = {}, len(config.widths)
     for s in range(stages):
         parts = ("expand", "depth", "squeeze", "project") if s >= NUM_FUSED_STAGES else ("expand", "project")
@@ -167,7 +171,7 @@ def torchvision(config: Config) -> dict[str, str]:
     }
 
 
-TIMM = {  # fused stages have rows of their own, before the general ones
+TIMM = {  # rows of the fused stages precede the general ones
     "blocks.0.{b}.conv.weight": "stages.0.{b}.expand.conv.weight",
     "blocks.1.{b}.conv_exp.weight": "stages.1.{b}.expand.conv.weight",
     "blocks.1.{b}.conv_pwl.weight": "stages.1.{b}.project.conv.weight",
@@ -192,11 +196,11 @@ TIMM = {  # fused stages have rows of their own, before the general ones
 
 
 def adapt_to_image_size(side: int) -> dict[str, tuple[int, ...]]:
-    """Strides that leave small pictures a map of 2 to 4 pixels a side."""
+    """Return strides with which small images have a last map of 2 to 4 pixels per side."""
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
 
 
-GROWTHS = (1, 4, 4, 4, 6, 6, 6)  # of the sizes with a seventh stage
+GROWTHS = (1, 4, 4, 4, 6, 6, 6)  # of the sizes with seven stages
 V2 = {
     "s": {"params": 21_458_488},
     "m": {

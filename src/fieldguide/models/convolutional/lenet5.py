@@ -1,13 +1,13 @@
-"""LeNet-5: convolutions learnt end to end, as published (LeCun et al. 1998, doi:10.1109/5.726791).
+"""LeNet-5: the convolutional network as published (LeCun et al. 1998, doi:10.1109/5.726791).
 
-New here: small receptive fields, whose weights are shared over the picture, alternate with subsampling; the
-features are learnt with the classifier. All parts of section II.B are kept: subsampling with a trainable
-coefficient and bias a map (S2, S4), a third layer whose maps see chosen maps only (C3, table I), the scaled
-tanh 1.7159 tanh(2a/3), and an output that measures the squared distance from a fixed drawing of each class
-(7 x 12 pixels, +1 and -1). The distances are penalties; their negatives are given as logits, so that
-cross-entropy is the paper's discriminative criterion (equation 9) without its rubbish class.
+New here: convolutions with small receptive fields and shared weights alternate with subsampling, and the features
+are trained together with the classifier. All parts of section II.B are implemented: subsampling with a trainable
+coefficient and bias per map (S2, S4), a third layer with partial connections (C3, table I), the scaled tanh
+1.7159 tanh(2a/3), and an RBF output layer, which measures the squared distance from a fixed bitmap of each class
+(7 x 12 pixels, +1 and -1). The negative distances are returned as logits, so that cross-entropy is the paper's
+discriminative criterion (equation 9) without its rubbish class.
 
-Initialisation: uniform in +-2.4 / fan-in (appendix A). The drawings of the ten digits are this project's own;
+Initialisation: uniform in +-2.4 / fan-in (appendix A). The bitmaps of the ten digits were drawn for this project;
 for other numbers of classes they are fixed random codes of +1 and -1.
 Shapes: B batch, C channels, S side.
 """
@@ -28,10 +28,10 @@ from fieldguide.core.card import Card, Size
 class Config:
     num_classes: int = 10
     channels: int = 1  # C
-    image: int = 32  # S, pixels a side; its border pads it to at least 32, a multiple of 4
+    image: int = 32  # S, pixels per side; padded to at least 32 and a multiple of 4
 
 
-# Table I: which of the six maps of S2 each of the sixteen maps of C3 sees.
+# Table I: the maps of S2 that each of the sixteen maps of C3 is connected to.
 C3_CONNECTIONS = (
     (0, 1, 2),
     (1, 2, 3),
@@ -50,7 +50,7 @@ C3_CONNECTIONS = (
     (0, 2, 3, 5),
     (0, 1, 2, 3, 4, 5),
 )
-# The ten digits, 7 wide and 12 high, side by side.
+# Bitmaps of the ten digits, 7 wide and 12 high, five per row.
 DIGITS = """
 . . . . . . .   . . . . . . .   . . . . . . .   . . . . . . .   . . . . . . .
 . . # # # . .   . . . # . . .   . # # # # . .   # # # # # # .   . . . . # # .
@@ -81,7 +81,7 @@ DIGITS = """
 
 
 def class_codes(classes: int) -> Tensor:  # -> classes 84
-    """The target of each class: its drawing for ten digits, else fixed random signs."""
+    """Return the code of each class: the bitmaps for ten classes, else fixed random signs."""
     if classes == 10:
         rows = [
             [line.replace(" ", "")[7 * i : 7 * i + 7] for line in half.splitlines()]
@@ -94,11 +94,12 @@ def class_codes(classes: int) -> Tensor:  # -> classes 84
 
 
 def scaled_tanh(x: Tensor) -> Tensor:
+    """Return 1.7159 tanh(2x/3), the activation of the paper."""
     return 1.7159 * torch.tanh(x * (2 / 3))
 
 
 class Subsample(nn.Module):
-    """The sum of each 2 x 2 field times one coefficient plus one bias a map."""
+    """Subsampling: the sum of each 2 x 2 field times a coefficient plus a bias, both per map."""
 
     def __init__(self, maps: int):
         super().__init__()
@@ -110,7 +111,7 @@ class Subsample(nn.Module):
 
 
 class Partial(nn.Module):
-    """A 5x5 convolution that holds kernels only for the connections of table I."""
+    """A 5x5 convolution with kernels only for the connections of table I."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +126,7 @@ class Partial(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """A picture -> negative squared distances from the drawings of the classes; `features` gives both subsampled maps."""
+    """LeNet-5: an image -> negative squared distances from the class codes. `features` returns both subsampled maps."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -137,7 +138,7 @@ class LeNet5(nn.Module):
         self.s2 = Subsample(6)
         self.c3 = Partial()
         self.s4 = Subsample(16)
-        self.c5 = nn.Conv2d(16, 120, ((side - 4) // 2 - 4) // 2)  # as wide as what is left
+        self.c5 = nn.Conv2d(16, 120, ((side - 4) // 2 - 4) // 2)  # the kernel covers the whole map
         self.f6 = nn.Linear(120, 84)
         self.register_buffer("codes", class_codes(config.num_classes))
         self.reset_parameters()
@@ -155,7 +156,7 @@ class LeNet5(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         return {"s2": (6, 2), "s4": (16, 4)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C S S -> {"s2": B 6 14 14, "s4": B 16 5 5}
@@ -181,6 +182,6 @@ CARD = Card(
         "lenet5-1998": Size(params=60_000, source="the paper, section II.B"),
         "lenet5-1998-test": Size(num_classes=3),
     },
-    # The squared distances make gradients of the first steps large.
+    # The squared distances cause large gradients in the first steps.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "grad_clip": 1.0},
 )

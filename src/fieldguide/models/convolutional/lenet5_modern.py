@@ -1,7 +1,7 @@
-"""LeNet-5 as it is taught today: ReLU, max pooling and a plain linear head (after LeCun et al. 1998).
+"""LeNet-5, modern variant: ReLU, max pooling and a linear head (after LeCun et al. 1998).
 
-New here: only simplifications: every map of the second convolution sees all of the first, pooling has no
-weights, and the head gives logits. Pictures of 28 x 28 are padded by 2, so the convolutions see 32 x 32.
+New here: only simplifications: the second convolution is fully connected to the first, pooling has no weights, and
+the head returns logits. Images of 28 x 28 are padded by 2 to 32 x 32.
 
 Initialisation: He uniform matrices (arXiv:1502.01852), zero biases.
 Shapes: B batch, C channels, S side.
@@ -22,18 +22,20 @@ from fieldguide.core.errors import SettingsError
 class Config:
     num_classes: int = 10
     channels: int = 1  # C
-    image: int = 28  # S, pixels a side
+    image: int = 28  # S, pixels per side
 
 
 class LeNet5(nn.Module):
-    """A picture of `image` pixels a side -> class logits; `features` gives both pooled maps. Raises `SettingsError` below
-    12 pixels."""
+    """LeNet-5 classifier for images of `image` pixels per side. `features` returns both pooled maps.
+
+    Raises `SettingsError` if `image` is below 12.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         side = (config.image // 2 - 4) // 2
         if side < 1:
-            raise SettingsError(f"image={config.image}: LeNet-5 needs at least 12 pixels a side")
+            raise SettingsError(f"image={config.image} is too small: LeNet-5 needs at least 12 pixels per side")
         self.config = config
         self.conv1 = nn.Conv2d(config.channels, 6, 5, padding=2)
         self.conv2 = nn.Conv2d(6, 16, 5)
@@ -49,7 +51,7 @@ class LeNet5(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         return {"s2": (6, 2), "s4": (16, 4)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C S S -> {"s2": B 6 14 14, "s4": B 16 5 5}

@@ -1,9 +1,9 @@
-"""MobileNetV2: blocks thin between and wide inside (Sandler et al. 2018, arXiv:1801.04381).
+"""MobileNetV2: inverted residual blocks with linear bottlenecks (Sandler et al. 2018, arXiv:1801.04381).
 
-New here: the inverted residual. What blocks hand on, and add, is narrow and without activation, which would lose what few maps
-hold; each widens it six times for a depthwise convolution, which costs little. ReLU stops at 6, for phones' few bits.
+New here: the inverted residual. The residual connections are narrow and have no activation, which would lose information in
+few channels. Each block expands them six times for a depthwise convolution, which is cheap. ReLU6 suits low precision.
 
-Initialisation: normal by fan-out, of one group where a convolution has several; the head normal with deviation 0.01.
+Initialisation: normal by fan-out, per group for grouped convolutions; the head normal with standard deviation 0.01.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
 
@@ -21,24 +21,24 @@ from fieldguide.models.layers.conv import conv_norm
 from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
 from fieldguide.models.mapping.key_rules import Row
 
-# Table 2: growth inside a block, width, blocks and stride of each stage; 0: the next of `early`.
+# Table 2: expansion, width, blocks and stride of each stage; stride 0: the next one of `early`.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 0), (6, 32, 3, 0), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-STEM, TOP = 32, 1280  # widths before and after them
-LEVELS = {"c1": 0, "c2": 1, "c3": 2, "c4": 4, "c5": 6}  # the last stage at each stride
+STEM, TOP = 32, 1280  # widths of the layers before and after the stages
+LEVELS = {"c1": 0, "c2": 1, "c3": 2, "c4": 4, "c5": 6}  # index of the last stage at each stride
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     num_classes: int = 1000
     channels: int = 3  # C
-    width: float = 1.0  # times all widths, but the last never less than published
-    depth: float = 1.0  # times all numbers of blocks
+    width: float = 1.0  # multiplier of all widths; the last width is at least the published one
+    depth: float = 1.0  # multiplier of the numbers of blocks
     early: tuple[int, ...] = (2, 2, 2)  # strides of the stem, the second and the third stage
     dropout: float = 0.2  # before the head
 
 
 def scale_stages(config: Config) -> list[tuple[int, int, int, int]]:
-    """`STAGES` at this size."""
+    """Return `STAGES` scaled to this configuration."""
     early = iter(config.early[1:])
     return [
         (growth, make_divisible(config.width * width), math.ceil(config.depth * depth), stride or next(early))
@@ -47,15 +47,15 @@ def scale_stages(config: Config) -> list[tuple[int, int, int, int]]:
 
 
 class MobileNetV2(nn.Module):
-    """A picture of any size -> class logits; `features` gives the last map of each stride.
+    """MobileNetV2 classifier for images of any size. `features` returns the last map of each stride.
 
-    Raises `SettingsError` for other than three early strides.
+    Raises `SettingsError` if `early` does not have three strides.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         if len(config.early) != 3:
-            raise SettingsError(f"early={config.early} must be three strides")
+            raise SettingsError(f"early={config.early} must have three strides")
         self.config = config
         dim, top = make_divisible(config.width * STEM), make_divisible(TOP * max(config.width, 1.0))
         self.stem = conv_norm(config.channels, dim, 3, config.early[0])
@@ -81,7 +81,7 @@ class MobileNetV2(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         stages = scale_stages(self.config)
         return {
             name: (stages[s][1], self.config.early[0] * math.prod(stride for *_, stride in stages[: s + 1]))
@@ -101,7 +101,7 @@ class MobileNetV2(nn.Module):
 
 
 def torchvision(config: Config) -> dict[str, Row]:
-    """It counts blocks through all stages, and the layers that a block has."""
+    """Return the key table of torchvision, which numbers blocks across stages, and the layers of a block."""
     places = [(s, b) for s, (_, _, depth, _) in enumerate(scale_stages(config)) for b in range(depth)]
     last = len(places) + 1
     table: dict[str, Row] = {
@@ -142,7 +142,7 @@ TIMM = {
 
 
 def adapt_to_image_size(side: int) -> dict[str, tuple[int, ...]]:
-    """Strides that leave small pictures a map of 2 to 4 pixels a side."""
+    """Return strides with which small images have a last map of 2 to 4 pixels per side."""
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
 
 
@@ -165,6 +165,6 @@ CARD = Card(
     aliases={
         "timm": {"mobilenetv2_100": "mobilenetv2", "mobilenetv2_050": "mobilenetv2-050", "mobilenetv2_140": "mobilenetv2-140"}
     },
-    # As for EfficientNet; the paper's RMSprop needs many accelerators' batches.
+    # As for EfficientNet; the paper's RMSprop settings need very large batches.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -1,11 +1,11 @@
-"""MobileNetV3: inverted residuals arranged by search for phones (Howard et al. 2019, arXiv:1905.02244).
+"""MobileNetV3: inverted residuals found by architecture search for phones (Howard et al. 2019, arXiv:1905.02244).
 
-New here: piecewise linear stand-ins for the sigmoid, cheap on phones, in the gate and the activation ("hard-swish",
-only in the second half, where it pays); and a last stage whose widest layer comes after the mean over the map.
+New here: piecewise linear approximations of the sigmoid, cheap on phones, in squeeze-and-excitation and in the activation
+(hard-swish, only in the second half of the network), and a last stage whose widest layer follows the global average
+pooling.
 
-Epsilon and padding are torchvision's; timm's own weights have `eps=1e-5`, its `tf` ones 1e-3 and `padding="same"`.
-Initialisation: normal by fan-out, of one group where a convolution has several; dense layers normal with deviation
-0.01.
+Epsilon and padding are torchvision's; timm's own weights have `eps=1e-5`, its `tf` weights 1e-3 and `padding="same"`.
+Initialisation: normal by fan-out, per group for grouped convolutions; dense layers normal with standard deviation 0.01.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
 
@@ -23,7 +23,7 @@ from fieldguide.models.layers.conv import PADDINGS, conv_norm
 from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
 from fieldguide.models.mapping.key_rules import Reshaped, Row
 
-# Tables 1 and 2: kernel, width inside, width, gate, hard-swish, stride; 0: the next one of `early`.
+# Tables 1 and 2: kernel, hidden width, width, squeeze-and-excitation, hard-swish, stride; 0: the next one of `early`.
 LARGE = (
     (3, 16, 16, False, False, 1),
     (3, 64, 24, False, False, 0),
@@ -68,23 +68,23 @@ class Config:
     num_classes: int = 1000
     channels: int = 3  # C
     stem: int = 16  # width of the stem
-    blocks: tuple[tuple, ...] = LARGE  # a row each
-    hidden: int = 1280  # of the dense layer after the mean
-    early: tuple[int, ...] = (2, 2, 2)  # strides of the stem and the next two that shrink
+    blocks: tuple[tuple, ...] = LARGE  # one row per block
+    hidden: int = 1280  # width of the dense layer after the pooling
+    early: tuple[int, ...] = (2, 2, 2)  # strides of the stem and of the two blocks with stride 0
     dropout: float = 0.2  # before the head
-    eps: float = 1e-3  # of normalisation
-    padding: str = "symmetric"  # or "same", as TensorFlow pads
+    eps: float = 1e-3  # of normalization
+    padding: str = "symmetric"  # or "same", the padding of TensorFlow
 
 
 def group_stages(config: Config) -> list[list[tuple]]:
-    """The rows, those of one width together, with all strides filled in."""
+    """Group the rows of equal width into stages and fill in the early strides."""
     early = iter(config.early[1:])
     rows = [(*rest, stride or next(early)) for *rest, stride in config.blocks]
     return [list(group) for _, group in groupby(rows, key=lambda row: row[2])]
 
 
 def get_last_stages(config: Config) -> dict[str, int]:
-    """Level -> its last stage in the published network, counted from 1; 0 is the stem."""
+    """Return the last stage of each level in the published network, counted from 1; 0 is the stem."""
     level, found = 1, {"c1": 0}
     for s, (_, group) in enumerate(groupby(config.blocks, key=lambda row: row[2]), 1):
         level += next(group)[-1] != 1
@@ -93,9 +93,9 @@ def get_last_stages(config: Config) -> dict[str, int]:
 
 
 class MobileNetV3(nn.Module):
-    """A picture of any size -> class logits; `features` gives the last map of each stride.
+    """MobileNetV3 classifier for images of any size. `features` returns the last map of each stride.
 
-    Raises `SettingsError` for an unknown padding or other than three early strides.
+    Raises `SettingsError` for an unknown padding, or if `early` does not have three strides.
     """
 
     def __init__(self, config: Config):
@@ -103,7 +103,7 @@ class MobileNetV3(nn.Module):
         if config.padding not in PADDINGS or len(config.early) != 3 or sum(not row[-1] for row in config.blocks) != 2:
             raise SettingsError(
                 f"padding={config.padding!r} must be one of {', '.join(PADDINGS)}, and early="
-                f"{config.early} three strides, two of them for the blocks with stride 0"
+                f"{config.early} must have three strides, two of them for the blocks with stride 0"
             )
         self.config = config
         same = {"eps": config.eps, "padding": config.padding}
@@ -146,7 +146,7 @@ class MobileNetV3(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         config, stride = self.config, self.config.early[0]
         widths, reached = [config.stem], [stride]
         for rows in group_stages(config):
@@ -167,7 +167,7 @@ class MobileNetV3(nn.Module):
 
 
 def get_block_parts(config: Config) -> list[tuple[int, int, list[str]]]:
-    """(stage, block, the parts that it has) of each block."""
+    """Return the stage, the index and the names of the parts of each block."""
     found, dim = [], config.stem
     for s, rows in enumerate(group_stages(config)):
         for b, (_, hidden, width, gate, *_) in enumerate(rows):
@@ -177,7 +177,7 @@ def get_block_parts(config: Config) -> list[tuple[int, int, list[str]]]:
 
 
 def torchvision(config: Config) -> dict[str, Row]:
-    """It counts blocks through all stages, and the parts that a block has."""
+    """Return the key table of torchvision, which numbers blocks across stages, and the parts of a block."""
     blocks = get_block_parts(config)
     table: dict[str, Row] = {
         "features.0.0.weight": "stem.conv.weight",
@@ -199,7 +199,7 @@ def torchvision(config: Config) -> dict[str, Row]:
 
 
 def timm(config: Config) -> dict[str, Row]:
-    """A block without expansion has other names; the widest layer before the mean is its last stage."""
+    """Return the key table of timm: blocks without expansion have other names; the last convolution is a stage."""
     last = len(group_stages(config))
     table: dict[str, Row] = {
         "conv_stem.weight": "stem.conv.weight",
@@ -224,7 +224,7 @@ def timm(config: Config) -> dict[str, Row]:
 
 
 def adapt_to_image_size(side: int) -> dict[str, tuple[int, ...]]:
-    """Strides that leave small pictures a map of 2 to 4 pixels a side."""
+    """Return strides with which small images have a last map of 2 to 4 pixels per side."""
     return {"early": (1, 1 if side <= 32 else 2, 1 if side <= 16 else 2)} if side <= 64 else {}
 
 
@@ -250,6 +250,6 @@ CARD = Card(
             for tf, changes in (("", {"eps": 1e-5}), ("tf_", {"padding": "same"}))
         }
     },
-    # As for EfficientNet; the paper's RMSprop needs a batch of 4,096.
+    # As for EfficientNet; the paper's RMSprop settings need a batch of 4,096.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.02, "warmup": 0.1, "label_smoothing": 0.1},
 )

@@ -1,12 +1,11 @@
-"""ResNet: layers that learn what to add to their input (He et al. 2015, arXiv:1512.03385).
+"""ResNet: blocks with residual connections (He et al. 2015, arXiv:1512.03385).
 
-New here: every block adds its result to its own input, so a deeper network is never harder to fit than a
-shallow one; that cured degradation, the rising training error of deep plain networks. The stride of a
-bottleneck sits on its 3x3 convolution (the "v1.5" of torchvision, timm and NVIDIA; in the paper, on the 1x1).
+New here: every block adds its output to its input, which solves degradation, the rising training error of deep plain
+networks. The stride of a bottleneck is on its 3x3 convolution ("v1.5" of torchvision, timm and NVIDIA; in the paper it
+is on the first 1x1).
 
-Initialisation: He normal by fan-out for convolutions; the last normalisation of each block starts at zero, so
-that a block starts as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1); the head is uniform by
-fan-in.
+Initialisation: He normal by fan-out for convolutions; the last norm of each block starts at zero, so that blocks start
+as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1); the head is uniform by fan-in.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c2 is at H/4, c5 at H/32
 (H and H/8 with the 3x3 stem).
 """
@@ -29,13 +28,13 @@ from fieldguide.models.mapping.key_rules import unprefixed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    output_type: str = "label"  # or vector: what a label would be read from
+    output_type: str = "label"  # or "vector": the features before the classifier
     num_classes: int = 1000
     channels: int = 3  # C
     block: str = "bottleneck"  # or "basic"
-    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a level
-    widths: tuple[int, ...] = (64, 128, 256, 512)  # inner width a level; bottlenecks give 4 times that
-    stem: str = "7x7-pool"  # or "3x3", stride 1, for pictures below 64 pixels
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks per level
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # inner width per level; bottlenecks output 4 times that
+    stem: str = "7x7-pool"  # or "3x3", stride 1, for images below 64 pixels
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -43,14 +42,14 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
-    """A shortcut that changes the shape; None where the input can be added as it is."""
+    """Return the shortcut of a block that changes the shape, or None for the identity."""
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(OrderedDict(conv=conv(inputs, outputs, 1, stride), norm=nn.BatchNorm2d(outputs)))
 
 
 class Basic(nn.Module):
-    """Two 3x3 convolutions."""
+    """Basic block: two 3x3 convolutions."""
 
     growth = 1
 
@@ -65,12 +64,12 @@ class Basic(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' H/stride W/stride
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
-        y += x if self.shortcut is None else self.shortcut(x)  # the normalisation does not need it any more
+        y += x if self.shortcut is None else self.shortcut(x)  # in place: the output of the norm is not needed for its gradient
         return F.relu(y, inplace=True)
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3, 1x1 up to four times the width."""
+    """Bottleneck block: 1x1 reduction, 3x3, 1x1 expansion to four times the width."""
 
     growth = 4
 
@@ -88,7 +87,7 @@ class Bottleneck(nn.Module):
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = F.relu(self.norm2(self.conv2(y)), inplace=True)
         y = self.norm3(self.conv3(y))
-        y += x if self.shortcut is None else self.shortcut(x)  # the normalisation does not need it any more
+        y += x if self.shortcut is None else self.shortcut(x)  # in place: the output of the norm is not needed for its gradient
         return F.relu(y, inplace=True)
 
 
@@ -97,21 +96,21 @@ STEMS = {"7x7-pool": (7, 2), "3x3": (3, 1)}  # kernel, stride
 
 
 class ResNet(nn.Module):
-    """A picture of any size -> class logits; `features` gives the levels c2, c3, ... for detection and masks.
+    """ResNet classifier for images of any size. `features` returns the maps of the levels c2, c3, ...
 
-    Raises `SettingsError` for an unknown block or stem, or where depths and widths differ in number.
+    Raises `SettingsError` for an unknown block or stem, or if the numbers of depths and widths differ.
     """
 
-    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # layers that a checkpoint may lack or have in another size
 
     def __init__(self, config: Config):
         super().__init__()
         if config.block not in BLOCKS or config.stem not in STEMS:
             raise SettingsError(
-                f"block={config.block!r}, stem={config.stem!r}: known are {', '.join(BLOCKS)} and {', '.join(STEMS)}"
+                f"block={config.block!r} must be one of {', '.join(BLOCKS)}, and stem={config.stem!r} one of {', '.join(STEMS)}"
             )
         if len(config.depths) != len(config.widths):
-            raise SettingsError(f"depths={config.depths} and widths={config.widths} name different levels")
+            raise SettingsError(f"depths={config.depths} and widths={config.widths} must have the same length")
         self.config = config
         block = BLOCKS[config.block]
         kernel, stride = STEMS[config.stem]
@@ -138,7 +137,7 @@ class ResNet(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         growth, first = BLOCKS[self.config.block].growth, 4 if self.config.stem == "7x7-pool" else 1
         return {f"c{i + 2}": (growth * width, first * 2**i) for i, width in enumerate(self.config.widths)}
 
@@ -165,7 +164,7 @@ TORCHVISION = {  # timm uses the same names
     "layer{s+1}.{b}.downsample.1.*": "stages.{s}.{b}.shortcut.norm.*",
     "fc.*": "head.*",
 }
-HUGGINGFACE = {  # of ResNetForImageClassification
+HUGGINGFACE = {  # ResNetForImageClassification
     "resnet.embedder.embedder.convolution.weight": "stem.conv.weight",
     "resnet.embedder.embedder.normalization.*": "stem.norm.*",
     "resnet.encoder.stages.{s}.layers.{b}.layer.{k}.convolution.weight": "stages.{s}.{b}.conv{k+1}.weight",
@@ -188,13 +187,13 @@ CONFIG = {  # of transformers
     "layer_type": "block",
     "depths": "depths",
     "hidden_sizes": Derived(
-        lambda said: {"widths": tuple(n // get_growth(said.get("layer_type", "bottleneck")) for n in said["hidden_sizes"])},
+        lambda raw: {"widths": tuple(n // get_growth(raw.get("layer_type", "bottleneck")) for n in raw["hidden_sizes"])},
         lambda c: [n * get_growth(c.block) for n in c.widths],
     ),
     "embedding_size": Is(lambda c: c.widths[0]),
     "hidden_act": Is("relu"),
     "downsample_in_first_stage": Is(False),
-    "downsample_in_bottleneck": Is(False),  # the stride of the paper, on the 1x1
+    "downsample_in_bottleneck": Is(False),  # True is the paper's stride on the 1x1
     "<the stem is of 7x7>": Fixed("stem", "7x7-pool"),
 }
 
@@ -206,7 +205,7 @@ CARD = Card(
     year=2015,
     input_type="image",
     output_type=OUTPUT_TYPES,
-    # The first stem shrinks four times; pictures this small would have nothing left.
+    # The default stem downsamples by four, which is too much for small images.
     adapt=lambda need: {"stem": "3x3"} if need["image"] <= 64 else {},
     sizes={
         "resnet18": Size(block="basic", depths=(2, 2, 2, 2), params=11_689_512, source="torchvision"),
@@ -214,8 +213,8 @@ CARD = Card(
         "resnet50": Size(params=25_557_032, source="torchvision"),
         "resnet101": Size(depths=(3, 4, 23, 3), params=44_549_160, source="torchvision"),
         "resnet152": Size(depths=(3, 8, 36, 3), params=60_192_808, source="torchvision"),
-        # For small pictures. ResNet-20 is that of section 4.2 with projections in place of padded shortcuts,
-        # which is 2,752 parameters more.
+        # For small images. ResNet-20 is that of section 4.2 with projections instead of padded shortcuts,
+        # which adds 2,752 parameters.
         "resnet20": Size(block="basic", depths=(3, 3, 3), widths=(16, 32, 64), stem="3x3", num_classes=10),
         "resnet18-small": Size(block="basic", depths=(2, 2, 2, 2), stem="3x3", num_classes=10),
         "resnet-test": Size(depths=(1, 2, 1), widths=(8, 16, 24), num_classes=5),
@@ -223,7 +222,6 @@ CARD = Card(
     weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE, "huggingface-base": unprefixed(HUGGINGFACE, "resnet.")},
     configs={"huggingface": CONFIG},
     aliases={"timm": {name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}},
-    # Batch normalisation bears high learning rates; the decay is what keeps small data sets from being learnt
-    # by heart.
+    # Batch norm allows high learning rates; weight decay prevents overfitting on small data sets.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.05, "label_smoothing": 0.1},
 )

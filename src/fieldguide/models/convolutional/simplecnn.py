@@ -1,9 +1,9 @@
 """SimpleCNN: the small convolutional network of the guide, after LeNet (LeCun et al. 1998).
 
-New here: two rounds of convolution, batch normalisation and pooling, then a classifier with dropout. A plain
-first network for small pictures.
+New here: nothing; a simple network for small images. Two blocks of convolution, batch normalization and pooling,
+then a classifier with dropout.
 
-Initialisation: torch's defaults, as the guide's code has it.
+Initialisation: torch's defaults, as in the guide's code.
 Shapes: B batch, C channels, S side.
 """
 
@@ -21,11 +21,11 @@ from fieldguide.core.errors import SettingsError
 class Config:
     num_classes: int = 10
     channels: int = 3  # C
-    image: int = 32  # S, pixels a side
+    image: int = 32  # S, pixels per side
 
 
 class Levels(nn.Sequential):
-    """Layers that give what each pooling leaves; the parameters keep the names that they have in the guide's code."""
+    """Layers that return the output of each pooling. Parameters have the names of the guide's code."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:  # B C S S -> {"c1": B 32 S/2 S/2, "c2": B 64 S/4 S/4}
         levels: dict[str, Tensor] = {}
@@ -37,14 +37,15 @@ class Levels(nn.Sequential):
 
 
 class SimpleCNN(nn.Module):
-    """The guide's `SimpleCNN(num_classes)`, which fits pictures of 3 x 32 x 32; `channels` and `image` can be
-    others here. `features` gives both pooled maps. Raises `SettingsError` for pictures below 4 pixels a side.
+    """The guide's `SimpleCNN(num_classes)`, with configurable `channels` and `image` (3 x 32 x 32 in the guide).
+
+    `features` returns both pooled maps. Raises `SettingsError` for images below 4 pixels per side.
     """
 
     def __init__(self, num_classes: int = 10, *, channels: int = 3, image: int = 32):
         super().__init__()
         if image < 4:
-            raise SettingsError(f"image={image}: two poolings need at least 4 pixels a side")
+            raise SettingsError(f"image={image} is too small: SimpleCNN needs at least 4 pixels per side")
         self.features = Levels(
             nn.Conv2d(channels, 32, 3, padding=1),
             nn.BatchNorm2d(32),
@@ -65,7 +66,7 @@ class SimpleCNN(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         return {"c1": (32, 2), "c2": (64, 4)}
 
     def forward(self, x: Tensor) -> Tensor:  # B C S S -> B classes

@@ -1,9 +1,9 @@
-"""U-Net: down to what is there, up again to where it is (Ronneberger et al. 2015, arXiv:1505.04597).
+"""U-Net: encoder-decoder with skip connections for segmentation (Ronneberger et al. 2015, arXiv:1505.04597).
 
-New here: every level of the way up sees the maps of the same level on the way down, cut to its size, so that the
-answer for a pixel knows both context and detail; that learns from a few dozen pictures. As published, convolutions
-add no border and the answer is smaller than the picture (572 pixels give 388); with `padding="same"`, as it is
-mostly used today, it is as large. There is no normalisation.
+New here: every level of the decoder is concatenated with the encoder's maps of the same level, cropped to its size, so
+that predictions use both context and detail. It can be trained on a few dozen images. As published, convolutions are not
+padded and the output is smaller than the input (572 pixels give 388); with `padding="same"`, as it is mostly used
+today, it has the same size. There is no normalization.
 
 Initialisation: He normal by fan-in (section 3), zero biases.
 Shapes: B batch, C channels, H W height and width, D width of a level.
@@ -28,7 +28,7 @@ class Config:
     channels: int = 1  # C
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)  # of the levels
     padding: str = "valid"  # or "same"
-    dropout: float = 0.5  # at the end of the way down
+    dropout: float = 0.5  # at the end of the encoder
 
 
 class Level(nn.Module):
@@ -44,21 +44,21 @@ class Level(nn.Module):
 
 
 def center_crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The middle of a map."""
+    """Crop the center of a map."""
     top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
     return x[:, :, top : top + height, left : left + width]
 
 
 class UNet(nn.Module):
-    """A picture -> class logits of its pixels, or of those in its middle (`padding="valid"`).
+    """U-Net: an image -> class logits of its pixels, or only of its center with `padding="valid"`.
 
-    Raises `DataError` for a picture too small to have an answer, `SettingsError` for an unknown padding.
+    Raises `DataError` for an image that is too small, `SettingsError` for an unknown padding.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         if config.padding not in ("valid", "same"):
-            raise SettingsError(f"padding={config.padding!r}: known are valid and same")
+            raise SettingsError(f"unknown padding={config.padding!r}: choose valid or same")
         self.config = config
         pairs = list(pairwise(config.widths))
         self.down = nn.ModuleList(
@@ -73,13 +73,13 @@ class UNet(nn.Module):
     def reset_parameters(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                # A pixel of a 2x2 transposed convolution with stride 2 is made of one pixel of each map.
+                # An output pixel of a 2x2 transposed convolution with stride 2 has one input pixel per channel.
                 inputs = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.in_channels
                 nn.init.normal_(module.weight, std=(2 / inputs) ** 0.5)
                 nn.init.zeros_(module.bias)
 
     def _fits(self, height: int, width: int) -> bool:
-        """Whether a picture is large enough for every step."""
+        """Return whether an image is large enough for every level."""
         side, cut = min(height, width), 4 if self.config.padding == "valid" else 0
         for _ in self.up:
             side = (side - cut) // 2
@@ -93,8 +93,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes H W, or less of it
         if not self._fits(*x.shape[2:]):
             raise DataError(
-                f"a picture of {x.shape[3]} x {x.shape[2]} pixels is too small for {len(self.up)} halvings "
-                f"with padding={self.config.padding!r}: enlarge it, or name fewer widths"
+                f"an image of {x.shape[3]} x {x.shape[2]} pixels is too small for {len(self.up)} halvings "
+                f"with padding={self.config.padding!r}. Use larger images or fewer widths."
             )
         seen = []
         for level in self.down:
@@ -103,7 +103,7 @@ class UNet(nn.Module):
         x = self.dropout(seen.pop())
         for up, merge in zip(self.up, self.merge):
             x, skip = up(x), seen.pop()
-            if self.config.padding == "same":  # where a level had odd size, its last row is back as zeros
+            if self.config.padding == "same":  # restore the last row and column of levels of odd size with zeros
                 x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]))
             x = merge(torch.cat([center_crop(skip, *x.shape[2:]), x], 1))
         return self.head(x)

@@ -1,10 +1,10 @@
-"""U-Net over a ResNet: a classifier's levels as the way down (Iakubovskii 2019, segmentation_models.pytorch).
+"""U-Net with a ResNet encoder (Iakubovskii 2019, segmentation_models.pytorch).
 
-New here: the way down of U-Net (Ronneberger et al. 2015) is a ResNet, so it can start from weights trained to
-classify; the way up doubles each map by repetition and sees the ResNet's maps of that size. The answer is as large
-as the picture, of whatever size that is.
+New here: the encoder of U-Net (Ronneberger et al. 2015) is a ResNet, so it can use weights pretrained for
+classification. The decoder upsamples each map by nearest neighbor and concatenates the ResNet's map of that size. The
+output has the size of the input, which may be any.
 
-Initialisation: the ResNet as it starts itself; the way up He uniform by fan-in, the head Glorot uniform.
+Initialisation: the encoder as ResNet; the decoder He uniform by fan-in, the head Glorot uniform.
 Shapes: B batch, C channels, H W height and width, D width of a level.
 """
 
@@ -26,13 +26,13 @@ class Config:
     num_classes: int = 1
     channels: int = 3  # C
     block: str = "basic"  # of the ResNet, or "bottleneck"
-    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a level of the ResNet
-    widths: tuple[int, ...] = (64, 128, 256, 512)  # inner width a level of the ResNet
-    up: tuple[int, ...] = (256, 128, 64, 32, 16)  # width a level on the way up
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks per level of the ResNet
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # inner width per level of the ResNet
+    up: tuple[int, ...] = (256, 128, 64, 32, 16)  # width per level of the decoder
 
 
 def conv_norm_relu(inputs: int, outputs: int) -> nn.Sequential:
-    """3x3 convolution, normalisation, clip at zero."""
+    """3x3 convolution, batch norm, ReLU."""
     return nn.Sequential(
         OrderedDict(
             conv=nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm=nn.BatchNorm2d(outputs), act=nn.ReLU(inplace=True)
@@ -41,7 +41,7 @@ def conv_norm_relu(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Up(nn.Module):
-    """Enlarge by repetition, see the maps of the way down, two convolutions."""
+    """Decoder block: nearest-neighbor upsampling, concatenation of the skip connection, two convolutions."""
 
     def __init__(self, inputs: int, skip: int, width: int):
         super().__init__()
@@ -50,12 +50,12 @@ class Up(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None, size) -> Tensor:  # B D H W -> B D' size
         x = F.interpolate(x, size=size, mode="nearest")
         x = x if skip is None else torch.cat([x, skip], 1)
-        x = self.conv1(x)  # one name, so that no map outlives its use
+        x = self.conv1(x)  # reuse the name, so that the previous map is freed
         return self.conv2(x)
 
 
 class UNetResNet(nn.Module):
-    """A picture of any size -> class logits of its pixels."""
+    """Segmentation network for images of any size: an image -> class logits of each pixel."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -63,7 +63,7 @@ class UNetResNet(nn.Module):
         self.encoder = resnet.ResNet(
             resnet.Config(channels=config.channels, block=config.block, depths=config.depths, widths=config.widths)
         )
-        self.encoder.head = nn.Identity()  # the levels are read, not the classes
+        self.encoder.head = nn.Identity()  # only `features` of the encoder is used
         growth = resnet.BLOCKS[config.block].growth
         *skips, dim = [config.widths[0], *(growth * width for width in config.widths)]
         self.decoder = nn.ModuleList()
@@ -91,7 +91,7 @@ class UNetResNet(nn.Module):
         return self.head(x)
 
 
-SMP = {  # of segmentation_models_pytorch.Unet("resnet34") and the like
+SMP = {  # of segmentation_models_pytorch.Unet with ResNet encoders
     **{f"encoder.{theirs}": f"encoder.{ours}" for theirs, ours in resnet.TORCHVISION.items() if "fc." not in theirs},
     "decoder.blocks.{i}.conv{k}.0.weight": "decoder.{i}.conv{k}.conv.weight",
     "decoder.blocks.{i}.conv{k}.1.*": "decoder.{i}.conv{k}.norm.*",
@@ -110,7 +110,7 @@ CARD = Card(
         "unet-resnet34": Size(params=24_436_369, source="segmentation-models-pytorch"),
         "unet-resnet18": Size(depths=(2, 2, 2, 2), params=14_328_209, source="segmentation-models-pytorch"),
         "unet-resnet50": Size(block="bottleneck", params=32_521_105, source="segmentation-models-pytorch"),
-        # Ours, for CPUs: one block a level of half the width.
+        # Not published; for CPUs: one block per level and half the width.
         "unet-resnet-mini": Size(depths=(1, 1, 1, 1), widths=(32, 64, 128, 256), up=(128, 64, 32, 16, 8)),
         "unet-resnet-test": Size(num_classes=3, block="bottleneck", depths=(1, 2, 1), widths=(4, 6, 8), up=(10, 8, 6, 4)),
     },

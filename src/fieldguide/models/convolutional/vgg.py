@@ -1,10 +1,10 @@
-"""VGG: nothing but 3x3 convolutions, and many of them (Simonyan and Zisserman 2014, arXiv:1409.1556).
+"""VGG: deep stacks of 3x3 convolutions (Simonyan and Zisserman 2014, arXiv:1409.1556).
 
-New here: two or three 3x3 convolutions see as far as one of 5x5 or 7x7, with fewer parameters and more clips at
-zero between; the width doubles as pooling halves the map. Most parameters are those of the first dense layer.
+New here: two or three 3x3 convolutions have the receptive field of one of 5x5 or 7x7, with fewer parameters and more
+nonlinearities. The width doubles as pooling halves the map. Most parameters belong to the first dense layer.
 
 Initialisation: He normal (arXiv:1502.01852), by fan-out for convolutions and by fan-in for dense layers, the last
-one normal with deviation 0.01; zero biases. (With 0.01 everywhere the paper's deep networks did not begin to learn.)
+one normal with standard deviation 0.01; zero biases. (With 0.01 everywhere the paper's deep networks did not train.)
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
 
@@ -26,32 +26,32 @@ from fieldguide.models.mapping.key_rules import Reshaped, Row
 class Config:
     num_classes: int = 1000
     channels: int = 3  # C
-    depths: tuple[int, ...] = (2, 2, 3, 3, 3)  # convolutions a level
-    widths: tuple[int, ...] = (64, 128, 256, 512, 512)  # maps a level
-    norm: bool = False  # batch normalisation after each convolution
-    pools: int = 5  # the first levels, that end in a pooling
-    hidden: int = 4096  # of each dense layer
-    side: int = 7  # of the map that the dense layers read
+    depths: tuple[int, ...] = (2, 2, 3, 3, 3)  # convolutions per level
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)  # channels per level
+    norm: bool = False  # batch norm after each convolution
+    pools: int = 5  # number of levels that end in a pooling, from the first
+    hidden: int = 4096  # width of the dense layers
+    side: int = 7  # side of the map that the dense layers take
     dropout: float = 0.5  # after each hidden dense layer
 
 
 def conv_layer(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
-    """A convolution, clipped at zero where it is used."""
+    """Return a 3x3 convolution with optional batch norm; ReLU is applied by the caller."""
     layers = OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1))
     return nn.Sequential(layers | {"norm": nn.BatchNorm2d(outputs)} if norm else layers)
 
 
 class VGG(nn.Module):
-    """A picture of any size from 2 ** `pools` pixels -> class logits; `features` gives the map of each level.
+    """VGG classifier for images of at least 2 ** `pools` pixels per side. `features` returns the map of each level.
 
-    Raises `SettingsError` where depths and widths differ in number, `DataError` for smaller pictures.
+    Raises `SettingsError` if the numbers of levels differ, `DataError` for smaller images.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         if len(config.depths) != len(config.widths) or config.pools > len(config.depths):
             raise SettingsError(
-                f"depths={config.depths}, widths={config.widths} and pools={config.pools} name different levels"
+                f"depths={config.depths} and widths={config.widths} must have the same length, at least pools={config.pools}"
             )
         self.config = config
         self.stages = nn.ModuleList()
@@ -80,7 +80,7 @@ class VGG(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name of each map of `features` -> (D, stride in pixels)."""
+        """Return the width D and the stride in pixels of each map of `features`."""
         return {f"c{i + 1}": (width, 2 ** min(i + 1, self.config.pools)) for i, width in enumerate(self.config.widths)}
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
@@ -100,7 +100,7 @@ class VGG(nn.Module):
 
 
 def conv_keys(config: Config) -> dict[str, Row]:
-    """Both libraries number every layer, clips and poolings too."""
+    """Return the key table of the convolutions: both libraries number all layers, including ReLU and pooling."""
     table, n = {}, 0
     for s, depth in enumerate(config.depths):
         for b in range(depth):
@@ -116,7 +116,7 @@ def torchvision(config: Config) -> dict[str, Row]:
     return conv_keys(config) | {"classifier.0.*": "fc1.*", "classifier.3.*": "fc2.*", "classifier.6.*": "head.*"}
 
 
-def timm(config: Config) -> dict[str, Row]:  # whose dense layers are convolutions
+def timm(config: Config) -> dict[str, Row]:  # dense layers are stored as convolutions
     side, hidden = config.side, config.hidden
     return conv_keys(config) | {
         "pre_logits.fc1.weight": Reshaped("fc1.weight", (hidden, -1), (hidden, -1, side, side)),
@@ -128,7 +128,7 @@ def timm(config: Config) -> dict[str, Row]:  # whose dense layers are convolutio
 
 
 def adapt_to_image_size(side: int) -> dict[str, int]:
-    """Poolings that leave a map of 2 to 3 pixels a side, whose mean the dense layers read."""
+    """Return fewer poolings for small images, whose last map then has 2 to 3 pixels per side and is averaged."""
     return {"side": 1, "pools": min(5, max(side.bit_length() - 2, 0))} if side <= 64 else {}
 
 
@@ -158,6 +158,6 @@ CARD = Card(
     },
     aliases={"timm": {f"vgg{n}{norm}": f"vgg{n}{norm.replace('_', '-')}" for n in (11, 13, 16, 19) for norm in ("", "_bn")}},
     weights={"torchvision": torchvision, "timm": timm},
-    # Half of what the sizes with batch normalisation like: the others bear no more, however long the warm-up.
+    # Half the best rate of the sizes with batch norm: the others diverge above it, even with a long warm-up.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1},
 )

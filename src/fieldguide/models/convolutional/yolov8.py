@@ -1,16 +1,15 @@
-"""YOLOv8: boxes and classes at every point of three grids, in one pass, without anchor boxes (Ultralytics 2023).
+"""YOLOv8: one-stage, anchor-free object detection on three grids (Ultralytics 2023).
 
-New here: no paper; a one-stage detector put together from published parts. Each grid point tells how far it is to
-the four sides of its object, each distance as a distribution over whole strides (Li et al. 2020, arXiv:2006.04388),
-and, apart from that, which class the object is of (Ge et al. 2021, arXiv:2107.08430); no box of a set size is
-corrected and no separate score says that an object is there. The backbone is made of split blocks that keep every
-intermediate map (C2f, after Wang et al. 2019, arXiv:1911.11929); the neck goes up and down again (Liu et al. 2018,
-arXiv:1803.01534).
+New here: no paper; a one-stage detector composed of published parts. Each grid point predicts the distances to the four
+sides of its object, each as a distribution over strides (Li et al. 2020, arXiv:2006.04388), and in a separate branch the
+class (Ge et al. 2021, arXiv:2107.08430). There are no anchor boxes and no objectness score. The backbone consists of
+split blocks that concatenate all intermediate maps (C2f, after Wang et al. 2019, arXiv:1911.11929); the neck is a path
+aggregation network (Liu et al. 2018, arXiv:1803.01534).
 
-This file was written from public diagrams and parameter counts. The original code is AGPL-3.0, and no line is from it.
+This file was written from public diagrams and parameter counts. The original code is AGPL-3.0; none of it is used.
 
-Initialisation: convolutions uniform by fan-in; the distances start as distributions with equal odds, classes at the
-odds of 5 objects of the picture's size among all points of a level (after Lin et al. 2017, arXiv:1708.02002, 3.3).
+Initialisation: convolutions uniform by fan-in; the distances start as uniform distributions, the classes with the
+probability of 5 objects per image among all points of a level (after Lin et al. 2017, arXiv:1708.02002, 3.3).
 Shapes: B batch, C channels, H W height and width, D width of a map, R bins of a distance, K classes, A points of all
 levels: ceil(H/8) ceil(W/8) + ceil(H/16) ceil(W/16) + ceil(H/32) ceil(W/32).
 """
@@ -34,22 +33,22 @@ from fieldguide.models.mapping.key_rules import Row
 class Config:
     num_classes: int = 80  # K
     channels: int = 3  # C
-    image: int = 640  # usual side in pixels; only the first odds of classes follow it
-    widths: tuple[int, ...] = (16, 32, 64, 128, 256)  # D of the maps at 1/2, 1/4, ... 1/32 of the picture
-    depths: tuple[int, ...] = (1, 2, 2, 1)  # bottlenecks a level of the backbone, from 1/4 on
+    image: int = 640  # usual side in pixels; used only to initialize the class biases
+    widths: tuple[int, ...] = (16, 32, 64, 128, 256)  # D of the maps at strides 2, 4, ... 32
+    depths: tuple[int, ...] = (1, 2, 2, 1)  # bottlenecks per level of the backbone, from stride 4 on
     neck: int = 1  # bottlenecks in each block of the neck
-    bins: int = 16  # R: a side is at most R - 1 strides from its point
+    bins: int = 16  # R: the maximum distance of a side is R - 1 strides
 
 
 class SiLU(nn.Module):
-    """In place where no gradient is asked for: what comes is the normalisation's own and needed by nobody else."""
+    """SiLU that works in place if no gradient is needed; its input is used nowhere else."""
 
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
         return F.silu(x, inplace=not x.requires_grad)
 
 
 class Step(nn.Sequential):
-    """Convolution, normalisation, SiLU."""
+    """Convolution, batch norm, SiLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1):
         super().__init__(
@@ -62,7 +61,7 @@ class Step(nn.Sequential):
 
 
 class Bottleneck(nn.Module):
-    """Two 3x3 steps of equal width; in the backbone they add to their input."""
+    """Two 3x3 convolutions of equal width, with a residual connection in the backbone."""
 
     def __init__(self, dim: int, residual: bool):
         super().__init__()
@@ -74,7 +73,7 @@ class Bottleneck(nn.Module):
 
 
 class C2f(nn.Module):
-    """Halves the map, sends one half through bottlenecks one after another, and mixes all maps seen on the way."""
+    """C2f block: splits the channels, passes one half through bottlenecks, and mixes all intermediate maps."""
 
     def __init__(self, inputs: int, outputs: int, depth: int, residual: bool):
         super().__init__()
@@ -91,7 +90,7 @@ class C2f(nn.Module):
 
 
 class SPPF(nn.Module):
-    """The largest value within 5, 9 and 13 pixels, by one 5x5 pool three times (He et al. 2014, arXiv:1406.4729)."""
+    """Spatial pyramid pooling of 5, 9 and 13 pixels by three 5x5 max poolings (He et al. 2014, arXiv:1406.4729)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -105,7 +104,7 @@ class SPPF(nn.Module):
 
 
 class Head(nn.Module):
-    """What each point of one level says: R logits for each side, K classes; the two share no layer."""
+    """Head of one level: R logits per side and K class logits for each point, in two separate branches."""
 
     def __init__(self, dim: int, box: int, label: int, bins: int, classes: int):
         super().__init__()
@@ -117,10 +116,10 @@ class Head(nn.Module):
 
 
 class YOLOv8(nn.Module):
-    """Pictures of any size -> B A 4R+K, the finest level first and each row by row (see `GIVES["boxes"]`).
+    """YOLOv8 detector: images of any size -> B A 4R+K, finest level first, row by row (see `OUTPUT_TYPES["boxes"]`).
 
-    `strides` are the pixels between points of each level; `bins` (1 R 1 1, constant, never trained) the distances
-    that a distribution is over, in strides. Raises `SettingsError` where widths or depths miss a level.
+    `strides` are the pixels between the points of each level; `bins` (1 R 1 1, constant) the distances of the
+    distributions in strides. Raises `SettingsError` if widths or depths have the wrong length or parity.
     """
 
     strides = (8, 16, 32)
@@ -129,8 +128,8 @@ class YOLOv8(nn.Module):
         super().__init__()
         if len(config.widths) != 5 or len(config.depths) != 4 or any(width % 2 for width in config.widths[1:]):
             raise SettingsError(
-                f"widths={config.widths}, depths={config.depths}: YOLOv8 has five widths, all but the "
-                "first even, and four depths"
+                f"widths={config.widths}, depths={config.depths}: YOLOv8 needs five widths, all even "
+                "except the first, and four depths"
             )
         self.config = config
         first, *widths = config.widths
@@ -173,7 +172,7 @@ class YOLOv8(nn.Module):
 
 
 def ultralytics_keys() -> dict[str, Row]:
-    """Names in public files, which number the modules of the diagram from 0 to 22."""
+    """Return the key table of published checkpoints, which number the modules of the diagram from 0 to 22."""
     step = {"conv.weight": "conv.weight", "bn.*": "norm.*"}
     inner = {
         f"{part}.{theirs}": f"{part.replace('cv', 'conv')}.{ours}" for part in ("cv1", "cv2") for theirs, ours in step.items()
@@ -206,8 +205,8 @@ def ultralytics_keys() -> dict[str, Row]:
     return {**rows, "model.22.dfl.conv.weight": "bins"}
 
 
-# Published counts take the 16 constants of `bins` (there `model.22.dfl.conv.weight`) for parameters; here they are a
-# buffer, so `params` is 16 less than what is published.
+# Published counts include the 16 constants of `bins` (`model.22.dfl.conv.weight`) as parameters; here they are a
+# buffer, so `params` is 16 less than the published number.
 SOURCE = "docs.ultralytics.com, without the 16 constants of model.22.dfl.conv: {} with them"
 
 CARD = Card(
@@ -230,11 +229,11 @@ CARD = Card(
         "yolov8x": Size(
             widths=(80, 160, 320, 640, 640), depths=(3, 6, 6, 3), neck=3, params=68_229_632, source=SOURCE.format("68,229,648")
         ),
-        # Ours, for CPUs: half of n's widths. A side is at most 7 strides away, so an object at most 448 pixels wide.
+        # Not published; for CPUs: half the widths of n. Sides are at most 7 strides away: objects of up to 448 pixels.
         "yolov8-pico": Size(widths=(8, 16, 32, 64, 128), bins=8),
         "yolov8-test": Size(num_classes=3, image=33, widths=(4, 6, 8, 10, 12), depths=(1, 2, 1, 1), bins=4),
     },
     weights={"ultralytics": ultralytics_keys()},
-    # The sample `scattered` in 2.3 minutes: mAP50 .70 with adamw at 4e-3, .93 so.
+    # The sample `scattered` in 2.3 minutes: mAP50 .70 with adamw at 4e-3, .93 with these settings.
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01, "warmup": 0.1, "ema": 0.99},
 )

@@ -1,16 +1,15 @@
-"""DDPM U-Net: names the noise in a picture, given how much there is (Ho et al. 2020, arXiv:2006.11239).
+"""DDPM U-Net: predicts the noise in an image at a given time (Ho et al. 2020, arXiv:2006.11239).
 
-New here: one network serves all noise levels, told by sinusoids of the time that enter every block; taking away a
-little of the named noise a thousand times turns noise into pictures. It is a U-Net of residual blocks with group
-normalisation, that looks across the whole picture where its side is 16. A label, if any, is added to the time; so is
-what a small transformer reads in a caption, the mean over its tokens (as GLIDE adds its last token's, arXiv:2112.10741).
-With `patch` above 1 squares of pixels enter and leave as one: small machines spend their time where networks are wide
-(Hoogeboom et al. 2023, arXiv:2301.11093, section 3.2).
+New here: one network for all noise levels, with a sinusoidal time embedding in every block. It is a U-Net of residual
+blocks with group norm, and with self-attention at resolution 16. A class embedding, if any, is added to the time
+embedding; so is the mean over the tokens of a caption encoded by a small Transformer (GLIDE adds that of the last token,
+arXiv:2112.10741). With `patch` above 1, patches of pixels are processed as one position, which saves time at high
+resolutions (Hoogeboom et al. 2023, arXiv:2301.11093, section 3.2).
 
-Initialisation: Glorot uniform, zero biases; what ends a residual path or the network starts near zero (appendix B's
-code); labels and captions N(0, 1), as heavy as the time, or they are learnt late.
-Shapes: B batch, C channels, H W height and width, D width of a level, E = 4 * dim width of the time, T tokens, W width of
-the caption's reader.
+Initialisation: Glorot uniform, zero biases; the last layers of residual paths and of the network start near zero (code of
+appendix B); labels and captions N(0, 1), the scale of the time embedding, because smaller ones are learned late.
+Shapes: B batch, C channels, H W height and width, D width of a level, E = 4 * dim width of the time embedding, T tokens, W
+width of the caption encoder.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ from fieldguide.models.mapping.key_rules import Fused, Row
 @dataclass(frozen=True, kw_only=True)
 class Config:
     channels: int = 3  # C
-    image: int = 32  # side of the pictures it is made for
-    num_classes: int = 0  # labels 1 .. classes; 0 means none
-    patch: int = 1  # pixels a side that become one, of so many more channels
+    image: int = 32  # side of the images
+    num_classes: int = 0  # labels are 1 .. num_classes; 0 means unconditional
+    patch: int = 1  # side of a patch of pixels that is processed as one position
     dim: int = 128
     growth: tuple[int, ...] = (1, 2, 2, 2)  # width of each level, times dim
-    depth: int = 2  # blocks a level
-    attend: tuple[int, ...] = (16,)  # sides that attention is used at
-    groups: int = 32  # of the normalisation
+    depth: int = 2  # blocks per level
+    attend: tuple[int, ...] = (16,)  # resolutions with attention
+    groups: int = 32  # of group norm
     dropout: float = 0.1
-    vocab_size: int = 0  # tokens of captions, in the place of labels; 0 of them means none
-    length: int = 64  # longest caption, tokens
+    vocab_size: int = 0  # size of the caption vocabulary, instead of labels; 0 means no captions
+    length: int = 64  # maximum length of a caption in tokens
     words: int = 128  # W
-    layers: int = 2  # of the caption's reader
+    layers: int = 2  # of the caption encoder
 
 
 def norm(c: Config, dim: int) -> nn.GroupNorm:
@@ -54,7 +53,7 @@ def norm(c: Config, dim: int) -> nn.GroupNorm:
 
 
 class Block(nn.Module):
-    """Normalise, bend, 3x3 convolution, twice; the time comes in between."""
+    """Residual block: twice group norm, SiLU and 3x3 convolution, with the time embedding added in between."""
 
     def __init__(self, c: Config, inputs: int, dim: int):
         super().__init__()
@@ -70,7 +69,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel looks at every other, with one head, and adds what it sees."""
+    """Single-head self-attention over all pixels, with a residual connection."""
 
     def __init__(self, c: Config, dim: int):
         super().__init__()
@@ -83,7 +82,7 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """Blocks, each followed by attention where there is any, and a convolution that goes to the next level's size."""
+    """Blocks of one resolution, each followed by optional attention, and a convolution that changes the resolution."""
 
     def __init__(self, c: Config, inputs: list[int], dim: int, attend: bool, resize: nn.Conv2d | None = None):
         super().__init__()
@@ -91,13 +90,13 @@ class Level(nn.Module):
         self.attns = nn.ModuleList(Attention(c, dim) for _ in inputs) if attend else None
         self.resize = resize
 
-    def forward(self, i: int, x: Tensor, time: Tensor) -> Tensor:  # number of a block, B D H W -> B D' H W
+    def forward(self, i: int, x: Tensor, time: Tensor) -> Tensor:  # index of a block, B D H W, B E -> B D' H W
         x = self.blocks[i](x, time)
         return x if self.attns is None else self.attns[i](x)
 
 
 class Middle(nn.Module):
-    """Block, attention, block."""
+    """The lowest resolution: block, attention, block."""
 
     def __init__(self, c: Config, dim: int):
         super().__init__()
@@ -109,9 +108,9 @@ class Middle(nn.Module):
 
 
 class DDPMUNet(nn.Module):
-    """A noisy picture, its time (0 .. 999 in the paper), its label or caption -> the noise in it.
+    """DDPM U-Net: a noisy image, its time (0 .. 999 in the paper), its label or caption -> the predicted noise.
 
-    Raises `DataError` for a side that cannot be halved as often as there are levels less one.
+    Raises `DataError` if a side of the image is not divisible by the total stride.
     """
 
     def __init__(self, config: Config):
@@ -152,9 +151,10 @@ class DDPMUNet(nn.Module):
             self.caption.reset_parameters()
 
     def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B or B T -> B E
+        """Return the embedding of the time plus that of the label or caption."""
         half = self.config.dim // 2
         rate = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1))
-        angle = time.float()[:, None] * rate  # in float32, as the weights have learnt them
+        angle = time.float()[:, None] * rate  # in float32, as in training
         x = torch.cat([angle.sin(), angle.cos()], 1).to(self.time1.weight.dtype)
         x = self.time2(F.silu(self.time1(x)))
         if self.caption is not None:
@@ -167,8 +167,8 @@ class DDPMUNet(nn.Module):
         patch = self.config.patch
         if any(side % (patch << len(self.down) - 1) for side in image.shape[2:]):
             raise DataError(
-                f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be halved "
-                f"{len(self.down) - 1} times: choose multiples of {patch << len(self.down) - 1}"
+                f"images of {image.shape[3]} x {image.shape[2]} pixels cannot be halved "
+                f"{len(self.down) - 1} times: the sides must be multiples of {patch << len(self.down) - 1}"
             )
         time = self.embed_condition(time, label)
         x = self.conv_in(F.pixel_unshuffle(image, patch))
@@ -188,7 +188,7 @@ class DDPMUNet(nn.Module):
 
 
 def diffusers_keys(query: str, key: str, value: str, out: str) -> dict[str, Row]:
-    """Names of diffusers, whose attention has had two sets of them."""
+    """Return the key table of diffusers for one of its two sets of attention names."""
     names: dict[str, Row] = {
         "time_embedding.linear_{k}.*": "time{k}.*",
         "class_embedding.weight": "label.weight",
@@ -214,26 +214,27 @@ def diffusers_keys(query: str, key: str, value: str, out: str) -> dict[str, Row]
 
 
 DIFFUSERS = diffusers_keys("to_q", "to_k", "to_v", "to_out.0")
-DIFFUSERS_2022 = diffusers_keys("query", "key", "value", "proj_attn")  # of google/ddpm-cifar10-32 and its kin
+DIFFUSERS_2022 = diffusers_keys("query", "key", "value", "proj_attn")  # old attention names, as in google/ddpm-cifar10-32
 
 
-def parse_widths(said: Mapping[str, Any]) -> dict[str, Any]:
-    first, *_ = all_widths = said["block_out_channels"]
+def parse_widths(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `dim` and `growth` for a configuration of diffusers. Raises `WeightsError` if widths are not multiples."""
+    first, *_ = all_widths = raw["block_out_channels"]
     if odd := [width for width in all_widths if width % first]:
-        raise WeightsError(f"block_out_channels={all_widths}: {odd[0]} is no multiple of {first}")
+        raise WeightsError(f"block_out_channels={all_widths} is not supported: {odd[0]} is not a multiple of {first}")
     return {"dim": first, "growth": tuple(width // first for width in all_widths)}
 
 
-def parse_attention(said: Mapping[str, Any]) -> dict[str, Any]:
+def parse_attention(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the resolutions with attention for a configuration of diffusers."""
     return {
-        "attend": tuple(
-            said["sample_size"] >> i for i, kind in enumerate(said["down_block_types"]) if kind == "AttnDownBlock2D"
-        )
+        "attend": tuple(raw["sample_size"] >> i for i, kind in enumerate(raw["down_block_types"]) if kind == "AttnDownBlock2D")
     }
 
 
-def block_types(where: str, c: Config) -> list[str]:
-    return [f"{'Attn' if c.image // c.patch >> i in c.attend else ''}{where}Block2D" for i in range(len(c.growth))]
+def block_types(direction: str, c: Config) -> list[str]:
+    """Return the block types of diffusers; `direction` is "Down" or "Up"."""
+    return [f"{'Attn' if c.image // c.patch >> i in c.attend else ''}{direction}Block2D" for i in range(len(c.growth))]
 
 
 CONFIG = {  # of diffusers
@@ -249,13 +250,13 @@ CONFIG = {  # of diffusers
     "add_attention": Is(True),
     "norm_num_groups": "groups",
     "norm_eps": Is(1e-6, absent=1e-5),
-    "dropout": Absent("dropout", 0.0),  # which its first files did not say
+    "dropout": Absent("dropout", 0.0),  # missing in the first files
     "num_class_embeds": Derived(
-        lambda said: {"num_classes": (said.get("num_class_embeds") or 1) - 1},
+        lambda raw: {"num_classes": (raw.get("num_class_embeds") or 1) - 1},
         lambda c: c.num_classes + 1 if c.num_classes else None,
     ),
     "class_embed_type": Is(None),
-    "attention_head_dim": Is(None, absent=8),  # one head
+    "attention_head_dim": Is(None, absent=8),  # a single head
     "downsample_padding": Is(0, absent=1),
     "flip_sin_to_cos": Is(False, absent=True),
     "freq_shift": Is(1, absent=0),

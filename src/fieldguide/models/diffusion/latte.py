@@ -1,12 +1,12 @@
-"""Latte: a Transformer that takes the noise out of videos (Ma et al. 2024, arXiv:2401.03048), variant 1.
+"""Latte: a diffusion Transformer for videos, variant 1 (Ma et al. 2024, arXiv:2401.03048).
 
-New here: attention over space and over time in turn, so that its cost is that of pictures and of short rows, not of all
-places of all frames at once. A block is that of DiT (Peebles and Xie 2022, arXiv:2212.09748): time and label decide how
-its normalisations scale and shift and how much it adds, at first nothing ("adaLN-Zero").
+New here: blocks alternate between spatial and temporal attention, which is cheaper than attention over all patches of all
+frames. The blocks are those of DiT (Peebles and Xie 2022, arXiv:2212.09748): time and label determine the scale, shift and
+gate of each block, with gates that start at zero (adaLN-Zero).
 
-Initialisation: Glorot uniform matrices, zero biases; zero for what time and label decide and for the last layer, so that an
-untrained network answers zero. Labels begin at N(0, 1) and the time's layers keep the size of what comes in; the authors'
-N(0, 0.02) for both is so little beside zeros that hundreds of steps learn no class.
+Initialisation: Glorot uniform matrices, zero biases; zero for the modulation layers and the last layer, so that an untrained
+network outputs zero. Label embeddings are N(0, 1) and the time layers preserve the variance; with the authors' N(0, 0.02)
+for both, classes are not learned within hundreds of steps.
 Shapes: B batch, F frames, C channels, S side, P side of a patch, N = (S/P)^2 patches of a frame, D width.
 """
 
@@ -24,35 +24,37 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.mapping.key_rules import Dropped, Row
 
-TIME_EMBEDDING_DIM = 256  # sines and cosines that a time is read as
+TIME_EMBEDDING_DIM = 256  # sines and cosines of the time embedding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     frames: int = 16  # F, at most
-    channels: int = 4  # C: 3 for pixels, 4 for the latent pictures of Stable Diffusion's VAE
+    channels: int = 4  # C: 3 for pixels, 4 for the latents of Stable Diffusion's VAE
     image: int = 32  # S
     patch: int = 2  # P
-    num_classes: int = 101  # labels 1 .. classes; 0 means none
+    num_classes: int = 101  # labels are 1 .. num_classes; 0 means unconditional
     dim: int = 1152  # D
     depth: int = 28  # blocks: space, time, space, time, ...
     heads: int = 16
-    variance: bool = False  # a second answer for each number, its variance: in the authors' files, not used here
+    variance: bool = False  # whether the output includes variances, as in the authors' checkpoints; they are not used
 
 
-def sinusoidal_embedding(places: Tensor, dim: int) -> Tensor:  # ... -> ... dim: sines, then cosines
+def sinusoidal_embedding(places: Tensor, dim: int) -> Tensor:  # ... -> ... dim
+    """Return sines, then cosines of positions at `dim // 2` frequencies."""
     rate = torch.exp(torch.arange(dim // 2, dtype=torch.float64) * (-2 * math.log(10_000) / dim))
     angle = places.double()[..., None] * rate
     return torch.cat([angle.sin(), angle.cos()], -1).float()
 
 
-def position_embedding(side: int, dim: int) -> Tensor:  # -> N D: the column in the first half, the row in the second
+def position_embedding(side: int, dim: int) -> Tensor:  # -> N D
+    """Return the embedding of a square of positions: the column in the first half, the row in the second."""
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.cat([sinusoidal_embedding(column.flatten(), dim // 2), sinusoidal_embedding(row.flatten(), dim // 2)], 1)
 
 
 class Modulated(nn.Module):
-    """Normalisation without weights of its own, scaled and shifted by what time and label say."""
+    """Layer norm without parameters, with scale and shift from the condition (adaLN)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -63,12 +65,12 @@ class Modulated(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention over the patches of each frame, or over the frames of each patch, then a two-layer network."""
+    """DiT block: attention over the patches of each frame, or over the frames of each patch, then a two-layer MLP."""
 
     def __init__(self, c: Config, over_time: bool):
         super().__init__()
         self.over_time = over_time
-        self.condition = nn.Linear(c.dim, 6 * c.dim)  # shift, scale, gate; for attention, then for the network
+        self.condition = nn.Linear(c.dim, 6 * c.dim)  # shift, scale and gate of the attention, then of the MLP
         self.norm1, self.attn = Modulated(c.dim), Attention(c.dim, c.heads)
         self.norm2 = Modulated(c.dim)
         self.mlp = nn.ModuleDict({"up": nn.Linear(c.dim, 4 * c.dim), "down": nn.Linear(4 * c.dim, c.dim)})
@@ -79,31 +81,34 @@ class Block(nn.Module):
         x = self.attn(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return x.transpose(1, 2) if self.over_time else x
 
-    def forward(self, x: Tensor, what: Tensor) -> Tensor:  # B F N D, B D -> B F N D
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(F.silu(what))[:, None, None].chunk(6, -1)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # B F N D, B D -> B F N D
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(F.silu(condition))[:, None, None].chunk(6, -1)
         x = x + gate1 * self.attend(self.norm1(x, shift1, scale1))
         y = F.gelu(self.mlp["up"](self.norm2(x, shift2, scale2)), approximate="tanh")
         return x + gate2 * self.mlp["down"](y)
 
 
 class Latte(nn.Module):
-    """A noisy video, its time (0 .. 999 in the paper), its label -> the noise in it (or v: what it was trained for).
+    """Latte: a noisy video, its time (0 .. 999 in the paper), its label -> the predicted noise, or v if trained for it.
 
-    Raises `DataError` for another side than the network was made for, or more frames.
+    Raises `SettingsError` for invalid sizes, and `DataError` for videos of another side or with more frames than
+    configured.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
         if c.image % c.patch:
-            raise SettingsError(f"image={c.image} cannot be cut into patches of patch={c.patch} pixels: choose a multiple")
+            raise SettingsError(f"image={c.image} must be a multiple of patch={c.patch}")
         if c.depth % 2:
-            raise SettingsError(f"depth={c.depth}: blocks over space and over time stand in pairs; choose an even number")
+            raise SettingsError(f"depth={c.depth} must be even: spatial and temporal blocks alternate")
         if c.dim % 4:
-            raise SettingsError(f"dim={c.dim}: places are told by sines and cosines in two directions; choose a multiple of 4")
+            raise SettingsError(
+                f"dim={c.dim} must be a multiple of 4: positions are encoded by sines and cosines of rows and columns"
+            )
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
         self.time1, self.time2 = nn.Linear(TIME_EMBEDDING_DIM, c.dim), nn.Linear(c.dim, c.dim)
-        self.label = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None  # the last row is that of no label
+        self.label = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None  # the last row is for no label
         self.register_buffer("places", position_embedding(c.image // c.patch, c.dim), persistent=False)
         self.register_buffer("moments", sinusoidal_embedding(torch.arange(c.frames), c.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(c, over_time=bool(i % 2)) for i in range(c.depth))
@@ -119,15 +124,16 @@ class Latte(nn.Module):
                     nn.init.zeros_(module.weight)
                 elif name in ("time1", "time2"):
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                else:  # queries, keys and values as one matrix, as the authors have it
+                else:  # queries, keys and values as one matrix, as in the authors' code
                     nn.init.xavier_uniform_(module.weight.flatten(1))
         if self.label is not None:
             nn.init.normal_(self.label.weight)
 
     def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B -> B D
+        """Return the embedding of the time plus that of the label."""
         places = torch.arange(TIME_EMBEDDING_DIM // 2, dtype=torch.float32, device=time.device)
         rate = torch.exp(-math.log(10_000) * places / (TIME_EMBEDDING_DIM // 2))
-        angle = time.float()[:, None] * rate  # in float32, as the weights have learnt them
+        angle = time.float()[:, None] * rate  # in float32, as in training
         x = torch.cat([angle.cos(), angle.sin()], 1).to(self.time1.weight.dtype)
         x = self.time2(F.silu(self.time1(x)))
         if self.label is None:
@@ -139,16 +145,16 @@ class Latte(nn.Module):
         c = self.config
         if video.shape[3:] != (c.image, c.image) or video.shape[1] > c.frames:
             raise DataError(
-                f"a video has {video.shape[1]} frames of {video.shape[4]} x {video.shape[3]} pixels, the network "
-                f"was made for frames={c.frames} at most, of image={c.image}"
+                f"the videos have {video.shape[1]} frames of {video.shape[4]} x {video.shape[3]} pixels, but the network "
+                f"was created for at most frames={c.frames} of image={c.image}"
             )
-        what = self.embed_condition(time, label)
+        condition = self.embed_condition(time, label)
         x = self.patch(video.flatten(0, 1)).flatten(2).mT.unflatten(0, video.shape[:2]) + self.places
         for i, block in enumerate(self.blocks):
-            if i == 1:  # moments are told where time is first looked at
+            if i == 1:  # temporal positions are added before the first temporal block
                 x = x + self.moments[: video.shape[1], None]
-            x = block(x, what)
-        shift, scale = self.condition(F.silu(what))[:, None, None].chunk(2, -1)
+            x = block(x, condition)
+        shift, scale = self.condition(F.silu(condition))[:, None, None].chunk(2, -1)
         x = self.head(self.norm(x, shift, scale))  # B F N P*P*C
         side = c.image // c.patch
         x = x.unflatten(-1, (c.patch, c.patch, -1)).unflatten(2, (side, side))  # B F rows columns P P C
@@ -156,7 +162,7 @@ class Latte(nn.Module):
         return x[:, :, : c.channels]
 
 
-OFFICIAL: dict[str, Row] = {  # of Vchitect/Latte, class-conditional (extras = 2)
+OFFICIAL: dict[str, Row] = {  # Vchitect/Latte, class-conditional (extras = 2)
     "x_embedder.proj.*": "patch.*",
     "t_embedder.mlp.0.*": "time1.*",
     "t_embedder.mlp.2.*": "time2.*",
@@ -181,21 +187,21 @@ CARD = Card(
     input_type="noisy-video",
     output_type="video",
     sizes={
-        # The authors' counts include the fixed sines of places and moments: 313,344 for XL/2, 674,112,416 in all.
+        # The authors' counts include the fixed position embeddings: 313,344 for XL/2, 674,112,416 in total.
         "latte-xl2": Size(variance=True, params=673_799_072, source="Vchitect/Latte, UCF101, without fixed sines"),
         "latte-l2": Size(dim=1024, depth=24, variance=True),
         "latte-b2": Size(dim=768, depth=12, heads=12, variance=True),
         "latte-s2": Size(dim=384, depth=12, heads=6, variance=True),
-        # On pixels, to be trained from nothing: 16 frames of 64, 8 of 32.
+        # On pixels, for training from scratch: 16 frames of 64 pixels, 8 of 32.
         "latte-pixels-64": Size(channels=3, image=64, patch=8, num_classes=0, dim=256, depth=8, heads=4),
         "latte-pixels-32": Size(channels=3, image=32, patch=4, frames=8, num_classes=0, dim=128, depth=6, heads=2),
         "latte-pixels-16": Size(channels=1, image=16, patch=8, frames=8, num_classes=0, dim=128, depth=4, heads=2),
         "latte-test": Size(frames=3, channels=2, image=8, patch=2, num_classes=3, dim=16, depth=4, heads=2),
     },
     weights={"official": OFFICIAL},
-    # A patch of 8 in colour is 192 numbers, more than the narrow networks' 128 can carry.
+    # A color patch of 8 x 8 has 192 values, more than the width 128 of the small networks.
     adapt=lambda need: {"patch": 4} if need["channels"] == 3 and need["image"] <= 32 else {},
-    # Digits that move, 2.5 minutes of one core, asked actions recognised: adamw at 1e-3 .24 after 478 steps, muon .46 after
-    # 265; with patches of 8 instead of 4, 998 steps in these minutes and .82.
+    # Moving digits, 2.5 minutes on one core, accuracy of the generated actions: adamw at 1e-3 .24 after 478 steps, muon .46
+    # after 265; with patches of 8 instead of 4, .82 after 998 steps.
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "grad_clip": 1.0, "ema": 0.999},
 )

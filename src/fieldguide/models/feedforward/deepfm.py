@@ -1,12 +1,12 @@
-"""DeepFM: a factorisation machine and a network on the same vectors (Guo et al. 2017, arXiv:1703.04247).
+"""DeepFM: a factorization machine and an MLP on shared embeddings (Guo et al. 2017, arXiv:1703.04247).
 
-New here: what works in pairs is counted by the factorisation machine (products of vectors), what works in larger
-company by a network, and both read the same vectors, so nothing is engineered by hand. A number's vector is
-multiplied by the number, as equation 2 has it.
+New here: a factorization machine models pairwise interactions (dot products of embeddings), an MLP interactions of higher
+order, and both share the embeddings, so that no feature engineering is needed. The embedding of a number is multiplied by
+the number, as in equation 2.
 
-Initialisation: vectors of categories uniform by their width, of unseen values zero; of numbers N(0, 0.01);
-first-order weights zero; the network as torch's linear layers.
-Shapes: B batch, N number columns, K category columns, F = N + K fields, D width of a vector.
+Initialisation: embeddings of categories uniform by their width, of unseen values zero, of numbers N(0, 0.01);
+first-order weights zero; the MLP as torch's linear layers.
+Shapes: B batch, N number columns, K category columns, F = N + K fields, D width of an embedding.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from fieldguide.models.layers.table import CategoryEmbedding
 @dataclass(frozen=True, kw_only=True)
 class Config:
     numbers: int = 13  # N
-    categories: tuple[int, ...] = (100,) * 26  # values of each category column, 0 (unseen) among them
-    num_classes: int = 2  # 2: a click or none; 1: an amount
+    categories: tuple[int, ...] = (100,) * 26  # values of each category column, including 0 (unseen)
+    num_classes: int = 2  # 2: binary classification; 1: regression
     dim: int = 10  # D
     hidden: tuple[int, ...] = (400, 400, 400)
     dropout: float = 0.5
 
 
 class DeepFM(nn.Module):
-    """Numbers and categories -> logits of no and yes, of which the first is always 0 (classes=2), or one value (classes=1).
+    """DeepFM: numbers and categories -> two logits, the first always 0 (`num_classes=2`), or one value (`num_classes=1`).
 
-    Raises `SettingsError` for other numbers of classes and for an empty table.
+    Raises `SettingsError` for other numbers of classes and for a table without columns.
     """
 
     def __init__(self, config: Config):
@@ -42,10 +42,10 @@ class DeepFM(nn.Module):
         fields = config.numbers + len(config.categories)
         if config.num_classes not in (1, 2):
             raise SettingsError(
-                f"DeepFM tells yes from no (classes=2) or gives an amount (classes=1), not {config.num_classes} classes"
+                f"num_classes={config.num_classes} is not supported: DeepFM has num_classes=2 (binary) or 1 (regression)"
             )
         if not fields:
-            raise SettingsError("DeepFM needs at least one column of numbers or categories")
+            raise SettingsError("DeepFM needs at least one numeric or categorical column")
         self.config = config
         self.bias = nn.Parameter(torch.zeros(1))
         self.first_numbers = nn.Parameter(torch.zeros(config.numbers))
@@ -69,7 +69,7 @@ class DeepFM(nn.Module):
             self.first.weight.zero_()
 
     def embed_fields(self, numbers: Tensor, categories: Tensor) -> tuple[Tensor, Tensor]:  # -> B F D, B
-        """Each field's vector times its value, and the sum of the first-order weights times theirs."""
+        """Return the embedding of each field times its value, and the sum of the first-order terms."""
         vectors, linear = numbers[..., None] * self.number_vectors, numbers @ self.first_numbers
         if self.vectors is not None:
             vectors = torch.cat([vectors, self.vectors(categories)], 1)
@@ -93,7 +93,7 @@ CARD = Card(
     input_type="table",
     output_type="label",
     sizes={
-        "deepfm": Size(),  # as the paper has it for Criteo: 10 wide, 400-400-400
+        "deepfm": Size(),  # the paper's network for Criteo: width 10, 400-400-400
         "deepfm-s": Size(dim=16, hidden=(128, 64), dropout=0.3),
         "deepfm-test": Size(numbers=3, categories=(4, 5, 3), dim=4, hidden=(8, 6), dropout=0.0),
     },

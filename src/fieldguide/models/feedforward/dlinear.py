@@ -1,11 +1,10 @@
-"""DLinear: a trend and the rest, each continued by one matrix (Zeng et al. 2022, arXiv:2205.13504).
+"""DLinear: linear forecasts of trend and remainder (Zeng et al. 2022, arXiv:2205.13504).
 
-New here: almost nothing, which is the point. The past is split into a moving average and what it leaves; both go
-through one linear layer over time, the same for all series; their sum beat the Transformers made for forecasting of
-its day. A yardstick for whatever is larger.
+New here: a deliberately simple baseline. The past is decomposed into a moving average and the remainder; each passes
+through one linear layer over time, shared by all series. Their sum outperformed the forecasting Transformers of its time.
 
 Initialisation: torch's default for linear layers, as in the authors' code.
-Shapes: B batch, T steps of the past, H steps of the future, C series, Q values a step.
+Shapes: B batch, T steps of the past, H steps of the future, C series, Q values per step.
 """
 
 from __future__ import annotations
@@ -23,31 +22,36 @@ from fieldguide.core.errors import DataError, SettingsError
 class Config:
     length: int = 336  # T
     horizon: int = 96  # H
-    values: int = 1  # Q: 1 for a point, more for quantiles
-    window: int = 25  # steps that the average is taken over, odd
+    values: int = 1  # Q: 1 for a point forecast, more for quantiles
+    window: int = 25  # steps of the moving average, odd
 
 
 class DLinear(nn.Module):
-    """The past of series -> their future. Raises `DataError` for a past of another length."""
+    """DLinear: past values -> forecasts.
+
+    Raises `SettingsError` for an even `window`, and `DataError` for a past of another length.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         if config.window % 2 == 0:
-            raise SettingsError(f"window={config.window}: choose an odd number, so that the average has a middle")
+            raise SettingsError(f"window={config.window} must be odd, so that the moving average is centered")
         self.config = config
         self.seasonal = nn.Linear(config.length, config.horizon * config.values)
         self.trend = nn.Linear(config.length, config.horizon * config.values)
 
     def forward(self, series: Tensor) -> Tensor:  # B T C -> B H C Q
         if series.shape[1] != self.config.length:
-            raise DataError(f"the past has {series.shape[1]} steps, the network was made for length={self.config.length}")
+            raise DataError(
+                f"the past has {series.shape[1]} steps, but the network was created for length={self.config.length}"
+            )
         x, edge = series.transpose(1, 2), self.config.window // 2  # B C T
         trend = F.avg_pool1d(F.pad(x, (edge, edge), mode="replicate"), self.config.window, 1)
         y = self.seasonal(x - trend) + self.trend(trend)  # B C H*Q
         return y.unflatten(-1, (self.config.horizon, self.config.values)).transpose(1, 2)
 
 
-OFFICIAL = {  # of cure-lab/LTSF-Linear, individual=False
+OFFICIAL = {  # cure-lab/LTSF-Linear, individual=False
     "Linear_Seasonal.*": "seasonal.*",
     "Linear_Trend.*": "trend.*",
 }

@@ -1,8 +1,8 @@
-"""FNN: the feedforward network of the guide, trained by backpropagation (Rumelhart et al. 1986).
+"""FNN: the guide's feedforward network (Rumelhart et al. 1986).
 
-New here: layers of units between input and output, whose weights are learnt from the error by the chain rule.
+New here: hidden layers between input and output, trained by backpropagation.
 
-Initialisation: torch's default for linear layers, uniform by fan-in, as the guide's code has it.
+Initialisation: torch's default for linear layers, uniform by fan-in, as in the guide's code.
 Shapes: B batch (any leading axes), F features.
 """
 

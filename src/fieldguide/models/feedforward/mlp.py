@@ -1,10 +1,10 @@
 """MLP: fully connected layers over the columns of a table (Gorishniy et al. 2021, arXiv:2106.11959).
 
-New here: numbers go in as they are, each category as a learned vector. A well-trained MLP is the measure that
-cleverer networks for tables have to beat.
+New here: numbers are used as they are, categories as learned embeddings. A well-tuned MLP is a strong baseline for
+tabular data.
 
-Initialisation: He uniform matrices and zero biases; embeddings as in `blocks.table.CategoryEmbedding`.
-Shapes: B batch, N number columns, K category columns, E width of a category's vector, D width.
+Initialisation: He uniform matrices and zero biases; embeddings as in `models.layers.table.CategoryEmbedding`.
+Shapes: B batch, N number columns, K category columns, E width of a category embedding, D width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fieldguide.models.layers.table import CategoryEmbedding
 @dataclass(frozen=True, kw_only=True)
 class Config:
     numbers: int = 8  # N
-    categories: tuple[int, ...] = ()  # values of each category column, 0 (unseen) among them
+    categories: tuple[int, ...] = ()  # values of each category column, including 0 (unseen)
     num_classes: int = 2
     embedding: int = 16  # E
     dim: int = 256  # D
@@ -32,7 +32,7 @@ class Config:
 
 
 class MLP(nn.Module):
-    """Numbers and categories -> class logits. Raises `SettingsError` for a table without columns."""
+    """MLP for tables: numbers and categories -> class logits. Raises `SettingsError` for a table without columns."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -1,13 +1,13 @@
-"""TabM: many small networks for tables in one (Gorishniy et al. 2024, arXiv:2410.24210).
+"""TabM: a parameter-efficient ensemble of MLPs for tables (Gorishniy et al. 2024, arXiv:2410.24210).
 
-New here: all members share every matrix and differ only in vectors that scale its inputs and outputs
-(BatchEnsemble, Wen et al. 2020, arXiv:2002.06715) and in their heads. Each member is trained on its own loss
-and the mean of their predictions is used, so an ensemble needs little more memory than one network. Numbers
-go in as piecewise-linear embeddings (arXiv:2203.05556).
+New here: the members share all weight matrices and differ only in vectors that scale their inputs and outputs
+(BatchEnsemble, Wen et al. 2020, arXiv:2002.06715) and in their heads. Each member has its own loss, and the mean of
+their predictions is used, so that the ensemble needs little more memory than one network. Numbers are encoded by
+piecewise-linear embeddings (arXiv:2203.05556).
 
-Initialisation (paper, section 3.3): matrices uniform by fan-in, the same bias for all members; the first
-input scale is normal, one draw a column and member; all other scales are 1, so that members differ only in
-how they weigh the columns; the heads are independent.
+Initialisation: as in section 3.3 of the paper: matrices uniform by fan-in, equal biases for all members; the first
+input scale is normal, one value per column and member; all other scales are 1, so that members initially differ only
+in their weighting of the columns; the heads are independent.
 Shapes: B batch, N number columns, K category columns, M members, D width.
 """
 
@@ -27,11 +27,11 @@ from fieldguide.models.layers.table import CategoryEmbedding, OneHot, PiecewiseL
 @dataclass(frozen=True, kw_only=True)
 class Config:
     numbers: int = 8  # N
-    categories: tuple[int, ...] = ()  # values of each category column, 0 (unseen) among them
+    categories: tuple[int, ...] = ()  # values of each category column, including 0 (unseen)
     num_classes: int = 2
     members: int = 32  # M
-    bins: int = 48  # intervals a number column; the paper tunes 2 to 128
-    embedding: int = 16  # width of a number's or a many-valued category's vector
+    bins: int = 48  # bins per number column; the paper tunes 2 to 128
+    embedding: int = 16  # width of the embeddings of numbers and of categories with many values
     one_hot: int = 64  # categories with more values than this are embedded instead
     dim: int = 512  # D
     depth: int = 2
@@ -43,7 +43,7 @@ def uniform_(tensor: Tensor, fan_in: int) -> Tensor:
 
 
 class BatchEnsembleLinear(nn.Module):
-    """A linear layer whose matrix all members share; `r` scales what goes in, `s` what comes out."""
+    """Linear layer with a shared matrix; `r` and `s` scale the inputs and outputs of each member."""
 
     def __init__(self, inputs: int, outputs: int, members: int):
         super().__init__()
@@ -57,7 +57,7 @@ class BatchEnsembleLinear(nn.Module):
 
 
 class MemberHeads(nn.Module):
-    """A linear layer for each member."""
+    """Independent linear layers, one per member."""
 
     def __init__(self, inputs: int, outputs: int, members: int):
         super().__init__()
@@ -69,7 +69,10 @@ class MemberHeads(nn.Module):
 
 
 class TabM(nn.Module):
-    """Numbers and categories -> class logits of every member. Raises `SettingsError` for an empty table."""
+    """TabM: numbers and categories -> class logits of every member.
+
+    Raises `SettingsError` for a table without columns.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -83,7 +86,7 @@ class TabM(nn.Module):
         self.numbers = PiecewiseLinear(config.numbers, config.bins, config.embedding) if config.numbers else None
         self.one_hot = OneHot([config.categories[i] for i in few]) if few else None
         self.embed = CategoryEmbedding([config.categories[i] for i in many], config.embedding) if many else None
-        # Places that each column takes in the row of all columns.
+        # Widths of the columns in the concatenated features.
         self.widths = (
             [config.embedding] * config.numbers + [config.categories[i] - 1 for i in few] + [config.embedding] * len(many)
         )
@@ -119,7 +122,7 @@ class TabM(nn.Module):
         return torch.cat(parts, 1)
 
     def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:  # B N, B K -> B M classes
-        x = self.features(numbers, categories)[:, None]  # B 1 F: the same for all
+        x = self.features(numbers, categories)[:, None]  # B 1 F: shared by all members
         for layer in self.layers:
             x = self.dropout(F.relu(layer(x)))
         return self.head(x)
@@ -134,12 +137,12 @@ CARD = Card(
     input_type="table",
     output_type="label",
     sizes={
-        # First, so taken where nothing is said: on a CPU it trains small tables in seconds.
+        # First, and therefore the default: it trains on small tables in seconds on a CPU.
         "tabm-s": Size(dim=192, members=16, bins=24),
         "tabm-m": Size(),  # the paper's default
         "tabm-test": Size(numbers=3, categories=(3, 5), num_classes=3, members=4, bins=5, embedding=4, dim=16, dropout=0.0),
     },
-    # Learning rate and decay lie in the middle of the ranges that the paper tunes.
-    # So many epochs are enough for the small tables of benchmarks/tables.py.
+    # Learning rate and weight decay are in the middle of the ranges that the paper tunes.
+    # 40 epochs are enough for the small tables of benchmarks/tables.py.
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 3e-4, "grad_clip": 1.0, "epochs": 40},
 )

@@ -1,9 +1,9 @@
-"""LSTMClassifier: the text classifier of the guide, two LSTM layers (Hochreiter and Schmidhuber 1997).
+"""LSTMClassifier: the guide's text classifier with two LSTM layers (Hochreiter and Schmidhuber 1997).
 
-New here: the guide reads the state after the last place of a row, which in a padded batch is padding; given
-a mask, this one reads the state after the last real token instead. Without a mask it equals the guide's code.
+New here: with a mask, the state after the last real token is used. The guide's code uses the last position of a row,
+which is padding in a padded batch; without a mask this network equals it.
 
-Initialisation: torch's defaults, as the guide's code has it.
+Initialisation: torch's defaults, as in the guide's code.
 Shapes: B batch, T tokens, E width of an embedding, H hidden units.
 """
 

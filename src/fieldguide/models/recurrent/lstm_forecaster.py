@@ -1,15 +1,15 @@
-"""LSTMForecaster: an LSTM reads the past and the whole future is written at once (Wen et al. 2017, MQ-RNN).
+"""LSTMForecaster: an LSTM encoder with direct multi-horizon forecasts (MQ-RNN, Wen et al. 2017).
 
-New here: MQ-RNN's direct way (arXiv:1711.11053, sections 3.2 and 3.3). The last state and all that is known ahead go
-through a global network, which gives one context for each step of the future and one for all; a local network, the
-same for every step, turns both and what is known of that step into its values. Nothing forecast is fed back, so errors
-do not build up, and quantiles need no sampling. Series that share a window are read one by one with the same weights.
-Where it departs: trained on one window at a time, not on all its beginnings ("forking sequences"); what is known ahead is
-also read beside the past, as its values of the past are known too.
+New here: MQ-RNN's direct forecasts (arXiv:1711.11053, sections 3.2 and 3.3). A global network computes, from the last state
+and the known future covariates, one context per future step and one for all steps. A local network, shared by all steps,
+computes the values of a step from both contexts and the known covariates of that step. Forecasts are not fed back, so
+errors do not accumulate, and quantiles need no sampling. Series of a window are processed separately with the same weights.
+Differences from the paper: no forking sequences (each window gives one training example), and the known covariates are
+also inputs in the past.
 
-Initialisation: that of `blocks.recurrent.Recurrent` for the LSTM, torch's default for linear layers.
-Shapes: B batch, T steps of the past, H steps of the future, C series, Q values a step, P covariates measured, K covariates
-known ahead, S width of the state, D width of a context.
+Initialisation: that of `models.layers.recurrent.Recurrent` for the LSTM, torch's default for linear layers.
+Shapes: B batch, T steps of the past, H steps of the future, C series, Q values per step, P covariates known only in the past,
+K covariates known in advance, S width of the state, D width of a context.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fieldguide.models.layers.recurrent import Recurrent
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    length: int = 168  # T; another length can be read too
+    length: int = 168  # T; other lengths are possible
     horizon: int = 24  # H
-    values: int = 1  # Q: 1 for a point, more for quantiles
+    values: int = 1  # Q: 1 for a point forecast, more for quantiles
     past: int = 0  # P
     known: int = 0  # K
     hidden: int = 64  # S
@@ -40,8 +40,10 @@ class Config:
 
 
 class LSTMForecaster(nn.Module):
-    """The past of series, and what stands beside it, -> their future. Raises `DataError` where what is known ahead does
-    not reach the end of the horizon."""
+    """LSTM forecaster: past values and covariates -> forecasts.
+
+    Raises `DataError` if the known covariates do not cover the past and the horizon.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -50,21 +52,21 @@ class LSTMForecaster(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         self.up = nn.Linear(c.hidden + c.horizon * c.known, c.width)  # the global network
         self.down = nn.Linear(c.width, (c.horizon + 1) * c.context)
-        self.local = nn.Linear(2 * c.context + c.known, c.width)  # and the local one
+        self.local = nn.Linear(2 * c.context + c.known, c.width)  # the local network
         self.head = nn.Linear(c.width, c.values)
 
     def forward(self, series: Tensor, past: Tensor, known: Tensor) -> Tensor:  # B T C, B T P, B T+H K -> B H C Q
         c, (_, steps, columns) = self.config, series.shape
         if known.shape[1] != steps + c.horizon:
             raise DataError(
-                f"the past has {steps} steps and the future {c.horizon}, but what is known ahead has {known.shape[1]}"
+                f"the known covariates have {known.shape[1]} steps, but the past has {steps} and the horizon {c.horizon}"
             )
-        beside = torch.cat([past, known[:, :steps]], -1).repeat_interleave(columns, 0)  # B*C T P+K
-        x = torch.cat([series.transpose(1, 2).reshape(-1, steps, 1), beside], -1)  # B*C T 1+P+K
+        covariates = torch.cat([past, known[:, :steps]], -1).repeat_interleave(columns, 0)  # B*C T P+K
+        x = torch.cat([series.transpose(1, 2).reshape(-1, steps, 1), covariates], -1)  # B*C T 1+P+K
         ahead = known[:, steps:].repeat_interleave(columns, 0)  # B*C H K
         state = self.dropout(self.rnn(x))  # B*C S
         contexts = self.down(F.relu(self.up(torch.cat([state, ahead.flatten(1)], -1))))
-        contexts = contexts.unflatten(-1, (c.horizon + 1, c.context))  # B*C H+1 D, the last for all
+        contexts = contexts.unflatten(-1, (c.horizon + 1, c.context))  # B*C H+1 D, the last one for all steps
         each, whole = contexts[:, :-1], contexts[:, -1:].expand(-1, c.horizon, -1)
         y = self.head(F.relu(self.local(torch.cat([each, whole, ahead], -1))))  # B*C H Q
         return y.unflatten(0, (-1, columns)).transpose(1, 2)

@@ -1,9 +1,9 @@
-"""RNN: a state that every token changes (Elman 1990, doi:10.1207/s15516709cog1402_1).
+"""RNN: a simple recurrent network (Elman 1990, doi:10.1207/s15516709cog1402_1).
 
-New here: the hidden state is fed back, so that what came before can matter. Its gradient shrinks or bursts
-with every step, which limits what it can remember; LSTM and GRU mend that.
+New here: the hidden state is fed back, so that outputs depend on earlier tokens. Gradients vanish or explode with the
+number of steps, which limits its memory; LSTM and GRU address this.
 
-Initialisation: that of `models.recurrent.reader`.
+Initialisation: that of `models.recurrent._shared.text_encoder`.
 Shapes: B batch, T tokens, D width of an embedding, H hidden units, directions 1 or 2.
 """
 
@@ -16,7 +16,7 @@ from fieldguide.models.recurrent._shared.text_encoder import Config, RecurrentCl
 
 
 class RNN(RecurrentClassifier):
-    """Tokens -> class logits, read after the last real token of each row (and after the first, backwards)."""
+    """Text classifier that uses the state after the last real token (and the first, in the backward direction)."""
 
     cell = nn.RNN
 
@@ -34,6 +34,6 @@ CARD = Card(
         "rnn-m": Size(dim=256, hidden=512, depth=2, directions=1),
         "rnn-test": Size(vocab_size=30, num_classes=3, dim=6, hidden=5, depth=2, directions=2, dropout=0.0),
     },
-    # Recurrent gradients burst now and then, so they are clipped.
+    # Gradients of recurrent networks occasionally explode, so they are clipped.
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.05},
 )

@@ -1,10 +1,10 @@
-"""Captions for networks that name noise: the layers of the transformer encoder, and one vector of what they read.
+"""Caption encoder of diffusion models: the layers of the Transformer encoder, averaged to one vector per caption.
 
-The mean over the tokens is not normalised: what all captions share would grow, and what they differ in would be divided by
-it until nothing of it were left.
+The mean over the tokens is not normalized, because normalization by the part that all captions share would suppress their
+differences.
 
-Initialisation: as the encoder's; the last layer 2.5 times as wide as keeps the variance. Captions share most of their words,
-so it is what they differ in that is then about N(0, 1), as the time and labels beside it are.
+Initialisation: as the encoder's; the weights of the last layer are 2.5 times those that preserve the variance. Captions share
+most of their words, so that their differences are then about N(0, 1), the scale of the time and label embeddings.
 Shapes: B batch, T tokens, W width, E width of the vector.
 """
 
@@ -23,7 +23,10 @@ HEAD_STD_SCALE = 2.5
 
 
 class CaptionEncoder(nn.Module):
-    """Tokens -> what is added to the time. 0 is no token; none but 0 is no caption, which has a vector of its own."""
+    """Encodes tokens as a vector that is added to the time embedding.
+
+    Token 0 is padding; a row of zeros is the empty caption. Raises `DataError` for captions longer than `length`.
+    """
 
     def __init__(self, vocab: int, length: int, dim: int, depth: int, out: int, dropout: float):
         super().__init__()
@@ -45,8 +48,8 @@ class CaptionEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:  # B T -> B E
         if tokens.shape[1] > len(self.pos):
             raise DataError(
-                f"a caption of {tokens.shape[1]} tokens is longer than length={len(self.pos)}; cut the captions or "
-                "create the network with a larger length"
+                f"a caption has {tokens.shape[1]} tokens, more than length={len(self.pos)}. Shorten the captions or "
+                "create the network with a larger length."
             )
         mask = ensure_nonempty(tokens > 0)
         x = self.embed(tokens) * math.sqrt(self.embed.embedding_dim) + self.pos[: tokens.shape[1]]

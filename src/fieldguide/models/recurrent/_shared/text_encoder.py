@@ -1,7 +1,7 @@
-"""What the RNN, LSTM and GRU classifiers share: all but the cell. Their files say what each cell brought.
+"""Shared base of the RNN, LSTM and GRU text classifiers, which differ only in the cell.
 
-Initialisation: that of `blocks.recurrent.Recurrent`; embeddings are normal with deviation 0.1, the head is
-uniform by fan-in.
+Initialisation: that of `models.layers.recurrent.Recurrent`; embeddings are normal with standard deviation 0.1, the
+head is uniform by fan-in.
 Shapes: B batch, T tokens, D width of an embedding, H hidden units, directions 1 or 2.
 """
 
@@ -22,12 +22,12 @@ class Config:
     dim: int = 128  # D
     hidden: int = 256  # H
     depth: int = 1  # layers
-    directions: int = 2  # 2 reads every row backwards too
+    directions: int = 2  # 2 is bidirectional
     dropout: float = 0.3  # on embeddings, between layers and before the head
 
 
 class RecurrentClassifier(nn.Module):
-    """Tokens -> class logits, read after the last real token of each row (and after the first, backwards)."""
+    """Text classifier that uses the state after the last real token (and the first, in the backward direction)."""
 
     cell: ClassVar[type[nn.RNNBase]]
 
