@@ -32,7 +32,7 @@ import fieldguide
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.key_mapping import translate
 from fieldguide.models.generation import Sampling, generate
-from fieldguide.models.generation.quantization import Int8, shrink
+from fieldguide.models.generation.quantization import Int8, quantize_int8
 from fieldguide.models.registry import find
 from tv import transformers
 
@@ -180,7 +180,7 @@ def main() -> None:
         row = net.batch()["tokens"]
         with torch.inference_mode():
             notes.append(f"{size}: {count(model, peer)} {agree('logits', model(row), peer(row).logits)}")
-        small = shrink(copy.deepcopy(model))
+        small = quantize_int8(copy.deepcopy(model))
         for rows in map(int, options.rows.split(",")):
             found, note = measured(size, rows, model, small, peer, max(speeds), options)
             lines += found

@@ -260,7 +260,7 @@ class VideoGeneration(ImageGeneration):
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         count = max(2, min(len(self.labels), 8))
         label = torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
-        made = self.made(objective, label, range(count), self.PredictOptions()).numpy()
+        made = self.made(objective, label, range(count), self.PredictOptions()).cpu().numpy()
         return [
             Gallery(
                 "Samples during training", "Generated from the same noise each time.", [Picture(animated(beside(made)), "")]
