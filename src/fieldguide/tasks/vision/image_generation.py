@@ -430,7 +430,7 @@ class ImageGeneration(Task):
             few = "Generated from the same noise: more steps are slower and add detail."
             by_steps = [
                 Picture(
-                    sheet(self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).numpy()),
+                    sheet(self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).cpu().numpy()),
                     f"{steps} steps",
                 )
                 for steps in (2, 5, 10, 20, 50)
