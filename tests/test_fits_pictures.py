@@ -19,5 +19,5 @@ def test_it_learns_with_the_defaults_of_its_card(size, tmp_path):
 
 
 def test_pictures_that_are_too_small_are_said(tmp_path):
-    with pytest.raises(SettingsError, match="pictures of 8 pixels a side are too small: AlexNet pools three times"):
+    with pytest.raises(SettingsError, match="images of 8 pixels per side are too small: AlexNet needs at least"):
         fit("digits", model="alexnet", out=tmp_path / "run", settings={"steps": 1})

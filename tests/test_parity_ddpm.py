@@ -135,7 +135,7 @@ def test_no_caption_is_nothing_but_zeros():
     torch.testing.assert_close(model(image, time, CAPTIONS), model(image, time, torch.nn.functional.pad(CAPTIONS, (0, 3))))
     assert not torch.allclose(model(image, time, CAPTIONS), model(image, time))
     assert not torch.allclose(model(image, time, CAPTIONS), model(image, time, CAPTIONS.flip(1)))  # order matters
-    with pytest.raises(DataError, match="a caption of 10 tokens is longer than length=9"):
+    with pytest.raises(DataError, match="a caption has 10 tokens, more than length=9"):
         model(image, time, torch.ones(4, 10, dtype=torch.int64))
 
 

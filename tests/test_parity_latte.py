@@ -160,12 +160,12 @@ def test_no_label_is_label_zero_and_the_untrained_network_answers_zero():
 
 def test_refuses_what_does_not_fit():
     model = tiny("latte", torch.float32)
-    with pytest.raises(DataError, match="frames=3 at most"):
+    with pytest.raises(DataError, match="at most frames=3"):
         model(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1))
     with pytest.raises(DataError, match="image=8"):
         model(torch.zeros(1, 3, 2, 8, 10), torch.zeros(1))
     for wrong, words in (
-        ({"image": 9}, "patches"),
+        ({"image": 9}, "multiple of patch=2"),
         ({"depth": 3}, "even"),
         ({"dim": 18}, "multiple of 4"),
         ({"heads": 3}, "heads=3"),

@@ -385,7 +385,7 @@ def test_drop_path_leaves_out_rows_and_keeps_the_mean():
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert abs(y.mean().item() - 1) < 0.05 and abs((y[:, 0, 0] == 0).float().mean().item() - 0.3) < 0.03
     assert drop(x.bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(SettingsError, match=r"lies in \[0, 1\)"):
+    with pytest.raises(SettingsError, match=r"must be in \[0, 1\)"):
         DropPath(1.0)
     assert stochastic_depth_rates(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3]) and stochastic_depth_rates(0.3, 1) == [0]
 
