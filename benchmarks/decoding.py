@@ -61,7 +61,7 @@ def read(model: nn.Module, rows: int, tokens: int) -> float:
     held = {id(w): w for m in model.modules() if isinstance(m, nn.Linear) for w in (m.weight,)}
     if getattr(model, "head", None) is None:  # the table is the head
         held[id(model.embed.weight)] = model.embed.weight
-    size = sum(w.whole.nbytes + w.scale.nbytes if isinstance(w, Int8) else w.nbytes for w in held.values())
+    size = sum(w.int_values.nbytes + w.scale.nbytes if isinstance(w, Int8) else w.nbytes for w in held.values())
     cache = model.new_cache(rows, PROMPT + tokens)
     return size + sum(x.nbytes for x in (*cache.keys, *cache.values)) * (PROMPT + tokens / 2) / (PROMPT + tokens)
 

@@ -28,7 +28,9 @@ def main(path: str, kind: str) -> None:
             columns |= {"text": torch.arange(22) % 5, "picture": torch.arange(22) // 3}
         data = Batches(22, lambda i, _: {name: x[i] for name, x in columns.items()})
         seen = []
-        callback = type("Watch", (), {"on_step": lambda self, step, losses: seen.append(losses), "log": lambda self, text: None})()
+        callback = type(
+            "Watch", (), {"on_step": lambda self, step, losses: seen.append(losses), "log": lambda self, text: None}
+        )()
         t = trainer(objective, data, optimizer="sgd", lr=0.02, steps=6, batch=11)  # 6 and 5 rows for two processes
         t.callback = callback
         t.train()

@@ -128,7 +128,7 @@ def test_what_is_forced_before_an_answer_counts_as_length(pair, monkeypatch):
     monkeypatch.setattr(
         sys.modules[GenerationConfig.__module__],
         "beam_search",
-        lambda *a, **k: (seen.append(k["before"]), beam_search(*a, **k))[1],
+        lambda *a, **k: (seen.append(k["prefix_length"]), beam_search(*a, **k))[1],
     )
     TextGenerator.load(folder, **languages).generate(["a"], beams=2, tokens=3)
     assert seen == [len(forced)]

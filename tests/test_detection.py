@@ -93,7 +93,7 @@ def kept(boxes: Tensor, scores: Tensor, labels: Tensor, limit: float) -> list[in
 @pytest.mark.parametrize("pairs", [40, 10**6])
 def test_suppression_equals_the_greedy_sweep(limit, pairs, monkeypatch):
     """Boxes on a coarse grid, so that overlaps tie with the limit; few different scores; doubles; one class or many."""
-    monkeypatch.setattr(fast, "PAIRS", pairs)
+    monkeypatch.setattr(fast, "MAX_PAIRS_PER_CHUNK", pairs)
     random = torch.Generator().manual_seed(0)
     for turn in range(60):
         count, classes = (0, 1, 2, 7, 30, 60)[turn % 6], (1, 3, 20)[turn % 3]
@@ -145,7 +145,13 @@ def test_detections_of_a_batch():
     few = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=2, max_detections=1)
     assert few["labels"].tolist() == [[0], [-1]]
     same = select_detections(
-        boxes[:1].expand(2, -1, -1), scores[:1].expand(2, -1, -1), (64, 32), confidence=0.1, overlap=0.5, candidates=100, max_detections=4
+        boxes[:1].expand(2, -1, -1),
+        scores[:1].expand(2, -1, -1),
+        (64, 32),
+        confidence=0.1,
+        overlap=0.5,
+        candidates=100,
+        max_detections=4,
     )  # pictures drop nothing of each other's
     assert same["labels"].tolist() == [[0, 1, 1, -1]] * 2
     many = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=1.0, candidates=100, max_detections=50)

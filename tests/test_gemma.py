@@ -10,7 +10,7 @@ import torch
 import fieldguide
 from fieldguide.core.errors import WeightsError
 from fieldguide.models.generation import Sampling, generate
-from fieldguide.models.transformer.gemma2 import capped
+from fieldguide.models.transformer.gemma2 import softcap
 from test_models import tiny
 from test_pretrained import settled
 from tv import transformers
@@ -65,7 +65,7 @@ def test_generation_with_a_cache_equals_transformers(kind, tmp_path):
 def test_caps_and_windows_of_the_second():
     model, tokens = tiny("gemma2", cap=0.5), torch.randint(30, (2, 9))
     assert model(tokens).abs().max() < model.config.cap == 0.5
-    assert capped(torch.tensor([1e6, -1e6, 0.0]), 3.0).tolist() == [3.0, -3.0, 0.0]
+    assert softcap(torch.tensor([1e6, -1e6, 0.0]), 3.0).tolist() == [3.0, -3.0, 0.0]
     assert not torch.allclose(model(tokens), tiny("gemma2", cap=0.5, attn_cap=50.0)(tokens))
     local, whole = model.masks(9, None, None, tokens.device)[:2]
     assert local is not None and int(local[..., 8, :].sum()) == 3 and whole is None

@@ -99,14 +99,14 @@ def test_chance_is_a_matter_of_seed_and_number_alone():
     together = rows(model, prompts, 6, seed=5)
     assert not torch.equal(together, rows(model, prompts, 6, seed=6))
     for number, prompt in enumerate(prompts):
-        assert torch.equal(rows(model, [prompt], 6, seed=5, numbers=[number])[0], together[number])
+        assert torch.equal(rows(model, [prompt], 6, seed=5, row_ids=[number])[0], together[number])
 
 
 def test_rows_end_by_themselves():
     model = tiny("gpt2")
     free = rows(model, [[1], [2]], 8, sampling=Sampling(0))
     end = int(free[0, 2])
-    got = rows(model, [[1], [2]], 8, sampling=Sampling(0), ends=(end,))
+    got = rows(model, [[1], [2]], 8, sampling=Sampling(0), eos_token_ids=(end,))
     for row in range(2):
         where = (free[row] == end).nonzero()
         last = int(where[0]) if len(where) else got.shape[1] - 1
@@ -158,7 +158,7 @@ def test_beams_as_wide_as_all_answers_find_the_best(penalty, before):
     """Answers end, or are as long as they may be."""
     inputs, vocab, most = 3, 4, 3
     chain = Chain(inputs, vocab)
-    said, scores = search(chain, inputs, 64, most=most, penalty=penalty, before=before)
+    said, scores = search(chain, inputs, 64, max_new_tokens=most, length_penalty=penalty, prefix_length=before)
     for number in range(inputs):
         every = {}
         for length in range(most + 1):
@@ -173,14 +173,14 @@ def test_beams_as_wide_as_all_answers_find_the_best(penalty, before):
 
 def test_one_beam_is_greedy_and_limits_hold():
     chain = Chain(5, 6)
-    said, _ = search(chain, 5, 1, most=9, penalty=0.0, limits=torch.tensor([9, 9, 2, 1, 4]))
+    said, _ = search(chain, 5, 1, max_new_tokens=9, length_penalty=0.0, max_lengths=torch.tensor([9, 9, 2, 1, 4]))
     for number, limit in enumerate([9, 9, 2, 1, 4]):
         before, greedy = [0, 0], []
         while len(greedy) < limit and 1 not in before:
             before = [before[-1], int(chain.table[number, before[-2], before[-1]].argmax())]
             greedy += [t for t in before[1:] if t != 1]
         assert [t for t in said[number, 0].tolist() if t >= 0] == greedy
-    few, _ = search(chain, 5, 3, most=9, penalty=0.6)
+    few, _ = search(chain, 5, 3, max_new_tokens=9, length_penalty=0.6)
     for number in range(5):  # an input's answers do not depend on those beside it
         alone = beam_search_alone(chain, number, 3)
         assert torch.equal(few[number], alone)

@@ -85,7 +85,7 @@ def test_a_head_may_be_put_on_or_left_out(kind, tmp_path):
     with pytest.warns(WeightsWarning, match="2 tensors of heads that this network has not"):
         bare = fieldguide.load(tmp_path / "labels", output_type="vector")
     torch.testing.assert_close(bare(image), fieldguide.load(tmp_path / "theirs")(image))
-    with pytest.raises(SettingsError, match="gives='words' is none of label, vector"):
+    with pytest.raises(SettingsError, match="output_type='words' is not supported. Choose one of label, vector"):
         fieldguide.load(tmp_path / "theirs", output_type="words")
 
 
@@ -174,7 +174,9 @@ def test_networks_that_are_not_here_are_named(tmp_path):
         )
     )
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"config.json is of MPNetModel \(model_type='mpnet'\), which is not in this library"):
+    with pytest.raises(
+        WeightsError, match=r"config.json is of MPNetModel \(model_type='mpnet'\), which is not in this library"
+    ):
         fieldguide.load(tmp_path)
 
 

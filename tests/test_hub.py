@@ -22,7 +22,7 @@ class Hub:
     the headers of each request. With another server as `store`, large files lie there, and the hub sends on to it."""
 
     def __init__(self, files: dict[str, bytes]):
-        self.files, self.cut, self.asked, self.damage, self.store, self.seen = files, None, [], False, None, []
+        self.files, self.cut, self.asked, self.damage, self.store, self.patch_relevance = files, None, [], False, None, []
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -48,7 +48,7 @@ class Hub:
         ]
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        self.seen.append(dict(request.headers))
+        self.patch_relevance.append(dict(request.headers))
         if self.store and request.path.endswith(".safetensors"):
             request.send_response(302)
             request.send_header("Location", self.store.address + request.path)
@@ -159,7 +159,11 @@ def test_long_downloads_say_how_far_they_are(here, monkeypatch):
 
 @pytest.mark.parametrize(
     "name, message",
-    [("org/other", "this model or revision does not exist"), ("tiny", "use hf:organization/name"), ("../x/y", "use hf:organization/name")],
+    [
+        ("org/other", "this model or revision does not exist"),
+        ("tiny", "use hf:organization/name"),
+        ("../x/y", "use hf:organization/name"),
+    ],
 )
 def test_what_is_not_there(here, name, message):
     with pytest.raises(WeightsError, match=message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import huggingface_decoder
-from fieldguide.models.layers.moe_balance import unevenness
+from fieldguide.models.layers.moe_balance import load_balancing_loss
 from fieldguide.models.registry import create
 from fieldguide.objectives import NextToken, Objective, Phase
 from fieldguide.training.trainer import PhaseModule
@@ -27,11 +27,11 @@ def slow(scores, used, real):
 def test_unevenness_by_hand(used):
     torch.manual_seed(0)
     scores, real = torch.randn(11, 4, dtype=torch.float64), torch.rand(11) > 0.3
-    assert unevenness(scores, used, real).item() == pytest.approx(slow(scores, used, real), rel=1e-6)
-    assert unevenness(scores, used).item() == pytest.approx(slow(scores, used, torch.ones(11)), rel=1e-6)
+    assert load_balancing_loss(scores, used, real).item() == pytest.approx(slow(scores, used, real), rel=1e-6)
+    assert load_balancing_loss(scores, used).item() == pytest.approx(slow(scores, used, torch.ones(11)), rel=1e-6)
     changed = torch.where(real[:, None], scores, 9 * torch.randn(11, 4, dtype=torch.float64))
-    assert torch.equal(unevenness(changed, used, real), unevenness(scores, used, real))
-    assert unevenness(scores, used, torch.zeros(11, dtype=torch.bool)).isfinite()
+    assert torch.equal(load_balancing_loss(changed, used, real), load_balancing_loss(scores, used, real))
+    assert load_balancing_loss(scores, used, torch.zeros(11, dtype=torch.bool)).isfinite()
 
 
 def trained(name, model, inputs):

@@ -174,9 +174,14 @@ def test_output_has_the_promised_shape(name):
     if gives == "label":
         assert output.shape[-1] == getattr(config, card.names.get("num_classes", "num_classes"))
         assert tiny(name, num_classes=CASES[name].num_classes)(*inputs).shape[-1] == CASES[name].num_classes
-    word = {"tokens": "vocab_size", "words": "vocab_size", "ctc": "vocab_size", "mask": "num_classes", "image": "channels", "items": "items"}.get(
-        gives, ""
-    )
+    word = {
+        "tokens": "vocab_size",
+        "words": "vocab_size",
+        "ctc": "vocab_size",
+        "mask": "num_classes",
+        "image": "channels",
+        "items": "items",
+    }.get(gives, "")
     width = getattr(config, card.names.get(word, word), None)
     assert {
         "score": output.shape[1:] == (1,),

@@ -24,7 +24,9 @@ def test_names_and_shapes_of_published_sizes(size):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "shape", [{}, {"attend": (16, 8), "image": 16, "growth": (1, 2, 1), "num_classes": 0, "depth": 2}], ids=["tiny", "three levels"]
+    "shape",
+    [{}, {"attend": (16, 8), "image": 16, "growth": (1, 2, 1), "num_classes": 0, "depth": 2}],
+    ids=["tiny", "three levels"],
 )
 def test_files_of_diffusers(tmp_path, shape):
     """Under today's names and those of the hub's old files; the network is found by its names."""

@@ -17,9 +17,9 @@ from fieldguide.checkpoints import load, weights
 from fieldguide.checkpoints.weights import tables, translate
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
 from fieldguide.models.registry import cards, create, names
-from fieldguide.models.transformer._shared.disentangled_attention import by_place
+from fieldguide.models.transformer._shared.disentangled_attention import relative_shift
 from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES
-from fieldguide.models.transformer.deberta_v2 import bucketed
+from fieldguide.models.transformer.deberta_v2 import log_buckets
 from test_models import batch, tiny
 from tv import transformers
 
@@ -87,7 +87,7 @@ def test_cards_of_encoders(name):
     assert create(card.tiny).config.output_type == "words"
     with pytest.raises(SettingsError, match="cannot give 'sequence'; it gives words, label"):
         create(card.tiny, output_type="sequence")
-    with pytest.raises(SettingsError, match="gives='tokens' is none of"):
+    with pytest.raises(SettingsError, match="output_type='tokens' is not supported"):
         card.model(card.config(output_type="tokens"))
     assert set(names("*bert*", output_type="span")) >= {"bert-base"} and "bert-base" not in names(output_type="tokens")
     with pytest.raises(DataError, match="length=12"):
@@ -515,7 +515,7 @@ def test_positions_of_roberta_begin_after_the_padding():
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_scores_by_distance_are_found_by_place(steps):
     x = torch.randn(2, 3, steps, 2 * steps - 1)
-    found = by_place(x)
+    found = relative_shift(x)
     for i in range(steps):
         for j in range(steps):
             assert torch.equal(found[..., i, j], x[..., i, steps - 1 - (i - j)])
@@ -527,7 +527,7 @@ def test_buckets_are_those_of_transformers(buckets, far, length):
 
     distance = torch.arange(length)
     want = make_log_bucket_position(distance, buckets, far).long()
-    assert bucketed(length, buckets, far) == want.tolist()
+    assert log_buckets(length, buckets, far) == want.tolist()
     mirrored = make_log_bucket_position(-distance, buckets, far).long()
     assert (-mirrored).tolist() == want.tolist()
 

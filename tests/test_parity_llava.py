@@ -91,7 +91,7 @@ def test_folders_of_transformers(folder, tmp_path, named):
     ours, peer = fieldguide.load(tmp_path), transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
     assert ours.config.above == 1 and ours.config.picture == PICTURE and ours.config.seen_depth == 3
     image, rows = asked()
-    tokens = torch.tensor([ours.spelt(row) for row in rows[:1]])
+    tokens = torch.tensor([ours.expand_image_tokens(row) for row in rows[:1]])
     torch.testing.assert_close(
         ours(image[:1], tokens), peer(pixel_values=image[:1], input_ids=tokens).logits, rtol=1e-5, atol=1e-5
     )
@@ -262,8 +262,8 @@ def test_answers_equal_those_of_transformers(folder):
     """With a cache, two prompts of unequal length together, the likeliest token each time."""
     ours, peer = fieldguide.load(folder), transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
     image, rows = asked()
-    prompts = [ours.spelt(row) for row in rows]
-    got = torch.stack(list(generate(ours.seeing(image), prompts, 12, sampling=Sampling(temperature=0))), 1)
+    prompts = [ours.expand_image_tokens(row) for row in rows]
+    got = torch.stack(list(generate(ours.with_images(image), prompts, 12, sampling=Sampling(temperature=0))), 1)
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
     mask = torch.arange(width) >= torch.tensor([[width - len(row)] for row in prompts])
@@ -277,7 +277,7 @@ def test_answers_equal_those_of_transformers(folder):
         pad_token_id=0,
     )
     assert torch.equal(got, want[:, width:]) and len(set(map(tuple, got.tolist()))) == 2
-    other = torch.stack(list(generate(ours.seeing(image.flip(0)), prompts, 12, sampling=Sampling(temperature=0))), 1)
+    other = torch.stack(list(generate(ours.with_images(image.flip(0)), prompts, 12, sampling=Sampling(temperature=0))), 1)
     assert not torch.equal(got, other), "what is said hangs on the picture"
 
 
@@ -285,7 +285,7 @@ def test_answers_equal_those_of_transformers(folder):
 def test_a_cache_gives_what_the_whole_row_gives():
     ours = tiny("llava")
     image, tokens, _ = (x.double() if x.is_floating_point() else x for x in shown(ours.config, 3))
-    tokens, seeing = tokens[:, :7], ours.seeing(image)
+    tokens, seeing = tokens[:, :7], ours.with_images(image)
     cache = seeing.new_cache(3)
     for last in range(5, 8):
         new = tokens[:, :5] if last == 5 else tokens[:, last - 1 : last]
@@ -306,8 +306,12 @@ def test_rows_that_cannot_be():
     with pytest.raises(SettingsError, match="above=2"):
         create("llava-test", above=2)
     with pytest.raises(DataError, match="does not name its picture"):
-        list(generate(ours.seeing(image), [ours.spelt([31]) + [5] * 15] * 2, 10, sampling=Sampling(temperature=0)))
-    assert ours.spelt([1, 31, 2]) == [1, 31, 31, 31, 31, 2]
+        list(
+            generate(
+                ours.with_images(image), [ours.expand_image_tokens([31]) + [5] * 15] * 2, 10, sampling=Sampling(temperature=0)
+            )
+        )
+    assert ours.expand_image_tokens([1, 31, 2]) == [1, 31, 31, 31, 31, 2]
 
 
 def test_learns_to_say_what_is_seen():
@@ -325,7 +329,7 @@ def test_learns_to_say_what_is_seen():
     trainer(NextToken(model, card("llava").inputs), batches, steps=200, lr=1e-2, batch=32).train()
     assert all(torch.equal(p, q) for p, q in zip(before, model.vision.parameters()))
     said = torch.stack(
-        list(generate(model.eval().seeing(image[640:]), tokens[640:, :6].tolist(), 2, sampling=Sampling(temperature=0))), 1
+        list(generate(model.eval().with_images(image[640:]), tokens[640:, :6].tolist(), 2, sampling=Sampling(temperature=0))), 1
     )
     assert (said == tokens[640:, 6:]).all(1).float().mean() > 0.95
 

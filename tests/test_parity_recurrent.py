@@ -9,7 +9,7 @@ from torch import nn
 import references
 from cases import tokens
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.padding import at_least_one, lengths, masked_mean, pick, reverse
+from fieldguide.models.layers.padding import ensure_nonempty, lengths, masked_mean, reverse, select_position
 from fieldguide.models.registry import cards, create
 from references import Equations
 
@@ -63,11 +63,11 @@ def test_wrong_settings_are_refused():
 def test_padding_blocks():
     mask = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])
     assert lengths(mask).tolist() == [2, 1, 3]
-    assert at_least_one(mask).tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    assert ensure_nonempty(mask).tolist() == [[True, True, False], [True, False, False], [True, True, True]]
     x = torch.arange(9.0).view(3, 3, 1)
     assert reverse(x, lengths(mask)).squeeze(-1).tolist() == [[1, 0, 2], [3, 4, 5], [8, 7, 6]]
-    assert pick(x, torch.tensor([0, 1, 2])).squeeze(-1).tolist() == [0, 4, 8]
-    assert masked_mean(x, at_least_one(mask)).squeeze(-1).tolist() == [0.5, 3, 7]
+    assert select_position(x, torch.tensor([0, 1, 2])).squeeze(-1).tolist() == [0, 4, 8]
+    assert masked_mean(x, ensure_nonempty(mask)).squeeze(-1).tolist() == [0.5, 3, 7]
     torch.manual_seed(0)
     row = nn.functional.one_hot(torch.tensor([[2, 0, 1]]), 3).double()
     assert torch.equal(reverse(reverse(row, torch.tensor([2])), torch.tensor([2])), row)

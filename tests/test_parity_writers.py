@@ -13,9 +13,9 @@ from fieldguide.checkpoints import weights
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.generation import beam_search
 from fieldguide.models.registry import create
-from fieldguide.models.transformer.nllb import Places
+from fieldguide.models.transformer.nllb import SinusoidalPositions
 from fieldguide.models.transformer.nllb_moe import Experts
-from fieldguide.models.transformer.t5 import bucketed
+from fieldguide.models.transformer.t5 import relative_position_bucket
 from test_models import batch, gradients, tiny
 from tv import transformers
 from writers import network, writer
@@ -152,7 +152,7 @@ def test_old_files_of_t5_hold_more(tmp_path):
 def test_buckets_are_those_of_transformers(both, buckets, far):
     distance = torch.arange(-3000, 3000)
     bucket = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
-    assert torch.equal(bucketed(distance, both, buckets, far), bucket(distance, both, buckets, far))
+    assert torch.equal(relative_position_bucket(distance, both, buckets, far), bucket(distance, both, buckets, far))
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def test_numbers_by_distance(steps, keys, both):
     for i in range(steps):
         for j in range(keys):
             place = torch.tensor(j - (i + keys - steps))
-            assert torch.equal(found[0, :, i, j], table.weight[bucketed(place, both, c.buckets, c.far)])
+            assert torch.equal(found[0, :, i, j], table.weight[relative_position_bucket(place, both, c.buckets, c.far)])
 
 
 @torch.no_grad()
@@ -178,9 +178,9 @@ def test_rows_of_t5_may_have_any_length():
     real = torch.ones_like
     torch.testing.assert_close(model(source, None, tokens), peer.eval()(source, real(source), tokens, real(tokens)), **CLOSE)
     for name in NAMES[1:]:
-        with pytest.raises(DataError, match="13 tokens is longer than length=12"):
+        with pytest.raises(DataError, match="13 tokens exceeds the model.s length=12"):
             tiny(name)(tokens[:, :13], None, tokens[:, :3])
-        with pytest.raises(DataError, match="13 tokens is longer than length=12"):
+        with pytest.raises(DataError, match="13 tokens exceeds the model.s length=12"):
             tiny(name)(tokens[:, :3], None, tokens[:, :13])
 
 
@@ -195,7 +195,7 @@ def test_the_encoder_of_the_largest_has_the_published_count():
 
 def test_places_are_those_of_transformers():
     theirs = transformers.models.m2m_100.modeling_m2m_100.M2M100SinusoidalPositionalEmbedding(1024, 64, 1)
-    assert torch.equal(Places(1026, 64).weights[2:], theirs.weights[2:])
+    assert torch.equal(SinusoidalPositions(1026, 64).weights[2:], theirs.weights[2:])
     with torch.no_grad():
         model, seen = tiny("nllb"), []
         model.encoder[0].norm1.register_forward_pre_hook(lambda _, x: seen.append(x[0]))

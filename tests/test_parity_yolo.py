@@ -16,7 +16,7 @@ import boxes
 from cases import equations
 from fieldguide.checkpoints import weights
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.convolutional.yolov8 import table
+from fieldguide.models.convolutional.yolov8 import ultralytics_keys
 from fieldguide.models.registry import create, find
 from fieldguide.objectives.detection import decode, make_grid
 from test_models import tiny
@@ -79,7 +79,7 @@ def test_widths_of_heads():
 def test_names_of_public_files():
     """Those of the smallest network, as its files have them."""
     with torch.device("meta"):
-        state = weights.translate(create("yolov8n").state_dict(), table(), reverse=True)
+        state = weights.translate(create("yolov8n").state_dict(), ultralytics_keys(), reverse=True)
     assert len(state) == 355 and sum(name.endswith("num_batches_tracked") for name in state) == 57
     shapes = {
         "model.0.conv.weight": (16, 3, 3, 3),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fieldguide
 from fieldguide.checkpoints import config_mapping, identify, weights
 from fieldguide.core.errors import WeightsError, WeightsWarning
-from fieldguide.models.mapping.config_rules import Fixed
+from fieldguide.models.mapping.config_rules import Constant
 from fieldguide.models.registry import cards, create
 from tv import timm, torchvision, transformers
 
@@ -196,7 +196,9 @@ def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     state["layer1.0.gate.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "odd.pth")
-    with pytest.raises(WeightsError, match=r"odd\.pth: these 123 tensors match no model of this library; the nearest are resnet"):
+    with pytest.raises(
+        WeightsError, match=r"odd\.pth: these 123 tensors match no model of this library; the nearest are resnet"
+    ):
         fieldguide.load(tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match=r"does not exist.*hf:organization/name"):
         fieldguide.load(tmp_path / "none")
@@ -215,7 +217,7 @@ def test_configurations_there_and_back(name, origin):
     for size in card.sizes:
         config = card.config(**card.sizes[size].overrides)
         if unsaid := [
-            row for row in card.configs[origin].values() if isinstance(row, Fixed) and getattr(config, row.ours) != row.value
+            row for row in card.configs[origin].values() if isinstance(row, Constant) and getattr(config, row.ours) != row.value
         ]:
             with pytest.raises(WeightsError, match=rf"{unsaid[0].ours}=.* cannot be written so: there, "):
                 config_mapping.outwards(card, card.configs[origin], config)

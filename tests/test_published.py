@@ -73,7 +73,11 @@ def test_pictures_are_prepared_as_by_transformers(pictures, tmp_path, name, said
     how = build_transform(tmp_path, side, 3)
     paths = files(pictures)
     torch.testing.assert_close(how.apply(how.load(paths)), seen(theirs, paths), rtol=0, atol=1e-5)
-    assert how == type(how).from_json(json.loads(json.dumps(how.to_json()))) == build_transform(tmp_path, side, 3).with_resize(how.method)
+    assert (
+        how
+        == type(how).from_json(json.loads(json.dumps(how.to_json())))
+        == build_transform(tmp_path, side, 3).with_resize(how.method)
+    )
 
 
 @pytest.mark.parametrize("kind", OLD)

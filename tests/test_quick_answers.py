@@ -13,8 +13,8 @@ import fieldguide
 from fieldguide import create
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.generation import Sampling, generate
-from fieldguide.models.generation.diffusion_sampling import LEAST, MOST, FewRows, quick
-from fieldguide.models.generation.quantization import FEW, Int8, shrink
+from fieldguide.models.generation.few_row_linear import MAX_ROWS, MIN_ROWS, FewRows, few_rows_mode
+from fieldguide.models.generation.quantization import MAX_INT8_ROWS, Int8, quantize_int8
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
@@ -25,17 +25,17 @@ def rounded(weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1])
+@pytest.mark.parametrize("rows", [1, 3, MAX_INT8_ROWS, MAX_INT8_ROWS + 1])
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_are_those_of_rounded_weights(rows, bias):
     torch.manual_seed(rows)
     weight, x = torch.randn(37, 96) * torch.rand(37, 1) * 3, torch.randn(rows, 96) * 10
     b = torch.randn(37) if bias else None
     want = F.linear(x.double(), rounded(weight), None if b is None else b.double())
-    got = F.linear(x[:, None], Int8.of(weight), b)[:, 0]
+    got = F.linear(x[:, None], Int8.quantize(weight), b)[:, 0]
     assert got.dtype == torch.float32 and (got - want).abs().max() < 0.02 * want.std()
     few = (got - want).abs().max() > 1e-5 * want.std()  # bfloat16 in the product of few rows alone
-    assert few == (rows <= FEW)
+    assert few == (rows <= MAX_INT8_ROWS)
 
 
 @torch.no_grad()
@@ -43,14 +43,14 @@ def test_widths_that_the_product_cannot_take_are_right_too():
     torch.manual_seed(0)
     for width in (1, 12, 33, 48):
         weight, x = torch.randn(5, width), torch.randn(2, width)
-        torch.testing.assert_close(F.linear(x, Int8.of(weight)), (x.double() @ rounded(weight).T).float())
+        torch.testing.assert_close(F.linear(x, Int8.quantize(weight)), (x.double() @ rounded(weight).T).float())
 
 
 def test_any_other_operation_sees_floats():
     torch.manual_seed(0)
     weight, at = torch.randn(6, 4), torch.tensor([[5, 0]])
     weight[2] = 0  # a row without a scale
-    held, want = Int8.of(weight), rounded(weight).float()
+    held, want = Int8.quantize(weight), rounded(weight).float()
     assert held.shape == (6, 4) and held.dtype == torch.float32 and held.device.type == "cpu" and "6, 4" in repr(held)
     assert held.scale.min() > 0
     torch.testing.assert_close(F.embedding(at, held), want[at])
@@ -70,7 +70,7 @@ def test_a_network_answers_as_with_rounded_weights(size, changes):
         for m in {id(m.weight): m for m in peer.modules() if isinstance(m, nn.Linear | nn.Embedding)}.values():
             m.weight.copy_(rounded(m.weight))
     before = sum(p.numel() for p in network.parameters())
-    assert shrink(network) is network
+    assert quantize_int8(network) is network
     held = [p for p in network.parameters() if isinstance(p, Int8)]
     assert sum(p.numel() for p in network.parameters()) == before  # what was one tensor is one
     assert sum(p.numel() for p in held) > 0.9 * before and not any(p.requires_grad for p in network.parameters())
@@ -89,10 +89,10 @@ def test_a_network_answers_as_with_rounded_weights(size, changes):
 
 def test_a_network_without_linear_layers_is_refused():
     with pytest.raises(SettingsError, match="no linear layers"):
-        shrink(nn.Sequential(nn.Embedding(3, 2)))
+        quantize_int8(nn.Sequential(nn.Embedding(3, 2)))
 
 
-@pytest.mark.parametrize("rows", [1, LEAST, MOST, MOST + 1])
+@pytest.mark.parametrize("rows", [1, MIN_ROWS, MAX_ROWS, MAX_ROWS + 1])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_layers_of_few_rows_are_the_same_in_the_other_order(rows, bias, monkeypatch):
     calls = []
@@ -106,14 +106,16 @@ def test_linear_layers_of_few_rows_are_the_same_in_the_other_order(rows, bias, m
             got = layer(x)
     assert got.shape == want.shape == (rows, 1, 1000)
     torch.testing.assert_close(got, want)
-    assert calls == ([] if rows in (1, MOST + 1) else ["addmm" if bias else "mm"])
+    assert calls == ([] if rows in (1, MAX_ROWS + 1) else ["addmm" if bias else "mm"])
     with torch.no_grad(), FewRows():
         assert nn.Linear(40, 50)(torch.randn(rows, 40)).shape == (rows, 50) and len(calls) <= 1  # small ones as ever
-    assert isinstance(quick(rows, x.device), FewRows) == (LEAST <= rows <= MOST and torch.backends.mkl.is_available())
+    assert isinstance(few_rows_mode(rows, x.device), FewRows) == (
+        MIN_ROWS <= rows <= MAX_ROWS and torch.backends.mkl.is_available()
+    )
 
 
 def test_answers_written_together_are_those_written_alone(monkeypatch):
-    monkeypatch.setattr("fieldguide.models.generation.diffusion_sampling.LARGE", 1)
+    monkeypatch.setattr("fieldguide.models.generation.few_row_linear.MIN_WEIGHT_NUMBERS", 1)
     torch.manual_seed(0)
     network = create("gpt2-test", dim=32).eval()
     with torch.no_grad():
@@ -141,7 +143,7 @@ def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
     )
     shrunk = []
     monkeypatch.setattr(
-        "fieldguide.inference.text_generation.shrink", lambda network: (shrunk.append(network), shrink(network))[1]
+        "fieldguide.inference.text_generation.shrink", lambda network: (shrunk.append(network), quantize_int8(network))[1]
     )
     for weights in ("float32", "int8"):
         speaker = TextGenerator.load(tmp_path, weights=weights)

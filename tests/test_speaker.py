@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.inference.text_generation import TextGenerator
-from fieldguide.models.generation.stop_strings import cut, pieces
+from fieldguide.models.generation.stop_strings import decode_stream, truncate_at_stop
 from test_pretrained import settled
 from tv import transformers
 
@@ -131,11 +131,11 @@ def test_pieces_are_whole_characters_and_hold_back_stops():
     tokenizer = bpe()
     for text in TEXT:
         ids = tokenizer.encode(text).ids
-        found = list(pieces(ids, tokenizer.decode))
+        found = list(decode_stream(ids, tokenizer.decode))
         assert "".join(found) == text and all("\ufffd" not in piece for piece in found)
         stops = ["the m", "and"]
-        assert "".join(pieces([*ids, 1, -1], tokenizer.decode, ends=(1,), stops=stops)) == cut(text, stops)
-    assert cut("abcd", ["cd", "b"]) == "a" and cut("abcd", ["", "x"]) == "abcd"
+        assert "".join(decode_stream([*ids, 1, -1], tokenizer.decode, ends=(1,), stops=stops)) == truncate_at_stop(text, stops)
+    assert truncate_at_stop("abcd", ["cd", "b"]) == "a" and truncate_at_stop("abcd", ["", "x"]) == "abcd"
 
 
 def test_refusals(folder, tmp_path, speaker):

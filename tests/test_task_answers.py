@@ -231,7 +231,11 @@ def test_files_by_split(tmp_path):
         (("data",), {"qas": []}, r"b\.json: data is \{.qas.: \[\]\} but must be a list"),
         (("data", 0, "paragraphs"), None, r"data\[0\]\.paragraphs is null but must be a list"),
         (("data", 0, "paragraphs", 2, "context"), 7, r"data\[0\]\.paragraphs\[2\]\.context is 7 but must be text"),
-        (("data", 0, "paragraphs", 1, "qas", 0, "question"), ..., r"paragraphs\[1\]\.qas\[0\] lacks the key 'question' \(it has 'id'"),
+        (
+            ("data", 0, "paragraphs", 1, "qas", 0, "question"),
+            ...,
+            r"paragraphs\[1\]\.qas\[0\] lacks the key 'question' \(it has 'id'",
+        ),
         (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0), "Bonn", r"qas\[2\]\.answers\[0\] is \"Bonn\".*an object with a"),
         (("data", 0, "paragraphs", 1, "qas", 2, "answers", 0, "answer_start"), "3", r"answer_start is \"3\".*an integer"),
         (

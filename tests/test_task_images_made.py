@@ -79,9 +79,9 @@ def test_a_judge_learns_classes_and_leaves_chance_alone():
     before = torch.random.get_rng_state()
     judge = generative.train_classifier(x, label, 2, steps=60)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert (generative.extract_features(judge, x, return_classes=True) == label.numpy()).mean() > 0.95 and generative.extract_features(
-        judge, x
-    ).shape == (
+    assert (
+        generative.extract_features(judge, x, return_classes=True) == label.numpy()
+    ).mean() > 0.95 and generative.extract_features(judge, x).shape == (
         300,
         64,
     )

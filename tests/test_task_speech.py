@@ -447,13 +447,13 @@ class Near(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.patch_relevance = []
 
     def frames(self, lengths):
         return (lengths + 3) // 4
 
     def forward(self, features, lengths):
-        self.seen.append(tuple(features.shape[:2]))
+        self.patch_relevance.append(tuple(features.shape[:2]))
         real = torch.arange(features.shape[1]) < lengths[:, None]
         x = torch.nn.functional.pad(features * real[..., None], (0, 0, 0, -features.shape[1] % 4))
         x = torch.nn.functional.pad(x.unflatten(1, (-1, 4)).mean(2), (0, 0, 1, 1))

@@ -252,7 +252,10 @@ def test_what_ends_a_text_is_read(name, said, end, tmp_path):
         ),
         ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}, "\\(not specified\\)"),
         ({"vocab.json": '{"a": 0', "merges.txt": "#version: 0.2\n"}, "cannot be read"),
-        ({"vocab.json": '{"<|endoftext|>": 0}', "merges.txt": "", "tokenizer_config.json": "{"}, "_config.json is not valid JSON"),
+        (
+            {"vocab.json": '{"<|endoftext|>": 0}', "merges.txt": "", "tokenizer_config.json": "{"},
+            "_config.json is not valid JSON",
+        ),
         (
             {
                 "vocab.json": '{"<unk>": 0}',

@@ -24,9 +24,7 @@ def test_a_fit_tokenizes_each_text_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizers.Tokenizer, "encode_batch", counting)
     pl.DataFrame({"text": TEXTS}).write_csv(tmp_path / "texts.csv")
     settings = {"steps": 4, "eval_steps": 2, "precision": "float32", "task.vocab_size": 300, "task.length": 16}
-    fieldguide.fit(
-        tmp_path / "texts.csv", task="text-generation", model="gpt2-test", out=tmp_path / "run", settings=settings
-    )
+    fieldguide.fit(tmp_path / "texts.csv", task="text-generation", model="gpt2-test", out=tmp_path / "run", settings=settings)
     assert {counts[text] for text in TEXTS} == {1}
 
 

@@ -76,8 +76,8 @@ CARD = Card(
 )
 '''
 
-CASE = '''    "{name}": Case(inputs=image, peer=equations(references.{module}), lr=0.1),
-'''
+CASE = """    "{name}": Case(inputs=image, peer=equations(references.{module}), lr=0.1),
+"""
 
 REFERENCE = '''
 

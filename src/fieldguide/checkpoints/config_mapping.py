@@ -10,7 +10,7 @@ from typing import Any
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import WeightsError, nearest
-from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Derived, Fixed, Is, Known
+from fieldguide.models.mapping.config_rules import ConfigRow, Constant, Derived, Expect, LabelCount, ValueMap, WithDefault
 from fieldguide.models.registry import cards
 
 WRITTEN = ("model_type", "_class_name")  # keys that say what a configuration is of: where we write such,
@@ -43,7 +43,7 @@ def identified(config: Mapping[str, Any]) -> Identified | None:
             said = {
                 key: row.among or (row.value,)
                 for key, row in table.items()
-                if isinstance(row, Is) and (key in IDENTITY or row.among)
+                if isinstance(row, Expect) and (key in IDENTITY or row.among)
             }
             plain = [] if said.keys() & set(IDENTITY) else [key for key, row in table.items() if isinstance(row, str)]
             if all(at(config, key)[1] in values for key, values in said.items()) and all(
@@ -92,17 +92,17 @@ def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any
     faults = []
     for key, row in table.items():
         there, value = at(config, key)
-        if isinstance(row, Absent):
+        if isinstance(row, WithDefault):
             values[row.ours] = value if there and value is not None else row.value
-        elif isinstance(row, Known) and there:
+        elif isinstance(row, ValueMap) and there:
             value = value[0] if isinstance(value, list) and value else value
             if value not in row.values:
                 faults.append(f"{key}={value!r} is none of {', '.join(map(repr, row.values))}")
             else:
                 values[row.ours] = row.values[value]
-        elif isinstance(row, Counted):
+        elif isinstance(row, LabelCount):
             values[row.ours] = len(value) if there else row.absent
-        elif isinstance(row, Fixed):
+        elif isinstance(row, Constant):
             values[row.ours] = row.value
         elif isinstance(row, Derived):
             values |= row.read(config)
@@ -113,9 +113,9 @@ def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any
         made = card.config(**values)
         for key, row in table.items():
             there, value = at(config, key)
-            if isinstance(row, Is) and not there and row.absent is not ...:
+            if isinstance(row, Expect) and not there and row.absent is not ...:
                 there, value = True, row.absent
-            if isinstance(row, Is) and there and (wanted := row.value(made) if callable(row.value) else row.value) != value:
+            if isinstance(row, Expect) and there and (wanted := row.value(made) if callable(row.value) else row.value) != value:
                 faults.append(f"{key}={value!r}, and {card.name} here has {wanted!r}")
     if faults:
         raise WeightsError("\n".join([f"{where} describes another network than {card.name}:", *(f"  {f}" for f in faults)]))
@@ -126,21 +126,21 @@ def outwards(card: Card, table: Mapping[str, ConfigRow], config: Any) -> dict[st
     """Return a config under public keys. Raises `WeightsError` for values that the origin cannot express."""
     out: dict[str, Any] = {}
     for key, row in table.items():
-        if isinstance(row, Fixed):
+        if isinstance(row, Constant):
             if (own := getattr(config, row.ours)) != row.value:
                 raise WeightsError(f"{card.name} with {row.ours}={own!r} cannot be written so: there, {key.strip('<>')}.")
             continue
-        if isinstance(row, Is):
+        if isinstance(row, Expect):
             if not row.written:
                 continue
             value = row.value(config) if callable(row.value) else row.value
-        elif isinstance(row, Known):
+        elif isinstance(row, ValueMap):
             own = getattr(config, row.ours)
             value = next(theirs for theirs, ours in row.values.items() if ours == own)
             value = [value] if key == "architectures" else value
         elif isinstance(row, Derived):
             value = row.write(config)
-        elif isinstance(row, Counted):
+        elif isinstance(row, LabelCount):
             value = {str(i): f"LABEL_{i}" for i in range(getattr(config, row.ours))}
         else:
             value = getattr(config, row if isinstance(row, str) else row.ours)

@@ -90,7 +90,9 @@ def fit(
     group: Group = None,
     time: Time = None,
     resume: Annotated[Path | None, typer.Option(help="A run folder to continue.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of these arguments; those given here take precedence.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file of these arguments; those given here take precedence.")
+    ] = None,
     allow_bad: AllowBad = False,
     changes: Set = None,
 ) -> None:

@@ -20,8 +20,8 @@ from fieldguide.data.preprocessing.tokenizer_files import TokenizerFiles
 from fieldguide.inference.predictor import Predictions, Predictor, as_list, join_skipped
 from fieldguide.inference.text_generation import build_chat_template, find_end_tokens, read_tokenizer
 from fieldguide.inference.zero_shot import build_task, build_transform
-from fieldguide.models.generation import Greedy, answers
-from fieldguide.models.generation.stop_strings import cut
+from fieldguide.models.generation import Greedy, generate_batch
+from fieldguide.models.generation.stop_strings import truncate_at_stop
 
 TEMPLATE_FILE = "chat_template.json"  # of processors in folders written before 2025
 IMAGES_PER_BATCH = 4  # each image is many tokens
@@ -40,7 +40,11 @@ class ImageToText(Predictor):
         template: ChatTemplate | None = None,
         card: Card | None = None,
     ):
-        self.network, self.text, self.template = network.to(distributed.device()).eval(), TextTokenizer(files.tokenizer), template
+        self.network, self.text, self.template = (
+            network.to(distributed.device()).eval(),
+            TextTokenizer(files.tokenizer),
+            template,
+        )
         self.begin, self.image_token = files.special.get("bos_token"), files.tokenizer.id_to_token(network.config.picture)
         self.end_tokens, self.card = find_end_tokens(files), card
         self.task = build_task(self.text, transform, self.text.end, network.config.length)
@@ -93,9 +97,11 @@ class ImageToText(Predictor):
         """Return the token ids of a prompt, with one image token per patch. Raises `SettingsError` for several images."""
         text = self.format_prompt(prompt)
         if (count := text.count(self.image_token)) != 1:
-            raise SettingsError(f"prompt={prompt!r} contains {self.image_token} {count} times; one image at a time is supported.")
+            raise SettingsError(
+                f"prompt={prompt!r} contains {self.image_token} {count} times; one image at a time is supported."
+            )
         has_begin = bool(self.begin) and text.startswith(self.begin)  # from a template that writes special tokens itself
-        return self.network.spelt(self.text.tokenizer.encode(text, add_special_tokens=not has_begin).ids)
+        return self.network.expand_image_tokens(self.text.tokenizer.encode(text, add_special_tokens=not has_begin).ids)
 
     def predict(self, inputs: Any = (), prompt: str = "", **options: Any) -> Predictions:
         """Return `input` and `text` for each image; decoding is greedy by default.
@@ -119,13 +125,13 @@ class ImageToText(Predictor):
         transform = self.task.pictures
         for first in range(0, len(paths), IMAGES_PER_BATCH):
             image = transform.apply(transform.load(paths[first : first + IMAGES_PER_BATCH]).to(device))
-            generated = answers(
-                self.network.seeing(image),
+            generated = generate_batch(
+                self.network.with_images(image),
                 [row] * len(image),
                 config,
                 ends=self.end_tokens,
                 decode=self.text.decode,
                 numbers=range(first, first + len(image)),
             )
-            found += [{"text": cut(self.text.decode(tokens), config.stops).strip()} for tokens in generated]
+            found += [{"text": truncate_at_stop(self.text.decode(tokens), config.stops).strip()} for tokens in generated]
         return Predictions(join_skipped(data, found))

@@ -79,4 +79,3 @@ def is_run(source: str | Path) -> bool:
     if str(source).startswith(HUB_PREFIX) or (path.is_file() and path.suffix in WEIGHT_SUFFIXES):
         return False
     return (path / "run.json").exists() or not any((path / name).is_file() for name in CONFIG_FILES)
-

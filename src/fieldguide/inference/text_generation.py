@@ -22,10 +22,10 @@ from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, reso
 from fieldguide.data.preprocessing.tokenizer import LOCK
 from fieldguide.data.preprocessing.tokenizer_files import TokenizerFiles, read, read_eos_token_ids
 from fieldguide.inference.predictor import Predictions, Predictor, as_list
-from fieldguide.models.generation import GenerationConfig, Greedy, Sourced, answers, streamed
-from fieldguide.models.generation.engine import grouped
-from fieldguide.models.generation.quantization import shrink
-from fieldguide.models.generation.stop_strings import cut
+from fieldguide.models.generation import EncoderDecoderState, GenerationConfig, Greedy, generate_batch, stream_text
+from fieldguide.models.generation.engine import group_by_length
+from fieldguide.models.generation.quantization import quantize_int8
+from fieldguide.models.generation.stop_strings import truncate_at_stop
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text to continue, or messages with role and content
 # Tokens that known models end an answer with, beside those that their files name.
@@ -99,7 +99,7 @@ class TextGenerator(Predictor):
             )
             markers = resolve_markers(text, options, LANGUAGES)
             end_tokens = sorted({getattr(config, "end", markers.end), *read_eos_token_ids(folder)})
-        network = shrink(network) if weights == "int8" else network
+        network = quantize_int8(network) if weights == "int8" else network
         return cls(network, text, end_tokens, build_chat_template(files) if markers is None else None, markers, card)
 
     @property
@@ -131,16 +131,16 @@ class TextGenerator(Predictor):
             return self.network, rows
         source, mask = self.text.batch([np.array(row, dtype=np.int64) for row in rows])
         device = next(self.network.parameters()).device
-        state = Sourced(self.network, torch.from_numpy(source).to(device), torch.from_numpy(mask).to(device))
+        state = EncoderDecoderState(self.network, torch.from_numpy(source).to(device), torch.from_numpy(mask).to(device))
         return state, [self.markers.target_start] * len(rows)
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
         """Return the answer to each prompt; prompts of any length share batches. `options` are those of `GenerationConfig`."""
         config, answers_by_row = self.config_type(**canonical_predict_options(options)), {}
         rows = [self.tokens(prompt) for prompt in prompts]
-        for group in grouped([len(row) for row in rows]):
+        for group in group_by_length([len(row) for row in rows]):
             network, starts = self.prepare([rows[i] for i in group])
-            generated = answers(
+            generated = generate_batch(
                 network,
                 starts,
                 config,
@@ -149,7 +149,7 @@ class TextGenerator(Predictor):
                 numbers=group,
                 before=len(self.markers.target_start) - 1 if self.markers else 0,
             )
-            answers_by_row |= {i: cut(self.text.decode(row), config.stops) for i, row in zip(group, generated)}
+            answers_by_row |= {i: truncate_at_stop(self.text.decode(row), config.stops) for i, row in zip(group, generated)}
         return [answers_by_row[i] for i in range(len(rows))]
 
     def predict(self, inputs: Any = (), *, chat: Any = None, **options: Any) -> Predictions:
@@ -168,7 +168,7 @@ class TextGenerator(Predictor):
         if config.searched > 1:
             return None
         network, starts = self.prepare([self.tokens(self.to_prompt(source, chat) if isinstance(source, str) else source)])
-        return streamed(network, starts[0], config, ends=self.end_tokens, decode=self.text.decode)
+        return stream_text(network, starts[0], config, ends=self.end_tokens, decode=self.text.decode)
 
     def parse(self, chat: Any, options: Mapping[str, Any]) -> tuple[bool | None, dict[str, Any]]:
         """Return prediction options with their types. Raises `SettingsError` for unknown keys and values out of range."""

@@ -1,5 +1,7 @@
-"""Architectures, one a file, in a folder for each family. Calling the package lists their names:
-`fieldguide.models("resnet*")`."""
+"""Model architectures, one per file, in one folder per family.
+
+Calling the package lists the names: `fieldguide.models("resnet*")`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from types import ModuleType
 
 
 class Listing(ModuleType):
-    """This package, callable: the folder and the public function share the name `models`."""
+    """The type of this package, which makes it callable: the folder and the public function share the name `models`."""
 
     def __call__(self, glob: str = "*", *, family: str | None = None, task: str | None = None) -> list[str]:
         return sys.modules[__name__.partition(".")[0]].list_models(glob, family=family, task=task)

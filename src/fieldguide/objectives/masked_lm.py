@@ -59,7 +59,7 @@ class MaskedLM(Objective):
         selected = batch["target"] >= 0
         hidden = self.model.features(*(batch.get(name) for name in self.inputs))
         row = selected.nonzero()[:, 0]
-        return self.model.say(hidden[selected]).float(), batch["target"][selected], row
+        return self.model.forward_head(hidden[selected]).float(), batch["target"][selected], row
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return `nats`, `right` (correct predictions) and `count` over the masked positions of each row: B, B, B."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.mapping.config_rules import Is
+from fieldguide.models.mapping.config_rules import Expect
 from fieldguide.models.mapping.key_rules import Fused, Row
 from fieldguide.models.transformer import clip
 from fieldguide.models.transformer._shared.clip_checkpoints import openai, openclip
@@ -194,7 +194,7 @@ def openai_keys() -> dict[str, Row]:
 
 
 OPENAI = openai_keys()
-CONFIG = openclip(32, {"width": "dim", "layers": "depths", "patch_size": Is(None, among=(None,))})
+CONFIG = openclip(32, {"width": "dim", "layers": "depths", "patch_size": Expect(None, among=(None,))})
 
 CARD = Card(
     name="clip-resnet",

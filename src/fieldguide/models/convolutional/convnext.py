@@ -24,8 +24,8 @@ from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures
 from fieldguide.models.layers.conv import check_min_side
 from fieldguide.models.layers.norm import ChannelNorm
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
-from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Is
-from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
+from fieldguide.models.mapping.config_rules import ConfigRow, Expect, LabelCount, WithDefault
+from fieldguide.models.mapping.key_rules import Reshaped, Row, strip_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,17 +181,17 @@ def torchvision(config: Config) -> dict[str, Row]:
 def config_rules(model_type: str, name: str) -> dict[str, ConfigRow]:
     """Return the rules for the configurations of transformers, for both versions of ConvNeXt."""
     return {
-        "model_type": Is(model_type),
+        "model_type": Expect(model_type),
         "architectures": architectures(name),
-        "id2label": Counted("num_classes"),
+        "id2label": LabelCount("num_classes"),
         "num_channels": "channels",
         "patch_size": "patch",
-        "num_stages": Is(lambda c: len(c.depths)),
+        "num_stages": Expect(lambda c: len(c.depths)),
         "hidden_sizes": "widths",
         "depths": "depths",
-        "hidden_act": Is("gelu"),
-        "layer_norm_eps": Absent("eps", 1e-12),  # of the last norm; the others have 1e-6 there, too
-        "drop_path_rate": Absent("drop_path", 0.0),
+        "hidden_act": Expect("gelu"),
+        "layer_norm_eps": WithDefault("eps", 1e-12),  # of the last norm; the others have 1e-6 there, too
+        "drop_path_rate": WithDefault("drop_path", 0.0),
     }
 
 
@@ -230,7 +230,7 @@ CARD = Card(
         "torchvision": torchvision,
         "authors": AUTHORS,
         "huggingface": HUGGINGFACE,
-        "huggingface-base": unprefixed(HUGGINGFACE, "convnext."),
+        "huggingface-base": strip_prefix(HUGGINGFACE, "convnext."),
     },
     configs={"huggingface": config_rules("convnext", "ConvNext")},
     aliases={"timm": {f"convnext_{size}": f"convnext-{size}" for size in ("tiny", "small", "base", "large", "xlarge")}},

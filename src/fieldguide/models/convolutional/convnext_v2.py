@@ -19,7 +19,7 @@ from fieldguide.models.convolutional import convnext
 from fieldguide.models.convolutional.convnext import Config
 from fieldguide.models.layers.classifier_head import OUTPUT_TYPES
 from fieldguide.models.layers.stochastic_depth import DropPath
-from fieldguide.models.mapping.key_rules import Reshaped, Row, unprefixed
+from fieldguide.models.mapping.key_rules import Reshaped, Row, strip_prefix
 
 
 class ResponseNorm(nn.Module):
@@ -122,7 +122,7 @@ CARD = Card(
         "timm": timm,
         "authors": AUTHORS,
         "huggingface": HUGGINGFACE,
-        "huggingface-base": unprefixed(HUGGINGFACE, "convnextv2."),
+        "huggingface-base": strip_prefix(HUGGINGFACE, "convnextv2."),
     },
     configs={"huggingface": convnext.config_rules("convnextv2", "ConvNextV2")},
     aliases={

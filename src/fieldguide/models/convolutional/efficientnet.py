@@ -22,7 +22,7 @@ from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.conv import PADDINGS, conv_norm
 from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
-from fieldguide.models.mapping.config_rules import Counted, Fixed, Is
+from fieldguide.models.mapping.config_rules import Constant, Expect, LabelCount
 from fieldguide.models.mapping.key_rules import Row
 
 # B0, table 1: expansion, kernel, width, blocks and stride of each stage; stride 0: the next one of `early`.
@@ -203,28 +203,28 @@ def huggingface(config: Config) -> dict[str, Row]:
 
 
 CONFIG = {  # of transformers
-    "model_type": Is("efficientnet"),
-    "architectures": Is(["EfficientNetForImageClassification"]),
-    "id2label": Counted("num_classes"),
+    "model_type": Expect("efficientnet"),
+    "architectures": Expect(["EfficientNetForImageClassification"]),
+    "id2label": LabelCount("num_classes"),
     "num_channels": "channels",
     "width_coefficient": "width",
     "depth_coefficient": "depth",
     "dropout_rate": "dropout",
     "drop_connect_rate": "drop_path",
     "batch_norm_eps": "eps",
-    "hidden_dim": Is(lambda c: make_divisible(c.width * HEAD)),
-    "depth_divisor": Is(8),
-    "expand_ratios": Is([stage[0] for stage in STAGES]),
-    "kernel_sizes": Is([stage[1] for stage in STAGES]),
-    "in_channels": Is([STEM, *(stage[2] for stage in STAGES[:-1])]),
-    "out_channels": Is([stage[2] for stage in STAGES]),
-    "num_block_repeats": Is([stage[3] for stage in STAGES]),
-    "strides": Is([stage[4] or 2 for stage in STAGES]),
-    "squeeze_expansion_ratio": Is(0.25),
-    "hidden_act": Is("swish"),
-    "pooling_type": Is("mean"),
-    "<sides are padded as in TensorFlow>": Fixed("padding", "same"),  # `depthwise_padding` lists it for one image size
-    "<strides are those of the paper>": Fixed("early", (2, 2, 2)),
+    "hidden_dim": Expect(lambda c: make_divisible(c.width * HEAD)),
+    "depth_divisor": Expect(8),
+    "expand_ratios": Expect([stage[0] for stage in STAGES]),
+    "kernel_sizes": Expect([stage[1] for stage in STAGES]),
+    "in_channels": Expect([STEM, *(stage[2] for stage in STAGES[:-1])]),
+    "out_channels": Expect([stage[2] for stage in STAGES]),
+    "num_block_repeats": Expect([stage[3] for stage in STAGES]),
+    "strides": Expect([stage[4] or 2 for stage in STAGES]),
+    "squeeze_expansion_ratio": Expect(0.25),
+    "hidden_act": Expect("swish"),
+    "pooling_type": Expect("mean"),
+    "<sides are padded as in TensorFlow>": Constant("padding", "same"),  # `depthwise_padding` lists it for one image size
+    "<strides are those of the paper>": Constant("early", (2, 2, 2)),
 }
 
 

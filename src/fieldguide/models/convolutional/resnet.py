@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
-from fieldguide.models.mapping.config_rules import Counted, Derived, Fixed, Is
-from fieldguide.models.mapping.key_rules import unprefixed
+from fieldguide.models.mapping.config_rules import Constant, Derived, Expect, LabelCount
+from fieldguide.models.mapping.key_rules import strip_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +180,9 @@ def get_growth(block: str) -> int:
 
 
 CONFIG = {  # of transformers
-    "model_type": Is("resnet"),
+    "model_type": Expect("resnet"),
     "architectures": architectures("ResNet"),
-    "id2label": Counted("num_classes"),
+    "id2label": LabelCount("num_classes"),
     "num_channels": "channels",
     "layer_type": "block",
     "depths": "depths",
@@ -190,11 +190,11 @@ CONFIG = {  # of transformers
         lambda raw: {"widths": tuple(n // get_growth(raw.get("layer_type", "bottleneck")) for n in raw["hidden_sizes"])},
         lambda c: [n * get_growth(c.block) for n in c.widths],
     ),
-    "embedding_size": Is(lambda c: c.widths[0]),
-    "hidden_act": Is("relu"),
-    "downsample_in_first_stage": Is(False),
-    "downsample_in_bottleneck": Is(False),  # True is the paper's stride on the 1x1
-    "<the stem is of 7x7>": Fixed("stem", "7x7-pool"),
+    "embedding_size": Expect(lambda c: c.widths[0]),
+    "hidden_act": Expect("relu"),
+    "downsample_in_first_stage": Expect(False),
+    "downsample_in_bottleneck": Expect(False),  # True is the paper's stride on the 1x1
+    "<the stem is of 7x7>": Constant("stem", "7x7-pool"),
 }
 
 CARD = Card(
@@ -219,7 +219,7 @@ CARD = Card(
         "resnet18-small": Size(block="basic", depths=(2, 2, 2, 2), stem="3x3", num_classes=10),
         "resnet-test": Size(depths=(1, 2, 1), widths=(8, 16, 24), num_classes=5),
     },
-    weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE, "huggingface-base": unprefixed(HUGGINGFACE, "resnet.")},
+    weights={"torchvision": TORCHVISION, "huggingface": HUGGINGFACE, "huggingface-base": strip_prefix(HUGGINGFACE, "resnet.")},
     configs={"huggingface": CONFIG},
     aliases={"timm": {name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}},
     # Batch norm allows high learning rates; weight decay prevents overfitting on small data sets.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, WeightsError
 from fieldguide.models.diffusion._shared.caption_encoder import CaptionEncoder
-from fieldguide.models.mapping.config_rules import Absent, Derived, Fixed, Is
+from fieldguide.models.mapping.config_rules import Constant, Derived, Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Fused, Row
 
 
@@ -238,39 +238,39 @@ def block_types(direction: str, c: Config) -> list[str]:
 
 
 CONFIG = {  # of diffusers
-    "_class_name": Is("UNet2DModel"),
+    "_class_name": Expect("UNet2DModel"),
     "sample_size": "image",
     "in_channels": "channels",
-    "out_channels": Is(lambda c: c.channels),
+    "out_channels": Expect(lambda c: c.channels),
     "block_out_channels": Derived(parse_widths, lambda c: [c.dim * growth for growth in c.growth]),
     "layers_per_block": "depth",
     "down_block_types": Derived(parse_attention, lambda c: block_types("Down", c)),
-    "up_block_types": Is(lambda c: block_types("Up", c)[::-1]),
-    "mid_block_type": Is("UNetMidBlock2D"),
-    "add_attention": Is(True),
+    "up_block_types": Expect(lambda c: block_types("Up", c)[::-1]),
+    "mid_block_type": Expect("UNetMidBlock2D"),
+    "add_attention": Expect(True),
     "norm_num_groups": "groups",
-    "norm_eps": Is(1e-6, absent=1e-5),
-    "dropout": Absent("dropout", 0.0),  # missing in the first files
+    "norm_eps": Expect(1e-6, absent=1e-5),
+    "dropout": WithDefault("dropout", 0.0),  # missing in the first files
     "num_class_embeds": Derived(
         lambda raw: {"num_classes": (raw.get("num_class_embeds") or 1) - 1},
         lambda c: c.num_classes + 1 if c.num_classes else None,
     ),
-    "class_embed_type": Is(None),
-    "attention_head_dim": Is(None, absent=8),  # a single head
-    "downsample_padding": Is(0, absent=1),
-    "flip_sin_to_cos": Is(False, absent=True),
-    "freq_shift": Is(1, absent=0),
-    "time_embedding_type": Is("positional"),
-    "time_embedding_dim": Is(None),
-    "downsample_type": Is("conv"),
-    "upsample_type": Is("conv"),
-    "resnet_time_scale_shift": Is("default"),
-    "mid_block_scale_factor": Is(1),
-    "attn_norm_num_groups": Is(None),
-    "center_input_sample": Is(False),
-    "act_fn": Is("silu"),
-    "<pixels enter one by one>": Fixed("patch", 1),
-    "<captions are unknown>": Fixed("vocab_size", 0),
+    "class_embed_type": Expect(None),
+    "attention_head_dim": Expect(None, absent=8),  # a single head
+    "downsample_padding": Expect(0, absent=1),
+    "flip_sin_to_cos": Expect(False, absent=True),
+    "freq_shift": Expect(1, absent=0),
+    "time_embedding_type": Expect("positional"),
+    "time_embedding_dim": Expect(None),
+    "downsample_type": Expect("conv"),
+    "upsample_type": Expect("conv"),
+    "resnet_time_scale_shift": Expect("default"),
+    "mid_block_scale_factor": Expect(1),
+    "attn_norm_num_groups": Expect(None),
+    "center_input_sample": Expect(False),
+    "act_fn": Expect("silu"),
+    "<pixels enter one by one>": Constant("patch", 1),
+    "<captions are unknown>": Constant("vocab_size", 0),
 }
 
 CARD = Card(

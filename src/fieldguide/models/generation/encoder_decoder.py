@@ -1,4 +1,4 @@
-"""An encoder-decoder that has read its sources: to what makes networks go on, one like any other."""
+"""An encoder-decoder with encoded sources, which the generation functions use like a decoder."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from torch import Tensor, nn
 
 from fieldguide.models.layers.kv_cache import Cache
 
-ANY = 1 << 30  # tokens, where a network has no longest row
+UNLIMITED_TOKENS = 1 << 30  # maximum length of a model without a limit
 
 
-class Sourced:
-    """Takes and gives what decoders do (`new_cache`, `last`, `config.length`); row by row what it says is of `source`.
+class EncoderDecoderState:
+    """An encoder-decoder with its encoded source, with the interface of a decoder (`new_cache`, `last`,
+    `config.length`).
 
-    `source` B S and `mask` B S are read once. A cache has a row for each source, or for each several that follow one
-    another, the beams of a search.
+    `source` B S and `mask` B S are encoded once. A cache has one row per source, or several consecutive rows per
+    source: the beams of a search.
     """
 
     def __init__(self, network: Any, source: Tensor, mask: Tensor | None):
         self.network = network
-        self.config = SimpleNamespace(length=network.longest or ANY)
+        self.config = SimpleNamespace(length=network.max_target_length or UNLIMITED_TOKENS)
         with torch.inference_mode():
-            self.cross = network.remember(source, mask)
+            self.cross = network.encode_source(source, mask)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.network.parameters()

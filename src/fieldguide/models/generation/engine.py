@@ -1,4 +1,4 @@
-"""Answers: how a user wants them written, and the one way in which all networks write them."""
+"""The generation options of a user, and the functions that all models use to generate text."""
 
 from __future__ import annotations
 
@@ -12,68 +12,73 @@ from torch import Tensor
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.generation.beam_search import beam_search
-from fieldguide.models.generation.encoder_decoder import Sourced
-from fieldguide.models.generation.sampling import Sampling, generate, left_padded
-from fieldguide.models.generation.stop_strings import cut, pieces
+from fieldguide.models.generation.encoder_decoder import EncoderDecoderState
+from fieldguide.models.generation.sampling import Sampling, generate, left_pad
+from fieldguide.models.generation.stop_strings import decode_stream, truncate_at_stop
 
-CHANCE = ("temperature", "top_k", "top_p", "min_p")
-TOGETHER = 32  # prompts that are answered in one batch
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
+BATCH_PROMPTS = 32  # prompts per batch
 Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How answers are written. What leaves something to chance (`CHANCE`) and a search among beams exclude each other;
-    where a user says neither, `usual` decides. Raises `SettingsError` for both, and for values out of range."""
+    """Options of text generation.
 
-    max_new_tokens: int = 200  # at most, of an answer
-    num_beams: int | None = None  # answers that a search keeps; 1 = none is searched for
-    length_penalty: float = 1.0  # of length, in a search: 0 = none, 1 = the mean log-probability decides
-    temperature: float | None = None  # 0 = always the likeliest token
-    top_k: int | None = None  # only so many of the likeliest; 0 = off
-    top_p: float | None = None  # only the likeliest that have this probability together; 1 = off
-    min_p: float | None = None  # only those of this part of the likeliest one's probability; 0 = off
-    repetition_penalty: float = 1.0  # above 1: tokens that were there become less likely
-    stop: str = ""  # the answer ends before this text; several as JSON: ["one", "two"]
+    Sampling options (`SAMPLING_OPTIONS`) and beam search exclude each other. If neither is set, `defaults` apply.
+    Raises `SettingsError` if both are set, and for values out of range.
+    """
+
+    max_new_tokens: int = 200  # maximum number of generated tokens
+    num_beams: int | None = None  # number of beams; 1 = no beam search
+    length_penalty: float = 1.0  # exponent of the length in beam search: 0 = no penalty, 1 = mean log-probability
+    temperature: float | None = None  # 0 = greedy: always the most likely token
+    top_k: int | None = None  # keep only the k most likely tokens; 0 = off
+    top_p: float | None = None  # keep the most likely tokens with this total probability; 1 = off
+    min_p: float | None = None  # keep tokens with this fraction of the highest probability; 0 = off
+    repetition_penalty: float = 1.0  # above 1: tokens that occurred before become less likely
+    stop: str = ""  # stop string, not part of the output; several as JSON: ["one", "two"]
     seed: int = 0
 
-    usual: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.8, "top_p": 0.95}
+    defaults: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.8, "top_p": 0.95}
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise SettingsError(f"{name}={value} must be at least 1.")
-        if (self.num_beams or 1) > 1 and self.by_chance:
+        if (self.num_beams or 1) > 1 and self.is_sampling:
             raise SettingsError(
                 f"num_beams={self.num_beams} is a deterministic search and cannot be combined with sampling: leave out "
-                f"{', '.join(self.said)}, or set num_beams=1."
+                f"{', '.join(self.sampling_overrides)}, or set num_beams=1."
             )
-        _ = self.sampling  # refuses what is out of range
+        _ = self.sampling  # validates the ranges
 
     @property
-    def said(self) -> dict[str, float]:
-        return {name: value for name in CHANCE if (value := getattr(self, name)) is not None}
+    def sampling_overrides(self) -> dict[str, float]:
+        """The sampling options that are set."""
+        return {name: value for name in SAMPLING_OPTIONS if (value := getattr(self, name)) is not None}
 
     @property
-    def by_chance(self) -> bool:
-        """Whether the user says so."""
-        return bool(self.said) and self.temperature != 0
+    def is_sampling(self) -> bool:
+        """Whether the options that are set ask for sampling."""
+        return bool(self.sampling_overrides) and self.temperature != 0
 
     @property
-    def searched(self) -> int:
-        """Beams of the search; 1 = there is none."""
-        return self.num_beams or (1 if self.said else int(self.usual["num_beams"]))
+    def effective_beams(self) -> int:
+        """The number of beams; 1 = no beam search."""
+        return self.num_beams or (1 if self.sampling_overrides else int(self.defaults["num_beams"]))
 
     @property
     def sampling(self) -> Sampling:
-        usual = {name: value for name, value in self.usual.items() if name in CHANCE}
-        if self.by_chance and not usual.get("temperature"):  # what is drawn must have a chance
-            usual["temperature"] = 1.0
-        return Sampling(**{**usual, **self.said}, repetition=self.repetition_penalty)
+        """The sampling parameters, with the defaults for those that are not set."""
+        defaults = {name: value for name, value in self.defaults.items() if name in SAMPLING_OPTIONS}
+        if self.is_sampling and not defaults.get("temperature"):  # sampling needs a temperature above 0
+            defaults["temperature"] = 1.0
+        return Sampling(**{**defaults, **self.sampling_overrides}, repetition=self.repetition_penalty)
 
     @property
     def stops(self) -> list[str]:
-        """Texts that answers end before."""
+        """The stop strings as a list."""
         if not self.stop.startswith("["):
             return [self.stop] if self.stop else []
         try:
@@ -84,118 +89,141 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
-class Faithful(GenerationConfig):
-    """Of what answers a source: the likeliest, as far as four beams find it."""
+class BeamSearch(GenerationConfig):
+    """Options with beam search (four beams) as the default, for outputs that depend on a source, such as translations."""
 
-    usual: ClassVar[Mapping[str, float]] = {"num_beams": 4, "temperature": 0.0}
+    defaults: ClassVar[Mapping[str, float]] = {"num_beams": 4, "temperature": 0.0}
 
 
 @dataclass(frozen=True)
 class Greedy(GenerationConfig):
-    """Always the likeliest token, where nothing else is said: of what answers as it is asked."""
+    """Options with greedy decoding as the default."""
 
-    usual: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.0}
+    defaults: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.0}
 
 
-def answers(
-    network: Any,
+def generate_batch(
+    model: Any,
     prompts: Sequence[Sequence[int]],
-    how: GenerationConfig,
+    config: GenerationConfig,
     *,
-    ends: Sequence[int],
+    eos_token_ids: Sequence[int],
     decode: Decode | None = None,
-    numbers: Sequence[int] | None = None,
-    limits: Tensor | None = None,
-    before: int = 0,
+    row_ids: Sequence[int] | None = None,
+    max_lengths: Tensor | None = None,
+    prefix_length: int = 0,
 ) -> list[list[int]]:
-    """What a network says after each prompt, in tokens without the one that ends it.
+    """Return the generated token IDs of each prompt, without the end token.
 
-    `network` has `new_cache`, `last` and `config.length` (`Sourced` makes such of an encoder-decoder). `numbers` are the
-    prompts' own, by which chance comes to them. `limits` (B int64) bounds answers one by one, in the place of `how.tokens`.
-    `decode`, for stop strings: where all answers have come to one, no more is written (`cut` takes it off). `before` tokens
-    of all prompts count as part of the answer when a search compares lengths.
+    `model` has `new_cache`, `last` and `config.length` (`EncoderDecoderState` provides them for an encoder-decoder).
+    `row_ids` identify the prompts and select their random numbers. `max_lengths` (B int64) limits each output and
+    replaces `config.max_new_tokens`. `decode` is needed for stop strings: generation ends when every output contains
+    one (`truncate_at_stop` removes it). `prefix_length` tokens of each prompt count as part of the output when beam
+    search compares lengths.
     """
-    if how.searched > 1:
-        return searched(network, prompts, how, ends=ends, limits=limits, before=before)
-    most = room(network, prompts, how.max_new_tokens if limits is None else int(limits.max()))
-    bounds = [most] * len(prompts) if limits is None else limits.tolist()
-    stops = how.stops if decode else []
+    if config.effective_beams > 1:
+        return search_beams(
+            model, prompts, config, eos_token_ids=eos_token_ids, max_lengths=max_lengths, prefix_length=prefix_length
+        )
+    max_new_tokens = clamp_to_context(model, prompts, config.max_new_tokens if max_lengths is None else int(max_lengths.max()))
+    max_length = [max_new_tokens] * len(prompts) if max_lengths is None else max_lengths.tolist()
+    stops = config.stops if decode else []
     rows: list[list[int]] = [[] for _ in prompts]
-    over = [False] * len(rows)
-    for step in generate(network, prompts, most, sampling=how.sampling, ends=ends, seed=how.seed, numbers=numbers):
+    done = [False] * len(rows)
+    for step in generate(
+        model, prompts, max_new_tokens, sampling=config.sampling, eos_token_ids=eos_token_ids, seed=config.seed, row_ids=row_ids
+    ):
         for i, token in enumerate(step.tolist()):
-            if over[i]:
+            if done[i]:
                 continue
-            ended = token < 0 or token in ends
+            ended = token < 0 or token in eos_token_ids
             if not ended:
                 rows[i].append(token)
             text = decode(rows[i]) if stops else ""
-            over[i] = ended or len(rows[i]) >= bounds[i] or len(cut(text, stops)) < len(text)
-        if all(over):
+            done[i] = ended or len(rows[i]) >= max_length[i] or len(truncate_at_stop(text, stops)) < len(text)
+        if all(done):
             break
     return rows
 
 
-def searched(
-    network: Any,
+def search_beams(
+    model: Any,
     prompts: Sequence[Sequence[int]],
-    how: GenerationConfig,
+    config: GenerationConfig,
     *,
-    ends: Sequence[int],
-    limits: Tensor | None = None,
-    before: int = 0,
+    eos_token_ids: Sequence[int],
+    max_lengths: Tensor | None = None,
+    prefix_length: int = 0,
 ) -> list[list[int]]:
-    """The best answer to each prompt that beams find: prompts are read once, together, then their beams go on."""
-    if not ends:
-        raise SettingsError("beams need a token that ends an answer, and this model's tokenizer names none")
+    """Return the best output of each prompt found by beam search; the prompts are read once, in one batch.
+
+    Raises `SettingsError` without end tokens, for an empty prompt, and for a prompt that leaves no room in the
+    context.
+    """
+    if not eos_token_ids:
+        raise SettingsError("Beam search needs an end token, and the tokenizer of this model has none. Set num_beams=1.")
     if not all(len(p) for p in prompts):
-        raise SettingsError("there is nothing to go on from: a prompt is empty.")
-    beams, device, longest = how.searched, next(network.parameters()).device, network.config.length
-    rows, mask = left_padded(prompts, device)
-    most = min(how.max_new_tokens if limits is None else int(limits.max()), longest - rows.shape[1] + 1)
-    if most < 1:
+        raise SettingsError("A prompt is empty. Pass at least one token.")
+    beams, device, longest = config.effective_beams, next(model.parameters()).device, model.config.length
+    rows, mask = left_pad(prompts, device)
+    max_new_tokens = min(config.max_new_tokens if max_lengths is None else int(max_lengths.max()), longest - rows.shape[1] + 1)
+    if max_new_tokens < 1:
         raise SettingsError(
-            f"a prompt of {rows.shape[1]} tokens leaves beams no room in the network's length={longest}: "
-            "shorten it, or say beams=1, with which what is oldest is forgotten."
+            f"A prompt of {rows.shape[1]} tokens leaves beam search no room in the model's length={longest}. "
+            "Shorten it, or set num_beams=1, which drops the oldest tokens instead."
         )
     with torch.inference_mode():
-        cache = network.new_cache(len(rows), min(longest, rows.shape[1] + most))
+        cache = model.new_cache(len(rows), min(longest, rows.shape[1] + max_new_tokens))
         if rows.shape[1] > 1:
-            network.last(rows[:, :-1], None if mask.all() else mask[:, :-1], cache)
+            model.last(rows[:, :-1], None if mask.all() else mask[:, :-1], cache)
         cache.widen(beams)
         seen = torch.where(mask, rows, -1).repeat_interleave(beams, 0)
-        adjust = None if how.repetition_penalty == 1 else lambda logp, said: how.sampling.punished(logp, torch.cat([seen, said], 1))
+        adjust = (
+            None
+            if config.repetition_penalty == 1
+            else lambda logp, said: config.sampling.penalize_repetition(logp, torch.cat([seen, said], 1))
+        )
         found, _ = beam_search(
-            lambda token: network.last(token, None, cache)[:, None],
+            lambda token: model.last(token, None, cache)[:, None],
             cache,
             begin=seen[:, -1],
-            ends=ends,
-            beams=beams,
-            most=most,
-            penalty=how.length_penalty,
-            before=before,
+            eos_token_ids=eos_token_ids,
+            num_beams=beams,
+            max_new_tokens=max_new_tokens,
+            length_penalty=config.length_penalty,
+            prefix_length=prefix_length,
             adjust=adjust,
-            limits=None if limits is None else limits.to(device),
+            max_lengths=None if max_lengths is None else max_lengths.to(device),
         )
     return [[i for i in row if i >= 0] for row in found[:, 0].tolist()]
 
 
-def streamed(
-    network: Any, prompt: Sequence[int], how: GenerationConfig, *, ends: Sequence[int], decode: Decode
+def stream_text(
+    model: Any, prompt: Sequence[int], config: GenerationConfig, *, eos_token_ids: Sequence[int], decode: Decode
 ) -> Iterator[str]:
-    """The answer to one prompt piece by piece; not searched for."""
-    steps = generate(network, [prompt], room(network, [prompt], how.max_new_tokens), sampling=how.sampling, ends=ends, seed=how.seed)
-    return pieces((int(step) for step in steps), decode, ends, how.stops)
+    """Yield the output for one prompt piece by piece; without beam search."""
+    steps = generate(
+        model,
+        [prompt],
+        clamp_to_context(model, [prompt], config.max_new_tokens),
+        sampling=config.sampling,
+        eos_token_ids=eos_token_ids,
+        seed=config.seed,
+    )
+    return decode_stream((int(step) for step in steps), decode, eos_token_ids, config.stops)
 
 
-def room(network: Any, prompts: Sequence[Sequence[int]], tokens: int) -> int:
-    """So many tokens, or as many as there is room for: decoders forget what is oldest, an answer to a source is whole."""
-    if not isinstance(network, Sourced):
+def clamp_to_context(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+    """Return `tokens`, or as many as fit into the context of an encoder-decoder.
+
+    Decoders drop their oldest tokens instead, so they have no such limit.
+    """
+    if not isinstance(model, EncoderDecoderState):
         return tokens
-    return min(tokens, network.config.length - max(map(len, prompts)) + 1)
+    return min(tokens, model.config.length - max(map(len, prompts)) + 1)
 
 
-def grouped(lengths: Sequence[int], most: int = TOGETHER) -> list[list[int]]:
-    """Places of prompts, those of similar length together, at most so many."""
+def group_by_length(lengths: Sequence[int], batch_size: int = BATCH_PROMPTS) -> list[list[int]]:
+    """Return batches of prompt indices, at most `batch_size` each, with prompts of similar length together."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[first : first + most] for first in range(0, len(order), most)]
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]

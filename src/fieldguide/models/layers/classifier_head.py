@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.mapping.config_rules import Known
+from fieldguide.models.mapping.config_rules import ValueMap
 
 OUTPUT_TYPES = ("label", "vector")
 
@@ -22,6 +22,6 @@ def classifier_head(config: Any, dim: int, heads: int = 1) -> nn.Module:
     return nn.Linear(dim, heads * config.num_classes) if config.output_type == "label" else nn.Identity()
 
 
-def architectures(name: str, label: str = "ForImageClassification") -> Known:
+def architectures(name: str, label: str = "ForImageClassification") -> ValueMap:
     """Return the rule that maps the class name in a transformers configuration to the output type."""
-    return Known("output_type", {name + label: "label", f"{name}Model": "vector"})
+    return ValueMap("output_type", {name + label: "label", f"{name}Model": "vector"})

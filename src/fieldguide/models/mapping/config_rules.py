@@ -1,7 +1,7 @@
-"""Right-hand sides of a table of public configuration keys: plain data for `fieldguide.checkpoints.load`.
+"""Rules of a table that maps public configuration keys to ours: plain data for `fieldguide.checkpoints.load`.
 
-A table maps a public key to our config's field, one row a key: `"hidden_size": "dim"`. A dot goes into a nested part:
-`"text_config.hidden_size": "text_dim"`. Other rows stand for keys that are no field of ours.
+A table has one row per key: `"hidden_size": "dim"` maps the public key to a field of our config. A dot selects a
+nested key: `"text_config.hidden_size": "text_dim"`. The other rows handle keys that are not simply renamed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Is:
-    """The key must have this value, or the network would compute another thing; where it is absent, it has, or else it has
-    the value `absent`.
+class Expect:
+    """The key must have this value, otherwise the model would compute something else. A missing key has the value
+    `absent`, or by default the required value.
 
-    A function takes our config and says what the value must be. `written=False`: it need not stand in our files. `among`:
-    all that a function may say, for keys that say whose configuration this is.
+    A function receives our config and returns the required value. With `written=False` the key is not written to our
+    files. `among` lists all possible return values of the function, for keys that identify the model type.
     """
 
     value: Any | Callable[[Any], Any]
@@ -27,33 +27,36 @@ class Is:
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """There is no key: such networks always have this value in our field, and one that has another cannot be written so.
-    What stands in the table as the key, in angle brackets, is for readers."""
+class Constant:
+    """A field without a public key: these models always have this value, and a config with another value cannot be
+    exported.
+
+    The row's key in the table, in angle brackets, is a comment for readers.
+    """
 
     ours: str
     value: Any
 
 
 @dataclass(frozen=True)
-class Known:
-    """The key is our field, and its values are called otherwise there."""
+class ValueMap:
+    """The key is our field, with values that are named differently."""
 
     ours: str
-    values: Mapping[Any, Any]  # theirs -> ours
+    values: Mapping[Any, Any]  # public value -> our value
 
 
 @dataclass(frozen=True)
-class Absent:
-    """The key is our field, which has this value where the key is absent."""
+class WithDefault:
+    """The key is our field, with this value if the key is missing."""
 
     ours: str
     value: Any
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Our field is how many entries stand there: names of labels. transformers does not write down two."""
+class LabelCount:
+    """Our field is the number of entries of the key (label names). transformers omits the key for two labels."""
 
     ours: str
     absent: int = 2
@@ -61,11 +64,10 @@ class Counted:
 
 @dataclass(frozen=True)
 class Derived:
-    """What several public keys say together: `read` makes fields of ours from the whole public configuration, `write` the
-    key's value from our config."""
+    """`read` computes fields of ours from the whole public configuration, `write` the value of the key from our config."""
 
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     write: Callable[[Any], Any]
 
 
-ConfigRow = Derived | str | Is | Fixed | Known | Absent | Counted
+ConfigRow = Derived | str | Expect | Constant | ValueMap | WithDefault | LabelCount

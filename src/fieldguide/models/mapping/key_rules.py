@@ -1,8 +1,8 @@
-"""Right-hand sides of a weights table whose tensors change on the way: plain data for `fieldguide.checkpoints.weights`.
+"""Rules of a table that maps public weight names to ours: plain data for `fieldguide.checkpoints.weights`.
 
-A table maps public names to ours, one row a name: `"layer{s+1}.{b}.bn{k}.*": "stages.{s}.{b}.norm{k}.*"`.
-`{s}` stands for a number, `{s+1}` for that number plus one, `*` for one part of a name without dots.
-Where public names count layers in a way that depends on depths, a card holds a function from its config to the table.
+A table has one row per name: `"layer{s+1}.{b}.bn{k}.*": "stages.{s}.{b}.norm{k}.*"`. `{s}` matches a number, `{s+1}`
+that number plus one, `*` one part of a name without dots. If the numbering of public names depends on the depths, a
+card holds a function from its config to the table. The rules below handle tensors that are changed on conversion.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Transposed:
-    """The public tensor with its two axes swapped, such as the Conv1D of GPT-2."""
+    """The public tensor is transposed (two axes), such as the Conv1D of GPT-2."""
 
     ours: str
 
 
 @dataclass(frozen=True)
 class Reshaped:
-    """The public tensor holds the same numbers in the same order in another shape; one length of each may be -1."""
+    """The public tensor has the same elements in the same order in another shape; one length of each shape may be -1."""
 
     ours: str
-    here: tuple[int, ...]  # shape of ours
+    here: tuple[int, ...]  # shape of our tensor
     there: tuple[int, ...]  # shape of the public tensor
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The public tensor is one of several equal parts that lie along the first axis of ours; `pairs` as in `Paired`."""
+    """The public tensor is one of `parts` equal parts of ours along the first axis; `pairs` as in `InterleavedRotary`."""
 
     ours: str
     part: int
@@ -39,9 +39,12 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The rows of every head, `pairs` of them, turn by rotary positions in neighbouring pairs there, and here each in the
-    first half with its like in the second: as Meta's files of LLaMA lie."""
+class InterleavedRotary:
+    """The public tensor stores the rotary pairs of each head in adjacent rows (Meta's LLaMA files); ours stores them as
+    two halves.
+
+    `pairs` is the number of rows per head.
+    """
 
     ours: str
     pairs: int
@@ -49,9 +52,11 @@ class Paired:
 
 @dataclass(frozen=True)
 class Zeros:
-    """There is no public tensor: where ours stands, theirs adds nothing. Ours is zeros, as the first `length` of another
-    of ours along its first axis, or as its first `column`. Only zeros can be written to such files. What stands in the
-    table as the public name, in angle brackets, is for readers."""
+    """There is no public tensor, because the public model lacks this term; ours is zeros.
+
+    Its shape is that of the first `length` rows of our tensor `like`, or of its first column if `column` is True.
+    Only zeros can be exported. The row's public name in the table, in angle brackets, is a comment for readers.
+    """
 
     ours: str
     like: str
@@ -61,16 +66,18 @@ class Zeros:
 
 @dataclass(frozen=True)
 class Dropped:
-    """The public tensor holds nothing that is needed, such as position ids. Where only files of one kind have it, `means`
-    says what fields of the config are in these."""
+    """The public tensor is not needed, such as position IDs.
+
+    If only files of one kind have it, `means` holds the config fields that it implies.
+    """
 
     why: str
     means: Mapping[str, Any] = field(default_factory=dict)
 
 
-def unprefixed(table: Mapping[str, Row], prefix: str) -> dict[str, Row]:
-    """The names of a network that is a part of another in the table, as its own files have them."""
+def strip_prefix(table: Mapping[str, Row], prefix: str) -> dict[str, Row]:
+    """Return the part of a table that describes a submodel, with the names of the submodel's own files."""
     return {name.removeprefix(prefix): row for name, row in table.items()}
 
 
-Row = str | Transposed | Reshaped | Fused | Paired | Dropped | Zeros
+Row = str | Transposed | Reshaped | Fused | InterleavedRotary | Dropped | Zeros

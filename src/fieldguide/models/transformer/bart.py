@@ -1,8 +1,9 @@
-"""BART: a text that was damaged in every way is written anew (Lewis et al. 2019, arXiv:1910.13461).
+"""BART: an encoder-decoder pre-trained to reconstruct corrupted text (Lewis et al. 2019, arXiv:1910.13461).
 
-New here: an encoder as BERT's reads a text of which words were hidden, lost or shuffled, a decoder as GPT's writes it as it
-was, so one training prepares for understanding and for writing alike: summaries, answers, translation. The networks bend
-by GELU, both sides have learnt places and share one embedding with the head, and layers add, then normalise.
+New here: a bidirectional encoder (as BERT's) reads a text with masked, deleted or shuffled tokens, and an
+autoregressive decoder (as GPT's) reconstructs the original, so one pre-training serves understanding and generation:
+summarization, question answering, translation. GELU activations; learned positions on both sides; one embedding
+shared by both sides and the output head; post-norm layers.
 
 Initialisation: N(0, 0.02) for matrices and embeddings, zero biases.
 Shapes: B batch, S source tokens, T target tokens, D width.
@@ -20,32 +21,34 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.causal import CausalAttention
-from fieldguide.models.layers.kv_cache import Cache, causal, positions
-from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Is
+from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
+from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row, Zeros
 from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention, EncoderDecoder, FeedForward, Memory
 
-OFFSET = 2  # rows of the places' tables that nothing reads: in the authors' code places count from the padding's number
+OFFSET = 2  # unused first rows of the position tables: the authors' code counts from the ID of the padding token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 50_265
-    length: int = 1024  # longest row, tokens
+    length: int = 1024  # maximum sequence length, in tokens
     dim: int = 768  # D
-    depth: int = 6  # layers of the encoder
+    depth: int = 6  # number of encoder layers
     decoder_depth: int = 6
     heads: int = 12
-    hidden: int = 3072  # width inside the two-layer networks
+    hidden: int = 3072  # hidden width of the MLPs
     dropout: float = 0.1
-    attn_dropout: float = 0.0  # of attention weights
-    mlp_dropout: float = 0.0  # inside the two-layer networks
-    begin: int = 2  # the token that answers begin with
+    attn_dropout: float = 0.0  # dropout of the attention weights
+    mlp_dropout: float = 0.0  # dropout inside the MLPs
+    begin: int = 2  # ID of the first decoder token
     end: int = 2
     pad: int = 1
 
 
 class EncoderBlock(nn.Module):
+    """A post-norm encoder block: attention and MLP."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.attn, self.norm1 = Attention(c.dim, c.heads, c.attn_dropout), nn.LayerNorm(c.dim)
@@ -58,6 +61,8 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
+    """A post-norm decoder block: causal attention, cross-attention and MLP."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.attn, self.norm1 = CausalAttention(c.dim, c.heads, c.attn_dropout), nn.LayerNorm(c.dim)
@@ -72,39 +77,42 @@ class DecoderBlock(nn.Module):
 
 
 class Bart(EncoderDecoder):
-    """Source and what is said so far -> logits of the token that follows each of the latter.
+    """An encoder-decoder that returns the logits of the next target token at each position; see `EncoderDecoder`.
 
-    Places count real tokens. `bias` is added to logits; it is zeros and learns nothing, but files may hold another.
-    Raises `DataError` for rows longer than `length`.
+    Positions count real tokens. `bias` is added to the logits; it is zero and not trained, but files may hold other
+    values. Raises `DataError` for sequences longer than `length`.
     """
 
-    scale = 1.0  # of embeddings where they are read
-    biased = True  # logits have a bias
+    scale = 1.0  # factor of the input embeddings
+    biased = True  # whether the logits have a bias
 
     def __init__(self, config: Any):
         super().__init__(config)
         c = config
-        self.embed = nn.Embedding(c.vocab_size, c.dim)  # of both sides, and the head
-        self.encoder_pos, self.decoder_pos = self.places(), self.places()
-        # Of what is read, and after each stack.
-        (self.encoder_first, self.encoder_norm), (self.decoder_first, self.decoder_norm) = self.norms(), self.norms()
-        self.encoder = nn.ModuleList(self.encoder_block(layer) for layer in range(c.depth))
-        self.decoder = nn.ModuleList(self.decoder_block(layer) for layer in range(c.decoder_depth))
+        self.embed = nn.Embedding(c.vocab_size, c.dim)  # shared by both sides and the output head
+        self.encoder_pos, self.decoder_pos = self.make_positions(), self.make_positions()
+        # Normalization of the input embeddings and of the output of each stack.
+        (self.encoder_first, self.encoder_norm), (self.decoder_first, self.decoder_norm) = self.make_norms(), self.make_norms()
+        self.encoder = nn.ModuleList(self.make_encoder_block(layer) for layer in range(c.depth))
+        self.decoder = nn.ModuleList(self.make_decoder_block(layer) for layer in range(c.decoder_depth))
         self.dropout = nn.Dropout(c.dropout)
         self.register_buffer("bias", torch.zeros(c.vocab_size) if self.biased else None)
         self.reset_parameters()
 
-    def places(self) -> nn.Module:
+    def make_positions(self) -> nn.Module:
+        """Return the position embedding of one side."""
         return nn.Embedding(self.config.length + OFFSET, self.config.dim)
 
-    def norms(self) -> tuple[nn.Module, nn.Module]:
-        """What normalises the embeddings of a side, and what comes out of its stack."""
+    def make_norms(self) -> tuple[nn.Module, nn.Module]:
+        """Return the normalization of the input embeddings of one side, and of the output of its stack."""
         return nn.LayerNorm(self.config.dim), nn.Identity()
 
-    def encoder_block(self, layer: int) -> nn.Module:
+    def make_encoder_block(self, layer: int) -> nn.Module:
+        """Return the encoder block of this layer."""
         return EncoderBlock(self.config)
 
-    def decoder_block(self, layer: int) -> nn.Module:
+    def make_decoder_block(self, layer: int) -> nn.Module:
+        """Return the decoder block of this layer."""
         return DecoderBlock(self.config)
 
     def reset_parameters(self) -> None:
@@ -114,13 +122,16 @@ class Bart(EncoderDecoder):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def read(self, tokens: Tensor, mask: Tensor | None, pos: nn.Module, first: nn.Module, cache: Cache | None = None) -> Tensor:
-        self.check(tokens.shape[1], cache)
-        place = positions(tokens.shape[1], mask, cache, tokens.device)
+    def embed_tokens(
+        self, tokens: Tensor, mask: Tensor | None, pos: nn.Module, first: nn.Module, cache: Cache | None = None
+    ) -> Tensor:
+        """Return the embedded tokens of one side."""
+        self.check_length(tokens.shape[1], cache)
+        place = token_positions(tokens.shape[1], mask, cache, tokens.device)
         return self.dropout(first(self.embed(tokens) * self.scale + pos(place + OFFSET)))  # B T -> B T D
 
     def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:  # B S, B S bool -> B S D
-        x = self.read(source, mask, self.encoder_pos, self.encoder_first)
+        x = self.embed_tokens(source, mask, self.encoder_pos, self.encoder_first)
         for block in self.encoder:
             x = block(x, mask)
         return self.encoder_norm(x)
@@ -128,18 +139,18 @@ class Bart(EncoderDecoder):
     def decode(
         self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None, cache: Cache | None
     ) -> Tensor:  # B T -> B T D
-        seen = causal(tokens.shape[1], mask, cache, tokens.device)
-        x = self.read(tokens, mask, self.decoder_pos, self.decoder_first, cache)
+        seen = causal_mask(tokens.shape[1], mask, cache, tokens.device)
+        x = self.embed_tokens(tokens, mask, self.decoder_pos, self.decoder_first, cache)
         for layer, block in enumerate(self.decoder):
             x = block(x, seen, memory[layer], source_mask, cache, layer)
         return self.decoder_norm(x)
 
-    def say(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
+    def forward_head(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
         return F.linear(x, self.embed.weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
-def layers(before: str, cross: str = "encoder_attn", mlp: str = "", last: str = "final_layer_norm") -> dict[str, Row]:
-    """Names of both stacks' layers in files of transformers; those after the first differ among NLLB's."""
+def map_layers(before: str, cross: str = "encoder_attn", mlp: str = "", last: str = "final_layer_norm") -> dict[str, Row]:
+    """Return the names of the layers of both stacks in files of transformers; the optional parts differ in NLLB."""
     names: dict[str, Row] = {}
     for side, third in (("encoder", 2), ("decoder", 3)):
         theirs, ours = f"{before}{side}.layers.{{i}}.", f"{side}.{{i}}."
@@ -161,8 +172,8 @@ def layers(before: str, cross: str = "encoder_attn", mlp: str = "", last: str = 
     }
 
 
-def tables(before: str) -> dict[str, Row]:
-    """Embeddings and places, and the norms beside them."""
+def map_embeddings(before: str) -> dict[str, Row]:
+    """Return the names of the embeddings, positions and stack normalization layers."""
     return {before + "shared.weight": "embed.weight"} | {
         f"{before}{side}.{theirs}": ours
         for side in ("encoder", "decoder")
@@ -171,7 +182,7 @@ def tables(before: str) -> dict[str, Row]:
             ("embed_positions.weight", f"{side}_pos.weight"),
             ("layernorm_embedding.*", f"{side}_first.*"),
             ("layer_norm.*", f"{side}_norm.*"),
-            ("version", Dropped("of the authors' code")),
+            ("version", Dropped("version of the authors' code")),
         )
     }
 
@@ -179,16 +190,18 @@ def tables(before: str) -> dict[str, Row]:
 HEAD: dict[str, Row] = {
     "lm_head.weight": "embed.weight",  # tied; absent from most files
     "final_logits_bias": Reshaped("bias", here=(-1,), there=(1, -1)),
-    "<no bias>": Zeros("bias", like="embed.weight", column=True),  # files of the stacks alone
+    "<no bias>": Zeros("bias", like="embed.weight", column=True),  # files of the model without head
 }
-# A file of the stacks alone has no prefix.
-HUGGINGFACE = {name: row for before in ("model.", "") for name, row in (tables(before) | layers(before)).items()} | HEAD
+# Files of the model without head have no prefix.
+HUGGINGFACE = {
+    name: row for before in ("model.", "") for name, row in (map_embeddings(before) | map_layers(before)).items()
+} | HEAD
 
 
-def config(kind: str, name: str, act: str = "gelu", scaled: bool = False) -> dict[str, ConfigRow]:
-    """Keys of transformers, of BART and of those that followed it."""
+def map_config(kind: str, name: str, act: str = "gelu", scaled: bool = False) -> dict[str, ConfigRow]:
+    """Return the configuration keys of transformers, for BART and models derived from it."""
     return {
-        "model_type": Is(kind),
+        "model_type": Expect(kind),
         "architectures": Derived(lambda t: {}, lambda c: [name]),
         "vocab_size": "vocab_size",
         "max_position_embeddings": "length",
@@ -196,26 +209,27 @@ def config(kind: str, name: str, act: str = "gelu", scaled: bool = False) -> dic
         "encoder_layers": "depth",
         "decoder_layers": "decoder_depth",
         "encoder_attention_heads": "heads",
-        "decoder_attention_heads": Is(lambda c: c.heads),
+        "decoder_attention_heads": Expect(lambda c: c.heads),
         "encoder_ffn_dim": "hidden",
-        "decoder_ffn_dim": Is(lambda c: c.hidden),
-        "activation_function": Is(act),
-        "scale_embedding": Is(scaled),
+        "decoder_ffn_dim": Expect(lambda c: c.hidden),
+        "activation_function": Expect(act),
+        "scale_embedding": Expect(scaled),
         "dropout": "dropout",
         "attention_dropout": "attn_dropout",
         "activation_dropout": "mlp_dropout",
-        # Whole layers that are left out while it learns: not done here.
+        # LayerDrop is not implemented.
         "encoder_layerdrop": Derived(lambda t: {}, lambda c: 0.0),
         "decoder_layerdrop": Derived(lambda t: {}, lambda c: 0.0),
         "decoder_start_token_id": "begin",
         "eos_token_id": "end",
         "pad_token_id": "pad",
         "is_encoder_decoder": Derived(lambda t: {}, lambda c: True),
-        "tie_word_embeddings": Is(True),
+        "tie_word_embeddings": Expect(True),
     }
 
 
-def stacks(depth: int, dim: int, heads: int, hidden: int) -> dict[str, int]:
+def stack_shape(depth: int, dim: int, heads: int, hidden: int) -> dict[str, int]:
+    """Return the shape parameters of an encoder and decoder of the same depth."""
     return {"depth": depth, "decoder_depth": depth, "dim": dim, "heads": heads, "hidden": hidden}
 
 
@@ -254,14 +268,18 @@ CARD = Card(
     sizes={
         "bart-base": Size(attn_dropout=0.1, mlp_dropout=0.1, params=139_420_416, source="facebook/bart-base"),
         "bart-large": Size(
-            **stacks(12, 1024, 16, 4096), attn_dropout=0.1, mlp_dropout=0.1, params=406_291_456, source="facebook/bart-large"
+            **stack_shape(12, 1024, 16, 4096),
+            attn_dropout=0.1,
+            mlp_dropout=0.1,
+            params=406_291_456,
+            source="facebook/bart-large",
         ),
-        # Of the same form, to be trained from nothing.
-        "bart-mini": Size(vocab_size=8192, **stacks(4, 256, 4, 1024)),
-        "bart-micro": Size(vocab_size=8192, **stacks(3, 128, 4, 512)),
+        # Small sizes for training from scratch.
+        "bart-mini": Size(vocab_size=8192, **stack_shape(4, 256, 4, 1024)),
+        "bart-micro": Size(vocab_size=8192, **stack_shape(3, 128, 4, 512)),
         "bart-test": Size(**TEST),
     },
     weights={"huggingface": HUGGINGFACE},
-    configs={"huggingface": config("bart", "BartForConditionalGeneration")},
+    configs={"huggingface": map_config("bart", "BartForConditionalGeneration")},
     recipe=RECIPE,
 )

@@ -1,11 +1,12 @@
-"""BERT: a Transformer encoder that learns by guessing hidden words (Devlin et al. 2018, arXiv:1810.04805).
+"""BERT: a Transformer encoder pre-trained by masked language modeling (Devlin et al. 2018, arXiv:1810.04805).
 
-New here: pre-training that needs no labels. Some words of a text are hidden, and every layer may look to both sides to
-guess them; then a small head on the same network answers whatever is asked: a label, a tag for each word, the place of
-an answer, a vector. Rows begin with a class token; of two texts, each ends with a separator and has its own segment.
+New here: pre-training without labels. Some tokens are masked and predicted from the context on both sides; a small
+head on the same encoder then solves the task: a label, a tag for each token, an answer span or an embedding.
+Sequences begin with a class token; each of two texts ends with a separator token and has its own segment.
 
-Initialisation: N(0, 0.02) for matrices and embeddings at the paper's width of 768, wider by the root where D is less, or
-small networks hardly begin to learn; zero biases. The paper cuts the normal at two deviations.
+Initialisation: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
+by sqrt(768 / D) for smaller D (small models hardly train otherwise); zero biases. The paper truncates the normal
+distribution at two standard deviations.
 Shapes: B batch, T tokens, D width.
 """
 
@@ -17,30 +18,30 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.attention import Attention
-from fieldguide.models.layers.padding import at_least_one
-from fieldguide.models.mapping.config_rules import Derived, Fixed, Is, Known
+from fieldguide.models.layers.padding import ensure_nonempty
+from fieldguide.models.mapping.config_rules import Constant, Derived, Expect, ValueMap
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
-from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, PostNorm, TextEncoder
+from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, PostNormBlock, TextEncoder
 
-EPS = 1e-12  # of the normalisations
+EPS = 1e-12  # epsilon of the normalization layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     output_type: str = "words"  # words, label, labels, span or vector
     vocab_size: int = 30_522
-    num_classes: int = 2  # of a label, or of labels
-    length: int = 512  # longest row, tokens
+    num_classes: int = 2  # number of classes for the outputs label and labels
+    length: int = 512  # maximum sequence length, in tokens
     dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    hidden: int = 3072  # width inside the two-layer networks
+    hidden: int = 3072  # hidden width of the MLPs
     dropout: float = 0.1
-    mean: bool = False  # a label is read from the mean over the tokens; else from one more layer at the first token
+    mean: bool = False  # classify from the mean over tokens instead of the pooled first token
 
 
 class Bert(TextEncoder):
-    """Tokens -> what `config.gives` says; `segments` are 0 where none are given."""
+    """A text encoder with the head given by `config.output_type`; `segments` default to 0."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -50,24 +51,25 @@ class Bert(TextEncoder):
         self.segment = nn.Embedding(2, c.dim)
         self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(
-            PostNorm(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS) for _ in range(c.depth)
+            PostNormBlock(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS) for _ in range(c.depth)
         )
         self.add_head(c.dim, c.dropout, EPS)
-        self.start(0.02 * max(1.0, 768 / c.dim) ** 0.5)
+        self.init_weights(0.02 * max(1.0, 768 / c.dim) ** 0.5)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        self.check(tokens)
+        """Return the final hidden states, B T D."""
+        self.check_length(tokens)
         x = self.word(tokens) + self.pos.weight[: tokens.shape[1]]
         x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
         x = self.dropout(self.norm(x))
-        mask = None if mask is None else at_least_one(mask)
+        mask = None if mask is None else ensure_nonempty(mask)
         for block in self.blocks:
             x = block(x, mask)
         return x
 
 
-def layers(before: str) -> dict[str, Row]:
-    """Names of an encoder's layers in files of transformers, of BERT and of those that followed it."""
+def map_layers(before: str) -> dict[str, Row]:
+    """Return the names of the encoder layers in files of transformers, for BERT and models derived from it."""
     layer, norms = before + "encoder.layer.{i}.", (("attention.output.LayerNorm", "norm1"), ("output.LayerNorm", "norm2"))
     names: dict[str, Row] = {
         f"{layer}attention.self.{part}.*": Fused("blocks.{i}.attn.qkv.*", i, 3)
@@ -79,21 +81,21 @@ def layers(before: str) -> dict[str, Row]:
         layer + "output.dense.*": "blocks.{i}.mlp.down.*",
     }
     for theirs, ours in norms:
-        names |= norm(layer + theirs, "blocks.{i}." + ours)
+        names |= map_norm(layer + theirs, "blocks.{i}." + ours)
     return names
 
 
-def norm(theirs: str, ours: str) -> dict[str, Row]:
-    """A normalisation; files converted from TensorFlow say gamma and beta."""
+def map_norm(theirs: str, ours: str) -> dict[str, Row]:
+    """Return the names of a normalization layer; files converted from TensorFlow use gamma and beta."""
     return {
         f"{theirs}.{part}": f"{ours}.{kind}" for kind, old in (("weight", "gamma"), ("bias", "beta")) for part in (kind, old)
     }
 
 
 def huggingface(config: Config) -> dict[str, Row]:
-    """Names in files of transformers, of the encoder alone or with a head."""
+    """Return the weight names of transformers, for the bare encoder or with a head."""
     names: dict[str, Row] = {}
-    for before in ("bert.", ""):  # a file of the encoder alone has no prefix
+    for before in ("bert.", ""):  # files of the bare encoder have no prefix
         words = before + "embeddings."
         names |= (
             {
@@ -103,8 +105,8 @@ def huggingface(config: Config) -> dict[str, Row]:
                 words + "position_ids": Dropped("0, 1, 2, ..."),
                 before + "pooler.dense.*": "pool.*",
             }
-            | norm(words + "LayerNorm", "norm")
-            | layers(before)
+            | map_norm(words + "LayerNorm", "norm")
+            | map_layers(before)
         )
     return (
         names
@@ -113,16 +115,16 @@ def huggingface(config: Config) -> dict[str, Row]:
             "cls.predictions.decoder.bias": "words.bias",  # the same tensor twice in some files
             "cls.predictions.decoder.weight": "word.weight",  # tied; absent from most files
             "cls.predictions.transform.dense.*": "words.dense.*",
-            "cls.seq_relationship.*": "next.*",  # whether two texts follow each other
+            "cls.seq_relationship.*": "next.*",  # next sentence prediction
             "classifier.*": "head.*",
             "qa_outputs.*": "span.*",
         }
-        | norm("cls.predictions.transform.LayerNorm", "words.norm")
+        | map_norm("cls.predictions.transform.LayerNorm", "words.norm")
     )
 
 
-def architectures(name: str) -> Known:
-    """Which head a configuration of transformers is of."""
+def architecture_rule(name: str) -> ValueMap:
+    """Return the rule that maps the class name in a transformers configuration to the output type."""
     kinds = {
         "ForMaskedLM": "words",
         "ForPreTraining": "words",
@@ -131,23 +133,24 @@ def architectures(name: str) -> Known:
         "ForQuestionAnswering": "span",
         "Model": "vector",
     }
-    return Known("output_type", {name + kind: gives for kind, gives in kinds.items()})
+    return ValueMap("output_type", {name + kind: gives for kind, gives in kinds.items()})
 
 
-# How many labels there are; a span is two.
+# The number of labels; a span has two.
 CLASSES = Derived(
     lambda theirs: {"num_classes": len(theirs["id2label"])} if theirs.get("id2label") else {},
     lambda c: {str(i): f"LABEL_{i}" for i in range(2 if c.output_type == "span" else c.num_classes)},
 )
 
 
-def small(depth: int, dim: int) -> dict[str, int]:
+def small_shape(depth: int, dim: int) -> dict[str, int]:
+    """Return depth, width, heads and hidden width of a small BERT (heads of width 64)."""
     return {"depth": depth, "dim": dim, "heads": dim // 64, "hidden": 4 * dim}
 
 
 CONFIG = {
-    "model_type": Is("bert"),
-    "architectures": architectures("Bert"),
+    "model_type": Expect("bert"),
+    "architectures": architecture_rule("Bert"),
     "vocab_size": "vocab_size",
     "id2label": CLASSES,
     "max_position_embeddings": "length",
@@ -156,14 +159,14 @@ CONFIG = {
     "num_attention_heads": "heads",
     "intermediate_size": "hidden",
     "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": Is(lambda c: c.dropout),
-    "hidden_act": Is("gelu"),
-    "type_vocab_size": Is(2),
-    "layer_norm_eps": Is(EPS),
-    "is_decoder": Is(False),
-    "position_embedding_type": Is("absolute"),
-    "tie_word_embeddings": Is(True),
-    "<transformers reads a label at the first token>": Fixed("mean", False),
+    "attention_probs_dropout_prob": Expect(lambda c: c.dropout),
+    "hidden_act": Expect("gelu"),
+    "type_vocab_size": Expect(2),
+    "layer_norm_eps": Expect(EPS),
+    "is_decoder": Expect(False),
+    "position_embedding_type": Expect("absolute"),
+    "tie_word_embeddings": Expect(True),
+    "<transformers classifies from the first token>": Constant("mean", False),
 }
 
 
@@ -177,21 +180,21 @@ CARD = Card(
     optional_inputs=("segments",),
     output_type=OUTPUT_TYPES,
     sizes={
-        # Counts are of the head for hidden words: transformers' BertForMaskedLM.
+        # Parameter counts are those of transformers' BertForMaskedLM.
         "bert-base": Size(params=109_514_298, source="google-bert/bert-base-uncased"),
-        "bert-large": Size(**small(24, 1024), params=335_174_458, source="google-bert/bert-large-uncased"),
+        "bert-large": Size(**small_shape(24, 1024), params=335_174_458, source="google-bert/bert-large-uncased"),
         "bert-base-cased": Size(vocab_size=28_996, params=108_340_804, source="google-bert/bert-base-cased"),
         "bert-large-cased": Size(
-            vocab_size=28_996, **small(24, 1024), params=333_610_308, source="google-bert/bert-large-cased"
+            vocab_size=28_996, **small_shape(24, 1024), params=333_610_308, source="google-bert/bert-large-cased"
         ),
         "bert-base-multilingual": Size(
             vocab_size=119_547, params=177_974_523, source="google-bert/bert-base-multilingual-cased"
         ),
-        "bert-tiny": Size(**small(2, 128), params=4_416_698, source="google/bert_uncased_L-2_H-128_A-2"),
-        "bert-mini": Size(**small(4, 256), params=11_201_594, source="google/bert_uncased_L-4_H-256_A-4"),
-        "bert-small": Size(**small(4, 512), params=28_795_194, source="google/bert_uncased_L-4_H-512_A-8"),
-        "bert-medium": Size(**small(8, 512), params=41_404_730, source="google/bert_uncased_L-8_H-512_A-8"),
-        # Vectors of sentences; the published counts have a layer more, which vectors do without.
+        "bert-tiny": Size(**small_shape(2, 128), params=4_416_698, source="google/bert_uncased_L-2_H-128_A-2"),
+        "bert-mini": Size(**small_shape(4, 256), params=11_201_594, source="google/bert_uncased_L-4_H-256_A-4"),
+        "bert-small": Size(**small_shape(4, 512), params=28_795_194, source="google/bert_uncased_L-4_H-512_A-8"),
+        "bert-medium": Size(**small_shape(8, 512), params=41_404_730, source="google/bert_uncased_L-8_H-512_A-8"),
+        # Sentence embeddings; the published counts include a pooling layer that embeddings do not use.
         "minilm-l6": Size(
             output_type="vector",
             depth=6,
@@ -212,6 +215,6 @@ CARD = Card(
     },
     weights={"huggingface": huggingface},
     configs={"huggingface": CONFIG},
-    # Appendix A.2 and A.3, but for the rate, which is that of training a small one from nothing.
+    # Appendix A.2 and A.3, except for the learning rate, which suits small models trained from scratch.
     recipe={"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.1, "schedule": "linear"},
 )

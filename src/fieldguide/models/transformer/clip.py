@@ -1,13 +1,14 @@
-"""CLIP: pictures and sentences as points of one space (Radford et al. 2021, arXiv:2103.00020).
+"""CLIP: contrastive pre-training of image and text encoders (Radford et al. 2021, arXiv:2103.00020).
 
-New here: nothing is labelled; of all pairings in a batch the network must find those that belong together, and any
-sentence becomes a class. A ViT with one more normalisation before its blocks reads the picture, a small GPT the text;
-what each says at one place, the class token and the end of the text, is turned into a vector of length 1.
+New here: no labels; among all pairings of images and texts in a batch, the model finds those that belong together,
+and any sentence can serve as a class. The image encoder is a ViT with an additional normalization before its blocks,
+the text encoder a small GPT; the output at one position, the class token or the end of the text, is projected and
+normalized to length 1.
 
-Initialisation: N(0, 0.02) for words, N(0, 0.01) for their places; matrices by width and depth as in the authors' code,
-there for the text alone, here for both; zero biases; the temperature starts at 0.07. Of the head for answers, which is not
-the paper's: matrices by their width.
-Shapes: B batch, C channels, S side of a picture, N = 1 + (S/P)^2 places of it, T tokens, D width, E width of the vectors,
+Initialisation: N(0, 0.02) for token embeddings, N(0, 0.01) for their positions; matrices by width and depth as in the
+authors' code, which does so for the text encoder only, here for both; zero biases; the temperature starts at 0.07.
+The answer head, which is not part of the paper: matrices by their width.
+Shapes: B batch, C channels, S image side, N = 1 + (S/P)^2 image tokens, T tokens, D width, E width of the embeddings,
 K answers.
 """
 
@@ -25,9 +26,9 @@ from fieldguide.core.card import OPENAI as SCALE
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.layers.attention import Attention
-from fieldguide.models.layers.attention_rollout import rollout, weights
+from fieldguide.models.layers.attention_rollout import attention_weights, rollout
 from fieldguide.models.layers.causal import CausalAttention
-from fieldguide.models.layers.padding import lengths, pick
+from fieldguide.models.layers.padding import lengths, select_position
 from fieldguide.models.layers.patches import interpolate_pos_embed
 from fieldguide.models.transformer._shared.clip_checkpoints import (
     CONFIG,
@@ -40,26 +41,26 @@ from fieldguide.models.transformer._shared.clip_checkpoints import (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    output_type: str = "embeddings"  # embeddings, or label: the answer to a question about the picture
-    num_classes: int = 0  # answers
+    output_type: str = "embeddings"  # embeddings, or label: the answer to a question about the image
+    num_classes: int = 0  # number of answers (classes)
     channels: int = 3  # C
     image: int = 224  # S
     patch: int = 32  # P
-    dim: int = 768  # D of the picture's tower
+    dim: int = 768  # D of the image encoder
     depth: int = 12
     heads: int = 12
     vocab_size: int = 49_408
-    length: int = 77  # longest text, tokens
-    end: int = 49_407  # token that ends a text: where texts without a mask are read out
-    text_dim: int = 512  # D of the text's tower
+    length: int = 77  # maximum text length, in tokens
+    end: int = 49_407  # ID of the end token, at which texts without a mask are read out
+    text_dim: int = 512  # D of the text encoder
     text_depth: int = 12
     text_heads: int = 8
     embed: int = 512  # E
-    quick: bool = True  # x sigmoid(1.702 x) in place of GELU, as the authors have it; open_clip's own have GELU
+    quick: bool = True  # x sigmoid(1.702 x) instead of GELU, as in the authors' code; open_clip's own models use GELU
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer network; each normalises its input and adds its result."""
+    """A pre-norm Transformer block: attention and MLP, each with a residual connection."""
 
     def __init__(self, dim: int, heads: int, quick: bool, causal: bool):
         super().__init__()
@@ -76,33 +77,38 @@ class Block(nn.Module):
         return x + self.mlp["down"](y * torch.sigmoid(1.702 * y) if self.quick else F.gelu(y))
 
 
-def start(tower: nn.Module, depth: int) -> None:
-    """Matrices of a tower by its width and depth."""
+def init_tower(tower: nn.Module, depth: int) -> None:
+    """Initialize the matrices of an encoder by its width and depth."""
     for name, module in tower.named_modules():
         if isinstance(module, nn.Linear):
             dim = module.out_features if name.endswith("down") else module.in_features
             std = (2 * dim) ** -0.5 if name.endswith("up") else dim**-0.5
-            if name.endswith(("attn.proj", "down")):  # added to the residual path
+            if name.endswith(("attn.proj", "down")):  # added to the residual stream
                 std *= (2 * depth) ** -0.5
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
-def fits(image: Tensor, side: int) -> None:
-    """Raises `DataError` for pictures of another side."""
+def check_image_size(image: Tensor, side: int) -> None:
+    """Raise `DataError` for images of another size."""
     if image.shape[2:] != (side, side):
-        raise DataError(f"a picture has {image.shape[3]} x {image.shape[2]} pixels, the network was made for image={side}")
+        raise DataError(
+            f"The image has {image.shape[3]} x {image.shape[2]} pixels, but the model was created with image={side}."
+        )
 
 
 class Vision(nn.Module):
-    """A picture -> its vector. Raises `DataError` for a picture of another side than the network was made for, and
-    `SettingsError` for a side that patches do not fill."""
+    """The image encoder: image -> embedding.
+
+    Raises `DataError` for an image of another size than `image`, and `SettingsError` if `patch` does not divide
+    `image`.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
         if c.image % c.patch:
-            raise SettingsError(f"image={c.image} cannot be cut into patches of patch={c.patch} pixels: choose a multiple")
+            raise SettingsError(f"image={c.image} must be divisible by patch={c.patch}.")
         self.side, self.depth, self.grid = c.image, c.depth, c.image // c.patch
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch, bias=False)
         self.cls = nn.Parameter(torch.empty(c.dim))
@@ -113,23 +119,27 @@ class Vision(nn.Module):
         self.proj = nn.Linear(c.dim, c.embed, bias=False)
 
     def reset_parameters(self) -> None:
-        start(self, self.depth)
+        init_tower(self, self.depth)
         for weight in (self.cls, self.pos.weight):
             nn.init.normal_(weight, std=len(self.cls) ** -0.5)
 
     def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Places learnt for pictures of another size, spread over those of this network."""
+        """Return position embeddings trained at another image size, interpolated to the size of this model; None for
+        other tensors.
+        """
         grid = math.isqrt(max(len(tensor) - 1, 0)) if tensor.ndim == 2 else 0
         square = name == "pos.weight" and grid and len(tensor) == 1 + grid**2
         return interpolate_pos_embed(tensor, (self.grid, self.grid)) if square else None
 
-    def tokens(self, image: Tensor) -> Tensor:  # B C S S -> B N D, before the blocks
-        fits(image, self.side)
+    def tokens(self, image: Tensor) -> Tensor:  # B C S S -> B N D
+        """Return the embedded tokens, before the blocks."""
+        check_image_size(image, self.side)
         x = self.patch(image).flatten(2).mT
         x = torch.cat([self.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], 1)
         return self.norm_pre(x + self.pos.weight)
 
-    def features(self, image: Tensor) -> Tensor:  # B C S S -> B N D, after the blocks
+    def features(self, image: Tensor) -> Tensor:  # B C S S -> B N D
+        """Return the tokens after the blocks."""
         x = self.tokens(image)
         for block in self.blocks:
             x = block(x)
@@ -139,20 +149,20 @@ class Vision(nn.Module):
         return self.proj(self.norm(self.features(image)[:, 0]))
 
     def attention(self, image: Tensor) -> Tensor:  # B C S S -> B depth heads N N
-        """How much each place (row) looks at each other (column), in every block: rows sum to 1."""
+        """Return the attention weights of every block, from each token (row) to each token (column); rows sum to 1."""
         x, maps = self.tokens(image), []
         for block in self.blocks:
-            maps.append(weights(block.attn, block.norm1(x)))
+            maps.append(attention_weights(block.attn, block.norm1(x)))
             x = block(x)
         return torch.stack(maps, 1)
 
-    def seen(self, image: Tensor) -> Tensor:  # B C S S -> B S/P S/P
-        """How much each patch counts for the picture's vector: rollout, read at the class token."""
+    def patch_relevance(self, image: Tensor) -> Tensor:  # B C S S -> B S/P S/P
+        """Return the relevance of each patch for the image embedding: attention rollout, read at the class token."""
         return rollout(self.attention(image).unbind(1))[:, 0, 1:].unflatten(1, (self.grid, self.grid))
 
 
 class Text(nn.Module):
-    """A text -> its vector. Padding stands on the right. Raises `DataError` for more tokens than `length`."""
+    """The text encoder: text -> embedding. Padding is on the right. Raises `DataError` for more tokens than `length`."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -163,12 +173,12 @@ class Text(nn.Module):
         self.proj = nn.Linear(c.text_dim, c.embed, bias=False)
 
     def reset_parameters(self) -> None:
-        start(self, self.depth)
+        init_tower(self, self.depth)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.pos.weight, std=0.01)
 
     def last(self, tokens: Tensor, mask: Tensor | None) -> Tensor:  # B T, B T -> B
-        """Where each text ends: at its last real token, or at its first `end` token where there is no mask."""
+        """Return the position where each text ends: its last real token, or without a mask its first `end` token."""
         if mask is not None:
             return lengths(mask) - 1
         ends = tokens == self.end
@@ -177,23 +187,24 @@ class Text(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B E
         if (steps := tokens.shape[1]) > self.length:
             raise DataError(
-                f"a text of {steps} tokens is longer than length={self.length}; cut the texts or create the "
-                "network with a larger length"
+                f"A text of {steps} tokens exceeds the model's length={self.length}. "
+                "Truncate the text or create the model with a larger length."
             )
         x = self.embed(tokens) + self.pos.weight[:steps]
         for block in self.blocks:
-            x = block(x)  # no token looks ahead, so none sees the padding that follows
-        return self.proj(self.norm(pick(x, self.last(tokens, mask))))
+            x = block(x)  # causal attention never reaches the padding on the right
+        return self.proj(self.norm(select_position(x, self.last(tokens, mask))))
 
 
-def unit(x: Tensor) -> Tensor:  # B E -> B E
-    """Vectors of length 1, in no less than float32."""
+def normalize(x: Tensor) -> Tensor:  # B E -> B E
+    """Normalize vectors to length 1, in at least float32."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-class Answers(nn.Module):
-    """The vectors of a picture and a question, and their product (Antol et al. 2015, arXiv:1505.00468, section 4, fuse by the
-    product alone), through one hidden layer -> logits of the answers."""
+class AnswerHead(nn.Module):
+    """An MLP that predicts the answer from the image embedding, the question embedding and their product (Antol et al.
+    2015, arXiv:1505.00468, section 4, use the product only).
+    """
 
     def __init__(self, embed: int, classes: int):
         super().__init__()
@@ -205,29 +216,31 @@ class Answers(nn.Module):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:  # B E, B E of length 1 -> B K
-        image, text = (x * x.shape[-1] ** 0.5 for x in (image, text))  # numbers about 1
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:  # B E, B E -> B K
+        image, text = (x * x.shape[-1] ** 0.5 for x in (image, text))  # elements of about unit size
         x = torch.cat([image, text, image * text], -1)
         return self.head(self.norm(F.gelu(self.up(x.to(self.up.weight.dtype)))))
 
 
 class CLIP(nn.Module):
-    """Pictures and texts -> two unit vectors each pair, both times the root of the scale exp(`logit_scale`).
+    """Image and text encoders that return two unit vectors per pair, both multiplied by the square root of
+    exp(`logit_scale`).
 
-    So the products of all pictures' with all texts' vectors are the logits of the paper's figure 3. Or, with `gives="label"`,
-    pictures and questions -> logits of the answers, by a head on both vectors.
+    The products of all image vectors with all text vectors are therefore the logits of the paper's figure 3. With
+    `output_type="label"` the model returns logits of the answers to questions about images, from a head on both
+    embeddings.
     """
 
-    tower: ClassVar[type[nn.Module]] = Vision  # that reads pictures
+    tower: ClassVar[type[nn.Module]] = Vision  # class of the image encoder
     heads: ClassVar[tuple[str, ...]] = ("logit_scale", "answers")
-    towers: ClassVar[tuple[str, ...]] = ("vision", "text")  # neither stands on the other
+    towers: ClassVar[tuple[str, ...]] = ("vision", "text")  # independent encoders
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.vision, self.text = self.tower(config), Text(config)
         if config.output_type == "label":
-            self.answers = Answers(config.embed, config.num_classes)
+            self.answers = AnswerHead(config.embed, config.num_classes)
         else:
             self.logit_scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
@@ -240,11 +253,13 @@ class CLIP(nn.Module):
         else:
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
 
-    def encode_image(self, image: Tensor) -> Tensor:  # B C S S -> B E, of length 1
-        return unit(self.vision(image))
+    def encode_image(self, image: Tensor) -> Tensor:  # B C S S -> B E
+        """Return the image embeddings, of length 1."""
+        return normalize(self.vision(image))
 
-    def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B E, of length 1
-        return unit(self.text(tokens, mask))
+    def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B E
+        """Return the text embeddings, of length 1."""
+        return normalize(self.text(tokens, mask))
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B C S S, B T -> B 2 E, B K
         image, text = self.encode_image(image), self.encode_text(tokens, mask)
@@ -253,9 +268,12 @@ class CLIP(nn.Module):
         return torch.stack([image, text], 1) * (self.logit_scale / 2).exp()
 
     def attention(self, image: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """B C S S -> B h w: how much each part counts for the picture's vector, whatever the text, summing to 1.
-        `vision.attention` has the weights themselves."""
-        seen = self.vision.seen(image)
+        """Return the relevance of each image region for the image embedding, B C S S -> B h w; sums to 1 and does not
+        depend on the text.
+
+        `vision.attention` returns the attention weights themselves.
+        """
+        seen = self.vision.patch_relevance(image)
         return seen / seen.sum((1, 2), keepdim=True)
 
 
@@ -288,7 +306,7 @@ CARD = Card(
             params=986_109_441,
             source="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         ),
-        # Small ones to be trained from nothing, on pictures of 96 and 64 pixels.
+        # Small sizes for training from scratch on images of 96 and 64 pixels.
         "clip-tiny": Size(
             image=96,
             patch=12,
@@ -338,7 +356,7 @@ CARD = Card(
     weights={"huggingface": HUGGINGFACE, "openai": OPENAI, "openclip": OPENAI, "openclip-text": OPENCLIP},
     configs={"huggingface": CONFIG, "openclip": OPENCLIP_CONFIG},
     scale=SCALE,
-    # Table 19, but for Muon: the sample `captions` in 2 minutes of one core, mean recall .50 with adamw at 5e-4, .55 so.
+    # Table 19, except for Muon. Sample `captions`, 2 minutes on one core, mean recall: adamw at 5e-4 .50, muon .55.
     recipe={
         "optimizer": "muon",
         "lr": 4e-3,

@@ -1,13 +1,14 @@
-"""Conformer: speech read by attention and convolution in turns (Gulati et al. 2020, arXiv:2005.08100).
+"""Conformer: speech recognition with attention and convolution in each block (Gulati et al. 2020, arXiv:2005.08100).
 
-New here: each block holds self-attention, which sees the whole recording, and a depthwise convolution, which sees
-near frames, between two halves of a feed-forward network (macaron). Two convolutions of stride 2 first make the
-spectrogram four times shorter. Positions are relative (Transformer-XL): a term of each score depends on how far apart
-two frames are. The paper writes text with an RNN transducer; here one linear layer gives the symbols of CTC (Graves et
-al. 2006), blank = 0.
+New here: each block has self-attention, which sees the whole recording, and a depthwise convolution, which sees
+nearby frames, between two half-step feed-forward layers (macaron). Two convolutions of stride 2 first reduce the
+frame rate by four. Positions are relative (Transformer-XL): a term of each score depends on the distance of the two
+frames. The paper uses an RNN transducer; here one linear layer predicts the symbols of CTC (Graves et al. 2006),
+blank = 0.
 
-Initialisation: torch's own for every layer, zero for the biases u and v of attention; the paper says nothing of it.
-Shapes: B batch, T frames of the spectrogram, F features of each, S = ceil(T/4) frames that are left, D width.
+Initialisation: torch's default for every layer, zeros for the attention biases u and v; the paper does not specify
+it.
+Shapes: B batch, T frames of the spectrogram, F features per frame, S = ceil(T/4) frames after subsampling, D width.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError
-from fieldguide.models.layers.padding import at_least_one
+from fieldguide.models.layers.padding import ensure_nonempty
 from fieldguide.models.mapping.key_rules import Fused
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab_size: int = 1024  # symbols with the blank, which is 0
+    vocab_size: int = 1024  # number of symbols, including the blank (0)
     features: int = 80  # F, mel bands
     dim: int = 144  # D
     depth: int = 16
     heads: int = 4
-    growth: int = 4  # width inside a feed-forward network, in D
-    kernel: int = 31  # frames that the depthwise convolution sees; odd. The paper's 32 has no middle
-    dropout: float = 0.1  # on what each module adds, and inside the feed-forward networks
+    growth: int = 4  # hidden width of the feed-forward layers, as a multiple of D
+    kernel: int = 31  # kernel size of the depthwise convolution, odd; the paper's 32 has no center
+    dropout: float = 0.1  # at the output of each module and inside the feed-forward layers
 
 
 class Subsampling(nn.Module):
-    """Section 2: two 3x3 convolutions of stride 2 with ReLU, then a linear layer over channels and bands.
+    """Section 2: two 3x3 convolutions of stride 2 with ReLU, then a linear layer over channels and mel bands.
 
-    Each pads by one, so T frames become ceil(T/4), as many as `frames` says.
+    Each convolution pads by one, so T frames become ceil(T/4), as computed by `Conformer.frames`.
     """
 
     def __init__(self, features: int, dim: int):
@@ -55,11 +56,11 @@ class Subsampling(nn.Module):
                 x = x * (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None, :, None]
                 lengths = (lengths + 1) // 2
             x = F.relu(conv(x))
-        return self.proj(x.transpose(1, 2).flatten(2))  # channels, then bands
+        return self.proj(x.transpose(1, 2).flatten(2))  # channel-major, then mel bands
 
 
 class FeedForward(nn.Module):
-    """Figure 4: widened, swish, narrowed."""
+    """A feed-forward module with swish (figure 4)."""
 
     def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
@@ -73,8 +74,11 @@ class FeedForward(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Figure 3, with the scores of Dai et al. 2019 (arXiv:1901.02860), section 3.3:
-    ((q_i + u) k_j + (q_i + v) W r_{i-j}) / sqrt(d). The second term is the additive mask of the fused kernel."""
+    """Self-attention with relative positions (figure 3); the scores are those of Dai et al. 2019 (arXiv:1901.02860),
+    section 3.3: ((q_i + u) k_j + (q_i + v) W r_{i-j}) / sqrt(d).
+
+    The second term is passed to the fused kernel as an additive mask.
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -92,7 +96,7 @@ class RelativeAttention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads S d
         r = self.pos(places).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)  # heads d 2S
         bias = (q + self.v[:, None]) @ r * q.shape[-1] ** -0.5  # B heads S 2S
-        # Row i wants the distances i, i-1, ... i-S+1, which begin at column S-1-i: each row one earlier than the last.
+        # Row i needs the distances i, i-1, ... i-S+1, which begin at column S-1-i: one column earlier in each row.
         bias = bias.flatten(-2)[..., steps - 1 : -1].unflatten(-1, (steps, 2 * steps - 1))[..., :steps]
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
@@ -102,7 +106,7 @@ class RelativeAttention(nn.Module):
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation whose statistics are those of real frames only, in training too."""
+    """Batch normalization whose training statistics exclude padding frames."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # B D S, B S bool -> B D S
         if mask is None or not self.training:
@@ -122,7 +126,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 
 class Convolution(nn.Module):
-    """Figure 2: a gated linear unit, a depthwise convolution over time, batch normalisation, swish."""
+    """The convolution module (figure 2): gated linear unit, depthwise convolution over time, batch normalization, swish."""
 
     def __init__(self, dim: int, kernel: int, dropout: float):
         super().__init__()
@@ -142,7 +146,9 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """Figure 1 and equation 1: half a feed-forward network, attention, convolution, the other half, LayerNorm."""
+    """A Conformer block (figure 1 and equation 1): half-step feed-forward, attention, convolution, half-step
+    feed-forward, LayerNorm.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
@@ -160,33 +166,34 @@ class Block(nn.Module):
 
 
 class Conformer(nn.Module):
-    """Log-mel features -> logits of a symbol or the blank (0) for each frame that is left; `frames` says how many.
+    """A CTC speech recognizer: log-mel features -> logits of the symbols, with blank = 0, at each subsampled frame; see
+    `frames`.
 
-    `lengths` are the real frames of each row, and may be None where all are; what stands after them is never read. A
-    row without any gives logits, too, which mean nothing. Raises `SettingsError` for an even `kernel`, an odd `dim` or
+    `lengths` are the real frames of each row, or None if there is no padding; frames after them have no influence. A
+    row without real frames yields meaningless logits. Raises `SettingsError` for an even `kernel`, an odd `dim` or
     one that `heads` does not divide, and `DataError` for another number of features.
     """
 
-    stride = 4  # frames of the spectrogram to one of the logits
+    stride = 4  # spectrogram frames per output frame
 
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
         if c.dim % c.heads or c.dim % 2:
-            raise SettingsError(f"dim={c.dim} must be even and a multiple of heads={c.heads}")
+            raise SettingsError(f"dim={c.dim} must be even and a multiple of heads={c.heads}.")
         if c.kernel % 2 == 0:
-            raise SettingsError(f"kernel={c.kernel} has no middle frame: choose {c.kernel - 1} or {c.kernel + 1}")
+            raise SettingsError(f"kernel={c.kernel} must be odd, such as {c.kernel - 1} or {c.kernel + 1}.")
         self.stem = Subsampling(c.features, c.dim)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.head = nn.Linear(c.dim, c.vocab_size)
 
     def frames(self, lengths: Tensor) -> Tensor:
-        """Logits for so many frames of features; whole numbers or tensors of them."""
+        """Return the number of output frames for this number of input frames; integers or tensors."""
         return (lengths + self.stride - 1) // self.stride
 
-    def places(self, x: Tensor) -> Tensor:  # B S D -> 2S D
-        """Sinusoids of the distances S-1, ..., 0, ..., -S: to what stands before is positive."""
+    def relative_positions(self, x: Tensor) -> Tensor:  # B S D -> 2S D
+        """Return sinusoidal embeddings of the distances S-1, ..., 0, ..., -S; positive distances refer to earlier frames."""
         steps, dim = x.shape[1:]
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32
         distance = torch.arange(steps - 1, -steps - 1, -1, device=x.device, dtype=dtype)
@@ -197,20 +204,20 @@ class Conformer(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:  # B T F, B -> B S vocab
         if features.shape[-1] != self.config.features:
             raise DataError(
-                f"frames have {features.shape[-1]} features, the network was made for features={self.config.features}"
+                f"The frames have {features.shape[-1]} features, but the model expects features={self.config.features}."
             )
         x = self.dropout(self.stem(features, lengths))
         mask = None
         if lengths is not None:
-            mask = at_least_one(torch.arange(x.shape[1], device=x.device) < self.frames(lengths)[:, None])
-        places = self.places(x)
+            mask = ensure_nonempty(torch.arange(x.shape[1], device=x.device) < self.frames(lengths)[:, None])
+        places = self.relative_positions(x)
         for block in self.blocks:
             x = block(x, places, mask)
         return self.head(x)
 
 
 LAYER = "wav2vec2_conformer.encoder.layers.{i}."
-HUGGINGFACE_LAYERS = {  # blocks and head of Wav2Vec2ConformerForCTC with relative positions, which hears waveforms
+HUGGINGFACE_LAYERS = {  # blocks and head of Wav2Vec2ConformerForCTC with relative positions, which reads waveforms
     LAYER + "ffn{k}_layer_norm.*": "blocks.{i}.mlp{k}.norm.*",
     LAYER + "ffn{k}.intermediate_dense.*": "blocks.{i}.mlp{k}.up.*",
     LAYER + "ffn{k}.output_dense.*": "blocks.{i}.mlp{k}.down.*",
@@ -239,14 +246,14 @@ CARD = Card(
     input_type="speech",
     output_type="ctc",
     sizes={
-        # No count of these is published. Table 1 has 10.3, 30.7 and 118.8 million with a transducer's LSTM and joint network
-        # and kernels of 32; these have 8,850,112, 27,574,272 and 115,601,920, head included. The blocks alone have
-        # 8,098,560, 25,407,488 and 107,468,288; torchaudio's, without relative positions but with biases in their
-        # convolutions, 7,771,392, 24,367,104 and 103,029,248.
+        # No parameter counts of these sizes are published. Table 1 has 10.3, 30.7 and 118.8 million with a
+        # transducer's LSTM and joint network and kernels of 32; these have 8,850,112, 27,574,272 and 115,601,920,
+        # including the head. The blocks alone have 8,098,560, 25,407,488 and 107,468,288; torchaudio's, without
+        # relative positions but with biases in the convolutions, have 7,771,392, 24,367,104 and 103,029,248.
         "conformer-s": Size(),
         "conformer-m": Size(dim=256),
         "conformer-l": Size(dim=512, depth=17, heads=8),
-        "conformer-xs": Size(dim=64, depth=4, kernel=15),  # ours, for an hour of speech or less
+        "conformer-xs": Size(dim=64, depth=4, kernel=15),  # not in the paper; for an hour of speech or less
         "conformer-test": Size(vocab_size=7, features=6, dim=8, depth=2, heads=2, growth=2, kernel=3, dropout=0.0),
     },
     recipe={"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "warmup": 0.1, "beta2": 0.98},

@@ -1,14 +1,17 @@
-"""DINOv2: a ViT that learnt to see without labels, under a linear head (Oquab et al. 2023, arXiv:2304.07193).
+"""DINOv2: a ViT pre-trained by self-supervision, with a linear classifier (Oquab et al. 2023, arXiv:2304.07193).
 
-New here: what is learnt is general, so one linear layer over frozen features does well; each branch is scaled by a learnt
-vector. Registers (Darcet et al. 2023, arXiv:2309.16588) are tokens without a place in the picture that take up what the
-network would otherwise write into patches of plain background. `features` gives patches after the last normalisation.
+New here: general features without labels, so that a linear layer on frozen features works well; each residual branch
+is scaled by a learned vector (LayerScale). Registers (Darcet et al. 2023, arXiv:2309.16588) are additional tokens
+without position that take up global information which the model would otherwise store in background patches.
+`features` returns the patch features after the last normalization.
 
-Places for other sizes of picture are spread as in the authors' code: stretched by an offset of 0.1 without antialiasing, and
-with registers the other way round; transformers has dropped the offset (`offset=0` equals it).
-Initialisation: truncated N(0, 0.02), wider by the root where D is less than 768; scales as `scale` says; zero biases.
-Shapes: B batch, C channels, H W height and width of the picture, P side of a patch, R registers, h w = H/P W/P,
-N = 1 + R + h w, D width.
+Position embeddings are interpolated to other image sizes as in the authors' code: scaled with an offset of 0.1
+without antialiasing, and with registers without offset but with antialiasing; transformers has no offset (`offset=0`
+gives the same result).
+Initialisation: truncated N(0, 0.02), with a standard deviation larger by sqrt(768 / D) if D is less than 768;
+LayerScale with `scale`; zero biases.
+Shapes: B batch, C channels, H W image height and width, P patch size, R registers, h w = H/P W/P, N = 1 + R + h w, D
+width.
 """
 
 from __future__ import annotations
@@ -27,35 +30,35 @@ from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, classifier_head
 from fieldguide.models.layers.mlp import Mlp
-from fieldguide.models.layers.patches import Patches, interpolate_pos_embed, patch_for
+from fieldguide.models.layers.patches import Patches, choose_patch_size, interpolate_pos_embed
 from fieldguide.models.layers.stochastic_depth import DropPath
-from fieldguide.models.mapping.config_rules import Absent, Counted, Derived, Fixed, Is
+from fieldguide.models.mapping.config_rules import Constant, Derived, Expect, LabelCount, WithDefault
 from fieldguide.models.mapping.key_rules import Fused, Reshaped, Row, Zeros
 
-EPS = 1e-6  # of the normalisations
+EPS = 1e-6  # epsilon of the normalization layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    output_type: str = "label"  # or vector: what a label would be read from
+    output_type: str = "label"  # label, or vector: the features before the classifier
     num_classes: int = 1000
     channels: int = 3  # C
-    image: int = 518  # side of the pictures that places are learnt for; others may come
+    image: int = 518  # image side of the trained position embeddings; other sizes are interpolated
     patch: int = 14  # P
     dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    gated: bool = False  # SwiGLU in place of the two layers, as in the largest
+    gated: bool = False  # SwiGLU instead of the MLP, as in the giant size
     registers: int = 0  # R
-    read: int = 1  # blocks, from the last, whose class token the head reads: 1 or 4 in the authors' heads
-    scale: float = 1e-5  # of the branches, in the beginning
-    antialias: bool = False  # where places are spread over another size of picture
-    offset: float = 0.1  # and how much too far
-    drop_path: float = 0.0  # of every block alike
+    read: int = 1  # number of last blocks whose class tokens the head reads: 1 or 4 in the authors' heads
+    scale: float = 1e-5  # initial LayerScale value
+    antialias: bool = False  # antialiasing in the interpolation of position embeddings
+    offset: float = 0.1  # offset added to the target size of the interpolation
+    drop_path: float = 0.0  # stochastic depth rate, equal for all blocks
 
 
 class Scale(nn.Module):
-    """A learnt factor for each of D (Touvron et al. 2021, arXiv:2103.17239, section 2)."""
+    """LayerScale: a learned factor per channel (Touvron et al. 2021, arXiv:2103.17239, section 2)."""
 
     def __init__(self, dim: int, start: float):
         super().__init__()
@@ -66,7 +69,7 @@ class Scale(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Two layers, the first of which gates itself (Shazeer 2020, arXiv:2002.05202); 2/3 as wide, in steps of 8."""
+    """A SwiGLU MLP (Shazeer 2020, arXiv:2002.05202) with 2/3 of the hidden width, rounded up to a multiple of 8."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -79,7 +82,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a network of two layers; each normalises its input, scales its result and adds it."""
+    """A pre-norm Transformer block with LayerScale on both residual branches."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -94,21 +97,22 @@ class Block(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """A picture of any size -> class logits, from the class token and the mean of the patches; or the class token.
+    """An image classifier for images of any size, on the class token and the mean of the patches; or the class token
+    itself.
 
-    Raises `SettingsError` where the head is to read more blocks than there are.
+    Raises `SettingsError` if the head reads more blocks than there are.
     """
 
-    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # parts that a checkpoint may lack or have in another shape
 
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
         if not 1 <= c.read <= c.depth:
-            raise SettingsError(f"read={c.read}: the head can read the class token of 1 to {c.depth} blocks")
+            raise SettingsError(f"read={c.read} must be between 1 and depth={c.depth}.")
         self.patch = Patches(c.channels, c.dim, c.patch)
         self.cls = nn.Parameter(torch.empty(c.dim))
-        self.register_buffer("mask", torch.zeros(1, c.dim))  # stood for hidden patches in pre-training; kept for files
+        self.register_buffer("mask", torch.zeros(1, c.dim))  # mask token of the pre-training; kept for export
         self.pos = nn.Embedding(1 + math.ceil(c.image / c.patch) ** 2, c.dim)
         self.registers = nn.Embedding(c.registers, c.dim) if c.registers else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
@@ -129,34 +133,40 @@ class DINOv2(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name -> (D, stride in pixels) of what `features` gives."""
+        """Feature name -> (channels D, stride in pixels) of what `features` returns."""
         depth = self.config.depth
         return {f"b{i}": (self.config.dim, self.config.patch) for i in sorted({depth * k // 4 for k in (1, 2, 3, 4)} - {0})}
 
     def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Places learnt for pictures of another size, spread over those of this network; where the class token had none, it
-        has nothing added."""
+        """Return position embeddings trained at another image size, interpolated to the size of this model; None for
+        other tensors.
+
+        If the file has none for the class token, zeros are used.
+        """
         if name == "pos.weight" and tensor.ndim == 2 and math.isqrt(len(tensor)) ** 2 == len(tensor):
             tensor = torch.cat([tensor.new_zeros(1, tensor.shape[1]), tensor])
         grid = math.isqrt(max(len(tensor) - 1, 0)) if tensor.ndim == 2 else 0
         if name != "pos.weight" or not grid or len(tensor) != 1 + grid**2:
             return None
-        return self.spread(tensor, (math.isqrt(len(self.pos.weight) - 1),) * 2)
+        return self.interpolate_positions(tensor, (math.isqrt(len(self.pos.weight) - 1),) * 2)
 
-    def spread(self, places: Tensor, size: tuple[int, int]) -> Tensor:  # 1 + S S, D -> 1 + h w, D
+    def interpolate_positions(self, places: Tensor, size: tuple[int, int]) -> Tensor:  # 1 + S S, D -> 1 + h w, D
+        """Interpolate position embeddings to another grid."""
         return interpolate_pos_embed(places, size, antialias=self.config.antialias, offset=self.config.offset)
 
     def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:  # B C H W -> B N D, (h, w)
+        """Return the embedded tokens and the size of the patch grid."""
         x = self.patch(image)
         size = tuple(x.shape[2:])
-        places = self.spread(self.pos.weight, size)
+        places = self.interpolate_positions(self.pos.weight, size)
         first = (self.cls + places[0])[None]
-        if self.registers:  # have no place
+        if self.registers:  # registers have no position embedding
             first = torch.cat([first, self.registers.weight])
         x = x.flatten(2).mT + places[1:]
         return torch.cat([first.to(x.dtype).expand(x.shape[0], -1, -1), x], 1), size
 
     def features(self, image: Tensor) -> dict[str, Tensor]:  # B C H W -> {"b3": B D h w, ...}
+        """Return the feature maps described by `levels`."""
         x, size = self.tokens(image)
         found = {}
         for i, block in enumerate(self.blocks, 1):
@@ -179,7 +189,9 @@ class DINOv2(nn.Module):
 
 
 def huggingface(c: Config, root: str = "") -> dict[str, Row]:
-    """Names of Dinov2ForImageClassification (`root` is "dinov2."), of the one with registers, and of the backbones ("")."""
+    """Return the names of Dinov2ForImageClassification (`root` is "dinov2."), the one with registers, and the backbones
+    ("").
+    """
     layer, block = root + "encoder.layer.{i}.", "blocks.{i}."
     up, down = ("mlp.weights_in.*", "mlp.weights_out.*") if c.gated else ("mlp.fc1.*", "mlp.fc2.*")
     names: dict[str, Row] = {
@@ -205,7 +217,9 @@ def huggingface(c: Config, root: str = "") -> dict[str, Row]:
 
 
 def facebook(c: Config, root: str = "") -> dict[str, Row]:
-    """Names of the authors' .pth files: of a backbone, and of their classifiers, whose backbone is a part ("backbone.")."""
+    """Return the names of the authors' .pth files: of a backbone, and of their classifiers, which contain a backbone
+    ("backbone.").
+    """
     layer, block = root + "blocks.{i}.", "blocks.{i}."
     up, down = ("mlp.w12.*", "mlp.w3.*") if c.gated else ("mlp.fc1.*", "mlp.fc2.*")
     return {
@@ -226,7 +240,9 @@ def facebook(c: Config, root: str = "") -> dict[str, Row]:
 
 
 def timm(c: Config) -> dict[str, Row]:
-    """Names of timm, whose backbones have no mask token; with registers, no place for the class token either (`refit`)."""
+    """Return the names of timm, whose backbones have no mask token and, with registers, no position of the class token
+    (see `resize_weight`).
+    """
     ours = ("mask", "registers.weight", "blocks.{i}.mlp.up.*", "blocks.{i}.mlp.down.*", "head.*")
     names = {key: row for key, row in facebook(c).items() if getattr(row, "ours", row) not in ours}
     return names | {
@@ -238,10 +254,11 @@ def timm(c: Config) -> dict[str, Row]:
     }
 
 
-WITH, WITHOUT = "dinov2_with_registers", "dinov2"  # what transformers calls them: two networks
+WITH, WITHOUT = "dinov2_with_registers", "dinov2"  # model types of transformers
 
 
-def registers(said: Mapping[str, Any]) -> dict[str, Any]:
+def read_registers(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that depend on the model type."""
     with_them = said["model_type"] == WITH
     return {
         "registers": said.get("num_register_tokens", 4) if with_them else 0,
@@ -252,46 +269,49 @@ def registers(said: Mapping[str, Any]) -> dict[str, Any]:
 KINDS = {"label": "ForImageClassification", "vector": "Model"}
 
 
-def kind(said: Mapping[str, Any]) -> dict[str, Any]:
-    """What the network gives; which of the two it is, its type says."""
+def read_output_type(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the output type of the class name. Raises `WeightsError` for other classes."""
     name = (said.get("architectures") or ["ForImageClassification"])[0]
     end = name.removeprefix("Dinov2").removeprefix("WithRegisters")
     found = next((gives for gives, known in KINDS.items() if known == end), None)
     if found is None:
         raise WeightsError(
-            f"architectures={name!r}: known are Dinov2ForImageClassification and Dinov2Model, each also WithRegisters"
+            f"architectures={name!r} is not supported. Supported are Dinov2ForImageClassification and Dinov2Model, "
+            "with or without WithRegisters."
         )
     return {"output_type": found}
 
 
-CONFIG = {  # of transformers
-    "model_type": Is(lambda c: WITH if c.registers else WITHOUT, among=(WITH, WITHOUT)),
-    "architectures": Derived(kind, lambda c: [f"Dinov2{'WithRegisters' if c.registers else ''}{KINDS[c.output_type]}"]),
-    "id2label": Counted("num_classes"),
+CONFIG = {  # keys of transformers
+    "model_type": Expect(lambda c: WITH if c.registers else WITHOUT, among=(WITH, WITHOUT)),
+    "architectures": Derived(
+        read_output_type, lambda c: [f"Dinov2{'WithRegisters' if c.registers else ''}{KINDS[c.output_type]}"]
+    ),
+    "id2label": LabelCount("num_classes"),
     "num_channels": "channels",
     "image_size": "image",
     "patch_size": "patch",
     "hidden_size": "dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
-    "mlp_ratio": Is(4),
+    "mlp_ratio": Expect(4),
     "use_swiglu_ffn": "gated",
-    "num_register_tokens": Derived(registers, lambda c: c.registers),
-    "layerscale_value": Absent("scale", 1.0),
-    "drop_path_rate": Absent("drop_path", 0.0),
-    "interpolate_antialias": Derived(registers, lambda c: c.antialias),  # these two are the authors' own keys,
-    "interpolate_offset": Absent("offset", 0.0),  # which transformers keeps and does not read
-    "layer_norm_eps": Is(EPS),
-    "hidden_act": Is("gelu"),
-    "hidden_dropout_prob": Is(0.0),
-    "attention_probs_dropout_prob": Is(0.0),
-    "qkv_bias": Is(True),
-    "<the head reads one class token>": Fixed("read", 1),
+    "num_register_tokens": Derived(read_registers, lambda c: c.registers),
+    "layerscale_value": WithDefault("scale", 1.0),
+    "drop_path_rate": WithDefault("drop_path", 0.0),
+    "interpolate_antialias": Derived(read_registers, lambda c: c.antialias),  # this and the next are the authors' keys,
+    "interpolate_offset": WithDefault("offset", 0.0),  # which transformers keeps but ignores
+    "layer_norm_eps": Expect(EPS),
+    "hidden_act": Expect("gelu"),
+    "hidden_dropout_prob": Expect(0.0),
+    "attention_probs_dropout_prob": Expect(0.0),
+    "qkv_bias": Expect(True),
+    "<the head reads one class token>": Constant("read", 1),
 }
 REGISTERS = {"registers": 4, "antialias": True, "offset": 0.0}
 S, L = {"dim": 384, "heads": 6}, {"dim": 1024, "depth": 24, "heads": 16}
 G = {"dim": 1536, "depth": 40, "heads": 24, "gated": True}
-BUT = "but for the mask token of D numbers, which only pre-training uses"
+BUT = "without the mask token of D parameters, which only pre-training uses"
 
 CARD = Card(
     name="dinov2",
@@ -301,7 +321,7 @@ CARD = Card(
     year=2023,
     input_type="image",
     output_type=OUTPUT_TYPES,
-    adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
+    adapt=lambda need: {"patch": patch} if (patch := choose_patch_size(need["image"])) else {},
     sizes={
         "dinov2-small": Size(**S, params=22_825_192, source=f"facebook/dinov2-small-imagenet1k-1-layer, {BUT}"),
         "dinov2-base": Size(params=88_116_712, source=f"facebook/dinov2-base-imagenet1k-1-layer, {BUT}"),
@@ -319,7 +339,7 @@ CARD = Card(
         "dinov2-giant-reg": Size(
             **G, **REGISTERS, params=1_139_558_376, source=f"facebook/dinov2-with-registers-giant-imagenet1k-1-layer, {BUT}"
         ),
-        # To be trained from nothing on small pictures.
+        # For training from scratch on small images.
         "dinov2-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, num_classes=10, **REGISTERS),
         "dinov2-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, num_classes=5, gated=True, **REGISTERS),
     },
@@ -338,6 +358,6 @@ CARD = Card(
             for kind, ours in (("", ""), ("reg4_", "-reg"))
         }
     },
-    # As for a ViT that learns labels from nothing (DeiT, arXiv:2012.12877, table 9).
+    # As for a ViT trained on labels from scratch (DeiT, arXiv:2012.12877, table 9).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1, "grad_clip": 1.0},
 )

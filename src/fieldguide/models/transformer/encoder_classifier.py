@@ -1,12 +1,13 @@
-"""Transformer encoder: every token looks at every other (Vaswani et al. 2017, arXiv:1706.03762), for labels.
+"""Transformer encoder: a text classifier in which every token attends to every other (Vaswani et al. 2017,
+arXiv:1706.03762).
 
-New here: attention in place of recurrence, so a row is read in one step and any two tokens are one step
-apart. Layers normalise before they transform, not after (Xiong et al. 2020, arXiv:2002.04745): that trains
-without a delicate warm-up. The label is read from the mean over the real tokens: unlike a class token, it has
-nothing to learn before it can see the whole row, which matters for small data.
+New here: attention instead of recurrence, so a sequence is processed in one step and any two tokens are one step
+apart. Layers normalize their input (pre-norm; Xiong et al. 2020, arXiv:2002.04745), which trains without a delicate
+warm-up. The label is predicted from the mean over the real tokens: unlike a class token, it sees the whole sequence
+from the start of training, which helps with small data sets.
 
-Initialisation: embeddings N(0, 1/D), scaled by sqrt(D) when read as in section 3.4; Glorot uniform matrices,
-zero biases. Positions are the fixed sinusoids of section 3.5, so that those rarely seen need no training.
+Initialisation: embeddings N(0, 1/D), scaled by sqrt(D) on input as in section 3.4; Glorot uniform matrices, zero
+biases. Positions are the fixed sinusoids of section 3.5, so rare positions need no training.
 Shapes: B batch, T tokens, D width.
 """
 
@@ -22,14 +23,14 @@ from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.mlp import Mlp
-from fieldguide.models.layers.padding import at_least_one, masked_mean
+from fieldguide.models.layers.padding import ensure_nonempty, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 16_000
     num_classes: int = 2
-    length: int = 512  # longest row, tokens
+    length: int = 512  # maximum sequence length, in tokens
     dim: int = 128  # D
     depth: int = 2
     heads: int = 4
@@ -37,14 +38,16 @@ class Config:
 
 
 def sinusoids(length: int, dim: int) -> Tensor:  # -> T D
-    """Sines in the even columns, cosines in the odd, wavelengths from 2 pi to 10000 * 2 pi (section 3.5)."""
+    """Return sinusoidal positions: sines in the even columns, cosines in the odd, wavelengths from 2 pi to 10000 * 2 pi
+    (section 3.5).
+    """
     column = torch.arange(0, dim, 2, dtype=torch.float64)
     angle = torch.arange(length)[:, None] * torch.exp(column * (-math.log(10_000) / dim))
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim].float()
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer network; each normalises its input and adds its result."""
+    """A pre-norm Transformer block: attention and MLP, each with a residual connection."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -60,7 +63,7 @@ class Block(nn.Module):
 
 
 class EncoderClassifier(nn.Module):
-    """Tokens -> class logits. Raises `DataError` for rows longer than `length`."""
+    """A text classifier. Raises `DataError` for sequences longer than `length`."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -76,18 +79,19 @@ class EncoderClassifier(nn.Module):
     def reset_parameters(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                # Queries, keys and values are three square matrices that share a tensor.
+                # The query, key and value matrices share a tensor but are initialized separately.
                 for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
                     nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.embed.weight, std=self.config.dim**-0.5)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B T D
+        """Return the final hidden states."""
         length = tokens.shape[1]
         if length > self.config.length:
             raise DataError(
-                f"a row of {length} tokens is longer than length={self.config.length}; "
-                "cut the rows or create the network with a larger length"
+                f"A sequence of {length} tokens exceeds the model's length={self.config.length}. "
+                "Truncate the input or create the model with a larger length."
             )
         x = self.embed(tokens) * math.sqrt(self.config.dim) + self.pos[:length]
         x = self.dropout(x)
@@ -98,11 +102,11 @@ class EncoderClassifier(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B classes
         if mask is None:
             return self.head(self.features(tokens).mean(1))
-        mask = at_least_one(mask)
+        mask = ensure_nonempty(mask)
         return self.head(masked_mean(self.features(tokens, mask), mask))
 
 
-TORCH = {  # of nn.TransformerEncoder(norm_first=True)
+TORCH = {  # names of nn.TransformerEncoder(norm_first=True)
     "layers.{i}.norm1.*": "blocks.{i}.norm1.*",
     "layers.{i}.self_attn.in_proj_*": "blocks.{i}.attn.qkv.*",
     "layers.{i}.self_attn.out_proj.*": "blocks.{i}.attn.proj.*",

@@ -1,10 +1,10 @@
-"""Gemma: a LLaMA of wide heads and a large vocabulary (Gemma team 2024, arXiv:2403.08295).
+"""Gemma: a LLaMA with wide heads and a large vocabulary (Gemma team 2024, arXiv:2403.08295).
 
-New here: little; heads of 256 whatever the width, so that together they may be wider than the network; in the small one all
-heads share keys and values; GELU gates; embeddings are scaled by the root of the width and are the head as well; norms
-hold what is to be added to 1.
+New here: heads of width 256 for all sizes, so together they may be wider than the model; multi-query attention in the
+small size; GELU gates; embeddings scaled by sqrt(D) and shared with the output head; normalization weights stored as
+an offset to 1.
 
-Initialisation: N(0, 0.02), norms at 1.
+Initialisation: N(0, 0.02), normalization weights 1.
 Shapes: B batch, T tokens, D width, d width of a head.
 """
 
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import WeightsError
-from fieldguide.models.layers.gqa import GatedMlp, GroupedAttention, Turn, turns
-from fieldguide.models.layers.kv_cache import Cache, causal, positions
-from fieldguide.models.mapping.config_rules import Derived, Is
+from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, cos_sin_at
+from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
+from fieldguide.models.mapping.config_rules import Derived, Expect
 from fieldguide.models.transformer import llama
 from fieldguide.models.transformer.gemma3 import Norm
 
@@ -31,19 +31,19 @@ from fieldguide.models.transformer.gemma3 import Norm
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 256_000
-    length: int = 8192  # longest row, tokens
+    length: int = 8192  # maximum sequence length, in tokens
     dim: int = 2048  # D
     depth: int = 18
     heads: int = 8
-    kv_heads: int = 1  # of heads that share keys and values
+    kv_heads: int = 1  # number of key/value heads
     width: int = 256  # d
-    hidden: int = 16_384  # width inside the gated networks
-    rope_theta: float = 10_000.0  # of the rotation's wavelengths
+    hidden: int = 16_384  # hidden width of the gated MLPs
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
     eps: float = 1e-6
 
 
 class Block(nn.Module):
-    """Attention, then a gated network; each normalises first and adds its result."""
+    """A pre-norm Transformer block: attention and MLP, each with a residual connection."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -51,13 +51,15 @@ class Block(nn.Module):
         self.attn = GroupedAttention(c.dim, c.heads, c.kv_heads, c.width)
         self.mlp = GatedMlp(c.dim, c.hidden, partial(F.gelu, approximate="tanh"))
 
-    def forward(self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
+    def forward(
+        self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:  # B T D -> B T D
         x = x + self.attn(self.norm1(x), turn, seen, cache, layer)
         return x + self.mlp(self.norm2(x))
 
 
 class Gemma(llama.Decoder):
-    """Tokens -> logits of the token that follows each; used as LLaMA is."""
+    """A decoder that returns the logits of the next token at each position; same interface as `Llama`."""
 
     block = Block
 
@@ -65,45 +67,50 @@ class Gemma(llama.Decoder):
         super().__init__(config, Norm(config.dim, config.eps), tie_embeddings=True)
 
     def masks(self, steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> list[Tensor | None]:
-        """What each layer may see."""
-        return [causal(steps, mask, cache, device)] * self.config.depth
+        """Return the attention mask of each layer."""
+        return [causal_mask(steps, mask, cache, device)] * self.config.depth
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         c, steps, device = self.config, tokens.shape[1], tokens.device
-        self.opened(steps, mask, cache)
-        x = self.embed(tokens) * torch.tensor(c.dim**0.5, dtype=self.embed.weight.dtype)  # rounded as the weights are
-        turn = turns(positions(steps, mask, cache, device), llama.speed(c.width, c.rope_theta, device), x)
+        self.extend_cache(steps, mask, cache)
+        x = self.embed(tokens) * torch.tensor(c.dim**0.5, dtype=self.embed.weight.dtype)  # in the precision of the weights
+        turn = cos_sin_at(
+            token_positions(steps, mask, cache, device), llama.inverse_frequencies(c.width, c.rope_theta, device), x
+        )
         for layer, (block, seen) in enumerate(zip(self.blocks, self.masks(steps, mask, cache, device))):
             x = block(x, turn, seen, cache, layer)
         return self.norm(x)
 
 
-def rotation(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    values = llama.rotation(theirs)
+def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope_theta. Raises `WeightsError` for scaled rotations."""
+    values = llama.read_rope(theirs)
     if values.get("rope_scaling"):
-        raise WeightsError("rotations of Gemma are not stretched here")
+        raise WeightsError("rope_scaling is not supported for Gemma.")
     return values
 
 
-def act(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The first files say gelu, and mean its approximation, as transformers reads them."""
+def check_activation(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Raise `WeightsError` for other activations. The first files say gelu but mean the tanh approximation, as in
+    transformers.
+    """
     said = theirs.get("hidden_activation") or theirs.get("hidden_act") or "gelu"
     if said not in ("gelu", "gelu_pytorch_tanh"):
-        raise WeightsError(f"hidden_act={said!r}: gates of Gemma are GELU (gelu_pytorch_tanh)")
+        raise WeightsError(f"hidden_act={said!r} is not supported. Gemma uses gelu_pytorch_tanh.")
     return {}
 
 
 SHARED = {key: row for key, row in llama.SHARED.items() if key not in ("hidden_act", "tie_word_embeddings")} | {
     "head_dim": "width",
-    "rope_parameters": Derived(rotation, lambda c: {"rope_type": "default", "rope_theta": c.rope_theta}),
-    "attention_bias": Is(False),
-    "tie_word_embeddings": Is(True),
+    "rope_parameters": Derived(read_rope, lambda c: {"rope_type": "default", "rope_theta": c.rope_theta}),
+    "attention_bias": Expect(False),
+    "tie_word_embeddings": Expect(True),
 }
 CONFIG = {
-    "model_type": Is("gemma"),
-    "architectures": Is(["GemmaForCausalLM"]),
+    "model_type": Expect("gemma"),
+    "architectures": Expect(["GemmaForCausalLM"]),
     **SHARED,
-    "hidden_act": Derived(act, lambda c: "gelu_pytorch_tanh"),
+    "hidden_act": Derived(check_activation, lambda c: "gelu_pytorch_tanh"),
 }
 
 CARD = Card(

@@ -1,9 +1,9 @@
-"""Gemma 2: every second layer looks back a short way, logits have a bound (Gemma team 2024, arXiv:2408.00118).
+"""Gemma 2: alternating local and global attention, and soft-capped logits (Gemma team 2024, arXiv:2408.00118).
 
-New here: layers of local and of global attention by turns; logits of attention and of the words are bent by a tanh so that
-none exceeds a cap; every part is normalised before and after.
+New here: local and global attention layers alternate; attention logits and output logits are soft-capped by a tanh;
+every sublayer is normalized before and after.
 
-Initialisation: N(0, 0.02), norms at 1.
+Initialisation: N(0, 0.02), normalization weights 1.
 Shapes: B batch, T tokens, D width, d width of a head, K keys.
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import WeightsError
-from fieldguide.models.layers.gqa import GroupedAttention, Turn
-from fieldguide.models.layers.kv_cache import Cache, causal
-from fieldguide.models.mapping.config_rules import Derived, Is
+from fieldguide.models.layers.gqa import CosSin, GroupedAttention
+from fieldguide.models.layers.kv_cache import Cache, causal_mask
+from fieldguide.models.mapping.config_rules import Derived, Expect
 from fieldguide.models.transformer import gemma, gemma3, llama
 from fieldguide.models.transformer.gemma3 import Norm
 
@@ -29,32 +29,34 @@ from fieldguide.models.transformer.gemma3 import Norm
 class Config(gemma.Config):
     dim: int = 2304  # D
     depth: int = 26
-    kv_heads: int = 4  # of heads that share keys and values
-    hidden: int = 9216  # width inside the gated networks
-    window: int = 4096  # tokens that a local layer sees, itself included
-    scale: int = 256  # products of queries and keys are divided by its root
-    attn_cap: float = 50.0  # no logit of attention is larger
-    cap: float = 30.0  # nor one of a word
+    kv_heads: int = 4  # number of key/value heads
+    hidden: int = 9216  # hidden width of the gated MLPs
+    window: int = 4096  # attention window of the local layers, including the token itself
+    scale: int = 256  # attention scores are divided by its square root
+    attn_cap: float = 50.0  # soft cap of the attention logits
+    cap: float = 30.0  # soft cap of the output logits
 
 
-def capped(logits: Tensor, cap: float) -> Tensor:  # ... -> ...
+def softcap(logits: Tensor, cap: float) -> Tensor:  # ... -> ...
+    """Limit logits smoothly to (-cap, cap)."""
     return cap * torch.tanh(logits / cap)
 
 
 class Attention(GroupedAttention):
-    """With capped logits, which torch's fused attention does not have."""
+    """Grouped-query attention with soft-capped logits, which torch's fused attention does not support."""
 
     def __init__(self, c: Config):
         super().__init__(c.dim, c.heads, c.kv_heads, c.width, scale=c.scale**-0.5)
         self.cap = c.attn_cap
 
-    def looked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:  # B heads T d, B groups K d -> B T D
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:  # B heads T d, B groups K d -> B T D
+        """Return the attention output, heads concatenated."""
         steps, keys = q.shape[2], k.shape[2]
-        if seen is None and steps > 1:  # a row read at once, without padding
+        if seen is None and steps > 1:  # a whole sequence without padding
             seen = torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)
-        q = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # heads of a group are rows of one: B groups heads/groups*T d
-        logits = capped((q @ k.mT) * self.scale, self.cap).unflatten(2, (-1, steps))
-        if seen is not None:  # B 1 T K or T K: the same for all groups and heads
+        q = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # the heads of a group become rows: B groups heads/groups*T d
+        logits = softcap((q @ k.mT) * self.scale, self.cap).unflatten(2, (-1, steps))
+        if seen is not None:  # B 1 T K or T K, equal for all groups and heads
             logits = logits.masked_fill(~(seen[:, :, None] if seen.ndim == 4 else seen), -torch.inf)
         share = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         x = (share.flatten(2, 3) @ v).unflatten(2, (-1, steps))
@@ -62,57 +64,62 @@ class Attention(GroupedAttention):
 
 
 class Block(gemma.Block):
-    """Attention, then a gated network; each normalises before and after, and adds its result."""
+    """A Transformer block with normalization before and after attention and MLP, and residual connections."""
 
     def __init__(self, c: Config):
         super().__init__(c)
         self.attn, self.post1, self.post2 = Attention(c), Norm(c.dim, c.eps), Norm(c.dim, c.eps)
 
-    def forward(self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
+    def forward(
+        self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:  # B T D -> B T D
         x = x + self.post1(self.attn(self.norm1(x), turn, seen, cache, layer))
         return x + self.post2(self.mlp(self.norm2(x)))
 
 
 class Gemma2(gemma.Gemma):
-    """Tokens -> logits of the token that follows each; used as LLaMA is."""
+    """A decoder that returns the logits of the next token at each position; same interface as `Llama`."""
 
     block = Block
 
     def masks(self, steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> list[Tensor | None]:
-        kinds = causal(steps, mask, cache, device, self.config.window), causal(steps, mask, cache, device)
+        """Return the attention mask of each layer."""
+        kinds = causal_mask(steps, mask, cache, device, self.config.window), causal_mask(steps, mask, cache, device)
         return [kinds[layer % 2] for layer in range(self.config.depth)]
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
-        return capped(super().forward(tokens, mask, cache), self.config.cap)
+        return softcap(super().forward(tokens, mask, cache), self.config.cap)
 
     def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B vocab
-        return capped(super().last(tokens, mask, cache), self.config.cap)
+        return softcap(super().last(tokens, mask, cache), self.config.cap)
 
 
 HUGGINGFACE = {name: row for name, row in gemma3.HUGGINGFACE.items() if "_norm.weight" not in name or "self_attn" not in name}
 
 
-def alternating(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    if (kinds := theirs.get("layer_types")) and kinds != layers(len(kinds)):
-        raise WeightsError("layer_types: local and global layers stand here by turns, a local one first")
+def check_layer_types(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Raise `WeightsError` unless local and global layers alternate, beginning with a local one."""
+    if (kinds := theirs.get("layer_types")) and kinds != layer_types(len(kinds)):
+        raise WeightsError("layer_types is not supported: local and global layers must alternate, beginning with a local one.")
     return {}
 
 
-def layers(depth: int) -> list[str]:
+def layer_types(depth: int) -> list[str]:
+    """Return the layer types of a model of this depth."""
     return [("sliding_attention", "full_attention")[i % 2] for i in range(depth)]
 
 
 CONFIG = {
-    "model_type": Is("gemma2"),
-    "architectures": Is(["Gemma2ForCausalLM"]),
+    "model_type": Expect("gemma2"),
+    "architectures": Expect(["Gemma2ForCausalLM"]),
     **gemma.SHARED,
-    "hidden_activation": Derived(gemma.act, lambda c: "gelu_pytorch_tanh"),
+    "hidden_activation": Derived(gemma.check_activation, lambda c: "gelu_pytorch_tanh"),
     "sliding_window": "window",
-    "layer_types": Derived(alternating, lambda c: layers(c.depth)),
+    "layer_types": Derived(check_layer_types, lambda c: layer_types(c.depth)),
     "query_pre_attn_scalar": "scale",
     "attn_logit_softcapping": "attn_cap",
     "final_logit_softcapping": "cap",
-    "use_bidirectional_attention": Is(None, written=False),
+    "use_bidirectional_attention": Expect(None, written=False),
 }
 
 CARD = Card(

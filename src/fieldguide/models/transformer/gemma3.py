@@ -1,10 +1,11 @@
-"""Gemma 3: most layers look back a short way only, one in six the whole way (Gemma team 2025, arXiv:2503.19786).
+"""Gemma 3: five local attention layers for each global one (Gemma team 2025, arXiv:2503.19786).
 
-New here: layers of local attention, five to each global one, so that what is kept of a long row stays small; the two kinds
-turn at speeds of their own. Every part is normalised before and after; norms hold what is to be added to 1; embeddings are
-scaled by the root of the width; queries and keys are normalised; the head is the embedding.
+New here: five layers of local attention per global layer, which keeps the key/value cache of long sequences small;
+local and global layers have different rotary frequencies. Every sublayer is normalized before and after;
+normalization weights are stored as an offset to 1; embeddings are scaled by sqrt(D); queries and keys are normalized;
+the output head is tied to the embedding.
 
-Initialisation: N(0, 0.02), norms at 1.
+Initialisation: N(0, 0.02), normalization weights 1.
 Shapes: B batch, T tokens, D width, d width of a head.
 """
 
@@ -21,33 +22,33 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import WeightsError
-from fieldguide.models.layers.gqa import GatedMlp, GroupedAttention, Turn, turns
-from fieldguide.models.layers.kv_cache import Cache, causal, positions
-from fieldguide.models.mapping.config_rules import Derived, Is
+from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, cos_sin_at
+from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
+from fieldguide.models.mapping.config_rules import Derived, Expect
 from fieldguide.models.transformer import llama
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 262_144
-    length: int = 32_768  # longest row, tokens
+    length: int = 32_768  # maximum sequence length, in tokens
     dim: int = 1152  # D
     depth: int = 26
     heads: int = 4
-    kv_heads: int = 1  # of heads that share keys and values
+    kv_heads: int = 1  # number of key/value heads
     width: int = 256  # d
-    hidden: int = 6912  # width inside the gated networks
-    window: int = 512  # tokens that a local layer sees, itself included
-    every: int = 6  # one layer in so many is global
-    scale: int = 256  # products of queries and keys are divided by its root
-    rope_theta: float = 1_000_000.0  # of the rotation's wavelengths in global layers
+    hidden: int = 6912  # hidden width of the gated MLPs
+    window: int = 512  # attention window of the local layers, including the token itself
+    every: int = 6  # every n-th layer is global
+    scale: int = 256  # attention scores are divided by its square root
+    rope_theta: float = 1_000_000.0  # base of the rotary wavelengths in global layers
     base_local: float = 10_000.0
-    factor: float = 1.0  # by which global rotations are slowed down
+    factor: float = 1.0  # linear scaling factor of the global rotary positions
     eps: float = 1e-6
 
 
 class Norm(nn.Module):
-    """Root-mean-square normalisation with a weight of 1 + w."""
+    """RMS normalization with a weight of 1 + w."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -58,7 +59,7 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a gated network; each normalises before and after, and adds its result."""
+    """A Transformer block with normalization before and after attention and MLP, and residual connections."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -67,13 +68,15 @@ class Block(nn.Module):
         self.attn = GroupedAttention(c.dim, c.heads, c.kv_heads, c.width, lambda width: Norm(width, c.eps), c.scale**-0.5)
         self.mlp = GatedMlp(c.dim, c.hidden, partial(F.gelu, approximate="tanh"))
 
-    def forward(self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
+    def forward(
+        self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:  # B T D -> B T D
         x = x + self.post1(self.attn(self.norm1(x), turn, seen, cache, layer))
         return x + self.post2(self.mlp(self.norm2(x)))
 
 
 class Gemma3(llama.Decoder):
-    """Tokens -> logits of the token that follows each; used as LLaMA is."""
+    """A decoder that returns the logits of the next token at each position; same interface as `Llama`."""
 
     block = Block
 
@@ -82,14 +85,17 @@ class Gemma3(llama.Decoder):
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         c, steps, device = self.config, tokens.shape[1], tokens.device
-        self.opened(steps, mask, cache)
-        x = self.embed(tokens) * torch.tensor(c.dim**0.5, dtype=self.embed.weight.dtype)  # rounded as the weights are
-        places = positions(steps, mask, cache, device)
+        self.extend_cache(steps, mask, cache)
+        x = self.embed(tokens) * torch.tensor(c.dim**0.5, dtype=self.embed.weight.dtype)  # in the precision of the weights
+        places = token_positions(steps, mask, cache, device)
         kinds = {
-            True: (turns(places, llama.speed(c.width, c.base_local, device), x), causal(steps, mask, cache, device, c.window)),
+            True: (
+                cos_sin_at(places, llama.inverse_frequencies(c.width, c.base_local, device), x),
+                causal_mask(steps, mask, cache, device, c.window),
+            ),
             False: (
-                turns(places, llama.speed(c.width, c.rope_theta, device) / c.factor, x),
-                causal(steps, mask, cache, device),
+                cos_sin_at(places, llama.inverse_frequencies(c.width, c.rope_theta, device) / c.factor, x),
+                causal_mask(steps, mask, cache, device),
             ),
         }
         for layer, block in enumerate(self.blocks):
@@ -107,12 +113,12 @@ HUGGINGFACE = {k: v for k, v in llama.HUGGINGFACE.items() if "post_attention" no
 }
 
 
-def rotations(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The two speeds, in today's form or that of before 2025."""
+def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary parameters of both layer types, in the current form or that of before 2025."""
     said = theirs.get("rope_parameters") or {}
     whole = said.get("full_attention") or theirs.get("rope_scaling") or {}
     if (kind := whole.get("rope_type", "default")) not in ("default", "linear"):
-        raise WeightsError(f"rope_type={kind!r}: global rotations are slowed down here by a factor (linear), or not at all")
+        raise WeightsError(f"rope_type={kind!r} is not supported. Supported are 'linear' and 'default' (no scaling).")
     return {
         "rope_theta": whole.get("rope_theta", theirs.get("rope_theta", 1e6)),
         "factor": whole.get("factor") or 1.0,
@@ -120,7 +126,8 @@ def rotations(theirs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def slowed(c: Config) -> dict[str, Any]:
+def write_rope(c: Config) -> dict[str, Any]:
+    """Return the rope_parameters of a config."""
     whole = {"rope_type": "linear", "factor": c.factor} if c.factor != 1 else {"rope_type": "default"}
     return {
         "full_attention": {**whole, "rope_theta": c.rope_theta},
@@ -128,34 +135,36 @@ def slowed(c: Config) -> dict[str, Any]:
     }
 
 
-def layers(c: Config) -> list[str]:
+def layer_types(c: Config) -> list[str]:
+    """Return the layer types of a config."""
     return ["sliding_attention" if (i + 1) % c.every else "full_attention" for i in range(c.depth)]
 
 
-def pattern(theirs: Mapping[str, Any]) -> dict[str, Any]:
+def read_layer_types(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the distance between global layers. Raises `WeightsError` if it varies."""
     kinds = theirs.get("layer_types")
     if kinds is None:
         return {"every": theirs.get("sliding_window_pattern", theirs.get("_sliding_window_pattern", 6))}
     every = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
     if kinds != ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(len(kinds))]:
-        raise WeightsError("layer_types: global layers stand here at equal distances")
+        raise WeightsError("layer_types is not supported: global layers must be evenly spaced.")
     return {"every": every}
 
 
 CONFIG = {
-    "model_type": Is("gemma3_text"),
-    "architectures": Is(["Gemma3ForCausalLM"]),
+    "model_type": Expect("gemma3_text"),
+    "architectures": Expect(["Gemma3ForCausalLM"]),
     **{key: row for key, row in llama.SHARED.items() if key not in ("hidden_act", "rope_parameters", "tie_word_embeddings")},
     "head_dim": "width",
     "sliding_window": "window",
-    "layer_types": Derived(pattern, layers),
+    "layer_types": Derived(read_layer_types, layer_types),
     "query_pre_attn_scalar": "scale",
-    "rope_parameters": Derived(rotations, slowed),
-    "hidden_activation": Is("gelu_pytorch_tanh"),
-    "attention_bias": Is(False),
-    "attn_logit_softcapping": Is(None),
-    "final_logit_softcapping": Is(None),
-    "tie_word_embeddings": Is(True),
+    "rope_parameters": Derived(read_rope, write_rope),
+    "hidden_activation": Expect("gelu_pytorch_tanh"),
+    "attention_bias": Expect(False),
+    "attn_logit_softcapping": Expect(None),
+    "final_logit_softcapping": Expect(None),
+    "tie_word_embeddings": Expect(True),
 }
 
 CARD = Card(

@@ -1,8 +1,8 @@
-"""GPT: a Transformer decoder that first learns to go on with texts, then its tasks (Radford et al. 2018, OpenAI).
+"""GPT: a Transformer decoder, pre-trained as a language model, then fine-tuned (Radford et al. 2018, OpenAI).
 
-New here: pre-training without labels on whole books, and the same network, all of it, tuned to each task after; before, only
-vectors of words were carried over. Layers normalise after they have added, as in the first Transformer; GPT-2 turned it
-round. Positions are learned, the head is the embedding itself.
+New here: unsupervised pre-training on whole books, then fine-tuning of the whole model on each task; before, only
+word vectors were transferred. Layers normalize after the residual connection (post-norm), as in the original
+Transformer; GPT-2 changed this. Positions are learned, and the output head is tied to the embedding.
 
 Initialisation: N(0, 0.02) for matrices, embeddings and positions, zero biases (section 4.1).
 Shapes: B batch, T tokens, D width, K tokens seen so far.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.kv_cache import Cache
-from fieldguide.models.mapping.config_rules import Is
+from fieldguide.models.mapping.config_rules import Expect
 from fieldguide.models.mapping.key_rules import Dropped, Transposed
 from fieldguide.models.transformer import gpt2
 
@@ -25,7 +25,7 @@ from fieldguide.models.transformer import gpt2
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 40_478
-    length: int = 512  # longest row, tokens
+    length: int = 512  # maximum sequence length, in tokens
     dim: int = 768  # D
     depth: int = 12
     heads: int = 12
@@ -33,7 +33,7 @@ class Config:
 
 
 class Block(gpt2.Block):
-    """Attention, then a two-layer network with GELU in its tanh form; each adds its result, then normalises."""
+    """A post-norm Transformer block: attention and MLP (tanh GELU), each with a residual connection, then normalization."""
 
     def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
         x = self.norm1(x + self.dropout(self.attn(x, seen, cache, layer)))
@@ -42,7 +42,7 @@ class Block(gpt2.Block):
 
 
 class GPT(gpt2.GPT2):
-    """Tokens -> logits of the token that follows each, with padding and a `cache` as in GPT-2."""
+    """A decoder that returns the logits of the next token at each position, with padding and `cache` as in `GPT2`."""
 
     block, last_norm = Block, nn.Identity
 
@@ -54,10 +54,10 @@ class GPT(gpt2.GPT2):
                 nn.init.zeros_(module.bias)
 
 
-OWN = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}  # what GPT-2 has renamed since
+OWN = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}  # names that differ from those of GPT-2
 NAMES = {OWN.get(theirs, theirs): ours for theirs, ours in gpt2.NAMES.items() if not theirs.startswith("ln_f")}
 HUGGINGFACE = (
-    {  # its linear layers are Conv1D; the first files had no prefix
+    {  # linear layers are Conv1D (transposed); the first files had no prefix
         prefix + theirs: Transposed(ours) if ".c_" in theirs else ours
         for prefix in ("transformer.", "")
         for theirs, ours in NAMES.items()
@@ -67,19 +67,19 @@ HUGGINGFACE = (
 )
 
 CONFIG = {
-    "model_type": Is("openai-gpt"),
-    "architectures": Is(["OpenAIGPTLMHeadModel"]),
+    "model_type": Expect("openai-gpt"),
+    "architectures": Expect(["OpenAIGPTLMHeadModel"]),
     "vocab_size": "vocab_size",
     "n_positions": "length",
     "n_embd": "dim",
     "n_layer": "depth",
     "n_head": "heads",
     "resid_pdrop": "dropout",
-    "embd_pdrop": Is(lambda c: c.dropout),
-    "attn_pdrop": Is(lambda c: c.dropout),
-    "afn": Is("gelu"),  # there, the tanh form is meant
-    "layer_norm_epsilon": Is(1e-5),
-    "tie_word_embeddings": Is(True),
+    "embd_pdrop": Expect(lambda c: c.dropout),
+    "attn_pdrop": Expect(lambda c: c.dropout),
+    "afn": Expect("gelu"),  # means the tanh approximation there
+    "layer_norm_epsilon": Expect(1e-5),
+    "tie_word_embeddings": Expect(True),
 }
 
 CARD = Card(

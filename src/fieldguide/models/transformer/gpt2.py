@@ -1,10 +1,11 @@
-"""GPT-2: a Transformer decoder that does nothing but predict the next token (Radford et al. 2019, OpenAI).
+"""GPT-2: a Transformer decoder trained only to predict the next token (Radford et al. 2019, OpenAI).
 
-New here: one network and one aim, the next token, and every task is text to be continued. Layers normalise before
-they transform, with one more normalisation before the head; the head is the embedding itself. Positions are learned.
+New here: one model and one objective, next-token prediction; every task is expressed as text to be continued. Layers
+are pre-norm, with one more normalization before the head; the output head is tied to the embedding. Positions are
+learned.
 
-Initialisation: N(0, 0.02), positions N(0, 0.01) as in the released code; what is added to the residual path is
-divided by the root of the number of such additions (section 2.3); zero biases.
+Initialisation: N(0, 0.02), positions N(0, 0.01) as in the released code; projections that are added to the residual
+stream are divided by the square root of the number of such additions (section 2.3); zero biases.
 Shapes: B batch, T tokens, D width, K tokens seen so far.
 """
 
@@ -18,15 +19,15 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError
 from fieldguide.models.layers.causal import CausalAttention
-from fieldguide.models.layers.kv_cache import Cache, causal, positions
-from fieldguide.models.mapping.config_rules import Is
+from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
+from fieldguide.models.mapping.config_rules import Expect
 from fieldguide.models.mapping.key_rules import Dropped, Transposed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 50_257
-    length: int = 1024  # longest row, tokens
+    length: int = 1024  # maximum sequence length, in tokens
     dim: int = 768  # D
     depth: int = 12
     heads: int = 12
@@ -34,7 +35,7 @@ class Config:
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer network with GELU in its tanh form; each normalises first and adds its result."""
+    """A pre-norm Transformer block: attention and MLP (tanh GELU), each with a residual connection."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -51,10 +52,11 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Tokens -> logits of the token that follows each. Raises `DataError` for rows longer than `length`.
+    """A decoder that returns the logits of the next token at each position. Raises `DataError` for sequences longer than
+    `length`.
 
-    Padding may stand on either side: positions count real tokens. With a `cache` (see `new_cache`) only the tokens
-    not yet read are given, and the result equals that of the whole row.
+    Padding may be on either side: positions count real tokens. With a `cache` (see `new_cache`) only the new tokens
+    are passed, and the result equals that of the whole sequence.
     """
 
     block: type[nn.Module] = Block
@@ -63,7 +65,7 @@ class GPT2(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)  # the head, too
+        self.embed = nn.Embedding(config.vocab_size, config.dim)  # also the output head
         self.pos = nn.Embedding(config.length, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
@@ -80,7 +82,7 @@ class GPT2(nn.Module):
         nn.init.normal_(self.pos.weight, std=0.01)
 
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
-        """Room for `length` tokens a row, at most and by default the network's own."""
+        """Return a cache for `length` tokens per row, by default and at most the model's own `length`."""
         c, weight = self.config, self.embed.weight
         return Cache(
             rows,
@@ -93,16 +95,17 @@ class GPT2(nn.Module):
         )
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
+        """Return the final hidden states."""
         steps = tokens.shape[1]
         if (total := steps + (cache.used if cache else 0)) > self.config.length:
             raise DataError(
-                f"a row of {total} tokens is longer than length={self.config.length}; "
-                "cut the rows or create the network with a larger length"
+                f"A sequence of {total} tokens exceeds the model's length={self.config.length}. "
+                "Truncate the input or create the model with a larger length."
             )
         if cache is not None:
-            cache.open(steps, mask)
-        seen = causal(steps, mask, cache, tokens.device)
-        x = self.dropout(self.embed(tokens) + self.pos(positions(steps, mask, cache, tokens.device)))
+            cache.reserve(steps, mask)
+        seen = causal_mask(steps, mask, cache, tokens.device)
+        x = self.dropout(self.embed(tokens) + self.pos(token_positions(steps, mask, cache, tokens.device)))
         for layer, block in enumerate(self.blocks):
             x = block(x, seen, cache, layer)
         return self.norm(x)
@@ -111,7 +114,7 @@ class GPT2(nn.Module):
         return F.linear(self.features(tokens, mask, cache), self.embed.weight)
 
     def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B vocab
-        """The logits of each row's last place alone: generation asks for no others, and of a long prompt they cost most."""
+        """Return the logits of the last position only, which is all that generation needs and saves time for long prompts."""
         return F.linear(self.features(tokens, mask, cache)[:, -1], self.embed.weight)
 
 
@@ -129,41 +132,41 @@ NAMES = {
 SHARED = {
     "lm_head.weight": "embed.weight",  # tied; absent from most files
     "h.{i}.attn.bias": Dropped("the causal mask"),
-    "h.{i}.attn.masked_bias": Dropped("the value of what is masked"),
+    "h.{i}.attn.masked_bias": Dropped("the value of masked scores"),
     "transformer.h.{i}.attn.bias": Dropped("the causal mask"),
-    "transformer.h.{i}.attn.masked_bias": Dropped("the value of what is masked"),
+    "transformer.h.{i}.attn.masked_bias": Dropped("the value of masked scores"),
 }
-HUGGINGFACE = {  # its linear layers are Conv1D; the first files had no prefix
+HUGGINGFACE = {  # linear layers are Conv1D (transposed); the first files had no prefix
     prefix + theirs: Transposed(ours) if ".c_" in theirs else ours
     for prefix in ("transformer.", "")
     for theirs, ours in NAMES.items()
 } | SHARED
-# The same names for tensors that lie the other way: for such files say origin="nanogpt".
+# The same names with tensors that are not transposed; load such files with origin="nanogpt".
 NANOGPT = {f"transformer.{theirs}": ours for theirs, ours in NAMES.items()} | SHARED
 
 CONFIG = {
-    "model_type": Is("gpt2"),
-    "architectures": Is(["GPT2LMHeadModel"]),
+    "model_type": Expect("gpt2"),
+    "architectures": Expect(["GPT2LMHeadModel"]),
     "vocab_size": "vocab_size",
     "n_positions": "length",
     "n_embd": "dim",
     "n_layer": "depth",
     "n_head": "heads",
-    "n_inner": Is(None),
+    "n_inner": Expect(None),
     "resid_pdrop": "dropout",
-    "embd_pdrop": Is(lambda c: c.dropout),
-    "attn_pdrop": Is(lambda c: c.dropout),
-    "activation_function": Is("gelu_new"),
-    "layer_norm_epsilon": Is(1e-5),
-    "scale_attn_weights": Is(True),
-    "scale_attn_by_inverse_layer_idx": Is(False),
-    "add_cross_attention": Is(False),
-    "tie_word_embeddings": Is(True),
+    "embd_pdrop": Expect(lambda c: c.dropout),
+    "attn_pdrop": Expect(lambda c: c.dropout),
+    "activation_function": Expect("gelu_new"),
+    "layer_norm_epsilon": Expect(1e-5),
+    "scale_attn_weights": Expect(True),
+    "scale_attn_by_inverse_layer_idx": Expect(False),
+    "add_cross_attention": Expect(False),
+    "tie_word_embeddings": Expect(True),
 }
 
-# The shapes of GPT-3: layers, width, heads, parameters. Its weights were never released, and every other layer of it looks
-# back only some way, how far is not said; so these are its sizes, not its network. Two rows of the table contradict
-# themselves (24 heads of 128 in a width of 2048, 40 of 128 in 5140) and stand here as heads times 128.
+# The shapes of GPT-3: layers, width, heads, parameters. Its weights were never released, and every other layer uses
+# banded attention of an unpublished width, so these are its sizes, not its exact architecture. Two rows of the table
+# are inconsistent (24 heads of 128 at a width of 2048, 40 of 128 at 5140) and are given here as heads times 128.
 GPT3 = {
     "125m": (12, 768, 12, 125_226_240),
     "350m": (24, 1024, 16, 355_871_744),
@@ -196,11 +199,11 @@ CARD = Card(
                 heads=heads,
                 dropout=0.0,
                 params=params,
-                source="counted by the shapes of table 2.1 of arXiv:2005.14165",
+                source="counted from the shapes of table 2.1 of arXiv:2005.14165",
             )
             for name, (depth, dim, heads, params) in GPT3.items()
         },
-        # Small ones of the same form, to be trained from nothing: nanoGPT's for characters are the last two.
+        # Small sizes for training from scratch. gpt2-baby and gpt2-nano are nanoGPT's for characters.
         "gpt2-mini": Size(vocab_size=8192, length=256, dim=512, depth=8, heads=8, dropout=0.0),
         "gpt2-baby": Size(vocab_size=65, length=256, dim=384, depth=6, heads=6, dropout=0.2),
         "gpt2-micro": Size(vocab_size=65, length=256, dim=256, depth=4, heads=4, dropout=0.0),

@@ -1,8 +1,8 @@
-"""LLaMA: GPT made leaner, then trained longer (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783).
+"""LLaMA: an efficient GPT, trained on more tokens (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783).
 
-New here: nothing alone, all together: root-mean-square normalisation without bias, a gated network in the place of GELU,
-rotary positions in the place of learned ones, no biases at all. From Llama 2 70B on heads share keys and values; from
-3.1 on slow rotations are slowed down further, for rows longer than those that it first learnt from.
+New here: a combination of known parts: RMS normalization without bias, a gated MLP (SwiGLU) instead of GELU, rotary
+instead of learned positions, no biases. From Llama 2 70B on, heads share keys and values; from Llama 3.1 on, low
+rotary frequencies are scaled down for sequences longer than those of the first training.
 
 Initialisation: N(0, 0.02) for all matrices and embeddings, as in the authors' later code and in transformers.
 Shapes: B batch, T tokens, D width, d width of a head.
@@ -21,56 +21,60 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
-from fieldguide.models.layers.gqa import GatedMlp, GroupedAttention, Turn, turns
-from fieldguide.models.layers.kv_cache import Cache, causal, positions
+from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, cos_sin_at
+from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
 from fieldguide.models.layers.norm import RMSNorm
-from fieldguide.models.mapping.config_rules import Absent, Derived, Is
-from fieldguide.models.mapping.key_rules import Dropped, Fused, Paired, Row
+from fieldguide.models.mapping.config_rules import Derived, Expect, WithDefault
+from fieldguide.models.mapping.key_rules import Dropped, Fused, InterleavedRotary, Row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 32_000
-    length: int = 2048  # longest row, tokens
+    length: int = 2048  # maximum sequence length, in tokens
     dim: int = 4096  # D
     depth: int = 32
     heads: int = 32
-    kv_heads: int = 32  # of heads that share keys and values
-    hidden: int = 11_008  # width inside the gated networks
-    rope_theta: float = 10_000.0  # of the rotation's wavelengths
-    rope_scaling: tuple[float, ...] = ()  # Llama 3.1's: factor, low and high frequency factor, length before
+    kv_heads: int = 32  # number of key/value heads
+    hidden: int = 11_008  # hidden width of the gated MLPs
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    rope_scaling: tuple[float, ...] = ()  # Llama 3.1: factor, low and high frequency factor, original length
     eps: float = 1e-6
-    tie_embeddings: bool = False  # the head is the embedding
+    tie_embeddings: bool = False  # the output head shares the weights of the embedding
 
 
 class Block(nn.Module):
-    """Attention, then a gated network; each normalises first and adds its result."""
+    """A pre-norm Transformer block: attention and MLP, each with a residual connection."""
 
     def __init__(self, c: Any):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
-        self.attn, self.mlp = self.attention(c), self.network(c)
+        self.attn, self.mlp = self.make_attention(c), self.make_mlp(c)
 
-    def attention(self, c: Any) -> nn.Module:
+    def make_attention(self, c: Any) -> nn.Module:
+        """Return the attention layer. Raises `SettingsError` if `heads` does not divide `dim`."""
         if c.dim % c.heads:
-            raise SettingsError(f"dim={c.dim} cannot be split among heads={c.heads}: choose a multiple")
+            raise SettingsError(f"dim={c.dim} must be divisible by heads={c.heads}.")
         return GroupedAttention(c.dim, c.heads, c.kv_heads, c.dim // c.heads)
 
-    def network(self, c: Any) -> nn.Module:
+    def make_mlp(self, c: Any) -> nn.Module:
+        """Return the MLP."""
         return GatedMlp(c.dim, c.hidden)
 
-    def forward(self, x: Tensor, turn: Turn, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # B T D -> B T D
+    def forward(
+        self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:  # B T D -> B T D
         x = x + self.attn(self.norm1(x), turn, seen, cache, layer)
         return x + self.mlp(self.norm2(x))
 
 
-def speed(width: int, base: float, device: torch.device) -> Tensor:  # -> d/2
-    """Radians a token by which each pair of a head's numbers turns."""
+def inverse_frequencies(width: int, base: float, device: torch.device) -> Tensor:  # -> d/2
+    """Return the rotary frequencies in radians per token, one for each pair of dimensions of a head."""
     return 1.0 / base ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
 
 
 class Decoder(nn.Module):
-    """What LLaMA and its kin share around their blocks: the embedding, the last norm, the head, the cache."""
+    """Base class of LLaMA and related decoders: embedding, blocks, final normalization, output head and cache."""
 
     block: type[nn.Module] = Block
 
@@ -92,82 +96,85 @@ class Decoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """d"""
+        """Width d of a head."""
         return self.blocks[0].attn.width
 
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
-        """Room for `length` tokens a row, at most and by default the network's own."""
+        """Return a cache for `length` tokens per row, by default and at most the model's own `length`."""
         c, weight = self.config, self.embed.weight
         return Cache(
             rows, min(length or c.length, c.length), c.depth, c.kv_heads, self.width, dtype=weight.dtype, device=weight.device
         )
 
-    def opened(self, steps: int, mask: Tensor | None, cache: Cache | None) -> None:
-        """Makes room for new tokens; refuses more than there may be."""
+    def extend_cache(self, steps: int, mask: Tensor | None, cache: Cache | None) -> None:
+        """Reserve room for new tokens in the cache. Raises `DataError` if the sequence exceeds the model's length."""
         if (total := steps + (cache.used if cache else 0)) > self.config.length:
             raise DataError(
-                f"a row of {total} tokens is longer than length={self.config.length}; "
-                "cut the rows or create the network with a larger length"
+                f"A sequence of {total} tokens exceeds the model's length={self.config.length}. "
+                "Truncate the input or create the model with a larger length."
             )
         if cache is not None:
-            cache.open(steps, mask)
+            cache.reserve(steps, mask)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
+        """Return the final hidden states."""
         raise NotImplementedError
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
         return self.head(self.features(tokens, mask, cache))
 
     def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B vocab
-        """The logits of each row's last place alone: generation asks for no others, and of a long prompt they cost most."""
+        """Return the logits of the last position only, which is all that generation needs and saves time for long prompts."""
         return F.linear(self.features(tokens, mask, cache)[:, -1], self.head.weight)
 
 
 class Llama(Decoder):
-    """Tokens -> logits of the token that follows each. Raises `DataError` for rows longer than `length`.
+    """A decoder that returns the logits of the next token at each position.
 
-    Padding may stand on either side: positions count real tokens. With a `cache` (see `new_cache`) only the tokens
-    not yet read are given, and the result equals that of the whole row. Raises `SettingsError` for heads that do not
-    divide the width.
+    Padding may be on either side: positions count real tokens. With a `cache` (see `new_cache`) only the new tokens
+    are passed, and the result equals that of the whole sequence. Raises `DataError` for sequences longer than
+    `length`, and `SettingsError` if `heads` does not divide the width.
     """
 
     def __init__(self, config: Config):
         super().__init__(config, RMSNorm(config.dim, config.eps), config.tie_embeddings)
 
-    def speed(self, device: torch.device) -> Tensor:  # -> d/2
-        plain = speed(self.width, self.config.rope_theta, device)
+    def inverse_frequencies(self, device: torch.device) -> Tensor:  # -> d/2
+        """Return the rotary frequencies, scaled if `rope_scaling` is set."""
+        plain = inverse_frequencies(self.width, self.config.rope_theta, device)
         if not self.config.rope_scaling:
             return plain
         factor, low, high, before = self.config.rope_scaling
-        made = before * plain / (2 * math.pi)  # turns within the length that was learnt first
+        made = before * plain / (2 * math.pi)  # number of rotations within the original length
         keep = ((made - low) / (high - low)).clamp(0, 1)
         return plain * (keep + (1 - keep) / factor)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
-        return self.through(self.embed(tokens), mask, cache)
+        """Return the final hidden states."""
+        return self.forward_blocks(self.embed(tokens), mask, cache)
 
-    def through(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # B T D -> B T D
-        """Tokens as vectors, or what stands in their places, through all blocks."""
+    def forward_blocks(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # B T D -> B T D
+        """Apply all blocks to token embeddings, or to other vectors in their place."""
         steps = x.shape[1]
-        self.opened(steps, mask, cache)
-        seen = causal(steps, mask, cache, x.device)
-        turn = turns(positions(steps, mask, cache, x.device), self.speed(x.device), x)
+        self.extend_cache(steps, mask, cache)
+        seen = causal_mask(steps, mask, cache, x.device)
+        turn = cos_sin_at(token_positions(steps, mask, cache, x.device), self.inverse_frequencies(x.device), x)
         for layer, block in enumerate(self.blocks):
             x = block(x, turn, seen, cache, layer)
         return self.norm(x)
 
 
-NAMES: dict[str, Row] = {  # of a block's attention and norms, shared by its kin
+NAMES: dict[str, Row] = {  # names of the attention and normalization layers, shared by related models
     "model.embed_tokens.weight": "embed.weight",
     "model.layers.{i}.input_layernorm.weight": "blocks.{i}.norm1.weight",
     "model.layers.{i}.self_attn.q_proj.weight": "blocks.{i}.attn.q.weight",
     "model.layers.{i}.self_attn.k_proj.weight": Fused("blocks.{i}.attn.kv.weight", 0, 2),
     "model.layers.{i}.self_attn.v_proj.weight": Fused("blocks.{i}.attn.kv.weight", 1, 2),
     "model.layers.{i}.self_attn.o_proj.weight": "blocks.{i}.attn.proj.weight",
-    "model.layers.{i}.self_attn.rotary_emb.inv_freq": Dropped("computed from base"),
+    "model.layers.{i}.self_attn.rotary_emb.inv_freq": Dropped("computed from rope_theta"),
     "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.norm2.weight",
     "model.norm.weight": "norm.weight",
-    "lm_head.weight": "head.weight",  # absent where it is the embedding
+    "lm_head.weight": "head.weight",  # absent if tied to the embedding
 }
 GATED: dict[str, Row] = {
     "model.layers.{i}.mlp.gate_proj.weight": Fused("blocks.{i}.mlp.up.weight", 0, 2),
@@ -178,12 +185,12 @@ HUGGINGFACE = NAMES | GATED
 
 
 def gguf(c: Config) -> dict[str, Row]:
-    """Names in GGUF files, in which the pairs that turn together are neighbours too."""
+    """Return the names in GGUF files, in which rotary pairs are adjacent."""
     width, layer = c.dim // c.heads, "blk.{i}."
     return {
         "token_embd.weight": "embed.weight",
         layer + "attn_norm.weight": "blocks.{i}.norm1.weight",
-        layer + "attn_q.weight": Paired("blocks.{i}.attn.q.weight", width),
+        layer + "attn_q.weight": InterleavedRotary("blocks.{i}.attn.q.weight", width),
         layer + "attn_k.weight": Fused("blocks.{i}.attn.kv.weight", 0, 2, width),
         layer + "attn_v.weight": Fused("blocks.{i}.attn.kv.weight", 1, 2),
         layer + "attn_output.weight": "blocks.{i}.attn.proj.weight",
@@ -192,19 +199,19 @@ def gguf(c: Config) -> dict[str, Row]:
         layer + "ffn_up.weight": Fused("blocks.{i}.mlp.up.weight", 1, 2),
         layer + "ffn_down.weight": "blocks.{i}.mlp.down.weight",
         "output_norm.weight": "norm.weight",
-        "output.weight": "head.weight",  # absent where it is the embedding
-        "rope_freqs.weight": Dropped("computed from base and stretch"),
+        "output.weight": "head.weight",  # absent if tied to the embedding
+        "rope_freqs.weight": Dropped("computed from rope_theta and rope_scaling"),
     }
 
 
 def meta(c: Config) -> dict[str, Row]:
-    """Names of Meta's own files, in which the pairs that turn together are neighbours."""
+    """Return the names in Meta's own files, in which rotary pairs are adjacent."""
     width = c.dim // c.heads
     layer, attn, mlp = "layers.{i}.", "layers.{i}.attention.w", "layers.{i}.feed_forward.w"
     return {
         "tok_embeddings.weight": "embed.weight",
         layer + "attention_norm.weight": "blocks.{i}.norm1.weight",
-        attn + "q.weight": Paired("blocks.{i}.attn.q.weight", width),
+        attn + "q.weight": InterleavedRotary("blocks.{i}.attn.q.weight", width),
         attn + "k.weight": Fused("blocks.{i}.attn.kv.weight", 0, 2, width),
         attn + "v.weight": Fused("blocks.{i}.attn.kv.weight", 1, 2),
         attn + "o.weight": "blocks.{i}.attn.proj.weight",
@@ -214,32 +221,35 @@ def meta(c: Config) -> dict[str, Row]:
         mlp + "2.weight": "blocks.{i}.mlp.down.weight",
         "norm.weight": "norm.weight",
         "output.weight": "head.weight",
-        "rope.freqs": Dropped("computed from base"),
+        "rope.freqs": Dropped("computed from rope_theta"),
     }
 
 
-def rotation(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and stretch as files of transformers say them, in today's form or that of before 2025."""
+def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope_theta and rope_scaling from a configuration of transformers, in the current form or that of before 2025."""
     said = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = said.get("rope_type", said.get("type", "default"))
     values: dict[str, Any] = {"rope_theta": said.get("rope_theta", theirs.get("rope_theta", 10_000.0))}
     if kind == "llama3":
-        values["rope_scaling"] = tuple(float(said[key]) for key in STRETCH)
+        values["rope_scaling"] = tuple(float(said[key]) for key in ROPE_SCALING_KEYS)
     elif kind != "default":
-        raise WeightsError(f"rope_type={kind!r}: rotations are stretched here as Llama 3.1 does (llama3), or not at all")
+        raise WeightsError(
+            f"rope_type={kind!r} is not supported. Supported are 'llama3' (the scaling of Llama 3.1) and 'default' (none)."
+        )
     return values
 
 
-def written(c: Any) -> dict[str, Any]:
+def write_rope(c: Any) -> dict[str, Any]:
+    """Return the rope_parameters of a config."""
     return {
         "rope_type": "llama3" if c.rope_scaling else "default",
         "rope_theta": c.rope_theta,
-        **{key: int(x) if key.startswith("orig") else x for key, x in zip(STRETCH, c.rope_scaling)},
+        **{key: int(x) if key.startswith("orig") else x for key, x in zip(ROPE_SCALING_KEYS, c.rope_scaling)},
     }
 
 
-STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SHARED = {  # with its kin
+ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SHARED = {  # shared by related models
     "vocab_size": "vocab_size",
     "max_position_embeddings": "length",
     "hidden_size": "dim",
@@ -250,22 +260,22 @@ SHARED = {  # with its kin
     ),
     "intermediate_size": "hidden",
     "rms_norm_eps": "eps",
-    "hidden_act": Is("silu"),
-    "rope_parameters": Derived(rotation, written),
-    "tie_word_embeddings": Absent("tie_embeddings", False),
+    "hidden_act": Expect("silu"),
+    "rope_parameters": Derived(read_rope, write_rope),
+    "tie_word_embeddings": WithDefault("tie_embeddings", False),
 }
 CONFIG = {
-    "model_type": Is("llama"),
-    "architectures": Is(["LlamaForCausalLM"]),
+    "model_type": Expect("llama"),
+    "architectures": Expect(["LlamaForCausalLM"]),
     **SHARED,
-    "head_dim": Is(lambda c: c.dim // c.heads),
-    "attention_bias": Is(False),
-    "mlp_bias": Is(False),
+    "head_dim": Expect(lambda c: c.dim // c.heads),
+    "attention_bias": Expect(False),
+    "mlp_bias": Expect(False),
 }
 
 
-def widened(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Width of the gated networks as Meta's code computes it."""
+def read_hidden(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hidden width of the gated MLPs, computed as in Meta's code."""
     hidden = int(params.get("ffn_dim_multiplier", 1.0) * int(8 * params["dim"] / 3))
     multiple = params["multiple_of"]
     return {"hidden": multiple * -(-hidden // multiple)}
@@ -353,7 +363,7 @@ SIZES = {
         params=1_711_376_384,
         source="HuggingFaceTB/SmolLM2-1.7B",
     ),
-    # Small ones of the same form, to be trained from nothing.
+    # Small sizes for training from scratch.
     "llama-mini": Size(
         vocab_size=8192, length=512, dim=512, depth=8, heads=8, kv_heads=4, hidden=1408, eps=1e-5, tie_embeddings=True
     ),
@@ -366,9 +376,12 @@ SIZES = {
 }
 
 
-def meant(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What params.json does not say: the longest row, and how far rotations are stretched. They are those of the published
-    size that it describes, or comes nearest to: by how many numbers are the same, then by the width."""
+def infer_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what params.json does not contain: the maximum length and rope_scaling.
+
+    They are those of the published size that it describes or is closest to, by the number of equal fields, then by
+    the width.
+    """
     said = {
         "vocab_size": params.get("vocab_size", -1),
         "rope_theta": params.get("rope_theta", 10_000.0),
@@ -377,36 +390,36 @@ def meant(params: Mapping[str, Any]) -> dict[str, Any]:
         "depth": params["n_layers"],
         "heads": params["n_heads"],
         "kv_heads": params.get("n_kv_heads") or params["n_heads"],
-        **widened(params),
+        **read_hidden(params),
     }
 
-    def apart(config: Config) -> tuple[int, float]:
+    def distance(config: Config) -> tuple[int, float]:
         return (
             sum(getattr(config, key) != value for key, value in said.items() if value != -1),
             abs(math.log(config.dim / said["dim"])),
         )
 
     known = [Config(**size.overrides) for name, size in SIZES.items() if name.startswith("llama") and size.source]
-    nearest = min((c for c in known if bool(c.rope_scaling) == bool(params.get("use_scaled_rope"))), key=apart)
+    nearest = min((c for c in known if bool(c.rope_scaling) == bool(params.get("use_scaled_rope"))), key=distance)
     return {"length": nearest.length, "rope_scaling": nearest.rope_scaling}
 
 
-PARAMS = {  # params.json beside Meta's files
+PARAMS = {  # params.json of Meta's checkpoints
     "dim": "dim",
     "n_layers": "depth",
     "n_heads": "heads",
     "n_kv_heads": Derived(lambda t: {"kv_heads": t.get("n_kv_heads") or t["n_heads"]}, lambda c: c.kv_heads),
-    # Of the first two generations -1: as many as the tokenizer has, and the tensors.
+    # -1 in the first two generations: the vocabulary size is that of the tokenizer and the tensors.
     "vocab_size": Derived(
         lambda t: {"vocab_size": t["vocab_size"]} if t.get("vocab_size", -1) > 0 else {}, lambda c: c.vocab_size
     ),
     "norm_eps": "eps",
-    "multiple_of": Derived(widened, lambda c: c.hidden),
-    "rope_theta": Absent("rope_theta", 10_000.0),
-    "use_scaled_rope": Derived(meant, lambda c: bool(c.rope_scaling)),
+    "multiple_of": Derived(read_hidden, lambda c: c.hidden),
+    "rope_theta": WithDefault("rope_theta", 10_000.0),
+    "use_scaled_rope": Derived(infer_params, lambda c: bool(c.rope_scaling)),
 }
 GGUF = {
-    "general.architecture": Is("llama"),
+    "general.architecture": Expect("llama"),
     "llama.vocab_size": "vocab_size",
     "llama.context_length": "length",
     "llama.embedding_length": "dim",
@@ -418,8 +431,8 @@ GGUF = {
     ),
     "llama.feed_forward_length": "hidden",
     "llama.attention.layer_norm_rms_epsilon": "eps",
-    "llama.rope.freq_base": Absent("rope_theta", 10_000.0),
-    # Of the stretch such files hold what comes out for each pair; all of Llama 3.1 and 3.2 began as it stands here.
+    "llama.rope.freq_base": WithDefault("rope_theta", 10_000.0),
+    # These files hold the scaled frequencies only; Llama 3.1 and 3.2 all use the other values given here.
     "slowest": Derived(
         lambda t: {"rope_scaling": (t["slowest"], 1.0, 4.0, 8192.0)} if "slowest" in t else {},
         lambda c: max(c.rope_scaling, default=1.0),

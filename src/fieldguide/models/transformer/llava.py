@@ -1,11 +1,12 @@
-"""LLaVA-1.5: a language model that sees (Liu et al. 2023, arXiv:2310.03744; the first one: arXiv:2304.08485).
+"""LLaVA-1.5: a language model with image input (Liu et al. 2023, arXiv:2310.03744; the first version: arXiv:2304.08485).
 
-New here: a trained ViT and a trained LLaMA are joined by two layers alone. What CLIP's tower knows of each patch, one block
-before its end, becomes a token of the language model's width; these stand in its row where the picture was named, and it
-goes on in words.
+New here: a pre-trained ViT and a pre-trained LLaMA are connected by a two-layer MLP only. The patch features of
+CLIP's image encoder, one block before its end, are projected to the width of the language model and replace the image
+tokens in its input; the model then generates text.
 
-Initialisation: those of CLIP and LLaMA; N(0, 0.02) and zero biases for the two layers between, as in transformers.
-Shapes: B batch, C channels, S side of a picture, N = (S/P)^2 patches of it, T tokens, V their width there, D here.
+Initialisation: those of CLIP and LLaMA; N(0, 0.02) and zero biases for the two projection layers, as in transformers.
+Shapes: B batch, C channels, S image side, N = (S/P)^2 patches, T tokens, V width of the image encoder, D width of the
+language model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fieldguide.core.card import OPENAI as SCALE
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.layers.kv_cache import Cache
-from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Derived, Fixed, Is, Known
+from fieldguide.models.mapping.config_rules import ConfigRow, Constant, Derived, Expect, ValueMap, WithDefault
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
 from fieldguide.models.transformer import clip, llama
 from fieldguide.models.transformer._shared import clip_checkpoints
@@ -36,27 +37,29 @@ class Config:
     seen_dim: int = 1024  # V
     seen_depth: int = 24
     seen_heads: int = 16
-    quick: bool = True  # x sigmoid(1.702 x) in place of GELU in the tower
-    above: int = 1  # blocks at the tower's end, which its files have and nothing reads
+    quick: bool = True  # x sigmoid(1.702 x) instead of GELU in the image encoder
+    above: int = 1  # last blocks of the image encoder, which files contain but the model does not use
     vocab_size: int = 32_064
-    length: int = 4096  # longest row, tokens and patches
+    length: int = 4096  # maximum sequence length, in tokens and patches
     dim: int = 4096  # D
     depth: int = 32
     heads: int = 32
-    kv_heads: int = 32  # of heads that share keys and values
-    hidden: int = 11_008  # width inside the gated networks
-    rope_theta: float = 10_000.0  # of the rotation's wavelengths
-    rope_scaling: tuple[float, ...] = ()  # as in LLaMA
+    kv_heads: int = 32  # number of key/value heads
+    hidden: int = 11_008  # hidden width of the gated MLPs
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    rope_scaling: tuple[float, ...] = ()  # as in `llama.Config`
     eps: float = 1e-5
-    picture: int = 32_000  # the token in whose places a picture stands; the vocabulary may end before it
+    picture: int = 32_000  # ID of the image token; may be beyond the vocabulary
 
 
 class Tower(clip.Vision):
-    """CLIP's network of pictures without its last matrix, read some blocks before its end, the class token left out."""
+    """CLIP's image encoder without its projection, read `above` blocks before its end, without the class token. Raises
+    `SettingsError` if no block is left.
+    """
 
     def __init__(self, c: Config):
         if not 0 <= c.above < c.seen_depth:
-            raise SettingsError(f"above={c.above} leaves none of the seen_depth={c.seen_depth} blocks that look at pictures")
+            raise SettingsError(f"above={c.above} must be at least 0 and less than seen_depth={c.seen_depth}.")
         super().__init__(
             clip.Config(
                 channels=c.channels,
@@ -72,7 +75,7 @@ class Tower(clip.Vision):
         del self.proj
         self.read = c.seen_depth - c.above
         for unread in (*self.blocks[self.read :], self.norm):
-            unread.requires_grad_(False)  # so that processes which train together do not wait for them
+            unread.requires_grad_(False)  # otherwise distributed training would wait for their gradients
 
     def forward(self, image: Tensor) -> Tensor:  # B C S S -> B N V
         x = self.tokens(image)
@@ -82,10 +85,11 @@ class Tower(clip.Vision):
 
 
 class LLaVA(nn.Module):
-    """Pictures and tokens -> logits of the token that follows each. A row has the token `picture` once for each patch (see
-    `spelt`), or not at all. Padding may stand on either side. For generation see `seeing`.
+    """A decoder that returns the logits of the next token at each position, given images and tokens.
 
-    Raises `DataError` for rows longer than `length`, pictures of another side, and rows with some other number of places.
+    A sequence has the token `picture` once per patch (see `expand_image_tokens`), or not at all. Padding may be on
+    either side. For generation see `with_images`. Raises `DataError` for sequences longer than `length`, images of
+    another size, and sequences with another number of image tokens.
     """
 
     def __init__(self, config: Config):
@@ -118,49 +122,54 @@ class LLaVA(nn.Module):
 
     @property
     def patches(self) -> int:
-        """N: places that a picture fills."""
+        """Number N of patches of an image."""
         return self.vision.grid**2
 
-    def spelt(self, tokens: Sequence[int]) -> list[int]:
-        """A row in which the picture is one token, with as many of it as the picture has patches."""
+    def expand_image_tokens(self, tokens: Sequence[int]) -> list[int]:
+        """Return the sequence with the image token repeated once per patch."""
         return [token for one in tokens for token in [one] * (self.patches if one == self.config.picture else 1)]
 
-    def see(self, image: Tensor) -> Tensor:  # B C S S -> B N D
+    def embed_image(self, image: Tensor) -> Tensor:  # B C S S -> B N D
+        """Return the projected patch features."""
         return self.bridge["down"](F.gelu(self.bridge["up"](self.vision(image))))
 
     def embed(self, image: Tensor | None, tokens: Tensor, mask: Tensor | None) -> Tensor:  # B C S S, B T, B T -> B T D
+        """Return the token embeddings, with patch features in place of the image tokens."""
         named = tokens == self.config.picture if mask is None else (tokens == self.config.picture) & mask
         x = self.language.embed(tokens.masked_fill(named, 0))
         if not (torch.compiler.is_compiling() or tokens.is_meta):
             wanted = {0} if image is None else {0, self.patches}
-            if strange := sorted(set(named.sum(1).tolist()) - wanted):
+            if unexpected := sorted(set(named.sum(1).tolist()) - wanted):
                 raise DataError(
-                    f"a row has the token {self.config.picture} {strange[0]} times, and {len(tokens)} pictures "
-                    f"of {self.patches} patches each are given: spelt(tokens) writes one as often as it must stand"
+                    f"A sequence has the image token {self.config.picture} {unexpected[0]} times, but an image has "
+                    f"{self.patches} patches. Use expand_image_tokens(tokens) to repeat the image token."
                     if image is not None
-                    else f"a row has the token {self.config.picture}, in whose place a picture stands, and no picture"
+                    else f"A sequence has the image token {self.config.picture}, but no image was passed."
                 )
         if image is None:
             return x
-        place = (named.cumsum(1) - 1).clamp(0, self.patches - 1)  # the patch that stands at each
-        seen = self.see(image).to(x.dtype)
+        place = (named.cumsum(1) - 1).clamp(0, self.patches - 1)  # index of the patch at each image token
+        seen = self.embed_image(image).to(x.dtype)
         return torch.where(named[..., None], seen.gather(1, place[..., None].expand(-1, -1, seen.shape[2])), x)
 
     def features(
         self, image: Tensor | None, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:  # B C S S, B T, B T -> B T D
-        return self.language.through(self.embed(image, tokens, mask), mask, cache)
+        """Return the final hidden states of the language model."""
+        return self.language.forward_blocks(self.embed(image, tokens, mask), mask, cache)
 
     def forward(self, image: Tensor | None, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # ..., B T -> B T vocab
         return self.language.head(self.features(image, tokens, mask))
 
-    def seeing(self, image: Tensor) -> Seeing:
-        """The network before these pictures, B C S S: what `fieldguide.models.generation.generate` makes go on from B prompts."""
-        return Seeing(self, image)
+    def with_images(self, image: Tensor) -> ImageConditionedDecoder:
+        """Return the model with these images, B C S S, as a decoder for `fieldguide.models.generation.generate` with B
+        prompts.
+        """
+        return ImageConditionedDecoder(self, image)
 
 
-class Seeing:
-    """A LLaVA before pictures: takes and gives what language models do (`new_cache`, `last`, `config`, `parameters`)."""
+class ImageConditionedDecoder:
+    """A LLaVA with given images, with the interface of a decoder (`new_cache`, `last`, `config`, `parameters`)."""
 
     def __init__(self, network: LLaVA, image: Tensor):
         self.network, self.image, self.config = network, image, network.config
@@ -172,34 +181,39 @@ class Seeing:
         return self.network.language.new_cache(rows, length)
 
     def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # B T -> B vocab
-        """The logits of each row's last place; the pictures are looked at with the first tokens. Raises `DataError` where these
-        do not name them, as those of a row that was cut to the network's length."""
+        """Return the logits of the last position; the images are encoded with the first tokens.
+
+        Raises `DataError` if these contain no image token, such as those of a sequence that was truncated to the
+        model's length.
+        """
         first = cache is None or not cache.used
         if first and not (tokens == self.config.picture).any(1).all():
             raise DataError(
-                "a row does not name its picture, or has lost it: prompt and answer together must be no longer "
-                f"than length={self.config.length} tokens"
+                "A sequence has no image token, or lost it by truncation. Prompt and output together must not exceed "
+                f"length={self.config.length} tokens."
             )
         x = self.network.features(self.image if first else None, tokens, mask, cache)
         return self.network.language.head(x[:, -1])
 
 
-def moved(row: Row, part: str) -> Row:
-    """A row of CLIP's or LLaMA's table, whose own name stands in this part of the network."""
+def prefix_row(row: Row, part: str) -> Row:
+    """Return a rule of CLIP's or LLaMA's table with a prefix before our name."""
     if isinstance(row, Fused):
         return Fused(f"{part}{row.ours}", row.part, row.parts, row.pairs)
     return row if isinstance(row, Dropped) else f"{part}{row}"
 
 
-def named(tower: str, words: str, head: str, bridge: tuple[str, str]) -> dict[str, Row]:
-    """Public names: what stands before those of CLIP's tower and of LLaMA's body; the head; the two layers between."""
+def map_weights(tower: str, words: str, head: str, bridge: tuple[str, str]) -> dict[str, Row]:
+    """Return the public names, given the prefixes of CLIP's image encoder and of LLaMA's body, the head, and the two
+    projection layers.
+    """
     names: dict[str, Row] = {
-        tower + key.removeprefix("vision_model."): moved(row, "")
+        tower + key.removeprefix("vision_model."): prefix_row(row, "")
         for key, row in clip_checkpoints.HUGGINGFACE.items()
         if key.startswith("vision_model.")
     }
     names |= {
-        words + key.removeprefix("model."): moved(row, "language.")
+        words + key.removeprefix("model."): prefix_row(row, "language.")
         for key, row in llama.HUGGINGFACE.items()
         if key.startswith("model.")
     }
@@ -209,12 +223,15 @@ def named(tower: str, words: str, head: str, bridge: tuple[str, str]) -> dict[st
 LINEAR = ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
 BODY = ("language_model.model.", "language_model.lm_head.weight", LINEAR)
 HUGGINGFACE = (
-    named("vision_tower.vision_model.", *BODY)
-    | named("vision_tower.", *BODY)
-    | named("model.vision_tower.", "model.language_model.", "lm_head.weight", (f"model.{LINEAR[0]}", f"model.{LINEAR[1]}"))
+    map_weights("vision_tower.vision_model.", *BODY)
+    | map_weights("vision_tower.", *BODY)
+    | map_weights(
+        "model.vision_tower.", "model.language_model.", "lm_head.weight", (f"model.{LINEAR[0]}", f"model.{LINEAR[1]}")
+    )
 )
-# The authors' own, whose tower lies in another file: that of CLIP, whose names get the first of these before them.
-OFFICIAL = named(
+# The authors' files. The image encoder is in a separate file, that of CLIP, whose names get the first of these
+# prefixes.
+OFFICIAL = map_weights(
     "model.vision_tower.vision_tower.vision_model.",
     "model.",
     "lm_head.weight",
@@ -222,58 +239,63 @@ OFFICIAL = named(
 )
 
 
-def inside(row: ConfigRow) -> ConfigRow:
-    """A row of LLaMA's table, read from the part of the configuration that is the language model's; numbers that stand
-    nowhere are those that transformers takes then."""
+def nest_row(row: ConfigRow) -> ConfigRow:
+    """Return a rule of LLaMA's table, read from `text_config`; missing numbers have the defaults of transformers."""
     if isinstance(row, Derived):
         return Derived(lambda t: row.read({"num_attention_heads": 32, **(t.get("text_config") or {})}), row.write)
     return (
-        {"vocab_size": Absent("vocab_size", 32_000), "length": Absent("length", 2048), "eps": Absent("eps", 1e-6)}.get(row, row)
+        {
+            "vocab_size": WithDefault("vocab_size", 32_000),
+            "length": WithDefault("length", 2048),
+            "eps": WithDefault("eps", 1e-6),
+        }.get(row, row)
         if isinstance(row, str)
         else row
     )
 
 
-def layer(theirs: Mapping[str, Any]) -> dict[str, int]:
-    """Which of the tower's states is read: -1 is the last."""
+def read_feature_layer(theirs: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of unused blocks from the index of the hidden state that is read (-1 = last). Raises
+    `WeightsError` for several.
+    """
     said = theirs.get("vision_feature_layer", -2)
     if not isinstance(said, int):
-        raise WeightsError(f"vision_feature_layer={said!r}: one state of the tower is read here, not several")
+        raise WeightsError(f"vision_feature_layer={said!r} is not supported. It must be a single integer.")
     depth = (theirs.get("vision_config") or {}).get("num_hidden_layers", 24)
     return {"above": depth - said if said >= 0 else -1 - said}
 
 
 LANGUAGE = {key: row for key, row in llama.SHARED.items() if key != "tie_word_embeddings"}
-ARCHITECTURES = {name: Is([name], among=([name],)) for name in ("LlavaForConditionalGeneration", "LlavaLlamaForCausalLM")}
-CONFIG: dict[str, ConfigRow] = {  # of transformers
-    "model_type": Is("llava"),
+ARCHITECTURES = {name: Expect([name], among=([name],)) for name in ("LlavaForConditionalGeneration", "LlavaLlamaForCausalLM")}
+CONFIG: dict[str, ConfigRow] = {  # keys of transformers
+    "model_type": Expect("llava"),
     "architectures": ARCHITECTURES["LlavaForConditionalGeneration"],
-    "image_token_index": Absent("picture", 32_000),
+    "image_token_index": WithDefault("picture", 32_000),
     "image_seq_length": Derived(lambda t: {}, lambda c: (c.image // c.patch) ** 2),
-    "projector_hidden_act": Is("gelu"),
-    "multimodal_projector_bias": Is(True),
-    "vision_feature_select_strategy": Is("default"),
-    "vision_feature_layer": Derived(layer, lambda c: -1 - c.above),
-    "tie_word_embeddings": Is(False),
-    **clip_checkpoints.tower("vision", "seen_dim", "seen_depth", "seen_heads"),
+    "projector_hidden_act": Expect("gelu"),
+    "multimodal_projector_bias": Expect(True),
+    "vision_feature_select_strategy": Expect("default"),
+    "vision_feature_layer": Derived(read_feature_layer, lambda c: -1 - c.above),
+    "tie_word_embeddings": Expect(False),
+    **clip_checkpoints.map_tower_config("vision", "seen_dim", "seen_depth", "seen_heads"),
     "vision_config.num_channels": "channels",
     "vision_config.image_size": "image",
     "vision_config.patch_size": "patch",
-    "vision_config.hidden_act": Known("quick", clip_checkpoints.ACTS),
-    "text_config.model_type": Is("llama"),
-    **{f"text_config.{key}": inside(row) for key, row in LANGUAGE.items()},
+    "vision_config.hidden_act": ValueMap("quick", clip_checkpoints.ACTS),
+    "text_config.model_type": Expect("llama"),
+    **{f"text_config.{key}": nest_row(row) for key, row in LANGUAGE.items()},
 }
-OFFICIAL_CONFIG: dict[str, ConfigRow] = {  # of the authors, whose files of 1.5 all have the tower of CLIP L/14
+OFFICIAL_CONFIG: dict[str, ConfigRow] = {  # keys of the authors, whose files of 1.5 all use CLIP L/14
     "architectures": ARCHITECTURES["LlavaLlamaForCausalLM"],
-    "mm_projector_type": Is("mlp2x_gelu"),
-    "mm_vision_tower": Is("openai/clip-vit-large-patch14-336"),
+    "mm_projector_type": Expect("mlp2x_gelu"),
+    "mm_vision_tower": Expect("openai/clip-vit-large-patch14-336"),
     "mm_vision_select_layer": Derived(
-        lambda t: layer({"vision_feature_layer": t.get("mm_vision_select_layer", -2)}), lambda c: -1 - c.above
+        lambda t: read_feature_layer({"vision_feature_layer": t.get("mm_vision_select_layer", -2)}), lambda c: -1 - c.above
     ),
-    "mm_vision_select_feature": Is("patch"),
-    "mm_use_im_start_end": Is(False),
+    "mm_vision_select_feature": Expect("patch"),
+    "mm_use_im_start_end": Expect(False),
     "mm_hidden_size": "seen_dim",
-    "<the token of pictures is no word>": Fixed("picture", 32_000),
+    "<the image token is not in the vocabulary>": Constant("picture", 32_000),
     **LANGUAGE,
 }
 
@@ -310,6 +332,7 @@ CARD = Card(
     weights={"huggingface": HUGGINGFACE, "official": OFFICIAL},
     configs={"huggingface": CONFIG, "official": OFFICIAL_CONFIG},
     scale=SCALE,
-    # Section 4.1 and table 9, the second of two trainings: rate 2e-5, a cosine, 3 % of warm-up, no decay.
+    # Section 4.1 and table 9, the second training stage: learning rate 2e-5, cosine schedule, 3 % warm-up, no weight
+    # decay.
     recipe={"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "warmup": 0.03, "grad_clip": 1.0},
 )

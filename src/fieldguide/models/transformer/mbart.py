@@ -1,8 +1,8 @@
-"""mBART: texts in 25 or 50 languages are repaired, then translated (Liu et al. 2020, arXiv:2001.08210).
+"""mBART: multilingual denoising pre-training for translation (Liu et al. 2020, arXiv:2001.08210).
 
-New here: BART's training on many languages at once, with a token that names the language: of 25, last in the source and
-first in the answer; of 50 (arXiv:2008.00401), first in both. Layers normalise first, as deeper stacks on noisier data
-need it; each stack ends with a norm of its own, and embeddings are scaled by sqrt(D) where they are read.
+New here: BART's training on 25 or 50 languages at once, with a token for the language: for 25, last in the source and
+first in the target; for 50 (arXiv:2008.00401), first in both. Layers are pre-norm, which deeper stacks and noisier
+data need; each stack ends with a normalization layer, and the input embeddings are scaled by sqrt(D).
 
 Initialisation: as BART, N(0, 0.02), zero biases.
 Shapes: B batch, S source tokens, T target tokens, D width.
@@ -27,22 +27,22 @@ from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 250_027
-    length: int = 1024  # longest row, tokens
+    length: int = 1024  # maximum sequence length, in tokens
     dim: int = 1024  # D
-    depth: int = 12  # layers of the encoder
+    depth: int = 12  # number of encoder layers
     decoder_depth: int = 12
     heads: int = 16
-    hidden: int = 4096  # width inside the two-layer networks
+    hidden: int = 4096  # hidden width of the MLPs
     dropout: float = 0.1
-    attn_dropout: float = 0.0  # of attention weights
-    mlp_dropout: float = 0.0  # inside the two-layer networks
-    begin: int | None = None  # the token that answers begin with; None = that of their language
+    attn_dropout: float = 0.0  # dropout of the attention weights
+    mlp_dropout: float = 0.0  # dropout inside the MLPs
+    begin: int | None = None  # ID of the first decoder token; None = the language token
     end: int = 2
     pad: int = 1
 
 
 class EncoderBlock(nn.Module):
-    """`mlp` is the two-layer network of this layer."""
+    """A pre-norm encoder block: attention and the given `mlp`."""
 
     def __init__(self, c: Any, mlp: nn.Module):
         super().__init__()
@@ -56,7 +56,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """As above."""
+    """A pre-norm decoder block: causal attention, cross-attention and the given `mlp`."""
 
     def __init__(self, c: Any, mlp: nn.Module):
         super().__init__()
@@ -72,24 +72,25 @@ class DecoderBlock(nn.Module):
 
 
 class MBart(bart.Bart):
-    """Source and what is said so far -> logits of the token that follows each of the latter; used as BART is."""
+    """An encoder-decoder that returns the logits of the next target token at each position; same interface as `Bart`."""
 
     def __init__(self, config: Any):
         super().__init__(config)
         self.scale = math.sqrt(config.dim)
 
-    def norms(self) -> tuple[nn.Module, nn.Module]:
+    def make_norms(self) -> tuple[nn.Module, nn.Module]:
         return nn.LayerNorm(self.config.dim), nn.LayerNorm(self.config.dim)
 
-    def network(self, layer: int) -> nn.Module:
+    def make_mlp(self, layer: int) -> nn.Module:
+        """Return the MLP of this layer."""
         c = self.config
         return FeedForward(c.dim, c.hidden, F.gelu, c.mlp_dropout)
 
-    def encoder_block(self, layer: int) -> nn.Module:
-        return EncoderBlock(self.config, self.network(layer))
+    def make_encoder_block(self, layer: int) -> nn.Module:
+        return EncoderBlock(self.config, self.make_mlp(layer))
 
-    def decoder_block(self, layer: int) -> nn.Module:
-        return DecoderBlock(self.config, self.network(layer))
+    def make_decoder_block(self, layer: int) -> nn.Module:
+        return DecoderBlock(self.config, self.make_mlp(layer))
 
 
 CARD = Card(
@@ -104,11 +105,11 @@ CARD = Card(
     sizes={
         "mbart-cc25": Size(params=610_851_840, source="facebook/mbart-large-cc25"),
         "mbart-50": Size(vocab_size=250_054, begin=2, params=610_879_488, source="facebook/mbart-large-50"),
-        # Of the same form, to be trained from nothing.
-        "mbart-mini": Size(vocab_size=8192, **bart.stacks(4, 256, 4, 1024)),
+        # Small sizes for training from scratch.
+        "mbart-mini": Size(vocab_size=8192, **bart.stack_shape(4, 256, 4, 1024)),
         "mbart-test": Size(**bart.TEST),
     },
     weights={"huggingface": bart.HUGGINGFACE},
-    configs={"huggingface": bart.config("mbart", "MBartForConditionalGeneration", scaled=True)},
+    configs={"huggingface": bart.map_config("mbart", "MBartForConditionalGeneration", scaled=True)},
     recipe=bart.RECIPE,
 )

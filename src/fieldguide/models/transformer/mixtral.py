@@ -1,8 +1,9 @@
-"""Mixtral: eight gated networks a layer, two of which serve each token (Jiang et al. 2024, arXiv:2401.04088).
+"""Mixtral: a mixture of eight gated MLPs per layer, two of which process each token (Jiang et al. 2024,
+arXiv:2401.04088).
 
-New here: a router picks for every token the two experts that it scores highest and weighs their answers by a softmax over
-the two; the network holds far more than one token costs. So that no expert is forgotten, training adds what an uneven
-load costs (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6).
+New here: a router selects the two highest-scoring experts for every token and weights their outputs by a softmax over
+the two scores, so the model has many more parameters than one token uses. To keep all experts in use, training adds a
+load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6).
 
 Initialisation: N(0, 0.02).
 Shapes: B batch, T tokens, D width, N = B T, E experts.
@@ -19,8 +20,8 @@ from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.gqa import GatedMlp
 from fieldguide.models.layers.kv_cache import Cache
-from fieldguide.models.layers.moe_balance import unevenness
-from fieldguide.models.mapping.config_rules import Absent, Is
+from fieldguide.models.layers.moe_balance import load_balancing_loss
+from fieldguide.models.mapping.config_rules import Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Fused, Row
 from fieldguide.models.transformer import llama
 
@@ -28,28 +29,28 @@ from fieldguide.models.transformer import llama
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 32_000
-    length: int = 32_768  # longest row, tokens
+    length: int = 32_768  # maximum sequence length, in tokens
     dim: int = 4096  # D
     depth: int = 32
     heads: int = 32
-    kv_heads: int = 8  # of heads that share keys and values
-    hidden: int = 14_336  # width inside an expert
+    kv_heads: int = 8  # number of key/value heads
+    hidden: int = 14_336  # hidden width of an expert
     experts: int = 8  # E
-    used: int = 2  # experts a token
-    rope_theta: float = 1_000_000.0  # of the rotation's wavelengths
+    used: int = 2  # experts per token
+    rope_theta: float = 1_000_000.0  # base of the rotary wavelengths
     rope_scaling: tuple[float, ...] = ()
     eps: float = 1e-5
-    tie_embeddings: bool = False  # the head is the embedding
-    balancing: float = 0.02  # of the loss: what an uneven load of the experts counts in training
+    tie_embeddings: bool = False  # the output head shares the weights of the embedding
+    balancing: float = 0.02  # weight of the load-balancing loss in training
 
 
 class Experts(nn.Module):
-    """Gated networks, of which each token asks a few. `scores` keeps the router's logits of the last pass, N E."""
+    """A sparse mixture of gated MLPs. `scores` keeps the router logits of the last training pass, N E."""
 
     def __init__(self, c: Config):
         super().__init__()
         if not 0 < c.used <= c.experts:
-            raise SettingsError(f"used={c.used} of experts={c.experts}: a token asks at least one and at most all")
+            raise SettingsError(f"used={c.used} must be between 1 and experts={c.experts}.")
         self.used = c.used
         self.router = nn.Linear(c.dim, c.experts, bias=False)
         self.experts = nn.ModuleList(GatedMlp(c.dim, c.hidden) for _ in range(c.experts))
@@ -59,11 +60,11 @@ class Experts(nn.Module):
         flat = x.flatten(0, 1)
         scores = self.router(flat)
         self.scores = scores if self.training else None
-        # A softmax over the chosen is one over all, cut and made to sum to 1 again.
+        # Equals a softmax over all experts, restricted to the chosen ones and renormalized.
         best, chosen = scores.to(torch.promote_types(x.dtype, torch.float32)).topk(self.used, 1)
         share = best.softmax(1).to(x.dtype)
         out = torch.zeros_like(flat)
-        if x.is_meta:  # who is served by whom depends on numbers, the work does not
+        if x.is_meta:  # routing depends on values, the amount of work does not
             return sum((expert(flat) for expert in self.experts[: self.used]), out).view_as(x)
         for number, expert in enumerate(self.experts):
             token, rank = torch.where(chosen == number)
@@ -72,33 +73,38 @@ class Experts(nn.Module):
 
 
 class Block(llama.Block):
-    """That of LLaMA with experts in the place of its network."""
+    """The LLaMA block with experts instead of the MLP."""
 
-    def network(self, c: Config) -> nn.Module:
+    def make_mlp(self, c: Config) -> nn.Module:
         return Experts(c)
 
 
 class Mixtral(llama.Llama):
-    """Tokens -> logits of the token that follows each; used as LLaMA is. Training adds `asides` to the loss."""
+    """A decoder that returns the logits of the next token at each position; same interface as `Llama`. See
+    `auxiliary_losses` for the load-balancing loss.
+    """
 
     block = Block
-    real: Tensor | None = None  # B T, tokens of the last training pass that are no padding
+    real: Tensor | None = None  # B T, real tokens of the last training pass
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         self.real = mask if self.training else None
         return super().features(tokens, mask, cache)
 
     def balance(self) -> Tensor:
-        """How uneven the load of the last training pass was, over all layers together; `used` where all are even."""
+        """Return the load-balancing loss of the last training pass over all layers; `used` for a uniform load."""
         scores = torch.cat([block.mlp.scores for block in self.blocks])
-        return unevenness(scores, self.config.used, None if self.real is None else self.real.flatten().repeat(len(self.blocks)))
+        return load_balancing_loss(
+            scores, self.config.used, None if self.real is None else self.real.flatten().repeat(len(self.blocks))
+        )
 
     def auxiliary_losses(self) -> dict[str, tuple[Tensor, float]]:
-        """What the last training pass adds to the loss, and how much each counts."""
+        """Return the additional losses of the last training pass and their weights."""
         return {"balance_loss": (self.balance(), self.config.balancing)} if self.config.balancing else {}
 
 
-def experts(gate: str, up: str, down: str) -> dict[str, Row]:
+def map_experts(gate: str, up: str, down: str) -> dict[str, Row]:
+    """Return the weight names of the experts."""
     return {
         gate: Fused("blocks.{i}.mlp.experts.{e}.up.weight", 0, 2),
         up: Fused("blocks.{i}.mlp.experts.{e}.up.weight", 1, 2),
@@ -110,16 +116,16 @@ MOE = "model.layers.{i}.block_sparse_moe."
 HUGGINGFACE = (
     llama.NAMES
     | {MOE + "gate.weight": "blocks.{i}.mlp.router.weight"}
-    | experts(*(f"{MOE}experts.{{e}}.w{k}.weight" for k in (1, 3, 2)))
+    | map_experts(*(f"{MOE}experts.{{e}}.w{k}.weight" for k in (1, 3, 2)))
 )
 CONFIG = {
-    "model_type": Is("mixtral"),
-    "architectures": Is(["MixtralForCausalLM"]),
+    "model_type": Expect("mixtral"),
+    "architectures": Expect(["MixtralForCausalLM"]),
     **llama.SHARED,
     "num_local_experts": "experts",
     "num_experts_per_tok": "used",
-    "sliding_window": Is(None),
-    "router_aux_loss_coef": Absent("balancing", 0.001),
+    "sliding_window": Expect(None),
+    "router_aux_loss_coef": WithDefault("balancing", 0.001),
 }
 
 CARD = Card(

@@ -1,12 +1,11 @@
-"""ModernBERT: an encoder with what decoders have learnt since BERT (Warner et al. 2024, arXiv:2412.13663).
+"""ModernBERT: an encoder with the improvements of recent decoders (Warner et al. 2024, arXiv:2412.13663).
 
-New here: rotary positions in place of learnt ones, a gate inside the two-layer networks (GeGLU), normalisation before each
-of them and no biases; and two layers in three look at neighbours alone, with slower-turning positions in the others, so
-that rows may have thousands of tokens.
+New here: rotary positions instead of learned ones, gated MLPs (GeGLU), pre-norm and no biases; two of three layers
+use local attention, with a smaller rotary base than the global layers, so sequences may have thousands of tokens.
 
-Initialisation (section 2.2, as in the authors' code): a normal of deviation 0.02 at the paper's width of 768, wider by the
-root where D is less, cut at two deviations, for what is added to the residual path divided by the root of the number of
-such additions; the matrix before a head is of the latter kind.
+Initialisation (section 2.2, as in the authors' code): normal with standard deviation 0.02 at the paper's width of
+768, larger by sqrt(768 / D) for smaller D, truncated at two standard deviations; projections that are added to the
+residual stream are divided by the square root of the number of such additions, and so is the layer before the head.
 Shapes: B batch, T tokens, D width, d width of a head.
 """
 
@@ -21,44 +20,47 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.padding import at_least_one
-from fieldguide.models.layers.rope import angles, rotate
-from fieldguide.models.mapping.config_rules import Absent, Is
+from fieldguide.models.layers.padding import ensure_nonempty
+from fieldguide.models.layers.rope import cos_sin_table, rotate
+from fieldguide.models.mapping.config_rules import Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Row
 from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, TextEncoder
-from fieldguide.models.transformer.bert import CLASSES, architectures
+from fieldguide.models.transformer.bert import CLASSES, architecture_rule
 
-EPS = 1e-5  # of the normalisations
+EPS = 1e-5  # epsilon of the normalization layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     output_type: str = "words"  # words, label, labels, span or vector
     vocab_size: int = 50_368
-    num_classes: int = 2  # of a label, or of labels
-    length: int = 8192  # longest row, tokens
+    num_classes: int = 2  # number of classes for the outputs label and labels
+    length: int = 8192  # maximum sequence length, in tokens
     dim: int = 768  # D
     depth: int = 22
     heads: int = 12
-    hidden: int = 1152  # width inside the two-layer networks, of which there are two, one the other's gate
-    every: int = 3  # each so many layers, from the first on, look at the whole row
-    window: int = 128  # tokens around one that the other layers look at, half on either side
-    turn: float = 160_000.0  # slowest turn of positions in layers that look at the whole row, in 2 pi tokens
-    turn_near: float = 10_000.0  # and in the others
+    hidden: int = 1152  # hidden width of the gated MLPs
+    every: int = 3  # every n-th layer, from the first on, uses global attention
+    window: int = 128  # attention window of the local layers, half on either side
+    turn: float = 160_000.0  # rotary base of the global layers
+    turn_near: float = 10_000.0  # rotary base of the local layers
     dropout: float = 0.0
 
 
-def plain(dim: int) -> nn.LayerNorm:
+def layer_norm(dim: int) -> nn.LayerNorm:
+    """Return a layer normalization without bias."""
     return nn.LayerNorm(dim, EPS, bias=False)
 
 
 class Attention(nn.Module):
-    """Every token looks at the tokens that `mask` lets it see, with rotary positions."""
+    """Self-attention with rotary positions and a given mask. Raises `SettingsError` if the heads do not have an even
+    integer width.
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
         if dim % heads or dim // heads % 2:
-            raise SettingsError(f"dim={dim} cannot be split among heads={heads} of even width: choose a multiple")
+            raise SettingsError(f"dim={dim} must be an even multiple of heads={heads}.")
         self.heads, self.dropout = heads, dropout
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
@@ -70,13 +72,15 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a gated network; each normalises its input, the first one's first excepted, and adds its result."""
+    """A pre-norm block: attention and gated MLP, each with a residual connection. The first layer does not normalize its
+    input.
+    """
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.norm1 = plain(c.dim) if layer else nn.Identity()  # the embeddings are normalised already
+        self.norm1 = layer_norm(c.dim) if layer else nn.Identity()  # the embeddings are already normalized
         self.attn = Attention(c.dim, c.heads, c.dropout)
-        self.norm2 = plain(c.dim)
+        self.norm2 = layer_norm(c.dim)
         self.up, self.down = nn.Linear(c.dim, 2 * c.hidden, bias=False), nn.Linear(c.hidden, c.dim, bias=False)
         self.dropout = nn.Dropout(c.dropout)
 
@@ -87,7 +91,7 @@ class Block(nn.Module):
 
 
 class ModernBert(TextEncoder):
-    """Tokens -> what `config.gives` says. All heads but `vector` have one more layer first, `pool`."""
+    """A text encoder with the head given by `config.output_type`. All heads except `vector` have a hidden layer, `pool`."""
 
     heads: ClassVar[tuple[str, ...]] = ("pool", "norm_pool", "bias", "head")
 
@@ -95,19 +99,20 @@ class ModernBert(TextEncoder):
         super().__init__(config)
         c = config
         if c.every < 1 or c.window < 2:
-            raise SettingsError(f"every={c.every} and window={c.window}: the least are 1 and 2")
-        self.word, self.norm_word = nn.Embedding(c.vocab_size, c.dim), plain(c.dim)
+            raise SettingsError(f"every={c.every} must be at least 1 and window={c.window} at least 2.")
+        self.word, self.norm_word = nn.Embedding(c.vocab_size, c.dim), layer_norm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.depth))
-        self.norm = plain(c.dim)
+        self.norm = layer_norm(c.dim)
         self.add_head(c.dim, c.dropout, EPS)
         self.reset_parameters()
 
     def add_head(self, dim: int, dropout: float, eps: float) -> None:
+        """Create the layers of the head."""
         c = self.config
         self.last_dropout = nn.Dropout(dropout)
         if c.output_type != "vector":
-            self.pool, self.norm_pool = nn.Linear(dim, dim, bias=False), plain(dim)
+            self.pool, self.norm_pool = nn.Linear(dim, dim, bias=False), layer_norm(dim)
         if c.output_type == "words":
             self.bias = nn.Parameter(torch.zeros(c.vocab_size))
         if c.output_type in ("label", "labels", "span"):
@@ -125,9 +130,9 @@ class ModernBert(TextEncoder):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def seen(self, mask: Tensor | None, steps: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Which keys each query may see, in layers that look at the whole row and in the others; None for all of them."""
-        whole = None if mask is None else at_least_one(mask)[:, None, None]  # B 1 1 T
+    def attention_masks(self, mask: Tensor | None, steps: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Return the masks of the global and the local layers; None means full attention."""
+        whole = None if mask is None else ensure_nonempty(mask)[:, None, None]  # B 1 1 T
         near = self.config.window // 2
         if steps <= near + 1:
             return whole, whole
@@ -135,39 +140,43 @@ class ModernBert(TextEncoder):
         distance = (place[:, None] - place).abs()
         if whole is None:
             return None, distance <= near
-        # What pads sees itself at least, or its row would be a mean of nothing.
+        # Padding tokens attend to themselves, otherwise their softmax would be empty.
         return whole, whole & (distance <= near) | (distance == 0)  # B 1 T T
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        self.check(tokens)
+        """Return the final hidden states, B T D."""
+        self.check_length(tokens)
         c, steps = self.config, tokens.shape[1]
         x = self.dropout(self.norm_word(self.word(tokens)))
-        whole, near = self.seen(mask, steps, tokens.device)
-        turns = [angles(steps, c.dim // c.heads, base, x) for base in (c.turn, c.turn_near)]
+        whole, near = self.attention_masks(mask, steps, tokens.device)
+        turns = [cos_sin_table(steps, c.dim // c.heads, base, x) for base in (c.turn, c.turn_near)]
         for layer, block in enumerate(self.blocks):
             x = block(x, near, *turns[1]) if layer % c.every else block(x, whole, *turns[0])
         return self.norm(x)
 
-    def say(self, x: Tensor) -> Tensor:
-        return F.linear(self.before(x), self.word.weight, self.bias)
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Return the masked language modeling logits, ... vocab, of features ... D."""
+        return F.linear(self.transform(x), self.word.weight, self.bias)
 
-    def before(self, x: Tensor) -> Tensor:
-        """The layer before every head: ... D -> ... D."""
+    def transform(self, x: Tensor) -> Tensor:
+        """Apply the hidden layer of the heads: ... D -> ... D."""
         return self.norm_pool(F.gelu(self.pool(x)))
 
-    def pooled(self, x: Tensor) -> Tensor:
-        return self.before(x[:, 0])
+    def pool_first_token(self, x: Tensor) -> Tensor:
+        """Return the features that labels are predicted from, B D."""
+        return self.transform(x[:, 0])
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:  # B T -> GIVES
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """Return the output given by `config.output_type`; see `fieldguide.core.card.OUTPUT_TYPES` for the shapes."""
         if self.config.output_type in ("labels", "span"):
-            return self.head(self.last_dropout(self.before(self.features(tokens, mask))))
+            return self.head(self.last_dropout(self.transform(self.features(tokens, mask))))
         return super().forward(tokens, mask)
 
 
 def huggingface(config: Config) -> dict[str, Row]:
-    """Names in files of transformers, of the encoder alone or with a head."""
+    """Return the weight names of transformers, for the bare encoder or with a head."""
     names: dict[str, Row] = {}
-    for before in ("model.", ""):  # a file of the encoder alone has no prefix
+    for before in ("model.", ""):  # files of the bare encoder have no prefix
         names |= {
             before + "embeddings.tok_embeddings.weight": "word.weight",
             before + "embeddings.norm.*": "norm_word.*",
@@ -189,8 +198,8 @@ def huggingface(config: Config) -> dict[str, Row]:
 
 
 CONFIG = {
-    "model_type": Is("modernbert"),
-    "architectures": architectures("ModernBert"),
+    "model_type": Expect("modernbert"),
+    "architectures": architecture_rule("ModernBert"),
     "vocab_size": "vocab_size",
     "id2label": CLASSES,
     "max_position_embeddings": "length",
@@ -199,20 +208,20 @@ CONFIG = {
     "num_attention_heads": "heads",
     "intermediate_size": "hidden",
     "local_attention": "window",
-    "global_attn_every_n_layers": Absent("every", 3),
-    "global_rope_theta": Absent("turn", 160_000.0),
-    "local_rope_theta": Absent("turn_near", 10_000.0),
+    "global_attn_every_n_layers": WithDefault("every", 3),
+    "global_rope_theta": WithDefault("turn", 160_000.0),
+    "local_rope_theta": WithDefault("turn_near", 10_000.0),
     "embedding_dropout": "dropout",
-    "attention_dropout": Is(lambda c: c.dropout),
-    "mlp_dropout": Is(lambda c: c.dropout),
-    "classifier_dropout": Is(lambda c: c.dropout),
-    "classifier_pooling": Is("cls"),
-    "hidden_activation": Is("gelu"),
-    "norm_eps": Is(EPS),
-    "norm_bias": Is(False),
-    "attention_bias": Is(False),
-    "mlp_bias": Is(False),
-    "tie_word_embeddings": Is(True),
+    "attention_dropout": Expect(lambda c: c.dropout),
+    "mlp_dropout": Expect(lambda c: c.dropout),
+    "classifier_dropout": Expect(lambda c: c.dropout),
+    "classifier_pooling": Expect("cls"),
+    "hidden_activation": Expect("gelu"),
+    "norm_eps": Expect(EPS),
+    "norm_bias": Expect(False),
+    "attention_bias": Expect(False),
+    "mlp_bias": Expect(False),
+    "tie_word_embeddings": Expect(True),
 }
 
 
@@ -225,12 +234,12 @@ CARD = Card(
     input_type="tokens",
     output_type=OUTPUT_TYPES,
     sizes={
-        # Counts are of the head for hidden words: transformers' ModernBertForMaskedLM.
+        # Parameter counts are those of transformers' ModernBertForMaskedLM.
         "modernbert-base": Size(params=149_655_232, source="answerdotai/ModernBERT-base"),
         "modernbert-large": Size(
             dim=1024, depth=28, heads=16, hidden=2624, params=395_881_664, source="answerdotai/ModernBERT-large"
         ),
-        # A small one to be trained from nothing.
+        # A small size for training from scratch.
         "modernbert-mini": Size(vocab_size=8192, length=512, dim=256, depth=6, heads=4, hidden=384),
         "modernbert-test": Size(
             vocab_size=30, num_classes=3, length=12, dim=16, depth=3, heads=2, hidden=20, every=2, window=4
@@ -238,6 +247,6 @@ CARD = Card(
     },
     weights={"huggingface": huggingface},
     configs={"huggingface": CONFIG},
-    # Table 3, but for the rate, which is that of training a small one from nothing.
+    # Table 3, except for the learning rate, which suits small models trained from scratch.
     recipe={"optimizer": "adamw", "lr": 8e-4, "weight_decay": 0.01, "beta2": 0.98, "grad_clip": 1.0, "warmup": 0.05},
 )

@@ -1,8 +1,8 @@
 """NLLB-200: translation between any two of 200 languages (NLLB Team 2022, arXiv:2207.04672).
 
-New here: nothing in the network, which is that of M2M-100 (arXiv:2010.11125): mBART with sinusoids for places, ReLU and no
-norm of the embeddings; but in what it learns from: sentences found and cleaned for languages that have few. The language
-stands first in the source, and first in the answer, after its begin.
+New here: the training data, sentences mined and cleaned for low-resource languages. The architecture is that of
+M2M-100 (arXiv:2010.11125): mBART with sinusoidal positions, ReLU and no normalization of the embeddings. The language
+token is first in the source, and in the target it follows the start token.
 
 Initialisation: N(0, 0.02) for matrices and embeddings, zero biases.
 Shapes: B batch, S source tokens, T target tokens, D width.
@@ -27,23 +27,24 @@ from fieldguide.models.transformer.mbart import MBart
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 256_206
-    length: int = 1024  # longest row, tokens
+    length: int = 1024  # maximum sequence length, in tokens
     dim: int = 1024  # D
-    depth: int = 12  # layers of the encoder
+    depth: int = 12  # number of encoder layers
     decoder_depth: int = 12
     heads: int = 16
-    hidden: int = 4096  # width inside the two-layer networks
+    hidden: int = 4096  # hidden width of the MLPs
     dropout: float = 0.1
-    attn_dropout: float = 0.1  # of attention weights
-    mlp_dropout: float = 0.0  # inside the two-layer networks
-    begin: int = 2  # the token that answers begin with, before their language
+    attn_dropout: float = 0.1  # dropout of the attention weights
+    mlp_dropout: float = 0.0  # dropout inside the MLPs
+    begin: int = 2  # ID of the first decoder token, before the language token
     end: int = 2
     pad: int = 1
 
 
-class Places(nn.Module):
-    """All sines, then all cosines, of wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017, section 3.5, in the order
-    and with the steps of the authors' code, and rounded as there)."""
+class SinusoidalPositions(nn.Module):
+    """Sinusoidal positions: all sines, then all cosines, of wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017,
+    section 3.5, in the order, spacing and precision of the authors' code).
+    """
 
     def __init__(self, length: int, dim: int):
         super().__init__()
@@ -56,29 +57,31 @@ class Places(nn.Module):
 
 
 class NLLB(MBart):
-    """Source and what is said so far -> logits of the token that follows each of the latter; used as BART is."""
+    """An encoder-decoder that returns the logits of the next target token at each position; same interface as `Bart`."""
 
     biased = False
 
-    def places(self) -> nn.Module:
-        return Places(self.config.length + bart.OFFSET, self.config.dim)
+    def make_positions(self) -> nn.Module:
+        return SinusoidalPositions(self.config.length + bart.OFFSET, self.config.dim)
 
-    def norms(self) -> tuple[nn.Module, nn.Module]:
+    def make_norms(self) -> tuple[nn.Module, nn.Module]:
         return nn.Identity(), nn.LayerNorm(self.config.dim)
 
-    def network(self, layer: int) -> nn.Module:
+    def make_mlp(self, layer: int) -> nn.Module:
+        """Return the MLP of this layer."""
         c = self.config
         return FeedForward(c.dim, c.hidden, F.relu, c.mlp_dropout)
 
 
-def tables() -> dict[str, Row]:
-    """Names beside the layers' in files of transformers."""
+def map_embeddings() -> dict[str, Row]:
+    """Return the names outside the layers in files of transformers."""
     computed = {f"model.{side}.embed_positions.weights": Dropped("sinusoids") for side in ("encoder", "decoder")}
-    return computed | bart.tables("model.") | {"lm_head.weight": "embed.weight"}
+    return computed | bart.map_embeddings("model.") | {"lm_head.weight": "embed.weight"}
 
 
-def sized(depth: int, dim: int, hidden: int, params: int, source: str, **other: int) -> Size:
-    return Size(**bart.stacks(depth, dim, 16, hidden), **other, params=params, source=source)
+def make_size(depth: int, dim: int, hidden: int, params: int, source: str, **other: int) -> Size:
+    """Return a size with 16 heads."""
+    return Size(**bart.stack_shape(depth, dim, 16, hidden), **other, params=params, source=source)
 
 
 CARD = Card(
@@ -91,15 +94,15 @@ CARD = Card(
     output_type="tokens",
     sizes={
         "nllb-600m": Size(params=615_073_792, source="facebook/nllb-200-distilled-600M"),
-        "nllb-1.3b": sized(24, 1024, 8192, 1_370_638_336, "facebook/nllb-200-1.3B"),
-        "nllb-3.3b": sized(24, 2048, 8192, 3_344_863_232, "facebook/nllb-200-3.3B"),
+        "nllb-1.3b": make_size(24, 1024, 8192, 1_370_638_336, "facebook/nllb-200-1.3B"),
+        "nllb-3.3b": make_size(24, 2048, 8192, 3_344_863_232, "facebook/nllb-200-3.3B"),
         "m2m100-418m": Size(vocab_size=128_112, params=483_905_536, source="facebook/m2m100_418M"),
-        "m2m100-1.2b": sized(24, 1024, 8192, 1_239_470_080, "facebook/m2m100_1.2B", vocab_size=128_112),
-        # Of the same form, to be trained from nothing.
-        "nllb-mini": Size(vocab_size=8192, **bart.stacks(4, 256, 4, 1024), attn_dropout=0.0),
+        "m2m100-1.2b": make_size(24, 1024, 8192, 1_239_470_080, "facebook/m2m100_1.2B", vocab_size=128_112),
+        # Small sizes for training from scratch.
+        "nllb-mini": Size(vocab_size=8192, **bart.stack_shape(4, 256, 4, 1024), attn_dropout=0.0),
         "nllb-test": Size(**bart.TEST),
     },
-    weights={"huggingface": tables() | bart.layers("model.")},
-    configs={"huggingface": bart.config("m2m_100", "M2M100ForConditionalGeneration", "relu", scaled=True)},
+    weights={"huggingface": map_embeddings() | bart.map_layers("model.")},
+    configs={"huggingface": bart.map_config("m2m_100", "M2M100ForConditionalGeneration", "relu", scaled=True)},
     recipe=bart.RECIPE,
 )

@@ -1,12 +1,13 @@
-"""PatchTST: a series read in patches, each series on its own (Nie et al. 2022, arXiv:2211.14730).
+"""PatchTST: forecasting with patches as tokens, each series on its own (Nie et al. 2022, arXiv:2211.14730).
 
-New here: a token is a stretch of time, not a moment, so attention spans a long past at little cost; all series share
-one network that never mixes them. Each past is brought to mean 0 and deviation 1 and its future back (RevIN, Kim et
-al. 2022). Layers add, then normalise over the batch; attention scores are added to those of the layer before.
+New here: a token is a patch of consecutive steps, so attention over a long past is cheap; all series share one model
+and are processed independently. The past is normalized to mean 0 and standard deviation 1, and the forecast is scaled
+back (RevIN, Kim et al. 2022). Layers are post-norm with batch normalization; attention scores are added to those of
+the previous layer.
 
-Initialisation: torch's default for linear layers, places uniform in -0.02 .. 0.02, as in the authors' code.
-Shapes: B batch, T steps of the past, H steps of the future, C series, Q values a step, N patches, P steps of a patch,
-D width, h heads.
+Initialisation: torch's default for linear layers, positions uniform in -0.02 .. 0.02, as in the authors' code.
+Shapes: B batch, T steps of the past, H steps of the future, C series, Q values per step, N patches, P steps of a
+patch, D width, h heads.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused
 class Config:
     length: int = 336  # T
     horizon: int = 96  # H
-    values: int = 1  # Q: 1 for a point, more for quantiles
+    values: int = 1  # Q: 1 for a point forecast, more for quantiles
     patch: int = 16  # P
-    stride: int = 8  # steps from patch to patch
+    stride: int = 8  # steps between patches
     dim: int = 16  # D
     depth: int = 3
     heads: int = 4
-    hidden: int = 128  # width inside the two-layer networks
+    hidden: int = 128  # hidden width of the MLPs
     dropout: float = 0.3
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer network; each adds its result and normalises over batch and patches."""
+    """A post-norm block: attention and MLP, normalized over batch and patches."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -61,16 +62,16 @@ class Block(nn.Module):
 
 
 class PatchTST(nn.Module):
-    """The past of series -> their future. Raises `DataError` for a past of another length."""
+    """A forecasting model. Raises `DataError` if the past has another length than `length`."""
 
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
         if c.dim % c.heads:
-            raise SettingsError(f"dim={c.dim} cannot be split among heads={c.heads}: choose a multiple")
+            raise SettingsError(f"dim={c.dim} must be divisible by heads={c.heads}.")
         if c.patch > c.length:
-            raise SettingsError(f"patch={c.patch} is longer than the past, length={c.length}")
-        patches = (c.length - c.patch) // c.stride + 2  # one more over the end, which is repeated
+            raise SettingsError(f"patch={c.patch} must not exceed length={c.length}, the length of the past.")
+        patches = (c.length - c.patch) // c.stride + 2  # one more because the end is padded by repetition
         self.embed = nn.Linear(c.patch, c.dim)
         self.pos = nn.Parameter(torch.empty(patches, c.dim))
         self.dropout = nn.Dropout(c.dropout)
@@ -81,7 +82,7 @@ class PatchTST(nn.Module):
     def forward(self, series: Tensor) -> Tensor:  # B T C -> B H C Q
         c = self.config
         if series.shape[1] != c.length:
-            raise DataError(f"the past has {series.shape[1]} steps, the network was made for length={c.length}")
+            raise DataError(f"The past has {series.shape[1]} steps, but the model was created with length={c.length}.")
         x = series.transpose(1, 2)  # B C T
         mean = x.mean(-1, keepdim=True).detach()
         scale = (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt().detach()
@@ -95,13 +96,13 @@ class PatchTST(nn.Module):
 
 
 LAYER = "model.backbone.encoder.layers.{i}."
-OFFICIAL = {  # of yuqinie98/PatchTST, PatchTST_supervised, without decomposition
+OFFICIAL = {  # names of yuqinie98/PatchTST, PatchTST_supervised, without decomposition
     "model.backbone.W_P.*": "embed.*",
     "model.backbone.W_pos": "pos",
     LAYER + "self_attn.W_Q.*": Fused("blocks.{i}.qkv.*", 0, 3),
     LAYER + "self_attn.W_K.*": Fused("blocks.{i}.qkv.*", 1, 3),
     LAYER + "self_attn.W_V.*": Fused("blocks.{i}.qkv.*", 2, 3),
-    LAYER + "self_attn.sdp_attn.scale": Dropped("the root of a head's width"),
+    LAYER + "self_attn.sdp_attn.scale": Dropped("the constant scale of the scores"),
     LAYER + "self_attn.to_out.0.*": "blocks.{i}.proj.*",
     LAYER + "norm_attn.1.*": "blocks.{i}.norm1.*",
     LAYER + "ff.0.*": "blocks.{i}.up.*",
@@ -119,7 +120,8 @@ CARD = Card(
     input_type="series",
     output_type="forecast",
     sizes={
-        # The authors' code has 81,731 and 921,187: it keeps the constant scale of each layer as a parameter.
+        # The authors' code has 81,731 and 921,187 parameters: it stores the constant scale of each layer as a
+        # parameter.
         "patchtst-etth1": Size(params=81_728, source="the authors' code, without 3 constants"),
         "patchtst-large": Size(
             dim=128, heads=16, hidden=256, dropout=0.2, params=921_184, source="the authors' code, without 3 constants"

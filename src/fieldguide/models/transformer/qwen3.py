@@ -1,7 +1,7 @@
-"""Qwen3: a LLaMA whose queries and keys are normalised (Yang et al. 2025, arXiv:2505.09388, section 2).
+"""Qwen3: a LLaMA with normalized queries and keys (Yang et al. 2025, arXiv:2505.09388, section 2).
 
-New here: each head's queries and keys are brought to length 1 and scaled before they turn, which keeps attention from
-saturating in deep networks and lets the biases of its forerunners go; heads have a width of their own.
+New here: the queries and keys of each head are RMS-normalized before the rotation, which keeps attention from
+saturating in deep models and replaces the biases of earlier Qwen models; the head width is independent of D.
 
 Initialisation: N(0, 0.02).
 Shapes: B batch, T tokens, D width, d width of a head.
@@ -14,35 +14,35 @@ from dataclasses import dataclass
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.gqa import GroupedAttention
 from fieldguide.models.layers.norm import RMSNorm
-from fieldguide.models.mapping.config_rules import Is
+from fieldguide.models.mapping.config_rules import Expect
 from fieldguide.models.transformer import llama
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 151_936
-    length: int = 40_960  # longest row, tokens
+    length: int = 40_960  # maximum sequence length, in tokens
     dim: int = 4096  # D
     depth: int = 36
     heads: int = 32
-    kv_heads: int = 8  # of heads that share keys and values
+    kv_heads: int = 8  # number of key/value heads
     width: int = 128  # d
-    hidden: int = 12_288  # width inside the gated networks
-    rope_theta: float = 1_000_000.0  # of the rotation's wavelengths
+    hidden: int = 12_288  # hidden width of the gated MLPs
+    rope_theta: float = 1_000_000.0  # base of the rotary wavelengths
     rope_scaling: tuple[float, ...] = ()
     eps: float = 1e-6
-    tie_embeddings: bool = False  # the head is the embedding
+    tie_embeddings: bool = False  # the output head shares the weights of the embedding
 
 
 class Block(llama.Block):
-    """That of LLaMA with another attention."""
+    """The LLaMA block with query and key normalization."""
 
-    def attention(self, c: Config) -> GroupedAttention:
+    def make_attention(self, c: Config) -> GroupedAttention:
         return GroupedAttention(c.dim, c.heads, c.kv_heads, c.width, norm=lambda width: RMSNorm(width, c.eps))
 
 
 class Qwen3(llama.Llama):
-    """Tokens -> logits of the token that follows each; used as LLaMA is."""
+    """A decoder that returns the logits of the next token at each position; same interface as `Llama`."""
 
     block = Block
 
@@ -52,12 +52,12 @@ HUGGINGFACE = llama.HUGGINGFACE | {
     "model.layers.{i}.self_attn.k_norm.weight": "blocks.{i}.attn.norm_k.weight",
 }
 CONFIG = {
-    "model_type": Is("qwen3"),
-    "architectures": Is(["Qwen3ForCausalLM"]),
+    "model_type": Expect("qwen3"),
+    "architectures": Expect(["Qwen3ForCausalLM"]),
     **llama.SHARED,
     "head_dim": "width",
-    "attention_bias": Is(False),
-    "use_sliding_window": Is(False),
+    "attention_bias": Expect(False),
+    "use_sliding_window": Expect(False),
 }
 
 CARD = Card(

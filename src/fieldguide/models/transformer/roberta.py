@@ -1,12 +1,14 @@
-"""RoBERTa: BERT trained as it should have been (Liu et al. 2019, arXiv:1907.11692).
+"""RoBERTa: BERT with an improved training recipe (Liu et al. 2019, arXiv:1907.11692).
 
-New here: the same layers, another recipe. Which words are hidden is drawn anew each time a text is seen, no pair of
-texts is judged, rows are full, batches large, and tokens are bytes and runs of them, so that no text has unknown words.
-Positions are counted from the number of the padding token + 1, as in the authors' code: the table has rows that nothing
-uses. There are no segments but one; a label is read through a layer of its own, from the first token.
+New here: the layers of BERT, trained differently. Masks are sampled anew each time a text is seen, next sentence
+prediction is dropped, sequences are full, batches are large, and the tokens are byte-level BPE, so no text has
+unknown tokens. Positions are counted from the ID of the padding token + 1, as in the authors' code, so the first rows
+of the position table are unused. There is one segment only; labels are predicted from the first token through a
+separate layer.
 
-Initialisation: N(0, 0.02) for matrices and embeddings at the paper's width of 768, wider by the root where D is less, or
-small networks hardly begin to learn; zero biases, and a zero segment, which the authors' network does without.
+Initialisation: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
+by sqrt(768 / D) for smaller D (small models hardly train otherwise); zero biases, and a zero segment embedding, which
+the authors' model does not have.
 Shapes: B batch, T tokens, D width.
 """
 
@@ -20,32 +22,34 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.attention import Attention
-from fieldguide.models.layers.padding import at_least_one
-from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Fixed, Is
+from fieldguide.models.layers.padding import ensure_nonempty
+from fieldguide.models.mapping.config_rules import ConfigRow, Constant, Derived, Expect
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, Zeros
-from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, PostNorm, TextEncoder
-from fieldguide.models.transformer.bert import CLASSES, architectures, layers, norm
+from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, PostNormBlock, TextEncoder
+from fieldguide.models.transformer.bert import CLASSES, architecture_rule, map_layers, map_norm
 
-EPS = 1e-5  # of the normalisations
+EPS = 1e-5  # epsilon of the normalization layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     output_type: str = "words"  # words, label, labels, span or vector
     vocab_size: int = 50_265
-    num_classes: int = 2  # of a label, or of labels
-    length: int = 512  # longest row, tokens
-    pad: int = 1  # number of the padding token: positions begin after it
+    num_classes: int = 2  # number of classes for the outputs label and labels
+    length: int = 512  # maximum sequence length, in tokens
+    pad: int = 1  # ID of the padding token; positions begin after it
     dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    hidden: int = 3072  # width inside the two-layer networks
+    hidden: int = 3072  # hidden width of the MLPs
     dropout: float = 0.1
-    mean: bool = False  # a label is read from the mean over the tokens; else from one more layer at the first token
+    mean: bool = False  # classify from the mean over tokens instead of the pooled first token
 
 
 class Roberta(TextEncoder):
-    """Tokens -> what `config.gives` says. Positions count real tokens, so padding may stand on either side, but for a label."""
+    """A text encoder with the head given by `config.output_type`. Positions count real tokens, so padding may be on
+    either side, except for the output label.
+    """
 
     heads: ClassVar[tuple[str, ...]] = ("words", "pool", "head", "span", "cls")
 
@@ -57,33 +61,35 @@ class Roberta(TextEncoder):
         self.segment = nn.Embedding(1, c.dim)
         self.norm, self.dropout = nn.LayerNorm(c.dim, EPS), nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(
-            PostNorm(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS) for _ in range(c.depth)
+            PostNormBlock(Attention(c.dim, c.heads, c.dropout), c.dim, c.hidden, c.dropout, EPS) for _ in range(c.depth)
         )
         self.add_head(c.dim, c.dropout, EPS)
-        self.start(0.02 * max(1.0, 768 / c.dim) ** 0.5)
+        self.init_weights(0.02 * max(1.0, 768 / c.dim) ** 0.5)
         nn.init.zeros_(self.segment.weight)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        self.check(tokens)
+        """Return the final hidden states, B T D."""
+        self.check_length(tokens)
         if mask is None:
             first = self.config.pad + 1
             places = self.pos.weight[first : first + tokens.shape[1]]
         else:
-            mask = at_least_one(mask)
+            mask = ensure_nonempty(mask)
             places = self.pos(mask.cumsum(1) * mask + self.config.pad)
         x = self.dropout(self.norm(self.word(tokens) + places + self.segment.weight[0]))
         for block in self.blocks:
             x = block(x, mask)
         return x
 
-    def pooled(self, x: Tensor) -> Tensor:
-        return self.bend(self.pool(self.last_dropout(x[:, 0])))
+    def pool_first_token(self, x: Tensor) -> Tensor:
+        """Return the features that labels are predicted from, B D."""
+        return self.pooler_activation(self.pool(self.last_dropout(x[:, 0])))
 
 
 def huggingface(config: Config) -> dict[str, Row]:
-    """Names in files of transformers, of the encoder alone or with a head."""
+    """Return the weight names of transformers, for the bare encoder or with a head."""
     names: dict[str, Row] = {}
-    for before in ("roberta.", ""):  # a file of the encoder alone has no prefix
+    for before in ("roberta.", ""):  # files of the bare encoder have no prefix
         words = before + "embeddings."
         names |= (
             {
@@ -91,10 +97,10 @@ def huggingface(config: Config) -> dict[str, Row]:
                 words + "position_embeddings.weight": "pos.weight",
                 words + "token_type_embeddings.weight": "segment.weight",
                 words + "position_ids": Dropped("0, 1, 2, ..."),
-                before + "pooler.dense.*": "cls.*",  # never trained; no head here reads it
+                before + "pooler.dense.*": "cls.*",  # untrained; not used by any head here
             }
-            | norm(words + "LayerNorm", "norm")
-            | layers(before)
+            | map_norm(words + "LayerNorm", "norm")
+            | map_layers(before)
         )
     return names | {
         "lm_head.bias": "words.bias",
@@ -103,14 +109,14 @@ def huggingface(config: Config) -> dict[str, Row]:
         "lm_head.dense.*": "words.dense.*",
         "lm_head.layer_norm.*": "words.norm.*",
         "qa_outputs.*": "span.*",
-        "classifier.dense.*": "pool.*",  # of a label
+        "classifier.dense.*": "pool.*",  # for the output label
         "classifier.out_proj.*": "cls.label.*" if config.output_type == "labels" else "head.*",
         "classifier.*": "head.*" if config.output_type == "labels" else "cls.labels.*",
     }
 
 
 def fairseq(config: Config) -> dict[str, Row]:
-    """Names in the authors' model.pt, of the files they published (`decoder.`) and of those saved since (`encoder.`)."""
+    """Return the names in the authors' model.pt, for their published files (`decoder.`) and files saved later (`encoder.`)."""
     names: dict[str, Row] = {}
     for before in ("decoder.", "encoder."):
         inner = before + "sentence_encoder."
@@ -142,7 +148,7 @@ def fairseq(config: Config) -> dict[str, Row]:
             "classification_heads.sentence_classification_head.out_proj.*": "head.*",
         }
         | {
-            f"classification_heads.*.{theirs}.{kind}": f"{ours}.{kind}"  # called by their data: mnli
+            f"classification_heads.*.{theirs}.{kind}": f"{ours}.{kind}"  # heads are named after their data set: mnli
             for theirs, ours in (("dense", "pool"), ("out_proj", "head"))
             for kind in ("weight", "bias")
         }
@@ -152,11 +158,11 @@ def fairseq(config: Config) -> dict[str, Row]:
 LARGE = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096}
 
 
-def config(kind: str, name: str) -> dict[str, ConfigRow]:
-    """Keys of transformers, which has two names for one network."""
+def map_config(kind: str, name: str) -> dict[str, ConfigRow]:
+    """Return the configuration keys of transformers, which has two model types for this model."""
     return {
-        "model_type": Is(kind),
-        "architectures": architectures(name),
+        "model_type": Expect(kind),
+        "architectures": architecture_rule(name),
         "vocab_size": "vocab_size",
         "id2label": CLASSES,
         "max_position_embeddings": Derived(read_length, lambda c: c.length + c.pad + 1),
@@ -165,19 +171,20 @@ def config(kind: str, name: str) -> dict[str, ConfigRow]:
         "num_attention_heads": "heads",
         "intermediate_size": "hidden",
         "hidden_dropout_prob": "dropout",
-        "attention_probs_dropout_prob": Is(lambda c: c.dropout),
-        "hidden_act": Is("gelu"),
+        "attention_probs_dropout_prob": Expect(lambda c: c.dropout),
+        "hidden_act": Expect("gelu"),
         "pad_token_id": "pad",
-        "type_vocab_size": Is(1),
-        "layer_norm_eps": Is(EPS),
-        "is_decoder": Is(False),
-        "position_embedding_type": Is("absolute"),
-        "tie_word_embeddings": Is(True),
-        "<transformers reads a label at the first token>": Fixed("mean", False),
+        "type_vocab_size": Expect(1),
+        "layer_norm_eps": Expect(EPS),
+        "is_decoder": Expect(False),
+        "position_embedding_type": Expect("absolute"),
+        "tie_word_embeddings": Expect(True),
+        "<transformers classifies from the first token>": Constant("mean", False),
     }
 
 
 def read_length(theirs: Mapping[str, Any]) -> dict[str, int]:
+    """Return the maximum length without the unused positions."""
     return {"length": theirs.get("max_position_embeddings", 514) - theirs.get("pad_token_id", 1) - 1}
 
 
@@ -190,7 +197,7 @@ CARD = Card(
     input_type="tokens",
     output_type=OUTPUT_TYPES,
     sizes={
-        # Counts are of the head for hidden words: transformers' RobertaForMaskedLM.
+        # Parameter counts are those of transformers' RobertaForMaskedLM.
         "roberta-base": Size(params=124_697_433, source="FacebookAI/roberta-base"),
         "roberta-large": Size(**LARGE, params=355_412_057, source="FacebookAI/roberta-large"),
         "xlm-roberta-base": Size(vocab_size=250_002, params=278_295_186, source="FacebookAI/xlm-roberta-base"),
@@ -198,8 +205,8 @@ CARD = Card(
         "roberta-test": Size(vocab_size=30, num_classes=3, length=12, dim=8, depth=2, heads=2, hidden=20, dropout=0.0),
     },
     weights={"huggingface": huggingface, "fairseq": fairseq, "huggingface-xlm": huggingface},
-    configs={"huggingface": config("roberta", "Roberta"), "huggingface-xlm": config("xlm-roberta", "XLMRoberta")},
-    # Section 3.1, but for the rate, which is that of training a small one from nothing.
+    configs={"huggingface": map_config("roberta", "Roberta"), "huggingface-xlm": map_config("xlm-roberta", "XLMRoberta")},
+    # Section 3.1, except for the learning rate, which suits small models trained from scratch.
     recipe={
         "optimizer": "adamw",
         "lr": 5e-4,

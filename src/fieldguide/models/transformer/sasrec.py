@@ -1,9 +1,9 @@
-"""SASRec: what a user will want next, from what they met before (Kang and McAuley 2018, arXiv:1808.09781).
+"""SASRec: sequential recommendation by causal self-attention (Kang and McAuley 2018, arXiv:1808.09781).
 
-New here: causal attention over a user's items in order of time; short histories are read as well as long ones. This is
-the authors' own form: of attention only the queries are normalised, and it is these normalised queries, not the
-input, that the result is added to; there is no output projection; the two-layer network is as narrow as its
-input; items are scored by the embedding that reads them. Ports that circulate differ in each of these points.
+New here: causal attention over the items of a user in order of time, which handles short and long histories. This is
+the authors' own form: in attention only the queries are normalized, and the residual connection adds the normalized
+queries, not the input; there is no output projection; the hidden width of the MLP is D; items are scored by the input
+embedding. Common ports differ in each of these points.
 
 Initialisation: Glorot uniform for all matrices and both embeddings, zero biases, as in the authors' code.
 Shapes: B batch, T items of a history, D width.
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError
-from fieldguide.models.layers.kv_cache import causal
+from fieldguide.models.layers.kv_cache import causal_mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    items: int = 3417  # with 0, which means none
-    length: int = 200  # longest history; of longer ones give the latest items
+    items: int = 3417  # number of items including 0, which means no item
+    length: int = 200  # maximum history length; pass the latest items of longer ones
     dim: int = 50  # D
     depth: int = 2
     heads: int = 1
@@ -34,7 +34,7 @@ class Config:
 
 
 class Block(nn.Module):
-    """Equations 2 to 6, with the residual paths of the authors' code."""
+    """A block as in equations 2 to 6, with the residual connections of the authors' code."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -57,16 +57,17 @@ class Block(nn.Module):
 
 
 class SASRec(nn.Module):
-    """A history of items -> logits of the item that follows each. Raises `DataError` for one longer than `length`.
+    """A sequence model that returns the logits of the next item at each position. Raises `DataError` for histories
+    longer than `length`.
 
-    Places count back from the latest item, which always has the last. Item 0 is none: its embedding is zero whatever
-    the weights hold, and so is its logit, which should be left out where items are ranked.
+    Positions count back from the latest item, which always has the last one. Item 0 means no item: its embedding is
+    zero whatever the weights are, and so is its logit, which should be excluded from rankings.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         if config.dim % config.heads:
-            raise SettingsError(f"dim={config.dim} cannot be split among heads={config.heads}: choose a multiple")
+            raise SettingsError(f"dim={config.dim} must be divisible by heads={config.heads}.")
         self.config = config
         self.embed = nn.Embedding(config.items, config.dim)
         self.pos = nn.Embedding(config.length, config.dim)
@@ -83,16 +84,16 @@ class SASRec(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def table(self) -> Tensor:  # items D
-        """What items are, where they are read and where they are scored; item 0 is zero."""
+        """Return the item embeddings, used for input and scoring; item 0 is zero."""
         return F.pad(self.embed.weight[1:], (0, 0, 1, 0))
 
     def features(self, items: Tensor, mask: Tensor | None = None) -> Tensor:  # B T -> B T D
-        """What each history wants next: its product with a row of `table` is that item's logit."""
+        """Return the hidden states; the product with a row of `table` is the logit of that item."""
         steps, length = items.shape[1], self.config.length
         if steps > length:
             raise DataError(
-                f"a history of {steps} items is longer than length={length}; give the latest "
-                f"{length}, or create the network with a larger length"
+                f"A history of {steps} items exceeds the model's length={length}. "
+                f"Pass the latest {length} items or create the model with a larger length."
             )
         table = self.table()
         if mask is None:
@@ -101,7 +102,7 @@ class SASRec(nn.Module):
             place = (length - mask.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(0, length - 1)
             real = mask[..., None].to(table.dtype)
         x = self.dropout(F.embedding(items, table) * math.sqrt(self.config.dim) + self.pos(place)) * real
-        seen = causal(steps, mask, None, items.device)
+        seen = causal_mask(steps, mask, None, items.device)
         for block in self.blocks:
             x = block(x, seen) * real
         return self.norm(x)
@@ -119,9 +120,9 @@ CARD = Card(
     input_type="items",
     output_type="items",
     sizes={
-        # MovieLens-1M: 3,416 items and none. The port of pmixer has 212,000: two output projections (5,100) and one
-        # more place (50).
-        "sasrec-ml1m": Size(params=206_850, source="the authors' code, counted"),
+        # MovieLens-1M: 3,416 items and no item. The pmixer port has 212,000 parameters: two output projections
+        # (5,100) and one more position (50).
+        "sasrec-ml1m": Size(params=206_850, source="counted in the authors' code"),
         "sasrec-m": Size(dim=128, heads=2),
         "sasrec-test": Size(items=30, length=12, dim=8, heads=2, dropout=0.0),
     },

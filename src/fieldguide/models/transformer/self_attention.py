@@ -1,9 +1,9 @@
 """SelfAttention: the multi-head attention layer of the guide (Vaswani et al. 2017, arXiv:1706.03762).
 
-New here: every token asks all others (queries against keys) and takes a weighted mean of what they offer
-(values), in several heads at once. A layer, not a whole network: no positions, no mask.
+New here: every token compares its query with the keys of all tokens and takes a weighted mean of their values, in
+several heads at once. This is a single layer, not a whole model: no positions, no mask.
 
-Initialisation: torch's default for linear layers, as the guide's code has it.
+Initialisation: torch's default for linear layers, as in the guide's code.
 Shapes: B batch, T tokens, D width.
 """
 
@@ -25,15 +25,15 @@ class Config:
 
 
 class SelfAttention(nn.Module):
-    """The guide's `SelfAttention(d_model, n_heads)`, with torch's fused attention for its three lines.
+    """The guide's `SelfAttention(d_model, n_heads)`, computed with torch's fused attention.
 
-    Raises `SettingsError` where `n_heads` does not divide `d_model`.
+    Raises `SettingsError` if `n_heads` does not divide `d_model`.
     """
 
     def __init__(self, d_model: int, n_heads: int):
         super().__init__()
         if d_model % n_heads:
-            raise SettingsError(f"d_model={d_model} cannot be split among n_heads={n_heads}")
+            raise SettingsError(f"d_model={d_model} must be divisible by n_heads={n_heads}.")
         self.n_heads = n_heads
         self.d_k = d_model // n_heads
         self.W_q = nn.Linear(d_model, d_model)

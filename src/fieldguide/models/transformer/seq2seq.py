@@ -1,10 +1,11 @@
-"""Transformer: attention alone reads one row and writes another (Vaswani et al. 2017, arXiv:1706.03762).
+"""Transformer: an encoder-decoder based on attention alone (Vaswani et al. 2017, arXiv:1706.03762).
 
-New here: no recurrence and no convolution. The encoder's tokens look at each other; the decoder's look at what is
-said so far, then at the encoder's. Source, target and head share one embedding; layers add, then normalise, as in
-the paper, which needs a warm-up of the learning rate. Linear layers have biases, of which the paper says nothing.
+New here: no recurrence and no convolution. Encoder tokens attend to each other; decoder tokens attend to the
+preceding target tokens, then to the encoder output. Source, target and output head share one embedding; layers are
+post-norm, as in the paper, which needs a learning rate warm-up. Linear layers have biases, which the paper does not
+specify.
 
-Initialisation: embeddings N(0, 1/D), scaled by sqrt(D) when read (section 3.4); Glorot uniform matrices, zero biases.
+Initialisation: embeddings N(0, 1/D), scaled by sqrt(D) on input (section 3.4); Glorot uniform matrices, zero biases.
 Shapes: B batch, S source tokens, T target tokens, D width, K target tokens seen so far.
 """
 
@@ -19,26 +20,26 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.causal import CausalAttention
-from fieldguide.models.layers.kv_cache import Cache, causal, positions
+from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
 from fieldguide.models.transformer._shared.encoder_decoder import EncoderDecoder, FeedForward, Memory
 from fieldguide.models.transformer.encoder_classifier import sinusoids
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    vocab_size: int = 37_000  # of both languages together
-    length: int = 512  # longest row, tokens
+    vocab_size: int = 37_000  # shared by both languages
+    length: int = 512  # maximum sequence length, in tokens
     dim: int = 512  # D
-    depth: int = 6  # layers of the encoder, and of the decoder
+    depth: int = 6  # number of layers of the encoder and of the decoder
     heads: int = 8
-    hidden: int = 2048  # width inside the two-layer networks
+    hidden: int = 2048  # hidden width of the MLPs
     dropout: float = 0.1
 
 
 class CrossAttention(nn.Module):
-    """Every target token looks at the real tokens of its source. `qkv` holds the three matrices of torch's layer.
+    """Attention of target tokens to the real tokens of their source. `qkv` holds the three matrices of torch's layer.
 
-    The source may have fewer rows: each then serves as many rows of tokens that follow one another.
+    The source may have fewer rows than the target: each then serves several consecutive target rows.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -47,7 +48,8 @@ class CrossAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def remember(self, source: Tensor) -> Memory:  # B S D -> keys, values B heads S d
+    def project_kv(self, source: Tensor) -> Memory:  # B S D -> keys, values B heads S d
+        """Return the keys and values of the encoded source."""
         dim = source.shape[-1]
         k, v = F.linear(source, self.qkv.weight[dim:], self.qkv.bias[dim:]).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return k.transpose(1, 2), v.transpose(1, 2)
@@ -61,6 +63,8 @@ class CrossAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
+    """A post-norm encoder block: attention and MLP."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.attn, self.norm1 = Attention(c.dim, c.heads), nn.LayerNorm(c.dim)
@@ -73,6 +77,8 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
+    """A post-norm decoder block: causal attention, cross-attention and MLP."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.attn, self.norm1 = CausalAttention(c.dim, c.heads), nn.LayerNorm(c.dim)
@@ -87,11 +93,13 @@ class DecoderBlock(nn.Module):
 
 
 class Transformer(EncoderDecoder):
-    """See `EncoderDecoder` for shapes and the cache. Raises `DataError` for rows longer than `length`."""
+    """The original Transformer; see `EncoderDecoder` for shapes and the cache. Raises `DataError` for sequences longer
+    than `length`.
+    """
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.embed = nn.Embedding(config.vocab_size, config.dim)  # of both languages, and the head
+        self.embed = nn.Embedding(config.vocab_size, config.dim)  # shared by both languages and the output head
         self.register_buffer("pos", sinusoids(config.length, config.dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
@@ -101,19 +109,20 @@ class Transformer(EncoderDecoder):
     def reset_parameters(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                # Queries, keys and values are three square matrices that share a tensor.
+                # The query, key and value matrices share a tensor but are initialized separately.
                 for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
                     nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.embed.weight, std=self.config.dim**-0.5)
 
-    def read(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:  # B T -> B T D
-        self.check(tokens.shape[1], cache)
-        place = positions(tokens.shape[1], mask, cache, tokens.device)
+    def embed_tokens(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:  # B T -> B T D
+        """Return the embedded tokens of one side."""
+        self.check_length(tokens.shape[1], cache)
+        place = token_positions(tokens.shape[1], mask, cache, tokens.device)
         return self.dropout(self.embed(tokens) * math.sqrt(self.config.dim) + self.pos[place])
 
     def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:  # B S -> B S D
-        x = self.read(source, mask)
+        x = self.embed_tokens(source, mask)
         for block in self.encoder:
             x = block(x, mask)
         return x
@@ -121,17 +130,17 @@ class Transformer(EncoderDecoder):
     def decode(
         self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None, cache: Cache | None
     ) -> Tensor:  # B T -> B T D
-        seen = causal(tokens.shape[1], mask, cache, tokens.device)
-        x = self.read(tokens, mask, cache)
+        seen = causal_mask(tokens.shape[1], mask, cache, tokens.device)
+        x = self.embed_tokens(tokens, mask, cache)
         for layer, block in enumerate(self.decoder):
             x = block(x, seen, memory[layer], source_mask, cache, layer)
         return x
 
-    def say(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
+    def forward_head(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
         return F.linear(x, self.embed.weight)
 
 
-TORCH = {  # of nn.Transformer, which adds a norm after either stack
+TORCH = {  # names of nn.Transformer, which has an additional norm after each stack
     "encoder.layers.{i}.self_attn.in_proj_*": "encoder.{i}.attn.qkv.*",
     "encoder.layers.{i}.self_attn.out_proj.*": "encoder.{i}.attn.proj.*",
     "encoder.layers.{i}.linear1.*": "encoder.{i}.mlp.up.*",
@@ -155,7 +164,8 @@ CARD = Card(
     input_type="pair",
     output_type="tokens",
     sizes={
-        # Layers 44,138,496: nn.Transformer's 44,140,544 less its two final norms. The paper says 65 and 213 million.
+        # The layers have 44,138,496 parameters: nn.Transformer's 44,140,544 minus its two final norms. The paper
+        # reports 65 and 213 million in total.
         "transformer-base": Size(params=63_082_496, source="nn.Transformer without final norms, 37,000 embeddings"),
         "transformer-big": Size(
             dim=1024,
@@ -165,13 +175,13 @@ CARD = Card(
             params=214_245_376,
             source="nn.Transformer without final norms, 37,000 embeddings",
         ),
-        # Of the same form, for data and machines of every day.
+        # Small sizes for small data sets and ordinary machines.
         "transformer-small": Size(vocab_size=8192, dim=256, depth=3, heads=4, hidden=1024, dropout=0.1),
         "transformer-mini": Size(vocab_size=8192, dim=128, depth=3, heads=4, hidden=512, dropout=0.1),
         "transformer-test": Size(vocab_size=30, length=12, dim=16, depth=2, heads=2, hidden=24, dropout=0.0),
     },
     weights={"torch": TORCH},
-    # Multi30k in 2.5 minutes of one core, validation loss: adamw at the paper's rate 5.55, muon 3.62.
+    # Multi30k, 2.5 minutes on one core, validation loss: adamw at the paper's rate 5.55, muon 3.62.
     recipe={
         "optimizer": "muon",
         "lr": 4e-3,

@@ -1,13 +1,16 @@
-"""Swin: attention inside windows that shift, on levels like a ResNet's (Liu et al. 2021, arXiv:2103.14030).
+"""Swin: attention in shifted windows on a feature pyramid (Liu et al. 2021, arXiv:2103.14030).
 
-New here: places look only at those of their own window, so cost grows with the picture and not with its square; every
-second block shifts the windows by half, so news travels. Between stages 2 x 2 places become one of twice the width.
+New here: attention is limited to windows, so the cost grows linearly with the image size; every second block shifts
+the windows by half a window, which connects them. Between stages, 2 x 2 positions are merged into one of twice the
+width.
 
-Pictures of any size: levels that windows do not fill are filled up with zeros, which take part as in the authors' code for
-detection; windows are no larger than the level, and do not shift where one holds all of it.
-Initialisation: truncated N(0, 0.02), wider by the root where the width is less than 96; zero biases.
-Shapes: B batch, C channels, H W height and width (of a level, in places), D width, w side of a window, M = w^2 its places,
-K windows.
+Images may have any size: feature maps are zero-padded to a multiple of the window, and the padding takes part in
+attention, as in the authors' code for detection; windows are at most as large as the feature map, and are not shifted
+if one covers it all.
+Initialisation: truncated N(0, 0.02), with a standard deviation larger by sqrt(96 / width) if the width is less than
+96; zero biases.
+Shapes: B batch, C channels, H W height and width (of a feature map, in positions), D width, w window side, M = w^2
+positions of a window, K windows.
 """
 
 from __future__ import annotations
@@ -25,66 +28,75 @@ from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures
 from fieldguide.models.layers.mlp import Mlp
 from fieldguide.models.layers.patches import Patches
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
-from fieldguide.models.mapping.config_rules import Absent, Counted, Is
-from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, unprefixed
+from fieldguide.models.mapping.config_rules import Expect, LabelCount, WithDefault
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, strip_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    output_type: str = "label"  # or vector: what a label would be read from
+    output_type: str = "label"  # label, or vector: the features before the classifier
     num_classes: int = 1000
     channels: int = 3  # C
     patch: int = 4
-    dim: int = 96  # D of the first stage; each further one has twice as much
-    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks a stage
-    heads: tuple[int, ...] = (3, 6, 12, 24)  # a stage
+    dim: int = 96  # D of the first stage; doubles with each further stage
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks per stage
+    heads: tuple[int, ...] = (3, 6, 12, 24)  # heads per stage
     window: int = 7  # w
     dropout: float = 0.0
-    drop_path: float = 0.2  # of the last block; earlier ones less
+    drop_path: float = 0.2  # stochastic depth rate of the last block; increases linearly from 0
 
 
 class Windows:
-    """How a level of H x W places is cut: sides of a window, how far it shifts, and which places may look at which."""
+    """The window partition of a feature map of H x W positions: window sides, shift, relative position indices and
+    attention mask.
+    """
 
     def __init__(self, size: tuple[int, int], window: int, device: torch.device):
         self.size = size
         self.sides = h, w = min(size[0], window), min(size[1], window)
-        self.full = size[0] + -size[0] % h, size[1] + -size[1] % w  # filled up
+        self.full = size[0] + -size[0] % h, size[1] + -size[1] % w  # padded size
         self.shift = tuple(side // 2 if length > side else 0 for side, length in zip(self.sides, size))
-        # Differences of two places of a window, as rows of the table of biases.
+        # Relative positions of the pairs of positions in a window, as rows of the bias table.
         rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
         down = (rows[:, None] - rows + window - 1)[:, None, :, None] * (2 * window - 1)
         right = (columns[:, None] - columns + window - 1)[None, :, None, :]
         self.offsets = (down + right).view(h * w, h * w)  # M M
-        self.mask = self.apart(device) if any(self.shift) else None
+        self.mask = self.build_shift_mask(device) if any(self.shift) else None
 
-    def apart(self, device: torch.device) -> Tensor:  # -> K 1 M M: -inf between places that the shift brought together
+    def build_shift_mask(self, device: torch.device) -> Tensor:  # -> K 1 M M
+        """Return the mask of a shifted partition: -inf between positions that are neighbors only because of the cyclic
+        shift.
+        """
         bands = [torch.arange(full, device=device) for full in self.full]
         bands = [
             (at >= full - side).int() + (at >= full - shift).int() if shift else torch.zeros_like(at)
             for at, full, side, shift in zip(bands, self.full, self.sides, self.shift)
         ]
         region = (3 * bands[0][:, None] + bands[1])[None, :, :, None]  # 1 H W 1
-        region = self.cut(region).squeeze(-1)  # K M
+        region = self.partition(region).squeeze(-1)  # K M
         return torch.zeros(*region.shape, region.shape[1], device=device).masked_fill_(
             region[:, None] != region[..., None], -torch.inf
         )[:, None]
 
-    def cut(self, x: Tensor) -> Tensor:  # B H W D -> B*K M D
+    def partition(self, x: Tensor) -> Tensor:  # B H W D -> B*K M D
+        """Split a feature map into windows."""
         return x.unflatten(2, (-1, self.sides[1])).unflatten(1, (-1, self.sides[0])).transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
-    def join(self, x: Tensor) -> Tensor:  # B*K M D -> B H W D
+    def unpartition(self, x: Tensor) -> Tensor:  # B*K M D -> B H W D
+        """Join windows to a feature map."""
         (h, w), (height, width) = self.sides, self.full
         return x.view(-1, height // h, width // w, h, w, x.shape[-1]).transpose(2, 3).reshape(-1, height, width, x.shape[-1])
 
 
 class WindowAttention(nn.Module):
-    """Every place looks at those of its window, with a learnt liking for each difference of places (equation 4)."""
+    """Attention within windows, with a learned bias for each relative position (equation 4). Raises `SettingsError` if
+    `heads` does not divide `dim`.
+    """
 
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
         if dim % heads:
-            raise SettingsError(f"a stage of width {dim} cannot be split among heads={heads}: choose a divisor")
+            raise SettingsError(f"The width {dim} of a stage must be divisible by its heads={heads}.")
         self.heads, self.window = heads, window
         self.bias = nn.Embedding((2 * window - 1) ** 2, heads)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -97,7 +109,9 @@ class WindowAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
     def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Biases learnt for windows of another size, spread over those of this one: bicubic, as the authors do."""
+        """Return a bias table of another window size, interpolated to this one (bicubic, as in the authors' code); None
+        for other tensors.
+        """
         side, mine = round(len(tensor) ** 0.5) if tensor.ndim == 2 else 0, 2 * self.window - 1
         if name != "bias.weight" or not side % 2 or len(tensor) != side**2:
             return None
@@ -106,7 +120,7 @@ class WindowAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention in windows, shifted or not, then a two-layer network; each normalises its input and adds its result."""
+    """A pre-norm block: attention in regular or shifted windows and MLP, each with a residual connection."""
 
     def __init__(self, c: Config, dim: int, heads: int, shifts: bool, drop_path: float):
         super().__init__()
@@ -118,13 +132,14 @@ class Block(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(c.dropout), DropPath(drop_path)
 
     def attend(self, x: Tensor, windows: Windows) -> Tensor:  # B H W D -> B H W D
+        """Pad, shift, attend within windows, and undo the shift and the padding."""
         (height, width), (rows, columns) = windows.size, windows.shift if self.shifts else (0, 0)
         if windows.full != windows.size:
             x = F.pad(x, (0, 0, 0, windows.full[1] - width, 0, windows.full[0] - height))
         shifted = rows or columns
         if shifted:
             x = x.roll((-rows, -columns), (1, 2))
-        x = windows.join(self.attn(windows.cut(x), windows.offsets, windows.mask if self.shifts else None))
+        x = windows.unpartition(self.attn(windows.partition(x), windows.offsets, windows.mask if self.shifts else None))
         if shifted:
             x = x.roll((rows, columns), (1, 2))
         return x[:, :height, :width]
@@ -135,7 +150,7 @@ class Block(nn.Module):
 
 
 class Merge(nn.Module):
-    """2 x 2 places become one of twice the width; odd sides are filled up with zeros."""
+    """Patch merging: 2 x 2 positions become one of twice the width; odd sides are zero-padded."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -145,12 +160,12 @@ class Merge(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B H W D -> B H/2 W/2 2D
         if x.shape[1] % 2 or x.shape[2] % 2:
             x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H/2 2 W/2 2 D: the row goes round quickest
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H/2 2 W/2 2 D; permuted so that rows vary fastest
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class Stage(nn.Module):
-    """Merging, but for the first stage, then blocks, every second of which shifts its windows."""
+    """Patch merging (except in the first stage), then blocks, every second of which uses shifted windows."""
 
     def __init__(self, c: Config, index: int, rates: list[float]):
         super().__init__()
@@ -168,18 +183,19 @@ class Stage(nn.Module):
 
 
 class Swin(nn.Module):
-    """A picture of any size -> class logits; `features` gives the levels c2, c3, ... for detection and masks.
+    """An image classifier for images of any size; `features` returns the feature maps c2, c3, ... for detection and
+    segmentation.
 
-    Raises `SettingsError` where depths and heads differ in number.
+    Raises `SettingsError` if `depths` and `heads` differ in length.
     """
 
-    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # parts that a checkpoint may lack or have in another shape
 
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
         if len(c.depths) != len(c.heads):
-            raise SettingsError(f"depths={c.depths} and heads={c.heads} name different stages")
+            raise SettingsError(f"depths={c.depths} and heads={c.heads} must have the same length, one entry per stage.")
         self.patch, self.norm_patch = Patches(c.channels, c.dim, c.patch), nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
         rates = stochastic_depth_rates(c.drop_path, sum(c.depths))
@@ -198,10 +214,11 @@ class Swin(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name -> (D, stride in pixels) of what `features` gives."""
+        """Feature name -> (channels D, stride in pixels) of what `features` returns."""
         return {f"c{i + 2}": (self.config.dim * 2**i, self.config.patch * 2**i) for i in range(len(self.stages))}
 
     def features(self, image: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c2": B D H/4 W/4, "c3": ...}
+        """Return the feature maps described by `levels`."""
         x = self.dropout(self.norm_patch(self.patch(image).permute(0, 2, 3, 1)))
         found = {}
         for name, stage in zip(self.levels, self.stages):
@@ -215,7 +232,9 @@ class Swin(nn.Module):
 
 
 def microsoft(shift: str = "+1", head: str = "head.*") -> dict[str, Row]:
-    """Names of the authors' files, which count merging to the stage before it; timm counts it to the stage that it begins."""
+    """Return the names of the authors' files, which assign patch merging to the stage before it; timm assigns it to the
+    stage after it.
+    """
     stage, ours = "layers.{s}.", "stages.{s}."
     block, mine = stage + "blocks.{b}.", ours + "blocks.{b}."
     return {
@@ -225,8 +244,8 @@ def microsoft(shift: str = "+1", head: str = "head.*") -> dict[str, Row]:
         stage + "downsample.reduction.weight": f"stages.{{s{shift}}}.merge.reduction.weight",
         block + "norm1.*": mine + "norm1.*",
         block + "attn.relative_position_bias_table": mine + "attn.bias.weight",
-        block + "attn.relative_position_index": Dropped("follows from the window"),
-        block + "attn_mask": Dropped("follows from the picture"),
+        block + "attn.relative_position_index": Dropped("computed from the window"),
+        block + "attn_mask": Dropped("computed from the image size"),
         block + "attn.qkv.*": mine + "attn.qkv.*",
         block + "attn.proj.*": mine + "attn.proj.*",
         block + "norm2.*": mine + "norm2.*",
@@ -238,7 +257,7 @@ def microsoft(shift: str = "+1", head: str = "head.*") -> dict[str, Row]:
 
 
 def huggingface() -> dict[str, Row]:
-    """Names of SwinForImageClassification."""
+    """Return the weight names of SwinForImageClassification."""
     stage = "swin.encoder.layers.{s}."
     block, mine = stage + "blocks.{b}.", "stages.{s}.blocks.{b}."
     names: dict[str, Row] = {
@@ -247,7 +266,7 @@ def huggingface() -> dict[str, Row]:
         stage + "downsample.norm.*": "stages.{s+1}.merge.norm.*",
         stage + "downsample.reduction.weight": "stages.{s+1}.merge.reduction.weight",
         block + "attention.self.relative_position_bias_table": mine + "attn.bias.weight",
-        block + "attention.self.relative_position_index": Dropped("follows from the window"),
+        block + "attention.self.relative_position_index": Dropped("computed from the window"),
     }
     names |= {
         f"{block}attention.self.{part}.*": Fused(mine + "attn.qkv.*", i, 3) for i, part in enumerate(("query", "key", "value"))
@@ -263,29 +282,31 @@ def huggingface() -> dict[str, Row]:
     }
 
 
-CONFIG = {  # of transformers
-    "model_type": Is("swin"),
+CONFIG = {  # keys of transformers
+    "model_type": Expect("swin"),
     "architectures": architectures("Swin"),
-    "id2label": Counted("num_classes"),
+    "id2label": LabelCount("num_classes"),
     "num_channels": "channels",
     "patch_size": "patch",
     "embed_dim": "dim",
     "depths": "depths",
     "num_heads": "heads",
     "window_size": "window",
-    "mlp_ratio": Is(4.0),
-    "layer_norm_eps": Is(1e-5),
+    "mlp_ratio": Expect(4.0),
+    "layer_norm_eps": Expect(1e-5),
     "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": Is(0.0),
-    "drop_path_rate": Absent("drop_path", 0.1),
-    "hidden_act": Is("gelu"),
-    "qkv_bias": Is(True),
-    "use_absolute_embeddings": Is(False),
+    "attention_probs_dropout_prob": Expect(0.0),
+    "drop_path_rate": WithDefault("drop_path", 0.1),
+    "hidden_act": Expect("gelu"),
+    "qkv_bias": Expect(True),
+    "use_absolute_embeddings": Expect(False),
 }
 
 
 def adapt(need: dict) -> dict:
-    """Smaller patches and windows for small pictures: at least 8 places a side, and 4 windows a side where that is possible."""
+    """Return smaller patches and windows for small images: at least 8 positions per side, and 4 windows per side where
+    possible.
+    """
     if need["image"] >= 128:
         return {}
     patch = 1 if need["image"] <= 16 else 2 if need["image"] <= 48 else 4
@@ -314,7 +335,7 @@ CARD = Card(
         "swin-l": Size(**L, params=196_532_476, source="swin_large_patch4_window7_224"),
         "swin-b-384": Size(**B, window=12, params=87_903_584, source="swin_base_patch4_window12_384"),
         "swin-l-384": Size(**L, window=12, params=196_735_516, source="swin_large_patch4_window12_384"),
-        # To be trained from nothing on small pictures.
+        # For training from scratch on small images.
         "swin-mini": Size(dim=48, depths=(2, 2, 4), heads=(2, 4, 8), patch=2, window=4, num_classes=10, drop_path=0.1),
         "swin-test": Size(
             dim=8, depths=(2, 2, 2), heads=(1, 2, 4), patch=2, window=4, channels=2, num_classes=5, drop_path=0.0
@@ -324,13 +345,13 @@ CARD = Card(
         "timm": microsoft("", "head.fc.*"),
         "microsoft": microsoft(),
         "huggingface": huggingface(),
-        "huggingface-base": unprefixed(huggingface(), "swin."),
+        "huggingface-base": strip_prefix(huggingface(), "swin."),
     },
     configs={"huggingface": CONFIG},
     aliases={
         "timm": {f"swin_{name}_patch4_window7_224": f"swin-{name[0]}" for name in ("tiny", "small", "base", "large")}
         | {f"swin_{name}_patch4_window12_384": f"swin-{name[0]}-384" for name in ("base", "large")}
     },
-    # Appendix A2.1, without its mixing of pictures, which pays in hundreds of epochs (--set mixup=0.8).
+    # Appendix A2.1, without mixup and cutmix, which pay off after hundreds of epochs (--set mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.07, "label_smoothing": 0.1, "grad_clip": 5.0},
 )

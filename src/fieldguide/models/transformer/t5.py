@@ -1,12 +1,12 @@
-"""T5: every task is text in, text out (Raffel et al. 2019, arXiv:1910.10683; v1.1 and FLAN: arXiv:2210.11416).
+"""T5: every task as text-to-text (Raffel et al. 2019, arXiv:1910.10683; v1.1 and FLAN: arXiv:2210.11416).
 
-New here: one network, one loss and one way of asking for translation, summaries and labels alike. It learns first by
-writing what was cut out of texts. No position has an embedding: how far two tokens are apart adds a learnt number to their
-product, by buckets that grow with the distance, the same in all layers. Products are not scaled, norms have no mean and no
-bias, and normalise before each layer. Version 1.1 gates its networks by GELU and has a head of its own.
+New here: one model, one loss and one format for translation, summarization and classification, pre-trained by span
+corruption. There are no position embeddings: a learned bias for the relative distance of two tokens is added to the
+attention score, by buckets that grow with the distance, the same in all layers. Scores are not scaled; RMS
+normalization without bias, pre-norm. Version 1.1 has GELU-gated MLPs and an untied output head.
 
-Initialisation: embeddings N(0, 1); matrices N(0, 1/inputs), queries less by sqrt(d) in place of scaling; of version 1.1 the
-head too, as its logits are not scaled.
+Initialisation: embeddings N(0, 1); matrices N(0, 1/inputs), queries additionally divided by sqrt(d) in place of score
+scaling; in version 1.1 the head too, as its logits are not scaled.
 Shapes: B batch, S source tokens, T target tokens, D width, d width of a head, H heads, K target tokens seen so far.
 """
 
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
-from fieldguide.models.layers.kv_cache import Cache, causal
+from fieldguide.models.layers.kv_cache import Cache, causal_mask
 from fieldguide.models.layers.norm import RMSNorm
-from fieldguide.models.mapping.config_rules import Absent, Derived, Is, Known
+from fieldguide.models.mapping.config_rules import Derived, Expect, ValueMap, WithDefault
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
 from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention, EncoderDecoder, FeedForward, Memory
 
@@ -32,38 +32,41 @@ from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention
 @dataclass(frozen=True, kw_only=True)
 class Config:
     vocab_size: int = 32_128
-    length: int = 512  # tokens of the rows that it learnt from; longer ones can be read
+    length: int = 512  # sequence length in pre-training, in tokens; longer inputs are possible
     dim: int = 512  # D
-    depth: int = 6  # layers of the encoder
+    depth: int = 6  # number of encoder layers
     decoder_depth: int = 6
     heads: int = 8
     width: int = 64  # d
-    hidden: int = 2048  # width inside the two-layer networks
-    buckets: int = 32  # of distances
-    far: int = 128  # tokens from which on all distances are alike
-    gated: bool = False  # version 1.1: networks are gated
-    tie_embeddings: bool = True  # the head is the embedding
-    scaled: bool = True  # logits are divided by sqrt(D); version 1.1: not
+    hidden: int = 2048  # hidden width of the MLPs
+    buckets: int = 32  # number of relative position buckets
+    far: int = 128  # distances from this one on share a bucket
+    gated: bool = False  # version 1.1: gated MLPs
+    tie_embeddings: bool = True  # the output head shares the weights of the embedding
+    scaled: bool = True  # logits are divided by sqrt(D); False in version 1.1
     dropout: float = 0.1
     eps: float = 1e-6
-    begin: int = 0  # the token that answers begin with
+    begin: int = 0  # ID of the first decoder token
     end: int = 1
     pad: int = 0
 
 
-def bucketed(distance: Tensor, both: bool, buckets: int, far: int) -> Tensor:  # int64 -> int64
-    """The bucket of key minus query: half of them hold one distance each, the others more and more, up to `far`. `both`:
-    keys ahead have buckets of their own; else they are at distance 0."""
+def relative_position_bucket(distance: Tensor, both: bool, buckets: int, far: int) -> Tensor:  # int64 -> int64
+    """Return the bucket of each distance (key position minus query position).
+
+    Half of the buckets hold one distance each, the others logarithmically growing ranges up to `far`. If `both` is
+    True, keys after the query have buckets of their own; otherwise they are treated as distance 0.
+    """
     buckets, ahead = (buckets // 2, (distance > 0) * (buckets // 2)) if both else (buckets, 0)
     distance = distance.abs() if both else (-distance).clamp(min=0)
     exact = buckets // 2
-    # In float32, as files have learnt it: the edges of buckets depend on how the logarithm rounds.
+    # In float32, as in training: the edges of the buckets depend on the rounding of the logarithm.
     large = exact + (torch.log(distance.clamp(min=1).float() / exact) / math.log(far / exact) * (buckets - exact)).long()
     return ahead + torch.where(distance < exact, distance, large.clamp(max=buckets - 1))
 
 
 class SelfAttention(nn.Module):
-    """Products of queries and keys as they are, plus a number by distance, minus infinity where nothing may be seen."""
+    """Attention with unscaled scores plus a position bias, which is minus infinity for masked keys."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -74,13 +77,13 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:  # B T D -> B T D
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B H T d
         if cache is not None:
-            k, v = cache.put(layer, k, v)  # B H K d
+            k, v = cache.update(layer, k, v)  # B H K d
         x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), self.dropout if self.training else 0.0, scale=1.0)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Gated(nn.Module):
-    """Two layers, the first gated by GELU in its approximation by tanh (Shazeer 2020, arXiv:2002.05202, equation 6)."""
+    """An MLP with tanh-GELU gate (Shazeer 2020, arXiv:2002.05202, equation 6)."""
 
     def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
@@ -92,15 +95,18 @@ class Gated(nn.Module):
         return self.down(self.dropout(F.gelu(gate, approximate="tanh") * x))
 
 
-def network(c: Config) -> nn.Module:
+def make_mlp(c: Config) -> nn.Module:
+    """Return the MLP of a block."""
     return Gated(c.dim, c.hidden, c.dropout) if c.gated else FeedForward(c.dim, c.hidden, F.relu, c.dropout, bias=False)
 
 
 class EncoderBlock(nn.Module):
+    """A pre-norm encoder block: attention and MLP."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.norm1, self.attn = RMSNorm(c.dim, c.eps), SelfAttention(c)
-        self.norm2, self.mlp = RMSNorm(c.dim, c.eps), network(c)
+        self.norm2, self.mlp = RMSNorm(c.dim, c.eps), make_mlp(c)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # B S D -> B S D
@@ -109,12 +115,14 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
+    """A pre-norm decoder block: causal attention, cross-attention and MLP."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.norm1, self.attn = RMSNorm(c.dim, c.eps), SelfAttention(c)
         self.norm2 = RMSNorm(c.dim, c.eps)
         self.cross = CrossAttention(c.dim, c.heads, c.width, bias=False, scale=1.0, dropout=c.dropout)
-        self.norm3, self.mlp = RMSNorm(c.dim, c.eps), network(c)
+        self.norm3, self.mlp = RMSNorm(c.dim, c.eps), make_mlp(c)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, bias: Tensor, memory: Memory, mask, cache, layer: int) -> Tensor:  # B T D -> B T D
@@ -124,7 +132,7 @@ class DecoderBlock(nn.Module):
 
 
 class T5(EncoderDecoder):
-    """Source and what is said so far -> logits of the token that follows each of the latter; rows may have any length."""
+    """An encoder-decoder that returns the logits of the next target token at each position; sequences may have any length."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -146,7 +154,7 @@ class T5(EncoderDecoder):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if name.endswith(("attn.qkv", "cross.q")):  # queries, alone or before keys and values
+                if name.endswith(("attn.qkv", "cross.q")):  # query weights, alone or in front of those of keys and values
                     with torch.no_grad():
                         module.weight[: c.heads * c.width] *= c.width**-0.5
         nn.init.normal_(self.embed.weight)
@@ -155,23 +163,23 @@ class T5(EncoderDecoder):
 
     @property
     def width(self) -> int:
-        """d"""
+        """Width d of a head."""
         return self.config.width
 
     @property
-    def longest(self) -> None:
-        """Rows may have any length: there are no places to run out of."""
+    def max_target_length(self) -> None:
+        """None: relative positions allow any length."""
         return None
 
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
-        """Room for `length` target tokens a row, as many as wanted; by default those it learnt from."""
-        return self.cache(rows, length or self.config.length)
+        """Return a cache for `length` target tokens per row; the default is the length of pre-training."""
+        return self.make_cache(rows, length or self.config.length)
 
     def bias(self, table: nn.Embedding, steps: int, keys: int, both: bool) -> Tensor:  # -> 1 H T K
-        """What the last `steps` of `keys` tokens add for their distance to each."""
+        """Return the position bias of the last `steps` of `keys` tokens for each key."""
         c = self.config
-        distance = torch.arange(1 - keys, steps, device=table.weight.device)  # of the last token, then of those before it
-        line = table(bucketed(distance, both, c.buckets, c.far)).T  # H K+T-1
+        distance = torch.arange(1 - keys, steps, device=table.weight.device)  # for the last token; the earlier ones are shifted
+        line = table(relative_position_bucket(distance, both, c.buckets, c.far)).T  # H K+T-1
         return line.unfold(1, keys, 1).flip(1)[None]
 
     def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:  # B S, B S bool -> B S D
@@ -188,7 +196,7 @@ class T5(EncoderDecoder):
     ) -> Tensor:  # B T -> B T D
         steps = tokens.shape[1]
         bias = self.bias(self.decoder_bias, steps, cache.used if cache else steps, False)
-        seen = causal(steps, mask, cache, tokens.device)
+        seen = causal_mask(steps, mask, cache, tokens.device)
         if seen is None and steps > 1:
             seen = torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).tril()
         if seen is not None:
@@ -198,18 +206,20 @@ class T5(EncoderDecoder):
             x = block(x, bias, memory[layer], source_mask, cache, layer)
         return self.dropout(self.decoder_norm(x))
 
-    def say(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
+    def forward_head(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
         return self.head(x * self.config.dim**-0.5 if self.config.scaled else x)
 
 
 def huggingface(c: Config) -> dict[str, Row]:
-    """Names in files of transformers."""
+    """Return the weight names of transformers."""
     names: dict[str, Row] = {
         "shared.weight": "embed.weight",
         "encoder.embed_tokens.weight": "embed.weight",
         "decoder.embed_tokens.weight": "embed.weight",
-        "lm_head.weight": "head.weight",  # absent where it is the embedding
-        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": Dropped("of no use: a source has no place"),
+        "lm_head.weight": "head.weight",  # absent if tied to the embedding
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": Dropped(
+            "unused: cross-attention has no position bias"
+        ),
     }
     for side, last in (("encoder", 1), ("decoder", 2)):
         layer, ours = f"{side}.block.{{i}}.layer.", f"{side}.{{i}}."
@@ -233,19 +243,22 @@ def huggingface(c: Config) -> dict[str, Row]:
     }
 
 
-def started(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Answers begin with padding where nothing else is said."""
+def read_begin_token(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the decoder start token, by default the padding token."""
     begin = theirs.get("decoder_start_token_id")
     return {"begin": theirs.get("pad_token_id", 0) if begin is None else begin}
 
 
-def unscaled(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Files of version 1.1 say so by a head of their own; since its fifth version transformers ties that, and writes this."""
+def read_scaled(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whether logits are scaled.
+
+    Files of version 1.1 imply it by an untied head; transformers 5 ties that head and writes this key instead.
+    """
     return {"scaled": theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True)) is not False}
 
 
 CONFIG = {
-    "model_type": Is("t5"),
+    "model_type": Expect("t5"),
     "architectures": Derived(lambda t: {}, lambda c: ["T5ForConditionalGeneration"]),
     "vocab_size": "vocab_size",
     "n_positions": "length",
@@ -259,17 +272,17 @@ CONFIG = {
     "d_ff": "hidden",
     "relative_attention_num_buckets": "buckets",
     "relative_attention_max_distance": "far",
-    "feed_forward_proj": Known("gated", {"relu": False, "gated-gelu": True}),
-    "tie_word_embeddings": Absent("tie_embeddings", True),
-    "scale_decoder_outputs": Derived(unscaled, lambda c: c.scaled),
+    "feed_forward_proj": ValueMap("gated", {"relu": False, "gated-gelu": True}),
+    "tie_word_embeddings": WithDefault("tie_embeddings", True),
+    "scale_decoder_outputs": Derived(read_scaled, lambda c: c.scaled),
     "dropout_rate": "dropout",
     "layer_norm_epsilon": "eps",
-    "decoder_start_token_id": Derived(started, lambda c: c.begin),
+    "decoder_start_token_id": Derived(read_begin_token, lambda c: c.begin),
     "eos_token_id": "end",
     "pad_token_id": "pad",
     "is_encoder_decoder": Derived(lambda t: {}, lambda c: True),
 }
-# (dim, depth, heads, width, hidden) of each size, and its count.
+# (dim, depth, heads, width, hidden, parameter count) of each size
 FIRST = {
     "small": (512, 6, 8, 64, 2048, 60_506_624),
     "base": (768, 12, 12, 64, 3072, 222_903_552),
@@ -287,7 +300,8 @@ SECOND = {
 NEW = {"gated": True, "tie_embeddings": False, "scaled": False}
 
 
-def sized(numbers: tuple[int, ...], source: str, **other: Any) -> Size:
+def make_size(numbers: tuple[int, ...], source: str, **other: Any) -> Size:
+    """Return the size of a row of the tables above."""
     dim, depth, heads, width, hidden, params = numbers
     return Size(
         dim=dim,
@@ -312,11 +326,11 @@ CARD = Card(
     output_type="tokens",
     endless=True,
     sizes={
-        **{f"t5-{name}": sized(n, f"google-t5/t5-{name}") for name, n in FIRST.items()},
-        # Counts are of the published files, whose heads transformers 5 would tie to the embedding.
-        **{f"t5-v1.1-{name}": sized(n, f"google/t5-v1_1-{name}", **NEW) for name, n in SECOND.items()},
-        **{f"flan-t5-{name}": sized(n, f"google/flan-t5-{name}", **NEW) for name, n in SECOND.items()},
-        # Small ones of the same form, to be trained from nothing.
+        **{f"t5-{name}": make_size(n, f"google-t5/t5-{name}") for name, n in FIRST.items()},
+        # Counts are those of the published files; transformers 5 would tie their heads to the embedding.
+        **{f"t5-v1.1-{name}": make_size(n, f"google/t5-v1_1-{name}", **NEW) for name, n in SECOND.items()},
+        **{f"flan-t5-{name}": make_size(n, f"google/flan-t5-{name}", **NEW) for name, n in SECOND.items()},
+        # Small sizes for training from scratch.
         "t5-mini": Size(vocab_size=8192, dim=256, depth=4, decoder_depth=4, heads=4, hidden=704, gated=True, scaled=True),
         "t5-micro": Size(vocab_size=8192, dim=128, depth=3, decoder_depth=3, heads=4, width=32, hidden=384, gated=True),
         "t5-test": Size(

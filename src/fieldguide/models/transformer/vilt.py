@@ -1,12 +1,13 @@
-"""ViLT: one Transformer reads a question and a picture together (Kim et al. 2021, arXiv:2102.03334), for answers.
+"""ViLT: one Transformer for question and image, for visual question answering (Kim et al. 2021, arXiv:2102.03334).
 
-New here: patches of the picture stand in the same row as the words and go through the same blocks, without a network for
-pictures or detected objects before them. The answer is read at the question's first token: a class, one a frequent answer.
+New here: image patches and text tokens form one sequence and pass through the same blocks, without a separate image
+encoder or object detector. The answer is predicted from the first token of the question, as a class among frequent
+answers.
 
-Initialisation: N(0, 0.02) for matrices, embeddings and places at the paper's width of 768, wider by the root where D is
-less, or small networks hardly begin to learn; zero biases.
-Shapes: B batch, C channels, H W height and width of the picture, P side of a patch, N = 1 + H W / P^2 places of it,
-T tokens, D width.
+Initialisation: N(0, 0.02) for matrices, embeddings and positions at the paper's width of 768, with a standard
+deviation larger by sqrt(768 / D) for smaller D (small models hardly train otherwise); zero biases.
+Shapes: B batch, C channels, H W image height and width, P patch size, N = 1 + H W / P^2 image tokens, T tokens, D
+width.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from torch import Tensor, nn
 from fieldguide.core.card import HALF, Card, Size
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.layers.attention import Attention
-from fieldguide.models.layers.attention_rollout import rollout, weights
+from fieldguide.models.layers.attention_rollout import attention_weights, rollout
 from fieldguide.models.layers.mlp import Mlp
-from fieldguide.models.mapping.config_rules import Counted, Is
+from fieldguide.models.mapping.config_rules import Expect, LabelCount
 from fieldguide.models.mapping.key_rules import Dropped, Fused
 
-EPS = 1e-12  # of the normalisations, as in BERT
+EPS = 1e-12  # epsilon of the normalization layers, as in BERT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    num_classes: int = 3129  # answers
+    num_classes: int = 3129  # number of answers (classes)
     channels: int = 3  # C
-    image: int = 384  # side of the pictures that places are learnt for; others may come
+    image: int = 384  # image side of the trained position embeddings; other sizes are interpolated
     patch: int = 32  # P
     vocab_size: int = 30_522
-    length: int = 40  # longest question, tokens
+    length: int = 40  # maximum question length, in tokens
     dim: int = 768  # D
     depth: int = 12
     heads: int = 12
@@ -46,7 +47,7 @@ class Config:
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer network; each normalises its input and adds its result."""
+    """A pre-norm Transformer block: attention and MLP, each with a residual connection."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -62,19 +63,20 @@ class Block(nn.Module):
 
 
 class ViLT(nn.Module):
-    """Pictures and questions -> logits of the answers.
+    """A classifier that returns the logits of the answers to questions about images.
 
-    The first token of a question is where the answer is read: [CLS], or whatever the tokenizer begins rows with; padding
-    stands on the right. Raises `DataError` for a picture that patches do not fill, or a question longer than `length`.
+    The answer is predicted from the first token of the question: [CLS], or whatever token the tokenizer puts first;
+    padding is on the right. Raises `DataError` for an image whose sides are not multiples of `patch`, or a question
+    longer than `length`, and `SettingsError` if `patch` does not divide `image`.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
         if c.image % c.patch:
-            raise SettingsError(f"image={c.image} cannot be cut into patches of patch={c.patch} pixels: choose a multiple")
+            raise SettingsError(f"image={c.image} must be divisible by patch={c.patch}.")
         self.word, self.place = nn.Embedding(c.vocab_size, c.dim), nn.Embedding(c.length, c.dim)
-        self.segment = nn.Embedding(2, c.dim)  # of BERT: a question is all in the first
+        self.segment = nn.Embedding(2, c.dim)  # segments of BERT; a question uses the first only
         self.norm_text = nn.LayerNorm(c.dim, eps=EPS)
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
         self.cls = nn.Parameter(torch.empty(1, 1, c.dim))
@@ -99,35 +101,40 @@ class ViLT(nn.Module):
             nn.init.normal_(parameter, std=std)
 
     def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Places learnt for pictures of another size, spread over those of this network."""
+        """Return position embeddings trained at another image size, interpolated to the size of this model; None for
+        other tensors.
+        """
         square = name == "pos" and tensor.ndim == 3 and math.isqrt(tensor.shape[1] - 1) ** 2 == tensor.shape[1] - 1 > 0
         side = self.config.image // self.config.patch
-        return spread(tensor, side, side) if square else None
+        return interpolate_positions(tensor, side, side) if square else None
 
-    def see(self, image: Tensor) -> Tensor:  # B C H W -> B N D
+    def embed_image(self, image: Tensor) -> Tensor:  # B C H W -> B N D
+        """Return the embedded image tokens."""
         p = self.config.patch
         if any(side % p or not side for side in image.shape[2:]):
             raise DataError(
-                f"a picture of {image.shape[3]} x {image.shape[2]} pixels cannot be cut into patches of {p}: "
-                f"choose multiples of {p}"
+                f"The sides of an image of {image.shape[3]} x {image.shape[2]} pixels are not multiples of patch={p}. "
+                "Resize the image."
             )
         x = self.patch(image)
-        places = spread(self.pos, *x.shape[2:])
+        places = interpolate_positions(self.pos, *x.shape[2:])
         x = x.flatten(2).mT
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1).to(x.dtype), x], 1) + places
         return self.dropout(x) + self.modality.weight[1]
 
-    def read(self, tokens: Tensor) -> Tensor:  # B T -> B T D
+    def embed_text(self, tokens: Tensor) -> Tensor:  # B T -> B T D
+        """Return the embedded question."""
         if (steps := tokens.shape[1]) > self.config.length:
             raise DataError(
-                f"a question of {steps} tokens is longer than length={self.config.length}; cut the questions or "
-                "create the network with a larger length"
+                f"A question of {steps} tokens exceeds the model's length={self.config.length}. "
+                "Truncate the question or create the model with a larger length."
             )
         x = self.norm_text(self.word(tokens) + self.segment.weight[0] + self.place.weight[:steps])
         return self.dropout(x) + self.modality.weight[0]
 
     def features(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # -> B T+N D
-        x, seen = self.read(tokens), self.see(image)
+        """Return the final hidden states, text tokens first."""
+        x, seen = self.embed_text(tokens), self.embed_image(image)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(seen.shape[:2])], 1)
         x = torch.cat([x, seen], 1)
@@ -140,20 +147,22 @@ class ViLT(nn.Module):
         return self.head(F.gelu(self.norm_head(self.up(x))))
 
     def attention(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # -> B H/P W/P
-        """How much each patch counts for the answer, summing to 1: rollout, read at the question's first token."""
-        x, maps = torch.cat([self.read(tokens), self.see(image)], 1), []
+        """Return the relevance of each patch for the answer, summing to 1: attention rollout, read at the first token of
+        the question.
+        """
+        x, maps = torch.cat([self.embed_text(tokens), self.embed_image(image)], 1), []
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(x.shape[0], x.shape[1] - mask.shape[1])], 1)
         for block in self.blocks:
-            maps.append(weights(block.attn, block.norm1(x), mask))
+            maps.append(attention_weights(block.attn, block.norm1(x), mask))
             x = block(x, mask)
         seen = rollout(maps)[:, 0, tokens.shape[1] + 1 :]
         p = self.config.patch
         return (seen / seen.sum(1, keepdim=True)).unflatten(1, (image.shape[2] // p, image.shape[3] // p))
 
 
-def spread(places: Tensor, rows: int, columns: int) -> Tensor:  # 1 1+S S D -> 1 1+rows columns D
-    """Places of a square picture spread evenly over one of another size (section 3.2 of ViT, arXiv:2010.11929)."""
+def interpolate_positions(places: Tensor, rows: int, columns: int) -> Tensor:  # 1 1+S S D -> 1 1+rows columns D
+    """Interpolate the position embeddings of a square image to another size (section 3.2 of ViT, arXiv:2010.11929)."""
     side = math.isqrt(places.shape[1] - 1)
     if (rows, columns) == (side, side):
         return places
@@ -188,10 +197,10 @@ HUGGINGFACE = {
     "classifier.3.*": "head.*",
 }
 
-CONFIG = {  # of transformers
-    "model_type": Is("vilt"),
-    "architectures": Is(["ViltForQuestionAnswering"]),
-    "id2label": Counted("num_classes"),
+CONFIG = {  # keys of transformers
+    "model_type": Expect("vilt"),
+    "architectures": Expect(["ViltForQuestionAnswering"]),
+    "id2label": LabelCount("num_classes"),
     "num_channels": "channels",
     "image_size": "image",
     "patch_size": "patch",
@@ -200,25 +209,25 @@ CONFIG = {  # of transformers
     "hidden_size": "dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
-    "intermediate_size": Is(lambda c: 4 * c.dim),
+    "intermediate_size": Expect(lambda c: 4 * c.dim),
     "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": Is(lambda c: c.dropout),
-    "layer_norm_eps": Is(EPS),
-    "hidden_act": Is("gelu"),
-    "qkv_bias": Is(True),
-    "type_vocab_size": Is(2),
-    "modality_type_vocab_size": Is(2),
-    "max_image_length": Is(-1),  # otherwise it reads patches drawn by chance
+    "attention_probs_dropout_prob": Expect(lambda c: c.dropout),
+    "layer_norm_eps": Expect(EPS),
+    "hidden_act": Expect("gelu"),
+    "qkv_bias": Expect(True),
+    "type_vocab_size": Expect(2),
+    "modality_type_vocab_size": Expect(2),
+    "max_image_length": Expect(-1),  # other values select random patches
 }
 
 
-def adapted(needs: Mapping[str, Any]) -> dict[str, int]:
-    """Small pictures in 4 x 4 patches: DAQUAR in 4 minutes of one core, validation accuracy: 8 x 8 .15, 4 x 4 .19."""
+def choose_patch(needs: Mapping[str, Any]) -> dict[str, int]:
+    """Return 4 x 4 patches for small images: DAQUAR, 4 minutes on one core, validation accuracy: 8 x 8 .15, 4 x 4 .19."""
     side = needs.get("image", 0)
-    return {"patch": side // 4} if side and side <= SMALL and side % 4 == 0 else {}
+    return {"patch": side // 4} if side and side <= MAX_SMALL_IMAGE_SIDE and side % 4 == 0 else {}
 
 
-SMALL = 96  # pixels
+MAX_SMALL_IMAGE_SIDE = 96  # pixels
 
 CARD = Card(
     name="vilt",
@@ -230,7 +239,7 @@ CARD = Card(
     output_type="label",
     sizes={
         "vilt-b32-vqa": Size(params=117_588_537, source="dandelin/vilt-b32-finetuned-vqa"),
-        # Small ones to be trained from nothing, on pictures of 96 and 64 pixels.
+        # Small sizes for training from scratch on images of 96 and 64 pixels.
         "vilt-tiny": Size(
             num_classes=100, image=96, patch=12, vocab_size=8192, length=32, dim=192, depth=6, heads=3, dropout=0.1
         ),
@@ -241,9 +250,9 @@ CARD = Card(
     },
     weights={"huggingface": HUGGINGFACE},
     configs={"huggingface": CONFIG},
-    adapt=adapted,
+    adapt=choose_patch,
     scale=HALF,
-    # Section 4.2, but from nothing: DAQUAR in 4 minutes of one core, validation accuracy: adamw at 3e-4 .04, muon .15.
+    # Section 4.2, but from scratch. DAQUAR, 4 minutes on one core, validation accuracy: adamw at 3e-4 .04, muon .15.
     recipe={
         "optimizer": "muon",
         "lr": 4e-3,

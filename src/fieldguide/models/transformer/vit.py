@@ -1,13 +1,16 @@
-"""ViT: a picture as a row of patches, read by a plain Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929).
+"""ViT: an image as a sequence of patches, encoded by a plain Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929).
 
-New here: no convolution but the cut into patches, so nothing says that neighbours belong together: places are learnt, and
-the class is read at one token more. With little data convolutions win; with much, or a teacher (DeiT), this does.
+New here: no convolution except the patch embedding, so locality is not built in: position embeddings are learned, and
+the class is predicted from an additional class token. With little data convolutional networks are better; with much
+data, or with a teacher (DeiT), ViT is.
 
-The normalisations' `eps` is 1e-6 in the authors' code, timm and torchvision, and here; transformers has 1e-12 in its copies
-of the same weights, which `fieldguide.load` reads in their configuration. A lone file does not say it: set `eps=1e-12`.
-Initialisation: truncated N(0, 0.02) as in DeiT (arXiv:2012.12877), wider by the root where D is less than 768; zero biases.
-The authors' own, Xavier with places N(0, 0.02), hardly sees places at first, and learnt far slower from small data.
-Shapes: B batch, C channels, H W height and width of the picture, P side of a patch, h w = H/P W/P, N = 1 + h w, D width.
+The `eps` of the normalization layers is 1e-6 in the authors' code, timm, torchvision and here; transformers uses
+1e-12 for the same weights, and `fieldguide.load` reads it from the configuration. A weights file alone does not
+contain it: set `eps=1e-12`.
+Initialisation: truncated N(0, 0.02) as in DeiT (arXiv:2012.12877), with a standard deviation larger by sqrt(768 / D)
+if D is less than 768; zero biases. The authors' Xavier initialization with position embeddings N(0, 0.02) makes the
+position embeddings too small at first and trained much more slowly on small data sets.
+Shapes: B batch, C channels, H W image height and width, P patch size, h w = H/P W/P, N = 1 + h w, D width.
 """
 
 from __future__ import annotations
@@ -23,29 +26,29 @@ from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
 from fieldguide.models.layers.mlp import Mlp
-from fieldguide.models.layers.patches import Patches, interpolate_pos_embed, patch_for
+from fieldguide.models.layers.patches import Patches, choose_patch_size, interpolate_pos_embed
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
-from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Counted, Is, Known
+from fieldguide.models.mapping.config_rules import ConfigRow, Expect, LabelCount, ValueMap, WithDefault
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    output_type: str = "label"  # or vector: what a label would be read from
+    output_type: str = "label"  # label, or vector: the features before the classifier
     num_classes: int = 1000
     channels: int = 3  # C
-    image: int = 224  # side of the pictures that places are learnt for; others may come
+    image: int = 224  # image side of the trained position embeddings; other sizes are interpolated
     patch: int = 16  # P
     dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    eps: float = 1e-6  # of the normalisations
+    eps: float = 1e-6  # epsilon of the normalization layers
     dropout: float = 0.0
-    drop_path: float = 0.0  # of the last block; earlier ones less
+    drop_path: float = 0.0  # stochastic depth rate of the last block; increases linearly from 0
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer network; each normalises its input and adds its result."""
+    """A pre-norm Transformer block: attention and MLP, each with a residual connection."""
 
     def __init__(self, c: Config, drop_path: float):
         super().__init__()
@@ -55,26 +58,28 @@ class Block(nn.Module):
         self.mlp = Mlp(c.dim, 4 * c.dim, c.dropout)
         self.dropout, self.drop_path = nn.Dropout(c.dropout), DropPath(drop_path)
 
-    def forward(self, x: Tensor, predict_options: int | None = None) -> Tensor:  # B N D -> B N D, or B asking D
-        x = x[:, :predict_options] + self.drop_path(self.dropout(self.attn(self.norm1(x), predict_options=predict_options)))
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:  # B N D -> B N D, or B num_queries D
+        """Return the output of all tokens, or of the first `num_queries` tokens only."""
+        x = x[:, :num_queries] + self.drop_path(self.dropout(self.attn(self.norm1(x), num_queries=num_queries)))
         return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
 
 
 class ViT(nn.Module):
-    """A picture of any size -> class logits; `features` gives the patches after four blocks, evenly spread.
+    """An image classifier for images of any size; `features` returns the patch features after four evenly spaced blocks.
 
-    Places are spread over pictures of another size, when they come and when weights learnt at another are loaded.
+    Position embeddings are interpolated for images of another size, and when weights trained at another size are
+    loaded.
     """
 
-    first = 1  # tokens before the patches
-    heads: ClassVar[tuple[str, ...]] = ("head",)  # a checkpoint may have none, or others
+    num_prefix_tokens = 1  # number of tokens before the patches
+    heads: ClassVar[tuple[str, ...]] = ("head",)  # parts that a checkpoint may lack or have in another shape
 
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
         self.patch = Patches(c.channels, c.dim, c.patch)
         self.cls = nn.Parameter(torch.empty(c.dim))
-        self.pos = nn.Embedding(self.first + math.ceil(c.image / c.patch) ** 2, c.dim)
+        self.pos = nn.Embedding(self.num_prefix_tokens + math.ceil(c.image / c.patch) ** 2, c.dim)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, p) for p in stochastic_depth_rates(c.drop_path, c.depth))
         self.norm = nn.LayerNorm(c.dim, eps=c.eps)
@@ -96,61 +101,67 @@ class ViT(nn.Module):
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """Name -> (D, stride in pixels) of what `features` gives."""
+        """Feature name -> (channels D, stride in pixels) of what `features` returns."""
         depth = self.config.depth
         return {f"b{i}": (self.config.dim, self.config.patch) for i in sorted({depth * k // 4 for k in (1, 2, 3, 4)} - {0})}
 
     def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Places learnt for pictures of another size, spread over those of this network."""
-        grid = math.isqrt(max(len(tensor) - self.first, 0)) if tensor.ndim == 2 else 0
-        if name != "pos.weight" or not grid or len(tensor) != self.first + grid**2:
+        """Return position embeddings trained at another image size, interpolated to the size of this model; None for
+        other tensors.
+        """
+        grid = math.isqrt(max(len(tensor) - self.num_prefix_tokens, 0)) if tensor.ndim == 2 else 0
+        if name != "pos.weight" or not grid or len(tensor) != self.num_prefix_tokens + grid**2:
             return None
-        side = math.isqrt(len(self.pos.weight) - self.first)
-        return interpolate_pos_embed(tensor, (side, side), first=self.first)
+        side = math.isqrt(len(self.pos.weight) - self.num_prefix_tokens)
+        return interpolate_pos_embed(tensor, (side, side), first=self.num_prefix_tokens)
 
-    def before(self) -> Tensor:  # -> first D
-        """The tokens before the patches."""
+    def prefix_tokens(self) -> Tensor:  # -> first D
+        """Return the tokens before the patches."""
         return self.cls[None]
 
     def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:  # B C H W -> B N D, (h, w)
+        """Return the embedded tokens and the size of the patch grid."""
         x = self.patch(image)
         size = tuple(x.shape[2:])
-        x = torch.cat([self.before().to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(2).mT], 1)
-        return self.dropout(x + interpolate_pos_embed(self.pos.weight, size, first=self.first)), size
+        x = torch.cat([self.prefix_tokens().to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(2).mT], 1)
+        return self.dropout(x + interpolate_pos_embed(self.pos.weight, size, first=self.num_prefix_tokens)), size
 
     def features(self, image: Tensor) -> dict[str, Tensor]:  # B C H W -> {"b3": B D h w, ...}
+        """Return the feature maps described by `levels`."""
         x, size = self.tokens(image)
         found = {}
         for i, block in enumerate(self.blocks, 1):
             x = block(x)
             if f"b{i}" in self.levels:
-                found[f"b{i}"] = x[:, self.first :].mT.unflatten(2, size)
+                found[f"b{i}"] = x[:, self.num_prefix_tokens :].mT.unflatten(2, size)
         return found
 
-    def read(self, image: Tensor) -> Tensor:  # B C H W -> B first D, the tokens that answers are read at
+    def prefix_features(self, image: Tensor) -> Tensor:  # B C H W -> B first D
+        """Return the normalized final features of the prefix tokens."""
         x, _ = self.tokens(image)
-        for i, block in enumerate(self.blocks, 1):  # of the last, nobody asks for the other places
-            x = block(x, self.first if i == len(self.blocks) else None)
+        for i, block in enumerate(self.blocks, 1):  # the last block computes the prefix tokens only
+            x = block(x, self.num_prefix_tokens if i == len(self.blocks) else None)
         return self.norm(x)
 
     def forward(self, image: Tensor) -> Tensor:  # B C H W -> B classes, or B D
-        return self.head(self.read(image)[:, 0])
+        return self.head(self.prefix_features(image)[:, 0])
 
 
-def token(name: str) -> Reshaped:
-    """A token of ours, D there 1 1 D."""
+def map_token(name: str) -> Reshaped:
+    """Return the rule for a token: D here, 1 1 D in the public file."""
     return Reshaped(name, here=(-1,), there=(1, 1, -1))
 
 
-def places(c: Config) -> Reshaped:
-    """Places of ours, N D there 1 N D."""
+def map_pos_embed(c: Config) -> Reshaped:
+    """Return the rule for the position embeddings: N D here, 1 N D in the public file."""
     return Reshaped("pos.weight", here=(-1, c.dim), there=(1, -1, c.dim))
 
 
 def timm(c: Config) -> dict[str, Row]:
+    """Return the weight names of timm."""
     return {
-        "cls_token": token("cls"),
-        "pos_embed": places(c),
+        "cls_token": map_token("cls"),
+        "pos_embed": map_pos_embed(c),
         "patch_embed.proj.*": "patch.*",
         "blocks.{i}.norm1.*": "blocks.{i}.norm1.*",
         "blocks.{i}.attn.qkv.*": "blocks.{i}.attn.qkv.*",
@@ -164,10 +175,11 @@ def timm(c: Config) -> dict[str, Row]:
 
 
 def torchvision(c: Config) -> dict[str, Row]:
+    """Return the weight names of torchvision."""
     layer = "encoder.layers.encoder_layer_{i}."
     return {
-        "class_token": token("cls"),
-        "encoder.pos_embedding": places(c),
+        "class_token": map_token("cls"),
+        "encoder.pos_embedding": map_pos_embed(c),
         "conv_proj.*": "patch.*",
         layer + "ln_1.*": "blocks.{i}.norm1.*",
         layer + "self_attention.in_proj_weight": "blocks.{i}.attn.qkv.weight",
@@ -176,7 +188,7 @@ def torchvision(c: Config) -> dict[str, Row]:
         layer + "ln_2.*": "blocks.{i}.norm2.*",
         layer + "mlp.0.*": "blocks.{i}.mlp.up.*",
         layer + "mlp.3.*": "blocks.{i}.mlp.down.*",
-        layer + "mlp.linear_1.*": "blocks.{i}.mlp.up.*",  # in its first files
+        layer + "mlp.linear_1.*": "blocks.{i}.mlp.up.*",  # in the first published files
         layer + "mlp.linear_2.*": "blocks.{i}.mlp.down.*",
         "encoder.ln.*": "norm.*",
         "heads.head.*": "head.*",
@@ -184,14 +196,16 @@ def torchvision(c: Config) -> dict[str, Row]:
 
 
 def huggingface(c: Config, root: str = "vit.") -> dict[str, Row]:
-    """Names of ViTForImageClassification, of ViTModel (`root` is ""), and of its relatives but for their heads."""
+    """Return the weight names of ViTForImageClassification, ViTModel (`root` is "") and related models, except for their
+    heads.
+    """
     layer, block = root + "encoder.layer.{i}.", "blocks.{i}."
     names: dict[str, Row] = {
-        root + "embeddings.cls_token": token("cls"),
-        root + "embeddings.position_embeddings": places(c),
+        root + "embeddings.cls_token": map_token("cls"),
+        root + "embeddings.position_embeddings": map_pos_embed(c),
         root + "embeddings.patch_embeddings.projection.*": "patch.*",
         root + "layernorm.*": "norm.*",
-        root + "pooler.dense.*": Dropped("a layer that ViT has not"),
+        root + "pooler.dense.*": Dropped("unused pooling layer"),
         "classifier.*": "head.*",
     }
     names |= {
@@ -207,25 +221,25 @@ def huggingface(c: Config, root: str = "vit.") -> dict[str, Row]:
     }
 
 
-def configuration(model_type: str, architecture: Known) -> dict[str, ConfigRow]:
-    """Keys of transformers' configurations of ViT and DeiT, whose eps is another where they do not say it."""
+def map_config(model_type: str, architecture: ValueMap) -> dict[str, ConfigRow]:
+    """Return the configuration keys of ViT and DeiT in transformers, whose default eps differs."""
     return {
-        "model_type": Is(model_type),
+        "model_type": Expect(model_type),
         "architectures": architecture,
-        "id2label": Counted("num_classes"),
+        "id2label": LabelCount("num_classes"),
         "num_channels": "channels",
         "image_size": "image",
         "patch_size": "patch",
         "hidden_size": "dim",
         "num_hidden_layers": "depth",
         "num_attention_heads": "heads",
-        "intermediate_size": Is(lambda c: 4 * c.dim),
-        "layer_norm_eps": Absent("eps", 1e-12),
+        "intermediate_size": Expect(lambda c: 4 * c.dim),
+        "layer_norm_eps": WithDefault("eps", 1e-12),
         "hidden_dropout_prob": "dropout",
-        "attention_probs_dropout_prob": Is(0.0),
-        "drop_path_rate": Absent("drop_path", 0.0),  # which transformers does not have here, and does not mind
-        "hidden_act": Is("gelu"),
-        "qkv_bias": Is(True),
+        "attention_probs_dropout_prob": Expect(0.0),
+        "drop_path_rate": WithDefault("drop_path", 0.0),  # ours only; transformers ignores it
+        "hidden_act": Expect("gelu"),
+        "qkv_bias": Expect(True),
     }
 
 
@@ -240,7 +254,7 @@ CARD = Card(
     year=2020,
     input_type="image",
     output_type=OUTPUT_TYPES,
-    adapt=lambda need: {"patch": patch} if (patch := patch_for(need["image"])) else {},
+    adapt=lambda need: {"patch": patch} if (patch := choose_patch_size(need["image"])) else {},
     sizes={
         "vit-b16": Size(params=86_567_656, source="timm vit_base_patch16_224, torchvision vit_b_16"),
         "vit-b32": Size(patch=32, params=88_224_232, source="timm vit_base_patch32_224, torchvision vit_b_32"),
@@ -253,7 +267,7 @@ CARD = Card(
         "vit-l16": Size(**L, params=304_326_632, source="timm vit_large_patch16_224, torchvision vit_l_16"),
         "vit-l32": Size(**L, patch=32, params=306_535_400, source="torchvision vit_l_32"),
         "vit-h14": Size(**H, params=632_045_800, source="torchvision vit_h_14 at 224 pixels"),
-        # To be trained from nothing on small pictures.
+        # For training from scratch on small images.
         "vit-mini": Size(dim=128, depth=6, heads=4, image=32, patch=4, num_classes=10, drop_path=0.1),
         "vit-test": Size(dim=16, depth=3, heads=2, image=12, patch=4, channels=2, num_classes=5, drop_path=0.0),
     },
@@ -263,7 +277,7 @@ CARD = Card(
         "huggingface": huggingface,
         "huggingface-base": lambda c: huggingface(c, ""),
     },
-    configs={"huggingface": configuration("vit", architectures("ViT"))},
+    configs={"huggingface": map_config("vit", architectures("ViT"))},
     aliases={
         "timm": {
             "vit_base_patch16_224": "vit-b16",
@@ -286,6 +300,7 @@ CARD = Card(
             "vit_large_patch32_384": ("vit-l32", {"image": 384}),
         }
     },
-    # Table 9 of DeiT for batches of 1024, without mixing pictures, which pays in hundreds of epochs (--set mixup=0.8).
+    # Table 9 of DeiT for batches of 1024, without mixup and cutmix, which pay off after hundreds of epochs (--set
+    # mixup=0.8).
     recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1, "label_smoothing": 0.1, "grad_clip": 1.0},
 )

@@ -28,8 +28,8 @@ from fieldguide.data.preprocessing.conversations import Conversations, take_unti
 from fieldguide.data.preprocessing.tokenizer import END_OF_TEXT
 from fieldguide.data.preprocessing.tokenizer_files import CHAT_TEMPLATE_FILE
 from fieldguide.metrics.ngram_baseline import NGram
-from fieldguide.models.generation import GenerationConfig, answers, generate, streamed
-from fieldguide.models.generation.stop_strings import cut
+from fieldguide.models.generation import GenerationConfig, generate, generate_batch, stream_text
+from fieldguide.models.generation.stop_strings import truncate_at_stop
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import fill_options
@@ -302,7 +302,7 @@ class TextGeneration(Typed):
             if "prompt" not in batch:
                 return objective.outputs(batch)
             prompts = [[i for i in prompt if i >= 0] for prompt in batch["prompt"].tolist()]
-            said = answers(
+            said = generate_batch(
                 objective.model,
                 prompts,
                 self.predict_options,
@@ -323,7 +323,7 @@ class TextGeneration(Typed):
         return [{"text": self.cut(self.text.decode([i for i in row if i not in ends]))} for row in outputs["said"].astype(int)]
 
     def cut(self, text: str) -> str:
-        return cut(text, self.predict_options.stops)
+        return truncate_at_stop(text, self.predict_options.stops)
 
     def typed(self, text: str) -> pl.DataFrame:
         """Return a row of the table for a text given as input; in a conversation it is the user's message."""
@@ -333,7 +333,7 @@ class TextGeneration(Typed):
         data = self.read([source])
         if len(data) != 1 or self.predict_options.searched > 1:
             return None
-        return streamed(
+        return stream_text(
             objective.model, self.prompt(self.turns(data)[0]), self.predict_options, ends=self.ends, decode=self.text.decode
         )
 

@@ -23,8 +23,8 @@ from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics.scripts import HAN, OTHER_UNSPACED
-from fieldguide.models.generation import Faithful, GenerationConfig, Sourced, answers, streamed
-from fieldguide.models.generation.stop_strings import cut
+from fieldguide.models.generation import EncoderDecoderState, Faithful, GenerationConfig, generate_batch, stream_text
+from fieldguide.models.generation.stop_strings import truncate_at_stop
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import fill_options
@@ -211,8 +211,8 @@ class Translation(Typed):
         batch = self.batches(data, None).make(np.arange(1), None)
         tokens, mask = (batch[name].to(next(objective.parameters()).device) for name in ("source", "source_mask"))
         most = int(self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.target_start))[0])
-        return streamed(
-            Sourced(objective.model, tokens, mask),
+        return stream_text(
+            EncoderDecoderState(objective.model, tokens, mask),
             self.frame.target_start,
             replace(self.predict_options, max_new_tokens=most),
             ends=(self.frame.end,),
@@ -223,7 +223,8 @@ class Translation(Typed):
         if "said" not in outputs:
             return outputs
         texts = [
-            cut(self.text.decode(row[row >= 0]), self.predict_options.stops).strip() for row in outputs["said"].astype(int)
+            truncate_at_stop(self.text.decode(row[row >= 0]), self.predict_options.stops).strip()
+            for row in outputs["said"].astype(int)
         ]
         return {**outputs, "text": np.array(texts, dtype=object)}
 
@@ -340,8 +341,8 @@ def written(
     numbers: list[int] | None = None,
 ) -> Tensor:
     """Generate outputs of at most `limits` (B) tokens from sources: B S, B S bool -> B T, -1 after their end."""
-    rows = answers(
-        Sourced(model, source, mask),
+    rows = generate_batch(
+        EncoderDecoderState(model, source, mask),
         [frame.target_start] * len(source),
         how,
         ends=(frame.end,),

@@ -397,7 +397,9 @@ class ImageGeneration(Task):
         label = self.some(2 * GRID)
         made = self.made(objective, label, range(len(label)), self.PredictOptions())
         return [
-            Gallery("Samples during training", "Generated from the same noise each time.", [Picture(sheet(made.cpu().numpy()), "")])
+            Gallery(
+                "Samples during training", "Generated from the same noise each time.", [Picture(sheet(made.cpu().numpy()), "")]
+            )
         ]
 
     def exhibits(

@@ -212,7 +212,8 @@ class VideoGeneration(ImageGeneration):
             found: dict[str, Any] = {"made": see(made), "real": see(real), "kept": outputs["samples"]}
             if self.motion is not None:
                 found["right"] = (
-                    generative.extract_features(self.motion, motion(made), return_classes=True) == outputs["label"].astype(int) - 1
+                    generative.extract_features(self.motion, motion(made), return_classes=True)
+                    == outputs["label"].astype(int) - 1
                 )
             self.memo[key] = found
         return self.memo[key]

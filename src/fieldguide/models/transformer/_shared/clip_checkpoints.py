@@ -1,4 +1,4 @@
-"""Files of CLIP: what transformers, OpenAI and open_clip call its tensors and the keys of its configuration."""
+"""Weight names and configuration keys of CLIP in files of transformers, OpenAI and open_clip."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from fieldguide.core.errors import WeightsError
-from fieldguide.models.mapping.config_rules import Absent, ConfigRow, Derived, Fixed, Is, Known
+from fieldguide.models.mapping.config_rules import ConfigRow, Constant, Derived, Expect, ValueMap, WithDefault
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, Transposed
 
-TOWERS = (("vision_model.", "visual.", "vision."), ("text_model.", "", "text."))  # there, there, here
+TOWERS = (("vision_model.", "visual.", "vision."), ("text_model.", "", "text."))  # prefixes: transformers, OpenAI, ours
 
 
 def huggingface() -> dict[str, Row]:
+    """Return the weight names of transformers."""
     names: dict[str, Row] = {
         "vision_model.embeddings.class_embedding": "vision.cls",
         "vision_model.embeddings.patch_embedding.weight": "vision.patch.weight",
-        "vision_model.pre_layrnorm.*": "vision.norm_pre.*",  # thus spelt
+        "vision_model.pre_layrnorm.*": "vision.norm_pre.*",  # spelled like this
         "vision_model.post_layernorm.*": "vision.norm.*",
         "visual_projection.weight": "vision.proj.weight",
         "text_model.embeddings.token_embedding.weight": "text.embed.weight",
@@ -40,14 +41,16 @@ def huggingface() -> dict[str, Row]:
 
 
 def openai(text: str, towers: tuple[tuple[str, str, str], ...] = TOWERS) -> dict[str, Row]:
-    """Names of OpenAI's files and of most of open_clip's; its files with a tower of their own say `text.` before."""
+    """Return the names of OpenAI's files and of most of open_clip's; its files with a custom text encoder have the
+    prefix `text.`.
+    """
     names: dict[str, Row] = (
         {
             "visual.class_embedding": "vision.cls",
             "visual.conv1.weight": "vision.patch.weight",
             "visual.ln_pre.*": "vision.norm_pre.*",
             "visual.ln_post.*": "vision.norm.*",
-            "visual.proj": Transposed("vision.proj.weight"),  # matrices that vectors stand before
+            "visual.proj": Transposed("vision.proj.weight"),  # stored for x @ W
         }
         if towers is TOWERS
         else {}
@@ -60,7 +63,7 @@ def openai(text: str, towers: tuple[tuple[str, str, str], ...] = TOWERS) -> dict
         "logit_scale": "logit_scale",
     }
     names |= {
-        name: Dropped("a number of the configuration, in OpenAI's archives alone", means={"quick": True})
+        name: Dropped("a configuration value, only in OpenAI's archives", means={"quick": True})
         for name in ("input_resolution", "context_length", "vocab_size")
     }
     for _, theirs, ours in towers:
@@ -79,44 +82,45 @@ def openai(text: str, towers: tuple[tuple[str, str, str], ...] = TOWERS) -> dict
     return names
 
 
-def end(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Configurations of before 2024 say 2, by mistake, and mean the largest token there is."""
+def read_end_token(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the end token. Configurations from before 2024 contain 2 by mistake and mean the largest token ID."""
     text = said.get("text_config") or {}
     token, vocab = text.get("eos_token_id", 49_407), text.get("vocab_size", 49_408)
     return {"end": vocab - 1 if token == 2 else token}
 
 
-def tower(name: str, dim: str, depth: str, heads: str) -> dict[str, ConfigRow]:
+def map_tower_config(name: str, dim: str, depth: str, heads: str) -> dict[str, ConfigRow]:
+    """Return the configuration keys of one encoder in transformers."""
     return {
-        f"{name}_config.model_type": Is(f"clip_{name}_model"),
+        f"{name}_config.model_type": Expect(f"clip_{name}_model"),
         f"{name}_config.hidden_size": dim,
         f"{name}_config.num_hidden_layers": depth,
         f"{name}_config.num_attention_heads": heads,
-        f"{name}_config.intermediate_size": Is(lambda c: 4 * getattr(c, dim)),
-        f"{name}_config.layer_norm_eps": Is(1e-5),
-        f"{name}_config.attention_dropout": Is(0.0),
+        f"{name}_config.intermediate_size": Expect(lambda c: 4 * getattr(c, dim)),
+        f"{name}_config.layer_norm_eps": Expect(1e-5),
+        f"{name}_config.attention_dropout": Expect(0.0),
     }
 
 
 ACTS = {"quick_gelu": True, "gelu": False}
-CONFIG: dict[str, ConfigRow] = {  # of transformers
-    "model_type": Is("clip"),
-    "architectures": Is(["CLIPModel"]),
+CONFIG: dict[str, ConfigRow] = {  # keys of transformers
+    "model_type": Expect("clip"),
+    "architectures": Expect(["CLIPModel"]),
     "projection_dim": "embed",
-    **tower("vision", "dim", "depth", "heads"),
+    **map_tower_config("vision", "dim", "depth", "heads"),
     "vision_config.num_channels": "channels",
     "vision_config.image_size": "image",
     "vision_config.patch_size": "patch",
-    "vision_config.hidden_act": Known("quick", ACTS),
-    **tower("text", "text_dim", "text_depth", "text_heads"),
+    "vision_config.hidden_act": ValueMap("quick", ACTS),
+    **map_tower_config("text", "text_dim", "text_depth", "text_heads"),
     "text_config.vocab_size": "vocab_size",
     "text_config.max_position_embeddings": "length",
-    "text_config.eos_token_id": Derived(end, lambda c: c.end),
-    "text_config.hidden_act": Is(lambda c: next(act for act, quick in ACTS.items() if quick == c.quick)),
+    "text_config.eos_token_id": Derived(read_end_token, lambda c: c.end),
+    "text_config.hidden_act": Expect(lambda c: next(act for act, quick in ACTS.items() if quick == c.quick)),
 }
 
 
-# Keys of open_clip that change nothing where they have these values; with any other it is another network.
+# Keys of open_clip that have no effect with these values; any other value means another architecture.
 PLAIN = {
     "mlp_ratio": 4.0,
     "pool_type": ("tok", "argmax"),
@@ -144,9 +148,12 @@ OWN = {
 }
 
 
-def checked(said: Mapping[str, Any], unit: int) -> dict[str, int]:
-    """What follows from several keys of open_clip: the end of a text, and the heads of the picture's tower, as many as heads
-    of their width fill `unit` times the tower's. Raises `WeightsError` for keys that make it another network."""
+def read_tower_heads(said: Mapping[str, Any], unit: int) -> dict[str, int]:
+    """Return the end token and the heads of the image encoder, whose number is `unit` times its width by the width of a
+    head.
+
+    Raises `WeightsError` for keys that define another architecture.
+    """
     model, odd = said["model_cfg"], []
     for part in ("vision_cfg", "text_cfg"):
         for key, value in model[part].items():
@@ -155,21 +162,23 @@ def checked(said: Mapping[str, Any], unit: int) -> dict[str, int]:
                 odd.append(f"{part}.{key}={value!r}")
     odd += [f"{key}={model[key]!r}" for key in ("multimodal_cfg", "init_logit_bias") if model.get(key) is not None]
     if odd:
-        raise WeightsError(f"a CLIP of open_clip with {', '.join(odd)} is another network than clip here")
+        raise WeightsError(f"The open_clip configuration has {', '.join(odd)}, which clip does not support.")
     vision = model["vision_cfg"]
     return {"heads": unit * vision["width"] // vision.get("head_width", 64), "end": model["text_cfg"]["vocab_size"] - 1}
 
 
 def openclip(unit: int, read: Mapping[str, ConfigRow]) -> dict[str, ConfigRow]:
-    """Keys of open_clip_config.json; `read` has those of the picture's tower."""
+    """Return the keys of open_clip_config.json; `read` has those of the image encoder."""
     text = "model_cfg.text_cfg."
     return {
         **{f"model_cfg.vision_cfg.{key}": row for key, row in read.items()},
         "model_cfg.vision_cfg.image_size": "image",
-        "model_cfg.vision_cfg.head_width": Derived(lambda said: checked(said, unit), lambda c: unit * c.dim // c.heads),
-        "<pictures have three channels>": Fixed("channels", 3),
+        "model_cfg.vision_cfg.head_width": Derived(
+            lambda said: read_tower_heads(said, unit), lambda c: unit * c.dim // c.heads
+        ),
+        "<images have three channels>": Constant("channels", 3),
         "model_cfg.embed_dim": "embed",
-        "model_cfg.quick_gelu": Absent("quick", False),
+        "model_cfg.quick_gelu": WithDefault("quick", False),
         text + "vocab_size": "vocab_size",
         text + "context_length": "length",
         text + "width": "text_dim",

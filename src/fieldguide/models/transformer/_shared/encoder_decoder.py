@@ -1,4 +1,4 @@
-"""What the encoder-decoders share: attention to the source, the two-layer network, and how a row is said with a cache.
+"""Parts shared by the encoder-decoders: cross-attention, the MLP, and decoding with a cache.
 
 Shapes: B batch, S source tokens, T target tokens, D width, d width of a head.
 """
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from fieldguide.core.errors import DataError
 from fieldguide.models.layers.kv_cache import Cache
-from fieldguide.models.layers.padding import at_least_one
+from fieldguide.models.layers.padding import ensure_nonempty
 
-Memory = tuple[Tensor, Tensor]  # keys and values of a layer's source, B heads S d each
-Source = tuple[list[Memory], Tensor | None]  # of all layers, and which of its tokens are real, B S
+Memory = tuple[Tensor, Tensor]  # keys and values of the source for one layer, B heads S d each
+Source = tuple[list[Memory], Tensor | None]  # those of all layers, and the mask of real source tokens, B S
 
 
 class CrossAttention(nn.Module):
-    """Every target token looks at the real tokens of its source (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3).
+    """Attention of target tokens to the real tokens of their source (Vaswani et al. 2017, arXiv:1706.03762, section
+    3.2.3).
 
-    `width` is d, by default dim / heads; `scale` multiplies products of queries and keys, by default 1 / sqrt(d);
-    `dropout` acts on the attention weights. The source may have fewer rows: each then serves as many rows of tokens that
-    follow one another.
+    `width` is d, by default dim / heads; `scale` multiplies the attention scores, by default 1 / sqrt(d); `dropout`
+    acts on the attention weights. The source may have fewer rows than the target: each then serves several
+    consecutive target rows.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * inner, bias)
         self.proj = nn.Linear(inner, dim, bias)
 
-    def remember(self, source: Tensor) -> Memory:  # B S D -> B heads S d, twice
+    def project_kv(self, source: Tensor) -> Memory:  # B S D -> B heads S d, twice
+        """Return the keys and values of the encoded source."""
         return tuple(self.kv(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind())
 
     def forward(self, x: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:  # B T D, B S -> B T D
@@ -57,7 +59,7 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Widen, bend by `act`, narrow (Vaswani et al. 2017, section 3.3)."""
+    """Two linear layers with the activation `act` in between (Vaswani et al. 2017, section 3.3)."""
 
     def __init__(self, dim: int, hidden: int, act: Callable[[Tensor], Tensor], dropout: float = 0.0, bias: bool = True):
         super().__init__()
@@ -70,12 +72,12 @@ class FeedForward(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """Source and what is said so far -> logits of the token that follows each of the latter.
+    """Base class of encoder-decoders that return the logits of the next target token at each position.
 
-    `tokens` begins with the token that answers begin with. With a `cache` (see `new_cache`) the source is read once,
-    after which it may be None, and only the tokens not yet read are given; it may have a row for every several rows of
-    tokens, the beams of a search. Padding may stand on either side. Subclasses make `embed` and `decoder`, a list of blocks
-    with a `cross`, and say how to `encode`, `decode` and `say`.
+    `tokens` begins with the decoder start token. With a `cache` (see `new_cache`) the source is encoded once, after
+    which it may be None, and only the new tokens are passed; the source may have one row per several rows of tokens,
+    the beams of a search. Padding may be on either side. Subclasses create `embed` and `decoder`, a list of blocks
+    with a `cross`, and implement `encode`, `decode` and `forward_head`.
     """
 
     embed: nn.Embedding
@@ -87,55 +89,59 @@ class EncoderDecoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """d"""
+        """Width d of a head."""
         return self.config.dim // self.config.heads
 
     @property
-    def longest(self) -> int | None:
-        """Tokens of an answer at most; None = any number."""
+    def max_target_length(self) -> int | None:
+        """Maximum number of generated tokens; None = unlimited."""
         return self.config.length
 
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
-        """Room for `length` target tokens a row, at most and by default the network's own."""
-        return self.cache(rows, min(length or self.config.length, self.config.length))
+        """Return a cache for `length` target tokens per row, by default and at most the model's own `length`."""
+        return self.make_cache(rows, min(length or self.config.length, self.config.length))
 
-    def cache(self, rows: int, length: int) -> Cache:
+    def make_cache(self, rows: int, length: int) -> Cache:
+        """Return a cache for `length` target tokens per row."""
         weight = self.embed.weight
         return Cache(rows, length, len(self.decoder), self.config.heads, self.width, dtype=weight.dtype, device=weight.device)
 
-    def check(self, steps: int, cache: Cache | None = None) -> None:
-        """Raises `DataError` for rows that are too long; call after `open`."""
+    def check_length(self, steps: int, cache: Cache | None = None) -> None:
+        """Raise `DataError` for sequences that are too long; call it after `Cache.reserve`."""
         if (total := steps + (cache.start if cache else 0)) > self.config.length:
             raise DataError(
-                f"a row of {total} tokens is longer than length={self.config.length}; "
-                "cut the rows or create the network with a larger length"
+                f"A sequence of {total} tokens exceeds the model's length={self.config.length}. "
+                "Truncate the input or create the model with a larger length."
             )
 
     def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:  # B S, B S bool -> B S D
+        """Return the encoded source."""
         raise NotImplementedError
 
     def decode(
         self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None, cache: Cache | None
     ) -> Tensor:  # B T -> B T D
+        """Return the final hidden states of the target tokens."""
         raise NotImplementedError
 
-    def say(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
+    def forward_head(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
+        """Return the logits of hidden states."""
         raise NotImplementedError
 
-    def remember(self, source: Tensor, mask: Tensor | None) -> Source:  # B S, B S bool
-        """All that a decoder needs of its source."""
-        mask = None if mask is None else at_least_one(mask)
+    def encode_source(self, source: Tensor, mask: Tensor | None) -> Source:  # B S, B S bool
+        """Return what the decoder needs of its source: keys and values of all layers, and the mask."""
+        mask = None if mask is None else ensure_nonempty(mask)
         encoded = self.encode(source, mask)
-        return [block.cross.remember(encoded) for block in self.decoder], mask
+        return [block.cross.project_kv(encoded) for block in self.decoder], mask
 
     def forward(self, source, source_mask, tokens: Tensor, mask=None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
-        known = self.remember(source, source_mask) if cache is None or cache.cross is None else cache.cross
+        known = self.encode_source(source, source_mask) if cache is None or cache.cross is None else cache.cross
         if cache is not None:
             cache.cross = known
-            cache.open(tokens.shape[1], mask)
-        return self.say(self.decode(tokens, mask, *known, cache))
+            cache.reserve(tokens.shape[1], mask)
+        return self.forward_head(self.decode(tokens, mask, *known, cache))
 
     def last(self, tokens: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:  # B T -> B vocab
-        """The logits of each row's last place alone, with a cache that has its source (`cross`)."""
-        cache.open(tokens.shape[1], mask)
-        return self.say(self.decode(tokens, mask, *cache.cross, cache)[:, -1])
+        """Return the logits of the last position only, with a cache that holds the source (`cross`)."""
+        cache.reserve(tokens.shape[1], mask)
+        return self.forward_head(self.decode(tokens, mask, *cache.cross, cache)[:, -1])

@@ -1,4 +1,4 @@
-"""What the text encoders share: the block that normalises last, and heads by what is asked of the network.
+"""Parts shared by the text encoders: the post-norm block and the output heads.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.layers.mlp import Mlp
-from fieldguide.models.layers.padding import at_least_one, masked_mean
+from fieldguide.models.layers.padding import ensure_nonempty, masked_mean
 
 OUTPUT_TYPES = ("words", "label", "labels", "span", "vector")
 
 
-class PostNorm(nn.Module):
-    """Attention, then a two-layer network; each adds its result to its input and normalises the sum (BERT, figure 1)."""
+class PostNormBlock(nn.Module):
+    """A post-norm Transformer block: attention and MLP, each followed by a residual connection and normalization (BERT,
+    figure 1).
+    """
 
     def __init__(self, attn: nn.Module, dim: int, hidden: int, dropout: float, eps: float):
         super().__init__()
@@ -33,8 +35,8 @@ class PostNorm(nn.Module):
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
-class Words(nn.Module):
-    """Logits of the word at a place: one more layer, then the products with all embeddings."""
+class MaskedLMHead(nn.Module):
+    """A masked language modeling head: a hidden layer, then the product with all token embeddings."""
 
     def __init__(self, dim: int, vocab: int, eps: float):
         super().__init__()
@@ -46,17 +48,18 @@ class Words(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Tokens -> what `config.gives` says. Subclasses read the tokens (`features`) with their embedding `word`.
+    """A text encoder with the head given by `config.output_type`. Subclasses implement `features` and have the embedding
+    `word`.
 
-    `label` is read at the first token, so rows begin with a class token and padding stands on the right; or from the mean
-    over the real tokens, where a config has a field `mean` that says so. A `vector` is that mean, of length 1 (Reimers and
-    Gurevych 2019, arXiv:1908.10084, section 3). Raises
-    `DataError` for rows longer than `length`, `SettingsError` for a `gives` that no head answers.
+    The output `label` is predicted from the first token, so sequences begin with a class token and padding is on the
+    right; or from the mean over the real tokens if the config has a field `mean` that is True. The output `vector` is
+    that mean, normalized to length 1 (Reimers and Gurevych 2019, arXiv:1908.10084, section 3). Raises `DataError` for
+    sequences longer than `length`, `SettingsError` for an unknown output type.
     """
 
-    # Parts that belong to heads: a checkpoint may have others, or none of them.
+    # Parts of the heads, which a checkpoint may lack.
     heads: ClassVar[tuple[str, ...]] = ("words", "pool", "head", "span", "next")
-    bend: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(torch.tanh)  # after the layer before a label's
+    pooler_activation: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(torch.tanh)  # activation of the pooling layer
 
     word: nn.Embedding
 
@@ -64,70 +67,76 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         if config.output_type not in OUTPUT_TYPES:
-            raise SettingsError(f"gives={config.output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+            raise SettingsError(
+                f"output_type={config.output_type!r} is not supported. Choose one of {', '.join(OUTPUT_TYPES)}."
+            )
 
     @property
-    def means(self) -> bool:
-        """Whether a label is read from the mean over the tokens."""
+    def uses_mean_pooling(self) -> bool:
+        """Whether labels are predicted from the mean over the tokens."""
         return getattr(self.config, "mean", False)
 
     def add_head(self, dim: int, dropout: float, eps: float) -> None:
-        """The layers that this network's `gives` needs, after all others."""
+        """Create the layers of the head; call it after all other layers were created."""
         c = self.config
         self.last_dropout = nn.Dropout(dropout)
         if c.output_type == "words":
-            self.words = Words(dim, c.vocab_size, eps)
-        if c.output_type == "label" and not self.means:
+            self.words = MaskedLMHead(dim, c.vocab_size, eps)
+        if c.output_type == "label" and not self.uses_mean_pooling:
             self.pool = nn.Linear(dim, dim)
         if c.output_type in ("label", "labels"):
             self.head = nn.Linear(dim, c.num_classes)
         if c.output_type == "span":
             self.span = nn.Linear(dim, 2)
 
-    def start(self, std: float) -> None:
-        """Matrices and embeddings normal with this deviation, biases zero."""
+    def init_weights(self, std: float) -> None:
+        """Initialize matrices and embeddings from a normal distribution with this standard deviation, biases to zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def check(self, tokens: Tensor) -> None:
-        """Raises `DataError` for rows that are too long."""
+    def check_length(self, tokens: Tensor) -> None:
+        """Raise `DataError` for sequences that are too long."""
         if tokens.shape[1] > self.config.length:
             raise DataError(
-                f"a row of {tokens.shape[1]} tokens is longer than length={self.config.length}; "
-                "cut the rows or create the network with a larger length"
+                f"A sequence of {tokens.shape[1]} tokens exceeds the model's length={self.config.length}. "
+                "Truncate the input or create the model with a larger length."
             )
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """Tokens B T, True where one is real B T, which of two texts each is of B T -> B T D."""
+        """Return the final hidden states B T D of tokens B T, with the mask of real tokens B T and the segment of each
+        token B T.
+        """
         raise NotImplementedError
 
-    def say(self, x: Tensor) -> Tensor:
-        """Features ... D -> logits of the word there, ... vocab."""
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Return the masked language modeling logits, ... vocab, of features ... D."""
         return self.words(x, self.word.weight)
 
-    def pooled(self, x: Tensor) -> Tensor:
-        """Features B T D -> what a label is read from, B D."""
-        return self.bend(self.pool(x[:, 0]))
+    def pool_first_token(self, x: Tensor) -> Tensor:
+        """Return the features that labels are predicted from, B D."""
+        return self.pooler_activation(self.pool(x[:, 0]))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:  # B T -> GIVES
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """Return the output given by `config.output_type`; see `fieldguide.core.card.OUTPUT_TYPES` for the shapes."""
         x = self.features(tokens, mask, segments)
         match self.config.output_type:
             case "words":
-                return self.say(x)  # B T vocab
-            case "label" if self.means:
-                return self.head(self.last_dropout(mean(x, mask)))  # B classes
+                return self.forward_head(x)  # B T vocab
+            case "label" if self.uses_mean_pooling:
+                return self.head(self.last_dropout(mean_pool(x, mask)))  # B classes
             case "label":
-                return self.head(self.last_dropout(self.pooled(x)))  # B classes
+                return self.head(self.last_dropout(self.pool_first_token(x)))  # B classes
             case "labels":
                 return self.head(self.last_dropout(x))  # B T classes
             case "span":
                 return self.span(x)  # B T 2
-        x = mean(x, mask)
+        x = mean_pool(x, mask)
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)  # B D
 
 
-def mean(x: Tensor, mask: Tensor | None) -> Tensor:  # B T D -> B D, of the real tokens
-    return x.mean(1) if mask is None else masked_mean(x, at_least_one(mask))
+def mean_pool(x: Tensor, mask: Tensor | None) -> Tensor:  # B T D, B T -> B D
+    """Return the mean over the real tokens."""
+    return x.mean(1) if mask is None else masked_mean(x, ensure_nonempty(mask))
