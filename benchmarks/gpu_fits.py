@@ -17,6 +17,7 @@ import torch
 
 import fieldguide
 from fieldguide.core import distributed
+from fieldguide.core.errors import FieldguideError
 from fieldguide.data import samples
 from fieldguide.training.inference_loop import collect
 
@@ -56,7 +57,7 @@ def main() -> None:
                     f"{run.scores[metric.name]:.4g}, {taken:.1f} s, {peak:,.0f} MiB, differs by {compare(run, name):.1e}",
                     flush=True,
                 )
-        except Exception as error:
+        except (RuntimeError, TypeError, ValueError, FieldguideError) as error:
             failed += 1
             traceback.print_exc()
             print(f"{name}: FAILED {type(error).__name__}: {error}", flush=True)

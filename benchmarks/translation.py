@@ -120,7 +120,7 @@ def search(model: nn.Module) -> Run:
             logits[..., END] = -torch.inf
             return logits
 
-        return beam_search(step, cache, begin=BEGIN, end=END, beams=BEAMS, most=MOST - 1)
+        return beam_search(step, cache, begin=BEGIN, end=END, num_beams=BEAMS, max_new_tokens=MOST - 1)
 
     return answers(model, answer)
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fieldguide.cli.commands import app
 from fieldguide.core.errors import SettingsError
 from fieldguide.inference.text_generation import TextGenerator
-from fieldguide.models.generation import Faithful, GenerationConfig, beam_search
+from fieldguide.models.generation import BeamSearch, GenerationConfig, beam_search
 from fieldguide.models.registry import create
 from test_pretrained import settled
 from tv import transformers
@@ -255,14 +255,18 @@ def test_beams_need_an_end_and_room(decoder):
 
 
 def test_manners():
-    assert (GenerationConfig().searched, GenerationConfig().sampling.temperature, GenerationConfig().sampling.top_p) == (
+    assert (GenerationConfig().effective_beams, GenerationConfig().sampling.temperature, GenerationConfig().sampling.top_p) == (
         1,
         0.8,
         0.95,
     )
-    assert (Faithful().searched, Faithful(temperature=0).searched, Faithful(num_beams=2).searched) == (4, 1, 2)
-    assert Faithful(temperature=0).sampling.temperature == 0 and Faithful(top_p=0.9).sampling.temperature == 1
-    assert Faithful(top_k=5).searched == 1 and GenerationConfig(num_beams=3, temperature=0).searched == 3
+    assert (
+        BeamSearch().effective_beams,
+        BeamSearch(temperature=0).effective_beams,
+        BeamSearch(num_beams=2).effective_beams,
+    ) == (4, 1, 2)
+    assert BeamSearch(temperature=0).sampling.temperature == 0 and BeamSearch(top_p=0.9).sampling.temperature == 1
+    assert BeamSearch(top_k=5).effective_beams == 1 and GenerationConfig(num_beams=3, temperature=0).effective_beams == 3
     assert (
         GenerationConfig(stop="x").stops == ["x"]
         and GenerationConfig().stops == []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 from cases import CASES
+from fieldguide.automl import index
+from fieldguide.automl.catalogue import build_index, show
 from fieldguide.models.registry import cards
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -22,6 +26,17 @@ def number(text: str) -> float:
     """60,000 or 5.3M as a number."""
     scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1], 1)
     return float(text.rstrip("KMB").replace(",", "")) * scale
+
+
+def test_the_index_is_up_to_date():
+    """`make catalogue` writes what listing commands and early checks read without importing torch."""
+    stored = index.load_index()
+    assert stored is not None, "make catalogue"
+    assert stored == json.loads(json.dumps(build_index()))
+    described = json.loads(gzip.decompress(index.DESCRIPTIONS.read_bytes()))
+    assert described.keys() == {name for name, model in stored["models"].items() if not model["test"]}
+    for name in ("lenet5-modern", "resnet18", "gpt2"):
+        assert index.describe(name, {}) == show(name), "make catalogue"
 
 
 def test_the_page_is_up_to_date():

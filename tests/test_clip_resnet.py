@@ -210,7 +210,7 @@ def test_folders_of_open_clip(tmp_path, name, quick):
 )
 def test_relatives_of_open_clip_are_refused(tmp_path, part, key, value):
     published(tmp_path / "x", "clip", True, **{part: {key: value}})
-    with pytest.raises(WeightsError, match=f"{part}_cfg.{key}={value!r} is another network"):
+    with pytest.raises(WeightsError, match=f"{part}_cfg.{key}={value!r}, which clip does not support"):
         load.load(tmp_path / "x")
 
 

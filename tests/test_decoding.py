@@ -46,7 +46,7 @@ def test_gpt2_prompts_of_unequal_length_go_on_together(side):
         for row, source in enumerate(order.tolist()):
             whole = torch.cat([tokens[source, :5][mask[source]], tokens[row, 5 : step + 1]])
             torch.testing.assert_close(got[row], model(whole[None])[0, -1], **CLOSE)
-    with pytest.raises(IndexError, match="8 places"):
+    with pytest.raises(IndexError, match="8 positions"):
         model(tokens[:, :1], cache=cache)
 
 

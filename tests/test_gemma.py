@@ -53,7 +53,7 @@ def test_generation_with_a_cache_equals_transformers(kind, tmp_path):
     ours, said = fieldguide.load(tmp_path), set()
     for prompt in torch.randint(30, (6, 1, 7), generator=torch.Generator().manual_seed(3)):
         want = peer.generate(prompt, max_new_tokens=12, do_sample=False)[0, 7:].tolist()
-        steps = generate(ours, [prompt[0].tolist()], 12, sampling=Sampling(temperature=0.0), ends=(), seed=0)
+        steps = generate(ours, [prompt[0].tolist()], 12, sampling=Sampling(temperature=0.0), eos_token_ids=(), seed=0)
         assert [int(step) for step in steps] == want
         said |= set(want)
     assert len(said) > 3

@@ -149,7 +149,7 @@ def search(chain, inputs, beams, **how):
         memory.before = tokens[:, 0].clone()
         return logits[:, None]
 
-    return beam_search(step, memory, begin=0, ends=(1,), beams=beams, **how)
+    return beam_search(step, memory, begin=0, eos_token_ids=(1,), num_beams=beams, **how)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0])
@@ -194,7 +194,7 @@ def beam_search_alone(chain, number, beams):
         memory.before = tokens[:, 0].clone()
         return logits[:, None]
 
-    return beam_search(step, memory, begin=0, ends=(1,), beams=beams, most=9, penalty=0.6)[0][0]
+    return beam_search(step, memory, begin=0, eos_token_ids=(1,), num_beams=beams, max_new_tokens=9, length_penalty=0.6)[0][0]
 
 
 def test_ngram_equals_its_definition():

@@ -85,7 +85,7 @@ def test_a_head_may_be_put_on_or_left_out(kind, tmp_path):
     with pytest.warns(WeightsWarning, match="2 tensors of heads that this network has not"):
         bare = fieldguide.load(tmp_path / "labels", output_type="vector")
     torch.testing.assert_close(bare(image), fieldguide.load(tmp_path / "theirs")(image))
-    with pytest.raises(SettingsError, match="output_type='words' is not supported. Choose one of label, vector"):
+    with pytest.raises(SettingsError, match=r"output_type='words' is not supported. Choose one of label, vector"):
         fieldguide.load(tmp_path / "theirs", output_type="words")
 
 

@@ -199,7 +199,7 @@ def test_refuses_what_does_not_fit():
         model.encode_image(torch.zeros(1, 2, 12, 13))
     with pytest.raises(DataError, match="length=12"):
         model.encode_text(torch.zeros(1, 13, dtype=torch.int64))
-    with pytest.raises(SettingsError, match="patches"):
+    with pytest.raises(SettingsError, match="divisible by patch=4"):
         create("clip-test", image=13)
     with pytest.raises(SettingsError, match="heads=5"):
         create("clip-test", heads=5)

@@ -148,7 +148,7 @@ def test_layers_have_the_shapes_of_transformers(size, params):
 
 
 def test_refusals():
-    with pytest.raises(SettingsError, match="choose 31 or 33"):
+    with pytest.raises(SettingsError, match="must be odd, such as 31 or 33"):
         create("conformer-test", kernel=32)
     with pytest.raises(SettingsError, match="multiple of heads=3"):
         create("conformer-test", heads=3)

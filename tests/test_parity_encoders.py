@@ -566,8 +566,8 @@ def test_only_some_layers_of_modernbert_see_far():
     near = tiny("modernbert", depth=3, every=3, window=4)
     near.blocks = near.blocks[1:]  # what is left: one that sees all, by its new number, and one not
     assert not torch.allclose(near(tokens)[0, 0], near(changed)[0, 0])
-    seen = near.seen(None, 12, tokens.device)[1]
-    assert seen.sum().item() == 12 + 2 * (11 + 10) and near.seen(None, 3, tokens.device)[1] is None
+    seen = near.attention_masks(None, 12, tokens.device)[1]
+    assert seen.sum().item() == 12 + 2 * (11 + 10) and near.attention_masks(None, 3, tokens.device)[1] is None
 
 
 @torch.no_grad()

@@ -295,17 +295,17 @@ def test_a_cache_gives_what_the_whole_row_gives():
 def test_rows_that_cannot_be():
     ours = tiny("llava")
     image, tokens, mask = (x.double() if x.is_floating_point() else x for x in shown(ours.config, 2))
-    with pytest.raises(DataError, match=r"token 31 3 times.*2 pictures of 4 patches"):
+    with pytest.raises(DataError, match=r"token 31 3 times.*2 images has 4 patches"):
         ours(image, tokens[:, 2:], mask[:, 2:])
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="no image was passed"):
         ours(None, tokens, mask)
-    with pytest.raises(DataError, match="was made for image=8"):
+    with pytest.raises(DataError, match="was created with image=8"):
         ours(image[..., :4], tokens, mask)
     with pytest.raises(DataError, match="length=24"):
         ours(image, torch.cat([tokens, tokens[:, -1:].repeat(1, 20)], 1))
     with pytest.raises(SettingsError, match="above=2"):
         create("llava-test", above=2)
-    with pytest.raises(DataError, match="does not name its picture"):
+    with pytest.raises(DataError, match="has no image token"):
         list(
             generate(
                 ours.with_images(image), [ours.expand_image_tokens([31]) + [5] * 15] * 2, 10, sampling=Sampling(temperature=0)

@@ -79,7 +79,7 @@ def test_refuses_a_past_of_another_length(name):
 def test_refuses_settings_that_cannot_work():
     with pytest.raises(SettingsError, match="odd"):
         create("dlinear-test", window=4)
-    with pytest.raises(SettingsError, match="multiple"):
+    with pytest.raises(SettingsError, match="divisible by heads=3"):
         create("patchtst-test", heads=3)
-    with pytest.raises(SettingsError, match="longer than the past"):
+    with pytest.raises(SettingsError, match="must not exceed length=.*the length of the past"):
         create("patchtst-test", patch=14)

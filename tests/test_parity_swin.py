@@ -180,9 +180,9 @@ def test_pictures_of_224_need_no_filling():
 
 def test_cutting_and_joining_are_each_others_inverse():
     windows, x = Windows((7, 10), 4, torch.device("cpu")), torch.arange(2 * 8 * 12 * 3).view(2, 8, 12, 3)
-    cut = windows.cut(x)
+    cut = windows.partition(x)
     assert cut.shape == (2 * 6, 16, 3) and torch.equal(cut[1].view(4, 4, 3), x[0, :4, 4:8])
-    assert torch.equal(windows.join(cut), x)
+    assert torch.equal(windows.unpartition(cut), x)
 
 
 def test_tables_for_other_windows_are_spread_when_they_are_loaded():
@@ -222,7 +222,7 @@ def test_small_pictures_get_small_patches_and_windows():
 
 
 def test_refuses_what_cannot_be():
-    with pytest.raises(SettingsError, match="different stages"):
+    with pytest.raises(SettingsError, match="must have the same length"):
         ours(heads=(1, 2))
     with pytest.raises(SettingsError, match="heads=3"):
         ours(heads=(3, 2, 4))

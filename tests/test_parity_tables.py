@@ -74,7 +74,7 @@ def test_bad_edges_are_refused():
     block = PiecewiseLinear(2, 2, 3)
     with pytest.raises(SettingsError, match="column 1 must increase"):
         block.set_edges(torch.tensor([[0.0, 1, 2], [0, 0, 1]]))
-    with pytest.raises(SettingsError, match=r"shape \(1, 3\)"):
+    with pytest.raises(SettingsError, match=r"got \(1, 3\)"):
         block.set_edges(torch.tensor([[0.0, 1, 2]]))
     with pytest.raises(SettingsError, match="bins=0"):
         PiecewiseLinear(2, 0, 3)

@@ -104,11 +104,11 @@ def test_picture_and_question_both_count():
 
 def test_refuses_what_does_not_fit():
     model = create("vilt-test")
-    with pytest.raises(DataError, match="multiples of 4"):
+    with pytest.raises(DataError, match="multiples of patch=4"):
         model(torch.zeros(1, 2, 12, 13), torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(DataError, match="length=12"):
         model(torch.zeros(1, 2, 12, 12), torch.zeros(1, 13, dtype=torch.int64))
-    with pytest.raises(SettingsError, match="patches"):
+    with pytest.raises(SettingsError, match="divisible by patch=4"):
         create("vilt-test", image=13)
 
 

@@ -178,9 +178,9 @@ def test_rows_of_t5_may_have_any_length():
     real = torch.ones_like
     torch.testing.assert_close(model(source, None, tokens), peer.eval()(source, real(source), tokens, real(tokens)), **CLOSE)
     for name in NAMES[1:]:
-        with pytest.raises(DataError, match="13 tokens exceeds the model.s length=12"):
+        with pytest.raises(DataError, match=r"13 tokens exceeds the model.s length=12"):
             tiny(name)(tokens[:, :13], None, tokens[:, :3])
-        with pytest.raises(DataError, match="13 tokens exceeds the model.s length=12"):
+        with pytest.raises(DataError, match=r"13 tokens exceeds the model.s length=12"):
             tiny(name)(tokens[:, :3], None, tokens[:, :13])
 
 
@@ -314,7 +314,13 @@ def test_beam_search_finds_the_best_of_all(name):
     beams = 30
     cache = model.new_cache(2 * beams, 3)
     _, scores = beam_search(
-        lambda t: model(source, mask, t, cache=cache), cache, begin=3, ends=(1,), beams=beams, most=2, penalty=0.0
+        lambda t: model(source, mask, t, cache=cache),
+        cache,
+        begin=3,
+        eos_token_ids=(1,),
+        num_beams=beams,
+        max_new_tokens=2,
+        length_penalty=0.0,
     )
     for row in range(2):
         start = model(source[row : row + 1], mask[row : row + 1], torch.tensor([[3]]))[0, -1].log_softmax(-1)

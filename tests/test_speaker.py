@@ -134,7 +134,9 @@ def test_pieces_are_whole_characters_and_hold_back_stops():
         found = list(decode_stream(ids, tokenizer.decode))
         assert "".join(found) == text and all("\ufffd" not in piece for piece in found)
         stops = ["the m", "and"]
-        assert "".join(decode_stream([*ids, 1, -1], tokenizer.decode, ends=(1,), stops=stops)) == truncate_at_stop(text, stops)
+        assert "".join(decode_stream([*ids, 1, -1], tokenizer.decode, eos_token_ids=(1,), stops=stops)) == truncate_at_stop(
+            text, stops
+        )
     assert truncate_at_stop("abcd", ["cd", "b"]) == "a" and truncate_at_stop("abcd", ["", "x"]) == "abcd"
 
 

@@ -20,7 +20,7 @@ REQUIRED = {"status", "task", "model", "settings", "data"}
 # Schema 1 -> 2: the place in the record -> {old key: new key}. "config/NAME" holds for one architecture alone.
 ROTARY = {"base": "rope_theta", "groups": "kv_heads", "stretch": "rope_scaling"}
 RENAMED: dict[str, dict[str, str]] = {
-    "settings": {old: new for old, new in ALIASES.items()},
+    "settings": dict(ALIASES),
     "cost": {"seconds_a_step": "seconds_per_step", "most_steps": "max_steps"},
     "config": {"classes": "num_classes", "vocab": "vocab_size", "tied": "tie_embeddings", "gives": "output_type"},
     **{f"config/{name}": ROTARY for name in ("llama", "llava", "mixtral", "gemma", "gemma2", "gemma3", "qwen3")},

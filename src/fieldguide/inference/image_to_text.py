@@ -129,9 +129,9 @@ class ImageToText(Predictor):
                 self.network.with_images(image),
                 [row] * len(image),
                 config,
-                ends=self.end_tokens,
+                eos_token_ids=self.end_tokens,
                 decode=self.text.decode,
-                numbers=range(first, first + len(image)),
+                row_ids=range(first, first + len(image)),
             )
             found += [{"text": truncate_at_stop(self.text.decode(tokens), config.stops).strip()} for tokens in generated]
         return Predictions(join_skipped(data, found))

@@ -144,10 +144,10 @@ class TextGenerator(Predictor):
                 network,
                 starts,
                 config,
-                ends=self.end_tokens,
+                eos_token_ids=self.end_tokens,
                 decode=self.text.decode,
-                numbers=group,
-                before=len(self.markers.target_start) - 1 if self.markers else 0,
+                row_ids=group,
+                prefix_length=len(self.markers.target_start) - 1 if self.markers else 0,
             )
             answers_by_row |= {i: truncate_at_stop(self.text.decode(row), config.stops) for i, row in zip(group, generated)}
         return [answers_by_row[i] for i in range(len(rows))]
@@ -165,10 +165,10 @@ class TextGenerator(Predictor):
         """Return the answer to one prompt piece by piece; None for beam search, whose answer is known only at its end."""
         chat, options = self.parse(chat, options)
         config = self.config_type(**options)
-        if config.searched > 1:
+        if config.effective_beams > 1:
             return None
         network, starts = self.prepare([self.tokens(self.to_prompt(source, chat) if isinstance(source, str) else source)])
-        return stream_text(network, starts[0], config, ends=self.end_tokens, decode=self.text.decode)
+        return stream_text(network, starts[0], config, eos_token_ids=self.end_tokens, decode=self.text.decode)
 
     def parse(self, chat: Any, options: Mapping[str, Any]) -> tuple[bool | None, dict[str, Any]]:
         """Return prediction options with their types. Raises `SettingsError` for unknown keys and values out of range."""

@@ -16,4 +16,3 @@ __all__ = [
     "generate_batch",
     "stream_text",
 ]
-Faithful = BeamSearch

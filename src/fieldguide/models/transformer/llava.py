@@ -141,8 +141,8 @@ class LLaVA(nn.Module):
             wanted = {0} if image is None else {0, self.patches}
             if unexpected := sorted(set(named.sum(1).tolist()) - wanted):
                 raise DataError(
-                    f"A sequence has the image token {self.config.picture} {unexpected[0]} times, but an image has "
-                    f"{self.patches} patches. Use expand_image_tokens(tokens) to repeat the image token."
+                    f"A sequence has the image token {self.config.picture} {unexpected[0]} times, but each of the "
+                    f"{len(tokens)} images has {self.patches} patches. Use expand_image_tokens(tokens) to repeat the image token."
                     if image is not None
                     else f"A sequence has the image token {self.config.picture}, but no image was passed."
                 )

@@ -20,7 +20,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
 from fieldguide.data.preprocessing.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
-from fieldguide.models.generation import Faithful
+from fieldguide.models.generation import BeamSearch
 from fieldguide.objectives import DenoisingObjective, Objective
 from fieldguide.objectives import denoising as damage
 from fieldguide.tasks.base import Arrays
@@ -236,7 +236,7 @@ class Denoising(Packed):
             mask,
             self.frame,
             limits,
-            Faithful(num_beams=self.predict_options.num_beams, length_penalty=self.predict_options.length_penalty),
+            BeamSearch(num_beams=self.predict_options.num_beams, length_penalty=self.predict_options.length_penalty),
             self.text,
         )
 

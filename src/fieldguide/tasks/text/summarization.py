@@ -13,7 +13,7 @@ from fieldguide.core.report_elements import Bars, Exhibit, Table
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
 from fieldguide.metrics import rouge
-from fieldguide.models.generation import Faithful
+from fieldguide.models.generation import BeamSearch
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.text.translation import WORST, Translation
@@ -42,7 +42,7 @@ class Summarization(Translation):
     made: ClassVar[str] = "Summaries"
 
     @dataclass(frozen=True)
-    class PredictOptions(Faithful):
+    class PredictOptions(BeamSearch):
         max_new_tokens: int = 128  # maximum tokens of a summary
 
     @classmethod

@@ -293,7 +293,7 @@ class TextGeneration(Typed):
             prompts,
             predict_options.max_new_tokens,
             sampling=predict_options.sampling,
-            ends=self.ends,
+            eos_token_ids=self.ends,
             seed=predict_options.seed,
         )
 
@@ -306,9 +306,9 @@ class TextGeneration(Typed):
                 objective.model,
                 prompts,
                 self.predict_options,
-                ends=self.ends,
+                eos_token_ids=self.ends,
                 decode=self.text.decode,
-                numbers=batch["row"].tolist(),
+                row_ids=batch["row"].tolist(),
             )  # sampling depends on the row number, not on the batch
             return {
                 "said": torch.nn.utils.rnn.pad_sequence(
@@ -331,10 +331,10 @@ class TextGeneration(Typed):
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
         data = self.read([source])
-        if len(data) != 1 or self.predict_options.searched > 1:
+        if len(data) != 1 or self.predict_options.effective_beams > 1:
             return None
         return stream_text(
-            objective.model, self.prompt(self.turns(data)[0]), self.predict_options, ends=self.ends, decode=self.text.decode
+            objective.model, self.prompt(self.turns(data)[0]), self.predict_options, eos_token_ids=self.ends, decode=self.text.decode
         )
 
     # Report

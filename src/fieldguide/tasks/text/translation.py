@@ -23,7 +23,7 @@ from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics.scripts import HAN, OTHER_UNSPACED
-from fieldguide.models.generation import EncoderDecoderState, Faithful, GenerationConfig, generate_batch, stream_text
+from fieldguide.models.generation import BeamSearch, EncoderDecoderState, GenerationConfig, generate_batch, stream_text
 from fieldguide.models.generation.stop_strings import truncate_at_stop
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
@@ -61,7 +61,7 @@ class Translation(Typed):
         prefix: str = ""  # text before each source, such as T5's "translate English to German: "
 
     @dataclass(frozen=True)
-    class PredictOptions(Faithful):
+    class PredictOptions(BeamSearch):
         length_penalty: float = 0.6  # exponent of the length in the beam score: 0 = none, 1 = mean log-probability
 
     text: TextTokenizer
@@ -206,7 +206,7 @@ class Translation(Typed):
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
         data = self.read([source])
-        if len(data) != 1 or self.predict_options.searched > 1:
+        if len(data) != 1 or self.predict_options.effective_beams > 1:
             return None
         batch = self.batches(data, None).make(np.arange(1), None)
         tokens, mask = (batch[name].to(next(objective.parameters()).device) for name in ("source", "source_mask"))
@@ -215,7 +215,7 @@ class Translation(Typed):
             EncoderDecoderState(objective.model, tokens, mask),
             self.frame.target_start,
             replace(self.predict_options, max_new_tokens=most),
-            ends=(self.frame.end,),
+            eos_token_ids=(self.frame.end,),
             decode=self.text.decode,
         )
 
@@ -345,11 +345,11 @@ def written(
         EncoderDecoderState(model, source, mask),
         [frame.target_start] * len(source),
         how,
-        ends=(frame.end,),
+        eos_token_ids=(frame.end,),
         decode=text.decode,
-        numbers=numbers,
-        limits=limits,
-        before=len(frame.target_start) - 1,
+        row_ids=numbers,
+        max_lengths=limits,
+        prefix_length=len(frame.target_start) - 1,
     )
     said = torch.full((len(rows), max(map(len, rows))), -1)
     for place, row in zip(said, rows):
