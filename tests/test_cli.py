@@ -240,7 +240,7 @@ def test_refusals(bad, iris_run, flowers, tmp_path):
     assert "Did you mean 'resnet50'?" in bad("show", "resnet51")
     assert "Did you mean 'resnet50'?" in bad("fit", "iris", "--model", "resnet51")
     assert "Did you mean 'tabular-regression'?" in bad("fit", "iris", "--task", "tabular-regresion")
-    assert "Did you mean 'batch_size'?" in bad("fit", "iris", "--set", "batchs=3")
+    assert "Did you mean 'batch'?" in bad("fit", "iris", "--set", "batchs=3")
     assert "not an integer" in bad("fit", "iris", "--set", "batch=many")
     assert "KEY=VALUE" in bad("fit", "iris", "--set", "batch")
     assert "no group 'modell'" in bad("fit", "iris", "--set", "modell.dim=3")

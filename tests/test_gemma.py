@@ -87,10 +87,10 @@ def test_the_first_configurations(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
-        ("gemma", {"hidden_act": "relu"}, "gates of Gemma are GELU"),
+        ("gemma", {"hidden_act": "relu"}, "Gemma uses gelu_pytorch_tanh"),
         ("gemma", {"attention_bias": True}, "attention_bias=True"),
-        ("gemma2", {"layer_types": ["full_attention"] * 3}, "by turns"),
-        ("gemma2", {"hidden_activation": "silu"}, "GELU"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "must alternate"),
+        ("gemma2", {"hidden_activation": "silu"}, "gelu_pytorch_tanh"),
         ("gemma", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='yarn'"),
     ],
 )

@@ -405,7 +405,7 @@ def test_xlm_roberta_is_roberta_by_another_name(tmp_path):
 def test_attention_of_another_kind_is_refused(tmp_path):
     for name, changes, words in (
         ("deberta-v2", {"share_att_key": False}, "share_att_key=False"),
-        ("deberta", {"pos_att_type": ["c2p"]}, "sums c2p and p2c"),
+        ("deberta", {"pos_att_type": ["c2p"]}, "must contain c2p and p2c"),
         ("bert", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'"),
     ):

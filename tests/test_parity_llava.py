@@ -214,7 +214,7 @@ def test_published_configurations(tmp_path, size, said, changes):
     [
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
         ({"projector_hidden_act": "relu"}, "relu"),
-        ({"vision_feature_layer": [-2, -5]}, "not several"),
+        ({"vision_feature_layer": [-2, -5]}, "single integer"),
         ({"text_config": {"model_type": "mistral"}}, "mistral"),
     ],
 )

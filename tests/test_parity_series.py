@@ -81,5 +81,5 @@ def test_refuses_settings_that_cannot_work():
         create("dlinear-test", window=4)
     with pytest.raises(SettingsError, match="divisible by heads=3"):
         create("patchtst-test", heads=3)
-    with pytest.raises(SettingsError, match="must not exceed length=.*the length of the past"):
+    with pytest.raises(SettingsError, match=r"must not exceed length=.*the length of the past"):
         create("patchtst-test", patch=14)

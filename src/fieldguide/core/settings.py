@@ -155,9 +155,8 @@ def parse(key: str, value: Any) -> Any:
     known = {f.name for f in fields(Settings)}
     if key not in known:
         raise SettingsError(
-            f"there is no setting {key!r}.{nearest(key, known)} Settings are: {', '.join(sorted(known))}; "
-            "a model's own fields are written model.FIELD, a task's task.FIELD, a column's kind "
-            "column.NAME."
+            f"there is no setting {key!r}.{nearest(key, (*known, *ALIASES))} `fieldguide settings` lists them all. Fields of a "
+            "model are written model.FIELD, options of a task task.OPTION, types of columns column.NAME."
         )
     value = from_text(f"setting {key}", value, get_type_hints(Settings)[key])
     if value is None:
