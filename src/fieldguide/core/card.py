@@ -38,27 +38,27 @@ OPTIONAL_INPUTS: dict[str, str] = {
     "segments": "B T int64: 0 for tokens of a first text, 1 for those of a second in the same row",
 }
 
-# What it gives back.
+# Output type -> shape and meaning of the model output.
 OUTPUT_TYPES: dict[str, str] = {
-    "label": "logits B ... classes; axes between B and classes are members of an ensemble",
+    "label": "logits B ... classes; axes between B and classes are the members of an ensemble",
     "sequence": "B T D float",
     "vector": "B F float",
-    "score": "B 1 float: how real the input looks",
-    "tokens": "logits B T vocab of the token that follows each",
-    "words": "logits B T vocab of the token AT each place, for tokens that are hidden; `model.features(...)` B T D then "
-    "`model.say(...)` ... D are its two halves, so that nothing is said of places where nobody asks",
+    "score": "B 1 float: how realistic the input is",
+    "tokens": "logits B T vocab of the next token at each position",
+    "words": "logits B T vocab of the token at each position, for masked tokens. `model.features(...)` returns B T D, "
+    "`model.forward_head(...)` maps ... D to logits, so the head can be applied to the masked positions only",
     "labels": "logits B T classes of every token",
-    "span": "logits B T 2: of each token as the first of an answer, and as its last",
+    "span": "logits B T 2: each token as the first and as the last token of an answer",
     "mask": "logits B classes H W of every pixel",
     "image": "B C H W float",
-    "boxes": "B A 4R+classes: at each of A points in the middle of grid cells, of the finest grid first, row by row, R "
-    "logits each for the distance to the left, top, right and bottom side (0 to R - 1 strides), then class "
-    "logits, each class for itself; `model.strides` are the cells' sides in pixels, `model.bins` the R distances",
+    "boxes": "B A 4R+classes: for each of A points at the centers of grid cells (finest grid first, row by row), R logits "
+    "each for the distance to the left, top, right and bottom side (0 to R - 1 strides), then one independent logit "
+    "per class; `model.strides` are the cell sizes in pixels, `model.bins` the R distances",
     "video": "B F C H W float: F frames",
-    "embeddings": "B 2 E: a vector of the picture and one of the text; products of all pictures' with all texts' are logits",
-    "forecast": "B H C Q float: H steps of the future of C series, Q values each (a point, or quantiles)",
-    "items": "logits B T items of the item that follows each; `model.features(...)` B T D times `model.table()` items D",
-    "ctc": "logits B S vocab of the symbol at each frame, 0 = blank; `model.frames(lengths)` of the S are real",
+    "embeddings": "B 2 E: an image and a text embedding; the products of all image with all text embeddings are logits",
+    "forecast": "B H C Q float: H future steps of C series, Q values each (a point, or quantiles)",
+    "items": "logits B T items of the next item at each position; equals `model.features(...)` B T D times `model.table()` items D",
+    "ctc": "logits B S vocab of the symbol at each frame, 0 = blank; `model.frames(lengths)` of the S frames are real",
 }
 
 # How a network that reads one row and writes another learns from texts alone: what is done to a text before it reads it.
